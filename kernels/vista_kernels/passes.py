@@ -1,0 +1,201 @@
+"""The four passes over packed tokens that every operator is made of: accumulate and read, forward and backward.
+
+Shapes: tokens [T, H, D] or [T, H, E], states [B, H, D, E], counts [B, H], tiles [n, L, H, D].
+Each pass recomputes activations tile by tile, so its temporaries are bounded whatever T is. Sums are float32 (float64 for
+float64 tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vista_kernels.activations import activate_gradient_
+from vista_kernels.segments import WINDOW_ELEMENTS, Tile, Window, place, plan
+from vista_kernels.validation import IntArray, state_dtype
+from vista_kernels.workspace import activated, multiplied, scaled, scratch
+
+
+def accumulate(
+    k: Tensor,
+    v: Tensor,
+    starts: IntArray,
+    lengths: IntArray,
+    weight: Tensor | None,
+    z: Tensor,
+    n: Tensor,
+    activation: str,
+    *,
+    fresh: bool = True,
+) -> None:
+    """Add sum_s w_s phi(k_s) v_s^T of each segment to z [B, H, D, E] and sum_s w_s to n [B, H], in place.
+
+    `fresh` says that z is zero, which saves reading it.
+    """
+    dtype = z.dtype
+    if weight is None:
+        n += torch.from_numpy(lengths).to(device=n.device, dtype=n.dtype).unsqueeze(1)
+    for window in _windows(starts, lengths, k, z):
+        for tile in window.tiles:
+            written = activated("phi_k", activation, tile.load("k", k, dtype))
+            w = tile.load_weight(weight, dtype)
+            written = scaled("phi_k", written, w).permute(0, 2, 3, 1)
+            add_product(z, tile, written, tile.load("v", v, dtype).transpose(1, 2), fresh=fresh and window.is_whole)
+            if weight is not None and w is not None:
+                _add_rows(n, tile, w.sum(1).squeeze(2))
+
+
+def accumulate_backward(
+    grad_z: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: IntArray,
+    lengths: IntArray,
+    weight: Tensor | None,
+    activation: str,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    """Write dk = phi'(k) * w v dZ^T and dv = w phi(k) dZ of the segments' tokens to grad_k and grad_v."""
+    dtype = grad_z.dtype
+    for window in _windows(starts, lengths, k, grad_z):
+        buffer_k, buffer_v = window.buffer("grad_k", grad_k, dtype), window.buffer("grad_v", grad_v, dtype)
+        for tile in window.tiles:
+            raw = tile.load("k", k, dtype)
+            rows = tile_rows(grad_z, tile)  # [n, H, D, E]
+            w = None if weight is None else tile.load_weight(weight, dtype)
+            part_k, part_v = place(tile, buffer_k), place(tile, buffer_v)
+            product(part_k.transpose(1, 2), tile.load("v", v, dtype).transpose(1, 2), rows.transpose(2, 3))
+            activate_gradient_(activation, raw, part_k)
+            product(part_v.transpose(1, 2), activated("phi_k", activation, raw).transpose(1, 2), rows)
+            if w is not None:
+                part_k.mul_(w)
+                part_v.mul_(w)
+        window.store(grad_k, buffer_k)
+        window.store(grad_v, buffer_v)
+
+
+def read(
+    q: Tensor,
+    z: Tensor,
+    scale: Tensor | None,
+    starts: IntArray,
+    lengths: IntArray,
+    activation: str,
+    state_activation: str,
+    out: Tensor,
+) -> None:
+    """Write o = phi1(q) phi2(z * c) of the segments' queries to out [N, H, E]; scale is c [B, H] or None for 1."""
+    for window in _windows(starts, lengths, q, z):
+        buffer = window.buffer("out", out, z.dtype)
+        for tile in window.tiles:
+            query = activated("phi_q", activation, tile.load("q", q, z.dtype)).transpose(1, 2)
+            product(place(tile, buffer).transpose(1, 2), query, _read_rows(z, scale, tile, state_activation))
+        window.store(out, buffer)
+
+
+def read_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    z: Tensor,
+    scale: Tensor | None,
+    starts: IntArray,
+    lengths: IntArray,
+    activation: str,
+    state_activation: str,
+    grad_q: Tensor,
+) -> Tensor:
+    """Write dq to grad_q and return dz = phi2'(z * c) * c * sum phi1(q)^T dO."""
+    dtype = z.dtype
+    grad_z = torch.zeros_like(z, memory_format=torch.contiguous_format)
+    for window in _windows(starts, lengths, q, z):
+        buffer = window.buffer("grad_q", grad_q, dtype)
+        for tile in window.tiles:
+            raw, grad = tile.load("q", q, dtype), tile.load("grad", grad_out, dtype).transpose(1, 2)
+            part = place(tile, buffer)
+            rows = _read_rows(z, scale, tile, state_activation)
+            product(part.transpose(1, 2), grad, rows.transpose(2, 3))
+            activate_gradient_(activation, raw, part)
+            query = scaled("phi_q", activated("phi_q", activation, raw), tile.padding(dtype))
+            add_product(grad_z, tile, query.permute(0, 2, 3, 1), grad, fresh=window.is_whole)
+        window.store(grad_q, buffer)
+    step = max(1, WINDOW_ELEMENTS // max(1, z[:1].numel()))
+    for first in range(0, len(z), step):
+        part_z, part_grad = z[first : first + step], grad_z[first : first + step]
+        c = None if scale is None else scale[first : first + step, :, None, None]
+        activate_gradient_(state_activation, scaled("scaled", part_z, c), part_grad)
+        if c is not None:
+            part_grad.mul_(c)
+    return grad_z
+
+
+def length_scale(n: Tensor, normalization: str, alpha: float) -> Tensor | None:
+    """Return c = 1 / max(n, 1)^alpha [B, H] for "length" and None (c = 1) for "none"."""
+    return None if normalization == "none" else n.clamp(min=1).pow(-alpha)
+
+
+def empty_state(k: Tensor, v: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    """Return uninitialised states [B, H, D, E] and counts [B, H] for tokens k and v."""
+    dtype = state_dtype(k.dtype)
+    z = k.new_empty((num_segments, k.shape[1], k.shape[2], v.shape[2]), dtype=dtype)
+    return z, k.new_empty((num_segments, k.shape[1]), dtype=dtype)
+
+
+def tile_rows(x: Tensor, tile: Tile) -> Tensor:
+    """Return the tile's rows of x [B, ...]: a view where they are neighbours."""
+    return x[tile.rows] if isinstance(tile.rows, slice) else x.index_select(0, tile.rows)
+
+
+def add_product(z: Tensor, tile: Tile, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
+    """Add a [n, H, D, L] @ b [n, H, L, E] to the tile's rows of z [B, H, D, E]; `fresh` says that those rows are zero."""
+    if isinstance(tile.rows, slice):
+        product(z[tile.rows], a, b, add=not fresh)
+        return
+    if fresh:
+        rows = scratch("rows", (tile.num, *z.shape[1:]), z.dtype, z.device)
+    else:
+        rows = z.index_select(0, tile.rows)
+    product(rows, a, b, add=not fresh)
+    z[tile.rows] = rows
+
+
+def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+    """Write a @ b to out, or add it; all are [n, H, ...] views, batched over the larger of n and H.
+
+    MKL's batched product takes strided operands as they are, but is several times slower into a strided result.
+    """
+    by_segment = out.shape[0] < out.shape[1]
+    for i in range(min(out.shape[0], out.shape[1])):
+        part, left, right = (x[i] if by_segment else x[:, i] for x in (out, a, b))
+        if part.is_contiguous():
+            part.baddbmm_(left, right, beta=1 if add else 0)
+        elif add:
+            part.add_(multiplied("product", left, right))
+        else:
+            part.copy_(multiplied("product", left, right))
+
+
+def _read_rows(z: Tensor, scale: Tensor | None, tile: Tile, state_activation: str) -> Tensor:
+    """Return A = phi2(Z c) of the tile's rows [n, H, D, E]."""
+    c = None if scale is None else tile_rows(scale, tile)[:, :, None, None]
+    return activated("state", state_activation, scaled("scaled", tile_rows(z, tile), c))
+
+
+def _add_rows(x: Tensor, tile: Tile, part: Tensor) -> None:
+    if isinstance(tile.rows, slice):
+        x[tile.rows] += part
+    else:
+        x.index_add_(0, tile.rows, part)
+
+
+def _windows(starts: IntArray, lengths: IntArray, tokens: Tensor, z: Tensor) -> Iterator[Window]:
+    heads, width, value_width = z.shape[1:]
+    return plan(
+        starts,
+        lengths,
+        token_elements=heads * max(width, value_width),
+        state_elements=heads * width * value_width,
+        device=tokens.device,
+    )

@@ -1,0 +1,252 @@
+"""Quasi-linear attention: bidirectional linear attention with an activated state, and targets that read but never write.
+
+Per sequence and head, S the writing tokens (all but the last num_targets), T' the targets, w a weight (1 unless given)::
+
+    Z   = sum_{s in S} w_s phi1(k_s) v_s^T    n = sum_{s in S} w_s    A = phi2(Z c)    c = 1, or 1 / max(n, 1)^alpha
+    o_s = phi1(q_s) A                                                        s in S
+    o_t = phi1(q_t) A + (phi1(q_t) . phi1(k_t)) v_t                          t in T': history and itself, no other target
+
+Backward, given dO::
+
+    dA = sum phi1(q)^T dO        dZ = dA * phi2'(Z c) c        dphi1(q) = dO A^T
+    dphi1(k_s) = w_s v_s dZ^T    dv_s = w_s phi1(k_s) dZ
+    targets: dphi1(q_t) += (dO_t . v_t) phi1(k_t)    dphi1(k_t) = (dO_t . v_t) phi1(q_t)    dv_t = (phi1(q_t) . phi1(k_t)) dO_t
+
+Layout: tokens packed as [T, H, D], sequences end to end, offsets int64 [B+1]. Sums are float32 (float64 for float64 tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vista_kernels import passes, reference
+from vista_kernels.activations import activate_gradient_
+from vista_kernels.launch import choose_backend
+from vista_kernels.segments import WINDOW_ELEMENTS
+from vista_kernels.validation import (
+    NORMALIZATIONS,
+    IntArray,
+    check_activation,
+    check_choice,
+    check_offsets,
+    check_tokens,
+    check_weight,
+    host_offsets,
+)
+from vista_kernels.workspace import activated
+
+
+def quasi_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    *,
+    num_targets: Tensor | None = None,
+    weight: Tensor | None = None,
+    normalization: str = "none",
+    alpha: float = 1.0,
+    activation: str = "silu",
+    state_activation: str = "silu",
+    backend: str = "auto",
+) -> Tensor:
+    """Let every token read what its sequence's history wrote, and every target itself as well.
+
+    Args:
+        q: [T, H, D] queries, float64, float32, bfloat16 or float16.
+        k: [T, H, D] keys, of q's dtype and device.
+        v: [T, H, E] values, likewise.
+        offsets: [B+1] int64 where sequences begin; 0 first, T last. On q's device or the CPU (fastest on the CPU).
+        num_targets: [B] int64; the last num_targets[b] tokens of sequence b are targets. None: there are none.
+        weight: [T] or [T, H] float weights of the writing tokens (targets' are not read). No gradient.
+        normalization: "none" (c = 1) or "length" (c = 1 / max(n, 1)^alpha).
+        alpha: the exponent of "length".
+        activation: phi1, of queries and keys: "silu", "relu" or "identity".
+        state_activation: phi2, of the states.
+        backend: "auto", "torch" or "reference".
+
+    Returns:
+        o [T, H, E] of v's dtype. q, k and v get gradients.
+
+    Raises:
+        ValueError: naming the argument and the shapes, if shapes, dtypes, devices, offsets or num_targets do not fit.
+    """
+    check_tokens(q=q, k=k, v=v)
+    check_offsets(offsets, q.device)
+    check_weight(weight, k)
+    _check_num_targets(num_targets, offsets)
+    check_choice("normalization", normalization, NORMALIZATIONS)
+    check_activation("activation", activation)
+    check_activation("state_activation", state_activation)
+    weight = None if weight is None else weight.detach()
+    options = (normalization, alpha, activation, state_activation)
+    if choose_backend(backend, q.device) == "reference":
+        return reference.quasi_linear_attention(
+            q,
+            k,
+            v,
+            offsets,
+            num_targets=num_targets,
+            weight=weight,
+            normalization=normalization,
+            alpha=alpha,
+            activation=activation,
+            state_activation=state_activation,
+        ).to(v.dtype)
+    out: Tensor = _qla_op(q, k, v, offsets, num_targets, weight, *options)[0]
+    return out
+
+
+@torch.library.custom_op("vista_kernels::quasi_linear_attention", mutates_args=())
+def _qla_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    num_targets: Tensor | None,
+    weight: Tensor | None,
+    normalization: str,
+    alpha: float,
+    activation: str,
+    state_activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return o, and Z and n, which backward reads."""
+    starts, lengths, writers = _spans(offsets, num_targets, q.shape[0])
+    z, n = passes.empty_state(k, v, len(starts))
+    passes.accumulate(k, v, starts, writers, weight, z.zero_(), n.zero_(), activation)
+    out = v.new_empty(v.shape)
+    scale = passes.length_scale(n, normalization, alpha)
+    passes.read(q, z, scale, starts, lengths, activation, state_activation, out)
+    for tokens in _targets(starts, lengths, writers, q, v):
+        query, keys, value = (x.index_select(0, tokens).to(z.dtype) for x in (q, k, v))
+        query, keys = activated("phi_q", activation, query), activated("phi_k", activation, keys)
+        similarity = (query * keys).sum(2, keepdim=True)
+        out[tokens] += (similarity * value).to(out.dtype)
+    return out, z, n
+
+
+@_qla_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    num_targets: Tensor | None,
+    weight: Tensor | None,
+    normalization: str,
+    alpha: float,
+    activation: str,
+    state_activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return v.new_empty(v.shape), *passes.empty_state(k, v, offsets.shape[0] - 1)
+
+
+@torch.library.custom_op("vista_kernels::quasi_linear_attention_backward", mutates_args=())
+def _qla_backward_op(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    z: Tensor,
+    n: Tensor,
+    offsets: Tensor,
+    num_targets: Tensor | None,
+    weight: Tensor | None,
+    normalization: str,
+    alpha: float,
+    activation: str,
+    state_activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    starts, lengths, writers = _spans(offsets, num_targets, q.shape[0])
+    scale = passes.length_scale(n, normalization, alpha)
+    grad_q = q.new_empty(q.shape)
+    grad_z = passes.read_backward(grad_out, q, z, scale, starts, lengths, activation, state_activation, grad_q)
+    grad_k, grad_v = k.new_zeros(k.shape), v.new_zeros(v.shape)
+    passes.accumulate_backward(grad_z, k, v, starts, writers, weight, activation, grad_k, grad_v)
+    for tokens in _targets(starts, lengths, writers, q, v):
+        query, keys, value, grad = (x.index_select(0, tokens).to(z.dtype) for x in (q, k, v, grad_out))
+        active_query, active_keys = activated("phi_q", activation, query), activated("phi_k", activation, keys)
+        agreement = (grad * value).sum(2, keepdim=True)
+        grad_query, grad_keys = agreement * active_keys, agreement * active_query
+        activate_gradient_(activation, query, grad_query)
+        activate_gradient_(activation, keys, grad_keys)
+        grad_q[tokens] += grad_query.to(q.dtype)
+        grad_k[tokens] = grad_keys.to(k.dtype)
+        grad_v[tokens] = ((active_query * active_keys).sum(2, keepdim=True) * grad).to(v.dtype)
+    return grad_q, grad_k, grad_v
+
+
+@_qla_backward_op.register_fake
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    z: Tensor,
+    n: Tensor,
+    offsets: Tensor,
+    num_targets: Tensor | None,
+    weight: Tensor | None,
+    normalization: str,
+    alpha: float,
+    activation: str,
+    state_activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, offsets, num_targets, weight, *options = inputs
+    _, z, n = output
+    ctx.save_for_backward(q, k, v, z, n, offsets, num_targets, weight)
+    ctx.options = options
+
+
+def _backward(ctx, grad_out, grad_z, grad_n):  # type: ignore[no-untyped-def]
+    return *_qla_backward_op(grad_out, *ctx.saved_tensors, *ctx.options), *[None] * 7
+
+
+_qla_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check_num_targets(num_targets: Tensor | None, offsets: Tensor) -> None:
+    if num_targets is None:
+        return
+    if num_targets.dtype != torch.int64:
+        raise ValueError(f"num_targets must be int64, got {num_targets.dtype}")
+    if num_targets.dim() != 1 or num_targets.shape[0] != offsets.shape[0] - 1:
+        raise ValueError(
+            f"num_targets must be [B], one a sequence of offsets {list(offsets.shape)}, got {list(num_targets.shape)}"
+        )
+
+
+def _spans(offsets: Tensor, num_targets: Tensor | None, total: int) -> tuple[IntArray, IntArray, IntArray]:
+    """Return each sequence's first token, its length, and how many of its tokens write."""
+    host = host_offsets(offsets, total)
+    lengths = np.diff(host)
+    if num_targets is None:
+        return host[:-1], lengths, lengths
+    targets: IntArray = num_targets.numpy(force=True)
+    wrong = np.flatnonzero((targets < 0) | (targets > lengths))
+    if len(wrong):
+        b = int(wrong[0])
+        raise ValueError(
+            f"num_targets must lie in 0..length: sequence {b} has {lengths[b]} tokens, {targets[b]} targets"
+        )
+    return host[:-1], lengths, lengths - targets
+
+
+def _targets(starts: IntArray, lengths: IntArray, writers: IntArray, q: Tensor, v: Tensor) -> Iterator[Tensor]:
+    """Yield the token numbers of the targets, so many at a time that their tensors stay in the cache."""
+    counts = lengths - writers
+    if not counts.any():
+        return
+    before = np.concatenate([[0], np.cumsum(counts)])
+    tokens = np.arange(before[-1]) + np.repeat(starts + writers - before[:-1], counts)
+    step = max(256, WINDOW_ELEMENTS // max(1, q.shape[1] * max(q.shape[2], v.shape[2])))
+    for first in range(0, len(tokens), step):
+        yield torch.from_numpy(tokens[first : first + step]).to(q.device)

@@ -1,0 +1,188 @@
+"""Cuts a packed batch into tiles that batched matrix products can take.
+
+A *window* is a run of neighbouring segments whose tokens fit the cache; a segment too long for that is cut into windows
+of its own. Inside a window segments of like length make a *tile* [n, L]: a view where they are equally long, and a padded
+gather otherwise. Padding repeats a token of the same segment and has weight 0, so that nothing, NaN included,
+crosses segments. Python loops over windows and tiles, never over the users of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vista_kernels.validation import IntArray
+from vista_kernels.workspace import loaded, scratch
+
+WINDOW_ELEMENTS = 1 << 20
+"""Numbers that one tensor of a window holds: 4 MB in float32."""
+PADDING_LIMIT = 1.25
+"""A window is padded to its longest segment if that costs at most this factor; otherwise it is split by length."""
+# 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, ...: a tile is at most half as long again as its shortest segment.
+_LENGTH_CLASSES = np.unique(np.concatenate([2 ** np.arange(40), 3 * 2 ** np.arange(39)]).astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """n segments (or pieces) padded to L tokens, and where they lie."""
+
+    num: int
+    length: int
+    rows: slice | Tensor
+    """Which segments of the batch these are."""
+    start: int
+    """First token, where the tile is a view."""
+    place: int
+    """First row of this tile in the window's padded buffer."""
+    index: Tensor | None = None
+    """[n * L] token of each place; None for a view."""
+    mask: Tensor | None = None
+    """[n, L] bool, False at padding; None where nothing is padded."""
+
+    def load(self, slot: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the tile's rows of x [T, ...] as [n, L, ...] in `dtype`: a view where possible, else in the slot."""
+        if self.index is None:
+            x = x[self.start : self.start + self.num * self.length]
+        return _tiled(loaded(slot, x, self.index, dtype), self)
+
+    def load_weight(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Return the tokens' weights [n, L, H or 1, 1], 0 at padding; None if all are 1."""
+        if weight is None:
+            return self.padding(dtype)
+        rows = self.load("weight", weight, dtype)
+        rows = rows[:, :, None, None] if rows.dim() == 2 else rows.unsqueeze(3)
+        # Not a product: a token's weight may be NaN, and its copies at padding must weigh nothing.
+        return rows if self.mask is None else rows.masked_fill(~self.mask[:, :, None, None], 0)
+
+    def padding(self, dtype: torch.dtype) -> Tensor | None:
+        """Return [n, L, 1, 1], 1 at tokens and 0 at padding; None where nothing is padded."""
+        return None if self.mask is None else self.mask.to(dtype)[:, :, None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A run of tokens [start, stop) and the tiles that cover it."""
+
+    start: int
+    stop: int
+    tiles: tuple[Tile, ...]
+    padded: int
+    """Rows of the padded buffer."""
+    inverse: Tensor | None = None
+    """[stop - start] row of the padded buffer that holds each token; None where they are the same."""
+    is_whole: bool = True
+    """No other window holds a part of these segments."""
+    has_gaps: bool = False
+    """Some tokens of the run belong to no segment; they read one more row of the buffer, which holds zeros."""
+
+    def buffer(self, slot: str, out: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the padded buffer [padded, ...] that the tiles write: a part of `out` where possible, else in the slot."""
+        if self.inverse is None and out.dtype == dtype:
+            return out[self.start : self.stop]
+        buffer = scratch(slot, (self.padded + self.has_gaps, *out.shape[1:]), dtype, out.device)
+        buffer[self.padded :] = 0
+        return buffer
+
+    def store(self, out: Tensor, buffer: Tensor) -> None:
+        """Copy the padded buffer to the window's tokens of `out`, unless it is a part of `out`."""
+        part = out[self.start : self.stop]
+        if self.inverse is not None and out.dtype == buffer.dtype:
+            torch.index_select(buffer, 0, self.inverse, out=part)
+        elif self.inverse is not None:
+            part.copy_(buffer.index_select(0, self.inverse))
+        elif out.dtype != buffer.dtype:
+            part.copy_(buffer)
+
+
+def place(tile: Tile, buffer: Tensor) -> Tensor:
+    """Return the tile's part of a window's buffer as [n, L, ...]."""
+    return _tiled(buffer[tile.place : tile.place + tile.num * tile.length], tile)
+
+
+def plan(
+    starts: IntArray, lengths: IntArray, *, token_elements: int, state_elements: int, device: torch.device
+) -> Iterator[Window]:
+    """Yield the windows that cover the segments' tokens, in order; empty segments are in none.
+
+    Args:
+        starts: [B] first token of each segment, rising.
+        lengths: [B] number of tokens; a segment may end before the next one starts.
+        token_elements: numbers a token holds (H * D), which bounds the tokens of a window.
+        state_elements: numbers a segment's state holds (H * D * E), which bounds the segments of a window.
+        device: where the index tensors are to lie.
+    """
+    max_tokens = max(256, WINDOW_ELEMENTS // max(token_elements, 1))
+    max_rows = max(16, WINDOW_ELEMENTS // max(state_elements, 1))
+    filled = np.flatnonzero(lengths)
+    starts, lengths = starts[filled], lengths[filled]
+    stops = starts + lengths
+    is_long = lengths > max_tokens // 4
+    next_long = np.append(np.flatnonzero(is_long), len(filled))
+    first = 0
+    while first < len(filled):
+        if is_long[first]:
+            row = int(filled[first])
+            for start in range(int(starts[first]), int(stops[first]), max_tokens):
+                length = min(max_tokens, int(stops[first]) - start)
+                tile = Tile(1, length, slice(row, row + 1), start, 0)
+                yield Window(start, start + length, (tile,), length, is_whole=length == lengths[first])
+            first += 1
+            continue
+        last = int(np.searchsorted(stops, starts[first] + max_tokens, side="right"))
+        last = max(min(last, first + max_rows, int(next_long[np.searchsorted(next_long, first)])), first + 1)
+        part = slice(first, last)
+        yield pack_window(starts[part], lengths[part], filled[part], device)
+        first = last
+
+
+def pack_window(starts: IntArray, lengths: IntArray, rows: IntArray, device: torch.device) -> Window:
+    """Return one window of the given segments (none empty): a view, one padded tile, or one tile a class of length."""
+    first, last = int(starts[0]), int(starts[-1] + lengths[-1])
+    longest = int(lengths.max())
+    if len(starts) * longest == last - first == int(lengths.sum()):
+        tile = Tile(len(starts), longest, _compact(rows, device), first, 0)
+        return Window(first, last, (tile,), last - first)
+    if len(starts) * longest <= PADDING_LIMIT * int(lengths.sum()):
+        groups = [np.arange(len(starts))]
+    else:
+        classes = np.searchsorted(_LENGTH_CLASSES, lengths)
+        groups = [np.flatnonzero(classes == c) for c in np.unique(classes)]
+    tiles = []
+    padded = 0
+    inverse: IntArray = np.full(last - first, -1, dtype=np.int64)
+    for group in groups:
+        tile, tokens, valid = _padded_tile(starts[group], lengths[group], rows[group], padded, device)
+        inverse[tokens[valid] - first] = padded + np.flatnonzero(valid)
+        padded += tile.num * tile.length
+        tiles.append(tile)
+    has_gaps = last - first > int(lengths.sum())
+    inverse[inverse < 0] = padded
+    return Window(first, last, tuple(tiles), padded, torch.from_numpy(inverse).to(device), has_gaps=has_gaps)
+
+
+def _tiled(rows: Tensor, tile: Tile) -> Tensor:
+    """[n * L, ...] as [n, L, ...], whatever the strides."""
+    stride = rows.stride()
+    return rows.as_strided((tile.num, tile.length, *rows.shape[1:]), (tile.length * stride[0], *stride))
+
+
+def _padded_tile(
+    starts: IntArray, lengths: IntArray, rows: IntArray, offset: int, device: torch.device
+) -> tuple[Tile, IntArray, np.ndarray[tuple[int, ...], np.dtype[np.bool_]]]:
+    length = int(lengths.max())
+    steps = np.arange(length)
+    tokens = (starts[:, None] + np.minimum(steps, lengths[:, None] - 1)).ravel()
+    valid = (steps < lengths[:, None]).ravel()
+    mask = None if bool(valid.all()) else torch.from_numpy(valid.reshape(-1, length)).to(device)
+    index = torch.from_numpy(tokens).to(device)
+    tile = Tile(len(starts), length, _compact(rows, device), int(starts[0]), offset, index, mask)
+    return tile, tokens, valid
+
+
+def _compact(rows: IntArray, device: torch.device) -> slice | Tensor:
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    return slice(first, last) if last - first == len(rows) else torch.from_numpy(rows).to(device)

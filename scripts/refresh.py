@@ -1,0 +1,8 @@
+"""`vista refresh` for those who launch from a checkout: python scripts/refresh.py [KEY=VALUE ...]."""
+
+import sys
+
+from vista.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["refresh", *sys.argv[1:]]))

@@ -1,0 +1,195 @@
+"""Train RecTools' SASRec for some epochs and print what they cost, as one JSON line.
+
+Runs in an environment of its own, with RecTools and without vista (RecTools needs numpy<2):
+
+    python -m venv rival && rival/bin/pip install "rectools[torch]"
+    rival/bin/python scripts/rival_rectools.py events.npz --epochs 2 --loss softmax
+
+The data are an npz of three equally long arrays, `user`, `item` and `timestamp` (times or ordinals; only their order
+counts). RecTools keeps each user's last session_max_len + 1 events, the first of which is an input only. Preparing the
+data set and building the model are not timed; loading, shuffling and collating batches are, as in every epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pytorch_lightning import Trainer, seed_everything  # type: ignore[import-not-found]
+from pytorch_lightning.callbacks import LambdaCallback  # type: ignore[import-not-found]
+from rectools import Columns  # type: ignore[import-not-found]
+from rectools.dataset import Dataset  # type: ignore[import-not-found]
+from rectools.models import SASRecModel  # type: ignore[import-not-found]
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# The first batches of a cut epoch warm caches up; they are left out of the estimate.
+WARMUP_BATCHES = 2
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="npz of user, item, timestamp")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument(
+        "--max-batches", type=int, default=0, help="cut every epoch after so many batches and estimate it"
+    )
+    parser.add_argument("--session-max-len", type=int, default=200)
+    parser.add_argument("--n-factors", type=int, default=64)
+    parser.add_argument("--n-blocks", type=int, default=2)
+    parser.add_argument("--n-heads", type=int, default=4)
+    parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--loss", choices=["softmax", "BCE", "gBCE", "sampled_softmax"], default="softmax")
+    parser.add_argument("--n-negatives", type=int, default=1, help="a position; softmax takes the whole catalogue")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--workers", type=int, default=0, help="processes that load batches")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's own choice")
+    parser.add_argument("--precision", choices=["32-true", "bf16-mixed", "bf16-true"], default="32-true")
+    parser.add_argument(
+        "--sdpa", choices=["auto", "math", "flash"], default="auto", help="flash needs --dropout 0 on CPUs"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args(given)
+
+
+def read_events(path: Path) -> Dataset:
+    """The npz as a RecTools data set; ordinals become seconds."""
+    with np.load(path, allow_pickle=False) as arrays:
+        frame = pd.DataFrame({Columns.User: arrays["user"], Columns.Item: arrays["item"]})
+        frame[Columns.Datetime] = pd.to_datetime(arrays["timestamp"], unit="s")
+    frame[Columns.Weight] = 1.0
+    return Dataset.construct(frame)
+
+
+class EpochClock:
+    """Wall and CPU seconds of every epoch, and the moments at which its batches ended."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, Any]] = []
+
+    def start(self) -> None:
+        """An epoch starts: nothing of it has been loaded yet."""
+        self.epochs.append({"wall": time.perf_counter(), "cpu": _cpu_seconds(), "batches": [], "batch_cpu": []})
+
+    def batch(self) -> None:
+        """A batch has been trained on."""
+        self.epochs[-1]["batches"].append(time.perf_counter())
+        self.epochs[-1]["batch_cpu"].append(_cpu_seconds())
+
+    def end(self) -> None:
+        """An epoch ends."""
+        epoch = self.epochs[-1]
+        epoch["wall_s"], epoch["cpu_s"] = time.perf_counter() - epoch["wall"], _cpu_seconds() - epoch["cpu"]
+
+    def seconds(self, total_batches: int) -> tuple[list[float], list[float]]:
+        """Wall and CPU seconds of each epoch, scaled up to total_batches where epochs were cut short."""
+        walls, cpus = [], []
+        for epoch in self.epochs:
+            done = len(epoch["batches"])
+            if done >= total_batches:
+                walls.append(epoch["wall_s"])
+                cpus.append(epoch["cpu_s"])
+                continue
+            counted = done - WARMUP_BATCHES
+            first = WARMUP_BATCHES - 1
+            walls.append((epoch["batches"][-1] - epoch["batches"][first]) / counted * total_batches)
+            cpus.append((epoch["batch_cpu"][-1] - epoch["batch_cpu"][first]) / counted * total_batches)
+        return walls, cpus
+
+
+def _cpu_seconds() -> float:
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """Train, and return the line to print."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    seed_everything(options.seed, verbose=False)
+    clock = EpochClock()
+
+    def trainer() -> Trainer:
+        # RecTools' own trainer, but for the clock and the arguments.
+        return Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=options.epochs,
+            min_epochs=options.epochs,
+            limit_train_batches=options.max_batches or None,
+            precision=options.precision,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            logger=False,
+            # Functions, since RecTools copies its trainer deeply, and with it a clock whose methods were given.
+            callbacks=[
+                LambdaCallback(
+                    on_train_epoch_start=lambda *_: clock.start(),
+                    on_train_batch_end=lambda *_: clock.batch(),
+                    on_train_epoch_end=lambda *_: clock.end(),
+                )
+            ],
+        )
+
+    model = SASRecModel(
+        n_blocks=options.n_blocks,
+        n_heads=options.n_heads,
+        n_factors=options.n_factors,
+        dropout_rate=options.dropout,
+        session_max_len=options.session_max_len,
+        loss=options.loss,
+        n_negatives=options.n_negatives,
+        lr=options.lr,
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        dataloader_num_workers=options.workers,
+        get_trainer_func=trainer,
+    )
+    attention = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}.get(options.sdpa)
+    with sdpa_kernel(attention) if attention is not None else nullcontext():
+        model.fit(read_events(options.data))
+    interactions = model.data_preparator.train_dataset.interactions.df
+    users = int(interactions[Columns.User].nunique())
+    total_batches = -(-users // options.batch_size)
+    walls, cpus = clock.seconds(total_batches)
+    loss = model.fit_trainer.callback_metrics.get("train_loss")
+    return {
+        "rival": "RecTools SASRec",
+        "seconds_per_epoch": walls,
+        "cpu_seconds_per_epoch": cpus,
+        "estimated": bool(options.max_batches and options.max_batches < total_batches),
+        "positions": len(interactions) - users,
+        "users": users,
+        "items": int(interactions[Columns.Item].nunique()),
+        "parameters": sum(parameter.numel() for parameter in model.lightning_model.torch_model.parameters()),
+        "train_loss": None if loss is None else float(loss),
+        "settings": {key: value for key, value in vars(options).items() if key != "data"},
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("rectools", "pytorch-lightning", "torch", "numpy")},
+    }
+
+
+def main() -> None:
+    """Entry point."""
+    warnings.filterwarnings("ignore")  # of Lightning, on workers and logging; the line of JSON says what was set
+    options = arguments()
+    if 0 < options.max_batches <= WARMUP_BATCHES:
+        raise SystemExit(f"--max-batches must be above {WARMUP_BATCHES}, the batches that only warm up")
+    print(json.dumps(train(options)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

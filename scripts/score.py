@@ -1,0 +1,8 @@
+"""`vista score` for those who launch from a checkout: python scripts/score.py [KEY=VALUE ...]."""
+
+import sys
+
+from vista.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["score", *sys.argv[1:]]))

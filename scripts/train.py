@@ -1,0 +1,8 @@
+"""`vista train` for those who launch from a checkout: python scripts/train.py [KEY=VALUE ...]."""
+
+import sys
+
+from vista.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,83 @@
+"""Deterministic records: what a user holds follows from the user's number and the run's salt alone."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vista.config import Codec
+from vista.store import Manifest, StoreWriter, Tail, encode_records, user_keys
+
+NUM_TOKENS, DIM = 2, 8
+
+
+def summarizer(name: str = "a") -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def open_writer(path: Path, **changes: Any) -> StoreWriter:
+    options: dict[str, Any] = {
+        "summarizer_id": summarizer(),
+        "num_tokens": NUM_TOKENS,
+        "dim": DIM,
+        "codec": Codec.int8,
+        "tail_len": 4,
+        "total_users": 40,
+        "run_digest": "log-1",
+        "created_at": 1_700_000_000_000,
+    }
+    return StoreWriter.open(path, **{**options, **changes})
+
+
+def summaries(users: range, salt: int = 0) -> np.ndarray:
+    """[B, K, d]; every value of a user's summary is a function of user, salt and place."""
+    place = np.arange(NUM_TOKENS * DIM, dtype=np.float32).reshape(NUM_TOKENS, DIM)
+    return (place + np.array(users, dtype=np.float32)[:, None, None] + 1000 * salt).astype(np.float32)
+
+
+def put_users(writer: StoreWriter, users: range, salt: int = 0) -> None:
+    """One batch; user u has u % 4 tail events."""
+    lengths = np.array(users) % 4
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tail = Tail(
+        np.repeat(np.array(users), lengths).astype(np.int32),
+        np.repeat(np.array(users), lengths).astype(np.int64),
+        np.ones(int(offsets[-1]), np.uint8),
+        offsets,
+    )
+    keys = user_keys(list(users))
+    records = encode_records(
+        keys,
+        summaries(users, salt),
+        tail,
+        spec=writer.spec,
+        event_count=np.array(users, dtype=np.int64),
+        last_event_ts=np.array(users, dtype=np.int64) + 5,
+        history_digest=np.array(users, dtype=np.uint64),
+    )
+    writer.put_batch(keys, records, users.stop)
+
+
+def write_store(path: Path, salt: int = 0, **changes: Any) -> Manifest:
+    with open_writer(path, **changes) as writer:
+        total = writer.manifest.total_users
+        for start in range(writer.cursor, total, 16):
+            put_users(writer, range(start, min(start + 16, total)), salt)
+        return writer.publish(total)
+
+
+@pytest.fixture
+def build() -> SimpleNamespace:
+    """The functions above, for tests that need several of them."""
+    return SimpleNamespace(
+        open_writer=open_writer,
+        put_users=put_users,
+        summaries=summaries,
+        summarizer=summarizer,
+        write_store=write_store,
+    )

@@ -1,0 +1,43 @@
+"""vista: ranking over whole-life user histories, from a small cached summary a user.
+
+Names load on first use, so `import vista` and `import vista.scorer` stay light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vista.config import TrainConfig
+    from vista.data.event_log import EventLog
+    from vista.model.recommender import Recommender
+    from vista.scorer import Scorer
+    from vista.store.lmdb_store import SummaryStore
+    from vista.training.trainer import train
+
+__version__ = "0.1.0"
+
+__all__ = ["EventLog", "Recommender", "Scorer", "SummaryStore", "TrainConfig", "train"]
+
+_MODULE_OF_NAME = {
+    "EventLog": "vista.data.event_log",
+    "Recommender": "vista.model.recommender",
+    "Scorer": "vista.scorer",
+    "SummaryStore": "vista.store.lmdb_store",
+    "TrainConfig": "vista.config",
+    "train": "vista.training.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for (PEP 562)."""
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module 'vista' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(import_module(_MODULE_OF_NAME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,221 @@
+"""The command line: `vista COMMAND [KEY=VALUE ...]`.
+
+Exit codes: 0 done; 1 an error of vista's own; 2 the command line or the configuration was refused; 130 interrupted.
+Each failure is one line on stderr; anything unforeseen keeps its traceback. A command imports only what it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from vista import __version__, config
+from vista.errors import ConfigError, VistaError
+
+
+def _simulate(settings: config.SimulateConfig) -> object:
+    from vista.data.simulate import simulate
+
+    return simulate(settings)
+
+
+def _prepare(settings: config.PrepareConfig) -> object:
+    from vista.data.ingest import prepare
+
+    return prepare(settings)
+
+
+def _train(settings: config.TrainConfig) -> object:
+    from vista.data.event_log import EventLog
+    from vista.training.trainer import train
+
+    train(settings, EventLog.open(settings.data.path))
+    return None
+
+
+def _refresh(settings: config.RefreshConfig) -> object:
+    from vista.refresh import refresh_from_config
+
+    return refresh_from_config(settings)
+
+
+def _evaluate(settings: config.EvaluateConfig) -> object:
+    from vista.evaluate import evaluate
+
+    return evaluate(settings)
+
+
+def _score(settings: config.ScoreConfig) -> object:
+    from vista.scorer import score_from_config
+
+    return score_from_config(settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command: its config, what it does in a line, and how it is used."""
+
+    schema: type
+    run: Callable[[Any], object]
+    """Returns a report to print, or None."""
+    summary: str
+    examples: tuple[str, ...]
+    resumes: bool = False
+    """The same command goes on where an interrupted one stopped."""
+
+
+COMMANDS: dict[str, Command] = {
+    "simulate": Command(
+        config.SimulateConfig,
+        _simulate,
+        "Make a lifelong log with labelled impressions, as source files for prepare.",
+        (
+            "vista simulate out=data/simulated",
+            "vista simulate out=data/large num_users=2000 events_per_user=20000",
+            "vista simulate seed=2 impressions_per_user=500",
+        ),
+    ),
+    "prepare": Command(
+        config.PrepareConfig,
+        _prepare,
+        "Turn source tables (Parquet, CSV, MovieLens, ...) into an EventLog, or append to one.",
+        (
+            "vista prepare out=data/ml-1m events.kind=auto events.paths=[path/to/ml-1m]",
+            "vista prepare out=data/mine events.paths=[clicks.csv] events.user=customer events.item=product "
+            "events.timestamp=time events.time_unit=s",
+            "vista prepare out=data/mine events.paths=[new.csv] append=true on_bad_rows=quarantine --config mine.yaml",
+        ),
+    ),
+    "train": Command(
+        config.TrainConfig,
+        _train,
+        "Train a model on an EventLog; the best one is exported to <run_dir>/best.",
+        (
+            "vista train data.path=data/mine run_dir=runs/mine",
+            "vista train experiment=ml-1m model.num_seeds=32",
+            "vista train model=bidirectional optim=quick optim.learning_rate=1e-3 --cfg",
+        ),
+        resumes=True,
+    ),
+    "refresh": Command(
+        config.RefreshConfig,
+        _refresh,
+        "Write every user's summary into a new generation of the store.",
+        (
+            "vista refresh data=data/mine model=runs/mine/best store=stores/mine",
+            "vista refresh data=data/ml-1m model=runs/ml-1m/best store=stores/ml-1m until=leave-last-out",
+            "vista refresh store=stores/exact codec=float32",
+        ),
+        resumes=True,
+    ),
+    "evaluate": Command(
+        config.EvaluateConfig,
+        _evaluate,
+        "Measure quality as served: summaries from the store, scores from the scorer.",
+        (
+            "vista evaluate data=data/ml-1m model=runs/ml-1m/best store=stores/ml-1m",
+            "vista evaluate split=validation top_k=[10,100]",
+            "vista evaluate table=mine results_dir=docs/results",
+        ),
+    ),
+    "score": Command(
+        config.ScoreConfig,
+        _score,
+        "Score candidates for users, or rank the whole catalogue.",
+        (
+            "vista score model=runs/ml-1m/best store=stores/ml-1m users=[1,2] top_k=20",
+            "vista score users=[1] candidates=[1193,661,914]",
+            "vista score users=[nobody] on_missing=raise",
+        ),
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        words = [word for word in message.split() if word.startswith("--") and "=" in word]
+        hint = f"; keys are written without dashes: {words[0].lstrip('-')}" if words else ""
+        raise ConfigError(f"{message}{hint}")
+
+
+def _run_command(name: str, words: Sequence[str]) -> None:
+    command = COMMANDS[name]
+    parser = _Parser(prog=f"vista {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--cfg", action="store_true")
+    parser.add_argument("--config", metavar="FILE")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    arguments = parser.parse_intermixed_args(words)
+    if arguments.help:
+        from vista.cli_help import command_help
+
+        print(command_help(name, command.summary, command.schema, command.examples))
+        return
+    from vista.composition import compose_config
+
+    settings: Any = compose_config(command.schema, arguments.overrides, config_file=arguments.config)
+    if arguments.cfg:
+        from vista.config_text import to_yaml
+
+        print(to_yaml(settings), end="")
+        return
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    report = command.run(settings)
+    if report is not None:
+        print(report)
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    first = words[0] if words else None
+    if first in COMMANDS:
+        _run_command(first, words[1:])
+        return 0
+    if first in ("--version", "-V"):
+        print(f"vista {__version__}")
+        return 0
+    if first in (None, "--help", "-h", "help"):
+        from vista.cli_help import overview
+
+        print(overview({name: command.summary for name, command in COMMANDS.items()}))
+        return 2 if first is None else 0
+    close = get_close_matches(first, COMMANDS, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ConfigError(f"unknown command '{first}'{hint} Commands: {', '.join(COMMANDS)}; vista --help tells more")
+
+
+def _fail(message: str, code: int) -> int:
+    print(" ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        argv: words after `vista`; None takes the process's own.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except ConfigError as error:
+        return _fail(f"error: {error}", 2)
+    except VistaError as error:
+        return _fail(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        resumes = bool(words) and words[0] in COMMANDS and COMMANDS[words[0]].resumes
+        return _fail("interrupted" + ("; the same command goes on from here" if resumes else ""), 130)
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

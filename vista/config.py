@@ -1,0 +1,443 @@
+"""Every configuration of vista: plain dataclasses with defaults and units. YAML only differs from these.
+
+Hydra never appears below the command line: scripts turn its config into these objects once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any, TypeVar, get_type_hints
+
+from vista.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Mixing(Enum):
+    """How tokens of stage 1 mix."""
+
+    bidirectional = "bidirectional"
+    """History and seeds form one set; all write and all read at every layer (the paper)."""
+    separable = "separable"
+    """Only history writes, only seeds read: states append, merge and forget."""
+
+
+class Normalization(Enum):
+    """Scale c of the state before its activation: A = phi2(Z * c)."""
+
+    none = "none"
+    """c = 1 (the paper)."""
+    length = "length"
+    """c = 1 / max(n, 1) ** alpha."""
+
+
+class Decay(Enum):
+    """What older events lose weight by in separable mixing."""
+
+    none = "none"
+    time = "time"
+    position = "position"
+
+
+# `raise` and `leave-last-out` are what users write, but no Python names: hence the aliases.
+OnMissing = Enum("OnMissing", {"empty": "empty", "nan": "nan", "error": "raise", "raise": "raise"})
+"""What an unknown user or item gets: the empty history's summary, NaN scores, or a typed error."""
+
+OnBadRows = Enum("OnBadRows", {"error": "raise", "raise": "raise", "quarantine": "quarantine"})
+"""What ingest does with a row that fails validation."""
+
+IdType = Enum("IdType", {"auto": "auto", "integer": "int", "int": "int", "string": "str", "str": "str"})
+"""Ids of users or items in a source."""
+
+Split = Enum("Split", {"leave_last_out": "leave-last-out", "leave-last-out": "leave-last-out", "time": "time"})
+"""Test labels: a user's last event (validation: the one before it), or what lies after two moments."""
+
+
+class Precision(Enum):
+    """Arithmetic of training's matrix products."""
+
+    auto = "auto"
+    """bfloat16 on GPUs and on CPUs with AMX, float32 elsewhere; the choice is logged."""
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Codec(Enum):
+    """How summary rows are stored."""
+
+    float32 = "float32"
+    int8 = "int8"
+    """FBGEMM byte rows: d uint8 values, then float32 scale and bias."""
+
+
+def _require(condition: bool, key: str, message: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}: {message}")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The recommender: stage 1 (Summarizer), stage 2 (TargetAttention), reconstruction and heads."""
+
+    dim: int = 64
+    """Model width M of both stages, and of a summary token."""
+    num_heads: int = 4
+    """Attention heads H; must divide dim."""
+    num_seeds: int = 16
+    """Summary tokens K a user. 0 turns stage 1 off: the tail alone."""
+    num_layers: int = 2
+    """Layers of stage 1."""
+    num_target_layers: int = 2
+    """Layers of stage 2."""
+    mixing: Mixing = Mixing.separable
+    conv_width: int = 3
+    """Width w of the causal depthwise convolution over neighbouring events at the bottom; 1 turns it off."""
+    normalization: Normalization = Normalization.length
+    normalization_alpha: float = 1.0
+    """normalization=length: the exponent of n; 1 is the mean, 0 the sum."""
+    decay: Decay = Decay.none
+    decay_horizons: list[float] = field(default_factory=list)
+    """One horizon tau a head: days (decay=time) or events (decay=position); 0 means that the head forgets nothing."""
+    history_limit: int = 0
+    """Newest events that a summary sees at most; 0 means all."""
+    tail_len: int = 32
+    """Newest events that stage 2 reads beside the summary."""
+    feed_forward_ratio: float = 2.0
+    """Hidden width of the gated feed-forward blocks over dim."""
+    dropout: float = 0.2
+    """Share of activations dropped in training."""
+    temperature: float = 0.05
+    """Divides the cosine of the retrieval head."""
+    use_action: bool = True
+    """The kind of action enters the event embedding, where the log has several."""
+    use_rating: bool = True
+    """Ratings enter stage 1 only, and only where the log has them."""
+    use_time: bool = True
+    """Log-bucketed gaps between events, only where the log has times."""
+    num_reconstruction_layers: int = 1
+    """Layers of the causal decoder of the reconstruction loss."""
+    stop_gradient: bool = True
+    """Of the reconstruction target; without it embeddings can collapse (there is a test that shows it)."""
+
+    def __post_init__(self) -> None:
+        for key in ("dim", "num_heads", "num_layers", "num_target_layers", "conv_width", "tail_len"):
+            _require(getattr(self, key) >= 1, f"model.{key}", f"must be at least 1, got {getattr(self, key)}")
+        _require(self.num_seeds >= 0, "model.num_seeds", f"must be at least 0, got {self.num_seeds}")
+        _require(
+            self.dim % self.num_heads == 0,
+            "model.num_heads",
+            f"must divide model.dim={self.dim}, got {self.num_heads}; take one of "
+            f"{[h for h in range(1, min(self.dim, 64) + 1) if self.dim % h == 0]}",
+        )
+        _require(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), got {self.dropout}")
+        _require(self.temperature > 0, "model.temperature", f"must be positive, got {self.temperature}")
+        _require(self.history_limit >= 0, "model.history_limit", f"must be at least 0, got {self.history_limit}")
+        if self.decay is not Decay.none:
+            _require(
+                self.mixing is Mixing.separable,
+                "model.decay",
+                "needs model.mixing=separable; set model.decay=none for bidirectional mixing",
+            )
+            _require(
+                len(self.decay_horizons) == self.num_heads and min(self.decay_horizons, default=0) >= 0,
+                "model.decay_horizons",
+                f"needs one horizon >= 0 a head ({self.num_heads}), got {list(self.decay_horizons)}",
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Which log is read, how it is split, and how batches are cut from it."""
+
+    path: str = "data/log"
+    """Folder of the EventLog."""
+    split: Split = Split.leave_last_out
+    validation_from: str | None = None
+    """split=time: ISO date or time (UTC), or integer milliseconds; labels from here on are not trained on."""
+    test_from: str | None = None
+    """split=time: labels from here on are test labels."""
+    chunk_len: int = 16384
+    """Longest stretch of one history in one training batch, in events; longer ones are cut into several."""
+    tokens_per_batch: int = 8192
+    """Events a batch holds at most (a single longer chunk makes a batch of its own)."""
+    label_spacing: int = 16
+    """W: label positions that share one summary and one tail, hence the spacing of cuts."""
+    windows_per_chunk: int = 0
+    """Windows of W label positions drawn from a chunk a pass; 0 means all, so every event is a label once."""
+    num_cuts: int = 2
+    """Cuts a chunk a pass in bidirectional mixing (separable mixing has one every W events)."""
+    staleness_events: float = 32.0
+    """Mean of the extra age of a summary, in events, of the stale part of the windows."""
+    staleness_share: float = 0.25
+    """Share of the windows that read an older summary than their own."""
+    num_negatives: int = 1024
+    """Negatives of the sampled softmax, shared by a batch."""
+    negative_power: float = 0.0
+    """Negatives are drawn in proportion to frequency ** power; 0 is uniform."""
+    reconstruction_len: int = 64
+    """Events of the window that the decoder reconstructs before a sampled cut."""
+
+    def __post_init__(self) -> None:
+        counts = ("chunk_len", "tokens_per_batch", "label_spacing", "num_cuts", "num_negatives", "reconstruction_len")
+        for key in counts:
+            _require(getattr(self, key) >= 1, f"data.{key}", f"must be at least 1, got {getattr(self, key)}")
+        share = self.staleness_share
+        _require(0 <= share <= 1, "data.staleness_share", f"must lie in [0, 1], got {share}")
+        if self.split is Split.time:
+            for key in ("validation_from", "test_from"):
+                _require(getattr(self, key) is not None, f"data.{key}", "is needed with data.split=time")
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW for the network, SparseAdam for the item table, losses and schedule."""
+
+    learning_rate: float = 2e-3
+    """Peak, reached after the warm-up; cosine decay from there."""
+    weight_decay: float = 0.01
+    """Decoupled, as in AdamW; not of the item table."""
+    warmup_steps: int = 100
+    """Steps of linear rise to the peak."""
+    gradient_clip: float = 1.0
+    """Largest global norm."""
+    epochs: int = 10
+    """Passes over the training histories."""
+    next_weight: float = 1.0
+    """lambda_next: sampled softmax over next items."""
+    task_weight: float = 1.0
+    """Weight of each task's binary cross-entropy, where the log has impressions."""
+    reconstruction_weight: float = 0.1
+    """lambda_rec."""
+    patience: int = 0
+    """Validations without improvement before training stops; 0 never stops early."""
+    validate_every: int = 1
+    """Epochs between validations; 0 never validates."""
+    validation_users: int = 2000
+    """Users a validation ranks at most (the same every time)."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optim.learning_rate", f"must be positive, got {self.learning_rate}")
+        _require(self.epochs >= 0, "optim.epochs", f"must be at least 0, got {self.epochs}")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run_dir: str = "runs/vista"
+    """Receives config.yaml, train.log, metrics.jsonl, checkpoints/ and best/ (the export)."""
+    seed: int = 1
+    """Of initial weights, order, cuts, negatives and dropout."""
+    device: str = "auto"
+    """auto | cpu | cuda | cuda:N | mps."""
+    precision: Precision = Precision.auto
+    num_threads: int = 0
+    """CPU threads; 0 leaves torch's own choice."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one is written after each epoch too."""
+    resume: bool = True
+    """Go on from the newest checkpoint of run_dir if there is one."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (extra `tensorboard`)."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RefreshConfig:
+    """One batch refresh: every user's summary into a new generation of the store."""
+
+    data: str = "data/log"
+    """Folder of the EventLog."""
+    model: str = "runs/vista/best"
+    """Folder of the exported model."""
+    store: str = "stores/vista"
+    """Folder of the summary store."""
+    until: str | None = None
+    """Events that summaries may see: null (all), leave-last-out, leave-last-two-out, an ISO time (UTC), or ms."""
+    codec: Codec = Codec.int8
+    tokens_per_batch: int = 65536
+    """Events of one forward pass."""
+    users_per_batch: int = 512
+    """Users of one write transaction."""
+    device: str = "auto"
+    num_threads: int = 0
+    progress: bool = True
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """Quality as served: summaries read from the store, scores made by the scorer."""
+
+    data: str = "data/log"
+    model: str = "runs/vista/best"
+    store: str = "stores/vista"
+    split: str = "test"
+    """test or validation, of the model's own data split."""
+    exclude_seen: bool = True
+    """Leave items of the visible history out of the ranking."""
+    top_k: list[int] = field(default_factory=lambda: [10, 50, 200])
+    """Cut-offs k of HR@k and NDCG@k."""
+    users_per_batch: int = 512
+    """Users ranked in one pass."""
+    table: str = "adhoc"
+    """Results are appended to <results_dir>/<table>.jsonl."""
+    results_dir: str | None = None
+    """Null prints only."""
+    model_name: str = ""
+    """Name of the row; by default the run's folder."""
+    seed: int = 1
+    """Seed of the run, for the row."""
+    num_threads: int = 0
+    progress: bool = True
+
+
+@dataclass(kw_only=True, slots=True)
+class ScoreConfig:
+    """Scores or ranking of one or several users, from the command line."""
+
+    model: str = "runs/vista/best"
+    store: str = "stores/vista"
+    users: list[str] = field(default_factory=list)
+    """User ids; at least one."""
+    candidates: list[str] = field(default_factory=list)
+    """Item ids; empty ranks the whole catalogue."""
+    top_k: int = 10
+    """Items to list a user, where no candidates are given."""
+    on_missing: OnMissing = OnMissing.empty
+
+
+@dataclass(kw_only=True, slots=True)
+class SimulateConfig:
+    """A simulated lifelong log with impressions whose true label probabilities are known."""
+
+    out: str = "data/simulated"
+    """Folder that receives events.parquet-like source files; `prepare` reads them."""
+    num_users: int = 400
+    events_per_user: int = 4000
+    """Mean length of a history; lengths spread around it."""
+    num_items: int = 3200
+    num_topics: int = 32
+    """Latent topics, at most 256; every item belongs to one."""
+    min_interests: int = 4
+    max_interests: int = 6
+    """Slow interests of a user: topics that return for as long as the user lives."""
+    episode_events: int = 450
+    """Mean length of an episode, in events; a user's slow interests take turns, one an episode."""
+    session_events: int = 20
+    """Mean length of a session, in events."""
+    impressions_per_user: int = 300
+    impressions_per_request: int = 4
+    """Candidates shown at one moment."""
+    start: str = "2024-01-01"
+    days: float = 730.0
+    """Length of the simulated period; users' lives fill it."""
+    seed: int = 1
+    num_threads: int = 1
+    """Threads that generate; the bytes do not depend on them."""
+
+    def __post_init__(self) -> None:
+        for key in ("num_users", "events_per_user", "num_items", "num_topics", "episode_events", "session_events"):
+            _require(getattr(self, key) >= 1, key, f"must be at least 1, got {getattr(self, key)}")
+        for key in ("impressions_per_user", "impressions_per_request", "num_threads"):
+            _require(getattr(self, key) >= 1, key, f"must be at least 1, got {getattr(self, key)}")
+        _require(self.num_topics <= 256, "num_topics", f"must be at most 256, got {self.num_topics}")
+        _require(
+            self.num_items >= self.num_topics,
+            "num_items",
+            f"must be at least num_topics={self.num_topics}, got {self.num_items}",
+        )
+        _require(
+            1 <= self.min_interests <= self.max_interests < self.num_topics,
+            "max_interests",
+            f"needs 1 <= min_interests <= max_interests < num_topics, got {self.min_interests}, "
+            f"{self.max_interests}, {self.num_topics}",
+        )
+        _require(
+            self.days >= 1 + self.events_per_user / 1e6,
+            "days",
+            f"must be at least 1 and one more a million events a user, got {self.days}",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """Where a table's columns are; one `kind` of a known data set, or `table` with names."""
+
+    kind: str = "table"
+    """auto (by what lies at the path) | table | ml-1m | ml-latest-small | ml-100k | recbole | npz | simulated"""
+    paths: list[str] = field(default_factory=list)
+    """Files (Parquet, CSV, or the data set's own); several are read in the order of their names."""
+    user: str = "user"
+    """Column of user ids, integers or strings."""
+    item: str = "item"
+    """Column of item ids, integers or strings."""
+    timestamp: str | None = None
+    """Null for a table without times: input order counts then."""
+    time_unit: str | None = None
+    """s | ms | us | ns | iso; needed as soon as a timestamp column is named."""
+    action: str | None = None
+    """Column of action names, such as click or buy."""
+    rating: str | None = None
+    sequence: str | None = None
+    """Column that orders equal timestamps; input order without it."""
+    separator: str = ","
+    """Of CSV files."""
+    user_ids: IdType = IdType.auto
+    """What user ids are; auto follows the column's type, and in text files the first value."""
+    item_ids: IdType = IdType.auto
+    """The same of item ids."""
+    labels: list[str] = field(default_factory=list)
+    """Impressions: one 0/1/empty column a task."""
+    probabilities: list[str] = field(default_factory=list)
+    """Impressions of a simulation: the true probability of each label, in the order of `labels`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PrepareConfig:
+    """Ingest of source tables into an EventLog."""
+
+    out: str = "data/log"
+    """Folder that receives the EventLog."""
+    events: SourceConfig = field(default_factory=SourceConfig)
+    impressions: SourceConfig | None = None
+    append: bool = False
+    """Add a segment to an existing log; a source that it holds already is refused."""
+    on_bad_rows: OnBadRows = OnBadRows.error
+    progress: bool = True
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values; enums by their values."""
+    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Enum):
+        return value.value
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """The inverse of `to_dict`; ConfigError for a key or a value that `cls` does not know."""
+    hints = get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    _require(not unknown, ", ".join(sorted(unknown)), f"no field of {cls.__name__}; was this written by a newer vista?")
+    arguments = {}
+    for key, value in values.items():
+        hint = hints[key]
+        if isinstance(hint, type) and issubclass(hint, Enum):
+            try:
+                value = hint(value)
+            except ValueError as error:
+                raise ConfigError(f"{key}: {error}") from None
+        elif is_dataclass(hint) and isinstance(value, dict):
+            value = from_dict(hint, value)  # type: ignore[arg-type]
+        arguments[key] = value
+    return cls(**arguments)

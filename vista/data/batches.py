@@ -1,0 +1,188 @@
+"""Training batches by token budget, made from a log; batch i of epoch e depends on (seed, e, i) alone.
+
+So a resumed run needs no state of the data but its position, and makes the same batches, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.config import TrainConfig
+from vista.data.cuts import Batch, Chunks, CutPlan, Int, cut_batch, decay_clock, ragged_arange
+from vista.data.event_log import EventLog
+from vista.data.frequency import item_counts
+from vista.data.negatives import NegativeSampler
+from vista.data.splits import split_until, visible_counts
+from vista.model.embedding import gap_bucket, history_gaps
+
+
+@dataclass(frozen=True, slots=True)
+class _Impressions:
+    """Impressions that training may use, sorted by user row, with the events that came strictly before each."""
+
+    user: Int
+    position: Int
+    item: Int
+    gap: Int
+    label: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    offsets: Int
+
+
+class BatchSource:
+    """Cuts the visible part of a log into batches."""
+
+    def __init__(self, log: EventLog, item_rows: Int, config: TrainConfig) -> None:
+        """item_rows: int64 [log.num_items], the model row of each of the log's items."""
+        self._log = log
+        self._item_rows = item_rows
+        self._config = config
+        data, model = config.data, config.model
+        self.counts = visible_counts(log, split_until(config.data, "train"))
+        frequency = np.zeros(int(item_rows.max(initial=0)) + 1, np.int64)
+        np.add.at(frequency, item_rows, item_counts(log, self.counts))
+        self._sampler = NegativeSampler(frequency, num_negatives=data.num_negatives, power=data.negative_power)
+        self._chunk_len = min(data.chunk_len, model.history_limit or data.chunk_len)
+        self._impressions = _visible_impressions(log, item_rows, self.counts, config)
+        self._plan = CutPlan(
+            mixing=model.mixing,
+            tail_len=model.tail_len,
+            label_spacing=data.label_spacing,
+            windows_per_chunk=data.windows_per_chunk,
+            num_cuts=data.num_cuts,
+            staleness_events=data.staleness_events,
+            staleness_share=data.staleness_share,
+            reconstruction_len=data.reconstruction_len,
+            num_tasks=len(log.impressions.tasks) if log.impressions is not None else 0,
+        )
+        self._epoch = -1
+        self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
+        self._batches: list[Int] = []
+
+    def num_batches(self, epoch: int) -> int:
+        self._start_epoch(epoch)
+        return len(self._batches)
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        """The `index`-th batch of an epoch."""
+        self._start_epoch(epoch)
+        rng = np.random.default_rng([self._config.seed, epoch, index + 1])
+        user, start, stop = (part[self._batches[index]] for part in self._chunks)
+        negatives, log_weight = self._sampler.draw(rng)
+        return cut_batch(self._pack(user, start, stop), self._plan, rng, negatives, log_weight)
+
+    def _start_epoch(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        rng = np.random.default_rng([self._config.seed, epoch, 0])
+        self._chunks = _chunk_histories(self.counts, self._chunk_len, rng)
+        lengths = self._chunks[2] - self._chunks[1]
+        self._batches = _fill(rng.permutation(len(lengths)), lengths, self._config.data.tokens_per_batch)
+        self._epoch = epoch
+
+    def _pack(self, user: Int, start: Int, stop: Int) -> Chunks:
+        histories = self._log.gather_ranges(user, start, stop)
+        time = np.asarray(histories.timestamp)
+        use_time = self._log.has_time and self._config.model.use_time
+        gap = history_gaps(time, histories.offsets) if use_time else np.zeros(len(time), np.int64)
+        seen = self._impressions
+        low, high = _position_ranges(seen, user, start, stop, stop == self.counts[user])
+        index = np.repeat(low, high - low) + ragged_arange(high - low)
+        owner = np.repeat(np.arange(len(user)), high - low)
+        position = seen.position[index] - start[owner]
+        return Chunks(
+            user=user,
+            item=self._item_rows[histories.item],
+            action=histories.action.astype(np.int64),
+            rating=None if histories.rating is None else np.array(histories.rating, np.float32),
+            gap=gap,
+            clock=decay_clock(self._config.model.decay, time),
+            offsets=histories.offsets,
+            impression_chunk=owner,
+            impression_position=position,
+            impression_item=seen.item[index],
+            impression_gap=np.where(position > 0, seen.gap[index], 0),
+            impression_label=seen.label[index],
+            impression_mask=seen.mask[index],
+        )
+
+
+def _chunk_histories(counts: Int, limit: int, rng: np.random.Generator) -> tuple[Int, Int, Int]:
+    """(user, start, stop): histories longer than `limit` are cut at a random phase, others stay whole."""
+    users = np.flatnonzero(counts)
+    total = counts[users]
+    phase = np.where(total > limit, rng.integers(1, limit + 1, len(users)), total)
+    pieces = 1 + -(-(total - phase) // limit)
+    owner = np.repeat(np.arange(len(users)), pieces)
+    index = ragged_arange(pieces)
+    start = np.where(index == 0, 0, phase[owner] + (index - 1) * limit)
+    stop = np.minimum(phase[owner] + index * limit, total[owner])
+    return users[owner], start, stop
+
+
+def _fill(order: Int, lengths: Int, budget: int) -> list[Int]:
+    """Batches of chunks in the given order, each of at most `budget` events or one chunk."""
+    batches, begin, tokens = [], 0, 0
+    for i, length in enumerate(lengths[order].tolist()):
+        if i > begin and tokens + length > budget:
+            batches.append(order[begin:i])
+            begin, tokens = i, 0
+        tokens += length
+    if begin < len(order):
+        batches.append(order[begin:])
+    return batches
+
+
+def events_before(log: EventLog, user: int, times: Int, count: int) -> Int:
+    """How many of the first `count` events of a user came strictly before each of `times`."""
+    return np.searchsorted(np.asarray(log.slice(user, 0, count).timestamp), times, side="left").astype(np.int64)
+
+
+def _visible_impressions(log: EventLog, item_rows: Int, counts: Int, config: TrainConfig) -> _Impressions:
+    table = log.impressions
+    if table is None:
+        none = np.zeros(0, np.int64)
+        empty = np.zeros((0, 0), np.float32)
+        return _Impressions(none, none, none, none, empty, empty > 0, np.zeros(log.num_users + 1, np.int64))
+    until = split_until(config.data, "train")
+    timestamp = np.asarray(table.timestamp)
+    user = np.repeat(np.arange(log.num_users), np.diff(table.offsets))
+    position = np.zeros(len(timestamp), np.int64)
+    before = np.zeros(len(timestamp), np.int64)
+    for row in np.flatnonzero(np.diff(table.offsets)):
+        low, high = table.offsets[row], table.offsets[row + 1]
+        times = np.asarray(log.slice(row).timestamp)
+        at = np.searchsorted(times, timestamp[low:high], side="left")
+        position[low:high] = at
+        before[low:high] = times[np.maximum(at - 1, 0)] if len(times) else timestamp[low:high]
+    visible = position <= counts[user]
+    if until.before is not None:
+        visible &= timestamp < until.before
+    kept = np.flatnonzero(visible)
+    gap = gap_bucket(timestamp - before) if log.has_time and config.model.use_time else position * 0
+    per_user = np.bincount(user[kept], minlength=log.num_users)
+    return _Impressions(
+        user[kept],
+        position[kept],
+        item_rows[table.item[kept]],
+        np.where(position > 0, gap, 0)[kept],
+        np.asarray(table.label)[kept].astype(np.float32),
+        np.asarray(table.mask)[kept].astype(np.bool_),
+        np.concatenate([[0], np.cumsum(per_user)]).astype(np.int64),
+    )
+
+
+def _position_ranges(seen: _Impressions, user: Int, start: Int, stop: Int, is_last: NDArray[np.bool_]) -> tuple[Int, Int]:
+    """Index ranges of the impressions of each chunk: positions in [start, stop), and stop itself in a user's last chunk."""
+    if len(seen.position) == 0:
+        return np.zeros(len(user), np.int64), np.zeros(len(user), np.int64)
+    # (user, position) as one sorted key.
+    width = int(max(seen.position.max(), stop.max(initial=0))) + 2
+    key = seen.user * width + seen.position
+    low = np.searchsorted(key, user * width + start, side="left")
+    high = np.searchsorted(key, user * width + stop, side=("left"))
+    high_last = np.searchsorted(key, user * width + stop, side="right")
+    return low, np.where(is_last, high_last, high)

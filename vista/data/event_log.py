@@ -1,0 +1,240 @@
+"""EventLog: every user's history, packed, memory-mapped, read with NumPy alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.data.histories import Histories, slice_merged, take, take_merged
+from vista.data.impressions import Impressions, read_impressions
+from vista.data.segment import Segment, find_segments, read_segment
+from vista.data.vocabulary import Vocabulary
+from vista.errors import LogFormatError, UnknownUserError
+
+if TYPE_CHECKING:
+    from vista.config import OnBadRows
+
+
+class EventLog:
+    """A log on disk. Open one with `EventLog.open`, make one with `EventLog.from_frame` or `vista prepare`.
+
+    Safe to share between threads and with forked or spawned workers (it pickles as its path and last segment).
+    """
+
+    def __init__(self, path: Path, segments: Sequence[Segment]) -> None:
+        newest = segments[-1].manifest
+        self.path = path
+        self.users = Vocabulary.concatenated([segment.new_users for segment in segments])
+        self.items = Vocabulary.concatenated([segment.new_items for segment in segments])
+        self.actions: list[str] = list(newest["actions"])
+        self.has_time: bool = newest["has_time"]
+        self.has_rating: bool = newest["has_rating"]
+        self.last_segment = segments[-1].last
+        self.num_users = len(self.users)
+        self.num_items = len(self.items)
+        self.num_events = sum(segment.events.num_rows for segment in segments)
+        self._segments = list(segments)
+        self._lengths: NDArray[np.int64] | None = None
+        self._impressions: Impressions | None = None
+        if (self.num_users, self.num_items) != (newest["num_users"], newest["num_items"]):
+            raise LogFormatError(
+                f"{path}: vocabularies hold {self.num_users} users and {self.num_items} items, the manifest of "
+                f"{segments[-1].path.name} says {newest['num_users']} and {newest['num_items']}; prepare the log anew"
+            )
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, last_segment: int | None = None) -> EventLog:
+        """Open a log, memory-mapped.
+
+        Args:
+            path: its folder.
+            last_segment: read only the segments up to this number; None reads all.
+
+        Raises:
+            LogFormatError: if it is missing, truncated, of another format, or has no segment that ends there.
+        """
+        folders = find_segments(Path(path))
+        segments: list[Segment] = []
+        for folder in folders:
+            if last_segment is not None and segments and segments[-1].last >= last_segment:
+                break
+            segments.append(read_segment(folder))
+        if last_segment is not None and segments[-1].last != last_segment:
+            raise LogFormatError(f"{path}: no segment ends at number {last_segment}; it has {segments[-1].last}")
+        return cls(Path(path), segments)
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        path: str | os.PathLike[str],
+        *,
+        time_unit: str | None = None,
+        user: str = "user",
+        item: str = "item",
+        timestamp: str | None = "timestamp",
+        action: str | None = None,
+        rating: str | None = None,
+        sequence: str | None = None,
+        impressions: Any = None,
+        labels: Sequence[str] = (),
+        probabilities: Sequence[str] = (),
+        on_bad_rows: OnBadRows | str = "raise",
+        append: bool = False,
+    ) -> EventLog:
+        """Write a log from a pandas or Polars frame (or a mapping of columns) and open it.
+
+        Args:
+            frame: events, one row each.
+            path: folder to make; with `append` it is extended by a segment.
+            time_unit: s | ms | us | ns | iso; needed with a numeric or text timestamp column.
+            user, item, timestamp, action, rating, sequence: names of columns; `timestamp=None` makes a log without
+                times, in the frame's order; equal times are ordered by `sequence`, or else as they come.
+            impressions: a second frame with the same user, item and timestamp columns, and `labels`.
+            labels: one 0/1/missing column a task of the impressions.
+            probabilities: true probabilities, one column a task (simulations).
+            on_bad_rows: raise | quarantine.
+
+        Raises:
+            DataError: naming row, column, value and remedy.
+        """
+        from vista.data.ingest import prepare_frames
+
+        prepare_frames(
+            frame,
+            path,
+            time_unit=time_unit,
+            columns={
+                "user": user,
+                "item": item,
+                "timestamp": timestamp,
+                "action": action,
+                "rating": rating,
+                "sequence": sequence,
+            },
+            impressions=impressions,
+            labels=labels,
+            probabilities=probabilities,
+            on_bad_rows=on_bad_rows,
+            append=append,
+        )
+        return cls.open(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (str(self.path), self.last_segment)
+
+    def __len__(self) -> int:
+        return self.num_users
+
+    def __repr__(self) -> str:
+        return (
+            f"EventLog({str(self.path)!r}: {self.num_users} users, {self.num_items} items, {self.num_events} events, "
+            f"{len(self._segments)} segment(s), {'times' if self.has_time else 'order only'})"
+        )
+
+    def __getitem__(self, user_id: int | str) -> Histories:
+        """The history of one user, by raw id.
+
+        Raises:
+            UnknownUserError: if the log does not know the user.
+        """
+        row = int(self.users.rows([user_id])[0])
+        if row < 0:
+            raise UnknownUserError(f"user {user_id!r} is not in {self.path}; `user_id in log` tests without an error")
+        return self.slice(row)
+
+    def __contains__(self, user_id: int | str) -> bool:
+        return int(self.users.rows([user_id])[0]) >= 0
+
+    @property
+    def manifests(self) -> list[dict[str, Any]]:
+        """The segments' manifests, oldest first."""
+        return [segment.manifest for segment in self._segments]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Events of every user: int64 [num_users]."""
+        if self._lengths is None:
+            total = np.zeros(self.num_users, np.int64)
+            for segment in self._segments:
+                total += segment.events.counts(self.num_users)
+            total.flags.writeable = False
+            self._lengths = total
+        return self._lengths
+
+    @property
+    def impressions(self) -> Impressions | None:
+        """The second table, or None; merged over the segments when first asked for."""
+        if self._impressions is None and any(segment.impressions is not None for segment in self._segments):
+            self._impressions = read_impressions(self._segments, self.num_users)
+        return self._impressions
+
+    def gather(self, user_rows: Any, counts: Any = None) -> Histories:
+        """Histories of several users.
+
+        Args:
+            user_rows: int [B] rows of `users`.
+            counts: int [B]; only the first counts[b] events of each. None means all.
+
+        Returns:
+            B histories; views of the log where it is one segment and the users are whole and consecutive.
+
+        Raises:
+            IndexError: if a row is out of range.
+        """
+        rows = self._checked_rows(user_rows)
+        stops = self.lengths[rows] if counts is None else np.asarray(counts, np.int64)
+        return self.gather_ranges(rows, np.zeros(len(rows), np.int64), stops)
+
+    def gather_ranges(self, user_rows: Any, starts: Any, stops: Any) -> Histories:
+        """Events [starts[b], stops[b]) of each of the users `user_rows` [B]; bounds are clipped to the history."""
+        rows = self._checked_rows(user_rows)
+        lengths = self.lengths[rows]
+        low = np.clip(np.asarray(starts, np.int64), 0, lengths)
+        high = np.clip(np.asarray(stops, np.int64), low, lengths)
+        if low.shape != rows.shape or high.shape != rows.shape:
+            raise ValueError(f"starts and stops need shape {rows.shape}, got {low.shape} and {high.shape}")
+        if len(self._segments) == 1:
+            first, _ = self._segments[0].events.locate(rows)
+            return take(self._segments[0].events, first + low, high - low)
+        whole = take_merged([segment.events for segment in self._segments], rows)
+        return whole.select(low, high)
+
+    def counts_before(self, time: int) -> NDArray[np.int64]:
+        """Events of every user strictly before `time` (ms, or an ordinal): int64 [num_users]."""
+        total = np.zeros(self.num_users, np.int64)
+        for segment in self._segments:
+            users, offsets = segment.events.users, segment.events.offsets
+            times = segment.events.columns["timestamp"]
+            low, high = offsets[:-1].copy(), offsets[1:].copy()
+            while (open_ := np.flatnonzero(low < high)).size:  # all users' binary searches at once
+                middle = (low[open_] + high[open_]) // 2
+                older = times[middle] < time
+                low[open_] = np.where(older, middle + 1, low[open_])
+                high[open_] = np.where(older, high[open_], middle)
+            total[users] += low - offsets[:-1]
+        return total
+
+    def slice(self, user_row: SupportsIndex, start: int = 0, stop: int | None = None) -> Histories:
+        """Events [start, stop) of one user (B = 1), bounds as of a list; views wherever one segment holds them."""
+        row = int(self._checked_rows([user_row])[0])
+        low, high, _ = slice(start, stop).indices(int(self.lengths[row]))
+        return slice_merged([segment.events for segment in self._segments], row, low, max(low, high))
+
+    def _checked_rows(self, user_rows: Any) -> NDArray[np.int64]:
+        rows = np.asarray(user_rows)
+        if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
+            raise TypeError(f"user_rows must be a vector of integers, got {rows.dtype} of shape {rows.shape}")
+        rows = rows.astype(np.int64, copy=False)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.num_users):
+            raise IndexError(f"user rows must lie in [0, {self.num_users}), got {rows.min()} to {rows.max()}")
+        return rows
+
+
+def _reopen(path: str, last_segment: int) -> EventLog:
+    return EventLog.open(path, last_segment=last_segment)

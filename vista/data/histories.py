@@ -1,0 +1,160 @@
+"""Histories packed end to end, and how they are taken out of one or several packed tables. NumPy only."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.data.segment import PackedTable
+
+Int = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Histories:
+    """Histories of B users end to end, oldest event first. Arrays may be read-only views of the log.
+
+    item: int32 [T] item rows of the log; timestamp: int64 [T] milliseconds, or the ordinal in a log without times;
+    action: uint8 [T] codes into `EventLog.actions`; rating: float32 [T], or None where the log has no ratings;
+    offsets: int64 [B + 1].
+    """
+
+    item: NDArray[np.int32]
+    timestamp: Int
+    action: NDArray[np.uint8]
+    rating: NDArray[np.float32] | None
+    offsets: Int
+
+    @property
+    def num_users(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_events(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def lengths(self) -> Int:
+        """Events of each user: int64 [B]."""
+        return np.diff(self.offsets)
+
+    def slice(self, user: int, start: int = 0, stop: int | None = None) -> Histories:
+        """Events [start, stop) of the `user`-th history here, as views (B = 1). Bounds work like a list's."""
+        begin, end = int(self.offsets[user]), int(self.offsets[user + 1])
+        low, high, _ = slice(start, stop).indices(end - begin)
+        return self._at(slice(begin + low, begin + max(low, high)), np.array([0, max(high - low, 0)], np.int64))
+
+    def select_users(self, begin: int, end: int) -> Histories:
+        """Histories begin .. end-1, as views."""
+        first, last = int(self.offsets[begin]), int(self.offsets[end])
+        return self._at(slice(first, last), self.offsets[begin : end + 1] - first)
+
+    def select(self, starts: Int, stops: Int) -> Histories:
+        """Events [starts[b], stops[b]) of each history; itself where those are all."""
+        counts = stops - starts
+        if np.array_equal(counts, self.lengths):
+            return self
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return self._at(ranges(self.offsets[:-1] + starts, counts), offsets)
+
+    def _at(self, index: builtins.slice | Int, offsets: Int) -> Histories:
+        """The events at `index` (a slice makes views), under new offsets."""
+        rating = None if self.rating is None else self.rating[index]
+        return Histories(self.item[index], self.timestamp[index], self.action[index], rating, offsets)
+
+
+def ranges(starts: Int, counts: Int) -> Int:
+    """The integers starts[b] .. starts[b] + counts[b] - 1 of every b, end to end: int64 [sum of counts]."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    index: Int = np.arange(total, dtype=np.int64) + np.repeat(starts - ends + counts, counts)
+    return index
+
+
+def take(table: PackedTable, starts: Int, counts: Int) -> Histories:
+    """Rows starts[b] .. + counts[b] of a table as B histories: views where they follow one another, else copies."""
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    filled = np.flatnonzero(counts)
+    starts, counts = starts[filled], counts[filled]
+    index: slice | Int
+    if not len(filled):
+        index = slice(0, 0)
+    elif np.array_equal(starts[1:], starts[:-1] + counts[:-1]):
+        index = slice(int(starts[0]), int(starts[-1] + counts[-1]))
+    else:
+        index = ranges(starts, counts)
+    columns = table.columns
+    whole = Histories(columns["item"], columns["timestamp"], columns["action"], columns.get("rating"), offsets)
+    return whole._at(index, offsets)
+
+
+def take_merged(tables: Sequence[PackedTable], rows: Int) -> Histories:
+    """Whole histories of the users `rows` [B] from several tables: by time, equal times in the order of the tables."""
+    located = [table.locate(rows) for table in tables]
+    counts = sum((count for _, count in located), np.zeros(len(rows), np.int64))
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    out = _empty(int(offsets[-1]), all("rating" in table.columns for table in tables), offsets)
+    next_free = offsets[:-1].copy()
+    for table, (start, count) in zip(tables, located, strict=True):
+        _copy(take(table, start, count), out, ranges(next_free, count))
+        next_free += count
+    falls = np.diff(out.timestamp) < 0
+    inner = offsets[1:-1]
+    falls[inner[(inner > 0) & (inner < len(out.timestamp))] - 1] = False  # a user's first event may be older
+    if not falls.any():
+        return out
+    owner = np.repeat(np.arange(len(rows)), counts)
+    return out._at(np.lexsort((out.timestamp, owner)), offsets)
+
+
+def slice_merged(tables: Sequence[PackedTable], row: int, low: int, high: int) -> Histories:
+    """Events [low, high) of one user's merged history; 0 <= low <= high <= its length.
+
+    Views where one table holds them. Of the rest of the history at most the times are read.
+    """
+    rows = np.array([row], np.int64)
+    parts = [take(table, *table.locate(rows)) for table in tables]
+    parts = [part for part in parts if part.num_events] or parts[:1]
+    offsets = np.array([0, high - low], np.int64)
+    bounds = np.cumsum([0, *(part.num_events for part in parts)])
+    if all(a.timestamp[-1] <= b.timestamp[0] for a, b in pairwise(parts)):
+        clipped = np.clip(np.array([low, high])[:, None] - bounds[:-1], 0, np.diff(bounds))
+        pieces = [part.slice(0, int(a), int(b)) for part, a, b in zip(parts, clipped[0], clipped[1], strict=True)]
+        pieces = [piece for piece in pieces if piece.num_events] or pieces[:1]
+        if len(pieces) == 1:
+            return pieces[0]
+        order = np.arange(high - low)
+        parts, bounds = pieces, np.cumsum([0, *(piece.num_events for piece in pieces)])
+    else:
+        order = np.argsort(np.concatenate([part.timestamp for part in parts]), kind="stable")[low:high]
+    out = _empty(high - low, parts[0].rating is not None, offsets)
+    source = np.searchsorted(bounds, order, side="right") - 1
+    for number, part in enumerate(parts):
+        here = np.flatnonzero(source == number)
+        index = order[here] - bounds[number]
+        _copy(part._at(index, np.array([0, len(index)], np.int64)), out, here)
+    return out
+
+
+def _empty(num_events: int, has_rating: bool, offsets: Int) -> Histories:
+    rating = np.empty(num_events, np.float32) if has_rating else None
+    return Histories(
+        np.empty(num_events, np.int32),
+        np.empty(num_events, np.int64),
+        np.empty(num_events, np.uint8),
+        rating,
+        offsets,
+    )
+
+
+def _copy(source: Histories, target: Histories, index: Int) -> None:
+    target.item[index] = source.item
+    target.timestamp[index] = source.timestamp
+    target.action[index] = source.action
+    if target.rating is not None and source.rating is not None:
+        target.rating[index] = source.rating

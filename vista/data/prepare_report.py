@@ -1,0 +1,73 @@
+"""What an ingest did, and where its time went."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareReport:
+    """What `prepare` wrote, and how long each stage took.
+
+    num_users and num_items count the whole log, the other numbers the new segment. first_ms and last_ms: range of the
+    events' times, None in a log without times. stages: seconds of open (with the digests), read (parse and judge),
+    vocabularies, sort (join and sort), write, sync (fsync and rename).
+    """
+
+    path: Path
+    segment: int
+    num_users: int
+    num_items: int
+    num_events: int
+    num_impressions: int
+    num_quarantined: int
+    quarantine: Path | None
+    first_ms: int | None
+    last_ms: int | None
+    stages: dict[str, float]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.stages.values())
+
+    @property
+    def rows_per_second(self) -> float:
+        """Good rows, events and impressions, over the whole time."""
+        return (self.num_events + self.num_impressions) / max(self.seconds, 1e-9)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each stage in the whole time."""
+        return {stage: seconds / max(self.seconds, 1e-9) for stage, seconds in self.stages.items()}
+
+    def __str__(self) -> str:
+        times = "order only"
+        if self.first_ms is not None and self.last_ms is not None:
+            days = [datetime.fromtimestamp(ms / 1000, UTC).date().isoformat() for ms in (self.first_ms, self.last_ms)]
+            times = f"{days[0]} to {days[1]}"
+        lines = [
+            f"{self.path}: segment {self.segment} with {self.num_events:,} events ({times}) and "
+            f"{self.num_impressions:,} impressions; the log knows {self.num_users:,} users, {self.num_items:,} items",
+            f"{self.seconds:.2f} s, {self.rows_per_second:,.0f} rows/s: "
+            + ", ".join(f"{stage} {share:.0%}" for stage, share in self.shares.items()),
+        ]
+        if self.quarantine is not None:
+            lines.append(f"{self.num_quarantined:,} bad rows set aside in {self.quarantine}")
+        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
+
+
+class Stages(dict[str, float]):
+    """Seconds of each stage; `lap` books the time since the last lap."""
+
+    def __init__(self) -> None:
+        super().__init__(dict.fromkeys(("open", "read", "vocabularies", "sort", "write", "sync"), 0.0))
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self[stage] += now - self._last
+        self._last = now

@@ -1,0 +1,107 @@
+"""Which events of each user are visible: leave-last-out splits and splits in time."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.config import DataConfig, Split
+from vista.data.event_log import EventLog
+from vista.errors import ConfigError
+
+MIN_EVENTS = 3
+"""Users with fewer events are neither validation nor test users: leave-last-out hides nothing of them."""
+
+_HELD_OUT = {"leave-last-out": 1, "leave-last-two-out": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Until:
+    """A moment up to which events are visible.
+
+    held_out: newest events hidden of each user with at least MIN_EVENTS events; before: events strictly before this
+    time (ms) are visible, or None for all.
+    """
+
+    held_out: int = 0
+    before: int | None = None
+
+    def __str__(self) -> str:
+        names = {held_out: name for name, held_out in _HELD_OUT.items()}
+        if self.before is not None:
+            return str(self.before)
+        return names.get(self.held_out, "all")
+
+
+def parse_time(text: str | int) -> int:
+    """Milliseconds since 1970 of an ISO 8601 date or time (UTC unless it names an offset) or of an integer (ms).
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    if isinstance(text, int):
+        return text
+    if re.fullmatch(r"[+-]?\d+", text.strip()) and not re.fullmatch(r"\d{8}", text.strip()):
+        return int(text)
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise ConfigError(
+            f"time {text!r}: write an ISO date or time (2024-05-01, 2024-05-01T12:00:00Z) or ms"
+        ) from None
+    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+    return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
+
+
+def parse_until(text: str | int | None) -> Until:
+    """Read `until`: None or "all", "leave-last-out", "leave-last-two-out", an ISO time (UTC), or milliseconds.
+
+    Raises:
+        ConfigError: if it is none of these.
+    """
+    if text is None or text == "all":
+        return Until()
+    if isinstance(text, str) and text in _HELD_OUT:
+        return Until(held_out=_HELD_OUT[text])
+    try:
+        return Until(before=parse_time(text))
+    except ConfigError:
+        raise ConfigError(f"until={text!r}: write all, {', '.join(_HELD_OUT)}, an ISO date or time, or ms") from None
+
+
+def visible_counts(log: EventLog, until: Until | str | int | None) -> NDArray[np.int64]:
+    """How many leading events of each user are visible.
+
+    leave-last-out hides a user's last event, leave-last-two-out the last two; users with fewer than MIN_EVENTS events
+    are neither validation nor test users, so nothing of them is hidden. A time hides what happened at it or later.
+
+    Returns:
+        int64 [num_users].
+
+    Raises:
+        ConfigError: for a time in a log without times.
+    """
+    limit = until if isinstance(until, Until) else parse_until(until)
+    if limit.before is not None:
+        if not log.has_time:
+            raise ConfigError(f"until={limit.before}: {log.path} has no times; use leave-last-out")
+        return log.counts_before(limit.before)
+    lengths = log.lengths
+    return np.where(lengths >= MIN_EVENTS, lengths - limit.held_out, lengths)
+
+
+def split_until(data: DataConfig, part: str) -> Until:
+    """What may be seen before the labels of a part of a split begin.
+
+    Args:
+        data: the split: leave-last-out, or in time.
+        part: "train" (what training sees), "validation" or "test" (what summaries may have seen of their labels' past).
+    """
+    if data.split is Split.time:
+        assert data.validation_from is not None and data.test_from is not None  # DataConfig has checked
+        return Until(before=parse_time(data.test_from if part == "test" else data.validation_from))
+    return Until(held_out=1 if part == "test" else 2)

@@ -1,0 +1,299 @@
+"""Append-only vocabularies: raw ids (integers or strings) to rows and back. NumPy only.
+
+On disk, beside whatever else a folder holds:
+    integers: `<name>.ids.npy` int64 [N];
+    strings: `<name>.ids.npy` uint8, all ids as UTF-8 end to end, and `<name>.offsets.npy` int64 [N + 1].
+Both are memory-mapped on loading. An id keeps its row for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.errors import LogFormatError
+
+Ids = Sequence[int] | Sequence[str] | Sequence[int | str] | NDArray[Any]
+"""Raw ids, all integers or all strings."""
+
+_SMALL_QUERY = 16
+_TABLE_SLACK = 8
+
+
+class Vocabulary:
+    """Raw ids and their rows 0..N-1. Immutable: `extended` returns a new vocabulary.
+
+    Args:
+        kind: "int" (int64 ids) or "str".
+        ids: int64 [N], or uint8 UTF-8 bytes of all ids end to end.
+        offsets: int64 [N + 1] byte positions; strings only.
+    """
+
+    __slots__ = ("_ascending", "_by_id", "_data", "_offsets", "_order", "_table", "kind")
+
+    def __init__(self, kind: str, ids: NDArray[Any], offsets: NDArray[np.int64] | None = None) -> None:
+        if kind not in ("int", "str"):
+            raise ValueError(f"kind must be 'int' or 'str', got {kind!r}")
+        if (kind == "str") != (offsets is not None):
+            raise ValueError("offsets belong to string ids, and to them only")
+        self.kind = kind
+        self._data = ids
+        self._offsets = offsets
+        self._ascending: bool | None = None
+        self._order: NDArray[np.int64] | None = None
+        self._table: tuple[int, NDArray[np.int64]] | None = None
+        self._by_id: dict[str, int] | None = None
+
+    @classmethod
+    def empty(cls, kind: str) -> Vocabulary:
+        """A vocabulary without ids."""
+        if kind == "int":
+            return cls("int", np.empty(0, np.int64))
+        return cls("str", np.empty(0, np.uint8), np.zeros(1, np.int64))
+
+    @classmethod
+    def from_ids(cls, ids: Ids) -> Vocabulary:
+        """A vocabulary of the distinct `ids`, in sorted order; the kind follows their type."""
+        array = np.asarray(ids)
+        kind = "int" if array.dtype.kind in "iu" or (array.dtype == object and _all_int(array)) else "str"
+        if array.size == 0:
+            raise ValueError("no ids: use Vocabulary.empty(kind)")
+        return cls.empty(kind).extended(ids)
+
+    def __len__(self) -> int:
+        return len(self._data) if self._offsets is None else len(self._offsets) - 1
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({self.kind}, {len(self)} ids)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        offsets = None if self._offsets is None else np.array(self._offsets)
+        return Vocabulary, (self.kind, np.array(self._data), offsets)
+
+    def rows(self, ids: Ids) -> NDArray[np.int64]:
+        """Rows of raw ids.
+
+        Returns:
+            int64 [N]; -1 where an id is unknown.
+
+        Raises:
+            TypeError: if the ids are of the other kind.
+        """
+        return self._int_rows(_as_int_ids(ids)) if self.kind == "int" else self._str_rows(_as_str_ids(ids))
+
+    def ids(self, rows: Any) -> NDArray[Any]:
+        """Raw ids of rows: int64 [N], or str objects [N].
+
+        Raises:
+            IndexError: if a row lies outside [0, N).
+        """
+        index = np.atleast_1d(np.asarray(rows, dtype=np.int64))
+        if index.size and (index.min() < 0 or index.max() >= len(self)):
+            raise IndexError(f"row {int(index.min() if index.min() < 0 else index.max())} is outside [0, {len(self)})")
+        if self._offsets is None:
+            return np.asarray(self._data[index])
+        out = np.empty(len(index), dtype=object)
+        starts, stops = self._offsets[index].tolist(), self._offsets[index + 1].tolist()
+        if len(index) > len(self) // 4:
+            blob = self._data.tobytes()
+            out[:] = [blob[a:b].decode() for a, b in zip(starts, stops, strict=True)]
+        else:
+            out[:] = [self._data[a:b].tobytes().decode() for a, b in zip(starts, stops, strict=True)]
+        return out
+
+    def extended(self, new_ids: Ids) -> Vocabulary:
+        """This vocabulary with the unknown ones of `new_ids` appended in sorted order; old rows stay.
+
+        Strings are sorted by their UTF-8 bytes.
+        """
+        if self.kind == "int":
+            ids = np.unique(_as_int_ids(new_ids))
+            fresh = ids[self._int_rows(ids) < 0]
+            return self if not len(fresh) else Vocabulary("int", np.concatenate([self._data, fresh]))
+        known = self._str_rows(names := _as_str_ids(new_ids))
+        encoded = sorted({name.encode() for name, row in zip(names, known.tolist(), strict=True) if row < 0})
+        return self if not encoded else Vocabulary.concatenated([self, _from_bytes(encoded)])
+
+    def tail(self, start: int) -> Vocabulary:
+        """The ids from row `start` on, as a vocabulary of its own (what an appended segment stores)."""
+        if self._offsets is None:
+            return Vocabulary("int", self._data[start:])
+        offsets = self._offsets[start:]
+        return Vocabulary("str", self._data[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+    @staticmethod
+    def concatenated(parts: Sequence[Vocabulary]) -> Vocabulary:
+        """Vocabularies of one kind end to end; their ids must be disjoint. One part is returned as it is."""
+        kinds = {part.kind for part in parts}
+        if len(kinds) != 1:
+            raise ValueError(f"cannot join vocabularies of kinds {sorted(kinds)}")
+        if len(parts) == 1:
+            return parts[0]
+        data = np.concatenate([part._data for part in parts])
+        if kinds == {"int"}:
+            return Vocabulary("int", data)
+        sizes = np.concatenate([np.diff(part._offsets) for part in parts if part._offsets is not None])
+        return Vocabulary("str", data, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+
+    def save(self, folder: str | os.PathLike[str], name: str) -> list[Path]:
+        """Write the ids into `folder` under `name`; returns the files. The caller makes it atomic and durable."""
+        base = Path(folder)
+        files = [base / f"{name}.ids.npy"]
+        np.save(files[0], np.ascontiguousarray(self._data), allow_pickle=False)
+        if self._offsets is not None:
+            files.append(base / f"{name}.offsets.npy")
+            np.save(files[1], np.ascontiguousarray(self._offsets), allow_pickle=False)
+        return files
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], name: str) -> Vocabulary:
+        """Open what `save` wrote, memory-mapped.
+
+        Raises:
+            LogFormatError: if a file is missing, truncated or of another type.
+        """
+        path = Path(folder) / f"{name}.ids.npy"
+        offsets_path = Path(folder) / f"{name}.offsets.npy"
+        data = _load(path)
+        if not offsets_path.exists():
+            if data.dtype != np.int64:
+                raise LogFormatError(f"{path}: holds {data.dtype}, integer ids are int64; write the folder anew")
+            return cls("int", data)
+        offsets = _load(offsets_path)
+        if data.dtype != np.uint8 or offsets.dtype != np.int64 or not len(offsets) or int(offsets[-1]) != len(data):
+            raise LogFormatError(f"{path}: does not fit {offsets_path.name} ({len(data)} bytes); write the folder anew")
+        return cls("str", data, offsets)
+
+    def digest(self) -> str:
+        """Hex SHA-256 of kind and content, whatever the storage."""
+        sha = hashlib.sha256(f"vista-vocabulary {self.kind} {len(self)}\n".encode())
+        for array in (self._offsets, self._data):
+            if array is not None:
+                for start in range(0, len(array), 1 << 20):
+                    sha.update(np.ascontiguousarray(array[start : start + (1 << 20)]).data)
+        return sha.hexdigest()
+
+    def _int_rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        if not len(self) or not len(ids):
+            return np.full(len(ids), -1, np.int64)
+        if len(ids) <= _SMALL_QUERY and self._table is None and self._is_ascending():
+            at = np.minimum(np.searchsorted(self._data, ids), len(self) - 1)
+            return np.where(self._data[at] == ids, at, -1).astype(np.int64)
+        low, table = self._lookup_table()
+        if table is not None:
+            # Compare before subtracting: int64 extremes must not wrap.
+            inside = (ids >= low) & (ids <= low + len(table) - 1)
+            return np.where(inside, table[np.where(inside, ids - low, 0)], -1)
+        if self._order is None and not self._is_ascending():
+            self._order = np.argsort(self._data, kind="stable")
+        at = np.minimum(np.searchsorted(self._data, ids, sorter=self._order), len(self) - 1)
+        rows = at if self._order is None else self._order[at]
+        return np.where(self._data[rows] == ids, rows, -1).astype(np.int64)
+
+    def _is_ascending(self) -> bool:
+        if self._ascending is None:
+            self._ascending = bool(np.all(self._data[1:] > self._data[:-1]))
+        return self._ascending
+
+    def _lookup_table(self) -> tuple[int, NDArray[np.int64] | None]:
+        """(lowest id, row of each id from there on), where ids are dense enough for a table; else (0, None)."""
+        if self._table is None:
+            low, high = int(self._data.min()), int(self._data.max())
+            if high - low >= _TABLE_SLACK * len(self) + 1024:
+                return 0, None
+            table = np.full(high - low + 1, -1, np.int64)
+            table[self._data - low] = np.arange(len(self))
+            self._table = (low, table)
+        return self._table
+
+    def _str_rows(self, ids: list[str]) -> NDArray[np.int64]:
+        if self._by_id is None:
+            if len(ids) <= _SMALL_QUERY and self._is_ascending_str():
+                return np.array([self._bisect(name.encode()) for name in ids], dtype=np.int64)
+            self._by_id = {name: row for row, name in enumerate(self.ids(np.arange(len(self))).tolist())}
+        get = self._by_id.get
+        return np.fromiter((get(name, -1) for name in ids), np.int64, len(ids))
+
+    def _is_ascending_str(self) -> bool:
+        if self._ascending is None:
+            offsets = np.asarray(self._offsets).tolist()
+            blob = self._data.tobytes()
+            names = [blob[a:b] for a, b in pairwise(offsets)]
+            self._ascending = all(a < b for a, b in pairwise(names))
+        return self._ascending
+
+    def _bisect(self, name: bytes) -> int:
+        offsets = self._offsets
+        assert offsets is not None
+        low, high = 0, len(self)
+        while low < high:
+            middle = (low + high) // 2
+            found = self._data[offsets[middle] : offsets[middle + 1]].tobytes()
+            if found == name:
+                return middle
+            low, high = (middle + 1, high) if found < name else (low, middle)
+        return -1
+
+
+def _all_int(array: NDArray[Any]) -> bool:
+    return all(isinstance(x, (int, np.integer)) and not isinstance(x, bool) for x in array.ravel())
+
+
+def _as_int_ids(ids: Ids) -> NDArray[np.int64]:
+    array = np.atleast_1d(np.asarray(ids))
+    if array.ndim != 1:
+        raise TypeError(f"ids must be one-dimensional, got shape {array.shape}")
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if array.dtype.kind in "iu" or (array.dtype == object and _all_int(array)):
+        if array.dtype.kind == "u" or array.dtype == object:
+            beyond = [x for x in array.tolist() if not -(2**63) <= x < 2**63] if array.dtype.itemsize == 8 else []
+            if beyond:
+                raise TypeError(f"id {beyond[0]} does not fit into int64; this vocabulary holds int64 ids")
+        return array.astype(np.int64)
+    raise TypeError(
+        f"this vocabulary holds integer ids, got {_describe(array)}; pass int64 ids "
+        "(convert text with numpy.asarray(ids).astype('int64'))"
+    )
+
+
+def _as_str_ids(ids: Ids) -> list[str]:
+    if isinstance(ids, str):
+        return [ids]
+    values: Iterable[Any] = ids.ravel().tolist() if isinstance(ids, np.ndarray) else ids
+    names = list(values)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"this vocabulary holds string ids, got {type(name).__name__} {name!r}; pass strings "
+                "(convert numbers with [str(i) for i in ids])"
+            )
+    return names
+
+
+def _describe(array: NDArray[Any]) -> str:
+    first = array.ravel()[0]
+    return f"{type(first).__name__} {first!r}" if array.dtype == object else f"{array.dtype} {first!r}"
+
+
+def _from_bytes(encoded: list[bytes]) -> Vocabulary:
+    sizes = np.fromiter((len(name) for name in encoded), np.int64, len(encoded))
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    return Vocabulary("str", np.frombuffer(b"".join(encoded), np.uint8), offsets)
+
+
+def _load(path: Path) -> NDArray[Any]:
+    try:
+        # np.asarray drops the memmap subclass, which is slow to index.
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except FileNotFoundError:
+        raise LogFormatError(f"{path}: missing; write the folder anew") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise LogFormatError(f"{path}: truncated or not a .npy file ({error}); write the folder anew") from error

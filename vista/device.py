@@ -1,0 +1,44 @@
+"""Which device and how many threads: chosen in one place, and logged."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from vista.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto | cpu | cuda | cuda:N | mps -> torch.device.
+
+    Raises:
+        ConfigError: if torch has no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name}: torch cannot use it here ({str(error).splitlines()[0]}); try device=auto") from None
+    return device
+
+
+def set_threads(num_threads: int) -> None:
+    """Set torch's CPU threads; 0 leaves torch's own choice."""
+    if num_threads > 0:
+        torch.set_num_threads(num_threads)
+
+
+def announce(device: torch.device) -> None:
+    """Log the device and what it can do."""
+    if device.type == "cuda":
+        logger.info("device %s: %s", device, torch.cuda.get_device_name(device))
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        logger.info("device %s: %d threads, %s", device, torch.get_num_threads(), capability)

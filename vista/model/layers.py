@@ -1,0 +1,65 @@
+"""Blocks that both stages share. Letters: N tokens, M model dim, H heads, D head dim."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def norm(dim: int) -> nn.LayerNorm:
+    """Layer norm without bias. (On CPUs torch fuses LayerNorm, but not RMSNorm.)"""
+    return nn.LayerNorm(dim, bias=False)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask costs a byte an element on CPUs.
+
+    torch draws a 64-bit number an element there, which took a third of a training step. On CPUs `p` is rounded to 1/256, and the
+    survivors are scaled by the rounded value, so the mean is kept exactly.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        threshold = max(1, round(self.p * 256))
+        words = torch.empty(-(-x.numel() // 7), dtype=torch.int64).random_()
+        # random_() fills 63 bits: the top byte of a word has one bit less, so it is left out.
+        random = words.view(torch.uint8).view(-1, 8)[:, :7].reshape(-1)[: x.numel()].view(x.shape)
+        return x * ((random >= threshold).to(x.dtype) * (256 / (256 - threshold)))
+
+
+class FeedForward(nn.Module):
+    """Pre-norm gated feed-forward block (SwiGLU) with its residual."""
+
+    def __init__(self, dim: int, ratio: float, dropout: float) -> None:
+        super().__init__()
+        hidden = max(8, int(dim * ratio))
+        self.norm = norm(dim)
+        self.up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(self.norm(x)).chunk(2, dim=-1)
+        return x + self.dropout(self.down(F.silu(gate) * value))
+
+
+class GatedOutput(nn.Module):
+    """Output of an attention: norm per head, linear gate (SGLU, TransNormerLLM), projection, residual."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.head_norm = norm(dim // num_heads)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor, heads: Tensor, gate: Tensor) -> Tensor:
+        """x [N, M] residual stream, heads [N, H, D] attention output, gate [N, M] -> [N, M]."""
+        return x + self.dropout(self.out(self.head_norm(heads).flatten(-2) * gate))

@@ -1,0 +1,110 @@
+"""Losses. Letters: N label positions, J shared negatives, R item rows, M model dim."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS_PER_TILE = 256
+"""Rows of the softmax held at once: 1 MiB at 1,024 negatives, which stays in a core's cache."""
+
+
+def sampled_softmax(
+    user: Tensor,
+    item_vectors: Tensor,
+    label: Tensor,
+    negatives: Tensor,
+    negative_log_weight: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Mean sampled-softmax loss of the next item over shared negatives.
+
+    A negative that equals a row's own positive is masked in that row.
+
+    Args:
+        user: [N, M] unit vectors.
+        item_vectors: [R, M] unit vectors.
+        label: int64 [N] rows of item_vectors.
+        negatives: int64 [J] distinct sorted rows of item_vectors.
+        negative_log_weight: float32 [J], added to the negatives' logits (logQ correction, `NegativeSampler.draw`).
+        temperature: divides the cosines.
+
+    Returns:
+        scalar float32; 0 where N = 0.
+    """
+    if len(label) == 0:
+        return user.sum() * 0.0
+    positive = (user * item_vectors[label]).sum(-1) / temperature
+    positive = positive.to(torch.promote_types(user.dtype, torch.float32))
+    column = torch.searchsorted(negatives, label).clamp_(max=len(negatives) - 1)
+    own = torch.where(negatives[column] == label, column, -1)
+    loss: Tensor = _SampledSoftmax.apply(
+        user, positive, item_vectors[negatives], negative_log_weight.to(user.dtype), own, temperature
+    )
+    return loss
+
+
+class _SampledSoftmax(torch.autograd.Function):
+    """Loss and its gradients in one sweep over row tiles, so that no [N, J] matrix is ever touched.
+
+    user [N, M], positive [N] logits, negatives [J, M], log_weight [J], own int64 [N] (column of a row's own positive, or -1).
+    """
+
+    @staticmethod
+    def forward(ctx, user, positive, negatives, log_weight, own, temperature):  # type: ignore[no-untyped-def]
+        count = len(user)
+        grad_user, grad_positive = torch.empty_like(user), torch.empty_like(positive)
+        grad_negatives = torch.zeros_like(negatives)
+        scaled, transposed = negatives / temperature, negatives.t() / temperature
+        loss = positive.new_zeros(())
+        for begin in range(0, count, ROWS_PER_TILE):
+            tile = slice(begin, begin + ROWS_PER_TILE)
+            logits = torch.addmm(log_weight, user[tile], transposed)
+            hit = (own[tile] >= 0).nonzero().squeeze(-1)
+            logits[hit, own[tile][hit]] = float("-inf")
+            top = torch.maximum(logits.amax(-1).to(positive.dtype), positive[tile])
+            weight = logits.sub_(top.to(logits.dtype).unsqueeze(-1)).exp_()
+            own_weight = (positive[tile] - top).exp()
+            total = weight.sum(-1, dtype=positive.dtype) + own_weight
+            loss += (total.log() - (positive[tile] - top)).sum()
+            grad_positive[tile] = (own_weight / total - 1) / count
+            weight *= (1 / (total * count)).to(weight.dtype).unsqueeze(-1)
+            torch.mm(weight, scaled, out=grad_user[tile])
+            grad_negatives.addmm_(weight.t(), user[tile], alpha=1 / temperature)
+        ctx.save_for_backward(grad_user, grad_positive, grad_negatives)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        grad_user, grad_positive, grad_negatives = ctx.saved_tensors
+        factor = grad.to(grad_user.dtype)
+        return grad_user * factor, grad_positive * grad, grad_negatives * factor, None, None, None
+
+
+def task_losses(logits: Tensor, label: Tensor, mask: Tensor) -> Tensor:
+    """Binary cross-entropy of each task, averaged over the impressions whose label is known.
+
+    Args:
+        logits: [..., num_tasks]; label: float32 of the same shape; mask: bool of the same shape.
+
+    Returns:
+        float32 [num_tasks]; 0 for a task without known labels.
+    """
+    num_tasks = logits.shape[-1]
+    loss = F.binary_cross_entropy_with_logits(logits.float(), label, reduction="none")
+    loss = torch.where(mask, loss, loss.new_zeros(())).reshape(-1, num_tasks)
+    return loss.sum(0) / mask.reshape(-1, num_tasks).sum(0).clamp(min=1)
+
+
+def reconstruction_loss(predicted: Tensor, target: Tensor, *, stop_gradient: bool) -> Tensor:
+    """Mean over events of the squared distance between predicted and embedded events (VISTA, eq. of L_rec).
+
+    Args:
+        predicted: [N, M]; target: [N, M] event embeddings.
+        stop_gradient: without it the embeddings can shrink to a point, which makes the loss 0 and the model useless.
+    """
+    if len(target) == 0:
+        return predicted.sum() * 0.0
+    target = target.detach() if stop_gradient else target
+    return (predicted.float() - target.float()).square().sum(-1).mean()

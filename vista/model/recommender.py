@@ -1,0 +1,300 @@
+"""The whole model: item table, event encoder, stage 1, decoder, stage 2 and heads.
+
+Letters: T packed events, R item rows of a batch, NC cuts, NW windows, W positions, I impressions a window, S seeds, L tail
+length, M model dim, V items of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vista.config import DataConfig, Mixing, ModelConfig, OptimConfig, from_dict, to_dict
+from vista.data.cuts import Batch
+from vista.data.vocabulary import Ids, Vocabulary
+from vista.errors import CheckpointError
+from vista.files import replaced_folder
+from vista.model.embedding import UNKNOWN_GAP, EventEncoder
+from vista.model.losses import reconstruction_loss, sampled_softmax, task_losses
+from vista.model.reconstruction import Decoder
+from vista.model.summarizer import Summarizer
+from vista.model.target_attention import Context, TargetAttention
+
+FORMAT_VERSION = 1
+STAGE1_KEYS = (
+    "dim",
+    "num_heads",
+    "num_seeds",
+    "num_layers",
+    "mixing",
+    "conv_width",
+    "normalization",
+    "normalization_alpha",
+    "decay",
+    "decay_horizons",
+    "history_limit",
+    "feed_forward_ratio",
+    "use_action",
+    "use_rating",
+    "use_time",
+)
+"""Fields of ModelConfig that a summary depends on."""
+UNKNOWN_ITEM = 0
+"""Model row of items that the vocabulary lacks; vocabulary row r is model row r + 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """What the log that a model was trained on offers."""
+
+    actions: list[str]
+    has_time: bool
+    rating_range: tuple[float, float] | None
+    tasks: list[str]
+    """Labelled tasks that were trained."""
+    has_retrieval: bool = True
+    """Whether the next item was trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Scalars of one batch; `total` is what training minimises."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Recommender(nn.Module):
+    """VISTA. Item vectors are passed in, so that training touches only the rows of a batch."""
+
+    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.schema = schema
+        self.items = items
+        """The model's own item vocabulary."""
+        self.data = data
+        """How the training data were split: what evaluation may use."""
+        dim = config.dim
+        table = torch.randn(len(items) + 1, dim) * dim**-0.5
+        table[UNKNOWN_ITEM] = 0.0
+        self.item_table = nn.Parameter(table)
+        self.encoder = EventEncoder(
+            dim=dim,
+            num_actions=len(schema.actions),
+            use_action=config.use_action,
+            use_time=config.use_time and schema.has_time,
+            rating_range=schema.rating_range if config.use_rating else None,
+        )
+        self.summarizer = Summarizer(config) if config.num_seeds else None
+        self.decoder = Decoder(config) if config.num_seeds else None
+        self.target_attention = TargetAttention(config)
+        self.request = nn.Parameter(torch.randn(dim) * dim**-0.5)
+        """The retrieval head's query token."""
+        self.user_projection = nn.Linear(dim, dim, bias=False)
+        self.task_head = nn.Linear(dim, len(schema.tasks)) if schema.tasks else None
+
+    # Training -----------------------------------------------------------------------------------------------------
+
+    def losses(self, batch: Batch, item_vectors: Tensor, data: DataConfig, optim: OptimConfig) -> Losses:
+        """All losses of one batch.
+
+        Args:
+            batch: from `vista.data.cuts`.
+            item_vectors: [R, M], the rows `batch.rows` of the item table.
+        """
+        events = self.encoder(item_vectors[batch.item], batch.action, batch.gap, batch.rating)
+        summaries = self.cut_summaries(batch, events)
+        context = self.window_context(batch, item_vectors, summaries)
+        parts: dict[str, Tensor] = {}
+        total = item_vectors.new_zeros((), dtype=torch.float32)
+        if optim.next_weight > 0:
+            parts["next"] = self._next_loss(batch, item_vectors, context)
+            total = total + optim.next_weight * parts["next"]
+        if self.task_head is not None and optim.task_weight > 0 and batch.candidate.shape[1]:
+            losses = task_losses(
+                self._candidate_logits(batch, item_vectors, context), batch.candidate_label, batch.candidate_mask
+            )
+            parts.update(zip(self.schema.tasks, losses, strict=True))
+            total = total + optim.task_weight * losses.sum()
+        if self.decoder is not None and optim.reconstruction_weight > 0 and len(batch.reconstruction_cut):
+            parts["reconstruction"] = self._reconstruction(batch, events, summaries)
+            total = total + optim.reconstruction_weight * parts["reconstruction"]
+        return Losses(total, parts)
+
+    def cut_summaries(self, batch: Batch, events: Tensor) -> Tensor:
+        """[NC, S, M] summaries at the cuts of a batch, from event embeddings [T, M]."""
+        if self.summarizer is None:
+            return events.new_zeros(len(batch.cut_segment), 0, self.config.dim)
+        if self.config.mixing is Mixing.bidirectional:
+            index, position, offsets = _gather_ranges(batch.cut_start, batch.cut_stop)
+            return self.summarizer.summarize_set(self.summarizer.tokens(events[index], position), offsets)
+        lengths = batch.offsets.diff()
+        position = torch.arange(len(events), device=events.device)
+        position = position - batch.offsets[:-1].repeat_interleave(lengths)
+        tokens = self.summarizer.tokens(events, position)
+        segments = self.summarizer.segment_states(tokens, batch.clock, batch.segment_offsets)
+        states = self.summarizer.prefix_states(segments, batch.segment_user_offsets)
+        return self.summarizer.read_at(states, batch.cut_segment)
+
+    def window_context(self, batch: Batch, item_vectors: Tensor, summaries: Tensor) -> Context:
+        """Keys and values of every window's summary and tail."""
+        index = batch.tail_index.clamp(min=0)
+        valid = batch.tail_index >= 0
+        # The first event that stage 2 sees has an unknown gap, as it has in a stored tail.
+        first = valid & ~F.pad(valid[:, :-1], (1, 0))
+        gap = torch.where(first, UNKNOWN_GAP, batch.gap[index]) if len(batch.gap) else index
+        if len(batch.item):
+            tail = self.encoder(item_vectors[batch.item[index]], batch.action[index], gap)
+        else:
+            tail = item_vectors.new_zeros(*index.shape, self.config.dim)
+        encoded = self.target_attention.encode_summary(summaries)
+        windows = [(k.index_select(0, batch.window_cut), v.index_select(0, batch.window_cut)) for k, v in encoded]
+        return self.target_attention.encode_context(windows, tail, valid)
+
+    def _next_loss(self, batch: Batch, item_vectors: Tensor, context: Context) -> Tensor:
+        num_windows, num_positions = batch.label.shape
+        seen = self.config.tail_len - num_positions + 1 + torch.arange(num_positions, device=batch.label.device)
+        gap = self.encoder.gap_vectors(batch.label_gap)
+        users = self.user_vectors(num_windows, gap, seen.clamp(min=0), context)
+        known = (batch.label >= 0).flatten().nonzero().squeeze(-1)
+        unit = F.normalize(item_vectors, dim=-1)
+        return sampled_softmax(
+            users.flatten(0, 1)[known],
+            unit,
+            batch.label.flatten()[known],
+            batch.negatives,
+            batch.negative_log_weight,
+            self.config.temperature,
+        )
+
+    def _candidate_logits(self, batch: Batch, item_vectors: Tensor, context: Context) -> Tensor:
+        seen = self.config.tail_len - batch.label.shape[1] + 1 + batch.candidate_position
+        vectors = item_vectors[batch.candidate]
+        gap = self.encoder.gap_vectors(batch.candidate_gap)
+        return self.candidate_logits(vectors, gap, seen.clamp(min=0), context)
+
+    def _reconstruction(self, batch: Batch, events: Tensor, summaries: Tensor) -> Tensor:
+        assert self.decoder is not None
+        start = batch.reconstruction_start
+        index, _, offsets = _gather_ranges(start, start + batch.reconstruction_len)
+        target = events[index]
+        age = batch.cut_stop[batch.reconstruction_cut] - start
+        predicted = self.decoder(summaries[batch.reconstruction_cut], target, offsets, age)
+        return reconstruction_loss(predicted, target, stop_gradient=self.config.stop_gradient)
+
+    # Both ----------------------------------------------------------------------------------------------------------
+
+    def user_vectors(self, count: int, gap: Tensor | None, seen: Tensor, context: Context) -> Tensor:
+        """Unit vectors [count, Q, M] of request tokens; gap [count, Q, M], seen int64 [Q]."""
+        stage = self.target_attention
+        x = self.request.expand(count, len(seen), -1)
+        projections = stage.layers[0].project_query(self.request).expand(count, len(seen), -1)
+        return F.normalize(self.user_projection(stage.query(x, projections, gap, seen, context)), dim=-1)
+
+    def candidate_logits(self, vectors: Tensor, gap: Tensor | None, seen: Tensor, context: Context) -> Tensor:
+        """Logits [B, C, num_tasks] of candidates: vectors [B, C, M], gap [B, C, M] or None, seen int64 [C] or [B, C]."""
+        assert self.task_head is not None
+        stage = self.target_attention
+        out = stage.query(vectors, stage.layers[0].project_query(vectors), gap, seen, context)
+        logits: Tensor = self.task_head(out)
+        return logits
+
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and the item vocabulary, atomically: a folder is there whole or not at all."""
+        folder = Path(folder)
+        with replaced_folder(folder) as partial:
+            description = {
+                "format_version": FORMAT_VERSION,
+                "model": to_dict(self.config),
+                "schema": asdict(self.schema),
+                "data": to_dict(self.data),
+                "summarizer_id": self.summarizer_id().hex(),
+            }
+            (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+            save_file(weights, partial / "model.safetensors")
+            self.items.save(partial, "items")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Recommender:
+        """Read a folder of `save_pretrained`; nothing in it is ever executed.
+
+        Raises:
+            CheckpointError: if the folder is missing, truncated or of another format.
+        """
+        folder = Path(folder)
+        try:
+            description = json.loads((folder / "config.json").read_text())
+            weights = load_file(folder / "model.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder}: no readable model ({error}); train one with `vista train run_dir=…`, which writes <run_dir>/best"
+            ) from error
+        if description.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder}: format {description.get('format_version')}, this vista reads {FORMAT_VERSION}; export the model anew"
+            )
+        schema = description["schema"]
+        if schema["rating_range"] is not None:
+            schema["rating_range"] = tuple(schema["rating_range"])
+        items = Vocabulary.load(folder, "items")
+        model = cls(
+            from_dict(ModelConfig, description["model"]), Schema(**schema), items, from_dict(DataConfig, description["data"])
+        )
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
+        return model.to(device).eval()
+
+    def summarizer_id(self) -> bytes:
+        """SHA-256 over all that a summary depends on: stage 1, event encoder, item table and vocabulary, not stage 2.
+
+        So downstream models, which freeze all of these, keep it and are checked against it.
+        """
+        digest = hashlib.sha256()
+        facts = {key: to_dict(self.config)[key] for key in STAGE1_KEYS} | {"schema": asdict(self.schema)}
+        for key in ("tasks", "has_retrieval"):
+            facts["schema"].pop(key)
+        digest.update(json.dumps(facts, sort_keys=True).encode())
+        digest.update(self.items.digest().encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            if name.startswith(("item_table", "encoder.", "summarizer.")):
+                digest.update(name.encode() + str(tuple(tensor.shape)).encode())
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.digest()
+
+    def item_rows(self, ids: Ids) -> NDArray[np.int64]:
+        """Model rows of raw item ids, UNKNOWN_ITEM for those that the vocabulary lacks: int64 [N]."""
+        return self.items.rows(ids) + 1
+
+    @property
+    def has_retrieval(self) -> bool:
+        """Whether the retrieval head was trained."""
+        return self.schema.has_retrieval
+
+    @property
+    def device(self) -> torch.device:
+        return self.item_table.device
+
+
+def _gather_ranges(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of packed ranges end to end, their positions in their range, and offsets int64 [N+1]."""
+    lengths = stop - start
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    position = torch.arange(int(offsets[-1]), device=start.device) - offsets[:-1].repeat_interleave(lengths)
+    return position + start.repeat_interleave(lengths), position, offsets

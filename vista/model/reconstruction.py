@@ -1,0 +1,76 @@
+"""Reconstruction of a history from its summary (VISTA, generative reconstruction loss).
+
+A causal decoder without softmax reads the K summary tokens, a start token that carries the age of the window, and then
+the window's events u_1 .. u_{m-1}; its outputs are to match u_1 .. u_m. Letters: NR windows, S seeds, M model dim, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from vista_kernels import causal_linear_attention
+
+from vista.config import ModelConfig
+from vista.model.layers import FeedForward, GatedOutput, norm
+
+NUM_AGES = 24
+"""Log2 buckets of a window's age in events."""
+
+
+class DecoderLayer(nn.Module):
+    """Causal linear attention with gated output, then feed-forward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.norm = norm(config.dim)
+        self.projections = nn.Linear(config.dim, 4 * config.dim, bias=False)
+        self.output = GatedOutput(config.dim, config.num_heads, 0.0)
+        self.feed_forward = FeedForward(config.dim, config.feed_forward_ratio, 0.0)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        *qkv, gate = self.projections(self.norm(x)).chunk(4, -1)
+        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).contiguous() for part in qkv)
+        heads, _ = causal_linear_attention(query, key, value, offsets)
+        return self.feed_forward(self.output(x, heads, gate))
+
+
+class Decoder(nn.Module):
+    """Predicts the events of a window from a summary and the window's earlier events."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.summary_projection = nn.Linear(config.dim, config.dim, bias=False)
+        self.start = nn.Embedding(NUM_AGES, config.dim)
+        self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(config.num_reconstruction_layers)])
+        self.final = nn.Sequential(norm(config.dim), nn.Linear(config.dim, config.dim, bias=False))
+
+    def forward(self, summary: Tensor, event_vectors: Tensor, offsets: Tensor, age: Tensor) -> Tensor:
+        """Teacher-forced predictions.
+
+        Args:
+            summary: [NR, S, M].
+            event_vectors: [T, M] embeddings of the windows' events, packed, oldest first.
+            offsets: int64 [NR+1]; no window is empty.
+            age: int64 [NR] events between the window's first event and the summary's cut.
+
+        Returns:
+            [T, M]: at each event its prediction from the summary and the window's events before it.
+        """
+        count, num_seeds, dim = summary.shape
+        lengths = offsets.diff()
+        all_offsets = offsets + torch.arange(count + 1, device=offsets.device) * num_seeds
+        event_slot = torch.arange(len(event_vectors), device=offsets.device)
+        window = torch.arange(count, device=offsets.device).repeat_interleave(lengths)
+        event_slot = event_slot + (window + 1) * num_seeds
+        seed_slot = (all_offsets[:-1, None] + torch.arange(num_seeds, device=offsets.device)).flatten()
+        bucket = torch.log2(age.clamp(min=1).float()).long().clamp(max=NUM_AGES - 1)
+        # Inputs are the events moved by one: a window opens with its start token in place of the event before it.
+        inputs = torch.cat([event_vectors[:1], event_vectors[:-1]]).index_copy(0, offsets[:-1], self.start(bucket))
+        x = inputs.new_zeros(int(all_offsets[-1]), dim)
+        x = x.index_copy(0, event_slot, inputs)
+        x = x.index_copy(0, seed_slot, self.summary_projection(summary).flatten(0, 1).to(x.dtype))
+        for layer in self.layers:
+            x = layer(x, all_offsets)
+        predicted: Tensor = self.final(x[event_slot])
+        return predicted

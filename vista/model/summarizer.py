@@ -1,0 +1,179 @@
+"""Stage 1: a user's history into K summary tokens (VISTA, section on UIH summarization; design in docs/decisions.md).
+
+Letters: T packed events, B histories, NC cuts, S seeds, L layers, H heads, D head dim, M model dim.
+
+`separable` mixing: only events write, only seeds read. An event's token at layer l+1 is a function of its token at layer l
+alone, so every layer's state is a sum over events, gathered in one pass: no event ever waits for a read.
+`bidirectional` mixing (the paper): events and seeds are one set; all write and all read at every layer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_states
+
+from vista.config import Decay, Mixing, ModelConfig
+from vista.model.layers import Dropout, FeedForward, GatedOutput, norm
+from vista.model.summary_state import SummaryState
+
+MS_PER_DAY = 86_400_000.0
+
+
+class CausalConvolution(nn.Module):
+    """Depthwise convolution over an event and the w-1 events before it, within a user, with its residual."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.randn(width, dim) * (0.5 / width**0.5))
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """x [T, M] packed tokens, position int64 [T] of a token in its history -> [T, M]."""
+        y = x * self.weight[0]
+        for back in range(1, min(self.width, len(x))):
+            shifted = F.pad(x[:-back], (0, 0, back, 0))
+            y = y + shifted * ((position >= back).unsqueeze(-1) * self.weight[back])
+        return x + y
+
+
+class SummarizerLayer(nn.Module):
+    """One layer: key, value, query and gate projections, gated output and feed-forward.
+
+    In separable mixing events use keys, values and the feed-forward only; seeds use queries, gate, output and a feed-forward
+    of their own.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim, ratio, dropout = config.dim, config.feed_forward_ratio, config.dropout
+        self.num_heads = config.num_heads
+        self.norm = norm(dim)
+        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
+        self.query_gate = nn.Linear(dim, 2 * dim, bias=False)
+        self.output = GatedOutput(dim, config.num_heads, dropout)
+        self.feed_forward = FeedForward(dim, ratio, dropout)
+        self.separable = config.mixing is Mixing.separable
+        if self.separable:
+            self.seed_norm = norm(dim)
+            self.seed_feed_forward = FeedForward(dim, ratio, dropout)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class Summarizer(nn.Module):
+    """Summaries of packed histories, at one or at many cuts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.seeds = nn.Parameter(torch.randn(config.num_seeds, config.dim))
+        self.convolution = CausalConvolution(config.dim, config.conv_width) if config.conv_width > 1 else None
+        self.layers = nn.ModuleList([SummarizerLayer(config) for _ in range(config.num_layers)])
+        self.final_norm = norm(config.dim)
+        self.dropout = Dropout(config.dropout)
+        self.register_buffer("decay_rate", _decay_rate(config), persistent=False)
+        self.decay_rate: Tensor
+
+    @property
+    def read_options(self) -> dict[str, object]:
+        return {"normalization": self.config.normalization.value, "alpha": self.config.normalization_alpha}
+
+    def tokens(self, event_vectors: Tensor, position: Tensor) -> Tensor:
+        """Bottom of the stack: event embeddings [T, M] and their positions int64 [T] -> tokens [T, M]."""
+        x = self.dropout(event_vectors)
+        return x if self.convolution is None else self.convolution(x, position)
+
+    def segment_states(self, tokens: Tensor, clock: Tensor, offsets: Tensor) -> SummaryState:
+        """State of each packed segment by itself (separable mixing), as seen from its last event.
+
+        Args:
+            tokens: [T, M] from `tokens`.
+            clock: int64 [T] milliseconds or positions.
+            offsets: int64 [N+1] of the segments.
+        """
+        lengths = offsets.diff()
+        reference = torch.where(lengths > 0, clock[(offsets[1:] - 1).clamp(min=0)], 0) if len(clock) else lengths * 0
+        weight = self.decay_weight(reference.repeat_interleave(lengths) - clock)
+        x, states, n = tokens, [], None
+        for index, layer in enumerate(self.layers):
+            key, value = layer.key_value(layer.norm(x)).chunk(2, -1)
+            z, n = accumulate_state(layer.heads(key), layer.heads(value), offsets, weight=weight)
+            states.append(z)
+            if index + 1 < len(self.layers):
+                x = layer.feed_forward(x)
+        assert n is not None
+        return SummaryState(torch.stack(states, 1), n, torch.zeros_like(n), reference, lengths)
+
+    def decay_weight(self, age: Tensor) -> Tensor:
+        """Weight exp(-age / tau) of events: int64 [N] ages (differences taken in int64) -> float32 [N, H]."""
+        return torch.exp(-(age.unsqueeze(-1).double() * self.decay_rate)).float()
+
+    def prefix_states(self, segments: SummaryState, user_offsets: Tensor) -> SummaryState:
+        """States at the end of each segment, counted from the user's first: segments [NS], user_offsets int64 [B+1]."""
+        starts = user_offsets[:-1][user_offsets.diff() > 0]
+        age = torch.zeros_like(segments.clock)
+        age[1:] = segments.clock.diff()
+        age[starts] = 0
+        log_decay = -(age.unsqueeze(-1).double() * self.decay_rate).float()
+        layers, n = [], segments.n
+        for index in range(len(self.layers)):
+            z, n = scan_states(segments.z[:, index].contiguous(), segments.n, log_decay, user_offsets)
+            layers.append(z)
+        first = torch.zeros_like(segments.num_events)
+        first[starts] = 1
+        total = segments.num_events.cumsum(0)
+        before = (total - segments.num_events)[starts]
+        num_events = total - before.repeat_interleave(user_offsets.diff()[user_offsets.diff() > 0])
+        return SummaryState(torch.stack(layers, 1), n, torch.zeros_like(n), segments.clock, num_events)
+
+    def read_at(self, states: SummaryState, index: Tensor) -> Tensor:
+        """Summaries [NC, S, M] of the states at int64 [NC] indices; -1 is the empty history."""
+        empty = self.empty_state(1)
+        row = torch.where(index < 0, len(states.n), index)
+        return self.read(torch.cat([states.z, empty.z])[row], torch.cat([states.n, empty.n])[row])
+
+    def empty_state(self, count: int) -> SummaryState:
+        """The state of `count` empty histories: zeros."""
+        H, D = self.config.num_heads, self.config.dim // self.config.num_heads
+        return SummaryState.empty(count, len(self.layers), H, D, device=self.seeds.device)
+
+    def read(self, z: Tensor, n: Tensor) -> Tensor:
+        """Let the seeds read states (separable mixing): z [N, L, H, D, D], n [N, H] -> summaries [N, S, M]."""
+        count, num_seeds = len(n), len(self.seeds)
+        offsets = torch.arange(count + 1, device=n.device) * num_seeds
+        x = self.seeds.repeat(count, 1)
+        for index, layer in enumerate(self.layers):
+            query, gate = layer.query_gate(layer.seed_norm(x)).chunk(2, -1)
+            heads = read_state(layer.heads(query).contiguous(), z[:, index].contiguous(), n, offsets, **self.read_options)
+            x = layer.seed_feed_forward(layer.output(x, heads, gate))
+        return self.final_norm(x).unflatten(0, (count, num_seeds))
+
+    def summarize_set(self, tokens: Tensor, offsets: Tensor) -> Tensor:
+        """Bidirectional mixing: packed tokens [T, M] with offsets int64 [B+1] -> summaries [B, S, M]."""
+        count, num_seeds = len(offsets) - 1, len(self.seeds)
+        all_offsets = offsets + torch.arange(count + 1, device=offsets.device) * num_seeds
+        # Each history is followed by its seeds.
+        event_slot = torch.arange(len(tokens), device=offsets.device)
+        event_slot = event_slot + torch.arange(count, device=offsets.device).repeat_interleave(offsets.diff()) * num_seeds
+        seed_slot = (all_offsets[1:, None] - num_seeds + torch.arange(num_seeds, device=offsets.device)).flatten()
+        x = tokens.new_empty(int(all_offsets[-1]), tokens.shape[-1])
+        x = x.index_copy(0, event_slot, tokens).index_copy(0, seed_slot, self.seeds.repeat(count, 1).to(tokens.dtype))
+        for layer in self.layers:
+            h = layer.norm(x)
+            key, value = layer.key_value(h).chunk(2, -1)
+            query, gate = layer.query_gate(h).chunk(2, -1)
+            q, k, v = (layer.heads(part).contiguous() for part in (query, key, value))
+            x = layer.output(x, quasi_linear_attention(q, k, v, all_offsets, **self.read_options), gate)
+            x = layer.feed_forward(x)
+        return self.final_norm(x[seed_slot]).unflatten(0, (count, num_seeds))
+
+
+def _decay_rate(config: ModelConfig) -> Tensor:
+    """float64 [H]: 1 / tau in 1/ms or 1/events; 0 for a head that forgets nothing."""
+    if config.decay is Decay.none:
+        return torch.zeros(config.num_heads, dtype=torch.float64)
+    unit = MS_PER_DAY if config.decay is Decay.time else 1.0
+    return torch.tensor([0.0 if tau == 0 else 1.0 / (tau * unit) for tau in config.decay_horizons], dtype=torch.float64)

@@ -1,0 +1,105 @@
+"""States of separable mixing: sums over events that append, merge and forget (docs/decisions.md; no paper has these).
+
+Letters: N histories, L layers, H heads, D head dim.
+
+A state is what an event set wrote, seen from one moment (`clock`): z = sum_s w_s phi(k_s) v_s^T with w_s = exp(-(clock - t_s) / tau).
+So the state of a union of disjoint events is the sum of their states once both are seen from the same moment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DRIFT_LIMIT = 0.999
+"""A state is to be recomputed when this share of all the weight it ever held, seen from now, was taken back."""
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryState:
+    """What separable mixing keeps of N histories.
+
+    z: float32 [N, L, H, D, D]; n: float32 [N, H] sum of the events' weights; removed: float32 [N, H] weight forgotten since the
+    last computation from events; clock: int64 [N] the moment that weights are seen from, the newest event's (0 for an
+    empty history); num_events: int64 [N].
+    """
+
+    z: Tensor
+    n: Tensor
+    removed: Tensor
+    clock: Tensor
+    num_events: Tensor
+
+    @classmethod
+    def empty(cls, count: int, num_layers: int, num_heads: int, head_dim: int, device: torch.device | str) -> SummaryState:
+        """The state of `count` empty histories: zeros."""
+        n = torch.zeros(count, num_heads, device=device)
+        z = torch.zeros(count, num_layers, num_heads, head_dim, head_dim, device=device)
+        whole = torch.zeros(count, dtype=torch.int64, device=device)
+        return cls(z, n, torch.zeros_like(n), whole, whole.clone())
+
+    def __getitem__(self, rows: Tensor | slice) -> SummaryState:
+        return SummaryState(self.z[rows], self.n[rows], self.removed[rows], self.clock[rows], self.num_events[rows])
+
+    def seen_from(self, clock: Tensor, decay_rate: Tensor) -> SummaryState:
+        """The same events seen from another moment: one multiplication.
+
+        Args:
+            clock: int64 [N].
+            decay_rate: float64 [H], 1 / tau.
+        """
+        age = torch.where(self.num_events > 0, clock - self.clock, 0)
+        factor = torch.exp(-(age.unsqueeze(-1).double() * decay_rate)).float()
+        return SummaryState(
+            self.z * factor[:, None, :, None, None], self.n * factor, self.removed * factor, clock, self.num_events
+        )
+
+    def needs_recomputation(self) -> Tensor:
+        """bool [N]: so much weight has left, in some head, that subtraction has lost too many digits."""
+        total: Tensor = self.removed + self.n.clamp(min=0)
+        return (self.removed > DRIFT_LIMIT * total).any(-1) & (self.removed > 0).any(-1)
+
+
+def merge(a: SummaryState, b: SummaryState, decay_rate: Tensor) -> SummaryState:
+    """State of the union of disjoint events, seen from the newer of both moments.
+
+    With a reach r > 0 (convolution, gaps) the terms of `b` must have been computed with the r events before them.
+    """
+    clock = torch.where(
+        a.num_events == 0, b.clock, torch.where(b.num_events == 0, a.clock, torch.maximum(a.clock, b.clock))
+    )
+    a, b = a.seen_from(clock, decay_rate), b.seen_from(clock, decay_rate)
+    return SummaryState(a.z + b.z, a.n + b.n, a.removed + b.removed, clock, a.num_events + b.num_events)
+
+
+def forget(state: SummaryState, old: SummaryState, new: SummaryState, newest: Tensor, decay_rate: Tensor) -> SummaryState:
+    """Replace some events' terms.
+
+    Args:
+        state: of the whole history.
+        old: what the forgotten events and the up to r events after them had written.
+        new: what those r events write once the forgotten ones are gone (r = 0: an empty state). For a late event the
+            same with the event among `new`.
+        newest: int64 [N], the newest event that remains: the moment the result is seen from (0 if none remains).
+        decay_rate: float64 [H].
+    """
+    old, new = old.seen_from(state.clock, decay_rate), new.seen_from(state.clock, decay_rate)
+    left = SummaryState(
+        state.z - old.z + new.z,
+        state.n - old.n + new.n,
+        state.removed + old.n,
+        state.clock,
+        state.num_events - old.num_events + new.num_events,
+    )
+    gone = left.num_events == 0
+    left = left.seen_from(torch.where(gone, left.clock, newest), decay_rate)
+    keep = (~gone).to(left.n.dtype)
+    return SummaryState(
+        left.z * keep[:, None, None, None, None],
+        left.n * keep[:, None],
+        left.removed * keep[:, None],
+        torch.where(gone, 0, left.clock),
+        left.num_events,
+    )

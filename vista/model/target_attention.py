@@ -1,0 +1,172 @@
+"""Stage 2: candidates attend to a cached summary and a short tail (VISTA, target-aware attention).
+
+Letters: B rows (requests, or windows in training), S seeds, L tail length, Q query tokens (requests and candidates),
+H heads, D head dim, M model dim.
+
+Summary tokens attend to one another; tail tokens causally to the tail, and to the summary; a query token to the context
+(summary and tail) and to itself, never to another query. So the context's keys and values are computed once a request, and a
+query's output does not depend on the others. Tail and queries see relative positions by a learned bias a head and distance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vista.config import ModelConfig
+from vista.model.layers import Dropout, FeedForward, GatedOutput, norm
+
+MASKED = -1e9
+"""Additive mask; finite, so that a row with nothing to see stays finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Keys and values of summary and tail, a layer each: [B, H, S+L, D]; tail_valid: bool [B, L]."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    tail_valid: Tensor
+
+    def select(self, rows: Tensor) -> Context:
+        """The context of some rows, in a new order; int64 [B'] rows."""
+        keys = [k.index_select(0, rows) for k in self.keys]
+        values = [v.index_select(0, rows) for v in self.values]
+        return Context(keys, values, self.tail_valid.index_select(0, rows))
+
+
+class TargetLayer(nn.Module):
+    """Projections, relative bias, gated output and feed-forward of one layer, shared by all kinds of tokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.head_dim = config.dim // config.num_heads
+        self.norm = norm(config.dim)
+        self.query_gate = nn.Linear(config.dim, 2 * config.dim, bias=False)
+        self.key_value = nn.Linear(config.dim, 2 * config.dim, bias=False)
+        self.bias = nn.Parameter(torch.zeros(config.num_heads, config.tail_len + 1))
+        """[H, L+1] by distance in events; distance 0 is the token itself."""
+        self.output = GatedOutput(config.dim, config.num_heads, config.dropout)
+        self.feed_forward = FeedForward(config.dim, config.feed_forward_ratio, config.dropout)
+
+    def project_context(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, N, M] -> keys and values [B, H, N, D]."""
+        key, value = self.key_value(self.norm(x)).chunk(2, -1)
+        return self._heads(key), self._heads(value)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def attend_context(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """A context layer: tokens x [B, N, M] attend to key/value [B, H, K, D] under an additive mask [B|1, H, N, K]."""
+        query, gate = self.query_gate(self.norm(x)).chunk(2, -1)
+        scores = self._heads(query) @ key.transpose(-1, -2) * self.head_dim**-0.5
+        scores = scores if mask is None else scores + mask
+        heads = (torch.softmax(scores, -1).to(value.dtype) @ value).transpose(1, 2)
+        return self.feed_forward(self.output(x, heads, gate.sigmoid()))
+
+    def attend_query(self, x: Tensor, qgkv: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """A query layer: x [B, Q, M], its projections qgkv [B, Q, 4M], context key/value [B, H, S+L, D], mask [B, H, Q, S+L]."""
+        query, gate, own_key, own_value = qgkv.chunk(4, -1)
+        query, own_key, own_value = self._heads(query), self._heads(own_key), self._heads(own_value)
+        scale = self.head_dim**-0.5
+        scores = (query @ key.transpose(-1, -2)) * scale + mask
+        own = (query * own_key).sum(-1, keepdim=True) * scale + self.bias[:, 0, None, None]
+        weights = torch.softmax(torch.cat([scores, own], -1), -1).to(value.dtype)
+        heads = weights[..., :-1] @ value + weights[..., -1:] * own_value
+        return self.feed_forward(self.output(x, heads.transpose(1, 2), gate.sigmoid()))
+
+    def project_query(self, x: Tensor) -> Tensor:
+        """x [..., M] -> query, gate, key and value [..., 4M] of query tokens."""
+        h = self.norm(x)
+        return torch.cat([self.query_gate(h), self.key_value(h)], -1)
+
+
+class TargetAttention(nn.Module):
+    """The layers of stage 2 over a context of summary and tail."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.tail_len = config.tail_len
+        self.num_seeds = config.num_seeds
+        self.layers = nn.ModuleList([TargetLayer(config) for _ in range(config.num_target_layers)])
+        self.summary_norm = norm(config.dim)
+        self.summary_kind = nn.Parameter(torch.randn(config.num_seeds, config.dim) * 0.02)
+        self.query_gap = nn.Linear(config.dim, 4 * config.dim, bias=False)
+        """Gap of the request into layer 1's projections, apart from the item's own, which can be computed beforehand."""
+        self.dropout = Dropout(config.dropout)
+        self.final_norm = norm(config.dim)
+        seen = torch.arange(config.tail_len + 1)[:, None]
+        distance = seen - torch.arange(config.tail_len)
+        self.register_buffer("distance", distance, persistent=False)
+        """int64 [L+1, L]: from a query that sees the first `seen` columns of the tail to column c; < 1 is not seen."""
+        self.distance: Tensor
+
+    def encode_summary(self, summary: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """summary [B, S, M] -> keys and values [B, H, S, D] of its tokens, a layer each."""
+        x = self.dropout(self.summary_norm(summary) + self.summary_kind)
+        projected = []
+        for index, layer in enumerate(self.layers):
+            key, value = layer.project_context(x)
+            projected.append((key, value))
+            if index + 1 < len(self.layers) and x.shape[1]:
+                x = layer.attend_context(x, key, value, None)
+        return projected
+
+    def encode_context(self, summary: list[tuple[Tensor, Tensor]], tail: Tensor, tail_valid: Tensor) -> Context:
+        """Keys and values of the whole context.
+
+        Args:
+            summary: from `encode_summary`.
+            tail: [B, L, M] embeddings of the newest events, oldest first, right-aligned.
+            tail_valid: bool [B, L]; False where the user has fewer events.
+        """
+        x = self.dropout(tail)
+        keys, values = [], []
+        # A tail token always sees itself, so a padded one stays finite.
+        hidden = ~(tail_valid[:, None, :] | torch.eye(self.tail_len, dtype=torch.bool, device=tail.device))
+        for index, (layer, (key, value)) in enumerate(zip(self.layers, summary, strict=True)):
+            tail_key, tail_value = layer.project_context(x)
+            key, value = torch.cat([key, tail_key], 2), torch.cat([value, tail_value], 2)
+            keys.append(key)
+            values.append(value)
+            if index + 1 < len(self.layers):
+                causal = self._position_bias(layer, self.distance[:-1] if self.tail_len else self.distance, own=True)
+                mask = causal.masked_fill(hidden[:, None], MASKED)
+                x = layer.attend_context(x, key, value, F.pad(mask, (self.num_seeds, 0)))
+        return Context(keys, values, tail_valid)
+
+    def _position_bias(self, layer: TargetLayer, distance: Tensor, *, own: bool) -> Tensor:
+        """[H, rows, L] learned bias by distance, MASKED where a column is not seen (`own`: distance 0 is)."""
+        bias = layer.bias[:, distance.clamp(min=0)]
+        return bias.masked_fill(distance < (0 if own else 1), MASKED)
+
+    def query(self, x: Tensor, qgkv: Tensor, gap: Tensor | None, seen: Tensor, context: Context) -> Tensor:
+        """Query tokens through all layers.
+
+        Args:
+            x: [B, Q, M] candidates' item vectors, or request tokens; qgkv: [B, Q, 4M] layer 1's projections of x
+                (`layers[0].project_query`), which may be computed beforehand.
+            gap: [B, Q, M] embeddings of the request's gap, or None.
+            seen: int64 [Q] or [B, Q]: how many columns of the tail a query sees (all: L).
+            context: of the same B rows.
+
+        Returns:
+            [B, Q, M], normed.
+        """
+        if gap is not None:
+            x, qgkv = x + gap, qgkv + self.query_gap(gap)
+        x = self.dropout(x)
+        padding = torch.where(context.tail_valid, 0.0, MASKED)[:, None, None, :]
+        for index, layer in enumerate(self.layers):
+            bias = self._position_bias(layer, self.distance, own=False)[:, seen]
+            mask = (bias if seen.dim() == 1 else bias.transpose(0, 1)) + padding
+            mask = F.pad(mask, (self.num_seeds, 0))
+            projections = qgkv if index == 0 else layer.project_query(x)
+            x = layer.attend_query(x, projections, context.keys[index], context.values[index], mask)
+        normed: Tensor = self.final_norm(x)
+        return normed

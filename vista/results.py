@@ -1,0 +1,266 @@
+"""Results: one JSON line a run in docs/results/<table>.jsonl, and the Markdown table made from them.
+
+A row is {table, data, model, seed, metrics: {"ndcg@10": …}, command, config, commit, hardware, seconds}, no more and no
+less. `python -m vista.results docs/results/ml-1m.jsonl > ml-1m.md` prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from vista.errors import DataError, VistaError
+
+_TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
+    "table": str,
+    "data": str,
+    "model": str,
+    "seed": int,
+    "metrics": dict,
+    "command": str,
+    "config": dict,
+    "commit": str,
+    "hardware": dict,
+    "seconds": (int, float),
+}
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+# What a number depends on; docs/results changes with every result, and must not make the next one dirty.
+_SOURCES = ("vista", "kernels", "conf", "scripts", "pyproject.toml")
+
+
+def append_result(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
+    """Append one result as one JSON line, durably: the line is whole on the disk when this returns.
+
+    Args:
+        path: docs/results/<table>.jsonl; made with its folder if absent.
+        row: {table, data, model, seed, metrics, command, config, commit, hardware, seconds}. `metrics` maps names to
+            finite numbers, or to None where a metric is undefined; `seconds` is the time that the run took.
+
+    Raises:
+        DataError: if a key is missing, unknown or of another type, or a number is not finite; names the key.
+    """
+    validate_result(row)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(row, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+    with target.open("ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a crash left the line before unfinished
+                line = b"\n" + line
+        written = file.write(line)
+        if written != len(line):
+            raise OSError(
+                f"{target}: only {written} of {len(line)} bytes could be written; free space and append again"
+            )
+        os.fsync(file.fileno())
+
+
+def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All rows of a file, in its order, validated.
+
+    Raises:
+        DataError: if the file is absent, or a line is no result; names file, line and remedy.
+    """
+    rows = read_lines(path)
+    for number, row in rows:
+        try:
+            validate_result(row)
+        except DataError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
+    return [row for _, row in rows]
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
+    """(1-based line number, object) of every line that is not empty; errors as `read_results`."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); results are written there by `vista evaluate`"
+        ) from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(
+                f"{path}, line {number}: is no JSON ({error}); remove the line and run that case again"
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: is no JSON object; remove the line")
+        rows.append((number, row))
+    return rows
+
+
+def validate_result(row: Mapping[str, Any]) -> None:
+    """Raise DataError unless the row has exactly the keys and types of a result."""
+    missing, unknown = _TYPE_OF_KEY.keys() - row.keys(), row.keys() - _TYPE_OF_KEY.keys()
+    if missing or unknown:
+        raise DataError(f"result: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; see vista/results.py")
+    for key, expected in _TYPE_OF_KEY.items():
+        if not isinstance(row[key], expected) or isinstance(row[key], bool):
+            raise DataError(f"result: {key} is a {type(row[key]).__name__}, which it must not be; see vista/results.py")
+    for key in ("table", "data", "model", "command", "commit"):
+        if not row[key] or "\n" in row[key]:
+            raise DataError(f"result: {key} must be one line of text, got {row[key]!r}")
+    if not (math.isfinite(row["seconds"]) and row["seconds"] >= 0):
+        raise DataError(f"result: seconds must be a finite number >= 0, got {row['seconds']}")
+    if not row["metrics"]:
+        raise DataError("result: metrics is empty; there is nothing to record")
+    for name, value in row["metrics"].items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (value is None or (number and math.isfinite(value))):
+            raise DataError(
+                f"result: metrics[{name!r}] is {value!r}; give a finite number, or None where it is undefined"
+            )
+    try:
+        json.dumps(row, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"result: cannot be written as JSON ({error})") from error
+
+
+def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Results as Markdown: a line for each data and model, metrics as mean ± sample standard deviation over seeds.
+
+    Of several rows of the same table, data, model and seed the last one counts. The commands, commits and machines
+    stand below, so that every number can be made again. Data and models keep the order in which they first appear.
+    """
+    newest: dict[tuple[str, str, str], dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        newest.setdefault((row["table"], row["data"], row["model"]), {})[row["seed"]] = row
+    parts = []
+    for table in dict.fromkeys(key[0] for key in newest):
+        groups = {key[1:]: list(seeds.values()) for key, seeds in newest.items() if key[0] == table}
+        metrics = list(dict.fromkeys(name for group in groups.values() for row in group for name in row["metrics"]))
+        lines = [f"# {table}", "", _line(["data", "model", "seeds", *metrics, "seconds"])]
+        lines.append(_line(["---", "---", "---:", *("---:" for _ in metrics), "---:"]))
+        for (data, model), group in groups.items():
+            numbers = [_mean_and_spread([row["metrics"].get(name) for row in group]) for name in metrics]
+            seconds = f"{fmean(row['seconds'] for row in group):.0f}"
+            lines.append(_line([data, model, str(len(group)), *numbers, seconds]))
+        lines += ["", "Mean ± sample standard deviation over seeds; – where a metric is undefined.", ""]
+        for (data, model), group in groups.items():
+            for row in group:
+                lines.append(
+                    f"- {_escaped(data)}, {_escaped(model)}, seed {row['seed']}: `{row['command']}` "
+                    f"(commit {row['commit']}, {describe_hardware(row['hardware'])})"
+                )
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_escaped, cells)) + " |"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _mean_and_spread(values: Sequence[float | None]) -> str:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "–"
+    mean = f"{fmean(numbers):.4f}"
+    return f"{mean} ± {stdev(numbers):.4f}" if len(numbers) > 1 else mean
+
+
+def describe_hardware(machine: Mapping[str, Any]) -> str:
+    """One short phrase for a row's `hardware`: processor or accelerator, cores, torch."""
+    name = machine.get("gpu") or machine.get("cpu") or "unknown machine"
+    return f"{name}, {machine.get('cores', '?')} cores, torch {machine.get('torch', '?')}"
+
+
+def hardware() -> dict[str, Any]:
+    """The machine and the numeric set-up of this process, as it goes into a result.
+
+    Returns:
+        {cpu, cores (those this process may use), flags (vector units), memory_gib, gpu (or None), platform, python,
+        torch, numpy, threads (of torch)}.
+    """
+    import numpy  # here, so that printing a table needs neither
+    import torch
+
+    information = _cpu_information()
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return {
+        "cpu": information.get("model name") or platform.processor() or platform.machine(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "flags": [flag for flag in _CPU_FLAGS if flag in information.get("flags", "").split()],
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_information() -> dict[str, str]:
+    """The first processor's fields of /proc/cpuinfo; Arm calls its flags "Features"."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    information = {key.strip(): value.strip() for key, value in fields.items()}
+    return information | {"flags": information.get("flags") or information.get("Features", "")}
+
+
+def commit() -> str:
+    """Short hash of the checkout that this package runs from, "+dirty" if its sources differ from it.
+
+    Sources are the package, kernels, conf and scripts, files not yet tracked included. Outside a checkout: "v" and the
+    version of the installed package.
+    """
+    package = Path(__file__).resolve().parent
+    root = package.parent
+    # A package in site-packages may lie inside somebody else's repository: only a tracked one counts.
+    if _git(root, "ls-files", "--error-unmatch", f"{package.name}/{Path(__file__).name}") is not None:
+        short = _git(root, "rev-parse", "--short", "HEAD")
+        changes = _git(root, "status", "--porcelain", "--", *_SOURCES)
+        if short is not None and changes is not None:
+            return short + ("+dirty" if changes else "")
+    try:
+        return "v" + importlib.metadata.version("vista-recsys")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the Markdown table of one or several result files; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m vista.results", description="Markdown tables of result files.")
+    parser.add_argument("files", nargs="+", help="docs/results/<table>.jsonl")
+    files: list[str] = parser.parse_args(arguments).files
+    try:
+        print(markdown_table(row for file in files for row in read_results(file)), end="")
+    except VistaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""LMDB environments, opened the one way that is safe (docs/summary-format.md, "Environment").
+
+One environment a file and process: LMDB forbids a second one, and forbids use after fork. Hence the registry below, and
+the gate, which every read transaction passes: a fork, a close and a map change wait until no transaction is open.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import lmdb
+
+from vista.errors import StoreError
+
+MAP_SIZE_BYTES = 1 << 40
+"""Address space reserved; neither memory nor disk. Reserved once, so that the map never has to grow under readers."""
+MAX_READERS = 1024
+"""Slots of the reader table: at least processes x threads. The first opener of a generation decides."""
+
+DIRECTORY_MODE = 0o700
+FILE_MODE = 0o600
+
+_SMALLEST_MAP_BYTES = 1 << 28
+_PAGE_HEADER_BYTES = 16
+_META = struct.Struct("=II16xI92xQQ")  # magic, version, …, page size, …, last page, transaction; host byte order
+_META_MAGIC = 0xBEEFC0DE
+_META_VERSION = 1
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class _Gate:
+    """Many transactions or one exclusive section; held for milliseconds."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._active = 0
+        self._exclusive = False
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        entered = False  # Ctrl-C may strike at any call.
+        try:
+            with self._condition:
+                while self._exclusive:
+                    self._condition.wait()
+                self._active += 1
+                entered = True
+            yield
+        finally:
+            if entered:
+                with self._condition:
+                    self._active -= 1
+                    self._condition.notify_all()
+
+    def acquire(self) -> None:
+        with self._condition:
+            while self._exclusive:
+                self._condition.wait()
+            self._exclusive = True
+            try:
+                while self._active:
+                    self._condition.wait()
+            except BaseException:
+                self._exclusive = False
+                self._condition.notify_all()
+                raise
+
+    def release(self) -> None:
+        with self._condition:
+            self._exclusive = False
+            self._condition.notify_all()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
+
+
+class ClosedError(StoreError):
+    """The environment was closed by another thread, which has moved on to another generation or closed the store."""
+
+
+_gate = _Gate()
+_registry: dict[tuple[int, int], SharedEnvironment] = {}
+"""By device and inode of the data file: a store may be removed and made anew under readers."""
+
+
+def _after_fork_in_child() -> None:
+    global _gate
+    _gate = _Gate()  # The parent's held it for the fork, so no transaction was open.
+
+
+def exclusive() -> AbstractContextManager[None]:
+    """Section in which no transaction, no fork and no other such section of this process runs: keep it short."""
+    return _gate.exclusive()
+
+
+os.register_at_fork(
+    before=lambda: _gate.acquire(), after_in_parent=lambda: _gate.release(), after_in_child=_after_fork_in_child
+)
+
+
+class SharedEnvironment:
+    """Read-only environment of one folder, shared by all readers of this process and counted."""
+
+    def __init__(self, path: Path, max_readers: int) -> None:
+        self._path = path
+        self._max_readers = max_readers
+        self._references = 0
+        self._pid = os.getpid()
+        self._environment: lmdb.Environment | None = open_environment(path, readonly=True, max_readers=max_readers)
+        self._identity = _identity(path)
+
+    @classmethod
+    def acquire(cls, path: Path, max_readers: int = MAX_READERS) -> SharedEnvironment:
+        """Open the folder's environment, or share the one that is open.
+
+        Raises:
+            StoreError: see `open_environment`.
+        """
+        with _gate.exclusive():
+            shared = _registry.get(_identity(path))
+            if shared is None:
+                shared = cls(path, max_readers)
+                _registry[shared._identity] = shared
+            shared._references += 1
+            return shared
+
+    def retain(self) -> None:
+        """Count one more reference.
+
+        Raises:
+            ClosedError: the last one was given back meanwhile.
+        """
+        with _gate.exclusive():
+            if self._references == 0:
+                raise ClosedError(f"{self._path} is closed; open the store again")
+            self._references += 1
+
+    def release(self) -> None:
+        """Give the reference back; the last one closes the environment, after its last transaction."""
+        with _gate.exclusive():
+            self._references -= 1
+            if self._references == 0:
+                _registry.pop(self._identity, None)
+                self._close()
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the folder's data file is the one that is open here."""
+        return _identity(path) == self._identity
+
+    def read(self, function: Callable[[lmdb.Transaction[memoryview]], T]) -> T:
+        """Call a short function within one read transaction. Values are views that die with it: copy them inside.
+
+        Raises:
+            StoreError: the environment cannot be read; the message has the remedy.
+        """
+        if self.inherited:
+            self.reopen()
+        while True:
+            try:
+                with _gate.shared(), self._open().begin(buffers=True) as transaction:
+                    return function(transaction)
+            except lmdb.MapResizedError:
+                # Only where the address space was too small to reserve: another process let its map grow.
+                with _gate.exclusive():
+                    self._open().set_mapsize(0)
+            except lmdb.ReadersFullError as error:
+                raise StoreError(
+                    f"{self._path}: all {self._open().max_readers()} reader slots are taken; open the store with a "
+                    "larger max_readers (the first opener decides) or run fewer readers"
+                ) from error
+            except lmdb.Error as error:
+                raise StoreError(f"{self._path}: {error}; {REMEDY}") from error
+
+    def _open(self) -> lmdb.Environment:
+        if self._environment is None:
+            raise ClosedError(f"{self._path} is closed; open the store again")
+        return self._environment
+
+    @property
+    def inherited(self) -> bool:
+        """Whether the handle is the parent's, so that this process must open its own."""
+        return self._pid != os.getpid()
+
+    def reopen(self) -> None:
+        """Open this process's own handle after a fork.
+
+        Raises:
+            StoreError: see `open_environment`; the generation may have been removed since.
+        """
+        with _gate.exclusive():
+            if self.inherited:
+                self._close()  # The inherited handle: with it open, LMDB refuses another.
+                if not self.is_at(self._path):
+                    raise StoreError(f"{self._path} was removed since this process's parent opened it; {REMEDY}")
+                self._environment = open_environment(self._path, readonly=True, max_readers=self._max_readers)
+                self._pid = os.getpid()
+
+    def _close(self) -> None:
+        if self._environment is not None:
+            self._environment.close()
+            self._environment = None
+
+
+REMEDY = "refresh the store again, or write the name of the generation before into CURRENT"
+
+
+def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READERS) -> lmdb.Environment:
+    """Open (a writer: or create) the environment in a folder.
+
+    Always synchronous, locked, without writemap, in LMDB 0.9's format. Where the address space is limited (ulimit -v),
+    a smaller map is reserved and its size logged.
+
+    Raises:
+        StoreError: no environment, truncated, foreign, not accessible, or no address space; the message has the remedy.
+    """
+    if readonly or (path / "data.mdb").exists():
+        check_data_file(path / "data.mdb")
+    size = MAP_SIZE_BYTES
+    while True:
+        try:
+            environment = lmdb.open(
+                str(path),
+                map_size=size,
+                readonly=readonly,
+                create=not readonly,
+                mode=FILE_MODE,
+                max_readers=max_readers,
+                lib_version=0,
+            )
+            break
+        except lmdb.MemoryError as error:
+            if size <= _SMALLEST_MAP_BYTES:
+                raise StoreError(
+                    f"{path}: no address space for a map of {size} bytes; raise the limit (ulimit -v unlimited)"
+                ) from error
+            size >>= 2
+        except lmdb.Error as error:
+            raise StoreError(f"{path}: {error}. Readers too need write access to lock.mdb; {REMEDY}") from error
+    if size < MAP_SIZE_BYTES:
+        logger.warning("%s: address space is limited (ulimit -v); reserved %d bytes instead of 1 TiB", path, size)
+    return environment
+
+
+def check_data_file(path: Path) -> None:
+    """Refuse a data file that LMDB would crash on: it maps what the meta page promises, whatever the file's size.
+
+    Raises:
+        StoreError: missing, foreign or truncated; the message holds the sizes and the remedy.
+    """
+    found, expected = committed_size(path)
+    if found < expected:
+        raise StoreError(f"{path} is truncated: {found} bytes, its pages need {expected}; {REMEDY}")
+
+
+def committed_size(path: Path) -> tuple[int, int]:
+    """Size of a data file, and the size that its last committed transaction speaks of, in bytes.
+
+    Raises:
+        StoreError: missing or foreign.
+    """
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            metas = [_read_meta(file.read(_PAGE_HEADER_BYTES + _META.size))]
+            if metas[0] is not None:
+                file.seek(metas[0][0])
+                metas.append(_read_meta(file.read(_PAGE_HEADER_BYTES + _META.size)))
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}; {REMEDY}") from error
+    valid = [meta for meta in metas if meta is not None]
+    if len(valid) < 2:
+        raise StoreError(f"{path} is no LMDB 0.9 data file ({found} bytes); {REMEDY}")
+    page_bytes, last_page, _ = max(valid, key=lambda meta: meta[2])
+    return found, (last_page + 1) * page_bytes
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        status = (path / "data.mdb").stat()
+    except OSError:
+        return -1, -1
+    return status.st_dev, status.st_ino
+
+
+def _read_meta(block: bytes) -> tuple[int, int, int] | None:
+    if len(block) < _PAGE_HEADER_BYTES + _META.size:
+        return None
+    magic, version, page_bytes, last_page, transaction = _META.unpack_from(block, _PAGE_HEADER_BYTES)
+    if magic != _META_MAGIC or version != _META_VERSION or not 512 <= page_bytes <= 65536:
+        return None
+    return page_bytes, last_page, transaction

@@ -1,0 +1,219 @@
+"""Files of a store: generations, each a complete set of records, and CURRENT, which names the served one.
+
+store/CURRENT            "gen-7": the generation that readers open
+store/writer.lock        flock of the one writer; holds its pid
+store/gen-7/summary/     LMDB environment: data.mdb, lock.mdb
+store/gen-8/summary/     an unfinished run: no `!complete`; `!cursor` says where it goes on
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import xxhash
+
+from vista.config import Codec
+from vista.errors import StoreError, StoreLockedError
+from vista.store.environment import FILE_MODE, REMEDY
+from vista.store.record import FORMAT_VERSION, RecordSpec
+
+CURRENT = "CURRENT"
+WRITER_LOCK = "writer.lock"
+
+REMOVED_PREFIX = ".removed-"
+
+_PREFIX = "gen-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a generation is (`!manifest`): all but `generation`, `created_at` and the last four is its identity."""
+
+    generation: int
+    created_at: int
+    """Start of the run, ms."""
+    summarizer_id: str
+    """SHA-256 in hex."""
+    num_tokens: int
+    dim: int
+    codec: str
+    tail_len: int
+    until: str | int | None
+    """Which events the summaries may have seen, as given to the refresh."""
+    applied_segment: int
+    """Newest segment of the log that was read."""
+    total_users: int
+    """Users of the run, in its fixed order; `!cursor` counts them."""
+    run_digest: str
+    """Digest of the log's content and of the user order."""
+    format_version: int = FORMAT_VERSION
+    count: int = 0
+    """Records; set when published, like the two below."""
+    user_kind: str | None = None
+    """int, str or mixed; None without records."""
+    records_digest: str = ""
+    """Sum mod 2^64 of all records' checksums, in hex."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for an unfinished generation to be resumed."""
+        fields = dataclasses.asdict(self)
+        for name in ("generation", "created_at", "count", "user_kind", "records_digest"):
+            del fields[name]
+        return fields
+
+    def spec(self) -> RecordSpec:
+        """What each record of the generation must hold."""
+        return RecordSpec(
+            summarizer_id=bytes.fromhex(self.summarizer_id),
+            generation=self.generation,
+            num_tokens=self.num_tokens,
+            dim=self.dim,
+            codec=Codec(self.codec),
+            created_at=self.created_at,
+            applied_segment=self.applied_segment,
+        )
+
+    def to_bytes(self) -> bytes:
+        """JSON behind its own XXH3-64 in hex, so that a flipped bit is noticed here too."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
+        return xxhash.xxh3_64_hexdigest(text).encode() + b"\n" + text
+
+    @staticmethod
+    def from_bytes(value: bytes, path: Path) -> Manifest:
+        """Parse and check.
+
+        Raises:
+            StoreError: corrupt, or of another format version.
+        """
+        checksum, _, text = value.partition(b"\n")
+        if checksum.decode(errors="replace") != xxhash.xxh3_64_hexdigest(text):
+            raise StoreError(f"{path}: the manifest is corrupt; {REMEDY}")
+        fields = json.loads(text)
+        if fields.get("format_version") != FORMAT_VERSION:
+            raise StoreError(
+                f"{path}: format version {fields.get('format_version')}, this vista reads {FORMAT_VERSION}; "
+                "use the version that wrote it, or refresh the store again"
+            )
+        return Manifest(**fields)
+
+
+def generation_path(root: Path, generation: int) -> Path:
+    """Folder of one generation."""
+    return root / f"{_PREFIX}{generation}"
+
+
+def environment_path(root: Path, generation: int) -> Path:
+    """Folder of its summaries' LMDB environment."""
+    return generation_path(root, generation) / "summary"
+
+
+def list_generations(root: Path) -> list[int]:
+    """Numbers of all generation folders, finished or not, ascending."""
+    names = [entry.name.removeprefix(_PREFIX) for entry in root.iterdir() if entry.name.startswith(_PREFIX)]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def read_current(root: Path) -> int:
+    """Number of the published generation.
+
+    Raises:
+        StoreError: nothing is published there, or CURRENT is damaged.
+    """
+    try:
+        text = (root / CURRENT).read_text(encoding="ascii", errors="replace").strip()
+    except FileNotFoundError as error:
+        raise StoreError(f"{root} holds no published generation; run `vista refresh store={root}` first") from error
+    except OSError as error:
+        raise StoreError(f"{root / CURRENT}: {error.strerror}; check the path and its permissions") from error
+    number = text.removeprefix(_PREFIX)
+    if not text.startswith(_PREFIX) or not number.isdecimal():
+        raise StoreError(f"{root / CURRENT} holds {text[:40]!r} instead of a generation's name; {_kept(root)}")
+    return int(number)
+
+
+def missing_generation(root: Path, generation: int) -> StoreError:
+    """Error for a CURRENT that names nothing."""
+    return StoreError(f"{root / CURRENT} names {_PREFIX}{generation}, which is not there; {_kept(root)}")
+
+
+def write_current(root: Path, generation: int) -> None:
+    """Flip: readers that open or reload from now on get this generation (tmp, fsync, replace, directory fsync)."""
+    temporary = root / f"{CURRENT}.tmp"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE)
+    try:
+        os.write(descriptor, f"{_PREFIX}{generation}\n".encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, root / CURRENT)
+    sync_directory(root)
+
+
+def sync_directory(path: Path) -> None:
+    """Make names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_generation(root: Path, generation: int) -> None:
+    """Remove a generation's folder; a kill on the way leaves a name that nobody takes for a generation.
+
+    Readers that hold it open keep their files until they let go.
+    """
+    removed = root / f"{REMOVED_PREFIX}{generation}"
+    shutil.rmtree(removed, ignore_errors=True)
+    os.rename(generation_path(root, generation), removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+_held: WeakSet[WriterLock] = WeakSet()
+
+
+def _release_in_child() -> None:
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_release_in_child)  # Else a worker that outlives its killed parent keeps the lock.
+
+
+class WriterLock:
+    """The one writer of a store: a non-blocking flock, released by the system when its process dies."""
+
+    def __init__(self, root: Path) -> None:
+        path = root / WRITER_LOCK
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, FILE_MODE)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip()
+            os.close(self._descriptor)
+            raise StoreLockedError(
+                f"{root} is being written by {f'process {holder}' if holder else 'another process'}; wait for it, or "
+                "end it: its work is kept and the next refresh goes on from there"
+            ) from error
+        _held.add(self)
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Let the next writer in."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _kept(root: Path) -> str:
+    kept = ", ".join(f"{_PREFIX}{number}" for number in list_generations(root)) or "none"
+    return f"generations there: {kept}. Write the name of one into {CURRENT}, or refresh the store again"

@@ -1,0 +1,399 @@
+"""The bytes of one user's record: 128-byte header, K summary rows, tail (docs/summary-format.md).
+
+B users, K summary tokens, d model width, R bytes of all rows of one user, n events of one tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+
+from vista.config import Codec
+from vista.errors import RecordError, UserKeyError
+from vista.store.keys import user_id
+
+MAGIC = b"VSUM"
+FORMAT_VERSION = 1
+HEADER_BYTES = 128
+CHECKSUM_OFFSET = 120
+TAIL_EVENT_BYTES = 13
+"""Item row int32, time int64, action uint8."""
+
+NO_TIMESTAMP = -(1 << 63)
+"""last_event_ts of a history without events, and every timestamp of a user who was not found."""
+
+CODEC_NUMBERS = {Codec.float32: 0, Codec.int8: 1}
+SCALE_DTYPE_NUMBERS = {Codec.float32: 0, Codec.int8: 1}
+"""0: rows have no scale; 1: float32 scale and bias."""
+
+HEADER = np.dtype(
+    [
+        ("magic", "S4"),
+        ("format_version", "<u2"),
+        ("header_length", "<u2"),
+        ("flags", "<u4"),
+        ("codec", "<u2"),
+        ("tokens", "<u2"),
+        ("dim", "<u2"),
+        ("scale_dtype", "<u2"),
+        ("payload_length", "<u4"),
+        ("generation", "<u8"),
+        ("summarizer_id", "u1", (32,)),
+        ("key_hash", "<u8"),
+        ("created_at", "<i8"),
+        ("last_event_ts", "<i8"),
+        ("event_count", "<i8"),
+        ("applied_segment", "<u8"),
+        ("history_digest", "<u8"),
+        ("tail_length", "<u4"),
+        ("reserved", "<u4"),
+        ("checksum", "<u8"),
+    ]
+)
+assert HEADER.itemsize == HEADER_BYTES
+
+_ZERO_CHECKSUM = bytes(8)
+_SHARED_FIELDS = (
+    *("magic", "format_version", "header_length", "flags", "codec", "tokens", "dim", "scale_dtype"),
+    *("generation", "summarizer_id", "reserved"),
+)
+"""Equal in all records of a generation; below, where they lie."""
+_SHARED_BYTES = np.r_[0:20, 24:64, 116:120]
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """Last events of B users, packed: users end to end, oldest event first."""
+
+    items: NDArray[np.int32]
+    """[N] item rows of the model's vocabulary (in records), 0 for unknown."""
+    times: NDArray[np.int64]
+    """[N] ms, or the ordinal in a log without times."""
+    actions: NDArray[np.uint8]
+    """[N] action codes."""
+    offsets: NDArray[np.int64]
+    """[B+1]."""
+
+    @staticmethod
+    def empty(num_users: int) -> Tail:
+        """Tails without events."""
+        return Tail(
+            np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.uint8), np.zeros(num_users + 1, np.int64)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSpec:
+    """What all records of one generation share."""
+
+    summarizer_id: bytes
+    """SHA-256, 32 bytes."""
+    generation: int
+    num_tokens: int
+    """K; 0 where stage 1 is off."""
+    dim: int
+    codec: Codec
+    created_at: int = 0
+    """Start of the refresh in ms; kept on resume. Written, not checked."""
+    applied_segment: int = 0
+    """Newest log segment in the records. Written, not checked."""
+
+    def __post_init__(self) -> None:
+        if len(self.summarizer_id) != 32:
+            raise ValueError(f"summarizer_id must be 32 bytes (SHA-256), got {len(self.summarizer_id)}")
+        if not 0 <= self.num_tokens < 1 << 16 or not 1 <= self.dim < 1 << 16:
+            raise ValueError(f"num_tokens must lie in [0, 65535], dim in [1, 65535]: {self.num_tokens}, {self.dim}")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one summary row."""
+        return self.dim + 8 if self.codec is Codec.int8 else 4 * self.dim
+
+    @property
+    def rows_bytes(self) -> int:
+        """R: bytes of all rows of one user."""
+        return self.num_tokens * self.row_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RawRecords:
+    """Records copied out of the store and checked, rows still quantized."""
+
+    headers: NDArray[np.void]
+    """[B] of dtype HEADER."""
+    rows: NDArray[np.uint8]
+    """[B * K, row_bytes]."""
+    tail: Tail
+
+
+def quantize_rows(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """FBGEMM byte rows: d uint8 values, then float32 scale and bias.
+
+    Args:
+        rows: [N, d] float32, finite.
+
+    Returns:
+        [N, d+8] uint8.
+
+    Raises:
+        ValueError: a value is not finite, or a row's range overflows float32; the message names the row.
+    """
+    _require_finite(rows)
+    packed: NDArray[np.uint8] = torch.ops.quantized.embedding_bag_byte_prepack(torch.from_numpy(rows)).numpy()
+    scale_and_bias = packed[:, rows.shape[1] :].copy().view("<f4")
+    if not np.isfinite(scale_and_bias).all():
+        row = int(np.flatnonzero(~np.isfinite(scale_and_bias).all(axis=1))[0])
+        raise ValueError(f"row {row}: the range of its values overflows float32")
+    return packed
+
+
+def dequantize_rows(packed: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """value = uint8 * scale + bias, rounded once where the processor has fused multiply-add: [N, d+8] -> [N, d]."""
+    rows: NDArray[np.float32] = torch.ops.quantized.embedding_bag_byte_unpack(torch.from_numpy(packed)).numpy()
+    return rows
+
+
+def encode_records(
+    keys: Sequence[bytes],
+    summary: NDArray[np.float32],
+    tail: Tail,
+    *,
+    spec: RecordSpec,
+    event_count: NDArray[np.int64],
+    last_event_ts: NDArray[np.int64],
+    history_digest: NDArray[np.uint64],
+) -> list[bytes]:
+    """Records of a batch of users.
+
+    Args:
+        keys: B keys from `vista.store.keys.user_keys`.
+        summary: [B, K, d] float32.
+        tail: last events of the B users.
+        spec: what the generation's records share (`StoreWriter.spec`).
+        event_count: [B] events that the summary has seen.
+        last_event_ts: [B] time of the newest of them; NO_TIMESTAMP for none.
+        history_digest: [B] uint64 from `vista.store.digest.history_digests`.
+
+    Returns:
+        B byte strings.
+
+    Raises:
+        RecordError: a summary is not finite; the message names the user.
+        ValueError: shapes differ.
+    """
+    num_users = len(keys)
+    if summary.shape != (num_users, spec.num_tokens, spec.dim):
+        raise ValueError(f"summary must be {(num_users, spec.num_tokens, spec.dim)}, got {summary.shape}")
+    if len(tail.offsets) != num_users + 1 or not (
+        len(tail.items) == len(tail.times) == len(tail.actions) == tail.offsets[-1]
+    ):
+        raise ValueError(f"the tail's arrays do not fit {num_users} users, or one another")
+    rows_KD = np.ascontiguousarray(summary, dtype="<f4").reshape(num_users * spec.num_tokens, spec.dim)
+    try:
+        if spec.codec is Codec.int8:
+            rows = quantize_rows(rows_KD)
+        else:
+            _require_finite(rows_KD)
+            rows = rows_KD.view(np.uint8)
+    except ValueError as error:
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite = np.isfinite(np.ptp(summary, axis=2)).all(axis=1)
+        user = user_id(keys[int(np.flatnonzero(~finite)[0])])
+        raise RecordError(
+            f"the summary of user {user!r} is refused: {error}; nothing of this batch was written. Check that user's "
+            "events and the model's weights"
+        ) from error
+
+    offsets = np.asarray(tail.offsets, dtype=np.int64)
+    tail_length = np.diff(offsets)
+    headers = np.full(num_users, _template(spec))
+    headers["payload_length"] = spec.rows_bytes + TAIL_EVENT_BYTES * tail_length
+    headers["key_hash"] = [xxhash.xxh3_64_intdigest(key) for key in keys]
+    headers["created_at"] = spec.created_at
+    headers["last_event_ts"] = last_event_ts
+    headers["event_count"] = event_count
+    headers["applied_segment"] = spec.applied_segment
+    headers["history_digest"] = history_digest
+    headers["tail_length"] = tail_length
+
+    header_bytes, row_bytes = headers.tobytes(), _flat(rows)
+    item_bytes = _flat(np.ascontiguousarray(tail.items, dtype="<i4"))
+    time_bytes = _flat(np.ascontiguousarray(tail.times, dtype="<i8"))
+    action_bytes = _flat(np.ascontiguousarray(tail.actions, dtype=np.uint8))
+    size = spec.rows_bytes
+    bounds = offsets.tolist()
+    records = []
+    for index in range(num_users):
+        first, last = bounds[index], bounds[index + 1]
+        header = header_bytes[HEADER_BYTES * index : HEADER_BYTES * (index + 1)]
+        payload = (
+            row_bytes[size * index : size * (index + 1)],
+            item_bytes[4 * first : 4 * last],
+            time_bytes[8 * first : 8 * last],
+            action_bytes[first:last],
+        )
+        checksum = xxhash.xxh3_64(header)
+        for part in payload:
+            checksum.update(part)
+        records.append(b"".join((header[:CHECKSUM_OFFSET], checksum.intdigest().to_bytes(8, "little"), *payload)))
+    return records
+
+
+def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> RawRecords:
+    """Check a batch of stored values and copy them out (the values may die afterwards).
+
+    Args:
+        values: B stored values.
+        keys: their B keys.
+        spec: what the generation's records must hold.
+
+    Raises:
+        RecordError: a value is truncated, corrupt, of another format, generation or summarizer; the message names the
+            user and the field.
+    """
+    views = [memoryview(value) for value in values]
+    headers = check_records(views, keys, spec)
+    size = spec.rows_bytes
+    # Into bytearrays, so that the arrays are writable and torch takes them as they are.
+    rows = np.frombuffer(bytearray().join([view[HEADER_BYTES : HEADER_BYTES + size] for view in views]), np.uint8)
+    lengths = headers["tail_length"].astype(np.int64)
+    offsets = np.zeros(len(views) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    item_parts, time_parts, action_parts = [], [], []
+    start = HEADER_BYTES + size
+    for view, length in zip(views, lengths.tolist(), strict=True):
+        times, actions = start + 4 * length, start + 12 * length
+        item_parts.append(view[start:times])
+        time_parts.append(view[times:actions])
+        action_parts.append(view[actions:])
+    tail = Tail(
+        np.frombuffer(bytearray().join(item_parts), "<i4"),
+        np.frombuffer(bytearray().join(time_parts), "<i8"),
+        np.frombuffer(bytearray().join(action_parts), np.uint8),
+        offsets,
+    )
+    return RawRecords(headers, rows.reshape(len(views) * spec.num_tokens, spec.row_bytes), tail)
+
+
+def decode_rows(raw: RawRecords, spec: RecordSpec) -> NDArray[np.float32]:
+    """Summaries of checked records as [B, K, d] float32."""
+    rows = dequantize_rows(raw.rows) if spec.codec is Codec.int8 else raw.rows.view("<f4")
+    return rows.reshape(len(raw.headers), spec.num_tokens, spec.dim)
+
+
+def check_records(views: Sequence[memoryview], keys: Sequence[bytes], spec: RecordSpec) -> NDArray[np.void]:
+    """Check a batch of stored values in place, as `read_records` does, and return copies of the headers."""
+    lengths = np.fromiter(map(len, views), dtype=np.int64, count=len(views))
+    _check(lengths >= HEADER_BYTES, keys, lengths, "length", f"at least {HEADER_BYTES} bytes")
+    header_bytes = b"".join([view[:HEADER_BYTES] for view in views])
+    headers = np.frombuffer(header_bytes, dtype=HEADER)
+
+    def require(field: str, expected: Any) -> None:
+        _check(headers[field] == expected, keys, headers[field], field, expected)
+
+    template = _template(spec)
+    shared = np.frombuffer(header_bytes, np.uint8).reshape(-1, HEADER_BYTES)[:, _SHARED_BYTES]
+    alike = bool((shared == np.frombuffer(template.tobytes(), np.uint8)[_SHARED_BYTES]).all())
+    if not alike:  # One comparison for all in the usual case; by name where something differs.
+        for field in ("magic", "format_version", "header_length"):
+            require(field, template[field])
+    require("payload_length", lengths - HEADER_BYTES)
+    checksums = []
+    for view in views:
+        checksum = xxhash.xxh3_64(view[:CHECKSUM_OFFSET])
+        checksum.update(_ZERO_CHECKSUM)
+        checksum.update(view[HEADER_BYTES:])
+        checksums.append(checksum.intdigest())
+    require("checksum", np.array(checksums, dtype=np.uint64))
+    if not alike:
+        for field in _SHARED_FIELDS:
+            if field != "summarizer_id":
+                require(field, template[field])
+        found = [row.tobytes().hex() for row in headers["summarizer_id"]]
+        same = np.array(found) == spec.summarizer_id.hex()
+        _check(same, keys, found, "summarizer_id", spec.summarizer_id.hex())
+    require("key_hash", np.array([xxhash.xxh3_64_intdigest(key) for key in keys], dtype=np.uint64))
+    tail_bytes = lengths - HEADER_BYTES - spec.rows_bytes
+    require("tail_length", tail_bytes // TAIL_EVENT_BYTES)
+    _check(tail_bytes % TAIL_EVENT_BYTES == 0, keys, lengths, "length", "whole tail events")
+    return headers
+
+
+def decode_record_reference(record: bytes) -> dict[str, Any]:
+    """Plain NumPy decoder of one record, sharing nothing with the fast path: the format's executable description.
+
+    Returns:
+        Every header field by name, `summary` [K, d] float32, and `items`, `times`, `actions` of the tail. Checksum and
+        lengths are not checked.
+    """
+    header = np.frombuffer(record, dtype=HEADER, count=1)[0]
+    fields: dict[str, Any] = {name: header[name].item() for name in HEADER.names or () if name != "summarizer_id"}
+    fields["summarizer_id"] = header["summarizer_id"].tobytes()
+    tokens, dim, length = fields["tokens"], fields["dim"], fields["tail_length"]
+    position = fields["header_length"]
+    summary = np.empty((tokens, dim), dtype=np.float32)
+    for token in range(tokens):
+        if fields["codec"] == 0:
+            summary[token] = np.frombuffer(record, "<f4", dim, position)
+            position += 4 * dim
+        else:
+            values = np.frombuffer(record, np.uint8, dim, position)
+            scale, bias = np.frombuffer(record, "<f4", 2, position + dim).astype(np.float64)
+            summary[token] = values * scale + bias  # The float64 product is exact: one rounding, to float32.
+            position += dim + 8
+    fields["summary"] = summary
+    for name, dtype in (("items", "<i4"), ("times", "<i8"), ("actions", "u1")):
+        fields[name] = np.frombuffer(record, dtype, length, position)
+        position += np.dtype(dtype).itemsize * length
+    return fields
+
+
+@lru_cache(maxsize=16)
+def _template(spec: RecordSpec) -> np.void:
+    header = np.zeros(1, dtype=HEADER)
+    header["magic"] = MAGIC
+    header["format_version"] = FORMAT_VERSION
+    header["header_length"] = HEADER_BYTES
+    header["codec"] = CODEC_NUMBERS[spec.codec]
+    header["tokens"] = spec.num_tokens
+    header["dim"] = spec.dim
+    header["scale_dtype"] = SCALE_DTYPE_NUMBERS[spec.codec]
+    header["generation"] = spec.generation
+    header["summarizer_id"] = np.frombuffer(spec.summarizer_id, np.uint8)
+    header["created_at"] = spec.created_at
+    header["applied_segment"] = spec.applied_segment
+    template: np.void = header[0]
+    return template
+
+
+def _flat(array: NDArray[Any]) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _require_finite(rows: NDArray[np.float32]) -> None:
+    finite = np.isfinite(rows)
+    if not finite.all():
+        raise ValueError(f"row {int(np.flatnonzero(~finite.all(axis=1))[0])} holds NaN or infinity")
+
+
+def _check(ok: NDArray[np.bool_], keys: Sequence[bytes], found: Any, field: str, expected: Any) -> None:
+    if ok.all():
+        return
+    index = int(np.flatnonzero(~ok)[0])
+    if isinstance(expected, np.ndarray):
+        expected = expected[index]
+    try:
+        user = f"user {user_id(keys[index])!r}"
+    except UserKeyError:
+        user = f"key {keys[index]!r}"
+    raise RecordError(
+        f"the record of {user} is corrupt or of another format: {field} is {found[index]}, expected {expected}. "
+        "Refresh the store again, or roll CURRENT back to the generation before"
+    )

@@ -1,0 +1,58 @@
+"""Tails that callers bring: checked, and merged with the stored ones."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vista.store.record import Tail
+
+
+def check_tail(tail: Tail, num_users: int, num_actions: int) -> None:
+    """Raise ValueError or TypeError, naming the part, if a caller's tail does not fit `num_users` users."""
+    parts = {"items": tail.items, "times": tail.times, "actions": tail.actions, "offsets": tail.offsets}
+    arrays = {name: np.asarray(part) for name, part in parts.items()}
+    for name, array in arrays.items():
+        if array.ndim != 1:
+            raise ValueError(f"tail.{name}: needs one dimension, got shape {array.shape}")
+        if name != "items" and len(array) and array.dtype.kind not in "iu":
+            raise TypeError(f"tail.{name}: needs integers, got {array.dtype} (times are milliseconds)")
+    count, offsets = len(arrays["items"]), arrays["offsets"]
+    for name in ("times", "actions"):
+        if len(arrays[name]) != count:
+            raise ValueError(f"tail.{name}: {len(arrays[name])} values for {count} items")
+    if len(offsets) != num_users + 1 or offsets[0] != 0 or offsets[-1] != count or (np.diff(offsets) < 0).any():
+        raise ValueError(f"tail.offsets: must rise from 0 to {count} in {num_users + 1} values, got {offsets.tolist()[:6]} …")
+    if count and (arrays["actions"].min() < 0 or arrays["actions"].max() >= num_actions):
+        raise ValueError(f"tail.actions: codes must lie in [0, {num_actions}), got up to {arrays['actions'].max()}")
+
+
+def merge_tails(stored: Tail, fresh: Tail, tail_len: int) -> Tail:
+    """Union of two packed tails of the same users, oldest first, the newest `tail_len` events kept.
+
+    An event that both hold (same time, item and action) counts once, in its stored place; equal times keep their order, stored first.
+
+    Args:
+        stored, fresh: items are model rows.
+    """
+    num_users = len(stored.offsets) - 1
+    user = np.concatenate([np.repeat(np.arange(num_users), np.diff(t.offsets)) for t in (stored, fresh)])
+    item = np.concatenate([stored.items, fresh.items])
+    time = np.concatenate([stored.times, fresh.times])
+    action = np.concatenate([stored.actions, fresh.actions])
+    place = np.arange(len(user))
+    # Doubles: sorted by what makes an event the same, then by place; all but the first of a run go.
+    by_event = np.lexsort((place, action, item, time, user))
+    same = np.zeros(len(user), bool)
+    if len(user) > 1:
+        a, b = by_event[:-1], by_event[1:]
+        same[1:] = (user[a] == user[b]) & (time[a] == time[b]) & (item[a] == item[b]) & (action[a] == action[b])
+    double = np.zeros(len(user), bool)
+    double[by_event[same]] = place[by_event[same]] >= len(stored.items)
+    order = np.lexsort((place, time, user))
+    order = order[~double[order]]
+    counts = np.bincount(user[order], minlength=num_users)
+    ends = np.cumsum(counts)
+    from_end = np.repeat(ends, counts) - np.arange(len(order))
+    order = order[from_end <= tail_len]
+    offsets = np.concatenate([[0], np.cumsum(np.minimum(counts, tail_len))]).astype(np.int64)
+    return Tail(item[order], time[order], action[order], offsets)

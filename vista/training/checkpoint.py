@@ -1,0 +1,306 @@
+"""Atomic checkpoints: tensors in safetensors, everything else in JSON, no pickle.
+
+A checkpoint is a folder `step-00001234` of two files:
+
+- `tensors.safetensors`: every tensor (model, optimizers, random generators), by name;
+- `state.json`: format version, step, size and SHA-256 of the tensor file, the caller's state, a SHA-256 of all this.
+
+It is written as `.tmp-step-00001234`, its files and itself fsynced, then renamed, and the parent fsynced: a kill or a
+power cut at any moment leaves either the whole checkpoint or none. One process writes to a folder at a time.
+
+`pack_state` turns any nested state (an optimizer's `state_dict`, a NumPy generator's `bit_generator.state`) into those
+two forms and `unpack_state` turns it back, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vista.errors import CheckpointError
+
+FORMAT_VERSION = 1
+TENSOR_FILE = "tensors.safetensors"
+STATE_FILE = "state.json"
+
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+_UNFINISHED = ".tmp-"
+_REPLACED = ".replaced-"
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str], step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2
+) -> Path:
+    """Write one checkpoint atomically, then drop what it makes superfluous.
+
+    The newest `keep` checkpoints stay. Steps beyond this one are removed too: they belong to a run that was rewound,
+    and would otherwise be taken for the newest. Saving a step again replaces it.
+
+    Args:
+        folder: parent of all checkpoints of one run; made if absent.
+        step: training steps done, at least 0.
+        tensors: name -> tensor of any device and dtype; tensors that share memory are stored apart.
+        state: what JSON gives back unchanged (no tuples, keys are strings, numbers finite); `pack_state` makes it so.
+        keep: checkpoints to leave in the folder, at least 1.
+
+    Returns:
+        folder/step-00001234.
+
+    Raises:
+        ValueError, TypeError: for such a state, a tensor that is none, or a number out of range.
+        CheckpointError: if the disk refuses (full, read-only, not a folder); the checkpoints before stay as they were.
+    """
+    if step < 0 or keep < 1:
+        raise ValueError(f"step must be at least 0 and keep at least 1, got step={step}, keep={keep}")
+    body: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "state": dict(state)}
+    if json.loads(json.dumps(body, allow_nan=False)) != body:
+        raise TypeError("state: JSON would change it (a tuple, or a key that is no string); put it through pack_state")
+    root, final = Path(folder), Path(folder) / f"step-{step:08d}"
+    temporary, replaced = root / f"{_UNFINISHED}{final.name}", root / f"{_REPLACED}{final.name}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _recover(root)
+        temporary.mkdir()
+        tensor_path, state_path = temporary / TENSOR_FILE, temporary / STATE_FILE
+        save_file(_storable(tensors), tensor_path)
+        body["tensors"] = {"bytes": tensor_path.stat().st_size, "sha256": _file_digest(tensor_path)}
+        body["sha256"] = _body_digest(body)
+        state_path.write_text(json.dumps(body, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+        for path in (tensor_path, state_path, temporary):
+            _fsync(path)
+        if final.exists():  # a folder cannot be renamed over another; `_recover` undoes this half of the swap
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        _fsync(root)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        _prune(root, step, keep)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{final}: the checkpoint could not be written ({error}); free space or make the folder writable, then run "
+            "again: training resumes from the checkpoint before"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read one checkpoint, after checking both files against their sizes and SHA-256.
+
+    Args:
+        path: a folder that `save_checkpoint` returned or `latest_checkpoint` found.
+
+    Returns:
+        (tensors on the CPU that no longer depend on the file, the caller's state).
+
+    Raises:
+        CheckpointError: if anything is missing, truncated, modified or of another format; names the file and a remedy.
+    """
+    checkpoint = Path(path)
+    body = _read_state(checkpoint / STATE_FILE)
+    tensor_path = checkpoint / TENSOR_FILE
+    expected = body["tensors"]
+    try:
+        found = tensor_path.stat().st_size
+        if found != expected["bytes"]:
+            raise _damaged(tensor_path, f"holds {found} bytes instead of {expected['bytes']}")
+        if _file_digest(tensor_path) != expected["sha256"]:
+            raise _damaged(tensor_path, "does not match the SHA-256 in its state.json")
+        # Cloned, for the loaded tensors are views of a memory map of the file.
+        tensors = {name: tensor.clone() for name, tensor in load_file(tensor_path).items()}
+    except (OSError, SafetensorError) as error:
+        raise _damaged(tensor_path, f"cannot be read ({error})") from error
+    state: dict[str, Any] = body["state"]
+    return tensors, state
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The finished checkpoint of the highest step, or None; clears away what a killed save left behind.
+
+    Call it only while no process saves to the folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        return None
+    _recover(root)
+    steps = _steps(root)
+    return steps[max(steps)] if steps else None
+
+
+def remove_checkpoints(folder: str | os.PathLike[str]) -> None:
+    """Remove all checkpoints of a folder, finished or not: for a run that starts anew in the folder of another."""
+    if latest_checkpoint(folder) is not None:
+        for path in _steps(Path(folder)).values():
+            _remove(path)
+
+
+def pack_state(tree: Any, prefix: str) -> tuple[dict[str, Tensor], Any]:
+    """Split nested state into tensors by name and a skeleton for JSON; `unpack_state` is the exact inverse.
+
+    Dicts (keys: strings or integers), lists, tuples, tensors, NumPy arrays and scalars, None, bool, int, float
+    (infinite and NaN too) and str may nest freely; that covers `state_dict()` of torch's optimizers and schedulers, and
+    `Generator.bit_generator.state` of NumPy.
+
+    Args:
+        tree: the state.
+        prefix: starts every tensor's name, such as "optimizer.dense".
+
+    Raises:
+        TypeError: for any other type, naming its place.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def pack(value: Any, name: str) -> Any:
+        while name in tensors:  # {"a.b": …} beside {"a": {"b": …}}
+            name += "'"
+        match value:
+            case Tensor():
+                tensors[name] = value
+                return {"$tensor": name}
+            case np.ndarray():
+                tensors[name] = torch.from_numpy(np.array(value))
+                return {"$array": name}
+            case np.generic():
+                return pack(value.item(), name)
+            case float() if not math.isfinite(value):
+                return {"$float": str(value)}
+            case None | bool() | int() | float() | str():
+                return value
+            case list():
+                return [pack(item, f"{name}.{i}") for i, item in enumerate(value)]
+            case tuple():
+                return {"$tuple": [pack(item, f"{name}.{i}") for i, item in enumerate(value)]}
+            case dict() if all(isinstance(key, str) and not key.startswith("$") for key in value):
+                return {key: pack(item, f"{name}.{key}") for key, item in value.items()}
+            case dict() if all(type(key) in (int, str) for key in value):
+                return {"$dict": [[key, pack(item, f"{name}.{key}")] for key, item in value.items()]}
+        raise TypeError(
+            f"{name}: a {type(value).__name__} cannot go into a checkpoint; turn it into numbers or tensors"
+        )
+
+    return tensors, pack(tree, prefix)
+
+
+def unpack_state(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Put nested state together again from `pack_state`'s skeleton (through JSON) and the tensors by name.
+
+    Raises:
+        CheckpointError: if a tensor that the skeleton names is absent.
+    """
+    if isinstance(skeleton, list):
+        return [unpack_state(item, tensors) for item in skeleton]
+    if not isinstance(skeleton, dict):
+        return skeleton
+    match skeleton:
+        case {"$tensor": name} | {"$array": name}:
+            if name not in tensors:
+                raise CheckpointError(f"tensor {name!r} is not in the checkpoint; it was written by another version")
+            return tensors[name].numpy() if "$array" in skeleton else tensors[name]
+        case {"$float": text}:
+            return float(text)
+        case {"$tuple": items}:
+            return tuple(unpack_state(item, tensors) for item in items)
+        case {"$dict": pairs}:
+            return {key: unpack_state(item, tensors) for key, item in pairs}
+    return {key: unpack_state(item, tensors) for key, item in skeleton.items()}
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, no two of which share memory (safetensors refuses those), none copied without need."""
+    storable: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"tensors[{name!r}] is a {type(tensor).__name__}; put it into state, or through pack_state")
+        whole = tensor.detach().contiguous()
+        if whole.untyped_storage().data_ptr() in taken:
+            whole = whole.clone()
+        taken.add(whole.untyped_storage().data_ptr())
+        storable[name] = whole
+    return storable
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_bytes())
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise _damaged(path, f"is no JSON ({error})") from error
+    if not isinstance(body, dict) or "format_version" not in body:
+        raise _damaged(path, "is not a checkpoint's state")
+    if body["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: has format {body['format_version']}, this version of vista reads {FORMAT_VERSION}; "
+            "resume with the version that wrote it"
+        )
+    if body.pop("sha256", None) != _body_digest(body):
+        raise _damaged(path, "was modified or damaged: its own SHA-256 does not match")
+    return body
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {what}; remove the folder {path.parent} to resume from the checkpoint before it, or to start anew"
+    )
+
+
+def _recover(root: Path) -> None:
+    """Remove what a killed save left behind, and bring back a checkpoint that it was about to replace."""
+    for leftover in root.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover)
+    for replaced in root.glob(f"{_REPLACED}*"):
+        original = root / replaced.name.removeprefix(_REPLACED)
+        if original.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, original)
+
+
+def _prune(root: Path, step: int, keep: int) -> None:
+    steps = _steps(root)
+    kept = sorted(s for s in steps if s <= step)[-keep:]
+    for other in steps.keys() - kept:
+        _remove(steps[other])
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that a kill half-way leaves none that looks whole."""
+    doomed = path.with_name(f"{_UNFINISHED}removed-{path.name}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def _steps(root: Path) -> dict[int, Path]:
+    return {int(match[1]): path for path in root.iterdir() if (match := _STEP_NAME.fullmatch(path.name))}
+
+
+def _body_digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

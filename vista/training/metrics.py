@@ -1,0 +1,335 @@
+"""Metrics of ranking and calibration, vectorised in NumPy and computed in float64.
+
+Letters: N labelled rows, G groups, B users (rows of a ranking), V items.
+
+A NaN, a label other than 0 or 1, or a probability outside [0, 1] raises ValueError naming the argument. A metric
+that is undefined for sound input (no rows, only one class) is NaN, so that one odd task does not end an evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, bfloat16
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+SCORES_PER_CHUNK = 1 << 22
+"""Scores that `ranks_of_targets` compares at once: bounds its temporary memory, whatever B and V."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedAuc:
+    """AUC within groups, averaged with the groups' numbers of rows as weights."""
+
+    value: float
+    """NaN where no group holds both classes."""
+    num_groups: int
+    """Groups that entered the mean."""
+    num_left_out: int
+    """Groups left out because all their labels are equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How far predicted probabilities agree with observed frequencies."""
+
+    ratio: float
+    """Mean prediction over mean label; 1 is perfect, NaN where no label is 1."""
+    expected_error: float
+    """Expected calibration error: |mean prediction - mean label| a bin, weighted by the bins' rows."""
+    bin_predictions: Floats
+    """[bins] mean prediction of each bin that holds rows, ascending."""
+    bin_labels: Floats
+    """[bins] mean label of each bin."""
+    bin_counts: Ints
+    """[bins] rows of each bin."""
+
+
+def auc(labels: ArrayLike | Tensor, scores: ArrayLike | Tensor) -> float:
+    """Area under the ROC curve, exact: the chance that a positive outscores a negative, ties counting half (mid-ranks).
+
+    Args:
+        labels: [N] of 0 and 1 (or bool).
+        scores: [N] real numbers of any scale; infinities are ordered as such.
+
+    Returns:
+        A number in [0, 1]; NaN where one class is absent.
+
+    Raises:
+        ValueError: on NaN scores, labels other than 0 and 1, or lengths that differ.
+    """
+    label_N, score_N = _labels_and_scores(labels, scores, "scores")
+    value_G, _ = _auc_by_group(np.zeros(len(label_N), dtype=np.int64), 1, label_N, score_N)
+    return float(value_G[0])
+
+
+def gauc(groups: ArrayLike | Tensor, labels: ArrayLike | Tensor, scores: ArrayLike | Tensor) -> GroupedAuc:
+    """AUC within each group (a user, a session), averaged with the groups' rows as weights.
+
+    Groups whose labels are all equal have no AUC: they are left out of the mean, and counted.
+
+    Args:
+        groups: [N] group ids, integers or strings, in any order.
+        labels: [N] of 0 and 1.
+        scores: [N].
+
+    Raises:
+        ValueError: as `auc`.
+    """
+    label_N, score_N = _labels_and_scores(labels, scores, "scores")
+    id_N = _array(groups)
+    if id_N.shape != label_N.shape:
+        raise ValueError(f"groups: has shape {id_N.shape}, labels {label_N.shape}; pass one group id a row")
+    unique_ids, group_N = np.unique(id_N, return_inverse=True)
+    value_G, count_G = _auc_by_group(group_N, len(unique_ids), label_N, score_N)
+    defined_G = ~np.isnan(value_G)
+    weight = count_G[defined_G].sum()
+    value = float((value_G[defined_G] * count_G[defined_G]).sum() / weight) if weight else float("nan")
+    return GroupedAuc(value, int(defined_G.sum()), int((~defined_G).sum()))
+
+
+def _auc_by_group(group_N: Ints, num_groups: int, label_N: Floats, score_N: Floats) -> tuple[Floats, Ints]:
+    """AUC (NaN where undefined) and rows of each group; group_N holds 0..num_groups-1."""
+    order = np.lexsort((score_N, group_N))
+    group_N, label_N, score_N = group_N[order], label_N[order], score_N[order]
+    count_G = np.bincount(group_N, minlength=num_groups)
+    group_start_G = np.cumsum(count_G) - count_G
+    # Runs of equal scores within a group share the mean of the 1-based ranks that they cover.
+    is_start_N = np.ones(len(group_N), dtype=bool)
+    is_start_N[1:] = (group_N[1:] != group_N[:-1]) | (score_N[1:] != score_N[:-1])
+    start_R = np.flatnonzero(is_start_N)
+    length_R = np.diff(np.append(start_R, len(group_N)))
+    mid_rank_N = np.repeat(start_R + (length_R + 1) / 2, length_R) - group_start_G[group_N]
+    positive_G = np.bincount(group_N, weights=label_N, minlength=num_groups)
+    rank_sum_G = np.bincount(group_N, weights=mid_rank_N * label_N, minlength=num_groups)
+    pairs_G = positive_G * (count_G - positive_G)
+    above_G = rank_sum_G - positive_G * (positive_G + 1) / 2
+    return np.divide(above_G, pairs_G, out=np.full(num_groups, np.nan), where=pairs_G > 0), count_G
+
+
+def log_loss(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor) -> float:
+    """Mean binary cross-entropy in nats.
+
+    Probabilities are clipped to [eps, 1 - eps], eps being the resolution of their own dtype (as scikit-learn does), so
+    that one float32 sigmoid rounded to 1 does not make the mean infinite.
+
+    Args:
+        labels: [N] of 0 and 1.
+        probabilities: [N] in [0, 1].
+
+    Returns:
+        NaN for no rows.
+
+    Raises:
+        ValueError: on NaN, on values out of range, or lengths that differ.
+    """
+    label_N, probability_N = _labels_and_probabilities(labels, probabilities)
+    if not len(label_N):
+        return float("nan")
+    return float(-np.where(label_N == 1, np.log(probability_N), np.log1p(-probability_N)).mean())
+
+
+def normalized_entropy(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor) -> float:
+    """Log loss over the entropy of the labels' own base rate (He et al., ADKDD 2014).
+
+    1 is what the best constant guess earns; less is better.
+    Arguments and errors as `log_loss`; NaN where one class is absent, for its entropy is 0.
+    """
+    loss = log_loss(labels, probabilities)
+    label_N = _array(labels).astype(np.float64)
+    base_rate = float(label_N.mean()) if len(label_N) else 0.0
+    if not 0 < base_rate < 1:
+        return float("nan")
+    return loss / float(-(base_rate * np.log(base_rate) + (1 - base_rate) * np.log1p(-base_rate)))
+
+
+def calibration(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor, num_bins: int = 20) -> Calibration:
+    """Ratio of mean prediction to mean label, and the expected calibration error over bins of equal mass.
+
+    The bins are cut at quantiles of the predictions: clicks are rare, and bins of equal width would leave nearly all
+    rows in the first. Equal predictions always share a bin, so there may be fewer than num_bins.
+
+    Args:
+        labels: [N] of 0 and 1.
+        probabilities: [N] in [0, 1].
+        num_bins: bins at most.
+
+    Raises:
+        ValueError: as `log_loss`, or for num_bins < 1.
+    """
+    if num_bins < 1:
+        raise ValueError(f"num_bins: must be at least 1, got {num_bins}")
+    label_N, _ = _labels_and_probabilities(labels, probabilities)
+    probability_N = _array(probabilities).astype(np.float64)
+    if not len(label_N):
+        return Calibration(float("nan"), float("nan"), np.empty(0), np.empty(0), np.empty(0, dtype=np.int64))
+    edges = np.unique(np.quantile(probability_N, np.arange(1, num_bins) / num_bins, method="inverted_cdf"))
+    bin_N = np.searchsorted(edges, probability_N, side="left")
+    count = np.bincount(bin_N)
+    kept = count > 0
+    prediction = np.bincount(bin_N, weights=probability_N)[kept] / count[kept]
+    label = np.bincount(bin_N, weights=label_N)[kept] / count[kept]
+    error = float((np.abs(prediction - label) * count[kept]).sum() / len(label_N))
+    mean_label = float(label_N.mean())
+    ratio = float(probability_N.mean()) / mean_label if mean_label else float("nan")
+    return Calibration(ratio, error, prediction, label, count[kept])
+
+
+def hit_rate(ranks: ArrayLike | Tensor, k: int) -> float:
+    """Share of rows whose one target stands among the first k (HR@k, which is recall@k with one target).
+
+    Args:
+        ranks: [B] 0-based ranks, as `ranks_of_targets` gives.
+        k: list length, at least 1.
+
+    Returns:
+        NaN for no rows.
+
+    Raises:
+        ValueError: on negative or NaN ranks, or k < 1.
+    """
+    rank_B = _ranks(ranks, k)
+    return float((rank_B < k).mean()) if len(rank_B) else float("nan")
+
+
+def ndcg(ranks: ArrayLike | Tensor, k: int) -> float:
+    """Mean of 1 / log2(rank + 2) where the target stands among the first k, 0 elsewhere (NDCG@k with one target).
+
+    Arguments and errors as `hit_rate`.
+    """
+    rank_B = _ranks(ranks, k)
+    return float(np.where(rank_B < k, 1 / np.log2(rank_B + 2), 0.0).mean()) if len(rank_B) else float("nan")
+
+
+def ranks_of_targets(
+    scores: NDArray[Any] | Tensor,
+    target: ArrayLike | Tensor,
+    excluded: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None = None,
+) -> Ints:
+    """0-based rank of each row's target among all items of its row: full ranking, no sampling.
+
+    Ties are settled in the middle: of the other items that score exactly as the target does, half (rounded up, so
+    never in the target's favour) are counted before it. A constant score thus earns the middle, not the top.
+
+    Args:
+        scores: [B, V] of any float dtype, NumPy or torch on any device; read in chunks of rows, not changed.
+        target: [B] integer columns.
+        excluded: (values, offsets): the columns values[offsets[b]:offsets[b+1]] are left out of row b's list; repeats
+            are harmless. The target itself always stays in, even where it is named (a user may meet an item again).
+
+    Returns:
+        [B] int64.
+
+    Raises:
+        ValueError: on NaN scores (named by row), columns out of range, or shapes that do not fit.
+    """
+    if scores.ndim != 2:
+        raise ValueError(f"scores: needs two dimensions [B, V], got {scores.ndim}")
+    num_rows, num_items = scores.shape
+    target_B = _columns(target, "target", num_items)
+    if len(target_B) != num_rows:
+        raise ValueError(f"target: needs one column a row, {num_rows}, got {len(target_B)}")
+    excluded_row, excluded_column = _excluded_cells(excluded, target_B, num_items)
+    rank_B = np.empty(num_rows, dtype=np.int64)
+    step = max(1, SCORES_PER_CHUNK // max(num_items, 1))
+    for start in range(0, num_rows, step):
+        chunk = _array(scores[start : start + step])
+        rows = len(chunk)
+        invalid = np.flatnonzero(np.isnan(chunk.max(axis=1)))
+        if len(invalid):
+            raise ValueError(f"scores: row {start + int(invalid[0])} holds NaN; a ranking of it would mean nothing")
+        own = chunk[np.arange(rows), target_B[start : start + rows]]
+        before = np.count_nonzero(chunk > own[:, None], axis=1)
+        equal = np.count_nonzero(chunk == own[:, None], axis=1) - 1
+        low, high = np.searchsorted(excluded_row, [start, start + rows])
+        row = excluded_row[low:high] - start
+        cell = chunk[row, excluded_column[low:high]]
+        before -= np.bincount(row[cell > own[row]], minlength=rows)
+        equal -= np.bincount(row[cell == own[row]], minlength=rows)
+        rank_B[start : start + rows] = before + (equal + 1) // 2
+    return rank_B
+
+
+def _excluded_cells(
+    excluded: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None, target_B: Ints, num_items: int
+) -> tuple[Ints, Ints]:
+    """Rows (ascending) and columns of the distinct excluded cells, the targets' own cells not among them."""
+    if excluded is None:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    value = _columns(excluded[0], "excluded values", num_items)
+    offset = _array(excluded[1]).astype(np.int64)
+    if (
+        offset.shape != (len(target_B) + 1,)
+        or offset[0] != 0
+        or offset[-1] != len(value)
+        or (np.diff(offset) < 0).any()
+    ):
+        raise ValueError(
+            f"excluded offsets: needs {len(target_B) + 1} ascending numbers from 0 to {len(value)}, one more than rows"
+        )
+    row = np.repeat(np.arange(len(target_B)), np.diff(offset))
+    kept = value != target_B[row]
+    row, column = np.divmod(np.unique(row[kept] * num_items + value[kept]), max(num_items, 1))
+    return row, column
+
+
+def _array(values: ArrayLike | Tensor) -> NDArray[Any]:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return np.asarray((values.float() if values.dtype == bfloat16 else values).numpy())
+    return np.asarray(values)
+
+
+def _columns(values: ArrayLike | Tensor, name: str, num_items: int) -> Ints:
+    columns = _array(values)
+    if columns.ndim != 1 or (columns.size and columns.dtype.kind not in "iu"):
+        raise ValueError(f"{name}: needs one dimension of integers, got {columns.ndim} of {columns.dtype}")
+    if columns.size and not (columns.min() >= 0 and columns.max() < num_items):
+        raise ValueError(f"{name}: columns must lie in 0..{num_items - 1}, got {columns.min()}..{columns.max()}")
+    return columns.astype(np.int64)
+
+
+def _ranks(ranks: ArrayLike | Tensor, k: int) -> NDArray[Any]:
+    if k < 1:
+        raise ValueError(f"k: must be at least 1, got {k}")
+    rank_B = _array(ranks)
+    if rank_B.ndim != 1 or (rank_B.size and not rank_B.min() >= 0):
+        raise ValueError("ranks: needs one dimension of numbers >= 0")
+    return rank_B
+
+
+def _labels_and_scores(labels: ArrayLike | Tensor, scores: ArrayLike | Tensor, name: str) -> tuple[Floats, Floats]:
+    label_N, score_N = _array(labels).astype(np.float64), _array(scores).astype(np.float64)
+    if label_N.ndim != 1 or label_N.shape != score_N.shape:
+        raise ValueError(
+            f"{name}: has shape {score_N.shape}, labels {label_N.shape}; both need one dimension, equally long"
+        )
+    odd = np.flatnonzero((label_N != 0) & (label_N != 1))
+    if len(odd):
+        raise ValueError(
+            f"labels: row {odd[0]} is {label_N[odd[0]]}, only 0 and 1 are labels; leave out rows whose label is unknown"
+        )
+    missing = np.flatnonzero(np.isnan(score_N))
+    if len(missing):
+        raise ValueError(
+            f"{name}: row {missing[0]} is NaN ({len(missing)} in all); a metric of them would mean nothing"
+        )
+    return label_N, score_N
+
+
+def _labels_and_probabilities(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor) -> tuple[Floats, Floats]:
+    """Checked labels, and probabilities clipped away from 0 and 1 by the resolution of their own dtype."""
+    given = _array(probabilities)
+    label_N, probability_N = _labels_and_scores(labels, given, "probabilities")
+    outside = np.flatnonzero((probability_N < 0) | (probability_N > 1))
+    if len(outside):
+        raise ValueError(
+            f"probabilities: row {outside[0]} is {probability_N[outside[0]]}, outside [0, 1]; apply a sigmoid to logits"
+        )
+    eps = float(np.finfo(given.dtype if given.dtype.kind == "f" else np.float64).eps)
+    return label_N, np.clip(probability_N, eps, 1 - eps)

@@ -1,0 +1,139 @@
+"""What is asked when quality is measured: next items under full ranking, and impressions with labels.
+
+Validation during training asks the model, `vista evaluate` asks the scorer; both answer the same questions. Letters: N cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from vista.data.batches import events_before
+from vista.data.event_log import EventLog
+from vista.training.metrics import auc, calibration, gauc, hit_rate, ndcg, normalized_entropy, ranks_of_targets
+
+Int = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class NextItemCases:
+    """One label a user: user int64 [N] rows; seen int64 [N] events before the label; item int64 [N] rows of the log."""
+
+    user: Int
+    seen: Int
+    item: Int
+
+
+@dataclass(frozen=True, slots=True)
+class ImpressionCases:
+    """Impressions: user, seen (events strictly before), item (rows of the log), timestamp int64 [N]; label, mask
+    [N, num_tasks]; probability float32 [N, num_tasks] of a simulation's ground truth, or None; tasks."""
+
+    user: Int
+    seen: Int
+    item: Int
+    timestamp: Int
+    label: Floats
+    mask: NDArray[np.bool_]
+    probability: Floats | None
+    tasks: list[str]
+
+
+def next_item_cases(log: EventLog, seen: Int, *, max_users: int = 0) -> NextItemCases:
+    """The event after the `seen` [num_users] first ones, of every user that has one; the same users at every call."""
+    users = np.flatnonzero(seen < log.lengths)
+    if max_users and len(users) > max_users:
+        users = np.sort(np.random.default_rng(0).choice(users, max_users, replace=False))
+    labels = log.gather_ranges(users, seen[users], seen[users] + 1)
+    return NextItemCases(users, seen[users], np.asarray(labels.item).astype(np.int64))
+
+
+def impression_cases(log: EventLog, begin: int, end: int | None, *, max_cases: int = 0) -> ImpressionCases:
+    """Impressions of a log in [begin, end) ms, each with the number of events strictly before it."""
+    table = log.impressions
+    if table is None:
+        raise ValueError(f"{log.path} has no impressions")
+    time = np.asarray(table.timestamp)
+    chosen = np.flatnonzero((time >= begin) & (time < end if end is not None else True))
+    if max_cases and len(chosen) > max_cases:
+        chosen = np.sort(np.random.default_rng(0).choice(chosen, max_cases, replace=False))
+    user = np.searchsorted(table.offsets, chosen, side="right") - 1
+    seen = np.zeros(len(chosen), np.int64)
+    bounds = np.flatnonzero(np.diff(user, prepend=-1))
+    for low, high in zip(bounds, np.append(bounds[1:], len(user)), strict=True):
+        seen[low:high] = events_before(log, int(user[low]), time[chosen[low:high]], int(log.lengths[user[low]]))
+    probability = None if table.probability is None else np.asarray(table.probability)[chosen]
+    return ImpressionCases(
+        user,
+        seen,
+        np.asarray(table.item)[chosen].astype(np.int64),
+        time[chosen],
+        np.asarray(table.label)[chosen].astype(np.float32),
+        np.asarray(table.mask)[chosen].astype(np.bool_),
+        probability,
+        list(table.tasks),
+    )
+
+
+def rank_next_items(
+    log: EventLog,
+    cases: NextItemCases,
+    item_columns: Int,
+    score: Callable[[NextItemCases], Floats],
+    *,
+    exclude_seen: bool,
+    users_per_batch: int,
+    progress: bool,
+) -> Int:
+    """0-based rank of each case's label among all items of the model.
+
+    Args:
+        item_columns: int64 [log.num_items], the column of each of the log's items in `score`'s output, or -1 where the model does
+            not know the item: such a label ranks last.
+        score: some cases -> float32 [n, V].
+        exclude_seen: leave the user's earlier items out of the list (never the label).
+    """
+    ranks = np.zeros(len(cases.user), np.int64)
+    starts = range(0, len(cases.user), users_per_batch)
+    for low in tqdm(starts, desc="ranking", unit="batch", disable=not progress, leave=False):
+        part = slice(low, low + users_per_batch)
+        batch = NextItemCases(cases.user[part], cases.seen[part], cases.item[part])
+        scores = score(batch)
+        target = item_columns[batch.item]
+        known = target >= 0
+        excluded = None
+        if exclude_seen:
+            history = log.gather(batch.user, batch.seen)
+            columns = item_columns[history.item]
+            kept = columns >= 0
+            counts = np.add.reduceat(np.append(kept, 0), np.minimum(history.offsets[:-1], len(kept)))
+            counts = np.where(history.lengths > 0, counts, 0)
+            excluded = (columns[kept], np.concatenate([[0], np.cumsum(counts)]))
+        found = ranks_of_targets(scores, np.where(known, target, 0), excluded)
+        ranks[part] = np.where(known, found, scores.shape[1])
+    return ranks
+
+
+def ranking_metrics(ranks: Int, top_k: list[int]) -> dict[str, float]:
+    """{"hr@10": …, "ndcg@10": …} of 0-based ranks."""
+    return {f"{name}@{k}": metric(ranks, k) for k in top_k for name, metric in (("hr", hit_rate), ("ndcg", ndcg))}
+
+
+def impression_metrics(cases: ImpressionCases, probability: Floats) -> dict[str, float]:
+    """AUC, GAUC, NE and calibration of each task; `probability` float32 [N, num_tasks] is what is judged."""
+    metrics: dict[str, float] = {}
+    for index, task in enumerate(cases.tasks):
+        known = cases.mask[:, index]
+        label, predicted = cases.label[known, index], probability[known, index]
+        if len(np.unique(label)) < 2:
+            continue
+        metrics[f"auc/{task}"] = auc(label, predicted)
+        metrics[f"gauc/{task}"] = gauc(cases.user[known], label, predicted).value
+        metrics[f"ne/{task}"] = normalized_entropy(label, predicted)
+        metrics[f"calibration/{task}"] = calibration(label, predicted).ratio
+    return metrics

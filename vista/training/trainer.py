@@ -1,0 +1,371 @@
+"""The trainer: one pass after the other over a log, resumable bit for bit, ending in an exported model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vista.config import Precision, TrainConfig, to_dict
+from vista.data.batches import BatchSource
+from vista.data.cuts import Batch
+from vista.data.event_log import EventLog
+from vista.device import announce, resolve_device, set_threads
+from vista.errors import ConfigError, NonFiniteLossError
+from vista.files import replace_text
+from vista.model.recommender import Recommender, Schema
+from vista.training.checkpoint import latest_checkpoint, load_checkpoint, pack_state, save_checkpoint, unpack_state
+from vista.training.validation import Validation
+
+logger = logging.getLogger(__name__)
+METRICS_EVERY = 20
+"""Steps between two lines of metrics.jsonl."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands: what a checkpoint holds beside tensors."""
+
+    epoch: int = 0
+    batch: int = 0
+    """Batches done of this epoch."""
+    step: int = 0
+    best: float | None = None
+    bad_validations: int = 0
+    stopped: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Validation metrics, one entry a validation."""
+
+
+def train(config: TrainConfig, log: EventLog | None = None) -> Recommender:
+    """Train a recommender and export the best one to `<run_dir>/best`.
+
+    A run that was stopped or killed goes on from its newest checkpoint and, with the same number of threads, ends in the same
+    bits.
+
+    Args:
+        config: everything; the defaults alone run.
+        log: the EventLog; None opens `config.data.path`.
+
+    Returns:
+        The best model by validation (the last one without validation), in eval mode.
+
+    Raises:
+        ConfigError: if `run_dir` holds a run of another configuration, or the log lacks what the configuration needs.
+        NonFiniteLossError: if a loss is NaN or infinite; the batch is saved and its users are named.
+    """
+    log = EventLog.open(config.data.path) if log is None else log
+    return _Trainer(config, log).run()
+
+
+def schema_of(log: EventLog, config: TrainConfig) -> Schema:
+    """What a model may use of a log."""
+    if config.model.decay.value == "time" and not log.has_time:
+        raise ConfigError(f"model.decay=time: {log.path} has no times; set model.decay=position or none")
+    rating_range = None
+    if log.has_rating and config.model.use_rating:
+        ratings = np.asarray(log.gather(np.arange(log.num_users)).rating)
+        low, high = float(np.nanmin(ratings, initial=np.inf)), float(np.nanmax(ratings, initial=-np.inf))
+        rating_range = (low, high) if low <= high else None
+    tasks = log.impressions.tasks if log.impressions is not None and config.optim.task_weight > 0 else []
+    return Schema(list(log.actions), log.has_time, rating_range, list(tasks), config.optim.next_weight > 0)
+
+
+class _Trainer:
+    def __init__(self, config: TrainConfig, log: EventLog) -> None:
+        self.config, self.log = config, log
+        self.run_dir = Path(config.run_dir)
+        self.device = resolve_device(config.device)
+        set_threads(config.num_threads)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(config.seed)
+        self.model = Recommender(config.model, schema_of(log, config), log.items, config.data).to(self.device)
+        item_rows = np.arange(log.num_items, dtype=np.int64) + 1
+        self.source = BatchSource(log, item_rows, config)
+        self.validation = Validation(log, item_rows, config) if config.optim.validate_every else None
+        optim = config.optim
+        self.dense = [p for name, p in self.model.named_parameters() if name != "item_table"]
+        # Norm weights, biases and embeddings of few rows are not decayed.
+        decayed = [p for p in self.dense if p.dim() > 1]
+        plain = [p for p in self.dense if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=optim.learning_rate,
+            betas=(0.9, 0.98),
+        )
+        self.table_optimizer = torch.optim.SparseAdam([self.model.item_table], lr=optim.learning_rate, betas=(0.9, 0.98))
+        self.progress = Progress()
+        self.precision = self._choose_precision()
+
+    # Running ---------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Recommender:
+        config, progress = self.config, self.progress
+        with _log_file(self.run_dir / "train.log"), _Metrics(self.run_dir, config.tensorboard) as metrics:
+            self._start(metrics)
+            with _deferred_interrupt() as interrupted:
+                while progress.epoch < config.optim.epochs and not progress.stopped:
+                    self._run_epoch(metrics, interrupted)
+            best = self.run_dir / "best"
+            if self.validation is None or not (best / "config.json").exists():
+                self.model.eval().save_pretrained(best)
+            logger.info("done: %d steps; model in %s", progress.step, best)
+            return Recommender.from_pretrained(best, self.device)
+
+    def _start(self, metrics: _Metrics) -> None:
+        config = self.config
+        newest = latest_checkpoint(self.run_dir / "checkpoints") if config.resume else None
+        if newest is not None:
+            self._restore(newest)
+        elif config.resume is False and (self.run_dir / "best").exists():
+            logger.info("resume=false: starting anew in %s", self.run_dir)
+        replace_text(self.run_dir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+        metrics.rewind(self.progress.step)
+        parameters = sum(p.numel() for p in self.dense)
+        announce(self.device)
+        logger.info(
+            "%s; %d parameters and a table of %d x %d; %s",
+            self.log,
+            parameters,
+            *self.model.item_table.shape,
+            f"resuming at step {self.progress.step} from {newest}" if newest else f"run folder {self.run_dir}",
+        )
+
+    def _run_epoch(self, metrics: _Metrics, interrupted: list[bool]) -> None:
+        config, progress = self.config, self.progress
+        total = self.source.num_batches(progress.epoch)
+        bar = tqdm(
+            total=total,
+            initial=progress.batch,
+            desc=f"epoch {progress.epoch + 1}/{config.optim.epochs}",
+            unit="batch",
+            disable=not config.progress,
+        )
+        self.model.train()
+        began, tokens = time.perf_counter(), 0
+        with bar:
+            while progress.batch < total:
+                batch = self.source.batch(progress.epoch, progress.batch)
+                row = self._step(batch, (progress.epoch + progress.batch / total) / config.optim.epochs)
+                progress.batch += 1
+                progress.step += 1
+                tokens += len(batch.item)
+                bar.update()
+                if progress.step % METRICS_EVERY == 0:
+                    row["tokens_per_s"] = tokens / (time.perf_counter() - began)
+                    metrics.write({"step": progress.step, "epoch": progress.epoch, **row})
+                    bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+                if interrupted:
+                    self._save()
+                    raise KeyboardInterrupt(f"stopped at step {progress.step}; the same command resumes it")
+                if progress.step % config.checkpoint_every == 0:
+                    self._save()
+        progress.epoch += 1
+        progress.batch = 0
+        self._validate(metrics, time.perf_counter() - began)
+        self._save()
+
+    def _step(self, batch: Batch, done: float) -> dict[str, float]:
+        """One update; returns the losses as numbers."""
+        optim = self.config.optim
+        batch = batch.to(self.device)
+        rate = self._learning_rate(done)
+        for group in (*self.optimizer.param_groups, *self.table_optimizer.param_groups):
+            group["lr"] = rate
+        # Only the rows of this batch take part: a leaf of their own, so no pass over the whole table.
+        vectors = self.model.item_table.detach()[batch.rows].requires_grad_()
+        with self._autocast():
+            losses = self.model.losses(batch, vectors, self.config.data, optim)
+        loss = float(losses.total.detach())
+        if not math.isfinite(loss):
+            self._refuse(batch, losses.parts)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        if vectors.grad is None:
+            vectors.grad = torch.zeros_like(vectors)
+        used = [p for p in self.dense if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_([*used, vectors], optim.gradient_clip)
+        self.optimizer.step()
+        table = self.model.item_table
+        table.grad = torch.sparse_coo_tensor(
+            batch.rows[None], vectors.grad, table.shape, is_coalesced=True, check_invariants=False
+        )
+        self.table_optimizer.step()
+        table.grad = None
+        parts = {name: float(value.detach()) for name, value in losses.parts.items()}
+        return {"loss": loss, **parts, "learning_rate": rate, "gradient_norm": float(norm)}
+
+    def _learning_rate(self, done: float) -> float:
+        """Linear warm-up, then cosine to 1 % at the end; `done` is the share of training done."""
+        optim = self.config.optim
+        warm = min(1.0, (self.progress.step + 1) / max(optim.warmup_steps, 1))
+        return optim.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+    def _validate(self, metrics: _Metrics, seconds: float) -> None:
+        progress, optim = self.progress, self.config.optim
+        if self.validation is None or progress.epoch % optim.validate_every:
+            return
+        found = self.validation(self.model)
+        value = found[self.validation.metric]
+        progress.history.append({"epoch": progress.epoch, "step": progress.step, **found})
+        metrics.write({"step": progress.step, "epoch": progress.epoch, "validation": found, "epoch_seconds": seconds})
+        logger.info("epoch %d (%.1f s): %s", progress.epoch, seconds, ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
+        if self.validation.better(value, progress.best):
+            progress.best, progress.bad_validations = value, 0
+            self.model.save_pretrained(self.run_dir / "best")
+        else:
+            progress.bad_validations += 1
+            progress.stopped = 0 < optim.patience <= progress.bad_validations
+            if progress.stopped:
+                logger.info("no better %s in %d validations: stopping", self.validation.metric, optim.patience)
+
+    def _refuse(self, batch: Batch, parts: dict[str, Tensor]) -> None:
+        path = self.run_dir / f"nonfinite-step-{self.progress.step}.safetensors"
+        save_file({k: v.cpu().contiguous() for k, v in batch.tensors().items()}, path)
+        users = [self.log.users.ids(batch.user[:20].cpu().numpy()).tolist(), len(batch.user)]
+        losses = ", ".join(f"{name} {float(value.detach())}" for name, value in parts.items())
+        raise NonFiniteLossError(
+            f"step {self.progress.step}: the loss is not finite ({losses}); the batch is saved in {path}, its first users are "
+            f"{users[0]} of {users[1]}. Lower optim.learning_rate, or look at these users' features; the last checkpoint "
+            f"is in {self.run_dir / 'checkpoints'}"
+        )
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "table_optimizer": self.table_optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "progress": {name: getattr(self.progress, name) for name in Progress.__slots__},
+            "config": _identity(self.config),
+        }
+        tensors, skeleton = pack_state(state, "state")
+        save_checkpoint(self.run_dir / "checkpoints", self.progress.step, tensors, {"run": skeleton})
+
+    def _restore(self, path: Path) -> None:
+        tensors, body = load_checkpoint(path)
+        state = unpack_state(body["run"], tensors)
+        here = _identity(self.config)
+        changed = [k for k in here if here[k] != state["config"].get(k)]
+        if changed:
+            raise ConfigError(
+                f"run_dir={self.run_dir} holds a run with another {', '.join(changed)}; take another run_dir, or "
+                "resume=false to start anew in it"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.table_optimizer.load_state_dict(state["table_optimizer"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.progress = Progress(**state["progress"])
+
+    def _choose_precision(self) -> Precision:
+        if self.config.precision is not Precision.auto:
+            return self.config.precision
+        fast = self.device.type == "cuda" or (self.device.type == "cpu" and torch.cpu._is_amx_tile_supported())
+        chosen = Precision.bfloat16 if fast else Precision.float32
+        logger.info("precision=auto: %s on %s", chosen.value, self.device)
+        return chosen
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        enabled = self.precision is Precision.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """What must not change between a run and its resumption, flat: {"model.dim": 64, …}."""
+    values = to_dict(config)
+    flat: dict[str, Any] = {"seed": values["seed"]}
+    for group in ("model", "data", "optim"):
+        flat |= {f"{group}.{key}": value for key, value in values[group].items() if key != "path"}
+    return flat
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[list[bool]]:
+    """Ctrl-C sets a mark, so that the step in hand ends and a checkpoint is written; a second one interrupts at once."""
+    mark: list[bool] = []
+
+    def note(signum: int, frame: Any) -> None:
+        if mark:
+            raise KeyboardInterrupt
+        mark.append(True)
+        logger.warning("interrupt: finishing this step and writing a checkpoint (again: stop at once)")
+
+    try:
+        previous = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread: interrupts are not ours to handle
+        yield mark
+        return
+    try:
+        yield mark
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextlib.contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Copy vista's log records to a file of the run."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("vista")
+    root.addHandler(handler)
+    if root.level == logging.NOTSET:
+        root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+class _Metrics:
+    """metrics.jsonl of a run, and TensorBoard events on wish."""
+
+    def __init__(self, run_dir: Path, tensorboard: bool) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self.writer = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ConfigError("tensorboard=true needs `pip install 'vista-recsys[tensorboard]'`") from error
+            self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def __enter__(self) -> _Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def rewind(self, step: int) -> None:
+        """Drop lines after `step`: a resumed run writes them again."""
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            replace_text(self.path, "".join(line + "\n" for line in kept if step > 0))
+
+    def write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.writer is not None:
+            for name, value in {**row, **row.get("validation", {})}.items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(name, value, row["step"])
