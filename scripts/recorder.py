@@ -96,17 +96,17 @@ class Recorder:
         ratio = None
         if baseline is not None:
             over, under = (baseline, value) if better == "less" else (value, baseline)
-            ratio = over / under if under else None
+            ratio = float(over / under) if under else None
         row = {
             "bench": self.bench,
             "case": f"{case} (quick)" if self.quick else case,
-            "value": value,
+            "value": float(value),
             "unit": unit,
-            "baseline": baseline,
+            "baseline": None if baseline is None else float(baseline),
             "ratio": ratio,
             "bar": bar,
             "met": None if bar is None else _is_met(bar, value, ratio, baseline),
-            "spread": spread,
+            "spread": None if spread is None else float(spread),
             "hardware": self._hardware,
             "commit": self._commit,
         }
@@ -266,7 +266,7 @@ def _is_met(bar: str, value: float, ratio: float | None, baseline: float | None)
     if left is None or scale is None:
         raise ValueError(f"bar {bar!r}: needs a baseline to compare with (and a value other than 0)")
     right = float(number) * scale
-    return {"<=": left <= right, ">=": left >= right, "<": left < right, ">": left > right}[sign]
+    return bool({"<=": left <= right, ">=": left >= right, "<": left < right, ">": left > right}[sign])
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[str, str, str, int]:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,7 +27,7 @@ def test_a_case_is_one_line_with_ratio_and_verdict(tmp_path: Path, capsys: pytes
     bench.add("epoch", 5.0, "s", baseline=20.0, bar="ratio >= 2", spread=0.5)
     bench.add("ingest", 2e6, "events/s", baseline=1e6, better="more", bar="ratio >= 5")
     bench.add("memory", 0.25, "GiB", bar="value < 1")
-    bench.add("users", 100, "users/s")
+    bench.add("users", np.int64(100), "users/s")  # type: ignore[arg-type]
     rows = read_cases(out)
     assert [list(row) for row in rows] == [KEYS] * 4
     assert [row["ratio"] for row in rows] == [4.0, 2.0, None, None]

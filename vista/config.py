@@ -58,7 +58,7 @@ class Precision(Enum):
     """Arithmetic of training's matrix products."""
 
     auto = "auto"
-    """bfloat16 on GPUs and on CPUs with AMX, float32 elsewhere; the choice is logged."""
+    """bfloat16 on GPUs and on CPUs with AMX or avx512_bf16, float32 elsewhere; the choice is logged."""
     float32 = "float32"
     bfloat16 = "bfloat16"
 
@@ -339,6 +339,8 @@ class SimulateConfig:
     seed: int = 1
     num_threads: int = 1
     """Threads that generate; the bytes do not depend on them."""
+    reference: bool = False
+    """Also report the best possible AUC and NE: of the truth, and of the last 200 and 32 events (some seconds)."""
 
     def __post_init__(self) -> None:
         for key in ("num_users", "events_per_user", "num_items", "num_topics", "episode_events", "session_events"):

@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from vista.config import Precision
 from vista.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -30,9 +31,28 @@ def resolve_device(name: str) -> torch.device:
 
 
 def set_threads(num_threads: int) -> None:
-    """Set torch's CPU threads; 0 leaves torch's own choice."""
+    """Set torch's CPU threads (0 leaves torch's own choice), and flush denormal numbers to zero.
+
+    Weights that decay towards zero leave denormals behind, on which CPUs calculate many times slower.
+    """
     if num_threads > 0:
         torch.set_num_threads(num_threads)
+    torch.set_flush_denormal(True)
+
+
+def choose_precision(asked: Precision, device: torch.device) -> Precision:
+    """Precision of training's matrix products; `auto` looks at what the device can do, and logs it.
+
+    bfloat16 on GPUs and on CPUs with AMX or avx512_bf16 (there 2 to 7 times float32's speed at this model's shapes).
+    """
+    if asked is not Precision.auto:
+        return asked
+    fast = device.type == "cuda"
+    if device.type == "cpu":
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    chosen = Precision.bfloat16 if fast else Precision.float32
+    logger.info("precision=auto: %s on %s", chosen.value, device)
+    return chosen
 
 
 def announce(device: torch.device) -> None:

@@ -1,15 +1,15 @@
 """Causal linear attention without softmax: o_t = phi(q_t) Z_t with Z_t = initial_z + sum_{s <= t} phi(k_s) v_s^T.
 
-Layout: tokens packed as [T, H, D], sequences end to end, offsets int64 [B+1]. Sequences are cut into pieces of C tokens.
-With Z the state before a piece, and the piece's tokens as rows of Q = phi(q), K = phi(k), V and dO::
+Layout: tokens packed as [T, H, D], sequences end to end, offsets int64 [B+1]. Sequences are cut into pieces. With Z the
+state before a piece, and the piece's tokens as rows of Q = phi(q), K = phi(k), V and dO::
 
     O  = tril(Q K^T) V + Q Z                     Z' = Z + K^T V
     dQ = tril(dO V^T) K + dO Z^T
     dK = tril(dO V^T)^T Q + V R^T                R  = gradient of the state after the piece
     dV = tril(Q K^T)^T dO + K R                  R' = R + Q^T dO
 
-so backward is one pass from the front (dQ) and one from the back (dK, dV), and stores nothing. Sums are float32 (float64 for
-float64 tokens).
+so backward is one pass from the front (dQ) and one from the back (dK, dV), and stores nothing. Sums are float32
+(float64 for float64 tokens).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vista_kernels.activations import activate_gradient_
 from vista_kernels.launch import choose_backend
 from vista_kernels.passes import add_product, product, tile_rows
 from vista_kernels.scan import entering_carry, scan_rows
-from vista_kernels.segments import Tile, Window, place, plan
+from vista_kernels.segments import Window, cut_segments, place, plan
 from vista_kernels.validation import (
     IntArray,
     check_activation,
@@ -243,12 +243,9 @@ def _totals(part: _Part, k: Tensor, v: Tensor, activation: str, dtype: torch.dty
 
 def _parts(offsets: IntArray, q: Tensor, v: Tensor) -> Iterator[_Part]:
     """Cut the sequences into pieces of at most PIECE tokens, and these into windows."""
-    lengths = np.diff(offsets)
-    pieces = -(-lengths // PIECE)
-    piece_offsets = np.concatenate([[0], np.cumsum(pieces)])
-    within = np.arange(piece_offsets[-1]) - np.repeat(piece_offsets[:-1], pieces)
-    starts = np.repeat(offsets[:-1], pieces) + within * PIECE
-    sizes = np.minimum(PIECE, np.repeat(offsets[1:], pieces) - starts)
+    longest = int(np.diff(offsets).max(initial=1))
+    num_pieces = -(-longest // PIECE)
+    piece_offsets, starts, sizes = cut_segments(offsets, max(1, -(-longest // max(1, num_pieces))))
     heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
     first_piece = 0
     for window in plan(

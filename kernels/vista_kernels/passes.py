@@ -1,8 +1,8 @@
 """The four passes over packed tokens that every operator is made of: accumulate and read, forward and backward.
 
 Shapes: tokens [T, H, D] or [T, H, E], states [B, H, D, E], counts [B, H], tiles [n, L, H, D].
-Each pass recomputes activations tile by tile, so its temporaries are bounded whatever T is. Sums are float32 (float64 for
-float64 tokens).
+Each pass recomputes activations tile by tile, so its temporaries are bounded whatever T is. Sums are float32 (float64
+for float64 tokens).
 """
 
 from __future__ import annotations
@@ -149,14 +149,11 @@ def tile_rows(x: Tensor, tile: Tile) -> Tensor:
 
 
 def add_product(z: Tensor, tile: Tile, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
-    """Add a [n, H, D, L] @ b [n, H, L, E] to the tile's rows of z [B, H, D, E]; `fresh` says that those rows are zero."""
+    """Add a [n, H, D, L] @ b [n, H, L, E] to the tile's rows of z [B, H, D, E]; `fresh` says that those are zero."""
     if isinstance(tile.rows, slice):
         product(z[tile.rows], a, b, add=not fresh)
         return
-    if fresh:
-        rows = scratch("rows", (tile.num, *z.shape[1:]), z.dtype, z.device)
-    else:
-        rows = z.index_select(0, tile.rows)
+    rows = scratch("rows", (tile.num, *z.shape[1:]), z.dtype, z.device) if fresh else z.index_select(0, tile.rows)
     product(rows, a, b, add=not fresh)
     z[tile.rows] = rows
 
@@ -166,9 +163,8 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
 
     MKL's batched product takes strided operands as they are, but is several times slower into a strided result.
     """
-    by_segment = out.shape[0] < out.shape[1]
-    for i in range(min(out.shape[0], out.shape[1])):
-        part, left, right = (x[i] if by_segment else x[:, i] for x in (out, a, b))
+    axis = 0 if out.shape[0] < out.shape[1] else 1
+    for part, left, right in zip(out.unbind(axis), a.unbind(axis), b.unbind(axis), strict=True):
         if part.is_contiguous():
             part.baddbmm_(left, right, beta=1 if add else 0)
         elif add:
@@ -187,7 +183,7 @@ def _add_rows(x: Tensor, tile: Tile, part: Tensor) -> None:
     if isinstance(tile.rows, slice):
         x[tile.rows] += part
     else:
-        x.index_add_(0, tile.rows, part)
+        x[tile.rows] = x[tile.rows] + part
 
 
 def _windows(starts: IntArray, lengths: IntArray, tokens: Tensor, z: Tensor) -> Iterator[Window]:

@@ -1,18 +1,20 @@
-"""Quasi-linear attention: bidirectional linear attention with an activated state, and targets that read but never write.
+"""Quasi-linear attention: bidirectional linear attention with an activated state; targets read but never write.
 
-Per sequence and head, S the writing tokens (all but the last num_targets), T' the targets, w a weight (1 unless given)::
+Per sequence and head, S the writing tokens (all but the last num_targets), w a weight (1 unless given)::
 
     Z   = sum_{s in S} w_s phi1(k_s) v_s^T    n = sum_{s in S} w_s    A = phi2(Z c)    c = 1, or 1 / max(n, 1)^alpha
-    o_s = phi1(q_s) A                                                        s in S
-    o_t = phi1(q_t) A + (phi1(q_t) . phi1(k_t)) v_t                          t in T': history and itself, no other target
+    o_s = phi1(q_s) A                                     s in S
+    o_t = phi1(q_t) A + (phi1(q_t) . phi1(k_t)) v_t       targets t: the history and itself, no other target
 
 Backward, given dO::
 
     dA = sum phi1(q)^T dO        dZ = dA * phi2'(Z c) c        dphi1(q) = dO A^T
     dphi1(k_s) = w_s v_s dZ^T    dv_s = w_s phi1(k_s) dZ
-    targets: dphi1(q_t) += (dO_t . v_t) phi1(k_t)    dphi1(k_t) = (dO_t . v_t) phi1(q_t)    dv_t = (phi1(q_t) . phi1(k_t)) dO_t
+    targets: dphi1(q_t) += (dO_t . v_t) phi1(k_t)         dphi1(k_t) = (dO_t . v_t) phi1(q_t)
+             dv_t = (phi1(q_t) . phi1(k_t)) dO_t
 
-Layout: tokens packed as [T, H, D], sequences end to end, offsets int64 [B+1]. Sums are float32 (float64 for float64 tokens).
+Layout: tokens packed as [T, H, D], sequences end to end, offsets int64 [B+1]. Sums are float32 (float64 for float64
+tokens).
 """
 
 from __future__ import annotations

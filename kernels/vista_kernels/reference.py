@@ -6,6 +6,8 @@ functions of the same names; results are of `dtype`.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -97,7 +99,7 @@ def quasi_linear_attention(
     state_activation: str = "silu",
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Return o [T, H, E]; the last num_targets[b] tokens of a sequence read the others and themselves, but never write."""
+    """Return o [T, H, E]; the last num_targets[b] tokens of a sequence read the others and themselves, never write."""
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     outputs = []
     for b, (start, stop) in enumerate(_segments(offsets)):
@@ -142,7 +144,7 @@ def causal_linear_attention(
 
 def _segments(offsets: Tensor) -> list[tuple[int, int]]:
     bounds = offsets.tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 def _phi(name: str, x: Tensor) -> Tensor:

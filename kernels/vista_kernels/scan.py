@@ -1,8 +1,8 @@
 """Inclusive decayed prefix sums of packed states: Z_i = exp(log_decay_i) Z_{i-1} + z_i in every sequence.
 
 Shapes: z [N, H, D, E], n and log_decay [N, H], offsets [B+1], initial_z [B, H, D, E], initial_n [B, H].
-One step handles the i-th row of all sequences at once. Where few sequences are long, they are cut into pieces: the pieces'
-totals are scanned first, and each piece then starts from the state before it. Decays are only ever multiplied as exp of
+One step handles the i-th row of all sequences at once. Long sequences are cut into pieces: the pieces' totals are
+scanned first, and each piece then starts from the state before it. Decays are only ever multiplied as exp of
 non-positive numbers, so -inf (forget all that came before) is exact and nothing overflows.
 Backward is the reverse scan G_i = g_i + exp(log_decay_{i+1}) G_{i+1}: dz = G, and d initial_z = exp(log_decay_0) G_0.
 """
@@ -17,13 +17,12 @@ from torch import Tensor
 
 from vista_kernels import reference
 from vista_kernels.launch import choose_backend
-from vista_kernels.segments import WINDOW_ELEMENTS
+from vista_kernels.segments import WINDOW_ELEMENTS, cut_segments
 from vista_kernels.validation import IntArray, check_offsets, check_state, host_offsets, state_dtype
+from vista_kernels.workspace import scratch
 
-STEP_COST_ELEMENTS = 50_000
-"""Numbers a step must handle to be worth its overhead; below that, long sequences are cut into pieces."""
-SHORT = 64
-"""Sequences up to this long are never cut."""
+LONGEST = 128
+"""Longer sequences are cut into pieces, at most this long."""
 
 
 def scan_states(
@@ -157,18 +156,13 @@ def scan_rows(
         The results [N, H, F], and the last carry of each sequence [B, H, F] (`initial`, or zero, where it is empty).
     """
     lengths = np.diff(offsets)
-    longest = int(lengths.max(initial=0))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     flags = (descending, decay_after)
-    if longest <= SHORT or x.numel() >= longest * STEP_COST_ELEMENTS:
+    longest = int(lengths.max(initial=0))
+    if longest <= LONGEST:
         return out, _scan_pieces(x, decay, offsets[:-1], lengths, initial, flags, out)
     # A piece is affine in the carry that enters it: scan the pieces' totals and decays, then each piece from its carry.
-    size = max(16, math.isqrt(longest))
-    per_sequence = -(-lengths // size)
-    piece_offsets = np.concatenate([[0], np.cumsum(per_sequence)])
-    within = np.arange(piece_offsets[-1]) - np.repeat(piece_offsets[:-1], per_sequence)
-    starts = np.repeat(offsets[:-1], per_sequence) + within * size
-    sizes = np.minimum(size, np.repeat(offsets[1:], per_sequence) - starts)
+    piece_offsets, starts, sizes = cut_segments(offsets, min(LONGEST, max(16, math.isqrt(longest))))
     totals = _scan_pieces(x, decay, starts, sizes, None, flags, None)
     piece_decay = None
     if decay is not None:
@@ -182,14 +176,15 @@ def scan_rows(
 
 
 def entering_carry(carried: Tensor, offsets: IntArray, initial: Tensor | None, *, descending: bool) -> Tensor:
-    """Return the carry that enters each piece: that of its neighbour, or the sequence's initial one."""
+    """Return the carry that enters each row: the result of its neighbour, or the sequence's initial one."""
     filled = np.flatnonzero(np.diff(offsets))
     border = (offsets[1:] - 1 if descending else offsets[:-1])[filled]
     entering = carried.roll(-1 if descending else 1, 0)
     border_rows = torch.from_numpy(border).to(carried.device)
     if initial is None:
         return entering.index_fill_(0, border_rows, 0)
-    return entering.index_copy_(0, border_rows, initial.index_select(0, torch.from_numpy(filled).to(carried.device)))
+    entering[border_rows] = initial.index_select(0, torch.from_numpy(filled).to(carried.device))
+    return entering
 
 
 def _scan_pieces(
@@ -201,37 +196,74 @@ def _scan_pieces(
     flags: tuple[bool, bool],
     out: Tensor | None,
 ) -> Tensor:
-    """Scan each piece on its own, row after row, all pieces side by side; return their last carries [P, H, F]."""
+    """Scan each piece on its own and return the last carries [P, H, F]; pieces lie end to end, in order."""
+    last = x.new_zeros((len(starts), *x.shape[1:])) if initial is None else initial.clone()
+    filled = np.flatnonzero(lengths)
+    ends = np.cumsum(lengths[filled])
+    max_rows = WINDOW_ELEMENTS // max(1, x.shape[1] * x.shape[2])
+    first = 0
+    while first < len(filled):
+        done = int(ends[first] - lengths[filled[first]])
+        stop = max(int(np.searchsorted(ends, done + max_rows, side="right")), first + 1)
+        members = filled[first:stop]
+        _scan_group(x, decay, starts[members], lengths[members], members, flags, out, last)
+        first = stop
+    return last
+
+
+def _scan_group(
+    x: Tensor,
+    decay: Tensor | None,
+    starts: IntArray,
+    lengths: IntArray,
+    members: IntArray,
+    flags: tuple[bool, bool],
+    out: Tensor | None,
+    last: Tensor,
+) -> None:
+    """Scan neighbouring pieces (none empty), row after row, all side by side; `last` holds and receives their carries.
+
+    The rows are first brought into the order in which they are visited, longest piece first, so that a step is one
+    operation on a slice: rows 0 of all pieces, then rows 1 of those that have one, and so on.
+    """
     descending, decay_after = flags
     order = np.argsort(-lengths, kind="stable")
-    last = x.new_zeros((len(starts), *x.shape[1:])) if initial is None else initial.clone()
-    group = max(1, WINDOW_ELEMENTS // max(1, x.shape[1] * x.shape[2]))
-    for first in range(0, len(order), group):
-        members = order[first : first + group]
-        sizes = lengths[members]
-        if sizes[0] == 0:
-            break
-        steps = np.arange(sizes[0])
-        rows = (starts + lengths - 1)[members, None] - steps if descending else starts[members, None] + steps
-        active = sizes[:, None] > steps
-        index = torch.from_numpy(rows.T[active.T]).to(x.device)  # rows of step 0, of step 1, ...
-        bounds = np.concatenate([[0], np.cumsum(active.sum(0))]).tolist()
-        decays = None if decay is None else decay.index_select(0, index).unsqueeze(2)
-        member_rows = torch.from_numpy(members).to(x.device)
-        carry = last.index_select(0, member_rows)
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-            at = index[begin:end]
-            row, held = x.index_select(0, at), carry[: end - begin]
-            if decays is None or decay_after:
-                held.add_(row)
-            else:
-                torch.addcmul(row, held, decays[begin:end], out=held)
-            if out is not None:
-                out.index_copy_(0, at, held)
-            if decays is not None and decay_after:
-                held.mul_(decays[begin:end])
-        last.index_copy_(0, member_rows, carry)
-    return last
+    sizes, steps = lengths[order], np.arange(lengths.max())
+    rows = (starts + lengths - 1)[order, None] - steps if descending else starts[order, None] + steps
+    active = sizes[:, None] > steps
+    visits = rows.T[active.T]
+    bounds = np.concatenate([[0], np.cumsum(active.sum(0))])
+    index = torch.from_numpy(visits).to(x.device)
+    visited = scratch("scan", (len(visits), *x.shape[1:]), x.dtype, x.device)
+    torch.index_select(x, 0, index, out=visited)
+    decays = None if decay is None else decay.index_select(0, index).unsqueeze(2)
+    entry = last.index_select(0, torch.from_numpy(members[order]).to(x.device))
+    begin, end = 0, len(order)
+    _add_carry(visited[:end], entry, None if decays is None or decay_after else decays[:end])
+    for following in bounds[2:].tolist():
+        num = following - end
+        used = None if decays is None else decays[begin : begin + num] if decay_after else decays[end:following]
+        _add_carry(visited[end:following], visited[begin : begin + num], used)
+        begin, end = end, following
+    places = np.empty_like(order)
+    places[order] = bounds[sizes - 1] + np.arange(len(order))  # of each piece's last visited row
+    index = torch.from_numpy(places).to(x.device)
+    carry = visited.index_select(0, index)
+    last[torch.from_numpy(members).to(x.device)] = (
+        carry.mul_(decays[index]) if decays is not None and decay_after else carry
+    )
+    if out is not None:
+        start, stop = int(starts[0]), int(starts[-1] + lengths[-1])
+        inverse = np.empty_like(visits)
+        inverse[visits - start] = np.arange(len(visits))
+        torch.index_select(visited, 0, torch.from_numpy(inverse).to(x.device), out=out[start:stop])
+
+
+def _add_carry(rows: Tensor, carry: Tensor, decay: Tensor | None) -> None:
+    if decay is None:
+        rows.add_(carry)
+    else:
+        torch.addcmul(rows, carry, decay, out=rows)
 
 
 def _column(x: Tensor | None) -> Tensor | None:

@@ -1,8 +1,8 @@
 """Cuts a packed batch into tiles that batched matrix products can take.
 
 A *window* is a run of neighbouring segments whose tokens fit the cache; a segment too long for that is cut into windows
-of its own. Inside a window segments of like length make a *tile* [n, L]: a view where they are equally long, and a padded
-gather otherwise. Padding repeats a token of the same segment and has weight 0, so that nothing, NaN included,
+of its own. Inside a window segments of like length make a *tile* [n, L]: a view where they are equally long, and a
+padded gather otherwise. Padding repeats a token of the same segment and has weight 0, so that nothing, NaN included,
 crosses segments. Python loops over windows and tiles, never over the users of a window.
 """
 
@@ -21,7 +21,7 @@ from vista_kernels.workspace import loaded, scratch
 WINDOW_ELEMENTS = 1 << 20
 """Numbers that one tensor of a window holds: 4 MB in float32."""
 PADDING_LIMIT = 1.25
-"""A window is padded to its longest segment if that costs at most this factor; otherwise it is split by length."""
+"""Padding enlarges a window by at most this factor, unless lengths within one class below already do."""
 # 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, ...: a tile is at most half as long again as its shortest segment.
 _LENGTH_CLASSES = np.unique(np.concatenate([2 ** np.arange(40), 3 * 2 ** np.arange(39)]).astype(np.int64))
 
@@ -80,7 +80,7 @@ class Window:
     """Some tokens of the run belong to no segment; they read one more row of the buffer, which holds zeros."""
 
     def buffer(self, slot: str, out: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the padded buffer [padded, ...] that the tiles write: a part of `out` where possible, else in the slot."""
+        """Return the buffer [padded, ...] that the tiles write: a part of `out` where possible, else in the slot."""
         if self.inverse is None and out.dtype == dtype:
             return out[self.start : self.stop]
         buffer = scratch(slot, (self.padded + self.has_gaps, *out.shape[1:]), dtype, out.device)
@@ -139,6 +139,15 @@ def plan(
         first = last
 
 
+def cut_segments(offsets: IntArray, size: int) -> tuple[IntArray, IntArray, IntArray]:
+    """Cut segments into pieces of at most `size`: each segment's first piece [B+1], the pieces' starts and lengths."""
+    pieces = -(-np.diff(offsets) // size)
+    piece_offsets = np.concatenate([[0], np.cumsum(pieces)])
+    within = np.arange(piece_offsets[-1]) - np.repeat(piece_offsets[:-1], pieces)
+    starts = np.repeat(offsets[:-1], pieces) + within * size
+    return piece_offsets, starts, np.minimum(size, np.repeat(offsets[1:], pieces) - starts)
+
+
 def pack_window(starts: IntArray, lengths: IntArray, rows: IntArray, device: torch.device) -> Window:
     """Return one window of the given segments (none empty): a view, one padded tile, or one tile a class of length."""
     first, last = int(starts[0]), int(starts[-1] + lengths[-1])
@@ -146,15 +155,10 @@ def pack_window(starts: IntArray, lengths: IntArray, rows: IntArray, device: tor
     if len(starts) * longest == last - first == int(lengths.sum()):
         tile = Tile(len(starts), longest, _compact(rows, device), first, 0)
         return Window(first, last, (tile,), last - first)
-    if len(starts) * longest <= PADDING_LIMIT * int(lengths.sum()):
-        groups = [np.arange(len(starts))]
-    else:
-        classes = np.searchsorted(_LENGTH_CLASSES, lengths)
-        groups = [np.flatnonzero(classes == c) for c in np.unique(classes)]
     tiles = []
     padded = 0
     inverse: IntArray = np.full(last - first, -1, dtype=np.int64)
-    for group in groups:
+    for group in _group_by_length(lengths):
         tile, tokens, valid = _padded_tile(starts[group], lengths[group], rows[group], padded, device)
         inverse[tokens[valid] - first] = padded + np.flatnonzero(valid)
         padded += tile.num * tile.length
@@ -162,6 +166,29 @@ def pack_window(starts: IntArray, lengths: IntArray, rows: IntArray, device: tor
     has_gaps = last - first > int(lengths.sum())
     inverse[inverse < 0] = padded
     return Window(first, last, tuple(tiles), padded, torch.from_numpy(inverse).to(device), has_gaps=has_gaps)
+
+
+def _group_by_length(lengths: IntArray) -> list[IntArray]:
+    """Group segments of like length: as few groups as possible while padding stays within PADDING_LIMIT."""
+    longest, total = int(lengths.max()), int(lengths.sum())
+    if len(lengths) * longest <= PADDING_LIMIT * total:
+        return [np.arange(len(lengths))]
+    classes = np.searchsorted(_LENGTH_CLASSES, lengths)
+    present, counts = np.unique(classes, return_counts=True)
+    tops = [int(lengths[classes == c].max()) for c in present]
+    spare = PADDING_LIMIT * total - float(np.dot(counts, tops))
+    upper, num = list(present), list(counts)
+    while len(upper) > 1:
+        costs = [n * (above - top) for n, top, above in zip(num[:-1], tops[:-1], tops[1:], strict=True)]
+        cheapest = int(np.argmin(costs))
+        if costs[cheapest] > spare:
+            break
+        spare -= costs[cheapest]
+        num[cheapest + 1] += num[cheapest]
+        for values in (upper, num, tops):
+            del values[cheapest]
+    groups = np.searchsorted(upper, classes)
+    return [np.flatnonzero(groups == g) for g in range(len(upper))]
 
 
 def _tiled(rows: Tensor, tile: Tile) -> Tensor:

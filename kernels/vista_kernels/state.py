@@ -5,8 +5,8 @@ Per segment (user, or block of a user's events) and head, with w_s a weight (1 u
     accumulate_state:  Z = sum_s w_s phi(k_s) v_s^T  [D, E]     n = sum_s w_s
     read_state:        A = phi2(Z c)   o = phi1(q) A            c = 1, or 1 / max(n, 1)^alpha
 
-`scan_states` turns the states of blocks into the states at block ends. Layout: tokens packed as [T, H, D], segments end to
-end, offsets int64 [B+1]. States are float32 (float64 for float64 tokens). Backward recomputes activations.
+`scan_states` turns the states of blocks into the states at block ends. Layout: tokens packed as [T, H, D], segments end
+to end, offsets int64 [B+1]. States are float32 (float64 for float64 tokens). Backward recomputes activations.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Buffers that the CPU passes reuse, so that hot loops never touch fresh memory.
 
-A fresh buffer of some megabytes costs a page fault for every 4 KB, on a CPU often more than the arithmetic done in it. Each
-thread keeps one buffer a slot, as large as the largest use so far; windows bound that to a few megabytes. On other devices
-the caching allocator does this already.
+A fresh buffer of some megabytes costs a page fault for every 4 KB, often more time than the arithmetic done in it.
+Each thread keeps one buffer a slot, as large as the largest use so far; windows bound that to a few megabytes. On other
+devices the caching allocator does this already.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import cast
 
@@ -20,9 +21,7 @@ def scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     """Return an uninitialised tensor, valid until the same thread asks for the same slot again."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    size = 1
-    for extent in shape:
-        size *= extent
+    size = math.prod(shape)
     key = (slot, dtype)
     held: dict[tuple[str, torch.dtype], Tensor] = _SLOTS.__dict__.setdefault("held", {})
     buffer = held.get(key)

@@ -100,7 +100,7 @@ class TestEvents:
         assert log.timestamp.dtype == np.int64
         assert begin < log.timestamp.min() and log.timestamp.max() <= end
         assert log.impression_timestamp.min() > begin and log.impression_timestamp.max() <= end
-        assert 0 <= log.item.min() and log.item.max() < config.num_items
+        assert log.item.min() >= 0 and log.item.max() < config.num_items
 
     def test_lives_fill_the_period_in_sessions(self, standard: SimulatedLog) -> None:
         begin, end = period(standard.config)
@@ -197,12 +197,14 @@ class TestImpressions:
         assert np.isin(np.arange(300), standard.impression_user[times >= test_from]).mean() > 0.95
 
 
+@pytest.fixture(scope="module")
+def rows(standard: SimulatedLog) -> dict[str, tuple[float, float]]:
+    """AUC and NE of the click by predictor."""
+    return {row.predictor: (row.auc, row.ne) for row in reference_metrics(standard)}
+
+
 class TestOldEventsMatter:
     """The margins that a model on the whole history can gain over one on the last 200 events."""
-
-    @pytest.fixture(scope="class")
-    def rows(self, standard: SimulatedLog) -> dict[str, tuple[float, float]]:
-        return {row.predictor: (row.auc, row.ne) for row in reference_metrics(standard)}
 
     def test_truth_is_far_ahead_of_the_last_200(self, rows: dict[str, tuple[float, float]]) -> None:
         assert 0.82 < rows["truth"][0] < 0.88
@@ -222,16 +224,14 @@ class TestOldEventsMatter:
         ensemble = pytest.importorskip("sklearn.ensemble")
         late = standard.impression_timestamp >= split_times(standard.config)[1]
         index = TopicIndex(standard.catalogue.topic[standard.item])
-        topic, first = standard.catalogue.topic[standard.impression_item], standard.offsets[standard.impression_user]
-        stop = first + standard.impression_position
-        start = np.maximum(first, stop - 200)
+        item, first = standard.impression_item[late], standard.offsets[standard.impression_user[late]]
+        topic, seen = standard.catalogue.topic[item], standard.impression_position[late]
+        start, stop = np.maximum(first, first + seen - 200), first + seen
         columns = [index.count(topic, np.maximum(start, stop - n), stop) for n in (4, 8, 16, 32, 64, 100, 150, 200)]
-        columns += [index.age(topic, start, stop), standard.impression_position.clip(max=200)]
-        columns.append(standard.catalogue.quality[standard.impression_item])
-        for other in range(4):  # what else the window is about: its four largest topics
-            counts = np.stack([index.count(np.full(len(stop), k), start, stop) for k in range(32)], axis=1)
-            columns.append(np.sort(counts, axis=1)[:, -1 - other])
-        features, labels = np.stack(columns, axis=1)[late], standard.label[late, 0] == 1
+        columns += [index.age(topic, start, stop), seen.clip(max=200), standard.catalogue.quality[item]]
+        window = np.stack([index.count(np.full(len(stop), k), start, stop) for k in range(32)])
+        columns += list(np.sort(window, axis=0)[-4:])  # what else the window is about: its four largest topics
+        features, labels = np.stack(columns, axis=1), standard.label[late, 0] == 1
         even = standard.impression_user[late] % 2 == 0
         scores = np.empty(len(labels))
         for fold in (even, ~even):
@@ -242,9 +242,10 @@ class TestOldEventsMatter:
         assert area_under_curve(labels, scores) < reference + 0.005
 
     def test_like_and_long_view_gain_too(self, standard: SimulatedLog) -> None:
-        rows = {(row.task, row.predictor): row.ne for row in reference_metrics(standard, tasks=("like", "long_view"))}
+        table = reference_metrics(standard, windows=(200,), tasks=("like", "long_view"))
+        ne = {(row.task, row.predictor): row.ne for row in table}
         for task in ("like", "long_view"):
-            assert rows[task, "last 200"] - rows[task, "truth"] > 0.015
+            assert ne[task, "last 200"] - ne[task, "truth"] > 0.015
 
     def test_printed_table(self, small: SimulatedLog, capsys: pytest.CaptureFixture[str]) -> None:
         rows = print_reference(small, tasks=("click",), impressions="all")
@@ -289,8 +290,8 @@ class TestOracleParts:
             first = small.offsets[user]
             item[first : first + max(seen - 100, 0)] = 0
         changed = replace(small, item=item)
-        np.testing.assert_array_equal(window_features(changed, 100)[chosen], window_features(small, 100)[chosen])
-        assert not np.array_equal(window_features(changed, None)[chosen], window_features(small, None)[chosen])
+        np.testing.assert_array_equal(window_features(changed, 100, chosen), window_features(small, 100, chosen))
+        assert not np.array_equal(window_features(changed, None, chosen), window_features(small, None, chosen))
 
     def test_transformations(self) -> None:
         assert affinity(np.array([0]), np.array([500]))[0] == 0
@@ -331,7 +332,7 @@ class TestFiles:
         assert items["item"].to_list() == list(range(1, 301))
         np.testing.assert_array_equal(items["topic"].to_numpy(), small.catalogue.topic)
         assert (report.num_users, report.num_events, report.num_impressions) == (12, events.height, shown.height)
-        assert "M events/s" in str(report)
+        assert "M events/s" in str(report) and "truth" not in str(report)
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             "events.parquet",
             "impressions.parquet",
@@ -339,9 +340,14 @@ class TestFiles:
             "simulation.json",
         ]
 
+    def test_reference_on_demand(self, tmp_path: Path, small: SimulatedLog) -> None:
+        report = simulate(replace(SMALL, out=str(tmp_path), reference=True))
+        assert report.reference == tuple(reference_metrics(small, tasks=TASKS))
+        assert f"{report.reference[0].auc:.4f}" in str(report)
+
     def test_a_folder_that_cannot_be_written_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(DataError, match="file/sim.*cannot be written"):
+        with pytest.raises(DataError, match=r"file/sim.*cannot be written"):
             simulate(replace(SMALL, out=str(tmp_path / "file" / "sim")))
 
     def test_polars_is_loaded_only_to_write(self) -> None:
@@ -367,8 +373,11 @@ def test_bad_configs_name_their_key(key: str, value: float) -> None:
 
 
 def test_a_million_events_a_second() -> None:
-    """Process time, so that a busy machine does not decide; some five times faster in fact."""
+    """The best of three in process time, so that a busy machine does not decide; some five times faster in fact."""
     config = SimulateConfig(num_users=250, events_per_user=4000)
-    begin = time.process_time()
-    assert generate(config).num_events == 1_000_000
-    assert time.process_time() - begin < 1
+    seconds = []
+    for _ in range(3):
+        begin = time.process_time()
+        assert generate(config).num_events == 1_000_000
+        seconds.append(time.process_time() - begin)
+    assert min(seconds) < 1

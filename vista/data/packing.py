@@ -88,13 +88,35 @@ def pack(
         .drop("user", "item")
     )
     for frame in _in_buckets(joined, int(bucket[-1]) + 1, scratch):
-        by = [name for name in (USER_ROW, "timestamp", "sequence", ORDER) if name in frame.columns]
-        block = frame.sort(by)
+        block = _sorted(frame)
         stages.lap("sort")
         writer.append(block[USER_ROW].to_numpy(), values(block))
         stages.lap("write")
         written(block.height)
     return writer.close()
+
+
+def _sorted(rows: pl.DataFrame) -> pl.DataFrame:
+    """By user, time, sequence and input order, as far as there are such columns."""
+    by = [name for name in (USER_ROW, "timestamp", "sequence", ORDER) if name in rows.columns]
+    if "timestamp" not in by:
+        return rows.sort(by)
+    user, moment = rows[USER_ROW], rows["timestamp"]
+    first_user, first, span = _least(user), _least(moment), _greatest(moment) - _least(moment) + 1
+    if (_greatest(user) - first_user + 1) * span >= 2**63:
+        return rows.sort(by)
+    key = (pl.col(USER_ROW) - first_user) * span + (
+        pl.col("timestamp") - first
+    )  # one key instead of two: twice as fast
+    return rows.with_columns(key.alias("key")).sort("key", *by[2:]).drop("key")
+
+
+def _least(values: pl.Series) -> int:
+    return int(values.to_numpy().min())
+
+
+def _greatest(values: pl.Series) -> int:
+    return int(values.to_numpy().max())
 
 
 def _buckets(counts: NDArray[np.integer], limit: int) -> NDArray[np.int32]:

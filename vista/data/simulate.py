@@ -38,6 +38,8 @@ from vista.errors import DataError
 if TYPE_CHECKING:
     import polars as pl
 
+    from vista.data.simulation_oracle import Reference
+
 EVENTS_FILE, IMPRESSIONS_FILE, ITEMS_FILE, MANIFEST_FILE = (
     "events.parquet",
     "impressions.parquet",
@@ -94,14 +96,21 @@ class SimulationReport:
     """… and from here on test labels."""
     generate_s: float
     write_s: float
+    reference: tuple[Reference, ...] = ()
+    """The best possible figures, where the config asks for them."""
 
     def __str__(self) -> str:
         rate = self.num_events / max(self.generate_s, 1e-9)
-        return (
+        text = (
             f"{self.out}: {self.num_users} users, {self.num_events} events, {self.num_impressions} impressions; "
             f"generated in {self.generate_s:.2f} s ({rate / 1e6:.2f}M events/s), written in {self.write_s:.2f} s "
             f"(together {self.num_events / max(self.generate_s + self.write_s, 1e-9) / 1e6:.2f}M events/s)"
         )
+        if not self.reference:
+            return text
+        from vista.data.simulation_oracle import format_reference
+
+        return f"{text}\n{format_reference(self.reference)}"
 
 
 def split_times(config: SimulateConfig) -> tuple[int, int]:
@@ -144,7 +153,7 @@ def _draw_lengths(config: SimulateConfig, rng: np.random.Generator) -> NDArray[n
     """Lengths [num_users] >= 1 of the histories, log-normal within a third and three times their mean."""
     weight = np.clip(np.exp(LENGTH_SPREAD * rng.standard_normal(config.num_users)), 1 / 3, 3)
     ends = np.rint(np.cumsum(weight) / weight.sum() * config.num_users * config.events_per_user)
-    return np.maximum(np.diff(ends, prepend=0), 1).astype(np.int64)
+    return np.asarray(np.maximum(np.diff(ends, prepend=0), 1), dtype=np.int64)
 
 
 def _user_chunks(lengths: NDArray[np.int64]) -> Iterator[slice]:
@@ -161,6 +170,7 @@ def simulate(config: SimulateConfig) -> SimulationReport:
 
     Raises:
         DataError: if the folder cannot be written.
+        ValueError: if `config.reference` is set and the test impressions are too few to measure anything.
     """
     begin = time.perf_counter()
     log = generate(config)
@@ -171,6 +181,11 @@ def simulate(config: SimulateConfig) -> SimulationReport:
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error}); choose another folder with out=…") from error
     written = time.perf_counter()
+    reference: tuple[Reference, ...] = ()
+    if config.reference:
+        from vista.data.simulation_oracle import reference_metrics
+
+        reference = tuple(reference_metrics(log, tasks=TASKS))
     validation_from, test_from = split_times(config)
     return SimulationReport(
         out=out,
@@ -181,6 +196,7 @@ def simulate(config: SimulateConfig) -> SimulationReport:
         test_from=test_from,
         generate_s=generated - begin,
         write_s=written - generated,
+        reference=reference,
     )
 
 

@@ -4,8 +4,8 @@ Three kinds of predictor, all measured on the same impressions and the same draw
 
 - `truth`: the probability that the labels were drawn with. Nothing does better, but for chance.
 - `last N`: a predictor that is told everything that the last N events before an impression hold about its label, more
-  than a model could know: the events' true topics and the candidate's true topic and quality. From counts of the topic's
-  events in nested windows up to N it estimates the conditional expectation of the true probability.
+  than a model could know: the events' true topics and the candidate's true topic and quality. From counts of the
+  topic's events in nested windows up to N it estimates the conditional expectation of the true probability.
 - `whole history`: the same with N unlimited: it shows that the log, not a hidden variable, holds what the truth knows.
 
 The estimate is a logistic regression on bins of the counts, their products and the quality, fitted to the true
@@ -27,6 +27,8 @@ from vista.data.simulation_world import RECENT_EVENTS, TASKS, TopicIndex, affini
 WINDOWS = (200, 32)
 _NESTED = (8, 16, RECENT_EVENTS, 64, 128)
 """Windows whose counts a predictor gets beside its own, as far as they are shorter."""
+MAX_IMPRESSIONS = 200_000
+"""Impressions that are measured at most, for the sake of memory."""
 _RIDGE = 1e-4
 
 
@@ -74,23 +76,24 @@ def normalised_entropy(labels: NDArray[np.bool_], probabilities: NDArray[np.floa
     return float(-np.where(labels, np.log(p), np.log1p(-p)).mean() / entropy)
 
 
-def window_features(log: SimulatedLog, window: int | None) -> NDArray[np.float64]:
-    """What the last `window` events (None: all) tell of each impression, as regressors [N, F] with a constant first."""
+def window_features(log: SimulatedLog, window: int | None, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """What the last `window` events (None: all) tell of the chosen impressions: regressors [chosen.sum(), F]."""
     index = TopicIndex(log.catalogue.topic[log.item])
-    topic = log.catalogue.topic[log.impression_item]
-    first = log.offsets[log.impression_user]
-    stop = first + log.impression_position
-    longest = int(log.impression_position.max(initial=1)) if window is None else window
+    items, position = log.impression_item[chosen], log.impression_position[chosen]
+    topic = log.catalogue.topic[items]
+    first = log.offsets[log.impression_user[chosen]]
+    stop = first + position
+    longest = int(position.max(initial=1)) if window is None else window
     sizes = [size for size in _NESTED if size < longest] + [longest]
     counts = [index.count(topic, np.maximum(first, stop - size), stop) for size in sizes]
 
-    seen = np.minimum(log.impression_position, longest)
+    seen = np.minimum(position, longest)
     share = affinity(counts[-1], seen)
     recent = np.log1p(counts[min(2, len(sizes) - 1)])
     smooth = [share, share**2, recent, recent**2, share * recent, np.log1p(seen), np.log1p(seen) * share]
     bins = [np.minimum((2 * np.log2(count + 1)).astype(np.int64), 15) for count in counts]
     cells = [np.eye(16)[code] for code in bins] + [_joint(bins[-1] // 2, bins[min(2, len(bins) - 1)] // 2)]
-    quality = log.catalogue.quality[log.impression_item].astype(np.float64)
+    quality = log.catalogue.quality[items].astype(np.float64)
     mixed = [quality, quality * share, quality * recent]
     constant = np.ones(len(topic))
     return np.concatenate([np.stack([constant, *smooth, *mixed], axis=1), *cells], axis=1)
@@ -130,7 +133,7 @@ def predict_from_window(
     Raises:
         ValueError: if fewer than two users have impressions among the chosen.
     """
-    features = window_features(log, window)[chosen]
+    features = window_features(log, window, chosen)
     target = log.probability[chosen, task]
     half = log.impression_user[chosen] % 2 == 0
     if half.all() or not half.any():
@@ -153,7 +156,8 @@ def reference_metrics(
     Args:
         windows: numbers of newest events.
         tasks: some of TASKS; like and long_view are measured where their label is known.
-        impressions: "test": those from `split_times(config)[1]` on; or "all".
+        impressions: "test": those from `split_times(config)[1]` on; or "all". Of more than MAX_IMPRESSIONS, the
+            first users' are taken.
 
     Raises:
         ValueError: for another `impressions`, an unknown task, or a set of impressions without both labels.
@@ -166,10 +170,13 @@ def reference_metrics(
     for name in tasks:
         task = TASKS.index(name)
         known = chosen & (log.label[:, task] >= 0)
+        known &= np.cumsum(known) <= MAX_IMPRESSIONS
         labels = log.label[known, task] == 1
         num_true = int(labels.sum())
         if num_true == 0 or num_true == len(labels):
-            raise ValueError(f"{name}: the {len(labels)} {impressions} impressions need both labels; simulate more users")
+            raise ValueError(
+                f"{name}: the {len(labels)} {impressions} impressions need both labels; simulate more users"
+            )
         estimates: list[tuple[str, NDArray[np.floating]]] = [("truth", log.probability[known, task])]
         for window in (None, *windows):
             label = "whole history" if window is None else f"last {window}"
@@ -182,10 +189,17 @@ def reference_metrics(
     return rows
 
 
+def format_reference(rows: Sequence[Reference]) -> str:
+    """The rows as a table of plain text."""
+    lines = [f"{'task':10} {'predictor':14} {'AUC':>7} {'+-':>6} {'NE':>7}   impressions"]
+    for row in rows:
+        figures = f"{row.auc:7.4f} {row.auc_error:6.4f} {row.ne:7.4f}"
+        lines.append(f"{row.task:10} {row.predictor:14} {figures}   {row.num_impressions} ({row.impressions})")
+    return "\n".join(lines)
+
+
 def print_reference(log: SimulatedLog, *, tasks: Sequence[str] = TASKS, impressions: str = "test") -> list[Reference]:
     """Print the table of `reference_metrics` and return its rows."""
     rows = reference_metrics(log, tasks=tasks, impressions=impressions)
-    print(f"{'task':10} {'predictor':14} {'AUC':>7} {'+-':>6} {'NE':>7}   ({impressions} impressions)")
-    for row in rows:
-        print(f"{row.task:10} {row.predictor:14} {row.auc:7.4f} {row.auc_error:6.4f} {row.ne:7.4f}   {row.num_impressions}")
+    print(format_reference(rows))
     return rows

@@ -1,7 +1,7 @@
 """The generative model of the simulation: items and topics, users' interests in time, events, requests and labels.
 
-docs/simulation.md tells it in words, with the formulas and the reference figures. Nothing here touches files. All of it is
-NumPy over packed arrays, chunk by chunk of users; every chunk has a random stream of its own, so the bytes depend on
+docs/simulation.md tells it in words, with the formulas and the reference figures. Nothing here touches files. All of it
+is NumPy over packed arrays, chunk by chunk of users; every chunk has a random stream of its own, so the bytes depend on
 the config alone (and on NumPy's version), never on threads.
 
 Letters: U users of the chunk, T events, S sessions, E episodes, R requests, N impressions, K topics.
@@ -10,7 +10,7 @@ Letters: U users of the chunk, T events, S sessions, E episodes, R requests, N i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from vista.config import SimulateConfig
 
-IntArray = NDArray[np.signedinteger[Any]]
-FloatArray = NDArray[np.floating[Any]]
+IntArray = NDArray[np.integer[Any]]
 
 TASKS = ("click", "like", "long_view")
 ACTIONS = ("view", "like", "long_view")
@@ -136,7 +135,7 @@ def recent_match(count: IntArray) -> NDArray[np.float64]:
 def period(config: SimulateConfig) -> tuple[int, int]:
     """Start and end of the simulated time, int ms since 1970 (UTC)."""
     moment = datetime.fromisoformat(config.start)
-    start = round((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() * 1000)
+    start = round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
     return start, start + round(config.days * 86_400_000)
 
 
@@ -209,7 +208,9 @@ def _draw_interests(rng: np.random.Generator, config: SimulateConfig, offsets: N
     num_users, num_events = len(offsets) - 1, int(offsets[-1])
     order = rng.random((num_users, config.num_topics), dtype=np.float32).argsort(axis=1).astype(np.uint8)
     num_slow = rng.integers(config.min_interests, config.max_interests + 1, num_users)
-    drawn = rng.gamma(4.0, config.episode_events / 4, _num_draws(num_events, config.episode_events)).astype(np.int64) + 1
+    drawn = (
+        rng.gamma(4.0, config.episode_events / 4, _num_draws(num_events, config.episode_events)).astype(np.int64) + 1
+    )
     start = _segment_starts(drawn, offsets)
     user = np.searchsorted(offsets, start, side="right") - 1
     ordinal = np.arange(len(start)) - np.searchsorted(start, offsets[:-1])[user]
@@ -279,7 +280,9 @@ def _draw_items(
     row = np.clip((time - begin) * NUM_PERIODS // (end - begin), 0, NUM_PERIODS - 1) * config.num_items
     index = row if of_event is None else row[of_event]
     size = np.diff(catalogue.topic_start)
-    rank = np.exp(rng.random(len(topic), dtype=np.float32) * np.log(size + 1).astype(np.float32)[topic]).astype(np.int64)
+    rank = np.exp(rng.random(len(topic), dtype=np.float32) * np.log(size + 1).astype(np.float32)[topic]).astype(
+        np.int64
+    )
     rank = np.clip(rank - 1, 0, (size - 1)[topic])
     return np.asarray(catalogue.ranked.reshape(-1)[index + catalogue.topic_start[topic] + rank])
 
@@ -299,7 +302,10 @@ def _draw_times(
     room = last - first
     mean_gap = np.minimum(EVENT_GAP_MS, 0.5 * room / np.diff(offsets))
     user_of_session = np.searchsorted(offsets, session_start, side="right") - 1
-    gap = (rng.standard_exponential(len(of_event), dtype=np.float32) * mean_gap.astype(np.float32)[user_of_session][of_event])
+    gap = (
+        rng.standard_exponential(len(of_event), dtype=np.float32)
+        * mean_gap.astype(np.float32)[user_of_session][of_event]
+    )
     step = gap.astype(np.int64)
     step += 2
     step[session_start] = 2
@@ -358,7 +364,9 @@ def _draw_requests(
     per_user = -(-config.impressions_per_user // config.impressions_per_request)
     user = np.repeat(np.arange(len(lengths)), per_user)
     stop = offsets[user] + 1 + (rng.random(len(user)) * lengths[user]).astype(np.int64)
-    following = np.where(stop < offsets[user + 1], timestamp[np.minimum(stop, len(timestamp) - 1)], np.iinfo(np.int64).max)
+    following = np.where(
+        stop < offsets[user + 1], timestamp[np.minimum(stop, len(timestamp) - 1)], np.iinfo(np.int64).max
+    )
     delay = np.minimum(following - timestamp[stop - 1], REQUEST_DELAY_MS)
     time = timestamp[stop - 1] + 1 + (rng.random(len(user)) * (delay - 1)).astype(np.int64)
     order = np.lexsort((time, user))

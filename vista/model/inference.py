@@ -79,7 +79,7 @@ def history_states(model: Recommender, histories: Histories) -> SummaryState:
             part = histories.select_users(begin, end)
             groups.append(range_states(model, part, np.zeros(end - begin, np.int64)))
         else:
-            groups.append(_long_state(model, histories.cut(begin)))
+            groups.append(_long_state(model, histories.slice(begin)))
         begin = end
     if not groups:
         return summarizer.empty_state(0)
@@ -129,7 +129,7 @@ def _long_state(model: Recommender, history: Histories) -> SummaryState:
     state = model.summarizer.empty_state(1)
     for begin in range(0, history.num_events, SLICE_LEN):
         context = min(reach(model), begin)
-        part = history.cut(0, begin - context, min(begin + SLICE_LEN, history.num_events))
+        part = history.slice(0, begin - context, min(begin + SLICE_LEN, history.num_events))
         state = append(model, state, part, context)
     return state
 

@@ -35,13 +35,16 @@ def sampled_softmax(
     """
     if len(label) == 0:
         return user.sum() * 0.0
+    # Cosines over a small temperature need more than bfloat16's three digits.
+    full = torch.promote_types(user.dtype, torch.float32)
+    user, item_vectors = user.to(full), item_vectors.to(full)
     positive = (user * item_vectors[label]).sum(-1) / temperature
-    positive = positive.to(torch.promote_types(user.dtype, torch.float32))
     column = torch.searchsorted(negatives, label).clamp_(max=len(negatives) - 1)
     own = torch.where(negatives[column] == label, column, -1)
-    loss: Tensor = _SampledSoftmax.apply(
-        user, positive, item_vectors[negatives], negative_log_weight.to(user.dtype), own, temperature
-    )
+    with torch.autocast(user.device.type, enabled=False):
+        loss: Tensor = _SampledSoftmax.apply(
+            user, positive, item_vectors[negatives], negative_log_weight.to(full), own, temperature
+        )
     return loss
 
 
@@ -63,13 +66,13 @@ class _SampledSoftmax(torch.autograd.Function):
             logits = torch.addmm(log_weight, user[tile], transposed)
             hit = (own[tile] >= 0).nonzero().squeeze(-1)
             logits[hit, own[tile][hit]] = float("-inf")
-            top = torch.maximum(logits.amax(-1).to(positive.dtype), positive[tile])
-            weight = logits.sub_(top.to(logits.dtype).unsqueeze(-1)).exp_()
+            top = torch.maximum(logits.amax(-1), positive[tile])
+            weight = logits.sub_(top.unsqueeze(-1)).exp_()
             own_weight = (positive[tile] - top).exp()
-            total = weight.sum(-1, dtype=positive.dtype) + own_weight
+            total = weight.sum(-1) + own_weight
             loss += (total.log() - (positive[tile] - top)).sum()
             grad_positive[tile] = (own_weight / total - 1) / count
-            weight *= (1 / (total * count)).to(weight.dtype).unsqueeze(-1)
+            weight *= (1 / (total * count)).unsqueeze(-1)
             torch.mm(weight, scaled, out=grad_user[tile])
             grad_negatives.addmm_(weight.t(), user[tile], alpha=1 / temperature)
         ctx.save_for_backward(grad_user, grad_positive, grad_negatives)
@@ -78,8 +81,7 @@ class _SampledSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_user, grad_positive, grad_negatives = ctx.saved_tensors
-        factor = grad.to(grad_user.dtype)
-        return grad_user * factor, grad_positive * grad, grad_negatives * factor, None, None, None
+        return grad_user * grad, grad_positive * grad, grad_negatives * grad, None, None, None
 
 
 def task_losses(logits: Tensor, label: Tensor, mask: Tensor) -> Tensor:

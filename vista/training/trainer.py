@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -20,14 +21,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vista.config import Precision, TrainConfig, to_dict
+from vista.config_text import to_yaml
 from vista.data.batches import BatchSource
 from vista.data.cuts import Batch
 from vista.data.event_log import EventLog
-from vista.device import announce, resolve_device, set_threads
+from vista.device import announce, choose_precision, resolve_device, set_threads
 from vista.errors import ConfigError, NonFiniteLossError
 from vista.files import replace_text
 from vista.model.recommender import Recommender, Schema
-from vista.training.checkpoint import latest_checkpoint, load_checkpoint, pack_state, save_checkpoint, unpack_state
+from vista.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    pack_state,
+    remove_checkpoints,
+    save_checkpoint,
+    unpack_state,
+)
 from vista.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -108,7 +117,7 @@ class _Trainer:
         )
         self.table_optimizer = torch.optim.SparseAdam([self.model.item_table], lr=optim.learning_rate, betas=(0.9, 0.98))
         self.progress = Progress()
-        self.precision = self._choose_precision()
+        self.precision = choose_precision(config.precision, self.device)
 
     # Running ---------------------------------------------------------------------------------------------------------
 
@@ -130,9 +139,10 @@ class _Trainer:
         newest = latest_checkpoint(self.run_dir / "checkpoints") if config.resume else None
         if newest is not None:
             self._restore(newest)
-        elif config.resume is False and (self.run_dir / "best").exists():
-            logger.info("resume=false: starting anew in %s", self.run_dir)
-        replace_text(self.run_dir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+        else:
+            remove_checkpoints(self.run_dir / "checkpoints")
+            shutil.rmtree(self.run_dir / "best", ignore_errors=True)
+        replace_text(self.run_dir / "config.yaml", to_yaml(config))
         metrics.rewind(self.progress.step)
         parameters = sum(p.numel() for p in self.dense)
         announce(self.device)
@@ -253,7 +263,7 @@ class _Trainer:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "progress": {name: getattr(self.progress, name) for name in Progress.__slots__},
-            "config": _identity(self.config),
+            "config": _identity(self.config) | {"precision": self.precision.value},
         }
         tensors, skeleton = pack_state(state, "state")
         save_checkpoint(self.run_dir / "checkpoints", self.progress.step, tensors, {"run": skeleton})
@@ -261,7 +271,7 @@ class _Trainer:
     def _restore(self, path: Path) -> None:
         tensors, body = load_checkpoint(path)
         state = unpack_state(body["run"], tensors)
-        here = _identity(self.config)
+        here = _identity(self.config) | {"precision": self.precision.value}
         changed = [k for k in here if here[k] != state["config"].get(k)]
         if changed:
             raise ConfigError(
@@ -275,14 +285,6 @@ class _Trainer:
         if state["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.progress = Progress(**state["progress"])
-
-    def _choose_precision(self) -> Precision:
-        if self.config.precision is not Precision.auto:
-            return self.config.precision
-        fast = self.device.type == "cuda" or (self.device.type == "cpu" and torch.cpu._is_amx_tile_supported())
-        chosen = Precision.bfloat16 if fast else Precision.float32
-        logger.info("precision=auto: %s on %s", chosen.value, self.device)
-        return chosen
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         enabled = self.precision is Precision.bfloat16

@@ -1,0 +1,277 @@
+"""What holds for every operator: its error, its gradients, its registration, and that segments are independent."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .conftest import Inputs, Operator
+
+# A piece of causal_linear_attention is 64 tokens; with small windows a segment is long from 65 and a window 256 tokens.
+LENGTHS = {
+    "no-segments": [],
+    "no-tokens": [0, 0],
+    "one": [1],
+    "block-1": [63],
+    "block": [64],
+    "block+1": [65],
+    "equal": [16] * 9,
+    "equal-and-empty": [4, 0, 4, 0, 0, 4],
+    "ragged": [0, 1, 5, 16, 15, 3, 0, 31, 2, 70, 0],
+    "padded": [16, 16, 15, 16, 14],
+    "window-1": [255],
+    "window+1": [257, 2],
+}
+RAGGED = LENGTHS["ragged"]
+
+
+def err(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).abs().max()) if actual.numel() else 0.0
+
+
+def check_against_oracle(operator: Operator, inputs: Inputs, unit: float) -> None:
+    """Require err(fast) <= 2 err(oracle run in the kernel's dtype) + floor, outputs and gradients alike."""
+    exact, exact_grads = operator.gradients(operator.oracle, inputs)
+    fast, fast_grads = operator.gradients(operator.fast, inputs)
+
+    def rounded(inputs: Inputs) -> tuple[Tensor, ...]:
+        outputs = operator.oracle(inputs, dtype=torch.float32)
+        return tuple(a.to(b.dtype) for a, b in zip(outputs, fast, strict=True))
+
+    plain, plain_grads = operator.gradients(rounded, inputs)
+    for ours, theirs, truth in zip(fast + fast_grads, plain + plain_grads, exact + exact_grads, strict=True):
+        assert ours.shape == truth.shape
+        floor = 4 * unit * float(truth.abs().max()) if truth.numel() else 0.0
+        assert err(ours, truth) <= 2 * err(theirs, truth) + floor
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.usefixtures("small_windows")
+def test_float32_error(operator: Operator, lengths: list[int]) -> None:
+    check_against_oracle(operator, operator.make(lengths, torch.float32), unit=2.0**-24)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_error(operator: Operator, dtype: torch.dtype) -> None:
+    inputs = operator.make(RAGGED, dtype)
+    unit = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-12
+    check_against_oracle(operator, inputs, unit)
+
+
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 4), st.integers(0, 40)), max_size=12),
+    width=st.integers(1, 5),
+    activation=st.sampled_from(["silu", "relu", "identity"]),
+    seed=st.integers(0, 2**16),
+    small=st.booleans(),
+)
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.differing_executors])
+def test_any_shape(
+    operator: Operator, lengths: list[int], width: int, activation: str, seed: int, small: bool
+) -> None:
+    inputs = operator.make(lengths, torch.float64, seed, width)
+    if "offsets" in inputs and operator.name != "scan_states":
+        inputs["activation"] = activation
+    if "num_targets" in inputs and small:
+        inputs["num_targets"] = None
+    for name in ("weight", "initial_z", "initial_n"):
+        if name in inputs and small and name not in operator.leaves:
+            inputs[name] = None
+    actual, actual_grads = operator.gradients(operator.fast, inputs)
+    expected, expected_grads = operator.gradients(operator.oracle, inputs)
+    for a, b in zip(actual + actual_grads, expected + expected_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_gradcheck(operator: Operator) -> None:
+    inputs = operator.make([0, 1, 4, 4, 9], torch.float64)
+
+    def run(*leaves: Tensor) -> tuple[Tensor, ...]:
+        outputs = operator.fast(inputs | dict(zip(operator.leaves, leaves, strict=True)))
+        return tuple(output for output in outputs if output.requires_grad)
+
+    leaves = [inputs[name].requires_grad_() for name in operator.leaves]
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_constants_get_no_gradient(operator: Operator) -> None:
+    inputs = operator.make([3, 2], torch.float32)
+    constants = [name for name in ("weight", "n", "initial_n", "log_decay") if name in inputs]
+    inputs |= {name: inputs[name].requires_grad_() for name in constants}
+    assert not any(output.requires_grad for output in operator.fast(inputs))
+
+
+@pytest.mark.parametrize("optional", [True, False], ids=["all-arguments", "fewest-arguments"])
+def test_opcheck(operator: Operator, optional: bool) -> None:
+    """Run opcheck on the operator and, through recorded calls, on its backward."""
+    inputs = operator.make([0, 1, 4, 4, 9], torch.float32)
+    if not optional:
+        inputs |= dict.fromkeys(set(inputs) & {"weight", "initial_z", "initial_n", "num_targets"})
+    inputs |= {name: inputs[name].requires_grad_() for name in operator.leaves if inputs[name] is not None}
+    recorder = _Recorder()
+    with recorder:
+        sum(output.sum() for output in operator.fast(inputs) if output.requires_grad).backward()  # type: ignore[union-attr]
+    assert sorted(recorder.calls) == [operator.name, f"{operator.name}_backward"]
+    for name, args in recorder.calls.items():
+        if not name.endswith("_backward"):
+            args = [a.requires_grad_() if _is_leaf(a, operator, inputs) else a for a in args]
+        torch.library.opcheck(getattr(torch.ops.vista_kernels, name).default, args)
+
+
+class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    """Keeps the arguments with which operators of vista_kernels are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[object]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "vista_kernels":
+            copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+            self.calls[func._schema.name.split("::")[1]] = copies
+        return func(*args, **(kwargs or {}))
+
+
+def _is_leaf(arg: object, operator: Operator, inputs: Inputs) -> bool:
+    leaves = [inputs[name] for name in operator.leaves if inputs[name] is not None]
+    return isinstance(arg, Tensor) and any(arg.shape == x.shape and torch.equal(arg, x) for x in leaves)
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_batch_equals_segments_alone(operator: Operator) -> None:
+    inputs = operator.make(RAGGED, torch.float64)
+    outputs, grads = operator.gradients(operator.fast, inputs)
+    for b in range(len(RAGGED)):
+        alone = operator.fast(operator.segment(inputs, b))
+        for result, whole, part in zip(operator.results, outputs, alone, strict=True):
+            torch.testing.assert_close(part, whole[operator.rows(result, inputs, b)], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, [5] * 6, [200, 3, 3]], ids=["ragged", "equal", "long"])
+@pytest.mark.usefixtures("small_windows")
+def test_poison_stays_in_its_segment(operator: Operator, lengths: list[int]) -> None:
+    """NaN and inf in one segment change no bit of another's outputs or gradients."""
+    inputs = operator.make(lengths, torch.float32)
+    clean, clean_grads = operator.gradients(operator.fast, inputs)
+    victim = 1 if lengths[1] else 3
+    start, stop = inputs["offsets"][victim : victim + 2].tolist()
+    poisoned = dict(inputs)
+    for name in operator.packed:
+        if name != "log_decay":
+            poisoned[name] = inputs[name].clone()
+            poisoned[name][start:stop] = torch.nan
+            poisoned[name][stop - 1] = torch.inf
+    dirty, dirty_grads = operator.gradients(operator.fast, poisoned)
+    kinds = ["tokens" if name in operator.packed else "segments" for name in operator.leaves]
+    pairs = zip([*operator.results, *kinds], clean + clean_grads, dirty + dirty_grads, strict=True)
+    reached = False
+    for kind, before, after in pairs:
+        keep = torch.ones(len(before), dtype=torch.bool)
+        keep[operator.rows(kind, inputs, victim)] = False
+        assert torch.equal(before[keep], after[keep])
+        reached |= bool((~after[~keep].isfinite()).any())
+    assert reached
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, [16] * 9, [0, 257, 2]], ids=["ragged", "equal", "long"])
+@pytest.mark.usefixtures("small_windows")
+def test_no_uninitialised_memory(
+    operator: Operator, lengths: list[int], poisoned_memory: Callable[[], None]
+) -> None:
+    inputs = operator.make(lengths, torch.float32)
+    first = operator.gradients(operator.fast, inputs)
+    poisoned_memory()
+    second = operator.gradients(operator.fast, inputs)
+    for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
+        assert bool(a.isfinite().all())
+        assert torch.equal(a, b)
+
+
+def test_empty_segments_change_nothing(operator: Operator) -> None:
+    inputs = operator.make([3, 5, 2], torch.float32)
+    padded = inputs | {"offsets": torch.tensor([0, 0, 3, 3, 8, 10, 10])}
+    for name in operator.per_segment:
+        rows = torch.zeros((6, *inputs[name].shape[1:]), dtype=inputs[name].dtype)
+        rows[[1, 3, 4]] = inputs[name]
+        padded[name] = rows
+    for kind, a, b in zip(operator.results, operator.fast(inputs), operator.fast(padded), strict=True):
+        torch.testing.assert_close(b if kind == "tokens" else b[[1, 3, 4]], a)
+
+
+def test_strided_inputs(operator: Operator) -> None:
+    """Parts of one fused projection give what contiguous tensors give."""
+    inputs = operator.make(RAGGED, torch.float32)
+    fused = dict(inputs)
+    for name in operator.packed:
+        x = inputs[name]
+        fused[name] = torch.cat([x.detach(), x.detach(), x.detach()], -1)[..., x.shape[-1] : 2 * x.shape[-1]]
+        assert not fused[name].is_contiguous()
+    outputs, grads = operator.gradients(operator.fast, inputs)
+    fused_outputs, fused_grads = operator.gradients(operator.fast, fused)
+    for a, b in zip(outputs + grads, fused_outputs + fused_grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiles_as_one_graph(operator: Operator) -> None:
+    inputs = operator.make([0, 3, 5, 1], torch.float32)
+    compiled = torch.compile(operator.fast, backend="aot_eager", fullgraph=True)
+    expected, expected_grads = operator.gradients(operator.fast, inputs)
+    actual, actual_grads = operator.gradients(compiled, inputs)
+    for a, b in zip(actual + actual_grads, expected + expected_grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_after_inference_mode(operator: Operator) -> None:
+    """Buffers made in inference mode serve training afterwards."""
+    inputs = operator.make(RAGGED, torch.float32)
+    results: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
+
+    def run() -> None:
+        with torch.inference_mode():
+            operator.fast(inputs)
+        results.append(operator.gradients(operator.fast, inputs))
+
+    thread = threading.Thread(target=run)  # a new thread has no buffers yet
+    thread.start()
+    thread.join()
+    expected = operator.gradients(operator.fast, inputs)
+    for a, b in zip(results[0][0] + results[0][1], expected[0] + expected[1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_threads_do_not_share_buffers(operator: Operator) -> None:
+    cases = [operator.make([n] * 40, torch.float32, seed=n) for n in (7, 9)]
+    expected = [operator.fast(case) for case in cases]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(20):
+            outputs = operator.fast(cases[number])
+            if not all(torch.equal(a, b) for a, b in zip(outputs, expected[number], strict=True)):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_reference_backend(operator: Operator) -> None:
+    inputs = operator.make([3, 0, 5], torch.float32)
+    import vista_kernels
+
+    outputs = getattr(vista_kernels, operator.name)(**inputs, backend="reference")
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    for a, b in zip(outputs, operator.fast(inputs), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b)
