@@ -76,6 +76,12 @@ def _require(condition: bool, key: str, message: str) -> None:
         raise ConfigError(f"{key}: {message}")
 
 
+def _require_counts(config: Any, prefix: str, keys: tuple[str, ...], least: int = 1) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        _require(value >= least, f"{prefix}{key}", f"must be at least {least}, got {value}")
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """The recommender: stage 1 (Summarizer), stage 2 (TargetAttention), reconstruction and heads."""
@@ -121,8 +127,8 @@ class ModelConfig:
     """Of the reconstruction target; without it embeddings can collapse (there is a test that shows it)."""
 
     def __post_init__(self) -> None:
-        for key in ("dim", "num_heads", "num_layers", "num_target_layers", "conv_width", "tail_len"):
-            _require(getattr(self, key) >= 1, f"model.{key}", f"must be at least 1, got {getattr(self, key)}")
+        counts = ("dim", "num_heads", "num_layers", "num_target_layers", "conv_width", "tail_len")
+        _require_counts(self, "model.", counts)
         _require(self.num_seeds >= 0, "model.num_seeds", f"must be at least 0, got {self.num_seeds}")
         _require(
             self.dim % self.num_heads == 0,
@@ -180,8 +186,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         counts = ("chunk_len", "tokens_per_batch", "label_spacing", "num_cuts", "num_negatives", "reconstruction_len")
-        for key in counts:
-            _require(getattr(self, key) >= 1, f"data.{key}", f"must be at least 1, got {getattr(self, key)}")
+        _require_counts(self, "data.", counts)
         share = self.staleness_share
         _require(0 <= share <= 1, "data.staleness_share", f"must lie in [0, 1], got {share}")
         if self.split is Split.time:
@@ -218,7 +223,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "optim.learning_rate", f"must be positive, got {self.learning_rate}")
-        _require(self.epochs >= 0, "optim.epochs", f"must be at least 0, got {self.epochs}")
+        _require_counts(self, "optim.", ("epochs", "patience", "validate_every", "validation_users"), least=0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -246,6 +251,9 @@ class TrainConfig:
     progress: bool = True
     """Show a progress bar."""
 
+    def __post_init__(self) -> None:
+        _require_counts(self, "", ("checkpoint_every",))
+
 
 @dataclass(kw_only=True, slots=True)
 class RefreshConfig:
@@ -267,6 +275,9 @@ class RefreshConfig:
     device: str = "auto"
     num_threads: int = 0
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        _require_counts(self, "", ("tokens_per_batch", "users_per_batch"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -295,6 +306,11 @@ class EvaluateConfig:
     num_threads: int = 0
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        _require_counts(self, "", ("users_per_batch",))
+        _require(min(self.top_k, default=0) >= 1, "top_k", f"needs numbers of at least 1, got {list(self.top_k)}")
+        _require(self.split in ("test", "validation"), "split", f"write test or validation, got {self.split}")
+
 
 @dataclass(kw_only=True, slots=True)
 class ScoreConfig:
@@ -310,6 +326,9 @@ class ScoreConfig:
     """Items to list a user, where no candidates are given."""
     on_missing: OnMissing = OnMissing.empty
 
+    def __post_init__(self) -> None:
+        _require_counts(self, "", ("top_k",))
+
 
 @dataclass(kw_only=True, slots=True)
 class SimulateConfig:
@@ -320,7 +339,7 @@ class SimulateConfig:
     num_users: int = 400
     events_per_user: int = 4000
     """Mean length of a history; lengths spread around it."""
-    num_items: int = 3200
+    num_items: int = 1600
     num_topics: int = 32
     """Latent topics, at most 256; every item belongs to one."""
     min_interests: int = 4
@@ -343,10 +362,8 @@ class SimulateConfig:
     """Also report the best possible AUC and NE: of the truth, and of the last 200 and 32 events (some seconds)."""
 
     def __post_init__(self) -> None:
-        for key in ("num_users", "events_per_user", "num_items", "num_topics", "episode_events", "session_events"):
-            _require(getattr(self, key) >= 1, key, f"must be at least 1, got {getattr(self, key)}")
-        for key in ("impressions_per_user", "impressions_per_request", "num_threads"):
-            _require(getattr(self, key) >= 1, key, f"must be at least 1, got {getattr(self, key)}")
+        counts = ("num_users", "events_per_user", "num_items", "num_topics", "episode_events", "session_events")
+        _require_counts(self, "", (*counts, "impressions_per_user", "impressions_per_request", "num_threads"))
         _require(self.num_topics <= 256, "num_topics", f"must be at most 256, got {self.num_topics}")
         _require(
             self.num_items >= self.num_topics,

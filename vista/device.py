@@ -10,23 +10,27 @@ from vista.config import Precision
 from vista.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+DEVICES = ("cpu", "cuda", "mps")
 
 
 def resolve_device(name: str) -> torch.device:
     """auto | cpu | cuda | cuda:N | mps -> torch.device.
 
     Raises:
-        ConfigError: if torch has no such device here.
+        ConfigError: if it is none of these, or torch cannot use it here.
     """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name.partition(":")[0] not in DEVICES:
+        raise ConfigError(f"device={name}: write auto, {', '.join(DEVICES)} or cuda:N")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={name}: torch cannot use it here ({str(error).splitlines()[0]}); try device=auto") from None
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device={name}: torch cannot use it here ({reason}); try device=auto") from None
     return device
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from vista.errors import ConfigError
+
+_PARTIAL_NAME = re.compile(r"\..+\.\d+\.tmp")
 
 
 def sync(path: Path) -> None:
@@ -21,17 +26,42 @@ def sync(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a small file atomically and durably: temporary name, fsync, rename, fsync of the directory."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     sync(partial)
     partial.replace(path)
     sync(path.parent)
+
+
+def writable_folder(folder: Path, key: str) -> None:
+    """Make a folder if it is not there, and prove that files can be written in it.
+
+    Raises:
+        ConfigError: if not, in one line that names `key` (the setting that named the folder) and the reason.
+    """
+    probe = folder / f".probe.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{key}={folder}: cannot be written ({error.strerror}); choose another folder, or make this one writable"
+        ) from None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of `replace_text` and `replaced_folder`; no other process may write here."""
+    for path in folder.iterdir():
+        if _PARTIAL_NAME.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` when the block ends without an error.
 
-    A crash leaves the old folder, the new one, or (between two renames) the old one under `<name>.old`; never a mixture.
+    A crash leaves the old folder, the new one, or (between two renames) the old one under `<name>.old`; never a
+    mixture.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

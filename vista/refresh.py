@@ -1,6 +1,6 @@
 """Batch refresh: every user's summary and tail into a new generation of the store, resumable after any kill.
 
-    EventLog -> model rows -> summaries [B, K, d] -> records -> one durable transaction a batch -> published generation
+EventLog -> model rows -> summaries [B, K, d] -> records -> one durable transaction a batch -> published generation
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vista.config import Codec, RefreshConfig
+from vista.config import Codec, Decay, RefreshConfig
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories
 from vista.data.splits import Until, parse_until, visible_counts
 from vista.device import announce, resolve_device, set_threads
+from vista.errors import ConfigError
 from vista.model import inference
 from vista.model.recommender import Recommender
 from vista.store import NO_TIMESTAMP, StoreWriter, Tail, encode_records, user_keys
@@ -53,8 +54,8 @@ class RefreshReport:
         stages = ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items())
         resumed = f" ({self.resumed_at} of them by an earlier run)" if self.resumed_at else ""
         return (
-            f"generation {self.generation} of {self.store}: {self.num_users} users{resumed}, {self.num_events} events in "
-            f"{self.seconds:.1f} s: {done / max(self.seconds, 1e-9):,.0f} users/s ({stages})"
+            f"generation {self.generation} of {self.store}: {self.num_users} users{resumed}, {self.num_events} events "
+            f"in {self.seconds:.1f} s: {done / max(self.seconds, 1e-9):,.0f} users/s ({stages})"
         )
 
 
@@ -85,13 +86,14 @@ def refresh(
     tokens_per_batch: int = 65_536,
     users_per_batch: int = 512,
     progress: bool = False,
+    created_at: int | None = None,
 ) -> RefreshReport:
     """Write the summaries of all users with at least one visible event, and publish them as one generation.
 
     An interrupted refresh goes on where it stopped if model, log, `until` and codec are the same; else it starts anew.
 
     Args:
-        model: in eval mode.
+        model: it is left in eval mode.
         log: items the model never saw are unknown to it.
         store: its folder, made if absent.
         until: events that summaries may see: None (all), "leave-last-out", "leave-last-two-out", an ISO time, or ms.
@@ -99,17 +101,20 @@ def refresh(
         tokens_per_batch: events summarized at once (a longer history makes a batch of its own).
         users_per_batch: users of one durable transaction.
         progress: show a progress bar.
+        created_at: ms, the start of the run that records state; by default now. A resumed run keeps its own.
 
     Raises:
+        ConfigError: the model cannot read this log, or `until` is no moment of it.
         StoreLockedError, StoreError, RecordError: the generation before stays in service.
     """
     limit = until if isinstance(until, Until) else parse_until(until)
+    check_log(model, log)
+    model.eval()
     counts = visible_counts(log, limit)
     users = np.flatnonzero(counts)
     began = time.perf_counter()
     clock = _Clock()
-    item_rows = model.item_rows(log.items.ids(np.arange(log.num_items)))
-    keys_of_items = item_keys(log.items.ids(np.arange(log.num_items)))
+    items = _Items.of(model, log)
     with StoreWriter.open(
         store,
         summarizer_id=model.summarizer_id(),
@@ -117,41 +122,46 @@ def refresh(
         dim=model.config.dim,
         codec=codec,
         tail_len=model.config.tail_len,
-        until=str(limit),
+        until=str(limit) if limit.before is None else limit.before,
         applied_segment=log.last_segment,
         total_users=len(users),
         run_digest=_run_digest(log, counts),
+        created_at=created_at,
     ) as writer:
         resumed_at, events = writer.cursor, 0
         bar = tqdm(total=len(users), initial=resumed_at, desc="refresh", unit="user", disable=not progress)
         with bar:
             for begin in range(resumed_at, len(users), users_per_batch):
                 batch = users[begin : begin + users_per_batch]
-                with clock("read"):
-                    histories = log.gather(batch, counts[batch])
-                    rows = dataclasses.replace(histories, item=item_rows[histories.item])
-                with clock("summarize"):
-                    summary = _summarize(model, rows, tokens_per_batch)
-                with clock("encode"):
-                    digests = history_digests(
-                        keys_of_items[histories.item],
-                        np.asarray(histories.timestamp),
-                        np.asarray(histories.action),
-                        histories.offsets,
-                    )
-                    keys = user_keys(log.users.ids(batch))
-                    records = encode_records(
-                        keys,
-                        summary,
-                        _tail(rows, model.config.tail_len),
-                        spec=writer.spec,
-                        event_count=rows.lengths,
-                        last_event_ts=_last_times(rows),
-                        history_digest=digests,
-                    )
+                keys: list[bytes] = []
+                records: list[bytes] = []
+                for part in _groups(counts[batch], tokens_per_batch):
+                    rows = batch[part]
+                    with clock("read"):
+                        histories = log.gather(rows, counts[rows])
+                        model_rows = dataclasses.replace(histories, item=items.rows[histories.item])
+                    with clock("summarize"):
+                        summary = inference.summarize(model, model_rows).cpu().numpy()
+                    with clock("encode"):
+                        part_keys = user_keys(log.users.ids(rows))
+                        keys += part_keys
+                        records += encode_records(
+                            part_keys,
+                            summary,
+                            _tail(model_rows, model.config.tail_len),
+                            spec=writer.spec,
+                            event_count=histories.lengths,
+                            last_event_ts=_last_times(histories),
+                            history_digest=history_digests(
+                                items.keys[histories.item],
+                                np.asarray(histories.timestamp),
+                                np.asarray(histories.action),
+                                histories.offsets,
+                            ),
+                        )
+                    events += histories.num_events
                 with clock("write"):
                     writer.put_batch(keys, records, begin + len(batch))
-                events += histories.num_events
                 bar.update(len(batch))
         with clock("publish"):
             writer.publish(len(users))
@@ -160,17 +170,44 @@ def refresh(
     return RefreshReport(str(store), generation, len(users), resumed_at, events, seconds, clock.shares(seconds))
 
 
-def _summarize(model: Recommender, histories: Histories, tokens_per_batch: int) -> NDArray[np.float32]:
-    parts, begin, lengths = [], 0, histories.lengths
-    while begin < histories.num_users:
-        end, tokens = begin + 1, int(lengths[begin])
-        while end < histories.num_users and tokens + lengths[end] <= tokens_per_batch:
-            tokens += int(lengths[end])
+def check_log(model: Recommender, log: EventLog) -> None:
+    """Refuse a log whose events the model would misread.
+
+    Raises:
+        ConfigError: its action codes mean something else, or it has no times and the model reads them.
+    """
+    known = model.schema.actions
+    if log.actions not in (["event"], known[: len(log.actions)]):
+        raise ConfigError(
+            f"{log.path}: its actions are {log.actions}, the model was trained on {known}; train anew on this log"
+        )
+    if model.schema.has_time and not log.has_time and (model.config.use_time or model.config.decay is Decay.time):
+        raise ConfigError(f"{log.path}: has no times, which this model reads; train one with model.use_time=false")
+
+
+@dataclass(frozen=True, slots=True)
+class _Items:
+    """What becomes of each of the log's items: model row int32 [num_items]; key of the history digest uint64."""
+
+    rows: NDArray[np.int32]
+    keys: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, model: Recommender, log: EventLog) -> _Items:
+        ids = log.items.ids(np.arange(log.num_items))
+        return cls(model.item_rows(ids).astype(np.int32), item_keys(ids))
+
+
+def _groups(lengths: Int, tokens: int) -> Iterator[slice]:
+    """Runs of users of at most `tokens` events together, or of one longer history: what is in memory at once."""
+    begin = 0
+    while begin < len(lengths):
+        end, total = begin + 1, int(lengths[begin])
+        while end < len(lengths) and total + lengths[end] <= tokens:
+            total += int(lengths[end])
             end += 1
-        parts.append(inference.summarize(model, histories.select_users(begin, end)))
+        yield slice(begin, end)
         begin = end
-    summary: NDArray[np.float32] = torch.cat(parts).cpu().numpy()
-    return summary
 
 
 def _tail(rows: Histories, tail_len: int) -> Tail:

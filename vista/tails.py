@@ -21,7 +21,9 @@ def check_tail(tail: Tail, num_users: int, num_actions: int) -> None:
         if len(arrays[name]) != count:
             raise ValueError(f"tail.{name}: {len(arrays[name])} values for {count} items")
     if len(offsets) != num_users + 1 or offsets[0] != 0 or offsets[-1] != count or (np.diff(offsets) < 0).any():
-        raise ValueError(f"tail.offsets: must rise from 0 to {count} in {num_users + 1} values, got {offsets.tolist()[:6]} …")
+        raise ValueError(
+            f"tail.offsets: must rise from 0 to {count} in {num_users + 1} values, got {offsets.tolist()[:6]} …"
+        )
     if count and (arrays["actions"].min() < 0 or arrays["actions"].max() >= num_actions):
         raise ValueError(f"tail.actions: codes must lie in [0, {num_actions}), got up to {arrays['actions'].max()}")
 
@@ -29,7 +31,8 @@ def check_tail(tail: Tail, num_users: int, num_actions: int) -> None:
 def merge_tails(stored: Tail, fresh: Tail, tail_len: int) -> Tail:
     """Union of two packed tails of the same users, oldest first, the newest `tail_len` events kept.
 
-    An event that both hold (same time, item and action) counts once, in its stored place; equal times keep their order, stored first.
+    An event that both hold (same time, item and action) counts once, in its stored place; equal times keep their order,
+    stored first.
 
     Args:
         stored, fresh: items are model rows.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,9 +33,11 @@ def accumulate(
 ) -> None:
     """Add sum_s w_s phi(k_s) v_s^T of each segment to z [B, H, D, E] and sum_s w_s to n [B, H], in place.
 
-    `fresh` says that z is zero, which saves reading it.
+    `fresh` says that z is to be taken as zero; its memory may hold anything.
     """
     dtype = z.dtype
+    if fresh:
+        _clear_empty(z, lengths)
     if weight is None:
         n += torch.from_numpy(lengths).to(device=n.device, dtype=n.dtype).unsqueeze(1)
     for window in _windows(starts, lengths, k, z):
@@ -42,7 +45,7 @@ def accumulate(
             written = activated("phi_k", activation, tile.load("k", k, dtype))
             w = tile.load_weight(weight, dtype)
             written = scaled("phi_k", written, w).permute(0, 2, 3, 1)
-            add_product(z, tile, written, tile.load("v", v, dtype).transpose(1, 2), fresh=fresh and window.is_whole)
+            add_product(z, tile, written, tile.load("v", v, dtype).transpose(1, 2), fresh=fresh and window.is_first)
             if weight is not None and w is not None:
                 _add_rows(n, tile, w.sum(1).squeeze(2))
 
@@ -109,7 +112,8 @@ def read_backward(
 ) -> Tensor:
     """Write dq to grad_q and return dz = phi2'(z * c) * c * sum phi1(q)^T dO."""
     dtype = z.dtype
-    grad_z = torch.zeros_like(z, memory_format=torch.contiguous_format)
+    grad_z = torch.empty_like(z, memory_format=torch.contiguous_format)
+    _clear_empty(grad_z, lengths)
     for window in _windows(starts, lengths, q, z):
         buffer = window.buffer("grad_q", grad_q, dtype)
         for tile in window.tiles:
@@ -119,7 +123,7 @@ def read_backward(
             product(part.transpose(1, 2), grad, rows.transpose(2, 3))
             activate_gradient_(activation, raw, part)
             query = scaled("phi_q", activated("phi_q", activation, raw), tile.padding(dtype))
-            add_product(grad_z, tile, query.permute(0, 2, 3, 1), grad, fresh=window.is_whole)
+            add_product(grad_z, tile, query.permute(0, 2, 3, 1), grad, fresh=window.is_first)
         window.store(grad_q, buffer)
     step = max(1, WINDOW_ELEMENTS // max(1, z[:1].numel()))
     for first in range(0, len(z), step):
@@ -149,7 +153,7 @@ def tile_rows(x: Tensor, tile: Tile) -> Tensor:
 
 
 def add_product(z: Tensor, tile: Tile, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
-    """Add a [n, H, D, L] @ b [n, H, L, E] to the tile's rows of z [B, H, D, E]; `fresh` says that those are zero."""
+    """Add a [n, H, D, L] @ b [n, H, L, E] to the tile's rows of z [B, H, D, E]; `fresh` overwrites them."""
     if isinstance(tile.rows, slice):
         product(z[tile.rows], a, b, add=not fresh)
         return
@@ -161,16 +165,36 @@ def add_product(z: Tensor, tile: Tile, a: Tensor, b: Tensor, *, fresh: bool = Fa
 def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
     """Write a @ b to out, or add it; all are [n, H, ...] views, batched over the larger of n and H.
 
-    MKL's batched product takes strided operands as they are, but is several times slower into a strided result.
+    MKL's batched product takes strided operands as they are, but is several times slower into a strided result. So
+    either the result is copied from a buffer, or, where they are smaller, the operands are copied to one.
     """
+    beta = 1 if add else 0
+    if out.is_contiguous() and out.shape[0] >= out.shape[1] and a.numel() + b.numel() < 2 * out.numel():
+        left, right = (_flat(slot, x) for slot, x in (("left", a), ("right", b)))
+        out.flatten(0, 1).baddbmm_(left, right, beta=beta)
+        return
     axis = 0 if out.shape[0] < out.shape[1] else 1
     for part, left, right in zip(out.unbind(axis), a.unbind(axis), b.unbind(axis), strict=True):
         if part.is_contiguous():
-            part.baddbmm_(left, right, beta=1 if add else 0)
+            part.baddbmm_(left, right, beta=beta)
         elif add:
             part.add_(multiplied("product", left, right))
         else:
             part.copy_(multiplied("product", left, right))
+
+
+def _clear_empty(z: Tensor, lengths: IntArray) -> None:
+    """Zero the states of segments that no window will write."""
+    empty = np.flatnonzero(lengths == 0)
+    if len(empty):
+        z.index_fill_(0, torch.from_numpy(empty).to(z.device), 0)
+
+
+def _flat(slot: str, x: Tensor) -> Tensor:
+    """Return x [n, H, I, J] as [n * H, I, J], copied to the slot; whichever of I and J is dense in x stays so."""
+    dense = x if x.stride(3) == 1 else x.transpose(2, 3)
+    copy = scratch(slot, tuple(dense.shape), x.dtype, x.device).copy_(dense).flatten(0, 1)
+    return copy if dense is x else copy.transpose(1, 2)
 
 
 def _read_rows(z: Tensor, scale: Tensor | None, tile: Tile, state_activation: str) -> Tensor:

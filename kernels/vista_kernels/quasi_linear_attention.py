@@ -119,7 +119,7 @@ def _qla_op(
     """Return o, and Z and n, which backward reads."""
     starts, lengths, writers = _spans(offsets, num_targets, q.shape[0])
     z, n = passes.empty_state(k, v, len(starts))
-    passes.accumulate(k, v, starts, writers, weight, z.zero_(), n.zero_(), activation)
+    passes.accumulate(k, v, starts, writers, weight, z, n.zero_(), activation)
     out = v.new_empty(v.shape)
     scale = passes.length_scale(n, normalization, alpha)
     passes.read(q, z, scale, starts, lengths, activation, state_activation, out)
@@ -218,12 +218,12 @@ _qla_op.register_autograd(_backward, setup_context=_setup_context)
 def _check_num_targets(num_targets: Tensor | None, offsets: Tensor) -> None:
     if num_targets is None:
         return
-    if num_targets.dtype != torch.int64:
-        raise ValueError(f"num_targets must be int64, got {num_targets.dtype}")
     if num_targets.dim() != 1 or num_targets.shape[0] != offsets.shape[0] - 1:
         raise ValueError(
             f"num_targets must be [B], one a sequence of offsets {list(offsets.shape)}, got {list(num_targets.shape)}"
         )
+    if num_targets.dtype != torch.int64:
+        raise ValueError(f"num_targets must be int64, got {num_targets.dtype}")
 
 
 def _spans(offsets: Tensor, num_targets: Tensor | None, total: int) -> tuple[IntArray, IntArray, IntArray]:

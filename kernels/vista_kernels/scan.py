@@ -58,10 +58,12 @@ def scan_states(
         raise ValueError(f"z must be [N, H, D, E], got shape {list(z.shape)}")
     _check_scan(n, log_decay, offsets, initial_n, "z", z)
     check_state("initial_z", initial_z, (offsets.shape[0] - 1, *z.shape[1:]), z)
+    n, log_decay = n.detach(), log_decay.detach()
+    initial_n = None if initial_n is None else initial_n.detach()
     if choose_backend(backend, z.device) == "reference":
         states, counts = reference.scan_states(z, n, log_decay, offsets, initial_z=initial_z, initial_n=initial_n)
-        return states.to(z.dtype), counts.to(z.dtype).detach()
-    states, counts = _scan_op(z, n.detach(), log_decay.detach(), offsets, initial_z, initial_n)
+        return states.to(z.dtype), counts.to(z.dtype)
+    states, counts = _scan_op(z, n, log_decay, offsets, initial_z, initial_n)
     return states, counts.detach()
 
 

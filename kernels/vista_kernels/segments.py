@@ -18,8 +18,8 @@ from torch import Tensor
 from vista_kernels.validation import IntArray
 from vista_kernels.workspace import loaded, scratch
 
-WINDOW_ELEMENTS = 1 << 20
-"""Numbers that one tensor of a window holds: 4 MB in float32."""
+WINDOW_ELEMENTS = 1 << 19
+"""Numbers that one tensor of a window holds: 2 MB in float32."""
 PADDING_LIMIT = 1.25
 """Padding enlarges a window by at most this factor, unless lengths within one class below already do."""
 # 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, ...: a tile is at most half as long again as its shortest segment.
@@ -55,8 +55,8 @@ class Tile:
             return self.padding(dtype)
         rows = self.load("weight", weight, dtype)
         rows = rows[:, :, None, None] if rows.dim() == 2 else rows.unsqueeze(3)
-        # Not a product: a token's weight may be NaN, and its copies at padding must weigh nothing.
-        return rows if self.mask is None else rows.masked_fill(~self.mask[:, :, None, None], 0)
+        padding = self.padding(dtype)
+        return rows if padding is None else rows * padding
 
     def padding(self, dtype: torch.dtype) -> Tensor | None:
         """Return [n, L, 1, 1], 1 at tokens and 0 at padding; None where nothing is padded."""
@@ -74,8 +74,8 @@ class Window:
     """Rows of the padded buffer."""
     inverse: Tensor | None = None
     """[stop - start] row of the padded buffer that holds each token; None where they are the same."""
-    is_whole: bool = True
-    """No other window holds a part of these segments."""
+    is_first: bool = True
+    """No window before this one holds a part of its segments."""
     has_gaps: bool = False
     """Some tokens of the run belong to no segment; they read one more row of the buffer, which holds zeros."""
 
@@ -129,7 +129,7 @@ def plan(
             for start in range(int(starts[first]), int(stops[first]), max_tokens):
                 length = min(max_tokens, int(stops[first]) - start)
                 tile = Tile(1, length, slice(row, row + 1), start, 0)
-                yield Window(start, start + length, (tile,), length, is_whole=length == lengths[first])
+                yield Window(start, start + length, (tile,), length, is_first=start == starts[first])
             first += 1
             continue
         last = int(np.searchsorted(stops, starts[first] + max_tokens, side="right"))

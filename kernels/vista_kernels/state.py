@@ -148,8 +148,9 @@ def _accumulate_op(
 ) -> tuple[Tensor, Tensor]:
     host = host_offsets(offsets, k.shape[0])
     z, n = passes.empty_state(k, v, len(host) - 1)
-    for state, initial in ((z, initial_z), (n, initial_n)):
-        state.zero_() if initial is None else state.copy_(initial)
+    n.zero_() if initial_n is None else n.copy_(initial_n)
+    if initial_z is not None:
+        z.copy_(initial_z)
     lengths = host[1:] - host[:-1]
     passes.accumulate(k, v, host[:-1], lengths, weight, z, n, activation, fresh=initial_z is None)
     return z, n

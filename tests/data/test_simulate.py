@@ -155,7 +155,7 @@ class TestImpressions:
             assert not np.isin(shown, times).any()
 
     def test_probabilities_follow_the_documented_formula(self, small: SimulatedLog) -> None:
-        """Recomputed event by event, with no code shared but the two transformations."""
+        """Recomputed from the events by plain Python; only the table of coefficients is shared."""
         topics = small.catalogue.topic
         for row in range(0, len(small.impression_item), 17):
             user, seen = small.impression_user[row], small.impression_position[row]

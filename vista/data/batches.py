@@ -78,8 +78,10 @@ class BatchSource:
         if epoch == self._epoch:
             return
         rng = np.random.default_rng([self._config.seed, epoch, 0])
-        self._chunks = _chunk_histories(self.counts, self._chunk_len, rng)
-        lengths = self._chunks[2] - self._chunks[1]
+        # Users without events count where they have impressions: the empty history's summary is trained on these.
+        users = np.flatnonzero((self.counts > 0) | (np.diff(self._impressions.offsets) > 0))
+        self._chunks = _chunk_histories(users, self.counts[users], self._chunk_len, rng)
+        lengths = np.maximum(self._chunks[2] - self._chunks[1], 1)
         self._batches = _fill(rng.permutation(len(lengths)), lengths, self._config.data.tokens_per_batch)
         self._epoch = epoch
 
@@ -89,7 +91,7 @@ class BatchSource:
         use_time = self._log.has_time and self._config.model.use_time
         gap = history_gaps(time, histories.offsets) if use_time else np.zeros(len(time), np.int64)
         seen = self._impressions
-        low, high = _position_ranges(seen, user, start, stop, stop == self.counts[user])
+        low, high = _position_ranges(seen, user, start, stop)
         index = np.repeat(low, high - low) + ragged_arange(high - low)
         owner = np.repeat(np.arange(len(user)), high - low)
         position = seen.position[index] - start[owner]
@@ -110,10 +112,8 @@ class BatchSource:
         )
 
 
-def _chunk_histories(counts: Int, limit: int, rng: np.random.Generator) -> tuple[Int, Int, Int]:
-    """(user, start, stop): histories longer than `limit` are cut at a random phase, others stay whole."""
-    users = np.flatnonzero(counts)
-    total = counts[users]
+def _chunk_histories(users: Int, total: Int, limit: int, rng: np.random.Generator) -> tuple[Int, Int, Int]:
+    """(user, start, stop) of chunks: histories of more than `limit` events are cut at a random phase."""
     phase = np.where(total > limit, rng.integers(1, limit + 1, len(users)), total)
     pieces = 1 + -(-(total - phase) // limit)
     owner = np.repeat(np.arange(len(users)), pieces)
@@ -124,7 +124,7 @@ def _chunk_histories(counts: Int, limit: int, rng: np.random.Generator) -> tuple
 
 
 def _fill(order: Int, lengths: Int, budget: int) -> list[Int]:
-    """Batches of chunks in the given order, each of at most `budget` events or one chunk."""
+    """Batches of chunks in the given order, each of at most `budget` events, or of one chunk."""
     batches, begin, tokens = [], 0, 0
     for i, length in enumerate(lengths[order].tolist()):
         if i > begin and tokens + length > budget:
@@ -147,6 +147,8 @@ def _visible_impressions(log: EventLog, item_rows: Int, counts: Int, config: Tra
         none = np.zeros(0, np.int64)
         empty = np.zeros((0, 0), np.float32)
         return _Impressions(none, none, none, none, empty, empty > 0, np.zeros(log.num_users + 1, np.int64))
+    # What lies between the last visible event and a hidden one may be the hidden label itself, as it was shown.
+    hides = counts < log.lengths
     until = split_until(config.data, "train")
     timestamp = np.asarray(table.timestamp)
     user = np.repeat(np.arange(log.num_users), np.diff(table.offsets))
@@ -161,6 +163,8 @@ def _visible_impressions(log: EventLog, item_rows: Int, counts: Int, config: Tra
     visible = position <= counts[user]
     if until.before is not None:
         visible &= timestamp < until.before
+    else:
+        visible &= (position < counts[user]) | ~hides[user]
     kept = np.flatnonzero(visible)
     gap = gap_bucket(timestamp - before) if log.has_time and config.model.use_time else position * 0
     per_user = np.bincount(user[kept], minlength=log.num_users)
@@ -175,14 +179,16 @@ def _visible_impressions(log: EventLog, item_rows: Int, counts: Int, config: Tra
     )
 
 
-def _position_ranges(seen: _Impressions, user: Int, start: Int, stop: Int, is_last: NDArray[np.bool_]) -> tuple[Int, Int]:
-    """Index ranges of the impressions of each chunk: positions in [start, stop), and stop itself in a user's last chunk."""
+def _position_ranges(seen: _Impressions, user: Int, start: Int, stop: Int) -> tuple[Int, Int]:
+    """Index ranges of the impressions of each chunk: positions in (start, stop], and 0 in a user's first chunk.
+
+    So an impression between two chunks goes to the earlier one, whose events it may see.
+    """
     if len(seen.position) == 0:
         return np.zeros(len(user), np.int64), np.zeros(len(user), np.int64)
     # (user, position) as one sorted key.
     width = int(max(seen.position.max(), stop.max(initial=0))) + 2
     key = seen.user * width + seen.position
-    low = np.searchsorted(key, user * width + start, side="left")
-    high = np.searchsorted(key, user * width + stop, side=("left"))
-    high_last = np.searchsorted(key, user * width + stop, side="right")
-    return low, np.where(is_last, high_last, high)
+    low = np.searchsorted(key, user * width + np.where(start > 0, start, -1), side="right")
+    high = np.searchsorted(key, user * width + stop, side="right")
+    return low, high

@@ -1,13 +1,15 @@
 """Negatives of the sampled softmax, shared by a batch, with the correction for how they were really drawn.
 
-The softmax over the catalogue is estimated as e^{s+} + sum_j c_j / (J q_j) e^{s_j} over the distinct drawn items j, with
-c_j the times that j was drawn in J draws from q (Bengio and Senécal 2008; Yi et al., RecSys 2019: "logQ").
+The softmax over the catalogue is estimated as e^{s+} + sum_j c_j / (J q_j) e^{s_j} over the distinct drawn items j,
+with c_j the times that j was drawn in J draws from q (Bengio and Senécal 2008; Yi et al., RecSys 2019: "logQ").
 """
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vista.errors import DataError
 
 
 class NegativeSampler:
@@ -17,7 +19,7 @@ class NegativeSampler:
         """item_counts: int64 [V], how often each model row occurs in training; rows with 0 are never drawn."""
         self.items = np.flatnonzero(item_counts)
         if len(self.items) == 0:
-            raise ValueError("item_counts: no item occurs in training; is the split before the first event?")
+            raise DataError("no item occurs in training; is data.validation_from before the first event?")
         self.num_negatives = num_negatives
         weight = item_counts[self.items].astype(np.float64) ** power
         self.probability = weight / weight.sum()
@@ -28,8 +30,8 @@ class NegativeSampler:
         """Draw the negatives of one batch.
 
         Returns:
-            (items, log_weight): int64 [J] distinct sorted item rows, float32 [J] log of c_j / (draws * q_j). With as many
-            negatives as there are items every item comes once with weight 1: the exact softmax.
+            (items, log_weight): int64 [J] distinct sorted item rows, float32 [J] log of c_j / (draws * q_j). With as
+            many negatives as there are items every item comes once with weight 1: the exact softmax.
         """
         count, total = self.num_negatives, len(self.items)
         if count >= total:

@@ -3,9 +3,9 @@
 Three kinds of predictor, all measured on the same impressions and the same drawn labels:
 
 - `truth`: the probability that the labels were drawn with. Nothing does better, but for chance.
-- `last N`: a predictor that is told everything that the last N events before an impression hold about its label, more
-  than a model could know: the events' true topics and the candidate's true topic and quality. From counts of the
-  topic's events in nested windows up to N it estimates the conditional expectation of the true probability.
+- `last N`: an estimate of the best that the last N events before an impression allow. It is told more than a model
+  could know, the events' true topics and the candidate's true topic and quality, and estimates the conditional
+  expectation of the true probability from counts of the topic's events in nested windows up to N.
 - `whole history`: the same with N unlimited: it shows that the log, not a hidden variable, holds what the truth knows.
 
 The estimate is a logistic regression on bins of the counts, their products and the quality, fitted to the true

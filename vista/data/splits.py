@@ -100,8 +100,14 @@ def split_until(data: DataConfig, part: str) -> Until:
     Args:
         data: the split: leave-last-out, or in time.
         part: "train" (what training sees), "validation" or "test" (what summaries may have seen of their labels' past).
+
+    Raises:
+        ConfigError: if the test begins before the validation: training would see its labels.
     """
     if data.split is Split.time:
         assert data.validation_from is not None and data.test_from is not None  # DataConfig has checked
-        return Until(before=parse_time(data.test_from if part == "test" else data.validation_from))
+        validation, test = parse_time(data.validation_from), parse_time(data.test_from)
+        if test < validation:
+            raise ConfigError(f"data.test_from={data.test_from}: lies before validation_from={data.validation_from}")
+        return Until(before=test if part == "test" else validation)
     return Until(held_out=1 if part == "test" else 2)

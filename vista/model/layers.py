@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Block = TypeVar("Block", bound=nn.Module)
+
+
+def module_list(modules: Sequence[Block]) -> Sequence[Block]:
+    """An nn.ModuleList, typed as the sequence that it is."""
+    return cast("Sequence[Block]", nn.ModuleList(modules))
 
 
 def norm(dim: int) -> nn.LayerNorm:
@@ -12,11 +22,16 @@ def norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, bias=False)
 
 
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[..., M] -> [..., H, D], a view."""
+    return x.view(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+
+
 class Dropout(nn.Module):
     """Dropout whose mask costs a byte an element on CPUs.
 
-    torch draws a 64-bit number an element there, which took a third of a training step. On CPUs `p` is rounded to 1/256, and the
-    survivors are scaled by the rounded value, so the mean is kept exactly.
+    torch draws a 64-bit number an element there, which took a third of a training step. On CPUs `p` is rounded to
+    1/256, and the survivors are scaled by the rounded value, so the mean is kept exactly.
     """
 
     def __init__(self, p: float) -> None:
@@ -28,7 +43,7 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        threshold = max(1, round(self.p * 256))
+        threshold = min(max(1, round(self.p * 256)), 255)
         words = torch.empty(-(-x.numel() // 7), dtype=torch.int64).random_()
         # random_() fills 63 bits: the top byte of a word has one bit less, so it is left out.
         random = words.view(torch.uint8).view(-1, 8)[:, :7].reshape(-1)[: x.numel()].view(x.shape)
@@ -48,7 +63,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.up(self.norm(x)).chunk(2, dim=-1)
-        return x + self.dropout(self.down(F.silu(gate) * value))
+        update: Tensor = self.dropout(self.down(F.silu(gate) * value))
+        return x + update
 
 
 class GatedOutput(nn.Module):
@@ -62,4 +78,5 @@ class GatedOutput(nn.Module):
 
     def forward(self, x: Tensor, heads: Tensor, gate: Tensor) -> Tensor:
         """x [N, M] residual stream, heads [N, H, D] attention output, gate [N, M] -> [N, M]."""
-        return x + self.dropout(self.out(self.head_norm(heads).flatten(-2) * gate))
+        update: Tensor = self.dropout(self.out(self.head_norm(heads).flatten(-2) * gate))
+        return x + update

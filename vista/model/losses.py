@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,7 +44,7 @@ def sampled_softmax(
     column = torch.searchsorted(negatives, label).clamp_(max=len(negatives) - 1)
     own = torch.where(negatives[column] == label, column, -1)
     with torch.autocast(user.device.type, enabled=False):
-        loss: Tensor = _SampledSoftmax.apply(
+        loss: Tensor = _SampledSoftmax.apply(  # type: ignore[no-untyped-call]
             user, positive, item_vectors[negatives], negative_log_weight.to(full), own, temperature
         )
     return loss
@@ -51,11 +53,20 @@ def sampled_softmax(
 class _SampledSoftmax(torch.autograd.Function):
     """Loss and its gradients in one sweep over row tiles, so that no [N, J] matrix is ever touched.
 
-    user [N, M], positive [N] logits, negatives [J, M], log_weight [J], own int64 [N] (column of a row's own positive, or -1).
+    user [N, M], positive [N] logits, negatives [J, M], log_weight [J], own int64 [N] (column of a row's own positive,
+    or -1).
     """
 
     @staticmethod
-    def forward(ctx, user, positive, negatives, log_weight, own, temperature):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any,
+        user: Tensor,
+        positive: Tensor,
+        negatives: Tensor,
+        log_weight: Tensor,
+        own: Tensor,
+        temperature: float,
+    ) -> Tensor:
         count = len(user)
         grad_user, grad_positive = torch.empty_like(user), torch.empty_like(positive)
         grad_negatives = torch.zeros_like(negatives)
@@ -79,7 +90,7 @@ class _SampledSoftmax(torch.autograd.Function):
         return loss / count
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_user, grad_positive, grad_negatives = ctx.saved_tensors
         return grad_user * grad, grad_positive * grad, grad_negatives * grad, None, None, None
 

@@ -1,14 +1,14 @@
 """The whole model: item table, event encoder, stage 1, decoder, stage 2 and heads.
 
-Letters: T packed events, R item rows of a batch, NC cuts, NW windows, W positions, I impressions a window, S seeds, L tail
-length, M model dim, V items of the vocabulary.
+Letters: T packed events, R item rows of a batch, NC cuts, NW windows, W positions, I impressions a window, S seeds, L
+tail length, M model dim, V items of the vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vista.config import DataConfig, Mixing, ModelConfig, OptimConfig, from_dict, to_dict
 from vista.data.cuts import Batch
 from vista.data.vocabulary import Ids, Vocabulary
-from vista.errors import CheckpointError
+from vista.errors import CheckpointError, LogFormatError
 from vista.files import replaced_folder
 from vista.model.embedding import UNKNOWN_GAP, EventEncoder
 from vista.model.losses import reconstruction_loss, sampled_softmax, task_losses
@@ -49,6 +49,8 @@ STAGE1_KEYS = (
     "use_time",
 )
 """Fields of ModelConfig that a summary depends on."""
+NEXT_TASK = "next"
+"""Name of the retrieval head's scores among those of the labelled tasks."""
 UNKNOWN_ITEM = 0
 """Model row of items that the vocabulary lacks; vocabulary row r is model row r + 1."""
 
@@ -86,7 +88,7 @@ class Recommender(nn.Module):
         self.data = data
         """How the training data were split: what evaluation may use."""
         dim = config.dim
-        table = torch.randn(len(items) + 1, dim) * dim**-0.5
+        table = torch.randn(len(items) + 1, dim) * 0.02
         table[UNKNOWN_ITEM] = 0.0
         self.item_table = nn.Parameter(table)
         self.encoder = EventEncoder(
@@ -123,7 +125,7 @@ class Recommender(nn.Module):
             total = total + optim.next_weight * parts["next"]
         if self.task_head is not None and optim.task_weight > 0 and batch.candidate.shape[1]:
             losses = task_losses(
-                self._candidate_logits(batch, item_vectors, context), batch.candidate_label, batch.candidate_mask
+                self.window_logits(batch, item_vectors, context), batch.candidate_label, batch.candidate_mask
             )
             parts.update(zip(self.schema.tasks, losses, strict=True))
             total = total + optim.task_weight * losses.sum()
@@ -162,11 +164,22 @@ class Recommender(nn.Module):
         windows = [(k.index_select(0, batch.window_cut), v.index_select(0, batch.window_cut)) for k, v in encoded]
         return self.target_attention.encode_context(windows, tail, valid)
 
-    def _next_loss(self, batch: Batch, item_vectors: Tensor, context: Context) -> Tensor:
+    def window_users(self, batch: Batch, context: Context) -> Tensor:
+        """Unit user vectors [NW, W, M] at the positions of the windows, at the times of their labels."""
         num_windows, num_positions = batch.label.shape
         seen = self.config.tail_len - num_positions + 1 + torch.arange(num_positions, device=batch.label.device)
         gap = self.encoder.gap_vectors(batch.label_gap)
-        users = self.user_vectors(num_windows, gap, seen.clamp(min=0), context)
+        return self.user_vectors(num_windows, gap, seen.clamp(min=0), context)
+
+    def window_logits(self, batch: Batch, item_vectors: Tensor, context: Context) -> Tensor:
+        """Task logits [NW, I, num_tasks] of the windows' impressions; item_vectors [R, M]."""
+        seen = self.config.tail_len - batch.label.shape[1] + 1 + batch.candidate_position
+        vectors = item_vectors[batch.candidate]
+        gap = self.encoder.gap_vectors(batch.candidate_gap)
+        return self.candidate_logits(vectors, gap, seen.clamp(min=0), context)
+
+    def _next_loss(self, batch: Batch, item_vectors: Tensor, context: Context) -> Tensor:
+        users = self.window_users(batch, context)
         known = (batch.label >= 0).flatten().nonzero().squeeze(-1)
         unit = F.normalize(item_vectors, dim=-1)
         return sampled_softmax(
@@ -177,12 +190,6 @@ class Recommender(nn.Module):
             batch.negative_log_weight,
             self.config.temperature,
         )
-
-    def _candidate_logits(self, batch: Batch, item_vectors: Tensor, context: Context) -> Tensor:
-        seen = self.config.tail_len - batch.label.shape[1] + 1 + batch.candidate_position
-        vectors = item_vectors[batch.candidate]
-        gap = self.encoder.gap_vectors(batch.candidate_gap)
-        return self.candidate_logits(vectors, gap, seen.clamp(min=0), context)
 
     def _reconstruction(self, batch: Batch, events: Tensor, summaries: Tensor) -> Tensor:
         assert self.decoder is not None
@@ -203,18 +210,17 @@ class Recommender(nn.Module):
         return F.normalize(self.user_projection(stage.query(x, projections, gap, seen, context)), dim=-1)
 
     def candidate_logits(self, vectors: Tensor, gap: Tensor | None, seen: Tensor, context: Context) -> Tensor:
-        """Logits [B, C, num_tasks] of candidates: vectors [B, C, M], gap [B, C, M] or None, seen int64 [C] or [B, C]."""
+        """Logits [B, C, num_tasks] of candidates: vectors, gap [B, C, M] (or None); seen int64 [C] or [B, C]."""
         assert self.task_head is not None
         stage = self.target_attention
         out = stage.query(vectors, stage.layers[0].project_query(vectors), gap, seen, context)
         logits: Tensor = self.task_head(out)
         return logits
 
-
     # Files -----------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and the item vocabulary, atomically: a folder is there whole or not at all."""
+        """Write config.json, model.safetensors and the item vocabulary; the folder is there whole or not at all."""
         folder = Path(folder)
         with replaced_folder(folder) as partial:
             description = {
@@ -240,21 +246,24 @@ class Recommender(nn.Module):
         try:
             description = json.loads((folder / "config.json").read_text())
             weights = load_file(folder / "model.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
+            items = Vocabulary.load(folder, "items")
+        except (OSError, ValueError, SafetensorError, LogFormatError) as error:
             raise CheckpointError(
-                f"{folder}: no readable model ({error}); train one with `vista train run_dir=…`, which writes <run_dir>/best"
+                f"{folder}: no readable model ({error}); train one with `vista train run_dir=…`, which writes "
+                "<run_dir>/best"
             ) from error
-        if description.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{folder}: format {description.get('format_version')}, this vista reads {FORMAT_VERSION}; export the model anew"
-            )
-        schema = description["schema"]
-        if schema["rating_range"] is not None:
-            schema["rating_range"] = tuple(schema["rating_range"])
-        items = Vocabulary.load(folder, "items")
-        model = cls(
-            from_dict(ModelConfig, description["model"]), Schema(**schema), items, from_dict(DataConfig, description["data"])
-        )
+        found = description.get("format_version") if isinstance(description, dict) else None
+        if found != FORMAT_VERSION:
+            raise CheckpointError(f"{folder}: format {found}, this vista reads {FORMAT_VERSION}; export the model anew")
+        try:
+            schema = Schema(**description["schema"])
+            if schema.rating_range is not None:
+                low, high = schema.rating_range
+                schema = replace(schema, rating_range=(low, high))
+            config, data = from_dict(ModelConfig, description["model"]), from_dict(DataConfig, description["data"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder}/config.json: {error!r}; export the model anew") from error
+        model = cls(config, schema, items, data)
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:

@@ -1,17 +1,18 @@
 """Reconstruction of a history from its summary (VISTA, generative reconstruction loss).
 
 A causal decoder without softmax reads the K summary tokens, a start token that carries the age of the window, and then
-the window's events u_1 .. u_{m-1}; its outputs are to match u_1 .. u_m. Letters: NR windows, S seeds, M model dim, T tokens.
+the window's events u_1 .. u_{m-1}; its outputs are to match u_1 .. u_m. Letters: NR windows, S seeds, M model dim,
+T tokens.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from vista_kernels import causal_linear_attention
 
 from vista.config import ModelConfig
-from vista.model.layers import FeedForward, GatedOutput, norm
+from vista.model.layers import FeedForward, GatedOutput, module_list, norm, split_heads
+from vista_kernels import causal_linear_attention
 
 NUM_AGES = 24
 """Log2 buckets of a window's age in events."""
@@ -30,9 +31,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         *qkv, gate = self.projections(self.norm(x)).chunk(4, -1)
-        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).contiguous() for part in qkv)
+        query, key, value = (split_heads(part, self.num_heads).contiguous() for part in qkv)
         heads, _ = causal_linear_attention(query, key, value, offsets)
-        return self.feed_forward(self.output(x, heads, gate))
+        mixed: Tensor = self.feed_forward(self.output(x, heads, gate))
+        return mixed
 
 
 class Decoder(nn.Module):
@@ -42,7 +44,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.summary_projection = nn.Linear(config.dim, config.dim, bias=False)
         self.start = nn.Embedding(NUM_AGES, config.dim)
-        self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(config.num_reconstruction_layers)])
+        self.layers = module_list([DecoderLayer(config) for _ in range(config.num_reconstruction_layers)])
         self.final = nn.Sequential(norm(config.dim), nn.Linear(config.dim, config.dim, bias=False))
 
     def forward(self, summary: Tensor, event_vectors: Tensor, offsets: Tensor, age: Tensor) -> Tensor:

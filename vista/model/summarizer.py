@@ -2,8 +2,8 @@
 
 Letters: T packed events, B histories, NC cuts, S seeds, L layers, H heads, D head dim, M model dim.
 
-`separable` mixing: only events write, only seeds read. An event's token at layer l+1 is a function of its token at layer l
-alone, so every layer's state is a sum over events, gathered in one pass: no event ever waits for a read.
+`separable` mixing: only events write, only seeds read. An event's token at layer l+1 is a function of its token at
+layer l alone, so every layer's state is a sum over events, gathered in one pass: no event ever waits for a read.
 `bidirectional` mixing (the paper): events and seeds are one set; all write and all read at every layer.
 """
 
@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_states
 
 from vista.config import Decay, Mixing, ModelConfig
-from vista.model.layers import Dropout, FeedForward, GatedOutput, norm
+from vista.model.layers import Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
 from vista.model.summary_state import SummaryState
+from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_states
 
 MS_PER_DAY = 86_400_000.0
 
@@ -41,8 +41,8 @@ class CausalConvolution(nn.Module):
 class SummarizerLayer(nn.Module):
     """One layer: key, value, query and gate projections, gated output and feed-forward.
 
-    In separable mixing events use keys, values and the feed-forward only; seeds use queries, gate, output and a feed-forward
-    of their own.
+    In separable mixing events use keys, values and the feed-forward only; seeds use queries, gate, output and a
+    feed-forward of their own.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -60,7 +60,7 @@ class SummarizerLayer(nn.Module):
             self.seed_feed_forward = FeedForward(dim, ratio, dropout)
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))
+        return split_heads(x, self.num_heads)
 
 
 class Summarizer(nn.Module):
@@ -71,20 +71,18 @@ class Summarizer(nn.Module):
         self.config = config
         self.seeds = nn.Parameter(torch.randn(config.num_seeds, config.dim))
         self.convolution = CausalConvolution(config.dim, config.conv_width) if config.conv_width > 1 else None
-        self.layers = nn.ModuleList([SummarizerLayer(config) for _ in range(config.num_layers)])
+        self.layers = module_list([SummarizerLayer(config) for _ in range(config.num_layers)])
         self.final_norm = norm(config.dim)
         self.dropout = Dropout(config.dropout)
         self.register_buffer("decay_rate", _decay_rate(config), persistent=False)
         self.decay_rate: Tensor
 
-    @property
-    def read_options(self) -> dict[str, object]:
-        return {"normalization": self.config.normalization.value, "alpha": self.config.normalization_alpha}
-
     def tokens(self, event_vectors: Tensor, position: Tensor) -> Tensor:
         """Bottom of the stack: event embeddings [T, M] and their positions int64 [T] -> tokens [T, M]."""
-        x = self.dropout(event_vectors)
-        return x if self.convolution is None else self.convolution(x, position)
+        x: Tensor = self.dropout(event_vectors)
+        if self.convolution is not None:
+            x = self.convolution(x, position)
+        return x
 
     def segment_states(self, tokens: Tensor, clock: Tensor, offsets: Tensor) -> SummaryState:
         """State of each packed segment by itself (separable mixing), as seen from its last event.
@@ -96,7 +94,9 @@ class Summarizer(nn.Module):
         """
         lengths = offsets.diff()
         reference = torch.where(lengths > 0, clock[(offsets[1:] - 1).clamp(min=0)], 0) if len(clock) else lengths * 0
-        weight = self.decay_weight(reference.repeat_interleave(lengths) - clock)
+        weight = None
+        if self.config.decay is not Decay.none:
+            weight = self.decay_weight(reference.repeat_interleave(lengths) - clock)
         x, states, n = tokens, [], None
         for index, layer in enumerate(self.layers):
             key, value = layer.key_value(layer.norm(x)).chunk(2, -1)
@@ -147,28 +147,53 @@ class Summarizer(nn.Module):
         x = self.seeds.repeat(count, 1)
         for index, layer in enumerate(self.layers):
             query, gate = layer.query_gate(layer.seed_norm(x)).chunk(2, -1)
-            heads = read_state(layer.heads(query).contiguous(), z[:, index].contiguous(), n, offsets, **self.read_options)
+            heads = self._read(layer.heads(query), z[:, index].contiguous(), n, offsets)
             x = layer.seed_feed_forward(layer.output(x, heads, gate))
-        return self.final_norm(x).unflatten(0, (count, num_seeds))
+        summary: Tensor = self.final_norm(x)
+        return summary.view(count, num_seeds, -1)
 
     def summarize_set(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         """Bidirectional mixing: packed tokens [T, M] with offsets int64 [B+1] -> summaries [B, S, M]."""
         count, num_seeds = len(offsets) - 1, len(self.seeds)
-        all_offsets = offsets + torch.arange(count + 1, device=offsets.device) * num_seeds
+        seed_offsets = torch.arange(count + 1, device=offsets.device) * num_seeds
+        all_offsets = offsets + seed_offsets
         # Each history is followed by its seeds.
         event_slot = torch.arange(len(tokens), device=offsets.device)
-        event_slot = event_slot + torch.arange(count, device=offsets.device).repeat_interleave(offsets.diff()) * num_seeds
+        event_slot = event_slot + seed_offsets[:-1].repeat_interleave(offsets.diff())
         seed_slot = (all_offsets[1:, None] - num_seeds + torch.arange(num_seeds, device=offsets.device)).flatten()
         x = tokens.new_empty(int(all_offsets[-1]), tokens.shape[-1])
         x = x.index_copy(0, event_slot, tokens).index_copy(0, seed_slot, self.seeds.repeat(count, 1).to(tokens.dtype))
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             h = layer.norm(x)
-            key, value = layer.key_value(h).chunk(2, -1)
-            query, gate = layer.query_gate(h).chunk(2, -1)
-            q, k, v = (layer.heads(part).contiguous() for part in (query, key, value))
-            x = layer.output(x, quasi_linear_attention(q, k, v, all_offsets, **self.read_options), gate)
-            x = layer.feed_forward(x)
-        return self.final_norm(x[seed_slot]).unflatten(0, (count, num_seeds))
+            key, value = (layer.heads(part).contiguous() for part in layer.key_value(h).chunk(2, -1))
+            if index + 1 < len(self.layers):
+                query, gate = layer.query_gate(h).chunk(2, -1)
+                heads = quasi_linear_attention(
+                    layer.heads(query).contiguous(),
+                    key,
+                    value,
+                    all_offsets,
+                    normalization=self.config.normalization.value,
+                    alpha=self.config.normalization_alpha,
+                )
+            else:
+                # Nothing reads what events would become here: only seeds go on.
+                x, h = x[seed_slot], h[seed_slot]
+                query, gate = layer.query_gate(h).chunk(2, -1)
+                heads = self._read(layer.heads(query), *accumulate_state(key, value, all_offsets), seed_offsets)
+            x = layer.feed_forward(layer.output(x, heads, gate))
+        summary: Tensor = self.final_norm(x)
+        return summary.view(count, num_seeds, -1)
+
+    def _read(self, query: Tensor, z: Tensor, n: Tensor, offsets: Tensor) -> Tensor:
+        return read_state(
+            query.contiguous(),
+            z,
+            n,
+            offsets,
+            normalization=self.config.normalization.value,
+            alpha=self.config.normalization_alpha,
+        )
 
 
 def _decay_rate(config: ModelConfig) -> Tensor:

@@ -2,8 +2,9 @@
 
 Letters: N histories, L layers, H heads, D head dim.
 
-A state is what an event set wrote, seen from one moment (`clock`): z = sum_s w_s phi(k_s) v_s^T with w_s = exp(-(clock - t_s) / tau).
-So the state of a union of disjoint events is the sum of their states once both are seen from the same moment.
+A state is what an event set wrote, seen from one moment (`clock`): z = sum_s w_s phi(k_s) v_s^T with
+w_s = exp(-(clock - t_s) / tau). So the state of a union of disjoint events is the sum of their states once both are
+seen from the same moment. What makes states of histories is in `vista.model.incremental`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from torch import Tensor
 
 DRIFT_LIMIT = 0.999
 """A state is to be recomputed when this share of all the weight it ever held, seen from now, was taken back."""
+LARGEST_EXPONENT = 60.0
+"""Of the growth when a state is seen from an earlier moment; a state that would need more is past DRIFT_LIMIT."""
 
 
 @dataclass(frozen=True, slots=True)
 class SummaryState:
     """What separable mixing keeps of N histories.
 
-    z: float32 [N, L, H, D, D]; n: float32 [N, H] sum of the events' weights; removed: float32 [N, H] weight forgotten since the
-    last computation from events; clock: int64 [N] the moment that weights are seen from, the newest event's (0 for an
-    empty history); num_events: int64 [N].
+    z: float32 [N, L, H, D, D]; n: float32 [N, H] sum of the events' weights; removed: float32 [N, H] weight taken back
+    since the last computation from events; clock: int64 [N] the moment that weights are seen from, the newest event's
+    (0 for an empty history); num_events: int64 [N].
     """
 
     z: Tensor
@@ -33,7 +36,9 @@ class SummaryState:
     num_events: Tensor
 
     @classmethod
-    def empty(cls, count: int, num_layers: int, num_heads: int, head_dim: int, device: torch.device | str) -> SummaryState:
+    def empty(
+        cls, count: int, num_layers: int, num_heads: int, head_dim: int, device: torch.device | str
+    ) -> SummaryState:
         """The state of `count` empty histories: zeros."""
         n = torch.zeros(count, num_heads, device=device)
         z = torch.zeros(count, num_layers, num_heads, head_dim, head_dim, device=device)
@@ -51,15 +56,26 @@ class SummaryState:
             decay_rate: float64 [H], 1 / tau.
         """
         age = torch.where(self.num_events > 0, clock - self.clock, 0)
-        factor = torch.exp(-(age.unsqueeze(-1).double() * decay_rate)).float()
+        exponent = (-age.unsqueeze(-1).double() * decay_rate).clamp(max=LARGEST_EXPONENT)
+        factor = torch.exp(exponent).to(self.n.dtype)
         return SummaryState(
             self.z * factor[:, None, :, None, None], self.n * factor, self.removed * factor, clock, self.num_events
+        )
+
+    def total(self) -> SummaryState:
+        """The sum of N states of disjoint events that are all seen from one moment (N = 1 in the result)."""
+        return SummaryState(
+            self.z.sum(0, keepdim=True),
+            self.n.sum(0, keepdim=True),
+            self.removed.sum(0, keepdim=True),
+            self.clock[:1],
+            self.num_events.sum(0, keepdim=True),
         )
 
     def needs_recomputation(self) -> Tensor:
         """bool [N]: so much weight has left, in some head, that subtraction has lost too many digits."""
         total: Tensor = self.removed + self.n.clamp(min=0)
-        return (self.removed > DRIFT_LIMIT * total).any(-1) & (self.removed > 0).any(-1)
+        return (self.removed > DRIFT_LIMIT * total).any(-1)
 
 
 def merge(a: SummaryState, b: SummaryState, decay_rate: Tensor) -> SummaryState:
@@ -74,32 +90,34 @@ def merge(a: SummaryState, b: SummaryState, decay_rate: Tensor) -> SummaryState:
     return SummaryState(a.z + b.z, a.n + b.n, a.removed + b.removed, clock, a.num_events + b.num_events)
 
 
-def forget(state: SummaryState, old: SummaryState, new: SummaryState, newest: Tensor, decay_rate: Tensor) -> SummaryState:
-    """Replace some events' terms.
+def exchange(
+    state: SummaryState, old: SummaryState, new: SummaryState, newest: Tensor, decay_rate: Tensor
+) -> SummaryState:
+    """Replace some events' terms: how events are forgotten, and how late ones come in.
 
     Args:
         state: of the whole history.
-        old: what the forgotten events and the up to r events after them had written.
-        new: what those r events write once the forgotten ones are gone (r = 0: an empty state). For a late event the
-            same with the event among `new`.
-        newest: int64 [N], the newest event that remains: the moment the result is seen from (0 if none remains).
+        old: what the forgotten events and the up to r events after them had written (late events: the followers alone).
+        new: what those followers write once the forgotten ones are gone (late events: with the late ones).
+        newest: int64 [N], the newest event afterwards: the moment the result is seen from (0 if none remains).
         decay_rate: float64 [H].
     """
-    old, new = old.seen_from(state.clock, decay_rate), new.seen_from(state.clock, decay_rate)
+    clock = torch.where(new.num_events > 0, torch.maximum(state.clock, new.clock), state.clock)
+    state, old, new = (part.seen_from(clock, decay_rate) for part in (state, old, new))
     left = SummaryState(
         state.z - old.z + new.z,
         state.n - old.n + new.n,
         state.removed + old.n,
-        state.clock,
+        clock,
         state.num_events - old.num_events + new.num_events,
     )
     gone = left.num_events == 0
     left = left.seen_from(torch.where(gone, left.clock, newest), decay_rate)
-    keep = (~gone).to(left.n.dtype)
+    # Not a product with 0: nothing that rounding left behind, infinities included, may stay.
     return SummaryState(
-        left.z * keep[:, None, None, None, None],
-        left.n * keep[:, None],
-        left.removed * keep[:, None],
+        left.z.masked_fill(gone[:, None, None, None, None], 0),
+        left.n.masked_fill(gone[:, None], 0),
+        left.removed.masked_fill(gone[:, None], 0),
         torch.where(gone, 0, left.clock),
         left.num_events,
     )

@@ -4,8 +4,9 @@ Letters: B rows (requests, or windows in training), S seeds, L tail length, Q qu
 H heads, D head dim, M model dim.
 
 Summary tokens attend to one another; tail tokens causally to the tail, and to the summary; a query token to the context
-(summary and tail) and to itself, never to another query. So the context's keys and values are computed once a request, and a
-query's output does not depend on the others. Tail and queries see relative positions by a learned bias a head and distance.
+(summary and tail) and to itself, never to another query. So the context's keys and values are computed once a request,
+and a query's output does not depend on the others. Tail and queries see relative positions by a learned bias a head and
+distance.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import ModelConfig
-from vista.model.layers import Dropout, FeedForward, GatedOutput, norm
+from vista.model.layers import Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
 
 MASKED = -1e9
 """Additive mask; finite, so that a row with nothing to see stays finite."""
@@ -59,18 +60,25 @@ class TargetLayer(nn.Module):
         return self._heads(key), self._heads(value)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return split_heads(x, self.num_heads).transpose(1, 2)
 
     def attend_context(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """A context layer: tokens x [B, N, M] attend to key/value [B, H, K, D] under an additive mask [B|1, H, N, K]."""
+        """A context layer: tokens x [B, N, M] attend to key/value [B, H, K, D] under an additive mask [B, H, N, K]."""
         query, gate = self.query_gate(self.norm(x)).chunk(2, -1)
         scores = self._heads(query) @ key.transpose(-1, -2) * self.head_dim**-0.5
         scores = scores if mask is None else scores + mask
         heads = (torch.softmax(scores, -1).to(value.dtype) @ value).transpose(1, 2)
-        return self.feed_forward(self.output(x, heads, gate.sigmoid()))
+        mixed: Tensor = self.feed_forward(self.output(x, heads, gate.sigmoid()))
+        return mixed
 
     def attend_query(self, x: Tensor, qgkv: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """A query layer: x [B, Q, M], its projections qgkv [B, Q, 4M], context key/value [B, H, S+L, D], mask [B, H, Q, S+L]."""
+        """A query layer.
+
+        Args:
+            x: [B, Q, M]; qgkv: [B, Q, 4M] its projections.
+            key, value: [B, H, S+L, D] of the context.
+            mask: [B, H, Q, S+L], additive.
+        """
         query, gate, own_key, own_value = qgkv.chunk(4, -1)
         query, own_key, own_value = self._heads(query), self._heads(own_key), self._heads(own_value)
         scale = self.head_dim**-0.5
@@ -78,7 +86,8 @@ class TargetLayer(nn.Module):
         own = (query * own_key).sum(-1, keepdim=True) * scale + self.bias[:, 0, None, None]
         weights = torch.softmax(torch.cat([scores, own], -1), -1).to(value.dtype)
         heads = weights[..., :-1] @ value + weights[..., -1:] * own_value
-        return self.feed_forward(self.output(x, heads.transpose(1, 2), gate.sigmoid()))
+        mixed: Tensor = self.feed_forward(self.output(x, heads.transpose(1, 2), gate.sigmoid()))
+        return mixed
 
     def project_query(self, x: Tensor) -> Tensor:
         """x [..., M] -> query, gate, key and value [..., 4M] of query tokens."""
@@ -93,11 +102,11 @@ class TargetAttention(nn.Module):
         super().__init__()
         self.tail_len = config.tail_len
         self.num_seeds = config.num_seeds
-        self.layers = nn.ModuleList([TargetLayer(config) for _ in range(config.num_target_layers)])
+        self.layers = module_list([TargetLayer(config) for _ in range(config.num_target_layers)])
         self.summary_norm = norm(config.dim)
         self.summary_kind = nn.Parameter(torch.randn(config.num_seeds, config.dim) * 0.02)
         self.query_gap = nn.Linear(config.dim, 4 * config.dim, bias=False)
-        """Gap of the request into layer 1's projections, apart from the item's own, which can be computed beforehand."""
+        """Gap of the request into layer 1's projections, apart from the item's, which can be computed beforehand."""
         self.dropout = Dropout(config.dropout)
         self.final_norm = norm(config.dim)
         seen = torch.arange(config.tail_len + 1)[:, None]

@@ -1,6 +1,7 @@
 """What is asked when quality is measured: next items under full ranking, and impressions with labels.
 
-Validation during training asks the model, `vista evaluate` asks the scorer; both answer the same questions. Letters: N cases.
+Validation during training asks the model, `vista evaluate` asks the scorer; both answer the same questions.
+Letters: N cases.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def rank_next_items(
     """0-based rank of each case's label among all items of the model.
 
     Args:
-        item_columns: int64 [log.num_items], the column of each of the log's items in `score`'s output, or -1 where the model does
-            not know the item: such a label ranks last.
+        item_columns: int64 [log.num_items], the column of each of the log's items in `score`'s output, or -1 where the
+            model does not know the item: such a label ranks last.
         score: some cases -> float32 [n, V].
         exclude_seen: leave the user's earlier items out of the list (never the label).
     """
@@ -106,17 +107,20 @@ def rank_next_items(
         scores = score(batch)
         target = item_columns[batch.item]
         known = target >= 0
-        excluded = None
-        if exclude_seen:
-            history = log.gather(batch.user, batch.seen)
-            columns = item_columns[history.item]
-            kept = columns >= 0
-            counts = np.add.reduceat(np.append(kept, 0), np.minimum(history.offsets[:-1], len(kept)))
-            counts = np.where(history.lengths > 0, counts, 0)
-            excluded = (columns[kept], np.concatenate([[0], np.cumsum(counts)]))
+        excluded = seen_columns(log, batch, item_columns) if exclude_seen else None
         found = ranks_of_targets(scores, np.where(known, target, 0), excluded)
         ranks[part] = np.where(known, found, scores.shape[1])
     return ranks
+
+
+def seen_columns(log: EventLog, cases: NextItemCases, item_columns: Int) -> tuple[Int, Int]:
+    """(columns of the items that each user met before the label, repeats included; offsets int64 [N+1])."""
+    history = log.gather(cases.user, cases.seen)
+    columns = item_columns[history.item]
+    known = columns >= 0
+    # Known ones among the first t packed events: at the offsets they are the offsets of what is kept.
+    known_before = np.concatenate([[0], np.cumsum(known)]).astype(np.int64)
+    return columns[known], known_before[history.offsets]
 
 
 def ranking_metrics(ranks: Int, top_k: list[int]) -> dict[str, float]:

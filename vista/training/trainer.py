@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
 import shutil
-import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from vista.config import Precision, TrainConfig, to_dict
@@ -26,9 +26,9 @@ from vista.data.batches import BatchSource
 from vista.data.cuts import Batch
 from vista.data.event_log import EventLog
 from vista.device import announce, choose_precision, resolve_device, set_threads
-from vista.errors import ConfigError, NonFiniteLossError
-from vista.files import replace_text
-from vista.model.recommender import Recommender, Schema
+from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
+from vista.files import remove_leftovers, replace_text, writable_folder
+from vista.model.recommender import NEXT_TASK, Recommender, Schema
 from vista.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -37,11 +37,14 @@ from vista.training.checkpoint import (
     save_checkpoint,
     unpack_state,
 )
+from vista.training.run_folder import MetricsWriter, deferred_interrupt, log_file
 from vista.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 METRICS_EVERY = 20
 """Steps between two lines of metrics.jsonl."""
+NAMED_USERS = 20
+"""Users of a refused batch that the error names at most."""
 
 
 @dataclass(slots=True)
@@ -62,8 +65,8 @@ class Progress:
 def train(config: TrainConfig, log: EventLog | None = None) -> Recommender:
     """Train a recommender and export the best one to `<run_dir>/best`.
 
-    A run that was stopped or killed goes on from its newest checkpoint and, with the same number of threads, ends in the same
-    bits.
+    A run that was stopped or killed goes on from its newest checkpoint and, with the same number of threads, ends in
+    the same bits.
 
     Args:
         config: everything; the defaults alone run.
@@ -73,15 +76,24 @@ def train(config: TrainConfig, log: EventLog | None = None) -> Recommender:
         The best model by validation (the last one without validation), in eval mode.
 
     Raises:
-        ConfigError: if `run_dir` holds a run of another configuration, or the log lacks what the configuration needs.
-        NonFiniteLossError: if a loss is NaN or infinite; the batch is saved and its users are named.
+        ConfigError: if `run_dir` holds a run of another configuration or log, or cannot be written, or the log lacks
+            what the configuration needs.
+        CheckpointError: if the newest checkpoint is damaged; the message has the remedy.
+        NonFiniteLossError: if a loss or gradient is NaN or infinite; the batch is saved and its users are named.
     """
     log = EventLog.open(config.data.path) if log is None else log
-    return _Trainer(config, log).run()
+    writable_folder(Path(config.run_dir), "run_dir")
+    with log_file(Path(config.run_dir) / "train.log"):
+        return _Trainer(config, log).run()
 
 
 def schema_of(log: EventLog, config: TrainConfig) -> Schema:
-    """What a model may use of a log."""
+    """What a model may use of a log.
+
+    Raises:
+        ConfigError: if the log lacks what the configuration needs, or nothing would be trained.
+        DataError: if a rating is infinite.
+    """
     if config.model.decay.value == "time" and not log.has_time:
         raise ConfigError(f"model.decay=time: {log.path} has no times; set model.decay=position or none")
     rating_range = None
@@ -89,8 +101,21 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
         ratings = np.asarray(log.gather(np.arange(log.num_users)).rating)
         low, high = float(np.nanmin(ratings, initial=np.inf)), float(np.nanmax(ratings, initial=-np.inf))
         rating_range = (low, high) if low <= high else None
-    tasks = log.impressions.tasks if log.impressions is not None and config.optim.task_weight > 0 else []
-    return Schema(list(log.actions), log.has_time, rating_range, list(tasks), config.optim.next_weight > 0)
+        if rating_range is not None and not math.isfinite(high - low):
+            raise DataError(
+                f"{log.path}: ratings reach from {low} to {high}; prepare it anew from finite ones, or set "
+                "model.use_rating=false"
+            )
+    optim = config.optim
+    tasks = log.impressions.tasks if log.impressions is not None and optim.task_weight > 0 else []
+    if NEXT_TASK in tasks:
+        raise ConfigError(f"{log.path}: no label may be named {NEXT_TASK!r}, which names the retrieval head; rename it")
+    if optim.next_weight <= 0 and not tasks:
+        raise ConfigError(
+            f"optim.next_weight={optim.next_weight}: {log.path} offers no labelled task either, so no head would be "
+            "trained; set optim.next_weight=1"
+        )
+    return Schema(list(log.actions), log.has_time, rating_range, list(tasks), optim.next_weight > 0)
 
 
 class _Trainer:
@@ -99,12 +124,11 @@ class _Trainer:
         self.run_dir = Path(config.run_dir)
         self.device = resolve_device(config.device)
         set_threads(config.num_threads)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
         self.model = Recommender(config.model, schema_of(log, config), log.items, config.data).to(self.device)
         item_rows = np.arange(log.num_items, dtype=np.int64) + 1
         self.source = BatchSource(log, item_rows, config)
-        self.validation = Validation(log, item_rows, config) if config.optim.validate_every else None
+        self.validation = _validation(log, item_rows, config)
         optim = config.optim
         self.dense = [p for name, p in self.model.named_parameters() if name != "item_table"]
         # Norm weights, biases and embeddings of few rows are not decayed.
@@ -115,35 +139,39 @@ class _Trainer:
             lr=optim.learning_rate,
             betas=(0.9, 0.98),
         )
-        self.table_optimizer = torch.optim.SparseAdam([self.model.item_table], lr=optim.learning_rate, betas=(0.9, 0.98))
+        self.table_optimizer = torch.optim.SparseAdam(
+            [self.model.item_table], lr=optim.learning_rate, betas=(0.9, 0.98)
+        )
         self.progress = Progress()
         self.precision = choose_precision(config.precision, self.device)
 
     # Running ---------------------------------------------------------------------------------------------------------
 
     def run(self) -> Recommender:
-        config, progress = self.config, self.progress
-        with _log_file(self.run_dir / "train.log"), _Metrics(self.run_dir, config.tensorboard) as metrics:
+        config = self.config
+        with MetricsWriter(self.run_dir, tensorboard=config.tensorboard) as metrics:
             self._start(metrics)
-            with _deferred_interrupt() as interrupted:
-                while progress.epoch < config.optim.epochs and not progress.stopped:
+            with deferred_interrupt() as interrupted:
+                while (progress := self.progress).epoch < config.optim.epochs and not progress.stopped:
                     self._run_epoch(metrics, interrupted)
             best = self.run_dir / "best"
-            if self.validation is None or not (best / "config.json").exists():
+            if progress.best is None:
                 self.model.eval().save_pretrained(best)
             logger.info("done: %d steps; model in %s", progress.step, best)
             return Recommender.from_pretrained(best, self.device)
 
-    def _start(self, metrics: _Metrics) -> None:
+    def _start(self, metrics: MetricsWriter) -> None:
         config = self.config
         newest = latest_checkpoint(self.run_dir / "checkpoints") if config.resume else None
         if newest is not None:
             self._restore(newest)
         else:
             remove_checkpoints(self.run_dir / "checkpoints")
-            shutil.rmtree(self.run_dir / "best", ignore_errors=True)
+            for name in ("best", "best.old"):
+                shutil.rmtree(self.run_dir / name, ignore_errors=True)
+        remove_leftovers(self.run_dir)
         replace_text(self.run_dir / "config.yaml", to_yaml(config))
-        metrics.rewind(self.progress.step)
+        metrics.rewind(self.progress.step, {int(found["step"]) for found in self.progress.history})
         parameters = sum(p.numel() for p in self.dense)
         announce(self.device)
         logger.info(
@@ -154,7 +182,7 @@ class _Trainer:
             f"resuming at step {self.progress.step} from {newest}" if newest else f"run folder {self.run_dir}",
         )
 
-    def _run_epoch(self, metrics: _Metrics, interrupted: list[bool]) -> None:
+    def _run_epoch(self, metrics: MetricsWriter, interrupted: list[bool]) -> None:
         config, progress = self.config, self.progress
         total = self.source.num_batches(progress.epoch)
         bar = tqdm(
@@ -180,13 +208,15 @@ class _Trainer:
                     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
                 if interrupted:
                     self._save()
-                    raise KeyboardInterrupt(f"stopped at step {progress.step}; the same command resumes it")
+                    raise _stopped(progress)
                 if progress.step % config.checkpoint_every == 0:
                     self._save()
         progress.epoch += 1
         progress.batch = 0
         self._validate(metrics, time.perf_counter() - began)
         self._save()
+        if interrupted and progress.epoch < config.optim.epochs:
+            raise _stopped(progress)
 
     def _step(self, batch: Batch, done: float) -> dict[str, float]:
         """One update; returns the losses as numbers."""
@@ -199,24 +229,28 @@ class _Trainer:
         vectors = self.model.item_table.detach()[batch.rows].requires_grad_()
         with self._autocast():
             losses = self.model.losses(batch, vectors, self.config.data, optim)
-        loss = float(losses.total.detach())
-        if not math.isfinite(loss):
-            self._refuse(batch, losses.parts)
+        parts = {name: float(value.detach()) for name, value in losses.parts.items()}
+        row = {"loss": float(losses.total.detach()), **parts, "learning_rate": rate}
+        if not math.isfinite(row["loss"]):
+            self._refuse(batch, "loss", parts)
+        if not losses.total.requires_grad:  # a batch without a single label
+            return {**row, "gradient_norm": 0.0}
         self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
+        torch.autograd.backward(losses.total)
         if vectors.grad is None:
             vectors.grad = torch.zeros_like(vectors)
         used = [p for p in self.dense if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_([*used, vectors], optim.gradient_clip)
+        norm = float(nn.utils.clip_grad_norm_([*used, vectors], optim.gradient_clip))
+        if not math.isfinite(norm):
+            self._refuse(batch, "gradient", parts)
         self.optimizer.step()
         table = self.model.item_table
         table.grad = torch.sparse_coo_tensor(
             batch.rows[None], vectors.grad, table.shape, is_coalesced=True, check_invariants=False
         )
-        self.table_optimizer.step()
+        self.table_optimizer.step()  # type: ignore[no-untyped-call]
         table.grad = None
-        parts = {name: float(value.detach()) for name, value in losses.parts.items()}
-        return {"loss": loss, **parts, "learning_rate": rate, "gradient_norm": float(norm)}
+        return {**row, "gradient_norm": norm}
 
     def _learning_rate(self, done: float) -> float:
         """Linear warm-up, then cosine to 1 % at the end; `done` is the share of training done."""
@@ -224,7 +258,7 @@ class _Trainer:
         warm = min(1.0, (self.progress.step + 1) / max(optim.warmup_steps, 1))
         return optim.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
-    def _validate(self, metrics: _Metrics, seconds: float) -> None:
+    def _validate(self, metrics: MetricsWriter, seconds: float) -> None:
         progress, optim = self.progress, self.config.optim
         if self.validation is None or progress.epoch % optim.validate_every:
             return
@@ -232,7 +266,9 @@ class _Trainer:
         value = found[self.validation.metric]
         progress.history.append({"epoch": progress.epoch, "step": progress.step, **found})
         metrics.write({"step": progress.step, "epoch": progress.epoch, "validation": found, "epoch_seconds": seconds})
-        logger.info("epoch %d (%.1f s): %s", progress.epoch, seconds, ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
+        logger.info(
+            "epoch %d (%.1f s): %s", progress.epoch, seconds, ", ".join(f"{k} {v:.4f}" for k, v in found.items())
+        )
         if self.validation.better(value, progress.best):
             progress.best, progress.bad_validations = value, 0
             self.model.save_pretrained(self.run_dir / "best")
@@ -242,15 +278,16 @@ class _Trainer:
             if progress.stopped:
                 logger.info("no better %s in %d validations: stopping", self.validation.metric, optim.patience)
 
-    def _refuse(self, batch: Batch, parts: dict[str, Tensor]) -> None:
+    def _refuse(self, batch: Batch, what: str, parts: dict[str, float]) -> NoReturn:
         path = self.run_dir / f"nonfinite-step-{self.progress.step}.safetensors"
         save_file({k: v.cpu().contiguous() for k, v in batch.tensors().items()}, path)
-        users = [self.log.users.ids(batch.user[:20].cpu().numpy()).tolist(), len(batch.user)]
-        losses = ", ".join(f"{name} {float(value.detach())}" for name, value in parts.items())
+        users = np.unique(batch.user.cpu().numpy())
+        named = self.log.users.ids(users[:NAMED_USERS]).tolist()
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
         raise NonFiniteLossError(
-            f"step {self.progress.step}: the loss is not finite ({losses}); the batch is saved in {path}, its first users are "
-            f"{users[0]} of {users[1]}. Lower optim.learning_rate, or look at these users' features; the last checkpoint "
-            f"is in {self.run_dir / 'checkpoints'}"
+            f"step {self.progress.step}: the {what} is not finite ({losses}); the batch is saved in {path}, its "
+            f"{len(users)} users are {named}{' …' if len(users) > NAMED_USERS else ''}. Lower optim.learning_rate, or "
+            f"look at these users' features; the last checkpoint is in {self.run_dir / 'checkpoints'}"
         )
 
     # State -----------------------------------------------------------------------------------------------------------
@@ -263,7 +300,7 @@ class _Trainer:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "progress": {name: getattr(self.progress, name) for name in Progress.__slots__},
-            "config": _identity(self.config) | {"precision": self.precision.value},
+            "config": self._identity(),
         }
         tensors, skeleton = pack_state(state, "state")
         save_checkpoint(self.run_dir / "checkpoints", self.progress.step, tensors, {"run": skeleton})
@@ -271,14 +308,17 @@ class _Trainer:
     def _restore(self, path: Path) -> None:
         tensors, body = load_checkpoint(path)
         state = unpack_state(body["run"], tensors)
-        here = _identity(self.config) | {"precision": self.precision.value}
-        changed = [k for k in here if here[k] != state["config"].get(k)]
+        here, there = self._identity(), state["config"]
+        changed = [f"{k} ({there.get(k)} -> {here.get(k)})" for k in here | there if here.get(k) != there.get(k)]
         if changed:
             raise ConfigError(
                 f"run_dir={self.run_dir} holds a run with another {', '.join(changed)}; take another run_dir, or "
                 "resume=false to start anew in it"
             )
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: is of another version of the model ({error}); use resume=false") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.table_optimizer.load_state_dict(state["table_optimizer"])
         torch.set_rng_state(state["rng"])
@@ -286,88 +326,29 @@ class _Trainer:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.progress = Progress(**state["progress"])
 
+    def _identity(self) -> dict[str, Any]:
+        """What must not change between a run and its resumption, flat: {"model.dim": 64, …}."""
+        values = to_dict(self.config)
+        manifests = json.dumps(self.log.manifests, sort_keys=True, default=str).encode()
+        flat: dict[str, Any] = {"seed": values["seed"], "log": hashlib.sha256(manifests).hexdigest()[:12]}
+        for group in ("model", "data", "optim"):
+            flat |= {f"{group}.{key}": value for key, value in values[group].items() if key != "path"}
+        return flat | {"precision": self.precision.value}
+
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         enabled = self.precision is Precision.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
 
 
-def _identity(config: TrainConfig) -> dict[str, Any]:
-    """What must not change between a run and its resumption, flat: {"model.dim": 64, …}."""
-    values = to_dict(config)
-    flat: dict[str, Any] = {"seed": values["seed"]}
-    for group in ("model", "data", "optim"):
-        flat |= {f"{group}.{key}": value for key, value in values[group].items() if key != "path"}
-    return flat
+def _validation(log: EventLog, item_rows: NDArray[np.int64], config: TrainConfig) -> Validation | None:
+    if config.optim.validate_every == 0:
+        return None
+    validation = Validation(log, item_rows, config)
+    if not validation.metric:
+        logger.warning("%s has no case to validate on: the last model will be exported, not the best", log)
+        return None
+    return validation
 
 
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[list[bool]]:
-    """Ctrl-C sets a mark, so that the step in hand ends and a checkpoint is written; a second one interrupts at once."""
-    mark: list[bool] = []
-
-    def note(signum: int, frame: Any) -> None:
-        if mark:
-            raise KeyboardInterrupt
-        mark.append(True)
-        logger.warning("interrupt: finishing this step and writing a checkpoint (again: stop at once)")
-
-    try:
-        previous = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread: interrupts are not ours to handle
-        yield mark
-        return
-    try:
-        yield mark
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-@contextlib.contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    """Copy vista's log records to a file of the run."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger("vista")
-    root.addHandler(handler)
-    if root.level == logging.NOTSET:
-        root.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        handler.close()
-
-
-class _Metrics:
-    """metrics.jsonl of a run, and TensorBoard events on wish."""
-
-    def __init__(self, run_dir: Path, tensorboard: bool) -> None:
-        self.path = run_dir / "metrics.jsonl"
-        self.writer = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ConfigError("tensorboard=true needs `pip install 'vista-recsys[tensorboard]'`") from error
-            self.writer = SummaryWriter(str(run_dir / "tensorboard"))
-
-    def __enter__(self) -> _Metrics:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-    def rewind(self, step: int) -> None:
-        """Drop lines after `step`: a resumed run writes them again."""
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            replace_text(self.path, "".join(line + "\n" for line in kept if step > 0))
-
-    def write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if self.writer is not None:
-            for name, value in {**row, **row.get("validation", {})}.items():
-                if isinstance(value, (int, float)):
-                    self.writer.add_scalar(name, value, row["step"])
+def _stopped(progress: Progress) -> KeyboardInterrupt:
+    return KeyboardInterrupt(f"stopped at step {progress.step}; the same command resumes it")

@@ -1,4 +1,4 @@
-"""Validation during training: the protocol's questions, answered by the model with float32 summaries, without a store."""
+"""Validation during training: the protocol's questions, answered by the model with float32 summaries, no store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from vista.config import TrainConfig
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories
-from vista.data.splits import parse_time, split_until, visible_counts
+from vista.data.splits import split_until, visible_counts
+from vista.errors import NonFiniteLossError
 from vista.model import inference
 from vista.model.recommender import Recommender
 from vista.training.protocol import (
@@ -33,22 +34,34 @@ class Validation:
 
     def __init__(self, log: EventLog, item_rows: Int, config: TrainConfig) -> None:
         self._log, self._item_rows = log, item_rows
-        self._cut = visible_counts(log, split_until(config.data, "validation"))
+        optim, limit = config.optim, config.optim.validation_users
+        until = split_until(config.data, "validation")
+        self._cut = visible_counts(log, until)
         self._impressions: ImpressionCases | None = None
         self._next: NextItemCases | None = None
-        data, limit = config.data, config.optim.validation_users
-        if log.impressions is not None and data.validation_from is not None:
-            end = None if data.test_from is None else parse_time(data.test_from)
-            self._impressions = impression_cases(log, parse_time(data.validation_from), end, max_cases=limit * 4)
-        if config.optim.next_weight > 0:
-            self._next = next_item_cases(log, self._cut, max_users=limit)
-        self.metric = f"ne/{self._impressions.tasks[0]}" if self._impressions is not None else "ndcg@10"
-        """What decides which model is best: NE of the first task (smaller is better), or NDCG@10."""
+        if log.impressions is not None and optim.task_weight > 0 and until.before is not None:
+            end = split_until(config.data, "test").before
+            shown = impression_cases(log, until.before, end, max_cases=limit * 4)
+            self._impressions = shown if len(shown.user) else None
+        if optim.next_weight > 0:
+            cases = next_item_cases(log, self._cut, max_users=limit)
+            self._next = cases if len(cases.user) else None
+        self.metric = self._deciding_metric()
+        """What decides which model is best: NE of the first task that has labels of both kinds (smaller is better),
+        else NDCG@10; empty where the log has no case of either."""
+
+    def _deciding_metric(self) -> str:
+        if (cases := self._impressions) is not None:
+            for index, task in enumerate(cases.tasks):
+                if len(np.unique(cases.label[cases.mask[:, index], index])) == 2:
+                    return f"ne/{task}"
+        return "ndcg@10" if self._next is not None else ""
 
     def better(self, value: float, best: float | None) -> bool:
+        """Whether a value of `metric` is better than the best so far (None: there is none yet)."""
         if best is None:
             return True
-        return value < best if self.metric.startswith("ne/") else value > best
+        return value < best if self.metric != "ndcg@10" else value > best
 
     def __call__(self, model: Recommender) -> dict[str, float]:
         """All metrics of the validation split."""
@@ -76,7 +89,7 @@ class Validation:
         return inference.summarize(model, self._model_rows(self._log.gather(users, self._cut[users])))
 
     def _model_rows(self, histories: Histories) -> Histories:
-        return dataclasses.replace(histories, item=self._item_rows[histories.item])
+        return dataclasses.replace(histories, item=self._item_rows[histories.item].astype(np.int32))
 
     def _tail(self, model: Recommender, users: Int, seen: Int) -> inference.PaddedTail:
         tail = self._log.gather_ranges(users, seen - model.config.tail_len, seen)
@@ -91,12 +104,12 @@ class Validation:
         now = np.asarray(label.timestamp) if self._log.has_time else None
         users = inference.user_vectors(model, context, inference.request_gap(model, now, tail))
         scores: NDArray[np.float32] = (users @ inference.item_vectors(model).t()).float().cpu().numpy()
-        return scores
+        return self._finite(scores, cases.user)
 
     def _probabilities(self, model: Recommender, cases: ImpressionCases) -> NDArray[np.float32]:
         users, row = np.unique(cases.user, return_inverse=True)
         summaries = torch.cat(
-            [self._summaries(model, users[low : low + CASES_PER_BATCH]) for low in range(0, len(users), CASES_PER_BATCH)]
+            [self._summaries(model, users[at : at + CASES_PER_BATCH]) for at in range(0, len(users), CASES_PER_BATCH)]
         )
         out = np.zeros(cases.label.shape, np.float32)
         for low in range(0, len(cases.user), CASES_PER_BATCH):
@@ -107,4 +120,14 @@ class Validation:
             candidates = torch.from_numpy(self._item_rows[cases.item[part], None]).to(model.device)
             logits = inference.candidate_logits(model, context, gap, candidates)
             out[part] = logits[:, 0].sigmoid().float().cpu().numpy()
-        return out
+        return self._finite(out, cases.user)
+
+    def _finite(self, scores: NDArray[np.float32], users: Int) -> NDArray[np.float32]:
+        bad = users[~np.isfinite(scores).all(axis=1)]
+        if len(bad):
+            named = self._log.users.ids(np.unique(bad)[:20]).tolist()
+            raise NonFiniteLossError(
+                f"validation: the scores of users {named} are not finite; lower optim.learning_rate, or look at these "
+                "users' features"
+            )
+        return scores

@@ -1,0 +1,181 @@
+"""The whole job in one run: log -> EventLog -> training -> store -> scores and quality, ending in a report.
+
+    make demo                          simulates a lifelong log with labelled impressions
+    make demo DATA=path/to/ml-1m       the same on MovieLens (ml-1m, ml-1m-half, ml-latest-small, ml-100k)
+
+Everything lands in demo/<name>: log/, run/, stores, report.md, report.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from demo_report import LatencyRow, Report, write_report
+
+from vista.composition import compose_config
+from vista.config import Codec, PrepareConfig, SimulateConfig, TrainConfig
+from vista.data.event_log import EventLog
+from vista.data.ingest import prepare
+from vista.data.simulate import simulate
+from vista.data.splits import split_until
+from vista.errors import VistaError
+from vista.evaluate import evaluate_scorer
+from vista.model.recommender import Recommender
+from vista.refresh import refresh
+from vista.scorer import Scorer
+from vista.training.trainer import train
+
+TRAINED_EVENTS = 2_400_000
+"""Events that the demo's training reads on MovieLens, over all epochs: what fits into its minutes on two cores."""
+HISTORY_LENGTHS = (100, 1_000, 10_000, 100_000)
+NUM_CANDIDATES = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    log: EventLog
+    config: TrainConfig
+    source: Path
+    seconds: float
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of a MovieLens set; without it a log is simulated")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder that receives everything (default: demo)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of `vista train`, such as optim.epochs=1")
+    settings = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        run(settings.data, settings.out, settings.overrides)
+    except VistaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
+    """Run the demo and return the report's path."""
+    began = time.perf_counter()
+    folder = out / (data.resolve().name if data else "simulation")
+    folder.mkdir(parents=True, exist_ok=True)
+    _say(1, "prepare the log")
+    prepared = _movielens(data, folder, overrides) if data else _simulation(folder, overrides)
+    log, config = prepared.log, prepared.config
+    print(log)
+
+    _say(2, "train")
+    train_began = time.perf_counter()
+    model = train(config, log)
+    train_seconds = time.perf_counter() - train_began
+
+    _say(3, "refresh the store: what test labels may see, and everything for serving")
+    limit = split_until(config.data, "test")
+    tested = refresh(model, log, folder / "store-test", until=limit, progress=True)
+    exact = refresh(model, log, folder / "store-float32", until=limit, codec=Codec.float32)
+    served = refresh(model, log, folder / "store", progress=True)
+    print(tested, exact, served, sep="\n")
+
+    _say(4, "evaluate from the store")
+    with Scorer.open(model, folder / "store-test") as scorer:
+        evaluation = evaluate_scorer(scorer, log, "test", progress=True)
+    with Scorer.open(model, folder / "store-float32") as scorer:
+        evaluation_float32 = evaluate_scorer(scorer, log, "test")
+    print(evaluation)
+
+    _say(5, "score")
+    with Scorer.open(model, folder / "store") as scorer:
+        user = log.users.ids(np.array([0]))[0].item()
+        ranking = scorer.rank(user, top_k=5, exclude_tail=True)
+        print(f"user {user}: " + ", ".join(f"{i} ({s:.3f})" for i, s in zip(ranking.items, ranking.scores, strict=True)))
+    latency = measure_latency(model, folder / "latency")
+
+    report = Report(
+        name=folder.name,
+        source=prepared.source,
+        log=log,
+        model=model,
+        run_dir=Path(config.run_dir),
+        evaluation=evaluation,
+        evaluation_float32=evaluation_float32,
+        refresh=served,
+        latency=latency,
+        num_candidates=NUM_CANDIDATES,
+        prepare_seconds=prepared.seconds,
+        train_seconds=train_seconds,
+        seconds=time.perf_counter() - began,
+    )
+    path = write_report(report, folder)
+    print(f"\nreport: {path} and {path.with_suffix('.png')} ({report.seconds:.0f} s)")
+    return path
+
+
+def measure_latency(model: Recommender, folder: Path) -> list[LatencyRow]:
+    """Median score latency of users of growing history length, interleaved, and the time to summarize each."""
+    shutil.rmtree(folder, ignore_errors=True)
+    rng = np.random.default_rng(0)
+    ids = model.items.ids(np.arange(len(model.items)))
+    lengths = np.array(HISTORY_LENGTHS)
+    events = {
+        "user": np.repeat(np.arange(len(lengths)), lengths),
+        "item": ids[rng.integers(0, len(ids), lengths.sum())],
+        "timestamp": 1_700_000_000_000 + 60_000 * np.concatenate([np.arange(n) for n in lengths]),
+    }
+    log = EventLog.from_frame(events, folder / "log", time_unit="ms")
+    refresh(model, log, folder / "store", users_per_batch=1)
+    candidates = ids[rng.integers(0, len(ids), NUM_CANDIDATES)]
+    times: dict[int, list[float]] = {n: [] for n in HISTORY_LENGTHS}
+    with Scorer.open(model, folder / "store") as scorer:
+        encoded = scorer.encode(candidates)
+        for turn in range(60):
+            for user, length in enumerate(HISTORY_LENGTHS):
+                began = time.perf_counter()
+                scorer.score([user], encoded, now=1_800_000_000_000)
+                if turn >= 10:
+                    times[length].append(time.perf_counter() - began)
+    return [
+        LatencyRow(n, float(np.median(values)), float(np.percentile(values, 90))) for n, values in times.items()
+    ]
+
+
+def _simulation(folder: Path, overrides: list[str]) -> Prepared:
+    source = folder / "source"
+    config = compose_config(TrainConfig, ["experiment=demo", f"data.path={folder / 'log'}", f"run_dir={folder / 'run'}", *overrides])
+    began = time.perf_counter()
+    # A log that lies there is used again, so that a repeated demo resumes instead of starting anew.
+    if not (folder / "log").exists():
+        print(simulate(SimulateConfig(out=str(source), num_users=DEMO_USERS, events_per_user=DEMO_EVENTS)))
+        prepare_config = compose_config(
+            PrepareConfig, [f"out={folder / 'log'}", "events.kind=simulated", f"events.paths=[{source}]"]
+        )
+        print(prepare(prepare_config))
+    return Prepared(EventLog.open(folder / "log"), config, source, time.perf_counter() - began)
+
+
+DEMO_USERS, DEMO_EVENTS = 300, 2_000
+
+
+def _movielens(data: Path, folder: Path, overrides: list[str]) -> Prepared:
+    began = time.perf_counter()
+    if not (folder / "log").exists():
+        print(prepare(compose_config(PrepareConfig, [f"out={folder / 'log'}", "events.kind=auto", f"events.paths=[{data}]"])))
+    log = EventLog.open(folder / "log")
+    epochs = int(np.clip(TRAINED_EVENTS // max(log.num_events, 1), 1, 12))
+    words = [f"data.path={folder / 'log'}", f"run_dir={folder / 'run'}", f"optim.epochs={epochs}", *overrides]
+    config = compose_config(TrainConfig, ["experiment=demo-movielens", *words])
+    return Prepared(log, config, data, time.perf_counter() - began)
+
+
+def _say(number: int, what: str) -> None:
+    print(f"\n[{number}/5] {what}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

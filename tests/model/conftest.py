@@ -1,0 +1,154 @@
+"""Small models, histories and batches, the same in every run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vista.config import DataConfig, Decay, ModelConfig
+from vista.data.cuts import Batch, Chunks, CutPlan, cut_batch, decay_clock
+from vista.data.histories import Histories
+from vista.data.vocabulary import Vocabulary
+from vista.model import inference
+from vista.model.embedding import gap_bucket, history_gaps
+from vista.model.recommender import Recommender, Schema
+
+Int = NDArray[np.int64]
+ACTIONS, TASKS, NUM_ITEMS = ["view", "click", "buy"], ["click", "like"], 40
+HOUR = 3_600_000
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def model(
+    *,
+    seed: int = 0,
+    tasks: list[str] = TASKS,
+    num_items: int = NUM_ITEMS,
+    has_time: bool = True,
+    rating_range: tuple[float, float] | None = (1.0, 5.0),
+    **config: Any,
+) -> Recommender:
+    """A model in eval mode whose every parameter matters: biases and the like do not stay at 0."""
+    torch.manual_seed(seed)
+    options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
+    built = Recommender(
+        ModelConfig(**options),
+        Schema(ACTIONS, has_time, rating_range, tasks),
+        Vocabulary.from_ids(np.arange(num_items) + 100),
+        DataConfig(),
+    )
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return built.eval()
+
+
+def histories(lengths: list[int], seed: int = 0, *, num_items: int = NUM_ITEMS, days: float = 30.0) -> Histories:
+    """Packed histories of model rows; times rise, often by nothing."""
+    rng = np.random.default_rng(seed)
+    total = sum(lengths)
+    mean_gap = days * 24 * HOUR / max(max(lengths, default=1), 1)
+    gaps = np.where(rng.random(total) < 0.2, 0, rng.exponential(mean_gap, total)).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    times = [1_700_000_000_000 + np.cumsum(gaps[a:b]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return Histories(
+        rng.integers(1, num_items + 1, total).astype(np.int32),
+        np.concatenate([np.zeros(0, np.int64), *times]),
+        rng.integers(0, len(ACTIONS), total).astype(np.uint8),
+        rng.integers(1, 6, total).astype(np.float32),
+        offsets,
+    )
+
+
+def chunks(
+    packed: Histories, seed: int = 0, *, impressions: int = 0, num_items: int = NUM_ITEMS, decay: Decay = Decay.none
+) -> tuple[Chunks, Int]:
+    """The whole histories as chunks, with impressions at random positions; and the impressions' times in ms."""
+    rng = np.random.default_rng([seed, 1])
+    num_users = packed.num_users if packed.num_users else 0
+    owner = np.sort(rng.integers(0, max(num_users, 1), impressions if num_users else 0))
+    position = (rng.random(len(owner)) * (packed.lengths[owner] + 1)).astype(np.int64)
+    order = np.lexsort((position, owner))
+    owner, position = owner[order], position[order]
+    before = packed.offsets[:-1][owner] + position - 1
+    last = packed.timestamp[np.maximum(before, 0)] if packed.num_events else np.zeros(len(owner), np.int64)
+    time = last + rng.integers(0, 48 * HOUR, len(owner))
+    made = Chunks(
+        user=np.arange(num_users),
+        item=packed.item.astype(np.int64),
+        action=packed.action.astype(np.int64),
+        rating=None if packed.rating is None else np.asarray(packed.rating),
+        gap=history_gaps(packed.timestamp, packed.offsets),
+        clock=decay_clock(decay, packed.timestamp),
+        offsets=packed.offsets,
+        impression_chunk=owner,
+        impression_position=position,
+        impression_item=rng.integers(1, num_items + 1, len(owner)),
+        impression_gap=np.where(position > 0, gap_bucket(time - last), 0),
+        impression_label=rng.integers(0, 2, (len(owner), len(TASKS))).astype(np.float32),
+        impression_mask=rng.random((len(owner), len(TASKS))) < 0.8,
+    )
+    return made, time
+
+
+def plan(model: Recommender, **changes: Any) -> CutPlan:
+    """How the model's chunks are cut: every window, no staleness unless asked for."""
+    options = {
+        "mixing": model.config.mixing,
+        "tail_len": model.config.tail_len,
+        "label_spacing": 4,
+        "windows_per_chunk": 0,
+        "num_cuts": 2,
+        "staleness_events": 8.0,
+        "staleness_share": 0.0,
+        "reconstruction_len": 6,
+        "num_tasks": len(TASKS),
+    }
+    return CutPlan(**{**options, **changes})
+
+
+def batch(made: Chunks, cut_plan: CutPlan, seed: int = 0, *, num_items: int = NUM_ITEMS) -> Batch:
+    """Cut with all items as negatives."""
+    negatives = np.arange(1, num_items + 1)
+    return cut_batch(made, cut_plan, np.random.default_rng(seed), negatives, np.zeros(num_items, np.float32))
+
+
+def outputs(model: Recommender, cut: Batch) -> tuple[Tensor, Tensor]:
+    """(user vectors [NW, W, M], task logits [NW, I, tasks]) as training computes them."""
+    with torch.no_grad():
+        vectors = model.item_table[cut.rows]
+        events = model.encoder(vectors[cut.item], cut.action, cut.gap, cut.rating)
+        context = model.window_context(cut, vectors, model.cut_summaries(cut, events))
+        return model.window_users(cut, context), model.window_logits(cut, vectors, context)
+
+
+def tail(model: Recommender, packed: Histories, lengths: Int | int | None = None) -> inference.PaddedTail:
+    """Padded tails of the newest `lengths` (model.tail_len) events of each history."""
+    keep = np.minimum(packed.lengths, model.config.tail_len if lengths is None else lengths)
+    last = packed.select(packed.lengths - keep, packed.lengths)
+    return inference.pad_tail(model, last.item, last.timestamp, last.action, last.offsets)
+
+
+@pytest.fixture(scope="session")
+def make() -> SimpleNamespace:
+    """The functions above."""
+    return SimpleNamespace(
+        model=model,
+        histories=histories,
+        chunks=chunks,
+        plan=plan,
+        batch=batch,
+        outputs=outputs,
+        tail=tail,
+        num_items=NUM_ITEMS,
+    )

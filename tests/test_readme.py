@@ -1,0 +1,45 @@
+"""The README's code runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vista.cli import main
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), flags=re.M | re.S)
+
+
+def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The notebook block first: it makes the run and the store that the first screen's block opens."""
+    monkeypatch.chdir(tmp_path)
+    serving, notebook = blocks("python")
+    for block in (notebook, serving):
+        exec(compile(block, str(README), "exec"), {})
+
+
+def test_own_csv_in_five_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, start in (("clicks.csv", 0), ("tomorrow.csv", 100_000)):
+        rows = [f"{100 + i % 7},{rng.integers(1, 30)},{1_700_000_000 + start + i}" for i in range(400)]
+        Path(name).write_text("customer,product,time\n" + "\n".join(rows) + "\n")
+    section = README.read_text().split("## Your own CSV in five lines")[1]
+    lines = re.search(r"```\n(.*?)```", section, flags=re.S)
+    assert lines is not None
+    commands = lines.group(1).strip().splitlines()
+    assert len(commands) == 5
+    for command in commands:
+        words = shlex.split(command)
+        assert words[0] == "vista"
+        extra = ["optim.epochs=1", "progress=false", "num_threads=1"] if words[1] == "train" else []
+        assert main([*words[1:], *extra]) == 0
+    assert "user 101:" in capsys.readouterr().out
