@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from demo_report import LatencyRow, Report, write_report
 
+from demo_report import LatencyRow, Report, write_report
 from vista.composition import compose_config
 from vista.config import Codec, PrepareConfig, SimulateConfig, TrainConfig
 from vista.data.event_log import EventLog
@@ -49,7 +49,9 @@ class Prepared:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of a MovieLens set; without it a log is simulated")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder that receives everything (default: demo)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder that receives everything (default: demo)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of `vista train`, such as optim.epochs=1")
     settings = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -94,7 +96,9 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
     with Scorer.open(model, folder / "store") as scorer:
         user = log.users.ids(np.array([0]))[0].item()
         ranking = scorer.rank(user, top_k=5, exclude_tail=True)
-        print(f"user {user}: " + ", ".join(f"{i} ({s:.3f})" for i, s in zip(ranking.items, ranking.scores, strict=True)))
+        print(
+            f"user {user}: " + ", ".join(f"{i} ({s:.3f})" for i, s in zip(ranking.items, ranking.scores, strict=True))
+        )
     latency = measure_latency(model, folder / "latency")
 
     report = Report(
@@ -140,14 +144,14 @@ def measure_latency(model: Recommender, folder: Path) -> list[LatencyRow]:
                 scorer.score([user], encoded, now=1_800_000_000_000)
                 if turn >= 10:
                     times[length].append(time.perf_counter() - began)
-    return [
-        LatencyRow(n, float(np.median(values)), float(np.percentile(values, 90))) for n, values in times.items()
-    ]
+    return [LatencyRow(n, float(np.median(values)), float(np.percentile(values, 90))) for n, values in times.items()]
 
 
 def _simulation(folder: Path, overrides: list[str]) -> Prepared:
     source = folder / "source"
-    config = compose_config(TrainConfig, ["experiment=demo", f"data.path={folder / 'log'}", f"run_dir={folder / 'run'}", *overrides])
+    config = compose_config(
+        TrainConfig, ["experiment=demo", f"data.path={folder / 'log'}", f"run_dir={folder / 'run'}", *overrides]
+    )
     began = time.perf_counter()
     # A log that lies there is used again, so that a repeated demo resumes instead of starting anew.
     if not (folder / "log").exists():
@@ -165,7 +169,11 @@ DEMO_USERS, DEMO_EVENTS = 300, 2_000
 def _movielens(data: Path, folder: Path, overrides: list[str]) -> Prepared:
     began = time.perf_counter()
     if not (folder / "log").exists():
-        print(prepare(compose_config(PrepareConfig, [f"out={folder / 'log'}", "events.kind=auto", f"events.paths=[{data}]"])))
+        print(
+            prepare(
+                compose_config(PrepareConfig, [f"out={folder / 'log'}", "events.kind=auto", f"events.paths=[{data}]"])
+            )
+        )
     log = EventLog.open(folder / "log")
     epochs = int(np.clip(TRAINED_EVENTS // max(log.num_events, 1), 1, 12))
     words = [f"data.path={folder / 'log'}", f"run_dir={folder / 'run'}", f"optim.epochs={epochs}", *overrides]

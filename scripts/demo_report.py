@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -84,9 +85,10 @@ def write_report(report: Report, folder: Path) -> Path:
 
 
 def age_curve(report: Report) -> AgeCurve:
-    """Impressions: click AUC by events since the user's newest event of the candidate's topic (the simulation knows topics).
+    """Quality by age of the event that decides.
 
-    Without impressions: NDCG@10 by events since the event whose item is most like the label's, by the model's own item vectors.
+    Impressions: AUC by events since the user's newest event of the candidate's topic (the simulation knows topics). Without
+    impressions: NDCG@10 by events since the one whose item is most like the label's, by the model's own item vectors.
     """
     evaluation = report.evaluation
     if evaluation.impressions is not None and evaluation.probabilities is not None:
@@ -97,7 +99,7 @@ def age_curve(report: Report) -> AgeCurve:
             f"AUC of {cases.tasks[0]}, test impressions",
             "events since the newest event of the candidate's topic",
             age,
-            lambda part: _auc(cases.label[part, 0], evaluation.probabilities[part, 0]),  # type: ignore[index]
+            lambda part: _auc(cases.label[part, 0], evaluation.probabilities[part, 0]),
             None if truth is None else (lambda part: _auc(cases.label[part, 0], truth[part])),
         )
     assert evaluation.ranks is not None
@@ -119,7 +121,7 @@ def _auc(label: NDArray[np.float32], score: NDArray[np.float32]) -> float:
 
 def _curve(title, unit, age, quality, best) -> AgeCurve:  # type: ignore[no-untyped-def]
     labels, values, bests, counts = [], [], [], []
-    for low, high in zip(AGE_BOUNDS[:-1], AGE_BOUNDS[1:], strict=True):
+    for low, high in pairwise(AGE_BOUNDS):
         part = (age >= low) & (age < high)
         if part.sum() < 30:
             continue
@@ -165,10 +167,14 @@ def _similar_age(report: Report, cases: NextItemCases) -> Int:
 def _plot_losses(axes: Axes, path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
-    names = [name for name in steps[0] if name not in ("step", "epoch", "learning_rate", "gradient_norm", "tokens_per_s")]
+    names = [
+        name for name in steps[0] if name not in ("step", "epoch", "learning_rate", "gradient_norm", "tokens_per_s")
+    ]
     for name in names if steps else []:
         values = np.array([row[name] for row in steps if name in row])
-        axes.plot([row["step"] for row in steps if name in row], values / values[0], label=f"{name} (from {values[0]:.2f})")
+        axes.plot(
+            [row["step"] for row in steps if name in row], values / values[0], label=f"{name} (from {values[0]:.2f})"
+        )
     axes.set(title="losses over their first value", xlabel="step", yscale="log")
     axes.legend(fontsize=8)
 
@@ -190,7 +196,10 @@ def _plot_latency(axes: Axes, report: Report) -> None:
     axes.plot(lengths, [row.median_s * 1e3 for row in report.latency], "o-", label="median")
     axes.plot(lengths, [row.p90_s * 1e3 for row in report.latency], "o:", label="90th percentile")
     axes.set(
-        title=f"score latency, {report.num_candidates} candidates", xlabel="events in the history", ylabel="ms", xscale="log"
+        title=f"score latency, {report.num_candidates} candidates",
+        xlabel="events in the history",
+        ylabel="ms",
+        xscale="log",
     )
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
@@ -201,7 +210,8 @@ def _markdown(report: Report, curve: AgeCurve) -> str:
     lines = [
         f"# vista demo: {report.name}",
         "",
-        f"{log.num_users:,} users, {log.num_items:,} items, {log.num_events:,} events. {describe_hardware(hardware())}.",
+        f"{log.num_users:,} users, {log.num_items:,} items, {log.num_events:,} events.",
+        f"{describe_hardware(hardware())}.",
         "",
         "![losses, quality by age, latency](report.png)",
         "",
@@ -222,10 +232,22 @@ def _markdown(report: Report, curve: AgeCurve) -> str:
     for name, value in evaluation.metrics.items():
         exact = report.evaluation_float32.metrics[name]
         lines.append(f"| {name} | {value:.4f} | {exact:.4f} | {f'{best[name]:.4f}' if name in best else ''} |")
-    lines += ["", f"{curve.title}, by {curve.unit}:", "", "| age | cases | vista | best possible |", "|---|---|---|---|"]
+    lines += [
+        "",
+        f"{curve.title}, by {curve.unit}:",
+        "",
+        "| age | cases | vista | best possible |",
+        "|---|---|---|---|",
+    ]
     for index, label in enumerate(curve.labels):
         top = f"{curve.best[index]:.4f}" if curve.best is not None else ""
         lines.append(f"| {label} | {curve.counts[index]:,} | {curve.values[index]:.4f} | {top} |")
-    lines += ["", f"Score latency, {report.num_candidates} candidates:", "", "| events | median | p90 |", "|---|---|---|"]
+    lines += [
+        "",
+        f"Score latency, {report.num_candidates} candidates:",
+        "",
+        "| events | median | p90 |",
+        "|---|---|---|",
+    ]
     lines += [f"| {r.length:,} | {r.median_s * 1e3:.2f} ms | {r.p90_s * 1e3:.2f} ms |" for r in report.latency]
     return "\n".join(lines) + "\n"

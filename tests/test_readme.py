@@ -26,7 +26,9 @@ def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         exec(compile(block, str(README), "exec"), {})
 
 
-def test_own_csv_in_five_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_csv_in_five_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for name, start in (("clicks.csv", 0), ("tomorrow.csv", 100_000)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,13 @@ from tqdm import tqdm
 
 from vista.config import EvaluateConfig
 from vista.data.event_log import EventLog
-from vista.data.splits import Until, parse_time, parse_until, split_until, visible_counts
+from vista.data.splits import Until, parse_until, split_until, visible_counts
 from vista.device import set_threads
 from vista.errors import ConfigError, LeakageError
+from vista.files import writable_folder
+from vista.refresh import check_log
 from vista.results import append_result, commit, hardware
-from vista.scorer import NEXT_TASK, Scorer
+from vista.scorer import Scorer
 from vista.store import Tail
 from vista.training.protocol import (
     ImpressionCases,
@@ -27,6 +31,7 @@ from vista.training.protocol import (
     next_item_cases,
     rank_next_items,
     ranking_metrics,
+    with_tasks,
 )
 
 Int = NDArray[np.int64]
@@ -54,12 +59,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """`vista evaluate`: measure, print, and append a row to a table on wish.
 
     Raises:
-        LeakageError: if a record has seen a label's event.
-        ConfigError: if the store was not refreshed for this split.
+        LeakageError: if the store, or a record, has seen a label's event.
+        ConfigError: if the store was refreshed for another split, or there is nothing to measure.
     """
-    if config.split not in PARTS:
-        raise ConfigError(f"split={config.split}: write {' or '.join(PARTS)}")
     set_threads(config.num_threads)
+    if config.results_dir is not None:
+        writable_folder(Path(config.results_dir), "results_dir")
     log = EventLog.open(config.data)
     with Scorer.open(config.model, config.store) as scorer:
         result = evaluate_scorer(
@@ -71,21 +76,28 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             users_per_batch=config.users_per_batch,
             progress=config.progress,
         )
+        codec = scorer.store.manifest.codec
     if config.results_dir is not None:
-        row: dict[str, Any] = {
-            "table": config.table,
-            "data": Path(config.data).name,
-            "model": config.model_name or Path(config.model).parent.name,
-            "seed": config.seed,
-            "metrics": result.metrics,
-            "command": f"vista evaluate data={config.data} model={config.model} store={config.store} split={config.split}",
-            "config": {"split": config.split, "exclude_seen": config.exclude_seen},
-            "commit": commit(),
-            "hardware": hardware(),
-            "seconds": result.seconds,
-        }
-        append_result(Path(config.results_dir) / f"{config.table}.jsonl", row)
+        append_result(Path(config.results_dir) / f"{config.table}.jsonl", _result_row(config, result, codec))
     return result
+
+
+def _result_row(config: EvaluateConfig, result: Evaluation, codec: str) -> dict[str, Any]:
+    options = {"split": config.split, "exclude_seen": config.exclude_seen, "top_k": list(config.top_k)}
+    words = [f"{key}={getattr(config, key)}" for key in ("data", "model", "store", "table", "results_dir")]
+    words += [f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in options.items()]
+    return {
+        "table": config.table,
+        "data": Path(config.data).resolve().name,
+        "model": config.model_name or Path(config.model).resolve().parent.name,
+        "seed": config.seed,
+        "metrics": {name: value if math.isfinite(value) else None for name, value in result.metrics.items()},
+        "command": " ".join(["vista evaluate", *words]).replace('"', ""),
+        "config": {**options, "codec": codec},
+        "commit": commit(),
+        "hardware": hardware(),
+        "seconds": result.seconds,
+    }
 
 
 def evaluate_scorer(
@@ -98,9 +110,16 @@ def evaluate_scorer(
     users_per_batch: int = 512,
     progress: bool = False,
 ) -> Evaluation:
-    """Measure a scorer on the `part` ("test" or "validation") of its model's split of `log`."""
+    """Measure a scorer on the `part` ("test" or "validation") of its model's split of `log`.
+
+    Raises:
+        LeakageError, ConfigError: as `evaluate`.
+    """
     began = time.perf_counter()
     model = scorer.model
+    if part not in PARTS:
+        raise ConfigError(f"split={part}: write {' or '.join(PARTS)}")
+    check_log(model, log)
     until = split_until(model.data, part)
     _check_store(scorer, until, part)
     metrics: dict[str, float] = {}
@@ -121,57 +140,77 @@ def evaluate_scorer(
         )
         metrics |= ranking_metrics(ranks, top_k or [10])
         num_cases += len(ranks)
-    if model.schema.tasks and until.before is not None:
-        end = parse_time(model.data.test_from) if part == "validation" and model.data.test_from else None
-        impressions = impression_cases(log, until.before, end)
+    if log.impressions is not None and model.schema.tasks and until.before is not None:
+        end = split_until(model.data, "test").before if part == "validation" else None
+        impressions = with_tasks(impression_cases(log, until.before, end), model.schema.tasks)
         probabilities = _impression_probabilities(scorer, log, impressions, users_per_batch, progress)
         metrics |= impression_metrics(impressions, probabilities)
         num_cases += len(impressions.user)
+    if num_cases == 0:
+        raise ConfigError(
+            f"{log.path} has no {part} case for this model: no label after {until}, and no impression of its tasks"
+        )
     return Evaluation(metrics, num_cases, time.perf_counter() - began, ranks, impressions, probabilities)
 
 
 def _check_store(scorer: Scorer, until: Until, part: str) -> None:
-    """A store refreshed further than the split allows has seen labels; one refreshed less is another question."""
-    seen = parse_until(scorer.store.manifest.until)
-    if seen != until:
-        raise LeakageError(
-            f"{scorer.store.path} was refreshed with until={seen}, but the {part} labels of this model begin after "
-            f"until={until}: run `vista refresh until={until}` into a store of its own"
+    """A store refreshed further than the split allows has seen labels; one refreshed less serves an older summary."""
+    stored = parse_until(scorer.store.manifest.until)
+    if stored == until:
+        return
+    remedy = f"run `vista refresh until={until}` into a store of its own"
+    less = stored.held_out > until.held_out
+    if until.before is not None:
+        less = stored.before is not None and stored.before < until.before
+    if less:
+        raise ConfigError(
+            f"store={scorer.store.path}: was refreshed with until={stored}, but the {part} labels of this model begin "
+            f"after until={until}; {remedy}"
         )
+    raise LeakageError(
+        f"{scorer.store.path} was refreshed with until={stored}, but the {part} labels of this model begin after "
+        f"until={until}: its records have seen them; {remedy}"
+    )
 
 
-def _check_seen(scorer: Scorer, log: EventLog, users: Int, seen: Int, label_time: Int | None) -> None:
-    """Refuse records that have seen a label: by event_count for leave-last-out (equal times are common), else by time."""
-    stored = scorer.store.get_many(log.users.ids(users))
-    late = stored.event_count > seen if label_time is None else stored.last_event_ts >= label_time
+def _fresh_tail(scorer: Scorer, log: EventLog, user: Int, seen: Int, label_time: Int | None) -> Tail | None:
+    """The newest events before each label that its record has not seen, ids as in the log; None where there are none.
+
+    Args:
+        user: int64 [n] rows of the log; seen: int64 [n] events before the label.
+        label_time: int64 [n] of the labels of a split in time, else None.
+
+    Raises:
+        LeakageError: a record has seen a label: by event_count for leave-last-out (equal times are common), else by
+            time too.
+    """
+    ids = log.users.ids(user)
+    stored = scorer.store.get_many(ids)
+    late = stored.event_count > seen
+    if label_time is not None:
+        late |= stored.last_event_ts >= label_time
     late &= stored.found
     if late.any():
-        user = log.users.ids(users[late][:1])[0]
+        first = int(np.flatnonzero(late)[0])
         raise LeakageError(
-            f"user {user!r}: the record in {scorer.store.path} has seen {stored.event_count[late][0]} events, its label is "
-            "among them; refresh the store with the `until` of this split"
+            f"user {ids[first]!r}: the record in {scorer.store.path} has seen {stored.event_count[first]} events, only "
+            f"{seen[first]} lie before the label; refresh the store with the `until` of this split, from this log"
         )
-
-
-def _next_scores(scorer: Scorer, log: EventLog, cases: NextItemCases, items: Floats) -> Floats:
-    _check_seen(scorer, log, cases.user, cases.seen, None)
-    label = log.gather_ranges(cases.user, cases.seen, cases.seen + 1)
-    now = np.asarray(label.timestamp) if log.has_time else None
-    # What was refreshed lies in the store; what came since is the caller's to bring (none for leave-last-out).
-    tail = _fresh_tail(scorer, log, cases.user, cases.seen)
-    users = scorer.user_vectors(log.users.ids(cases.user), tail=tail, now=now)
-    scores: Floats = users @ items.T
-    return scores
-
-
-def _fresh_tail(scorer: Scorer, log: EventLog, user: Int, seen: Int) -> Tail | None:
-    """The newest events before each label that the record has not seen, ids as in the log."""
-    stored = scorer.store.get_many(log.users.ids(user))
     start = np.maximum(stored.event_count, seen - scorer.model.config.tail_len)
     if (start >= seen).all():
         return None
     events = log.gather_ranges(user, np.minimum(start, seen), seen)
     return Tail(log.items.ids(events.item), np.asarray(events.timestamp), np.asarray(events.action), events.offsets)
+
+
+def _next_scores(scorer: Scorer, log: EventLog, cases: NextItemCases, items: Floats) -> Floats:
+    # What was refreshed lies in the store; what came since is the caller's to bring (none for leave-last-out).
+    tail = _fresh_tail(scorer, log, cases.user, cases.seen, None)
+    label = log.gather_ranges(cases.user, cases.seen, cases.seen + 1)
+    now = np.asarray(label.timestamp) if log.has_time else None
+    users = scorer.user_vectors(log.users.ids(cases.user), tail=tail, now=now)
+    scores: Floats = users @ items.T
+    return scores
 
 
 def _impression_probabilities(
@@ -182,14 +221,12 @@ def _impression_probabilities(
     for low in tqdm(starts, desc="impressions", unit="batch", disable=not progress, leave=False):
         part = slice(low, low + users_per_batch)
         user, seen = cases.user[part], cases.seen[part]
-        _check_seen(scorer, log, user, seen, cases.timestamp[part])
         predicted = scorer.predict(
             log.users.ids(user),
             log.items.ids(cases.item[part])[:, None],
-            tail=_fresh_tail(scorer, log, user, seen),
+            tail=_fresh_tail(scorer, log, user, seen, cases.timestamp[part]),
             now=cases.timestamp[part],
         )
         for index, task in enumerate(cases.tasks):
-            if task != NEXT_TASK:
-                out[part, index] = predicted[task][:, 0]
+            out[part, index] = predicted[task][:, 0]
     return out

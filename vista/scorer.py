@@ -9,7 +9,6 @@ Letters: B users, C candidates, V items of the vocabulary, L tail length, M mode
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,18 +22,20 @@ from torch import Tensor
 from vista.config import OnMissing, ScoreConfig
 from vista.data.histories import Histories
 from vista.data.vocabulary import Ids
-from vista.errors import StoreError, UnknownItemError, UnknownUserError
+from vista.device import resolve_device
+from vista.errors import ConfigError, StoreError, UnknownItemError, UnknownUserError
 from vista.model import inference
-from vista.model.recommender import UNKNOWN_ITEM, Recommender
+from vista.model.recommender import NEXT_TASK, UNKNOWN_ITEM, Recommender
 from vista.model.target_attention import Context
+from vista.requests import ids_of, pad_ragged, request_times, split_ragged
 from vista.store.lmdb_store import StoredBatch, SummaryStore
 from vista.store.record import Tail
-from vista.tails import check_tail, merge_tails
+from vista.tails import checked_tail, merge_tails
 
 logger = logging.getLogger(__name__)
 Int = NDArray[np.int64]
-NEXT_TASK = "next"
-CANDIDATES_PER_PASS = 4096
+PAIRS_PER_PASS = 65_536
+"""Users times candidates of one forward pass: bounds memory, whatever is asked for."""
 
 __all__ = ["NEXT_TASK", "CandidateSet", "Ranking", "Scorer", "Tail"]
 
@@ -53,7 +54,7 @@ class Ranking:
     items: NDArray[Any]
     scores: NDArray[np.float32]
     num_dropped: int
-    """Items left out because their score was not finite."""
+    """Candidates left out: unknown to the model, or of a score that is not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,14 @@ class Scorer:
         self.model = model
         self.store = store
         self.on_missing = on_missing
-        self.tasks = [*model.schema.tasks, NEXT_TASK]
+        self.tasks = [*model.schema.tasks, *([NEXT_TASK] if model.has_retrieval else [])]
         """What `predict` gives; `next` is the retrieval head."""
         self.task = task or self.tasks[0]
         if self.task not in self.tasks:
             raise ValueError(f"task: {self.task!r} is none of this model's {self.tasks}")
-        self._items = inference.item_vectors(model)
+        # Row by row as the model's item table; the unknown item is at right angles to every user.
+        vectors = inference.item_vectors(model)
+        self._vectors = torch.cat([torch.zeros_like(vectors[:1]), vectors])
         self._empty = inference.summarize(model, _empty_history())
 
     @classmethod
@@ -94,26 +97,29 @@ class Scorer:
         """Open a model and the store that its summarizer wrote.
 
         Args:
-            model: folder of `save_pretrained`, or a model.
+            model: folder of `save_pretrained`, or a model (which stays on its device).
             store: the store's folder.
             on_missing: what users without a record and items outside the vocabulary get: "empty" (the empty history's
                 summary; a neutral item), "nan", or "raise".
             task: what `score` and `rank` use; by default the first labelled task, or `next` where there is none.
+            device: auto | cpu | cuda | cuda:N | mps.
 
         Raises:
             SummarizerMismatchError: the store is of another summarizer.
             StoreError, CheckpointError: missing or damaged; the message has the remedy.
+            ValueError: on_missing or task is none of those that there are.
         """
-        policy = on_missing if isinstance(on_missing, OnMissing) else OnMissing(on_missing)
-        model = model if isinstance(model, Recommender) else Recommender.from_pretrained(model, device)
+        policies = {policy.value for policy in OnMissing}
+        if not isinstance(on_missing, OnMissing) and on_missing not in policies:
+            raise ValueError(f"on_missing: {on_missing!r} is none of {sorted(policies)}")
+        model = model if isinstance(model, Recommender) else Recommender.from_pretrained(model, resolve_device(device))
         opened = SummaryStore.open(store, summarizer_id=model.summarizer_id())
-        if opened.manifest.tail_len < model.config.tail_len:
-            tails = opened.manifest.tail_len
+        try:
+            _require_tails(opened, model)
+            return cls(model.eval(), opened, OnMissing(on_missing), task)
+        except BaseException:
             opened.close()
-            raise StoreError(
-                f"{store} holds tails of {tails} events, the model reads {model.config.tail_len}; refresh it with this model"
-            )
-        return cls(model.eval(), opened, policy, task)
+            raise
 
     def close(self) -> None:
         """Let the store go."""
@@ -128,8 +134,14 @@ class Scorer:
         self.close()
 
     def reload(self) -> bool:
-        """Follow the store to a new generation, between two calls; whether there was one."""
-        return self.store.reload()
+        """Follow the store to a new generation, between two calls; whether there was one.
+
+        Raises:
+            StoreError: as `SummaryStore.reload`; or its tails are shorter than this model reads.
+        """
+        changed = self.store.reload()
+        _require_tails(self.store, self.model)
+        return changed
 
     # Scores ----------------------------------------------------------------------------------------------------------
 
@@ -148,17 +160,18 @@ class Scorer:
             users: B ids as in the log.
             candidates: item ids [C] (the same for every user), [B, C], a `CandidateSet`, or ragged: (values [N],
                 offsets int64 [B+1]).
-            tail: events since the refresh, ids as in the log (`Tail(items, times, actions, offsets)`), packed in the order
-                of `users`; merged with the stored tail by time, item and action, the newest tail_len are kept.
+            tail: events since the refresh, ids as in the log (`Tail(items, times, actions, offsets)`), packed in the
+                order of `users`; merged with the stored tail by time, item and action, the newest tail_len are kept.
             now: time of the request in ms, one or [B]; None leaves it unknown.
 
         Returns:
-            {task: float32 [B, C], or [N] for ragged candidates}; NumPy, or torch if `candidates` are a tensor. A labelled
-            task's score is its probability; that of `next` is the cosine over the temperature, which ranks but is no
-            probability.
+            {task: float32 [B, C], or [N] for ragged candidates}; NumPy, or torch if `candidates` are a tensor. A
+            labelled task's score is its probability; that of `next` is the cosine over the temperature, which ranks but
+            is no probability.
 
         Raises:
             UnknownUserError, UnknownItemError: by policy "raise".
+            StoreError: the scorer is closed, or a record is damaged.
             ValueError, TypeError: naming the argument.
         """
         return self._predict(users, candidates, tail, now, self.tasks)
@@ -174,7 +187,7 @@ class Scorer:
         tail: Tail | None = None,
         now: int | None = None,
     ) -> Ranking:
-        """The best items of a user.
+        """The best items of a user; those whose score is not finite, and unknown candidates, are left out and counted.
 
         Args:
             user: an id as in the log.
@@ -182,128 +195,140 @@ class Scorer:
             candidates: item ids, or None for the whole catalogue.
             exclude: item ids that must not come.
             exclude_tail: leave out the items of the user's tail.
+            tail, now: as in `predict`.
         """
+        if top_k < 1:
+            raise ValueError(f"top_k: must be at least 1, got {top_k}")
         request = self._request([user], tail, now)
-        if candidates is None:
-            rows = np.arange(1, len(self.model.items) + 1)
-        else:
-            rows = np.unique(self.encode(candidates).rows.ravel())
-        unwanted = self.model.item_rows(exclude) if len(exclude) else np.zeros(0, np.int64)
+        rows = np.arange(1, len(self.model.items) + 1) if candidates is None else self.encode(candidates).rows.ravel()
+        num_unknown = int((rows == UNKNOWN_ITEM).sum())
+        unwanted = [np.array([UNKNOWN_ITEM]), self.model.item_rows(ids_of(exclude, "exclude"))]
         if exclude_tail:
-            unwanted = np.concatenate([unwanted, request.tail.item[request.tail.valid]])
-        rows = rows[~np.isin(rows, unwanted)]
-        scores = self._task_scores(request, torch.from_numpy(rows[None]), [self.task])[self.task][0].numpy()
+            unwanted.append(request.tail.item[request.tail.valid])
+        rows = np.setdiff1d(rows, np.concatenate(unwanted))
+        scores = self._task_scores(request, torch.from_numpy(rows), [self.task])[self.task][0].numpy()
         finite = np.isfinite(scores)
         rows, scores = rows[finite], scores[finite]
         best = torch.from_numpy(scores).topk(min(top_k, len(scores))).indices.numpy()
-        # The unknown item has no id to give back.
-        best = best[rows[best] != UNKNOWN_ITEM]
-        return Ranking(self.model.items.ids(rows[best] - 1), scores[best], int((~finite).sum()))
+        return Ranking(self.model.items.ids(rows[best] - 1), scores[best], num_unknown + int((~finite).sum()))
 
     def encode(self, candidates: Any) -> CandidateSet:
         """Look item ids up once, to score them many times: ids [C] or [B, C]."""
         if isinstance(candidates, CandidateSet):
             return candidates
-        ids = np.asarray(candidates.cpu() if isinstance(candidates, Tensor) else candidates)
+        try:
+            ids = np.asarray(candidates.cpu() if isinstance(candidates, Tensor) else candidates)
+        except ValueError:
+            raise ValueError("candidates: rows of different lengths; pass (values, offsets) instead") from None
         if ids.ndim not in (1, 2):
             raise ValueError(f"candidates: needs [C] or [B, C], got shape {ids.shape}")
         rows = self.model.item_rows(ids.ravel()).reshape(ids.shape)
         if self.on_missing is OnMissing.error and (rows == UNKNOWN_ITEM).any():
             unknown = ids[rows == UNKNOWN_ITEM][:5].tolist()
-            raise UnknownItemError(f"candidates: items {unknown} are not in the model's vocabulary; train on a newer log")
+            raise UnknownItemError(
+                f"candidates: items {unknown} are not in the model's vocabulary; train on a newer log"
+            )
         return CandidateSet(rows)
 
     def user_vectors(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
-        """Unit vectors of the retrieval head, float32 [B, M]; their products with `item_vectors` rank the catalogue."""
+        """Unit vectors of the retrieval head, float32 [B, M]; their products with `item_vectors` rank the catalogue.
+
+        Raises:
+            ValueError: the model was trained without a retrieval head; others as `predict`.
+        """
+        if not self.model.has_retrieval:
+            raise ValueError("this model has no retrieval head; train it with optim.next_weight above 0")
         request = self._request(users, tail, now)
-        vectors = inference.user_vectors(self.model, request.context, request.gap).float().cpu()
+        vectors = inference.user_vectors(self.model, request.context, request.gap).float().cpu().numpy()
         if self.on_missing is OnMissing.nan:
-            vectors[torch.from_numpy(request.missing)] = float("nan")
-        return vectors.numpy()
+            vectors[request.missing] = np.nan
+        return vectors
 
     def item_vectors(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
         """(ids [V], unit vectors float32 [V, M]) of the vocabulary, for a nearest-neighbour index."""
-        return self.model.items.ids(np.arange(len(self.model.items))), self._items.float().cpu().numpy()
+        vectors = self._vectors[1:].float().cpu().numpy().copy()
+        return self.model.items.ids(np.arange(len(self.model.items))), vectors
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
     def _predict(self, users: Ids, candidates: Any, tail: Tail | None, now: Any, tasks: list[str]) -> dict[str, Any]:
         request = self._request(users, tail, now)
         num_users = len(request.missing)
-        ragged = None
-        if isinstance(candidates, tuple):
-            values, ragged = candidates
-            rows, filled = _pad_ragged(self.encode(values).rows, np.asarray(ragged, np.int64), num_users)
-        else:
-            rows = self.encode(candidates).rows
+        values, offsets = split_ragged(candidates)
+        rows = self.encode(values).rows
+        filled = None
+        if offsets is not None:
+            rows, filled = pad_ragged(rows, offsets, num_users)
         if rows.ndim == 2 and len(rows) != num_users:
             raise ValueError(f"candidates: {rows.shape} do not fit {num_users} users; give [C], or one row a user")
-        grid = np.broadcast_to(rows, (num_users, rows.shape[-1]))
-        scores = self._task_scores(request, torch.from_numpy(np.ascontiguousarray(grid)), tasks)
-        out: dict[str, Any] = {}
-        for task, values in scores.items():
-            if self.on_missing is OnMissing.nan:
-                values[torch.from_numpy(request.missing)] = float("nan")
-                values[torch.from_numpy(grid == UNKNOWN_ITEM)] = float("nan")
-            values = values[torch.from_numpy(filled)] if ragged is not None else values
-            out[task] = values if isinstance(candidates, Tensor) else values.numpy()
-        return out
+        scores = self._task_scores(request, torch.from_numpy(rows), tasks)
+        if filled is not None:
+            scores = {task: cells[torch.from_numpy(filled)] for task, cells in scores.items()}
+        if isinstance(values, Tensor):
+            return {task: cells.to(values.device) for task, cells in scores.items()}
+        return {task: cells.numpy() for task, cells in scores.items()}
 
     def _task_scores(self, request: _Request, rows: Tensor, tasks: list[str]) -> dict[str, Tensor]:
-        """{task: float32 [B, C] on the CPU} of model rows int64 [B, C]."""
-        model, out = self.model, {}
-        rows = rows.to(model.device)
-        if any(task != NEXT_TASK for task in tasks):
-            parts = [
-                inference.candidate_logits(model, request.context, request.gap, part)
-                for part in rows.split(CANDIDATES_PER_PASS, dim=1)
-            ]
-            probabilities = torch.cat(parts, 1).float().sigmoid().cpu()
-            out = {name: probabilities[..., i] for i, name in enumerate(model.schema.tasks) if name in tasks}
+        """{task: float32 [B, C] on the CPU} of model rows int64 [C] (the same for every user) or [B, C]."""
+        model, num_users = self.model, len(request.missing)
+        labelled = [task for task in tasks if task != NEXT_TASK]
+        users = None
         if NEXT_TASK in tasks:
-            users = inference.user_vectors(model, request.context, request.gap)
-            vectors = torch.cat([torch.zeros_like(self._items[:1]), self._items])[rows]
-            out[NEXT_TASK] = ((vectors @ users.unsqueeze(-1)).squeeze(-1) / model.config.temperature).float().cpu()
-        return out
+            users = inference.user_vectors(model, request.context, request.gap) / model.config.temperature
+        parts: dict[str, list[Tensor]] = {task: [] for task in tasks}
+        for part in torch.split(rows, max(1, PAIRS_PER_PASS // max(num_users, 1)), dim=-1):
+            on_device = part.to(model.device)
+            if labelled:
+                grid = on_device.expand(num_users, -1)
+                logits = inference.candidate_logits(model, request.context, request.gap, grid)
+                probability = logits.float().sigmoid().cpu()
+                for task in labelled:
+                    parts[task].append(probability[..., model.schema.tasks.index(task)])
+            if users is not None:
+                vectors = self._vectors[on_device]
+                cosine = users @ vectors.t() if part.ndim == 1 else (vectors @ users.unsqueeze(-1)).squeeze(-1)
+                parts[NEXT_TASK].append(cosine.float().cpu())
+        scores = {task: torch.cat(cells, dim=1) for task, cells in parts.items()}
+        if self.on_missing is OnMissing.nan:
+            unknown = torch.from_numpy(request.missing)[:, None] | (rows == UNKNOWN_ITEM)
+            scores = {task: cells.masked_fill(unknown, float("nan")) for task, cells in scores.items()}
+        return scores
 
     def _request(self, users: Ids, tail: Tail | None, now: Any) -> _Request:
-        stored = self.store.get_many(users)
+        ids = ids_of(users, "users")
+        stored = self.store.get_many(ids)
         missing = ~stored.found
         if self.on_missing is OnMissing.error and missing.any():
-            absent = np.asarray(users)[missing][:5].tolist()
-            raise UnknownUserError(f"users {absent} have no record in {self.store.path}; refresh it, or on_missing='empty'")
-        num_users = len(missing)
-        times = None
-        if now is not None:
-            times = np.broadcast_to(np.asarray(now), (num_users,))
-            if times.dtype.kind not in "iu":
-                raise TypeError(f"now: needs integer milliseconds, got {times.dtype}")
-        merged = stored.tail if tail is None else self._merge(stored, tail, num_users)
+            absent = np.asarray(ids)[missing][:5].tolist()
+            raise UnknownUserError(
+                f"users {absent} have no record in {self.store.path}; refresh it, or on_missing='empty'"
+            )
+        times = request_times(now, len(missing))
+        merged = stored.tail if tail is None else self._merge(stored, tail, len(missing))
         padded = inference.pad_tail(self.model, merged.items, merged.times, merged.actions, merged.offsets)
         summary = torch.from_numpy(stored.summary).to(self.model.device)
-        summary[torch.from_numpy(missing)] = self._empty
+        if missing.any():
+            summary[torch.from_numpy(missing).to(summary.device)] = self._empty
         context = inference.request_context(self.model, summary, padded)
         gap = inference.request_gap(self.model, times, padded)
         return _Request(context, gap, padded, missing)
 
     def _merge(self, stored: StoredBatch, tail: Tail, num_users: int) -> Tail:
-        check_tail(tail, num_users, len(self.model.schema.actions))
-        rows = self.model.item_rows(tail.items) if len(tail.items) else np.zeros(0, np.int64)
-        fresh = Tail(rows.astype(np.int32), np.asarray(tail.times), np.asarray(tail.actions, np.uint8), tail.offsets)
+        checked = checked_tail(tail, num_users, len(self.model.schema.actions))
+        try:
+            rows = self.model.item_rows(checked.items)
+        except TypeError as error:
+            raise TypeError(f"tail.items: {error}") from None
+        fresh = Tail(rows.astype(np.int32), checked.times, checked.actions, checked.offsets)
         return merge_tails(stored.tail, fresh, self.model.config.tail_len)
 
 
-def _pad_ragged(values: Int, offsets: Int, num_users: int) -> tuple[Int, NDArray[np.bool_]]:
-    """Ragged rows as a grid [B, longest] and which of its cells are filled."""
-    if values.ndim != 1 or offsets.shape != (num_users + 1,):
-        raise ValueError(f"candidates: ragged values [N] need offsets [{num_users + 1}], got {values.shape}, {offsets.shape}")
-    counts = np.diff(offsets)
-    if offsets[0] != 0 or offsets[-1] != len(values) or (counts < 0).any():
-        raise ValueError(f"candidates: offsets must rise from 0 to {len(values)}, got {offsets[0]} … {offsets[-1]}")
-    filled = np.arange(counts.max(initial=0)) < counts[:, None]
-    grid = np.full(filled.shape, UNKNOWN_ITEM, np.int64)
-    grid[filled] = values
-    return grid, filled
+def _require_tails(store: SummaryStore, model: Recommender) -> None:
+    if store.manifest.tail_len < model.config.tail_len:
+        raise StoreError(
+            f"{store.path} holds tails of {store.manifest.tail_len} events, the model reads {model.config.tail_len}; "
+            "refresh it with this model"
+        )
 
 
 def _empty_history() -> Histories:
@@ -312,11 +337,16 @@ def _empty_history() -> Histories:
 
 
 def score_from_config(config: ScoreConfig) -> str:
-    """`vista score`: a table of users and items as text."""
+    """`vista score`: a table of users and items as text.
+
+    Raises:
+        ConfigError: no user is named, or an id is text where the store's or the model's are integers.
+    """
+    if not config.users:
+        raise ConfigError("users: name at least one, such as users=[1,2]")
     with Scorer.open(config.model, config.store, on_missing=config.on_missing) as scorer:
-        users: list[Any] = [int(u) for u in config.users] if scorer.store.manifest.user_kind == "int" else list(config.users)
-        as_item = int if scorer.model.items.kind == "int" else str
-        candidates = [as_item(c) for c in config.candidates]
+        users = _typed_ids(config.users, "users", scorer.store.manifest.user_kind)
+        candidates = _typed_ids(config.candidates, "candidates", scorer.model.items.kind)
         lines = [f"task {scorer.task}, generation {scorer.store.generation}"]
         for user in users:
             if candidates:
@@ -327,3 +357,12 @@ def score_from_config(config: ScoreConfig) -> str:
                 pairs = list(zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True))
             lines += [f"user {user}: " + ", ".join(f"{item} {score:.4f}" for item, score in pairs)]
         return "\n".join(lines)
+
+
+def _typed_ids(words: list[str], name: str, kind: str | None) -> list[Any]:
+    if kind != "int":
+        return list(words)
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        raise ConfigError(f"{name}: ids are integers here, got {', '.join(words)}") from None

@@ -167,7 +167,7 @@ def _qla_backward_op(
     scale = passes.length_scale(n, normalization, alpha)
     grad_q = q.new_empty(q.shape)
     grad_z = passes.read_backward(grad_out, q, z, scale, starts, lengths, activation, state_activation, grad_q)
-    grad_k, grad_v = k.new_zeros(k.shape), v.new_zeros(v.shape)
+    grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)  # first the writers' rows, then the targets'
     passes.accumulate_backward(grad_z, k, v, starts, writers, weight, activation, grad_k, grad_v)
     for tokens in _targets(starts, lengths, writers, q, v):
         query, keys, value, grad = (x.index_select(0, tokens).to(z.dtype) for x in (q, k, v, grad_out))

@@ -73,19 +73,18 @@ class Window:
     padded: int
     """Rows of the padded buffer."""
     inverse: Tensor | None = None
-    """[stop - start] row of the padded buffer that holds each token; None where they are the same."""
+    """[stop - start] row of the padded buffer that holds each token; None where they are the same.
+
+    A token in no segment reads row 0, so whoever leaves gaps between segments writes those tokens afterwards.
+    """
     is_first: bool = True
     """No window before this one holds a part of its segments."""
-    has_gaps: bool = False
-    """Some tokens of the run belong to no segment; they read one more row of the buffer, which holds zeros."""
 
     def buffer(self, slot: str, out: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the buffer [padded, ...] that the tiles write: a part of `out` where possible, else in the slot."""
         if self.inverse is None and out.dtype == dtype:
             return out[self.start : self.stop]
-        buffer = scratch(slot, (self.padded + self.has_gaps, *out.shape[1:]), dtype, out.device)
-        buffer[self.padded :] = 0
-        return buffer
+        return scratch(slot, (self.padded, *out.shape[1:]), dtype, out.device)
 
     def store(self, out: Tensor, buffer: Tensor) -> None:
         """Copy the padded buffer to the window's tokens of `out`, unless it is a part of `out`."""
@@ -157,15 +156,13 @@ def pack_window(starts: IntArray, lengths: IntArray, rows: IntArray, device: tor
         return Window(first, last, (tile,), last - first)
     tiles = []
     padded = 0
-    inverse: IntArray = np.full(last - first, -1, dtype=np.int64)
+    inverse: IntArray = np.zeros(last - first, dtype=np.int64)
     for group in _group_by_length(lengths):
         tile, tokens, valid = _padded_tile(starts[group], lengths[group], rows[group], padded, device)
         inverse[tokens[valid] - first] = padded + np.flatnonzero(valid)
         padded += tile.num * tile.length
         tiles.append(tile)
-    has_gaps = last - first > int(lengths.sum())
-    inverse[inverse < 0] = padded
-    return Window(first, last, tuple(tiles), padded, torch.from_numpy(inverse).to(device), has_gaps=has_gaps)
+    return Window(first, last, tuple(tiles), padded, torch.from_numpy(inverse).to(device))
 
 
 def _group_by_length(lengths: IntArray) -> list[IntArray]:

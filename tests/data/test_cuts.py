@@ -99,7 +99,7 @@ def test_no_label_is_in_its_own_context(case: tuple[Chunks, int, dict[str, Any]]
     batch = cut(chunks, seed, **options)
     label, shown = label_events(batch), shown_impressions(batch)
     W, L = label.shape[1], batch.tail_index.shape[1]
-    stop, start = batch.cut_stop.numpy()[batch.window_cut], batch.cut_start.numpy()[batch.window_cut]
+    stop, start = batch.cut_stop.numpy()[batch.window_cut.numpy()], batch.cut_start.numpy()[batch.window_cut.numpy()]
     for window, tail in enumerate(batch.tail_index.numpy()):
         # (first event that must not be seen, columns of the tail that are seen)
         asked = [(event, L - W + 1 + column) for column, event in enumerate(label[window]) if event >= 0]
@@ -182,7 +182,7 @@ def test_staleness_has_the_asked_share_and_mean(share: float) -> None:
     begin = np.where((label := label_events(batch)) >= 0, label, len(chunks.item)).min(1)
     late = begin >= 500  # an earlier window cannot be that stale
     late &= ~((begin >= 4000) & (begin < 4500))
-    lag = begin[late] - batch.cut_stop.numpy()[batch.window_cut][late]
+    lag = begin[late] - batch.cut_stop.numpy()[batch.window_cut.numpy()][late]
     assert (lag >= 0).all()
     assert abs((lag > 0).mean() - share) < 0.05
     assert ((lag == 0).any()) == (share < 1), "fresh summaries belong to the draw"
@@ -206,7 +206,7 @@ def test_windows_per_chunk_bounds_the_windows_and_keeps_impressions() -> None:
     chunks = coded_chunks([400, 5, 300], [(0, 17), (0, 388), (2, 150)])
     for seed in range(20):
         batch = cut(chunks, seed, windows_per_chunk=3)
-        owner = np.searchsorted(batch.cut_start.numpy()[batch.window_cut], chunks.offsets[1:])
+        owner = np.searchsorted(batch.cut_start.numpy()[batch.window_cut.numpy()], chunks.offsets[1:])
         assert (np.diff(owner, prepend=0) <= 3).all()
         shown = shown_impressions(batch)
         assert set(shown[shown >= 0].tolist()) == {0, 1, 2}

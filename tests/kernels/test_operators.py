@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .conftest import Inputs, Operator
 
-# A piece of causal_linear_attention is 32 tokens here; with small windows a segment is long from 65 and a window 256 tokens.
+# A piece of causal_linear_attention is 32 tokens here; small windows hold 256 tokens, and a segment is long from 65.
 LENGTHS = {
     "no-segments": [],
     "no-tokens": [0, 0],

@@ -7,7 +7,7 @@ Letters: N cases.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,19 @@ def impression_cases(log: EventLog, begin: int, end: int | None, *, max_cases: i
         np.asarray(table.mask)[chosen].astype(np.bool_),
         probability,
         list(table.tasks),
+    )
+
+
+def with_tasks(cases: ImpressionCases, tasks: list[str]) -> ImpressionCases:
+    """The same impressions with the labels of those of `tasks` that they have."""
+    columns = [index for index, task in enumerate(cases.tasks) if task in tasks]
+    probability = None if cases.probability is None else cases.probability[:, columns]
+    return replace(
+        cases,
+        label=cases.label[:, columns],
+        mask=cases.mask[:, columns],
+        probability=probability,
+        tasks=[cases.tasks[index] for index in columns],
     )
 
 
