@@ -87,8 +87,8 @@ def write_report(report: Report, folder: Path) -> Path:
 def age_curve(report: Report) -> AgeCurve:
     """Quality by age of the event that decides.
 
-    Impressions: AUC by events since the user's newest event of the candidate's topic (the simulation knows topics). Without
-    impressions: NDCG@10 by events since the one whose item is most like the label's, by the model's own item vectors.
+    Impressions: AUC by events since the user's newest event of the candidate's topic (the simulation knows topics).
+    Without impressions: NDCG@10 by events since the one whose item is most like the label's, by the model's vectors.
     """
     evaluation = report.evaluation
     if evaluation.impressions is not None and evaluation.probabilities is not None:

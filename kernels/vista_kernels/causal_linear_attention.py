@@ -169,7 +169,7 @@ class _Part:
     def __init__(self, window: Window, first_piece: int, piece_offsets: IntArray) -> None:
         self.num = sum(tile.num for tile in window.tiles)
         tiles = tuple(replace(tile, rows=_shifted(tile.rows, first_piece)) for tile in window.tiles)
-        self.window = replace(window, tiles=tiles)
+        self.window = replace(window, tiles=tiles, rows=slice(0, self.num))
         first = int(np.searchsorted(piece_offsets, first_piece, side="right")) - 1
         last = int(np.searchsorted(piece_offsets, first_piece + self.num, side="left"))
         self.sequences = slice(first, last)
@@ -235,9 +235,11 @@ def _backward_from_back(
 def _totals(part: _Part, k: Tensor, v: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
     """Return phi(K)^T V of every piece [P, H, D, E]."""
     totals = scratch("totals", (part.num, k.shape[1], k.shape[2], v.shape[2]), dtype, k.device)
+    states = part.window.states("states", totals)
     for tile in part.window.tiles:
         keys = scaled("phi_k", activated("phi_k", activation, tile.load("k", k, dtype)), tile.padding(dtype))
-        add_product(totals, tile, keys.permute(0, 2, 3, 1), tile.load("v", v, dtype).transpose(1, 2), fresh=True)
+        add_product(totals, states, tile, keys.permute(0, 2, 3, 1), tile.load("v", v, dtype).transpose(1, 2))
+    part.window.store_states(totals, states)
     return totals
 
 

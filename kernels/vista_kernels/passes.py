@@ -36,18 +36,21 @@ def accumulate(
     `fresh` says that z is to be taken as zero; its memory may hold anything.
     """
     dtype = z.dtype
-    if fresh:
-        _clear_empty(z, lengths)
     if weight is None:
         n += torch.from_numpy(lengths).to(device=n.device, dtype=n.dtype).unsqueeze(1)
     for window in _windows(starts, lengths, k, z):
+        states = window.states("states", z) if fresh and window.is_first else None
         for tile in window.tiles:
             written = activated("phi_k", activation, tile.load("k", k, dtype))
             w = tile.load_weight(weight, dtype)
             written = scaled("phi_k", written, w).permute(0, 2, 3, 1)
-            add_product(z, tile, written, tile.load("v", v, dtype).transpose(1, 2), fresh=fresh and window.is_first)
+            add_product(z, states, tile, written, tile.load("v", v, dtype).transpose(1, 2))
             if weight is not None and w is not None:
                 _add_rows(n, tile, w.sum(1).squeeze(2))
+        if states is not None:
+            window.store_states(z, states)
+    if fresh:
+        _clear_empty(z, lengths)
 
 
 def accumulate_backward(
@@ -113,8 +116,8 @@ def read_backward(
     """Write dq to grad_q and return dz = phi2'(z * c) * c * sum phi1(q)^T dO."""
     dtype = z.dtype
     grad_z = torch.empty_like(z, memory_format=torch.contiguous_format)
-    _clear_empty(grad_z, lengths)
     for window in _windows(starts, lengths, q, z):
+        states = window.states("states", grad_z) if window.is_first else None
         buffer = window.buffer("grad_q", grad_q, dtype)
         for tile in window.tiles:
             raw, grad = tile.load("q", q, dtype), tile.load("grad", grad_out, dtype).transpose(1, 2)
@@ -123,8 +126,11 @@ def read_backward(
             product(part.transpose(1, 2), grad, rows.transpose(2, 3))
             activate_gradient_(activation, raw, part)
             query = scaled("phi_q", activated("phi_q", activation, raw), tile.padding(dtype))
-            add_product(grad_z, tile, query.permute(0, 2, 3, 1), grad, fresh=window.is_first)
+            add_product(grad_z, states, tile, query.permute(0, 2, 3, 1), grad)
         window.store(grad_q, buffer)
+        if states is not None:
+            window.store_states(grad_z, states)
+    _clear_empty(grad_z, lengths)
     step = max(1, WINDOW_ELEMENTS // max(1, z[:1].numel()))
     for first in range(0, len(z), step):
         part_z, part_grad = z[first : first + step], grad_z[first : first + step]
@@ -152,14 +158,16 @@ def tile_rows(x: Tensor, tile: Tile) -> Tensor:
     return x[tile.rows] if isinstance(tile.rows, slice) else x.index_select(0, tile.rows)
 
 
-def add_product(z: Tensor, tile: Tile, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
-    """Add a [n, H, D, L] @ b [n, H, L, E] to the tile's rows of z [B, H, D, E]; `fresh` overwrites them."""
-    if isinstance(tile.rows, slice):
-        product(z[tile.rows], a, b, add=not fresh)
-        return
-    rows = scratch("rows", (tile.num, *z.shape[1:]), z.dtype, z.device) if fresh else z.index_select(0, tile.rows)
-    product(rows, a, b, add=not fresh)
-    z[tile.rows] = rows
+def add_product(z: Tensor, states: Tensor | None, tile: Tile, a: Tensor, b: Tensor) -> None:
+    """Write a [n, H, D, L] @ b [n, H, L, E] to the tile's part of `states`; where that is None, add it to z's rows."""
+    if states is not None:
+        product(states[tile.state_place : tile.state_place + tile.num], a, b)
+    elif isinstance(tile.rows, slice):
+        product(z[tile.rows], a, b, add=True)
+    else:
+        rows = z.index_select(0, tile.rows)
+        product(rows, a, b, add=True)
+        z[tile.rows] = rows
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 from vista_kernels.validation import IntArray
 from vista_kernels.workspace import loaded, scratch
 
-WINDOW_ELEMENTS = 1 << 19
-"""Numbers that one tensor of a window holds: 2 MB in float32."""
+WINDOW_ELEMENTS = 1 << 20
+"""Numbers that one tensor of a window holds: 4 MB in float32."""
 PADDING_LIMIT = 1.25
 """Padding enlarges a window by at most this factor, unless lengths within one class below already do."""
 # 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, ...: a tile is at most half as long again as its shortest segment.
@@ -38,6 +39,8 @@ class Tile:
     """First token, where the tile is a view."""
     place: int
     """First row of this tile in the window's padded buffer."""
+    state_place: int = 0
+    """First row of this tile in the window's buffer of states."""
     index: Tensor | None = None
     """[n * L] token of each place; None for a view."""
     mask: Tensor | None = None
@@ -72,11 +75,15 @@ class Window:
     tiles: tuple[Tile, ...]
     padded: int
     """Rows of the padded buffer."""
+    rows: slice
+    """The run of segments from its first to its last; empty ones among them are in no tile."""
     inverse: Tensor | None = None
     """[stop - start] row of the padded buffer that holds each token; None where they are the same.
 
     A token in no segment reads row 0, so whoever leaves gaps between segments writes those tokens afterwards.
     """
+    row_inverse: Tensor | None = None
+    """Row of the buffer of states that holds each of `rows` (0 for empty ones); None where they are the same."""
     is_first: bool = True
     """No window before this one holds a part of its segments."""
 
@@ -95,6 +102,17 @@ class Window:
             part.copy_(buffer.index_select(0, self.inverse))
         elif out.dtype != buffer.dtype:
             part.copy_(buffer)
+
+    def states(self, slot: str, z: Tensor) -> Tensor:
+        """Return the buffer of states that the tiles write: a part of z [B, ...] where possible, else in the slot."""
+        if self.row_inverse is None:
+            return z[self.rows]
+        return scratch(slot, (sum(tile.num for tile in self.tiles), *z.shape[1:]), z.dtype, z.device)
+
+    def store_states(self, z: Tensor, buffer: Tensor) -> None:
+        """Copy the buffer of states to z, unless it is a part of z; empty segments between are left undefined."""
+        if self.row_inverse is not None:
+            torch.index_select(buffer, 0, self.row_inverse, out=z[self.rows])
 
 
 def place(tile: Tile, buffer: Tensor) -> Tensor:
@@ -127,8 +145,9 @@ def plan(
             row = int(filled[first])
             for start in range(int(starts[first]), int(stops[first]), max_tokens):
                 length = min(max_tokens, int(stops[first]) - start)
-                tile = Tile(1, length, slice(row, row + 1), start, 0)
-                yield Window(start, start + length, (tile,), length, is_first=start == starts[first])
+                rows = slice(row, row + 1)
+                tile = Tile(1, length, rows, start, 0)
+                yield Window(start, start + length, (tile,), length, rows, is_first=start == starts[first])
             first += 1
             continue
         last = int(np.searchsorted(stops, starts[first] + max_tokens, side="right"))
@@ -150,42 +169,50 @@ def cut_segments(offsets: IntArray, size: int) -> tuple[IntArray, IntArray, IntA
 def pack_window(starts: IntArray, lengths: IntArray, rows: IntArray, device: torch.device) -> Window:
     """Return one window of the given segments (none empty): a view, one padded tile, or one tile a class of length."""
     first, last = int(starts[0]), int(starts[-1] + lengths[-1])
-    longest = int(lengths.max())
-    if len(starts) * longest == last - first == int(lengths.sum()):
-        tile = Tile(len(starts), longest, _compact(rows, device), first, 0)
-        return Window(first, last, (tile,), last - first)
-    tiles = []
-    padded = 0
+    longest, num = int(lengths.max()), len(starts)
+    covered = slice(int(rows[0]), int(rows[-1]) + 1)
+    row_inverse: IntArray = np.zeros(covered.stop - covered.start, dtype=np.int64)
+    if num * longest == last - first == int(lengths.sum()):
+        tile = Tile(num, longest, _compact(rows, device), first, 0)
+        row_inverse[rows - covered.start] = np.arange(num)
+        gathered = None if len(row_inverse) == num else torch.from_numpy(row_inverse).to(device)
+        return Window(first, last, (tile,), last - first, covered, row_inverse=gathered)
+    tiles: list[Tile] = []
+    padded = states = 0
     inverse: IntArray = np.zeros(last - first, dtype=np.int64)
     for group in _group_by_length(lengths):
-        tile, tokens, valid = _padded_tile(starts[group], lengths[group], rows[group], padded, device)
+        tile, tokens, valid = _padded_tile(starts[group], lengths[group], rows[group], padded, states, device)
         inverse[tokens[valid] - first] = padded + np.flatnonzero(valid)
+        row_inverse[rows[group] - covered.start] = states + np.arange(len(group))
         padded += tile.num * tile.length
+        states += tile.num
         tiles.append(tile)
-    return Window(first, last, tuple(tiles), padded, torch.from_numpy(inverse).to(device))
+    gathered = None if len(tiles) == 1 and len(row_inverse) == num else torch.from_numpy(row_inverse).to(device)
+    return Window(
+        first, last, tuple(tiles), padded, covered, torch.from_numpy(inverse).to(device), row_inverse=gathered
+    )
 
 
 def _group_by_length(lengths: IntArray) -> list[IntArray]:
     """Group segments of like length: as few groups as possible while padding stays within PADDING_LIMIT."""
-    longest, total = int(lengths.max()), int(lengths.sum())
-    if len(lengths) * longest <= PADDING_LIMIT * total:
+    ordered, total = np.sort(lengths), int(lengths.sum())
+    if len(lengths) * int(ordered[-1]) <= PADDING_LIMIT * total:
         return [np.arange(len(lengths))]
-    classes = np.searchsorted(_LENGTH_CLASSES, lengths)
-    present, counts = np.unique(classes, return_counts=True)
-    tops = [int(lengths[classes == c].max()) for c in present]
-    spare = PADDING_LIMIT * total - float(np.dot(counts, tops))
-    upper, num = list(present), list(counts)
-    while len(upper) > 1:
-        costs = [n * (above - top) for n, top, above in zip(num[:-1], tops[:-1], tops[1:], strict=True)]
-        cheapest = int(np.argmin(costs))
+    ends = np.searchsorted(ordered, _LENGTH_CLASSES[: np.searchsorted(_LENGTH_CLASSES, ordered[-1]) + 1], side="right")
+    ends = np.unique(ends[ends > 0])
+    counts: list[int] = np.diff(ends, prepend=0).tolist()
+    tops: list[int] = ordered[ends - 1].tolist()
+    spare = PADDING_LIMIT * total - sum(n * top for n, top in zip(counts, tops, strict=True))
+    while len(tops) > 1:
+        costs = [n * (above - top) for n, (top, above) in zip(counts[:-1], pairwise(tops), strict=True)]
+        cheapest = min(range(len(costs)), key=costs.__getitem__)
         if costs[cheapest] > spare:
             break
         spare -= costs[cheapest]
-        num[cheapest + 1] += num[cheapest]
-        for values in (upper, num, tops):
-            del values[cheapest]
-    groups = np.searchsorted(upper, classes)
-    return [np.flatnonzero(groups == g) for g in range(len(upper))]
+        counts[cheapest + 1] += counts[cheapest]
+        del counts[cheapest], tops[cheapest]
+    groups = np.searchsorted(tops, lengths)
+    return [np.flatnonzero(groups == g) for g in range(len(tops))]
 
 
 def _tiled(rows: Tensor, tile: Tile) -> Tensor:
@@ -195,7 +222,7 @@ def _tiled(rows: Tensor, tile: Tile) -> Tensor:
 
 
 def _padded_tile(
-    starts: IntArray, lengths: IntArray, rows: IntArray, offset: int, device: torch.device
+    starts: IntArray, lengths: IntArray, rows: IntArray, place: int, state_place: int, device: torch.device
 ) -> tuple[Tile, IntArray, np.ndarray[tuple[int, ...], np.dtype[np.bool_]]]:
     length = int(lengths.max())
     steps = np.arange(length)
@@ -203,7 +230,7 @@ def _padded_tile(
     valid = (steps < lengths[:, None]).ravel()
     mask = None if bool(valid.all()) else torch.from_numpy(valid.reshape(-1, length)).to(device)
     index = torch.from_numpy(tokens).to(device)
-    tile = Tile(len(starts), length, _compact(rows, device), int(starts[0]), offset, index, mask)
+    tile = Tile(len(starts), length, _compact(rows, device), int(starts[0]), place, state_place, index, mask)
     return tile, tokens, valid
 
 

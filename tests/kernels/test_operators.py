@@ -93,7 +93,7 @@ def test_any_shape(operator: Operator, lengths: list[int], width: int, activatio
 
 
 def test_gradcheck(operator: Operator) -> None:
-    inputs = operator.make([0, 1, 4, 4, 9], torch.float64)
+    inputs = operator.make([0, 3, 1], torch.float64)
 
     def run(*leaves: Tensor) -> tuple[Tensor, ...]:
         outputs = operator.fast(inputs | dict(zip(operator.leaves, leaves, strict=True)))

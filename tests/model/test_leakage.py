@@ -46,7 +46,7 @@ def places(make: SimpleNamespace, chunks: Chunks, cut: Any, seed: int) -> tuple[
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_later_events_change_no_bit_of_a_prediction(make: SimpleNamespace, shape: str, data: st.DataObject) -> None:
     seed = data.draw(st.integers(0, 10_000))
@@ -78,7 +78,7 @@ def test_earlier_events_do_change_predictions(make: SimpleNamespace, shape: str)
     """The test above can fail: one position later the changed event is seen, through the tail and the summary alike."""
     model = make.model(seed=1, tail_len=3, **SHAPES[shape])
     packed = make.histories([30], 4)
-    chunks, _ = make.chunks(packed, 4, impressions=12, decay=model.config.decay)
+    chunks, _ = make.chunks(packed, 4, impressions=60, decay=model.config.decay)
     cut = make.plan(model, label_spacing=2, num_cuts=300)
     asked = places(make, chunks, cut, 4)
     item = chunks.item.copy()

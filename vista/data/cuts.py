@@ -236,7 +236,9 @@ def cut_batch(
         **reconstruction,
     }
     rating = None if chunks.rating is None else torch.from_numpy(chunks.rating)
-    return Batch(rating=rating, **{k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in tensors.items()})
+    # Views of the log cannot be written, which torch objects to: those few are copied.
+    writable = {name: np.require(values, requirements=["C", "W"]) for name, values in tensors.items()}
+    return Batch(rating=rating, **{name: torch.from_numpy(values) for name, values in writable.items()})
 
 
 def _take(values: Int, index: Int) -> Int:

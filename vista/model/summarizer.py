@@ -150,7 +150,7 @@ class Summarizer(nn.Module):
             heads = self._read(layer.heads(query), z[:, index].contiguous(), n, offsets)
             x = layer.seed_feed_forward(layer.output(x, heads, gate))
         summary: Tensor = self.final_norm(x)
-        return summary.view(count, num_seeds, -1)
+        return summary.view(count, num_seeds, self.config.dim)
 
     def summarize_set(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         """Bidirectional mixing: packed tokens [T, M] with offsets int64 [B+1] -> summaries [B, S, M]."""
@@ -183,7 +183,7 @@ class Summarizer(nn.Module):
                 heads = self._read(layer.heads(query), *accumulate_state(key, value, all_offsets), seed_offsets)
             x = layer.feed_forward(layer.output(x, heads, gate))
         summary: Tensor = self.final_norm(x)
-        return summary.view(count, num_seeds, -1)
+        return summary.view(count, num_seeds, self.config.dim)
 
     def _read(self, query: Tensor, z: Tensor, n: Tensor, offsets: Tensor) -> Tensor:
         return read_state(

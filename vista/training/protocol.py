@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,8 +66,7 @@ def impression_cases(log: EventLog, begin: int, end: int | None, *, max_cases: i
         chosen = np.sort(np.random.default_rng(0).choice(chosen, max_cases, replace=False))
     user = np.searchsorted(table.offsets, chosen, side="right") - 1
     seen = np.zeros(len(chosen), np.int64)
-    bounds = np.flatnonzero(np.diff(user, prepend=-1))
-    for low, high in zip(bounds, np.append(bounds[1:], len(user)), strict=True):
+    for low, high in pairwise(np.append(np.flatnonzero(np.diff(user, prepend=-1)), len(user)).tolist()):
         seen[low:high] = events_before(log, int(user[low]), time[chosen[low:high]], int(log.lengths[user[low]]))
     probability = None if table.probability is None else np.asarray(table.probability)[chosen]
     return ImpressionCases(

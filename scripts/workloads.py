@@ -1,0 +1,82 @@
+"""What the benchmarks run on: generated logs, ml-1m where it is at hand, and models with random weights.
+
+Time does not depend on what the weights are, so no benchmark but that of training trains a model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vista.config import DataConfig, Mixing, ModelConfig
+from vista.data.event_log import EventLog
+from vista.model.recommender import Recommender, Schema
+
+TASK = "click"
+ACTIONS = ("view", "click", "like", "share")
+START_MS = 1_600_000_000_000
+MEAN_GAP_MS = 60_000.0
+
+
+def popular_items(rng: np.random.Generator, num_events: int, num_items: int) -> NDArray[np.int64]:
+    """int64 [num_events] in [0, num_items), the r-th most popular item about r times rarer than the first (Zipf)."""
+    cumulative = np.cumsum(1.0 / np.arange(1, num_items + 1))
+    drawn = np.searchsorted(cumulative, rng.random(num_events) * cumulative[-1])
+    return np.minimum(drawn, num_items - 1).astype(np.int64)
+
+
+def lifelong_log(folder: Path, lengths: Sequence[int], *, num_items: int = 50_000, seed: int = 0) -> EventLog:
+    """A log of users 1, 2, … with `lengths` events, written and opened as any other: times and four actions."""
+    import polars as pl
+
+    rng = np.random.default_rng(seed)
+    counts = np.asarray(lengths, np.int64)
+    total = int(counts.sum())
+    # Every item comes once at least, so that the vocabulary does not depend on the lengths.
+    item = np.concatenate([rng.permutation(num_items)[:total], popular_items(rng, max(total - num_items, 0), num_items)])
+    gap = rng.exponential(MEAN_GAP_MS, total).astype(np.int64) + 1
+    frame = pl.DataFrame(
+        {
+            "user": np.repeat(np.arange(1, len(counts) + 1), counts),
+            "item": item + 1,
+            "timestamp": START_MS + np.cumsum(gap),
+            "action": pl.Series(ACTIONS).gather(rng.integers(0, len(ACTIONS), total)),
+        }
+    )
+    return EventLog.from_frame(frame, folder, time_unit="ms", action="action")
+
+
+def untrained(
+    log: EventLog, *, dim: int, num_seeds: int, mixing: Mixing = Mixing.separable, tail_len: int = 32, seed: int = 1
+) -> Recommender:
+    """A model for this log with one labelled task, in eval mode; bidirectional mixing comes as in the paper, without
+    convolution."""
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        dim=dim,
+        num_seeds=num_seeds,
+        mixing=mixing,
+        conv_width=3 if mixing is Mixing.separable else 1,
+        tail_len=tail_len,
+    )
+    return Recommender(config, Schema(list(log.actions), log.has_time, None, [TASK]), log.items, DataConfig()).eval()
+
+
+def find_ml_1m(given: Path | None) -> Path | None:
+    """ml-1m's events.npz: the path given, or that in the folder that VISTA_DATA_DIR names, or None where there is none.
+
+    Raises:
+        SystemExit: (status 2) if a path was given and is no file.
+    """
+    if given is not None:
+        if not given.is_file():
+            raise SystemExit(f"error: --data {given}: no such file; give the path of ml-1m's events.npz")
+        return given
+    folder = os.environ.get("VISTA_DATA_DIR")
+    path = Path(folder) / "ml-1m" / "events.npz" if folder else None
+    return path if path is not None and path.is_file() else None

@@ -1,0 +1,179 @@
+"""Small logs, and a small trained model with its store, made once a session. Tests must not change them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vista
+from vista.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    PrepareConfig,
+    SimulateConfig,
+    SourceConfig,
+    Split,
+    TrainConfig,
+)
+from vista.data.event_log import EventLog
+from vista.model.recommender import Recommender
+
+DAY = 86_400_000
+START = 1_600_000_000_000
+"""Time of the first event of the small logs, ms."""
+LENGTHS = [12, 1, 25, 2, 40, 3, 9, 7, 30, 18, 4, 22, 5, 16, 11, 28]
+"""Events of each user of the small logs: one and two are too few for leave-last-out."""
+
+
+def small_frame(seed: int = 0) -> dict[str, Any]:
+    """Users 100, 101, … with LENGTHS events over items 0, 10, …, 390; no two events of a user are the same."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array(LENGTHS)
+    user = np.repeat(np.arange(len(lengths)), lengths)
+    # Users walk through the items at their own pace, so that there is something to learn.
+    step = np.concatenate([np.arange(n) for n in lengths])
+    item = (user * 7 + step * (1 + user % 3) + rng.integers(0, 3, len(user))) % 40
+    gaps = rng.integers(60_000, 3 * DAY, len(user))
+    time = START + np.concatenate([np.cumsum(gaps[user == u]) for u in range(len(lengths))])
+    return {
+        "user": 100 + user,
+        "item": 10 * item,
+        "timestamp": time,
+        "action": rng.choice(["click", "like"], len(user)),
+        "rating": rng.integers(1, 6, len(user)).astype(np.float32),
+    }
+
+
+def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainConfig:
+    """A training run of a second; `changes` are keys with two underscores for a dot, such as optim__epochs=1."""
+    config = TrainConfig(
+        model=ModelConfig(dim=16, num_heads=2, num_seeds=3, num_layers=2, num_target_layers=2, tail_len=6, dropout=0.1),
+        data=DataConfig(
+            path=str(log.path), tokens_per_batch=64, label_spacing=4, num_negatives=20, reconstruction_len=8
+        ),
+        optim=OptimConfig(epochs=2, warmup_steps=4, learning_rate=5e-3),
+        run_dir=str(run_dir),
+        device="cpu",
+        num_threads=1,
+        checkpoint_every=1000,
+        progress=False,
+    )
+    for key, value in changes.items():
+        group, _, name = key.rpartition("__")
+        setattr(getattr(config, group) if group else config, name, value)
+    return config
+
+
+def run_python(code: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter of one thread, from a checkout or an installed package alike."""
+    root = Path(vista.__file__).parents[1]
+    path = os.pathsep.join([str(root), str(root / "kernels"), str(Path(__file__).parent)])
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model and what its store may have seen."""
+
+    log: EventLog
+    config: TrainConfig
+    model: Recommender
+    model_dir: Path
+    store: Path
+    """until=all, int8."""
+    exact_store: Path
+    """until=all, float32."""
+    test_store: Path
+    """Before the test labels, float32."""
+
+
+def serve(log: EventLog, config: TrainConfig, folder: Path) -> Served:
+    """Train, and refresh both stores."""
+    from vista.config import Codec
+    from vista.data.splits import split_until
+    from vista.refresh import refresh
+    from vista.training.trainer import train
+
+    model = train(config, log)
+    refresh(model, log, folder / "store")
+    refresh(model, log, folder / "exact", codec=Codec.float32)
+    refresh(model, log, folder / "test", until=split_until(config.data, "test"), codec=Codec.float32)
+    folders = (folder / name for name in ("store", "exact", "test"))
+    return Served(log, config, model, Path(config.run_dir) / "best", *folders)
+
+
+@pytest.fixture(scope="session")
+def event_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
+    """Times, ratings, two actions, integer ids."""
+    folder = tmp_path_factory.mktemp("event-log")
+    return EventLog.from_frame(small_frame(), folder / "log", time_unit="ms", action="action", rating="rating")
+
+
+@pytest.fixture(scope="session")
+def order_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
+    """The same without times, actions and ratings, under string ids."""
+    frame = small_frame()
+    named = {"user": [f"u{user}" for user in frame["user"]], "item": [f"i{item}" for item in frame["item"]]}
+    return EventLog.from_frame(named, tmp_path_factory.mktemp("order-log") / "log", timestamp=None)
+
+
+@pytest.fixture(scope="session")
+def impression_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
+    """A simulated log with impressions of three tasks."""
+    from vista.data.ingest import prepare
+    from vista.data.simulate import simulate
+
+    folder = tmp_path_factory.mktemp("impression-log")
+    simulate(
+        SimulateConfig(
+            out=str(folder / "source"),
+            num_users=12,
+            events_per_user=60,
+            num_items=40,
+            num_topics=8,
+            episode_events=20,
+            session_events=5,
+            impressions_per_user=40,
+            days=200,
+        )
+    )
+    source = SourceConfig(kind="simulated", paths=[str(folder / "source")])
+    prepare(PrepareConfig(out=str(folder / "log"), events=source, progress=False))
+    return EventLog.open(folder / "log")
+
+
+@pytest.fixture(scope="session")
+def served(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """Leave-last-out, the next item alone."""
+    folder = tmp_path_factory.mktemp("served")
+    return serve(event_log, small_config(event_log, folder / "run"), folder)
+
+
+@pytest.fixture(scope="session")
+def served_tasks(impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """Split in time, three labelled tasks and the next item."""
+    folder = tmp_path_factory.mktemp("served-tasks")
+    times = np.sort(np.asarray(impression_log.impressions.timestamp))  # type: ignore[union-attr]
+    config = small_config(
+        impression_log,
+        folder / "run",
+        data__split=Split.time,
+        data__validation_from=str(times[int(0.6 * len(times))]),
+        data__test_from=str(times[int(0.8 * len(times))]),
+        data__tokens_per_batch=256,
+    )
+    return serve(impression_log, config, folder)

@@ -1,0 +1,233 @@
+"""Events that leave or come late: the state afterwards is the state of the history as it then is."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from vista.config import Decay, Mixing
+from vista.data.histories import Histories
+from vista.errors import ConfigError
+from vista.model import incremental
+from vista.model.summary_state import DRIFT_LIMIT, SummaryState, exchange
+
+DAY = 86_400_000
+SHAPES = {
+    "plain sums": {"conv_width": 1, "has_time": False},
+    "gaps": {"conv_width": 1},
+    "convolution": {"conv_width": 3, "has_time": False},
+    "convolution, gaps and decay": {"conv_width": 3, "decay": Decay.time, "decay_horizons": [2.0, 30.0]},
+}
+LENGTH = 24
+positions = st.sets(st.integers(0, LENGTH - 1)).map(sorted)
+
+
+def without(history: Histories, gone: list[int]) -> Histories:
+    kept = np.setdiff1d(np.arange(history.num_events), gone)
+    assert history.rating is not None
+    return Histories(
+        history.item[kept],
+        history.timestamp[kept],
+        history.action[kept],
+        history.rating[kept],
+        np.array([0, len(kept)], np.int64),
+    )
+
+
+def assert_equal_within_rounding(found: SummaryState, exact: SummaryState, before: SummaryState) -> None:
+    """float32 rounding of the sums that were subtracted, which the drift rule bounds against what is left."""
+    assert torch.equal(found.clock, exact.clock) and torch.equal(found.num_events, exact.num_events)
+    amax = (-1, -2)
+    scale = torch.maximum(exact.z.abs().amax(amax), before.z.abs().amax(amax))[..., None, None]
+    assert ((found.z - exact.z).abs() <= 3e-6 * scale).all(), ((found.z - exact.z).abs() / scale).max()
+    assert ((found.n - exact.n).abs() <= 3e-6 * torch.maximum(exact.n, before.n)).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@settings(max_examples=40, deadline=None)
+@given(gone=positions, seed=st.integers(0, 99))
+@example(gone=[0], seed=1)
+@example(gone=[LENGTH - 1], seed=1)
+@example(gone=[3, 4, 6, 9, 13], seed=1)
+@example(gone=list(range(1, LENGTH)), seed=1)
+@example(gone=list(range(LENGTH)), seed=1)
+def test_forgetting_equals_recomputation(make: SimpleNamespace, shape: str, gone: list[int], seed: int) -> None:
+    model = make.model(seed=1, **SHAPES[shape])
+    history = make.histories([LENGTH], seed)
+    state = incremental.history_states(model, history)
+    exact = incremental.history_states(model, without(history, gone))
+    found = incremental.forget_events(model, state, history, gone)
+    assert model.summarizer is not None
+    before = state.seen_from(exact.clock, model.summarizer.decay_rate) if len(gone) < LENGTH else state
+    assert_equal_within_rounding(found, exact, before)
+    if len(gone) == LENGTH:
+        assert not any(getattr(found, name).any() for name in ("z", "n", "removed", "clock", "num_events"))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@settings(max_examples=40, deadline=None)
+@given(late=positions, seed=st.integers(0, 99))
+@example(late=[0], seed=1)
+@example(late=[LENGTH - 2, LENGTH - 1], seed=1)
+@example(late=list(range(LENGTH)), seed=1)
+def test_late_events_equal_recomputation(make: SimpleNamespace, shape: str, late: list[int], seed: int) -> None:
+    model = make.model(seed=2, **SHAPES[shape])
+    history = make.histories([LENGTH], seed)
+    state = incremental.history_states(model, without(history, late))
+    exact = incremental.history_states(model, history)
+    found = incremental.insert_events(model, state, history, np.array(late, np.int64))
+    assert_equal_within_rounding(found, exact, exact)
+
+
+def test_forgetting_reads_only_the_neighbourhood(make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work is proportional to what is forgotten, and each slice is bounded, however long the history is."""
+    model = make.model(seed=3)
+    history = make.histories([3000], 4)
+    state = incremental.history_states(model, history)
+    r = incremental.reach(model)
+    assert r == 3
+    held: list[int] = []
+    embed = incremental.embed
+
+    def counted(model: object, histories: Histories, start: object = None) -> object:
+        held.append(histories.num_events)
+        return embed(model, histories, start)
+
+    monkeypatch.setattr(incremental, "embed", counted)
+    found = incremental.forget_events(model, state, history, [100, 2000])
+    assert sum(held) == 2 * (1 + 2 * r) + 2 * (2 * r)
+    exact = incremental.history_states(model, without(history, [100, 2000]))
+    assert_equal_within_rounding(found, exact, state)
+    # A long stretch, in slices.
+    held.clear()
+    monkeypatch.setattr(incremental, "SLICE_LEN", 50)
+    monkeypatch.setattr(incremental, "RANGES_PER_PASS", 2)
+    gone = [*range(500, 900), *range(1000, 1100, 10)]
+    found = incremental.forget_events(model, state, history, gone)
+    assert max(held) <= 50 + r
+    assert_equal_within_rounding(found, incremental.history_states(model, without(history, gone)), state)
+
+
+@pytest.mark.parametrize(("newest_first", "least"), [(False, 1), (True, 3)])
+def test_repeated_forgetting_keeps_its_digits(make: SimpleNamespace, newest_first: bool, least: int) -> None:
+    """Event after event leaves: the error stays small, since the drift rule recomputes before it grows."""
+    model = make.model(seed=4, conv_width=1, decay=Decay.time, decay_horizons=[1.0, 20.0])
+    history = make.histories([600], 5)
+    state, recomputed = incremental.history_states(model, history), 0
+    rng = np.random.default_rng(0)
+    while history.num_events > 0:
+        count = min(7, history.num_events)
+        gone = np.sort(rng.choice(history.num_events, count, replace=False))
+        if newest_first:
+            gone = np.arange(history.num_events - count, history.num_events)
+        removed = state.removed
+        state = incremental.forget_events(model, state, history, gone)
+        history = without(history, gone.tolist())
+        recomputed += bool(removed.any() and not state.removed.any())
+        assert not state.needs_recomputation().any()
+        exact = incremental.history_states(model, history)
+        scale = exact.z.abs().amax((-1, -2), keepdim=True)
+        # At most 1000 times a float32's rounding, which the rule allows.
+        assert ((state.z - exact.z).abs() <= 1e-3 * scale).all()
+    assert recomputed >= least
+
+
+def test_drift_rule() -> None:
+    def state(removed: list[float], n: list[float]) -> bool:
+        made = SummaryState.empty(1, 1, 2, 4, "cpu")
+        made = SummaryState(made.z, torch.tensor([n]), torch.tensor([removed]), made.clock, made.num_events)
+        return bool(made.needs_recomputation()[0])
+
+    assert not state([0, 0], [0, 0])
+    assert not state([0, 0], [1e-30, 0])
+    assert not state([998, 998], [1, 1])
+    assert state([1000, 0], [1, 1]) and state([0, 1000], [1, 1]), "any head"
+    assert state([1, 1], [0, 1]) and state([1, 1], [-1e-6, 1]), "rounding can leave a negative weight"
+    assert DRIFT_LIMIT == 0.999
+
+
+def test_forgetting_most_of_the_weight_recomputes(make: SimpleNamespace) -> None:
+    """The only event of the last ten thousand horizons leaves: subtraction has nothing left to give back."""
+    model = make.model(seed=5, conv_width=1, has_time=True, decay=Decay.time, decay_horizons=[0.01, 1.0])
+    base = make.histories([10], 6)
+    times = base.timestamp.copy()
+    times[-1] = times[-2] + 100 * DAY
+    history = Histories(base.item, times, base.action, base.rating, base.offsets)
+    state = incremental.history_states(model, history)
+    exact = incremental.history_states(model, without(history, [9]))
+    assert model.summarizer is not None
+    # What subtraction alone gives is finite, wrong, and known to be wrong.
+    old = incremental.range_states(model, history.slice(0, 8, 10), np.array([1]))
+    naive = exchange(state, old, model.summarizer.empty_state(1), exact.clock, model.summarizer.decay_rate)
+    assert torch.isfinite(naive.z).all() and torch.isfinite(naive.removed).all()
+    assert not torch.allclose(naive.z, exact.z, rtol=0.1) and naive.needs_recomputation().all()
+    found = incremental.forget_events(model, state, history, [9])
+    for name in ("z", "n", "removed", "clock", "num_events"):
+        assert torch.equal(getattr(found, name), getattr(exact, name))
+
+
+def test_nothing_forgotten_and_nothing_late_change_no_bit(make: SimpleNamespace) -> None:
+    model = make.model(seed=6, **SHAPES["convolution, gaps and decay"])
+    history = make.histories([LENGTH], 7)
+    state = incremental.history_states(model, history)
+    for changed in (
+        incremental.forget_events(model, state, history, []),
+        incremental.insert_events(model, state, history, []),
+    ):
+        for name in ("z", "n", "removed", "clock", "num_events"):
+            assert torch.equal(getattr(changed, name), getattr(state, name))
+
+
+def test_decay_by_position_allows_append_only(make: SimpleNamespace) -> None:
+    model = make.model(seed=7, decay=Decay.position, decay_horizons=[5.0, 9.0])
+    history = make.histories([LENGTH], 8)
+    state = incremental.history_states(model, history)
+    with pytest.raises(ConfigError, match=r"model\.decay=position: forgetting events .* append only"):
+        incremental.forget_events(model, state, history, [3])
+    with pytest.raises(ConfigError, match=r"model\.decay=position: late events"):
+        incremental.insert_events(model, state, history, [3])
+    with pytest.raises(ConfigError, match=r"model\.decay=position: merging states"):
+        incremental.merge_states(model, state, state)
+
+
+def test_bidirectional_summaries_forget_nothing(make: SimpleNamespace) -> None:
+    model = make.model(mixing=Mixing.bidirectional)
+    state = make.model().summarizer.empty_state(1)
+    with pytest.raises(ConfigError, match="only separable mixing has states"):
+        incremental.forget_events(model, state, make.histories([0]), [])
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ([3, 3], "positions must rise"),
+        ([5, 3], "positions must rise"),
+        ([-1], r"within \[0, 24\)"),
+        ([24], r"within \[0, 24\)"),
+        ([1.0], "integer positions, got float64"),
+        ([[1]], "a vector"),
+    ],
+)
+def test_bad_positions_are_refused(make: SimpleNamespace, gone: list[object], message: str) -> None:
+    model = make.model()
+    history = make.histories([LENGTH])
+    state = incremental.history_states(model, history)
+    with pytest.raises(ValueError, match=f"gone: .*{message}"):
+        incremental.forget_events(model, state, history, np.array(gone))
+
+
+def test_a_state_of_another_history_is_refused(make: SimpleNamespace) -> None:
+    model = make.model()
+    history, longer = make.histories([LENGTH]), make.histories([LENGTH + 1])
+    state: SummaryState = incremental.history_states(model, history)
+    none: NDArray[np.int64] = np.zeros(0, np.int64)
+    with pytest.raises(ValueError, match=r"state: of \[24\] events, but history has 25"):
+        incremental.forget_events(model, state, longer, none)
+    with pytest.raises(ValueError, match=r"state: of \[24\] events, but history has 24 \(late: 1"):
+        incremental.insert_events(model, state, history, [2])

@@ -1,0 +1,123 @@
+"""The decoder sees only what it may, and the stop-gradient keeps embeddings from collapsing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from vista.config import DataConfig, Mixing, OptimConfig
+from vista.model.losses import reconstruction_loss
+
+ALONE = OptimConfig(next_weight=0.0, task_weight=0.0, reconstruction_weight=1.0)
+STEPS, LR = 150, 2e-2
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of the items that occur: variance summed over dimensions, and mean distance between unit vectors."""
+
+    variance: float
+    distance: float
+
+
+def spread(table: Tensor) -> Spread:
+    rows = table.detach()
+    unit = torch.nn.functional.normalize(rows, dim=-1)
+    count = len(rows)
+    return Spread(float(rows.var(0).sum()), float(torch.cdist(unit, unit).sum()) / (count * (count - 1)))
+
+
+def train_alone(make: SimpleNamespace, mixing: Mixing, stop_gradient: bool, seed: int) -> tuple[Spread, Spread, float]:
+    """Spread before and after training the item table, encoder, summarizer and decoder on reconstruction alone."""
+    small = {"num_layers": 1, "num_target_layers": 1, "tail_len": 1, "conv_width": 1}
+    model = make.model(
+        seed=seed, tasks=[], rating_range=None, mixing=mixing, stop_gradient=stop_gradient, **small
+    ).train()
+    chunks, _ = make.chunks(make.histories([12] * 8, seed), seed)
+    cut = make.plan(model, label_spacing=6, reconstruction_len=12)
+    occurring = torch.from_numpy(chunks.item).unique()
+    before = spread(model.item_table[occurring])
+    trained = ("item_table", "encoder.", "summarizer.", "decoder.")
+    optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if n.startswith(trained)], lr=LR)
+    loss = math.nan
+    for step in range(STEPS):
+        batch = make.batch(chunks, cut, seed * 1000 + step)
+        losses = model.losses(batch, model.item_table[batch.rows], DataConfig(), ALONE)
+        assert set(losses.parts) == {"reconstruction"}
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+        loss = float(losses.total)
+    return before, spread(model.item_table[occurring]), loss
+
+
+CASES = [(Mixing.separable, 0), (Mixing.separable, 1), (Mixing.bidirectional, 2)]
+
+
+@pytest.mark.parametrize(("mixing", "seed"), CASES)
+def test_embeddings_keep_their_spread_with_the_stop_gradient(make: SimpleNamespace, mixing: Mixing, seed: int) -> None:
+    before, after, loss = train_alone(make, mixing, True, seed)
+    assert after.variance > before.variance and after.distance > 0.95 * before.distance
+    assert loss < 1.5, "and it learns: a decoder that knows nothing has a loss of some variance"
+
+
+@pytest.mark.parametrize(("mixing", "seed"), CASES)
+def test_embeddings_collapse_without_the_stop_gradient(make: SimpleNamespace, mixing: Mixing, seed: int) -> None:
+    before, after, loss = train_alone(make, mixing, False, seed)
+    print(before, after, loss)
+    assert after.variance < 0.1 * before.variance and after.distance < 0.95 * before.distance
+    assert loss < 0.05, "a loss of nothing, by a table of nothing"
+
+
+def test_the_targets_get_no_gradient() -> None:
+    predicted, target = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = reconstruction_loss(predicted, target, stop_gradient=True)
+    assert loss.item() == pytest.approx(((predicted - target) ** 2).sum().item() / 5)
+    loss.backward()
+    assert target.grad is None and predicted.grad is not None
+    reconstruction_loss(predicted, target, stop_gradient=False).backward()
+    assert target.grad is not None
+    assert float(reconstruction_loss(predicted[:0], target[:0], stop_gradient=True)) == 0.0
+
+
+def test_a_prediction_sees_the_summary_and_the_events_before_it(make: SimpleNamespace) -> None:
+    """Of its own window: not its own event, no later one, no other window."""
+    model = make.model(seed=1, num_reconstruction_layers=2)
+    assert model.decoder is not None
+    offsets, age = torch.tensor([0, 4, 5, 9]), torch.tensor([4, 1, 300])
+    events = torch.randn(9, 16, requires_grad=True)
+    summary = torch.randn(3, 3, 16, requires_grad=True)
+    predicted = model.decoder(summary, events, offsets, age)
+    assert predicted.shape == (9, 16)
+    for row in range(9):
+        window = int(torch.searchsorted(offsets, row, right=True)) - 1
+        of_events, of_summary = torch.autograd.grad(predicted[row].sum(), (events, summary), retain_graph=True)
+        read = of_events.abs().sum(1) > 0
+        expected = torch.zeros(9, dtype=torch.bool)
+        expected[offsets[window] : row] = True
+        assert torch.equal(read, expected)
+        assert torch.equal(of_summary.abs().sum((1, 2)) > 0, torch.arange(3) == window)
+
+
+def test_windows_of_a_batch_are_reconstructed_as_if_alone(make: SimpleNamespace) -> None:
+    model = make.model(seed=2)
+    assert model.decoder is not None
+    torch.manual_seed(0)
+    offsets, age = torch.tensor([0, 4, 5, 9]), torch.tensor([4, 1, 300])
+    events, summary = torch.randn(9, 16), torch.randn(3, 3, 16)
+    with torch.no_grad():
+        together = model.decoder(summary, events, offsets, age)
+        for window, (begin, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+            alone = model.decoder(
+                summary[window : window + 1], events[begin:end], torch.tensor([0, end - begin]), age[window : window + 1]
+            )
+            torch.testing.assert_close(together[begin:end], alone, atol=1e-5, rtol=1e-5)
+        older = model.decoder(summary, events, offsets, age * 8)
+        assert not torch.allclose(older[0], together[0], atol=1e-3), "a window's age is known"
+        much_older = model.decoder(summary, events, offsets, torch.full_like(age, 2**40))
+        assert torch.isfinite(much_older).all()

@@ -1,0 +1,370 @@
+"""The trainer: its run folder, bitwise resumption after kills and Ctrl-C, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import Served, run_python, small_config, small_frame
+from vista.config import Decay, OptimConfig, Split, TrainConfig
+from vista.config_text import to_yaml
+from vista.data.batches import BatchSource
+from vista.data.event_log import EventLog
+from vista.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, NonFiniteLossError
+from vista.model.recommender import Recommender
+from vista.training import trainer
+from vista.training.checkpoint import TENSOR_FILE, latest_checkpoint, load_checkpoint
+from vista.training.trainer import schema_of, train
+from vista.training.validation import Validation
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def result(run_dir: Path) -> tuple[dict[str, torch.Tensor], Any, bytes, list[dict[str, Any]]]:
+    """All that a run ends in, times apart: tensors and state of the last checkpoint, the export, the metrics."""
+    newest = latest_checkpoint(run_dir / "checkpoints")
+    assert newest is not None
+    timed = ("tokens_per_s", "epoch_seconds")
+    rows = [{key: value for key, value in row.items() if key not in timed} for row in metrics(run_dir)]
+    return *load_checkpoint(newest), (run_dir / "best" / "model.safetensors").read_bytes(), rows
+
+
+def assert_same_result(run_dir: Path, reference: Path) -> None:
+    tensors, state, export, rows = result(run_dir)
+    other_tensors, other_state, other_export, other_rows = result(reference)
+    assert tensors.keys() == other_tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, other_tensors[name]), name
+    assert state == other_state
+    assert state["run"]["progress"]["history"]
+    assert export == other_export
+    assert rows == other_rows
+
+
+# Forks a trainer again and again, ends it at a random moment after some progress, and reports how each one ended.
+DRIVER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from tests.conftest import small_config
+from vista.data.event_log import EventLog
+from vista.training import trainer
+
+log, folder = EventLog.open(sys.argv[1]), Path(sys.argv[2])
+trainer.METRICS_EVERY = 1
+chance = random.Random(1)
+
+def steps(run_dir):
+    checkpoints = run_dir / "checkpoints"
+    names = [path.name for path in checkpoints.glob("step-*")] if checkpoints.is_dir() else []
+    return max((int(name.removeprefix("step-")) for name in names), default=0)
+
+def end_one(config, signal_number):
+    run_dir, child = Path(config.run_dir), os.fork()
+    if child == 0:
+        code = 1
+        try:
+            trainer.train(config, log)
+            code = 0
+        except KeyboardInterrupt:
+            code = 130
+        finally:
+            os._exit(code)
+    before, status = steps(run_dir), None
+    while status is None and steps(run_dir) == before:
+        pid, found = os.waitpid(child, os.WNOHANG)
+        status = found if pid else None
+        time.sleep(0.001)
+    if status is None:
+        time.sleep(chance.random() * 0.05)
+        os.kill(child, signal_number)
+        status = os.waitpid(child, 0)[1]
+    return os.waitstatus_to_exitcode(status)
+
+trainer.train(small_config(log, folder / "warm", optim__epochs=1), log)  # lazy imports, once for all forks
+codes = {}
+for ending, signal_number, times in (("kill", signal.SIGKILL, 8), ("interrupt", signal.SIGINT, 3)):
+    config = small_config(log, folder / ending, optim__epochs=3, checkpoint_every=2)
+    codes[ending] = [end_one(config, signal_number) for _ in range(times)]
+    trainer.train(config, log)
+print(json.dumps(codes))
+"""
+
+
+@pytest.fixture(scope="module")
+def ended(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+    """Folder of the runs that DRIVER ended again and again, and the exit codes."""
+    folder = tmp_path_factory.mktemp("ended")
+    done = run_python(DRIVER, str(event_log.path), str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that DRIVER must end in."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "METRICS_EVERY", 1)
+        train(small_config(event_log, run_dir, optim__epochs=3, checkpoint_every=2), event_log)
+    return run_dir
+
+
+@pytest.mark.parametrize(("ending", "code"), [("kill", -9), ("interrupt", 130)])
+def test_a_run_that_is_ended_anywhere_resumes_bitwise_equal(
+    ended: tuple[Path, dict[str, list[int]]], uninterrupted: Path, ending: str, code: int
+) -> None:
+    folder, codes = ended
+    assert codes[ending].count(code) >= len(codes[ending]) // 2 and set(codes[ending]) <= {code, 0}, codes
+    assert_same_result(folder / ending, uninterrupted)
+    names = sorted(path.name for path in uninterrupted.iterdir())
+    assert sorted(path.name for path in (folder / ending).iterdir()) == names
+
+
+def test_each_step_has_one_line_in_metrics(uninterrupted: Path) -> None:
+    rows = metrics(uninterrupted)
+    steps = [row["step"] for row in rows if "validation" not in row]
+    assert steps == list(range(1, steps[-1] + 1)) and len(steps) > 10
+    assert [row["epoch"] for row in rows if "validation" in row] == [1, 2, 3]
+    assert all(row["loss"] > 0 and row["gradient_norm"] > 0 for row in rows if "validation" not in row)
+
+
+def test_interrupt_leaves_a_checkpoint_of_that_very_step(
+    event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
+    make = BatchSource.batch
+
+    def batch(source: BatchSource, epoch: int, index: int) -> Any:
+        if (epoch, index) == (1, 1):
+            os.kill(os.getpid(), signal.SIGINT)
+        return make(source, epoch, index)
+
+    config = small_config(event_log, tmp_path, optim__epochs=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchSource, "batch", batch)
+        with pytest.raises(KeyboardInterrupt, match=r"stopped at step \d+; the same command resumes it"):
+            train(config, event_log)
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    progress = load_checkpoint(newest)[1]["run"]["progress"]  # type: ignore[arg-type]
+    assert (progress["epoch"], progress["batch"]) == (1, 2)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(config, event_log)
+    assert_same_result(tmp_path, uninterrupted)
+
+
+def test_run_folder_holds_all_and_a_finished_run_stays_as_it_is(event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(event_log, tmp_path / "run", tensorboard=True)
+    model = train(config, event_log)
+    run_dir = tmp_path / "run"
+    names = ["best", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard", "train.log"]
+    assert sorted(path.name for path in run_dir.iterdir()) == names
+    assert (run_dir / "config.yaml").read_text() == to_yaml(config)
+    log_text = (run_dir / "train.log").read_text()
+    assert "EventLog" in log_text and "ndcg@10" in log_text and "done:" in log_text
+    assert not model.training
+    weights = load_file(run_dir / "best" / "model.safetensors")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    scalars = tensorboard_scalars(run_dir / "tensorboard")
+    assert scalars["ndcg@10"] == [(row["step"], row["validation"]["ndcg@10"]) for row in metrics(run_dir)]
+    before = result(run_dir)[1:]
+    again = train(config, event_log)
+    assert result(run_dir)[1:] == before
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    names = events.Tags()["scalars"]
+    return {name: [(e.step, pytest.approx(e.value, abs=1e-6)) for e in events.Scalars(name)] for name in names}
+
+
+def test_tensorboard_that_is_not_installed_is_named(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingDependencyError, match=r"vista-recsys\[tensorboard\]"):
+        train(small_config(event_log, tmp_path, tensorboard=True), event_log)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("optim__learning_rate", 1e-4, r"optim\.learning_rate \(0\.005 -> 0\.0001\)"),
+        ("model__dropout", 0.3, r"model\.dropout \(0\.1 -> 0\.3\)"),
+        ("data__staleness_share", 0.5, r"data\.staleness_share"),
+        ("seed", 2, r"seed \(1 -> 2\)"),
+    ],
+)
+def test_resume_with_another_config_is_refused(served: Served, key: str, value: Any, named: str) -> None:
+    before = result(Path(served.config.run_dir))
+    with pytest.raises(ConfigError, match=rf"holds a run with another.*{named}.*resume=false"):
+        train(small_config(served.log, served.config.run_dir, **{key: value}), served.log)
+    assert str(before) == str(result(Path(served.config.run_dir)))
+
+
+def test_resume_on_another_log_is_refused_and_anew_it_starts_from_nothing(
+    event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
+    other = EventLog.from_frame(small_frame(5), tmp_path / "log", time_unit="ms", action="action", rating="rating")
+    run_dir = tmp_path / "run"
+    train(small_config(other, run_dir, optim__epochs=3, checkpoint_every=2), other)
+    config = small_config(event_log, run_dir, optim__epochs=3, checkpoint_every=2)
+    with pytest.raises(ConfigError, match=r"another log \("):
+        train(config, event_log)
+    config.resume = False
+    train(config, event_log)
+    assert_same_result(run_dir, uninterrupted)
+
+
+def test_a_line_of_metrics_cut_off_by_a_crash_is_dropped(
+    event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
+    run_dir = shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(latest_checkpoint(run_dir / "checkpoints"))  # type: ignore[arg-type]
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')
+    train(small_config(event_log, run_dir, optim__epochs=3, checkpoint_every=2), event_log)
+    assert_same_result(run_dir, uninterrupted)
+
+
+def test_an_absurd_learning_rate_stops_the_run_and_names_the_users(event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(event_log, tmp_path, optim__learning_rate=1e38, checkpoint_every=1)
+    with pytest.raises(NonFiniteLossError, match=r"is not finite .*Lower optim\.learning_rate") as caught:
+        train(config, event_log)
+    assert "\n" not in str(caught.value)
+    (saved,) = tmp_path.glob("nonfinite-step-*.safetensors")
+    assert str(saved) in str(caught.value)
+    batch = load_file(saved)
+    users = event_log.users.ids(np.unique(batch["user"].numpy())).tolist()
+    assert f"its {len(users)} users are {users[:20]}" in str(caught.value)
+    # The batch is the one that the source gives at that step, so that it can be looked into.
+    progress = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))[1]["run"]["progress"]  # type: ignore[arg-type]
+    item_rows = np.arange(event_log.num_items) + 1
+    expected = BatchSource(event_log, item_rows, config).batch(progress["epoch"], progress["batch"]).tensors()
+    assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_infinite_rating_in_a_hand_made_log_is_refused(tmp_path: Path) -> None:
+    log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", action="action", rating="rating")
+    (path,) = (tmp_path / "log").rglob("rating.npy")
+    ratings = np.load(path)
+    ratings[3] = np.inf
+    np.save(path, ratings)
+    log = EventLog.open(tmp_path / "log")
+    with pytest.raises(DataError, match=r"ratings reach from 1\.0 to inf; .*model\.use_rating=false"):
+        train(small_config(log, tmp_path / "run"), log)
+    assert schema_of(log, small_config(log, tmp_path, model__use_rating=False)).rating_range is None
+
+
+def test_early_stopping_keeps_the_best(event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(event_log, tmp_path, optim__epochs=30, optim__patience=2, optim__learning_rate=0.05)
+    train(config, event_log)
+    found = [(row["epoch"], row["validation"]["ndcg@10"]) for row in metrics(tmp_path) if "validation" in row]
+    best_epoch, best = max(found, key=lambda pair: (pair[1], -pair[0]))
+    assert len(found) == best_epoch + 2 < 30
+    assert "stopping" in (tmp_path / "train.log").read_text()
+    validate = Validation(event_log, np.arange(event_log.num_items) + 1, config)
+    assert validate(Recommender.from_pretrained(tmp_path / "best"))["ndcg@10"] == best != found[-1][1]
+    # Resumed, it has nothing more to do.
+    before = result(tmp_path)[1:]
+    train(config, event_log)
+    assert result(tmp_path)[1:] == before
+
+
+def test_without_validation_the_last_model_is_exported(event_log: EventLog, tmp_path: Path) -> None:
+    model = train(small_config(event_log, tmp_path, optim__validate_every=0, optim__epochs=1), event_log)
+    last = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))[0]  # type: ignore[arg-type]
+    assert torch.equal(model.item_table, last["state.model.item_table"])
+
+
+def test_a_log_without_a_case_to_validate_on_trains_and_says_so(tmp_path: Path) -> None:
+    frame = {"user": [1, 1, 2, 2], "item": [1, 2, 2, 3], "timestamp": [1, 2, 3, 4]}
+    log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s")
+    model = train(small_config(log, tmp_path / "run"), log)
+    assert isinstance(model, Recommender)
+    assert "no case to validate on" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_truncated_checkpoint_is_named_with_its_remedy(event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(event_log, tmp_path, optim__epochs=1, checkpoint_every=2)
+    train(config, event_log)
+    export = (tmp_path / "best" / "model.safetensors").read_bytes()
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    with (newest / TENSOR_FILE).open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(CheckpointError, match=rf"{newest.name}/{TENSOR_FILE}: holds 1000 bytes .*remove the folder"):
+        train(config, event_log)
+    shutil.rmtree(newest)  # the remedy
+    train(config, event_log)
+    assert (tmp_path / "best" / "model.safetensors").read_bytes() == export
+
+
+@pytest.mark.parametrize("place", ["file/run", "file"])
+def test_a_run_folder_that_cannot_be_written_is_named_in_a_line(
+    event_log: EventLog, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=rf"run_dir={tmp_path / place}: cannot be written \(") as caught:
+        train(small_config(event_log, tmp_path / place), event_log)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+class TestSchema:
+    def test_what_a_log_offers(self, event_log: EventLog, order_log: EventLog, impression_log: EventLog) -> None:
+        schema = schema_of(event_log, TrainConfig())
+        assert (schema.actions, schema.has_time, schema.rating_range) == (["click", "like"], True, (1.0, 5.0))
+        assert (schema.tasks, schema.has_retrieval) == ([], True)
+        plain = schema_of(order_log, TrainConfig())
+        assert (plain.actions, plain.has_time, plain.rating_range) == (["event"], False, None)
+        assert schema_of(impression_log, TrainConfig()).tasks == ["click", "like", "long_view"]
+        assert schema_of(impression_log, TrainConfig(optim=OptimConfig(task_weight=0))).tasks == []
+        assert not schema_of(impression_log, TrainConfig(optim=OptimConfig(next_weight=0))).has_retrieval
+
+    def test_decay_by_time_needs_times(self, order_log: EventLog) -> None:
+        config = TrainConfig()
+        config.model.decay = Decay.time
+        with pytest.raises(ConfigError, match=r"model\.decay=time: .* has no times; set model\.decay=position or none"):
+            schema_of(order_log, config)
+
+    def test_some_head_must_be_trained(self, event_log: EventLog) -> None:
+        with pytest.raises(ConfigError, match=r"optim\.next_weight=0: .* no head would be trained"):
+            schema_of(event_log, TrainConfig(optim=OptimConfig(next_weight=0)))
+
+    def test_a_label_may_not_be_named_as_the_retrieval_head(self, tmp_path: Path) -> None:
+        events = {"user": [1], "item": [1], "timestamp": [1]}
+        log = EventLog.from_frame(
+            events, tmp_path / "log", time_unit="s", impressions={**events, "next": [1]}, labels=["next"]
+        )
+        with pytest.raises(ConfigError, match="no label may be named 'next'"):
+            schema_of(log, TrainConfig())
+
+    def test_a_split_before_the_first_event_leaves_nothing_to_train(self, event_log: EventLog, tmp_path: Path) -> None:
+        config = small_config(event_log, tmp_path, data__validation_from="1990-01-01", data__test_from="1991-01-01")
+        config.data.split = Split.time
+        with pytest.raises(DataError, match="no item occurs in training"):
+            train(config, event_log)
+
+    def test_a_test_before_the_validation_is_refused(self, event_log: EventLog, tmp_path: Path) -> None:
+        config = small_config(event_log, tmp_path, data__validation_from="2021-01-01", data__test_from="2020-10-01")
+        config.data.split = Split.time
+        with pytest.raises(ConfigError, match=r"data\.test_from=2020-10-01: lies before validation_from=2021-01-01"):
+            train(config, event_log)

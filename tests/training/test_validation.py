@@ -1,0 +1,231 @@
+"""The questions of the protocol against plain loops, and the validation that training does with them."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import log_loss, roc_auc_score
+
+from tests.conftest import Served, small_config
+from vista.config import Split
+from vista.data.event_log import EventLog
+from vista.data.splits import visible_counts
+from vista.errors import NonFiniteLossError
+from vista.model.recommender import Recommender
+from vista.training.protocol import (
+    NextItemCases,
+    impression_cases,
+    impression_metrics,
+    next_item_cases,
+    rank_next_items,
+    ranking_metrics,
+    seen_columns,
+    with_tasks,
+)
+from vista.training.validation import Validation
+
+HOUR = 3_600_000
+
+
+def hand_log(folder: Path) -> EventLog:
+    """Users 1..6; before hour 10 users 1, 4 and 6 have no event: an empty history first, in the middle and last."""
+    histories = {
+        1: [(11, 5), (12, 6)],
+        2: [(1, 1), (2, 2), (3, 1), (11, 3)],
+        3: [(1, 4), (10, 4)],
+        4: [(12, 1), (13, 2)],
+        5: [(1, 3), (2, 6), (9, 5), (10, 1), (11, 2)],
+        6: [(20, 2)],
+    }
+    rows = [(user, hour, item) for user, events in histories.items() for hour, item in events]
+    user, hour, item = zip(*rows, strict=True)
+    times = HOUR * np.array(hour)
+    return EventLog.from_frame({"user": user, "item": item, "timestamp": times}, folder / "log", time_unit="ms")
+
+
+def test_next_item_cases(tmp_path: Path) -> None:
+    log = hand_log(tmp_path)
+    last = next_item_cases(log, visible_counts(log, "leave-last-out"))
+    assert log.users.ids(last.user).tolist() == [2, 5]  # three events at least
+    assert last.seen.tolist() == [3, 4] and log.items.ids(last.item).tolist() == [3, 2]
+    two = next_item_cases(log, visible_counts(log, "leave-last-two-out"))
+    assert two.seen.tolist() == [2, 3] and log.items.ids(two.item).tolist() == [1, 1]
+    timed = next_item_cases(log, visible_counts(log, 10 * HOUR))
+    assert log.users.ids(timed.user).tolist() == [1, 2, 3, 4, 5, 6]
+    assert timed.seen.tolist() == [0, 3, 1, 0, 3, 0] and log.items.ids(timed.item).tolist() == [5, 3, 4, 1, 1, 2]
+    assert next_item_cases(log, visible_counts(log, None)).user.tolist() == []
+
+
+def test_the_same_users_are_drawn_every_time(event_log: EventLog) -> None:
+    seen = visible_counts(event_log, "leave-last-out")
+    everyone = next_item_cases(event_log, seen)
+    few = next_item_cases(event_log, seen, max_users=5)
+    assert len(few.user) == 5 < len(everyone.user) and set(few.user) < set(everyone.user)
+    assert few.user.tolist() == sorted(few.user)
+    again = next_item_cases(event_log, seen, max_users=5)
+    assert [part.tolist() for part in (again.user, again.seen, again.item)] == [
+        part.tolist() for part in (few.user, few.seen, few.item)
+    ]
+
+
+@pytest.mark.parametrize("until", ["leave-last-out", 10 * HOUR, "all"])
+def test_seen_items_are_counted_to_their_own_user(tmp_path: Path, until: str | int) -> None:
+    log = hand_log(tmp_path)
+    seen = visible_counts(log, until)
+    everyone = np.arange(log.num_users)
+    columns = np.array([2, -1, 0, 1, -1, 3])  # two items that the model does not know
+    for users in (everyone, everyone[::-1], everyone[:1], everyone[:0], np.array([5, 0, 3])):
+        values, offsets = seen_columns(log, NextItemCases(users, seen[users], users), columns)
+        expected = []
+        for user in users.tolist():
+            items = log.slice(user, 0, int(seen[user])).item
+            expected.append([columns[item] for item in items if columns[item] >= 0])
+        assert [values[a:b].tolist() for a, b in pairwise(offsets)] == expected
+        assert offsets[0] == 0 and offsets[-1] == len(values)
+
+
+def test_hand_computed_ranks(tmp_path: Path) -> None:
+    log = hand_log(tmp_path)
+    cases = next_item_cases(log, visible_counts(log, 10 * HOUR))
+    # Items 1..6 score 6..1 for everybody; labels are 5 3 4 1 1 2. Seen: - {1 2} {4} - {3 6 5} -.
+    line = np.arange(6, 0, -1, dtype=np.float32)
+
+    def ranks(exclude_seen: bool, columns: list[int], users_per_batch: int) -> list[int]:
+        return rank_next_items(
+            log,
+            cases,
+            np.array(columns),
+            lambda batch: np.tile(line, (len(batch.user), 1)),
+            exclude_seen=exclude_seen,
+            users_per_batch=users_per_batch,
+            progress=False,
+        ).tolist()
+
+    known = [0, 1, 2, 3, 4, 5]
+    for size in (1, 2, 5, 100):
+        assert ranks(False, known, size) == [4, 2, 3, 0, 0, 1]
+        # User 2 has met items 1 and 2, which stood before label 3; user 3 label 4 itself, which stays in.
+        assert ranks(True, known, size) == [4, 0, 3, 0, 0, 1]
+        # A label that the model does not know (item 1, of users 4 and 5) ranks behind all six.
+        assert ranks(True, [-1, 1, 2, 3, 4, 5], size) == [4, 1, 3, 6, 6, 1]
+    found = ranking_metrics(np.array(ranks(True, known, 2)), [1, 3])
+    gain = [1 / math.log2(rank + 2) for rank in range(5)]
+    assert found["hr@1"] == pytest.approx(3 / 6) and found["hr@3"] == pytest.approx(4 / 6)
+    assert found["ndcg@1"] == pytest.approx(3 / 6) and found["ndcg@3"] == pytest.approx((3 * gain[0] + gain[1]) / 6)
+
+
+def test_impressions_see_what_came_strictly_before(tmp_path: Path) -> None:
+    events = {"user": [1, 1, 1, 3], "item": [1, 2, 3, 1], "timestamp": [10, 20, 20, 5]}
+    shown = {
+        "user": [3, 1, 1, 1, 2, 1],
+        "item": [1, 1, 2, 3, 1, 2],
+        "timestamp": [6, 10, 20, 21, 20, 30],
+        "click": [1, 0, 1, None, 0, 1],
+        "buy": [None, 1, 0, 0, 1, 1],
+    }
+    log = EventLog.from_frame(events, tmp_path / "log", time_unit="s", impressions=shown, labels=["click", "buy"])
+    cases = impression_cases(log, 6_000, 30_000)
+    named = log.users.ids(cases.user).tolist()
+    assert list(zip(named, (cases.timestamp // 1000).tolist(), cases.seen.tolist(), strict=True)) == [
+        (1, 10, 0),
+        (1, 20, 1),
+        (1, 21, 3),
+        (2, 20, 0),
+        (3, 6, 1),
+    ]
+    assert cases.mask.tolist() == [[True, True], [True, True], [False, True], [True, True], [True, False]]
+    assert cases.label[cases.mask].tolist() == [0, 1, 1, 0, 0, 0, 1, 1]
+    assert impression_cases(log, 6_000, None).user.tolist() == [0, 0, 0, 0, 1, 2]
+    assert impression_cases(log, 99_000, None).user.tolist() == []
+    few = impression_cases(log, 6_000, 30_000, max_cases=3)
+    assert (
+        len(few.user) == 3
+        and few.timestamp.tolist() == impression_cases(log, 6_000, 30_000, max_cases=3).timestamp.tolist()
+    )
+    buys = with_tasks(cases, ["buy"])
+    assert (buys.tasks, buys.label.shape) == (["buy"], (5, 1)) and buys.mask[:, 0].tolist() == cases.mask[:, 1].tolist()
+
+
+def test_impression_metrics_against_scikit_learn(impression_log: EventLog) -> None:
+    cases = impression_cases(impression_log, 0, None)
+    rng = np.random.default_rng(0)
+    predicted = rng.uniform(0.01, 0.99, cases.label.shape).astype(np.float32)
+    found = impression_metrics(cases, predicted)
+    assert len(found) == 4 * len(cases.tasks)
+    for index, task in enumerate(cases.tasks):
+        known = cases.mask[:, index]
+        label, value, user = cases.label[known, index], predicted[known, index], cases.user[known]
+        assert found[f"auc/{task}"] == pytest.approx(roc_auc_score(label, value))
+        rate = np.full(len(label), label.mean())
+        assert found[f"ne/{task}"] == pytest.approx(log_loss(label, value) / log_loss(label, rate), rel=1e-5)
+        assert found[f"calibration/{task}"] == pytest.approx(value.astype(float).mean() / label.mean(), rel=1e-5)
+        groups = [user == u for u in np.unique(user) if len(np.unique(label[user == u])) == 2]
+        weights = [g.sum() for g in groups]
+        by_user = [roc_auc_score(label[g], value[g]) for g in groups]
+        assert found[f"gauc/{task}"] == pytest.approx(np.average(by_user, weights=weights))
+
+
+def test_a_task_of_one_class_has_no_metrics(tmp_path: Path) -> None:
+    events = {"user": [1, 1], "item": [1, 2], "timestamp": [1, 2]}
+    shown = {"user": [1, 1], "item": [1, 2], "timestamp": [3, 4], "click": [1, 1], "buy": [0, 1]}
+    log = EventLog.from_frame(events, tmp_path / "log", time_unit="s", impressions=shown, labels=["click", "buy"])
+    cases = impression_cases(log, 0, None)
+    found = impression_metrics(cases, np.full((2, 2), 0.5, np.float32))
+    assert sorted(found) == ["auc/buy", "calibration/buy", "gauc/buy", "ne/buy"]
+    # Validation takes the first task that can decide.
+    config = small_config(log, tmp_path, data__split=Split.time, data__validation_from="2500", data__test_from="9000")
+    assert Validation(log, np.arange(2) + 1, config).metric == "ne/buy"
+    config.data.validation_from = "3500"  # the last impression alone: one class of each task, and no next event
+    assert Validation(log, np.arange(2) + 1, config).metric == ""
+
+
+class TestValidation:
+    def rows(self, log: EventLog) -> Any:
+        return np.arange(log.num_items) + 1
+
+    def test_metrics_of_a_split(self, served: Served, served_tasks: Served) -> None:
+        next_items = Validation(served.log, self.rows(served.log), served.config)
+        assert next_items.metric == "ndcg@10"
+        found = next_items(served.model)
+        assert sorted(found) == ["hr@10", "ndcg@10"] and 0 < found["ndcg@10"] <= found["hr@10"] <= 1
+        assert next_items(served.model) == found
+        tasks = Validation(served_tasks.log, self.rows(served_tasks.log), served_tasks.config)
+        assert tasks.metric == "ne/click"
+        assert {"ne/click", "auc/like", "ndcg@10"} <= set(tasks(served_tasks.model))
+
+    def test_tasks_that_are_not_trained_are_not_asked_for(self, served_tasks: Served, tmp_path: Path) -> None:
+        data = served_tasks.config.data
+        config = small_config(served_tasks.log, tmp_path, data=data, optim__task_weight=0.0)
+        validation = Validation(served_tasks.log, self.rows(served_tasks.log), config)
+        assert validation.metric == "ndcg@10"
+        assert sorted(validation(served_tasks.model)) == ["hr@10", "ndcg@10"]
+
+    def test_better(self, served: Served, served_tasks: Served) -> None:
+        high = Validation(served.log, self.rows(served.log), served.config)
+        assert high.better(0.0, None) and high.better(0.2, 0.1) and not high.better(0.1, 0.1)
+        low = Validation(served_tasks.log, self.rows(served_tasks.log), served_tasks.config)
+        assert low.better(9.0, None) and low.better(0.1, 0.2) and not low.better(0.2, 0.2)
+
+    def test_it_leaves_mode_and_random_state_alone(self, served: Served) -> None:
+        model = Recommender.from_pretrained(served.model_dir)
+        validation = Validation(served.log, self.rows(served.log), served.config)
+        expected, state = validation(model), torch.get_rng_state()
+        model.train()
+        assert validation(model) == expected and model.training
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize("kind", ["served", "served_tasks"])
+    def test_scores_that_are_not_finite_name_the_users(self, kind: str, request: pytest.FixtureRequest) -> None:
+        given: Served = request.getfixturevalue(kind)
+        model = Recommender.from_pretrained(given.model_dir)
+        with torch.no_grad():
+            model.request.fill_(float("nan")) if kind == "served" else model.task_head.weight.fill_(float("inf"))  # type: ignore[union-attr]
+        with pytest.raises(NonFiniteLossError, match=r"validation: the scores of users \[\d+") as caught:
+            Validation(given.log, self.rows(given.log), given.config)(model)
+        assert "\n" not in str(caught.value)
