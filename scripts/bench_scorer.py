@@ -1,19 +1,20 @@
 """Score latency, and that it does not grow with the user's history.
 
-Two users are built for real: one of 10^3 events and one of 10^6 lie in an EventLog, a refresh writes their summaries (int8)
-and tails into a store, and a Scorer is opened on it. Timed is what ranking code calls, `scorer.score([user], ids)`: the
-store's look-up, checksum and dequantisation, the ids of the candidates, and target attention of all candidates over
-summary and tail. The weights are random: they change no timing.
+Two users are built for real: one of 10^3 events and one of 10^6 lie in an EventLog, a refresh writes their summaries
+(int8) and tails into a store, and a Scorer is opened on it. Timed is what ranking code calls, `scorer.score([user],
+ids)`: the store's look-up, checksum and dequantisation, the ids of the candidates, and target attention of all
+candidates over summary and tail. The weights are random: they change no timing.
 
-Both users are scored by the same scorer with the same candidates in alternation, so the ratio of the medians says what
-the length of a history costs and nothing else. Nothing is cached between calls.
+Both users are scored by the same scorer with the same candidates in alternation, so the ratio of the medians says
+what the length of a history costs and nothing else. Nothing is cached between calls.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def measure(recorder: Recorder, model: Recommender, log: EventLog, lengths: tupl
     with Scorer.open(model, store, task=TASK) as scorer:
         ids = candidates_of(log, NUM_CANDIDATES)
         users = interleaved(
-            {"short": lambda: scorer.score([SHORT], ids), "long": lambda: scorer.score([LONG], ids)},
+            {"short": partial(scorer.score, [SHORT], ids), "long": partial(scorer.score, [LONG], ids)},
             rounds=rounds,
             warmup=5,
             min_sample_s=0.02,
@@ -76,10 +77,10 @@ def measure(recorder: Recorder, model: Recommender, log: EventLog, lengths: tupl
         )
         lists = {count: candidates_of(log, count) for count in (50, 500, 5000)}
         pool = scorer.encode(lists[500])
-        contestants = {
-            f"{count} candidates": (lambda ids=some: scorer.score([LONG], ids)) for count, some in lists.items()
+        contestants: dict[str, Callable[[], object]] = {
+            f"{count} candidates": partial(scorer.score, [LONG], some) for count, some in lists.items()
         }
-        contestants["500 candidates, encoded beforehand"] = lambda: scorer.score([LONG], pool)
+        contestants["500 candidates, encoded beforehand"] = partial(scorer.score, [LONG], pool)
         for case, timing in interleaved(contestants, rounds=rounds // 2 + 1, warmup=3).items():
             add_latency(recorder, f"{name}, {case}", timing)
 

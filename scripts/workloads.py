@@ -27,7 +27,7 @@ def popular_items(rng: np.random.Generator, num_events: int, num_items: int) -> 
     """int64 [num_events] in [0, num_items), the r-th most popular item about r times rarer than the first (Zipf)."""
     cumulative = np.cumsum(1.0 / np.arange(1, num_items + 1))
     drawn = np.searchsorted(cumulative, rng.random(num_events) * cumulative[-1])
-    return np.minimum(drawn, num_items - 1).astype(np.int64)
+    return np.minimum(drawn, num_items - 1).astype(np.int64, copy=False)
 
 
 def lifelong_log(folder: Path, lengths: Sequence[int], *, num_items: int = 50_000, seed: int = 0) -> EventLog:
@@ -38,7 +38,9 @@ def lifelong_log(folder: Path, lengths: Sequence[int], *, num_items: int = 50_00
     counts = np.asarray(lengths, np.int64)
     total = int(counts.sum())
     # Every item comes once at least, so that the vocabulary does not depend on the lengths.
-    item = np.concatenate([rng.permutation(num_items)[:total], popular_items(rng, max(total - num_items, 0), num_items)])
+    item = np.concatenate(
+        [rng.permutation(num_items)[:total], popular_items(rng, max(total - num_items, 0), num_items)]
+    )
     gap = rng.exponential(MEAN_GAP_MS, total).astype(np.int64) + 1
     frame = pl.DataFrame(
         {

@@ -193,7 +193,7 @@ def _fresh_tail(scorer: Scorer, log: EventLog, user: Int, seen: Int, label_time:
     if late.any():
         first = int(np.flatnonzero(late)[0])
         raise LeakageError(
-            f"user {ids[first]!r}: the record in {scorer.store.path} has seen {stored.event_count[first]} events, only "
+            f"user {ids.tolist()[first]!r}: the record in {scorer.store.path} has seen {stored.event_count[first]} events, only "
             f"{seen[first]} lie before the label; refresh the store with the `until` of this split, from this log"
         )
     start = np.maximum(stored.event_count, seen - scorer.model.config.tail_len)

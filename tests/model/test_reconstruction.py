@@ -36,23 +36,25 @@ def train_alone(make: SimpleNamespace, mixing: Mixing, stop_gradient: bool, seed
     """Spread before and after training the item table, encoder, summarizer and decoder on reconstruction alone."""
     small = {"num_layers": 1, "num_target_layers": 1, "tail_len": 1, "conv_width": 1}
     model = make.model(
-        seed=seed, tasks=[], rating_range=None, mixing=mixing, stop_gradient=stop_gradient, **small
+        seed=seed, num_items=12, tasks=[], rating_range=None, mixing=mixing, stop_gradient=stop_gradient, **small
     ).train()
-    chunks, _ = make.chunks(make.histories([12] * 8, seed), seed)
+    chunks, _ = make.chunks(make.histories([12] * 8, seed, num_items=12), seed)
     cut = make.plan(model, label_spacing=6, reconstruction_len=12)
     occurring = torch.from_numpy(chunks.item).unique()
     before = spread(model.item_table[occurring])
     trained = ("item_table", "encoder.", "summarizer.", "decoder.")
-    optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if n.startswith(trained)], lr=LR)
+    parameters = [p for name, p in model.named_parameters() if name.startswith(trained)]
+    optimizer = torch.optim.Adam(parameters, lr=LR, betas=(0.9, 0.98))
     loss = math.nan
     for step in range(STEPS):
-        batch = make.batch(chunks, cut, seed * 1000 + step)
+        batch = make.batch(chunks, cut, seed * 1000 + step, num_items=12)
         losses = model.losses(batch, model.item_table[batch.rows], DataConfig(), ALONE)
         assert set(losses.parts) == {"reconstruction"}
         optimizer.zero_grad()
         losses.total.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        loss = float(losses.total)
+        loss = float(losses.total.detach())
     return before, spread(model.item_table[occurring]), loss
 
 
