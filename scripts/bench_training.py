@@ -25,52 +25,25 @@ import dataclasses
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-import venv
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from recorder import Recorder, benchmark_parser, timing_of
+from rival import DIM, HEADS, LAYERS, LENGTH, Pilot, rival_python
 from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, to_dict
 from vista.data.event_log import EventLog
 from vista.training.trainer import train
 from workloads import find_ml_1m
 
-RIVAL = Path(__file__).with_name("rival_rectools.py")
-LENGTH = 200
 HELD_OUT = 2
 """Newest events of a user that leave-last-out keeps from training."""
-DIM, HEADS, LAYERS = 64, 4, 2
 DEFAULT_DROPOUT = 0.2
-PILOT_BATCHES = 8
-GATHERED_BYTES = 1 << 29
-"""A batch of RecTools gathers [B, 200, negatives, d] vectors; settings beyond this are not tried."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the pilot may choose; the fields are options of rival_rectools.py."""
-
-    loss: str
-    n_negatives: int
-    dropout: float
-    threads: int
-    batch_size: int = 64
-    precision: str = "bf16-mixed"
-    workers: int = 0
-
-    def options(self) -> list[str]:
-        """As words of a command line."""
-        pairs = dataclasses.asdict(self).items()
-        return [word for key, value in pairs for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -83,23 +56,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2, help="epochs of each, in alternation")
     parser.add_argument("--rival-batches", type=int, default=0, help="estimate RecTools' epochs from so many batches")
     return parser.parse_args(arguments)
-
-
-def rival_python(folder: Path) -> Path:
-    """The interpreter of RecTools' environment, which is made if it is not there."""
-    python = folder.absolute() / "bin" / "python"
-    if not python.exists():
-        print(f"making {folder} with RecTools (torch comes with it: some GB)", flush=True)
-        venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "rectools[torch]"], check=False)
-    done = subprocess.run([python, "-c", "from rectools.models import SASRecModel"], capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise SystemExit(
-            f"error: {python} has no working RecTools ({reason}); `{python} -m pip install 'rectools[torch]'`, or name "
-            "another --rival-venv"
-        )
-    return python
 
 
 def write_events(path: Path, folder: Path, max_users: int) -> tuple[EventLog, Path, int]:
@@ -117,54 +73,6 @@ def write_events(path: Path, folder: Path, max_users: int) -> tuple[EventLog, Pa
     rival = folder / "rival.npz"
     np.savez(rival, user=user[trained], item=item[trained], timestamp=np.arange(len(trained)))
     return log, rival, len(trained)
-
-
-def run_rival(python: Path, data: Path, setting: Setting, max_batches: int) -> dict[str, Any]:
-    """One epoch of RecTools in a process of its own, whole or estimated."""
-    shape = {"session-max-len": LENGTH, "n-factors": DIM, "n-blocks": LAYERS, "n-heads": HEADS}
-    words = [word for key, value in shape.items() for word in (f"--{key}", str(value))]
-    command = [str(python), str(RIVAL), str(data), *words, *setting.options(), "--max-batches", str(max_batches)]
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    done = subprocess.run(command, cwd=data.parent, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"error: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-class Pilot:
-    """Finds the rival's fastest setting: one property after the other, each time keeping what was fastest."""
-
-    def __init__(self, python: Path, data: Path, negatives: int, dropout: float, *, quick: bool) -> None:
-        self._python, self._data, self._quick = python, data, quick
-        self._start = Setting("softmax", negatives, dropout, threads=torch.get_num_threads())
-        self.tried: dict[Setting, float] = {}
-
-    def fastest(self) -> Setting:
-        start, negatives = self._start, self._start.n_negatives
-        sampled = 2 ** int(np.log2(max(1, min(64, GATHERED_BYTES // (4 * DIM * LENGTH * negatives)))))
-        self._try([start, *(replace(start, loss=loss, batch_size=sampled) for loss in ("sampled_softmax", "BCE"))])
-        if self._quick:
-            return self._best()
-        size = self._best().batch_size
-        self._try(replace(self._best(), batch_size=other) for other in (size // 2, size * 2) if other > 1)
-        self._try([replace(self._best(), precision="32-true")])
-        self._try([replace(self._best(), threads=1), replace(self._best(), workers=1)])
-        return self._best()
-
-    def run(self, setting: Setting, max_batches: int) -> dict[str, Any]:
-        """One epoch of the rival, whole (0) or estimated from its first batches; its report."""
-        return run_rival(self._python, self._data, setting, max_batches)
-
-    def _try(self, settings: Iterable[Setting]) -> None:
-        for setting in dict.fromkeys(settings):
-            if setting not in self.tried:
-                seconds = self.run(setting, PILOT_BATCHES)["seconds_per_epoch"][0]
-                self.tried[setting] = seconds
-                print(f"        pilot: {seconds:7.1f} s an epoch, {' '.join(setting.options())}", flush=True)
-
-    def _best(self) -> Setting:
-        return min(self.tried, key=lambda setting: self.tried[setting])
 
 
 def our_config(log: EventLog, negatives: int, dropout: float, run_dir: str) -> TrainConfig:

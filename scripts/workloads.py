@@ -26,8 +26,8 @@ MEAN_GAP_MS = 60_000.0
 def popular_items(rng: np.random.Generator, num_events: int, num_items: int) -> NDArray[np.int64]:
     """int64 [num_events] in [0, num_items), the r-th most popular item about r times rarer than the first (Zipf)."""
     cumulative = np.cumsum(1.0 / np.arange(1, num_items + 1))
-    drawn = np.searchsorted(cumulative, rng.random(num_events) * cumulative[-1])
-    return np.minimum(drawn, num_items - 1).astype(np.int64, copy=False)
+    drawn: NDArray[np.int64] = np.searchsorted(cumulative, rng.random(num_events) * cumulative[-1])
+    return np.minimum(drawn, num_items - 1)
 
 
 def lifelong_log(folder: Path, lengths: Sequence[int], *, num_items: int = 50_000, seed: int = 0) -> EventLog:

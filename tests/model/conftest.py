@@ -13,10 +13,10 @@ from torch import Tensor
 
 from vista.config import DataConfig, Decay, ModelConfig
 from vista.data.cuts import Batch, Chunks, CutPlan, cut_batch, decay_clock
+from vista.data.gaps import gap_bucket, history_gaps
 from vista.data.histories import Histories
 from vista.data.vocabulary import Vocabulary
 from vista.model import inference
-from vista.model.embedding import gap_bucket, history_gaps
 from vista.model.recommender import Recommender, Schema
 
 Int = NDArray[np.int64]

@@ -14,7 +14,7 @@ from vista.config import DataConfig, Mixing, OptimConfig
 from vista.model.losses import reconstruction_loss
 
 ALONE = OptimConfig(next_weight=0.0, task_weight=0.0, reconstruction_weight=1.0)
-STEPS, LR = 150, 2e-2
+STEPS, LR = 100, 1.5e-2
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,15 @@ CASES = [(Mixing.separable, 0), (Mixing.separable, 1), (Mixing.bidirectional, 2)
 @pytest.mark.parametrize(("mixing", "seed"), CASES)
 def test_embeddings_keep_their_spread_with_the_stop_gradient(make: SimpleNamespace, mixing: Mixing, seed: int) -> None:
     before, after, loss = train_alone(make, mixing, True, seed)
-    assert after.variance > before.variance and after.distance > 0.95 * before.distance
-    assert loss < 1.5, "and it learns: a decoder that knows nothing has a loss of some variance"
+    assert after.variance > before.variance and after.distance > 0.9 * before.distance
+    assert loss < 0.5 * after.variance, "and it learns: who knows nothing is wrong by the variance"
 
 
 @pytest.mark.parametrize(("mixing", "seed"), CASES)
 def test_embeddings_collapse_without_the_stop_gradient(make: SimpleNamespace, mixing: Mixing, seed: int) -> None:
     before, after, loss = train_alone(make, mixing, False, seed)
-    print(before, after, loss)
-    assert after.variance < 0.1 * before.variance and after.distance < 0.95 * before.distance
-    assert loss < 0.05, "a loss of nothing, by a table of nothing"
+    assert after.variance < 0.05 * before.variance and after.distance < 0.5 * before.distance
+    assert loss < 0.01, "a loss of nothing, from a table of nothing"
 
 
 def test_the_targets_get_no_gradient() -> None:
@@ -116,7 +115,10 @@ def test_windows_of_a_batch_are_reconstructed_as_if_alone(make: SimpleNamespace)
         together = model.decoder(summary, events, offsets, age)
         for window, (begin, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
             alone = model.decoder(
-                summary[window : window + 1], events[begin:end], torch.tensor([0, end - begin]), age[window : window + 1]
+                summary[window : window + 1],
+                events[begin:end],
+                torch.tensor([0, end - begin]),
+                age[window : window + 1],
             )
             torch.testing.assert_close(together[begin:end], alone, atol=1e-5, rtol=1e-5)
         older = model.decoder(summary, events, offsets, age * 8)

@@ -27,7 +27,9 @@ SHAPES = {
 LENGTHS = [0, 1, 2, 23, 7, 0, 12]
 
 
-def ask(model: Recommender, packed: Histories, tail: inference.PaddedTail, candidates: np.ndarray) -> tuple[Context, ...]:
+def ask(
+    model: Recommender, packed: Histories, tail: inference.PaddedTail, candidates: np.ndarray
+) -> tuple[Context, ...]:
     """Context, user vectors [B, M] and task logits [B, C, tasks] of requests a day after the newest event."""
     context = inference.request_context(model, inference.summarize(model, packed), tail)
     gap = inference.request_gap(model, tail.last_time + 86_400_000, tail)
@@ -226,9 +228,7 @@ def test_only_the_newest_history_limit_events_are_summarized(make: SimpleNamespa
 def test_padded_tails_hold_the_newest_events_and_the_gaps_between_them(make: SimpleNamespace) -> None:
     model = make.model(tail_len=3)
     time = np.array([0, 1000, 7000, 7000, 5, 9_000])
-    tail = inference.pad_tail(
-        model, np.arange(1, 7), time, np.array([0, 1, 2, 0, 1, 2]), np.array([0, 4, 4, 6])
-    )
+    tail = inference.pad_tail(model, np.arange(1, 7), time, np.array([0, 1, 2, 0, 1, 2]), np.array([0, 4, 4, 6]))
     np.testing.assert_array_equal(tail.item, [[2, 3, 4], [0, 0, 0], [0, 5, 6]])
     np.testing.assert_array_equal(tail.action, [[1, 2, 0], [0, 0, 0], [0, 1, 2]])
     # 6 s, 0 s and 8.995 s: 1 + floor(log2(1 + s)); the first event's gap is unknown.

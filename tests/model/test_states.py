@@ -144,7 +144,9 @@ def test_an_empty_history_is_zeros_and_its_summary_what_the_seeds_alone_give(mak
     torch.testing.assert_close(summary, alone.expand(2, -1, -1), atol=1e-6, rtol=1e-5)
     among = inference.summarize(model, make.histories([5, 0, 9], 1))
     torch.testing.assert_close(among[1], alone, atol=1e-6, rtol=1e-5)
-    assert inference.summarize(model, Histories(*(part[:0] for part in _arrays(empty)), np.zeros(1, np.int64))).shape == (
+    assert inference.summarize(
+        model, Histories(*(part[:0] for part in _arrays(empty)), np.zeros(1, np.int64))
+    ).shape == (
         0,
         3,
         16,

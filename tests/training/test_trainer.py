@@ -164,6 +164,28 @@ def test_interrupt_leaves_a_checkpoint_of_that_very_step(
     assert_same_result(tmp_path, uninterrupted)
 
 
+def test_a_crash_between_validation_and_checkpoint_writes_no_line_twice(
+    event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
+    save = trainer.save_checkpoint
+
+    def save_or_crash(folder: Path, step: int, tensors: Any, state: Any) -> Path:
+        if (state["run"]["progress"]["epoch"], state["run"]["progress"]["batch"]) == (2, 0):
+            raise SystemExit
+        return save(folder, step, tensors, state)
+
+    # With a checkpoint each step there is one of the epoch's last step, from before its validation.
+    config = small_config(event_log, tmp_path, optim__epochs=3, checkpoint_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_checkpoint", save_or_crash)
+        with pytest.raises(SystemExit):
+            train(config, event_log)
+    assert [row["epoch"] for row in metrics(tmp_path) if "validation" in row] == [1, 2]
+    train(config, event_log)
+    assert_same_result(tmp_path, uninterrupted)
+
+
 def test_run_folder_holds_all_and_a_finished_run_stays_as_it_is(event_log: EventLog, tmp_path: Path) -> None:
     config = small_config(event_log, tmp_path / "run", tensorboard=True)
     model = train(config, event_log)

@@ -14,9 +14,9 @@ from vista.config import TrainConfig
 from vista.data.cuts import Batch, Chunks, CutPlan, Int, cut_batch, decay_clock, ragged_arange
 from vista.data.event_log import EventLog
 from vista.data.frequency import item_counts
+from vista.data.gaps import gap_bucket, history_gaps
 from vista.data.negatives import NegativeSampler
 from vista.data.splits import split_until, visible_counts
-from vista.model.embedding import gap_bucket, history_gaps
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from vista.config import Decay, Mixing
 from vista.data.cuts import decay_clock, ragged_arange
+from vista.data.gaps import history_gaps
 from vista.data.histories import Histories, ranges
 from vista.errors import ConfigError
-from vista.model.embedding import history_gaps
 from vista.model.recommender import Recommender
 from vista.model.summarizer import Summarizer
 from vista.model.summary_state import SummaryState, exchange, merge

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.config import Mixing
+from vista.data.gaps import UNKNOWN_GAP, gap_bucket
 from vista.data.histories import Histories
-from vista.model.embedding import UNKNOWN_GAP, gap_bucket
 from vista.model.incremental import embed, history_states
 from vista.model.recommender import Recommender
 from vista.model.target_attention import Context

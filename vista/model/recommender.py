@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from vista.config import DataConfig, Mixing, ModelConfig, OptimConfig, from_dict, to_dict
 from vista.data.cuts import Batch
+from vista.data.gaps import UNKNOWN_GAP
 from vista.data.vocabulary import Ids, Vocabulary
 from vista.errors import CheckpointError, LogFormatError
 from vista.files import replaced_folder
-from vista.model.embedding import UNKNOWN_GAP, EventEncoder
+from vista.model.embedding import EventEncoder
 from vista.model.losses import reconstruction_loss, sampled_softmax, task_losses
 from vista.model.reconstruction import Decoder
 from vista.model.summarizer import Summarizer

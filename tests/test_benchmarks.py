@@ -1,0 +1,186 @@
+"""The benchmarks run with --quick, measure what they say, and write rows; no figure of theirs is judged here but memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bench_training
+import rival
+from recorder import read_cases
+from rival import Pilot, Setting
+from vista.data.splits import visible_counts
+
+SCRIPTS = Path(bench_training.__file__).parent
+# Some of the cases that each has to write, as parts of their names.
+CASES = {
+    "refresh": [
+        "ingest of 20,000 events, ratings.dat",
+        "ratings.csv: share of read",
+        "Parquet: Polars reading the columns alone",
+        "users",
+        "share of summarize",
+        "share of write",
+    ],
+    "scorer": [
+        "a user of 20,000 events against one of 200",
+        "50 candidates: median",
+        "5000 candidates: p99",
+        "encoded",
+    ],
+    "simulate": ["generation, 1 thread", "writing", "generation, 1 thread, and writing"],
+    "summarizer": [
+        "separable, 20,000 events, d=64, K=16: time",
+        "separable, 20,000 events, d=256, K=128: peak memory beyond the log",
+        "bidirectional, 2,048 events, d=64, K=16: share of the matrix products' floor",
+    ],
+}
+
+
+def run(subject: str, out: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python scripts/bench_<subject>.py --quick --out <out>` on one thread, without the data sets."""
+    root = SCRIPTS.parent
+    path = os.pathsep.join(str(folder) for folder in (root, root / "kernels"))
+    settings = {key: value for key, value in os.environ.items() if key not in ("VISTA_DATA_DIR", "VISTA_RIVAL_VENV")}
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / f"bench_{subject}.py"), "--quick", "--out", str(out), *words],
+        cwd=out.parent,
+        env={**settings, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def write_histories(path: Path, lengths: list[int]) -> Path:
+    """A packed events.npz."""
+    rng = np.random.default_rng(0)
+    total = sum(lengths)
+    np.savez(
+        path,
+        user=np.repeat(np.arange(len(lengths)), lengths),
+        item=rng.integers(0, 30, total),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+    )
+    return path
+
+
+def fake_environment(folder: Path, report: dict[str, Any]) -> Path:
+    """A "virtual environment" whose interpreter notes its arguments and answers every question with one report."""
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\necho \"$*\" >> {folder}/calls\necho '{json.dumps(report)}'\n")
+    python.chmod(0o755)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", CASES)
+def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    done = run(subject, out)
+    assert done.returncode == 0, done.stderr
+    rows = read_cases(out)
+    for part in CASES[subject]:
+        assert any(part in row["case"] for row in rows), part
+    assert all(row["case"].endswith(" (quick)") and row["bench"] == subject and row["value"] >= 0 for row in rows)
+    assert len({row["case"] for row in rows}) == len(rows)
+    assert "bars: " in done.stdout and str(out) in done.stdout
+    memory = [row for row in rows if row["case"].startswith("separable") and "peak memory" in row["case"]]
+    assert all(row["met"] for row in memory) and bool(memory) == (subject == "summarizer")
+    for whole in {row["case"].split(": share of ")[0] for row in rows if ": share of " in row["case"]}:
+        if subject == "refresh":
+            shares = [row["value"] for row in rows if row["case"].startswith(f"{whole}: share of ")]
+            assert sum(shares) == pytest.approx(100, abs=0.1)
+
+
+@pytest.mark.slow
+def test_training_is_compared_with_the_rival(tmp_path: Path) -> None:
+    data = write_histories(tmp_path / "events.npz", [30, 12, 250, 5])
+    report = {"seconds_per_epoch": [40.0], "positions": 235, "users": 4}
+    environment = fake_environment(tmp_path / "rival", report)
+    out = tmp_path / "out.jsonl"
+    done = run("training", out, "--data", str(data), "--rival-venv", str(environment), "--negatives", "16")
+    assert done.returncode == 0, done.stderr
+    (row,) = read_cases(out)
+    assert row["case"] == "ml-1m epoch, 16 negatives a label, dropout 0.2 (quick)"
+    assert row["baseline"] == 40.0 and row["ratio"] == pytest.approx(40.0 / row["value"])
+    (detail,) = json.loads((tmp_path / "out_settings.json").read_text())
+    # 28, 10, 201 and 3 training events; the rival's first event of each is an input only, which the fake forgets.
+    assert detail["our_labels"] == 28 + 10 + 201 + 3 and detail["our_config"]["data"]["num_negatives"] == 16
+    calls = (tmp_path / "rival" / "calls").read_text().splitlines()
+    assert len(calls) == 1 + 3 + 1 and all("--n-negatives 16 " in call for call in calls[1:])
+    assert "--max-batches 0" in calls[-1]
+
+
+@pytest.mark.slow
+def test_training_against_the_real_rival(tmp_path: Path) -> None:
+    environment = os.environ.get("VISTA_RIVAL_VENV")
+    if not environment:
+        pytest.skip("VISTA_RIVAL_VENV names no virtual environment with RecTools")
+    data = write_histories(tmp_path / "events.npz", [40] * 150)
+    out = tmp_path / "out.jsonl"
+    done = run("training", out, "--data", str(data), "--rival-venv", environment)
+    assert done.returncode == 0, done.stderr
+    assert [row["baseline"] > 0 for row in read_cases(out)] == [True]
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    done = run("training", out)
+    assert done.returncode == 0 and "skipped: ml-1m is not at hand; set VISTA_DATA_DIR" in done.stdout
+    done = run("training", out, "--data", "absent.npz")
+    assert done.returncode == 1 and done.stderr.startswith("error: --data absent.npz: no such file")
+    np.savez(tmp_path / "events.npz", user=np.zeros(3))
+    environment = fake_environment(tmp_path / "rival", {})
+    done = run("training", out, "--data", str(tmp_path / "events.npz"), "--rival-venv", str(environment))
+    assert done.returncode == 1 and "has no item, offsets" in done.stderr
+    assert not out.exists()
+
+
+def test_both_sides_train_on_the_same_events(tmp_path: Path) -> None:
+    data = write_histories(tmp_path / "events.npz", [30, 12, 250, 5])
+    with np.load(data) as arrays:
+        item, offsets = arrays["item"], arrays["offsets"]
+    log, theirs, labels = bench_training.write_events(data, tmp_path, 0)
+    seen = visible_counts(log, "leave-last-two-out")
+    assert seen.tolist() == [28, 10, 201, 3] and labels == 242
+    with np.load(theirs) as arrays:
+        for user in range(4):
+            mine = log.items.ids(log.slice(user, 0, int(seen[user])).item)
+            their = arrays["item"][arrays["user"] == user]
+            expected = item[offsets[user] : offsets[user + 1] - 2][-201:]
+            assert mine.tolist() == their.tolist() == expected.tolist()
+        assert (np.diff(arrays["timestamp"]) > 0).all()
+
+
+@pytest.mark.parametrize("negatives", [1, 64, 1024])
+def test_the_pilot_finds_the_fastest_setting(negatives: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cost(setting: Setting) -> float:
+        seconds = {"softmax": 9.0, "sampled_softmax": 7.0, "BCE": 8.0}[setting.loss]
+        seconds *= {"32-true": 0.5, "bf16-mixed": 1.0}[setting.precision] * (0.9 if setting.workers else 1)
+        return seconds * (1 + abs(np.log2(setting.batch_size) - 5)) * (0.8 if setting.threads == 1 else 1)
+
+    tried: list[Setting] = []
+
+    def run_rival(python: Path, data: Path, setting: Setting, max_batches: int) -> dict[str, Any]:
+        assert max_batches == rival.PILOT_BATCHES
+        tried.append(setting)
+        return {"seconds_per_epoch": [cost(setting)]}
+
+    monkeypatch.setattr(rival, "run_rival", run_rival)
+    pilot = Pilot(Path("python"), Path("data"), negatives, 0.2, quick=False)
+    found = pilot.fastest()
+    assert len(set(tried)) == len(tried) and found == min(tried, key=cost)
+    assert (found.precision, found.workers, found.n_negatives, found.dropout) == ("32-true", 1, negatives, 0.2)
+    gathered = [s.batch_size * 200 * negatives * 64 * 4 for s in tried if s.loss != "softmax"]
+    assert max(gathered) <= 2 * rival.GATHERED_BYTES
+    if negatives < 1024:  # there the batches of sampled losses are too small to be fast, and softmax wins
+        assert (found.loss, found.batch_size) == ("sampled_softmax", 32)
