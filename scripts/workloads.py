@@ -73,7 +73,7 @@ def find_ml_1m(given: Path | None) -> Path | None:
     """ml-1m's events.npz: the path given, or that in the folder that VISTA_DATA_DIR names, or None where there is none.
 
     Raises:
-        SystemExit: (status 2) if a path was given and is no file.
+        SystemExit: if a path was given and is no file.
     """
     if given is not None:
         if not given.is_file():

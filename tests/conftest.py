@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from vista.config import (
 )
 from vista.data.event_log import EventLog
 from vista.model.recommender import Recommender
+from vista.scorer import Scorer, Tail
 
 DAY = 86_400_000
 START = 1_600_000_000_000
@@ -177,3 +179,25 @@ def served_tasks(impression_log: EventLog, tmp_path_factory: pytest.TempPathFact
         data__tokens_per_batch=256,
     )
     return serve(impression_log, config, folder)
+
+
+@pytest.fixture(scope="session")
+def scorer(served: Served) -> Iterator[Scorer]:
+    """Of `served`, int8."""
+    with Scorer.open(served.model_dir, served.store) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def task_scorer(served_tasks: Served) -> Iterator[Scorer]:
+    """Of `served_tasks`, int8."""
+    with Scorer.open(served_tasks.model_dir, served_tasks.store) as opened:
+        yield opened
+
+
+def tail_of(events: list[tuple[int, list[tuple[int, int, int]]]]) -> Tail:
+    """From (user, [(item, time, action), …]) in the order of the request."""
+    lengths = [len(rows) for _, rows in events]
+    rows = [row for _, rows in events for row in rows]
+    columns = np.array(rows, np.int64).reshape(-1, 3).T
+    return Tail(columns[0], columns[1], columns[2].astype(np.uint8), np.concatenate([[0], np.cumsum(lengths)]))

@@ -1,8 +1,9 @@
-"""The benchmarks run with --quick, measure what they say, and write rows; no figure of theirs is judged here but memory."""
+"""The benchmarks run with --quick, measure what they say, and write rows; of their figures only memory is judged."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -166,7 +167,7 @@ def test_the_pilot_finds_the_fastest_setting(negatives: int, monkeypatch: pytest
     def cost(setting: Setting) -> float:
         seconds = {"softmax": 9.0, "sampled_softmax": 7.0, "BCE": 8.0}[setting.loss]
         seconds *= {"32-true": 0.5, "bf16-mixed": 1.0}[setting.precision] * (0.9 if setting.workers else 1)
-        return seconds * (1 + abs(np.log2(setting.batch_size) - 5)) * (0.8 if setting.threads == 1 else 1)
+        return seconds * (1 + abs(math.log2(setting.batch_size) - 5)) * (0.8 if setting.threads == 1 else 1)
 
     tried: list[Setting] = []
 

@@ -64,7 +64,7 @@ def test_records_hold_what_their_user_had_done(
     event_log: EventLog, tmp_path: Path, codec: Codec, until: str | int | None
 ) -> None:
     model = new_model(event_log)
-    report = refresh(model, event_log, tmp_path / "s", until=until, codec=codec, users_per_batch=3, tokens_per_batch=50)
+    report = refresh(model, event_log, tmp_path / "s", until=until, codec=codec, users_per_batch=3, tokens_per_batch=20)
     counts = visible_counts(event_log, until)
     assert (report.num_users, report.num_events) == ((counts > 0).sum(), counts.sum())
     assert_store_holds(tmp_path / "s", model, event_log, counts, atol=1e-5 if codec is Codec.float32 else 0.02)
@@ -113,6 +113,23 @@ def test_items_that_the_model_never_saw_are_unknown_to_it(event_log: EventLog, t
     log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", action="action", rating="rating")
     refresh(model, log, tmp_path / "store", codec=Codec.float32)
     assert_store_holds(tmp_path / "store", model, log, log.lengths, atol=1e-5)
+
+
+def test_segments_are_one_log(event_log: EventLog, tmp_path: Path) -> None:
+    frame = small_frame()
+    first = frame["timestamp"] < np.median(frame["timestamp"])
+    for part in (first, ~first):
+        rows = {name: values[part] for name, values in frame.items()}
+        log = EventLog.from_frame(
+            rows, tmp_path / "log", time_unit="ms", action="action", rating="rating", append=part is not first
+        )
+    assert len(log.manifests) == 2
+    model = new_model(event_log)
+    for until in ("leave-last-out", None):
+        refresh(model, log, tmp_path / "store", until=until, codec=Codec.float32, users_per_batch=5)
+        assert_store_holds(tmp_path / "store", model, log, visible_counts(log, until), atol=1e-5)
+        with SummaryStore.open(tmp_path / "store") as store:
+            assert store.manifest.applied_segment == 2
 
 
 def test_a_model_left_in_training_mode_drops_nothing(event_log: EventLog, tmp_path: Path) -> None:

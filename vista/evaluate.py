@@ -193,8 +193,9 @@ def _fresh_tail(scorer: Scorer, log: EventLog, user: Int, seen: Int, label_time:
     if late.any():
         first = int(np.flatnonzero(late)[0])
         raise LeakageError(
-            f"user {ids.tolist()[first]!r}: the record in {scorer.store.path} has seen {stored.event_count[first]} events, only "
-            f"{seen[first]} lie before the label; refresh the store with the `until` of this split, from this log"
+            f"user {ids.tolist()[first]!r}: the record in {scorer.store.path} has seen "
+            f"{stored.event_count[first]} events, only {seen[first]} lie before the label; refresh the store with the "
+            "`until` of this split, from this log"
         )
     start = np.maximum(stored.event_count, seen - scorer.model.config.tail_len)
     if (start >= seen).all():

@@ -1,0 +1,151 @@
+"""Losses against explicit float64 formulas, and their gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vista.data.negatives import NegativeSampler
+from vista.model import losses
+from vista.model.losses import sampled_softmax, task_losses
+
+
+def problem(count: int, items: int, dim: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(count)
+    user = F.normalize(torch.randn(count, dim, dtype=dtype), dim=-1)
+    vectors = F.normalize(torch.randn(items, dim, dtype=dtype), dim=-1)
+    return user, vectors, torch.randint(0, items, (count,))
+
+
+def formula(
+    user: Tensor, items: Tensor, label: Tensor, negatives: Tensor, log_weight: Tensor, temperature: float
+) -> Tensor:
+    """-log e^{s+} / (e^{s+} + sum over negatives other than the label of w_j e^{s_j}), row by row."""
+    total = user.new_zeros(())
+    for row, own in enumerate(label.tolist()):
+        scores = items @ user[row] / temperature
+        others = [j for j, item in enumerate(negatives.tolist()) if item != own]
+        terms = [scores[own], *(scores[negatives[j]] + log_weight[j] for j in others)]
+        total = total + torch.logsumexp(torch.stack(terms), 0) - scores[own]
+    return total / max(len(label), 1)
+
+
+@pytest.mark.parametrize("count", [1, 7, 256, 257, 600])
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_sampled_softmax_is_its_formula(count: int, temperature: float) -> None:
+    user, items, label = problem(count, 40)
+    negatives = torch.arange(0, 40, 2)
+    log_weight = torch.linspace(-1, 3, 20, dtype=torch.float64)
+    leaves = [user.requires_grad_(), items.requires_grad_()]
+    found = sampled_softmax(user, items, label, negatives, log_weight, temperature)
+    exact = formula(user, items, label, negatives, log_weight, temperature)
+    torch.testing.assert_close(found, exact)
+    for mine, theirs in zip(torch.autograd.grad(found * 3, leaves), torch.autograd.grad(exact * 3, leaves), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_sampled_softmax_passes_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "ROWS_PER_TILE", 3)
+    user, items, label = problem(8, 9)
+    negatives, log_weight = torch.tensor([0, 3, 4, 8]), torch.zeros(4, dtype=torch.float64)
+    assert (torch.isin(label, negatives)).any() and not torch.isin(label, negatives).all()
+    assert torch.autograd.gradcheck(
+        lambda u, i: sampled_softmax(u, i, label, negatives, log_weight, 0.5),
+        (user.requires_grad_(), items.requires_grad_()),
+    )
+
+
+def test_with_all_items_it_is_the_exact_softmax() -> None:
+    user, items, label = problem(50, 30)
+    found = sampled_softmax(user, items, label, torch.arange(30), torch.zeros(30, dtype=torch.float64), 0.1)
+    torch.testing.assert_close(found, F.cross_entropy(user @ items.t() / 0.1, label))
+
+
+def test_a_row_does_not_push_its_own_positive_away() -> None:
+    user, items, label = problem(1, 5)
+    alone = sampled_softmax(user, items, label, label.clone(), torch.zeros(1, dtype=torch.float64), 0.1)
+    assert float(alone) == 0.0, "the only negative is the label itself"
+    shared = sampled_softmax(
+        user.expand(2, -1), items, torch.cat([label, (label + 1) % 5]), label, torch.zeros(1, dtype=torch.float64), 0.1
+    )
+    assert float(shared) > 0, "to another row it is a negative"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    user, items, label = problem(300, 40, 16)
+    rounded = [x.to(dtype) for x in (user, items)]
+    weight = torch.zeros(20)
+    exact = formula(rounded[0].double(), rounded[1].double(), label, torch.arange(20), weight, 0.05)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        found = sampled_softmax(rounded[0], rounded[1], label, torch.arange(20), weight, 0.05)
+    assert found.dtype == torch.float32
+    assert abs(float(found) - float(exact)) < 1e-5 * float(exact)
+
+
+def test_no_labels_no_loss() -> None:
+    user = torch.zeros(0, 4, requires_grad=True)
+    loss = sampled_softmax(user, torch.randn(3, 4), torch.zeros(0, dtype=torch.int64), torch.arange(3), torch.zeros(3), 1)
+    loss.backward()
+    assert float(loss.detach()) == 0.0 and user.grad is not None
+
+
+def test_large_logits_stay_finite() -> None:
+    user = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    items = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    for label, expected in ((0, 0.0), (1, 4000.0)):
+        loss = sampled_softmax(user, items, torch.tensor([label]), torch.arange(2), torch.zeros(2), 0.0005)
+        assert float(loss.detach()) == pytest.approx(expected, abs=1e-3)
+        assert torch.isfinite(torch.autograd.grad(loss, user)[0]).all()
+
+
+def test_the_correction_makes_the_sampled_loss_estimate_the_full_one() -> None:
+    """logQ: the sampled denominator is right on average, whatever items are drawn by; without it, it is far off."""
+    user, items, label = problem(40, 300)
+    frequency = np.random.default_rng(0).zipf(1.5, 300).clip(max=5000)
+    exact = float(F.cross_entropy(user @ items.t() / 0.5, label))
+    for power in (0.0, 1.0):
+        sampler = NegativeSampler(frequency, num_negatives=120, power=power)
+        draws = [sampler.draw(np.random.default_rng(seed)) for seed in range(200)]
+        losses_ = [
+            float(sampled_softmax(user, items, label, torch.from_numpy(rows), torch.from_numpy(w).double(), 0.5))
+            for rows, w in draws
+        ]
+        plain = [
+            float(sampled_softmax(user, items, label, torch.from_numpy(rows), torch.zeros(len(w)).double(), 0.5))
+            for rows, w in draws
+        ]
+        assert abs(np.mean(losses_) - exact) < 0.06 * exact
+        assert abs(np.mean(plain) - exact) > 0.12 * exact
+
+
+def test_task_losses_average_over_known_labels() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 4, 2, requires_grad=True)
+    label, mask = torch.randint(0, 2, (3, 4, 2)).float(), torch.rand(3, 4, 2) < 0.5
+    mask[..., 1] = False
+    mask[0, 0, 1] = True
+    found = task_losses(logits, label, mask)
+    for task in range(2):
+        known = mask[..., task]
+        x, y = logits[..., task][known].double(), label[..., task][known].double()
+        exact = -(y * torch.log(torch.sigmoid(x)) + (1 - y) * torch.log(1 - torch.sigmoid(x))).mean()
+        torch.testing.assert_close(found[task].double(), exact, rtol=1e-6, atol=1e-7)
+    found.sum().backward()
+    assert logits.grad is not None
+    assert not logits.grad[~mask].any() and logits.grad[mask].all()
+    # What is written in unknown places does not matter.
+    with torch.no_grad():
+        other = task_losses(logits.masked_fill(~mask, 99.0), torch.where(mask, label, 1 - label), mask)
+    assert torch.equal(other, found)
+
+
+def test_a_task_without_known_labels_costs_nothing() -> None:
+    logits = torch.randn(2, 3, 2, requires_grad=True)
+    mask = torch.zeros(2, 3, 2, dtype=torch.bool)
+    loss = task_losses(logits, torch.zeros(2, 3, 2), mask)
+    loss.sum().backward()
+    assert loss.tolist() == [0.0, 0.0] and logits.grad is not None and not logits.grad.any()

@@ -1,0 +1,161 @@
+"""One step of training: which rows of the item table it touches and what that costs; which losses there are."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vista.config import DataConfig, Mixing, ModelConfig, OptimConfig, Precision, TrainConfig
+from vista.data.batches import BatchSource
+from vista.data.event_log import EventLog
+from vista.data.histories import Histories
+from vista.training.trainer import _Trainer
+
+DIM, NUM_ITEMS = 16, 500
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
+    rng = np.random.default_rng(0)
+    frame = {"user": np.repeat(np.arange(60), 40), "item": rng.integers(0, NUM_ITEMS, 2400)}
+    return EventLog.from_frame(frame, tmp_path_factory.mktemp("step") / "log", timestamp=None)
+
+
+def trainer(log: EventLog, run_dir: Path, num_rows: int) -> _Trainer:
+    """A trainer whose table has `num_rows` rows, over which the log's items are spread."""
+    config = TrainConfig(
+        model=ModelConfig(dim=DIM, num_heads=2, num_seeds=4, num_layers=1, num_target_layers=1, tail_len=8),
+        data=DataConfig(tokens_per_batch=256, num_negatives=64),
+        optim=OptimConfig(validate_every=0, warmup_steps=1),
+        run_dir=str(run_dir),
+        precision=Precision.float32,
+        num_threads=1,
+        device="cpu",
+    )
+    made = _Trainer(config, log)
+    made.model.item_table = nn.Parameter(torch.randn(num_rows, DIM) * DIM**-0.5)
+    made.table_optimizer = torch.optim.SparseAdam([made.model.item_table], lr=1e-3, betas=(0.9, 0.98))
+    made.source = BatchSource(log, 1 + np.arange(log.num_items) * ((num_rows - 1) // log.num_items), config)
+    made.model.train()
+    return made
+
+
+def test_a_step_changes_the_rows_of_its_batch_alone(log: EventLog, tmp_path: Path) -> None:
+    made = trainer(log, tmp_path / "run", 1_000_001)
+    table = made.model.item_table
+    for index in range(3):
+        before = table.detach().clone()
+        batch = made.source.batch(0, index)
+        made._step(batch, 0.1)
+        changed = (table.detach() != before).any(1)
+        used = torch.zeros(len(table), dtype=torch.bool)
+        used[batch.rows] = True
+        # Rows that earlier batches used have momentum, and still rest.
+        assert not changed[~used].any()
+        learned = torch.zeros_like(used)
+        learned[batch.rows[batch.item]] = True
+        learned[batch.rows[batch.negatives]] = True
+        assert changed[learned].all()
+        assert table.grad is None
+
+
+def test_the_time_of_a_step_does_not_grow_with_the_table(log: EventLog, tmp_path: Path) -> None:
+    made = {rows: trainer(log, tmp_path / str(rows), rows) for rows in (10_001, 1_000_001)}
+    seconds: dict[int, list[float]] = {rows: [] for rows in made}
+    for index in range(8):
+        for rows, one in made.items():
+            batch = one.source.batch(0, index)
+            began = time.thread_time()
+            one._step(batch, 0.1)
+            seconds[rows].append(time.thread_time() - began)
+    # The first step makes the optimizer's state. A pass over 16M numbers and two moments would take 20 ms and more.
+    small, large = (min(times[1:]) for times in seconds.values())
+    assert large < 1.5 * small + 0.003, (small, large)
+
+
+@pytest.mark.parametrize("mixing", Mixing)
+def test_users_without_events_are_trained_on_their_impressions(make: SimpleNamespace, mixing: Mixing) -> None:
+    model = make.model(mixing=mixing, num_layers=1).train()
+    chunks, _ = make.chunks(make.histories([0, 0]), 1, impressions=5)
+    batch = make.batch(chunks, make.plan(model))
+    vectors = model.item_table[batch.rows]
+    losses = model.losses(batch, vectors, DataConfig(), OptimConfig())
+    assert set(losses.parts) == {"next", "click", "like"}
+    losses.total.backward()
+    assert torch.isfinite(losses.total) and float(losses.parts["next"].detach()) == 0.0
+    assert model.summarizer is not None and model.summarizer.seeds.grad is not None
+    assert model.summarizer.seeds.grad.any(), "the empty history's summary learns"
+
+
+def test_losses_are_those_that_the_configuration_asks_for(make: SimpleNamespace) -> None:
+    model = make.model(num_seeds=0)
+    chunks, _ = make.chunks(make.histories([9, 4]), 1, impressions=5)
+    batch = make.batch(chunks, make.plan(model))
+    optim = OptimConfig(next_weight=2.0, task_weight=3.0, reconstruction_weight=0.5)
+
+    def parts(model: object = model, optim: OptimConfig = optim, batch: object = batch) -> dict[str, float]:
+        with torch.no_grad():
+            losses = model.losses(batch, model.item_table[batch.rows], DataConfig(), optim)
+        found = {name: float(value) for name, value in losses.parts.items()}
+        weights = {"next": optim.next_weight, "reconstruction": optim.reconstruction_weight}
+        expected = sum(value * weights.get(name, optim.task_weight) for name, value in found.items())
+        assert float(losses.total) == pytest.approx(expected, rel=1e-6)
+        return found
+
+    assert set(parts()) == {"next", "click", "like"}, "no summary, no reconstruction"
+    assert set(parts(optim=replace_optim(optim, next_weight=0.0))) == {"click", "like"}
+    assert set(parts(optim=replace_optim(optim, task_weight=0.0))) == {"next"}
+    with_summary = make.model()
+    assert set(parts(with_summary)) == {"next", "click", "like", "reconstruction"}
+    assert set(parts(with_summary, replace_optim(optim, reconstruction_weight=0.0))) == {"next", "click", "like"}
+    bare, _ = make.chunks(make.histories([9, 4]), 1)
+    assert set(parts(with_summary, batch=make.batch(bare, make.plan(model)))) == {"next", "reconstruction"}
+
+
+def replace_optim(optim: OptimConfig, **changes: float) -> OptimConfig:
+    return replace(optim, **changes)
+
+
+@pytest.mark.parametrize("mixing", Mixing)
+def test_every_parameter_learns(make: SimpleNamespace, mixing: Mixing) -> None:
+    """No weight is left out of the graph."""
+    decay = {"decay": "time", "decay_horizons": [1.0, 9.0]} if mixing is Mixing.separable else {}
+    if decay:
+        from vista.config import Decay
+
+        decay["decay"] = Decay.time
+    model = make.model(mixing=mixing, num_reconstruction_layers=2, **decay).train()
+    chunks, _ = make.chunks(make.histories([20, 14], 2), 2, impressions=12)
+    batch = make.batch(chunks, make.plan(model))
+    model.losses(batch, model.item_table[batch.rows], DataConfig(), OptimConfig()).total.backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    last = model.config.num_layers - 1
+    # Separable mixing: events leave the last layer as keys and values, so its feed-forward of events is never used.
+    unused = {name for name in without if name.startswith(f"summarizer.layers.{last}.feed_forward.")}
+    assert without == unused
+    assert bool(unused) == (mixing is Mixing.separable)
+
+
+def test_dropout_is_off_in_inference_and_on_in_training(make: SimpleNamespace) -> None:
+    model = make.model(dropout=0.5)
+    chunks, _ = make.chunks(make.histories([9], 2), 2)
+    batch = make.batch(chunks, make.plan(model))
+    (one, _), (two, _) = make.outputs(model, batch), make.outputs(model, batch)
+    assert torch.equal(one, two)
+    model.train()
+    (one, _), (two, _) = make.outputs(model, batch), make.outputs(model, batch)
+    assert not torch.equal(one, two)
+
+
+def test_item_rows_are_the_vocabularys_plus_one(make: SimpleNamespace) -> None:
+    model = make.model()
+    assert model.item_rows([100, 139, 7]).tolist() == [1, 40, 0]
+    packed: Histories = make.histories([4])
+    assert packed.item.min() >= 1
