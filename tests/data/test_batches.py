@@ -6,7 +6,6 @@ Event i of the log is item i, so a batch can be read back.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np

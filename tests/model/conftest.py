@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,7 +61,7 @@ def histories(lengths: list[int], seed: int = 0, *, num_items: int = NUM_ITEMS, 
     mean_gap = days * 24 * HOUR / max(max(lengths, default=1), 1)
     gaps = np.where(rng.random(total) < 0.2, 0, rng.exponential(mean_gap, total)).astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    times = [1_700_000_000_000 + np.cumsum(gaps[a:b]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    times = [1_700_000_000_000 + np.cumsum(gaps[a:b]) for a, b in pairwise(offsets)]
     return Histories(
         rng.integers(1, num_items + 1, total).astype(np.int32),
         np.concatenate([np.zeros(0, np.int64), *times]),

@@ -43,7 +43,9 @@ def test_sampled_softmax_is_its_formula(count: int, temperature: float) -> None:
     found = sampled_softmax(user, items, label, negatives, log_weight, temperature)
     exact = formula(user, items, label, negatives, log_weight, temperature)
     torch.testing.assert_close(found, exact)
-    for mine, theirs in zip(torch.autograd.grad(found * 3, leaves), torch.autograd.grad(exact * 3, leaves), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(found * 3, leaves), torch.autograd.grad(exact * 3, leaves), strict=True
+    ):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -88,7 +90,9 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 
 def test_no_labels_no_loss() -> None:
     user = torch.zeros(0, 4, requires_grad=True)
-    loss = sampled_softmax(user, torch.randn(3, 4), torch.zeros(0, dtype=torch.int64), torch.arange(3), torch.zeros(3), 1)
+    loss = sampled_softmax(
+        user, torch.randn(3, 4), torch.zeros(0, dtype=torch.int64), torch.arange(3), torch.zeros(3), 1
+    )
     loss.backward()
     assert float(loss.detach()) == 0.0 and user.grad is not None
 

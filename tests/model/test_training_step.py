@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from vista.config import DataConfig, Mixing, ModelConfig, OptimConfig, Precision, TrainConfig
+from vista.config import DataConfig, Decay, Mixing, ModelConfig, OptimConfig, Precision, TrainConfig
 from vista.data.batches import BatchSource
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories
@@ -110,27 +110,19 @@ def test_losses_are_those_that_the_configuration_asks_for(make: SimpleNamespace)
         return found
 
     assert set(parts()) == {"next", "click", "like"}, "no summary, no reconstruction"
-    assert set(parts(optim=replace_optim(optim, next_weight=0.0))) == {"click", "like"}
-    assert set(parts(optim=replace_optim(optim, task_weight=0.0))) == {"next"}
+    assert set(parts(optim=replace(optim, next_weight=0.0))) == {"click", "like"}
+    assert set(parts(optim=replace(optim, task_weight=0.0))) == {"next"}
     with_summary = make.model()
     assert set(parts(with_summary)) == {"next", "click", "like", "reconstruction"}
-    assert set(parts(with_summary, replace_optim(optim, reconstruction_weight=0.0))) == {"next", "click", "like"}
+    assert set(parts(with_summary, replace(optim, reconstruction_weight=0.0))) == {"next", "click", "like"}
     bare, _ = make.chunks(make.histories([9, 4]), 1)
     assert set(parts(with_summary, batch=make.batch(bare, make.plan(model)))) == {"next", "reconstruction"}
-
-
-def replace_optim(optim: OptimConfig, **changes: float) -> OptimConfig:
-    return replace(optim, **changes)
 
 
 @pytest.mark.parametrize("mixing", Mixing)
 def test_every_parameter_learns(make: SimpleNamespace, mixing: Mixing) -> None:
     """No weight is left out of the graph."""
-    decay = {"decay": "time", "decay_horizons": [1.0, 9.0]} if mixing is Mixing.separable else {}
-    if decay:
-        from vista.config import Decay
-
-        decay["decay"] = Decay.time
+    decay = {"decay": Decay.time, "decay_horizons": [1.0, 9.0]} if mixing is Mixing.separable else {}
     model = make.model(mixing=mixing, num_reconstruction_layers=2, **decay).train()
     chunks, _ = make.chunks(make.histories([20, 14], 2), 2, impressions=12)
     batch = make.batch(chunks, make.plan(model))

@@ -1,0 +1,174 @@
+"""Exported models: bitwise round trips, damage that is named, and the identity of a summarizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from vista.config import Decay, Mixing
+from vista.data.vocabulary import Vocabulary
+from vista.errors import CheckpointError
+from vista.model import inference
+from vista.model.recommender import Recommender
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mixing": Mixing.bidirectional},
+        {"decay": Decay.time, "decay_horizons": [1.5, 0.0]},
+        {"num_seeds": 0, "tasks": []},
+        {"rating_range": None, "has_time": False},
+    ],
+    ids=str,
+)
+def test_a_round_trip_keeps_every_bit(make: SimpleNamespace, tmp_path: Path, options: dict[str, object]) -> None:
+    model = make.model(seed=1, **options)
+    model.save_pretrained(tmp_path / "best")
+    back = Recommender.from_pretrained(tmp_path / "best")
+    assert (back.config, back.schema, back.data) == (model.config, model.schema, model.data)
+    weights, found = model.state_dict(), back.state_dict()
+    assert weights.keys() == found.keys() and all(torch.equal(weights[name], found[name]) for name in weights)
+    assert back.summarizer_id() == model.summarizer_id() and not back.training
+    np.testing.assert_array_equal(back.item_rows([100, 139, 99]), [1, 40, 0])
+    packed = make.histories([0, 5, 30], 2)
+    assert torch.equal(inference.summarize(back, packed), inference.summarize(model, packed))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best"], "nothing temporary is left"
+
+
+def test_string_ids_travel(make: SimpleNamespace, tmp_path: Path) -> None:
+    made = make.model(num_items=3)
+    items = Vocabulary.from_ids(["a", "ß", "c/d"])
+    model = Recommender(made.config, made.schema, items, made.data)
+    model.save_pretrained(tmp_path / "best")
+    back = Recommender.from_pretrained(tmp_path / "best")
+    assert back.item_rows(["ß", "c/d", "b", "a"]).tolist() == model.item_rows(["ß", "c/d", "b", "a"]).tolist()
+    assert back.summarizer_id() == model.summarizer_id()
+
+
+def test_saving_again_replaces_the_folder(make: SimpleNamespace, tmp_path: Path) -> None:
+    make.model(seed=1).save_pretrained(tmp_path / "best")
+    other = make.model(seed=2)
+    other.save_pretrained(tmp_path / "best")
+    assert Recommender.from_pretrained(tmp_path / "best").summarizer_id() == other.summarizer_id()
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+
+    return damage
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def edited(change: Callable[[dict], object]) -> Callable[[Path], None]:  # type: ignore[type-arg]
+    def damage(folder: Path) -> None:
+        description = json.loads((folder / "config.json").read_text())
+        description = change(description) or description
+        (folder / "config.json").write_text(json.dumps(description))
+
+    return damage
+
+
+DAMAGE = {
+    "truncated weights": (cut("model.safetensors"), "no readable model"),
+    "truncated config": (cut("config.json"), "no readable model"),
+    "truncated vocabulary": (cut("items.ids.npy"), r"no readable model .*items\.ids\.npy"),
+    "no weights": (without("model.safetensors"), "no readable model"),
+    "no config": (without("config.json"), "no readable model"),
+    "no vocabulary": (without("items.ids.npy"), r"no readable model .*items\.ids\.npy"),
+    "no folder": (shutil.rmtree, "no readable model .*vista train"),
+    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, this vista reads 1"),
+    "not a description": (edited(lambda d: ["a list"]), "format None"),
+    "no schema": (edited(lambda d: d.pop("schema") and None), r"config\.json: KeyError\('schema'\)"),
+    "unknown key": (edited(lambda d: d["model"].update(wings=2)), r"config\.json: .*wings: no field of ModelConfig"),
+    "unknown schema": (edited(lambda d: d["schema"].update(wings=2)), r"config\.json: TypeError"),
+    "contradiction": (
+        edited(lambda d: d["model"].update(num_heads=5)),
+        r"config\.json: .*model\.num_heads: must divide",
+    ),
+    "bad value": (edited(lambda d: d["model"].update(mixing="soup")), r"config\.json: .*soup"),
+    "another width": (edited(lambda d: d["model"].update(dim=32)), r"model\.safetensors does not fit its config\.json"),
+    "another depth": (edited(lambda d: d["model"].update(num_layers=3)), r"does not fit its config\.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named(make: SimpleNamespace, tmp_path: Path, damage: str) -> None:
+    make.model().save_pretrained(tmp_path / "best")
+    inflict, message = DAMAGE[damage]
+    inflict(tmp_path / "best")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Recommender.from_pretrained(tmp_path / "best")
+    assert str(tmp_path / "best") in str(caught.value)
+
+
+def test_a_foreign_vocabulary_is_refused(make: SimpleNamespace, tmp_path: Path) -> None:
+    make.model().save_pretrained(tmp_path / "best")
+    Vocabulary.from_ids(np.arange(7)).save(tmp_path / "best", "items")
+    with pytest.raises(CheckpointError, match="does not fit"):
+        Recommender.from_pretrained(tmp_path / "best")
+
+
+@pytest.mark.parametrize("mixing", Mixing)
+def test_summarizer_id_follows_stage_1_and_nothing_else(make: SimpleNamespace, mixing: Mixing) -> None:
+    model = make.model(mixing=mixing)
+    before = model.summarizer_id()
+    assert len(before) == 32 and model.summarizer_id() == before
+    packed = make.histories([12], 1)
+    summary = inference.summarize(model, packed)
+    stages = set()
+    for name, parameter in model.named_parameters():
+        stage = name.split(".")[0]
+        saved = parameter.detach().clone()
+        with torch.no_grad():
+            parameter += 0.25
+        if stage in ("item_table", "encoder", "summarizer"):
+            assert model.summarizer_id() != before, name
+        else:
+            assert model.summarizer_id() == before, name
+            assert torch.equal(inference.summarize(model, packed), summary), name
+        with torch.no_grad():
+            parameter.copy_(saved)
+        stages.add(stage)
+    assert model.summarizer_id() == before
+    assert stages == {
+        *("item_table", "encoder", "summarizer", "decoder", "target_attention"),
+        *("request", "user_projection", "task_head"),
+    }
+
+
+def test_summarizer_id_follows_the_vocabulary_and_the_configuration_of_stage_1(make: SimpleNamespace) -> None:
+    def identity(**changes: object) -> bytes:
+        model = make.model()
+        for name, value in changes.items():
+            setattr(model, name, value)
+        return model.summarizer_id()
+
+    model = make.model()
+    config, schema = model.config, model.schema
+    before = identity()
+    assert identity(items=Vocabulary.from_ids(np.arange(40) + 101)) != before
+    assert identity(config=replace(config, history_limit=50)) != before
+    assert identity(config=replace(config, normalization_alpha=0.5)) != before
+    assert identity(schema=replace(schema, actions=["view", "buy", "click"])) != before
+    assert identity(schema=replace(schema, rating_range=(0.0, 5.0))) != before
+    for same in (
+        {"config": replace(config, tail_len=9, dropout=0.3, temperature=0.1, num_target_layers=5, stop_gradient=False)},
+        {"schema": replace(schema, tasks=["buy"], has_retrieval=False)},
+    ):
+        assert identity(**same) == before
