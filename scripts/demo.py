@@ -9,6 +9,7 @@ Everything lands in demo/<name>: log/, run/, stores, report.md, report.png.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shutil
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from demo_report import LatencyRow, Report, write_report
+from vista import __version__
 from vista.composition import compose_config
 from vista.config import Codec, PrepareConfig, SimulateConfig, TrainConfig
 from vista.data.event_log import EventLog
@@ -34,6 +36,7 @@ from vista.training.trainer import train
 
 TRAINED_EVENTS = 2_400_000
 """Events that the demo's training reads on MovieLens, over all epochs: what fits into its minutes on two cores."""
+DEMO_USERS, DEMO_EVENTS = 300, 2_000
 HISTORY_LENGTHS = (100, 1_000, 10_000, 100_000)
 NUM_CANDIDATES = 500
 
@@ -67,7 +70,7 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
     """Run the demo and return the report's path."""
     began = time.perf_counter()
     folder = out / (data.resolve().name if data else "simulation")
-    folder.mkdir(parents=True, exist_ok=True)
+    _start_anew_if_other(folder, data, overrides)
     _say(1, "prepare the log")
     prepared = _movielens(data, folder, overrides) if data else _simulation(folder, overrides)
     log, config = prepared.log, prepared.config
@@ -163,9 +166,6 @@ def _simulation(folder: Path, overrides: list[str]) -> Prepared:
     return Prepared(EventLog.open(folder / "log"), config, source, time.perf_counter() - began)
 
 
-DEMO_USERS, DEMO_EVENTS = 300, 2_000
-
-
 def _movielens(data: Path, folder: Path, overrides: list[str]) -> Prepared:
     began = time.perf_counter()
     if not (folder / "log").exists():
@@ -179,6 +179,16 @@ def _movielens(data: Path, folder: Path, overrides: list[str]) -> Prepared:
     words = [f"data.path={folder / 'log'}", f"run_dir={folder / 'run'}", f"optim.epochs={epochs}", *overrides]
     config = compose_config(TrainConfig, ["experiment=demo-movielens", *words])
     return Prepared(log, config, data, time.perf_counter() - began)
+
+
+def _start_anew_if_other(folder: Path, data: Path | None, overrides: list[str]) -> None:
+    """A repeated demo resumes; one of other data, settings or version starts in an empty folder."""
+    mark = folder / "demo.json"
+    asked = json.dumps({"data": str(data.resolve()) if data else None, "overrides": overrides, "version": __version__})
+    if folder.exists() and (not mark.exists() or mark.read_text() != asked):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(asked)
 
 
 def _say(number: int, what: str) -> None:

@@ -10,10 +10,10 @@ stopped. `python -m vista.results docs/results/<table>.jsonl` prints the table.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from vista.training.trainer import train
 
 TOP_K = [10, 50, 200]
 SIMULATED = "simulation"
+TRUTH = "truth"
+"""Row of the simulation's own probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,10 @@ TABLES: dict[str, dict[str, Row]] = {
     "ml-latest-small": MOVIELENS,
     SIMULATED: {
         "vista": Row(codecs=BOTH),
-        # The same model, whose summary sees the newest 200 events only; as many windows a user as the others.
-        "last-200": Row(("model.history_limit=200", "data.windows_per_chunk=5")),
+        # Stage 2 alone over the newest 200 events before each request, which it sees fresh and under full attention.
+        "last-200": Row(("model.num_seeds=0", "model.tail_len=200")),
+        # The same model as vista, whose summary sees the newest 200 events before its cut only; as many windows a user.
+        "summary-of-200": Row(("model.history_limit=200", "data.windows_per_chunk=5")),
         "tail-only": Row(("model.num_seeds=0",)),
     },
 }
@@ -75,9 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         log = _log(settings.table, settings.data, settings.work / settings.table)
         for seed in settings.seeds:
-            for name in settings.only or TABLES[settings.table]:
+            for name in [name for name in settings.only or TABLES[settings.table] if name != TRUTH]:
                 _run(settings, log, name, TABLES[settings.table][name], seed)
-        if log.impressions is not None:
+        if log.impressions is not None and (settings.only is None or TRUTH in settings.only):
             _truth(settings, log)
     except VistaError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -94,9 +98,10 @@ def _run(settings: argparse.Namespace, log: EventLog, name: str, row: Row, seed:
     folder = settings.work / settings.table / f"{name}-{seed}"
     words = [f"experiment={settings.table}", f"data.path={log.path}", f"run_dir={folder / 'run'}", f"seed={seed}"]
     config = compose_config(TrainConfig, [*words, *row.words, f"num_threads={settings.threads}"])
-    began = time.perf_counter()
     model = train(config, log)
-    seconds = time.perf_counter() - began
+    # Of all processes of a run that was stopped and resumed; a cut epoch counts from its resumption.
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    seconds = sum(json.loads(line).get("epoch_seconds", 0.0) for line in lines)
     for codec in missing:
         refresh(model, log, folder / codec.value, until=split_until(config.data, "test"), codec=codec, progress=True)
         with Scorer.open(model, folder / codec.value) as scorer:
@@ -115,7 +120,7 @@ def _truth(settings: argparse.Namespace, log: EventLog) -> None:
     cases = impression_cases(log, parse_time(config.data.test_from), None)
     assert cases.probability is not None
     metrics = impression_metrics(cases, cases.probability)
-    _append(settings, results, "truth", 0, metrics, {}, "vista", 0.0)
+    _append(settings, results, "truth", 0, metrics, {}, TRUTH, 0.0)
 
 
 def _append(

@@ -137,6 +137,9 @@ class ModelConfig:
             f"{[h for h in range(1, min(self.dim, 64) + 1) if self.dim % h == 0]}",
         )
         _require(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), got {self.dropout}")
+        _require(
+            self.feed_forward_ratio > 0, "model.feed_forward_ratio", f"must be positive, got {self.feed_forward_ratio}"
+        )
         _require(self.temperature > 0, "model.temperature", f"must be positive, got {self.temperature}")
         _require(self.history_limit >= 0, "model.history_limit", f"must be at least 0, got {self.history_limit}")
         if self.decay is not Decay.none:
@@ -176,7 +179,8 @@ class DataConfig:
     staleness_events: float = 32.0
     """Mean of the extra age of a summary, in events, of the stale part of the windows."""
     staleness_share: float = 0.25
-    """Share of the windows that read an older summary than their own."""
+    """Share of the windows that read an older summary than their own (separable mixing; in bidirectional mixing a window
+    reads the newest drawn cut, which is stale by itself)."""
     num_negatives: int = 1024
     """Negatives of the sampled softmax, shared by a batch."""
     negative_power: float = 0.0
@@ -335,7 +339,7 @@ class SimulateConfig:
     """A simulated lifelong log with impressions whose true label probabilities are known."""
 
     out: str = "data/simulated"
-    """Folder that receives events.parquet-like source files; `prepare` reads them."""
+    """Folder that receives events.parquet, impressions.parquet and items.parquet, which `prepare` reads."""
     num_users: int = 400
     events_per_user: int = 4000
     """Mean length of a history; lengths spread around it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -11,6 +13,7 @@ from vista.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 DEVICES = ("cpu", "cuda", "mps")
+SMALLEST_DENORMAL = 5e-324
 
 
 def resolve_device(name: str) -> torch.device:
@@ -35,13 +38,26 @@ def resolve_device(name: str) -> torch.device:
 
 
 def set_threads(num_threads: int) -> None:
-    """Set torch's CPU threads (0 leaves torch's own choice), and flush denormal numbers to zero.
+    """Set torch's CPU threads (0 leaves torch's own choice), and flush denormal numbers to zero, in this process.
 
     Weights that decay towards zero leave denormals behind, on which CPUs calculate many times slower.
     """
     if num_threads > 0:
         torch.set_num_threads(num_threads)
     torch.set_flush_denormal(True)
+
+
+@contextmanager
+def cpu_settings(num_threads: int) -> Iterator[None]:
+    """`set_threads` for a block: afterwards all is as before, for the process belongs to the caller."""
+    threads = torch.get_num_threads()
+    flushing = bool(torch.tensor([SMALLEST_DENORMAL], dtype=torch.float64).mul(1.0) == 0)
+    set_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(flushing)
 
 
 def choose_precision(asked: Precision, device: torch.device) -> Precision:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from vista.config import EvaluateConfig
 from vista.data.event_log import EventLog
 from vista.data.splits import Until, parse_until, split_until, visible_counts
-from vista.device import set_threads
+from vista.device import cpu_settings
 from vista.errors import ConfigError, LeakageError
 from vista.files import writable_folder
 from vista.refresh import check_log
@@ -62,11 +62,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         LeakageError: if the store, or a record, has seen a label's event.
         ConfigError: if the store was refreshed for another split, or there is nothing to measure.
     """
-    set_threads(config.num_threads)
     if config.results_dir is not None:
         writable_folder(Path(config.results_dir), "results_dir")
     log = EventLog.open(config.data)
-    with Scorer.open(config.model, config.store) as scorer:
+    with cpu_settings(config.num_threads), Scorer.open(config.model, config.store) as scorer:
         result = evaluate_scorer(
             scorer,
             log,
@@ -76,9 +75,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             users_per_batch=config.users_per_batch,
             progress=config.progress,
         )
-        codec = scorer.store.manifest.codec
-    if config.results_dir is not None:
-        append_result(Path(config.results_dir) / f"{config.table}.jsonl", _result_row(config, result, codec))
+        if config.results_dir is not None:
+            row = _result_row(config, result, scorer.store.manifest.codec)
+            append_result(Path(config.results_dir) / f"{config.table}.jsonl", row)
     return result
 
 
@@ -127,7 +126,8 @@ def evaluate_scorer(
     num_cases = 0
     if model.has_retrieval:
         columns = model.item_rows(log.items.ids(np.arange(log.num_items))) - 1
-        cases = next_item_cases(log, visible_counts(log, until))
+        stop = visible_counts(log, split_until(model.data, "test")) if part == "validation" else None
+        cases = next_item_cases(log, visible_counts(log, until), stop)
         _, items = scorer.item_vectors()
         ranks = rank_next_items(
             log,

@@ -23,7 +23,7 @@ from vista.config import Codec, Decay, RefreshConfig
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories
 from vista.data.splits import Until, parse_until, visible_counts
-from vista.device import announce, resolve_device, set_threads
+from vista.device import announce, cpu_settings, resolve_device
 from vista.errors import ConfigError
 from vista.model import inference
 from vista.model.recommender import Recommender
@@ -61,19 +61,19 @@ class RefreshReport:
 
 def refresh_from_config(config: RefreshConfig) -> RefreshReport:
     """`vista refresh`."""
-    set_threads(config.num_threads)
-    device = resolve_device(config.device)
-    announce(device)
-    return refresh(
-        Recommender.from_pretrained(config.model, device),
-        EventLog.open(config.data),
-        config.store,
-        until=config.until,
-        codec=config.codec,
-        tokens_per_batch=config.tokens_per_batch,
-        users_per_batch=config.users_per_batch,
-        progress=config.progress,
-    )
+    with cpu_settings(config.num_threads):
+        device = resolve_device(config.device)
+        announce(device)
+        return refresh(
+            Recommender.from_pretrained(config.model, device),
+            EventLog.open(config.data),
+            config.store,
+            until=config.until,
+            codec=config.codec,
+            tokens_per_batch=config.tokens_per_batch,
+            users_per_batch=config.users_per_batch,
+            progress=config.progress,
+        )
 
 
 def refresh(

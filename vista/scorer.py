@@ -200,12 +200,16 @@ class Scorer:
         if top_k < 1:
             raise ValueError(f"top_k: must be at least 1, got {top_k}")
         request = self._request([user], tail, now)
-        rows = np.arange(1, len(self.model.items) + 1) if candidates is None else self.encode(candidates).rows.ravel()
-        num_unknown = int((rows == UNKNOWN_ITEM).sum())
-        unwanted = [np.array([UNKNOWN_ITEM]), self.model.item_rows(ids_of(exclude, "exclude"))]
+        wanted, num_unknown = np.full(len(self.model.items) + 1, candidates is None), 0
+        if candidates is not None:
+            chosen = self.encode(candidates).rows
+            num_unknown = int((chosen == UNKNOWN_ITEM).sum())
+            wanted[chosen] = True
+        wanted[UNKNOWN_ITEM] = False
+        wanted[self.model.item_rows(ids_of(exclude, "exclude"))] = False
         if exclude_tail:
-            unwanted.append(request.tail.item[request.tail.valid])
-        rows = np.setdiff1d(rows, np.concatenate(unwanted))
+            wanted[request.tail.item[request.tail.valid]] = False
+        rows = np.flatnonzero(wanted)
         scores = self._task_scores(request, torch.from_numpy(rows), [self.task])[self.task][0].numpy()
         finite = np.isfinite(scores)
         rows, scores = rows[finite], scores[finite]

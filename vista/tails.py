@@ -40,8 +40,8 @@ def checked_tail(tail: Tail, num_users: int, num_actions: int) -> Tail:
 def merge_tails(stored: Tail, fresh: Tail, tail_len: int) -> Tail:
     """Union of two packed tails of the same users, oldest first, the newest `tail_len` events kept.
 
-    An event that both hold (same time, item and action) counts once, in its stored place; equal times keep their order,
-    stored first.
+    A fresh event counts once, and not at all where the stored tail holds it (same time, item and action): callers may
+    send what the refresh has seen, or send it twice. Equal times keep their order, stored first.
 
     Args:
         stored, fresh: items are model rows.

@@ -122,8 +122,6 @@ class Summarizer(nn.Module):
         for index in range(len(self.layers)):
             z, n = scan_states(segments.z[:, index].contiguous(), segments.n, log_decay, user_offsets)
             layers.append(z)
-        first = torch.zeros_like(segments.num_events)
-        first[starts] = 1
         total = segments.num_events.cumsum(0)
         before = (total - segments.num_events)[starts]
         num_events = total - before.repeat_interleave(user_offsets.diff()[user_offsets.diff() > 0])

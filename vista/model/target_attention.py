@@ -144,7 +144,7 @@ class TargetAttention(nn.Module):
             keys.append(key)
             values.append(value)
             if index + 1 < len(self.layers):
-                causal = self._position_bias(layer, self.distance[:-1] if self.tail_len else self.distance, own=True)
+                causal = self._position_bias(layer, self.distance[:-1], own=True)
                 mask = causal.masked_fill(hidden[:, None], MASKED)
                 x = layer.attend_context(x, key, value, F.pad(mask, (self.num_seeds, 0)))
         return Context(keys, values, tail_valid)

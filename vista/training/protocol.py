@@ -46,9 +46,13 @@ class ImpressionCases:
     tasks: list[str]
 
 
-def next_item_cases(log: EventLog, seen: Int, *, max_users: int = 0) -> NextItemCases:
-    """The event after the `seen` [num_users] first ones, of every user that has one; the same users at every call."""
-    users = np.flatnonzero(seen < log.lengths)
+def next_item_cases(log: EventLog, seen: Int, end: Int | None = None, *, max_users: int = 0) -> NextItemCases:
+    """The event after the `seen` [num_users] first ones, of every user that has one; the same users at every call.
+
+    Args:
+        end: int64 [num_users], events that may be labels (for validation: those before the test labels); None: all.
+    """
+    users = np.flatnonzero(seen < (log.lengths if end is None else end))
     if max_users and len(users) > max_users:
         users = np.sort(np.random.default_rng(0).choice(users, max_users, replace=False))
     labels = log.gather_ranges(users, seen[users], seen[users] + 1)

@@ -25,7 +25,7 @@ from vista.config_text import to_yaml
 from vista.data.batches import BatchSource
 from vista.data.cuts import Batch
 from vista.data.event_log import EventLog
-from vista.device import announce, choose_precision, resolve_device, set_threads
+from vista.device import announce, choose_precision, cpu_settings, resolve_device
 from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from vista.files import remove_leftovers, replace_text, writable_folder
 from vista.model.recommender import NEXT_TASK, Recommender, Schema
@@ -83,7 +83,7 @@ def train(config: TrainConfig, log: EventLog | None = None) -> Recommender:
     """
     log = EventLog.open(config.data.path) if log is None else log
     writable_folder(Path(config.run_dir), "run_dir")
-    with log_file(Path(config.run_dir) / "train.log"):
+    with log_file(Path(config.run_dir) / "train.log"), cpu_settings(config.num_threads):
         return _Trainer(config, log).run()
 
 
@@ -123,7 +123,6 @@ class _Trainer:
         self.config, self.log = config, log
         self.run_dir = Path(config.run_dir)
         self.device = resolve_device(config.device)
-        set_threads(config.num_threads)
         torch.manual_seed(config.seed)
         self.model = Recommender(config.model, schema_of(log, config), log.items, config.data).to(self.device)
         item_rows = np.arange(log.num_items, dtype=np.int64) + 1
@@ -131,9 +130,10 @@ class _Trainer:
         self.validation = _validation(log, item_rows, config)
         optim = config.optim
         self.dense = [p for name, p in self.model.named_parameters() if name != "item_table"]
-        # Norm weights, biases and embeddings of few rows are not decayed.
-        decayed = [p for p in self.dense if p.dim() > 1]
-        plain = [p for p in self.dense if p.dim() <= 1]
+        # Matrices of linear maps decay; norms, biases, embeddings, seeds and position biases do not.
+        decayed = [module.weight for module in self.model.modules() if isinstance(module, nn.Linear)]
+        known = {id(p) for p in decayed}
+        plain = [p for p in self.dense if id(p) not in known]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=optim.learning_rate,

@@ -44,7 +44,8 @@ class Validation:
             shown = impression_cases(log, until.before, end, max_cases=limit * 4)
             self._impressions = shown if len(shown.user) else None
         if optim.next_weight > 0:
-            cases = next_item_cases(log, self._cut, max_users=limit)
+            stop = visible_counts(log, split_until(config.data, "test"))
+            cases = next_item_cases(log, self._cut, stop, max_users=limit)
             self._next = cases if len(cases.user) else None
         self.metric = self._deciding_metric()
         """What decides which model is best: NE of the first task that has labels of both kinds (smaller is better),

@@ -1,0 +1,47 @@
+"""Devices by name, precision by device, and settings that end with their block."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from vista.config import Precision
+from vista.device import choose_precision, cpu_settings, resolve_device
+from vista.errors import ConfigError
+
+
+def denormals_live() -> bool:
+    alive = [float(torch.tensor([5e-324], dtype=torch.float64) * 1.0) > 0, float(np.array([5e-324])[0] * 1.0) > 0]
+    assert alive[0] == alive[1]
+    return alive[0]
+
+
+def test_cpu_settings_end_with_their_block() -> None:
+    threads = torch.get_num_threads()
+    assert denormals_live()
+    with cpu_settings(threads + 1):
+        assert torch.get_num_threads() == threads + 1 and not denormals_live()
+        with pytest.raises(KeyboardInterrupt), cpu_settings(0):
+            assert torch.get_num_threads() == threads + 1
+            raise KeyboardInterrupt
+        assert not denormals_live()
+    assert torch.get_num_threads() == threads and denormals_live()
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("tpu", "meta", "", "cuda:99", "cpu:x"):
+        with pytest.raises(ConfigError, match=f"device={name}: ") as caught:
+            resolve_device(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_precision() -> None:
+    cpu = torch.device("cpu")
+    assert choose_precision(Precision.float32, cpu) is Precision.float32
+    assert choose_precision(Precision.bfloat16, cpu) is Precision.bfloat16
+    assert choose_precision(Precision.auto, torch.device("cuda")) is Precision.bfloat16
+    assert choose_precision(Precision.auto, cpu) in (Precision.float32, Precision.bfloat16)
+    assert choose_precision(Precision.auto, torch.device("mps")) is Precision.float32
