@@ -179,8 +179,8 @@ class DataConfig:
     staleness_events: float = 32.0
     """Mean of the extra age of a summary, in events, of the stale part of the windows."""
     staleness_share: float = 0.25
-    """Share of the windows that read an older summary than their own (separable mixing; in bidirectional mixing a window
-    reads the newest drawn cut, which is stale by itself)."""
+    """Share of the windows that read an older summary than their own. For separable mixing: in bidirectional mixing a
+    window reads the newest of the chunk's few cuts, which is stale by itself."""
     num_negatives: int = 1024
     """Negatives of the sampled softmax, shared by a batch."""
     negative_power: float = 0.0
