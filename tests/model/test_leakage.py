@@ -26,7 +26,7 @@ SHAPES = {
 
 
 def places(make: SimpleNamespace, chunks: Chunks, cut: Any, seed: int) -> tuple[tuple[Int, Int], tuple[Int, Int]]:
-    """(chunk, position) of the predictions of users [NW, W] and of impressions [NW, I]; position -1 where there is none.
+    """(chunk, position) of what is predicted: users [NW, W] and impressions [NW, I]; position -1 where there is none.
 
     The draws of cutting do not depend on items, so a batch of coded items is cut like the real one.
     """

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from vista.config import Decay, Mixing
 from vista.data.histories import Histories
@@ -29,7 +30,7 @@ LENGTHS = [0, 1, 2, 23, 7, 0, 12]
 
 def ask(
     model: Recommender, packed: Histories, tail: inference.PaddedTail, candidates: np.ndarray
-) -> tuple[Context, ...]:
+) -> tuple[Context, Tensor, Tensor]:
     """Context, user vectors [B, M] and task logits [B, C, tasks] of requests a day after the newest event."""
     context = inference.request_context(model, inference.summarize(model, packed), tail)
     gap = inference.request_gap(model, tail.last_time + 86_400_000, tail)

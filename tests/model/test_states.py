@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_appending_in_pieces_equals_the_whole(make: SimpleNamespace, shape: str,
     history = make.histories([30], seed)
     state = incremental.history_states(model, make.histories([0]))
     bounds = [0, *sorted(cuts), 30]
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         context = min(incremental.reach(model), begin)
         state = incremental.append(model, state, history.slice(0, begin - context, end), context)
     assert_same(state, incremental.history_states(model, history))
@@ -144,17 +145,7 @@ def test_an_empty_history_is_zeros_and_its_summary_what_the_seeds_alone_give(mak
     torch.testing.assert_close(summary, alone.expand(2, -1, -1), atol=1e-6, rtol=1e-5)
     among = inference.summarize(model, make.histories([5, 0, 9], 1))
     torch.testing.assert_close(among[1], alone, atol=1e-6, rtol=1e-5)
-    assert inference.summarize(
-        model, Histories(*(part[:0] for part in _arrays(empty)), np.zeros(1, np.int64))
-    ).shape == (
-        0,
-        3,
-        16,
-    )
-
-
-def _arrays(packed: Histories) -> tuple[np.ndarray, ...]:
-    return packed.item, packed.timestamp, packed.action, packed.rating
+    assert inference.summarize(model, empty.select_users(0, 0)).shape == (0, 3, 16)
 
 
 def test_moving_the_clock_is_one_multiplication(make: SimpleNamespace) -> None:
