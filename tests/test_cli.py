@@ -350,3 +350,12 @@ def test_conf_folder_that_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr("vista.composition.__file__", str(tmp_path / "vista" / "composition.py"))
     with pytest.raises(ConfigError, match="install vista-recsys again"):
         conf_dir()
+
+
+def test_on_missing_nan_is_a_choice_and_misread_ids_are_refused() -> None:
+    composed = compose_config(config.ScoreConfig, ["on_missing=nan", "users=[1,u2,'1e5']"])
+    assert composed.on_missing is config.OnMissing.nan
+    assert composed.users == ["1", "u2", "1e5"]
+    for word in ("users=[1e5]", "users=[true]"):
+        with pytest.raises(ConfigError, match="quote an id"):
+            compose_config(config.ScoreConfig, [word])

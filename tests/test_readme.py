@@ -45,3 +45,7 @@ def test_own_csv_in_five_lines(
         extra = ["optim.epochs=1", "progress=false", "num_threads=1"] if words[1] == "train" else []
         assert main([*words[1:], *extra]) == 0
     assert "user 101:" in capsys.readouterr().out
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "PLACEHOLDER" not in README.read_text()

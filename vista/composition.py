@@ -194,10 +194,19 @@ def _assign(config: DictConfig, key: str, value: Any, keys: ConfigKeys) -> None:
     section = key.rpartition(".")[0]
     if section and OmegaConf.select(config, section) is None:
         OmegaConf.update(config, section, OmegaConf.structured(keys.sections[section].schema), merge=False)
+    known = keys.keys[key]
+    if known.choices and isinstance(value, float) and value != value:
+        value = "nan"  # Hydra's grammar reads the word as a number; here it is a choice (on_missing=nan).
+    if known.type_text == "[str, ...]" and isinstance(value, list):
+        misread = [word for word in value if isinstance(word, (bool, float))]
+        if misread:
+            raise ConfigError(
+                f"{key}: {misread[0]} was read as a number or a truth value; quote an id that looks like one: "
+                f"{key}=[\"'1e5'\"]"
+            )
     try:
         OmegaConf.update(config, key, value, merge=True)
     except OmegaConfBaseException as error:
-        known = keys.keys[key]
         hint = _hint(get_close_matches(str(value), known.choices))
         if known.type_text.startswith("[") and not isinstance(value, list):
             hint = f"; a list is written {key}=[{value_text(value)}]"

@@ -217,3 +217,18 @@ def test_seconds_read_as_milliseconds_are_pointed_at(tmp_path: Path) -> None:
     file.write_text(HEADER + GOOD)
     report = prepare(PrepareConfig(out=str(tmp_path / "out"), events=events(file, time_unit="ms"), progress=False))
     assert "all times lie before 1971: check events.time_unit" in str(report)
+
+
+def test_append_without_the_logs_actions(tmp_path: Path) -> None:
+    """A day without its action column would bring an action of its own, which trained models do not know."""
+    first, second = tmp_path / "a.csv", tmp_path / "b.csv"
+    first.write_text("user,item,time,what\n1,10,1600000000,view\n2,20,1600000001,buy\n")
+    second.write_text("user,item,time,what\n1,11,1600000100,view\n")
+    source = {"timestamp": "time", "time_unit": "s"}
+    out = str(tmp_path / "log")
+    events = SourceConfig(paths=[str(first)], action="what", **source)  # type: ignore[arg-type]
+    prepare(PrepareConfig(out=out, events=events, progress=False))
+    later = SourceConfig(paths=[str(second)], **source)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"b\.csv: the log has the actions buy, view.*events\.action"):
+        prepare(PrepareConfig(out=out, events=later, append=True, progress=False))
+    assert EventLog.open(out).num_events == 2

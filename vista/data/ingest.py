@@ -26,7 +26,7 @@ from vista.data.parts import Part, read_part, write_quarantine
 from vista.data.prepare_report import PrepareReport, Stages
 from vista.data.segment import segment_name, staged_folder, write_manifest
 from vista.data.sources import Source, frame_source, open_sources
-from vista.data.table_columns import actions_of, event_columns, impression_columns, time_range
+from vista.data.table_columns import NO_ACTION, actions_of, event_columns, impression_columns, time_range
 from vista.data.validation import id_kind
 from vista.data.vocabulary import Vocabulary
 from vista.errors import ConfigError, DataError
@@ -180,6 +180,10 @@ def _check_sources(table: str, files: Sequence[Source], log: EventLog | None) ->
             if (name in first.columns) != has:
                 remedy = f"name its column with events.{name}=…" if has else f"leave it out with events.{name}=null"
                 raise DataError(f"{first.path}: the log has {'' if has else 'no '}{name}s; {remedy}")
+        if log.actions != [NO_ACTION] and "action" not in first.columns:
+            raise DataError(
+                f"{first.path}: the log has the actions {', '.join(log.actions)}; name their column by events.action=…"
+            )
     else:
         tasks, known = _tasks(first), log.manifests[-1]["tasks"]
         if known and tasks != known:

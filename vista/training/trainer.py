@@ -182,6 +182,15 @@ class _Trainer:
             f"resuming at step {self.progress.step} from {newest}" if newest else f"run folder {self.run_dir}",
         )
 
+        steps = self.config.optim.epochs * self.source.num_batches(0)
+        if steps < 2 * self.config.optim.warmup_steps:
+            logger.warning(
+                "the whole run is about %d steps, of which optim.warmup_steps=%d warm up: too few to learn much; lower "
+                "data.tokens_per_batch (to 512, say) and optim.warmup_steps, or raise optim.epochs",
+                steps,
+                self.config.optim.warmup_steps,
+            )
+
     def _run_epoch(self, metrics: MetricsWriter, interrupted: list[bool]) -> None:
         config, progress = self.config, self.progress
         total = self.source.num_batches(progress.epoch)
