@@ -18,6 +18,7 @@ import numpy as np
 
 from vista.config import Codec
 from vista.errors import StoreError
+from vista.files import sync
 from vista.store.environment import DIRECTORY_MODE, MAX_READERS, SharedEnvironment, committed_size, open_environment
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, INT_PREFIX, MANIFEST_KEY, STR_PREFIX
 from vista.store.layout import (
@@ -30,7 +31,6 @@ from vista.store.layout import (
     missing_generation,
     read_current,
     remove_generation,
-    sync_directory,
     write_current,
 )
 from vista.store.record import check_records
@@ -193,7 +193,7 @@ class StoreWriter:
             self._close_environment()
             _verify(folder)
             for path in (folder, folder.parent, self.path):
-                sync_directory(path)
+                sync(path)
             write_current(self.path, self.generation)
             for generation in list_generations(self.path):
                 if generation not in (self._served, self.generation):
@@ -317,7 +317,7 @@ def _create(root: Path, manifest: Manifest, max_readers: int) -> lmdb.Environmen
         transaction.put(MANIFEST_KEY, manifest.to_bytes())
         transaction.put(CURSOR_KEY, b"0")
     for path in (folder, folder.parent, root, root.parent):
-        sync_directory(path)
+        sync(path)
     return environment
 
 

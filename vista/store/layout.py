@@ -22,6 +22,7 @@ import xxhash
 
 from vista.config import Codec
 from vista.errors import StoreError, StoreLockedError
+from vista.files import sync
 from vista.store.environment import FILE_MODE, REMEDY
 from vista.store.record import FORMAT_VERSION, RecordSpec
 
@@ -154,16 +155,7 @@ def write_current(root: Path, generation: int) -> None:
     finally:
         os.close(descriptor)
     os.replace(temporary, root / CURRENT)
-    sync_directory(root)
-
-
-def sync_directory(path: Path) -> None:
-    """Make names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(root)
 
 
 def remove_generation(root: Path, generation: int) -> None:

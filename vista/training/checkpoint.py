@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vista.errors import CheckpointError
+from vista.files import sync
 
 FORMAT_VERSION = 1
 TENSOR_FILE = "tensors.safetensors"
@@ -80,11 +81,11 @@ def save_checkpoint(
         body["sha256"] = _body_digest(body)
         state_path.write_text(json.dumps(body, allow_nan=False, indent=1) + "\n", encoding="utf-8")
         for path in (tensor_path, state_path, temporary):
-            _fsync(path)
+            sync(path)
         if final.exists():  # a folder cannot be renamed over another; `_recover` undoes this half of the swap
             os.rename(final, replaced)
         os.rename(temporary, final)
-        _fsync(root)
+        sync(root)
         if replaced.exists():
             shutil.rmtree(replaced)
         _prune(root, step, keep)
@@ -296,11 +297,3 @@ def _body_digest(body: dict[str, Any]) -> str:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
