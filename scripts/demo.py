@@ -34,7 +34,7 @@ from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.training.trainer import train
 
-TRAINED_EVENTS = 2_400_000
+TRAINED_EVENTS = 1_600_000
 """Events that the demo's training reads on MovieLens, over all epochs: what fits into its minutes on two cores."""
 DEMO_USERS, DEMO_EVENTS = 300, 2_000
 HISTORY_LENGTHS = (100, 1_000, 10_000, 100_000)
