@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from vista.config import Codec, Decay, RefreshConfig
 from vista.data.event_log import EventLog
-from vista.data.histories import Histories
+from vista.data.histories import Histories, token_groups
 from vista.data.splits import Until, parse_until, visible_counts
 from vista.device import announce, cpu_settings, resolve_device
 from vista.errors import ConfigError
@@ -135,7 +134,7 @@ def refresh(
                 batch = users[begin : begin + users_per_batch]
                 keys: list[bytes] = []
                 records: list[bytes] = []
-                for part in _groups(counts[batch], tokens_per_batch):
+                for part in token_groups(counts[batch], tokens_per_batch):
                     rows = batch[part]
                     with clock("read"):
                         histories = log.gather(rows, counts[rows])
@@ -196,18 +195,6 @@ class _Items:
     def of(cls, model: Recommender, log: EventLog) -> _Items:
         ids = log.items.ids(np.arange(log.num_items))
         return cls(model.item_rows(ids).astype(np.int32), item_keys(ids))
-
-
-def _groups(lengths: Int, tokens: int) -> Iterator[slice]:
-    """Runs of users of at most `tokens` events together, or of one longer history: what is in memory at once."""
-    begin = 0
-    while begin < len(lengths):
-        end, total = begin + 1, int(lengths[begin])
-        while end < len(lengths) and total + lengths[end] <= tokens:
-            total += int(lengths[end])
-            end += 1
-        yield slice(begin, end)
-        begin = end
 
 
 def _tail(rows: Histories, tail_len: int) -> Tail:

@@ -15,6 +15,7 @@ from vista.data.cuts import Batch, Chunks, CutPlan, Int, cut_batch, decay_clock,
 from vista.data.event_log import EventLog
 from vista.data.frequency import item_counts
 from vista.data.gaps import gap_bucket, history_gaps
+from vista.data.histories import token_groups
 from vista.data.negatives import NegativeSampler
 from vista.data.splits import split_until, visible_counts
 
@@ -82,7 +83,9 @@ class BatchSource:
         users = np.flatnonzero((self.counts > 0) | (np.diff(self._impressions.offsets) > 0))
         self._chunks = _chunk_histories(users, self.counts[users], self._chunk_len, rng)
         lengths = np.maximum(self._chunks[2] - self._chunks[1], 1)
-        self._batches = _fill(rng.permutation(len(lengths)), lengths, self._config.data.tokens_per_batch)
+        order = rng.permutation(len(lengths))
+        groups = token_groups(lengths[order], self._config.data.tokens_per_batch)
+        self._batches = [order[group] for group in groups]
         self._epoch = epoch
 
     def _pack(self, user: Int, start: Int, stop: Int) -> Chunks:
@@ -121,19 +124,6 @@ def _chunk_histories(users: Int, total: Int, limit: int, rng: np.random.Generato
     start = np.where(index == 0, 0, phase[owner] + (index - 1) * limit)
     stop = np.minimum(phase[owner] + index * limit, total[owner])
     return users[owner], start, stop
-
-
-def _fill(order: Int, lengths: Int, budget: int) -> list[Int]:
-    """Batches of chunks in the given order, each of at most `budget` events, or of one chunk."""
-    batches, begin, tokens = [], 0, 0
-    for i, length in enumerate(lengths[order].tolist()):
-        if i > begin and tokens + length > budget:
-            batches.append(order[begin:i])
-            begin, tokens = i, 0
-        tokens += length
-    if begin < len(order):
-        batches.append(order[begin:])
-    return batches
 
 
 def events_before(log: EventLog, user: int, times: Int, count: int) -> Int:

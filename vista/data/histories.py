@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -74,6 +74,18 @@ def ranges(starts: Int, counts: Int) -> Int:
     total = int(ends[-1]) if len(ends) else 0
     index: Int = np.arange(total, dtype=np.int64) + np.repeat(starts - ends + counts, counts)
     return index
+
+
+def token_groups(lengths: Int, budget: int) -> Iterator[builtins.slice]:
+    """Runs of histories of at most `budget` events together, or of one longer history: what is worked on at once."""
+    begin, total = 0, 0
+    for i, length in enumerate(lengths.tolist()):
+        if i > begin and total + length > budget:
+            yield builtins.slice(begin, i)
+            begin, total = i, 0
+        total += length
+    if begin < len(lengths):
+        yield builtins.slice(begin, len(lengths))
 
 
 def take(table: PackedTable, starts: Int, counts: Int) -> Histories:

@@ -17,7 +17,7 @@ from torch import Tensor
 from vista.config import Decay, Mixing
 from vista.data.cuts import decay_clock, ragged_arange
 from vista.data.gaps import history_gaps
-from vista.data.histories import Histories, ranges
+from vista.data.histories import Histories, ranges, token_groups
 from vista.errors import ConfigError
 from vista.model.recommender import Recommender
 from vista.model.summarizer import Summarizer
@@ -58,20 +58,14 @@ def history_states(model: Recommender, histories: Histories) -> SummaryState:
         ConfigError: if the model's mixing is not separable.
     """
     summarizer = _separable(model)
-    groups, begin = [], 0
-    lengths, limit = histories.lengths, slice_len(model)
-    while begin < histories.num_users:
-        end, tokens = begin + 1, int(lengths[begin])
-        while end < histories.num_users and tokens + lengths[end] <= limit:
-            tokens += int(lengths[end])
-            end += 1
-        if tokens <= limit:
-            groups.append(range_states(model, histories.select_users(begin, end), np.zeros(end - begin, np.int64)))
+    groups, limit = [], slice_len(model)
+    for group in token_groups(histories.lengths, limit):
+        part = histories.select_users(group.start, group.stop)
+        if part.num_events <= limit:
+            groups.append(range_states(model, part, np.zeros(part.num_users, np.int64)))
         else:
-            history = histories.slice(begin)
-            whole = np.array([0, history.num_events], np.int64)
-            groups.append(_terms(model, history, whole[:1], whole[1:], _clock_after(model, history)))
-        begin = end
+            whole = np.array([0, part.num_events], np.int64)
+            groups.append(_terms(model, part, whole[:1], whole[1:], _clock_after(model, part)))
     if not groups:
         return summarizer.empty_state(0)
     return SummaryState(
