@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,3 +202,16 @@ def tail_of(events: list[tuple[int, list[tuple[int, int, int]]]]) -> Tail:
     rows = [row for _, rows in events for row in rows]
     columns = np.array(rows, np.int64).reshape(-1, 3).T
     return Tail(columns[0], columns[1], columns[2].astype(np.uint8), np.concatenate([[0], np.cumsum(lengths)]))
+
+
+USERS = [103, 100, 115, 108, 101]
+ITEMS = [0, 390, 10, 200, 50, 60]
+"""Users and items that the scorer's tests ask for."""
+
+
+@pytest.fixture
+def no_warnings() -> Iterator[None]:
+    """Such as torch's on arrays that cannot be written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.conftest import DAY, START, Served, run_python, small_config, tail_of
+from tests.conftest import DAY, ITEMS, START, USERS, Served, run_python, small_config, tail_of
 from vista import scorer as scorer_module
 from vista.config import OnMissing
 from vista.data.event_log import EventLog
@@ -29,16 +27,7 @@ from vista.refresh import refresh
 from vista.scorer import CandidateSet, Scorer, Tail
 from vista.training.trainer import train
 
-USERS = [103, 100, 115, 108, 101]
-ITEMS = [0, 390, 10, 200, 50, 60]
-
-
-@pytest.fixture(autouse=True)
-def no_warnings() -> Iterator[None]:
-    """Such as torch's on arrays that cannot be written."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.usefixtures("no_warnings")
 
 
 @torch.no_grad()

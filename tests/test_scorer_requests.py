@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import DAY, START, Served, small_config, tail_of
+from tests.conftest import DAY, ITEMS, START, USERS, Served, small_config, tail_of
 from vista.config import OnMissing, ScoreConfig
 from vista.data.event_log import EventLog
 from vista.errors import (
@@ -28,16 +26,7 @@ from vista.refresh import refresh
 from vista.scorer import Scorer, Tail, score_from_config
 from vista.training.trainer import schema_of, train
 
-USERS = [103, 100, 115, 108, 101]
-ITEMS = [0, 390, 10, 200, 50, 60]
-
-
-@pytest.fixture(autouse=True)
-def no_warnings() -> Iterator[None]:
-    """Such as torch's on arrays that cannot be written."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.usefixtures("no_warnings")
 
 
 @pytest.fixture(scope="module")

@@ -13,24 +13,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import vista
-from vista.config import IdType, PrepareConfig, SourceConfig
+from tests.data.conftest import run, write_csv
+from vista.config import IdType
 from vista.data import ingest, segment
 from vista.data.event_log import EventLog
-from vista.data.ingest import prepare
-from vista.data.prepare_report import PrepareReport
 from vista.errors import ConfigError, DataError
-
-COLUMNS = {"timestamp": "timestamp", "time_unit": "s"}
-
-
-def run(out: Path, paths: list[Path], *, append: bool = False, **source: object) -> PrepareReport:
-    config = SourceConfig(paths=[str(path) for path in paths], **(COLUMNS | source))
-    return prepare(PrepareConfig(out=str(out), events=config, append=append, progress=False))
-
-
-def write_csv(path: Path, rows: list[tuple], header: str = "user,item,timestamp") -> Path:
-    path.write_text(header + "\n" + "".join(",".join(map(str, row)) + "\n" for row in rows))
-    return path
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

@@ -5,23 +5,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from tests.data.conftest import COLUMNS, run, write_csv
 from vista.config import IdType, PrepareConfig, SourceConfig
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
-from vista.data.prepare_report import PrepareReport
 from vista.errors import ConfigError, DataError
-
-COLUMNS = {"timestamp": "timestamp", "time_unit": "s"}
-
-
-def run(out: Path, paths: list[Path], *, append: bool = False, **source: object) -> PrepareReport:
-    config = SourceConfig(paths=[str(path) for path in paths], **(COLUMNS | source))
-    return prepare(PrepareConfig(out=str(out), events=config, append=append, progress=False))
-
-
-def write_csv(path: Path, rows: list[tuple], header: str = "user,item,timestamp") -> Path:
-    path.write_text(header + "\n" + "".join(",".join(map(str, row)) + "\n" for row in rows))
-    return path
 
 
 def items_of(log: EventLog, user: int | str) -> list:
