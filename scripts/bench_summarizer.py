@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from recorder import Recorder, benchmark_parser, copy_bandwidth, matmul_floor, timing_of
-from vista.config import Mixing
+from vista.choices import Mixing
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories
 from vista.device import set_threads

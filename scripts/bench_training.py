@@ -36,7 +36,8 @@ import numpy as np
 
 from recorder import Recorder, benchmark_parser, timing_of
 from rival import DIM, HEADS, LAYERS, LENGTH, Pilot, rival_python
-from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, to_dict
+from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from vista.config_dict import to_dict
 from vista.data.event_log import EventLog
 from vista.training.trainer import train
 from workloads import find_ml_1m

@@ -21,8 +21,9 @@ import numpy as np
 
 from demo_report import LatencyRow, Report, write_report
 from vista import __version__
+from vista.choices import Codec
 from vista.composition import compose_config
-from vista.config import Codec, PrepareConfig, SimulateConfig, TrainConfig
+from vista.config import PrepareConfig, SimulateConfig, TrainConfig
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.data.simulate import simulate

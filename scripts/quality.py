@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vista.choices import Codec
 from vista.composition import compose_config
-from vista.config import Codec, PrepareConfig, SimulateConfig, TrainConfig, to_dict
+from vista.config import PrepareConfig, SimulateConfig, TrainConfig
+from vista.config_dict import to_dict
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.data.simulate import simulate

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.config import DataConfig, Mixing, ModelConfig
+from vista.choices import Mixing
+from vista.config import DataConfig, ModelConfig
 from vista.data.event_log import EventLog
 from vista.model.recommender import Recommender, Schema
 

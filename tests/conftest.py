@@ -15,16 +15,8 @@ import numpy as np
 import pytest
 
 import vista
-from vista.config import (
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    PrepareConfig,
-    SimulateConfig,
-    SourceConfig,
-    Split,
-    TrainConfig,
-)
+from vista.choices import Split
+from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
 from vista.data.event_log import EventLog
 from vista.model.recommender import Recommender
 from vista.scorer import Scorer, Tail
@@ -106,7 +98,7 @@ class Served:
 
 def serve(log: EventLog, config: TrainConfig, folder: Path) -> Served:
     """Train, and refresh both stores."""
-    from vista.config import Codec
+    from vista.choices import Codec
     from vista.data.splits import split_until
     from vista.refresh import refresh
     from vista.training.trainer import train

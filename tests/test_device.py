@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vista.config import Precision
+from vista.choices import Precision
 from vista.device import choose_precision, cpu_settings, resolve_device
 from vista.errors import ConfigError
 

@@ -14,7 +14,8 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
 from tests.conftest import Served, small_config, small_frame
-from vista.config import Codec, EvaluateConfig, Split
+from vista.choices import Codec, Split
+from vista.config import EvaluateConfig
 from vista.data.event_log import EventLog
 from vista.data.splits import split_until, visible_counts
 from vista.errors import ConfigError, DataError, LeakageError

@@ -26,6 +26,34 @@ def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         exec(compile(block, str(README), "exec"), {})
 
 
+def run(command: str) -> None:
+    """A line of the README; training is cut short."""
+    words = shlex.split(command, comments=True)
+    assert words[0] == "vista"
+    short = words[1] == "train" and "--help" not in words
+    extra = ["optim.epochs=1", "progress=false", "num_threads=1"] if short else []
+    assert main([*words[1:], *extra]) == 0
+
+
+def test_three_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a small ratings.dat of ml-1m's form."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("path/to/ml-1m")
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows = [
+        f"{1 + i // 40}::{rng.integers(1, 60)}::{rng.integers(1, 6)}::{978300000 + i % 40 * 60}" for i in range(1200)
+    ]
+    (folder / "ratings.dat").write_text("\n".join(rows) + "\n")
+    section = README.read_text().split("## Three uses")[1].split("\n## ")[0]
+    commands = [line for block in re.findall(r"```\n(.*?)```", section, flags=re.S) for line in block.splitlines()]
+    assert len(commands) == 7
+    for command in commands:
+        run(command)
+    printed = capsys.readouterr().out
+    assert "ndcg@10" in printed and "user 1:" in printed and "user 2:" in printed
+
+
 def test_own_csv_in_five_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,10 +68,7 @@ def test_own_csv_in_five_lines(
     commands = lines.group(1).strip().splitlines()
     assert len(commands) == 5
     for command in commands:
-        words = shlex.split(command)
-        assert words[0] == "vista"
-        extra = ["optim.epochs=1", "progress=false", "num_threads=1"] if words[1] == "train" else []
-        assert main([*words[1:], *extra]) == 0
+        run(command)
     assert "user 101:" in capsys.readouterr().out
 
 

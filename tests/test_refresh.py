@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import START, Served, run_python, small_config, small_frame
-from vista.config import Codec, Decay, ModelConfig, RefreshConfig
+from vista.choices import Codec, Decay
+from vista.config import ModelConfig, RefreshConfig
 from vista.data.event_log import EventLog
 from vista.data.splits import visible_counts
 from vista.errors import ConfigError, StoreLockedError, UserKeyError
@@ -227,7 +228,7 @@ def test_refresh_while_a_scorer_is_open(served: Served, tmp_path: Path) -> None:
 DRIVER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from vista.config import Codec
+from vista.choices import Codec
 from vista.data.event_log import EventLog
 from vista.model.recommender import Recommender
 from vista.refresh import refresh

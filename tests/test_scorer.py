@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tests.conftest import DAY, ITEMS, START, USERS, Served, run_python, small_config, tail_of
 from vista import scorer as scorer_module
-from vista.config import OnMissing
+from vista.choices import OnMissing
 from vista.data.event_log import EventLog
 from vista.errors import (
     UnknownItemError,

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.conftest import DAY, ITEMS, START, USERS, Served, small_config, tail_of
-from vista.config import OnMissing, ScoreConfig
+from vista.choices import OnMissing
+from vista.config import ScoreConfig
 from vista.data.event_log import EventLog
 from vista.errors import (
     CheckpointError,

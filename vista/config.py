@@ -5,70 +5,11 @@ Hydra never appears below the command line: scripts turn its config into these o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
-from enum import Enum
-from typing import Any, TypeVar, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
 
+from vista.choices import Codec, Decay, IdType, Mixing, Normalization, OnBadRows, OnMissing, Precision, Split
 from vista.errors import ConfigError
-
-T = TypeVar("T")
-
-
-class Mixing(Enum):
-    """How tokens of stage 1 mix."""
-
-    bidirectional = "bidirectional"
-    """History and seeds form one set; all write and all read at every layer (the paper)."""
-    separable = "separable"
-    """Only history writes, only seeds read: states append, merge and forget."""
-
-
-class Normalization(Enum):
-    """Scale c of the state before its activation: A = phi2(Z * c)."""
-
-    none = "none"
-    """c = 1 (the paper)."""
-    length = "length"
-    """c = 1 / max(n, 1) ** alpha."""
-
-
-class Decay(Enum):
-    """What older events lose weight by in separable mixing."""
-
-    none = "none"
-    time = "time"
-    position = "position"
-
-
-# `raise` and `leave-last-out` are what users write, but no Python names: hence the aliases.
-OnMissing = Enum("OnMissing", {"empty": "empty", "nan": "nan", "error": "raise", "raise": "raise"})
-"""What an unknown user or item gets: the empty history's summary, NaN scores, or a typed error."""
-
-OnBadRows = Enum("OnBadRows", {"error": "raise", "raise": "raise", "quarantine": "quarantine"})
-"""What ingest does with a row that fails validation."""
-
-IdType = Enum("IdType", {"auto": "auto", "integer": "int", "int": "int", "string": "str", "str": "str"})
-"""Ids of users or items in a source."""
-
-Split = Enum("Split", {"leave_last_out": "leave-last-out", "leave-last-out": "leave-last-out", "time": "time"})
-"""Test labels: a user's last event (validation: the one before it), or what lies after two moments."""
-
-
-class Precision(Enum):
-    """Arithmetic of training's matrix products."""
-
-    auto = "auto"
-    """bfloat16 on GPUs and on CPUs with AMX or avx512_bf16, float32 elsewhere; the choice is logged."""
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Codec(Enum):
-    """How summary rows are stored."""
-
-    float32 = "float32"
-    int8 = "int8"
-    """FBGEMM byte rows: d uint8 values, then float32 scale and bias."""
 
 
 def _require(condition: bool, key: str, message: str) -> None:
@@ -432,35 +373,3 @@ class PrepareConfig:
     """Add a segment to an existing log; a source that it holds already is refused."""
     on_bad_rows: OnBadRows = OnBadRows.error
     progress: bool = True
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON values; enums by their values."""
-    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return to_dict(value)
-    if isinstance(value, Enum):
-        return value.value
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """The inverse of `to_dict`; ConfigError for a key or a value that `cls` does not know."""
-    hints = get_type_hints(cls)
-    unknown = set(values) - set(hints)
-    _require(not unknown, ", ".join(sorted(unknown)), f"no field of {cls.__name__}; was this written by a newer vista?")
-    arguments = {}
-    for key, value in values.items():
-        hint = hints[key]
-        if isinstance(hint, type) and issubclass(hint, Enum):
-            try:
-                value = hint(value)
-            except ValueError as error:
-                raise ConfigError(f"{key}: {error}") from None
-        elif is_dataclass(hint) and isinstance(value, dict):
-            value = from_dict(hint, value)  # type: ignore[arg-type]
-        arguments[key] = value
-    return cls(**arguments)

@@ -18,7 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from vista.config import to_dict
+from vista.config_dict import to_dict
 
 
 @dataclass(frozen=True, slots=True)

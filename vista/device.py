@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from vista.config import Precision
+from vista.choices import Precision
 from vista.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vista.config import Codec, Decay, RefreshConfig
+from vista.choices import Codec, Decay
+from vista.config import RefreshConfig
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories, token_groups
 from vista.data.splits import Until, parse_until, visible_counts

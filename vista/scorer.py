@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.config import OnMissing, ScoreConfig
+from vista.choices import OnMissing
+from vista.config import ScoreConfig
 from vista.data.histories import Histories
 from vista.data.vocabulary import Ids
 from vista.device import resolve_device

@@ -6,7 +6,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from vista.config import IdType, OnBadRows, PrepareConfig, SourceConfig
+from vista.choices import IdType, OnBadRows
+from vista.config import PrepareConfig, SourceConfig
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.errors import ConfigError, DataError

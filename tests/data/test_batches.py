@@ -13,7 +13,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from vista.config import DataConfig, Decay, ModelConfig, Split, TrainConfig
+from vista.choices import Decay, Split
+from vista.config import DataConfig, ModelConfig, TrainConfig
 from vista.data.batches import BatchSource, events_before
 from vista.data.cuts import Batch
 from vista.data.event_log import EventLog

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vista.config import Decay, Mixing
+from vista.choices import Decay, Mixing
 from vista.data.cuts import Batch, Chunks, CutPlan, cut_batch, decay_clock, ragged_arange
 
 Int = NDArray[np.int64]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import vista
 from tests.data.conftest import run, write_csv
-from vista.config import IdType
+from vista.choices import IdType
 from vista.data import ingest, segment
 from vista.data.event_log import EventLog
 from vista.errors import ConfigError, DataError

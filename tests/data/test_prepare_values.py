@@ -6,7 +6,8 @@ import polars as pl
 import pytest
 
 from tests.data.conftest import COLUMNS, run, write_csv
-from vista.config import IdType, PrepareConfig, SourceConfig
+from vista.choices import IdType
+from vista.config import PrepareConfig, SourceConfig
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.errors import ConfigError, DataError

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.config import DataConfig, Decay, ModelConfig
+from vista.choices import Decay
+from vista.config import DataConfig, ModelConfig
 from vista.data.cuts import Batch, Chunks, CutPlan, cut_batch, decay_clock
 from vista.data.gaps import gap_bucket, history_gaps
 from vista.data.histories import Histories

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from vista.config import Mixing, Normalization
+from vista.choices import Mixing, Normalization
 from vista.data.histories import Histories
 from vista.model import incremental, inference
 from vista.model.recommender import Recommender

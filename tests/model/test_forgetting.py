@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vista.config import Decay, Mixing
+from vista.choices import Decay, Mixing
 from vista.data.histories import Histories
 from vista.errors import ConfigError
 from vista.model import incremental

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vista.config import Decay, Mixing, Normalization
+from vista.choices import Decay, Mixing, Normalization
 from vista.data.cuts import Batch, Chunks
 
 Int = NDArray[np.int64]

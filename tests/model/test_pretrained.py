@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from vista.config import Decay, Mixing
+from vista.choices import Decay, Mixing
 from vista.data.vocabulary import Vocabulary
 from vista.errors import CheckpointError
 from vista.model import inference

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vista.config import Mixing
+from vista.choices import Mixing
 from vista.model import inference
 from vista.store.record import dequantize_rows, quantize_rows
 

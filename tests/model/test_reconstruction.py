@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vista.config import DataConfig, Mixing, OptimConfig
+from vista.choices import Mixing
+from vista.config import DataConfig, OptimConfig
 from vista.model.losses import reconstruction_loss
 
 ALONE = OptimConfig(next_weight=0.0, task_weight=0.0, reconstruction_weight=1.0)

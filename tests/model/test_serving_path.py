@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vista.config import Decay, Mixing
+from vista.choices import Decay, Mixing
 from vista.data.histories import Histories
 from vista.model import inference
 from vista.model.recommender import Recommender

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import silu
 
-from vista.config import Decay, Mixing
+from vista.choices import Decay, Mixing
 from vista.data.histories import Histories
 from vista.errors import ConfigError
 from vista.model import incremental, inference

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from vista.config import DataConfig, Decay, Mixing, ModelConfig, OptimConfig, Precision, TrainConfig
+from vista.choices import Decay, Mixing, Precision
+from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from vista.data.batches import BatchSource
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories

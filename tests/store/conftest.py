@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vista.config import Codec
+from vista.choices import Codec
 from vista.store import Manifest, StoreWriter, Tail, encode_records, user_keys
 
 NUM_TOKENS, DIM = 2, 8

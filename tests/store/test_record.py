@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from vista.config import Codec
+from vista.choices import Codec
 from vista.errors import RecordError
 from vista.store.keys import user_keys
 from vista.store.record import (

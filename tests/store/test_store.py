@@ -11,7 +11,7 @@ import lmdb
 import numpy as np
 import pytest
 
-from vista.config import Codec
+from vista.choices import Codec
 from vista.errors import StoreError, StoreLockedError, SummarizerMismatchError, UserKeyError
 from vista.store import NO_TIMESTAMP, SummaryStore, Tail, encode_records, user_keys
 from vista.store.environment import SharedEnvironment

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import Served, run_python, small_config, small_frame
-from vista.config import Decay, OptimConfig, Split, TrainConfig
+from vista.choices import Decay, Split
+from vista.config import OptimConfig, TrainConfig
 from vista.config_text import to_yaml
 from vista.data.batches import BatchSource
 from vista.data.event_log import EventLog

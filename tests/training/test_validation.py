@@ -13,7 +13,7 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
 from tests.conftest import Served, small_config
-from vista.config import Split
+from vista.choices import Split
 from vista.data.event_log import EventLog
 from vista.data.splits import visible_counts
 from vista.errors import NonFiniteLossError

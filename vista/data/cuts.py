@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.config import Decay, Mixing
+from vista.choices import Decay, Mixing
 
 Int = NDArray[np.int64]
 TIMELESS_SHARE = 0.1

@@ -17,7 +17,7 @@ from vista.data.vocabulary import Vocabulary
 from vista.errors import LogFormatError, UnknownUserError
 
 if TYPE_CHECKING:
-    from vista.config import OnBadRows
+    from vista.choices import OnBadRows
 
 
 class EventLog:

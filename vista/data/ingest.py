@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vista.config import OnBadRows, PrepareConfig, SourceConfig
+from vista.choices import OnBadRows
+from vista.config import PrepareConfig, SourceConfig
 from vista.data.event_log import EventLog
 from vista.data.frames import to_polars
 from vista.data.packing import BUCKET_EVENTS, ITEM_ROW, USER_ROW, distinct, extended, pack, rows_of

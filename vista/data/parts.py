@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vista.config import OnBadRows
+from vista.choices import OnBadRows
 from vista.data.polars_extra import pl
 from vista.data.sources import EXTRA, ROW, Source, unreadable
 from vista.data.validation import BLANK, PROBLEM, Check, parse

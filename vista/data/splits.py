@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.config import DataConfig, Split
+from vista.choices import Split
+from vista.config import DataConfig
 from vista.data.event_log import EventLog
 from vista.errors import ConfigError
 

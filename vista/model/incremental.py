@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from vista.config import Decay, Mixing
+from vista.choices import Decay, Mixing
 from vista.data.cuts import decay_clock, ragged_arange
 from vista.data.gaps import history_gaps
 from vista.data.histories import Histories, ranges, token_groups

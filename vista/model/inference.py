@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.config import Mixing
+from vista.choices import Mixing
 from vista.data.gaps import UNKNOWN_GAP, gap_bucket
 from vista.data.histories import Histories
 from vista.model.incremental import embed, history_states

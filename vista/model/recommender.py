@@ -19,7 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vista.config import DataConfig, Mixing, ModelConfig, OptimConfig, from_dict, to_dict
+from vista.choices import Mixing
+from vista.config import DataConfig, ModelConfig, OptimConfig
+from vista.config_dict import from_dict, to_dict
 from vista.data.cuts import Batch
 from vista.data.gaps import UNKNOWN_GAP
 from vista.data.vocabulary import Ids, Vocabulary

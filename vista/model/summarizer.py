@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vista.config import Decay, Mixing, ModelConfig
+from vista.choices import Decay, Mixing
+from vista.config import ModelConfig
 from vista.model.layers import Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
 from vista.model.summary_state import SummaryState
 from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_states

@@ -16,7 +16,7 @@ import lmdb
 import lmdb.verify
 import numpy as np
 
-from vista.config import Codec
+from vista.choices import Codec
 from vista.errors import StoreError
 from vista.files import sync
 from vista.store.environment import DIRECTORY_MODE, MAX_READERS, SharedEnvironment, committed_size, open_environment

@@ -20,7 +20,7 @@ from weakref import WeakSet
 
 import xxhash
 
-from vista.config import Codec
+from vista.choices import Codec
 from vista.errors import StoreError, StoreLockedError
 from vista.files import sync
 from vista.store.environment import FILE_MODE, REMEDY

@@ -15,7 +15,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from vista.config import Codec
+from vista.choices import Codec
 from vista.errors import RecordError, UserKeyError
 from vista.store.keys import user_id
 

@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from vista.config import Precision, TrainConfig, to_dict
+from vista.choices import Precision
+from vista.config import TrainConfig
+from vista.config_dict import to_dict
 from vista.config_text import to_yaml
 from vista.data.batches import BatchSource
 from vista.data.cuts import Batch

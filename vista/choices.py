@@ -1,0 +1,62 @@
+"""Named choices of the configuration: what a key may be, in the words that users write."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Mixing(Enum):
+    """How tokens of stage 1 mix."""
+
+    bidirectional = "bidirectional"
+    """History and seeds form one set; all write and all read at every layer (the paper)."""
+    separable = "separable"
+    """Only history writes, only seeds read: states append, merge and forget."""
+
+
+class Normalization(Enum):
+    """Scale c of the state before its activation: A = phi2(Z * c)."""
+
+    none = "none"
+    """c = 1 (the paper)."""
+    length = "length"
+    """c = 1 / max(n, 1) ** alpha."""
+
+
+class Decay(Enum):
+    """What older events lose weight by in separable mixing."""
+
+    none = "none"
+    time = "time"
+    position = "position"
+
+
+# `raise` and `leave-last-out` are what users write, but no Python names: hence the aliases.
+OnMissing = Enum("OnMissing", {"empty": "empty", "nan": "nan", "error": "raise", "raise": "raise"})
+"""What an unknown user or item gets: the empty history's summary, NaN scores, or a typed error."""
+
+OnBadRows = Enum("OnBadRows", {"error": "raise", "raise": "raise", "quarantine": "quarantine"})
+"""What ingest does with a row that fails validation."""
+
+IdType = Enum("IdType", {"auto": "auto", "integer": "int", "int": "int", "string": "str", "str": "str"})
+"""Ids of users or items in a source."""
+
+Split = Enum("Split", {"leave_last_out": "leave-last-out", "leave-last-out": "leave-last-out", "time": "time"})
+"""Test labels: a user's last event (validation: the one before it), or what lies after two moments."""
+
+
+class Precision(Enum):
+    """Arithmetic of training's matrix products."""
+
+    auto = "auto"
+    """bfloat16 on GPUs and on CPUs with AMX or avx512_bf16, float32 elsewhere; the choice is logged."""
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Codec(Enum):
+    """How summary rows are stored."""
+
+    float32 = "float32"
+    int8 = "int8"
+    """FBGEMM byte rows: d uint8 values, then float32 scale and bias."""

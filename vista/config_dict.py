@@ -1,0 +1,45 @@
+"""Configurations as dictionaries of plain JSON values, and back."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any, TypeVar, get_type_hints
+
+from vista.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values; enums by their values."""
+    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Enum):
+        return value.value
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """The inverse of `to_dict`; ConfigError for a key or a value that `cls` does not know."""
+    hints = get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    if unknown:
+        keys = ", ".join(sorted(unknown))
+        raise ConfigError(f"{keys}: no field of {cls.__name__}; was this written by a newer vista?")
+    arguments = {}
+    for key, value in values.items():
+        hint = hints[key]
+        if isinstance(hint, type) and issubclass(hint, Enum):
+            try:
+                value = hint(value)
+            except ValueError as error:
+                raise ConfigError(f"{key}: {error}") from None
+        elif is_dataclass(hint) and isinstance(value, dict):
+            value = from_dict(hint, value)  # type: ignore[arg-type]
+        arguments[key] = value
+    return cls(**arguments)
