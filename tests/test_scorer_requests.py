@@ -266,4 +266,8 @@ class TestCommand:
     def test_unknown_user_by_policy(self, served: Served) -> None:
         with pytest.raises(UnknownUserError, match=r"users \[999\] have no record"):
             score_from_config(self.settings(served, users=["999"], on_missing=OnMissing.error))
-        assert score_from_config(self.settings(served, users=["999"], top_k=1)).count("user 999: ") == 1
+        assert score_from_config(self.settings(served, users=["999"], top_k=1)).count("user 999 (no record): ") == 1
+
+    def test_unknown_items_are_marked(self, served: Served) -> None:
+        line = score_from_config(self.settings(served, users=["100"], candidates=["0", "77777"])).splitlines()[1]
+        assert ", 77777 (unknown) 0.0000" in line and "0 (unknown)," not in line

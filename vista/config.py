@@ -248,6 +248,7 @@ class EvaluateConfig:
     """Name of the row; by default the run's folder."""
     seed: int = 1
     """Seed of the run, for the row."""
+    device: str = "auto"
     num_threads: int = 0
     progress: bool = True
 
@@ -270,6 +271,7 @@ class ScoreConfig:
     top_k: int = 10
     """Items to list a user, where no candidates are given."""
     on_missing: OnMissing = OnMissing.empty
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         _require_counts(self, "", ("top_k",))

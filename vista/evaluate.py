@@ -65,7 +65,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if config.results_dir is not None:
         writable_folder(Path(config.results_dir), "results_dir")
     log = EventLog.open(config.data)
-    with cpu_settings(config.num_threads), Scorer.open(config.model, config.store) as scorer:
+    with cpu_settings(config.num_threads), Scorer.open(config.model, config.store, device=config.device) as scorer:
         result = evaluate_scorer(
             scorer,
             log,

@@ -349,18 +349,21 @@ def score_from_config(config: ScoreConfig) -> str:
     """
     if not config.users:
         raise ConfigError("users: name at least one, such as users=[1,2]")
-    with Scorer.open(config.model, config.store, on_missing=config.on_missing) as scorer:
+    with Scorer.open(config.model, config.store, on_missing=config.on_missing, device=config.device) as scorer:
         users = _typed_ids(config.users, "users", scorer.store.manifest.user_kind)
         candidates = _typed_ids(config.candidates, "candidates", scorer.model.items.kind)
         lines = [f"task {scorer.task}, generation {scorer.store.generation}"]
-        for user in users:
+        found = scorer.store.get_many(users).found.tolist()
+        known = (scorer.model.item_rows(candidates) != UNKNOWN_ITEM).tolist() if candidates else []
+        items = [str(item) if known[i] else f"{item} (unknown)" for i, item in enumerate(candidates)]
+        for user, has_record in zip(users, found, strict=True):
             if candidates:
-                scores = scorer.score([user], candidates)[0]
-                pairs = list(zip(candidates, scores.tolist(), strict=True))
+                pairs = zip(items, scorer.score([user], candidates)[0].tolist(), strict=True)
             else:
                 ranking = scorer.rank(user, top_k=config.top_k)
-                pairs = list(zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True))
-            lines += [f"user {user}: " + ", ".join(f"{item} {score:.4f}" for item, score in pairs)]
+                pairs = zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True)
+            name = f"user {user}" if has_record else f"user {user} (no record)"
+            lines += [f"{name}: " + ", ".join(f"{item} {score:.4f}" for item, score in pairs)]
         return "\n".join(lines)
 
 

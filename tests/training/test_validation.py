@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from sklearn.metrics import log_loss, roc_auc_score
 
 from tests.conftest import Served, small_config
@@ -18,6 +19,7 @@ from vista.data.event_log import EventLog
 from vista.data.splits import visible_counts
 from vista.errors import NonFiniteLossError
 from vista.model.recommender import Recommender
+from vista.training import protocol
 from vista.training.protocol import (
     NextItemCases,
     impression_cases,
@@ -118,6 +120,21 @@ def test_hand_computed_ranks(tmp_path: Path) -> None:
     gain = [1 / math.log2(rank + 2) for rank in range(5)]
     assert found["hr@1"] == pytest.approx(3 / 6) and found["hr@3"] == pytest.approx(4 / 6)
     assert found["ndcg@1"] == pytest.approx(3 / 6) and found["ndcg@3"] == pytest.approx((3 * gain[0] + gain[1]) / 6)
+
+
+def test_batches_hold_few_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = hand_log(tmp_path)
+    cases = next_item_cases(log, visible_counts(log, 10 * HOUR))
+    assert cases.seen.tolist() == [0, 3, 1, 0, 3, 0]
+    monkeypatch.setattr(protocol, "EVENTS_PER_BATCH", 4)
+    batches: list[list[int]] = []
+
+    def score(batch: NextItemCases) -> NDArray[np.float32]:
+        batches.append(batch.seen.tolist())
+        return np.zeros((len(batch.user), 6), np.float32)
+
+    rank_next_items(log, cases, np.arange(6), score, exclude_seen=True, users_per_batch=4, progress=False)
+    assert batches == [[0, 3], [1, 0], [3, 0]]
 
 
 def test_impressions_see_what_came_strictly_before(tmp_path: Path) -> None:

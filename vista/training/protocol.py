@@ -16,7 +16,11 @@ from tqdm import tqdm
 
 from vista.data.batches import events_before
 from vista.data.event_log import EventLog
+from vista.data.histories import token_groups
 from vista.training.metrics import auc, calibration, gauc, hit_rate, ndcg, normalized_entropy, ranks_of_targets
+
+EVENTS_PER_BATCH = 1 << 22
+"""Events of the histories that are read at once (a longer history is read alone)."""
 
 Int = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -117,9 +121,10 @@ def rank_next_items(
         exclude_seen: leave the user's earlier items out of the list (never the label).
     """
     ranks = np.zeros(len(cases.user), np.int64)
-    starts = range(0, len(cases.user), users_per_batch)
-    for low in tqdm(starts, desc="ranking", unit="batch", disable=not progress, leave=False):
-        part = slice(low, low + users_per_batch)
+    # A case weighs its history, and at least a batch's fair share: so neither users nor events of a batch get too many.
+    weight = np.maximum(cases.seen, EVENTS_PER_BATCH // users_per_batch)
+    groups = list(token_groups(weight, EVENTS_PER_BATCH))
+    for part in tqdm(groups, desc="ranking", unit="batch", disable=not progress, leave=False):
         batch = NextItemCases(cases.user[part], cases.seen[part], cases.item[part])
         scores = score(batch)
         target = item_columns[batch.item]

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from vista.config import TrainConfig
 from vista.data.event_log import EventLog
-from vista.data.histories import Histories
+from vista.data.histories import Histories, token_groups
 from vista.data.splits import split_until, visible_counts
 from vista.errors import NonFiniteLossError
 from vista.model import inference
 from vista.model.recommender import Recommender
 from vista.training.protocol import (
+    EVENTS_PER_BATCH,
     ImpressionCases,
     NextItemCases,
     impression_cases,
@@ -87,7 +88,10 @@ class Validation:
         return metrics
 
     def _summaries(self, model: Recommender, users: Int) -> torch.Tensor:
-        return inference.summarize(model, self._model_rows(self._log.gather(users, self._cut[users])))
+        """Of many users, a few histories at a time: whole lives may be long."""
+        groups = [users[part] for part in token_groups(self._cut[users], EVENTS_PER_BATCH)]
+        histories = (self._model_rows(self._log.gather(group, self._cut[group])) for group in groups)
+        return torch.cat([inference.summarize(model, each) for each in histories])
 
     def _model_rows(self, histories: Histories) -> Histories:
         return dataclasses.replace(histories, item=self._item_rows[histories.item].astype(np.int32))
@@ -109,9 +113,7 @@ class Validation:
 
     def _probabilities(self, model: Recommender, cases: ImpressionCases) -> NDArray[np.float32]:
         users, row = np.unique(cases.user, return_inverse=True)
-        summaries = torch.cat(
-            [self._summaries(model, users[at : at + CASES_PER_BATCH]) for at in range(0, len(users), CASES_PER_BATCH)]
-        )
+        summaries = self._summaries(model, users)
         out = np.zeros(cases.label.shape, np.float32)
         for low in range(0, len(cases.user), CASES_PER_BATCH):
             part = slice(low, low + CASES_PER_BATCH)
