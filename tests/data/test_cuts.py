@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vista.choices import Decay, Mixing
-from vista.data.cuts import Batch, Chunks, CutPlan, cut_batch, decay_clock, ragged_arange
+from vista.data.cuts import Batch, Chunks, CutPlan, cut_batch, decay_clock
+from vista.data.histories import ranges
 
 Int = NDArray[np.int64]
 NUM_TASKS = 2
@@ -220,8 +221,9 @@ def test_the_same_generator_cuts_the_same_batch_and_another_a_new_one() -> None:
 
 
 def test_helpers() -> None:
-    np.testing.assert_array_equal(ragged_arange(np.array([3, 0, 2])), [0, 1, 2, 0, 1])
-    assert len(ragged_arange(np.zeros(0, np.int64))) == 0
+    np.testing.assert_array_equal(ranges(0, np.array([3, 0, 2])), [0, 1, 2, 0, 1])
+    np.testing.assert_array_equal(ranges(np.array([5, 7, 0]), np.array([3, 0, 2])), [5, 6, 7, 0, 1])
+    assert len(ranges(0, np.zeros(0, np.int64))) == 0
     times = np.array([5, 5, 9])
     np.testing.assert_array_equal(decay_clock(Decay.position, times), [0, 1, 2])
     np.testing.assert_array_equal(decay_clock(Decay.time, times), times)

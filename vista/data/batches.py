@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import TrainConfig
-from vista.data.cuts import Batch, Chunks, CutPlan, Int, cut_batch, decay_clock, ragged_arange
+from vista.data.cuts import Batch, Chunks, CutPlan, Int, cut_batch, decay_clock
 from vista.data.event_log import EventLog
 from vista.data.frequency import item_counts
 from vista.data.gaps import gap_bucket, history_gaps
-from vista.data.histories import token_groups
+from vista.data.histories import ranges, token_groups
 from vista.data.negatives import NegativeSampler
 from vista.data.splits import split_until, visible_counts
 
@@ -95,7 +95,7 @@ class BatchSource:
         gap = history_gaps(time, histories.offsets) if use_time else np.zeros(len(time), np.int64)
         seen = self._impressions
         low, high = _position_ranges(seen, user, start, stop)
-        index = np.repeat(low, high - low) + ragged_arange(high - low)
+        index = ranges(low, high - low)
         owner = np.repeat(np.arange(len(user)), high - low)
         position = seen.position[index] - start[owner]
         return Chunks(
@@ -120,7 +120,7 @@ def _chunk_histories(users: Int, total: Int, limit: int, rng: np.random.Generato
     phase = np.where(total > limit, rng.integers(1, limit + 1, len(users)), total)
     pieces = 1 + -(-(total - phase) // limit)
     owner = np.repeat(np.arange(len(users)), pieces)
-    index = ragged_arange(pieces)
+    index = ranges(0, pieces)
     start = np.where(index == 0, 0, phase[owner] + (index - 1) * limit)
     stop = np.minimum(phase[owner] + index * limit, total[owner])
     return users[owner], start, stop

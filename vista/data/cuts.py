@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.choices import Decay, Mixing
+from vista.data.histories import ranges
 
 Int = NDArray[np.int64]
 TIMELESS_SHARE = 0.1
@@ -130,12 +131,6 @@ class CutPlan:
     num_tasks: int
 
 
-def ragged_arange(counts: Int) -> Int:
-    """0..counts[0]-1, 0..counts[1]-1, … end to end."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
-
-
 def decay_clock(decay: Decay, timestamp: Int) -> Int:
     """What decay is measured by: milliseconds, or the position in the packed history (only differences count)."""
     return np.arange(len(timestamp), dtype=np.int64) if decay is Decay.position else timestamp
@@ -163,7 +158,7 @@ def cut_batch(
     num_windows = np.where(num_positions > 0, 1 + np.maximum(0, -(-(num_positions - phase) // W)), 0)
     window_offsets = np.concatenate([[0], np.cumsum(num_windows)])
     chunk = np.repeat(np.arange(num_chunks), num_windows)
-    index = ragged_arange(num_windows)
+    index = ranges(0, num_windows)
     begin = np.where(index == 0, 0, phase[chunk] + (index - 1) * W)
     end = np.minimum(np.where(index == 0, phase[chunk] - 1, begin + W - 1), num_positions[chunk] - 1)
 
@@ -171,7 +166,7 @@ def cut_batch(
     num_segments = np.maximum(1, -(-(lengths - phase) // W) + 1)
     num_segments[lengths == 0] = 0
     segment_chunk = np.repeat(np.arange(num_chunks), num_segments)
-    segment_end = phase[segment_chunk] + ragged_arange(num_segments) * W
+    segment_end = phase[segment_chunk] + ranges(0, num_segments) * W
     segment_end = np.minimum(segment_end, lengths[segment_chunk]) + chunks.offsets[:-1][segment_chunk]
     segment_offsets = np.concatenate([[0], segment_end])
     segment_user_offsets = np.concatenate([[0], np.cumsum(num_segments)])
@@ -262,7 +257,7 @@ def _drawn_windows(
     priority = rng.random(len(chunk))
     priority[impression_window] -= 1.0
     order = np.lexsort((priority, chunk))
-    rank = ragged_arange(num_windows)
+    rank = ranges(0, num_windows)
     return np.sort(order[rank < plan.windows_per_chunk])
 
 
@@ -292,7 +287,7 @@ def _place_impressions(
     kept = (slot < NW) & (keep[np.minimum(slot, NW - 1)] == impression_window) if NW else np.zeros(len(slot), bool)
     window = slot[kept]
     counts = np.bincount(window, minlength=NW)
-    column = ragged_arange(counts)
+    column = ranges(0, counts)
     width = int(counts.max()) if NW else 0
     item = np.zeros((NW, width), np.int64)
     position = np.zeros((NW, width), np.int64)

@@ -68,7 +68,7 @@ class Histories:
         return Histories(self.item[index], self.timestamp[index], self.action[index], rating, offsets)
 
 
-def ranges(starts: Int, counts: Int) -> Int:
+def ranges(starts: Int | int, counts: Int) -> Int:
     """The integers starts[b] .. starts[b] + counts[b] - 1 of every b, end to end: int64 [sum of counts]."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from vista.choices import Decay, Mixing
-from vista.data.cuts import decay_clock, ragged_arange
+from vista.data.cuts import decay_clock
 from vista.data.gaps import history_gaps
 from vista.data.histories import Histories, ranges, token_groups
 from vista.errors import ConfigError
@@ -180,7 +180,7 @@ def embed(model: Recommender, histories: Histories, start: Int | None = None) ->
     """
     device = model.device
     offsets = histories.offsets
-    inside = ragged_arange(histories.lengths)
+    inside = ranges(0, histories.lengths)
     timestamp = np.asarray(histories.timestamp)
     gap = np.zeros(len(timestamp), np.int64) if model.encoder.gap is None else history_gaps(timestamp, offsets)
     if model.config.decay is Decay.position:
@@ -211,7 +211,7 @@ def _terms(model: Recommender, history: Histories, starts: Int, stops: Int, cloc
     summarizer = _separable(model)
     size = slice_len(model)
     pieces = -(-(stops - starts) // size)
-    start = np.repeat(starts, pieces) + ragged_arange(pieces) * size
+    start = np.repeat(starts, pieces) + ranges(0, pieces) * size
     context = np.minimum(reach(model), start)
     counts = np.minimum(start + size, np.repeat(stops, pieces)) - start + context
     ends = np.cumsum(counts)
