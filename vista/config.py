@@ -111,8 +111,9 @@ class DataConfig:
     """Longest stretch of one history in one training batch, in events; longer ones are cut into several."""
     tokens_per_batch: int = 8192
     """Events a batch holds at most (a single longer chunk makes a batch of its own)."""
-    label_spacing: int = 16
-    """W: label positions that share one summary and one tail, hence the spacing of cuts."""
+    label_spacing: int = 32
+    """W: label positions that share one summary and one tail, hence the spacing of cuts. They see tail_len - W + 1 to
+    tail_len events of the tail. Larger is faster."""
     windows_per_chunk: int = 0
     """Windows of W label positions drawn from a chunk a pass; 0 means all, so every event is a label once."""
     num_cuts: int = 2
@@ -198,6 +199,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_counts(self, "", ("checkpoint_every",))
+        spacing, tail_len = self.data.label_spacing, self.model.tail_len
+        _require(
+            spacing <= tail_len,
+            "data.label_spacing",
+            f"must be at most model.tail_len={tail_len}, or some labels would see no tail; got {spacing}",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
