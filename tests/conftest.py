@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import vista
 from vista.choices import Split
@@ -26,6 +27,12 @@ START = 1_600_000_000_000
 """Time of the first event of the small logs, ms."""
 LENGTHS = [12, 1, 25, 2, 40, 3, 9, 7, 30, 18, 4, 22, 5, 16, 11, 28]
 """Events of each user of the small logs: one and two are too few for leave-last-out."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Sums of floats depend on the number of threads, and tests compare bits with processes of their own."""
+    torch.set_num_threads(1)
 
 
 def small_frame(seed: int = 0) -> dict[str, Any]:

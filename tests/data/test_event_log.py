@@ -14,8 +14,10 @@ import polars as pl
 import pytest
 
 import vista
+from vista.data import histories
 from vista.data.event_log import EventLog
-from vista.data.histories import Histories
+from vista.data.histories import Histories, Int, take
+from vista.data.segment import PackedTable
 from vista.errors import LogFormatError, UnknownUserError
 
 
@@ -301,3 +303,24 @@ def test_without_polars_the_extra_is_named(tmp_path: Path) -> None:
         "except VistaError as error: print(error)"
     )
     assert "pip install 'vista-recsys[data]'" in run_python(code, tmp_path)
+
+
+def test_short_ranges_of_segments_in_order_read_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users 1 and 2 go on in the second segment; user 3 has an event there that is older than those of the first."""
+    first = {"user": [1] * 50 + [2] * 50 + [3] * 5, "item": range(105), "timestamp": [*range(100), *range(200, 205)]}
+    second = {"user": [1] * 9 + [2] * 9 + [3], "item": range(19), "timestamp": [*range(300, 318), 202]}
+    log = EventLog.from_frame(first, tmp_path / "log", time_unit="s")
+    log = EventLog.from_frame(second, tmp_path / "log", time_unit="s", append=True)
+    taken: list[int] = []
+
+    def counted(table: PackedTable, starts: Int, counts: Int) -> Histories:
+        taken.append(int(counts.sum()))
+        return take(table, starts, counts)
+
+    monkeypatch.setattr(histories, "take", counted)
+    low, high = np.array([45, 55, 2]), np.array([55, 57, 5])
+    found = log.gather_ranges(np.arange(3), low, high)
+    assert sum(taken) == 10 + 2 + 6
+    for user in range(3):
+        assert found.slice(user).timestamp.tolist() == log.slice(user, low[user], high[user]).timestamp.tolist()
+        assert found.slice(user).item.tolist() == log.slice(user, low[user], high[user]).item.tolist()

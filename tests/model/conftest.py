@@ -26,11 +26,6 @@ ACTIONS, TASKS, NUM_ITEMS = ["view", "click", "buy"], ["click", "like"], 40
 HOUR = 3_600_000
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def model(
     *,
     seed: int = 0,

@@ -202,8 +202,7 @@ class EventLog:
         if len(self._segments) == 1:
             first, _ = self._segments[0].events.locate(rows)
             return take(self._segments[0].events, first + low, high - low)
-        whole = take_merged([segment.events for segment in self._segments], rows)
-        return whole.select(low, high)
+        return take_merged([segment.events for segment in self._segments], rows, low, high)
 
     def counts_before(self, time: int) -> NDArray[np.int64]:
         """Events of every user strictly before `time` (ms, or an ordinal): int64 [num_users]."""

@@ -105,22 +105,47 @@ def take(table: PackedTable, starts: Int, counts: Int) -> Histories:
     return whole._at(index, offsets)
 
 
-def take_merged(tables: Sequence[PackedTable], rows: Int) -> Histories:
-    """Whole histories of the users `rows` [B] from several tables: by time, equal times in the order of the tables."""
+def take_merged(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> Histories:
+    """Events [low[b], high[b]) of the users `rows` [B] in several tables: by time, equal times in the order of tables.
+
+    Where a user's tables follow one another in time, only these events are read, else the whole history.
+    """
     located = [table.locate(rows) for table in tables]
-    counts = sum((count for _, count in located), np.zeros(len(rows), np.int64))
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    total = np.stack([count for _, count in located])
+    before = np.cumsum(total, axis=0) - total
+    in_order = _in_order(tables, located)
+    begin = np.where(in_order, np.clip(low - before, 0, total), 0)
+    counts = np.where(in_order, np.clip(high - before, 0, total), total) - begin
+    offsets = np.concatenate([[0], np.cumsum(counts.sum(0))]).astype(np.int64)
     out = _empty(int(offsets[-1]), all("rating" in table.columns for table in tables), offsets)
     next_free = offsets[:-1].copy()
+    for number, (table, (start, _)) in enumerate(zip(tables, located, strict=True)):
+        _copy(take(table, start + begin[number], counts[number]), out, ranges(next_free, counts[number]))
+        next_free += counts[number]
+    merged = _by_time(out)
+    return merged.select(np.where(in_order, 0, low), np.where(in_order, high - low, high))
+
+
+def _in_order(tables: Sequence[PackedTable], located: Sequence[tuple[Int, Int]]) -> NDArray[np.bool_]:
+    """bool [B]: whether no table has an event of the user older than one in a table before it."""
+    in_order = np.ones(len(located[0][0]), np.bool_)
+    newest = np.full(len(in_order), np.iinfo(np.int64).min)
     for table, (start, count) in zip(tables, located, strict=True):
-        _copy(take(table, start, count), out, ranges(next_free, count))
-        next_free += count
+        times, has = table.columns["timestamp"], np.flatnonzero(count)
+        in_order[has] &= times[start[has]] >= newest[has]
+        newest[has] = np.maximum(newest[has], times[start[has] + count[has] - 1])
+    return in_order
+
+
+def _by_time(out: Histories) -> Histories:
+    """Each history sorted by time, equal times as they stand; itself where all are."""
+    offsets = out.offsets
     falls = np.diff(out.timestamp) < 0
     inner = offsets[1:-1]
     falls[inner[(inner > 0) & (inner < len(out.timestamp))] - 1] = False  # a user's first event may be older
     if not falls.any():
         return out
-    owner = np.repeat(np.arange(len(rows)), counts)
+    owner = np.repeat(np.arange(out.num_users), out.lengths)
     return out._at(np.lexsort((out.timestamp, owner)), offsets)
 
 
