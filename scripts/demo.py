@@ -28,7 +28,7 @@ from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.data.simulate import simulate
 from vista.data.splits import split_until
-from vista.errors import VistaError
+from vista.errors import ConfigError, VistaError
 from vista.evaluate import evaluate_scorer
 from vista.model.recommender import Recommender
 from vista.refresh import refresh
@@ -134,9 +134,10 @@ def measure_latency(model: Recommender, folder: Path) -> list[LatencyRow]:
     events = {
         "user": np.repeat(np.arange(len(lengths)), lengths),
         "item": ids[rng.integers(0, len(ids), lengths.sum())],
+        "action": np.array(model.schema.actions)[np.arange(lengths.sum()) % len(model.schema.actions)],
         "timestamp": 1_700_000_000_000 + 60_000 * np.concatenate([np.arange(n) for n in lengths]),
     }
-    log = EventLog.from_frame(events, folder / "log", time_unit="ms")
+    log = EventLog.from_frame(events, folder / "log", time_unit="ms", action="action")
     refresh(model, log, folder / "store", users_per_batch=1)
     candidates = ids[rng.integers(0, len(ids), NUM_CANDIDATES)]
     times: dict[int, list[float]] = {n: [] for n in HISTORY_LENGTHS}
@@ -185,8 +186,13 @@ def _movielens(data: Path, folder: Path, overrides: list[str]) -> Prepared:
 def _start_anew_if_other(folder: Path, data: Path | None, overrides: list[str]) -> None:
     """A repeated demo resumes; one of other data, settings or version starts in an empty folder."""
     mark = folder / "demo.json"
+    mine, theirs = folder.resolve(), data.resolve() if data else None
+    if theirs is not None and (mine == theirs or mine in theirs.parents or theirs in mine.parents):
+        raise ConfigError(f"--out: the demo would work in {folder}, where the data of --data are; name another folder")
+    if not mark.exists() and folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"--out: {folder} holds files that are not the demo's; name another folder, or remove it")
     asked = json.dumps({"data": str(data.resolve()) if data else None, "overrides": overrides, "version": __version__})
-    if folder.exists() and (not mark.exists() or mark.read_text() != asked):
+    if mark.exists() and mark.read_text() != asked:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(asked)

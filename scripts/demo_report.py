@@ -167,10 +167,8 @@ def _similar_age(report: Report, cases: NextItemCases) -> Int:
 def _plot_losses(axes: Axes, path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
-    names = [
-        name for name in steps[0] if name not in ("step", "epoch", "learning_rate", "gradient_norm", "tokens_per_s")
-    ]
-    for name in names if steps else []:
+    others = ("step", "epoch", "learning_rate", "gradient_norm", "tokens_per_s")
+    for name in [name for name in (steps[0] if steps else ()) if name not in others]:
         values = np.array([row[name] for row in steps if name in row])
         axes.plot(
             [row["step"] for row in steps if name in row], values / values[0], label=f"{name} (from {values[0]:.2f})"

@@ -30,12 +30,12 @@ def torch_text() -> str:
 
 
 def compiler_text() -> str:
-    """The C++ compiler that torch.compile would find."""
+    """The C++ compiler, which this version does not need (torch.compile would)."""
     for name in (os.environ.get("CXX", ""), *COMPILERS):
         path = shutil.which(name) if name else None
         if path:
             return f"C++ compiler: {path}"
-    return f"no C++ compiler ({', '.join(COMPILERS)}): everything runs, without the speed of torch.compile"
+    return f"no C++ compiler ({', '.join(COMPILERS)}): none is needed by this version"
 
 
 def gpu_text() -> str | None:

@@ -16,6 +16,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from tests.conftest import Served, small_config, small_frame
 from vista.choices import Codec, Split
 from vista.config import EvaluateConfig
+from vista.config_dict import to_dict
 from vista.data.event_log import EventLog
 from vista.data.splits import split_until, visible_counts
 from vista.errors import ConfigError, DataError, LeakageError
@@ -258,8 +259,8 @@ class TestRefusals:
             evaluate_scorer(scorer, served.log, "train")
 
     def test_nothing_to_measure(self, served: Served, tmp_path: Path) -> None:
-        frame = {"user": [1, 1, 2], "item": [0, 10, 20], "timestamp": [1, 2, 3]}
-        log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s")
+        frame = {"user": [1, 1, 2], "item": [0, 10, 20], "timestamp": [1, 2, 3], "action": ["click", "like", "like"]}
+        log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s", action="action")
         refresh(served.model, log, tmp_path / "store", until="leave-last-out")
         with Scorer.open(served.model, tmp_path / "store") as scorer, pytest.raises(ConfigError, match="no test case"):
             evaluate_scorer(scorer, log, "test")
@@ -291,17 +292,21 @@ class TestResults:
     def test_rows_are_appended(self, served: Served, tmp_path: Path) -> None:
         result = evaluate(self.settings(served, tmp_path, seed=3))
         evaluate(self.settings(served, tmp_path, exclude_seen=False, model_name="mine"))
+        trained = to_dict(small_config(served.log, Path(served.model_dir)))
         first, second = read_results(tmp_path / "results" / "small.jsonl")
         assert first["metrics"] == result.metrics and list(first["metrics"]) == ["hr@1", "ndcg@1", "hr@10", "ndcg@10"]
         assert (first["table"], first["data"], first["model"], first["seed"]) == ("small", "log", "run", 3)
         assert second["model"] == "mine" and second["config"]["exclude_seen"] is False
-        assert first["config"] == {"split": "test", "exclude_seen": True, "top_k": [1, 10], "codec": "float32"}
+        options = {"split": "test", "exclude_seen": True, "top_k": [1, 10], "codec": "float32"}
+        assert {key: first["config"][key] for key in options} == options
+        assert first["config"]["model"] == trained["model"] and "path" not in first["config"]["data"]
+        assert second["seed"] == 1, "of the run's config.yaml"
         assert first["seconds"] > 0 and first["hardware"]["threads"] == 1
 
     def test_the_command_gives_the_row_again(self, served: Served, tmp_path: Path) -> None:
         from vista.composition import compose_config
 
-        settings = self.settings(served, tmp_path, exclude_seen=False)
+        settings = self.settings(served, tmp_path, exclude_seen=False, seed=3, model_name="x")
         evaluate(settings)
         (row,) = read_results(tmp_path / "results" / "small.jsonl")
         program, command, *words = row["command"].split()

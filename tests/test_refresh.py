@@ -166,7 +166,7 @@ def test_from_config_leaves_the_same_records(served: Served, tmp_path: Path) -> 
         tmp_path / "store", served.model, served.log, visible_counts(served.log, "leave-last-out"), atol=1e-5
     )
     config.device = "abacus"
-    with pytest.raises(ConfigError, match="device=abacus: write auto, cpu, cuda, mps or cuda:N"):
+    with pytest.raises(ConfigError, match="device=abacus: write auto, cpu, cuda or cuda:N"):
         refresh_from_config(config)
 
 
@@ -178,8 +178,13 @@ def test_a_log_that_the_model_would_misread_is_refused(
     other = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", action="action", rating="rating")
     with pytest.raises(ConfigError, match=r"its actions are \['buy', 'like'\], the model was trained on \['click'"):
         refresh(new_model(event_log), other, tmp_path / "store")
-    timeless = {"user": frame["user"], "item": frame["item"]}
-    log = EventLog.from_frame(timeless, tmp_path / "timeless", timestamp=None)
+    del frame["action"]
+    plain = EventLog.from_frame(frame, tmp_path / "plain", time_unit="ms", rating="rating")
+    with pytest.raises(ConfigError, match=r"its actions are \['event'\], the model was trained on \['click'"):
+        refresh(new_model(event_log), plain, tmp_path / "store")
+    refresh(new_model(event_log, use_action=False), plain, tmp_path / "store-without-actions")
+    timeless = {name: small_frame()[name] for name in ("user", "item", "action")}
+    log = EventLog.from_frame(timeless, tmp_path / "timeless", timestamp=None, action="action")
     decaying = new_model(event_log, use_time=False, decay=Decay.time, decay_horizons=[1.0, 0.0])
     for model in (new_model(event_log), decaying):
         with pytest.raises(ConfigError, match="has no times, which this model reads"):

@@ -141,6 +141,15 @@ class TestFreshTails:
         with pytest.raises(error, match=message):
             scorer.score([100, 103], ITEMS, tail=dataclasses.replace(good, **{part: np.array(value)}))
 
+    def test_times_that_are_no_milliseconds(self, scorer: Scorer) -> None:
+        """Seconds would fall into 1970, long before the records: all of them older than the stored tail."""
+        for time in (START // 1000, -5, 5_000_000_000_000):
+            message = rf"{time} is no time in milliseconds since 1970"
+            with pytest.raises(ValueError, match=r"tail\.times: " + message):
+                scorer.score([100], ITEMS, tail=tail_of([(100, [(10, time, 0)])]))
+            with pytest.raises(ValueError, match="now: " + message):
+                scorer.score([100], ITEMS, now=time)
+
     def test_what_is_no_tail(self, scorer: Scorer) -> None:
         with pytest.raises(TypeError, match=r"tail: needs a Tail\(items, times, actions, offsets\), got a dict"):
             scorer.score([100], ITEMS, tail={"items": []})  # type: ignore[arg-type]
@@ -257,6 +266,7 @@ class TestCommand:
             ({}, r"users: name at least one"),
             ({"users": ["nobody"]}, r"users: ids are integers here, got nobody"),
             ({"users": ["100"], "candidates": ["x"]}, r"candidates: ids are integers here, got x"),
+            ({"users": ["100"], "candidates": [str(10**20)]}, r"candidates: ids are integers here, got 1000"),
         ],
     )
     def test_bad_ids_end_in_a_line(self, served: Served, changes: dict[str, Any], message: str) -> None:

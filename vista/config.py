@@ -5,7 +5,9 @@ Hydra never appears below the command line: scripts turn its config into these o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from vista.choices import Codec, Decay, IdType, Mixing, Normalization, OnBadRows, OnMissing, Precision, Split
@@ -21,6 +23,13 @@ def _require_counts(config: Any, prefix: str, keys: tuple[str, ...], least: int 
     for key in keys:
         value = getattr(config, key)
         _require(value >= least, f"{prefix}{key}", f"must be at least {least}, got {value}")
+
+
+def _require_finite(config: Any, prefix: str, keys: tuple[str, ...], *, positive: bool = False) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        good = math.isfinite(value) and (value > 0 if positive else value >= 0)
+        _require(good, f"{prefix}{key}", f"must be {'positive' if positive else 'at least 0'} and finite, got {value}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,8 +78,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         counts = ("dim", "num_heads", "num_layers", "num_target_layers", "conv_width", "tail_len")
-        _require_counts(self, "model.", counts)
-        _require(self.num_seeds >= 0, "model.num_seeds", f"must be at least 0, got {self.num_seeds}")
+        _require_counts(self, "model.", (*counts, "num_reconstruction_layers"))
+        _require_counts(self, "model.", ("num_seeds", "history_limit"), least=0)
+        _require_finite(self, "model.", ("normalization_alpha",))
+        _require_finite(self, "model.", ("feed_forward_ratio", "temperature"), positive=True)
         _require(
             self.dim % self.num_heads == 0,
             "model.num_heads",
@@ -78,11 +89,6 @@ class ModelConfig:
             f"{[h for h in range(1, min(self.dim, 64) + 1) if self.dim % h == 0]}",
         )
         _require(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), got {self.dropout}")
-        _require(
-            self.feed_forward_ratio > 0, "model.feed_forward_ratio", f"must be positive, got {self.feed_forward_ratio}"
-        )
-        _require(self.temperature > 0, "model.temperature", f"must be positive, got {self.temperature}")
-        _require(self.history_limit >= 0, "model.history_limit", f"must be at least 0, got {self.history_limit}")
         if self.decay is not Decay.none:
             _require(
                 self.mixing is Mixing.separable,
@@ -133,6 +139,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         counts = ("chunk_len", "tokens_per_batch", "label_spacing", "num_cuts", "num_negatives", "reconstruction_len")
         _require_counts(self, "data.", counts)
+        _require_counts(self, "data.", ("windows_per_chunk",), least=0)
+        _require_finite(self, "data.", ("staleness_events", "negative_power"))
         share = self.staleness_share
         _require(0 <= share <= 1, "data.staleness_share", f"must lie in [0, 1], got {share}")
         if self.split is Split.time:
@@ -168,8 +176,10 @@ class OptimConfig:
     """Users a validation ranks at most (the same every time)."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "optim.learning_rate", f"must be positive, got {self.learning_rate}")
-        _require_counts(self, "optim.", ("epochs", "patience", "validate_every", "validation_users"), least=0)
+        _require_finite(self, "optim.", ("learning_rate", "gradient_clip"), positive=True)
+        _require_finite(self, "optim.", ("weight_decay", "next_weight", "task_weight", "reconstruction_weight"))
+        counts = ("epochs", "warmup_steps", "patience", "validate_every", "validation_users")
+        _require_counts(self, "optim.", counts, least=0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -184,7 +194,7 @@ class TrainConfig:
     seed: int = 1
     """Of initial weights, order, cuts, negatives and dropout."""
     device: str = "auto"
-    """auto | cpu | cuda | cuda:N | mps."""
+    """auto | cpu | cuda | cuda:N."""
     precision: Precision = Precision.auto
     num_threads: int = 0
     """CPU threads; 0 leaves torch's own choice."""
@@ -199,6 +209,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_counts(self, "", ("checkpoint_every",))
+        _require_counts(self, "", ("seed", "num_threads"), least=0)
         spacing, tail_len = self.data.label_spacing, self.model.tail_len
         _require(
             spacing <= tail_len,
@@ -230,6 +241,7 @@ class RefreshConfig:
 
     def __post_init__(self) -> None:
         _require_counts(self, "", ("tokens_per_batch", "users_per_batch"))
+        _require_counts(self, "", ("num_threads",), least=0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -253,14 +265,15 @@ class EvaluateConfig:
     """Null prints only."""
     model_name: str = ""
     """Name of the row; by default the run's folder."""
-    seed: int = 1
-    """Seed of the run, for the row."""
+    seed: int | None = None
+    """Seed of the run, for the row; null takes it from the run's config.yaml."""
     device: str = "auto"
     num_threads: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
         _require_counts(self, "", ("users_per_batch",))
+        _require_counts(self, "", ("num_threads",), least=0)
         _require(min(self.top_k, default=0) >= 1, "top_k", f"needs numbers of at least 1, got {list(self.top_k)}")
         _require(self.split in ("test", "validation"), "split", f"write test or validation, got {self.split}")
 
@@ -318,6 +331,11 @@ class SimulateConfig:
     def __post_init__(self) -> None:
         counts = ("num_users", "events_per_user", "num_items", "num_topics", "episode_events", "session_events")
         _require_counts(self, "", (*counts, "impressions_per_user", "impressions_per_request", "num_threads"))
+        _require_counts(self, "", ("seed",), least=0)
+        try:
+            datetime.fromisoformat(self.start)
+        except ValueError as error:
+            raise ConfigError(f"start: {error}; write a date such as 2024-01-01") from None
         _require(self.num_topics <= 256, "num_topics", f"must be at most 256, got {self.num_topics}")
         _require(
             self.num_items >= self.num_topics,
@@ -331,9 +349,9 @@ class SimulateConfig:
             f"{self.max_interests}, {self.num_topics}",
         )
         _require(
-            self.days >= 1 + self.events_per_user / 1e6,
+            1 + self.events_per_user / 1e6 <= self.days <= 36_500,
             "days",
-            f"must be at least 1 and one more a million events a user, got {self.days}",
+            f"must be at least 1 and one more a million events a user, and at most 36500, got {self.days}",
         )
 
 

@@ -10,22 +10,21 @@ import torch
 
 from vista.choices import Precision
 from vista.errors import ConfigError
+from vista_kernels.launch import choose_backend
 
 logger = logging.getLogger(__name__)
-DEVICES = ("cpu", "cuda", "mps")
+DEVICES = ("cpu", "cuda")
 SMALLEST_DENORMAL = 5e-324
 
 
 def resolve_device(name: str) -> torch.device:
-    """auto | cpu | cuda | cuda:N | mps -> torch.device.
+    """auto | cpu | cuda | cuda:N -> torch.device. (Not Apple's mps: decay is reckoned in float64, which it lacks.)
 
     Raises:
         ConfigError: if it is none of these, or torch cannot use it here.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.partition(":")[0] not in DEVICES:
         raise ConfigError(f"device={name}: write auto, {', '.join(DEVICES)} or cuda:N")
     try:
@@ -76,9 +75,10 @@ def choose_precision(asked: Precision, device: torch.device) -> Precision:
 
 
 def announce(device: torch.device) -> None:
-    """Log the device and what it can do."""
+    """Log the device, what it can do, and what the kernels run on there."""
+    backend = choose_backend("auto", device)
     if device.type == "cuda":
-        logger.info("device %s: %s", device, torch.cuda.get_device_name(device))
+        logger.info("device %s: %s; kernels: %s", device, torch.cuda.get_device_name(device), backend)
     else:
         capability = torch.backends.cpu.get_cpu_capability()
-        logger.info("device %s: %d threads, %s", device, torch.get_num_threads(), capability)
+        logger.info("device %s: %d threads, %s; kernels: %s", device, torch.get_num_threads(), capability, backend)

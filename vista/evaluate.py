@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -37,6 +38,8 @@ from vista.training.protocol import (
 Int = NDArray[np.int64]
 Floats = NDArray[np.float32]
 PARTS = ("test", "validation")
+TRAINED_GROUPS = ("model", "data", "optim")
+"""Groups of a run's configuration that its results' rows repeat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +86,32 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 def _result_row(config: EvaluateConfig, result: Evaluation, codec: str) -> dict[str, Any]:
     options = {"split": config.split, "exclude_seen": config.exclude_seen, "top_k": list(config.top_k)}
+    run = _run_config(Path(config.model))
+    seed = config.seed if config.seed is not None else run.get("seed", 1)
+    name = config.model_name or Path(config.model).resolve().parent.name
     words = [f"{key}={getattr(config, key)}" for key in ("data", "model", "store", "table", "results_dir")]
+    words += [f"model_name={name}", f"seed={seed}"]
     words += [f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in options.items()]
+    trained = {group: {k: v for k, v in run[group].items() if k != "path"} for group in TRAINED_GROUPS if group in run}
     return {
         "table": config.table,
         "data": Path(config.data).resolve().name,
-        "model": config.model_name or Path(config.model).resolve().parent.name,
-        "seed": config.seed,
+        "model": name,
+        "seed": seed,
         "metrics": {name: value if math.isfinite(value) else None for name, value in result.metrics.items()},
         "command": " ".join(["vista evaluate", *words]).replace('"', ""),
-        "config": {**options, "codec": codec},
+        "config": {**options, "codec": codec, **trained},
         "commit": commit(),
         "hardware": hardware(),
         "seconds": result.seconds,
     }
+
+
+def _run_config(model: Path) -> dict[str, Any]:
+    """What trained an export, from its run folder's config.yaml; empty where the export lies elsewhere."""
+    path = model.resolve().parent / "config.yaml"
+    found = yaml.safe_load(path.read_text()) if path.is_file() else None
+    return found if isinstance(found, dict) else {}
 
 
 def evaluate_scorer(

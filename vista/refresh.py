@@ -177,7 +177,7 @@ def check_log(model: Recommender, log: EventLog) -> None:
         ConfigError: its action codes mean something else, or it has no times and the model reads them.
     """
     known = model.schema.actions
-    if log.actions not in (["event"], known[: len(log.actions)]):
+    if model.encoder.action is not None and log.actions != known[: len(log.actions)]:
         raise ConfigError(
             f"{log.path}: its actions are {log.actions}, the model was trained on {known}; train anew on this log"
         )

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vista.data.gaps import LATEST_MS, YEAR_1971_MS
 from vista.model.recommender import UNKNOWN_ITEM
 
 Int = NDArray[np.int64]
@@ -38,6 +39,17 @@ def request_times(now: Any, num_users: int) -> Int | None:
     if times.shape not in ((), (num_users,)):
         raise ValueError(f"now: needs one time, or one of each of {num_users} users, got shape {times.shape}")
     return np.broadcast_to(times.astype(np.int64), (num_users,))
+
+
+def check_times(name: str, times: Int, newest: int) -> None:
+    """Refuse what cannot be milliseconds since 1970; `newest`: the newest event of the records, in ms.
+
+    Raises:
+        ValueError: a time is negative, after 2100, or before 1971 where the records are not.
+    """
+    bad = times[(times < (YEAR_1971_MS if newest >= YEAR_1971_MS else 0)) | (times >= LATEST_MS)]
+    if len(bad):
+        raise ValueError(f"{name}: {bad[0]} is no time in milliseconds since 1970, as this model's log has them")
 
 
 def split_ragged(candidates: Any) -> tuple[Any, Any]:

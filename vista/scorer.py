@@ -28,7 +28,7 @@ from vista.errors import ConfigError, StoreError, UnknownItemError, UnknownUserE
 from vista.model import inference
 from vista.model.recommender import NEXT_TASK, UNKNOWN_ITEM, Recommender
 from vista.model.target_attention import Context
-from vista.requests import ids_of, pad_ragged, request_times, split_ragged
+from vista.requests import check_times, ids_of, pad_ragged, request_times, split_ragged
 from vista.store.lmdb_store import StoredBatch, SummaryStore
 from vista.store.record import Tail
 from vista.tails import checked_tail, merge_tails
@@ -103,7 +103,7 @@ class Scorer:
             on_missing: what users without a record and items outside the vocabulary get: "empty" (the empty history's
                 summary; a neutral item), "nan", or "raise".
             task: what `score` and `rank` use; by default the first labelled task, or `next` where there is none.
-            device: auto | cpu | cuda | cuda:N | mps.
+            device: auto | cpu | cuda | cuda:N.
 
         Raises:
             SummarizerMismatchError: the store is of another summarizer.
@@ -309,6 +309,8 @@ class Scorer:
                 f"users {absent} have no record in {self.store.path}; refresh it, or on_missing='empty'"
             )
         times = request_times(now, len(missing))
+        if times is not None and self.model.schema.has_time:
+            check_times("now", times, int(stored.last_event_ts.max(initial=0)))
         merged = stored.tail if tail is None else self._merge(stored, tail, len(missing))
         padded = inference.pad_tail(self.model, merged.items, merged.times, merged.actions, merged.offsets)
         summary = torch.from_numpy(stored.summary).to(self.model.device)
@@ -324,6 +326,8 @@ class Scorer:
             rows = self.model.item_rows(checked.items)
         except TypeError as error:
             raise TypeError(f"tail.items: {error}") from None
+        if self.model.schema.has_time:
+            check_times("tail.times", checked.times, int(stored.last_event_ts.max(initial=0)))
         fresh = Tail(rows.astype(np.int32), checked.times, checked.actions, checked.offsets)
         return merge_tails(stored.tail, fresh, self.model.config.tail_len)
 
@@ -371,6 +375,6 @@ def _typed_ids(words: list[str], name: str, kind: str | None) -> list[Any]:
     if kind != "int":
         return list(words)
     try:
-        return [int(word) for word in words]
-    except ValueError:
+        return list(np.array([int(word) for word in words], np.int64).tolist())
+    except (ValueError, OverflowError):
         raise ConfigError(f"{name}: ids are integers here, got {', '.join(words)}") from None

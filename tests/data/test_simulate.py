@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -311,6 +312,25 @@ class TestOracleParts:
             reference_metrics(small, impressions="train")
         with pytest.raises(ValueError, match="two users"):
             predict_from_window(small, 32, small.impression_user == 1)
+
+    def test_too_few_users_to_measure_leave_what_was_there(self, tmp_path: Path) -> None:
+        (tmp_path / "simulation.json").write_text("mine")
+        config = replace(SMALL, out=str(tmp_path), reference=True, num_users=1, impressions_per_user=4)
+        with pytest.raises(ConfigError, match=r"reference=true: .* or leave it out"):
+            simulate(config)
+        assert (tmp_path / "simulation.json").read_text() == "mine"
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"start": "foo"}, "start: .*write a date such as 2024-01-01"),
+            ({"days": float("inf")}, "days: must be at least 1 .* got inf"),
+            ({"seed": -1}, "seed: must be at least 0, got -1"),
+        ],
+    )
+    def test_bad_settings(self, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            replace(SMALL, **changes)
 
 
 class TestFiles:

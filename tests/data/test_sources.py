@@ -126,6 +126,7 @@ def test_bad_files_are_named(tmp_path: Path, kind: str, name: str, text: str, me
             {"user": [0, 1], "item": [0, 5], "item_raw": [9]},
             r"row 2, column 'item': 5 is no index into item_raw \(1 ids\)",
         ),
+        ({"user": [0.5], "item": [0], "user_raw": [9]}, r"'user' is float64, no index into user_raw"),
         ({"user": [0, 1], "item": [0, 0], "time": [5, -5]}, r"row 2, column 'time': -5 is negative"),
     ],
 )
@@ -133,6 +134,20 @@ def test_bad_arrays_are_named(tmp_path: Path, arrays: dict, message: str) -> Non
     np.savez(tmp_path / "events.npz", **arrays)
     with pytest.raises(DataError, match=r"events\.npz: " + message):
         load([tmp_path], "npz", tmp_path / "log")
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.95])
+def test_a_damaged_archive_is_named(tmp_path: Path, kept: float) -> None:
+    """Cut short, or with a byte of its compressed arrays changed."""
+    path = tmp_path / "events.npz"
+    np.savez_compressed(path, user=np.arange(1000) // 9, item=np.arange(1000) % 37)
+    whole = path.read_bytes()
+    middle = bytearray(whole)
+    middle[len(whole) // 4] ^= 0xFF
+    for damaged in (whole[: int(len(whole) * kept)], bytes(middle)):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"events\.npz: not a readable \.npz archive"):
+            load([tmp_path], "npz", tmp_path / "log")
 
 
 def test_npz_without_times_keeps_its_order(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_run_folder_holds_all_and_a_finished_run_stays_as_it_is(event_log: Event
     assert sorted(path.name for path in run_dir.iterdir()) == names
     assert (run_dir / "config.yaml").read_text() == to_yaml(config)
     log_text = (run_dir / "train.log").read_text()
-    assert "EventLog" in log_text and "ndcg@10" in log_text and "done:" in log_text
+    assert "EventLog" in log_text and "ndcg@10" in log_text and "done:" in log_text and "kernels: torch" in log_text
     assert not model.training
     weights = load_file(run_dir / "best" / "model.safetensors")
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
@@ -253,6 +253,25 @@ def test_resume_on_another_log_is_refused_and_anew_it_starts_from_nothing(
     config.resume = False
     train(config, event_log)
     assert_same_result(run_dir, uninterrupted)
+
+
+def test_an_export_without_checkpoints_stays_until_it_is_replaced(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(event_log, tmp_path, optim__epochs=1)
+    train(config, event_log)
+    shutil.rmtree(tmp_path / "checkpoints")
+
+    def fail(self: Any, *_: Any) -> None:
+        raise RuntimeError("before the first step")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Trainer, "_step", fail)
+        with pytest.raises(RuntimeError, match="before the first step"):
+            train(config, event_log)
+        assert Recommender.from_pretrained(tmp_path / "best").items.digest() == event_log.items.digest()
+    train(config, event_log)
+    assert not (tmp_path / "best.old").exists()
 
 
 def test_a_line_of_metrics_cut_off_by_a_crash_is_dropped(

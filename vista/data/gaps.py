@@ -8,6 +8,10 @@ from numpy.typing import NDArray
 UNKNOWN_GAP = 0
 NUM_GAPS = 40
 """Bucket 0 is unknown; bucket 1 + floor(log2(1 + seconds)) otherwise, up to 17,000 years."""
+YEAR_1971_MS = 31_536_000_000
+"""1971-01-01: seconds taken for milliseconds fall before it, until the year 2969."""
+LATEST_MS = 4_102_444_800_000
+"""2100-01-01: a later time is absurd."""
 
 
 def gap_bucket(gap_ms: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from vista.config import SimulateConfig
 from vista.data.simulation_world import ACTIONS, TASKS, Catalogue, Chunk, make_catalogue, make_chunk, period
-from vista.errors import DataError
+from vista.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -170,22 +170,26 @@ def simulate(config: SimulateConfig) -> SimulationReport:
 
     Raises:
         DataError: if the folder cannot be written.
-        ValueError: if `config.reference` is set and the test impressions are too few to measure anything.
+        ConfigError: if `config.reference` is set and the test impressions are too few to measure anything.
     """
     begin = time.perf_counter()
     log = generate(config)
-    generated = time.perf_counter()
-    out = Path(config.out)
-    try:
-        write(log, out)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error}); choose another folder with out=…") from error
-    written = time.perf_counter()
+    generate_s = time.perf_counter() - begin
     reference: tuple[Reference, ...] = ()
     if config.reference:
         from vista.data.simulation_oracle import reference_metrics
 
-        reference = tuple(reference_metrics(log, tasks=TASKS))
+        try:
+            reference = tuple(reference_metrics(log, tasks=TASKS))
+        except ValueError as error:
+            raise ConfigError(f"reference=true: {error}; or leave it out") from error
+    out = Path(config.out)
+    begin = time.perf_counter()
+    try:
+        write(log, out)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error}); choose another folder with out=…") from error
+    write_s = time.perf_counter() - begin
     validation_from, test_from = split_times(config)
     return SimulationReport(
         out=out,
@@ -194,8 +198,8 @@ def simulate(config: SimulateConfig) -> SimulationReport:
         num_impressions=len(log.impression_item),
         validation_from=validation_from,
         test_from=test_from,
-        generate_s=generated - begin,
-        write_s=written - generated,
+        generate_s=generate_s,
+        write_s=write_s,
         reference=reference,
     )
 

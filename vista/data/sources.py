@@ -22,6 +22,8 @@ import csv
 import gzip
 import hashlib
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -297,7 +299,7 @@ def _scan_npz(file: Path) -> tuple[pl.LazyFrame, dict[str, str], bool, str | Non
     try:
         with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{file}: not a readable .npz archive ({error}); copy it again") from error
     for name in ("user", "item"):
         if name not in arrays:
@@ -305,6 +307,8 @@ def _scan_npz(file: Path) -> tuple[pl.LazyFrame, dict[str, str], bool, str | Non
         raw = arrays.get(f"{name}_raw")
         if raw is not None:
             rows = arrays[name]
+            if rows.dtype.kind not in "iu":
+                raise DataError(f"{file}: {name!r} is {rows.dtype}, no index into {name}_raw; write the file again")
             bad = np.flatnonzero((rows < 0) | (rows >= len(raw)))
             if len(bad):
                 raise DataError(

@@ -17,12 +17,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vista.data.gaps import LATEST_MS
 from vista.data.polars_extra import pl
 from vista.data.sources import EXTRA, ROW, Source, unreadable
 from vista.errors import ConfigError, DataError
 
-LATEST_MS = 4_102_444_800_000
-"""2100-01-01."""
 MAX_ID_BYTES = 500
 BLANK = 255
 """Problem code of a blank line."""

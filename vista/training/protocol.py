@@ -22,6 +22,9 @@ from vista.training.metrics import auc, calibration, gauc, hit_rate, ndcg, norma
 EVENTS_PER_BATCH = 1 << 22
 """Events of the histories that are read at once (a longer history is read alone)."""
 
+SCORES_PER_BATCH = 1 << 25
+"""Scores, users times items, that are held at once."""
+
 Int = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
@@ -121,6 +124,7 @@ def rank_next_items(
         exclude_seen: leave the user's earlier items out of the list (never the label).
     """
     ranks = np.zeros(len(cases.user), np.int64)
+    users_per_batch = min(users_per_batch, max(1, SCORES_PER_BATCH // max(len(item_columns), 1)))
     # A case weighs its history, and at least a batch's fair share: so neither users nor events of a batch get too many.
     weight = np.maximum(cases.seen, EVENTS_PER_BATCH // users_per_batch)
     groups = list(token_groups(weight, EVENTS_PER_BATCH))

@@ -167,7 +167,8 @@ class _Trainer:
         newest = latest_checkpoint(self.run_dir / "checkpoints") if config.resume else None
         if newest is not None:
             self._restore(newest)
-        else:
+        elif not config.resume:
+            # Without this wish an export stays until a better one replaces it: its checkpoints may just be gone.
             remove_checkpoints(self.run_dir / "checkpoints")
             for name in ("best", "best.old"):
                 shutil.rmtree(self.run_dir / name, ignore_errors=True)
