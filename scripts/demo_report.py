@@ -174,7 +174,8 @@ def _plot_losses(axes: Axes, path: Path) -> None:
             [row["step"] for row in steps if name in row], values / values[0], label=f"{name} (from {values[0]:.2f})"
         )
     axes.set(title="losses over their first value", xlabel="step", yscale="log")
-    axes.legend(fontsize=8)
+    if steps:
+        axes.legend(fontsize=8)
 
 
 def _plot_age(axes: Axes, curve: AgeCurve) -> None:

@@ -44,14 +44,24 @@ TRUTH = "truth"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A model of a table: words of `vista train` beyond the table's experiment, and the codecs it is read through."""
+    """A model of a table: words of `vista train` beyond the table's experiment, and how it is served."""
 
     words: tuple[str, ...] = ()
     codecs: tuple[Codec, ...] = (Codec.int8,)
+    tails: tuple[int, ...] = ()
+    """Shorter tails that the same weights are also served with (`Recommender.with_tail`)."""
+
+    def served(self, name: str) -> dict[str, tuple[Codec, int | None]]:
+        """Names of the table's rows -> codec, and length of the tail if not the model's own."""
+        rows: dict[str, tuple[Codec, int | None]] = {
+            name if codec is Codec.int8 else f"{name}, {codec.value} store": (codec, None) for codec in self.codecs
+        }
+        return rows | {f"{name}, tail {length}": (Codec.int8, length) for length in self.tails}
 
 
 BOTH = (Codec.int8, Codec.float32)
-MOVIELENS = {"vista": Row(codecs=BOTH), "tail-only": Row(("model.num_seeds=0",))}
+TAILS = (2, 4, 8, 16)
+MOVIELENS = {"vista": Row(codecs=BOTH, tails=TAILS), "tail-only": Row(("model.num_seeds=0",), tails=TAILS)}
 TABLES: dict[str, dict[str, Row]] = {
     "ml-1m": MOVIELENS,
     "ml-1m-half": MOVIELENS,
@@ -96,8 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(settings: argparse.Namespace, log: EventLog, name: str, row: Row, seed: int) -> None:
     results = settings.results / f"{settings.table}.jsonl"
-    names = {codec: name if codec is Codec.int8 else f"{name}, {codec.value} store" for codec in row.codecs}
-    missing = [codec for codec in row.codecs if (names[codec], seed) not in _done(results)]
+    done = _done(results)
+    missing = {served: how for served, how in row.served(name).items() if (served, seed) not in done}
     if not missing:
         return
     folder = settings.work / settings.table / f"{name}-{seed}"
@@ -107,12 +117,13 @@ def _run(settings: argparse.Namespace, log: EventLog, name: str, row: Row, seed:
     # Of all processes of a run that was stopped and resumed; a cut epoch counts from its resumption.
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     seconds = sum(json.loads(line).get("epoch_seconds", 0.0) for line in lines)
-    for codec in missing:
+    for codec in {codec for codec, _ in missing.values()}:
         refresh(model, log, folder / codec.value, until=split_until(config.data, "test"), codec=codec, progress=True)
-        with Scorer.open(model, folder / codec.value) as scorer:
+    for served, (codec, length) in missing.items():
+        with Scorer.open(model if length is None else model.with_tail(length), folder / codec.value) as scorer:
             found = evaluate_scorer(scorer, log, "test", top_k=TOP_K, progress=True)
-        print(f"{names[codec]}, seed {seed}: {found}")
-        _append(settings, results, names[codec], seed, found.metrics, to_dict(config), name, seconds)
+        print(f"{served}, seed {seed}: {found}")
+        _append(settings, results, served, seed, found.metrics, to_dict(config), name, seconds)
 
 
 def _truth(settings: argparse.Namespace, log: EventLog) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +68,9 @@ def test_nothing_that_is_not_the_demos_is_removed(tmp_path: Path) -> None:
 
 def test_a_quality_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows of the simulation's table, with small runs; what is there is not run again."""
-    rows = {name: quality.Row((*row.words, *SMALL), row.codecs) for name, row in quality.TABLES["simulation"].items()}
+    rows = {name: replace(row, words=(*row.words, *SMALL)) for name, row in quality.TABLES["simulation"].items()}
     rows["last-200"] = quality.Row(("model.num_seeds=0", "model.tail_len=40", *SMALL))
+    rows["vista"] = replace(rows["vista"], tails=(4,))
     monkeypatch.setitem(quality.TABLES, "simulation", rows)
     monkeypatch.setattr(
         quality, "SimulateConfig", lambda out, num_users: SimulateConfig(out=out, num_users=24, events_per_user=200)
@@ -77,10 +79,11 @@ def test_a_quality_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert quality.main(words) == 0
     table = tmp_path / "results" / "simulation.jsonl"
     found = {row["model"]: row for row in read_results(table)}
-    assert list(found) == ["vista", "vista, float32 store", "tail-only", "last-200", "truth"]
+    assert list(found) == ["vista", "vista, float32 store", "vista, tail 4", "tail-only", "last-200", "truth"]
     assert found["last-200"]["config"]["model"]["tail_len"] == 40 and found["truth"]["seed"] == 0
     assert all(0 < row["metrics"]["auc/click"] < 1 for row in found.values())
-    assert found["truth"]["metrics"]["ne/click"] < min(row["metrics"]["ne/click"] for row in list(found.values())[:4])
+    assert found["truth"]["metrics"]["ne/click"] < min(row["metrics"]["ne/click"] for row in list(found.values())[:5])
+    assert found["vista, tail 4"]["metrics"] != found["vista"]["metrics"]
     before = table.read_text()
     assert quality.main(words) == 0 and table.read_text() == before
     assert "path" not in json.dumps(found["vista"]["config"]) and "--only vista" in found["vista"]["command"]

@@ -245,3 +245,25 @@ def test_padded_tails_hold_the_newest_events_and_the_gaps_between_them(make: Sim
     rows = model.encoder.gap.weight
     assert torch.equal(unknown[:, 0], rows[[0, 0, 0]])
     assert torch.equal(asked[:, 0], rows[[2, 0, 1]]), "1 s; no tail; a request before the newest event counts as 0 s"
+
+
+@pytest.mark.parametrize("shape", ["separable", "no summary", "no times"])
+def test_a_shorter_tail_is_what_is_left_of_the_longer(make: SimpleNamespace, shape: str) -> None:
+    model = make.model(seed=4, **SHAPES[shape])
+    packed = make.histories(LENGTHS, 6)
+    candidates = np.random.default_rng(0).integers(0, 40, (len(LENGTHS), 5))
+    for length in (1, 3, model.config.tail_len):
+        shorter = model.with_tail(length)
+        tail = make.tail(shorter, packed)
+        columns = ((0, 0), (model.config.tail_len - length, 0))
+        padded = replace(
+            tail, **{name: np.pad(getattr(tail, name), columns) for name in ("item", "action", "gap", "valid")}
+        )
+        _, users, logits = ask(shorter, packed, tail, candidates)
+        _, expected_users, expected_logits = ask(model, packed, padded, candidates)
+        torch.testing.assert_close(users, expected_users, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=1e-5)
+        assert shorter.summarizer_id() == model.summarizer_id()
+    for length in (0, model.config.tail_len + 1):
+        with pytest.raises(ValueError, match=r"must lie in 1 … \d+, which was trained"):
+            model.with_tail(length)

@@ -220,6 +220,25 @@ class Recommender(nn.Module):
         logits: Tensor = self.task_head(out)
         return logits
 
+    def with_tail(self, tail_len: int) -> Recommender:
+        """The same model over the newest `tail_len` events beside the summary: cheaper to score, no training needed.
+
+        Training at label_spacing W has shown stage 2 tails of tail_len - W + 1 to tail_len events, so the shorter ones
+        among these are nothing new to it. Summaries do not change, and a store of longer tails serves this model too.
+
+        Raises:
+            ValueError: if `tail_len` is below 1, or longer than what was trained.
+        """
+        if not 1 <= tail_len <= self.config.tail_len:
+            raise ValueError(f"tail_len={tail_len}: must lie in 1 … {self.config.tail_len}, which was trained")
+        shorter = Recommender(replace(self.config, tail_len=tail_len), self.schema, self.items, self.data)
+        weights = self.state_dict()
+        for index in range(len(self.target_attention.layers)):
+            name = f"target_attention.layers.{index}.bias"
+            weights[name] = weights[name][:, : tail_len + 1]  # by distance; longer ones do not occur
+        shorter.load_state_dict(weights)
+        return shorter.to(self.device).train(self.training)
+
     # Files -----------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
