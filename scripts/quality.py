@@ -37,7 +37,7 @@ from vista.training.trainer import train
 TOP_K = [10, 50, 200]
 SIMULATED = "simulation"
 SIMULATED_USERS = 1200
-"""Thrice the default: of 400 users the models learn little more in a second pass."""
+"""Thrice the default: with 400, NE stands still far from the truth's, however many passes."""
 TRUTH = "truth"
 """Row of the simulation's own probabilities."""
 

@@ -211,11 +211,8 @@ class TrainConfig:
         _require_counts(self, "", ("checkpoint_every",))
         _require_counts(self, "", ("seed", "num_threads"), least=0)
         spacing, tail_len = self.data.label_spacing, self.model.tail_len
-        _require(
-            spacing <= tail_len,
-            "data.label_spacing",
-            f"must be at most model.tail_len={tail_len}, or some labels would see no tail; got {spacing}",
-        )
+        message = f"must be at most model.tail_len={tail_len}, or some labels would see no tail; got {spacing}"
+        _require(spacing <= tail_len, "data.label_spacing", message)
 
 
 @dataclass(kw_only=True, slots=True)
