@@ -142,6 +142,16 @@ class TestConfigFile:
         file.write_text(to_yaml(written), encoding="utf-8")
         assert compose_config(config.TrainConfig, config_file=file) == written
 
+    def test_an_absent_section_reads_back(self, tmp_path: Path) -> None:
+        written = compose_config(config.PrepareConfig, ["out=x", "events.paths=[a.csv]", "events.user=cust"])
+        assert written.impressions is None
+        (tmp_path / "mine.yaml").write_text(to_yaml(written), encoding="utf-8")
+        assert compose_config(config.PrepareConfig, config_file=tmp_path / "mine.yaml") == written
+        shown = compose_config(
+            config.PrepareConfig, ["impressions.user=cust"], config_file=tmp_path / "mine.yaml"
+        ).impressions
+        assert shown is not None and shown.user == "cust"
+
     def test_words_win_over_the_file_and_the_file_over_its_experiment(self, tmp_path: Path) -> None:
         file = tmp_path / "mine.yaml"
         file.write_text("experiment: ml-1m\nmodel: {num_seeds: 9, dim: 32}\n")

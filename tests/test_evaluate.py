@@ -296,7 +296,7 @@ class TestResults:
         first, second = read_results(tmp_path / "results" / "small.jsonl")
         assert first["metrics"] == result.metrics and list(first["metrics"]) == ["hr@1", "ndcg@1", "hr@10", "ndcg@10"]
         assert (first["table"], first["data"], first["model"], first["seed"]) == ("small", "log", "run", 3)
-        assert second["model"] == "mine" and second["config"]["exclude_seen"] is False
+        assert second["model"] == "mine, seen items kept" and second["config"]["exclude_seen"] is False
         options = {"split": "test", "exclude_seen": True, "top_k": [1, 10], "codec": "float32"}
         assert {key: first["config"][key] for key in options} == options
         assert first["config"]["model"] == trained["model"] and "path" not in first["config"]["data"]

@@ -194,6 +194,9 @@ def _assign(config: DictConfig, key: str, value: Any, keys: ConfigKeys) -> None:
     section = key.rpartition(".")[0]
     if section and OmegaConf.select(config, section) is None:
         OmegaConf.update(config, section, OmegaConf.structured(keys.sections[section].schema), merge=False)
+    if key in keys.sections:  # null: an optional section that is left out
+        OmegaConf.update(config, key, value, merge=False)
+        return
     known = keys.keys[key]
     if known.choices and isinstance(value, float) and value != value:
         value = "nan"  # Hydra's grammar reads the word as a number; here it is a choice (on_missing=nan).

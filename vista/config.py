@@ -5,31 +5,12 @@ Hydra never appears below the command line: scripts turn its config into these o
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
 
 from vista.choices import Codec, Decay, IdType, Mixing, Normalization, OnBadRows, OnMissing, Precision, Split
+from vista.config_checks import check_types, require, require_counts, require_finite
 from vista.errors import ConfigError
-
-
-def _require(condition: bool, key: str, message: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key}: {message}")
-
-
-def _require_counts(config: Any, prefix: str, keys: tuple[str, ...], least: int = 1) -> None:
-    for key in keys:
-        value = getattr(config, key)
-        _require(value >= least, f"{prefix}{key}", f"must be at least {least}, got {value}")
-
-
-def _require_finite(config: Any, prefix: str, keys: tuple[str, ...], *, positive: bool = False) -> None:
-    for key in keys:
-        value = getattr(config, key)
-        good = math.isfinite(value) and (value > 0 if positive else value >= 0)
-        _require(good, f"{prefix}{key}", f"must be {'positive' if positive else 'at least 0'} and finite, got {value}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,25 +58,26 @@ class ModelConfig:
     """Of the reconstruction target; without it embeddings can collapse (there is a test that shows it)."""
 
     def __post_init__(self) -> None:
+        check_types(self, "model.")
         counts = ("dim", "num_heads", "num_layers", "num_target_layers", "conv_width", "tail_len")
-        _require_counts(self, "model.", (*counts, "num_reconstruction_layers"))
-        _require_counts(self, "model.", ("num_seeds", "history_limit"), least=0)
-        _require_finite(self, "model.", ("normalization_alpha",))
-        _require_finite(self, "model.", ("feed_forward_ratio", "temperature"), positive=True)
-        _require(
+        require_counts(self, "model.", (*counts, "num_reconstruction_layers"))
+        require_counts(self, "model.", ("num_seeds", "history_limit"), least=0)
+        require_finite(self, "model.", ("normalization_alpha",))
+        require_finite(self, "model.", ("feed_forward_ratio", "temperature"), positive=True)
+        require(
             self.dim % self.num_heads == 0,
             "model.num_heads",
             f"must divide model.dim={self.dim}, got {self.num_heads}; take one of "
             f"{[h for h in range(1, min(self.dim, 64) + 1) if self.dim % h == 0]}",
         )
-        _require(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), got {self.dropout}")
+        require(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), got {self.dropout}")
         if self.decay is not Decay.none:
-            _require(
+            require(
                 self.mixing is Mixing.separable,
                 "model.decay",
                 "needs model.mixing=separable; set model.decay=none for bidirectional mixing",
             )
-            _require(
+            require(
                 len(self.decay_horizons) == self.num_heads and min(self.decay_horizons, default=0) >= 0,
                 "model.decay_horizons",
                 f"needs one horizon >= 0 a head ({self.num_heads}), got {list(self.decay_horizons)}",
@@ -137,15 +119,16 @@ class DataConfig:
     """Events of the window that the decoder reconstructs before a sampled cut."""
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
         counts = ("chunk_len", "tokens_per_batch", "label_spacing", "num_cuts", "num_negatives", "reconstruction_len")
-        _require_counts(self, "data.", counts)
-        _require_counts(self, "data.", ("windows_per_chunk",), least=0)
-        _require_finite(self, "data.", ("staleness_events", "negative_power"))
+        require_counts(self, "data.", counts)
+        require_counts(self, "data.", ("windows_per_chunk",), least=0)
+        require_finite(self, "data.", ("staleness_events", "negative_power"))
         share = self.staleness_share
-        _require(0 <= share <= 1, "data.staleness_share", f"must lie in [0, 1], got {share}")
+        require(0 <= share <= 1, "data.staleness_share", f"must lie in [0, 1], got {share}")
         if self.split is Split.time:
             for key in ("validation_from", "test_from"):
-                _require(getattr(self, key) is not None, f"data.{key}", "is needed with data.split=time")
+                require(getattr(self, key) is not None, f"data.{key}", "is needed with data.split=time")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -176,10 +159,11 @@ class OptimConfig:
     """Users a validation ranks at most (the same every time)."""
 
     def __post_init__(self) -> None:
-        _require_finite(self, "optim.", ("learning_rate", "gradient_clip"), positive=True)
-        _require_finite(self, "optim.", ("weight_decay", "next_weight", "task_weight", "reconstruction_weight"))
+        check_types(self, "optim.")
+        require_finite(self, "optim.", ("learning_rate", "gradient_clip"), positive=True)
+        require_finite(self, "optim.", ("weight_decay", "next_weight", "task_weight", "reconstruction_weight"))
         counts = ("epochs", "warmup_steps", "patience", "validate_every", "validation_users")
-        _require_counts(self, "optim.", counts, least=0)
+        require_counts(self, "optim.", counts, least=0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -208,11 +192,12 @@ class TrainConfig:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        _require_counts(self, "", ("checkpoint_every",))
-        _require_counts(self, "", ("seed", "num_threads"), least=0)
+        check_types(self)
+        require_counts(self, "", ("checkpoint_every",))
+        require_counts(self, "", ("seed", "num_threads"), least=0)
         spacing, tail_len = self.data.label_spacing, self.model.tail_len
         message = f"must be at most model.tail_len={tail_len}, or some labels would see no tail; got {spacing}"
-        _require(spacing <= tail_len, "data.label_spacing", message)
+        require(spacing <= tail_len, "data.label_spacing", message)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -237,8 +222,9 @@ class RefreshConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _require_counts(self, "", ("tokens_per_batch", "users_per_batch"))
-        _require_counts(self, "", ("num_threads",), least=0)
+        check_types(self)
+        require_counts(self, "", ("tokens_per_batch", "users_per_batch"))
+        require_counts(self, "", ("num_threads",), least=0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -251,7 +237,7 @@ class EvaluateConfig:
     split: str = "test"
     """test or validation, of the model's own data split."""
     exclude_seen: bool = True
-    """Leave items of the visible history out of the ranking."""
+    """Leave items of the visible history out of the ranking, but never the label: false where users repeat items."""
     top_k: list[int] = field(default_factory=lambda: [10, 50, 200])
     """Cut-offs k of HR@k and NDCG@k."""
     users_per_batch: int = 512
@@ -269,10 +255,11 @@ class EvaluateConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _require_counts(self, "", ("users_per_batch",))
-        _require_counts(self, "", ("num_threads",), least=0)
-        _require(min(self.top_k, default=0) >= 1, "top_k", f"needs numbers of at least 1, got {list(self.top_k)}")
-        _require(self.split in ("test", "validation"), "split", f"write test or validation, got {self.split}")
+        check_types(self)
+        require_counts(self, "", ("users_per_batch",))
+        require_counts(self, "", ("num_threads",), least=0)
+        require(min(self.top_k, default=0) >= 1, "top_k", f"needs numbers of at least 1, got {list(self.top_k)}")
+        require(self.split in ("test", "validation"), "split", f"write test or validation, got {self.split}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -289,9 +276,12 @@ class ScoreConfig:
     """Items to list a user, where no candidates are given."""
     on_missing: OnMissing = OnMissing.empty
     device: str = "auto"
+    num_threads: int = 0
 
     def __post_init__(self) -> None:
-        _require_counts(self, "", ("top_k",))
+        check_types(self)
+        require_counts(self, "", ("top_k",))
+        require_counts(self, "", ("num_threads",), least=0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -326,26 +316,27 @@ class SimulateConfig:
     """Also report the best possible AUC and NE: of the truth, and of the last 200 and 32 events (some seconds)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         counts = ("num_users", "events_per_user", "num_items", "num_topics", "episode_events", "session_events")
-        _require_counts(self, "", (*counts, "impressions_per_user", "impressions_per_request", "num_threads"))
-        _require_counts(self, "", ("seed",), least=0)
+        require_counts(self, "", (*counts, "impressions_per_user", "impressions_per_request", "num_threads"))
+        require_counts(self, "", ("seed",), least=0)
         try:
             datetime.fromisoformat(self.start)
         except ValueError as error:
             raise ConfigError(f"start: {error}; write a date such as 2024-01-01") from None
-        _require(self.num_topics <= 256, "num_topics", f"must be at most 256, got {self.num_topics}")
-        _require(
+        require(self.num_topics <= 256, "num_topics", f"must be at most 256, got {self.num_topics}")
+        require(
             self.num_items >= self.num_topics,
             "num_items",
             f"must be at least num_topics={self.num_topics}, got {self.num_items}",
         )
-        _require(
+        require(
             1 <= self.min_interests <= self.max_interests < self.num_topics,
             "max_interests",
             f"needs 1 <= min_interests <= max_interests < num_topics, got {self.min_interests}, "
             f"{self.max_interests}, {self.num_topics}",
         )
-        _require(
+        require(
             1 + self.events_per_user / 1e6 <= self.days <= 36_500,
             "days",
             f"must be at least 1 and one more a million events a user, and at most 36500, got {self.days}",
@@ -384,6 +375,9 @@ class SourceConfig:
     probabilities: list[str] = field(default_factory=list)
     """Impressions of a simulation: the true probability of each label, in the order of `labels`."""
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
 
 @dataclass(kw_only=True, slots=True)
 class PrepareConfig:
@@ -397,3 +391,6 @@ class PrepareConfig:
     """Add a segment to an existing log; a source that it holds already is refused."""
     on_bad_rows: OnBadRows = OnBadRows.error
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_types(self)

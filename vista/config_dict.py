@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any, TypeVar, get_type_hints
 
+from vista.config_checks import choice_of
 from vista.errors import ConfigError
 
 T = TypeVar("T")
@@ -35,10 +36,7 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     for key, value in values.items():
         hint = hints[key]
         if isinstance(hint, type) and issubclass(hint, Enum):
-            try:
-                value = hint(value)
-            except ValueError as error:
-                raise ConfigError(f"{key}: {error}") from None
+            value = choice_of(hint, value, key)
         elif is_dataclass(hint) and isinstance(value, dict):
             value = from_dict(hint, value)  # type: ignore[arg-type]
         arguments[key] = value

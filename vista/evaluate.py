@@ -89,6 +89,9 @@ def _result_row(config: EvaluateConfig, result: Evaluation, codec: str) -> dict[
     run = _run_config(Path(config.model))
     seed = config.seed if config.seed is not None else run.get("seed", 1)
     name = config.model_name or Path(config.model).resolve().parent.name
+    # What is measured belongs to the name of the row: a table keeps one row a model and seed.
+    label = name + (", validation" if config.split == "validation" else "")
+    label += "" if config.exclude_seen else ", seen items kept"
     words = [f"{key}={getattr(config, key)}" for key in ("data", "model", "store", "table", "results_dir")]
     words += [f"model_name={name}", f"seed={seed}"]
     words += [f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in options.items()]
@@ -96,7 +99,7 @@ def _result_row(config: EvaluateConfig, result: Evaluation, codec: str) -> dict[
     return {
         "table": config.table,
         "data": Path(config.data).resolve().name,
-        "model": name,
+        "model": label,
         "seed": seed,
         "metrics": {name: value if math.isfinite(value) else None for name, value in result.metrics.items()},
         "command": " ".join(["vista evaluate", *words]).replace('"', ""),

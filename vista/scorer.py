@@ -23,7 +23,7 @@ from vista.choices import OnMissing
 from vista.config import ScoreConfig
 from vista.data.histories import Histories
 from vista.data.vocabulary import Ids
-from vista.device import resolve_device
+from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, StoreError, UnknownItemError, UnknownUserError
 from vista.model import inference
 from vista.model.recommender import NEXT_TASK, UNKNOWN_ITEM, Recommender
@@ -353,7 +353,10 @@ def score_from_config(config: ScoreConfig) -> str:
     """
     if not config.users:
         raise ConfigError("users: name at least one, such as users=[1,2]")
-    with Scorer.open(config.model, config.store, on_missing=config.on_missing, device=config.device) as scorer:
+    with (
+        cpu_settings(config.num_threads),
+        Scorer.open(config.model, config.store, on_missing=config.on_missing, device=config.device) as scorer,
+    ):
         users = _typed_ids(config.users, "users", scorer.store.manifest.user_kind)
         candidates = _typed_ids(config.candidates, "candidates", scorer.model.items.kind)
         lines = [f"task {scorer.task}, generation {scorer.store.generation}"]

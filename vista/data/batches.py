@@ -45,6 +45,10 @@ class BatchSource:
         self.counts = visible_counts(log, split_until(config.data, "train"))
         frequency = np.zeros(int(item_rows.max(initial=0)) + 1, np.int64)
         np.add.at(frequency, item_rows, item_counts(log, self.counts))
+        if frequency.any():
+            # An item that training never shows is a negative as the rarest are: nothing else would keep its random
+            # vector from the top of everybody's list. Row 0 is the unknown item.
+            frequency[1:] = np.maximum(frequency[1:], 1)
         self._sampler = NegativeSampler(frequency, num_negatives=data.num_negatives, power=data.negative_power)
         self._chunk_len = min(data.chunk_len, model.history_limit or data.chunk_len)
         self._impressions = _visible_impressions(log, item_rows, self.counts, config)

@@ -1,0 +1,50 @@
+"""Configurations made in Python: words of choices are taken, wrong types are refused at once, naming the key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vista.choices import Codec, Decay, Mixing, OnBadRows, Split
+from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, RefreshConfig, ScoreConfig, TrainConfig
+from vista.config_dict import from_dict, to_dict
+from vista.errors import ConfigError
+
+
+def test_words_are_choices() -> None:
+    data = DataConfig(split="time", validation_from="2024-01-01", test_from="2024-02-01")  # type: ignore[arg-type]
+    assert data.split is Split.time
+    with pytest.raises(ConfigError, match=r"data\.validation_from: is needed with data\.split=time"):
+        DataConfig(split="time")  # type: ignore[arg-type]
+    assert ModelConfig(mixing="bidirectional").mixing is Mixing.bidirectional  # type: ignore[arg-type]
+    decaying = ModelConfig(decay="position", decay_horizons=[0, 1, 2, 3])  # type: ignore[arg-type]
+    assert decaying.decay is Decay.position
+    assert RefreshConfig(codec="float32").codec is Codec.float32  # type: ignore[arg-type]
+    assert PrepareConfig(on_bad_rows="raise").on_bad_rows is OnBadRows.error  # type: ignore[attr-defined, arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "message"),
+    [
+        (DataConfig, {"split": "random"}, r"data\.split: 'random' is none of leave-last-out, time"),
+        (ModelConfig, {"mixing": None}, r"model\.mixing: None is none of bidirectional, separable"),
+        (OptimConfig, {"epochs": "2"}, r"optim\.epochs: expected int, got '2'"),
+        (OptimConfig, {"epochs": 2.5}, r"optim\.epochs: expected int, got 2\.5"),
+        (OptimConfig, {"epochs": True}, r"optim\.epochs: expected int, got True"),
+        (OptimConfig, {"learning_rate": "fast"}, r"optim\.learning_rate: expected float, got 'fast'"),
+        (TrainConfig, {"model": {"dim": 8}}, r"model: expected ModelConfig, got {'dim': 8}"),
+        (TrainConfig, {"resume": 1}, r"resume: expected bool, got 1"),
+        (ScoreConfig, {"model": 3}, r"model: expected str, got 3"),
+    ],
+)
+def test_other_values_name_their_key(make: type, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(**values)
+
+
+def test_numbers_become_plain_ones() -> None:
+    optim = OptimConfig(epochs=np.int64(3), learning_rate=np.float32(0.5), gradient_clip=2)  # type: ignore[arg-type]
+    assert [type(value) for value in (optim.epochs, optim.learning_rate, optim.gradient_clip)] == [int, float, float]
+    assert from_dict(OptimConfig, to_dict(optim)) == optim
