@@ -108,6 +108,10 @@ def test_a_file_of_bad_rows_alone_is_an_error_even_with_quarantine(tmp_path: Pat
         (HEADER.encode() + b"\n\n", r"log\.csv: holds no rows"),
         (b"\n1,2,3,4\n", r"log\.csv: the first line is blank"),
         (b"user,time,stars\n1,2,3\n", r"column 'item' is missing; the file has: user, time, stars; .*events\.item="),
+        (
+            b"user;item;time\n1;2;3\n",
+            r"has: user;item;time; .*, or the separator with events\.separator=",
+        ),
         (b"user,item,stars\n1,2,3\n", r"column 'time' is missing.*events\.timestamp=…, or none for a log without"),
         (b"user,user,item,time,stars\n1,1,2,3,4\n", r"column 'user' comes twice"),
         (HEADER.encode() + b"1,2,1600000000,4\n1,\xff,1600000000,4\n", r"log\.csv: line 3: .*is not UTF-8"),
@@ -233,3 +237,10 @@ def test_append_without_the_logs_actions(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"b\.csv: the log has the actions buy, view.*events\.action"):
         prepare(PrepareConfig(out=out, events=later, append=True, progress=False))
     assert EventLog.open(out).num_events == 2
+
+
+def test_a_missing_column_of_a_frame_is_named(tmp_path: Path) -> None:
+    frame = {"cust": [1], "sku": [2], "ts": [3]}
+    for made in (frame, pl.DataFrame(frame)):
+        with pytest.raises(DataError, match=r"column 'user' is missing; the frame has: cust, sku, ts; .* as in user=…"):
+            EventLog.from_frame(made, tmp_path / "log", time_unit="s", item="sku", timestamp="ts")

@@ -39,6 +39,8 @@ def test_a_round_trip_keeps_every_bit(make: SimpleNamespace, tmp_path: Path, opt
     weights, found = model.state_dict(), back.state_dict()
     assert weights.keys() == found.keys() and all(torch.equal(weights[name], found[name]) for name in weights)
     assert back.summarizer_id() == model.summarizer_id() and not back.training
+    with pytest.raises(CheckpointError, match=r"is a run folder; its model is .*best"):
+        Recommender.from_pretrained(tmp_path)
     np.testing.assert_array_equal(back.item_rows([100, 139, 99]), [1, 40, 0])
     packed = make.histories([0, 5, 30], 2)
     assert torch.equal(inference.summarize(back, packed), inference.summarize(model, packed))

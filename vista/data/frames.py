@@ -16,21 +16,25 @@ def to_polars(frame: Any, columns: Iterable[str] | None = None) -> pl.DataFrame:
 
     Args:
         frame: a Polars DataFrame or LazyFrame, a pandas DataFrame, or a mapping of name to array or list.
-        columns: those to convert, as far as the frame has them; None takes all.
+        columns: those to convert; None takes all.
 
     Raises:
         TypeError: if it is something else.
-        DataError: if a column mixes types.
+        DataError: if a column is missing or mixes types.
     """
     if isinstance(frame, pl.LazyFrame):
         frame = frame.collect()
-    if isinstance(frame, pl.DataFrame):
-        return frame if columns is None else frame.select([name for name in frame.columns if name in set(columns)])
     is_pandas = type(frame).__module__.split(".")[0] == "pandas"
-    if not is_pandas and not isinstance(frame, Mapping):
+    if not isinstance(frame, pl.DataFrame | Mapping) and not is_pandas:
         raise TypeError(f"frame must be a pandas or Polars DataFrame or a mapping of columns, got {type(frame)}")
-    present = list(frame.columns) if is_pandas else list(frame)
+    present = list(frame) if isinstance(frame, Mapping) else list(frame.columns)
     wanted = present if columns is None else [name for name in present if name in set(columns)]
+    missing = [name for name in columns or () if name not in present]
+    if missing:
+        named = ", ".join(map(str, present))
+        raise DataError(f"column {missing[0]!r} is missing; the frame has: {named}; name the right one, as in user=…")
+    if isinstance(frame, pl.DataFrame):
+        return frame.select(wanted)
     for name in wanted:
         if wanted.count(name) > 1:
             raise DataError(f"column {name!r} comes twice in the frame; drop one")

@@ -342,6 +342,7 @@ def _check_columns(path: str, columns: Mapping[str, str], present: Iterable[str]
             raise DataError(
                 f"{path}: column {own!r} {'is missing' if own not in there else 'comes twice'}; the file has: "
                 f"{', '.join(there)}; name the right one with {table}.{key}=…"
+                + (f", or the separator with {table}.separator=…" if len(there) == 1 else "")
                 + (", or none for a log without times" if canonical == "timestamp" and table == "events" else "")
             )
 

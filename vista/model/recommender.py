@@ -265,6 +265,8 @@ class Recommender(nn.Module):
             CheckpointError: if the folder is missing, truncated or of another format.
         """
         folder = Path(folder)
+        if not (folder / "config.json").exists() and (folder / "best" / "config.json").exists():
+            raise CheckpointError(f"{folder}: is a run folder; its model is {folder / 'best'}")
         try:
             description = json.loads((folder / "config.json").read_text())
             weights = load_file(folder / "model.safetensors")
