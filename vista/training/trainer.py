@@ -114,7 +114,7 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
         raise ConfigError(f"{log.path}: no label may be named {NEXT_TASK!r}, which names the retrieval head; rename it")
     if optim.next_weight <= 0 and not tasks:
         raise ConfigError(
-            f"optim.next_weight={optim.next_weight}: {log.path} offers no labelled task either, so no head would be "
+            f"optim.next_weight={optim.next_weight:g}: {log.path} offers no labelled task either, so no head would be "
             "trained; set optim.next_weight=1"
         )
     return Schema(list(log.actions), log.has_time, rating_range, list(tasks), optim.next_weight > 0)
