@@ -29,6 +29,16 @@ LENGTHS = [12, 1, 25, 2, 40, 3, 9, 7, 30, 18, 4, 22, 5, 16, 11, 28]
 """Events of each user of the small logs: one and two are too few for leave-last-out."""
 
 
+def ratings_folder(folder: Path) -> Path:
+    """A folder in ml-1m's form: 30 users with 40 ratings each."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    users, times = np.repeat(np.arange(1, 31), 40), 978_300_000 + np.tile(np.arange(40) * 60, 30)
+    rows = zip(users, rng.integers(1, 60, 1200), rng.integers(1, 6, 1200), times, strict=True)
+    (folder / "ratings.dat").write_text("".join(f"{user}::{item}::{stars}::{at}\n" for user, item, stars, at in rows))
+    return folder
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Sums of floats depend on the number of threads, and tests compare bits with processes of their own."""

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from vista.choices import Codec, Decay, Mixing, OnBadRows, Split
-from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, RefreshConfig, ScoreConfig, TrainConfig
+from vista.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    PrepareConfig,
+    RefreshConfig,
+    ScoreConfig,
+    SimulateConfig,
+    TrainConfig,
+)
 from vista.config_dict import from_dict, to_dict
 from vista.errors import ConfigError
 
@@ -37,6 +46,9 @@ def test_words_are_choices() -> None:
         (TrainConfig, {"model": {"dim": 8}}, r"model: expected ModelConfig, got {'dim': 8}"),
         (TrainConfig, {"resume": 1}, r"resume: expected bool, got 1"),
         (ScoreConfig, {"model": 3}, r"model: expected str, got 3"),
+        (SimulateConfig, {"start": "foo"}, r"start: .*write a date such as 2024-01-01"),
+        (SimulateConfig, {"days": float("inf")}, r"days: must be at least 1 .* got inf"),
+        (SimulateConfig, {"seed": -1}, r"seed: must be at least 0, got -1"),
     ],
 )
 def test_other_values_name_their_key(make: type, values: dict[str, Any], message: str) -> None:

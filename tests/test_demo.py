@@ -6,11 +6,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import demo
 import quality
+from tests.conftest import ratings_folder
 from vista.config import SimulateConfig
 from vista.errors import ConfigError
 from vista.results import read_results
@@ -29,17 +29,6 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(demo, name, value)
 
 
-def ratings(folder: Path) -> Path:
-    """A folder in ml-1m's form: 30 users with 40 ratings each."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    rows = [
-        f"{1 + i // 40}::{rng.integers(1, 60)}::{rng.integers(1, 6)}::{978300000 + i % 40 * 60}" for i in range(1200)
-    ]
-    (folder / "ratings.dat").write_text("\n".join(rows) + "\n")
-    return folder
-
-
 def test_on_the_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = demo.run(None, tmp_path, [*SMALL, "data.tokens_per_batch=400"])
     text = report.read_text()
@@ -50,13 +39,13 @@ def test_on_the_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_on_movielens(tmp_path: Path) -> None:
-    data = ratings(tmp_path / "ml-1m")
+    data = ratings_folder(tmp_path / "ml-1m")
     report = demo.run(data, tmp_path / "demo", SMALL)
     assert "ndcg@10" in report.read_text() and report.parent == tmp_path / "demo" / "ml-1m"
 
 
 def test_nothing_that_is_not_the_demos_is_removed(tmp_path: Path) -> None:
-    data = ratings(tmp_path / "sets" / "ml-1m")
+    data = ratings_folder(tmp_path / "sets" / "ml-1m")
     with pytest.raises(ConfigError, match=r"--out: the demo would work in .*ml-1m, where the data of --data are"):
         demo.run(data, tmp_path / "sets", SMALL)
     (tmp_path / "out" / "simulation").mkdir(parents=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.conftest import ratings_folder
 from vista.cli import main
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -38,13 +39,7 @@ def run(command: str) -> None:
 def test_three_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """On a small ratings.dat of ml-1m's form."""
     monkeypatch.chdir(tmp_path)
-    folder = Path("path/to/ml-1m")
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    rows = [
-        f"{1 + i // 40}::{rng.integers(1, 60)}::{rng.integers(1, 6)}::{978300000 + i % 40 * 60}" for i in range(1200)
-    ]
-    (folder / "ratings.dat").write_text("\n".join(rows) + "\n")
+    ratings_folder(Path("path/to/ml-1m"))
     section = README.read_text().split("## Three uses")[1].split("\n## ")[0]
     commands = [line for block in re.findall(r"```\n(.*?)```", section, flags=re.S) for line in block.splitlines()]
     assert len(commands) == 7

@@ -40,8 +40,11 @@ def check_types(config: Any, prefix: str = "") -> None:
     for name, hint in get_type_hints(type(config)).items():
         value, key = getattr(config, name), f"{prefix}{name}"
         if isinstance(hint, type) and issubclass(hint, Enum):
-            if not isinstance(value, hint):
-                setattr(config, name, choice_of(hint, value, key))
+            try:
+                setattr(config, name, hint(value))
+            except ValueError:
+                known = ", ".join(str(member.value) for member in hint)
+                raise ConfigError(f"{key}: {value!r} is none of {known}") from None
         elif hint in PLAIN:
             fits = isinstance(value, PLAIN[hint]) and (hint is bool or not isinstance(value, bool))
             if not fits:
@@ -50,12 +53,3 @@ def check_types(config: Any, prefix: str = "") -> None:
                 setattr(config, name, hint(value))  # a whole number for a float, or a number of NumPy's
         elif is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]
             raise ConfigError(f"{key}: expected {hint.__name__}, got {value!r}")  # type: ignore[union-attr]
-
-
-def choice_of(hint: type[Enum], value: Any, key: str) -> Enum:
-    """The choice that a word names."""
-    try:
-        return hint(value)
-    except ValueError:
-        known = ", ".join(str(member.value) for member in hint)
-        raise ConfigError(f"{key}: {value!r} is none of {known}") from None

@@ -6,7 +6,6 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any, TypeVar, get_type_hints
 
-from vista.config_checks import choice_of
 from vista.errors import ConfigError
 
 T = TypeVar("T")
@@ -35,9 +34,7 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     arguments = {}
     for key, value in values.items():
         hint = hints[key]
-        if isinstance(hint, type) and issubclass(hint, Enum):
-            value = choice_of(hint, value, key)
-        elif is_dataclass(hint) and isinstance(value, dict):
+        if is_dataclass(hint) and isinstance(value, dict):
             value = from_dict(hint, value)  # type: ignore[arg-type]
         arguments[key] = value
     return cls(**arguments)

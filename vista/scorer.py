@@ -309,8 +309,8 @@ class Scorer:
                 f"users {absent} have no record in {self.store.path}; refresh it, or on_missing='empty'"
             )
         times = request_times(now, len(missing))
-        if times is not None and self.model.schema.has_time:
-            check_times("now", times, int(stored.last_event_ts.max(initial=0)))
+        if times is not None:
+            self._check_times("now", times, stored)
         merged = stored.tail if tail is None else self._merge(stored, tail, len(missing))
         padded = inference.pad_tail(self.model, merged.items, merged.times, merged.actions, merged.offsets)
         summary = torch.from_numpy(stored.summary).to(self.model.device)
@@ -326,10 +326,13 @@ class Scorer:
             rows = self.model.item_rows(checked.items)
         except TypeError as error:
             raise TypeError(f"tail.items: {error}") from None
-        if self.model.schema.has_time:
-            check_times("tail.times", checked.times, int(stored.last_event_ts.max(initial=0)))
+        self._check_times("tail.times", checked.times, stored)
         fresh = Tail(rows.astype(np.int32), checked.times, checked.actions, checked.offsets)
         return merge_tails(stored.tail, fresh, self.model.config.tail_len)
+
+    def _check_times(self, name: str, times: NDArray[np.int64], stored: StoredBatch) -> None:
+        if self.model.schema.has_time:
+            check_times(name, times, int(stored.last_event_ts.max(initial=0)))
 
 
 def _require_tails(store: SummaryStore, model: Recommender) -> None:

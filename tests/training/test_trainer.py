@@ -16,8 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import Served, run_python, small_config, small_frame
-from vista.choices import Decay, Split
-from vista.config import OptimConfig, TrainConfig
 from vista.config_text import to_yaml
 from vista.data.batches import BatchSource
 from vista.data.event_log import EventLog
@@ -368,45 +366,3 @@ def test_a_run_folder_that_cannot_be_written_is_named_in_a_line(
         train(small_config(event_log, tmp_path / place), event_log)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-class TestSchema:
-    def test_what_a_log_offers(self, event_log: EventLog, order_log: EventLog, impression_log: EventLog) -> None:
-        schema = schema_of(event_log, TrainConfig())
-        assert (schema.actions, schema.has_time, schema.rating_range) == (["click", "like"], True, (1.0, 5.0))
-        assert (schema.tasks, schema.has_retrieval) == ([], True)
-        plain = schema_of(order_log, TrainConfig())
-        assert (plain.actions, plain.has_time, plain.rating_range) == (["event"], False, None)
-        assert schema_of(impression_log, TrainConfig()).tasks == ["click", "like", "long_view"]
-        assert schema_of(impression_log, TrainConfig(optim=OptimConfig(task_weight=0))).tasks == []
-        assert not schema_of(impression_log, TrainConfig(optim=OptimConfig(next_weight=0))).has_retrieval
-
-    def test_decay_by_time_needs_times(self, order_log: EventLog) -> None:
-        config = TrainConfig()
-        config.model.decay = Decay.time
-        with pytest.raises(ConfigError, match=r"model\.decay=time: .* has no times; set model\.decay=position or none"):
-            schema_of(order_log, config)
-
-    def test_some_head_must_be_trained(self, event_log: EventLog) -> None:
-        with pytest.raises(ConfigError, match=r"optim\.next_weight=0: .* no head would be trained"):
-            schema_of(event_log, TrainConfig(optim=OptimConfig(next_weight=0)))
-
-    def test_a_label_may_not_be_named_as_the_retrieval_head(self, tmp_path: Path) -> None:
-        events = {"user": [1], "item": [1], "timestamp": [1]}
-        log = EventLog.from_frame(
-            events, tmp_path / "log", time_unit="s", impressions={**events, "next": [1]}, labels=["next"]
-        )
-        with pytest.raises(ConfigError, match="no label may be named 'next'"):
-            schema_of(log, TrainConfig())
-
-    def test_a_split_before_the_first_event_leaves_nothing_to_train(self, event_log: EventLog, tmp_path: Path) -> None:
-        config = small_config(event_log, tmp_path, data__validation_from="1990-01-01", data__test_from="1991-01-01")
-        config.data.split = Split.time
-        with pytest.raises(DataError, match="no item occurs in training"):
-            train(config, event_log)
-
-    def test_a_test_before_the_validation_is_refused(self, event_log: EventLog, tmp_path: Path) -> None:
-        config = small_config(event_log, tmp_path, data__validation_from="2021-01-01", data__test_from="2020-10-01")
-        config.data.split = Split.time
-        with pytest.raises(ConfigError, match=r"data\.test_from=2020-10-01: lies before validation_from=2021-01-01"):
-            train(config, event_log)

@@ -119,10 +119,9 @@ def detect_kind(path: str | Path) -> str:
 
 
 def frame_source(frame: pl.DataFrame, config: SourceConfig, table: str) -> Source:
-    """A frame in memory as a source; its digest is that of the columns used."""
+    """A frame of `to_polars`, which has checked its columns, as a source; its digest is that of the columns used."""
     name = f"<{table} frame>"
     columns = _needed(config)
-    _check_columns(name, columns, frame.columns, table)
     used = frame.select(pl.col(own).alias(canonical) for canonical, own in columns.items()).rechunk()
     hasher = _Hasher()
     used.write_ipc(cast(IO[bytes], hasher))
