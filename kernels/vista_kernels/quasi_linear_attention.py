@@ -19,16 +19,13 @@ tokens).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from vista_kernels import passes, reference
-from vista_kernels.activations import activate_gradient_
-from vista_kernels.launch import choose_backend
-from vista_kernels.segments import WINDOW_ELEMENTS
+from vista_kernels import reference
+from vista_kernels.launch import choose_backend, load_backend
+from vista_kernels.state import empty_state, length_scale
 from vista_kernels.validation import (
     NORMALIZATIONS,
     IntArray,
@@ -39,7 +36,6 @@ from vista_kernels.validation import (
     check_weight,
     host_offsets,
 )
-from vista_kernels.workspace import activated
 
 
 def quasi_linear_attention(
@@ -69,7 +65,7 @@ def quasi_linear_attention(
         alpha: the exponent of "length".
         activation: phi1, of queries and keys: "silu", "relu" or "identity".
         state_activation: phi2, of the states.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "torch", "triton" or "reference".
 
     Returns:
         o [T, H, E] of v's dtype. q, k and v get gradients.
@@ -85,8 +81,8 @@ def quasi_linear_attention(
     check_activation("activation", activation)
     check_activation("state_activation", state_activation)
     weight = None if weight is None else weight.detach()
-    options = (normalization, alpha, activation, state_activation)
-    if choose_backend(backend, q.device) == "reference":
+    chosen = choose_backend(backend, q.device)
+    if chosen == "reference":
         return reference.quasi_linear_attention(
             q,
             k,
@@ -99,6 +95,7 @@ def quasi_linear_attention(
             activation=activation,
             state_activation=state_activation,
         ).to(v.dtype)
+    options = (normalization, alpha, activation, state_activation, chosen)
     out: Tensor = _qla_op(q, k, v, offsets, num_targets, weight, *options)[0]
     return out
 
@@ -115,19 +112,17 @@ def _qla_op(
     alpha: float,
     activation: str,
     state_activation: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return o, and Z and n, which backward reads."""
     starts, lengths, writers = _spans(offsets, num_targets, q.shape[0])
-    z, n = passes.empty_state(k, v, len(starts))
-    passes.accumulate(k, v, starts, writers, weight, z, n.zero_(), activation)
+    run = load_backend(backend)
+    z, n = empty_state(k, v, len(starts))
+    run.accumulate(k, v, starts, writers, weight, z, n.zero_(), activation)
     out = v.new_empty(v.shape)
-    scale = passes.length_scale(n, normalization, alpha)
-    passes.read(q, z, scale, starts, lengths, activation, state_activation, out)
-    for tokens in _targets(starts, lengths, writers, q, v):
-        query, keys, value = (x.index_select(0, tokens).to(z.dtype) for x in (q, k, v))
-        query, keys = activated("phi_q", activation, query), activated("phi_k", activation, keys)
-        similarity = (query * keys).sum(2, keepdim=True)
-        out[tokens] += (similarity * value).to(out.dtype)
+    run.read(q, z, length_scale(n, normalization, alpha), starts, lengths, activation, state_activation, out)
+    if num_targets is not None:
+        run.add_targets(q, k, v, _targets(starts, lengths, writers), activation, out)
     return out, z, n
 
 
@@ -143,8 +138,9 @@ def _(
     alpha: float,
     activation: str,
     state_activation: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return v.new_empty(v.shape), *passes.empty_state(k, v, offsets.shape[0] - 1)
+    return v.new_empty(v.shape), *empty_state(k, v, offsets.shape[0] - 1)
 
 
 @torch.library.custom_op("vista_kernels::quasi_linear_attention_backward", mutates_args=())
@@ -162,23 +158,18 @@ def _qla_backward_op(
     alpha: float,
     activation: str,
     state_activation: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     starts, lengths, writers = _spans(offsets, num_targets, q.shape[0])
-    scale = passes.length_scale(n, normalization, alpha)
-    grad_q = q.new_empty(q.shape)
-    grad_z = passes.read_backward(grad_out, q, z, scale, starts, lengths, activation, state_activation, grad_q)
+    run = load_backend(backend)
+    scale = length_scale(n, normalization, alpha)
+    grad_q, grad_z = q.new_empty(q.shape), z.new_empty(z.shape)
+    run.read_backward(grad_out, q, z, scale, starts, lengths, activation, state_activation, grad_q, grad_z)
     grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)  # first the writers' rows, then the targets'
-    passes.accumulate_backward(grad_z, k, v, starts, writers, weight, activation, grad_k, grad_v)
-    for tokens in _targets(starts, lengths, writers, q, v):
-        query, keys, value, grad = (x.index_select(0, tokens).to(z.dtype) for x in (q, k, v, grad_out))
-        active_query, active_keys = activated("phi_q", activation, query), activated("phi_k", activation, keys)
-        agreement = (grad * value).sum(2, keepdim=True)
-        grad_query, grad_keys = agreement * active_keys, agreement * active_query
-        activate_gradient_(activation, query, grad_query)
-        activate_gradient_(activation, keys, grad_keys)
-        grad_q[tokens] += grad_query.to(q.dtype)
-        grad_k[tokens] = grad_keys.to(k.dtype)
-        grad_v[tokens] = ((active_query * active_keys).sum(2, keepdim=True) * grad).to(v.dtype)
+    run.accumulate_backward(grad_z, k, v, starts, writers, weight, activation, grad_k, grad_v)
+    if num_targets is not None:
+        tokens = _targets(starts, lengths, writers)
+        run.add_targets_backward(grad_out, q, k, v, tokens, activation, grad_q, grad_k, grad_v)
     return grad_q, grad_k, grad_v
 
 
@@ -197,6 +188,7 @@ def _(
     alpha: float,
     activation: str,
     state_activation: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -209,7 +201,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_out, grad_z, grad_n):  # type: ignore[no-untyped-def]
-    return *_qla_backward_op(grad_out, *ctx.saved_tensors, *ctx.options), *[None] * 7
+    return *_qla_backward_op(grad_out, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
 
 _qla_op.register_autograd(_backward, setup_context=_setup_context)
@@ -242,13 +234,9 @@ def _spans(offsets: Tensor, num_targets: Tensor | None, total: int) -> tuple[Int
     return host[:-1], lengths, lengths - targets
 
 
-def _targets(starts: IntArray, lengths: IntArray, writers: IntArray, q: Tensor, v: Tensor) -> Iterator[Tensor]:
-    """Yield the token numbers of the targets, so many at a time that their tensors stay in the cache."""
+def _targets(starts: IntArray, lengths: IntArray, writers: IntArray) -> IntArray:
+    """Return the token numbers of the targets."""
     counts = lengths - writers
-    if not counts.any():
-        return
     before = np.concatenate([[0], np.cumsum(counts)])
-    tokens = np.arange(before[-1]) + np.repeat(starts + writers - before[:-1], counts)
-    step = max(256, WINDOW_ELEMENTS // max(1, q.shape[1] * max(q.shape[2], v.shape[2])))
-    for first in range(0, len(tokens), step):
-        yield torch.from_numpy(tokens[first : first + step]).to(q.device)
+    tokens: IntArray = np.arange(before[-1]) + np.repeat(starts + writers - before[:-1], counts)
+    return tokens

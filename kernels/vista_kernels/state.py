@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vista_kernels import passes, reference
-from vista_kernels.launch import choose_backend
+from vista_kernels import reference
+from vista_kernels.launch import choose_backend, load_backend
 from vista_kernels.scan import scan_counts, scan_states
 from vista_kernels.validation import (
     NORMALIZATIONS,
@@ -53,7 +53,7 @@ def accumulate_state(
         initial_z: [B, H, D, E] state to add to; None is zero.
         initial_n: [B, H] weight sum to add to; None is zero. No gradient.
         activation: phi, "silu", "relu" or "identity".
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "torch", "triton" or "reference".
 
     Returns:
         (Z [B, H, D, E], n [B, H]), float32 (float64 for float64 tokens). k, v and initial_z get gradients.
@@ -70,13 +70,14 @@ def accumulate_state(
     check_activation("activation", activation)
     weight = None if weight is None else weight.detach()
     initial_n = None if initial_n is None else initial_n.detach()
-    if choose_backend(backend, k.device) == "reference":
+    chosen = choose_backend(backend, k.device)
+    if chosen == "reference":
         dtype = state_dtype(k.dtype)
         z, n = reference.accumulate_state(
             k, v, offsets, weight=weight, initial_z=initial_z, initial_n=initial_n, activation=activation
         )
         return z.to(dtype), n.to(dtype)
-    z, n = _accumulate_op(k, v, offsets, weight, initial_z, initial_n, activation)
+    z, n = _accumulate_op(k, v, offsets, weight, initial_z, initial_n, activation, chosen)
     return z, n.detach()
 
 
@@ -103,7 +104,7 @@ def read_state(
         alpha: the exponent of "length".
         activation: phi1, of the queries: "silu", "relu" or "identity".
         state_activation: phi2, of the states.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "torch", "triton" or "reference".
 
     Returns:
         o [N, H, E] of q's dtype. q and z get gradients.
@@ -121,7 +122,8 @@ def read_state(
     check_activation("activation", activation)
     check_activation("state_activation", state_activation)
     n = n.detach()
-    if choose_backend(backend, q.device) == "reference":
+    chosen = choose_backend(backend, q.device)
+    if chosen == "reference":
         return reference.read_state(
             q,
             z,
@@ -132,8 +134,20 @@ def read_state(
             activation=activation,
             state_activation=state_activation,
         ).to(q.dtype)
-    out: Tensor = _read_op(q, z, n, offsets, normalization, alpha, activation, state_activation)
+    out: Tensor = _read_op(q, z, n, offsets, normalization, alpha, activation, state_activation, chosen)
     return out
+
+
+def length_scale(n: Tensor, normalization: str, alpha: float) -> Tensor | None:
+    """Return c = 1 / max(n, 1)^alpha [B, H] for "length" and None (c = 1) for "none"."""
+    return None if normalization == "none" else n.clamp(min=1).pow(-alpha)
+
+
+def empty_state(k: Tensor, v: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    """Return uninitialised states [B, H, D, E] and counts [B, H] for tokens k and v."""
+    dtype = state_dtype(k.dtype)
+    z = k.new_empty((num_segments, k.shape[1], k.shape[2], v.shape[2]), dtype=dtype)
+    return z, k.new_empty((num_segments, k.shape[1]), dtype=dtype)
 
 
 @torch.library.custom_op("vista_kernels::accumulate_state", mutates_args=())
@@ -145,14 +159,15 @@ def _accumulate_op(
     initial_z: Tensor | None,
     initial_n: Tensor | None,
     activation: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     host = host_offsets(offsets, k.shape[0])
-    z, n = passes.empty_state(k, v, len(host) - 1)
+    z, n = empty_state(k, v, len(host) - 1)
     n.zero_() if initial_n is None else n.copy_(initial_n)
     if initial_z is not None:
         z.copy_(initial_z)
     lengths = host[1:] - host[:-1]
-    passes.accumulate(k, v, host[:-1], lengths, weight, z, n, activation, fresh=initial_z is None)
+    load_backend(backend).accumulate(k, v, host[:-1], lengths, weight, z, n, activation, fresh=initial_z is None)
     return z, n
 
 
@@ -165,17 +180,18 @@ def _(
     initial_z: Tensor | None,
     initial_n: Tensor | None,
     activation: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return passes.empty_state(k, v, offsets.shape[0] - 1)
+    return empty_state(k, v, offsets.shape[0] - 1)
 
 
 @torch.library.custom_op("vista_kernels::accumulate_state_backward", mutates_args=())
 def _accumulate_backward_op(
-    grad_z: Tensor, k: Tensor, v: Tensor, offsets: Tensor, weight: Tensor | None, activation: str
+    grad_z: Tensor, k: Tensor, v: Tensor, offsets: Tensor, weight: Tensor | None, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     host = host_offsets(offsets, k.shape[0])
     grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
-    passes.accumulate_backward(
+    load_backend(backend).accumulate_backward(
         grad_z.contiguous(), k, v, host[:-1], host[1:] - host[:-1], weight, activation, grad_k, grad_v
     )
     return grad_k, grad_v
@@ -183,22 +199,21 @@ def _accumulate_backward_op(
 
 @_accumulate_backward_op.register_fake
 def _(
-    grad_z: Tensor, k: Tensor, v: Tensor, offsets: Tensor, weight: Tensor | None, activation: str
+    grad_z: Tensor, k: Tensor, v: Tensor, offsets: Tensor, weight: Tensor | None, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     return k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _accumulate_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    k, v, offsets, weight, initial_z, _, activation = inputs
+    k, v, offsets, weight, initial_z, _, *ctx.options = inputs
     ctx.save_for_backward(k, v, offsets, weight)
-    ctx.activation = activation
     ctx.has_initial = initial_z is not None
 
 
 def _accumulate_backward(ctx, grad_z, grad_n):  # type: ignore[no-untyped-def]
     k, v, offsets, weight = ctx.saved_tensors
-    grad_k, grad_v = _accumulate_backward_op(grad_z, k, v, offsets, weight, ctx.activation)
-    return grad_k, grad_v, None, None, grad_z if ctx.has_initial else None, None, None
+    grad_k, grad_v = _accumulate_backward_op(grad_z, k, v, offsets, weight, *ctx.options)
+    return grad_k, grad_v, None, None, grad_z if ctx.has_initial else None, None, None, None
 
 
 _accumulate_op.register_autograd(_accumulate_backward, setup_context=_accumulate_setup)
@@ -214,11 +229,13 @@ def _read_op(
     alpha: float,
     activation: str,
     state_activation: str,
+    backend: str,
 ) -> Tensor:
     host = host_offsets(offsets, q.shape[0])
-    scale = passes.length_scale(n, normalization, alpha)
+    scale = length_scale(n, normalization, alpha)
     out = q.new_empty((q.shape[0], q.shape[1], z.shape[3]))
-    passes.read(q, z, scale, host[:-1], host[1:] - host[:-1], activation, state_activation, out)
+    lengths = host[1:] - host[:-1]
+    load_backend(backend).read(q, z, scale, host[:-1], lengths, activation, state_activation, out)
     return out
 
 
@@ -232,6 +249,7 @@ def _(
     alpha: float,
     activation: str,
     state_activation: str,
+    backend: str,
 ) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], z.shape[3]))
 
@@ -247,11 +265,15 @@ def _read_backward_op(
     alpha: float,
     activation: str,
     state_activation: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     host = host_offsets(offsets, q.shape[0])
-    scale = passes.length_scale(n, normalization, alpha)
-    grad_q, lengths = q.new_empty(q.shape), host[1:] - host[:-1]
-    grad_z = passes.read_backward(grad_out, q, z, scale, host[:-1], lengths, activation, state_activation, grad_q)
+    scale = length_scale(n, normalization, alpha)
+    grad_q, grad_z = q.new_empty(q.shape), z.new_empty(z.shape)
+    lengths = host[1:] - host[:-1]
+    load_backend(backend).read_backward(
+        grad_out, q, z, scale, host[:-1], lengths, activation, state_activation, grad_q, grad_z
+    )
     return grad_q, grad_z
 
 
@@ -266,6 +288,7 @@ def _(
     alpha: float,
     activation: str,
     state_activation: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), z.new_empty(z.shape)
 
@@ -277,7 +300,7 @@ def _read_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _read_backward(ctx, grad_out):  # type: ignore[no-untyped-def]
     grad_q, grad_z = _read_backward_op(grad_out, *ctx.saved_tensors, *ctx.options)
-    return grad_q, grad_z, None, None, None, None, None, None
+    return grad_q, grad_z, *[None] * 7
 
 
 _read_op.register_autograd(_read_backward, setup_context=_read_setup)

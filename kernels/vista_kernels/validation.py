@@ -11,9 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vista_kernels.activations import ACTIVATIONS
-
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("silu", "relu", "identity")
 NORMALIZATIONS = ("none", "length")
 
 IntArray = npt.NDArray[np.int64]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import vista_kernels
-from vista_kernels import passes, reference, scan, segments, workspace
+from vista_kernels import reference
+from vista_kernels.torch_backend import passes, scan, segments, targets, workspace
 
 Inputs = dict[str, Any]
 HEADS, WIDTH, VALUE_WIDTH = 2, 3, 4
@@ -156,7 +157,7 @@ def operators() -> dict[str, Operator]:
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shrink windows to 256 tokens (65 make a segment long), so that small inputs cross every border."""
-    for module in (segments, passes, scan):
+    for module in (segments, passes, scan, targets):
         monkeypatch.setattr(module, "WINDOW_ELEMENTS", 1024)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("silu", "relu", "identity")
-
 
 def activate_gradient_(name: str, x: Tensor, grad: Tensor) -> None:
     """Multiply grad by phi'(x), in place."""

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vista_kernels.torch_backend.workspace import loaded, scratch
 from vista_kernels.validation import IntArray
-from vista_kernels.workspace import loaded, scratch
 
 WINDOW_ELEMENTS = 1 << 20
 """Numbers that one tensor of a window holds: 4 MB in float32."""

@@ -1,4 +1,4 @@
-"""The four passes over packed tokens that every operator is made of: accumulate and read, forward and backward.
+"""The four passes over packed tokens that the operators are made of: accumulate and read, forward and backward.
 
 Shapes: tokens [T, H, D] or [T, H, E], states [B, H, D, E], counts [B, H], tiles [n, L, H, D].
 Each pass recomputes activations tile by tile, so its temporaries are bounded whatever T is. Sums are float32 (float64
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vista_kernels.activations import activate_gradient_
-from vista_kernels.segments import WINDOW_ELEMENTS, Tile, Window, place, plan
-from vista_kernels.validation import IntArray, state_dtype
-from vista_kernels.workspace import activated, multiplied, scaled, scratch
+from vista_kernels.torch_backend.activations import activate_gradient_
+from vista_kernels.torch_backend.segments import WINDOW_ELEMENTS, Tile, Window, place, plan
+from vista_kernels.torch_backend.workspace import activated, multiplied, scaled, scratch
+from vista_kernels.validation import IntArray
 
 
 def accumulate(
@@ -112,10 +112,10 @@ def read_backward(
     activation: str,
     state_activation: str,
     grad_q: Tensor,
-) -> Tensor:
-    """Write dq to grad_q and return dz = phi2'(z * c) * c * sum phi1(q)^T dO."""
+    grad_z: Tensor,
+) -> None:
+    """Write dq to grad_q, and dz = phi2'(z * c) * c * sum phi1(q)^T dO to grad_z."""
     dtype = z.dtype
-    grad_z = torch.empty_like(z, memory_format=torch.contiguous_format)
     for window in _windows(starts, lengths, q, z):
         states = window.states("states", grad_z) if window.is_first else None
         buffer = window.buffer("grad_q", grad_q, dtype)
@@ -138,19 +138,6 @@ def read_backward(
         activate_gradient_(state_activation, scaled("scaled", part_z, c), part_grad)
         if c is not None:
             part_grad.mul_(c)
-    return grad_z
-
-
-def length_scale(n: Tensor, normalization: str, alpha: float) -> Tensor | None:
-    """Return c = 1 / max(n, 1)^alpha [B, H] for "length" and None (c = 1) for "none"."""
-    return None if normalization == "none" else n.clamp(min=1).pow(-alpha)
-
-
-def empty_state(k: Tensor, v: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
-    """Return uninitialised states [B, H, D, E] and counts [B, H] for tokens k and v."""
-    dtype = state_dtype(k.dtype)
-    z = k.new_empty((num_segments, k.shape[1], k.shape[2], v.shape[2]), dtype=dtype)
-    return z, k.new_empty((num_segments, k.shape[1]), dtype=dtype)
 
 
 def tile_rows(x: Tensor, tile: Tile) -> Tensor:

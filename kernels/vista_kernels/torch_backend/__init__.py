@@ -1,0 +1,18 @@
+"""The backend of torch's own operators, made for CPUs: the functions of `launch.Backend`."""
+
+from vista_kernels.torch_backend.causal import causal_attention, causal_attention_backward
+from vista_kernels.torch_backend.passes import accumulate, accumulate_backward, read, read_backward
+from vista_kernels.torch_backend.scan import scan_rows
+from vista_kernels.torch_backend.targets import add_targets, add_targets_backward
+
+__all__ = [
+    "accumulate",
+    "accumulate_backward",
+    "add_targets",
+    "add_targets_backward",
+    "causal_attention",
+    "causal_attention_backward",
+    "read",
+    "read_backward",
+    "scan_rows",
+]

@@ -1,0 +1,171 @@
+"""Causal linear attention of the torch backend: pieces of some dozens of tokens, whose states are scanned.
+
+Backward is one pass from the front (dQ) and one from the back (dK, dV); formulas in `causal_linear_attention.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vista_kernels.torch_backend.activations import activate_gradient_
+from vista_kernels.torch_backend.passes import add_product, product, tile_rows
+from vista_kernels.torch_backend.scan import entering_carry, scan_rows
+from vista_kernels.torch_backend.segments import Window, cut_segments, place, plan
+from vista_kernels.torch_backend.workspace import activated, scaled, scratch
+from vista_kernels.validation import IntArray
+
+PIECE_NARROW, PIECE_WIDE = 32, 64
+"""Tokens of a piece, at most, for heads up to 32 wide and for wider ones (by measurement)."""
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, offsets: IntArray, carry: Tensor, activation: str, out: Tensor
+) -> None:
+    """Write o_t = phi(q_t) Z_t, and move carry [B, H, D, E] from the state before a sequence to that after it."""
+    dtype = carry.dtype
+    for part in _parts(offsets, q, v):
+        before = part.scan(_totals(part, k, v, activation, dtype), carry, descending=False)
+        buffer = part.window.buffer("out", out, dtype)
+        for tile in part.window.tiles:
+            query = activated("phi_q", activation, tile.load("q", q, dtype)).transpose(1, 2)
+            keys = activated("phi_k", activation, tile.load("k", k, dtype)).transpose(1, 2)
+            result = place(tile, buffer).transpose(1, 2)
+            product(result, _scores(query, keys), tile.load("v", v, dtype).transpose(1, 2))
+            product(result, query, tile_rows(before, tile), add=True)
+        part.window.store(out, buffer)
+
+
+def causal_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: IntArray,
+    initial_z: Tensor | None,
+    activation: str,
+    grad_carry: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    """Write dq, dk and dv, and move grad_carry from the gradient of the last states to that of the first ones."""
+    carry = torch.zeros_like(grad_carry) if initial_z is None else initial_z.clone()
+    for part in _parts(offsets, q, v):
+        _backward_from_front(part, grad_out, q, k, v, carry, activation, grad_q)
+    for part in reversed(list(_parts(offsets, q, v))):
+        _backward_from_back(part, grad_out, q, k, v, grad_carry, activation, grad_k, grad_v)
+
+
+class _Part:
+    """One window of pieces, and the sequences [first, last) that they belong to."""
+
+    def __init__(self, window: Window, first_piece: int, piece_offsets: IntArray) -> None:
+        self.num = sum(tile.num for tile in window.tiles)
+        tiles = tuple(replace(tile, rows=_shifted(tile.rows, first_piece)) for tile in window.tiles)
+        self.window = replace(window, tiles=tiles, rows=slice(0, self.num))
+        first = int(np.searchsorted(piece_offsets, first_piece, side="right")) - 1
+        last = int(np.searchsorted(piece_offsets, first_piece + self.num, side="left"))
+        self.sequences = slice(first, last)
+        self.offsets: IntArray = np.clip(piece_offsets[first : last + 1] - first_piece, 0, self.num)
+
+    def scan(self, totals: Tensor, carry: Tensor, *, descending: bool) -> Tensor:
+        """Return the state that enters each piece, and move `carry` [B, H, D, E] past this part, in place."""
+        initial = carry[self.sequences].flatten(2)
+        states, last = scan_rows(totals.flatten(2), None, self.offsets, initial, descending=descending)
+        entering = entering_carry(states, self.offsets, initial, descending=descending).view(totals.shape)
+        carry[self.sequences] = last.view(-1, *carry.shape[1:])
+        return entering
+
+
+def _backward_from_front(
+    part: _Part, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, carry: Tensor, activation: str, grad_q: Tensor
+) -> None:
+    dtype = carry.dtype
+    before = part.scan(_totals(part, k, v, activation, dtype), carry, descending=False)
+    buffer = part.window.buffer("grad_q", grad_q, dtype)
+    for tile in part.window.tiles:
+        grad = tile.load("grad", grad_out, dtype).transpose(1, 2)
+        value = tile.load("v", v, dtype).transpose(1, 2)
+        keys = activated("phi_k", activation, tile.load("k", k, dtype)).transpose(1, 2)
+        piece = place(tile, buffer)
+        product(piece.transpose(1, 2), _scores(grad, value), keys)
+        product(piece.transpose(1, 2), grad, tile_rows(before, tile).transpose(2, 3), add=True)
+        activate_gradient_(activation, tile.load("q", q, dtype), piece)
+    part.window.store(grad_q, buffer)
+
+
+def _backward_from_back(
+    part: _Part,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    carry: Tensor,
+    activation: str,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    dtype = carry.dtype
+    after = part.scan(_totals(part, q, grad_out, activation, dtype), carry, descending=True)
+    buffer_k, buffer_v = part.window.buffer("grad_k", grad_k, dtype), part.window.buffer("grad_v", grad_v, dtype)
+    for tile in part.window.tiles:
+        # A token's gradient sums over the tokens after it, so copies at padding must hold no gradient.
+        grad = scaled("grad", tile.load("grad", grad_out, dtype), tile.padding(dtype)).transpose(1, 2)
+        value, raw = tile.load("v", v, dtype).transpose(1, 2), tile.load("k", k, dtype)
+        query = activated("phi_q", activation, tile.load("q", q, dtype)).transpose(1, 2)
+        keys = activated("phi_k", activation, raw).transpose(1, 2)
+        rows = tile_rows(after, tile)
+        piece_k, piece_v = place(tile, buffer_k), place(tile, buffer_v)
+        product(piece_k.transpose(1, 2), _scores(grad, value).transpose(2, 3), query)
+        product(piece_k.transpose(1, 2), value, rows.transpose(2, 3), add=True)
+        activate_gradient_(activation, raw, piece_k)
+        product(piece_v.transpose(1, 2), _scores(query, keys).transpose(2, 3), grad)
+        product(piece_v.transpose(1, 2), keys, rows, add=True)
+    part.window.store(grad_k, buffer_k)
+    part.window.store(grad_v, buffer_v)
+
+
+def _totals(part: _Part, k: Tensor, v: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+    """Return phi(K)^T V of every piece [P, H, D, E]."""
+    totals = scratch("totals", (part.num, k.shape[1], k.shape[2], v.shape[2]), dtype, k.device)
+    states = part.window.states("states", totals)
+    for tile in part.window.tiles:
+        keys = scaled("phi_k", activated("phi_k", activation, tile.load("k", k, dtype)), tile.padding(dtype))
+        add_product(totals, states, tile, keys.permute(0, 2, 3, 1), tile.load("v", v, dtype).transpose(1, 2))
+    part.window.store_states(totals, states)
+    return totals
+
+
+def _parts(offsets: IntArray, q: Tensor, v: Tensor) -> Iterator[_Part]:
+    """Cut the sequences into pieces, and these into windows; the longest sequence is cut evenly."""
+    heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
+    limit = PIECE_NARROW if width <= 32 else PIECE_WIDE
+    longest = max(1, int(np.diff(offsets).max(initial=1)))
+    piece_offsets, starts, sizes = cut_segments(offsets, -(-longest // -(-longest // limit)))
+    first_piece = 0
+    for window in plan(
+        starts,
+        sizes,
+        token_elements=heads * max(width, value_width, limit),
+        state_elements=heads * width * value_width,
+        device=q.device,
+    ):
+        part = _Part(window, first_piece, piece_offsets)
+        first_piece += part.num
+        yield part
+
+
+def _scores(a: Tensor, b: Tensor) -> Tensor:
+    """Return tril(a @ b^T) [n, H, L, L] of a, b [n, H, L, D]."""
+    out = scratch("scores", (*a.shape[:2], a.shape[2], b.shape[2]), a.dtype, a.device)
+    product(out, a, b.transpose(2, 3))
+    return out.tril_()
+
+
+def _shifted(rows: slice | Tensor, by: int) -> slice | Tensor:
+    return slice(rows.start - by, rows.stop - by) if isinstance(rows, slice) else rows - by
