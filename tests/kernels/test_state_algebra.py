@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan, scan_counts, scan_states
+from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_counts, scan_states
+from vista_kernels.torch_backend import scan
 
 
 def offsets_of(lengths: list[int]) -> Tensor:
