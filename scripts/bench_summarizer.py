@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from recorder import Recorder, benchmark_parser, copy_bandwidth, matmul_floor, timing_of
+from floors import copy_floor, matmul_floor
+from recorder import Recorder, benchmark_parser, timing_of
 from vista.choices import Mixing
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories
@@ -101,14 +102,14 @@ def matmul_seconds(num_events: int, dim: int, *, mixing: Mixing, num_heads: int 
     """The least time of one pass's matrix products over the events: those of `ModelConfig`'s defaults."""
     head_dim = dim // num_heads
     shapes = {"key and value": (2 * dim, dim), "up": (4 * dim, dim), "down": (dim, 2 * dim)}
-    seconds = {name: matmul_floor(FLOOR_ROWS, n, k).median_s for name, (n, k) in shapes.items()}
-    seconds["state"] = num_heads * matmul_floor(head_dim, head_dim, FLOOR_ROWS).median_s
+    seconds = {name: matmul_floor(FLOOR_ROWS, n, k) for name, (n, k) in shapes.items()}
+    seconds["state"] = matmul_floor(head_dim, head_dim, FLOOR_ROWS, count=num_heads)
     feed_forward = seconds["up"] + seconds["down"]
     if mixing is Mixing.separable:  # the last layer's tokens are never updated
         total = num_layers * (seconds["key and value"] + seconds["state"]) + (num_layers - 1) * feed_forward
     else:  # queries, gates, reads and the output projection come on top
-        read = num_heads * matmul_floor(FLOOR_ROWS, head_dim, head_dim).median_s
-        output = matmul_floor(FLOOR_ROWS, dim, dim).median_s
+        read = matmul_floor(FLOOR_ROWS, head_dim, head_dim, count=num_heads)
+        output = matmul_floor(FLOOR_ROWS, dim, dim)
         total = num_layers * (2 * seconds["key and value"] + seconds["state"] + read + output + feed_forward)
     return total * num_events / FLOOR_ROWS
 
@@ -123,9 +124,7 @@ def report(recorder: Recorder, name: str, num_events: int, task: dict[str, Any],
     recorder.add(f"{name}: peak memory beyond the log", max(each["extra_gib"] for each in found), "GiB", bar=bar)
     floor = matmul_seconds(num_events, dim, mixing=mixing)
     recorder.add(f"{name}: share of the matrix products' floor", 100 * floor / timing.median_s, "%")
-    size = min(num_events * dim * 4, 1 << 28)
-    copy = copy_bandwidth(size, rounds=5).median_s * (num_events * dim * 4 / size)
-    recorder.add(f"{name}: copying its [T, d] once", copy, "s")
+    recorder.add(f"{name}: copying its [T, d] once", copy_floor(num_events * dim * 4), "s")
     if bar is not None:
         worst = max(each["extra_gib"] for each in found)
         print(f"        aim: below 0.5 GiB; {'reached' if worst < 0.5 else 'not reached'} with {worst:.3f} GiB")

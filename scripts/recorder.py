@@ -1,4 +1,4 @@
-"""What all benchmarks share: arguments, interleaved timing, the machine's floors, and one JSON line a case.
+"""What all benchmarks share: arguments, interleaved timing, and one JSON line a case. (Floors: floors.py.)
 
     arguments = benchmark_parser("latency", __doc__).parse_args()
     recorder = Recorder("latency", out=arguments.out, quick=arguments.quick)
@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from vista.errors import DataError
 from vista.results import commit, describe_hardware, hardware, read_lines
@@ -240,20 +239,6 @@ def _sample(call: Callable[[], object], calls: int, wait: Callable[[], object]) 
         call()
     wait()
     return (time.perf_counter() - start) / calls
-
-
-def copy_bandwidth(num_bytes: int = 1 << 28, *, rounds: int = 7) -> Timing:
-    """Time of copying num_bytes (beyond the caches) with torch's threads: 2 * num_bytes / median_s bytes a second."""
-    source = torch.ones(num_bytes, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    return interleaved({"copy": lambda: target.copy_(source)}, rounds=rounds)["copy"]
-
-
-def matmul_floor(m: int, n: int, k: int, *, dtype: torch.dtype = torch.float32, rounds: int = 15) -> Timing:
-    """Time of one [m, k] @ [k, n] product, the least that work of 2·m·n·k operations can take here."""
-    left, right = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-    out = torch.empty(m, n, dtype=dtype)
-    return interleaved({"matmul": lambda: torch.mm(left, right, out=out)}, rounds=rounds)["matmul"]
 
 
 def _is_met(bar: str, value: float, ratio: float | None, baseline: float | None) -> bool:

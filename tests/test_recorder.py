@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import bench_summary
 import recorder
-from recorder import Recorder, benchmark_parser, copy_bandwidth, interleaved, matmul_floor, read_cases, timing_of
+from recorder import Recorder, benchmark_parser, interleaved, read_cases, timing_of
 from vista.errors import DataError
 
 KEYS = ["bench", "case", "value", "unit", "baseline", "ratio", "bar", "met", "spread", "hardware", "commit"]
@@ -158,10 +157,3 @@ def test_timing_by_hand() -> None:
     timing = timing_of([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (timing.median_s, timing.spread_s) == (3.0, 2.0)
     assert timing.p99_s == pytest.approx(4.96)
-
-
-def test_floors_scale_with_the_work() -> None:
-    small, large = (copy_bandwidth(num_bytes, rounds=3).median_s for num_bytes in (1 << 10, 1 << 26))
-    assert large > small > 0
-    small, large = (matmul_floor(n, n, n, dtype=torch.float32, rounds=3).median_s for n in (4, 512))
-    assert large > small > 0
