@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from vista_kernels.torch_backend.activations import activate_gradient_
-from vista_kernels.torch_backend.passes import add_product, product, tile_rows
+from vista_kernels.torch_backend.passes import add_product, finish, tile_rows
+from vista_kernels.torch_backend.precision import product_dtype
 from vista_kernels.torch_backend.scan import entering_carry, scan_rows
 from vista_kernels.torch_backend.segments import Window, cut_segments, place, plan
-from vista_kernels.torch_backend.workspace import activated, scaled, scratch
+from vista_kernels.torch_backend.workspace import activated, converted, multiplied, scaled, scratch
 from vista_kernels.validation import IntArray
 
 PIECE_NARROW, PIECE_WIDE = 32, 64
@@ -27,16 +28,15 @@ def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, offsets: IntArray, carry: Tensor, activation: str, out: Tensor
 ) -> None:
     """Write o_t = phi(q_t) Z_t, and move carry [B, H, D, E] from the state before a sequence to that after it."""
-    dtype = carry.dtype
+    dtype = product_dtype(q)
     for part in _parts(offsets, q, v):
-        before = part.scan(_totals(part, k, v, activation, dtype), carry, descending=False)
-        buffer = part.window.buffer("out", out, dtype)
+        before = part.scan(_totals(part, k, v, activation, carry.dtype), carry, descending=False)
+        buffer = part.window.buffer("out", out)
         for tile in part.window.tiles:
-            query = activated("phi_q", activation, tile.load("q", q, dtype)).transpose(1, 2)
-            keys = activated("phi_k", activation, tile.load("k", k, dtype)).transpose(1, 2)
-            result = place(tile, buffer).transpose(1, 2)
-            product(result, _scores(query, keys), tile.load("v", v, dtype).transpose(1, 2))
-            product(result, query, tile_rows(before, tile), add=True)
+            query = activated("phi_q", activation, tile.heads("q", q, dtype))
+            keys = activated("phi_k", activation, tile.heads("k", k, dtype))
+            states = converted("rows", tile_rows(before, tile), dtype)
+            _write_sum(place(tile, buffer), (_scores(query, keys), tile.heads("v", v, dtype)), (query, states))
         part.window.store(out, buffer)
 
 
@@ -85,17 +85,15 @@ class _Part:
 def _backward_from_front(
     part: _Part, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, carry: Tensor, activation: str, grad_q: Tensor
 ) -> None:
-    dtype = carry.dtype
-    before = part.scan(_totals(part, k, v, activation, dtype), carry, descending=False)
-    buffer = part.window.buffer("grad_q", grad_q, dtype)
+    dtype = product_dtype(q)
+    before = part.scan(_totals(part, k, v, activation, carry.dtype), carry, descending=False)
+    buffer = part.window.buffer("grad_q", grad_q)
     for tile in part.window.tiles:
-        grad = tile.load("grad", grad_out, dtype).transpose(1, 2)
-        value = tile.load("v", v, dtype).transpose(1, 2)
-        keys = activated("phi_k", activation, tile.load("k", k, dtype)).transpose(1, 2)
-        piece = place(tile, buffer)
-        product(piece.transpose(1, 2), _scores(grad, value), keys)
-        product(piece.transpose(1, 2), grad, tile_rows(before, tile).transpose(2, 3), add=True)
-        activate_gradient_(activation, tile.load("q", q, dtype), piece)
+        grad, value = tile.heads("grad", grad_out, dtype), tile.heads("v", v, dtype)
+        keys = activated("phi_k", activation, tile.heads("k", k, dtype))
+        states = converted("rows", tile_rows(before, tile), dtype)
+        products = (_scores(grad, value), keys), (grad, states.transpose(2, 3))
+        _write_sum(place(tile, buffer), *products, activation, tile.heads("q", q, dtype))
     part.window.store(grad_q, buffer)
 
 
@@ -110,33 +108,31 @@ def _backward_from_back(
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> None:
-    dtype = carry.dtype
-    after = part.scan(_totals(part, q, grad_out, activation, dtype), carry, descending=True)
-    buffer_k, buffer_v = part.window.buffer("grad_k", grad_k, dtype), part.window.buffer("grad_v", grad_v, dtype)
+    dtype = product_dtype(q)
+    after = part.scan(_totals(part, q, grad_out, activation, carry.dtype), carry, descending=True)
+    buffer_k, buffer_v = part.window.buffer("grad_k", grad_k), part.window.buffer("grad_v", grad_v)
     for tile in part.window.tiles:
         # A token's gradient sums over the tokens after it, so copies at padding must hold no gradient.
-        grad = scaled("grad", tile.load("grad", grad_out, dtype), tile.padding(dtype)).transpose(1, 2)
-        value, raw = tile.load("v", v, dtype).transpose(1, 2), tile.load("k", k, dtype)
-        query = activated("phi_q", activation, tile.load("q", q, dtype)).transpose(1, 2)
-        keys = activated("phi_k", activation, raw).transpose(1, 2)
-        rows = tile_rows(after, tile)
-        piece_k, piece_v = place(tile, buffer_k), place(tile, buffer_v)
-        product(piece_k.transpose(1, 2), _scores(grad, value).transpose(2, 3), query)
-        product(piece_k.transpose(1, 2), value, rows.transpose(2, 3), add=True)
-        activate_gradient_(activation, raw, piece_k)
-        product(piece_v.transpose(1, 2), _scores(query, keys).transpose(2, 3), grad)
-        product(piece_v.transpose(1, 2), keys, rows, add=True)
+        grad = scaled("masked", tile.heads("grad", grad_out, dtype), tile.padding(dtype))
+        value, raw = tile.heads("v", v, dtype), tile.heads("k", k, dtype)
+        query = activated("phi_q", activation, tile.heads("q", q, dtype))
+        keys = activated("phi_k", activation, raw)
+        rows = converted("rows", tile_rows(after, tile), dtype)
+        products = (_scores(grad, value).transpose(2, 3), query), (value, rows.transpose(2, 3))
+        _write_sum(place(tile, buffer_k), *products, activation, raw)
+        _write_sum(place(tile, buffer_v), (_scores(query, keys).transpose(2, 3), grad), (keys, rows))
     part.window.store(grad_k, buffer_k)
     part.window.store(grad_v, buffer_v)
 
 
 def _totals(part: _Part, k: Tensor, v: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
-    """Return phi(K)^T V of every piece [P, H, D, E]."""
+    """Return phi(K)^T V of every piece [P, H, D, E] in `dtype`."""
     totals = scratch("totals", (part.num, k.shape[1], k.shape[2], v.shape[2]), dtype, k.device)
     states = part.window.states("states", totals)
     for tile in part.window.tiles:
-        keys = scaled("phi_k", activated("phi_k", activation, tile.load("k", k, dtype)), tile.padding(dtype))
-        add_product(totals, states, tile, keys.permute(0, 2, 3, 1), tile.load("v", v, dtype).transpose(1, 2))
+        keys = activated("phi_k", activation, tile.heads("k", k, product_dtype(k)))
+        keys = scaled("phi_k", keys, tile.padding(keys.dtype))
+        add_product(totals, states, tile, keys.transpose(2, 3), tile.heads("v", v, keys.dtype))
     part.window.store_states(totals, states)
     return totals
 
@@ -161,10 +157,25 @@ def _parts(offsets: IntArray, q: Tensor, v: Tensor) -> Iterator[_Part]:
 
 
 def _scores(a: Tensor, b: Tensor) -> Tensor:
-    """Return tril(a @ b^T) [n, H, L, L] of a, b [n, H, L, D]."""
-    out = scratch("scores", (*a.shape[:2], a.shape[2], b.shape[2]), a.dtype, a.device)
-    product(out, a, b.transpose(2, 3))
+    """Return tril(a @ b^T) [n, H, L, L] of contiguous a, b [n, H, L, D]."""
+    out = scratch("scores", (*a.shape[:3], b.shape[2]), a.dtype, a.device)
+    torch.bmm(a.flatten(0, 1), b.flatten(0, 1).transpose(1, 2), out=out.flatten(0, 1))
     return out.tril_()
+
+
+def _write_sum(
+    part: Tensor,
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    activation: str = "identity",
+    raw: Tensor | None = None,
+) -> None:
+    """Write the sum of two products [n, H, L, E] to part [n, L, H, E]; given raw, times phi'(raw)."""
+    result = multiplied(part, *first)
+    result.flatten(0, 1).baddbmm_(*(x.flatten(0, 1) for x in second))
+    if raw is not None:
+        activate_gradient_(activation, raw, result)
+    finish(part, result)
 
 
 def _shifted(rows: slice | Tensor, by: int) -> slice | Tensor:

@@ -1,8 +1,8 @@
 """The four passes over packed tokens that the operators are made of: accumulate and read, forward and backward.
 
-Shapes: tokens [T, H, D] or [T, H, E], states [B, H, D, E], counts [B, H], tiles [n, L, H, D].
-Each pass recomputes activations tile by tile, so its temporaries are bounded whatever T is. Sums are float32 (float64
-for float64 tokens).
+Shapes: tokens [T, H, D] or [T, H, E], states [B, H, D, E], counts [B, H]; tiles head-major [n, H, L, D], as batched
+matrix products want them. Each pass recomputes activations tile by tile, so its temporaries are bounded whatever T is.
+Products are in the dtype of `precision.product_dtype`, sums in float32 (float64 for float64 tokens).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from vista_kernels.torch_backend.activations import activate_gradient_
+from vista_kernels.torch_backend.precision import product_dtype
 from vista_kernels.torch_backend.segments import WINDOW_ELEMENTS, Tile, Window, place, plan
-from vista_kernels.torch_backend.workspace import activated, multiplied, scaled, scratch
+from vista_kernels.torch_backend.workspace import activated, converted, multiplied, scaled, scratch
 from vista_kernels.validation import IntArray
 
 
@@ -35,18 +36,18 @@ def accumulate(
 
     `fresh` says that z is to be taken as zero; its memory may hold anything.
     """
-    dtype = z.dtype
+    dtype = product_dtype(k)
     if weight is None:
         n += torch.from_numpy(lengths).to(device=n.device, dtype=n.dtype).unsqueeze(1)
     for window in _windows(starts, lengths, k, z):
         states = window.states("states", z) if fresh and window.is_first else None
         for tile in window.tiles:
-            written = activated("phi_k", activation, tile.load("k", k, dtype))
-            w = tile.load_weight(weight, dtype)
-            written = scaled("phi_k", written, w).permute(0, 2, 3, 1)
-            add_product(z, states, tile, written, tile.load("v", v, dtype).transpose(1, 2))
+            keys = activated("phi_k", activation, tile.heads("k", k, dtype))
+            w = tile.weight(weight, z.dtype)
+            keys = scaled("phi_k", keys, w)
+            add_product(z, states, tile, keys.transpose(2, 3), tile.heads("v", v, dtype))
             if weight is not None and w is not None:
-                _add_rows(n, tile, w.sum(1).squeeze(2))
+                _add_rows(n, tile, w.sum(2).squeeze(2))
         if states is not None:
             window.store_states(z, states)
     if fresh:
@@ -65,20 +66,19 @@ def accumulate_backward(
     grad_v: Tensor,
 ) -> None:
     """Write dk = phi'(k) * w v dZ^T and dv = w phi(k) dZ of the segments' tokens to grad_k and grad_v."""
-    dtype = grad_z.dtype
+    dtype = product_dtype(k)
     for window in _windows(starts, lengths, k, grad_z):
-        buffer_k, buffer_v = window.buffer("grad_k", grad_k, dtype), window.buffer("grad_v", grad_v, dtype)
+        buffer_k, buffer_v = window.buffer("grad_k", grad_k), window.buffer("grad_v", grad_v)
         for tile in window.tiles:
-            raw = tile.load("k", k, dtype)
-            rows = tile_rows(grad_z, tile)  # [n, H, D, E]
-            w = None if weight is None else tile.load_weight(weight, dtype)
-            part_k, part_v = place(tile, buffer_k), place(tile, buffer_v)
-            product(part_k.transpose(1, 2), tile.load("v", v, dtype).transpose(1, 2), rows.transpose(2, 3))
-            activate_gradient_(activation, raw, part_k)
-            product(part_v.transpose(1, 2), activated("phi_k", activation, raw).transpose(1, 2), rows)
-            if w is not None:
-                part_k.mul_(w)
-                part_v.mul_(w)
+            raw = tile.heads("k", k, dtype)
+            rows = converted("rows", tile_rows(grad_z, tile), dtype)  # [n, H, D, E]
+            w = None if weight is None else tile.weight(weight, grad_z.dtype)
+            part = place(tile, buffer_k)
+            grad = multiplied(part, tile.heads("v", v, dtype), rows.transpose(2, 3))
+            activate_gradient_(activation, raw, grad)
+            finish(part, grad, w)
+            part = place(tile, buffer_v)
+            finish(part, multiplied(part, activated("phi_k", activation, raw), rows), w)
         window.store(grad_k, buffer_k)
         window.store(grad_v, buffer_v)
 
@@ -94,11 +94,13 @@ def read(
     out: Tensor,
 ) -> None:
     """Write o = phi1(q) phi2(z * c) of the segments' queries to out [N, H, E]; scale is c [B, H] or None for 1."""
+    dtype = product_dtype(q)
     for window in _windows(starts, lengths, q, z):
-        buffer = window.buffer("out", out, z.dtype)
+        buffer = window.buffer("out", out)
         for tile in window.tiles:
-            query = activated("phi_q", activation, tile.load("q", q, z.dtype)).transpose(1, 2)
-            product(place(tile, buffer).transpose(1, 2), query, _read_rows(z, scale, tile, state_activation))
+            query = activated("phi_q", activation, tile.heads("q", q, dtype))
+            part = place(tile, buffer)
+            finish(part, multiplied(part, query, _read_rows(z, scale, tile, state_activation, dtype)))
         window.store(out, buffer)
 
 
@@ -115,18 +117,19 @@ def read_backward(
     grad_z: Tensor,
 ) -> None:
     """Write dq to grad_q, and dz = phi2'(z * c) * c * sum phi1(q)^T dO to grad_z."""
-    dtype = z.dtype
+    dtype = product_dtype(q)
     for window in _windows(starts, lengths, q, z):
         states = window.states("states", grad_z) if window.is_first else None
-        buffer = window.buffer("grad_q", grad_q, dtype)
+        buffer = window.buffer("grad_q", grad_q)
         for tile in window.tiles:
-            raw, grad = tile.load("q", q, dtype), tile.load("grad", grad_out, dtype).transpose(1, 2)
+            raw, grad = tile.heads("q", q, dtype), tile.heads("grad", grad_out, dtype)
+            rows = _read_rows(z, scale, tile, state_activation, dtype)
             part = place(tile, buffer)
-            rows = _read_rows(z, scale, tile, state_activation)
-            product(part.transpose(1, 2), grad, rows.transpose(2, 3))
-            activate_gradient_(activation, raw, part)
+            grad_query = multiplied(part, grad, rows.transpose(2, 3))
+            activate_gradient_(activation, raw, grad_query)
+            finish(part, grad_query)
             query = scaled("phi_q", activated("phi_q", activation, raw), tile.padding(dtype))
-            add_product(grad_z, states, tile, query.permute(0, 2, 3, 1), grad)
+            add_product(grad_z, states, tile, query.transpose(2, 3), grad)
         window.store(grad_q, buffer)
         if states is not None:
             window.store_states(grad_z, states)
@@ -146,36 +149,36 @@ def tile_rows(x: Tensor, tile: Tile) -> Tensor:
 
 
 def add_product(z: Tensor, states: Tensor | None, tile: Tile, a: Tensor, b: Tensor) -> None:
-    """Write a [n, H, D, L] @ b [n, H, L, E] to the tile's part of `states`; where that is None, add it to z's rows."""
-    if states is not None:
-        product(states[tile.state_place : tile.state_place + tile.num], a, b)
+    """Write a [n, H, D, L] @ b [n, H, L, E] to the tile's part of `states`; where that is None, add it to z's rows.
+
+    Where products are bfloat16, so is the sum over this tile; sums of tiles are float32.
+    """
+    left, right = a.flatten(0, 1), b.flatten(0, 1)
+    if a.dtype != z.dtype:
+        total = torch.bmm(
+            left, right, out=scratch("sum", (len(left), left.shape[1], right.shape[2]), a.dtype, a.device)
+        ).view(*a.shape[:3], b.shape[3])
+        if states is not None:
+            states[tile.state_place : tile.state_place + tile.num].copy_(total)
+        else:
+            _add_rows(z, tile, total)
+    elif states is not None:
+        torch.bmm(left, right, out=states[tile.state_place : tile.state_place + tile.num].flatten(0, 1))
     elif isinstance(tile.rows, slice):
-        product(z[tile.rows], a, b, add=True)
+        z[tile.rows].flatten(0, 1).baddbmm_(left, right)
     else:
         rows = z.index_select(0, tile.rows)
-        product(rows, a, b, add=True)
+        rows.flatten(0, 1).baddbmm_(left, right)
         z[tile.rows] = rows
 
 
-def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
-    """Write a @ b to out, or add it; all are [n, H, ...] views, batched over the larger of n and H.
-
-    MKL's batched product takes strided operands as they are, but is several times slower into a strided result. So
-    either the result is copied from a buffer, or, where they are smaller, the operands are copied to one.
-    """
-    beta = 1 if add else 0
-    if out.is_contiguous() and out.shape[0] >= out.shape[1] and a.numel() + b.numel() < 2 * out.numel():
-        left, right = (_flat(slot, x) for slot, x in (("left", a), ("right", b)))
-        out.flatten(0, 1).baddbmm_(left, right, beta=beta)
-        return
-    axis = 0 if out.shape[0] < out.shape[1] else 1
-    for part, left, right in zip(out.unbind(axis), a.unbind(axis), b.unbind(axis), strict=True):
-        if part.is_contiguous():
-            part.baddbmm_(left, right, beta=beta)
-        elif add:
-            part.add_(multiplied("product", left, right))
-        else:
-            part.copy_(multiplied("product", left, right))
+def finish(part: Tensor, result: Tensor, factor: Tensor | None = None) -> None:
+    """Put result [n, H, L, E], times factor, into its place [n, L, H, E]; it may lie there already."""
+    if factor is not None:
+        result.mul_(factor)
+    part = part.transpose(1, 2)
+    if result.data_ptr() != part.data_ptr():
+        part.copy_(result)
 
 
 def _clear_empty(z: Tensor, lengths: IntArray) -> None:
@@ -185,17 +188,11 @@ def _clear_empty(z: Tensor, lengths: IntArray) -> None:
         z.index_fill_(0, torch.from_numpy(empty).to(z.device), 0)
 
 
-def _flat(slot: str, x: Tensor) -> Tensor:
-    """Return x [n, H, I, J] as [n * H, I, J], copied to the slot; whichever of I and J is dense in x stays so."""
-    dense = x if x.stride(3) == 1 else x.transpose(2, 3)
-    copy = scratch(slot, tuple(dense.shape), x.dtype, x.device).copy_(dense).flatten(0, 1)
-    return copy if dense is x else copy.transpose(1, 2)
-
-
-def _read_rows(z: Tensor, scale: Tensor | None, tile: Tile, state_activation: str) -> Tensor:
+def _read_rows(z: Tensor, scale: Tensor | None, tile: Tile, state_activation: str, dtype: torch.dtype) -> Tensor:
     """Return A = phi2(Z c) of the tile's rows [n, H, D, E]."""
     c = None if scale is None else tile_rows(scale, tile)[:, :, None, None]
-    return activated("state", state_activation, scaled("scaled", tile_rows(z, tile), c))
+    state = activated("state", state_activation, scaled("scaled", tile_rows(z, tile), c))
+    return converted("rows", state, dtype)
 
 
 def _add_rows(x: Tensor, tile: Tile, part: Tensor) -> None:

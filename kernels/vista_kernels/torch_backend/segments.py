@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vista_kernels.torch_backend.workspace import loaded, scratch
+from vista_kernels.torch_backend.workspace import converted, gathered, scratch
 from vista_kernels.validation import IntArray
 
-WINDOW_ELEMENTS = 1 << 20
-"""Numbers that one tensor of a window holds: 4 MB in float32."""
+WINDOW_ELEMENTS = 1 << 19
+"""Numbers that one tensor of a window holds: 2 MB in float32."""
 PADDING_LIMIT = 1.25
 """Padding enlarges a window by at most this factor, unless lengths within one class below already do."""
 # 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, ...: a tile is at most half as long again as its shortest segment.
@@ -46,24 +46,34 @@ class Tile:
     mask: Tensor | None = None
     """[n, L] bool, False at padding; None where nothing is padded."""
 
-    def load(self, slot: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the tile's rows of x [T, ...] as [n, L, ...] in `dtype`: a view where possible, else in the slot."""
-        if self.index is None:
-            x = x[self.start : self.start + self.num * self.length]
-        return _tiled(loaded(slot, x, self.index, dtype), self)
+    def heads(self, slot: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the tile's rows of x [T, H, D] as [n, H, L, D] in `dtype`: contiguous, or a view of x for one segment.
 
-    def load_weight(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Return the tokens' weights [n, L, H or 1, 1], 0 at padding; None if all are 1."""
-        if weight is None:
-            return self.padding(dtype)
-        rows = self.load("weight", weight, dtype)
-        rows = rows[:, :, None, None] if rows.dim() == 2 else rows.unsqueeze(3)
+        MKL takes strided heads as they are, and long segments come from memory, so a copy would cost as much as the
+        product. bfloat16 is the exception: its products of strided heads take twice the time.
+        """
+        rows = self._rows(slot, x).transpose(1, 2)
+        if self.num == 1 and dtype == x.dtype != torch.bfloat16 and rows.stride(3) == 1:
+            return rows
+        return converted(slot, rows, dtype)
+
+    def weight(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Return the tokens' weights [n, H or 1, L, 1], 0 at padding; None if all are 1."""
         padding = self.padding(dtype)
+        if weight is None:
+            return padding
+        rows = self._rows("weight", weight.view(len(weight), -1)).transpose(1, 2).unsqueeze(3).to(dtype)
         return rows if padding is None else rows * padding
 
     def padding(self, dtype: torch.dtype) -> Tensor | None:
-        """Return [n, L, 1, 1], 1 at tokens and 0 at padding; None where nothing is padded."""
-        return None if self.mask is None else self.mask.to(dtype)[:, :, None, None]
+        """Return [n, 1, L, 1], 1 at tokens and 0 at padding; None where nothing is padded."""
+        return None if self.mask is None else self.mask.to(dtype)[:, None, :, None]
+
+    def _rows(self, slot: str, x: Tensor) -> Tensor:
+        """[n, L, ...]: a view where possible, else gathered."""
+        if self.index is None:
+            return _tiled(x[self.start : self.start + self.num * self.length], self)
+        return _tiled(gathered(f"{slot} gathered", x, self.index), self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,21 +97,16 @@ class Window:
     is_first: bool = True
     """No window before this one holds a part of its segments."""
 
-    def buffer(self, slot: str, out: Tensor, dtype: torch.dtype) -> Tensor:
+    def buffer(self, slot: str, out: Tensor) -> Tensor:
         """Return the buffer [padded, ...] that the tiles write: a part of `out` where possible, else in the slot."""
-        if self.inverse is None and out.dtype == dtype:
+        if self.inverse is None:
             return out[self.start : self.stop]
-        return scratch(slot, (self.padded, *out.shape[1:]), dtype, out.device)
+        return scratch(slot, (self.padded, *out.shape[1:]), out.dtype, out.device)
 
     def store(self, out: Tensor, buffer: Tensor) -> None:
         """Copy the padded buffer to the window's tokens of `out`, unless it is a part of `out`."""
-        part = out[self.start : self.stop]
-        if self.inverse is not None and out.dtype == buffer.dtype:
-            torch.index_select(buffer, 0, self.inverse, out=part)
-        elif self.inverse is not None:
-            part.copy_(buffer.index_select(0, self.inverse))
-        elif out.dtype != buffer.dtype:
-            part.copy_(buffer)
+        if self.inverse is not None:
+            torch.index_select(buffer, 0, self.inverse, out=out[self.start : self.stop])
 
     def states(self, slot: str, z: Tensor) -> Tensor:
         """Return the buffer of states that the tiles write: a part of z [B, ...] where possible, else in the slot."""

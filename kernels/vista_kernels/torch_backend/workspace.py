@@ -32,33 +32,50 @@ def scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     return buffer[:size].view(shape)
 
 
-def loaded(slot: str, x: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return rows x[index] (all of x for None) in `dtype`: x itself where nothing is to be done, else in the slot."""
-    if index is not None:
-        rows = scratch(slot, (index.shape[0], *x.shape[1:]), x.dtype, x.device)
-        x = torch.index_select(x, 0, index, out=rows)
-    if x.dtype == dtype:
+def gathered(slot: str, x: Tensor, index: Tensor) -> Tensor:
+    """Return rows x[index] in the slot."""
+    rows = scratch(slot, (index.shape[0], *x.shape[1:]), x.dtype, x.device)
+    return torch.index_select(x, 0, index, out=rows)
+
+
+def converted(slot: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x, contiguous and in `dtype`: x itself where it is so already, else in the slot."""
+    if x.dtype == dtype and x.is_contiguous():
         return x
     return scratch(slot, tuple(x.shape), dtype, x.device).copy_(x)
 
 
 def activated(slot: str, name: str, x: Tensor) -> Tensor:
-    """Return phi(x) in the slot; for `identity` x itself."""
+    """Return phi(x) of [n, H, L, D] in the slot, laid out as x; for `identity` x itself."""
     if name == "identity":
         return x
-    out = scratch(slot, tuple(x.shape), x.dtype, x.device)
     operator = torch.ops.aten.silu if name == "silu" else torch.ops.aten.relu
-    return cast(Tensor, operator.out(x, out=out))
+    return cast(Tensor, operator.out(x, out=_like(slot, x)))
 
 
 def scaled(slot: str, x: Tensor, factor: Tensor | None) -> Tensor:
-    """Return x * factor in the slot (x may lie there itself); x itself for None."""
+    """Return x * factor in the slot, in x's dtype (x may lie there itself); x itself for None."""
     if factor is None:
         return x
-    return torch.mul(x, factor, out=scratch(slot, tuple(x.shape), x.dtype, x.device))
+    return torch.mul(x, factor.to(x.dtype), out=_like(slot, x))
 
 
-def multiplied(slot: str, a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b of [n, I, J] and [n, J, K] in the slot."""
-    out = scratch(slot, (a.shape[0], a.shape[1], b.shape[2]), a.dtype, a.device)
-    return torch.bmm(a, b, out=out)
+def multiplied(part: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b of [n, H, L, D] and [n, H, D, E]: in `part` [n, L, H, E] where that is free, else in a slot."""
+    out = part.transpose(1, 2)
+    if out.dtype == a.dtype and a.shape[0] == 1 and not a.is_contiguous():
+        for head in range(a.shape[1]):  # a batched product is several times slower into a strided result
+            torch.mm(a[0, head], b[0, head], out=out[0, head])
+        return out
+    if not out.is_contiguous() or out.dtype != a.dtype:
+        out = scratch("product", tuple(out.shape), a.dtype, a.device)
+    torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+    return out
+
+
+def _like(slot: str, x: Tensor) -> Tensor:
+    """A slot's tensor for a function of x [n, H, L, D], laid out as x is: else torch's silu would not be vectorised."""
+    if x.is_contiguous():
+        return scratch(slot, tuple(x.shape), x.dtype, x.device)
+    n, heads, length, width = x.shape
+    return scratch(slot, (n, length, heads, width), x.dtype, x.device).transpose(1, 2)
