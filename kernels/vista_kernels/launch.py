@@ -86,6 +86,41 @@ class Backend(Protocol):
     ) -> None:
         """Write dq, and dz = phi2'(z * c) * c * sum phi1(q)^T dO."""
 
+    def attend_short(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        starts: IntArray,
+        lengths: IntArray,
+        weight: Tensor | None,
+        normalization: str,
+        alpha: float,
+        activation: str,
+        state_activation: str,
+        out: Tensor,
+    ) -> None:
+        """Accumulate and read in one, keeping no states: asked of the torch backend for short segments only."""
+
+    def attend_short_backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        starts: IntArray,
+        lengths: IntArray,
+        weight: Tensor | None,
+        normalization: str,
+        alpha: float,
+        activation: str,
+        state_activation: str,
+        grad_q: Tensor,
+        grad_k: Tensor,
+        grad_v: Tensor,
+    ) -> None:
+        """Write dq, dk and dv of `attend_short`."""
+
     def add_targets(self, q: Tensor, k: Tensor, v: Tensor, tokens: IntArray, activation: str, out: Tensor) -> None:
         """Add (phi(q_t) . phi(k_t)) v_t to the rows `tokens` of out."""
 
@@ -145,15 +180,19 @@ class Backend(Protocol):
         """Write dq, dk and dv, and move grad_carry from the gradient of the last states to that of the first ones."""
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
+def choose_backend(backend: str, device: torch.device, *, sdpa: bool = False) -> str:
     """Return the backend that runs tensors of `device`; `auto` takes Triton on a GPU and torch elsewhere.
 
+    `sdpa` marks an operator that runs on torch's SDPA on every device.
+
     Raises:
-        ValueError: if `backend` is neither `auto` nor one of `BACKENDS`.
+        ValueError: if `backend` is neither `auto` nor one of `BACKENDS`, or is "triton" for such an operator.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    chosen = ("triton" if device.type == "cuda" else "torch") if backend == "auto" else backend
+    if backend == "triton" and sdpa:
+        raise ValueError("backend 'triton': this operator runs on torch's SDPA on all devices; take 'auto' or 'torch'")
+    chosen = ("triton" if device.type == "cuda" and not sdpa else "torch") if backend == "auto" else backend
     if not torch.compiler.is_compiling():
         _announce(backend, chosen, device.type)
     return chosen

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vista_kernels import reference
 from vista_kernels.launch import choose_backend, load_backend
-from vista_kernels.state import empty_state, length_scale
+from vista_kernels.layout import empty_state, length_scale
 from vista_kernels.validation import (
     NORMALIZATIONS,
     IntArray,
@@ -114,12 +114,16 @@ def _qla_op(
     state_activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return o, and Z and n, which backward reads."""
+    """Return o, and Z and n, which backward reads (without rows if it is to form them again)."""
     starts, lengths, writers = _spans(offsets, num_targets, q.shape[0])
     run = load_backend(backend)
-    z, n = empty_state(k, v, len(starts))
-    run.accumulate(k, v, starts, writers, weight, z, n.zero_(), activation)
+    z, n = empty_state(k, v, _num_kept(k, offsets, num_targets, backend))
     out = v.new_empty(v.shape)
+    if len(z) < len(starts):
+        options = normalization, alpha, activation, state_activation
+        run.attend_short(q, k, v, starts, lengths, weight, *options, out)
+        return out, z, n
+    run.accumulate(k, v, starts, writers, weight, z, n.zero_(), activation)
     run.read(q, z, length_scale(n, normalization, alpha), starts, lengths, activation, state_activation, out)
     if num_targets is not None:
         run.add_targets(q, k, v, _targets(starts, lengths, writers), activation, out)
@@ -140,7 +144,7 @@ def _(
     state_activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return v.new_empty(v.shape), *empty_state(k, v, offsets.shape[0] - 1)
+    return v.new_empty(v.shape), *empty_state(k, v, _num_kept(k, offsets, num_targets, backend))
 
 
 @torch.library.custom_op("vista_kernels::quasi_linear_attention_backward", mutates_args=())
@@ -162,10 +166,14 @@ def _qla_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     starts, lengths, writers = _spans(offsets, num_targets, q.shape[0])
     run = load_backend(backend)
-    scale = length_scale(n, normalization, alpha)
-    grad_q, grad_z = q.new_empty(q.shape), z.new_empty(z.shape)
+    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    if len(z) < len(starts):
+        options = normalization, alpha, activation, state_activation
+        run.attend_short_backward(grad_out, q, k, v, starts, lengths, weight, *options, grad_q, grad_k, grad_v)
+        return grad_q, grad_k, grad_v
+    scale, grad_z = length_scale(n, normalization, alpha), z.new_empty(z.shape)
     run.read_backward(grad_out, q, z, scale, starts, lengths, activation, state_activation, grad_q, grad_z)
-    grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)  # first the writers' rows, then the targets'
+    # First the writers' rows of grad_k and grad_v, then the targets'.
     run.accumulate_backward(grad_z, k, v, starts, writers, weight, activation, grad_k, grad_v)
     if num_targets is not None:
         tokens = _targets(starts, lengths, writers)
@@ -216,6 +224,13 @@ def _check_num_targets(num_targets: Tensor | None, offsets: Tensor) -> None:
         )
     if num_targets.dtype != torch.int64:
         raise ValueError(f"num_targets must be int64, got {num_targets.dtype}")
+
+
+def _num_kept(k: Tensor, offsets: Tensor, num_targets: Tensor | None, backend: str) -> int:
+    """Return how many states the operator keeps for backward: all, or none where they would outweigh the tokens."""
+    num_segments = offsets.shape[0] - 1
+    short = num_segments * k.shape[2] > k.shape[0]
+    return 0 if backend == "torch" and num_targets is None and short else num_segments
 
 
 def _spans(offsets: Tensor, num_targets: Tensor | None, total: int) -> tuple[IntArray, IntArray, IntArray]:

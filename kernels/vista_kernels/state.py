@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vista_kernels import reference
 from vista_kernels.launch import choose_backend, load_backend
+from vista_kernels.layout import empty_state, length_scale
 from vista_kernels.scan import scan_counts, scan_states
 from vista_kernels.validation import (
     NORMALIZATIONS,
@@ -136,18 +137,6 @@ def read_state(
         ).to(q.dtype)
     out: Tensor = _read_op(q, z, n, offsets, normalization, alpha, activation, state_activation, chosen)
     return out
-
-
-def length_scale(n: Tensor, normalization: str, alpha: float) -> Tensor | None:
-    """Return c = 1 / max(n, 1)^alpha [B, H] for "length" and None (c = 1) for "none"."""
-    return None if normalization == "none" else n.clamp(min=1).pow(-alpha)
-
-
-def empty_state(k: Tensor, v: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
-    """Return uninitialised states [B, H, D, E] and counts [B, H] for tokens k and v."""
-    dtype = state_dtype(k.dtype)
-    z = k.new_empty((num_segments, k.shape[1], k.shape[2], v.shape[2]), dtype=dtype)
-    return z, k.new_empty((num_segments, k.shape[1]), dtype=dtype)
 
 
 @torch.library.custom_op("vista_kernels::accumulate_state", mutates_args=())

@@ -3,6 +3,7 @@
 from vista_kernels.torch_backend.causal import causal_attention, causal_attention_backward
 from vista_kernels.torch_backend.passes import accumulate, accumulate_backward, read, read_backward
 from vista_kernels.torch_backend.scan import scan_rows
+from vista_kernels.torch_backend.short_segments import attend_short, attend_short_backward
 from vista_kernels.torch_backend.targets import add_targets, add_targets_backward
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "accumulate_backward",
     "add_targets",
     "add_targets_backward",
+    "attend_short",
+    "attend_short_backward",
     "causal_attention",
     "causal_attention_backward",
     "read",

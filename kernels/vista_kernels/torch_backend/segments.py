@@ -137,16 +137,16 @@ def plan(
         state_elements: numbers a segment's state holds (H * D * E), which bounds the segments of a window.
         device: where the index tensors are to lie.
     """
-    max_tokens = max(256, WINDOW_ELEMENTS // max(token_elements, 1))
-    max_rows = max(16, WINDOW_ELEMENTS // max(state_elements, 1))
+    max_tokens = _max_tokens(token_elements)
+    max_rows = max(16, 2 * WINDOW_ELEMENTS // max(state_elements, 1))
     filled = np.flatnonzero(lengths)
     starts, lengths = starts[filled], lengths[filled]
     stops = starts + lengths
-    is_long = lengths > max_tokens // 4
-    next_long = np.append(np.flatnonzero(is_long), len(filled))
+    long = is_long(lengths, token_elements)
+    next_long = np.append(np.flatnonzero(long), len(filled))
     first = 0
     while first < len(filled):
-        if is_long[first]:
+        if long[first]:
             row = int(filled[first])
             for start in range(int(starts[first]), int(stops[first]), max_tokens):
                 length = min(max_tokens, int(stops[first]) - start)
@@ -160,6 +160,15 @@ def plan(
         part = slice(first, last)
         yield pack_window(starts[part], lengths[part], filled[part], device)
         first = last
+
+
+def is_long(lengths: IntArray, token_elements: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    """Say of each segment whether `plan` gives it windows of its own."""
+    return lengths > _max_tokens(token_elements) // 4
+
+
+def _max_tokens(token_elements: int) -> int:
+    return max(256, WINDOW_ELEMENTS // max(token_elements, 1))
 
 
 def cut_segments(offsets: IntArray, size: int) -> tuple[IntArray, IntArray, IntArray]:

@@ -1,0 +1,167 @@
+"""Quasi-linear attention of many short segments, tile by tile: their states are never all in memory.
+
+A state holds D numbers for each number of a value, so where segments have fewer tokens than that, states would be most
+of the bytes moved. Here a tile's states are formed, read and dropped; backward forms them again. There are no targets.
+Shapes: tiles [n, H, L, D], states [n, H, D, E]; formulas in `quasi_linear_attention.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vista_kernels.layout import empty_state, length_scale
+from vista_kernels.torch_backend import passes
+from vista_kernels.torch_backend.activations import activate_gradient_
+from vista_kernels.torch_backend.precision import product_dtype
+from vista_kernels.torch_backend.segments import Tile, Window, is_long, place, plan
+from vista_kernels.torch_backend.workspace import activated, converted, multiplied, scaled, scratch
+from vista_kernels.validation import IntArray, state_dtype
+
+
+def attend_short(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: IntArray,
+    lengths: IntArray,
+    weight: Tensor | None,
+    normalization: str,
+    alpha: float,
+    activation: str,
+    state_activation: str,
+    out: Tensor,
+) -> None:
+    """Write o_s = phi1(q_s) phi2(Z c) of all tokens."""
+    dtype, wide = product_dtype(q), state_dtype(q.dtype)
+    for window in _windows(starts, lengths, q, v):
+        buffer = window.buffer("out", out)
+        for tile in window.tiles:
+            w = tile.weight(weight, wide)
+            c = _tile_scale(tile, w, weight, lengths, normalization, alpha, wide, q.device)
+            keys = scaled("phi_k", activated("phi_k", activation, tile.heads("k", k, dtype)), w)
+            state = _product("sum", keys.transpose(2, 3), tile.heads("v", v, dtype), c, wide)
+            rows = converted("rows", activated("state", state_activation, state), dtype)
+            part = place(tile, buffer)
+            passes.finish(part, multiplied(part, activated("phi_q", activation, tile.heads("q", q, dtype)), rows))
+        window.store(out, buffer)
+    for b in _long_segments(lengths, q, v):
+        z, scale = _long_state(k, v, starts[b], lengths[b], weight, normalization, alpha, activation)
+        passes.read(q, z, scale, starts[b], lengths[b], activation, state_activation, out)
+
+
+def attend_short_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: IntArray,
+    lengths: IntArray,
+    weight: Tensor | None,
+    normalization: str,
+    alpha: float,
+    activation: str,
+    state_activation: str,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    """Write dq, dk and dv of all tokens."""
+    dtype, wide = product_dtype(q), state_dtype(q.dtype)
+    for window in _windows(starts, lengths, q, v):
+        buffers = [window.buffer(name, x) for name, x in (("grad_q", grad_q), ("grad_k", grad_k), ("grad_v", grad_v))]
+        for tile in window.tiles:
+            part_q, part_k, part_v = (place(tile, buffer) for buffer in buffers)
+            w = tile.weight(weight, wide)
+            c = _tile_scale(tile, w, weight, lengths, normalization, alpha, wide, q.device)
+            raw, values = tile.heads("k", k, dtype), tile.heads("v", v, dtype)
+            keys = scaled("phi_k", activated("phi_k", activation, raw), w)
+            state = _product("sum", keys.transpose(2, 3), values, c, wide)
+            rows = converted("rows", activated("state", state_activation, state), dtype)
+            raw_query, grad = tile.heads("q", q, dtype), tile.heads("grad", grad_out, dtype)
+            grad_query = multiplied(part_q, grad, rows.transpose(2, 3))
+            activate_gradient_(activation, raw_query, grad_query)
+            passes.finish(part_q, grad_query)
+            # Copies at padding read nothing.
+            query = scaled("phi_q", activated("phi_q", activation, raw_query), tile.padding(dtype))
+            grad_state = _product("grad sum", query.transpose(2, 3), grad, c, wide)
+            activate_gradient_(state_activation, state, grad_state)
+            rows = converted("rows", grad_state, dtype)
+            passes.finish(part_v, multiplied(part_v, keys, rows))
+            grad_keys = multiplied(part_k, values, rows.transpose(2, 3))
+            activate_gradient_(activation, raw, grad_keys)
+            passes.finish(part_k, grad_keys, None if weight is None else w)
+        for x, buffer in zip((grad_q, grad_k, grad_v), buffers, strict=True):
+            window.store(x, buffer)
+    for b in _long_segments(lengths, q, v):
+        z, scale = _long_state(k, v, starts[b], lengths[b], weight, normalization, alpha, activation)
+        grad_z = torch.empty_like(z)
+        options = activation, state_activation
+        passes.read_backward(grad_out, q, z, scale, starts[b], lengths[b], *options, grad_q, grad_z)
+        passes.accumulate_backward(grad_z, k, v, starts[b], lengths[b], weight, activation, grad_k, grad_v)
+
+
+def _windows(starts: IntArray, lengths: IntArray, q: Tensor, v: Tensor) -> Iterator[Window]:
+    """Windows of the short segments; what they write to the tokens of long ones between is overwritten afterwards."""
+    heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
+    token_elements = heads * max(width, value_width)
+    short = np.where(is_long(lengths, token_elements), 0, lengths)
+    return plan(
+        starts,
+        short,
+        token_elements=token_elements,
+        state_elements=token_elements * min(width, value_width),
+        device=q.device,
+    )
+
+
+def _long_segments(lengths: IntArray, q: Tensor, v: Tensor) -> Iterator[slice]:
+    for b in np.flatnonzero(is_long(lengths, q.shape[1] * max(q.shape[2], v.shape[2]))).tolist():
+        yield slice(b, b + 1)
+
+
+def _long_state(
+    k: Tensor,
+    v: Tensor,
+    starts: IntArray,
+    lengths: IntArray,
+    weight: Tensor | None,
+    normalization: str,
+    alpha: float,
+    activation: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Return Z [1, H, D, E] and c [1, H] of one segment."""
+    z, n = empty_state(k, v, 1)
+    passes.accumulate(k, v, starts, lengths, weight, z, n.zero_(), activation)
+    return z, length_scale(n, normalization, alpha)
+
+
+def _tile_scale(
+    tile: Tile,
+    w: Tensor | None,
+    weight: Tensor | None,
+    lengths: IntArray,
+    normalization: str,
+    alpha: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor | None:
+    """Return c [n, H or 1, 1, 1] of the tile's segments."""
+    if normalization == "none":
+        return None
+    if weight is None or w is None:
+        n = passes.tile_rows(torch.from_numpy(lengths).to(device), tile).to(dtype).view(-1, 1, 1, 1)
+    else:
+        n = w.sum(2, keepdim=True)
+    return length_scale(n, normalization, alpha)
+
+
+def _product(slot: str, a: Tensor, b: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return a @ b * factor of [n, H, D, L] and [n, H, L, E] in `dtype`, in the slot."""
+    out = scratch(f"{slot} product", (*a.shape[:3], b.shape[3]), a.dtype, a.device)
+    torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+    out = converted(slot, out, dtype)
+    return out if factor is None else out.mul_(factor)
