@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import START, Served, run_python, small_config, small_frame
-from vista.choices import Codec, Decay
+from vista.choices import Codec, Decay, Precision
 from vista.config import ModelConfig, RefreshConfig
 from vista.data.event_log import EventLog
 from vista.data.splits import visible_counts
@@ -138,6 +138,19 @@ def test_a_model_left_in_training_mode_drops_nothing(event_log: EventLog, tmp_pa
     refresh(model.train(), event_log, tmp_path / "store", codec=Codec.float32)
     assert not model.training
     assert_store_holds(tmp_path / "store", model, event_log, event_log.lengths, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixing", ["bidirectional", "separable"])
+def test_bfloat16_products_change_summaries_little(event_log: EventLog, tmp_path: Path, mixing: str) -> None:
+    model = new_model(event_log, mixing=ModelConfig().mixing.__class__(mixing))
+    summaries = []
+    for precision in (Precision.float32, Precision.bfloat16):
+        refresh(model, event_log, tmp_path / precision.value, codec=Codec.float32, precision=precision)
+        with SummaryStore.open(tmp_path / precision.value) as store:
+            summaries.append(store.get_many(event_log.users.ids(np.arange(16))).summary)
+    exact, rounded = summaries
+    error = np.abs(rounded - exact).max()
+    assert 0 < error < 0.1 * np.abs(exact).max()
 
 
 def test_report(event_log: EventLog, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -72,6 +73,11 @@ def choose_precision(asked: Precision, device: torch.device) -> Precision:
     chosen = Precision.bfloat16 if fast else Precision.float32
     logger.info("precision=auto: %s on %s", chosen.value, device)
     return chosen
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Matrix products in bfloat16 for a block, if that is the precision; sums, norms and residuals stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision is Precision.bfloat16 else nullcontext()
 
 
 def announce(device: torch.device) -> None:

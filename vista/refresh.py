@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vista.choices import Codec, Decay
+from vista.choices import Codec, Decay, Precision
 from vista.config import RefreshConfig
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories, token_groups
 from vista.data.splits import Until, parse_until, visible_counts
-from vista.device import announce, cpu_settings, resolve_device
+from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
 from vista.errors import ConfigError
 from vista.model import inference
 from vista.model.recommender import Recommender
@@ -72,6 +72,7 @@ def refresh_from_config(config: RefreshConfig) -> RefreshReport:
             codec=config.codec,
             tokens_per_batch=config.tokens_per_batch,
             users_per_batch=config.users_per_batch,
+            precision=config.precision,
             progress=config.progress,
         )
 
@@ -85,12 +86,14 @@ def refresh(
     codec: Codec = Codec.int8,
     tokens_per_batch: int = 65_536,
     users_per_batch: int = 512,
+    precision: Precision = Precision.float32,
     progress: bool = False,
     created_at: int | None = None,
 ) -> RefreshReport:
     """Write the summaries of all users with at least one visible event, and publish them as one generation.
 
-    An interrupted refresh goes on where it stopped if model, log, `until` and codec are the same; else it starts anew.
+    An interrupted refresh goes on where it stopped if model, log, `until`, codec and precision are the same; else it
+    starts anew.
 
     Args:
         model: it is left in eval mode.
@@ -100,6 +103,7 @@ def refresh(
         codec: how rows are stored.
         tokens_per_batch: events summarized at once (a longer history makes a batch of its own).
         users_per_batch: users of one durable transaction.
+        precision: of matrix products; `auto` is bfloat16 where the device multiplies it.
         progress: show a progress bar.
         created_at: ms, the start of the run that records state; by default now. A resumed run keeps its own.
 
@@ -110,6 +114,7 @@ def refresh(
     limit = until if isinstance(until, Until) else parse_until(until)
     check_log(model, log)
     model.eval()
+    precision = choose_precision(precision, model.device)
     counts = visible_counts(log, limit)
     users = np.flatnonzero(counts)
     began = time.perf_counter()
@@ -125,7 +130,7 @@ def refresh(
         until=str(limit) if limit.before is None else limit.before,
         applied_segment=log.last_segment,
         total_users=len(users),
-        run_digest=_run_digest(log, counts),
+        run_digest=_run_digest(log, counts, precision),
         created_at=created_at,
     ) as writer:
         resumed_at, events = writer.cursor, 0
@@ -140,7 +145,7 @@ def refresh(
                     with clock("read"):
                         histories = log.gather(rows, counts[rows])
                         model_rows = dataclasses.replace(histories, item=items.rows[histories.item])
-                    with clock("summarize"):
+                    with clock("summarize"), autocast(precision, model.device):
                         summary = inference.summarize(model, model_rows).cpu().numpy()
                     with clock("encode"):
                         part_keys = user_keys(log.users.ids(rows))
@@ -210,10 +215,12 @@ def _last_times(rows: Histories) -> Int:
     return np.where(rows.lengths > 0, times, NO_TIMESTAMP)
 
 
-def _run_digest(log: EventLog, counts: Int) -> str:
-    """Digest of what is read and in which order: a cursor of another log or another `until` means nothing here."""
+def _run_digest(log: EventLog, counts: Int, precision: Precision) -> str:
+    """Digest of what is read, in which order, and how: a cursor of another log, `until` or precision means nothing."""
     digest = hashlib.sha256(json.dumps(log.manifests, sort_keys=True, default=str).encode())
     digest.update(counts.tobytes())
+    if precision is not Precision.float32:
+        digest.update(precision.value.encode())
     return digest.hexdigest()
 
 

@@ -53,6 +53,19 @@ def test_summaries_are_the_papers_set_attention(
         torch.testing.assert_close(summary[row].double(), formula(model, packed.slice(row)), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("conv_width", [1, 3])
+def test_a_long_history_is_summarized_slice_by_slice(
+    make: SimpleNamespace, conv_width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make.model(seed=1, mixing=Mixing.bidirectional, num_layers=3, conv_width=conv_width)
+    packed = make.histories([0, 1, 30, 2, 9, 16], 1)
+    whole = inference.summarize(model, packed)
+    monkeypatch.setattr(inference, "slice_len", lambda model: 8)
+    sliced = inference.summarize(model, packed)
+    torch.testing.assert_close(sliced, whole, atol=2e-6, rtol=1e-5)
+    assert not torch.equal(sliced[2], whole[2])  # another order of summation: it was really cut
+
+
 def permuted(history: Histories, seed: int) -> Histories:
     """The same events in another order, at the same times."""
     order = np.random.default_rng(seed).permutation(history.num_events)

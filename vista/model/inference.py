@@ -16,9 +16,10 @@ from torch import Tensor
 
 from vista.choices import Mixing
 from vista.data.gaps import UNKNOWN_GAP, gap_bucket
-from vista.data.histories import Histories
-from vista.model.incremental import embed, history_states
+from vista.data.histories import Histories, token_groups
+from vista.model.incremental import embed, history_states, reach, slice_len
 from vista.model.recommender import Recommender
+from vista.model.summarizer import Summarizer
 from vista.model.target_attention import Context
 
 Int = NDArray[np.int64]
@@ -48,9 +49,24 @@ def summarize(model: Recommender, histories: Histories) -> Tensor:
     if model.config.mixing is Mixing.separable:
         state = history_states(model, histories)
         return model.summarizer.read(state.z, state.n).float()
-    events, position, _ = embed(model, histories)
-    offsets = torch.from_numpy(histories.offsets).to(model.device)
-    return model.summarizer.summarize_set(model.summarizer.tokens(events, position), offsets).float()
+    groups = token_groups(histories.lengths, slice_len(model))
+    parts = [_summarize_set(model, model.summarizer, histories.select_users(g.start, g.stop)) for g in groups]
+    return torch.cat(parts) if parts else model.summarizer.empty_state(0).n.new_zeros(0, 0, model.config.dim)
+
+
+def _summarize_set(model: Recommender, summarizer: Summarizer, histories: Histories) -> Tensor:
+    """Bidirectional summaries of some histories, or of one that is longer than a slice."""
+    if histories.num_events <= slice_len(model):
+        events, position, _ = embed(model, histories)
+        offsets = torch.from_numpy(histories.offsets).to(model.device)
+        return summarizer.summarize_set(summarizer.tokens(events, position), offsets).float()
+    seeds = summarizer.seeds
+    tokens = seeds.new_empty(histories.num_events, model.config.dim)
+    for start in range(0, len(tokens), slice_len(model)):
+        stop, context = min(start + slice_len(model), len(tokens)), min(start, reach(model))
+        events, position, _ = embed(model, histories.slice(0, start - context, stop))
+        tokens[start:stop] = summarizer.tokens(events, position)[context:]
+    return summarizer.summarize_long(tokens, slice_len(model)).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +146,6 @@ def item_vectors(model: Recommender) -> Tensor:
 @torch.inference_mode()
 def candidate_logits(model: Recommender, context: Context, gap: Tensor | None, candidates: Tensor) -> Tensor:
     """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows)."""
-    seen = torch.full((candidates.shape[1],), model.config.tail_len, device=model.device)
+    seen = torch.full((1,), model.config.tail_len, device=model.device)
     gap = None if gap is None else gap.expand(-1, candidates.shape[1], -1)
     return model.candidate_logits(model.item_table[candidates], gap, seen, context)

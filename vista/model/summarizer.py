@@ -184,6 +184,38 @@ class Summarizer(nn.Module):
         summary: Tensor = self.final_norm(x)
         return summary.view(count, num_seeds, self.config.dim)
 
+    def summarize_long(self, tokens: Tensor, slice_len: int) -> Tensor:
+        """Bidirectional mixing of one history, slice by slice, without gradients: `summarize_set` at little memory.
+
+        Args:
+            tokens: [T, M]; they are overwritten layer by layer, and are all that grows with T.
+            slice_len: tokens worked on at once.
+
+        Returns:
+            [1, S, M].
+        """
+        slices = [tokens[start : start + slice_len] for start in range(0, len(tokens), slice_len)]
+        seeds: Tensor = self.seeds
+        for index, layer in enumerate(self.layers):
+            z = n = None
+            for x in (*slices, seeds):
+                key, value = (layer.heads(part) for part in layer.key_value(layer.norm(x)).chunk(2, -1))
+                z, n = accumulate_state(key, value, torch.tensor([0, len(x)]), initial_z=z, initial_n=n)
+            assert z is not None and n is not None
+            if index + 1 < len(self.layers):
+                for x in slices:
+                    x.copy_(self._mixed(layer, x, z, n))
+            seeds = self._mixed(layer, seeds, z, n)
+        summary: Tensor = self.final_norm(seeds)
+        return summary.unsqueeze(0)
+
+    def _mixed(self, layer: SummarizerLayer, x: Tensor, z: Tensor, n: Tensor) -> Tensor:
+        """Tokens x [N, M] of one history after a bidirectional layer whose state is z [1, H, D, D], n [1, H]."""
+        query, gate = layer.query_gate(layer.norm(x)).chunk(2, -1)
+        heads = self._read(layer.heads(query), z, n, torch.tensor([0, len(x)]))
+        mixed: Tensor = layer.feed_forward(layer.output(x, heads, gate))
+        return mixed
+
     def _read(self, query: Tensor, z: Tensor, n: Tensor, offsets: Tensor) -> Tensor:
         return read_state(
             query.contiguous(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -20,14 +19,13 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from vista.choices import Precision
 from vista.config import TrainConfig
 from vista.config_dict import to_dict
 from vista.config_text import to_yaml
 from vista.data.batches import BatchSource
 from vista.data.cuts import Batch
 from vista.data.event_log import EventLog
-from vista.device import announce, choose_precision, cpu_settings, resolve_device
+from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
 from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from vista.files import remove_leftovers, replace_text, writable_folder
 from vista.model.recommender import NEXT_TASK, Recommender, Schema
@@ -239,7 +237,7 @@ class _Trainer:
             group["lr"] = rate
         # Only the rows of this batch take part: a leaf of their own, so no pass over the whole table.
         vectors = self.model.item_table.detach()[batch.rows].requires_grad_()
-        with self._autocast():
+        with autocast(self.precision, self.device):
             losses = self.model.losses(batch, vectors, self.config.data, optim)
         parts = {name: float(value.detach()) for name, value in losses.parts.items()}
         row = {"loss": float(losses.total.detach()), **parts, "learning_rate": rate}
@@ -346,10 +344,6 @@ class _Trainer:
         for group in ("model", "data", "optim"):
             flat |= {f"{group}.{key}": value for key, value in values[group].items() if key != "path"}
         return flat | {"precision": self.precision.value}
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        enabled = self.precision is Precision.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
 
 
 def _validation(log: EventLog, item_rows: NDArray[np.int64], config: TrainConfig) -> Validation | None:
