@@ -200,8 +200,19 @@ def choose_backend(backend: str, device: torch.device, *, sdpa: bool = False) ->
 
 @cache
 def load_backend(name: str) -> Backend:
-    """Return the package that implements a backend; imported on first use, so that a CPU never loads Triton."""
-    return cast(Backend, importlib.import_module(f"vista_kernels.{name}_backend"))
+    """Return the package that implements a backend; imported on first use, so that a CPU never loads Triton.
+
+    Raises:
+        ValueError: if a package that the backend needs is not installed.
+    """
+    try:
+        return cast(Backend, importlib.import_module(f"vista_kernels.{name}_backend"))
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ValueError(
+            f"backend {name!r} needs the package {name}, which is not installed: pip install {name}"
+        ) from error
 
 
 @cache

@@ -1,0 +1,174 @@
+"""Which device a kernel runs on, the block sizes it gets there, and its launch. Plain Python: no autotuning.
+
+Autotuning would need a GPU, would make results depend on timing, and would measure in the middle of a training step.
+The tables below are chosen so that every kernel compiles without register spills and within the shared memory of each
+device (`scripts/compile_kernels.py` lists them); they have not been tuned on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vista_kernels.validation import IntArray
+
+MAX_WIDTH = 128
+"""Widest head: keys and values of one head's tokens, and its state, are held in registers."""
+MAX_STRIDE = 2**31 // MAX_WIDTH
+"""Within a block of tokens addresses are counted in 32 bits (its first token's address in 64)."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Whether Triton was told, before its import, to run kernels in its interpreter."""
+_Row = tuple[int, int, int, int | None]
+# By kernel and `whole` (32 stands for less as well): longest block of tokens, block of the other width, warps, and the
+# registers that a thread may use on capability 9.0, where the compiler takes more than it needs.
+_SHORT: dict[str, dict[int, _Row]] = {
+    "accumulate_fwd": {32: (64, 64, 4, None), 64: (64, 64, 4, 168), 128: (32, 64, 8, None)},
+    "accumulate_bwd": {32: (64, 64, 4, None), 64: (32, 64, 8, None), 128: (16, 64, 8, None)},
+    "read_fwd": {32: (64, 64, 4, None), 64: (64, 64, 4, None), 128: (32, 64, 8, None)},
+    "read_bwd": {32: (64, 64, 4, None), 64: (32, 64, 8, 128), 128: (32, 64, 8, None)},
+    "causal": {32: (16, 64, 2, None), 64: (16, 64, 4, None), 128: (16, 64, 8, None)},
+}
+_FLOAT32: dict[str, dict[int, _Row]] = {
+    "accumulate_fwd": {32: (32, 32, 4, None), 64: (16, 32, 4, None), 128: (16, 32, 8, None)},
+    "accumulate_bwd": {32: (32, 32, 4, None), 64: (16, 32, 4, None), 128: (16, 32, 8, None)},
+    "read_fwd": {32: (32, 32, 4, None), 64: (16, 32, 4, None), 128: (16, 32, 8, None)},
+    "read_bwd": {32: (16, 32, 4, None), 64: (16, 32, 4, None), 128: (16, 32, 8, None)},
+    "causal": {32: (16, 32, 4, None), 64: (16, 32, 4, None), 128: (16, 32, 8, None)},
+}
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the choice of blocks depends on."""
+
+    kind: str
+    """"cuda", "hip" or "interpreter"."""
+    capability: int
+    """80 for compute capability 8.0; 0 where there is none."""
+    num_processors: int
+    """Streaming multiprocessors or compute units."""
+
+    @property
+    def precision(self) -> str:
+        """How float32 tiles are multiplied: nearly as exact as float32, on tensor cores where there are some."""
+        return "tf32x3" if self.kind == "cuda" else "ieee"
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Block sizes and launch options of one kernel."""
+
+    block_t: int
+    whole: int
+    """Block of the head's width that a program holds whole."""
+    part: int
+    """Block of the other width; several programs (or steps) share it where it is wide."""
+    dtype: torch.dtype
+    precision: str
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time constants of the kernel."""
+        return {"BLOCK_T": self.block_t, "DTYPE": _DTYPES[self.dtype], "PRECISION": self.precision}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Launch options."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
+
+
+def target_of(x: Tensor) -> Target:
+    """Return the target that runs kernels on this tensor.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if x.device.type == "cuda":
+        return _device_target(x.device)
+    if not INTERPRETED or x.device.type != "cpu":
+        raise ValueError(
+            f"backend 'triton' needs tensors on a GPU, got {x.device}; on a CPU it runs only in Triton's interpreter, "
+            "slowly and for tests: set TRITON_INTERPRET=1 before the first import"
+        )
+    return Target("interpreter", 0, 1)
+
+
+def check_tokens(target: Target, **tokens: Tensor) -> None:
+    """Check that the named token tensors [T, H, width] have dtypes and widths that the kernels take."""
+    for name, x in tokens.items():
+        if x.dtype not in _DTYPES:
+            raise ValueError(
+                f"{name} is {x.dtype}: backend 'triton' takes float32, bfloat16 and float16; use backend='torch'"
+            )
+        if x.dtype == torch.bfloat16 and target.kind == "interpreter":
+            raise ValueError(
+                f"{name} is bfloat16, whose products Triton's interpreter gets wrong; use a GPU or float16"
+            )
+        if not 1 <= x.shape[2] <= MAX_WIDTH:
+            raise ValueError(f"{name} {list(x.shape)} must have a last dimension of 1 to {MAX_WIDTH} for 'triton'")
+        if max(x.stride(0), x.stride(2)) >= MAX_STRIDE:
+            raise ValueError(f"{name} has strides {x.stride()}: those of tokens and columns must be below {MAX_STRIDE}")
+
+
+def padded(width: int) -> int:
+    """Return the width of the block that holds a head: a power of two, and at least 16 for tensor cores."""
+    return max(16, int(triton.next_power_of_2(width)))
+
+
+def choose(kernel: str, target: Target, dtype: torch.dtype, whole: int, part: int, mean_length: float) -> Blocks:
+    """Choose the blocks of a kernel over tokens, for heads of width `whole` by `part` and segments of that mean length.
+
+    A block no longer than the usual segment wastes no products on padding; a longer one has more bytes in flight.
+    """
+    block_whole = padded(whole)
+    table = _FLOAT32 if dtype == torch.float32 else _SHORT
+    longest, block_part, num_warps, max_registers = table[kernel][max(32, block_whole)]
+    if target.capability != 90:
+        max_registers = None
+    block_t = max(16, min(longest, int(triton.next_power_of_2(max(1, round(mean_length))))))
+    block_part = min(padded(part), block_part)
+    return Blocks(block_t, block_whole, block_part, dtype, target.precision, num_warps, 2, max_registers)
+
+
+def launch(kernel: Any, num_programs: int, *args: object, **constants: Any) -> None:
+    """Run a kernel on a grid of one axis; nothing is launched for no programs.
+
+    One axis holds 2^31 - 1 programs, the others 65535. Heads vary fastest, so that programs that run together read
+    neighbouring addresses.
+    """
+    if num_programs >= 2**31:
+        raise ValueError(f"{kernel.__name__}: {num_programs} programs are more than a grid holds; split the batch")
+    if num_programs:
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[(num_programs,)](*args, **constants)
+
+
+def to_device(arrays: Sequence[IntArray], device: torch.device) -> list[Tensor]:
+    """Copy int64 arrays to a device, all in one transfer, and return them as tensors of their shapes."""
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(device)
+    parts = flat.split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+@cache
+def _device_target(device: torch.device) -> Target:
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Target("hip", 0, properties.multi_processor_count)
+    return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)

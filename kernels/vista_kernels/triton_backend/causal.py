@@ -1,0 +1,261 @@
+"""Causal linear attention, o_t = phi(q_t) Z_t with Z_t = Z_0 + sum_{s <= t} phi(k_s) v_s^T, and its backward.
+
+All four results have one form, and one kernel. A program walks tokens in blocks, carrying a state S in registers; with
+a block's tokens as rows of A, B and C::
+
+    Y = tril(A B^T) C + A S        then  S <- S + B^T C
+
+    O : A, B, C = phi(Q), phi(K), V        S = Z      from the front
+    dQ: A, B, C = dO, V, phi(K)            S = Z^T    from the front    dq = phi'(q) * dQ
+    dK: A, B, C = V, dO, phi(Q)            S = R^T    from the back     dk = phi'(k) * dK
+    dV: A, B, C = phi(K), phi(Q), dO       S = R      from the back
+
+where Z is the state before a block, R the gradient of the state after it, and from the back tril becomes triu. Columns
+of C, S and Y are independent, so that several programs may share them. The state that enters a piece of a long sequence
+comes from the pieces' totals (`accumulate.py`) and a scan of them (`scan.py`). Tokens [T, H, D or E] of any strides,
+states [B, H, D, E] float32. Sums are float32; operands of products have the tokens' dtype.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vista_kernels.triton_backend import blocks, pieces
+from vista_kernels.triton_backend.accumulate import accumulate
+from vista_kernels.triton_backend.pieces import Plan
+from vista_kernels.triton_backend.scan import scan
+from vista_kernels.triton_backend.tiles import (
+    activated,
+    activation_gradient,
+    load_state,
+    load_tokens,
+    operand,
+    row_operand,
+    store_state,
+    store_tokens,
+)
+from vista_kernels.validation import IntArray
+
+
+@triton.jit
+def causal_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    x_ptr,
+    carry_ptr,
+    entering_ptr,
+    out_ptr,
+    starts_ptr,
+    lengths_ptr,
+    items_ptr,
+    num_heads,
+    stride_at,
+    stride_ah,
+    stride_aa,
+    stride_bt,
+    stride_bh,
+    stride_ba,
+    stride_ct,
+    stride_ch,
+    stride_cc,
+    stride_xt,
+    stride_xh,
+    stride_xc,
+    A: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STRIDE_SA: tl.constexpr,
+    STRIDE_SC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACTIVATION_A: tl.constexpr,
+    ACTIVATION_B: tl.constexpr,
+    ACTIVATION_C: tl.constexpr,
+    ACTIVATION_X: tl.constexpr,
+    HAS_CARRY: tl.constexpr,
+    STORE_CARRY: tl.constexpr,
+    FROM_BACK: tl.constexpr,
+):
+    """x is what Y is multiplied by phi' of; without any, ACTIVATION_X is "identity" and x is not read."""
+    num_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program = tl.program_id(0)
+    block = program % num_blocks
+    h = (program // num_blocks % num_heads).to(tl.int64)
+    items_ptr += (program // num_blocks // num_heads).to(tl.int64) * 5
+    first_token, last_token, slot = tl.load(items_ptr + 2), tl.load(items_ptr + 3), tl.load(items_ptr + 4)
+    a_ptr += h * stride_ah
+    b_ptr += h * stride_bh
+    c_ptr += h * stride_ch
+    x_ptr += h * stride_xh
+    i, a, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_A), block * BLOCK_C + tl.arange(0, BLOCK_C)
+    for segment in range(tl.load(items_ptr), tl.load(items_ptr + 1)):
+        begin = tl.load(starts_ptr + segment)
+        end = tl.minimum(begin + tl.load(lengths_ptr + segment), last_token)
+        begin = tl.maximum(begin, first_token)
+        carry = carry_ptr + (segment * num_heads + h) * (A * C)
+        if slot >= 0:
+            entering = entering_ptr + (slot * num_heads + h) * (A * C)
+            b_state = load_state(entering, a, c, A, C, BLOCK_A, BLOCK_C, STRIDE_SA, STRIDE_SC)
+        elif HAS_CARRY:
+            b_state = load_state(carry, a, c, A, C, BLOCK_A, BLOCK_C, STRIDE_SA, STRIDE_SC)
+        else:
+            b_state = tl.zeros([BLOCK_A, BLOCK_C], tl.float32)
+        num_steps = (end - begin + BLOCK_T - 1) // BLOCK_T
+        for step in range(num_steps):
+            first = begin + (num_steps - 1 - step if FROM_BACK else step) * BLOCK_T
+            m_t = i < tl.minimum(end - first, BLOCK_T).to(tl.int32)
+            b_a = load_tokens(a_ptr + first * stride_at, i, m_t, a, stride_at, stride_aa, A, BLOCK_A)
+            b_b = load_tokens(b_ptr + first * stride_bt, i, m_t, a, stride_bt, stride_ba, A, BLOCK_A)
+            b_c = load_tokens(c_ptr + first * stride_ct, i, m_t, c, stride_ct, stride_cc, C, BLOCK_C)
+            b_a, b_b = activated(b_a, ACTIVATION_A, DTYPE), activated(b_b, ACTIVATION_B, DTYPE)
+            b_c = activated(b_c, ACTIVATION_C, DTYPE)
+            b_s = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
+            is_seen = i[:, None] <= i[None, :] if FROM_BACK else i[:, None] >= i[None, :]
+            b_s, row_factor = row_operand(tl.where(is_seen, b_s, 0.0), DTYPE)
+            b_y = tl.dot(b_s, b_c, input_precision=PRECISION) * row_factor
+            b_s, factor = operand(b_state, DTYPE)
+            b_y += tl.dot(b_a, b_s, input_precision=PRECISION) * factor
+            if ACTIVATION_X != "identity":
+                b_x = load_tokens(x_ptr + first * stride_xt, i, m_t, c, stride_xt, stride_xc, C, BLOCK_C)
+                b_y *= activation_gradient(b_x.to(tl.float32), ACTIVATION_X)
+            store_tokens(out_ptr + (first * num_heads + h) * C, b_y, i, m_t, c, num_heads * C, C, BLOCK_C)
+            b_state = tl.dot(tl.trans(b_b), b_c, b_state, input_precision=PRECISION)
+        if STORE_CARRY:
+            if slot < 0:
+                store_state(carry, b_state, a, c, A, C, BLOCK_A, BLOCK_C, STRIDE_SA, STRIDE_SC)
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, offsets: IntArray, carry: Tensor, activation: str, out: Tensor
+) -> None:
+    """Write o_t = phi(q_t) Z_t, and move carry [B, H, D, E] from the state before a sequence to that after it."""
+    blocks.check_tokens(blocks.target_of(q), q=q, k=k, v=v)
+    cut = _cut_sequences(q, offsets)
+    entering = _enter_pieces(cut, k, v, carry, activation, descending=False)
+    active = (activation, activation, "identity", "identity")
+    _run(cut, (q, k, v, None), active, carry, entering, out, store_carry=True)
+
+
+def causal_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: IntArray,
+    initial_z: Tensor | None,
+    activation: str,
+    grad_carry: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    """Write dq, dk and dv, and move grad_carry from the gradient of the last states to that of the first ones."""
+    blocks.check_tokens(blocks.target_of(q), q=q, k=k, v=v, grad_out=grad_out)
+    cut = _cut_sequences(q, offsets)
+    carry = None if initial_z is None else initial_z.clone(memory_format=torch.contiguous_format)
+    entering = _enter_pieces(cut, k, v, carry, activation, descending=False)
+    last = ("identity", "identity", activation, activation)
+    _run(cut, (grad_out, v, k, q), last, carry, entering, grad_q, transposed=True)
+    entering = _enter_pieces(cut, q, grad_out, grad_carry, activation, descending=True)
+    _run(cut, (v, grad_out, q, k), last, grad_carry, entering, grad_k, transposed=True, from_back=True)
+    # Last, for it moves the carries of whole sequences.
+    first = (activation, activation, "identity", "identity")
+    _run(cut, (k, q, grad_out, None), first, grad_carry, entering, grad_v, from_back=True, store_carry=True)
+
+
+def _cut_sequences(q: Tensor, offsets: IntArray) -> Plan:
+    """Cut sequences into items; into pieces only where there are too few, as these tokens are read twice."""
+    return pieces.plan(
+        offsets[:-1],
+        np.diff(offsets),
+        num_heads=q.shape[1],
+        num_processors=blocks.target_of(q).num_processors,
+        max_item=pieces.NO_LIMIT,
+    )
+
+
+def _enter_pieces(
+    cut: Plan, k: Tensor, v: Tensor, carry: Tensor | None, activation: str, *, descending: bool
+) -> Tensor | None:
+    """Return the states [slots, H, D, E] that enter the pieces (None without any), and move their sequences' carries.
+
+    `descending` visits pieces from the last one, for the gradient of states. Whole sequences' carries stay.
+    """
+    if not cut.num_slots:
+        return None
+    first_token, last_token = cut.items[: cut.num_slots, 2], cut.items[: cut.num_slots, 3]
+    shape = (cut.num_slots, k.shape[1], k.shape[2], v.shape[2])
+    totals = k.new_empty(shape, dtype=torch.float32)
+    counts = totals.new_zeros(shape[:2])  # not used
+    accumulate(k, v, first_token, last_token - first_token, None, totals, counts, activation)
+    (sequences,) = blocks.to_device([cut.sums[:, 0]], k.device)
+    initial = None if carry is None else carry.index_select(0, sequences).flatten(2)
+    ends = np.append(cut.sums[:, 1], cut.num_slots)
+    entering, last = scan(
+        totals.flatten(2), None, ends, initial, descending=descending, decay_after=False, store="entering"
+    )
+    if carry is not None:
+        carry.index_copy_(0, sequences, last.view(-1, *carry.shape[1:]))
+    return entering
+
+
+def _run(
+    cut: Plan,
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    active: tuple[str, str, str, str],
+    carry: Tensor | None,
+    entering: Tensor | None,
+    out: Tensor,
+    *,
+    transposed: bool = False,
+    from_back: bool = False,
+    store_carry: bool = False,
+) -> None:
+    """Launch the kernel for a, b, c, x and their activations; the state is S, or S^T if `transposed`."""
+    a, b, c, x = tokens
+    x = a if x is None else x
+    num_heads, width, part_width = a.shape[1], a.shape[2], c.shape[2]
+    chosen = blocks.choose("causal", blocks.target_of(a), a.dtype, width, part_width, cut.mean_length)
+    first, size, items, _ = blocks.to_device(cut.arrays, a.device)
+    state = next((state for state in (carry, entering) if state is not None), out)
+    blocks.launch(
+        causal_kernel,
+        len(items) * num_heads * -(-part_width // chosen.part),
+        a,
+        b,
+        c,
+        x,
+        state if carry is None else carry,
+        state if entering is None else entering,
+        out,
+        first,
+        size,
+        items,
+        num_heads,
+        *a.stride(),
+        *b.stride(),
+        *c.stride(),
+        *x.stride(),
+        A=width,
+        C=part_width,
+        BLOCK_A=chosen.whole,
+        BLOCK_C=chosen.part,
+        STRIDE_SA=1 if transposed else part_width,
+        STRIDE_SC=width if transposed else 1,
+        ACTIVATION_A=active[0],
+        ACTIVATION_B=active[1],
+        ACTIVATION_C=active[2],
+        ACTIVATION_X=active[3],
+        HAS_CARRY=carry is not None,
+        STORE_CARRY=store_carry,
+        FROM_BACK=from_back,
+        **chosen.constants,
+        **chosen.options,
+    )

@@ -1,0 +1,252 @@
+"""Reads states with queries, and the backward of that.
+
+    A_b = phi2(Z_b c_b)  [D, E]        o_t = phi1(q_t) A_b
+    dq_t = phi1'(q_t) * (dO_t A_b^T)   dZ_b = phi2'(Z_b c_b) c_b * sum_t phi1(q_t)^T dO_t
+
+Tokens [N, H, D or E] of any strides, states [B, H, D, E] and scales c [B, H] float32 and dense. A program takes one
+item of `pieces.py` and one head, and holds the state in registers; backward is one pass that writes dq and sums dZ.
+Sums are float32; operands of products are rounded to the tokens' dtype.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vista_kernels.triton_backend import blocks, pieces, sums
+from vista_kernels.triton_backend.tiles import (
+    activate,
+    activated,
+    activation_gradient,
+    load_state,
+    load_tokens,
+    operand,
+    store_state,
+    store_tokens,
+)
+from vista_kernels.validation import IntArray
+
+
+@triton.jit
+def load_scaled_state(
+    z_ptr,
+    scale_ptr,
+    row,
+    d,
+    e,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):
+    """Return Z c [BLOCK_D, BLOCK_E] of one segment and head, and c."""
+    b_z = load_state(z_ptr + row * (D * E), d, e, D, E, BLOCK_D, BLOCK_E, E, 1)
+    if HAS_SCALE:
+        b_c = tl.load(scale_ptr + row)
+        return b_z * b_c, b_c
+    else:
+        return b_z, 1.0
+
+
+@triton.jit
+def read_fwd_kernel(
+    q_ptr,
+    z_ptr,
+    scale_ptr,
+    out_ptr,
+    starts_ptr,
+    lengths_ptr,
+    items_ptr,
+    num_heads,
+    stride_qt,
+    stride_qh,
+    stride_qd,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    STATE_ACTIVATION: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):
+    num_blocks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    program = tl.program_id(0)
+    block = program % num_blocks
+    h = (program // num_blocks % num_heads).to(tl.int64)
+    items_ptr += (program // num_blocks // num_heads).to(tl.int64) * 5
+    first_token, last_token = tl.load(items_ptr + 2), tl.load(items_ptr + 3)
+    q_ptr += h * stride_qh
+    i, d, e = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), block * BLOCK_E + tl.arange(0, BLOCK_E)
+    for segment in range(tl.load(items_ptr), tl.load(items_ptr + 1)):
+        begin = tl.load(starts_ptr + segment)
+        end = tl.minimum(begin + tl.load(lengths_ptr + segment), last_token)
+        begin = tl.maximum(begin, first_token)
+        b_z, _ = load_scaled_state(z_ptr, scale_ptr, segment * num_heads + h, d, e, D, E, BLOCK_D, BLOCK_E, HAS_SCALE)
+        b_a, factor = operand(activate(b_z, STATE_ACTIVATION), DTYPE)
+        for first in range(begin, end, BLOCK_T):
+            m_t = i < tl.minimum(end - first, BLOCK_T).to(tl.int32)
+            b_q = load_tokens(q_ptr + first * stride_qt, i, m_t, d, stride_qt, stride_qd, D, BLOCK_D)
+            b_out = tl.dot(activated(b_q, ACTIVATION, DTYPE), b_a, input_precision=PRECISION) * factor
+            store_tokens(out_ptr + (first * num_heads + h) * E, b_out, i, m_t, e, num_heads * E, E, BLOCK_E)
+
+
+@triton.jit
+def read_bwd_kernel(
+    grad_out_ptr,
+    q_ptr,
+    z_ptr,
+    scale_ptr,
+    grad_q_ptr,
+    grad_z_ptr,
+    part_ptr,
+    starts_ptr,
+    lengths_ptr,
+    items_ptr,
+    num_heads,
+    stride_ot,
+    stride_oh,
+    stride_oe,
+    stride_qt,
+    stride_qh,
+    stride_qd,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    STATE_ACTIVATION: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):
+    num_blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    program = tl.program_id(0)
+    block = program % num_blocks
+    h = (program // num_blocks % num_heads).to(tl.int64)
+    items_ptr += (program // num_blocks // num_heads).to(tl.int64) * 5
+    first_token, last_token, slot = tl.load(items_ptr + 2), tl.load(items_ptr + 3), tl.load(items_ptr + 4)
+    grad_out_ptr += h * stride_oh
+    q_ptr += h * stride_qh
+    i, d, e = tl.arange(0, BLOCK_T), block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    for segment in range(tl.load(items_ptr), tl.load(items_ptr + 1)):
+        begin = tl.load(starts_ptr + segment)
+        end = tl.minimum(begin + tl.load(lengths_ptr + segment), last_token)
+        begin = tl.maximum(begin, first_token)
+        row = segment * num_heads + h
+        b_z, _ = load_scaled_state(z_ptr, scale_ptr, row, d, e, D, E, BLOCK_D, BLOCK_E, HAS_SCALE)
+        b_a, factor = operand(activate(b_z, STATE_ACTIVATION), DTYPE)
+        b_da = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
+        for first in range(begin, end, BLOCK_T):
+            m_t = i < tl.minimum(end - first, BLOCK_T).to(tl.int32)
+            b_do = load_tokens(grad_out_ptr + first * stride_ot, i, m_t, e, stride_ot, stride_oe, E, BLOCK_E)
+            b_q = load_tokens(q_ptr + first * stride_qt, i, m_t, d, stride_qt, stride_qd, D, BLOCK_D).to(tl.float32)
+            b_phi = activate(b_q, ACTIVATION).to(DTYPE)
+            b_da = tl.dot(tl.trans(b_phi), b_do, b_da, input_precision=PRECISION)
+            b_dq = tl.dot(b_do, tl.trans(b_a), input_precision=PRECISION) * activation_gradient(b_q, ACTIVATION)
+            store_tokens(grad_q_ptr + (first * num_heads + h) * D, b_dq * factor, i, m_t, d, num_heads * D, D, BLOCK_D)
+        if slot >= 0:
+            store_state(part_ptr + (slot * num_heads + h) * (D * E), b_da, d, e, D, E, BLOCK_D, BLOCK_E, E, 1)
+        else:
+            # Z is read again: holding it through the loop would cost as many registers as the sum itself.
+            b_z, b_c = load_scaled_state(z_ptr, scale_ptr, row, d, e, D, E, BLOCK_D, BLOCK_E, HAS_SCALE)
+            b_dz = b_da * activation_gradient(b_z, STATE_ACTIVATION) * b_c
+            b_dz = tl.where(end > begin, b_dz, 0.0)  # a state that nobody reads has no gradient, even if it is NaN
+            store_state(grad_z_ptr + row * (D * E), b_dz, d, e, D, E, BLOCK_D, BLOCK_E, E, 1)
+
+
+def read(
+    q: Tensor,
+    z: Tensor,
+    scale: Tensor | None,
+    starts: IntArray,
+    lengths: IntArray,
+    activation: str,
+    state_activation: str,
+    out: Tensor,
+) -> None:
+    """Write o = phi1(q) phi2(z * c) of the segments' queries; scale is c [B, H], or None for 1."""
+    target = blocks.target_of(q)
+    blocks.check_tokens(target, q=q, out=out)
+    num_heads, width, value_width = z.shape[1:]
+    cut = pieces.plan(starts, lengths, num_heads=num_heads, num_processors=target.num_processors)
+    chosen = blocks.choose("read_fwd", target, q.dtype, width, value_width, cut.mean_length)
+    first, size, items, _ = blocks.to_device(cut.arrays, q.device)
+    z = z.contiguous()
+    blocks.launch(
+        read_fwd_kernel,
+        len(items) * num_heads * -(-value_width // chosen.part),
+        q,
+        z,
+        z if scale is None else scale.contiguous(),
+        out,
+        first,
+        size,
+        items,
+        num_heads,
+        *q.stride(),
+        D=width,
+        E=value_width,
+        BLOCK_D=chosen.whole,
+        BLOCK_E=chosen.part,
+        **chosen.constants,
+        ACTIVATION=activation,
+        STATE_ACTIVATION=state_activation,
+        HAS_SCALE=scale is not None,
+        **chosen.options,
+    )
+
+
+def read_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    z: Tensor,
+    scale: Tensor | None,
+    starts: IntArray,
+    lengths: IntArray,
+    activation: str,
+    state_activation: str,
+    grad_q: Tensor,
+    grad_z: Tensor,
+) -> None:
+    """Write dq, and dz = phi2'(z * c) * c * sum phi1(q)^T dO."""
+    target = blocks.target_of(q)
+    blocks.check_tokens(target, q=q, grad_out=grad_out)
+    num_heads, width, value_width = z.shape[1:]
+    cut = pieces.plan(starts, lengths, num_heads=num_heads, num_processors=target.num_processors)
+    chosen = blocks.choose("read_bwd", target, q.dtype, value_width, width, cut.mean_length)
+    first, size, items, ranges = blocks.to_device(cut.arrays, q.device)
+    part, _ = sums.new_parts(cut, z)
+    z, scale = z.contiguous(), None if scale is None else scale.contiguous()
+    blocks.launch(
+        read_bwd_kernel,
+        len(items) * num_heads * -(-width // chosen.part),
+        grad_out,
+        q,
+        z,
+        z if scale is None else scale,
+        grad_q,
+        grad_z,
+        part,
+        first,
+        size,
+        items,
+        num_heads,
+        *grad_out.stride(),
+        *q.stride(),
+        D=width,
+        E=value_width,
+        BLOCK_D=chosen.part,
+        BLOCK_E=chosen.whole,
+        **chosen.constants,
+        ACTIVATION=activation,
+        STATE_ACTIVATION=state_activation,
+        HAS_SCALE=scale is not None,
+        **chosen.options,
+    )
+    sums.write_state_gradient(part, ranges, grad_z, z, scale, state_activation)

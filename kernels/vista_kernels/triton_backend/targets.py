@@ -1,0 +1,165 @@
+"""The self term of target tokens in quasi-linear attention: o_t += (phi(q_t) . phi(k_t)) v_t.
+
+    dq_t += phi'(q_t) * (dO_t . v_t) phi(k_t)       dk_t = phi'(k_t) * (dO_t . v_t) phi(q_t)
+    dv_t = (phi(q_t) . phi(k_t)) dO_t
+
+A program takes BLOCK_T targets, listed by token number, and one head. All sums are float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vista_kernels.triton_backend import blocks
+from vista_kernels.triton_backend.tiles import activate, activation_gradient, load_tokens, store_tokens
+from vista_kernels.validation import IntArray
+
+BLOCK_T = 16
+
+
+@triton.jit
+def targets_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    tokens_ptr,
+    num_targets,
+    num_heads,
+    stride_qt,
+    stride_qh,
+    stride_qd,
+    stride_kt,
+    stride_kh,
+    stride_kd,
+    stride_vt,
+    stride_vh,
+    stride_ve,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    h = (program % num_heads).to(tl.int64)
+    i = (program // num_heads).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_t = i < num_targets
+    t = tl.load(tokens_ptr + i, mask=m_t, other=0)
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    b_q = load_tokens(q_ptr + h * stride_qh, t, m_t, d, stride_qt, stride_qd, D, BLOCK_D).to(tl.float32)
+    b_k = load_tokens(k_ptr + h * stride_kh, t, m_t, d, stride_kt, stride_kd, D, BLOCK_D).to(tl.float32)
+    b_v = load_tokens(v_ptr + h * stride_vh, t, m_t, e, stride_vt, stride_ve, E, BLOCK_E).to(tl.float32)
+    b_out = load_tokens(out_ptr + h * E, t, m_t, e, num_heads * E, 1, E, BLOCK_E).to(tl.float32)
+    agreement = tl.sum(activate(b_q, ACTIVATION) * activate(b_k, ACTIVATION), 1, keep_dims=True)
+    store_tokens(out_ptr + h * E, b_out + agreement * b_v, t, m_t, e, num_heads * E, E, BLOCK_E)
+
+
+@triton.jit
+def targets_bwd_kernel(
+    grad_out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_q_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    tokens_ptr,
+    num_targets,
+    num_heads,
+    stride_ot,
+    stride_oh,
+    stride_oe,
+    stride_qt,
+    stride_qh,
+    stride_qd,
+    stride_kt,
+    stride_kh,
+    stride_kd,
+    stride_vt,
+    stride_vh,
+    stride_ve,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    h = (program % num_heads).to(tl.int64)
+    i = (program // num_heads).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_t = i < num_targets
+    t = tl.load(tokens_ptr + i, mask=m_t, other=0)
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    b_do = load_tokens(grad_out_ptr + h * stride_oh, t, m_t, e, stride_ot, stride_oe, E, BLOCK_E).to(tl.float32)
+    b_q = load_tokens(q_ptr + h * stride_qh, t, m_t, d, stride_qt, stride_qd, D, BLOCK_D).to(tl.float32)
+    b_k = load_tokens(k_ptr + h * stride_kh, t, m_t, d, stride_kt, stride_kd, D, BLOCK_D).to(tl.float32)
+    b_v = load_tokens(v_ptr + h * stride_vh, t, m_t, e, stride_vt, stride_ve, E, BLOCK_E).to(tl.float32)
+    b_dq = load_tokens(grad_q_ptr + h * D, t, m_t, d, num_heads * D, 1, D, BLOCK_D).to(tl.float32)
+    b_phi_q, b_phi_k = activate(b_q, ACTIVATION), activate(b_k, ACTIVATION)
+    agreement = tl.sum(b_phi_q * b_phi_k, 1, keep_dims=True)
+    slope = tl.sum(b_do * b_v, 1, keep_dims=True)
+    b_dq += slope * b_phi_k * activation_gradient(b_q, ACTIVATION)
+    b_dk = slope * b_phi_q * activation_gradient(b_k, ACTIVATION)
+    store_tokens(grad_q_ptr + h * D, b_dq, t, m_t, d, num_heads * D, D, BLOCK_D)
+    store_tokens(grad_k_ptr + h * D, b_dk, t, m_t, d, num_heads * D, D, BLOCK_D)
+    store_tokens(grad_v_ptr + h * E, agreement * b_do, t, m_t, e, num_heads * E, E, BLOCK_E)
+
+
+def add_targets(q: Tensor, k: Tensor, v: Tensor, tokens: IntArray, activation: str, out: Tensor) -> None:
+    """Add (phi(q_t) . phi(k_t)) v_t to the rows `tokens` of out."""
+    blocks.check_tokens(blocks.target_of(q), q=q, k=k, v=v)
+    strides = (*q.stride(), *k.stride(), *v.stride())
+    _launch(targets_fwd_kernel, tokens, (q, k, v, out), strides, q, v, activation)
+
+
+def add_targets_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: IntArray,
+    activation: str,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    """Add that term's dq to the rows `tokens` of grad_q, and write its dk and dv there."""
+    blocks.check_tokens(blocks.target_of(q), q=q, k=k, v=v)
+    strides = (*grad_out.stride(), *q.stride(), *k.stride(), *v.stride())
+    _launch(targets_bwd_kernel, tokens, (grad_out, q, k, v, grad_q, grad_k, grad_v), strides, q, v, activation)
+
+
+def _launch(
+    kernel: Any,
+    tokens: IntArray,
+    tensors: tuple[Tensor, ...],
+    strides: tuple[int, ...],
+    q: Tensor,
+    v: Tensor,
+    activation: str,
+) -> None:
+    num_heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
+    (rows,) = blocks.to_device([tokens], q.device)
+    blocks.launch(
+        kernel,
+        -(-len(tokens) // BLOCK_T) * num_heads,
+        *tensors,
+        rows,
+        len(tokens),
+        num_heads,
+        *strides,
+        D=width,
+        E=value_width,
+        BLOCK_D=blocks.padded(width),
+        BLOCK_E=blocks.padded(value_width),
+        BLOCK_T=BLOCK_T,
+        ACTIVATION=activation,
+        num_warps=4,
+    )

@@ -1,0 +1,134 @@
+"""What all kernels share: loads and stores of tiles, activations, and operands of matrix products.
+
+A tile holds BLOCK_T tokens of one head, [BLOCK_T, BLOCK_C], or one state, [BLOCK_D, BLOCK_E]; a width that is no power
+of two, or below 16, is padded. Padding is loaded as 0, and all activations map 0 to 0, so that it adds nothing. Token
+numbers are int64, so that no address overflows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tokens(ptr, i, m_t, c, stride_t, stride_c, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Load columns c of rows i of one head's tokens, [BLOCK_T, BLOCK_C]; 0 where m_t is false."""
+    m = m_t[:, None]
+    if WIDTH % BLOCK_C != 0:
+        m = m & (c < WIDTH)[None, :]
+    return tl.load(ptr + i[:, None] * stride_t + c[None, :] * stride_c, mask=m, other=0.0)
+
+
+@triton.jit
+def store_tokens(ptr, tile, i, m_t, c, stride_t, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Store to columns c of rows i of one head's tokens; outputs lie densely."""
+    m = m_t[:, None]
+    if WIDTH % BLOCK_C != 0:
+        m = m & (c < WIDTH)[None, :]
+    tl.store(ptr + i[:, None] * stride_t + c[None, :], tile.to(ptr.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def load_state(
+    ptr,
+    d,
+    e,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STRIDE_D: tl.constexpr,
+    STRIDE_E: tl.constexpr,
+):
+    """Load rows d and columns e of a state [D, E], [BLOCK_D, BLOCK_E]."""
+    places = d[:, None] * STRIDE_D + e[None, :] * STRIDE_E
+    if D % BLOCK_D != 0 or E % BLOCK_E != 0:
+        return tl.load(ptr + places, mask=(d < D)[:, None] & (e < E)[None, :], other=0.0)
+    else:
+        return tl.load(ptr + places)
+
+
+@triton.jit
+def store_state(
+    ptr,
+    tile,
+    d,
+    e,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STRIDE_D: tl.constexpr,
+    STRIDE_E: tl.constexpr,
+):
+    """Store to rows d and columns e of a state [D, E]."""
+    places = d[:, None] * STRIDE_D + e[None, :] * STRIDE_E
+    if D % BLOCK_D != 0 or E % BLOCK_E != 0:
+        tl.store(ptr + places, tile, mask=(d < D)[:, None] & (e < E)[None, :])
+    else:
+        tl.store(ptr + places, tile)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """Return phi(x) of a float32 x."""
+    if ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    elif ACTIVATION == "relu":
+        return tl.where(x < 0, 0.0, x)
+    else:
+        return x
+
+
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
+    """Return phi(x) of a tile of tokens, as an operand of products."""
+    if ACTIVATION == "identity":
+        return x
+    else:
+        return activate(x.to(tl.float32), ACTIVATION).to(DTYPE)
+
+
+@triton.jit
+def activation_gradient(x, ACTIVATION: tl.constexpr):
+    """Return phi'(x) of a float32 x."""
+    if ACTIVATION == "silu":
+        s = tl.sigmoid(x)
+        return s * (1 + x * (1 - s))
+    elif ACTIVATION == "relu":
+        return tl.where(x > 0, 1.0, 0.0)
+    else:
+        return tl.full(x.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def power_of_two_below(x):
+    """Return the largest power of two up to x > 0, kept within 2^-95 .. 2^97 so that its inverse is exact too."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7F800000
+    bits = tl.minimum(tl.maximum(bits, 0x10000000), 0x70000000)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def operand(x, DTYPE: tl.constexpr):
+    """Round a float32 tile to the dtype in which it is multiplied; return it and the factor to multiply the product by.
+
+    float16 ends at 65504, and a state sums up to 10^6 tokens. So there the tile is divided by a power of two, which
+    rounds nothing, and brings its largest value to between 128 and 256.
+    """
+    if tl.float16 == DTYPE:
+        factor = power_of_two_below(tl.max(tl.max(tl.abs(x), 1), 0)) * 0.0078125
+        return (x * (1 / factor)).to(DTYPE), factor
+    else:
+        return x.to(DTYPE), 1.0
+
+
+@triton.jit
+def row_operand(x, DTYPE: tl.constexpr):
+    """`operand` with a factor [rows, 1] of its own for every row, so that no row sees another."""
+    if tl.float16 == DTYPE:
+        factor = power_of_two_below(tl.max(tl.abs(x), 1, keep_dims=True)) * 0.0078125
+        return (x * (1 / factor)).to(DTYPE), factor
+    else:
+        return x.to(DTYPE), 1.0

@@ -1,0 +1,286 @@
+"""Compile every Triton kernel for GPUs that need not be present, and list what the compilers say.
+
+    python scripts/compile_kernels.py                            # D = E = 64, bfloat16, four targets
+    python scripts/compile_kernels.py --all --write docs/results/kernels_aot.md
+
+The backend's own functions are run on small CPU tensors with their launches recorded instead of made. So what is
+compiled is what launch code would choose for that target, block sizes and all. Needs Triton, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vista_kernels import triton_backend
+from vista_kernels.triton_backend import blocks
+
+HEADS = 4
+LONG, SHORT = (2000, 40), (16,) * 6
+"""Lengths of the recorded batches: one segment in pieces, and short ones."""
+WIDTHS = (16, 32, 64, 128)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+TOLERATED_SPILLS = 32
+"""Bytes a thread: ptxas itself spills a few, far from its 255 registers, to let one more program run."""
+WIDE, WIDE_SPILLS = ("accumulate_bwd_kernel", "causal_kernel"), 256
+"""Kernels known to spill with float32 heads wider than 64, whose operands take three products, and how much."""
+H100_BYTES_PER_S, H100_BF16_FLOPS = 3.35e12, 989e12
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device to compile for, and its limits."""
+
+    name: str
+    target: GPUTarget
+    processors: int
+    shared_limit: int
+    """Bytes of shared memory that one program may have."""
+    shared_total: int
+    """Bytes of a processor."""
+    registers: int
+    """Registers of a processor, by lanes (CUDA) or of a lane of one of its four SIMDs (AMD)."""
+    max_warps: int
+
+    @property
+    def blocks_target(self) -> blocks.Target:
+        """What `blocks.target_of` would return on it."""
+        arch = self.target.arch
+        return blocks.Target(self.target.backend, arch if isinstance(arch, int) else 0, self.processors)
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("sm_80", GPUTarget("cuda", 80, 32), 108, 163 << 10, 164 << 10, 65536, 64),
+        Device("sm_90", GPUTarget("cuda", 90, 32), 132, 227 << 10, 228 << 10, 65536, 64),
+        Device("sm_100", GPUTarget("cuda", 100, 32), 148, 227 << 10, 228 << 10, 65536, 64),
+        Device("gfx942", GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 64 << 10, 512, 32),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A recorded launch."""
+
+    kernel: Any
+    args: tuple[object, ...]
+    constants: dict[str, object]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compilers say of one kernel."""
+
+    device: Device
+    kernel: str
+    dtype: str
+    width: int
+    block_t: int
+    num_warps: int
+    registers: int
+    spills: int
+    """Bytes a thread keeps in local memory: spilled registers and stack."""
+    shared: int
+    """Bytes of shared memory of a program."""
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the processor's warps that can be resident, by registers, shared memory and number of programs."""
+        device = self.device
+        if device.target.backend == "hip":
+            per_simd = min(8, device.registers // (-(-max(self.registers, 1) // 8) * 8))
+            programs = per_simd * 4 // self.num_warps
+        else:
+            programs = device.registers // (-(-self.registers // 8) * 8 * 32 * self.num_warps)
+        programs = min(programs, 32, device.max_warps // self.num_warps)
+        reserved = 0 if device.target.backend == "hip" else 1024
+        if self.shared + reserved:
+            programs = min(programs, device.shared_total // (self.shared + reserved))
+        return programs * self.num_warps / device.max_warps
+
+    @property
+    def problems(self) -> list[str]:
+        """What must not be."""
+        wide = self.dtype == "float32" and self.width > 64 and self.kernel in WIDE
+        limit = WIDE_SPILLS if wide else TOLERATED_SPILLS
+        found = [f"{self.spills} bytes spilled"] if self.spills > limit else []
+        if self.shared > self.device.shared_limit:
+            found.append(f"{self.shared} bytes of shared memory, limit {self.device.shared_limit}")
+        return found
+
+
+def record(device: Device, dtype: torch.dtype, width: int, lengths: tuple[int, ...]) -> list[Launch]:
+    """Run all functions of the backend once, and return what they would launch on the device."""
+    launches: dict[tuple[object, ...], Launch] = {}
+
+    def launch(kernel: Any, num_programs: int, *args: object, **flags: Any) -> None:
+        options = {name: flags.pop(name) for name in OPTIONS if name in flags}
+        key = (kernel.__name__, *sorted((name, str(value)) for name, value in flags.items()))
+        if num_programs:
+            launches.setdefault(key, Launch(kernel, args, flags, options))
+
+    with (
+        mock.patch.object(blocks, "launch", launch),
+        mock.patch.object(blocks, "target_of", lambda x: device.blocks_target),
+    ):
+        _run_all(dtype, width, lengths)
+    return list(launches.values())
+
+
+def compile_launch(device: Device, launch: Launch) -> Compiled:
+    """Compile a recorded launch and read registers, spills and shared memory from the result."""
+    signature, constants, attributes = _signature(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    done = triton.compile(source, target=device.target, options=launch.options)
+    registers, spills = _amd_usage(done.asm["amdgcn"]) if "amdgcn" in done.asm else _cuda_usage(done.asm["cubin"])
+    dtype = str(launch.constants.get("DTYPE", "fp32"))
+    return Compiled(
+        device,
+        launch.kernel.__name__,
+        {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype],
+        int(str(next(launch.constants[name] for name in "ADF" if name in launch.constants))),
+        int(str(launch.constants.get("BLOCK_T", 0))),
+        launch.options["num_warps"],
+        registers,
+        spills,
+        done.metadata.shared,
+    )
+
+
+def compile_all(
+    devices: list[str], cases: list[tuple[str, int]], lengths: tuple[tuple[int, ...], ...] = (LONG,)
+) -> Iterator[Compiled]:
+    """Compile every kernel for every device and (dtype, width)."""
+    for name in devices:
+        for dtype, width in cases:
+            for batch in lengths:
+                for launch in record(DEVICES[name], DTYPES[dtype], width, batch):
+                    yield compile_launch(DEVICES[name], launch)
+
+
+def kernels() -> set[str]:
+    """Return the names of all kernels of the backend."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(triton_backend.__name__ + ".")]
+    return {name for module in modules for name in vars(module) if re.search(r"_kernel(_\w+)?$", name)}
+
+
+def _run_all(dtype: torch.dtype, width: int, lengths: tuple[int, ...]) -> None:
+    """Call every function of the backend on empty tensors."""
+    total, batch = sum(lengths), len(lengths)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    starts, sizes = offsets[:-1], np.diff(offsets)
+    q, k, v, out, *grads = (torch.empty(total, HEADS, width, dtype=dtype) for _ in range(8))
+    z, grad_z = (torch.empty(batch, HEADS, width, width) for _ in range(2))
+    n, weight, scale = torch.empty(batch, HEADS), torch.empty(total, HEADS), torch.empty(batch, HEADS)
+    for w in (weight, None):
+        triton_backend.accumulate(k, v, starts, sizes, w, z, n, "silu", fresh=w is None)
+        triton_backend.accumulate_backward(grad_z, k, v, starts, sizes, w, "silu", grads[0], grads[1])
+    triton_backend.read(q, z, scale, starts, sizes, "silu", "silu", out)
+    triton_backend.read_backward(out, q, z, scale, starts, sizes, "silu", "silu", grads[0], grad_z)
+    triton_backend.add_targets(q, k, v, starts, "silu", out)
+    triton_backend.add_targets_backward(out, q, k, v, starts, "silu", *grads[:3])
+    triton_backend.causal_attention(q, k, v, offsets, z, "silu", out)
+    triton_backend.causal_attention_backward(out, q, k, v, offsets, z, "silu", grad_z, *grads[:3])
+    rows = torch.empty(300, HEADS, width * width)
+    decay = torch.empty(300, HEADS)
+    triton_backend.scan_rows(rows, decay, np.array([0, 300]), None)
+    triton_backend.scan_rows(rows, decay, np.array([0, 300]), None, descending=True, decay_after=True)
+
+
+def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict[tuple[int], list[list[object]]]]:
+    """Return the types, constants and divisibilities that Triton's JIT would derive from the arguments."""
+    signature: dict[str, str] = {}
+    constants: dict[str, object] = dict(launch.constants)
+    attributes: dict[tuple[int], list[list[object]]] = {}
+    for place, (name, arg) in enumerate(zip(launch.kernel.arg_names, launch.args, strict=False)):
+        if isinstance(arg, Tensor):
+            signature[name] = _POINTERS[arg.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif arg == 1:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if int(str(arg)) % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    for name in launch.kernel.arg_names[len(launch.args) :]:
+        signature[name] = "constexpr"
+    return signature, constants, attributes
+
+
+def _cuda_usage(cubin: bytes) -> tuple[int, int]:
+    """Return registers a thread, and bytes of local memory and stack, of a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    return registers, stack + local
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    """Return vector registers a lane, and spilled registers and private bytes, of AMD assembly."""
+
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", assembly)
+        if found is None:
+            raise ValueError(f"the assembly has no .{key}")
+        return int(found[1])
+
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size")
+    return number("vgpr_count"), spills
+
+
+def main() -> None:
+    """Compile and print the table; fail if anything spills or needs too much shared memory."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--all", action="store_true", help="every width and dtype, and short segments as well")
+    parser.add_argument("--device", choices=list(DEVICES), action="append", help="compile for this one (repeatable)")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table to a Markdown file")
+    options = parser.parse_args()
+    cases = [(dtype, width) for dtype in DTYPES for width in WIDTHS] if options.all else [("bfloat16", 64)]
+    lengths = (LONG, SHORT) if options.all else (LONG,)
+    failed = 0
+    for row in compile_all(options.device or list(DEVICES), cases, lengths):
+        print(
+            f"{row.device.name:7} {row.kernel:24} {row.dtype:9} {row.width:6} BT {row.block_t:3} w {row.num_warps} "
+            f"regs {row.registers:4} spills {row.spills:5} shared {row.shared:7} occ {row.occupancy:.2f}",
+            *row.problems,
+            flush=True,
+        )
+        failed += bool(row.problems)
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
