@@ -199,12 +199,6 @@ def matmul_floor(m: int, n: int, k: int, *, count: int = 1, dtypes: Sequence[tor
     return work.times * interleaved({"product": work.call})["product"].median_s
 
 
-def copy_floor(num_bytes: int) -> float:
-    """Seconds of copying num_bytes once, which moves twice as many."""
-    work = copying(2 * num_bytes)
-    return work.times * interleaved({"copy": work.call}, rounds=7)["copy"].median_s
-
-
 def fastest(works: Sequence[Work]) -> Work:
     """The one that takes the least time for the whole work, by a short measurement."""
     calls = {str(index): work.call for index, work in enumerate(works)}

@@ -55,7 +55,14 @@ def lifelong_log(folder: Path, lengths: Sequence[int], *, num_items: int = 50_00
 
 
 def untrained(
-    log: EventLog, *, dim: int, num_seeds: int, mixing: Mixing = Mixing.separable, tail_len: int = 32, seed: int = 1
+    log: EventLog,
+    *,
+    dim: int,
+    num_seeds: int,
+    mixing: Mixing = Mixing.separable,
+    num_layers: int = 2,
+    tail_len: int = 32,
+    seed: int = 1,
 ) -> Recommender:
     """A model for this log with one labelled task, in eval mode; bidirectional mixing comes as in the paper, without
     convolution."""
@@ -64,6 +71,7 @@ def untrained(
         dim=dim,
         num_seeds=num_seeds,
         mixing=mixing,
+        num_layers=num_layers,
         conv_width=3 if mixing is Mixing.separable else 1,
         tail_len=tail_len,
     )

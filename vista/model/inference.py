@@ -51,7 +51,7 @@ def summarize(model: Recommender, histories: Histories) -> Tensor:
         return model.summarizer.read(state.z, state.n).float()
     groups = token_groups(histories.lengths, slice_len(model))
     parts = [_summarize_set(model, model.summarizer, histories.select_users(g.start, g.stop)) for g in groups]
-    return torch.cat(parts) if parts else model.summarizer.empty_state(0).n.new_zeros(0, 0, model.config.dim)
+    return torch.cat([torch.empty(0, model.config.num_seeds, model.config.dim, device=model.device), *parts])
 
 
 def _summarize_set(model: Recommender, summarizer: Summarizer, histories: Histories) -> Tensor:
