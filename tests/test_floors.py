@@ -15,7 +15,6 @@ SHAPE = (512, 2, 64, torch.bfloat16)
 
 
 def test_floors_grow_with_the_work() -> None:
-
     assert matmul_floor(512, 512, 512) > matmul_floor(4, 4, 4) > 0
 
 
