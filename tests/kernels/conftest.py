@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is imported, which nothing above does: kernels then run in its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import vista_kernels
 from vista_kernels import reference
@@ -16,6 +22,9 @@ from vista_kernels.torch_backend import passes, scan, segments, targets, workspa
 
 Inputs = dict[str, Any]
 HEADS, WIDTH, VALUE_WIDTH = 2, 3, 4
+HAS_TRITON = find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,12 @@ class Operator:
     leaves: tuple[str, ...]
     results: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    backend: str = "torch"
+
+    @property
+    def widest(self) -> torch.dtype:
+        """The widest dtype that the backend takes."""
+        return torch.float32 if self.backend == "triton" else torch.float64
 
     def make(self, lengths: list[int], dtype: torch.dtype, seed: int = 0, width: int = WIDTH) -> Inputs:
         """Return random inputs for segments of these lengths."""
@@ -63,8 +78,8 @@ class Operator:
         return inputs
 
     def fast(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Run the torch path."""
-        return _as_tuple(getattr(vista_kernels, self.name)(**inputs, backend="torch"))
+        """Run the backend."""
+        return _as_tuple(getattr(vista_kernels, self.name)(**inputs, backend=self.backend))
 
     def oracle(self, inputs: Inputs, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
         """Run the loop over events in `dtype`."""
@@ -142,10 +157,23 @@ OPERATORS = {
 }
 
 
+@pytest.fixture(params=BACKENDS, scope="session")
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn; on a CPU Triton's kernels run in its interpreter."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(params=list(OPERATORS), scope="session")
-def operator(request: pytest.FixtureRequest) -> Operator:
-    """Each operator in turn."""
+def torch_operator(request: pytest.FixtureRequest) -> Operator:
+    """Each operator in turn, on the torch backend."""
     return OPERATORS[request.param]
+
+
+@pytest.fixture(scope="session")
+def operator(torch_operator: Operator, backend: str) -> Operator:
+    """Each operator in turn, on each backend."""
+    return replace(torch_operator, backend=backend)
 
 
 @pytest.fixture(scope="session")
@@ -156,9 +184,21 @@ def operators() -> dict[str, Operator]:
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shrink windows to 256 tokens (65 make a segment long), so that small inputs cross every border."""
+    """Shrink windows to 256 tokens (65 make a segment long), so that small inputs cross every border.
+
+    Items of the Triton backend likewise: pieces of 32 tokens, of segments from 49 on.
+    """
     for module in (segments, passes, scan, targets):
         monkeypatch.setattr(module, "WINDOW_ELEMENTS", 1024)
+    if HAS_TRITON:
+        from vista_kernels.triton_backend import pieces
+        from vista_kernels.triton_backend import scan as triton_scan
+
+        for name, value in {"MIN_ITEM": 64, "MAX_ITEM": 64, "MIN_PIECE": 32, "ALIGNMENT": 16}.items():
+            monkeypatch.setattr(pieces, name, value)
+        monkeypatch.setattr(pieces, "PROGRAMS_PER_PROCESSOR", 1000)
+        monkeypatch.setattr(triton_scan, "PROGRAMS_PER_PROCESSOR", 1000)
+        monkeypatch.setattr(triton_scan, "LONGEST", 24)
 
 
 @pytest.fixture

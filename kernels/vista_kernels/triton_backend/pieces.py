@@ -59,11 +59,16 @@ class Plan:
         return self.starts, self.lengths, self.items, self.sums
 
 
-def plan(starts: IntArray, lengths: IntArray, *, num_heads: int, num_processors: int, max_item: int = MAX_ITEM) -> Plan:
-    """Cut segments [B] into items; `starts` rise, and a segment may end before the next one starts."""
+def plan(
+    starts: IntArray, lengths: IntArray, *, num_heads: int, num_processors: int, max_item: int | None = None
+) -> Plan:
+    """Cut segments [B] into items of up to about `max_item` tokens (MAX_ITEM unless given).
+
+    `starts` rise, and a segment may end before the next one starts.
+    """
     costs = lengths + SEGMENT_COST
     size = int(costs.sum()) * num_heads // (PROGRAMS_PER_PROCESSOR * num_processors)
-    size = max(MIN_ITEM, min(size, max_item))
+    size = max(MIN_ITEM, min(size, MAX_ITEM if max_item is None else max_item))
     piece = max(size, MIN_PIECE)
     is_long = lengths > piece + piece // 2
     pieces, sums = _pieces(starts, lengths, np.flatnonzero(is_long), piece)
