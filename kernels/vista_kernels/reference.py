@@ -142,6 +142,43 @@ def causal_linear_attention(
     return _stack(outputs, v, (v.shape[1], v.shape[2])), _stack(states, v, (k.shape[1], k.shape[2], v.shape[2]))
 
 
+def target_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    own_bias: Tensor | None = None,
+    context_mask: Tensor | None = None,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Return o [B, H, Q, E]: each candidate's softmax over the context's tokens and itself."""
+    batch, heads, num_queries, width = q.shape
+    q, k, v, own_k, own_v = (x.to(dtype) for x in (q, k, v, own_k, own_v))
+    scale = width**-0.5 if scale is None else scale
+    bias = torch.zeros((), dtype=dtype) if bias is None else bias.to(dtype)
+    bias = bias.expand(batch, heads, num_queries, k.shape[2])
+    own_bias = torch.zeros(heads, dtype=dtype) if own_bias is None else own_bias.to(dtype)
+    own_bias = (own_bias[:, None] if own_bias.dim() == 1 else own_bias).expand(batch, heads, num_queries)
+    outputs = []
+    for b in range(batch):
+        for h in range(heads):
+            keys, values = k[b, h], v[b, h]
+            for i in range(num_queries):
+                scores = (keys * q[b, h, i]).sum(1) * scale + bias[b, h, i]
+                if context_mask is not None:
+                    scores = torch.where(context_mask[b], scores, torch.full_like(scores, -torch.inf))
+                own = (own_k[b, h, i] * q[b, h, i]).sum() * scale + own_bias[b, h, i]
+                largest = torch.cat([scores, own[None]]).max().detach()
+                shares, own = (scores - largest).exp(), (own - largest).exp()
+                mixed = (shares[:, None] * values).sum(0) + own * own_v[b, h, i]
+                outputs.append(mixed / (shares.sum() + own))
+    return _stack(outputs, v, (v.shape[3],)).view(batch, heads, num_queries, v.shape[3])
+
+
 def _segments(offsets: Tensor) -> list[tuple[int, int]]:
     bounds = offsets.tolist()
     return list(pairwise(bounds))

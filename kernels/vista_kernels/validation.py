@@ -98,6 +98,67 @@ def check_activation(name: str, value: str) -> None:
     check_choice(name, value, ACTIVATIONS)
 
 
+def check_candidates(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    bias: Tensor | None,
+    own_bias: Tensor | None,
+    context_mask: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check the tensors of `target_attention`, and return bias with 4 axes and own_bias with 3.
+
+    Each axis of them may be 1; an own_bias of one axis is [H].
+    """
+    for name, x in (("q", q), ("k", k), ("v", v), ("own_k", own_k), ("own_v", own_v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [B, H, N, D], got shape {_shape(x)}")
+        if x.dtype not in FLOATS:
+            raise ValueError(f"{name} must be a floating tensor, got {x.dtype}")
+        _check_alike(name, x, "q", q)
+    batch, heads, num_queries, width = q.shape
+    num_context = k.shape[2]
+    if k.shape != (batch, heads, num_context, width):
+        raise ValueError(f"k {_shape(k)} does not fit q {_shape(q)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v {_shape(v)} does not fit k {_shape(k)}")
+    if own_k.shape != q.shape:
+        raise ValueError(f"own_k {_shape(own_k)} does not fit q {_shape(q)}")
+    if own_v.shape != (batch, heads, num_queries, v.shape[3]):
+        raise ValueError(f"own_v {_shape(own_v)} does not fit q {_shape(q)} and v {_shape(v)}")
+    if context_mask is not None:
+        if context_mask.shape != (batch, num_context) or context_mask.dtype != torch.bool:
+            raise ValueError(
+                f"context_mask must be bool [B, C] of k {_shape(k)}, got {context_mask.dtype} {_shape(context_mask)}"
+            )
+        if context_mask.device != q.device:
+            raise ValueError(f"context_mask is on {context_mask.device}, q on {q.device}")
+    if own_bias is not None and own_bias.dim() == 1:
+        if own_bias.shape[0] != heads:
+            raise ValueError(f"own_bias of one axis must be [H] of q {_shape(q)}, got shape {_shape(own_bias)}")
+        own_bias = own_bias[:, None]
+    return (
+        _broadcastable("bias", bias, (batch, heads, num_queries, num_context), q),
+        _broadcastable("own_bias", own_bias, (batch, heads, num_queries), q),
+    )
+
+
+def _broadcastable(name: str, x: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+    """Return x with leading axes of 1 up to the rank of `shape`, after checking that it broadcasts to it."""
+    if x is None:
+        return None
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{name} must be a floating tensor, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, q on {like.device}")
+    full = (1,) * (len(shape) - x.dim()) + tuple(x.shape)
+    if len(full) != len(shape) or any(a not in (1, b) for a, b in zip(full, shape, strict=True)):
+        raise ValueError(f"{name} must be broadcastable to {list(shape)}, got shape {_shape(x)}")
+    return x.reshape(full)
+
+
 def _check_alike(name: str, x: Tensor, first_name: str, first: Tensor) -> None:
     if x.dtype != first.dtype:
         raise ValueError(f"{name} {_shape(x)} is {x.dtype} but {first_name} {_shape(first)} is {first.dtype}")

@@ -213,7 +213,7 @@ class Recommender(nn.Module):
         return F.normalize(self.user_projection(stage.query(x, projections, gap, seen, context)), dim=-1)
 
     def candidate_logits(self, vectors: Tensor, gap: Tensor | None, seen: Tensor, context: Context) -> Tensor:
-        """Logits [B, C, num_tasks] of candidates: vectors, gap [B, C, M] (or None); seen int64 [C] or [B, C]."""
+        """Logits [B, C, num_tasks] of candidates: vectors, gap [B, C, M] (or None); seen int64 [C], [1] or [B, C]."""
         assert self.task_head is not None
         stage = self.target_attention
         out = stage.query(vectors, stage.layers[0].project_query(vectors), gap, seen, context)

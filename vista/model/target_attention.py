@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vista.config import ModelConfig
 from vista.model.layers import Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
+from vista_kernels import target_attention
 
 MASKED = -1e9
 """Additive mask; finite, so that a row with nothing to see stays finite."""
@@ -71,21 +72,22 @@ class TargetLayer(nn.Module):
         mixed: Tensor = self.feed_forward(self.output(x, heads, gate.sigmoid()))
         return mixed
 
-    def attend_query(self, x: Tensor, qgkv: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    def attend_query(
+        self, x: Tensor, qgkv: Tensor, key: Tensor, value: Tensor, bias: Tensor, context_mask: Tensor
+    ) -> Tensor:
         """A query layer.
 
         Args:
             x: [B, Q, M]; qgkv: [B, Q, 4M] its projections.
             key, value: [B, H, S+L, D] of the context.
-            mask: [B, H, Q, S+L], additive.
+            bias: additive, broadcastable to [B, H, Q, S+L].
+            context_mask: bool [B, S+L]; False where there is no event.
         """
         query, gate, own_key, own_value = qgkv.chunk(4, -1)
         query, own_key, own_value = self._heads(query), self._heads(own_key), self._heads(own_value)
-        scale = self.head_dim**-0.5
-        scores = (query @ key.transpose(-1, -2)) * scale + mask
-        own = (query * own_key).sum(-1, keepdim=True) * scale + self.bias[:, 0, None, None]
-        weights = torch.softmax(torch.cat([scores, own], -1), -1).to(value.dtype)
-        heads = weights[..., :-1] @ value + weights[..., -1:] * own_value
+        heads = target_attention(
+            query, key, value, own_key, own_value, bias=bias, own_bias=self.bias[:, 0], context_mask=context_mask
+        )
         mixed: Tensor = self.feed_forward(self.output(x, heads.transpose(1, 2), gate.sigmoid()))
         return mixed
 
@@ -161,7 +163,7 @@ class TargetAttention(nn.Module):
             x: [B, Q, M] candidates' item vectors, or request tokens; qgkv: [B, Q, 4M] layer 1's projections of x
                 (`layers[0].project_query`), which may be computed beforehand.
             gap: [B, Q, M] embeddings of the request's gap, or None.
-            seen: int64 [Q] or [B, Q]: how many columns of the tail a query sees (all: L).
+            seen: int64 [Q] or [B, Q]: how many columns of the tail a query sees (all: L); [1] if all see alike.
             context: of the same B rows.
 
         Returns:
@@ -170,12 +172,11 @@ class TargetAttention(nn.Module):
         if gap is not None:
             x, qgkv = x + gap, qgkv + self.query_gap(gap)
         x = self.dropout(x)
-        padding = torch.where(context.tail_valid, 0.0, MASKED)[:, None, None, :]
+        context_mask = F.pad(context.tail_valid, (self.num_seeds, 0), value=True)
         for index, layer in enumerate(self.layers):
             bias = self._position_bias(layer, self.distance, own=False)[:, seen]
-            mask = (bias if seen.dim() == 1 else bias.transpose(0, 1)) + padding
-            mask = F.pad(mask, (self.num_seeds, 0))
+            bias = F.pad(bias if seen.dim() == 1 else bias.transpose(0, 1), (self.num_seeds, 0))
             projections = qgkv if index == 0 else layer.project_query(x)
-            x = layer.attend_query(x, projections, context.keys[index], context.values[index], mask)
+            x = layer.attend_query(x, projections, context.keys[index], context.values[index], bias, context_mask)
         normed: Tensor = self.final_norm(x)
         return normed

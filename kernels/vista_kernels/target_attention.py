@@ -1,0 +1,265 @@
+"""Attention of candidates to a context that they share, and each to itself; no candidate sees another.
+
+Per request and head, for candidate i, with C context tokens::
+
+    s_ij = scale q_i . k_j + bias_ij        e_i = scale q_i . own_k_i + own_bias_i
+    o_i  = sum_j exp(s_ij - L_i) v_j + exp(e_i - L_i) own_v_i          L_i = log(sum_j exp(s_ij) + exp(e_i))
+
+Forward is torch's SDPA over the context, which gives its log-sum-exp, and one term merged into it. Backward needs the
+merged o and L alone: with p = exp(s - L) and delta_i = dO_i . o_i::
+
+    dS_ij = p_ij (dO_i . v_j - delta_i)     dE_i = exp(e_i - L_i) (dO_i . own_v_i - delta_i)     dbias = dS
+    dq = scale (dS k + dE own_k)            dk = scale dS^T q        dv = p^T dO
+
+SDPA's own backward on a CPU gives no gradient of a bias, so dS is computed here, in portions of requests and candidates
+that stay in cache (sdpa.py). Layout: [B, H, N, D]. Sums are float32 (float64 for float64); lower dtypes are widened.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vista_kernels import reference, sdpa
+from vista_kernels.launch import choose_backend
+from vista_kernels.torch_backend.precision import product_dtype
+from vista_kernels.validation import check_candidates, state_dtype
+
+
+def target_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    own_bias: Tensor | None = None,
+    context_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Let every candidate attend to its request's context and to itself: o = softmax([q k^T, q . own_k]) [v; own_v].
+
+    A candidate with nothing to see in the context, or with C = 0, returns own_v.
+
+    Args:
+        q: [B, H, Q, D] queries of the candidates, float64, float32, bfloat16 or float16.
+        k: [B, H, C, D] keys of the context, of q's dtype and device, as are the following.
+        v: [B, H, C, E] values of the context.
+        own_k: [B, H, Q, D] keys of the candidates.
+        own_v: [B, H, Q, E] values of the candidates.
+        bias: float, broadcastable to [B, H, Q, C], added to the scaled scores; -inf hides.
+        own_bias: float [H], or broadcastable to [B, H, Q], added to the candidates' own scores.
+        context_mask: bool [B, C]; False hides a token from all candidates. None: all are seen.
+        scale: of the scores; None is 1 / sqrt(D).
+        backend: "auto", "torch" or "reference".
+
+    Returns:
+        o [B, H, Q, E] of v's dtype. All float arguments get gradients, a broadcast bias in its own shape.
+
+    Raises:
+        ValueError: naming the argument and the shapes, if shapes, dtypes or devices do not fit, or for "triton".
+    """
+    bias, own_bias = check_candidates(q, k, v, own_k, own_v, bias, own_bias, context_mask)
+    if scale is None:
+        scale = q.shape[3] ** -0.5 if q.shape[3] else 1.0
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    chosen = choose_backend(backend, q.device, sdpa=True)
+    if chosen == "reference":
+        return reference.target_attention(
+            q, k, v, own_k, own_v, bias=bias, own_bias=own_bias, context_mask=context_mask, scale=scale
+        ).to(v.dtype)
+    if _is_direct(q, k):
+        return _direct(q, k, v, own_k, own_v, bias, own_bias, context_mask, scale)
+    arguments = (q, k, v, own_k, own_v, bias, own_bias, context_mask, scale)
+    learned = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+    # The first call of any custom_op imports torch._dynamo and Triton, a second that serving does not want.
+    run = _target_op if learned or torch.compiler.is_compiling() else _forward
+    out: Tensor = run(*arguments)[0]
+    return out
+
+
+def _is_direct(q: Tensor, k: Tensor) -> bool:
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or product_dtype(q) != torch.bfloat16:
+        return False
+    return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= sdpa.DIRECT_SCORES
+
+
+def _direct(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    bias: Tensor | None,
+    own_bias: Tensor | None,
+    context_mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Return o by products in q's dtype and a float32 softmax, whose weights are kept for torch's own backward."""
+    own = (q.float() * own_k).sum(-1) * scale
+    own = own if own_bias is None else own + own_bias
+    added = torch.zeros((), device=q.device) if bias is None else bias.float()
+    if context_mask is not None:
+        added = added + torch.where(context_mask, 0.0, sdpa.HIDDEN)[:, None, None]
+    scores = torch.add(added, q @ k.transpose(-1, -2), alpha=scale)
+    weights = torch.softmax(torch.cat([scores, own[..., None]], -1), -1).to(v.dtype)
+    return weights[..., :-1] @ v + weights[..., -1:] * own_v
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    bias: Tensor | None,
+    own_bias: Tensor | None,
+    context_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return o, and L [B, H, Q], which backward reads."""
+    out, lse = _empty_like(own_v), q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
+    # SDPA on a GPU takes 16-bit tokens at their best; on a CPU without AMX it is slower on them than widened.
+    work = state_dtype(q.dtype) if q.device.type == "cpu" else q.dtype
+    for rows in sdpa.row_portions(q, k):
+        k_n, v_n = sdpa.widened("k", k[rows], work), sdpa.widened("v", v[rows], work)
+        for part in sdpa.query_portions(rows, q, k):
+            q_n = sdpa.widened("q", q[part], work)
+            o, context = sdpa.attend(q_n, k_n, v_n, sdpa.mask(bias, context_mask, part, work), scale)
+            own = sdpa.own_scores(q_n, own_k[part], own_bias, part, scale)
+            torch.logaddexp(context, own, out=lse[part])
+            share = own.sub_(lse[part]).exp_()[..., None]
+            if out.dtype == work == share.dtype:
+                torch.lerp(o, own_v[part], share, out=out[part])
+            else:
+                out[part] = o.to(share.dtype).lerp_(own_v[part].to(share.dtype), share)
+    return out, lse
+
+
+_target_op = torch.library.custom_op("vista_kernels::target_attention", _forward, mutates_args=())
+
+
+@_target_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    bias: Tensor | None,
+    own_bias: Tensor | None,
+    context_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _empty_like(own_v), q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
+
+
+@torch.library.custom_op("vista_kernels::target_attention_backward", mutates_args=())
+def _target_backward_op(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    own_bias: Tensor | None,
+    context_mask: Tensor | None,
+    scale: float,
+    learned_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv, down_k, down_v, dbias and down_bias (empty where there is none)."""
+    work = state_dtype(q.dtype)
+    grads = _empty_gradients(q, k, v, own_k, own_v, bias if learned_bias else None, own_bias)
+    grad_q, grad_k, grad_v, grad_own_k, grad_own_v = grads[:5]
+    grad_bias, grad_own_bias = (x.zero_() if x.dtype == work else x.new_zeros(x.shape, dtype=work) for x in grads[5:])
+    for rows in sdpa.row_portions(q, k):
+        k_n, v_n = (sdpa.widened(name, x[rows], work).flatten(0, 1) for name, x in (("k", k), ("v", v)))
+        dk, dv = (sdpa.accumulator(name, x[rows], work).flatten(0, 1) for name, x in (("dk", grad_k), ("dv", grad_v)))
+        for part in sdpa.query_portions(rows, q, k):
+            q_n, do, own_k_n, own_v_n = (
+                sdpa.like(name, x[part], work).copy_(x[part])  # copies, which are written over below
+                for name, x in (("q", q), ("do", grad_out), ("own_k", own_k), ("own_v", own_v))
+            )
+            p = sdpa.scores(q_n, k_n, sdpa.mask(bias, context_mask, part, work), scale)
+            sdpa.exp(p.sub_(lse[part][..., None]))
+            own = sdpa.exp(sdpa.own_scores(q_n, own_k_n, own_bias, part, scale).sub_(lse[part]))
+            total = p.sum(-1).add_(own)[..., None]
+            do.div_(total)
+            q_f, do_f, p_f = q_n.flatten(0, 1), do.flatten(0, 1), p.flatten(0, 1)
+            torch.baddbmm(dv, p_f.transpose(1, 2), do_f, out=dv)
+            ds_f = torch.bmm(do_f, v_n.transpose(1, 2), out=sdpa.like("ds", p_f, work)).mul_(p_f)
+            ds = ds_f.view_as(p)
+            de = torch.mul(do, own_v_n, out=own_v_n).sum(-1).mul_(own)
+            delta = ds.sum(-1).add_(de).div_(total[..., 0])
+            ds.addcmul_(p, delta[..., None], value=-1)
+            de.addcmul_(own, delta, value=-1)
+            if learned_bias:
+                share = sdpa.part_of(grad_bias, part)
+                share += ds.sum_to_size(share.shape)
+            torch.baddbmm(dk, ds_f.transpose(1, 2), q_f, alpha=scale, out=dk)
+            if own_bias is not None:
+                share = sdpa.part_of(grad_own_bias, part)
+                share += de.sum_to_size(share.shape)
+            grad_own_v[part] = do.mul_(own[..., None])
+            de = de.mul_(scale)[..., None]
+            dq = own_k_n.mul_(de).flatten(0, 1)
+            torch.baddbmm(dq, ds_f, k_n, alpha=scale, out=dq)
+            grad_q[part] = dq.view_as(q_n)
+            grad_own_k[part] = q_n.mul_(de)
+        for grad, total in ((grad_k, dk), (grad_v, dv)):
+            if grad.dtype != work:
+                grad[rows] = total.view_as(grad[rows])
+    return *grads[:5], grad_bias.to(grads[5].dtype), grad_own_bias.to(grads[6].dtype)
+
+
+@_target_backward_op.register_fake
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    own_bias: Tensor | None,
+    context_mask: Tensor | None,
+    scale: float,
+    learned_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_gradients(q, k, v, own_k, own_v, bias if learned_bias else None, own_bias)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, bias, own_bias, context_mask, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output[1], bias, own_bias, context_mask)
+
+
+def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+    learned_bias = ctx.needs_input_grad[5]
+    *grads, bias, own_bias = _target_backward_op(grad_out, *ctx.saved_tensors, ctx.scale, learned_bias)
+    has_own_bias = ctx.saved_tensors[7] is not None
+    return *grads, bias if learned_bias else None, own_bias if has_own_bias else None, None, None
+
+
+_target_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Return an uninitialised [B, H, N, E] whose memory is [B, N, H, E], the layout of projections."""
+    return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
+
+
+def _empty_gradients(
+    q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor, bias: Tensor | None, own_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    added = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, own_bias))
+    tokens = _empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape), _empty_like(own_k), _empty_like(own_v)
+    return *tokens, *added  # type: ignore[return-value]

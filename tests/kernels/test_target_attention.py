@@ -1,0 +1,292 @@
+"""Target attention: its error and gradients, what it hides, and that no candidate and no request sees another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vista_kernels import reference, sdpa, target_attention
+from vista_kernels.target_attention import _direct
+
+from .test_operators import _Recorder, err
+
+Inputs = dict[str, Any]
+BIASES: dict[str, tuple[int, ...] | None] = {
+    "none": None,
+    "learned": (0, 1, 1, 1),
+    "keys": (1, 0, 0, 1),
+    "all": (1,) * 4,
+}
+"""Which axes of [B, H, Q, C] a bias has."""
+SHAPES = {
+    "one": (1, 1, 1),
+    "no-requests": (0, 3, 4),
+    "no-candidates": (2, 0, 4),
+    "no-context": (2, 3, 0),
+    "few": (3, 7, 9),
+    "many": (2, 70, 33),
+}
+TOKENS = ("q", "k", "v", "own_k", "own_v")
+
+
+def make(
+    shape: tuple[int, int, int], dtype: torch.dtype, bias: str = "learned", *, mask: bool = True, width: int = 8
+) -> Inputs:
+    """Random inputs for (B, Q, C), two heads; values are 6 wide."""
+    (batch, queries, context), heads = shape, 2
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, dtype=torch.float64)
+
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs: Inputs = {name: normal(batch, heads, queries, width).to(dtype) for name in ("q", "own_k")}
+    inputs |= {"k": normal(batch, heads, context, width).to(dtype), "v": normal(batch, heads, context, 6).to(dtype)}
+    inputs |= {"own_v": normal(batch, heads, queries, 6).to(dtype)}
+    axes = BIASES[bias]
+    if axes is not None:
+        full = (batch, heads, queries, context)
+        inputs["bias"] = normal(*(n if axis else 1 for n, axis in zip(full, axes, strict=True))).to(sums)
+        inputs["own_bias"] = normal(heads).to(sums)
+    if mask:
+        inputs["context_mask"] = torch.rand((batch, context), generator=generator) > 0.3
+    return inputs
+
+
+def gradients(run: Callable[..., Tensor], inputs: Inputs) -> dict[str, Tensor]:
+    """The output and the gradients of a fixed random functional of it, by name."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items() if x.is_floating_point()}
+    out = run(**inputs | leaves)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    total = (out * cotangent.to(out.dtype)).sum() + sum(x.sum() * 0 for x in leaves.values())
+    return {"out": out.detach()} | dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+
+def check_against_oracle(run: Callable[..., Tensor], inputs: Inputs, unit: float) -> None:
+    def rounded(**arguments: Any) -> Tensor:
+        return reference.target_attention(**arguments, dtype=torch.float32).to(inputs["q"].dtype)
+
+    exact = gradients(reference.target_attention, inputs)
+    actual, plain = gradients(run, inputs), gradients(rounded, inputs)
+    # A score's gradient is a difference of larger terms, and is held to their rounding.
+    largest = max((float(x.abs().max()) for x in exact.values() if x.numel()), default=0.0)
+    for name, truth in exact.items():
+        assert actual[name].shape == truth.shape
+        direct = name in ("out", "v", "own_v") and truth.numel()
+        scale = float(truth.abs().max()) if direct else largest
+        assert err(actual[name], truth) <= 2 * err(plain[name], truth) + 4 * unit * scale, name
+
+
+@pytest.fixture(params=[64, 1 << 19], ids=["small-portions", "one-portion"])
+def portions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Portions of a few candidates, and as they are."""
+    monkeypatch.setitem(sdpa.PORTION_ELEMENTS, "cpu", request.param)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.usefixtures("portions")
+def test_float32_error(shape: tuple[int, int, int], bias: str) -> None:
+    check_against_oracle(target_attention, make(shape, torch.float32, bias, mask=bias != "keys"), 2.0**-24)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("portions")
+def test_low_precision_error(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "DIRECT_SCORES", -1)
+    unit = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-12
+    for shape in SHAPES.values():
+        check_against_oracle(target_attention, make(shape, dtype), unit)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_direct_products_error(bias: str) -> None:
+    """The form that bfloat16 takes on CPUs which multiply it."""
+
+    def run(bias: Tensor | None = None, own_bias: Tensor | None = None, **arguments: Any) -> Tensor:
+        own_bias = None if own_bias is None else own_bias[:, None]
+        mask = arguments.get("context_mask")
+        return _direct(*(arguments[name] for name in TOKENS), bias, own_bias, mask, arguments["q"].shape[3] ** -0.5)
+
+    for shape in SHAPES.values():
+        check_against_oracle(run, make(shape, torch.bfloat16, bias), 2.0**-9)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.usefixtures("portions")
+def test_gradcheck(bias: str) -> None:
+    inputs = make((2, 3, 4), torch.float64, bias)
+    names = [name for name, x in inputs.items() if x.is_floating_point()]
+    leaves = [inputs[name].requires_grad_() for name in names]
+    constants = {"scale": 0.7, "context_mask": inputs["context_mask"]}
+    assert torch.autograd.gradcheck(
+        lambda *x: target_attention(**dict(zip(names, x, strict=True)), **constants), leaves
+    )
+    if "bias" in inputs:  # and as a constant
+        inputs["bias"] = inputs["bias"].detach()
+        fixed = {name: inputs.pop(name) for name in ("bias", "context_mask")}
+        names = list(inputs)
+        leaves = list(inputs.values())
+        assert torch.autograd.gradcheck(
+            lambda *x: target_attention(**dict(zip(names, x, strict=True)), **fixed), leaves
+        )
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_opcheck(bias: str) -> None:
+    """Run opcheck on the operator and, through recorded calls, on its backward."""
+    inputs = make((2, 3, 4), torch.float32, bias, mask=bias != "all")
+    recorder = _Recorder()
+    with recorder:
+        gradients(target_attention, inputs)
+    assert sorted(recorder.calls) == ["target_attention", "target_attention_backward"]
+    for name, args in recorder.calls.items():
+        if not name.endswith("_backward"):
+            args = [a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        torch.library.opcheck(getattr(torch.ops.vista_kernels, name).default, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiles_as_one_graph(dtype: torch.dtype) -> None:
+    inputs = make((2, 5, 4), dtype)
+    compiled = torch.compile(target_attention, backend="aot_eager", fullgraph=True)
+    expected, actual = gradients(target_attention, inputs), gradients(compiled, inputs)
+    tolerance = {} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    for name, x in expected.items():
+        torch.testing.assert_close(actual[name], x, **tolerance)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs), target_attention(**inputs), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("how", ["-1e9", "-inf", "mask", "no context"])
+@pytest.mark.usefixtures("portions")
+def test_hidden_context_leaves_the_candidate_itself(dtype: torch.dtype, how: str) -> None:
+    inputs = make((3, 7, 0 if how == "no context" else 9), dtype, "all", mask=False)
+    if how == "mask":
+        inputs["context_mask"] = torch.arange(3)[:, None].expand(3, 9) != 1
+    elif how != "no context":
+        inputs["bias"][1] = float(how)
+    results = gradients(target_attention, inputs)
+    hidden = slice(None) if how == "no context" else 1
+    assert torch.equal(results["out"][hidden], inputs["own_v"][hidden])
+    assert all(bool(x.isfinite().all()) for x in results.values())
+    assert not results["q"][hidden].any()
+    assert not results["k"][hidden].any()
+    assert not results["bias"][hidden].any()
+
+
+def test_partly_hidden_by_infinity() -> None:
+    inputs = make((2, 5, 9), torch.float32, "all", mask=False)
+    inputs["bias"][:, :, :, 4:] = -torch.inf
+    shorter = inputs | {name: inputs[name][:, :, :4] for name in ("k", "v")} | {"bias": inputs["bias"][..., :4]}
+    torch.testing.assert_close(target_attention(**inputs), target_attention(**shorter))
+    assert not gradients(target_attention, inputs)["k"][:, :, 4:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("portions")
+def test_poisoned_candidate_changes_no_other(dtype: torch.dtype) -> None:
+    inputs = make((2, 70, 33), dtype, "none")
+    inputs["bias"] = torch.zeros(2, 70, 33)
+    before = gradients(target_attention, inputs)
+    for i in (0, 31, 69):
+        poisoned = inputs | {name: inputs[name].clone() for name in ("q", "own_k", "own_v")}
+        for name in ("q", "own_k", "own_v"):
+            poisoned[name][:, :, i] = torch.nan
+        after = gradients(target_attention, poisoned)
+        others = torch.arange(70) != i
+        for name in ("out", "q", "own_k", "own_v"):
+            assert torch.equal(before[name][:, :, others], after[name][:, :, others])
+        assert torch.equal(before["bias"][:, others], after["bias"][:, others])
+        assert bool(after["out"][:, :, i].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("portions")
+def test_poison_stays_in_its_request(dtype: torch.dtype) -> None:
+    inputs = make((3, 7, 9), dtype, "all")
+    before = gradients(target_attention, inputs)
+    for value in (torch.nan, torch.inf):
+        poisoned = {name: x.clone() for name, x in inputs.items()}
+        for name in (*TOKENS, "bias"):
+            poisoned[name][1] = value
+        after = gradients(target_attention, poisoned)
+        for name in ("out", *TOKENS, "bias"):
+            assert torch.equal(before[name][[0, 2]], after[name][[0, 2]])
+        assert bool(after["out"][1].isnan().any())
+
+
+@pytest.mark.parametrize(("dtype", "units"), [(torch.float32, 8), (torch.float64, 8)], ids=str)
+def test_candidates_alone_equal_candidates_in_a_list(dtype: torch.dtype, units: int) -> None:
+    """Products of other shapes round differently; 8 units of the largest value bound it."""
+    inputs = make((2, 70, 33), dtype, "keys")
+    whole = target_attention(**inputs)
+    for i in range(70):
+        one = inputs | {name: inputs[name][:, :, i : i + 1] for name in ("q", "own_k", "own_v")}
+        assert err(target_attention(**one), whole[:, :, i : i + 1]) <= units * torch.finfo(dtype).eps / 2 * float(
+            whole.abs().max()
+        )
+
+
+def test_no_uninitialised_memory(poisoned_memory: Callable[[], None]) -> None:
+    inputs = make((3, 7, 9), torch.float32)
+    first = gradients(target_attention, inputs)
+    poisoned_memory()
+    second = gradients(target_attention, inputs)
+    for name, x in first.items():
+        assert bool(x.isfinite().all())
+        assert torch.equal(x, second[name])
+
+
+def test_strided_and_expanded_inputs() -> None:
+    inputs = make((3, 7, 9), torch.float32)
+    expected = gradients(target_attention, inputs)
+    strided = inputs | {name: inputs[name].transpose(1, 2).contiguous().transpose(1, 2) for name in TOKENS}
+    for name, x in gradients(target_attention, strided).items():
+        torch.testing.assert_close(x, expected[name])
+    same = inputs | {"q": inputs["q"][:1, :, :1].expand(3, 2, 7, 8)}
+    copied = same | {"q": same["q"].contiguous()}
+    torch.testing.assert_close(target_attention(**same), target_attention(**copied))
+
+
+def test_under_autocast() -> None:
+    """Autocast lowers nothing within: its caller chose the tokens' dtype."""
+    inputs = make((3, 7, 9), torch.float32)
+    expected = gradients(target_attention, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = gradients(target_attention, inputs)
+    for name, x in expected.items():
+        assert torch.equal(actual[name], x)
+
+
+def test_without_gradients_the_same_bits() -> None:
+    inputs = make((3, 7, 9), torch.float32)
+    expected = gradients(target_attention, inputs)["out"]
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(target_attention(**inputs), expected)
+
+
+def test_reference_backend() -> None:
+    inputs = make((3, 7, 9), torch.float32)
+    out = target_attention(**inputs, backend="reference")
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, target_attention(**inputs))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", BIASES)
+def test_on_a_gpu(dtype: torch.dtype, bias: str) -> None:
+    for shape in SHAPES.values():
+        inputs = make(shape, dtype, bias)
+        expected = gradients(target_attention, inputs)
+        actual = gradients(target_attention, {name: x.cuda() for name, x in inputs.items()})
+        for name, x in expected.items():
+            tolerance = 1e-9 if dtype == torch.float64 else 1e-4 if dtype == torch.float32 else 3e-2
+            torch.testing.assert_close(actual[name].cpu(), x, rtol=tolerance, atol=tolerance)
