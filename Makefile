@@ -20,7 +20,7 @@ RUN_BENCHMARKS := failed=0; \
 	for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script $(BENCH_ARGS) || failed=1; done; \
 	$(BIN)/python scripts/bench_summary.py; exit $$failed
 
-.PHONY: help setup test lint demo bench test-gpu bench-gpu clean
+.PHONY: help setup test lint demo bench test-gpu test-aot bench-gpu clean
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,7 +37,7 @@ setup: $(STAMP) ## make the virtual environment with vista and all it needs; say
 	@$(BIN)/python scripts/describe_environment.py
 
 test: setup ## run the tests that need no GPU, on all cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not aot" $(PYTEST_ARGS)
 
 lint: setup ## check format, style and types
 	$(BIN)/ruff format --check .
@@ -53,6 +53,9 @@ bench: setup ## run all benchmarks on the CPU and list the bars met and missed; 
 test-gpu: setup ## run the tests that need a GPU
 	@$(BIN)/python scripts/describe_environment.py --require-gpu
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+test-aot: setup ## compile the Triton kernels for every target, width and dtype (some minutes, no GPU)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m aot $(PYTEST_ARGS)
 
 bench-gpu: setup ## run all benchmarks with the GPU
 	@$(BIN)/python scripts/describe_environment.py --require-gpu

@@ -49,7 +49,7 @@ TOLERATED_SPILLS = 32
 """Bytes a thread: ptxas itself spills a few, far from its 255 registers, to let one more program run."""
 WIDE, WIDE_SPILLS = ("accumulate_bwd_kernel", "causal_kernel"), 256
 """Kernels known to spill with float32 heads wider than 64, whose operands take three products, and how much."""
-H100_BYTES_PER_S, H100_BF16_FLOPS = 3.35e12, 989e12
+H100_BYTES_PER_S, H100_BF16_FLOPS, H100_TF32_FLOPS = 3.35e12, 989e12, 494e12
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ class Compiled:
 
     device: Device
     kernel: str
+    variant: str
+    """Which of the kernel's constants are on."""
     dtype: str
     width: int
     block_t: int
@@ -125,6 +127,23 @@ class Compiled:
         if self.shared + reserved:
             programs = min(programs, device.shared_total // (self.shared + reserved))
         return programs * self.num_warps / device.max_warps
+
+    @property
+    def work(self) -> tuple[float, float] | None:
+        """Bytes moved and operations done for a token and head of D = E; None where the work is not by tokens."""
+        width, size = self.width, 4 if self.dtype == "float32" else 2
+        square, by_block = width * width, 4 * self.block_t * width
+        known = {
+            "accumulate_fwd_kernel": (2, 2 * square),
+            "accumulate_bwd_kernel": (4, 4 * square),
+            "read_fwd_kernel": (2, 2 * square),
+            "read_bwd_kernel": (3, 4 * square),
+            "causal_kernel": (4 + ("slope" in self.variant), 4 * square + by_block),
+        }
+        if self.kernel not in known:
+            return None
+        streams, operations = known[self.kernel]
+        return streams * width * size + 4 * ("weight" in self.variant), operations
 
     @property
     def problems(self) -> list[str]:
@@ -165,6 +184,7 @@ def compile_launch(device: Device, launch: Launch) -> Compiled:
     return Compiled(
         device,
         launch.kernel.__name__,
+        _variant(launch.constants),
         {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype],
         int(str(next(launch.constants[name] for name in "ADF" if name in launch.constants))),
         int(str(launch.constants.get("BLOCK_T", 0))),
@@ -184,6 +204,17 @@ def compile_all(
             for batch in lengths:
                 for launch in record(DEVICES[name], DTYPES[dtype], width, batch):
                     yield compile_launch(DEVICES[name], launch)
+
+
+def _variant(constants: dict[str, object]) -> str:
+    """Return the constants that set variants of a kernel apart, in words."""
+    words = [
+        word for name, word in (("HAS_WEIGHT", "weight"), ("ADD", "add"), ("HAS_COUNT", "count")) if constants.get(name)
+    ]
+    words += [word for name, word in (("HAS_FACTOR", "factor"), ("FROM_BACK", "from back")) if constants.get(name)]
+    if constants.get("ACTIVATION_X", "identity") != "identity":
+        words.append("slope")
+    return " ".join([*words, *(str(constants[name]) for name in ("STORE",) if name in constants)])
 
 
 def kernels() -> set[str]:
@@ -261,26 +292,67 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     return number("vgpr_count"), spills
 
 
-def main() -> None:
-    """Compile and print the table; fail if anything spills or needs too much shared memory."""
+def table(rows: list[Compiled]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    head = "target|kernel|dtype|D = E|block|warps|registers|spilled|shared|occupancy|bytes|operations|H100, ps"
+    lines = [f"| {head.replace('|', ' | ')} |", "|" + "---|" * 13]
+    for row in rows:
+        work, bound = row.work, ""
+        if work is not None and row.device.name == "sm_90":
+            rate = H100_BF16_FLOPS if row.dtype != "float32" else H100_TF32_FLOPS / 3
+            bound = f"{1e12 * max(work[0] / H100_BYTES_PER_S, work[1] / rate):.0f}"
+        cells = [row.device.name, f"{row.kernel} {row.variant}".strip(), row.dtype, row.width, row.block_t or ""]
+        cells += [row.num_warps, row.registers, row.spills or "", row.shared, f"{row.occupancy:.0%}"]
+        cells += ["", ""] if work is None else [f"{work[0]:.0f}", f"{work[1]:.0f}"]
+        lines.append("| " + " | ".join(map(str, [*cells, bound])) + " |")
+    return lines
+
+
+TEXT = """# Triton kernels, compiled ahead of time
+
+Made by `{command}` with Triton {version}. No GPU was used: these are the compilers' numbers, and nothing was timed.
+
+A row is a kernel with the launch parameters that `triton_backend/blocks.py` chooses for that target. Registers are
+those of a thread; spilled are the bytes of local memory of a thread; shared are the bytes of shared memory of a program;
+occupancy is the share of a processor's warps that registers and shared memory let reside. Bytes and operations are those
+that a token and head need (outputs included, states not). The last column is the roofline of an H100 for a token and
+head, in picoseconds: the larger of bytes at 3.35 TB/s and operations at 989 TFLOP/s (float32: at a third of 494, for
+three products).
+
+"""
+
+
+def write(path: Path, rows: list[Compiled], command: str) -> None:
+    """Write the table and what it means to a Markdown file."""
+    path.write_text(TEXT.format(command=command, version=triton.__version__) + "\n".join(table(rows)) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile and print the table; return 1 if anything spills or needs too much shared memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--all", action="store_true", help="every width and dtype, and short segments as well")
     parser.add_argument("--device", choices=list(DEVICES), action="append", help="compile for this one (repeatable)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--width", type=int, default=64, help="D = E")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table to a Markdown file")
-    options = parser.parse_args()
-    cases = [(dtype, width) for dtype in DTYPES for width in WIDTHS] if options.all else [("bfloat16", 64)]
-    lengths = (LONG, SHORT) if options.all else (LONG,)
-    failed = 0
-    for row in compile_all(options.device or list(DEVICES), cases, lengths):
-        print(
-            f"{row.device.name:7} {row.kernel:24} {row.dtype:9} {row.width:6} BT {row.block_t:3} w {row.num_warps} "
-            f"regs {row.registers:4} spills {row.spills:5} shared {row.shared:7} occ {row.occupancy:.2f}",
-            *row.problems,
-            flush=True,
-        )
-        failed += bool(row.problems)
-    sys.exit(failed > 0)
+    options = parser.parse_args(argv)
+    chosen = [(options.dtype, options.width)]
+    cases = [(dtype, width) for dtype in DTYPES for width in WIDTHS] if options.all else chosen
+    rows = []
+    print(*table([]), sep="\n")
+    for row in compile_all(options.device or list(DEVICES), cases, (LONG, SHORT) if options.all else (LONG,)):
+        if row in rows:
+            continue
+        rows.append(row)
+        print(table([row])[2], *row.problems, flush=True)
+    if options.write:
+        write(options.write, rows, " ".join(["python", "scripts/compile_kernels.py", *(argv or sys.argv[1:])]))
+    names = {row.kernel for row in rows}
+    missing = sorted(kernels() - names)
+    if missing:
+        print("not compiled:", *missing)
+    return int(bool(missing) or any(row.problems for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,8 +24,8 @@ from vista_kernels.validation import IntArray
 
 MAX_WIDTH = 128
 """Widest head: keys and values of one head's tokens, and its state, are held in registers."""
-MAX_STRIDE = 2**31 // MAX_WIDTH
-"""Within a block of tokens addresses are counted in 32 bits (its first token's address in 64)."""
+MAX_BLOCK_T = 64
+"""Most tokens of a block. Inside one, addresses are counted in 32 bits (its first token's in 64)."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether Triton was told, before its import, to run kernels in its interpreter."""
 _Row = tuple[int, int, int, int | None]
@@ -121,8 +121,10 @@ def check_tokens(target: Target, **tokens: Tensor) -> None:
             )
         if not 1 <= x.shape[2] <= MAX_WIDTH:
             raise ValueError(f"{name} {list(x.shape)} must have a last dimension of 1 to {MAX_WIDTH} for 'triton'")
-        if max(x.stride(0), x.stride(2)) >= MAX_STRIDE:
-            raise ValueError(f"{name} has strides {x.stride()}: those of tokens and columns must be below {MAX_STRIDE}")
+        if (min(x.shape[0], MAX_BLOCK_T) - 1) * x.stride(0) + (x.shape[2] - 1) * x.stride(2) >= 2**31:
+            raise ValueError(
+                f"{name} {list(x.shape)} has strides {x.stride()}, too wide for 'triton': make it contiguous"
+            )
 
 
 def padded(width: int) -> int:

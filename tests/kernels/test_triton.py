@@ -1,0 +1,256 @@
+"""The Triton backend alone: shapes and dtypes, how work is shared out, equal bits, and what it refuses.
+
+Kernels run in Triton's interpreter where there is no GPU. Gradients are compared with the float64 oracle: gradcheck
+needs float64, which the backend does not take.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import vista_kernels
+from vista_kernels.torch_backend import scan_rows as torch_scan_rows
+
+from .conftest import Operator
+from .test_operators import check_against_oracle, err
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from vista_kernels import triton_backend
+from vista_kernels.triton_backend import blocks, pieces, scan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def triton_operator(torch_operator: Operator) -> Operator:
+    return replace(torch_operator, backend="triton")
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def offsets_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 3), st.integers(0, 20)), max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    width=st.integers(1, 5),
+    activation=st.sampled_from(["silu", "relu", "identity"]),
+    seed=st.integers(0, 2**16),
+    small=st.booleans(),
+)
+@settings(
+    max_examples=5,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.function_scoped_fixture],
+)
+def test_any_shape(
+    triton_operator: Operator,
+    lengths: list[int],
+    dtype: torch.dtype,
+    width: int,
+    activation: str,
+    seed: int,
+    small: bool,
+) -> None:
+    inputs = triton_operator.make(lengths, dtype, seed, width)
+    if triton_operator.name != "scan_states":
+        inputs["activation"] = activation
+    if "num_targets" in inputs and small:
+        inputs["num_targets"] = None
+    for name in ("weight", "initial_n"):
+        if name in inputs and small:
+            inputs[name] = None
+    check_against_oracle(triton_operator, inputs, unit=2.0**-24 if dtype == torch.float32 else 2.0**-12)
+
+
+@pytest.mark.parametrize(("width", "value_width"), [(16, 1), (1, 33), (70, 40)], ids=str)
+def test_padded_and_shared_widths(width: int, value_width: int) -> None:
+    """Widths that are padded, and wide ones whose columns several programs (or steps of one) share."""
+    lengths = [3, 0, 18]
+    q, k, v = (normal(21, 1, w, seed=w) for w in (width, width, value_width))
+    grad = normal(21, 1, value_width, seed=7)
+
+    def run(backend: str) -> list[Tensor]:
+        leaves = [x.cpu().requires_grad_() if backend == "torch" else x.detach().requires_grad_() for x in (q, k, v)]
+        results = []
+        for name in ("quasi_linear_attention", "causal_linear_attention"):
+            out = getattr(vista_kernels, name)(*leaves, offsets_of(lengths), backend=backend)
+            out = out if isinstance(out, Tensor) else out[0]
+            results += [out, *torch.autograd.grad(out, leaves, grad.to(out.device))]
+        return [x.detach().cpu() for x in results]
+
+    for a, b in zip(run("triton"), run("torch"), strict=True):
+        assert err(a, b) <= 1e-5 * float(b.abs().max())
+
+
+def test_pieces_equal_whole_and_repeat_bit_for_bit(triton_operator: Operator, request: pytest.FixtureRequest) -> None:
+    """A segment over many items gives what one item gives, the same bits every time."""
+    inputs = triton_operator.make([70, 2], torch.float32)
+    whole = triton_operator.gradients(triton_operator.fast, inputs)
+    request.getfixturevalue("small_windows")
+    first, second = (triton_operator.gradients(triton_operator.fast, inputs) for _ in range(2))
+    for a, b, c in zip(whole[0] + whole[1], first[0] + first[1], second[0] + second[1], strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+        assert torch.equal(b, c)
+
+
+def test_scan_in_pieces_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "LONGEST", 3)
+    monkeypatch.setattr(scan, "PROGRAMS_PER_PROCESSOR", 1000)
+    offsets = np.array([0, 40, 40, 41, 60])
+    x, initial = normal(60, 1, 3), normal(4, 1, 3, seed=1)
+    decay = normal(60, 1, seed=2).abs().neg().exp()
+    decay[5::9] = 0
+    for descending, after in ((False, False), (True, True)):
+        for use in (decay, None):
+            flags = {"descending": descending, "decay_after": after}
+            actual = triton_backend.scan_rows(x, use, offsets, initial, **flags)
+            on_cpu = (x.cpu(), None if use is None else use.cpu(), offsets, initial.cpu())
+            for a, b in zip(actual, torch_scan_rows(*on_cpu, **flags), strict=True):
+                torch.testing.assert_close(a.cpu(), b)
+
+
+@pytest.mark.parametrize("size", [1e7, 1e-9], ids=str)
+def test_float16_states_beyond_float16(size: float) -> None:
+    """States that float16 cannot hold are read exactly as far as float16 products go, and so are their gradients."""
+    q = normal(5, 1, 4, dtype=torch.float16).requires_grad_()
+    z = (normal(1, 1, 4, 4, seed=1) * size).requires_grad_()
+    n = torch.full((1, 1), size, device=DEVICE)
+    options = (
+        {"normalization": "length", "state_activation": "identity"} if size > 1 else {"state_activation": "identity"}
+    )
+
+    def run(q: Tensor, z: Tensor, n: Tensor, backend: str) -> Tensor:
+        return vista_kernels.read_state(q, z, n, offsets_of([5]), backend=backend, **options)
+
+    exact = vista_kernels.reference.read_state(q.cpu(), z.cpu(), n.cpu(), offsets_of([5]), **options)
+    out = run(q, z, n, "triton")
+    floor = 2.0**-24  # float16's smallest number
+    assert err(out.cpu(), exact) <= max(2.0**-9 * float(exact.abs().max()), floor)
+    key, value = q.detach(), normal(5, 1, 4, seed=3, dtype=torch.float16).requires_grad_()
+    written, _ = vista_kernels.accumulate_state(key, value, offsets_of([5]), backend="triton")
+    (grad,) = torch.autograd.grad(written, value, torch.full_like(written, min(size, 1e3)))
+    expected = torch.nn.functional.silu(key.float()).sum(2, keepdim=True) * min(size, 1e3)
+    assert err(grad, expected.expand_as(grad)) <= max(2.0**-9 * float(expected.abs().max()), floor)
+
+
+def test_tiny_weights_do_not_vanish_in_float16() -> None:
+    k, v = (normal(9, 1, 4, seed=seed, dtype=torch.float16) for seed in (0, 1))
+    weight = torch.full((9,), 1e-10, device=DEVICE)
+    z, n = vista_kernels.accumulate_state(k, v, offsets_of([9]), weight=weight, backend="triton")
+    exact, counts = vista_kernels.reference.accumulate_state(k.cpu(), v.cpu(), offsets_of([9]), weight=weight.cpu())
+    assert err(z.cpu(), exact) <= 2.0**-9 * float(exact.abs().max())
+    assert err(n.cpu(), counts) <= 1e-15
+
+
+PLANS = {
+    "none": [],
+    "empties": [0] * 1000,
+    "short": [16] * 100_000,
+    "one": [10**6],
+    "mixed": [3, 0, 10**6, 17, 16, 0, 5000, 769, 768, 1],
+    "many-long": [20_000] * 500,
+}
+
+
+@pytest.mark.parametrize("num_heads", [1, 4, 64])
+@pytest.mark.parametrize("lengths", PLANS.values(), ids=PLANS.keys())
+def test_every_token_is_in_one_item(lengths: list[int], num_heads: int) -> None:
+    sizes = np.array(lengths, dtype=np.int64)
+    starts = np.cumsum(sizes) - sizes + 7 * np.arange(len(sizes))  # with gaps of 7 tokens
+    cut = pieces.plan(starts, sizes, num_heads=num_heads, num_processors=132)
+    first_segment, last_segment, _, _, slot = cut.items.T
+    whole = np.flatnonzero(slot < 0)
+    in_pieces = set(cut.sums[:, 0].tolist())
+    covered = [b for i in whole for b in range(first_segment[i], last_segment[i])]
+    assert sorted([*covered, *in_pieces]) == list(range(len(sizes)))
+    for segment, first, count in cut.sums.tolist():
+        rows = cut.items[first : first + count]
+        assert (rows[:, 0] == segment).all()
+        assert (rows[:, 4] == np.arange(first, first + count)).all()
+        assert rows[0, 2] == starts[segment]
+        assert rows[-1, 3] == starts[segment] + sizes[segment]
+        assert (rows[1:, 2] == rows[:-1, 3]).all()
+        assert (rows[:, 2] < rows[:, 3]).all()
+    assert cut.num_slots == cut.sums[:, 2].sum()
+    again = pieces.plan(starts, sizes, num_heads=num_heads, num_processors=132)
+    assert all(np.array_equal(a, b) for a, b in zip(cut.arrays, again.arrays, strict=True))
+
+
+def test_work_is_shared_out_evenly() -> None:
+    """Many short users are few programs each of like size; one long user fills the device."""
+    short = np.full(100_000, 16)
+    cut = pieces.plan(np.cumsum(short) - short, short, num_heads=4, num_processors=132)
+    sizes = 16 * (cut.items[:, 1] - cut.items[:, 0])
+    assert len(cut.items) * 4 < 100_000 // 10
+    assert sizes[:-1].min() >= 0.9 * sizes.max()
+    long = np.array([10**6])
+    for num_heads in (1, 4):
+        cut = pieces.plan(np.array([0]), long, num_heads=num_heads, num_processors=132)
+        sizes = cut.items[:, 3] - cut.items[:, 2]
+        assert len(cut.items) * num_heads >= 4 * 132
+        assert sizes[:-1].min() >= 0.9 * sizes.max()
+        assert sizes.max() >= 512
+
+
+def test_refusals() -> None:
+    offsets = offsets_of([3])
+    for k, match in (
+        (normal(3, 1, 4).double(), r"k is torch.float64: backend 'triton' takes float32, .* use backend='torch'"),
+        (normal(3, 1, 129), r"k \[3, 1, 129\] must have a last dimension of 1 to 128 for 'triton'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            vista_kernels.accumulate_state(k, k, offsets, backend="triton")
+    states = normal(2, 1, 3, 3).double()
+    with pytest.raises(ValueError, match=r"states are torch.float64: backend 'triton' scans float32"):
+        vista_kernels.scan_states(
+            states, states[:, :, 0, 0], -states[:, :, 0, 0].abs(), offsets_of([2]), backend="triton"
+        )
+    far = torch.empty(1, device="meta").as_strided((2, 1, 4), (2**31, 1, 1))
+    with pytest.raises(ValueError, match=r"k \[2, 1, 4\] has strides \(2147483648, 1, 1\), too wide for 'triton'"):
+        blocks.check_tokens(blocks.Target("cuda", 90, 132), k=far)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the CPU")
+def test_refusals_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    k = normal(3, 1, 4)
+    with pytest.raises(ValueError, match=r"k is bfloat16, whose products Triton's interpreter gets wrong"):
+        vista_kernels.accumulate_state(k.bfloat16(), k.bfloat16(), offsets_of([3]), backend="triton")
+    monkeypatch.setattr(blocks, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"needs tensors on a GPU, got cpu; .* set TRITON_INTERPRET=1"):
+        vista_kernels.accumulate_state(k, k, offsets_of([3]), backend="triton")
+
+
+def test_without_triton() -> None:
+    """Triton is loaded only when asked for, and its absence is an error that names the backend and what to install."""
+    code = """
+import sys, vista, vista.scorer, vista_kernels
+assert "triton" not in sys.modules
+sys.modules["triton"] = None
+from vista_kernels.launch import load_backend
+try:
+    load_backend("triton")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)}
+    )
+    assert (
+        done.stdout.strip() == "backend 'triton' needs the package triton, which is not installed: pip install triton"
+    ), done.stderr
