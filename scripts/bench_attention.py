@@ -5,7 +5,7 @@ On a CPU (`--device cpu`, or auto where torch sees no GPU):
 - quasi-linear attention (QLA), forward and backward, over its floor (floors.py: bytes, products, activations at their
   best). Where the floor is below 1 ms no bar is set, and the case is the microseconds beyond the floor;
 - QLA and SDPA at 16,384 events, each in its faster dtype;
-- a training step of the bidirectional summarizer (2 layers, 32 seeds), with QLA, with SDPA and with HSTU's attention
+- a training step of the bidirectional summarizer (3 layers, 32 seeds), with QLA, with SDPA and with HSTU's attention
   (rival_attention.py), each in its faster dtype, 16,384 events a batch;
 - many short users (0 to 50 events), over their own floor;
 - time per event at 10^6 events over that at 10^4.

@@ -31,7 +31,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         *qkv, gate = self.projections(self.norm(x)).chunk(4, -1)
-        query, key, value = (split_heads(part, self.num_heads).contiguous() for part in qkv)
+        query, key, value = (split_heads(part, self.num_heads) for part in qkv)
         heads, _ = causal_linear_attention(query, key, value, offsets)
         mixed: Tensor = self.feed_forward(self.output(x, heads, gate))
         return mixed

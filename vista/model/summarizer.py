@@ -164,11 +164,11 @@ class Summarizer(nn.Module):
         x = x.index_copy(0, event_slot, tokens).index_copy(0, seed_slot, self.seeds.repeat(count, 1).to(tokens.dtype))
         for index, layer in enumerate(self.layers):
             h = layer.norm(x)
-            key, value = (layer.heads(part).contiguous() for part in layer.key_value(h).chunk(2, -1))
+            key, value = (layer.heads(part) for part in layer.key_value(h).chunk(2, -1))
             if index + 1 < len(self.layers):
                 query, gate = layer.query_gate(h).chunk(2, -1)
                 heads = quasi_linear_attention(
-                    layer.heads(query).contiguous(),
+                    layer.heads(query),
                     key,
                     value,
                     all_offsets,
@@ -218,7 +218,7 @@ class Summarizer(nn.Module):
 
     def _read(self, query: Tensor, z: Tensor, n: Tensor, offsets: Tensor) -> Tensor:
         return read_state(
-            query.contiguous(),
+            query,
             z,
             n,
             offsets,
