@@ -180,7 +180,8 @@ def compile_launch(device: Device, launch: Launch) -> Compiled:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     done = triton.compile(source, target=device.target, options=launch.options)
     registers, spills = _amd_usage(done.asm["amdgcn"]) if "amdgcn" in done.asm else _cuda_usage(done.asm["cubin"])
-    dtype = str(launch.constants.get("DTYPE", "fp32"))
+    tokens = next(arg for arg in launch.args if isinstance(arg, Tensor))
+    dtype = str(launch.constants.get("DTYPE", _POINTERS[tokens.dtype].removeprefix("*")))
     return Compiled(
         device,
         launch.kernel.__name__,
@@ -313,11 +314,11 @@ TEXT = """# Triton kernels, compiled ahead of time
 Made by `{command}` with Triton {version}. No GPU was used: these are the compilers' numbers, and nothing was timed.
 
 A row is a kernel with the launch parameters that `triton_backend/blocks.py` chooses for that target. Registers are
-those of a thread; spilled are the bytes of local memory of a thread; shared are the bytes of shared memory of a program;
-occupancy is the share of a processor's warps that registers and shared memory let reside. Bytes and operations are those
-that a token and head need (outputs included, states not). The last column is the roofline of an H100 for a token and
-head, in picoseconds: the larger of bytes at 3.35 TB/s and operations at 989 TFLOP/s (float32: at a third of 494, for
-three products).
+those of a thread; spilled are the bytes of local memory of a thread; shared are the bytes of shared memory of a
+program; occupancy is the share of a processor's warps that registers and shared memory let reside. For sums and scans
+the width is the number of elements of a state. Bytes and operations are those that a token and head need (outputs
+included, states not). The last column is the roofline of an H100 for a token and head, in picoseconds: the larger of
+bytes at 3.35 TB/s and operations at 989 TFLOP/s (float32: at a third of 494, for three products).
 
 """
 
