@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vista_kernels import reference
-from vista_kernels.launch import choose_backend, load_backend
+from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
 from vista_kernels.validation import (
     check_activation,
     check_offsets,
@@ -65,12 +65,12 @@ def causal_linear_attention(
     if chosen == "reference":
         out, final = reference.causal_linear_attention(q, k, v, offsets, initial_z=initial_z, activation=activation)
         return out.to(v.dtype), final.to(state_dtype(v.dtype))
-    out, final = _causal_op(q, k, v, offsets, initial_z, activation, chosen)
+    run = _causal_op if needs_dispatch(q, k, v, initial_z) else _causal
+    out, final = run(q, k, v, offsets, initial_z, activation, chosen)
     return out, final
 
 
-@torch.library.custom_op("vista_kernels::causal_linear_attention", mutates_args=())
-def _causal_op(
+def _causal(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, initial_z: Tensor | None, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     host = host_offsets(offsets, q.shape[0])
@@ -78,6 +78,9 @@ def _causal_op(
     final.zero_() if initial_z is None else final.copy_(initial_z)
     load_backend(backend).causal_attention(q, k, v, host, final, activation, out)
     return out, final
+
+
+_causal_op = torch.library.custom_op("vista_kernels::causal_linear_attention", mutates_args=())(_causal)
 
 
 @_causal_op.register_fake

@@ -198,6 +198,16 @@ def choose_backend(backend: str, device: torch.device, *, sdpa: bool = False) ->
     return chosen
 
 
+def needs_dispatch(*arguments: object) -> bool:
+    """Say whether autograd or a compiler must see an operator, so that it has to go through torch's dispatcher.
+
+    Where not, its function is called as it is: the first call of a custom_op imports torch._dynamo, and Triton where
+    there is one, some seconds that serving does not want.
+    """
+    learned = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+    return learned or torch.compiler.is_compiling()
+
+
 @cache
 def load_backend(name: str) -> Backend:
     """Return the package that implements a backend; imported on first use, so that a CPU never loads Triton.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vista_kernels import reference
-from vista_kernels.launch import choose_backend, load_backend
+from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
 from vista_kernels.layout import empty_state, length_scale
 from vista_kernels.validation import (
     NORMALIZATIONS,
@@ -96,12 +96,12 @@ def quasi_linear_attention(
             state_activation=state_activation,
         ).to(v.dtype)
     options = (normalization, alpha, activation, state_activation, chosen)
-    out: Tensor = _qla_op(q, k, v, offsets, num_targets, weight, *options)[0]
+    run = _qla_op if needs_dispatch(q, k, v) else _attend
+    out: Tensor = run(q, k, v, offsets, num_targets, weight, *options)[0]
     return out
 
 
-@torch.library.custom_op("vista_kernels::quasi_linear_attention", mutates_args=())
-def _qla_op(
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -128,6 +128,9 @@ def _qla_op(
     if num_targets is not None:
         run.add_targets(q, k, v, _targets(starts, lengths, writers), activation, out)
     return out, z, n
+
+
+_qla_op = torch.library.custom_op("vista_kernels::quasi_linear_attention", mutates_args=())(_attend)
 
 
 @_qla_op.register_fake

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vista_kernels import reference
-from vista_kernels.launch import choose_backend, load_backend
+from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
 from vista_kernels.validation import check_offsets, check_state, host_offsets, state_dtype
 
 
@@ -53,7 +53,8 @@ def scan_states(
     if chosen == "reference":
         states, counts = reference.scan_states(z, n, log_decay, offsets, initial_z=initial_z, initial_n=initial_n)
         return states.to(z.dtype), counts.to(z.dtype)
-    states, counts = _scan_op(z, n, log_decay, offsets, initial_z, initial_n, chosen)
+    run = _scan_op if needs_dispatch(z, initial_z) else _scan
+    states, counts = run(z, n, log_decay, offsets, initial_z, initial_n, chosen)
     return states, counts.detach()
 
 
@@ -79,8 +80,7 @@ def _check_scan(
     check_state("initial_n", initial_n, (offsets.shape[0] - 1, n.shape[1]), like)
 
 
-@torch.library.custom_op("vista_kernels::scan_states", mutates_args=())
-def _scan_op(
+def _scan(
     z: Tensor,
     n: Tensor,
     log_decay: Tensor,
@@ -98,6 +98,9 @@ def _scan_op(
         return torch.empty_like(z, memory_format=torch.contiguous_format), counts
     initial = None if initial_z is None else initial_z.flatten(2)
     return scan_rows(z.flatten(2), decay, host, initial)[0].view(z.shape), counts
+
+
+_scan_op = torch.library.custom_op("vista_kernels::scan_states", mutates_args=())(_scan)
 
 
 @_scan_op.register_fake

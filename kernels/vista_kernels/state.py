@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vista_kernels import reference
-from vista_kernels.launch import choose_backend, load_backend
+from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
 from vista_kernels.layout import empty_state, length_scale
 from vista_kernels.scan import scan_counts, scan_states
 from vista_kernels.validation import (
@@ -78,7 +78,8 @@ def accumulate_state(
             k, v, offsets, weight=weight, initial_z=initial_z, initial_n=initial_n, activation=activation
         )
         return z.to(dtype), n.to(dtype)
-    z, n = _accumulate_op(k, v, offsets, weight, initial_z, initial_n, activation, chosen)
+    run = _accumulate_op if needs_dispatch(k, v, initial_z) else _accumulate
+    z, n = run(k, v, offsets, weight, initial_z, initial_n, activation, chosen)
     return z, n.detach()
 
 
@@ -135,12 +136,12 @@ def read_state(
             activation=activation,
             state_activation=state_activation,
         ).to(q.dtype)
-    out: Tensor = _read_op(q, z, n, offsets, normalization, alpha, activation, state_activation, chosen)
+    run = _read_op if needs_dispatch(q, z) else _read
+    out: Tensor = run(q, z, n, offsets, normalization, alpha, activation, state_activation, chosen)
     return out
 
 
-@torch.library.custom_op("vista_kernels::accumulate_state", mutates_args=())
-def _accumulate_op(
+def _accumulate(
     k: Tensor,
     v: Tensor,
     offsets: Tensor,
@@ -158,6 +159,9 @@ def _accumulate_op(
     lengths = host[1:] - host[:-1]
     load_backend(backend).accumulate(k, v, host[:-1], lengths, weight, z, n, activation, fresh=initial_z is None)
     return z, n
+
+
+_accumulate_op = torch.library.custom_op("vista_kernels::accumulate_state", mutates_args=())(_accumulate)
 
 
 @_accumulate_op.register_fake
@@ -208,8 +212,7 @@ def _accumulate_backward(ctx, grad_z, grad_n):  # type: ignore[no-untyped-def]
 _accumulate_op.register_autograd(_accumulate_backward, setup_context=_accumulate_setup)
 
 
-@torch.library.custom_op("vista_kernels::read_state", mutates_args=())
-def _read_op(
+def _read(
     q: Tensor,
     z: Tensor,
     n: Tensor,
@@ -226,6 +229,9 @@ def _read_op(
     lengths = host[1:] - host[:-1]
     load_backend(backend).read(q, z, scale, host[:-1], lengths, activation, state_activation, out)
     return out
+
+
+_read_op = torch.library.custom_op("vista_kernels::read_state", mutates_args=())(_read)
 
 
 @_read_op.register_fake

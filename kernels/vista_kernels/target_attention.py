@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vista_kernels import reference, sdpa
-from vista_kernels.launch import choose_backend
+from vista_kernels.launch import choose_backend, needs_dispatch
 from vista_kernels.torch_backend.precision import product_dtype
 from vista_kernels.validation import check_candidates, state_dtype
 
@@ -76,9 +76,7 @@ def target_attention(
     if _is_direct(q, k):
         return _direct(q, k, v, own_k, own_v, bias, own_bias, context_mask, scale)
     arguments = (q, k, v, own_k, own_v, bias, own_bias, context_mask, scale)
-    learned = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
-    # The first call of any custom_op imports torch._dynamo and Triton, a second that serving does not want.
-    run = _target_op if learned or torch.compiler.is_compiling() else _forward
+    run = _target_op if needs_dispatch(*arguments) else _forward
     out: Tensor = run(*arguments)[0]
     return out
 
