@@ -47,7 +47,7 @@ _POINTERS = {
 }
 TOLERATED_SPILLS = 32
 """Bytes a thread: ptxas itself spills a few, far from its 255 registers, to let one more program run."""
-WIDE, WIDE_SPILLS = ("accumulate_bwd_kernel", "causal_kernel"), 256
+WIDE, WIDE_SPILLS = ("accumulate_bwd_kernel", "causal_kernel"), 512
 """Kernels known to spill with float32 heads wider than 64, whose operands take three products, and how much."""
 H100_BYTES_PER_S, H100_BF16_FLOPS, H100_TF32_FLOPS = 3.35e12, 989e12, 494e12
 

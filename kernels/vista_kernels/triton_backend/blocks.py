@@ -35,7 +35,7 @@ _SHORT: dict[str, dict[int, _Row]] = {
     "accumulate_fwd": {32: (64, 64, 4, None), 64: (64, 64, 4, 168), 128: (32, 64, 8, None)},
     "accumulate_bwd": {32: (64, 64, 4, None), 64: (32, 64, 8, None), 128: (16, 64, 8, None)},
     "read_fwd": {32: (64, 64, 4, None), 64: (64, 64, 4, None), 128: (32, 64, 8, None)},
-    "read_bwd": {32: (64, 64, 4, None), 64: (32, 64, 8, 128), 128: (32, 64, 8, None)},
+    "read_bwd": {32: (64, 64, 4, None), 64: (32, 64, 8, 128), 128: (16, 64, 8, None)},
     "causal": {32: (16, 64, 2, None), 64: (16, 64, 4, None), 128: (16, 64, 8, None)},
 }
 _FLOAT32: dict[str, dict[int, _Row]] = {
@@ -43,7 +43,7 @@ _FLOAT32: dict[str, dict[int, _Row]] = {
     "accumulate_bwd": {32: (32, 32, 4, None), 64: (16, 32, 4, None), 128: (16, 32, 8, None)},
     "read_fwd": {32: (32, 32, 4, None), 64: (16, 32, 4, None), 128: (16, 32, 8, None)},
     "read_bwd": {32: (16, 32, 4, None), 64: (16, 32, 4, None), 128: (16, 32, 8, None)},
-    "causal": {32: (16, 32, 4, None), 64: (16, 32, 4, None), 128: (16, 32, 8, None)},
+    "causal": {32: (16, 32, 4, None), 64: (16, 32, 8, None), 128: (16, 32, 8, None)},
 }
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -140,11 +140,15 @@ def choose(kernel: str, target: Target, dtype: torch.dtype, whole: int, part: in
     block_whole = padded(whole)
     table = _FLOAT32 if dtype == torch.float32 else _SHORT
     longest, block_part, num_warps, max_registers = table[kernel][max(32, block_whole)]
+    if target.kind == "hip" and block_whole > 64:
+        block_part = 32  # a program has 64 KB of shared memory there
     if target.capability != 90:
         max_registers = None
     block_t = max(16, min(longest, int(triton.next_power_of_2(max(1, round(mean_length))))))
     block_part = min(padded(part), block_part)
-    return Blocks(block_t, block_whole, block_part, dtype, target.precision, num_warps, 2, max_registers)
+    # Steps over the other width load parts of the state, and must not hold those of the next block of tokens as well.
+    num_stages = 1 if kernel == "accumulate_bwd" and block_part < part else 2
+    return Blocks(block_t, block_whole, block_part, dtype, target.precision, num_warps, num_stages, max_registers)
 
 
 def launch(kernel: Any, num_programs: int, *args: object, **constants: Any) -> None:
