@@ -81,7 +81,8 @@ def test_the_model_with_a_rival_uses_it_alone(
     for name in ("quasi_linear_attention", "accumulate_state", "read_state"):
         monkeypatch.setattr(summarizer, name, forbidden)
     rival = step.summarize(dtype, counted)
-    assert calls == [(72, 72)] * (NUM_LAYERS - 1) + [(32, 72)]  # events and seeds of a layer; at the last layer the seeds alone read
+    # Events and seeds of a layer; at the last layer the seeds alone read.
+    assert calls == [(72, 72)] * (NUM_LAYERS - 1) + [(32, 72)]
     assert rival.shape == ours.shape and not torch.allclose(rival, ours, atol=0.1)
     with pytest.raises(AssertionError, match="our attention was called"):
         step.run(dtype, None)
