@@ -162,7 +162,8 @@ def record(device: Device, dtype: torch.dtype, width: int, lengths: tuple[int, .
 
     def launch(kernel: Any, num_programs: int, *args: object, **flags: Any) -> None:
         options = {name: flags.pop(name) for name in OPTIONS if name in flags}
-        key = (kernel.__name__, *sorted((name, str(value)) for name, value in flags.items()))
+        types = [str(arg.dtype) for arg in args if isinstance(arg, Tensor)]
+        key = (kernel.__name__, *types, *sorted((name, str(value)) for name, value in flags.items()))
         if num_programs:
             launches.setdefault(key, Launch(kernel, args, flags, options))
 
@@ -241,6 +242,8 @@ def _run_all(dtype: torch.dtype, width: int, lengths: tuple[int, ...]) -> None:
     triton_backend.add_targets_backward(out, q, k, v, starts, "silu", *grads[:3])
     triton_backend.causal_attention(q, k, v, offsets, z, "silu", out)
     triton_backend.causal_attention_backward(out, q, k, v, offsets, z, "silu", grad_z, *grads[:3])
+    whole = np.array([0, lengths[-1]])  # neither pieces nor first states
+    triton_backend.causal_attention_backward(out, q, k, v, whole, None, "silu", grad_z[:1], *grads[:3])
     rows = torch.empty(300, HEADS, width * width)
     decay = torch.empty(300, HEADS)
     triton_backend.scan_rows(rows, decay, np.array([0, 300]), None)

@@ -78,12 +78,16 @@ def test_any_shape(
     check_against_oracle(triton_operator, inputs, unit=2.0**-24 if dtype == torch.float32 else 2.0**-12)
 
 
-@pytest.mark.parametrize(("width", "value_width"), [(16, 1), (1, 33), (70, 40)], ids=str)
-def test_padded_and_shared_widths(width: int, value_width: int) -> None:
-    """Widths that are padded, and wide ones whose columns several programs (or steps of one) share."""
-    lengths = [3, 0, 18]
-    q, k, v = (normal(21, 1, w, seed=w) for w in (width, width, value_width))
-    grad = normal(21, 1, value_width, seed=7)
+@pytest.mark.parametrize(
+    ("width", "value_width", "lengths"),
+    [(16, 1, [3, 0, 18]), (1, 33, [3, 0, 18]), (70, 40, [3, 0, 18]), (32, 16, [0, 70, 9])],
+    ids=["padded-values", "padded-keys", "shared", "long-blocks"],
+)
+def test_widths_and_blocks(width: int, value_width: int, lengths: list[int]) -> None:
+    """Widths that are padded, wide ones whose columns several programs (or steps of one) share, and longest blocks."""
+    total = sum(lengths)
+    q, k, v = (normal(total, 1, w, seed=w) for w in (width, width, value_width))
+    grad = normal(total, 1, value_width, seed=7)
 
     def run(backend: str) -> list[Tensor]:
         leaves = [x.cpu().requires_grad_() if backend == "torch" else x.detach().requires_grad_() for x in (q, k, v)]

@@ -141,7 +141,9 @@ def choose(kernel: str, target: Target, dtype: torch.dtype, whole: int, part: in
     table = _FLOAT32 if dtype == torch.float32 else _SHORT
     longest, block_part, num_warps, max_registers = table[kernel][max(32, block_whole)]
     if target.kind == "hip" and block_whole > 64:
-        block_part = 32  # a program has 64 KB of shared memory there
+        longest, block_part = 16, 32  # a program has 64 KB of shared memory there
+    if whole % 16 or part % 16:
+        longest = 16  # rows that are not aligned are loaded number by number, which takes many registers
     if target.capability != 90:
         max_registers = None
     block_t = max(16, min(longest, int(triton.next_power_of_2(max(1, round(mean_length))))))

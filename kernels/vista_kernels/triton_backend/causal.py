@@ -224,7 +224,8 @@ def _run(
     num_heads, width, part_width = a.shape[1], a.shape[2], c.shape[2]
     chosen = blocks.choose("causal", blocks.target_of(a), a.dtype, width, part_width, cut.mean_length)
     first, size, items, _ = blocks.to_device(cut.arrays, a.device)
-    state = next((state for state in (carry, entering) if state is not None), out)
+    states = [state for state in (carry, entering) if state is not None]
+    state = states[0] if states else a.new_empty(1, dtype=torch.float32)  # not read, but its type is compiled in
     blocks.launch(
         causal_kernel,
         len(items) * num_heads * -(-part_width // chosen.part),
