@@ -110,11 +110,11 @@ def test_long_scan_equals_short_steps(lengths: list[int], monkeypatch: pytest.Mo
     torch.testing.assert_close(run(), expected)
 
 
-def test_scan_forgets_exactly_and_never_overflows() -> None:
+def test_scan_forgets_exactly_and_never_overflows(backend: str) -> None:
     """-inf drops all that came before; enormous decays over enormous values leave no NaN, inf or cancellation."""
     z = torch.tensor([1e30, 1e30, 3.0, 5.0, 7.0])[:, None, None, None]
     decay = torch.tensor([0.0, -1e30, -torch.inf, -1e-3, 0.0])[:, None]
-    states, counts = scan_states(z, z[:, :, 0, 0], decay, torch.tensor([0, 5]))
+    states, counts = scan_states(z, z[:, :, 0, 0], decay, torch.tensor([0, 5]), backend=backend)
     last = 5 + 3 * torch.exp(torch.tensor(-1e-3))
     expected = torch.stack([z[0, 0, 0, 0], z[1, 0, 0, 0], torch.tensor(3.0), last, last + 7])
     torch.testing.assert_close(states.flatten(), expected)
