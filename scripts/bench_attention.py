@@ -30,7 +30,7 @@ from attention_workloads import HEAD_DIM, NUM_SEEDS, Step, Tokens, assert_equal,
 from floors import Floor, backward_floor, forward_floor, short_users_floor
 from recorder import Recorder, Timing, benchmark_parser, interleaved
 from rival_attention import Attention, fastest_block, hstu, plain_hstu, sdpa
-from vista.device import resolve_device, set_threads
+from vista.device import keep_freed_memory, resolve_device, set_threads
 
 DIMS = (64, 256)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -220,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     device = resolve_device(options.device)
     set_threads(0)
+    keep_freed_memory()
     recorder = Recorder("attention", out=options.out, quick=options.quick)
     if device.type == "cuda":
         import attention_on_gpu

@@ -29,7 +29,7 @@ from recorder import Recorder, benchmark_parser, interleaved
 from vista.config import PrepareConfig, SourceConfig
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
-from vista.device import set_threads
+from vista.device import keep_freed_memory, set_threads
 from vista.refresh import RefreshReport, refresh
 from workloads import START_MS, find_ml_1m, lifelong_log, popular_items, untrained
 
@@ -157,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if data is None:
         print("ml-1m is not at hand (set VISTA_DATA_DIR, or --data): refreshing a generated log of its sizes instead")
     set_threads(0)
+    keep_freed_memory()
     recorder = Recorder("refresh", out=options.out, quick=options.quick)
     with tempfile.TemporaryDirectory(prefix="vista-bench-") as name:
         folder = Path(name)

@@ -35,7 +35,7 @@ from recorder import Recorder, benchmark_parser, interleaved, timing_of
 from vista.choices import Mixing, Precision
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories
-from vista.device import autocast, set_threads
+from vista.device import autocast, keep_freed_memory, set_threads
 from vista.model import inference
 from vista.model.recommender import Recommender
 from workloads import lifelong_log, untrained
@@ -91,6 +91,7 @@ def memory_gib(field: str) -> float:
 def measure(task: dict[str, Any]) -> dict[str, float]:
     """In the fresh process: summarize the only user of a log."""
     set_threads(0)
+    keep_freed_memory()
     log = EventLog.open(task["log"])
     history = log.slice(0)
     for column in (history.item, history.timestamp, history.action):
@@ -170,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(json.loads(options.measure))))
         return 0
     set_threads(0)
+    keep_freed_memory()
     recorder = Recorder("summarizer", out=options.out, quick=options.quick)
     num_events, repeats = (20_000, 1) if options.quick else (1_000_000, 2)
     with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -45,3 +49,24 @@ def test_precision() -> None:
     assert choose_precision(Precision.auto, torch.device("cuda")) is Precision.bfloat16
     assert choose_precision(Precision.auto, cpu) in (Precision.float32, Precision.bfloat16)
     assert choose_precision(Precision.auto, torch.device("mps")) is Precision.float32
+
+
+def test_freed_memory_is_kept_for_the_next_tensor() -> None:
+    """In a process of its own, since it is for good: without it each tensor of 64 MB faults in 16,384 pages."""
+    code = """
+import resource, sys, torch
+from vista.device import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {
+        word: int(subprocess.run([sys.executable, "-c", code, word], capture_output=True, check=True).stdout)
+        for word in ("keep", "return")
+    }
+    assert faults["keep"] < 100
+    assert faults["return"] > faults["keep"] or platform.libc_ver()[0] != "glibc"

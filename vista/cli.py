@@ -40,14 +40,17 @@ def _train(settings: config.TrainConfig) -> object:
 
 
 def _refresh(settings: config.RefreshConfig) -> object:
+    from vista.device import keep_freed_memory
     from vista.refresh import refresh_from_config
 
+    keep_freed_memory()
     return refresh_from_config(settings)
 
 
 def _evaluate(settings: config.EvaluateConfig) -> object:
     from vista.evaluate import evaluate
 
+    keep_freed_memory()
     return evaluate(settings)
 
 

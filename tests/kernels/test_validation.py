@@ -110,7 +110,11 @@ def test_options(operators: dict[str, Operator], name: str, option: str) -> None
 
 
 def test_unknown_backend(operator: Operator) -> None:
-    check(operator, {"backend": "triton9"}, "backend must be 'auto' or one of 'torch', 'triton', 'reference', got 'triton9'")
+    check(
+        operator,
+        {"backend": "triton9"},
+        "backend must be 'auto' or one of 'torch', 'triton', 'reference', got 'triton9'",
+    )
 
 
 def test_backend_is_logged_once(caplog: pytest.LogCaptureFixture, operators: dict[str, Operator]) -> None:
