@@ -33,8 +33,10 @@ def _prepare(settings: config.PrepareConfig) -> object:
 
 def _train(settings: config.TrainConfig) -> object:
     from vista.data.event_log import EventLog
+    from vista.device import keep_freed_memory
     from vista.training.trainer import train
 
+    keep_freed_memory()
     train(settings, EventLog.open(settings.data.path))
     return None
 
@@ -50,7 +52,6 @@ def _refresh(settings: config.RefreshConfig) -> object:
 def _evaluate(settings: config.EvaluateConfig) -> object:
     from vista.evaluate import evaluate
 
-    keep_freed_memory()
     return evaluate(settings)
 
 
