@@ -33,8 +33,8 @@ def causal_attention(
         before = part.scan(_totals(part, k, v, activation, carry.dtype), carry, descending=False)
         buffer = part.window.buffer("out", out)
         for tile in part.window.tiles:
-            query = activated("phi_q", activation, tile.heads("q", q, dtype))
-            keys = activated("phi_k", activation, tile.heads("k", k, dtype))
+            query = tile.activated("phi_q", activation, q, dtype)
+            keys = tile.activated("phi_k", activation, k, dtype)
             states = converted("rows", tile_rows(before, tile), dtype)
             _write_sum(place(tile, buffer), (_scores(query, keys), tile.heads("v", v, dtype)), (query, states))
         part.window.store(out, buffer)
@@ -90,7 +90,7 @@ def _backward_from_front(
     buffer = part.window.buffer("grad_q", grad_q)
     for tile in part.window.tiles:
         grad, value = tile.heads("grad", grad_out, dtype), tile.heads("v", v, dtype)
-        keys = activated("phi_k", activation, tile.heads("k", k, dtype))
+        keys = tile.activated("phi_k", activation, k, dtype)
         states = converted("rows", tile_rows(before, tile), dtype)
         products = (_scores(grad, value), keys), (grad, states.transpose(2, 3))
         _write_sum(place(tile, buffer), *products, activation, tile.heads("q", q, dtype))
@@ -115,7 +115,7 @@ def _backward_from_back(
         # A token's gradient sums over the tokens after it, so copies at padding must hold no gradient.
         grad = scaled("masked", tile.heads("grad", grad_out, dtype), tile.padding(dtype))
         value, raw = tile.heads("v", v, dtype), tile.heads("k", k, dtype)
-        query = activated("phi_q", activation, tile.heads("q", q, dtype))
+        query = tile.activated("phi_q", activation, q, dtype)
         keys = activated("phi_k", activation, raw)
         rows = converted("rows", tile_rows(after, tile), dtype)
         products = (_scores(grad, value).transpose(2, 3), query), (value, rows.transpose(2, 3))
@@ -130,7 +130,7 @@ def _totals(part: _Part, k: Tensor, v: Tensor, activation: str, dtype: torch.dty
     totals = scratch("totals", (part.num, k.shape[1], k.shape[2], v.shape[2]), dtype, k.device)
     states = part.window.states("states", totals)
     for tile in part.window.tiles:
-        keys = activated("phi_k", activation, tile.heads("k", k, product_dtype(k)))
+        keys = tile.activated("phi_k", activation, k, product_dtype(k))
         keys = scaled("phi_k", keys, tile.padding(keys.dtype))
         add_product(totals, states, tile, keys.transpose(2, 3), tile.heads("v", v, keys.dtype))
     part.window.store_states(totals, states)

@@ -16,7 +16,7 @@ from torch import Tensor
 from vista_kernels.torch_backend.activations import activate_gradient_
 from vista_kernels.torch_backend.precision import product_dtype
 from vista_kernels.torch_backend.segments import WINDOW_ELEMENTS, Tile, Window, place, plan
-from vista_kernels.torch_backend.workspace import activated, converted, multiplied, scaled, scratch
+from vista_kernels.torch_backend.workspace import activated, batched, converted, multiplied, scaled, scratch
 from vista_kernels.validation import IntArray
 
 
@@ -42,10 +42,9 @@ def accumulate(
     for window in _windows(starts, lengths, k, z):
         states = window.states("states", z) if fresh and window.is_first else None
         for tile in window.tiles:
-            keys = activated("phi_k", activation, tile.heads("k", k, dtype))
             w = tile.weight(weight, z.dtype)
-            keys = scaled("phi_k", keys, w)
-            add_product(z, states, tile, keys.transpose(2, 3), tile.heads("v", v, dtype))
+            keys = scaled("first", tile.activated("first", activation, k, dtype), w)
+            add_product(z, states, tile, keys.transpose(2, 3), tile.heads("second", v, dtype))
             if weight is not None and w is not None:
                 _add_rows(n, tile, w.sum(2).squeeze(2))
         if states is not None:
@@ -98,9 +97,9 @@ def read(
     for window in _windows(starts, lengths, q, z):
         buffer = window.buffer("out", out)
         for tile in window.tiles:
-            query = activated("phi_q", activation, tile.heads("q", q, dtype))
+            query = tile.activated("first", activation, q, dtype)
             part = place(tile, buffer)
-            finish(part, multiplied(part, query, _read_rows(z, scale, tile, state_activation, dtype)))
+            finish(part, multiplied(part, query, _read_rows(z, scale, tile, state_activation, dtype), "second"))
         window.store(out, buffer)
 
 
@@ -153,23 +152,18 @@ def add_product(z: Tensor, states: Tensor | None, tile: Tile, a: Tensor, b: Tens
 
     Where products are bfloat16, so is the sum over this tile; sums of tiles are float32.
     """
-    left, right = a.flatten(0, 1), b.flatten(0, 1)
-    if a.dtype != z.dtype:
-        total = torch.bmm(
-            left, right, out=scratch("sum", (len(left), left.shape[1], right.shape[2]), a.dtype, a.device)
-        ).view(*a.shape[:3], b.shape[3])
-        if states is not None:
-            states[tile.state_place : tile.state_place + tile.num].copy_(total)
-        else:
-            _add_rows(z, tile, total)
-    elif states is not None:
-        torch.bmm(left, right, out=states[tile.state_place : tile.state_place + tile.num].flatten(0, 1))
-    elif isinstance(tile.rows, slice):
-        z[tile.rows].flatten(0, 1).baddbmm_(left, right)
+    if states is not None:
+        target = states[tile.state_place : tile.state_place + tile.num]
+        total = target if a.dtype == z.dtype else scratch("sum", tuple(target.shape), a.dtype, a.device)
+        batched(a, b, total)
+        if total is not target:
+            target.copy_(total)
+    elif a.dtype == z.dtype and isinstance(tile.rows, slice):
+        z[tile.rows].flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
     else:
-        rows = z.index_select(0, tile.rows)
-        rows.flatten(0, 1).baddbmm_(left, right)
-        z[tile.rows] = rows
+        total = scratch("sum", (*a.shape[:3], b.shape[3]), a.dtype, a.device)
+        batched(a, b, total)
+        _add_rows(z, tile, total)
 
 
 def finish(part: Tensor, result: Tensor, factor: Tensor | None = None) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vista_kernels.torch_backend.workspace import converted, gathered, scratch
+from vista_kernels.torch_backend.workspace import activate, converted, gathered, scratch
 from vista_kernels.validation import IntArray
 
 WINDOW_ELEMENTS = 1 << 19
@@ -52,10 +52,23 @@ class Tile:
         MKL takes strided heads as they are, and long segments come from memory, so a copy would cost as much as the
         product. bfloat16 is the exception: its products of strided heads take twice the time.
         """
-        rows = self._rows(slot, x).transpose(1, 2)
-        if self.num == 1 and dtype == x.dtype != torch.bfloat16 and rows.stride(3) == 1:
-            return rows
-        return converted(slot, rows, dtype)
+        rows = self._rows(slot, x)
+        heads = rows.transpose(1, 2)
+        if dtype == x.dtype and heads.stride(3) == 1 and self._takes_strided(dtype):
+            return heads
+        return converted(slot, heads, dtype)
+
+    def activated(self, slot: str, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return phi(x) of `heads`, where x itself is not needed."""
+        rows, owned = self._rows(slot, x), self.index is not None
+        if name == "identity":
+            return self.heads(slot, x, dtype)
+        if rows.dtype != dtype:
+            rows, owned = converted(f"{slot} dense", rows, dtype), True
+        # Tokens come from memory in their own order, and are turned by heads in the cache.
+        dense = activate(name, rows, rows if owned else scratch(f"{slot} dense", tuple(rows.shape), dtype, x.device))
+        heads = dense.transpose(1, 2)
+        return heads if self._takes_strided(dtype) else converted(slot, heads, dtype)
 
     def weight(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Return the tokens' weights [n, H or 1, L, 1], 0 at padding; None if all are 1."""
@@ -68,6 +81,9 @@ class Tile:
     def padding(self, dtype: torch.dtype) -> Tensor | None:
         """Return [n, 1, L, 1], 1 at tokens and 0 at padding; None where nothing is padded."""
         return None if self.mask is None else self.mask.to(dtype)[:, None, :, None]
+
+    def _takes_strided(self, dtype: torch.dtype) -> bool:
+        return self.num == 1 and dtype != torch.bfloat16
 
     def _rows(self, slot: str, x: Tensor) -> Tensor:
         """[n, L, ...]: a view where possible, else gathered."""

@@ -18,7 +18,7 @@ from vista_kernels.torch_backend import passes
 from vista_kernels.torch_backend.activations import activate_gradient_
 from vista_kernels.torch_backend.precision import product_dtype
 from vista_kernels.torch_backend.segments import Tile, Window, is_long, place, plan
-from vista_kernels.torch_backend.workspace import activated, converted, multiplied, scaled, scratch
+from vista_kernels.torch_backend.workspace import activated, batched, converted, multiplied, scaled, scratch
 from vista_kernels.validation import IntArray, state_dtype
 
 
@@ -42,11 +42,11 @@ def attend_short(
         for tile in window.tiles:
             w = tile.weight(weight, wide)
             c = _tile_scale(tile, w, weight, lengths, normalization, alpha, wide, q.device)
-            keys = scaled("phi_k", activated("phi_k", activation, tile.heads("k", k, dtype)), w)
-            state = _product("sum", keys.transpose(2, 3), tile.heads("v", v, dtype), c, wide)
+            keys = scaled("first", tile.activated("first", activation, k, dtype), w)
+            state = _product("sum", keys.transpose(2, 3), tile.heads("second", v, dtype), c, wide)
             rows = converted("rows", activated("state", state_activation, state), dtype)
             part = place(tile, buffer)
-            passes.finish(part, multiplied(part, activated("phi_q", activation, tile.heads("q", q, dtype)), rows))
+            passes.finish(part, multiplied(part, tile.activated("first", activation, q, dtype), rows, "second"))
         window.store(out, buffer)
     for b in _long_segments(lengths, q, v):
         z, scale = _long_state(k, v, starts[b], lengths[b], weight, normalization, alpha, activation)
@@ -162,6 +162,6 @@ def _tile_scale(
 def _product(slot: str, a: Tensor, b: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return a @ b * factor of [n, H, D, L] and [n, H, L, E] in `dtype`, in the slot."""
     out = scratch(f"{slot} product", (*a.shape[:3], b.shape[3]), a.dtype, a.device)
-    torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+    batched(a, b, out)
     out = converted(slot, out, dtype)
     return out if factor is None else out.mul_(factor)

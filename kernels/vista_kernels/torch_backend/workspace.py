@@ -45,12 +45,15 @@ def converted(slot: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     return scratch(slot, tuple(x.shape), dtype, x.device).copy_(x)
 
 
+def activate(name: str, x: Tensor, out: Tensor) -> Tensor:
+    """Write phi(x) to out, which may be x."""
+    operator = torch.ops.aten.silu if name == "silu" else torch.ops.aten.relu
+    return cast(Tensor, operator.out(x, out=out))
+
+
 def activated(slot: str, name: str, x: Tensor) -> Tensor:
     """Return phi(x) of [n, H, L, D] in the slot, laid out as x; for `identity` x itself."""
-    if name == "identity":
-        return x
-    operator = torch.ops.aten.silu if name == "silu" else torch.ops.aten.relu
-    return cast(Tensor, operator.out(x, out=_like(slot, x)))
+    return x if name == "identity" else activate(name, x, _like(slot, x))
 
 
 def scaled(slot: str, x: Tensor, factor: Tensor | None) -> Tensor:
@@ -60,17 +63,26 @@ def scaled(slot: str, x: Tensor, factor: Tensor | None) -> Tensor:
     return torch.mul(x, factor.to(x.dtype), out=_like(slot, x))
 
 
-def multiplied(part: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b of [n, H, L, D] and [n, H, D, E]: in `part` [n, L, H, E] where that is free, else in a slot."""
+def multiplied(part: Tensor, a: Tensor, b: Tensor, slot: str = "product") -> Tensor:
+    """Return a @ b of [n, H, L, D] and [n, H, D, E]: in `part` [n, L, H, E] where that is free, else in the slot."""
     out = part.transpose(1, 2)
     if out.dtype == a.dtype and a.shape[0] == 1 and not a.is_contiguous():
         for head in range(a.shape[1]):  # a batched product is several times slower into a strided result
             torch.mm(a[0, head], b[0, head], out=out[0, head])
         return out
     if not out.is_contiguous() or out.dtype != a.dtype:
-        out = scratch("product", tuple(out.shape), a.dtype, a.device)
-    torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+        out = scratch(slot, tuple(out.shape), a.dtype, a.device)
+    batched(a, b, out)
     return out
+
+
+def batched(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write a @ b of [n, H, I, J] and [n, H, J, K] to contiguous out. (In a batch of one bmm copies bfloat16 operands.)"""
+    left, right, result = a.flatten(0, 1), b.flatten(0, 1), out.flatten(0, 1)
+    if len(result) == 1:
+        torch.mm(left[0], right[0], out=result[0])
+    else:
+        torch.bmm(left, right, out=result)
 
 
 def _like(slot: str, x: Tensor) -> Tensor:
