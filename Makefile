@@ -37,7 +37,7 @@ setup: $(STAMP) ## make the virtual environment with vista and all it needs; say
 	@$(BIN)/python scripts/describe_environment.py
 
 test: setup ## run the tests that need no GPU, on all cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not aot" $(PYTEST_ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not aot" $(PYTEST_ARGS)
 
 lint: setup ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from recorder import Recorder, Timing, benchmark_parser, interleaved
 from vista.data.event_log import EventLog
-from vista.device import keep_freed_memory, set_threads
+from vista.device import set_threads
 from vista.model.recommender import Recommender
 from vista.refresh import refresh
 from vista.scorer import Scorer
@@ -95,7 +95,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     options = benchmark_parser("scorer", __doc__).parse_args(arguments)
     set_threads(0)
-    keep_freed_memory()
     recorder = Recorder("scorer", out=options.out, quick=options.quick)
     lengths = (200, 20_000) if options.quick else (1_000, 1_000_000)
     with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:

@@ -106,13 +106,12 @@ def backward_floor(num_tokens: int, num_heads: int, head_dim: int, dtype: torch.
 
 
 def short_users_floor(
-    num_tokens: int, num_users: int, head_dim: int, dtype: torch.dtype, *, state_passes: Literal[1, 2]
+    num_tokens: int, num_users: int, head_dim: int, dtype: torch.dtype, *, state_passes: Literal[0, 2]
 ) -> Floor:
-    """Of the forward over many short users, one head: each has a state of D² to write, activate and multiply with.
+    """Of the forward over many short users, one head: each has a state of D² to form, activate and multiply with.
 
     Args:
-        state_passes: 1 where the state is written and read while it is in the cache; 2 where one operator writes it
-            and another reads it.
+        state_passes: 0 where states never leave the cache; 2 where one operator writes them and another reads them.
     """
     mean = max(1, round(num_tokens / num_users))
     elements, state = num_tokens * head_dim, num_users * head_dim * head_dim

@@ -51,6 +51,7 @@ def test_precision() -> None:
     assert choose_precision(Precision.auto, torch.device("mps")) is Precision.float32
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc for it")
 def test_freed_memory_is_kept_for_the_next_tensor() -> None:
     """In a process of its own, since it is for good: without it each tensor of 64 MB faults in 16,384 pages."""
     code = """
@@ -68,5 +69,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         word: int(subprocess.run([sys.executable, "-c", code, word], capture_output=True, check=True).stdout)
         for word in ("keep", "return")
     }
-    assert faults["keep"] < 100
-    assert faults["return"] > faults["keep"] or platform.libc_ver()[0] != "glibc"
+    assert faults["keep"] < 100 < faults["return"]

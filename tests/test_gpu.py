@@ -51,13 +51,15 @@ def gradients(
     return OPERATORS[name].gradients(run_there, inputs)
 
 
-@pytest.mark.parametrize("width", [3, 64, 128])
+@pytest.mark.parametrize(("width", "value_width"), [(3, 4), (64, 64), (128, 128), (128, 64), (16, 70)])
 @pytest.mark.parametrize("dtype", UNITS, ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_operators_on_the_gpu_agree_with_the_oracle(name: str, dtype: torch.dtype, width: int) -> None:
+def test_operators_on_the_gpu_agree_with_the_oracle(
+    name: str, dtype: torch.dtype, width: int, value_width: int
+) -> None:
     """The bar of the CPU: err <= 2 err(oracle run in float32 and rounded to the output's dtype) + 4 units."""
     operator = replace(OPERATORS[name], backend="auto")
-    inputs = operator.make(LONGER if width == 3 else RAGGED, dtype, width=width)
+    inputs = operator.make(LONGER if width == 3 else RAGGED, dtype, width=width, value_width=value_width)
     exact = operator.gradients(operator.oracle, inputs)
     fast = gradients(name, operator.fast, inputs)
 

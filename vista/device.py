@@ -58,9 +58,8 @@ def keep_freed_memory() -> None:
     of the time of attention with outputs of 64 MB. So this is for processes of vista's own: commands and benchmarks.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    if mallopt is None or not (mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)):
+        logger.debug("the C library hands freed memory back: large tensors pay page faults each time")
 
 
 @contextmanager

@@ -199,13 +199,14 @@ def choose_backend(backend: str, device: torch.device, *, sdpa: bool = False) ->
 
 
 def needs_dispatch(*arguments: object) -> bool:
-    """Say whether autograd or a compiler must see an operator, so that it has to go through torch's dispatcher.
+    """Say whether autograd, a compiler or a tensor subclass must see an operator: then it is dispatched by torch.
 
     Where not, its function is called as it is: the first call of a custom_op imports torch._dynamo, and Triton where
     there is one, some seconds that serving does not want.
     """
-    learned = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
-    return learned or torch.compiler.is_compiling()
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    traced = torch.compiler.is_compiling() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+    return traced or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 @cache

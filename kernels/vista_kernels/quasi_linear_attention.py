@@ -13,7 +13,7 @@ Backward, given dO::
     targets: dphi1(q_t) += (dO_t . v_t) phi1(k_t)         dphi1(k_t) = (dO_t . v_t) phi1(q_t)
              dv_t = (phi1(q_t) . phi1(k_t)) dO_t
 
-Layout: tokens packed as [T, H, D], sequences end to end, offsets int64 [B+1]. Sums are float32 (float64 for float64
+Layout: tokens packed as [T, H, D], sequences end to end, offsets int64 [B+1]. States are float32 (float64 for float64
 tokens).
 """
 
@@ -209,9 +209,12 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, z, n = output
     ctx.save_for_backward(q, k, v, z, n, offsets, num_targets, weight)
     ctx.options = options
+    ctx.set_materialize_grads(False)  # z has no gradient, and zeros for it would be as large as all states
 
 
 def _backward(ctx, grad_out, grad_z, grad_n):  # type: ignore[no-untyped-def]
+    if grad_out is None:
+        return (None,) * 11
     return *_qla_backward_op(grad_out, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
 

@@ -43,8 +43,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         o = torch.bmm(exp(s.sub_(lse[..., None])).flatten(0, 1), v.flatten(0, 1)).view(*shape[:3], width)
     else:
         # It wants widths of 8, and a mask whose rows begin at multiples of 8.
-        q, k, v = (F.pad(x, (0, -x.shape[3] % 8)) for x in (q, k, v))
-        if expanded is not None:
+        q, k, v = (F.pad(x, (0, -x.shape[3] % 8)) if x.shape[3] % 8 else x for x in (q, k, v))
+        if expanded is not None and shape[3] % 8:
             expanded = F.pad(expanded, (0, -shape[3] % 8))[..., : shape[3]]
         o, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, expanded, True, scale=scale)
         lse = lse[..., : shape[2]]

@@ -6,13 +6,15 @@ Per request and head, for candidate i, with C context tokens::
     o_i  = sum_j exp(s_ij - L_i) v_j + exp(e_i - L_i) own_v_i          L_i = log(sum_j exp(s_ij) + exp(e_i))
 
 Forward is torch's SDPA over the context, which gives its log-sum-exp, and one term merged into it. Backward needs the
-merged o and L alone: with p = exp(s - L) and delta_i = dO_i . o_i::
+merged L alone (delta is summed again): with p = exp(s - L) and delta_i = dO_i . o_i::
 
     dS_ij = p_ij (dO_i . v_j - delta_i)     dE_i = exp(e_i - L_i) (dO_i . own_v_i - delta_i)     dbias = dS
     dq = scale (dS k + dE own_k)            dk = scale dS^T q        dv = p^T dO
 
 SDPA's own backward on a CPU gives no gradient of a bias, so dS is computed here, in portions of requests and candidates
-that stay in cache (sdpa.py). Layout: [B, H, N, D]. Sums are float32 (float64 for float64); lower dtypes are widened.
+that stay in cache (sdpa.py). bfloat16 on a CPU that multiplies it takes plain products and one softmax instead, and
+torch's own backward of these, up to `sdpa.DIRECT_SCORES`: portions, widened, lost there. Layout: [B, H, N, D]. Sums
+are float32 (float64 for float64); lower dtypes are widened.
 """
 
 from __future__ import annotations

@@ -48,7 +48,14 @@ class Operator:
         """The widest dtype that the backend takes."""
         return torch.float32 if self.backend == "triton" else torch.float64
 
-    def make(self, lengths: list[int], dtype: torch.dtype, seed: int = 0, width: int = WIDTH) -> Inputs:
+    def make(
+        self,
+        lengths: list[int],
+        dtype: torch.dtype,
+        seed: int = 0,
+        width: int = WIDTH,
+        value_width: int = VALUE_WIDTH,
+    ) -> Inputs:
         """Return random inputs for segments of these lengths."""
         generator = torch.Generator().manual_seed(seed)
 
@@ -60,7 +67,7 @@ class Operator:
         inputs: Inputs = {"offsets": torch.tensor([0, *lengths]).cumsum(0), **self.options}
         for name in ("q", "k", "v"):
             if name in self.packed:
-                inputs[name] = normal(total, HEADS, VALUE_WIDTH if name == "v" else width).to(dtype)
+                inputs[name] = normal(total, HEADS, value_width if name == "v" else width).to(dtype)
         if "weight" in self.packed:
             inputs["weight"] = normal(total, HEADS).to(states)
         if "log_decay" in self.packed:
@@ -72,7 +79,7 @@ class Operator:
         for names, rows in ((self.packed, total), (self.per_segment, batch)):
             for name in names:
                 if name in ("z", "initial_z"):
-                    inputs[name] = normal(rows, HEADS, width, VALUE_WIDTH).to(states)
+                    inputs[name] = normal(rows, HEADS, width, value_width).to(states)
                 elif name in ("n", "initial_n"):
                     inputs[name] = 20 * normal(rows, HEADS).abs().to(states)
         return inputs

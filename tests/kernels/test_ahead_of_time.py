@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for GPUs of NVIDIA and AMD, without spilled registers and within their shared memory.
+"""Every Triton kernel compiles for GPUs of NVIDIA and AMD, within their shared memory and the spills it may have.
 
 This runs `scripts/compile_kernels.py`, in a process of its own: this one may have Triton set to its interpreter.
 """

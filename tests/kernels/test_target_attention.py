@@ -279,6 +279,7 @@ def test_reference_backend() -> None:
     torch.testing.assert_close(out, target_attention(**inputs))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", BIASES)

@@ -32,6 +32,8 @@ SLICE_ELEMENTS = 1 << 19
 Measured on two cores of an EPYC, separable, two layers: 8192 events are best for M=64, 4096 for 128, 2048 for 256, a
 fifth faster than 16,384; fewer than 1024 cost more in calls than they save.
 """
+GPU_SLICE_LEN = 65_536
+"""The same on a GPU, which needs that many to be filled (not measured on one)."""
 RANGES_PER_PASS = 256
 """Ranges whose states are held at once when terms are exchanged."""
 
@@ -43,6 +45,8 @@ def reach(model: Recommender) -> int:
 
 def slice_len(model: Recommender) -> int:
     """Events of one pass over this model's histories."""
+    if model.device.type != "cpu":
+        return GPU_SLICE_LEN
     return min(SLICE_LEN, max(1024, SLICE_ELEMENTS // model.config.dim))
 
 

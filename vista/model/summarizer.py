@@ -184,6 +184,7 @@ class Summarizer(nn.Module):
         summary: Tensor = self.final_norm(x)
         return summary.view(count, num_seeds, self.config.dim)
 
+    @torch.no_grad()
     def summarize_long(self, tokens: Tensor, slice_len: int) -> Tensor:
         """Bidirectional mixing of one history, slice by slice, without gradients: `summarize_set` at little memory.
 

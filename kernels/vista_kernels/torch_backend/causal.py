@@ -78,7 +78,7 @@ class _Part:
         initial = carry[self.sequences].flatten(2)
         states, last = scan_rows(totals.flatten(2), None, self.offsets, initial, descending=descending)
         entering = entering_carry(states, self.offsets, initial, descending=descending).view(totals.shape)
-        carry[self.sequences] = last.view(-1, *carry.shape[1:])
+        carry[self.sequences] = last.view(len(last), *carry.shape[1:])
         return entering
 
 
@@ -157,7 +157,7 @@ def _parts(offsets: IntArray, q: Tensor, v: Tensor) -> Iterator[_Part]:
 
 
 def _scores(a: Tensor, b: Tensor) -> Tensor:
-    """Return tril(a @ b^T) [n, H, L, L] of contiguous a, b [n, H, L, D]."""
+    """Return tril(a @ b^T) [n, H, L, L] of a, b [n, H, L, D]."""
     out = scratch("scores", (*a.shape[:3], b.shape[2]), a.dtype, a.device)
     torch.bmm(a.flatten(0, 1), b.flatten(0, 1).transpose(1, 2), out=out.flatten(0, 1))
     return out.tril_()

@@ -2,7 +2,7 @@
 
 Shapes: tokens [T, H, D] or [T, H, E], states [B, H, D, E], counts [B, H]; tiles head-major [n, H, L, D], as batched
 matrix products want them. Each pass recomputes activations tile by tile, so its temporaries are bounded whatever T is.
-Products are in the dtype of `precision.product_dtype`, sums in float32 (float64 for float64 tokens).
+Products are in the dtype of `precision.product_dtype`, states in float32 (float64 for float64 tokens).
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from vista_kernels.torch_backend.precision import product_dtype
 from vista_kernels.torch_backend.segments import WINDOW_ELEMENTS, Tile, Window, place, plan
 from vista_kernels.torch_backend.workspace import activated, batched, converted, multiplied, scaled, scratch
 from vista_kernels.validation import IntArray
+
+ROUNDED = 256
+"""Tokens whose sum is rounded to bfloat16 before it is added to a state, where products are bfloat16."""
 
 
 def accumulate(
@@ -43,7 +46,7 @@ def accumulate(
         states = window.states("states", z) if fresh and window.is_first else None
         for tile in window.tiles:
             w = tile.weight(weight, z.dtype)
-            keys = scaled("first", tile.activated("first", activation, k, dtype), w)
+            keys = weighted_keys(tile, activation, k, w, dtype if weight is None else z.dtype)
             add_product(z, states, tile, keys.transpose(2, 3), tile.heads("second", v, dtype))
             if weight is not None and w is not None:
                 _add_rows(n, tile, w.sum(2).squeeze(2))
@@ -132,7 +135,6 @@ def read_backward(
         window.store(grad_q, buffer)
         if states is not None:
             window.store_states(grad_z, states)
-    _clear_empty(grad_z, lengths)
     step = max(1, WINDOW_ELEMENTS // max(1, z[:1].numel()))
     for first in range(0, len(z), step):
         part_z, part_grad = z[first : first + step], grad_z[first : first + step]
@@ -140,6 +142,13 @@ def read_backward(
         activate_gradient_(state_activation, scaled("scaled", part_z, c), part_grad)
         if c is not None:
             part_grad.mul_(c)
+    _clear_empty(grad_z, lengths)  # what nobody reads has no gradient, even where it is not finite
+
+
+def weighted_keys(tile: Tile, activation: str, k: Tensor, w: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return w phi(k) [n, H, L, D], reckoned in `dtype` and rounded once to that of products."""
+    keys = scaled("first", tile.activated("first", activation, k, dtype), w)
+    return converted("keys", keys, product_dtype(k)) if keys.dtype != product_dtype(k) else keys
 
 
 def tile_rows(x: Tensor, tile: Tile) -> Tensor:
@@ -148,22 +157,41 @@ def tile_rows(x: Tensor, tile: Tile) -> Tensor:
 
 
 def add_product(z: Tensor, states: Tensor | None, tile: Tile, a: Tensor, b: Tensor) -> None:
-    """Write a [n, H, D, L] @ b [n, H, L, E] to the tile's part of `states`; where that is None, add it to z's rows.
-
-    Where products are bfloat16, so is the sum over this tile; sums of tiles are float32.
-    """
-    if states is not None:
-        target = states[tile.state_place : tile.state_place + tile.num]
-        total = target if a.dtype == z.dtype else scratch("sum", tuple(target.shape), a.dtype, a.device)
-        batched(a, b, total)
-        if total is not target:
+    """Write a [n, H, D, L] @ b [n, H, L, E] to the tile's part of `states`; where that is None, add it to z's rows."""
+    target = None if states is None else states[tile.state_place : tile.state_place + tile.num]
+    if a.dtype != z.dtype:
+        total = _rounded_sum(a, b, z.dtype)
+        if target is None:
+            _add_rows(z, tile, total)
+        else:
             target.copy_(total)
-    elif a.dtype == z.dtype and isinstance(tile.rows, slice):
+    elif target is not None:
+        batched(a, b, target)
+    elif isinstance(tile.rows, slice):
         z[tile.rows].flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
     else:
         total = scratch("sum", (*a.shape[:3], b.shape[3]), a.dtype, a.device)
         batched(a, b, total)
         _add_rows(z, tile, total)
+
+
+def _rounded_sum(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a [n, H, D, L] @ b [n, H, L, E] of bfloat16 operands [n, H, D, E]; sums of ROUNDED tokens add in `dtype`.
+
+    torch has no product of bfloat16 matrices into float32 on CPUs.
+    """
+    n, heads, width, length = a.shape
+    whole = length - length % ROUNDED
+    if 0 < whole < length:
+        first, rest = (a[..., :whole], b[:, :, :whole]), (a[..., whole:], b[:, :, whole:])
+        return _rounded_sum(*first, dtype).to(dtype, copy=True) + _rounded_sum(*rest, dtype)
+    parts = max(1, length // ROUNDED)
+    shape = (n * heads * parts, length // parts)
+    left = a.transpose(2, 3).reshape(*shape, width).transpose(1, 2)
+    out = scratch("sum", (1, shape[0], width, b.shape[3]), a.dtype, a.device)
+    batched(left.unsqueeze(0), b.reshape(*shape, b.shape[3]).unsqueeze(0), out)
+    sums = out.view(n, heads, parts, width, b.shape[3])
+    return sums[:, :, 0] if parts == 1 else sums.sum(2, dtype=dtype)
 
 
 def finish(part: Tensor, result: Tensor, factor: Tensor | None = None) -> None:

@@ -60,9 +60,9 @@ class Tile:
 
     def activated(self, slot: str, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return phi(x) of `heads`, where x itself is not needed."""
-        rows, owned = self._rows(slot, x), self.index is not None
         if name == "identity":
             return self.heads(slot, x, dtype)
+        rows, owned = self._rows(slot, x), self.index is not None
         if rows.dtype != dtype:
             rows, owned = converted(f"{slot} dense", rows, dtype), True
         # Tokens come from memory in their own order, and are turned by heads in the cache.

@@ -42,7 +42,7 @@ def attend_short(
         for tile in window.tiles:
             w = tile.weight(weight, wide)
             c = _tile_scale(tile, w, weight, lengths, normalization, alpha, wide, q.device)
-            keys = scaled("first", tile.activated("first", activation, k, dtype), w)
+            keys = passes.weighted_keys(tile, activation, k, w, dtype if weight is None else wide)
             state = _product("sum", keys.transpose(2, 3), tile.heads("second", v, dtype), c, wide)
             rows = converted("rows", activated("state", state_activation, state), dtype)
             part = place(tile, buffer)
@@ -78,7 +78,7 @@ def attend_short_backward(
             w = tile.weight(weight, wide)
             c = _tile_scale(tile, w, weight, lengths, normalization, alpha, wide, q.device)
             raw, values = tile.heads("k", k, dtype), tile.heads("v", v, dtype)
-            keys = scaled("phi_k", activated("phi_k", activation, raw), w)
+            keys = passes.weighted_keys(tile, activation, k, w, dtype if weight is None else wide)
             state = _product("sum", keys.transpose(2, 3), values, c, wide)
             rows = converted("rows", activated("state", state_activation, state), dtype)
             raw_query, grad = tile.heads("q", q, dtype), tile.heads("grad", grad_out, dtype)

@@ -57,10 +57,10 @@ def activated(slot: str, name: str, x: Tensor) -> Tensor:
 
 
 def scaled(slot: str, x: Tensor, factor: Tensor | None) -> Tensor:
-    """Return x * factor in the slot, in x's dtype (x may lie there itself); x itself for None."""
+    """Return x * factor, rounded once, in the slot (x may lie there itself); x itself for None."""
     if factor is None:
         return x
-    return torch.mul(x, factor.to(x.dtype), out=_like(slot, x))
+    return torch.mul(x, factor, out=_like(slot, x))
 
 
 def multiplied(part: Tensor, a: Tensor, b: Tensor, slot: str = "product") -> Tensor:
@@ -77,9 +77,9 @@ def multiplied(part: Tensor, a: Tensor, b: Tensor, slot: str = "product") -> Ten
 
 
 def batched(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Write a @ b of [n, H, I, J] and [n, H, J, K] to contiguous out. (In a batch of one bmm copies bfloat16 operands.)"""
+    """Write a @ b of [n, H, I, J] and [n, H, J, K] to contiguous out."""
     left, right, result = a.flatten(0, 1), b.flatten(0, 1), out.flatten(0, 1)
-    if len(result) == 1:
+    if len(result) == 1:  # there bmm would copy bfloat16 operands
         torch.mm(left[0], right[0], out=result[0])
     else:
         torch.bmm(left, right, out=result)

@@ -169,7 +169,10 @@ def launch(kernel: Any, num_programs: int, *args: object, **constants: Any) -> N
 
 def to_device(arrays: Sequence[IntArray], device: torch.device) -> list[Tensor]:
     """Copy int64 arrays to a device, all in one transfer, and return them as tensors of their shapes."""
-    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(device)
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+    if device.type == "cuda":
+        flat = flat.pin_memory()  # from pageable memory the host would wait for the copy, and so for the GPU
+    flat = flat.to(device, non_blocking=True)
     parts = flat.split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 

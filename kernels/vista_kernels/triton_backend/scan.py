@@ -62,7 +62,7 @@ def scan_rows_kernel(
     step: tl.constexpr = -1 if DESCENDING else 1
     if DESCENDING:
         i += length - 1
-    f = block * BLOCK_F + tl.arange(0, BLOCK_F)
+    f = (block * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
     m_f = f < F
     carry_row = (piece * num_heads + h) * F
     x_ptr += h * stride_xh

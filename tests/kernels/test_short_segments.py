@@ -1,0 +1,105 @@
+"""What the torch backend chooses by itself: to keep no states of short segments, and products in bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vista_kernels import accumulate_state
+from vista_kernels.torch_backend import precision, short_segments
+
+from .conftest import OPERATORS, Inputs
+from .test_operators import check_against_oracle
+
+LENGTHS = [200, 3, 3, 0, 5, 1, 30, 31, 4]
+"""The first is a long one where windows are small."""
+UNITS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+QLA = OPERATORS["quasi_linear_attention"]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What ran, so that a test knows that it tests these functions."""
+    found: list[str] = []
+    for name in ("_windows", "_long_state"):
+        plain = getattr(short_segments, name)
+
+        def counted(*args: Any, name: str = name, plain: Any = plain) -> Any:
+            found.append(name)
+            return plain(*args)
+
+        monkeypatch.setattr(short_segments, name, counted)
+    return found
+
+
+def short_inputs(dtype: torch.dtype, weight: str, width: int = 64) -> Inputs:
+    """Without targets, and with more numbers in a state than in a segment."""
+    inputs = QLA.make(LENGTHS, dtype, width=width, value_width=6) | {"num_targets": None}
+    if weight == "none":
+        inputs["weight"] = None
+    elif weight == "tokens":
+        inputs["weight"] = inputs["weight"][:, 0]
+    return inputs
+
+
+@pytest.mark.parametrize("multiplies", [True, False], ids=["bfloat16-products", "widened"])
+@pytest.mark.parametrize("weight", ["none", "tokens", "heads"])
+@pytest.mark.parametrize("normalization", ["none", "length"])
+@pytest.mark.parametrize("dtype", UNITS, ids=str)
+@pytest.mark.usefixtures("small_windows")
+def test_short_segments_agree_with_the_oracle(
+    dtype: torch.dtype,
+    normalization: str,
+    weight: str,
+    multiplies: bool,
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: multiplies)
+    inputs = short_inputs(dtype, weight) | {"normalization": normalization}
+    check_against_oracle(QLA, inputs, UNITS[dtype])
+    assert calls.count("_windows") == calls.count("_long_state") == 2  # forward and backward
+
+
+def test_short_segments_alone_and_together(calls: list[str]) -> None:
+    inputs = short_inputs(torch.float64, "heads")
+    (together,), gradients = QLA.gradients(QLA.fast, inputs)
+    exact = QLA.gradients(QLA.oracle, inputs)[1]
+    for ours, theirs in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    for b in range(len(LENGTHS)):
+        alone = QLA.fast(QLA.segment(inputs | {"num_targets": torch.zeros(len(LENGTHS))}, b) | {"num_targets": None})[0]
+        torch.testing.assert_close(together[QLA.rows("tokens", inputs, b)], alone, rtol=1e-12, atol=1e-12)
+    assert "_windows" in calls
+
+
+def test_poison_in_a_short_segment_stays_there(calls: list[str]) -> None:
+    inputs = short_inputs(torch.float32, "heads")
+
+    def run(inputs: Inputs) -> tuple[Tensor, ...]:
+        outputs, gradients = QLA.gradients(QLA.fast, inputs)
+        return outputs + gradients
+
+    clean = run(inputs)
+    start, stop = inputs["offsets"][6:8].tolist()
+    poisoned = {name: inputs[name].clone() for name in ("q", "k", "v", "weight")}
+    for x in poisoned.values():
+        x[start + 1 : stop : 2] = torch.nan
+    for before, after in zip(clean, run(inputs | poisoned), strict=True):
+        assert after[start:stop].isnan().any()
+        assert torch.equal(before[:start], after[:start]) and torch.equal(before[stop:], after[stop:])
+    assert "_windows" in calls
+
+
+@pytest.mark.parametrize("length", [257, 5000])
+@pytest.mark.parametrize("multiplies", [True, False], ids=["bfloat16-products", "widened"])
+def test_sums_of_bfloat16_tokens_stay_exact(length: int, multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum that were held in bfloat16 would stop at 256."""
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: multiplies)
+    ones = torch.ones(length, 2, 3, dtype=torch.bfloat16)
+    z, n = accumulate_state(ones, ones, torch.tensor([0, length]), activation="identity")
+    assert z.dtype == n.dtype == torch.float32
+    assert bool((z == length).all()) and bool((n == length).all())
