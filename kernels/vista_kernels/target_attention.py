@@ -12,7 +12,7 @@ merged L alone (delta is summed again): with p = exp(s - L) and delta_i = dO_i .
     dq = scale (dS k + dE own_k)            dk = scale dS^T q        dv = p^T dO
 
 SDPA's own backward on a CPU gives no gradient of a bias, so dS is computed here, in portions of requests and candidates
-that stay in cache (sdpa.py). bfloat16 on a CPU that multiplies it takes plain products and one softmax instead, and
+that stay in cache (torch_backend/sdpa.py). bfloat16 on a CPU that multiplies it takes plain products and one softmax instead, and
 torch's own backward of these, up to `sdpa.DIRECT_SCORES`: portions, widened, lost there. Layout: [B, H, N, D]. Sums
 are float32 (float64 for float64); lower dtypes are widened.
 """
@@ -24,8 +24,9 @@ import math
 import torch
 from torch import Tensor
 
-from vista_kernels import reference, sdpa
+from vista_kernels import reference
 from vista_kernels.launch import choose_backend, needs_dispatch
+from vista_kernels.torch_backend import sdpa
 from vista_kernels.torch_backend.precision import product_dtype
 from vista_kernels.validation import check_candidates, state_dtype
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vista_kernels import reference, sdpa, target_attention
+from vista_kernels import reference, target_attention
 from vista_kernels.target_attention import _direct
+from vista_kernels.torch_backend import sdpa
 
 from .test_operators import _Recorder, err
 
