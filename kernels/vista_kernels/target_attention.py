@@ -12,9 +12,9 @@ merged L alone (delta is summed again): with p = exp(s - L) and delta_i = dO_i .
     dq = scale (dS k + dE own_k)            dk = scale dS^T q        dv = p^T dO
 
 SDPA's own backward on a CPU gives no gradient of a bias, so dS is computed here, in portions of requests and candidates
-that stay in cache (torch_backend/sdpa.py). bfloat16 on a CPU that multiplies it takes plain products and one softmax instead, and
-torch's own backward of these, up to `sdpa.DIRECT_SCORES`: portions, widened, lost there. Layout: [B, H, N, D]. Sums
-are float32 (float64 for float64); lower dtypes are widened.
+that stay in cache (torch_backend/sdpa.py). bfloat16 on a CPU that multiplies it takes plain products and one softmax
+instead, and torch's own backward of these, up to `sdpa.DIRECT_SCORES`: portions, widened, lost there. Layout:
+[B, H, N, D]. Sums are float32 (float64 for float64); lower dtypes are widened.
 """
 
 from __future__ import annotations
