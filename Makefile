@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml
 setup: $(STAMP) ## make the virtual environment with vista and all it needs; say which torch build came
 	@$(BIN)/python scripts/describe_environment.py
 
-test: setup ## run the tests that need no GPU, on all cores
+test: setup ## run the tests that need no GPU (but test-aot), on all cores
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not aot" $(PYTEST_ARGS)
 
 lint: setup ## check format, style and types

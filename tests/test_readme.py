@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.conftest import ratings_folder
 from vista.cli import main
@@ -25,6 +27,20 @@ def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serving, notebook = blocks("python")
     for block in (notebook, serving):
         exec(compile(block, str(README), "exec"), {})
+
+
+def test_kernels_readme_and_its_code() -> None:
+    text = (README.parent / "kernels" / "README.md").read_text()
+    assert "MEASURED" not in text
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(compile(block, "kernels/README.md", "exec"), names)
+    k, v, time = (names[name][:5] for name in ("k", "v", "time"))
+    weight = torch.exp(-(40 - time)[:, None] / names["tau"]).float()
+    weight[3] = 0
+    z, n = names["accumulate_state"](k, v, torch.tensor([0, 5]), weight=weight)
+    torch.testing.assert_close(names["forgot"], (z, n), rtol=1e-4, atol=1e-4)
+    assert names["out"].shape == (1, 4, 500, 16)
 
 
 def run(command: str) -> None:

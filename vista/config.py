@@ -218,7 +218,7 @@ class RefreshConfig:
     users_per_batch: int = 512
     """Users of one write transaction."""
     precision: Precision = Precision.float32
-    """Of matrix products: bfloat16 is faster where the device multiplies it, and rounds summaries to some 0.3 %."""
+    """Of matrix products: bfloat16 is faster where the device multiplies it, and moves summaries by some 0.3 %."""
     device: str = "auto"
     num_threads: int = 0
     progress: bool = True

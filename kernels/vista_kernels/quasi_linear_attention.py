@@ -52,14 +52,17 @@ def quasi_linear_attention(
     state_activation: str = "silu",
     backend: str = "auto",
 ) -> Tensor:
-    """Let every token read what its sequence's history wrote, and every target itself as well.
+    """Let every token read all writing tokens of its sequence, earlier and later ones and itself (bidirectional).
+
+    The last num_targets[b] tokens of sequence b are targets: they read the writing tokens and themselves, write nothing,
+    and do not see one another.
 
     Args:
         q: [T, H, D] queries, float64, float32, bfloat16 or float16.
         k: [T, H, D] keys, of q's dtype and device.
         v: [T, H, E] values, likewise.
         offsets: [B+1] int64 where sequences begin; 0 first, T last. On q's device or the CPU (fastest on the CPU).
-        num_targets: [B] int64; the last num_targets[b] tokens of sequence b are targets. None: there are none.
+        num_targets: [B] int64, best on the CPU; how many targets a sequence ends with. None: there are none.
         weight: [T] or [T, H] float weights of the writing tokens (targets' are not read). No gradient.
         normalization: "none" (c = 1) or "length" (c = 1 / max(n, 1)^alpha).
         alpha: the exponent of "length".

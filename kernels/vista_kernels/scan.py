@@ -61,7 +61,10 @@ def scan_states(
 def scan_counts(
     n: Tensor, log_decay: Tensor, offsets: Tensor, *, initial_n: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Return only the weight sums [N, H] that `scan_states` would: n_i = exp(log_decay_i) n_{i-1} + (n's row i)."""
+    """Return only the weight sums [N, H] that `scan_states` would: n_i = exp(log_decay_i) n_{i-1} + (n's row i).
+
+    Arguments and errors as there. There is no gradient.
+    """
     _check_scan(n, log_decay, offsets, initial_n, "n", n)
     empty = n.new_empty((*n.shape, 0, 0))
     return scan_states(empty, n, log_decay, offsets, initial_n=initial_n, backend=backend)[1]

@@ -43,9 +43,10 @@ def accumulate(
     if weight is None:
         n += torch.from_numpy(lengths).to(device=n.device, dtype=n.dtype).unsqueeze(1)
     for window in _windows(starts, lengths, k, z):
+        # The first window of a segment overwrites its state; later ones of a long segment, or new tokens, add to it.
         states = window.states("states", z) if fresh and window.is_first else None
         for tile in window.tiles:
-            w = tile.weight(weight, z.dtype)
+            w = tile.weight(weight, z.dtype)  # without weights, what hides padding, if there is some
             keys = weighted_keys(tile, activation, k, w, dtype if weight is None else z.dtype)
             add_product(z, states, tile, keys.transpose(2, 3), tile.heads("second", v, dtype))
             if weight is not None and w is not None:
@@ -102,7 +103,7 @@ def read(
         for tile in window.tiles:
             query = tile.activated("first", activation, q, dtype)
             part = place(tile, buffer)
-            finish(part, multiplied(part, query, _read_rows(z, scale, tile, state_activation, dtype), "second"))
+            finish(part, multiplied(part, query, _activated_states(z, scale, tile, state_activation, dtype), "second"))
         window.store(out, buffer)
 
 
@@ -125,7 +126,7 @@ def read_backward(
         buffer = window.buffer("grad_q", grad_q)
         for tile in window.tiles:
             raw, grad = tile.heads("q", q, dtype), tile.heads("grad", grad_out, dtype)
-            rows = _read_rows(z, scale, tile, state_activation, dtype)
+            rows = _activated_states(z, scale, tile, state_activation, dtype)
             part = place(tile, buffer)
             grad_query = multiplied(part, grad, rows.transpose(2, 3))
             activate_gradient_(activation, raw, grad_query)
@@ -135,6 +136,7 @@ def read_backward(
         window.store(grad_q, buffer)
         if states is not None:
             window.store_states(grad_z, states)
+    # grad_z holds dA = sum phi1(q)^T dO by now.
     step = max(1, WINDOW_ELEMENTS // max(1, z[:1].numel()))
     for first in range(0, len(z), step):
         part_z, part_grad = z[first : first + step], grad_z[first : first + step]
@@ -176,14 +178,15 @@ def add_product(z: Tensor, states: Tensor | None, tile: Tile, a: Tensor, b: Tens
 
 
 def _rounded_sum(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a [n, H, D, L] @ b [n, H, L, E] of bfloat16 operands [n, H, D, E]; sums of ROUNDED tokens add in `dtype`.
+    """Return a @ b [n, H, D, E] of bfloat16 a [n, H, D, L] and b [n, H, L, E], sums of ROUNDED tokens added in `dtype`.
 
-    torch has no product of bfloat16 matrices into float32 on CPUs.
+    torch has no product of bfloat16 matrices into float32 on CPUs. The result is bfloat16 where there is one sum.
     """
     n, heads, width, length = a.shape
     whole = length - length % ROUNDED
     if 0 < whole < length:
         first, rest = (a[..., :whole], b[:, :, :whole]), (a[..., whole:], b[:, :, whole:])
+        # A copy, for the second call writes to the same slot.
         return _rounded_sum(*first, dtype).to(dtype, copy=True) + _rounded_sum(*rest, dtype)
     parts = max(1, length // ROUNDED)
     shape = (n * heads * parts, length // parts)
@@ -210,7 +213,7 @@ def _clear_empty(z: Tensor, lengths: IntArray) -> None:
         z.index_fill_(0, torch.from_numpy(empty).to(z.device), 0)
 
 
-def _read_rows(z: Tensor, scale: Tensor | None, tile: Tile, state_activation: str, dtype: torch.dtype) -> Tensor:
+def _activated_states(z: Tensor, scale: Tensor | None, tile: Tile, state_activation: str, dtype: torch.dtype) -> Tensor:
     """Return A = phi2(Z c) of the tile's rows [n, H, D, E]."""
     c = None if scale is None else tile_rows(scale, tile)[:, :, None, None]
     state = activated("state", state_activation, scaled("scaled", tile_rows(z, tile), c))

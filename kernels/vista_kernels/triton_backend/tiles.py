@@ -2,7 +2,8 @@
 
 A tile holds BLOCK_T tokens of one head, [BLOCK_T, BLOCK_C], or one state, [BLOCK_D, BLOCK_E]; a width that is no power
 of two, or below 16, is padded. Padding is loaded as 0, and all activations map 0 to 0, so that it adds nothing. Token
-numbers are int64, so that no address overflows.
+numbers are int64, so that no address overflows. Names: `b_x` is a tile or a state in registers, `m_t` a mask of tokens;
+i, d and e number a block's tokens and a state's rows and columns.
 """
 
 from __future__ import annotations
