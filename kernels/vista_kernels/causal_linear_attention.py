@@ -51,8 +51,8 @@ def causal_linear_attention(
         backend: "auto", "torch", "triton" or "reference".
 
     Returns:
-        (o [T, H, E] of v's dtype, the state after each sequence [B, H, D, E] in float32, or float64 for float64 tokens).
-        That is `accumulate_state`'s Z with the same activation. All but offsets get gradients, through both results.
+        (o [T, H, E] of v's dtype, the state after each sequence [B, H, D, E]: float32, or float64 for float64 tokens).
+        The state is `accumulate_state`'s Z with the same activation. All but offsets get gradients, through both results.
 
     Raises:
         ValueError: naming the argument and the shapes, if shapes, dtypes, devices or offsets do not fit.

@@ -54,8 +54,8 @@ def quasi_linear_attention(
 ) -> Tensor:
     """Let every token read all writing tokens of its sequence, earlier and later ones and itself (bidirectional).
 
-    The last num_targets[b] tokens of sequence b are targets: they read the writing tokens and themselves, write nothing,
-    and do not see one another.
+    The last num_targets[b] tokens of sequence b are targets: they read the writing tokens and themselves, write
+    nothing, and do not see one another.
 
     Args:
         q: [T, H, D] queries, float64, float32, bfloat16 or float16.

@@ -74,8 +74,8 @@ def read_fwd_kernel(
     STATE_ACTIVATION: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
-    # Programs count blocks of A's columns first, then heads, then items: five numbers each, first and last segment, first
-    # and last token, slot (pieces.py). A piece of a long segment has token limits, a run of segments has none.
+    # Programs count blocks of A's columns first, then heads, then items: five numbers each, first and last segment,
+    # first and last token, slot (pieces.py). A piece of a long segment has token limits, a run of segments has none.
     num_blocks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     program = tl.program_id(0)
     block = program % num_blocks
