@@ -52,7 +52,7 @@ def causal_linear_attention(
 
     Returns:
         (o [T, H, E] of v's dtype, the state after each sequence [B, H, D, E]: float32, or float64 for float64 tokens).
-        The state is `accumulate_state`'s Z with the same activation. All but offsets get gradients, through both results.
+        The state is `accumulate_state`'s Z with the same activation. All but offsets get gradients, through both.
 
     Raises:
         ValueError: naming the argument and the shapes, if shapes, dtypes, devices or offsets do not fit.

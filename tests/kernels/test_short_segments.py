@@ -24,7 +24,7 @@ QLA = OPERATORS["quasi_linear_attention"]
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What ran, so that a test knows that it tests these functions."""
     found: list[str] = []
-    for name in ("_windows", "_long_state"):
+    for name in ("_tiles", "_long_state"):
         plain = getattr(short_segments, name)
 
         def counted(*args: Any, name: str = name, plain: Any = plain) -> Any:
@@ -61,7 +61,7 @@ def test_short_segments_agree_with_the_oracle(
     monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: multiplies)
     inputs = short_inputs(dtype, weight) | {"normalization": normalization}
     check_against_oracle(QLA, inputs, UNITS[dtype])
-    assert calls.count("_windows") == calls.count("_long_state") == 2  # forward and backward
+    assert calls.count("_tiles") == calls.count("_long_state") == 2  # forward and backward
 
 
 def test_short_segments_alone_and_together(calls: list[str]) -> None:
@@ -73,7 +73,7 @@ def test_short_segments_alone_and_together(calls: list[str]) -> None:
     for b in range(len(LENGTHS)):
         alone = QLA.fast(QLA.segment(inputs | {"num_targets": torch.zeros(len(LENGTHS))}, b) | {"num_targets": None})[0]
         torch.testing.assert_close(together[QLA.rows("tokens", inputs, b)], alone, rtol=1e-12, atol=1e-12)
-    assert "_windows" in calls
+    assert "_tiles" in calls
 
 
 def test_poison_in_a_short_segment_stays_there(calls: list[str]) -> None:
@@ -91,7 +91,7 @@ def test_poison_in_a_short_segment_stays_there(calls: list[str]) -> None:
     for before, after in zip(clean, run(inputs | poisoned), strict=True):
         assert after[start:stop].isnan().any()
         assert torch.equal(before[:start], after[:start]) and torch.equal(before[stop:], after[stop:])
-    assert "_windows" in calls
+    assert "_tiles" in calls
 
 
 @pytest.mark.parametrize("length", [257, 5000])

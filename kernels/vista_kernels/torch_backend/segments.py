@@ -153,8 +153,7 @@ def plan(
         state_elements: numbers a segment's state holds (H * D * E), which bounds the segments of a window.
         device: where the index tensors are to lie.
     """
-    max_tokens = _max_tokens(token_elements)
-    max_rows = max(16, 2 * WINDOW_ELEMENTS // max(state_elements, 1))
+    max_tokens, max_rows = max_window_tokens(token_elements), max_segments(state_elements)
     filled = np.flatnonzero(lengths)
     starts, lengths = starts[filled], lengths[filled]
     stops = starts + lengths
@@ -180,11 +179,27 @@ def plan(
 
 def is_long(lengths: IntArray, token_elements: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
     """Say of each segment whether `plan` gives it windows of its own."""
-    return lengths > _max_tokens(token_elements) // 4
+    return lengths > max_window_tokens(token_elements) // 4
 
 
-def _max_tokens(token_elements: int) -> int:
+def max_window_tokens(token_elements: int) -> int:
+    """Return how many tokens a window holds."""
     return max(256, WINDOW_ELEMENTS // max(token_elements, 1))
+
+
+def max_segments(state_elements: int) -> int:
+    """Return of how many segments a window holds the states."""
+    return max(16, 2 * WINDOW_ELEMENTS // max(state_elements, 1))
+
+
+def pack_tile(starts: IntArray, lengths: IntArray, rows: IntArray, device: torch.device) -> Tile:
+    """Return the segments `rows` (rising, none empty) as one tile: a view where they are equal and lie end to end."""
+    starts, lengths = starts[rows], lengths[rows]
+    first, last = int(starts[0]), int(starts[-1] + lengths[-1])
+    longest = int(lengths.max())
+    if len(rows) * longest == last - first == int(lengths.sum()):
+        return Tile(len(rows), longest, _compact(rows, device), first, 0)
+    return _padded_tile(starts, lengths, rows, 0, 0, device)[0]
 
 
 def cut_segments(offsets: IntArray, size: int) -> tuple[IntArray, IntArray, IntArray]:

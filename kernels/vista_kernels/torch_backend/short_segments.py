@@ -17,9 +17,19 @@ from vista_kernels.layout import empty_state, length_scale
 from vista_kernels.torch_backend import passes
 from vista_kernels.torch_backend.activations import activate_gradient_
 from vista_kernels.torch_backend.precision import product_dtype
-from vista_kernels.torch_backend.segments import Tile, Window, is_long, place, plan
-from vista_kernels.torch_backend.workspace import activated, batched, converted, multiplied, scaled, scratch
+from vista_kernels.torch_backend.segments import (
+    PADDING_LIMIT,
+    Tile,
+    is_long,
+    max_segments,
+    max_window_tokens,
+    pack_tile,
+)
+from vista_kernels.torch_backend.workspace import activated, batched, converted, scaled, scratch
 from vista_kernels.validation import IntArray, state_dtype
+
+SLACK_TOKENS = 512
+"""Padding that costs less than one more tile would."""
 
 
 def attend_short(
@@ -37,17 +47,13 @@ def attend_short(
 ) -> None:
     """Write o_s = phi1(q_s) phi2(Z c) of all tokens."""
     dtype, wide = product_dtype(q), state_dtype(q.dtype)
-    for window in _windows(starts, lengths, q, v):
-        buffer = window.buffer("out", out)
-        for tile in window.tiles:
-            w = tile.weight(weight, wide)
-            c = _tile_scale(tile, w, weight, lengths, normalization, alpha, wide, q.device)
-            keys = passes.weighted_keys(tile, activation, k, w, dtype if weight is None else wide)
-            state = _product("sum", keys.transpose(2, 3), tile.heads("second", v, dtype), c, wide)
-            rows = converted("rows", activated("state", state_activation, state), dtype)
-            part = place(tile, buffer)
-            passes.finish(part, multiplied(part, tile.activated("first", activation, q, dtype), rows, "second"))
-        window.store(out, buffer)
+    for tile in _tiles(starts, lengths, q, v):
+        w = tile.weight(weight, wide)
+        c = _tile_scale(tile, w, weight, lengths, normalization, alpha, wide, q.device)
+        keys = passes.weighted_keys(tile, activation, k, w, dtype if weight is None else wide)
+        state = _product("sum", keys.transpose(2, 3), tile.heads("second", v, dtype), c, wide)
+        rows = converted("rows", activated("state", state_activation, state), dtype)
+        _put(out, tile, _product("second", tile.activated("first", activation, q, dtype), rows, None, dtype))
     for b in _long_segments(lengths, q, v):
         z, scale = _long_state(k, v, starts[b], lengths[b], weight, normalization, alpha, activation)
         passes.read(q, z, scale, starts[b], lengths[b], activation, state_activation, out)
@@ -71,31 +77,26 @@ def attend_short_backward(
 ) -> None:
     """Write dq, dk and dv of all tokens."""
     dtype, wide = product_dtype(q), state_dtype(q.dtype)
-    for window in _windows(starts, lengths, q, v):
-        buffers = [window.buffer(name, x) for name, x in (("grad_q", grad_q), ("grad_k", grad_k), ("grad_v", grad_v))]
-        for tile in window.tiles:
-            part_q, part_k, part_v = (place(tile, buffer) for buffer in buffers)
-            w = tile.weight(weight, wide)
-            c = _tile_scale(tile, w, weight, lengths, normalization, alpha, wide, q.device)
-            raw, values = tile.heads("k", k, dtype), tile.heads("v", v, dtype)
-            keys = passes.weighted_keys(tile, activation, k, w, dtype if weight is None else wide)
-            state = _product("sum", keys.transpose(2, 3), values, c, wide)
-            rows = converted("rows", activated("state", state_activation, state), dtype)
-            raw_query, grad = tile.heads("q", q, dtype), tile.heads("grad", grad_out, dtype)
-            grad_query = multiplied(part_q, grad, rows.transpose(2, 3))
-            activate_gradient_(activation, raw_query, grad_query)
-            passes.finish(part_q, grad_query)
-            # Copies at padding read nothing.
-            query = scaled("phi_q", activated("phi_q", activation, raw_query), tile.padding(dtype))
-            grad_state = _product("grad sum", query.transpose(2, 3), grad, c, wide)
-            activate_gradient_(state_activation, state, grad_state)
-            rows = converted("rows", grad_state, dtype)
-            passes.finish(part_v, multiplied(part_v, keys, rows))
-            grad_keys = multiplied(part_k, values, rows.transpose(2, 3))
-            activate_gradient_(activation, raw, grad_keys)
-            passes.finish(part_k, grad_keys, None if weight is None else w)
-        for x, buffer in zip((grad_q, grad_k, grad_v), buffers, strict=True):
-            window.store(x, buffer)
+    for tile in _tiles(starts, lengths, q, v):
+        w = tile.weight(weight, wide)
+        c = _tile_scale(tile, w, weight, lengths, normalization, alpha, wide, q.device)
+        raw, values = tile.heads("k", k, dtype), tile.heads("v", v, dtype)
+        keys = passes.weighted_keys(tile, activation, k, w, dtype if weight is None else wide)
+        state = _product("sum", keys.transpose(2, 3), values, c, wide)
+        rows = converted("rows", activated("state", state_activation, state), dtype)
+        raw_query, grad = tile.heads("q", q, dtype), tile.heads("grad", grad_out, dtype)
+        grad_query = _product("result", grad, rows.transpose(2, 3), None, dtype)
+        activate_gradient_(activation, raw_query, grad_query)
+        _put(grad_q, tile, grad_query)
+        # Copies at padding read nothing.
+        query = scaled("phi_q", activated("phi_q", activation, raw_query), tile.padding(dtype))
+        grad_state = _product("grad sum", query.transpose(2, 3), grad, c, wide)
+        activate_gradient_(state_activation, state, grad_state)
+        rows = converted("rows", grad_state, dtype)
+        _put(grad_v, tile, _product("result", keys, rows, None, dtype))
+        grad_keys = _product("result", values, rows.transpose(2, 3), None, dtype)
+        activate_gradient_(activation, raw, grad_keys)
+        _put(grad_k, tile, scaled("weighted", grad_keys, None if weight is None else w))
     for b in _long_segments(lengths, q, v):
         z, scale = _long_state(k, v, starts[b], lengths[b], weight, normalization, alpha, activation)
         grad_z = torch.empty_like(z)
@@ -104,18 +105,36 @@ def attend_short_backward(
         passes.accumulate_backward(grad_z, k, v, starts[b], lengths[b], weight, activation, grad_k, grad_v)
 
 
-def _windows(starts: IntArray, lengths: IntArray, q: Tensor, v: Tensor) -> Iterator[Window]:
-    """Windows of the short segments; what they write to the tokens of long ones between is overwritten afterwards."""
+def _tiles(starts: IntArray, lengths: IntArray, q: Tensor, v: Tensor) -> Iterator[Tile]:
+    """Tiles of short segments of like length, wherever these lie, so that little is padded: the shortest first."""
     heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
     token_elements = heads * max(width, value_width)
-    short = np.where(is_long(lengths, token_elements), 0, lengths)
-    return plan(
-        starts,
-        short,
-        token_elements=token_elements,
-        state_elements=token_elements * min(width, value_width),
-        device=q.device,
-    )
+    max_rows, max_tokens = max_segments(token_elements * min(width, value_width)), max_window_tokens(token_elements)
+    short = np.flatnonzero((lengths > 0) & ~is_long(lengths, token_elements))
+    order = short[np.argsort(lengths[short], kind="stable")]
+    sizes = lengths[order]
+    first = 0
+    while first < len(order):
+        longest = sizes[first : first + max_rows]
+        padded = longest * np.arange(1, len(longest) + 1)
+        fits = (padded <= PADDING_LIMIT * np.cumsum(longest) + SLACK_TOKENS) & (padded <= max_tokens)
+        last = first + max(1, len(fits) if fits.all() else int(np.argmin(fits)))
+        yield pack_tile(starts, lengths, np.sort(order[first:last]), q.device)
+        first = last
+
+
+def _put(out: Tensor, tile: Tile, result: Tensor) -> None:
+    """Write result [n, H, L, E] to the tile's tokens of out [T, H, E]."""
+    turned = result.transpose(1, 2)
+    if tile.index is None:
+        out[tile.start : tile.start + tile.num * tile.length].view(turned.shape).copy_(turned)
+        return
+    rows = converted("turned", turned, out.dtype).flatten(0, 1)
+    if tile.mask is None:
+        out.index_copy_(0, tile.index, rows)
+    else:
+        valid = tile.mask.flatten()
+        out.index_copy_(0, tile.index[valid], rows[valid])
 
 
 def _long_segments(lengths: IntArray, q: Tensor, v: Tensor) -> Iterator[slice]:
