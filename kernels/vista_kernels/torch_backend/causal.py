@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vista_kernels.layout import cut_segments
 from vista_kernels.torch_backend.activations import activate_gradient_
 from vista_kernels.torch_backend.passes import add_product, finish, tile_rows
 from vista_kernels.torch_backend.precision import product_dtype
 from vista_kernels.torch_backend.scan import entering_carry, scan_rows
-from vista_kernels.torch_backend.segments import Window, cut_segments, place, plan
+from vista_kernels.torch_backend.segments import Window, place, plan
 from vista_kernels.torch_backend.workspace import activated, converted, multiplied, scaled, scratch
 from vista_kernels.validation import IntArray
 

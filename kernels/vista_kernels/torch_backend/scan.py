@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vista_kernels.torch_backend.segments import WINDOW_ELEMENTS, cut_segments
+from vista_kernels.layout import cut_segments
+from vista_kernels.torch_backend.segments import WINDOW_ELEMENTS
 from vista_kernels.torch_backend.workspace import scratch
 from vista_kernels.validation import IntArray
 

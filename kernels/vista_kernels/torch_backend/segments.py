@@ -195,33 +195,20 @@ def max_segments(state_elements: int) -> int:
 def pack_tile(starts: IntArray, lengths: IntArray, rows: IntArray, device: torch.device) -> Tile:
     """Return the segments `rows` (rising, none empty) as one tile: a view where they are equal and lie end to end."""
     starts, lengths = starts[rows], lengths[rows]
-    first, last = int(starts[0]), int(starts[-1] + lengths[-1])
-    longest = int(lengths.max())
-    if len(rows) * longest == last - first == int(lengths.sum()):
-        return Tile(len(rows), longest, _compact(rows, device), first, 0)
-    return _padded_tile(starts, lengths, rows, 0, 0, device)[0]
-
-
-def cut_segments(offsets: IntArray, size: int) -> tuple[IntArray, IntArray, IntArray]:
-    """Cut segments into pieces of at most `size`: each segment's first piece [B+1], the pieces' starts and lengths."""
-    pieces = -(-np.diff(offsets) // size)
-    piece_offsets = np.concatenate([[0], np.cumsum(pieces)])
-    within = np.arange(piece_offsets[-1]) - np.repeat(piece_offsets[:-1], pieces)
-    starts = np.repeat(offsets[:-1], pieces) + within * size
-    return piece_offsets, starts, np.minimum(size, np.repeat(offsets[1:], pieces) - starts)
+    return _view(starts, lengths, rows, device) or _padded_tile(starts, lengths, rows, 0, 0, device)[0]
 
 
 def pack_window(starts: IntArray, lengths: IntArray, rows: IntArray, device: torch.device) -> Window:
     """Return one window of the given segments (none empty): a view, one padded tile, or one tile a class of length."""
     first, last = int(starts[0]), int(starts[-1] + lengths[-1])
-    longest, num = int(lengths.max()), len(starts)
+    num = len(starts)
     covered = slice(int(rows[0]), int(rows[-1]) + 1)
     row_inverse: IntArray = np.zeros(covered.stop - covered.start, dtype=np.int64)
-    if num * longest == last - first == int(lengths.sum()):
-        tile = Tile(num, longest, _compact(rows, device), first, 0)
+    view = _view(starts, lengths, rows, device)
+    if view is not None:
         row_inverse[rows - covered.start] = np.arange(num)
         gathered = None if len(row_inverse) == num else torch.from_numpy(row_inverse).to(device)
-        return Window(first, last, (tile,), last - first, covered, row_inverse=gathered)
+        return Window(first, last, (view,), last - first, covered, row_inverse=gathered)
     tiles: list[Tile] = []
     padded = states = 0
     inverse: IntArray = np.zeros(last - first, dtype=np.int64)
@@ -264,6 +251,14 @@ def _tiled(rows: Tensor, tile: Tile) -> Tensor:
     """[n * L, ...] as [n, L, ...], whatever the strides."""
     stride = rows.stride()
     return rows.as_strided((tile.num, tile.length, *rows.shape[1:]), (tile.length * stride[0], *stride))
+
+
+def _view(starts: IntArray, lengths: IntArray, rows: IntArray, device: torch.device) -> Tile | None:
+    """Return the segments as a tile without a gather, where they are equally long and lie end to end."""
+    first, longest, num = int(starts[0]), int(lengths.max()), len(starts)
+    if num * longest == int(starts[-1] + lengths[-1]) - first == int(lengths.sum()):
+        return Tile(num, longest, _compact(rows, device), first, 0)
+    return None
 
 
 def _padded_tile(

@@ -81,7 +81,10 @@ def attend_short_backward(
         w = tile.weight(weight, wide)
         c = _tile_scale(tile, w, weight, lengths, normalization, alpha, wide, q.device)
         raw, values = tile.heads("k", k, dtype), tile.heads("v", v, dtype)
-        keys = passes.weighted_keys(tile, activation, k, w, dtype if weight is None else wide)
+        if weight is None:
+            keys = scaled("phi_k", activated("phi_k", activation, raw), w)
+        else:  # activated anew, for weights want it wider
+            keys = passes.weighted_keys(tile, activation, k, w, wide)
         state = _product("sum", keys.transpose(2, 3), values, c, wide)
         rows = converted("rows", activated("state", state_activation, state), dtype)
         raw_query, grad = tile.heads("q", q, dtype), tile.heads("grad", grad_out, dtype)

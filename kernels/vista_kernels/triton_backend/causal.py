@@ -140,7 +140,8 @@ def causal_attention(
     cut = _cut_sequences(q, offsets)
     entering = _enter_pieces(cut, k, v, carry, activation, descending=False)
     active = (activation, activation, "identity", "identity")
-    _run(cut, (q, k, v, None), active, carry, entering, out, store_carry=True)
+    on_device = blocks.to_device(cut.arrays, q.device)
+    _run(cut, on_device, (q, k, v, None), active, carry, entering, out, store_carry=True)
 
 
 def causal_attention_backward(
@@ -159,15 +160,16 @@ def causal_attention_backward(
     """Write dq, dk and dv, and move grad_carry from the gradient of the last states to that of the first ones."""
     blocks.check_tokens(blocks.target_of(q), q=q, k=k, v=v, grad_out=grad_out)
     cut = _cut_sequences(q, offsets)
+    on_device = blocks.to_device(cut.arrays, q.device)
     carry = None if initial_z is None else initial_z.clone(memory_format=torch.contiguous_format)
     entering = _enter_pieces(cut, k, v, carry, activation, descending=False)
     last = ("identity", "identity", activation, activation)
-    _run(cut, (grad_out, v, k, q), last, carry, entering, grad_q, transposed=True)
+    _run(cut, on_device, (grad_out, v, k, q), last, carry, entering, grad_q, transposed=True)
     entering = _enter_pieces(cut, q, grad_out, grad_carry, activation, descending=True)
-    _run(cut, (v, grad_out, q, k), last, grad_carry, entering, grad_k, transposed=True, from_back=True)
+    _run(cut, on_device, (v, grad_out, q, k), last, grad_carry, entering, grad_k, transposed=True, from_back=True)
     # Last, for it moves the carries of whole sequences.
     first = (activation, activation, "identity", "identity")
-    _run(cut, (k, q, grad_out, None), first, grad_carry, entering, grad_v, from_back=True, store_carry=True)
+    _run(cut, on_device, (k, q, grad_out, None), first, grad_carry, entering, grad_v, from_back=True, store_carry=True)
 
 
 def _cut_sequences(q: Tensor, offsets: IntArray) -> Plan:
@@ -208,6 +210,7 @@ def _enter_pieces(
 
 def _run(
     cut: Plan,
+    on_device: list[Tensor],
     tokens: tuple[Tensor, Tensor, Tensor, Tensor | None],
     active: tuple[str, str, str, str],
     carry: Tensor | None,
@@ -218,12 +221,15 @@ def _run(
     from_back: bool = False,
     store_carry: bool = False,
 ) -> None:
-    """Launch the kernel for a, b, c, x and their activations; the state is S, or S^T if `transposed`."""
+    """Launch the kernel for a, b, c, x and their activations; the state is S, or S^T if `transposed`.
+
+    `on_device` holds the plan's arrays, which all launches of a plan share.
+    """
     a, b, c, x = tokens
     x = a if x is None else x
     num_heads, width, part_width = a.shape[1], a.shape[2], c.shape[2]
     chosen = blocks.choose("causal", blocks.target_of(a), a.dtype, width, part_width, cut.mean_length)
-    first, size, items, _ = blocks.to_device(cut.arrays, a.device)
+    first, size, items, _ = on_device
     states = [state for state in (carry, entering) if state is not None]
     state = states[0] if states else a.new_empty(1, dtype=torch.float32)  # not read, but its type is compiled in
     blocks.launch(

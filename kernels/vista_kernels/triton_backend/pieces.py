@@ -31,8 +31,6 @@ ALIGNMENT = 64
 SEGMENT_COST = 32
 """A segment costs its program as much as its tokens and this many more: its state is read or written."""
 NO_LIMIT = 2**62
-FIELDS = 5
-"""Numbers of an item, as kernels read them: first and last segment, first and last token, slot."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vista_kernels.layout import cut_segments
 from vista_kernels.triton_backend import blocks
 from vista_kernels.triton_backend.pieces import PROGRAMS_PER_PROCESSOR
 from vista_kernels.validation import IntArray
@@ -138,10 +139,7 @@ def scan(
         last, _ = _scan_pieces(x, decay, offsets[:-1], lengths, initial, out, STORE=store, **flags)
         return out, last
     size = min(LONGEST, max(16, math.isqrt(longest)))
-    counts = -(-lengths // size)
-    piece_offsets = np.concatenate([[0], np.cumsum(counts)])
-    starts = np.repeat(offsets[:-1], counts) + (np.arange(counts.sum()) - np.repeat(piece_offsets[:-1], counts)) * size
-    sizes = np.minimum(size, np.repeat(offsets[1:], counts) - starts)
+    piece_offsets, starts, sizes = cut_segments(offsets, size)
     totals, products = _scan_pieces(x, decay, starts, sizes, None, out, STORE="totals", **flags)
     # The carry that leaves a piece is its total + its product of decays * the one that enters, before or after alike.
     product = None if decay is None else products
