@@ -58,14 +58,15 @@ def causal_attention_backward(
     carry = torch.zeros_like(grad_carry) if initial_z is None else initial_z.clone()
     for part in _parts(offsets, q, v):
         _backward_from_front(part, grad_out, q, k, v, carry, activation, grad_q)
-    for part in reversed(list(_parts(offsets, q, v))):
+    for part in _parts(offsets, q, v, descending=True):
         _backward_from_back(part, grad_out, q, k, v, grad_carry, activation, grad_k, grad_v)
 
 
 class _Part:
     """One window of pieces, and the sequences [first, last) that they belong to."""
 
-    def __init__(self, window: Window, first_piece: int, piece_offsets: IntArray) -> None:
+    def __init__(self, window: Window, piece_offsets: IntArray) -> None:
+        first_piece = window.rows.start
         self.num = sum(tile.num for tile in window.tiles)
         tiles = tuple(replace(tile, rows=_shifted(tile.rows, first_piece)) for tile in window.tiles)
         self.window = replace(window, tiles=tiles, rows=slice(0, self.num))
@@ -138,23 +139,21 @@ def _totals(part: _Part, k: Tensor, v: Tensor, activation: str, dtype: torch.dty
     return totals
 
 
-def _parts(offsets: IntArray, q: Tensor, v: Tensor) -> Iterator[_Part]:
+def _parts(offsets: IntArray, q: Tensor, v: Tensor, *, descending: bool = False) -> Iterator[_Part]:
     """Cut the sequences into pieces, and these into windows; the longest sequence is cut evenly."""
     heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
     limit = PIECE_NARROW if width <= 32 else PIECE_WIDE
     longest = max(1, int(np.diff(offsets).max(initial=1)))
     piece_offsets, starts, sizes = cut_segments(offsets, -(-longest // -(-longest // limit)))
-    first_piece = 0
     for window in plan(
         starts,
         sizes,
         token_elements=heads * max(width, value_width, limit),
         state_elements=heads * width * value_width,
         device=q.device,
+        descending=descending,
     ):
-        part = _Part(window, first_piece, piece_offsets)
-        first_piece += part.num
-        yield part
+        yield _Part(window, piece_offsets)
 
 
 def _scores(a: Tensor, b: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ crosses segments. Python loops over windows and tiles, never over the users of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -142,9 +143,17 @@ def place(tile: Tile, buffer: Tensor) -> Tensor:
 
 
 def plan(
-    starts: IntArray, lengths: IntArray, *, token_elements: int, state_elements: int, device: torch.device
+    starts: IntArray,
+    lengths: IntArray,
+    *,
+    token_elements: int,
+    state_elements: int,
+    device: torch.device,
+    descending: bool = False,
 ) -> Iterator[Window]:
     """Yield the windows that cover the segments' tokens, in order; empty segments are in none.
+
+    Windows are made as they are asked for, so that only one's index tensors are held at a time.
 
     Args:
         starts: [B] first token of each segment, rising.
@@ -152,6 +161,7 @@ def plan(
         token_elements: numbers a token holds (H * D), which bounds the tokens of a window.
         state_elements: numbers a segment's state holds (H * D * E), which bounds the segments of a window.
         device: where the index tensors are to lie.
+        descending: the last window first.
     """
     max_tokens, max_rows = max_window_tokens(token_elements), max_segments(state_elements)
     filled = np.flatnonzero(lengths)
@@ -159,22 +169,24 @@ def plan(
     stops = starts + lengths
     long = is_long(lengths, token_elements)
     next_long = np.append(np.flatnonzero(long), len(filled))
+    windows: list[Callable[[], Window]] = []
     first = 0
     while first < len(filled):
         if long[first]:
-            row = int(filled[first])
-            for start in range(int(starts[first]), int(stops[first]), max_tokens):
-                length = min(max_tokens, int(stops[first]) - start)
-                rows = slice(row, row + 1)
-                tile = Tile(1, length, rows, start, 0)
-                yield Window(start, start + length, (tile,), length, rows, is_first=start == starts[first])
+            begin, end, row = int(starts[first]), int(stops[first]), int(filled[first])
+            windows += [
+                partial(_long_window, start, min(start + max_tokens, end), row, is_first=start == begin)
+                for start in range(begin, end, max_tokens)
+            ]
             first += 1
             continue
         last = int(np.searchsorted(stops, starts[first] + max_tokens, side="right"))
         last = max(min(last, first + max_rows, int(next_long[np.searchsorted(next_long, first)])), first + 1)
         part = slice(first, last)
-        yield pack_window(starts[part], lengths[part], filled[part], device)
+        windows.append(partial(pack_window, starts[part], lengths[part], filled[part], device))
         first = last
+    for make in reversed(windows) if descending else windows:
+        yield make()
 
 
 def is_long(lengths: IntArray, token_elements: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
@@ -190,6 +202,12 @@ def max_window_tokens(token_elements: int) -> int:
 def max_segments(state_elements: int) -> int:
     """Return of how many segments a window holds the states."""
     return max(16, 2 * WINDOW_ELEMENTS // max(state_elements, 1))
+
+
+def _long_window(start: int, stop: int, row: int, *, is_first: bool) -> Window:
+    """Return a window of the tokens [start, stop) of one segment."""
+    rows = slice(row, row + 1)
+    return Window(start, stop, (Tile(1, stop - start, rows, start, 0),), stop - start, rows, is_first=is_first)
 
 
 def pack_tile(starts: IntArray, lengths: IntArray, rows: IntArray, device: torch.device) -> Tile:

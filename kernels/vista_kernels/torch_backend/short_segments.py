@@ -25,7 +25,7 @@ from vista_kernels.torch_backend.segments import (
     max_window_tokens,
     pack_tile,
 )
-from vista_kernels.torch_backend.workspace import activated, batched, converted, scaled, scratch
+from vista_kernels.torch_backend.workspace import activated, batched, converted, put_rows, scaled, scratch
 from vista_kernels.validation import IntArray, state_dtype
 
 SLACK_TOKENS = 512
@@ -46,14 +46,12 @@ def attend_short(
     out: Tensor,
 ) -> None:
     """Write o_s = phi1(q_s) phi2(Z c) of all tokens."""
-    dtype, wide = product_dtype(q), state_dtype(q.dtype)
+    dtype = product_dtype(q)
     for tile in _tiles(starts, lengths, q, v):
-        w = tile.weight(weight, wide)
-        c = _tile_scale(tile, w, weight, lengths, normalization, alpha, wide, q.device)
-        keys = passes.weighted_keys(tile, activation, k, w, dtype if weight is None else wide)
-        state = _product("sum", keys.transpose(2, 3), tile.heads("second", v, dtype), c, wide)
-        rows = converted("rows", activated("state", state_activation, state), dtype)
-        _put(out, tile, _product("second", tile.activated("first", activation, q, dtype), rows, None, dtype))
+        factor = _key_factor(tile, weight, lengths, normalization, alpha, k)
+        state = _state(_scaled_keys(activation, tile.heads("k", k, dtype), factor), tile.heads("v", v, dtype))
+        rows = activated("rows", state_activation, state)
+        _put(out, tile, _product("result", tile.activated("phi_q", activation, q, dtype), rows))
     for b in _long_segments(lengths, q, v):
         z, scale = _long_state(k, v, starts[b], lengths[b], weight, normalization, alpha, activation)
         passes.read(q, z, scale, starts[b], lengths[b], activation, state_activation, out)
@@ -76,30 +74,25 @@ def attend_short_backward(
     grad_v: Tensor,
 ) -> None:
     """Write dq, dk and dv of all tokens."""
-    dtype, wide = product_dtype(q), state_dtype(q.dtype)
+    dtype = product_dtype(q)
     for tile in _tiles(starts, lengths, q, v):
-        w = tile.weight(weight, wide)
-        c = _tile_scale(tile, w, weight, lengths, normalization, alpha, wide, q.device)
+        factor = _key_factor(tile, weight, lengths, normalization, alpha, k)
         raw, values = tile.heads("k", k, dtype), tile.heads("v", v, dtype)
-        if weight is None:
-            keys = scaled("phi_k", activated("phi_k", activation, raw), w)
-        else:  # activated anew, for weights want it wider
-            keys = passes.weighted_keys(tile, activation, k, w, wide)
-        state = _product("sum", keys.transpose(2, 3), values, c, wide)
-        rows = converted("rows", activated("state", state_activation, state), dtype)
+        keys = _scaled_keys(activation, raw, factor)
+        state = _state(keys, values)
+        rows = activated("rows", state_activation, state)
         raw_query, grad = tile.heads("q", q, dtype), tile.heads("grad", grad_out, dtype)
-        grad_query = _product("result", grad, rows.transpose(2, 3), None, dtype)
+        grad_query = _product("result", grad, rows.transpose(2, 3))
         activate_gradient_(activation, raw_query, grad_query)
         _put(grad_q, tile, grad_query)
         # Copies at padding read nothing.
         query = scaled("phi_q", activated("phi_q", activation, raw_query), tile.padding(dtype))
-        grad_state = _product("grad sum", query.transpose(2, 3), grad, c, wide)
+        grad_state = _product("grad state", query.transpose(2, 3), grad)
         activate_gradient_(state_activation, state, grad_state)
-        rows = converted("rows", grad_state, dtype)
-        _put(grad_v, tile, _product("result", keys, rows, None, dtype))
-        grad_keys = _product("result", values, rows.transpose(2, 3), None, dtype)
+        _put(grad_v, tile, _product("result", keys, grad_state))
+        grad_keys = _product("result", values, grad_state.transpose(2, 3))
         activate_gradient_(activation, raw, grad_keys)
-        _put(grad_k, tile, scaled("weighted", grad_keys, None if weight is None else w))
+        _put(grad_k, tile, scaled("weighted", grad_keys, factor))
     for b in _long_segments(lengths, q, v):
         z, scale = _long_state(k, v, starts[b], lengths[b], weight, normalization, alpha, activation)
         grad_z = torch.empty_like(z)
@@ -134,10 +127,10 @@ def _put(out: Tensor, tile: Tile, result: Tensor) -> None:
         return
     rows = converted("turned", turned, out.dtype).flatten(0, 1)
     if tile.mask is None:
-        out.index_copy_(0, tile.index, rows)
+        put_rows(out, tile.index, rows)
     else:
         valid = tile.mask.flatten()
-        out.index_copy_(0, tile.index[valid], rows[valid])
+        put_rows(out, tile.index[valid], rows[valid])
 
 
 def _long_segments(lengths: IntArray, q: Tensor, v: Tensor) -> Iterator[slice]:
@@ -161,29 +154,37 @@ def _long_state(
     return z, length_scale(n, normalization, alpha)
 
 
-def _tile_scale(
-    tile: Tile,
-    w: Tensor | None,
-    weight: Tensor | None,
-    lengths: IntArray,
-    normalization: str,
-    alpha: float,
-    dtype: torch.dtype,
-    device: torch.device,
+def _key_factor(
+    tile: Tile, weight: Tensor | None, lengths: IntArray, normalization: str, alpha: float, k: Tensor
 ) -> Tensor | None:
-    """Return c [n, H or 1, 1, 1] of the tile's segments."""
+    """Return w c [n, H or 1, L or 1, 1], 0 at padding: a key has fewer numbers to scale than a state."""
+    if normalization == "none" and weight is None:
+        return tile.padding(product_dtype(k))
+    dtype = state_dtype(k.dtype)
+    w = tile.weight(weight, dtype)
     if normalization == "none":
-        return None
+        return w
     if weight is None or w is None:
-        n = passes.tile_rows(torch.from_numpy(lengths).to(device), tile).to(dtype).view(-1, 1, 1, 1)
+        n = passes.tile_rows(torch.from_numpy(lengths).to(k.device), tile).to(dtype).view(-1, 1, 1, 1)
     else:
         n = w.sum(2, keepdim=True)
-    return length_scale(n, normalization, alpha)
+    c = length_scale(n, normalization, alpha)
+    return c if w is None or c is None else c * w
 
 
-def _product(slot: str, a: Tensor, b: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return a @ b * factor of [n, H, D, L] and [n, H, L, E] in `dtype`, in the slot."""
-    out = scratch(f"{slot} product", (*a.shape[:3], b.shape[3]), a.dtype, a.device)
+def _scaled_keys(activation: str, raw: Tensor, factor: Tensor | None) -> Tensor:
+    """Return phi(raw) factor [n, H, L, D], reckoned in the factor's dtype and rounded once."""
+    wide = raw if factor is None else converted("keys wide", raw, factor.dtype)
+    return converted("keys", scaled("phi_k", activated("phi_k", activation, wide), factor), raw.dtype)
+
+
+def _state(keys: Tensor, values: Tensor) -> Tensor:
+    """Return Z c [n, H, D, E] in the slot "state"."""
+    return _product("state", keys.transpose(2, 3), values)
+
+
+def _product(slot: str, a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b of [n, H, D, L] and [n, H, L, E] in the slot."""
+    out = scratch(slot, (*a.shape[:3], b.shape[3]), a.dtype, a.device)
     batched(a, b, out)
-    out = converted(slot, out, dtype)
-    return out if factor is None else out.mul_(factor)
+    return out

@@ -14,6 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+_WIDEST = torch.complex128
+"""The widest elements that torch moves."""
 _SLOTS = threading.local()
 
 
@@ -36,6 +38,16 @@ def gathered(slot: str, x: Tensor, index: Tensor) -> Tensor:
     """Return rows x[index] in the slot."""
     rows = scratch(slot, (index.shape[0], *x.shape[1:]), x.dtype, x.device)
     return torch.index_select(x, 0, index, out=rows)
+
+
+def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Write x[index] = rows, both [n, ...], contiguous and of one dtype, in place."""
+    x, rows = x.flatten(1), rows.flatten(1)
+    item = x.element_size()
+    if x.shape[1] * item % _WIDEST.itemsize == 0 and x.storage_offset() * item % _WIDEST.itemsize == 0:
+        # torch copies a row element by element, so wide elements take half the time.
+        x, rows = x.view(_WIDEST), rows.view(_WIDEST)
+    x.index_copy_(0, index, rows)
 
 
 def converted(slot: str, x: Tensor, dtype: torch.dtype) -> Tensor:
