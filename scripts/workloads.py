@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from vista.choices import Mixing
 from vista.config import DataConfig, ModelConfig
 from vista.data.event_log import EventLog
-from vista.model.recommender import Recommender, Schema
+from vista.model.ranking_model import Schema
+from vista.model.recommender import Recommender
 
 TASK = "click"
 ACTIONS = ("view", "click", "like", "share")

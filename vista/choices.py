@@ -5,6 +5,14 @@ from __future__ import annotations
 from enum import Enum
 
 
+class Architecture(Enum):
+    """Which model: VISTA, or a rival that reads the raw history at every request (docs/models.md)."""
+
+    vista = "vista"
+    sasrec = "sasrec"
+    hstu = "hstu"
+
+
 class Mixing(Enum):
     """How tokens of stage 1 mix."""
 

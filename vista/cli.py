@@ -34,10 +34,10 @@ def _prepare(settings: config.PrepareConfig) -> object:
 def _train(settings: config.TrainConfig) -> object:
     from vista.data.event_log import EventLog
     from vista.device import keep_freed_memory
-    from vista.training.trainer import train
+    from vista.training.trainer import train_model
 
     keep_freed_memory()
-    train(settings, EventLog.open(settings.data.path))
+    train_model(settings, EventLog.open(settings.data.path))
     return None
 
 

@@ -8,7 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from vista.choices import Codec, Decay, IdType, Mixing, Normalization, OnBadRows, OnMissing, Precision, Split
+from vista.choices import (
+    Architecture,
+    Codec,
+    Decay,
+    IdType,
+    Mixing,
+    Normalization,
+    OnBadRows,
+    OnMissing,
+    Precision,
+    Split,
+)
 from vista.config_checks import check_types, require, require_counts, require_finite
 from vista.errors import ConfigError
 
@@ -17,6 +28,7 @@ from vista.errors import ConfigError
 class ModelConfig:
     """The recommender: stage 1 (Summarizer), stage 2 (TargetAttention), reconstruction and heads."""
 
+    architecture: Architecture = Architecture.vista
     dim: int = 64
     """Model width M of both stages, and of a summary token."""
     num_heads: int = 4
@@ -37,7 +49,7 @@ class ModelConfig:
     decay_horizons: list[float] = field(default_factory=list)
     """One horizon tau a head: days (decay=time) or events (decay=position); 0 means that the head forgets nothing."""
     history_limit: int = 0
-    """Newest events that a summary sees at most; 0 means all."""
+    """Newest events that a summary, or a rival at a request, sees at most; 0 means all."""
     tail_len: int = 32
     """Newest events that stage 2 reads beside the summary."""
     feed_forward_ratio: float = 2.0
@@ -70,6 +82,12 @@ class ModelConfig:
             f"must divide model.dim={self.dim}, got {self.num_heads}; take one of "
             f"{[h for h in range(1, min(self.dim, 64) + 1) if self.dim % h == 0]}",
         )
+        if self.architecture in (Architecture.sasrec, Architecture.hstu):
+            require(
+                self.history_limit > 0,
+                "model.history_limit",
+                f"{self.architecture.value} has a position for each event; set 200",
+            )
         require(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), got {self.dropout}")
         if self.decay is not Decay.none:
             require(
@@ -236,6 +254,7 @@ class EvaluateConfig:
     data: str = "data/log"
     model: str = "runs/vista/best"
     store: str = "stores/vista"
+    """Folder of the summary store; a rival reads the raw history and has none."""
     split: str = "test"
     """test or validation, of the model's own data split."""
     exclude_seen: bool = True

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,12 @@ from tqdm import tqdm
 from vista.config import EvaluateConfig
 from vista.data.event_log import EventLog
 from vista.data.splits import Until, parse_until, split_until, visible_counts
-from vista.device import cpu_settings
+from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
 from vista.files import writable_folder
+from vista.model.baselines.history_model import HistoryModel
+from vista.model.ranking_model import RankingModel
+from vista.model.recommender import Recommender
 from vista.refresh import check_log
 from vista.results import append_result, commit, hardware
 from vista.scorer import Scorer
@@ -34,6 +39,7 @@ from vista.training.protocol import (
     ranking_metrics,
     with_tasks,
 )
+from vista.training.raw_history import RawHistoryAnswers
 
 Int = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -68,19 +74,23 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if config.results_dir is not None:
         writable_folder(Path(config.results_dir), "results_dir")
     log = EventLog.open(config.data)
-    with cpu_settings(config.num_threads), Scorer.open(config.model, config.store, device=config.device) as scorer:
-        result = evaluate_scorer(
-            scorer,
-            log,
-            config.split,
-            exclude_seen=config.exclude_seen,
-            top_k=list(config.top_k),
-            users_per_batch=config.users_per_batch,
-            progress=config.progress,
-        )
-        if config.results_dir is not None:
-            row = _result_row(config, result, scorer.store.manifest.codec)
-            append_result(Path(config.results_dir) / f"{config.table}.jsonl", row)
+    options: dict[str, Any] = {
+        "exclude_seen": config.exclude_seen,
+        "top_k": list(config.top_k),
+        "users_per_batch": config.users_per_batch,
+        "progress": config.progress,
+    }
+    with cpu_settings(config.num_threads):
+        model = RankingModel.from_pretrained(config.model, resolve_device(config.device))
+        if isinstance(model, HistoryModel):
+            result, codec = evaluate_model(model, log, config.split, **options), "none"
+        else:
+            assert isinstance(model, Recommender)
+            with Scorer.open(model, config.store) as scorer:
+                result = evaluate_scorer(scorer, log, config.split, **options)
+                codec = scorer.store.manifest.codec
+    if config.results_dir is not None:
+        append_result(Path(config.results_dir) / f"{config.table}.jsonl", _result_row(config, result, codec))
     return result
 
 
@@ -132,13 +142,74 @@ def evaluate_scorer(
     Raises:
         LeakageError, ConfigError: as `evaluate`.
     """
-    began = time.perf_counter()
-    model = scorer.model
+    _check_part(part)
+    check_log(scorer.model, log)
+    _check_store(scorer, split_until(scorer.model.data, part), part)
+    _, items = scorer.item_vectors()
+    return _measure(
+        scorer.model,
+        log,
+        part,
+        lambda cases: _next_scores(scorer, log, cases, items),
+        lambda cases: _impression_probabilities(scorer, log, cases, users_per_batch, progress),
+        exclude_seen=exclude_seen,
+        top_k=top_k,
+        users_per_batch=users_per_batch,
+        progress=progress,
+    )
+
+
+def evaluate_model(
+    model: HistoryModel,
+    log: EventLog,
+    part: str,
+    *,
+    exclude_seen: bool = True,
+    top_k: list[int] | None = None,
+    users_per_batch: int = 512,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure a rival on the `part` of its split of `log`: it reads the raw history right up to each label.
+
+    Raises:
+        ConfigError: if there is nothing to measure.
+    """
+    _check_part(part)
+    check_log(model, log)
+    answers = RawHistoryAnswers(model, log, model.item_rows(log.items.ids(np.arange(log.num_items))))
+    return _measure(
+        model,
+        log,
+        part,
+        answers.next_scores,
+        partial(answers.probabilities, progress=progress),
+        exclude_seen=exclude_seen,
+        top_k=top_k,
+        users_per_batch=users_per_batch,
+        progress=progress,
+    )
+
+
+def _check_part(part: str) -> None:
     if part not in PARTS:
         raise ConfigError(f"split={part}: write {' or '.join(PARTS)}")
-    check_log(model, log)
+
+
+def _measure(
+    model: RankingModel,
+    log: EventLog,
+    part: str,
+    next_scores: Callable[[NextItemCases], Floats],
+    impression_probabilities: Callable[[ImpressionCases], Floats],
+    *,
+    exclude_seen: bool,
+    top_k: list[int] | None,
+    users_per_batch: int,
+    progress: bool,
+) -> Evaluation:
+    """The protocol's questions, put to whoever answers."""
+    began = time.perf_counter()
     until = split_until(model.data, part)
-    _check_store(scorer, until, part)
     metrics: dict[str, float] = {}
     ranks = impressions = probabilities = None
     num_cases = 0
@@ -146,12 +217,11 @@ def evaluate_scorer(
         columns = model.item_rows(log.items.ids(np.arange(log.num_items))) - 1
         stop = visible_counts(log, split_until(model.data, "test")) if part == "validation" else None
         cases = next_item_cases(log, visible_counts(log, until), stop)
-        _, items = scorer.item_vectors()
         ranks = rank_next_items(
             log,
             cases,
             columns,
-            lambda batch: _next_scores(scorer, log, batch, items),
+            next_scores,
             exclude_seen=exclude_seen,
             users_per_batch=users_per_batch,
             progress=progress,
@@ -161,7 +231,7 @@ def evaluate_scorer(
     if log.impressions is not None and model.schema.tasks and until.before is not None:
         end = split_until(model.data, "test").before if part == "validation" else None
         impressions = with_tasks(impression_cases(log, until.before, end), model.schema.tasks)
-        probabilities = _impression_probabilities(scorer, log, impressions, users_per_batch, progress)
+        probabilities = impression_probabilities(impressions)
         metrics |= impression_metrics(impressions, probabilities)
         num_cases += len(impressions.user)
     if num_cases == 0:

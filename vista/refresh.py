@@ -26,6 +26,7 @@ from vista.data.splits import Until, parse_until, visible_counts
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
 from vista.errors import ConfigError
 from vista.model import inference
+from vista.model.ranking_model import RankingModel
 from vista.model.recommender import Recommender
 from vista.store import NO_TIMESTAMP, StoreWriter, Tail, encode_records, user_keys
 from vista.store.digest import history_digests, item_keys
@@ -175,7 +176,7 @@ def refresh(
     return RefreshReport(str(store), generation, len(users), resumed_at, events, seconds, clock.shares(seconds))
 
 
-def check_log(model: Recommender, log: EventLog) -> None:
+def check_log(model: RankingModel, log: EventLog) -> None:
     """Refuse a log whose events the model would misread.
 
     Raises:

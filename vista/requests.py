@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.data.gaps import LATEST_MS, YEAR_1971_MS
-from vista.model.recommender import UNKNOWN_ITEM
+from vista.model.ranking_model import UNKNOWN_ITEM
 
 Int = NDArray[np.int64]
 

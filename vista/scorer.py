@@ -26,7 +26,8 @@ from vista.data.vocabulary import Ids
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, StoreError, UnknownItemError, UnknownUserError
 from vista.model import inference
-from vista.model.recommender import NEXT_TASK, UNKNOWN_ITEM, Recommender
+from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
+from vista.model.recommender import Recommender
 from vista.model.target_attention import Context
 from vista.requests import check_times, ids_of, pad_ragged, request_times, split_ragged
 from vista.store.lmdb_store import StoredBatch, SummaryStore

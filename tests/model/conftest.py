@@ -19,7 +19,8 @@ from vista.data.gaps import gap_bucket, history_gaps
 from vista.data.histories import Histories
 from vista.data.vocabulary import Vocabulary
 from vista.model import inference
-from vista.model.recommender import Recommender, Schema
+from vista.model.ranking_model import Schema
+from vista.model.recommender import Recommender
 
 Int = NDArray[np.int64]
 ACTIONS, TASKS, NUM_ITEMS = ["view", "click", "buy"], ["click", "like"], 40

@@ -18,6 +18,7 @@ from vista.choices import Mixing
 from vista.data.gaps import UNKNOWN_GAP, gap_bucket
 from vista.data.histories import Histories, token_groups
 from vista.model.incremental import embed, history_states, reach, slice_len
+from vista.model.ranking_model import RankingModel
 from vista.model.recommender import Recommender
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import Context
@@ -138,7 +139,7 @@ def user_vectors(model: Recommender, context: Context, gap: Tensor | None) -> Te
 
 
 @torch.inference_mode()
-def item_vectors(model: Recommender) -> Tensor:
+def item_vectors(model: RankingModel) -> Tensor:
     """Unit vectors [V, M] of the vocabulary's items, in the order of its rows (the unknown item is left out)."""
     return F.normalize(model.item_table[1:], dim=-1)
 

@@ -1,4 +1,4 @@
-"""The whole model: item table, event encoder, stage 1, decoder, stage 2 and heads.
+"""VISTA: stage 1, decoder, stage 2 and heads.
 
 Letters: T packed events, R item rows of a batch, NC cuts, NW windows, W positions, I impressions a window, S seeds, L
 tail length, M model dim, V items of the vocabulary.
@@ -8,32 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vista.choices import Mixing
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.config_dict import from_dict, to_dict
+from vista.config_dict import to_dict
 from vista.data.cuts import Batch
 from vista.data.gaps import UNKNOWN_GAP
-from vista.data.vocabulary import Ids, Vocabulary
-from vista.errors import CheckpointError, LogFormatError
-from vista.files import replaced_folder
-from vista.model.embedding import EventEncoder
+from vista.data.vocabulary import Vocabulary
 from vista.model.losses import reconstruction_loss, sampled_softmax, task_losses
+from vista.model.ranking_model import Losses, RankingModel, Schema
 from vista.model.reconstruction import Decoder
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import Context, TargetAttention
 
-FORMAT_VERSION = 1
 STAGE1_KEYS = (
     "dim",
     "num_heads",
@@ -52,55 +45,14 @@ STAGE1_KEYS = (
     "use_time",
 )
 """Fields of ModelConfig that a summary depends on."""
-NEXT_TASK = "next"
-"""Name of the retrieval head's scores among those of the labelled tasks."""
-UNKNOWN_ITEM = 0
-"""Model row of items that the vocabulary lacks; vocabulary row r is model row r + 1."""
 
 
-@dataclass(frozen=True, slots=True)
-class Schema:
-    """What the log that a model was trained on offers."""
-
-    actions: list[str]
-    has_time: bool
-    rating_range: tuple[float, float] | None
-    tasks: list[str]
-    """Labelled tasks that were trained."""
-    has_retrieval: bool = True
-    """Whether the next item was trained."""
-
-
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """Scalars of one batch; `total` is what training minimises."""
-
-    total: Tensor
-    parts: dict[str, Tensor]
-
-
-class Recommender(nn.Module):
-    """VISTA. Item vectors are passed in, so that training touches only the rows of a batch."""
+class Recommender(RankingModel):
+    """VISTA."""
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.schema = schema
-        self.items = items
-        """The model's own item vocabulary."""
-        self.data = data
-        """How the training data were split: what evaluation may use."""
+        super().__init__(config, schema, items, data)
         dim = config.dim
-        table = torch.randn(len(items) + 1, dim) * 0.02
-        table[UNKNOWN_ITEM] = 0.0
-        self.item_table = nn.Parameter(table)
-        self.encoder = EventEncoder(
-            dim=dim,
-            num_actions=len(schema.actions),
-            use_action=config.use_action,
-            use_time=config.use_time and schema.has_time,
-            rating_range=schema.rating_range if config.use_rating else None,
-        )
         self.summarizer = Summarizer(config) if config.num_seeds else None
         self.decoder = Decoder(config) if config.num_seeds else None
         self.target_attention = TargetAttention(config)
@@ -112,12 +64,6 @@ class Recommender(nn.Module):
     # Training -----------------------------------------------------------------------------------------------------
 
     def losses(self, batch: Batch, item_vectors: Tensor, data: DataConfig, optim: OptimConfig) -> Losses:
-        """All losses of one batch.
-
-        Args:
-            batch: from `vista.data.cuts`.
-            item_vectors: [R, M], the rows `batch.rows` of the item table.
-        """
         events = self.encoder(item_vectors[batch.item], batch.action, batch.gap, batch.rating)
         summaries = self.cut_summaries(batch, events)
         context = self.window_context(batch, item_vectors, summaries)
@@ -241,58 +187,8 @@ class Recommender(nn.Module):
 
     # Files -----------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and the item vocabulary; the folder is there whole or not at all."""
-        folder = Path(folder)
-        with replaced_folder(folder) as partial:
-            description = {
-                "format_version": FORMAT_VERSION,
-                "model": to_dict(self.config),
-                "schema": asdict(self.schema),
-                "data": to_dict(self.data),
-                "summarizer_id": self.summarizer_id().hex(),
-            }
-            (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-            save_file(weights, partial / "model.safetensors")
-            self.items.save(partial, "items")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Recommender:
-        """Read a folder of `save_pretrained`; nothing in it is ever executed.
-
-        Raises:
-            CheckpointError: if the folder is missing, truncated or of another format.
-        """
-        folder = Path(folder)
-        if not (folder / "config.json").exists() and (folder / "best" / "config.json").exists():
-            raise CheckpointError(f"{folder}: is a run folder; its model is {folder / 'best'}")
-        try:
-            description = json.loads((folder / "config.json").read_text())
-            weights = load_file(folder / "model.safetensors")
-            items = Vocabulary.load(folder, "items")
-        except (OSError, ValueError, SafetensorError, LogFormatError) as error:
-            raise CheckpointError(
-                f"{folder}: no readable model ({error}); train one with `vista train run_dir=…`, which writes "
-                "<run_dir>/best"
-            ) from error
-        found = description.get("format_version") if isinstance(description, dict) else None
-        if found != FORMAT_VERSION:
-            raise CheckpointError(f"{folder}: format {found}, this vista reads {FORMAT_VERSION}; export the model anew")
-        try:
-            schema = Schema(**description["schema"])
-            if schema.rating_range is not None:
-                low, high = schema.rating_range
-                schema = replace(schema, rating_range=(low, high))
-            config, data = from_dict(ModelConfig, description["model"]), from_dict(DataConfig, description["data"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder}/config.json: {error!r}; export the model anew") from error
-        model = cls(config, schema, items, data)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise CheckpointError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
-        return model.to(device).eval()
+    def description(self) -> dict[str, Any]:
+        return super().description() | {"summarizer_id": self.summarizer_id().hex()}
 
     def summarizer_id(self) -> bytes:
         """SHA-256 over all that a summary depends on: stage 1, event encoder, item table and vocabulary, not stage 2.
@@ -310,19 +206,6 @@ class Recommender(nn.Module):
                 digest.update(name.encode() + str(tuple(tensor.shape)).encode())
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.digest()
-
-    def item_rows(self, ids: Ids) -> NDArray[np.int64]:
-        """Model rows of raw item ids, UNKNOWN_ITEM for those that the vocabulary lacks: int64 [N]."""
-        return self.items.rows(ids) + 1
-
-    @property
-    def has_retrieval(self) -> bool:
-        """Whether the retrieval head was trained."""
-        return self.schema.has_retrieval
-
-    @property
-    def device(self) -> torch.device:
-        return self.item_table.device
 
 
 def _gather_ranges(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:

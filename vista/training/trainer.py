@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from vista.choices import Architecture
 from vista.config import TrainConfig
 from vista.config_dict import to_dict
 from vista.config_text import to_yaml
@@ -28,7 +29,8 @@ from vista.data.event_log import EventLog
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
 from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from vista.files import remove_leftovers, replace_text, writable_folder
-from vista.model.recommender import NEXT_TASK, Recommender, Schema
+from vista.model.ranking_model import NEXT_TASK, RankingModel, Schema, class_of
+from vista.model.recommender import Recommender
 from vista.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -63,7 +65,21 @@ class Progress:
 
 
 def train(config: TrainConfig, log: EventLog | None = None) -> Recommender:
-    """Train a recommender and export the best one to `<run_dir>/best`.
+    """Train VISTA: `train_model` with `model.architecture=vista`.
+
+    Raises:
+        ConfigError: if the configuration names a rival; and all that `train_model` raises.
+    """
+    if config.model.architecture is not Architecture.vista:
+        name = config.model.architecture.value
+        raise ConfigError(f"model.architecture={name}: a rival has no summaries; train it with train_model")
+    model = train_model(config, log)
+    assert isinstance(model, Recommender)
+    return model
+
+
+def train_model(config: TrainConfig, log: EventLog | None = None) -> RankingModel:
+    """Train a model of any architecture and export the best one to `<run_dir>/best`.
 
     A run that was stopped or killed goes on from its newest checkpoint and, with the same number of threads, ends in
     the same bits.
@@ -124,7 +140,9 @@ class _Trainer:
         self.run_dir = Path(config.run_dir)
         self.device = resolve_device(config.device)
         torch.manual_seed(config.seed)
-        self.model = Recommender(config.model, schema_of(log, config), log.items, config.data).to(self.device)
+        self.model: RankingModel = class_of(config.model.architecture)(
+            config.model, schema_of(log, config), log.items, config.data
+        ).to(self.device)
         item_rows = np.arange(log.num_items, dtype=np.int64) + 1
         self.source = BatchSource(log, item_rows, config)
         self.validation = _validation(log, item_rows, config)
@@ -147,7 +165,7 @@ class _Trainer:
 
     # Running ---------------------------------------------------------------------------------------------------------
 
-    def run(self) -> Recommender:
+    def run(self) -> RankingModel:
         config = self.config
         with MetricsWriter(self.run_dir, tensorboard=config.tensorboard) as metrics:
             self._start(metrics)
@@ -158,7 +176,7 @@ class _Trainer:
             if progress.best is None:
                 self.model.eval().save_pretrained(best)
             logger.info("done: %d steps; model in %s", progress.step, best)
-            return Recommender.from_pretrained(best, self.device)
+            return RankingModel.from_pretrained(best, self.device)
 
     def _start(self, metrics: MetricsWriter) -> None:
         config = self.config

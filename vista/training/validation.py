@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from vista.data.histories import Histories, token_groups
 from vista.data.splits import split_until, visible_counts
 from vista.errors import NonFiniteLossError
 from vista.model import inference
+from vista.model.baselines.history_model import HistoryModel
+from vista.model.ranking_model import RankingModel
 from vista.model.recommender import Recommender
 from vista.training.protocol import (
     EVENTS_PER_BATCH,
@@ -25,8 +29,10 @@ from vista.training.protocol import (
     rank_next_items,
     ranking_metrics,
 )
+from vista.training.raw_history import RawHistoryAnswers
 
 Int = NDArray[np.int64]
+Floats = NDArray[np.float32]
 CASES_PER_BATCH = 512
 
 
@@ -65,10 +71,11 @@ class Validation:
             return True
         return value < best if self.metric != "ndcg@10" else value > best
 
-    def __call__(self, model: Recommender) -> dict[str, float]:
+    def __call__(self, model: RankingModel) -> dict[str, float]:
         """All metrics of the validation split."""
         was_training = model.training
         model.eval()
+        next_scores, probabilities = self._answers(model)
         metrics: dict[str, float] = {}
         if self._next is not None:
             columns = self._item_rows - 1
@@ -76,16 +83,26 @@ class Validation:
                 self._log,
                 self._next,
                 columns,
-                lambda cases: self._scores(model, cases),
+                lambda cases: self._finite(next_scores(cases), cases.user),
                 exclude_seen=True,
                 users_per_batch=CASES_PER_BATCH,
                 progress=False,
             )
             metrics |= ranking_metrics(ranks, [10])
         if self._impressions is not None:
-            metrics |= impression_metrics(self._impressions, self._probabilities(model, self._impressions))
+            found = self._finite(probabilities(self._impressions), self._impressions.user)
+            metrics |= impression_metrics(self._impressions, found)
         model.train(was_training)
         return metrics
+
+    def _answers(
+        self, model: RankingModel
+    ) -> tuple[Callable[[NextItemCases], Floats], Callable[[ImpressionCases], Floats]]:
+        if isinstance(model, HistoryModel):
+            answers = RawHistoryAnswers(model, self._log, self._item_rows)
+            return answers.next_scores, answers.probabilities
+        assert isinstance(model, Recommender)
+        return partial(self._scores, model), partial(self._probabilities, model)
 
     def _summaries(self, model: Recommender, users: Int) -> torch.Tensor:
         """Of many users, a few histories at a time: whole lives may be long."""
@@ -102,16 +119,16 @@ class Validation:
             model, self._item_rows[tail.item], np.asarray(tail.timestamp), np.asarray(tail.action), tail.offsets
         )
 
-    def _scores(self, model: Recommender, cases: NextItemCases) -> NDArray[np.float32]:
+    def _scores(self, model: Recommender, cases: NextItemCases) -> Floats:
         tail = self._tail(model, cases.user, cases.seen)
         label = self._log.gather_ranges(cases.user, cases.seen, cases.seen + 1)
         context = inference.request_context(model, self._summaries(model, cases.user), tail)
         now = np.asarray(label.timestamp) if self._log.has_time else None
         users = inference.user_vectors(model, context, inference.request_gap(model, now, tail))
-        scores: NDArray[np.float32] = (users @ inference.item_vectors(model).t()).float().cpu().numpy()
-        return self._finite(scores, cases.user)
+        scores: Floats = (users @ inference.item_vectors(model).t()).float().cpu().numpy()
+        return scores
 
-    def _probabilities(self, model: Recommender, cases: ImpressionCases) -> NDArray[np.float32]:
+    def _probabilities(self, model: Recommender, cases: ImpressionCases) -> Floats:
         users, row = np.unique(cases.user, return_inverse=True)
         summaries = self._summaries(model, users)
         out = np.zeros(cases.label.shape, np.float32)
@@ -123,9 +140,9 @@ class Validation:
             candidates = torch.from_numpy(self._item_rows[cases.item[part], None]).to(model.device)
             logits = inference.candidate_logits(model, context, gap, candidates)
             out[part] = logits[:, 0].sigmoid().float().cpu().numpy()
-        return self._finite(out, cases.user)
+        return out
 
-    def _finite(self, scores: NDArray[np.float32], users: Int) -> NDArray[np.float32]:
+    def _finite(self, scores: Floats, users: Int) -> Floats:
         bad = users[~np.isfinite(scores).all(axis=1)]
         if len(bad):
             named = self._log.users.ids(np.unique(bad)[:20]).tolist()

@@ -1,0 +1,192 @@
+"""SASRec and HSTU: the published formula, event by event; and neither neighbours nor padding have a say in it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vista.choices import Architecture
+from vista.config import DataConfig, ModelConfig, OptimConfig
+from vista.data.gaps import gap_bucket
+from vista.data.vocabulary import Vocabulary
+from vista.model.baselines import sequence_model
+from vista.model.baselines.hstu import HSTU
+from vista.model.baselines.sasrec import SASRec
+from vista.model.baselines.sequence_model import SequenceModel
+from vista.model.ranking_model import RankingModel, Schema, class_of
+
+LENGTHS = [0, 1, 9, 4, 0, 7, 12]
+LIMIT = 12
+
+
+def rival(
+    make: SimpleNamespace, name: str, *, has_time: bool = True, tasks: tuple[str, ...] = ("click", "like")
+) -> SequenceModel:
+    """A small model in float64 whose every parameter matters."""
+    torch.manual_seed(1)
+    config = ModelConfig(
+        architecture=Architecture(name), dim=16, num_heads=2, history_limit=LIMIT, tail_len=5, dropout=0.0
+    )
+    items = Vocabulary.from_ids(np.arange(make.num_items) + 100)
+    schema = Schema(["view", "click", "buy"], has_time, (1.0, 5.0), list(tasks))
+    model = class_of(config.architecture)(config, schema, items, DataConfig()).double().eval()
+    assert isinstance(model, SequenceModel)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def events_of(model: SequenceModel, histories: object) -> Tensor:
+    """[L, M] inputs of one history."""
+    events = model.embed(histories)  # type: ignore[arg-type]
+    return events.vectors * model.config.dim**0.5 + model.position[: len(events.vectors)]
+
+
+def sasrec_by_event(model: SASRec, x: Tensor) -> Tensor:
+    """States [L, M]: each position attends to itself and those before it."""
+    width = model.config.dim // model.config.num_heads
+    for block in model.blocks:
+        rows = []
+        for t in range(len(x)):
+            h = block.attention_norm(x[t])
+            key, value = block.key_value(x[: t + 1]).chunk(2, -1)
+            heads = []
+            for a in range(0, model.config.dim, width):
+                part = slice(a, a + width)
+                weight = torch.softmax(key[:, part] @ block.query(h)[part] / width**0.5, 0)
+                heads.append(weight @ value[:, part])
+            y = h + block.out(torch.cat(heads))
+            z = block.network_norm(y)
+            rows.append(z + block.down(F.relu(block.up(z))))
+        x = torch.stack(rows)
+    return model.final_norm(x)
+
+
+def hstu_by_event(model: HSTU, x: Tensor, time: np.ndarray) -> Tensor:
+    """States [L, M] by the publication's sums."""
+    heads, width = model.config.num_heads, model.config.dim // model.config.num_heads
+    for layer in model.layers:
+        gate, value, query, key = F.silu(layer.projection(layer.norm(x))).chunk(4, -1)
+        rows = []
+        for t in range(len(x)):
+            mixed = []
+            for head in range(heads):
+                part = slice(head * width, (head + 1) * width)
+                total = torch.zeros(width, dtype=x.dtype)
+                for s in range(t + 1):
+                    score = query[t, part] @ key[s, part] + layer.position_bias[head, t - s]
+                    if layer.time_bias is not None:
+                        score = score + layer.time_bias[head, int(gap_bucket(np.array(time[t] - time[s])))]
+                    total = total + F.silu(score) * value[s, part] / LIMIT
+                mixed.append(total)
+            rows.append(x[t] + layer.out(layer.head_norm(torch.cat(mixed)) * gate[t]))
+        x = torch.stack(rows)
+    return x
+
+
+@pytest.mark.parametrize("has_time", [True, False])
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+def test_a_user_vector_is_the_published_sum(make: SimpleNamespace, name: str, has_time: bool) -> None:
+    model = rival(make, name, has_time=has_time)
+    packed = make.histories(LENGTHS, 3)
+    now = np.append(packed.timestamp, 0)[np.maximum(packed.offsets[1:] - 1, 0)] + 3 * 3_600_000
+    found = model.user_vectors(packed, now)
+    gap = model.request_gap(packed, now)
+    with torch.no_grad():
+        for user, length in enumerate(LENGTHS):
+            alone = packed.slice(user)
+            state = model.start
+            if length:
+                x = events_of(model, alone)
+                by_event = (
+                    sasrec_by_event(model, x) if isinstance(model, SASRec) else hstu_by_event(model, x, alone.timestamp)
+                )
+                state = by_event[-1]
+            state = state if gap is None else state + gap[user]
+            torch.testing.assert_close(found[user], F.normalize(model.user_projection(state), dim=-1))
+
+
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+def test_neighbours_padding_and_other_candidates_change_nothing(
+    make: SimpleNamespace, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = rival(make, name)
+    packed = make.histories([*LENGTHS, 30], 4)
+    now = np.append(packed.timestamp, 0)[np.maximum(packed.offsets[1:] - 1, 0)] + 3_600_000
+    candidates = torch.from_numpy(np.random.default_rng(0).integers(1, make.num_items, (packed.num_users, 6)))
+    users, logits = model.user_vectors(packed, now), model.candidate_logits(packed, candidates, now)
+    for tokens in (1, 16):
+        monkeypatch.setattr(sequence_model, "TILE_TOKENS", tokens)
+        torch.testing.assert_close(model.user_vectors(packed, now), users)
+    for user in range(packed.num_users):
+        alone, at = packed.slice(user), now[user : user + 1]
+        torch.testing.assert_close(model.user_vectors(alone, at)[0], users[user])
+        for column in range(6):
+            one = model.candidate_logits(alone, candidates[user : user + 1, column : column + 1], at)
+            torch.testing.assert_close(one[0, 0], logits[user, column])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+def test_training_at_a_position_is_a_request_after_its_events(
+    make: SimpleNamespace, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses over a batch are those of requests asked one by one: every label, and every labelled impression."""
+    monkeypatch.setattr("vista.data.cuts.TIMELESS_SHARE", 0.0)
+    model = rival(make, name)
+    packed = make.histories([1, 11, 8, 4], 5)
+    chunks, shown_at = make.chunks(packed, 5, impressions=30)
+    batch = make.batch(chunks, make.plan(model), 5)
+    batch = replace(batch, negative_log_weight=batch.negative_log_weight.double())
+    found = model.losses(batch, model.item_table[batch.rows], DataConfig(), OptimConfig())
+
+    items = F.normalize(model.item_table[1:], dim=-1)
+    losses = []
+    for user in range(packed.num_users):
+        for seen in range(int(packed.lengths[user])):
+            before = packed.slice(user, 0, seen)
+            label = packed.slice(user, seen, seen + 1)
+            scores = items @ model.user_vectors(before, label.timestamp)[0] / model.config.temperature
+            losses.append(F.cross_entropy(scores[None], torch.from_numpy(label.item.astype(np.int64)) - 1))
+    torch.testing.assert_close(found.parts["next"], torch.stack(losses).mean())
+
+    labelled = {task: [] for task in model.schema.tasks}
+    for n, (owner, seen) in enumerate(zip(chunks.impression_chunk, chunks.impression_position, strict=True)):
+        before = packed.slice(int(owner), 0, int(seen))
+        item = torch.from_numpy(chunks.impression_item[None, n : n + 1])
+        logits = model.candidate_logits(before, item, shown_at[n : n + 1])[0, 0]
+        for index, task in enumerate(model.schema.tasks):
+            if chunks.impression_mask[n, index]:
+                label = torch.tensor(chunks.impression_label[n, index]).double()
+                labelled[task].append(F.binary_cross_entropy_with_logits(logits[index], label))
+    for task, each in labelled.items():
+        expected = torch.stack(each).mean()
+        torch.testing.assert_close(found.parts[task], expected.to(found.parts[task].dtype), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
+    model = rival(make, name).float().train()
+    chunks, _ = make.chunks(make.histories([5, 12, 8, 3], 7), 7, impressions=25)
+    batch = make.batch(chunks, make.plan(model))
+    vectors = model.item_table.detach()[batch.rows].requires_grad_()
+    torch.autograd.backward(model.losses(batch, vectors, DataConfig(), OptimConfig()).total)
+    idle = [n for n, p in model.named_parameters() if n != "item_table" and (p.grad is None or not p.grad.any())]
+    assert idle == []
+
+
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+def test_a_saved_rival_is_the_same_rival(make: SimpleNamespace, name: str, tmp_path: object) -> None:
+    model = rival(make, name).float()
+    model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    again = RankingModel.from_pretrained(tmp_path / "model")  # type: ignore[operator]
+    packed = make.histories(LENGTHS, 3)
+    assert isinstance(again, SequenceModel)
+    assert torch.equal(again.user_vectors(packed, None), model.user_vectors(packed, None))

@@ -1,0 +1,176 @@
+"""What every architecture has: an item table, an event encoder, losses, and files.
+
+Item vectors are passed in, so that training touches only the rows of a batch. Letters: R item rows of a batch, M model
+dim, V items of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vista.choices import Architecture
+from vista.config import DataConfig, ModelConfig, OptimConfig
+from vista.config_dict import from_dict, to_dict
+from vista.data.cuts import Batch
+from vista.data.vocabulary import Ids, Vocabulary
+from vista.errors import CheckpointError, LogFormatError
+from vista.files import replaced_folder
+from vista.model.embedding import EventEncoder
+
+FORMAT_VERSION = 1
+NEXT_TASK = "next"
+"""Name of the retrieval head's scores among those of the labelled tasks."""
+UNKNOWN_ITEM = 0
+"""Model row of items that the vocabulary lacks; vocabulary row r is model row r + 1."""
+CLASSES = {
+    Architecture.vista: ("vista.model.recommender", "Recommender"),
+    Architecture.sasrec: ("vista.model.baselines.sasrec", "SASRec"),
+    Architecture.hstu: ("vista.model.baselines.hstu", "HSTU"),
+}
+"""Module and class of each architecture; a module is imported only where its models are used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """What the log that a model was trained on offers."""
+
+    actions: list[str]
+    has_time: bool
+    rating_range: tuple[float, float] | None
+    tasks: list[str]
+    """Labelled tasks that were trained."""
+    has_retrieval: bool = True
+    """Whether the next item was trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Scalars of one batch; `total` is what training minimises."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class RankingModel(nn.Module):
+    """Base of VISTA and its rivals: the trainer knows no more of a model than this."""
+
+    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.schema = schema
+        self.items = items
+        """The model's own item vocabulary."""
+        self.data = data
+        """How the training data were split: what evaluation may use."""
+        table = torch.randn(len(items) + 1, config.dim) * 0.02
+        table[UNKNOWN_ITEM] = 0.0
+        self.item_table = nn.Parameter(table)
+        self.encoder = EventEncoder(
+            dim=config.dim,
+            num_actions=len(schema.actions),
+            use_action=config.use_action,
+            use_time=config.use_time and schema.has_time,
+            rating_range=schema.rating_range if config.use_rating else None,
+        )
+
+    def losses(self, batch: Batch, item_vectors: Tensor, data: DataConfig, optim: OptimConfig) -> Losses:
+        """All losses of one batch.
+
+        Args:
+            batch: from `vista.data.cuts`.
+            item_vectors: [R, M], the rows `batch.rows` of the item table.
+        """
+        raise NotImplementedError
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def description(self) -> dict[str, Any]:
+        """What config.json says of the model."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": to_dict(self.config),
+            "schema": asdict(self.schema),
+            "data": to_dict(self.data),
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and the item vocabulary; the folder is there whole or not at all."""
+        folder = Path(folder)
+        with replaced_folder(folder) as partial:
+            (partial / "config.json").write_text(json.dumps(self.description(), indent=2) + "\n")
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+            save_file(weights, partial / "model.safetensors")
+            self.items.save(partial, "items")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
+        """Read a folder of `save_pretrained`, in eval mode; nothing in it is ever executed.
+
+        Raises:
+            CheckpointError: if the folder is missing, truncated, of another format, or of another architecture.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").exists() and (folder / "best" / "config.json").exists():
+            raise CheckpointError(f"{folder}: is a run folder; its model is {folder / 'best'}")
+        try:
+            description = json.loads((folder / "config.json").read_text())
+            weights = load_file(folder / "model.safetensors")
+            items = Vocabulary.load(folder, "items")
+        except (OSError, ValueError, SafetensorError, LogFormatError) as error:
+            raise CheckpointError(
+                f"{folder}: no readable model ({error}); train one with `vista train run_dir=…`, which writes "
+                "<run_dir>/best"
+            ) from error
+        found = description.get("format_version") if isinstance(description, dict) else None
+        if found != FORMAT_VERSION:
+            raise CheckpointError(f"{folder}: format {found}, this vista reads {FORMAT_VERSION}; export the model anew")
+        try:
+            schema = Schema(**description["schema"])
+            if schema.rating_range is not None:
+                low, high = schema.rating_range
+                schema = replace(schema, rating_range=(low, high))
+            config, data = from_dict(ModelConfig, description["model"]), from_dict(DataConfig, description["data"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder}/config.json: {error!r}; export the model anew") from error
+        found_class = class_of(config.architecture)
+        if not issubclass(found_class, cls):
+            raise CheckpointError(
+                f"{folder}: holds a {config.architecture.value} model, where a {cls.__name__} is needed"
+            )
+        model = found_class(config, schema, items, data)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
+        return model.to(device).eval()
+
+    def item_rows(self, ids: Ids) -> NDArray[np.int64]:
+        """Model rows of raw item ids, UNKNOWN_ITEM for those that the vocabulary lacks: int64 [N]."""
+        return self.items.rows(ids) + 1
+
+    @property
+    def has_retrieval(self) -> bool:
+        """Whether the retrieval head was trained."""
+        return self.schema.has_retrieval
+
+    @property
+    def device(self) -> torch.device:
+        return self.item_table.device
+
+
+def class_of(architecture: Architecture) -> type[RankingModel]:
+    """The class of an architecture's models."""
+    module, name = CLASSES[architecture]
+    found: type[RankingModel] = getattr(import_module(module), name)
+    return found
