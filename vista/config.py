@@ -246,7 +246,9 @@ class EvaluateConfig:
     exclude_seen: bool = True
     """Leave items of the visible history out of the ranking, but never the label: false where users repeat items."""
     top_k: list[int] = field(default_factory=lambda: [10, 50, 200])
-    """Cut-offs k of HR@k and NDCG@k."""
+    """Cut-offs k of HR@k and NDCG@k; the first is also the length of the popularity report's lists."""
+    popularity: bool = False
+    """Also report how far the retrieval head's lists follow training popularity."""
     users_per_batch: int = 512
     """Users ranked in one pass."""
     table: str = "adhoc"

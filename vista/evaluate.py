@@ -16,14 +16,17 @@ from tqdm import tqdm
 
 from vista.config import EvaluateConfig
 from vista.data.event_log import EventLog
+from vista.data.frequency import item_counts
 from vista.data.splits import Until, parse_until, split_until, visible_counts
 from vista.device import cpu_settings
 from vista.errors import ConfigError, LeakageError
 from vista.files import writable_folder
+from vista.model.recommender import UNKNOWN_ITEM, Recommender
 from vista.refresh import check_log
 from vista.results import append_result, commit, hardware
 from vista.scorer import Scorer
 from vista.store import Tail
+from vista.training.popularity import PopularityReport, Recommendations, popularity_report
 from vista.training.protocol import (
     ImpressionCases,
     NextItemCases,
@@ -52,10 +55,14 @@ class Evaluation:
     ranks: Int | None
     impressions: ImpressionCases | None
     probabilities: Floats | None
+    popularity: PopularityReport | None = None
 
     def __str__(self) -> str:
+        # The report prints its own numbers as a table.
+        hidden = self.popularity.metrics() if self.popularity is not None else {}
         lines = [f"{self.num_cases} cases in {self.seconds:.1f} s"]
-        return "\n".join(lines + [f"  {name:<20} {value:.4f}" for name, value in self.metrics.items()])
+        lines += [f"  {name:<20} {value:.4f}" for name, value in self.metrics.items() if name not in hidden]
+        return "\n".join(lines + ([str(self.popularity)] if self.popularity is not None else []))
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -77,6 +84,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             top_k=list(config.top_k),
             users_per_batch=config.users_per_batch,
             progress=config.progress,
+            popularity=config.popularity,
         )
         if config.results_dir is not None:
             row = _result_row(config, result, scorer.store.manifest.codec)
@@ -86,6 +94,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 def _result_row(config: EvaluateConfig, result: Evaluation, codec: str) -> dict[str, Any]:
     options = {"split": config.split, "exclude_seen": config.exclude_seen, "top_k": list(config.top_k)}
+    options |= {"popularity": True} if config.popularity else {}
     run = _run_config(Path(config.model))
     seed = config.seed if config.seed is not None else run.get("seed", 1)
     name = config.model_name or Path(config.model).resolve().parent.name
@@ -126,8 +135,13 @@ def evaluate_scorer(
     top_k: list[int] | None = None,
     users_per_batch: int = 512,
     progress: bool = False,
+    popularity: bool = False,
 ) -> Evaluation:
     """Measure a scorer on the `part` ("test" or "validation") of its model's split of `log`.
+
+    Args:
+        top_k: cut-offs; the first is the length of the popularity report's lists.
+        popularity: also report how far the retrieval head's lists follow training popularity.
 
     Raises:
         LeakageError, ConfigError: as `evaluate`.
@@ -136,17 +150,21 @@ def evaluate_scorer(
     model = scorer.model
     if part not in PARTS:
         raise ConfigError(f"split={part}: write {' or '.join(PARTS)}")
+    if popularity and not model.has_retrieval:
+        raise ConfigError("popularity=true: this model's retrieval head was not trained; set popularity=false")
     check_log(model, log)
     until = split_until(model.data, part)
     _check_store(scorer, until, part)
     metrics: dict[str, float] = {}
-    ranks = impressions = probabilities = None
+    ranks = impressions = probabilities = report = None
+    top_k = top_k or [10]
     num_cases = 0
     if model.has_retrieval:
         columns = model.item_rows(log.items.ids(np.arange(log.num_items))) - 1
         stop = visible_counts(log, split_until(model.data, "test")) if part == "validation" else None
         cases = next_item_cases(log, visible_counts(log, until), stop)
         _, items = scorer.item_vectors()
+        lists = Recommendations(len(items), top_k[0]) if popularity else None
         ranks = rank_next_items(
             log,
             cases,
@@ -155,8 +173,12 @@ def evaluate_scorer(
             exclude_seen=exclude_seen,
             users_per_batch=users_per_batch,
             progress=progress,
+            observe=lists.add if lists is not None else None,
         )
-        metrics |= ranking_metrics(ranks, top_k or [10])
+        metrics |= ranking_metrics(ranks, top_k)
+        if lists is not None:
+            report = _popularity(model, log, columns, lists, ranks, columns[cases.item])
+            metrics |= report.metrics()
         num_cases += len(ranks)
     if log.impressions is not None and model.schema.tasks and until.before is not None:
         end = split_until(model.data, "test").before if part == "validation" else None
@@ -168,7 +190,18 @@ def evaluate_scorer(
         raise ConfigError(
             f"{log.path} has no {part} case for this model: no label after {until}, and no impression of its tasks"
         )
-    return Evaluation(metrics, num_cases, time.perf_counter() - began, ranks, impressions, probabilities)
+    return Evaluation(metrics, num_cases, time.perf_counter() - began, ranks, impressions, probabilities, report)
+
+
+def _popularity(
+    model: Recommender, log: EventLog, columns: Int, lists: Recommendations, ranks: Int, label: Int
+) -> PopularityReport:
+    """The report over the model's items; columns int64 [log.num_items] of the log's items, -1 unknown to the model."""
+    events = item_counts(log, visible_counts(log, split_until(model.data, "train")))
+    counts = np.zeros(len(model.items), np.int64)
+    np.add.at(counts, columns[columns >= 0], events[columns >= 0])
+    norms = model.item_table[UNKNOWN_ITEM + 1 :].detach().float().norm(dim=1).cpu().numpy()
+    return popularity_report(counts, lists, ranks, label, norms)
 
 
 def _check_store(scorer: Scorer, until: Until, part: str) -> None:
