@@ -6,7 +6,7 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev,data,report,tensorboard
+EXTRAS ?= dev,data,report,sketches,tensorboard
 # Passed to pip install, such as PIP_OPTIONS="--index-url URL" for an index that has torch's CPU build.
 PIP_OPTIONS ?=
 PYTEST_ARGS ?=

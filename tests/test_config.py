@@ -43,6 +43,8 @@ def test_words_are_choices() -> None:
         (OptimConfig, {"epochs": 2.5}, r"optim\.epochs: expected int, got 2\.5"),
         (OptimConfig, {"epochs": True}, r"optim\.epochs: expected int, got True"),
         (OptimConfig, {"learning_rate": "fast"}, r"optim\.learning_rate: expected float, got 'fast'"),
+        (OptimConfig, {"logq_strength": 1.5}, r"optim\.logq_strength: must lie in \[0, 1\], got 1\.5"),
+        (DataConfig, {"frequencies": "guess"}, r"data\.frequencies: 'guess' is none of exact, count_min"),
         (TrainConfig, {"model": {"dim": 8}}, r"model: expected ModelConfig, got {'dim': 8}"),
         (TrainConfig, {"resume": 1}, r"resume: expected bool, got 1"),
         (ScoreConfig, {"model": 3}, r"model: expected str, got 3"),

@@ -290,6 +290,13 @@ class TestResults:
         }
         return EvaluateConfig(**{**settings, **changes})
 
+    def test_a_popularity_report_enters_row_and_command(self, served: Served, tmp_path: Path) -> None:
+        result = evaluate(self.settings(served, tmp_path, popularity=True, top_k=[10]))
+        (row,) = read_results(tmp_path / "results" / "small.jsonl")
+        assert {"gini@10", "coverage@10", "popularity/score", "ndcg@10/decile-1"} < row["metrics"].keys()
+        assert row["command"].endswith("popularity=true") and row["config"]["popularity"] is True
+        assert str(result).count("gini@10") == 0 and "  decile     items   labels  recommended" in str(result)
+
     def test_rows_are_appended(self, served: Served, tmp_path: Path) -> None:
         result = evaluate(self.settings(served, tmp_path, seed=3))
         evaluate(self.settings(served, tmp_path, exclude_seen=False, model_name="mine"))

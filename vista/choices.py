@@ -53,6 +53,14 @@ Split = Enum("Split", {"leave_last_out": "leave-last-out", "leave-last-out": "le
 """Test labels: a user's last event (validation: the one before it), or what lies after two moments."""
 
 
+class Counting(Enum):
+    """How item frequencies are counted."""
+
+    exact = "exact"
+    count_min = "count_min"
+    """A count-min sketch of fixed size, learnt in one pass over the events (extra `sketches`)."""
+
+
 class Precision(Enum):
     """Arithmetic of training's matrix products."""
 

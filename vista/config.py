@@ -11,6 +11,7 @@ from datetime import datetime
 from vista.choices import (
     Architecture,
     Codec,
+    Counting,
     Decay,
     IdType,
     Mixing,
@@ -133,6 +134,8 @@ class DataConfig:
     """Negatives of the sampled softmax, shared by a batch."""
     negative_power: float = 0.0
     """Negatives are drawn in proportion to frequency ** power; 0 is uniform."""
+    frequencies: Counting = Counting.exact
+    """What negative_power and optim.logq_strength know of frequencies: exact counts, or a sketch of bounded size."""
     reconstruction_len: int = 64
     """Events of the window that the decoder reconstructs before a sampled cut."""
 
@@ -165,6 +168,8 @@ class OptimConfig:
     """Passes over the training histories."""
     next_weight: float = 1.0
     """lambda_next: sampled softmax over next items."""
+    logq_strength: float = 1.0
+    """Share of the log popularity that scores may learn: 1 is the plain softmax, 0 takes all of it out of them."""
     task_weight: float = 1.0
     """Weight of each task's binary cross-entropy, where the log has impressions."""
     reconstruction_weight: float = 0.1
@@ -182,6 +187,7 @@ class OptimConfig:
         require_finite(self, "optim.", ("weight_decay", "next_weight", "task_weight", "reconstruction_weight"))
         counts = ("epochs", "warmup_steps", "patience", "validate_every", "validation_users")
         require_counts(self, "optim.", counts, least=0)
+        require(0 <= self.logq_strength <= 1, "optim.logq_strength", f"must lie in [0, 1], got {self.logq_strength}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -260,7 +266,9 @@ class EvaluateConfig:
     exclude_seen: bool = True
     """Leave items of the visible history out of the ranking, but never the label: false where users repeat items."""
     top_k: list[int] = field(default_factory=lambda: [10, 50, 200])
-    """Cut-offs k of HR@k and NDCG@k."""
+    """Cut-offs k of HR@k and NDCG@k; the first is also the length of the popularity report's lists."""
+    popularity: bool = False
+    """Also report how far the retrieval head's lists follow training popularity."""
     users_per_batch: int = 512
     """Users ranked in one pass."""
     table: str = "adhoc"
@@ -345,23 +353,13 @@ class SimulateConfig:
             datetime.fromisoformat(self.start)
         except ValueError as error:
             raise ConfigError(f"start: {error}; write a date such as 2024-01-01") from None
-        require(self.num_topics <= 256, "num_topics", f"must be at most 256, got {self.num_topics}")
-        require(
-            self.num_items >= self.num_topics,
-            "num_items",
-            f"must be at least num_topics={self.num_topics}, got {self.num_items}",
-        )
-        require(
-            1 <= self.min_interests <= self.max_interests < self.num_topics,
-            "max_interests",
-            f"needs 1 <= min_interests <= max_interests < num_topics, got {self.min_interests}, "
-            f"{self.max_interests}, {self.num_topics}",
-        )
-        require(
-            1 + self.events_per_user / 1e6 <= self.days <= 36_500,
-            "days",
-            f"must be at least 1 and one more a million events a user, and at most 36500, got {self.days}",
-        )
+        topics, items, low, high = self.num_topics, self.num_items, self.min_interests, self.max_interests
+        require(topics <= 256, "num_topics", f"must be at most 256, got {topics}")
+        require(items >= topics, "num_items", f"must be at least num_topics={topics}, got {items}")
+        message = f"needs 1 <= min_interests <= max_interests < num_topics, got {low}, {high}, {topics}"
+        require(1 <= low <= high < topics, "max_interests", message)
+        message = f"must be at least 1 and one more a million events a user, and at most 36500, got {self.days}"
+        require(1 + self.events_per_user / 1e6 <= self.days <= 36_500, "days", message)
 
 
 @dataclass(kw_only=True, slots=True)

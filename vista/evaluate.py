@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import yaml
@@ -18,17 +18,19 @@ from tqdm import tqdm
 
 from vista.config import EvaluateConfig
 from vista.data.event_log import EventLog
+from vista.data.frequency import item_counts
 from vista.data.splits import Until, parse_until, split_until, visible_counts
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
 from vista.files import writable_folder
 from vista.model.baselines.history_model import HistoryModel
-from vista.model.ranking_model import RankingModel
+from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.recommender import Recommender
 from vista.refresh import check_log
 from vista.results import append_result, commit, hardware
 from vista.scorer import Scorer
 from vista.store import Tail
+from vista.training.popularity import PopularityReport, Recommendations, popularity_report
 from vista.training.protocol import (
     ImpressionCases,
     NextItemCases,
@@ -58,10 +60,14 @@ class Evaluation:
     ranks: Int | None
     impressions: ImpressionCases | None
     probabilities: Floats | None
+    popularity: PopularityReport | None = None
 
     def __str__(self) -> str:
+        # The report prints its own numbers as a table.
+        hidden = self.popularity.metrics() if self.popularity is not None else {}
         lines = [f"{self.num_cases} cases in {self.seconds:.1f} s"]
-        return "\n".join(lines + [f"  {name:<20} {value:.4f}" for name, value in self.metrics.items()])
+        lines += [f"  {name:<20} {value:.4f}" for name, value in self.metrics.items() if name not in hidden]
+        return "\n".join(lines + ([str(self.popularity)] if self.popularity is not None else []))
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -74,10 +80,11 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if config.results_dir is not None:
         writable_folder(Path(config.results_dir), "results_dir")
     log = EventLog.open(config.data)
-    options: dict[str, Any] = {
+    options: Options = {
         "exclude_seen": config.exclude_seen,
         "top_k": list(config.top_k),
         "users_per_batch": config.users_per_batch,
+        "popularity": config.popularity,
         "progress": config.progress,
     }
     with cpu_settings(config.num_threads):
@@ -96,6 +103,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 def _result_row(config: EvaluateConfig, result: Evaluation, codec: str) -> dict[str, Any]:
     options = {"split": config.split, "exclude_seen": config.exclude_seen, "top_k": list(config.top_k)}
+    options |= {"popularity": True} if config.popularity else {}
     run = _run_config(Path(config.model))
     seed = config.seed if config.seed is not None else run.get("seed", 1)
     name = config.model_name or Path(config.model).resolve().parent.name
@@ -127,23 +135,27 @@ def _run_config(model: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def evaluate_scorer(
-    scorer: Scorer,
-    log: EventLog,
-    part: str,
-    *,
-    exclude_seen: bool = True,
-    top_k: list[int] | None = None,
-    users_per_batch: int = 512,
-    progress: bool = False,
-) -> Evaluation:
+class Options(TypedDict, total=False):
+    """How a model is measured."""
+
+    exclude_seen: bool
+    """Leave items of the visible history out of the ranking, but never the label; default True."""
+    top_k: list[int]
+    """Cut-offs, [10] by default; the first is the length of the popularity report's lists."""
+    users_per_batch: int
+    """Users ranked in one pass, 512 by default."""
+    popularity: bool
+    """Also report how far the retrieval head's lists follow training popularity."""
+    progress: bool
+
+
+def evaluate_scorer(scorer: Scorer, log: EventLog, part: str, **options: Unpack[Options]) -> Evaluation:
     """Measure a scorer on the `part` ("test" or "validation") of its model's split of `log`.
 
     Raises:
         LeakageError, ConfigError: as `evaluate`.
     """
-    _check_part(part)
-    check_log(scorer.model, log)
+    _check(scorer.model, log, part, options)
     _check_store(scorer, split_until(scorer.model.data, part), part)
     _, items = scorer.item_vectors()
     return _measure(
@@ -151,48 +163,29 @@ def evaluate_scorer(
         log,
         part,
         lambda cases: _next_scores(scorer, log, cases, items),
-        lambda cases: _impression_probabilities(scorer, log, cases, users_per_batch, progress),
-        exclude_seen=exclude_seen,
-        top_k=top_k,
-        users_per_batch=users_per_batch,
-        progress=progress,
+        lambda cases: _impression_probabilities(scorer, log, cases, options),
+        options,
     )
 
 
-def evaluate_model(
-    model: HistoryModel,
-    log: EventLog,
-    part: str,
-    *,
-    exclude_seen: bool = True,
-    top_k: list[int] | None = None,
-    users_per_batch: int = 512,
-    progress: bool = False,
-) -> Evaluation:
+def evaluate_model(model: HistoryModel, log: EventLog, part: str, **options: Unpack[Options]) -> Evaluation:
     """Measure a rival on the `part` of its split of `log`: it reads the raw history right up to each label.
 
     Raises:
         ConfigError: if there is nothing to measure.
     """
-    _check_part(part)
-    check_log(model, log)
+    _check(model, log, part, options)
     answers = RawHistoryAnswers(model, log, model.item_rows(log.items.ids(np.arange(log.num_items))))
-    return _measure(
-        model,
-        log,
-        part,
-        answers.next_scores,
-        partial(answers.probabilities, progress=progress),
-        exclude_seen=exclude_seen,
-        top_k=top_k,
-        users_per_batch=users_per_batch,
-        progress=progress,
-    )
+    probabilities = partial(answers.probabilities, progress=options.get("progress", False))
+    return _measure(model, log, part, answers.next_scores, probabilities, options)
 
 
-def _check_part(part: str) -> None:
+def _check(model: RankingModel, log: EventLog, part: str, options: Options) -> None:
     if part not in PARTS:
         raise ConfigError(f"split={part}: write {' or '.join(PARTS)}")
+    if options.get("popularity", False) and not model.has_retrieval:
+        raise ConfigError("popularity=true: this model's retrieval head was not trained; set popularity=false")
+    check_log(model, log)
 
 
 def _measure(
@@ -201,32 +194,34 @@ def _measure(
     part: str,
     next_scores: Callable[[NextItemCases], Floats],
     impression_probabilities: Callable[[ImpressionCases], Floats],
-    *,
-    exclude_seen: bool,
-    top_k: list[int] | None,
-    users_per_batch: int,
-    progress: bool,
+    options: Options,
 ) -> Evaluation:
     """The protocol's questions, put to whoever answers."""
     began = time.perf_counter()
     until = split_until(model.data, part)
     metrics: dict[str, float] = {}
-    ranks = impressions = probabilities = None
+    ranks = impressions = probabilities = report = None
+    top_k = options.get("top_k", [10])
     num_cases = 0
     if model.has_retrieval:
         columns = model.item_rows(log.items.ids(np.arange(log.num_items))) - 1
         stop = visible_counts(log, split_until(model.data, "test")) if part == "validation" else None
         cases = next_item_cases(log, visible_counts(log, until), stop)
+        lists = Recommendations(len(model.items), top_k[0]) if options.get("popularity", False) else None
         ranks = rank_next_items(
             log,
             cases,
             columns,
             next_scores,
-            exclude_seen=exclude_seen,
-            users_per_batch=users_per_batch,
-            progress=progress,
+            exclude_seen=options.get("exclude_seen", True),
+            users_per_batch=options.get("users_per_batch", 512),
+            progress=options.get("progress", False),
+            observe=lists.add if lists is not None else None,
         )
-        metrics |= ranking_metrics(ranks, top_k or [10])
+        metrics |= ranking_metrics(ranks, top_k)
+        if lists is not None:
+            report = _popularity(model, log, columns, lists, ranks, columns[cases.item])
+            metrics |= report.metrics()
         num_cases += len(ranks)
     if log.impressions is not None and model.schema.tasks and until.before is not None:
         end = split_until(model.data, "test").before if part == "validation" else None
@@ -238,7 +233,18 @@ def _measure(
         raise ConfigError(
             f"{log.path} has no {part} case for this model: no label after {until}, and no impression of its tasks"
         )
-    return Evaluation(metrics, num_cases, time.perf_counter() - began, ranks, impressions, probabilities)
+    return Evaluation(metrics, num_cases, time.perf_counter() - began, ranks, impressions, probabilities, report)
+
+
+def _popularity(
+    model: RankingModel, log: EventLog, columns: Int, lists: Recommendations, ranks: Int, label: Int
+) -> PopularityReport:
+    """The report over the model's items; columns int64 [log.num_items] of the log's items, -1 unknown to the model."""
+    events = item_counts(log, visible_counts(log, split_until(model.data, "train")))
+    counts = np.zeros(len(model.items), np.int64)
+    np.add.at(counts, columns[columns >= 0], events[columns >= 0])
+    norms = model.item_table[UNKNOWN_ITEM + 1 :].detach().float().norm(dim=1).cpu().numpy()
+    return popularity_report(counts, lists, ranks, label, norms)
 
 
 def _check_store(scorer: Scorer, until: Until, part: str) -> None:
@@ -302,12 +308,11 @@ def _next_scores(scorer: Scorer, log: EventLog, cases: NextItemCases, items: Flo
     return scores
 
 
-def _impression_probabilities(
-    scorer: Scorer, log: EventLog, cases: ImpressionCases, users_per_batch: int, progress: bool
-) -> Floats:
+def _impression_probabilities(scorer: Scorer, log: EventLog, cases: ImpressionCases, options: Options) -> Floats:
     out = np.zeros(cases.label.shape, np.float32)
+    users_per_batch, quiet = options.get("users_per_batch", 512), not options.get("progress", False)
     starts = range(0, len(cases.user), users_per_batch)
-    for low in tqdm(starts, desc="impressions", unit="batch", disable=not progress, leave=False):
+    for low in tqdm(starts, desc="impressions", unit="batch", disable=quiet, leave=False):
         part = slice(low, low + users_per_batch)
         user, seen = cases.user[part], cases.seen[part]
         predicted = scorer.predict(

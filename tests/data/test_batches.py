@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from vista.choices import Decay, Split
-from vista.config import DataConfig, ModelConfig, TrainConfig
+from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from vista.data.batches import BatchSource, events_before
 from vista.data.cuts import Batch
 from vista.data.event_log import EventLog
@@ -105,6 +105,30 @@ def test_items_that_training_never_shows_are_negatives_too(world: World) -> None
     )
     batch = BatchSource(world.log, rows, config).batch(0, 0)
     assert batch.rows[batch.negatives].tolist() == list(range(1, world.log.num_items + 5))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.75, 0.0])
+def test_logq_strength_changes_nothing_but_the_adjustment(world: World, strength: float) -> None:
+    rows = np.arange(world.log.num_items) // 3 + 1  # three items of the log are one of the model, of 0 to 3 events
+
+    def tensors(optim: OptimConfig) -> dict[str, torch.Tensor]:
+        data = DataConfig(tokens_per_batch=64, label_spacing=4, num_negatives=8, negative_power=1.0)
+        model = ModelConfig(dim=8, num_heads=2, tail_len=4)
+        return BatchSource(world.log, rows, TrainConfig(model=model, data=data, optim=optim)).batch(0, 0).tensors()
+
+    plain, found = tensors(OptimConfig()), tensors(OptimConfig(logq_strength=strength))
+    adjustment = found.pop("logit_adjustment", None)
+    assert found.keys() == plain.keys() and all(found[name].equal(plain[name]) for name in found)
+    if strength == 1:
+        assert adjustment is None
+        return
+    visible = world.log.items.rows(visible_events(world))  # event i is item i
+    events = np.maximum(np.bincount(rows[visible], minlength=rows.max() + 1), 1)
+    used = found["rows"].numpy()
+    assert len(np.unique(events[used])) > 2
+    expected = (1 - strength) * np.log(events[used] / events[1:].sum())
+    assert adjustment is not None and adjustment.dtype == torch.float32
+    np.testing.assert_allclose(adjustment.numpy(), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -106,24 +106,65 @@ def test_large_logits_stay_finite() -> None:
         assert torch.isfinite(torch.autograd.grad(loss, user)[0]).all()
 
 
-def test_the_correction_makes_the_sampled_loss_estimate_the_full_one() -> None:
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_the_correction_makes_the_sampled_loss_estimate_the_full_one(power: float, strength: float) -> None:
     """logQ: the sampled denominator is right on average, whatever items are drawn by; without it, it is far off."""
     user, items, label = problem(40, 300)
     frequency = np.random.default_rng(0).zipf(1.5, 300).clip(max=5000)
-    exact = float(F.cross_entropy(user @ items.t() / 0.5, label))
-    for power in (0.0, 1.0):
-        sampler = NegativeSampler(frequency, num_negatives=120, power=power)
-        draws = [sampler.draw(np.random.default_rng(seed)) for seed in range(200)]
-        losses_ = [
-            float(sampled_softmax(user, items, label, torch.from_numpy(rows), torch.from_numpy(w).double(), 0.5))
-            for rows, w in draws
-        ]
-        plain = [
-            float(sampled_softmax(user, items, label, torch.from_numpy(rows), torch.zeros(len(w)).double(), 0.5))
-            for rows, w in draws
-        ]
-        assert abs(np.mean(losses_) - exact) < 0.06 * exact
-        assert abs(np.mean(plain) - exact) > 0.12 * exact
+    adjustment = (1 - strength) * torch.from_numpy(np.log(frequency / frequency.sum()))
+    exact = float(F.cross_entropy(user @ items.t() / 0.5 + adjustment, label))
+    sampler = NegativeSampler(frequency, num_negatives=120, power=power)
+
+    def mean_loss(weight_scale: float) -> float:
+        found = []
+        for seed in range(200):
+            rows, weight = map(torch.from_numpy, sampler.draw(np.random.default_rng(seed)))
+            found.append(float(sampled_softmax(user, items, label, rows, weight * weight_scale, 0.5, adjustment)))
+        return float(np.mean(found))
+
+    error = abs(mean_loss(1) - exact)
+    assert error < 0.06 * exact
+    assert abs(mean_loss(0) - exact) > 5 * error
+
+
+@pytest.mark.parametrize("count", [7, 300])
+def test_an_adjustment_is_added_to_labels_and_negatives(count: int) -> None:
+    """It is one more column of the items, which every user reads with weight 1 and which no gradient reaches."""
+    user, items, label = problem(count, 40)
+    negatives, log_weight = torch.arange(0, 40, 2), torch.linspace(-1, 3, 20, dtype=torch.float64)
+    adjustment = torch.linspace(-4, 0, 40, dtype=torch.float64)
+    leaves = [user.requires_grad_(), items.requires_grad_()]
+    found = sampled_softmax(user, items, label, negatives, log_weight, 0.5, adjustment)
+    wide_user = torch.cat([user, torch.ones(count, 1, dtype=torch.float64)], 1)
+    wide_items = torch.cat([items, 0.5 * adjustment[:, None]], 1)
+    exact = formula(wide_user, wide_items, label, negatives, log_weight, 0.5)
+    torch.testing.assert_close(found, exact)
+    for mine, theirs in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(exact, leaves), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    shifted = sampled_softmax(user, items, label, negatives, log_weight, 0.5, adjustment + 3)
+    torch.testing.assert_close(shifted, found)  # a constant changes nothing
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
+def test_free_logits_learn_the_log_popularity_times_the_strength(strength: float) -> None:
+    """Trained with (1 - strength) log p added to them, over the whole catalogue."""
+    counts = torch.tensor([1, 2, 4, 8, 16, 32, 64])
+    log_p = torch.log(counts / counts.sum()).double()
+    label = torch.arange(7).repeat_interleave(counts)
+    user = torch.ones(len(label), 1, dtype=torch.float64)
+    scores = torch.zeros(7, 1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scores], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = sampled_softmax(user, scores, label, torch.arange(7), torch.zeros(7), 1.0, (1 - strength) * log_p)
+        torch.autograd.backward(loss)
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    learnt = scores.detach()[:, 0]
+    torch.testing.assert_close(learnt - learnt[-1], strength * (log_p - log_p[-1]), atol=1e-4, rtol=0)
 
 
 def test_task_losses_average_over_known_labels() -> None:

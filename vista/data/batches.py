@@ -5,15 +5,17 @@ So a resumed run needs no state of the data but its position, and makes the same
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from vista.choices import Counting
 from vista.config import TrainConfig
 from vista.data.cuts import Batch, Chunks, CutPlan, Int, cut_batch, decay_clock
 from vista.data.event_log import EventLog
-from vista.data.frequency import item_counts
+from vista.data.frequency import item_counts, sketched_item_counts
 from vista.data.gaps import gap_bucket, history_gaps
 from vista.data.histories import ranges, token_groups
 from vista.data.negatives import NegativeSampler
@@ -44,12 +46,14 @@ class BatchSource:
         data, model = config.data, config.model
         self.counts = visible_counts(log, split_until(config.data, "train"))
         frequency = np.zeros(int(item_rows.max(initial=0)) + 1, np.int64)
-        np.add.at(frequency, item_rows, item_counts(log, self.counts))
+        count = item_counts if data.frequencies is Counting.exact else sketched_item_counts
+        np.add.at(frequency, item_rows, count(log, self.counts))
         if frequency.any():
             # An item that training never shows is a negative as the rarest are: nothing else would keep its random
             # vector from the top of everybody's list. Row 0 is the unknown item.
             frequency[1:] = np.maximum(frequency[1:], 1)
         self._sampler = NegativeSampler(frequency, num_negatives=data.num_negatives, power=data.negative_power)
+        self._adjustment = _logit_adjustment(frequency, config.optim.logq_strength)
         self._chunk_len = min(data.chunk_len, model.history_limit or data.chunk_len)
         self._impressions = _visible_impressions(log, item_rows, self.counts, config)
         self._plan = CutPlan(
@@ -77,7 +81,10 @@ class BatchSource:
         rng = np.random.default_rng([self._config.seed, epoch, index + 1])
         user, start, stop = (part[self._batches[index]] for part in self._chunks)
         negatives, log_weight = self._sampler.draw(rng)
-        return cut_batch(self._pack(user, start, stop), self._plan, rng, negatives, log_weight)
+        batch = cut_batch(self._pack(user, start, stop), self._plan, rng, negatives, log_weight)
+        if self._adjustment is None:
+            return batch
+        return replace(batch, logit_adjustment=torch.from_numpy(self._adjustment[batch.rows.numpy()]))
 
     def _start_epoch(self, epoch: int) -> None:
         if epoch == self._epoch:
@@ -128,6 +135,14 @@ def _chunk_histories(users: Int, total: Int, limit: int, rng: np.random.Generato
     start = np.where(index == 0, 0, phase[owner] + (index - 1) * limit)
     stop = np.minimum(phase[owner] + index * limit, total[owner])
     return users[owner], start, stop
+
+
+def _logit_adjustment(frequency: Int, logq_strength: float) -> NDArray[np.float32] | None:
+    """(1 - strength) * log p of each model row, p its share of the training events; None at strength 1."""
+    if logq_strength == 1:
+        return None
+    log_share: NDArray[np.float64] = np.log(np.maximum(frequency, 1) / frequency.sum())
+    return ((1 - logq_strength) * log_share).astype(np.float32)
 
 
 def events_before(log: EventLog, user: int, times: Int, count: int) -> Int:

@@ -107,6 +107,8 @@ class Batch:
     """int64 [NR]: packed index of the first event to reconstruct."""
     reconstruction_len: Tensor
     """int64 [NR]."""
+    logit_adjustment: Tensor | None = None
+    """float32 [R] added to an item's logits in training alone, as a label and as a negative (optim.logq_strength)."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""

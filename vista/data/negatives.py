@@ -16,7 +16,10 @@ class NegativeSampler:
     """Draws item rows in proportion to frequency ** power; power 0 is uniform over the items that occur."""
 
     def __init__(self, item_counts: NDArray[np.int64], *, num_negatives: int, power: float) -> None:
-        """item_counts: int64 [V], how often each model row occurs in training; rows with 0 are never drawn."""
+        """item_counts: int64 [V], how often each model row occurs in training; rows with 0 are never drawn.
+
+        Estimates will do: the correction is for what is drawn, so their errors do not bias it.
+        """
         self.items = np.flatnonzero(item_counts)
         if len(self.items) == 0:
             raise DataError("no item occurs in training; is data.validation_from before the first event?")

@@ -19,10 +19,12 @@ def sampled_softmax(
     negatives: Tensor,
     negative_log_weight: Tensor,
     temperature: float,
+    adjustment: Tensor | None = None,
 ) -> Tensor:
     """Mean sampled-softmax loss of the next item over shared negatives.
 
-    A negative that equals a row's own positive is masked in that row.
+    A negative that equals a row's own positive is masked in that row. With an adjustment a the model of the label is
+    p(i) ~ e^{a_i + s_i}; scores served without it are s_i = log p(i) - a_i, up to a constant (Menon et al. 2021).
 
     Args:
         user: [N, M] unit vectors.
@@ -31,6 +33,8 @@ def sampled_softmax(
         negatives: int64 [J] distinct sorted rows of item_vectors.
         negative_log_weight: float32 [J], added to the negatives' logits (logQ correction, `NegativeSampler.draw`).
         temperature: divides the cosines.
+        adjustment: float32 [R], added to the logits of a row wherever it stands, as label and as negative; a constant
+            changes nothing.
 
     Returns:
         scalar float32; 0 where N = 0.
@@ -41,6 +45,9 @@ def sampled_softmax(
     full = torch.promote_types(user.dtype, torch.float32)
     user, item_vectors = user.to(full), item_vectors.to(full)
     positive = (user * item_vectors[label]).sum(-1) / temperature
+    if adjustment is not None:
+        positive = positive + adjustment[label]
+        negative_log_weight = negative_log_weight + adjustment[negatives]
     column = torch.searchsorted(negatives, label).clamp_(max=len(negatives) - 1)
     own = torch.where(negatives[column] == label, column, -1)
     with torch.autocast(user.device.type, enabled=False):

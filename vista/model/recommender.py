@@ -138,6 +138,7 @@ class Recommender(RankingModel):
             batch.negatives,
             batch.negative_log_weight,
             self.config.temperature,
+            batch.logit_adjustment,
         )
 
     def _reconstruction(self, batch: Batch, events: Tensor, summaries: Tensor) -> Tensor:

@@ -255,6 +255,40 @@ def ranks_of_targets(
     return rank_B
 
 
+def top_items(
+    scores: NDArray[np.floating],
+    target: Ints,
+    k: int,
+    excluded: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None = None,
+) -> Ints:
+    """The first k items of each row's list, the lists that `ranks_of_targets` ranks the targets in.
+
+    Args:
+        scores: [B, V], without NaN; not changed.
+        target: int64 [B] columns, which stay in even where they are excluded; -1 for none.
+        k: list length, at least 1.
+        excluded: as in `ranks_of_targets`.
+
+    Returns:
+        int64 [B, min(k, V)] columns in no order; -1 where a list is shorter. Which of several items with the k-th score
+        come is arbitrary, but the same every time.
+    """
+    num_rows, num_items = scores.shape
+    excluded_row, excluded_column = _excluded_cells(excluded, target, num_items)
+    k = min(k, num_items)
+    top_BK = np.empty((num_rows, k), dtype=np.int64)
+    step = max(1, SCORES_PER_CHUNK // max(num_items, 1))
+    for start in range(0, num_rows, step):
+        chunk = scores[start : start + step].copy()
+        low, high = np.searchsorted(excluded_row, [start, start + len(chunk)])
+        left_out = np.zeros(chunk.shape, dtype=bool)
+        left_out[excluded_row[low:high] - start, excluded_column[low:high]] = True
+        chunk[left_out] = -np.inf
+        found = np.argpartition(chunk, num_items - k, axis=1)[:, num_items - k :]
+        top_BK[start : start + step] = np.where(np.take_along_axis(left_out, found, axis=1), -1, found)
+    return top_BK
+
+
 def _excluded_cells(
     excluded: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None, target_B: Ints, num_items: int
 ) -> tuple[Ints, Ints]:

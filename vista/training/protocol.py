@@ -114,6 +114,7 @@ def rank_next_items(
     exclude_seen: bool,
     users_per_batch: int,
     progress: bool,
+    observe: Callable[[Floats, Int, tuple[Int, Int] | None], None] | None = None,
 ) -> Int:
     """0-based rank of each case's label among all items of the model.
 
@@ -122,6 +123,8 @@ def rank_next_items(
             model does not know the item: such a label ranks last.
         score: some cases -> float32 [n, V].
         exclude_seen: leave the user's earlier items out of the list (never the label).
+        observe: is shown each batch's scores [n, V], the labels' columns [n] (-1 unknown) and excluded cells, so that
+            lists can be gathered in the same pass (`popularity.Recommendations.add`).
     """
     ranks = np.zeros(len(cases.user), np.int64)
     users_per_batch = min(users_per_batch, max(1, SCORES_PER_BATCH // max(len(item_columns), 1)))
@@ -136,6 +139,8 @@ def rank_next_items(
         excluded = seen_columns(log, batch, item_columns) if exclude_seen else None
         found = ranks_of_targets(scores, np.where(known, target, 0), excluded)
         ranks[part] = np.where(known, found, scores.shape[1])
+        if observe is not None:
+            observe(scores, target, excluded)
     return ranks
 
 

@@ -91,4 +91,6 @@ def weighted_losses(
 def next_loss(batch: Batch, item_vectors: Tensor, users: Tensor, label: Tensor, temperature: float) -> Tensor:
     """Sampled softmax of unit user vectors [N, M] for their labels int64 [N], as VISTA's."""
     unit = torch.nn.functional.normalize(item_vectors, dim=-1)
-    return sampled_softmax(users, unit, label, batch.negatives, batch.negative_log_weight, temperature)
+    return sampled_softmax(
+        users, unit, label, batch.negatives, batch.negative_log_weight, temperature, batch.logit_adjustment
+    )
