@@ -218,7 +218,7 @@ def _run_all(settings: argparse.Namespace, runs: Sequence[Run], results: Path) -
                     for served, metrics, seconds in _measure(settings, run, log, progress):
                         append_result(results, _line(settings, run, served, metrics, seconds))
     except KeyboardInterrupt as interrupt:
-        print(f"stopped{f' ({interrupt})' if str(interrupt) else ''}; the same command goes on from here")
+        print(str(interrupt) or "stopped; the same command resumes it")
         return 130
     return 0
 

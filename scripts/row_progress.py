@@ -71,7 +71,7 @@ class RowProgress:
     def check(self) -> None:
         """Raise KeyboardInterrupt if the limit has passed: what was interrupted may have ended instead of stopping."""
         if self.expired:
-            raise KeyboardInterrupt("the limit of time has passed")
+            raise KeyboardInterrupt("stopped at the limit of time; the same command resumes it")
 
     def left_s(self) -> float:
         """Estimated seconds to the end of all runs."""

@@ -115,7 +115,7 @@ def test_the_time_limit_stops_a_run_that_the_next_call_ends(
     monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={**FLOORS, "vista": long}))
     assert reproduce.main([*words, "--rows", *FLOORS]) == 0
     assert reproduce.main([*words, "--minutes", "0.015"]) == 130
-    assert "; the same command goes on from here" in capsys.readouterr().out
+    assert "; the same command resumes it" in capsys.readouterr().out
     assert list(found_lines(tmp_path)) == ["popularity 0", "transitions 0"]
     assert "transitions" in (tmp_path / "results" / "tiny.md").read_text()
     (checkpoints,) = (tmp_path / "work" / "tiny").rglob("checkpoints")
@@ -206,5 +206,5 @@ def test_progress_interrupts_at_its_limit() -> None:
         while time.monotonic() < end:
             time.sleep(0.01)
     assert progress.expired
-    with pytest.raises(KeyboardInterrupt, match="the limit of time has passed"), progress.run("second"):
+    with pytest.raises(KeyboardInterrupt, match="stopped at the limit of time"), progress.run("second"):
         pass
