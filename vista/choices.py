@@ -13,6 +13,15 @@ class Architecture(Enum):
     hstu = "hstu"
 
 
+class Stage(Enum):
+    """What is trained."""
+
+    joint = "joint"
+    """All: item table, stage 1, stage 2 and heads."""
+    downstream = "downstream"
+    """Stage 2 and heads, over the summaries of a store; the base that made these stays as it is."""
+
+
 class Mixing(Enum):
     """How tokens of stage 1 mix."""
 

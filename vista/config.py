@@ -20,6 +20,7 @@ from vista.choices import (
     OnMissing,
     Precision,
     Split,
+    Stage,
 )
 from vista.config_checks import check_types, require, require_counts, require_finite
 from vista.errors import ConfigError
@@ -172,6 +173,8 @@ class OptimConfig:
     """Share of the log popularity that scores may learn: 1 is the plain softmax, 0 takes all of it out of them."""
     task_weight: float = 1.0
     """Weight of each task's binary cross-entropy, where the log has impressions."""
+    tasks: list[str] = field(default_factory=list)
+    """Labelled tasks that are trained, by their names in the log; empty means all."""
     reconstruction_weight: float = 0.1
     """lambda_rec."""
     patience: int = 0
@@ -187,6 +190,7 @@ class OptimConfig:
         require_finite(self, "optim.", ("weight_decay", "next_weight", "task_weight", "reconstruction_weight"))
         counts = ("epochs", "warmup_steps", "patience", "validate_every", "validation_users")
         require_counts(self, "optim.", counts, least=0)
+        require(self.task_weight > 0 or not self.tasks, "optim.tasks", "needs optim.task_weight above 0; set it to 1")
         require(0 <= self.logq_strength <= 1, "optim.logq_strength", f"must lie in [0, 1], got {self.logq_strength}")
 
 
@@ -197,6 +201,11 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    stage: Stage = Stage.joint
+    base: str | None = None
+    """stage=downstream: folder of the exported model whose item table, event encoder and stage 1 stay as they are."""
+    store: str | None = None
+    """stage=downstream: folder of the base's store; labels begin at the `until` that it was refreshed with."""
     run_dir: str = "runs/vista"
     """Receives config.yaml, train.log, metrics.jsonl, checkpoints/ and best/ (the export)."""
     seed: int = 1
@@ -222,6 +231,15 @@ class TrainConfig:
         spacing, tail_len = self.data.label_spacing, self.model.tail_len
         message = f"must be at most model.tail_len={tail_len}, or some labels would see no tail; got {spacing}"
         require(spacing <= tail_len, "data.label_spacing", message)
+        downstream = self.stage is Stage.downstream
+        for key in ("base", "store"):
+            message = "is needed with stage=downstream" if downstream else "is for stage=downstream; leave it out"
+            require((getattr(self, key) is not None) == downstream, key, message)
+        if downstream:
+            vista, time = self.model.architecture is Architecture.vista, self.data.split is Split.time
+            require(vista, "model.architecture", "stage=downstream needs vista: a rival has no summaries")
+            message = "stage=downstream needs time: labels lie between the store's `until` and data.validation_from"
+            require(time, "data.split", message)
 
 
 @dataclass(kw_only=True, slots=True)

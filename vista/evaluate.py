@@ -114,6 +114,7 @@ def _result_row(config: EvaluateConfig, result: Evaluation, codec: str) -> dict[
     words += [f"model_name={name}", f"seed={seed}"]
     words += [f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in options.items()]
     trained = {group: {k: v for k, v in run[group].items() if k != "path"} for group in TRAINED_GROUPS if group in run}
+    trained |= {"stage": run["stage"]} if run.get("stage", "joint") != "joint" else {}
     return {
         "table": config.table,
         "data": Path(config.data).resolve().name,

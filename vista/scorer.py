@@ -21,7 +21,6 @@ from torch import Tensor
 
 from vista.choices import OnMissing
 from vista.config import ScoreConfig
-from vista.data.histories import Histories
 from vista.data.vocabulary import Ids
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, StoreError, UnknownItemError, UnknownUserError
@@ -84,7 +83,7 @@ class Scorer:
         # Row by row as the model's item table; the unknown item is at right angles to every user.
         vectors = inference.item_vectors(model)
         self._vectors = torch.cat([torch.zeros_like(vectors[:1]), vectors])
-        self._empty = inference.summarize(model, _empty_history())
+        self._empty = inference.empty_summary(model)
 
     @classmethod
     def open(
@@ -342,11 +341,6 @@ def _require_tails(store: SummaryStore, model: Recommender) -> None:
             f"{store.path} holds tails of {store.manifest.tail_len} events, the model reads {model.config.tail_len}; "
             "refresh it with this model"
         )
-
-
-def _empty_history() -> Histories:
-    none = np.zeros(0, np.int64)
-    return Histories(none.astype(np.int32), none, none.astype(np.uint8), None, np.zeros(2, np.int64))
 
 
 def score_from_config(config: ScoreConfig) -> str:

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from vista.choices import Decay, Split
 from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from vista.data.batches import BatchSource, events_before
+from vista.data.batches import BatchSource, StoredSummaries, events_before
 from vista.data.cuts import Batch
 from vista.data.event_log import EventLog
+from vista.errors import ConfigError
 
 Int = NDArray[np.int64]
 LENGTHS = [5, 1, 40, 2, 3, 17, 90]
@@ -65,12 +66,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(log, time * MS, offsets, shown_user, shown_time * MS, shown_item)
 
 
-def source(world: World, *, model: dict[str, Any] | None = None, **data: Any) -> BatchSource:
+def source(
+    world: World, *, model: dict[str, Any] | None = None, stored: StoredSummaries | None = None, **data: Any
+) -> BatchSource:
     options = {"tokens_per_batch": 64, "label_spacing": 4, "num_negatives": 8, "split": Split.leave_last_out} | data
     config = TrainConfig(
         model=ModelConfig(dim=8, num_heads=2, tail_len=4, **(model or {})), data=DataConfig(**options), seed=3
     )
-    return BatchSource(world.log, np.arange(world.log.num_items) + 1, config)
+    return BatchSource(world.log, np.arange(world.log.num_items) + 1, config, stored)
 
 
 def time_split(world: World, **data: Any) -> BatchSource:
@@ -218,6 +221,52 @@ def test_impressions_see_what_came_strictly_before_them(world: World, chunk_len:
     assert gaps > 40
 
 
+@pytest.mark.parametrize("options", [{}, {"chunk_len": 16}, {"label_spacing": 1}], ids=str)
+def test_where_a_store_gives_summaries_labels_lie_after_what_it_saw(world: World, options: dict[str, Any]) -> None:
+    """And each window reads its own user's, and a tail that may begin before."""
+    since = 1400 * MS
+    stored = StoredSummaries(since, lambda users: np.tile(users[:, None, None].astype(np.float32), (1, 2, 8)))
+    made = time_split(world, stored=stored, **options)
+    batches = whole_pass(made)
+    expected = np.flatnonzero((world.time >= since) & (world.time < 1700 * MS))
+    np.testing.assert_array_equal(np.sort(np.concatenate([labels(world, b) for b in batches])), expected)
+    owner = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
+    where = world.log.users.rows(np.arange(8))
+    first = np.array([(world.time[owner == user] < since).sum() for user in range(len(LENGTHS))])
+    shown = []
+    for batch in batches:
+        event, label = items(world, batch, batch.item), items(world, batch, batch.label)
+        W, L = batch.label.shape[1], batch.tail_index.shape[1]
+        number = event - world.offsets[owner[event]]
+        assert (number >= first[owner[event]] - L).all(), "histories are not read again"
+        assert batch.stored_summary is not None and len(batch.cut_stop) == len(batch.reconstruction_cut) == 0
+        read = batch.stored_summary[batch.window_cut, 0, 0].numpy()
+        impression = items(world, batch, batch.candidate) - len(world.time)
+        questions = [(w, j, label[w, j]) for w, j in np.argwhere(batch.label.numpy() >= 0)]
+        for w, place in np.argwhere(batch.candidate_mask.numpy().any(-1)):
+            found = impression[w, place]
+            shown.append(found)
+            user = world.shown_user[found]
+            before = (
+                (world.time[world.offsets[user] :][: LENGTHS[user]] < world.shown_time[found]).sum() if user < 7 else 0
+            )
+            questions.append((w, int(batch.candidate_position[w, place]), (user, before)))
+        for w, j, asked in questions:
+            user, before = asked if isinstance(asked, tuple) else (owner[asked], asked - world.offsets[owner[asked]])
+            assert read[w] == where[user]
+            index = batch.tail_index[w, : L - W + 1 + j].numpy()
+            newest = world.offsets[min(user, 6)] + np.arange(max(0, before - len(index)), before)
+            np.testing.assert_array_equal(event[index[index >= 0]], newest)
+    assert sorted(shown) == np.flatnonzero((world.shown_time >= since) & (world.shown_time < 1700 * MS)).tolist()
+    assert len(shown) > 30 and 7 in world.shown_user[shown]
+
+
+def test_a_store_without_a_label_after_it_is_refused(world: World) -> None:
+    stored = StoredSummaries(1700 * MS, lambda users: np.zeros((len(users), 1, 8), np.float32))
+    with pytest.raises(ConfigError, match=r"store: was refreshed with until=1700000, and no label .* an earlier until"):
+        time_split(world, stored=stored)
+
+
 def test_leave_last_out_hides_impressions_that_show_the_hidden_events(world: World) -> None:
     """After its last visible event a user is shown what they then take: the label of validation and test."""
     found = shown_positions(world, whole_pass(source(world)))
@@ -258,7 +307,10 @@ def test_unknown_items_of_the_vocabulary_are_row_0(world: World) -> None:
     rows[:5] = 0
     config = TrainConfig(model=ModelConfig(dim=8, num_heads=2), data=DataConfig(tokens_per_batch=4096, num_negatives=8))
     batch = BatchSource(world.log, rows, config).batch(0, 0)
-    assert (batch.rows[batch.item] == 0).sum() == np.isin(np.arange(5), visible_events(world)).sum()
+    assert (batch.rows[batch.item] == 0).sum() == np.isin(np.arange(5), visible_events(world)).sum() > 0
+    # They are no answer to what comes next, right or wrong.
+    assert batch.label.min() == -1 and not (batch.rows[batch.label[batch.label >= 0]] == 0).any()
+    assert not (batch.rows[batch.negatives] == 0).any()
 
 
 def test_events_before(world: World) -> None:

@@ -5,6 +5,7 @@ So a resumed run needs no state of the data but its position, and makes the same
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,14 +13,15 @@ import torch
 from numpy.typing import NDArray
 
 from vista.choices import Counting
-from vista.config import TrainConfig
+from vista.config import OptimConfig, TrainConfig
 from vista.data.cuts import Batch, Chunks, CutPlan, Int, cut_batch, decay_clock
 from vista.data.event_log import EventLog
 from vista.data.frequency import item_counts, sketched_item_counts
 from vista.data.gaps import gap_bucket, history_gaps
 from vista.data.histories import ranges, token_groups
 from vista.data.negatives import NegativeSampler
-from vista.data.splits import split_until, visible_counts
+from vista.data.splits import Until, split_until, visible_counts
+from vista.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +37,30 @@ class _Impressions:
     offsets: Int
 
 
+@dataclass(frozen=True, slots=True)
+class StoredSummaries:
+    """What a store has of a log's users: labels begin where its records end, and histories are not read again."""
+
+    since: int
+    """ms: the records have seen what lies before it."""
+    read: Callable[[Int], NDArray[np.float32]]
+    """User rows int64 [B] -> summaries [B, S, M]."""
+
+
 class BatchSource:
     """Cuts the visible part of a log into batches."""
 
-    def __init__(self, log: EventLog, item_rows: Int, config: TrainConfig) -> None:
-        """item_rows: int64 [log.num_items], the model row of each of the log's items."""
+    def __init__(
+        self, log: EventLog, item_rows: Int, config: TrainConfig, stored: StoredSummaries | None = None
+    ) -> None:
+        """
+        Args:
+            item_rows: int64 [log.num_items], the model row of each of the log's items; 0 is the unknown item.
+            stored: whence summaries come; None: they are made from the batch's own events.
+
+        Raises:
+            ConfigError: if `optim.tasks` names what the log lacks, or no label lies after what the store has seen.
+        """
         self._log = log
         self._item_rows = item_rows
         self._config = config
@@ -48,14 +69,32 @@ class BatchSource:
         frequency = np.zeros(int(item_rows.max(initial=0)) + 1, np.int64)
         count = item_counts if data.frequencies is Counting.exact else sketched_item_counts
         np.add.at(frequency, item_rows, count(log, self.counts))
+        frequency[0] = 0  # the unknown item is no answer, so no wrong one either
         if frequency.any():
             # An item that training never shows is a negative as the rarest are: nothing else would keep its random
-            # vector from the top of everybody's list. Row 0 is the unknown item.
+            # vector from the top of everybody's list.
             frequency[1:] = np.maximum(frequency[1:], 1)
         self._sampler = NegativeSampler(frequency, num_negatives=data.num_negatives, power=data.negative_power)
         self._adjustment = _logit_adjustment(frequency, config.optim.logq_strength)
         self._chunk_len = min(data.chunk_len, model.history_limit or data.chunk_len)
-        self._impressions = _visible_impressions(log, item_rows, self.counts, config)
+        self._stored = stored
+        self._first = visible_counts(log, Until(before=stored.since)) if stored else np.zeros(log.num_users, np.int64)
+        """int64 [num_users]: events before a user's first label."""
+        self._lead = model.tail_len if stored else 0
+        tasks = trained_tasks(log, config.optim)
+        self._impressions = _visible_impressions(
+            log, item_rows, self.counts, config, tasks, since=stored.since if stored else None
+        )
+        labelled = np.diff(self._impressions.offsets) > 0
+        if stored is None or config.optim.next_weight > 0:
+            labelled |= self.counts > self._first
+        # Users without events count where they have impressions: the empty history's summary is trained on these.
+        self._users = np.flatnonzero(labelled)
+        if stored is not None and not len(self._users):
+            raise ConfigError(
+                f"store: was refreshed with until={stored.since}, and no label of {log.path} lies between that and "
+                f"data.validation_from={data.validation_from}; refresh it with an earlier until"
+            )
         self._plan = CutPlan(
             mixing=model.mixing,
             tail_len=model.tail_len,
@@ -65,7 +104,7 @@ class BatchSource:
             staleness_events=data.staleness_events,
             staleness_share=data.staleness_share,
             reconstruction_len=data.reconstruction_len,
-            num_tasks=len(log.impressions.tasks) if log.impressions is not None else 0,
+            num_tasks=len(tasks),
         )
         self._epoch = -1
         self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
@@ -90,25 +129,26 @@ class BatchSource:
         if epoch == self._epoch:
             return
         rng = np.random.default_rng([self._config.seed, epoch, 0])
-        # Users without events count where they have impressions: the empty history's summary is trained on these.
-        users = np.flatnonzero((self.counts > 0) | (np.diff(self._impressions.offsets) > 0))
-        self._chunks = _chunk_histories(users, self.counts[users], self._chunk_len, rng)
-        lengths = np.maximum(self._chunks[2] - self._chunks[1], 1)
+        users, first = self._users, self._first[self._users]
+        user, start, stop = _chunk_histories(users, self.counts[users] - first, self._chunk_len, rng)
+        self._chunks = user, start + self._first[user], stop + self._first[user]
+        lengths = np.maximum(self._chunks[2] - np.maximum(self._chunks[1] - self._lead, 0), 1)
         order = rng.permutation(len(lengths))
         groups = token_groups(lengths[order], self._config.data.tokens_per_batch)
         self._batches = [order[group] for group in groups]
         self._epoch = epoch
 
     def _pack(self, user: Int, start: Int, stop: Int) -> Chunks:
-        histories = self._log.gather_ranges(user, start, stop)
+        lead = np.minimum(start, self._lead)
+        histories = self._log.gather_ranges(user, start - lead, stop)
         time = np.asarray(histories.timestamp)
         use_time = self._log.has_time and self._config.model.use_time
         gap = history_gaps(time, histories.offsets) if use_time else np.zeros(len(time), np.int64)
         seen = self._impressions
-        low, high = _position_ranges(seen, user, start, stop)
+        low, high = _position_ranges(seen, user, start, stop, self._first[user])
         index = ranges(low, high - low)
         owner = np.repeat(np.arange(len(user)), high - low)
-        position = seen.position[index] - start[owner]
+        position = seen.position[index] - (start - lead)[owner]
         return Chunks(
             user=user,
             item=self._item_rows[histories.item],
@@ -123,6 +163,8 @@ class BatchSource:
             impression_gap=np.where(position > 0, seen.gap[index], 0),
             impression_label=seen.label[index],
             impression_mask=seen.mask[index],
+            lead=lead if self._stored else None,
+            summary=self._stored.read(user) if self._stored else None,
         )
 
 
@@ -150,7 +192,25 @@ def events_before(log: EventLog, user: int, times: Int, count: int) -> Int:
     return np.searchsorted(np.asarray(log.slice(user, 0, count).timestamp), times, side="left").astype(np.int64)
 
 
-def _visible_impressions(log: EventLog, item_rows: Int, counts: Int, config: TrainConfig) -> _Impressions:
+def trained_tasks(log: EventLog, optim: OptimConfig) -> list[str]:
+    """The labelled tasks that a run trains, in the log's order.
+
+    Raises:
+        ConfigError: if `optim.tasks` names one that the log lacks.
+    """
+    offered = log.impressions.tasks if log.impressions is not None else []
+    for name in optim.tasks:
+        if name not in offered:
+            raise ConfigError(f"optim.tasks: {name!r} is no task of {log.path}; it has {', '.join(offered) or 'none'}")
+    if optim.task_weight == 0:
+        return []
+    return [name for name in offered if not optim.tasks or name in optim.tasks]
+
+
+def _visible_impressions(
+    log: EventLog, item_rows: Int, counts: Int, config: TrainConfig, tasks: list[str], since: int | None
+) -> _Impressions:
+    """Those with a known label of `tasks` that training may use, from the moment `since` (ms) on."""
     table = log.impressions
     if table is None:
         none = np.zeros(0, np.int64)
@@ -174,7 +234,11 @@ def _visible_impressions(log: EventLog, item_rows: Int, counts: Int, config: Tra
         visible &= timestamp < until.before
     else:
         visible &= (position < counts[user]) | ~hides[user]
-    kept = np.flatnonzero(visible)
+    if since is not None:
+        visible &= timestamp >= since
+    columns = [table.tasks.index(task) for task in tasks]
+    mask = np.asarray(table.mask)[:, columns].astype(np.bool_)
+    kept = np.flatnonzero(visible & mask.any(1))
     gap = gap_bucket(timestamp - before) if log.has_time and config.model.use_time else position * 0
     per_user = np.bincount(user[kept], minlength=log.num_users)
     return _Impressions(
@@ -182,14 +246,14 @@ def _visible_impressions(log: EventLog, item_rows: Int, counts: Int, config: Tra
         position[kept],
         item_rows[table.item[kept]],
         np.where(position > 0, gap, 0)[kept],
-        np.asarray(table.label)[kept].astype(np.float32),
-        np.asarray(table.mask)[kept].astype(np.bool_),
+        np.asarray(table.label)[kept][:, columns].astype(np.float32),
+        mask[kept],
         np.concatenate([[0], np.cumsum(per_user)]).astype(np.int64),
     )
 
 
-def _position_ranges(seen: _Impressions, user: Int, start: Int, stop: Int) -> tuple[Int, Int]:
-    """Index ranges of the impressions of each chunk: positions in (start, stop], and 0 in a user's first chunk.
+def _position_ranges(seen: _Impressions, user: Int, start: Int, stop: Int, first: Int) -> tuple[Int, Int]:
+    """Index ranges of the impressions of each chunk: positions in (start, stop], and `first` in a user's first chunk.
 
     So an impression between two chunks goes to the earlier one, whose events it may see.
     """
@@ -198,6 +262,6 @@ def _position_ranges(seen: _Impressions, user: Int, start: Int, stop: Int) -> tu
     # (user, position) as one sorted key.
     width = int(max(seen.position.max(), stop.max(initial=0))) + 2
     key = seen.user * width + seen.position
-    low = np.searchsorted(key, user * width + np.where(start > 0, start, -1), side="right")
+    low = np.searchsorted(key, user * width + np.where(start > first, start, first - 1), side="right")
     high = np.searchsorted(key, user * width + stop, side="right")
     return low, high

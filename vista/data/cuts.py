@@ -6,8 +6,10 @@ p) are split into windows [b, e] of at most W positions. A window reads
 - a summary whose cut (number of events seen) is at most b, and
 - a tail: the events e-L .. e-1, of which position p sees those before p.
 
-So neither holds the label of any position of the window. Letters: B chunks, T packed events, NS segments between cuts,
-NC cuts, NW windows, W positions a window, L tail length, I impressions a window, R distinct item rows.
+So neither holds the label of any position of the window. Where a store gives the summaries, labels begin after what its
+record has seen, and a chunk is led by the events that tails need; its windows all read the one record. Letters: B
+chunks, T packed events, NS segments between cuts, NC cuts, NW windows, W positions a window, L tail length, I
+impressions a window, R distinct item rows, S seeds, M model dim.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ TIMELESS_SHARE = 0.1
 class Chunks:
     """Packed stretches of histories, as the cutter reads them.
 
-    item: int64 [T] model item rows; clock: int64 [T] what decay is measured by; gap: int64 [T] buckets;
-    offsets: int64 [B+1]; impression_*: sorted by chunk and position, `impression_position` in events of the chunk seen.
+    item: int64 [T] model item rows, 0 is the unknown item; clock: int64 [T] what decay is measured by; gap: int64 [T]
+    buckets; offsets: int64 [B+1]; impression_*: sorted by chunk and position, `impression_position` in events of the
+    chunk seen. Where a store gives the summaries: summary: float32 [B, S, M]; lead: int64 [B] events at the start of
+    each chunk that are context alone.
     """
 
     user: Int
@@ -47,6 +51,8 @@ class Chunks:
     impression_gap: Int
     impression_label: NDArray[np.float32]
     impression_mask: NDArray[np.bool_]
+    lead: Int | None = None
+    summary: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +115,8 @@ class Batch:
     """int64 [NR]."""
     logit_adjustment: Tensor | None = None
     """float32 [R] added to an item's logits in training alone, as a label and as a negative (optim.logq_strength)."""
+    stored_summary: Tensor | None = None
+    """float32 [B, S, M] of the chunks, from a store: then `window_cut` indexes these, and there are no cuts."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -152,10 +160,11 @@ def cut_batch(
     W, L = plan.label_spacing, plan.tail_len
     lengths = np.diff(chunks.offsets)
     num_chunks = len(lengths)
+    lead = np.zeros(num_chunks, np.int64) if chunks.lead is None else chunks.lead
     # A position after the last event carries no next item, but impressions may lie there.
-    num_positions = lengths + (1 if len(chunks.impression_chunk) else 0)
+    num_positions = lengths - lead + (1 if len(chunks.impression_chunk) else 0)
 
-    # Boundaries of a chunk: 0, phase, phase + W, …; a window covers the positions up to the next boundary.
+    # Boundaries of a chunk, after its lead: 0, phase, phase + W, …; a window covers the positions up to the next.
     phase = rng.integers(1, W + 1, num_chunks)
     num_windows = np.where(num_positions > 0, 1 + np.maximum(0, -(-(num_positions - phase) // W)), 0)
     window_offsets = np.concatenate([[0], np.cumsum(num_windows)])
@@ -163,27 +172,24 @@ def cut_batch(
     index = ranges(0, num_windows)
     begin = np.where(index == 0, 0, phase[chunk] + (index - 1) * W)
     end = np.minimum(np.where(index == 0, phase[chunk] - 1, begin + W - 1), num_positions[chunk] - 1)
+    begin, end = begin + lead[chunk], end + lead[chunk]
 
-    # Segments end at the boundaries inside (0, length), and at the length.
-    num_segments = np.maximum(1, -(-(lengths - phase) // W) + 1)
-    num_segments[lengths == 0] = 0
-    segment_chunk = np.repeat(np.arange(num_chunks), num_segments)
-    segment_end = phase[segment_chunk] + ranges(0, num_segments) * W
-    segment_end = np.minimum(segment_end, lengths[segment_chunk]) + chunks.offsets[:-1][segment_chunk]
-    segment_offsets = np.concatenate([[0], segment_end])
-    segment_user_offsets = np.concatenate([[0], np.cumsum(num_segments)])
-
-    impression_window = _windows_of_impressions(chunks, phase, window_offsets, W)
+    impression_window = _windows_of_impressions(chunks, lead + phase, window_offsets, W)
     keep = _drawn_windows(plan, rng, chunk, num_windows, impression_window)
-    source = _summary_boundary(plan, rng, chunk, index, num_windows)
-
-    # Cuts that some kept window reads, in order of chunk and boundary.
-    boundary_key = window_offsets[:-1][chunk] + source
-    used, window_cut = np.unique(boundary_key[keep], return_inverse=True)
-    cut_chunk, cut_index = chunk[used], index[used]
-    cut_segment = np.where(cut_index == 0, -1, segment_user_offsets[:-1][cut_chunk] + cut_index - 1)
-    cut_start = chunks.offsets[:-1][cut_chunk]
-    cut_stop = cut_start + np.minimum(begin[used], lengths[cut_chunk])
+    if chunks.summary is None:
+        source = _summary_boundary(plan, rng, chunk, index, num_windows)
+        segments = _segments(chunks.offsets, phase, W)
+        # Cuts that some kept window reads, in order of chunk and boundary.
+        boundary_key = window_offsets[:-1][chunk] + source
+        used, window_cut = np.unique(boundary_key[keep], return_inverse=True)
+        cut_chunk, cut_index = chunk[used], index[used]
+        cut_segment = np.where(cut_index == 0, -1, segments["segment_user_offsets"][:-1][cut_chunk] + cut_index - 1)
+        cut_start = chunks.offsets[:-1][cut_chunk]
+        cut_stop = cut_start + np.minimum(begin[used], lengths[cut_chunk])
+    else:
+        segments = {"segment_offsets": np.zeros(1, np.int64), "segment_user_offsets": chunks.offsets * 0}
+        window_cut = chunk[keep]
+        cut_chunk = cut_segment = cut_start = cut_stop = np.zeros(0, np.int64)
 
     chunk, begin, end = chunk[keep], begin[keep], end[keep]
     start = chunks.offsets[:-1][chunk]
@@ -192,6 +198,7 @@ def cut_batch(
     position = (end - W + 1)[:, None] + np.arange(W)
     is_label = (position >= begin[:, None]) & (position < lengths[chunk][:, None])
     label_index = np.where(is_label, start[:, None] + position, 0)
+    is_known = _take(chunks.item, label_index) > 0  # an item that the model's vocabulary lacks is no answer
     # The first event that a window sees has an unknown gap; so has a label with nothing before it.
     label_gap = np.where(is_label & (position > 0), _take(chunks.gap, label_index), 0)
 
@@ -214,14 +221,13 @@ def cut_batch(
         "gap": chunks.gap,
         "clock": chunks.clock,
         "offsets": chunks.offsets,
-        "segment_offsets": segment_offsets,
-        "segment_user_offsets": segment_user_offsets,
+        **segments,
         "cut_segment": cut_segment,
         "cut_start": cut_start,
         "cut_stop": cut_stop,
         "window_cut": window_cut,
         "tail_index": tail_index,
-        "label": np.where(is_label, _take(item, label_index), -1),
+        "label": np.where(is_label & is_known, _take(item, label_index), -1),
         "label_gap": label_gap,
         "negatives": inverse[T : T + J],
         "negative_log_weight": negative_log_weight,
@@ -233,20 +239,38 @@ def cut_batch(
         **reconstruction,
     }
     rating = None if chunks.rating is None else torch.from_numpy(chunks.rating)
+    stored = None if chunks.summary is None else torch.from_numpy(chunks.summary)
     # Views of the log cannot be written, which torch objects to: those few are copied.
     writable = {name: np.require(values, requirements=["C", "W"]) for name, values in tensors.items()}
-    return Batch(rating=rating, **{name: torch.from_numpy(values) for name, values in writable.items()})
+    made = {name: torch.from_numpy(values) for name, values in writable.items()}
+    return Batch(rating=rating, stored_summary=stored, **made)
 
 
 def _take(values: Int, index: Int) -> Int:
     return values[index] if len(values) else np.zeros_like(index)
 
 
-def _windows_of_impressions(chunks: Chunks, phase: Int, window_offsets: Int, W: int) -> Int:
-    """int64 [number of impressions]: the window (before any is left out) that an impression's position lies in."""
+def _segments(offsets: Int, phase: Int, W: int) -> dict[str, Int]:
+    """Packed events between the boundaries of chunks: they end at those inside (0, length), and at the length."""
+    lengths = np.diff(offsets)
+    num_segments = np.maximum(1, -(-(lengths - phase) // W) + 1)
+    num_segments[lengths == 0] = 0
+    chunk = np.repeat(np.arange(len(lengths)), num_segments)
+    end = np.minimum(phase[chunk] + ranges(0, num_segments) * W, lengths[chunk]) + offsets[:-1][chunk]
+    return {
+        "segment_offsets": np.concatenate([[0], end]),
+        "segment_user_offsets": np.concatenate([[0], np.cumsum(num_segments)]),
+    }
+
+
+def _windows_of_impressions(chunks: Chunks, second: Int, window_offsets: Int, W: int) -> Int:
+    """int64 [number of impressions]: the window (before any is left out) that an impression's position lies in.
+
+    second: int64 [B], the position at which each chunk's second window begins.
+    """
     owner = chunks.impression_chunk
     position = chunks.impression_position
-    inside = np.where(position < phase[owner], 0, 1 + (position - phase[owner]) // W)
+    inside = np.where(position < second[owner], 0, 1 + (position - second[owner]) // W)
     return window_offsets[:-1][owner] + inside
 
 

@@ -55,6 +55,12 @@ def summarize(model: Recommender, histories: Histories) -> Tensor:
     return torch.cat([torch.empty(0, model.config.num_seeds, model.config.dim, device=model.device), *parts])
 
 
+def empty_summary(model: Recommender) -> Tensor:
+    """float32 [1, S, M]: what the seeds alone give, for users of whom nothing is known."""
+    none = np.zeros(0, np.int64)
+    return summarize(model, Histories(none.astype(np.int32), none, none.astype(np.uint8), None, np.zeros(2, np.int64)))
+
+
 def _summarize_set(model: Recommender, summarizer: Summarizer, histories: Histories) -> Tensor:
     """Bidirectional summaries of some histories, or of one that is longer than a slice."""
     if histories.num_events <= slice_len(model):

@@ -45,6 +45,8 @@ STAGE1_KEYS = (
     "use_time",
 )
 """Fields of ModelConfig that a summary depends on."""
+STAGE1_WEIGHTS = ("item_table", "encoder.", "summarizer.")
+"""How the names of the weights begin that a summary depends on."""
 
 
 class Recommender(RankingModel):
@@ -84,7 +86,9 @@ class Recommender(RankingModel):
         return Losses(total, parts)
 
     def cut_summaries(self, batch: Batch, events: Tensor) -> Tensor:
-        """[NC, S, M] summaries at the cuts of a batch, from event embeddings [T, M]."""
+        """[NC, S, M] summaries at the cuts of a batch, from event embeddings [T, M]; or the store's [B, S, M]."""
+        if batch.stored_summary is not None:
+            return batch.stored_summary
         if self.summarizer is None:
             return events.new_zeros(len(batch.cut_segment), 0, self.config.dim)
         if self.config.mixing is Mixing.bidirectional:
@@ -203,7 +207,7 @@ class Recommender(RankingModel):
         digest.update(json.dumps(facts, sort_keys=True).encode())
         digest.update(self.items.digest().encode())
         for name, tensor in sorted(self.state_dict().items()):
-            if name.startswith(("item_table", "encoder.", "summarizer.")):
+            if name.startswith(STAGE1_WEIGHTS):
                 digest.update(name.encode() + str(tuple(tensor.shape)).encode())
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.digest()

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from vista.choices import Architecture
+from vista.choices import Architecture, Stage
 from vista.config import TrainConfig
 from vista.config_dict import to_dict
 from vista.config_text import to_yaml
-from vista.data.batches import BatchSource
+from vista.data.batches import BatchSource, trained_tasks
 from vista.data.cuts import Batch
 from vista.data.event_log import EventLog
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
@@ -39,6 +39,7 @@ from vista.training.checkpoint import (
     save_checkpoint,
     unpack_state,
 )
+from vista.training.downstream import Downstream
 from vista.training.run_folder import MetricsWriter, deferred_interrupt, log_file
 from vista.training.validation import Validation
 
@@ -94,13 +95,17 @@ def train_model(config: TrainConfig, log: EventLog | None = None) -> RankingMode
     Raises:
         ConfigError: if `run_dir` holds a run of another configuration or log, or cannot be written, or the log lacks
             what the configuration needs.
+        LeakageError: stage=downstream, and base or store have seen the labels.
         CheckpointError: if the newest checkpoint is damaged; the message has the remedy.
         NonFiniteLossError: if a loss or gradient is NaN or infinite; the batch is saved and its users are named.
     """
     log = EventLog.open(config.data.path) if log is None else log
     writable_folder(Path(config.run_dir), "run_dir")
     with log_file(Path(config.run_dir) / "train.log"), cpu_settings(config.num_threads):
-        return _Trainer(config, log).run()
+        if config.stage is Stage.joint:
+            return _Trainer(config, log).run()
+        with Downstream.open(config, log) as downstream:
+            return _Trainer(config, log, downstream).run()
 
 
 def schema_of(log: EventLog, config: TrainConfig) -> Schema:
@@ -123,7 +128,7 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
                 "model.use_rating=false"
             )
     optim = config.optim
-    tasks = log.impressions.tasks if log.impressions is not None and optim.task_weight > 0 else []
+    tasks = trained_tasks(log, optim)
     if NEXT_TASK in tasks:
         raise ConfigError(f"{log.path}: no label may be named {NEXT_TASK!r}, which names the retrieval head; rename it")
     if optim.next_weight <= 0 and not tasks:
@@ -131,25 +136,31 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
             f"optim.next_weight={optim.next_weight:g}: {log.path} offers no labelled task either, so no head would be "
             "trained; set optim.next_weight=1"
         )
-    return Schema(list(log.actions), log.has_time, rating_range, list(tasks), optim.next_weight > 0)
+    return Schema(list(log.actions), log.has_time, rating_range, tasks, optim.next_weight > 0)
 
 
 class _Trainer:
-    def __init__(self, config: TrainConfig, log: EventLog) -> None:
-        self.config, self.log = config, log
+    def __init__(self, config: TrainConfig, log: EventLog, downstream: Downstream | None = None) -> None:
+        self.config, self.log, self.downstream = config, log, downstream
         self.run_dir = Path(config.run_dir)
         self.device = resolve_device(config.device)
         torch.manual_seed(config.seed)
-        self.model: RankingModel = class_of(config.model.architecture)(
-            config.model, schema_of(log, config), log.items, config.data
-        ).to(self.device)
-        item_rows = np.arange(log.num_items, dtype=np.int64) + 1
-        self.source = BatchSource(log, item_rows, config)
+        schema = schema_of(log, config)
+        self.model: RankingModel
+        if downstream is None:
+            self.model = class_of(config.model.architecture)(config.model, schema, log.items, config.data)
+        else:
+            self.model = downstream.model(schema)
+        self.model.to(self.device)
+        item_rows = self.model.item_rows(log.items.ids(np.arange(log.num_items)))
+        self.source = BatchSource(log, item_rows, config, downstream.summaries if downstream is not None else None)
         self.validation = _validation(log, item_rows, config)
         optim = config.optim
-        self.dense = [p for name, p in self.model.named_parameters() if name != "item_table"]
+        learnt = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.dense = [p for name, p in learnt if name != "item_table"]
         # Matrices of linear maps decay; norms, biases, embeddings, seeds and position biases do not.
-        decayed = [module.weight for module in self.model.modules() if isinstance(module, nn.Linear)]
+        linear = (module.weight for module in self.model.modules() if isinstance(module, nn.Linear))
+        decayed = [weight for weight in linear if weight.requires_grad]
         known = {id(p) for p in decayed}
         plain = [p for p in self.dense if id(p) not in known]
         self.optimizer = torch.optim.AdamW(
@@ -254,7 +265,8 @@ class _Trainer:
         for group in (*self.optimizer.param_groups, *self.table_optimizer.param_groups):
             group["lr"] = rate
         # Only the rows of this batch take part: a leaf of their own, so no pass over the whole table.
-        vectors = self.model.item_table.detach()[batch.rows].requires_grad_()
+        table = self.model.item_table
+        vectors = table.detach()[batch.rows].requires_grad_(table.requires_grad)
         with autocast(self.precision, self.device):
             losses = self.model.losses(batch, vectors, self.config.data, optim)
         parts = {name: float(value.detach()) for name, value in losses.parts.items()}
@@ -265,19 +277,19 @@ class _Trainer:
             return {**row, "gradient_norm": 0.0}
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(losses.total)
-        if vectors.grad is None:
+        if vectors.grad is None and table.requires_grad:
             vectors.grad = torch.zeros_like(vectors)
-        used = [p for p in self.dense if p.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_([*used, vectors], optim.gradient_clip))
+        used = [p for p in (*self.dense, vectors) if p.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(used, optim.gradient_clip))
         if not math.isfinite(norm):
             self._refuse(batch, "gradient", parts)
         self.optimizer.step()
-        table = self.model.item_table
-        table.grad = torch.sparse_coo_tensor(
-            batch.rows[None], vectors.grad, table.shape, is_coalesced=True, check_invariants=False
-        )
-        self.table_optimizer.step()  # type: ignore[no-untyped-call]
-        table.grad = None
+        if table.requires_grad:
+            table.grad = torch.sparse_coo_tensor(
+                batch.rows[None], vectors.grad, table.shape, is_coalesced=True, check_invariants=False
+            )
+            self.table_optimizer.step()  # type: ignore[no-untyped-call]
+            table.grad = None
         return {**row, "gradient_norm": norm}
 
     def _learning_rate(self, done: float) -> float:
@@ -361,6 +373,7 @@ class _Trainer:
         flat: dict[str, Any] = {"seed": values["seed"], "log": hashlib.sha256(manifests).hexdigest()[:12]}
         for group in ("model", "data", "optim"):
             flat |= {f"{group}.{key}": value for key, value in values[group].items() if key != "path"}
+        flat |= self.downstream.identity() if self.downstream is not None else {}
         return flat | {"precision": self.precision.value}
 
 

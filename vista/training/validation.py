@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from vista.config import TrainConfig
+from vista.data.batches import trained_tasks
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories, token_groups
 from vista.data.splits import split_until, visible_counts
@@ -28,6 +29,7 @@ from vista.training.protocol import (
     next_item_cases,
     rank_next_items,
     ranking_metrics,
+    with_tasks,
 )
 from vista.training.raw_history import RawHistoryAnswers
 
@@ -46,9 +48,9 @@ class Validation:
         self._cut = visible_counts(log, until)
         self._impressions: ImpressionCases | None = None
         self._next: NextItemCases | None = None
-        if log.impressions is not None and optim.task_weight > 0 and until.before is not None:
+        if (tasks := trained_tasks(log, optim)) and until.before is not None:
             end = split_until(config.data, "test").before
-            shown = impression_cases(log, until.before, end, max_cases=limit * 4)
+            shown = with_tasks(impression_cases(log, until.before, end, max_cases=limit * 4), tasks)
             self._impressions = shown if len(shown.user) else None
         if optim.next_weight > 0:
             stop = visible_counts(log, split_until(config.data, "test"))

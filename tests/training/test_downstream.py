@@ -1,0 +1,335 @@
+"""Downstream training: what is kept of the base, what is read of the store, and what may not have been seen."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import Served
+from tests.training.test_trainer import assert_same_result
+from vista.choices import Architecture, Codec, Split, Stage
+from vista.config import OptimConfig, TrainConfig
+from vista.data.batches import BatchSource
+from vista.data.event_log import EventLog
+from vista.data.splits import visible_counts
+from vista.errors import ConfigError, LeakageError, SummarizerMismatchError
+from vista.evaluate import evaluate_scorer
+from vista.model.inference import empty_summary
+from vista.model.recommender import Recommender
+from vista.refresh import refresh
+from vista.scorer import Scorer
+from vista.store import SummaryStore, Tail
+from vista.training import trainer
+from vista.training.downstream import KEPT_WEIGHTS, Downstream
+from vista.training.trainer import schema_of, train
+
+PAST_SHARE = 0.4
+"""Of the impressions lie before the store's `until`; validation begins at 0.6."""
+
+
+def past_of(served: Served) -> int:
+    times = np.sort(np.asarray(served.log.impressions.timestamp))  # type: ignore[union-attr]
+    return int(times[int(PAST_SHARE * len(times))])
+
+
+@pytest.fixture(scope="module")
+def past_store(served_tasks: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the base `served_tasks`, int8, from before all downstream labels."""
+    store = tmp_path_factory.mktemp("downstream") / "past"
+    refresh(served_tasks.model, served_tasks.log, store, until=past_of(served_tasks))
+    return store
+
+
+def downstream_config(served: Served, store: Path, run_dir: Path, **changes: Any) -> TrainConfig:
+    """A run of one task; `changes` are keys with two underscores for a dot."""
+    config = replace(
+        served.config,
+        model=replace(served.config.model),
+        data=replace(served.config.data),
+        optim=replace(served.config.optim, tasks=["like"], next_weight=0.0),
+        stage=Stage.downstream,
+        base=str(served.model_dir),
+        store=str(store),
+        run_dir=str(run_dir),
+    )
+    for key, value in changes.items():
+        group, _, name = key.rpartition("__")
+        setattr(getattr(config, group) if group else config, name, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def liked(
+    served_tasks: Served, past_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainConfig, Recommender]:
+    """A downstream model of `like` and the next item, with a third layer of stage 2."""
+    changes = {"optim__next_weight": 1.0, "model__num_target_layers": 3, "optim__epochs": 3}
+    config = downstream_config(served_tasks, past_store, tmp_path_factory.mktemp("liked") / "run", **changes)
+    return config, train(config, served_tasks.log)
+
+
+def test_the_base_stays_as_it_is(served_tasks: Served, liked: tuple[TrainConfig, Recommender]) -> None:
+    config, model = liked
+    base, found = served_tasks.model.state_dict(), model.state_dict()
+    kept = [name for name in base if name.startswith(KEPT_WEIGHTS)]
+    assert {name.split(".")[0] for name in kept} == {"item_table", "encoder", "summarizer", "decoder"}
+    assert all(torch.equal(found[name], base[name]) for name in kept)
+    assert model.summarizer_id() == served_tasks.model.summarizer_id()
+    learnt = [name for name in found if not name.startswith(KEPT_WEIGHTS)]
+    torch.manual_seed(config.seed)
+    with Downstream.open(config, served_tasks.log) as downstream:
+        fresh = downstream.model(schema_of(served_tasks.log, config)).state_dict()
+    moved = [name for name in learnt if not torch.equal(found[name], fresh[name])]
+    assert moved == learnt, "each of the others was trained"
+    assert model.schema.tasks == ["like"] and model.task_head is not None and model.task_head.out_features == 1
+
+
+def test_frozen_weights_are_in_no_optimizer(served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
+    config = downstream_config(served_tasks, past_store, tmp_path)
+    with Downstream.open(config, served_tasks.log) as downstream:
+        made = trainer._Trainer(config, served_tasks.log, downstream)
+        updated = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
+        names = {name for name, p in made.model.named_parameters() if id(p) in updated}
+        assert names == {name for name, _ in made.model.named_parameters() if not name.startswith(KEPT_WEIGHTS)}
+        made._step(made.source.batch(0, 0), 0.0)
+        assert made.model.item_table.grad is None and not made.table_optimizer.state
+
+
+def test_the_bases_store_serves_it(served_tasks: Served, liked: tuple[TrainConfig, Recommender]) -> None:
+    """One refresh serves base and downstream model: scores of its tasks, measured as any model's."""
+    export = Path(liked[0].run_dir) / "best"
+    with Scorer.open(export, served_tasks.test_store) as scorer:
+        assert scorer.tasks == ["like", "next"]
+        found = evaluate_scorer(scorer, served_tasks.log, "test")
+    assert {name for name in found.metrics if name.startswith("auc")} == {"auc/like"}
+    assert "ndcg@10" in found.metrics
+
+
+def read_impressions(source: BatchSource, config: TrainConfig) -> Iterator[tuple[Any, int, int, int]]:
+    """(batch, window, place, tail columns that are seen) of every impression of a pass."""
+    offset = config.model.tail_len - config.data.label_spacing + 1
+    for index in range(source.num_batches(0)):
+        batch = source.batch(0, index)
+        for window, place in batch.candidate_mask.any(-1).nonzero().tolist():
+            yield batch, window, place, offset + int(batch.candidate_position[window, place])
+
+
+def liked_impressions(log: EventLog, since: int, end: int) -> dict[tuple[int, int], list[int]]:
+    """{(user row, item row): times of its impressions in [since, end) whose label of `like` is known}."""
+    table = log.impressions
+    assert table is not None
+    user = np.repeat(np.arange(log.num_users), np.diff(table.offsets))
+    found = defaultdict(list)
+    for index in np.flatnonzero((table.mask[:, 1] == 1) & (table.timestamp >= since) & (table.timestamp < end)):
+        found[int(user[index]), int(table.item[index])].append(int(table.timestamp[index]))
+    return found
+
+
+@pytest.mark.parametrize("label_spacing", [1, 4])
+def test_training_at_a_position_is_serving_from_the_store(
+    served_tasks: Served,
+    liked: tuple[TrainConfig, Recommender],
+    past_store: Path,
+    label_spacing: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each impression that sees a whole tail: the scorer's probability from the same record and the events since."""
+    monkeypatch.setattr("vista.data.cuts.TIMELESS_SHARE", 0.0)
+    config, model = liked
+    log, since, end = served_tasks.log, past_of(served_tasks), int(str(served_tasks.config.data.validation_from))
+    config = replace(config, data=replace(config.data, label_spacing=label_spacing))
+    shown = liked_impressions(log, since, end)
+    checked = 0
+    with Downstream.open(config, log) as downstream, Scorer.open(model, past_store) as scorer:
+        source = BatchSource(log, np.arange(log.num_items) + 1, config, downstream.summaries)
+        for batch, window, place, seen in read_impressions(source, config):
+            if seen < config.model.tail_len:
+                continue
+            with torch.no_grad():
+                vectors = model.item_table[batch.rows]
+                context = model.window_context(batch, vectors, model.cut_summaries(batch, vectors))
+                trained = model.window_logits(batch, vectors, context)[window, place, 0].sigmoid()
+            row = int(batch.user[batch.window_cut[window]])
+            item = int(batch.rows[batch.candidate[window, place]]) - 1
+            if len(shown[row, item]) > 1:
+                continue  # which of them this is cannot be told
+            (now,) = shown[row, item]
+            history = log.slice(row)
+            times = np.asarray(history.timestamp)
+            fresh = (times >= since) & (times < now)
+            tail = Tail(
+                log.items.ids(history.item[fresh]), times[fresh], history.action[fresh], np.array([0, fresh.sum()])
+            )
+            user, candidate = log.users.ids([row]), log.items.ids([item])
+            served = scorer.predict(user, candidate, tail=tail, now=now)["like"][0, 0]
+            assert float(trained) == pytest.approx(float(served), abs=1e-5)
+            checked += 1
+    assert checked > (20 if label_spacing == 1 else 3)
+
+
+def test_a_user_without_a_record_has_the_empty_historys_summary(
+    served_tasks: Served, past_store: Path, tmp_path: Path
+) -> None:
+    log = served_tasks.log
+    early = int(np.sort([int(log.slice(row, 0, 1).timestamp[0]) for row in range(log.num_users)])[5]) + 1
+    refresh(served_tasks.model, log, tmp_path / "early", until=early)
+    users = np.arange(log.num_users)
+    without = visible_counts(log, early) == 0
+    assert 0 < without.sum() < log.num_users
+    with (
+        Downstream.open(downstream_config(served_tasks, tmp_path / "early", tmp_path / "run"), log) as downstream,
+        SummaryStore.open(tmp_path / "early") as store,
+    ):
+        found = downstream.summaries.read(users)
+        records = store.get_many(log.users.ids(users))
+    np.testing.assert_array_equal(records.found, ~without)
+    np.testing.assert_array_equal(found[~without], records.summary[~without])
+    np.testing.assert_array_equal(found[without], np.repeat(empty_summary(served_tasks.model).numpy(), 6, 0))
+
+
+class TestLeakage:
+    def test_a_store_that_saw_labels_is_refused(self, served_tasks: Served, tmp_path: Path) -> None:
+        log = served_tasks.log
+        for store, until in (
+            (served_tasks.store, "all"),
+            (served_tasks.test_store, served_tasks.config.data.test_from),
+        ):
+            with pytest.raises(LeakageError, match=rf"was refreshed with until={until}, but labels must lie"):
+                train(downstream_config(served_tasks, store, tmp_path / "run"), log)
+
+    def test_a_record_that_saw_more_than_its_store_says_is_refused(
+        self, served_tasks: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("vista.refresh.visible_counts", lambda log, limit: log.lengths)
+            refresh(served_tasks.model, served_tasks.log, tmp_path / "store", until=past_of(served_tasks))
+        with pytest.raises(LeakageError, match=r"user \d+: the record in .* has seen \d+ events, .* refresh the store"):
+            train(downstream_config(served_tasks, tmp_path / "store", tmp_path / "run"), served_tasks.log)
+
+    def test_a_record_of_more_events_than_the_log_has_is_refused(
+        self, served_tasks: Served, past_store: Path, tmp_path: Path
+    ) -> None:
+        """Its times are as they should be, but it was made from another log."""
+        with Downstream.open(downstream_config(served_tasks, past_store, tmp_path), served_tasks.log) as downstream:
+            downstream._seen = downstream._seen.copy()
+            downstream._seen[3] -= 1
+            user = served_tasks.log.users.ids([3])[0]
+            with pytest.raises(LeakageError, match=f"user {user}: the record"):
+                downstream.summaries.read(np.arange(5))
+            downstream.summaries.read(np.arange(3))
+
+    def test_a_base_that_was_trained_on_the_labels_is_refused(
+        self, served_tasks: Served, past_store: Path, tmp_path: Path
+    ) -> None:
+        earlier = str(past_of(served_tasks) + 1)
+        config = downstream_config(served_tasks, past_store, tmp_path, data__validation_from=earlier)
+        with pytest.raises(LeakageError, match=rf"base=.*: was trained on events until .*validation_from={earlier}"):
+            train(config, served_tasks.log)
+
+
+def test_a_run_that_is_stopped_resumes_bitwise_equal(
+    served_tasks: Served, past_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
+    log, make = served_tasks.log, BatchSource.batch
+    whole, stopped = (
+        downstream_config(served_tasks, past_store, tmp_path / name, data__tokens_per_batch=100)
+        for name in ("whole", "stopped")
+    )
+    train(whole, log)
+
+    def batch(source: BatchSource, epoch: int, index: int) -> Any:
+        if (epoch, index) == (1, 1):
+            raise KeyboardInterrupt
+        return make(source, epoch, index)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BatchSource, "batch", batch)
+        train(replace(stopped, checkpoint_every=1), log)
+    train(stopped, log)
+    assert "resuming at step" in (tmp_path / "stopped" / "train.log").read_text()
+    assert_same_result(Path(stopped.run_dir), Path(whole.run_dir))
+
+
+def test_another_generation_of_the_store_is_another_run(served_tasks: Served, tmp_path: Path) -> None:
+    store, until = tmp_path / "store", past_of(served_tasks)
+    refresh(served_tasks.model, served_tasks.log, store, until=until)
+    config = downstream_config(served_tasks, store, tmp_path / "run")
+    train(config, served_tasks.log)
+    refresh(served_tasks.model, served_tasks.log, store, until=until, codec=Codec.float32)
+    with pytest.raises(ConfigError, match=r"another store's generation \(1 \(\w+\) -> 2 \(\w+\)\)"):
+        train(config, served_tasks.log)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"stage": "downstream"}, "base: is needed with stage=downstream"),
+            ({"stage": "downstream", "base": "runs/mine/best"}, "store: is needed with stage=downstream"),
+            ({"base": "runs/mine/best"}, "base: is for stage=downstream; leave it out"),
+            ({"stage": "upstream"}, "stage: 'upstream' is none of joint, downstream"),
+            ({"stage": "downstream", "base": "b", "store": "s"}, r"data\.split: stage=downstream needs time"),
+        ],
+    )
+    def test_keys_that_do_not_go_together(self, values: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            TrainConfig(**values)
+
+    def test_rivals(self, served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
+        config = downstream_config(served_tasks, past_store, tmp_path)
+        rival = replace(config.model, architecture=Architecture.sasrec, history_limit=200)
+        with pytest.raises(ConfigError, match=r"model\.architecture: stage=downstream needs vista"):
+            replace(config, model=rival)
+
+    def test_another_stage_1_than_the_bases(self, served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
+        changes = {"model__conv_width": 1, "model__num_seeds": 4, "model__decay_horizons": [1.0, 2.0]}
+        config = downstream_config(served_tasks, past_store, tmp_path, **changes, model__num_target_layers=1)
+        expected = (
+            "has another model.num_seeds (3 -> 4), model.conv_width (3 -> 1), model.decay_horizons ([] -> [1.0, 2.0]); "
+            "set model.num_seeds=3 model.conv_width=3 model.decay_horizons=[]"
+        )
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            train(config, served_tasks.log)
+
+    def test_another_models_store(self, served_tasks: Served, served: Served, tmp_path: Path) -> None:
+        with pytest.raises(SummarizerMismatchError):
+            train(downstream_config(served_tasks, served.store, tmp_path), served_tasks.log)
+
+    def test_no_label_after_the_store(self, served_tasks: Served, tmp_path: Path) -> None:
+        end = served_tasks.config.data.validation_from
+        refresh(served_tasks.model, served_tasks.log, tmp_path / "store", until=end)
+        with pytest.raises(ConfigError, match=rf"until={end}, and no label of .* lies between .* an earlier until"):
+            train(downstream_config(served_tasks, tmp_path / "store", tmp_path / "run"), served_tasks.log)
+
+    def test_tasks(self, served_tasks: Served, event_log: EventLog, tmp_path: Path) -> None:
+        for log, has in ((served_tasks.log, "click, like, long_view"), (event_log, "none")):
+            with pytest.raises(ConfigError, match=rf"optim\.tasks: 'share' is no task of .*; it has {has}"):
+                schema_of(log, TrainConfig(optim=OptimConfig(tasks=["share"])))
+        with pytest.raises(ConfigError, match=r"optim\.tasks: needs optim\.task_weight above 0"):
+            OptimConfig(tasks=["like"], task_weight=0)
+        chosen = schema_of(served_tasks.log, TrainConfig(optim=OptimConfig(tasks=["long_view", "click"])))
+        assert chosen.tasks == ["click", "long_view"]
+
+
+def test_a_joint_model_of_chosen_tasks(served_tasks: Served, tmp_path: Path) -> None:
+    """What a downstream model is compared with: trained from scratch on the same labels."""
+    config = replace(
+        served_tasks.config,
+        optim=replace(served_tasks.config.optim, tasks=["long_view", "like"], next_weight=0.0, epochs=1),
+        run_dir=str(tmp_path),
+    )
+    assert config.data.split is Split.time
+    model = train(config, served_tasks.log)
+    assert model.schema.tasks == ["like", "long_view"] and not model.has_retrieval
+    assert (
+        "auc/like" in (tmp_path / "train.log").read_text() and "click" not in (tmp_path / "metrics.jsonl").read_text()
+    )

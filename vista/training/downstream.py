@@ -1,0 +1,145 @@
+"""Downstream training: stage 2 and heads anew, over the summaries of a store, on a base that stays as it is.
+
+The paper's downstream models: one summarizer, many models that read what it has stored. A downstream model keeps all
+that `Recommender.summarizer_id` covers, so the base's stores serve it too. Its labels lie between the store's `until`
+and `data.validation_from`, and training reads the events from the last tail_len before them on, whatever the length of
+a history.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.config import TrainConfig
+from vista.config_dict import to_dict
+from vista.config_text import value_text
+from vista.data.batches import StoredSummaries
+from vista.data.event_log import EventLog
+from vista.data.splits import parse_until, split_until, visible_counts
+from vista.errors import ConfigError, LeakageError
+from vista.model.inference import empty_summary
+from vista.model.ranking_model import Schema
+from vista.model.recommender import STAGE1_KEYS, STAGE1_WEIGHTS, Recommender
+from vista.refresh import check_log
+from vista.store.lmdb_store import SummaryStore
+
+logger = logging.getLogger(__name__)
+KEPT_KEYS = (*STAGE1_KEYS, "num_reconstruction_layers")
+"""Fields of ModelConfig that must be the base's."""
+KEPT_WEIGHTS = (*STAGE1_WEIGHTS, "decoder.")
+"""How the names of the weights begin that are the base's. The decoder goes with the summaries that it reads."""
+
+
+class Downstream:
+    """A base model, and the generation of its store that training reads. A context manager: it closes the store."""
+
+    def __init__(self, config: TrainConfig, log: EventLog, base: Recommender, store: SummaryStore, since: int) -> None:
+        self._config, self._log, self._base, self._store, self._since = config, log, base, store, since
+        self._seen = visible_counts(log, since)
+        self._empty = empty_summary(base).numpy()
+        self.summaries = StoredSummaries(since, self._read)
+        logger.info(
+            "downstream of %s: %d summaries of generation %d of %s, until=%d",
+            config.base,
+            len(store),
+            store.generation,
+            config.store,
+            since,
+        )
+
+    @classmethod
+    def open(cls, config: TrainConfig, log: EventLog) -> Downstream:
+        """Open the base and the store of a configuration with stage=downstream.
+
+        Raises:
+            ConfigError: the configuration or the log is not the base's.
+            LeakageError: the base was trained on, or the store was refreshed with, what `data.validation_from` hides.
+            SummarizerMismatchError: the store is of another summarizer.
+            CheckpointError, StoreError: missing or damaged.
+        """
+        assert config.base is not None and config.store is not None  # TrainConfig has checked
+        base = Recommender.from_pretrained(config.base)
+        _check_model(config, base)
+        check_log(base, log)
+        end = split_until(config.data, "train").before
+        assert end is not None  # so is the split in time
+        trained = split_until(base.data, "train")
+        if trained.before is None or trained.before > end:
+            raise LeakageError(
+                f"base={config.base}: was trained on events until {trained}, so on labels that "
+                f"data.validation_from={config.data.validation_from} hides; train it with that data.validation_from, "
+                "or an earlier one"
+            )
+        store = SummaryStore.open(config.store, summarizer_id=base.summarizer_id())
+        try:
+            seen = parse_until(store.manifest.until)
+            if seen.before is None or seen.before > end:
+                raise LeakageError(
+                    f"store={config.store}: was refreshed with until={seen}, but labels must lie between that and "
+                    f"data.validation_from={config.data.validation_from}; run `vista refresh until=…` with an earlier "
+                    "time into a store of its own"
+                )
+            return cls(config, log, base, store, seen.before)
+        except BaseException:
+            store.close()
+            raise
+
+    def __enter__(self) -> Downstream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._store.close()
+
+    def model(self, schema: Schema) -> Recommender:
+        """The model to train: the base's weights frozen, stage 2 and the heads of `schema` anew."""
+        kept = replace(self._base.schema, tasks=schema.tasks, has_retrieval=schema.has_retrieval)
+        model = Recommender(self._config.model, kept, self._base.items, self._config.data)
+        weights = {name: value for name, value in self._base.state_dict().items() if name.startswith(KEPT_WEIGHTS)}
+        model.load_state_dict(weights, strict=False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(KEPT_WEIGHTS))
+        return model
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between a run and its resumption."""
+        manifest = self._store.manifest
+        return {
+            "stage": self._config.stage.value,
+            "base's summarizer": manifest.summarizer_id[:12],
+            "store's generation": f"{manifest.generation} ({manifest.records_digest})",
+        }
+
+    def _read(self, users: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Summaries [B, S, M] of user rows int64 [B]; a user without a record gets the empty history's.
+
+        Raises:
+            LeakageError: a record has seen more than the store says, so perhaps a label.
+        """
+        ids = self._log.users.ids(users)
+        stored = self._store.get_many(ids)
+        late = stored.found & ((stored.last_event_ts >= self._since) | (stored.event_count > self._seen[users]))
+        if late.any():
+            first = int(np.flatnonzero(late)[0])
+            raise LeakageError(
+                f"user {ids.tolist()[first]!r}: the record in {self._store.path} has seen {stored.event_count[first]} "
+                f"events, the last at {stored.last_event_ts[first]}, but of this log only {self._seen[users[first]]} "
+                f"lie before its until={self._since}; refresh the store from this log"
+            )
+        return np.where(stored.found[:, None, None], stored.summary, self._empty)
+
+
+def _check_model(config: TrainConfig, base: Recommender) -> None:
+    asked, kept = to_dict(config.model), to_dict(base.config)
+    changed = [key for key in KEPT_KEYS if asked[key] != kept[key]]
+    if changed:
+        differences = ", ".join(f"model.{key} ({kept[key]} -> {asked[key]})" for key in changed)
+        words = " ".join(f"model.{key}={value_text(kept[key])}" for key in changed)
+        raise ConfigError(f"base={config.base}: stage 1 is kept, but this run has another {differences}; set {words}")
