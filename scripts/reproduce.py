@@ -30,6 +30,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from row_progress import RowProgress
 from tables import TABLES, Row, Table
+from vista.choices import Stage
 from vista.composition import compose_config
 from vista.config import PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
 from vista.config_dict import to_dict
@@ -46,6 +47,7 @@ from vista.model.recommender import Recommender
 from vista.refresh import refresh
 from vista.results import append_result, commit, hardware, markdown_table, read_results
 from vista.scorer import Scorer
+from vista.store.layout import CURRENT
 from vista.training.protocol import impression_cases, impression_metrics
 from vista.training.trainer import train
 
@@ -140,7 +142,7 @@ def _runs(settings: argparse.Namespace, lines: Sequence[Line]) -> list[Run]:
             if row.untrained and asked != settings.seeds[0]:
                 continue
             seed = UNTRAINED_SEED if row.untrained else asked
-            config = _recorded(_train_config(table, row), row)
+            config = _recorded(table, row)
             found = {served: newest.get((served, seed)) for served in row.served(name)}
             changed = {key: None for line in found.values() if line for key in _changes(line["config"], config)}
             missing = tuple(served for served, line in found.items() if not line or _changes(line["config"], config))
@@ -153,13 +155,20 @@ def _train_config(table: Table, row: Row) -> TrainConfig:
     return compose_config(TrainConfig, [f"experiment={table.experiment}", *table.words, *row.words])
 
 
-def _recorded(config: TrainConfig, row: Row) -> dict[str, Any]:
+def _recorded(table: Table, row: Row) -> dict[str, Any]:
     """What a line says of its configuration. Paths are the machine's, not the experiment's."""
-    values = to_dict(config)
+    values = to_dict(_train_config(table, row))
     data = {
         key: value for key, value in values["data"].items() if key in SPLIT or (not row.untrained and key != "path")
     }
-    return {"data": data} if row.untrained else {"model": values["model"], "data": data, "optim": values["optim"]}
+    if row.untrained:
+        return {"data": data}
+    recorded = {"model": values["model"], "data": data, "optim": values["optim"]}
+    if row.base:
+        kept = _recorded(table, table.rows[row.base])
+        flat = {f"{group}.{key}": value for group in kept for key, value in kept[group].items()}
+        recorded["base"] = {"row": row.base, "until": row.until, **flat}
+    return recorded
 
 
 def _changes(before: Line, now: Line) -> list[str]:
@@ -227,24 +236,41 @@ def _measure(
     settings: argparse.Namespace, run: Run, log: EventLog, progress: RowProgress
 ) -> Iterator[tuple[str, dict[str, float], float]]:
     """(name of the line, test metrics, seconds of training or counting) of what a run lacks."""
-    folder = settings.work / settings.table / f"{run.name}-{run.seed}-{_digest(run.config)}"
-    config = replace(
-        _train_config(TABLES[settings.table], run.row),
-        run_dir=str(folder / "run"),
-        seed=run.seed,
-        num_threads=settings.threads,
-    )
-    config.data.path, config.progress = str(log.path), False
+    folder, config = _placed(settings, run.name, run.seed, log)
     if run.row.untrained == "truth":
         yield run.name, _truth(log, config), 0.0
     elif run.row.untrained:
         found = evaluate_floor(Floor(run.row.untrained), log, config.data, top_k=TOP_K)
         yield run.name, found.metrics, found.seconds
     else:
+        if run.row.base:
+            config = _downstream_config(settings, run, config, log)
+            progress.check()
         model = train(config, log)
         seconds = _seconds(folder / "run" / "metrics.jsonl")
         for served, metrics in _served_metrics(run, log, model, folder, progress):
             yield served, metrics, seconds
+
+
+def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -> tuple[Path, TrainConfig]:
+    """Folder of a row and seed, and how it is trained there."""
+    table = TABLES[settings.table]
+    row = table.rows[name]
+    folder = settings.work / settings.table / f"{name}-{seed}-{_digest(_recorded(table, row))}"
+    config = replace(
+        _train_config(table, row), run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads, progress=False
+    )
+    config.data.path = str(log.path)
+    return folder, config
+
+
+def _downstream_config(settings: argparse.Namespace, run: Run, config: TrainConfig, log: EventLog) -> TrainConfig:
+    """The same over its base, which is trained, and its store, which is refreshed, where they are not there yet."""
+    folder, base = _placed(settings, run.row.base, run.seed, log)
+    model, store = train(base, log), folder / f"until-{run.row.until}"
+    if not (store / CURRENT).exists():  # another generation would be another run
+        refresh(model, log, store, until=run.row.until)
+    return replace(config, stage=Stage.downstream, base=str(folder / "run" / "best"), store=str(store))
 
 
 def _served_metrics(

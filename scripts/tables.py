@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vista.choices import Codec
@@ -22,6 +22,10 @@ class Row:
     """Shorter tails that the same weights are also served with (`Recommender.with_tail`), from the int8 store."""
     untrained: Literal["", "popularity", "transitions", "truth"] = ""
     """A floor, or the simulation's own probabilities: measured once, without training."""
+    base: str = ""
+    """Row of the same table and seed whose model is kept as it is: this one is trained with stage=downstream on it."""
+    until: str = ""
+    """What the base's summaries have seen that a downstream model is trained on."""
 
     def served(self, name: str) -> dict[str, tuple[Codec, int | None]]:
         """Names of its lines in the table -> codec, and length of the tail if not the model's own."""
@@ -112,6 +116,26 @@ def _ablations(minutes: float) -> dict[str, Row]:
     return {"vista": Row(minutes, codecs=BOTH)} | rows
 
 
+def _downstream() -> Table:
+    """A second task, over the summaries of a model that was trained on clicks alone, against training all for it.
+
+    The log and split are those of the table `simulation`, whose row `vista` is trained on all tasks. The downstream row
+    has a bit more than a quarter of the joint row's labels: those after its store.
+    """
+    tasks = "optim.tasks=[like,long_view]"
+    # Likes are known of few impressions, so most windows hold no label: the drawn ones are those that do.
+    few = ("optim.next_weight=0", "data.windows_per_chunk=20", "optim.epochs=8")
+    simulation = _simulation("simulation", 1200, 4000)
+    rows = {
+        "base": Row(12, ("optim.tasks=[click]",)),
+        "joint": Row(12, (tasks,)),
+        "downstream": Row(4, (tasks, *few), base="base", until="2025-01-01"),
+        # The same without a summary of old events: what the task's own tail gives.
+        "tail-only": Row(7, (tasks, *K0)),
+    }
+    return replace(simulation, rows=rows | TRUTH)
+
+
 SEEDS = {"K=4": Row(20, ("model.num_seeds=4",)), "K=32": Row(28, ("model.num_seeds=32",))}
 TABLES = {
     "ml-1m": _movielens("ml-1m", 22, SEEDS),
@@ -125,6 +149,7 @@ TABLES = {
     "length-1k": _simulation("simulation-1k", 4800, 1000),
     "length-16k": _simulation("simulation-16k", 300, 16_000),
     "length-64k": _simulation("simulation-64k", 75, 64_000),
+    "downstream": _downstream(),
     "ablations-ml-100k": Table("ml-100k", "ml-100k", _ablations(6)),
     # Half the passes of the table ml-1m-half.
     "ablations-ml-1m-half": Table("ml-1m-half", "ml-1m-half", _ablations(8.5), ("optim.epochs=10",)),

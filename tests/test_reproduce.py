@@ -17,7 +17,9 @@ from tests.conftest import ratings_folder
 from vista.choices import Codec
 from vista.composition import compose_config
 from vista.config import TrainConfig
+from vista.data.splits import parse_time
 from vista.results import append_result, hardware, markdown_table, read_results
+from vista.training.downstream import KEPT_KEYS
 
 SMALL = ("optim.epochs=1", "optim.warmup_steps=2", "model.dim=16")
 SIMULATION = Table(
@@ -74,6 +76,27 @@ def test_a_simulated_table(
     table.with_suffix(".md").unlink()
     assert reproduce.main(words) == 0 and table.read_bytes() == before
     assert capsys.readouterr().out == "tiny: all runs are done\n" and table.with_suffix(".md").exists()
+
+
+def test_a_downstream_row_is_trained_over_its_base(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is trained first where it is not there; a change of the base is a change of the row."""
+    second = Row(1, ("optim.tasks=[like]", "optim.next_weight=0"), base="base", until="2025-01-01")
+    table = replace(SIMULATION, rows={"base": Row(1, ("optim.tasks=[click]",)), "downstream": second})
+    monkeypatch.setitem(TABLES, "tiny", table)
+    assert reproduce.main([*words, "--rows", "downstream"]) == 0
+    line = found_lines(tmp_path)["downstream 1"]
+    assert 0 < line["metrics"]["auc/like"] < 1 and "auc/click" not in line["metrics"]
+    assert line["config"]["base"]["row"] == "base" and line["config"]["base"]["optim.tasks"] == ["click"]
+    assert reproduce.main([*words, "--rows", "base"]) == 0
+    (base,) = (tmp_path / "work" / "tiny").glob("base-*")
+    assert "resuming at step" in (base / "run" / "train.log").read_text(), "it was trained once"
+    capsys.readouterr()
+    monkeypatch.setitem(TABLES, "tiny", replace(table, rows={**table.rows, "base": Row(1, ("optim.tasks=[]",))}))
+    assert reproduce.main([*words, "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "0 of 2 runs done" in printed and "was done with another base.optim.tasks (['click'] -> [])" in printed
 
 
 def test_only_what_lacks_is_run(
@@ -182,7 +205,11 @@ def test_every_row_can_be_composed(name: str) -> None:
     configs = {}
     for row, values in table.rows.items():
         config = compose_config(TrainConfig, [f"experiment={table.experiment}", *table.words, *values.words])
-        configs[row] = reproduce._recorded(config, values)
+        configs[row] = reproduce._recorded(table, values)
+        if values.base:
+            base = reproduce._train_config(table, table.rows[values.base]).model
+            assert all(getattr(base, key) == getattr(config.model, key) for key in KEPT_KEYS)
+            assert parse_time(values.until) < parse_time(str(config.data.validation_from))
         assert all(length < config.model.tail_len for length in values.tails)
         assert not values.tails or Codec.int8 in values.codecs, "shorter tails are served from the int8 store"
     trained = [json.dumps(config) for row, config in configs.items() if not table.rows[row].untrained]

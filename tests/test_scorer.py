@@ -164,7 +164,7 @@ class TestPolicies:
             found = empty.score([100, 999, 103], ITEMS)
             np.testing.assert_allclose(found[[0, 2]], empty.score([100, 103], ITEMS), atol=2e-5)
             nobody = empty._request([999], None, None).context  # the seeds alone
-            history = inference.summarize(served.model, scorer_module._empty_history())
+            history = inference.summarize(served.model, served.log.slice(0, 0, 0))
             tail = inference.pad_tail(served.model, *(np.zeros(0, np.int64),) * 3, np.zeros(2, np.int64))
             expected = inference.request_context(served.model, history, tail)
             torch.testing.assert_close(nobody.values, expected.values)

@@ -277,16 +277,15 @@ class _Trainer:
             return {**row, "gradient_norm": 0.0}
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(losses.total)
-        if vectors.grad is None and table.requires_grad:
-            vectors.grad = torch.zeros_like(vectors)
         used = [p for p in (*self.dense, vectors) if p.grad is not None]
         norm = float(nn.utils.clip_grad_norm_(used, optim.gradient_clip))
         if not math.isfinite(norm):
             self._refuse(batch, "gradient", parts)
         self.optimizer.step()
         if table.requires_grad:
+            grad = torch.zeros_like(vectors) if vectors.grad is None else vectors.grad
             table.grad = torch.sparse_coo_tensor(
-                batch.rows[None], vectors.grad, table.shape, is_coalesced=True, check_invariants=False
+                batch.rows[None], grad, table.shape, is_coalesced=True, check_invariants=False
             )
             self.table_optimizer.step()  # type: ignore[no-untyped-call]
             table.grad = None
