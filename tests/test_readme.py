@@ -44,11 +44,12 @@ def test_kernels_readme_and_its_code() -> None:
 
 
 def run(command: str) -> None:
-    """A line of the README; training is cut short."""
+    """A line of the documents; training is cut short, and simulations are small."""
     words = shlex.split(command, comments=True)
     assert words[0] == "vista"
     short = words[1] == "train" and "--help" not in words
     extra = ["optim.epochs=1", "progress=false", "num_threads=1"] if short else []
+    extra += ["num_users=24", "events_per_user=200"] if words[1] == "simulate" else []
     assert main([*words[1:], *extra]) == 0
 
 
@@ -63,6 +64,19 @@ def test_three_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         run(command)
     printed = capsys.readouterr().out
     assert "ndcg@10" in printed and "user 1:" in printed and "user 2:" in printed
+
+
+def test_second_task_over_the_same_summaries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (README.parent / "docs" / "simulation.md").read_text().split("## A second task over the same summaries")[1]
+    block = re.search(r"```\n(.*?)```", text, flags=re.S)
+    assert block is not None
+    for command in block.group(1).splitlines():
+        run(command)
+    printed = capsys.readouterr().out
+    assert printed.count(" auc/like ") == 2 and printed.count(" auc/click ") == 1
 
 
 def test_own_csv_in_five_lines(
