@@ -269,6 +269,8 @@ class EvaluateConfig:
     """Cut-offs k of HR@k and NDCG@k; the first is also the length of the popularity report's lists."""
     popularity: bool = False
     """Also report how far the retrieval head's lists follow training popularity."""
+    memory: bool = False
+    """Also report what the stored summaries remember of a user's events, by their age (some seconds)."""
     users_per_batch: int = 512
     """Users ranked in one pass."""
     table: str = "adhoc"
