@@ -25,7 +25,7 @@ from vista.errors import ConfigError, LeakageError
 from vista.files import writable_folder
 from vista.memory import MemoryReport, measure_memory
 from vista.model.baselines.history_model import HistoryModel
-from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
+from vista.model.ranking_model import RankingModel
 from vista.model.recommender import Recommender
 from vista.refresh import check_log
 from vista.results import append_result, commit, hardware
@@ -255,7 +255,7 @@ def _popularity(
     events = item_counts(log, visible_counts(log, split_until(model.data, "train")))
     counts = np.zeros(len(model.items), np.int64)
     np.add.at(counts, columns[columns >= 0], events[columns >= 0])
-    norms = model.item_table[UNKNOWN_ITEM + 1 :].detach().float().norm(dim=1).cpu().numpy()
+    norms = model.catalogue_vectors().detach().float().norm(dim=1).cpu().numpy()
     return popularity_report(counts, lists, ranks, label, norms)
 
 
