@@ -84,7 +84,7 @@ def _embed(model: Recommender, history: Histories, gap: np.ndarray, item: int, t
     """The embedding of event t, had it been of `item`."""
     rating = None if history.rating is None else torch.tensor(history.rating[t])
     action = torch.tensor(int(history.action[t]))
-    return model.encoder(model.item_table[item], action, torch.tensor(int(gap[t])), rating)
+    return model.encoder(model.item_vectors(torch.tensor(item)), action, torch.tensor(int(gap[t])), rating)
 
 
 def test_negatives_are_about_as_popular(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

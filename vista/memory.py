@@ -175,10 +175,13 @@ def _share_beaten(
     gap = history_gaps(np.asarray(histories.timestamp), histories.offsets)[index] if has_gap else item * 0
     action, gaps = tensor(histories.action[index].astype(np.int64)), tensor(gap)
     rating = None if histories.rating is None else tensor(histories.rating[index])
-    target = model.encoder(model.item_table[tensor(item)], action, gaps, rating)
+    target = model.encoder(model.item_vectors(tensor(item)), action, gaps, rating)
     # What would have been embedded, had the event been of another item.
     rivals = model.encoder(
-        model.item_table[tensor(negatives)], action[:, None], gaps[:, None], None if rating is None else rating[:, None]
+        model.item_vectors(tensor(negatives)),
+        action[:, None],
+        gaps[:, None],
+        None if rating is None else rating[:, None],
     )
     offsets = tensor(np.concatenate([[0], np.cumsum(lengths)]))
     age = tensor(histories.lengths[windows.row] - windows.start)
