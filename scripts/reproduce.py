@@ -1,5 +1,7 @@
 """Rerun a table of docs/results, or some of its rows: train, refresh a store, evaluate through the scorer.
 
+A rival has no store: it is evaluated from the raw history, right up to each label.
+
     python scripts/reproduce.py ml-1m --list
     python scripts/reproduce.py ml-1m --data path/to/ml-1m --seeds 1 2 3
     python scripts/reproduce.py simulation --rows vista tail-only --minutes 30
@@ -40,16 +42,17 @@ from vista.data.simulate import simulate
 from vista.data.splits import parse_time, split_until
 from vista.device import cpu_settings
 from vista.errors import ConfigError, VistaError
-from vista.evaluate import evaluate_scorer
+from vista.evaluate import evaluate_model, evaluate_scorer
 from vista.files import replace_text, writable_folder
 from vista.floors import Floor, evaluate_floor
+from vista.model.baselines.history_model import HistoryModel
 from vista.model.recommender import Recommender
 from vista.refresh import refresh
 from vista.results import append_result, commit, hardware, markdown_table, read_results
 from vista.scorer import Scorer
 from vista.store.layout import CURRENT
 from vista.training.protocol import impression_cases, impression_metrics
-from vista.training.trainer import train
+from vista.training.trainer import train, train_model
 
 TOP_K = [10, 50, 200]
 UNTRAINED_SEED = 0
@@ -246,8 +249,13 @@ def _measure(
         if run.row.base:
             config = _downstream_config(settings, run, config, log)
             progress.check()
-        model = train(config, log)
+        model = train_model(config, log)
         seconds = _seconds(folder / "run" / "metrics.jsonl")
+        if isinstance(model, HistoryModel):
+            progress.check()
+            yield run.name, evaluate_model(model, log, "test", top_k=TOP_K).metrics, seconds
+            return
+        assert isinstance(model, Recommender)
         for served, metrics in _served_metrics(run, log, model, folder, progress):
             yield served, metrics, seconds
 

@@ -62,6 +62,8 @@ def _movielens(data: str, minutes: float, more: dict[str, Row]) -> Table:
     rows = {
         "vista": Row(minutes, codecs=BOTH, tails=TAILS),
         "tail-only": Row(0.4 * minutes, K0, tails=TAILS),
+        "sasrec": Row(0.7 * minutes, ("model=sasrec",)),
+        "hstu": Row(0.9 * minutes, ("model=hstu",)),
         **more,
         **FLOORS,
     }
@@ -81,7 +83,13 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
     # Stage 2 alone over the newest 200 events before each request, which it sees fresh and under full attention.
     # Half as many windows of twice the positions: the same labels in half the time, at 169 to 200 events seen.
     last_200 = ("model.tail_len=200", "data.label_spacing=32", f"data.windows_per_chunk={windows // 2}")
-    rows = {"vista": Row(12, codecs=BOTH), "tail-only": Row(7, K0), "last-200": Row(19, (*K0, *last_200))}
+    rows = {
+        "vista": Row(12, codecs=BOTH),
+        "tail-only": Row(7, K0),
+        "last-200": Row(19, (*K0, *last_200)),
+        "sasrec": Row(20, ("model=sasrec",)),
+        "hstu": Row(25, ("model=hstu",)),
+    }
     words = (f"data.windows_per_chunk={windows}", f"data.staleness_events={events_per_user * 300 // 4000}")
     sizes = {"num_users": num_users, "events_per_user": events_per_user, "impressions_per_user": 360_000 // num_users}
     return Table("simulation", data, rows | TRUTH, words, sizes)

@@ -92,6 +92,20 @@ def test_the_base_stays_as_it_is(served_tasks: Served, liked: tuple[TrainConfig,
     assert model.schema.tasks == ["like"] and model.task_head is not None and model.task_head.out_features == 1
 
 
+def test_a_table_that_all_features_share_stays_too(served_tasks: Served, tmp_path: Path) -> None:
+    log, given = served_tasks.log, served_tasks.config
+    base = Recommender(replace(given.model, embedding_rows=15), served_tasks.model.schema, log.items, given.data).eval()
+    base.save_pretrained(tmp_path / "base")
+    refresh(base, log, tmp_path / "store", until=past_of(served_tasks))
+    changes = {"base": str(tmp_path / "base"), "optim__epochs": 1}
+    config = downstream_config(served_tasks, tmp_path / "store", tmp_path / "run", **changes)
+    with pytest.raises(ConfigError, match=r"another model\.embedding_rows \(15 -> 0\)"):
+        train(config, log)
+    model = train(replace(config, model=base.config), log)
+    assert torch.equal(model.item_table, base.item_table) and model.summarizer_id() == base.summarizer_id()
+    assert not torch.equal(model.target_attention.query_gap.weight, base.target_attention.query_gap.weight)
+
+
 def test_frozen_weights_are_in_no_optimizer(served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
     config = downstream_config(served_tasks, past_store, tmp_path)
     with Downstream.open(config, served_tasks.log) as downstream:
@@ -154,7 +168,7 @@ def test_training_at_a_position_is_serving_from_the_store(
             if seen < config.model.tail_len:
                 continue
             with torch.no_grad():
-                vectors = model.item_table[batch.rows]
+                vectors = model.item_vectors(batch.rows)
                 context = model.window_context(batch, vectors, model.cut_summaries(batch, vectors))
                 trained = model.window_logits(batch, vectors, context)[window, place, 0].sigmoid()
             row = int(batch.user[batch.window_cut[window]])

@@ -54,7 +54,7 @@ class HistoryModel(RankingModel):
         time = np.asarray(histories.timestamp)
         gap = history_gaps(time, histories.offsets) if self.encoder.gap is not None else np.zeros(len(time), np.int64)
         rating = None if histories.rating is None else self._tensor(histories.rating)
-        vectors = self.item_table[self._tensor(histories.item).long()]
+        vectors = self.item_vectors(self._tensor(histories.item).long())
         vectors = self.encoder(vectors, self._tensor(histories.action).long(), self._tensor(gap), rating)
         return Events(vectors, self._tensor(time), histories.offsets)
 

@@ -150,7 +150,7 @@ class SequenceModel(HistoryModel):
         out = events.vectors.new_empty(*candidates.shape, len(self.schema.tasks))
         for tile in tiles(events.offsets, self.device):
             states, memory = self._encode(events, tile)
-            vectors = self.item_table[candidates[tile.rows]]
+            vectors = self.item_vectors(candidates[tile.rows])
             vectors = vectors if gap is None else vectors + gap[tile.rows, None]
             seen = tile.valid.sum(1, keepdim=True).expand(-1, candidates.shape[1])
             out[tile.rows] = self.impression_logits(states, memory, vectors, seen)
