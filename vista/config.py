@@ -51,6 +51,8 @@ class ModelConfig:
     """One horizon tau a head: days (decay=time) or events (decay=position); 0 means that the head forgets nothing."""
     history_limit: int = 0
     """Newest events that a summary, or a rival at a request, sees at most; 0 means all."""
+    search_top_k: int = 100
+    """sim, twin: events of the history that a candidate's search finds, and its attention reads."""
     tail_len: int = 32
     """Newest events that stage 2 reads beside the summary."""
     feed_forward_ratio: float = 2.0
@@ -72,7 +74,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
-        counts = ("dim", "num_heads", "num_layers", "num_target_layers", "conv_width", "tail_len")
+        counts = ("dim", "num_heads", "num_layers", "num_target_layers", "conv_width", "tail_len", "search_top_k")
         require_counts(self, "model.", (*counts, "num_reconstruction_layers"))
         require_counts(self, "model.", ("num_seeds", "history_limit"), least=0)
         require_finite(self, "model.", ("normalization_alpha",))
@@ -83,12 +85,9 @@ class ModelConfig:
             f"must divide model.dim={self.dim}, got {self.num_heads}; take one of "
             f"{[h for h in range(1, min(self.dim, 64) + 1) if self.dim % h == 0]}",
         )
-        if self.architecture in (Architecture.sasrec, Architecture.hstu):
-            require(
-                self.history_limit > 0,
-                "model.history_limit",
-                f"{self.architecture.value} has a position for each event; set 200",
-            )
+        if self.architecture in (Architecture.sasrec, Architecture.hstu, Architecture.din):
+            message = f"{self.architecture.value} reads a bounded number of events; set 200"
+            require(self.history_limit > 0, "model.history_limit", message)
         require(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), got {self.dropout}")
         if self.decay is not Decay.none:
             require(
@@ -222,6 +221,11 @@ class TrainConfig:
         spacing, tail_len = self.data.label_spacing, self.model.tail_len
         message = f"must be at most model.tail_len={tail_len}, or some labels would see no tail; got {spacing}"
         require(spacing <= tail_len, "data.label_spacing", message)
+
+    @property
+    def trains_next(self) -> bool:
+        """Whether the next item is trained: by the retrieval head, where the architecture has one."""
+        return self.optim.next_weight > 0 and not self.model.architecture.ranks_only
 
 
 @dataclass(kw_only=True, slots=True)

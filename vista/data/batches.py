@@ -54,7 +54,10 @@ class BatchSource:
             frequency[1:] = np.maximum(frequency[1:], 1)
         self._sampler = NegativeSampler(frequency, num_negatives=data.num_negatives, power=data.negative_power)
         self._adjustment = _logit_adjustment(frequency, config.optim.logq_strength)
-        self._chunk_len = min(data.chunk_len, model.history_limit or data.chunk_len)
+        # What encodes whole chunks must not see more of one than it may of a history; what ranks alone takes its newest
+        # events before each impression, so its chunks may be longer.
+        limit = 0 if model.architecture.ranks_only else model.history_limit
+        self._chunk_len = min(data.chunk_len, limit or data.chunk_len)
         self._impressions = _visible_impressions(log, item_rows, self.counts, config)
         self._plan = CutPlan(
             mixing=model.mixing,
