@@ -39,6 +39,16 @@ def ratings_folder(folder: Path) -> Path:
     return folder
 
 
+def real_set(name: str) -> Path:
+    """Folder of a MovieLens set; the test that needs it skips where it is absent."""
+    root = os.environ.get("VISTA_DATA_DIR")
+    if not root:
+        pytest.skip("VISTA_DATA_DIR is not set: it names the folder of the real data sets")
+    if not Path(root, name).is_dir():
+        pytest.skip(f"VISTA_DATA_DIR={root} holds no {name}")
+    return Path(root, name)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Sums of floats depend on the number of threads, and tests compare bits with processes of their own."""

@@ -257,7 +257,7 @@ class TestOutcomes:
         [
             ("simulate", "vista.data.simulate", "simulate"),
             ("prepare", "vista.data.ingest", "prepare"),
-            ("train", "vista.training.trainer", "train"),
+            ("train", "vista.training.trainer", "train_model"),
             ("refresh", "vista.refresh", "refresh_from_config"),
             ("evaluate", "vista.evaluate", "evaluate"),
             ("score", "vista.scorer", "score_from_config"),

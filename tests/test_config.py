@@ -43,6 +43,13 @@ def test_words_are_choices() -> None:
         (OptimConfig, {"epochs": 2.5}, r"optim\.epochs: expected int, got 2\.5"),
         (OptimConfig, {"epochs": True}, r"optim\.epochs: expected int, got True"),
         (OptimConfig, {"learning_rate": "fast"}, r"optim\.learning_rate: expected float, got 'fast'"),
+        (ModelConfig, {"embedding_rows": -1}, r"model\.embedding_rows: must be at least 0, got -1"),
+        (ModelConfig, {"embedding_hashes": 0}, r"model\.embedding_hashes: must be at least 1, got 0"),
+        (
+            ModelConfig,
+            {"embedding_rows": 9, "embedding_hashes": 3},
+            r"model\.embedding_hashes: must divide model\.dim=64, got 3; take one of \[1, 2, 4, 8\]",
+        ),
         (OptimConfig, {"logq_strength": 1.5}, r"optim\.logq_strength: must lie in \[0, 1\], got 1\.5"),
         (DataConfig, {"frequencies": "guess"}, r"data\.frequencies: 'guess' is none of exact, count_min"),
         (TrainConfig, {"model": {"dim": 8}}, r"model: expected ModelConfig, got {'dim': 8}"),

@@ -116,10 +116,25 @@ def test_the_table_shows_mean_and_spread_over_seeds() -> None:
     assert lines[2] == "| data | model | seeds | ndcg@10 | hr@10 | auc | seconds |"
     assert lines[4] == "| ml-1m | vista K=16 | 3 | 0.2000 ± 0.1000 | 0.2000 ± 0.0000 | – | 20 |"
     assert lines[5] == "| ml-1m | a\\|b | 1 | – | – | 0.5000 | 12 |"
-    assert "seed 3: `vista evaluate seed=1` (commit abc1234, Test CPU, 2 cores, torch 2.13.0)" in first
+    assert first.count("`vista evaluate seed=1` (seed 1 2 3; commit abc1234; Test CPU, 2 cores, torch 2.13.0)") == 1
     assert "0.9" not in first
     assert "| simulated | vista K=16 | 1 | 0.7500 |" in second
     assert markdown_table([]) == ""
+
+
+def test_models_of_the_same_origin_share_a_line() -> None:
+    """Seeds of a command are joined; other commands, commits and machines of a model stand beside the first."""
+    command = "run t --rows a --seeds "
+    rows = [row(model=model, seed=seed, command=f"{command}{seed}") for model in ("a", "a, tail 2") for seed in (1, 12)]
+    rows += [row(model="a|b", seed=1, command="run t --rows b --seeds 1")]
+    rows += [row(model="a|b", seed=2, command="run t --rows b", commit="def5678", hardware={**MACHINE, "cores": 8})]
+    lines = [line for line in markdown_table(rows).splitlines() if line.startswith("- ")]
+    machine = "Test CPU, 2 cores, torch 2.13.0"
+    assert lines == [
+        f"- ml-1m, a / a, tail 2: `{command}1 12` (seed 1 12; commit abc1234; {machine})",
+        "- ml-1m, a\\|b: `run t --rows b --seeds 1 2`, `run t --rows b` (seed 1 2; commit abc1234, def5678; "
+        f"{machine}; {machine.replace('2 cores', '8 cores')})",
+    ]
 
 
 def test_the_command_prints_a_table_without_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,12 +71,16 @@ class ModelConfig:
     """Layers of the causal decoder of the reconstruction loss."""
     stop_gradient: bool = True
     """Of the reconstruction target; without it embeddings can collapse (there is a test that shows it)."""
+    embedding_rows: int = 0
+    """Rows, each dim / embedding_hashes wide, of one table that items, actions and gaps share; 0: a row a value."""
+    embedding_hashes: int = 2
+    """With embedding_rows: hash functions, hence rows end to end, a value; must divide dim."""
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
         counts = ("dim", "num_heads", "num_layers", "num_target_layers", "conv_width", "tail_len", "search_top_k")
-        require_counts(self, "model.", (*counts, "num_reconstruction_layers"))
-        require_counts(self, "model.", ("num_seeds", "history_limit"), least=0)
+        require_counts(self, "model.", (*counts, "num_reconstruction_layers", "embedding_hashes"))
+        require_counts(self, "model.", ("num_seeds", "history_limit", "embedding_rows"), least=0)
         require_finite(self, "model.", ("normalization_alpha",))
         require_finite(self, "model.", ("feed_forward_ratio", "temperature"), positive=True)
         require(
@@ -84,6 +88,12 @@ class ModelConfig:
             "model.num_heads",
             f"must divide model.dim={self.dim}, got {self.num_heads}; take one of "
             f"{[h for h in range(1, min(self.dim, 64) + 1) if self.dim % h == 0]}",
+        )
+        require(
+            self.embedding_rows == 0 or self.dim % self.embedding_hashes == 0,
+            "model.embedding_hashes",
+            f"must divide model.dim={self.dim}, got {self.embedding_hashes}; take one of "
+            f"{[p for p in range(1, 9) if self.dim % p == 0]}",
         )
         if self.architecture in (Architecture.sasrec, Architecture.hstu, Architecture.din):
             message = f"{self.architecture.value} reads a bounded number of events; set 200"
@@ -273,6 +283,8 @@ class EvaluateConfig:
     """Cut-offs k of HR@k and NDCG@k; the first is also the length of the popularity report's lists."""
     popularity: bool = False
     """Also report how far the retrieval head's lists follow training popularity."""
+    memory: bool = False
+    """Also report what the stored summaries remember of a user's events, by their age (some seconds)."""
     users_per_batch: int = 512
     """Users ranked in one pass."""
     table: str = "adhoc"

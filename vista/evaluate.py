@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -23,8 +23,9 @@ from vista.data.splits import Until, parse_until, split_until, visible_counts
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
 from vista.files import writable_folder
+from vista.memory import MemoryReport, measure_memory
 from vista.model.baselines.history_model import HistoryModel
-from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
+from vista.model.ranking_model import RankingModel
 from vista.model.recommender import Recommender
 from vista.refresh import check_log
 from vista.results import append_result, commit, hardware
@@ -61,13 +62,15 @@ class Evaluation:
     impressions: ImpressionCases | None
     probabilities: Floats | None
     popularity: PopularityReport | None = None
+    memory: MemoryReport | None = None
 
     def __str__(self) -> str:
-        # The report prints its own numbers as a table.
-        hidden = self.popularity.metrics() if self.popularity is not None else {}
+        # Reports print their own numbers, as tables.
+        reports = [report for report in (self.popularity, self.memory) if report is not None]
+        hidden = {name for report in reports for name in report.metrics()}
         lines = [f"{self.num_cases} cases in {self.seconds:.1f} s"]
         lines += [f"  {name:<20} {value:.4f}" for name, value in self.metrics.items() if name not in hidden]
-        return "\n".join(lines + ([str(self.popularity)] if self.popularity is not None else []))
+        return "\n".join([*lines, *map(str, reports)])
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -85,6 +88,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         "top_k": list(config.top_k),
         "users_per_batch": config.users_per_batch,
         "popularity": config.popularity,
+        "memory": config.memory,
         "progress": config.progress,
     }
     with cpu_settings(config.num_threads):
@@ -103,7 +107,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 def _result_row(config: EvaluateConfig, result: Evaluation, codec: str) -> dict[str, Any]:
     options = {"split": config.split, "exclude_seen": config.exclude_seen, "top_k": list(config.top_k)}
-    options |= {"popularity": True} if config.popularity else {}
+    options |= {name: True for name in ("popularity", "memory") if getattr(config, name)}
     run = _run_config(Path(config.model))
     seed = config.seed if config.seed is not None else run.get("seed", 1)
     name = config.model_name or Path(config.model).resolve().parent.name
@@ -146,6 +150,8 @@ class Options(TypedDict, total=False):
     """Users ranked in one pass, 512 by default."""
     popularity: bool
     """Also report how far the retrieval head's lists follow training popularity."""
+    memory: bool
+    """Also report what the stored summaries remember (`vista.memory`)."""
     progress: bool
 
 
@@ -158,7 +164,7 @@ def evaluate_scorer(scorer: Scorer, log: EventLog, part: str, **options: Unpack[
     _check(scorer.model, log, part, options)
     _check_store(scorer, split_until(scorer.model.data, part), part)
     _, items = scorer.item_vectors()
-    return _measure(
+    found = _measure(
         scorer.model,
         log,
         part,
@@ -166,6 +172,10 @@ def evaluate_scorer(scorer: Scorer, log: EventLog, part: str, **options: Unpack[
         lambda cases: _impression_probabilities(scorer, log, cases, options),
         options,
     )
+    if not options.get("memory", False):
+        return found
+    memory = measure_memory(scorer, log)
+    return replace(found, metrics=found.metrics | memory.metrics(), memory=memory)
 
 
 def evaluate_model(model: HistoryModel, log: EventLog, part: str, **options: Unpack[Options]) -> Evaluation:
@@ -185,6 +195,8 @@ def _check(model: RankingModel, log: EventLog, part: str, options: Options) -> N
         raise ConfigError(f"split={part}: write {' or '.join(PARTS)}")
     if options.get("popularity", False) and not model.has_retrieval:
         raise ConfigError("popularity=true: this model's retrieval head was not trained; set popularity=false")
+    if options.get("memory", False) and not (isinstance(model, Recommender) and model.decoder is not None):
+        raise ConfigError("memory=true: this model has no summaries; set memory=false")
     check_log(model, log)
 
 
@@ -243,7 +255,7 @@ def _popularity(
     events = item_counts(log, visible_counts(log, split_until(model.data, "train")))
     counts = np.zeros(len(model.items), np.int64)
     np.add.at(counts, columns[columns >= 0], events[columns >= 0])
-    norms = model.item_table[UNKNOWN_ITEM + 1 :].detach().float().norm(dim=1).cpu().numpy()
+    norms = model.catalogue_vectors().detach().float().norm(dim=1).cpu().numpy()
     return popularity_report(counts, lists, ranks, label, norms)
 
 

@@ -1,7 +1,7 @@
 """Results: one JSON line a run in docs/results/<table>.jsonl, and the Markdown table made from them.
 
 A row is {table, data, model, seed, metrics: {"ndcg@10": …}, command, config, commit, hardware, seconds}, no more and no
-less. `python -m vista.results docs/results/ml-1m.jsonl > ml-1m.md` prints the table.
+less. `python -m vista.results docs/results/ml-1m.jsonl` prints the table.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,6 +37,10 @@ _TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
 # What a number depends on; docs/results changes with every result, and must not make the next one dirty.
 _SOURCES = ("vista", "kernels", "conf", "scripts", "pyproject.toml")
+
+_LEGEND = (
+    "Mean ± sample standard deviation over seeds; – where a metric is undefined. A command is as its commit has it."
+)
 
 
 def append_result(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
@@ -136,7 +141,8 @@ def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Results as Markdown: a line for each data and model, metrics as mean ± sample standard deviation over seeds.
 
     Of several rows of the same table, data, model and seed the last one counts. The commands, commits and machines
-    stand below, so that every number can be made again. Data and models keep the order in which they first appear.
+    stand below, a line for the models that share them, so that every number can be made again. Data and models keep the
+    order in which they first appear.
     """
     newest: dict[tuple[str, str, str], dict[int, Mapping[str, Any]]] = {}
     for row in rows:
@@ -151,15 +157,26 @@ def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
             numbers = [_mean_and_spread([row["metrics"].get(name) for row in group]) for name in metrics]
             seconds = f"{fmean(row['seconds'] for row in group):.0f}"
             lines.append(_line([data, model, str(len(group)), *numbers, seconds]))
-        lines += ["", "Mean ± sample standard deviation over seeds; – where a metric is undefined.", ""]
-        for (data, model), group in groups.items():
-            for row in group:
-                lines.append(
-                    f"- {_escaped(data)}, {_escaped(model)}, seed {row['seed']}: `{row['command']}` "
-                    f"(commit {row['commit']}, {describe_hardware(row['hardware'])})"
-                )
+        lines += ["", _LEGEND, ""]
+        lines += _origins(groups)
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def _origins(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Where the numbers come from: a line for all models of the same commands, seeds, commits and machines."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for (data, model), group in groups.items():
+        seeds = " ".join(str(row["seed"]) for row in group)
+        # Commands that differ in the seed alone are one.
+        commands = dict.fromkeys(
+            re.sub(rf"--seeds {row['seed']}\b", f"--seeds {seeds}", row["command"]) for row in group
+        )
+        commits = dict.fromkeys(row["commit"] for row in group)
+        machines = dict.fromkeys(describe_hardware(row["hardware"]) for row in group)
+        origin = f"`{'`, `'.join(commands)}` (seed {seeds}; commit {', '.join(commits)}; {'; '.join(machines)})"
+        models.setdefault((data, origin), []).append(model)
+    return [f"- {_escaped(data)}, {_escaped(' / '.join(names))}: {origin}" for (data, origin), names in models.items()]
 
 
 def _line(cells: Sequence[str]) -> str:

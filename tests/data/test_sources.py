@@ -1,13 +1,13 @@
 """Readers: MovieLens in each form on small samples, and on the real sets where VISTA_DATA_DIR holds them."""
 
 import gzip
-import os
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
+from tests.conftest import real_set
 from vista.config import PrepareConfig, SimulateConfig, SourceConfig
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
@@ -227,15 +227,6 @@ REAL_SETS = {
     "ml-latest-small": (610, 9724, 100_836, 2698, True, True),
     "ml-100k": (943, 1682, 100_000, 737, True, True),
 }
-
-
-def real_set(name: str) -> Path:
-    root = os.environ.get("VISTA_DATA_DIR")
-    if not root:
-        pytest.skip("VISTA_DATA_DIR is not set: it names the folder of the real data sets")
-    if not Path(root, name).is_dir():
-        pytest.skip(f"VISTA_DATA_DIR={root} holds no {name}")
-    return Path(root, name)
 
 
 @pytest.mark.data

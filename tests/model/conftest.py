@@ -124,7 +124,7 @@ def batch(made: Chunks, cut_plan: CutPlan, seed: int = 0, *, num_items: int = NU
 def outputs(model: Recommender, cut: Batch) -> tuple[Tensor, Tensor]:
     """(user vectors [NW, W, M], task logits [NW, I, tasks]) as training computes them."""
     with torch.no_grad():
-        vectors = model.item_table[cut.rows]
+        vectors = model.item_vectors(cut.rows)
         events = model.encoder(vectors[cut.item], cut.action, cut.gap, cut.rating)
         context = model.window_context(cut, vectors, model.cut_summaries(cut, events))
         return model.window_users(cut, context), model.window_logits(cut, vectors, context)

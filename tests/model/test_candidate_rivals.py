@@ -33,10 +33,10 @@ LIMITED = [("din", 6), ("sim", 0), ("sim", 8), ("twin", 0), ("twin", 8)]
 
 
 def rival(
-    make: SimpleNamespace, name: str, *, limit: int = 0, top_k: int = 4, has_time: bool = True, seed: int = 1
+    make: SimpleNamespace, name: str, *, limit: int = 0, top_k: int = 4, has_time: bool = True, embedding_rows: int = 0
 ) -> CandidateModel:
     """A small model in float64 whose every parameter matters."""
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     limit = limit or (6 if name == "din" else 0)
     config = ModelConfig(
         architecture=Architecture(name),
@@ -44,6 +44,7 @@ def rival(
         num_heads=2,
         history_limit=limit,
         search_top_k=top_k,
+        embedding_rows=embedding_rows,
         tail_len=5,
         dropout=0.0,
     )
@@ -74,11 +75,16 @@ def age_of(model: CandidateModel, alone: Histories, event: int) -> int:
     return int(gap_bucket(np.array(clock[-1] - clock[event])))
 
 
+def item_of(model: CandidateModel, row: int) -> Tensor:
+    """[M], times sqrt(16)."""
+    return model.item_vectors(torch.tensor(row)) * 4
+
+
 def event_of(model: CandidateModel, alone: Histories, event: int) -> Tensor:
     """[M]: item, action and rating."""
     assert model.encoder.action is not None and model.encoder.rating is not None and alone.rating is not None
-    vector = model.item_table[int(alone.item[event])] + model.encoder.action.weight[int(alone.action[event])]
-    return (vector + (float(alone.rating[event]) - 3) / 2 * model.encoder.rating) * 4  # sqrt(16)
+    vector = item_of(model, int(alone.item[event])) + 4 * model.encoder.action(torch.tensor(alone.action[event]).long())
+    return vector + (float(alone.rating[event]) - 3) / 2 * model.encoder.rating * 4
 
 
 def din_by_event(model: DIN, alone: Histories, query: Tensor) -> Tensor:
@@ -113,7 +119,7 @@ def visible(model: CandidateModel, alone: Histories) -> range:
 
 
 def sim_by_event(model: SIM, alone: Histories, query: Tensor, count: int) -> Tensor:
-    items = [model.item_table[int(row)] * 4 for row in alone.item]
+    items = [item_of(model, int(row)) for row in alone.item]
     scores = {j: float(model.of_candidate(query) @ model.of_event(items[j])) for j in visible(model, alone)}
     keys, values = [], []
     for event in highest(scores, count):
@@ -128,7 +134,7 @@ def sim_search_by_event(model: SIM, alone: Histories, query: Tensor) -> Tensor:
     seen = visible(model, alone)
     total = torch.zeros_like(query)
     for event in seen:
-        item = model.item_table[int(alone.item[event])] * 4
+        item = item_of(model, int(alone.item[event]))
         total = total + (model.of_candidate(query) @ model.of_event(item)) * item / len(seen)
     logits: Tensor = model.search_network(torch.cat([total, query]))
     return logits
@@ -140,7 +146,7 @@ def twin_by_event(model: TWIN, alone: Histories, query: Tensor, count: int) -> T
     projected = model.query(query)
     for event in visible(model, alone):
         age, action = age_of(model, alone, event), int(alone.action[event])
-        keys[event] = model.key(model.item_table[int(alone.item[event])] * 4)
+        keys[event] = model.key(item_of(model, int(alone.item[event])))
         values[event] = model.value(event_of(model, alone, event)) + model.age_value.weight[age]
         bias[event] = model.age_bias.weight[age] + model.action_bias.weight[action]
         by_head = [projected[:8] @ keys[event][:8], projected[8:] @ keys[event][8:]]
@@ -156,8 +162,8 @@ def logits_by_event(
     model: CandidateModel, alone: Histories, candidate: int, gap: Tensor | None, count: int | None = None
 ) -> Tensor:
     """Task logits of one candidate of one user; `count` events are found."""
-    query = model.item_table[candidate] if gap is None else model.item_table[candidate] + gap
-    query, count = query * 4, model.config.search_top_k if count is None else count
+    query = item_of(model, candidate) if gap is None else item_of(model, candidate) + 4 * gap
+    count = model.config.search_top_k if count is None else count
     if isinstance(model, DIN):
         interest = din_by_event(model, alone, query)
     elif isinstance(model, SIM):
@@ -170,11 +176,13 @@ def logits_by_event(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("has_time", [True, False])
+@pytest.mark.parametrize(("has_time", "rows"), [(True, 0), (False, 0), (True, 37)])
 @pytest.mark.parametrize(("name", "limit"), LIMITED)
-def test_a_score_is_the_published_formula(make: SimpleNamespace, name: str, limit: int, has_time: bool) -> None:
-    """Of users without events, of fewer than a search finds, and of more."""
-    model = rival(make, name, limit=limit, has_time=has_time)
+def test_a_score_is_the_published_formula(
+    make: SimpleNamespace, name: str, limit: int, has_time: bool, rows: int
+) -> None:
+    """Of users without events, of fewer than a search finds, and of more; and over a unified table too."""
+    model = rival(make, name, limit=limit, has_time=has_time, embedding_rows=rows)
     packed, now, candidates = requests(make, LENGTHS, 3)
     found, gap = model.candidate_logits(packed, candidates, now), model.request_gap(packed, now)
     for user in range(packed.num_users):
@@ -249,7 +257,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
     packed = make.histories([1, 11, 8, 0, 19], 5)
     chunks, shown_at = make.chunks(packed, 5, impressions=60)
     batch = make.batch(chunks, make.plan(model), 5)
-    losses = model.losses(batch, model.item_table[batch.rows], DataConfig(), OptimConfig(task_weight=0.5))
+    losses = model.losses(batch, model.item_vectors(batch.rows), DataConfig(), OptimConfig(task_weight=0.5))
 
     logits, search = [], []
     for n, (owner, seen) in enumerate(zip(chunks.impression_chunk, chunks.impression_position, strict=True)):
@@ -259,7 +267,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
         if isinstance(model, SIM):
             gap = model.request_gap(before, shown_at[n : n + 1])
             assert gap is not None
-            search.append(sim_search_by_event(model, before, (model.item_table[item[0, 0]] + gap[0]) * 4))
+            search.append(sim_search_by_event(model, before, item_of(model, int(item[0, 0])) + 4 * gap[0]))
 
     def means(each: list[Tensor]) -> Tensor:
         label, mask = torch.from_numpy(chunks.impression_label), torch.from_numpy(chunks.impression_mask)
@@ -296,7 +304,7 @@ def test_a_batch_without_impressions_has_nothing_to_train(make: SimpleNamespace,
     chunks, _ = make.chunks(make.histories([5, 12], 7), 7, impressions=3)
     batch = make.batch(chunks, make.plan(model))
     batch = replace(batch, candidate_mask=torch.zeros_like(batch.candidate_mask))
-    losses = model.losses(batch, model.item_table[batch.rows], DataConfig(), OptimConfig())
+    losses = model.losses(batch, model.item_vectors(batch.rows), DataConfig(), OptimConfig())
     assert losses.parts == {} and not losses.total.requires_grad
 
 

@@ -24,6 +24,7 @@ SHAPES = {
     "no summary": {"num_seeds": 0},
     "one layer": {"num_layers": 1, "num_target_layers": 1},
     "no times": {"has_time": False, "conv_width": 1},
+    "unified table": {"embedding_rows": 23},
 }
 LENGTHS = [0, 1, 2, 23, 7, 0, 12]
 

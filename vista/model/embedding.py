@@ -2,9 +2,9 @@
 
 Letters: T packed events, M model dim, R item rows of a batch.
 
-Every function takes the item vectors as an argument instead of reading the table: training hands over the rows that a
-batch touches (a small dense leaf with its own gradient), serving the whole table. That is why a table of 10^6 rows
-costs a step no more than the rows it used.
+Every function takes the item vectors as an argument instead of reading the table: the model gathers the rows that a
+batch touches once, for events, labels and negatives alike. That is why a table of 10^6 rows costs a step no more than
+the rows it used.
 """
 
 from __future__ import annotations
@@ -13,21 +13,38 @@ import torch
 from torch import Tensor, nn
 
 from vista.data.gaps import NUM_GAPS
+from vista.model.unified_embedding import Feature, HashedFeature
 
 
 class EventEncoder(nn.Module):
-    """Sum of the embeddings of an event's fields; fields that the log lacks are absent."""
+    """Sum of the embeddings of an event's fields; fields that the log lacks are absent.
+
+    Actions and gaps have tables of their own, or read `shared`, the table [1 + N, M / P] of all features.
+    """
 
     def __init__(
-        self, *, dim: int, num_actions: int, use_action: bool, use_time: bool, rating_range: tuple[float, float] | None
+        self,
+        *,
+        dim: int,
+        num_actions: int,
+        use_action: bool,
+        use_time: bool,
+        rating_range: tuple[float, float] | None,
+        shared: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
-        self.action = nn.Embedding(num_actions, dim) if use_action and num_actions > 1 else None
-        self.gap = nn.Embedding(NUM_GAPS, dim) if use_time else None
+
+        def embedding(feature: Feature, num_values: int) -> nn.Embedding | HashedFeature:
+            if shared is None:
+                return nn.Embedding(num_values, dim)
+            return HashedFeature(shared, feature, num_values, dim // shared.shape[1])
+
+        self.action = embedding(Feature.action, num_actions) if use_action and num_actions > 1 else None
+        self.gap = embedding(Feature.gap, NUM_GAPS) if use_time else None
         self.rating = nn.Parameter(torch.zeros(dim)) if rating_range is not None else None
         self.rating_range = rating_range
         for table in (self.action, self.gap):
-            if table is not None:
+            if isinstance(table, nn.Embedding):
                 nn.init.normal_(table.weight, std=0.02)
         if self.rating is not None:
             nn.init.normal_(self.rating, std=0.02)

@@ -196,7 +196,7 @@ def embed(model: Recommender, histories: Histories, start: Int | None = None) ->
         rating = torch.from_numpy(np.array(histories.rating, np.float32)).to(device)
     items = torch.from_numpy(histories.item.astype(np.int64)).to(device)
     events = model.encoder(
-        model.item_table[items],
+        model.item_vectors(items),
         torch.from_numpy(histories.action.astype(np.int64)).to(device),
         torch.from_numpy(gap).to(device),
         rating,

@@ -114,7 +114,7 @@ def pad_tail(model: Recommender, item: NDArray[Any], time: Int, action: NDArray[
 def request_context(model: Recommender, summary: Tensor, tail: PaddedTail) -> Context:
     """Keys and values that all candidates of a request share: summary [B, S, M] and tail."""
     device = model.device
-    vectors = model.item_table[torch.from_numpy(tail.item).to(device)]
+    vectors = model.item_vectors(torch.from_numpy(tail.item).to(device))
     action, gap = torch.from_numpy(tail.action).to(device), torch.from_numpy(tail.gap).to(device)
     stage = model.target_attention
     encoded = stage.encode_summary(summary.to(device))
@@ -141,7 +141,7 @@ def user_vectors(model: Recommender, context: Context, gap: Tensor | None) -> Te
 @torch.inference_mode()
 def item_vectors(model: RankingModel) -> Tensor:
     """Unit vectors [V, M] of the vocabulary's items, in the order of its rows (the unknown item is left out)."""
-    return F.normalize(model.item_table[1:], dim=-1)
+    return F.normalize(model.catalogue_vectors(), dim=-1)
 
 
 @torch.inference_mode()
@@ -149,4 +149,4 @@ def candidate_logits(model: Recommender, context: Context, gap: Tensor | None, c
     """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows)."""
     seen = torch.full((1,), model.config.tail_len, device=model.device)
     gap = None if gap is None else gap.expand(-1, candidates.shape[1], -1)
-    return model.candidate_logits(model.item_table[candidates], gap, seen, context)
+    return model.candidate_logits(model.item_vectors(candidates), gap, seen, context)

@@ -1,7 +1,7 @@
 """What every architecture has: an item table, an event encoder, losses, and files.
 
 Item vectors are passed in, so that training touches only the rows of a batch. Letters: R item rows of a batch, M model
-dim, V items of the vocabulary.
+dim, V items of the vocabulary; N rows and P hash functions of a unified table.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from vista.data.vocabulary import Ids, Vocabulary
 from vista.errors import CheckpointError, LogFormatError
 from vista.files import replaced_folder
 from vista.model.embedding import EventEncoder
+from vista.model.unified_embedding import Feature, gather, hashed_rows
 
 FORMAT_VERSION = 1
 NEXT_TASK = "next"
@@ -76,23 +78,40 @@ class RankingModel(nn.Module):
         """The model's own item vocabulary."""
         self.data = data
         """How the training data were split: what evaluation may use."""
-        table = torch.randn(len(items) + 1, config.dim) * 0.02
+        unified, hashes = config.embedding_rows > 0, config.embedding_hashes
+        shape = (1 + config.embedding_rows, config.dim // hashes) if unified else (1 + len(items), config.dim)
+        table = torch.randn(shape) * 0.02
         table[UNKNOWN_ITEM] = 0.0
         self.item_table = nn.Parameter(table)
+        """[1 + V, M], a row an item; or [1 + N, M / P], which all categorical features share. Row 0 is the unknown
+        item's. `item_vectors` reads either."""
         self.encoder = EventEncoder(
             dim=config.dim,
             num_actions=len(schema.actions),
             use_action=config.use_action,
             use_time=config.use_time and schema.has_time,
             rating_range=schema.rating_range if config.use_rating else None,
+            shared=self.item_table if unified else None,
         )
+
+    def item_vectors(self, rows: Tensor) -> Tensor:
+        """[..., M] vectors of model rows int64 [...]; 0 for the unknown item. The table's gradient is sparse."""
+        config = self.config
+        if not config.embedding_rows:
+            return F.embedding(rows, self.item_table, sparse=True)
+        found = hashed_rows(rows, Feature.item, config.embedding_hashes, config.embedding_rows)
+        return gather(self.item_table, torch.where((rows == UNKNOWN_ITEM).unsqueeze(-1), UNKNOWN_ITEM, found))
+
+    def catalogue_vectors(self) -> Tensor:
+        """[V, M] vectors of the vocabulary's items, in the order of its rows (the unknown item is left out)."""
+        return self.item_vectors(torch.arange(UNKNOWN_ITEM + 1, len(self.items) + 1, device=self.device))
 
     def losses(self, batch: Batch, item_vectors: Tensor, data: DataConfig, optim: OptimConfig) -> Losses:
         """All losses of one batch.
 
         Args:
             batch: from `vista.data.cuts`.
-            item_vectors: [R, M], the rows `batch.rows` of the item table.
+            item_vectors: [R, M] of the items `batch.rows`.
         """
         raise NotImplementedError
 

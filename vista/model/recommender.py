@@ -200,6 +200,8 @@ class Recommender(RankingModel):
         facts = {key: to_dict(self.config)[key] for key in STAGE1_KEYS} | {"schema": asdict(self.schema)}
         for key in ("tasks", "has_retrieval"):
             facts["schema"].pop(key)
+        if self.config.embedding_rows:  # only then, so that summaries of models with a row an item keep their id
+            facts |= {key: to_dict(self.config)[key] for key in ("embedding_rows", "embedding_hashes")}
         digest.update(json.dumps(facts, sort_keys=True).encode())
         digest.update(self.items.digest().encode())
         for name, tensor in sorted(self.state_dict().items()):

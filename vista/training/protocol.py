@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,7 +110,7 @@ def rank_next_items(
     log: EventLog,
     cases: NextItemCases,
     item_columns: Int,
-    score: Callable[[NextItemCases], Floats],
+    score: Callable[[NextItemCases], NDArray[np.floating[Any]]],
     *,
     exclude_seen: bool,
     users_per_batch: int,
@@ -121,7 +122,7 @@ def rank_next_items(
     Args:
         item_columns: int64 [log.num_items], the column of each of the log's items in `score`'s output, or -1 where the
             model does not know the item: such a label ranks last.
-        score: some cases -> float32 [n, V].
+        score: some cases -> [n, V] of any float dtype.
         exclude_seen: leave the user's earlier items out of the list (never the label).
         observe: is shown each batch's scores [n, V], the labels' columns [n] (-1 unknown) and excluded cells, so that
             lists can be gathered in the same pass (`popularity.Recommendations.add`).

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from vista.choices import Architecture
@@ -198,13 +198,14 @@ class _Trainer:
         remove_leftovers(self.run_dir)
         replace_text(self.run_dir / "config.yaml", to_yaml(config))
         metrics.rewind(self.progress.step, {int(found["step"]) for found in self.progress.history})
-        parameters = sum(p.numel() for p in self.dense)
+        table = self.model.item_table
         announce(self.device)
         logger.info(
-            "%s; %d parameters and a table of %d x %d; %s",
+            "%s; %d parameters, %d of them in a table of %d x %d; %s",
             self.log,
-            parameters,
-            *self.model.item_table.shape,
+            sum(p.numel() for p in self.model.parameters()),
+            table.numel(),
+            *table.shape,
             f"resuming at step {self.progress.step} from {newest}" if newest else f"run folder {self.run_dir}",
         )
 
@@ -260,10 +261,9 @@ class _Trainer:
         rate = self._learning_rate(done)
         for group in (*self.optimizer.param_groups, *self.table_optimizer.param_groups):
             group["lr"] = rate
-        # Only the rows of this batch take part: a leaf of their own, so no pass over the whole table.
-        vectors = self.model.item_table.detach()[batch.rows].requires_grad_()
+        # Only the rows of this batch take part: the table's gradient is sparse, so no pass over the whole table.
         with autocast(self.precision, self.device):
-            losses = self.model.losses(batch, vectors, self.config.data, optim)
+            losses = self.model.losses(batch, self.model.item_vectors(batch.rows), self.config.data, optim)
         parts = {name: float(value.detach()) for name, value in losses.parts.items()}
         row = {"loss": float(losses.total.detach()), **parts, "learning_rate": rate}
         if not math.isfinite(row["loss"]):
@@ -272,20 +272,25 @@ class _Trainer:
             return {**row, "gradient_norm": 0.0}
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(losses.total)
-        if vectors.grad is None:
-            vectors.grad = torch.zeros_like(vectors)
-        used = [p for p in self.dense if p.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_([*used, vectors], optim.gradient_clip))
+        norm = self._clip_gradient()
         if not math.isfinite(norm):
             self._refuse(batch, "gradient", parts)
         self.optimizer.step()
-        table = self.model.item_table
-        table.grad = torch.sparse_coo_tensor(
-            batch.rows[None], vectors.grad, table.shape, is_coalesced=True, check_invariants=False
-        )
         self.table_optimizer.step()  # type: ignore[no-untyped-call]
-        table.grad = None
+        self.model.item_table.grad = None
         return {**row, "gradient_norm": norm}
+
+    def _clip_gradient(self) -> float:
+        """Scale the gradient to `optim.gradient_clip` at most; returns its norm before."""
+        used: list[Tensor] = [p for p in self.dense if p.grad is not None]
+        table = self.model.item_table
+        if table.grad is not None:
+            table.grad = table.grad.coalesce()  # a row that was read twice counts once, with the sum
+            # Norms are not made for sparse tensors: a stand-in shows the same memory as a dense gradient.
+            touched = torch.empty_like(table.grad.values())
+            touched.grad = table.grad.values()
+            used.append(touched)
+        return float(nn.utils.clip_grad_norm_(used, self.config.optim.gradient_clip))
 
     def _learning_rate(self, done: float) -> float:
         """Linear warm-up, then cosine to 1 % at the end; `done` is the share of training done."""

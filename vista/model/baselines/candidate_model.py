@@ -159,9 +159,10 @@ class CandidateModel(HistoryModel):
         histories = newest(histories, self.config.history_limit)
         rating = None if histories.rating is None else self._tensor(histories.rating)
         clock = self.clock(self._tensor(np.asarray(histories.timestamp)))
-        item, action = self._tensor(histories.item).long(), self._tensor(histories.action).long()
-        events = Events(self.item_table, item, action, rating, clock, self._tensor(histories.offsets))
-        vectors, gap = self.item_table[candidates], self.request_gap(histories, now)
+        rows, item = torch.unique(self._tensor(histories.item).long(), return_inverse=True)
+        action, offsets = self._tensor(histories.action).long(), self._tensor(histories.offsets)
+        events = Events(self.item_vectors(rows), item, action, rating, clock, offsets)
+        vectors, gap = self.item_vectors(candidates), self.request_gap(histories, now)
         vectors = (vectors if gap is None else vectors + gap[:, None]) * self.scale
         count = candidates.shape[1]
         history = torch.arange(histories.num_users, device=self.device).repeat_interleave(count)

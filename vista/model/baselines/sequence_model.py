@@ -118,7 +118,7 @@ class SequenceModel(HistoryModel):
         time = np.asarray(histories.timestamp)
         gap = history_gaps(time, histories.offsets) if self.encoder.gap is not None else np.zeros(len(time), np.int64)
         rating = None if histories.rating is None else self._tensor(histories.rating)
-        vectors = self.item_table[self._tensor(histories.item).long()]
+        vectors = self.item_vectors(self._tensor(histories.item).long())
         vectors = self.encoder(vectors, self._tensor(histories.action).long(), self._tensor(gap), rating)
         return Events(vectors, self._tensor(time), histories.offsets)
 
@@ -138,7 +138,7 @@ class SequenceModel(HistoryModel):
         out = events.vectors.new_empty(*candidates.shape, len(self.schema.tasks))
         for tile in tiles(events.offsets, self.device):
             states, memory = self._encode(events, tile)
-            vectors = self.item_table[candidates[tile.rows]]
+            vectors = self.item_vectors(candidates[tile.rows])
             vectors = vectors if gap is None else vectors + gap[tile.rows, None]
             seen = tile.valid.sum(1, keepdim=True).expand(-1, candidates.shape[1])
             out[tile.rows] = self.impression_logits(states, memory, vectors, seen)

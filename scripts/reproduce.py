@@ -1,0 +1,334 @@
+"""Rerun a table of docs/results, or some of its rows: train, refresh a store, evaluate through the scorer.
+
+A rival has no store: it is evaluated from the raw history, right up to each label.
+
+    python scripts/reproduce.py ml-1m --list
+    python scripts/reproduce.py ml-1m --data path/to/ml-1m --seeds 1 2 3
+    python scripts/reproduce.py simulation --rows vista tail-only --minutes 30
+
+Every model and seed adds lines to docs/results/<table>.jsonl, from which docs/results/<table>.md is written at the end.
+What is there, from the same configuration, is not run again; a run that was stopped goes on where it stopped. The
+exit status is 0 if all is there, 1 after an error, and 130 if the time or the user's patience ran out before.
+What the tables hold: scripts/tables.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from row_progress import RowProgress
+from tables import TABLES, Row, Table
+from vista.composition import compose_config
+from vista.config import PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
+from vista.config_dict import to_dict
+from vista.data.event_log import EventLog
+from vista.data.ingest import prepare
+from vista.data.simulate import simulate
+from vista.data.splits import parse_time, split_until
+from vista.device import cpu_settings
+from vista.errors import ConfigError, VistaError
+from vista.evaluate import evaluate_model, evaluate_scorer
+from vista.files import replace_text, writable_folder
+from vista.floors import Floor, evaluate_floor
+from vista.model.baselines.history_model import HistoryModel
+from vista.model.recommender import Recommender
+from vista.refresh import refresh
+from vista.results import append_result, commit, hardware, markdown_table, read_results
+from vista.scorer import Scorer
+from vista.training.protocol import impression_cases, impression_metrics
+from vista.training.trainer import train_model
+
+TOP_K = [10, 50, 200]
+UNTRAINED_SEED = 0
+MACHINE = ("cpu", "gpu", "cores", "threads")
+"""What of a row's hardware its time depends on."""
+SPLIT = ("split", "validation_from", "test_from")
+"""What of a configuration the untrained rows depend on."""
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One model and seed of a table: its lines that are still to be made."""
+
+    name: str
+    row: Row
+    seed: int
+    config: dict[str, Any]
+    """As lines record it: what must be the same for a line to count as done."""
+    missing: tuple[str, ...]
+    changed: tuple[str, ...]
+    """Why lines that are there do not count: "optim.epochs (12 -> 20)"."""
+    estimate_s: float
+
+    @property
+    def label(self) -> str:
+        return self.name if self.row.untrained else f"{self.name}, seed {self.seed}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, or list, what a table still lacks; returns the exit status."""
+    settings = _arguments(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    results = Path(settings.results) / f"{settings.table}.jsonl"
+    try:
+        with cpu_settings(settings.threads):
+            runs = _runs(settings, read_results(results) if results.exists() else [])
+            if settings.list:
+                print(_listing(settings, runs))
+                return 0
+            writable_folder(settings.results, "--results")
+            try:
+                return _run_all(settings, [run for run in runs if run.missing], results)
+            finally:
+                if results.exists():
+                    replace_text(results.with_suffix(".md"), markdown_table(read_results(results)))
+    except VistaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=sorted(TABLES), metavar="TABLE", help=", ".join(TABLES))
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="models of the table; default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--data", type=Path, help="folder of the MovieLens set; default: $VISTA_DATA_DIR/<set>")
+    parser.add_argument("--work", type=Path, default=Path("runs/tables"), help="folder of logs, runs and stores")
+    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of the tables")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--minutes", type=_minutes, help="stop after this time, as Ctrl-C does; the next call goes on")
+    parser.add_argument("--list", action="store_true", help="say what is done and how long the rest will take")
+    return parser.parse_args(arguments)
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"needs a positive number of minutes, got {text}")
+    return minutes
+
+
+# What is to be done -------------------------------------------------------------------------------------------------
+
+
+def _runs(settings: argparse.Namespace, lines: Sequence[Line]) -> list[Run]:
+    """Runs of the chosen rows and seeds, done ones too: all models of a seed, then the next seed."""
+    table = TABLES[settings.table]
+    names = list(dict.fromkeys(settings.rows or table.rows))
+    unknown = [name for name in names if name not in table.rows]
+    if unknown:
+        raise ConfigError(
+            f"--rows {unknown[0]}: {settings.table} has no such row; take some of {', '.join(table.rows)}"
+        )
+    newest = {(line["model"], line["seed"]): line for line in lines}
+    machine, runs = hardware(), []
+    for asked in dict.fromkeys(settings.seeds):
+        for name in names:
+            row = table.rows[name]
+            if row.untrained and asked != settings.seeds[0]:
+                continue
+            seed = UNTRAINED_SEED if row.untrained else asked
+            config = _recorded(_train_config(table, row), row)
+            found = {served: newest.get((served, seed)) for served in row.served(name)}
+            changed = {key: None for line in found.values() if line for key in _changes(line["config"], config)}
+            missing = tuple(served for served, line in found.items() if not line or _changes(line["config"], config))
+            estimate = _estimate_s(name, row, lines, machine)
+            runs.append(Run(name, row, seed, config, missing, tuple(changed), estimate))
+    return runs
+
+
+def _train_config(table: Table, row: Row) -> TrainConfig:
+    return compose_config(TrainConfig, [f"experiment={table.experiment}", *table.words, *row.words])
+
+
+def _recorded(config: TrainConfig, row: Row) -> dict[str, Any]:
+    """What a line says of its configuration. Paths are the machine's, not the experiment's."""
+    values = to_dict(config)
+    data = {
+        key: value for key, value in values["data"].items() if key in SPLIT or (not row.untrained and key != "path")
+    }
+    return {"data": data} if row.untrained else {"model": values["model"], "data": data, "optim": values["optim"]}
+
+
+def _changes(before: Line, now: Line) -> list[str]:
+    """Keys whose values differ. One that either side lacks is newer, or older, than the line: its default did that."""
+    return [
+        f"{group}.{key} ({before[group][key]} -> {now[group][key]})"
+        for group in now
+        for key in now[group]
+        if key in before.get(group, {}) and before[group][key] != now[group][key]
+    ]
+
+
+def _estimate_s(name: str, row: Row, lines: Sequence[Line], machine: Line) -> float:
+    """By what the row took before, on such a machine if it can be; else the table's guess."""
+    same = [line for line in lines if line["model"] in row.served(name)]
+    here = [line for line in same if all(line["hardware"].get(key) == machine[key] for key in MACHINE)]
+    return fmean(line["seconds"] for line in here or same) if same else 60 * row.minutes
+
+
+def _listing(settings: argparse.Namespace, runs: Sequence[Run]) -> str:
+    pending = [run for run in runs if run.missing]
+    left = sum(run.estimate_s for run in pending) / 60
+    lines = [f"{settings.table}: {len(runs) - len(pending)} of {len(runs)} runs done, about {left:.0f} minutes left"]
+    for name in dict.fromkeys(run.name for run in runs):
+        own = [run for run in runs if run.name == name]
+        seeds = " ".join(str(run.seed) for run in own if run.missing)
+        state = "done" if not seeds else "to run" if own[0].row.untrained else f"to run with seed {seeds}"
+        lines.append(f"\n{name}: {state}; {own[0].estimate_s / 60:.1f} minutes a run")
+        changed = dict.fromkeys(change for run in own for change in run.changed)
+        lines += [f"  was done with another {', '.join(changed)}"] if changed else []
+        lines.append(f"  {_command(settings, own[0], [run.seed for run in own])}")
+    return "\n".join(lines)
+
+
+def _command(settings: argparse.Namespace, run: Run, seeds: Sequence[int]) -> str:
+    table = TABLES[settings.table]
+    words = ["python", "scripts/reproduce.py", settings.table, "--rows", run.name]
+    words += [] if table.simulation is not None else ["--data", table.data]
+    words += [] if run.row.untrained else ["--seeds", *map(str, seeds)]
+    return shlex.join(words)
+
+
+# Running ------------------------------------------------------------------------------------------------------------
+
+
+def _run_all(settings: argparse.Namespace, runs: Sequence[Run], results: Path) -> int:
+    if not runs:
+        print(f"{settings.table}: all runs are done")
+        return 0
+    limit_s = None if settings.minutes is None else 60 * settings.minutes
+    try:
+        with logging_redirect_tqdm(), RowProgress([run.estimate_s for run in runs], limit_s) as progress:
+            log = _log(settings)
+            for run in runs:
+                with progress.run(run.label):
+                    for served, metrics, seconds in _measure(settings, run, log, progress):
+                        append_result(results, _line(settings, run, served, metrics, seconds))
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "stopped; the same command resumes it")
+        return 130
+    return 0
+
+
+def _measure(
+    settings: argparse.Namespace, run: Run, log: EventLog, progress: RowProgress
+) -> Iterator[tuple[str, dict[str, float], float]]:
+    """(name of the line, test metrics, seconds of training or counting) of what a run lacks."""
+    folder = settings.work / settings.table / f"{run.name}-{run.seed}-{_digest(run.config)}"
+    config = replace(
+        _train_config(TABLES[settings.table], run.row),
+        run_dir=str(folder / "run"),
+        seed=run.seed,
+        num_threads=settings.threads,
+    )
+    config.data.path, config.progress = str(log.path), False
+    if run.row.untrained == "truth":
+        yield run.name, _truth(log, config), 0.0
+    elif run.row.untrained:
+        found = evaluate_floor(Floor(run.row.untrained), log, config.data, top_k=TOP_K)
+        yield run.name, found.metrics, found.seconds
+    else:
+        model = train_model(config, log)
+        seconds = _seconds(folder / "run" / "metrics.jsonl")
+        if isinstance(model, HistoryModel):
+            progress.check()
+            yield run.name, evaluate_model(model, log, "test", top_k=TOP_K).metrics, seconds
+            return
+        assert isinstance(model, Recommender)
+        for served, metrics in _served_metrics(run, log, model, folder, progress):
+            yield served, metrics, seconds
+
+
+def _served_metrics(
+    run: Run, log: EventLog, model: Recommender, folder: Path, progress: RowProgress
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Test metrics of a trained model as it is served: from a store of each codec, through the scorer."""
+    served = {name: how for name, how in run.row.served(run.name).items() if name in run.missing}
+    for codec in dict.fromkeys(codec for codec, _ in served.values()):
+        progress.check()
+        refresh(model, log, folder / codec.value, until=split_until(model.data, "test"), codec=codec)
+    for name, (codec, length) in served.items():
+        progress.check()
+        with Scorer.open(model if length is None else model.with_tail(length), folder / codec.value) as scorer:
+            yield name, evaluate_scorer(scorer, log, "test", top_k=TOP_K).metrics
+
+
+def _truth(log: EventLog, config: TrainConfig) -> dict[str, float]:
+    """The best possible figures: the simulation's own probabilities."""
+    assert config.data.test_from is not None
+    cases = impression_cases(log, parse_time(config.data.test_from), None)
+    assert cases.probability is not None
+    return impression_metrics(cases, cases.probability)
+
+
+def _seconds(metrics: Path) -> float:
+    """Of training, in all processes of a run that was stopped and resumed; a cut epoch counts from its resumption."""
+    return math.fsum(json.loads(line).get("epoch_seconds", 0.0) for line in metrics.read_text().splitlines())
+
+
+def _line(
+    settings: argparse.Namespace, run: Run, served: str, metrics: Mapping[str, float], seconds: float
+) -> dict[str, Any]:
+    return {
+        "table": settings.table,
+        "data": TABLES[settings.table].data,
+        "model": served,
+        "seed": run.seed,
+        "metrics": {key: value if math.isfinite(value) else None for key, value in metrics.items()},
+        "command": _command(settings, run, [run.seed]),
+        "config": run.config,
+        "commit": commit(),
+        "hardware": hardware(),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _log(settings: argparse.Namespace) -> EventLog:
+    """The table's EventLog; made if it is not there."""
+    table = TABLES[settings.table]
+    # A simulation of another size under the same name is another log.
+    name = table.data if table.simulation is None else f"{table.data}-{_digest(table.simulation)}"
+    path = settings.work / "logs" / name
+    if not path.exists():
+        if table.simulation is not None:
+            source, kind = path.with_name(f"{name}-source"), "simulated"
+            simulate(SimulateConfig(out=str(source), **table.simulation))
+        else:
+            source, kind = _movielens_folder(settings, table.data), "auto"
+        prepare(PrepareConfig(out=str(path), events=SourceConfig(kind=kind, paths=[str(source)]), progress=False))
+    return EventLog.open(path)
+
+
+def _movielens_folder(settings: argparse.Namespace, name: str) -> Path:
+    root = os.environ.get("VISTA_DATA_DIR")
+    folder: Path | None = settings.data or (Path(root) / name if root else None)
+    if folder is None or not folder.exists():
+        raise ConfigError(
+            f"--data: {'is needed' if folder is None else f'{folder} is not there'}; give the folder of {name}, or set "
+            "VISTA_DATA_DIR to the folder of all sets (the README says where to get them)"
+        )
+    return folder
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""One progress bar over runs of very different lengths, with the time left by their estimates, and a limit of time."""
+
+from __future__ import annotations
+
+import _thread
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+
+from tqdm import tqdm
+
+TERMINAL_S, FILE_S = 1.0, 60.0
+"""Seconds between two drawings: a log file is not to be filled with bars."""
+
+
+class RowProgress:
+    """A bar in estimated seconds. It moves while a run goes on, and corrects estimates by the runs that have ended.
+
+    with RowProgress([60, 1200], limit_s=600) as progress:
+        for name in ("popularity, seed 0", "vista, seed 1"):
+            with progress.run(name):
+                ...
+    """
+
+    def __init__(self, estimates_s: Sequence[float], limit_s: float | None = None) -> None:
+        """
+        Args:
+            estimates_s: of each run, in the order in which they will run.
+            limit_s: interrupt the main thread, as Ctrl-C does, this long after the start; None: never.
+        """
+        self._estimates = [max(estimate, 1e-3) for estimate in estimates_s]
+        self._finished = 0
+        self._measured = 0.0
+        self._run_began: float | None = None
+        self._deadline = None if limit_s is None else time.monotonic() + limit_s
+        self.expired = False
+        """Whether the limit has passed."""
+        self._ended = threading.Event()
+        self._bar: tqdm[None] = tqdm(total=sum(self._estimates), bar_format="{l_bar}{bar}|", dynamic_ncols=True)
+        self._clock = threading.Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> RowProgress:
+        self._clock.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._ended.set()
+        self._clock.join()
+        self._draw()
+        self._bar.close()
+
+    @contextmanager
+    def run(self, name: str) -> Iterator[None]:
+        """The next run, from its start to its end.
+
+        Raises:
+            KeyboardInterrupt: if the limit has passed already.
+        """
+        self.check()
+        self._bar.set_description(f"{self._finished + 1} of {len(self._estimates)}: {name}", refresh=False)
+        self._run_began = time.monotonic()
+        self._draw()
+        yield
+        self._measured += time.monotonic() - self._run_began
+        self._run_began = None
+        self._finished += 1
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if the limit has passed: what was interrupted may have ended instead of stopping."""
+        if self.expired:
+            raise KeyboardInterrupt("stopped at the limit of time; the same command resumes it")
+
+    def left_s(self) -> float:
+        """Estimated seconds to the end of all runs."""
+        pace = self._pace()
+        elapsed = 0.0 if self._run_began is None else time.monotonic() - self._run_began
+        running, waiting = self._estimates[self._finished : self._finished + 1], self._estimates[self._finished + 1 :]
+        return max(pace * sum(running) - elapsed, 0.0) + pace * sum(waiting)
+
+    def _pace(self) -> float:
+        """Measured over estimated seconds of the runs that have ended."""
+        return self._measured / sum(self._estimates[: self._finished]) if self._finished else 1.0
+
+    def _draw(self) -> None:
+        left = self.left_s()
+        self._bar.n = self._bar.total - min(left / max(self._pace(), 1e-9), self._bar.total)
+        self._bar.bar_format = "{l_bar}{bar}| {elapsed}, about " + tqdm.format_interval(left) + " left"
+        self._bar.refresh()
+
+    def _tick(self) -> None:
+        every = TERMINAL_S if sys.stderr.isatty() else FILE_S
+        while True:
+            wait = every if self._deadline is None else min(every, max(self._deadline - time.monotonic(), 0.0))
+            if self._ended.wait(wait):
+                return
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                self._deadline, self.expired = None, True
+                _thread.interrupt_main()
+            self._draw()

@@ -1,0 +1,148 @@
+"""What the tables of docs/results hold, as data; `scripts/reproduce.py` runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vista.choices import Codec
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A model of a table, and how it is served."""
+
+    minutes: float
+    """Of one seed on one thread: a guess, until a row that was run says better."""
+    words: tuple[str, ...] = ()
+    """Words of `vista train` beyond the table's."""
+    codecs: tuple[Codec, ...] = (Codec.int8,)
+    """Stores that it is served from."""
+    tails: tuple[int, ...] = ()
+    """Shorter tails that the same weights are also served with (`Recommender.with_tail`), from the int8 store."""
+    untrained: Literal["", "popularity", "transitions", "truth"] = ""
+    """A floor, or the simulation's own probabilities: measured once, without training."""
+
+    def served(self, name: str) -> dict[str, tuple[Codec, int | None]]:
+        """Names of its lines in the table -> codec, and length of the tail if not the model's own."""
+        lines: dict[str, tuple[Codec, int | None]] = {
+            name if codec is Codec.int8 else f"{name}, {codec.value} store": (codec, None) for codec in self.codecs
+        }
+        return lines | {f"{name}, tail {length}": (Codec.int8, length) for length in self.tails}
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Models over one log and one split."""
+
+    experiment: str
+    """Of conf/experiment: the split, and what all rows have in common."""
+    data: str
+    """Name of the log: a MovieLens set's folder, or a simulation's."""
+    rows: dict[str, Row]
+    words: tuple[str, ...] = ()
+    """Words of `vista train` beyond the experiment, for all rows."""
+    simulation: dict[str, Any] | None = None
+    """Keys of `vista simulate` that make the log; None: a MovieLens set."""
+
+
+BOTH = (Codec.int8, Codec.float32)
+TAILS = (2, 4, 8, 16)
+K0 = ("model.num_seeds=0",)
+FLOORS = {"popularity": Row(0.1, untrained="popularity"), "transitions": Row(0.1, untrained="transitions")}
+TRUTH = {"truth": Row(0.1, untrained="truth")}
+
+
+def _movielens(data: str, minutes: float, more: dict[str, Row]) -> Table:
+    """`minutes`: of vista itself."""
+    rows = {
+        "vista": Row(minutes, codecs=BOTH, tails=TAILS),
+        "tail-only": Row(0.4 * minutes, K0, tails=TAILS),
+        "sasrec": Row(0.7 * minutes, ("model=sasrec",)),
+        "hstu": Row(0.9 * minutes, ("model=hstu",)),
+        **more,
+        **FLOORS,
+    }
+    return Table(data, data, rows)
+
+
+def _timeless(minutes: float) -> dict[str, Row]:
+    return {"no-times": Row(minutes, ("model.use_time=false",))}
+
+
+def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
+    """A log of some 4.8M events and 360,000 impressions, whatever the length of its histories.
+
+    Labels a pass, and the age of the summaries that training shows, are kept in proportion too.
+    """
+    windows = max(4, min(events_per_user, 16_000) * 64 // 4000)
+    # Stage 2 alone over the newest 200 events before each request, which it sees fresh and under full attention.
+    # Half as many windows of twice the positions: the same labels in half the time, at 169 to 200 events seen.
+    last_200 = ("model.tail_len=200", "data.label_spacing=32", f"data.windows_per_chunk={windows // 2}")
+    rows = {
+        "vista": Row(12, codecs=BOTH),
+        "tail-only": Row(7, K0),
+        "last-200": Row(19, (*K0, *last_200)),
+        "sasrec": Row(20, ("model=sasrec",)),
+        "hstu": Row(25, ("model=hstu",)),
+    }
+    words = (f"data.windows_per_chunk={windows}", f"data.staleness_events={events_per_user * 300 // 4000}")
+    sizes = {"num_users": num_users, "events_per_user": events_per_user, "impressions_per_user": 360_000 // num_users}
+    return Table("simulation", data, rows | TRUTH, words, sizes)
+
+
+def _ablations(minutes: float) -> dict[str, Row]:
+    """One change a row; `minutes` is vista's own time.
+
+    Bidirectional mixing has no convolution: its pair in separable mixing is `no-convolution`.
+    """
+    horizons = "model.decay_horizons"
+    changes: dict[str, tuple[float, tuple[str, ...]]] = {
+        "tail-only": (0.4, K0),
+        "K=4": (0.9, ("model.num_seeds=4",)),
+        "K=32": (1.3, ("model.num_seeds=32",)),
+        "no-reconstruction": (0.8, ("optim.reconstruction_weight=0",)),
+        "reconstruction-0.2": (1, ("optim.reconstruction_weight=0.2",)),
+        "reconstruction-1": (1, ("optim.reconstruction_weight=1",)),
+        "bidirectional": (1.5, ("model=bidirectional",)),
+        "bidirectional-1-cut": (1.2, ("model=bidirectional", "data.num_cuts=1")),
+        "bidirectional-4-cuts": (2, ("model=bidirectional", "data.num_cuts=4")),
+        "1-window": (0.5, ("data.windows_per_chunk=1",)),
+        "cuts-every-8": (1.8, ("data.label_spacing=8",)),
+        "decay-position": (1, ("model.decay=position", f"{horizons}=[0,256,64,16]")),
+        "decay-time": (1, ("model.decay=time", f"{horizons}=[0,365,90,30]")),
+        "no-convolution": (0.95, ("model.conv_width=1",)),
+        "convolution-5": (1.05, ("model.conv_width=5",)),
+        "no-normalization": (1, ("model.normalization=none",)),
+        "normalization-0.5": (1, ("model.normalization_alpha=0.5",)),
+    }
+    rows = {name: Row(share * minutes, words) for name, (share, words) in changes.items()}
+    return {"vista": Row(minutes, codecs=BOTH)} | rows
+
+
+SEEDS = {"K=4": Row(20, ("model.num_seeds=4",)), "K=32": Row(28, ("model.num_seeds=32",))}
+TABLES = {
+    "ml-1m": _movielens("ml-1m", 22, SEEDS),
+    "ml-1m-half": _movielens("ml-1m-half", 17, _timeless(17)),
+    "ml-100k": _movielens("ml-100k", 6, _timeless(6)),
+    "ml-latest-small": _movielens("ml-latest-small", 7, _timeless(7)),
+    # Thrice the default users: with 400, NE stands still far from the truth's, however many passes.
+    "simulation": _simulation("simulation", 1200, 4000),
+    # The same world, shorter and longer lives; 4,000 events are the table `simulation`.
+    "length-200": _simulation("simulation-200", 24_000, 200),
+    "length-1k": _simulation("simulation-1k", 4800, 1000),
+    "length-16k": _simulation("simulation-16k", 300, 16_000),
+    "length-64k": _simulation("simulation-64k", 75, 64_000),
+    "ablations-ml-100k": Table("ml-100k", "ml-100k", _ablations(6)),
+    # Half the passes of the table ml-1m-half.
+    "ablations-ml-1m-half": Table("ml-1m-half", "ml-1m-half", _ablations(8.5), ("optim.epochs=10",)),
+    # Half the lives and three passes, so that a run takes some five minutes.
+    "ablations-simulation": Table(
+        "simulation",
+        "simulation-2k",
+        _ablations(4.5) | TRUTH,
+        ("data.windows_per_chunk=32", "data.staleness_events=150", "optim.epochs=3"),
+        {"num_users": 1200, "events_per_user": 2000},
+    ),
+}
+"""By name: docs/results/<name>.jsonl and <name>.md."""

@@ -1,0 +1,128 @@
+"""The metric "memory": windows lie in their bands, negatives are strangers, and an event is judged as written down."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import Served
+from vista import memory
+from vista.data.histories import Histories
+from vista.errors import ConfigError
+from vista.evaluate import _check, evaluate_scorer
+from vista.memory import AGES, WINDOW, MemoryReport, bands, measure_memory
+from vista.model.recommender import Recommender
+from vista.scorer import Scorer
+
+
+@given(
+    lengths=st.lists(st.integers(0, 10_000), min_size=1, max_size=20),
+    band=st.integers(0, len(AGES) - 1),
+    seed=st.integers(0, 1000),
+)
+def test_windows_lie_in_their_band(lengths: list[int], band: int, seed: int) -> None:
+    end = AGES[band + 1] if band + 1 < len(AGES) else None
+    windows = memory._windows(np.array(lengths), AGES[band], end, np.random.default_rng(seed))
+    assert windows.row.tolist() == [row for row, length in enumerate(lengths) if length > AGES[band]]
+    for row, start, stop in zip(windows.row, windows.start, windows.stop, strict=True):
+        assert 0 <= start < stop <= lengths[row] - AGES[band] and stop - start <= WINDOW
+        assert end is None or lengths[row] - start <= end
+
+
+def test_an_event_is_judged_by_the_decoders_distance(served: Served) -> None:
+    """Event by event: the decoder's prediction, the distance to what would have been embedded, the share beaten."""
+    log, model = served.log, served.model
+    users = np.arange(6)
+    histories = log.gather(users, log.lengths[users])
+    items = memory._Items(model, log)
+    windows = memory._windows(histories.lengths, 0, 32, np.random.default_rng(3))
+    with Scorer.open(model, served.exact_store) as scorer:
+        summary = torch.from_numpy(scorer.store.get_many(log.users.ids(users)).summary)
+    shares = memory._share_beaten(model, items, histories, windows, [summary], np.random.default_rng(4))[0]
+
+    rng, expected = np.random.default_rng(4), []
+    lengths = windows.stop - windows.start
+    all_rows = np.concatenate(
+        [
+            items.rows[histories.slice(r, a, b).item]
+            for r, a, b in zip(windows.row, windows.start, windows.stop, strict=True)
+        ]
+    )
+    negatives = items.alike(all_rows, rng)
+    place = 0
+    for row, start, length in zip(windows.row, windows.start, lengths, strict=True):
+        history = histories.slice(int(row))
+        rows = items.rows[history.item]
+        gap = (
+            memory.history_gaps(np.asarray(history.timestamp), np.array([0, len(rows)]))
+            if model.encoder.gap is not None
+            else rows * 0
+        )
+
+        with torch.no_grad():
+            events = torch.stack([_embed(model, history, gap, int(rows[t]), t) for t in range(start, start + length)])
+            offsets, age = torch.tensor([0, length]), torch.tensor([len(rows) - start])
+            predicted = model.decoder(summary[row : row + 1], events, offsets, age)
+            for step in range(length):
+                strangers = [int(i) for i in negatives[place] if i not in set(rows.tolist())]
+                own = (predicted[step] - events[step]).square().sum()
+                theirs = [
+                    (predicted[step] - _embed(model, history, gap, i, start + step)).square().sum() for i in strangers
+                ]
+                if strangers:
+                    expected.append(np.mean([float(own < each) + 0.5 * float(own == each) for each in theirs]))
+                place += 1
+    np.testing.assert_allclose(shares, expected, atol=0.02)
+
+
+def _embed(model: Recommender, history: Histories, gap: np.ndarray, item: int, t: int) -> torch.Tensor:
+    """The embedding of event t, had it been of `item`."""
+    rating = None if history.rating is None else torch.tensor(history.rating[t])
+    action = torch.tensor(int(history.action[t]))
+    return model.encoder(model.item_vectors(torch.tensor(item)), action, torch.tensor(int(gap[t])), rating)
+
+
+def test_negatives_are_about_as_popular(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "NEIGHBOURS", 2)
+    items = memory._Items(served.model, served.log)
+    asked = np.repeat(items.by_popularity, 3)
+    drawn = items.alike(asked, np.random.default_rng(0))
+    step = np.abs(items.rank[drawn] - items.rank[asked][:, None])
+    assert step.min() == 1 and step.max() == 2
+
+
+def test_the_same_summary_for_all_is_no_memory(served: Served) -> None:
+    """A store whose records hold one summary: own and other are one question."""
+    with Scorer.open(served.model, served.exact_store) as scorer:
+        found = measure_memory(scorer, served.log, seed=1)
+        again = measure_memory(scorer, served.log, seed=1)
+        assert found.num_events[0] > 0 and np.array_equal(found.own, again.own, equal_nan=True)
+        stored = scorer.store.get_many
+
+        def alike(ids: object) -> object:
+            batch = stored(ids)  # type: ignore[arg-type]
+            return replace(batch, summary=np.broadcast_to(batch.summary[:1], batch.summary.shape).copy())
+
+        scorer.store.get_many = alike  # type: ignore[assignment,method-assign]
+        flat = measure_memory(scorer, served.log, seed=1)
+        assert np.array_equal(flat.own, flat.other, equal_nan=True)
+
+
+def test_report_and_refusal(served: Served) -> None:
+    with Scorer.open(served.model, served.test_store) as scorer:
+        found = evaluate_scorer(scorer, served.log, "test", memory=True)
+    assert isinstance(found.memory, MemoryReport)
+    assert set(found.memory.metrics()) == {f"memory/{band}" for band in bands()} <= set(found.metrics)
+    assert "age in events" in str(found)
+
+
+def test_a_model_without_summaries_is_refused(served: Served) -> None:
+    config = replace(served.model.config, num_seeds=0)
+    model = Recommender(config, served.model.schema, served.model.items, served.model.data)
+    with pytest.raises(ConfigError, match="no summaries"):
+        _check(model, served.log, "test", {"memory": True})

@@ -1,0 +1,210 @@
+"""Tables are run, resumed, listed and stopped, on little."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import reproduce
+from row_progress import RowProgress
+from tables import BOTH, FLOORS, K0, TABLES, TRUTH, Row, Table
+from tests.conftest import ratings_folder
+from vista.choices import Codec
+from vista.composition import compose_config
+from vista.config import TrainConfig
+from vista.results import append_result, hardware, markdown_table, read_results
+
+SMALL = ("optim.epochs=1", "optim.warmup_steps=2", "model.dim=16")
+SIMULATION = Table(
+    "simulation",
+    "tiny",
+    {
+        "vista": Row(1, codecs=BOTH, tails=(4,)),
+        "tail-only": Row(1, K0),
+        "last-40": Row(1, (*K0, "model.tail_len=40")),
+        **FLOORS,
+        **TRUTH,
+    },
+    SMALL,
+    {"num_users": 24, "events_per_user": 200},
+)
+MOVIELENS = Table("ml-100k", "ml-1m", {"vista": Row(3, SMALL), **FLOORS})
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of the command, for a table "tiny" over ratings."""
+    monkeypatch.setitem(TABLES, "tiny", MOVIELENS)
+    monkeypatch.delenv("VISTA_DATA_DIR", raising=False)
+    data = ratings_folder(tmp_path / "sets" / "ml-1m")
+    folders = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    return ["tiny", "--data", str(data), *folders, "--threads", "1"]
+
+
+def found_lines(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    return {f"{line['model']} {line['seed']}": line for line in read_results(tmp_path / "results" / "tiny.jsonl")}
+
+
+def test_a_simulated_table(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All kinds of rows; what is there is not run again."""
+    monkeypatch.setitem(TABLES, "tiny", SIMULATION)
+    assert reproduce.main(words) == 0
+    assert "6 of 6: truth" in capsys.readouterr().err
+    found = found_lines(tmp_path)
+    trained = ["vista 1", "vista, float32 store 1", "vista, tail 4 1", "tail-only 1", "last-40 1"]
+    assert list(found) == [*trained, "popularity 0", "transitions 0", "truth 0"]
+    assert found["last-40 1"]["config"]["model"]["tail_len"] == 40
+    assert all(0 < found[name]["metrics"]["auc/click"] < 1 for name in trained)
+    assert found["truth 0"]["metrics"]["ne/click"] < min(found[name]["metrics"]["ne/click"] for name in trained)
+    assert found["vista, tail 4 1"]["metrics"] != found["vista 1"]["metrics"]
+    assert found["popularity 0"]["metrics"].keys() == {f"{name}@{k}" for name in ("hr", "ndcg") for k in (10, 50, 200)}
+    assert found["vista 1"]["command"] == "python scripts/reproduce.py tiny --rows vista --seeds 1"
+    assert found["truth 0"]["command"] == "python scripts/reproduce.py tiny --rows truth"
+    assert str(tmp_path) not in json.dumps(found)
+    table = tmp_path / "results" / "tiny.jsonl"
+    assert table.with_suffix(".md").read_text() == markdown_table(read_results(table))
+    before = table.read_bytes()
+    table.with_suffix(".md").unlink()
+    assert reproduce.main(words) == 0 and table.read_bytes() == before
+    assert capsys.readouterr().out == "tiny: all runs are done\n" and table.with_suffix(".md").exists()
+
+
+def test_only_what_lacks_is_run(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows and seeds that are asked for; then another served tail; then another configuration."""
+    assert reproduce.main([*words, "--rows", "vista", "--seeds", "2"]) == 0
+    assert list(found_lines(tmp_path)) == ["vista 2"]
+    assert found_lines(tmp_path)["vista 2"]["command"].endswith("--rows vista --data ml-1m --seeds 2")
+
+    monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={"vista": Row(3, SMALL, BOTH, (4,)), **FLOORS}))
+    assert reproduce.main([*words, "--seeds", "2"]) == 0
+    lines = read_results(tmp_path / "results" / "tiny.jsonl")
+    assert [line["model"] for line in lines] == [
+        "vista",
+        "vista, float32 store",
+        "vista, tail 4",
+        "popularity",
+        "transitions",
+    ]
+    assert len({line["seconds"] for line in lines[:3]}) == 1, "the model was trained once"
+
+    monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, words=("model.num_heads=2",)))
+    capsys.readouterr()
+    assert reproduce.main([*words, "--seeds", "2", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "tiny: 2 of 3 runs done" in printed and "was done with another model.num_heads (4 -> 2)" in printed
+    assert reproduce.main([*words, "--seeds", "2"]) == 0
+    again = read_results(tmp_path / "results" / "tiny.jsonl")
+    assert again[:5] == lines and [line["model"] for line in again[5:]] == ["vista"]
+    assert again[5]["config"]["model"]["num_heads"] == 2
+
+
+def test_the_time_limit_stops_a_run_that_the_next_call_ends(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figures are those of a run that was not stopped."""
+    long = Row(1, (*SMALL, "optim.epochs=20", "data.tokens_per_batch=200"))
+    monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={**FLOORS, "vista": long}))
+    assert reproduce.main([*words, "--rows", *FLOORS]) == 0
+    assert reproduce.main([*words, "--minutes", "0.015"]) == 130
+    assert "; the same command resumes it" in capsys.readouterr().out
+    assert list(found_lines(tmp_path)) == ["popularity 0", "transitions 0"]
+    assert "transitions" in (tmp_path / "results" / "tiny.md").read_text()
+    (checkpoints,) = (tmp_path / "work" / "tiny").rglob("checkpoints")
+    assert list(checkpoints.glob("step-*"))
+    assert reproduce.main(words) == 0
+    assert "resuming at step" in (checkpoints.parent / "train.log").read_text()
+    stopped = found_lines(tmp_path)["vista 1"]
+    whole = [str(tmp_path / "whole") if word == str(tmp_path / "work") else word for word in words]
+    whole[whole.index("--results") + 1] = str(tmp_path / "results" / "whole")
+    assert reproduce.main([*whole, "--rows", "vista"]) == 0
+    (line,) = read_results(tmp_path / "results" / "whole" / "tiny.jsonl")
+    assert line["metrics"] == stopped["metrics"] and line["config"] == stopped["config"]
+
+
+def test_estimates_come_from_rows_of_such_a_machine(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """First the table's guess, then rows of any machine, then those of this one; nothing is run or written."""
+
+    def listing() -> str:
+        assert reproduce.main([*words, "--list", "--seeds", "1", "2"]) == 0
+        return capsys.readouterr().out
+
+    assert "tiny: 0 of 4 runs done, about 6 minutes left" in listing()
+    assert not (tmp_path / "results").exists() and not (tmp_path / "work").exists()
+    line = {
+        "table": "tiny",
+        "data": "ml-1m",
+        "model": "vista",
+        "seed": 3,
+        "metrics": {"hr@10": 0.5},
+        "command": "run",
+        "config": {},
+        "commit": "abc1234",
+        "hardware": {"cpu": "Other CPU", "cores": 2, "threads": 1, "gpu": None},
+        "seconds": 600,
+    }
+    append_result(tmp_path / "results" / "tiny.jsonl", line)
+    assert "vista: to run with seed 1 2; 10.0 minutes a run" in listing()
+    append_result(tmp_path / "results" / "tiny.jsonl", line | {"hardware": hardware() | {"threads": 1}, "seconds": 120})
+    printed = listing()
+    assert "tiny: 0 of 4 runs done, about 4 minutes left" in printed
+    assert "vista: to run with seed 1 2; 2.0 minutes a run\n  python scripts/reproduce.py tiny --rows vista" in printed
+    assert "popularity: to run; 0.1 minutes a run" in printed
+
+
+def test_bad_words_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce.main([*words, "--rows", "vista", "sasrek"]) == 1
+    assert "--rows sasrek: tiny has no such row; take some of vista, popularity" in capsys.readouterr().err
+    words[2] += "-absent"
+    assert reproduce.main(words) == 1
+    assert "ml-1m-absent is not there; give the folder of ml-1m, or set VISTA_DATA_DIR" in capsys.readouterr().err
+    assert reproduce.main([words[0], *words[3:]]) == 1
+    assert "--data: is needed; give the folder of ml-1m" in capsys.readouterr().err
+    for minutes in ("0", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            reproduce.main([*words, "--minutes", minutes])
+        assert "needs a positive number of minutes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_can_be_composed(name: str) -> None:
+    table = TABLES[name]
+    configs = {}
+    for row, values in table.rows.items():
+        config = compose_config(TrainConfig, [f"experiment={table.experiment}", *table.words, *values.words])
+        configs[row] = reproduce._recorded(config, values)
+        assert all(length < config.model.tail_len for length in values.tails)
+        assert not values.tails or Codec.int8 in values.codecs, "shorter tails are served from the int8 store"
+    trained = [json.dumps(config) for row, config in configs.items() if not table.rows[row].untrained]
+    assert len(set(trained)) == len(trained), "two rows of the same configuration"
+
+
+def test_progress_corrects_its_estimates_by_what_has_ended() -> None:
+    with RowProgress([0.1, 1.0, 2.0]) as progress:
+        assert 2.9 < progress.left_s() <= 3.1
+        with progress.run("first"):
+            time.sleep(0.2)
+        assert 5.9 < progress.left_s() < 9  # everything takes twice its estimate
+        with progress.run("second"):
+            time.sleep(0.1)
+            assert 5.8 < progress.left_s() < 8.9
+
+
+def test_progress_interrupts_at_its_limit() -> None:
+    with pytest.raises(KeyboardInterrupt), RowProgress([60.0, 1.0], limit_s=0.1) as progress, progress.run("first"):
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            time.sleep(0.01)
+    assert progress.expired
+    with pytest.raises(KeyboardInterrupt, match="stopped at the limit of time"), progress.run("second"):
+        pass

@@ -1,0 +1,80 @@
+"""One table for all categorical features, read by hashes: Unified Embedding (Coleman et al., NeurIPS 2023).
+
+A feature's value reads one row a hash function; its vector is these rows end to end. Values share rows, within a
+feature and across features, and look the same only where all their rows agree.
+
+Saved models rely on which value reads which row: the features' numbers and the hash functions never change.
+Letters: N rows that are hashed to, P hash functions, M model dim; a row is M / P wide.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Feature(IntEnum):
+    """Whose values are hashed."""
+
+    item = 1
+    action = 2
+    gap = 3
+
+
+def mix64(x: Tensor) -> Tensor:
+    """SplitMix64 of states int64 [...] (Steele, Lea and Flood, OOPSLA 2014): a bijection of 64-bit words.
+
+    Words are unsigned in the definition; int64 carries the same bits, since sums and products wrap around.
+    """
+    x = x + _GAMMA
+    x = (x ^ _shift_right(x, 30)) * _FIRST
+    x = (x ^ _shift_right(x, 27)) * _SECOND
+    return x ^ _shift_right(x, 31)
+
+
+def hashed_rows(values: Tensor, feature: Feature, num_hashes: int, num_rows: int) -> Tensor:
+    """Rows int64 [..., P] in 1 ... num_rows of a feature's values int64 [...]; no value hashes to row 0.
+
+    Hash function i of feature f takes the value v to 1 + (mix64(v XOR mix64(2^32 f + i)) >> 1) mod num_rows.
+    """
+    keys = mix64((int(feature) << 32) + torch.arange(num_hashes, device=values.device))
+    return 1 + _shift_right(mix64(values.unsqueeze(-1) ^ keys), 1) % num_rows
+
+
+def gather(table: Tensor, rows: Tensor) -> Tensor:
+    """[..., M] vectors of rows int64 [..., P] of a table [1 + N, M / P], whose gradient is sparse."""
+    return F.embedding(rows, table, sparse=True).flatten(-2)
+
+
+class HashedFeature(nn.Module):
+    """Stands in for an `nn.Embedding` of few values, over the table that all features share."""
+
+    rows: Tensor
+
+    def __init__(self, table: nn.Parameter, feature: Feature, num_values: int, num_hashes: int) -> None:
+        super().__init__()
+        # In a tuple, out of torch's sight: the parameter is the model's, moves with it and is saved with it, once.
+        self._table = (table,)
+        rows = hashed_rows(torch.arange(num_values), feature, num_hashes, len(table) - 1)
+        self.register_buffer("rows", rows, persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[..., M] vectors of values int64 [...]."""
+        # All values first, then each event's: the table's gradient is of these few rows, not of every event's.
+        return F.embedding(values, gather(self._table[0], self.rows))
+
+
+def _signed(word: int) -> int:
+    """The int64 of the same 64 bits."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+_GAMMA, _FIRST, _SECOND = (_signed(word) for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: zeros come in from the left, where int64's own shift repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
