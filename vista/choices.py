@@ -11,6 +11,14 @@ class Architecture(Enum):
     vista = "vista"
     sasrec = "sasrec"
     hstu = "hstu"
+    din = "din"
+    sim = "sim"
+    twin = "twin"
+
+    @property
+    def ranks_only(self) -> bool:
+        """Whether it only ranks candidates: no next items, and each impression reads its own newest events."""
+        return self in (Architecture.din, Architecture.sim, Architecture.twin)
 
 
 class Stage(Enum):

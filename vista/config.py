@@ -52,6 +52,8 @@ class ModelConfig:
     """One horizon tau a head: days (decay=time) or events (decay=position); 0 means that the head forgets nothing."""
     history_limit: int = 0
     """Newest events that a summary, or a rival at a request, sees at most; 0 means all."""
+    search_top_k: int = 100
+    """sim, twin: events of the history that a candidate's search finds, and its attention reads."""
     tail_len: int = 32
     """Newest events that stage 2 reads beside the summary."""
     feed_forward_ratio: float = 2.0
@@ -77,7 +79,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
-        counts = ("dim", "num_heads", "num_layers", "num_target_layers", "conv_width", "tail_len")
+        counts = ("dim", "num_heads", "num_layers", "num_target_layers", "conv_width", "tail_len", "search_top_k")
         require_counts(self, "model.", (*counts, "num_reconstruction_layers", "embedding_hashes"))
         require_counts(self, "model.", ("num_seeds", "history_limit", "embedding_rows"), least=0)
         require_finite(self, "model.", ("normalization_alpha",))
@@ -94,12 +96,9 @@ class ModelConfig:
             f"must divide model.dim={self.dim}, got {self.embedding_hashes}; take one of "
             f"{[p for p in range(1, 9) if self.dim % p == 0]}",
         )
-        if self.architecture in (Architecture.sasrec, Architecture.hstu):
-            require(
-                self.history_limit > 0,
-                "model.history_limit",
-                f"{self.architecture.value} has a position for each event; set 200",
-            )
+        if self.architecture in (Architecture.sasrec, Architecture.hstu, Architecture.din):
+            message = f"{self.architecture.value} reads a bounded number of events; set 200"
+            require(self.history_limit > 0, "model.history_limit", message)
         require(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), got {self.dropout}")
         if self.decay is not Decay.none:
             require(
@@ -250,6 +249,11 @@ class TrainConfig:
             require(vista, "model.architecture", "stage=downstream needs vista: a rival has no summaries")
             message = "stage=downstream needs time: labels lie between the store's `until` and data.validation_from"
             require(time, "data.split", message)
+
+    @property
+    def trains_next(self) -> bool:
+        """Whether the next item is trained: by the retrieval head, where the architecture has one."""
+        return self.optim.next_weight > 0 and not self.model.architecture.ranks_only
 
 
 @dataclass(kw_only=True, slots=True)

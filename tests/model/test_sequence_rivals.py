@@ -15,7 +15,7 @@ from vista.choices import Architecture
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.data.gaps import gap_bucket
 from vista.data.vocabulary import Vocabulary
-from vista.model.baselines import sequence_model
+from vista.model.baselines import tiles
 from vista.model.baselines.hstu import HSTU
 from vista.model.baselines.sasrec import SASRec
 from vista.model.baselines.sequence_model import SequenceModel
@@ -123,7 +123,7 @@ def test_neighbours_padding_and_other_candidates_change_nothing(
     candidates = torch.from_numpy(np.random.default_rng(0).integers(1, make.num_items, (packed.num_users, 6)))
     users, logits = model.user_vectors(packed, now), model.candidate_logits(packed, candidates, now)
     for tokens in (1, 16):
-        monkeypatch.setattr(sequence_model, "TILE_TOKENS", tokens)
+        monkeypatch.setattr(tiles, "TILE_TOKENS", tokens)
         torch.testing.assert_close(model.user_vectors(packed, now), users)
     for user in range(packed.num_users):
         alone, at = packed.slice(user), now[user : user + 1]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import small_config
-from vista.choices import Decay, Split
-from vista.config import OptimConfig, TrainConfig
+from vista.choices import Architecture, Decay, Split
+from vista.config import ModelConfig, OptimConfig, TrainConfig
 from vista.data.event_log import EventLog
 from vista.errors import ConfigError, DataError
 from vista.training.trainer import schema_of, train
@@ -30,6 +30,19 @@ class TestSchema:
         config.model.decay = Decay.time
         with pytest.raises(ConfigError, match=r"model\.decay=time: .* has no times; set model\.decay=position or none"):
             schema_of(order_log, config)
+
+    @pytest.mark.parametrize("architecture", [each for each in Architecture if each.ranks_only])
+    def test_rivals_that_rank_only_need_labelled_impressions(
+        self, event_log: EventLog, impression_log: EventLog, architecture: Architecture
+    ) -> None:
+        config = TrainConfig(model=ModelConfig(architecture=architecture, history_limit=200))
+        schema = schema_of(impression_log, config)
+        assert (schema.tasks, schema.has_retrieval) == (["click", "like", "long_view"], False)
+        with pytest.raises(ConfigError, match=rf"model\.architecture={architecture.value}: learns from .* has none;"):
+            schema_of(event_log, config)
+        config.optim.task_weight = 0
+        with pytest.raises(ConfigError, match=r"labelled impressions alone, and optim\.task_weight=0; prepare"):
+            schema_of(impression_log, config)
 
     def test_some_head_must_be_trained(self, event_log: EventLog) -> None:
         with pytest.raises(ConfigError, match=r"optim\.next_weight=0: .* no head would be trained"):

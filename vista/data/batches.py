@@ -76,7 +76,10 @@ class BatchSource:
             frequency[1:] = np.maximum(frequency[1:], 1)
         self._sampler = NegativeSampler(frequency, num_negatives=data.num_negatives, power=data.negative_power)
         self._adjustment = _logit_adjustment(frequency, config.optim.logq_strength)
-        self._chunk_len = min(data.chunk_len, model.history_limit or data.chunk_len)
+        # What encodes whole chunks must not see more of one than it may of a history; what ranks alone takes its newest
+        # events before each impression, so its chunks may be longer.
+        limit = 0 if model.architecture.ranks_only else model.history_limit
+        self._chunk_len = min(data.chunk_len, limit or data.chunk_len)
         self._stored = stored
         self._first = visible_counts(log, Until(before=stored.since)) if stored else np.zeros(log.num_users, np.int64)
         """int64 [num_users]: events before a user's first label."""
@@ -86,7 +89,7 @@ class BatchSource:
             log, item_rows, self.counts, config, tasks, since=stored.since if stored else None
         )
         labelled = np.diff(self._impressions.offsets) > 0
-        if stored is None or config.optim.next_weight > 0:
+        if stored is None or config.trains_next:
             labelled |= self.counts > self._first
         # Users without events count where they have impressions: the empty history's summary is trained on these.
         self._users = np.flatnonzero(labelled)

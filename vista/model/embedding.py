@@ -49,13 +49,13 @@ class EventEncoder(nn.Module):
         if self.rating is not None:
             nn.init.normal_(self.rating, std=0.02)
 
-    def forward(self, item_vectors: Tensor, action: Tensor, gap: Tensor, rating: Tensor | None = None) -> Tensor:
+    def forward(self, item_vectors: Tensor, action: Tensor, gap: Tensor | None, rating: Tensor | None = None) -> Tensor:
         """Embed events.
 
         Args:
             item_vectors: [..., M], the vectors of the events' items.
             action: int64 [...].
-            gap: int64 [...], buckets of `gap_bucket`.
+            gap: int64 [...], buckets of `gap_bucket`; None leaves times out.
             rating: float32 [...] or None; NaN means that the event has none.
 
         Returns:
@@ -64,7 +64,7 @@ class EventEncoder(nn.Module):
         x = item_vectors
         if self.action is not None:
             x = x + self.action(action)
-        if self.gap is not None:
+        if self.gap is not None and gap is not None:
             x = x + self.gap(gap)
         if self.rating is not None and self.rating_range is not None and rating is not None:
             low, high = self.rating_range

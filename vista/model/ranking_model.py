@@ -39,6 +39,9 @@ CLASSES = {
     Architecture.vista: ("vista.model.recommender", "Recommender"),
     Architecture.sasrec: ("vista.model.baselines.sasrec", "SASRec"),
     Architecture.hstu: ("vista.model.baselines.hstu", "HSTU"),
+    Architecture.din: ("vista.model.baselines.din", "DIN"),
+    Architecture.sim: ("vista.model.baselines.sim", "SIM"),
+    Architecture.twin: ("vista.model.baselines.twin", "TWIN"),
 }
 """Module and class of each architecture; a module is imported only where its models are used."""
 

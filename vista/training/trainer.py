@@ -131,12 +131,19 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
     tasks = trained_tasks(log, optim)
     if NEXT_TASK in tasks:
         raise ConfigError(f"{log.path}: no label may be named {NEXT_TASK!r}, which names the retrieval head; rename it")
-    if optim.next_weight <= 0 and not tasks:
+    if config.model.architecture.ranks_only and not tasks:
+        why = "optim.task_weight=0" if log.impressions is not None else f"{log.path} has none"
+        raise ConfigError(
+            f"model.architecture={config.model.architecture.value}: learns from labelled impressions alone, and {why}; "
+            "prepare the log with impressions.* and set optim.task_weight=1, or train an architecture that ranks next "
+            "items, such as model=sasrec"
+        )
+    if not config.trains_next and not tasks:
         raise ConfigError(
             f"optim.next_weight={optim.next_weight:g}: {log.path} offers no labelled task either, so no head would be "
             "trained; set optim.next_weight=1"
         )
-    return Schema(list(log.actions), log.has_time, rating_range, tasks, optim.next_weight > 0)
+    return Schema(list(log.actions), log.has_time, rating_range, tasks, config.trains_next)
 
 
 class _Trainer:

@@ -1,6 +1,6 @@
 """What rivals share: they read the raw history at every request, and keep nothing of it between two.
 
-Letters: B users, T packed events, C candidates, M model dim.
+Letters: B users, N impressions, C candidates, M model dim.
 """
 
 from __future__ import annotations
@@ -14,22 +14,13 @@ from torch import Tensor
 
 from vista.config import OptimConfig
 from vista.data.cuts import Batch
-from vista.data.gaps import UNKNOWN_GAP, gap_bucket, history_gaps
+from vista.data.gaps import NUM_GAPS, UNKNOWN_GAP, gap_bucket
 from vista.data.histories import Histories
-from vista.model.inference import newest
+from vista.errors import ConfigError
 from vista.model.losses import sampled_softmax, task_losses
 from vista.model.ranking_model import Losses, RankingModel
 
 Int = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Events:
-    """Embedded histories: vectors [T, M]; time int64 [T] ms (or ordinals); offsets int64 [B+1], on the host."""
-
-    vectors: Tensor
-    time: Tensor
-    offsets: Int
 
 
 class HistoryModel(RankingModel):
@@ -41,22 +32,16 @@ class HistoryModel(RankingModel):
         Args:
             histories: items as model rows (`item_rows`).
             now: int64 [B] ms of the requests; None where unknown.
+
+        Raises:
+            ConfigError: of an architecture that ranks candidates only.
         """
-        raise NotImplementedError
+        name = self.config.architecture.value
+        raise ConfigError(f"model.architecture={name}: ranks candidates only, and has no user vectors")
 
     def candidate_logits(self, histories: Histories, candidates: Tensor, now: Int | None) -> Tensor:
         """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows)."""
         raise NotImplementedError
-
-    def embed(self, histories: Histories) -> Events:
-        """The newest `history_limit` events of each history."""
-        histories = newest(histories, self.config.history_limit)
-        time = np.asarray(histories.timestamp)
-        gap = history_gaps(time, histories.offsets) if self.encoder.gap is not None else np.zeros(len(time), np.int64)
-        rating = None if histories.rating is None else self._tensor(histories.rating)
-        vectors = self.item_vectors(self._tensor(histories.item).long())
-        vectors = self.encoder(vectors, self._tensor(histories.action).long(), self._tensor(gap), rating)
-        return Events(vectors, self._tensor(time), histories.offsets)
 
     def request_gap(self, histories: Histories, now: Int | None) -> Tensor | None:
         """[B, M] embeddings of the time from each history's newest event to the request, as `losses` trains them."""
@@ -70,6 +55,45 @@ class HistoryModel(RankingModel):
 
     def _tensor(self, values: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Impressions:
+    """Labelled impressions [N] of a batch, sorted by chunk; all int64."""
+
+    item: Tensor
+    """Rows of `batch.rows`."""
+    gap: Tensor
+    """Buckets of the time from the newest event seen to the request."""
+    chunk: Tensor
+    seen: Tensor
+    """Events of the chunk that came before the request."""
+    place: Tensor
+    """Flat index into the batch's [NW, I]."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> Impressions:
+        place = batch.candidate_mask.any(-1).flatten().nonzero().squeeze(-1)
+        window = place // max(batch.candidate.shape[1], 1)
+        chunk_start = batch.cut_start[batch.window_cut[window]]
+        # The tail's last W columns are the events before each position of its window.
+        column = batch.tail_index.shape[1] - batch.label.shape[1] + batch.candidate_position.flatten()[place]
+        last = batch.tail_index[window, column]
+        seen = torch.where(last >= 0, last + 1 - chunk_start, 0)
+        chunk = torch.searchsorted(batch.offsets, chunk_start, right=True) - 1
+        return cls(batch.candidate.flatten()[place], batch.candidate_gap.flatten()[place], chunk, seen, place)
+
+
+def in_place(logits: Tensor, place: Tensor, batch: Batch) -> Tensor:
+    """Logits [N, num_tasks] at their flat places int64 [N] of the batch's [NW, I, num_tasks]; 0 elsewhere."""
+    flat = logits.new_zeros(batch.candidate.numel(), logits.shape[1]).index_copy(0, place, logits)
+    return flat.view(*batch.candidate.shape, -1)
+
+
+def time_bucket(gap_ms: Tensor) -> Tensor:
+    """`vista.data.gaps.gap_bucket` of int64 tensors."""
+    seconds = gap_ms.clamp(min=0).to(torch.float64) / 1000
+    return (1 + torch.log2(1 + seconds)).long().clamp(max=NUM_GAPS - 1)
 
 
 def weighted_losses(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vista.config import DataConfig, ModelConfig
 from vista.data.gaps import NUM_GAPS
 from vista.data.vocabulary import Vocabulary
+from vista.model.baselines.history_model import time_bucket
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.layers import Dropout, module_list, norm, split_heads
 from vista.model.ranking_model import Schema
@@ -110,9 +111,3 @@ class Layer(nn.Module):
         """Gate, projection and residual: x [n, L, M], heads [n, H, L, D], gate [n, L, M]."""
         update: Tensor = self.out(self.dropout(self.head_norm(heads.transpose(1, 2).flatten(2)) * gate))
         return x + update
-
-
-def time_bucket(gap_ms: Tensor) -> Tensor:
-    """`vista.data.gaps.gap_bucket` of int64 tensors."""
-    seconds = gap_ms.clamp(min=0).to(torch.float64) / 1000
-    return (1 + torch.log2(1 + seconds)).long().clamp(max=NUM_GAPS - 1)

@@ -6,54 +6,33 @@ cannot see it. Letters: n histories of a tile, L events, C candidates, M model d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.data.cuts import Batch
+from vista.data.gaps import history_gaps
 from vista.data.histories import Histories
 from vista.data.vocabulary import Vocabulary
-from vista.model.baselines.history_model import Events, HistoryModel, next_loss, weighted_losses
+from vista.model.baselines.history_model import HistoryModel, Impressions, Int, in_place, next_loss, weighted_losses
+from vista.model.baselines.tiles import Tile, tiles
+from vista.model.inference import newest
 from vista.model.layers import Dropout
 from vista.model.ranking_model import Losses, Schema
 
-Int = NDArray[np.int64]
-TILE_TOKENS = 2048
-"""Tokens of a tile at most (a longer history is a tile of its own): what stays in the cache."""
-
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """Histories of like length: rows int64 [n]; index int64 [n, L] into the packed events, repeated after the last;
-    valid bool [n, L]."""
+class Events:
+    """Embedded histories: vectors [T, M]; time int64 [T] ms (or ordinals); offsets int64 [B+1], on the host."""
 
-    rows: Tensor
-    index: Tensor
-    valid: Tensor
-
-
-def tiles(offsets: Int, device: torch.device) -> Iterator[Tile]:
-    """Tiles that cover all histories; those without events are in tiles [n, 0]."""
-    lengths = np.diff(offsets)
-    order = np.argsort(lengths, kind="stable")
-    first = 0
-    while first < len(order):
-        longest = lengths[order[first:]]
-        fits = longest * np.arange(1, len(longest) + 1) <= TILE_TOKENS
-        last = first + max(1, len(fits) if fits.all() else int(np.argmin(fits)))
-        rows = order[first:last]
-        steps = np.arange(int(lengths[rows].max()))
-        index = offsets[rows][:, None] + np.minimum(steps, lengths[rows][:, None] - 1)
-        valid = steps < lengths[rows][:, None]
-        yield Tile(*(torch.from_numpy(x).to(device) for x in (rows, np.where(valid, index, 0), valid)))
-        first = last
+    vectors: Tensor
+    time: Tensor
+    offsets: Int
 
 
 class SequenceModel(HistoryModel):
@@ -96,7 +75,7 @@ class SequenceModel(HistoryModel):
     def losses(self, batch: Batch, item_vectors: Tensor, data: DataConfig, optim: OptimConfig) -> Losses:
         vectors = self.encoder(item_vectors[batch.item], batch.action, batch.gap, batch.rating)
         events = Events(vectors, batch.clock, batch.offsets.cpu().numpy())
-        shown = _Impressions.of(batch) if self.schema.tasks and optim.task_weight > 0 else None
+        shown = Impressions.of(batch) if self.schema.tasks and optim.task_weight > 0 else None
         users, labels, logits, places = [], [], [], []
         for tile in tiles(events.offsets, vectors.device):
             states, memory = self._encode(events, tile)
@@ -104,20 +83,19 @@ class SequenceModel(HistoryModel):
                 gap = self.encoder.gap_vectors(batch.gap[tile.index][tile.valid])
                 users.append(self._user(states[:, :-1][tile.valid], gap))
                 labels.append(batch.item[tile.index][tile.valid])
-            if shown is not None and (part := shown.of_tile(tile)) is not None:
-                vector = item_vectors[part.item]
-                gap = self.encoder.gap_vectors(part.gap)
+            if shown is not None and (part := tile.entries(shown.chunk)) is not None:
+                index, valid = part
+                vector = item_vectors[shown.item[index]]
+                gap = self.encoder.gap_vectors(shown.gap[index])
                 vector = vector if gap is None else vector + gap
-                logits.append(self.impression_logits(states, memory, vector, part.seen)[part.valid])
-                places.append(part.place[part.valid])
+                logits.append(self.impression_logits(states, memory, vector, shown.seen[index])[valid])
+                places.append(shown.place[index][valid])
         loss = None
         if users:
             loss = next_loss(batch, item_vectors, torch.cat(users), torch.cat(labels), self.config.temperature)
         if not logits:
             return weighted_losses(self, batch, optim, loss, None)
-        flat = logits[0].new_zeros(batch.candidate.numel(), len(self.schema.tasks))
-        flat = flat.index_copy(0, torch.cat(places), torch.cat(logits))
-        return weighted_losses(self, batch, optim, loss, flat.view(*batch.candidate.shape, -1))
+        return weighted_losses(self, batch, optim, loss, in_place(torch.cat(logits), torch.cat(places), batch))
 
     def _encode(self, events: Events, tile: Tile) -> tuple[Tensor, Any]:
         """States [n, L+1, M] before each event and after the last, and the history's memory (None without events)."""
@@ -133,6 +111,16 @@ class SequenceModel(HistoryModel):
         return F.normalize(self.user_projection(states if gap is None else states + gap), dim=-1)
 
     # Requests ------------------------------------------------------------------------------------------------------
+
+    def embed(self, histories: Histories) -> Events:
+        """The newest `history_limit` events of each history."""
+        histories = newest(histories, self.config.history_limit)
+        time = np.asarray(histories.timestamp)
+        gap = history_gaps(time, histories.offsets) if self.encoder.gap is not None else np.zeros(len(time), np.int64)
+        rating = None if histories.rating is None else self._tensor(histories.rating)
+        vectors = self.item_vectors(self._tensor(histories.item).long())
+        vectors = self.encoder(vectors, self._tensor(histories.action).long(), self._tensor(gap), rating)
+        return Events(vectors, self._tensor(time), histories.offsets)
 
     @torch.inference_mode()
     def user_vectors(self, histories: Histories, now: Int | None) -> Tensor:
@@ -155,45 +143,3 @@ class SequenceModel(HistoryModel):
             seen = tile.valid.sum(1, keepdim=True).expand(-1, candidates.shape[1])
             out[tile.rows] = self.impression_logits(states, memory, vectors, seen)
         return out
-
-
-@dataclass(frozen=True, slots=True)
-class _Impressions:
-    """Labelled impressions of a batch, or of a tile [n, C]: chunk and place only of a batch, valid only of a tile."""
-
-    item: Tensor
-    gap: Tensor
-    seen: Tensor
-    place: Tensor
-    """Flat index into the batch's [NW, I]."""
-    chunk: Tensor
-    valid: Tensor
-
-    @classmethod
-    def of(cls, batch: Batch) -> _Impressions:
-        """The impressions [N] of a batch, sorted by chunk."""
-        place = batch.candidate_mask.any(-1).flatten().nonzero().squeeze(-1)
-        window = place // max(batch.candidate.shape[1], 1)
-        chunk_start = batch.cut_start[batch.window_cut[window]]
-        # The tail's last W columns are the events before each position of its window.
-        column = batch.tail_index.shape[1] - batch.label.shape[1] + batch.candidate_position.flatten()[place]
-        last = batch.tail_index[window, column]
-        seen = torch.where(last >= 0, last + 1 - chunk_start, 0)
-        chunk = torch.searchsorted(batch.offsets, chunk_start, right=True) - 1
-        return cls(
-            batch.candidate.flatten()[place], batch.candidate_gap.flatten()[place], seen, place, chunk, seen >= 0
-        )
-
-    def of_tile(self, tile: Tile) -> _Impressions | None:
-        """The tile's impressions, padded to [n, C]; None where it has none."""
-        first = torch.searchsorted(self.chunk, tile.rows)
-        count = torch.searchsorted(self.chunk, tile.rows, right=True) - first
-        width = int(count.max())
-        if width == 0:
-            return None
-        steps = torch.arange(width, device=tile.rows.device)
-        valid = steps < count[:, None]
-        index = torch.where(valid, first[:, None] + steps, 0)
-        return _Impressions(
-            self.item[index], self.gap[index], self.seen[index], self.place[index], self.chunk[index], valid
-        )

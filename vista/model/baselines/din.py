@@ -1,0 +1,47 @@
+"""DIN (Zhou et al., KDD 2018, arXiv 1706.06978): a small network weighs each recent event for each candidate.
+
+Letters: N queries, K found events, U events found by any query, M model dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vista.config import DataConfig, ModelConfig
+from vista.data.vocabulary import Vocabulary
+from vista.model.baselines.candidate_model import CandidateModel, Events, Found, Queries, age_table
+from vista.model.ranking_model import Schema
+
+
+class DIN(CandidateModel):
+    """The interest is sum_j a(q, k_j) k_j over the newest events, with a(q, k) a network of [q, k, q - k, q * k]."""
+
+    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+        super().__init__(config, schema, items, data)
+        dim = config.dim
+        self.age = age_table(dim)
+        self.activation_in = nn.Linear(4 * dim, dim)
+        self.activation = nn.PReLU()
+        self.activation_out = nn.Linear(dim, 1)
+
+    def find(self, events: Events, queries: Queries) -> Found:
+        width = min(self.config.history_limit, int(events.offsets.diff().max()))
+        local = queries.seen[:, None] - width + torch.arange(width, device=queries.seen.device)
+        valid = local >= 0
+        return Found(torch.where(valid, events.offsets[queries.history][:, None] + local, 0), valid)
+
+    def memory(self, items: Tensor, vectors: Tensor, action: Tensor) -> Tensor:
+        return vectors
+
+    def interest(self, query: Tensor, memory: Tensor, place: Tensor, age: Tensor, valid: Tensor) -> Tensor:
+        key = F.embedding(place, memory) + self.age(age)
+        of_query, of_key, of_difference, of_product = self.activation_in.weight.chunk(4, 1)
+        # Linear in the key but for the query's own part: a matrix [M, M] a query, and no [N, K, 4 M].
+        matrix = (of_product * query[:, None] + (of_key - of_difference)).transpose(1, 2)
+        own = F.linear(query, of_query + of_difference, self.activation_in.bias)
+        weight = self.activation_out(self.activation(key @ matrix + own[:, None])).squeeze(-1)
+        weight = weight.masked_fill(~valid, 0.0)
+        interest: Tensor = (weight[:, None] @ key).squeeze(1)
+        return interest

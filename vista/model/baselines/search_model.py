@@ -1,0 +1,102 @@
+"""Two-stage rivals: a search over the whole history names K events, and attention reads these: SIM and TWIN.
+
+Letters: n histories of a tile, L events, C queries a history, R distinct items of a tile, N queries, K found events, H
+heads, D head dim, M model dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vista.model.baselines.candidate_model import CandidateModel, Events, Found, Queries
+from vista.model.baselines.tiles import Tile, tiles
+from vista.model.layers import split_heads
+
+SCORES_AT_ONCE = 1 << 22
+"""Scores of a search that are held at once (those of one query are, however many)."""
+
+
+class SearchModel(CandidateModel):
+    """The search; an architecture adds what it scores by, and the attention."""
+
+    # What an architecture adds -----------------------------------------------------------------------------------
+
+    def search_query(self, query: Tensor) -> Tensor:
+        """[..., M] queries -> [..., M], whose products with keys are scores."""
+        raise NotImplementedError
+
+    def search_key(self, items: Tensor) -> Tensor:
+        """[..., M] vectors of items -> [..., M]."""
+        raise NotImplementedError
+
+    def search_bias(self, action: Tensor, age_ms: Tensor) -> Tensor | None:
+        """What is added to scores [n, C, L], of action int64 [n, 1, L] and age int64 [n, C, L]; None: nothing."""
+        return None
+
+    # The search ----------------------------------------------------------------------------------------------------
+
+    def find(self, events: Events, queries: Queries) -> Found:
+        """The `search_top_k` events of highest score."""
+        longest = int(events.offsets.diff().max())
+        index = queries.seen.new_zeros(len(queries.seen), min(self.config.search_top_k, longest))
+        valid = torch.zeros_like(index, dtype=torch.bool)
+        for tile in tiles(events.offsets.cpu().numpy(), index.device):
+            entries = tile.entries(queries.history)
+            if entries is None or tile.index.shape[1] == 0:
+                continue
+            row, real = entries
+            local, visible = self._search(events, tile, queries, row)
+            packed = tile.index[:, None].expand(-1, row.shape[1], -1).gather(2, local)
+            index[row[real], : local.shape[2]] = torch.where(visible, packed, 0)[real]
+            valid[row[real], : local.shape[2]] = visible[real]
+        return Found(index, valid)
+
+    @torch.no_grad()
+    def _search(self, events: Events, tile: Tile, queries: Queries, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Places in the tile's histories and whether they are seen, [n, C, k] each, of the queries at row [n, C]."""
+        n, length = tile.index.shape
+        count = min(self.config.search_top_k, length)
+        # A score's first part belongs to the item: events of one item have the same one, bit for bit.
+        distinct, place = torch.unique(events.item[tile.index], return_inverse=True)
+        newest_clock, places, visible = events.newest_clock(queries), [], []
+        # Under autocast scores of bfloat16 would decide in training, and of float32 in serving.
+        with torch.autocast(row.device.type, enabled=False):
+            key = self.search_key(events.table[distinct] * self.scale)
+            for part in torch.split(row, max(1, SCORES_AT_ONCE // (n * length)), 1):
+                hidden = self.hidden(queries.seen[part], length)
+                score = (self.search_query(queries.vectors[part]) @ key.t()).gather(2, place[:, None].expand_as(hidden))
+                age = newest_clock[part][..., None] - events.clock[tile.index][:, None]
+                bias = self.search_bias(events.action[tile.index][:, None], age)
+                score = (score if bias is None else score + bias).masked_fill(hidden, -torch.inf)
+                places.append(newest_of_highest(score, count))
+                visible.append(~hidden.gather(2, places[-1]))
+        return torch.cat(places, 1), torch.cat(visible, 1)
+
+    def hidden(self, seen: Tensor, length: int) -> Tensor:
+        """bool [n, C, L]: later than the `seen` int64 [n, C] first events, or before the newest `history_limit`."""
+        step, seen = torch.arange(length, device=seen.device), seen[..., None]
+        late = step >= seen
+        return late | (step < seen - self.config.history_limit) if self.config.history_limit else late
+
+
+def newest_of_highest(score: Tensor, count: int) -> Tensor:
+    """int64 [..., count]: places of the highest scores [..., L], in float32; of equal ones the last."""
+    bits = score.float().view(torch.int32)
+    # As integers, floats of one sign are in order; negative ones fall where they should rise.
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    unequal = (ordered << 32) | torch.arange(score.shape[-1], device=score.device)
+    return unequal.topk(count).indices
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, valid: Tensor, num_heads: int) -> Tensor:
+    """Multi-head target attention [N, M]; 0 where a query found nothing.
+
+    Args:
+        query: [N, M]; key, value: [N, K, M]; bias: [N, K, H], added to the scores; valid: bool [N, K].
+    """
+    query, key, value = (split_heads(each, num_heads) for each in (query, key, value))
+    score = torch.einsum("nhd,nkhd->nkh", query, key) * query.shape[-1] ** -0.5
+    score = (score if bias is None else score + bias).masked_fill(~valid[..., None], torch.finfo(score.dtype).min)
+    weight = torch.softmax(score, 1) * valid[..., None]
+    return torch.einsum("nkh,nkhd->nhd", weight.to(value.dtype), value).flatten(1)

@@ -1,0 +1,70 @@
+"""SIM (Pi et al., CIKM 2020, arXiv 2006.05639) with its soft search; a log knows no categories to search by.
+
+Letters: n histories of a tile, L events, C queries a history, U events found by any query, H heads, M model dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vista.config import DataConfig, ModelConfig
+from vista.data.vocabulary import Vocabulary
+from vista.model.baselines.candidate_model import Events, Queries, age_table, network
+from vista.model.baselines.search_model import SearchModel, attend
+from vista.model.baselines.tiles import tiles
+from vista.model.ranking_model import Schema
+
+Memory = tuple[Tensor, Tensor]
+"""Keys and values [U, M]."""
+
+
+class SIM(SearchModel):
+    """Search by inner product of projected items, trained by a loss of its own; then multi-head target attention."""
+
+    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+        super().__init__(config, schema, items, data)
+        dim = config.dim
+        self.of_candidate, self.of_event = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.search_network = network(2 * dim, len(schema.tasks), config.dropout)
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key, self.value = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.age_key, self.age_value = age_table(dim), age_table(dim)
+
+    def search_query(self, query: Tensor) -> Tensor:
+        projected: Tensor = self.of_candidate(query)
+        return projected
+
+    def search_key(self, items: Tensor) -> Tensor:
+        projected: Tensor = self.of_event(items)
+        return projected
+
+    def search_logits(self, events: Events, queries: Queries) -> Tensor:
+        """A network over the candidate and the mean over all events that it sees of (relevance * item)."""
+        places, interests = [], []
+        for tile in tiles(events.offsets.cpu().numpy(), queries.seen.device):
+            entries = tile.entries(queries.history)
+            if entries is None or tile.index.shape[1] == 0:
+                continue
+            row, real = entries
+            items = events.table[events.item[tile.index]] * self.scale
+            relevance = self.search_query(queries.vectors[row]) @ self.search_key(items).transpose(1, 2)
+            relevance = relevance.masked_fill(self.hidden(queries.seen[row], tile.index.shape[1]), 0.0)
+            count = queries.seen[row].clamp(min=1, max=self.config.history_limit or None)
+            interests.append(((relevance @ items.to(relevance.dtype)) / count[..., None])[real])
+            places.append(row[real])
+        interest = torch.zeros_like(queries.vectors)
+        if places:
+            interest = interest.index_copy(0, torch.cat(places), torch.cat(interests).to(interest.dtype))
+        logits: Tensor = self.search_network(torch.cat([interest, queries.vectors], -1))
+        return logits
+
+    def memory(self, items: Tensor, vectors: Tensor, action: Tensor) -> Memory:
+        return self.key(vectors), self.value(vectors)
+
+    def interest(self, query: Tensor, memory: Memory, place: Tensor, age: Tensor, valid: Tensor) -> Tensor:
+        key, value = (F.embedding(place, each) for each in memory)
+        # A matrix times [event, age] is the sum of each one's part.
+        key, value = key + self.age_key(age), value + self.age_value(age)
+        return attend(self.query(query), key, value, None, valid, self.config.num_heads)

@@ -1,0 +1,63 @@
+"""Padded tiles of packed histories of like length: what is worked on at once.
+
+Letters: n histories of a tile, L events, C entries (such as candidates) a history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Int = NDArray[np.int64]
+TILE_TOKENS = 2048
+"""Tokens of a tile at most (a longer history is a tile of its own): what stays in the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Histories of like length: rows int64 [n]; index int64 [n, L] into the packed events; valid bool [n, L], False
+    after a history's last event."""
+
+    rows: Tensor
+    index: Tensor
+    valid: Tensor
+
+    def entries(self, owner: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What belongs to each of the tile's histories, padded; None where nothing does.
+
+        Args:
+            owner: int64 [N] history of each entry, sorted.
+
+        Returns:
+            (int64 [n, C] indices into `owner`, bool [n, C] where there is one).
+        """
+        first = torch.searchsorted(owner, self.rows)
+        count = torch.searchsorted(owner, self.rows, right=True) - first
+        width = int(count.max())
+        if width == 0:
+            return None
+        steps = torch.arange(width, device=owner.device)
+        valid = steps < count[:, None]
+        return torch.where(valid, first[:, None] + steps, 0), valid
+
+
+def tiles(offsets: Int, device: torch.device) -> Iterator[Tile]:
+    """Tiles that cover all histories; those without events are in tiles [n, 0]."""
+    lengths = np.diff(offsets)
+    order = np.argsort(lengths, kind="stable")
+    first = 0
+    while first < len(order):
+        longest = lengths[order[first:]]
+        fits = longest * np.arange(1, len(longest) + 1) <= TILE_TOKENS
+        last = first + max(1, len(fits) if fits.all() else int(np.argmin(fits)))
+        rows = order[first:last]
+        steps = np.arange(int(lengths[rows].max()))
+        index = offsets[rows][:, None] + np.minimum(steps, lengths[rows][:, None] - 1)
+        valid = steps < lengths[rows][:, None]
+        yield Tile(*(torch.from_numpy(x).to(device) for x in (rows, np.where(valid, index, 0), valid)))
+        first = last
