@@ -42,7 +42,7 @@ from vista.data.simulate import simulate
 from vista.data.splits import parse_time, split_until
 from vista.device import cpu_settings
 from vista.errors import ConfigError, VistaError
-from vista.evaluate import evaluate_model, evaluate_scorer
+from vista.evaluate import Options, evaluate_model, evaluate_scorer
 from vista.files import replace_text, writable_folder
 from vista.floors import Floor, evaluate_floor
 from vista.model.baselines.history_model import HistoryModel
@@ -253,10 +253,11 @@ def _measure(
         seconds = _seconds(folder / "run" / "metrics.jsonl")
         if isinstance(model, HistoryModel):
             progress.check()
-            yield run.name, evaluate_model(model, log, "test", top_k=TOP_K).metrics, seconds
+            found = evaluate_model(model, log, "test", top_k=TOP_K, popularity=TABLES[settings.table].popularity)
+            yield run.name, found.metrics, seconds
             return
         assert isinstance(model, Recommender)
-        for served, metrics in _served_metrics(run, log, model, folder, progress):
+        for served, metrics in _served_metrics(settings, run, log, model, folder, progress):
             yield served, metrics, seconds
 
 
@@ -264,7 +265,8 @@ def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -
     """Folder of a row and seed, and how it is trained there."""
     table = TABLES[settings.table]
     row = table.rows[name]
-    folder = settings.work / settings.table / f"{name}-{seed}-{_digest(_recorded(table, row))}"
+    # Not by the names of table and row: equal configurations are one run.
+    folder = settings.work / table.data / f"{_digest(_recorded(table, row))}-{seed}"
     config = replace(
         _train_config(table, row), run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads, progress=False
     )
@@ -282,9 +284,10 @@ def _downstream_config(settings: argparse.Namespace, run: Run, config: TrainConf
 
 
 def _served_metrics(
-    run: Run, log: EventLog, model: Recommender, folder: Path, progress: RowProgress
+    settings: argparse.Namespace, run: Run, log: EventLog, model: Recommender, folder: Path, progress: RowProgress
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Test metrics of a trained model as it is served: from a store of each codec, through the scorer."""
+    table = TABLES[settings.table]
     served = {name: how for name, how in run.row.served(run.name).items() if name in run.missing}
     for codec in dict.fromkeys(codec for codec, _ in served.values()):
         progress.check()
@@ -292,7 +295,8 @@ def _served_metrics(
     for name, (codec, length) in served.items():
         progress.check()
         with Scorer.open(model if length is None else model.with_tail(length), folder / codec.value) as scorer:
-            yield name, evaluate_scorer(scorer, log, "test", top_k=TOP_K).metrics
+            options: Options = {"top_k": TOP_K, "popularity": table.popularity, "memory": table.memory}
+            yield name, evaluate_scorer(scorer, log, "test", **options).metrics
 
 
 def _truth(log: EventLog, config: TrainConfig) -> dict[str, float]:

@@ -48,6 +48,10 @@ class Table:
     """Words of `vista train` beyond the experiment, for all rows."""
     simulation: dict[str, Any] | None = None
     """Keys of `vista simulate` that make the log; None: a MovieLens set."""
+    popularity: bool = False
+    """With the report on popularity (`vista.training.popularity`)."""
+    memory: bool = False
+    """With what summaries remember (`vista.memory`)."""
 
 
 BOTH = (Codec.int8, Codec.float32)
@@ -89,6 +93,9 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
         "last-200": Row(19, (*K0, *last_200)),
         "sasrec": Row(20, ("model=sasrec",)),
         "hstu": Row(25, ("model=hstu",)),
+        "din": Row(10, ("model=din",)),
+        "sim": Row(10, ("model=sim",)),
+        "twin": Row(8, ("model=twin",)),
     }
     words = (f"data.windows_per_chunk={windows}", f"data.staleness_events={events_per_user * 300 // 4000}")
     sizes = {"num_users": num_users, "events_per_user": events_per_user, "impressions_per_user": 360_000 // num_users}
@@ -144,6 +151,26 @@ def _downstream() -> Table:
     return replace(simulation, rows=rows | TRUTH)
 
 
+def _embeddings() -> dict[str, Row]:
+    """A unified table of as many parameters as a row an item and a row a gap have, and of a share of them."""
+    rows = {"unified-1": 3445, "unified-1/2": 1722, "unified-1/4": 860, "unified-1/10": 343}
+    return {"vista": Row(6)} | {name: Row(6, (f"model.embedding_rows={count}",)) for name, count in rows.items()}
+
+
+def _logq_strengths(minutes: float) -> dict[str, Row]:
+    strengths = (0.75, 0.5, 0.25, 0.0)
+    return {"vista": Row(minutes)} | {
+        f"logq-{strength:g}": Row(minutes, (f"optim.logq_strength={strength:g}",)) for strength in strengths
+    }
+
+
+def _memory(minutes: float) -> dict[str, Row]:
+    """Small and large summaries, and both mixings."""
+    rows = {f"K={seeds}": Row(minutes, (f"model.num_seeds={seeds}",)) for seeds in (4, 16, 64)}
+    # Bidirectional mixing has no decay, which ml-1m's experiment sets.
+    return rows | {"bidirectional": Row(2 * minutes, ("model=bidirectional", "model.decay=none"))}
+
+
 SEEDS = {"K=4": Row(20, ("model.num_seeds=4",)), "K=32": Row(28, ("model.num_seeds=32",))}
 TABLES = {
     "ml-1m": _movielens("ml-1m", 22, SEEDS),
@@ -158,6 +185,10 @@ TABLES = {
     "length-16k": _simulation("simulation-16k", 300, 16_000),
     "length-64k": _simulation("simulation-64k", 75, 64_000),
     "downstream": _downstream(),
+    "embeddings": Table("ml-100k", "ml-100k", _embeddings()),
+    "popularity": Table("ml-1m-half", "ml-1m-half", _logq_strengths(17) | FLOORS, popularity=True),
+    "memory-ml-1m": Table("ml-1m", "ml-1m", _memory(25), memory=True),
+    "memory-simulation": replace(_simulation("simulation", 1200, 4000), rows=_memory(12), memory=True),
     "ablations-ml-100k": Table("ml-100k", "ml-100k", _ablations(6)),
     # Half the passes of the table ml-1m-half.
     "ablations-ml-1m-half": Table("ml-1m-half", "ml-1m-half", _ablations(8.5), ("optim.epochs=10",)),
