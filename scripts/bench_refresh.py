@@ -26,7 +26,7 @@ import numpy as np
 import polars as pl
 
 from recorder import Recorder, benchmark_parser, interleaved
-from vista.config import PrepareConfig, SourceConfig
+from vista.config_data import PrepareConfig, SourceConfig
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.device import keep_freed_memory, set_threads

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from recorder import Recorder, benchmark_parser, interleaved
-from vista.config import SimulateConfig
+from vista.config_data import SimulateConfig
 from vista.data.simulate import EVENTS_FILE, IMPRESSIONS_FILE, SimulatedLog, generate, write
 
 SHAPES = {

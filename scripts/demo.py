@@ -23,7 +23,8 @@ from demo_report import LatencyRow, Report, write_report
 from vista import __version__
 from vista.choices import Codec
 from vista.composition import compose_config
-from vista.config import PrepareConfig, SimulateConfig, TrainConfig
+from vista.config import TrainConfig
+from vista.config_data import PrepareConfig, SimulateConfig
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.data.simulate import simulate

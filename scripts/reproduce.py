@@ -34,7 +34,8 @@ from row_progress import RowProgress
 from tables import TABLES, Row, Table
 from vista.choices import Stage
 from vista.composition import compose_config
-from vista.config import PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
+from vista.config import TrainConfig
+from vista.config_data import PrepareConfig, SimulateConfig, SourceConfig
 from vista.config_dict import to_dict
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare

@@ -17,7 +17,8 @@ import torch
 
 import vista
 from vista.choices import Split
-from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
+from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from vista.config_data import PrepareConfig, SimulateConfig, SourceConfig
 from vista.data.event_log import EventLog
 from vista.model.recommender import Recommender
 from vista.scorer import Scorer, Tail

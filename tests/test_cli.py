@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vista import cli, config
+from vista import cli, config, config_data
 from vista.composition import NAME_OF_SCHEMA, compose_config, conf_dir, groups_of, options_of
 from vista.config_text import ConfigKeys, to_yaml
 from vista.errors import ConfigError, DataError
@@ -88,7 +88,7 @@ class TestConf:
 
         data = compose_config(config.TrainConfig, ["experiment=simulation"]).data
         times = [parse_time(text) for text in (data.validation_from, data.test_from) if text]
-        assert times == list(split_times(config.SimulateConfig()))
+        assert times == list(split_times(config_data.SimulateConfig()))
 
     def test_option_of_a_group_and_value_below_it(self) -> None:
         composed = compose_config(config.TrainConfig, ["model.dim=128", "model=paper", "optim=quick"])
@@ -99,15 +99,15 @@ class TestConf:
         assert (composed.model, composed.data) == ("runs/x/best", "data/x")
 
     def test_optional_section_appears_with_its_first_key(self) -> None:
-        composed = compose_config(config.PrepareConfig, ["impressions.paths=[a.csv,b.csv]", "events={user: uid}"])
-        assert composed.impressions == config.SourceConfig(paths=["a.csv", "b.csv"])
-        assert composed.events == config.SourceConfig(user="uid")
+        composed = compose_config(config_data.PrepareConfig, ["impressions.paths=[a.csv,b.csv]", "events={user: uid}"])
+        assert composed.impressions == config_data.SourceConfig(paths=["a.csv", "b.csv"])
+        assert composed.events == config_data.SourceConfig(user="uid")
 
     @pytest.mark.parametrize(
         ("schema", "word", "expected"),
         [
             (config.TrainConfig, "data.split=leave-last-out", config.Split.leave_last_out),
-            (config.PrepareConfig, "on_bad_rows=raise", config.OnBadRows.error),
+            (config_data.PrepareConfig, "on_bad_rows=raise", config_data.OnBadRows.error),
             (config.ScoreConfig, "on_missing=raise", config.OnMissing.error),
         ],
     )
@@ -143,12 +143,12 @@ class TestConfigFile:
         assert compose_config(config.TrainConfig, config_file=file) == written
 
     def test_an_absent_section_reads_back(self, tmp_path: Path) -> None:
-        written = compose_config(config.PrepareConfig, ["out=x", "events.paths=[a.csv]", "events.user=cust"])
+        written = compose_config(config_data.PrepareConfig, ["out=x", "events.paths=[a.csv]", "events.user=cust"])
         assert written.impressions is None
         (tmp_path / "mine.yaml").write_text(to_yaml(written), encoding="utf-8")
-        assert compose_config(config.PrepareConfig, config_file=tmp_path / "mine.yaml") == written
+        assert compose_config(config_data.PrepareConfig, config_file=tmp_path / "mine.yaml") == written
         shown = compose_config(
-            config.PrepareConfig, ["impressions.user=cust"], config_file=tmp_path / "mine.yaml"
+            config_data.PrepareConfig, ["impressions.user=cust"], config_file=tmp_path / "mine.yaml"
         ).impressions
         assert shown is not None and shown.user == "cust"
 

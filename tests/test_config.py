@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 
 from vista.choices import Codec, Decay, Mixing, OnBadRows, Split
-from vista.config import (
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    PrepareConfig,
-    RefreshConfig,
-    ScoreConfig,
-    SimulateConfig,
-    TrainConfig,
-)
+from vista.config import DataConfig, ModelConfig, OptimConfig, RefreshConfig, ScoreConfig, TrainConfig
+from vista.config_data import PrepareConfig, SimulateConfig
 from vista.config_dict import from_dict, to_dict
 from vista.errors import ConfigError
 

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from vista import __version__, config
+from vista import __version__, config, config_data
 from vista.errors import ConfigError, VistaError
 
 
-def _simulate(settings: config.SimulateConfig) -> object:
+def _simulate(settings: config_data.SimulateConfig) -> object:
     from vista.data.simulate import simulate
 
     return simulate(settings)
 
 
-def _prepare(settings: config.PrepareConfig) -> object:
+def _prepare(settings: config_data.PrepareConfig) -> object:
     from vista.data.ingest import prepare
 
     return prepare(settings)
@@ -76,7 +76,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "simulate": Command(
-        config.SimulateConfig,
+        config_data.SimulateConfig,
         _simulate,
         "Make a lifelong log with labelled impressions, as source files for prepare.",
         (
@@ -86,7 +86,7 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "prepare": Command(
-        config.PrepareConfig,
+        config_data.PrepareConfig,
         _prepare,
         "Turn source tables (Parquet, CSV, MovieLens, ...) into an EventLog, or append to one.",
         (

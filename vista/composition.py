@@ -21,7 +21,8 @@ from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vista.config import EvaluateConfig, PrepareConfig, RefreshConfig, ScoreConfig, SimulateConfig, TrainConfig
+from vista.config import EvaluateConfig, RefreshConfig, ScoreConfig, TrainConfig
+from vista.config_data import PrepareConfig, SimulateConfig
 from vista.config_text import ConfigKeys, value_text
 from vista.errors import ConfigError
 

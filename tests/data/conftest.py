@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vista.config import PrepareConfig, SourceConfig
+from vista.config_data import PrepareConfig, SourceConfig
 from vista.data.ingest import prepare
 from vista.data.prepare_report import PrepareReport
 

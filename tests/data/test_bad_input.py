@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from vista.choices import IdType, OnBadRows
-from vista.config import PrepareConfig, SourceConfig
+from vista.config_data import PrepareConfig, SourceConfig
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.errors import ConfigError, DataError

@@ -103,7 +103,7 @@ def test_appending_keeps_the_rows_of_ids(tmp_path: Path) -> None:
 
 DETERMINISM = """
 import sys
-from vista.config import PrepareConfig, SourceConfig
+from vista.config_data import PrepareConfig, SourceConfig
 from vista.data.ingest import prepare
 out, bucket, *paths = sys.argv[1:]
 source = SourceConfig(paths=paths, timestamp="timestamp", time_unit="s", action="kind", rating="stars")

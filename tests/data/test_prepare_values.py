@@ -7,7 +7,7 @@ import pytest
 
 from tests.data.conftest import COLUMNS, run, write_csv
 from vista.choices import IdType
-from vista.config import PrepareConfig, SourceConfig
+from vista.config_data import PrepareConfig, SourceConfig
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.errors import ConfigError, DataError

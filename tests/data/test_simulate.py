@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vista.config import SimulateConfig
+from vista.config_data import SimulateConfig
 from vista.data.simulate import SimulatedLog, generate, simulate, split_times
 from vista.data.simulation_oracle import (
     area_under_curve,

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from tests.conftest import real_set
-from vista.config import PrepareConfig, SimulateConfig, SourceConfig
+from vista.config_data import PrepareConfig, SimulateConfig, SourceConfig
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.data.sources import detect_kind

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vista.choices import OnBadRows
-from vista.config import PrepareConfig, SourceConfig
+from vista.config_data import PrepareConfig, SourceConfig
 from vista.data.event_log import EventLog
 from vista.data.frames import to_polars
 from vista.data.packing import BUCKET_EVENTS, ITEM_ROW, USER_ROW, distinct, extended, pack, rows_of

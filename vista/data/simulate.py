@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.config import SimulateConfig
+from vista.config_data import SimulateConfig
 from vista.data.simulation_world import ACTIONS, TASKS, Catalogue, Chunk, make_catalogue, make_chunk, period
 from vista.errors import ConfigError, DataError
 

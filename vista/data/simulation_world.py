@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.config import SimulateConfig
+from vista.config_data import SimulateConfig
 
 IntArray = NDArray[np.integer[Any]]
 

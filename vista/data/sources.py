@@ -31,7 +31,7 @@ from typing import IO, cast
 
 import numpy as np
 
-from vista.config import SourceConfig
+from vista.config_data import SourceConfig
 from vista.data.polars_extra import pl
 from vista.errors import ConfigError, DataError
 
