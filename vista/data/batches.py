@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.choices import Counting
+from vista.choices import Architecture, Counting, Decay
 from vista.config import OptimConfig, TrainConfig
 from vista.data.cuts import Batch, Chunks, CutPlan, Int, cut_batch, decay_clock
 from vista.data.event_log import EventLog
@@ -152,13 +152,15 @@ class BatchSource:
         index = ranges(low, high - low)
         owner = np.repeat(np.arange(len(user)), high - low)
         position = seen.position[index] - (start - lead)[owner]
+        model = self._config.model
+        decay = model.decay if model.architecture is Architecture.vista else Decay.none  # rivals read the time itself
         return Chunks(
             user=user,
             item=self._item_rows[histories.item],
             action=histories.action.astype(np.int64),
             rating=None if histories.rating is None else np.array(histories.rating, np.float32),
             gap=gap,
-            clock=decay_clock(self._config.model.decay, time),
+            clock=decay_clock(decay, time),
             offsets=histories.offsets,
             impression_chunk=owner,
             impression_position=position,
