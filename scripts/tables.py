@@ -171,9 +171,18 @@ def _memory(minutes: float) -> dict[str, Row]:
     return rows | {"bidirectional": Row(2 * minutes, ("model=bidirectional", "model.decay=none"))}
 
 
-SEEDS = {"K=4": Row(20, ("model.num_seeds=4",)), "K=32": Row(28, ("model.num_seeds=32",))}
+ML_1M = {
+    "K=4": Row(20, ("model.num_seeds=4",)),
+    "K=32": Row(28, ("model.num_seeds=32",)),
+    # As many parameters as vista, 546,000: 549,000 and 553,000.
+    "sasrec-equal": Row(25, ("model=sasrec", "model.dim=104")),
+    "hstu-equal": Row(30, ("model=hstu", "model.dim=108")),
+    "hstu-8-layers": Row(60, ("model=hstu", "model.num_layers=8")),
+    # The bytes of 16 int8 rows of 64, spent on 288 more item ids of 4 bytes. In training positions see 161 to 320.
+    "raw-ids": Row(40, (*K0, "model.tail_len=320", "data.label_spacing=160")),
+}
 TABLES = {
-    "ml-1m": _movielens("ml-1m", 22, SEEDS),
+    "ml-1m": _movielens("ml-1m", 22, ML_1M),
     "ml-1m-half": _movielens("ml-1m-half", 17, _timeless(17)),
     "ml-100k": _movielens("ml-100k", 6, _timeless(6)),
     "ml-latest-small": _movielens("ml-latest-small", 7, _timeless(7)),
