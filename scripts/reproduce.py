@@ -290,13 +290,25 @@ def _served_metrics(
     """Test metrics of a trained model as it is served: from a store of each codec, through the scorer."""
     table = TABLES[settings.table]
     served = {name: how for name, how in run.row.served(run.name).items() if name in run.missing}
-    for codec in dict.fromkeys(codec for codec, _ in served.values()):
+    refreshed: set[Path] = set()
+    for name, how in served.items():
         progress.check()
-        refresh(model, log, folder / codec.value, until=split_until(model.data, "test"), codec=codec)
-    for name, (codec, length) in served.items():
-        progress.check()
-        with Scorer.open(model if length is None else model.with_tail(length), folder / codec.value) as scorer:
-            options: Options = {"top_k": TOP_K, "popularity": table.popularity, "memory": table.memory}
+        store = folder / (f"{how.codec.value}-{how.staleness}" if how.staleness else how.codec.value)
+        until = split_until(model.data, "test")
+        if how.staleness:
+            until = replace(until, held_out=until.held_out + how.staleness)
+        if store not in refreshed:
+            refresh(model, log, store, until=until, codec=how.codec)
+            refreshed.add(store)
+            progress.check()
+        shown = model if how.tail_len is None else model.with_tail(how.tail_len)
+        with Scorer.open(shown, store) as scorer:
+            options: Options = {
+                "top_k": TOP_K,
+                "popularity": table.popularity,
+                "memory": table.memory,
+                "staleness": how.staleness,
+            }
             yield name, evaluate_scorer(scorer, log, "test", **options).metrics
 
 

@@ -9,6 +9,16 @@ from vista.choices import Codec
 
 
 @dataclass(frozen=True, slots=True)
+class Served:
+    """How one line of a row is served."""
+
+    codec: Codec = Codec.int8
+    tail_len: int | None = None
+    """None: the model's own."""
+    staleness: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """A model of a table, and how it is served."""
 
@@ -20,6 +30,8 @@ class Row:
     """Stores that it is served from."""
     tails: tuple[int, ...] = ()
     """Shorter tails that the same weights are also served with (`Recommender.with_tail`), from the int8 store."""
+    staleness: tuple[int, ...] = ()
+    """The same weights with summaries that lack so many events before each label, from an int8 store."""
     untrained: Literal["", "popularity", "transitions", "truth"] = ""
     """A floor, or the simulation's own probabilities: measured once, without training."""
     base: str = ""
@@ -27,12 +39,13 @@ class Row:
     until: str = ""
     """What the base's summaries have seen that a downstream model is trained on."""
 
-    def served(self, name: str) -> dict[str, tuple[Codec, int | None]]:
-        """Names of its lines in the table -> codec, and length of the tail if not the model's own."""
-        lines: dict[str, tuple[Codec, int | None]] = {
-            name if codec is Codec.int8 else f"{name}, {codec.value} store": (codec, None) for codec in self.codecs
+    def served(self, name: str) -> dict[str, Served]:
+        """Names of its lines in the table -> how each is served."""
+        lines = {
+            name if codec is Codec.int8 else f"{name}, {codec.value} store": Served(codec) for codec in self.codecs
         }
-        return lines | {f"{name}, tail {length}": (Codec.int8, length) for length in self.tails}
+        lines |= {f"{name}, tail {length}": Served(tail_len=length) for length in self.tails}
+        return lines | {f"{name}, {events:,} events old": Served(staleness=events) for events in self.staleness}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +69,7 @@ class Table:
 
 BOTH = (Codec.int8, Codec.float32)
 TAILS = (2, 4, 8, 16)
+AGES = (10, 100, 1000)
 K0 = ("model.num_seeds=0",)
 FLOORS = {"popularity": Row(0.1, untrained="popularity"), "transitions": Row(0.1, untrained="transitions")}
 TRUTH = {"truth": Row(0.1, untrained="truth")}
@@ -102,7 +116,7 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
     return Table("simulation", data, rows | TRUTH, words, sizes)
 
 
-def _ablations(minutes: float) -> dict[str, Row]:
+def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, Row]:
     """One change a row; `minutes` is vista's own time.
 
     Bidirectional mixing has no convolution: its pair in separable mixing is `no-convolution`.
@@ -124,11 +138,13 @@ def _ablations(minutes: float) -> dict[str, Row]:
         "decay-time": (1, ("model.decay=time", f"{horizons}=[0,365,90,30]")),
         "no-convolution": (0.95, ("model.conv_width=1",)),
         "convolution-5": (1.05, ("model.conv_width=5",)),
+        "phi-relu": (1, ("model.activation=relu",)),
+        "phi-identity": (1, ("model.activation=identity",)),
         "no-normalization": (1, ("model.normalization=none",)),
         "normalization-0.5": (1, ("model.normalization_alpha=0.5",)),
     }
     rows = {name: Row(share * minutes, words) for name, (share, words) in changes.items()}
-    return {"vista": Row(minutes, codecs=BOTH)} | rows
+    return {"vista": Row(minutes, codecs=BOTH, staleness=staleness)} | rows
 
 
 def _downstream() -> Table:
@@ -198,9 +214,9 @@ TABLES = {
     "popularity": Table("ml-1m-half", "ml-1m-half", _logq_strengths(17) | FLOORS, popularity=True),
     "memory-ml-1m": Table("ml-1m", "ml-1m", _memory(25), memory=True),
     "memory-simulation": replace(_simulation("simulation", 1200, 4000), rows=_memory(12), memory=True),
-    "ablations-ml-100k": Table("ml-100k", "ml-100k", _ablations(6)),
+    "ablations-ml-100k": Table("ml-100k", "ml-100k", _ablations(6, AGES)),
     # Half the passes of the table ml-1m-half.
-    "ablations-ml-1m-half": Table("ml-1m-half", "ml-1m-half", _ablations(8.5), ("optim.epochs=10",)),
+    "ablations-ml-1m-half": Table("ml-1m-half", "ml-1m-half", _ablations(8.5, AGES), ("optim.epochs=10",)),
     # Half the lives and three passes, so that a run takes some five minutes.
     "ablations-simulation": Table(
         "simulation",

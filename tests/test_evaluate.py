@@ -45,6 +45,26 @@ def plain_ranks(scorer: Scorer, log: EventLog, seen: np.ndarray, exclude_seen: b
     return ranks
 
 
+def plain_ranks_from(served: Served, seen: np.ndarray, summarized: np.ndarray) -> list[int]:
+    """By the model, one user at a time: a summary of the first `summarized` events, and the tail before the label."""
+    log, model, ranks = served.log, served.model, []
+    rows = model.item_rows(log.items.ids(np.arange(log.num_items)))
+    for user in np.flatnonzero(seen < log.lengths).tolist():
+        whole = log.gather(np.array([user]), log.lengths[[user]])
+        whole = dataclasses.replace(whole, item=rows[whole.item].astype(np.int32))
+        before, known = whole.slice(0, 0, int(seen[user])), whole.slice(0, 0, int(summarized[user]))
+        last = before.slice(0, -model.config.tail_len)
+        tail = inference.pad_tail(model, last.item, last.timestamp, last.action, last.offsets)
+        context = inference.request_context(model, inference.summarize(model, known), tail)
+        now = whole.timestamp[seen[user]][None] if log.has_time else None
+        vector = inference.user_vectors(model, context, inference.request_gap(model, now, tail))
+        scores = (vector @ inference.item_vectors(model).t())[0].numpy()
+        label = int(whole.item[seen[user]]) - 1
+        others = np.setdiff1d(np.arange(len(scores)), [*(before.item - 1), label])
+        ranks.append(int((scores[others] > scores[label]).sum()))
+    return ranks
+
+
 class TestNextItems:
     @pytest.mark.parametrize("sign", [1.0, -1.0])
     def test_hand_computed(self, tmp_path: Path, sign: float) -> None:
@@ -216,6 +236,27 @@ class TestLeakage:
         given: Served = request.getfixturevalue(kind)
         with Scorer.open(given.model, given.test_store) as scorer, pytest.raises(LeakageError, match="the validation"):
             evaluate_scorer(scorer, given.log, "validation")
+
+    def test_summaries_of_a_stated_age(self, served: Served, tmp_path: Path) -> None:
+        """They lack three events before each label, which the tail has; any other age is refused."""
+        refresh(served.model, served.log, tmp_path / "old", until="leave-last-4-out", codec=Codec.float32)
+        seen = visible_counts(served.log, "leave-last-out")
+        with Scorer.open(served.model, served.test_store) as fresh, Scorer.open(served.model, tmp_path / "old") as old:
+            expected = plain_ranks_from(served, seen, np.maximum(seen - 3, 0))
+            found = evaluate_scorer(old, served.log, "test", staleness=3)
+            assert found.ranks is not None and found.ranks.tolist() == expected
+            assert found.metrics != evaluate_scorer(fresh, served.log, "test").metrics
+            with pytest.raises(ConfigError, match="until=leave-last-5-out"):
+                evaluate_scorer(old, served.log, "test", staleness=4)
+            with pytest.raises(ConfigError, match="labels of this model begin after until=leave-last-out; "):
+                evaluate_scorer(old, served.log, "test")
+
+    def test_age_counts_events_so_a_split_in_time_has_none(self, served_tasks: Served) -> None:
+        with (
+            Scorer.open(served_tasks.model, served_tasks.test_store) as scorer,
+            pytest.raises(ConfigError, match="staleness"),
+        ):
+            evaluate_scorer(scorer, served_tasks.log, "test", staleness=1)
 
     @pytest.mark.parametrize("kind", ["served", "served_tasks"])
     def test_a_store_of_an_earlier_split_leaks_nothing_but_is_another_question(

@@ -39,6 +39,16 @@ class Mixing(Enum):
     """Only history writes, only seeds read: states append, merge and forget."""
 
 
+class Activation(Enum):
+    """phi of stage 1: of its queries and keys, and of the state that is read."""
+
+    silu = "silu"
+    """The paper."""
+    relu = "relu"
+    identity = "identity"
+    """Plain linear attention."""
+
+
 class Normalization(Enum):
     """Scale c of the state before its activation: A = phi2(Z * c)."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vista.choices import (
+    Activation,
     Architecture,
     Codec,
     Counting,
@@ -42,6 +43,7 @@ class ModelConfig:
     mixing: Mixing = Mixing.separable
     conv_width: int = 3
     """Width w of the causal depthwise convolution over neighbouring events at the bottom; 1 turns it off."""
+    activation: Activation = Activation.silu
     normalization: Normalization = Normalization.length
     normalization_alpha: float = 1.0
     """normalization=length: the exponent of n; 1 is the mean, 0 the sum."""
@@ -265,7 +267,7 @@ class RefreshConfig:
     store: str = "stores/vista"
     """Folder of the summary store."""
     until: str | None = None
-    """Events that summaries may see: null (all), leave-last-out, leave-last-two-out, an ISO time (UTC), or ms."""
+    """Events that summaries may see: null (all), leave-last-out, leave-last-N-out, an ISO time (UTC), or ms."""
     codec: Codec = Codec.int8
     tokens_per_batch: int = 65536
     """Events of one forward pass."""
@@ -299,6 +301,9 @@ class EvaluateConfig:
     """Cut-offs k of HR@k and NDCG@k; the first is also the length of the popularity report's lists."""
     popularity: bool = False
     """Also report how far the retrieval head's lists follow training popularity."""
+    staleness: int = 0
+    """Leave-last-out: events before each label that the store's summaries lack; the tail is up to date all the same.
+    Refresh with until=leave-last-N-out, N = 1 + staleness (validation: 2 + staleness)."""
     memory: bool = False
     """Also report what the stored summaries remember of a user's events, by their age (some seconds)."""
     users_per_batch: int = 512
@@ -318,7 +323,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check_types(self)
         require_counts(self, "", ("users_per_batch",))
-        require_counts(self, "", ("num_threads",), least=0)
+        require_counts(self, "", ("num_threads", "staleness"), least=0)
         require(min(self.top_k, default=0) >= 1, "top_k", f"needs numbers of at least 1, got {list(self.top_k)}")
         require(self.split in ("test", "validation"), "split", f"write test or validation, got {self.split}")
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from vista.config import EvaluateConfig
 from vista.data.event_log import EventLog
 from vista.data.frequency import item_counts
-from vista.data.splits import Until, parse_until, split_until, visible_counts
+from vista.data.splits import parse_until, split_until, visible_counts
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
 from vista.files import writable_folder
@@ -89,6 +89,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         "users_per_batch": config.users_per_batch,
         "popularity": config.popularity,
         "memory": config.memory,
+        "staleness": config.staleness,
         "progress": config.progress,
     }
     with cpu_settings(config.num_threads):
@@ -107,13 +108,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 def _result_row(config: EvaluateConfig, result: Evaluation, codec: str) -> dict[str, Any]:
     options = {"split": config.split, "exclude_seen": config.exclude_seen, "top_k": list(config.top_k)}
-    options |= {name: True for name in ("popularity", "memory") if getattr(config, name)}
+    options |= {name: value for name in ("popularity", "memory", "staleness") if (value := getattr(config, name))}
     run = _run_config(Path(config.model))
     seed = config.seed if config.seed is not None else run.get("seed", 1)
     name = config.model_name or Path(config.model).resolve().parent.name
     # What is measured belongs to the name of the row: a table keeps one row a model and seed.
     label = name + (", validation" if config.split == "validation" else "")
     label += "" if config.exclude_seen else ", seen items kept"
+    label += f", {config.staleness} events old" if config.staleness else ""
     words = [f"{key}={getattr(config, key)}" for key in ("data", "model", "store", "table", "results_dir")]
     words += [f"model_name={name}", f"seed={seed}"]
     words += [f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in options.items()]
@@ -153,6 +155,8 @@ class Options(TypedDict, total=False):
     """Also report how far the retrieval head's lists follow training popularity."""
     memory: bool
     """Also report what the stored summaries remember (`vista.memory`)."""
+    staleness: int
+    """Leave-last-out: events before each label that the store's summaries lack, 0 by default."""
     progress: bool
 
 
@@ -163,7 +167,7 @@ def evaluate_scorer(scorer: Scorer, log: EventLog, part: str, **options: Unpack[
         LeakageError, ConfigError: as `evaluate`.
     """
     _check(scorer.model, log, part, options)
-    _check_store(scorer, split_until(scorer.model.data, part), part)
+    _check_store(scorer, part, options.get("staleness", 0))
     _, items = scorer.item_vectors()
     found = _measure(
         scorer.model,
@@ -260,24 +264,25 @@ def _popularity(
     return popularity_report(counts, lists, ranks, label, norms)
 
 
-def _check_store(scorer: Scorer, until: Until, part: str) -> None:
-    """A store refreshed further than the split allows has seen labels; one refreshed less serves an older summary."""
-    stored = parse_until(scorer.store.manifest.until)
-    if stored == until:
+def _check_store(scorer: Scorer, part: str, staleness: int) -> None:
+    """A store refreshed further than the split allows has seen labels; one of another age answers another question."""
+    stored, limit = parse_until(scorer.store.manifest.until), split_until(scorer.model.data, part)
+    if staleness and limit.before is not None:
+        raise ConfigError("staleness: counts events, of leave-last-out alone; this model's split is in time")
+    asked = replace(limit, held_out=limit.held_out + staleness)
+    if stored == asked:
         return
-    remedy = f"run `vista refresh until={until}` into a store of its own"
-    less = stored.held_out > until.held_out
-    if until.before is not None:
-        less = stored.before is not None and stored.before < until.before
-    if less:
-        raise ConfigError(
-            f"store={scorer.store.path}: was refreshed with until={stored}, but the {part} labels of this model begin "
-            f"after until={until}; {remedy}"
+    labels = f"the {part} labels of this model begin after until={limit}"
+    remedy = f"run `vista refresh until={asked}` into a store of its own"
+    leaks = stored.held_out < limit.held_out
+    if limit.before is not None:
+        leaks = stored.before is None or stored.before > limit.before
+    if leaks:
+        raise LeakageError(
+            f"{scorer.store.path} was refreshed with until={stored}, but {labels}: its records have seen them; {remedy}"
         )
-    raise LeakageError(
-        f"{scorer.store.path} was refreshed with until={stored}, but the {part} labels of this model begin after "
-        f"until={until}: its records have seen them; {remedy}"
-    )
+    age = f", and staleness={staleness} asks for until={asked}" if staleness else ""
+    raise ConfigError(f"store={scorer.store.path}: was refreshed with until={stored}, but {labels}{age}; {remedy}")
 
 
 def _fresh_tail(scorer: Scorer, log: EventLog, user: Int, seen: Int, label_time: Int | None) -> Tail | None:

@@ -30,6 +30,7 @@ def test_leave_out_hides_nothing_of_short_users(log: EventLog) -> None:
     assert visible_counts(log, None).tolist() == list(range(1, 11))
     assert visible_counts(log, "leave-last-out").tolist() == [1, 2, 2, 3, 4, 5, 6, 7, 8, 9]
     assert visible_counts(log, "leave-last-two-out").tolist() == [1, 2, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert visible_counts(log, "leave-last-7-out").tolist() == [1, 2, 0, 0, 0, 0, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("until", ["1970-01-06", "1970-01-06T00:00:00Z", 5 * DAY, str(5 * DAY), Until(before=5 * DAY)])
@@ -46,7 +47,10 @@ def test_parsing() -> None:
     assert parse_time("2024-05-01") == 1_714_521_600_000
     assert parse_time("2024-05-01T02:00:00+02:00") == 1_714_521_600_000
     assert parse_time("1714521600000") == parse_time(1_714_521_600_000) == 1_714_521_600_000
-    assert parse_until("leave-last-two-out") == Until(held_out=2)
+    assert parse_until("leave-last-two-out") == parse_until("leave-last-2-out") == Until(held_out=2)
+    assert parse_until("leave-last-101-out") == parse_until(str(Until(held_out=101))) == Until(held_out=101)
+    with pytest.raises(ConfigError, match="leave-last-N-out"):
+        parse_until("leave-last-0-out")
     assert parse_until("all") == parse_until(None) == Until()
     assert [str(parse_until(text)) for text in (None, "leave-last-out", "5")] == ["all", "leave-last-out", "5"]
     with pytest.raises(ConfigError, match=r"until='yesterday': write all, leave-last-out"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vista.choices import Decay, Mixing
+from vista.choices import Activation, Decay, Mixing
 from vista.data.histories import Histories
 from vista.model import inference
 from vista.model.recommender import Recommender
@@ -25,6 +25,8 @@ SHAPES = {
     "one layer": {"num_layers": 1, "num_target_layers": 1},
     "no times": {"has_time": False, "conv_width": 1},
     "unified table": {"embedding_rows": 23},
+    "another phi": {"activation": Activation.relu},
+    "no phi, bidirectional": {"activation": Activation.identity, "mixing": Mixing.bidirectional, "num_layers": 3},
 }
 LENGTHS = [0, 1, 2, 23, 7, 0, 12]
 

@@ -17,7 +17,7 @@ from vista.errors import ConfigError
 MIN_EVENTS = 3
 """Users with fewer events are neither validation nor test users: leave-last-out hides nothing of them."""
 
-_HELD_OUT = {"leave-last-out": 1, "leave-last-two-out": 2}
+_HELD_OUT = {1: "leave-last-out", 2: "leave-last-two-out"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,9 @@ class Until:
     before: int | None = None
 
     def __str__(self) -> str:
-        names = {held_out: name for name, held_out in _HELD_OUT.items()}
         if self.before is not None:
             return str(self.before)
-        return names.get(self.held_out, "all")
+        return _HELD_OUT.get(self.held_out, f"leave-last-{self.held_out}-out") if self.held_out else "all"
 
 
 def parse_time(text: str | int) -> int:
@@ -59,25 +58,30 @@ def parse_time(text: str | int) -> int:
 
 
 def parse_until(text: str | int | None) -> Until:
-    """Read `until`: None or "all", "leave-last-out", "leave-last-two-out", an ISO time (UTC), or milliseconds.
+    """Read `until`: None or "all", "leave-last-out", "leave-last-N-out", an ISO time (UTC), or milliseconds.
 
     Raises:
         ConfigError: if it is none of these.
     """
     if text is None or text == "all":
         return Until()
-    if isinstance(text, str) and text in _HELD_OUT:
-        return Until(held_out=_HELD_OUT[text])
+    if isinstance(text, str) and (named := re.fullmatch(r"leave-last-(?:(\d+)-|(two)-)?out", text)):
+        number, two = named.groups()
+        held_out = 2 if two else int(number or 1)
+        if held_out:
+            return Until(held_out=held_out)
     try:
         return Until(before=parse_time(text))
     except ConfigError:
-        raise ConfigError(f"until={text!r}: write all, {', '.join(_HELD_OUT)}, an ISO date or time, or ms") from None
+        raise ConfigError(
+            f"until={text!r}: write all, leave-last-out, leave-last-N-out, an ISO date or time, or ms"
+        ) from None
 
 
 def visible_counts(log: EventLog, until: Until | str | int | None) -> NDArray[np.int64]:
     """How many leading events of each user are visible.
 
-    leave-last-out hides a user's last event, leave-last-two-out the last two; users with fewer than MIN_EVENTS events
+    leave-last-out hides a user's last event, leave-last-N-out the last N; users with fewer than MIN_EVENTS events
     are neither validation nor test users, so nothing of them is hidden. A time hides what happened at it or later.
 
     Returns:
@@ -92,7 +96,7 @@ def visible_counts(log: EventLog, until: Until | str | int | None) -> NDArray[np
             raise ConfigError(f"until={limit.before}: {log.path} has no times; use leave-last-out")
         return log.counts_before(limit.before)
     lengths = log.lengths
-    return np.where(lengths >= MIN_EVENTS, lengths - limit.held_out, lengths)
+    return np.where(lengths >= MIN_EVENTS, np.maximum(lengths - limit.held_out, 0), lengths)
 
 
 def split_until(data: DataConfig, part: str) -> Until:

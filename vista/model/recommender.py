@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vista.choices import Mixing
+from vista.choices import Activation, Mixing
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config_dict import to_dict
 from vista.data.cuts import Batch
@@ -204,7 +204,10 @@ class Recommender(RankingModel):
         facts = {key: to_dict(self.config)[key] for key in STAGE1_KEYS} | {"schema": asdict(self.schema)}
         for key in ("tasks", "has_retrieval"):
             facts["schema"].pop(key)
-        if self.config.embedding_rows:  # only then, so that summaries of models with a row an item keep their id
+        # Younger keys count where they are used, so that the summaries of other models keep their id.
+        if self.config.activation is not Activation.silu:
+            facts["activation"] = self.config.activation.value
+        if self.config.embedding_rows:
             facts |= {key: to_dict(self.config)[key] for key in ("embedding_rows", "embedding_hashes")}
         digest.update(json.dumps(facts, sort_keys=True).encode())
         digest.update(self.items.digest().encode())

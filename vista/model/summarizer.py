@@ -101,7 +101,7 @@ class Summarizer(nn.Module):
         x, states, n = tokens, [], None
         for index, layer in enumerate(self.layers):
             key, value = layer.key_value(layer.norm(x)).chunk(2, -1)
-            z, n = accumulate_state(layer.heads(key), layer.heads(value), offsets, weight=weight)
+            z, n = self._accumulate(layer.heads(key), layer.heads(value), offsets, weight=weight)
             states.append(z)
             if index + 1 < len(self.layers):
                 x = layer.feed_forward(x)
@@ -174,12 +174,14 @@ class Summarizer(nn.Module):
                     all_offsets,
                     normalization=self.config.normalization.value,
                     alpha=self.config.normalization_alpha,
+                    activation=self.config.activation.value,
+                    state_activation=self.config.activation.value,
                 )
             else:
                 # Nothing reads what events would become here: only seeds go on.
                 x, h = x[seed_slot], h[seed_slot]
                 query, gate = layer.query_gate(h).chunk(2, -1)
-                heads = self._read(layer.heads(query), *accumulate_state(key, value, all_offsets), seed_offsets)
+                heads = self._read(layer.heads(query), *self._accumulate(key, value, all_offsets), seed_offsets)
             x = layer.feed_forward(layer.output(x, heads, gate))
         summary: Tensor = self.final_norm(x)
         return summary.view(count, num_seeds, self.config.dim)
@@ -201,7 +203,7 @@ class Summarizer(nn.Module):
             z = n = None
             for x in (*slices, seeds):
                 key, value = (layer.heads(part) for part in layer.key_value(layer.norm(x)).chunk(2, -1))
-                z, n = accumulate_state(key, value, torch.tensor([0, len(x)]), initial_z=z, initial_n=n)
+                z, n = self._accumulate(key, value, torch.tensor([0, len(x)]), initial_z=z, initial_n=n)
             assert z is not None and n is not None
             if index + 1 < len(self.layers):
                 for x in slices:
@@ -217,6 +219,21 @@ class Summarizer(nn.Module):
         mixed: Tensor = layer.feed_forward(layer.output(x, heads, gate))
         return mixed
 
+    def _accumulate(
+        self,
+        key: Tensor,
+        value: Tensor,
+        offsets: Tensor,
+        *,
+        weight: Tensor | None = None,
+        initial_z: Tensor | None = None,
+        initial_n: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        phi = self.config.activation.value
+        return accumulate_state(
+            key, value, offsets, weight=weight, initial_z=initial_z, initial_n=initial_n, activation=phi
+        )
+
     def _read(self, query: Tensor, z: Tensor, n: Tensor, offsets: Tensor) -> Tensor:
         return read_state(
             query,
@@ -225,6 +242,8 @@ class Summarizer(nn.Module):
             offsets,
             normalization=self.config.normalization.value,
             alpha=self.config.normalization_alpha,
+            activation=self.config.activation.value,
+            state_activation=self.config.activation.value,
         )
 
 

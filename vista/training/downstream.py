@@ -30,7 +30,7 @@ from vista.refresh import check_log
 from vista.store.lmdb_store import SummaryStore
 
 logger = logging.getLogger(__name__)
-KEPT_KEYS = (*STAGE1_KEYS, "embedding_rows", "embedding_hashes", "num_reconstruction_layers")
+KEPT_KEYS = (*STAGE1_KEYS, "activation", "embedding_rows", "embedding_hashes", "num_reconstruction_layers")
 """Fields of ModelConfig that must be the base's."""
 KEPT_WEIGHTS = (*STAGE1_WEIGHTS, "decoder.")
 """How the names of the weights begin that are the base's. The decoder goes with the summaries that it reads."""
