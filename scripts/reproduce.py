@@ -165,9 +165,11 @@ def _recorded(table: Table, row: Row) -> dict[str, Any]:
     data = {
         key: value for key, value in values["data"].items() if key in SPLIT or (not row.untrained and key != "path")
     }
+    # A log of another size is another experiment.
+    recorded = {"data": data} | ({} if table.simulation is None else {"simulation": table.simulation})
     if row.untrained:
-        return {"data": data}
-    recorded = {"model": values["model"], "data": data, "optim": values["optim"]}
+        return recorded
+    recorded |= {"model": values["model"], "optim": values["optim"]}
     if row.base:
         kept = _recorded(table, table.rows[row.base])
         flat = {f"{group}.{key}": value for group in kept for key, value in kept[group].items()}
@@ -321,8 +323,8 @@ def _truth(log: EventLog, config: TrainConfig) -> dict[str, float]:
 
 
 def _seconds(metrics: Path) -> float:
-    """Of training, in all processes of a run that was stopped and resumed; a cut epoch counts from its resumption."""
-    return math.fsum(json.loads(line).get("epoch_seconds", 0.0) for line in metrics.read_text().splitlines())
+    """Of training and validation, in all processes of a run that was stopped and resumed."""
+    return max((json.loads(line).get("seconds", 0.0) for line in metrics.read_text().splitlines()), default=0.0)
 
 
 def _line(

@@ -89,15 +89,21 @@ def _movielens(data: str, minutes: float, more: dict[str, Row]) -> Table:
 
 
 def _timeless(minutes: float) -> dict[str, Row]:
-    return {"no-times": Row(minutes, ("model.use_time=false",))}
+    without = "model.use_time=false"
+    return {
+        "no-times": Row(minutes, (without,)),
+        "sasrec-no-times": Row(0.7 * minutes, ("model=sasrec", without)),
+        "hstu-no-times": Row(0.9 * minutes, ("model=hstu", without)),
+    }
 
 
 def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
     """A log of some 4.8M events and 360,000 impressions, whatever the length of its histories.
 
-    Labels a pass, and the age of the summaries that training shows, are kept in proportion too.
+    The age of the summaries that training shows is kept in proportion; so are the windows that VISTA's passes draw from
+    a history, in which it has its labels. SASRec and HSTU take every event of theirs as a label.
     """
-    windows = max(4, min(events_per_user, 16_000) * 64 // 4000)
+    windows = max(4, events_per_user * 64 // 4000)
     # Stage 2 alone over the newest 200 events before each request, which it sees fresh and under full attention.
     # Half as many windows of twice the positions: the same labels in half the time, at 169 to 200 events seen.
     last_200 = ("model.tail_len=200", "data.label_spacing=32", f"data.windows_per_chunk={windows // 2}")
@@ -107,11 +113,17 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
         "last-200": Row(19, (*K0, *last_200)),
         "sasrec": Row(20, ("model=sasrec",)),
         "hstu": Row(25, ("model=hstu",)),
+        # Labelled impressions alone, which are all that DIN, SIM and TWIN learn from.
+        "vista-impressions": Row(12, ("optim.next_weight=0",)),
         "din": Row(10, ("model=din",)),
         "sim": Row(10, ("model=sim",)),
         "twin": Row(8, ("model=twin",)),
     }
-    words = (f"data.windows_per_chunk={windows}", f"data.staleness_events={events_per_user * 300 // 4000}")
+    words = (
+        f"data.windows_per_chunk={windows}",
+        f"data.staleness_events={events_per_user * 300 // 4000}",
+        f"data.chunk_len={max(16_384, 4 * events_per_user)}",  # whole lives, which spread around their mean
+    )
     sizes = {"num_users": num_users, "events_per_user": events_per_user, "impressions_per_user": 360_000 // num_users}
     return Table("simulation", data, rows | TRUTH, words, sizes)
 
@@ -160,6 +172,8 @@ def _downstream() -> Table:
     rows = {
         "base": Row(12, ("optim.tasks=[click]",)),
         "joint": Row(12, (tasks,)),
+        # With the clicks, which the base has seen too.
+        "joint-all": Row(12),
         "downstream": Row(4, (tasks, *few), base="base", until="2025-01-01"),
         # The same without a summary of old events: what the task's own tail gives.
         "tail-only": Row(7, (tasks, *K0)),
@@ -177,6 +191,15 @@ def _logq_strengths(minutes: float) -> dict[str, Row]:
     strengths = (0.75, 0.5, 0.25, 0.0)
     return {"vista": Row(minutes)} | {
         f"logq-{strength:g}": Row(minutes, (f"optim.logq_strength={strength:g}",)) for strength in strengths
+    }
+
+
+def _frequencies(minutes: float) -> dict[str, Row]:
+    """Negatives drawn by frequency, which is counted or sketched."""
+    drawn = ("data.negative_power=1", "data.num_negatives=512")
+    return {
+        "drawn-by-frequency": Row(minutes, drawn),
+        "drawn-by-count-min": Row(minutes, (*drawn, "data.frequencies=count_min")),
     }
 
 
@@ -211,7 +234,7 @@ TABLES = {
     "length-64k": _simulation("simulation-64k", 75, 64_000),
     "downstream": _downstream(),
     "embeddings": Table("ml-100k", "ml-100k", _embeddings()),
-    "popularity": Table("ml-1m-half", "ml-1m-half", _logq_strengths(17) | FLOORS, popularity=True),
+    "popularity": Table("ml-1m-half", "ml-1m-half", _logq_strengths(17) | _frequencies(17) | FLOORS, popularity=True),
     "memory-ml-1m": Table("ml-1m", "ml-1m", _memory(25), memory=True),
     "memory-simulation": replace(_simulation("simulation", 1200, 4000), rows=_memory(12), memory=True),
     "ablations-ml-100k": Table("ml-100k", "ml-100k", _ablations(6, AGES)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -111,6 +113,44 @@ def test_the_same_summary_for_all_is_no_memory(served: Served) -> None:
         scorer.store.get_many = alike  # type: ignore[assignment,method-assign]
         flat = measure_memory(scorer, served.log, seed=1)
         assert np.array_equal(flat.own, flat.other, equal_nan=True)
+
+
+class Recalling(torch.nn.Module):
+    """A decoder that knows a window's events if it is given the summary of their user, and else says nothing."""
+
+    def __init__(self, summaries: torch.Tensor, owners: list[set[bytes]]) -> None:
+        super().__init__()
+        self.summaries, self.owners = summaries, owners
+
+    def forward(
+        self, summary: torch.Tensor, events: torch.Tensor, offsets: torch.Tensor, age: torch.Tensor
+    ) -> torch.Tensor:
+        out = torch.zeros_like(events)
+        for window, (start, stop) in enumerate(pairwise(offsets.tolist())):
+            (user,) = (self.summaries == summary[window]).flatten(1).all(1).nonzero()[:1].flatten().tolist()
+            known = [event.numpy().tobytes() in self.owners[user] for event in events[start:stop]]
+            out[start:stop][known] = events[start:stop][known]
+        return out
+
+
+def test_own_and_other_are_not_taken_for_each_other(served: Served) -> None:
+    log, model = served.log, copy.deepcopy(served.model)
+    users = np.arange(log.num_users)
+    with Scorer.open(model, served.exact_store) as scorer:
+        summaries = torch.from_numpy(scorer.store.get_many(log.users.ids(users)).summary)
+        owners = []
+        for user in users.tolist():
+            history = log.slice(user)
+            rows = torch.from_numpy(model.item_rows(log.items.ids(history.item)))
+            gap = torch.from_numpy(memory.history_gaps(np.asarray(history.timestamp), np.array([0, len(rows)])))
+            rating = None if history.rating is None else torch.from_numpy(np.array(history.rating))
+            action = torch.from_numpy(history.action.astype(np.int64))
+            with torch.no_grad():
+                events = model.encoder(model.item_vectors(rows), action, gap, rating)
+            owners.append({event.numpy().tobytes() for event in events})
+        model.decoder = Recalling(summaries, owners)  # type: ignore[assignment]
+        found = measure_memory(scorer, log)
+    assert found.own[0] == 1.0 and found.other[0] < 0.9
 
 
 def test_report_and_refusal(served: Served) -> None:

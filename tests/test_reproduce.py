@@ -29,6 +29,8 @@ SIMULATION = Table(
         "vista": Row(1, codecs=BOTH, tails=(4,)),
         "tail-only": Row(1, K0),
         "last-40": Row(1, (*K0, "model.tail_len=40")),
+        "sasrec": Row(1, ("model=sasrec",)),
+        "din": Row(1, ("model=din",)),
         **FLOORS,
         **TRUTH,
     },
@@ -58,9 +60,9 @@ def test_a_simulated_table(
     """All kinds of rows; what is there is not run again."""
     monkeypatch.setitem(TABLES, "tiny", SIMULATION)
     assert reproduce.main(words) == 0
-    assert "6 of 6: truth" in capsys.readouterr().err
+    assert "8 of 8: truth" in capsys.readouterr().err
     found = found_lines(tmp_path)
-    trained = ["vista 1", "vista, float32 store 1", "vista, tail 4 1", "tail-only 1", "last-40 1"]
+    trained = ["vista 1", "vista, float32 store 1", "vista, tail 4 1", "tail-only 1", "last-40 1", "sasrec 1", "din 1"]
     assert list(found) == [*trained, "popularity 0", "transitions 0", "truth 0"]
     assert found["last-40 1"]["config"]["model"]["tail_len"] == 40
     assert all(0 < found[name]["metrics"]["auc/click"] < 1 for name in trained)
@@ -69,6 +71,8 @@ def test_a_simulated_table(
     assert found["popularity 0"]["metrics"].keys() == {f"{name}@{k}" for name in ("hr", "ndcg") for k in (10, 50, 200)}
     assert found["vista 1"]["command"] == "python scripts/reproduce.py tiny --rows vista --seeds 1"
     assert found["truth 0"]["command"] == "python scripts/reproduce.py tiny --rows truth"
+    assert found["vista 1"]["config"]["simulation"] == SIMULATION.simulation
+    assert "ndcg@10" in found["sasrec 1"]["metrics"] and "ndcg@10" not in found["din 1"]["metrics"]
     assert str(tmp_path) not in json.dumps(found)
     table = tmp_path / "results" / "tiny.jsonl"
     assert table.with_suffix(".md").read_text() == markdown_table(read_results(table))

@@ -240,6 +240,9 @@ class TrainConfig:
         spacing, tail_len = self.data.label_spacing, self.model.tail_len
         message = f"must be at most model.tail_len={tail_len}, or some labels would see no tail; got {spacing}"
         require(spacing <= tail_len, "data.label_spacing", message)
+        unread = self.data.negative_power == 0 and self.optim.logq_strength == 1
+        message = "nothing here reads frequencies; set data.negative_power above 0, or optim.logq_strength below 1"
+        require(self.data.frequencies is Counting.exact or not unread, "data.frequencies", message)
         downstream = self.stage is Stage.downstream
         for key in ("base", "store"):
             message = "is needed with stage=downstream" if downstream else "is for stage=downstream; leave it out"

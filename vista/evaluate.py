@@ -47,6 +47,8 @@ from vista.training.raw_history import RawHistoryAnswers
 Int = NDArray[np.int64]
 Floats = NDArray[np.float32]
 PARTS = ("test", "validation")
+NO_STORE = "none"
+"""In place of a codec, of a rival."""
 TRAINED_GROUPS = ("model", "data", "optim")
 """Groups of a run's configuration that its results' rows repeat."""
 
@@ -95,7 +97,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     with cpu_settings(config.num_threads):
         model = RankingModel.from_pretrained(config.model, resolve_device(config.device))
         if isinstance(model, HistoryModel):
-            result, codec = evaluate_model(model, log, config.split, **options), "none"
+            result, codec = evaluate_model(model, log, config.split, **options), NO_STORE
         else:
             assert isinstance(model, Recommender)
             with Scorer.open(model, config.store) as scorer:
@@ -116,7 +118,8 @@ def _result_row(config: EvaluateConfig, result: Evaluation, codec: str) -> dict[
     label = name + (", validation" if config.split == "validation" else "")
     label += "" if config.exclude_seen else ", seen items kept"
     label += f", {config.staleness} events old" if config.staleness else ""
-    words = [f"{key}={getattr(config, key)}" for key in ("data", "model", "store", "table", "results_dir")]
+    keys = ("data", "model", "store", "table", "results_dir")
+    words = [f"{key}={getattr(config, key)}" for key in keys if key != "store" or codec != NO_STORE]
     words += [f"model_name={name}", f"seed={seed}"]
     words += [f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in options.items()]
     trained = {group: {k: v for k, v in run[group].items() if k != "path"} for group in TRAINED_GROUPS if group in run}

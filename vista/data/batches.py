@@ -79,6 +79,8 @@ class BatchSource:
         # What encodes whole chunks must not see more of one than it may of a history; what ranks alone takes its newest
         # events before each impression, so its chunks may be longer.
         limit = 0 if model.architecture.ranks_only else model.history_limit
+        if limit and model.architecture is not Architecture.vista:
+            limit += 1  # the last is a label alone, so that the state after a full window is trained too
         self._chunk_len = min(data.chunk_len, limit or data.chunk_len)
         self._stored = stored
         self._first = visible_counts(log, Until(before=stored.since)) if stored else np.zeros(log.num_users, np.int64)

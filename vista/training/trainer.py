@@ -61,6 +61,8 @@ class Progress:
     best: float | None = None
     bad_validations: int = 0
     stopped: bool = False
+    seconds: float = 0.0
+    """What was spent on it, validation included, in all processes of a run that was stopped and resumed."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Validation metrics, one entry a validation."""
 
@@ -179,6 +181,7 @@ class _Trainer:
             [self.model.item_table], lr=optim.learning_rate, betas=(0.9, 0.98)
         )
         self.progress = Progress()
+        self._counted_until = time.perf_counter()
         self.precision = choose_precision(config.precision, self.device)
 
     # Running ---------------------------------------------------------------------------------------------------------
@@ -316,7 +319,9 @@ class _Trainer:
         found = self.validation(self.model)
         value = found[self.validation.metric]
         progress.history.append({"epoch": progress.epoch, "step": progress.step, **found})
-        metrics.write({"step": progress.step, "epoch": progress.epoch, "validation": found, "epoch_seconds": seconds})
+        self._count_seconds()
+        times = {"epoch_seconds": seconds, "seconds": progress.seconds}
+        metrics.write({"step": progress.step, "epoch": progress.epoch, "validation": found, **times})
         logger.info(
             "epoch %d (%.1f s): %s", progress.epoch, seconds, ", ".join(f"{k} {v:.4f}" for k, v in found.items())
         )
@@ -343,7 +348,13 @@ class _Trainer:
 
     # State -----------------------------------------------------------------------------------------------------------
 
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.progress.seconds += now - self._counted_until
+        self._counted_until = now
+
     def _save(self) -> None:
+        self._count_seconds()
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -80,7 +80,9 @@ class Impressions:
         column = batch.tail_index.shape[1] - batch.label.shape[1] + batch.candidate_position.flatten()[place]
         last = batch.tail_index[window, column]
         seen = torch.where(last >= 0, last + 1 - chunk_start, 0)
+        # Chunks without events share a start; which of them it is does not matter, but at the end there must be one.
         chunk = torch.searchsorted(batch.offsets, chunk_start, right=True) - 1
+        chunk = chunk.clamp(max=len(batch.offsets) - 2)
         return cls(batch.candidate.flatten()[place], batch.candidate_gap.flatten()[place], chunk, seen, place)
 
 

@@ -43,6 +43,7 @@ class SASRec(SequenceModel):
         """A network over state, candidate and their product: the publication ranks by their inner product alone."""
         assert self.task_head is not None
         user = states.gather(1, seen[..., None].expand(-1, -1, states.shape[2]))
+        candidates = candidates * self.config.dim**0.5  # as events enter
         logits: Tensor = self.task_head(torch.cat([user, candidates, user * candidates], -1))
         return logits
 

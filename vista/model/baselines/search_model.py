@@ -63,7 +63,7 @@ class SearchModel(CandidateModel):
         # Under autocast scores of bfloat16 would decide in training, and of float32 in serving.
         with torch.autocast(row.device.type, enabled=False):
             key = self.search_key(events.table[distinct] * self.scale)
-            for part in torch.split(row, max(1, SCORES_AT_ONCE // (n * length)), 1):
+            for part in torch.split(row, max(1, SCORES_AT_ONCE // (n * max(length, len(distinct)))), 1):
                 hidden = self.hidden(queries.seen[part], length)
                 score = (self.search_query(queries.vectors[part]) @ key.t()).gather(2, place[:, None].expand_as(hidden))
                 age = newest_clock[part][..., None] - events.clock[tile.index][:, None]

@@ -6,7 +6,7 @@ cannot see it. Letters: n histories of a tile, L events, C candidates, M model d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,16 @@ class Events:
     vectors: Tensor
     time: Tensor
     offsets: Int
+
+
+def _encoded_impressions(batch: Batch, limit: int) -> Batch:
+    """Without the labels of what was shown after a chunk of limit + 1 events, the last of which is not encoded."""
+    shown = Impressions.of(batch)
+    late = shown.place[shown.seen > limit]
+    if not len(late):
+        return batch
+    mask = batch.candidate_mask.flatten(0, 1).index_fill(0, late, False)
+    return replace(batch, candidate_mask=mask.view_as(batch.candidate_mask))
 
 
 class SequenceModel(HistoryModel):
@@ -75,13 +85,16 @@ class SequenceModel(HistoryModel):
     def losses(self, batch: Batch, item_vectors: Tensor, data: DataConfig, optim: OptimConfig) -> Losses:
         vectors = self.encoder(item_vectors[batch.item], batch.action, batch.gap, batch.rating)
         events = Events(vectors, batch.clock, batch.offsets.cpu().numpy())
-        shown = Impressions.of(batch) if self.schema.tasks and optim.task_weight > 0 else None
+        shown = None
+        if self.schema.tasks and optim.task_weight > 0:
+            batch = _encoded_impressions(batch, self.config.history_limit)
+            shown = Impressions.of(batch)
         users, labels, logits, places = [], [], [], []
         for tile in tiles(events.offsets, vectors.device):
             states, memory = self._encode(events, tile)
             if optim.next_weight > 0:
                 gap = self.encoder.gap_vectors(batch.gap[tile.index][tile.valid])
-                users.append(self._user(states[:, :-1][tile.valid], gap))
+                users.append(self._user(states[:, : tile.valid.shape[1]][tile.valid], gap))
                 labels.append(batch.item[tile.index][tile.valid])
             if shown is not None and (part := tile.entries(shown.chunk)) is not None:
                 index, valid = part
@@ -98,13 +111,17 @@ class SequenceModel(HistoryModel):
         return weighted_losses(self, batch, optim, loss, in_place(torch.cat(logits), torch.cat(places), batch))
 
     def _encode(self, events: Events, tile: Tile) -> tuple[Tensor, Any]:
-        """States [n, L+1, M] before each event and after the last, and the history's memory (None without events)."""
-        n, length = tile.index.shape
+        """States [n, L+1, M] before each event and after the last, and the history's memory (None without events).
+
+        L is at most `history_limit`: one event more is a label alone.
+        """
+        index = tile.index[:, : self.config.history_limit]
+        n, length = index.shape
         start = self.start.expand(n, 1, -1)
         if length == 0:
             return start, None
-        x = self.dropout(events.vectors[tile.index] * self.config.dim**0.5 + self.position[:length])
-        states, memory = self.states(x, events.time[tile.index])
+        x = self.dropout(events.vectors[index] * self.config.dim**0.5 + self.position[:length])
+        states, memory = self.states(x, events.time[index])
         return torch.cat([start.to(states.dtype), states], 1), memory
 
     def _user(self, states: Tensor, gap: Tensor | None) -> Tensor:
