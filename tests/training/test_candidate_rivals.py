@@ -89,7 +89,7 @@ def test_a_rival_learns_from_the_events_that_it_reads(
         assert found.metrics["auc/click"] < 0.62
 
 
-@pytest.mark.parametrize(("name", "longest"), [("sasrec", 10), ("din", NUM_EVENTS)])
+@pytest.mark.parametrize(("name", "longest"), [("sasrec", 11), ("din", NUM_EVENTS)])
 def test_chunks_may_be_longer_than_what_an_impression_reads(
     log: EventLog, tmp_path: Path, name: str, longest: int
 ) -> None:
