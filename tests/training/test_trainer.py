@@ -35,9 +35,11 @@ def result(run_dir: Path) -> tuple[dict[str, torch.Tensor], Any, bytes, list[dic
     """All that a run ends in, times apart: tensors and state of the last checkpoint, the export, the metrics."""
     newest = latest_checkpoint(run_dir / "checkpoints")
     assert newest is not None
-    timed = ("tokens_per_s", "epoch_seconds")
+    timed = ("tokens_per_s", "epoch_seconds", "seconds")
     rows = [{key: value for key, value in row.items() if key not in timed} for row in metrics(run_dir)]
-    return *load_checkpoint(newest), (run_dir / "best" / "model.safetensors").read_bytes(), rows
+    tensors, state = load_checkpoint(newest)
+    assert state["run"]["progress"].pop("seconds") > 0
+    return tensors, state, (run_dir / "best" / "model.safetensors").read_bytes(), rows
 
 
 def assert_same_result(run_dir: Path, reference: Path) -> None:
