@@ -31,6 +31,7 @@ from typing import Any
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from row_progress import RowProgress
+from serving_cost import history_model_latency_ms, scorer_latency_ms, training_speed
 from tables import TABLES, Row, Table
 from vista.choices import Stage
 from vista.composition import compose_config
@@ -256,8 +257,14 @@ def _measure(
         seconds = _seconds(folder / "run" / "metrics.jsonl")
         if isinstance(model, HistoryModel):
             progress.check()
-            found = evaluate_model(model, log, "test", top_k=TOP_K, popularity=TABLES[settings.table].popularity)
-            yield run.name, found.metrics, seconds
+            table = TABLES[settings.table]
+            metrics = evaluate_model(model, log, "test", top_k=TOP_K, popularity=table.popularity).metrics
+            if table.costs:
+                metrics |= {
+                    "train events/s": training_speed(folder / "run" / "metrics.jsonl"),
+                    "request ms": history_model_latency_ms(model, log),
+                }
+            yield run.name, metrics, seconds
             return
         assert isinstance(model, Recommender)
         for served, metrics in _served_metrics(settings, run, log, model, folder, progress):
@@ -292,7 +299,7 @@ def _served_metrics(
     """Test metrics of a trained model as it is served: from a store of each codec, through the scorer."""
     table = TABLES[settings.table]
     served = {name: how for name, how in run.row.served(run.name).items() if name in run.missing}
-    refreshed: set[Path] = set()
+    refreshed: dict[Path, float] = {}
     for name, how in served.items():
         progress.check()
         store = folder / (f"{how.codec.value}-{how.staleness}" if how.staleness else how.codec.value)
@@ -300,8 +307,8 @@ def _served_metrics(
         if how.staleness:
             until = replace(until, held_out=until.held_out + how.staleness)
         if store not in refreshed:
-            refresh(model, log, store, until=until, codec=how.codec)
-            refreshed.add(store)
+            report = refresh(model, log, store, until=until, codec=how.codec)
+            refreshed[store] = report.seconds / max(report.num_users - report.resumed_at, 1)
             progress.check()
         shown = model if how.tail_len is None else model.with_tail(how.tail_len)
         with Scorer.open(shown, store) as scorer:
@@ -311,7 +318,14 @@ def _served_metrics(
                 "memory": table.memory,
                 "staleness": how.staleness,
             }
-            yield name, evaluate_scorer(scorer, log, "test", **options).metrics
+            metrics = evaluate_scorer(scorer, log, "test", **options).metrics
+            if table.costs:
+                metrics |= {
+                    "train events/s": training_speed(folder / "run" / "metrics.jsonl"),
+                    "refresh ms/user": 1e3 * refreshed[store],
+                    "request ms": scorer_latency_ms(scorer, log),
+                }
+            yield name, metrics
 
 
 def _truth(log: EventLog, config: TrainConfig) -> dict[str, float]:

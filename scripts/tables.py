@@ -63,6 +63,8 @@ class Table:
     """Keys of `vista simulate` that make the log; None: a MovieLens set."""
     popularity: bool = False
     """With the report on popularity (`vista.training.popularity`)."""
+    costs: bool = False
+    """With events a second in training, seconds of refresh a user, and milliseconds of a request (serving_cost.py)."""
     memory: bool = False
     """With what summaries remember (`vista.memory`)."""
 
@@ -125,7 +127,7 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
         f"data.chunk_len={max(16_384, 4 * events_per_user)}",  # whole lives, which spread around their mean
     )
     sizes = {"num_users": num_users, "events_per_user": events_per_user, "impressions_per_user": 360_000 // num_users}
-    return Table("simulation", data, rows | TRUTH, words, sizes)
+    return Table("simulation", data, rows | TRUTH, words, sizes, costs=True)
 
 
 def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, Row]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import plot_lengths
 import reproduce
 from row_progress import RowProgress
 from tables import BOTH, FLOORS, K0, TABLES, TRUTH, Row, Table
@@ -36,6 +37,7 @@ SIMULATION = Table(
     },
     SMALL,
     {"num_users": 24, "events_per_user": 200},
+    costs=True,
 )
 MOVIELENS = Table("ml-100k", "ml-1m", {"vista": Row(3, SMALL), **FLOORS})
 
@@ -73,11 +75,20 @@ def test_a_simulated_table(
     assert found["truth 0"]["command"] == "python scripts/reproduce.py tiny --rows truth"
     assert found["vista 1"]["config"]["simulation"] == SIMULATION.simulation
     assert "ndcg@10" in found["sasrec 1"]["metrics"] and "ndcg@10" not in found["din 1"]["metrics"]
+    costs = {name: found[name]["metrics"] for name in ("vista 1", "sasrec 1", "din 1")}
+    assert all(metrics["request ms"] > 0 for metrics in costs.values())
+    assert costs["vista 1"]["refresh ms/user"] > 0 and "refresh ms/user" not in costs["din 1"]
     assert str(tmp_path) not in json.dumps(found)
+    monkeypatch.setattr(plot_lengths, "LENGTHS", {"tiny": "200", "length-1k": "1,000"})
+    drawn = ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "lengths.png")]
+    assert plot_lengths.main(drawn) == 0 and (tmp_path / "lengths.png").stat().st_size > 10_000
+    points = plot_lengths.points_of(read_results(tmp_path / "results" / "tiny.jsonl"))
+    assert points["din"] == (costs["din 1"]["request ms"], costs["din 1"]["auc/click"]) and "popularity" not in points
     table = tmp_path / "results" / "tiny.jsonl"
     assert table.with_suffix(".md").read_text() == markdown_table(read_results(table))
     before = table.read_bytes()
     table.with_suffix(".md").unlink()
+    capsys.readouterr()
     assert reproduce.main(words) == 0 and table.read_bytes() == before
     assert capsys.readouterr().out == "tiny: all runs are done\n" and table.with_suffix(".md").exists()
 
