@@ -32,6 +32,7 @@ class RawHistoryAnswers:
     def __init__(self, model: HistoryModel, log: EventLog, item_rows: Int) -> None:
         """item_rows: int64 [log.num_items], the model row of each of the log's items."""
         self._model, self._log, self._item_rows = model, log, item_rows
+        self._items = item_vectors(model) if model.has_retrieval else None
 
     def next_scores(self, cases: NextItemCases) -> Floats:
         """Cosines float32 [N, V] of the users of some cases to all items, at the times of the labels."""
@@ -44,7 +45,8 @@ class RawHistoryAnswers:
             )
             for part in self._groups(cases.seen)
         ]
-        scores: Floats = (torch.cat(users) @ item_vectors(self._model).t()).float().cpu().numpy()
+        assert self._items is not None
+        scores: Floats = (torch.cat(users) @ self._items.t()).float().cpu().numpy()
         return scores
 
     def probabilities(self, cases: ImpressionCases, *, progress: bool = False) -> Floats:
@@ -52,7 +54,8 @@ class RawHistoryAnswers:
         out = np.zeros(cases.label.shape, np.float32)
         starts = np.flatnonzero(np.diff(cases.user, prepend=-1) | np.diff(cases.timestamp, prepend=-1))
         requests = [slice(low, high) for low, high in pairwise([*starts.tolist(), len(cases.user)])]
-        groups = list(self._groups(cases.seen[starts]))
+        shown = np.diff(np.append(starts, len(cases.user)))
+        groups = list(self._groups(cases.seen[starts], shown))
         for group in tqdm(groups, desc="impressions", unit="batch", disable=not progress, leave=False):
             parts = requests[group]
             first = starts[group]
@@ -71,6 +74,7 @@ class RawHistoryAnswers:
         found = self._log.gather_ranges(user, np.maximum(seen - limit, 0) if limit else seen * 0, seen)
         return dataclasses.replace(found, item=self._item_rows[found.item].astype(np.int32))
 
-    def _groups(self, seen: Int) -> Iterator[slice]:
+    def _groups(self, seen: Int, shown: Int | int = 1) -> Iterator[slice]:
+        """Requests of EVENTS_PER_BATCH events and candidates together; `shown`: candidates of each."""
         limit = self._model.config.history_limit
-        return token_groups(np.minimum(seen, limit) if limit else seen, EVENTS_PER_BATCH)
+        return token_groups((np.minimum(seen, limit) if limit else seen) + shown, EVENTS_PER_BATCH)
