@@ -77,4 +77,5 @@ class RawHistoryAnswers:
     def _groups(self, seen: Int, shown: Int | int = 1) -> Iterator[slice]:
         """Requests of EVENTS_PER_BATCH events and candidates together; `shown`: candidates of each."""
         limit = self._model.config.history_limit
-        return token_groups((np.minimum(seen, limit) if limit else seen) + shown, EVENTS_PER_BATCH)
+        weight: Int = (np.minimum(seen, limit) if limit else seen) + shown
+        return token_groups(weight, EVENTS_PER_BATCH)
