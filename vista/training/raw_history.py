@@ -43,7 +43,7 @@ class RawHistoryAnswers:
             self._model.user_vectors(
                 self._histories(cases.user[part], cases.seen[part]), None if now is None else now[part]
             )
-            for part in self._groups(cases.seen)
+            for part in self._groups(cases.seen, np.ones_like(cases.seen))
         ]
         assert self._items is not None
         scores: Floats = (torch.cat(users) @ self._items.t()).float().cpu().numpy()
@@ -74,8 +74,7 @@ class RawHistoryAnswers:
         found = self._log.gather_ranges(user, np.maximum(seen - limit, 0) if limit else seen * 0, seen)
         return dataclasses.replace(found, item=self._item_rows[found.item].astype(np.int32))
 
-    def _groups(self, seen: Int, shown: Int | int = 1) -> Iterator[slice]:
+    def _groups(self, seen: Int, shown: Int) -> Iterator[slice]:
         """Requests of EVENTS_PER_BATCH events and candidates together; `shown`: candidates of each."""
         limit = self._model.config.history_limit
-        weight: Int = (np.minimum(seen, limit) if limit else seen) + shown
-        return token_groups(weight, EVENTS_PER_BATCH)
+        return token_groups((np.minimum(seen, limit) if limit else seen) + shown, EVENTS_PER_BATCH)
