@@ -55,7 +55,6 @@ class SequenceModel(HistoryModel):
         self.start = nn.Parameter(torch.randn(dim) * dim**-0.5)
         """State before the first event."""
         self.dropout = Dropout(config.dropout)
-        self.user_projection = nn.Linear(dim, dim, bias=False)
 
     # What an architecture adds -----------------------------------------------------------------------------------
 
@@ -125,7 +124,8 @@ class SequenceModel(HistoryModel):
         return torch.cat([start.to(states.dtype), states], 1), memory
 
     def _user(self, states: Tensor, gap: Tensor | None) -> Tensor:
-        return F.normalize(self.user_projection(states if gap is None else states + gap), dim=-1)
+        # No map between: states lie in the space of item vectors, from which they start.
+        return F.normalize(states if gap is None else states + gap, dim=-1)
 
     # Requests ------------------------------------------------------------------------------------------------------
 
