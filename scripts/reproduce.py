@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,6 +54,7 @@ from vista.scorer import Scorer
 from vista.store.layout import CURRENT
 from vista.training.protocol import impression_cases, impression_metrics
 from vista.training.trainer import train, train_model
+from workloads import movielens_folder
 
 TOP_K = [10, 50, 200]
 UNTRAINED_SEED = 0
@@ -369,20 +369,9 @@ def _log(settings: argparse.Namespace) -> EventLog:
             source, kind = path.with_name(f"{name}-source"), "simulated"
             simulate(SimulateConfig(out=str(source), **table.simulation))
         else:
-            source, kind = _movielens_folder(settings, table.data), "auto"
+            source, kind = movielens_folder(settings.data, table.data), "auto"
         prepare(PrepareConfig(out=str(path), events=SourceConfig(kind=kind, paths=[str(source)]), progress=False))
     return EventLog.open(path)
-
-
-def _movielens_folder(settings: argparse.Namespace, name: str) -> Path:
-    root = os.environ.get("VISTA_DATA_DIR")
-    folder: Path | None = settings.data or (Path(root) / name if root else None)
-    if folder is None or not folder.exists():
-        raise ConfigError(
-            f"--data: {'is needed' if folder is None else f'{folder} is not there'}; give the folder of {name}, or set "
-            "VISTA_DATA_DIR to the folder of all sets (the README says where to get them)"
-        )
-    return folder
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The rival of bench_training.py: RecTools' SASRec in its own environment, and the search for its fastest setting."""
+"""RecTools in its own environment, and the search for the fastest setting of its SASRec (bench_training.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import venv
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 
+
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line."""
+    return [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
 SCRIPT = Path(__file__).with_name("rival_rectools.py")
 LENGTH = 200
 """Events of a user that RecTools sees; one more where the first counts that only is an input."""
 DIM, HEADS, LAYERS = 64, 4, 2
+SHAPE = words_of({"session_max_len": LENGTH, "n_factors": DIM, "n_blocks": LAYERS, "n_heads": HEADS})
+"""The sizes, as words of rival_rectools.py."""
 PILOT_BATCHES = 8
 """Batches of one trial; the first two only warm up."""
 GATHERED_BYTES = 1 << 29
@@ -39,8 +47,7 @@ class Setting:
 
     def options(self) -> list[str]:
         """As words of a command line."""
-        pairs = dataclasses.asdict(self).items()
-        return [word for key, value in pairs for word in (f"--{key.replace('_', '-')}", str(value))]
+        return words_of(dataclasses.asdict(self))
 
 
 def rival_python(folder: Path) -> Path:
@@ -62,9 +69,12 @@ def rival_python(folder: Path) -> Path:
 
 def run_rival(python: Path, data: Path, setting: Setting, max_batches: int) -> dict[str, Any]:
     """One epoch of RecTools in a process of its own, whole or estimated."""
-    shape = {"session-max-len": LENGTH, "n-factors": DIM, "n-blocks": LAYERS, "n-heads": HEADS}
-    words = [word for key, value in shape.items() for word in (f"--{key}", str(value))]
-    command = [str(python), str(SCRIPT), str(data), *words, *setting.options(), "--max-batches", str(max_batches)]
+    return call_rival(python, data, [*SHAPE, *setting.options(), "--max-batches", str(max_batches)])
+
+
+def call_rival(python: Path, data: Path, words: Sequence[str]) -> dict[str, Any]:
+    """rival_rectools.py in a process of its own: what it reports."""
+    command = [str(python), str(SCRIPT), str(data), *words]
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS")}
     done = subprocess.run(command, cwd=data.parent, env=environment, capture_output=True, text=True)
     if done.returncode:

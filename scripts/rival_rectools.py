@@ -1,19 +1,27 @@
-"""Train RecTools' SASRec for some epochs and print what they cost, as one JSON line.
+"""Train RecTools' SASRec or HSTU for some epochs, print what they cost as one JSON line, and recommend on wish.
 
 Runs in an environment of its own, with RecTools and without vista (RecTools needs numpy<2):
 
     python -m venv rival && rival/bin/pip install "rectools[torch]"
     rival/bin/python scripts/rival_rectools.py events.npz --epochs 2 --loss softmax
+    rival/bin/python scripts/rival_rectools.py events.npz --model HSTU --recommend lists.npz
 
-The data are an npz of three equally long arrays, `user`, `item` and `timestamp` (times or ordinals; only their order
-counts). RecTools keeps each user's last session_max_len + 1 events, the first of which is an input only. Preparing the
-data set and building the model are not timed; loading, shuffling and collating batches are, as in every epoch.
+The data are an npz of three equally long arrays, `user`, `item` and `timestamp` (seconds, or ordinals where only their
+order counts). RecTools keeps each user's last session_max_len + 1 events, the first of which is an input only.
+Preparing the data set and building the model are not timed; loading, shuffling and collating batches are, as in every
+epoch.
+
+For --recommend the npz also has `validation_user`, `validation_item`, `validation_timestamp` and the same of `test`:
+one event a user, which comes after all of its events above. The lists are int64 [users, top_k] under `validation` and
+`test`, best first, -1 where there are fewer: without items that the user has met, which for `test` includes the
+validation item. Only the time of an event that is asked for is shown to a model, and only with --relative-time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 import warnings
@@ -30,17 +38,20 @@ from pytorch_lightning import Trainer, seed_everything  # type: ignore[import-no
 from pytorch_lightning.callbacks import LambdaCallback  # type: ignore[import-not-found]
 from rectools import Columns  # type: ignore[import-not-found]
 from rectools.dataset import Dataset  # type: ignore[import-not-found]
-from rectools.models import SASRecModel  # type: ignore[import-not-found]
+from rectools.metrics import NDCG, HitRate, calc_metrics  # type: ignore[import-not-found]
+from rectools.models import HSTUModel, SASRecModel  # type: ignore[import-not-found]
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # The first batches of a cut epoch warm caches up; they are left out of the estimate.
 WARMUP_BATCHES = 2
+PARTS = ("validation", "test")
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="npz of user, item, timestamp")
+    parser.add_argument("--model", choices=["SASRec", "HSTU"], default="SASRec")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument(
         "--max-batches", type=int, default=0, help="cut every epoch after so many batches and estimate it"
@@ -53,7 +64,15 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--loss", choices=["softmax", "BCE", "gBCE", "sampled_softmax"], default="softmax")
     parser.add_argument("--n-negatives", type=int, default=1, help="a position; softmax takes the whole catalogue")
+    parser.add_argument("--distance", choices=["dot", "cosine"], default="dot", help="of a user from an item")
+    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits in training")
+    parser.add_argument("--scale-inputs", action="store_true", help="item vectors times sqrt(n_factors), as published")
+    parser.add_argument("--mask-padding", action="store_true", help="SASRec: attend to no padding, as published")
+    parser.add_argument("--relative-time", action="store_true", help="HSTU: the bias by time, which needs real times")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup-steps", type=int, default=0, help="of linear rise to --lr")
+    parser.add_argument("--decay", action="store_true", help="cosine from --lr to 1 %% of it at the end")
+    parser.add_argument("--gradient-clip", type=float, default=0.0, help="largest global norm; 0 clips nothing")
     parser.add_argument("--workers", type=int, default=0, help="processes that load batches")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's own choice")
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed", "bf16-true"], default="32-true")
@@ -61,16 +80,18 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "--sdpa", choices=["auto", "math", "flash"], default="auto", help="flash needs --dropout 0 on CPUs"
     )
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--recommend", type=Path, help="npz that receives the lists; see above")
+    parser.add_argument("--top-k", type=int, default=200, help="length of the lists")
     return parser.parse_args(given)
 
 
-def read_events(path: Path) -> Dataset:
-    """The npz as a RecTools data set; ordinals become seconds."""
+def read_events(path: Path, prefix: str = "") -> pd.DataFrame:
+    """Events of the npz, as RecTools has them; ordinals become seconds."""
     with np.load(path, allow_pickle=False) as arrays:
-        frame = pd.DataFrame({Columns.User: arrays["user"], Columns.Item: arrays["item"]})
-        frame[Columns.Datetime] = pd.to_datetime(arrays["timestamp"], unit="s")
+        frame = pd.DataFrame({Columns.User: arrays[f"{prefix}user"], Columns.Item: arrays[f"{prefix}item"]})
+        frame[Columns.Datetime] = pd.to_datetime(arrays[f"{prefix}timestamp"], unit="s")
     frame[Columns.Weight] = 1.0
-    return Dataset.construct(frame)
+    return frame
 
 
 class EpochClock:
@@ -114,21 +135,29 @@ def _cpu_seconds() -> float:
     return used.user + used.system + used.children_user + used.children_system
 
 
-def train(options: argparse.Namespace) -> dict[str, Any]:
-    """Train, and return the line to print."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    seed_everything(options.seed, verbose=False)
-    clock = EpochClock()
+def learning_rate(options: argparse.Namespace, step: int, steps: int) -> float:
+    """Of step 0, 1, … of `steps`: constant, but for what the options say."""
+    rate: float = options.lr * min(1.0, (step + 1) / max(options.warmup_steps, 1))
+    return rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))) if options.decay else rate
+
+
+def build(options: argparse.Namespace, clock: EpochClock) -> SASRecModel | HSTUModel:
+    """The model with its trainer."""
+
+    def set_rate(trainer: Trainer) -> None:
+        steps = options.epochs * trainer.num_training_batches
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = learning_rate(options, trainer.global_step, steps)
 
     def trainer() -> Trainer:
-        # RecTools' own trainer, but for the clock and the arguments.
+        # RecTools' own trainer, but for the clock, the learning rate and the arguments.
         return Trainer(
             accelerator="cpu",
             devices=1,
             max_epochs=options.epochs,
             min_epochs=options.epochs,
             limit_train_batches=options.max_batches or None,
+            gradient_clip_val=options.gradient_clip or None,
             precision=options.precision,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -138,13 +167,17 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             callbacks=[
                 LambdaCallback(
                     on_train_epoch_start=lambda *_: clock.start(),
+                    on_train_batch_start=lambda trainer, *_: set_rate(trainer),
                     on_train_batch_end=lambda *_: clock.batch(),
                     on_train_epoch_end=lambda *_: clock.end(),
                 )
             ],
         )
 
-    model = SASRecModel(
+    own = {"use_key_padding_mask": options.mask_padding}
+    if options.model == "HSTU":
+        own = {"relative_time_attention": options.relative_time}
+    return {"SASRec": SASRecModel, "HSTU": HSTUModel}[options.model](
         n_blocks=options.n_blocks,
         n_heads=options.n_heads,
         n_factors=options.n_factors,
@@ -157,17 +190,34 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         epochs=options.epochs,
         dataloader_num_workers=options.workers,
         get_trainer_func=trainer,
+        similarity_module_kwargs={"distance": options.distance},
+        lightning_module_kwargs={"logits_t": options.temperature},
+        pos_encoding_kwargs={"use_scale_factor": options.scale_inputs},
+        **own,
     )
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """Train, recommend on wish, and return the line to print."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    seed_everything(options.seed, verbose=False)
+    clock = EpochClock()
+    model = build(options, clock)
+    events = read_events(options.data)
     attention = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}.get(options.sdpa)
     with sdpa_kernel(attention) if attention is not None else nullcontext():
-        model.fit(read_events(options.data))
+        model.fit(Dataset.construct(events))
+    lists, metrics = recommend(model, events, options) if options.recommend is not None else ({}, {})
+    if lists:
+        np.savez(options.recommend, validation=lists["validation"], test=lists["test"])
     interactions = model.data_preparator.train_dataset.interactions.df
     users = int(interactions[Columns.User].nunique())
     total_batches = -(-users // options.batch_size)
     walls, cpus = clock.seconds(total_batches)
     loss = model.fit_trainer.callback_metrics.get("train_loss")
     return {
-        "rival": "RecTools SASRec",
+        "rival": f"RecTools {options.model}",
         "seconds_per_epoch": walls,
         "cpu_seconds_per_epoch": cpus,
         "estimated": bool(options.max_batches and options.max_batches < total_batches),
@@ -176,10 +226,37 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "items": int(interactions[Columns.Item].nunique()),
         "parameters": sum(parameter.numel() for parameter in model.lightning_model.torch_model.parameters()),
         "train_loss": None if loss is None else float(loss),
-        "settings": {key: value for key, value in vars(options).items() if key != "data"},
+        "metrics": metrics,
+        "settings": {key: value for key, value in vars(options).items() if key not in ("data", "recommend")},
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("rectools", "pytorch-lightning", "torch", "numpy")},
     }
+
+
+def recommend(
+    model: SASRecModel | HSTUModel, history: pd.DataFrame, options: argparse.Namespace
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
+    """Of each part the lists int64 [users, top_k], users in the order of the npz, and RecTools' own metrics of them."""
+    lists, metrics = {}, {}
+    # With one label a user the best achievable gain is 1, as everybody else has it.
+    judges = {"hr@10": HitRate(10), "ndcg@10": NDCG(10, divide_by_achievable=True)}
+    for part in PARTS:
+        asked = read_events(options.data, f"{part}_")
+        found = model.recommend(
+            asked[Columns.User],
+            Dataset.construct(history),
+            options.top_k,
+            filter_viewed=True,
+            on_unsupported_targets="ignore",
+            # RecTools puts its padding in the place of the item.
+            context=asked.copy() if model.require_recommend_context else None,
+        )
+        lists[part] = np.full((len(asked), options.top_k), -1, np.int64)
+        row = pd.Index(asked[Columns.User]).get_indexer(found[Columns.User])
+        lists[part][row, found[Columns.Rank] - 1] = found[Columns.Item]
+        metrics[part] = {name: float(value) for name, value in calc_metrics(judges, found, asked).items()}
+        history = pd.concat([history, asked], ignore_index=True)
+    return lists, metrics
 
 
 def main() -> None:

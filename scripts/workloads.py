@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from vista.choices import Mixing
 from vista.config import DataConfig, ModelConfig
 from vista.data.event_log import EventLog
+from vista.errors import ConfigError
 from vista.model.ranking_model import Schema
 from vista.model.recommender import Recommender
 
@@ -92,3 +93,19 @@ def find_ml_1m(given: Path | None) -> Path | None:
     folder = os.environ.get("VISTA_DATA_DIR")
     path = Path(folder) / "ml-1m" / "events.npz" if folder else None
     return path if path is not None and path.is_file() else None
+
+
+def movielens_folder(given: Path | None, name: str) -> Path:
+    """The folder of a MovieLens set: the one given, or `name` in the folder that VISTA_DATA_DIR names.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    root = os.environ.get("VISTA_DATA_DIR")
+    folder = given or (Path(root) / name if root else None)
+    if folder is None or not folder.exists():
+        raise ConfigError(
+            f"--data: {'is needed' if folder is None else f'{folder} is not there'}; give the folder of {name}, or set "
+            "VISTA_DATA_DIR to the folder of all sets (the README says where to get them)"
+        )
+    return folder
