@@ -86,7 +86,7 @@ def attention_replaced(attention: Attention) -> Iterator[None]:
     def quasi_linear_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, **_: Any) -> Tensor:
         return attention(*(_by_user(x, offsets) for x in (q, k, v))).flatten(0, 1)
 
-    def accumulate_state(k: Tensor, v: Tensor, offsets: Tensor) -> tuple[tuple[Tensor, Tensor], None]:
+    def accumulate_state(k: Tensor, v: Tensor, offsets: Tensor, **_: Any) -> tuple[tuple[Tensor, Tensor], None]:
         return (_by_user(k, offsets), _by_user(v, offsets)), None
 
     def read_state(q: Tensor, z: tuple[Tensor, Tensor], n: None, offsets: Tensor, **_: Any) -> Tensor:

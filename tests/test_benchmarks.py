@@ -119,12 +119,15 @@ def test_training_is_compared_with_the_rival(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     done = run("training", out, "--data", str(data), "--rival-venv", str(environment), "--negatives", "16")
     assert done.returncode == 0, done.stderr
-    (row,) = read_cases(out)
-    assert row["case"] == "ml-1m epoch, 16 negatives a label, dropout 0.2 (quick)"
-    assert row["baseline"] == 40.0 and row["ratio"] == pytest.approx(40.0 / row["value"])
+    rows = read_cases(out)
+    for row, who in zip(rows, ("vista", "sasrec"), strict=True):
+        assert row["case"] == f"ml-1m epoch of {who}, 16 negatives a label, dropout 0.2 (quick)"
+        assert row["baseline"] == 40.0 and row["ratio"] == pytest.approx(40.0 / row["value"])
     (detail,) = json.loads((tmp_path / "out_settings.json").read_text())
     # 28, 10, 201 and 3 training events; the rival's first event of each is an input only, which the fake forgets.
-    assert detail["our_labels"] == 28 + 10 + 201 + 3 and detail["our_config"]["data"]["num_negatives"] == 16
+    assert detail["our_labels"] == 28 + 10 + 201 + 3 and all(
+        config["data"]["num_negatives"] == 16 for config in detail["our_config"].values()
+    )
     calls = (tmp_path / "rival" / "calls").read_text().splitlines()
     assert len(calls) == 1 + 3 + 1 and all("--n-negatives 16 " in call for call in calls[1:])
     assert "--max-batches 0" in calls[-1]
@@ -139,7 +142,7 @@ def test_training_against_the_real_rival(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     done = run("training", out, "--data", str(data), "--rival-venv", environment)
     assert done.returncode == 0, done.stderr
-    assert [row["baseline"] > 0 for row in read_cases(out)] == [True]
+    assert [row["baseline"] > 0 for row in read_cases(out)] == [True, True]
 
 
 @pytest.mark.slow
