@@ -81,8 +81,8 @@ class TestNextItems:
             model.item_table.zero_()
             model.item_table[1:, 0] = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
             model.item_table[1:, 1] = 1 - model.item_table[1:, 0]
-            model.user_projection.weight.zero_()
-            model.user_projection.weight[0, 2] = sign
+            model.target_attention.final_norm.weight.zero_()
+            model.target_attention.final_norm.weight[0] = sign
         refresh(model, log, tmp_path / "store", until="leave-last-out")
         with Scorer.open(model, tmp_path / "store") as scorer:
             # Users whose vector points the other way rank backwards.

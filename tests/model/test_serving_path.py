@@ -200,7 +200,7 @@ def test_queries_see_the_first_columns_of_the_tail_alone(make: SimpleNamespace, 
     before, after = (inference.request_context(model, summary, t) for t in (tail, changed))
     with torch.inference_mode():
         for query in (
-            lambda context, columns: model.user_vectors(2, None, columns, context),
+            lambda context, columns: model.user_vectors(None, columns, context),
             lambda context, columns: model.candidate_logits(vectors, None, columns, context),
         ):
             assert torch.equal(query(before, columns), query(after, columns))

@@ -141,7 +141,7 @@ def request_gap(model: Recommender, now: Int | None, tail: PaddedTail) -> Tensor
 def user_vectors(model: Recommender, context: Context, gap: Tensor | None) -> Tensor:
     """Unit vectors [B, M] of the retrieval head."""
     seen = torch.full((1,), model.config.tail_len, device=model.device)
-    return model.user_vectors(len(context.tail_valid), gap, seen, context)[:, 0]
+    return model.user_vectors(gap, seen, context)[:, 0]
 
 
 @torch.inference_mode()

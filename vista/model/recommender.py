@@ -59,8 +59,7 @@ class Recommender(RankingModel):
         self.decoder = Decoder(config) if config.num_seeds else None
         self.target_attention = TargetAttention(config)
         self.request = nn.Parameter(torch.randn(dim) * dim**-0.5)
-        """The retrieval head's query token."""
-        self.user_projection = nn.Linear(dim, dim, bias=False)
+        """The retrieval head's query token, to which the newest event is added."""
         self.task_head = nn.Linear(dim, len(schema.tasks)) if schema.tasks else None
 
     # Training -----------------------------------------------------------------------------------------------------
@@ -119,10 +118,10 @@ class Recommender(RankingModel):
 
     def window_users(self, batch: Batch, context: Context) -> Tensor:
         """Unit user vectors [NW, W, M] at the positions of the windows, at the times of their labels."""
-        num_windows, num_positions = batch.label.shape
+        num_positions = batch.label.shape[1]
         seen = self.config.tail_len - num_positions + 1 + torch.arange(num_positions, device=batch.label.device)
         gap = self.encoder.gap_vectors(batch.label_gap)
-        return self.user_vectors(num_windows, gap, seen.clamp(min=0), context)
+        return self.user_vectors(gap, seen.clamp(min=0), context)
 
     def window_logits(self, batch: Batch, item_vectors: Tensor, context: Context) -> Tensor:
         """Task logits [NW, I, num_tasks] of the windows' impressions; item_vectors [R, M]."""
@@ -156,12 +155,12 @@ class Recommender(RankingModel):
 
     # Both ----------------------------------------------------------------------------------------------------------
 
-    def user_vectors(self, count: int, gap: Tensor | None, seen: Tensor, context: Context) -> Tensor:
-        """Unit vectors [count, Q, M] of request tokens; gap [count, Q, M], seen int64 [Q]."""
+    def user_vectors(self, gap: Tensor | None, seen: Tensor, context: Context) -> Tensor:
+        """Unit vectors [B, Q, M] of request tokens over contexts of B rows; gap [B, Q, M], seen int64 [Q]."""
         stage = self.target_attention
-        x = self.request.expand(count, len(seen), -1)
-        projections = stage.layers[0].project_query(self.request).expand(count, len(seen), -1)
-        return F.normalize(self.user_projection(stage.query(x, projections, gap, seen, context)), dim=-1)
+        # The residual stream leads from an item's vector to where the next one's is sought, with no map between.
+        x = self.request + context.newest(seen)
+        return F.normalize(stage.query(x, stage.layers[0].project_query(x), gap, seen, context), dim=-1)
 
     def candidate_logits(self, vectors: Tensor, gap: Tensor | None, seen: Tensor, context: Context) -> Tensor:
         """Logits [B, C, num_tasks] of candidates: vectors, gap [B, C, M] (or None); seen int64 [C], [1] or [B, C]."""

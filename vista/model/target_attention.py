@@ -27,17 +27,25 @@ MASKED = -1e9
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Keys and values of summary and tail, a layer each: [B, H, S+L, D]; tail_valid: bool [B, L]."""
+    """Keys and values of summary and tail, a layer each: [B, H, S+L, D]; tail_valid: bool [B, L]; tail: [B, L, M]."""
 
     keys: list[Tensor]
     values: list[Tensor]
     tail_valid: Tensor
+    tail: Tensor
+    """The events' embeddings, right-aligned."""
 
     def select(self, rows: Tensor) -> Context:
         """The context of some rows, in a new order; int64 [B'] rows."""
         keys = [k.index_select(0, rows) for k in self.keys]
         values = [v.index_select(0, rows) for v in self.values]
-        return Context(keys, values, self.tail_valid.index_select(0, rows))
+        return Context(keys, values, self.tail_valid.index_select(0, rows), self.tail.index_select(0, rows))
+
+    def newest(self, seen: Tensor) -> Tensor:
+        """[B, Q, M] embeddings of the newest of the first `seen` int64 [Q] columns of the tail; 0 without an event."""
+        column = (seen - 1).clamp(min=0)
+        known = self.tail_valid[:, column] & (seen > 0)
+        return torch.where(known.unsqueeze(-1), self.tail[:, column], 0.0)
 
 
 class TargetLayer(nn.Module):
@@ -149,7 +157,7 @@ class TargetAttention(nn.Module):
                 causal = self._position_bias(layer, self.distance[:-1], own=True)
                 mask = causal.masked_fill(hidden[:, None], MASKED)
                 x = layer.attend_context(x, key, value, F.pad(mask, (self.num_seeds, 0)))
-        return Context(keys, values, tail_valid)
+        return Context(keys, values, tail_valid, tail)
 
     def _position_bias(self, layer: TargetLayer, distance: Tensor, *, own: bool) -> Tensor:
         """[H, rows, L] learned bias by distance, MASKED where a column is not seen (`own`: distance 0 is)."""
