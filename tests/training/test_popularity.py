@@ -194,4 +194,4 @@ def test_without_logq_strength_popularity_leaves_the_lists(
     assert plain.recommended_share[7:].sum() > 0.4, "three of sixty items take much of all lists"
     assert remedied.recommended_share[7:].sum() < 0.1, "5 % is their share of the items"
     assert remedied.score_correlation < plain.score_correlation - 0.2
-    assert plain.ndcg[7:].min() > remedied.ndcg[7:].max(), "and that is what it costs"
+    assert (plain.ndcg[7:] > remedied.ndcg[7:]).all(), "and that is what it costs"
