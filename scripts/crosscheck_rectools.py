@@ -3,14 +3,14 @@
     python scripts/crosscheck_rectools.py SASRec --data ml-100k --seeds 1 2 3
     python scripts/crosscheck_rectools.py HSTU --data ml-100k --seeds 1 2 3 --times
 
-Equal: the events (each user's newest 200 training events, and the two held out), sizes, dropout, the full softmax over
+Equal: the events (each user's newest 201 training events, and the two held out), sizes, dropout, the full softmax over
 cosines divided by one temperature, Adam with its rates, clipping, passes, and about the number of users a batch; the
 last pass counts, none is chosen. Both rank all items that the user has not met, for the validation label and then, with
 the validation event in the history, for the test label. vista's functions judge both; RecTools' own must find the same
 in its lists.
 
 Not equal, since these are what an implementation decides: initial values, where positions count from, where dropout
-lies, padding, biases and projections. RecTools' first event of a user is an input only, ours is a label too. With
+lies, padding and biases. RecTools' first event of a user is an input only, ours is a label too. With
 --times HSTU gets the log's own times (RecTools as a bias by the time up to each next event, ours as a bias between
 events and embeddings of the gaps); without, either sees no more than the order.
 
@@ -71,10 +71,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of a MovieLens set, or its name there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--times", action="store_true", help="HSTU: with times, where the set has them")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--dropout", type=float, default=0.2)
-    parser.add_argument("--batch-users", type=int, default=16, help="of RecTools; ours as many on average, by events")
+    parser.add_argument("--batch-users", type=int, default=8, help="of RecTools; ours as many on average, by events")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of either")
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of the tables")
     default = Path(os.environ.get("VISTA_RIVAL_VENV", "runs/rival-venv"))
@@ -89,9 +89,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def cut_log(log: EventLog, folder: Path) -> EventLog:
-    """A log of each user's newest LENGTH training events and the two held out, without ratings and actions."""
+    """A log of each user's newest LENGTH + 1 training events and the two held out, without ratings and actions.
+
+    So no history is cut in two, and at its last label the model reads LENGTH events, as RecTools does.
+    """
     users = np.arange(log.num_users)
-    events = log.gather_ranges(users, np.maximum(log.lengths - HELD_OUT - LENGTH, 0), log.lengths)
+    events = log.gather_ranges(users, np.maximum(log.lengths - HELD_OUT - LENGTH - 1, 0), log.lengths)
     frame = {
         "user": log.users.ids(np.repeat(users, events.lengths)),
         "item": log.items.ids(np.asarray(events.item)),

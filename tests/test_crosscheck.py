@@ -18,7 +18,7 @@ from vista.results import read_results
 from vista.training.metrics import ranks_of_targets
 
 LENGTH = 20
-"""Training events kept in these tests: three of LENGTHS have more."""
+"""One less than the training events kept in these tests: three of LENGTHS have more."""
 
 
 def make_log(folder: Path, *, times: bool) -> EventLog:
@@ -39,9 +39,9 @@ def test_both_sides_get_the_newest_events(log: EventLog, tmp_path: Path, monkeyp
     monkeypatch.setattr(crosscheck, "LENGTH", LENGTH)
     cut = crosscheck.cut_log(log, tmp_path / "cut")
     assert cut.has_time == log.has_time and not cut.has_rating
-    assert cut.lengths.max() == LENGTH + 2 and visible_counts(cut, "leave-last-two-out").max() == LENGTH
+    assert cut.lengths.max() == LENGTH + 3 and visible_counts(cut, "leave-last-two-out").max() == LENGTH + 1
     for user in range(log.num_users):
-        old = log.slice(user, max(int(log.lengths[user]) - LENGTH - 2, 0))
+        old = log.slice(user, max(int(log.lengths[user]) - LENGTH - 3, 0))
         new = cut[log.users.ids([user])[0]]
         assert cut.items.ids(new.item).tolist() == log.items.ids(old.item).tolist()
         if log.has_time:
