@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from vista.data.event_log import EventLog
-from vista.data.histories import Histories
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.inference import item_vectors
 from vista.scorer import Scorer
+from vista.training.raw_history import RawHistoryAnswers
 
 NUM_CANDIDATES, NUM_REQUESTS, WARM_UP = 500, 60, 10
 
@@ -40,13 +40,11 @@ def history_model_latency_ms(model: HistoryModel, log: EventLog) -> float:
     rows = model.item_rows(log.items.ids(np.arange(log.num_items)))
     candidates = torch.from_numpy(rows[items][None])
     vectors = item_vectors(model)[candidates[0] - 1] if not model.schema.tasks else None
+    answers = RawHistoryAnswers(model, log, rows)
 
     def ask(request: int) -> None:
-        user, limit = users[request : request + 1], model.config.history_limit
-        seen = log.lengths[user]
-        found = log.gather_ranges(user, np.maximum(seen - limit, 0) if limit else seen * 0, seen)
-        item = rows[found.item].astype(np.int32)
-        history = Histories(item, found.timestamp, found.action, found.rating, found.offsets)
+        user = users[request : request + 1]
+        history = answers.histories(user, log.lengths[user])
         if vectors is None:
             model.candidate_logits(history, candidates, None)
         else:

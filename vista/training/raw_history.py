@@ -41,7 +41,7 @@ class RawHistoryAnswers:
             now = np.asarray(self._log.gather_ranges(cases.user, cases.seen, cases.seen + 1).timestamp)
         users = [
             self._model.user_vectors(
-                self._histories(cases.user[part], cases.seen[part]), None if now is None else now[part]
+                self.histories(cases.user[part], cases.seen[part]), None if now is None else now[part]
             )
             for part in self._groups(cases.seen, np.ones_like(cases.seen))
         ]
@@ -62,14 +62,15 @@ class RawHistoryAnswers:
             width = max(part.stop - part.start for part in parts)
             index = np.minimum(first[:, None] + np.arange(width), len(cases.user) - 1)
             candidates = torch.from_numpy(self._item_rows[cases.item[index]]).to(self._model.device)
-            histories = self._histories(cases.user[first], cases.seen[first])
+            histories = self.histories(cases.user[first], cases.seen[first])
             logits = self._model.candidate_logits(histories, candidates, cases.timestamp[first])
             found = logits.sigmoid().float().cpu().numpy()
             for row, part in enumerate(parts):
                 out[part] = found[row, : part.stop - part.start]
         return out
 
-    def _histories(self, user: Int, seen: Int) -> Histories:
+    def histories(self, user: Int, seen: Int) -> Histories:
+        """What the model reads of the first `seen` events int64 [B] of users int64 [B] (rows of the log)."""
         limit = self._model.config.history_limit
         found = self._log.gather_ranges(user, np.maximum(seen - limit, 0) if limit else seen * 0, seen)
         return dataclasses.replace(found, item=self._item_rows[found.item].astype(np.int32))

@@ -35,14 +35,15 @@ class Events:
     offsets: Int
 
 
-def _encoded_impressions(batch: Batch, limit: int) -> Batch:
+def _encoded_impressions(batch: Batch, limit: int) -> tuple[Batch, Impressions]:
     """Without the labels of what was shown after a chunk of limit + 1 events, the last of which is not encoded."""
     shown = Impressions.of(batch)
     late = shown.place[shown.seen > limit]
     if not len(late):
-        return batch
+        return batch, shown
     mask = batch.candidate_mask.flatten(0, 1).index_fill(0, late, False)
-    return replace(batch, candidate_mask=mask.view_as(batch.candidate_mask))
+    batch = replace(batch, candidate_mask=mask.view_as(batch.candidate_mask))
+    return batch, Impressions.of(batch)
 
 
 class SequenceModel(HistoryModel):
@@ -86,8 +87,7 @@ class SequenceModel(HistoryModel):
         events = Events(vectors, batch.clock, batch.offsets.cpu().numpy())
         shown = None
         if self.schema.tasks and optim.task_weight > 0:
-            batch = _encoded_impressions(batch, self.config.history_limit)
-            shown = Impressions.of(batch)
+            batch, shown = _encoded_impressions(batch, self.config.history_limit)
         users, labels, logits, places = [], [], [], []
         for tile in tiles(events.offsets, vectors.device):
             states, memory = self._encode(events, tile)
