@@ -18,7 +18,8 @@ from vista.data.splits import visible_counts
 from vista.errors import ConfigError, StoreLockedError, UserKeyError
 from vista.model import inference
 from vista.model.recommender import Recommender
-from vista.refresh import STAGES, RefreshReport, refresh, refresh_from_config
+from vista.refresh import RefreshReport, refresh, refresh_from_config
+from vista.refresh.report import STAGES
 from vista.scorer import Scorer
 from vista.store import NO_TIMESTAMP, StoreWriter, SummaryStore
 from vista.store.digest import history_digest
@@ -256,15 +257,15 @@ log_path, model, folder = sys.argv[1:]
 log, model, chance = EventLog.open(log_path), Recommender.from_pretrained(model), random.Random(2)
 put, publish, pipe = StoreWriter.put_batch, StoreWriter.publish, None
 
-def put_and_tell(writer, keys, records, cursor):
-    put(writer, keys, records, cursor)
+def put_and_tell(writer, keys, records, cursor, states):
+    put(writer, keys, records, cursor, states)
     if pipe is not None:
         os.write(pipe[1], b"b")
 
-def publish_and_tell(writer, count):
+def publish_and_tell(writer):
     if pipe is not None:
         os.write(pipe[1], b"p")
-    return publish(writer, count)
+    return publish(writer)
 
 StoreWriter.put_batch, StoreWriter.publish = put_and_tell, publish_and_tell
 
@@ -332,8 +333,10 @@ def test_an_interrupt_between_batches_leaves_what_the_next_run_resumes(
 ) -> None:
     put = StoreWriter.put_batch
 
-    def put_and_interrupt(writer: StoreWriter, keys: list[bytes], records: list[bytes], cursor: int) -> None:
-        put(writer, keys, records, cursor)
+    def put_and_interrupt(
+        writer: StoreWriter, keys: list[bytes], records: list[bytes], cursor: int, states: list[bytes]
+    ) -> None:
+        put(writer, keys, records, cursor, states)
         if cursor == 8:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -353,8 +356,10 @@ def test_an_unfinished_refresh_of_another_identity_is_not_resumed(
 ) -> None:
     put = StoreWriter.put_batch
 
-    def put_and_fail(writer: StoreWriter, keys: list[bytes], records: list[bytes], cursor: int) -> None:
-        put(writer, keys, records, cursor)
+    def put_and_fail(
+        writer: StoreWriter, keys: list[bytes], records: list[bytes], cursor: int, states: list[bytes]
+    ) -> None:
+        put(writer, keys, records, cursor, states)
         raise KeyboardInterrupt
 
     for options in ({"until": "leave-last-out"}, {"codec": Codec.float32}):

@@ -21,6 +21,7 @@ from vista.choices import (
     Precision,
     Split,
     Stage,
+    StateDtype,
 )
 from vista.config_checks import check_types, require, require_counts, require_finite
 
@@ -269,9 +270,13 @@ class RefreshConfig:
     """Folder of the exported model."""
     store: str = "stores/vista"
     """Folder of the summary store."""
+    incremental: bool = False
+    """Only users with new events, into the served generation; what the store is stays as its full refresh made it."""
     until: str | None = None
     """Events that summaries may see: null (all), leave-last-out, leave-last-N-out, an ISO time (UTC), or ms."""
     codec: Codec = Codec.int8
+    state: StateDtype = StateDtype.float32
+    """How states are kept beside the summaries, for incremental refreshes: float32, float16 or none."""
     tokens_per_batch: int = 65536
     """Events of one forward pass."""
     users_per_batch: int = 512

@@ -68,7 +68,7 @@ def write_store(path: Path, salt: int = 0, **changes: Any) -> Manifest:
         total = writer.manifest.total_users
         for start in range(writer.cursor, total, 16):
             put_users(writer, range(start, min(start + 16, total)), salt)
-        return writer.publish(total)
+        return writer.publish()
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def write_until_killed(path: Path, build: Any, acknowledged: Connection) -> None
         for start in range(writer.cursor, TOTAL, BATCH):
             build.put_users(writer, range(start, min(start + BATCH, TOTAL)))
             acknowledged.send(writer.cursor)
-        writer.publish(TOTAL)
+        writer.publish()
 
 
 def kill_after(path: Path, build: Any, batches: int, delay_s: float) -> int:
@@ -98,7 +98,7 @@ def test_a_writer_killed_five_times_resumes_to_the_same_bytes(tmp_path, build):
         assert writer.manifest.created_at != 1
         for start in range(writer.cursor, TOTAL, BATCH):
             build.put_users(writer, range(start, min(start + BATCH, TOTAL)))
-        assert writer.publish(TOTAL) == whole
+        assert writer.publish() == whole
     with SummaryStore.open(killed) as store, SummaryStore.open(tmp_path / "whole") as expected:
         np.testing.assert_array_equal(store.get_many(range(TOTAL)).summary, expected.get_many(range(TOTAL)).summary)
 
@@ -114,7 +114,7 @@ def test_a_writer_killed_while_publishing_leaves_all_or_nothing(tmp_path, build,
     if not published:
         with build.open_writer(tmp_path, total_users=TOTAL) as writer:
             assert (writer.generation, writer.cursor) == (2, TOTAL)
-            writer.publish(TOTAL)
+            writer.publish()
 
 
 @pytest.mark.parametrize("stopped", [False, True])

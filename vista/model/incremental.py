@@ -9,6 +9,8 @@ Letters: B users, T packed events, M model dim.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -97,6 +99,14 @@ def range_states(model: Recommender, histories: Histories, num_context: Int, sta
         kept = torch.from_numpy(np.flatnonzero(keep)).to(model.device)
         tokens, clock = tokens[kept], clock[kept]
     return summarizer.segment_states(tokens, clock, torch.from_numpy(offsets).to(model.device))
+
+
+@torch.inference_mode()
+def long_range_state(model: Recommender, history: Histories, num_context: int, start: int) -> SummaryState:
+    """As `range_states` of one range (B = 1), at memory that does not grow with it."""
+    bounds = np.array([num_context, history.num_events], np.int64)
+    state = _terms(model, history, bounds[:1], bounds[1:], _clock_after(model, history))
+    return replace(state, clock=state.clock + start) if model.config.decay is Decay.position else state
 
 
 @torch.inference_mode()

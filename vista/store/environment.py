@@ -114,19 +114,27 @@ os.register_at_fork(
 
 
 class SharedEnvironment:
-    """Read-only environment of one folder, shared by all readers of this process and counted."""
+    """Environment of one folder, shared by all readers of this process, and by its writer if there is one; counted."""
 
-    def __init__(self, path: Path, max_readers: int) -> None:
+    def __init__(self, path: Path, max_readers: int, writable: bool) -> None:
         self._path = path
         self._max_readers = max_readers
         self._references = 0
         self._pid = os.getpid()
-        self._environment: lmdb.Environment | None = open_environment(path, readonly=True, max_readers=max_readers)
+        self._writable = writable
+        self._environment: lmdb.Environment | None = open_environment(
+            path, readonly=not writable, max_readers=max_readers
+        )
         self._identity = _identity(path)
 
     @classmethod
-    def acquire(cls, path: Path, max_readers: int = MAX_READERS) -> SharedEnvironment:
+    def acquire(cls, path: Path, max_readers: int = MAX_READERS, *, writable: bool = False) -> SharedEnvironment:
         """Open the folder's environment, or share the one that is open.
+
+        Args:
+            path: its folder.
+            max_readers: slots of the reader table, for its first opener.
+            writable: for `write`. An environment that readers have open is reopened: LMDB allows one a process.
 
         Raises:
             StoreError: see `open_environment`.
@@ -134,8 +142,12 @@ class SharedEnvironment:
         with _gate.exclusive():
             shared = _registry.get(_identity(path))
             if shared is None:
-                shared = cls(path, max_readers)
+                shared = cls(path, max_readers, writable)
                 _registry[shared._identity] = shared
+            elif writable and not (shared._writable and not shared.inherited):
+                shared._close()
+                shared._environment = open_environment(path, readonly=False, max_readers=max_readers)
+                shared._writable, shared._pid = True, os.getpid()
             shared._references += 1
             return shared
 
@@ -186,6 +198,21 @@ class SharedEnvironment:
             except lmdb.Error as error:
                 raise StoreError(f"{self._path}: {error}; {REMEDY}") from error
 
+    def write(self, function: Callable[[lmdb.Transaction[memoryview]], T]) -> T:
+        """Call a short function within one durable write transaction; an exception undoes all of it.
+
+        Raises:
+            lmdb.Error: nothing was written (disk full, input/output error).
+            StoreError: it was not acquired for writing, or before a fork.
+        """
+        if not self._writable or self.inherited:
+            raise StoreError(f"{self._path} was not opened for writing by this process; open another writer")
+        with _gate.shared():
+            environment = self._open()
+            environment.reader_check()
+            with environment.begin(write=True, buffers=True) as transaction:
+                return function(transaction)
+
     def _open(self) -> lmdb.Environment:
         if self._environment is None:
             raise ClosedError(f"{self._path} is closed; open the store again")
@@ -208,7 +235,7 @@ class SharedEnvironment:
                 if not self.is_at(self._path):
                     raise StoreError(f"{self._path} was removed since this process's parent opened it; {REMEDY}")
                 self._environment = open_environment(self._path, readonly=True, max_readers=self._max_readers)
-                self._pid = os.getpid()
+                self._pid, self._writable = os.getpid(), False
 
     def _close(self) -> None:
         if self._environment is not None:

@@ -2,7 +2,9 @@
 
 store/CURRENT            "gen-7": the generation that readers open
 store/writer.lock        flock of the one writer; holds its pid
+store/tombstones         digests of erased users
 store/gen-7/summary/     LMDB environment: data.mdb, lock.mdb
+store/gen-7/state/       another, which only refreshes open: the states, where they are kept
 store/gen-8/summary/     an unfinished run: no `!complete`; `!cursor` says where it goes on
 """
 
@@ -13,6 +15,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,13 @@ from weakref import WeakSet
 
 import xxhash
 
-from vista.choices import Codec
+from vista.choices import Codec, StateDtype
 from vista.errors import StoreError, StoreLockedError
 from vista.files import sync
 from vista.store.environment import FILE_MODE, REMEDY
-from vista.store.record import FORMAT_VERSION, RecordSpec
+from vista.store.keys import KINDS
+from vista.store.record import FORMAT_VERSION, RecordSpec, record_checksum
+from vista.store.state_record import StateSpec
 
 CURRENT = "CURRENT"
 WRITER_LOCK = "writer.lock"
@@ -36,7 +41,7 @@ _PREFIX = "gen-"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a generation is (`!manifest`): all but `generation`, `created_at` and the last four is its identity."""
+    """What a generation is (`!manifest`)."""
 
     generation: int
     created_at: int
@@ -50,23 +55,28 @@ class Manifest:
     until: str | int | None
     """Which events the summaries may have seen, as given to the refresh."""
     applied_segment: int
-    """Newest segment of the log that was read."""
+    """Newest segment of the log that is in all records; an incremental refresh that is under way has gone further."""
     total_users: int
     """Users of the run, in its fixed order; `!cursor` counts them."""
     run_digest: str
     """Digest of the log's content and of the user order."""
     format_version: int = FORMAT_VERSION
+    state_dtype: str = StateDtype.none.value
+    state_shape: tuple[int, int, int] = (0, 0, 0)
+    """Layers, heads and head dim of a state."""
+    refreshed_at: int = 0
+    """Start of the last refresh that ended, full or incremental, ms: as of then all users are current."""
     count: int = 0
-    """Records; set when published, like the two below."""
+    """Records; it follows every transaction, like the two below."""
     user_kind: str | None = None
     """int, str or mixed; None without records."""
-    records_digest: str = ""
+    records_digest: str = f"{0:016x}"
     """Sum mod 2^64 of all records' checksums, in hex."""
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for an unfinished generation to be resumed."""
         fields = dataclasses.asdict(self)
-        for name in ("generation", "created_at", "count", "user_kind", "records_digest"):
+        for name in ("generation", "created_at", "refreshed_at", "count", "user_kind", "records_digest"):
             del fields[name]
         return fields
 
@@ -80,6 +90,26 @@ class Manifest:
             codec=Codec(self.codec),
             created_at=self.created_at,
             applied_segment=self.applied_segment,
+        )
+
+    def state_spec(self) -> StateSpec | None:
+        """What each state of the generation must hold; None where none are kept."""
+        dtype = StateDtype(self.state_dtype)
+        if dtype is StateDtype.none:
+            return None
+        summarizer_id = bytes.fromhex(self.summarizer_id)
+        return StateSpec(summarizer_id, self.generation, *self.state_shape, dtype, self.created_at)
+
+    def with_records(self, old: Sequence[bytes | memoryview], keys: Sequence[bytes], new: Sequence[bytes]) -> Manifest:
+        """The manifest after `old` records have given way to `new` ones under `keys`."""
+        digest = int(self.records_digest, 16)
+        digest += sum(map(record_checksum, new)) - sum(map(record_checksum, old))
+        kinds = {KINDS.get(key[:2], "mixed") for key in keys} | ({self.user_kind} if self.user_kind else set())
+        return dataclasses.replace(
+            self,
+            count=self.count + len(new) - len(old),
+            user_kind=None if not kinds else kinds.pop() if len(kinds) == 1 else "mixed",
+            records_digest=f"{digest % (1 << 64):016x}",
         )
 
     def to_bytes(self) -> bytes:
@@ -103,6 +133,7 @@ class Manifest:
                 f"{path}: format version {fields.get('format_version')}, this vista reads {FORMAT_VERSION}; "
                 "use the version that wrote it, or refresh the store again"
             )
+        fields["state_shape"] = tuple(fields.get("state_shape", (0, 0, 0)))
         return Manifest(**fields)
 
 
@@ -114,6 +145,11 @@ def generation_path(root: Path, generation: int) -> Path:
 def environment_path(root: Path, generation: int) -> Path:
     """Folder of its summaries' LMDB environment."""
     return generation_path(root, generation) / "summary"
+
+
+def state_path(root: Path, generation: int) -> Path:
+    """Folder of its states' LMDB environment."""
+    return generation_path(root, generation) / "state"
 
 
 def list_generations(root: Path) -> list[int]:

@@ -288,6 +288,11 @@ def decode_rows(raw: RawRecords, spec: RecordSpec) -> NDArray[np.float32]:
     return rows.reshape(len(raw.headers), spec.num_tokens, spec.dim)
 
 
+def record_checksum(record: bytes | memoryview) -> int:
+    """The checksum that a record carries."""
+    return int.from_bytes(record[CHECKSUM_OFFSET:HEADER_BYTES], "little")
+
+
 def check_records(views: Sequence[memoryview], keys: Sequence[bytes], spec: RecordSpec) -> NDArray[np.void]:
     """Check a batch of stored values in place, as `read_records` does, and return copies of the headers."""
     lengths = np.fromiter(map(len, views), dtype=np.int64, count=len(views))

@@ -1,0 +1,135 @@
+"""Full refresh: every user's summary, state and tail into a new generation, resumable after any kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.choices import Codec, Precision, StateDtype
+from vista.data.event_log import EventLog
+from vista.data.histories import token_groups
+from vista.data.splits import Until, parse_until, visible_counts
+from vista.device import autocast, choose_precision
+from vista.model import inference
+from vista.model.incremental import history_states
+from vista.model.recommender import Recommender
+from vista.refresh.report import Recorder, RefreshReport
+from vista.refresh.run import LogItems, check_log, has_states, last_times, read_summaries, stored_tail, to_arrays
+from vista.store import StoreWriter, encode_records, user_keys
+from vista.store.state_record import encode_states
+
+Int = NDArray[np.int64]
+
+
+def refresh(
+    model: Recommender,
+    log: EventLog,
+    store: str | Path,
+    *,
+    until: str | int | Until | None = None,
+    codec: Codec = Codec.int8,
+    state: StateDtype = StateDtype.float32,
+    tokens_per_batch: int = 65_536,
+    users_per_batch: int = 512,
+    precision: Precision = Precision.float32,
+    progress: bool = False,
+    created_at: int | None = None,
+) -> RefreshReport:
+    """Write the summaries of all users with at least one visible event, and publish them as one generation.
+
+    An interrupted refresh goes on where it stopped if model, log, `until`, codec, state and precision are the same;
+    else it starts anew.
+
+    Args:
+        model: it is left in eval mode.
+        log: items the model never saw are unknown to it.
+        store: its folder, made if absent.
+        until: events that summaries may see: None (all), "leave-last-out", "leave-last-N-out", an ISO time, or ms.
+        codec: how rows are stored.
+        state: how states are kept for incremental refreshes. None are where the model has none (bidirectional mixing, a
+            history limit, K = 0), nor with `until`: such a store never goes on.
+        tokens_per_batch: events summarized at once (a longer history makes a batch of its own).
+        users_per_batch: users of one durable transaction.
+        precision: of matrix products; `auto` is bfloat16 where the device multiplies it.
+        progress: show a progress bar.
+        created_at: ms, the start of the run that records state; by default now. A resumed run keeps its own.
+
+    Raises:
+        ConfigError: the model cannot read this log, or `until` is no moment of it.
+        StoreLockedError, StoreError, RecordError: the generation before stays in service.
+    """
+    limit = until if isinstance(until, Until) else parse_until(until)
+    check_log(model, log)
+    model.eval()
+    precision = choose_precision(precision, model.device)
+    counts = visible_counts(log, limit)
+    users = np.flatnonzero(counts)
+    items = LogItems.of(model, log)
+    keep = has_states(model) and limit == Until()
+    config = model.config
+    with StoreWriter.open(
+        store,
+        summarizer_id=model.summarizer_id(),
+        num_tokens=config.num_seeds,
+        dim=config.dim,
+        codec=codec,
+        tail_len=config.tail_len,
+        until=str(limit) if limit.before is None else limit.before,
+        applied_segment=log.last_segment,
+        state_dtype=state if keep else StateDtype.none,
+        state_shape=(config.num_layers, config.num_heads, config.dim // config.num_heads) if keep else (0, 0, 0),
+        total_users=len(users),
+        run_digest=_run_digest(log, counts, precision),
+        created_at=created_at,
+    ) as writer:
+        run = Recorder(store, "full", len(users), writer.cursor, progress=progress)
+        for begin in range(writer.cursor, len(users), users_per_batch):
+            batch = users[begin : begin + users_per_batch]
+            keys: list[bytes] = []
+            records: list[bytes] = []
+            states: list[bytes] = []
+            for part in token_groups(counts[batch], tokens_per_batch):
+                rows = batch[part]
+                with run.stage("read"):
+                    histories = log.gather(rows, counts[rows])
+                    model_rows = items.model_rows(histories)
+                with run.stage("summarize"), autocast(precision, model.device):
+                    if writer.state_spec is None:
+                        summary = inference.summarize(model, model_rows).cpu().numpy()
+                    else:
+                        state_of_rows = history_states(model, model_rows)
+                        summary = read_summaries(model, state_of_rows)
+                with run.stage("encode"):
+                    part_keys, digests = user_keys(log.users.ids(rows)), items.digests(histories)
+                    keys += part_keys
+                    records += encode_records(
+                        part_keys,
+                        summary,
+                        stored_tail(model_rows, config.tail_len),
+                        spec=writer.spec,
+                        event_count=histories.lengths,
+                        last_event_ts=last_times(histories),
+                        history_digest=digests,
+                    )
+                    if writer.state_spec is not None:
+                        arrays = to_arrays(state_of_rows, log.last_segment, digests)
+                        states += encode_states(part_keys, arrays, writer.state_spec)
+            with run.stage("write"):
+                writer.put_batch(keys, records, begin + len(batch), states)
+            run.batch(writer.generation, len(batch), int(counts[batch].sum()))
+        with run.stage("publish"):
+            writer.publish()
+        return run.report(store, writer.generation)
+
+
+def _run_digest(log: EventLog, counts: Int, precision: Precision) -> str:
+    """Digest of what is read, in which order, and how: a cursor of another log, `until` or precision means nothing."""
+    digest = hashlib.sha256(json.dumps(log.manifests, sort_keys=True, default=str).encode())
+    digest.update(counts.tobytes())
+    if precision is not Precision.float32:
+        digest.update(precision.value.encode())
+    return digest.hexdigest()
