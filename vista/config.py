@@ -277,6 +277,8 @@ class RefreshConfig:
     codec: Codec = Codec.int8
     state: StateDtype = StateDtype.float32
     """How states are kept beside the summaries, for incremental refreshes: float32, float16 or none."""
+    shard: str | None = None
+    """i/n: only the users of part i of n, into <store>/part-i-of-n, so that several machines refresh one store."""
     tokens_per_batch: int = 65536
     """Events of one forward pass."""
     users_per_batch: int = 512

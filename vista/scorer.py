@@ -30,6 +30,7 @@ from vista.model.recommender import Recommender
 from vista.model.target_attention import Context
 from vista.requests import check_times, ids_of, pad_ragged, request_times, split_ragged
 from vista.store.lmdb_store import StoredBatch, SummaryStore
+from vista.store.parts import StoreParts, open_store
 from vista.store.record import Tail
 from vista.tails import checked_tail, merge_tails
 
@@ -71,7 +72,9 @@ class _Request:
 class Scorer:
     """Scores candidates for users from their stored summaries and tails. Open one a process with `Scorer.open`."""
 
-    def __init__(self, model: Recommender, store: SummaryStore, on_missing: OnMissing, task: str | None) -> None:
+    def __init__(
+        self, model: Recommender, store: SummaryStore | StoreParts, on_missing: OnMissing, task: str | None
+    ) -> None:
         self.model = model
         self.store = store
         self.on_missing = on_missing
@@ -114,7 +117,7 @@ class Scorer:
         if not isinstance(on_missing, OnMissing) and on_missing not in policies:
             raise ValueError(f"on_missing: {on_missing!r} is none of {sorted(policies)}")
         model = model if isinstance(model, Recommender) else Recommender.from_pretrained(model, resolve_device(device))
-        opened = SummaryStore.open(store, summarizer_id=model.summarizer_id())
+        opened = open_store(store, summarizer_id=model.summarizer_id())
         try:
             _require_tails(opened, model)
             return cls(model.eval(), opened, OnMissing(on_missing), task)
@@ -335,7 +338,7 @@ class Scorer:
             check_times(name, times, int(stored.last_event_ts.max(initial=0)))
 
 
-def _require_tails(store: SummaryStore, model: Recommender) -> None:
+def _require_tails(store: SummaryStore | StoreParts, model: Recommender) -> None:
     if store.manifest.tail_len < model.config.tail_len:
         raise StoreError(
             f"{store.path} holds tails of {store.manifest.tail_len} events, the model reads {model.config.tail_len}; "

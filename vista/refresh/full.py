@@ -20,6 +20,7 @@ from vista.model.recommender import Recommender
 from vista.refresh.report import Recorder, RefreshReport
 from vista.refresh.run import LogItems, check_log, has_states, last_times, read_summaries, stored_tail, to_arrays
 from vista.store import StoreWriter, encode_records, user_keys
+from vista.store.parts import Shard
 from vista.store.state_record import encode_states
 
 Int = NDArray[np.int64]
@@ -36,6 +37,7 @@ def refresh(
     tokens_per_batch: int = 65_536,
     users_per_batch: int = 512,
     precision: Precision = Precision.float32,
+    shard: Shard | None = None,
     progress: bool = False,
     created_at: int | None = None,
 ) -> RefreshReport:
@@ -55,6 +57,7 @@ def refresh(
         tokens_per_batch: events summarized at once (a longer history makes a batch of its own).
         users_per_batch: users of one durable transaction.
         precision: of matrix products; `auto` is bfloat16 where the device multiplies it.
+        shard: write only the users of this part, into `<store>/part-i-of-n`.
         progress: show a progress bar.
         created_at: ms, the start of the run that records state; by default now. A resumed run keeps its own.
 
@@ -68,6 +71,8 @@ def refresh(
     precision = choose_precision(precision, model.device)
     counts = visible_counts(log, limit)
     users = np.flatnonzero(counts)
+    if shard is not None:
+        store, users = shard.path(store), users[shard.holds(user_keys(log.users.ids(users)))]
     items = LogItems.of(model, log)
     keep = has_states(model) and limit == Until()
     config = model.config
@@ -83,7 +88,7 @@ def refresh(
         state_dtype=state if keep else StateDtype.none,
         state_shape=(config.num_layers, config.num_heads, config.dim // config.num_heads) if keep else (0, 0, 0),
         total_users=len(users),
-        run_digest=_run_digest(log, counts, precision),
+        run_digest=_run_digest(log, counts, precision, shard),
         created_at=created_at,
     ) as writer:
         run = Recorder(store, "full", len(users), writer.cursor, progress=progress)
@@ -126,10 +131,12 @@ def refresh(
         return run.report(store, writer.generation)
 
 
-def _run_digest(log: EventLog, counts: Int, precision: Precision) -> str:
+def _run_digest(log: EventLog, counts: Int, precision: Precision, shard: Shard | None) -> str:
     """Digest of what is read, in which order, and how: a cursor of another log, `until` or precision means nothing."""
     digest = hashlib.sha256(json.dumps(log.manifests, sort_keys=True, default=str).encode())
     digest.update(counts.tobytes())
     if precision is not Precision.float32:
         digest.update(precision.value.encode())
+    if shard is not None:
+        digest.update(f"{shard.index}/{shard.count}".encode())
     return digest.hexdigest()

@@ -37,6 +37,7 @@ from vista.refresh.changes import changed_positions
 from vista.refresh.report import Recorder, RefreshReport
 from vista.refresh.run import LogItems, check_log, from_arrays, last_times, read_summaries, stored_tail, to_arrays
 from vista.store.keys import user_keys
+from vista.store.parts import Shard
 from vista.store.record import encode_records
 from vista.store.state_record import StateArrays, decode_states, encode_states
 from vista.store.updates import StoreUpdate
@@ -53,6 +54,7 @@ def refresh_incremental(
     *,
     tokens_per_batch: int = 65_536,
     users_per_batch: int = 512,
+    shard: Shard | None = None,
     progress: bool = False,
     created_at: int | None = None,
 ) -> RefreshReport:
@@ -67,6 +69,7 @@ def refresh_incremental(
         store: its folder.
         tokens_per_batch: events summarized at once (a longer history makes a batch of its own).
         users_per_batch: users of one durable transaction.
+        shard: the part of the store to refresh, `<store>/part-i-of-n`.
         progress: show a progress bar.
         created_at: ms, the start of the run that records state; by default now.
 
@@ -76,6 +79,7 @@ def refresh_incremental(
     """
     check_log(model, log)
     model.eval()
+    store = store if shard is None else shard.path(store)
     now = time.time_ns() // 1_000_000 if created_at is None else created_at
     with StoreUpdate.open(
         store, summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=now
@@ -89,6 +93,8 @@ def refresh_incremental(
                 "restore the log, or refresh in full from what there is"
             )
         changed = log.changed_users(manifest.applied_segment)
+        if shard is not None:
+            changed = changed[shard.holds(user_keys(log.users.ids(changed)))]
         run = Recorder(store, "incremental", len(changed), 0, progress=progress)
         work = _Work(model, log, LogItems.of(model, log), update, tokens_per_batch, run)
         for begin in range(0, len(changed), users_per_batch):

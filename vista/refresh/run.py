@@ -21,6 +21,7 @@ from vista.model.recommender import Recommender
 from vista.model.summary_state import SummaryState
 from vista.refresh.report import RefreshReport
 from vista.store.digest import history_digests, item_keys
+from vista.store.parts import Shard
 from vista.store.record import NO_TIMESTAMP, Tail
 from vista.store.state_record import StateArrays
 
@@ -36,6 +37,7 @@ def refresh_from_config(config: RefreshConfig) -> RefreshReport:
         device = resolve_device(config.device)
         announce(device)
         model, log = Recommender.from_pretrained(config.model, device), EventLog.open(config.data)
+        shard = None if config.shard is None else Shard.parse(config.shard)
         if config.incremental:
             return refresh_incremental(
                 model,
@@ -43,6 +45,7 @@ def refresh_from_config(config: RefreshConfig) -> RefreshReport:
                 config.store,
                 tokens_per_batch=config.tokens_per_batch,
                 users_per_batch=config.users_per_batch,
+                shard=shard,
                 progress=config.progress,
             )
         return refresh(
@@ -55,6 +58,7 @@ def refresh_from_config(config: RefreshConfig) -> RefreshReport:
             tokens_per_batch=config.tokens_per_batch,
             users_per_batch=config.users_per_batch,
             precision=config.precision,
+            shard=shard,
             progress=config.progress,
         )
 

@@ -5,6 +5,7 @@ B users asked for, K summary tokens, d model width.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -171,6 +172,8 @@ class SummaryStore:
     def reload(self) -> bool:
         """Follow CURRENT to another generation; the old one is closed after its last transaction.
 
+        What an incremental refresh writes is read without it; the manifest is reread.
+
         Returns:
             Whether the generation changed. It does not where CURRENT has moved to another summarizer than the wanted
             one: the old generation is served on, and a warning logged.
@@ -181,6 +184,7 @@ class SummaryStore:
         before = self._current()
         current = read_current(self.path)
         if current == before.manifest.generation and before.environment.is_at(environment_path(self.path, current)):
+            self._reread_manifest(before)
             return False
         opened = self._open()
         if opened.environment is before.environment:
@@ -221,6 +225,13 @@ class SummaryStore:
             old, self._opened = self._opened, opened
         if old is not None:
             old.environment.release()
+
+    def _reread_manifest(self, opened: _Generation) -> None:
+        """See what an incremental refresh has changed in place."""
+        manifest = opened.environment.read(lambda transaction: _read_manifest(transaction, self.path))
+        with exclusive():
+            if self._opened is opened:
+                self._opened = dataclasses.replace(opened, manifest=manifest)
 
     def _open(self) -> _Generation:
         generation = read_current(self.path)
