@@ -2,6 +2,7 @@
 
     full          every user, into a new generation that is published at once
     incremental   users with new events, into the served generation: their states take the new events alone
+    merge         stores over disjoint events of the same users, made by several machines, into one
 
 The data's way: EventLog -> rows of the model -> states [L, H, D, D] -> summaries [K, d] -> records -> one durable
 transaction a batch.
@@ -9,8 +10,9 @@ transaction a batch.
 
 from vista.refresh.full import refresh
 from vista.refresh.incremental import refresh_incremental
+from vista.refresh.merging import merge
 from vista.refresh.report import RefreshReport
 from vista.refresh.run import check_log, refresh_from_config
 from vista.store.updates import erase
 
-__all__ = ["RefreshReport", "check_log", "erase", "refresh", "refresh_from_config", "refresh_incremental"]
+__all__ = ["RefreshReport", "check_log", "erase", "merge", "refresh", "refresh_from_config", "refresh_incremental"]

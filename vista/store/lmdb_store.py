@@ -27,8 +27,10 @@ from vista.store.layout import (
     list_generations,
     missing_generation,
     read_current,
+    state_path,
 )
 from vista.store.record import NO_TIMESTAMP, RawRecords, RecordSpec, Tail, decode_rows, read_records
+from vista.store.state_record import StateArrays, read_states
 
 _READ_RECORDS = 1024
 """Records of one read transaction, so that it stays short whatever the batch."""
@@ -155,6 +157,24 @@ class SummaryStore:
                     raise
                 continue  # Another thread reloaded meanwhile: the whole batch comes from the new generation.
             return _assemble(len(keys), parts, opened.spec)
+
+    def states(self, user_ids: Sequence[int] | Sequence[str]) -> tuple[NDArray[np.int64], StateArrays] | None:
+        """Rows of the users that have a state, and these states; None where the generation keeps none.
+
+        Opens the states for the call only: what scores never maps them.
+
+        Raises:
+            RecordError: a state is damaged; the message names the user.
+        """
+        manifest = self.manifest
+        spec, keys = manifest.state_spec(), user_keys(user_ids)
+        if spec is None:
+            return None
+        environment = SharedEnvironment.acquire(state_path(self.path, manifest.generation), self._max_readers)
+        try:
+            return read_states(environment, keys, spec)
+        finally:
+            environment.release()
 
     def keys(self) -> Iterator[int | str]:
         """User ids of all records of one generation in the order of their keys, read in short transactions."""

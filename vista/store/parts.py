@@ -56,7 +56,8 @@ class Shard:
 
     def holds(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
         """[N] whether each user is of this part."""
-        return _parts_of(keys, self.count) == self.index
+        own: NDArray[np.bool_] = _parts_of(keys, self.count) == self.index
+        return own
 
 
 def open_store(path: str | Path, *, summarizer_id: bytes | None = None) -> SummaryStore | StoreParts:
@@ -159,7 +160,8 @@ class StoreParts:
 
     def reload(self) -> bool:
         """Follow every part to its newest generation; whether one changed."""
-        return any([part.reload() for part in self._parts])
+        changed = [part.reload() for part in self._parts]  # all of them, whether or not the first changes
+        return any(changed)
 
     def close(self) -> None:
         """Let all parts go."""

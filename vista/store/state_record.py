@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import lmdb
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from vista.choices import StateDtype
 from vista.errors import RecordError
+from vista.store.environment import SharedEnvironment
 from vista.store.keys import user_id
 
 MAGIC = b"VSTA"
@@ -162,6 +164,25 @@ def decode_states(values: Sequence[bytes | memoryview], keys: Sequence[bytes], s
         z = take("<f4", L, H, D, D)
     clock, num_events, applied = (headers[name].astype(np.int64) for name in ("clock", "num_events", "applied_segment"))
     return StateArrays(z, n, removed, clock, num_events, applied, headers["history_digest"].astype(np.uint64))
+
+
+def read_states(
+    environment: SharedEnvironment, keys: Sequence[bytes], spec: StateSpec
+) -> tuple[NDArray[np.int64], StateArrays]:
+    """Rows of the keys that have a state, and these states, read in one transaction.
+
+    Raises:
+        RecordError: as `decode_states`.
+    """
+
+    def read(transaction: lmdb.Transaction[memoryview]) -> list[bytes | None]:
+        values = [transaction.get(key) for key in keys]
+        return [None if value is None else bytes(value) for value in values]
+
+    values = environment.read(read)
+    rows = [row for row, value in enumerate(values) if value is not None]
+    found = [value for value in values if value is not None]
+    return np.array(rows, np.int64), decode_states(found, [keys[row] for row in rows], spec)
 
 
 def _template(spec: StateSpec) -> np.void:

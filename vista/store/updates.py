@@ -17,7 +17,7 @@ from vista.store.generation_files import GenerationFiles, lock_store
 from vista.store.keys import user_keys
 from vista.store.layout import Manifest, WriterLock, generation_path, list_generations, missing_generation, read_current
 from vista.store.record import HEADER, HEADER_BYTES
-from vista.store.state_record import StateArrays, decode_states
+from vista.store.state_record import StateArrays, read_states
 from vista.store.tombstones import Tombstones, erasing
 
 logger = logging.getLogger(__name__)
@@ -110,15 +110,7 @@ class StoreUpdate:
         """
         if self._files.state is None or self.state_spec is None:
             return None
-
-        def read(transaction: lmdb.Transaction[memoryview]) -> list[bytes | None]:
-            values = [transaction.get(key) for key in keys]
-            return [None if value is None else bytes(value) for value in values]
-
-        values = self._files.state.read(read)
-        rows = [row for row, value in enumerate(values) if value is not None]
-        found = [value for value in values if value is not None]
-        return np.array(rows, np.int64), decode_states(found, [keys[row] for row in rows], self.state_spec)
+        return read_states(self._files.state, keys, self.state_spec)
 
     def put_batch(self, keys: Sequence[bytes], records: Sequence[bytes], states: Sequence[bytes] = ()) -> None:
         """Add or replace users durably, states first; erased users are left out.
