@@ -59,6 +59,7 @@ class StoreUpdate:
             StoreError: nothing is published there, or it cannot be written.
         """
         root = Path(path).absolute()
+        read_current(root)  # else the lock would be the first thing to miss
         lock = lock_store(root, make=False)
         try:
             generation = read_current(root)
