@@ -49,6 +49,20 @@ def _refresh(settings: config.RefreshConfig) -> object:
     return refresh_from_config(settings)
 
 
+def _watch(settings: config_data.WatchConfig) -> object:
+    from vista.device import keep_freed_memory
+    from vista.refresh.watch import watch
+
+    keep_freed_memory()
+    return watch(settings)
+
+
+def _store_erase(settings: config.EraseConfig) -> object:
+    from vista.refresh.erasing import erase_from_config
+
+    return erase_from_config(settings)
+
+
 def _evaluate(settings: config.EvaluateConfig) -> object:
     from vista.evaluate import evaluate
 
@@ -116,11 +130,23 @@ COMMANDS: dict[str, Command] = {
     "refresh": Command(
         config.RefreshConfig,
         _refresh,
-        "Write every user's summary into a new generation of the store.",
+        "Write users' summaries into the store: all into a new generation, or what is new into the served one.",
         (
             "vista refresh data=data/mine model=runs/mine/best store=stores/mine",
+            "vista refresh data=data/mine model=runs/mine/best store=stores/mine incremental=true",
             "vista refresh data=data/ml-1m model=runs/ml-1m/best store=stores/ml-1m until=leave-last-out",
             "vista refresh store=stores/exact codec=float32",
+        ),
+        resumes=True,
+    ),
+    "watch": Command(
+        config_data.WatchConfig,
+        _watch,
+        "Append files as they arrive in a folder, and keep the store up to date.",
+        (
+            "vista watch folder=incoming data=data/mine model=runs/mine/best store=stores/mine events.timestamp=time "
+            "events.time_unit=s",
+            "vista watch data=data/mine model=runs/mine/best store=stores/mine once=true",
         ),
         resumes=True,
     ),
@@ -143,6 +169,12 @@ COMMANDS: dict[str, Command] = {
             "vista score users=[1] candidates=[1193,661,914]",
             "vista score users=[nobody] on_missing=raise",
         ),
+    ),
+    "store erase": Command(
+        config.EraseConfig,
+        _store_erase,
+        "Erase users: readers miss them at once, and no later refresh brings them back.",
+        ("vista store erase store=stores/mine users=[101] data=data/mine",),
     ),
     "log stats": Command(
         config_data.LogStatsConfig,

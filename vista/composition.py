@@ -21,8 +21,8 @@ from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vista.config import EvaluateConfig, RefreshConfig, ScoreConfig, TrainConfig
-from vista.config_data import LogStatsConfig, PrepareConfig, SimulateConfig
+from vista.config import EraseConfig, EvaluateConfig, RefreshConfig, ScoreConfig, TrainConfig
+from vista.config_data import LogStatsConfig, PrepareConfig, SimulateConfig, WatchConfig
 from vista.config_text import ConfigKeys, value_text
 from vista.errors import ConfigError
 
@@ -35,7 +35,9 @@ NAME_OF_SCHEMA: dict[type, str] = {
     RefreshConfig: "refresh",
     EvaluateConfig: "evaluate",
     ScoreConfig: "score",
+    WatchConfig: "watch",
     LogStatsConfig: "log stats",
+    EraseConfig: "store erase",
 }
 """The command of a schema; its primary config is `config_file_name` of that, in conf/."""
 

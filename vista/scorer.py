@@ -28,7 +28,7 @@ from vista.model import inference
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.recommender import Recommender
 from vista.model.target_attention import Context
-from vista.requests import check_times, ids_of, pad_ragged, request_times, split_ragged
+from vista.requests import check_times, ids_of, pad_ragged, request_times, split_ragged, typed_ids
 from vista.store.lmdb_store import StoredBatch, SummaryStore
 from vista.store.parts import StoreParts, open_store
 from vista.store.record import Tail
@@ -358,8 +358,8 @@ def score_from_config(config: ScoreConfig) -> str:
         cpu_settings(config.num_threads),
         Scorer.open(config.model, config.store, on_missing=config.on_missing, device=config.device) as scorer,
     ):
-        users = _typed_ids(config.users, "users", scorer.store.manifest.user_kind)
-        candidates = _typed_ids(config.candidates, "candidates", scorer.model.items.kind)
+        users = typed_ids(config.users, "users", scorer.store.manifest.user_kind)
+        candidates = typed_ids(config.candidates, "candidates", scorer.model.items.kind)
         lines = [f"task {scorer.task}, generation {scorer.store.generation}"]
         found = scorer.store.get_many(users).found.tolist()
         known = (scorer.model.item_rows(candidates) != UNKNOWN_ITEM).tolist() if candidates else []
@@ -373,12 +373,3 @@ def score_from_config(config: ScoreConfig) -> str:
             name = f"user {user}" if has_record else f"user {user} (no record)"
             lines += [f"{name}: " + ", ".join(f"{item} {score:.4f}" for item, score in pairs)]
         return "\n".join(lines)
-
-
-def _typed_ids(words: list[str], name: str, kind: str | None) -> list[Any]:
-    if kind != "int":
-        return list(words)
-    try:
-        return list(np.array([int(word) for word in words], np.int64).tolist())
-    except (ValueError, OverflowError):
-        raise ConfigError(f"{name}: ids are integers here, got {', '.join(words)}") from None
