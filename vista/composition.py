@@ -22,7 +22,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vista.config import EraseConfig, EvaluateConfig, RefreshConfig, ScoreConfig, TrainConfig
-from vista.config_data import LogStatsConfig, PrepareConfig, SimulateConfig, WatchConfig
+from vista.config_data import (
+    LogCompactConfig,
+    LogEraseConfig,
+    LogForgetConfig,
+    LogStatsConfig,
+    PrepareConfig,
+    SimulateConfig,
+    WatchConfig,
+)
 from vista.config_text import ConfigKeys, value_text
 from vista.errors import ConfigError
 
@@ -36,6 +44,9 @@ NAME_OF_SCHEMA: dict[type, str] = {
     EvaluateConfig: "evaluate",
     ScoreConfig: "score",
     WatchConfig: "watch",
+    LogForgetConfig: "log forget",
+    LogEraseConfig: "log erase",
+    LogCompactConfig: "log compact",
     LogStatsConfig: "log stats",
     EraseConfig: "store erase",
 }

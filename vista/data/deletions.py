@@ -109,7 +109,7 @@ def erase_users(path: str | os.PathLike[str], user_ids: Sequence[int] | Sequence
         impressions = [segment.impressions for segment in log.segments if segment.impressions is not None]
         number = log.last_segment + 1
         with staged_folder(log.path / segment_name(number)) as folder:
-            _write(folder, log, number, None, erased)
+            write_deletions(folder, log, None, erased)
     return DeletionReport(
         log.path,
         number,
@@ -131,7 +131,7 @@ def _forget(path: Path, source: Source) -> DeletionReport:
         with staged_folder(path / segment_name(number)) as folder:
             rows = _read(log, source, folder)
             found = _matches(log, _event_keys(log, rows), rows, source)
-            _write(folder, log, number, found, np.empty(0, np.int64))
+            write_deletions(folder, log, found, np.empty(0, np.int64))
     num_events = sum(len(equal_events(segment.events, found)[1]) for segment in log.segments)
     return DeletionReport(path, number, len(np.unique(found.user)), num_events, 0)
 
@@ -191,8 +191,15 @@ def _named(row: Mapping[str, Any]) -> str:
     return f"row {row[ORDER] % 2**32} ({values})"
 
 
-def _write(folder: Path, log: EventLog, number: int, forgotten: EventKeys | None, erased: Int) -> None:
-    newest = log.manifests[-1]
+def write_deletions(folder: Path, log: EventLog, forgotten: EventKeys | None, erased: Int) -> None:
+    """Write the log's next segment, of deletion rows alone.
+
+    Args:
+        folder: that becomes the segment.
+        forgotten: by user, time, item and action, each once.
+        erased: user rows, ascending.
+    """
+    newest, number = log.manifests[-1], log.last_segment + 1
     log.users.tail(log.num_users).save(folder, "new_users")
     log.items.tail(log.num_items).save(folder, "new_items")
     names = [name for name in EVENT_COLUMNS if name != "rating" or log.has_rating]
