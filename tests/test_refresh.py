@@ -57,6 +57,9 @@ def assert_store_holds(path: Path, model: Recommender, log: EventLog, counts: np
             np.testing.assert_allclose(stored.summary[row], expected, atol=atol)
 
 
+LOST = {Codec.float32: 1e-5, Codec.float16: 0.002, Codec.int8: 0.02, Codec.int4: 0.25}
+
+
 @pytest.mark.parametrize("codec", list(Codec))
 @pytest.mark.parametrize(
     "until", [None, "leave-last-out", "leave-last-two-out", str(START + 20 * 86_400_000), START + 12_345_678]
@@ -68,7 +71,7 @@ def test_records_hold_what_their_user_had_done(
     report = refresh(model, event_log, tmp_path / "s", until=until, codec=codec, users_per_batch=3, tokens_per_batch=20)
     counts = visible_counts(event_log, until)
     assert (report.num_users, report.num_events) == ((counts > 0).sum(), counts.sum())
-    assert_store_holds(tmp_path / "s", model, event_log, counts, atol=1e-5 if codec is Codec.float32 else 0.02)
+    assert_store_holds(tmp_path / "s", model, event_log, counts, atol=LOST[codec])
 
 
 def test_users_without_visible_events_have_no_record(event_log: EventLog, tmp_path: Path) -> None:
@@ -273,7 +276,7 @@ def run(store, codec):
 
 out = {}
 run(Path(folder, "warm"), Codec.int8)
-for codec in Codec:
+for codec in (Codec.int8, Codec.float32):
     for ending, number, ends in (("kill", signal.SIGKILL, 6), ("interrupt", signal.SIGINT, 3)):
         store, codes, resumed = Path(folder, f"{codec.value}-{ending}"), [], []
         for turn in range(ends):
@@ -312,7 +315,7 @@ def test_a_refresh_that_is_ended_anywhere_resumes_to_the_same_records(served: Se
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert len(report) == 4
-    for codec in Codec:
+    for codec in (Codec.int8, Codec.float32):
         whole = tmp_path / f"whole-{codec.value}"
         refresh(served.model, served.log, whole, until="leave-last-out", codec=codec, users_per_batch=1, created_at=1)
         with SummaryStore.open(whole) as store:

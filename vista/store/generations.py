@@ -19,6 +19,7 @@ import numpy as np
 from vista.choices import Codec
 from vista.errors import StoreError
 from vista.files import sync
+from vista.store.authentication import key_id
 from vista.store.environment import DIRECTORY_MODE, MAX_READERS, SharedEnvironment, committed_size, open_environment
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, INT_PREFIX, MANIFEST_KEY, STR_PREFIX
 from vista.store.layout import (
@@ -48,12 +49,18 @@ class StoreWriter:
     """
 
     def __init__(
-        self, root: Path, lock: WriterLock, served: int, environment: lmdb.Environment, manifest: Manifest
+        self,
+        root: Path,
+        lock: WriterLock,
+        served: int,
+        environment: lmdb.Environment,
+        manifest: Manifest,
+        key: bytes | None,
     ) -> None:
         self.path = root
         self._served = served
         self.manifest = manifest
-        self.spec = manifest.spec()
+        self.spec = manifest.spec(key)
         self._pid = os.getpid()
         self._lock = lock
         self._environment: lmdb.Environment | None = environment
@@ -76,6 +83,7 @@ class StoreWriter:
         applied_segment: int = 0,
         created_at: int | None = None,
         max_readers: int = MAX_READERS,
+        key: bytes | None = None,
     ) -> StoreWriter:
         """Resume the unfinished generation of the same identity, or start a new one.
 
@@ -93,6 +101,7 @@ class StoreWriter:
             applied_segment: newest segment of the log that is read.
             created_at: ms; by default now. A resumed generation keeps its own.
             max_readers: slots of the generation's reader table.
+            key: 32 bytes: records get codes that only holders of the key can make.
 
         Raises:
             StoreLockedError: another writer holds the store; the message names its process if known.
@@ -120,11 +129,12 @@ class StoreWriter:
                 applied_segment=applied_segment,
                 total_users=total_users,
                 run_digest=run_digest,
+                key_id=None if key is None else key_id(key),
             )
             resumed = _resume(root, wanted, current, max_readers)
             if isinstance(resumed, Manifest):
                 resumed = _create(root, resumed, max_readers), resumed
-            return cls(root, lock, current, *resumed)
+            return cls(root, lock, current, *resumed, key)
         except (OSError, lmdb.Error) as error:
             lock.release()
             raise _write_error(root, error) from error

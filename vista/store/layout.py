@@ -23,6 +23,7 @@ import xxhash
 from vista.choices import Codec
 from vista.errors import StoreError, StoreLockedError
 from vista.files import sync
+from vista.store.authentication import key_id
 from vista.store.environment import FILE_MODE, REMEDY
 from vista.store.record import FORMAT_VERSION, RecordSpec
 
@@ -55,6 +56,8 @@ class Manifest:
     """Users of the run, in its fixed order; `!cursor` counts them."""
     run_digest: str
     """Digest of the log's content and of the user order."""
+    key_id: str | None = None
+    """Of the key that the records' codes were made with (`vista.store.authentication`); None: they have none."""
     format_version: int = FORMAT_VERSION
     count: int = 0
     """Records; set when published, like the two below."""
@@ -70,8 +73,18 @@ class Manifest:
             del fields[name]
         return fields
 
-    def spec(self) -> RecordSpec:
-        """What each record of the generation must hold."""
+    def spec(self, key: bytes | None = None) -> RecordSpec:
+        """What each record of the generation must hold.
+
+        Args:
+            key: 32 bytes, where records have codes.
+
+        Raises:
+            StoreError: the generation was written without a key or with another one, or `key` is missing.
+        """
+        given = None if key is None else key_id(key)
+        if given != self.key_id:
+            raise _key_error(self.generation, self.key_id, given)
         return RecordSpec(
             summarizer_id=bytes.fromhex(self.summarizer_id),
             generation=self.generation,
@@ -80,6 +93,7 @@ class Manifest:
             codec=Codec(self.codec),
             created_at=self.created_at,
             applied_segment=self.applied_segment,
+            key=key,
         )
 
     def to_bytes(self) -> bytes:
@@ -103,7 +117,12 @@ class Manifest:
                 f"{path}: format version {fields.get('format_version')}, this vista reads {FORMAT_VERSION}; "
                 "use the version that wrote it, or refresh the store again"
             )
-        return Manifest(**fields)
+        try:
+            manifest = Manifest(**fields)
+            Manifest.spec(dataclasses.replace(manifest, key_id=None))
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"{path}: the manifest is of another vista or foreign ({error}); {REMEDY}") from error
+        return manifest
 
 
 def generation_path(root: Path, generation: int) -> Path:
@@ -204,6 +223,22 @@ class WriterLock:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _key_error(generation: int, written: str | None, given: str | None) -> StoreError:
+    name = f"{_PREFIX}{generation}"
+    if written is None:
+        return StoreError(
+            f"{name} was written without an authentication key, so nothing proves where its records come from; refresh "
+            "the store with this key, or open it without one (authentication_key_file=null) if you trust its folder"
+        )
+    need = f"{name} was written with authentication key {written}"
+    if given is None:
+        return StoreError(
+            f"{need}; pass it: key=… (32 bytes) in Python, authentication_key_file=… or VISTA_AUTHENTICATION_KEY on "
+            "the command line"
+        )
+    return StoreError(f"{need}, the one given is {given}; pass the key that wrote it, or refresh with this one")
 
 
 def _kept(root: Path) -> str:

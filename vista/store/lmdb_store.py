@@ -78,15 +78,21 @@ class _Generation:
 class SummaryStore:
     """One published generation of a store; `reload` follows CURRENT. Safe after fork, with threads, and to pickle."""
 
-    def __init__(self, path: Path, summarizer_id: bytes | None, max_readers: int) -> None:
+    def __init__(self, path: Path, summarizer_id: bytes | None, max_readers: int, key: bytes | None) -> None:
         self.path = path
         self._wanted = summarizer_id
+        self._key = key
         self._max_readers = max_readers
         self._opened: _Generation | None = self._open()
 
     @classmethod
     def open(
-        cls, path: str | Path, *, summarizer_id: bytes | None = None, max_readers: int = MAX_READERS
+        cls,
+        path: str | Path,
+        *,
+        summarizer_id: bytes | None = None,
+        max_readers: int = MAX_READERS,
+        key: bytes | None = None,
     ) -> SummaryStore:
         """Open the generation that CURRENT names.
 
@@ -95,12 +101,13 @@ class SummaryStore:
             summarizer_id: 32 bytes; refuse records of another summarizer. Where CURRENT has another one but a kept
                 generation matches (a rollout in two steps), that one is opened.
             max_readers: slots of the reader table, if this is its first opener.
+            key: 32 bytes: refuse records that were not written with this key (`vista.store.authentication.read_key`).
 
         Raises:
             SummarizerMismatchError: no generation is of that summarizer; the message names both.
-            StoreError: missing, unpublished, truncated or foreign; the message has the remedy.
+            StoreError: missing, unpublished, truncated, foreign, or of another key; the message has the remedy.
         """
-        return cls(Path(path).absolute(), summarizer_id, max_readers)
+        return cls(Path(path).absolute(), summarizer_id, max_readers, key)
 
     @property
     def manifest(self) -> Manifest:
@@ -202,7 +209,7 @@ class SummaryStore:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_pickled, (str(self.path), self._wanted, self._max_readers)
+        return _open_pickled, (str(self.path), self._wanted, self._max_readers, self._key)
 
     def _current(self) -> _Generation:
         opened = self._opened
@@ -264,14 +271,14 @@ class SummaryStore:
         environment = SharedEnvironment.acquire(path, self._max_readers)
         try:
             manifest = environment.read(lambda transaction: _read_manifest(transaction, path))
-            return _Generation(environment, manifest, manifest.spec())
+            return _Generation(environment, manifest, manifest.spec(self._key))
         except BaseException:
             environment.release()
             raise
 
 
-def _open_pickled(path: str, summarizer_id: bytes | None, max_readers: int) -> SummaryStore:
-    return SummaryStore.open(path, summarizer_id=summarizer_id, max_readers=max_readers)
+def _open_pickled(path: str, summarizer_id: bytes | None, max_readers: int, key: bytes | None) -> SummaryStore:
+    return SummaryStore.open(path, summarizer_id=summarizer_id, max_readers=max_readers, key=key)
 
 
 def _read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Manifest:
