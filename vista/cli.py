@@ -1,4 +1,4 @@
-"""The command line: `vista COMMAND [KEY=VALUE ...]`.
+"""The command line: `vista COMMAND [KEY=VALUE ...]`, where a command is one word, or two (`vista log stats`).
 
 Exit codes: 0 done; 1 an error of vista's own; 2 the command line or the configuration was refused; 130 interrupted.
 Each failure is one line on stderr; anything unforeseen keeps its traceback. A command imports only what it runs.
@@ -59,6 +59,12 @@ def _score(settings: config.ScoreConfig) -> object:
     from vista.scorer import score_from_config
 
     return score_from_config(settings)
+
+
+def _log_stats(settings: config_data.LogStatsConfig) -> object:
+    from vista.data.log_commands import log_stats
+
+    return log_stats(settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +144,14 @@ COMMANDS: dict[str, Command] = {
             "vista score users=[nobody] on_missing=raise",
         ),
     ),
+    "log stats": Command(
+        config_data.LogStatsConfig,
+        _log_stats,
+        "Say what an EventLog holds: segments, users, events, deletions, bytes, times.",
+        ("vista log stats data=data/mine",),
+    ),
 }
+"""By name, of one word or two; two-word commands that share the first word are a group."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -175,11 +188,17 @@ def _run_command(name: str, words: Sequence[str]) -> None:
         print(report)
 
 
+def _command_name(words: Sequence[str]) -> str | None:
+    """The command that a command line begins with."""
+    return next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), None)
+
+
 def _dispatch(words: Sequence[str]) -> int:
-    first = words[0] if words else None
-    if first in COMMANDS:
-        _run_command(first, words[1:])
+    name = _command_name(words)
+    if name is not None:
+        _run_command(name, words[len(name.split()) :])
         return 0
+    first, second = [*words[:2], None, None][:2]
     if first in ("--version", "-V"):
         print(f"vista {__version__}")
         return 0
@@ -188,9 +207,16 @@ def _dispatch(words: Sequence[str]) -> int:
 
         print(overview({name: command.summary for name, command in COMMANDS.items()}))
         return 2 if first is None else 0
-    close = get_close_matches(first, COMMANDS, n=1)
+    group = {name: command.summary for name, command in COMMANDS.items() if name.startswith(f"{first} ")}
+    if group and second in (None, "--help", "-h", "help"):
+        from vista.cli_help import group_help
+
+        print(group_help(first, group))
+        return 2 if second is None else 0
+    unknown, known = (f"{first} {second}", group) if group else (first, COMMANDS)
+    close = get_close_matches(unknown, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    raise ConfigError(f"unknown command '{first}'{hint} Commands: {', '.join(COMMANDS)}; vista --help tells more")
+    raise ConfigError(f"unknown command '{unknown}'{hint} Commands: {', '.join(known)}; vista --help tells more")
 
 
 def _fail(message: str, code: int) -> int:
@@ -214,7 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VistaError as error:
         return _fail(f"error: {error}", 1)
     except KeyboardInterrupt:
-        resumes = bool(words) and words[0] in COMMANDS and COMMANDS[words[0]].resumes
+        name = _command_name(words)
+        resumes = name is not None and COMMANDS[name].resumes
         return _fail("interrupted" + ("; the same command goes on from here" if resumes else ""), 130)
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Configurations of the commands that make logs: simulate and prepare. Those of all others: config.py."""
+"""Configurations of the commands that make and keep logs: simulate, prepare, log …. Those of all others: config.py."""
 
 from __future__ import annotations
 
@@ -107,6 +107,17 @@ class PrepareConfig:
     """Add a segment to an existing log; a source that it holds already is refused."""
     on_bad_rows: OnBadRows = OnBadRows.error
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class LogStatsConfig:
+    """What an EventLog holds."""
+
+    data: str = "data/log"
+    """Folder of the EventLog."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -38,7 +38,7 @@ class EventLog:
         self.num_users = len(self.users)
         self.num_items = len(self.items)
         self.num_events = sum(segment.events.num_rows for segment in segments)
-        self._segments = list(segments)
+        self.segments = tuple(segments)
         self._lengths: NDArray[np.int64] | None = None
         self._impressions: Impressions | None = None
         if (self.num_users, self.num_items) != (newest["num_users"], newest["num_items"]):
@@ -134,7 +134,7 @@ class EventLog:
     def __repr__(self) -> str:
         return (
             f"EventLog({str(self.path)!r}: {self.num_users} users, {self.num_items} items, {self.num_events} events, "
-            f"{len(self._segments)} segment(s), {'times' if self.has_time else 'order only'})"
+            f"{len(self.segments)} segment(s), {'times' if self.has_time else 'order only'})"
         )
 
     def __getitem__(self, user_id: int | str) -> Histories:
@@ -154,24 +154,33 @@ class EventLog:
     @property
     def manifests(self) -> list[dict[str, Any]]:
         """The segments' manifests, oldest first."""
-        return [segment.manifest for segment in self._segments]
+        return [segment.manifest for segment in self.segments]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Events of every user: int64 [num_users]."""
         if self._lengths is None:
             total = np.zeros(self.num_users, np.int64)
-            for segment in self._segments:
+            for segment in self.segments:
                 total += segment.events.counts(self.num_users)
             total.flags.writeable = False
             self._lengths = total
         return self._lengths
 
+    def time_range(self) -> tuple[int, int] | None:
+        """Oldest and newest time (ms, or ordinals) of all events; None without events."""
+        found = []
+        for segment in self.segments:
+            times, offsets = segment.events.columns["timestamp"], segment.events.offsets
+            if len(times):
+                found.append((int(times[offsets[:-1]].min()), int(times[offsets[1:] - 1].max())))
+        return (min(first for first, _ in found), max(last for _, last in found)) if found else None
+
     @property
     def impressions(self) -> Impressions | None:
         """The second table, or None; merged over the segments when first asked for."""
-        if self._impressions is None and any(segment.impressions is not None for segment in self._segments):
-            self._impressions = read_impressions(self._segments, self.num_users)
+        if self._impressions is None and any(segment.impressions is not None for segment in self.segments):
+            self._impressions = read_impressions(self.segments, self.num_users)
         return self._impressions
 
     def gather(self, user_rows: Any, counts: Any = None) -> Histories:
@@ -199,15 +208,15 @@ class EventLog:
         high = np.clip(np.asarray(stops, np.int64), low, lengths)
         if low.shape != rows.shape or high.shape != rows.shape:
             raise ValueError(f"starts and stops need shape {rows.shape}, got {low.shape} and {high.shape}")
-        if len(self._segments) == 1:
-            first, _ = self._segments[0].events.locate(rows)
-            return take(self._segments[0].events, first + low, high - low)
-        return take_merged([segment.events for segment in self._segments], rows, low, high)
+        if len(self.segments) == 1:
+            first, _ = self.segments[0].events.locate(rows)
+            return take(self.segments[0].events, first + low, high - low)
+        return take_merged([segment.events for segment in self.segments], rows, low, high)
 
     def counts_before(self, time: int) -> NDArray[np.int64]:
         """Events of every user strictly before `time` (ms, or an ordinal): int64 [num_users]."""
         total = np.zeros(self.num_users, np.int64)
-        for segment in self._segments:
+        for segment in self.segments:
             users, offsets = segment.events.users, segment.events.offsets
             times = segment.events.columns["timestamp"]
             low, high = offsets[:-1].copy(), offsets[1:].copy()
@@ -223,7 +232,7 @@ class EventLog:
         """Events [start, stop) of one user (B = 1), bounds as of a list; views wherever one segment holds them."""
         row = int(self._checked_rows([user_row])[0])
         low, high, _ = slice(start, stop).indices(int(self.lengths[row]))
-        return slice_merged([segment.events for segment in self._segments], row, low, max(low, high))
+        return slice_merged([segment.events for segment in self.segments], row, low, max(low, high))
 
     def _checked_rows(self, user_rows: Any) -> NDArray[np.int64]:
         rows = np.asarray(user_rows)
