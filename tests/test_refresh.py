@@ -12,14 +12,14 @@ import pytest
 
 from tests.conftest import START, Served, run_python, small_config, small_frame
 from vista.choices import Codec, Decay, Precision
-from vista.config import ModelConfig, RefreshConfig
+from vista.config import ModelConfig, RefreshConfig, ScoreConfig
 from vista.data.event_log import EventLog
 from vista.data.splits import visible_counts
-from vista.errors import ConfigError, StoreLockedError, UserKeyError
+from vista.errors import ConfigError, StoreError, StoreLockedError, UserKeyError
 from vista.model import inference
 from vista.model.recommender import Recommender
 from vista.refresh import STAGES, RefreshReport, refresh, refresh_from_config
-from vista.scorer import Scorer
+from vista.scorer import Scorer, score_from_config
 from vista.store import NO_TIMESTAMP, StoreWriter, SummaryStore
 from vista.store.digest import history_digest
 from vista.training.trainer import schema_of
@@ -366,3 +366,15 @@ def test_an_unfinished_refresh_of_another_identity_is_not_resumed(
             with pytest.raises(KeyboardInterrupt):
                 refresh(served.model, served.log, tmp_path / "store", users_per_batch=4, **options)
         assert refresh(served.model, served.log, tmp_path / "store", users_per_batch=4).resumed_at == 0
+
+
+def test_a_key_and_a_group_from_the_configuration(served: Served, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("5a" * 32)
+    common = {"model": str(served.model_dir), "store": str(tmp_path / "store")}
+    keyed = {**common, "authentication_key_file": str(tmp_path / "key")}
+    refresh_from_config(RefreshConfig(data=str(served.log.path), shared_with_group=True, progress=False, **keyed))
+    assert (tmp_path / "store").stat().st_mode & 0o7777 == 0o2750
+    user = str(served.log.users.ids(np.array([0]))[0])
+    assert f"user {user}: " in score_from_config(ScoreConfig(users=[user], **keyed))
+    with pytest.raises(StoreError, match="authentication key"):
+        score_from_config(ScoreConfig(users=[user], **common))

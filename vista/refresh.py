@@ -29,6 +29,7 @@ from vista.model import inference
 from vista.model.ranking_model import RankingModel
 from vista.model.recommender import Recommender
 from vista.store import NO_TIMESTAMP, StoreWriter, Tail, encode_records, user_keys
+from vista.store.authentication import read_key
 from vista.store.digest import history_digests, item_keys
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ def refresh_from_config(config: RefreshConfig) -> RefreshReport:
             users_per_batch=config.users_per_batch,
             precision=config.precision,
             progress=config.progress,
+            key=read_key(config.authentication_key_file),
+            shared_with_group=config.shared_with_group,
         )
 
 
@@ -90,6 +93,8 @@ def refresh(
     precision: Precision = Precision.float32,
     progress: bool = False,
     created_at: int | None = None,
+    key: bytes | None = None,
+    shared_with_group: bool = False,
 ) -> RefreshReport:
     """Write the summaries of all users with at least one visible event, and publish them as one generation.
 
@@ -107,6 +112,8 @@ def refresh(
         precision: of matrix products; `auto` is bfloat16 where the device multiplies it.
         progress: show a progress bar.
         created_at: ms, the start of the run that records state; by default now. A resumed run keeps its own.
+        key: 32 bytes, to authenticate the records with.
+        shared_with_group: let the group of the store's folder read it.
 
     Raises:
         ConfigError: the model cannot read this log, or `until` is no moment of it.
@@ -133,6 +140,8 @@ def refresh(
         total_users=len(users),
         run_digest=_run_digest(log, counts, precision),
         created_at=created_at,
+        key=key,
+        shared_with_group=shared_with_group,
     ) as writer:
         resumed_at, events = writer.cursor, 0
         bar = tqdm(total=len(users), initial=resumed_at, desc="refresh", unit="user", disable=not progress)

@@ -18,14 +18,12 @@ from typing import TypeVar
 import lmdb
 
 from vista.errors import StoreError
+from vista.store.permissions import PRIVATE, modes_of, set_mode
 
 MAP_SIZE_BYTES = 1 << 40
 """Address space reserved; neither memory nor disk. Reserved once, so that the map never has to grow under readers."""
 MAX_READERS = 1024
 """Slots of the reader table: at least processes x threads. The first opener of a generation decides."""
-
-DIRECTORY_MODE = 0o700
-FILE_MODE = 0o600
 
 _SMALLEST_MAP_BYTES = 1 << 28
 _PAGE_HEADER_BYTES = 16
@@ -230,6 +228,9 @@ def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READE
     """
     if readonly or (path / "data.mdb").exists():
         check_data_file(path / "data.mdb")
+    modes = modes_of(path)
+    made = [(path / name, mode) for name, mode in (("data.mdb", modes.file), ("lock.mdb", modes.lock))]
+    made = [(file, mode) for file, mode in made if not file.exists()]
     size = MAP_SIZE_BYTES
     while True:
         try:
@@ -238,7 +239,7 @@ def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READE
                 map_size=size,
                 readonly=readonly,
                 create=not readonly,
-                mode=FILE_MODE,
+                mode=PRIVATE.file,
                 max_readers=max_readers,
                 lib_version=0,
             )
@@ -251,6 +252,8 @@ def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READE
             size >>= 2
         except lmdb.Error as error:
             raise StoreError(f"{path}: {error}. Readers too need write access to lock.mdb; {REMEDY}") from error
+    for file, mode in made:  # LMDB's own mode loses the umask's bits, and a shared lock file needs one of its own.
+        set_mode(file, mode)
     if size < MAP_SIZE_BYTES:
         logger.warning("%s: address space is limited (ulimit -v); reserved %d bytes instead of 1 TiB", path, size)
     return environment

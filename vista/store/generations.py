@@ -20,7 +20,7 @@ from vista.choices import Codec
 from vista.errors import StoreError
 from vista.files import sync
 from vista.store.authentication import key_id
-from vista.store.environment import DIRECTORY_MODE, MAX_READERS, SharedEnvironment, committed_size, open_environment
+from vista.store.environment import MAX_READERS, SharedEnvironment, committed_size, open_environment
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, INT_PREFIX, MANIFEST_KEY, STR_PREFIX
 from vista.store.layout import (
     CURRENT,
@@ -28,12 +28,16 @@ from vista.store.layout import (
     Manifest,
     WriterLock,
     environment_path,
+    last_complete,
     list_generations,
     missing_generation,
+    note_complete,
+    prepare_root,
     read_current,
     remove_generation,
     write_current,
 )
+from vista.store.permissions import GROUP, PRIVATE, Modes, make_folder
 from vista.store.record import check_records
 
 _SCAN_RECORDS = 1024
@@ -84,11 +88,12 @@ class StoreWriter:
         created_at: int | None = None,
         max_readers: int = MAX_READERS,
         key: bytes | None = None,
+        shared_with_group: bool = False,
     ) -> StoreWriter:
         """Resume the unfinished generation of the same identity, or start a new one.
 
         Args:
-            path: the store's folder; made (0700) if it is not there.
+            path: the store's folder; made if it is not there.
             summarizer_id: SHA-256, 32 bytes.
             num_tokens: K.
             dim: d.
@@ -102,6 +107,7 @@ class StoreWriter:
             created_at: ms; by default now. A resumed generation keeps its own.
             max_readers: slots of the generation's reader table.
             key: 32 bytes: records get codes that only holders of the key can make.
+            shared_with_group: let the group of the store's folder read (folders 2750, files 0640, lock.mdb 0660).
 
         Raises:
             StoreLockedError: another writer holds the store; the message names its process if known.
@@ -109,7 +115,8 @@ class StoreWriter:
         """
         root = Path(path).absolute()
         try:
-            root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+            modes = GROUP if shared_with_group else PRIVATE
+            prepare_root(root, modes)
             lock = WriterLock(root)
         except OSError as error:
             raise StoreError(f"{root} cannot be written: {error}; choose another folder or its permissions") from error
@@ -133,7 +140,7 @@ class StoreWriter:
             )
             resumed = _resume(root, wanted, current, max_readers)
             if isinstance(resumed, Manifest):
-                resumed = _create(root, resumed, max_readers), resumed
+                resumed = _create(root, resumed, max_readers, modes), resumed
             return cls(root, lock, current, *resumed, key)
         except (OSError, lmdb.Error) as error:
             lock.release()
@@ -294,7 +301,6 @@ def _resume(
 
     All others beyond CURRENT are removed. A number that was ever complete is not used again.
     """
-    number = current + 1
     for generation in reversed([number for number in list_generations(root) if number > current]):
         try:
             environment = open_environment(environment_path(root, generation), readonly=False, max_readers=max_readers)
@@ -312,16 +318,16 @@ def _resume(
             return environment, found
         environment.close()
         if complete is not None:
-            number = max(number, generation + 1)
+            note_complete(root, generation)
         logger.warning("%s: unfinished gen-%d is of another run; it is removed, a new one starts", root, generation)
         remove_generation(root, generation)
-    return dataclasses.replace(wanted, generation=number)
+    return dataclasses.replace(wanted, generation=max(current, last_complete(root)) + 1)
 
 
-def _create(root: Path, manifest: Manifest, max_readers: int) -> lmdb.Environment:
+def _create(root: Path, manifest: Manifest, max_readers: int, modes: Modes) -> lmdb.Environment:
     folder = environment_path(root, manifest.generation)
     for path in (folder.parent, folder):
-        path.mkdir(mode=DIRECTORY_MODE)
+        make_folder(path, modes)
     environment = open_environment(folder, readonly=False, max_readers=max_readers)
     with environment.begin(write=True) as transaction:
         transaction.put(MANIFEST_KEY, manifest.to_bytes())

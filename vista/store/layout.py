@@ -1,6 +1,7 @@
 """Files of a store: generations, each a complete set of records, and CURRENT, which names the served one.
 
 store/CURRENT            "gen-7": the generation that readers open
+store/LAST               "gen-8": no number up to this one is used again, though its folder may be gone
 store/writer.lock        flock of the one writer; holds its pid
 store/gen-7/summary/     LMDB environment: data.mdb, lock.mdb
 store/gen-8/summary/     an unfinished run: no `!complete`; `!cursor` says where it goes on
@@ -24,10 +25,12 @@ from vista.choices import Codec
 from vista.errors import StoreError, StoreLockedError
 from vista.files import sync
 from vista.store.authentication import key_id
-from vista.store.environment import FILE_MODE, REMEDY
+from vista.store.environment import REMEDY
+from vista.store.permissions import PRIVATE, Modes, is_owner, make_folder, modes_of, set_mode, set_tree_modes
 from vista.store.record import FORMAT_VERSION, RecordSpec
 
 CURRENT = "CURRENT"
+LAST = "LAST"
 WRITER_LOCK = "writer.lock"
 
 REMOVED_PREFIX = ".removed-"
@@ -166,15 +169,56 @@ def missing_generation(root: Path, generation: int) -> StoreError:
 
 def write_current(root: Path, generation: int) -> None:
     """Flip: readers that open or reload from now on get this generation (tmp, fsync, replace, directory fsync)."""
-    temporary = root / f"{CURRENT}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE)
+    note_complete(root, generation)
+    _write_name(root, CURRENT, generation)
+
+
+def last_complete(root: Path) -> int:
+    """The highest number that was ever complete; 0 for none."""
     try:
+        number = (root / LAST).read_text(encoding="ascii", errors="replace").strip().removeprefix(_PREFIX)
+    except OSError:
+        return 0
+    return int(number) if number.isdecimal() else 0
+
+
+def note_complete(root: Path, generation: int) -> None:
+    """Have `last_complete` count this generation, durably: before it is published, or removed unpublished."""
+    if generation > last_complete(root):
+        _write_name(root, LAST, generation)
+
+
+def _write_name(root: Path, name: str, generation: int) -> None:
+    temporary = root / f"{name}.tmp"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE.file)
+    try:
+        os.fchmod(descriptor, modes_of(generation_path(root, generation)).file)
         os.write(descriptor, f"{_PREFIX}{generation}\n".encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    os.replace(temporary, root / CURRENT)
+    os.replace(temporary, root / name)
     sync(root)
+
+
+def prepare_root(root: Path, modes: Modes) -> None:
+    """Make the store's folder if it is not there, and give it and what lies in it their modes.
+
+    A folder that holds something else and no store keeps its own mode.
+
+    Raises:
+        OSError: it cannot be made, or belongs to another account.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    if not root.exists():
+        make_folder(root, modes)
+    elif is_owner(root) and ((root / WRITER_LOCK).exists() or not any(root.iterdir())):
+        set_mode(root, modes.folder)
+    for name in (CURRENT, LAST):
+        if (root / name).exists():
+            set_mode(root / name, modes.file)
+    for generation in list_generations(root):
+        set_tree_modes(generation_path(root, generation), modes)
 
 
 def remove_generation(root: Path, generation: int) -> None:
@@ -204,7 +248,8 @@ class WriterLock:
 
     def __init__(self, root: Path) -> None:
         path = root / WRITER_LOCK
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, FILE_MODE)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE.file)
+        set_mode(path, PRIVATE.file)  # No reader needs it, and who can open it can keep writers out.
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
