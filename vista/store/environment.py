@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import lmdb
+import lmdb.verify
 
 from vista.errors import StoreError
 from vista.store.permissions import PRIVATE, modes_of, set_mode
@@ -184,6 +185,15 @@ class SharedEnvironment:
             except lmdb.Error as error:
                 raise StoreError(f"{self._path}: {error}; {REMEDY}") from error
 
+    def usage(self) -> tuple[int, int]:
+        """(bytes of the pages that hold data, processes in the reader table but this one)."""
+        with _gate.shared():
+            environment = self._open()
+            pages = environment.stat()
+            live = pages["psize"] * (pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"])
+            slots = [line.split() for line in environment.readers().splitlines()[1:]]
+        return live, len({slot[0] for slot in slots if slot and slot[0].isdigit()} - {str(os.getpid())})
+
     def _open(self) -> lmdb.Environment:
         if self._environment is None:
             raise ClosedError(f"{self._path} is closed; open the store again")
@@ -290,6 +300,34 @@ def committed_size(path: Path) -> tuple[int, int]:
         raise StoreError(f"{path} is no LMDB 0.9 data file ({found} bytes); {REMEDY}")
     page_bytes, last_page, _ = max(valid, key=lambda meta: meta[2])
     return found, (last_page + 1) * page_bytes
+
+
+def complete_size(folder: Path) -> None:
+    """Give a closed environment's file the size that its meta page speaks of, so that readers can tell a truncated one.
+
+    LMDB does not write pages at the end that a transaction took and gave back.
+    """
+    path = folder / "data.mdb"
+    found, expected = committed_size(path)
+    if found < expected:
+        with path.open("r+b") as file:
+            file.truncate(expected)
+            os.fsync(file.fileno())
+
+
+def check_structure(folder: Path) -> None:
+    """Check every page of an environment's file without handing it to LMDB, which a damaged one may crash.
+
+    Raises:
+        StoreError: missing, foreign, truncated or damaged.
+    """
+    check_data_file(folder / "data.mdb")
+    try:
+        problems = lmdb.verify.verify(str(folder))  # type: ignore[no-untyped-call]
+    except lmdb.verify.VerifyError as error:
+        problems = [str(error)]
+    if problems:
+        raise StoreError(f"{folder}: the database's structure is damaged: {problems[0]}; {REMEDY}")
 
 
 def _identity(path: Path) -> tuple[int, int]:

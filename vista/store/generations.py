@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from itertools import islice
@@ -13,18 +12,16 @@ from pathlib import Path
 from types import TracebackType
 
 import lmdb
-import lmdb.verify
 import numpy as np
 
 from vista.choices import Codec
 from vista.errors import StoreError
 from vista.files import sync
 from vista.store.authentication import key_id
-from vista.store.environment import MAX_READERS, SharedEnvironment, committed_size, open_environment
+from vista.store.environment import MAX_READERS, SharedEnvironment, check_structure, complete_size, open_environment
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, INT_PREFIX, MANIFEST_KEY, STR_PREFIX
 from vista.store.layout import (
     CURRENT,
-    REMOVED_PREFIX,
     Manifest,
     WriterLock,
     environment_path,
@@ -35,6 +32,7 @@ from vista.store.layout import (
     prepare_root,
     read_current,
     remove_generation,
+    remove_leftovers,
     write_current,
 )
 from vista.store.permissions import GROUP, PRIVATE, Modes, make_folder
@@ -121,8 +119,7 @@ class StoreWriter:
         except OSError as error:
             raise StoreError(f"{root} cannot be written: {error}; choose another folder or its permissions") from error
         try:
-            for entry in root.glob(f"{REMOVED_PREFIX}*"):
-                shutil.rmtree(entry, ignore_errors=True)
+            remove_leftovers(root)
             current = _served(root)
             wanted = Manifest(
                 generation=current + 1,
@@ -208,7 +205,8 @@ class StoreWriter:
                 transaction.put(MANIFEST_KEY, manifest.to_bytes())
                 transaction.put(COMPLETE_KEY, b"1")
             self._close_environment()
-            _verify(folder)
+            complete_size(folder)
+            check_structure(folder)
             for path in (folder, folder.parent, self.path):
                 sync(path)
             write_current(self.path, self.generation)
@@ -335,26 +333,6 @@ def _create(root: Path, manifest: Manifest, max_readers: int, modes: Modes) -> l
     for path in (folder, folder.parent, root, root.parent):
         sync(path)
     return environment
-
-
-def _verify(folder: Path) -> None:
-    """Check a closed environment's structure.
-
-    First give its file the size that the meta page speaks of (LMDB does not write pages at the end that a transaction
-    took and gave back), so that readers can tell a truncated one.
-    """
-    path = folder / "data.mdb"
-    found, expected = committed_size(path)
-    if found < expected:
-        with path.open("r+b") as file:
-            file.truncate(expected)
-            os.fsync(file.fileno())
-    try:
-        problems = lmdb.verify.verify(str(folder))  # type: ignore[no-untyped-call]
-    except lmdb.verify.VerifyError as error:
-        problems = [str(error)]
-    if problems:
-        raise StoreError(f"{folder}: the database's structure is damaged: {problems[0]}")
 
 
 def _write_error(root: Path, error: Exception) -> StoreError:

@@ -34,6 +34,8 @@ LAST = "LAST"
 WRITER_LOCK = "writer.lock"
 
 REMOVED_PREFIX = ".removed-"
+PARTIAL_PREFIX = ".partial-"
+"""Of a generation that is made of existing records, until it is whole and verified."""
 
 _PREFIX = "gen-"
 
@@ -186,6 +188,13 @@ def note_complete(root: Path, generation: int) -> None:
     """Have `last_complete` count this generation, durably: before it is published, or removed unpublished."""
     if generation > last_complete(root):
         _write_name(root, LAST, generation)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what killed processes left of generations that were being removed or copied; only under the lock."""
+    for prefix in (REMOVED_PREFIX, PARTIAL_PREFIX):
+        for entry in root.glob(f"{prefix}*"):
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _write_name(root: Path, name: str, generation: int) -> None:

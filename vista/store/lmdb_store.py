@@ -270,7 +270,7 @@ class SummaryStore:
         path = environment_path(self.path, generation)
         environment = SharedEnvironment.acquire(path, self._max_readers)
         try:
-            manifest = environment.read(lambda transaction: _read_manifest(transaction, path))
+            manifest = environment.read(lambda transaction: read_manifest(transaction, path))
             return _Generation(environment, manifest, manifest.spec(self._key))
         except BaseException:
             environment.release()
@@ -281,7 +281,12 @@ def _open_pickled(path: str, summarizer_id: bytes | None, max_readers: int, key:
     return SummaryStore.open(path, summarizer_id=summarizer_id, max_readers=max_readers, key=key)
 
 
-def _read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Manifest:
+def read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Manifest:
+    """Manifest of a complete generation.
+
+    Raises:
+        StoreError: it is not complete, or the manifest is corrupt.
+    """
     value = transaction.get(MANIFEST_KEY)
     if value is None or transaction.get(COMPLETE_KEY) is None:
         raise StoreError(f"{path} was never finished; {REMEDY}")

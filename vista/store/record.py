@@ -224,10 +224,18 @@ def encode_records(
             time_bytes[8 * first : 8 * last],
             action_bytes[first:last],
         ]
-        if spec.key is not None:
-            payload.append(record_code(spec.key, keys[index], header, payload))
-        records.append(_sealed(header, payload))
+        records.append(seal_record(header, payload, keys[index], spec.key))
     return records
+
+
+def seal_record(header: bytes, payload: list[bytes | memoryview], user_key: bytes, key: bytes | None) -> bytes:
+    """A record of a header whose checksum is still zero and the payload before its code, both complete otherwise."""
+    if key is not None:
+        payload = [*payload, record_code(key, user_key, header, payload)]
+    checksum = xxhash.xxh3_64(header)
+    for part in payload:
+        checksum.update(part)
+    return b"".join((header[:CHECKSUM_OFFSET], checksum.intdigest().to_bytes(8, "little"), *payload))
 
 
 def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> RawRecords:
@@ -341,14 +349,6 @@ def _template(spec: RecordSpec) -> np.void:
     header["applied_segment"] = spec.applied_segment
     template: np.void = header[0]
     return template
-
-
-def _sealed(header: bytes, payload: Sequence[bytes | memoryview]) -> bytes:
-    """A record of a header whose checksum is still zero."""
-    checksum = xxhash.xxh3_64(header)
-    for part in payload:
-        checksum.update(part)
-    return b"".join((header[:CHECKSUM_OFFSET], checksum.intdigest().to_bytes(8, "little"), *payload))
 
 
 def _require_size(lengths: NDArray[np.int64], keys: Sequence[bytes]) -> None:
