@@ -263,6 +263,9 @@ class TestOutcomes:
             ("refresh", "vista.refresh", "refresh_from_config"),
             ("evaluate", "vista.evaluate", "evaluate"),
             ("score", "vista.scorer", "score_from_config"),
+            ("log forget", "vista.data.log_commands", "log_forget"),
+            ("log erase", "vista.data.log_commands", "log_erase"),
+            ("log compact", "vista.data.log_commands", "log_compact"),
             ("log stats", "vista.data.log_commands", "log_stats"),
         ],
     )

@@ -61,6 +61,24 @@ def _score(settings: config.ScoreConfig) -> object:
     return score_from_config(settings)
 
 
+def _log_forget(settings: config_data.LogForgetConfig) -> object:
+    from vista.data.log_commands import log_forget
+
+    return log_forget(settings)
+
+
+def _log_erase(settings: config_data.LogEraseConfig) -> object:
+    from vista.data.log_commands import log_erase
+
+    return log_erase(settings)
+
+
+def _log_compact(settings: config_data.LogCompactConfig) -> object:
+    from vista.data.log_commands import log_compact
+
+    return log_compact(settings)
+
+
 def _log_stats(settings: config_data.LogStatsConfig) -> object:
     from vista.data.log_commands import log_stats
 
@@ -143,6 +161,27 @@ COMMANDS: dict[str, Command] = {
             "vista score users=[1] candidates=[1193,661,914]",
             "vista score users=[nobody] on_missing=raise",
         ),
+    ),
+    "log forget": Command(
+        config_data.LogForgetConfig,
+        _log_forget,
+        "Delete single events from an EventLog, all that a file names or none.",
+        (
+            "vista log forget data=data/mine events=deletions.csv time_unit=s",
+            "vista log forget data=data/mine events=deletions.parquet",
+        ),
+    ),
+    "log erase": Command(
+        config_data.LogEraseConfig,
+        _log_erase,
+        "Delete all events and impressions of users from an EventLog.",
+        ("vista log erase data=data/mine users=[101,102]",),
+    ),
+    "log compact": Command(
+        config_data.LogCompactConfig,
+        _log_compact,
+        "Make one segment of an EventLog's many; what was deleted leaves the disk.",
+        ("vista log compact data=data/mine",),
     ),
     "log stats": Command(
         config_data.LogStatsConfig,

@@ -22,7 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vista.config import EvaluateConfig, RefreshConfig, ScoreConfig, TrainConfig
-from vista.config_data import LogStatsConfig, PrepareConfig, SimulateConfig
+from vista.config_data import (
+    LogCompactConfig,
+    LogEraseConfig,
+    LogForgetConfig,
+    LogStatsConfig,
+    PrepareConfig,
+    SimulateConfig,
+)
 from vista.config_text import ConfigKeys, value_text
 from vista.errors import ConfigError
 
@@ -35,6 +42,9 @@ NAME_OF_SCHEMA: dict[type, str] = {
     RefreshConfig: "refresh",
     EvaluateConfig: "evaluate",
     ScoreConfig: "score",
+    LogForgetConfig: "log forget",
+    LogEraseConfig: "log erase",
+    LogCompactConfig: "log compact",
     LogStatsConfig: "log stats",
 }
 """The command of a schema; its primary config is `config_file_name` of that, in conf/."""
