@@ -216,6 +216,8 @@ class TrainConfig:
     """stage=downstream: folder of the exported model whose item table, event encoder and stage 1 stay as they are."""
     store: str | None = None
     """stage=downstream: folder of the base's store; labels begin at the `until` that it was refreshed with."""
+    authentication_key_file: str | None = None
+    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
     run_dir: str = "runs/vista"
     """Receives config.yaml, train.log, metrics.jsonl, checkpoints/ and best/ (the export)."""
     seed: int = 1
@@ -270,6 +272,10 @@ class RefreshConfig:
     """Folder of the exported model."""
     store: str = "stores/vista"
     """Folder of the summary store."""
+    authentication_key_file: str | None = None
+    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
+    shared_with_group: bool = False
+    """Let the group of the store's folder read it (folders 2750, files 0640), instead of this account alone."""
     incremental: bool = False
     """Only users with new events, into the served generation; what the store is stays as its full refresh made it."""
     until: str | None = None
@@ -318,6 +324,8 @@ class EvaluateConfig:
     model: str = "runs/vista/best"
     store: str = "stores/vista"
     """Folder of the summary store; a rival reads the raw history and has none."""
+    authentication_key_file: str | None = None
+    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
     split: str = "test"
     """test or validation, of the model's own data split."""
     exclude_seen: bool = True
@@ -359,6 +367,8 @@ class ScoreConfig:
 
     model: str = "runs/vista/best"
     store: str = "stores/vista"
+    authentication_key_file: str | None = None
+    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
     users: list[str] = field(default_factory=list)
     """User ids; at least one."""
     candidates: list[str] = field(default_factory=list)

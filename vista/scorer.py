@@ -29,6 +29,7 @@ from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.recommender import Recommender
 from vista.model.target_attention import Context
 from vista.requests import check_times, ids_of, pad_ragged, request_times, split_ragged, typed_ids
+from vista.store.authentication import read_key
 from vista.store.lmdb_store import StoredBatch, SummaryStore
 from vista.store.parts import StoreParts, open_store
 from vista.store.record import Tail
@@ -97,6 +98,7 @@ class Scorer:
         on_missing: OnMissing | str = "empty",
         task: str | None = None,
         device: str = "cpu",
+        key: bytes | None = None,
     ) -> Scorer:
         """Open a model and the store that its summarizer wrote.
 
@@ -107,6 +109,7 @@ class Scorer:
                 summary; a neutral item), "nan", or "raise".
             task: what `score` and `rank` use; by default the first labelled task, or `next` where there is none.
             device: auto | cpu | cuda | cuda:N.
+            key: 32 bytes: refuse records that were not written with this key.
 
         Raises:
             SummarizerMismatchError: the store is of another summarizer.
@@ -117,7 +120,7 @@ class Scorer:
         if not isinstance(on_missing, OnMissing) and on_missing not in policies:
             raise ValueError(f"on_missing: {on_missing!r} is none of {sorted(policies)}")
         model = model if isinstance(model, Recommender) else Recommender.from_pretrained(model, resolve_device(device))
-        opened = open_store(store, summarizer_id=model.summarizer_id())
+        opened = open_store(store, summarizer_id=model.summarizer_id(), key=key)
         try:
             _require_tails(opened, model)
             return cls(model.eval(), opened, OnMissing(on_missing), task)
@@ -356,7 +359,13 @@ def score_from_config(config: ScoreConfig) -> str:
         raise ConfigError("users: name at least one, such as users=[1,2]")
     with (
         cpu_settings(config.num_threads),
-        Scorer.open(config.model, config.store, on_missing=config.on_missing, device=config.device) as scorer,
+        Scorer.open(
+            config.model,
+            config.store,
+            on_missing=config.on_missing,
+            device=config.device,
+            key=read_key(config.authentication_key_file),
+        ) as scorer,
     ):
         users = typed_ids(config.users, "users", scorer.store.manifest.user_kind)
         candidates = typed_ids(config.candidates, "candidates", scorer.model.items.kind)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
-import stat
 import threading
 
 import lmdb
@@ -15,7 +14,7 @@ from vista.choices import Codec
 from vista.errors import StoreError, StoreLockedError, SummarizerMismatchError, UserKeyError
 from vista.store import NO_TIMESTAMP, SummaryStore, Tail, encode_records, user_keys
 from vista.store.environment import SharedEnvironment
-from vista.store.layout import environment_path, list_generations, read_current
+from vista.store.layout import environment_path, last_complete, list_generations, read_current
 
 TOTAL = 40
 
@@ -76,13 +75,6 @@ def test_string_users_and_the_wrong_kind_of_id(tmp_path, build):
             store.get_many([5])
 
 
-def test_files_and_folders_are_private(tmp_path, build):
-    root = tmp_path / "new" / "store"
-    build.write_store(root)
-    for path in [root, *root.rglob("*")]:
-        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
-
-
 def test_reader_sees_the_old_generation_until_it_reloads(tmp_path, build):
     build.write_store(tmp_path)
     store = SummaryStore.open(tmp_path)
@@ -108,13 +100,8 @@ def test_two_generations_are_kept_and_a_pinned_reader_outlives_its_files(tmp_pat
         build.write_store(tmp_path, salt=run, run_digest=f"log-{run}")
         stores.append(SummaryStore.open(tmp_path))
     assert list_generations(tmp_path) == [3, 4]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "CURRENT",
-        "gen-3",
-        "gen-4",
-        "tombstones",
-        "writer.lock",
-    ]
+    names = ["CURRENT", "LAST", "gen-3", "gen-4", "tombstones", "writer.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     for run, store in enumerate(stores):
         expected = build.summaries(range(TOTAL), run)
         np.testing.assert_allclose(store.get_many(range(TOTAL)).summary, expected, atol=0.02)
@@ -222,6 +209,27 @@ def test_a_number_that_was_complete_is_not_used_again(tmp_path, build):
     assert build.write_store(tmp_path, salt=2, run_digest="log-3").generation == 3
     assert store.reload() and store.generation == 3
     store.close()
+
+
+def test_a_number_that_was_complete_is_not_used_again_after_its_folder_is_gone(tmp_path, build):
+    build.write_store(tmp_path)
+    build.write_store(tmp_path, salt=1, run_digest="log-2")
+    (tmp_path / "CURRENT").write_text("gen-1\n")
+    for digest in ("log-3", "log-4"):  # The first removes gen-2, the second what the first has begun.
+        with build.open_writer(tmp_path, run_digest=digest) as writer:
+            assert writer.generation == 3
+            build.put_users(writer, range(16))
+    build.write_store(tmp_path, run_digest="log-4")
+    assert read_current(tmp_path) == 3 and last_complete(tmp_path) == 3
+
+
+def test_a_number_that_was_complete_but_never_published_is_not_used_again(tmp_path, build):
+    build.write_store(tmp_path)
+    (tmp_path / "CURRENT").unlink()
+    (tmp_path / "LAST").unlink()
+    for digest in ("log-2", "log-3"):
+        with build.open_writer(tmp_path, run_digest=digest) as writer:
+            assert writer.generation == 2
 
 
 def test_a_wrong_count_is_not_published(tmp_path, build):

@@ -40,6 +40,8 @@ def refresh(
     shard: Shard | None = None,
     progress: bool = False,
     created_at: int | None = None,
+    key: bytes | None = None,
+    shared_with_group: bool = False,
 ) -> RefreshReport:
     """Write the summaries of all users with at least one visible event, and publish them as one generation.
 
@@ -60,6 +62,8 @@ def refresh(
         shard: write only the users of this part, into `<store>/part-i-of-n`.
         progress: show a progress bar.
         created_at: ms, the start of the run that records state; by default now. A resumed run keeps its own.
+        key: 32 bytes, to authenticate the records with.
+        shared_with_group: let the group of the store's folder read it.
 
     Raises:
         ConfigError: the model cannot read this log, or `until` is no moment of it.
@@ -90,6 +94,8 @@ def refresh(
         total_users=len(users),
         run_digest=_run_digest(log, counts, precision, shard),
         created_at=created_at,
+        key=key,
+        shared_with_group=shared_with_group,
     ) as writer:
         run = Recorder(store, "full", len(users), writer.cursor, progress=progress)
         for begin in range(writer.cursor, len(users), users_per_batch):

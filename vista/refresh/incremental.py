@@ -57,6 +57,7 @@ def refresh_incremental(
     shard: Shard | None = None,
     progress: bool = False,
     created_at: int | None = None,
+    key: bytes | None = None,
 ) -> RefreshReport:
     """Bring the served generation up to the log: users with events or deletions that it has not seen.
 
@@ -72,6 +73,7 @@ def refresh_incremental(
         shard: the part of the store to refresh, `<store>/part-i-of-n`.
         progress: show a progress bar.
         created_at: ms, the start of the run that records state; by default now.
+        key: 32 bytes, where the store's records are authenticated.
 
     Raises:
         ConfigError: the model cannot read this log, or the store was refreshed with `until`.
@@ -82,7 +84,7 @@ def refresh_incremental(
     store = store if shard is None else shard.path(store)
     now = time.time_ns() // 1_000_000 if created_at is None else created_at
     with StoreUpdate.open(
-        store, summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=now
+        store, summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=now, key=key
     ) as update:
         manifest = update.manifest
         if manifest.until not in (None, "all"):

@@ -20,6 +20,7 @@ from vista.model.ranking_model import RankingModel
 from vista.model.recommender import Recommender
 from vista.model.summary_state import SummaryState
 from vista.refresh.report import RefreshReport
+from vista.store.authentication import read_key
 from vista.store.digest import history_digests, item_keys
 from vista.store.parts import Shard
 from vista.store.record import NO_TIMESTAMP, Tail
@@ -37,6 +38,7 @@ def refresh_from_config(config: RefreshConfig) -> RefreshReport:
         device = resolve_device(config.device)
         announce(device)
         model, log = Recommender.from_pretrained(config.model, device), EventLog.open(config.data)
+        key = read_key(config.authentication_key_file)
         shard = None if config.shard is None else Shard.parse(config.shard)
         if config.incremental:
             return refresh_incremental(
@@ -47,6 +49,7 @@ def refresh_from_config(config: RefreshConfig) -> RefreshReport:
                 users_per_batch=config.users_per_batch,
                 shard=shard,
                 progress=config.progress,
+                key=key,
             )
         return refresh(
             model,
@@ -60,6 +63,8 @@ def refresh_from_config(config: RefreshConfig) -> RefreshReport:
             precision=config.precision,
             shard=shard,
             progress=config.progress,
+            key=key,
+            shared_with_group=config.shared_with_group,
         )
 
 

@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import lmdb
+import lmdb.verify
 
 from vista.errors import StoreError
+from vista.store.permissions import PRIVATE, modes_of, set_mode
 
 MAP_SIZE_BYTES = 1 << 40
 """Address space reserved; neither memory nor disk. Reserved once, so that the map never has to grow under readers."""
 MAX_READERS = 1024
 """Slots of the reader table: at least processes x threads. The first opener of a generation decides."""
-
-DIRECTORY_MODE = 0o700
-FILE_MODE = 0o600
 
 _SMALLEST_MAP_BYTES = 1 << 28
 _PAGE_HEADER_BYTES = 16
@@ -213,6 +212,15 @@ class SharedEnvironment:
             with environment.begin(write=True, buffers=True) as transaction:
                 return function(transaction)
 
+    def usage(self) -> tuple[int, int]:
+        """(bytes of the pages that hold data, processes in the reader table but this one)."""
+        with _gate.shared():
+            environment = self._open()
+            pages = environment.stat()
+            live = pages["psize"] * (pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"])
+            slots = [line.split() for line in environment.readers().splitlines()[1:]]
+        return live, len({slot[0] for slot in slots if slot and slot[0].isdigit()} - {str(os.getpid())})
+
     def _open(self) -> lmdb.Environment:
         if self._environment is None:
             raise ClosedError(f"{self._path} is closed; open the store again")
@@ -257,6 +265,9 @@ def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READE
     """
     if readonly or (path / "data.mdb").exists():
         check_data_file(path / "data.mdb")
+    modes = modes_of(path)
+    made = [(path / name, mode) for name, mode in (("data.mdb", modes.file), ("lock.mdb", modes.lock))]
+    made = [(file, mode) for file, mode in made if not file.exists()]
     size = MAP_SIZE_BYTES
     while True:
         try:
@@ -265,7 +276,7 @@ def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READE
                 map_size=size,
                 readonly=readonly,
                 create=not readonly,
-                mode=FILE_MODE,
+                mode=PRIVATE.file,
                 max_readers=max_readers,
                 lib_version=0,
             )
@@ -278,6 +289,8 @@ def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READE
             size >>= 2
         except lmdb.Error as error:
             raise StoreError(f"{path}: {error}. Readers too need write access to lock.mdb; {REMEDY}") from error
+    for file, mode in made:  # LMDB's own mode loses the umask's bits, and a shared lock file needs one of its own.
+        set_mode(file, mode)
     if size < MAP_SIZE_BYTES:
         logger.warning("%s: address space is limited (ulimit -v); reserved %d bytes instead of 1 TiB", path, size)
     return environment
@@ -314,6 +327,34 @@ def committed_size(path: Path) -> tuple[int, int]:
         raise StoreError(f"{path} is no LMDB 0.9 data file ({found} bytes); {REMEDY}")
     page_bytes, last_page, _ = max(valid, key=lambda meta: meta[2])
     return found, (last_page + 1) * page_bytes
+
+
+def complete_size(folder: Path) -> None:
+    """Give a closed environment's file the size that its meta page speaks of, so that readers can tell a truncated one.
+
+    LMDB does not write pages at the end that a transaction took and gave back.
+    """
+    path = folder / "data.mdb"
+    found, expected = committed_size(path)
+    if found < expected:
+        with path.open("r+b") as file:
+            file.truncate(expected)
+            os.fsync(file.fileno())
+
+
+def check_structure(folder: Path) -> None:
+    """Check every page of an environment's file without handing it to LMDB, which a damaged one may crash.
+
+    Raises:
+        StoreError: missing, foreign, truncated or damaged.
+    """
+    check_data_file(folder / "data.mdb")
+    try:
+        problems = lmdb.verify.verify(str(folder))  # type: ignore[no-untyped-call]
+    except lmdb.verify.VerifyError as error:
+        problems = [str(error)]
+    if problems:
+        raise StoreError(f"{folder}: the database's structure is damaged: {problems[0]}; {REMEDY}")
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -6,7 +6,6 @@ that is resumed finds by a state's `applied_segment` that it need not add the sa
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,10 +17,19 @@ from numpy.typing import NDArray
 
 from vista.errors import StoreError
 from vista.files import sync
-from vista.store.environment import DIRECTORY_MODE, MAX_READERS, REMEDY, SharedEnvironment
+from vista.store.environment import MAX_READERS, REMEDY, SharedEnvironment
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
-from vista.store.layout import REMOVED_PREFIX, Manifest, WriterLock, environment_path, generation_path, state_path
-from vista.store.record import check_records
+from vista.store.layout import (
+    Manifest,
+    WriterLock,
+    environment_path,
+    generation_path,
+    prepare_root,
+    remove_leftovers,
+    state_path,
+)
+from vista.store.permissions import Modes, make_folder
+from vista.store.record import RecordSpec, check_records
 from vista.store.tombstones import Tombstones
 
 _SCAN_RECORDS = 1024
@@ -58,14 +66,14 @@ class GenerationFiles:
             raise
 
     @classmethod
-    def create(cls, root: Path, manifest: Manifest, max_readers: int) -> GenerationFiles:
+    def create(cls, root: Path, manifest: Manifest, max_readers: int, modes: Modes) -> GenerationFiles:
         """Make an empty generation."""
         folder = generation_path(root, manifest.generation)
-        folder.mkdir(mode=DIRECTORY_MODE)
+        make_folder(folder, modes)
         kept = manifest.state_spec() is not None
         paths = [environment_path(root, manifest.generation)] + ([state_path(root, manifest.generation)] * kept)
         for path in paths:
-            path.mkdir(mode=DIRECTORY_MODE)
+            make_folder(path, modes)
         opened = [SharedEnvironment.acquire(path, max_readers, writable=True) for path in paths]
 
         def begin(transaction: lmdb.Transaction[memoryview]) -> None:
@@ -148,9 +156,9 @@ class GenerationFiles:
         """As it is stored now."""
         return self.summary.read(self._manifest_in)
 
-    def scan(self) -> Iterator[NDArray[np.void]]:
+    def scan(self, spec: RecordSpec) -> Iterator[NDArray[np.void]]:
         """Headers of all records, checked, some at a time; each in a transaction of its own."""
-        spec, first = self.manifest.spec(), b"u"
+        first = b"u"
 
         def chunk(transaction: lmdb.Transaction[memoryview], first: bytes) -> tuple[NDArray[np.void], bytes] | None:
             cursor = transaction.cursor()
@@ -187,25 +195,24 @@ class GenerationFiles:
             raise write_error(self.path, error) from error
 
 
-def lock_store(root: Path, *, make: bool) -> WriterLock:
+def lock_store(root: Path, modes: Modes | None = None) -> WriterLock:
     """Become the one writer of a store, and clear away what a killed one was removing.
 
     Args:
         root: the store's folder.
-        make: make it (0700) if it is not there.
+        modes: make it if it is not there, and give all that lies in it these; None leaves all as it is.
 
     Raises:
         StoreLockedError: another writer holds the store; the message names its process if known.
         StoreError: the path cannot be written, or is not there.
     """
     try:
-        if make:
-            root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+        if modes is not None:
+            prepare_root(root, modes)
         lock = WriterLock(root)
     except OSError as error:
         raise StoreError(f"{root} cannot be written: {error}; choose another folder or its permissions") from error
-    for entry in root.glob(f"{REMOVED_PREFIX}*"):
-        shutil.rmtree(entry, ignore_errors=True)
+    remove_leftovers(root)
     return lock
 
 

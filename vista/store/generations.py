@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 import lmdb
-import lmdb.verify
 import numpy as np
 
 from vista.choices import Codec, StateDtype
 from vista.errors import StoreError
 from vista.files import sync
-from vista.store.environment import MAX_READERS, SharedEnvironment, committed_size
+from vista.store.authentication import key_id
+from vista.store.environment import MAX_READERS, SharedEnvironment, check_structure, complete_size
 from vista.store.generation_files import GenerationFiles, lock_store, write_error
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import (
@@ -26,12 +25,15 @@ from vista.store.layout import (
     WriterLock,
     environment_path,
     generation_path,
+    last_complete,
     list_generations,
     missing_generation,
+    note_complete,
     read_current,
     remove_generation,
     write_current,
 )
+from vista.store.permissions import GROUP, PRIVATE, Modes
 from vista.store.tombstones import Tombstones, erasing
 
 logger = logging.getLogger(__name__)
@@ -44,13 +46,13 @@ class StoreWriter:
     next run of the same identity.
     """
 
-    def __init__(self, root: Path, lock: WriterLock, served: int, files: GenerationFiles) -> None:
+    def __init__(self, root: Path, lock: WriterLock, served: int, files: GenerationFiles, key: bytes | None) -> None:
         self.path = root
         self._served = served
         self._lock = lock
         self._files = files
         self.manifest = files.manifest
-        self.spec = self.manifest.spec()
+        self.spec = self.manifest.spec(key)
         self.state_spec = self.manifest.state_spec()
         self._tombstones = Tombstones(root)
         self._cursor = files.summary.read(lambda transaction: int(bytes(transaction.get(CURSOR_KEY, b"0"))))
@@ -73,11 +75,13 @@ class StoreWriter:
         state_shape: tuple[int, int, int] = (0, 0, 0),
         created_at: int | None = None,
         max_readers: int = MAX_READERS,
+        key: bytes | None = None,
+        shared_with_group: bool = False,
     ) -> StoreWriter:
         """Resume the unfinished generation of the same identity, or start a new one.
 
         Args:
-            path: the store's folder; made (0700) if it is not there.
+            path: the store's folder; made if it is not there.
             summarizer_id: SHA-256, 32 bytes.
             num_tokens: K.
             dim: d.
@@ -92,13 +96,16 @@ class StoreWriter:
             state_shape: layers, heads and head dim of a state.
             created_at: ms; by default now. A resumed generation keeps its own.
             max_readers: slots of the generation's reader table.
+            key: 32 bytes: records get codes that only holders of the key can make.
+            shared_with_group: let the group of the store's folder read (folders 2750, files 0640, lock.mdb 0660).
 
         Raises:
             StoreLockedError: another writer holds the store; the message names its process if known.
             StoreError: the path cannot be written; the message has the remedy.
         """
         root = Path(path).absolute()
-        lock = lock_store(root, make=True)
+        modes = GROUP if shared_with_group else PRIVATE
+        lock = lock_store(root, modes)
         try:
             current = _served(root)
             wanted = Manifest(
@@ -115,9 +122,10 @@ class StoreWriter:
                 run_digest=run_digest,
                 state_dtype=state_dtype.value,
                 state_shape=state_shape,
+                key_id=None if key is None else key_id(key),
             )
-            files = _resume(root, wanted, current, max_readers)
-            return cls(root, lock, current, files)
+            files = _resume(root, wanted, current, max_readers, modes)
+            return cls(root, lock, current, files, key)
         except (OSError, lmdb.Error) as error:
             lock.release()
             raise write_error(root, error) from error
@@ -201,7 +209,7 @@ class StoreWriter:
     def _scan(self) -> tuple[int, str]:
         """(number of records, their digest), all of them checked."""
         count, digest = 0, 0
-        for headers in self._files.scan():
+        for headers in self._files.scan(self.spec):
             digest += int(headers["checksum"].sum(dtype=np.uint64))
             count += len(headers)
         return count, f"{digest % (1 << 64):016x}"
@@ -224,7 +232,8 @@ class StoreWriter:
         files.close()
         environments = [path for path in folder.iterdir() if path.is_dir()]
         for path in environments:
-            _verify(path)
+            complete_size(path)
+            check_structure(path)
         for path in (*environments, folder, self.path):
             sync(path)
         write_current(self.path, self.generation)
@@ -262,12 +271,11 @@ def _is_complete(root: Path, generation: int) -> bool:
         shared.release()
 
 
-def _resume(root: Path, wanted: Manifest, current: int, max_readers: int) -> GenerationFiles:
+def _resume(root: Path, wanted: Manifest, current: int, max_readers: int, modes: Modes) -> GenerationFiles:
     """The newest generation beyond CURRENT if its identity is the wanted one; else a new one.
 
     All others beyond CURRENT are removed. A number that was ever complete is not used again.
     """
-    number = current + 1
     for generation in reversed([number for number in list_generations(root) if number > current]):
         try:
             files = GenerationFiles.open(root, generation, max_readers=max_readers)
@@ -278,32 +286,13 @@ def _resume(root: Path, wanted: Manifest, current: int, max_readers: int) -> Gen
         if files.manifest.identity() == wanted.identity():
             return files
         if files.complete:
-            number = max(number, generation + 1)
+            note_complete(root, generation)
         files.close()
         logger.warning("%s: unfinished gen-%d is of another run; it is removed, a new one starts", root, generation)
         remove_generation(root, generation)
-    return GenerationFiles.create(root, dataclasses.replace(wanted, generation=number), max_readers)
+    number = max(current, last_complete(root)) + 1
+    return GenerationFiles.create(root, dataclasses.replace(wanted, generation=number), max_readers, modes)
 
 
 def _num_entries(transaction: lmdb.Transaction[memoryview]) -> int:
     return int(transaction.stat()["entries"])
-
-
-def _verify(folder: Path) -> None:
-    """Check a closed environment's structure.
-
-    First give its file the size that the meta page speaks of (LMDB does not write pages at the end that a transaction
-    took and gave back), so that readers can tell a truncated one.
-    """
-    path = folder / "data.mdb"
-    found, expected = committed_size(path)
-    if found < expected:
-        with path.open("r+b") as file:
-            file.truncate(expected)
-            os.fsync(file.fileno())
-    try:
-        problems = lmdb.verify.verify(str(folder))  # type: ignore[no-untyped-call]
-    except lmdb.verify.VerifyError as error:
-        problems = [str(error)]
-    if problems:
-        raise StoreError(f"{folder}: the database's structure is damaged: {problems[0]}")

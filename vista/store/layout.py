@@ -1,6 +1,7 @@
 """Files of a store: generations, each a complete set of records, and CURRENT, which names the served one.
 
 store/CURRENT            "gen-7": the generation that readers open
+store/LAST               "gen-8": no number up to this one is used again, though its folder may be gone
 store/writer.lock        flock of the one writer; holds its pid
 store/tombstones         digests of erased users
 store/gen-7/summary/     LMDB environment: data.mdb, lock.mdb
@@ -26,15 +27,20 @@ import xxhash
 from vista.choices import Codec, StateDtype
 from vista.errors import StoreError, StoreLockedError
 from vista.files import sync
-from vista.store.environment import FILE_MODE, REMEDY
+from vista.store.authentication import key_id
+from vista.store.environment import REMEDY
 from vista.store.keys import KINDS
+from vista.store.permissions import PRIVATE, Modes, is_owner, make_folder, modes_of, set_mode, set_tree_modes
 from vista.store.record import FORMAT_VERSION, RecordSpec, record_checksum
 from vista.store.state_record import StateSpec
 
 CURRENT = "CURRENT"
+LAST = "LAST"
 WRITER_LOCK = "writer.lock"
 
 REMOVED_PREFIX = ".removed-"
+PARTIAL_PREFIX = ".partial-"
+"""Of a generation that is made of existing records, until it is whole and verified."""
 
 _PREFIX = "gen-"
 
@@ -60,6 +66,8 @@ class Manifest:
     """Users of the run, in its fixed order; `!cursor` counts them."""
     run_digest: str
     """Digest of the log's content and of the user order."""
+    key_id: str | None = None
+    """Of the key that the records' codes were made with (`vista.store.authentication`); None: they have none."""
     format_version: int = FORMAT_VERSION
     state_dtype: str = StateDtype.none.value
     state_shape: tuple[int, int, int] = (0, 0, 0)
@@ -80,8 +88,18 @@ class Manifest:
             del fields[name]
         return fields
 
-    def spec(self) -> RecordSpec:
-        """What each record of the generation must hold."""
+    def spec(self, key: bytes | None = None) -> RecordSpec:
+        """What each record of the generation must hold.
+
+        Args:
+            key: 32 bytes, where records have codes.
+
+        Raises:
+            StoreError: the generation was written without a key or with another one, or `key` is missing.
+        """
+        given = None if key is None else key_id(key)
+        if given != self.key_id:
+            raise _key_error(self.generation, self.key_id, given)
         return RecordSpec(
             summarizer_id=bytes.fromhex(self.summarizer_id),
             generation=self.generation,
@@ -90,6 +108,7 @@ class Manifest:
             codec=Codec(self.codec),
             created_at=self.created_at,
             applied_segment=self.applied_segment,
+            key=key,
         )
 
     def state_spec(self) -> StateSpec | None:
@@ -133,8 +152,14 @@ class Manifest:
                 f"{path}: format version {fields.get('format_version')}, this vista reads {FORMAT_VERSION}; "
                 "use the version that wrote it, or refresh the store again"
             )
-        fields["state_shape"] = tuple(fields.get("state_shape", (0, 0, 0)))
-        return Manifest(**fields)
+        try:
+            fields["state_shape"] = tuple(fields.get("state_shape", (0, 0, 0)))
+            manifest = Manifest(**fields)
+            Manifest.spec(dataclasses.replace(manifest, key_id=None))
+            manifest.state_spec()
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"{path}: the manifest is of another vista or foreign ({error}); {REMEDY}") from error
+        return manifest
 
 
 def generation_path(root: Path, generation: int) -> Path:
@@ -183,15 +208,63 @@ def missing_generation(root: Path, generation: int) -> StoreError:
 
 def write_current(root: Path, generation: int) -> None:
     """Flip: readers that open or reload from now on get this generation (tmp, fsync, replace, directory fsync)."""
-    temporary = root / f"{CURRENT}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE)
+    note_complete(root, generation)
+    _write_name(root, CURRENT, generation)
+
+
+def last_complete(root: Path) -> int:
+    """The highest number that was ever complete; 0 for none."""
     try:
+        number = (root / LAST).read_text(encoding="ascii", errors="replace").strip().removeprefix(_PREFIX)
+    except OSError:
+        return 0
+    return int(number) if number.isdecimal() else 0
+
+
+def note_complete(root: Path, generation: int) -> None:
+    """Have `last_complete` count this generation, durably: before it is published, or removed unpublished."""
+    if generation > last_complete(root):
+        _write_name(root, LAST, generation)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what killed processes left of generations that were being removed or copied; only under the lock."""
+    for prefix in (REMOVED_PREFIX, PARTIAL_PREFIX):
+        for entry in root.glob(f"{prefix}*"):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _write_name(root: Path, name: str, generation: int) -> None:
+    temporary = root / f"{name}.tmp"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE.file)
+    try:
+        os.fchmod(descriptor, modes_of(generation_path(root, generation)).file)
         os.write(descriptor, f"{_PREFIX}{generation}\n".encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    os.replace(temporary, root / CURRENT)
+    os.replace(temporary, root / name)
     sync(root)
+
+
+def prepare_root(root: Path, modes: Modes) -> None:
+    """Make the store's folder if it is not there, and give it and what lies in it their modes.
+
+    A folder that holds something else and no store keeps its own mode.
+
+    Raises:
+        OSError: it cannot be made, or belongs to another account.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    if not root.exists():
+        make_folder(root, modes)
+    elif is_owner(root) and ((root / WRITER_LOCK).exists() or not any(root.iterdir())):
+        set_mode(root, modes.folder)
+    for name in (CURRENT, LAST):
+        if (root / name).exists():
+            set_mode(root / name, modes.file)
+    for generation in list_generations(root):
+        set_tree_modes(generation_path(root, generation), modes)
 
 
 def remove_generation(root: Path, generation: int) -> None:
@@ -221,7 +294,8 @@ class WriterLock:
 
     def __init__(self, root: Path) -> None:
         path = root / WRITER_LOCK
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, FILE_MODE)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE.file)
+        set_mode(path, PRIVATE.file)  # No reader needs it, and who can open it can keep writers out.
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -240,6 +314,22 @@ class WriterLock:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _key_error(generation: int, written: str | None, given: str | None) -> StoreError:
+    name = f"{_PREFIX}{generation}"
+    if written is None:
+        return StoreError(
+            f"{name} was written without an authentication key, so nothing proves where its records come from; refresh "
+            "the store with this key, or open it without one (authentication_key_file=null) if you trust its folder"
+        )
+    need = f"{name} was written with authentication key {written}"
+    if given is None:
+        return StoreError(
+            f"{need}; pass it: key=… (32 bytes) in Python, authentication_key_file=… or VISTA_AUTHENTICATION_KEY on "
+            "the command line"
+        )
+    return StoreError(f"{need}, the one given is {given}; pass the key that wrote it, or refresh with this one")
 
 
 def _kept(root: Path) -> str:

@@ -81,15 +81,21 @@ class _Generation:
 class SummaryStore:
     """One published generation of a store; `reload` follows CURRENT. Safe after fork, with threads, and to pickle."""
 
-    def __init__(self, path: Path, summarizer_id: bytes | None, max_readers: int) -> None:
+    def __init__(self, path: Path, summarizer_id: bytes | None, max_readers: int, key: bytes | None) -> None:
         self.path = path
         self._wanted = summarizer_id
+        self._key = key
         self._max_readers = max_readers
         self._opened: _Generation | None = self._open()
 
     @classmethod
     def open(
-        cls, path: str | Path, *, summarizer_id: bytes | None = None, max_readers: int = MAX_READERS
+        cls,
+        path: str | Path,
+        *,
+        summarizer_id: bytes | None = None,
+        max_readers: int = MAX_READERS,
+        key: bytes | None = None,
     ) -> SummaryStore:
         """Open the generation that CURRENT names.
 
@@ -98,12 +104,13 @@ class SummaryStore:
             summarizer_id: 32 bytes; refuse records of another summarizer. Where CURRENT has another one but a kept
                 generation matches (a rollout in two steps), that one is opened.
             max_readers: slots of the reader table, if this is its first opener.
+            key: 32 bytes: refuse records that were not written with this key (`vista.store.authentication.read_key`).
 
         Raises:
             SummarizerMismatchError: no generation is of that summarizer; the message names both.
-            StoreError: missing, unpublished, truncated or foreign; the message has the remedy.
+            StoreError: missing, unpublished, truncated, foreign, or of another key; the message has the remedy.
         """
-        return cls(Path(path).absolute(), summarizer_id, max_readers)
+        return cls(Path(path).absolute(), summarizer_id, max_readers, key)
 
     @property
     def manifest(self) -> Manifest:
@@ -226,7 +233,7 @@ class SummaryStore:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_pickled, (str(self.path), self._wanted, self._max_readers)
+        return _open_pickled, (str(self.path), self._wanted, self._max_readers, self._key)
 
     def _current(self) -> _Generation:
         opened = self._opened
@@ -248,7 +255,7 @@ class SummaryStore:
 
     def _reread_manifest(self, opened: _Generation) -> None:
         """See what an incremental refresh has changed in place."""
-        manifest = opened.environment.read(lambda transaction: _read_manifest(transaction, self.path))
+        manifest = opened.environment.read(lambda transaction: read_manifest(transaction, self.path))
         with exclusive():
             if self._opened is opened:
                 self._opened = dataclasses.replace(opened, manifest=manifest)
@@ -294,18 +301,23 @@ class SummaryStore:
         path = environment_path(self.path, generation)
         environment = SharedEnvironment.acquire(path, self._max_readers)
         try:
-            manifest = environment.read(lambda transaction: _read_manifest(transaction, path))
-            return _Generation(environment, manifest, manifest.spec())
+            manifest = environment.read(lambda transaction: read_manifest(transaction, path))
+            return _Generation(environment, manifest, manifest.spec(self._key))
         except BaseException:
             environment.release()
             raise
 
 
-def _open_pickled(path: str, summarizer_id: bytes | None, max_readers: int) -> SummaryStore:
-    return SummaryStore.open(path, summarizer_id=summarizer_id, max_readers=max_readers)
+def _open_pickled(path: str, summarizer_id: bytes | None, max_readers: int, key: bytes | None) -> SummaryStore:
+    return SummaryStore.open(path, summarizer_id=summarizer_id, max_readers=max_readers, key=key)
 
 
-def _read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Manifest:
+def read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Manifest:
+    """Manifest of a complete generation.
+
+    Raises:
+        StoreError: it is not complete, or the manifest is corrupt.
+    """
     value = transaction.get(MANIFEST_KEY)
     if value is None or transaction.get(COMPLETE_KEY) is None:
         raise StoreError(f"{path} was never finished; {REMEDY}")

@@ -60,12 +60,14 @@ class Shard:
         return own
 
 
-def open_store(path: str | Path, *, summarizer_id: bytes | None = None) -> SummaryStore | StoreParts:
+def open_store(
+    path: str | Path, *, summarizer_id: bytes | None = None, key: bytes | None = None
+) -> SummaryStore | StoreParts:
     """Open a store, or all parts of one; arguments and errors as of `SummaryStore.open`."""
     root = Path(path)
     if root.is_dir() and any(map(_NAME.fullmatch, (entry.name for entry in root.iterdir()))):
-        return StoreParts.open(root, summarizer_id=summarizer_id)
-    return SummaryStore.open(root, summarizer_id=summarizer_id)
+        return StoreParts.open(root, summarizer_id=summarizer_id, key=key)
+    return SummaryStore.open(root, summarizer_id=summarizer_id, key=key)
 
 
 class StoreParts:
@@ -77,7 +79,12 @@ class StoreParts:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, summarizer_id: bytes | None = None, max_readers: int = MAX_READERS
+        cls,
+        path: str | Path,
+        *,
+        summarizer_id: bytes | None = None,
+        max_readers: int = MAX_READERS,
+        key: bytes | None = None,
     ) -> StoreParts:
         """Open every part.
 
@@ -98,7 +105,7 @@ class StoreParts:
             for index in range(count):
                 opened.append(
                     SummaryStore.open(
-                        Shard(index, count).path(root), summarizer_id=summarizer_id, max_readers=max_readers
+                        Shard(index, count).path(root), summarizer_id=summarizer_id, max_readers=max_readers, key=key
                     )
                 )
             parts = cls(root, opened)

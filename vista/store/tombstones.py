@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vista.errors import StoreError
 from vista.files import sync
-from vista.store.environment import FILE_MODE
+from vista.store.permissions import PRIVATE
 
 TOMBSTONES = "tombstones"
 _DIGEST_BYTES = 16
@@ -75,7 +75,7 @@ class Tombstones:
 @contextmanager
 def erasing(root: Path) -> Iterator[None]:
     """Section of an erasure or a flip: one at a time, for milliseconds, whichever process."""
-    descriptor = os.open(root / TOMBSTONES, os.O_RDWR | os.O_CREAT, FILE_MODE)
+    descriptor = os.open(root / TOMBSTONES, os.O_RDWR | os.O_CREAT, PRIVATE.file)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

@@ -30,21 +30,31 @@ class StoreUpdate:
     what of a run is done.
     """
 
-    def __init__(self, root: Path, lock: WriterLock, files: GenerationFiles, created_at: int, applied: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        lock: WriterLock,
+        files: GenerationFiles,
+        created_at: int,
+        applied: int,
+        key: bytes | None,
+    ) -> None:
         self.path = root
         self._lock = lock
         self._files = files
         self._tombstones = Tombstones(root)
         self.created_at = created_at
         manifest = files.manifest
-        self.spec = dataclasses.replace(manifest.spec(), created_at=created_at, applied_segment=applied)
+        self.spec = dataclasses.replace(manifest.spec(key), created_at=created_at, applied_segment=applied)
         """What new records must hold."""
         state_spec = manifest.state_spec()
         self.state_spec = None if state_spec is None else dataclasses.replace(state_spec, created_at=created_at)
         self.applied = applied
 
     @classmethod
-    def open(cls, path: str | Path, *, summarizer_id: bytes, applied_segment: int, created_at: int) -> StoreUpdate:
+    def open(
+        cls, path: str | Path, *, summarizer_id: bytes, applied_segment: int, created_at: int, key: bytes | None = None
+    ) -> StoreUpdate:
         """Open the generation that CURRENT names for writing.
 
         Args:
@@ -52,6 +62,7 @@ class StoreUpdate:
             summarizer_id: of the model, 32 bytes.
             applied_segment: newest segment of the log that the new records will have seen.
             created_at: start of the run, ms.
+            key: 32 bytes, where the store's records have codes.
 
         Raises:
             StoreLockedError: another writer holds the store.
@@ -60,7 +71,7 @@ class StoreUpdate:
         """
         root = Path(path).absolute()
         read_current(root)  # else the lock would be the first thing to miss
-        lock = lock_store(root, make=False)
+        lock = lock_store(root)
         try:
             generation = read_current(root)
             if not generation_path(root, generation).is_dir():
@@ -72,7 +83,7 @@ class StoreUpdate:
                         f"{root} was written by summarizer {files.manifest.summarizer_id}, but the model's is "
                         f"{summarizer_id.hex()}; run a full `vista refresh` with this model"
                     )
-                return cls(root, lock, files, created_at, applied_segment)
+                return cls(root, lock, files, created_at, applied_segment, key)
             except BaseException:
                 files.close()
                 raise

@@ -1,0 +1,174 @@
+"""A generation made of existing records: filled aside in the order of the keys, verified, then renamed and published.
+
+store/.partial-gen-8/summary/    until it is whole; a copy goes on in it after a kill, all others begin anew
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import lmdb
+import numpy as np
+
+from vista.errors import StoreError
+from vista.files import sync
+from vista.store.environment import check_structure, complete_size, open_environment
+from vista.store.generation_reader import Tally
+from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
+from vista.store.layout import (
+    PARTIAL_PREFIX,
+    Manifest,
+    WriterLock,
+    generation_path,
+    last_complete,
+    list_generations,
+    note_complete,
+    remove_generation,
+    write_current,
+)
+from vista.store.permissions import Modes, make_folder
+from vista.store.record import HEADER, HEADER_BYTES, RecordSpec, seal_record
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Be the one writer of a store; faults of the file system become errors with a remedy.
+
+    Raises:
+        StoreLockedError: there is another one; the message names its process.
+        StoreError: the folder is missing or cannot be written.
+    """
+    try:
+        lock = WriterLock(root)
+    except OSError as error:
+        raise cannot_write(root, error) from error
+    try:
+        yield
+    except (OSError, lmdb.Error) as error:
+        raise cannot_write(root, error) from error
+    finally:
+        lock.release()
+
+
+def cannot_write(root: Path, error: Exception) -> StoreError:
+    """What to do about a fault of the file system."""
+    return StoreError(
+        f"{root} cannot be written: {error}; check the path, free space, permissions, and whether it is mounted "
+        "read-only. What is served is as before"
+    )
+
+
+def next_number(root: Path) -> int:
+    """A number for a generation that no complete one ever had, beyond all that are there."""
+    return max([last_complete(root), *list_generations(root)], default=0) + 1
+
+
+class GenerationBuilder:
+    """Fills one generation; only under `locked`. `finish` publishes nothing yet: `flip` does."""
+
+    def __init__(
+        self, root: Path, manifest: Manifest, key: bytes | None, modes: Modes, *, resume: bool = False
+    ) -> None:
+        self.root = root
+        self.manifest = manifest
+        self.spec = manifest.spec(key)
+        self.tally = Tally()
+        self.last_key = b"u"
+        """Of the last record; put only larger ones."""
+        self.path = root / f"{PARTIAL_PREFIX}gen-{manifest.generation}"
+        self.folder = self.path / "summary"
+        if not resume:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if not self.path.exists():
+            make_folder(self.path, modes)
+        if not self.folder.exists():
+            make_folder(self.folder, modes)
+        self._environment: lmdb.Environment | None = open_environment(self.folder, readonly=False)
+
+    @property
+    def environment(self) -> lmdb.Environment:
+        """Open until `finish` or `close`."""
+        assert self._environment is not None
+        return self._environment
+
+    def put(self, keys: Sequence[bytes], records: Sequence[bytes]) -> None:
+        """Append checked records of this generation in one durable transaction.
+
+        Raises:
+            StoreError: a key is not beyond the last one.
+        """
+        with self.environment.begin(write=True) as transaction:
+            for key, record in zip(keys, records, strict=True):
+                if key <= self.last_key:
+                    raise StoreError(f"{self.root}: keys must ascend, {key!r} comes after {self.last_key!r}")
+                transaction.put(key, record, append=True)
+                self.last_key = key
+        self.tally.add(list(keys), list(records))
+
+    def finish(self) -> Manifest:
+        """Check the file's structure and give the generation its name.
+
+        Raises:
+            StoreError: the structure is damaged; the generation is removed.
+        """
+        self.manifest = dataclasses.replace(
+            self.manifest,
+            count=self.tally.count,
+            user_kind=self.tally.user_kind,
+            records_digest=self.tally.records_digest,
+        )
+        with self.environment.begin(write=True) as transaction:
+            transaction.put(MANIFEST_KEY, self.manifest.to_bytes())
+            transaction.put(CURSOR_KEY, b"%d" % self.manifest.total_users)
+            transaction.put(COMPLETE_KEY, b"1")
+        self.close()
+        complete_size(self.folder)
+        check_structure(self.folder)
+        for path in (self.folder, self.path):
+            sync(path)
+        os.rename(self.path, generation_path(self.root, self.manifest.generation))
+        sync(self.root)
+        note_complete(self.root, self.manifest.generation)
+        return self.manifest
+
+    def close(self) -> None:
+        """Let the file go; closing twice is allowed."""
+        if self._environment is not None:
+            self._environment.close()
+            self._environment = None
+
+    def discard(self) -> None:
+        """Remove what was filled."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def restamp_records(keys: Sequence[bytes], records: Sequence[bytes], spec: RecordSpec) -> list[bytes]:
+    """Checked records as those of another generation: all but its number, checksum and code stays, byte for byte."""
+    headers = np.frombuffer(b"".join([record[:HEADER_BYTES] for record in records]), HEADER).copy()
+    headers["generation"] = spec.generation
+    headers["checksum"] = 0
+    packed = headers.tobytes()
+    sealed = []
+    for index, (key, record) in enumerate(zip(keys, records, strict=True)):
+        payload = memoryview(record)[HEADER_BYTES : len(record) - spec.code_bytes]
+        header = packed[HEADER_BYTES * index : HEADER_BYTES * (index + 1)]
+        sealed.append(seal_record(header, [payload], key, spec.key))
+    return sealed
+
+
+def flip(root: Path, generation: int, keep: Sequence[int]) -> None:
+    """Publish a complete generation, then remove all others but those to keep."""
+    write_current(root, generation)
+    for number in list_generations(root):
+        if number not in (generation, *keep):
+            logger.info("%s: gen-%d is removed", root, number)
+            remove_generation(root, number)

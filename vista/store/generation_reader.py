@@ -1,0 +1,121 @@
+"""A whole generation, record by record in the order of the keys: for copies, exports and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import lmdb
+
+from vista.errors import StoreError
+from vista.store.environment import SharedEnvironment
+from vista.store.keys import INT_PREFIX, STR_PREFIX
+from vista.store.layout import Manifest, environment_path, generation_path, list_generations
+from vista.store.lmdb_store import read_manifest
+from vista.store.record import HEADER_BYTES, RecordSpec, check_records
+
+_BATCH_RECORDS = 1024
+_BATCH_BYTES = 1 << 23
+
+Batch = tuple[list[bytes], list[bytes]]
+"""Keys and records, of equal length."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a manifest says of all records, counted while they pass by."""
+
+    count: int = 0
+    digest: int = 0
+    kinds: int = 0
+
+    def add(self, keys: list[bytes], records: list[bytes]) -> None:
+        """Count a batch."""
+        self.count += len(keys)
+        self.digest += sum(int.from_bytes(record[HEADER_BYTES - 8 : HEADER_BYTES], "little") for record in records)
+        self.kinds |= any(key.startswith(INT_PREFIX) for key in keys) | 2 * any(
+            key.startswith(STR_PREFIX) for key in keys
+        )
+
+    @property
+    def records_digest(self) -> str:
+        """Sum mod 2^64 of the checksums, in hex."""
+        return f"{self.digest % (1 << 64):016x}"
+
+    @property
+    def user_kind(self) -> str | None:
+        """int, str, mixed, or None without records."""
+        return (None, "int", "str", "mixed")[self.kinds]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationReader:
+    """One complete generation, open."""
+
+    path: Path
+    """Of the environment."""
+    environment: SharedEnvironment
+    manifest: Manifest
+    spec: RecordSpec
+
+    def raw_batches(self, after: bytes = b"u") -> Iterator[Batch]:
+        """Keys beyond `after` and their values, unchecked, ascending; each batch in a short transaction of its own."""
+        while True:
+            keys, values = self.environment.read(lambda transaction, after=after: _batch(transaction, after))  # type: ignore[misc]
+            if not keys:
+                return
+            after = keys[-1]
+            yield keys, values
+
+    def batches(self, after: bytes = b"u") -> Iterator[Batch]:
+        """As `raw_batches`, every record checked.
+
+        Raises:
+            RecordError: the first one that is corrupt; the message names the user.
+        """
+        for keys, records in self.raw_batches(after):
+            check_records([memoryview(record) for record in records], keys, self.spec)
+            yield keys, records
+
+    def tally(self) -> Tally:
+        """Check and count all records; errors as `batches`."""
+        tally = Tally()
+        for keys, records in self.batches():
+            tally.add(keys, records)
+        return tally
+
+
+@contextmanager
+def open_generation(root: Path, generation: int, key: bytes | None = None) -> Iterator[GenerationReader]:
+    """Open a complete generation of a store.
+
+    Raises:
+        StoreError: not there, unfinished, damaged, or of another key.
+    """
+    if not generation_path(root, generation).is_dir():
+        there = ", ".join(f"gen-{number}" for number in list_generations(root)) or "none"
+        raise StoreError(f"{root} has no gen-{generation}; generations there: {there}")
+    path = environment_path(root, generation)
+    environment = SharedEnvironment.acquire(path)
+    try:
+        manifest = environment.read(lambda transaction: read_manifest(transaction, path))
+        yield GenerationReader(path, environment, manifest, manifest.spec(key))
+    finally:
+        environment.release()
+
+
+def _batch(transaction: lmdb.Transaction[memoryview], after: bytes) -> Batch:
+    keys: list[bytes] = []
+    values: list[bytes] = []
+    size = 0
+    cursor = transaction.cursor()
+    if cursor.set_range(after + b"\0"):
+        for key, value in cursor:
+            keys.append(bytes(key))
+            values.append(bytes(value))
+            size += len(value)
+            if size >= _BATCH_BYTES or len(keys) == _BATCH_RECORDS:
+                break
+    return keys, values
