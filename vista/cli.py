@@ -148,7 +148,7 @@ COMMANDS: dict[str, Command] = {
     "refresh": Command(
         config.RefreshConfig,
         _refresh,
-        "Write users' summaries into the store: all into a new generation, or what is new into the served one.",
+        "Write users' summaries into the store: all of them, or what is new.",
         (
             "vista refresh data=data/mine model=runs/mine/best store=stores/mine",
             "vista refresh data=data/mine model=runs/mine/best store=stores/mine incremental=true",

@@ -45,14 +45,16 @@ def two_generations(build: Any, root: Path, **options: Any) -> None:
 def test_a_store_is_private(tmp_path, build, umask):
     root = tmp_path / "store"
     two_generations(build, root)
-    assert modes(root) == dict.fromkeys(FOLDERS, 0o700) | dict.fromkeys(FILES | LOCKS | {"writer.lock"}, 0o600)
+    assert modes(root) == dict.fromkeys(FOLDERS, 0o700) | dict.fromkeys(
+        FILES | LOCKS | {"tombstones", "writer.lock"}, 0o600
+    )
 
 
 def test_a_store_for_a_group(tmp_path, build, umask):
     root = tmp_path / "store"
     two_generations(build, root, shared_with_group=True)
     expected = dict.fromkeys(FOLDERS, 0o2750) | dict.fromkeys(FILES, 0o640) | dict.fromkeys(LOCKS, 0o660)
-    assert modes(root) == expected | {"writer.lock": 0o600}
+    assert modes(root) == expected | {"tombstones": 0o600, "writer.lock": 0o600}
 
 
 def test_a_store_becomes_shared_and_private_again(tmp_path, build):

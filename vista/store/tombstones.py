@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vista.errors import StoreError
 from vista.files import sync
-from vista.store.permissions import PRIVATE
+from vista.store.permissions import PRIVATE, set_mode
 
 TOMBSTONES = "tombstones"
 _DIGEST_BYTES = 16
@@ -77,6 +77,7 @@ def erasing(root: Path) -> Iterator[None]:
     """Section of an erasure or a flip: one at a time, for milliseconds, whichever process."""
     descriptor = os.open(root / TOMBSTONES, os.O_RDWR | os.O_CREAT, PRIVATE.file)
     try:
+        set_mode(root / TOMBSTONES, PRIVATE.file)  # whatever the umask
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
