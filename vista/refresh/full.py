@@ -18,10 +18,9 @@ from vista.model import inference
 from vista.model.incremental import history_states
 from vista.model.recommender import Recommender
 from vista.refresh.report import Recorder, RefreshReport
-from vista.refresh.run import LogItems, check_log, has_states, last_times, read_summaries, stored_tail, to_arrays
-from vista.store import StoreWriter, encode_records, user_keys
+from vista.refresh.run import Encoded, LogItems, check_log, encode_users, has_states, read_summaries, to_arrays
+from vista.store import StoreWriter, user_keys
 from vista.store.parts import Shard
-from vista.store.state_record import encode_states
 
 Int = NDArray[np.int64]
 
@@ -100,37 +99,38 @@ def refresh(
         run = Recorder(store, "full", len(users), writer.cursor, progress=progress)
         for begin in range(writer.cursor, len(users), users_per_batch):
             batch = users[begin : begin + users_per_batch]
-            keys: list[bytes] = []
-            records: list[bytes] = []
-            states: list[bytes] = []
+            encoded = Encoded([], [], [])
             for part in token_groups(counts[batch], tokens_per_batch):
                 rows = batch[part]
                 with run.stage("read"):
                     histories = log.gather(rows, counts[rows])
-                    model_rows = items.model_rows(histories)
+                    model_rows, digests = items.model_rows(histories), items.digests(histories)
+                arrays = None
                 with run.stage("summarize"), autocast(precision, model.device):
                     if writer.state_spec is None:
                         summary = inference.summarize(model, model_rows).cpu().numpy()
                     else:
-                        state_of_rows = history_states(model, model_rows)
-                        summary = read_summaries(model, state_of_rows)
+                        states = history_states(model, model_rows)
+                        summary, arrays = read_summaries(model, states), to_arrays(states, log.last_segment, digests)
                 with run.stage("encode"):
-                    part_keys, digests = user_keys(log.users.ids(rows)), items.digests(histories)
-                    keys += part_keys
-                    records += encode_records(
-                        part_keys,
-                        summary,
-                        stored_tail(model_rows, config.tail_len),
-                        spec=writer.spec,
-                        event_count=histories.lengths,
-                        last_event_ts=last_times(histories),
-                        history_digest=digests,
+                    encoded.extend(
+                        encode_users(
+                            user_keys(log.users.ids(rows)),
+                            summary,
+                            model_rows,
+                            histories.lengths,
+                            digests,
+                            arrays,
+                            tail_len=config.tail_len,
+                            spec=writer.spec,
+                            state_spec=writer.state_spec,
+                            run=run,
+                        )
                     )
-                    if writer.state_spec is not None:
-                        arrays = to_arrays(state_of_rows, log.last_segment, digests)
-                        states += encode_states(part_keys, arrays, writer.state_spec)
+            run.check_failures()
             with run.stage("write"):
-                writer.put_batch(keys, records, begin + len(batch), states)
+                writer.put_batch(encoded.keys, encoded.records, begin + len(batch), encoded.states)
+            run.counts["written"] += len(encoded.keys)
             run.batch(writer.generation, len(batch), int(counts[batch].sum()))
         with run.stage("publish"):
             writer.publish()

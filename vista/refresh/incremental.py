@@ -35,11 +35,10 @@ from vista.model.recommender import Recommender
 from vista.model.summary_state import SummaryState, merge
 from vista.refresh.changes import changed_positions
 from vista.refresh.report import Recorder, RefreshReport
-from vista.refresh.run import LogItems, check_log, from_arrays, last_times, read_summaries, stored_tail, to_arrays
+from vista.refresh.run import LogItems, check_log, encode_users, from_arrays, read_summaries, to_arrays
 from vista.store.keys import user_keys
 from vista.store.parts import Shard
-from vista.store.record import encode_records
-from vista.store.state_record import StateArrays, decode_states, encode_states
+from vista.store.state_record import StateArrays, rounded
 from vista.store.updates import StoreUpdate
 
 Int = NDArray[np.int64]
@@ -102,8 +101,9 @@ def refresh_incremental(
         for begin in range(0, len(changed), users_per_batch):
             batch = changed[begin : begin + users_per_batch]
             work.batch(batch)
-        with run.stage("publish"):
-            update.finish()
+        if not run.failures:  # else the next run looks at their users again
+            with run.stage("publish"):
+                update.finish()
         return run.report(store, manifest.generation)
 
 
@@ -154,30 +154,32 @@ class _Work:
         rows = np.concatenate([part.rows for part in done])
         digest = np.concatenate([part.digest for part in done])
         keys, users, lengths = [keys[row] for row in rows.tolist()], users[rows], lengths[rows]
-        states: list[bytes] = []
-        with self.run.stage("encode"):
-            if spec is None:
-                summary = np.concatenate([part.summary for part in done if part.summary is not None])
-            else:
-                arrays = [to_arrays(part.state, self.update.applied, part.digest) for part in done if part.state]
-                states = encode_states(keys, _joined(arrays), spec)
-                # From what was stored, so that a run that is resumed in between writes the same summaries.
-                summary = read_summaries(self.model, from_arrays(decode_states(states, keys, spec), self.model.device))
         with self.run.stage("read"):
             tail_len = self.model.config.tail_len
-            newest = self.log.gather_ranges(users, lengths - tail_len, lengths)
+            newest = self.items.model_rows(self.log.gather_ranges(users, lengths - tail_len, lengths))
         with self.run.stage("encode"):
-            records = encode_records(
+            if spec is None:
+                arrays, summary = None, np.concatenate([part.summary for part in done if part.summary is not None])
+            else:
+                parts = [to_arrays(part.state, self.update.applied, part.digest) for part in done if part.state]
+                # As stored, so that a run that is resumed after its states were written reads the same summaries.
+                arrays = rounded(_joined(parts), spec)
+                summary = read_summaries(self.model, from_arrays(arrays, self.model.device))
+            encoded = encode_users(
                 keys,
                 summary,
-                stored_tail(self.items.model_rows(newest), tail_len),
+                newest,
+                lengths,
+                digest,
+                arrays,
+                tail_len=tail_len,
                 spec=self.update.spec,
-                event_count=lengths,
-                last_event_ts=last_times(newest),
-                history_digest=digest,
+                state_spec=spec,
+                run=self.run,
             )
+        self.run.check_failures()
         with self.run.stage("write"):
-            self.update.put_batch(keys, records, states)
+            self.update.put_batch(encoded.keys, encoded.records, encoded.states)
 
     def _summarized(self, users: Int, keys: list[bytes], lengths: Int) -> Iterator[_Done]:
         """All users of a batch, by how they are brought up to date."""

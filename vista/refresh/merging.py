@@ -23,20 +23,18 @@ from vista.model.recommender import Recommender
 from vista.model.summary_state import SummaryState
 from vista.refresh.report import Recorder, RefreshReport
 from vista.refresh.run import (
+    Encoded,
     LogItems,
     check_log,
+    encode_users,
     from_arrays,
     has_states,
-    last_times,
     read_summaries,
-    stored_tail,
     to_arrays,
 )
 from vista.store.generations import StoreWriter
 from vista.store.keys import user_keys
 from vista.store.lmdb_store import SummaryStore
-from vista.store.record import encode_records
-from vista.store.state_record import encode_states
 
 MERGED = "merged"
 """`until` of a merged store: no one log is what it has seen, so no incremental refresh goes on from it."""
@@ -127,9 +125,11 @@ def merge(
             keys = user_keys(batch)
             with run.stage("summarize"):
                 whole = [_merged(model, opened, user) for user in batch]
-            records, states, num_events = _encoded(model, writer, keys, whole)
+            with run.stage("encode"):
+                encoded, num_events = _encoded(model, writer, keys, whole, run)
+            run.check_failures()
             with run.stage("write"):
-                writer.put_batch(keys, records, writer.cursor + len(batch), states)
+                writer.put_batch(encoded.keys, encoded.records, writer.cursor + len(batch), encoded.states)
             run.batch(writer.generation, len(batch), num_events)
         with run.stage("publish"):
             writer.publish()
@@ -150,25 +150,27 @@ def _encoded(
     writer: StoreWriter,
     keys: list[bytes],
     whole: Sequence[tuple[SummaryState, Histories, np.uint64]],
-) -> tuple[list[bytes], list[bytes], int]:
-    """Records and states of a batch, and how many events they stand for."""
+    run: Recorder,
+) -> tuple[Encoded, int]:
+    """A batch, and how many events it stands for."""
     names = ("z", "n", "removed", "clock", "num_events")
     state = SummaryState(*(torch.cat([getattr(one[0], name) for one in whole]) for name in names))
     digest = np.array([one[2] for one in whole], np.uint64)
     tail_len = model.config.tail_len
     newest = _end_to_end([one[1].slice(0, max(one[1].num_events - tail_len, 0)) for one in whole])
-    assert writer.state_spec is not None
-    states = encode_states(keys, to_arrays(state, writer.manifest.applied_segment, digest), writer.state_spec)
-    records = encode_records(
+    encoded = encode_users(
         keys,
         read_summaries(model, state),
-        stored_tail(newest, tail_len),
+        newest,
+        state.num_events.cpu().numpy(),
+        digest,
+        to_arrays(state, writer.manifest.applied_segment, digest),
+        tail_len=tail_len,
         spec=writer.spec,
-        event_count=state.num_events.cpu().numpy(),
-        last_event_ts=last_times(newest),
-        history_digest=digest,
+        state_spec=writer.state_spec,
+        run=run,
     )
-    return records, states, int(state.num_events.sum())
+    return encoded, int(state.num_events.sum())
 
 
 def _end_to_end(histories: Sequence[Histories]) -> Histories:

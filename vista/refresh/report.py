@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,7 +12,12 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from vista.errors import RecordError
+from vista.store.permissions import PRIVATE
+
 STAGES = ("read", "summarize", "encode", "write", "publish")
+MAX_FAILED_SHARE = 0.01
+"""Of a run's users: with more failures it stops, and what is served stays."""
 NAMED_FAILURES = 20
 """Users that a report names at most."""
 
@@ -80,6 +86,16 @@ class Recorder:
         if len(self.failures) < NAMED_FAILURES:
             self.failures[str(user)] = reason
 
+    def check_failures(self) -> None:
+        """Stop a run that fails more than a few users: then it is no user's events but the model or the code.
+
+        Raises:
+            RecordError: with the first failure's reason.
+        """
+        if self.counts["failed"] > MAX_FAILED_SHARE * self._total:
+            user, reason = next(iter(self.failures.items()))
+            raise RecordError(f"{self.counts['failed']} users failed, the first of them {user!r}: {reason}")
+
     def batch(self, generation: int, num_users: int, num_events: int) -> None:
         """A batch is durable."""
         self._done += num_users
@@ -99,7 +115,7 @@ class Recorder:
             "seconds_left": round((self._total - self._done) / max(rate, 1e-9), 1),
             "stages": {name: round(value, 3) for name, value in self._seconds.items()},
         }
-        with self._path.open("a") as file:
+        with open(self._path, "a", opener=_private) as file:
             file.write(json.dumps(line) + "\n")
 
     def report(self, store: str | Path, generation: int) -> RefreshReport:
@@ -119,3 +135,7 @@ class Recorder:
             dict(self.counts),
             self.failures,
         )
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, PRIVATE.file)

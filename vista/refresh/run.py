@@ -15,16 +15,17 @@ from vista.config import RefreshConfig
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories
 from vista.device import announce, cpu_settings, resolve_device
-from vista.errors import ConfigError
+from vista.errors import ConfigError, RecordError
 from vista.model.ranking_model import RankingModel
 from vista.model.recommender import Recommender
 from vista.model.summary_state import SummaryState
-from vista.refresh.report import RefreshReport
+from vista.refresh.report import Recorder, RefreshReport
 from vista.store.authentication import read_key
 from vista.store.digest import history_digests, item_keys
+from vista.store.keys import user_id
 from vista.store.parts import Shard
-from vista.store.record import NO_TIMESTAMP, Tail
-from vista.store.state_record import StateArrays
+from vista.store.record import NO_TIMESTAMP, RecordSpec, Tail, encode_records
+from vista.store.state_record import StateArrays, StateSpec, encode_states
 
 Int = NDArray[np.int64]
 
@@ -126,6 +127,78 @@ def last_times(histories: Histories) -> Int:
         return np.full(histories.num_users, NO_TIMESTAMP, np.int64)
     times = np.asarray(histories.timestamp)[np.maximum(histories.offsets[1:] - 1, 0)]
     return np.where(histories.lengths > 0, times, NO_TIMESTAMP)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What a batch writes: one key, record and, where states are kept, state a user."""
+
+    keys: list[bytes]
+    records: list[bytes]
+    states: list[bytes]
+
+    def extend(self, other: Encoded) -> None:
+        self.keys.extend(other.keys)
+        self.records.extend(other.records)
+        self.states.extend(other.states)
+
+
+def encode_users(
+    keys: list[bytes],
+    summary: NDArray[np.float32],
+    newest: Histories,
+    event_count: Int,
+    digest: NDArray[np.uint64],
+    arrays: StateArrays | None,
+    *,
+    tail_len: int,
+    spec: RecordSpec,
+    state_spec: StateSpec | None,
+    run: Recorder,
+) -> Encoded:
+    """Records and states of N users. One whose summary cannot be stored is left out, and named in the report.
+
+    Args:
+        keys: N.
+        summary: [N, K, d].
+        newest: N histories, at least their last `tail_len` events, items as model rows.
+        event_count, digest: [N] of the whole histories.
+        arrays: states of the N users, where `state_spec` says that they are kept.
+    """
+    try:
+        records = encode_records(
+            keys,
+            summary,
+            stored_tail(newest, tail_len),
+            spec=spec,
+            event_count=event_count,
+            last_event_ts=last_times(newest),
+            history_digest=digest,
+        )
+    except RecordError as error:
+        if len(keys) == 1:
+            run.failed(user_id(keys[0]), str(error))
+            return Encoded([], [], [])
+        encoded = Encoded([], [], [])
+        for row in range(len(keys)):
+            one = slice(row, row + 1)
+            encoded.extend(
+                encode_users(
+                    keys[one],
+                    summary[one],
+                    newest.select_users(row, row + 1),
+                    event_count[one],
+                    digest[one],
+                    None if arrays is None else arrays[one],
+                    tail_len=tail_len,
+                    spec=spec,
+                    state_spec=state_spec,
+                    run=run,
+                )
+            )
+        return encoded
+    states = [] if state_spec is None or arrays is None else encode_states(keys, arrays, state_spec)
+    return Encoded(keys, records, states)
 
 
 def to_arrays(state: SummaryState, applied_segment: int, history_digest: NDArray[np.uint64]) -> StateArrays:

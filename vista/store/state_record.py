@@ -98,6 +98,9 @@ class StateArrays:
     history_digest: NDArray[np.uint64]
     """[N]."""
 
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> StateArrays:
+        return StateArrays(*(getattr(self, name)[rows] for name in self.__slots__))
+
 
 def encode_states(keys: Sequence[bytes], states: StateArrays, spec: StateSpec) -> list[bytes]:
     """State records of N users.
@@ -127,6 +130,14 @@ def encode_states(keys: Sequence[bytes], states: StateArrays, spec: StateSpec) -
     rows[:, _CHECKSUM_OFFSET : HEADER.itemsize] = _rows(checksums)
     size, data = rows.shape[1], rows.tobytes()
     return [data[size * row : size * (row + 1)] for row in range(count)]
+
+
+def rounded(states: StateArrays, spec: StateSpec) -> StateArrays:
+    """The states as they come back from the store."""
+    if spec.dtype is StateDtype.float32:
+        return states
+    keys = [b"ui"] * len(states.n)
+    return decode_states(encode_states(keys, states, spec), keys, spec)
 
 
 def decode_states(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: StateSpec) -> StateArrays:
