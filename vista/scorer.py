@@ -9,6 +9,7 @@ Letters: B users, C candidates, V items of the vocabulary, L tail length, M mode
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -74,11 +75,17 @@ class Scorer:
     """Scores candidates for users from their stored summaries and tails. Open one a process with `Scorer.open`."""
 
     def __init__(
-        self, model: Recommender, store: SummaryStore | StoreParts, on_missing: OnMissing, task: str | None
+        self,
+        model: Recommender,
+        store: SummaryStore | StoreParts,
+        on_missing: OnMissing,
+        task: str | None,
+        max_age_s: float | None = None,
     ) -> None:
         self.model = model
         self.store = store
         self.on_missing = on_missing
+        self.max_age_s = max_age_s
         self.tasks = [*model.schema.tasks, *([NEXT_TASK] if model.has_retrieval else [])]
         """What `predict` gives; `next` is the retrieval head."""
         self.task = task or self.tasks[0]
@@ -99,6 +106,7 @@ class Scorer:
         task: str | None = None,
         device: str = "cpu",
         key: bytes | None = None,
+        max_age_s: float | None = None,
     ) -> Scorer:
         """Open a model and the store that its summarizer wrote.
 
@@ -110,20 +118,24 @@ class Scorer:
             task: what `score` and `rank` use; by default the first labelled task, or `next` where there is none.
             device: auto | cpu | cuda | cuda:N.
             key: 32 bytes: refuse records that were not written with this key.
+            max_age_s: users whose record, and the last refresh of the store, are older than this have none (`reload`
+                learns of incremental refreshes); None serves records of any age.
 
         Raises:
             SummarizerMismatchError: the store is of another summarizer.
             StoreError, CheckpointError: missing or damaged; the message has the remedy.
-            ValueError: on_missing or task is none of those that there are.
+            ValueError: on_missing or task is none of those that there are; max_age_s is not positive.
         """
         policies = {policy.value for policy in OnMissing}
         if not isinstance(on_missing, OnMissing) and on_missing not in policies:
             raise ValueError(f"on_missing: {on_missing!r} is none of {sorted(policies)}")
+        if max_age_s is not None and not max_age_s > 0:
+            raise ValueError(f"max_age_s: must be above 0 seconds, got {max_age_s}")
         model = model if isinstance(model, Recommender) else Recommender.from_pretrained(model, resolve_device(device))
         opened = open_store(store, summarizer_id=model.summarizer_id(), key=key)
         try:
             _require_tails(opened, model)
-            return cls(model.eval(), opened, OnMissing(on_missing), task)
+            return cls(model.eval(), opened, OnMissing(on_missing), task, max_age_s)
         except BaseException:
             opened.close()
             raise
@@ -308,6 +320,9 @@ class Scorer:
     def _request(self, users: Ids, tail: Tail | None, now: Any) -> _Request:
         ids = ids_of(users, "users")
         stored = self.store.get_many(ids)
+        if self.max_age_s is not None:
+            now_ms, max_age_ms = time.time_ns() // 1_000_000, int(1000 * self.max_age_s)
+            stored = stored.without(stored.expired(now_ms, self.store.manifest.refreshed_at, max_age_ms))
         missing = ~stored.found
         if self.on_missing is OnMissing.error and missing.any():
             absent = np.asarray(ids)[missing][:5].tolist()

@@ -35,6 +35,8 @@ from vista.store.state_record import StateArrays, read_states
 _READ_RECORDS = 1024
 """Records of one read transaction, so that it stays short whatever the batch."""
 _OPEN_ATTEMPTS = 5
+CLOCK_SKEW_MS = 300_000
+"""A record dated further ahead was written by a clock that is wrong, so nobody knows its age."""
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,38 @@ class StoredBatch:
     """[B] start of the refresh, ms; NO_TIMESTAMP where not found."""
     history_digest: NDArray[np.uint64]
     """[B]; 0 where not found."""
+
+    def expired(self, now_ms: int, refreshed_at: int, max_age_ms: int) -> NDArray[np.bool_]:
+        """[B] whether what is known of a user is older than `max_age_ms`, or dated in the future.
+
+        Args:
+            now_ms: the time.
+            refreshed_at: of the manifest: a user without new events is as current as the last refresh.
+            max_age_ms: the limit; at it, a record still counts.
+        """
+        age = now_ms - np.maximum(self.created_at, refreshed_at)
+        return self.found & ((age > max_age_ms) | (age < -CLOCK_SKEW_MS))
+
+    def without(self, users: NDArray[np.bool_]) -> StoredBatch:
+        """The same as if the marked users [B] had no record."""
+        if not users.any():
+            return self
+        lengths = np.diff(self.tail.offsets)
+        kept = np.repeat(~users, lengths)
+        offsets = np.concatenate([[0], np.cumsum(np.where(users, 0, lengths))]).astype(np.int64)
+
+        def cleared(values: NDArray[Any], missing: int) -> NDArray[Any]:
+            return np.where(users.reshape(-1, *[1] * (values.ndim - 1)), values.dtype.type(missing), values)
+
+        return StoredBatch(
+            found=self.found & ~users,
+            summary=cleared(self.summary, 0),
+            tail=Tail(self.tail.items[kept], self.tail.times[kept], self.tail.actions[kept], offsets),
+            event_count=cleared(self.event_count, 0),
+            last_event_ts=cleared(self.last_event_ts, NO_TIMESTAMP),
+            created_at=cleared(self.created_at, NO_TIMESTAMP),
+            history_digest=cleared(self.history_digest, 0),
+        )
 
 
 @dataclass(frozen=True, slots=True)
