@@ -30,6 +30,16 @@ from vista.config_data import (
     PrepareConfig,
     SimulateConfig,
 )
+from vista.config_store import (
+    StoreCompactConfig,
+    StoreCopyConfig,
+    StoreExportConfig,
+    StoreGetConfig,
+    StoreImportConfig,
+    StoreRollbackConfig,
+    StoreStatsConfig,
+    StoreVerifyConfig,
+)
 from vista.config_text import ConfigKeys, value_text
 from vista.errors import ConfigError
 
@@ -46,6 +56,14 @@ NAME_OF_SCHEMA: dict[type, str] = {
     LogEraseConfig: "log erase",
     LogCompactConfig: "log compact",
     LogStatsConfig: "log stats",
+    StoreStatsConfig: "store stats",
+    StoreVerifyConfig: "store verify",
+    StoreCompactConfig: "store compact",
+    StoreExportConfig: "store export",
+    StoreImportConfig: "store import",
+    StoreCopyConfig: "store copy",
+    StoreRollbackConfig: "store rollback",
+    StoreGetConfig: "store get",
 }
 """The command of a schema; its primary config is `config_file_name` of that, in conf/."""
 
