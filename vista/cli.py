@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Any, NoReturn
 
-from vista import __version__, config, config_data
+from vista import __version__, config, config_data, config_store
 from vista.errors import ConfigError, VistaError
 
 
@@ -57,7 +58,7 @@ def _watch(settings: config_data.WatchConfig) -> object:
     return watch(settings)
 
 
-def _store_erase(settings: config.EraseConfig) -> object:
+def _store_erase(settings: config_store.StoreEraseConfig) -> object:
     from vista.refresh.erasing import erase_from_config
 
     return erase_from_config(settings)
@@ -97,6 +98,11 @@ def _log_stats(settings: config_data.LogStatsConfig) -> object:
     from vista.data.log_commands import log_stats
 
     return log_stats(settings)
+
+
+def _of_store(name: str) -> Callable[[Any], object]:
+    """A function of vista.store_commands, imported when it is called."""
+    return lambda settings: getattr(import_module("vista.store_commands"), name)(settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +195,7 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "store erase": Command(
-        config.EraseConfig,
+        config_store.StoreEraseConfig,
         _store_erase,
         "Erase users: readers miss them at once, and no later refresh brings them back.",
         ("vista store erase store=stores/mine users=[101] data=data/mine",),
@@ -220,6 +226,58 @@ COMMANDS: dict[str, Command] = {
         _log_stats,
         "Say what an EventLog holds: segments, users, events, deletions, bytes, times.",
         ("vista log stats data=data/mine",),
+    ),
+    "store stats": Command(
+        config_store.StoreStatsConfig,
+        _of_store("store_stats_command"),
+        "Say what a store holds: generations, which is served, records, bytes, age, readers.",
+        ("vista store stats store=stores/mine",),
+    ),
+    "store verify": Command(
+        config_store.StoreVerifyConfig,
+        _of_store("store_verify"),
+        "Check a store's files and every record; exit code 1 and the first problems if there are any.",
+        ("vista store verify store=stores/mine",),
+    ),
+    "store get": Command(
+        config_store.StoreGetConfig,
+        _of_store("store_get"),
+        "Print one user's record: what it has seen, its tail, its summary's norms.",
+        ("vista store get store=stores/mine user=42 model=runs/mine/best",),
+    ),
+    "store rollback": Command(
+        config_store.StoreRollbackConfig,
+        _of_store("store_rollback"),
+        "Serve a kept generation again, after checking it.",
+        ("vista store rollback store=stores/mine", "vista store rollback store=stores/mine to=7"),
+    ),
+    "store compact": Command(
+        config_store.StoreCompactConfig,
+        _of_store("store_compact"),
+        "Write the served generation anew, so that no file holds what was removed; older generations go.",
+        ("vista store compact store=stores/mine",),
+    ),
+    "store copy": Command(
+        config_store.StoreCopyConfig,
+        _of_store("store_copy"),
+        "Bring a generation to the folder of a serving host, verify it there, then serve it.",
+        (
+            "vista store copy store=stores/mine to=/srv/stores/mine",
+            "vista store copy store=stores/mine to=/srv/stores/mine publish=false",
+        ),
+        resumes=True,
+    ),
+    "store export": Command(
+        config_store.StoreExportConfig,
+        _of_store("store_export"),
+        "Write the served generation to a Parquet file: readable columns, and the records bit for bit.",
+        ("vista store export store=stores/mine out=summaries.parquet",),
+    ),
+    "store import": Command(
+        config_store.StoreImportConfig,
+        _of_store("store_import"),
+        "Publish an exported Parquet file as a new generation of a store.",
+        ("vista store import file=summaries.parquet store=stores/other",),
     ),
 }
 """By name, of one word or two; two-word commands that share the first word are a group."""

@@ -21,7 +21,7 @@ from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vista.config import EraseConfig, EvaluateConfig, RefreshConfig, ScoreConfig, TrainConfig
+from vista.config import EvaluateConfig, RefreshConfig, ScoreConfig, TrainConfig
 from vista.config_data import (
     LogCompactConfig,
     LogEraseConfig,
@@ -30,6 +30,17 @@ from vista.config_data import (
     PrepareConfig,
     SimulateConfig,
     WatchConfig,
+)
+from vista.config_store import (
+    StoreCompactConfig,
+    StoreCopyConfig,
+    StoreEraseConfig,
+    StoreExportConfig,
+    StoreGetConfig,
+    StoreImportConfig,
+    StoreRollbackConfig,
+    StoreStatsConfig,
+    StoreVerifyConfig,
 )
 from vista.config_text import ConfigKeys, value_text
 from vista.errors import ConfigError
@@ -48,7 +59,15 @@ NAME_OF_SCHEMA: dict[type, str] = {
     LogEraseConfig: "log erase",
     LogCompactConfig: "log compact",
     LogStatsConfig: "log stats",
-    EraseConfig: "store erase",
+    StoreStatsConfig: "store stats",
+    StoreVerifyConfig: "store verify",
+    StoreCompactConfig: "store compact",
+    StoreExportConfig: "store export",
+    StoreImportConfig: "store import",
+    StoreCopyConfig: "store copy",
+    StoreRollbackConfig: "store rollback",
+    StoreGetConfig: "store get",
+    StoreEraseConfig: "store erase",
 }
 """The command of a schema; its primary config is `config_file_name` of that, in conf/."""
 

@@ -302,21 +302,6 @@ class RefreshConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class EraseConfig:
-    """Users out of a store for good."""
-
-    store: str = "stores/vista"
-    """Folder of the summary store."""
-    users: list[str] = field(default_factory=list)
-    """User ids; at least one."""
-    data: str | None = None
-    """Folder of the EventLog to erase them from as well; null leaves it."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-
-
-@dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
     """Quality as served: summaries read from the store, scores made by the scorer."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vista.config import EraseConfig
+from vista.config_store import StoreEraseConfig
 from vista.data.deletions import erase_users, forget_events
 from vista.data.event_log import EventLog
 from vista.errors import ConfigError
@@ -37,7 +37,7 @@ def forget(model: Recommender, log: EventLog, store: str | Path, events: Any) ->
     return refresh_incremental(model, EventLog.open(log.path), store)
 
 
-def erase_from_config(config: EraseConfig) -> str:
+def erase_from_config(config: StoreEraseConfig) -> str:
     """`vista store erase`: from the store, and from the log where one is named."""
     if not config.users:
         raise ConfigError("users: name at least one, such as users=[101]")

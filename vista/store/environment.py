@@ -212,14 +212,12 @@ class SharedEnvironment:
             with environment.begin(write=True, buffers=True) as transaction:
                 return function(transaction)
 
-    def usage(self) -> tuple[int, int]:
-        """(bytes of the pages that hold data, processes in the reader table but this one)."""
+    def live_bytes(self) -> int:
+        """Bytes of the pages that hold keys and values."""
         with _gate.shared():
-            environment = self._open()
-            pages = environment.stat()
-            live = pages["psize"] * (pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"])
-            slots = [line.split() for line in environment.readers().splitlines()[1:]]
-        return live, len({slot[0] for slot in slots if slot and slot[0].isdigit()} - {str(os.getpid())})
+            pages = self._open().stat()
+        live: int = pages["psize"] * (pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"])
+        return live
 
     def _open(self) -> lmdb.Environment:
         if self._environment is None:

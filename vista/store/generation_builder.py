@@ -19,7 +19,7 @@ import numpy as np
 from vista.errors import StoreError
 from vista.files import sync
 from vista.store.environment import check_structure, complete_size, open_environment
-from vista.store.generation_reader import Tally
+from vista.store.generation_reader import Batch, Tally, read_batch
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import (
     PARTIAL_PREFIX,
@@ -33,7 +33,7 @@ from vista.store.layout import (
     write_current,
 )
 from vista.store.permissions import Modes, make_folder
-from vista.store.record import HEADER, HEADER_BYTES, RecordSpec, seal_record
+from vista.store.record import HEADER, HEADER_BYTES, RecordSpec, check_records, seal_record
 
 logger = logging.getLogger(__name__)
 
@@ -114,10 +114,10 @@ class GenerationBuilder:
         self.tally.add(list(keys), list(records))
 
     def finish(self) -> Manifest:
-        """Check the file's structure and give the generation its name.
+        """Read all records back, check the file's structure, and give the generation its name.
 
         Raises:
-            StoreError: the structure is damaged; the generation is removed.
+            StoreError: the file does not hold what was put; `discard` it.
         """
         self.manifest = dataclasses.replace(
             self.manifest,
@@ -125,6 +125,7 @@ class GenerationBuilder:
             user_kind=self.tally.user_kind,
             records_digest=self.tally.records_digest,
         )
+        self._read_back()
         with self.environment.begin(write=True) as transaction:
             transaction.put(MANIFEST_KEY, self.manifest.to_bytes())
             transaction.put(CURSOR_KEY, b"%d" % self.manifest.total_users)
@@ -138,6 +139,27 @@ class GenerationBuilder:
         sync(self.root)
         note_complete(self.root, self.manifest.generation)
         return self.manifest
+
+    def held_batches(self) -> Iterator[Batch]:
+        """Keys and values that are in the file, ascending."""
+        after = b"u"
+        while True:
+            with self.environment.begin(buffers=True) as transaction:
+                keys, values = read_batch(transaction, after)
+            if not keys:
+                return
+            after = keys[-1]
+            yield keys, values
+
+    def _read_back(self) -> None:
+        found = Tally()
+        for keys, records in self.held_batches():
+            check_records([memoryview(record) for record in records], keys, self.spec)
+            found.add(keys, records)
+        if found != self.tally:
+            raise StoreError(
+                f"{self.folder} holds {found.count} records where {self.tally.count} were put; check the disk"
+            )
 
     def close(self) -> None:
         """Let the file go; closing twice is allowed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
 
 import lmdb
@@ -63,7 +64,7 @@ class GenerationReader:
     def raw_batches(self, after: bytes = b"u") -> Iterator[Batch]:
         """Keys beyond `after` and their values, unchecked, ascending; each batch in a short transaction of its own."""
         while True:
-            keys, values = self.environment.read(lambda transaction, after=after: _batch(transaction, after))  # type: ignore[misc]
+            keys, values = self.environment.read(lambda transaction, after=after: read_batch(transaction, after))  # type: ignore[misc]
             if not keys:
                 return
             after = keys[-1]
@@ -78,6 +79,10 @@ class GenerationReader:
         for keys, records in self.raw_batches(after):
             check_records([memoryview(record) for record in records], keys, self.spec)
             yield keys, records
+
+    def other_keys(self) -> list[bytes]:
+        """The first keys that no user has, in the order of the file."""
+        return self.environment.read(_other_keys)
 
     def tally(self) -> Tally:
         """Check and count all records; errors as `batches`."""
@@ -106,16 +111,27 @@ def open_generation(root: Path, generation: int, key: bytes | None = None) -> It
         environment.release()
 
 
-def _batch(transaction: lmdb.Transaction[memoryview], after: bytes) -> Batch:
+def read_batch(transaction: lmdb.Transaction[memoryview], after: bytes) -> Batch:
+    """Copies of the next keys beyond `after` and their values: 1,024 at most, and about 8 MiB."""
     keys: list[bytes] = []
     values: list[bytes] = []
     size = 0
     cursor = transaction.cursor()
     if cursor.set_range(after + b"\0"):
-        for key, value in cursor:
-            keys.append(bytes(key))
+        for view, value in cursor:
+            key = bytes(view)
+            if not key.startswith(b"u"):
+                break
+            keys.append(key)
             values.append(bytes(value))
             size += len(value)
             if size >= _BATCH_BYTES or len(keys) == _BATCH_RECORDS:
                 break
     return keys, values
+
+
+def _other_keys(transaction: lmdb.Transaction[memoryview]) -> list[bytes]:
+    cursor = transaction.cursor()
+    before = list(takewhile(lambda key: key < b"u", map(bytes, islice(cursor.iternext(values=False), 1000))))
+    beyond = cursor.set_range(b"v")
+    return before + (list(map(bytes, islice(cursor.iternext(values=False), 1000))) if beyond else [])

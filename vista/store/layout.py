@@ -146,7 +146,15 @@ class Manifest:
         checksum, _, text = value.partition(b"\n")
         if checksum.decode(errors="replace") != xxhash.xxh3_64_hexdigest(text):
             raise StoreError(f"{path}: the manifest is corrupt; {REMEDY}")
-        fields = json.loads(text)
+        return Manifest.from_dict(json.loads(text), path)
+
+    @staticmethod
+    def from_dict(fields: dict[str, Any], path: Path) -> Manifest:
+        """Check the fields of a manifest that lies somewhere else than in a generation, such as in an export.
+
+        Raises:
+            StoreError: of another format version, or foreign.
+        """
         if fields.get("format_version") != FORMAT_VERSION:
             raise StoreError(
                 f"{path}: format version {fields.get('format_version')}, this vista reads {FORMAT_VERSION}; "
@@ -201,6 +209,14 @@ def read_current(root: Path) -> int:
     return int(number)
 
 
+def served_or_none(root: Path) -> int | None:
+    """As `read_current`; None where nothing is published, or CURRENT is damaged."""
+    try:
+        return read_current(root)
+    except StoreError:
+        return None
+
+
 def missing_generation(root: Path, generation: int) -> StoreError:
     """Error for a CURRENT that names nothing."""
     return StoreError(f"{root / CURRENT} names {_PREFIX}{generation}, which is not there; {_kept(root)}")
@@ -227,11 +243,16 @@ def note_complete(root: Path, generation: int) -> None:
         _write_name(root, LAST, generation)
 
 
-def remove_leftovers(root: Path) -> None:
-    """Remove what killed processes left of generations that were being removed or copied; only under the lock."""
+def remove_leftovers(root: Path, but: str = "") -> None:
+    """Remove what killed processes left of generations that were being removed or copied; only under the lock.
+
+    Args:
+        but: a name to leave.
+    """
     for prefix in (REMOVED_PREFIX, PARTIAL_PREFIX):
         for entry in root.glob(f"{prefix}*"):
-            shutil.rmtree(entry, ignore_errors=True)
+            if entry.name != but:
+                shutil.rmtree(entry, ignore_errors=True)
 
 
 def _write_name(root: Path, name: str, generation: int) -> None:

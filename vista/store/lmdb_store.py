@@ -18,7 +18,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.errors import StoreError, SummarizerMismatchError, UserKeyError
+from vista.errors import StoreError, SummarizerMismatchError, UnfinishedError, UserKeyError
 from vista.store.environment import MAX_READERS, REMEDY, ClosedError, SharedEnvironment, exclusive
 from vista.store.keys import COMPLETE_KEY, INT_PREFIX, MANIFEST_KEY, STR_PREFIX, user_id, user_keys
 from vista.store.layout import (
@@ -354,7 +354,7 @@ def read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Mani
     """
     value = transaction.get(MANIFEST_KEY)
     if value is None or transaction.get(COMPLETE_KEY) is None:
-        raise StoreError(f"{path} was never finished; {REMEDY}")
+        raise UnfinishedError(f"{path} was never finished; {REMEDY}")
     return Manifest.from_bytes(bytes(value), path)
 
 
