@@ -16,9 +16,10 @@ from vista.store.generation_builder import (
     next_number,
     restamp_records,
 )
-from vista.store.generation_reader import open_generation
+from vista.store.generation_reader import GenerationReader, open_generation
 from vista.store.layout import (
-    environment_path,
+    Manifest,
+    environments_of,
     generation_path,
     list_generations,
     read_current,
@@ -26,6 +27,8 @@ from vista.store.layout import (
     write_current,
 )
 from vista.store.permissions import modes_of
+from vista.store.state_record import restamp_states
+from vista.store.tombstones import Tombstones
 from vista.store.verification import VerifyReport, verify_generation
 
 logger = logging.getLogger(__name__)
@@ -70,19 +73,29 @@ def compact_store(root: str | Path, *, key: bytes | None = None) -> PublishRepor
     current = read_current(root)
     with locked(root):
         remove_leftovers(root)
-        check_structure(environment_path(root, current))
-        with open_generation(root, current, key) as source:
-            manifest = dataclasses.replace(source.manifest, generation=next_number(root))
-            builder = GenerationBuilder(root, manifest, key, modes_of(generation_path(root, current)))
-            try:
-                for keys, records in source.batches():
-                    builder.put(keys, restamp_records(keys, records, builder.spec))
-                manifest = builder.finish()
-            except BaseException:
-                builder.discard()
-                raise
-        flip(root, manifest.generation, keep=())
-    return publish_report(root, manifest.generation, manifest.count)
+        for environment in environments_of(root, current):
+            check_structure(environment)
+        while True:
+            num_erased = Tombstones(root).count()
+            with open_generation(root, current, key) as source:
+                manifest = _compacted(root, source, key)
+            if flip(root, manifest.generation, (), num_erased):
+                return publish_report(root, manifest.generation, manifest.count)
+
+
+def _compacted(root: Path, source: GenerationReader, key: bytes | None) -> Manifest:
+    """A complete generation under the next number, of the records and states of the source."""
+    wanted = dataclasses.replace(source.manifest, generation=next_number(root))
+    builder = GenerationBuilder(root, wanted, key, modes_of(generation_path(root, source.manifest.generation)))
+    try:
+        for keys, records in source.batches():
+            builder.put(keys, restamp_records(keys, records, builder.spec))
+        for keys, states in source.state_batches():
+            builder.put_states(keys, restamp_states(states, wanted.generation))
+        return builder.finish()
+    except BaseException:
+        builder.discard()
+        raise
 
 
 def roll_back(root: str | Path, to: int | None = None, *, key: bytes | None = None) -> PublishReport:

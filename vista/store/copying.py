@@ -22,6 +22,7 @@ from vista.store.layout import (
     served_or_none,
 )
 from vista.store.permissions import GROUP, PRIVATE
+from vista.store.tombstones import Tombstones
 
 logger = logging.getLogger(__name__)
 
@@ -64,22 +65,26 @@ def copy_generation(
             prepare_root(to, modes)
         except OSError as error:
             raise cannot_write(to, error) from error
+        manifest = source.manifest.without_states()
         with locked(to):
-            kept = 0
+            kept, tombstones = 0, Tombstones(to)
+            num_erased = tombstones.count()
             if number in list_generations(to):
                 kept = _compare_complete(source, to, number, key)
             else:
                 remove_leftovers(to, but=f"{PARTIAL_PREFIX}gen-{number}")
-                builder = GenerationBuilder(to, source.manifest, key, modes, resume=True)
+                builder = GenerationBuilder(to, manifest, key, modes, resume=True)
                 if not _take_held(builder, source):
                     logger.warning(
                         "%s: what an earlier copy had brought is not what %s holds; it begins anew", to, root
                     )
                     builder.discard()
-                    builder = GenerationBuilder(to, source.manifest, key, modes)
+                    builder = GenerationBuilder(to, manifest, key, modes)
                 kept = builder.tally.count
                 try:
                     for keys, records in source.batches(builder.last_key):
+                        if any(tombstones.erased(keys)):
+                            raise StoreError(f"{to}: users were erased here who are still in {root}; erase them there")
                         builder.put(keys, records)
                     if not _equal(source.batches(), builder.held_batches()):
                         raise _changed(root)
@@ -87,8 +92,8 @@ def copy_generation(
                 finally:
                     builder.close()
             before = served_or_none(to)
-            if publish and before != number:
-                flip(to, number, keep=() if before is None else (before,))
+            if publish and before != number and not flip(to, number, () if before is None else (before,), num_erased):
+                raise _changed(to)
     return dataclasses.replace(publish_report(to, number, source.manifest.count), published=publish, num_kept=kept)
 
 

@@ -34,6 +34,7 @@ from vista.store.layout import (
 )
 from vista.store.permissions import Modes, make_folder
 from vista.store.record import HEADER, HEADER_BYTES, RecordSpec, check_records, seal_record
+from vista.store.tombstones import Tombstones, erasing
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,10 @@ class GenerationBuilder:
         if not self.folder.exists():
             make_folder(self.folder, modes)
         self._environment: lmdb.Environment | None = open_environment(self.folder, readonly=False)
+        self._states: lmdb.Environment | None = None
+        if manifest.state_spec() is not None:
+            make_folder(self.path / "state", modes)
+            self._states = open_environment(self.path / "state", readonly=False)
 
     @property
     def environment(self) -> lmdb.Environment:
@@ -113,6 +118,13 @@ class GenerationBuilder:
                 self.last_key = key
         self.tally.add(list(keys), list(records))
 
+    def put_states(self, keys: Sequence[bytes], states: Sequence[bytes]) -> None:
+        """Append checked states of this generation, in the order of their keys, in one durable transaction."""
+        assert self._states is not None
+        with self._states.begin(write=True) as transaction:
+            for key, state in zip(keys, states, strict=True):
+                transaction.put(key, state, append=True)
+
     def finish(self) -> Manifest:
         """Read all records back, check the file's structure, and give the generation its name.
 
@@ -131,9 +143,11 @@ class GenerationBuilder:
             transaction.put(CURSOR_KEY, b"%d" % self.manifest.total_users)
             transaction.put(COMPLETE_KEY, b"1")
         self.close()
-        complete_size(self.folder)
-        check_structure(self.folder)
-        for path in (self.folder, self.path):
+        environments = [path for path in self.path.iterdir() if path.is_dir()]
+        for path in environments:
+            complete_size(path)
+            check_structure(path)
+        for path in (*environments, self.path):
             sync(path)
         os.rename(self.path, generation_path(self.root, self.manifest.generation))
         sync(self.root)
@@ -163,9 +177,10 @@ class GenerationBuilder:
 
     def close(self) -> None:
         """Let the file go; closing twice is allowed."""
-        if self._environment is not None:
-            self._environment.close()
-            self._environment = None
+        for environment in (self._environment, self._states):
+            if environment is not None:
+                environment.close()
+        self._environment = self._states = None
 
     def discard(self) -> None:
         """Remove what was filled."""
@@ -187,10 +202,22 @@ def restamp_records(keys: Sequence[bytes], records: Sequence[bytes], spec: Recor
     return sealed
 
 
-def flip(root: Path, generation: int, keep: Sequence[int]) -> None:
-    """Publish a complete generation, then remove all others but those to keep."""
-    write_current(root, generation)
-    for number in list_generations(root):
-        if number not in (generation, *keep):
-            logger.info("%s: gen-%d is removed", root, number)
-            remove_generation(root, number)
+def flip(root: Path, generation: int, keep: Sequence[int], num_erased: int) -> bool:
+    """Publish a complete generation, then remove all others but those to keep.
+
+    Args:
+        num_erased: tombstones when the generation's records were read: it holds whoever was erased since.
+
+    Returns:
+        False where there are more by now: nothing is flipped then, and the generation is removed.
+    """
+    with erasing(root):
+        if len(Tombstones(root)) != num_erased:
+            remove_generation(root, generation)
+            return False
+        write_current(root, generation)
+        for number in list_generations(root):
+            if number not in (generation, *keep):
+                logger.info("%s: gen-%d is removed", root, number)
+                remove_generation(root, number)
+    return True

@@ -16,6 +16,7 @@ from vista.store.keys import INT_PREFIX, STR_PREFIX
 from vista.store.layout import Manifest, environment_path, generation_path, list_generations
 from vista.store.lmdb_store import read_manifest
 from vista.store.record import HEADER_BYTES, RecordSpec, check_records
+from vista.store.state_record import decode_states
 
 _BATCH_RECORDS = 1024
 _BATCH_BYTES = 1 << 23
@@ -79,6 +80,28 @@ class GenerationReader:
         for keys, records in self.raw_batches(after):
             check_records([memoryview(record) for record in records], keys, self.spec)
             yield keys, records
+
+    def state_batches(self) -> Iterator[Batch]:
+        """Keys and states, every one checked, ascending; nothing where none are kept.
+
+        Raises:
+            RecordError: the first one that is corrupt; the message names the user.
+        """
+        spec, folder = self.manifest.state_spec(), self.path.with_name("state")
+        if spec is None or not folder.is_dir():
+            return
+        environment = SharedEnvironment.acquire(folder)
+        try:
+            after = b"u"
+            while True:
+                keys, states = environment.read(lambda transaction, after=after: read_batch(transaction, after))  # type: ignore[misc]
+                if not keys:
+                    return
+                decode_states(states, keys, spec)
+                after = keys[-1]
+                yield keys, states
+        finally:
+            environment.release()
 
     def other_keys(self) -> list[bytes]:
         """The first keys that no user has, in the order of the file."""

@@ -179,7 +179,7 @@ class StoreWriter:
             )
         try:
             while True:
-                erased = len(self._tombstones)
+                erased = self._tombstones.count()
                 found = self._scan()
                 with erasing(self.path):
                     if len(self._tombstones) == erased:

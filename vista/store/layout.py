@@ -119,6 +119,10 @@ class Manifest:
         summarizer_id = bytes.fromhex(self.summarizer_id)
         return StateSpec(summarizer_id, self.generation, *self.state_shape, dtype, self.created_at)
 
+    def without_states(self) -> Manifest:
+        """Of the same records where nobody will go on from their states: on serving hosts, and in imports."""
+        return dataclasses.replace(self, state_dtype=StateDtype.none.value, state_shape=(0, 0, 0))
+
     def with_records(self, old: Sequence[bytes | memoryview], keys: Sequence[bytes], new: Sequence[bytes]) -> Manifest:
         """The manifest after `old` records have given way to `new` ones under `keys`."""
         digest = int(self.records_digest, 16)
@@ -183,6 +187,12 @@ def environment_path(root: Path, generation: int) -> Path:
 def state_path(root: Path, generation: int) -> Path:
     """Folder of its states' LMDB environment."""
     return generation_path(root, generation) / "state"
+
+
+def environments_of(root: Path, generation: int) -> list[Path]:
+    """Folders of all LMDB environments that a generation has."""
+    paths = (environment_path(root, generation), state_path(root, generation))
+    return [path for path in paths if path.is_dir()]
 
 
 def list_generations(root: Path) -> list[int]:

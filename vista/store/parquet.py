@@ -27,6 +27,7 @@ from vista.store.keys import user_id
 from vista.store.layout import Manifest, environment_path, prepare_root, read_current, remove_leftovers, served_or_none
 from vista.store.permissions import GROUP, PRIVATE
 from vista.store.record import NO_TIMESTAMP, check_records, decode_rows, read_records
+from vista.store.tombstones import Tombstones
 
 FORMAT = "vista store export 1"
 
@@ -113,12 +114,18 @@ def import_store(
         raise cannot_write(root, error) from error
     with locked(root):
         remove_leftovers(root)
-        builder = GenerationBuilder(root, dataclasses.replace(old, generation=next_number(root)), key, modes)
+        tombstones, wanted = Tombstones(root), old.without_states()
+        num_erased = tombstones.count()
+        builder = GenerationBuilder(root, dataclasses.replace(wanted, generation=next_number(root)), key, modes)
         read = Tally()
         try:
             for keys, records in _rows(file):
                 check_records([memoryview(record) for record in records], keys, old_spec)
                 read.add(keys, records)
+                if any(tombstones.erased(keys)):
+                    raise StoreError(
+                        f"{file}: holds users who were erased from {root}; export again from a store without"
+                    )
                 builder.put(keys, restamp_records(keys, records, builder.spec))
             if (read.count, read.records_digest) != (about["count"], about["records_digest"]):
                 raise _foreign(file, f"it holds {read.count} records, not the {about['count']} that were exported")
@@ -127,7 +134,8 @@ def import_store(
             builder.discard()
             raise
         before = served_or_none(root)
-        flip(root, manifest.generation, keep=() if before is None else (before,))
+        if not flip(root, manifest.generation, () if before is None else (before,), num_erased):
+            raise StoreError(f"{root}: users were erased meanwhile; run the same command again")
     return publish_report(root, manifest.generation, manifest.count)
 
 

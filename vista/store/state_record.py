@@ -125,11 +125,7 @@ def encode_states(keys: Sequence[bytes], states: StateArrays, spec: StateSpec) -
     headers["created_at"] = spec.created_at
     for name in ("clock", "num_events", "applied_segment", "history_digest"):
         headers[name] = getattr(states, name)
-    rows = np.concatenate([_rows(headers), payload], axis=1)
-    checksums = np.array([xxhash.xxh3_64_intdigest(row.data) for row in rows], dtype="<u8")
-    rows[:, _CHECKSUM_OFFSET : HEADER.itemsize] = _rows(checksums)
-    size, data = rows.shape[1], rows.tobytes()
-    return [data[size * row : size * (row + 1)] for row in range(count)]
+    return _sealed(np.concatenate([_rows(headers), payload], axis=1))
 
 
 def rounded(states: StateArrays, spec: StateSpec) -> StateArrays:
@@ -177,6 +173,15 @@ def decode_states(values: Sequence[bytes | memoryview], keys: Sequence[bytes], s
     return StateArrays(z, n, removed, clock, num_events, applied, headers["history_digest"].astype(np.uint64))
 
 
+def restamp_states(values: Sequence[bytes], generation: int) -> list[bytes]:
+    """Checked states as those of another generation: all but its number and the checksum stays."""
+    rows = np.stack([np.frombuffer(value, np.uint8) for value in values])
+    headers = rows[:, : HEADER.itemsize].copy().view(HEADER)[:, 0]
+    headers["generation"], headers["checksum"] = generation, 0
+    rows[:, : HEADER.itemsize] = _rows(headers)
+    return _sealed(rows)
+
+
 def read_states(
     environment: SharedEnvironment, keys: Sequence[bytes], spec: StateSpec
 ) -> tuple[NDArray[np.int64], StateArrays]:
@@ -205,6 +210,14 @@ def _template(spec: StateSpec) -> np.void:
     header["summarizer_id"] = np.frombuffer(spec.summarizer_id, np.uint8)
     template: np.void = header[0]
     return template
+
+
+def _sealed(rows: NDArray[np.uint8]) -> list[bytes]:
+    """Records [N, bytes], whose checksums are 0, with their checksums."""
+    checksums = np.array([xxhash.xxh3_64_intdigest(row.data) for row in rows], dtype="<u8")
+    rows[:, _CHECKSUM_OFFSET : HEADER.itemsize] = _rows(checksums)
+    size, data = rows.shape[1], rows.tobytes()
+    return [data[size * row : size * (row + 1)] for row in range(len(rows))]
 
 
 def _rows(part: NDArray[Any]) -> NDArray[np.uint8]:

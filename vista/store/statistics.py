@@ -61,6 +61,7 @@ class StoreStats:
             [
                 f"gen-{stats.number} ({state}): {stats.num_records:,} {'records' if stats.complete else 'users done'}",
                 f"{manifest.codec} {manifest.num_tokens} x {manifest.dim}, tails of {manifest.tail_len}",
+                f"states {manifest.state_dtype}",
                 f"until {manifest.until or 'the end of the log'}",
                 f"begun {made:%Y-%m-%d %H:%M} UTC ({(self.now - manifest.created_at) / 3_600_000:.1f} h ago)",
                 f"{stats.live_bytes:,} bytes live of {stats.size_bytes:,} on disk",

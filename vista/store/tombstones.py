@@ -51,6 +51,11 @@ class Tombstones:
             os.close(descriptor)
         sync(self._path.parent)
 
+    def count(self) -> int:
+        """How many there are, all of whose records are gone from every generation. Not under `erasing`."""
+        with erasing(self._path.parent):
+            return len(self)
+
     def __len__(self) -> int:
         self._reread()
         return len(self._known)

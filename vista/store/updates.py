@@ -47,7 +47,7 @@ class StoreUpdate:
         manifest = files.manifest
         self.spec = dataclasses.replace(manifest.spec(key), created_at=created_at, applied_segment=applied)
         """What new records must hold."""
-        state_spec = manifest.state_spec()
+        state_spec = None if files.state is None else manifest.state_spec()
         self.state_spec = None if state_spec is None else dataclasses.replace(state_spec, created_at=created_at)
         self.applied = applied
 

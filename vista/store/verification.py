@@ -8,7 +8,7 @@ from pathlib import Path
 from vista.errors import RecordError, StoreError, UnfinishedError
 from vista.store.environment import check_structure
 from vista.store.generation_reader import GenerationReader, Tally, open_generation
-from vista.store.layout import environment_path, list_generations, read_current
+from vista.store.layout import environment_path, environments_of, list_generations, read_current
 from vista.store.record import check_records
 
 _LISTED = 20
@@ -77,9 +77,13 @@ def verify_generation(
     """Check one generation and add what is wrong to the report; an unfinished one may be of no interest."""
     folder = environment_path(root, generation)
     try:
-        check_structure(folder)
+        for environment in environments_of(root, generation):
+            check_structure(environment)
         with open_generation(root, generation, key) as reader:
             report.records[generation] = _verify_records(reader, report).count
+            num_states = sum(len(keys) for keys, _ in reader.state_batches())
+            if reader.manifest.state_spec() is not None and num_states != reader.manifest.count:
+                report.add(f"gen-{generation} holds {num_states} states for {reader.manifest.count} records")
             for name in reader.other_keys():
                 if not name.startswith(b"!"):
                     report.add(f"{folder}: key {name[:40]!r} is neither a user's nor the store's own")
