@@ -10,13 +10,14 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 from vista.choices import Codec
 from vista.errors import RecordError, StoreError
 from vista.store import NO_TIMESTAMP, SummaryStore, Tail, encode_records, user_keys
 from vista.store.generation_reader import open_generation
 from vista.store.layout import list_generations, read_current
-from vista.store.parquet import export_store, import_store
+from vista.store.parquet import FORMAT, export_store, import_store
 from vista.store.verification import verify_store
 
 KEY = bytes(range(200, 232))
@@ -58,7 +59,7 @@ def test_columns_say_what_the_store_holds(tmp_path, build, codec):
         assert table[name] == [part.tolist() for part in parts]
 
 
-@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "keyed"])
 @pytest.mark.parametrize("codec", Codec)
 def test_import_gives_the_same_records_but_for_the_generation(tmp_path, build, codec, key):
     build.write_store(tmp_path / "store", codec=codec, key=key, until="leave-last-out")
@@ -106,10 +107,15 @@ def test_batches_and_row_groups(tmp_path, build, monkeypatch):
 
 
 def exported(tmp_path: Path, build: Any) -> Path:
-    build.write_store(tmp_path / "store")
+    build.write_store(tmp_path / "store", until="leave-last-out")
     export_store(tmp_path / "store", tmp_path / "out.parquet")
     build.write_store(tmp_path / "served", salt=1)
     return tmp_path / "out.parquet"
+
+
+def sealed(about: dict[str, Any]) -> str:
+    text = json.dumps(about)
+    return f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}"
 
 
 def rewritten(file: Path, frame: pl.DataFrame, about: dict[str, str] | None = None) -> None:
@@ -145,17 +151,26 @@ def test_an_edited_export_is_refused_and_what_is_served_stays(tmp_path, build, c
 def test_foreign_and_truncated_files_are_refused(tmp_path, build):
     file = exported(tmp_path, build)
     whole, frame = file.read_bytes(), pl.read_parquet(file)
+    file.with_name("whole.parquet").write_bytes(whole)
     for damaged in (b"", b"not Parquet", whole[:-10], whole[: len(whole) // 2], whole[:-200] + bytes(200)):
         file.write_bytes(damaged)
         with pytest.raises(StoreError, match="no whole export of a store"):
             import_store(file, tmp_path / "served")
-    manifest: dict[str, Any] = {"format_version": 1}
-    for about in ({}, {"vista": "{"}, {"vista": "[]"}, {"vista": json.dumps({"format": "other"})},
-                  {"vista": json.dumps({"format": "vista store export 1", "manifest": manifest})},
-                  {"vista": json.dumps({"format": "vista store export 1", "manifest": {}})}):  # fmt: skip
-        rewritten(file, frame, about)
-        with pytest.raises(StoreError, match=r"no whole export|format version None|of another vista or foreign"):
+    written = pl.read_parquet_metadata(file.with_name("whole.parquet"))["vista"]
+    for text in (
+        "",
+        "{}",
+        written.replace("leave-last-out", "leave-last-two-out"),
+        written[:-1],
+        sealed({"format": 2}),
+    ):
+        rewritten(file, frame, {"vista": text})
+        with pytest.raises(StoreError, match=r"no whole export of a store: (what it says of itself|it is a 2)"):
             import_store(file, tmp_path / "served")
+    rewritten(file, frame, {"vista": sealed({"format": FORMAT, "manifest": {"format_version": 9}})})
+    with pytest.raises(StoreError, match="format version 9"):
+        import_store(file, tmp_path / "served")
+    rewritten(file, frame, {})
     with pytest.raises(StoreError, match="no whole export"):
         import_store(tmp_path / "none.parquet", tmp_path / "served")
     assert list_generations(tmp_path / "served") == [1]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ import pytest
 
 from vista.errors import StoreError
 from vista.store import SummaryStore
+from vista.store.administration import compact_store, roll_back
+from vista.store.copying import copy_generation
 from vista.store.layout import environment_path
-
-READER, GROUP = 60_001, 60_002
+from vista.store.statistics import store_stats
+from vista.store.verification import verify_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -79,44 +80,42 @@ def test_a_folder_that_holds_something_else_keeps_its_mode(tmp_path, build):
     assert found["."] == 0o755 and found["gen-1"] == 0o700 and found["CURRENT"] == 0o600
 
 
-def as_reader(function: Callable[[], Any]) -> Any:
-    """Result of a function in a child of another account, which belongs to the group GROUP."""
-    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
-
-    def call() -> None:
-        os.setgroups([])
-        os.setgid(GROUP)
-        os.setuid(READER)
-        try:
-            sender.send(function())
-        except StoreError as error:
-            sender.send(error)
-
-    child = multiprocessing.get_context("fork").Process(target=call)
-    child.start()
-    assert receiver.poll(20), "the child hangs"
-    result = receiver.recv()
-    child.join(20)
-    return result
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several accounts")
-def test_another_account_reads_a_store_of_its_group_and_no_other(tmp_path, build):
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.geteuid() and len(folder.parts) > 2:
-            folder.chmod(folder.stat().st_mode | 0o011)
-
+def test_another_account_reads_a_store_of_its_group_and_no_other(tmp_path, build, as_other_account):
     def read() -> Any:
         with SummaryStore.open(root) as store:
             return store.get_many([3]).found.tolist()
 
     root = tmp_path / "store"
     root.mkdir()
-    os.chown(root, -1, GROUP)
+    os.chown(root, -1, as_other_account.group)
     two_generations(build, root, shared_with_group=True)
-    assert as_reader(read) == [True]
+    assert as_other_account(read) == [True]
     (environment_path(root, 2) / "lock.mdb").chmod(0o640)
-    assert "Readers too need write access to lock.mdb" in str(as_reader(read))
+    assert "Readers too need write access to lock.mdb" in str(as_other_account(read))
+    (environment_path(root, 2) / "lock.mdb").unlink()  # which it cannot make anew either
+    assert "Readers too need write access to lock.mdb" in str(as_other_account(read))
     build.write_store(root, run_digest="log-3")
-    error = as_reader(read)
+    error = as_other_account(read)
     assert isinstance(error, StoreError) and "permission" in str(error).lower()
+
+
+def test_another_account_cannot_write_and_is_told_what_to_do(tmp_path, build, as_other_account):
+    root = tmp_path / "store"
+    root.mkdir()
+    os.chown(root, -1, as_other_account.group)
+    two_generations(build, root, shared_with_group=True)
+    before = {path: path.stat() for path in root.rglob("*") if path.name != "lock.mdb"}
+    for act in (
+        lambda: build.open_writer(root, run_digest="log-3"),
+        lambda: build.open_writer(root, run_digest="log-3", shared_with_group=True),
+        lambda: compact_store(root),
+        lambda: roll_back(root),
+        lambda: copy_generation(root, tmp_path / "target"),
+    ):
+        error = as_other_account(act)
+        assert isinstance(error, StoreError) and "cannot be written" in str(error) and "permissions" in str(error), (
+            error
+        )
+    assert before == {path: path.stat() for path in before}
+    assert as_other_account(lambda: verify_store(root).num_problems) == 0
+    assert "serves gen-2" in as_other_account(lambda: str(store_stats(root)))

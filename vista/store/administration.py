@@ -116,7 +116,7 @@ def roll_back(root: str | Path, to: int | None = None, *, key: bytes | None = No
         verify_generation(root, target, report, key=key)
         if report.num_problems:
             raise StoreError(
-                f"{root}: gen-{target} cannot be served: {report.problems[0]} (of {report.num_problems} problems). "
+                f"{root}: gen-{target} cannot be served: {report.problems[0]}. Problems in all: {report.num_problems}. "
                 "What is served is as before"
             )
         write_current(root, target)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from vista.data.polars_extra import pl, register_io_source
@@ -66,11 +67,15 @@ def export_store(root: str | Path, out: str | Path, *, key: bytes | None = None)
 
         about: dict[str, Any] = {"format": FORMAT, "manifest": dataclasses.asdict(source.manifest)}
         about |= {"count": tally.count, "records_digest": tally.records_digest}
+        text = json.dumps(about)
         partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         try:
             os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE.file))
             register_io_source(frames, schema=schema).sink_parquet(
-                partial, metadata={_METADATA: json.dumps(about)}, statistics=False, row_group_size=_group_rows(source)
+                partial,
+                metadata={_METADATA: f"{_checksum(text)} {text}"},
+                statistics=False,
+                row_group_size=_group_rows(source),
             )
             if fault:
                 raise fault[0]
@@ -190,13 +195,18 @@ def _about(file: Path) -> dict[str, Any]:
         metadata = pl.read_parquet_metadata(file)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise _foreign(file, str(error)) from error
-    try:
-        about = json.loads(metadata.get(_METADATA, "null"))
-    except ValueError as error:
-        raise _foreign(file, "what it says of itself is no JSON") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT or not isinstance(about.get("manifest"), dict):
-        raise _foreign(file, f"it does not say that it is a {FORMAT!r}")
+    checksum, _, text = metadata.get(_METADATA, "").partition(" ")
+    if checksum != _checksum(text):
+        raise _foreign(file, "what it says of itself is missing or damaged")
+    about: dict[str, Any] = json.loads(text)
+    if about["format"] != FORMAT:
+        raise _foreign(file, f"it is a {about['format']!r}, this vista reads {FORMAT!r}")
     return about
+
+
+def _checksum(text: str) -> str:
+    digest: str = xxhash.xxh3_64_hexdigest(text.encode())
+    return digest
 
 
 def _rows(file: Path) -> Iterator[tuple[list[bytes], list[bytes]]]:
