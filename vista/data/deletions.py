@@ -25,6 +25,7 @@ from vista.data.polars_extra import pl
 from vista.data.segment import EVENT_COLUMNS, FORGOTTEN_COLUMNS, segment_name
 from vista.data.segment_writer import TableWriter, locked_log, staged_folder, write_manifest
 from vista.data.sources import Source, column_names, frame_source, open_sources
+from vista.data.validation import TIME_UNITS
 from vista.errors import ConfigError, DataError, UnknownUserError
 
 _NAMED_ROWS = 3
@@ -61,9 +62,10 @@ def forget_events(path: str | os.PathLike[str], events: Any) -> DeletionReport:
         LogFormatError: if there is no such log.
     """
     names = list(events) if isinstance(events, Mapping) else list(getattr(events, "columns", ()))
-    config = _config([], "action" in names, "ms")
-    columns = ["user", "item", "timestamp", *(["action"] if config.action else [])]
-    return _forget(Path(path), frame_source(to_polars(events, columns), config, "events"))
+    columns = ["user", "item", "timestamp", *(["action"] if "action" in names else [])]
+    frame = to_polars(events, columns)
+    config = _config([], "action" in names, None if frame["timestamp"].dtype.is_temporal() else "ms")
+    return _forget(Path(path), frame_source(frame, config, "events"))
 
 
 def forget_file(path: str | os.PathLike[str], file: str, time_unit: str | None) -> DeletionReport:
@@ -74,13 +76,21 @@ def forget_file(path: str | os.PathLike[str], file: str, time_unit: str | None) 
 
     Raises:
         ConfigError: if the timestamps have no unit.
-        DataError: as above, or if the file cannot be read.
+        DataError: as above, or if the file cannot be read or lacks a column.
     """
     log = EventLog.open(path)
     if not log.has_time and time_unit is not None:
         raise ConfigError(f"time_unit={time_unit}: {path} has no times, so `timestamp` counts events; leave it out")
-    config = _config([file], "action" in column_names(Path(file)), time_unit if log.has_time else "ms")
-    (source,) = open_sources(config)
+    names = column_names(Path(file))
+    for name in ("user", "item", "timestamp"):
+        if names and name not in names:
+            raise DataError(
+                f"{file}: column {name!r} is missing; the file has: {', '.join(names)}; name its columns user, item, "
+                "timestamp and, if wanted, action"
+            )
+    (source,) = open_sources(_config([file], "action" in names, time_unit if log.has_time else "ms"))
+    if log.has_time and time_unit is None and not source.frame.collect_schema()["timestamp"].is_temporal():
+        raise ConfigError(f"time_unit: say in which unit column 'timestamp' of {file} counts ({', '.join(TIME_UNITS)})")
     return _forget(Path(path), source)
 
 

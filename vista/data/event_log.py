@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vista.data.deleted_rows import obey_deletions
 from vista.data.histories import Histories, slice_merged, take_range
 from vista.data.impressions import Impressions, read_impressions
+from vista.data.packed_table import PackedTable
 from vista.data.segment import Segment, read_segments
 from vista.data.vocabulary import Vocabulary
 from vista.errors import LogFormatError, UnknownUserError
@@ -41,6 +42,7 @@ class EventLog:
         self.segments = obey_deletions(segments)
         """Oldest first, each without what later ones delete."""
         self.num_events = sum(segment.events.num_rows for segment in self.segments)
+        self._tables = _filled(self.segments)
         self._lengths: NDArray[np.int64] | None = None
         self._impressions: Impressions | None = None
         if (self.num_users, self.num_items) != (newest["num_users"], newest["num_items"]):
@@ -215,7 +217,7 @@ class EventLog:
         high = np.clip(np.asarray(stops, np.int64), low, lengths)
         if low.shape != rows.shape or high.shape != rows.shape:
             raise ValueError(f"starts and stops need shape {rows.shape}, got {low.shape} and {high.shape}")
-        return take_range([segment.events for segment in self.segments], rows, low, high)
+        return take_range(self._tables, rows, low, high)
 
     def has_boundary(self, after: int) -> bool:
         """Whether the log can be read as it was after segment `after`: `EventLog.open(path, last_segment=after)`.
@@ -258,13 +260,13 @@ class EventLog:
         """
         self._check_number(after)
         rows = self._checked_rows(user_rows)
-        tables = [segment.events for segment in self.segments if segment.first > after]
         mixed = [segment for segment in self.segments if segment.first <= after < segment.last]
         if mixed:
             raise LogFormatError(
                 f"{self.path}: {mixed[0].path.name} does not keep apart what came after segment {after}; "
                 "read whole histories of `changed_users` instead"
             )
+        tables = _filled([segment for segment in self.segments if segment.first > after])
         tables = tables or [self.segments[-1].events.of_users(0, 0)]
         num = sum((table.counts(self.num_users) for table in tables), np.zeros(self.num_users, np.int64))[rows]
         return take_range(tables, rows, np.zeros(len(rows), np.int64), num)
@@ -288,7 +290,7 @@ class EventLog:
         """Events [start, stop) of one user (B = 1), bounds as of a list; views wherever one segment holds them."""
         row = int(self._checked_rows([user_row])[0])
         low, high, _ = slice(start, stop).indices(int(self.lengths[row]))
-        return slice_merged([segment.events for segment in self.segments], row, low, max(low, high))
+        return slice_merged(self._tables, row, low, max(low, high))
 
     def _checked_rows(self, user_rows: Any) -> NDArray[np.int64]:
         rows = np.asarray(user_rows)
@@ -298,6 +300,12 @@ class EventLog:
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_users):
             raise IndexError(f"user rows must lie in [0, {self.num_users}), got {rows.min()} to {rows.max()}")
         return rows
+
+
+def _filled(segments: Sequence[Segment]) -> list[PackedTable]:
+    """The segments' events, without the tables that hold none where others do (deletion rows alone make a segment)."""
+    tables = [segment.events for segment in segments]
+    return [table for table in tables if table.num_rows] or tables[:1]
 
 
 def _reopen(path: str, last_segment: int) -> EventLog:
