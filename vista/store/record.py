@@ -60,6 +60,7 @@ HEADER = np.dtype(
 assert HEADER.itemsize == HEADER_BYTES
 
 _ZERO_CHECKSUM = bytes(8)
+_KEY_HASH_BYTES = slice(64, 72)
 _SHARED_FIELDS = (
     *("magic", "format_version", "header_length", "flags", "codec", "tokens", "dim", "scale_dtype"),
     *("generation", "summarizer_id", "reserved"),
@@ -324,6 +325,17 @@ def check_records(views: Sequence[memoryview], keys: Sequence[bytes], spec: Reco
     require("tail_length", tail_bytes // TAIL_EVENT_BYTES)
     _check(tail_bytes % TAIL_EVENT_BYTES == 0, keys, lengths, "length", "whole tail events")
     return headers
+
+
+def check_keys(keys: Sequence[bytes], values: Sequence[memoryview]) -> None:
+    """Check keys against the hashes in their records: a key itself has no checksum.
+
+    Raises:
+        RecordError: a key is not the one that the record was written under.
+    """
+    found = np.array([int.from_bytes(value[_KEY_HASH_BYTES], "little") for value in values], dtype=np.uint64)
+    expected = np.array([xxhash.xxh3_64_intdigest(key) for key in keys], dtype=np.uint64)
+    _check(found == expected, keys, found, "key_hash", expected)
 
 
 def decode_record_reference(record: bytes) -> dict[str, Any]:
