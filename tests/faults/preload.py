@@ -18,7 +18,6 @@ FOREVER = 1 << 40
 
 _RECORD = struct.Struct("<IIqQQQ")
 _SYNCHRONOUS, _FAILED = 1, 2
-_COUNTED_FROM = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +63,11 @@ def kill_at(kinds: int, number: int, signal_number: int) -> None:
     fail_at(kinds, number, -signal_number)
 
 
-def start_counting(kinds: int) -> None:
-    """In a child: count calls from now."""
-    fail_at(kinds, _COUNTED_FROM, 0)
-
-
-def counted() -> int:
-    """In a child: calls since `start_counting`."""
+def calls_since(number: int) -> int:
+    """In a child: calls of the kinds since `fail_at(kinds, number, …)`."""
     function = ctypes.CDLL(None).faults_count
     function.restype = ctypes.c_long
-    return int(function(ctypes.c_long(_COUNTED_FROM)))
+    return int(function(ctypes.c_long(number)))
 
 
 def read_log(path: Path) -> Iterator[Call]:
