@@ -6,12 +6,13 @@ the gate, which every read transaction passes: a fork, a close and a map change 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +28,8 @@ MAX_READERS = 1024
 """Slots of the reader table: at least processes x threads. The first opener of a generation decides."""
 
 _SMALLEST_MAP_BYTES = 1 << 28
+_READER_BYTES = 64
+_READER_TABLE_HEAD_BYTES = 128
 _PAGE_HEADER_BYTES = 16
 _META = struct.Struct("=II16xI92xQQ")  # magic, version, …, page size, …, last page, transaction; host byte order
 _META_MAGIC = 0xBEEFC0DE
@@ -259,13 +262,15 @@ def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READE
     a smaller map is reserved and its size logged.
 
     Raises:
-        StoreError: no environment, truncated, foreign, not accessible, or no address space; the message has the remedy.
+        StoreError: no environment, truncated, foreign, not accessible, no room for the reader table, or no address
+            space; the message has the remedy.
     """
     if readonly or (path / "data.mdb").exists():
         check_data_file(path / "data.mdb")
     modes = modes_of(path)
     made = [(path / name, mode) for name, mode in (("data.mdb", modes.file), ("lock.mdb", modes.lock))]
     made = [(file, mode) for file, mode in made if not file.exists()]
+    _make_reader_table(path / "lock.mdb", max_readers)
     size = MAP_SIZE_BYTES
     while True:
         try:
@@ -292,6 +297,34 @@ def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READE
     if size < MAP_SIZE_BYTES:
         logger.warning("%s: address space is limited (ulimit -v); reserved %d bytes instead of 1 TiB", path, size)
     return environment
+
+
+def _make_reader_table(path: Path, max_readers: int) -> None:
+    """Make lock.mdb with all its blocks where there is none.
+
+    LMDB would make a file of holes and write to it through a map, which on a full disk ends the process (SIGBUS).
+
+    Raises:
+        StoreError: the disk is full.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.exists():
+            return
+        with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, PRIVATE.file)) as file:
+            file.write(bytes(_READER_BYTES * max_readers + _READER_TABLE_HEAD_BYTES))
+        with suppress(FileExistsError):  # Another process was first.
+            os.link(partial, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(
+                f"{path}: {error.strerror}, and its readers need a table of {_READER_BYTES * max_readers} bytes; free "
+                "some space and open the store again"
+            ) from error
+        logger.debug("%s: %s", path, error)  # LMDB meets the same, and says what it means for it.
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def check_data_file(path: Path) -> None:

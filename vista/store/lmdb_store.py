@@ -9,7 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +29,7 @@ from vista.store.layout import (
     read_current,
     state_path,
 )
-from vista.store.record import NO_TIMESTAMP, RawRecords, RecordSpec, Tail, decode_rows, read_records
+from vista.store.record import NO_TIMESTAMP, RawRecords, RecordSpec, Tail, check_keys, decode_rows, read_records
 from vista.store.state_record import StateArrays, read_states
 
 _READ_RECORDS = 1024
@@ -218,7 +218,11 @@ class SummaryStore:
             environment.release()
 
     def keys(self) -> Iterator[int | str]:
-        """User ids of all records of one generation in the order of their keys, read in short transactions."""
+        """User ids of all records of one generation in the order of their keys, read in short transactions.
+
+        Raises:
+            RecordError, StoreError: a key or their order is damaged.
+        """
         environment = self._current().environment
         environment.retain()
         try:
@@ -362,7 +366,12 @@ def _keys_from(transaction: lmdb.Transaction[memoryview], first: bytes) -> list[
     cursor = transaction.cursor()
     if not cursor.set_range(first):
         return []
-    return [bytes(key) for key in islice(cursor.iternext(values=False), _READ_RECORDS)]
+    found = list(islice(cursor.iternext(), _READ_RECORDS))
+    keys = [bytes(key) for key, _ in found]
+    check_keys(keys, [value for _, value in found])
+    if any(key <= before for before, key in pairwise([first[:-1], *keys])):
+        raise StoreError(f"the keys of the store are out of order, so its file is damaged; {REMEDY}")
+    return keys
 
 
 def _require_kind(keys: list[bytes], manifest: Manifest) -> None:

@@ -63,6 +63,7 @@ HEADER = np.dtype(
 assert HEADER.itemsize == HEADER_BYTES
 
 _ZERO_CHECKSUM = bytes(8)
+_KEY_HASH_BYTES = slice(64, 72)
 _SHARED_FIELDS = (
     *("magic", "format_version", "header_length", "flags", "codec", "tokens", "dim", "scale_dtype"),
     *("generation", "summarizer_id", "reserved"),
@@ -335,6 +336,17 @@ def _check_codes(views: Sequence[memoryview], keys: Sequence[bytes], key: bytes)
                 f"the record of {_user_of(user)} was not written with this key, or was changed or moved since: its "
                 "authentication code is wrong. Do not serve it; find out who can write to the store, then refresh it"
             )
+
+
+def check_keys(keys: Sequence[bytes], values: Sequence[memoryview]) -> None:
+    """Check keys against the hashes in their records: a key itself has no checksum.
+
+    Raises:
+        RecordError: a key is not the one that the record was written under.
+    """
+    found = np.array([int.from_bytes(value[_KEY_HASH_BYTES], "little") for value in values], dtype=np.uint64)
+    expected = np.array([xxhash.xxh3_64_intdigest(key) for key in keys], dtype=np.uint64)
+    _check(found == expected, keys, found, "key_hash", expected)
 
 
 @lru_cache(maxsize=16)
