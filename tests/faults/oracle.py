@@ -189,7 +189,7 @@ _expected: dict[tuple[Run, RecordSpec], StoredBatch] = {}
 
 def expected_batch(run: Run, spec: RecordSpec) -> StoredBatch:
     """All users of a run as a reader must see them, by the format's plain decoder instead of the reader's own."""
-    from vista.store.record import decode_record_reference
+    from vista.store.record_reference import decode_record_reference
 
     if (run, spec) not in _expected:
         _, records = run.records(range(run.total), spec)
