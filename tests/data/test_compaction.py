@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,6 +201,21 @@ def test_quarantined_rows_stay_where_nobody_was_erased(tmp_path: Path) -> None:
     assert (path / "segment-000001-000002" / "quarantine.csv").read_text().splitlines() == [*old[0], old[1][1]]
     with pytest.raises(DataError, match=r"segment 2 holds it already \(as 1\.csv\)"):
         run(path, [tmp_path / "1.csv"], append=True)
+
+
+def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
+    path, num = tmp_path / "log", 300_000
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        columns = {"user": rng.integers(0, 600, num), "item": rng.integers(0, 90, num), "timestamp": np.arange(num)}
+        shifted = {**columns, "timestamp": columns["timestamp"] + number * num // 2}
+        EventLog.from_frame(shifted, path, time_unit="s", append=number > 0)
+    tracemalloc.start()
+    compact_log(path, run_events=10_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert EventLog.open(path).num_events == 2 * num
+    assert peak < 2_000_000 < 2 * num * 13  # of columns
 
 
 def manifest_says(**values: object) -> Callable[[Path], None]:

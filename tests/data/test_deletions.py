@@ -76,6 +76,7 @@ def test_whatever_is_read_is_what_lists_say(
     users = rng.permutation(NUM_USERS)
     for after in range(len(steps) + 1):
         assert log.has_boundary(after) is (after > 0)
+        assert log.users_with_deletions(after).tolist() == oracle.with_deletions(after)
         new = [oracle.history(user, after) for user in users.tolist()]
         assert events_of(log.new_events(users, after), users.tolist()) == new
         if after:
@@ -105,6 +106,8 @@ def test_compaction_changes_nothing_that_is_read(
         if inside:
             with pytest.raises(LogFormatError, match="does not keep apart what came after"):
                 log.new_events(users, after)
+            with pytest.raises(LogFormatError, match="does not keep apart"):
+                log.users_with_deletions(after)
         else:
             new = [oracle.history(user, after) for user in users.tolist()]
             assert events_of(log.new_events(users, after), users.tolist()) == new
