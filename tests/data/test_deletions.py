@@ -124,6 +124,26 @@ def test_compaction_changes_nothing_that_is_read(
     assert contents(path) == before
 
 
+def test_what_is_out_of_order_is_seen_behind_a_deletion(tmp_path: Path) -> None:
+    """The second segment goes back in time for user 1, whose rows there have moved up by one."""
+    steps = [
+        Step(events=[(1, 0, 5, 0), (1, 0, 6, 0)]),
+        Step(events=[(0, 0, 8, 0), (0, 0, 9, 0), (1, 1, 2, 0), (1, 1, 3, 0)]),
+        Step(forgotten=[(0, 0, 8, 0)]),
+    ]
+    log = write(tmp_path / "log", steps)
+    assert log.gather_ranges([1], [0], [2]).timestamp.tolist() == [2, 3]
+    assert log.slice(1, 1, 3).timestamp.tolist() == [3, 5]
+
+
+def test_many_events_at_one_time_are_compared_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vista.data.deleted_rows._ROWS_AT_ONCE", 7)
+    events = [(user, item % NUM_ITEMS, 1, item % 2) for user in range(2) for item in range(20)]
+    steps = [Step(events=events), Step(forgotten=[(0, 1, 1, 1), (1, 2, 1, 0)])]
+    log = write(tmp_path / "log", steps)
+    assert_reads_as(log, Oracle(steps), np.random.default_rng(0))
+
+
 FRAME = {
     "user": ["ann", "ann", "bob", "ann", "cy"],
     "item": [1, 1, 1, 2, 3],
