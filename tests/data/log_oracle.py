@@ -60,6 +60,11 @@ class Oracle:
     def _is_gone(self, event: Event, number: int) -> bool:
         return any(event in later.forgotten or event[0] in later.erased for later in self.steps[number + 1 :])
 
+    def with_deletions(self, after: int) -> list[int]:
+        return sorted(
+            {user for step in self.steps[after:] for user in [*(event[0] for event in step.forgotten), *step.erased]}
+        )
+
     def changed(self, after: int) -> list[int]:
         return sorted(
             {

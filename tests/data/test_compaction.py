@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,6 +201,54 @@ def test_quarantined_rows_stay_where_nobody_was_erased(tmp_path: Path) -> None:
     assert (path / "segment-000001-000002" / "quarantine.csv").read_text().splitlines() == [*old[0], old[1][1]]
     with pytest.raises(DataError, match=r"segment 2 holds it already \(as 1\.csv\)"):
         run(path, [tmp_path / "1.csv"], append=True)
+
+
+def test_ratings_and_probabilities_come_along(tmp_path: Path) -> None:
+    """A probability that one segment lacks is NaN, before and after; deleted rows are skipped in every column."""
+    path, rng = tmp_path / "log", np.random.default_rng(0)
+    columns = {"rating": "stars", "action": "kind", "time_unit": "ms", "labels": ["like"]}
+    for number in range(3):
+        time = rng.integers(0, 90, 200)
+        events = {"user": rng.integers(0, 9, 200), "item": rng.integers(0, 20, 200), "timestamp": time}
+        shown = {name: values[:50] for name, values in events.items()} | {"like": rng.integers(0, 2, 50)}
+        shown |= {"p": rng.random(50)} if number == 1 else {}
+        events |= {"stars": rng.random(200).astype(np.float32), "kind": rng.choice(["buy", "view"], 200)}
+        EventLog.from_frame(
+            events, path, append=number > 0, impressions=shown, probabilities=["p"] if number == 1 else [], **columns
+        )
+        if number == 1:
+            forget_events(path, {name: events[name][:20] for name in ("user", "item", "timestamp")})
+            erase_users(path, [3])
+    before = EventLog.open(path)
+    compact_log(path, run_events=100)
+    after = EventLog.open(path)
+    users = np.arange(before.num_users)
+    ranges = users[::-1], users % 5, users + 9
+    assert (len(before.segments), len(after.segments), after.users.num_blank) == (5, 1, 0)
+    assert before.num_events == after.num_events < 600
+    for one, other in (
+        (before.gather(users), after.gather(users)),
+        (before.gather_ranges(*ranges), after.gather_ranges(*ranges)),
+        (before.impressions, after.impressions),
+    ):
+        for name in one.__slots__:
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), name)
+    assert np.isnan(after.impressions.probability).any() and not np.isnan(after.impressions.probability).all()
+
+
+def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
+    path, num = tmp_path / "log", 300_000
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        columns = {"user": rng.integers(0, 600, num), "item": rng.integers(0, 90, num), "timestamp": np.arange(num)}
+        shifted = {**columns, "timestamp": columns["timestamp"] + number * num // 2}
+        EventLog.from_frame(shifted, path, time_unit="s", append=number > 0)
+    tracemalloc.start()
+    compact_log(path, run_events=10_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert EventLog.open(path).num_events == 2 * num
+    assert peak < 2_000_000 < 2 * num * 13  # of columns
 
 
 def manifest_says(**values: object) -> Callable[[Path], None]:

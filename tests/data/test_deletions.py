@@ -76,6 +76,7 @@ def test_whatever_is_read_is_what_lists_say(
     users = rng.permutation(NUM_USERS)
     for after in range(len(steps) + 1):
         assert log.has_boundary(after) is (after > 0)
+        assert log.users_with_deletions(after).tolist() == oracle.with_deletions(after)
         new = [oracle.history(user, after) for user in users.tolist()]
         assert events_of(log.new_events(users, after), users.tolist()) == new
         if after:
@@ -105,6 +106,8 @@ def test_compaction_changes_nothing_that_is_read(
         if inside:
             with pytest.raises(LogFormatError, match="does not keep apart what came after"):
                 log.new_events(users, after)
+            with pytest.raises(LogFormatError, match="does not keep apart"):
+                log.users_with_deletions(after)
         else:
             new = [oracle.history(user, after) for user in users.tolist()]
             assert events_of(log.new_events(users, after), users.tolist()) == new
@@ -119,6 +122,26 @@ def test_compaction_changes_nothing_that_is_read(
     before = contents(path)
     compact_log(path)
     assert contents(path) == before
+
+
+def test_what_is_out_of_order_is_seen_behind_a_deletion(tmp_path: Path) -> None:
+    """The second segment goes back in time for user 1, whose rows there have moved up by one."""
+    steps = [
+        Step(events=[(1, 0, 5, 0), (1, 0, 6, 0)]),
+        Step(events=[(0, 0, 8, 0), (0, 0, 9, 0), (1, 1, 2, 0), (1, 1, 3, 0)]),
+        Step(forgotten=[(0, 0, 8, 0)]),
+    ]
+    log = write(tmp_path / "log", steps)
+    assert log.gather_ranges([1], [0], [2]).timestamp.tolist() == [2, 3]
+    assert log.slice(1, 1, 3).timestamp.tolist() == [3, 5]
+
+
+def test_many_events_at_one_time_are_compared_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vista.data.deleted_rows._ROWS_AT_ONCE", 7)
+    events = [(user, item % NUM_ITEMS, 1, item % 2) for user in range(2) for item in range(20)]
+    steps = [Step(events=events), Step(forgotten=[(0, 1, 1, 1), (1, 2, 1, 0)])]
+    log = write(tmp_path / "log", steps)
+    assert_reads_as(log, Oracle(steps), np.random.default_rng(0))
 
 
 FRAME = {

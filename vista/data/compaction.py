@@ -25,7 +25,7 @@ from vista.data.segment_writer import TableWriter, locked_log, staged_folder, wr
 from vista.files import sync
 
 RUN_EVENTS = 1 << 20
-"""Events that are read and written at once, some 50 bytes of memory each; a longer history makes a run of its own."""
+"""Events that are read and written at once, some 40 bytes of memory each; a longer history makes a run of its own."""
 QUARANTINE = "quarantine.csv"
 
 

@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vista.data.histories import ranges
+from vista.data.histories import ranges, token_groups
 from vista.data.packed_table import Int, PackedTable
 from vista.data.segment import Segment
+
+_ROWS_AT_ONCE = 1 << 20
+"""Rows at the times of keys that are compared at once: where times are whole days, they are many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +59,15 @@ def equal_events(table: PackedTable, keys: EventKeys) -> tuple[Int, Int]:
     start, stop, times = start[here], start[here] + count[here], keys.timestamp[here]
     low = table.first_since(start, stop, times)
     num = table.first_since(low, stop, times + 1) - low
-    row, key = ranges(low, num), np.repeat(here, num)
-    place = table.places(row)
-    equal = table.columns["item"][place] == keys.item[key]
-    if keys.action is not None:
-        equal &= table.columns["action"][place] == keys.action[key]
-    return key[equal], row[equal]
+    found = [(here[:0], low[:0])]
+    for part in token_groups(num, _ROWS_AT_ONCE):
+        row, key = ranges(low[part], num[part]), np.repeat(here[part], num[part])
+        place = table.places(row)
+        equal = table.columns["item"][place] == keys.item[key]
+        if keys.action is not None:
+            equal &= table.columns["action"][place] == keys.action[key]
+        found.append((key[equal], row[equal]))
+    return np.concatenate([key for key, _ in found]), np.concatenate([row for _, row in found])
 
 
 def obey_deletions(segments: Sequence[Segment]) -> tuple[Segment, ...]:

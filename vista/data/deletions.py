@@ -81,6 +81,8 @@ def forget_file(path: str | os.PathLike[str], file: str, time_unit: str | None) 
     log = EventLog.open(path)
     if not log.has_time and time_unit is not None:
         raise ConfigError(f"time_unit={time_unit}: {path} has no times, so `timestamp` counts events; leave it out")
+    if Path(file).is_dir():
+        raise DataError(f"{file}: is a folder; name one CSV or Parquet file")
     names = column_names(Path(file))
     for name in ("user", "item", "timestamp"):
         if names and name not in names:

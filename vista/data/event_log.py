@@ -244,6 +244,22 @@ class EventLog:
             changed[segment.changed_users(after)] = True
         return np.flatnonzero(changed)
 
+    def users_with_deletions(self, after: int) -> NDArray[np.int64]:
+        """Those of `changed_users` from whom segments numbered above `after` delete something; the others only gained.
+
+        Args:
+            after: a number for which `has_boundary` holds, or 0.
+
+        Returns:
+            int64 [U] user rows, ascending.
+
+        Raises:
+            LogFormatError: if the log ends before `after`, or a compacted segment holds what came before and after it.
+        """
+        newer = self._newer_segments(after)
+        forgotten = [segment.forgotten.users for segment in newer if segment.forgotten is not None]
+        return np.unique(np.concatenate([np.empty(0, np.int64), *(s.erased for s in newer), *forgotten]))
+
     def new_events(self, user_rows: Any, after: int) -> Histories:
         """What the segments numbered above `after` brought of several users, without what later ones deleted.
 
@@ -258,18 +274,20 @@ class EventLog:
         Raises:
             LogFormatError: if the log ends before `after`, or a compacted segment holds both older and newer events.
         """
-        self._check_number(after)
         rows = self._checked_rows(user_rows)
+        tables = _filled(self._newer_segments(after)) or [self.segments[-1].events.of_users(0, 0)]
+        num = sum((table.counts(self.num_users) for table in tables), np.zeros(self.num_users, np.int64))[rows]
+        return take_range(tables, rows, np.zeros(len(rows), np.int64), num)
+
+    def _newer_segments(self, after: int) -> list[Segment]:
+        self._check_number(after)
         mixed = [segment for segment in self.segments if segment.first <= after < segment.last]
         if mixed:
             raise LogFormatError(
                 f"{self.path}: {mixed[0].path.name} does not keep apart what came after segment {after}; "
                 "read whole histories of `changed_users` instead"
             )
-        tables = _filled([segment for segment in self.segments if segment.first > after])
-        tables = tables or [self.segments[-1].events.of_users(0, 0)]
-        num = sum((table.counts(self.num_users) for table in tables), np.zeros(self.num_users, np.int64))[rows]
-        return take_range(tables, rows, np.zeros(len(rows), np.int64), num)
+        return [segment for segment in self.segments if segment.first > after]
 
     def _check_number(self, after: int) -> None:
         if not 0 <= after <= self.last_segment:

@@ -88,7 +88,6 @@ def log_stats(config: LogStatsConfig) -> LogStats:
         LogFormatError: if it is missing or damaged.
     """
     log = EventLog.open(config.data)
-    impressions = log.impressions
     first, last = (log.time_range() if log.has_time else None) or (None, None)
     return LogStats(
         log.path,
@@ -96,7 +95,7 @@ def log_stats(config: LogStatsConfig) -> LogStats:
         log.num_users - log.users.num_blank,
         log.num_items,
         log.num_events,
-        impressions.num_impressions if impressions is not None else 0,
+        sum(segment.impressions.num_rows for segment in log.segments if segment.impressions is not None),
         sum(0 if segment.forgotten is None else segment.forgotten.num_rows for segment in log.segments),
         sum(len(segment.erased) for segment in log.segments),
         sum(
