@@ -55,7 +55,7 @@ def events(counts: dict[int, int], start: int = START, seed: int = 0, spread: in
 def append(path: Path, frame: dict[str, Any]) -> EventLog:
     """Make a log of a frame, or add a segment to it."""
     return EventLog.from_frame(
-        frame, path, time_unit="ms", action="action", rating="rating", append=(path / "segment-000001").exists()
+        frame, path, time_unit="ms", action="action", rating="rating", append=any(path.glob("segment-*"))
     )
 
 

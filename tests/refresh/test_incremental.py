@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vista.choices import Codec, Decay, Mixing, StateDtype
+from vista.data.compaction import compact_log
 from vista.data.deletions import erase_users, forget_events
 from vista.data.event_log import EventLog
 from vista.errors import ConfigError, StoreError, SummarizerMismatchError
@@ -188,6 +189,29 @@ def test_without_states_changed_users_are_recomputed(tmp_path: Path, grow: Simpl
     log = grow.append(tmp_path / "log", grow.events({1: 2}, grow.start + 500 * grow.hour))
     assert dict(refresh_incremental(model, log, store).counts)["recomputed"] == 1
     grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
+
+
+def test_a_compacted_log_goes_on(tmp_path: Path, grow: SimpleNamespace) -> None:
+    """A boundary inside what was compacted: only users with changes are recomputed; blanked ids need a full refresh."""
+    model = grow.model()
+    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7, 3: 7}))
+    store = full(model, log, tmp_path / "store")
+    grow.append(tmp_path / "log", grow.events({1: 2}, grow.start + 500 * grow.hour))
+    compact_log(tmp_path / "log")
+    log = EventLog.open(tmp_path / "log")
+    report = refresh_incremental(model, log, store)
+    assert (report.num_users, report.counts["recomputed"]) == (1, 1)
+    grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
+    log = grow.append(tmp_path / "log", grow.events({3: 2}, grow.start + 900 * grow.hour))
+    assert refresh_incremental(model, log, store).counts["appended"] == 1
+    grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
+    erase_users(log.path, [2])
+    compact_log(log.path)
+    log = EventLog.open(log.path)
+    with pytest.raises(StoreError, match=r"1 users were erased .* refresh in full"):
+        refresh_incremental(model, log, store)
+    with SummaryStore.open(full(model, log, store)) as opened:
+        assert sorted(opened.keys()) == [1, 3]
 
 
 def test_erased_users_stay_away(tmp_path: Path, grow: SimpleNamespace) -> None:

@@ -76,7 +76,8 @@ def refresh_incremental(
 
     Raises:
         ConfigError: the model cannot read this log, or the store was refreshed with `until`.
-        StoreError: nothing is published there, it is of another summarizer or a longer log, or cannot be written.
+        StoreError: nothing is published there, it is of another summarizer or a longer log, or of users whose ids a
+            compaction of the log has blanked; or it cannot be written.
     """
     check_log(model, log)
     model.eval()
@@ -94,6 +95,12 @@ def refresh_incremental(
                 "restore the log, or refresh in full from what there is"
             )
         changed = log.changed_users(manifest.applied_segment)
+        nameless = len(changed) - int(log.users.has_ids(changed).sum())
+        if nameless:
+            raise StoreError(
+                f"{store}: {nameless} users were erased from {log.path} and a compaction blanked their ids: their "
+                "records can no longer be found; refresh in full, which leaves them out"
+            )
         if shard is not None:
             changed = changed[shard.holds(user_keys(log.users.ids(changed)))]
         run = Recorder(store, "incremental", len(changed), 0, progress=progress)
