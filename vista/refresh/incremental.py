@@ -197,7 +197,8 @@ class _Work:
             return
         places, arrays = stored
         base = np.full(len(users), -1, np.int64)
-        base[places] = arrays.applied_segment
+        # A user without changes has an older segment, but has seen all that the generation has.
+        base[places] = np.maximum(arrays.applied_segment, self.update.manifest.applied_segment)
         slot = np.full(len(users), -1, np.int64)
         slot[places] = np.arange(len(places))
         state = from_arrays(arrays, self.model.device)

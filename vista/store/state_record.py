@@ -111,21 +111,20 @@ def encode_states(keys: Sequence[bytes], states: StateArrays, spec: StateSpec) -
         spec: what the generation's states share.
     """
     count = len(keys)
-    z, weights = states.z, [states.n, states.removed]
-    if spec.dtype is StateDtype.float16:
-        # A scale a matrix: sums over a million events are beyond float16's range, and so are their small beginnings.
-        scale = np.abs(z).max(axis=(-2, -1), initial=0)
-        scaled = z / np.where(scale > 0, scale, 1)[..., None, None]
-        parts = [*weights, scale, scaled.astype("<f2")]
-    else:
-        parts = [*weights, z]
-    payload = np.concatenate([_rows(part) for part in parts], axis=1)
     headers = np.full(count, _template(spec))
     headers["key_hash"] = [xxhash.xxh3_64_intdigest(key) for key in keys]
     headers["created_at"] = spec.created_at
     for name in ("clock", "num_events", "applied_segment", "history_digest"):
         headers[name] = getattr(states, name)
-    return _sealed(np.concatenate([_rows(headers), payload], axis=1))
+    z, parts = states.z, [headers, states.n, states.removed]
+    if spec.dtype is StateDtype.float16:
+        # A scale a matrix: sums over a million events are beyond float16's range, and so are their small beginnings.
+        scale = np.abs(z).max(axis=(-2, -1), initial=0)
+        scaled = z / np.where(scale > 0, scale, 1)[..., None, None]
+        parts += [scale, scaled.astype("<f2")]
+    else:
+        parts += [z]
+    return _sealed(np.concatenate([_rows(part) for part in parts], axis=1))
 
 
 def rounded(states: StateArrays, spec: StateSpec) -> StateArrays:
@@ -144,15 +143,14 @@ def decode_states(values: Sequence[bytes | memoryview], keys: Sequence[bytes], s
     """
     _check([len(value) == spec.record_bytes for value in values], keys, "length")
     data = np.frombuffer(bytearray().join(values), np.uint8).reshape(len(values), spec.record_bytes)
-    headers = np.ascontiguousarray(data[:, : HEADER.itemsize]).view(HEADER)[:, 0]
+    headers = data[:, : HEADER.itemsize].copy().view(HEADER)[:, 0]
     template = _template(spec)
     for field in _SHARED_FIELDS:
         _check(headers[field] == template[field], keys, field)
     _check((headers["summarizer_id"] == template["summarizer_id"]).all(-1), keys, "summarizer_id")
     _check(headers["key_hash"] == [xxhash.xxh3_64_intdigest(key) for key in keys], keys, "key_hash")
-    blank = data.copy()
-    blank[:, _CHECKSUM_OFFSET : HEADER.itemsize] = 0
-    _check(headers["checksum"] == [xxhash.xxh3_64_intdigest(row.data) for row in blank], keys, "checksum")
+    data[:, _CHECKSUM_OFFSET : HEADER.itemsize] = 0
+    _check(headers["checksum"] == [xxhash.xxh3_64_intdigest(row.data) for row in data], keys, "checksum")
     count, L, H, D = len(values), spec.num_layers, spec.num_heads, spec.head_dim
     payload, at = data[:, HEADER.itemsize :], 0
 
@@ -191,14 +189,13 @@ def read_states(
         RecordError: as `decode_states`.
     """
 
-    def read(transaction: lmdb.Transaction[memoryview]) -> list[bytes | None]:
+    def read(transaction: lmdb.Transaction[memoryview]) -> tuple[NDArray[np.int64], StateArrays]:
         values = [transaction.get(key) for key in keys]
-        return [None if value is None else bytes(value) for value in values]
+        rows = [row for row, value in enumerate(values) if value is not None]
+        found = [value for value in values if value is not None]
+        return np.array(rows, np.int64), decode_states(found, [keys[row] for row in rows], spec)
 
-    values = environment.read(read)
-    rows = [row for row, value in enumerate(values) if value is not None]
-    found = [value for value in values if value is not None]
-    return np.array(rows, np.int64), decode_states(found, [keys[row] for row in rows], spec)
+    return environment.read(read)
 
 
 def _template(spec: StateSpec) -> np.void:
@@ -216,8 +213,7 @@ def _sealed(rows: NDArray[np.uint8]) -> list[bytes]:
     """Records [N, bytes], whose checksums are 0, with their checksums."""
     checksums = np.array([xxhash.xxh3_64_intdigest(row.data) for row in rows], dtype="<u8")
     rows[:, _CHECKSUM_OFFSET : HEADER.itemsize] = _rows(checksums)
-    size, data = rows.shape[1], rows.tobytes()
-    return [data[size * row : size * (row + 1)] for row in range(len(rows))]
+    return [row.tobytes() for row in rows]
 
 
 def _rows(part: NDArray[Any]) -> NDArray[np.uint8]:
