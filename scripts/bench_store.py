@@ -175,7 +175,7 @@ def bench_latency(recorder: Recorder, folder: Path, shape: Shape) -> None:
 
 def bench_growth(recorder: Recorder, folder: Path, shape: Shape) -> None:
     """Size of the files after each user was rewritten again and again, under readers."""
-    num_users, path = 500 if recorder.quick else 5_000, folder / "store"
+    num_users, path = 2_560 if recorder.quick else 25_600, folder / "store"
     write_store(path, shape, num_users, state=StateDtype.float32)
     files = {"summaries": served(path), "states": state_path(path, read_current(path))}
     before = {name: _file_bytes(file) for name, file in files.items()}
@@ -214,7 +214,7 @@ def bench_growth(recorder: Recorder, folder: Path, shape: Shape) -> None:
 
 def bench_many_users(recorder: Recorder, folder: Path, shape: Shape) -> None:
     """A large store opened by fresh processes, once its pages have left the cache and once they are in it."""
-    num_users, num_reads, repeats = (5_000, 500, 2) if recorder.quick else (1_000_000, 10_000, 5)
+    num_users, num_reads, repeats = (5_000, 500, 1) if recorder.quick else (1_000_000, 10_000, 5)
     path = folder / "store"
     start = time.perf_counter()
     write_store(path, shape, num_users, batch=5_000)
