@@ -234,5 +234,5 @@ def is_unpublished(store: str | Path) -> bool:
 def read_everything(store: str | Path) -> int:
     """Read all records of a store of unknown content; how many."""
     with SummaryStore.open(store) as opened:
-        users = list(opened.keys())
+        users = np.array(list(opened.keys()))
         return int(opened.get_many(users).found.sum())

@@ -69,7 +69,7 @@ def check_after_power_cut(say: Say, store: str, log: str, image: str, runs: list
 
     disk = Disk(Path(store))
     disk.take(preload.read_log(Path(log)))
-    disk.write_image(Path(image), random.Random(log))
+    disk.write_image(Path(image), random.Random(least))
     return check_image(say, Path(image), runs, 1, least)
 
 

@@ -33,7 +33,8 @@ DATA = ("created_at", "last_event_ts", "event_count", "applied_segment", "histor
 
 def with_flipped(record: bytes, field: str, bit: int) -> bytes:
     """The record with one bit of a field flipped, under a checksum that fits: a foreign record, not a damaged one."""
-    _, offset = (HEADER.fields or {})[field][:2]
+    assert HEADER.fields is not None
+    offset = HEADER.fields[field][1]
     changed = bytearray(record)
     changed[offset + bit // 8] ^= 1 << bit % 8
     changed[CHECKSUM_OFFSET:HEADER_BYTES] = bytes(8)
@@ -54,7 +55,7 @@ def foreign_records(say: Say, store: str, field: str, bits: list[int]) -> int:
     (key,), refused = user_keys([3]), 0
     environment = open_environment(environment_path(Path(store), 1), readonly=True)
     with environment.begin() as transaction:
-        whole = bytes(transaction.get(key))
+        whole = bytes(transaction.get(key, b""))
     environment.close()
     for bit in bits:
         replace(store, key, with_flipped(whole, field, bit))
@@ -100,7 +101,7 @@ def foreign_manifest(say: Say, store: str, changes: dict[str, Any]) -> str:
     """Open and read a store whose manifest says something else; returns the refusal."""
     environment = open_environment(environment_path(Path(store), 1), readonly=True)
     with environment.begin() as transaction:
-        whole = bytes(transaction.get(MANIFEST_KEY))
+        whole = bytes(transaction.get(MANIFEST_KEY, b""))
     environment.close()
     manifest = dataclasses.replace(Manifest.from_bytes(whole, Path(store)), **changes)
     replace(store, MANIFEST_KEY, manifest.to_bytes())
