@@ -19,7 +19,7 @@ KINDS = {
     "write": preload.WRITES,
     "create, rename or remove": preload.NAMES,
 }
-MOST_CALLS = {"fsync": 30, "write": 26, "create, rename or remove": 14}
+MOST_CALLS = {"fsync": 21, "write": 22, "create, rename or remove": 10}
 """Somewhat more than a run makes, so that now and then nothing fails."""
 ATTEMPTS = 3
 
