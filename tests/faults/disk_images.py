@@ -22,9 +22,6 @@ from tests.faults.preload import Call
 
 SECTOR_BYTES = 512
 
-_NO_DISK_FILES = ("lock.mdb",)
-"""Memory that the dead processes shared: a new one makes its own."""
-
 
 @dataclass
 class File:
@@ -86,8 +83,6 @@ class Disk:
 
     def _take(self, call: Call) -> None:
         path = PurePosixPath(call.path)
-        if path.name in _NO_DISK_FILES:
-            return
         match call.name:
             case "c":
                 self._folder(path.parent).change((path.name, File()))
@@ -118,10 +113,9 @@ class Disk:
         """Take a call that the power cut interrupts: a synchronous write is not durable yet, a sync is not done."""
         if call.name in "wt" and call.synchronous:
             path = PurePosixPath(call.path)
-            if path.name not in _NO_DISK_FILES:
-                file = self._folder(path.parent).entries[path.name]
-                assert isinstance(file, File)
-                file.pending.append((call.offset, call.data))
+            file = self._folder(path.parent).entries[path.name]
+            assert isinstance(file, File)
+            file.pending.append((call.offset, call.data))
         elif call.name != "s":
             self._take(call)
 

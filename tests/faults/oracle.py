@@ -229,3 +229,10 @@ def is_unpublished(store: str | Path) -> bool:
         assert "no published generation" in str(error), error
         return True
     return False
+
+
+def read_everything(store: str | Path) -> int:
+    """Read all records of a store of unknown content; how many."""
+    with SummaryStore.open(store) as opened:
+        users = np.array(list(opened.keys()))
+        return int(opened.get_many(users).found.sum())

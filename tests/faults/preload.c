@@ -1,5 +1,6 @@
 /* Stands between a process and its file system calls (LD_PRELOAD): writes them down with their data, makes the n-th fail,
- * or kills the process at it. Passive until preload.py arms it; calls outside of `root` pass untouched.
+ * or kills the process at it. Passive until preload.py arms it; calls outside of `root` pass untouched, and so do those on
+ * LMDB's reader table, which is memory that processes share rather than a file.
  *
  * A line of the log is a struct record, then path, second path and data. Offsets and sizes are bytes.
  */
@@ -56,7 +57,7 @@ long faults_count(long number) { return number - countdown; }
 
 static int inside(const char *path) {
     size_t length = strlen(root);
-    return length && !strncmp(path, root, length);
+    return length && !strncmp(path, root, length) && !strstr(path, "lock.mdb");
 }
 
 static int path_of(int descriptor, char *path) {

@@ -77,7 +77,7 @@ def write_until_full(say: Say, store: str, filler: str, words: dict[str, Any]) -
 
 
 @promise(
-    "Disk full", fault="a file system of 64 MiB without room left, for writers and for new readers", full=50, short=4
+    "Disk full", fault="a file system of 64 MiB without room left, for writers and for new readers", full=50, short=3
 )
 def test_disk_full(trial: Trial, small_disk: tuple[Nursery, Path]) -> None:
     nursery, disk = small_disk

@@ -16,7 +16,7 @@ from tests.faults.oracle import Run
 from vista.store import SummaryStore
 from vista.store.layout import read_current
 
-TOTAL, BATCH, FLIPS = 96, 32, 10
+TOTAL, BATCH, FLIPS = 96, 32, 5
 MOST_CALLS = 18
 """More system calls than publishing makes: at some numbers nobody is killed."""
 
@@ -70,7 +70,7 @@ def publish(say: Say, store: str, words: dict[str, Any], kill_at: int) -> int:
     "Atomic flip",
     fault="2 readers; kill -9 of the writer before any system call of publishing",
     full=200,
-    short=10,
+    short=5,
     each=FLIPS,
 )
 def test_flips(trial: Trial, nursery: Nursery, traced: Nursery) -> None:

@@ -81,7 +81,7 @@ def test_how_a_child_ended_is_told_apart(nursery: Nursery, how: str, code: int, 
 
 def unsynced_writer(say: Say, *arguments: Any) -> None:
     """A writer whose LMDB does not sync: what the images must show."""
-    lmdb.open = partial(lmdb.open, sync=False)
+    lmdb.open = partial(lmdb.open, sync=False)  # type: ignore[assignment]
     traced_writer(say, *arguments)
 
 

@@ -49,7 +49,8 @@ def run_refresh(say: Say, log: str, model: str, store: str, codec: str) -> int:
         say("publish")
         return publish(writer)
 
-    StoreWriter.put_batch, StoreWriter.publish = put_and_tell, publish_and_tell  # type: ignore[method-assign]
+    setattr(StoreWriter, "put_batch", put_and_tell)  # noqa: B010
+    setattr(StoreWriter, "publish", publish_and_tell)  # noqa: B010
     report = refresh(
         Recommender.from_pretrained(model),
         EventLog.open(log),

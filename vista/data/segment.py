@@ -201,7 +201,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(file.read_text())
     except FileNotFoundError:
         raise LogFormatError(f"{file}: missing; prepare the log anew from its sources") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # RecursionError: JSON that is nested too deep.
         raise LogFormatError(f"{file}: unreadable ({error}); prepare the log anew from its sources") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise LogFormatError(f"{file}: not the manifest of an EventLog segment; check the path")
