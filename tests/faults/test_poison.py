@@ -23,7 +23,7 @@ from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
 from vista.store import NO_TIMESTAMP, RecordSpec, encode_records, user_keys
 from vista.store import Tail as StoredTail
-from vista.store.record import decode_record_reference
+from vista.store.record_reference import decode_record_reference
 
 EXAMPLES = 100
 NUMBERS = [0, -1, 1, 2**31, 2**63 - 1, -(2**63), 2**63, 2**64, -(2**70), 1.5, 1e300, float("nan"), float("inf"), None]
