@@ -197,7 +197,7 @@ def bench_growth(recorder: Recorder, folder: Path, shape: Shape) -> None:
         update.finish()
     for name, file in files.items():
         environment = SharedEnvironment.acquire(file)
-        live, _ = environment.usage()
+        live = environment.live_bytes()
         environment.release()
         case = f"{shape}: file of the {name} of {num_users:,} users after {NUM_REWRITES} rewrites"
         recorder.add(
