@@ -9,7 +9,7 @@ cache, checked, then also as float32. **Latency**: reads while another process r
 **Growth**: all users rewritten 20 times in batches of 2 % while two processes hold read transactions of 100 ms.
 **Refresh**: refresh_figures.py. **Many users**: a store of 10^6 users is opened by fresh processes.
 
-All on one thread a process. --work takes a folder for the files (some 15 GB); they are removed.
+All on one thread a process. --work takes a folder for the files (some 6 GB); they are removed.
 """
 
 from __future__ import annotations
@@ -156,12 +156,13 @@ def bench_latency(recorder: Recorder, folder: Path, shape: Shape) -> None:
     with SummaryStore.open(folder / "store") as store, process(rewrite, folder / "store", writing):
         for batch in (1, RECORDS_PER_READ):
             samples: dict[bool, list[float]] = {False: [], True: []}
+            batches = itertools.cycle(rng.integers(1, num_users + 1, (256, batch)))
             for busy in [False, True] * turns:
                 (writing.set if busy else writing.clear)()
                 time.sleep(0.1)
                 until = time.perf_counter() + seconds
                 while (start := time.perf_counter()) < until:
-                    store.get_many(rng.integers(1, num_users + 1, batch))
+                    store.get_many(next(batches))
                     samples[busy].append(time.perf_counter() - start)
             idle, busy_ = timing_of(samples[False]), timing_of(samples[True])
             recorder.add(

@@ -141,8 +141,9 @@ def decode_states(values: Sequence[bytes | memoryview], keys: Sequence[bytes], s
     Raises:
         RecordError: one is truncated, corrupt, of another model or generation; the message names the user.
     """
-    _check([len(value) == spec.record_bytes for value in values], keys, "length")
-    data = np.frombuffer(bytearray().join(values), np.uint8).reshape(len(values), spec.record_bytes)
+    size = spec.record_bytes
+    _check([len(value) == size for value in values], keys, "length")
+    data = np.frombuffer(bytearray().join(values), np.uint8).reshape(len(values), size)
     headers = data[:, : HEADER.itemsize].copy().view(HEADER)[:, 0]
     template = _template(spec)
     for field in _SHARED_FIELDS:
@@ -156,9 +157,9 @@ def decode_states(values: Sequence[bytes | memoryview], keys: Sequence[bytes], s
 
     def take(dtype: str, *shape: int) -> NDArray[Any]:
         nonlocal at
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        part = np.ascontiguousarray(payload[:, at : at + size]).view(dtype).reshape(count, *shape)
-        at += size
+        width = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        part = np.ascontiguousarray(payload[:, at : at + width]).view(dtype).reshape(count, *shape)
+        at += width
         return part
 
     n, removed = take("<f4", H), take("<f4", H)
