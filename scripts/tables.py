@@ -247,7 +247,7 @@ TABLES = {
     "downstream": _downstream(),
     "embeddings": Table("ml-100k", "ml-100k", _embeddings()),
     "popularity": Table("ml-1m-half", "ml-1m-half", _logq_strengths(17) | _frequencies(17) | FLOORS, popularity=True),
-    "memory-ml-1m": Table("ml-1m", "ml-1m", _memory(25), memory=True),
+    "memory-ml-1m": Table("ml-1m", "ml-1m", _memory(25), D_64, memory=True),
     "memory-simulation": replace(_simulation("simulation", 1200, 4000), rows=_memory(12), memory=True),
     "ablations-ml-100k": Table("ml-100k", "ml-100k", _ablations(6, AGES)),
     # Half the passes of the table ml-1m-half.
