@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,12 @@ import pytest
 from tests.faults.harness import Promise, Trials, share, work_folder
 from tests.faults.nursery import Nursery
 from tests.faults.preload import compiled
+
+
+def require_linux() -> None:
+    """Skip elsewhere: /proc, prctl and mount namespaces are Linux's."""
+    if sys.platform != "linux":
+        pytest.skip("faults are injected by means of Linux")
 
 
 @pytest.fixture
@@ -29,6 +36,7 @@ def trials(request: pytest.FixtureRequest, tmp_path: Path) -> Trials:
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
     """A plain one."""
+    require_linux()
     with Nursery() as started:
         yield started
 
@@ -36,6 +44,7 @@ def nursery() -> Iterator[Nursery]:
 @pytest.fixture(scope="session")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     """One whose children can have their system calls written down, failed or answered with SIGKILL (`preload`)."""
+    require_linux()
     if shutil.which("cc") is None:
         pytest.skip("no C compiler (cc): system calls cannot be intercepted")
     with Nursery(LD_PRELOAD=str(compiled(tmp_path_factory.mktemp("preload")))) as started:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.faults import oracle
+from tests.faults.conftest import require_linux
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
@@ -27,6 +28,7 @@ BEFORE, RUN = Run(salt=1, total=64), Run(salt=2, total=64, batch=16, dim=6000)
 @pytest.fixture(scope="module")
 def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Nursery, Path]]:
     """A nursery whose children see a file system of 64 MiB in a folder; it ends with them."""
+    require_linux()
     folder = tmp_path_factory.mktemp("disk")
     words = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
     mount = f"mount -t tmpfs -o size={SIZE_BYTES} tmpfs {folder}"
