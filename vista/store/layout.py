@@ -31,7 +31,7 @@ from vista.store.authentication import key_id
 from vista.store.environment import REMEDY
 from vista.store.keys import KINDS
 from vista.store.permissions import PRIVATE, Modes, is_owner, make_folder, modes_of, set_mode, set_tree_modes
-from vista.store.record import FORMAT_VERSION, RecordSpec, record_checksum
+from vista.store.record import FORMAT_VERSION, RecordSpec, sum_of_checksums
 from vista.store.state_record import StateSpec
 
 CURRENT = "CURRENT"
@@ -121,9 +121,9 @@ class Manifest:
 
     def with_records(self, old: Sequence[bytes | memoryview], keys: Sequence[bytes], new: Sequence[bytes]) -> Manifest:
         """The manifest after `old` records have given way to `new` ones under `keys`."""
-        digest = int(self.records_digest, 16)
-        digest += sum(map(record_checksum, new)) - sum(map(record_checksum, old))
-        kinds = {KINDS.get(key[:2], "mixed") for key in keys} | ({self.user_kind} if self.user_kind else set())
+        digest = int(self.records_digest, 16) + sum_of_checksums(new) - sum_of_checksums(old)
+        kinds = {KINDS.get(prefix, "mixed") for prefix in {key[:2] for key in keys}}
+        kinds |= {self.user_kind} if self.user_kind else set()
         return dataclasses.replace(
             self,
             count=self.count + len(new) - len(old),
