@@ -43,6 +43,7 @@ class GenerationFiles:
         self._closed = False
         self.summary = summary
         self.state = state
+        self._parsed: tuple[bytes, Manifest] | None = None
         self.manifest = self.read_manifest()
         self.complete: bool = summary.read(lambda transaction: transaction.get(COMPLETE_KEY) is not None)
 
@@ -112,9 +113,9 @@ class GenerationFiles:
             manifest = self._manifest_in(transaction).with_records(
                 [value for value in old if value is not None], put_keys, put_values
             )
-            for key, value in {**meta, MANIFEST_KEY: manifest.to_bytes()}.items():
+            for key, value in meta.items():
                 transaction.put(key, value)
-            return manifest
+            return self._put_manifest(transaction, manifest)
 
         if self.state is not None and keys:
             self._write(self.state, put_states)
@@ -132,8 +133,7 @@ class GenerationFiles:
             for key in keys:
                 transaction.delete(key)
             manifest = self._manifest_in(transaction).with_records(old, [], [])
-            transaction.put(MANIFEST_KEY, manifest.to_bytes())
-            return manifest, len(old)
+            return self._put_manifest(transaction, manifest), len(old)
 
         # Records first: what readers see goes at once.
         count: int
@@ -146,9 +146,7 @@ class GenerationFiles:
         """Change the manifest durably."""
 
         def put(transaction: lmdb.Transaction[memoryview]) -> Manifest:
-            manifest = change(self._manifest_in(transaction))
-            transaction.put(MANIFEST_KEY, manifest.to_bytes())
-            return manifest
+            return self._put_manifest(transaction, change(self._manifest_in(transaction)))
 
         self.manifest = self._write(self.summary, put)
 
@@ -184,7 +182,15 @@ class GenerationFiles:
         value = transaction.get(MANIFEST_KEY)
         if value is None:
             raise StoreError(f"{self.path}: a generation without a manifest; {REMEDY}")
-        return Manifest.from_bytes(bytes(value), self.path)
+        if self._parsed is None or value != self._parsed[0]:  # first look, or another process has erased users
+            self._parsed = bytes(value), Manifest.from_bytes(bytes(value), self.path)
+        return self._parsed[1]
+
+    def _put_manifest(self, transaction: lmdb.Transaction[memoryview], manifest: Manifest) -> Manifest:
+        value = manifest.to_bytes()
+        transaction.put(MANIFEST_KEY, value)
+        self._parsed = value, manifest
+        return manifest
 
     def _write(self, environment: SharedEnvironment, function: Callable[[lmdb.Transaction[memoryview]], Any]) -> Any:
         if self._closed or environment.inherited:

@@ -15,7 +15,7 @@ from vista.store.environment import SharedEnvironment
 from vista.store.keys import INT_PREFIX, STR_PREFIX
 from vista.store.layout import Manifest, environment_path, generation_path, list_generations
 from vista.store.lmdb_store import read_manifest
-from vista.store.record import HEADER_BYTES, RecordSpec, check_records
+from vista.store.record import RecordSpec, check_records, sum_of_checksums
 from vista.store.state_record import decode_states
 
 _BATCH_RECORDS = 1024
@@ -36,7 +36,7 @@ class Tally:
     def add(self, keys: list[bytes], records: list[bytes]) -> None:
         """Count a batch."""
         self.count += len(keys)
-        self.digest += sum(int.from_bytes(record[HEADER_BYTES - 8 : HEADER_BYTES], "little") for record in records)
+        self.digest += sum_of_checksums(records)
         self.kinds |= any(key.startswith(INT_PREFIX) for key in keys) | 2 * any(
             key.startswith(STR_PREFIX) for key in keys
         )

@@ -31,7 +31,7 @@ from vista.store.authentication import key_id
 from vista.store.environment import REMEDY
 from vista.store.keys import KINDS
 from vista.store.permissions import PRIVATE, Modes, is_owner, make_folder, modes_of, set_mode, set_tree_modes
-from vista.store.record import FORMAT_VERSION, RecordSpec, record_checksum
+from vista.store.record import FORMAT_VERSION, RecordSpec, sum_of_checksums
 from vista.store.state_record import StateSpec
 
 CURRENT = "CURRENT"
@@ -125,9 +125,9 @@ class Manifest:
 
     def with_records(self, old: Sequence[bytes | memoryview], keys: Sequence[bytes], new: Sequence[bytes]) -> Manifest:
         """The manifest after `old` records have given way to `new` ones under `keys`."""
-        digest = int(self.records_digest, 16)
-        digest += sum(map(record_checksum, new)) - sum(map(record_checksum, old))
-        kinds = {KINDS.get(key[:2], "mixed") for key in keys} | ({self.user_kind} if self.user_kind else set())
+        digest = int(self.records_digest, 16) + sum_of_checksums(new) - sum_of_checksums(old)
+        kinds = {KINDS.get(prefix, "mixed") for prefix in {key[:2] for key in keys}}
+        kinds |= {self.user_kind} if self.user_kind else set()
         return dataclasses.replace(
             self,
             count=self.count + len(new) - len(old),
@@ -326,19 +326,22 @@ class WriterLock:
     def __init__(self, root: Path) -> None:
         path = root / WRITER_LOCK
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE.file)
-        set_mode(path, PRIVATE.file)  # No reader needs it, and who can open it can keep writers out.
         try:
+            set_mode(path, PRIVATE.file)  # No reader needs it, and who can open it can keep writers out.
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
         except BlockingIOError as error:
             holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip()
-            os.close(self._descriptor)
+            self.release()
             raise StoreLockedError(
                 f"{root} is being written by {f'process {holder}' if holder else 'another process'}; wait for it, or "
                 "end it: its work is kept and the next refresh goes on from there"
             ) from error
+        except BaseException:
+            self.release()
+            raise
         _held.add(self)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """Let the next writer in."""

@@ -274,9 +274,10 @@ def decode_rows(raw: RawRecords, spec: RecordSpec) -> NDArray[np.float32]:
     return dequantize_rows(raw.rows, spec.codec, spec.dim).reshape(len(raw.headers), spec.num_tokens, spec.dim)
 
 
-def record_checksum(record: bytes | memoryview) -> int:
-    """The checksum that a record carries."""
-    return int.from_bytes(record[CHECKSUM_OFFSET:HEADER_BYTES], "little")
+def sum_of_checksums(records: Sequence[bytes | memoryview]) -> int:
+    """Sum mod 2^64 of the checksums that records carry."""
+    checksums = b"".join([record[CHECKSUM_OFFSET:HEADER_BYTES] for record in records])
+    return int(np.frombuffer(checksums, "<u8").sum(dtype=np.uint64))
 
 
 def check_records(
