@@ -31,7 +31,7 @@ def model_dir(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def served(say: Say, log: str, model_dir: str, store: str, shift_ms: int) -> list[bool]:
-    """Refresh as at a clock that is off, then score with an age limit by the true one; which of three users get scores."""
+    """Refresh by a clock that is off, score with an age limit by the true one; which of three users got scores."""
     model = Recommender.from_pretrained(model_dir)
     refresh(model, EventLog.open(log), store, created_at=time.time_ns() // 1_000_000 + shift_ms)
     with Scorer.open(model, store, on_missing="nan") as scorer:
