@@ -48,7 +48,7 @@ def rewrite(say: Say, store: str, rewrites: int) -> float:
                 time.sleep(PACE_S)
                 largest = max(largest, committed_size(data)[1])
             say("rewrite")
-        writer.publish(RUN.total)
+        writer.publish()
     return largest / live
 
 

@@ -68,7 +68,8 @@ def test_poisoned_summaries(trial: Trial) -> None:
             records = encode_records(user_keys([0, 1, 2]), summary, StoredTail.empty(3), **arguments)
         except RecordError as error:
             assert f"user {user}" in str(error)
-            assert codec is Codec.int8 or not np.isfinite(summary[user]).all()  # int8's scales may overflow.
+            # Narrower numbers, or the scales of quantized rows, may overflow.
+            assert codec is not Codec.float32 or not np.isfinite(summary[user]).all()
             trial.count("refused")
             return
         assert np.isfinite(summary).all(), "a value that is not finite was written"

@@ -78,7 +78,10 @@ def test_stats_of_a_store(tmp_path, build):
     for one in stats.generations:
         assert 0 < one.live_bytes <= one.size_bytes + 4096 and one.manifest.dim == 8
     text = str(stats)
-    assert "serves gen-2" in text and "gen-2 (served): 40 records, int8 2 x 8, tails of 4, until leave-last-out" in text
+    assert (
+        "serves gen-2" in text
+        and "gen-2 (served): 40 records, int8 2 x 8, tails of 4, states none, until leave-last-out" in text
+    )
     assert "gen-3 (unfinished): 16 users done" in text and "gen-1 (kept)" in text
 
 
@@ -201,7 +204,14 @@ def test_nothing_of_a_removed_user_is_in_any_file_after_compaction(tmp_path, bui
     compact_store(tmp_path)
     left = files(tmp_path)
     assert all(marker not in data and user_keys([7])[0] not in data for data in left.values())
-    assert sorted(left) == ["CURRENT", "LAST", "gen-4/summary/data.mdb", "gen-4/summary/lock.mdb", "writer.lock"]
+    assert sorted(left) == [
+        "CURRENT",
+        "LAST",
+        "gen-4/summary/data.mdb",
+        "gen-4/summary/lock.mdb",
+        "tombstones",
+        "writer.lock",
+    ]
     with SummaryStore.open(tmp_path) as store:
         assert len(store) == 39 and store.get_many([6, 7, 8]).found.tolist() == [True, False, True]
 
@@ -211,11 +221,11 @@ def test_compaction_gives_free_pages_back(tmp_path, build):
     with opened(tmp_path, 1) as environment, environment.begin(write=True) as transaction:
         for key in user_keys(list(range(20, 800))):
             transaction.delete(key)
-    before = store_stats(tmp_path).generations[0]
+    before = (environment_path(tmp_path, 1) / "data.mdb").stat().st_size
     report = compact_store(tmp_path)
     after = store_stats(tmp_path).generations[0]
-    assert report.num_records == 20 and after.size_bytes < before.size_bytes / 5
     size = (environment_path(tmp_path, 2) / "data.mdb").stat().st_size
+    assert report.num_records == 20 and size < before / 5
     assert after.live_bytes <= size <= after.live_bytes + 6 * 4096  # two meta pages, and what the last commit replaced
 
 
@@ -298,7 +308,7 @@ def test_rollback_refuses_what_is_not_whole(tmp_path, build):
     build.open_writer(tmp_path, run_digest="log-3").close()
     with pytest.raises(StoreError, match=r"gen-3 cannot be served: .*never finished"):
         roll_back(tmp_path, 3)
-    with pytest.raises(StoreError, match=r"gen-9 cannot be served: .*No such file"):
+    with pytest.raises(StoreError, match=r"gen-9 cannot be served: .*has no gen-9"):
         roll_back(tmp_path, 9)
     data = environment_path(tmp_path, 1) / "data.mdb"
     record = records(tmp_path, 1)[user_keys([5])[0]]

@@ -37,7 +37,7 @@ def mixed_store(root: Path, build: Any, users: list[Any], **options: Any) -> Non
             history_digest=np.zeros(len(users), np.uint64),
         )  # fmt: skip
         writer.put_batch(keys, encoded, len(users))
-        writer.publish(len(users))
+        writer.publish()
 
 
 @pytest.mark.parametrize("codec", Codec)
