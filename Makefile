@@ -20,7 +20,7 @@ RUN_BENCHMARKS := failed=0; \
 	for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script $(BENCH_ARGS) || failed=1; done; \
 	$(BIN)/python scripts/bench_summary.py; exit $$failed
 
-.PHONY: help setup test lint demo bench test-gpu test-aot bench-gpu clean
+.PHONY: help setup test lint demo bench test-gpu test-aot test-faults bench-gpu clean
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,8 +36,8 @@ $(STAMP): pyproject.toml
 setup: $(STAMP) ## make the virtual environment with vista and all it needs; say which torch build came
 	@$(BIN)/python scripts/describe_environment.py
 
-test: setup ## run the tests that need no GPU (but test-aot), on all cores
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not aot" $(PYTEST_ARGS)
+test: setup ## run the tests that need no GPU (but test-aot and test-faults), on all cores
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not aot and not faults" $(PYTEST_ARGS)
 
 lint: setup ## check format, style and types
 	$(BIN)/ruff format --check .
@@ -56,6 +56,10 @@ test-gpu: setup ## run the tests that need a GPU
 
 test-aot: setup ## compile the Triton kernels for every target, width and dtype (some minutes, no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m aot $(PYTEST_ARGS)
+
+test-faults: setup ## try each promise of tests/faults thousands of times (two cores, up to 2 h; resumable), write docs/results/faults.md
+	@failed=0; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m faults tests/faults $(PYTEST_ARGS) || failed=1; \
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.faults.table || failed=1; exit $$failed
 
 bench-gpu: setup ## run all benchmarks with the GPU
 	@$(BIN)/python scripts/describe_environment.py --require-gpu

@@ -166,7 +166,7 @@ class TestStore:
         return [["score", *places, "users=[100]"], ["evaluate", *places, f"data={given.log.path}"]]
 
     def test_truncated(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
-        (path,) = copied.store.rglob("data.mdb")
+        (path,) = copied.store.rglob("summary/data.mdb")
         truncate(path, path.stat().st_size // 2)
         for words in self.words(copied, copied.store):
             assert str(path.parent) in fails(1, *words)
@@ -192,7 +192,7 @@ class TestStore:
             assert model.summarizer_id().hex() in line and copied.model.summarizer_id().hex() in line
 
     def test_a_flipped_bit_names_the_user(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
-        (path,) = copied.store.rglob("data.mdb")
+        (path,) = copied.store.rglob("summary/data.mdb")
         data = path.read_bytes()
         with SummaryStore.open(copied.store) as store:
             times = store.get_many([104]).tail.times.tobytes()
@@ -276,8 +276,8 @@ class TestInterrupt:
     def test_refresh_goes_on(self, copied: Served, tmp_path: Path, fails: Fails, monkeypatch: Any, capsys: Any) -> None:
         put = StoreWriter.put_batch
 
-        def put_and_interrupt(writer: StoreWriter, keys: list[bytes], records: list[bytes], cursor: int) -> None:
-            put(writer, keys, records, cursor)
+        def put_and_interrupt(writer: StoreWriter, keys: Any, records: Any, cursor: int, states: Any) -> None:
+            put(writer, keys, records, cursor, states)
             if cursor == 12:
                 os.kill(os.getpid(), signal.SIGINT)
 

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from mmap import PROT_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import bench_training
 import rival
 from recorder import read_cases
 from rival import Pilot, Setting
+from store_workloads import private_bytes
 from vista.data.splits import visible_counts
 
 SCRIPTS = Path(bench_training.__file__).parent
@@ -45,6 +47,20 @@ CASES = {
         "encoded",
     ],
     "simulate": ["generation, 1 thread", "writing", "generation, 1 thread, and writing"],
+    "store": [
+        "K=32, d=64: durable writes in batches of 512, against raw LMDB",
+        "K=128, d=256: reads of 256 users, checked, against raw LMDB's copies",
+        "checked and as float32, against a copy of the bytes and a write of the numbers",
+        "p99 of reads of 1 user(s) while another process writes",
+        "file of the summaries of 2,560 users after 20 rewrites, against its live pages",
+        "incremental refresh of 16 users of 10,000 events, 50 new each, over the floor",
+        "incremental refresh of 64 users of 1,000 events, 50 new each, against a full refresh",
+        "incremental refresh of 16 users: 10,000 old events each, against 1,000",
+        "users without new events",
+        "full refresh of 200 users",
+        "5,000 users not in the page cache: open to first read",
+        "private memory of a reader after 500 reads",
+    ],
     "summarizer": [
         "20,000 events, separable, d=64, K=16, 2 layers, float32: time over the floor",
         "separable, d=256, K=128, 3 layers, bfloat16: peak memory beyond the log",
@@ -103,6 +119,7 @@ def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> 
     assert all(row["value"] >= 0 for row in rows if not row["unit"].endswith("beyond the floor"))
     assert len({row["case"] for row in rows}) == len(rows)
     assert "bars: " in done.stdout and str(out) in done.stdout
+    assert all(row["met"] for row in rows if "users without new events" in row["case"])
     memory = [row for row in rows if "peak memory" in row["case"]]
     assert all(row["met"] for row in memory) and bool(memory) == (subject == "summarizer")
     for whole in {row["case"].split(": share of ")[0] for row in rows if ": share of " in row["case"]}:
@@ -173,6 +190,19 @@ def test_both_sides_train_on_the_same_events(tmp_path: Path) -> None:
             expected = item[offsets[user] : offsets[user + 1] - 2][-201:]
             assert mine.tolist() == their.tolist() == expected.tolist()
         assert (np.diff(arrays["timestamp"]) > 0).all()
+
+
+def test_private_memory_is_told_from_the_page_cache(tmp_path: Path) -> None:
+    size = 32 << 20
+    (tmp_path / "data.mdb").write_bytes(bytes(size))
+    smaps = Path("/proc/self/smaps")
+    before = private_bytes(smaps.read_text())
+    with (tmp_path / "data.mdb").open("rb") as file, mmap(file.fileno(), 0, prot=PROT_READ) as mapped:
+        assert not np.frombuffer(mapped, np.uint8).any()
+        assert private_bytes(smaps.read_text()) - before < size // 4
+    with mmap(-1, size) as own:  # no array: that may lie in memory which the process had already
+        own.write(b"\1" * size)
+        assert private_bytes(smaps.read_text()) - before > size * 3 // 4
 
 
 @pytest.mark.parametrize("negatives", [1, 64, 1024])

@@ -59,7 +59,7 @@ def test_three_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     ratings_folder(Path("path/to/ml-1m"))
     section = README.read_text().split("## Three uses")[1].split("\n## ")[0]
     commands = [line for block in re.findall(r"```\n(.*?)```", section, flags=re.S) for line in block.splitlines()]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         run(command)
     printed = capsys.readouterr().out

@@ -12,14 +12,15 @@ import pytest
 
 from tests.conftest import START, Served, run_python, small_config, small_frame
 from vista.choices import Codec, Decay, Precision
-from vista.config import ModelConfig, RefreshConfig
+from vista.config import ModelConfig, RefreshConfig, ScoreConfig
 from vista.data.event_log import EventLog
 from vista.data.splits import visible_counts
-from vista.errors import ConfigError, StoreLockedError, UserKeyError
+from vista.errors import ConfigError, StoreError, StoreLockedError, UserKeyError
 from vista.model import inference
 from vista.model.recommender import Recommender
-from vista.refresh import STAGES, RefreshReport, refresh, refresh_from_config
-from vista.scorer import Scorer
+from vista.refresh import RefreshReport, refresh, refresh_from_config
+from vista.refresh.report import STAGES
+from vista.scorer import Scorer, score_from_config
 from vista.store import NO_TIMESTAMP, StoreWriter, SummaryStore
 from vista.store.digest import history_digest
 from vista.training.trainer import schema_of
@@ -57,6 +58,9 @@ def assert_store_holds(path: Path, model: Recommender, log: EventLog, counts: np
             np.testing.assert_allclose(stored.summary[row], expected, atol=atol)
 
 
+LOST = {Codec.float32: 1e-5, Codec.float16: 0.002, Codec.int8: 0.02, Codec.int4: 0.25}
+
+
 @pytest.mark.parametrize("codec", list(Codec))
 @pytest.mark.parametrize(
     "until", [None, "leave-last-out", "leave-last-two-out", str(START + 20 * 86_400_000), START + 12_345_678]
@@ -68,7 +72,7 @@ def test_records_hold_what_their_user_had_done(
     report = refresh(model, event_log, tmp_path / "s", until=until, codec=codec, users_per_batch=3, tokens_per_batch=20)
     counts = visible_counts(event_log, until)
     assert (report.num_users, report.num_events) == ((counts > 0).sum(), counts.sum())
-    assert_store_holds(tmp_path / "s", model, event_log, counts, atol=1e-5 if codec is Codec.float32 else 0.02)
+    assert_store_holds(tmp_path / "s", model, event_log, counts, atol=LOST[codec])
 
 
 def test_users_without_visible_events_have_no_record(event_log: EventLog, tmp_path: Path) -> None:
@@ -256,15 +260,15 @@ log_path, model, folder = sys.argv[1:]
 log, model, chance = EventLog.open(log_path), Recommender.from_pretrained(model), random.Random(2)
 put, publish, pipe = StoreWriter.put_batch, StoreWriter.publish, None
 
-def put_and_tell(writer, keys, records, cursor):
-    put(writer, keys, records, cursor)
+def put_and_tell(writer, keys, records, cursor, states):
+    put(writer, keys, records, cursor, states)
     if pipe is not None:
         os.write(pipe[1], b"b")
 
-def publish_and_tell(writer, count):
+def publish_and_tell(writer):
     if pipe is not None:
         os.write(pipe[1], b"p")
-    return publish(writer, count)
+    return publish(writer)
 
 StoreWriter.put_batch, StoreWriter.publish = put_and_tell, publish_and_tell
 
@@ -273,7 +277,7 @@ def run(store, codec):
 
 out = {}
 run(Path(folder, "warm"), Codec.int8)
-for codec in Codec:
+for codec in (Codec.int8, Codec.float32):
     for ending, number, ends in (("kill", signal.SIGKILL, 6), ("interrupt", signal.SIGINT, 3)):
         store, codes, resumed = Path(folder, f"{codec.value}-{ending}"), [], []
         for turn in range(ends):
@@ -312,7 +316,7 @@ def test_a_refresh_that_is_ended_anywhere_resumes_to_the_same_records(served: Se
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert len(report) == 4
-    for codec in Codec:
+    for codec in (Codec.int8, Codec.float32):
         whole = tmp_path / f"whole-{codec.value}"
         refresh(served.model, served.log, whole, until="leave-last-out", codec=codec, users_per_batch=1, created_at=1)
         with SummaryStore.open(whole) as store:
@@ -332,8 +336,10 @@ def test_an_interrupt_between_batches_leaves_what_the_next_run_resumes(
 ) -> None:
     put = StoreWriter.put_batch
 
-    def put_and_interrupt(writer: StoreWriter, keys: list[bytes], records: list[bytes], cursor: int) -> None:
-        put(writer, keys, records, cursor)
+    def put_and_interrupt(
+        writer: StoreWriter, keys: list[bytes], records: list[bytes], cursor: int, states: list[bytes]
+    ) -> None:
+        put(writer, keys, records, cursor, states)
         if cursor == 8:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -353,8 +359,10 @@ def test_an_unfinished_refresh_of_another_identity_is_not_resumed(
 ) -> None:
     put = StoreWriter.put_batch
 
-    def put_and_fail(writer: StoreWriter, keys: list[bytes], records: list[bytes], cursor: int) -> None:
-        put(writer, keys, records, cursor)
+    def put_and_fail(
+        writer: StoreWriter, keys: list[bytes], records: list[bytes], cursor: int, states: list[bytes]
+    ) -> None:
+        put(writer, keys, records, cursor, states)
         raise KeyboardInterrupt
 
     for options in ({"until": "leave-last-out"}, {"codec": Codec.float32}):
@@ -363,3 +371,15 @@ def test_an_unfinished_refresh_of_another_identity_is_not_resumed(
             with pytest.raises(KeyboardInterrupt):
                 refresh(served.model, served.log, tmp_path / "store", users_per_batch=4, **options)
         assert refresh(served.model, served.log, tmp_path / "store", users_per_batch=4).resumed_at == 0
+
+
+def test_a_key_and_a_group_from_the_configuration(served: Served, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("5a" * 32)
+    common = {"model": str(served.model_dir), "store": str(tmp_path / "store")}
+    keyed = {**common, "authentication_key_file": str(tmp_path / "key")}
+    refresh_from_config(RefreshConfig(data=str(served.log.path), shared_with_group=True, progress=False, **keyed))
+    assert (tmp_path / "store").stat().st_mode & 0o7777 == 0o2750
+    user = str(served.log.users.ids(np.array([0]))[0])
+    assert f"user {user}: " in score_from_config(ScoreConfig(users=[user], **keyed))
+    with pytest.raises(StoreError, match="authentication key"):
+        score_from_config(ScoreConfig(users=[user], **common))

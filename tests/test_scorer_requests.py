@@ -229,7 +229,7 @@ class TestBadRequests:
 
     def test_a_truncated_store_is_refused(self, served: Served, tmp_path: Path) -> None:
         refresh(served.model, served.log, tmp_path / "store")
-        (path,) = (tmp_path / "store").rglob("data.mdb")
+        (path,) = (tmp_path / "store").rglob("summary/data.mdb")
         with path.open("r+b") as file:
             file.truncate(path.stat().st_size // 2)
         with pytest.raises(StoreError, match=r"data\.mdb"):

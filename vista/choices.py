@@ -101,5 +101,18 @@ class Codec(Enum):
     """How summary rows are stored."""
 
     float32 = "float32"
+    float16 = "float16"
     int8 = "int8"
     """FBGEMM byte rows: d uint8 values, then float32 scale and bias."""
+    int4 = "int4"
+    """FBGEMM 4-bit rows: two values a byte, then float16 scale and bias."""
+
+
+class StateDtype(Enum):
+    """How a refresh keeps the states of separable mixing, which an incremental refresh appends to."""
+
+    none = "none"
+    """Not at all: users with new events are recomputed in full."""
+    float32 = "float32"
+    float16 = "float16"
+    """Half the bytes, a scale a matrix."""

@@ -1,4 +1,4 @@
-"""The command line: `vista COMMAND [KEY=VALUE ...]`.
+"""The command line: `vista COMMAND [KEY=VALUE ...]`, where a command is one word, or two (`vista log stats`).
 
 Exit codes: 0 done; 1 an error of vista's own; 2 the command line or the configuration was refused; 130 interrupted.
 Each failure is one line on stderr; anything unforeseen keeps its traceback. A command imports only what it runs.
@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Any, NoReturn
 
-from vista import __version__, config, config_data
+from vista import __version__, config, config_data, config_store
 from vista.errors import ConfigError, VistaError
 
 
@@ -49,6 +50,20 @@ def _refresh(settings: config.RefreshConfig) -> object:
     return refresh_from_config(settings)
 
 
+def _watch(settings: config_data.WatchConfig) -> object:
+    from vista.device import keep_freed_memory
+    from vista.refresh.watch import watch
+
+    keep_freed_memory()
+    return watch(settings)
+
+
+def _store_erase(settings: config_store.StoreEraseConfig) -> object:
+    from vista.refresh.erasing import erase_from_config
+
+    return erase_from_config(settings)
+
+
 def _evaluate(settings: config.EvaluateConfig) -> object:
     from vista.evaluate import evaluate
 
@@ -59,6 +74,35 @@ def _score(settings: config.ScoreConfig) -> object:
     from vista.scorer import score_from_config
 
     return score_from_config(settings)
+
+
+def _log_forget(settings: config_data.LogForgetConfig) -> object:
+    from vista.data.log_commands import log_forget
+
+    return log_forget(settings)
+
+
+def _log_erase(settings: config_data.LogEraseConfig) -> object:
+    from vista.data.log_commands import log_erase
+
+    return log_erase(settings)
+
+
+def _log_compact(settings: config_data.LogCompactConfig) -> object:
+    from vista.data.log_commands import log_compact
+
+    return log_compact(settings)
+
+
+def _log_stats(settings: config_data.LogStatsConfig) -> object:
+    from vista.data.log_commands import log_stats
+
+    return log_stats(settings)
+
+
+def _of_store(name: str) -> Callable[[Any], object]:
+    """A function of vista.store_commands, imported when it is called."""
+    return lambda settings: getattr(import_module("vista.store_commands"), name)(settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +154,23 @@ COMMANDS: dict[str, Command] = {
     "refresh": Command(
         config.RefreshConfig,
         _refresh,
-        "Write every user's summary into a new generation of the store.",
+        "Write users' summaries into the store: all of them, or what is new.",
         (
             "vista refresh data=data/mine model=runs/mine/best store=stores/mine",
+            "vista refresh data=data/mine model=runs/mine/best store=stores/mine incremental=true",
             "vista refresh data=data/ml-1m model=runs/ml-1m/best store=stores/ml-1m until=leave-last-out",
             "vista refresh store=stores/exact codec=float32",
+        ),
+        resumes=True,
+    ),
+    "watch": Command(
+        config_data.WatchConfig,
+        _watch,
+        "Append files as they arrive in a folder, and keep the store up to date.",
+        (
+            "vista watch folder=incoming data=data/mine model=runs/mine/best store=stores/mine events.timestamp=time "
+            "events.time_unit=s",
+            "vista watch data=data/mine model=runs/mine/best store=stores/mine once=true",
         ),
         resumes=True,
     ),
@@ -138,7 +194,93 @@ COMMANDS: dict[str, Command] = {
             "vista score users=[nobody] on_missing=raise",
         ),
     ),
+    "store erase": Command(
+        config_store.StoreEraseConfig,
+        _store_erase,
+        "Erase users: readers miss them at once, and no later refresh brings them back.",
+        ("vista store erase store=stores/mine users=[101] data=data/mine",),
+    ),
+    "log forget": Command(
+        config_data.LogForgetConfig,
+        _log_forget,
+        "Delete single events from an EventLog, all that a file names or none.",
+        (
+            "vista log forget data=data/mine events=deletions.csv time_unit=s",
+            "vista log forget data=data/mine events=deletions.parquet",
+        ),
+    ),
+    "log erase": Command(
+        config_data.LogEraseConfig,
+        _log_erase,
+        "Delete all events and impressions of users from an EventLog.",
+        ("vista log erase data=data/mine users=[101,102]",),
+    ),
+    "log compact": Command(
+        config_data.LogCompactConfig,
+        _log_compact,
+        "Make one segment of an EventLog's many; what was deleted leaves the disk.",
+        ("vista log compact data=data/mine",),
+    ),
+    "log stats": Command(
+        config_data.LogStatsConfig,
+        _log_stats,
+        "Say what an EventLog holds: segments, users, events, deletions, bytes, times.",
+        ("vista log stats data=data/mine",),
+    ),
+    "store stats": Command(
+        config_store.StoreStatsConfig,
+        _of_store("store_stats_command"),
+        "Say what a store holds: generations, which is served, records, bytes, age, readers.",
+        ("vista store stats store=stores/mine",),
+    ),
+    "store verify": Command(
+        config_store.StoreVerifyConfig,
+        _of_store("store_verify"),
+        "Check a store's files and every record; exit code 1 and the first problems if there are any.",
+        ("vista store verify store=stores/mine",),
+    ),
+    "store get": Command(
+        config_store.StoreGetConfig,
+        _of_store("store_get"),
+        "Print one user's record: what it has seen, its tail, its summary's norms.",
+        ("vista store get store=stores/mine user=42 model=runs/mine/best",),
+    ),
+    "store rollback": Command(
+        config_store.StoreRollbackConfig,
+        _of_store("store_rollback"),
+        "Serve a kept generation again, after checking it.",
+        ("vista store rollback store=stores/mine", "vista store rollback store=stores/mine to=7"),
+    ),
+    "store compact": Command(
+        config_store.StoreCompactConfig,
+        _of_store("store_compact"),
+        "Write the served generation anew, so that no file holds what was removed; older generations go.",
+        ("vista store compact store=stores/mine",),
+    ),
+    "store copy": Command(
+        config_store.StoreCopyConfig,
+        _of_store("store_copy"),
+        "Bring a generation to the folder of a serving host, verify it there, then serve it.",
+        (
+            "vista store copy store=stores/mine to=/srv/stores/mine",
+            "vista store copy store=stores/mine to=/srv/stores/mine publish=false",
+        ),
+        resumes=True,
+    ),
+    "store export": Command(
+        config_store.StoreExportConfig,
+        _of_store("store_export"),
+        "Write the served generation to a Parquet file: readable columns, and the records bit for bit.",
+        ("vista store export store=stores/mine out=summaries.parquet",),
+    ),
+    "store import": Command(
+        config_store.StoreImportConfig,
+        _of_store("store_import"),
+        "Publish an exported Parquet file as a new generation of a store.",
+        ("vista store import file=summaries.parquet store=stores/other",),
+    ),
 }
+"""By name, of one word or two; two-word commands that share the first word are a group."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -175,11 +317,17 @@ def _run_command(name: str, words: Sequence[str]) -> None:
         print(report)
 
 
+def _command_name(words: Sequence[str]) -> str | None:
+    """The command that a command line begins with."""
+    return next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), None)
+
+
 def _dispatch(words: Sequence[str]) -> int:
-    first = words[0] if words else None
-    if first in COMMANDS:
-        _run_command(first, words[1:])
+    name = _command_name(words)
+    if name is not None:
+        _run_command(name, words[len(name.split()) :])
         return 0
+    first, second = [*words[:2], None, None][:2]
     if first in ("--version", "-V"):
         print(f"vista {__version__}")
         return 0
@@ -188,9 +336,16 @@ def _dispatch(words: Sequence[str]) -> int:
 
         print(overview({name: command.summary for name, command in COMMANDS.items()}))
         return 2 if first is None else 0
-    close = get_close_matches(first, COMMANDS, n=1)
+    group = {name: command.summary for name, command in COMMANDS.items() if name.startswith(f"{first} ")}
+    if group and second in (None, "--help", "-h", "help"):
+        from vista.cli_help import group_help
+
+        print(group_help(first, group))
+        return 2 if second is None else 0
+    unknown, known = (f"{first} {second}", group) if group else (first, COMMANDS)
+    close = get_close_matches(unknown, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    raise ConfigError(f"unknown command '{first}'{hint} Commands: {', '.join(COMMANDS)}; vista --help tells more")
+    raise ConfigError(f"unknown command '{unknown}'{hint} Commands: {', '.join(known)}; vista --help tells more")
 
 
 def _fail(message: str, code: int) -> int:
@@ -214,7 +369,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VistaError as error:
         return _fail(f"error: {error}", 1)
     except KeyboardInterrupt:
-        resumes = bool(words) and words[0] in COMMANDS and COMMANDS[words[0]].resumes
+        name = _command_name(words)
+        resumes = name is not None and COMMANDS[name].resumes
         return _fail("interrupted" + ("; the same command goes on from here" if resumes else ""), 130)
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

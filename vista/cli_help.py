@@ -43,7 +43,7 @@ def overview(summaries: Mapping[str, str]) -> str:
             "Ranking over whole-life user histories, from a small cached summary a user.",
             "",
             "Commands, in the order in which they are used:",
-            _table(summaries.items(), 14),
+            _table(summaries.items(), 18),
             "",
             "Options:",
             _table([("--version", "print the version"), ("COMMAND --help", "its keys, groups and examples")], 22),
@@ -58,6 +58,12 @@ def overview(summaries: Mapping[str, str]) -> str:
             "Exit codes: 0 done, 1 error, 2 configuration refused, 130 interrupted.",
         ]
     )
+
+
+def group_help(group: str, summaries: Mapping[str, str]) -> str:
+    """The text of `vista GROUP --help`: its commands."""
+    usage = f"Usage: vista {group} COMMAND [KEY=VALUE ...]"
+    return "\n".join([usage, "", _table(summaries.items(), 18), "", f"vista {group} COMMAND --help tells its keys."])
 
 
 def command_help(name: str, summary: str, schema: type, examples: Sequence[str]) -> str:

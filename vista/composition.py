@@ -22,7 +22,26 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vista.config import EvaluateConfig, RefreshConfig, ScoreConfig, TrainConfig
-from vista.config_data import PrepareConfig, SimulateConfig
+from vista.config_data import (
+    LogCompactConfig,
+    LogEraseConfig,
+    LogForgetConfig,
+    LogStatsConfig,
+    PrepareConfig,
+    SimulateConfig,
+    WatchConfig,
+)
+from vista.config_store import (
+    StoreCompactConfig,
+    StoreCopyConfig,
+    StoreEraseConfig,
+    StoreExportConfig,
+    StoreGetConfig,
+    StoreImportConfig,
+    StoreRollbackConfig,
+    StoreStatsConfig,
+    StoreVerifyConfig,
+)
 from vista.config_text import ConfigKeys, value_text
 from vista.errors import ConfigError
 
@@ -35,11 +54,31 @@ NAME_OF_SCHEMA: dict[type, str] = {
     RefreshConfig: "refresh",
     EvaluateConfig: "evaluate",
     ScoreConfig: "score",
+    WatchConfig: "watch",
+    LogForgetConfig: "log forget",
+    LogEraseConfig: "log erase",
+    LogCompactConfig: "log compact",
+    LogStatsConfig: "log stats",
+    StoreStatsConfig: "store stats",
+    StoreVerifyConfig: "store verify",
+    StoreCompactConfig: "store compact",
+    StoreExportConfig: "store export",
+    StoreImportConfig: "store import",
+    StoreCopyConfig: "store copy",
+    StoreRollbackConfig: "store rollback",
+    StoreGetConfig: "store get",
+    StoreEraseConfig: "store erase",
 }
-"""conf/<name>.yaml is the primary config of a schema, and of the command of that name."""
+"""The command of a schema; its primary config is `config_file_name` of that, in conf/."""
+
+
+def config_file_name(command: str) -> str:
+    """Name in conf/, without .yaml, of a command's primary config: words are joined by hyphens."""
+    return command.replace(" ", "-")
+
 
 for _schema, _name in NAME_OF_SCHEMA.items():
-    ConfigStore.instance().store(name=f"{_name}_schema", node=_schema, provider="vista")
+    ConfigStore.instance().store(name=f"{config_file_name(_name)}_schema", node=_schema, provider="vista")
 
 
 def conf_dir() -> Path:
@@ -57,7 +96,7 @@ def conf_dir() -> Path:
 
 def groups_of(name: str) -> list[str]:
     """Groups that a command's defaults list names, such as model and experiment."""
-    defaults = cast(DictConfig, OmegaConf.load(conf_dir() / f"{name}.yaml")).get("defaults", [])
+    defaults = cast(DictConfig, OmegaConf.load(conf_dir() / f"{config_file_name(name)}.yaml")).get("defaults", [])
     return [str(key).split()[-1] for entry in defaults if not isinstance(entry, str) for key in entry]
 
 
@@ -76,7 +115,7 @@ def compose_config(
     """Make a config object from conf/, a file of the user's, and `key=value` words; later ones win.
 
     Args:
-        schema: one of the six command configs, such as TrainConfig.
+        schema: one of the commands' configs, such as TrainConfig.
         overrides: words of Hydra's grammar: `model.num_seeds=32`, `model=paper`, `experiment=ml-1m`.
         config_file: YAML of the same keys and groups, such as what `--cfg` prints.
 
@@ -108,9 +147,9 @@ def _compose_groups(name: str, choices: dict[str, str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), job_name="vista", version_base="1.3"):
-            return compose(name, overrides=[f"{group}={option}" for group, option in choices.items()])
+            return compose(config_file_name(name), overrides=[f"{group}={option}" for group, option in choices.items()])
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"{conf_dir() / name}.yaml: {_cause(error)}") from error
+        raise ConfigError(f"{conf_dir() / config_file_name(name)}.yaml: {_cause(error)}") from error
     finally:
         restore_gh_from_backup(outer)
 

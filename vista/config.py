@@ -21,6 +21,7 @@ from vista.choices import (
     Precision,
     Split,
     Stage,
+    StateDtype,
 )
 from vista.config_checks import check_types, require, require_counts, require_finite
 
@@ -215,6 +216,8 @@ class TrainConfig:
     """stage=downstream: folder of the exported model whose item table, event encoder and stage 1 stay as they are."""
     store: str | None = None
     """stage=downstream: folder of the base's store; labels begin at the `until` that it was refreshed with."""
+    authentication_key_file: str | None = None
+    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
     run_dir: str = "runs/vista"
     """Receives config.yaml, train.log, metrics.jsonl, checkpoints/ and best/ (the export)."""
     seed: int = 1
@@ -269,9 +272,19 @@ class RefreshConfig:
     """Folder of the exported model."""
     store: str = "stores/vista"
     """Folder of the summary store."""
+    authentication_key_file: str | None = None
+    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
+    shared_with_group: bool = False
+    """Let the group of the store's folder read it (folders 2750, files 0640), instead of this account alone."""
+    incremental: bool = False
+    """Only users with new events, into the served generation; what the store is stays as its full refresh made it."""
     until: str | None = None
     """Events that summaries may see: null (all), leave-last-out, leave-last-N-out, an ISO time (UTC), or ms."""
     codec: Codec = Codec.int8
+    state: StateDtype = StateDtype.float32
+    """How states are kept beside the summaries, for incremental refreshes: float32, float16 or none."""
+    shard: str | None = None
+    """i/n: only the users of part i of n, into <store>/part-i-of-n, so that several machines refresh one store."""
     tokens_per_batch: int = 65536
     """Events of one forward pass."""
     users_per_batch: int = 512
@@ -296,6 +309,8 @@ class EvaluateConfig:
     model: str = "runs/vista/best"
     store: str = "stores/vista"
     """Folder of the summary store; a rival reads the raw history and has none."""
+    authentication_key_file: str | None = None
+    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
     split: str = "test"
     """test or validation, of the model's own data split."""
     exclude_seen: bool = True
@@ -337,6 +352,8 @@ class ScoreConfig:
 
     model: str = "runs/vista/best"
     store: str = "stores/vista"
+    authentication_key_file: str | None = None
+    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
     users: list[str] = field(default_factory=list)
     """User ids; at least one."""
     candidates: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Configurations of the commands that make logs: simulate and prepare. Those of all others: config.py."""
+"""Configurations of the commands that make and keep logs: simulate, prepare, log …. Those of all others: config.py."""
 
 from __future__ import annotations
 
@@ -110,3 +110,84 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class LogForgetConfig:
+    """Deletion of single events from an EventLog."""
+
+    data: str = "data/log"
+    """Folder of the EventLog."""
+    events: str = "deletions.csv"
+    """CSV or Parquet file with the columns user, item, timestamp and, if wanted, action; each row names an event."""
+    time_unit: str | None = None
+    """s | ms | us | ns | iso, of its timestamps; null in a log without times, where they count events from 0."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class LogEraseConfig:
+    """Deletion of users from an EventLog."""
+
+    data: str = "data/log"
+    """Folder of the EventLog."""
+    users: list[str] = field(default_factory=list)
+    """User ids; at least one."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class LogCompactConfig:
+    """Compaction of an EventLog's segments into one, without what was deleted."""
+
+    data: str = "data/log"
+    """Folder of the EventLog."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class LogStatsConfig:
+    """What an EventLog holds."""
+
+    data: str = "data/log"
+    """Folder of the EventLog."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class WatchConfig:
+    """Arriving files, or a growing log, into the served store."""
+
+    data: str = "data/log"
+    """Folder of the EventLog."""
+    model: str = "runs/vista/best"
+    """Folder of the exported model, whose full refresh made the store."""
+    store: str = "stores/vista"
+    """Folder of the summary store."""
+    folder: str | None = None
+    """Folder in which Parquet, CSV or TSV files arrive, by a rename or complete within two seconds of the last change;
+    null follows a log that others append to."""
+    events: SourceConfig = field(default_factory=SourceConfig)
+    """Columns of the files; events.paths is not used."""
+    on_bad_rows: OnBadRows = OnBadRows.error
+    """raise refuses a file with bad rows as a whole, and goes on with the others; quarantine sets the rows aside."""
+    poll_s: float = 5.0
+    """Seconds between two looks."""
+    once: bool = False
+    """Look once and end, as a scheduled job does."""
+    device: str = "auto"
+    num_threads: int = 0
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_counts(self, "", ("num_threads",), least=0)
+        require(self.poll_s > 0, "poll_s", f"must be above 0 seconds, got {self.poll_s}")

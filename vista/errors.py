@@ -47,6 +47,10 @@ class StoreError(VistaError):
     """A summary store is missing, foreign or unreadable."""
 
 
+class UnfinishedError(StoreError):
+    """A generation of a store was never finished: no reader opens it, and the next refresh goes on with it."""
+
+
 class RecordError(StoreError):
     """One stored record is truncated, corrupt or of another format; the message names its key."""
 

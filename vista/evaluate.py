@@ -31,6 +31,7 @@ from vista.refresh import check_log
 from vista.results import append_result, commit, hardware
 from vista.scorer import Scorer
 from vista.store import Tail
+from vista.store.authentication import read_key
 from vista.training.popularity import PopularityReport, Recommendations, popularity_report
 from vista.training.protocol import (
     ImpressionCases,
@@ -100,7 +101,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             result, codec = evaluate_model(model, log, config.split, **options), NO_STORE
         else:
             assert isinstance(model, Recommender)
-            with Scorer.open(model, config.store) as scorer:
+            with Scorer.open(model, config.store, key=read_key(config.authentication_key_file)) as scorer:
                 result = evaluate_scorer(scorer, log, config.split, **options)
                 codec = scorer.store.manifest.codec
     if config.results_dir is not None:

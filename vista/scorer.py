@@ -9,6 +9,7 @@ Letters: B users, C candidates, V items of the vocabulary, L tail length, M mode
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,8 +29,10 @@ from vista.model import inference
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.recommender import Recommender
 from vista.model.target_attention import Context
-from vista.requests import check_times, ids_of, pad_ragged, request_times, split_ragged
+from vista.requests import check_times, ids_of, pad_ragged, request_times, split_ragged, typed_ids
+from vista.store.authentication import read_key
 from vista.store.lmdb_store import StoredBatch, SummaryStore
+from vista.store.parts import StoreParts, open_store
 from vista.store.record import Tail
 from vista.tails import checked_tail, merge_tails
 
@@ -71,10 +74,18 @@ class _Request:
 class Scorer:
     """Scores candidates for users from their stored summaries and tails. Open one a process with `Scorer.open`."""
 
-    def __init__(self, model: Recommender, store: SummaryStore, on_missing: OnMissing, task: str | None) -> None:
+    def __init__(
+        self,
+        model: Recommender,
+        store: SummaryStore | StoreParts,
+        on_missing: OnMissing,
+        task: str | None,
+        max_age_s: float | None = None,
+    ) -> None:
         self.model = model
         self.store = store
         self.on_missing = on_missing
+        self.max_age_s = max_age_s
         self.tasks = [*model.schema.tasks, *([NEXT_TASK] if model.has_retrieval else [])]
         """What `predict` gives; `next` is the retrieval head."""
         self.task = task or self.tasks[0]
@@ -94,6 +105,8 @@ class Scorer:
         on_missing: OnMissing | str = "empty",
         task: str | None = None,
         device: str = "cpu",
+        key: bytes | None = None,
+        max_age_s: float | None = None,
     ) -> Scorer:
         """Open a model and the store that its summarizer wrote.
 
@@ -104,20 +117,25 @@ class Scorer:
                 summary; a neutral item), "nan", or "raise".
             task: what `score` and `rank` use; by default the first labelled task, or `next` where there is none.
             device: auto | cpu | cuda | cuda:N.
+            key: 32 bytes: refuse records that were not written with this key.
+            max_age_s: users whose record, and the last refresh of the store, are older than this have none (`reload`
+                learns of incremental refreshes); None serves records of any age.
 
         Raises:
             SummarizerMismatchError: the store is of another summarizer.
             StoreError, CheckpointError: missing or damaged; the message has the remedy.
-            ValueError: on_missing or task is none of those that there are.
+            ValueError: on_missing or task is none of those that there are; max_age_s is not positive.
         """
         policies = {policy.value for policy in OnMissing}
         if not isinstance(on_missing, OnMissing) and on_missing not in policies:
             raise ValueError(f"on_missing: {on_missing!r} is none of {sorted(policies)}")
+        if max_age_s is not None and not max_age_s > 0:
+            raise ValueError(f"max_age_s: must be above 0 seconds, got {max_age_s}")
         model = model if isinstance(model, Recommender) else Recommender.from_pretrained(model, resolve_device(device))
-        opened = SummaryStore.open(store, summarizer_id=model.summarizer_id())
+        opened = open_store(store, summarizer_id=model.summarizer_id(), key=key)
         try:
             _require_tails(opened, model)
-            return cls(model.eval(), opened, OnMissing(on_missing), task)
+            return cls(model.eval(), opened, OnMissing(on_missing), task, max_age_s)
         except BaseException:
             opened.close()
             raise
@@ -302,6 +320,9 @@ class Scorer:
     def _request(self, users: Ids, tail: Tail | None, now: Any) -> _Request:
         ids = ids_of(users, "users")
         stored = self.store.get_many(ids)
+        if self.max_age_s is not None:
+            now_ms, max_age_ms = time.time_ns() // 1_000_000, int(1000 * self.max_age_s)
+            stored = stored.without(stored.expired(now_ms, self.store.manifest.refreshed_at, max_age_ms))
         missing = ~stored.found
         if self.on_missing is OnMissing.error and missing.any():
             absent = np.asarray(ids)[missing][:5].tolist()
@@ -335,7 +356,7 @@ class Scorer:
             check_times(name, times, int(stored.last_event_ts.max(initial=0)))
 
 
-def _require_tails(store: SummaryStore, model: Recommender) -> None:
+def _require_tails(store: SummaryStore | StoreParts, model: Recommender) -> None:
     if store.manifest.tail_len < model.config.tail_len:
         raise StoreError(
             f"{store.path} holds tails of {store.manifest.tail_len} events, the model reads {model.config.tail_len}; "
@@ -353,10 +374,16 @@ def score_from_config(config: ScoreConfig) -> str:
         raise ConfigError("users: name at least one, such as users=[1,2]")
     with (
         cpu_settings(config.num_threads),
-        Scorer.open(config.model, config.store, on_missing=config.on_missing, device=config.device) as scorer,
+        Scorer.open(
+            config.model,
+            config.store,
+            on_missing=config.on_missing,
+            device=config.device,
+            key=read_key(config.authentication_key_file),
+        ) as scorer,
     ):
-        users = _typed_ids(config.users, "users", scorer.store.manifest.user_kind)
-        candidates = _typed_ids(config.candidates, "candidates", scorer.model.items.kind)
+        users = typed_ids(config.users, "users", scorer.store.manifest.user_kind)
+        candidates = typed_ids(config.candidates, "candidates", scorer.model.items.kind)
         lines = [f"task {scorer.task}, generation {scorer.store.generation}"]
         found = scorer.store.get_many(users).found.tolist()
         known = (scorer.model.item_rows(candidates) != UNKNOWN_ITEM).tolist() if candidates else []
@@ -370,12 +397,3 @@ def score_from_config(config: ScoreConfig) -> str:
             name = f"user {user}" if has_record else f"user {user} (no record)"
             lines += [f"{name}: " + ", ".join(f"{item} {score:.4f}" for item, score in pairs)]
         return "\n".join(lines)
-
-
-def _typed_ids(words: list[str], name: str, kind: str | None) -> list[Any]:
-    if kind != "int":
-        return list(words)
-    try:
-        return list(np.array([int(word) for word in words], np.int64).tolist())
-    except (ValueError, OverflowError):
-        raise ConfigError(f"{name}: ids are integers here, got {', '.join(words)}") from None

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from vista.choices import OnBadRows
 from vista.config_data import PrepareConfig, SourceConfig
 from vista.data.ingest import prepare
 from vista.data.prepare_report import PrepareReport
@@ -9,9 +10,12 @@ from vista.data.prepare_report import PrepareReport
 COLUMNS = {"timestamp": "timestamp", "time_unit": "s"}
 
 
-def run(out: Path, paths: list[Path], *, append: bool = False, **source: object) -> PrepareReport:
+def run(
+    out: Path, paths: list[Path], *, append: bool = False, on_bad_rows: str = "raise", **source: object
+) -> PrepareReport:
     config = SourceConfig(paths=[str(path) for path in paths], **(COLUMNS | source))
-    return prepare(PrepareConfig(out=str(out), events=config, append=append, progress=False))
+    bad_rows = OnBadRows(on_bad_rows)
+    return prepare(PrepareConfig(out=str(out), events=config, append=append, on_bad_rows=bad_rows, progress=False))
 
 
 def write_csv(path: Path, rows: list[tuple], header: str = "user,item,timestamp") -> Path:

@@ -17,7 +17,7 @@ import vista
 from vista.data import histories
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories, Int, take
-from vista.data.segment import PackedTable
+from vista.data.packed_table import PackedTable
 from vista.errors import LogFormatError, UnknownUserError
 
 
@@ -250,7 +250,7 @@ def tear_manifest(folder: Path) -> None:
         (truncate, r"item\.npy: expected \d+ bytes, found \d+; the file is truncated: copy it again"),
         (delete_column, r"timestamp\.npy: missing; prepare the log anew"),
         (delete_segment, r"segment-000001 is missing, found segment-000002"),
-        (edit_manifest(deletions=3), r"holds 3 deletion rows, which this vista cannot obey"),
+        (edit_manifest(deletions=3), r"deletions: the manifest says 3, found 0; restore the folder"),
         (edit_manifest(version=2), r"format version 2, this vista reads 1"),
         (edit_manifest(format="other"), r"not the manifest of an EventLog"),
         (tear_manifest, r"manifest\.json: unreadable"),
@@ -278,7 +278,10 @@ def test_a_compacted_range_replaces_its_segments(tmp_path: Path) -> None:
     compacted = tmp_path / "log" / "segment-000001-000002"
     shutil.copytree(tmp_path / "whole" / "segment-000001", compacted)
     file = compacted / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"last_segment": 2}))
+    np.save(compacted / "changed.npy", np.full(log.num_users, 2))
+    entry = {"changed.npy": {"bytes": (compacted / "changed.npy").stat().st_size}}
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps(manifest | {"last_segment": 2, "files": manifest["files"] | entry}))
     again = EventLog.open(tmp_path / "log")
     assert (again.last_segment, again.num_events, len(again.manifests)) == (2, log.num_events, 1)
     assert again[100].timestamp.tolist() == whole[100].timestamp.tolist() == log[100].timestamp.tolist()

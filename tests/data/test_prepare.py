@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import vista
 from tests.data.conftest import run, write_csv
 from vista.choices import IdType
-from vista.data import ingest, segment
+from vista.data import ingest, segment_writer
 from vista.data.event_log import EventLog
 from vista.errors import ConfigError, DataError
 
@@ -283,7 +283,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.csv", [(1, 1, 1)])
-    with segment.staged_folder(tmp_path / "log") as staging:
+    with segment_writer.staged_folder(tmp_path / "log") as staging:
         with pytest.raises(DataError, match="another process is writing it right now"):
             run(tmp_path / "log", [file])
         (staging / "x").write_text("x")

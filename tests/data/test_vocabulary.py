@@ -45,6 +45,58 @@ def _check_against_dict(kind: str, batches: tuple[list, list]) -> None:
     assert pickle.loads(pickle.dumps(vocabulary)).digest() == vocabulary.digest()
 
 
+@settings(max_examples=80, deadline=None)
+@given(ids=st.one_of(INT_IDS, DENSE_IDS, TEXT_IDS), more=st.data())
+def test_rows_without_ids_are_unknown_and_keep_their_places(
+    tmp_path_factory: pytest.TempPathFactory, ids: list, more: st.DataObject
+) -> None:
+    """Taken away twice, stored, joined, cut and extended by the same ids again."""
+    kind = "str" if ids and isinstance(ids[0], str) else "int"
+    vocabulary = Vocabulary.empty(kind).extended(ids)
+    names = vocabulary.ids(np.arange(len(vocabulary))).tolist()
+    blank: set[int] = set()
+    for _ in range(2):
+        gone = more.draw(st.sets(st.integers(0, len(names) - 1), max_size=5) if names else st.just(set()))
+        vocabulary = vocabulary.without_ids(np.array(sorted(gone), np.int64))
+        blank |= gone
+    folder = tmp_path_factory.mktemp("vocabulary")
+    vocabulary.save(folder, "users")
+    cut = len(names) // 2
+    halves = Vocabulary.concatenated([Vocabulary.empty(kind), _head(vocabulary, cut), vocabulary.tail(cut)])
+    asked = [*names, *([0, 2**62] if kind == "int" else ["", "nobody"])]
+    want = [row if row not in blank else -1 for row in range(len(names))]
+    want += [names.index(name) if name in names and names.index(name) not in blank else -1 for name in asked[-2:]]
+    for one in (vocabulary, Vocabulary.load(folder, "users"), halves, pickle.loads(pickle.dumps(vocabulary))):
+        assert one.rows(asked).tolist() == want
+        fresh = Vocabulary.concatenated([one.tail(0)])
+        assert [int(fresh.rows([name])[0]) for name in asked] == want
+        assert (np.flatnonzero(~one.has_ids(np.arange(len(names)))).tolist(), one.num_blank) == (
+            sorted(blank),
+            len(blank),
+        )
+        kept = [row for row in range(len(names)) if row not in blank]
+        assert one.ids(kept).tolist() == [names[row] for row in kept]
+        assert one.digest() == vocabulary.digest()
+    for row in blank:
+        with pytest.raises(LookupError, match=f"row {row} holds no id any more"):
+            vocabulary.ids([row])
+    if kind == "str":
+        assert vocabulary._data.tobytes() == b"".join(name.encode() for name in vocabulary.ids(kept))
+    else:
+        assert not vocabulary._data[sorted(blank)].any()
+    grown = vocabulary.extended(names)
+    assert len(grown) == len(names) + len(blank)
+    rows = grown.rows(names)
+    assert all((row >= len(names)) if old in blank else (row == old) for old, row in enumerate(rows.tolist()))
+
+
+def _head(vocabulary: Vocabulary, stop: int) -> Vocabulary:
+    offsets = None if vocabulary._offsets is None else vocabulary._offsets[: stop + 1]
+    data = vocabulary._data[:stop] if offsets is None else vocabulary._data[: offsets[-1]]
+    blank = None if vocabulary._blank is None else vocabulary._blank[vocabulary._blank < stop]
+    return Vocabulary(vocabulary.kind, data, offsets, blank)
+
+
 @pytest.mark.parametrize("ids", [[5, -3, 9_000_000_000], ["b", "a", "ü", "longer id"]])
 def test_save_and_load(tmp_path: Path, ids: list) -> None:
     vocabulary = Vocabulary.from_ids(ids)

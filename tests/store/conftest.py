@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 
 from vista.choices import Codec
+from vista.errors import StoreError
 from vista.store import Manifest, StoreWriter, Tail, encode_records, user_keys
 
 NUM_TOKENS, DIM = 2, 8
@@ -68,7 +73,7 @@ def write_store(path: Path, salt: int = 0, **changes: Any) -> Manifest:
         total = writer.manifest.total_users
         for start in range(writer.cursor, total, 16):
             put_users(writer, range(start, min(start + 16, total)), salt)
-        return writer.publish(total)
+        return writer.publish()
 
 
 @pytest.fixture
@@ -81,3 +86,43 @@ def build() -> SimpleNamespace:
         summarizer=summarizer,
         write_store=write_store,
     )
+
+
+@dataclass(frozen=True)
+class OtherAccount:
+    """Runs functions in a child of another account."""
+
+    user: int = 60_001
+    group: int = 60_002
+
+    def __call__(self, function: Callable[[], Any]) -> Any:
+        """What the function returns, or the StoreError that it raises."""
+        receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+        def call() -> None:
+            os.setgroups([])
+            os.setgid(self.group)
+            os.setuid(self.user)
+            try:
+                sender.send(function())
+            except StoreError as error:
+                sender.send(error)
+
+        child = multiprocessing.get_context("fork").Process(target=call)
+        child.start()
+        sender.close()
+        assert receiver.poll(20), "the child hangs"
+        result = receiver.recv()
+        child.join(20)
+        return result
+
+
+@pytest.fixture
+def as_other_account(tmp_path: Path) -> OtherAccount:
+    """Of a group that may pass through the folders above tmp_path."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can be several accounts")
+    for folder in (tmp_path, *tmp_path.parents):
+        if len(folder.parts) > 2:
+            folder.chmod(folder.stat().st_mode | 0o011)
+    return OtherAccount()

@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,20 +13,20 @@ from hypothesis.extra import numpy as hnp
 
 from vista.choices import Codec
 from vista.errors import RecordError
+from vista.store.codecs import dequantize_rows, quantize_rows
 from vista.store.keys import user_keys
 from vista.store.record import (
     HEADER,
     HEADER_BYTES,
+    MAX_RECORD_BYTES,
     NO_TIMESTAMP,
     RecordSpec,
     Tail,
-    decode_record_reference,
     decode_rows,
-    dequantize_rows,
     encode_records,
-    quantize_rows,
     read_records,
 )
+from vista.store.record_reference import decode_record_reference
 
 SPEC = RecordSpec(bytes(range(32)), 7, 2, 4, Codec.int8, created_at=1_700_000_000_123, applied_segment=3)
 USERS = [42, -5]
@@ -41,7 +42,7 @@ GOLDEN_HEADER = (
     "0100"  # format version
     "8000"  # header length
     "00000000"  # flags
-    "{codec}0002000400{codec}00"  # codec, tokens, dim, scale dtype
+    "{codec}0002000400{scale}00"  # codec, tokens, dim, scale dtype
     "{payload}"  # payload length
     "0700000000000000"  # generation
     "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"  # summarizer_id
@@ -57,7 +58,9 @@ GOLDEN_HEADER = (
 )
 GOLDEN_TAIL = "0900000001000000ffffffffffffffff000000000001000000ff"
 GOLDEN_INT8 = (
-    GOLDEN_HEADER.format(codec="01", payload="32000000", key_hash="a624af5bb76f6e4f", checksum="6af3a90d25592ca5")
+    GOLDEN_HEADER.format(
+        codec="01", scale="01", payload="32000000", key_hash="a624af5bb76f6e4f", checksum="6af3a90d25592ca5"
+    )
     + "000102ff"
     "0000803f"
     "00000000"  # scale 1, bias 0
@@ -67,10 +70,37 @@ GOLDEN_INT8 = (
      + GOLDEN_TAIL
 )
 GOLDEN_FLOAT32 = (
-    GOLDEN_HEADER.format(codec="00", payload="3a000000", key_hash="a624af5bb76f6e4f", checksum="2c57f57c2ac92e4f")
+    GOLDEN_HEADER.format(
+        codec="00", scale="00", payload="3a000000", key_hash="a624af5bb76f6e4f", checksum="2c57f57c2ac92e4f"
+    )
     + "000000000000803f0000004000007f43"
     "000080bf0000803e0000003f0000803f" + GOLDEN_TAIL
 )
+GOLDEN_FLOAT16 = (
+    GOLDEN_HEADER.format(
+        codec="02", scale="00", payload="2a000000", key_hash="a624af5bb76f6e4f", checksum="9f985b4192cfe72e"
+    )
+    + "0000003c0040f85b"
+    "00bc00340038003c" + GOLDEN_TAIL
+)
+GOLDEN_INT4 = (
+    GOLDEN_HEADER.format(
+        codec="03", scale="02", payload="26000000", key_hash="a624af5bb76f6e4f", checksum="507c248e1f4126c1"
+    )
+    + "00f0"  # two values a byte, the first one in the low half
+    "404c"
+    "0000"  # scale 17, bias 0
+    "90fb"
+    "4430"
+    "00bc"  # scale 2 / 15, bias -1
+     + GOLDEN_TAIL
+)
+GOLDEN = {
+    Codec.int8: GOLDEN_INT8,
+    Codec.float32: GOLDEN_FLOAT32,
+    Codec.float16: GOLDEN_FLOAT16,
+    Codec.int4: GOLDEN_INT4,
+}
 
 
 def encode(spec: RecordSpec = SPEC, summary: np.ndarray = SUMMARY, tail: Tail = TAIL) -> list[bytes]:
@@ -91,13 +121,13 @@ def with_checksum(record: bytearray) -> bytes:
     return bytes(record)
 
 
-@pytest.mark.parametrize(("codec", "golden"), [(Codec.int8, GOLDEN_INT8), (Codec.float32, GOLDEN_FLOAT32)])
-def test_golden_bytes(codec, golden):
-    assert encode(dataclasses.replace(SPEC, codec=codec))[0].hex() == golden
+@pytest.mark.parametrize("codec", Codec)
+def test_golden_bytes(codec):
+    assert encode(dataclasses.replace(SPEC, codec=codec))[0].hex() == GOLDEN[codec]
 
 
 def test_golden_checksum_is_xxh3_over_the_rest():
-    for golden in (GOLDEN_INT8, GOLDEN_FLOAT32):
+    for golden in GOLDEN.values():
         assert with_checksum(bytearray.fromhex(golden)).hex() == golden
     key_hash = struct.unpack_from("<Q", bytes.fromhex(GOLDEN_INT8), 64)[0]
     assert key_hash == xxhash.xxh3_64_intdigest(bytes.fromhex("7569800000000000002a"))
@@ -138,7 +168,22 @@ def test_reference_decoder_reads_the_golden_bytes():
     assert (fields["generation"], fields["event_count"], fields["created_at"]) == (7, 2, 1_700_000_000_123)
 
 
-finite = st.floats(-(2.0**100), 2.0**100, width=32)
+LARGEST = {Codec.float32: 2.0**100, Codec.int8: 2.0**100, Codec.float16: 65504.0, Codec.int4: 32752.0}
+
+
+def error_bound(codec: Codec, rows: np.ndarray) -> np.ndarray:
+    """Of rows [..., d], what docs/summary-format.md promises."""
+    rows = rows.astype(np.float64)
+    least, span = np.abs(rows.min(axis=-1, keepdims=True)), np.ptp(rows, axis=-1, keepdims=True)
+    match codec:
+        case Codec.float32:
+            return np.zeros_like(rows)
+        case Codec.float16:
+            return np.abs(rows) * 2.0**-11 + 2.0**-25
+        case Codec.int8:
+            return span / 510 + np.abs(rows).max(axis=-1, keepdims=True) * 1e-6 + 1e-8
+        case Codec.int4:
+            return np.broadcast_to(span / 30 * 1.001 + least / 1900 + 2.0**-20, rows.shape)
 
 
 @settings(max_examples=60, deadline=None)
@@ -149,7 +194,8 @@ finite = st.floats(-(2.0**100), 2.0**100, width=32)
 )
 def test_round_trip_agrees_with_the_reference(data, codec, shape):
     num_users, num_tokens, dim = shape
-    summary = data.draw(hnp.arrays(np.float32, shape, elements=finite))
+    values = st.floats(-LARGEST[codec], LARGEST[codec], width=32) | st.floats(-1, 1, width=32)
+    summary = data.draw(hnp.arrays(np.float32, shape, elements=values))
     lengths = data.draw(hnp.arrays(np.int64, num_users, elements=st.integers(0, 5)))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     total = int(offsets[-1])
@@ -179,22 +225,37 @@ def test_round_trip_agrees_with_the_reference(data, codec, shape):
         np.testing.assert_allclose(
             decoded[index], reference["summary"], rtol=2e-7, atol=float(np.max(span, initial=0)) * 2e-7
         )
-        if codec is Codec.float32:
-            np.testing.assert_array_equal(decoded[index], summary[index])
-        else:
-            # Half a step, and what float32 loses in computing the step.
-            error = np.abs(decoded[index].astype(np.float64) - summary[index]).max(axis=1, initial=0)
-            largest = np.abs(summary[index]).max(axis=1, initial=0).astype(np.float64)
-            assert (error <= span[index] / 255 * 0.5 + largest * 1e-6 + 1e-8).all()
+        if num_tokens:
+            error = np.abs(decoded[index].astype(np.float64) - summary[index])
+            assert (error <= error_bound(codec, summary[index])).all()
 
 
 def test_quantized_rows_are_fbgemm_rows():
     rows = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32)
-    packed = quantize_rows(rows)
+    packed = quantize_rows(rows, Codec.int8)
     scale, bias = packed[:, 16:].copy().view("<f4").T
     np.testing.assert_array_equal(bias, rows.min(axis=1))
     np.testing.assert_array_equal(scale, np.ptp(rows, axis=1) / np.float32(255))
-    np.testing.assert_allclose(dequantize_rows(packed), rows, atol=float(scale.max()) * 0.501)
+    np.testing.assert_allclose(dequantize_rows(packed, Codec.int8, 16), rows, atol=float(scale.max()) * 0.501)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 16, 31])
+def test_four_bit_rows_are_fbgemm_rows(dim):
+    rows = np.random.default_rng(0).standard_normal((50, dim)).astype(np.float32)
+    packed = quantize_rows(rows, Codec.int4)
+    width = (dim + 1) // 2
+    assert packed.shape == (50, width + 4)
+    scale, bias = packed[:, width:].copy().view("<f2").T
+    np.testing.assert_array_equal(bias, rows.min(axis=1).astype(np.float16))
+    steps = (rows.max(axis=1) - bias.astype(np.float32)) / np.float32(15)
+    np.testing.assert_array_equal(scale, np.where(steps == 0, 1, steps).astype(np.float16))
+    if dim % 2:  # The half of a byte that nothing fills is zero, so equal rows have equal bytes.
+        assert (packed[:, width - 1] < 16).all()
+    else:
+        fbgemm = torch.ops.quantized.embedding_bag_4bit_prepack(torch.from_numpy(rows)).numpy()
+        np.testing.assert_array_equal(packed, fbgemm)
+    bound = error_bound(Codec.int4, rows)
+    assert (np.abs(dequantize_rows(packed, Codec.int4, dim) - rows) <= bound).all()
 
 
 @pytest.mark.parametrize("codec", Codec)
@@ -212,6 +273,37 @@ def test_a_row_whose_range_overflows_is_refused_and_names_the_user():
     with pytest.raises(RecordError, match=r"user -5.*overflows"):
         encode(summary=summary)
     assert len(encode(dataclasses.replace(SPEC, codec=Codec.float32), summary)) == 2
+
+
+@pytest.mark.parametrize(
+    ("codec", "row"),
+    [
+        (Codec.float16, [65520, 0, 0, 0]),
+        (Codec.int4, [-65520, 0, 0, 0]),
+        (Codec.int4, [65520, 65520, 65520, 65520]),
+        (Codec.int4, [1e6, 0, 0, 0]),
+    ],
+)
+def test_what_overflows_a_half_is_refused_and_names_the_user(codec, row):
+    summary = SUMMARY.copy()
+    summary[1, 1] = row
+    with pytest.raises(RecordError, match=r"user -5 is refused: row 1 .*overflows float16"):
+        encode(dataclasses.replace(SPEC, codec=codec), summary)
+    assert len(encode(summary=summary)) == 2
+
+
+def test_records_are_bounded_before_they_are_written_and_when_they_are_read():
+    with pytest.raises(ValueError, match="do not fit a record"):
+        dataclasses.replace(SPEC, num_tokens=65_535, dim=65_535)
+    events = MAX_RECORD_BYTES // 13
+    tail = Tail(
+        np.zeros(events, np.int32), np.zeros(events, np.int64), np.zeros(events, np.uint8), np.array([0, 0, events])
+    )
+    with pytest.raises(RecordError, match=rf"user -5 would take \d+ bytes, at most {MAX_RECORD_BYTES}"):
+        encode(tail=tail)
+    large = with_checksum(bytearray(encode()[0]) + bytes(MAX_RECORD_BYTES))
+    with pytest.raises(RecordError, match=rf"user 42 .*length is \d+, expected at most {MAX_RECORD_BYTES} bytes"):
+        read_records([large], user_keys(USERS[:1]), SPEC)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 5), (2, 3, 4), (1, 2, 4), (2, 8)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
-import stat
 import threading
 
 import lmdb
@@ -15,7 +14,7 @@ from vista.choices import Codec
 from vista.errors import StoreError, StoreLockedError, SummarizerMismatchError, UserKeyError
 from vista.store import NO_TIMESTAMP, SummaryStore, Tail, encode_records, user_keys
 from vista.store.environment import SharedEnvironment
-from vista.store.layout import environment_path, list_generations, read_current
+from vista.store.layout import environment_path, last_complete, list_generations, read_current
 
 TOTAL = 40
 
@@ -68,19 +67,12 @@ def test_string_users_and_the_wrong_kind_of_id(tmp_path, build):
             event_count=np.array([0]), last_event_ts=np.array([NO_TIMESTAMP]), history_digest=np.zeros(1, np.uint64),
         )  # fmt: skip
         writer.put_batch(user_keys(["é"]), record, 1)
-        assert writer.publish(1).user_kind == "str"
+        assert writer.publish().user_kind == "str"
     with SummaryStore.open(tmp_path) as store:
         batch = store.get_many(["é", "x"])
         assert batch.found.tolist() == [True, False] and batch.summary.shape == (2, 0, 8)
         with pytest.raises(UserKeyError, match=r"user 5: .* type str"):
             store.get_many([5])
-
-
-def test_files_and_folders_are_private(tmp_path, build):
-    root = tmp_path / "new" / "store"
-    build.write_store(root)
-    for path in [root, *root.rglob("*")]:
-        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
 def test_reader_sees_the_old_generation_until_it_reloads(tmp_path, build):
@@ -90,7 +82,7 @@ def test_reader_sees_the_old_generation_until_it_reloads(tmp_path, build):
         build.put_users(writer, range(TOTAL), 1)
         assert not store.reload()
         np.testing.assert_allclose(store.get_many([5]).summary[0], build.summaries(range(5, 6))[0], atol=0.02)
-        writer.publish(TOTAL)
+        writer.publish()
     np.testing.assert_allclose(store.get_many([5]).summary[0], build.summaries(range(5, 6))[0], atol=0.02)
     assert store.generation == 1
     assert store.reload() and store.generation == 2
@@ -108,7 +100,8 @@ def test_two_generations_are_kept_and_a_pinned_reader_outlives_its_files(tmp_pat
         build.write_store(tmp_path, salt=run, run_digest=f"log-{run}")
         stores.append(SummaryStore.open(tmp_path))
     assert list_generations(tmp_path) == [3, 4]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["CURRENT", "gen-3", "gen-4", "writer.lock"]
+    names = ["CURRENT", "LAST", "gen-3", "gen-4", "tombstones", "writer.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     for run, store in enumerate(stores):
         expected = build.summaries(range(TOTAL), run)
         np.testing.assert_allclose(store.get_many(range(TOTAL)).summary, expected, atol=0.02)
@@ -174,9 +167,9 @@ def test_an_unfinished_run_is_resumed(tmp_path, build):
     with build.open_writer(tmp_path / "parts", created_at=5) as writer:
         assert writer.cursor == 16
         with pytest.raises(StoreError, match="16 of 40 users"):
-            writer.publish(TOTAL)
+            writer.publish()
         build.put_users(writer, range(16, TOTAL))
-        assert writer.publish(TOTAL) == whole
+        assert writer.publish() == whole
 
 
 @pytest.mark.parametrize(
@@ -204,7 +197,7 @@ def test_a_finished_run_that_was_not_flipped_is_published_and_not_repeated(tmp_p
     (tmp_path / "CURRENT").unlink()
     with build.open_writer(tmp_path) as writer:
         assert writer.cursor == TOTAL
-        writer.publish(TOTAL)
+        writer.publish()
     assert read_current(tmp_path) == 1
 
 
@@ -218,12 +211,36 @@ def test_a_number_that_was_complete_is_not_used_again(tmp_path, build):
     store.close()
 
 
+def test_a_number_that_was_complete_is_not_used_again_after_its_folder_is_gone(tmp_path, build):
+    build.write_store(tmp_path)
+    build.write_store(tmp_path, salt=1, run_digest="log-2")
+    (tmp_path / "CURRENT").write_text("gen-1\n")
+    for digest in ("log-3", "log-4"):  # The first removes gen-2, the second what the first has begun.
+        with build.open_writer(tmp_path, run_digest=digest) as writer:
+            assert writer.generation == 3
+            build.put_users(writer, range(16))
+    build.write_store(tmp_path, run_digest="log-4")
+    assert read_current(tmp_path) == 3 and last_complete(tmp_path) == 3
+
+
+def test_a_number_that_was_complete_but_never_published_is_not_used_again(tmp_path, build):
+    build.write_store(tmp_path)
+    (tmp_path / "CURRENT").unlink()
+    (tmp_path / "LAST").unlink()
+    for digest in ("log-2", "log-3"):
+        with build.open_writer(tmp_path, run_digest=digest) as writer:
+            assert writer.generation == 2
+
+
 def test_a_wrong_count_is_not_published(tmp_path, build):
     build.write_store(tmp_path)
     with build.open_writer(tmp_path, run_digest="log-2") as writer:
         build.put_users(writer, range(TOTAL))
-        with pytest.raises(StoreError, match="40 records instead of 41"):
-            writer.publish(41)
+        environment = SharedEnvironment.acquire(environment_path(tmp_path, 2), writable=True)
+        environment.write(lambda transaction: transaction.delete(user_keys([7])[0]))
+        environment.release()
+        with pytest.raises(StoreError, match="holds 39 records, but 40 were written"):
+            writer.publish()
     assert list_generations(tmp_path) == [1] and read_current(tmp_path) == 1
 
 
@@ -232,7 +249,7 @@ def test_a_damaged_record_is_not_published(tmp_path, build):
     with build.open_writer(tmp_path, run_digest="log-2", total_users=1) as writer:
         writer.put_batch(user_keys([7]), [b"not a record"], 1)
         with pytest.raises(StoreError, match=r"user 7.*removed, CURRENT is as before"):
-            writer.publish(1)
+            writer.publish()
     assert list_generations(tmp_path) == [1] and read_current(tmp_path) == 1
 
 

@@ -223,7 +223,7 @@ class TestLeakage:
         self, served_tasks: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("vista.refresh.visible_counts", lambda log, limit: log.lengths)
+            patch.setattr("vista.refresh.full.visible_counts", lambda log, limit: log.lengths)
             refresh(served_tasks.model, served_tasks.log, tmp_path / "store", until=past_of(served_tasks))
         with pytest.raises(LeakageError, match=r"user \d+: the record in .* has seen \d+ events, .* refresh the store"):
             train(downstream_config(served_tasks, tmp_path / "store", tmp_path / "run"), served_tasks.log)

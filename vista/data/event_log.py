@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.data.histories import Histories, slice_merged, take, take_merged
+from vista.data.deleted_rows import obey_deletions
+from vista.data.histories import Histories, slice_merged, take_range
 from vista.data.impressions import Impressions, read_impressions
-from vista.data.segment import Segment, find_segments, read_segment
+from vista.data.packed_table import PackedTable
+from vista.data.segment import Segment, read_segments
 from vista.data.vocabulary import Vocabulary
 from vista.errors import LogFormatError, UnknownUserError
 
@@ -37,8 +39,10 @@ class EventLog:
         self.last_segment = segments[-1].last
         self.num_users = len(self.users)
         self.num_items = len(self.items)
-        self.num_events = sum(segment.events.num_rows for segment in segments)
-        self._segments = list(segments)
+        self.segments = obey_deletions(segments)
+        """Oldest first, each without what later ones delete."""
+        self.num_events = sum(segment.events.num_rows for segment in self.segments)
+        self._tables = _filled(self.segments)
         self._lengths: NDArray[np.int64] | None = None
         self._impressions: Impressions | None = None
         if (self.num_users, self.num_items) != (newest["num_users"], newest["num_items"]):
@@ -56,17 +60,10 @@ class EventLog:
             last_segment: read only the segments up to this number; None reads all.
 
         Raises:
-            LogFormatError: if it is missing, truncated, of another format, or has no segment that ends there.
+            LogFormatError: if it is missing, truncated, of another format, or has no segment that ends there
+                (`has_boundary`).
         """
-        folders = find_segments(Path(path))
-        segments: list[Segment] = []
-        for folder in folders:
-            if last_segment is not None and segments and segments[-1].last >= last_segment:
-                break
-            segments.append(read_segment(folder))
-        if last_segment is not None and segments[-1].last != last_segment:
-            raise LogFormatError(f"{path}: no segment ends at number {last_segment}; it has {segments[-1].last}")
-        return cls(Path(path), segments)
+        return cls(Path(path), read_segments(Path(path), last_segment))
 
     @classmethod
     def from_frame(
@@ -134,7 +131,7 @@ class EventLog:
     def __repr__(self) -> str:
         return (
             f"EventLog({str(self.path)!r}: {self.num_users} users, {self.num_items} items, {self.num_events} events, "
-            f"{len(self._segments)} segment(s), {'times' if self.has_time else 'order only'})"
+            f"{len(self.segments)} segment(s), {'times' if self.has_time else 'order only'})"
         )
 
     def __getitem__(self, user_id: int | str) -> Histories:
@@ -154,24 +151,45 @@ class EventLog:
     @property
     def manifests(self) -> list[dict[str, Any]]:
         """The segments' manifests, oldest first."""
-        return [segment.manifest for segment in self._segments]
+        return [segment.manifest for segment in self.segments]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Events of every user: int64 [num_users]."""
         if self._lengths is None:
             total = np.zeros(self.num_users, np.int64)
-            for segment in self._segments:
+            for segment in self.segments:
                 total += segment.events.counts(self.num_users)
             total.flags.writeable = False
             self._lengths = total
         return self._lengths
 
+    def time_range(self) -> tuple[int, int] | None:
+        """Oldest and newest time (ms, or ordinals) of all events; None without events."""
+        found = []
+        for events in (segment.events for segment in self.segments):
+            has = np.flatnonzero(np.diff(events.offsets))
+            if len(has):
+                times = events.columns["timestamp"]
+                first = times[events.places(events.offsets[has])]
+                last = times[events.places(events.offsets[has + 1] - 1)]
+                found.append((int(first.min()), int(last.max())))
+        return (min(first for first, _ in found), max(last for _, last in found)) if found else None
+
+    def next_ordinals(self) -> NDArray[np.int64]:
+        """In a log without times: one more than the last ordinal of each user, int64 [num_users]."""
+        following = np.zeros(self.num_users, np.int64)
+        for events in (segment.events for segment in self.segments):
+            has = np.flatnonzero(np.diff(events.offsets))
+            last = events.columns["timestamp"][events.places(events.offsets[has + 1] - 1)]
+            following[events.users[has]] = np.maximum(following[events.users[has]], last + 1)
+        return following
+
     @property
     def impressions(self) -> Impressions | None:
         """The second table, or None; merged over the segments when first asked for."""
-        if self._impressions is None and any(segment.impressions is not None for segment in self._segments):
-            self._impressions = read_impressions(self._segments, self.num_users)
+        if self._impressions is None and any(segment.impressions is not None for segment in self.segments):
+            self._impressions = read_impressions(self.segments, self.num_users)
         return self._impressions
 
     def gather(self, user_rows: Any, counts: Any = None) -> Histories:
@@ -199,31 +217,98 @@ class EventLog:
         high = np.clip(np.asarray(stops, np.int64), low, lengths)
         if low.shape != rows.shape or high.shape != rows.shape:
             raise ValueError(f"starts and stops need shape {rows.shape}, got {low.shape} and {high.shape}")
-        if len(self._segments) == 1:
-            first, _ = self._segments[0].events.locate(rows)
-            return take(self._segments[0].events, first + low, high - low)
-        return take_merged([segment.events for segment in self._segments], rows, low, high)
+        return take_range(self._tables, rows, low, high)
+
+    def has_boundary(self, after: int) -> bool:
+        """Whether the log can be read as it was after segment `after`: `EventLog.open(path, last_segment=after)`.
+
+        False where that number lies inside a compacted range (or the log has none of it).
+        """
+        return any(segment.last == after for segment in self.segments)
+
+    def changed_users(self, after: int) -> NDArray[np.int64]:
+        """Users with new events or deletions in segments numbered above `after` (0: all with anything).
+
+        Right inside a compacted range too. Users that have no event left are among them; so are erased ones whose id
+        a compaction has blanked (`users.has_ids`).
+
+        Returns:
+            int64 [U] user rows, ascending.
+
+        Raises:
+            LogFormatError: if the log ends before `after`.
+        """
+        self._check_number(after)
+        changed = np.zeros(self.num_users, np.bool_)
+        for segment in self.segments:
+            changed[segment.changed_users(after)] = True
+        return np.flatnonzero(changed)
+
+    def users_with_deletions(self, after: int) -> NDArray[np.int64]:
+        """Those of `changed_users` from whom segments numbered above `after` delete something; the others only gained.
+
+        Args:
+            after: a number for which `has_boundary` holds, or 0.
+
+        Returns:
+            int64 [U] user rows, ascending.
+
+        Raises:
+            LogFormatError: if the log ends before `after`, or a compacted segment holds what came before and after it.
+        """
+        newer = self._newer_segments(after)
+        forgotten = [segment.forgotten.users for segment in newer if segment.forgotten is not None]
+        return np.unique(np.concatenate([np.empty(0, np.int64), *(s.erased for s in newer), *forgotten]))
+
+    def new_events(self, user_rows: Any, after: int) -> Histories:
+        """What the segments numbered above `after` brought of several users, without what later ones deleted.
+
+        Args:
+            user_rows: int [B] rows of `users`.
+            after: a number for which `has_boundary` holds, or 0. Nothing older is read.
+
+        Returns:
+            B histories, by time, equal times in the order of the segments. They may begin before the newest event that
+            the log held already (late events).
+
+        Raises:
+            LogFormatError: if the log ends before `after`, or a compacted segment holds both older and newer events.
+        """
+        rows = self._checked_rows(user_rows)
+        tables = _filled(self._newer_segments(after)) or [self.segments[-1].events.of_users(0, 0)]
+        num = sum((table.counts(self.num_users) for table in tables), np.zeros(self.num_users, np.int64))[rows]
+        return take_range(tables, rows, np.zeros(len(rows), np.int64), num)
+
+    def _newer_segments(self, after: int) -> list[Segment]:
+        self._check_number(after)
+        mixed = [segment for segment in self.segments if segment.first <= after < segment.last]
+        if mixed:
+            raise LogFormatError(
+                f"{self.path}: {mixed[0].path.name} does not keep apart what came after segment {after}; "
+                "read whole histories of `changed_users` instead"
+            )
+        return [segment for segment in self.segments if segment.first > after]
+
+    def _check_number(self, after: int) -> None:
+        if not 0 <= after <= self.last_segment:
+            raise LogFormatError(
+                f"{self.path}: ends at segment {self.last_segment}, so {after} is none of its own; is it another log, "
+                "or has one of its segments been removed? Restore it, or refresh all users from it"
+            )
 
     def counts_before(self, time: int) -> NDArray[np.int64]:
         """Events of every user strictly before `time` (ms, or an ordinal): int64 [num_users]."""
         total = np.zeros(self.num_users, np.int64)
-        for segment in self._segments:
-            users, offsets = segment.events.users, segment.events.offsets
-            times = segment.events.columns["timestamp"]
-            low, high = offsets[:-1].copy(), offsets[1:].copy()
-            while (open_ := np.flatnonzero(low < high)).size:  # all users' binary searches at once
-                middle = (low[open_] + high[open_]) // 2
-                older = times[middle] < time
-                low[open_] = np.where(older, middle + 1, low[open_])
-                high[open_] = np.where(older, high[open_], middle)
-            total[users] += low - offsets[:-1]
+        for events in (segment.events for segment in self.segments):
+            start, stop = events.offsets[:-1], events.offsets[1:]
+            total[events.users] += events.first_since(start, stop, np.full(len(start), time)) - start
         return total
 
     def slice(self, user_row: SupportsIndex, start: int = 0, stop: int | None = None) -> Histories:
         """Events [start, stop) of one user (B = 1), bounds as of a list; views wherever one segment holds them."""
         row = int(self._checked_rows([user_row])[0])
         low, high, _ = slice(start, stop).indices(int(self.lengths[row]))
-        return slice_merged([segment.events for segment in self._segments], row, low, max(low, high))
+        return slice_merged(self._tables, row, low, max(low, high))
 
     def _checked_rows(self, user_rows: Any) -> NDArray[np.int64]:
         rows = np.asarray(user_rows)
@@ -233,6 +318,12 @@ class EventLog:
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_users):
             raise IndexError(f"user rows must lie in [0, {self.num_users}), got {rows.min()} to {rows.max()}")
         return rows
+
+
+def _filled(segments: Sequence[Segment]) -> list[PackedTable]:
+    """The segments' events, without the tables that hold none where others do (deletion rows alone make a segment)."""
+    tables = [segment.events for segment in segments]
+    return [table for table in tables if table.num_rows] or tables[:1]
 
 
 def _reopen(path: str, last_segment: int) -> EventLog:

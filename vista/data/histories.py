@@ -5,14 +5,11 @@ from __future__ import annotations
 import builtins
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.data.segment import PackedTable
-
-Int = NDArray[np.int64]
+from vista.data.packed_table import Int, PackedTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +94,20 @@ def take(table: PackedTable, starts: Int, counts: Int) -> Histories:
     if not len(filled):
         index = slice(0, 0)
     elif np.array_equal(starts[1:], starts[:-1] + counts[:-1]):
-        index = slice(int(starts[0]), int(starts[-1] + counts[-1]))
+        index = table.span(int(starts[0]), int(starts[-1] + counts[-1]))
     else:
-        index = ranges(starts, counts)
+        index = table.places(ranges(starts, counts))
     columns = table.columns
     whole = Histories(columns["item"], columns["timestamp"], columns["action"], columns.get("rating"), offsets)
     return whole._at(index, offsets)
+
+
+def take_range(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> Histories:
+    """Events [low[b], high[b]) of the users `rows` [B] in one or several tables; bounds lie within the histories."""
+    if len(tables) == 1:
+        first, _ = tables[0].locate(rows)
+        return take(tables[0], first + low, high - low)
+    return take_merged(tables, rows, low, high)
 
 
 def take_merged(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> Histories:
@@ -132,8 +137,8 @@ def _in_order(tables: Sequence[PackedTable], located: Sequence[tuple[Int, Int]])
     newest = np.full(len(in_order), np.iinfo(np.int64).min)
     for table, (start, count) in zip(tables, located, strict=True):
         times, has = table.columns["timestamp"], np.flatnonzero(count)
-        in_order[has] &= times[start[has]] >= newest[has]
-        newest[has] = np.maximum(newest[has], times[start[has] + count[has] - 1])
+        in_order[has] &= times[table.places(start[has])] >= newest[has]
+        newest[has] = np.maximum(newest[has], times[table.places(start[has] + count[has] - 1)])
     return in_order
 
 
@@ -155,19 +160,25 @@ def slice_merged(tables: Sequence[PackedTable], row: int, low: int, high: int) -
     Views where one table holds them. Of the rest of the history at most the times are read.
     """
     rows = np.array([row], np.int64)
-    parts = [take(table, *table.locate(rows)) for table in tables]
-    parts = [part for part in parts if part.num_events] or parts[:1]
+    located = [(table, *table.locate(rows)) for table in tables]
+    located = [(table, start, count) for table, start, count in located if count[0]] or located[:1]
+    if len(located) == 1:
+        table, start, _ = located[0]
+        return take(table, start + low, np.array([high - low], np.int64))
     offsets = np.array([0, high - low], np.int64)
-    bounds = np.cumsum([0, *(part.num_events for part in parts)])
-    if all(a.timestamp[-1] <= b.timestamp[0] for a, b in pairwise(parts)):
-        clipped = np.clip(np.array([low, high])[:, None] - bounds[:-1], 0, np.diff(bounds))
-        pieces = [part.slice(0, int(a), int(b)) for part, a, b in zip(parts, clipped[0], clipped[1], strict=True)]
-        pieces = [piece for piece in pieces if piece.num_events] or pieces[:1]
-        if len(pieces) == 1:
-            return pieces[0]
+    if _in_order([table for table, _, _ in located], [(start, count) for _, start, count in located])[0]:
+        sizes = np.array([count[0] for _, _, count in located], np.int64)
+        before = np.cumsum(sizes) - sizes
+        begin, end = np.clip(np.array([[low], [high]]) - before, 0, sizes)
+        used = np.flatnonzero(end > begin).tolist() or [0]
+        parts = [take(located[i][0], located[i][1] + begin[i : i + 1], end[i : i + 1] - begin[i : i + 1]) for i in used]
+        if len(parts) == 1:
+            return parts[0]
         order = np.arange(high - low)
-        parts, bounds = pieces, np.cumsum([0, *(piece.num_events for piece in pieces)])
+        bounds = np.cumsum([0, *(part.num_events for part in parts)])
     else:
+        parts = [take(*place) for place in located]
+        bounds = np.cumsum([0, *(part.num_events for part in parts)])
         order = np.argsort(np.concatenate([part.timestamp for part in parts]), kind="stable")[low:high]
     out = _empty(high - low, parts[0].rating is not None, offsets)
     source = np.searchsorted(bounds, order, side="right") - 1

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.data.histories import ranges
-from vista.data.segment import PackedTable, Segment
+from vista.data.packed_table import PackedTable
+from vista.data.segment import Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ def read_impressions(segments: Sequence[Segment], num_users: int) -> Impressions
     tasks: list[str] = next(s.manifest["tasks"] for s in reversed(segments) if s.impressions is not None)
     counts = sum((table.counts(num_users) for table in tables), np.zeros(num_users, np.int64))
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    columns = tables[0].columns if len(tables) == 1 else _merged(tables, offsets)
+    columns = merged_columns([table.of_users(0, num_users) for table in tables], offsets)
     return Impressions(
         offsets,
         columns["item"],
@@ -56,7 +57,14 @@ def read_impressions(segments: Sequence[Segment], num_users: int) -> Impressions
     )
 
 
-def _merged(tables: Sequence[PackedTable], offsets: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+def merged_columns(tables: Sequence[PackedTable], offsets: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """Columns of users 0..U-1 out of several tables that have lost no rows: by time, equal times in their order.
+
+    Args:
+        offsets: int64 [U + 1] of all tables' rows together.
+    """
+    if len(tables) == 1:
+        return tables[0].columns
     num_users = len(offsets) - 1
     next_free = offsets[:-1].copy()
     places = []

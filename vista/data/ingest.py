@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from vista.data.frames import to_polars
 from vista.data.packing import BUCKET_EVENTS, ITEM_ROW, USER_ROW, distinct, extended, pack, rows_of
 from vista.data.parts import Part, read_part, write_quarantine
 from vista.data.prepare_report import PrepareReport, Stages
-from vista.data.segment import segment_name, staged_folder, write_manifest
+from vista.data.segment import segment_name
+from vista.data.segment_writer import locked_log, staged_folder, write_manifest
 from vista.data.sources import Source, frame_source, open_sources
 from vista.data.table_columns import NO_ACTION, actions_of, event_columns, impression_columns, time_range
 from vista.data.validation import id_kind
@@ -124,26 +126,29 @@ def _ingest(
     *,
     progress: bool,
 ) -> PrepareReport:
-    log = EventLog.open(target) if append else None
-    for table, files in sources.items():
-        _check_sources(table, files, log)
-    if "impressions" in sources and any("timestamp" not in files[0].columns for files in sources.values()):
-        raise ConfigError("impressions need times, and events too: name both tables' timestamp columns")
-    kinds = {name: _kind(name, sources["events"][0], configs["events"], log) for name in ("user", "item")}
-    number = log.last_segment + 1 if log else 1
-    destination = target / segment_name(number) if log else target
-    stages.lap("open")
-    with staged_folder(destination) as staging:
-        folder = staging if log else staging / segment_name(number)
-        scratch = staging / "scratch"
-        scratch.mkdir()
-        folder.mkdir(exist_ok=True)
-        parts = _read(sources, kinds, scratch, on_bad_rows, progress)
-        stages.lap("read")
-        written = _write(folder, scratch, parts, kinds, log, number, stages, bucket_events, progress)
-        shutil.rmtree(scratch)
-        stages.lap("write")
-    stages.lap("sync")
+    with ExitStack() as stack:
+        if append and target.is_dir():
+            stack.enter_context(locked_log(target))
+        log = EventLog.open(target) if append else None
+        for table, files in sources.items():
+            _check_sources(table, files, log)
+        if "impressions" in sources and any("timestamp" not in files[0].columns for files in sources.values()):
+            raise ConfigError("impressions need times, and events too: name both tables' timestamp columns")
+        kinds = {name: _kind(name, sources["events"][0], configs["events"], log) for name in ("user", "item")}
+        number = log.last_segment + 1 if log else 1
+        destination = target / segment_name(number) if log else target
+        stages.lap("open")
+        with staged_folder(destination) as staging:
+            folder = staging if log else staging / segment_name(number)
+            scratch = staging / "scratch"
+            scratch.mkdir()
+            folder.mkdir(exist_ok=True)
+            parts = _read(sources, kinds, scratch, on_bad_rows, progress)
+            stages.lap("read")
+            written = _write(folder, scratch, parts, kinds, log, number, stages, bucket_events, progress)
+            shutil.rmtree(scratch)
+            stages.lap("write")
+        stages.lap("sync")
     quarantine = target / segment_name(number) / "quarantine.csv"
     report = PrepareReport(
         path=target,
@@ -248,11 +253,11 @@ def _write(
     tasks: list[str] = log.manifests[-1]["tasks"] if log else []
     rows = {table: sum(part.num_rows for part in those) for table, those in parts.items()}
     active = {}
-    lengths = log.lengths if log else np.empty(0, np.int64)
+    ordinals = log.next_ordinals() if log and not log.has_time else np.empty(0, np.int64)
     with tqdm(total=sum(rows.values()), desc="write", unit="row", unit_scale=True, disable=not progress) as bar:
         for table, those in parts.items():
             if table == "events":
-                columns, values = event_columns(those[0].source, actions, lengths)
+                columns, values = event_columns(those[0].source, actions, ordinals)
             else:
                 tasks = _tasks(those[0].source)
                 columns, values = impression_columns(those[0].source, tasks)

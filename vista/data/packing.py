@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from vista.data.parts import ORDER, Part
 from vista.data.polars_extra import pl
 from vista.data.prepare_report import Stages
-from vista.data.segment import TableWriter
+from vista.data.segment_writer import TableWriter
 from vista.data.vocabulary import Vocabulary
 
 BUCKET_EVENTS = 1 << 22

@@ -118,6 +118,18 @@ def detect_kind(path: str | Path) -> str:
     )
 
 
+def column_names(file: Path, separator: str = ",") -> list[str]:
+    """Names of the columns of a Parquet file, or in the header of a text file; none where there is no such file."""
+    if not file.is_file() or file.stat().st_size == 0:
+        return []
+    if file.suffix in (".parquet", ".pq"):
+        try:
+            return pl.scan_parquet(file, glob=False).collect_schema().names()
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise DataError(f"{file}: cannot be read as table: {str(error).splitlines()[0]}") from error
+    return _header(file, "\t" if file.name.removesuffix(".gz").endswith(".tsv") else separator, '"')
+
+
 def frame_source(frame: pl.DataFrame, config: SourceConfig, table: str) -> Source:
     """A frame of `to_polars`, which has checked its columns, as a source; its digest is that of the columns used."""
     name = f"<{table} frame>"

@@ -49,11 +49,11 @@ def time_range(parts: Sequence[Part]) -> tuple[int | None, int | None]:
     return low, high
 
 
-def event_columns(source: Source, actions: Sequence[str], lengths: NDArray[np.int64]) -> tuple[Columns, Values]:
+def event_columns(source: Source, actions: Sequence[str], ordinals: NDArray[np.int64]) -> tuple[Columns, Values]:
     """Columns of the events.
 
     Args:
-        lengths: int64 [old users] events that the log holds already; ordinals go on from there.
+        ordinals: int64 [old users] where each one's ordinals go on; only a log without times needs it.
     """
     names = [name for name in EVENT_COLUMNS if name != "rating" or "rating" in source.columns]
     code = {name: number for number, name in enumerate(actions)}
@@ -66,18 +66,18 @@ def event_columns(source: Source, actions: Sequence[str], lengths: NDArray[np.in
         else:
             out["action"] = np.full(block.height, code[NO_ACTION], np.uint8)
         if "timestamp" not in out:
-            out["timestamp"] = _ordinals(block[USER_ROW].to_numpy(), lengths)
+            out["timestamp"] = _ordinals(block[USER_ROW].to_numpy(), ordinals)
         return out
 
     return {name: (EVENT_COLUMNS[name], ()) for name in names}, values
 
 
-def _ordinals(user_rows: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Place of each event in its user's history, after the `lengths` events that the log holds already."""
+def _ordinals(user_rows: NDArray[np.int64], following: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Place of each event in its user's history, which goes on from `following` (0 for a new user)."""
     starts = np.flatnonzero(np.diff(user_rows, prepend=-1))
     users = user_rows[starts]
     held = np.zeros(len(users), np.int64)
-    held[users < len(lengths)] = lengths[users[users < len(lengths)]]
+    held[users < len(following)] = following[users[users < len(following)]]
     return np.arange(len(user_rows)) - np.repeat(starts - held, np.diff(starts, append=len(user_rows)))
 
 

@@ -3,7 +3,8 @@
 On disk, beside whatever else a folder holds:
     integers: `<name>.ids.npy` int64 [N];
     strings: `<name>.ids.npy` uint8, all ids as UTF-8 end to end, and `<name>.offsets.npy` int64 [N + 1].
-Both are memory-mapped on loading. An id keeps its row for ever.
+    rows that have lost their id (`without_ids`): `<name>.blank.npy` int64, ascending; 0 or no bytes stand in its place.
+All are memory-mapped on loading. An id keeps its row for ever; a row whose id was taken away is never used again.
 """
 
 from __future__ import annotations
@@ -34,11 +35,18 @@ class Vocabulary:
         kind: "int" (int64 ids) or "str".
         ids: int64 [N], or uint8 UTF-8 bytes of all ids end to end.
         offsets: int64 [N + 1] byte positions; strings only.
+        blank: int64, ascending: rows without an id; None where all have one.
     """
 
-    __slots__ = ("_ascending", "_by_id", "_data", "_offsets", "_order", "_table", "kind")
+    __slots__ = ("_ascending", "_blank", "_by_id", "_data", "_offsets", "_order", "_table", "kind")
 
-    def __init__(self, kind: str, ids: NDArray[Any], offsets: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        ids: NDArray[Any],
+        offsets: NDArray[np.int64] | None = None,
+        blank: NDArray[np.int64] | None = None,
+    ) -> None:
         if kind not in ("int", "str"):
             raise ValueError(f"kind must be 'int' or 'str', got {kind!r}")
         if (kind == "str") != (offsets is not None):
@@ -46,6 +54,7 @@ class Vocabulary:
         self.kind = kind
         self._data = ids
         self._offsets = offsets
+        self._blank = blank if blank is not None and len(blank) else None
         self._ascending: bool | None = None
         self._order: NDArray[np.int64] | None = None
         self._table: tuple[int, NDArray[np.int64]] | None = None
@@ -71,11 +80,30 @@ class Vocabulary:
         return len(self._data) if self._offsets is None else len(self._offsets) - 1
 
     def __repr__(self) -> str:
-        return f"Vocabulary({self.kind}, {len(self)} ids)"
+        blanks = "" if self._blank is None else f", {len(self._blank)} of them blank"
+        return f"Vocabulary({self.kind}, {len(self)} ids{blanks})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        offsets = None if self._offsets is None else np.array(self._offsets)
-        return Vocabulary, (self.kind, np.array(self._data), offsets)
+        offsets, blank = (None if array is None else np.array(array) for array in (self._offsets, self._blank))
+        return Vocabulary, (self.kind, np.array(self._data), offsets, blank)
+
+    def has_ids(self, rows: Any) -> NDArray[np.bool_]:
+        """Which rows (int [N]) hold an id: bool [N]; False where it was taken away."""
+        index = np.atleast_1d(np.asarray(rows, dtype=np.int64))
+        if self._blank is None:
+            return np.ones(len(index), np.bool_)
+        at = np.minimum(np.searchsorted(self._blank, index), len(self._blank) - 1)
+        return np.asarray(self._blank[at] != index)
+
+    def _real_rows(self) -> NDArray[np.int64]:
+        """Rows that hold an id."""
+        rows = np.arange(len(self))
+        return rows if self._blank is None else np.delete(rows, self._blank)
+
+    @property
+    def num_blank(self) -> int:
+        """Rows without an id."""
+        return 0 if self._blank is None else len(self._blank)
 
     def rows(self, ids: Ids) -> NDArray[np.int64]:
         """Rows of raw ids.
@@ -93,10 +121,17 @@ class Vocabulary:
 
         Raises:
             IndexError: if a row lies outside [0, N).
+            LookupError: if a row holds no id any more (`has_ids`).
         """
         index = np.atleast_1d(np.asarray(rows, dtype=np.int64))
         if index.size and (index.min() < 0 or index.max() >= len(self)):
             raise IndexError(f"row {int(index.min() if index.min() < 0 else index.max())} is outside [0, {len(self)})")
+        if self._blank is not None and len(gone := index[~self.has_ids(index)]):
+            raise LookupError(f"row {int(gone[0])} holds no id any more: it was erased; has_ids tells which rows do")
+        return self._stored_ids(index)
+
+    def _stored_ids(self, index: NDArray[np.int64]) -> NDArray[Any]:
+        """The ids at rows; 0 or "" where a row is blank."""
         if self._offsets is None:
             return np.asarray(self._data[index])
         out = np.empty(len(index), dtype=object)
@@ -116,17 +151,31 @@ class Vocabulary:
         if self.kind == "int":
             ids = np.unique(_as_int_ids(new_ids))
             fresh = ids[self._int_rows(ids) < 0]
-            return self if not len(fresh) else Vocabulary("int", np.concatenate([self._data, fresh]))
+            return self if not len(fresh) else Vocabulary.concatenated([self, Vocabulary("int", fresh)])
         known = self._str_rows(names := _as_str_ids(new_ids))
         encoded = sorted({name.encode() for name, row in zip(names, known.tolist(), strict=True) if row < 0})
         return self if not encoded else Vocabulary.concatenated([self, _from_bytes(encoded)])
 
     def tail(self, start: int) -> Vocabulary:
         """The ids from row `start` on, as a vocabulary of its own (what an appended segment stores)."""
+        blank = None if self._blank is None else self._blank[np.searchsorted(self._blank, start) :] - start
         if self._offsets is None:
-            return Vocabulary("int", self._data[start:])
+            return Vocabulary("int", self._data[start:], None, blank)
         offsets = self._offsets[start:]
-        return Vocabulary("str", self._data[offsets[0] : offsets[-1]], offsets - offsets[0])
+        return Vocabulary("str", self._data[offsets[0] : offsets[-1]], offsets - offsets[0], blank)
+
+    def without_ids(self, rows: NDArray[np.int64]) -> Vocabulary:
+        """The same without the ids of `rows`, whose places stay: their ids are unknown from then on."""
+        blank = np.union1d(rows, np.empty(0, np.int64) if self._blank is None else self._blank).astype(np.int64)
+        if self._offsets is None:
+            data = np.array(self._data)
+            data[blank] = 0
+            return Vocabulary("int", data, None, blank)
+        sizes = np.diff(self._offsets)
+        keeps = np.ones(len(self), np.bool_)
+        keeps[blank] = False
+        data = self._data[np.repeat(keeps, sizes)]
+        return Vocabulary("str", data, np.concatenate([[0], np.cumsum(sizes * keeps)]).astype(np.int64), blank)
 
     @staticmethod
     def concatenated(parts: Sequence[Vocabulary]) -> Vocabulary:
@@ -137,10 +186,13 @@ class Vocabulary:
         if len(parts) == 1:
             return parts[0]
         data = np.concatenate([part._data for part in parts])
+        starts = np.cumsum([0, *(len(part) for part in parts)])
+        blanks = [part._blank + start for part, start in zip(parts, starts, strict=False) if part._blank is not None]
+        blank = np.concatenate(blanks) if blanks else None
         if kinds == {"int"}:
-            return Vocabulary("int", data)
+            return Vocabulary("int", data, None, blank)
         sizes = np.concatenate([np.diff(part._offsets) for part in parts if part._offsets is not None])
-        return Vocabulary("str", data, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+        return Vocabulary("str", data, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), blank)
 
     def save(self, folder: str | os.PathLike[str], name: str) -> list[Path]:
         """Write the ids into `folder` under `name`; returns the files. The caller makes it atomic and durable."""
@@ -150,6 +202,9 @@ class Vocabulary:
         if self._offsets is not None:
             files.append(base / f"{name}.offsets.npy")
             np.save(files[1], np.ascontiguousarray(self._offsets), allow_pickle=False)
+        if self._blank is not None:
+            files.append(base / f"{name}.blank.npy")
+            np.save(files[-1], np.ascontiguousarray(self._blank), allow_pickle=False)
         return files
 
     @classmethod
@@ -162,25 +217,34 @@ class Vocabulary:
         path = Path(folder) / f"{name}.ids.npy"
         offsets_path = Path(folder) / f"{name}.offsets.npy"
         data = _load(path)
+        blank_path = Path(folder) / f"{name}.blank.npy"
+        blank = _load(blank_path) if blank_path.exists() else None
+        if blank is not None and blank.dtype != np.int64:
+            raise LogFormatError(f"{blank_path}: holds {blank.dtype}, rows are int64; write the folder anew")
         if not offsets_path.exists():
             if data.dtype != np.int64:
                 raise LogFormatError(f"{path}: holds {data.dtype}, integer ids are int64; write the folder anew")
-            return cls("int", data)
+            return cls("int", data, None, blank)
         offsets = _load(offsets_path)
         if data.dtype != np.uint8 or offsets.dtype != np.int64 or not len(offsets) or int(offsets[-1]) != len(data):
             raise LogFormatError(f"{path}: does not fit {offsets_path.name} ({len(data)} bytes); write the folder anew")
-        return cls("str", data, offsets)
+        return cls("str", data, offsets, blank)
 
     def digest(self) -> str:
         """Hex SHA-256 of kind and content, whatever the storage."""
         sha = hashlib.sha256(f"vista-vocabulary {self.kind} {len(self)}\n".encode())
-        for array in (self._offsets, self._data):
+        for array in (self._offsets, self._data, self._blank):
             if array is not None:
                 for start in range(0, len(array), 1 << 20):
                     sha.update(np.ascontiguousarray(array[start : start + (1 << 20)]).data)
         return sha.hexdigest()
 
     def _int_rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        rows = self._stored_int_rows(ids)
+        return rows if self._blank is None else np.where(self.has_ids(rows), rows, -1)
+
+    def _stored_int_rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The row where each id stands, one with an id before a blank one; -1 for none."""
         if not len(self) or not len(ids):
             return np.full(len(ids), -1, np.int64)
         if len(ids) <= _SMALL_QUERY and self._table is None and self._is_ascending():
@@ -192,7 +256,10 @@ class Vocabulary:
             inside = (ids >= low) & (ids <= low + len(table) - 1)
             return np.where(inside, table[np.where(inside, ids - low, 0)], -1)
         if self._order is None and not self._is_ascending():
-            self._order = np.argsort(self._data, kind="stable")
+            if self._blank is None:
+                self._order = np.argsort(self._data, kind="stable")
+            else:
+                self._order = np.lexsort((~self.has_ids(np.arange(len(self))), self._data))
         at = np.minimum(np.searchsorted(self._data, ids, sorter=self._order), len(self) - 1)
         rows = at if self._order is None else self._order[at]
         return np.where(self._data[rows] == ids, rows, -1).astype(np.int64)
@@ -205,11 +272,13 @@ class Vocabulary:
     def _lookup_table(self) -> tuple[int, NDArray[np.int64] | None]:
         """(lowest id, row of each id from there on), where ids are dense enough for a table; else (0, None)."""
         if self._table is None:
-            low, high = int(self._data.min()), int(self._data.max())
-            if high - low >= _TABLE_SLACK * len(self) + 1024:
+            rows = self._real_rows()
+            ids = self._data if len(rows) == len(self) else self._data[rows]
+            low, high = int(ids.min(initial=2**63 - 1)), int(ids.max(initial=-(2**63)))
+            if high < low or high - low >= _TABLE_SLACK * len(self) + 1024:
                 return 0, None
             table = np.full(high - low + 1, -1, np.int64)
-            table[self._data - low] = np.arange(len(self))
+            table[ids - low] = rows
             self._table = (low, table)
         return self._table
 
@@ -217,12 +286,15 @@ class Vocabulary:
         if self._by_id is None:
             if len(ids) <= _SMALL_QUERY and self._is_ascending_str():
                 return np.array([self._bisect(name.encode()) for name in ids], dtype=np.int64)
-            self._by_id = {name: row for row, name in enumerate(self.ids(np.arange(len(self))).tolist())}
+            rows = self._real_rows()
+            self._by_id = dict(zip(self.ids(rows).tolist(), rows.tolist(), strict=True))
         get = self._by_id.get
         return np.fromiter((get(name, -1) for name in ids), np.int64, len(ids))
 
     def _is_ascending_str(self) -> bool:
         if self._ascending is None:
+            if self._blank is not None:
+                return False
             offsets = np.asarray(self._offsets).tolist()
             blob = self._data.tobytes()
             names = [blob[a:b] for a, b in pairwise(offsets)]

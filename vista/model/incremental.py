@@ -9,6 +9,9 @@ Letters: B users, T packed events, M model dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -100,6 +103,14 @@ def range_states(model: Recommender, histories: Histories, num_context: Int, sta
 
 
 @torch.inference_mode()
+def long_range_state(model: Recommender, history: Histories, num_context: int, start: int) -> SummaryState:
+    """As `range_states` of one range (B = 1), at memory that does not grow with it."""
+    bounds = np.array([num_context, history.num_events], np.int64)
+    state = _terms(model, history, bounds[:1], bounds[1:], _clock_after(model, history))
+    return replace(state, clock=state.clock + start) if model.config.decay is Decay.position else state
+
+
+@torch.inference_mode()
 def append(model: Recommender, state: SummaryState, history: Histories, num_context: int) -> SummaryState:
     """Add new events to the state of one user in time proportional to the new events.
 
@@ -128,6 +139,48 @@ def merge_states(model: Recommender, first: SummaryState, second: SummaryState) 
     """
     _refuse_positions(model, "merging states")
     return merge(first, second, _separable(model).decay_rate)
+
+
+@torch.inference_mode()
+def merge_histories(
+    model: Recommender, states: Sequence[SummaryState], parts: Sequence[Histories]
+) -> tuple[SummaryState, Histories]:
+    """The state of one user's whole history from the states of its parts, each made without the others.
+
+    The terms of events that have other events before them in the whole than in their part are made anew: those at the
+    seams, or wherever the parts interleave.
+
+    Args:
+        model: in eval mode.
+        states: of `parts` (N = 1 each).
+        parts: B = 1 each; disjoint events, items as model rows. Events of one time stand in the parts' order.
+
+    Returns:
+        (state, history) of the whole.
+
+    Raises:
+        ConfigError: decay by position allows append only.
+        ValueError: a state is not of its part.
+    """
+    _refuse_positions(model, "merging states")
+    summarizer, r = _separable(model), reach(model)
+    for state, part in zip(states, parts, strict=True):
+        if state.num_events.tolist() != [part.num_events]:
+            raise ValueError(f"state: of {state.num_events.tolist()} events, but its history has {part.num_events}")
+    whole, places = _interleaved(parts)
+    clock = _clock_after(model, whole)
+    total, old = summarizer.empty_state(1), summarizer.empty_state(1)
+    moved = np.zeros(whole.num_events, np.bool_)
+    for state, part, place in zip(states, parts, places, strict=True):
+        total = merge(total, state, summarizer.decay_rate)
+        own = np.arange(part.num_events)
+        before = np.minimum(r, own)
+        moved_here = (place - place[own - before] != before) | ((before < r) & (place != own))
+        moved[place[moved_here]] = True
+        old = merge(old, _terms(model, part, *_runs(moved_here), clock), summarizer.decay_rate)
+    new = _terms(model, whole, *_runs(moved), clock)
+    changed = exchange(total, old, new, clock, summarizer.decay_rate)
+    return (history_states(model, whole) if bool(changed.needs_recomputation()[0]) else changed), whole
 
 
 @torch.inference_mode()
@@ -244,6 +297,30 @@ def _exchanged(model: Recommender, state: SummaryState, old: _Part, new: _Part) 
         summarizer.decay_rate,
     )
     return history_states(model, new[0]) if bool(changed.needs_recomputation()[0]) else changed
+
+
+def _interleaved(parts: Sequence[Histories]) -> tuple[Histories, list[Int]]:
+    """Histories (B = 1 each) as one in time order, and where each one's events went."""
+    rating = None if any(part.rating is None for part in parts) else np.concatenate([p.rating for p in parts])
+    times = np.concatenate([np.asarray(part.timestamp) for part in parts])
+    order = np.argsort(times, kind="stable")
+    end_to_end = Histories(
+        np.concatenate([part.item for part in parts]),
+        times,
+        np.concatenate([part.action for part in parts]),
+        rating,
+        np.array([0, len(times)], np.int64),
+    )
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    bounds = np.cumsum([part.num_events for part in parts])[:-1]
+    return _picked(end_to_end, order, end_to_end.offsets), np.split(place, bounds)
+
+
+def _runs(marked: NDArray[np.bool_]) -> tuple[Int, Int]:
+    """(starts, stops) of the runs of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], marked, [False]]).astype(np.int8)))
+    return edges[::2], edges[1::2]
 
 
 def _touched(marked: Int, r: int, num_events: int) -> tuple[tuple[Int, Int], tuple[Int, Int]]:

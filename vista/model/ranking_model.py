@@ -149,7 +149,7 @@ class RankingModel(nn.Module):
             description = json.loads((folder / "config.json").read_text())
             weights = load_file(folder / "model.safetensors")
             items = Vocabulary.load(folder, "items")
-        except (OSError, ValueError, SafetensorError, LogFormatError) as error:
+        except (OSError, ValueError, RecursionError, SafetensorError, LogFormatError) as error:
             raise CheckpointError(
                 f"{folder}: no readable model ({error}); train one with `vista train run_dir=…`, which writes "
                 "<run_dir>/best"

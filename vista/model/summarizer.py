@@ -35,7 +35,8 @@ class CausalConvolution(nn.Module):
         y = x * self.weight[0]
         for back in range(1, min(self.width, len(x))):
             shifted = F.pad(x[:-back], (0, 0, back, 0))
-            y = y + shifted * ((position >= back).unsqueeze(-1) * self.weight[back])
+            # Chosen, not multiplied by 0: a NaN stays with its own user.
+            y = y + torch.where((position >= back).unsqueeze(-1), shifted, 0.0) * self.weight[back]
         return x + y
 
 

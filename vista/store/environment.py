@@ -6,28 +6,30 @@ the gate, which every read transaction passes: a fork, a close and a map change 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 import lmdb
+import lmdb.verify
 
 from vista.errors import StoreError
+from vista.store.permissions import PRIVATE, modes_of, set_mode
 
 MAP_SIZE_BYTES = 1 << 40
 """Address space reserved; neither memory nor disk. Reserved once, so that the map never has to grow under readers."""
 MAX_READERS = 1024
 """Slots of the reader table: at least processes x threads. The first opener of a generation decides."""
 
-DIRECTORY_MODE = 0o700
-FILE_MODE = 0o600
-
 _SMALLEST_MAP_BYTES = 1 << 28
+_READER_BYTES = 64
+_READER_TABLE_HEAD_BYTES = 128
 _PAGE_HEADER_BYTES = 16
 _META = struct.Struct("=II16xI92xQQ")  # magic, version, …, page size, …, last page, transaction; host byte order
 _META_MAGIC = 0xBEEFC0DE
@@ -114,19 +116,27 @@ os.register_at_fork(
 
 
 class SharedEnvironment:
-    """Read-only environment of one folder, shared by all readers of this process and counted."""
+    """Environment of one folder, shared by all readers of this process, and by its writer if there is one; counted."""
 
-    def __init__(self, path: Path, max_readers: int) -> None:
+    def __init__(self, path: Path, max_readers: int, writable: bool) -> None:
         self._path = path
         self._max_readers = max_readers
         self._references = 0
         self._pid = os.getpid()
-        self._environment: lmdb.Environment | None = open_environment(path, readonly=True, max_readers=max_readers)
+        self._writable = writable
+        self._environment: lmdb.Environment | None = open_environment(
+            path, readonly=not writable, max_readers=max_readers
+        )
         self._identity = _identity(path)
 
     @classmethod
-    def acquire(cls, path: Path, max_readers: int = MAX_READERS) -> SharedEnvironment:
+    def acquire(cls, path: Path, max_readers: int = MAX_READERS, *, writable: bool = False) -> SharedEnvironment:
         """Open the folder's environment, or share the one that is open.
+
+        Args:
+            path: its folder.
+            max_readers: slots of the reader table, for its first opener.
+            writable: for `write`. An environment that readers have open is reopened: LMDB allows one a process.
 
         Raises:
             StoreError: see `open_environment`.
@@ -134,8 +144,12 @@ class SharedEnvironment:
         with _gate.exclusive():
             shared = _registry.get(_identity(path))
             if shared is None:
-                shared = cls(path, max_readers)
+                shared = cls(path, max_readers, writable)
                 _registry[shared._identity] = shared
+            elif writable and not (shared._writable and not shared.inherited):
+                shared._close()
+                shared._environment = open_environment(path, readonly=False, max_readers=max_readers)
+                shared._writable, shared._pid = True, os.getpid()
             shared._references += 1
             return shared
 
@@ -186,6 +200,28 @@ class SharedEnvironment:
             except lmdb.Error as error:
                 raise StoreError(f"{self._path}: {error}; {REMEDY}") from error
 
+    def write(self, function: Callable[[lmdb.Transaction[memoryview]], T]) -> T:
+        """Call a short function within one durable write transaction; an exception undoes all of it.
+
+        Raises:
+            lmdb.Error: nothing was written (disk full, input/output error).
+            StoreError: it was not acquired for writing, or before a fork.
+        """
+        if not self._writable or self.inherited:
+            raise StoreError(f"{self._path} was not opened for writing by this process; open another writer")
+        with _gate.shared():
+            environment = self._open()
+            environment.reader_check()
+            with environment.begin(write=True, buffers=True) as transaction:
+                return function(transaction)
+
+    def live_bytes(self) -> int:
+        """Bytes of the pages that hold keys and values."""
+        with _gate.shared():
+            pages = self._open().stat()
+        live: int = pages["psize"] * (pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"])
+        return live
+
     def _open(self) -> lmdb.Environment:
         if self._environment is None:
             raise ClosedError(f"{self._path} is closed; open the store again")
@@ -208,7 +244,7 @@ class SharedEnvironment:
                 if not self.is_at(self._path):
                     raise StoreError(f"{self._path} was removed since this process's parent opened it; {REMEDY}")
                 self._environment = open_environment(self._path, readonly=True, max_readers=self._max_readers)
-                self._pid = os.getpid()
+                self._pid, self._writable = os.getpid(), False
 
     def _close(self) -> None:
         if self._environment is not None:
@@ -226,10 +262,15 @@ def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READE
     a smaller map is reserved and its size logged.
 
     Raises:
-        StoreError: no environment, truncated, foreign, not accessible, or no address space; the message has the remedy.
+        StoreError: no environment, truncated, foreign, not accessible, no room for the reader table, or no address
+            space; the message has the remedy.
     """
     if readonly or (path / "data.mdb").exists():
         check_data_file(path / "data.mdb")
+    modes = modes_of(path)
+    made = [(path / name, mode) for name, mode in (("data.mdb", modes.file), ("lock.mdb", modes.lock))]
+    made = [(file, mode) for file, mode in made if not file.exists()]
+    _make_reader_table(path / "lock.mdb", max_readers)
     size = MAP_SIZE_BYTES
     while True:
         try:
@@ -238,7 +279,7 @@ def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READE
                 map_size=size,
                 readonly=readonly,
                 create=not readonly,
-                mode=FILE_MODE,
+                mode=PRIVATE.file,
                 max_readers=max_readers,
                 lib_version=0,
             )
@@ -251,9 +292,39 @@ def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READE
             size >>= 2
         except lmdb.Error as error:
             raise StoreError(f"{path}: {error}. Readers too need write access to lock.mdb; {REMEDY}") from error
+    for file, mode in made:  # LMDB's own mode loses the umask's bits, and a shared lock file needs one of its own.
+        set_mode(file, mode)
     if size < MAP_SIZE_BYTES:
         logger.warning("%s: address space is limited (ulimit -v); reserved %d bytes instead of 1 TiB", path, size)
     return environment
+
+
+def _make_reader_table(path: Path, max_readers: int) -> None:
+    """Make lock.mdb with all its blocks where there is none.
+
+    LMDB would make a file of holes and write to it through a map, which on a full disk ends the process (SIGBUS).
+
+    Raises:
+        StoreError: the disk is full.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.exists():
+            return
+        with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, PRIVATE.file)) as file:
+            file.write(bytes(_READER_BYTES * max_readers + _READER_TABLE_HEAD_BYTES))
+        with suppress(FileExistsError):  # Another process was first.
+            os.link(partial, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(
+                f"{path}: {error.strerror}, and its readers need a table of {_READER_BYTES * max_readers} bytes; free "
+                "some space and open the store again"
+            ) from error
+        logger.debug("%s: %s", path, error)  # LMDB meets the same, and says what it means for it.
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def check_data_file(path: Path) -> None:
@@ -287,6 +358,34 @@ def committed_size(path: Path) -> tuple[int, int]:
         raise StoreError(f"{path} is no LMDB 0.9 data file ({found} bytes); {REMEDY}")
     page_bytes, last_page, _ = max(valid, key=lambda meta: meta[2])
     return found, (last_page + 1) * page_bytes
+
+
+def complete_size(folder: Path) -> None:
+    """Give a closed environment's file the size that its meta page speaks of, so that readers can tell a truncated one.
+
+    LMDB does not write pages at the end that a transaction took and gave back.
+    """
+    path = folder / "data.mdb"
+    found, expected = committed_size(path)
+    if found < expected:
+        with path.open("r+b") as file:
+            file.truncate(expected)
+            os.fsync(file.fileno())
+
+
+def check_structure(folder: Path) -> None:
+    """Check every page of an environment's file without handing it to LMDB, which a damaged one may crash.
+
+    Raises:
+        StoreError: missing, foreign, truncated or damaged.
+    """
+    check_data_file(folder / "data.mdb")
+    try:
+        problems = lmdb.verify.verify(str(folder))  # type: ignore[no-untyped-call]
+    except lmdb.verify.VerifyError as error:
+        problems = [str(error)]
+    if problems:
+        raise StoreError(f"{folder}: the database's structure is damaged: {problems[0]}; {REMEDY}")
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import shutil
 import time
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
 import lmdb
-import lmdb.verify
 import numpy as np
 
-from vista.choices import Codec
+from vista.choices import Codec, StateDtype
 from vista.errors import StoreError
 from vista.files import sync
-from vista.store.environment import DIRECTORY_MODE, MAX_READERS, SharedEnvironment, committed_size, open_environment
-from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, INT_PREFIX, MANIFEST_KEY, STR_PREFIX
+from vista.store.authentication import key_id
+from vista.store.environment import MAX_READERS, SharedEnvironment, check_structure, complete_size
+from vista.store.generation_files import GenerationFiles, lock_store, write_error
+from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import (
     CURRENT,
-    REMOVED_PREFIX,
     Manifest,
     WriterLock,
     environment_path,
+    generation_path,
+    last_complete,
     list_generations,
     missing_generation,
+    note_complete,
     read_current,
     remove_generation,
     write_current,
 )
-from vista.store.record import check_records
-
-_SCAN_RECORDS = 1024
+from vista.store.permissions import GROUP, PRIVATE, Modes
+from vista.store.tombstones import Tombstones, erasing
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +46,16 @@ class StoreWriter:
     next run of the same identity.
     """
 
-    def __init__(
-        self, root: Path, lock: WriterLock, served: int, environment: lmdb.Environment, manifest: Manifest
-    ) -> None:
+    def __init__(self, root: Path, lock: WriterLock, served: int, files: GenerationFiles, key: bytes | None) -> None:
         self.path = root
         self._served = served
-        self.manifest = manifest
-        self.spec = manifest.spec()
-        self._pid = os.getpid()
         self._lock = lock
-        self._environment: lmdb.Environment | None = environment
-        with environment.begin() as transaction:
-            self._cursor = int(transaction.get(CURSOR_KEY, b"0"))
+        self._files = files
+        self.manifest = files.manifest
+        self.spec = self.manifest.spec(key)
+        self.state_spec = self.manifest.state_spec()
+        self._tombstones = Tombstones(root)
+        self._cursor = files.summary.read(lambda transaction: int(bytes(transaction.get(CURSOR_KEY, b"0"))))
 
     @classmethod
     def open(
@@ -74,13 +71,17 @@ class StoreWriter:
         run_digest: str,
         until: str | int | None = None,
         applied_segment: int = 0,
+        state_dtype: StateDtype = StateDtype.none,
+        state_shape: tuple[int, int, int] = (0, 0, 0),
         created_at: int | None = None,
         max_readers: int = MAX_READERS,
+        key: bytes | None = None,
+        shared_with_group: bool = False,
     ) -> StoreWriter:
         """Resume the unfinished generation of the same identity, or start a new one.
 
         Args:
-            path: the store's folder; made (0700) if it is not there.
+            path: the store's folder; made if it is not there.
             summarizer_id: SHA-256, 32 bytes.
             num_tokens: K.
             dim: d.
@@ -91,22 +92,21 @@ class StoreWriter:
                 cursor means nothing without both.
             until: which events the summaries may have seen, as given to the refresh.
             applied_segment: newest segment of the log that is read.
+            state_dtype: how states are kept beside the summaries, if they are.
+            state_shape: layers, heads and head dim of a state.
             created_at: ms; by default now. A resumed generation keeps its own.
             max_readers: slots of the generation's reader table.
+            key: 32 bytes: records get codes that only holders of the key can make.
+            shared_with_group: let the group of the store's folder read (folders 2750, files 0640, lock.mdb 0660).
 
         Raises:
             StoreLockedError: another writer holds the store; the message names its process if known.
             StoreError: the path cannot be written; the message has the remedy.
         """
         root = Path(path).absolute()
+        modes = GROUP if shared_with_group else PRIVATE
+        lock = lock_store(root, modes)
         try:
-            root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-            lock = WriterLock(root)
-        except OSError as error:
-            raise StoreError(f"{root} cannot be written: {error}; choose another folder or its permissions") from error
-        try:
-            for entry in root.glob(f"{REMOVED_PREFIX}*"):
-                shutil.rmtree(entry, ignore_errors=True)
             current = _served(root)
             wanted = Manifest(
                 generation=current + 1,
@@ -120,14 +120,15 @@ class StoreWriter:
                 applied_segment=applied_segment,
                 total_users=total_users,
                 run_digest=run_digest,
+                state_dtype=state_dtype.value,
+                state_shape=state_shape,
+                key_id=None if key is None else key_id(key),
             )
-            resumed = _resume(root, wanted, current, max_readers)
-            if isinstance(resumed, Manifest):
-                resumed = _create(root, resumed, max_readers), resumed
-            return cls(root, lock, current, *resumed)
+            files = _resume(root, wanted, current, max_readers, modes)
+            return cls(root, lock, current, files, key)
         except (OSError, lmdb.Error) as error:
             lock.release()
-            raise _write_error(root, error) from error
+            raise write_error(root, error) from error
         except BaseException:
             lock.release()
             raise
@@ -142,35 +143,30 @@ class StoreWriter:
         """Users done, in the run's fixed order; 0 in a new generation."""
         return self._cursor
 
-    def put_batch(self, keys: Sequence[bytes], records: Sequence[bytes], cursor: int) -> None:
-        """Write a batch and the cursor in one durable transaction: after it returns, a kill or power loss keeps both.
+    def put_batch(
+        self, keys: Sequence[bytes], records: Sequence[bytes], cursor: int, states: Sequence[bytes] = ()
+    ) -> None:
+        """Write a batch and the cursor, durably: after it returns, a kill or power loss keeps both.
+
+        Erased users are left out.
 
         Args:
             keys: from `vista.store.keys.user_keys`.
             records: from `vista.store.record.encode_records` with this writer's `spec`, one a key.
             cursor: users done after this batch; those without a record count too.
+            states: from `encode_states` with `state_spec`, one a key, where states are kept.
 
         Raises:
-            StoreError: nothing of the batch was written (disk full, input/output error); the message has the remedy.
+            StoreError: the cursor has not moved, and the batch has to be written again (disk full, input/output
+                error); the message has the remedy.
         """
         if len(keys) != len(records) or not self._cursor <= cursor <= self.manifest.total_users:
             raise ValueError(f"{len(keys)} keys, {len(records)} records, cursor {self._cursor} -> {cursor}")
-        environment = self._open_environment()
-        try:
-            environment.reader_check()
-            with environment.begin(write=True) as transaction:
-                for key, record in zip(keys, records, strict=True):
-                    transaction.put(key, record)
-                transaction.put(CURSOR_KEY, b"%d" % cursor)
-        except lmdb.Error as error:
-            raise _write_error(self.path, error) from error
-        self._cursor = cursor
+        self._files.put(self._tombstones, keys, records, states, {CURSOR_KEY: b"%d" % cursor})
+        self._cursor, self.manifest = cursor, self._files.manifest
 
-    def publish(self, expected_count: int) -> Manifest:
+    def publish(self) -> Manifest:
         """Check every record, mark the generation complete, flip CURRENT, remove all but this and the one before.
-
-        Args:
-            expected_count: records that the generation must hold.
 
         Raises:
             StoreError: the run is not finished (it stays resumable); or the count, a record or the file's structure is
@@ -181,37 +177,25 @@ class StoreWriter:
                 f"{self.path}: {self._cursor} of {self.manifest.total_users} users are done; run the refresh again, it "
                 "goes on from there"
             )
-        environment = self._open_environment()
-        folder = environment_path(self.path, self.generation)
         try:
-            manifest = self._scan(environment)
-            if manifest.count != expected_count:
-                raise StoreError(f"{folder} holds {manifest.count} records instead of {expected_count}")
-            with environment.begin(write=True) as transaction:
-                transaction.put(MANIFEST_KEY, manifest.to_bytes())
-                transaction.put(COMPLETE_KEY, b"1")
-            self._close_environment()
-            _verify(folder)
-            for path in (folder, folder.parent, self.path):
-                sync(path)
-            write_current(self.path, self.generation)
-            for generation in list_generations(self.path):
-                if generation not in (self._served, self.generation):
-                    remove_generation(self.path, generation)
+            while True:
+                erased = self._tombstones.count()
+                found = self._scan()
+                with erasing(self.path):
+                    if len(self._tombstones) == erased:
+                        return self._flip(found)
         except StoreError as error:
-            self._close_environment()
+            self._files.close()
             remove_generation(self.path, self.generation)
             raise StoreError(
                 f"{error}. The generation was removed, CURRENT is as before; check the disk, then refresh again"
             ) from error
         except (OSError, lmdb.Error) as error:
-            raise _write_error(self.path, error) from error
-        self.manifest = manifest
-        return manifest
+            raise write_error(self.path, error) from error
 
     def close(self) -> None:
         """Let the store go; an unpublished generation stays for the next run of the same identity."""
-        self._close_environment()
+        self._files.close()
         self._lock.release()
 
     def __enter__(self) -> StoreWriter:
@@ -222,32 +206,42 @@ class StoreWriter:
     ) -> None:
         self.close()
 
-    def _scan(self, environment: lmdb.Environment) -> Manifest:
-        count, digest, kinds = 0, 0, set()
-        with environment.begin(buffers=True) as transaction:
-            cursor = transaction.cursor()
-            items = cursor.iternext() if cursor.set_range(b"u") else iter(())
-            while batch := list(islice(items, _SCAN_RECORDS)):
-                keys = [bytes(key) for key, _ in batch]
-                headers = check_records([value for _, value in batch], keys, self.spec)
-                digest += int(headers["checksum"].sum(dtype=np.uint64))
-                kinds |= {key[:2] for key in keys}
-                count += len(batch)
-        names = {INT_PREFIX: "int", STR_PREFIX: "str"}
-        kind = names.get(next(iter(kinds)), "mixed") if len(kinds) == 1 else "mixed" if kinds else None
-        return dataclasses.replace(
-            self.manifest, count=count, user_kind=kind, records_digest=f"{digest % (1 << 64):016x}"
-        )
+    def _scan(self) -> tuple[int, str]:
+        """(number of records, their digest), all of them checked."""
+        count, digest = 0, 0
+        for headers in self._files.scan(self.spec):
+            digest += int(headers["checksum"].sum(dtype=np.uint64))
+            count += len(headers)
+        return count, f"{digest % (1 << 64):016x}"
 
-    def _open_environment(self) -> lmdb.Environment:
-        if self._environment is None or self._pid != os.getpid():
-            raise StoreError(f"{self.path}: the writer is closed, or was opened before a fork; open another")
-        return self._environment
+    def _flip(self, found: tuple[int, str]) -> Manifest:
+        files, folder = self._files, generation_path(self.path, self.generation)
+        manifest = dataclasses.replace(files.read_manifest(), refreshed_at=self.manifest.created_at)
+        if (manifest.count, manifest.records_digest) != found:
+            raise StoreError(
+                f"{folder} holds {found[0]} records, but {manifest.count} were written, or others than these"
+            )
+        if files.state is not None and files.state.read(_num_entries) != manifest.count:
+            raise StoreError(f"{folder} holds another number of states than its {manifest.count} records")
 
-    def _close_environment(self) -> None:
-        if self._environment is not None:
-            self._environment.close()
-            self._environment = None
+        def complete(transaction: lmdb.Transaction[memoryview]) -> None:
+            transaction.put(MANIFEST_KEY, manifest.to_bytes())
+            transaction.put(COMPLETE_KEY, b"1")
+
+        files.summary.write(complete)
+        files.close()
+        environments = [path for path in folder.iterdir() if path.is_dir()]
+        for path in environments:
+            complete_size(path)
+            check_structure(path)
+        for path in (*environments, folder, self.path):
+            sync(path)
+        write_current(self.path, self.generation)
+        for generation in list_generations(self.path):
+            if generation not in (self._served, self.generation):
+                remove_generation(self.path, generation)
+        self.manifest = manifest
+        return manifest
 
 
 def _served(root: Path) -> int:
@@ -277,72 +271,28 @@ def _is_complete(root: Path, generation: int) -> bool:
         shared.release()
 
 
-def _resume(
-    root: Path, wanted: Manifest, current: int, max_readers: int
-) -> tuple[lmdb.Environment, Manifest] | Manifest:
-    """The newest generation beyond CURRENT if its identity is the wanted one; else the manifest of one to create.
+def _resume(root: Path, wanted: Manifest, current: int, max_readers: int, modes: Modes) -> GenerationFiles:
+    """The newest generation beyond CURRENT if its identity is the wanted one; else a new one.
 
     All others beyond CURRENT are removed. A number that was ever complete is not used again.
     """
-    number = current + 1
     for generation in reversed([number for number in list_generations(root) if number > current]):
         try:
-            environment = open_environment(environment_path(root, generation), readonly=False, max_readers=max_readers)
+            files = GenerationFiles.open(root, generation, max_readers=max_readers)
         except StoreError as error:
             logger.warning("%s; it is unfinished and starts afresh", error)
             remove_generation(root, generation)
             continue
-        with environment.begin() as transaction:
-            value, complete = transaction.get(MANIFEST_KEY), transaction.get(COMPLETE_KEY)
-        try:
-            found = None if value is None else Manifest.from_bytes(value, root)
-        except StoreError:
-            found = None
-        if found is not None and found.identity() == wanted.identity():
-            return environment, found
-        environment.close()
-        if complete is not None:
-            number = max(number, generation + 1)
+        if files.manifest.identity() == wanted.identity():
+            return files
+        if files.complete:
+            note_complete(root, generation)
+        files.close()
         logger.warning("%s: unfinished gen-%d is of another run; it is removed, a new one starts", root, generation)
         remove_generation(root, generation)
-    return dataclasses.replace(wanted, generation=number)
+    number = max(current, last_complete(root)) + 1
+    return GenerationFiles.create(root, dataclasses.replace(wanted, generation=number), max_readers, modes)
 
 
-def _create(root: Path, manifest: Manifest, max_readers: int) -> lmdb.Environment:
-    folder = environment_path(root, manifest.generation)
-    for path in (folder.parent, folder):
-        path.mkdir(mode=DIRECTORY_MODE)
-    environment = open_environment(folder, readonly=False, max_readers=max_readers)
-    with environment.begin(write=True) as transaction:
-        transaction.put(MANIFEST_KEY, manifest.to_bytes())
-        transaction.put(CURSOR_KEY, b"0")
-    for path in (folder, folder.parent, root, root.parent):
-        sync(path)
-    return environment
-
-
-def _verify(folder: Path) -> None:
-    """Check a closed environment's structure.
-
-    First give its file the size that the meta page speaks of (LMDB does not write pages at the end that a transaction
-    took and gave back), so that readers can tell a truncated one.
-    """
-    path = folder / "data.mdb"
-    found, expected = committed_size(path)
-    if found < expected:
-        with path.open("r+b") as file:
-            file.truncate(expected)
-            os.fsync(file.fileno())
-    try:
-        problems = lmdb.verify.verify(str(folder))  # type: ignore[no-untyped-call]
-    except lmdb.verify.VerifyError as error:
-        problems = [str(error)]
-    if problems:
-        raise StoreError(f"{folder}: the database's structure is damaged: {problems[0]}")
-
-
-def _write_error(root: Path, error: Exception) -> StoreError:
-    return StoreError(
-        f"{root} cannot be written: {error}; check free space and permissions, then run the refresh again: it goes on "
-        "after the last batch that was written"
-    )
+def _num_entries(transaction: lmdb.Transaction[memoryview]) -> int:
+    return int(transaction.stat()["entries"])

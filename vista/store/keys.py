@@ -19,6 +19,9 @@ MAX_KEY_BYTES = 511
 INT_PREFIX = b"ui"
 STR_PREFIX = b"us"
 
+KINDS = {INT_PREFIX: "int", STR_PREFIX: "str"}
+"""What ids a key's first two bytes speak of."""
+
 CURSOR_KEY = b"!cursor"
 COMPLETE_KEY = b"!complete"
 MANIFEST_KEY = b"!manifest"

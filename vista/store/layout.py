@@ -1,8 +1,11 @@
 """Files of a store: generations, each a complete set of records, and CURRENT, which names the served one.
 
 store/CURRENT            "gen-7": the generation that readers open
+store/LAST               "gen-8": no number up to this one is used again, though its folder may be gone
 store/writer.lock        flock of the one writer; holds its pid
+store/tombstones         digests of erased users
 store/gen-7/summary/     LMDB environment: data.mdb, lock.mdb
+store/gen-7/state/       another, which only refreshes open: the states, where they are kept
 store/gen-8/summary/     an unfinished run: no `!complete`; `!cursor` says where it goes on
 """
 
@@ -13,6 +16,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,23 +24,30 @@ from weakref import WeakSet
 
 import xxhash
 
-from vista.choices import Codec
+from vista.choices import Codec, StateDtype
 from vista.errors import StoreError, StoreLockedError
 from vista.files import sync
-from vista.store.environment import FILE_MODE, REMEDY
-from vista.store.record import FORMAT_VERSION, RecordSpec
+from vista.store.authentication import key_id
+from vista.store.environment import REMEDY
+from vista.store.keys import KINDS
+from vista.store.permissions import PRIVATE, Modes, is_owner, make_folder, modes_of, set_mode, set_tree_modes
+from vista.store.record import FORMAT_VERSION, RecordSpec, sum_of_checksums
+from vista.store.state_record import StateSpec
 
 CURRENT = "CURRENT"
+LAST = "LAST"
 WRITER_LOCK = "writer.lock"
 
 REMOVED_PREFIX = ".removed-"
+PARTIAL_PREFIX = ".partial-"
+"""Of a generation that is made of existing records, until it is whole and verified."""
 
 _PREFIX = "gen-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a generation is (`!manifest`): all but `generation`, `created_at` and the last four is its identity."""
+    """What a generation is (`!manifest`)."""
 
     generation: int
     created_at: int
@@ -50,28 +61,45 @@ class Manifest:
     until: str | int | None
     """Which events the summaries may have seen, as given to the refresh."""
     applied_segment: int
-    """Newest segment of the log that was read."""
+    """Newest segment of the log that is in all records; an incremental refresh that is under way has gone further."""
     total_users: int
     """Users of the run, in its fixed order; `!cursor` counts them."""
     run_digest: str
     """Digest of the log's content and of the user order."""
+    key_id: str | None = None
+    """Of the key that the records' codes were made with (`vista.store.authentication`); None: they have none."""
     format_version: int = FORMAT_VERSION
+    state_dtype: str = StateDtype.none.value
+    state_shape: tuple[int, int, int] = (0, 0, 0)
+    """Layers, heads and head dim of a state."""
+    refreshed_at: int = 0
+    """Start of the last refresh that ended, full or incremental, ms: as of then all users are current."""
     count: int = 0
-    """Records; set when published, like the two below."""
+    """Records; it follows every transaction, like the two below."""
     user_kind: str | None = None
     """int, str or mixed; None without records."""
-    records_digest: str = ""
+    records_digest: str = f"{0:016x}"
     """Sum mod 2^64 of all records' checksums, in hex."""
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for an unfinished generation to be resumed."""
         fields = dataclasses.asdict(self)
-        for name in ("generation", "created_at", "count", "user_kind", "records_digest"):
+        for name in ("generation", "created_at", "refreshed_at", "count", "user_kind", "records_digest"):
             del fields[name]
         return fields
 
-    def spec(self) -> RecordSpec:
-        """What each record of the generation must hold."""
+    def spec(self, key: bytes | None = None) -> RecordSpec:
+        """What each record of the generation must hold.
+
+        Args:
+            key: 32 bytes, where records have codes.
+
+        Raises:
+            StoreError: the generation was written without a key or with another one, or `key` is missing.
+        """
+        given = None if key is None else key_id(key)
+        if given != self.key_id:
+            raise _key_error(self.generation, self.key_id, given)
         return RecordSpec(
             summarizer_id=bytes.fromhex(self.summarizer_id),
             generation=self.generation,
@@ -80,6 +108,31 @@ class Manifest:
             codec=Codec(self.codec),
             created_at=self.created_at,
             applied_segment=self.applied_segment,
+            key=key,
+        )
+
+    def state_spec(self) -> StateSpec | None:
+        """What each state of the generation must hold; None where none are kept."""
+        dtype = StateDtype(self.state_dtype)
+        if dtype is StateDtype.none:
+            return None
+        summarizer_id = bytes.fromhex(self.summarizer_id)
+        return StateSpec(summarizer_id, self.generation, *self.state_shape, dtype, self.created_at)
+
+    def without_states(self) -> Manifest:
+        """Of the same records where nobody will go on from their states: on serving hosts, and in imports."""
+        return dataclasses.replace(self, state_dtype=StateDtype.none.value, state_shape=(0, 0, 0))
+
+    def with_records(self, old: Sequence[bytes | memoryview], keys: Sequence[bytes], new: Sequence[bytes]) -> Manifest:
+        """The manifest after `old` records have given way to `new` ones under `keys`."""
+        digest = int(self.records_digest, 16) + sum_of_checksums(new) - sum_of_checksums(old)
+        kinds = {KINDS.get(prefix, "mixed") for prefix in {key[:2] for key in keys}}
+        kinds |= {self.user_kind} if self.user_kind else set()
+        return dataclasses.replace(
+            self,
+            count=self.count + len(new) - len(old),
+            user_kind=None if not kinds else kinds.pop() if len(kinds) == 1 else "mixed",
+            records_digest=f"{digest % (1 << 64):016x}",
         )
 
     def to_bytes(self) -> bytes:
@@ -97,13 +150,28 @@ class Manifest:
         checksum, _, text = value.partition(b"\n")
         if checksum.decode(errors="replace") != xxhash.xxh3_64_hexdigest(text):
             raise StoreError(f"{path}: the manifest is corrupt; {REMEDY}")
-        fields = json.loads(text)
+        return Manifest.from_dict(json.loads(text), path)
+
+    @staticmethod
+    def from_dict(fields: dict[str, Any], path: Path) -> Manifest:
+        """Check the fields of a manifest that lies somewhere else than in a generation, such as in an export.
+
+        Raises:
+            StoreError: of another format version, or foreign.
+        """
         if fields.get("format_version") != FORMAT_VERSION:
             raise StoreError(
                 f"{path}: format version {fields.get('format_version')}, this vista reads {FORMAT_VERSION}; "
                 "use the version that wrote it, or refresh the store again"
             )
-        return Manifest(**fields)
+        try:
+            fields["state_shape"] = tuple(fields.get("state_shape", (0, 0, 0)))
+            manifest = Manifest(**fields)
+            Manifest.spec(dataclasses.replace(manifest, key_id=None))
+            manifest.state_spec()
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"{path}: the manifest is of another vista or foreign ({error}); {REMEDY}") from error
+        return manifest
 
 
 def generation_path(root: Path, generation: int) -> Path:
@@ -114,6 +182,17 @@ def generation_path(root: Path, generation: int) -> Path:
 def environment_path(root: Path, generation: int) -> Path:
     """Folder of its summaries' LMDB environment."""
     return generation_path(root, generation) / "summary"
+
+
+def state_path(root: Path, generation: int) -> Path:
+    """Folder of its states' LMDB environment."""
+    return generation_path(root, generation) / "state"
+
+
+def environments_of(root: Path, generation: int) -> list[Path]:
+    """Folders of all LMDB environments that a generation has."""
+    paths = (environment_path(root, generation), state_path(root, generation))
+    return [path for path in paths if path.is_dir()]
 
 
 def list_generations(root: Path) -> list[int]:
@@ -140,6 +219,14 @@ def read_current(root: Path) -> int:
     return int(number)
 
 
+def served_or_none(root: Path) -> int | None:
+    """As `read_current`; None where nothing is published, or CURRENT is damaged."""
+    try:
+        return read_current(root)
+    except StoreError:
+        return None
+
+
 def missing_generation(root: Path, generation: int) -> StoreError:
     """Error for a CURRENT that names nothing."""
     return StoreError(f"{root / CURRENT} names {_PREFIX}{generation}, which is not there; {_kept(root)}")
@@ -147,15 +234,68 @@ def missing_generation(root: Path, generation: int) -> StoreError:
 
 def write_current(root: Path, generation: int) -> None:
     """Flip: readers that open or reload from now on get this generation (tmp, fsync, replace, directory fsync)."""
-    temporary = root / f"{CURRENT}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE)
+    note_complete(root, generation)
+    _write_name(root, CURRENT, generation)
+
+
+def last_complete(root: Path) -> int:
+    """The highest number that was ever complete; 0 for none."""
     try:
+        number = (root / LAST).read_text(encoding="ascii", errors="replace").strip().removeprefix(_PREFIX)
+    except OSError:
+        return 0
+    return int(number) if number.isdecimal() else 0
+
+
+def note_complete(root: Path, generation: int) -> None:
+    """Have `last_complete` count this generation, durably: before it is published, or removed unpublished."""
+    if generation > last_complete(root):
+        _write_name(root, LAST, generation)
+
+
+def remove_leftovers(root: Path, but: str = "") -> None:
+    """Remove what killed processes left of generations that were being removed or copied; only under the lock.
+
+    Args:
+        but: a name to leave.
+    """
+    for prefix in (REMOVED_PREFIX, PARTIAL_PREFIX):
+        for entry in root.glob(f"{prefix}*"):
+            if entry.name != but:
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+def _write_name(root: Path, name: str, generation: int) -> None:
+    temporary = root / f"{name}.tmp"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE.file)
+    try:
+        os.fchmod(descriptor, modes_of(generation_path(root, generation)).file)
         os.write(descriptor, f"{_PREFIX}{generation}\n".encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    os.replace(temporary, root / CURRENT)
+    os.replace(temporary, root / name)
     sync(root)
+
+
+def prepare_root(root: Path, modes: Modes) -> None:
+    """Make the store's folder if it is not there, and give it and what lies in it their modes.
+
+    A folder that holds something else and no store keeps its own mode.
+
+    Raises:
+        OSError: it cannot be made, or belongs to another account.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    if not root.exists():
+        make_folder(root, modes)
+    elif is_owner(root) and ((root / WRITER_LOCK).exists() or not any(root.iterdir())):
+        set_mode(root, modes.folder)
+    for name in (CURRENT, LAST):
+        if (root / name).exists():
+            set_mode(root / name, modes.file)
+    for generation in list_generations(root):
+        set_tree_modes(generation_path(root, generation), modes)
 
 
 def remove_generation(root: Path, generation: int) -> None:
@@ -185,25 +325,45 @@ class WriterLock:
 
     def __init__(self, root: Path) -> None:
         path = root / WRITER_LOCK
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, FILE_MODE)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE.file)
         try:
+            set_mode(path, PRIVATE.file)  # No reader needs it, and who can open it can keep writers out.
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
         except BlockingIOError as error:
             holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip()
-            os.close(self._descriptor)
+            self.release()
             raise StoreLockedError(
                 f"{root} is being written by {f'process {holder}' if holder else 'another process'}; wait for it, or "
                 "end it: its work is kept and the next refresh goes on from there"
             ) from error
+        except BaseException:
+            self.release()
+            raise
         _held.add(self)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """Let the next writer in."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _key_error(generation: int, written: str | None, given: str | None) -> StoreError:
+    name = f"{_PREFIX}{generation}"
+    if written is None:
+        return StoreError(
+            f"{name} was written without an authentication key, so nothing proves where its records come from; refresh "
+            "the store with this key, or open it without one (authentication_key_file=null) if you trust its folder"
+        )
+    need = f"{name} was written with authentication key {written}"
+    if given is None:
+        return StoreError(
+            f"{need}; pass it: key=… (32 bytes) in Python, authentication_key_file=… or VISTA_AUTHENTICATION_KEY on "
+            "the command line"
+        )
+    return StoreError(f"{need}, the one given is {given}; pass the key that wrote it, or refresh with this one")
 
 
 def _kept(root: Path) -> str:

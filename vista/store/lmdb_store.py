@@ -5,10 +5,11 @@ B users asked for, K summary tokens, d model width.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.errors import StoreError, SummarizerMismatchError, UserKeyError
+from vista.errors import StoreError, SummarizerMismatchError, UnfinishedError, UserKeyError
 from vista.store.environment import MAX_READERS, REMEDY, ClosedError, SharedEnvironment, exclusive
 from vista.store.keys import COMPLETE_KEY, INT_PREFIX, MANIFEST_KEY, STR_PREFIX, user_id, user_keys
 from vista.store.layout import (
@@ -26,12 +27,16 @@ from vista.store.layout import (
     list_generations,
     missing_generation,
     read_current,
+    state_path,
 )
-from vista.store.record import NO_TIMESTAMP, RawRecords, RecordSpec, Tail, decode_rows, read_records
+from vista.store.record import NO_TIMESTAMP, RawRecords, RecordSpec, Tail, check_keys, decode_rows, read_records
+from vista.store.state_record import StateArrays, read_states
 
 _READ_RECORDS = 1024
 """Records of one read transaction, so that it stays short whatever the batch."""
 _OPEN_ATTEMPTS = 5
+CLOCK_SKEW_MS = 300_000
+"""A record dated further ahead was written by a clock that is wrong, so nobody knows its age."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +59,38 @@ class StoredBatch:
     """[B] start of the refresh, ms; NO_TIMESTAMP where not found."""
     history_digest: NDArray[np.uint64]
     """[B]; 0 where not found."""
+
+    def expired(self, now_ms: int, refreshed_at: int, max_age_ms: int) -> NDArray[np.bool_]:
+        """[B] whether what is known of a user is older than `max_age_ms`, or dated in the future.
+
+        Args:
+            now_ms: the time.
+            refreshed_at: of the manifest: a user without new events is as current as the last refresh.
+            max_age_ms: the limit; at it, a record still counts.
+        """
+        age = now_ms - np.maximum(self.created_at, refreshed_at)
+        return self.found & ((age > max_age_ms) | (age < -CLOCK_SKEW_MS))
+
+    def without(self, users: NDArray[np.bool_]) -> StoredBatch:
+        """The same as if the marked users [B] had no record."""
+        if not users.any():
+            return self
+        lengths = np.diff(self.tail.offsets)
+        kept = np.repeat(~users, lengths)
+        offsets = np.concatenate([[0], np.cumsum(np.where(users, 0, lengths))]).astype(np.int64)
+
+        def cleared(values: NDArray[Any], missing: int) -> NDArray[Any]:
+            return np.where(users.reshape(-1, *[1] * (values.ndim - 1)), values.dtype.type(missing), values)
+
+        return StoredBatch(
+            found=self.found & ~users,
+            summary=cleared(self.summary, 0),
+            tail=Tail(self.tail.items[kept], self.tail.times[kept], self.tail.actions[kept], offsets),
+            event_count=cleared(self.event_count, 0),
+            last_event_ts=cleared(self.last_event_ts, NO_TIMESTAMP),
+            created_at=cleared(self.created_at, NO_TIMESTAMP),
+            history_digest=cleared(self.history_digest, 0),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +115,21 @@ class _Generation:
 class SummaryStore:
     """One published generation of a store; `reload` follows CURRENT. Safe after fork, with threads, and to pickle."""
 
-    def __init__(self, path: Path, summarizer_id: bytes | None, max_readers: int) -> None:
+    def __init__(self, path: Path, summarizer_id: bytes | None, max_readers: int, key: bytes | None) -> None:
         self.path = path
         self._wanted = summarizer_id
+        self._key = key
         self._max_readers = max_readers
         self._opened: _Generation | None = self._open()
 
     @classmethod
     def open(
-        cls, path: str | Path, *, summarizer_id: bytes | None = None, max_readers: int = MAX_READERS
+        cls,
+        path: str | Path,
+        *,
+        summarizer_id: bytes | None = None,
+        max_readers: int = MAX_READERS,
+        key: bytes | None = None,
     ) -> SummaryStore:
         """Open the generation that CURRENT names.
 
@@ -95,12 +138,13 @@ class SummaryStore:
             summarizer_id: 32 bytes; refuse records of another summarizer. Where CURRENT has another one but a kept
                 generation matches (a rollout in two steps), that one is opened.
             max_readers: slots of the reader table, if this is its first opener.
+            key: 32 bytes: refuse records that were not written with this key (`vista.store.authentication.read_key`).
 
         Raises:
             SummarizerMismatchError: no generation is of that summarizer; the message names both.
-            StoreError: missing, unpublished, truncated or foreign; the message has the remedy.
+            StoreError: missing, unpublished, truncated, foreign, or of another key; the message has the remedy.
         """
-        return cls(Path(path).absolute(), summarizer_id, max_readers)
+        return cls(Path(path).absolute(), summarizer_id, max_readers, key)
 
     @property
     def manifest(self) -> Manifest:
@@ -155,8 +199,30 @@ class SummaryStore:
                 continue  # Another thread reloaded meanwhile: the whole batch comes from the new generation.
             return _assemble(len(keys), parts, opened.spec)
 
+    def states(self, user_ids: Sequence[int] | Sequence[str]) -> tuple[NDArray[np.int64], StateArrays] | None:
+        """Rows of the users that have a state, and these states; None where the generation keeps none.
+
+        Opens the states for the call only: what scores never maps them.
+
+        Raises:
+            RecordError: a state is damaged; the message names the user.
+        """
+        manifest = self.manifest
+        spec, keys = manifest.state_spec(), user_keys(user_ids)
+        if spec is None:
+            return None
+        environment = SharedEnvironment.acquire(state_path(self.path, manifest.generation), self._max_readers)
+        try:
+            return read_states(environment, keys, spec)
+        finally:
+            environment.release()
+
     def keys(self) -> Iterator[int | str]:
-        """User ids of all records of one generation in the order of their keys, read in short transactions."""
+        """User ids of all records of one generation in the order of their keys, read in short transactions.
+
+        Raises:
+            RecordError, StoreError: a key or their order is damaged.
+        """
         environment = self._current().environment
         environment.retain()
         try:
@@ -171,6 +237,8 @@ class SummaryStore:
     def reload(self) -> bool:
         """Follow CURRENT to another generation; the old one is closed after its last transaction.
 
+        What an incremental refresh writes is read without it; the manifest is reread.
+
         Returns:
             Whether the generation changed. It does not where CURRENT has moved to another summarizer than the wanted
             one: the old generation is served on, and a warning logged.
@@ -181,6 +249,7 @@ class SummaryStore:
         before = self._current()
         current = read_current(self.path)
         if current == before.manifest.generation and before.environment.is_at(environment_path(self.path, current)):
+            self._reread_manifest(before)
             return False
         opened = self._open()
         if opened.environment is before.environment:
@@ -202,7 +271,7 @@ class SummaryStore:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_pickled, (str(self.path), self._wanted, self._max_readers)
+        return _open_pickled, (str(self.path), self._wanted, self._max_readers, self._key)
 
     def _current(self) -> _Generation:
         opened = self._opened
@@ -221,6 +290,13 @@ class SummaryStore:
             old, self._opened = self._opened, opened
         if old is not None:
             old.environment.release()
+
+    def _reread_manifest(self, opened: _Generation) -> None:
+        """See what an incremental refresh has changed in place."""
+        manifest = opened.environment.read(lambda transaction: read_manifest(transaction, self.path))
+        with exclusive():
+            if self._opened is opened:
+                self._opened = dataclasses.replace(opened, manifest=manifest)
 
     def _open(self) -> _Generation:
         generation = read_current(self.path)
@@ -263,21 +339,26 @@ class SummaryStore:
         path = environment_path(self.path, generation)
         environment = SharedEnvironment.acquire(path, self._max_readers)
         try:
-            manifest = environment.read(lambda transaction: _read_manifest(transaction, path))
-            return _Generation(environment, manifest, manifest.spec())
+            manifest = environment.read(lambda transaction: read_manifest(transaction, path))
+            return _Generation(environment, manifest, manifest.spec(self._key))
         except BaseException:
             environment.release()
             raise
 
 
-def _open_pickled(path: str, summarizer_id: bytes | None, max_readers: int) -> SummaryStore:
-    return SummaryStore.open(path, summarizer_id=summarizer_id, max_readers=max_readers)
+def _open_pickled(path: str, summarizer_id: bytes | None, max_readers: int, key: bytes | None) -> SummaryStore:
+    return SummaryStore.open(path, summarizer_id=summarizer_id, max_readers=max_readers, key=key)
 
 
-def _read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Manifest:
+def read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Manifest:
+    """Manifest of a complete generation.
+
+    Raises:
+        StoreError: it is not complete, or the manifest is corrupt.
+    """
     value = transaction.get(MANIFEST_KEY)
     if value is None or transaction.get(COMPLETE_KEY) is None:
-        raise StoreError(f"{path} was never finished; {REMEDY}")
+        raise UnfinishedError(f"{path} was never finished; {REMEDY}")
     return Manifest.from_bytes(bytes(value), path)
 
 
@@ -285,7 +366,12 @@ def _keys_from(transaction: lmdb.Transaction[memoryview], first: bytes) -> list[
     cursor = transaction.cursor()
     if not cursor.set_range(first):
         return []
-    return [bytes(key) for key in islice(cursor.iternext(values=False), _READ_RECORDS)]
+    found = list(islice(cursor.iternext(), _READ_RECORDS))
+    keys = [bytes(key) for key, _ in found]
+    check_keys(keys, [value for _, value in found])
+    if any(key <= before for before, key in pairwise([first[:-1], *keys])):
+        raise StoreError(f"the keys of the store are out of order, so its file is damaged; {REMEDY}")
+    return keys
 
 
 def _require_kind(keys: list[bytes], manifest: Manifest) -> None:

@@ -1,37 +1,41 @@
-"""The bytes of one user's record: 128-byte header, K summary rows, tail (docs/summary-format.md).
+"""The bytes of one user's record: 128-byte header, K summary rows, tail, code (docs/summary-format.md).
 
 B users, K summary tokens, d model width, R bytes of all rows of one user, n events of one tail.
 """
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
 
 from vista.choices import Codec
 from vista.errors import RecordError, UserKeyError
+from vista.store.authentication import CODE_BYTES, record_code
+from vista.store.codecs import CODEC_NUMBERS, SCALE_DTYPE_NUMBERS, RowError, dequantize_rows, quantize_rows, row_bytes
 from vista.store.keys import user_id
+
+MAX_RECORD_BYTES = 1 << 24
+"""Of one record, header included: refused when written and, before anything is taken from it, when read."""
 
 MAGIC = b"VSUM"
 FORMAT_VERSION = 1
 HEADER_BYTES = 128
 CHECKSUM_OFFSET = 120
+AUTHENTICATED = 1
+"""Bit of the flags: the record ends with a code."""
 TAIL_EVENT_BYTES = 13
 """Item row int32, time int64, action uint8."""
 
 NO_TIMESTAMP = -(1 << 63)
 """last_event_ts of a history without events, and every timestamp of a user who was not found."""
-
-CODEC_NUMBERS = {Codec.float32: 0, Codec.int8: 1}
-SCALE_DTYPE_NUMBERS = {Codec.float32: 0, Codec.int8: 1}
-"""0: rows have no scale; 1: float32 scale and bias."""
 
 HEADER = np.dtype(
     [
@@ -60,6 +64,7 @@ HEADER = np.dtype(
 assert HEADER.itemsize == HEADER_BYTES
 
 _ZERO_CHECKSUM = bytes(8)
+_KEY_HASH_BYTES = slice(64, 72)
 _SHARED_FIELDS = (
     *("magic", "format_version", "header_length", "flags", "codec", "tokens", "dim", "scale_dtype"),
     *("generation", "summarizer_id", "reserved"),
@@ -104,22 +109,34 @@ class RecordSpec:
     """Start of the refresh in ms; kept on resume. Written, not checked."""
     applied_segment: int = 0
     """Newest log segment in the records. Written, not checked."""
+    key: bytes | None = field(default=None, repr=False)
+    """32 bytes: records end with a code that only its holders can make (`vista.store.authentication`)."""
 
     def __post_init__(self) -> None:
         if len(self.summarizer_id) != 32:
             raise ValueError(f"summarizer_id must be 32 bytes (SHA-256), got {len(self.summarizer_id)}")
         if not 0 <= self.num_tokens < 1 << 16 or not 1 <= self.dim < 1 << 16:
             raise ValueError(f"num_tokens must lie in [0, 65535], dim in [1, 65535]: {self.num_tokens}, {self.dim}")
+        if HEADER_BYTES + self.rows_bytes + self.code_bytes > MAX_RECORD_BYTES:
+            raise ValueError(
+                f"{self.num_tokens} rows of {self.row_bytes} bytes do not fit a record of {MAX_RECORD_BYTES} bytes; "
+                "take fewer tokens, a smaller dim or a smaller codec"
+            )
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one summary row."""
-        return self.dim + 8 if self.codec is Codec.int8 else 4 * self.dim
+        return row_bytes(self.codec, self.dim)
 
     @property
     def rows_bytes(self) -> int:
         """R: bytes of all rows of one user."""
         return self.num_tokens * self.row_bytes
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the authentication code: 16 with a key, 0 without."""
+        return 0 if self.key is None else CODE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,33 +148,6 @@ class RawRecords:
     rows: NDArray[np.uint8]
     """[B * K, row_bytes]."""
     tail: Tail
-
-
-def quantize_rows(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """FBGEMM byte rows: d uint8 values, then float32 scale and bias.
-
-    Args:
-        rows: [N, d] float32, finite.
-
-    Returns:
-        [N, d+8] uint8.
-
-    Raises:
-        ValueError: a value is not finite, or a row's range overflows float32; the message names the row.
-    """
-    _require_finite(rows)
-    packed: NDArray[np.uint8] = torch.ops.quantized.embedding_bag_byte_prepack(torch.from_numpy(rows)).numpy()
-    scale_and_bias = packed[:, rows.shape[1] :].copy().view("<f4")
-    if not np.isfinite(scale_and_bias).all():
-        row = int(np.flatnonzero(~np.isfinite(scale_and_bias).all(axis=1))[0])
-        raise ValueError(f"row {row}: the range of its values overflows float32")
-    return packed
-
-
-def dequantize_rows(packed: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """value = uint8 * scale + bias, rounded once where the processor has fused multiply-add: [N, d+8] -> [N, d]."""
-    rows: NDArray[np.float32] = torch.ops.quantized.embedding_bag_byte_unpack(torch.from_numpy(packed)).numpy()
-    return rows
 
 
 def encode_records(
@@ -185,7 +175,8 @@ def encode_records(
         B byte strings.
 
     Raises:
-        RecordError: a summary is not finite; the message names the user.
+        RecordError: a summary is not finite or overflows the codec, or a record would be larger than MAX_RECORD_BYTES;
+            the message names the user.
         ValueError: shapes differ.
     """
     num_users = len(keys)
@@ -197,24 +188,20 @@ def encode_records(
         raise ValueError(f"the tail's arrays do not fit {num_users} users, or one another")
     rows_KD = np.ascontiguousarray(summary, dtype="<f4").reshape(num_users * spec.num_tokens, spec.dim)
     try:
-        if spec.codec is Codec.int8:
-            rows = quantize_rows(rows_KD)
-        else:
-            _require_finite(rows_KD)
-            rows = rows_KD.view(np.uint8)
-    except ValueError as error:
-        with np.errstate(over="ignore", invalid="ignore"):
-            finite = np.isfinite(np.ptp(summary, axis=2)).all(axis=1)
-        user = user_id(keys[int(np.flatnonzero(~finite)[0])])
+        rows = quantize_rows(rows_KD, spec.codec)
+    except RowError as error:
+        user, token = user_id(keys[error.row // spec.num_tokens]), error.row % spec.num_tokens
         raise RecordError(
-            f"the summary of user {user!r} is refused: {error}; nothing of this batch was written. Check that user's "
-            "events and the model's weights"
+            f"the summary of user {user!r} is refused: row {token} {error.reason}; nothing of this batch was "
+            "written. Check that user's events and the model's weights"
         ) from error
 
     offsets = np.asarray(tail.offsets, dtype=np.int64)
     tail_length = np.diff(offsets)
+    payload_length = spec.rows_bytes + TAIL_EVENT_BYTES * tail_length + spec.code_bytes
+    _require_size(HEADER_BYTES + payload_length, keys)
     headers = np.full(num_users, _template(spec))
-    headers["payload_length"] = spec.rows_bytes + TAIL_EVENT_BYTES * tail_length
+    headers["payload_length"] = payload_length
     headers["key_hash"] = [xxhash.xxh3_64_intdigest(key) for key in keys]
     headers["created_at"] = spec.created_at
     headers["last_event_ts"] = last_event_ts
@@ -223,7 +210,7 @@ def encode_records(
     headers["history_digest"] = history_digest
     headers["tail_length"] = tail_length
 
-    header_bytes, row_bytes = headers.tobytes(), _flat(rows)
+    header_bytes, summary_bytes = headers.tobytes(), _flat(rows)
     item_bytes = _flat(np.ascontiguousarray(tail.items, dtype="<i4"))
     time_bytes = _flat(np.ascontiguousarray(tail.times, dtype="<i8"))
     action_bytes = _flat(np.ascontiguousarray(tail.actions, dtype=np.uint8))
@@ -233,17 +220,24 @@ def encode_records(
     for index in range(num_users):
         first, last = bounds[index], bounds[index + 1]
         header = header_bytes[HEADER_BYTES * index : HEADER_BYTES * (index + 1)]
-        payload = (
-            row_bytes[size * index : size * (index + 1)],
+        payload: list[bytes | memoryview] = [
+            summary_bytes[size * index : size * (index + 1)],
             item_bytes[4 * first : 4 * last],
             time_bytes[8 * first : 8 * last],
             action_bytes[first:last],
-        )
-        checksum = xxhash.xxh3_64(header)
-        for part in payload:
-            checksum.update(part)
-        records.append(b"".join((header[:CHECKSUM_OFFSET], checksum.intdigest().to_bytes(8, "little"), *payload)))
+        ]
+        records.append(seal_record(header, payload, keys[index], spec.key))
     return records
+
+
+def seal_record(header: bytes, payload: list[bytes | memoryview], user_key: bytes, key: bytes | None) -> bytes:
+    """A record of a header whose checksum is still zero and the payload before its code, both complete otherwise."""
+    if key is not None:
+        payload = [*payload, record_code(key, user_key, header, payload)]
+    checksum = xxhash.xxh3_64(header)
+    for part in payload:
+        checksum.update(part)
+    return b"".join((header[:CHECKSUM_OFFSET], checksum.intdigest().to_bytes(8, "little"), *payload))
 
 
 def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> RawRecords:
@@ -259,39 +253,43 @@ def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], sp
             user and the field.
     """
     views = [memoryview(value) for value in values]
-    headers = check_records(views, keys, spec)
     size = spec.rows_bytes
-    # Into bytearrays, so that the arrays are writable and torch takes them as they are.
-    rows = np.frombuffer(bytearray().join([view[HEADER_BYTES : HEADER_BYTES + size] for view in views]), np.uint8)
+    rows = np.empty(len(views) * size, np.uint8)
+    headers = check_records(views, keys, spec, rows.data)
     lengths = headers["tail_length"].astype(np.int64)
     offsets = np.zeros(len(views) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    item_parts, time_parts, action_parts = [], [], []
-    start = HEADER_BYTES + size
-    for view, length in zip(views, lengths.tolist(), strict=True):
-        times, actions = start + 4 * length, start + 12 * length
-        item_parts.append(view[start:times])
-        time_parts.append(view[times:actions])
-        action_parts.append(view[actions:])
-    tail = Tail(
-        np.frombuffer(bytearray().join(item_parts), "<i4"),
-        np.frombuffer(bytearray().join(time_parts), "<i8"),
-        np.frombuffer(bytearray().join(action_parts), np.uint8),
-        offsets,
+    bounds = [(HEADER_BYTES + size + width * lengths).tolist() for width in (0, 4, 12, TAIL_EVENT_BYTES)]
+    # Into bytearrays, so that the arrays are writable and torch takes them as they are.
+    items, times, actions = (
+        bytearray().join([view[start:stop] for view, start, stop in zip(views, *column, strict=True)])
+        for column in pairwise(bounds)
     )
+    tail = Tail(np.frombuffer(items, "<i4"), np.frombuffer(times, "<i8"), np.frombuffer(actions, np.uint8), offsets)
     return RawRecords(headers, rows.reshape(len(views) * spec.num_tokens, spec.row_bytes), tail)
 
 
 def decode_rows(raw: RawRecords, spec: RecordSpec) -> NDArray[np.float32]:
     """Summaries of checked records as [B, K, d] float32."""
-    rows = dequantize_rows(raw.rows) if spec.codec is Codec.int8 else raw.rows.view("<f4")
-    return rows.reshape(len(raw.headers), spec.num_tokens, spec.dim)
+    return dequantize_rows(raw.rows, spec.codec, spec.dim).reshape(len(raw.headers), spec.num_tokens, spec.dim)
 
 
-def check_records(views: Sequence[memoryview], keys: Sequence[bytes], spec: RecordSpec) -> NDArray[np.void]:
-    """Check a batch of stored values in place, as `read_records` does, and return copies of the headers."""
+def sum_of_checksums(records: Sequence[bytes | memoryview]) -> int:
+    """Sum mod 2^64 of the checksums that records carry."""
+    checksums = b"".join([record[CHECKSUM_OFFSET:HEADER_BYTES] for record in records])
+    return int(np.frombuffer(checksums, "<u8").sum(dtype=np.uint64))
+
+
+def check_records(
+    views: Sequence[memoryview], keys: Sequence[bytes], spec: RecordSpec, rows: memoryview | None = None
+) -> NDArray[np.void]:
+    """Check a batch of stored values in place, as `read_records` does, and return copies of the headers.
+
+    `rows` takes all records' rows, end to end: copied on the way, while they are in the processor's cache.
+    """
     lengths = np.fromiter(map(len, views), dtype=np.int64, count=len(views))
     _check(lengths >= HEADER_BYTES, keys, lengths, "length", f"at least {HEADER_BYTES} bytes")
+    _check(lengths <= MAX_RECORD_BYTES, keys, lengths, "length", f"at most {MAX_RECORD_BYTES} bytes")
     header_bytes = b"".join([view[:HEADER_BYTES] for view in views])
     headers = np.frombuffer(header_bytes, dtype=HEADER)
 
@@ -305,10 +303,15 @@ def check_records(views: Sequence[memoryview], keys: Sequence[bytes], spec: Reco
         for field in ("magic", "format_version", "header_length"):
             require(field, template[field])
     require("payload_length", lengths - HEADER_BYTES)
+    blank = bytearray(header_bytes)
+    np.frombuffer(blank, HEADER)["checksum"] = 0
+    blanks, size, stop = memoryview(blank), spec.rows_bytes, HEADER_BYTES + spec.rows_bytes
+    copied = rows if (lengths >= stop).all() else None  # a record without its rows is refused below
     checksums = []
-    for view in views:
-        checksum = xxhash.xxh3_64(view[:CHECKSUM_OFFSET])
-        checksum.update(_ZERO_CHECKSUM)
+    for index, view in enumerate(views):
+        if copied is not None:
+            copied[size * index : size * index + size] = view[HEADER_BYTES:stop]
+        checksum = xxhash.xxh3_64(blanks[HEADER_BYTES * index : HEADER_BYTES * index + HEADER_BYTES])
         checksum.update(view[HEADER_BYTES:])
         checksums.append(checksum.intdigest())
     require("checksum", np.array(checksums, dtype=np.uint64))
@@ -320,39 +323,35 @@ def check_records(views: Sequence[memoryview], keys: Sequence[bytes], spec: Reco
         same = np.array(found) == spec.summarizer_id.hex()
         _check(same, keys, found, "summarizer_id", spec.summarizer_id.hex())
     require("key_hash", np.array([xxhash.xxh3_64_intdigest(key) for key in keys], dtype=np.uint64))
-    tail_bytes = lengths - HEADER_BYTES - spec.rows_bytes
+    tail_bytes = lengths - HEADER_BYTES - spec.rows_bytes - spec.code_bytes
     require("tail_length", tail_bytes // TAIL_EVENT_BYTES)
     _check(tail_bytes % TAIL_EVENT_BYTES == 0, keys, lengths, "length", "whole tail events")
+    if spec.key is not None:
+        _check_codes(views, keys, spec.key)
     return headers
 
 
-def decode_record_reference(record: bytes) -> dict[str, Any]:
-    """Plain NumPy decoder of one record, sharing nothing with the fast path: the format's executable description.
+def _check_codes(views: Sequence[memoryview], keys: Sequence[bytes], key: bytes) -> None:
+    for view, user in zip(views, keys, strict=True):
+        header = bytes(view[:CHECKSUM_OFFSET]) + _ZERO_CHECKSUM
+        if not hmac.compare_digest(
+            view[-CODE_BYTES:], record_code(key, user, header, [view[HEADER_BYTES:-CODE_BYTES]])
+        ):
+            raise RecordError(
+                f"the record of {_user_of(user)} was not written with this key, or was changed or moved since: its "
+                "authentication code is wrong. Do not serve it; find out who can write to the store, then refresh it"
+            )
 
-    Returns:
-        Every header field by name, `summary` [K, d] float32, and `items`, `times`, `actions` of the tail. Checksum and
-        lengths are not checked.
+
+def check_keys(keys: Sequence[bytes], values: Sequence[memoryview]) -> None:
+    """Check keys against the hashes in their records: a key itself has no checksum.
+
+    Raises:
+        RecordError: a key is not the one that the record was written under.
     """
-    header = np.frombuffer(record, dtype=HEADER, count=1)[0]
-    fields: dict[str, Any] = {name: header[name].item() for name in HEADER.names or () if name != "summarizer_id"}
-    fields["summarizer_id"] = header["summarizer_id"].tobytes()
-    tokens, dim, length = fields["tokens"], fields["dim"], fields["tail_length"]
-    position = fields["header_length"]
-    summary = np.empty((tokens, dim), dtype=np.float32)
-    for token in range(tokens):
-        if fields["codec"] == 0:
-            summary[token] = np.frombuffer(record, "<f4", dim, position)
-            position += 4 * dim
-        else:
-            values = np.frombuffer(record, np.uint8, dim, position)
-            scale, bias = np.frombuffer(record, "<f4", 2, position + dim).astype(np.float64)
-            summary[token] = values * scale + bias  # The float64 product is exact: one rounding, to float32.
-            position += dim + 8
-    fields["summary"] = summary
-    for name, dtype in (("items", "<i4"), ("times", "<i8"), ("actions", "u1")):
-        fields[name] = np.frombuffer(record, dtype, length, position)
-        position += np.dtype(dtype).itemsize * length
-    return fields
+    found = np.array([int.from_bytes(value[_KEY_HASH_BYTES], "little") for value in values], dtype=np.uint64)
+    expected = np.array([xxhash.xxh3_64_intdigest(key) for key in keys], dtype=np.uint64)
+    _check(found == expected, keys, found, "key_hash", expected)
 
 
 @lru_cache(maxsize=16)
@@ -361,6 +360,7 @@ def _template(spec: RecordSpec) -> np.void:
     header["magic"] = MAGIC
     header["format_version"] = FORMAT_VERSION
     header["header_length"] = HEADER_BYTES
+    header["flags"] = 0 if spec.key is None else AUTHENTICATED
     header["codec"] = CODEC_NUMBERS[spec.codec]
     header["tokens"] = spec.num_tokens
     header["dim"] = spec.dim
@@ -373,14 +373,17 @@ def _template(spec: RecordSpec) -> np.void:
     return template
 
 
+def _require_size(lengths: NDArray[np.int64], keys: Sequence[bytes]) -> None:
+    if (lengths > MAX_RECORD_BYTES).any():
+        index = int(lengths.argmax())
+        raise RecordError(
+            f"the record of {_user_of(keys[index])} would take {lengths[index]} bytes, at most {MAX_RECORD_BYTES} are "
+            "allowed; nothing of this batch was written. Store a shorter tail (model.tail_len), or a smaller codec"
+        )
+
+
 def _flat(array: NDArray[Any]) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
-
-
-def _require_finite(rows: NDArray[np.float32]) -> None:
-    finite = np.isfinite(rows)
-    if not finite.all():
-        raise ValueError(f"row {int(np.flatnonzero(~finite.all(axis=1))[0])} holds NaN or infinity")
 
 
 def _check(ok: NDArray[np.bool_], keys: Sequence[bytes], found: Any, field: str, expected: Any) -> None:
@@ -389,11 +392,14 @@ def _check(ok: NDArray[np.bool_], keys: Sequence[bytes], found: Any, field: str,
     index = int(np.flatnonzero(~ok)[0])
     if isinstance(expected, np.ndarray):
         expected = expected[index]
-    try:
-        user = f"user {user_id(keys[index])!r}"
-    except UserKeyError:
-        user = f"key {keys[index]!r}"
     raise RecordError(
-        f"the record of {user} is corrupt or of another format: {field} is {found[index]}, expected {expected}. "
-        "Refresh the store again, or roll CURRENT back to the generation before"
+        f"the record of {_user_of(keys[index])} is corrupt or of another format: {field} is {found[index]}, expected "
+        f"{expected}. Refresh the store again, or roll CURRENT back to the generation before"
     )
+
+
+def _user_of(key: bytes) -> str:
+    try:
+        return f"user {user_id(key)!r}"
+    except UserKeyError:
+        return f"key {key!r}"

@@ -240,7 +240,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         body = json.loads(path.read_bytes())
     except OSError as error:
         raise _damaged(path, f"cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"is no JSON ({error})") from error
     if not isinstance(body, dict) or "format_version" not in body:
         raise _damaged(path, "is not a checkpoint's state")

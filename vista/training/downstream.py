@@ -27,6 +27,7 @@ from vista.model.inference import empty_summary
 from vista.model.ranking_model import Schema
 from vista.model.recommender import STAGE1_KEYS, STAGE1_WEIGHTS, Recommender
 from vista.refresh import check_log
+from vista.store.authentication import read_key
 from vista.store.lmdb_store import SummaryStore
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ class Downstream:
                 f"data.validation_from={config.data.validation_from} hides; train it with that data.validation_from, "
                 "or an earlier one"
             )
-        store = SummaryStore.open(config.store, summarizer_id=base.summarizer_id())
+        key = read_key(config.authentication_key_file)
+        store = SummaryStore.open(config.store, summarizer_id=base.summarizer_id(), key=key)
         try:
             seen = parse_until(store.manifest.until)
             if seen.before is None or seen.before > end:

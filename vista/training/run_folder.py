@@ -55,11 +55,14 @@ class MetricsWriter:
             validated: steps whose validation is part of the resumed state.
         """
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() and step > 0 else []:
+        resumed = self.path.exists() and step > 0
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if resumed else []:
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break  # a line that a crash cut off; nothing follows it
+            if not isinstance(row, dict) or "step" not in row:
+                break  # none of ours, nor what follows
             if row["step"] in validated if "validation" in row else row["step"] <= step:
                 kept.append(line + "\n")
         replace_text(self.path, "".join(kept))

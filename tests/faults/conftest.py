@@ -1,0 +1,51 @@
+"""Nurseries, one a kind and session, and the repetitions of a promise."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Promise, Trials, share, work_folder
+from tests.faults.nursery import Nursery
+from tests.faults.preload import compiled
+
+
+def require_linux() -> None:
+    """Skip elsewhere: /proc, prctl and mount namespaces are Linux's."""
+    if sys.platform != "linux":
+        pytest.skip("faults are injected by means of Linux")
+
+
+@pytest.fixture
+def trials(request: pytest.FixtureRequest, tmp_path: Path) -> Trials:
+    """Of the form that `harness.promise` asks for."""
+    promise: Promise
+    promise, wanted = request.param
+    if wanted < promise.full:
+        return Trials(promise, wanted, tmp_path / "notes.jsonl", tmp_path)
+    notes, scratch = work_folder() / f"{promise.name}.jsonl", work_folder() / "scratch" / promise.name
+    wanted = promise.each * math.ceil(share() * wanted / promise.each)
+    return Trials(promise, wanted, notes, scratch, goes_on=True)
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """A plain one."""
+    require_linux()
+    with Nursery() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """One whose children can have their system calls written down, failed or answered with SIGKILL (`preload`)."""
+    require_linux()
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler (cc): system calls cannot be intercepted")
+    with Nursery(LD_PRELOAD=str(compiled(tmp_path_factory.mktemp("preload")))) as started:
+        yield started

@@ -1,0 +1,226 @@
+"""Processes to end: a nursery imports vista once and forks a child for each job, so that no fault reaches the tests.
+
+A job is a function of a module, called as `function(say, *arguments)`: `say(value)` sends a message, at once and whole,
+so that what was said before a SIGKILL is heard. The nursery itself runs `python -m tests.faults.nursery`, under a
+preloaded library or within a mount namespace where a test asks for it. Children die with it, and it with the tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import vista
+
+Say = Callable[[Any], None]
+TIMEOUT_S = 60.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Child:
+    """One job's process, as the tests see it."""
+
+    nursery: Nursery
+    job: int
+    pid: int = 0
+    messages: list[Any] = field(default_factory=list)
+    """What it said, oldest first; `hear` gives them out one by one."""
+    exit_code: int | None = None
+    """Once it ended: 0, 1 after an exception, -9 after SIGKILL."""
+    returned: Any = None
+    raised: str = ""
+    """Type and text of the exception that ended it."""
+    typed: bool = False
+    """Whether that was a VistaError."""
+    _heard: int = 0
+
+    def hear(self, timeout_s: float = TIMEOUT_S) -> Any:
+        """Its next message, or None if it ended without another."""
+        self.nursery.pump(lambda: len(self.messages) > self._heard or self.exit_code is not None, timeout_s)
+        if len(self.messages) == self._heard:
+            return None
+        self._heard += 1
+        return self.messages[self._heard - 1]
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal; a child that has ended is left alone."""
+        if self.exit_code is None:
+            with suppress(ProcessLookupError):  # It ended, and that was not heard yet.
+                os.kill(self.pid, number)
+
+    def end(self, timeout_s: float = TIMEOUT_S) -> Child:
+        """Wait until it has ended."""
+        self.nursery.pump(lambda: self.exit_code is not None, timeout_s)
+        return self
+
+    def result(self, timeout_s: float = TIMEOUT_S) -> Any:
+        """What the function returned; AssertionError with its words if it raised or was killed by a signal."""
+        self.end(timeout_s)
+        if self.exit_code != 0:
+            raise AssertionError(self.raised or f"the child ended with {self.exit_code}")
+        return self.returned
+
+
+class Nursery:
+    """Starts children; a context manager."""
+
+    def __init__(self, prefix: Sequence[str] = (), **environment: str) -> None:
+        """Start it.
+
+        Args:
+            prefix: words before the command, such as those of `unshare`.
+            environment: variables, such as LD_PRELOAD.
+        """
+        root = Path(vista.__file__).parents[1]
+        path = os.pathsep.join(map(str, (Path(__file__).parents[2], root, root / "kernels")))
+        self._process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "tests.faults.nursery"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        )
+        self._children: dict[int, Child] = {}
+        self._rest = b""
+        self._num_jobs = 0
+
+    def start(self, function: Callable[..., Any], *arguments: Any) -> Child:
+        """Fork a child that calls `function(say, *arguments)`; arguments and messages go through JSON."""
+        assert self._process.stdin is not None
+        self._num_jobs += 1
+        child = self._children[self._num_jobs] = Child(self, self._num_jobs)
+        words = [str(word) if isinstance(word, Path) else word for word in arguments]
+        job = {"job": child.job, "module": function.__module__, "function": function.__qualname__, "arguments": words}
+        self._process.stdin.write(json.dumps(job).encode() + b"\n")
+        self.pump(lambda: child.pid != 0, TIMEOUT_S)
+        return child
+
+    def imports(self, module: str) -> None:
+        """Import a module that most jobs to come would import: once, instead of in each child."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"imports": module}).encode() + b"\n")
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function returns in a child; AssertionError if it raises there."""
+        return self.start(function, *arguments).result()
+
+    def pump(self, ready: Callable[[], bool], timeout_s: float) -> None:
+        """Take in messages until `ready`."""
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            if not select.select([self._process.stdout], [], [], max(deadline - time.monotonic(), 0))[0]:
+                raise AssertionError(f"a child hangs: nothing was heard of it for {timeout_s:g} s")
+            block = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not block:
+                raise AssertionError(f"the nursery died with {self._process.wait()}")
+            *lines, self._rest = (self._rest + block).split(b"\n")
+            for line in lines:
+                self._take(json.loads(line))
+
+    def _take(self, message: dict[str, Any]) -> None:
+        child = self._children[message.pop("job")]
+        match message:
+            case {"said": value}:
+                child.messages.append(value)
+            case {"exit": code}:
+                child.exit_code = code
+                del self._children[child.job]
+            case _:
+                for name, value in message.items():
+                    setattr(child, name, value)
+
+    def close(self) -> None:
+        """End it and all that it forked."""
+        for child in self._children.values():
+            child.kill()
+        self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> Nursery:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def die_with_parent() -> None:
+    """End this process when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _tell(job: int, **message: Any) -> None:
+    line = json.dumps({"job": job, **message}).encode() + b"\n"
+    assert len(line) <= select.PIPE_BUF, "only a short message is written whole"
+    os.write(1, line)
+
+
+def _run(job: int, module: str, function: str, arguments: list[Any]) -> int:
+    from vista.errors import VistaError
+
+    try:
+        found = getattr(importlib.import_module(module), function)
+        _tell(job, returned=found(lambda value: _tell(job, said=value), *arguments))
+        return 0
+    except BaseException as error:
+        _tell(job, raised=f"{type(error).__name__}: {error}"[:3000], typed=isinstance(error, VistaError))
+        return 1
+
+
+def main() -> None:
+    """Fork a child for each line of standard input."""
+    import torch
+
+    import vista.refresh
+    import vista.scorer
+    import vista.training.trainer  # noqa: F401
+
+    torch.set_num_threads(1)
+    die_with_parent()
+    gc.freeze()
+    jobs: dict[int, int] = {}
+
+    def reap(*_: object) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            _tell(jobs.pop(pid), exit=os.waitstatus_to_exitcode(status))
+
+    signal.signal(signal.SIGCHLD, reap)
+    for line in iter(sys.stdin.buffer.readline, b""):
+        job = json.loads(line)
+        if "imports" in job:
+            importlib.import_module(job["imports"])
+            continue
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # A child may end before it is noted.
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+            die_with_parent()
+            os._exit(_run(**job))
+        jobs[pid] = job["job"]
+        _tell(job["job"], pid=pid)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+
+
+if __name__ == "__main__":
+    main()

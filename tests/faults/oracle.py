@@ -1,0 +1,238 @@
+"""The oracle: every byte of a store follows from its run, and so does what may be read of it after a fault.
+
+Functions that take `say` are jobs of a nursery; AssertionErrors of the others are findings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.faults.nursery import Say
+from vista.choices import Codec
+from vista.errors import StoreError
+from vista.store import StoreWriter, SummaryStore, Tail, encode_records, user_keys
+from vista.store.environment import open_environment
+from vista.store.keys import CURSOR_KEY, MANIFEST_KEY
+from vista.store.layout import Manifest, environment_path
+from vista.store.lmdb_store import StoredBatch
+from vista.store.record import RecordSpec
+
+SUMMARIZER = bytes(range(32))
+CREATED_AT = 1_700_000_000_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a writer writes: users 0 … total − 1, whose values follow from user and salt."""
+
+    salt: int = 0
+    total: int = 48
+    batch: int = 8
+    num_tokens: int = 2
+    dim: int = 16
+    codec: str = "int8"
+
+    @staticmethod
+    def of(words: dict[str, Any]) -> Run:
+        """From `vars()` of one, which is how jobs get it."""
+        return Run(**words)
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """For a job's arguments."""
+        return dataclasses.asdict(self)
+
+    def open_writer(self, store: str | Path) -> StoreWriter:
+        """The one writer of the run, resumed where it was begun."""
+        return StoreWriter.open(
+            store,
+            summarizer_id=SUMMARIZER,
+            num_tokens=self.num_tokens,
+            dim=self.dim,
+            codec=Codec(self.codec),
+            tail_len=4,
+            total_users=self.total,
+            run_digest=f"log of salt {self.salt}",
+            created_at=CREATED_AT + self.salt,
+        )
+
+    def summary(self, users: range) -> np.ndarray:
+        """[B, K, d] float32."""
+        place = np.arange(self.num_tokens * self.dim, dtype=np.float64).reshape(self.num_tokens, self.dim)
+        values = np.sin(place * 0.7 + np.array(users, np.float64)[:, None, None] * 1.3 + 100.0 * self.salt)
+        return values.astype(np.float32)
+
+    def tail(self, users: range) -> Tail:
+        """User u has (u + salt) % 5 events, at most 4."""
+        lengths = np.minimum((np.array(users) + self.salt) % 5, 4)
+        owner = np.repeat(np.array(users), lengths)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return Tail(owner.astype(np.int32), owner.astype(np.int64) * 1000 + self.salt, owner.astype(np.uint8), offsets)
+
+    def records(self, users: range, spec: RecordSpec) -> tuple[list[bytes], list[bytes]]:
+        """(keys, records) of these users."""
+        keys = user_keys(list(users))
+        counts = np.array(users, np.int64) + self.salt
+        return keys, encode_records(
+            keys,
+            self.summary(users),
+            self.tail(users),
+            spec=spec,
+            event_count=counts,
+            last_event_ts=counts + 5,
+            history_digest=counts.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15),
+        )
+
+    def batches(self, begin: int) -> Iterator[range]:
+        """Of the users from `begin`."""
+        for first in range(begin, self.total, self.batch):
+            yield range(first, min(first + self.batch, self.total))
+
+
+def write(say: Say, store: str, words: dict[str, Any]) -> int:
+    """Write or resume a run and publish it; says ["begin", n] before a batch and ["ack", n] after it, n its last user.
+
+    Returns:
+        The generation.
+    """
+    run = Run.of(words)
+    with run.open_writer(store) as writer:
+        say(["open", writer.cursor])
+        for users in run.batches(writer.cursor):
+            say(["begin", users.stop])
+            writer.put_batch(*run.records(users, writer.spec), users.stop)
+            say(["ack", users.stop])
+        say(["publish", run.total])
+        writer.publish()
+        say(["published", writer.generation])
+        return writer.generation
+
+
+def acknowledged(messages: list[Any]) -> int:
+    """Users that a writer acknowledged, from what it said; -1 if it did not even open."""
+    return max((number for what, number in messages if what in ("open", "ack")), default=-1)
+
+
+def unpublished(say: Say, store: str, words: dict[str, Any], generation: int, least: int) -> int:
+    """Check an unfinished generation: whole batches from the first on, at least the acknowledged ones, exact bytes.
+
+    Returns:
+        Its cursor.
+    """
+    run = Run.of(words)
+    folder = environment_path(Path(store), generation)
+    environment = open_environment(folder, readonly=True)
+    with environment.begin() as transaction:
+        found = dict(transaction.cursor())
+    environment.close()
+    manifest = Manifest.from_bytes(found.pop(MANIFEST_KEY), folder)
+    cursor = int(found.pop(CURSOR_KEY))
+    found.pop(b"!complete", None)
+    assert cursor >= least, f"{least} users were acknowledged, the cursor is {cursor}"
+    assert cursor == run.total or cursor % run.batch == 0, f"half a batch: {cursor}"
+    keys, records = run.records(range(cursor), manifest.spec()) if cursor else ([], [])
+    assert found == dict(zip(keys, records, strict=True)), "the records differ from those that were written"
+    return cursor
+
+
+def published(say: Say, store: str, words: dict[str, Any], generation: int | None = None) -> int:
+    """Check that CURRENT's generation holds the whole run, exactly; returns its number."""
+    run = Run.of(words)
+    with SummaryStore.open(store, summarizer_id=SUMMARIZER) as opened:
+        assert generation is None or opened.generation == generation, (opened.generation, generation)
+        assert list(opened.keys()) == list(range(run.total))
+        batch = opened.get_many(range(-1, run.total + 1))
+        assert batch.found.tolist() == [False, *[True] * run.total, False]
+        assert differences(batch, run, range(-1, run.total + 1), opened.manifest.spec()) == []
+        return opened.generation
+
+
+def differences(batch: StoredBatch, run: Run, users: range, spec: RecordSpec) -> list[int]:
+    """Users among `users` whose record was found and differs in a bit from what was written."""
+    expected = expected_batch(run, spec)
+    wrong = []
+    for row, user in enumerate(users):
+        if not batch.found[row]:
+            if batch.summary[row].any() or batch.event_count[row] or batch.history_digest[row]:
+                wrong.append(user)  # A miss says nothing.
+            continue
+        if not 0 <= user < run.total or fields(batch, row) != fields(expected, user):
+            wrong.append(user)
+    return wrong
+
+
+def fields(batch: StoredBatch, row: int) -> tuple[Any, ...]:
+    """All that a batch says of one user, as bytes and integers."""
+    tail = slice(batch.tail.offsets[row], batch.tail.offsets[row + 1])
+    return (
+        batch.summary[row].tobytes(),
+        batch.tail.items[tail].tobytes(),
+        batch.tail.times[tail].tobytes(),
+        batch.tail.actions[tail].tobytes(),
+        int(batch.event_count[row]),
+        int(batch.last_event_ts[row]),
+        int(batch.created_at[row]),
+        int(batch.history_digest[row]),
+    )
+
+
+_expected: dict[tuple[Run, RecordSpec], StoredBatch] = {}
+
+
+def expected_batch(run: Run, spec: RecordSpec) -> StoredBatch:
+    """All users of a run as a reader must see them, by the format's plain decoder instead of the reader's own."""
+    from vista.store.record_reference import decode_record_reference
+
+    if (run, spec) not in _expected:
+        _, records = run.records(range(run.total), spec)
+        decoded = [decode_record_reference(record) for record in records]
+        lengths = [len(one["items"]) for one in decoded]
+        _expected[run, spec] = StoredBatch(
+            found=np.ones(run.total, np.bool_),
+            summary=np.stack([one["summary"] for one in decoded]),
+            tail=Tail(
+                np.concatenate([one["items"] for one in decoded]),
+                np.concatenate([one["times"] for one in decoded]),
+                np.concatenate([one["actions"] for one in decoded]),
+                np.concatenate([[0], np.cumsum(lengths)]),
+            ),
+            event_count=np.array([one["event_count"] for one in decoded]),
+            last_event_ts=np.array([one["last_event_ts"] for one in decoded]),
+            created_at=np.array([one["created_at"] for one in decoded]),
+            history_digest=np.array([one["history_digest"] for one in decoded], np.uint64),
+        )
+    return _expected[run, spec]
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """AssertionError if the block takes longer."""
+    began = time.monotonic()
+    yield
+    taken = time.monotonic() - began
+    assert taken <= seconds, f"took {taken:.2f} s instead of {seconds:g} s at most"
+
+
+def is_unpublished(store: str | Path) -> bool:
+    """Whether nothing is published, and a reader is told so."""
+    try:
+        SummaryStore.open(store).close()
+    except StoreError as error:
+        assert "no published generation" in str(error), error
+        return True
+    return False
+
+
+def read_everything(store: str | Path) -> int:
+    """Read all records of a store of unknown content; how many."""
+    with SummaryStore.open(store) as opened:
+        users = np.array(list(opened.keys()))
+        return int(opened.get_many(users).found.sum())

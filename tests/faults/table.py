@@ -1,0 +1,93 @@
+"""`python -m tests.faults.table`: the promises and what became of them, from the noted repetitions, into docs/results.
+
+Writes faults.jsonl, one object a promise and fault, and faults.md. Repetitions that were left out count as not done.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.faults.harness import PROMISES, Promise, missed_shares, read_record, work_folder
+from vista.files import replace_text
+from vista.results import describe_hardware
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+HEAD = """# Promises under faults
+
+Made by `make test-faults`. Faults come from outside of vista: signals, a small file system, a preloaded library that
+writes down system calls or makes one fail, bits flipped in files. A repetition passes only if what was acknowledged is
+read byte for byte, and everything else is a miss or a typed error. The last column counts what happened.
+
+| promise | fault | repetitions | outcome | what happened |
+|---|---|---:|---|---|
+"""
+
+
+def import_promises() -> list[Promise]:
+    """All promises of this folder."""
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        importlib.import_module(f"tests.faults.{path.stem}")
+    return sorted(PROMISES, key=lambda promise: (promise.text, promise.fault))
+
+
+def row_of(promise: Promise, folder: Path) -> dict[str, Any]:
+    """What is known of one."""
+    record = read_record(folder / f"{promise.name}.jsonl")
+    row: dict[str, Any] = {"promise": promise.text, "fault": promise.fault, "wanted": promise.full, "repetitions": 0}
+    if record is None:
+        return row | {"outcome": "not run"}
+    done = promise.each * len(record.done)
+    missed = missed_shares(promise, record)
+    if record.skipped:
+        outcome = f"skipped: {record.skipped}"
+    elif record.failures:
+        outcome = f"FAILED: {len(record.failures)} of {len(record.done)} calls"
+    elif missed and done >= promise.full:
+        outcome = f"FAILED: {missed}"
+    else:
+        outcome = "held" if done >= promise.full else "held so far"
+    return row | {
+        "repetitions": done,
+        "outcome": outcome,
+        "counts": dict(record.counts.most_common()),
+        "failures": list(record.failures.values()),
+        "commit": record.header["commit"],
+        "hardware": record.header["hardware"],
+        "seconds": round(record.seconds, 1),
+    }
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table, and where it comes from."""
+    lines = []
+    for row in rows:
+        done, wanted = row["repetitions"], row["wanted"]
+        times = f"{done:,}" if done == wanted else f"{done:,} of {wanted:,}"
+        counts = ", ".join(f"{what} {number:,}" for what, number in row.get("counts", {}).items())
+        cells = [row["promise"], row["fault"], times, row["outcome"], counts]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    ran = [row for row in rows if "commit" in row]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in ran))
+    machines = "; ".join(dict.fromkeys(describe_hardware(row["hardware"]) for row in ran))
+    seconds = sum(row["seconds"] for row in ran)
+    origin = f"Commit {commits}; {machines}; {seconds / 60:.0f} minutes of all processes together.\n" if ran else ""
+    return HEAD + "\n".join(lines) + "\n\n" + origin
+
+
+def main() -> int:
+    """Write both files; 1 unless all that ran held."""
+    rows = [row_of(promise, work_folder()) for promise in import_promises()]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_text(RESULTS / "faults.jsonl", lines)
+    replace_text(RESULTS / "faults.md", markdown(rows))
+    print(markdown(rows))
+    return int(any(row["outcome"].startswith("FAILED") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

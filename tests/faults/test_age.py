@@ -1,0 +1,60 @@
+"""An age limit: what is older, or dated in the future, is served only to those who set none."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import small_config
+from tests.faults.harness import Trial, promise
+from tests.faults.nursery import Nursery, Say
+from vista.data.event_log import EventLog
+from vista.model.recommender import Recommender
+from vista.refresh import refresh
+from vista.scorer import Scorer
+from vista.store.lmdb_store import CLOCK_SKEW_MS
+from vista.training.trainer import schema_of
+
+MAX_AGE_S = 3600
+
+
+@pytest.fixture(scope="module")
+def model_dir(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model."""
+    folder = tmp_path_factory.mktemp("model")
+    config = small_config(event_log, "unused")
+    Recommender(config.model, schema_of(event_log, config), event_log.items, config.data).save_pretrained(folder / "m")
+    return folder / "m"
+
+
+def served(say: Say, log: str, model_dir: str, store: str, shift_ms: int) -> list[bool]:
+    """Refresh by a clock that is off, score with an age limit by the true one; which of three users got scores."""
+    model = Recommender.from_pretrained(model_dir)
+    refresh(model, EventLog.open(log), store, created_at=time.time_ns() // 1_000_000 + shift_ms)
+    with Scorer.open(model, store, on_missing="nan") as scorer:
+        assert np.isfinite(scorer.score([100, 101, 102], [0])).all()
+    with Scorer.open(model, store, on_missing="nan", max_age_s=MAX_AGE_S) as scorer:
+        return [bool(found) for found in np.isfinite(scorer.score([100, 101, 102], [0]))[:, 0]]
+
+
+@promise(
+    "TTL",
+    fault="a record that is about a second older, or younger, than the limit, or from the future",
+    full=200,
+    short=4,
+)
+def test_age(trial: Trial, nursery: Nursery, event_log: EventLog, model_dir: Path) -> None:
+    edge, what = trial.random.choice([(-1000 * MAX_AGE_S, "old"), (CLOCK_SKEW_MS, "from the future")])
+    # The refresh and the scoring take up to some seconds, in which records age.
+    inside = trial.random.random() < 0.5
+    margin_ms = trial.random.randint(10_000, 12_000) if inside else trial.random.randint(1, 1_000)
+    if what == "old":
+        shift = edge + margin_ms if inside else edge - margin_ms
+    else:
+        shift = edge - 1 if inside else edge + trial.random.randint(60_000, 10**12)
+    found = nursery.call(served, event_log.path, model_dir, trial.folder / "store", shift)
+    assert found == [inside] * 3, (what, shift, found)
+    trial.count(f"{what}: {'served' if inside else 'not served'}")

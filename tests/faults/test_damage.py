@@ -1,0 +1,158 @@
+"""A reader of damaged files gets a miss or a typed error, never a wrong byte; what could end it, `verify` refuses."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lmdb.verify
+import pytest
+
+from tests.faults import oracle
+from tests.faults.harness import Trial, promise
+from tests.faults.nursery import Nursery, Say
+from tests.faults.oracle import Run
+from vista.errors import RecordError, StoreError
+from vista.store import SummaryStore, user_keys
+from vista.store.layout import environment_path
+
+RUNS = [Run(salt=1, total=400, batch=50), Run(salt=2, total=100, batch=20, dim=300), Run(salt=3, dim=3000)]
+"""Records within a page, and of several pages; enough users for branch pages."""
+PAGE_BYTES = 4096
+FLIPS, CUTS, PART = 50, 10, 16
+
+
+@pytest.fixture(scope="module")
+def stores(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A published store of each run; not to be changed."""
+    folder = tmp_path_factory.mktemp("whole")
+    for number, run in enumerate(RUNS):
+        nursery.call(oracle.write, folder / f"store-{number}", run.words)
+    return [folder / f"store-{number}" for number in range(len(RUNS))]
+
+
+def read_all(store: str, run: Run) -> str:
+    """Ask for the list of users, for all records at once and for a few at a time.
+
+    Returns:
+        The worst that came of it.
+
+    Raises:
+        AssertionError: something else than what was written was read.
+    """
+    outcomes = {0: "unharmed"}
+    users = range(run.total)
+    try:
+        with SummaryStore.open(store, summarizer_id=oracle.SUMMARIZER) as opened:
+            try:
+                keys = list(opened.keys())
+                assert set(keys) <= set(users), f"users that were never written: {sorted(set(keys) - set(users))[:5]}"
+            except StoreError as error:
+                outcomes[2] = type(error).__name__
+            for part in [users, *(users[user : user + PART] for user in range(0, run.total, PART))]:
+                try:
+                    batch = opened.get_many(part)
+                except StoreError as error:
+                    outcomes[2] = type(error).__name__
+                    continue
+                wrong = oracle.differences(batch, run, part, opened.manifest.spec())
+                assert not wrong, f"other bytes than were written: users {wrong[:5]}"
+                if not batch.found.all():
+                    outcomes[1] = "miss"
+    except StoreError as error:
+        outcomes[3] = f"{type(error).__name__} on opening"
+    return outcomes[max(outcomes)]
+
+
+def read_flipped(say: Say, store: str, words: dict[str, Any], flips: list[tuple[int, int]]) -> None:
+    """Read with one bit flipped, and flip it back, again and again; says what came of each."""
+    path, run = environment_path(Path(store), 1) / "data.mdb", Run.of(words)
+    for place, bit in flips:
+        flip(path, place, bit)
+        say(read_all(store, run))
+        flip(path, place, bit)
+
+
+def flip(path: Path, place: int, bit: int) -> None:
+    """Flip one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+def places(trial: Trial, path: Path) -> list[tuple[int, int]]:
+    """Bits all over a file: a third in its meta pages, a third in the heads of pages, where the pointers are."""
+    size = path.stat().st_size
+    choose = trial.random.randrange
+    return [
+        (
+            (choose(size), choose(2 * PAGE_BYTES // 16), choose(size // PAGE_BYTES) * PAGE_BYTES + choose(64))[
+                choose(3)
+            ],
+            choose(8),
+        )
+        for _ in range(FLIPS)
+    ]
+
+
+@promise("No wrong bytes", fault="a flipped bit in data.mdb", full=5000, short=50, each=FLIPS)
+def test_flipped_bits(trial: Trial, nursery: Nursery, stores: list[Path]) -> None:
+    number = trial.number % len(RUNS)
+    store, run = trial.folder / "store", RUNS[number]
+    data = environment_path(store, 1) / "data.mdb"
+    shutil.copytree(stores[number], store)
+    flips = places(trial, data)
+    while flips:
+        reader = nursery.start(read_flipped, store, run.words, flips).end(timeout_s=600)
+        for outcome in reader.messages:
+            trial.count(outcome)
+        done = len(reader.messages)
+        if reader.exit_code == 0:
+            return
+        assert not reader.raised, f"run {number}, (byte, bit) {flips[done]}: {reader.raised}"
+        # LMDB follows damaged page numbers: only what `lmdb.verify` refuses may end a reader that opened it unasked.
+        assert nursery.call(problems, data.parent), f"run {number}, (byte, bit) {flips[done]}: {reader.exit_code}"
+        trial.count("would end the process, refused by verify")
+        shutil.copy(environment_path(stores[number], 1) / "data.mdb", data)
+        flips = flips[done + 1 :]
+
+
+def problems(say: Say, folder: str) -> int:
+    """What `lmdb.verify` finds in an environment, without opening it."""
+    try:
+        return len(lmdb.verify.verify(folder))  # type: ignore[no-untyped-call]
+    except lmdb.verify.VerifyError:
+        return 1
+
+
+def read_cut(say: Say, store: str, words: dict[str, Any], sizes: list[int]) -> None:
+    """Read with the file cut to each size, from the largest to the smallest; says what came of each."""
+    for size in sizes:
+        with (environment_path(Path(store), 1) / "data.mdb").open("r+b") as file:
+            file.truncate(size)
+        say(read_all(store, Run.of(words)))
+
+
+@promise("No wrong bytes", fault="data.mdb truncated", full=100, short=10, each=CUTS)
+def test_truncation(trial: Trial, nursery: Nursery, stores: list[Path]) -> None:
+    number = trial.number % len(RUNS)
+    store = trial.folder / "store"
+    shutil.copytree(stores[number], store)
+    size = (environment_path(store, 1) / "data.mdb").stat().st_size
+    sizes = sorted([size - 1, *(trial.random.randrange(size) for _ in range(CUTS - 1))], reverse=True)
+    reader = nursery.start(read_cut, store, RUNS[number].words, sizes)
+    reader.result()
+    assert set(reader.messages) == {"StoreError on opening"}, reader.messages
+    trial.count("StoreError on opening", CUTS)
+
+
+def test_a_damaged_key_is_not_listed(nursery: Nursery, stores: list[Path], tmp_path: Path) -> None:
+    store, key = shutil.copytree(stores[0], tmp_path / "store"), user_keys([123])[0]
+    data = environment_path(store, 1) / "data.mdb"
+    place = data.read_bytes().rindex(key)  # The newest page of the copies that copy-on-write left.
+    flip(data, place + 5, 3)
+    with SummaryStore.open(store) as opened, pytest.raises(RecordError, match=r"user \d+ .*key_hash"):
+        list(opened.keys())

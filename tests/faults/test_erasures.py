@@ -1,0 +1,88 @@
+"""Erased users: missed at once, brought back by no refresh, and no byte of them left after compaction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import small_config
+from tests.faults.harness import Trial, promise
+from tests.faults.nursery import Nursery, Say
+from vista.data.event_log import EventLog
+from vista.model.recommender import Recommender
+from vista.refresh import refresh, refresh_incremental
+from vista.store import SummaryStore
+from vista.store.administration import compact_store
+from vista.store.updates import erase
+from vista.store.verification import verify_store
+from vista.training.trainer import schema_of
+
+NUM_USERS = 60
+DAY = 86_400_000
+
+
+def name(user: int) -> str:
+    """Easy to search for, and in no other name."""
+    return f"erasure-marker-{user:03d}-"
+
+
+def frame(turn: int) -> dict[str, Any]:
+    """Two events of each user, later by turn."""
+    rng = np.random.default_rng(turn)
+    return {
+        "user": np.repeat(np.array([name(user) for user in range(NUM_USERS)]), 2),
+        "item": rng.integers(0, 20, 2 * NUM_USERS),
+        "timestamp": 1_600_000_000_000 + turn * 30 * DAY + np.tile(np.arange(2), NUM_USERS) * DAY,
+    }
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model for such logs."""
+    folder = tmp_path_factory.mktemp("model")
+    log = EventLog.from_frame(frame(0), folder / "log", time_unit="ms")
+    config = small_config(log, "unused")
+    Recommender(config.model, schema_of(log, config), log.items, config.data).save_pretrained(folder / "m")
+    return folder / "m"
+
+
+def keep_refreshing(say: Say, folder: str, model_dir: str, turns: int, kind: str) -> None:
+    """Refresh again and again, in full or what is new; says when a turn ends."""
+    model = Recommender.from_pretrained(model_dir)
+    for turn in range(1, turns + 1):
+        log = EventLog.from_frame(frame(turn), Path(folder, "log"), time_unit="ms", append=True)
+        run = refresh if kind == "full" else refresh_incremental
+        run(model, log, Path(folder, "store"), users_per_batch=7)
+        say(turn)
+
+
+@promise("Erasure", fault="100 users erased while refreshes race, then compaction", full=100, short=10, each=10)
+def test_erasures(trial: Trial, nursery: Nursery, model_dir: Path) -> None:
+    store, model = trial.folder / "store", Recommender.from_pretrained(model_dir)
+    refresh(model, EventLog.from_frame(frame(0), trial.folder / "log", time_unit="ms"), store)
+    kind = trial.random.choice(["full", "incremental"])
+    child = nursery.start(keep_refreshing, trial.folder, model_dir, 3, kind)
+    users = trial.random.sample(range(NUM_USERS), 10)
+    with SummaryStore.open(store) as opened:
+        for user in users:
+            erase(store, [name(user)])
+            opened.reload()
+            assert not opened.get_many([name(user)]).found.any(), "an erased user was still served"
+            trial.count(f"erased beside a refresh ({kind})" if child.exit_code is None else "erased after it")
+            nursery.pump(lambda: True, 0)
+            if trial.random.random() < 0.3:
+                child.hear()
+    child.result()
+    compact_store(store)
+    report = verify_store(store)
+    assert not report.num_problems, report
+    left = sorted(set(range(NUM_USERS)) - set(users))
+    with SummaryStore.open(store) as opened:
+        assert sorted(opened.keys()) == [name(user) for user in left] and len(opened) == len(left)
+    files = [path for path in store.rglob("*") if path.is_file()]
+    data = b"\0".join(path.read_bytes() for path in files)
+    assert name(left[0]).encode() in data
+    assert not [user for user in users if name(user).encode() in data], "bytes of an erased user are left"

@@ -1,0 +1,118 @@
+"""The harness itself: it resumes, it notices what it must, and its disk model loses what was not synced."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pytest
+
+from tests.faults.disk_images import Disk
+from tests.faults.harness import Promise, Trial, Trials, missed_shares, read_record
+from tests.faults.nursery import Nursery, Say
+from tests.faults.preload import Call
+from tests.faults.test_power_loss import check_images, runs_of, traced_writer
+from vista.errors import StoreError
+
+PROMISE = Promise("name", "text", "fault", full=6, short=2, each=1, shares={"even": 0.5})
+
+
+def test_a_suite_that_was_ended_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    ran: list[int] = []
+
+    def interrupted(trial: Trial) -> None:
+        if trial.number == 3 and 3 not in ran:
+            ran.append(3)
+            raise KeyboardInterrupt
+        ran.append(trial.number)
+        trial.count("odd" if trial.number % 2 else "even")
+
+    def trials() -> Trials:
+        return Trials(PROMISE, 6, tmp_path / "notes", tmp_path / "scratch")
+
+    with pytest.raises(KeyboardInterrupt):
+        trials().run(interrupted)
+    with (tmp_path / "notes").open("a") as file:
+        file.write('\n{"trial": 3, "seco')  # As a kill leaves it.
+    trials().run(interrupted)
+    assert ran == [0, 1, 2, 3, 3, 4, 5]
+    trials().run(interrupted)
+    record = read_record(tmp_path / "notes")
+    assert len(ran) == 7 and record is not None and record.counts == {"even": 3, "odd": 3} and len(record.done) == 6
+    record.counts["odd"] = 9
+    assert missed_shares(PROMISE, record) == "even: 25% instead of 50%"
+
+
+def test_a_failed_repetition_stays_noted_and_another_commits_do_not_count(tmp_path: Path) -> None:
+    def fails_once(trial: Trial) -> None:
+        trial.count("even")
+        assert trial.number != 1, "broken"
+
+    notes = tmp_path / "notes"
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="1 of 6 calls failed: 1: AssertionError: broken"):
+            Trials(PROMISE, 6, notes, tmp_path / "scratch", goes_on=True).run(fails_once)
+    header, *rows = notes.read_text().splitlines()
+    assert len(rows) == 6
+    notes.write_text("\n".join([json.dumps({**json.loads(header), "commit": "another"}), *rows]))
+    assert not Trials(PROMISE, 6, notes, tmp_path / "scratch").record.done
+
+
+def leave(say: Say, how: str) -> None:
+    """End in one of the ways that a job may end."""
+    import ctypes
+
+    say("began")
+    if how == "crash":
+        ctypes.string_at(0)
+    raise {"typed": StoreError, "untyped": ValueError}[how]("text")
+
+
+@pytest.mark.parametrize(("how", "code", "typed"), [("crash", -11, False), ("typed", 1, True), ("untyped", 1, False)])
+def test_how_a_child_ended_is_told_apart(nursery: Nursery, how: str, code: int, typed: bool) -> None:
+    child = nursery.start(leave, how).end()
+    assert (child.messages, child.exit_code, child.typed) == (["began"], code, typed)
+    assert nursery.start(leave, how).pid != child.pid
+
+
+def unsynced_writer(say: Say, *arguments: Any) -> None:
+    """A writer whose LMDB does not sync: what the images must show."""
+    lmdb.open = partial(lmdb.open, sync=False)  # type: ignore[assignment]
+    traced_writer(say, *arguments)
+
+
+def test_images_show_a_writer_that_does_not_sync(tmp_path: Path, traced: Nursery) -> None:
+    folder, words = tmp_path.resolve() / "disk", [run.words for run in runs_of(0)]
+    folder.mkdir()
+    traced.call(unsynced_writer, folder, words, tmp_path / "log")
+    checker = traced.start(check_images, folder, tmp_path / "log", words, tmp_path, 0).end()
+    assert checker.exit_code != 0 and not checker.raised.startswith("AssertionError: an empty log"), checker.raised
+
+
+def calls(*words: tuple[str, str, bytes]) -> list[Call]:
+    return [
+        Call(name, f"/r/{path}", f"/r/{data.decode()}", 0, data, synchronous=False, failed=name == "f")
+        for name, path, data in words
+    ]
+
+
+def test_the_disk_loses_tears_and_keeps_what_it_may(tmp_path: Path) -> None:
+    disk = Disk(Path("/r"))
+    first, second = b"a" * 1024, b"b" * 1024
+    disk.take(calls(("c", "x", b""), ("w", "x", first), ("s", "x", b""), ("s", ".", b"")))
+    disk.take([Call("s", "/r", "", 0, b"", False, False)])
+    disk.take(calls(("w", "x", second), ("c", "y", b""), ("r", "y", b"z")))
+    found, names = set(), set()
+    for seed in range(200):
+        image = tmp_path / str(seed)
+        image.mkdir()
+        disk.write_image(image, random.Random(seed))
+        found.add((image / "x").read_bytes())
+        names.add(tuple(sorted(path.name for path in image.iterdir())))
+    halves = {left * 512 + right * 512 for left in (b"a", b"b") for right in (b"a", b"b")}
+    assert found == halves
+    assert names == {("x",), ("x", "y"), ("x", "z")}

@@ -1,0 +1,109 @@
+"""An incremental refresh that is killed anywhere goes on, and no user gets an event twice or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import small_config, small_frame
+from tests.faults.harness import Trial, promise
+from tests.faults.nursery import Nursery, Say
+from vista.choices import Codec
+from vista.data.event_log import EventLog
+from vista.model.recommender import Recommender
+from vista.refresh import refresh, refresh_incremental
+from vista.store import SummaryStore
+from vista.store.environment import SharedEnvironment
+from vista.store.state_record import StateArrays
+from vista.training.trainer import schema_of
+
+USERS_PER_BATCH = 2
+DAY = 86_400_000
+NAMES = StateArrays.__slots__
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """log/ of three segments, model/, store/ that has seen the first, and whole/, a full refresh of all three."""
+    folder = tmp_path_factory.mktemp("incremental")
+    columns: dict[str, Any] = {"time_unit": "ms", "action": "action", "rating": "rating"}
+    frame = small_frame()
+    log = EventLog.from_frame(frame, folder / "log", **columns)
+    config = small_config(log, "unused")
+    model = Recommender(config.model, schema_of(log, config), log.items, config.data).eval()
+    model.save_pretrained(folder / "model")
+    refresh(model, log, folder / "store", codec=Codec.float32, created_at=1)
+    for turn in (1, 2):
+        own = np.arange(len(frame["user"])) % (turn + 2) == 0  # some are new, some of them late
+        later = {name: values[own] for name, values in frame.items()}
+        later["timestamp"] = later["timestamp"] + turn * 40 * DAY + 7
+        log = EventLog.from_frame(later, folder / "log", append=True, **columns)
+    refresh(model, log, folder / "whole", codec=Codec.float32, created_at=1)
+    return folder
+
+
+def go_on(say: Say, folder: str, store: str, last_segment: int) -> dict[str, int]:
+    """Refresh; says "begin" and "done" around each transaction. Returns the users by what became of them."""
+    write = SharedEnvironment.write
+
+    def write_and_tell(environment: SharedEnvironment, function: Any) -> Any:
+        say("begin")
+        written = write(environment, function)
+        say("done")
+        return written
+
+    setattr(SharedEnvironment, "write", write_and_tell)  # noqa: B010
+    log = EventLog.open(Path(folder, "log"), last_segment=last_segment)
+    model = Recommender.from_pretrained(Path(folder, "model"))
+    return refresh_incremental(model, log, store, users_per_batch=USERS_PER_BATCH, created_at=2).counts
+
+
+def compare(say: Say, store: str, whole: str) -> bool:
+    """Whether both hold the same events of the same users, and summaries within rounding."""
+    with SummaryStore.open(store) as opened, SummaryStore.open(whole) as expected:
+        users = list(expected.keys())
+        assert list(opened.keys()) == users and len(opened) == len(users)
+        found, wanted = opened.get_many(users), expected.get_many(users)
+        for name in ("event_count", "last_event_ts", "history_digest"):
+            assert getattr(found, name).tolist() == getattr(wanted, name).tolist(), name
+        assert found.tail.times.tolist() == wanted.tail.times.tolist()
+        np.testing.assert_allclose(found.summary, wanted.summary, atol=1e-4)
+        states, wanted_states = opened.states(users), expected.states(users)
+        assert states is not None and wanted_states is not None
+        assert states[1].history_digest.tolist() == wanted_states[1].history_digest.tolist()
+    return True
+
+
+@promise(
+    "Refresh resumes",
+    fault="kill -9 of `refresh incremental=true`, by phase; the log grows in between",
+    full=500,
+    short=6,
+    shares={"within a transaction": 0.15},
+)
+def test_killed_incremental(trial: Trial, nursery: Nursery, base: Path) -> None:
+    store = trial.folder / "store"
+    shutil.copytree(base / "store", store)
+    last = trial.random.choice([2, 3])
+    for _ in range(trial.random.choice([1, 1, 2, 4])):
+        child = nursery.start(go_on, base, store, last)
+        for _ in range(trial.random.randrange(1, 40)):
+            if child.hear() is None:
+                break
+        time.sleep(trial.random.choice([0, trial.random.uniform(0, 0.002)]))
+        child.kill()
+        child.end()
+        assert child.exit_code in (0, -9), child.raised
+        ended = child.messages[-1] if child.messages else ""
+        where = {"begin": "within a transaction", "done": "between transactions"}.get(ended, "before the first")
+        trial.count("after the end" if child.exit_code == 0 else where)
+        last = 3
+    nursery.call(go_on, base, store, 3)
+    assert nursery.call(compare, store, base / "whole")
+    again = nursery.call(go_on, base, store, 3)
+    assert not any(again.get(name) for name in ("appended", "exchanged", "recomputed")), again

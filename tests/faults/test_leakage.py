@@ -1,0 +1,61 @@
+"""Records that have seen a label's event are refused by evaluation, whichever way they came to see it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.conftest import Served
+from tests.faults.harness import Trial, promise
+from tests.faults.nursery import Nursery, Say
+from vista.data.event_log import EventLog
+from vista.errors import ConfigError, LeakageError
+from vista.evaluate import evaluate_scorer
+from vista.model.recommender import Recommender
+from vista.refresh import refresh
+from vista.scorer import Scorer
+from vista.store.generation_files import GenerationFiles
+from vista.store.keys import user_keys
+from vista.store.record import HEADER, HEADER_BYTES, seal_record
+from vista.store.tombstones import Tombstones
+
+
+def evaluated(say: Say, log_path: str, model_dir: str, store: str, until: str, user: int, more: int) -> str:
+    """Refresh `until`, make one record say that it has seen `more` events, and evaluate; what that came to."""
+    import numpy as np
+
+    model, log = Recommender.from_pretrained(model_dir), EventLog.open(log_path)
+    refresh(model, log, store, until=until)
+    (key,) = user_keys([user])
+    if more:
+        files = GenerationFiles.open(Path(store), 1)
+        record = files.summary.read(lambda transaction: bytes(transaction.get(key, b"")))
+        header = np.frombuffer(record[:HEADER_BYTES], HEADER).copy()
+        header["event_count"] += more
+        header["checksum"] = 0
+        files.put(
+            Tombstones(Path(store)), [key], [seal_record(header.tobytes(), [record[HEADER_BYTES:]], key, None)], [], {}
+        )
+        files.close()
+    with Scorer.open(model, store) as scorer:
+        try:
+            evaluate_scorer(scorer, log, "test")
+        except (LeakageError, ConfigError) as error:
+            return f"{type(error).__name__}: {error}"
+    return "evaluated"
+
+
+@promise("No leakage", fault="a store, or one record, that has seen a test label", full=100, short=4)
+def test_leakage(trial: Trial, nursery: Nursery, served: Served) -> None:
+    log = served.log
+    kind = trial.random.choice(["whole store", "one record", "none"])
+    users = [100 + row for row in range(log.num_users) if log.lengths[row] >= 3]
+    user, more = trial.random.choice(users), trial.random.randint(1, 3) if kind == "one record" else 0
+    until = "all" if kind == "whole store" else "leave-last-out"
+    found = nursery.call(evaluated, log.path, served.model_dir, trial.folder / "store", until, user, more)
+    if kind == "none":
+        assert found == "evaluated"
+    elif kind == "whole store":
+        assert found.startswith("LeakageError"), found
+    else:
+        assert found.startswith("LeakageError") and f"user {user}" in found, found
+    trial.count(f"{kind}: {found.split(':')[0]}")

@@ -1,0 +1,80 @@
+"""Logs that grow, and models whose states go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vista.config import DataConfig, ModelConfig
+from vista.data.event_log import EventLog
+from vista.data.vocabulary import Vocabulary
+from vista.model.ranking_model import Schema
+from vista.model.recommender import Recommender
+from vista.store import SummaryStore
+
+HOUR = 3_600_000
+START = 1_700_000_000_000
+NUM_ITEMS = 30
+
+
+def model(seed: int = 0, **config: Any) -> Recommender:
+    """Untrained, but with every parameter away from its start."""
+    torch.manual_seed(seed)
+    options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
+    built = Recommender(
+        ModelConfig(**options),
+        Schema(["click", "like"], True, (1.0, 5.0), []),
+        Vocabulary.from_ids(np.arange(NUM_ITEMS) * 10),
+        DataConfig(),
+    )
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return built.eval()
+
+
+def events(counts: dict[int, int], start: int = START, seed: int = 0, spread: int = 400 * HOUR) -> dict[str, Any]:
+    """A frame of `counts[user]` events of each user, of distinct times after `start`."""
+    rng = np.random.default_rng([seed, start])
+    user = np.repeat(np.array(list(counts), np.int64), list(counts.values()))
+    time = [start + HOUR * 0 + np.sort(rng.choice(spread, n, replace=False)) for n in counts.values()]
+    return {
+        "user": user,
+        "item": 10 * rng.integers(0, NUM_ITEMS + 2, len(user)),  # the last two are unknown to the model
+        "timestamp": np.concatenate([np.zeros(0, np.int64), *time]),
+        "action": np.where(np.arange(len(user)) == 0, "click", rng.choice(["click", "like"], len(user))),
+        "rating": rng.integers(1, 6, len(user)).astype(np.float32),
+    }
+
+
+def append(path: Path, frame: dict[str, Any]) -> EventLog:
+    """Make a log of a frame, or add a segment to it."""
+    return EventLog.from_frame(
+        frame, path, time_unit="ms", action="action", rating="rating", append=any(path.glob("segment-*"))
+    )
+
+
+def assert_same(path: Path, expected: Path, atol: float) -> None:
+    """Both stores hold the same users, tails, times, counts and digests, and summaries within `atol`."""
+    with SummaryStore.open(path) as store, SummaryStore.open(expected) as other:
+        users = list(other.keys())
+        assert list(store.keys()) == users and len(store) == len(other)
+        if not users:
+            return
+        found, wanted = store.get_many(users), other.get_many(users)
+        for name in ("event_count", "last_event_ts", "history_digest"):
+            assert getattr(found, name).tolist() == getattr(wanted, name).tolist(), name
+        for name in ("items", "times", "actions", "offsets"):
+            assert getattr(found.tail, name).tolist() == getattr(wanted.tail, name).tolist(), name
+        np.testing.assert_allclose(found.summary, wanted.summary, atol=atol)
+
+
+@pytest.fixture(scope="session")
+def grow() -> SimpleNamespace:
+    """The functions above."""
+    return SimpleNamespace(model=model, events=events, append=append, assert_same=assert_same, start=START, hour=HOUR)

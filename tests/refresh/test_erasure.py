@@ -1,0 +1,190 @@
+"""Erasure: an immediate miss, no resurrection by any writer, and no byte left after compaction."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vista.choices import Codec, StateDtype
+from vista.config_store import StoreEraseConfig
+from vista.data.deletions import erase_users
+from vista.data.event_log import EventLog
+from vista.errors import ConfigError, StoreError
+from vista.refresh import erase, refresh, refresh_incremental
+from vista.refresh.erasing import erase_from_config
+from vista.store import StoreWriter, SummaryStore
+from vista.store.administration import compact_store, roll_back
+from vista.store.copying import copy_generation
+from vista.store.generation_builder import GenerationBuilder
+from vista.store.parquet import export_store, import_store
+from vista.store.verification import verify_store
+
+
+def named_log(path: Path, grow: SimpleNamespace, count: int, marker: str = "marker") -> EventLog:
+    """Users marker-0000, marker-0001, …"""
+    frame = grow.events(dict.fromkeys(range(count), 3))
+    frame["user"] = np.array([f"{marker}-{user:04d}" for user in frame["user"].tolist()])
+    return grow.append(path, frame)
+
+
+def files_with(folder: Path, marker: bytes) -> list[str]:
+    return [
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and marker in path.read_bytes()
+    ]
+
+
+@pytest.mark.parametrize("state", [StateDtype.float32, StateDtype.none])
+def test_no_byte_is_left_after_compaction(tmp_path: Path, grow: SimpleNamespace, state: StateDtype) -> None:
+    model, store = grow.model(), tmp_path / "store"
+    log = named_log(tmp_path / "log", grow, 300)
+    refresh(model, log, store, state=state)
+    refresh(model, log, store, state=state)  # two generations hold them
+    gone = [f"marker-{user:04d}" for user in range(0, 300, 3)]
+    with SummaryStore.open(store) as opened:
+        assert erase(store, gone) == 100
+        assert not opened.get_many(gone).found.any() and opened.get_many(["marker-0001"]).found.all()
+    assert files_with(store, b"marker-0003")  # in free pages still
+    report = compact_store(store)
+    assert report.num_records == 200 and not verify_store(store).num_problems
+    for user in gone:
+        assert files_with(store, user.encode()) == [], user
+    assert files_with(store, b"marker-0001")
+    # The generation before went as well, and nothing brings them back.
+    with pytest.raises(StoreError, match="no complete generation before"):
+        roll_back(store)
+    erase_users(log.path, gone[:50])
+    log = EventLog.open(log.path)
+    refresh_incremental(model, log, store)
+    refresh(model, log, store)
+    with SummaryStore.open(store) as opened:
+        assert len(opened) == 200 and not opened.get_many(gone).found.any()
+
+
+def test_a_compacted_store_goes_on(tmp_path: Path, grow: SimpleNamespace) -> None:
+    model, store = grow.model(), tmp_path / "store"
+    log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(30), 5)))
+    refresh(model, log, store, codec=Codec.float32)
+    compact_store(store)
+    log = grow.append(tmp_path / "log", grow.events({3: 2, 40: 1}, grow.start + 500 * grow.hour))
+    assert refresh_incremental(model, log, store).counts["appended"] == 1
+    refresh(model, log, tmp_path / "expected", codec=Codec.float32)
+    grow.assert_same(store, tmp_path / "expected", atol=2e-5)
+    assert not verify_store(store).num_problems
+
+
+def test_an_erasure_while_a_generation_is_made_is_not_lost(
+    tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between reading the records and the flip, of a compaction, an import, a copy and a refresh in turn."""
+    model, store = grow.model(), tmp_path / "store"
+    log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 3)))
+    refresh(model, log, store)
+    finish, publish, waiting = GenerationBuilder.finish, StoreWriter.publish, [5, 6, 7]
+
+    def finish_after_erasure(builder: GenerationBuilder) -> Any:
+        done = finish(builder)
+        if waiting:
+            erase(builder.root, [waiting.pop(0)])
+        return done
+
+    def publish_after_erasure(writer: StoreWriter) -> Any:
+        erase(writer.path, [8])
+        return publish(writer)
+
+    export_store(store, tmp_path / "all.parquet")
+    monkeypatch.setattr(GenerationBuilder, "finish", finish_after_erasure)
+    compact_store(store)
+    copied = tmp_path / "copied"
+    copy_generation(store, copied)
+    with pytest.raises(StoreError, match="erased"):
+        import_store(tmp_path / "all.parquet", store)
+    monkeypatch.setattr(StoreWriter, "publish", publish_after_erasure)
+    refresh(model, log, store)
+    with SummaryStore.open(store) as opened:
+        assert sorted(set(range(20)) - set(opened.keys())) == [5, 6, 7, 8] and len(opened) == 16
+    assert not verify_store(store).num_problems
+
+
+def test_copies_and_imports_bring_no_erased_user_back(tmp_path: Path, grow: SimpleNamespace) -> None:
+    model, store, host = grow.model(), tmp_path / "store", tmp_path / "host"
+    log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 3)))
+    refresh(model, log, store)
+    export_store(store, tmp_path / "all.parquet")
+    copy_generation(store, host)
+    erase(host, [4])
+    refresh(model, log, store)
+    with pytest.raises(StoreError, match=r"users were erased here who are still in .*store; erase them there"):
+        copy_generation(store, host)
+    with pytest.raises(StoreError, match="holds users who were erased"):
+        import_store(tmp_path / "all.parquet", host)
+    erase(store, [4])
+    copy_generation(store, host)
+    with SummaryStore.open(host) as opened:
+        assert len(opened) == 19 and not opened.get_many([4]).found.any()
+
+
+ERASER = """
+import sys
+from vista.store.updates import erase
+for user in range(0, 200, 2):
+    erase(sys.argv[1], [user])
+    print(user, flush=True)
+"""
+
+
+@pytest.mark.parametrize("kind", ["full", "incremental"])
+def test_erasures_race_a_refresh(tmp_path: Path, grow: SimpleNamespace, kind: str) -> None:
+    """Another process erases 100 users one by one while a refresh writes all 200, again and again."""
+    model, store = grow.model(), tmp_path / "store"
+    log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(200), 2)))
+    refresh(model, log, store, users_per_batch=7)
+    eraser = subprocess.Popen([sys.executable, "-c", ERASER, str(store)], stdout=subprocess.PIPE, text=True)
+    assert eraser.stdout is not None
+    misses: list[int] = []
+
+    def watch_misses() -> None:
+        assert eraser.stdout is not None
+        with SummaryStore.open(store) as opened:
+            for line in eraser.stdout:
+                opened.reload()
+                misses.append(int(opened.get_many([int(line)]).found.sum()))
+
+    watcher = threading.Thread(target=watch_misses)
+    watcher.start()
+    turn = 0
+    while watcher.is_alive():
+        turn += 1
+        if kind == "full":
+            refresh(model, log, store, users_per_batch=7)
+        else:
+            log = grow.append(
+                tmp_path / "log", grow.events(dict.fromkeys(range(200), 1), grow.start + turn * 500 * grow.hour)
+            )
+            refresh_incremental(model, log, store, users_per_batch=7)
+    watcher.join()
+    assert eraser.wait() == 0 and misses == [0] * 100, "an erased user was still served"
+    with SummaryStore.open(store) as opened:
+        assert sorted(opened.keys()) == list(range(1, 200, 2)) and len(opened) == 100
+    assert not verify_store(store).num_problems
+
+
+def test_from_the_command_line(tmp_path: Path, grow: SimpleNamespace) -> None:
+    log = grow.append(tmp_path / "log", grow.events({1: 3, 2: 3}))
+    refresh(grow.model(), log, tmp_path / "store")
+    config = StoreEraseConfig(store=str(tmp_path / "store"), users=["2"], data=str(log.path))
+    text = erase_from_config(config)
+    assert "1 of 1 users had a record" in text and "vista store compact" in text
+    assert EventLog.open(log.path).lengths.tolist() == [3, 0]
+    config.users = []
+    with pytest.raises(ConfigError, match="users: name at least one"):
+        erase_from_config(config)
+    config.users = ["two"]
+    with pytest.raises(ConfigError, match="ids are integers here"):
+        erase_from_config(config)

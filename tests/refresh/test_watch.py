@@ -1,0 +1,128 @@
+"""Watch: each file exactly once, across kills and bad files; forgetting; parts; merging."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from vista.choices import Codec
+from vista.config_data import SourceConfig, WatchConfig
+from vista.data.event_log import EventLog
+from vista.errors import ConfigError
+from vista.refresh import refresh
+from vista.refresh.watch import Watch, watch
+from vista.store import SummaryStore
+
+
+def arrive(folder: Path, name: str, frame: dict[str, Any], age_s: float = 60) -> Path:
+    """A file that has been there for a while."""
+    path = folder / name
+    pl.DataFrame(frame).write_csv(path)
+    os.utime(path, (time.time() - age_s,) * 2)
+    return path
+
+
+@pytest.fixture
+def watched(tmp_path: Path, grow: SimpleNamespace) -> WatchConfig:
+    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
+    model = grow.model()
+    model.save_pretrained(tmp_path / "model")
+    refresh(model, log, tmp_path / "store", codec=Codec.float32)
+    (tmp_path / "incoming").mkdir()
+    columns = {"timestamp": "timestamp", "time_unit": "ms", "action": "action", "rating": "rating"}
+    paths = {name: str(tmp_path / name) for name in ("model", "store")}
+    return WatchConfig(
+        data=str(tmp_path / "log"),
+        folder=str(tmp_path / "incoming"),
+        events=SourceConfig(**columns),
+        device="cpu",
+        num_threads=1,
+        once=True,
+        **paths,
+    )
+
+
+def expect(config: WatchConfig, grow: SimpleNamespace, tmp_path: Path, num_events: int) -> None:
+    log = EventLog.open(config.data)
+    assert log.num_events == num_events
+    refresh(grow.model(), log, tmp_path / "expected", codec=Codec.float32)
+    grow.assert_same(Path(config.store), tmp_path / "expected", atol=5e-5)
+
+
+def test_each_file_once(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:
+    watching, folder = Watch(watched), tmp_path / "incoming"
+    assert watching.look().refresh is None
+    later = grow.start + 500 * grow.hour
+    first = grow.events({1: 2, 3: 4}, later)
+    arrive(folder, "b.csv", first)
+    arrive(folder, ".hidden.csv", grow.events({1: 1}, later, seed=5))
+    arrive(folder, "young.csv", grow.events({2: 1}, later), age_s=0)
+    served = watching.look()
+    assert (served.files, served.refused) == (1, 0) and served.refresh is not None
+    assert served.lag_s is not None and 60 <= served.lag_s < 120
+    expect(watched, grow, tmp_path, 20)
+    arrive(folder, "again.csv", first)  # the same content under another name
+    os.utime(folder / "young.csv", (time.time() - 60,) * 2)
+    assert watching.look().files == 1
+    expect(watched, grow, tmp_path, 21)
+    again = Watch(watched).look()  # as after a restart
+    assert (again.files, again.refresh) == (0, None)
+
+
+def test_a_bad_file_holds_up_no_other(
+    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, later = tmp_path / "incoming", grow.start + 500 * grow.hour
+    bad = {name: [str(value) for value in values] for name, values in grow.events({1: 3}, later, seed=3).items()}
+    bad["timestamp"][1] = "soon"
+    arrive(folder, "a.csv", bad)
+    arrive(folder, "b.csv", grow.events({2: 2}, later))
+    served = watch(watched)
+    assert (served.files, served.refused) == (1, 1)
+    assert "a.csv" in caplog.text and "soon" in caplog.text
+    expect(watched, grow, tmp_path, 16)
+    watched.folder = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="is no folder"):
+        watch(watched)
+
+
+def test_a_log_that_others_append_to_is_followed(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:
+    watched.folder = None
+    watching = Watch(watched)
+    grow.append(tmp_path / "log", grow.events({2: 3}, grow.start + 500 * grow.hour))
+    served = watching.look()
+    assert served.files == 0 and served.refresh is not None and served.refresh.num_users == 1
+    expect(watched, grow, tmp_path, 17)
+
+
+def test_killed_and_started_again(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:
+    """SIGKILL at moments spread over a look: whatever was done, the next one ends with every event once."""
+    rng, total, folder = np.random.default_rng(0), 14, tmp_path / "incoming"
+    words = [f"{key}={getattr(watched, key)}" for key in ("data", "model", "store", "folder")]
+    words += ["events.timestamp=timestamp", "events.time_unit=ms", "events.action=action", "events.rating=rating"]
+    command = [sys.executable, "-m", "vista.cli", "watch", *words, "poll_s=0.01", "device=cpu", "num_threads=1"]
+    for turn in range(4):
+        arrive(folder, f"{turn}.csv", grow.events({1: 2, 2: 1}, grow.start + (turn + 1) * 500 * grow.hour, seed=turn))
+        total += 3
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        segment = tmp_path / "log" / f"segment-{turn + 2:06d}"
+        began = time.time()
+        while turn % 2 and not segment.exists() and time.time() - began < 60:
+            time.sleep(0.001)
+        time.sleep(2.0 * rng.random() if turn % 2 == 0 else 0.05 * rng.random())
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    watch(watched)
+    expect(watched, grow, tmp_path, total)
+    with SummaryStore.open(watched.store) as store:
+        assert store.manifest.applied_segment == EventLog.open(watched.data).last_segment

@@ -1,0 +1,153 @@
+"""What is wrong with files is said with a remedy, and the generation that is served stays served."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+
+from vista.errors import RecordError, StoreError, UserKeyError
+from vista.store import SummaryStore, user_keys
+from vista.store.administration import compact_store, roll_back
+from vista.store.layout import Manifest, environment_path, read_current
+from vista.store.statistics import store_stats
+from vista.store.verification import verify_store
+
+
+def flipped(data: bytes) -> bytes:
+    """A bit of the copies of one record that the file holds."""
+    damaged, key = bytearray(data), user_keys([5])[0]
+    place = data.find(key)
+    while place >= 0:
+        damaged[place + len(key) + 140] ^= 1
+        place = data.find(key, place + 1)
+    return bytes(damaged)
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda data: data[:-4096],
+    "cut in its first page": lambda data: data[:100],
+    "empty": lambda data: b"",
+    "foreign": lambda data: b"PK\3\4" * 3000,
+    "executable text": lambda data: b"cos\nsystem\n(S'touch canary'\ntR." * 400,
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_new_generation_leaves_the_served_one(tmp_path, build, kind, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "store"
+    build.write_store(root)
+    with SummaryStore.open(root) as store:
+        build.write_store(root, salt=1, run_digest="log-2")
+        data = environment_path(root, 2) / "data.mdb"
+        data.write_bytes(DAMAGE[kind](data.read_bytes()))
+        for _ in range(2):
+            with pytest.raises(StoreError, match=r"data\.mdb.*(truncated|no LMDB).*refresh the store again"):
+                store.reload()
+        assert store.generation == 1
+        np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40)), atol=0.02)
+    assert verify_store(root).num_problems == 1
+    roll_back(root)  # is the remedy
+    with SummaryStore.open(root) as store:
+        assert store.generation == 1 and store.get_many(range(40)).found.all()
+    assert build.write_store(root, salt=2, run_digest="log-3").generation == 3
+    assert not list(tmp_path.rglob("canary"))
+
+
+def test_a_flipped_record_is_refused_alone(tmp_path, build):
+    build.write_store(tmp_path)
+    data = environment_path(tmp_path, 1) / "data.mdb"
+    data.write_bytes(flipped(data.read_bytes()))
+    with SummaryStore.open(tmp_path) as store:
+        with pytest.raises(RecordError, match=r"user 5 .*checksum.*Refresh the store again, or roll CURRENT back"):
+            store.get_many(range(40))
+        others = [user for user in range(40) if user != 5]
+        np.testing.assert_allclose(store.get_many(others).summary, build.summaries(range(40))[others], atol=0.02)
+
+
+def test_a_missing_lock_file_is_made_anew(tmp_path, build):
+    build.write_store(tmp_path)
+    lock = environment_path(tmp_path, 1) / "lock.mdb"
+    lock.unlink()
+    (tmp_path / "writer.lock").unlink()
+    with SummaryStore.open(tmp_path) as store:
+        assert store.get_many(range(40)).found.all()
+    assert lock.stat().st_mode & 0o777 == 0o600
+    assert build.write_store(tmp_path, run_digest="log-2").generation == 2
+
+
+def test_a_lock_that_is_a_folder(tmp_path, build):
+    build.write_store(tmp_path)
+    (tmp_path / "writer.lock").unlink()
+    (tmp_path / "writer.lock").mkdir()
+    for act in (lambda: build.open_writer(tmp_path), lambda: compact_store(tmp_path), lambda: roll_back(tmp_path)):
+        with pytest.raises(StoreError, match=r"cannot be written: .*Is a directory"):
+            act()
+    with SummaryStore.open(tmp_path) as store:
+        assert store.get_many([1]).found.all()
+
+
+def test_ids_that_are_too_long(tmp_path, build):
+    build.write_store(tmp_path)
+    with SummaryStore.open(tmp_path) as store, pytest.raises(UserKeyError, match="510 bytes, at most 509"):
+        store.get_many(["a" * 510])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"codec": "pickle"}, "pickle"),
+        ({"num_tokens": 65_535, "dim": 65_535}, "do not fit a record"),
+        ({"summarizer_id": "zz"}, "non-hexadecimal"),
+        ({"summarizer_id": "00"}, "32 bytes"),
+        ({"format_version": 2}, "format version 2, this vista reads 1"),
+        ({"dim": "8"}, "foreign"),
+        ({"surplus": 1}, "surplus"),
+    ],
+)
+def test_a_manifest_that_is_foreign_though_its_checksum_fits(tmp_path, build, change, named):
+    build.write_store(tmp_path, total_users=1)
+    with SummaryStore.open(tmp_path) as store:
+        fields = json.loads(store.manifest.to_bytes().partition(b"\n")[2]) | change
+    text = json.dumps(fields).encode()
+    value = xxhash.xxh3_64_hexdigest(text).encode() + b"\n" + text
+    with pytest.raises(StoreError, match=named):
+        Manifest.from_bytes(value, tmp_path)
+
+
+@pytest.fixture
+def read_only_system(tmp_path: Path, build: Any) -> Iterator[Path]:
+    """A store of two generations on a file system that is mounted read-only."""
+    root = tmp_path / "mount"
+    root.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "vista", str(root)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        for digest in ("log-1", "log-2"):
+            build.write_store(root / "store", run_digest=digest)
+        subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
+        yield root / "store"
+    finally:
+        subprocess.run(["umount", "-l", str(root)], check=True)
+
+
+def test_a_read_only_file_system_is_served_and_says_why_it_is_not_written(read_only_system, build):
+    with SummaryStore.open(read_only_system) as store:
+        assert store.get_many(range(40)).found.all() and not store.reload()
+    assert verify_store(read_only_system).num_problems == 0
+    assert store_stats(read_only_system).served == 2
+    for act in (
+        lambda: build.open_writer(read_only_system, run_digest="log-3"),
+        lambda: compact_store(read_only_system),
+        lambda: roll_back(read_only_system),
+    ):
+        with pytest.raises(StoreError, match=r"cannot be written: .*Read-only file system"):
+            act()
+    assert read_current(read_only_system) == 2

@@ -1,0 +1,96 @@
+"""Rows of several users end to end, some of which may have been deleted since they were written. NumPy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTable:
+    """Rows of several users end to end. Row numbers count what remains; `columns` still hold what was deleted.
+
+    Args:
+        users: int64 [U] user rows, ascending.
+        offsets: int64 [U + 1] where each one's rows start.
+        columns: arrays with one entry a row, deleted ones included.
+        deleted_at: int64 [R] ascending: how many remaining rows come before each deleted one; None where none is.
+    """
+
+    users: Int
+    offsets: Int
+    columns: dict[str, NDArray[Any]]
+    deleted_at: Int | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def num_deleted(self) -> int:
+        return 0 if self.deleted_at is None else len(self.deleted_at)
+
+    def locate(self, rows: Int) -> tuple[Int, Int]:
+        """First row and number of rows of each of the users `rows` [B]; both int64 [B]."""
+        if not len(self.users):
+            return np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+        at: Int
+        if int(self.users[-1]) == len(self.users) - 1:  # users 0..U-1, all present
+            found = rows < len(self.users)
+            at = np.where(found, rows, 0)
+        else:
+            at = np.minimum(np.searchsorted(self.users, rows), len(self.users) - 1).astype(np.int64)
+            found = self.users[at] == rows
+        starts = np.where(found, self.offsets[at], 0)
+        return starts, np.where(found, self.offsets[at + 1] - starts, 0)
+
+    def counts(self, num_users: int) -> Int:
+        """Rows of every user: int64 [num_users]."""
+        counts = np.zeros(num_users, np.int64)
+        counts[self.users] = np.diff(self.offsets)
+        return counts
+
+    def places(self, rows: Int) -> Int:
+        """Where rows (int64 [N], any order) lie in the columns."""
+        return rows if self.deleted_at is None else rows + np.searchsorted(self.deleted_at, rows, side="right")
+
+    def span(self, first: int, end: int) -> slice | Int:
+        """Where the rows first .. end-1 lie in the columns: a slice unless deleted rows lie between them."""
+        if self.deleted_at is None or first == end:
+            return slice(first, end)
+        low, high = np.searchsorted(self.deleted_at, [first, end - 1], side="right").tolist()
+        if low == high:
+            return slice(first + low, end + low)
+        gaps = self.deleted_at[low:high] + np.arange(low, high) - (first + low)
+        return np.delete(np.arange(first + low, end + high), gaps)
+
+    def first_since(self, low: Int, high: Int, times: Int) -> Int:
+        """The first of the rows low[i] .. high[i]-1 (of one user) at times[i] or later, or high[i]: int64 [N]."""
+        column = self.columns["timestamp"]
+        low, high = low.copy(), high.copy()
+        while (open_ := np.flatnonzero(low < high)).size:  # all binary searches at once
+            middle = (low[open_] + high[open_]) // 2
+            older = column[self.places(middle)] < times[open_]
+            low[open_] = np.where(older, middle + 1, low[open_])
+            high[open_] = np.where(older, high[open_], middle)
+        return low
+
+    def without(self, places: Int) -> PackedTable:
+        """This table, which has lost nothing yet, without the rows at `places` (int64, ascending, each once)."""
+        if not len(places):
+            return self
+        offsets = self.offsets - np.searchsorted(places, self.offsets)
+        return replace(self, offsets=offsets, deleted_at=places - np.arange(len(places)))
+
+    def of_users(self, begin: int, end: int) -> PackedTable:
+        """What remains of the users begin .. end-1, counted from `begin`; views unless rows were deleted."""
+        low, high = np.searchsorted(self.users, [begin, end]).tolist()
+        first = int(self.offsets[low])
+        span = self.span(first, int(self.offsets[high]))
+        columns = {name: column[span] for name, column in self.columns.items()}
+        return PackedTable(self.users[low:high] - begin, self.offsets[low : high + 1] - first, columns)

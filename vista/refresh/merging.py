@@ -1,0 +1,181 @@
+"""Merge: stores over disjoint events of the same users, made on several machines by one model, become one store."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vista.choices import Codec, StateDtype
+from vista.data.event_log import EventLog
+from vista.data.histories import Histories
+from vista.errors import ConfigError, StoreError
+from vista.model.incremental import merge_histories
+from vista.model.recommender import Recommender
+from vista.model.summary_state import SummaryState
+from vista.refresh.report import Recorder, RefreshReport
+from vista.refresh.run import (
+    Encoded,
+    LogItems,
+    check_log,
+    encode_users,
+    from_arrays,
+    has_states,
+    read_summaries,
+    to_arrays,
+)
+from vista.store.generations import StoreWriter
+from vista.store.keys import user_keys
+from vista.store.lmdb_store import SummaryStore
+
+MERGED = "merged"
+"""`until` of a merged store: no one log is what it has seen, so no incremental refresh goes on from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    store: SummaryStore
+    log: EventLog
+    items: LogItems
+
+    def find(self, model: Recommender, user: Any) -> tuple[SummaryState, Histories, np.uint64] | None:
+        """State, history (model rows) and digest of one user; None if the store has no record of the user."""
+        found = self.store.states([user])
+        if found is None:
+            raise StoreError(f"{self.store.path}: keeps no states to merge; refresh it with state=float32")
+        rows, arrays = found
+        if not len(rows):
+            return None
+        history = self.log[user]
+        if history.num_events != arrays.num_events[0]:
+            raise StoreError(
+                f"{self.store.path}: the state of user {user!r} is of {arrays.num_events[0]} events, but "
+                f"{self.log.path} has {history.num_events}; refresh that store first"
+            )
+        return from_arrays(arrays, model.device), self.items.model_rows(history), arrays.history_digest[0]
+
+
+def merge(
+    model: Recommender,
+    parts: Sequence[tuple[str | Path, EventLog]],
+    store: str | Path,
+    *,
+    users_per_batch: int = 512,
+    progress: bool = False,
+    created_at: int | None = None,
+) -> RefreshReport:
+    """Write the summaries of whole histories from the states of their parts into a new generation of `store`.
+
+    States are added; only the terms of events at the parts' seams are made anew, from the logs. Resumable, like a full
+    refresh.
+
+    Args:
+        model: whose full or incremental refreshes made the parts.
+        parts: (store, its log); a user's events in different logs are disjoint.
+        store: folder of the merged store; none of the parts'.
+        users_per_batch: users of one durable transaction.
+        progress: show a progress bar.
+        created_at: ms; by default now.
+
+    Raises:
+        ConfigError: the model has no states, or decays by position; a log that it cannot read.
+        StoreError: a part is of another summarizer, keeps no states or is not up to date with its log.
+    """
+    if not has_states(model):
+        raise ConfigError("model: has no states to merge (separable mixing without a history limit has)")
+    model.eval()
+    config = model.config
+    with ExitStack() as stack:
+        opened = []
+        for path, log in parts:
+            check_log(model, log)
+            part_store = stack.enter_context(SummaryStore.open(path, summarizer_id=model.summarizer_id()))
+            opened.append(_Part(part_store, log, LogItems.of(model, log)))
+        ids: set[Any] = set().union(*(part.store.keys() for part in opened))
+        users = sorted(ids, key=lambda user: user_keys([user]))
+        first = opened[0].store.manifest
+        digest = hashlib.sha256("".join(part.store.manifest.records_digest for part in opened).encode())
+        writer = stack.enter_context(
+            StoreWriter.open(
+                store,
+                summarizer_id=model.summarizer_id(),
+                num_tokens=config.num_seeds,
+                dim=config.dim,
+                codec=Codec(first.codec),
+                tail_len=config.tail_len,
+                until=MERGED,
+                state_dtype=StateDtype(first.state_dtype),
+                state_shape=first.state_shape,
+                total_users=len(users),
+                run_digest=digest.hexdigest(),
+                created_at=created_at,
+            )
+        )
+        run = Recorder(store, "merge", len(users), writer.cursor, progress=progress)
+        remaining = iter(users[writer.cursor :])
+        while batch := list(islice(remaining, users_per_batch)):
+            keys = user_keys(batch)
+            with run.stage("summarize"):
+                whole = [_merged(model, opened, user) for user in batch]
+            with run.stage("encode"):
+                encoded, num_events = _encoded(model, writer, keys, whole, run)
+            run.check_failures()
+            with run.stage("write"):
+                writer.put_batch(encoded.keys, encoded.records, writer.cursor + len(batch), encoded.states)
+            run.batch(writer.generation, len(batch), num_events)
+        with run.stage("publish"):
+            writer.publish()
+        return run.report(store, writer.generation)
+
+
+def _merged(model: Recommender, parts: Sequence[_Part], user: int | str) -> tuple[SummaryState, Histories, np.uint64]:
+    found = [one for part in parts if (one := part.find(model, user)) is not None]
+    digest = np.add.reduce(np.array([one[2] for one in found], np.uint64))
+    if len(found) == 1:
+        return found[0]
+    state, whole = merge_histories(model, [one[0] for one in found], [one[1] for one in found])
+    return state, whole, digest
+
+
+def _encoded(
+    model: Recommender,
+    writer: StoreWriter,
+    keys: list[bytes],
+    whole: Sequence[tuple[SummaryState, Histories, np.uint64]],
+    run: Recorder,
+) -> tuple[Encoded, int]:
+    """A batch, and how many events it stands for."""
+    names = ("z", "n", "removed", "clock", "num_events")
+    state = SummaryState(*(torch.cat([getattr(one[0], name) for one in whole]) for name in names))
+    digest = np.array([one[2] for one in whole], np.uint64)
+    tail_len = model.config.tail_len
+    newest = _end_to_end([one[1].slice(0, max(one[1].num_events - tail_len, 0)) for one in whole])
+    encoded = encode_users(
+        keys,
+        read_summaries(model, state),
+        newest,
+        state.num_events.cpu().numpy(),
+        digest,
+        to_arrays(state, writer.manifest.applied_segment, digest),
+        tail_len=tail_len,
+        spec=writer.spec,
+        state_spec=writer.state_spec,
+        run=run,
+    )
+    return encoded, int(state.num_events.sum())
+
+
+def _end_to_end(histories: Sequence[Histories]) -> Histories:
+    def column(name: str) -> NDArray[Any]:
+        return np.concatenate([np.asarray(getattr(history, name)) for history in histories])
+
+    offsets = np.concatenate([[0], np.cumsum([history.num_events for history in histories])]).astype(np.int64)
+    return Histories(column("item"), column("timestamp"), column("action"), None, offsets)

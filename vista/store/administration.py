@@ -1,0 +1,141 @@
+"""What an operator does with a store: compact it, and go back to a kept generation."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from vista.errors import StoreError, UnfinishedError
+from vista.store.environment import check_structure
+from vista.store.generation_builder import (
+    GenerationBuilder,
+    flip,
+    locked,
+    next_number,
+    restamp_records,
+)
+from vista.store.generation_reader import GenerationReader, open_generation
+from vista.store.layout import (
+    Manifest,
+    environments_of,
+    generation_path,
+    list_generations,
+    read_current,
+    remove_leftovers,
+    write_current,
+)
+from vista.store.permissions import modes_of
+from vista.store.state_record import restamp_states
+from vista.store.tombstones import Tombstones
+from vista.store.verification import VerifyReport, verify_generation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PublishReport:
+    """What came of a compaction, an import or a copy."""
+
+    path: Path
+    generation: int
+    num_records: int
+    size_bytes: int
+    """Of the generation's files."""
+    published: bool = True
+    num_kept: int = 0
+    """Records of a copy that an earlier, interrupted one had brought."""
+
+    def __str__(self) -> str:
+        kept = f" ({self.num_kept:,} of them by an earlier run)" if self.num_kept else ""
+        state = "is served" if self.published else "is there and verified, not served yet"
+        return (
+            f"generation {self.generation} of {self.path} {state}: {self.num_records:,} records{kept}, "
+            f"{self.size_bytes:,} bytes"
+        )
+
+
+def compact_store(root: str | Path, *, key: bytes | None = None) -> PublishReport:
+    """Write the served generation anew under the next number, without free pages, publish it and remove all others.
+
+    Nothing of records that were removed before is in any file afterwards: pages that hold no record are not copied.
+    (What a file system or a disk keeps of deleted files is theirs; readers that have not reloaded hold the old files.)
+
+    Args:
+        key: of an authenticated store.
+
+    Raises:
+        StoreLockedError: another process writes the store.
+        StoreError: nothing is served, it is damaged, or the folder cannot be written; what is served is as before.
+    """
+    root = Path(root).absolute()
+    current = read_current(root)
+    with locked(root):
+        remove_leftovers(root)
+        for environment in environments_of(root, current):
+            check_structure(environment)
+        while True:
+            num_erased = Tombstones(root).count()
+            with open_generation(root, current, key) as source:
+                manifest = _compacted(root, source, key)
+            if flip(root, manifest.generation, (), num_erased):
+                return publish_report(root, manifest.generation, manifest.count)
+
+
+def _compacted(root: Path, source: GenerationReader, key: bytes | None) -> Manifest:
+    """A complete generation under the next number, of the records and states of the source."""
+    wanted = dataclasses.replace(source.manifest, generation=next_number(root))
+    builder = GenerationBuilder(root, wanted, key, modes_of(generation_path(root, source.manifest.generation)))
+    try:
+        for keys, records in source.batches():
+            builder.put(keys, restamp_records(keys, records, builder.spec))
+        for keys, states in source.state_batches():
+            builder.put_states(keys, restamp_states(states, wanted.generation))
+        return builder.finish()
+    except BaseException:
+        builder.discard()
+        raise
+
+
+def roll_back(root: str | Path, to: int | None = None, *, key: bytes | None = None) -> PublishReport:
+    """Serve a kept generation again, after every check of `verify`; the one served now is kept too.
+
+    Args:
+        to: its number; by default the newest complete one before the served one.
+        key: of an authenticated store.
+
+    Raises:
+        StoreLockedError: another process writes the store.
+        StoreError: there is no such generation, it is not complete or not sound; what is served is as before.
+    """
+    root = Path(root).absolute()
+    with locked(root):
+        target = _generation_before(root, key) if to is None else to
+        report = VerifyReport(root)
+        verify_generation(root, target, report, key=key)
+        if report.num_problems:
+            raise StoreError(
+                f"{root}: gen-{target} cannot be served: {report.problems[0]}. Problems in all: {report.num_problems}. "
+                "What is served is as before"
+            )
+        write_current(root, target)
+    return publish_report(root, target, report.records[target])
+
+
+def _generation_before(root: Path, key: bytes | None) -> int:
+    current = read_current(root)
+    for number in reversed(list_generations(root)):
+        if number < current:
+            try:
+                with open_generation(root, number, key):
+                    return number
+            except UnfinishedError:
+                continue
+    raise StoreError(f"{root}: no complete generation before gen-{current} is kept; name one with to=N, or refresh")
+
+
+def publish_report(root: Path, generation: int, count: int) -> PublishReport:
+    """Report of a generation that is there."""
+    files = generation_path(root, generation).rglob("*")
+    return PublishReport(root, generation, count, sum(file.stat().st_size for file in files if file.is_file()))

@@ -1,0 +1,72 @@
+"""Keyed BLAKE2b codes for stores that cross a trust boundary: who lacks the key cannot make, change or move a record.
+
+The key is 32 bytes and never lies in a store; a store holds `key_id`, from which the key cannot be found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from vista.errors import ConfigError
+
+KEY_BYTES = 32
+CODE_BYTES = 16
+KEY_VARIABLE = "VISTA_AUTHENTICATION_KEY"
+"""Environment variable of the key in 64 hex digits, where no file is named."""
+
+_RECORD = b"vista record 1"
+_KEY_ID = b"vista key id 1"
+
+
+def record_code(key: bytes, user_key: bytes, header: bytes, payload: Sequence[bytes | memoryview]) -> bytes:
+    """16 bytes over the user's key behind its length (uint16), the header with a zero checksum, and the payload."""
+    code = hashlib.blake2b(len(user_key).to_bytes(2, "little"), digest_size=CODE_BYTES, key=key, person=_RECORD)
+    code.update(user_key)
+    code.update(header)
+    for part in payload:
+        code.update(part)
+    return code.digest()
+
+
+def key_id(key: bytes) -> str:
+    """What tells two keys apart without giving either away: 16 hex digits.
+
+    Raises:
+        ValueError: the key has not 32 bytes.
+    """
+    if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+        raise ValueError(f"an authentication key is {KEY_BYTES} bytes")
+    return hashlib.blake2b(digest_size=8, key=key, person=_KEY_ID).hexdigest()
+
+
+def read_key(path: str | None) -> bytes | None:
+    """The key of a file (32 bytes, or 64 hex digits), else of the environment, else None.
+
+    Raises:
+        ConfigError: the file or variable cannot be read or holds no key; the message has the remedy, never the key.
+    """
+    remedy = "write one with `openssl rand -hex 32`"
+    if path is None:
+        text = os.environ.get(KEY_VARIABLE)
+        return None if text is None else _parse(text.encode(), KEY_VARIABLE, remedy)
+    try:
+        with Path(path).open("rb") as file:
+            held = file.read(1024)
+    except OSError as error:
+        raise ConfigError(f"authentication_key_file: {path}: {error.strerror}; {remedy}") from error
+    return _parse(held, f"authentication_key_file: {path}", remedy)
+
+
+def _parse(held: bytes, where: str, remedy: str) -> bytes:
+    if len(held) == KEY_BYTES:
+        return held
+    try:
+        key = bytes.fromhex(held.decode("ascii").strip())
+    except ValueError:
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise ConfigError(f"{where} must hold {KEY_BYTES} bytes, or {2 * KEY_BYTES} hex digits; {remedy}")
+    return key

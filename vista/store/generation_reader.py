@@ -1,0 +1,160 @@
+"""A whole generation, record by record in the order of the keys: for copies, exports and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice, takewhile
+from pathlib import Path
+
+import lmdb
+
+from vista.errors import StoreError
+from vista.store.environment import SharedEnvironment
+from vista.store.keys import INT_PREFIX, STR_PREFIX
+from vista.store.layout import Manifest, environment_path, generation_path, list_generations
+from vista.store.lmdb_store import read_manifest
+from vista.store.record import RecordSpec, check_records, sum_of_checksums
+from vista.store.state_record import decode_states
+
+_BATCH_RECORDS = 1024
+_BATCH_BYTES = 1 << 23
+
+Batch = tuple[list[bytes], list[bytes]]
+"""Keys and records, of equal length."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a manifest says of all records, counted while they pass by."""
+
+    count: int = 0
+    digest: int = 0
+    kinds: int = 0
+
+    def add(self, keys: list[bytes], records: list[bytes]) -> None:
+        """Count a batch."""
+        self.count += len(keys)
+        self.digest = (self.digest + sum_of_checksums(records)) % (1 << 64)
+        self.kinds |= any(key.startswith(INT_PREFIX) for key in keys) | 2 * any(
+            key.startswith(STR_PREFIX) for key in keys
+        )
+
+    @property
+    def records_digest(self) -> str:
+        """Sum mod 2^64 of the checksums, in hex."""
+        return f"{self.digest:016x}"
+
+    @property
+    def user_kind(self) -> str | None:
+        """int, str, mixed, or None without records."""
+        return (None, "int", "str", "mixed")[self.kinds]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationReader:
+    """One complete generation, open."""
+
+    path: Path
+    """Of the environment."""
+    environment: SharedEnvironment
+    manifest: Manifest
+    spec: RecordSpec
+
+    def raw_batches(self, after: bytes = b"u") -> Iterator[Batch]:
+        """Keys beyond `after` and their values, unchecked, ascending; each batch in a short transaction of its own."""
+        while True:
+            keys, values = self.environment.read(lambda transaction, after=after: read_batch(transaction, after))  # type: ignore[misc]
+            if not keys:
+                return
+            after = keys[-1]
+            yield keys, values
+
+    def batches(self, after: bytes = b"u") -> Iterator[Batch]:
+        """As `raw_batches`, every record checked.
+
+        Raises:
+            RecordError: the first one that is corrupt; the message names the user.
+        """
+        for keys, records in self.raw_batches(after):
+            check_records([memoryview(record) for record in records], keys, self.spec)
+            yield keys, records
+
+    def state_batches(self) -> Iterator[Batch]:
+        """Keys and states, every one checked, ascending; nothing where none are kept.
+
+        Raises:
+            RecordError: the first one that is corrupt; the message names the user.
+        """
+        spec, folder = self.manifest.state_spec(), self.path.with_name("state")
+        if spec is None or not folder.is_dir():
+            return
+        environment = SharedEnvironment.acquire(folder)
+        try:
+            after = b"u"
+            while True:
+                keys, states = environment.read(lambda transaction, after=after: read_batch(transaction, after))  # type: ignore[misc]
+                if not keys:
+                    return
+                decode_states(states, keys, spec)
+                after = keys[-1]
+                yield keys, states
+        finally:
+            environment.release()
+
+    def other_keys(self) -> list[bytes]:
+        """The first keys that no user has, in the order of the file."""
+        return self.environment.read(_other_keys)
+
+    def tally(self) -> Tally:
+        """Check and count all records; errors as `batches`."""
+        tally = Tally()
+        for keys, records in self.batches():
+            tally.add(keys, records)
+        return tally
+
+
+@contextmanager
+def open_generation(root: Path, generation: int, key: bytes | None = None) -> Iterator[GenerationReader]:
+    """Open a complete generation of a store.
+
+    Raises:
+        StoreError: not there, unfinished, damaged, or of another key.
+    """
+    if not generation_path(root, generation).is_dir():
+        there = ", ".join(f"gen-{number}" for number in list_generations(root)) or "none"
+        raise StoreError(f"{root} has no gen-{generation}; generations there: {there}")
+    path = environment_path(root, generation)
+    environment = SharedEnvironment.acquire(path)
+    try:
+        manifest = environment.read(lambda transaction: read_manifest(transaction, path))
+        yield GenerationReader(path, environment, manifest, manifest.spec(key))
+    finally:
+        environment.release()
+
+
+def read_batch(transaction: lmdb.Transaction[memoryview], after: bytes) -> Batch:
+    """Copies of the next keys beyond `after` and their values: 1,024 at most, and about 8 MiB."""
+    keys: list[bytes] = []
+    values: list[bytes] = []
+    size = 0
+    cursor = transaction.cursor()
+    if cursor.set_range(after + b"\0"):
+        for view, value in cursor:
+            key = bytes(view)
+            if not key.startswith(b"u"):
+                break
+            keys.append(key)
+            values.append(bytes(value))
+            size += len(value)
+            if size >= _BATCH_BYTES or len(keys) == _BATCH_RECORDS:
+                break
+    return keys, values
+
+
+def _other_keys(transaction: lmdb.Transaction[memoryview]) -> list[bytes]:
+    cursor = transaction.cursor()
+    before = list(takewhile(lambda key: key < b"u", map(bytes, islice(cursor.iternext(values=False), 1000))))
+    beyond = cursor.set_range(b"v")
+    return before + (list(map(bytes, islice(cursor.iternext(values=False), 1000))) if beyond else [])

@@ -1,0 +1,214 @@
+"""A store in parts: each machine refreshes one part, a reader opens all of them as one.
+
+    stores/mine/part-0-of-4/    a store of its own: CURRENT, generations, writer.lock
+    stores/mine/part-1-of-4/
+
+A user's part follows from the key alone (XXH3-64 modulo the number of parts), so it is the same in every refresh of as
+many parts. Parts flip one by one; all that a call returns of one user is of one generation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from vista.errors import ConfigError, StoreError
+from vista.store.environment import MAX_READERS
+from vista.store.keys import user_keys
+from vista.store.layout import Manifest
+from vista.store.lmdb_store import StoredBatch, SummaryStore
+from vista.store.record import Tail
+
+_NAME = re.compile(r"part-(\d+)-of-(\d+)")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shard:
+    """Part `index` of `count`."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read "2/8", the third of eight parts.
+
+        Raises:
+            ConfigError: if it is no such thing.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+        if match is None or int(match[1]) >= int(match[2]):
+            raise ConfigError(f"shard={text}: write i/n with i from 0 to n-1, such as 0/4")
+        return cls(int(match[1]), int(match[2]))
+
+    def path(self, store: str | Path) -> Path:
+        """Folder of this part of a store."""
+        return Path(store) / f"part-{self.index}-of-{self.count}"
+
+    def holds(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
+        """[N] whether each user is of this part."""
+        own: NDArray[np.bool_] = _parts_of(keys, self.count) == self.index
+        return own
+
+
+def open_store(
+    path: str | Path, *, summarizer_id: bytes | None = None, key: bytes | None = None
+) -> SummaryStore | StoreParts:
+    """Open a store, or all parts of one; arguments and errors as of `SummaryStore.open`."""
+    root = Path(path)
+    if root.is_dir() and any(map(_NAME.fullmatch, (entry.name for entry in root.iterdir()))):
+        return StoreParts.open(root, summarizer_id=summarizer_id, key=key)
+    return SummaryStore.open(root, summarizer_id=summarizer_id, key=key)
+
+
+class StoreParts:
+    """All parts of a store, read as one."""
+
+    def __init__(self, path: Path, parts: Sequence[SummaryStore]) -> None:
+        self.path = path
+        self._parts = list(parts)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        summarizer_id: bytes | None = None,
+        max_readers: int = MAX_READERS,
+        key: bytes | None = None,
+    ) -> StoreParts:
+        """Open every part.
+
+        Raises:
+            StoreError: a part is missing, or there are parts of several numbers; and as `SummaryStore.open`.
+        """
+        root = Path(path).absolute()
+        found = [match for match in map(_NAME.fullmatch, sorted(entry.name for entry in root.iterdir())) if match]
+        counts = {int(match[2]) for match in found}
+        if len(counts) != 1:
+            raise StoreError(f"{root}: holds parts of {sorted(counts)}; keep those of one number, remove the others")
+        count = counts.pop()
+        missing = sorted(set(range(count)) - {int(match[1]) for match in found})
+        if missing:
+            raise StoreError(f"{root}: parts {missing} of {count} are not there; refresh them with shard=i/{count}")
+        opened: list[SummaryStore] = []
+        try:
+            for index in range(count):
+                opened.append(
+                    SummaryStore.open(
+                        Shard(index, count).path(root), summarizer_id=summarizer_id, max_readers=max_readers, key=key
+                    )
+                )
+            parts = cls(root, opened)
+            first = opened[0].manifest
+            for part in opened[1:]:
+                for field in ("summarizer_id", "num_tokens", "dim", "until"):
+                    if getattr(part.manifest, field) != getattr(first, field):
+                        raise StoreError(f"{part.path}: {field} differs from that of part 0; refresh all parts alike")
+            return parts
+        except BaseException:
+            for part in opened:
+                part.close()
+            raise
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of part 0, but what holds for all: the oldest generation and refresh, the shortest tail; counts add up."""
+        all_of = [part.manifest for part in self._parts]
+        kinds = {manifest.user_kind for manifest in all_of} - {None}
+        return dataclasses.replace(
+            all_of[0],
+            generation=min(manifest.generation for manifest in all_of),
+            created_at=min(manifest.created_at for manifest in all_of),
+            refreshed_at=min(manifest.refreshed_at for manifest in all_of),
+            applied_segment=min(manifest.applied_segment for manifest in all_of),
+            tail_len=min(manifest.tail_len for manifest in all_of),
+            total_users=sum(manifest.total_users for manifest in all_of),
+            count=sum(manifest.count for manifest in all_of),
+            user_kind=None if not kinds else kinds.pop() if len(kinds) == 1 else "mixed",
+        )
+
+    @property
+    def generation(self) -> int:
+        """The oldest of the parts' generations."""
+        return self.manifest.generation
+
+    @property
+    def summarizer_id(self) -> bytes:
+        """SHA-256 of the summarizer that wrote all parts, 32 bytes."""
+        return self._parts[0].summarizer_id
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def get_many(self, user_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> StoredBatch:
+        """Records of a batch of users; as `SummaryStore.get_many`."""
+        ids = user_ids if isinstance(user_ids, np.ndarray) else np.array(list(user_ids), dtype=object)
+        owner = _parts_of(user_keys(user_ids), len(self._parts))
+        order = np.argsort(owner, kind="stable")
+        bounds = np.searchsorted(owner[order], np.arange(len(self._parts) + 1))
+        asked = [ids[order[bounds[index] : bounds[index + 1]]].tolist() for index in range(len(self._parts))]
+        # A part without a user of the batch is asked too: its shapes and errors are those of all.
+        batches = [part.get_many(users) for part, users in zip(self._parts, asked, strict=True)]
+        return _in_order(batches, np.argsort(order, kind="stable"))
+
+    def keys(self) -> Iterator[int | str]:
+        """User ids of all records, part by part."""
+        return chain.from_iterable(part.keys() for part in self._parts)
+
+    def reload(self) -> bool:
+        """Follow every part to its newest generation; whether one changed."""
+        changed = [part.reload() for part in self._parts]  # all of them, whether or not the first changes
+        return any(changed)
+
+    def close(self) -> None:
+        """Let all parts go."""
+        for part in self._parts:
+            part.close()
+
+    def __enter__(self) -> StoreParts:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _parts_of(keys: Sequence[bytes], count: int) -> NDArray[np.int64]:
+    return np.array([xxhash.xxh3_64_intdigest(key) % count for key in keys], np.int64)
+
+
+def _in_order(batches: Sequence[StoredBatch], place: NDArray[np.int64]) -> StoredBatch:
+    """Batches end to end, rearranged so that row b is row place[b] of them."""
+
+    def column(name: str) -> NDArray[Any]:
+        joined: NDArray[Any] = np.concatenate([getattr(batch, name) for batch in batches])[place]
+        return joined
+
+    lengths = np.concatenate([np.diff(batch.tail.offsets) for batch in batches])
+    starts, counts = (np.cumsum(lengths) - lengths)[place], lengths[place]
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    index = np.arange(int(offsets[-1])) + np.repeat(starts - offsets[:-1], counts)
+    items, times, actions = (
+        np.concatenate([getattr(batch.tail, name) for batch in batches])[index]
+        for name in ("items", "times", "actions")
+    )
+    return StoredBatch(
+        found=column("found"),
+        summary=column("summary"),
+        tail=Tail(items, times, actions, offsets),
+        event_count=column("event_count"),
+        last_event_ts=column("last_event_ts"),
+        created_at=column("created_at"),
+        history_digest=column("history_digest"),
+    )

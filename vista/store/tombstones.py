@@ -1,0 +1,93 @@
+"""Erased users: a file of 16-byte digests beside the generations, so that no later refresh brings a user back.
+
+The file holds no id: BLAKE2b-128 of the user's key. Its flock orders erasures and flips, so that no generation is
+published with a user who was erased while it was written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from vista.errors import StoreError
+from vista.files import sync
+from vista.store.permissions import PRIVATE, set_mode
+
+TOMBSTONES = "tombstones"
+_DIGEST_BYTES = 16
+
+
+class Tombstones:
+    """The erased users of one store, reread when the file has grown."""
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / TOMBSTONES
+        self._known: set[bytes] = set()
+        self._size = -1
+
+    def erased(self, keys: Sequence[bytes]) -> list[bool]:
+        """Whether each user is erased, as of now."""
+        self._reread()
+        if not self._known:
+            return [False] * len(keys)
+        return [_digest(key) in self._known for key in keys]
+
+    def add(self, keys: Sequence[bytes]) -> None:
+        """Record erasures durably. Only under `erasing`."""
+        self._reread()
+        new = [digest for digest in dict.fromkeys(map(_digest, keys)) if digest not in self._known]
+        if not new:
+            return
+        descriptor = os.open(self._path, os.O_WRONLY)
+        try:
+            # Over a torn end that a crash may have left, never behind it.
+            os.pwrite(descriptor, b"".join(new), len(self._known) * _DIGEST_BYTES)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        sync(self._path.parent)
+
+    def count(self) -> int:
+        """How many there are, all of whose records are gone from every generation. Not under `erasing`."""
+        with erasing(self._path.parent):
+            return len(self)
+
+    def __len__(self) -> int:
+        self._reread()
+        return len(self._known)
+
+    def _reread(self) -> None:
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError:
+            self._known, self._size = set(), -1
+            return
+        if size == self._size:
+            return
+        try:
+            data = self._path.read_bytes()
+        except OSError as error:
+            raise StoreError(f"{self._path}: {error.strerror}; erasures must be readable, check permissions") from error
+        whole = len(data) - len(data) % _DIGEST_BYTES
+        self._known = {data[at : at + _DIGEST_BYTES] for at in range(0, whole, _DIGEST_BYTES)}
+        self._size = len(data)
+
+
+@contextmanager
+def erasing(root: Path) -> Iterator[None]:
+    """Section of an erasure or a flip: one at a time, for milliseconds, whichever process."""
+    descriptor = os.open(root / TOMBSTONES, os.O_RDWR | os.O_CREAT, PRIVATE.file)
+    try:
+        set_mode(root / TOMBSTONES, PRIVATE.file)  # whatever the umask
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.blake2b(key, digest_size=_DIGEST_BYTES).digest()
