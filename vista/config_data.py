@@ -179,6 +179,8 @@ class WatchConfig:
     """Columns of the files; events.paths is not used."""
     on_bad_rows: OnBadRows = OnBadRows.error
     """raise refuses a file with bad rows as a whole, and goes on with the others; quarantine sets the rows aside."""
+    authentication_key_file: str | None = None
+    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
     poll_s: float = 5.0
     """Seconds between two looks."""
     once: bool = False

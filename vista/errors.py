@@ -15,6 +15,10 @@ class DataError(VistaError, ValueError):
     """Source data are bad: the message names file, row, column, value and remedy."""
 
 
+class LogBusyError(DataError):
+    """Another process writes the EventLog; nothing is wrong with the data, so try again."""
+
+
 class MissingDependencyError(VistaError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
 

@@ -81,8 +81,15 @@ def test_poisoned_summaries(trial: Trial) -> None:
         if codec is Codec.float32:
             assert decoded.tobytes() == summary[user].tobytes()
         else:
-            step = np.ptp(summary[user].astype(np.float64), axis=1) / 255
-            assert (np.abs(decoded.astype(np.float64) - summary[user]) <= 1.01 * step[:, None] + 1e-6).all()
+            exact = summary[user].astype(np.float64)
+            span, low = np.ptp(exact, axis=1, keepdims=True), np.abs(exact.min(axis=1, keepdims=True))
+            bound = {
+                Codec.float16: np.abs(exact) * 2.0**-11 + 2.0**-25,
+                Codec.int8: 1.01 * span / 255 + 1e-6,
+                # Half a step, and the rounding of scale and bias to float16.
+                Codec.int4: 0.51 * span / 15 + 2.0**-10 * (low + span) + 15 * 2.0**-25,
+            }[codec]
+            assert (np.abs(decoded.astype(np.float64) - exact) <= bound).all(), (codec, exact, decoded)
         trial.count("written")
 
     examples(

@@ -22,6 +22,7 @@ from vista.refresh.erasing import erase_from_config
 from vista.store import StoreWriter, SummaryStore
 from vista.store.administration import compact_store, roll_back
 from vista.store.copying import copy_generation
+from vista.store.environment import SharedEnvironment
 from vista.store.generation_builder import GenerationBuilder
 from vista.store.parquet import export_store, import_store
 from vista.store.verification import verify_store
@@ -188,3 +189,62 @@ def test_from_the_command_line(tmp_path: Path, grow: SimpleNamespace) -> None:
     config.users = ["two"]
     with pytest.raises(ConfigError, match="ids are integers here"):
         erase_from_config(config)
+
+
+def test_an_id_that_is_named_twice_is_erased_once(tmp_path: Path, grow: SimpleNamespace) -> None:
+    log = grow.append(tmp_path / "log", grow.events({1: 3, 2: 3, 3: 3}))
+    refresh(grow.model(), log, tmp_path / "store")
+    assert erase(tmp_path / "store", [2, 2, 2]) == 1
+    with SummaryStore.open(tmp_path / "store") as opened:
+        assert len(opened) == 2
+    assert not verify_store(tmp_path / "store").num_problems
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_an_erasure_that_stopped_half_way_is_completed(
+    tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """After the tombstone, and after the record but before the state: the next refresh or compaction ends it."""
+    model, write, calls = grow.model(), SharedEnvironment.write, []
+    log = grow.append(tmp_path / "log", grow.events({1: 3, 2: 3}))
+    for name in ("refreshed", "compacted"):
+        refresh(model, log, tmp_path / name)
+
+        def failing(environment: SharedEnvironment, function: Any) -> Any:
+            calls.append(environment)
+            if len(calls) == after + 1:
+                raise KeyboardInterrupt
+            return write(environment, function)
+
+        calls.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(SharedEnvironment, "write", failing)
+            erase(tmp_path / name, [2])
+    compact_store(tmp_path / "compacted")
+    log = grow.append(tmp_path / "log", grow.events({2: 2}, grow.start + 500 * grow.hour))
+    refresh_incremental(model, log, tmp_path / "refreshed")
+    for name in ("refreshed", "compacted"):
+        with SummaryStore.open(tmp_path / name) as opened:
+            assert list(opened.keys()) == [1]
+            states = opened.states([1, 2])
+            assert states is not None and states[0].tolist() == [0]
+        assert not verify_store(tmp_path / name).num_problems
+
+
+def test_a_copy_that_goes_on_brings_no_erased_user_back(
+    tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, store, host = grow.model(), tmp_path / "store", tmp_path / "host"
+    log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 3)))
+    refresh(model, log, store)
+    copy_generation(store, host)
+    refresh(model, log, store)
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerationBuilder, "finish", lambda builder: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            copy_generation(store, host)
+    erase(host, [4])
+    with pytest.raises(StoreError, match="users were erased here"):
+        copy_generation(store, host)
+    with SummaryStore.open(host) as opened:
+        assert not opened.get_many([4]).found.any()

@@ -44,7 +44,7 @@ def test_a_few_failing_users_change_no_others(tmp_path: Path, grow: SimpleNamesp
         assert (store.get_many(others).summary == healthy.get_many(others).summary).all()
 
 
-def test_an_incremental_failure_keeps_the_old_record_and_is_tried_again(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_an_incremental_failure_keeps_the_old_record(tmp_path: Path, grow: SimpleNamespace) -> None:
     counts = dict.fromkeys(range(250), 2)
     model, frame = poisoned(grow, counts, [])
     log = grow.append(tmp_path / "log", frame)
@@ -52,18 +52,18 @@ def test_an_incremental_failure_keeps_the_old_record_and_is_tried_again(tmp_path
     model, frame = poisoned(grow, counts, [17])
     frame["timestamp"] = frame["timestamp"] + 500 * grow.hour
     log = grow.append(tmp_path / "log", frame)
-    for unchanged in (0, 249):
-        report = refresh_incremental(model, log, tmp_path / "store")
-        assert (report.counts["failed"], report.counts["unchanged"]) == (1, unchanged)
-        with SummaryStore.open(tmp_path / "store") as store:
-            assert store.manifest.applied_segment == 1
-            assert store.get_many([16, 17]).event_count.tolist() == [4, 2]
+    report = refresh_incremental(model, log, tmp_path / "store")
+    assert (report.counts["failed"], report.num_users) == (1, 250)
+    with SummaryStore.open(tmp_path / "store") as store:
+        assert store.manifest.applied_segment == 2
+        assert store.get_many([16, 17]).event_count.tolist() == [4, 2]
+    assert refresh_incremental(model, log, tmp_path / "store").num_users == 0
 
 
 def test_many_failing_users_stop_the_run(tmp_path: Path, grow: SimpleNamespace) -> None:
-    model, frame = poisoned(grow, dict.fromkeys(range(100), 2), [17, 18])
+    model, frame = poisoned(grow, dict.fromkeys(range(100), 2), list(range(17, 28)))
     log = grow.append(tmp_path / "log", frame)
-    with pytest.raises(RecordError, match=r"2 users failed, the first of them '17': .*NaN or infinity"):
+    with pytest.raises(RecordError, match=r"11 users failed, the first of them '17': .*NaN or infinity"):
         refresh(model, log, tmp_path / "store")
     assert not (tmp_path / "store" / "CURRENT").exists()
 

@@ -18,10 +18,12 @@ import pytest
 from vista.choices import Codec
 from vista.config_data import SourceConfig, WatchConfig
 from vista.data.event_log import EventLog
-from vista.errors import ConfigError
+from vista.data.segment_writer import locked_log
+from vista.errors import ConfigError, StoreLockedError
 from vista.refresh import refresh
 from vista.refresh.watch import Watch, watch
 from vista.store import SummaryStore
+from vista.store.updates import StoreUpdate
 
 
 def arrive(folder: Path, name: str, frame: dict[str, Any], age_s: float = 60) -> Path:
@@ -126,3 +128,23 @@ def test_killed_and_started_again(tmp_path: Path, grow: SimpleNamespace, watched
     expect(watched, grow, tmp_path, total)
     with SummaryStore.open(watched.store) as store:
         assert store.manifest.applied_segment == EventLog.open(watched.data).last_segment
+
+
+def test_busy_moments_lose_no_file(
+    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log and then the store are being written by others; a file that vanished is no matter."""
+    watching, later = Watch(watched), grow.start + 500 * grow.hour
+    arrive(tmp_path / "incoming", "a.csv", grow.events({1: 3}, later))
+    with locked_log(Path(watched.data)):
+        assert watching.look().files == 0
+    assert "the next look tries again" in caplog.text
+    with (
+        StoreUpdate.open(watched.store, summarizer_id=grow.model().summarizer_id(), applied_segment=1, created_at=0),
+        pytest.raises(StoreLockedError),
+    ):
+        watching.look()
+    (tmp_path / "incoming" / "a.csv").unlink()
+    served = watching.look()
+    assert served.refresh is not None and served.lag_s is not None and served.lag_s >= 60
+    expect(watched, grow, tmp_path, 17)

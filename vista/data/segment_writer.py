@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from vista.data.segment import FORMAT, VERSION, find_segments
-from vista.errors import DataError
+from vista.errors import DataError, LogBusyError
 from vista.files import sync
 
 
@@ -105,7 +105,7 @@ def locked_log(path: Path) -> Iterator[None]:
     Readers are not kept out. The lock goes with the process that holds it.
 
     Raises:
-        DataError: if another process is writing the log.
+        LogBusyError: if another process is writing the log.
         LogFormatError: if it is none.
     """
     find_segments(path)
@@ -114,7 +114,7 @@ def locked_log(path: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise DataError(f"{path}: another process is writing it right now; wait for it to end") from None
+        raise LogBusyError(f"{path}: another process is writing it right now; wait for it to end") from None
     finally:
         os.close(handle)
 
@@ -134,7 +134,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle = _lock_folder(staging)
     except BlockingIOError:
-        raise DataError(f"{target}: another process is writing it right now; wait for it to end") from None
+        raise LogBusyError(f"{target}: another process is writing it right now; wait for it to end") from None
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror}); choose another `out`") from error
     try:

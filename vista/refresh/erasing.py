@@ -14,11 +14,12 @@ from vista.model.recommender import Recommender
 from vista.refresh.incremental import refresh_incremental
 from vista.refresh.report import RefreshReport
 from vista.requests import typed_ids
-from vista.store.lmdb_store import SummaryStore
-from vista.store.updates import erase
+from vista.store.updates import erase, served_manifest
 
 
-def forget(model: Recommender, log: EventLog, store: str | Path, events: Any) -> RefreshReport:
+def forget(
+    model: Recommender, log: EventLog, store: str | Path, events: Any, *, key: bytes | None = None
+) -> RefreshReport:
     """Forget events: deletion rows in the log, then their terms leave the states of their users, by subtraction.
 
     A state that lost too much weight is recomputed from what remains. No later refresh brings the events back.
@@ -28,21 +29,21 @@ def forget(model: Recommender, log: EventLog, store: str | Path, events: Any) ->
         log: the events' log; it is reopened, since it grows by a segment.
         store: its folder.
         events: a frame, or a mapping of columns: user, item, timestamp (ms, or the ordinal), and action on wish.
+        key: 32 bytes, where the store's records are authenticated.
 
     Raises:
         DataError: an event is not in the log; nothing is forgotten then.
         StoreError: the log has the deletion rows, and the next incremental refresh obeys them.
     """
     forget_events(log.path, events)
-    return refresh_incremental(model, EventLog.open(log.path), store)
+    return refresh_incremental(model, EventLog.open(log.path), store, key=key)
 
 
 def erase_from_config(config: StoreEraseConfig) -> str:
     """`vista store erase`: from the store, and from the log where one is named."""
     if not config.users:
         raise ConfigError("users: name at least one, such as users=[101]")
-    with SummaryStore.open(config.store) as opened:
-        users: Sequence[Any] = typed_ids(config.users, "users", opened.manifest.user_kind)
+    users: Sequence[Any] = typed_ids(config.users, "users", served_manifest(config.store).user_kind)
     count = erase(config.store, users)
     lines = [
         f"{config.store}: {count} of {len(users)} users had a record; readers miss them from now on. Their bytes are "

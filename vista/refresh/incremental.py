@@ -36,7 +36,7 @@ from vista.model.summary_state import SummaryState, merge
 from vista.refresh.changes import changed_positions
 from vista.refresh.report import Recorder, RefreshReport
 from vista.refresh.run import LogItems, check_log, encode_users, from_arrays, read_summaries, to_arrays
-from vista.store.keys import user_keys
+from vista.store.keys import user_id, user_keys
 from vista.store.parts import Shard
 from vista.store.state_record import StateArrays, rounded
 from vista.store.updates import StoreUpdate
@@ -76,8 +76,7 @@ def refresh_incremental(
 
     Raises:
         ConfigError: the model cannot read this log, or the store was refreshed with `until`.
-        StoreError: nothing is published there, it is of another summarizer or a longer log, or of users whose ids a
-            compaction of the log has blanked; or it cannot be written.
+        StoreError: nothing is published there, it is of another summarizer or a longer log, or cannot be written.
     """
     check_log(model, log)
     model.eval()
@@ -95,23 +94,29 @@ def refresh_incremental(
                 "restore the log, or refresh in full from what there is"
             )
         changed = log.changed_users(manifest.applied_segment)
-        nameless = len(changed) - int(log.users.has_ids(changed).sum())
-        if nameless:
-            raise StoreError(
-                f"{store}: {nameless} users were erased from {log.path} and a compaction blanked their ids: their "
-                "records can no longer be found; refresh in full, which leaves them out"
-            )
+        named = log.users.has_ids(changed)
+        gone = 0 if named.all() else _remove_strangers(update, log, users_per_batch)
+        changed = changed[named]
         if shard is not None:
             changed = changed[shard.holds(user_keys(log.users.ids(changed)))]
         run = Recorder(store, "incremental", len(changed), 0, progress=progress)
+        run.counts["removed"] += gone
         work = _Work(model, log, LogItems.of(model, log), update, tokens_per_batch, run)
         for begin in range(0, len(changed), users_per_batch):
             batch = changed[begin : begin + users_per_batch]
             work.batch(batch)
-        if not run.failures:  # else the next run looks at their users again
-            with run.stage("publish"):
-                update.finish()
+        with run.stage("publish"):
+            update.finish()
         return run.report(store, manifest.generation)
+
+
+def _remove_strangers(update: StoreUpdate, log: EventLog, users_per_batch: int) -> int:
+    """Remove users whom the log no longer knows: a compaction has blanked their ids. Returns how many there were."""
+    count = 0
+    for keys in update.key_batches(users_per_batch):
+        known = log.users.rows([user_id(key) for key in keys]) >= 0
+        count += update.remove([key for key, own in zip(keys, known.tolist(), strict=True) if not own])
+    return count
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +147,8 @@ class _Work:
         self.num_events = 0
         erased = self.update.erased(keys)
         self.run.counts["erased"] += int(erased.sum())
-        gone = np.flatnonzero((lengths == 0) & ~erased)
+        # Erased users too: their erasure may have been killed half-way.
+        gone = np.flatnonzero((lengths == 0) | erased)
         if len(gone):
             with self.run.stage("write"):
                 self.run.counts["removed"] += self.update.remove([keys[row] for row in gone.tolist()])
@@ -187,6 +193,8 @@ class _Work:
         self.run.check_failures()
         with self.run.stage("write"):
             self.update.put_batch(encoded.keys, encoded.records, encoded.states)
+            # Without a state, a user who failed is recomputed from the log at the next event.
+            self.update.remove_states(sorted(set(keys) - set(encoded.keys)))
 
     def _summarized(self, users: Int, keys: list[bytes], lengths: Int) -> Iterator[_Done]:
         """All users of a batch, by how they are brought up to date."""

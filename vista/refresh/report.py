@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections import Counter
@@ -15,9 +16,10 @@ from tqdm import tqdm
 from vista.errors import RecordError
 from vista.store.permissions import PRIVATE
 
+logger = logging.getLogger(__name__)
 STAGES = ("read", "summarize", "encode", "write", "publish")
-MAX_FAILED_SHARE = 0.01
-"""Of a run's users: with more failures it stops, and what is served stays."""
+MAX_FAILED_SHARE, MAX_FAILED_USERS = 0.01, 10
+"""With more failures than both a run stops, as it does if all fail; what is served stays."""
 NAMED_FAILURES = 20
 """Users that a report names at most."""
 
@@ -92,7 +94,8 @@ class Recorder:
         Raises:
             RecordError: with the first failure's reason.
         """
-        if self.counts["failed"] > MAX_FAILED_SHARE * self._total:
+        failed = self.counts["failed"]
+        if failed == self._total > 0 or failed > max(MAX_FAILED_USERS, MAX_FAILED_SHARE * self._total):
             user, reason = next(iter(self.failures.items()))
             raise RecordError(f"{self.counts['failed']} users failed, the first of them {user!r}: {reason}")
 
@@ -115,8 +118,11 @@ class Recorder:
             "seconds_left": round((self._total - self._done) / max(rate, 1e-9), 1),
             "stages": {name: round(value, 3) for name, value in self._seconds.items()},
         }
-        with open(self._path, "a", opener=_private) as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self._path, "a", opener=_private) as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # The batch is durable all the same.
+            logger.warning("%s: %s", self._path, error.strerror)
 
     def report(self, store: str | Path, generation: int) -> RefreshReport:
         """The end of the run."""

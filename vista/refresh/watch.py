@@ -19,11 +19,12 @@ from vista.config_data import PrepareConfig, WatchConfig
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.device import announce, cpu_settings, resolve_device
-from vista.errors import ConfigError, DataError
+from vista.errors import ConfigError, DataError, LogBusyError, VistaError
 from vista.model.recommender import Recommender
 from vista.refresh.incremental import refresh_incremental
 from vista.refresh.report import RefreshReport
-from vista.store.lmdb_store import SummaryStore
+from vista.store.authentication import read_key
+from vista.store.updates import served_manifest
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".parquet", ".csv", ".tsv")
@@ -58,51 +59,63 @@ class Watch:
         if self.folder is not None and not self.folder.is_dir():
             raise ConfigError(f"folder={config.folder}: is no folder; make it, or leave the key out to follow the log")
         self.model = Recommender.from_pretrained(config.model, resolve_device(config.device))
-        self._seen: set[tuple[str, int, int]] = set()
-        self._taken = _taken(EventLog.open(config.data))
+        self._key = read_key(config.authentication_key_file)
+        self._judged: set[tuple[str, int, int]] = set()
+        """Names, sizes and times of files that are in the log, or cannot be."""
+        self._waiting: list[float] = []
+        """When those arrived that are in the log but not served yet."""
 
     def look(self) -> Served:
         """Take what has arrived, and serve what the store has not seen.
 
+        A file that cannot be taken for a passing reason (another writer, a full disk) is tried again by the next look.
+
         Raises:
-            StoreError: another writer holds the store, or it cannot be written; the next look tries again.
+            VistaError, OSError: log, model or store cannot be read or written just now; nothing is lost, the next look
+                goes on.
         """
-        arrived, refused = [], 0
-        for path, changed_at in self._arrived():
+        files, refused = 0, 0
+        for path, form in self._arrived():
             try:
-                self._append(path)
-                arrived.append(changed_at)
-            except DataError as error:
+                files += self._take(path)
+                self._judged.add(form)
+            except (LogBusyError, OSError) as error:
+                logger.warning("%s: %s; the next look tries again", path, error)
+            except (DataError, ConfigError) as error:
+                self._judged.add(form)
                 refused += 1
                 logger.error("%s", error)
         log = EventLog.open(self.config.data)
-        with SummaryStore.open(self.config.store) as store:
-            behind = store.manifest.applied_segment < log.last_segment
-        if not behind:
-            return Served(len(arrived), refused, None, None)
-        report = refresh_incremental(self.model, log, self.config.store, progress=self.config.progress)
-        return Served(len(arrived), refused, report, time.time() - min(arrived) if arrived else None)
+        if served_manifest(self.config.store).applied_segment >= log.last_segment:
+            return Served(files, refused, None, None)
+        report = refresh_incremental(self.model, log, self.config.store, progress=self.config.progress, key=self._key)
+        lag = time.time() - min(self._waiting) if self._waiting else None
+        self._waiting.clear()
+        return Served(files, refused, report, lag)
 
-    def _arrived(self) -> Iterator[tuple[Path, float]]:
-        """Files that have settled and were not looked at in this form, with their times of change, oldest first."""
-        if self.folder is None:
-            return
+    def _arrived(self) -> Iterator[tuple[Path, tuple[str, int, int]]]:
+        """Files that have settled and were not judged in this form, oldest first."""
         found = []
-        for path in self.folder.iterdir():
-            if path.suffix in SUFFIXES and not path.name.startswith("."):
+        for path in self.folder.iterdir() if self.folder is not None else ():
+            if path.suffix not in SUFFIXES or path.name.startswith("."):
+                continue
+            try:
                 status = path.stat()
-                form = (path.name, status.st_size, status.st_mtime_ns)
-                if form not in self._seen and time.time() - status.st_mtime > SETTLED_S:
-                    found.append((status.st_mtime, path.name, path, form))
-        for changed_at, _, path, form in sorted(found):
-            self._seen.add(form)
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest not in self._taken:
-                self._taken.add(digest)
-                yield path, changed_at
+            except FileNotFoundError:
+                continue  # Renamed or removed since the folder was read.
+            form = (path.name, status.st_size, status.st_mtime_ns)
+            if form not in self._judged and time.time() - status.st_mtime > SETTLED_S:
+                found.append((status.st_mtime, path.name, path, form))
+        for _, _, path, form in sorted(found):
+            yield path, form
 
-    def _append(self, path: Path) -> None:
+    def _take(self, path: Path) -> bool:
+        """Append a file to the log; False if its content is there already."""
+        changed_at = path.stat().st_mtime
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest in _taken(EventLog.open(self.config.data)):
+            return False
         config = self.config
         events = replace(config.events, paths=[str(path)])
         prepare(
@@ -110,23 +123,31 @@ class Watch:
                 out=config.data, events=events, append=True, on_bad_rows=config.on_bad_rows, progress=config.progress
             )
         )
+        self._waiting.append(changed_at)
+        return True
 
 
 def watch(config: WatchConfig) -> Served:
     """`vista watch`: look every `poll_s` seconds until interrupted, or once.
 
     Raises:
-        ConfigError, LogFormatError, StoreError: what must be there is not: a log, and a store that a full refresh made.
+        ConfigError, CheckpointError: the folder or the model is not there.
+        VistaError: `once`, and a look failed. A service logs that and goes on.
     """
     with cpu_settings(config.num_threads):
         announce(resolve_device(config.device))
         watching = Watch(config)
         while True:
-            served = watching.look()
-            if config.once:
-                return served
-            if served.files or served.refused or served.refresh:
-                logger.info("%s", served)
+            try:
+                served = watching.look()
+                if config.once:
+                    return served
+                if served.files or served.refused or served.refresh:
+                    logger.info("%s", served)
+            except (VistaError, OSError) as error:
+                if config.once:
+                    raise
+                logger.error("%s", error)
             time.sleep(config.poll_s)
 
 

@@ -70,8 +70,9 @@ def compact_store(root: str | Path, *, key: bytes | None = None) -> PublishRepor
         StoreError: nothing is served, it is damaged, or the folder cannot be written; what is served is as before.
     """
     root = Path(root).absolute()
-    current = read_current(root)
+    read_current(root)  # else the lock would be the first thing to miss
     with locked(root):
+        current = read_current(root)
         remove_leftovers(root)
         for environment in environments_of(root, current):
             check_structure(environment)
@@ -88,14 +89,23 @@ def _compacted(root: Path, source: GenerationReader, key: bytes | None) -> Manif
     wanted = dataclasses.replace(source.manifest, generation=next_number(root))
     builder = GenerationBuilder(root, wanted, key, modes_of(generation_path(root, source.manifest.generation)))
     try:
+        # An erasure that was killed half-way has left some: here they go.
+        tombstones = Tombstones(root)
         for keys, records in source.batches():
+            keys, records = _without(tombstones, keys, records)
             builder.put(keys, restamp_records(keys, records, builder.spec))
         for keys, states in source.state_batches():
+            keys, states = _without(tombstones, keys, states)
             builder.put_states(keys, restamp_states(states, wanted.generation))
         return builder.finish()
     except BaseException:
         builder.discard()
         raise
+
+
+def _without(tombstones: Tombstones, keys: list[bytes], values: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+    kept = [place for place, erased in enumerate(tombstones.erased(keys)) if not erased]
+    return [keys[place] for place in kept], [values[place] for place in kept]
 
 
 def roll_back(root: str | Path, to: int | None = None, *, key: bytes | None = None) -> PublishReport:

@@ -74,7 +74,7 @@ def copy_generation(
             else:
                 remove_leftovers(to, but=f"{PARTIAL_PREFIX}gen-{number}")
                 builder = GenerationBuilder(to, manifest, key, modes, resume=True)
-                if not _take_held(builder, source):
+                if not _take_held(builder, source, tombstones):
                     logger.warning(
                         "%s: what an earlier copy had brought is not what %s holds; it begins anew", to, root
                     )
@@ -97,10 +97,12 @@ def copy_generation(
     return dataclasses.replace(publish_report(to, number, source.manifest.count), published=publish, num_kept=kept)
 
 
-def _take_held(builder: GenerationBuilder, source: GenerationReader) -> bool:
-    """Let a builder go on after what it holds, if these are the source's first records."""
+def _take_held(builder: GenerationBuilder, source: GenerationReader, tombstones: Tombstones) -> bool:
+    """Let a builder go on after what it holds, if these are the source's first records, and nobody of them erased."""
     theirs = _flat(source.batches())
     for keys, records in builder.held_batches():
+        if any(tombstones.erased(keys)):
+            return False
         for pair in zip(keys, records, strict=True):
             if next(theirs, None) != pair:
                 return False

@@ -148,8 +148,14 @@ class SharedEnvironment:
                 _registry[shared._identity] = shared
             elif writable and not (shared._writable and not shared.inherited):
                 shared._close()
-                shared._environment = open_environment(path, readonly=False, max_readers=max_readers)
-                shared._writable, shared._pid = True, os.getpid()
+                try:
+                    shared._environment = open_environment(path, readonly=False, max_readers=max_readers)
+                    shared._writable = True
+                except StoreError:  # Readers keep what they had.
+                    shared._environment = open_environment(path, readonly=True, max_readers=max_readers)
+                    shared._pid = os.getpid()
+                    raise
+                shared._pid = os.getpid()
             shared._references += 1
             return shared
 

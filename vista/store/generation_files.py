@@ -124,23 +124,26 @@ class GenerationFiles:
     def remove(self, keys: Sequence[bytes]) -> int:
         """Remove users durably, wherever they are; returns how many had a record."""
 
-        def remove_states(transaction: lmdb.Transaction[memoryview]) -> None:
-            for key in keys:
-                transaction.delete(key)
-
         def remove_records(transaction: lmdb.Transaction[memoryview]) -> tuple[Manifest, int]:
-            old = [bytes(value) for key in keys if (value := transaction.get(key)) is not None]
-            for key in keys:
-                transaction.delete(key)
+            old = [bytes(value) for key in keys if (value := transaction.pop(key)) is not None]
             manifest = self._manifest_in(transaction).with_records(old, [], [])
             return self._put_manifest(transaction, manifest), len(old)
 
         # Records first: what readers see goes at once.
         count: int
         self.manifest, count = self._write(self.summary, remove_records)
-        if self.state is not None:
-            self._write(self.state, remove_states)
+        self.remove_states(keys)
         return count
+
+    def remove_states(self, keys: Sequence[bytes]) -> None:
+        """Remove the users' states alone, durably."""
+
+        def remove(transaction: lmdb.Transaction[memoryview]) -> None:
+            for key in keys:
+                transaction.delete(key)
+
+        if self.state is not None and keys:
+            self._write(self.state, remove)
 
     def put_manifest(self, change: Callable[[Manifest], Manifest]) -> None:
         """Change the manifest durably."""

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from vista.errors import ConfigError, StoreError
 from vista.store.environment import MAX_READERS
 from vista.store.keys import user_keys
-from vista.store.layout import Manifest
+from vista.store.layout import CURRENT, Manifest
 from vista.store.lmdb_store import StoredBatch, SummaryStore
 from vista.store.record import Tail
 
@@ -65,7 +65,11 @@ def open_store(
 ) -> SummaryStore | StoreParts:
     """Open a store, or all parts of one; arguments and errors as of `SummaryStore.open`."""
     root = Path(path)
-    if root.is_dir() and any(map(_NAME.fullmatch, (entry.name for entry in root.iterdir()))):
+    if (
+        not (root / CURRENT).exists()
+        and root.is_dir()
+        and any(map(_NAME.fullmatch, (entry.name for entry in root.iterdir())))
+    ):
         return StoreParts.open(root, summarizer_id=summarizer_id, key=key)
     return SummaryStore.open(root, summarizer_id=summarizer_id, key=key)
 

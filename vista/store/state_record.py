@@ -174,6 +174,8 @@ def decode_states(values: Sequence[bytes | memoryview], keys: Sequence[bytes], s
 
 def restamp_states(values: Sequence[bytes], generation: int) -> list[bytes]:
     """Checked states as those of another generation: all but its number and the checksum stays."""
+    if not values:
+        return []
     rows = np.stack([np.frombuffer(value, np.uint8) for value in values])
     headers = rows[:, : HEADER.itemsize].copy().view(HEADER)[:, 0]
     headers["generation"], headers["checksum"] = generation, 0

@@ -1,11 +1,12 @@
 """Erased users: a file of 16-byte digests beside the generations, so that no later refresh brings a user back.
 
 The file holds no id: BLAKE2b-128 of the user's key. Its flock orders erasures and flips, so that no generation is
-published with a user who was erased while it was written.
+published with a user who was erased while it was written. An erasure waits for a flip that is verifying its generation.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -42,10 +43,20 @@ class Tombstones:
         new = [digest for digest in dict.fromkeys(map(_digest, keys)) if digest not in self._known]
         if not new:
             return
+        try:
+            self._append(new)
+        except OSError as error:
+            raise StoreError(
+                f"{self._path}: {error.strerror}; nobody is erased, check the disk and try again"
+            ) from error
+
+    def _append(self, new: list[bytes]) -> None:
         descriptor = os.open(self._path, os.O_WRONLY)
         try:
             # Over a torn end that a crash may have left, never behind it.
-            os.pwrite(descriptor, b"".join(new), len(self._known) * _DIGEST_BYTES)
+            data = b"".join(new)
+            if os.pwrite(descriptor, data, len(self._known) * _DIGEST_BYTES) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -79,12 +90,20 @@ class Tombstones:
 
 @contextmanager
 def erasing(root: Path) -> Iterator[None]:
-    """Section of an erasure or a flip: one at a time, for milliseconds, whichever process."""
-    descriptor = os.open(root / TOMBSTONES, os.O_RDWR | os.O_CREAT, PRIVATE.file)
+    """Section of an erasure or a flip: one at a time, whichever process."""
+    try:
+        descriptor = os.open(root / TOMBSTONES, os.O_RDWR | os.O_CREAT, PRIVATE.file)
+    except OSError as error:
+        raise StoreError(
+            f"{root / TOMBSTONES}: {error.strerror}; check the path, permissions and free space"
+        ) from error
     try:
         set_mode(root / TOMBSTONES, PRIVATE.file)  # whatever the umask
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # A child that was forked meanwhile holds the descriptor too.
     finally:
         os.close(descriptor)
 

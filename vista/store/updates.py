@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -13,9 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.errors import StoreError, SummarizerMismatchError
+from vista.store.environment import SharedEnvironment
 from vista.store.generation_files import GenerationFiles, lock_store
 from vista.store.keys import user_keys
-from vista.store.layout import Manifest, WriterLock, generation_path, list_generations, missing_generation, read_current
+from vista.store.layout import (
+    Manifest,
+    WriterLock,
+    environment_path,
+    generation_path,
+    list_generations,
+    missing_generation,
+    read_current,
+)
+from vista.store.lmdb_store import read_manifest
 from vista.store.record import HEADER, HEADER_BYTES
 from vista.store.state_record import StateArrays, read_states
 from vista.store.tombstones import Tombstones, erasing
@@ -114,6 +125,16 @@ class StoreUpdate:
                 applied[row], digest[row] = header["applied_segment"], header["history_digest"]
         return applied, digest
 
+    def key_batches(self, size: int) -> Iterator[list[bytes]]:
+        """Keys of all users, some at a time, ascending."""
+        last = b"u"
+        while True:
+            keys = self._files.summary.read(lambda transaction, last=last: _keys_after(transaction, last, size))  # type: ignore[misc]
+            if not keys:
+                return
+            last = keys[-1]
+            yield keys
+
     def states(self, keys: Sequence[bytes]) -> tuple[NDArray[np.int64], StateArrays] | None:
         """Rows of the keys that have a state, and these states; None where the generation keeps none.
 
@@ -136,12 +157,14 @@ class StoreUpdate:
         """Remove users durably; returns how many had a record."""
         return self._files.remove(keys)
 
+    def remove_states(self, keys: Sequence[bytes]) -> None:
+        """Have users recomputed from the log when they come again."""
+        self._files.remove_states(keys)
+
     def finish(self) -> Manifest:
         """All users are done: the generation has seen `applied_segment`, as of this run's start."""
         self._files.put_manifest(
-            lambda manifest: dataclasses.replace(
-                manifest, applied_segment=self.applied, refreshed_at=max(manifest.refreshed_at, self.created_at)
-            )
+            lambda manifest: dataclasses.replace(manifest, applied_segment=self.applied, refreshed_at=self.created_at)
         )
         return self.manifest
 
@@ -159,6 +182,27 @@ class StoreUpdate:
         self.close()
 
 
+def served_manifest(path: str | Path) -> Manifest:
+    """What the served generation is; no key is needed.
+
+    Raises:
+        StoreError: nothing is served, or it is damaged.
+    """
+    root = Path(path).absolute()
+    environment = SharedEnvironment.acquire(environment_path(root, read_current(root)))
+    try:
+        return environment.read(lambda transaction: read_manifest(transaction, root))
+    finally:
+        environment.release()
+
+
+def _keys_after(transaction: lmdb.Transaction[memoryview], last: bytes, size: int) -> list[bytes]:
+    cursor = transaction.cursor()
+    if not cursor.set_range(last + b"\0"):
+        return []
+    return [bytes(key) for key in islice(cursor.iternext(values=False), size)]
+
+
 def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str]) -> int:
     """Erase users: gone at once for readers, and no later refresh of this store brings them back.
 
@@ -173,13 +217,16 @@ def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str]) -> int:
         How many had a record in the served generation.
 
     Raises:
-        StoreError: a generation cannot be opened or written; the tombstones stand, and the call can be repeated.
+        StoreError: nothing is served, or a generation cannot be opened or written; the tombstones stand, and the call
+            is to be repeated. So it is after a kill; the next incremental refresh and compaction remove what is left.
     """
-    root, keys = Path(path).absolute(), user_keys(user_ids)
-    served = read_current(root)
+    root, keys = Path(path).absolute(), list(dict.fromkeys(user_keys(user_ids)))
+    if not root.is_dir():
+        raise StoreError(f"{root} is no store; check the path")
     count = 0
     with erasing(root):
         Tombstones(root).add(keys)
+        served = read_current(root)
         for generation in list_generations(root):
             try:
                 files = GenerationFiles.open(root, generation)

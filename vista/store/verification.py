@@ -82,7 +82,9 @@ def verify_generation(
         with open_generation(root, generation, key) as reader:
             report.records[generation] = _verify_records(reader, report).count
             num_states = sum(len(keys) for keys, _ in reader.state_batches())
-            if reader.manifest.state_spec() is not None and num_states != reader.manifest.count:
+            # A few more states than records: an incremental refresh stopped between the two, and goes on. A few less:
+            # users who could not be stored, and are to be recomputed.
+            if reader.manifest.state_spec() is not None and num_states < 0.98 * reader.manifest.count:
                 report.add(f"gen-{generation} holds {num_states} states for {reader.manifest.count} records")
             for name in reader.other_keys():
                 if not name.startswith(b"!"):
