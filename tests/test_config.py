@@ -47,6 +47,12 @@ def test_words_are_choices() -> None:
         (TrainConfig, {"model": {"dim": 8}}, r"model: expected ModelConfig, got {'dim': 8}"),
         (TrainConfig, {"resume": 1}, r"resume: expected bool, got 1"),
         (ScoreConfig, {"model": 3}, r"model: expected str, got 3"),
+        (RefreshConfig, {"incremental": True, "codec": "float16"}, r"codec: is what the store's full refresh made it"),
+        (
+            RefreshConfig,
+            {"incremental": True, "until": "leave-last-out"},
+            r"until: .*leave it out with incremental=true",
+        ),
         (SimulateConfig, {"start": "foo"}, r"start: .*write a date such as 2024-01-01"),
         (SimulateConfig, {"days": float("inf")}, r"days: must be at least 1 .* got inf"),
         (SimulateConfig, {"seed": -1}, r"seed: must be at least 0, got -1"),

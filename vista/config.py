@@ -299,6 +299,11 @@ class RefreshConfig:
         check_types(self)
         require_counts(self, "", ("tokens_per_batch", "users_per_batch"))
         require_counts(self, "", ("num_threads",), least=0)
+        if self.incremental:
+            usual = {"until": None, "codec": Codec.int8, "state": StateDtype.float32, "precision": Precision.float32}
+            for key, value in {**usual, "shared_with_group": False}.items():
+                message = "is what the store's full refresh made it; leave it out with incremental=true"
+                require(getattr(self, key) == value, key, message)
 
 
 @dataclass(kw_only=True, slots=True)
