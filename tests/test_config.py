@@ -51,7 +51,7 @@ def test_words_are_choices() -> None:
         (
             RefreshConfig,
             {"incremental": True, "until": "leave-last-out"},
-            r"until: .*leave it out with incremental=true",
+            r"until: .*leave it out",
         ),
         (SimulateConfig, {"start": "foo"}, r"start: .*write a date such as 2024-01-01"),
         (SimulateConfig, {"days": float("inf")}, r"days: must be at least 1 .* got inf"),
