@@ -129,6 +129,8 @@ class GenerationFiles:
             manifest = self._manifest_in(transaction).with_records(old, [], [])
             return self._put_manifest(transaction, manifest), len(old)
 
+        if not keys:
+            return 0
         # Records first: what readers see goes at once.
         count: int
         self.manifest, count = self._write(self.summary, remove_records)
