@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,6 +169,29 @@ def test_a_run_that_ends_anywhere_adds_no_event_twice(
     log = grow.append(tmp_path / "log", grow.events({2: 1}, grow.start + 1000 * grow.hour))
     report = refresh_incremental(model, log, store, users_per_batch=1)
     assert report.num_users == 3
+    grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
+
+
+def test_another_log_is_refused(tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was prepared anew, and one that was restored after a run that did not end, and grew otherwise."""
+    model = grow.model()
+    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
+    store = full(model, log, tmp_path / "store")
+    other = grow.append(tmp_path / "other", grow.events({1: 7, 2: 8}))
+    with pytest.raises(StoreError, match="segment 1 that it has seen was made of other sources"):
+        refresh_incremental(model, other, store)
+    shutil.copytree(tmp_path / "log", tmp_path / "backup")
+    log = grow.append(tmp_path / "log", grow.events({1: 2, 2: 2}, grow.start + 500 * grow.hour))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StoreUpdate, "finish", lambda update: (_ for _ in ()).throw(KeyboardInterrupt))
+        refresh_incremental(model, log, store)
+    with pytest.raises(StoreError, match=r"has seen segment 2, but .*backup ends at 1"):
+        refresh_incremental(model, EventLog.open(tmp_path / "backup"), store)
+    grown = grow.append(tmp_path / "backup", grow.events({1: 1}, grow.start + 600 * grow.hour))
+    with pytest.raises(StoreError, match="segment 2 that it has seen was made of other sources"):
+        refresh_incremental(model, grown, store)
+    compact_log(tmp_path / "log")
+    refresh_incremental(model, EventLog.open(tmp_path / "log"), store)
     grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
 
 

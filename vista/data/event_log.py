@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -225,6 +226,18 @@ class EventLog:
         False where that number lies inside a compacted range (or the log has none of it).
         """
         return any(segment.last == after for segment in self.segments)
+
+    def sources_digest(self, upto: int) -> str:
+        """SHA-256 over the digests of all sources of the segments numbered up to `upto`: which log this is.
+
+        Deletions and compactions do not change it. Only where `has_boundary(upto)`.
+        """
+        digest = hashlib.sha256()
+        for segment in self.segments:
+            if segment.last <= upto:
+                for source in segment.manifest["sources"]:
+                    digest.update(f"{source['table']} {source['sha256']}\n".encode())
+        return digest.hexdigest()
 
     def changed_users(self, after: int) -> NDArray[np.int64]:
         """Users with new events or deletions in segments numbered above `after` (0: all with anything).

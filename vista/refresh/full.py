@@ -88,6 +88,7 @@ def refresh(
         tail_len=config.tail_len,
         until=str(limit) if limit.before is None else limit.before,
         applied_segment=log.last_segment,
+        log_digest=log.sources_digest(log.last_segment),
         state_dtype=state if keep else StateDtype.none,
         state_shape=(config.num_layers, config.num_heads, config.dim // config.num_heads) if keep else (0, 0, 0),
         total_users=len(users),

@@ -37,6 +37,7 @@ from vista.refresh.changes import changed_positions
 from vista.refresh.report import Recorder, RefreshReport
 from vista.refresh.run import LogItems, check_log, encode_users, from_arrays, read_summaries, to_arrays
 from vista.store.keys import user_id, user_keys
+from vista.store.layout import Manifest
 from vista.store.parts import Shard
 from vista.store.state_record import StateArrays, rounded
 from vista.store.updates import StoreUpdate
@@ -88,11 +89,8 @@ def refresh_incremental(
         manifest = update.manifest
         if manifest.until not in (None, "all"):
             raise ConfigError(f"{store}: was refreshed until={manifest.until}, so it never goes on; refresh it in full")
-        if manifest.applied_segment > log.last_segment:
-            raise StoreError(
-                f"{store}: has seen segment {manifest.applied_segment}, but {log.path} ends at {log.last_segment}; "
-                "restore the log, or refresh in full from what there is"
-            )
+        _check_same_log(manifest, log, store)
+        update.begin(log.sources_digest(log.last_segment))
         changed = log.changed_users(manifest.applied_segment)
         named = log.users.has_ids(changed)
         gone = 0 if named.all() else _remove_strangers(update, log, users_per_batch)
@@ -108,6 +106,23 @@ def refresh_incremental(
         with run.stage("publish"):
             update.finish()
         return run.report(store, manifest.generation)
+
+
+def _check_same_log(manifest: Manifest, log: EventLog, store: str | Path) -> None:
+    for seen, digest in (
+        (manifest.applied_segment, manifest.log_digest),
+        (manifest.going_to, manifest.going_to_digest),  # of a run that did not end
+    ):
+        if seen > log.last_segment:
+            raise StoreError(
+                f"{store}: has seen segment {seen}, but {log.path} ends at {log.last_segment}; restore the log, or "
+                "refresh in full from what there is"
+            )
+        if digest and log.has_boundary(seen) and log.sources_digest(seen) != digest:
+            raise StoreError(
+                f"{store}: segment {seen} that it has seen was made of other sources than that of {log.path}; "
+                "restore the log, or refresh in full from this one"
+            )
 
 
 def _remove_strangers(update: StoreUpdate, log: EventLog, users_per_batch: int) -> int:

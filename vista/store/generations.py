@@ -71,6 +71,7 @@ class StoreWriter:
         run_digest: str,
         until: str | int | None = None,
         applied_segment: int = 0,
+        log_digest: str = "",
         state_dtype: StateDtype = StateDtype.none,
         state_shape: tuple[int, int, int] = (0, 0, 0),
         created_at: int | None = None,
@@ -92,6 +93,7 @@ class StoreWriter:
                 cursor means nothing without both.
             until: which events the summaries may have seen, as given to the refresh.
             applied_segment: newest segment of the log that is read.
+            log_digest: which log that is (`EventLog.sources_digest`).
             state_dtype: how states are kept beside the summaries, if they are.
             state_shape: layers, heads and head dim of a state.
             created_at: ms; by default now. A resumed generation keeps its own.
@@ -118,6 +120,7 @@ class StoreWriter:
                 tail_len=tail_len,
                 until=until,
                 applied_segment=applied_segment,
+                log_digest=log_digest,
                 total_users=total_users,
                 run_digest=run_digest,
                 state_dtype=state_dtype.value,

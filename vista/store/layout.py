@@ -45,6 +45,13 @@ PARTIAL_PREFIX = ".partial-"
 _PREFIX = "gen-"
 
 
+CHANGING = (
+    *("generation", "created_at", "refreshed_at", "log_digest", "going_to", "going_to_digest"),
+    *("count", "user_kind", "records_digest"),
+)
+"""Fields of a manifest that are no part of a run's identity."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """What a generation is (`!manifest`)."""
@@ -72,6 +79,12 @@ class Manifest:
     state_dtype: str = StateDtype.none.value
     state_shape: tuple[int, int, int] = (0, 0, 0)
     """Layers, heads and head dim of a state."""
+    log_digest: str = ""
+    """Of the log's sources up to `applied_segment` (`EventLog.sources_digest`): another log is refused."""
+    going_to: int = 0
+    """Segment that an incremental refresh which has not ended goes to, up to which some records have seen; 0: none."""
+    going_to_digest: str = ""
+    """Of the log's sources up to `going_to`."""
     refreshed_at: int = 0
     """Start of the last refresh that ended, full or incremental, ms: as of then all users are current."""
     count: int = 0
@@ -84,7 +97,7 @@ class Manifest:
     def identity(self) -> dict[str, Any]:
         """What must be equal for an unfinished generation to be resumed."""
         fields = dataclasses.asdict(self)
-        for name in ("generation", "created_at", "refreshed_at", "count", "user_kind", "records_digest"):
+        for name in CHANGING:
             del fields[name]
         return fields
 

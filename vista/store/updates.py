@@ -161,10 +161,23 @@ class StoreUpdate:
         """Have users recomputed from the log when they come again."""
         self._files.remove_states(keys)
 
+    def begin(self, log_digest: str) -> None:
+        """From here on some records may have seen the log up to `applied_segment`."""
+        self._files.put_manifest(
+            lambda manifest: dataclasses.replace(manifest, going_to=self.applied, going_to_digest=log_digest)
+        )
+
     def finish(self) -> Manifest:
         """All users are done: the generation has seen `applied_segment`, as of this run's start."""
         self._files.put_manifest(
-            lambda manifest: dataclasses.replace(manifest, applied_segment=self.applied, refreshed_at=self.created_at)
+            lambda manifest: dataclasses.replace(
+                manifest,
+                applied_segment=self.applied,
+                log_digest=manifest.going_to_digest,
+                going_to=0,
+                going_to_digest="",
+                refreshed_at=self.created_at,
+            )
         )
         return self.manifest
 
