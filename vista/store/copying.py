@@ -20,6 +20,7 @@ from vista.store.layout import (
     read_current,
     remove_leftovers,
     served_or_none,
+    set_store_modes,
 )
 from vista.store.permissions import GROUP, PRIVATE
 from vista.store.tombstones import Tombstones
@@ -67,6 +68,7 @@ def copy_generation(
             raise cannot_write(to, error) from error
         manifest = source.manifest.without_states()
         with locked(to):
+            set_store_modes(to, modes)
             kept, tombstones = 0, Tombstones(to)
             num_erased = tombstones.count()
             if number in list_generations(to):

@@ -26,6 +26,7 @@ from vista.store.layout import (
     generation_path,
     prepare_root,
     remove_leftovers,
+    set_store_modes,
     state_path,
 )
 from vista.store.permissions import Modes, make_folder
@@ -223,7 +224,13 @@ def lock_store(root: Path, modes: Modes | None = None) -> WriterLock:
         lock = WriterLock(root)
     except OSError as error:
         raise StoreError(f"{root} cannot be written: {error}; choose another folder or its permissions") from error
-    remove_leftovers(root)
+    try:
+        if modes is not None:
+            set_store_modes(root, modes)
+        remove_leftovers(root)
+    except OSError as error:
+        lock.release()
+        raise StoreError(f"{root} cannot be written: {error}; choose another folder or its permissions") from error
     return lock
 
 

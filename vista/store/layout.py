@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -292,18 +293,24 @@ def _write_name(root: Path, name: str, generation: int) -> None:
 
 
 def prepare_root(root: Path, modes: Modes) -> None:
-    """Make the store's folder if it is not there, and give it and what lies in it their modes.
-
-    A folder that holds something else and no store keeps its own mode.
+    """Make the store's folder if it is not there. One that holds something else and no store keeps its own mode.
 
     Raises:
         OSError: it cannot be made, or belongs to another account.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
-    if not root.exists():
+    with suppress(FileExistsError):  # It was there, or another writer starts at this moment.
         make_folder(root, modes)
-    elif is_owner(root) and ((root / WRITER_LOCK).exists() or not any(root.iterdir())):
+    if is_owner(root) and ((root / WRITER_LOCK).exists() or not any(root.iterdir())):
         set_mode(root, modes.folder)
+
+
+def set_store_modes(root: Path, modes: Modes) -> None:
+    """Give what lies in a store its modes; only under the lock.
+
+    Raises:
+        OSError: it belongs to another account.
+    """
     for name in (CURRENT, LAST):
         if (root / name).exists():
             set_mode(root / name, modes.file)

@@ -25,7 +25,15 @@ from vista.store.environment import check_structure
 from vista.store.generation_builder import GenerationBuilder, cannot_write, flip, locked, next_number, restamp_records
 from vista.store.generation_reader import GenerationReader, Tally, open_generation
 from vista.store.keys import user_id
-from vista.store.layout import Manifest, environment_path, prepare_root, read_current, remove_leftovers, served_or_none
+from vista.store.layout import (
+    Manifest,
+    environment_path,
+    prepare_root,
+    read_current,
+    remove_leftovers,
+    served_or_none,
+    set_store_modes,
+)
 from vista.store.permissions import GROUP, PRIVATE
 from vista.store.record import NO_TIMESTAMP, check_records, decode_rows, read_records
 from vista.store.tombstones import Tombstones
@@ -118,6 +126,7 @@ def import_store(
     except OSError as error:
         raise cannot_write(root, error) from error
     with locked(root):
+        set_store_modes(root, modes)
         remove_leftovers(root)
         tombstones, wanted = Tombstones(root), old.without_states()
         num_erased = tombstones.count()
