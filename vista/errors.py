@@ -55,6 +55,10 @@ class UnfinishedError(StoreError):
     """A generation of a store was never finished: no reader opens it, and the next refresh goes on with it."""
 
 
+class StoreWriteError(StoreError):
+    """A store's files cannot be written or read just now; what it holds is as it was."""
+
+
 class RecordError(StoreError):
     """One stored record is truncated, corrupt or of another format; the message names its key."""
 

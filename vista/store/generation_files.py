@@ -15,7 +15,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.errors import StoreError
+from vista.errors import StoreError, StoreWriteError
 from vista.files import sync
 from vista.store.environment import MAX_READERS, REMEDY, SharedEnvironment
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
@@ -234,9 +234,9 @@ def lock_store(root: Path, modes: Modes | None = None) -> WriterLock:
     return lock
 
 
-def write_error(root: Path, error: Exception) -> StoreError:
+def write_error(root: Path, error: Exception) -> StoreWriteError:
     """What a failed write of a store is called."""
-    return StoreError(
+    return StoreWriteError(
         f"{root} cannot be written: {error}; check free space and permissions, then run the refresh again: it goes on "
         "after the last batch that was written"
     )

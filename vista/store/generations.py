@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -13,7 +14,7 @@ import lmdb
 import numpy as np
 
 from vista.choices import Codec, StateDtype
-from vista.errors import StoreError
+from vista.errors import StoreError, StoreWriteError
 from vista.files import sync
 from vista.store.authentication import key_id
 from vista.store.environment import MAX_READERS, SharedEnvironment, check_structure, complete_size
@@ -172,6 +173,7 @@ class StoreWriter:
         """Check every record, mark the generation complete, flip CURRENT, remove all but this and the one before.
 
         Raises:
+            StoreWriteError: the disk is full or fails; the generation stays, and the same run goes on.
             StoreError: the run is not finished (it stays resumable); or the count, a record or the file's structure is
                 wrong (the generation is removed, CURRENT stays).
         """
@@ -187,9 +189,12 @@ class StoreWriter:
                 with erasing(self.path):
                     if len(self._tombstones) == erased:
                         return self._flip(found)
+        except StoreWriteError:
+            raise
         except StoreError as error:
             self._files.close()
-            remove_generation(self.path, self.generation)
+            with suppress(OSError):  # Else the next writer removes it.
+                remove_generation(self.path, self.generation)
             raise StoreError(
                 f"{error}. The generation was removed, CURRENT is as before; check the disk, then refresh again"
             ) from error

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vista.errors import StoreError
+from vista.errors import StoreWriteError
 from vista.files import sync
 from vista.store.permissions import PRIVATE, set_mode
 
@@ -46,7 +46,7 @@ class Tombstones:
         try:
             self._append(new)
         except OSError as error:
-            raise StoreError(
+            raise StoreWriteError(
                 f"{self._path}: {error.strerror}; nobody is erased, check the disk and try again"
             ) from error
 
@@ -74,15 +74,14 @@ class Tombstones:
     def _reread(self) -> None:
         try:
             size = self._path.stat().st_size
+            if size == self._size:
+                return
+            data = self._path.read_bytes()
         except FileNotFoundError:
             self._known, self._size = set(), -1
             return
-        if size == self._size:
-            return
-        try:
-            data = self._path.read_bytes()
         except OSError as error:
-            raise StoreError(f"{self._path}: {error.strerror}; erasures must be readable, check permissions") from error
+            raise StoreWriteError(f"{self._path}: {error.strerror}; check the disk and permissions") from error
         whole = len(data) - len(data) % _DIGEST_BYTES
         self._known = {data[at : at + _DIGEST_BYTES] for at in range(0, whole, _DIGEST_BYTES)}
         self._size = len(data)
@@ -94,7 +93,7 @@ def erasing(root: Path) -> Iterator[None]:
     try:
         descriptor = os.open(root / TOMBSTONES, os.O_RDWR | os.O_CREAT, PRIVATE.file)
     except OSError as error:
-        raise StoreError(
+        raise StoreWriteError(
             f"{root / TOMBSTONES}: {error.strerror}; check the path, permissions and free space"
         ) from error
     try:
