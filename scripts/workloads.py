@@ -45,11 +45,14 @@ def lifelong_log(folder: Path, lengths: Sequence[int], *, num_items: int = 50_00
         [rng.permutation(num_items)[:total], popular_items(rng, max(total - num_items, 0), num_items)]
     )
     gap = rng.exponential(MEAN_GAP_MS, total).astype(np.int64) + 1
+    time = np.cumsum(gap)
+    first = np.cumsum(counts) - counts
+    time -= np.repeat(time[np.minimum(first, max(total - 1, 0))], counts)  # each life from the start
     frame = pl.DataFrame(
         {
             "user": np.repeat(np.arange(1, len(counts) + 1), counts),
             "item": item + 1,
-            "timestamp": START_MS + np.cumsum(gap),
+            "timestamp": START_MS + time,
             "action": pl.Series(ACTIONS).gather(rng.integers(0, len(ACTIONS), total)),
         }
     )
