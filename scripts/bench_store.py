@@ -279,10 +279,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench_full,
         partial(bench_many_users, shape=shape),
     ]
-    for part in parts:
-        if options.work is not None:
+    if options.work is not None:
         Path(options.work).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="vista-bench-", dir=options.work) as folder:
+    for part in parts:
+        with tempfile.TemporaryDirectory(prefix="vista-bench-", dir=options.work) as folder:
             part(recorder, Path(folder))
     recorder.print_summary()
     return 0
