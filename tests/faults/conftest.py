@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import small_config
 from tests.faults.harness import Promise, Trials, share, work_folder
 from tests.faults.nursery import Nursery
 from tests.faults.preload import compiled
+from vista.data.event_log import EventLog
+from vista.model.recommender import Recommender
+from vista.training.trainer import schema_of
 
 
 def require_linux() -> None:
@@ -49,3 +53,12 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
         pytest.skip("no C compiler (cc): system calls cannot be intercepted")
     with Nursery(LD_PRELOAD=str(compiled(tmp_path_factory.mktemp("preload")))) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def model_dir(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model: what a refresh stores does not depend on training."""
+    folder = tmp_path_factory.mktemp("model")
+    config = small_config(event_log, "unused")
+    Recommender(config.model, schema_of(event_log, config), event_log.items, config.data).save_pretrained(folder / "m")
+    return folder / "m"

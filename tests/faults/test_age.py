@@ -6,9 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from tests.conftest import small_config
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from vista.data.event_log import EventLog
@@ -16,18 +14,8 @@ from vista.model.recommender import Recommender
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.store.lmdb_store import CLOCK_SKEW_MS
-from vista.training.trainer import schema_of
 
 MAX_AGE_S = 3600
-
-
-@pytest.fixture(scope="module")
-def model_dir(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model."""
-    folder = tmp_path_factory.mktemp("model")
-    config = small_config(event_log, "unused")
-    Recommender(config.model, schema_of(event_log, config), event_log.items, config.data).save_pretrained(folder / "m")
-    return folder / "m"
 
 
 def served(say: Say, log: str, model_dir: str, store: str, shift_ms: int) -> list[bool]:

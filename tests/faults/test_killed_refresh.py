@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import small_config
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Child, Nursery, Say
 from vista.choices import Codec
@@ -17,19 +16,9 @@ from vista.data.event_log import EventLog
 from vista.model.recommender import Recommender
 from vista.refresh import refresh
 from vista.store import StoreWriter, SummaryStore
-from vista.training.trainer import schema_of
 
 USERS_PER_BATCH = 2
 NUM_BATCHES = 8
-
-
-@pytest.fixture(scope="module")
-def model_dir(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model: what a refresh stores does not depend on training."""
-    folder = tmp_path_factory.mktemp("model")
-    config = small_config(event_log, "unused")
-    Recommender(config.model, schema_of(event_log, config), event_log.items, config.data).save_pretrained(folder / "m")
-    return folder / "m"
 
 
 def run_refresh(say: Say, log: str, model: str, store: str, codec: str) -> int:

@@ -18,5 +18,13 @@ from vista.refresh.report import RefreshReport
 from vista.refresh.run import check_log, refresh_from_config
 from vista.store.updates import erase
 
-__all__ = ["RefreshReport", "check_log", "erase", "forget", "merge", "refresh", "refresh_from_config"]
-__all__ += ["refresh_incremental"]
+__all__ = [
+    "RefreshReport",
+    "check_log",
+    "erase",
+    "forget",
+    "merge",
+    "refresh",
+    "refresh_from_config",
+    "refresh_incremental",
+]

@@ -168,7 +168,7 @@ class _Work:
             with self.run.stage("write"):
                 self.run.counts["removed"] += self.update.remove([keys[row] for row in gone.tolist()])
         with self.run.stage("read"):
-            applied, _ = self.update.applied_segments(keys)
+            applied = self.update.applied_segments(keys)
         current = (applied >= self.update.applied) & (lengths > 0)
         self.run.counts["unchanged"] += int(current.sum())
         rows = np.flatnonzero((lengths > 0) & ~erased & ~current)

@@ -64,12 +64,7 @@ class GenerationReader:
 
     def raw_batches(self, after: bytes = b"u") -> Iterator[Batch]:
         """Keys beyond `after` and their values, unchecked, ascending; each batch in a short transaction of its own."""
-        while True:
-            keys, values = self.environment.read(lambda transaction, after=after: read_batch(transaction, after))  # type: ignore[misc]
-            if not keys:
-                return
-            after = keys[-1]
-            yield keys, values
+        return _batches_of(self.environment, after)
 
     def batches(self, after: bytes = b"u") -> Iterator[Batch]:
         """As `raw_batches`, every record checked.
@@ -92,13 +87,8 @@ class GenerationReader:
             return
         environment = SharedEnvironment.acquire(folder)
         try:
-            after = b"u"
-            while True:
-                keys, states = environment.read(lambda transaction, after=after: read_batch(transaction, after))  # type: ignore[misc]
-                if not keys:
-                    return
+            for keys, states in _batches_of(environment, b"u"):
                 decode_states(states, keys, spec)
-                after = keys[-1]
                 yield keys, states
         finally:
             environment.release()
@@ -151,6 +141,15 @@ def read_batch(transaction: lmdb.Transaction[memoryview], after: bytes) -> Batch
             if size >= _BATCH_BYTES or len(keys) == _BATCH_RECORDS:
                 break
     return keys, values
+
+
+def _batches_of(environment: SharedEnvironment, after: bytes) -> Iterator[Batch]:
+    while True:
+        keys, values = environment.read(lambda transaction, after=after: read_batch(transaction, after))  # type: ignore[misc]
+        if not keys:
+            return
+        after = keys[-1]
+        yield keys, values
 
 
 def _other_keys(transaction: lmdb.Transaction[memoryview]) -> list[bytes]:

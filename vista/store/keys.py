@@ -5,7 +5,7 @@ Integers are big-endian with the sign bit flipped, so that byte order is numeric
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,12 @@ def user_id(key: bytes) -> int | str:
         except UnicodeDecodeError:
             pass
     raise UserKeyError(f"{key!r} is no user key")
+
+
+def common_kind(kinds: Iterable[str | None]) -> str | None:
+    """What ids of several kinds are together: int, str, mixed, or None without any."""
+    found = set(kinds) - {None}
+    return None if not found else found.pop() if len(found) == 1 else "mixed"
 
 
 def _int_keys(ids: NDArray[np.int64]) -> list[bytes]:

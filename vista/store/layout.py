@@ -30,7 +30,7 @@ from vista.errors import StoreError, StoreLockedError
 from vista.files import sync
 from vista.store.authentication import key_id
 from vista.store.environment import REMEDY
-from vista.store.keys import KINDS
+from vista.store.keys import KINDS, common_kind
 from vista.store.permissions import PRIVATE, Modes, is_owner, make_folder, modes_of, set_mode, set_tree_modes
 from vista.store.record import FORMAT_VERSION, RecordSpec, sum_of_checksums
 from vista.store.state_record import StateSpec
@@ -141,11 +141,10 @@ class Manifest:
         """The manifest after `old` records have given way to `new` ones under `keys`."""
         digest = int(self.records_digest, 16) + sum_of_checksums(new) - sum_of_checksums(old)
         kinds = {KINDS.get(prefix, "mixed") for prefix in {key[:2] for key in keys}}
-        kinds |= {self.user_kind} if self.user_kind else set()
         return dataclasses.replace(
             self,
             count=self.count + len(new) - len(old),
-            user_kind=None if not kinds else kinds.pop() if len(kinds) == 1 else "mixed",
+            user_kind=common_kind([self.user_kind, *kinds]),
             records_digest=f"{digest % (1 << 64):016x}",
         )
 

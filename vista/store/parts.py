@@ -21,9 +21,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from vista.data.histories import ranges
 from vista.errors import ConfigError, StoreError
-from vista.store.environment import MAX_READERS
-from vista.store.keys import user_keys
+from vista.store.keys import common_kind, user_keys
 from vista.store.layout import CURRENT, Manifest
 from vista.store.lmdb_store import StoredBatch, SummaryStore
 from vista.store.record import Tail
@@ -82,14 +82,7 @@ class StoreParts:
         self._parts = list(parts)
 
     @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        *,
-        summarizer_id: bytes | None = None,
-        max_readers: int = MAX_READERS,
-        key: bytes | None = None,
-    ) -> StoreParts:
+    def open(cls, path: str | Path, *, summarizer_id: bytes | None = None, key: bytes | None = None) -> StoreParts:
         """Open every part.
 
         Raises:
@@ -107,11 +100,8 @@ class StoreParts:
         opened: list[SummaryStore] = []
         try:
             for index in range(count):
-                opened.append(
-                    SummaryStore.open(
-                        Shard(index, count).path(root), summarizer_id=summarizer_id, max_readers=max_readers, key=key
-                    )
-                )
+                part_root = Shard(index, count).path(root)
+                opened.append(SummaryStore.open(part_root, summarizer_id=summarizer_id, key=key))
             parts = cls(root, opened)
             first = opened[0].manifest
             for part in opened[1:]:
@@ -128,7 +118,6 @@ class StoreParts:
     def manifest(self) -> Manifest:
         """Of part 0, but what holds for all: the oldest generation and refresh, the shortest tail; counts add up."""
         all_of = [part.manifest for part in self._parts]
-        kinds = {manifest.user_kind for manifest in all_of} - {None}
         return dataclasses.replace(
             all_of[0],
             generation=min(manifest.generation for manifest in all_of),
@@ -138,7 +127,7 @@ class StoreParts:
             tail_len=min(manifest.tail_len for manifest in all_of),
             total_users=sum(manifest.total_users for manifest in all_of),
             count=sum(manifest.count for manifest in all_of),
-            user_kind=None if not kinds else kinds.pop() if len(kinds) == 1 else "mixed",
+            user_kind=common_kind(manifest.user_kind for manifest in all_of),
         )
 
     @property
@@ -202,7 +191,7 @@ def _in_order(batches: Sequence[StoredBatch], place: NDArray[np.int64]) -> Store
     lengths = np.concatenate([np.diff(batch.tail.offsets) for batch in batches])
     starts, counts = (np.cumsum(lengths) - lengths)[place], lengths[place]
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    index = np.arange(int(offsets[-1])) + np.repeat(starts - offsets[:-1], counts)
+    index = ranges(starts, counts)
     items, times, actions = (
         np.concatenate([getattr(batch.tail, name) for batch in batches])[index]
         for name in ("items", "times", "actions")

@@ -111,19 +111,18 @@ class StoreUpdate:
         """[N] whether each user is erased."""
         return np.array(self._tombstones.erased(keys), bool)
 
-    def applied_segments(self, keys: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-        """Newest segment in each user's record, -1 without one, and its history digest, 0 without one: [N] each."""
+    def applied_segments(self, keys: Sequence[bytes]) -> NDArray[np.int64]:
+        """[N] newest segment in each user's record, -1 without one."""
 
         def read(transaction: lmdb.Transaction[memoryview]) -> list[bytes | None]:
             values = [transaction.get(key) for key in keys]
             return [None if value is None else bytes(value[:HEADER_BYTES]) for value in values]
 
-        applied, digest = np.full(len(keys), -1, np.int64), np.zeros(len(keys), np.uint64)
+        applied = np.full(len(keys), -1, np.int64)
         for row, value in enumerate(self._files.summary.read(read)):
             if value is not None:
-                header = np.frombuffer(value, HEADER)[0]
-                applied[row], digest[row] = header["applied_segment"], header["history_digest"]
-        return applied, digest
+                applied[row] = np.frombuffer(value, HEADER)[0]["applied_segment"]
+        return applied
 
     def key_batches(self, size: int) -> Iterator[list[bytes]]:
         """Keys of all users, some at a time, ascending."""
