@@ -183,3 +183,11 @@ def test_commit_tells_sources_from_results(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "vista" / "new.py").unlink()
     module.write_text("# changed\n")
     assert commit() == short + "+dirty"
+
+
+def test_the_committed_tables_can_be_read_and_their_markdown_is_made_from_them() -> None:
+    folder = Path(__file__).parents[1] / "docs" / "results"
+    tables = [path for path in folder.glob("*.jsonl") if not path.name.startswith(("bench_", "faults"))]
+    assert tables
+    for path in tables:
+        assert path.with_suffix(".md").read_text() == markdown_table(read_results(path)), path.name
