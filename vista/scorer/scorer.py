@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vista.choices import OnMissing, Precision
 from vista.data.vocabulary import Ids
-from vista.device import choose_precision, resolve_device
+from vista.device import choose_precision, resolve_device, reuse_freed_memory
 from vista.errors import SummarizerMismatchError, UnknownItemError, UnknownUserError
 from vista.model import inference
 from vista.model.item_projections import ItemProjections
@@ -141,6 +141,7 @@ class Scorer:
         if max_age_s is not None and not max_age_s > 0:
             raise ValueError(f"max_age_s: must be above 0 seconds, got {max_age_s}")
         source = _Source(model, store, device, key, _choice(Precision, precision, "precision"))
+        reuse_freed_memory()
         return cls(source, policy, task, max_age_s)
 
     def close(self) -> None:
