@@ -387,7 +387,14 @@ class Scorer:
             rows, filled = pad_ragged(rows, offsets, len(request))
         if rows.ndim == 2 and len(rows) != len(request):
             raise ValueError(f"candidates: {rows.shape} do not fit {len(request)} users; give [C], or one row a user")
-        scores = served.scores(request, torch.from_numpy(rows), tasks)
+        if filled is None:
+            scores = served.scores(request, torch.from_numpy(rows), tasks)
+        else:  # Users of like lengths together.
+            lengths = filled.sum(1)
+            order = np.argsort(lengths)
+            sorted_scores = served.scores(request.select(order), torch.from_numpy(rows[order]), tasks, lengths[order])
+            place = torch.from_numpy(np.argsort(order))
+            scores = {task: cells[place] for task, cells in sorted_scores.items()}
         unknown = np.broadcast_to(rows == UNKNOWN_ITEM, (len(request), rows.shape[-1]))
         if self.on_missing is OnMissing.nan:
             nobody = torch.from_numpy(request.missing[:, None] | unknown)
