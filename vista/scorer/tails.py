@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vista.requests import array_of, integers
+from vista.scorer.requests import array_of, integers
 from vista.store.record import Tail
 
 
