@@ -7,6 +7,7 @@ ask the same of a frozen copy, in quiet.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import shutil
 import threading
@@ -33,8 +34,9 @@ from workloads import ACTIONS, START_MS, lifelong_log, untrained
 THREADS = 2
 """Questions at once of one worker process."""
 CALLS_PER_RELOAD = 16
-OPERATIONS = ("full", "erase", "incremental", "compact", "incremental", "erase", "incremental")
-"""Again and again. A full refresh comes with a new event of every user, so that its flip changes every answer."""
+OPERATIONS = ("full", "erase", "incremental", "compact", "incremental", "model", "erase", "incremental")
+"""Again and again. A full refresh comes with a new event of every user, so that its flip changes every answer; a model
+takes the place of the one before, and is then refreshed with in full."""
 ERASED_AT_ONCE = 5
 LATER_MS = START_MS + 10**11
 """When the questions are asked: after all events."""
@@ -78,7 +80,9 @@ class Stage:
     def __init__(self, folder: Path, num_users: int, num_items: int) -> None:
         """Make a log, an untrained model and its store, and freeze that as operation 0."""
         self.num_users, self.num_items = num_users, num_items
-        self.log, self.model, self.store, self.frozen = (folder / name for name in ("log", "model", "store", "frozen"))
+        self.log, self.model, self.store, self.frozen, self.models = (
+            folder / name for name in ("log", "model", "store", "frozen", "models")
+        )
         self.context = multiprocessing.get_context("spawn")
         # Only the keeper writes them, so they need no lock: operations begun and done, generation served by the latter.
         self.begun, self.done, self.served = (self.context.Value("q", 0, lock=False) for _ in range(3))
@@ -86,11 +90,16 @@ class Stage:
         """Answers, operations and failures; workers wait where the judge does not follow."""
         self.stop = self.context.Event()
         log = lifelong_log(self.log, [40] * num_users, num_items=num_items)
-        model = untrained(log, dim=64, num_seeds=16)
-        model.save_pretrained(self.model)
-        refresh(model, log, self.store)
+        refresh(self.new_model(log, seed=0), log, self.store)
         self.served.value = read_current(self.store)
         freeze(self.store, self.frozen, 0)
+
+    def new_model(self, log: EventLog, seed: int) -> Recommender:
+        """Put a model into the folder that is served, and another of it to `models/<its summarizer>`."""
+        model = untrained(log, dim=64, num_seeds=16, seed=seed)
+        model.save_pretrained(self.model)
+        model.save_pretrained(self.models / model.summarizer_id().hex())
+        return model
 
 
 def freeze(store: Path, frozen: Path, operation: int) -> None:
@@ -116,7 +125,7 @@ def copies(frozen: Path) -> list[tuple[int, int]]:
 
 
 def ask(scorer: Scorer, question: int, num_users: int, num_items: int) -> Arrays:
-    """Ask a question: score, predict, rank or user_vectors, for users some of whom are unknown."""
+    """Ask a question: score, predict, rank, explain or user_vectors, for users some of whom are unknown."""
     rng = np.random.default_rng(question)
 
     def users(size: int) -> NDArray[np.int64]:
@@ -125,7 +134,7 @@ def ask(scorer: Scorer, question: int, num_users: int, num_items: int) -> Arrays
     def items(*size: int) -> NDArray[np.int64]:
         return rng.integers(1, num_items + num_items // 50 + 1, size)
 
-    kind = rng.integers(6)
+    kind = rng.integers(7)
     if kind == 0:
         return [scorer.score(users(1), items(200), now=LATER_MS)]
     if kind == 1:
@@ -141,6 +150,9 @@ def ask(scorer: Scorer, question: int, num_users: int, num_items: int) -> Arrays
     if kind == 4:
         ranking = scorer.rank(int(users(1)[0]), top_k=20, exclude_tail=True)
         return [ranking.items, ranking.scores, np.array(ranking.num_dropped)]
+    if kind == 5:
+        explanation = scorer.explain(int(users(1)[0]), items(5), now=LATER_MS)
+        return [explanation.value, explanation.summary, explanation.tail, explanation.own]
     return [scorer.user_vectors(users(16))]
 
 
@@ -150,6 +162,7 @@ def ask(scorer: Scorer, question: int, num_users: int, num_items: int) -> Arrays
 def work(stage: Stage, worker: int) -> None:
     """A serving process: threads that ask until the stage stops; the first of them follows the store as well."""
     set_threads(1)
+    logging.getLogger("vista").setLevel(logging.ERROR)  # That a new model has no summaries yet is said at each reload.
     with Scorer.open(stage.model, stage.store, on_missing="nan", task="click") as scorer:
         threads = [
             threading.Thread(target=_ask_forever, args=(stage, scorer, THREADS * worker + own, own == 0))
@@ -201,13 +214,14 @@ def _operate(stage: Stage, pause_s: float) -> list[int]:
         if stage.stop.wait(pause_s):
             break
         everyone = 1 + np.arange(stage.num_users)
-        if kind == "full":
+        if kind in ("full", "model"):
             log = append_events(stage, number, everyone, rng)
         elif kind == "incremental":
             log = append_events(stage, number, rng.choice(everyone, stage.num_users // 10, replace=False), rng)
         began = time.perf_counter()
         stage.begun.value = number
-        if kind == "full":
+        if kind in ("full", "model"):
+            model = stage.new_model(log, seed=number) if kind == "model" else model
             refresh(model, log, stage.store)
         elif kind == "incremental":
             # In one transaction, so that what lies between two operations is no state of its own.

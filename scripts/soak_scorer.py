@@ -1,10 +1,10 @@
 """The scorer under load: minutes of questions while its store is refreshed, flipped, erased from and compacted.
 
-Two worker processes of two threads each score, predict, rank and ask for user vectors without a pause, and reload. A
-keeper appends events to the log and refreshes incrementally and in full, erases users, and compacts. This process is
-the judge: it asks every question again, in quiet, of frozen copies of the store. An answer is right if it equals that
-of one copy, which was served while the question was asked: another is wrong, be it too old, of an erased user, or half
-of one generation and half of the next. Once a minute it prints a line.
+Two worker processes of two threads each score, predict, rank, explain and ask for user vectors without a pause, and
+reload. A keeper appends events to the log and refreshes incrementally and in full, erases users, compacts, and puts a
+new model in the old one's place. This process is the judge: it asks every question again, in quiet, of frozen copies of
+the store. An answer is right if it equals that of one copy, which was served while the question was asked: another is
+wrong, be it too old, of an erased user, or half of one generation and half of the next. Once a minute it prints a line.
 
     python scripts/soak_scorer.py --minutes 10
 """
@@ -28,6 +28,7 @@ from soak_load import THREADS, Answer, Arrays, Failure, Operation, Stage, ask, c
 from store_workloads import private_bytes
 from vista.device import set_threads
 from vista.scorer import Scorer
+from vista.store import SummaryStore
 
 WORKERS = 2
 WARMUP_S = 120.0
@@ -44,8 +45,8 @@ SHOWN_FAILURES = 5
 class Judge:
     """Asks questions again, of frozen copies of the store."""
 
-    def __init__(self, model: Path, frozen: Path, num_users: int, num_items: int) -> None:
-        self._model, self._frozen, self._sizes = model, frozen, (num_users, num_items)
+    def __init__(self, models: Path, frozen: Path, num_users: int, num_items: int) -> None:
+        self._models, self._frozen, self._sizes = models, frozen, (num_users, num_items)
         self._opened: OrderedDict[tuple[int, int], Scorer] = OrderedDict()
         self.latest: dict[int, Answer] = {}
         self.num_changing = 0
@@ -87,7 +88,9 @@ class Judge:
     def _ask(self, state: tuple[int, int], question: int) -> Arrays:
         if state not in self._opened:
             folder = self._frozen / f"{state[0]}-{state[1]}"
-            self._opened[state] = Scorer.open(self._model, folder, on_missing="nan", task="click")
+            with SummaryStore.open(folder) as store:
+                model = self._models / store.summarizer_id.hex()
+            self._opened[state] = Scorer.open(model, folder, on_missing="nan", task="click")
             if len(self._opened) > OPEN_COPIES:
                 self._opened.popitem(last=False)[1].close()
         self._opened.move_to_end(state)
@@ -106,7 +109,7 @@ class Soak:
 
     def __init__(self, stage: Stage, pause_s: float) -> None:
         self.stage = stage
-        self.judge = Judge(stage.model, stage.frozen, stage.num_users, stage.num_items)
+        self.judge = Judge(stage.models, stage.frozen, stage.num_users, stage.num_items)
         context = stage.context
         self.workers = [context.Process(target=work, args=(stage, number), daemon=True) for number in range(WORKERS)]
         self.keeper = context.Process(target=keep, args=(stage, pause_s), daemon=True)

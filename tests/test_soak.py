@@ -21,7 +21,7 @@ from vista.scorer import Scorer
 
 pytestmark = pytest.mark.filterwarnings("error")
 NUM_USERS, NUM_ITEMS = 60, 50
-PREDICT, TAIL, VECTORS = 1, 19, 0
+PREDICT, TAIL, VECTORS = 9, 40, 7
 """Numbers of questions: predict for eight users, score of four with their tails, vectors of sixteen."""
 
 
@@ -49,7 +49,7 @@ def answer_of(stage: Stage, copy: str, question: int) -> Answer:
 @pytest.mark.parametrize("question", [PREDICT, TAIL, VECTORS])
 def test_the_judge_takes_one_state_and_no_other(stage: Stage, question: int) -> None:
     assert sorted(copies(stage.frozen)) == [(1, 0), (1, 2), (2, 1), (2, 2)]
-    judge = Judge(stage.model, stage.frozen, NUM_USERS, NUM_ITEMS)
+    judge = Judge(stage.models, stage.frozen, NUM_USERS, NUM_ITEMS)
     old, new, erased = (answer_of(stage, copy, question) for copy in ("1-0", "2-1", "2-2"))
     assert all(judge.is_right(answer) for answer in (old, new, erased))
     assert judge.num_changing == 0
@@ -72,7 +72,7 @@ def test_the_judge_forgets_what_nobody_can_ask_for(stage: Stage) -> None:
     frozen = stage.frozen.with_name("frozen-too")
     for copy in ("1-0", "1-2", "2-1", "2-2"):
         (frozen / copy).mkdir(parents=True)
-    judge = Judge(stage.model, frozen, NUM_USERS, NUM_ITEMS)
+    judge = Judge(stage.models, frozen, NUM_USERS, NUM_ITEMS)
     first, second = (Answer(thread, 0, 2, 2, (1, 2), 0.0, []) for thread in (0, 1))
     judge.latest[0] = first
     judge.forget(num_threads=2)
@@ -102,5 +102,7 @@ def test_a_short_soak(tmp_path: Path) -> None:
     rows = {row["case"].partition(": ")[2]: row for row in read_cases(out)}
     assert rows["failed"]["value"] == rows["wrong"]["value"] == 0
     assert rows["answers"]["value"] > 50
-    assert all(rows[f"operations, {kind}"]["value"] > 0 for kind in ("incremental", "full", "erase", "compact"))
+    assert all(
+        rows[f"operations, {kind}"]["value"] > 0 for kind in ("incremental", "full", "erase", "compact", "model")
+    )
     assert len([line for line in done.stdout.splitlines() if "answers, median" in line]) == 5
