@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from recorder import RESULTS, Recorder
-from soak_load import THREADS, Answer, Arrays, Failure, Operation, Stage, ask, copies, keep, work
+from soak_load import OPERATIONS, THREADS, Answer, Arrays, Failure, Operation, Stage, ask, copies, keep, work
 from store_workloads import private_bytes
 from vista.device import set_threads
 from vista.scorer import Scorer
@@ -123,22 +123,24 @@ class Soak:
         """By minute, of each worker."""
 
     def run(self, seconds: float, minute_s: float) -> None:
-        """Start all, judge for some seconds from the first answer on, and stop them."""
+        """Start all; judge for some seconds from the first answer on, and until each operation was done; stop all."""
         for process in self.processes:
             process.start()
         self._take(timeout_s=HANGS_S)
         began = time.monotonic()
-        while (now := time.monotonic() - began) < seconds and all(process.is_alive() for process in self.processes):
+        while all(process.is_alive() for process in self.processes):
+            now = time.monotonic() - began
+            if now >= seconds and (set(self.operations) == set(OPERATIONS) or now >= seconds + HANGS_S):
+                break
             self._take()
             if now >= minute_s * len(self.latencies_s):
                 self._end_minute()
         self._end_minute()
-        if not self.stage.stop.is_set():
-            self.failures += [f"{p.name} ended with {p.exitcode}" for p in self.processes if not p.is_alive()]
+        early = [process for process in self.processes if not process.is_alive()]
         self.stage.stop.set()
         while any(process.is_alive() for process in self.processes) or not self.stage.said.empty():
             self._take()
-        self.failures += [f"{p.name} ended with {p.exitcode}" for p in self.processes if p.exitcode]
+        self.failures += [f"{p.name} ended with {p.exitcode}" for p in self.processes if p.exitcode or p in early]
 
     def _take(self, timeout_s: float = 1.0) -> None:
         try:
@@ -190,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--users", type=int, default=2000)
     parser.add_argument("--pause", type=float, default=1.0, metavar="SECONDS", help="between two operations")
-    parser.add_argument("--out", type=Path, default=RESULTS / "soak_scorer.jsonl", metavar="FILE")
+    parser.add_argument("--out", type=Path, default=RESULTS / "bench_soak.jsonl", metavar="FILE")
     options = parser.parse_args(arguments)
     set_threads(1)
     seconds = 60 * options.minutes
@@ -205,13 +207,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def report(soak: Soak, minutes: float, minute_s: float, out: Path) -> bool:
     """Record the figures; whether all bars were met."""
-    recorder = Recorder("soak_scorer", out=out)
+    recorder = Recorder("soak", out=out)
     case = f"{minutes:g} minutes, {WORKERS} processes x {THREADS} threads"
     latencies = [1e3 * np.percentile(own, 99) for own in soak.latencies_s if own]
     everything = np.concatenate([own for own in soak.latencies_s if own] or [[]])
     recorder.add(f"{case}: answers", len(everything), "answers", bar="value > 0")
     recorder.add(f"{case}: answers that changed while they were asked for", soak.judge.num_changing, "answers")
-    for kind in sorted(soak.operations):
+    for kind in sorted(set(OPERATIONS)):
         recorder.add(f"{case}: operations, {kind}", soak.operations[kind], "operations", bar="value > 0")
     recorder.add(f"{case}: failed", len(soak.failures), "failures", bar="value <= 0")
     recorder.add(f"{case}: wrong", len(soak.wrong), "answers", bar="value <= 0")

@@ -101,8 +101,7 @@ def test_a_short_soak(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["case"].partition(": ")[2]: row for row in read_cases(out)}
     assert rows["failed"]["value"] == rows["wrong"]["value"] == 0
-    assert rows["answers"]["value"] > 50
     assert all(
         rows[f"operations, {kind}"]["value"] > 0 for kind in ("incremental", "full", "erase", "compact", "model")
     )
-    assert len([line for line in done.stdout.splitlines() if "answers, median" in line]) == 5
+    assert len([line for line in done.stdout.splitlines() if "answers, median" in line]) >= 5
