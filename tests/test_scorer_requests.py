@@ -117,8 +117,8 @@ class TestFreshTails:
     @pytest.mark.parametrize(
         ("part", "value", "error", "message"),
         [
-            ("times", [np.nan, 2.0], TypeError, r"tail\.times: needs integers, got float64 \(times are milliseconds\)"),
-            ("times", [1.0, 2.0], TypeError, r"tail\.times: needs integers, got float64"),
+            ("times", [np.nan, 2.0], TypeError, r"tail\.times: needs integer milliseconds, got float64"),
+            ("times", [1.0, 2.0], TypeError, r"tail\.times: needs integer milliseconds, got float64"),
             ("times", [1], ValueError, r"tail\.times: 1 values for 2 items"),
             ("times", [[1, 2]], ValueError, r"tail\.times: needs one dimension, got shape \(1, 2\)"),
             ("items", [np.nan, 1.0], TypeError, r"tail\.items: .*integer ids, got float64"),

@@ -70,7 +70,7 @@ GOOD = {"items": [1, 2], "times": [5, 6], "actions": [0, 1], "offsets": [0, 1, 2
 @pytest.mark.parametrize(
     ("part", "value", "error", "message"),
     [
-        ("times", [5.0, float("nan")], TypeError, r"tail\.times: needs integers, got float64"),
+        ("times", [5.0, float("nan")], TypeError, r"tail\.times: needs integer milliseconds, got float64"),
         ("actions", [0.5, 1.0], TypeError, r"tail\.actions: needs integers"),
         ("offsets", [0.0, 1.0, 2.0], TypeError, r"tail\.offsets: needs integers"),
         ("items", [[1, 2]], ValueError, r"tail\.items: needs one dimension"),

@@ -29,16 +29,37 @@ def ids_of(values: Any, name: str) -> Any:
     return values
 
 
+def array_of(values: Any, name: str) -> NDArray[Any]:
+    """An argument as an array; ValueError naming it where its rows differ in length."""
+    try:
+        return np.asarray(values.cpu() if isinstance(values, Tensor) else values)
+    except ValueError:
+        raise ValueError(f"{name}: rows of different lengths make no array") from None
+
+
+def integers(values: Any, name: str, what: str = "integers") -> Int:
+    """An argument as int64 of any shape; of an empty one the type does not count.
+
+    Raises:
+        TypeError: it holds other values than integers; `what` says which are needed.
+        ValueError: one is beyond int64.
+    """
+    array = array_of(values, name)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: needs {what}, got {array.dtype}")
+    if array.dtype == np.uint64 and array.size and int(array.max()) >= 1 << 63:
+        raise ValueError(f"{name}: {array.max()} is beyond int64")
+    return array.astype(np.int64)
+
+
 def request_times(now: Any, num_users: int) -> Int | None:
     """int64 [B] ms of one time or of [B]; None stays None."""
     if now is None:
         return None
-    times = np.asarray(now.cpu() if isinstance(now, Tensor) else now)
-    if times.dtype.kind not in "iu":
-        raise TypeError(f"now: needs integer milliseconds, got {times.dtype}")
+    times = integers(now, "now", "integer milliseconds")
     if times.shape not in ((), (num_users,)):
         raise ValueError(f"now: needs one time, or one of each of {num_users} users, got shape {times.shape}")
-    return np.broadcast_to(times.astype(np.int64), (num_users,))
+    return np.broadcast_to(times, (num_users,))
 
 
 def check_times(name: str, times: Int, newest: int) -> None:
@@ -61,7 +82,7 @@ def split_ragged(candidates: Any) -> tuple[Any, Any]:
 
 def pad_ragged(values: Int, given: Any, num_users: int) -> tuple[Int, NDArray[np.bool_]]:
     """Ragged rows as a grid [B, longest] and which of its cells are filled."""
-    offsets = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
+    offsets = array_of(given, "candidates: offsets")
     if values.ndim != 1 or offsets.shape != (num_users + 1,) or offsets.dtype.kind not in "iu":
         raise ValueError(
             f"candidates: ragged values [N] need integer offsets [{num_users + 1}], got shape {values.shape} and "

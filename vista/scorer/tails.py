@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor
 
+from vista.scorer.requests import array_of, integers
 from vista.store.record import Tail
 
 
@@ -16,25 +16,27 @@ def checked_tail(tail: Tail, num_users: int, num_actions: int) -> Tail:
     """
     if not isinstance(tail, Tail):
         raise TypeError(f"tail: needs a Tail(items, times, actions, offsets), got a {type(tail).__name__}")
-    parts = {name: getattr(tail, name) for name in ("items", "times", "actions", "offsets")}
-    arrays = {name: np.asarray(part.cpu() if isinstance(part, Tensor) else part) for name, part in parts.items()}
+    arrays = {
+        "items": array_of(tail.items, "tail.items"),
+        "times": integers(tail.times, "tail.times", "integer milliseconds"),
+        "actions": integers(tail.actions, "tail.actions"),
+        "offsets": integers(tail.offsets, "tail.offsets"),
+    }
     for name, array in arrays.items():
         if array.ndim != 1:
             raise ValueError(f"tail.{name}: needs one dimension, got shape {array.shape}")
-        if name != "items" and len(array) and array.dtype.kind not in "iu":
-            raise TypeError(f"tail.{name}: needs integers, got {array.dtype} (times are milliseconds)")
     count = len(arrays["items"])
     for name in ("times", "actions"):
         if len(arrays[name]) != count:
             raise ValueError(f"tail.{name}: {len(arrays[name])} values for {count} items")
-    offsets, actions = arrays["offsets"].astype(np.int64), arrays["actions"]
+    offsets, actions = arrays["offsets"], arrays["actions"]
     if len(offsets) != num_users + 1 or offsets[0] != 0 or offsets[-1] != count or (np.diff(offsets) < 0).any():
         raise ValueError(
             f"tail.offsets: must rise from 0 to {count} in {num_users + 1} values, got {offsets.tolist()[:6]} …"
         )
     if count and (actions.min() < 0 or actions.max() >= num_actions):
         raise ValueError(f"tail.actions: codes must lie in [0, {num_actions}), got {actions.min()} to {actions.max()}")
-    return Tail(arrays["items"], arrays["times"].astype(np.int64), actions.astype(np.uint8), offsets)
+    return Tail(arrays["items"], arrays["times"], actions.astype(np.uint8), offsets)
 
 
 def merge_tails(stored: Tail, fresh: Tail, tail_len: int) -> Tail:
