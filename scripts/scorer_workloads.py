@@ -10,12 +10,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -32,8 +32,7 @@ from vista.model import inference
 from vista.model.recommender import Recommender
 from vista.refresh import refresh
 from vista.refresh.run import LogItems, last_times, stored_tail
-from vista.store import NO_TIMESTAMP, SummaryStore
-from vista.store.environment import MAX_READERS
+from vista.store import NO_TIMESTAMP
 from vista.store.lmdb_store import StoredBatch
 
 Int = NDArray[np.int64]
@@ -117,29 +116,29 @@ def row_product(
 # Without a store -------------------------------------------------------------------------------------------------
 
 
-class RecomputedSummaries(SummaryStore):
-    """In a store's place: reads whole histories from the memory-mapped log at each request, and summarizes them."""
+def recomputed_summaries(world: World, precision: Precision) -> Callable[[Sequence[int]], StoredBatch]:
+    """In place of `SummaryStore.get_many`: reads whole histories from the memory-mapped log, and summarizes them.
 
-    def __init__(self, world: World, precision: Precision) -> None:
-        super().__init__(world.store, world.model.summarizer_id(), MAX_READERS, None)
-        self._log, self._model, self._precision = world.log, world.model, precision
-        self._items = LogItems.of(world.model, world.log)
+    It gives what a store that was refreshed this moment in float32 would, for users who are all in the log.
+    """
+    model, log, items = world.model, world.log, LogItems.of(world.model, world.log)
 
-    def get_many(self, user_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> StoredBatch:
-        """What a store that was refreshed this moment, in float32, would give of users who are all in the log."""
-        histories = self._items.model_rows(self._log.gather(self._log.users.rows(user_ids)))
-        with autocast(self._precision, self._model.device):
-            summary = inference.summarize(self._model, histories).numpy()
+    def get_many(user_ids: Sequence[int]) -> StoredBatch:
+        histories = items.model_rows(log.gather(log.users.rows(user_ids)))
+        with autocast(precision, model.device):
+            summary = inference.summarize(model, histories).numpy()
         count = histories.num_users
         return StoredBatch(
             found=np.ones(count, bool),
             summary=summary,
-            tail=stored_tail(histories, self._model.config.tail_len),
+            tail=stored_tail(histories, model.config.tail_len),
             event_count=histories.lengths,
             last_event_ts=last_times(histories),
             created_at=np.full(count, NO_TIMESTAMP),
             history_digest=np.zeros(count, np.uint64),
         )
+
+    return get_many
 
 
 # Processes -------------------------------------------------------------------------------------------------------
