@@ -227,10 +227,12 @@ def bench_processes(recorder: Recorder, world: World, users: list[int]) -> None:
     opening = Opening(str(world.model_dir), str(world.store), TASK, users, ids.tolist(), NUM_CANDIDATES)
     with open_scorer(world) as scorer:
         expected = float(scorer.score(users[:1], ids[:NUM_CANDIDATES]).sum())
-    seconds, rounds = (0.5, 3) if recorder.quick else (5.0, 7)
+    seconds, rounds, num_requests = (0.5, 3, 200) if recorder.quick else (5.0, 7, 1_000)
     rates: dict[int, list[float]] = {1: [], 2: []}
     with ExitStack() as stack:
         workers = [stack.enter_context(worker(opening)) for _ in range(2)]
+        first = workers[0].serve(Order(requests=num_requests))
+        check_answers([first], expected)
         for turn in range(rounds):
             for serving in (workers[turn % 2 : turn % 2 + 1], workers):
                 order = Order(start=time.monotonic() + 0.1, seconds=seconds)
@@ -239,25 +241,19 @@ def bench_processes(recorder: Recorder, world: World, users: list[int]) -> None:
                 answers = [each.answer() for each in serving]
                 check_answers(answers, expected)
                 rates[len(serving)].append(sum(answer.requests / answer.seconds for answer in answers))
-    name = f"{world}, {NUM_CANDIDATES} candidates"
-    spread = float(np.subtract(*np.percentile(rates[2], [75, 25])))
     recorder.add(
-        f"{name}: two worker processes of one thread each against one",
+        f"{world}, {NUM_CANDIDATES} candidates: two worker processes of one thread each against one",
         median(rates[2]),
         "requests/s",
         baseline=median(rates[1]),
         better="more",
         bar="ratio >= 1.8",
-        spread=spread,
+        spread=float(np.subtract(*np.percentile(rates[2], [75, 25]))),
     )
-    num_requests = 200 if recorder.quick else 1_000
-    with worker(opening) as fresh:
-        answer = fresh.serve(Order(requests=num_requests))
-        check_answers([answer], expected)
     recorder.add(
         f"{world}, {len(world.log.items):,} items: private memory of a worker after {num_requests:,} requests, beyond "
         "an idle import of torch",
-        max(answer.private_bytes - idle_torch_bytes(), 0) / 2**20,
+        max(first.private_bytes - idle_torch_bytes(), 0) / 2**20,
         "MiB",
         bar="value < 100",
     )
