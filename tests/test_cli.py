@@ -262,7 +262,7 @@ class TestOutcomes:
             ("train", "vista.training.trainer", "train_model"),
             ("refresh", "vista.refresh", "refresh_from_config"),
             ("evaluate", "vista.evaluate", "evaluate"),
-            ("score", "vista.scorer", "score_from_config"),
+            ("score", "vista.scorer.command", "score_from_config"),
             ("log forget", "vista.data.log_commands", "log_forget"),
             ("log erase", "vista.data.log_commands", "log_erase"),
             ("log compact", "vista.data.log_commands", "log_compact"),

@@ -20,7 +20,8 @@ from vista.model import inference
 from vista.model.recommender import Recommender
 from vista.refresh import RefreshReport, refresh, refresh_from_config
 from vista.refresh.report import STAGES
-from vista.scorer import Scorer, score_from_config
+from vista.scorer import Scorer
+from vista.scorer.command import score_from_config
 from vista.store import NO_TIMESTAMP, StoreWriter, SummaryStore
 from vista.store.digest import history_digest
 from vista.training.trainer import schema_of

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from tests.conftest import DAY, ITEMS, START, USERS, Served, run_python, small_config, tail_of
-from vista import scorer as scorer_module
 from vista.choices import OnMissing
 from vista.data.event_log import EventLog
 from vista.errors import (
@@ -25,6 +24,7 @@ from vista.model import inference
 from vista.model.recommender import Recommender
 from vista.refresh import refresh
 from vista.scorer import CandidateSet, Scorer, Tail
+from vista.scorer import served as served_module
 from vista.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
@@ -131,8 +131,9 @@ class TestScores:
         users = list(task_scorer.store.keys())[:4]
         items = task_scorer.model.items.ids(np.arange(len(task_scorer.model.items)))
         whole = task_scorer.predict(users, items)
-        for monkey in (scorer_module.PAIRS_PER_PASS, 1, 10):
-            monkeypatch.setattr(scorer_module, "PAIRS_PER_PASS", monkey)
+        for pairs in (served_module.PAIRS_PER_PASS, 1, 40):
+            monkeypatch.setattr(served_module, "PAIRS_PER_PASS", pairs)
+            monkeypatch.setattr(served_module, "COSINES_PER_PASS", pairs)
             backwards = task_scorer.predict(users, items[::-1])
             for task, scores in whole.items():
                 np.testing.assert_allclose(backwards[task][:, ::-1], scores, atol=2e-5)
@@ -163,7 +164,7 @@ class TestPolicies:
         with Scorer.open(served.model, served.store) as empty:
             found = empty.score([100, 999, 103], ITEMS)
             np.testing.assert_allclose(found[[0, 2]], empty.score([100, 103], ITEMS), atol=2e-5)
-            nobody = empty._request([999], None, None).context  # the seeds alone
+            nobody = empty._served.context(empty._request(empty._served, [999], None, None))[0]  # the seeds alone
             history = inference.summarize(served.model, served.log.slice(0, 0, 0))
             tail = inference.pad_tail(served.model, *(np.zeros(0, np.int64),) * 3, np.zeros(2, np.int64))
             expected = inference.request_context(served.model, history, tail)
@@ -241,7 +242,8 @@ class TestRanking:
     def test_scores_that_are_not_finite_are_left_out_and_counted(self, served: Served) -> None:
         model = Recommender.from_pretrained(served.model_dir)
         with Scorer.open(model, served.store) as scorer:
-            scorer._vectors[[3, 9]] = torch.tensor([[np.nan], [np.inf]], dtype=torch.float32)
+            assert scorer._served.items.unit is not None
+            scorer._served.items.unit[[3, 9]] = torch.tensor([[np.nan], [np.inf]], dtype=torch.float32)
             ranking = scorer.rank(103, top_k=1000)
             assert ranking.num_dropped == 2 and len(ranking.items) == len(model.items) - 2
             assert not set(ranking.items.tolist()) & set(model.items.ids([2, 8]).tolist())

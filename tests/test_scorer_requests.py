@@ -24,7 +24,8 @@ from vista.errors import (
 )
 from vista.model.recommender import Recommender
 from vista.refresh import refresh
-from vista.scorer import Scorer, Tail, score_from_config
+from vista.scorer import Scorer, Tail
+from vista.scorer.command import score_from_config
 from vista.training.trainer import schema_of, train
 
 pytestmark = pytest.mark.usefixtures("no_warnings")

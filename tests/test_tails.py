@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vista.scorer.tails import checked_tail, merge_tails
 from vista.store.record import Tail
-from vista.tails import checked_tail, merge_tails
 
 Event = tuple[int, int, int]
 """(time, item, action)"""

@@ -71,7 +71,7 @@ def _evaluate(settings: config.EvaluateConfig) -> object:
 
 
 def _score(settings: config.ScoreConfig) -> object:
-    from vista.scorer import score_from_config
+    from vista.scorer.command import score_from_config
 
     return score_from_config(settings)
 

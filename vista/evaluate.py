@@ -172,7 +172,7 @@ def evaluate_scorer(scorer: Scorer, log: EventLog, part: str, **options: Unpack[
     """
     _check(scorer.model, log, part, options)
     _check_store(scorer, part, options.get("staleness", 0))
-    _, items = scorer.item_vectors()
+    items = scorer.item_vectors()[1] if scorer.model.has_retrieval else np.zeros((0, 0), np.float32)
     found = _measure(
         scorer.model,
         log,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.errors import LogFormatError
+from vista.errors import ConfigError, LogFormatError
 
 Ids = Sequence[int] | Sequence[str] | Sequence[int | str] | NDArray[Any]
 """Raw ids, all integers or all strings."""
@@ -369,3 +369,17 @@ def _load(path: Path) -> NDArray[Any]:
         raise LogFormatError(f"{path}: missing; write the folder anew") from None
     except (ValueError, OSError, EOFError) as error:
         raise LogFormatError(f"{path}: truncated or not a .npy file ({error}); write the folder anew") from error
+
+
+def ids_of_words(words: Sequence[str], name: str, kind: str | None) -> list[Any]:
+    """Ids of a command line as those of a store or vocabulary of a kind ("int", or other than that).
+
+    Raises:
+        ConfigError: an id is text where the others are integers.
+    """
+    if kind != "int":
+        return list(words)
+    try:
+        return list(np.array([int(word) for word in words], np.int64).tolist())
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{name}: ids are integers here, got {', '.join(words)}") from None

@@ -134,6 +134,10 @@ class RankingModel(nn.Module):
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
             save_file(weights, partial / "model.safetensors")
             self.items.save(partial, "items")
+            self.save_serving_tables(partial)
+
+    def save_serving_tables(self, folder: Path) -> None:
+        """Write what serving reads beside the weights; rivals have none of it."""
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
@@ -172,7 +176,10 @@ class RankingModel(nn.Module):
             )
         model = found_class(config, schema, items, data)
         try:
-            model.load_state_dict(weights)
+            # Assigned, not copied: a row an item stays mapped pages of the file, which all processes share. (A unified
+            # table is small, and its features hold on to the one that the model was made with.)
+            weights = {name: weight.float() for name, weight in weights.items()}
+            model.load_state_dict(weights, assign=config.embedding_rows == 0)
         except RuntimeError as error:
             raise CheckpointError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
         return model.to(device).eval()

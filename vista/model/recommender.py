@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vista.config_dict import to_dict
 from vista.data.cuts import Batch
 from vista.data.gaps import UNKNOWN_GAP
 from vista.data.vocabulary import Vocabulary
+from vista.model.item_projections import save_item_projections
 from vista.model.losses import reconstruction_loss, sampled_softmax, task_losses
 from vista.model.ranking_model import Losses, RankingModel, Schema
 from vista.model.reconstruction import Decoder
@@ -162,11 +164,20 @@ class Recommender(RankingModel):
         x = self.request + context.newest(seen)
         return F.normalize(stage.query(x, stage.layers[0].project_query(x), gap, seen, context), dim=-1)
 
-    def candidate_logits(self, vectors: Tensor, gap: Tensor | None, seen: Tensor, context: Context) -> Tensor:
-        """Logits [B, C, num_tasks] of candidates: vectors, gap [B, C, M] (or None); seen int64 [C], [1] or [B, C]."""
+    def candidate_logits(
+        self, vectors: Tensor, gap: Tensor | None, seen: Tensor, context: Context, projections: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, C, num_tasks] of candidates.
+
+        Args:
+            vectors: [B, C, M]; gap: [B, C, M], or None.
+            seen: int64 [C], [1] or [B, C].
+            projections: [B, C, 4M] of the vectors in layer 1, if they are at hand (`ItemProjections`).
+        """
         assert self.task_head is not None
         stage = self.target_attention
-        out = stage.query(vectors, stage.layers[0].project_query(vectors), gap, seen, context)
+        projections = stage.layers[0].project_query(vectors) if projections is None else projections
+        out = stage.query(vectors, projections, gap, seen, context)
         logits: Tensor = self.task_head(out)
         return logits
 
@@ -190,6 +201,9 @@ class Recommender(RankingModel):
         return shorter.to(self.device).train(self.training)
 
     # Files -----------------------------------------------------------------------------------------------------------
+
+    def save_serving_tables(self, folder: Path) -> None:
+        save_item_projections(self, folder)
 
     def description(self) -> dict[str, Any]:
         return super().description() | {"summarizer_id": self.summarizer_id().hex()}

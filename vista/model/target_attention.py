@@ -164,6 +164,11 @@ class TargetAttention(nn.Module):
         bias = layer.bias[:, distance.clamp(min=0)]
         return bias.masked_fill(distance < (0 if own else 1), MASKED)
 
+    def query_bias(self, layer: TargetLayer, seen: Tensor) -> Tensor:
+        """Bias [H, Q, S+L] of queries that see the first `seen` int64 [Q] columns ([B, H, Q, S+L] of [B, Q])."""
+        bias = self._position_bias(layer, self.distance, own=False)[:, seen]
+        return F.pad(bias if seen.dim() == 1 else bias.transpose(0, 1), (self.num_seeds, 0))
+
     def query(self, x: Tensor, qgkv: Tensor, gap: Tensor | None, seen: Tensor, context: Context) -> Tensor:
         """Query tokens through all layers.
 
@@ -182,8 +187,7 @@ class TargetAttention(nn.Module):
         x = self.dropout(x)
         context_mask = F.pad(context.tail_valid, (self.num_seeds, 0), value=True)
         for index, layer in enumerate(self.layers):
-            bias = self._position_bias(layer, self.distance, own=False)[:, seen]
-            bias = F.pad(bias if seen.dim() == 1 else bias.transpose(0, 1), (self.num_seeds, 0))
+            bias = self.query_bias(layer, seen)
             projections = qgkv if index == 0 else layer.project_query(x)
             x = layer.attend_query(x, projections, context.keys[index], context.values[index], bias, context_mask)
         normed: Tensor = self.final_norm(x)

@@ -9,11 +9,11 @@ from typing import Any
 from vista.config_store import StoreEraseConfig
 from vista.data.deletions import erase_users, forget_events
 from vista.data.event_log import EventLog
+from vista.data.vocabulary import ids_of_words
 from vista.errors import ConfigError
 from vista.model.recommender import Recommender
 from vista.refresh.incremental import refresh_incremental
 from vista.refresh.report import RefreshReport
-from vista.requests import typed_ids
 from vista.store.updates import erase, served_manifest
 
 
@@ -43,7 +43,7 @@ def erase_from_config(config: StoreEraseConfig) -> str:
     """`vista store erase`: from the store, and from the log where one is named."""
     if not config.users:
         raise ConfigError("users: name at least one, such as users=[101]")
-    users: Sequence[Any] = typed_ids(config.users, "users", served_manifest(config.store).user_kind)
+    users: Sequence[Any] = ids_of_words(config.users, "users", served_manifest(config.store).user_kind)
     count = erase(config.store, users)
     lines = [
         f"{config.store}: {count} of {len(users)} users had a record; readers miss them from now on. Their bytes are "

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.data.gaps import LATEST_MS, YEAR_1971_MS
-from vista.errors import ConfigError
 from vista.model.ranking_model import UNKNOWN_ITEM
 
 Int = NDArray[np.int64]
@@ -75,17 +74,3 @@ def pad_ragged(values: Int, given: Any, num_users: int) -> tuple[Int, NDArray[np
     grid = np.full(filled.shape, UNKNOWN_ITEM, np.int64)
     grid[filled] = values
     return grid, filled
-
-
-def typed_ids(words: Sequence[str], name: str, kind: str | None) -> list[Any]:
-    """Ids of a command line as those of a store or vocabulary of a kind ("int", or other than that).
-
-    Raises:
-        ConfigError: an id is text where the others are integers.
-    """
-    if kind != "int":
-        return list(words)
-    try:
-        return list(np.array([int(word) for word in words], np.int64).tolist())
-    except (ValueError, OverflowError):
-        raise ConfigError(f"{name}: ids are integers here, got {', '.join(words)}") from None

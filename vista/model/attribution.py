@@ -1,0 +1,111 @@
+"""What a score is made of: a share of each summary token, each tail event and the query token itself.
+
+With its attention weights, gates and the spreads of its norms held at what they are, stage 2 is a linear function of
+what flows through it: the query token's vector, and the values of the context in each layer. A linear function is the
+sum of its gradients times its arguments (Euler), and these products are the shares; only the head's bias is nobody's.
+What attention weights and gates would be without a token is not asked: shares say what the score was made of, not what
+it would be without. A token of a later layer's context carries what it took from others.
+
+Letters: C queries of one request, S seeds, L tail length, H heads, D head dim, M model dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vista.model.layers import split_heads
+from vista.model.target_attention import Context, TargetAttention, TargetLayer
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Shares of C scores of one request, float32."""
+
+    summary: Tensor
+    """[C, S]."""
+    tail: Tensor
+    """[C, L]; 0 where there is no event."""
+    query: list[Tensor]
+    """[C] of each part of the query token's vector; the time of the request counts with the first."""
+
+
+def shares(
+    stage: TargetAttention,
+    parts: Sequence[Tensor],
+    gap: Tensor | None,
+    context: Context,
+    head: Callable[[Tensor], Tensor],
+) -> Shares:
+    """Shares of the scores of query tokens that see the whole tail.
+
+    Args:
+        parts: [C, M] each, which add up to the query tokens' vectors.
+        gap: [1, M] embedding of the request's time, or None.
+        context: of one request.
+        head: linear but for a bias: [C, M] -> [C] scores.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.stack([part.clone() for part in parts]).sum(0).requires_grad_()
+        sources = [x]
+        hidden, first_value = x, torch.zeros_like(x)
+        if gap is not None:
+            gaps = gap.clone().expand_as(x).contiguous().requires_grad_()
+            # Layer 1 takes the time beside the norm of the vector (`TargetAttention.query`).
+            first_value = stage.query_gap(gaps).detach()[:, -x.shape[1] :].requires_grad_()
+            sources += [gaps, first_value]
+            hidden = hidden + gaps
+        mixed, weights, values = [], [], []
+        for index, layer in enumerate(stage.layers):
+            projected = layer.project_query(x if index == 0 else hidden)
+            if index == 0 and gap is not None:
+                projected = projected + stage.query_gap(gaps)
+            value = layer.key_value(_frozen(layer.norm, x if index == 0 else hidden)).chunk(2, -1)[1]
+            value = value + first_value if index == 0 else value
+            weight = _attention(stage, layer, projected.detach(), context, index)
+            seen = context.values[index][0].clone()
+            own = split_heads(value, layer.num_heads).transpose(0, 1)
+            from_context = (weight[..., :-1] @ seen).requires_grad_()
+            heads = (from_context + weight[..., -1:] * own).transpose(0, 1)
+            gate = projected.detach().chunk(4, -1)[1].sigmoid()
+            hidden = hidden + layer.output.out(_frozen(layer.output.head_norm, heads).flatten(-2) * gate)
+            block = layer.feed_forward
+            gate, value = block.up(_frozen(block.norm, hidden)).chunk(2, -1)
+            hidden = hidden + block.down(F.silu(gate).detach() * value)
+            mixed.append(from_context)
+            weights.append(weight[..., :-1])
+            values.append(seen)
+        score = head(_frozen(stage.final_norm, hidden))
+        gradients = torch.autograd.grad(score.sum(), [*sources, *mixed])
+    of_parts = [(gradients[0] * part).sum(-1) for part in parts]
+    for gradient, source in zip(gradients[1 : len(sources)], sources[1:], strict=True):
+        of_parts[0] = of_parts[0] + (gradient * source.detach()).sum(-1)
+    of_context = torch.stack(
+        [
+            (weight * (gradient @ value.transpose(-1, -2))).sum(0)
+            for weight, gradient, value in zip(weights, gradients[len(sources) :], values, strict=True)
+        ]
+    ).sum(0)
+    return Shares(of_context[:, : stage.num_seeds], of_context[:, stage.num_seeds :], of_parts)
+
+
+def _frozen(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """The norm with its spread held: linear in x, and of the same value."""
+    centred = x - x.mean(-1, keepdim=True)
+    spread = (centred.detach().square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    return centred / spread * norm.weight
+
+
+def _attention(stage: TargetAttention, layer: TargetLayer, projected: Tensor, context: Context, index: int) -> Tensor:
+    """Weights [H, C, S+L+1] of projections [C, 4M]; the last is the query token's own."""
+    query, _, own_key, _ = (split_heads(part, layer.num_heads).transpose(0, 1) for part in projected.chunk(4, -1))
+    scale = layer.head_dim**-0.5
+    bias = stage.query_bias(layer, torch.full((1,), stage.tail_len, device=projected.device))
+    scores = query @ context.keys[index][0].clone().transpose(-1, -2) * scale + bias
+    scores = scores.masked_fill(~F.pad(context.tail_valid[0], (stage.num_seeds, 0), value=True), float("-inf"))
+    own = (query * own_key).sum(-1) * scale + layer.bias[:, :1]
+    return torch.softmax(torch.cat([scores, own.unsqueeze(-1)], -1), -1).detach()

@@ -1,0 +1,8 @@
+"""The scorer: what ranking code calls (`vista.scorer.scorer`)."""
+
+from vista.model.ranking_model import NEXT_TASK
+from vista.scorer.scorer import CandidateSet, Explanation, Ranking, Scorer
+from vista.scorer.statistics import ScorerStats
+from vista.store.record import Tail
+
+__all__ = ["NEXT_TASK", "CandidateSet", "Explanation", "Ranking", "Scorer", "ScorerStats", "Tail"]

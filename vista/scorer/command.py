@@ -1,0 +1,46 @@
+"""`vista score`."""
+
+from __future__ import annotations
+
+from vista.config import ScoreConfig
+from vista.data.vocabulary import ids_of_words
+from vista.device import cpu_settings
+from vista.errors import ConfigError
+from vista.model.ranking_model import UNKNOWN_ITEM
+from vista.scorer.scorer import Scorer
+from vista.store.authentication import read_key
+
+
+def score_from_config(config: ScoreConfig) -> str:
+    """`vista score`: a table of users and items as text.
+
+    Raises:
+        ConfigError: no user is named, or an id is text where the store's or the model's are integers.
+    """
+    if not config.users:
+        raise ConfigError("users: name at least one, such as users=[1,2]")
+    with (
+        cpu_settings(config.num_threads),
+        Scorer.open(
+            config.model,
+            config.store,
+            on_missing=config.on_missing,
+            device=config.device,
+            key=read_key(config.authentication_key_file),
+        ) as scorer,
+    ):
+        users = ids_of_words(config.users, "users", scorer.store.manifest.user_kind)
+        candidates = ids_of_words(config.candidates, "candidates", scorer.model.items.kind)
+        lines = [f"task {scorer.task}, generation {scorer.store.generation}"]
+        found = scorer.store.get_many(users).found.tolist()
+        known = (scorer.model.item_rows(candidates) != UNKNOWN_ITEM).tolist() if candidates else []
+        items = [str(item) if known[i] else f"{item} (unknown)" for i, item in enumerate(candidates)]
+        for user, has_record in zip(users, found, strict=True):
+            if candidates:
+                pairs = zip(items, scorer.score([user], candidates)[0].tolist(), strict=True)
+            else:
+                ranking = scorer.rank(user, top_k=config.top_k)
+                pairs = zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True)
+            name = f"user {user}" if has_record else f"user {user} (no record)"
+            lines += [f"{name}: " + ", ".join(f"{item} {score:.4f}" for item, score in pairs)]
+        return "\n".join(lines)

@@ -1,0 +1,253 @@
+"""What one call of the scorer sees: a model, its items and a store, which do not change under it.
+
+Letters: B users, C candidates, V items of the vocabulary, S seeds, L tail length, M model dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vista.choices import Precision
+from vista.device import autocast
+from vista.errors import StoreError
+from vista.model import attribution, inference
+from vista.model.attribution import Shares
+from vista.model.inference import ROW_TILE
+from vista.model.item_projections import ItemProjections
+from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
+from vista.model.recommender import Recommender
+from vista.model.target_attention import Context
+from vista.store.lmdb_store import SummaryStore
+from vista.store.parts import StoreParts
+
+Int = NDArray[np.int64]
+CONTEXT_TOKENS_PER_PASS = 1024
+PAIRS_PER_PASS = 1024
+"""Users times candidates of one pass through stage 2: what it keeps fits a cache, whatever is asked for."""
+COSINES_PER_PASS = 65_536
+"""The same for the retrieval head, whose candidates are a product each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is known of B users at a moment."""
+
+    summary: Tensor
+    """float32 [B, S, M]."""
+    tail: inference.PaddedTail
+    now: Int | None
+    """[B] ms, or unknown."""
+    missing: NDArray[np.bool_]
+    """[B] users of whom nothing is known: their summary is the empty history's."""
+
+    def __len__(self) -> int:
+        return len(self.missing)
+
+    def select(self, users: slice) -> Request:
+        """Some of the users."""
+        now = None if self.now is None else self.now[users]
+        return Request(self.summary[users], self.tail.select(users), now, self.missing[users])
+
+
+class Served:
+    """A model and the store of its summaries."""
+
+    def __init__(
+        self,
+        model: Recommender,
+        items: ItemProjections,
+        store: SummaryStore | StoreParts,
+        precision: Precision,
+        identity: tuple[int, ...],
+    ) -> None:
+        """
+        Args:
+            identity: of the model's export.
+
+        Raises:
+            StoreError: the store's tails are shorter than the model reads.
+        """
+        self.model = model
+        self.items = items
+        self.store = store
+        self.precision = precision
+        self.identity = identity
+        self.vocabulary = model.items.digest()
+        self.tasks = [*model.schema.tasks, *([NEXT_TASK] if model.has_retrieval else [])]
+        self.empty = inference.empty_summary(model)
+        self.require_tails()
+
+    def __del__(self) -> None:
+        # After `Scorer.reload` to another model, with the last call that reads this one.
+        if hasattr(self, "store"):
+            self.store.close()
+
+    def require_tails(self) -> None:
+        """
+        Raises:
+            StoreError: the store's tails are shorter than the model reads.
+        """
+        stored, needed = self.store.manifest.tail_len, self.model.config.tail_len
+        if stored < needed:
+            raise StoreError(
+                f"{self.store.path} holds tails of {stored} events, the model reads {needed}; "
+                "refresh it with this model"
+            )
+
+    def context(self, request: Request) -> tuple[Context, Tensor | None]:
+        """Keys and values of a request, and [B, 1, M] embeddings of its time (or None)."""
+        with autocast(self.precision, self.model.device):
+            context = inference.request_context(self.model, request.summary, request.tail)
+        return context, inference.request_gap(self.model, request.now, request.tail)
+
+    def user_vectors(self, request: Request) -> Tensor:
+        """Unit vectors float32 [B, M] of the retrieval head."""
+        parts = [self._user_vectors(*self.context(part)) for _, part in self._portions(request)]
+        return torch.cat(parts) if parts else torch.empty(0, self.model.config.dim, device=self.model.device)
+
+    def scores(self, request: Request, rows: Tensor | None, tasks: list[str]) -> dict[str, Tensor]:
+        """{task: float32 [B, C] on the CPU}.
+
+        A pair's score has the same bits whatever else is asked for in the call, where the machine's matrix products
+        keep to rows (`ROW_TILE`).
+
+        Args:
+            request: of B users.
+            rows: int64 model rows, [C] (the same for every user) or [B, C]; None scores the rows 0 … V of all tables.
+            tasks: of `self.tasks`.
+        """
+        count = len(self.model.items) + 1 if rows is None else rows.shape[-1]
+        scores = {task: torch.empty(len(request), count) for task in tasks}
+        labelled = [task for task in tasks if task != NEXT_TASK]
+        for users, part in self._portions(request):
+            context, gap = self.context(part)
+            own = rows if rows is None or rows.ndim == 1 else rows[users]
+            if labelled:
+                for columns, logits in self._logits(context, gap, own, count):
+                    # float32's last bit would depend on the place in a vector; that of float64 is rounded away.
+                    probability = logits.double().sigmoid().float().cpu()
+                    for task in labelled:
+                        scores[task][users, columns] = probability[..., self.model.schema.tasks.index(task)]
+            if NEXT_TASK in tasks:
+                vectors = self._user_vectors(context, gap) / self.model.config.temperature
+                for columns, cosine in self._cosines(vectors, own, count):
+                    scores[NEXT_TASK][users, columns] = cosine.cpu()
+        return scores
+
+    @torch.no_grad()
+    def shares(self, request: Request, rows: Tensor, task: str) -> tuple[Tensor, Shares]:
+        """Values [C] of a task (logits; for `next`, scores) of one user's candidates [C], and what they are made of.
+
+        The query token of `next` has two parts: the request's own, and the newest event.
+        """
+        model, stage = self.model, self.model.target_attention
+        context = inference.request_context(model, request.summary, request.tail)
+        gap = inference.request_gap(model, request.now, request.tail)
+        seen = torch.full((1,), model.config.tail_len, device=model.device)
+        rows = rows.to(model.device)
+        if task == NEXT_TASK:
+            assert self.items.unit is not None
+            unit = self.items.unit[rows] / model.config.temperature
+            value: Tensor = unit @ inference.user_vectors(model, context, gap)[0]
+            parts = [part.expand(len(rows), -1) for part in (model.request, context.newest(seen)[0])]
+
+            def head(out: Tensor) -> Tensor:
+                length = out.detach().square().sum(-1, keepdim=True).sqrt()
+                return (out / length * unit).sum(-1)
+        else:
+            assert model.task_head is not None
+            index, task_head = model.schema.tasks.index(task), model.task_head
+            parts = [model.item_vectors(rows)]
+            value = model.candidate_logits(parts[0][None], gap, seen, context)[0, :, index]
+
+            def head(out: Tensor) -> Tensor:
+                return F.linear(out, task_head.weight[index : index + 1])[:, 0]
+
+        made_of = attribution.shares(stage, parts, None if gap is None else gap[0], context, head)
+        return value.cpu(), made_of
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _portions(self, request: Request) -> Iterator[tuple[slice, Request]]:
+        """A few users at a time, so that what is kept of them fits a cache."""
+        tokens = self.model.config.num_seeds + self.model.config.tail_len
+        step = max(1, CONTEXT_TOKENS_PER_PASS // tokens)
+        for first in range(0, len(request), step):
+            users = slice(first, min(first + step, len(request)))
+            yield users, request.select(users)
+
+    def _user_vectors(self, context: Context, gap: Tensor | None) -> Tensor:
+        with autocast(self.precision, self.model.device):
+            vectors: Tensor = inference.user_vectors(self.model, context, gap).float()
+            return vectors
+
+    @torch.inference_mode()
+    def _logits(
+        self, context: Context, gap: Tensor | None, rows: Tensor | None, count: int
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Columns, and their logits float32 [B, columns, num_tasks]."""
+        model, table = self.model, self.items.candidate
+        assert table is not None
+        num_users = len(context.tail_valid)
+        seen = torch.full((1,), model.config.tail_len, device=model.device)
+        moment = None
+        if gap is not None:  # As the table: a vector, and its projections (in whole tiles of rows).
+            projected = model.target_attention.query_gap(gap.expand(-1, ROW_TILE, -1))[:, :1]
+            moment = torch.cat([gap, projected], -1)
+        for columns in _parts(count, PAIRS_PER_PASS // num_users):
+            found = _take(table, rows, columns)
+            found = found.expand(num_users, -1, -1) if moment is None else found + moment
+            vectors, projections = found[..., : model.config.dim], found[..., model.config.dim :]
+            with autocast(self.precision, model.device):
+                logits = model.candidate_logits(
+                    vectors, None, seen, context, projections.to(context.keys[0].dtype)
+                ).float()
+            yield columns, logits[:, : columns.stop - columns.start]
+
+    @torch.inference_mode()
+    def _cosines(self, users: Tensor, rows: Tensor | None, count: int) -> Iterator[tuple[slice, Tensor]]:
+        """Columns, and products float32 [B, columns] of users [B, M] with unit vectors."""
+        table = self.items.unit
+        assert table is not None
+        for columns in _parts(count, COSINES_PER_PASS):
+            found = _take(table, rows, columns)
+            product = torch.empty(len(users), found.shape[-2], device=table.device)
+            # Products of ROW_TILE users each: their bits would depend on how many they are.
+            if found.ndim == 2:
+                for some in torch.split(torch.arange(len(users)), ROW_TILE):
+                    product[some] = (found @ _tile(users[some]).t())[:, : len(some)].t()
+            else:
+                for user, vectors in enumerate(found):
+                    product[user] = (vectors @ _tile(users[user : user + 1]).t())[:, 0]
+            yield columns, product[:, : columns.stop - columns.start]
+
+
+def _tile(users: Tensor) -> Tensor:
+    """Up to ROW_TILE users [B, M], filled up with zeros."""
+    return F.pad(users, (0, 0, 0, ROW_TILE - len(users)))
+
+
+def _parts(count: int, step: int) -> Iterator[slice]:
+    """Slices of `count` columns, `step` at a time, rounded down to whole tiles."""
+    step = max(1, step // ROW_TILE) * ROW_TILE
+    for first in range(0, count, step):
+        yield slice(first, min(first + step, count))
+
+
+def _take(table: Tensor, rows: Tensor | None, columns: slice) -> Tensor:
+    """Rows of a table, filled up with the unknown item's to whole tiles: [C', width] or [B, C', width]."""
+    count = columns.stop - columns.start
+    missing = -count % ROW_TILE
+    if rows is None:
+        if not missing:
+            return table[columns]
+        rows = torch.arange(len(table))
+    part = rows[..., columns].to(table.device)
+    return table[F.pad(part, (0, missing), value=UNKNOWN_ITEM)]

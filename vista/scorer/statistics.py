@@ -1,0 +1,95 @@
+"""Counters of a scorer: who was found, what was unknown, how long calls took."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import os
+import threading
+from dataclasses import dataclass, field
+
+BUCKETS_PER_OCTAVE = 4
+LATENCY_BOUNDS_MS = tuple(0.0625 * 2 ** (step / BUCKETS_PER_OCTAVE) for step in range(20 * BUCKETS_PER_OCTAVE + 1))
+"""Upper bounds of the histogram's buckets, 62.5 µs to 65 s, each 19 % above the one before; a last one is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScorerStats:
+    """What a scorer has done in this process since it was opened (or since the process was forked)."""
+
+    calls: int = 0
+    failed_calls: int = 0
+    """That ended in an error."""
+    hits: int = 0
+    """Users with a record that was used; users count once for each call that names them."""
+    misses: int = 0
+    """Users without a record."""
+    stale: int = 0
+    """Users whose record was older than max_age_s, so that it was not used."""
+    candidates: int = 0
+    """Pairs of user and candidate."""
+    unknown_candidates: int = 0
+    """Pairs whose item the model does not know."""
+    dropped: int = 0
+    """Candidates that `rank` left out: unknown ones, and those whose score was not finite."""
+    reloads: int = 0
+    """Calls of `reload` that moved to another generation or model."""
+    latency_counts: tuple[int, ...] = field(default=(0,) * (len(LATENCY_BOUNDS_MS) + 1))
+    """Calls by their time, failed ones too; bucket i ends at LATENCY_BOUNDS_MS[i], the last one is open."""
+
+    def latency_ms(self, quantile: float) -> float:
+        """The time that this share of the calls stayed within, rounded up to its bucket's bound; NaN without a call.
+
+        Args:
+            quantile: above 0, at most 1; 0.99 gives the p99.
+        """
+        if not 0 < quantile <= 1:
+            raise ValueError(f"quantile: must lie above 0 and at most at 1, got {quantile}")
+        total, seen = sum(self.latency_counts), 0
+        for bound, count in zip((*LATENCY_BOUNDS_MS, math.inf), self.latency_counts, strict=True):
+            seen += count
+            if total and seen >= quantile * total:
+                return bound
+        return math.nan
+
+
+COUNTERS = tuple(name for name in ScorerStats.__dataclass_fields__ if name != "latency_counts")
+
+
+class Recorder:
+    """Adds up, for all threads of a process; a forked child starts from nothing."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(COUNTERS, 0)
+        self._latencies = [0] * (len(LATENCY_BOUNDS_MS) + 1)
+
+    def add(self, **counts: int) -> None:
+        """Add to counters by name."""
+        self._in_this_process()
+        with self._lock:
+            for name, count in counts.items():
+                self._counts[name] += count
+
+    def called(self, seconds: float, *, failed: bool) -> None:
+        """Count a call."""
+        bucket = bisect.bisect_left(LATENCY_BOUNDS_MS, 1e3 * seconds)
+        self._in_this_process()
+        with self._lock:
+            self._counts["calls"] += 1
+            self._counts["failed_calls"] += failed
+            self._latencies[bucket] += 1
+
+    def snapshot(self) -> ScorerStats:
+        """All numbers of one moment."""
+        self._in_this_process()
+        with self._lock:
+            return ScorerStats(**self._counts, latency_counts=tuple(self._latencies))
+
+    def _in_this_process(self) -> None:
+        if self._pid != os.getpid():  # Another thread of the parent may have held the lock.
+            self._start()
