@@ -74,8 +74,7 @@ def check(scorer: Scorer, users: Sequence[int], ids: Int, precision: Precision =
 
 def open_scorer(world: World, precision: Precision = Precision.float32) -> Scorer:
     """As a service opens it."""
-    options = {} if precision is Precision.float32 else {"precision": precision.value}
-    return Scorer.open(world.model_dir, world.store, task=TASK, **options)
+    return Scorer.open(world.model_dir, world.store, task=TASK, precision=precision)
 
 
 # History ---------------------------------------------------------------------------------------------------------
@@ -130,6 +129,7 @@ def bench_floor(recorder: Recorder, world: World, precision: Precision) -> None:
             check(scorer, users, ids, precision)
             floor = scorer_floor(world.model.config, num_users, num_candidates, precision)
             call = partial(scorer.score, users, scorer.encode(ids))
+            assert np.allclose(call(), scorer.score(users, ids), atol=TOLERANCE[precision])
             timing = interleaved(
                 {"ours": call, **floor.calls()},
                 rounds=rounds,
