@@ -269,9 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     options = benchmark_parser("scorer", __doc__).parse_args(arguments)
     set_threads(0)
-    keep_freed_memory()
     recorder = Recorder("scorer", out=options.out, quick=options.quick)
-    quick, dim_and_seeds = options.quick, SMALL if options.quick else PUBLISHED
+    quick = options.quick
+    models = (SMALL,) if quick else (SMALL, PUBLISHED)
     life, num_items = ((200, 20_000), 10_000) if quick else ((1_000, 1_000_000), 50_000)
     lengths = (50, 200, 500, 2_000) if quick else (200, 1_000, 4_000, 16_000)
     precisions = [Precision.float32]
@@ -283,11 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
         root = Path(folder)
         log = lifelong_log(root / "lives", life, num_items=num_items)
-        for dim, num_seeds in (SMALL,) if quick else (SMALL, PUBLISHED):
+        for dim, num_seeds in models:
             model = untrained(log, dim=dim, num_seeds=num_seeds)
             bench_history(recorder, World.make(model, log, root / f"lives-{dim}"), life)
         log = lifelong_log(root / "users", [*lengths, *[lengths[2]] * 28], num_items=num_items)
-        dim, num_seeds = dim_and_seeds
+        dim, num_seeds = models[-1]
         worlds = {
             mixing: World.make(
                 untrained(log, dim=dim, num_seeds=num_seeds, mixing=mixing), log, root / f"users-{mixing.value}"
@@ -297,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ours = worlds[Mixing.separable]
         for precision in precisions:
             bench_floor(recorder, ours, precision)
+        keep_freed_memory()  # from here on: a service does not, but those who read histories are slow without
         for mixing in (Mixing.bidirectional, Mixing.separable):
             for precision in precisions:
                 bench_recompute(recorder, worlds[mixing], len(lengths), precision)
