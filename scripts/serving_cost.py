@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vista.data.event_log import EventLog
 from vista.model.baselines.history_model import HistoryModel
@@ -37,20 +38,28 @@ def scorer_latency_ms(scorer: Scorer, log: EventLog) -> float:
 def history_model_latency_ms(model: HistoryModel, log: EventLog) -> float:
     """Median over requests, the history's look-up in the memory-mapped log included."""
     users, items = _workload(log)
+    ask = history_model_server(model, log, items)
+    return _median_ms(lambda request: ask(users[request : request + 1]))
+
+
+def history_model_server(model: HistoryModel, log: EventLog, items: Int) -> Callable[[Int], Tensor]:
+    """A rival's scores [B, C] for users int64 [B] from all their events, as a function.
+
+    Args:
+        items: int64 [C] candidates; they and the users are rows of the log.
+    """
     rows = model.item_rows(log.items.ids(np.arange(log.num_items)))
-    candidates = torch.from_numpy(rows[items][None])
-    vectors = item_vectors(model)[candidates[0] - 1] if not model.schema.tasks else None
+    candidates = torch.from_numpy(rows[items])
+    vectors = item_vectors(model)[candidates - 1] if not model.schema.tasks else None
     answers = RawHistoryAnswers(model, log, rows)
 
-    def ask(request: int) -> None:
-        user = users[request : request + 1]
-        history = answers.histories(user, log.lengths[user])
+    def ask(users: Int) -> Tensor:
+        history = answers.histories(users, log.lengths[users])
         if vectors is None:
-            model.candidate_logits(history, candidates, None)
-        else:
-            model.user_vectors(history, None) @ vectors.t()
+            return model.candidate_logits(history, candidates.expand(len(users), -1), None)[..., 0]
+        return model.user_vectors(history, None) @ vectors.t()
 
-    return _median_ms(ask)
+    return ask
 
 
 def training_speed(metrics: Path) -> float:

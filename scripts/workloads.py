@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.choices import Mixing
+from vista.choices import Architecture, Mixing
 from vista.config import DataConfig, ModelConfig
 from vista.data.event_log import EventLog
 from vista.errors import ConfigError
-from vista.model.ranking_model import Schema
+from vista.model.baselines.history_model import HistoryModel
+from vista.model.ranking_model import Schema, class_of
 from vista.model.recommender import Recommender
 
 TASK = "click"
@@ -81,6 +82,16 @@ def untrained(
         tail_len=tail_len,
     )
     return Recommender(config, Schema(list(log.actions), log.has_time, None, [TASK]), log.items, DataConfig()).eval()
+
+
+def untrained_rival(log: EventLog, architecture: Architecture, *, dim: int, history_limit: int) -> HistoryModel:
+    """A rival of two layers and one labelled task for this log, in eval mode."""
+    torch.manual_seed(1)
+    config = ModelConfig(architecture=architecture, dim=dim, history_limit=history_limit)
+    schema = Schema(list(log.actions), log.has_time, None, [TASK])
+    model = class_of(architecture)(config, schema, log.items, DataConfig()).eval()
+    assert isinstance(model, HistoryModel)
+    return model
 
 
 def find_ml_1m(given: Path | None) -> Path | None:

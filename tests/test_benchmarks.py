@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from mmap import PROT_READ, mmap
@@ -13,13 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench_training
 import rival
 from recorder import read_cases
 from rival import Pilot, Setting
+from scorer_workloads import scorer_floor
 from store_workloads import private_bytes
+from vista.choices import Precision
 from vista.data.splits import visible_counts
+from vista.model import inference
+from workloads import lifelong_log, untrained
 
 SCRIPTS = Path(bench_training.__file__).parent
 # Some of the cases that each has to write, as parts of their names.
@@ -45,6 +52,15 @@ CASES = {
         "50 candidates: median",
         "5000 candidates: p99",
         "encoded",
+        "500 candidates, float32: over the floor of its matrix products",
+        "5,000 candidates, float32: times over its floor, against those of 500 candidates",
+        "32 users x 100 candidates, float32: times over its floor",
+        "2,000 events, bidirectional, float32: stored against recomputed",
+        "2,000 events, separable, float32: stored against recomputed",
+        "50 events: against sasrec over the raw history",
+        "2,000 events: against hstu over the raw history",
+        "two worker processes of one thread each against one",
+        "10,000 items: private memory of a worker after 200 requests",
     ],
     "simulate": ["generation, 1 thread", "writing", "generation, 1 thread, and writing"],
     "store": [
@@ -126,6 +142,31 @@ def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> 
         if subject == "refresh":
             shares = [row["value"] for row in rows if row["case"].startswith(f"{whole}: share of ")]
             assert sum(shares) == pytest.approx(100, abs=0.1)
+
+
+def test_the_scorers_floor_counts_what_the_model_multiplies(tmp_path: Path) -> None:
+    log = lifelong_log(tmp_path / "log", [9, 40], num_items=49)
+    model = untrained(log, dim=16, num_seeds=6, tail_len=5)
+    items = torch.arange(1, 8).expand(2, -1)
+    tail = inference.pad_tail(model, np.arange(1, 11), np.arange(10), np.zeros(10), np.array([0, 5, 10]))
+    stage, summary = model.target_attention, torch.randn(2, 6, 16)
+    with torch.inference_mode():
+        vectors = model.item_vectors(items)
+        projections = stage.layers[0].project_query(vectors)
+        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+            context = inference.request_context(model, summary, tail)
+            stage.query(vectors, projections, None, torch.full((1,), 5), context)
+    counted = 0.0
+    for work in scorer_floor(model.config, 2, 7, Precision.float32).products:
+        batch, m, k, _, n = map(int, re.findall(r"\d+", work.form.removesuffix("float32")))
+        counted += 2 * batch * m * k * n * work.times
+    assert counted == pytest.approx(counter.get_total_flops())
+
+
+def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """Of its two products."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (key[-1] + value[-1])
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from vista.choices import Architecture
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.data.gaps import gap_bucket
 from vista.data.vocabulary import Vocabulary
-from vista.model.baselines import tiles
+from vista.model.baselines import hstu, tiles
 from vista.model.baselines.hstu import HSTU
 from vista.model.baselines.sasrec import SASRec
 from vista.model.baselines.sequence_model import SequenceModel
@@ -93,7 +93,10 @@ def hstu_by_event(model: HSTU, x: Tensor, time: np.ndarray) -> Tensor:
 
 @pytest.mark.parametrize("has_time", [True, False])
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-def test_a_user_vector_is_the_published_sum(make: SimpleNamespace, name: str, has_time: bool) -> None:
+def test_a_user_vector_is_the_published_sum(
+    make: SimpleNamespace, name: str, has_time: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hstu, "QUERIES_AT_ONCE", 5)
     model = rival(make, name, has_time=has_time)
     packed = make.histories(LENGTHS, 3)
     now = np.append(packed.timestamp, 0)[np.maximum(packed.offsets[1:] - 1, 0)] + 3 * 3_600_000

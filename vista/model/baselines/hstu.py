@@ -17,6 +17,9 @@ from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.layers import Dropout, module_list, norm, split_heads
 from vista.model.ranking_model import Schema
 
+QUERIES_AT_ONCE = 256
+"""Events of a history that attend at a time: so a long history needs no matrix of all its pairs for every head."""
+
 Memory = list[tuple[Tensor, Tensor]]
 """Keys and values [n, H, L, D] of each layer."""
 
@@ -34,15 +37,23 @@ class HSTU(SequenceModel):
     def states(self, x: Tensor, time: Tensor) -> tuple[Tensor, tuple[Memory, Tensor]]:
         length = x.shape[1]
         step = torch.arange(length, device=x.device)
-        distance = step[:, None] - step
-        hidden = distance < 0
-        bucket = time_bucket(time[:, :, None] - time[:, None]) if self.encoder.gap is not None else None
+        blocks = [slice(start, min(start + QUERIES_AT_ONCE, length)) for start in range(0, length, QUERIES_AT_ONCE)]
+        buckets: list[Tensor | None] = [None] * len(blocks)
+        if self.encoder.gap is not None:
+            # In a byte each: of a long history they are all that grows with the square of its length.
+            gaps = (time[:, rows, None] - time[:, None, : rows.stop] for rows in blocks)
+            buckets = [time_bucket(gap).to(torch.uint8) for gap in gaps]
         memory: Memory = []
         for layer in self.layers:
             query, key, value, gate = layer.project(x)
             memory.append((key, value))
-            bias = layer.bias(distance.clamp(min=0), bucket)
-            x = layer.output(x, layer.attend(query, key, value, bias, hidden), gate)
+            heads = []
+            for rows, bucket in zip(blocks, buckets, strict=True):
+                seen = slice(0, rows.stop)
+                distance = step[rows, None] - step[seen]
+                bias = layer.bias(distance.clamp(min=0), bucket)
+                heads.append(layer.attend(query[:, :, rows], key[:, :, seen], value[:, :, seen], bias, distance < 0))
+            x = layer.output(x, torch.cat(heads, 2), gate)
         return x, (memory, time)
 
     def impression_logits(
@@ -95,11 +106,11 @@ class Layer(nn.Module):
         return query, key, value, gate
 
     def bias(self, distance: Tensor, bucket: Tensor | None) -> Tensor:
-        """[n or none, H, Q, L] of distance int64 [n or none, Q, L] and bucket int64 [n, Q, L]."""
-        bias = F.embedding(distance, self.position_bias.t())
+        """[n or none, H, Q, L] of distance int64 [n or none, Q, L] and bucket, uint8 or int64 [n, Q, L]."""
+        bias = _look_up(self.position_bias, distance)
         if self.time_bias is not None and bucket is not None:
-            bias = bias + F.embedding(bucket, self.time_bias.t())
-        return bias.movedim(-1, -3)
+            bias = bias + _look_up(self.time_bias, bucket.long())
+        return bias
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
         """[n, H, Q, D] of Q queries over L events; hidden bool [Q, L] or [n, Q, L]."""
@@ -111,3 +122,11 @@ class Layer(nn.Module):
         """Gate, projection and residual: x [n, L, M], heads [n, H, L, D], gate [n, L, M]."""
         update: Tensor = self.out(self.dropout(self.head_norm(heads.transpose(1, 2).flatten(2)) * gate))
         return x + update
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """[..., H, Q, L] entries of a table [H, N] at int64 [..., Q, L]."""
+    *batch, num_queries, length = index.shape
+    heads = len(table)
+    flat = index.reshape(*batch, 1, -1).expand(*batch, heads, -1)
+    return table.expand(*batch, -1, -1).gather(-1, flat).view(*batch, heads, num_queries, length)
