@@ -13,8 +13,10 @@ import pytest
 from vista.choices import Codec
 from vista.errors import StoreError, StoreLockedError, SummarizerMismatchError, UserKeyError
 from vista.store import NO_TIMESTAMP, SummaryStore, Tail, encode_records, user_keys
-from vista.store.environment import SharedEnvironment
+from vista.store.environment import SharedEnvironment, committed_size
 from vista.store.layout import environment_path, last_complete, list_generations, read_current
+from vista.store.updates import erase
+from vista.store.verification import verify_store
 
 TOTAL = 40
 
@@ -371,6 +373,25 @@ def test_a_truncated_data_file(tmp_path, build):
     data.unlink()
     with pytest.raises(StoreError, match=r"data\.mdb: No such file"):
         SummaryStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_store_that_lost_most_of_its_users_at_once_opens(tmp_path, build, monkeypatch, killed):
+    """LMDB takes pages for such a transaction, gives them back and never writes them: the file ends before them."""
+    build.write_store(tmp_path, total_users=600)
+    users, data = np.random.default_rng(0).permutation(600).tolist(), environment_path(tmp_path, 1) / "data.mdb"
+    with monkeypatch.context() as patch:
+        if killed:
+            patch.setattr("vista.store.environment.complete_size", lambda folder: None)
+        erase(tmp_path, users[:570])
+    found, expected = committed_size(data)
+    assert found < expected if killed else found == expected
+    with SummaryStore.open(tmp_path) as store:
+        assert len(store) == 30 and store.get_many(users).found.tolist() == [False] * 570 + [True] * 30
+    assert verify_store(tmp_path).num_problems == 0
+    erase(tmp_path, users[570:571])
+    found, expected = committed_size(data)
+    assert found == expected
 
 
 def test_foreign_data_files(tmp_path, build):

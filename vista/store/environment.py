@@ -219,7 +219,12 @@ class SharedEnvironment:
             environment = self._open()
             environment.reader_check()
             with environment.begin(write=True, buffers=True) as transaction:
-                return function(transaction)
+                done = function(transaction)
+            found, expected = committed_size(self._path / "data.mdb")
+            if found < expected:
+                with environment.begin(write=True):  # keeps other writers out
+                    complete_size(self._path)
+            return done
 
     def live_bytes(self) -> int:
         """Bytes of the pages that hold keys and values."""
@@ -336,11 +341,13 @@ def _make_reader_table(path: Path, max_readers: int) -> None:
 def check_data_file(path: Path) -> None:
     """Refuse a data file that LMDB would crash on: it maps what the meta page promises, whatever the file's size.
 
+    A file that lacks pages which nothing refers to is whole (`complete_size`).
+
     Raises:
         StoreError: missing, foreign or truncated; the message holds the sizes and the remedy.
     """
     found, expected = committed_size(path)
-    if found < expected:
+    if found < expected and _structural_problems(path.parent):
         raise StoreError(f"{path} is truncated: {found} bytes, its pages need {expected}; {REMEDY}")
 
 
@@ -367,9 +374,9 @@ def committed_size(path: Path) -> tuple[int, int]:
 
 
 def complete_size(folder: Path) -> None:
-    """Give a closed environment's file the size that its meta page speaks of, so that readers can tell a truncated one.
+    """Give an environment's file the size that its meta page speaks of, so that readers can tell a truncated one.
 
-    LMDB does not write pages at the end that a transaction took and gave back.
+    LMDB does not write pages at the end that a transaction took and gave back. Nobody else may write meanwhile.
     """
     path = folder / "data.mdb"
     found, expected = committed_size(path)
@@ -386,12 +393,16 @@ def check_structure(folder: Path) -> None:
         StoreError: missing, foreign, truncated or damaged.
     """
     check_data_file(folder / "data.mdb")
-    try:
-        problems = lmdb.verify.verify(str(folder))  # type: ignore[no-untyped-call]
-    except lmdb.verify.VerifyError as error:
-        problems = [str(error)]
+    problems = _structural_problems(folder)
     if problems:
         raise StoreError(f"{folder}: the database's structure is damaged: {problems[0]}; {REMEDY}")
+
+
+def _structural_problems(folder: Path) -> list[str]:
+    try:
+        return list(lmdb.verify.verify(str(folder)))  # type: ignore[no-untyped-call]
+    except lmdb.verify.VerifyError as error:
+        return [str(error)]
 
 
 def _identity(path: Path) -> tuple[int, int]:
