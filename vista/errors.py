@@ -59,6 +59,10 @@ class StoreWriteError(StoreError):
     """A store's files cannot be written or read just now; what it holds is as it was."""
 
 
+class StoreBusyError(StoreError):
+    """A store was written while it was read as a whole; nothing is wrong with it, so try again."""
+
+
 class RecordError(StoreError):
     """One stored record is truncated, corrupt or of another format; the message names its key."""
 

@@ -26,7 +26,7 @@ KEY = bytes(range(32))
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vista.store.generation_reader._BATCH_RECORDS", 7)
+    monkeypatch.setattr("vista.store.keys._WALK_USERS", 7)
 
 
 def records(root: Path, generation: int, key: bytes | None = None) -> list[tuple[bytes, bytes]]:

@@ -97,7 +97,7 @@ def test_every_kind_of_user_comes_back(tmp_path, build, users):
 
 
 def test_batches_and_row_groups(tmp_path, build, monkeypatch):
-    monkeypatch.setattr("vista.store.generation_reader._BATCH_RECORDS", 7)
+    monkeypatch.setattr("vista.store.keys._WALK_USERS", 7)
     monkeypatch.setattr("vista.store.parquet._GROUP_BYTES", 2000)
     build.write_store(tmp_path / "store")
     export_store(tmp_path / "store", tmp_path / "out.parquet")

@@ -13,10 +13,8 @@ import pytest
 from vista.choices import Codec
 from vista.errors import StoreError, StoreLockedError, SummarizerMismatchError, UserKeyError
 from vista.store import NO_TIMESTAMP, SummaryStore, Tail, encode_records, user_keys
-from vista.store.environment import SharedEnvironment, committed_size
+from vista.store.environment import SharedEnvironment
 from vista.store.layout import environment_path, last_complete, list_generations, read_current
-from vista.store.updates import erase
-from vista.store.verification import verify_store
 
 TOTAL = 40
 
@@ -334,7 +332,7 @@ def test_a_store_made_anew_is_not_taken_for_the_one_that_was_removed(tmp_path, b
 
 
 def test_keys_go_on_within_one_generation_across_a_reload(tmp_path, build, monkeypatch):
-    monkeypatch.setattr("vista.store.lmdb_store._READ_RECORDS", 7)
+    monkeypatch.setattr("vista.store.keys._WALK_USERS", 7)
     build.write_store(tmp_path, total_users=50)
     with SummaryStore.open(tmp_path) as store:
         keys = store.keys()
@@ -373,25 +371,6 @@ def test_a_truncated_data_file(tmp_path, build):
     data.unlink()
     with pytest.raises(StoreError, match=r"data\.mdb: No such file"):
         SummaryStore.open(tmp_path)
-
-
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_store_that_lost_most_of_its_users_at_once_opens(tmp_path, build, monkeypatch, killed):
-    """LMDB takes pages for such a transaction, gives them back and never writes them: the file ends before them."""
-    build.write_store(tmp_path, total_users=600)
-    users, data = np.random.default_rng(0).permutation(600).tolist(), environment_path(tmp_path, 1) / "data.mdb"
-    with monkeypatch.context() as patch:
-        if killed:
-            patch.setattr("vista.store.environment.complete_size", lambda folder: None)
-        erase(tmp_path, users[:570])
-    found, expected = committed_size(data)
-    assert found < expected if killed else found == expected
-    with SummaryStore.open(tmp_path) as store:
-        assert len(store) == 30 and store.get_many(users).found.tolist() == [False] * 570 + [True] * 30
-    assert verify_store(tmp_path).num_problems == 0
-    erase(tmp_path, users[570:571])
-    found, expected = committed_size(data)
-    assert found == expected
 
 
 def test_foreign_data_files(tmp_path, build):

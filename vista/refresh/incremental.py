@@ -93,7 +93,7 @@ def refresh_incremental(
         update.begin(log.sources_digest(log.last_segment))
         changed = log.changed_users(manifest.applied_segment)
         named = log.users.has_ids(changed)
-        gone = 0 if named.all() else _remove_strangers(update, log, users_per_batch)
+        gone = 0 if named.all() else _remove_strangers(update, log)
         changed = changed[named]
         if shard is not None:
             changed = changed[shard.holds(user_keys(log.users.ids(changed)))]
@@ -125,10 +125,10 @@ def _check_same_log(manifest: Manifest, log: EventLog, store: str | Path) -> Non
             )
 
 
-def _remove_strangers(update: StoreUpdate, log: EventLog, users_per_batch: int) -> int:
+def _remove_strangers(update: StoreUpdate, log: EventLog) -> int:
     """Remove users whom the log no longer knows: a compaction has blanked their ids. Returns how many there were."""
     count = 0
-    for keys in update.key_batches(users_per_batch):
+    for keys in update.key_batches():
         known = log.users.rows([user_id(key) for key in keys]) >= 0
         count += update.remove([key for key, own in zip(keys, known.tolist(), strict=True) if not own])
     return count

@@ -11,11 +11,11 @@ from vista.errors import StoreError, UnfinishedError
 from vista.store.environment import check_structure
 from vista.store.generation_builder import (
     GenerationBuilder,
-    flip,
     locked,
     next_number,
     restamp_records,
 )
+from vista.store.generation_files import flip
 from vista.store.generation_reader import GenerationReader, open_generation
 from vista.store.layout import (
     Manifest,
@@ -24,7 +24,6 @@ from vista.store.layout import (
     list_generations,
     read_current,
     remove_leftovers,
-    write_current,
 )
 from vista.store.permissions import modes_of
 from vista.store.state_record import restamp_states
@@ -60,6 +59,7 @@ def compact_store(root: str | Path, *, key: bytes | None = None) -> PublishRepor
     """Write the served generation anew under the next number, without free pages, publish it and remove all others.
 
     Nothing of records that were removed before is in any file afterwards: pages that hold no record are not copied.
+    Of users who are erased while it runs, bytes may be left for the next one.
     (What a file system or a disk keeps of deleted files is theirs; readers that have not reloaded hold the old files.)
 
     Args:
@@ -76,12 +76,11 @@ def compact_store(root: str | Path, *, key: bytes | None = None) -> PublishRepor
         remove_leftovers(root)
         for environment in environments_of(root, current):
             check_structure(environment)
-        while True:
-            num_erased = Tombstones(root).count()
-            with open_generation(root, current, key) as source:
-                manifest = _compacted(root, source, key)
-            if flip(root, manifest.generation, (), num_erased):
-                return publish_report(root, manifest.generation, manifest.count)
+        num_erased = Tombstones(root).count()
+        with open_generation(root, current, key) as source:
+            manifest = _compacted(root, source, key)
+        flip(root, manifest.generation, (), num_erased)
+    return publish_report(root, manifest.generation, manifest.count)
 
 
 def _compacted(root: Path, source: GenerationReader, key: bytes | None) -> Manifest:
@@ -129,7 +128,7 @@ def roll_back(root: str | Path, to: int | None = None, *, key: bytes | None = No
                 f"{root}: gen-{target} cannot be served: {report.problems[0]}. Problems in all: {report.num_problems}. "
                 "What is served is as before"
             )
-        write_current(root, target)
+        flip(root, target, list_generations(root), num_erased=-1)
     return publish_report(root, target, report.records[target])
 
 

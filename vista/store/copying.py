@@ -10,7 +10,8 @@ from pathlib import Path
 from vista.errors import StoreError, UnfinishedError
 from vista.store.administration import PublishReport, publish_report
 from vista.store.environment import check_structure
-from vista.store.generation_builder import GenerationBuilder, cannot_write, flip, locked
+from vista.store.generation_builder import GenerationBuilder, cannot_write, locked
+from vista.store.generation_files import flip
 from vista.store.generation_reader import Batch, GenerationReader, open_generation
 from vista.store.layout import (
     PARTIAL_PREFIX,
@@ -94,8 +95,8 @@ def copy_generation(
                 finally:
                     builder.close()
             before = served_or_none(to)
-            if publish and before != number and not flip(to, number, () if before is None else (before,), num_erased):
-                raise _changed(to)
+            if publish and before != number:
+                flip(to, number, () if before is None else (before,), num_erased)
     return dataclasses.replace(publish_report(to, number, source.manifest.count), published=publish, num_kept=kept)
 
 

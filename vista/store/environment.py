@@ -19,7 +19,7 @@ from typing import TypeVar
 import lmdb
 import lmdb.verify
 
-from vista.errors import StoreError
+from vista.errors import StoreBusyError, StoreError
 from vista.store.permissions import PRIVATE, modes_of, set_mode
 
 MAP_SIZE_BYTES = 1 << 40
@@ -27,6 +27,7 @@ MAP_SIZE_BYTES = 1 << 40
 MAX_READERS = 1024
 """Slots of the reader table: at least processes x threads. The first opener of a generation decides."""
 
+_ATTEMPTS = 3
 _SMALLEST_MAP_BYTES = 1 << 28
 _READER_BYTES = 64
 _READER_TABLE_HEAD_BYTES = 128
@@ -357,20 +358,26 @@ def committed_size(path: Path) -> tuple[int, int]:
     Raises:
         StoreError: missing or foreign.
     """
+    found, expected, _ = _committed(path)
+    return found, expected
+
+
+def _committed(path: Path) -> tuple[int, int, int]:
+    """As `committed_size`, and the number of that transaction."""
     try:
         with path.open("rb") as file:
-            found = os.fstat(file.fileno()).st_size
             metas = [_read_meta(file.read(_PAGE_HEADER_BYTES + _META.size))]
             if metas[0] is not None:
                 file.seek(metas[0][0])
                 metas.append(_read_meta(file.read(_PAGE_HEADER_BYTES + _META.size)))
+            found = os.fstat(file.fileno()).st_size  # Last: a file that is being written grows first.
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}; {REMEDY}") from error
     valid = [meta for meta in metas if meta is not None]
     if len(valid) < 2:
         raise StoreError(f"{path} is no LMDB 0.9 data file ({found} bytes); {REMEDY}")
-    page_bytes, last_page, _ = max(valid, key=lambda meta: meta[2])
-    return found, (last_page + 1) * page_bytes
+    page_bytes, last_page, transaction = max(valid, key=lambda meta: meta[2])
+    return found, (last_page + 1) * page_bytes, transaction
 
 
 def complete_size(folder: Path) -> None:
@@ -389,13 +396,32 @@ def complete_size(folder: Path) -> None:
 def check_structure(folder: Path) -> None:
     """Check every page of an environment's file without handing it to LMDB, which a damaged one may crash.
 
+    What another process writes meanwhile makes a bad verdict void, and it is checked again.
+
     Raises:
         StoreError: missing, foreign, truncated or damaged.
+        StoreBusyError: it was written each time.
     """
-    check_data_file(folder / "data.mdb")
-    problems = _structural_problems(folder)
-    if problems:
-        raise StoreError(f"{folder}: the database's structure is damaged: {problems[0]}; {REMEDY}")
+    for _ in range(_ATTEMPTS):
+        transaction = last_transaction(folder)
+        try:
+            check_data_file(folder / "data.mdb")
+            problems = _structural_problems(folder)
+            if not problems:
+                return
+            raise StoreError(f"{folder}: the database's structure is damaged: {problems[0]}; {REMEDY}")
+        except StoreError:
+            if last_transaction(folder) == transaction:
+                raise
+    raise StoreBusyError(f"{folder} is being written; try again when the refresh or erasure has ended")
+
+
+def last_transaction(folder: Path) -> int:
+    """Number of an environment's last committed transaction; -1 where its file is missing or foreign."""
+    try:
+        return _committed(folder / "data.mdb")[2]
+    except StoreError:
+        return -1
 
 
 def _structural_problems(folder: Path) -> list[str]:

@@ -6,12 +6,12 @@ store/.partial-gen-8/summary/    until it is whole; a copy goes on in it after a
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import lmdb
 import numpy as np
@@ -19,8 +19,8 @@ import numpy as np
 from vista.errors import StoreError
 from vista.files import sync
 from vista.store.environment import check_structure, complete_size, open_environment
-from vista.store.generation_reader import Batch, Tally, read_batch
-from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
+from vista.store.generation_reader import Batch, Tally
+from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY, copied, walk
 from vista.store.layout import (
     PARTIAL_PREFIX,
     Manifest,
@@ -29,14 +29,11 @@ from vista.store.layout import (
     last_complete,
     list_generations,
     note_complete,
-    remove_generation,
-    write_current,
 )
 from vista.store.permissions import Modes, make_folder
 from vista.store.record import HEADER, HEADER_BYTES, RecordSpec, check_records, seal_record
-from vista.store.tombstones import Tombstones, erasing
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @contextmanager
@@ -156,14 +153,12 @@ class GenerationBuilder:
 
     def held_batches(self) -> Iterator[Batch]:
         """Keys and values that are in the file, ascending."""
-        after = b"u"
-        while True:
+
+        def read(function: Callable[[lmdb.Transaction[memoryview]], T]) -> T:
             with self.environment.begin(buffers=True) as transaction:
-                keys, values = read_batch(transaction, after)
-            if not keys:
-                return
-            after = keys[-1]
-            yield keys, values
+                return function(transaction)
+
+        return walk(read, copied)
 
     def _read_back(self) -> None:
         found = Tally()
@@ -200,24 +195,3 @@ def restamp_records(keys: Sequence[bytes], records: Sequence[bytes], spec: Recor
         header = packed[HEADER_BYTES * index : HEADER_BYTES * (index + 1)]
         sealed.append(seal_record(header, [payload], key, spec.key))
     return sealed
-
-
-def flip(root: Path, generation: int, keep: Sequence[int], num_erased: int) -> bool:
-    """Publish a complete generation, then remove all others but those to keep.
-
-    Args:
-        num_erased: tombstones when the generation's records were read: it holds whoever was erased since.
-
-    Returns:
-        False where there are more by now: nothing is flipped then, and the generation is removed.
-    """
-    with erasing(root):
-        if len(Tombstones(root)) != num_erased:
-            remove_generation(root, generation)
-            return False
-        write_current(root, generation)
-        for number in list_generations(root):
-            if number not in (generation, *keep):
-                logger.info("%s: gen-%d is removed", root, number)
-                remove_generation(root, number)
-    return True

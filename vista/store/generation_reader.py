@@ -12,14 +12,11 @@ import lmdb
 
 from vista.errors import StoreError
 from vista.store.environment import SharedEnvironment
-from vista.store.keys import INT_PREFIX, STR_PREFIX
+from vista.store.keys import INT_PREFIX, STR_PREFIX, copied, walk
 from vista.store.layout import Manifest, environment_path, generation_path, list_generations
 from vista.store.lmdb_store import read_manifest
 from vista.store.record import RecordSpec, check_records, sum_of_checksums
 from vista.store.state_record import decode_states
-
-_BATCH_RECORDS = 1024
-_BATCH_BYTES = 1 << 23
 
 Batch = tuple[list[bytes], list[bytes]]
 """Keys and records, of equal length."""
@@ -64,7 +61,7 @@ class GenerationReader:
 
     def raw_batches(self, after: bytes = b"u") -> Iterator[Batch]:
         """Keys beyond `after` and their values, unchecked, ascending; each batch in a short transaction of its own."""
-        return _batches_of(self.environment, after)
+        return walk(self.environment.read, copied, after)
 
     def batches(self, after: bytes = b"u") -> Iterator[Batch]:
         """As `raw_batches`, every record checked.
@@ -87,7 +84,7 @@ class GenerationReader:
             return
         environment = SharedEnvironment.acquire(folder)
         try:
-            for keys, states in _batches_of(environment, b"u"):
+            for keys, states in walk(environment.read, copied):
                 decode_states(states, keys, spec)
                 yield keys, states
         finally:
@@ -122,34 +119,6 @@ def open_generation(root: Path, generation: int, key: bytes | None = None) -> It
         yield GenerationReader(path, environment, manifest, manifest.spec(key))
     finally:
         environment.release()
-
-
-def read_batch(transaction: lmdb.Transaction[memoryview], after: bytes) -> Batch:
-    """Copies of the next keys beyond `after` and their values: 1,024 at most, and about 8 MiB."""
-    keys: list[bytes] = []
-    values: list[bytes] = []
-    size = 0
-    cursor = transaction.cursor()
-    if cursor.set_range(after + b"\0"):
-        for view, value in cursor:
-            key = bytes(view)
-            if not key.startswith(b"u"):
-                break
-            keys.append(key)
-            values.append(bytes(value))
-            size += len(value)
-            if size >= _BATCH_BYTES or len(keys) == _BATCH_RECORDS:
-                break
-    return keys, values
-
-
-def _batches_of(environment: SharedEnvironment, after: bytes) -> Iterator[Batch]:
-    while True:
-        keys, values = environment.read(lambda transaction, after=after: read_batch(transaction, after))  # type: ignore[misc]
-        if not keys:
-            return
-        after = keys[-1]
-        yield keys, values
 
 
 def _other_keys(transaction: lmdb.Transaction[memoryview]) -> list[bytes]:

@@ -14,17 +14,18 @@ import lmdb
 import numpy as np
 
 from vista.choices import Codec, StateDtype
-from vista.errors import StoreError, StoreWriteError
+from vista.errors import StoreError, StoreLockedError, StoreWriteError
 from vista.files import sync
 from vista.store.authentication import key_id
-from vista.store.environment import MAX_READERS, SharedEnvironment, check_structure, complete_size
-from vista.store.generation_files import GenerationFiles, lock_store, write_error
-from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
+from vista.store.environment import MAX_READERS, SharedEnvironment, check_structure
+from vista.store.generation_files import TURNS, GenerationFiles, flip, lock_store, write_error
+from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, walk
 from vista.store.layout import (
     CURRENT,
     Manifest,
     WriterLock,
     environment_path,
+    environments_of,
     generation_path,
     last_complete,
     list_generations,
@@ -32,9 +33,9 @@ from vista.store.layout import (
     note_complete,
     read_current,
     remove_generation,
-    write_current,
 )
 from vista.store.permissions import GROUP, PRIVATE, Modes
+from vista.store.record import check_records
 from vista.store.tombstones import Tombstones, erasing
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,7 @@ class StoreWriter:
 
         Raises:
             StoreWriteError: the disk is full or fails; the generation stays, and the same run goes on.
+            StoreLockedError: an erasure does not end; likewise.
             StoreError: the run is not finished (it stays resumable); or the count, a record or the file's structure is
                 wrong (the generation is removed, CURRENT stays).
         """
@@ -183,13 +185,19 @@ class StoreWriter:
                 "goes on from there"
             )
         try:
-            while True:
-                erased = self._tombstones.count()
-                found = self._scan()
-                with erasing(self.path):
-                    if len(self._tombstones) == erased:
-                        return self._flip(found)
-        except StoreWriteError:
+            num_erased = self._check_records()
+            self._files.mark_complete(self.manifest.created_at)
+            self.manifest = self._files.manifest
+            self._files.close()
+            folder = generation_path(self.path, self.generation)
+            environments = environments_of(self.path, self.generation)
+            for path in environments:
+                check_structure(path)
+            for path in (*environments, folder, self.path):
+                sync(path)
+            flip(self.path, self.generation, (self._served,), num_erased)
+            return self.manifest
+        except (StoreWriteError, StoreLockedError):
             raise
         except StoreError as error:
             self._files.close()
@@ -214,42 +222,42 @@ class StoreWriter:
     ) -> None:
         self.close()
 
-    def _scan(self) -> tuple[int, str]:
+    def _check_records(self) -> int:
+        """Check every record and their number; returns the tombstones of whom nothing is left.
+
+        An erasure meanwhile, which is not made to wait, changes what was counted: then it is counted again.
+        """
+        for _ in range(TURNS):
+            num_erased = self._tombstones.count()
+            self._files.remove_erased(self._tombstones)
+            found = self._count_records()
+            with erasing(self.path):
+                if len(self._tombstones) == num_erased:
+                    self._compare(found)
+                    return num_erased
+        with erasing(self.path):  # Users are erased one by one without a pause.
+            self._files.remove_erased(self._tombstones)
+            self._compare(self._count_records())
+            return len(self._tombstones)
+
+    def _count_records(self) -> tuple[int, str]:
         """(number of records, their digest), all of them checked."""
         count, digest = 0, 0
-        for headers in self._files.scan(self.spec):
+        for keys, headers in walk(
+            self._files.summary.read, lambda keys, values: check_records(values, keys, self.spec)
+        ):
             digest += int(headers["checksum"].sum(dtype=np.uint64))
-            count += len(headers)
+            count += len(keys)
         return count, f"{digest % (1 << 64):016x}"
 
-    def _flip(self, found: tuple[int, str]) -> Manifest:
-        files, folder = self._files, generation_path(self.path, self.generation)
-        manifest = dataclasses.replace(files.read_manifest(), refreshed_at=self.manifest.created_at)
+    def _compare(self, found: tuple[int, str]) -> None:
+        manifest, folder = self._files.read_manifest(), generation_path(self.path, self.generation)
         if (manifest.count, manifest.records_digest) != found:
             raise StoreError(
                 f"{folder} holds {found[0]} records, but {manifest.count} were written, or others than these"
             )
-        if files.state is not None and files.state.read(_num_entries) != manifest.count:
+        if self._files.state is not None and self._files.state.read(_num_entries) != manifest.count:
             raise StoreError(f"{folder} holds another number of states than its {manifest.count} records")
-
-        def complete(transaction: lmdb.Transaction[memoryview]) -> None:
-            transaction.put(MANIFEST_KEY, manifest.to_bytes())
-            transaction.put(COMPLETE_KEY, b"1")
-
-        files.summary.write(complete)
-        files.close()
-        environments = [path for path in folder.iterdir() if path.is_dir()]
-        for path in environments:
-            complete_size(path)
-            check_structure(path)
-        for path in (*environments, folder, self.path):
-            sync(path)
-        write_current(self.path, self.generation)
-        for generation in list_generations(self.path):
-            if generation not in (self._served, self.generation):
-                remove_generation(self.path, generation)
-        self.manifest = manifest
-        return manifest
 
 
 def _served(root: Path) -> int:

@@ -9,7 +9,6 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from vista.errors import StoreError, SummarizerMismatchError, UnfinishedError, UserKeyError
 from vista.store.environment import MAX_READERS, REMEDY, ClosedError, SharedEnvironment, exclusive
-from vista.store.keys import COMPLETE_KEY, INT_PREFIX, MANIFEST_KEY, STR_PREFIX, user_id, user_keys
+from vista.store.keys import COMPLETE_KEY, INT_PREFIX, MANIFEST_KEY, STR_PREFIX, user_id, user_keys, walk
 from vista.store.layout import (
     Manifest,
     environment_path,
@@ -226,11 +225,8 @@ class SummaryStore:
         environment = self._current().environment
         environment.retain()
         try:
-            chunk = [b"u"]
-            while chunk:
-                first = chunk[-1] + b"\0"
-                chunk = environment.read(lambda transaction, first=first: _keys_from(transaction, first))  # type: ignore[misc]
-                yield from map(user_id, chunk)
+            for keys, _ in walk(environment.read, check_keys):
+                yield from map(user_id, keys)
         finally:
             environment.release()
 
@@ -360,18 +356,6 @@ def read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Mani
     if value is None or transaction.get(COMPLETE_KEY) is None:
         raise UnfinishedError(f"{path} was never finished; {REMEDY}")
     return Manifest.from_bytes(bytes(value), path)
-
-
-def _keys_from(transaction: lmdb.Transaction[memoryview], first: bytes) -> list[bytes]:
-    cursor = transaction.cursor()
-    if not cursor.set_range(first):
-        return []
-    found = list(islice(cursor.iternext(), _READ_RECORDS))
-    keys = [bytes(key) for key, _ in found]
-    check_keys(keys, [value for _, value in found])
-    if any(key <= before for before, key in pairwise([first[:-1], *keys])):
-        raise StoreError(f"the keys of the store are out of order, so its file is damaged; {REMEDY}")
-    return keys
 
 
 def _require_kind(keys: list[bytes], manifest: Manifest) -> None:

@@ -22,7 +22,8 @@ from vista.errors import StoreError
 from vista.files import sync
 from vista.store.administration import PublishReport, publish_report
 from vista.store.environment import check_structure
-from vista.store.generation_builder import GenerationBuilder, cannot_write, flip, locked, next_number, restamp_records
+from vista.store.generation_builder import GenerationBuilder, cannot_write, locked, next_number, restamp_records
+from vista.store.generation_files import flip
 from vista.store.generation_reader import GenerationReader, Tally, open_generation
 from vista.store.keys import user_id
 from vista.store.layout import (
@@ -148,8 +149,7 @@ def import_store(
             builder.discard()
             raise
         before = served_or_none(root)
-        if not flip(root, manifest.generation, () if before is None else (before,), num_erased):
-            raise StoreError(f"{root}: users were erased meanwhile; run the same command again")
+        flip(root, manifest.generation, () if before is None else (before,), num_erased)
     return publish_report(root, manifest.generation, manifest.count)
 
 

@@ -15,6 +15,7 @@ from vista.store.environment import SharedEnvironment
 from vista.store.keys import CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import Manifest, environment_path, generation_path, list_generations, read_current
 from vista.store.lmdb_store import read_manifest
+from vista.store.permissions import lock_holders
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +110,8 @@ def _generation_stats(root: Path, number: int) -> GenerationStats:
 
 def _processes(path: Path) -> int | None:
     """Processes but this one that hold LMDB's lock on a lock file: the reader table shows only running transactions."""
-    try:
-        inode = (path / "lock.mdb").stat().st_ino
-        lines = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
-    except OSError:
-        return None
-    held = {words[4] for words in lines if len(words) > 5 and words[5].rpartition(":")[2] == str(inode)}
-    return len(held - {str(os.getpid())})
+    held = lock_holders(path / "lock.mdb")
+    return None if held is None else len(held - {os.getpid()})
 
 
 def _state(transaction: lmdb.Transaction[memoryview], path: Path) -> tuple[Manifest, bool, int]:
