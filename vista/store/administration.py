@@ -28,7 +28,7 @@ from vista.store.layout import (
 from vista.store.permissions import modes_of
 from vista.store.state_record import restamp_states
 from vista.store.tombstones import Tombstones
-from vista.store.verification import VerifyReport, verify_generation
+from vista.store.verification import verify_generation
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +76,9 @@ def compact_store(root: str | Path, *, key: bytes | None = None) -> PublishRepor
         remove_leftovers(root)
         for environment in environments_of(root, current):
             check_structure(environment)
-        num_erased = Tombstones(root).count()
         with open_generation(root, current, key) as source:
             manifest = _compacted(root, source, key)
-        flip(root, manifest.generation, (), num_erased)
+        flip(root, manifest.generation, ())
     return publish_report(root, manifest.generation, manifest.count)
 
 
@@ -116,19 +115,19 @@ def roll_back(root: str | Path, to: int | None = None, *, key: bytes | None = No
 
     Raises:
         StoreLockedError: another process writes the store.
+        StoreBusyError: users are being erased without a pause; try again.
         StoreError: there is no such generation, it is not complete or not sound; what is served is as before.
     """
     root = Path(root).absolute()
     with locked(root):
         target = _generation_before(root, key) if to is None else to
-        report = VerifyReport(root)
-        verify_generation(root, target, report, key=key)
+        report = verify_generation(root, target, key=key)
         if report.num_problems:
             raise StoreError(
                 f"{root}: gen-{target} cannot be served: {report.problems[0]}. Problems in all: {report.num_problems}. "
                 "What is served is as before"
             )
-        flip(root, target, list_generations(root), num_erased=-1)
+        flip(root, target, list_generations(root))
     return publish_report(root, target, report.records[target])
 
 

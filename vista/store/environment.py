@@ -26,8 +26,9 @@ MAP_SIZE_BYTES = 1 << 40
 """Address space reserved; neither memory nor disk. Reserved once, so that the map never has to grow under readers."""
 MAX_READERS = 1024
 """Slots of the reader table: at least processes x threads. The first opener of a generation decides."""
+ATTEMPTS = 3
+"""Looks at a file as a whole, if it is written meanwhile."""
 
-_ATTEMPTS = 3
 _SMALLEST_MAP_BYTES = 1 << 28
 _READER_BYTES = 64
 _READER_TABLE_HEAD_BYTES = 128
@@ -402,7 +403,7 @@ def check_structure(folder: Path) -> None:
         StoreError: missing, foreign, truncated or damaged.
         StoreBusyError: it was written each time.
     """
-    for _ in range(_ATTEMPTS):
+    for _ in range(ATTEMPTS):
         transaction = last_transaction(folder)
         try:
             check_data_file(folder / "data.mdb")

@@ -248,18 +248,16 @@ def write_error(root: Path, error: Exception) -> StoreWriteError:
     )
 
 
-def flip(root: Path, generation: int, keep: Sequence[int], num_erased: int) -> None:
+def flip(root: Path, generation: int, keep: Sequence[int]) -> None:
     """Publish a complete, verified generation, then remove all others but those to keep.
 
-    Erasures wait only for the flip itself. Whoever was erased since the generation was verified is out of it before.
-
-    Args:
-        num_erased: tombstones of which nothing is in the generation (`Tombstones.count`); -1 if nobody knows.
+    Erasures wait only for the flip itself. Whoever is erased, by one that was killed half-way too, is out of the
+    generation before.
 
     Raises:
         StoreLockedError: an erasure does not end; the generation stays, unpublished.
     """
-    tombstones = Tombstones(root)
+    tombstones, num_erased = Tombstones(root), -1
 
     def sweep() -> None:
         with closing(GenerationFiles.open(root, generation)) as files:

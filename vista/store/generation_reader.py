@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
+from typing import TypeVar
 
 import lmdb
 
-from vista.errors import StoreError
-from vista.store.environment import SharedEnvironment
+from vista.errors import StoreBusyError, StoreError
+from vista.store.environment import ATTEMPTS, SharedEnvironment, last_transaction
 from vista.store.keys import INT_PREFIX, STR_PREFIX, copied, walk
-from vista.store.layout import Manifest, environment_path, generation_path, list_generations
+from vista.store.layout import Manifest, environment_path, environments_of, generation_path, list_generations
 from vista.store.lmdb_store import read_manifest
 from vista.store.record import RecordSpec, check_records, sum_of_checksums
 from vista.store.state_record import decode_states
 
+T = TypeVar("T")
 Batch = tuple[list[bytes], list[bytes]]
 """Keys and records, of equal length."""
 
@@ -119,6 +121,30 @@ def open_generation(root: Path, generation: int, key: bytes | None = None) -> It
         yield GenerationReader(path, environment, manifest, manifest.spec(key))
     finally:
         environment.release()
+
+
+def settled(root: Path, generation: int, look: Callable[[], T]) -> T:
+    """What a function makes of a generation as a whole. If it fails while the generation is written, it looks again.
+
+    Raises:
+        StoreBusyError: it failed three times, and the generation was written each time.
+        StoreError: of the function, and nobody wrote meanwhile.
+    """
+    for _ in range(ATTEMPTS):
+        before = _transactions(root, generation)
+        try:
+            return look()
+        except StoreError as error:
+            if _transactions(root, generation) == before:
+                raise
+            last = error
+    raise StoreBusyError(
+        f"{root}: gen-{generation} is being written, by a refresh or an erasure; try again when that has ended"
+    ) from last
+
+
+def _transactions(root: Path, generation: int) -> list[int]:
+    return [last_transaction(path) for path in environments_of(root, generation)]
 
 
 def _other_keys(transaction: lmdb.Transaction[memoryview]) -> list[bytes]:

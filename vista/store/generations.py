@@ -185,7 +185,7 @@ class StoreWriter:
                 "goes on from there"
             )
         try:
-            num_erased = self._check_records()
+            self._check_records()
             self._files.mark_complete(self.manifest.created_at)
             self.manifest = self._files.manifest
             self._files.close()
@@ -195,7 +195,7 @@ class StoreWriter:
                 check_structure(path)
             for path in (*environments, folder, self.path):
                 sync(path)
-            flip(self.path, self.generation, (self._served,), num_erased)
+            flip(self.path, self.generation, (self._served,))
             return self.manifest
         except (StoreWriteError, StoreLockedError):
             raise
@@ -222,8 +222,8 @@ class StoreWriter:
     ) -> None:
         self.close()
 
-    def _check_records(self) -> int:
-        """Check every record and their number; returns the tombstones of whom nothing is left.
+    def _check_records(self) -> None:
+        """Check every record, and their number.
 
         An erasure meanwhile, which is not made to wait, changes what was counted: then it is counted again.
         """
@@ -233,12 +233,10 @@ class StoreWriter:
             found = self._count_records()
             with erasing(self.path):
                 if len(self._tombstones) == num_erased:
-                    self._compare(found)
-                    return num_erased
+                    return self._compare(found)
         with erasing(self.path):  # Users are erased one by one without a pause.
             self._files.remove_erased(self._tombstones)
             self._compare(self._count_records())
-            return len(self._tombstones)
 
     def _count_records(self) -> tuple[int, str]:
         """(number of records, their digest), all of them checked."""

@@ -24,7 +24,7 @@ from vista.store.administration import PublishReport, publish_report
 from vista.store.environment import check_structure
 from vista.store.generation_builder import GenerationBuilder, cannot_write, locked, next_number, restamp_records
 from vista.store.generation_files import flip
-from vista.store.generation_reader import GenerationReader, Tally, open_generation
+from vista.store.generation_reader import GenerationReader, Tally, open_generation, settled
 from vista.store.keys import user_id
 from vista.store.layout import (
     Manifest,
@@ -57,10 +57,15 @@ def export_store(root: str | Path, out: str | Path, *, key: bytes | None = None)
         key: of an authenticated store.
 
     Raises:
-        StoreError: nothing is served, a record is damaged, the store changed meanwhile, or the file cannot be written.
+        StoreBusyError: a refresh writes the generation without a pause.
+        StoreError: nothing is served, a record is damaged, or the file cannot be written.
     """
     root, out = Path(root).absolute(), Path(out).absolute()
     generation = read_current(root)
+    return settled(root, generation, lambda: _export(root, generation, out, key))
+
+
+def _export(root: Path, generation: int, out: Path, key: bytes | None) -> PublishReport:
     check_structure(environment_path(root, generation))
     with open_generation(root, generation, key) as source:
         tally, written, fault = source.tally(), Tally(), []
@@ -130,7 +135,6 @@ def import_store(
         set_store_modes(root, modes)
         remove_leftovers(root)
         tombstones, wanted = Tombstones(root), old.without_states()
-        num_erased = tombstones.count()
         builder = GenerationBuilder(root, dataclasses.replace(wanted, generation=next_number(root)), key, modes)
         read = Tally()
         try:
@@ -149,7 +153,7 @@ def import_store(
             builder.discard()
             raise
         before = served_or_none(root)
-        flip(root, manifest.generation, () if before is None else (before,), num_erased)
+        flip(root, manifest.generation, () if before is None else (before,))
     return publish_report(root, manifest.generation, manifest.count)
 
 

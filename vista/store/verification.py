@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vista.errors import RecordError, StoreError, UnfinishedError
+from vista.errors import RecordError, StoreBusyError, StoreError, UnfinishedError
 from vista.store.environment import check_structure
-from vista.store.generation_reader import GenerationReader, Tally, open_generation
-from vista.store.layout import environment_path, environments_of, list_generations, read_current
+from vista.store.generation_reader import GenerationReader, Tally, open_generation, settled
+from vista.store.layout import environment_path, environments_of, generation_path, list_generations, read_current
 from vista.store.record import check_records
 
 _LISTED = 20
@@ -33,6 +33,13 @@ class VerifyReport:
         if self.num_problems <= _LISTED:
             self.problems.append(problem)
 
+    def include(self, other: VerifyReport) -> None:
+        """Take over what another check of the same store found."""
+        self.records |= other.records
+        self.unfinished += other.unfinished
+        self.num_problems += other.num_problems
+        self.problems = (self.problems + other.problems)[:_LISTED]
+
     def __str__(self) -> str:
         sound = ", ".join(f"gen-{number}: {count:,} records" for number, count in self.records.items()) or "none"
         rest = f"; unfinished: {', '.join(f'gen-{number}' for number in self.unfinished)}" if self.unfinished else ""
@@ -52,6 +59,7 @@ def verify_store(root: str | Path, *, key: bytes | None = None) -> VerifyReport:
         key: of an authenticated store.
 
     Raises:
+        StoreBusyError: a refresh writes the served generation without a pause.
         StoreError: there is no store, or it is of another key. Faults of what it holds are in the report.
     """
     root = Path(root).absolute()
@@ -67,14 +75,45 @@ def verify_store(root: str | Path, *, key: bytes | None = None) -> VerifyReport:
     if served is not None and served not in generations:
         report.add(f"{root / 'CURRENT'} names gen-{served}, which is not there")
     for generation in generations:
-        verify_generation(root, generation, report, key=key, must_be_complete=generation == served)
+        try:
+            report.include(verify_generation(root, generation, key=key, must_be_complete=generation == served))
+        except StoreBusyError:
+            if served is None or generation <= served:
+                raise
+            report.unfinished.append(generation)
     return report
 
 
+class _ProblemsError(StoreError):
+    def __init__(self, report: VerifyReport) -> None:
+        super().__init__(str(report))
+        self.report = report
+
+
 def verify_generation(
-    root: Path, generation: int, report: VerifyReport, *, key: bytes | None = None, must_be_complete: bool = True
-) -> None:
-    """Check one generation and add what is wrong to the report; an unfinished one may be of no interest."""
+    root: Path, generation: int, *, key: bytes | None = None, must_be_complete: bool = True
+) -> VerifyReport:
+    """Check one generation; whether it is finished may be of no interest.
+
+    Raises:
+        StoreBusyError: it is being written, so that what looks wrong may not be.
+    """
+
+    def look() -> VerifyReport:
+        report = VerifyReport(root)
+        if must_be_complete or generation_path(root, generation).is_dir():  # else removed since it was listed
+            _verify(root, generation, report, key, must_be_complete)
+        if report.num_problems:
+            raise _ProblemsError(report)
+        return report
+
+    try:
+        return settled(root, generation, look)
+    except _ProblemsError as error:
+        return error.report
+
+
+def _verify(root: Path, generation: int, report: VerifyReport, key: bytes | None, must_be_complete: bool) -> None:
     folder = environment_path(root, generation)
     try:
         for environment in environments_of(root, generation):
