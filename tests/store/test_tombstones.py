@@ -117,7 +117,7 @@ def test_waiting_for_an_erasure_has_an_end(tmp_path, build, monkeypatch):
         with tombstones.erasing(tmp_path):
             with all_put(build, tmp_path) as writer, pytest.raises(StoreLockedError, match=refused):
                 writer.publish()
-            for action in (lambda: erase(tmp_path, [3]), lambda: roll_back(tmp_path, 1)):
+            for action in (lambda: erase(tmp_path, [3]), lambda: roll_back(tmp_path, to=1)):
                 with pytest.raises(StoreLockedError, match=refused):
                     action()
             assert store.get_many([3]).found.all()

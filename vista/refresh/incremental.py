@@ -38,7 +38,7 @@ from vista.refresh.report import Recorder, RefreshReport
 from vista.refresh.run import LogItems, check_log, encode_users, from_arrays, read_summaries, to_arrays
 from vista.store.keys import user_id, user_keys
 from vista.store.layout import Manifest
-from vista.store.parts import Shard
+from vista.store.parts import Shard, shard_to_write
 from vista.store.state_record import StateArrays, rounded
 from vista.store.updates import StoreUpdate
 
@@ -76,12 +76,13 @@ def refresh_incremental(
         key: 32 bytes, where the store's records are authenticated.
 
     Raises:
-        ConfigError: the model cannot read this log, or the store was refreshed with `until`.
+        ConfigError: the model cannot read this log, the store was refreshed with `until`, or it is divided and no shard
+            named.
         StoreError: nothing is published there, it is of another summarizer or a longer log, or cannot be written.
     """
     check_log(model, log)
     model.eval()
-    store = store if shard is None else shard.path(store)
+    store, shard = shard_to_write(store, shard)
     now = time.time_ns() // 1_000_000 if created_at is None else created_at
     with StoreUpdate.open(
         store, summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=now, key=key

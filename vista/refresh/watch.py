@@ -24,6 +24,7 @@ from vista.model.recommender import Recommender
 from vista.refresh.incremental import refresh_incremental
 from vista.refresh.report import RefreshReport
 from vista.store.authentication import read_key
+from vista.store.parts import stores_in
 from vista.store.updates import served_manifest
 
 logger = logging.getLogger(__name__)
@@ -39,19 +40,19 @@ class Served:
     files: int
     refused: int
     """Files with rows that could not be read; they are logged, and tried again only when they change."""
-    refresh: RefreshReport | None
-    """None where nothing was new."""
+    refreshes: list[RefreshReport]
+    """Of the store, or of its parts; none where nothing was new."""
     lag_s: float | None
     """From the oldest file's arrival to the moment that all of it was served."""
 
     def __str__(self) -> str:
         lag = "" if self.lag_s is None else f", {self.lag_s:.1f} s after it arrived"
         refused = f", {self.refused} refused" if self.refused else ""
-        return f"{self.files} file(s){refused}{lag}: {self.refresh or 'nothing new'}"
+        return f"{self.files} file(s){refused}{lag}: {'; '.join(map(str, self.refreshes)) or 'nothing new'}"
 
 
 class Watch:
-    """One folder, one log, one store; `look` does what there is to do."""
+    """One folder, one log, one store or the parts of one that are here; `look` does what there is to do."""
 
     def __init__(self, config: WatchConfig) -> None:
         self.config = config
@@ -86,12 +87,16 @@ class Watch:
                 refused += 1
                 logger.error("%s", error)
         log = EventLog.open(self.config.data)
-        if served_manifest(self.config.store).applied_segment >= log.last_segment:
-            return Served(files, refused, None, None)
-        report = refresh_incremental(self.model, log, self.config.store, progress=self.config.progress, key=self._key)
+        reports = [
+            refresh_incremental(self.model, log, root, progress=self.config.progress, key=self._key)
+            for root in stores_in(self.config.store)
+            if served_manifest(root).applied_segment < log.last_segment
+        ]
+        if not reports:
+            return Served(files, refused, [], None)
         lag = time.time() - min(self._waiting) if self._waiting else None
         self._waiting.clear()
-        return Served(files, refused, report, lag)
+        return Served(files, refused, reports, lag)
 
     def _arrived(self) -> Iterator[tuple[Path, tuple[str, int, int]]]:
         """Files that have settled and were not judged in this form, oldest first."""
@@ -142,7 +147,7 @@ def watch(config: WatchConfig) -> Served:
                 served = watching.look()
                 if config.once:
                     return served
-                if served.files or served.refused or served.refresh:
+                if served.files or served.refused or served.refreshes:
                     logger.info("%s", served)
             except (VistaError, OSError) as error:
                 if config.once:

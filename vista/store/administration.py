@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,10 +107,13 @@ def _without(tombstones: Tombstones, keys: list[bytes], values: list[bytes]) -> 
     return [keys[place] for place in kept], [values[place] for place in kept]
 
 
-def roll_back(root: str | Path, to: int | None = None, *, key: bytes | None = None) -> PublishReport:
-    """Serve a kept generation again, after every check of `verify`; the one served now is kept too.
+def roll_back(*stores: str | Path, to: int | None = None, key: bytes | None = None) -> list[PublishReport]:
+    """Serve kept generations of some stores again, all of them or none, after every check of `verify`.
+
+    The generations that are served now are kept too.
 
     Args:
+        stores: their folders: of one store, or of the parts of one.
         to: its number; by default the newest complete one before the served one.
         key: of an authenticated store.
 
@@ -118,17 +122,24 @@ def roll_back(root: str | Path, to: int | None = None, *, key: bytes | None = No
         StoreBusyError: users are being erased without a pause; try again.
         StoreError: there is no such generation, it is not complete or not sound; what is served is as before.
     """
-    root = Path(root).absolute()
-    with locked(root):
-        target = _generation_before(root, key) if to is None else to
-        report = verify_generation(root, target, key=key)
-        if report.num_problems:
-            raise StoreError(
-                f"{root}: gen-{target} cannot be served: {report.problems[0]}. Problems in all: {report.num_problems}. "
-                "What is served is as before"
-            )
-        flip(root, target, list_generations(root))
-    return publish_report(root, target, report.records[target])
+    roots = [Path(root).absolute() for root in stores]
+    with ExitStack() as held:
+        for root in roots:
+            held.enter_context(locked(root))
+        reports = [_verified(root, _generation_before(root, key) if to is None else to, key) for root in roots]
+        for report in reports:
+            flip(report.path, report.generation, list_generations(report.path))
+    return reports
+
+
+def _verified(root: Path, number: int, key: bytes | None) -> PublishReport:
+    report = verify_generation(root, number, key=key)
+    if report.num_problems:
+        raise StoreError(
+            f"{root}: gen-{number} cannot be served: {report.problems[0]}. Problems in all: {report.num_problems}. "
+            "What is served is as before"
+        )
+    return publish_report(root, number, report.records[number])
 
 
 def _generation_before(root: Path, key: bytes | None) -> int:
