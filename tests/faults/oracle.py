@@ -50,8 +50,8 @@ class Run:
         """For a job's arguments."""
         return dataclasses.asdict(self)
 
-    def open_writer(self, store: str | Path) -> StoreWriter:
-        """The one writer of the run, resumed where it was begun."""
+    def open_writer(self, store: str | Path, **options: Any) -> StoreWriter:
+        """The one writer of the run, resumed where it was begun; with other options of `StoreWriter.open`."""
         return StoreWriter.open(
             store,
             summarizer_id=SUMMARIZER,
@@ -62,6 +62,7 @@ class Run:
             total_users=self.total,
             run_digest=f"log of salt {self.salt}",
             created_at=CREATED_AT + self.salt,
+            **options,
         )
 
     def summary(self, users: range) -> np.ndarray:
