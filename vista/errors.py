@@ -15,6 +15,10 @@ class DataError(VistaError, ValueError):
     """Source data are bad: the message names file, row, column, value and remedy."""
 
 
+class TakenError(DataError):
+    """A file's content is in the EventLog already."""
+
+
 class LogBusyError(DataError):
     """Another process writes the EventLog; nothing is wrong with the data, so try again."""
 

@@ -8,7 +8,6 @@ them. So a watch can be killed and started again at any moment.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from vista.config_data import PrepareConfig, WatchConfig
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.device import announce, cpu_settings, resolve_device
-from vista.errors import ConfigError, DataError, LogBusyError, VistaError
+from vista.errors import ConfigError, DataError, LogBusyError, TakenError, VistaError
 from vista.model.recommender import Recommender
 from vista.refresh.incremental import refresh_incremental
 from vista.refresh.report import RefreshReport
@@ -117,17 +116,20 @@ class Watch:
     def _take(self, path: Path) -> bool:
         """Append a file to the log; False if its content is there already."""
         changed_at = path.stat().st_mtime
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest in _taken(EventLog.open(self.config.data)):
-            return False
         config = self.config
         events = replace(config.events, paths=[str(path)])
-        prepare(
-            PrepareConfig(
-                out=config.data, events=events, append=True, on_bad_rows=config.on_bad_rows, progress=config.progress
+        try:
+            prepare(
+                PrepareConfig(
+                    out=config.data,
+                    events=events,
+                    append=True,
+                    on_bad_rows=config.on_bad_rows,
+                    progress=config.progress,
+                )
             )
-        )
+        except TakenError:
+            return False
         self._waiting.append(changed_at)
         return True
 
@@ -154,8 +156,3 @@ def watch(config: WatchConfig) -> Served:
                     raise
                 logger.error("%s", error)
             time.sleep(config.poll_s)
-
-
-def _taken(log: EventLog) -> set[str]:
-    """Digests of all files that are in the log."""
-    return {source["sha256"] for manifest in log.manifests for source in manifest["sources"]}
