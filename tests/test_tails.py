@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vista.store.record import Tail
+from vista.store.batches import Tail
 from vista.tails import checked_tail, merge_tails
 
 Event = tuple[int, int, int]

@@ -31,9 +31,9 @@ from vista.model.recommender import Recommender
 from vista.model.target_attention import Context
 from vista.requests import check_times, ids_of, pad_ragged, request_times, split_ragged, typed_ids
 from vista.store.authentication import read_key
-from vista.store.lmdb_store import StoredBatch, SummaryStore
+from vista.store.batches import StoredBatch, Tail
+from vista.store.lmdb_store import SummaryStore
 from vista.store.parts import StoreParts, open_store
-from vista.store.record import Tail
 from vista.tails import checked_tail, merge_tails
 
 logger = logging.getLogger(__name__)

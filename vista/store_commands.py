@@ -15,16 +15,15 @@ from vista.data.gaps import LATEST_MS, YEAR_1971_MS
 from vista.errors import ConfigError, StoreError, UnknownUserError
 from vista.model.recommender import Recommender
 from vista.requests import typed_ids
-from vista.store.administration import PublishReport, compact_store, roll_back
+from vista.store.administration import PublishReport, compact_store, copy_generation, roll_back
 from vista.store.authentication import read_key
-from vista.store.copying import copy_generation
-from vista.store.generation_reader import GenerationReader, open_generation
+from vista.store.batches import NO_TIMESTAMP
+from vista.store.inspection import store_stats, verify_store
 from vista.store.keys import user_key
 from vista.store.layout import read_current
 from vista.store.parts import divide, shards_in, stores_in, user_kind
-from vista.store.record import NO_TIMESTAMP, RawRecords, decode_rows, read_records
-from vista.store.statistics import store_stats
-from vista.store.verification import verify_store
+from vista.store.record import RawRecords, decode_rows, read_records
+from vista.store.whole_generations import GenerationReader, open_generation
 
 
 def store_stats_command(config: config_store.StoreStatsConfig) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from vista.store.record import Tail
+from vista.store.batches import Tail
 
 
 def checked_tail(tail: Tail, num_users: int, num_actions: int) -> Tail:

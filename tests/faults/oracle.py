@@ -19,10 +19,10 @@ from tests.faults.nursery import Say
 from vista.choices import Codec
 from vista.errors import StoreError
 from vista.store import StoreWriter, SummaryStore, Tail, encode_records, user_keys
-from vista.store.environment import open_environment
+from vista.store.batches import StoredBatch
+from vista.store.data_file import open_environment
 from vista.store.keys import CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import Manifest, environment_path
-from vista.store.lmdb_store import StoredBatch
 from vista.store.record import RecordSpec
 
 SUMMARIZER = bytes(range(32))
@@ -190,7 +190,7 @@ _expected: dict[tuple[Run, RecordSpec], StoredBatch] = {}
 
 def expected_batch(run: Run, spec: RecordSpec) -> StoredBatch:
     """All users of a run as a reader must see them, by the format's plain decoder instead of the reader's own."""
-    from vista.store.record_reference import decode_record_reference
+    from tests.record_reference import decode_record_reference
 
     if (run, spec) not in _expected:
         _, records = run.records(range(run.total), spec)

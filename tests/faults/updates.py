@@ -19,12 +19,12 @@ from tests.faults.nursery import Say
 from tests.faults.oracle import CREATED_AT, SUMMARIZER, Run
 from vista.choices import StateDtype
 from vista.store import SummaryStore, user_keys
-from vista.store.environment import open_environment
+from vista.store.data_file import open_environment
+from vista.store.inspection import verify_store
 from vista.store.layout import environment_path, state_path
 from vista.store.record import RecordSpec
 from vista.store.state_record import StateArrays, StateSpec, encode_states
 from vista.store.updates import StoreUpdate
-from vista.store.verification import verify_store
 
 TOTAL, BATCH = 32, 8
 REMOVED, PUT, KEPT = range(3)

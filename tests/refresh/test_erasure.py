@@ -20,12 +20,11 @@ from vista.errors import ConfigError, StoreError
 from vista.refresh import erase, refresh, refresh_incremental
 from vista.refresh.erasing import erase_from_config
 from vista.store import StoreWriter, SummaryStore
-from vista.store.administration import compact_store, roll_back
-from vista.store.copying import copy_generation
+from vista.store.administration import compact_store, copy_generation, roll_back
 from vista.store.environment import SharedEnvironment
-from vista.store.generation_builder import GenerationBuilder
+from vista.store.inspection import verify_store
 from vista.store.parquet import export_store, import_store
-from vista.store.verification import verify_store
+from vista.store.whole_generations import GenerationBuilder
 
 
 def named_log(path: Path, grow: SimpleNamespace, count: int, marker: str = "marker") -> EventLog:

@@ -13,15 +13,14 @@ import lmdb
 import numpy as np
 import pytest
 
+from tests.record_reference import decode_record_reference
 from vista.choices import Codec
 from vista.errors import StoreError, StoreLockedError
 from vista.store import SummaryStore, user_keys
 from vista.store.administration import compact_store, roll_back
-from vista.store.generation_reader import open_generation
+from vista.store.inspection import store_stats, verify_store
 from vista.store.layout import environment_path, last_complete, list_generations, read_current
-from vista.store.record_reference import decode_record_reference
-from vista.store.statistics import store_stats
-from vista.store.verification import verify_store
+from vista.store.whole_generations import open_generation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 KEY = bytes(range(32))

@@ -15,13 +15,11 @@ import pytest
 
 from vista.errors import StoreBusyError, StoreError, StoreLockedError
 from vista.store import SummaryStore, user_keys
-from vista.store.administration import compact_store
-from vista.store.copying import copy_generation
-from vista.store.generation_builder import GenerationBuilder
-from vista.store.generation_reader import GenerationReader, open_generation
+from vista.store.administration import compact_store, copy_generation
+from vista.store.inspection import verify_store
 from vista.store.layout import environment_path, list_generations, read_current
 from vista.store.parquet import export_store
-from vista.store.verification import verify_store
+from vista.store.whole_generations import GenerationBuilder, GenerationReader, open_generation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 KEY = bytes(range(32))
@@ -178,7 +176,7 @@ def test_what_a_copy_refuses(tmp_path, build):
     with build.open_writer(target), pytest.raises(StoreLockedError, match=f"process {os.getpid()}"):
         copy_generation(source, target)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreError, match=r"cannot be written: .*check the path"):
+    with pytest.raises(StoreError, match=r"cannot be written: .*check free space, the path"):
         copy_generation(source, tmp_path / "file" / "store")
 
 

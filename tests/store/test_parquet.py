@@ -15,10 +15,10 @@ import xxhash
 from vista.choices import Codec
 from vista.errors import RecordError, StoreError
 from vista.store import NO_TIMESTAMP, SummaryStore, Tail, encode_records, user_keys
-from vista.store.generation_reader import open_generation
+from vista.store.inspection import verify_store
 from vista.store.layout import list_generations, read_current
 from vista.store.parquet import FORMAT, export_store, import_store
-from vista.store.verification import verify_store
+from vista.store.whole_generations import open_generation
 
 KEY = bytes(range(200, 232))
 

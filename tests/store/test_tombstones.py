@@ -6,39 +6,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from vista.errors import StoreLockedError
-from vista.store import StoreWriter, SummaryStore, tombstones, user_keys
+from vista.store import StoreWriter, SummaryStore, locks, user_keys
 from vista.store.administration import roll_back
-from vista.store.environment import check_structure, committed_size
+from vista.store.data_file import check_structure
 from vista.store.generation_files import GenerationFiles
-from vista.store.layout import environment_path, read_current
+from vista.store.inspection import verify_store
+from vista.store.layout import read_current
 from vista.store.tombstones import Tombstones
 from vista.store.updates import erase
-from vista.store.verification import verify_store
 
 TOTAL = 40
-
-
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_store_that_lost_most_of_its_users_at_once_opens(tmp_path, build, monkeypatch, killed):
-    """LMDB takes pages for such a transaction, gives them back and never writes them: the file ends before them."""
-    build.write_store(tmp_path, total_users=600)
-    users, data = np.random.default_rng(0).permutation(600).tolist(), environment_path(tmp_path, 1) / "data.mdb"
-    with monkeypatch.context() as patch:
-        if killed:
-            patch.setattr("vista.store.environment.complete_size", lambda folder: None)
-        erase(tmp_path, users[:570])
-    found, expected = committed_size(data)
-    assert found < expected if killed else found == expected
-    with SummaryStore.open(tmp_path) as store:
-        assert len(store) == 30 and store.get_many(users).found.tolist() == [False] * 570 + [True] * 30
-    assert verify_store(tmp_path).num_problems == 0
-    erase(tmp_path, users[570:571])
-    found, expected = committed_size(data)
-    assert found == expected
 
 
 def all_put(build: Any, root: Path) -> StoreWriter:
@@ -63,7 +43,7 @@ def test_an_erasure_waits_for_no_verification(tmp_path, build, monkeypatch):
             erase(tmp_path, [users.pop(0)])
         return found
 
-    monkeypatch.setattr(tombstones, "WAIT_S", 1.0)
+    monkeypatch.setattr(locks, "WAIT_S", 1.0)
     monkeypatch.setattr("vista.store.generations.check_structure", check_and_erase)
     monkeypatch.setattr(StoreWriter, "_count_records", count_and_erase)
     with all_put(build, tmp_path) as writer:
@@ -80,7 +60,7 @@ def test_users_who_are_erased_without_a_pause_do_not_keep_a_generation_from_bein
     tmp_path, build, monkeypatch
 ):
     build.write_store(tmp_path)
-    monkeypatch.setattr(tombstones, "WAIT_S", 0.05)
+    monkeypatch.setattr(locks, "WAIT_S", 0.05)
     users, count, sweep = list(range(TOTAL)), StoreWriter._count_records, GenerationFiles.remove_erased
     refused: list[StoreLockedError] = []
 
@@ -111,10 +91,10 @@ def test_users_who_are_erased_without_a_pause_do_not_keep_a_generation_from_bein
 
 def test_waiting_for_an_erasure_has_an_end(tmp_path, build, monkeypatch):
     build.write_store(tmp_path)
-    monkeypatch.setattr(tombstones, "WAIT_S", 0.1)
+    monkeypatch.setattr(locks, "WAIT_S", 0.1)
     refused = rf"process {os.getpid()} has been erasing users or publishing.*wait for it, or end it"
     with SummaryStore.open(tmp_path) as store:
-        with tombstones.erasing(tmp_path):
+        with locks.erasing(tmp_path):
             with all_put(build, tmp_path) as writer, pytest.raises(StoreLockedError, match=refused):
                 writer.publish()
             for action in (lambda: erase(tmp_path, [3]), lambda: roll_back(tmp_path, to=1)):
@@ -130,7 +110,7 @@ def test_waiting_for_an_erasure_has_an_end(tmp_path, build, monkeypatch):
 def test_an_erasure_that_was_killed_after_its_tombstone_is_ended_by_who_publishes(tmp_path, build):
     build.write_store(tmp_path)
     with all_put(build, tmp_path) as writer:
-        with tombstones.erasing(tmp_path):
+        with locks.erasing(tmp_path):
             Tombstones(tmp_path).add(user_keys([7]))
         writer.publish()
     with SummaryStore.open(tmp_path) as store:

@@ -15,25 +15,23 @@ from typing import Any
 
 import lmdb
 
-from vista.errors import StoreError, StoreWriteError
+from vista.errors import StoreError
 from vista.files import sync
-from vista.store.environment import MAX_READERS, REMEDY, SharedEnvironment
+from vista.store.data_file import MAX_READERS, REMEDY
+from vista.store.environment import SharedEnvironment
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY, walk
 from vista.store.layout import (
     Manifest,
-    WriterLock,
     environment_path,
     generation_path,
     list_generations,
-    prepare_root,
     remove_generation,
-    remove_leftovers,
-    set_store_modes,
     state_path,
     write_current,
 )
+from vista.store.locks import cannot_write, erasing
 from vista.store.permissions import Modes, make_folder
-from vista.store.tombstones import Tombstones, erasing
+from vista.store.tombstones import Tombstones
 
 TURNS = 3
 """What an erasure has come between is done anew this often; then erasures wait for it."""
@@ -210,42 +208,7 @@ class GenerationFiles:
         try:
             return environment.write(function)
         except lmdb.Error as error:
-            raise write_error(self.path, error) from error
-
-
-def lock_store(root: Path, modes: Modes | None = None) -> WriterLock:
-    """Become the one writer of a store, and clear away what a killed one was removing.
-
-    Args:
-        root: the store's folder.
-        modes: make it if it is not there, and give all that lies in it these; None leaves all as it is.
-
-    Raises:
-        StoreLockedError: another writer holds the store; the message names its process if known.
-        StoreError: the path cannot be written, or is not there.
-    """
-    try:
-        if modes is not None:
-            prepare_root(root, modes)
-        lock = WriterLock(root)
-    except OSError as error:
-        raise StoreError(f"{root} cannot be written: {error}; choose another folder or its permissions") from error
-    try:
-        if modes is not None:
-            set_store_modes(root, modes)
-        remove_leftovers(root)
-    except OSError as error:
-        lock.release()
-        raise StoreError(f"{root} cannot be written: {error}; choose another folder or its permissions") from error
-    return lock
-
-
-def write_error(root: Path, error: Exception) -> StoreWriteError:
-    """What a failed write of a store is called."""
-    return StoreWriteError(
-        f"{root} cannot be written: {error}; check free space and permissions, then run the refresh again: it goes on "
-        "after the last batch that was written"
-    )
+            raise cannot_write(self.path, error) from error
 
 
 def flip(root: Path, generation: int, keep: Sequence[int]) -> None:

@@ -11,19 +11,18 @@ from pathlib import Path
 from types import TracebackType
 
 import lmdb
-import numpy as np
 
 from vista.choices import Codec, StateDtype
 from vista.errors import StoreError, StoreLockedError, StoreWriteError
 from vista.files import sync
 from vista.store.authentication import key_id
-from vista.store.environment import MAX_READERS, SharedEnvironment, check_structure
-from vista.store.generation_files import TURNS, GenerationFiles, flip, lock_store, write_error
-from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, walk
+from vista.store.data_file import MAX_READERS, check_structure
+from vista.store.environment import SharedEnvironment
+from vista.store.generation_files import TURNS, GenerationFiles, flip
+from vista.store.keys import COMPLETE_KEY, CURSOR_KEY
 from vista.store.layout import (
     CURRENT,
     Manifest,
-    WriterLock,
     environment_path,
     environments_of,
     generation_path,
@@ -33,10 +32,12 @@ from vista.store.layout import (
     note_complete,
     read_current,
     remove_generation,
+    remove_leftovers,
 )
+from vista.store.locks import WriterLock, cannot_write, erasing, lock_store
 from vista.store.permissions import GROUP, PRIVATE, Modes
-from vista.store.record import check_records
-from vista.store.tombstones import Tombstones, erasing
+from vista.store.tombstones import Tombstones
+from vista.store.whole_generations import Tally, tally_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ class StoreWriter:
         modes = GROUP if shared_with_group else PRIVATE
         lock = lock_store(root, modes)
         try:
+            remove_leftovers(root)
             current = _served(root)
             wanted = Manifest(
                 generation=current + 1,
@@ -133,7 +135,7 @@ class StoreWriter:
             return cls(root, lock, current, files, key)
         except (OSError, lmdb.Error) as error:
             lock.release()
-            raise write_error(root, error) from error
+            raise cannot_write(root, error) from error
         except BaseException:
             lock.release()
             raise
@@ -207,7 +209,7 @@ class StoreWriter:
                 f"{error}. The generation was removed, CURRENT is as before; check the disk, then refresh again"
             ) from error
         except (OSError, lmdb.Error) as error:
-            raise write_error(self.path, error) from error
+            raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
         """Let the store go; an unpublished generation stays for the next run of the same identity."""
@@ -238,21 +240,14 @@ class StoreWriter:
             self._files.remove_erased(self._tombstones)
             self._compare(self._count_records())
 
-    def _count_records(self) -> tuple[int, str]:
-        """(number of records, their digest), all of them checked."""
-        count, digest = 0, 0
-        for keys, headers in walk(
-            self._files.summary.read, lambda keys, values: check_records(values, keys, self.spec)
-        ):
-            digest += int(headers["checksum"].sum(dtype=np.uint64))
-            count += len(keys)
-        return count, f"{digest % (1 << 64):016x}"
+    def _count_records(self) -> Tally:
+        return tally_of(self._files.summary.read, self.spec)
 
-    def _compare(self, found: tuple[int, str]) -> None:
+    def _compare(self, found: Tally) -> None:
         manifest, folder = self._files.read_manifest(), generation_path(self.path, self.generation)
-        if (manifest.count, manifest.records_digest) != found:
+        if (manifest.count, manifest.records_digest) != (found.count, found.records_digest):
             raise StoreError(
-                f"{folder} holds {found[0]} records, but {manifest.count} were written, or others than these"
+                f"{folder} holds {found.count} records, but {manifest.count} were written, or others than these"
             )
         if self._files.state is not None and self._files.state.read(_num_entries) != manifest.count:
             raise StoreError(f"{folder} holds another number of states than its {manifest.count} records")

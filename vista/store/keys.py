@@ -106,6 +106,11 @@ def user_id(key: bytes) -> int | str:
     raise UserKeyError(f"{key!r} is no user key")
 
 
+def kinds_of(keys: Sequence[bytes]) -> set[str]:
+    """The kinds of ids that keys are of: int, str, or mixed where one is no key."""
+    return {KINDS.get(prefix, "mixed") for prefix in {key[:2] for key in keys}}
+
+
 def common_kind(kinds: Iterable[str | None]) -> str | None:
     """What ids of several kinds are together: int, str, mixed, or None without any."""
     found = set(kinds) - {None}

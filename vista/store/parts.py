@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from vista.data.histories import ranges
 from vista.errors import ConfigError, StoreError
+from vista.store.batches import StoredBatch, Tail
 from vista.store.keys import common_kind, user_keys
 from vista.store.layout import CURRENT, Manifest
-from vista.store.lmdb_store import StoredBatch, SummaryStore
-from vista.store.record import Tail
+from vista.store.lmdb_store import SummaryStore
 from vista.store.updates import served_manifest
 
 _NAME = re.compile(r"part-(\d+)-of-(\d+)")

@@ -67,16 +67,6 @@ def set_tree_modes(folder: Path, modes: Modes) -> None:
             set_mode(entry, modes.lock if entry.name == "lock.mdb" else modes.file)
 
 
-def lock_holders(path: Path) -> set[int] | None:
-    """Processes of this machine that hold a lock on a file; None where the system does not say."""
-    try:
-        inode = path.stat().st_ino
-        lines = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
-    except OSError:
-        return None
-    return {int(words[4]) for words in lines if len(words) > 5 and words[5].rpartition(":")[2] == str(inode)}
-
-
 def is_owner(path: Path) -> bool:
     """Whether this process may change a path's mode."""
     return path.stat().st_uid == os.geteuid() or os.geteuid() == 0

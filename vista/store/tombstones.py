@@ -1,30 +1,23 @@
 """Erased users: a file of 16-byte digests beside the generations, so that no later refresh brings a user back.
 
 The file holds no id: BLAKE2b-128 of the user's key. Its flock orders erasures and flips, so that no generation is
-published with a user who was erased while it was written. Both hold it for moments, and wait for it to a deadline.
+published with a user who was erased while it was written.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from vista.errors import StoreLockedError, StoreWriteError
+from vista.errors import StoreWriteError
 from vista.files import sync
-from vista.store.permissions import PRIVATE, lock_holders, set_mode
+from vista.store.layout import TOMBSTONES
+from vista.store.locks import erasing
 
-TOMBSTONES = "tombstones"
 _DIGEST_BYTES = 16
-
-WAIT_S = 30.0
-"""How long an erasure or a flip waits for another one."""
-_POLL_S = 0.002
 
 
 class Tombstones:
@@ -90,47 +83,6 @@ class Tombstones:
         whole = len(data) - len(data) % _DIGEST_BYTES
         self._known = {data[at : at + _DIGEST_BYTES] for at in range(0, whole, _DIGEST_BYTES)}
         self._size = len(data)
-
-
-@contextmanager
-def erasing(root: Path) -> Iterator[None]:
-    """Section of an erasure or a flip: one at a time, whichever process.
-
-    Raises:
-        StoreLockedError: another one did not end within WAIT_S; the message names its process if known.
-        StoreWriteError: the file cannot be made.
-    """
-    try:
-        descriptor = os.open(root / TOMBSTONES, os.O_RDWR | os.O_CREAT, PRIVATE.file)
-    except OSError as error:
-        raise StoreWriteError(
-            f"{root / TOMBSTONES}: {error.strerror}; check the path, permissions and free space"
-        ) from error
-    try:
-        set_mode(root / TOMBSTONES, PRIVATE.file)  # whatever the umask
-        _lock(descriptor, root)
-        try:
-            yield
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # A child that was forked meanwhile holds the descriptor too.
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, root: Path) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                holders = ", ".join(map(str, sorted(lock_holders(root / TOMBSTONES) or ())))
-                raise StoreLockedError(
-                    f"{root}: {f'process {holders}' if holders else 'another process'} has been erasing users or "
-                    f"publishing for more than {WAIT_S:g} s; wait for it, or end it (what it wrote is kept), then run "
-                    "the same command again: this one has changed nothing of what is served"
-                ) from error
-            time.sleep(_POLL_S)
 
 
 def _digest(key: bytes) -> bytes:

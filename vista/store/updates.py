@@ -14,22 +14,23 @@ from numpy.typing import NDArray
 
 from vista.errors import StoreError, SummarizerMismatchError
 from vista.store.environment import SharedEnvironment
-from vista.store.generation_files import GenerationFiles, lock_store
+from vista.store.generation_files import GenerationFiles
 from vista.store.keys import user_keys, walk
 from vista.store.layout import (
     Manifest,
-    WriterLock,
     environment_path,
     generation_path,
     list_generations,
     missing_generation,
     read_current,
+    remove_leftovers,
     served_or_none,
 )
 from vista.store.lmdb_store import read_manifest
+from vista.store.locks import WriterLock, erasing, lock_store
 from vista.store.record import HEADER, HEADER_BYTES
 from vista.store.state_record import StateArrays, read_states
-from vista.store.tombstones import Tombstones, erasing
+from vista.store.tombstones import Tombstones
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class StoreUpdate:
         read_current(root)  # else the lock would be the first thing to miss
         lock = lock_store(root)
         try:
+            remove_leftovers(root)
             generation = read_current(root)
             if not generation_path(root, generation).is_dir():
                 raise missing_generation(root, generation)
