@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+from pathlib import Path
 
 import lmdb
 import numpy as np
 import pytest
 
-from vista.errors import StoreError
+from vista.errors import StoreError, StoreWriteError
 from vista.store import SummaryStore
 from vista.store.data_file import committed_size
 from vista.store.inspection import verify_store
@@ -33,6 +35,23 @@ def test_a_store_that_lost_most_of_its_users_at_once_opens(tmp_path, build, monk
     erase(tmp_path, users[570:571])
     found, expected = committed_size(data)
     assert found == expected
+
+
+def test_a_file_that_cannot_be_given_its_size(tmp_path, build, monkeypatch):
+    build.write_store(tmp_path, total_users=600)
+    users = np.random.default_rng(0).permutation(600).tolist()
+
+    def fail(folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vista.store.environment.complete_size", fail)
+        with pytest.raises(StoreWriteError, match=r"cannot be written: .*Input/output error"):
+            erase(tmp_path, users[:570])
+    erase(tmp_path, users[:570])
+    with SummaryStore.open(tmp_path) as store:
+        assert store.get_many(users).found.tolist() == [False] * 570 + [True] * 30
+    assert verify_store(tmp_path).num_problems == 0
 
 
 def test_a_truncated_data_file(tmp_path, build):

@@ -192,6 +192,7 @@ class SharedEnvironment:
 
         Raises:
             lmdb.Error: nothing was written (disk full, input/output error).
+            OSError: it was written, but the file could not be given its size (`complete_size`).
             StoreError: it was not acquired for writing, or before a fork.
         """
         if not self._writable or self.inherited:

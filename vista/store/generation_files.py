@@ -207,7 +207,7 @@ class GenerationFiles:
             raise StoreError(f"{self.path}: the writer is closed, or was opened before a fork; open another")
         try:
             return environment.write(function)
-        except lmdb.Error as error:
+        except (OSError, lmdb.Error) as error:
             raise cannot_write(self.path, error) from error
 
 
@@ -220,7 +220,7 @@ def flip(root: Path, generation: int, keep: Sequence[int]) -> None:
     Raises:
         StoreLockedError: an erasure does not end; the generation stays, unpublished.
     """
-    tombstones, num_erased = Tombstones(root), -1
+    tombstones, num_erased = Tombstones(root), 0  # nobody is erased, or else: swept of nobody yet
 
     def sweep() -> None:
         with closing(GenerationFiles.open(root, generation)) as files:

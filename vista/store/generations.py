@@ -13,7 +13,7 @@ from types import TracebackType
 import lmdb
 
 from vista.choices import Codec, StateDtype
-from vista.errors import StoreError, StoreLockedError, StoreWriteError
+from vista.errors import StoreBusyError, StoreError, StoreLockedError, StoreWriteError
 from vista.files import sync
 from vista.store.authentication import key_id
 from vista.store.data_file import MAX_READERS, check_structure
@@ -177,7 +177,7 @@ class StoreWriter:
 
         Raises:
             StoreWriteError: the disk is full or fails; the generation stays, and the same run goes on.
-            StoreLockedError: an erasure does not end; likewise.
+            StoreLockedError, StoreBusyError: an erasure does not end, or erasures without a pause; likewise.
             StoreError: the run is not finished (it stays resumable); or the count, a record or the file's structure is
                 wrong (the generation is removed, CURRENT stays).
         """
@@ -199,7 +199,7 @@ class StoreWriter:
                 sync(path)
             flip(self.path, self.generation, (self._served,))
             return self.manifest
-        except (StoreWriteError, StoreLockedError):
+        except (StoreWriteError, StoreLockedError, StoreBusyError):
             raise
         except StoreError as error:
             self._files.close()

@@ -6,6 +6,7 @@ Integers are big-endian with the sign bit flipped, so that byte order is numeric
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
 import lmdb
@@ -140,16 +141,15 @@ def walk(
                 key = bytes(view)
                 if not key.startswith(b"u"):
                     break
-                if key <= (keys[-1] if keys else after):
-                    raise StoreError(
-                        f"key {key[:40]!r} is out of order, so the file is damaged; refresh the store again"
-                    )
                 keys.append(key)
                 values.append(value)
                 size += len(value)
                 if size >= _WALK_BYTES or len(keys) == _WALK_USERS:
                     break
-        return keys, [take(keys, values)] if keys else []
+        taken = [take(keys, values)] if keys else []
+        if any(key <= before for before, key in pairwise([after, *keys])):
+            raise StoreError("the keys of the store are out of order, so its file is damaged; refresh it again")
+        return keys, taken
 
     while True:
         keys, taken = read(some)
