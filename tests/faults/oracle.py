@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tests.faults.nursery import Say
+from tests.record_reference import decode_record_reference
 from vista.choices import Codec
 from vista.errors import StoreError
 from vista.store import StoreWriter, SummaryStore, Tail, encode_records, user_keys
@@ -190,8 +191,6 @@ _expected: dict[tuple[Run, RecordSpec], StoredBatch] = {}
 
 def expected_batch(run: Run, spec: RecordSpec) -> StoredBatch:
     """All users of a run as a reader must see them, by the format's plain decoder instead of the reader's own."""
-    from tests.record_reference import decode_record_reference
-
     if (run, spec) not in _expected:
         _, records = run.records(range(run.total), spec)
         decoded = [decode_record_reference(record) for record in records]

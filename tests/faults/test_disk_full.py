@@ -126,7 +126,7 @@ def update_until_full(say: Say, store: str, filler: str) -> str:
     return f"{said[-1][0] if said[-1][0] == 'refused' else 'fitted'}, {found}"
 
 
-@promise("Disk full", fault="no room left for an incremental refresh with states", full=50, short=3)
+@promise("Disk full", fault="no room left for an incremental refresh with states", full=50, short=2)
 def test_disk_full_of_updates(trial: Trial, small_disk: tuple[Nursery, Path]) -> None:
     nursery, disk = small_disk
     folder = disk / f"updates-{trial.number}"

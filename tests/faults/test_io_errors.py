@@ -103,7 +103,7 @@ def check_updates_after_power_cut(say: Say, store: str, log: str, image: str, tu
     "Honest fsync failure",
     fault="EIO at the n-th fsync or write of an incremental refresh with states",
     full=200,
-    short=4,
+    short=3,
 )
 def test_io_errors_of_updates(trial: Trial, traced: Nursery) -> None:
     store, log, image = (trial.folder.resolve() / name for name in ("store", "log", "image"))

@@ -27,7 +27,6 @@ KINDS = {INT_PREFIX: "int", STR_PREFIX: "str"}
 CURSOR_KEY = b"!cursor"
 COMPLETE_KEY = b"!complete"
 MANIFEST_KEY = b"!manifest"
-META_KEYS = (CURSOR_KEY, COMPLETE_KEY, MANIFEST_KEY)
 
 _SIGN_BIT = np.uint64(1 << 63)
 _WALK_USERS = 1024
