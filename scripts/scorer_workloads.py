@@ -33,7 +33,7 @@ from vista.model.recommender import Recommender
 from vista.refresh import refresh
 from vista.refresh.run import LogItems, last_times, stored_tail
 from vista.store import NO_TIMESTAMP
-from vista.store.lmdb_store import StoredBatch
+from vista.store.batches import StoredBatch
 
 Int = NDArray[np.int64]
 

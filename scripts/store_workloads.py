@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from vista.choices import Codec, StateDtype
 from vista.device import keep_freed_memory, set_threads
 from vista.store import NO_TIMESTAMP, RecordSpec, StoreWriter, SummaryStore, Tail, encode_records, user_keys
-from vista.store.environment import MAP_SIZE_BYTES, SharedEnvironment
+from vista.store.data_file import MAP_SIZE_BYTES
+from vista.store.environment import SharedEnvironment
 from vista.store.layout import environment_path, read_current
 from vista.store.state_record import StateArrays, StateSpec, encode_states
 from vista.store.updates import StoreUpdate

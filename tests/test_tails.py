@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vista.scorer.tails import checked_tail, merge_tails
-from vista.store.record import Tail
+from vista.store.batches import Tail
 
 Event = tuple[int, int, int]
 """(time, item, action)"""

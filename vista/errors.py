@@ -15,6 +15,10 @@ class DataError(VistaError, ValueError):
     """Source data are bad: the message names file, row, column, value and remedy."""
 
 
+class TakenError(DataError):
+    """A file's content is in the EventLog already."""
+
+
 class LogBusyError(DataError):
     """Another process writes the EventLog; nothing is wrong with the data, so try again."""
 
@@ -57,6 +61,10 @@ class UnfinishedError(StoreError):
 
 class StoreWriteError(StoreError):
     """A store's files cannot be written or read just now; what it holds is as it was."""
+
+
+class StoreBusyError(StoreError):
+    """A store was written while it was read as a whole; nothing is wrong with it, so try again."""
 
 
 class RecordError(StoreError):

@@ -1,7 +1,8 @@
-"""The commands `vista store …`: from a config to a report."""
+"""The commands `vista store …`: from a config to a report, of a store or of all its parts that are there."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,52 +12,61 @@ import numpy as np
 
 from vista import config_store
 from vista.data.gaps import LATEST_MS, YEAR_1971_MS
+from vista.data.vocabulary import ids_of_words
 from vista.errors import ConfigError, StoreError, UnknownUserError
 from vista.model.recommender import Recommender
-from vista.store.administration import PublishReport, compact_store, roll_back
+from vista.store.administration import PublishReport, compact_store, copy_generation, roll_back
 from vista.store.authentication import read_key
-from vista.store.copying import copy_generation
-from vista.store.generation_reader import GenerationReader, open_generation
+from vista.store.batches import NO_TIMESTAMP
+from vista.store.inspection import store_stats, verify_store
 from vista.store.keys import user_key
 from vista.store.layout import read_current
-from vista.store.record import NO_TIMESTAMP, RawRecords, decode_rows, read_records
-from vista.store.statistics import StoreStats, store_stats
-from vista.store.verification import VerifyReport, verify_store
+from vista.store.parts import divide, shards_in, stores_in, user_kind
+from vista.store.record import RawRecords, decode_rows, read_records
+from vista.store.whole_generations import GenerationReader, open_generation
 
 
-def store_stats_command(config: config_store.StoreStatsConfig) -> StoreStats:
+def store_stats_command(config: config_store.StoreStatsConfig) -> str:
     """`vista store stats`; errors as of `store_stats`."""
-    return store_stats(config.store)
+    return _lines(store_stats(root) for root in stores_in(config.store))
 
 
-def store_verify(config: config_store.StoreVerifyConfig) -> VerifyReport:
+def store_verify(config: config_store.StoreVerifyConfig) -> str:
     """`vista store verify`.
 
     Raises:
         StoreError: problems were found; the message lists the first.
     """
-    report = verify_store(config.store, key=read_key(config.authentication_key_file))
-    if report.num_problems:
-        raise StoreError(str(report))
-    return report
+    key = read_key(config.authentication_key_file)
+    reports = [verify_store(root, key=key) for root in stores_in(config.store)]
+    if any(report.num_problems for report in reports):
+        raise StoreError(_lines(reports))
+    return _lines(reports)
 
 
-def store_compact(config: config_store.StoreCompactConfig) -> PublishReport:
+def store_compact(config: config_store.StoreCompactConfig) -> str:
     """`vista store compact`; errors as of `compact_store`."""
-    return compact_store(config.store, key=read_key(config.authentication_key_file))
+    key = read_key(config.authentication_key_file)
+    return _lines(compact_store(root, key=key) for root in stores_in(config.store))
 
 
-def store_rollback(config: config_store.StoreRollbackConfig) -> PublishReport:
+def store_rollback(config: config_store.StoreRollbackConfig) -> str:
     """`vista store rollback`; errors as of `roll_back`."""
-    return roll_back(config.store, config.to, key=read_key(config.authentication_key_file))
+    return _lines(roll_back(*stores_in(config.store), to=config.to, key=read_key(config.authentication_key_file)))
 
 
 def store_export(config: config_store.StoreExportConfig) -> str:
-    """`vista store export`; errors as of `export_store`."""
+    """`vista store export`, of a divided store a file a part; errors as of `export_store`."""
     from vista.store.parquet import export_store
 
-    done = export_store(config.store, config.out, key=read_key(config.authentication_key_file))
-    return f"{done.num_records:,} records of generation {done.generation} in {done.path}: {done.size_bytes:,} bytes"
+    key, out, stores = read_key(config.authentication_key_file), Path(config.out), stores_in(config.store)
+    divided = bool(shards_in(config.store))
+    files = [out.with_name(f"{out.stem}.{root.name}{out.suffix}") if divided else out for root in stores]
+    done = [export_store(root, file, key=key) for root, file in zip(stores, files, strict=True)]
+    return _lines(
+        f"{one.num_records:,} records of generation {one.generation} in {one.path}: {one.size_bytes:,} bytes"
+        for one in done
+    )
 
 
 def store_import(config: config_store.StoreImportConfig) -> PublishReport:
@@ -67,22 +77,31 @@ def store_import(config: config_store.StoreImportConfig) -> PublishReport:
     return import_store(config.file, config.store, key=key, shared_with_group=config.shared_with_group)
 
 
-def store_copy(config: config_store.StoreCopyConfig) -> PublishReport:
-    """`vista store copy`; errors as of `copy_generation`.
+def store_copy(config: config_store.StoreCopyConfig) -> str:
+    """`vista store copy`; parts are published when all have been brought. Errors as of `copy_generation`.
 
     Raises:
         ConfigError: no folder is named.
     """
     if not config.to:
         raise ConfigError("to: name the folder of the store that serves, such as to=/srv/stores/mine")
-    return copy_generation(
-        config.store,
-        config.to,
-        generation=config.generation,
-        publish=config.publish,
-        key=read_key(config.authentication_key_file),
-        shared_with_group=config.shared_with_group,
-    )
+    key, divided = read_key(config.authentication_key_file), bool(shards_in(config.store))
+
+    def copy(publish: bool) -> str:
+        return _lines(
+            copy_generation(
+                root,
+                Path(config.to) / root.name if divided else config.to,
+                generation=config.generation,
+                publish=publish,
+                key=key,
+                shared_with_group=config.shared_with_group,
+            )
+            for root in stores_in(config.store)
+        )
+
+    brought = copy(publish=False) if divided or not config.publish else ""
+    return copy(publish=True) if config.publish else brought
 
 
 def store_get(config: config_store.StoreGetConfig) -> str:
@@ -95,19 +114,17 @@ def store_get(config: config_store.StoreGetConfig) -> str:
     """
     if config.user is None:
         raise ConfigError("user: name one, such as user=42")
-    root = Path(config.store).absolute()
+    ((root, (user,)),) = divide(config.store, ids_of_words([config.user], "user", user_kind(config.store)))
     with open_generation(root, read_current(root), read_key(config.authentication_key_file)) as reader:
-        user: int | str = config.user
-        if reader.manifest.user_kind == "int":
-            try:
-                user = int(config.user)
-            except ValueError:
-                raise ConfigError(f"user: ids are integers in {root}, got {config.user}") from None
         key = user_key(user)
         raw = reader.environment.read(lambda transaction: _read(transaction, key, reader))
         if raw is None:
             raise UnknownUserError(f"user {user!r} has no record in {root}, generation {reader.manifest.generation}")
         return _record_text(user, raw, reader, config.model)
+
+
+def _lines(reports: Iterable[object]) -> str:
+    return "\n".join(map(str, reports))
 
 
 def _read(transaction: lmdb.Transaction[memoryview], key: bytes, reader: GenerationReader) -> RawRecords | None:

@@ -6,9 +6,10 @@ A promise is a test function of one repetition, in a file of its own:
     def test_killed_writer(trial: Trial, nursery: Nursery) -> None:
         ...  # `trial.random` decides, `trial.folder` is empty, `trial.count("…")` says what happened
 
-It becomes two tests: the short form, which `make test` runs, and the full one under the mark `faults`, which `make
-test-faults` runs. The full form notes every repetition in a file of the work folder (VISTA_FAULTS_DIR, by default
-.faults/ in the checkout), so that a suite that was ended goes on, and `python -m tests.faults.table` makes the table.
+It becomes two tests: the short form, which `make test` runs (short=0: none), and the full one under the mark `faults`,
+which `make test-faults` runs. The full form notes every repetition in a file of the work folder (VISTA_FAULTS_DIR, by
+default .faults/ in the checkout), so that a suite that was ended goes on, and `python -m tests.faults.table` makes the
+table.
 What was noted under another commit does not count.
 """
 
@@ -115,7 +116,7 @@ def promise(
         ]
         test.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         forms = [
-            pytest.param((this, short), id=f"x{short}"),
+            *([pytest.param((this, short), id=f"x{short}")] if short else []),
             pytest.param((this, full), id=f"x{full}", marks=[pytest.mark.faults, pytest.mark.timeout(0)]),
         ]
         parametrized: Callable[..., None] = pytest.mark.parametrize("trials", forms, indirect=True)(test)

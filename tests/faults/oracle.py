@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from tests.faults.nursery import Say
+from tests.record_reference import decode_record_reference
 from vista.choices import Codec
 from vista.errors import StoreError
 from vista.store import StoreWriter, SummaryStore, Tail, encode_records, user_keys
-from vista.store.environment import open_environment
+from vista.store.batches import StoredBatch
+from vista.store.data_file import open_environment
 from vista.store.keys import CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import Manifest, environment_path
-from vista.store.lmdb_store import StoredBatch
 from vista.store.record import RecordSpec
 
 SUMMARIZER = bytes(range(32))
@@ -50,8 +51,8 @@ class Run:
         """For a job's arguments."""
         return dataclasses.asdict(self)
 
-    def open_writer(self, store: str | Path) -> StoreWriter:
-        """The one writer of the run, resumed where it was begun."""
+    def open_writer(self, store: str | Path, **options: Any) -> StoreWriter:
+        """The one writer of the run, resumed where it was begun; with other options of `StoreWriter.open`."""
         return StoreWriter.open(
             store,
             summarizer_id=SUMMARIZER,
@@ -62,6 +63,7 @@ class Run:
             total_users=self.total,
             run_digest=f"log of salt {self.salt}",
             created_at=CREATED_AT + self.salt,
+            **options,
         )
 
     def summary(self, users: range) -> np.ndarray:
@@ -189,8 +191,6 @@ _expected: dict[tuple[Run, RecordSpec], StoredBatch] = {}
 
 def expected_batch(run: Run, spec: RecordSpec) -> StoredBatch:
     """All users of a run as a reader must see them, by the format's plain decoder instead of the reader's own."""
-    from vista.store.record_reference import decode_record_reference
-
     if (run, spec) not in _expected:
         _, records = run.records(range(run.total), spec)
         decoded = [decode_record_reference(record) for record in records]

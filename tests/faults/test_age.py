@@ -13,7 +13,7 @@ from vista.data.event_log import EventLog
 from vista.model.recommender import Recommender
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.store.lmdb_store import CLOCK_SKEW_MS
+from vista.store.batches import CLOCK_SKEW_MS
 
 MAX_AGE_S = 3600
 

@@ -10,7 +10,8 @@ from tests.faults import oracle
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Child, Nursery, Say
 from tests.faults.oracle import Run
-from vista.store.environment import SharedEnvironment, committed_size
+from vista.store.data_file import committed_size
+from vista.store.environment import SharedEnvironment
 from vista.store.layout import environment_path
 
 RUN = Run(total=1000, batch=20, dim=300)

@@ -145,8 +145,11 @@ def test_truncation(trial: Trial, nursery: Nursery, stores: list[Path]) -> None:
     sizes = sorted([size - 1, *(trial.random.randrange(size) for _ in range(CUTS - 1))], reverse=True)
     reader = nursery.start(read_cut, store, RUNS[number].words, sizes)
     reader.result()
-    assert set(reader.messages) == {"StoreError on opening"}, reader.messages
-    trial.count("StoreError on opening", CUTS)
+    # Where the last pages were free ones, nothing is missing without them.
+    assert set(reader.messages) <= {"StoreError on opening", "unharmed"} and len(reader.messages) == CUTS
+    assert reader.messages[-1] == "StoreError on opening", reader.messages
+    for outcome in reader.messages:
+        trial.count(outcome)
 
 
 def test_a_damaged_key_is_not_listed(nursery: Nursery, stores: list[Path], tmp_path: Path) -> None:

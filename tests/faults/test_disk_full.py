@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults import oracle
+from tests.faults import oracle, updates
 from tests.faults.conftest import require_linux
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
@@ -23,6 +23,8 @@ from vista.store.layout import environment_path
 SIZE_BYTES = 64 << 20
 BEFORE, RUN = Run(salt=1, total=64), Run(salt=2, total=64, batch=16, dim=6000)
 """What is served; and what fills the disk, 1.5 MB of it."""
+HEAD_DIM = 80
+"""Of states that take 51 KB a user, 1.6 MB in all."""
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,41 @@ def test_disk_full(trial: Trial, small_disk: tuple[Nursery, Path]) -> None:
     nursery.call(touch, folder / "stop")
     reader.result()
     nursery.call(remove, folder)
+
+
+def update_until_full(say: Say, store: str, filler: str) -> str:
+    """Turn 1 until the disk is full; check what is there; then free the disk and go on.
+
+    Returns:
+        Whether it was refused, and what was there.
+    """
+    said: list[Any] = []
+    try:
+        updates.update(said.append, store, 1)
+    except StoreError as error:
+        said.append(["refused", str(error), 0])
+        assert "cannot be written" in str(error), error
+    found = updates.check(say, store, *updates.acknowledged(said))
+    os.unlink(filler)
+    updates.check_and_go_on(say, store, *updates.acknowledged(said))
+    return f"{said[-1][0] if said[-1][0] == 'refused' else 'fitted'}, {found}"
+
+
+@promise("Disk full", fault="no room left for an incremental refresh with states", full=50, short=2)
+def test_disk_full_of_updates(trial: Trial, small_disk: tuple[Nursery, Path]) -> None:
+    nursery, disk = small_disk
+    folder = disk / f"updates-{trial.number}"
+    store, filler = folder / "store", folder / "filler"
+    nursery.call(make, folder)
+    nursery.call(updates.publish, store, HEAD_DIM)
+    nursery.call(fill, filler, trial.random.choice([0, 0, 4096, trial.random.randrange(1_500_000)]))
+    trial.count(nursery.call(update_until_full, store, filler))
+    nursery.call(remove, folder)
+
+
+def make(say: Say, path: str) -> None:
+    """Make a folder."""
+    os.mkdir(path)
 
 
 def prepare(say: Say, folder: str) -> None:

@@ -16,8 +16,8 @@ from vista.model.recommender import Recommender
 from vista.refresh import refresh, refresh_incremental
 from vista.store import SummaryStore
 from vista.store.administration import compact_store
+from vista.store.inspection import verify_store
 from vista.store.updates import erase
-from vista.store.verification import verify_store
 from vista.training.trainer import schema_of
 
 NUM_USERS = 60

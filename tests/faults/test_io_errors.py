@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import random
 from pathlib import Path
 from typing import Any
 
-from tests.faults import oracle, preload
+from tests.faults import oracle, preload, updates
 from tests.faults.disk_images import Disk
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
@@ -21,6 +22,7 @@ KINDS = {
 }
 MOST_CALLS = {"fsync": 21, "write": 22, "create, rename or remove": 10}
 """Somewhat more than a run makes, so that now and then nothing fails."""
+MOST_UPDATE_CALLS = {"fsync": 40, "write": 60}
 ATTEMPTS = 3
 
 
@@ -65,12 +67,59 @@ def endure(say: Say, store: str, runs: list[dict[str, Any]], log: str, fault: li
 
 def check_after_power_cut(say: Say, store: str, log: str, image: str, runs: list[dict[str, Any]], least: int) -> str:
     """Check a disk image of the end of the log: what was acknowledged is on it."""
-    import random
-
     disk = Disk(Path(store))
     disk.take(preload.read_log(Path(log)))
     disk.write_image(Path(image), random.Random(least))
     return check_image(say, Path(image), runs, 1, least)
+
+
+def endure_updates(say: Say, store: str, log: str, fault: list[int]) -> int:
+    """Publish turn 0; then meet a fault in turn 1, and go on, three times at most; says as `update`, and "refused".
+
+    Returns:
+        Calls of these kinds that were made.
+    """
+    preload.watch(store, log)
+    updates.publish(say, store, head_dim=8)
+    preload.fail_at(*fault)
+    for _ in range(ATTEMPTS):
+        try:
+            updates.update(say, store, 1)
+            break
+        except StoreError as error:
+            say(["refused", str(error)[:200], 0])
+    return preload.calls_since(fault[1])
+
+
+def check_updates_after_power_cut(say: Say, store: str, log: str, image: str, turn: int, least: int) -> str:
+    """Check a disk image of the end of the log: what was acknowledged is on it."""
+    disk = Disk(Path(store))
+    disk.take(preload.read_log(Path(log)))
+    disk.write_image(Path(image), random.Random(least))
+    return updates.check_and_go_on(say, image, turn, least)
+
+
+@promise(
+    "Honest fsync failure",
+    fault="EIO at the n-th fsync or write of an incremental refresh with states",
+    full=200,
+    short=3,
+)
+def test_io_errors_of_updates(trial: Trial, traced: Nursery) -> None:
+    store, log, image = (trial.folder.resolve() / name for name in ("store", "log", "image"))
+    image.mkdir()
+    store.mkdir(mode=0o700)
+    kind = trial.random.choice(["fsync", "write"])
+    number = trial.random.randint(1, MOST_UPDATE_CALLS[kind])
+    fault = [KINDS[kind], number, errno.EIO, trial.random.choice([1, 1, 2, preload.FOREVER])]
+    writer = traced.start(endure_updates, store, log, fault)
+    made = writer.result()
+    refused = any(what == "refused" for what, *_ in writer.messages)
+    assert refused or made < number, f"the {number}-th {kind} failed, and nobody said so"
+    trial.count(f"{kind}: refused" if refused else "no such call")
+    turn, least = updates.acknowledged(writer.messages)
+    traced.call(check_updates_after_power_cut, store, log, image, turn, least)
+    traced.call(updates.check_and_go_on, store, turn, least)
 
 
 @promise("Honest fsync failure", fault="EIO at the n-th fsync, write, create, rename or remove", full=200, short=8)

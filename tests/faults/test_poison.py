@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.conftest import DAY, START, Served
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
+from tests.record_reference import decode_record_reference
 from vista.choices import Codec
 from vista.data.event_log import EventLog
 from vista.errors import RecordError, VistaError
@@ -23,7 +24,6 @@ from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
 from vista.store import NO_TIMESTAMP, RecordSpec, encode_records, user_keys
 from vista.store import Tail as StoredTail
-from vista.store.record_reference import decode_record_reference
 
 EXAMPLES = 100
 NUMBERS = [0, -1, 1, 2**31, 2**63 - 1, -(2**63), 2**63, 2**64, -(2**70), 1.5, 1e300, float("nan"), float("inf"), None]

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.faults import oracle, preload
+from tests.faults import oracle, preload, updates
 from tests.faults.disk_images import Disk
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
@@ -90,6 +90,53 @@ def acknowledged(folder: str, calls: list[Call]) -> tuple[int, int]:
     lines = b"".join(call.data for call in calls if call.name == "w" and call.path == f"{folder}/{ACKNOWLEDGED}")
     place, least = map(int, lines.splitlines()[-1].split()) if lines else (0, 0)
     return place, least
+
+
+def traced_updates(say: Say, folder: str, log: str) -> None:
+    """Publish turn 0, then two turns of updates; lines of folder/acknowledged say turn and users done."""
+    preload.watch(folder, log)
+    store = f"{folder}/store"
+    with (Path(folder) / ACKNOWLEDGED).open("wb", buffering=0) as file:
+        updates.publish(say, store, head_dim=8)
+        file.write(b"1 0\n")
+        for turn in (1, 2):
+            updates.update(lambda said: file.write(b"%d %d\n" % tuple(said[1:])), store, turn)
+
+
+def check_update_images(say: Say, folder: str, log: str, scratch: str, seed: int) -> None:
+    """Images of cuts after turn 0; says what was found in each. Every sixteenth goes on."""
+    calls, chance = list(preload.read_log(Path(log))), random.Random(seed)
+    begin = next(place for place, call in enumerate(calls) if call.path == f"{folder}/{ACKNOWLEDGED}" and call.data)
+    for number, cut in enumerate(sorted(chance.choices(range(begin + 1, len(calls)), k=IMAGES))):
+        turn, least = acknowledged(folder, calls[:cut])
+        disk, image = Disk(Path(folder)), Path(scratch) / f"image-{number}"
+        disk.take(calls[:cut])
+        disk.tear(calls[cut])
+        image.mkdir()
+        disk.write_image(image, chance)
+        look = updates.check if number % 16 else updates.check_and_go_on
+        try:
+            say(look(say, f"{image}/store", turn, least))
+        except Exception as error:
+            raise AssertionError(f"{image}, cut at call {cut}: {type(error).__name__}: {error}") from error
+        shutil.rmtree(image)
+
+
+@promise(
+    "Acknowledged batch survives",
+    fault="power cut during an incremental refresh with states: disk images from a write log",
+    full=5000,
+    short=50,
+    each=IMAGES,
+)
+def test_power_loss_of_updates(trial: Trial, traced: Nursery) -> None:
+    folder, log = trial.folder.resolve() / "disk", trial.folder / "log"
+    folder.mkdir()
+    traced.call(traced_updates, folder, log)
+    checker = traced.start(check_update_images, folder, log, trial.folder, trial.number)
+    checker.result(timeout_s=600)
+    for found in checker.messages:
+        trial.count(found)
 
 
 @promise(

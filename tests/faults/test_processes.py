@@ -16,7 +16,7 @@ from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
 from vista.store import SummaryStore
-from vista.store.environment import open_environment
+from vista.store.data_file import open_environment
 from vista.store.layout import environment_path
 
 RUN = Run(total=64)

@@ -16,7 +16,7 @@ from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
 from vista.errors import RecordError, StoreError
 from vista.store import SummaryStore, user_keys
-from vista.store.environment import open_environment
+from vista.store.data_file import open_environment
 from vista.store.keys import MANIFEST_KEY
 from vista.store.layout import Manifest, environment_path
 from vista.store.record import CHECKSUM_OFFSET, HEADER, HEADER_BYTES

@@ -16,7 +16,7 @@ from vista.errors import RecordError, UnknownUserError
 from vista.refresh import refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import SummaryStore
-from vista.store.lmdb_store import CLOCK_SKEW_MS
+from vista.store.batches import CLOCK_SKEW_MS
 
 
 def poisoned(grow: SimpleNamespace, counts: dict[int, int], users: list[int]) -> tuple[object, dict[str, object]]:

@@ -12,12 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vista.choices import Codec, Decay
+from vista.cli import main
 from vista.data.event_log import EventLog
 from vista.errors import ConfigError, StoreError
 from vista.refresh import forget, merge, refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import SummaryStore
-from vista.store.parts import Shard, StoreParts, open_store
+from vista.store.layout import environment_path
+from vista.store.parts import Shard, StoreParts, divide, open_store, stores_in
 
 
 def test_parts_are_one_store(tmp_path: Path, grow: SimpleNamespace) -> None:
@@ -120,3 +122,82 @@ def test_forgotten_events_leave_store_and_log(tmp_path: Path, grow: SimpleNamesp
     grow.assert_same(tmp_path / "store", tmp_path / "expected", atol=1e-4)
     with SummaryStore.open(tmp_path / "store") as store:
         assert store.get_many([1]).event_count.tolist() == [28]
+
+
+def test_commands_do_all_parts(tmp_path: Path, grow: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    model, store, host = grow.model(), tmp_path / "parts", tmp_path / "host"
+    log = grow.append(tmp_path / "log", grow.events({user: 1 + user % 9 for user in range(40)}))
+    for turn in range(2):
+        for index in range(3):
+            refresh(model, log, store, shard=Shard(index, 3), created_at=1_700_000_000_000 + turn)
+    counts = [len(SummaryStore.open(path)) for path in stores_in(store)]
+
+    def said(*words: str, code: int = 0) -> list[str]:
+        assert main(["store", *words, f"store={store}"]) == code, capsys.readouterr()
+        out = capsys.readouterr()
+        return (out.out or out.err).splitlines()
+
+    assert sum("serves gen-2" in line for line in said("stats")) == 3
+    assert [f"{count:,} records" in line for count, line in zip(counts, said("verify"), strict=True)] == [True] * 3
+    for user in (0, 17, 39):
+        assert f"user {user}" in said("get", f"user={user}")[0]
+    assert "user 40 has no record" in said("get", "user=40", code=1)[0]
+    exported = said("export", f"out={tmp_path / 'all.parquet'}")
+    assert [path.name for path in sorted(tmp_path.glob("*.parquet"))] == [
+        f"all.part-{i}-of-3.parquet" for i in range(3)
+    ]
+    assert len(exported) == 3
+
+    # Brought, and served only when all parts are there.
+    assert sum("not served yet" in line for line in said("copy", f"to={host}", "publish=false")) == 3
+    with pytest.raises(StoreError, match="no published generation"):
+        open_store(host)
+    assert sum("is served" in line for line in said("copy", f"to={host}")) == 3
+    with open_store(host) as parts:
+        assert len(parts) == 40 and parts.generation == 2
+
+    # Erased from their own parts.
+    gone = [3, 17, 25]
+    assert f"{store}: 3 of 3 users had a record" in said("erase", f"users={gone}")[0]
+    for path in stores_in(store):
+        assert (path / "tombstones").stat().st_size == 16 * len(dict(divide(store, gone)).get(path, []))
+    assert [report.count("is served") for report in said("compact")] == [1] * 3
+    with open_store(store) as parts:
+        assert len(parts) == 37 and not parts.get_many(gone).found.any()
+    with pytest.raises(StoreError, match=r"belongs to part \d of 3, which is not there"):
+        divide(stores_in(store)[0], list(range(9)))
+
+    # All parts go back, or none.
+    for index in range(3):
+        refresh(model, log, store, shard=Shard(index, 3))
+    with open_store(store) as parts:
+        assert parts.generation == 4
+    damaged = environment_path(stores_in(store)[2], 3) / "data.mdb"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(b"PAR1" * 4000)
+    assert "gen-3 cannot be served" in said("rollback", "to=3", code=1)[0]
+    assert "part-2-of-3: 1 problem" in " ".join(said("verify", code=1))
+    with open_store(store) as parts:
+        assert parts.generation == 4
+    damaged.write_bytes(whole)
+    assert [report.count("is served") for report in said("rollback")] == [1] * 3
+    with open_store(store) as parts:
+        assert parts.generation == 3 and len(parts) == 37
+
+
+def test_a_part_keeps_to_its_own_users(tmp_path: Path, grow: SimpleNamespace) -> None:
+    """Named by its own folder too; and a divided store is refreshed by parts alone."""
+    model, store = grow.model(), tmp_path / "parts"
+    log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 3)))
+    for index in range(2):
+        refresh(model, log, store / f"part-{index}-of-2")
+    log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(30), 1), grow.start + 500 * grow.hour))
+    for path in stores_in(store):
+        refresh_incremental(model, log, path)
+    with open_store(store) as parts:
+        assert len(parts) == 30 and sorted(parts.keys()) == list(range(30))
+    for run in (refresh, refresh_incremental):
+        with pytest.raises(ConfigError, match=r"is divided; refresh its parts with shard=i/2"):
+            run(model, log, store)
+        with pytest.raises(ConfigError, match="is a part itself"):
+            run(model, log, store / "part-0-of-2", shard=Shard(1, 2))

@@ -23,6 +23,7 @@ from vista.errors import ConfigError, StoreLockedError
 from vista.refresh import refresh
 from vista.refresh.watch import Watch, watch
 from vista.store import SummaryStore
+from vista.store.parts import Shard, open_store
 from vista.store.updates import StoreUpdate
 
 
@@ -63,14 +64,14 @@ def expect(config: WatchConfig, grow: SimpleNamespace, tmp_path: Path, num_event
 
 def test_each_file_once(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:
     watching, folder = Watch(watched), tmp_path / "incoming"
-    assert watching.look().refresh is None
+    assert watching.look().refreshes == []
     later = grow.start + 500 * grow.hour
     first = grow.events({1: 2, 3: 4}, later)
     arrive(folder, "b.csv", first)
     arrive(folder, ".hidden.csv", grow.events({1: 1}, later, seed=5))
     arrive(folder, "young.csv", grow.events({2: 1}, later), age_s=0)
     served = watching.look()
-    assert (served.files, served.refused) == (1, 0) and served.refresh is not None
+    assert (served.files, served.refused) == (1, 0) and len(served.refreshes) == 1
     assert served.lag_s is not None and 60 <= served.lag_s < 120
     expect(watched, grow, tmp_path, 20)
     arrive(folder, "again.csv", first)  # the same content under another name
@@ -78,7 +79,7 @@ def test_each_file_once(tmp_path: Path, grow: SimpleNamespace, watched: WatchCon
     assert watching.look().files == 1
     expect(watched, grow, tmp_path, 21)
     again = Watch(watched).look()  # as after a restart
-    assert (again.files, again.refresh) == (0, None)
+    assert (again.files, again.refreshes) == (0, [])
 
 
 def test_a_bad_file_holds_up_no_other(
@@ -103,7 +104,7 @@ def test_a_log_that_others_append_to_is_followed(tmp_path: Path, grow: SimpleNam
     watching = Watch(watched)
     grow.append(tmp_path / "log", grow.events({2: 3}, grow.start + 500 * grow.hour))
     served = watching.look()
-    assert served.files == 0 and served.refresh is not None and served.refresh.num_users == 1
+    assert served.files == 0 and [report.num_users for report in served.refreshes] == [1]
     expect(watched, grow, tmp_path, 17)
 
 
@@ -146,5 +147,18 @@ def test_busy_moments_lose_no_file(
         watching.look()
     (tmp_path / "incoming" / "a.csv").unlink()
     served = watching.look()
-    assert served.refresh is not None and served.lag_s is not None and served.lag_s >= 60
+    assert served.refreshes and served.lag_s is not None and served.lag_s >= 60
     expect(watched, grow, tmp_path, 17)
+
+
+def test_parts_are_watched_as_one(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:
+    watched.store = str(tmp_path / "parts")
+    for index in range(2):
+        refresh(grow.model(), EventLog.open(watched.data), watched.store, codec=Codec.float32, shard=Shard(index, 2))
+    arrive(tmp_path / "incoming", "a.csv", grow.events({1: 2, 2: 1, 3: 4, 4: 1}, grow.start + 500 * grow.hour))
+    served = watch(watched)
+    assert len(served.refreshes) == 2 and sum(report.num_users for report in served.refreshes) == 4
+    with open_store(watched.store) as parts:
+        assert sorted(parts.keys()) == [1, 2, 3, 4] and parts.get_many([1, 3]).event_count.tolist() == [9, 4]
+    watched.store = str(tmp_path / "parts" / "part-0-of-2")
+    assert watch(watched).refreshes == []

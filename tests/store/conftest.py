@@ -16,7 +16,8 @@ import pytest
 
 from vista.choices import Codec
 from vista.errors import StoreError
-from vista.store import Manifest, StoreWriter, Tail, encode_records, user_keys
+from vista.store import Manifest, RecordSpec, StoreWriter, Tail, encode_records, user_keys
+from vista.store.updates import StoreUpdate
 
 NUM_TOKENS, DIM = 2, 8
 
@@ -45,8 +46,8 @@ def summaries(users: range, salt: int = 0) -> np.ndarray:
     return (place + np.array(users, dtype=np.float32)[:, None, None] + 1000 * salt).astype(np.float32)
 
 
-def put_users(writer: StoreWriter, users: range, salt: int = 0) -> None:
-    """One batch; user u has u % 4 tail events."""
+def records_of(users: range, spec: RecordSpec, salt: int = 0) -> tuple[list[bytes], list[bytes]]:
+    """Keys and records; user u has u % 4 tail events."""
     lengths = np.array(users) % 4
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tail = Tail(
@@ -56,16 +57,28 @@ def put_users(writer: StoreWriter, users: range, salt: int = 0) -> None:
         offsets,
     )
     keys = user_keys(list(users))
-    records = encode_records(
+    return keys, encode_records(
         keys,
         summaries(users, salt),
         tail,
-        spec=writer.spec,
+        spec=spec,
         event_count=np.array(users, dtype=np.int64),
         last_event_ts=np.array(users, dtype=np.int64) + 5,
         history_digest=np.array(users, dtype=np.uint64),
     )
-    writer.put_batch(keys, records, users.stop)
+
+
+def put_users(writer: StoreWriter, users: range, salt: int = 0) -> None:
+    """One batch of a new generation."""
+    writer.put_batch(*records_of(users, writer.spec, salt), users.stop)
+
+
+def update(path: Path, users: range, salt: int) -> None:
+    """Replace users of the served generation in place, in batches of four, as an incremental refresh does."""
+    with StoreUpdate.open(path, summarizer_id=summarizer(), applied_segment=1, created_at=1_700_000_000_001) as writer:
+        for start in range(users.start, users.stop, 4):
+            writer.put_batch(*records_of(range(start, min(start + 4, users.stop)), writer.spec, salt))
+        writer.finish()
 
 
 def write_store(path: Path, salt: int = 0, **changes: Any) -> Manifest:
@@ -82,6 +95,7 @@ def build() -> SimpleNamespace:
     return SimpleNamespace(
         open_writer=open_writer,
         put_users=put_users,
+        update=update,
         summaries=summaries,
         summarizer=summarizer,
         write_store=write_store,

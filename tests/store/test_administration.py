@@ -13,15 +13,14 @@ import lmdb
 import numpy as np
 import pytest
 
+from tests.record_reference import decode_record_reference
 from vista.choices import Codec
 from vista.errors import StoreError, StoreLockedError
 from vista.store import SummaryStore, user_keys
 from vista.store.administration import compact_store, roll_back
-from vista.store.generation_reader import open_generation
+from vista.store.inspection import store_stats, verify_store
 from vista.store.layout import environment_path, last_complete, list_generations, read_current
-from vista.store.record_reference import decode_record_reference
-from vista.store.statistics import store_stats
-from vista.store.verification import verify_store
+from vista.store.whole_generations import open_generation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 KEY = bytes(range(32))
@@ -290,13 +289,13 @@ def test_a_compaction_killed_at_every_step_leaves_a_whole_store(tmp_path, build,
 def test_rollback_serves_the_generation_before_and_forward_again(tmp_path, build):
     two_generations(build, tmp_path)
     with SummaryStore.open(tmp_path) as store:
-        report = roll_back(tmp_path)
+        (report,) = roll_back(tmp_path)
         assert (report.generation, report.num_records) == (1, 40) and store.generation == 2
         assert store.reload() and store.generation == 1
         np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40), 0), atol=0.02)
         with pytest.raises(StoreError, match="no complete generation before gen-1"):
             roll_back(tmp_path)
-        assert roll_back(tmp_path, 2).generation == 2 and store.reload() and store.generation == 2
+        assert roll_back(tmp_path, to=2)[0].generation == 2 and store.reload() and store.generation == 2
     roll_back(tmp_path)
     # The next run is a new generation, under a number that none has had.
     assert build.write_store(tmp_path, salt=3, run_digest="log-3").generation == 3
@@ -307,9 +306,9 @@ def test_rollback_refuses_what_is_not_whole(tmp_path, build):
     two_generations(build, tmp_path)
     build.open_writer(tmp_path, run_digest="log-3").close()
     with pytest.raises(StoreError, match=r"gen-3 cannot be served: .*never finished"):
-        roll_back(tmp_path, 3)
+        roll_back(tmp_path, to=3)
     with pytest.raises(StoreError, match=r"gen-9 cannot be served: .*has no gen-9"):
-        roll_back(tmp_path, 9)
+        roll_back(tmp_path, to=9)
     data = environment_path(tmp_path, 1) / "data.mdb"
     record = records(tmp_path, 1)[user_keys([5])[0]]
     data.write_bytes(data.read_bytes().replace(record, record[:-1] + bytes([record[-1] ^ 1])))

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import xxhash
 
+from tests.record_reference import decode_record_reference
 from vista.choices import Codec
 from vista.errors import ConfigError, RecordError, StoreError
 from vista.store import NO_TIMESTAMP, SummaryStore, Tail, encode_records, user_keys
 from vista.store.authentication import KEY_VARIABLE, key_id, read_key
 from vista.store.record import RecordSpec, decode_rows, read_records
-from vista.store.record_reference import decode_record_reference
 
 KEY, OTHER = bytes(range(32)), bytes(32)
 SPEC = RecordSpec(bytes(32), 7, 2, 4, Codec.int8, key=KEY)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vista.errors import StoreError, StoreLockedError
+from vista.errors import StoreBusyError, StoreError, StoreLockedError
 from vista.store import SummaryStore, user_keys
-from vista.store.administration import compact_store
-from vista.store.copying import copy_generation
-from vista.store.generation_builder import GenerationBuilder
-from vista.store.generation_reader import open_generation
+from vista.store.administration import compact_store, copy_generation
+from vista.store.inspection import verify_store
 from vista.store.layout import environment_path, list_generations, read_current
-from vista.store.verification import verify_store
+from vista.store.parquet import export_store
+from vista.store.whole_generations import GenerationBuilder, GenerationReader, open_generation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 KEY = bytes(range(32))
@@ -26,7 +27,7 @@ KEY = bytes(range(32))
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vista.store.generation_reader._BATCH_RECORDS", 7)
+    monkeypatch.setattr("vista.store.keys._WALK_USERS", 7)
 
 
 def records(root: Path, generation: int, key: bytes | None = None) -> list[tuple[bytes, bytes]]:
@@ -172,17 +173,129 @@ def test_what_a_copy_refuses(tmp_path, build):
         copy_generation(source, target, generation=5)
     with pytest.raises(StoreError, match="no published generation"):
         copy_generation(tmp_path / "none", target)
-    build.write_store(target, salt=1)  # of its own
-    with pytest.raises(StoreError, match=r"has a gen-1 of its own.*vista store compact"):
-        copy_generation(source, target)
-    compact_store(source)
-    copy_generation(source, target)
-    assert read_current(target) == 2 and list_generations(target) == [1, 2]
     with build.open_writer(target), pytest.raises(StoreLockedError, match=f"process {os.getpid()}"):
         copy_generation(source, target)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreError, match=r"cannot be written: .*check the path"):
+    with pytest.raises(StoreError, match=r"cannot be written: .*check free space, the path"):
         copy_generation(source, tmp_path / "file" / "store")
+
+
+def test_what_was_updated_in_place_is_copied_straight(tmp_path, build):
+    """Under a number of its own there, since nothing that is served changes under its readers in a copy."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    copy_generation(source, target)
+    build.update(source, range(5, 50), salt=3)
+    with SummaryStore.open(target) as store:
+        report = copy_generation(source, target, publish=False)
+        assert (report.generation, report.num_records, report.num_kept) == (2, 50, 0)
+        assert not store.reload() and len(store) == 40
+        report = copy_generation(source, target)
+        assert (report.generation, report.num_kept) == (2, 50) and store.reload()
+        np.testing.assert_allclose(store.get_many(range(4)).summary, build.summaries(range(4)), atol=0.02)
+        np.testing.assert_allclose(store.get_many(range(5, 50)).summary, build.summaries(range(5, 50), 3), atol=0.02)
+        assert store.manifest.refreshed_at == 1_700_000_000_001
+    assert copy_generation(source, target).num_kept == 50 and list_generations(target) == [1, 2]
+    assert verify_store(target).num_problems == 0
+    # The source goes on in numbers of its own.
+    build.write_store(source, salt=4, run_digest="log-2")
+    assert read_current(source) == 2 and copy_generation(source, target).generation == 3
+    assert list_generations(target) == [2, 3] and verify_store(target).num_problems == 0
+    assert copy_generation(source, target, generation=1).generation == 2
+    assert copy_generation(source, target).generation == 3
+    for root in (source, target):
+        compact_store(root)
+    assert copy_generation(source, target).generation == 4, "the same records, compacted on either side"
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_copy_beside_other_generations_of_its_number(tmp_path, build, key):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source, key=key)
+    build.write_store(target, salt=1, key=key)  # of its own
+    assert copy_generation(source, target, key=key).generation == 2 and list_generations(target) == [1, 2]
+    with SummaryStore.open(target, key=key) as store:
+        np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40)), atol=0.02)
+
+
+def test_a_killed_copy_under_another_number_goes_on(tmp_path, build):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    copy_generation(source, target)
+    build.update(source, range(30), salt=3)
+    assert killed_copy(source, target, put_then_die, 2) == -9
+    report = copy_generation(source, target)
+    assert (report.generation, report.num_kept, report.num_records) == (2, 14, 40)
+
+
+def test_what_reads_a_generation_as_a_whole_while_it_is_written(tmp_path, build):
+    """It is right, or says that it is being written; and when it is not, all of it works at once."""
+    source, stop = tmp_path / "source", threading.Event()
+    build.write_store(source)
+    outcomes: Counter[str] = Counter()
+
+    def rewrite() -> None:
+        salt = 0
+        while not stop.is_set():
+            salt += 1
+            build.update(source, range(60), salt)
+
+    def look(name: str, function: Any) -> None:
+        try:
+            report = function()
+            assert not getattr(report, "num_problems", 0), report
+            outcomes[name] += 1
+        except StoreBusyError as error:
+            assert "gen-1 is being written" in str(error) and "try again" in str(error)
+            outcomes["busy"] += 1
+
+    writer = threading.Thread(target=rewrite)
+    writer.start()
+    try:
+        for turn in range(8):
+            look("verified", lambda: verify_store(source))
+            look("exported", lambda: export_store(source, tmp_path / "all.parquet"))
+            look("copied", lambda turn=turn: copy_generation(source, tmp_path / f"copy-{turn}"))
+    finally:
+        stop.set()
+        writer.join()
+    assert sum(outcomes.values()) == 24
+    for turn in range(8):
+        copy_generation(source, tmp_path / f"copy-{turn}")
+        assert verify_store(tmp_path / f"copy-{turn}").records[read_current(tmp_path / f"copy-{turn}")] == 60
+    assert export_store(source, tmp_path / "all.parquet").num_records == 60
+    assert verify_store(source).records == {1: 60}
+
+
+def test_a_generation_that_is_written_once_meanwhile_is_read_again(tmp_path, build, monkeypatch):
+    source, target, salts = tmp_path / "source", tmp_path / "target", iter(range(1, 9))
+    build.write_store(source)
+    batches = GenerationReader.raw_batches
+
+    def raw_batches(reader: GenerationReader, after: bytes = b"u") -> Any:
+        for number, batch in enumerate(batches(reader, after)):
+            yield batch
+            if number == 1 and written and reader.path.is_relative_to(source):
+                del written[0]
+                build.update(source, range(45), next(salts))
+
+    monkeypatch.setattr(GenerationReader, "raw_batches", raw_batches)
+    written = [1]
+    assert verify_store(source).records == {1: 45} and not written
+    written = [1]
+    assert export_store(source, tmp_path / "all.parquet").num_records == 45 and not written
+    written = [1]
+    assert copy_generation(source, target).num_records == 45 and not written
+    assert records(source, 1) == records(target, 1)
+    for function in (
+        lambda: verify_store(source),
+        lambda: export_store(source, tmp_path / "again.parquet"),
+        lambda: copy_generation(source, tmp_path / "again"),
+    ):
+        written, salts = [1] * 9, iter(range(1, 9))
+        with pytest.raises(StoreBusyError, match="gen-1 is being written, by a refresh or an erasure; try again"):
+            function()
+    assert not (tmp_path / "again.parquet").exists() and not (tmp_path / "again" / "CURRENT").exists()
 
 
 def test_a_source_that_changes_meanwhile_is_not_published(tmp_path, build, monkeypatch):

@@ -15,10 +15,10 @@ import xxhash
 from vista.choices import Codec
 from vista.errors import RecordError, StoreError
 from vista.store import NO_TIMESTAMP, SummaryStore, Tail, encode_records, user_keys
-from vista.store.generation_reader import open_generation
+from vista.store.inspection import verify_store
 from vista.store.layout import list_generations, read_current
 from vista.store.parquet import FORMAT, export_store, import_store
-from vista.store.verification import verify_store
+from vista.store.whole_generations import open_generation
 
 KEY = bytes(range(200, 232))
 
@@ -97,7 +97,7 @@ def test_every_kind_of_user_comes_back(tmp_path, build, users):
 
 
 def test_batches_and_row_groups(tmp_path, build, monkeypatch):
-    monkeypatch.setattr("vista.store.generation_reader._BATCH_RECORDS", 7)
+    monkeypatch.setattr("vista.store.keys._WALK_USERS", 7)
     monkeypatch.setattr("vista.store.parquet._GROUP_BYTES", 2000)
     build.write_store(tmp_path / "store")
     export_store(tmp_path / "store", tmp_path / "out.parquet")

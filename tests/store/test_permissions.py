@@ -12,11 +12,9 @@ import pytest
 
 from vista.errors import StoreError
 from vista.store import SummaryStore
-from vista.store.administration import compact_store, roll_back
-from vista.store.copying import copy_generation
+from vista.store.administration import compact_store, copy_generation, roll_back
+from vista.store.inspection import store_stats, verify_store
 from vista.store.layout import environment_path
-from vista.store.statistics import store_stats
-from vista.store.verification import verify_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 

@@ -235,7 +235,7 @@ def test_a_full_disk_is_reported_and_the_run_goes_on_afterwards(tmp_path, build)
     def limited() -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # pwrite fails beyond.
         with build.open_writer(tmp_path, total_users=TOTAL) as writer:
-            with pytest.raises(StoreError, match="run the refresh again"):
+            with pytest.raises(StoreError, match="run the same command again"):
                 for start in range(0, TOTAL, BATCH):
                     build.put_users(writer, range(start, start + BATCH))
             return writer.cursor
@@ -254,7 +254,7 @@ def test_a_limited_address_space_gets_a_smaller_map(tmp_path, build):
         messages: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-        logging.getLogger("vista.store.environment").addHandler(handler)
+        logging.getLogger("vista.store.data_file").addHandler(handler)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 30), resource.RLIM_INFINITY))
         return build.write_store(tmp_path).count, messages

@@ -11,22 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tests.record_reference import decode_record_reference
 from vista.choices import Codec
 from vista.errors import RecordError
+from vista.store.batches import NO_TIMESTAMP, Tail
 from vista.store.codecs import dequantize_rows, quantize_rows
 from vista.store.keys import user_keys
 from vista.store.record import (
     HEADER,
     HEADER_BYTES,
     MAX_RECORD_BYTES,
-    NO_TIMESTAMP,
     RecordSpec,
-    Tail,
     decode_rows,
     encode_records,
     read_records,
 )
-from vista.store.record_reference import decode_record_reference
 
 SPEC = RecordSpec(bytes(range(32)), 7, 2, 4, Codec.int8, created_at=1_700_000_000_123, applied_segment=3)
 USERS = [42, -5]

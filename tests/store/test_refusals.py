@@ -15,9 +15,8 @@ import xxhash
 from vista.errors import RecordError, StoreError, UserKeyError
 from vista.store import SummaryStore, user_keys
 from vista.store.administration import compact_store, roll_back
+from vista.store.inspection import store_stats, verify_store
 from vista.store.layout import Manifest, environment_path, read_current
-from vista.store.statistics import store_stats
-from vista.store.verification import verify_store
 
 
 def flipped(data: bytes) -> bytes:

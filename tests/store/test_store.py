@@ -273,15 +273,15 @@ def test_writer_refuses_a_cursor_that_goes_back(tmp_path, build):
 
 def test_a_path_that_cannot_be_written(tmp_path, build):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreError, match=r"cannot be written.*choose another folder"):
+    with pytest.raises(StoreError, match=r"cannot be written.*check free space, the path"):
         build.open_writer(tmp_path / "file" / "store")
 
 
 def test_a_full_map_is_reported_and_earlier_batches_stay(tmp_path, build, monkeypatch):
-    monkeypatch.setattr("vista.store.environment.MAP_SIZE_BYTES", 1 << 16)
+    monkeypatch.setattr("vista.store.data_file.MAP_SIZE_BYTES", 1 << 16)
     with build.open_writer(tmp_path, total_users=2000) as writer:
         build.put_users(writer, range(16))
-        with pytest.raises(StoreError, match=r"MAP_FULL.*run the refresh again"):
+        with pytest.raises(StoreError, match=r"MAP_FULL.*run the same command again"):
             build.put_users(writer, range(16, 2000))
     monkeypatch.undo()
     with build.open_writer(tmp_path, total_users=2000) as writer:
@@ -332,7 +332,7 @@ def test_a_store_made_anew_is_not_taken_for_the_one_that_was_removed(tmp_path, b
 
 
 def test_keys_go_on_within_one_generation_across_a_reload(tmp_path, build, monkeypatch):
-    monkeypatch.setattr("vista.store.lmdb_store._READ_RECORDS", 7)
+    monkeypatch.setattr("vista.store.keys._WALK_USERS", 7)
     build.write_store(tmp_path, total_users=50)
     with SummaryStore.open(tmp_path) as store:
         keys = store.keys()
@@ -359,59 +359,8 @@ def test_a_current_that_names_an_unfinished_generation(tmp_path, build):
         SummaryStore.open(tmp_path)
 
 
-def test_a_truncated_data_file(tmp_path, build):
-    build.write_store(tmp_path)
-    data = environment_path(tmp_path, 1) / "data.mdb"
-    whole = data.read_bytes()
-    cuts = {len(whole) - 1: "truncated", 8192: "truncated", 4100: "no LMDB", 10: "no LMDB", 0: "no LMDB"}
-    for length, named in cuts.items():
-        data.write_bytes(whole[:length])
-        with pytest.raises(StoreError, match=rf"data\.mdb is {named}.*refresh the store again"):
-            SummaryStore.open(tmp_path)
-    data.unlink()
-    with pytest.raises(StoreError, match=r"data\.mdb: No such file"):
-        SummaryStore.open(tmp_path)
-
-
-def test_foreign_data_files(tmp_path, build):
-    build.write_store(tmp_path)
-    folder = environment_path(tmp_path, 1)
-    (folder / "data.mdb").write_bytes(b"PAR1" * 5000)
-    with pytest.raises(StoreError, match="no LMDB"):
-        SummaryStore.open(tmp_path)
-    shutil.rmtree(folder)
-    lmdb.open(str(folder), lib_version=1).close()
-    with pytest.raises(StoreError, match="no LMDB"):
-        SummaryStore.open(tmp_path)
-    shutil.rmtree(folder)
-    lmdb.open(str(folder), lib_version=0).close()
-    with pytest.raises(StoreError, match="never finished"):
-        SummaryStore.open(tmp_path)
-
-
-def test_a_damaged_unfinished_generation_starts_afresh(tmp_path, build):
-    with build.open_writer(tmp_path) as writer:
-        build.put_users(writer, range(16))
-    (environment_path(tmp_path, 1) / "data.mdb").write_bytes(b"garbage")
-    assert build.write_store(tmp_path).count == TOTAL
-
-
-@pytest.mark.parametrize("find", [b'"dim": 8', b"ui" + (1 << 63).to_bytes(8, "big")])
-def test_flipped_bits_in_the_data_file(tmp_path, build, find):
-    build.write_store(tmp_path)
-    data = environment_path(tmp_path, 1) / "data.mdb"
-    flipped = bytearray(data.read_bytes())
-    places = [place for place in range(len(flipped)) if flipped.startswith(find, place)]
-    assert places
-    for place in places:
-        flipped[place + len(find) - 1 + (64 if find.startswith(b"ui") else 0)] ^= 1
-    data.write_bytes(flipped)
-    with pytest.raises(StoreError, match="corrupt"), SummaryStore.open(tmp_path) as store:
-        store.get_many([0])
-
-
 def test_a_map_that_another_writer_let_grow_is_followed(tmp_path, monkeypatch):
-    monkeypatch.setattr("vista.store.environment.MAP_SIZE_BYTES", 1 << 20)
+    monkeypatch.setattr("vista.store.data_file.MAP_SIZE_BYTES", 1 << 20)
     lmdb.open(str(tmp_path), map_size=1 << 20, lib_version=0).close()
     reader = SharedEnvironment.acquire(tmp_path)
 

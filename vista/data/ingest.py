@@ -32,7 +32,7 @@ from vista.data.sources import Source, frame_source, open_sources
 from vista.data.table_columns import NO_ACTION, actions_of, event_columns, impression_columns, time_range
 from vista.data.validation import id_kind
 from vista.data.vocabulary import Vocabulary
-from vista.errors import ConfigError, DataError
+from vista.errors import ConfigError, DataError, TakenError
 
 __all__ = ["PrepareReport", "prepare", "prepare_frames"]
 _LOG = logging.getLogger("vista.prepare")
@@ -171,7 +171,7 @@ def _check_sources(table: str, files: Sequence[Source], log: EventLog | None) ->
                 taken[entry["sha256"]] = f"segment {manifest['last_segment']} holds it already (as {entry['name']})"
     for source in files:
         if source.digest in taken:
-            raise DataError(f"{source.path}: {taken[source.digest]}; its rows would count twice, so leave it out")
+            raise TakenError(f"{source.path}: {taken[source.digest]}; its rows would count twice, so leave it out")
         taken[source.digest] = f"has the same content as {source.path}"
         if set(source.columns) != set(files[0].columns):
             raise DataError(

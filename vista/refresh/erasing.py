@@ -14,7 +14,8 @@ from vista.errors import ConfigError
 from vista.model.recommender import Recommender
 from vista.refresh.incremental import refresh_incremental
 from vista.refresh.report import RefreshReport
-from vista.store.updates import erase, served_manifest
+from vista.store.parts import divide, user_kind
+from vista.store.updates import erase
 
 
 def forget(
@@ -40,11 +41,11 @@ def forget(
 
 
 def erase_from_config(config: StoreEraseConfig) -> str:
-    """`vista store erase`: from the store, and from the log where one is named."""
+    """`vista store erase`: from the store, of a divided one each from its part, and from the log if one is named."""
     if not config.users:
         raise ConfigError("users: name at least one, such as users=[101]")
-    users: Sequence[Any] = ids_of_words(config.users, "users", served_manifest(config.store).user_kind)
-    count = erase(config.store, users)
+    users: Sequence[Any] = ids_of_words(config.users, "users", user_kind(config.store))
+    count = sum(erase(root, own) for root, own in divide(config.store, users))
     lines = [
         f"{config.store}: {count} of {len(users)} users had a record; readers miss them from now on. Their bytes are "
         f"in free pages until `vista store compact store={config.store}`"

@@ -20,7 +20,7 @@ from vista.model.recommender import Recommender
 from vista.refresh.report import Recorder, RefreshReport
 from vista.refresh.run import Encoded, LogItems, check_log, encode_users, has_states, read_summaries, to_arrays
 from vista.store import StoreWriter, user_keys
-from vista.store.parts import Shard
+from vista.store.parts import Shard, shard_to_write
 
 Int = NDArray[np.int64]
 
@@ -65,17 +65,19 @@ def refresh(
         shared_with_group: let the group of the store's folder read it.
 
     Raises:
-        ConfigError: the model cannot read this log, or `until` is no moment of it.
+        ConfigError: the model cannot read this log, `until` is no moment of it, or the store is divided and no shard
+            named.
         StoreLockedError, StoreError, RecordError: the generation before stays in service.
     """
     limit = until if isinstance(until, Until) else parse_until(until)
     check_log(model, log)
+    store, shard = shard_to_write(store, shard)
     model.eval()
     precision = choose_precision(precision, model.device)
     counts = visible_counts(log, limit)
     users = np.flatnonzero(counts)
     if shard is not None:
-        store, users = shard.path(store), users[shard.holds(user_keys(log.users.ids(users)))]
+        users = users[shard.holds(user_keys(log.users.ids(users)))]
     items = LogItems.of(model, log)
     keep = has_states(model) and limit == Until()
     config = model.config

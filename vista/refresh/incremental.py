@@ -38,7 +38,7 @@ from vista.refresh.report import Recorder, RefreshReport
 from vista.refresh.run import LogItems, check_log, encode_users, from_arrays, read_summaries, to_arrays
 from vista.store.keys import user_id, user_keys
 from vista.store.layout import Manifest
-from vista.store.parts import Shard
+from vista.store.parts import Shard, shard_to_write
 from vista.store.state_record import StateArrays, rounded
 from vista.store.updates import StoreUpdate
 
@@ -76,12 +76,13 @@ def refresh_incremental(
         key: 32 bytes, where the store's records are authenticated.
 
     Raises:
-        ConfigError: the model cannot read this log, or the store was refreshed with `until`.
+        ConfigError: the model cannot read this log, the store was refreshed with `until`, or it is divided and no shard
+            named.
         StoreError: nothing is published there, it is of another summarizer or a longer log, or cannot be written.
     """
     check_log(model, log)
     model.eval()
-    store = store if shard is None else shard.path(store)
+    store, shard = shard_to_write(store, shard)
     now = time.time_ns() // 1_000_000 if created_at is None else created_at
     with StoreUpdate.open(
         store, summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=now, key=key
@@ -93,7 +94,7 @@ def refresh_incremental(
         update.begin(log.sources_digest(log.last_segment))
         changed = log.changed_users(manifest.applied_segment)
         named = log.users.has_ids(changed)
-        gone = 0 if named.all() else _remove_strangers(update, log, users_per_batch)
+        gone = 0 if named.all() else _remove_strangers(update, log)
         changed = changed[named]
         if shard is not None:
             changed = changed[shard.holds(user_keys(log.users.ids(changed)))]
@@ -125,10 +126,10 @@ def _check_same_log(manifest: Manifest, log: EventLog, store: str | Path) -> Non
             )
 
 
-def _remove_strangers(update: StoreUpdate, log: EventLog, users_per_batch: int) -> int:
+def _remove_strangers(update: StoreUpdate, log: EventLog) -> int:
     """Remove users whom the log no longer knows: a compaction has blanked their ids. Returns how many there were."""
     count = 0
-    for keys in update.key_batches(users_per_batch):
+    for keys in update.key_batches():
         known = log.users.rows([user_id(key) for key in keys]) >= 0
         count += update.remove([key for key, own in zip(keys, known.tolist(), strict=True) if not own])
     return count

@@ -21,10 +21,11 @@ from vista.model.recommender import Recommender
 from vista.model.summary_state import SummaryState
 from vista.refresh.report import Recorder, RefreshReport
 from vista.store.authentication import read_key
+from vista.store.batches import NO_TIMESTAMP, Tail
 from vista.store.digest import history_digests, item_keys
 from vista.store.keys import user_id
 from vista.store.parts import Shard
-from vista.store.record import NO_TIMESTAMP, RecordSpec, Tail, encode_records
+from vista.store.record import RecordSpec, encode_records
 from vista.store.state_record import StateArrays, StateSpec, encode_states
 
 Int = NDArray[np.int64]

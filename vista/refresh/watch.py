@@ -8,7 +8,6 @@ them. So a watch can be killed and started again at any moment.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Iterator
@@ -19,11 +18,12 @@ from vista.config_data import PrepareConfig, WatchConfig
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.device import announce, cpu_settings, resolve_device
-from vista.errors import ConfigError, DataError, LogBusyError, VistaError
+from vista.errors import ConfigError, DataError, LogBusyError, TakenError, VistaError
 from vista.model.recommender import Recommender
 from vista.refresh.incremental import refresh_incremental
 from vista.refresh.report import RefreshReport
 from vista.store.authentication import read_key
+from vista.store.parts import stores_in
 from vista.store.updates import served_manifest
 
 logger = logging.getLogger(__name__)
@@ -39,19 +39,19 @@ class Served:
     files: int
     refused: int
     """Files with rows that could not be read; they are logged, and tried again only when they change."""
-    refresh: RefreshReport | None
-    """None where nothing was new."""
+    refreshes: list[RefreshReport]
+    """Of the store, or of its parts; none where nothing was new."""
     lag_s: float | None
     """From the oldest file's arrival to the moment that all of it was served."""
 
     def __str__(self) -> str:
         lag = "" if self.lag_s is None else f", {self.lag_s:.1f} s after it arrived"
         refused = f", {self.refused} refused" if self.refused else ""
-        return f"{self.files} file(s){refused}{lag}: {self.refresh or 'nothing new'}"
+        return f"{self.files} file(s){refused}{lag}: {'; '.join(map(str, self.refreshes)) or 'nothing new'}"
 
 
 class Watch:
-    """One folder, one log, one store; `look` does what there is to do."""
+    """One folder, one log, one store or the parts of one that are here; `look` does what there is to do."""
 
     def __init__(self, config: WatchConfig) -> None:
         self.config = config
@@ -86,12 +86,16 @@ class Watch:
                 refused += 1
                 logger.error("%s", error)
         log = EventLog.open(self.config.data)
-        if served_manifest(self.config.store).applied_segment >= log.last_segment:
-            return Served(files, refused, None, None)
-        report = refresh_incremental(self.model, log, self.config.store, progress=self.config.progress, key=self._key)
+        reports = [
+            refresh_incremental(self.model, log, root, progress=self.config.progress, key=self._key)
+            for root in stores_in(self.config.store)
+            if served_manifest(root).applied_segment < log.last_segment
+        ]
+        if not reports:
+            return Served(files, refused, [], None)
         lag = time.time() - min(self._waiting) if self._waiting else None
         self._waiting.clear()
-        return Served(files, refused, report, lag)
+        return Served(files, refused, reports, lag)
 
     def _arrived(self) -> Iterator[tuple[Path, tuple[str, int, int]]]:
         """Files that have settled and were not judged in this form, oldest first."""
@@ -112,17 +116,20 @@ class Watch:
     def _take(self, path: Path) -> bool:
         """Append a file to the log; False if its content is there already."""
         changed_at = path.stat().st_mtime
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest in _taken(EventLog.open(self.config.data)):
-            return False
         config = self.config
         events = replace(config.events, paths=[str(path)])
-        prepare(
-            PrepareConfig(
-                out=config.data, events=events, append=True, on_bad_rows=config.on_bad_rows, progress=config.progress
+        try:
+            prepare(
+                PrepareConfig(
+                    out=config.data,
+                    events=events,
+                    append=True,
+                    on_bad_rows=config.on_bad_rows,
+                    progress=config.progress,
+                )
             )
-        )
+        except TakenError:
+            return False
         self._waiting.append(changed_at)
         return True
 
@@ -142,15 +149,10 @@ def watch(config: WatchConfig) -> Served:
                 served = watching.look()
                 if config.once:
                     return served
-                if served.files or served.refused or served.refresh:
+                if served.files or served.refused or served.refreshes:
                     logger.info("%s", served)
             except (VistaError, OSError) as error:
                 if config.once:
                     raise
                 logger.error("%s", error)
             time.sleep(config.poll_s)
-
-
-def _taken(log: EventLog) -> set[str]:
-    """Digests of all files that are in the log."""
-    return {source["sha256"] for manifest in log.manifests for source in manifest["sources"]}

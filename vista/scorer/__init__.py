@@ -3,6 +3,6 @@
 from vista.model.ranking_model import NEXT_TASK
 from vista.scorer.scorer import CandidateSet, Explanation, Ranking, Scorer
 from vista.scorer.statistics import ScorerStats
-from vista.store.record import Tail
+from vista.store.batches import Tail
 
 __all__ = ["NEXT_TASK", "CandidateSet", "Explanation", "Ranking", "Scorer", "ScorerStats", "Tail"]

@@ -35,9 +35,9 @@ from vista.scorer.requests import check_times, ids_of, pad_ragged, request_times
 from vista.scorer.served import Request, Served
 from vista.scorer.statistics import Recorder, ScorerStats
 from vista.scorer.tails import checked_tail, merge_tails
-from vista.store.lmdb_store import StoredBatch, SummaryStore
+from vista.store.batches import StoredBatch, Tail
+from vista.store.lmdb_store import SummaryStore
 from vista.store.parts import StoreParts, open_store
-from vista.store.record import Tail
 
 logger = logging.getLogger(__name__)
 Int = NDArray[np.int64]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vista.scorer.requests import array_of, integers
-from vista.store.record import Tail
+from vista.store.batches import Tail
 
 
 def checked_tail(tail: Tail, num_users: int, num_actions: int) -> Tail:

@@ -6,34 +6,37 @@ that is resumed finds by a state's `applied_segment` that it need not add the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import lmdb
-import numpy as np
-from numpy.typing import NDArray
 
-from vista.errors import StoreError, StoreWriteError
+from vista.errors import StoreError
 from vista.files import sync
-from vista.store.environment import MAX_READERS, REMEDY, SharedEnvironment
-from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
+from vista.store.data_file import MAX_READERS, REMEDY
+from vista.store.environment import SharedEnvironment
+from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY, walk
 from vista.store.layout import (
     Manifest,
-    WriterLock,
     environment_path,
     generation_path,
-    prepare_root,
-    remove_leftovers,
-    set_store_modes,
+    list_generations,
+    remove_generation,
     state_path,
+    write_current,
 )
+from vista.store.locks import cannot_write, erasing
 from vista.store.permissions import Modes, make_folder
-from vista.store.record import RecordSpec, check_records
 from vista.store.tombstones import Tombstones
 
-_SCAN_RECORDS = 1024
+TURNS = 3
+"""What an erasure has come between is done anew this often; then erasures wait for it."""
+
+logger = logging.getLogger(__name__)
 
 
 class GenerationFiles:
@@ -148,6 +151,23 @@ class GenerationFiles:
         if self.state is not None and keys:
             self._write(self.state, remove)
 
+    def remove_erased(self, tombstones: Tombstones) -> None:
+        """Remove whoever is erased and still there, of whom an erasure that did not end here has left something."""
+        for environment, remove in ((self.summary, self.remove), (self.state, self.remove_states)):
+            if environment is not None and len(tombstones):
+                for keys, erased in walk(environment.read, lambda keys, _: tombstones.erased(keys)):
+                    remove([key for key, gone in zip(keys, erased, strict=True) if gone])
+
+    def mark_complete(self, refreshed_at: int) -> None:
+        """All records are there: durably; readers may open the generation once CURRENT names it."""
+
+        def put(transaction: lmdb.Transaction[memoryview]) -> Manifest:
+            transaction.put(COMPLETE_KEY, b"1")
+            manifest = dataclasses.replace(self._manifest_in(transaction), refreshed_at=refreshed_at)
+            return self._put_manifest(transaction, manifest)
+
+        self.manifest = self._write(self.summary, put)
+
     def put_manifest(self, change: Callable[[Manifest], Manifest]) -> None:
         """Change the manifest durably."""
 
@@ -159,22 +179,6 @@ class GenerationFiles:
     def read_manifest(self) -> Manifest:
         """As it is stored now."""
         return self.summary.read(self._manifest_in)
-
-    def scan(self, spec: RecordSpec) -> Iterator[NDArray[np.void]]:
-        """Headers of all records, checked, some at a time; each in a transaction of its own."""
-        first = b"u"
-
-        def chunk(transaction: lmdb.Transaction[memoryview], first: bytes) -> tuple[NDArray[np.void], bytes] | None:
-            cursor = transaction.cursor()
-            if not cursor.set_range(first):
-                return None
-            items = list(islice(cursor.iternext(), _SCAN_RECORDS))
-            keys = [bytes(key) for key, _ in items]
-            return check_records([value for _, value in items], keys, spec), keys[-1] + b"\0"
-
-        while (found := self.summary.read(lambda transaction, first=first: chunk(transaction, first))) is not None:  # type: ignore[misc]
-            headers, first = found
-            yield headers
 
     def close(self) -> None:
         """Let both go."""
@@ -203,40 +207,35 @@ class GenerationFiles:
             raise StoreError(f"{self.path}: the writer is closed, or was opened before a fork; open another")
         try:
             return environment.write(function)
-        except lmdb.Error as error:
-            raise write_error(self.path, error) from error
+        except (OSError, lmdb.Error) as error:
+            raise cannot_write(self.path, error) from error
 
 
-def lock_store(root: Path, modes: Modes | None = None) -> WriterLock:
-    """Become the one writer of a store, and clear away what a killed one was removing.
+def flip(root: Path, generation: int, keep: Sequence[int]) -> None:
+    """Publish a complete, verified generation, then remove all others but those to keep.
 
-    Args:
-        root: the store's folder.
-        modes: make it if it is not there, and give all that lies in it these; None leaves all as it is.
+    Erasures wait only for the flip itself. Whoever is erased, by one that was killed half-way too, is out of the
+    generation before.
 
     Raises:
-        StoreLockedError: another writer holds the store; the message names its process if known.
-        StoreError: the path cannot be written, or is not there.
+        StoreLockedError: an erasure does not end; the generation stays, unpublished.
     """
-    try:
-        if modes is not None:
-            prepare_root(root, modes)
-        lock = WriterLock(root)
-    except OSError as error:
-        raise StoreError(f"{root} cannot be written: {error}; choose another folder or its permissions") from error
-    try:
-        if modes is not None:
-            set_store_modes(root, modes)
-        remove_leftovers(root)
-    except OSError as error:
-        lock.release()
-        raise StoreError(f"{root} cannot be written: {error}; choose another folder or its permissions") from error
-    return lock
+    tombstones, num_erased = Tombstones(root), 0  # nobody is erased, or else: swept of nobody yet
 
+    def sweep() -> None:
+        with closing(GenerationFiles.open(root, generation)) as files:
+            files.remove_erased(tombstones)
 
-def write_error(root: Path, error: Exception) -> StoreWriteError:
-    """What a failed write of a store is called."""
-    return StoreWriteError(
-        f"{root} cannot be written: {error}; check free space and permissions, then run the refresh again: it goes on "
-        "after the last batch that was written"
-    )
+    for turn in range(TURNS + 1):
+        with erasing(root):
+            if turn == TURNS:
+                sweep()
+            if len(tombstones) == num_erased or turn == TURNS:
+                write_current(root, generation)
+                break
+            num_erased = len(tombstones)
+        sweep()
+    for number in list_generations(root):
+        if number not in (generation, *keep):
+            logger.info("%s: gen-%d is removed", root, number)
+            remove_generation(root, number)

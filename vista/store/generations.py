@@ -11,20 +11,20 @@ from pathlib import Path
 from types import TracebackType
 
 import lmdb
-import numpy as np
 
 from vista.choices import Codec, StateDtype
-from vista.errors import StoreError, StoreWriteError
+from vista.errors import StoreBusyError, StoreError, StoreLockedError, StoreWriteError
 from vista.files import sync
 from vista.store.authentication import key_id
-from vista.store.environment import MAX_READERS, SharedEnvironment, check_structure, complete_size
-from vista.store.generation_files import GenerationFiles, lock_store, write_error
-from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
+from vista.store.data_file import MAX_READERS, check_structure
+from vista.store.environment import SharedEnvironment
+from vista.store.generation_files import TURNS, GenerationFiles, flip
+from vista.store.keys import COMPLETE_KEY, CURSOR_KEY
 from vista.store.layout import (
     CURRENT,
     Manifest,
-    WriterLock,
     environment_path,
+    environments_of,
     generation_path,
     last_complete,
     list_generations,
@@ -32,10 +32,12 @@ from vista.store.layout import (
     note_complete,
     read_current,
     remove_generation,
-    write_current,
+    remove_leftovers,
 )
+from vista.store.locks import WriterLock, cannot_write, erasing, lock_store
 from vista.store.permissions import GROUP, PRIVATE, Modes
-from vista.store.tombstones import Tombstones, erasing
+from vista.store.tombstones import Tombstones
+from vista.store.whole_generations import Tally, tally_of
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +112,7 @@ class StoreWriter:
         modes = GROUP if shared_with_group else PRIVATE
         lock = lock_store(root, modes)
         try:
+            remove_leftovers(root)
             current = _served(root)
             wanted = Manifest(
                 generation=current + 1,
@@ -132,7 +135,7 @@ class StoreWriter:
             return cls(root, lock, current, files, key)
         except (OSError, lmdb.Error) as error:
             lock.release()
-            raise write_error(root, error) from error
+            raise cannot_write(root, error) from error
         except BaseException:
             lock.release()
             raise
@@ -174,6 +177,7 @@ class StoreWriter:
 
         Raises:
             StoreWriteError: the disk is full or fails; the generation stays, and the same run goes on.
+            StoreLockedError, StoreBusyError: an erasure does not end, or erasures without a pause; likewise.
             StoreError: the run is not finished (it stays resumable); or the count, a record or the file's structure is
                 wrong (the generation is removed, CURRENT stays).
         """
@@ -183,13 +187,19 @@ class StoreWriter:
                 "goes on from there"
             )
         try:
-            while True:
-                erased = self._tombstones.count()
-                found = self._scan()
-                with erasing(self.path):
-                    if len(self._tombstones) == erased:
-                        return self._flip(found)
-        except StoreWriteError:
+            self._check_records()
+            self._files.mark_complete(self.manifest.created_at)
+            self.manifest = self._files.manifest
+            self._files.close()
+            folder = generation_path(self.path, self.generation)
+            environments = environments_of(self.path, self.generation)
+            for path in environments:
+                check_structure(path)
+            for path in (*environments, folder, self.path):
+                sync(path)
+            flip(self.path, self.generation, (self._served,))
+            return self.manifest
+        except (StoreWriteError, StoreLockedError, StoreBusyError):
             raise
         except StoreError as error:
             self._files.close()
@@ -199,7 +209,7 @@ class StoreWriter:
                 f"{error}. The generation was removed, CURRENT is as before; check the disk, then refresh again"
             ) from error
         except (OSError, lmdb.Error) as error:
-            raise write_error(self.path, error) from error
+            raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
         """Let the store go; an unpublished generation stays for the next run of the same identity."""
@@ -214,42 +224,33 @@ class StoreWriter:
     ) -> None:
         self.close()
 
-    def _scan(self) -> tuple[int, str]:
-        """(number of records, their digest), all of them checked."""
-        count, digest = 0, 0
-        for headers in self._files.scan(self.spec):
-            digest += int(headers["checksum"].sum(dtype=np.uint64))
-            count += len(headers)
-        return count, f"{digest % (1 << 64):016x}"
+    def _check_records(self) -> None:
+        """Check every record, and their number.
 
-    def _flip(self, found: tuple[int, str]) -> Manifest:
-        files, folder = self._files, generation_path(self.path, self.generation)
-        manifest = dataclasses.replace(files.read_manifest(), refreshed_at=self.manifest.created_at)
-        if (manifest.count, manifest.records_digest) != found:
+        An erasure meanwhile, which is not made to wait, changes what was counted: then it is counted again.
+        """
+        for _ in range(TURNS):
+            num_erased = self._tombstones.count()
+            self._files.remove_erased(self._tombstones)
+            found = self._count_records()
+            with erasing(self.path):
+                if len(self._tombstones) == num_erased:
+                    return self._compare(found)
+        with erasing(self.path):  # Users are erased one by one without a pause.
+            self._files.remove_erased(self._tombstones)
+            self._compare(self._count_records())
+
+    def _count_records(self) -> Tally:
+        return tally_of(self._files.summary.read, self.spec)
+
+    def _compare(self, found: Tally) -> None:
+        manifest, folder = self._files.read_manifest(), generation_path(self.path, self.generation)
+        if (manifest.count, manifest.records_digest) != (found.count, found.records_digest):
             raise StoreError(
-                f"{folder} holds {found[0]} records, but {manifest.count} were written, or others than these"
+                f"{folder} holds {found.count} records, but {manifest.count} were written, or others than these"
             )
-        if files.state is not None and files.state.read(_num_entries) != manifest.count:
+        if self._files.state is not None and self._files.state.read(_num_entries) != manifest.count:
             raise StoreError(f"{folder} holds another number of states than its {manifest.count} records")
-
-        def complete(transaction: lmdb.Transaction[memoryview]) -> None:
-            transaction.put(MANIFEST_KEY, manifest.to_bytes())
-            transaction.put(COMPLETE_KEY, b"1")
-
-        files.summary.write(complete)
-        files.close()
-        environments = [path for path in folder.iterdir() if path.is_dir()]
-        for path in environments:
-            complete_size(path)
-            check_structure(path)
-        for path in (*environments, folder, self.path):
-            sync(path)
-        write_current(self.path, self.generation)
-        for generation in list_generations(self.path):
-            if generation not in (self._served, self.generation):
-                remove_generation(self.path, generation)
-        self.manifest = manifest
-        return manifest
 
 
 def _served(root: Path) -> int:

@@ -5,13 +5,15 @@ Integers are big-endian with the sign bit flipped, so that byte order is numeric
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, Protocol, TypeVar
 
+import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.errors import UserKeyError
+from vista.errors import StoreError, UserKeyError
 
 MAX_KEY_BYTES = 511
 """LMDB's own limit."""
@@ -25,9 +27,18 @@ KINDS = {INT_PREFIX: "int", STR_PREFIX: "str"}
 CURSOR_KEY = b"!cursor"
 COMPLETE_KEY = b"!complete"
 MANIFEST_KEY = b"!manifest"
-META_KEYS = (CURSOR_KEY, COMPLETE_KEY, MANIFEST_KEY)
 
 _SIGN_BIT = np.uint64(1 << 63)
+_WALK_USERS = 1024
+_WALK_BYTES = 1 << 23
+
+T = TypeVar("T")
+
+
+class Read(Protocol):
+    """Calls a function within a read transaction."""
+
+    def __call__(self, function: Callable[[lmdb.Transaction[memoryview]], T], /) -> T: ...
 
 
 def user_keys(user_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> list[bytes]:
@@ -95,10 +106,61 @@ def user_id(key: bytes) -> int | str:
     raise UserKeyError(f"{key!r} is no user key")
 
 
+def kinds_of(keys: Sequence[bytes]) -> set[str]:
+    """The kinds of ids that keys are of: int, str, or mixed where one is no key."""
+    return {KINDS.get(prefix, "mixed") for prefix in {key[:2] for key in keys}}
+
+
 def common_kind(kinds: Iterable[str | None]) -> str | None:
     """What ids of several kinds are together: int, str, mixed, or None without any."""
     found = set(kinds) - {None}
     return None if not found else found.pop() if len(found) == 1 else "mixed"
+
+
+def walk(
+    read: Read, take: Callable[[list[bytes], list[memoryview]], T], after: bytes = b"u"
+) -> Iterator[tuple[list[bytes], T]]:
+    """All users beyond a key, ascending, some at a time, each time in a short read transaction of its own.
+
+    Args:
+        read: of an environment.
+        take: makes of at most 1,024 keys and their values what is yielded with the keys; the values die with it.
+        after: a key.
+
+    Raises:
+        StoreError: the keys are out of order, so the file is damaged.
+    """
+
+    def some(transaction: lmdb.Transaction[memoryview]) -> tuple[list[bytes], list[T]]:
+        keys: list[bytes] = []
+        values: list[memoryview] = []
+        size, cursor = 0, transaction.cursor()
+        if cursor.set_range(after + b"\0"):
+            for view, value in cursor:
+                key = bytes(view)
+                if not key.startswith(b"u"):
+                    break
+                keys.append(key)
+                values.append(value)
+                size += len(value)
+                if size >= _WALK_BYTES or len(keys) == _WALK_USERS:
+                    break
+        taken = [take(keys, values)] if keys else []
+        if any(key <= before for before, key in pairwise([after, *keys])):
+            raise StoreError("the keys of the store are out of order, so its file is damaged; refresh it again")
+        return keys, taken
+
+    while True:
+        keys, taken = read(some)
+        if not keys:
+            return
+        after = keys[-1]
+        yield keys, taken[0]
+
+
+def copied(keys: list[bytes], values: list[memoryview]) -> list[bytes]:
+    """For `walk`: copies of the values."""
+    return list(map(bytes, values))
 
 
 def _int_keys(ids: NDArray[np.int64]) -> list[bytes]:

@@ -12,7 +12,6 @@ store/gen-8/summary/     an unfinished run: no `!complete`; `!cursor` says where
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -21,16 +20,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import xxhash
 
 from vista.choices import Codec, StateDtype
-from vista.errors import StoreError, StoreLockedError
+from vista.errors import StoreError
 from vista.files import sync
 from vista.store.authentication import key_id
-from vista.store.environment import REMEDY
-from vista.store.keys import KINDS, common_kind
+from vista.store.data_file import REMEDY
+from vista.store.keys import common_kind, kinds_of
 from vista.store.permissions import PRIVATE, Modes, is_owner, make_folder, modes_of, set_mode, set_tree_modes
 from vista.store.record import FORMAT_VERSION, RecordSpec, sum_of_checksums
 from vista.store.state_record import StateSpec
@@ -38,6 +36,7 @@ from vista.store.state_record import StateSpec
 CURRENT = "CURRENT"
 LAST = "LAST"
 WRITER_LOCK = "writer.lock"
+TOMBSTONES = "tombstones"
 
 REMOVED_PREFIX = ".removed-"
 PARTIAL_PREFIX = ".partial-"
@@ -140,11 +139,10 @@ class Manifest:
     def with_records(self, old: Sequence[bytes | memoryview], keys: Sequence[bytes], new: Sequence[bytes]) -> Manifest:
         """The manifest after `old` records have given way to `new` ones under `keys`."""
         digest = int(self.records_digest, 16) + sum_of_checksums(new) - sum_of_checksums(old)
-        kinds = {KINDS.get(prefix, "mixed") for prefix in {key[:2] for key in keys}}
         return dataclasses.replace(
             self,
             count=self.count + len(new) - len(old),
-            user_kind=common_kind([self.user_kind, *kinds]),
+            user_kind=common_kind([self.user_kind, *kinds_of(keys)]),
             records_digest=f"{digest % (1 << 64):016x}",
         )
 
@@ -326,47 +324,6 @@ def remove_generation(root: Path, generation: int) -> None:
     shutil.rmtree(removed, ignore_errors=True)
     os.rename(generation_path(root, generation), removed)
     shutil.rmtree(removed, ignore_errors=True)
-
-
-_held: WeakSet[WriterLock] = WeakSet()
-
-
-def _release_in_child() -> None:
-    for lock in list(_held):
-        lock.release()
-
-
-os.register_at_fork(after_in_child=_release_in_child)  # Else a worker that outlives its killed parent keeps the lock.
-
-
-class WriterLock:
-    """The one writer of a store: a non-blocking flock, released by the system when its process dies."""
-
-    def __init__(self, root: Path) -> None:
-        path = root / WRITER_LOCK
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE.file)
-        try:
-            set_mode(path, PRIVATE.file)  # No reader needs it, and who can open it can keep writers out.
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
-        except BlockingIOError as error:
-            holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip()
-            self.release()
-            raise StoreLockedError(
-                f"{root} is being written by {f'process {holder}' if holder else 'another process'}; wait for it, or "
-                "end it: its work is kept and the next refresh goes on from there"
-            ) from error
-        except BaseException:
-            self.release()
-            raise
-        _held.add(self)
-
-    def release(self) -> None:
-        """Let the next writer in."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
 
 
 def _key_error(generation: int, written: str | None, given: str | None) -> StoreError:

@@ -9,7 +9,6 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.errors import StoreError, SummarizerMismatchError, UnfinishedError, UserKeyError
-from vista.store.environment import MAX_READERS, REMEDY, ClosedError, SharedEnvironment, exclusive
-from vista.store.keys import COMPLETE_KEY, INT_PREFIX, MANIFEST_KEY, STR_PREFIX, user_id, user_keys
+from vista.store.batches import NO_TIMESTAMP, StoredBatch, Tail
+from vista.store.data_file import MAX_READERS, REMEDY
+from vista.store.environment import ClosedError, SharedEnvironment, exclusive
+from vista.store.keys import COMPLETE_KEY, INT_PREFIX, MANIFEST_KEY, STR_PREFIX, user_id, user_keys, walk
 from vista.store.layout import (
     Manifest,
     environment_path,
@@ -29,68 +30,13 @@ from vista.store.layout import (
     read_current,
     state_path,
 )
-from vista.store.record import NO_TIMESTAMP, RawRecords, RecordSpec, Tail, check_keys, decode_rows, read_records
+from vista.store.record import RawRecords, RecordSpec, check_keys, decode_rows, read_records
 from vista.store.state_record import StateArrays, read_states
 
 _READ_RECORDS = 1024
 """Records of one read transaction, so that it stays short whatever the batch."""
 _OPEN_ATTEMPTS = 5
-CLOCK_SKEW_MS = 300_000
-"""A record dated further ahead was written by a clock that is wrong, so nobody knows its age."""
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredBatch:
-    """Records of B users in the order asked for."""
-
-    found: NDArray[np.bool_]
-    """[B]; False for users without a record."""
-    summary: NDArray[np.float32]
-    """[B, K, d]; zeros where not found."""
-    tail: Tail
-    """Tails that the refresh saw; empty where not found."""
-    event_count: NDArray[np.int64]
-    """[B] events that the summary has seen; 0 where not found."""
-    last_event_ts: NDArray[np.int64]
-    """[B] ms; NO_TIMESTAMP where not found or without events."""
-    created_at: NDArray[np.int64]
-    """[B] start of the refresh, ms; NO_TIMESTAMP where not found."""
-    history_digest: NDArray[np.uint64]
-    """[B]; 0 where not found."""
-
-    def expired(self, now_ms: int, refreshed_at: int, max_age_ms: int) -> NDArray[np.bool_]:
-        """[B] whether what is known of a user is older than `max_age_ms`, or dated in the future.
-
-        Args:
-            now_ms: the time.
-            refreshed_at: of the manifest: a user without new events is as current as the last refresh.
-            max_age_ms: the limit; at it, a record still counts.
-        """
-        age = now_ms - np.maximum(self.created_at, refreshed_at)
-        return self.found & ((age > max_age_ms) | (age < -CLOCK_SKEW_MS))
-
-    def without(self, users: NDArray[np.bool_]) -> StoredBatch:
-        """The same as if the marked users [B] had no record."""
-        if not users.any():
-            return self
-        lengths = np.diff(self.tail.offsets)
-        kept = np.repeat(~users, lengths)
-        offsets = np.concatenate([[0], np.cumsum(np.where(users, 0, lengths))]).astype(np.int64)
-
-        def cleared(values: NDArray[Any], missing: int) -> NDArray[Any]:
-            return np.where(users.reshape(-1, *[1] * (values.ndim - 1)), values.dtype.type(missing), values)
-
-        return StoredBatch(
-            found=self.found & ~users,
-            summary=cleared(self.summary, 0),
-            tail=Tail(self.tail.items[kept], self.tail.times[kept], self.tail.actions[kept], offsets),
-            event_count=cleared(self.event_count, 0),
-            last_event_ts=cleared(self.last_event_ts, NO_TIMESTAMP),
-            created_at=cleared(self.created_at, NO_TIMESTAMP),
-            history_digest=cleared(self.history_digest, 0),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,11 +172,8 @@ class SummaryStore:
         environment = self._current().environment
         environment.retain()
         try:
-            chunk = [b"u"]
-            while chunk:
-                first = chunk[-1] + b"\0"
-                chunk = environment.read(lambda transaction, first=first: _keys_from(transaction, first))  # type: ignore[misc]
-                yield from map(user_id, chunk)
+            for keys, _ in walk(environment.read, check_keys):
+                yield from map(user_id, keys)
         finally:
             environment.release()
 
@@ -360,18 +303,6 @@ def read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Mani
     if value is None or transaction.get(COMPLETE_KEY) is None:
         raise UnfinishedError(f"{path} was never finished; {REMEDY}")
     return Manifest.from_bytes(bytes(value), path)
-
-
-def _keys_from(transaction: lmdb.Transaction[memoryview], first: bytes) -> list[bytes]:
-    cursor = transaction.cursor()
-    if not cursor.set_range(first):
-        return []
-    found = list(islice(cursor.iternext(), _READ_RECORDS))
-    keys = [bytes(key) for key, _ in found]
-    check_keys(keys, [value for _, value in found])
-    if any(key <= before for before, key in pairwise([first[:-1], *keys])):
-        raise StoreError(f"the keys of the store are out of order, so its file is damaged; {REMEDY}")
-    return keys
 
 
 def _require_kind(keys: list[bytes], manifest: Manifest) -> None:

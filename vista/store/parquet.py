@@ -21,22 +21,30 @@ from vista.data.polars_extra import pl, register_io_source
 from vista.errors import StoreError
 from vista.files import sync
 from vista.store.administration import PublishReport, publish_report
-from vista.store.environment import check_structure
-from vista.store.generation_builder import GenerationBuilder, cannot_write, flip, locked, next_number, restamp_records
-from vista.store.generation_reader import GenerationReader, Tally, open_generation
+from vista.store.batches import NO_TIMESTAMP
+from vista.store.data_file import check_structure
+from vista.store.generation_files import flip
 from vista.store.keys import user_id
 from vista.store.layout import (
     Manifest,
     environment_path,
-    prepare_root,
     read_current,
     remove_leftovers,
     served_or_none,
-    set_store_modes,
 )
+from vista.store.locks import locked
 from vista.store.permissions import GROUP, PRIVATE
-from vista.store.record import NO_TIMESTAMP, check_records, decode_rows, read_records
+from vista.store.record import check_records, decode_rows, read_records
 from vista.store.tombstones import Tombstones
+from vista.store.whole_generations import (
+    GenerationBuilder,
+    GenerationReader,
+    Tally,
+    next_number,
+    open_generation,
+    restamp_records,
+    settled,
+)
 
 FORMAT = "vista store export 1"
 
@@ -56,10 +64,15 @@ def export_store(root: str | Path, out: str | Path, *, key: bytes | None = None)
         key: of an authenticated store.
 
     Raises:
-        StoreError: nothing is served, a record is damaged, the store changed meanwhile, or the file cannot be written.
+        StoreBusyError: a refresh writes the generation without a pause.
+        StoreError: nothing is served, a record is damaged, or the file cannot be written.
     """
     root, out = Path(root).absolute(), Path(out).absolute()
     generation = read_current(root)
+    return settled(root, generation, lambda: _export(root, generation, out, key))
+
+
+def _export(root: Path, generation: int, out: Path, key: bytes | None) -> PublishReport:
     check_structure(environment_path(root, generation))
     with open_generation(root, generation, key) as source:
         tally, written, fault = source.tally(), Tally(), []
@@ -121,15 +134,9 @@ def import_store(
     old = Manifest.from_dict(about["manifest"], file)
     old_spec = old.spec(key)
     modes = GROUP if shared_with_group else PRIVATE
-    try:
-        prepare_root(root, modes)
-    except OSError as error:
-        raise cannot_write(root, error) from error
-    with locked(root):
-        set_store_modes(root, modes)
+    with locked(root, modes):
         remove_leftovers(root)
         tombstones, wanted = Tombstones(root), old.without_states()
-        num_erased = tombstones.count()
         builder = GenerationBuilder(root, dataclasses.replace(wanted, generation=next_number(root)), key, modes)
         read = Tally()
         try:
@@ -148,8 +155,7 @@ def import_store(
             builder.discard()
             raise
         before = served_or_none(root)
-        if not flip(root, manifest.generation, () if before is None else (before,), num_erased):
-            raise StoreError(f"{root}: users were erased meanwhile; run the same command again")
+        flip(root, manifest.generation, () if before is None else (before,))
     return publish_report(root, manifest.generation, manifest.count)
 
 

@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 
 from vista.data.histories import ranges
 from vista.errors import ConfigError, StoreError
+from vista.store.batches import StoredBatch, Tail
 from vista.store.keys import common_kind, user_keys
 from vista.store.layout import CURRENT, Manifest
-from vista.store.lmdb_store import StoredBatch, SummaryStore
-from vista.store.record import Tail
+from vista.store.lmdb_store import SummaryStore
+from vista.store.updates import served_manifest
 
 _NAME = re.compile(r"part-(\d+)-of-(\d+)")
 
@@ -60,16 +61,87 @@ class Shard:
         return own
 
 
+def shards_in(store: str | Path) -> list[Shard]:
+    """The parts that lie in a store's folder, ascending; none in a store that is not divided.
+
+    Raises:
+        StoreError: there are parts of several numbers.
+    """
+    root = Path(store)
+    if (root / CURRENT).exists() or not root.is_dir():
+        return []
+    found = [match for match in map(_NAME.fullmatch, (entry.name for entry in root.iterdir())) if match]
+    shards = sorted((Shard(int(match[1]), int(match[2])) for match in found), key=lambda shard: shard.index)
+    counts = sorted({shard.count for shard in shards})
+    if len(counts) > 1:
+        raise StoreError(f"{root}: holds parts of {counts}; keep those of one number, remove the others")
+    return shards
+
+
+def stores_in(store: str | Path) -> list[Path]:
+    """Folders of the parts that lie in a store's folder; that folder itself where a store is not divided."""
+    return [shard.path(store) for shard in shards_in(store)] or [Path(store)]
+
+
+def shard_to_write(store: str | Path, shard: Shard | None) -> tuple[Path, Shard | None]:
+    """The folder that a refresh of a store, or of a shard of it, writes, and the shard that this is.
+
+    Raises:
+        ConfigError: the store is divided, and no shard is named; or a part is named as a store that is to be divided.
+    """
+    root = Path(store).absolute()
+    named = _NAME.fullmatch(root.name)
+    if named is not None:
+        own = Shard(int(named[1]), int(named[2]))
+        if shard not in (None, own):
+            raise ConfigError(f"store={store}: is a part itself; name the folder above it")
+        return root, own
+    if shard is not None:
+        return shard.path(store), shard
+    if shards := shards_in(store):
+        raise ConfigError(
+            f"store={store}: is divided; refresh its parts with shard=i/{shards[0].count}, or another folder"
+        )
+    return Path(store), None
+
+
+def user_kind(store: str | Path) -> str | None:
+    """int, str or mixed, of all users of a store, divided or not; None without users."""
+    return common_kind(served_manifest(root).user_kind for root in stores_in(store))
+
+
+def divide(store: str | Path, users: Sequence[int] | Sequence[str]) -> list[tuple[Path, list[Any]]]:
+    """The folders of a store, divided or not, with those of the users who belong there.
+
+    Raises:
+        StoreError: a part to which one belongs is not there; the message names it.
+    """
+    root, shards = Path(store).absolute(), shards_in(store)
+    named = _NAME.fullmatch(root.name)
+    if named is not None:  # one part
+        root, shards = root.parent, [Shard(int(named[1]), int(named[2]))]
+    if not shards:
+        return [(root, list(users))]
+    owner = _parts_of(user_keys(users), shards[0].count)
+    for user, index in zip(users, owner.tolist(), strict=True):
+        if index not in {shard.index for shard in shards}:
+            raise StoreError(
+                f"{store}: user {user!r} belongs to part {index} of {shards[0].count}, which is not there; name the "
+                "folder that holds it"
+            )
+    return [
+        (shard.path(root), [users[row] for row in np.flatnonzero(owner == shard.index).tolist()])
+        for shard in shards
+        if (owner == shard.index).any()
+    ]
+
+
 def open_store(
     path: str | Path, *, summarizer_id: bytes | None = None, key: bytes | None = None
 ) -> SummaryStore | StoreParts:
     """Open a store, or all parts of one; arguments and errors as of `SummaryStore.open`."""
     root = Path(path)
-    if (
-        not (root / CURRENT).exists()
-        and root.is_dir()
-        and any(map(_NAME.fullmatch, (entry.name for entry in root.iterdir())))
-    ):
+    if shards_in(root):
         return StoreParts.open(root, summarizer_id=summarizer_id, key=key)
     return SummaryStore.open(root, summarizer_id=summarizer_id, key=key)
 
@@ -89,12 +161,11 @@ class StoreParts:
             StoreError: a part is missing, or there are parts of several numbers; and as `SummaryStore.open`.
         """
         root = Path(path).absolute()
-        found = [match for match in map(_NAME.fullmatch, sorted(entry.name for entry in root.iterdir())) if match]
-        counts = {int(match[2]) for match in found}
-        if len(counts) != 1:
-            raise StoreError(f"{root}: holds parts of {sorted(counts)}; keep those of one number, remove the others")
-        count = counts.pop()
-        missing = sorted(set(range(count)) - {int(match[1]) for match in found})
+        shards = shards_in(root)
+        if not shards:
+            raise StoreError(f"{root} holds no parts; check the path")
+        count = shards[0].count
+        missing = sorted(set(range(count)) - {shard.index for shard in shards})
         if missing:
             raise StoreError(f"{root}: parts {missing} of {count} are not there; refresh them with shard=i/{count}")
         opened: list[SummaryStore] = []

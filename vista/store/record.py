@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from vista.choices import Codec
 from vista.errors import RecordError, UserKeyError
 from vista.store.authentication import CODE_BYTES, record_code
+from vista.store.batches import Tail
 from vista.store.codecs import CODEC_NUMBERS, SCALE_DTYPE_NUMBERS, RowError, dequantize_rows, quantize_rows, row_bytes
 from vista.store.keys import user_id
 
@@ -33,9 +34,6 @@ AUTHENTICATED = 1
 """Bit of the flags: the record ends with a code."""
 TAIL_EVENT_BYTES = 13
 """Item row int32, time int64, action uint8."""
-
-NO_TIMESTAMP = -(1 << 63)
-"""last_event_ts of a history without events, and every timestamp of a user who was not found."""
 
 HEADER = np.dtype(
     [
@@ -71,27 +69,6 @@ _SHARED_FIELDS = (
 )
 """Equal in all records of a generation; below, where they lie."""
 _SHARED_BYTES = np.r_[0:20, 24:64, 116:120]
-
-
-@dataclass(frozen=True, slots=True)
-class Tail:
-    """Last events of B users, packed: users end to end, oldest event first."""
-
-    items: NDArray[np.int32]
-    """[N] item rows of the model's vocabulary (in records), 0 for unknown."""
-    times: NDArray[np.int64]
-    """[N] ms, or the ordinal in a log without times."""
-    actions: NDArray[np.uint8]
-    """[N] action codes."""
-    offsets: NDArray[np.int64]
-    """[B+1]."""
-
-    @staticmethod
-    def empty(num_users: int) -> Tail:
-        """Tails without events."""
-        return Tail(
-            np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.uint8), np.zeros(num_users + 1, np.int64)
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,24 +1,22 @@
 """Erased users: a file of 16-byte digests beside the generations, so that no later refresh brings a user back.
 
 The file holds no id: BLAKE2b-128 of the user's key. Its flock orders erasures and flips, so that no generation is
-published with a user who was erased while it was written. An erasure waits for a flip that is verifying its generation.
+published with a user who was erased while it was written.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from vista.errors import StoreWriteError
 from vista.files import sync
-from vista.store.permissions import PRIVATE, set_mode
+from vista.store.layout import TOMBSTONES
+from vista.store.locks import erasing
 
-TOMBSTONES = "tombstones"
 _DIGEST_BYTES = 16
 
 
@@ -85,26 +83,6 @@ class Tombstones:
         whole = len(data) - len(data) % _DIGEST_BYTES
         self._known = {data[at : at + _DIGEST_BYTES] for at in range(0, whole, _DIGEST_BYTES)}
         self._size = len(data)
-
-
-@contextmanager
-def erasing(root: Path) -> Iterator[None]:
-    """Section of an erasure or a flip: one at a time, whichever process."""
-    try:
-        descriptor = os.open(root / TOMBSTONES, os.O_RDWR | os.O_CREAT, PRIVATE.file)
-    except OSError as error:
-        raise StoreWriteError(
-            f"{root / TOMBSTONES}: {error.strerror}; check the path, permissions and free space"
-        ) from error
-    try:
-        set_mode(root / TOMBSTONES, PRIVATE.file)  # whatever the umask
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # A child that was forked meanwhile holds the descriptor too.
-    finally:
-        os.close(descriptor)
 
 
 def _digest(key: bytes) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -15,21 +14,23 @@ from numpy.typing import NDArray
 
 from vista.errors import StoreError, SummarizerMismatchError
 from vista.store.environment import SharedEnvironment
-from vista.store.generation_files import GenerationFiles, lock_store
-from vista.store.keys import user_keys
+from vista.store.generation_files import GenerationFiles
+from vista.store.keys import user_keys, walk
 from vista.store.layout import (
     Manifest,
-    WriterLock,
     environment_path,
     generation_path,
     list_generations,
     missing_generation,
     read_current,
+    remove_leftovers,
+    served_or_none,
 )
 from vista.store.lmdb_store import read_manifest
+from vista.store.locks import WriterLock, erasing, lock_store
 from vista.store.record import HEADER, HEADER_BYTES
 from vista.store.state_record import StateArrays, read_states
-from vista.store.tombstones import Tombstones, erasing
+from vista.store.tombstones import Tombstones
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class StoreUpdate:
         read_current(root)  # else the lock would be the first thing to miss
         lock = lock_store(root)
         try:
+            remove_leftovers(root)
             generation = read_current(root)
             if not generation_path(root, generation).is_dir():
                 raise missing_generation(root, generation)
@@ -124,15 +126,9 @@ class StoreUpdate:
                 applied[row] = np.frombuffer(value, HEADER)[0]["applied_segment"]
         return applied
 
-    def key_batches(self, size: int) -> Iterator[list[bytes]]:
+    def key_batches(self) -> Iterator[list[bytes]]:
         """Keys of all users, some at a time, ascending."""
-        last = b"u"
-        while True:
-            keys = self._files.summary.read(lambda transaction, last=last: _keys_after(transaction, last, size))  # type: ignore[misc]
-            if not keys:
-                return
-            last = keys[-1]
-            yield keys
+        return (keys for keys, _ in walk(self._files.summary.read, lambda keys, _: None))
 
     def states(self, keys: Sequence[bytes]) -> tuple[NDArray[np.int64], StateArrays] | None:
         """Rows of the keys that have a state, and these states; None where the generation keeps none.
@@ -208,13 +204,6 @@ def served_manifest(path: str | Path) -> Manifest:
         environment.release()
 
 
-def _keys_after(transaction: lmdb.Transaction[memoryview], last: bytes, size: int) -> list[bytes]:
-    cursor = transaction.cursor()
-    if not cursor.set_range(last + b"\0"):
-        return []
-    return [bytes(key) for key in islice(cursor.iternext(values=False), size)]
-
-
 def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str]) -> int:
     """Erase users: gone at once for readers, and no later refresh of this store brings them back.
 
@@ -229,16 +218,18 @@ def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str]) -> int:
         How many had a record in the served generation.
 
     Raises:
-        StoreError: nothing is served, or a generation cannot be opened or written; the tombstones stand, and the call
-            is to be repeated. So it is after a kill; the next incremental refresh and compaction remove what is left.
+        StoreLockedError: another erasure does not end; nobody is erased.
+        StoreError: there is no store, or a generation cannot be opened or written; the tombstones stand, and the call
+            is to be repeated. So it is after a kill; until then whatever publishes a generation, an incremental refresh
+            that meets the user, or a compaction removes what is left.
     """
     root, keys = Path(path).absolute(), list(dict.fromkeys(user_keys(user_ids)))
-    if not root.is_dir():
+    if not root.is_dir() or not list_generations(root):
         raise StoreError(f"{root} is no store; check the path")
     count = 0
     with erasing(root):
         Tombstones(root).add(keys)
-        served = read_current(root)
+        served = served_or_none(root)
         for generation in list_generations(root):
             try:
                 files = GenerationFiles.open(root, generation)

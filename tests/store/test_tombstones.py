@@ -1,0 +1,121 @@
+"""Erasures beside a writer that publishes: neither waits long for the other, and no erased user is served again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vista.errors import StoreLockedError
+from vista.store import StoreWriter, SummaryStore, locks, user_keys
+from vista.store.administration import roll_back
+from vista.store.data_file import check_structure
+from vista.store.generation_files import GenerationFiles
+from vista.store.inspection import verify_store
+from vista.store.layout import read_current
+from vista.store.tombstones import Tombstones
+from vista.store.updates import erase
+
+TOTAL = 40
+
+
+def all_put(build: Any, root: Path) -> StoreWriter:
+    """A writer of a second generation who has written all users."""
+    writer = build.open_writer(root, run_digest="log-2")
+    build.put_users(writer, range(TOTAL), salt=1)
+    return writer
+
+
+def test_an_erasure_waits_for_no_verification(tmp_path, build, monkeypatch):
+    """While a generation is counted, and while its structure is checked, an erasure goes through at once."""
+    build.write_store(tmp_path)
+    users, check, take = list(range(10)), check_structure, StoreWriter._count_records
+
+    def check_and_erase(folder: Path) -> None:
+        erase(tmp_path, [users.pop(0)])
+        check(folder)
+
+    def count_and_erase(writer: StoreWriter) -> Any:
+        found = take(writer)
+        if len(users) > 8:
+            erase(tmp_path, [users.pop(0)])
+        return found
+
+    monkeypatch.setattr(locks, "WAIT_S", 1.0)
+    monkeypatch.setattr("vista.store.generations.check_structure", check_and_erase)
+    monkeypatch.setattr(StoreWriter, "_count_records", count_and_erase)
+    with all_put(build, tmp_path) as writer:
+        writer.publish()
+    gone = 10 - len(users)
+    assert gone == 3
+    with SummaryStore.open(tmp_path) as store:
+        assert store.generation == 2 and len(store) == TOTAL - gone
+        assert store.get_many(range(gone + 1)).found.tolist() == [False] * gone + [True]
+    assert verify_store(tmp_path).num_problems == 0
+
+
+def test_users_who_are_erased_without_a_pause_do_not_keep_a_generation_from_being_published(
+    tmp_path, build, monkeypatch
+):
+    build.write_store(tmp_path)
+    monkeypatch.setattr(locks, "WAIT_S", 0.05)
+    users, count, sweep = list(range(TOTAL)), StoreWriter._count_records, GenerationFiles.remove_erased
+    refused: list[StoreLockedError] = []
+
+    def erase_one() -> None:
+        try:
+            erase(tmp_path, [users[0]])
+            users.pop(0)
+        except StoreLockedError as error:
+            refused.append(error)
+
+    def count_and_erase(writer: StoreWriter) -> Any:
+        erase_one()
+        return count(writer)
+
+    def sweep_and_erase(files: GenerationFiles, stones: Tombstones) -> None:
+        sweep(files, stones)
+        erase_one()
+
+    monkeypatch.setattr(StoreWriter, "_count_records", count_and_erase)
+    monkeypatch.setattr(GenerationFiles, "remove_erased", sweep_and_erase)
+    with all_put(build, tmp_path) as writer:
+        writer.publish()
+    assert refused and len(users) < TOTAL - 3, "at last they had to wait"
+    with SummaryStore.open(tmp_path) as store:
+        assert store.generation == 2 and list(store.keys()) == users
+    assert verify_store(tmp_path).num_problems == 0
+
+
+def test_waiting_for_an_erasure_has_an_end(tmp_path, build, monkeypatch):
+    build.write_store(tmp_path)
+    monkeypatch.setattr(locks, "WAIT_S", 0.1)
+    refused = rf"process {os.getpid()} has been erasing users or publishing.*wait for it, or end it"
+    with SummaryStore.open(tmp_path) as store:
+        with locks.erasing(tmp_path):
+            with all_put(build, tmp_path) as writer, pytest.raises(StoreLockedError, match=refused):
+                writer.publish()
+            for action in (lambda: erase(tmp_path, [3]), lambda: roll_back(tmp_path, to=1)):
+                with pytest.raises(StoreLockedError, match=refused):
+                    action()
+            assert store.get_many([3]).found.all()
+        assert read_current(tmp_path) == 1 and erase(tmp_path, [3]) == 1
+    with build.open_writer(tmp_path, run_digest="log-2") as writer:
+        assert (writer.generation, writer.cursor) == (2, TOTAL)
+        assert writer.publish().count == TOTAL - 1
+
+
+def test_an_erasure_that_was_killed_after_its_tombstone_is_ended_by_who_publishes(tmp_path, build):
+    build.write_store(tmp_path)
+    with all_put(build, tmp_path) as writer:
+        with locks.erasing(tmp_path):
+            Tombstones(tmp_path).add(user_keys([7]))
+        writer.publish()
+    with SummaryStore.open(tmp_path) as store:
+        assert store.get_many([7, 8]).found.tolist() == [False, True]
+    roll_back(tmp_path)
+    with SummaryStore.open(tmp_path) as store:
+        assert store.generation == 1 and store.get_many([7, 8]).found.tolist() == [False, True]
+    assert verify_store(tmp_path).num_problems == 0

@@ -1,0 +1,88 @@
+"""What a store is given and gives back for a batch of B users. K summary tokens, d model width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NO_TIMESTAMP = -(1 << 63)
+"""last_event_ts of a history without events, and every timestamp of a user who was not found."""
+
+CLOCK_SKEW_MS = 300_000
+"""A record dated further ahead was written by a clock that is wrong, so nobody knows its age."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """Last events of B users, packed: users end to end, oldest event first."""
+
+    items: NDArray[np.int32]
+    """[N] item rows of the model's vocabulary (in records), 0 for unknown."""
+    times: NDArray[np.int64]
+    """[N] ms, or the ordinal in a log without times."""
+    actions: NDArray[np.uint8]
+    """[N] action codes."""
+    offsets: NDArray[np.int64]
+    """[B+1]."""
+
+    @staticmethod
+    def empty(num_users: int) -> Tail:
+        """Tails without events."""
+        return Tail(
+            np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.uint8), np.zeros(num_users + 1, np.int64)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBatch:
+    """Records of B users in the order asked for."""
+
+    found: NDArray[np.bool_]
+    """[B]; False for users without a record."""
+    summary: NDArray[np.float32]
+    """[B, K, d]; zeros where not found."""
+    tail: Tail
+    """Tails that the refresh saw; empty where not found."""
+    event_count: NDArray[np.int64]
+    """[B] events that the summary has seen; 0 where not found."""
+    last_event_ts: NDArray[np.int64]
+    """[B] ms; NO_TIMESTAMP where not found or without events."""
+    created_at: NDArray[np.int64]
+    """[B] start of the refresh, ms; NO_TIMESTAMP where not found."""
+    history_digest: NDArray[np.uint64]
+    """[B]; 0 where not found."""
+
+    def expired(self, now_ms: int, refreshed_at: int, max_age_ms: int) -> NDArray[np.bool_]:
+        """[B] whether what is known of a user is older than `max_age_ms`, or dated in the future.
+
+        Args:
+            now_ms: the time.
+            refreshed_at: of the manifest: a user without new events is as current as the last refresh.
+            max_age_ms: the limit; at it, a record still counts.
+        """
+        age = now_ms - np.maximum(self.created_at, refreshed_at)
+        return self.found & ((age > max_age_ms) | (age < -CLOCK_SKEW_MS))
+
+    def without(self, users: NDArray[np.bool_]) -> StoredBatch:
+        """The same as if the marked users [B] had no record."""
+        if not users.any():
+            return self
+        lengths = np.diff(self.tail.offsets)
+        kept = np.repeat(~users, lengths)
+        offsets = np.concatenate([[0], np.cumsum(np.where(users, 0, lengths))]).astype(np.int64)
+
+        def cleared(values: NDArray[Any], missing: int) -> NDArray[Any]:
+            return np.where(users.reshape(-1, *[1] * (values.ndim - 1)), values.dtype.type(missing), values)
+
+        return StoredBatch(
+            found=self.found & ~users,
+            summary=cleared(self.summary, 0),
+            tail=Tail(self.tail.items[kept], self.tail.times[kept], self.tail.actions[kept], offsets),
+            event_count=cleared(self.event_count, 0),
+            last_event_ts=cleared(self.last_event_ts, NO_TIMESTAMP),
+            created_at=cleared(self.created_at, NO_TIMESTAMP),
+            history_digest=cleared(self.history_digest, 0),
+        )
