@@ -81,8 +81,8 @@ def frozen(model: Recommender, context: Context, vector: Tensor, task: int) -> A
         for index, layer in enumerate(stage.layers):
             heads, width = layer.num_heads, layer.head_dim
             normed = norm(layer.norm, x)
-            query, gate = layer.query_gate(normed).chunk(2, -1)
-            key, value = (part.view(heads, width) for part in layer.key_value(normed).chunk(2, -1))
+            query, gate, *pair = layer.projections(normed).chunk(4, -1)
+            key, value = (part.view(heads, width) for part in pair)
             mixed = []
             for head in range(heads):
                 keys, values = context.keys[index][0, head], context.values[index][0, head] * factors[:, None]

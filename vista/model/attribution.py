@@ -61,10 +61,10 @@ def shares(
             hidden = hidden + gaps
         mixed, weights, values = [], [], []
         for index, layer in enumerate(stage.layers):
-            projected = layer.project_query(x if index == 0 else hidden)
+            projected = layer.project(x if index == 0 else hidden)
             if index == 0 and gap is not None:
                 projected = projected + stage.query_gap(gaps)
-            value = layer.key_value(_frozen(layer.norm, x if index == 0 else hidden)).chunk(2, -1)[1]
+            value = layer.projections(_frozen(layer.norm, x if index == 0 else hidden)).chunk(4, -1)[3]
             value = value + first_value if index == 0 else value
             weight = _attention(stage, layer, projected.detach(), context, index)
             seen = context.values[index][0].clone()

@@ -132,8 +132,9 @@ def request_context(model: Recommender, summary: Tensor, tail: PaddedTail) -> Co
     vectors = model.item_vectors(torch.from_numpy(tail.item).to(device))
     action, gap = torch.from_numpy(tail.action).to(device), torch.from_numpy(tail.gap).to(device)
     stage = model.target_attention
-    encoded = stage.encode_summary(summary.to(device))
-    return stage.encode_context(encoded, model.encoder(vectors, action, gap), torch.from_numpy(tail.valid).to(device))
+    return stage.encode_request(
+        summary.to(device), model.encoder(vectors, action, gap), torch.from_numpy(tail.valid).to(device)
+    )
 
 
 def request_gap(model: Recommender, now: Int | None, tail: PaddedTail) -> Tensor | None:

@@ -30,7 +30,7 @@ from vista.files import replaced_folder
 from vista.model.embedding import EventEncoder
 from vista.model.unified_embedding import Feature, gather, hashed_rows
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 NEXT_TASK = "next"
 """Name of the retrieval head's scores among those of the labelled tasks."""
 UNKNOWN_ITEM = 0

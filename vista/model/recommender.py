@@ -162,7 +162,7 @@ class Recommender(RankingModel):
         stage = self.target_attention
         # The residual stream leads from an item's vector to where the next one's is sought, with no map between.
         x = self.request + context.newest(seen)
-        return F.normalize(stage.query(x, stage.layers[0].project_query(x), gap, seen, context), dim=-1)
+        return F.normalize(stage.query(x, stage.layers[0].project(x), gap, seen, context), dim=-1)
 
     def candidate_logits(
         self, vectors: Tensor, gap: Tensor | None, seen: Tensor, context: Context, projections: Tensor | None = None
@@ -176,7 +176,7 @@ class Recommender(RankingModel):
         """
         assert self.task_head is not None
         stage = self.target_attention
-        projections = stage.layers[0].project_query(vectors) if projections is None else projections
+        projections = stage.layers[0].project(vectors) if projections is None else projections
         out = stage.query(vectors, projections, gap, seen, context)
         logits: Tensor = self.task_head(out)
         return logits

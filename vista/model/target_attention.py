@@ -56,29 +56,40 @@ class TargetLayer(nn.Module):
         self.num_heads = config.num_heads
         self.head_dim = config.dim // config.num_heads
         self.norm = norm(config.dim)
-        self.query_gate = nn.Linear(config.dim, 2 * config.dim, bias=False)
-        self.key_value = nn.Linear(config.dim, 2 * config.dim, bias=False)
+        self.projections = nn.Linear(config.dim, 4 * config.dim, bias=False)
+        """To query, gate, key and value, in this order."""
         self.bias = nn.Parameter(torch.zeros(config.num_heads, config.tail_len + 1))
         """[H, L+1] by distance in events; distance 0 is the token itself."""
         self.output = GatedOutput(config.dim, config.num_heads, config.dropout)
         self.feed_forward = FeedForward(config.dim, config.feed_forward_ratio, config.dropout)
 
-    def project_context(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, N, M] -> keys and values [B, H, N, D]."""
-        key, value = self.key_value(self.norm(x)).chunk(2, -1)
-        return self._heads(key), self._heads(value)
+    def project(self, x: Tensor) -> Tensor:
+        """x [..., M] -> query, gate, key and value [..., 4M]."""
+        projected: Tensor = self.projections(self.norm(x))
+        return projected
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, N, M] -> keys and values [B, H, N, D] alone: all that a context needs of the last layer."""
+        key, value = F.linear(self.norm(x), self.projections.weight[-2 * x.shape[-1] :]).chunk(2, -1)
+        return self.heads(key), self.heads(value)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, N, M] -> [B, H, N, D], a view."""
         return split_heads(x, self.num_heads).transpose(1, 2)
 
-    def attend_context(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """A context layer: tokens x [B, N, M] attend to key/value [B, H, K, D] under an additive mask [B, H, N, K]."""
-        query, gate = self.query_gate(self.norm(x)).chunk(2, -1)
-        scores = self._heads(query) @ key.transpose(-1, -2) * self.head_dim**-0.5
-        scores = scores if mask is None else scores + mask
-        heads = (torch.softmax(scores, -1).to(value.dtype) @ value).transpose(1, 2)
-        mixed: Tensor = self.feed_forward(self.output(x, heads, gate.sigmoid()))
+    def mix(self, x: Tensor, heads: Tensor, gate: Tensor) -> Tensor:
+        """The rest of a layer: residual stream x [B, N, M], attention's outputs [B, H, N, D], gate [B, N, M]."""
+        mixed: Tensor = self.feed_forward(self.output(x, heads.transpose(1, 2), gate.sigmoid()))
         return mixed
+
+    def attend_context(
+        self, x: Tensor, query: Tensor, gate: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """A context layer: tokens x, query, gate [B, N, M] attend to key/value [B, H, K, D] under an additive mask
+        [B, H, N, K]."""
+        scores = self.heads(query) @ key.transpose(-1, -2) * self.head_dim**-0.5
+        scores = scores if mask is None else scores + mask
+        return self.mix(x, torch.softmax(scores, -1).to(value.dtype) @ value, gate)
 
     def attend_query(
         self, x: Tensor, qgkv: Tensor, key: Tensor, value: Tensor, bias: Tensor, context_mask: Tensor
@@ -92,17 +103,11 @@ class TargetLayer(nn.Module):
             context_mask: bool [B, S+L]; False where there is no event.
         """
         query, gate, own_key, own_value = qgkv.chunk(4, -1)
-        query, own_key, own_value = self._heads(query), self._heads(own_key), self._heads(own_value)
+        query, own_key, own_value = self.heads(query), self.heads(own_key), self.heads(own_value)
         heads = target_attention(
             query, key, value, own_key, own_value, bias=bias, own_bias=self.bias[:, 0], context_mask=context_mask
         )
-        mixed: Tensor = self.feed_forward(self.output(x, heads.transpose(1, 2), gate.sigmoid()))
-        return mixed
-
-    def project_query(self, x: Tensor) -> Tensor:
-        """x [..., M] -> query, gate, key and value [..., 4M] of query tokens."""
-        h = self.norm(x)
-        return torch.cat([self.query_gate(h), self.key_value(h)], -1)
+        return self.mix(x, heads, gate)
 
 
 class TargetAttention(nn.Module):
@@ -128,13 +133,13 @@ class TargetAttention(nn.Module):
     def encode_summary(self, summary: Tensor) -> list[tuple[Tensor, Tensor]]:
         """summary [B, S, M] -> keys and values [B, H, S, D] of its tokens, a layer each."""
         x = self.dropout(self.summary_norm(summary) + self.summary_kind)
-        projected = []
-        for index, layer in enumerate(self.layers):
-            key, value = layer.project_context(x)
-            projected.append((key, value))
-            if index + 1 < len(self.layers) and x.shape[1]:
-                x = layer.attend_context(x, key, value, None)
-        return projected
+        encoded = []
+        for layer in self.layers[:-1]:
+            query, gate, key, value = layer.project(x).chunk(4, -1)
+            encoded.append((layer.heads(key), layer.heads(value)))
+            if x.shape[1]:
+                x = layer.attend_context(x, query, gate, *encoded[-1], None)
+        return [*encoded, self.layers[-1].keys_values(x)]
 
     def encode_context(self, summary: list[tuple[Tensor, Tensor]], tail: Tensor, tail_valid: Tensor) -> Context:
         """Keys and values of the whole context.
@@ -146,18 +151,43 @@ class TargetAttention(nn.Module):
         """
         x = self.dropout(tail)
         keys, values = [], []
-        # A tail token always sees itself, so a padded one stays finite.
-        hidden = ~(tail_valid[:, None, :] | torch.eye(self.tail_len, dtype=torch.bool, device=tail.device))
-        for index, (layer, (key, value)) in enumerate(zip(self.layers, summary, strict=True)):
-            tail_key, tail_value = layer.project_context(x)
-            key, value = torch.cat([key, tail_key], 2), torch.cat([value, tail_value], 2)
-            keys.append(key)
-            values.append(value)
-            if index + 1 < len(self.layers):
-                causal = self._position_bias(layer, self.distance[:-1], own=True)
-                mask = causal.masked_fill(hidden[:, None], MASKED)
-                x = layer.attend_context(x, key, value, F.pad(mask, (self.num_seeds, 0)))
+        for layer, (key, value) in zip(self.layers[:-1], summary, strict=False):
+            query, gate, tail_key, tail_value = layer.project(x).chunk(4, -1)
+            keys.append(torch.cat([key, layer.heads(tail_key)], 2))
+            values.append(torch.cat([value, layer.heads(tail_value)], 2))
+            x = layer.attend_context(x, query, gate, keys[-1], values[-1], self._tail_mask(layer, tail_valid))
+        for of_all, own, of_tail in zip((keys, values), summary[-1], self.layers[-1].keys_values(x), strict=True):
+            of_all.append(torch.cat([own, of_tail], 2))
         return Context(keys, values, tail_valid, tail)
+
+    def encode_request(self, summary: Tensor, tail: Tensor, tail_valid: Tensor) -> Context:
+        """`encode_summary` and `encode_context` in one pass, for inference: half the operators.
+
+        Args:
+            summary: [B, S, M]; tail: [B, L, M]; tail_valid: bool [B, L].
+        """
+        x = torch.cat([self.summary_norm(summary) + self.summary_kind, tail], 1)
+        hidden = summary.new_full((self.num_seeds, self.tail_len), MASKED)  # from the summary: it does not see the tail
+        keys, values = [], []
+        for layer in self.layers[:-1]:
+            query, gate, key, value = layer.project(x).chunk(4, -1)
+            keys.append(layer.heads(key))
+            values.append(layer.heads(value))
+            seen = self._tail_mask(layer, tail_valid)
+            mask = torch.cat([F.pad(hidden, (self.num_seeds, 0)).expand(*seen.shape[:2], -1, -1), seen], 2)
+            heads = F.scaled_dot_product_attention(
+                layer.heads(query), keys[-1], values[-1], mask.to(query.dtype), scale=layer.head_dim**-0.5
+            )
+            x = layer.mix(x, heads, gate)
+        key, value = self.layers[-1].keys_values(x)
+        return Context([*keys, key], [*values, value], tail_valid, tail)
+
+    def _tail_mask(self, layer: TargetLayer, tail_valid: Tensor) -> Tensor:
+        """Additive mask [B, H, L, S+L] of the tail's tokens: causal, without padding, but each sees itself, so that a
+        padded one stays finite."""
+        hidden = ~(tail_valid[:, None, :] | torch.eye(self.tail_len, dtype=torch.bool, device=tail_valid.device))
+        causal = self._position_bias(layer, self.distance[:-1], own=True)
+        return F.pad(causal.masked_fill(hidden[:, None], MASKED), (self.num_seeds, 0))
 
     def _position_bias(self, layer: TargetLayer, distance: Tensor, *, own: bool) -> Tensor:
         """[H, rows, L] learned bias by distance, MASKED where a column is not seen (`own`: distance 0 is)."""
@@ -174,7 +204,7 @@ class TargetAttention(nn.Module):
 
         Args:
             x: [B, Q, M] candidates' item vectors, or request tokens; qgkv: [B, Q, 4M] layer 1's projections of x
-                (`layers[0].project_query`), which may be computed beforehand.
+                (`layers[0].project`), which may be computed beforehand.
             gap: [B, Q, M] embeddings of the request's gap, or None.
             seen: int64 [Q] or [B, Q]: how many columns of the tail a query sees (all: L); [1] if all see alike.
             context: of the same B rows.
@@ -188,7 +218,7 @@ class TargetAttention(nn.Module):
         context_mask = F.pad(context.tail_valid, (self.num_seeds, 0), value=True)
         for index, layer in enumerate(self.layers):
             bias = self.query_bias(layer, seen)
-            projections = qgkv if index == 0 else layer.project_query(x)
+            projections = qgkv if index == 0 else layer.project(x)
             x = layer.attend_query(x, projections, context.keys[index], context.values[index], bias, context_mask)
         normed: Tensor = self.final_norm(x)
         return normed
