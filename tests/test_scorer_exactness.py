@@ -154,3 +154,21 @@ def test_item_projections_of_a_file_give_the_bits_of_computed_ones(
     with Scorer.open(tmp_path / "model", opened.store.path) as mapped:
         for task, scores in mapped.predict(users, items, now=now).items():
             np.testing.assert_array_equal(scores, opened.predict(users, items, now=now)[task])
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(0, 40), min_size=12, max_size=12), seed=st.integers(0, 99))
+def test_ragged_lists_have_the_bits_of_full_ones(
+    lengths: list[int],
+    seed: int,
+    opened: Scorer,
+    ids: tuple[list[Any], NDArray[Any], int],
+    whole: dict[str, NDArray[np.float32]],
+) -> None:
+    users, items, now = ids
+    rng = np.random.default_rng(seed)
+    columns = [rng.integers(0, len(items), length) for length in lengths]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    found = opened.predict(users, (items[np.concatenate(columns)], offsets), now=now)
+    for task, scores in whole.items():
+        same(found[task], np.concatenate([scores[user, chosen] for user, chosen in enumerate(columns)]))

@@ -20,6 +20,8 @@ SMALLEST_DENORMAL = 5e-324
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 KEPT_BYTES = 1 << 30
+LARGEST_HEEDED_BYTES = (32 << 20) - (64 << 10)
+"""Just under the largest block that glibc's thresholds adapt to (DEFAULT_MMAP_THRESHOLD_MAX)."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -60,6 +62,16 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or not (mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)):
         logger.debug("the C library hands freed memory back: large tensors pay page faults each time")
+
+
+def reuse_freed_memory() -> None:
+    """Let glibc keep some 64 MB of freed memory for the next tensors (elsewhere: does nothing).
+
+    It hands large blocks back to the system until it has seen one as large freed, and then keeps twice as much. Here it
+    sees the largest one that it heeds; its pages are never touched. A process of the caller's own may well have that
+    (`keep_freed_memory` is another matter), and without it a request pays a page fault for every 4 KB of its buffers.
+    """
+    torch.empty(LARGEST_HEEDED_BYTES, dtype=torch.uint8)
 
 
 @contextmanager

@@ -90,8 +90,8 @@ class PaddedTail:
     valid: NDArray[np.bool_]
     last_time: Int
 
-    def select(self, users: slice) -> PaddedTail:
-        """Of some of the users."""
+    def select(self, users: slice | Int) -> PaddedTail:
+        """Of some of the users, or of all in another order."""
         return PaddedTail(
             self.item[users], self.action[users], self.gap[users], self.valid[users], self.last_time[users]
         )

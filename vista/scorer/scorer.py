@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vista.choices import OnMissing, Precision
 from vista.data.vocabulary import Ids
-from vista.device import choose_precision, resolve_device
+from vista.device import choose_precision, resolve_device, reuse_freed_memory
 from vista.errors import SummarizerMismatchError, UnknownItemError, UnknownUserError
 from vista.model import inference
 from vista.model.item_projections import ItemProjections
@@ -141,6 +141,7 @@ class Scorer:
         if max_age_s is not None and not max_age_s > 0:
             raise ValueError(f"max_age_s: must be above 0 seconds, got {max_age_s}")
         source = _Source(model, store, device, key, _choice(Precision, precision, "precision"))
+        reuse_freed_memory()
         return cls(source, policy, task, max_age_s)
 
     def close(self) -> None:
@@ -386,7 +387,14 @@ class Scorer:
             rows, filled = pad_ragged(rows, offsets, len(request))
         if rows.ndim == 2 and len(rows) != len(request):
             raise ValueError(f"candidates: {rows.shape} do not fit {len(request)} users; give [C], or one row a user")
-        scores = served.scores(request, torch.from_numpy(rows), tasks)
+        if filled is None:
+            scores = served.scores(request, torch.from_numpy(rows), tasks)
+        else:  # Users of like lengths together.
+            lengths = filled.sum(1)
+            order = np.argsort(lengths)
+            sorted_scores = served.scores(request.select(order), torch.from_numpy(rows[order]), tasks, lengths[order])
+            place = torch.from_numpy(np.argsort(order))
+            scores = {task: cells[place] for task, cells in sorted_scores.items()}
         unknown = np.broadcast_to(rows == UNKNOWN_ITEM, (len(request), rows.shape[-1]))
         if self.on_missing is OnMissing.nan:
             nobody = torch.from_numpy(request.missing[:, None] | unknown)

@@ -50,8 +50,8 @@ class Request:
     def __len__(self) -> int:
         return len(self.missing)
 
-    def select(self, users: slice) -> Request:
-        """Some of the users."""
+    def select(self, users: slice | Int) -> Request:
+        """Some of the users, or all in another order."""
         now = None if self.now is None else self.now[users]
         return Request(self.summary[users], self.tail.select(users), now, self.missing[users])
 
@@ -112,7 +112,9 @@ class Served:
         parts = [self._user_vectors(*self.context(part)) for _, part in self._portions(request)]
         return torch.cat(parts) if parts else torch.empty(0, self.model.config.dim, device=self.model.device)
 
-    def scores(self, request: Request, rows: Tensor | None, tasks: list[str]) -> dict[str, Tensor]:
+    def scores(
+        self, request: Request, rows: Tensor | None, tasks: list[str], lengths: Int | None = None
+    ) -> dict[str, Tensor]:
         """{task: float32 [B, C] on the CPU}.
 
         A pair's score has the same bits whatever else is asked for in the call, where the machine's matrix products
@@ -122,22 +124,25 @@ class Served:
             request: of B users.
             rows: int64 model rows, [C] (the same for every user) or [B, C]; None scores the rows 0 … V of all tables.
             tasks: of `self.tasks`.
+            lengths: [B] candidates of each user that are asked for; what comes after them is not scored. Users of like
+                lengths should be neighbours.
         """
         count = len(self.model.items) + 1 if rows is None else rows.shape[-1]
         scores = {task: torch.empty(len(request), count) for task in tasks}
         labelled = [task for task in tasks if task != NEXT_TASK]
         for users, part in self._portions(request):
+            longest = count if lengths is None else int(lengths[users].max())
             context, gap = self.context(part)
             own = rows if rows is None or rows.ndim == 1 else rows[users]
             if labelled:
-                for columns, logits in self._logits(context, gap, own, count):
+                for columns, logits in self._logits(context, gap, own, longest):
                     # float32's last bit would depend on the place in a vector; that of float64 is rounded away.
                     probability = logits.double().sigmoid().float().cpu()
                     for task in labelled:
                         scores[task][users, columns] = probability[..., self.model.schema.tasks.index(task)]
             if NEXT_TASK in tasks:
                 vectors = self._user_vectors(context, gap) / self.model.config.temperature
-                for columns, cosine in self._cosines(vectors, own, count):
+                for columns, cosine in self._cosines(vectors, own, longest):
                     scores[NEXT_TASK][users, columns] = cosine.cpu()
         return scores
 
