@@ -180,7 +180,7 @@ class TestSizes:
         for task, found in task_scorer.predict([user], np.resize(items, 100_000)).items():
             np.testing.assert_allclose(found[0], np.resize(expected[task][0], 100_000), atol=ATOL)
 
-    @pytest.mark.xfail(strict=True, reason="ragged rows are padded to the longest: B times the work and the memory")
+    @pytest.mark.xfail(strict=True, reason="users of one portion are padded to the longest among them")
     def test_one_long_list_does_not_make_the_others_long(self, task_scorer: Scorer) -> None:
         user, items = next(task_scorer.store.keys()), task_scorer.model.items.ids(np.arange(7))
         many = np.resize(items, 5_000)
