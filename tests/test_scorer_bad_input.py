@@ -24,7 +24,6 @@ from vista.training.trainer import train
 pytestmark = pytest.mark.usefixtures("no_warnings")
 ATOL = 2e-5
 """A score in other company, as everywhere."""
-NOT_NAMED = "encode and rank hand on the vocabulary's TypeError, which does not say which argument it speaks of"
 Call = Callable[[Scorer], object]
 
 
@@ -67,7 +66,6 @@ class TestTypes:
             with pytest.raises((TypeError, ValueError), match="candidates: needs "):
                 call(scorer)
 
-    @pytest.mark.xfail(strict=True, reason=NOT_NAMED)
     @pytest.mark.parametrize("items", [["a"], [1.5], [2**64]], ids=repr)
     def test_items_name_the_argument(self, scorer: Scorer, items: Any) -> None:
         calls: dict[str, Call] = {
@@ -93,13 +91,11 @@ class TestTypes:
             with pytest.raises(TypeError, match=r"int64|integer ids"):
                 call(scorer)
 
-    @pytest.mark.xfail(strict=True, reason="rank reads a ragged pair as the array [[values], [offsets]]")
     def test_rank_refuses_more_than_one_list(self, scorer: Scorer) -> None:
         for candidates in (([10, 20], [0, 2]), [[10, 20], [30, 40]]):
             with pytest.raises(ValueError, match=r"candidates: needs \[C\]"):
                 scorer.rank(100, candidates=candidates)
 
-    @pytest.mark.xfail(strict=True, reason="torch's TypeError, or Python's, which name no top_k")
     @pytest.mark.parametrize("top_k", [1.5, None], ids=repr)
     def test_top_k(self, scorer: Scorer, top_k: Any) -> None:
         with pytest.raises(TypeError, match="top_k: "):
@@ -180,7 +176,6 @@ class TestSizes:
         for task, found in task_scorer.predict([user], np.resize(items, 100_000)).items():
             np.testing.assert_allclose(found[0], np.resize(expected[task][0], 100_000), atol=ATOL)
 
-    @pytest.mark.xfail(strict=True, reason="users of one portion are padded to the longest among them")
     def test_one_long_list_does_not_make_the_others_long(self, task_scorer: Scorer) -> None:
         user, items = next(task_scorer.store.keys()), task_scorer.model.items.ids(np.arange(7))
         many = np.resize(items, 5_000)

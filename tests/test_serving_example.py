@@ -132,11 +132,7 @@ print(sorted(ended.values()))
     [
         ("one thread", ""),
         ("two threads", "one thread"),
-        pytest.param(
-            "two threads",
-            "",
-            marks=pytest.mark.xfail(strict=True, reason="OpenMP's threads are not forked: the child waits for them"),
-        ),
+        ("two threads", ""),
     ],
 )
 def test_a_scorer_that_has_scored_is_forked(served: Served, before: str, inside: str) -> None:

@@ -41,6 +41,12 @@ class Context:
         values = [v.index_select(0, rows) for v in self.values]
         return Context(keys, values, self.tail_valid.index_select(0, rows), self.tail.index_select(0, rows))
 
+    def of(self, rows: slice) -> Context:
+        """The context of neighbouring rows, a view."""
+        return Context(
+            [k[rows] for k in self.keys], [v[rows] for v in self.values], self.tail_valid[rows], self.tail[rows]
+        )
+
     def newest(self, seen: Tensor) -> Tensor:
         """[B, Q, M] embeddings of the newest of the first `seen` int64 [Q] columns of the tail; 0 without an event."""
         column = (seen - 1).clamp(min=0)

@@ -8,6 +8,7 @@ Letters: B users, C candidates, V items of the vocabulary, S seeds, L tail lengt
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from vista.choices import OnMissing, Precision
 from vista.data.vocabulary import Ids
-from vista.device import choose_precision, resolve_device, reuse_freed_memory
-from vista.errors import SummarizerMismatchError, UnknownItemError, UnknownUserError
+from vista.device import choose_precision, one_thread_in_children, resolve_device, reuse_freed_memory
+from vista.errors import SummarizerMismatchError, UnknownItemError, UnknownUserError, VistaError
 from vista.model import inference
 from vista.model.item_projections import ItemProjections
 from vista.model.ranking_model import UNKNOWN_ITEM
@@ -138,10 +139,13 @@ class Scorer:
             ValueError: on_missing, task or precision is none of those that there are; max_age_s is not positive.
         """
         policy = _choice(OnMissing, on_missing, "on_missing")
+        if max_age_s is not None and not isinstance(max_age_s, (int, float)):
+            raise TypeError(f"max_age_s: needs seconds, got {max_age_s!r}")
         if max_age_s is not None and not max_age_s > 0:
             raise ValueError(f"max_age_s: must be above 0 seconds, got {max_age_s}")
         source = _Source(model, store, device, key, _choice(Precision, precision, "precision"))
         reuse_freed_memory()
+        one_thread_in_children()
         return cls(source, policy, task, max_age_s)
 
     def close(self) -> None:
@@ -182,7 +186,11 @@ class Scorer:
                 reads, or the scorer is closed; what was served is served on.
             ValueError: the new model lacks this scorer's task; the old one is served on.
         """
-        opened = self._source.open_newer(self._served)
+        try:
+            opened = self._source.open_newer(self._served)
+        except VistaError:
+            self.store.reload()  # A damaged model must not keep new generations from being served.
+            raise
         if opened is not None:
             try:
                 _require_task(self.task, opened)
@@ -256,6 +264,8 @@ class Scorer:
             exclude_tail: leave out the items of the user's tail.
             tail, now: as in `predict`.
         """
+        if not isinstance(top_k, (int, np.integer)):
+            raise TypeError(f"top_k: needs an integer, got {top_k!r}")
         if top_k < 1:
             raise ValueError(f"top_k: must be at least 1, got {top_k}")
         with self._call() as served:
@@ -266,9 +276,11 @@ class Scorer:
             num_unknown, rows = 0, None
             if candidates is not None:
                 chosen = self._encode(served, candidates).rows
+                if chosen.ndim != 1:
+                    raise ValueError(f"candidates: needs [C], got shape {chosen.shape}")
                 num_unknown = int((chosen == UNKNOWN_ITEM).sum())
                 rows = np.unique(chosen)
-            left_out[served.model.item_rows(ids_of(exclude, "exclude"))] = True
+            left_out[_item_rows(served.model, ids_of(exclude, "exclude"), "exclude")] = True
             if exclude_tail:
                 left_out[request.tail.item[request.tail.valid]] = True
             given = None if rows is None else torch.from_numpy(rows)
@@ -332,7 +344,8 @@ class Scorer:
     ) -> Explanation:
         """What a user's scores are made of: the summary's tokens, the tail's events, the candidate itself.
 
-        Always in float32. Takes several times as long as `score`: for people who look, not for each request.
+        Always in float32, and as under on_missing="empty". Takes several times as long as `score`: for people who look,
+        not for each request.
 
         Args:
             user: an id as in the log.
@@ -418,7 +431,7 @@ class Scorer:
             raise ValueError("candidates: rows of different lengths; pass (values, offsets) instead") from None
         if ids.ndim not in (1, 2):
             raise ValueError(f"candidates: needs [C] or [B, C], got shape {ids.shape}")
-        rows = served.model.item_rows(ids.ravel()).reshape(ids.shape)
+        rows = _item_rows(served.model, ids.ravel(), "candidates").reshape(ids.shape)
         if self.on_missing is OnMissing.error and (rows == UNKNOWN_ITEM).any():
             unknown = ids[rows == UNKNOWN_ITEM][:5].tolist()
             raise UnknownItemError(
@@ -483,10 +496,22 @@ class _Source:
             return None
         _ = served.store.manifest  # A closed scorer stays closed.
         try:
+            self._require_summaries()
             return self.open()
         except SummarizerMismatchError as error:
             logger.warning("%s holds a new model, but the old one is served on: %s", self.model, error)
             return None
+
+    def _require_summaries(self) -> None:
+        """
+        Raises:
+            SummarizerMismatchError: the store has no generation of the model in the folder, whose weights are not read.
+        """
+        try:
+            claimed = bytes.fromhex(json.loads((Path(str(self.model)) / "config.json").read_text())["summarizer_id"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # What opens the model says what is wrong with it.
+        open_store(self.store, summarizer_id=claimed, key=self.key).close()
 
     def _identity(self) -> tuple[int, ...]:
         """Tells one export from another, which takes its folder's place."""
@@ -516,13 +541,17 @@ def _require_task(task: str, served: Served) -> None:
 def _merge(model: Recommender, stored: StoredBatch, tail: Tail, num_users: int) -> Tail:
     """The stored tails and a caller's."""
     checked = checked_tail(tail, num_users, len(model.schema.actions))
-    try:
-        rows = model.item_rows(checked.items)
-    except TypeError as error:
-        raise TypeError(f"tail.items: {error}") from None
+    rows = _item_rows(model, checked.items, "tail.items")
     _check_times(model, "tail.times", checked.times, stored)
     fresh = Tail(rows.astype(np.int32), checked.times, checked.actions, checked.offsets)
     return merge_tails(stored.tail, fresh, model.config.tail_len)
+
+
+def _item_rows(model: Recommender, ids: Ids, name: str) -> Int:
+    try:
+        return model.item_rows(ids)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
 
 
 def _check_times(model: Recommender, name: str, times: Int, stored: StoredBatch) -> None:

@@ -28,6 +28,8 @@ from vista.store.lmdb_store import SummaryStore
 from vista.store.parts import StoreParts
 
 Int = NDArray[np.int64]
+Cells = tuple[slice, slice]
+"""Some users and some of their candidates."""
 CONTEXT_TOKENS_PER_PASS = 1024
 PAIRS_PER_PASS = 1024
 """Users times candidates of one pass through stage 2: what it keeps fits a cache, whatever is asked for."""
@@ -124,26 +126,25 @@ class Served:
             request: of B users.
             rows: int64 model rows, [C] (the same for every user) or [B, C]; None scores the rows 0 … V of all tables.
             tasks: of `self.tasks`.
-            lengths: [B] candidates of each user that are asked for; what comes after them is not scored. Users of like
-                lengths should be neighbours.
+            lengths: [B] candidates of each user that are asked for, ascending; what comes after them has no meaning.
         """
         count = len(self.model.items) + 1 if rows is None else rows.shape[-1]
         scores = {task: torch.empty(len(request), count) for task in tasks}
         labelled = [task for task in tasks if task != NEXT_TASK]
         for users, part in self._portions(request):
-            longest = count if lengths is None else int(lengths[users].max())
+            wanted = np.full(len(part), count) if lengths is None else lengths[users]
             context, gap = self.context(part)
             own = rows if rows is None or rows.ndim == 1 else rows[users]
             if labelled:
-                for columns, logits in self._logits(context, gap, own, longest):
+                for cells, logits in self._logits(context, gap, own, wanted):
                     # float32's last bit would depend on the place in a vector; that of float64 is rounded away.
                     probability = logits.double().sigmoid().float().cpu()
                     for task in labelled:
-                        scores[task][users, columns] = probability[..., self.model.schema.tasks.index(task)]
+                        scores[task][users][cells] = probability[..., self.model.schema.tasks.index(task)]
             if NEXT_TASK in tasks:
                 vectors = self._user_vectors(context, gap) / self.model.config.temperature
-                for columns, cosine in self._cosines(vectors, own, longest):
-                    scores[NEXT_TASK][users, columns] = cosine.cpu()
+                for cells, cosine in self._cosines(vectors, own, wanted):
+                    scores[NEXT_TASK][users][cells] = cosine.cpu()
         return scores
 
     @torch.no_grad()
@@ -195,43 +196,41 @@ class Served:
 
     @torch.inference_mode()
     def _logits(
-        self, context: Context, gap: Tensor | None, rows: Tensor | None, count: int
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Columns, and their logits float32 [B, columns, num_tasks]."""
+        self, context: Context, gap: Tensor | None, rows: Tensor | None, lengths: Int
+    ) -> Iterator[tuple[Cells, Tensor]]:
+        """Users and columns, and their logits float32 [users, columns, num_tasks]."""
         model, table = self.model, self.items.candidate
         assert table is not None
-        num_users = len(context.tail_valid)
         seen = torch.full((1,), model.config.tail_len, device=model.device)
         moment = None
         if gap is not None:  # As the table: a vector, and its projections (in whole tiles of rows).
             projected = model.target_attention.query_gap(gap.expand(-1, ROW_TILE, -1))[:, :1]
             moment = torch.cat([gap, projected], -1)
-        for columns in _parts(count, PAIRS_PER_PASS // num_users):
-            found = _take(table, rows, columns)
-            found = found.expand(num_users, -1, -1) if moment is None else found + moment
+        for users, columns in _parts(lengths, PAIRS_PER_PASS):
+            some = context.of(users)
+            found = _take(table, rows, users, columns)
+            found = found.expand(len(some.tail), -1, -1) if moment is None else found + moment[users]
             vectors, projections = found[..., : model.config.dim], found[..., model.config.dim :]
             with autocast(self.precision, model.device):
                 logits = model.candidate_logits(
-                    vectors, None, seen, context, projections.to(context.keys[0].dtype)
+                    vectors, None, seen, some, projections.to(context.keys[0].dtype)
                 ).float()
-            yield columns, logits[:, : columns.stop - columns.start]
+            yield (users, columns), logits[:, : columns.stop - columns.start]
 
     @torch.inference_mode()
-    def _cosines(self, users: Tensor, rows: Tensor | None, count: int) -> Iterator[tuple[slice, Tensor]]:
-        """Columns, and products float32 [B, columns] of users [B, M] with unit vectors."""
+    def _cosines(self, vectors: Tensor, rows: Tensor | None, lengths: Int) -> Iterator[tuple[Cells, Tensor]]:
+        """Users and columns, and products float32 [users, columns] of vectors [B, M] with unit vectors."""
         table = self.items.unit
         assert table is not None
-        for columns in _parts(count, COSINES_PER_PASS):
-            found = _take(table, rows, columns)
-            product = torch.empty(len(users), found.shape[-2], device=table.device)
+        for users, columns in _parts(lengths, COSINES_PER_PASS):
+            found, own = _take(table, rows, users, columns), vectors[users]
             # Products of ROW_TILE users each: their bits would depend on how many they are.
             if found.ndim == 2:
-                for some in torch.split(torch.arange(len(users)), ROW_TILE):
-                    product[some] = (found @ _tile(users[some]).t())[:, : len(some)].t()
+                tiles = [(found @ _tile(some).t())[:, : len(some)].t() for some in torch.split(own, ROW_TILE)]
+                product = torch.cat(tiles)
             else:
-                for user, vectors in enumerate(found):
-                    product[user] = (vectors @ _tile(users[user : user + 1]).t())[:, 0]
-            yield columns, product[:, : columns.stop - columns.start]
+                product = torch.stack([(items @ _tile(own[i : i + 1]).t())[:, 0] for i, items in enumerate(found)])
+            yield (users, columns), product[:, : columns.stop - columns.start]
 
 
 def _tile(users: Tensor) -> Tensor:
@@ -239,20 +238,24 @@ def _tile(users: Tensor) -> Tensor:
     return F.pad(users, (0, 0, 0, ROW_TILE - len(users)))
 
 
-def _parts(count: int, step: int) -> Iterator[slice]:
-    """Slices of `count` columns, `step` at a time, rounded down to whole tiles."""
-    step = max(1, step // ROW_TILE) * ROW_TILE
-    for first in range(0, count, step):
-        yield slice(first, min(first + step, count))
+def _parts(lengths: Int, pairs: int) -> Iterator[Cells]:
+    """Rectangles of about so many pairs, in whole tiles of columns, that cover the first lengths[b] columns of user b;
+    lengths ascend, so the users who reach a column are the last ones."""
+    start, longest = 0, int(lengths.max(initial=0))
+    while start < longest:
+        first = int(np.searchsorted(lengths, start, side="right"))
+        step = max(1, pairs // (len(lengths) - first) // ROW_TILE) * ROW_TILE
+        yield slice(first, len(lengths)), slice(start, min(start + step, longest))
+        start += step
 
 
-def _take(table: Tensor, rows: Tensor | None, columns: slice) -> Tensor:
-    """Rows of a table, filled up with the unknown item's to whole tiles: [C', width] or [B, C', width]."""
+def _take(table: Tensor, rows: Tensor | None, users: slice, columns: slice) -> Tensor:
+    """Rows of a table, filled up with the unknown item's to whole tiles: [C', width] or [users, C', width]."""
     count = columns.stop - columns.start
     missing = -count % ROW_TILE
     if rows is None:
         if not missing:
             return table[columns]
         rows = torch.arange(len(table))
-    part = rows[..., columns].to(table.device)
+    part = (rows[columns] if rows.ndim == 1 else rows[users, columns]).to(table.device)
     return table[F.pad(part, (0, missing), value=UNKNOWN_ITEM)]
