@@ -17,7 +17,7 @@ from vista.store import SummaryStore
 from vista.store.layout import read_current
 
 TOTAL, BATCH, FLIPS = 96, 32, 5
-MOST_CALLS = 18
+MOST_CALLS = 26
 """More system calls than publishing makes: at some numbers nobody is killed."""
 
 
