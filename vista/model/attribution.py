@@ -61,7 +61,7 @@ def shares(
             hidden = hidden + gaps
         mixed, weights, values = [], [], []
         for index, layer in enumerate(stage.layers):
-            projected = layer.project(x if index == 0 else hidden)
+            projected = torch.cat(layer.project(x if index == 0 else hidden), -1)
             if index == 0 and gap is not None:
                 projected = projected + stage.query_gap(gaps)
             value = layer.projections(_frozen(layer.norm, x if index == 0 else hidden)).chunk(4, -1)[3]

@@ -27,6 +27,19 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.view(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
 
 
+def linear_parts(x: Tensor, weight: Tensor, count: int) -> tuple[Tensor, ...]:
+    """x [..., N] times the `count` equal parts of a weight [count * M, N]: [..., M] each.
+
+    On a CPU, without gradients, one batched product: two threads take [500, 256] @ [256, 1024] in 1.4 ms, and 1.8 ms as
+    one matrix, which MKL divides among them worse; and the parts are contiguous.
+    """
+    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight).chunk(count, -1)
+    rows = x.reshape(-1, x.shape[-1])
+    parts = torch.bmm(rows.expand(count, -1, -1), weight.view(count, -1, x.shape[-1]).transpose(1, 2))
+    return parts.view(count, *x.shape[:-1], parts.shape[-1]).unbind(0)
+
+
 class Dropout(nn.Module):
     """Dropout whose mask costs a byte an element on CPUs.
 
@@ -62,7 +75,7 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.up(self.norm(x)).chunk(2, dim=-1)
+        gate, value = linear_parts(self.norm(x), self.up.weight, 2)
         update: Tensor = self.dropout(self.down(F.silu(gate) * value))
         return x + update
 

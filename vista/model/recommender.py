@@ -172,12 +172,12 @@ class Recommender(RankingModel):
         Args:
             vectors: [B, C, M]; gap: [B, C, M], or None.
             seen: int64 [C], [1] or [B, C].
-            projections: [B, C, 4M] of the vectors in layer 1, if they are at hand (`ItemProjections`).
+            projections: of the vectors in layer 1, [B, C, 4M], if they are at hand (`ItemProjections`).
         """
         assert self.task_head is not None
         stage = self.target_attention
-        projections = stage.layers[0].project(vectors) if projections is None else projections
-        out = stage.query(vectors, projections, gap, seen, context)
+        own = stage.layers[0].project(vectors) if projections is None else projections.chunk(4, -1)
+        out = stage.query(vectors, own, gap, seen, context)
         logits: Tensor = self.task_head(out)
         return logits
 

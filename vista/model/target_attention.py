@@ -11,6 +11,7 @@ distance.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import ModelConfig
-from vista.model.layers import Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
+from vista.model.layers import Dropout, FeedForward, GatedOutput, linear_parts, module_list, norm, split_heads
 from vista_kernels import target_attention
 
 MASKED = -1e9
@@ -69,14 +70,13 @@ class TargetLayer(nn.Module):
         self.output = GatedOutput(config.dim, config.num_heads, config.dropout)
         self.feed_forward = FeedForward(config.dim, config.feed_forward_ratio, config.dropout)
 
-    def project(self, x: Tensor) -> Tensor:
-        """x [..., M] -> query, gate, key and value [..., 4M]."""
-        projected: Tensor = self.projections(self.norm(x))
-        return projected
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [..., M] -> query, gate, key and value, [..., M] each."""
+        return linear_parts(self.norm(x), self.projections.weight, 4)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, N, M] -> keys and values [B, H, N, D] alone: all that a context needs of the last layer."""
-        key, value = F.linear(self.norm(x), self.projections.weight[-2 * x.shape[-1] :]).chunk(2, -1)
+        key, value = linear_parts(self.norm(x), self.projections.weight[-2 * x.shape[-1] :], 2)
         return self.heads(key), self.heads(value)
 
     def heads(self, x: Tensor) -> Tensor:
@@ -98,17 +98,17 @@ class TargetLayer(nn.Module):
         return self.mix(x, torch.softmax(scores, -1).to(value.dtype) @ value, gate)
 
     def attend_query(
-        self, x: Tensor, qgkv: Tensor, key: Tensor, value: Tensor, bias: Tensor, context_mask: Tensor
+        self, x: Tensor, own: Sequence[Tensor], key: Tensor, value: Tensor, bias: Tensor, context_mask: Tensor
     ) -> Tensor:
         """A query layer.
 
         Args:
-            x: [B, Q, M]; qgkv: [B, Q, 4M] its projections.
+            x: [B, Q, M]; own: its projections, [B, Q, M] each.
             key, value: [B, H, S+L, D] of the context.
             bias: additive, broadcastable to [B, H, Q, S+L].
             context_mask: bool [B, S+L]; False where there is no event.
         """
-        query, gate, own_key, own_value = qgkv.chunk(4, -1)
+        query, gate, own_key, own_value = own
         query, own_key, own_value = self.heads(query), self.heads(own_key), self.heads(own_value)
         heads = target_attention(
             query, key, value, own_key, own_value, bias=bias, own_bias=self.bias[:, 0], context_mask=context_mask
@@ -141,7 +141,7 @@ class TargetAttention(nn.Module):
         x = self.dropout(self.summary_norm(summary) + self.summary_kind)
         encoded = []
         for layer in self.layers[:-1]:
-            query, gate, key, value = layer.project(x).chunk(4, -1)
+            query, gate, key, value = layer.project(x)
             encoded.append((layer.heads(key), layer.heads(value)))
             if x.shape[1]:
                 x = layer.attend_context(x, query, gate, *encoded[-1], None)
@@ -158,7 +158,7 @@ class TargetAttention(nn.Module):
         x = self.dropout(tail)
         keys, values = [], []
         for layer, (key, value) in zip(self.layers[:-1], summary, strict=False):
-            query, gate, tail_key, tail_value = layer.project(x).chunk(4, -1)
+            query, gate, tail_key, tail_value = layer.project(x)
             keys.append(torch.cat([key, layer.heads(tail_key)], 2))
             values.append(torch.cat([value, layer.heads(tail_value)], 2))
             x = layer.attend_context(x, query, gate, keys[-1], values[-1], self._tail_mask(layer, tail_valid))
@@ -176,7 +176,7 @@ class TargetAttention(nn.Module):
         hidden = summary.new_full((self.num_seeds, self.tail_len), MASKED)  # from the summary: it does not see the tail
         keys, values = [], []
         for layer in self.layers[:-1]:
-            query, gate, key, value = layer.project(x).chunk(4, -1)
+            query, gate, key, value = layer.project(x)
             keys.append(layer.heads(key))
             values.append(layer.heads(value))
             seen = self._tail_mask(layer, tail_valid)
@@ -205,12 +205,14 @@ class TargetAttention(nn.Module):
         bias = self._position_bias(layer, self.distance, own=False)[:, seen]
         return F.pad(bias if seen.dim() == 1 else bias.transpose(0, 1), (self.num_seeds, 0))
 
-    def query(self, x: Tensor, qgkv: Tensor, gap: Tensor | None, seen: Tensor, context: Context) -> Tensor:
+    def query(
+        self, x: Tensor, projections: Sequence[Tensor], gap: Tensor | None, seen: Tensor, context: Context
+    ) -> Tensor:
         """Query tokens through all layers.
 
         Args:
-            x: [B, Q, M] candidates' item vectors, or request tokens; qgkv: [B, Q, 4M] layer 1's projections of x
-                (`layers[0].project`), which may be computed beforehand.
+            x: [B, Q, M] candidates' item vectors, or request tokens.
+            projections: of x in layer 1 (`layers[0].project`), [B, Q, M] each, which may be computed beforehand.
             gap: [B, Q, M] embeddings of the request's gap, or None.
             seen: int64 [Q] or [B, Q]: how many columns of the tail a query sees (all: L); [1] if all see alike.
             context: of the same B rows.
@@ -219,12 +221,15 @@ class TargetAttention(nn.Module):
             [B, Q, M], normed.
         """
         if gap is not None:
-            x, qgkv = x + gap, qgkv + self.query_gap(gap)
+            x = x + gap
+            projections = [
+                own + of_gap for own, of_gap in zip(projections, self.query_gap(gap).chunk(4, -1), strict=True)
+            ]
         x = self.dropout(x)
         context_mask = F.pad(context.tail_valid, (self.num_seeds, 0), value=True)
         for index, layer in enumerate(self.layers):
             bias = self.query_bias(layer, seen)
-            projections = qgkv if index == 0 else layer.project(x)
-            x = layer.attend_query(x, projections, context.keys[index], context.values[index], bias, context_mask)
+            own = projections if index == 0 else layer.project(x)
+            x = layer.attend_query(x, own, context.keys[index], context.values[index], bias, context_mask)
         normed: Tensor = self.final_norm(x)
         return normed
