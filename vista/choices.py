@@ -3,6 +3,23 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import TypeVar
+
+Choice = TypeVar("Choice", bound=Enum)
+
+
+def choice_of(kind: type[Choice], value: Choice | str, name: str) -> Choice:
+    """A choice, or the one of that value.
+
+    Raises:
+        ValueError: naming the argument `name` and the values, if there is none.
+    """
+    if isinstance(value, kind):
+        return value
+    values = sorted({choice.value for choice in kind})
+    if value not in values:
+        raise ValueError(f"{name}: {value!r} is none of {values}")
+    return kind(value)
 
 
 class Architecture(Enum):

@@ -1,7 +1,8 @@
 """The scorer: what ranking code calls (`vista.scorer.scorer`)."""
 
 from vista.model.ranking_model import NEXT_TASK
-from vista.scorer.scorer import CandidateSet, Explanation, Ranking, Scorer
+from vista.scorer.answers import CandidateSet, Explanation, Ranking
+from vista.scorer.scorer import Scorer
 from vista.scorer.statistics import ScorerStats
 from vista.store.batches import Tail
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.data.gaps import LATEST_MS, YEAR_1971_MS
-from vista.model.ranking_model import UNKNOWN_ITEM
+from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
+from vista.store.batches import StoredBatch
 
 Int = NDArray[np.int64]
 
@@ -52,6 +53,18 @@ def integers(values: Any, name: str, what: str = "integers") -> Int:
     return array.astype(np.int64)
 
 
+def item_rows(model: RankingModel, ids: Any, name: str) -> Int:
+    """Model rows int64 [N] of raw ids.
+
+    Raises:
+        TypeError: naming the argument, where ids are not of the vocabulary's kind.
+    """
+    try:
+        return model.item_rows(ids)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
+
+
 def request_times(now: Any, num_users: int) -> Int | None:
     """int64 [B] ms of one time or of [B]; None stays None."""
     if now is None:
@@ -62,12 +75,15 @@ def request_times(now: Any, num_users: int) -> Int | None:
     return np.broadcast_to(times, (num_users,))
 
 
-def check_times(name: str, times: Int, newest: int) -> None:
-    """Refuse what cannot be milliseconds since 1970; `newest`: the newest event of the records, in ms.
+def check_times(model: RankingModel, name: str, times: Int, stored: StoredBatch) -> None:
+    """Refuse what cannot be milliseconds since 1970, where the model's log has times.
 
     Raises:
-        ValueError: a time is negative, after 2100, or before 1971 where the records are not.
+        ValueError: a time is negative, after 2100, or before 1971 where the stored events are not.
     """
+    if not model.schema.has_time:
+        return
+    newest = int(stored.last_event_ts.max(initial=0))
     bad = times[(times < (YEAR_1971_MS if newest >= YEAR_1971_MS else 0)) | (times >= LATEST_MS)]
     if len(bad):
         raise ValueError(f"{name}: {bad[0]} is no time in milliseconds since 1970, as this model's log has them")

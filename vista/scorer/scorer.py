@@ -8,82 +8,38 @@ Letters: B users, C candidates, V items of the vocabulary, S seeds, L tail lengt
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.choices import OnMissing, Precision
+from vista.choices import OnMissing, Precision, choice_of
 from vista.data.vocabulary import Ids
-from vista.device import choose_precision, one_thread_in_children, resolve_device, reuse_freed_memory
-from vista.errors import SummarizerMismatchError, UnknownItemError, UnknownUserError, VistaError
+from vista.device import one_thread_in_children, reuse_freed_memory
+from vista.errors import UnknownItemError, UnknownUserError, VistaError
 from vista.model import inference
-from vista.model.item_projections import ItemProjections
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.recommender import Recommender
-from vista.scorer.requests import check_times, ids_of, pad_ragged, request_times, split_ragged
+from vista.scorer.answers import CandidateSet, Explanation, Ranking
+from vista.scorer.requests import check_times, ids_of, item_rows, pad_ragged, request_times, split_ragged
 from vista.scorer.served import Request, Served
+from vista.scorer.source import Source
 from vista.scorer.statistics import Recorder, ScorerStats
-from vista.scorer.tails import checked_tail, merge_tails
-from vista.store.batches import StoredBatch, Tail
+from vista.scorer.tails import with_fresh_events
+from vista.store.batches import Tail
 from vista.store.lmdb_store import SummaryStore
-from vista.store.parts import StoreParts, open_store
+from vista.store.parts import StoreParts
 
 logger = logging.getLogger(__name__)
 Int = NDArray[np.int64]
-Choice = TypeVar("Choice", bound=Enum)
-
-
-@dataclass(frozen=True, slots=True)
-class CandidateSet:
-    """Encoded candidates, made by `Scorer.encode`, to use again: int64 model rows, [C] (for every user) or [B, C]."""
-
-    rows: Int
-    vocabulary: str
-    """Digest of the item vocabulary whose rows they are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """The best items of a user: ids as in the log, scores float32, best first."""
-
-    items: NDArray[Any]
-    scores: NDArray[np.float32]
-    num_dropped: int
-    """Candidates left out: unknown to the model, or of a score that is not finite."""
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What the scores of C candidates of a user are made of (`vista.model.attribution`); float32.
-
-    `summary.sum(1) + tail.sum(1) + own + remainder` is `value`.
-    """
-
-    value: NDArray[np.float32]
-    """[C] what is added up to: the logit of a labelled task, whose sigmoid `score` gives; for `next`, the score."""
-    summary: NDArray[np.float32]
-    """[C, S] of the summary's tokens."""
-    tail: NDArray[np.float32]
-    """[C, L'] of the events of the tail, oldest first."""
-    tail_items: list[Any]
-    """[L'] their items' ids; None where the model does not know the item."""
-    own: NDArray[np.float32]
-    """[C] of the candidate itself and the time of the request; for `next`, of the request alone: the candidate is what
-    all shares are measured along."""
-    remainder: NDArray[np.float32]
-    """[C] the task's bias, and rounding."""
 
 
 class Scorer:
@@ -92,7 +48,7 @@ class Scorer:
     Safe with threads, and after fork. What a call sees of model and store does not change under it.
     """
 
-    def __init__(self, source: _Source, on_missing: OnMissing, task: str | None, max_age_s: float | None) -> None:
+    def __init__(self, source: Source, on_missing: OnMissing, task: str | None, max_age_s: float | None) -> None:
         self.on_missing = on_missing
         self.max_age_s = max_age_s
         self._source = source
@@ -138,12 +94,12 @@ class Scorer:
             StoreError, CheckpointError: missing or damaged; the message has the remedy.
             ValueError: on_missing, task or precision is none of those that there are; max_age_s is not positive.
         """
-        policy = _choice(OnMissing, on_missing, "on_missing")
+        policy = choice_of(OnMissing, on_missing, "on_missing")
         if max_age_s is not None and not isinstance(max_age_s, (int, float)):
             raise TypeError(f"max_age_s: needs seconds, got {max_age_s!r}")
         if max_age_s is not None and not max_age_s > 0:
             raise ValueError(f"max_age_s: must be above 0 seconds, got {max_age_s}")
-        source = _Source(model, store, device, key, _choice(Precision, precision, "precision"))
+        source = Source(model, store, device, key, choice_of(Precision, precision, "precision"))
         reuse_freed_memory()
         one_thread_in_children()
         return cls(source, policy, task, max_age_s)
@@ -280,7 +236,7 @@ class Scorer:
                     raise ValueError(f"candidates: needs [C], got shape {chosen.shape}")
                 num_unknown = int((chosen == UNKNOWN_ITEM).sum())
                 rows = np.unique(chosen)
-            left_out[_item_rows(served.model, ids_of(exclude, "exclude"), "exclude")] = True
+            left_out[item_rows(served.model, ids_of(exclude, "exclude"), "exclude")] = True
             if exclude_tail:
                 left_out[request.tail.item[request.tail.valid]] = True
             given = None if rows is None else torch.from_numpy(rows)
@@ -431,7 +387,7 @@ class Scorer:
             raise ValueError("candidates: rows of different lengths; pass (values, offsets) instead") from None
         if ids.ndim not in (1, 2):
             raise ValueError(f"candidates: needs [C] or [B, C], got shape {ids.shape}")
-        rows = _item_rows(served.model, ids.ravel(), "candidates").reshape(ids.shape)
+        rows = item_rows(served.model, ids.ravel(), "candidates").reshape(ids.shape)
         if self.on_missing is OnMissing.error and (rows == UNKNOWN_ITEM).any():
             unknown = ids[rows == UNKNOWN_ITEM][:5].tolist()
             raise UnknownItemError(
@@ -456,8 +412,8 @@ class Scorer:
             )
         times = request_times(now, len(missing))
         if times is not None:
-            _check_times(served.model, "now", times, stored)
-        merged = stored.tail if tail is None else _merge(served.model, stored, tail, len(missing))
+            check_times(served.model, "now", times, stored)
+        merged = stored.tail if tail is None else with_fresh_events(served.model, stored, tail)
         padded = inference.pad_tail(served.model, merged.items, merged.times, merged.actions, merged.offsets)
         summary = torch.from_numpy(stored.summary).to(served.model.device)
         if missing.any():
@@ -465,95 +421,6 @@ class Scorer:
         return Request(summary, padded, times, missing)
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Where a scorer's model and store come from."""
-
-    model: str | Path | Recommender
-    store: str | Path
-    device: str
-    key: bytes | None
-    precision: Precision
-
-    def open(self) -> Served:
-        """Open both."""
-        identity = self._identity()
-        if isinstance(self.model, Recommender):
-            model, items = self.model.eval(), ItemProjections.of(self.model)
-        else:
-            model = Recommender.from_pretrained(self.model, resolve_device(self.device))
-            items = ItemProjections.load(Path(self.model), model)
-        opened = open_store(self.store, summarizer_id=model.summarizer_id(), key=self.key)
-        try:
-            return Served(model, items, opened, choose_precision(self.precision, model.device), identity)
-        except BaseException:
-            opened.close()
-            raise
-
-    def open_newer(self, served: Served) -> Served | None:
-        """Both anew, if another model lies in the folder and its summaries are published; None otherwise."""
-        if self._identity() in (served.identity, ()):
-            return None
-        _ = served.store.manifest  # A closed scorer stays closed.
-        try:
-            self._require_summaries()
-            return self.open()
-        except SummarizerMismatchError as error:
-            logger.warning("%s holds a new model, but the old one is served on: %s", self.model, error)
-            return None
-
-    def _require_summaries(self) -> None:
-        """
-        Raises:
-            SummarizerMismatchError: the store has no generation of the model in the folder, whose weights are not read.
-        """
-        try:
-            claimed = bytes.fromhex(json.loads((Path(str(self.model)) / "config.json").read_text())["summarizer_id"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return  # What opens the model says what is wrong with it.
-        open_store(self.store, summarizer_id=claimed, key=self.key).close()
-
-    def _identity(self) -> tuple[int, ...]:
-        """Tells one export from another, which takes its folder's place."""
-        if isinstance(self.model, Recommender):
-            return ()
-        try:
-            found = (Path(self.model) / "config.json").stat()
-        except OSError:
-            return ()  # Between the two renames of an export, say.
-        return found.st_dev, found.st_ino, found.st_mtime_ns
-
-
-def _choice(kind: type[Choice], value: Choice | str, name: str) -> Choice:
-    if isinstance(value, kind):
-        return value
-    values = sorted({choice.value for choice in kind})
-    if value not in values:
-        raise ValueError(f"{name}: {value!r} is none of {values}")
-    return kind(value)
-
-
 def _require_task(task: str, served: Served) -> None:
     if task not in served.tasks:
         raise ValueError(f"task: {task!r} is none of this model's {served.tasks}")
-
-
-def _merge(model: Recommender, stored: StoredBatch, tail: Tail, num_users: int) -> Tail:
-    """The stored tails and a caller's."""
-    checked = checked_tail(tail, num_users, len(model.schema.actions))
-    rows = _item_rows(model, checked.items, "tail.items")
-    _check_times(model, "tail.times", checked.times, stored)
-    fresh = Tail(rows.astype(np.int32), checked.times, checked.actions, checked.offsets)
-    return merge_tails(stored.tail, fresh, model.config.tail_len)
-
-
-def _item_rows(model: Recommender, ids: Ids, name: str) -> Int:
-    try:
-        return model.item_rows(ids)
-    except TypeError as error:
-        raise TypeError(f"{name}: {error}") from None
-
-
-def _check_times(model: Recommender, name: str, times: Int, stored: StoredBatch) -> None:
-    if model.schema.has_time:
-        check_times(name, times, int(stored.last_event_ts.max(initial=0)))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from vista.scorer.requests import array_of, integers
-from vista.store.batches import Tail
+from vista.model.ranking_model import RankingModel
+from vista.scorer.requests import array_of, check_times, integers, item_rows
+from vista.store.batches import StoredBatch, Tail
 
 
 def checked_tail(tail: Tail, num_users: int, num_actions: int) -> Tail:
@@ -37,6 +38,15 @@ def checked_tail(tail: Tail, num_users: int, num_actions: int) -> Tail:
     if count and (actions.min() < 0 or actions.max() >= num_actions):
         raise ValueError(f"tail.actions: codes must lie in [0, {num_actions}), got {actions.min()} to {actions.max()}")
     return Tail(arrays["items"], arrays["times"], actions.astype(np.uint8), offsets)
+
+
+def with_fresh_events(model: RankingModel, stored: StoredBatch, tail: Tail) -> Tail:
+    """The stored tails of a batch and a caller's, whose items are raw ids; errors as `checked_tail`."""
+    checked = checked_tail(tail, len(stored.found), len(model.schema.actions))
+    rows = item_rows(model, checked.items, "tail.items")
+    check_times(model, "tail.times", checked.times, stored)
+    fresh = Tail(rows.astype(np.int32), checked.times, checked.actions, checked.offsets)
+    return merge_tails(stored.tail, fresh, model.config.tail_len)
 
 
 def merge_tails(stored: Tail, fresh: Tail, tail_len: int) -> Tail:
