@@ -4,6 +4,7 @@ never another answer for the other users of the batch."""
 from __future__ import annotations
 
 import datetime
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -15,10 +16,13 @@ import pytest
 import torch
 
 from tests.conftest import DAY, ITEMS, START, USERS, Served, small_config, tail_of
-from vista.errors import StoreError, UserKeyError, VistaError
+from vista.errors import RecordError, StoreError, UserKeyError, VistaError
 from vista.refresh import erase, refresh
 from vista.scorer import Scorer, Tail
 from vista.store.administration import compact_store
+from vista.store.environment import open_environment
+from vista.store.keys import user_keys
+from vista.store.layout import environment_path
 from vista.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
@@ -260,6 +264,54 @@ class TestOthersOfTheBatch:
                 vectors = scorer.user_vectors(users, tail=tail_of(tails), now=now)
                 np.testing.assert_allclose(np.delete(vectors, place, 0), scorer.user_vectors(USERS, now=now), atol=ATOL)
 
+    @pytest.mark.parametrize("what", ["tail in seconds", "tail of no action", "now in seconds", "damaged record"])
+    def test_an_impossible_user_gets_nan_under_that_policy_and_fails_the_call_under_others(
+        self, served: Served, tmp_path: Path, what: str
+    ) -> None:
+        shutil.copytree(served.store, tmp_path / "store")
+        events: Any = [(user, []) for user in USERS]
+        now: Any = np.full(len(USERS), LATE + DAY)
+        error: type[Exception] = ValueError
+        if what == "tail in seconds":
+            events[1] = (USERS[1], [(10, LATE // 1000, 0)])
+        elif what == "tail of no action":
+            events[1] = (USERS[1], [(10, LATE, 7)])
+        elif what == "now in seconds":
+            now[1] //= 1000
+        else:
+            error = RecordError
+            damage_record(tmp_path / "store", USERS[1])
+        with Scorer.open(served.model, served.store) as sound:
+            expected = sound.score(USERS, ITEMS, now=LATE + DAY)
+        with Scorer.open(served.model, tmp_path / "store", on_missing="nan") as scorer:
+            found = scorer.score(USERS, ITEMS, tail=tail_of(events), now=now)
+            assert (
+                np.isnan(found[1]).all()
+                and np.isnan(scorer.user_vectors(USERS, tail=tail_of(events), now=now)[1]).all()
+            )
+            np.testing.assert_array_equal(np.delete(found, 1, 0), np.delete(expected, 1, 0))
+            assert scorer.stats().bad_users == 2 and scorer.stats().failed_calls == 0
+        for policy in ("empty", "raise"):
+            with Scorer.open(served.model, tmp_path / "store", on_missing=policy) as scorer, pytest.raises(error):
+                scorer.score(USERS, ITEMS, tail=tail_of(events), now=now)
+
+    def test_a_users_times_are_judged_by_that_user_alone(self, scorer: Scorer) -> None:
+        """A user without a record may be of any time; whether another user is in the call does not matter."""
+        early = (999, [(10, LATE // 1000, 0)])
+        alone = scorer.score([999], ITEMS, tail=tail_of([early]))
+        both = scorer.score([999, 100], ITEMS, tail=tail_of([early, (100, [])]))
+        np.testing.assert_allclose(both[0], alone[0], atol=ATOL)
+
+
+def damage_record(store: Path, user: int) -> None:
+    """Flip a bit of a user's rows in the generation served."""
+    environment = open_environment(environment_path(store, 1), readonly=False, max_readers=4)
+    with environment.begin(write=True) as transaction:
+        record = bytearray(transaction.get(user_keys([user])[0]) or b"")
+        record[-40] ^= 1
+        transaction.put(user_keys([user])[0], bytes(record))
+    environment.close()
+
 
 class TestStoresThatChange:
     def test_while_it_is_compacted(self, served: Served, tmp_path: Path) -> None:
@@ -316,9 +368,12 @@ class TestStoresThatChange:
             lambda s: s.explain(100, ITEMS),
             lambda s: s.score([], []),
             lambda s: s.reload(),
+            lambda s: s.encode(ITEMS),
+            lambda s: s.item_vectors(),
+            lambda s: s.manifest,
         ]
         for call in calls:
-            with pytest.raises(StoreError, match="is closed; open the store again"):
+            with pytest.raises(StoreError, match="is closed; open another one"):
                 call(scorer)
 
     def test_closed_under_its_callers(self, served: Served) -> None:

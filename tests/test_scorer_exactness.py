@@ -172,3 +172,18 @@ def test_ragged_lists_have_the_bits_of_full_ones(
     found = opened.predict(users, (items[np.concatenate(columns)], offsets), now=now)
     for task, scores in whole.items():
         same(found[task], np.concatenate([scores[user, chosen] for user, chosen in enumerate(columns)]))
+
+
+def test_unknown_items_of_one_moment_are_two_events(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> None:
+    users, items, now = ids
+
+    def tail(*names: int) -> Tail:
+        count = len(names)
+        return Tail(np.array(names), np.full(count, now - 1000), np.zeros(count, int), np.array([0, count]))
+
+    one, two, again = (
+        opened.explain(users[0], items[:2], tail=tail(*names), now=now)
+        for names in ((7777,), (7777, 8888), (7777, 7777))
+    )
+    assert one.tail_items[-2:] != [None, None] == two.tail_items[-2:]
+    np.testing.assert_array_equal(one.value, again.value)

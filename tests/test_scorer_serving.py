@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import multiprocessing
 import os
 import platform
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,63 @@ class TestReload:
                 for thread in threads:
                     thread.join()
             assert not wrong and scorer.stats().failed_calls == 0 and scorer.stats().calls > 12
+
+    def test_a_call_that_is_under_way_keeps_its_store_open(self, event_log: EventLog, tmp_path: Path) -> None:
+        models = [untrained(event_log, seed) for seed in (1, 2)]
+        for model in models:
+            refresh(model, event_log, tmp_path / "store")
+        models[0].save_pretrained(tmp_path / "model")
+        with Scorer.open(tmp_path / "model", tmp_path / "store") as scorer:
+            old = scorer.store
+            with scorer._use() as served:
+                models[1].save_pretrained(tmp_path / "model")
+                assert scorer.reload() and scorer.store is not old
+                assert served.store is old and len(old.get_many(USERS).found) == 5
+            with pytest.raises(StoreError, match="is closed"):
+                old.get_many(USERS)
+
+    def test_a_closed_scorer_stays_closed_whatever_reload_was_doing(
+        self, event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        models = [untrained(event_log, seed) for seed in (1, 2)]
+        for model in models:
+            refresh(model, event_log, tmp_path / "store")
+        models[0].save_pretrained(tmp_path / "model")
+        scorer = Scorer.open(tmp_path / "model", tmp_path / "store")
+        models[1].save_pretrained(tmp_path / "model")
+        begun, load = threading.Event(), Recommender.from_pretrained
+
+        def slow(*arguments: Any) -> Recommender:
+            begun.set()
+            time.sleep(0.2)
+            return load(*arguments)
+
+        monkeypatch.setattr(Recommender, "from_pretrained", slow)
+        thread = threading.Thread(target=scorer.reload)
+        thread.start()
+        begun.wait()
+        scorer.close()
+        thread.join()
+        for call in (scorer.reload, lambda: scorer.score(USERS, ITEMS)):
+            with pytest.raises(StoreError, match="is closed"):
+                call()
+
+    def test_a_model_without_the_task_is_not_served_but_new_generations_are(
+        self, served_tasks: Served, tmp_path: Path
+    ) -> None:
+        model, log = served_tasks.model, served_tasks.log
+        shutil.copytree(served_tasks.model_dir, tmp_path / "model")
+        refresh(model, log, tmp_path / "store")
+        with Scorer.open(tmp_path / "model", tmp_path / "store", task="like") as scorer:
+            schema = dataclasses.replace(model.schema, tasks=["click"])
+            other = Recommender(model.config, schema, model.items, model.data)
+            weights = {k: v for k, v in model.state_dict().items() if not k.startswith("task_head")}
+            other.load_state_dict(weights, strict=False)
+            other.save_pretrained(tmp_path / "model")
+            refresh(model, log, tmp_path / "store")
+            with pytest.raises(CheckpointError, match="holds a new model without the task 'like'"):
+                scorer.reload()
+            assert scorer.manifest.generation == 2 and "like" in scorer.tasks
 
 
 class TestItemProjections:

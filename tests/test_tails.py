@@ -76,8 +76,6 @@ GOOD = {"items": [1, 2], "times": [5, 6], "actions": [0, 1], "offsets": [0, 1, 2
         ("items", [[1, 2]], ValueError, r"tail\.items: needs one dimension"),
         ("times", [5], ValueError, r"tail\.times: 1 values for 2 items"),
         ("actions", [0, 1, 1], ValueError, r"tail\.actions: 3 values for 2 items"),
-        ("actions", [0, 2], ValueError, r"tail\.actions: codes must lie in \[0, 2\), got 0 to 2"),
-        ("actions", [-1, 0], ValueError, r"tail\.actions: codes must lie"),
         ("offsets", [0, 2], ValueError, r"tail\.offsets: must rise from 0 to 2 in 3 values"),
         ("offsets", [0, 1, 3], ValueError, r"tail\.offsets: must rise"),
         ("offsets", [1, 1, 2], ValueError, r"tail\.offsets: must rise"),
@@ -89,17 +87,17 @@ def test_a_tail_that_does_not_fit_is_named(
 ) -> None:
     arrays = {name: np.array(values) for name, values in (GOOD | {part: value}).items()}
     with pytest.raises(error, match=message):
-        checked_tail(Tail(**arrays), 2, 2)
+        checked_tail(Tail(**arrays), 2)
 
 
-def test_good_tails_come_back_as_arrays_of_the_records_types() -> None:
+def test_good_tails_come_back_as_arrays() -> None:
     for convert in (np.array, torch.tensor, list):
-        found = checked_tail(Tail(**{name: convert(values) for name, values in GOOD.items()}), 2, 2)
-        assert found.times.dtype == found.offsets.dtype == np.int64 and found.actions.dtype == np.uint8
+        found = checked_tail(Tail(**{name: convert(values) for name, values in GOOD.items()}), 2)
+        assert found.times.dtype == found.offsets.dtype == found.actions.dtype == np.int64
         for name, values in GOOD.items():
             assert getattr(found, name).tolist() == values
-    checked_tail(Tail.empty(3), 3, 1)
+    checked_tail(Tail.empty(3), 3)
     strings = GOOD | {"items": np.array(["a", "b"], object)}
-    assert checked_tail(Tail(**{name: np.asarray(values) for name, values in strings.items()}), 2, 2).items[1] == "b"
+    assert checked_tail(Tail(**{name: np.asarray(values) for name, values in strings.items()}), 2).items[1] == "b"
     with pytest.raises(TypeError, match=r"tail: needs a Tail"):
-        checked_tail(GOOD, 2, 2)  # type: ignore[arg-type]
+        checked_tail(GOOD, 2)  # type: ignore[arg-type]

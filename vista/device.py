@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -74,20 +72,6 @@ def reuse_freed_memory() -> None:
     (`keep_freed_memory` is another matter), and without it a request pays a page fault for every 4 KB of its buffers.
     """
     torch.empty(LARGEST_HEEDED_BYTES, dtype=torch.uint8)
-
-
-@cache
-def one_thread_in_children() -> None:
-    """From now on, forked children of this process compute with one torch thread.
-
-    OpenMP's threads are not forked: a child that asks for them waits for ever. Several workers share the cores anyway.
-    """
-
-    def limit() -> None:
-        if torch.get_num_threads() > 1:
-            torch.set_num_threads(1)
-
-    os.register_at_fork(after_in_child=limit)
 
 
 @contextmanager

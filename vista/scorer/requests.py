@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.data.gaps import LATEST_MS, YEAR_1971_MS
-from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
-from vista.store.batches import StoredBatch
+from vista.model.ranking_model import RankingModel
 
 Int = NDArray[np.int64]
 
@@ -75,18 +74,19 @@ def request_times(now: Any, num_users: int) -> Int | None:
     return np.broadcast_to(times, (num_users,))
 
 
-def check_times(model: RankingModel, name: str, times: Int, stored: StoredBatch) -> None:
-    """Refuse what cannot be milliseconds since 1970, where the model's log has times.
+def impossible_times(times: Int, newest: Int) -> NDArray[np.bool_]:
+    """Which times cannot be milliseconds since 1970: negative, after 2100, or before 1971 where the user's own stored
+    events are not.
 
-    Raises:
-        ValueError: a time is negative, after 2100, or before 1971 where the stored events are not.
+    Args:
+        times, newest: int64 [N]; `newest` of the same user's stored events.
     """
-    if not model.schema.has_time:
-        return
-    newest = int(stored.last_event_ts.max(initial=0))
-    bad = times[(times < (YEAR_1971_MS if newest >= YEAR_1971_MS else 0)) | (times >= LATEST_MS)]
-    if len(bad):
-        raise ValueError(f"{name}: {bad[0]} is no time in milliseconds since 1970, as this model's log has them")
+    return (times < np.where(newest >= YEAR_1971_MS, YEAR_1971_MS, 0)) | (times >= LATEST_MS)
+
+
+def no_time(name: str, time: int) -> ValueError:
+    """The error for an impossible time."""
+    return ValueError(f"{name}: {time} is no time in milliseconds since 1970, as this model's log has them")
 
 
 def split_ragged(candidates: Any) -> tuple[Any, Any]:
@@ -96,18 +96,15 @@ def split_ragged(candidates: Any) -> tuple[Any, Any]:
     return candidates, None
 
 
-def pad_ragged(values: Int, given: Any, num_users: int) -> tuple[Int, NDArray[np.bool_]]:
-    """Ragged rows as a grid [B, longest] and which of its cells are filled."""
+def ragged_offsets(values: Int, given: Any, num_users: int) -> Int:
+    """Offsets int64 [B+1] of ragged candidates, checked against their values [N]."""
     offsets = array_of(given, "candidates: offsets")
     if values.ndim != 1 or offsets.shape != (num_users + 1,) or offsets.dtype.kind not in "iu":
         raise ValueError(
             f"candidates: ragged values [N] need integer offsets [{num_users + 1}], got shape {values.shape} and "
             f"{offsets.dtype} {offsets.shape}"
         )
-    counts = np.diff(offsets.astype(np.int64))
-    if offsets[0] != 0 or offsets[-1] != len(values) or (counts < 0).any():
+    offsets = offsets.astype(np.int64)
+    if offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
         raise ValueError(f"candidates: offsets must rise from 0 to {len(values)}, got {offsets[0]} … {offsets[-1]}")
-    filled = np.arange(counts.max(initial=0)) < counts[:, None]
-    grid = np.full(filled.shape, UNKNOWN_ITEM, np.int64)
-    grid[filled] = values
-    return grid, filled
+    return offsets

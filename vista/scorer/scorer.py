@@ -9,7 +9,11 @@ Letters: B users, C candidates, V items of the vocabulary, S seeds, L tail lengt
 from __future__ import annotations
 
 import logging
+import math
+import os
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,18 +27,23 @@ from torch import Tensor
 
 from vista.choices import OnMissing, Precision, choice_of
 from vista.data.vocabulary import Ids
-from vista.device import one_thread_in_children, reuse_freed_memory
-from vista.errors import UnknownItemError, UnknownUserError, VistaError
-from vista.model import inference
+from vista.device import reuse_freed_memory
+from vista.errors import StoreError, UnknownItemError, VistaError
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.recommender import Recommender
 from vista.scorer.answers import CandidateSet, Explanation, Ranking
-from vista.scorer.requests import check_times, ids_of, item_rows, pad_ragged, request_times, split_ragged
+from vista.scorer.reading import read_request
+from vista.scorer.requests import (
+    ids_of,
+    item_rows,
+    ragged_offsets,
+    split_ragged,
+)
 from vista.scorer.served import Request, Served
 from vista.scorer.source import Source
 from vista.scorer.statistics import Recorder, ScorerStats
-from vista.scorer.tails import with_fresh_events
 from vista.store.batches import Tail
+from vista.store.layout import Manifest
 from vista.store.lmdb_store import SummaryStore
 from vista.store.parts import StoreParts
 
@@ -53,7 +62,10 @@ class Scorer:
         self.max_age_s = max_age_s
         self._source = source
         self._served = source.open()
+        self._closed = self._inherited = False
+        self._changing = threading.Lock()
         self._recorder = Recorder()
+        _scorers.add(self)
         try:
             self.task = task or self.tasks[0]
             """What `score` and `rank` give."""
@@ -81,7 +93,8 @@ class Scorer:
             model: folder of `save_pretrained`, or a model (which stays on its device).
             store: the store's folder.
             on_missing: what users without a record and items outside the vocabulary get: "empty" (the empty history's
-                summary; a neutral item), "nan", or "raise".
+                summary; a neutral item), "nan", or "raise". Under "nan" a user whose record is damaged, or whose tail
+                or time is impossible, gets NaN too; otherwise that is an error of the whole call.
             task: what `score` and `rank` use; by default the first labelled task, or `next` where there is none.
             device: auto | cpu | cuda | cuda:N.
             key: 32 bytes: refuse records that were not written with this key.
@@ -97,16 +110,17 @@ class Scorer:
         policy = choice_of(OnMissing, on_missing, "on_missing")
         if max_age_s is not None and not isinstance(max_age_s, (int, float)):
             raise TypeError(f"max_age_s: needs seconds, got {max_age_s!r}")
-        if max_age_s is not None and not max_age_s > 0:
-            raise ValueError(f"max_age_s: must be above 0 seconds, got {max_age_s}")
+        if max_age_s is not None and not 0 < max_age_s < math.inf:
+            raise ValueError(f"max_age_s: must be above 0 seconds and finite, got {max_age_s}; None knows no limit")
         source = Source(model, store, device, key, choice_of(Precision, precision, "precision"))
         reuse_freed_memory()
-        one_thread_in_children()
         return cls(source, policy, task, max_age_s)
 
     def close(self) -> None:
         """Let the store go; closing twice is allowed."""
-        self.store.close()
+        with self._changing:
+            self._closed = True
+            self._served.store.close()
 
     def __enter__(self) -> Scorer:
         return self
@@ -123,8 +137,14 @@ class Scorer:
 
     @property
     def store(self) -> SummaryStore | StoreParts:
-        """The store that is read."""
+        """The store that is read; a `reload` to another model closes it."""
         return self._served.store
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the store's generation is: its number, users, and when it was refreshed."""
+        with self._use() as served:
+            return served.store.manifest
 
     @property
     def tasks(self) -> list[str]:
@@ -139,26 +159,24 @@ class Scorer:
 
         Raises:
             StoreError, CheckpointError: the new generation or model is damaged, its tails are shorter than the model
-                reads, or the scorer is closed; what was served is served on.
-            ValueError: the new model lacks this scorer's task; the old one is served on.
+                reads, the new model lacks this scorer's task, or the scorer is closed. What was served is served on.
         """
-        try:
-            opened = self._source.open_newer(self._served)
-        except VistaError:
-            self.store.reload()  # A damaged model must not keep new generations from being served.
-            raise
-        if opened is not None:
+        with self._changing:
+            self._require_open()
+            moved = False
             try:
-                _require_task(self.task, opened)
-            except BaseException:
-                opened.store.close()
+                opened = self._source.open_newer(self._served, self.task)
+            except VistaError:
+                self.store.reload()  # A model that cannot be served must not keep new generations from being served.
                 raise
-            self._served = opened  # The old store closes with the last call that reads it (`Served.__del__`).
-        elif not self.store.reload():
-            return False
-        self._served.require_tails()
-        self._recorder.add(reloads=1)
-        return True
+            if opened is not None:
+                old, self._served = self._served, opened
+                self._close_unused(old)
+                moved = True
+            elif self.store.reload():
+                moved = True
+        self._recorder.add(reloads=moved)
+        return moved
 
     def stats(self) -> ScorerStats:
         """What this scorer has done in this process."""
@@ -220,7 +238,7 @@ class Scorer:
             exclude_tail: leave out the items of the user's tail.
             tail, now: as in `predict`.
         """
-        if not isinstance(top_k, (int, np.integer)):
+        if not isinstance(top_k, (int, np.integer)) or isinstance(top_k, bool):
             raise TypeError(f"top_k: needs an integer, got {top_k!r}")
         if top_k < 1:
             raise ValueError(f"top_k: must be at least 1, got {top_k}")
@@ -260,7 +278,8 @@ class Scorer:
 
         They are of the model that is served: encode anew after a `reload` that moved to another model.
         """
-        return self._encode(self._served, candidates)
+        with self._use() as served:
+            return self._encode(served, candidates)
 
     def user_vectors(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
         """Unit vectors of the retrieval head, float32 [B, M]; their products with `item_vectors` rank the catalogue.
@@ -283,11 +302,11 @@ class Scorer:
         Raises:
             ValueError: the model was trained without a retrieval head.
         """
-        served = self._served
-        if served.items.unit is None:
-            raise ValueError("this model has no retrieval head; train it with optim.next_weight above 0")
-        vectors = served.items.unit[UNKNOWN_ITEM + 1 :].cpu().numpy().copy()
-        return served.model.items.ids(np.arange(len(served.model.items))), vectors
+        with self._use() as served:
+            if served.items.unit is None:
+                raise ValueError("this model has no retrieval head; train it with optim.next_weight above 0")
+            vectors = served.items.unit[UNKNOWN_ITEM + 1 :].cpu().numpy().copy()
+            return served.model.items.ids(np.arange(len(served.model.items))), vectors
 
     def explain(
         self,
@@ -320,6 +339,7 @@ class Scorer:
             of_tail, own = shares.tail.clone(), shares.query[0]
             if len(shares.query) > 1:
                 of_tail[:, -1] += shares.query[1]  # The query token of `next` starts from the newest event.
+            self._recorder.add(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
             valid = request.tail.valid[0]
             items = request.tail.item[0][valid]
             names = served.model.items.ids(np.maximum(items - 1, 0)).tolist()
@@ -336,11 +356,52 @@ class Scorer:
     # Inside ----------------------------------------------------------------------------------------------------------
 
     @contextmanager
+    def _use(self) -> Iterator[Served]:
+        """What is served now; its store stays open until the block ends.
+
+        Without a lock, which a fork could leave locked: `calls` is a set, and one operation on it is whole.
+        """
+        self._require_open()
+        call = object()
+        served = self._served
+        served.calls.add(call)
+        while served is not self._served:  # A reload came between the two lines above.
+            self._release(served, call)
+            served = self._served
+            served.calls.add(call)
+        try:
+            yield served
+        finally:
+            self._release(served, call)
+
+    def _release(self, served: Served, call: object) -> None:
+        served.calls.discard(call)
+        if served is not self._served:
+            self._close_unused(served)
+
+    def _close_unused(self, served: Served) -> None:
+        if not served.calls:
+            served.store.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise StoreError(f"the scorer of {self.store.path} is closed; open another one")
+        if self._inherited:  # OpenMP's threads are not forked: a child that asks for them waits for ever.
+            self._inherited = False
+            torch.set_num_threads(1)
+
+    def _after_fork(self) -> None:
+        self._inherited = torch.get_num_threads() > 1
+        self._changing = threading.Lock()
+        self._recorder = Recorder()
+
+    @contextmanager
     def _call(self) -> Iterator[Served]:
-        """What is served during a call, which is counted."""
+        """`_use`, and the call is counted."""
         began, failed = time.perf_counter(), True
         try:
-            yield self._served
+            with self._use() as served:
+                yield served
             failed = False
         finally:
             self._recorder.called(time.perf_counter() - began, failed=failed)
@@ -348,29 +409,24 @@ class Scorer:
     def _predict(
         self, served: Served, users: Ids, candidates: Any, tail: Tail | None, now: Any, tasks: list[str]
     ) -> dict[str, Any]:
+        values, given = split_ragged(candidates)
         request = self._request(served, users, tail, now)
-        values, offsets = split_ragged(candidates)
-        rows = self._encode(served, values).rows
-        filled = None
-        if offsets is not None:
-            rows, filled = pad_ragged(rows, offsets, len(request))
-        if rows.ndim == 2 and len(rows) != len(request):
-            raise ValueError(f"candidates: {rows.shape} do not fit {len(request)} users; give [C], or one row a user")
-        if filled is None:
+        rows, missing = self._encode(served, values).rows, request.missing
+        if given is not None:
+            offsets = ragged_offsets(rows, given, len(request))
+            scores = served.ragged_scores(request, rows, offsets, tasks)
+            missing = np.repeat(missing, np.diff(offsets))
+        else:
+            if rows.ndim == 2 and len(rows) != len(request):
+                raise ValueError(
+                    f"candidates: {rows.shape} do not fit {len(request)} users; give [C], or one row a user"
+                )
             scores = served.scores(request, torch.from_numpy(rows), tasks)
-        else:  # Users of like lengths together.
-            lengths = filled.sum(1)
-            order = np.argsort(lengths)
-            sorted_scores = served.scores(request.select(order), torch.from_numpy(rows[order]), tasks, lengths[order])
-            place = torch.from_numpy(np.argsort(order))
-            scores = {task: cells[place] for task, cells in sorted_scores.items()}
-        unknown = np.broadcast_to(rows == UNKNOWN_ITEM, (len(request), rows.shape[-1]))
+            missing = missing[:, None]
+        unknown = np.broadcast_to(rows == UNKNOWN_ITEM, scores[tasks[0]].shape)
         if self.on_missing is OnMissing.nan:
-            nobody = torch.from_numpy(request.missing[:, None] | unknown)
+            nobody = torch.from_numpy(missing | unknown)
             scores = {task: cells.masked_fill(nobody, float("nan")) for task, cells in scores.items()}
-        if filled is not None:
-            scores = {task: cells[torch.from_numpy(filled)] for task, cells in scores.items()}
-            unknown = unknown[filled]
         self._recorder.add(candidates=unknown.size, unknown_candidates=int(unknown.sum()))
         if isinstance(values, Tensor):
             return {task: cells.to(values.device) for task, cells in scores.items()}
@@ -396,31 +452,20 @@ class Scorer:
         return CandidateSet(rows, served.vocabulary)
 
     def _request(self, served: Served, users: Ids, tail: Tail | None, now: Any) -> Request:
-        ids = ids_of(users, "users")
-        stored = served.store.get_many(ids)
-        num_found = int(stored.found.sum())
-        if self.max_age_s is not None:
-            now_ms, max_age_ms = time.time_ns() // 1_000_000, int(1000 * self.max_age_s)
-            stored = stored.without(stored.expired(now_ms, served.store.manifest.refreshed_at, max_age_ms))
-        missing = ~stored.found
-        num_hits = len(missing) - int(missing.sum())
-        self._recorder.add(hits=num_hits, stale=num_found - num_hits, misses=len(missing) - num_found)
-        if self.on_missing is OnMissing.error and missing.any():
-            absent = np.asarray(ids)[missing][:5].tolist()
-            raise UnknownUserError(
-                f"users {absent} have no record in {served.store.path}; refresh it, or on_missing='empty'"
-            )
-        times = request_times(now, len(missing))
-        if times is not None:
-            check_times(served.model, "now", times, stored)
-        merged = stored.tail if tail is None else with_fresh_events(served.model, stored, tail)
-        padded = inference.pad_tail(served.model, merged.items, merged.times, merged.actions, merged.offsets)
-        summary = torch.from_numpy(stored.summary).to(served.model.device)
-        if missing.any():
-            summary[torch.from_numpy(missing).to(summary.device)] = served.empty
-        return Request(summary, padded, times, missing)
+        return read_request(served, users, tail, now, self.on_missing, self.max_age_s, self._recorder)
 
 
 def _require_task(task: str, served: Served) -> None:
     if task not in served.tasks:
         raise ValueError(f"task: {task!r} is none of this model's {served.tasks}")
+
+
+_scorers: weakref.WeakSet[Scorer] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for scorer in _scorers:
+        scorer._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

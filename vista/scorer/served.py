@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vista.choices import Precision
 from vista.device import autocast
-from vista.errors import StoreError
 from vista.model import attribution, inference
 from vista.model.attribution import Shares
 from vista.model.inference import ROW_TILE
@@ -72,9 +71,6 @@ class Served:
         """
         Args:
             identity: of the model's export.
-
-        Raises:
-            StoreError: the store's tails are shorter than the model reads.
         """
         self.model = model
         self.items = items
@@ -84,24 +80,8 @@ class Served:
         self.vocabulary = model.items.digest()
         self.tasks = [*model.schema.tasks, *([NEXT_TASK] if model.has_retrieval else [])]
         self.empty = inference.empty_summary(model)
-        self.require_tails()
-
-    def __del__(self) -> None:
-        # After `Scorer.reload` to another model, with the last call that reads this one.
-        if hasattr(self, "store"):
-            self.store.close()
-
-    def require_tails(self) -> None:
-        """
-        Raises:
-            StoreError: the store's tails are shorter than the model reads.
-        """
-        stored, needed = self.store.manifest.tail_len, self.model.config.tail_len
-        if stored < needed:
-            raise StoreError(
-                f"{self.store.path} holds tails of {stored} events, the model reads {needed}; "
-                "refresh it with this model"
-            )
+        self.calls: set[object] = set()
+        """One for each call that reads this now (`Scorer`)."""
 
     def context(self, request: Request) -> tuple[Context, Tensor | None]:
         """Keys and values of a request, and [B, 1, M] embeddings of its time (or None)."""
@@ -145,6 +125,25 @@ class Served:
                 vectors = self._user_vectors(context, gap) / self.model.config.temperature
                 for cells, cosine in self._cosines(vectors, own, wanted):
                     scores[NEXT_TASK][users][cells] = cosine.cpu()
+        return scores
+
+    def ragged_scores(self, request: Request, rows: Int, offsets: Int, tasks: list[str]) -> dict[str, Tensor]:
+        """{task: float32 [N] on the CPU} of rows int64 [N], user b's from offsets[b] to offsets[b + 1].
+
+        Users of like lengths are taken together, so neither time nor memory follow the longest list.
+        """
+        lengths = np.diff(offsets)
+        order = np.argsort(lengths, kind="stable")
+        scores = {task: torch.empty(len(rows)) for task in tasks}
+        for users, part in self._portions(request.select(order)):
+            own = order[users]
+            filled = np.arange(lengths[own].max()) < lengths[own][:, None]
+            place = (offsets[own][:, None] + np.arange(filled.shape[1]))[filled]
+            grid = np.full(filled.shape, UNKNOWN_ITEM, np.int64)
+            grid[filled] = rows[place]
+            found = self.scores(part, torch.from_numpy(grid), tasks, lengths[own])
+            for task, cells in found.items():
+                scores[task][torch.from_numpy(place)] = cells[torch.from_numpy(filled)]
         return scores
 
     @torch.no_grad()
@@ -223,19 +222,11 @@ class Served:
         table = self.items.unit
         assert table is not None
         for users, columns in _parts(lengths, COSINES_PER_PASS):
-            found, own = _take(table, rows, users, columns), vectors[users]
-            # Products of ROW_TILE users each: their bits would depend on how many they are.
-            if found.ndim == 2:
-                tiles = [(found @ _tile(some).t())[:, : len(some)].t() for some in torch.split(own, ROW_TILE)]
-                product = torch.cat(tiles)
-            else:
-                product = torch.stack([(items @ _tile(own[i : i + 1]).t())[:, 0] for i, items in enumerate(found)])
+            found = _take(table, rows, users, columns)
+            # A product a user: in one with the others its bits would depend on how many they are.
+            own = [torch.mv(found if found.ndim == 2 else found[row], user) for row, user in enumerate(vectors[users])]
+            product = torch.stack(own)
             yield (users, columns), product[:, : columns.stop - columns.start]
-
-
-def _tile(users: Tensor) -> Tensor:
-    """Up to ROW_TILE users [B, M], filled up with zeros."""
-    return F.pad(users, (0, 0, 0, ROW_TILE - len(users)))
 
 
 def _parts(lengths: Int, pairs: int) -> Iterator[Cells]:

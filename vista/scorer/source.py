@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vista.choices import Precision
 from vista.device import choose_precision, resolve_device
-from vista.errors import SummarizerMismatchError
+from vista.errors import CheckpointError, SummarizerMismatchError
 from vista.model.item_projections import ItemProjections
 from vista.model.recommender import Recommender
 from vista.scorer.served import Served
@@ -36,24 +36,35 @@ class Source:
         else:
             model = Recommender.from_pretrained(self.model, resolve_device(self.device))
             items = ItemProjections.load(Path(self.model), model)
-        opened = open_store(self.store, summarizer_id=model.summarizer_id(), key=self.key)
+        opened = open_store(
+            self.store, summarizer_id=model.summarizer_id(), key=self.key, tail_len=model.config.tail_len
+        )
         try:
             return Served(model, items, opened, choose_precision(self.precision, model.device), identity)
         except BaseException:
             opened.close()
             raise
 
-    def open_newer(self, served: Served) -> Served | None:
-        """Both anew, if another model lies in the folder and its summaries are published; None otherwise."""
+    def open_newer(self, served: Served, task: str) -> Served | None:
+        """Both anew, if another model lies in the folder and its summaries are published; None otherwise.
+
+        Raises:
+            StoreError, CheckpointError: they cannot be served, or not for `task`.
+        """
         if self._identity() in (served.identity, ()):
             return None
-        _ = served.store.manifest  # A closed scorer stays closed.
         try:
             self._require_summaries()
-            return self.open()
+            opened = self.open()
         except SummarizerMismatchError as error:
             logger.warning("%s holds a new model, but the old one is served on: %s", self.model, error)
             return None
+        if task not in opened.tasks:
+            opened.store.close()
+            raise CheckpointError(
+                f"{self.model} holds a new model without the task {task!r}; open a scorer for another"
+            )
+        return opened
 
     def _require_summaries(self) -> None:
         """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import os
 import threading
 from dataclasses import dataclass, field
 
@@ -26,6 +25,8 @@ class ScorerStats:
     """Users without a record."""
     stale: int = 0
     """Users whose record was older than max_age_s, so that it was not used."""
+    bad_users: int = 0
+    """Under on_missing="nan": users whose record is damaged, or whose tail or time is impossible."""
     candidates: int = 0
     """Pairs of user and candidate."""
     unknown_candidates: int = 0
@@ -57,20 +58,15 @@ COUNTERS = tuple(name for name in ScorerStats.__dataclass_fields__ if name != "l
 
 
 class Recorder:
-    """Adds up, for all threads of a process; a forked child starts from nothing."""
+    """Adds up, for all threads of a process."""
 
     def __init__(self) -> None:
-        self._start()
-
-    def _start(self) -> None:
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(COUNTERS, 0)
         self._latencies = [0] * (len(LATENCY_BOUNDS_MS) + 1)
 
     def add(self, **counts: int) -> None:
         """Add to counters by name."""
-        self._in_this_process()
         with self._lock:
             for name, count in counts.items():
                 self._counts[name] += count
@@ -78,7 +74,6 @@ class Recorder:
     def called(self, seconds: float, *, failed: bool) -> None:
         """Count a call."""
         bucket = bisect.bisect_left(LATENCY_BOUNDS_MS, 1e3 * seconds)
-        self._in_this_process()
         with self._lock:
             self._counts["calls"] += 1
             self._counts["failed_calls"] += failed
@@ -86,10 +81,5 @@ class Recorder:
 
     def snapshot(self) -> ScorerStats:
         """All numbers of one moment."""
-        self._in_this_process()
         with self._lock:
             return ScorerStats(**self._counts, latency_counts=tuple(self._latencies))
-
-    def _in_this_process(self) -> None:
-        if self._pid != os.getpid():  # Another thread of the parent may have held the lock.
-            self._start()

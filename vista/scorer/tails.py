@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from vista.model.ranking_model import RankingModel
-from vista.scorer.requests import array_of, check_times, integers, item_rows
+from vista.scorer.requests import array_of, impossible_times, integers, item_rows, no_time
 from vista.store.batches import StoredBatch, Tail
 
+Int = NDArray[Any]
+Bools = NDArray[np.bool_]
 
-def checked_tail(tail: Tail, num_users: int, num_actions: int) -> Tail:
-    """A caller's tail as NumPy arrays of the record's types (items stay raw ids).
+
+def checked_tail(tail: Tail, num_users: int) -> Tail:
+    """A caller's tail as NumPy arrays: raw item ids, the rest int64.
 
     Raises:
         ValueError, TypeError: naming the part, if it does not fit `num_users` users.
@@ -35,21 +41,42 @@ def checked_tail(tail: Tail, num_users: int, num_actions: int) -> Tail:
         raise ValueError(
             f"tail.offsets: must rise from 0 to {count} in {num_users + 1} values, got {offsets.tolist()[:6]} …"
         )
-    if count and (actions.min() < 0 or actions.max() >= num_actions):
+    return Tail(arrays["items"], arrays["times"], actions, offsets)
+
+
+def with_fresh_events(model: RankingModel, stored: StoredBatch, tail: Tail, *, refuse: bool) -> tuple[Tail, Bools]:
+    """The stored tails of a batch and a caller's, whose items are raw ids; and which users' own are impossible.
+
+    Args:
+        refuse: raise where an action or a time is impossible; otherwise that user's stored tail stays as it is.
+
+    Raises:
+        ValueError, TypeError: naming the part of the tail.
+    """
+    num_users, num_actions = len(stored.found), len(model.schema.actions)
+    checked = checked_tail(tail, num_users)
+    lengths = np.diff(checked.offsets)
+    no_action = (checked.actions < 0) | (checked.actions >= num_actions)
+    late = np.zeros(len(checked.times), np.bool_)
+    if model.schema.has_time:
+        late = impossible_times(checked.times, np.repeat(stored.last_event_ts, lengths))
+    if refuse and no_action.any():
+        actions = checked.actions
         raise ValueError(f"tail.actions: codes must lie in [0, {num_actions}), got {actions.min()} to {actions.max()}")
-    return Tail(arrays["items"], arrays["times"], actions.astype(np.uint8), offsets)
+    if refuse and late.any():
+        raise no_time("tail.times", checked.times[late][0])
+    bad = np.zeros(num_users, np.bool_)
+    bad[np.repeat(np.arange(num_users), lengths)[no_action | late]] = True
+    kept = ~np.repeat(bad, lengths)
+    ids = checked.items[kept] if len(checked.items) else checked.items
+    rows = item_rows(model, ids, "tail.items")
+    offsets = np.concatenate([[0], np.cumsum(np.where(bad, 0, lengths))]).astype(np.int64)
+    fresh = Tail(rows.astype(np.int32), checked.times[kept], checked.actions[kept].astype(np.uint8), offsets)
+    names = np.unique(ids, return_inverse=True)[1]
+    return merge_tails(stored.tail, fresh, model.config.tail_len, names), bad
 
 
-def with_fresh_events(model: RankingModel, stored: StoredBatch, tail: Tail) -> Tail:
-    """The stored tails of a batch and a caller's, whose items are raw ids; errors as `checked_tail`."""
-    checked = checked_tail(tail, len(stored.found), len(model.schema.actions))
-    rows = item_rows(model, checked.items, "tail.items")
-    check_times(model, "tail.times", checked.times, stored)
-    fresh = Tail(rows.astype(np.int32), checked.times, checked.actions, checked.offsets)
-    return merge_tails(stored.tail, fresh, model.config.tail_len)
-
-
-def merge_tails(stored: Tail, fresh: Tail, tail_len: int) -> Tail:
+def merge_tails(stored: Tail, fresh: Tail, tail_len: int, names: Int | None = None) -> Tail:
     """Union of two packed tails of the same users, oldest first, the newest `tail_len` events kept.
 
     A fresh event counts once, and not at all where the stored tail holds it (same time, item and action): callers may
@@ -57,6 +84,7 @@ def merge_tails(stored: Tail, fresh: Tail, tail_len: int) -> Tail:
 
     Args:
         stored, fresh: items are model rows.
+        names: [N] that tell the fresh events' items apart, unknown ones too, which share a row; None: the rows do.
     """
     num_users = len(stored.offsets) - 1
     user = np.concatenate([np.repeat(np.arange(num_users), np.diff(t.offsets)) for t in (stored, fresh)])
@@ -64,14 +92,10 @@ def merge_tails(stored: Tail, fresh: Tail, tail_len: int) -> Tail:
     time = np.concatenate([stored.times, fresh.times])
     action = np.concatenate([stored.actions, fresh.actions])
     place = np.arange(len(user))
-    # Doubles: sorted by what makes an event the same, then by place; all but the first of a run go.
-    by_event = np.lexsort((place, action, item, time, user))
-    same = np.zeros(len(user), bool)
-    if len(user) > 1:
-        a, b = by_event[:-1], by_event[1:]
-        same[1:] = (user[a] == user[b]) & (time[a] == time[b]) & (item[a] == item[b]) & (action[a] == action[b])
-    double = np.zeros(len(user), bool)
-    double[by_event[same]] = place[by_event[same]] >= len(stored.items)
+    is_fresh = place >= len(stored.items)
+    name = np.concatenate([np.full(len(stored.items), -1), fresh.items if names is None else names])
+    double = is_fresh & _repeats(user, time, action, item, is_fresh)  # of a stored event
+    double |= is_fresh & _repeats(user, time, action, np.where(is_fresh, name, -1 - place), place)  # of a fresh one
     order = np.lexsort((place, time, user))
     order = order[~double[order]]
     counts = np.bincount(user[order], minlength=num_users)
@@ -80,3 +104,16 @@ def merge_tails(stored: Tail, fresh: Tail, tail_len: int) -> Tail:
     order = order[from_end <= tail_len]
     offsets = np.concatenate([[0], np.cumsum(np.minimum(counts, tail_len))]).astype(np.int64)
     return Tail(item[order], time[order], action[order], offsets)
+
+
+def _repeats(user: Int, time: Int, action: Int, item: Int, order: Int) -> Bools:
+    """bool [N]: events whose like (same user, time, action and item) has a smaller `order`."""
+    index = np.lexsort((order, action, item, time, user))
+    same = np.zeros(len(user), np.bool_)
+    if len(user) > 1:
+        a, b = index[:-1], index[1:]
+        same[1:] = (user[a] == user[b]) & (time[a] == time[b]) & (item[a] == item[b]) & (action[a] == action[b])
+    start = np.maximum.accumulate(np.where(same, 0, np.arange(len(user))))
+    repeats = np.zeros(len(user), np.bool_)
+    repeats[index] = order[index] > order[index[start]]
+    return repeats

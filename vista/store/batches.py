@@ -66,6 +66,26 @@ class StoredBatch:
         age = now_ms - np.maximum(self.created_at, refreshed_at)
         return self.found & ((age > max_age_ms) | (age < -CLOCK_SKEW_MS))
 
+    def spread(self, rows: NDArray[np.int64], num_users: int) -> StoredBatch:
+        """These records as those of users `rows` (ascending) of a batch of `num_users`, the others not found."""
+
+        def column(values: NDArray[Any], missing: int = 0) -> NDArray[Any]:
+            spread = np.full((num_users, *values.shape[1:]), missing, values.dtype)
+            spread[rows] = values
+            return spread
+
+        offsets = np.zeros(num_users + 1, np.int64)
+        np.cumsum(column(np.diff(self.tail.offsets)), out=offsets[1:])
+        return StoredBatch(
+            found=column(self.found),
+            summary=column(self.summary),
+            tail=Tail(self.tail.items, self.tail.times, self.tail.actions, offsets),
+            event_count=column(self.event_count),
+            last_event_ts=column(self.last_event_ts, NO_TIMESTAMP),
+            created_at=column(self.created_at, NO_TIMESTAMP),
+            history_digest=column(self.history_digest),
+        )
+
     def without(self, users: NDArray[np.bool_]) -> StoredBatch:
         """The same as if the marked users [B] had no record."""
         if not users.any():

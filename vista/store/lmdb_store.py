@@ -61,11 +61,14 @@ class _Generation:
 class SummaryStore:
     """One published generation of a store; `reload` follows CURRENT. Safe after fork, with threads, and to pickle."""
 
-    def __init__(self, path: Path, summarizer_id: bytes | None, max_readers: int, key: bytes | None) -> None:
+    def __init__(
+        self, path: Path, summarizer_id: bytes | None, max_readers: int, key: bytes | None, tail_len: int
+    ) -> None:
         self.path = path
         self._wanted = summarizer_id
         self._key = key
         self._max_readers = max_readers
+        self._tail_len = tail_len
         self._opened: _Generation | None = self._open()
 
     @classmethod
@@ -76,6 +79,7 @@ class SummaryStore:
         summarizer_id: bytes | None = None,
         max_readers: int = MAX_READERS,
         key: bytes | None = None,
+        tail_len: int = 0,
     ) -> SummaryStore:
         """Open the generation that CURRENT names.
 
@@ -85,12 +89,13 @@ class SummaryStore:
                 generation matches (a rollout in two steps), that one is opened.
             max_readers: slots of the reader table, if this is its first opener.
             key: 32 bytes: refuse records that were not written with this key (`vista.store.authentication.read_key`).
+            tail_len: events of a tail that the model reads: refuse generations of shorter tails.
 
         Raises:
             SummarizerMismatchError: no generation is of that summarizer; the message names both.
             StoreError: missing, unpublished, truncated, foreign, or of another key; the message has the remedy.
         """
-        return cls(Path(path).absolute(), summarizer_id, max_readers, key)
+        return cls(Path(path).absolute(), summarizer_id, max_readers, key, tail_len)
 
     @property
     def manifest(self) -> Manifest:
@@ -214,7 +219,7 @@ class SummaryStore:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_pickled, (str(self.path), self._wanted, self._max_readers, self._key)
+        return _open_pickled, (self.path, self._wanted, self._max_readers, self._key, self._tail_len)
 
     def _current(self) -> _Generation:
         opened = self._opened
@@ -258,7 +263,7 @@ class SummaryStore:
     def _matching(self, current: int) -> _Generation:
         newest = self._open_generation(current)
         if self._wanted is None or newest.spec.summarizer_id == self._wanted:
-            return newest
+            return self._with_tails(newest)
         found = newest.manifest.summarizer_id
         newest.environment.release()
         for generation in reversed([number for number in list_generations(self.path) if number < current]):
@@ -278,6 +283,15 @@ class SummaryStore:
             "with the model that wrote it, or run `vista refresh` with this model"
         )
 
+    def _with_tails(self, opened: _Generation) -> _Generation:
+        stored = opened.manifest.tail_len
+        if stored >= self._tail_len:
+            return opened
+        opened.environment.release()
+        raise StoreError(
+            f"{self.path} holds tails of {stored} events, the model reads {self._tail_len}; refresh it with this model"
+        )
+
     def _open_generation(self, generation: int) -> _Generation:
         path = environment_path(self.path, generation)
         environment = SharedEnvironment.acquire(path, self._max_readers)
@@ -289,8 +303,8 @@ class SummaryStore:
             raise
 
 
-def _open_pickled(path: str, summarizer_id: bytes | None, max_readers: int, key: bytes | None) -> SummaryStore:
-    return SummaryStore.open(path, summarizer_id=summarizer_id, max_readers=max_readers, key=key)
+def _open_pickled(*arguments: Any) -> SummaryStore:
+    return SummaryStore(*arguments)
 
 
 def read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Manifest:

@@ -137,13 +137,13 @@ def divide(store: str | Path, users: Sequence[int] | Sequence[str]) -> list[tupl
 
 
 def open_store(
-    path: str | Path, *, summarizer_id: bytes | None = None, key: bytes | None = None
+    path: str | Path, *, summarizer_id: bytes | None = None, key: bytes | None = None, tail_len: int = 0
 ) -> SummaryStore | StoreParts:
     """Open a store, or all parts of one; arguments and errors as of `SummaryStore.open`."""
     root = Path(path)
     if shards_in(root):
-        return StoreParts.open(root, summarizer_id=summarizer_id, key=key)
-    return SummaryStore.open(root, summarizer_id=summarizer_id, key=key)
+        return StoreParts.open(root, summarizer_id=summarizer_id, key=key, tail_len=tail_len)
+    return SummaryStore.open(root, summarizer_id=summarizer_id, key=key, tail_len=tail_len)
 
 
 class StoreParts:
@@ -154,7 +154,9 @@ class StoreParts:
         self._parts = list(parts)
 
     @classmethod
-    def open(cls, path: str | Path, *, summarizer_id: bytes | None = None, key: bytes | None = None) -> StoreParts:
+    def open(
+        cls, path: str | Path, *, summarizer_id: bytes | None = None, key: bytes | None = None, tail_len: int = 0
+    ) -> StoreParts:
         """Open every part.
 
         Raises:
@@ -172,7 +174,7 @@ class StoreParts:
         try:
             for index in range(count):
                 part_root = Shard(index, count).path(root)
-                opened.append(SummaryStore.open(part_root, summarizer_id=summarizer_id, key=key))
+                opened.append(SummaryStore.open(part_root, summarizer_id=summarizer_id, key=key, tail_len=tail_len))
             parts = cls(root, opened)
             first = opened[0].manifest
             for part in opened[1:]:

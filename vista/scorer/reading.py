@@ -1,0 +1,92 @@
+"""A request's users read: records by policy, times and tails that callers bring.
+
+Letters: B users.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vista.choices import OnMissing
+from vista.errors import RecordError, UnknownUserError
+from vista.model import inference
+from vista.scorer.requests import ids_of, impossible_times, no_time, request_times
+from vista.scorer.served import Request, Served
+from vista.scorer.statistics import Recorder
+from vista.scorer.tails import with_fresh_events
+from vista.store.batches import StoredBatch, Tail
+
+logger = logging.getLogger(__name__)
+
+
+def read_request(
+    served: Served,
+    users: Any,
+    tail: Tail | None,
+    now: Any,
+    on_missing: OnMissing,
+    max_age_s: float | None,
+    recorder: Recorder,
+) -> Request:
+    """What is known of B users: their records, and what the caller brings. Arguments and errors as of `Scorer`."""
+    ids, model = ids_of(users, "users"), served.model
+    refreshed_at = served.store.manifest.refreshed_at  # before the records: a reload between makes none younger
+    stored, bad = _stored(served, ids, on_missing)
+    times = request_times(now, len(bad))
+    if times is not None and model.schema.has_time:
+        wrong = impossible_times(times, stored.last_event_ts)
+        if wrong.any() and on_missing is not OnMissing.nan:
+            raise no_time("now", times[wrong][0])
+        times, bad = np.where(wrong, np.maximum(stored.last_event_ts, 0), times), bad | wrong
+    num_found = int(stored.found.sum())
+    if max_age_s is not None:
+        now_ms, max_age_ms = time.time_ns() // 1_000_000, int(1000 * max_age_s)
+        stored = stored.without(stored.expired(now_ms, refreshed_at, max_age_ms))
+    unknown = ~stored.found
+    num_hits = int(stored.found.sum())
+    if on_missing is OnMissing.error and unknown.any():
+        recorder.add(hits=num_hits, stale=num_found - num_hits, misses=len(unknown) - num_found)
+        absent = np.asarray(ids)[unknown][:5].tolist()
+        raise UnknownUserError(
+            f"users {absent} have no record in {served.store.path}; refresh it, or on_missing='empty'"
+        )
+    merged = stored.tail
+    if tail is not None:
+        refuse = on_missing is not OnMissing.nan
+        merged, wrong = with_fresh_events(model, stored, tail, refuse=refuse)
+        bad = bad | wrong
+    recorder.add(hits=num_hits, stale=num_found - num_hits, misses=len(unknown) - num_found, bad_users=int(bad.sum()))
+    padded = inference.pad_tail(model, merged.items, merged.times, merged.actions, merged.offsets)
+    summary = torch.from_numpy(stored.summary).to(model.device)
+    if unknown.any():
+        summary[torch.from_numpy(unknown).to(summary.device)] = served.empty
+    return Request(summary, padded, times, unknown | bad)
+
+
+def _stored(served: Served, ids: Any, on_missing: OnMissing) -> tuple[StoredBatch, NDArray[np.bool_]]:
+    """Records of B users, and whose is damaged (under on_missing="nan"; otherwise that is an error)."""
+    try:
+        stored = served.store.get_many(ids)
+        return stored, np.zeros(len(stored.found), np.bool_)
+    except RecordError as error:
+        if on_missing is not OnMissing.nan:
+            raise
+        logger.error("%s", error)
+    users = list(ids)
+    bad = np.array([_is_damaged(served, user) for user in users])
+    sound = np.flatnonzero(~bad)
+    return served.store.get_many([users[row] for row in sound.tolist()]).spread(sound, len(users)), bad
+
+
+def _is_damaged(served: Served, user: Any) -> bool:
+    try:
+        served.store.get_many([user])
+    except RecordError:
+        return True
+    return False
