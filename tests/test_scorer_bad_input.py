@@ -403,3 +403,21 @@ class TestStoresThatChange:
             errors = [one for one in ended if isinstance(one, Exception)]
             assert len(errors) == 3 and all("is closed" in str(error) for error in errors)
             assert all(np.array_equal(one, expected) for one in ended if isinstance(one, np.ndarray))
+
+
+def test_folders_that_are_no_store_are_neither_opened_nor_written(served: Served, tmp_path: Path) -> None:
+    shutil.copytree(served.store, tmp_path / "store")
+    shutil.copytree(served.model_dir, tmp_path / "model")
+    shutil.copytree(served.log.path, tmp_path / "log")
+    for folder, message in {
+        "store/gen-1": f"is a part of the store {tmp_path / 'store'}; name that folder",
+        "store/gen-2": "is a part of the store",
+        "log": "is no store, but a log, a model or a run",
+        "model": "is no store, but a log, a model or a run",
+    }.items():
+        before = sorted(str(path) for path in tmp_path.rglob("*"))
+        with pytest.raises(StoreError, match=message):
+            Scorer.open(served.model, tmp_path / folder)
+        with pytest.raises(StoreError, match=message):
+            refresh(served.model, served.log, tmp_path / folder)
+        assert sorted(str(path) for path in tmp_path.rglob("*")) == before

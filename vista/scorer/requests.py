@@ -16,6 +16,8 @@ from vista.data.gaps import LATEST_MS, YEAR_1971_MS
 from vista.model.ranking_model import RankingModel
 
 Int = NDArray[np.int64]
+UNITS = {"seconds": 1e3, "microseconds": 1e-3, "nanoseconds": 1e-6}
+"""To milliseconds."""
 
 
 def ids_of(values: Any, name: str) -> Any:
@@ -86,7 +88,9 @@ def impossible_times(times: Int, newest: Int) -> NDArray[np.bool_]:
 
 def no_time(name: str, time: int) -> ValueError:
     """The error for an impossible time."""
-    return ValueError(f"{name}: {time} is no time in milliseconds since 1970, as this model's log has them")
+    unit = next((unit for unit, factor in UNITS.items() if YEAR_1971_MS <= time * factor < LATEST_MS), None)
+    hint = "" if unit is None else f"; it looks like {unit}"
+    return ValueError(f"{name}: {time} is no time in milliseconds since 1970, as this model's log has them{hint}")
 
 
 def split_ragged(candidates: Any) -> tuple[Any, Any]:

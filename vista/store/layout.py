@@ -221,7 +221,7 @@ def read_current(root: Path) -> int:
     try:
         text = (root / CURRENT).read_text(encoding="ascii", errors="replace").strip()
     except FileNotFoundError as error:
-        raise StoreError(f"{root} holds no published generation; run `vista refresh store={root}` first") from error
+        raise StoreError(f"{root} {_what_it_is(root)}") from error
     except OSError as error:
         raise StoreError(f"{root / CURRENT}: {error.strerror}; check the path and its permissions") from error
     number = text.removeprefix(_PREFIX)
@@ -289,12 +289,36 @@ def _write_name(root: Path, name: str, generation: int) -> None:
     sync(root)
 
 
+def _what_it_is(root: Path) -> str:
+    """What a folder is that has no CURRENT, and what to do about it."""
+    if is_part_of_a_store(root):
+        return f"is a part of the store {root.parent}; name that folder"
+    if holds_something_else(root):
+        return "is no store, but a log, a model or a run; name the store's folder"
+    return f"holds no published generation; run `vista refresh store={root}` first"
+
+
+def is_part_of_a_store(root: Path) -> bool:
+    """Whether this is a generation's folder."""
+    return root.name.startswith(_PREFIX) and (root.parent / WRITER_LOCK).exists()
+
+
+def holds_something_else(root: Path) -> bool:
+    """Whether this is the folder of an event log, a model or a run, and no store's."""
+    if (root / WRITER_LOCK).exists() or not root.is_dir():
+        return False
+    return any((root / name).exists() for name in ("config.json", "config.yaml")) or any(root.glob("segment-*"))
+
+
 def prepare_root(root: Path, modes: Modes) -> None:
     """Make the store's folder if it is not there. One that holds something else and no store keeps its own mode.
 
     Raises:
+        StoreError: it is a generation of another store, or the folder of a log, a model or a run.
         OSError: it cannot be made, or belongs to another account.
     """
+    if is_part_of_a_store(root) or holds_something_else(root):
+        raise StoreError(f"{root} {_what_it_is(root)}")
     root.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):  # It was there, or another writer starts at this moment.
         make_folder(root, modes)
