@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import multiprocessing
 import os
@@ -254,7 +255,10 @@ class TestItemProjections:
             np.save(folder / CANDIDATE_FILE, changed)
             with pytest.raises(CheckpointError, match="item projections are of other weights; export the model anew"):
                 Scorer.open(folder, served_tasks.store)
-        for content in (b"", b"no array", (folder / UNIT_FILE).read_bytes()[:-8]):
+        with io.BytesIO() as archive:
+            np.savez(archive, np.zeros(3))
+            zipped = archive.getvalue()
+        for content in (b"", b"no array", zipped, (folder / UNIT_FILE).read_bytes()[:-8]):
             (folder / UNIT_FILE).write_bytes(content)
             with pytest.raises(
                 CheckpointError, match=r"item_unit_vectors\.npy: cannot be mapped .*export the model anew"

@@ -124,6 +124,6 @@ def _projected(model: Recommender, rows: Tensor) -> tuple[Tensor | None, Tensor 
 def _mapped(path: Path) -> Tensor:
     try:
         # Copy on write: torch wants memory that could be written; none of it is.
-        return torch.from_numpy(np.load(path, mmap_mode="c"))
-    except (OSError, ValueError, EOFError) as error:
+        return torch.from_numpy(np.lib.format.open_memmap(path, "c"))
+    except (OSError, ValueError, TypeError) as error:  # TypeError: of a type that torch has not
         raise CheckpointError(f"{path}: cannot be mapped ({error}); export the model anew") from error
