@@ -18,10 +18,11 @@ Contestants take turns, so that a busy minute of the machine falls on all of the
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -154,6 +155,41 @@ def bench_floor(recorder: Recorder, world: World, precision: Precision) -> None:
                 case = f"{name}: times over its floor, against those of {NUM_CANDIDATES} candidates"
                 recorder.add(case, ratio, "times", baseline=first, bar="value <= 1.3 * baseline")
             first = first or ratio
+
+
+# Batches ---------------------------------------------------------------------------------------------------------
+
+
+def bench_batches(recorder: Recorder, world: World) -> None:
+    """Calls of several users against a call a user: what docs/serving.md advises with."""
+    everyone = list(range(1, 33))
+    with open_scorer(world) as scorer:
+        for num_users, count in ((8, 500), (32, 100), (32, 10)):
+            pool, users = scorer.encode(world.candidates(count)), everyone[:num_users]
+            calls: dict[str, Callable[[], object]] = {
+                "one": partial(scorer.score, users, pool),
+                "many": lambda users=users, pool=pool: [scorer.score([user], pool) for user in users],  # type: ignore[misc]
+            }
+            timing = interleaved(calls, rounds=5 if recorder.quick else 15, warmup=2)
+            add_batch(
+                recorder, f"{world}, {num_users} users x {count} candidates: one call against a call a user", timing
+            )
+        long, short = scorer.encode(world.candidates(500)), scorer.encode(world.candidates(10))
+        values = np.concatenate([long.rows, np.tile(short.rows, 31)])
+        ragged = (dataclasses.replace(long, rows=values), np.concatenate([[0], 500 + 10 * np.arange(32)]))
+        calls = {
+            "one": partial(scorer.score, everyone, ragged),
+            "many": lambda: (scorer.score(everyone[:1], long), scorer.score(everyone[1:], short)),
+        }
+        assert np.allclose(scorer.score(everyone, ragged)[:500], scorer.score(everyone[:1], long)[0], atol=1e-4)
+        timing = interleaved(calls, rounds=5 if recorder.quick else 15, warmup=2)
+        add_batch(recorder, f"{world}, a user x 500 and 31 x 10, ragged: one call against two", timing)
+
+
+def add_batch(recorder: Recorder, case: str, timing: Mapping[str, Timing]) -> None:
+    """One call against several."""
+    one, many = timing["one"], timing["many"]
+    recorder.add(case, one.median_s * 1e3, "ms", baseline=many.median_s * 1e3, spread=one.spread_s * 1e3)
 
 
 # Recompute -------------------------------------------------------------------------------------------------------
@@ -297,6 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ours = worlds[Mixing.separable]
         for precision in precisions:
             bench_floor(recorder, ours, precision)
+        bench_batches(recorder, ours)
         keep_freed_memory()  # from here on: a service does not, but those who read histories are slow without
         for mixing in (Mixing.bidirectional, Mixing.separable):
             for precision in precisions:

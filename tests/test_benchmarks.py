@@ -152,10 +152,13 @@ def test_the_scorers_floor_counts_what_the_model_multiplies(tmp_path: Path) -> N
     stage, summary = model.target_attention, torch.randn(2, 6, 16)
     with torch.inference_mode():
         vectors = model.item_vectors(items)
-        projections = stage.layers[0].project_query(vectors)
+        projections = stage.layers[0].project(vectors)
+        item, action, gap = (torch.from_numpy(part) for part in (tail.item, tail.action, tail.gap))
+        events = model.encoder(model.item_vectors(item), action, gap)
         attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
         with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-            context = inference.request_context(model, summary, tail)
+            # In two passes: the one of a request multiplies what it then masks, the summary with the tail.
+            context = stage.encode_context(stage.encode_summary(summary), events, torch.from_numpy(tail.valid))
             stage.query(vectors, projections, None, torch.full((1,), 5), context)
     counted = 0.0
     for work in scorer_floor(model.config, 2, 7, Precision.float32).products:
