@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not drawn:
         print(f"error: no row in {settings.results} has {COST}; run scripts/reproduce.py length-1k", file=sys.stderr)
         return 1
-    figure, axes = plt.subplots(1, len(drawn), figsize=(3.2 * len(drawn), 3.4), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(drawn), figsize=(3.2 * len(drawn), 3.4), sharex=True, sharey=True, squeeze=False)
     for axis, table in zip(axes[0], drawn, strict=True):
         for name, (cost, quality) in points[table].items():
             axis.scatter(cost, quality, color="black" if name.startswith("vista") else "grey")
@@ -63,11 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def points_of(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Model -> mean cost and quality over its seeds, of the newest row of each."""
+    """Model -> mean cost and quality over its seeds, of the newest row of each; not of other ways to serve it."""
     newest = {(row["model"], row["seed"]): row["metrics"] for row in rows}
     by_model: dict[str, list[tuple[float, float]]] = {}
     for (model, _), metrics in newest.items():
-        if metrics.get(COST) is not None and metrics.get(QUALITY) is not None:
+        if ", " not in model and metrics.get(COST) is not None and metrics.get(QUALITY) is not None:
             by_model.setdefault(model, []).append((metrics[COST], metrics[QUALITY]))
     return {model: (fmean(c for c, _ in each), fmean(q for _, q in each)) for model, each in by_model.items()}
 
