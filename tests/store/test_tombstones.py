@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import vista
 from vista.errors import StoreLockedError
-from vista.store import StoreWriter, SummaryStore, locks, user_keys
+from vista.store import StoreWriter, SummaryStore, flock, locks, user_keys
 from vista.store.administration import roll_back
 from vista.store.data_file import check_structure
 from vista.store.generation_files import GenerationFiles
 from vista.store.inspection import verify_store
-from vista.store.layout import read_current
+from vista.store.layout import environment_path, read_current
 from vista.store.tombstones import Tombstones
 from vista.store.updates import erase
 
@@ -43,7 +50,7 @@ def test_an_erasure_waits_for_no_verification(tmp_path, build, monkeypatch):
             erase(tmp_path, [users.pop(0)])
         return found
 
-    monkeypatch.setattr(locks, "WAIT_S", 1.0)
+    monkeypatch.setattr(flock, "WAIT_S", 1.0)
     monkeypatch.setattr("vista.store.generations.check_structure", check_and_erase)
     monkeypatch.setattr(StoreWriter, "_count_records", count_and_erase)
     with all_put(build, tmp_path) as writer:
@@ -60,7 +67,7 @@ def test_users_who_are_erased_without_a_pause_do_not_keep_a_generation_from_bein
     tmp_path, build, monkeypatch
 ):
     build.write_store(tmp_path)
-    monkeypatch.setattr(locks, "WAIT_S", 0.05)
+    monkeypatch.setattr(flock, "WAIT_S", 0.05)
     users, count, sweep = list(range(TOTAL)), StoreWriter._count_records, GenerationFiles.remove_erased
     refused: list[StoreLockedError] = []
 
@@ -91,7 +98,7 @@ def test_users_who_are_erased_without_a_pause_do_not_keep_a_generation_from_bein
 
 def test_waiting_for_an_erasure_has_an_end(tmp_path, build, monkeypatch):
     build.write_store(tmp_path)
-    monkeypatch.setattr(locks, "WAIT_S", 0.1)
+    monkeypatch.setattr(flock, "WAIT_S", 0.1)
     refused = rf"process {os.getpid()} has been erasing users or publishing.*wait for it, or end it"
     with SummaryStore.open(tmp_path) as store:
         with locks.erasing(tmp_path):
@@ -119,3 +126,69 @@ def test_an_erasure_that_was_killed_after_its_tombstone_is_ended_by_who_publishe
     with SummaryStore.open(tmp_path) as store:
         assert store.generation == 1 and store.get_many([7, 8]).found.tolist() == [False, True]
     assert verify_store(tmp_path).num_problems == 0
+
+
+STOPPED = """
+import sys, time
+from pathlib import Path
+from vista.store.environment import SharedEnvironment
+environment = SharedEnvironment.acquire(Path(sys.argv[1]), writable=True)
+def stop(transaction):
+    print("within", flush=True)
+    time.sleep(60)
+environment.write(stop)
+"""
+
+
+def test_a_writer_that_is_stopped_within_a_batch_keeps_nobody_else_waiting_for_ever(tmp_path, build, monkeypatch):
+    build.write_store(tmp_path / "store")
+    build.write_store(tmp_path / "other")
+    monkeypatch.setattr(flock, "WAIT_S", 0.5)
+    root = Path(vista.__file__).parents[1]
+    child = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(environment_path(tmp_path / "store", 1))],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stdout is not None and child.stdout.readline() == "within\n"
+        child.send_signal(signal.SIGSTOP)
+        raised = []
+
+        def erase_one() -> None:
+            with pytest.raises(StoreLockedError, match=f"process {child.pid} has been writing a batch") as caught:
+                erase(tmp_path / "store", [3])
+            raised.append(caught)
+
+        thread = threading.Thread(target=erase_one)
+        thread.start()
+        began = time.monotonic()
+        while thread.is_alive():  # readers of this process, of this store and of another
+            for name in ("store", "other"):
+                with SummaryStore.open(tmp_path / name) as store:
+                    assert store.get_many([3]).found.all()
+        thread.join()
+        assert raised and time.monotonic() - began < 10
+    finally:
+        child.kill()
+        child.wait()
+    assert erase(tmp_path / "store", [3]) == 1
+
+
+def test_an_erasure_goes_on_where_an_old_generation_is_removed_under_it(tmp_path, build, monkeypatch):
+    build.write_store(tmp_path)
+    build.write_store(tmp_path, salt=1, run_digest="log-2")
+    opened, removed = GenerationFiles.open, []
+
+    def open_and_remove(root: Path, generation: int) -> GenerationFiles:
+        files = opened(root, generation)
+        if generation == 1:
+            shutil.rmtree(root / "gen-1")
+            removed.append(generation)
+        return files
+
+    monkeypatch.setattr(GenerationFiles, "open", open_and_remove)
+    assert erase(tmp_path, [3]) == 1 and removed == [1]
+    with SummaryStore.open(tmp_path) as store:
+        assert store.generation == 2 and store.get_many([3, 4]).found.tolist() == [False, True]

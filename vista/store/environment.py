@@ -17,6 +17,7 @@ import lmdb
 
 from vista.errors import StoreError
 from vista.store.data_file import MAX_READERS, REMEDY, committed_size, complete_size, open_environment
+from vista.store.flock import waited_for
 
 T = TypeVar("T")
 
@@ -94,6 +95,19 @@ def exclusive() -> AbstractContextManager[None]:
 os.register_at_fork(
     before=lambda: _gate.acquire(), after_in_parent=lambda: _gate.release(), after_in_child=_after_fork_in_child
 )
+
+
+@contextmanager
+def _folder_lock(path: Path) -> Iterator[None]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}; {REMEDY}") from error
+    try:
+        with waited_for(descriptor, path, "has been writing a batch"):
+            yield
+    finally:
+        os.close(descriptor)
 
 
 class SharedEnvironment:
@@ -192,17 +206,24 @@ class SharedEnvironment:
 
         Raises:
             lmdb.Error: nothing was written (disk full, input/output error).
+            StoreLockedError: another process stays within a transaction (stopped, say); nothing was written.
             OSError: it was written, but the file could not be given its size (`complete_size`).
             StoreError: it was not acquired for writing, or before a fork.
         """
         if not self._writable or self.inherited:
             raise StoreError(f"{self._path} was not opened for writing by this process; open another writer")
-        with _gate.shared():
+        # LMDB waits for another writer without an end, and within the gate everything else here would wait with it.
+        with _folder_lock(self._path), _gate.shared():
             environment = self._open()
             environment.reader_check()
             with environment.begin(write=True, buffers=True) as transaction:
                 done = function(transaction)
-            found, expected = committed_size(self._path / "data.mdb")
+            try:
+                found, expected = committed_size(self._path / "data.mdb")
+            except StoreError:
+                if self._path.exists():
+                    raise
+                return done  # The generation was removed meanwhile.
             if found < expected:
                 with environment.begin(write=True):  # keeps other writers out
                     complete_size(self._path)

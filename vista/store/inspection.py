@@ -13,6 +13,7 @@ import lmdb
 from vista.errors import RecordError, StoreBusyError, StoreError, UnfinishedError
 from vista.store.data_file import check_structure
 from vista.store.environment import SharedEnvironment
+from vista.store.flock import lock_holders
 from vista.store.keys import CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import (
     Manifest,
@@ -23,7 +24,6 @@ from vista.store.layout import (
     read_current,
 )
 from vista.store.lmdb_store import read_manifest
-from vista.store.locks import lock_holders
 from vista.store.record import check_records
 from vista.store.whole_generations import GenerationReader, Tally, open_generation, settled
 

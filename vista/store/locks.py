@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +16,9 @@ from weakref import WeakSet
 import lmdb
 
 from vista.errors import StoreLockedError, StoreWriteError
+from vista.store.flock import waited_for
 from vista.store.layout import TOMBSTONES, WRITER_LOCK, prepare_root, set_store_modes
 from vista.store.permissions import PRIVATE, Modes, set_mode
-
-WAIT_S = 30.0
-"""How long an erasure or a flip waits for another one."""
-_POLL_S = 0.002
 
 _held: WeakSet[WriterLock] = WeakSet()
 
@@ -128,36 +124,7 @@ def erasing(root: Path) -> Iterator[None]:
         ) from error
     try:
         set_mode(root / TOMBSTONES, PRIVATE.file)  # whatever the umask
-        _lock(descriptor, root)
-        try:
+        with waited_for(descriptor, root / TOMBSTONES, "has been erasing users or publishing"):
             yield
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # A child that was forked meanwhile holds the descriptor too.
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, root: Path) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                holders = ", ".join(map(str, sorted(lock_holders(root / TOMBSTONES) or ())))
-                raise StoreLockedError(
-                    f"{root}: {f'process {holders}' if holders else 'another process'} has been erasing users or "
-                    f"publishing for more than {WAIT_S:g} s; wait for it, or end it (what it wrote is kept), then run "
-                    "the same command again: this one has changed nothing of what is served"
-                ) from error
-            time.sleep(_POLL_S)
-
-
-def lock_holders(path: Path) -> set[int] | None:
-    """Processes of this machine that hold a lock on a file; None where the system does not say."""
-    try:
-        inode = path.stat().st_ino
-        lines = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
-    except OSError:
-        return None
-    return {int(words[4]) for words in lines if len(words) > 5 and words[5].rpartition(":")[2] == str(inode)}

@@ -208,7 +208,7 @@ def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str]) -> int:
     """Erase users: gone at once for readers, and no later refresh of this store brings them back.
 
     A tombstone is written first, then their records and states go from every generation, one that is being written
-    included: no writer is waited for. Their bytes stay in free pages until the store is compacted.
+    included: a writer is waited for only within a batch. Their bytes stay in free pages until the store is compacted.
 
     Args:
         path: the store's folder.
@@ -218,7 +218,7 @@ def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str]) -> int:
         How many had a record in the served generation.
 
     Raises:
-        StoreLockedError: another erasure does not end; nobody is erased.
+        StoreLockedError: another erasure, or a writer within a batch, does not end: the call is to be repeated.
         StoreError: there is no store, or a generation cannot be opened or written; the tombstones stand, and the call
             is to be repeated. So it is after a kill; until then whatever publishes a generation, an incremental refresh
             that meets the user, or a compaction removes what is left.
@@ -230,7 +230,8 @@ def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str]) -> int:
     with erasing(root):
         Tombstones(root).add(keys)
         served = served_or_none(root)
-        for generation in list_generations(root):
+        # First the served one: whoever stops half-way has done what readers see.
+        for generation in sorted(list_generations(root), key=lambda number: number != served):
             try:
                 files = GenerationFiles.open(root, generation)
             except StoreError:
@@ -241,6 +242,10 @@ def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str]) -> int:
                 continue
             try:
                 removed = files.remove(keys)
+            except StoreError:
+                if generation == served or environment_path(root, generation).exists():
+                    raise
+                continue  # Removed meanwhile, by the flip that this erasure waited for.
             finally:
                 files.close()
             count = removed if generation == served else count
