@@ -25,6 +25,7 @@ from vista.store.layout import (
     served_or_none,
 )
 from vista.store.locks import locked
+from vista.store.parts import check_place
 from vista.store.permissions import GROUP, PRIVATE, Modes, modes_of
 from vista.store.record import RecordSpec
 from vista.store.state_record import restamp_states
@@ -194,6 +195,7 @@ def copy_generation(
         shared_with_group: let the group of the other folder read it.
 
     Raises:
+        ConfigError: that folder holds another kind of store, undivided or divided in other parts.
         StoreLockedError: another process writes the other store.
         StoreBusyError: a refresh writes the source's generation without a pause.
         StoreError: the source is damaged, or holds users who were erased in the other store, or that cannot be written.
@@ -204,6 +206,7 @@ def copy_generation(
         raise StoreError(f"to={to} is the store itself; name another folder")
     number = read_current(root) if generation is None else generation
     check_structure(environment_path(root, number))  # before a folder is made
+    check_place(to)
     modes = GROUP if shared_with_group else PRIVATE
     with locked(to, modes):
         done = settled(root, number, lambda: _bring(root, number, to, key, modes))
