@@ -236,3 +236,12 @@ def test_a_part_keeps_to_its_own_users(tmp_path: Path, grow: SimpleNamespace) ->
             run(model, log, store)
         with pytest.raises(ConfigError, match="is a part itself"):
             run(model, log, store / "part-0-of-2", shard=Shard(1, 2))
+    history = log[3]
+    with pytest.raises(ConfigError, match=r"is divided; refresh its parts with shard=i/2"):
+        forget(
+            model,
+            log,
+            store,
+            {"user": [3], "item": log.items.ids(history.item[:1]), "timestamp": history.timestamp[:1]},
+        )
+    assert EventLog.open(log.path).last_segment == log.last_segment
