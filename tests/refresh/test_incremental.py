@@ -19,8 +19,9 @@ from vista.data.deletions import erase_users, forget_events
 from vista.data.event_log import EventLog
 from vista.errors import ConfigError, StoreError, SummarizerMismatchError
 from vista.refresh import erase, refresh, refresh_incremental
-from vista.store import SummaryStore
+from vista.store import SummaryStore, user_keys
 from vista.store.environment import SharedEnvironment
+from vista.store.inspection import verify_store
 from vista.store.layout import environment_path
 from vista.store.updates import StoreUpdate
 
@@ -271,3 +272,19 @@ def test_what_cannot_go_on_says_so(tmp_path: Path, grow: SimpleNamespace) -> Non
         pytest.raises(StoreError, match="is being written"),
     ):
         refresh_incremental(model, log, store)
+
+
+def test_a_store_that_lacks_as_many_states_as_a_run_puts_up_with_is_sound(
+    tmp_path: Path, grow: SimpleNamespace
+) -> None:
+    model = grow.model()
+    log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(30), 2)))
+    refresh(model, log, tmp_path / "store")
+    for users, num_problems in ((range(10), 0), (range(10, 11), 1)):
+        with StoreUpdate.open(
+            tmp_path / "store", summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=2
+        ) as update:
+            update.remove_states(user_keys(users))
+            update.finish()
+        assert verify_store(tmp_path / "store").num_problems == num_problems
+    assert "holds 19 states for 30 records" in str(verify_store(tmp_path / "store"))

@@ -18,7 +18,9 @@ from vista.errors import ConfigError, StoreError
 from vista.refresh import forget, merge, refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import SummaryStore
+from vista.store.administration import copy_generation
 from vista.store.layout import environment_path
+from vista.store.parquet import export_store, import_store
 from vista.store.parts import Shard, StoreParts, divide, open_store, stores_in
 
 
@@ -56,12 +58,45 @@ def test_what_is_no_whole_set_of_parts_is_refused(tmp_path: Path, grow: SimpleNa
     refresh(model, log, tmp_path / "parts", shard=Shard.parse("1/2"), until="leave-last-out")
     with pytest.raises(StoreError, match="until differs"):
         open_store(tmp_path / "parts")
-    refresh(model, log, tmp_path / "parts", shard=Shard.parse("1/3"))
+    with pytest.raises(ConfigError, match=r"holds parts of \[2\], part-1-of-3 is none of them; name another folder"):
+        refresh(model, log, tmp_path / "parts", shard=Shard.parse("1/3"))
+    (tmp_path / "parts" / "part-1-of-3").mkdir()
     with pytest.raises(StoreError, match=r"holds parts of \[2, 3\]"):
         open_store(tmp_path / "parts")
     for text in ("3/3", "1", "-1/2", "a/b"):
         with pytest.raises(ConfigError, match="write i/n"):
             Shard.parse(text)
+
+
+def test_a_divided_and_an_undivided_store_never_share_a_folder(tmp_path: Path, grow: SimpleNamespace) -> None:
+    model = grow.model()
+    log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(9), 3)))
+    whole, parts, file = tmp_path / "whole", tmp_path / "parts", tmp_path / "all.parquet"
+    refresh(model, log, whole)
+    for index in range(2):
+        refresh(model, log, parts, shard=Shard(index, 2))
+    export_store(whole, file)
+    for act in (
+        lambda: import_store(file, parts),
+        lambda: copy_generation(whole, parts),
+        lambda: merge(model, [(whole, log)], parts),
+    ):
+        with pytest.raises(ConfigError, match=r"is divided; refresh its parts with shard=i/2, or name another folder"):
+            act()
+    for act in (
+        lambda: refresh(model, log, whole, shard=Shard(0, 2)),
+        lambda: refresh_incremental(model, log, whole, shard=Shard(0, 2)),
+        lambda: import_store(file, whole / "part-0-of-2"),
+        lambda: copy_generation(parts / "part-0-of-2", whole / "part-0-of-2"),
+    ):
+        with pytest.raises(ConfigError, match=r"holds an undivided store \(CURRENT\).*name another folder"):
+            act()
+    with pytest.raises(ConfigError, match=r"holds parts of \[2\]"):
+        copy_generation(whole, parts / "part-0-of-3")
+    assert sorted(path.name for path in parts.iterdir()) == ["part-0-of-2", "part-1-of-2"]
+    assert not list(whole.glob("part-*"))
+    with open_store(whole) as one, open_store(parts) as many:
+        assert len(one) == len(many) == 9
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -201,3 +236,12 @@ def test_a_part_keeps_to_its_own_users(tmp_path: Path, grow: SimpleNamespace) ->
             run(model, log, store)
         with pytest.raises(ConfigError, match="is a part itself"):
             run(model, log, store / "part-0-of-2", shard=Shard(1, 2))
+    history = log[3]
+    with pytest.raises(ConfigError, match=r"is divided; refresh its parts with shard=i/2"):
+        forget(
+            model,
+            log,
+            store,
+            {"user": [3], "item": log.items.ids(history.item[:1]), "timestamp": history.timestamp[:1]},
+        )
+    assert EventLog.open(log.path).last_segment == log.last_segment

@@ -105,7 +105,13 @@ def test_a_log_that_others_append_to_is_followed(tmp_path: Path, grow: SimpleNam
     grow.append(tmp_path / "log", grow.events({2: 3}, grow.start + 500 * grow.hour))
     served = watching.look()
     assert served.files == 0 and [report.num_users for report in served.refreshes] == [1]
+    assert served.lag_s is not None and 0 <= served.lag_s < 60
     expect(watched, grow, tmp_path, 17)
+    log = grow.append(tmp_path / "log", grow.events({2: 3}, grow.start + 900 * grow.hour, seed=4))
+    os.utime(log.segments[-1].path / "manifest.json", (time.time() - 600,) * 2)
+    grow.append(tmp_path / "log", grow.events({1: 3}, grow.start + 950 * grow.hour, seed=5))
+    lag = watching.look().lag_s
+    assert lag is not None and 600 <= lag < 660
 
 
 def test_killed_and_started_again(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:

@@ -317,6 +317,17 @@ def test_rollback_refuses_what_is_not_whole(tmp_path, build):
     assert read_current(tmp_path) == 2
 
 
+def test_rollback_leaves_a_folder_that_is_no_store_as_it_is(tmp_path, build):
+    two_generations(build, tmp_path / "store")
+    (tmp_path / "other").mkdir()
+    for other in ("other", "nowhere"):
+        with pytest.raises(StoreError, match="no published generation"):
+            roll_back(tmp_path / "store", tmp_path / other)
+    assert not list((tmp_path / "other").iterdir()) and read_current(tmp_path / "store") == 2
+    (tmp_path / "store" / "CURRENT").unlink()  # rolling back to a named one mends this
+    assert roll_back(tmp_path / "store", to=2)[0].generation == read_current(tmp_path / "store") == 2
+
+
 def test_a_key_is_needed_where_the_store_has_one(tmp_path, build):
     two_generations(build, tmp_path, key=KEY)
     for act in (compact_store, roll_back):

@@ -19,6 +19,7 @@ from vista.store.administration import compact_store, copy_generation
 from vista.store.inspection import verify_store
 from vista.store.layout import environment_path, list_generations, read_current
 from vista.store.parquet import export_store
+from vista.store.updates import erase, served_manifest
 from vista.store.whole_generations import GenerationBuilder, GenerationReader, open_generation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -63,6 +64,7 @@ def test_a_rollout_in_two_steps_keeps_the_generation_before(tmp_path, build):
         report = copy_generation(source, target)
         assert report.num_kept == 40 and store.reload() and store.generation == 3
     assert list_generations(target) == [2, 3]
+    assert "is served" in str(copy_generation(source, target, publish=False))
     assert copy_generation(source, target, generation=2).generation == 2 and read_current(target) == 2
 
 
@@ -109,6 +111,16 @@ def test_a_killed_copy_of_what_changed_since_begins_anew(tmp_path, build, caplog
     build.write_store(source, salt=1)
     report = copy_generation(source, target)
     assert report.num_kept == 0 and "begins anew" in caplog.text
+    assert records(target, 1) == records(source, 1)
+
+
+@pytest.mark.parametrize("left", [b"", b"PAR1" * 4000])
+def test_a_copy_whose_partial_file_is_no_database_begins_anew(tmp_path, build, caplog, left):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    assert killed_copy(source, target, put_then_die, 1) == -9
+    (target / ".partial-gen-1" / "summary" / "data.mdb").write_bytes(left)
+    assert copy_generation(source, target).num_kept == 0 and "begins anew" in caplog.text
     assert records(target, 1) == records(source, 1)
 
 
@@ -206,6 +218,16 @@ def test_what_was_updated_in_place_is_copied_straight(tmp_path, build):
     for root in (source, target):
         compact_store(root)
     assert copy_generation(source, target).generation == 4, "the same records, compacted on either side"
+
+
+def test_a_copy_equals_a_source_that_has_lost_all_users_of_a_kind(tmp_path, build):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    erase(source, range(40))
+    copy_generation(source, target)
+    assert (served_manifest(source).user_kind, served_manifest(target).user_kind) == ("int", None)
+    copy_generation(source, target)
+    assert list_generations(target) == [1]
 
 
 @pytest.mark.parametrize("key", [None, KEY])

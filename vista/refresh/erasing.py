@@ -14,7 +14,7 @@ from vista.errors import ConfigError
 from vista.model.recommender import Recommender
 from vista.refresh.incremental import refresh_incremental
 from vista.refresh.report import RefreshReport
-from vista.store.parts import divide, user_kind
+from vista.store.parts import divide, shard_to_write, user_kind
 from vista.store.updates import erase
 
 
@@ -34,8 +34,10 @@ def forget(
 
     Raises:
         DataError: an event is not in the log; nothing is forgotten then.
+        ConfigError: the store is divided; nothing is forgotten then.
         StoreError: the log has the deletion rows, and the next incremental refresh obeys them.
     """
+    shard_to_write(store, None)  # refused before the log is written
     forget_events(log.path, events)
     return refresh_incremental(model, EventLog.open(log.path), store, key=key)
 

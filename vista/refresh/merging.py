@@ -35,6 +35,7 @@ from vista.refresh.run import (
 from vista.store.generations import StoreWriter
 from vista.store.keys import user_keys
 from vista.store.lmdb_store import SummaryStore
+from vista.store.parts import check_place
 
 MERGED = "merged"
 """`until` of a merged store: no one log is what it has seen, so no incremental refresh goes on from it."""
@@ -86,11 +87,12 @@ def merge(
         created_at: ms; by default now.
 
     Raises:
-        ConfigError: the model has no states, or decays by position; a log that it cannot read.
+        ConfigError: the model has no states, or decays by position; a log that it cannot read; `store` is divided.
         StoreError: a part is of another summarizer, keeps no states or is not up to date with its log.
     """
     if not has_states(model):
         raise ConfigError("model: has no states to merge (separable mixing without a history limit has)")
+    check_place(store)
     model.eval()
     config = model.config
     with ExitStack() as stack:

@@ -42,7 +42,7 @@ class Served:
     refreshes: list[RefreshReport]
     """Of the store, or of its parts; none where nothing was new."""
     lag_s: float | None
-    """From the oldest file's arrival to the moment that all of it was served."""
+    """From the arrival of the oldest file, or segment that others appended, to the moment that all was served."""
 
     def __str__(self) -> str:
         lag = "" if self.lag_s is None else f", {self.lag_s:.1f} s after it arrived"
@@ -86,16 +86,16 @@ class Watch:
                 refused += 1
                 logger.error("%s", error)
         log = EventLog.open(self.config.data)
-        reports = [
-            refresh_incremental(self.model, log, root, progress=self.config.progress, key=self._key)
-            for root in stores_in(self.config.store)
-            if served_manifest(root).applied_segment < log.last_segment
-        ]
+        reports, arrived = [], list(self._waiting)
+        for root in stores_in(self.config.store):
+            applied = served_manifest(root).applied_segment
+            if applied < log.last_segment:
+                arrived.append(_written_at(log, applied))
+                reports.append(refresh_incremental(self.model, log, root, progress=self.config.progress, key=self._key))
         if not reports:
             return Served(files, refused, [], None)
-        lag = time.time() - min(self._waiting) if self._waiting else None
         self._waiting.clear()
-        return Served(files, refused, reports, lag)
+        return Served(files, refused, reports, time.time() - min(arrived))
 
     def _arrived(self) -> Iterator[tuple[Path, tuple[str, int, int]]]:
         """Files that have settled and were not judged in this form, oldest first."""
@@ -132,6 +132,12 @@ class Watch:
             return False
         self._waiting.append(changed_at)
         return True
+
+
+def _written_at(log: EventLog, after: int) -> float:
+    """When the oldest segment was written that holds what came after one, seconds."""
+    segment = next(segment for segment in log.segments if segment.last > after)
+    return (segment.path / "manifest.json").stat().st_mtime
 
 
 def watch(config: WatchConfig) -> Served:

@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import lmdb
+
 from vista.errors import StoreError, UnfinishedError
 from vista.store.data_file import check_structure
 from vista.store.generation_files import flip
@@ -25,6 +27,7 @@ from vista.store.layout import (
     served_or_none,
 )
 from vista.store.locks import locked
+from vista.store.parts import check_place
 from vista.store.permissions import GROUP, PRIVATE, Modes, modes_of
 from vista.store.record import RecordSpec
 from vista.store.state_record import restamp_states
@@ -131,6 +134,9 @@ def roll_back(*stores: str | Path, to: int | None = None, key: bytes | None = No
         StoreError: there is no such generation, it is not complete or not sound; what is served is as before.
     """
     roots = [Path(root).absolute() for root in stores]
+    for root in roots:
+        if not root.is_dir() or not list_generations(root):
+            read_current(root)  # else the lock would be made in a folder that is no store
     with ExitStack() as held:
         for root in roots:
             held.enter_context(locked(root))
@@ -194,6 +200,7 @@ def copy_generation(
         shared_with_group: let the group of the other folder read it.
 
     Raises:
+        ConfigError: that folder holds another kind of store, undivided or divided in other parts.
         StoreLockedError: another process writes the other store.
         StoreBusyError: a refresh writes the source's generation without a pause.
         StoreError: the source is damaged, or holds users who were erased in the other store, or that cannot be written.
@@ -204,13 +211,14 @@ def copy_generation(
         raise StoreError(f"to={to} is the store itself; name another folder")
     number = read_current(root) if generation is None else generation
     check_structure(environment_path(root, number))  # before a folder is made
+    check_place(to)
     modes = GROUP if shared_with_group else PRIVATE
     with locked(to, modes):
         done = settled(root, number, lambda: _bring(root, number, to, key, modes))
         before = served_or_none(to)
         if publish and before != done.generation:
             flip(to, done.generation, () if before is None else (before,))
-    return dataclasses.replace(done, published=publish)
+    return dataclasses.replace(done, published=publish or before == done.generation)
 
 
 def _bring(root: Path, number: int, to: Path, key: bytes | None, modes: Modes) -> PublishReport:
@@ -223,11 +231,7 @@ def _bring(root: Path, number: int, to: Path, key: bytes | None, modes: Modes) -
                 return publish_report(to, there, manifest.count, num_kept=manifest.count)
         wanted = dataclasses.replace(manifest, generation=max(number, next_number(to)))
         remove_leftovers(to, but=f"{PARTIAL_PREFIX}gen-{wanted.generation}")
-        builder = GenerationBuilder(to, wanted, key, modes, resume=True)
-        if not _take_held(builder, source, tombstones):
-            logger.warning("%s: what an earlier copy had brought is not what %s holds; it begins anew", to, root)
-            builder.discard()
-            builder = GenerationBuilder(to, wanted, key, modes)
+        builder = _resumed(source, to, wanted, key, modes)
         kept = builder.tally.count
         try:
             for keys, records in _restamped(source, builder.spec, builder.last_key):
@@ -240,6 +244,23 @@ def _bring(root: Path, number: int, to: Path, key: bytes | None, modes: Modes) -
         finally:
             builder.close()
     return publish_report(to, wanted.generation, builder.manifest.count, num_kept=kept)
+
+
+def _resumed(
+    source: GenerationReader, to: Path, wanted: Manifest, key: bytes | None, modes: Modes
+) -> GenerationBuilder:
+    """A builder that goes on after what an earlier copy had brought; one that begins anew where that is of no use."""
+    builder, reason = None, "is not what the source holds"
+    try:
+        builder = GenerationBuilder(to, wanted, key, modes, resume=True)
+        if _take_held(builder, source, Tombstones(to)):
+            return builder
+    except (StoreError, lmdb.Error) as error:  # such as a file that was cut off before its first page
+        reason = f"cannot be read: {error}"
+    if builder is not None:
+        builder.discard()
+    logger.warning("%s: what an earlier copy had brought %s; it begins anew", to, reason)
+    return GenerationBuilder(to, wanted, key, modes)
 
 
 def _take_held(builder: GenerationBuilder, source: GenerationReader, tombstones: Tombstones) -> bool:
@@ -270,7 +291,8 @@ def _is_equal(source: GenerationReader, to: Path, number: int, key: bytes | None
 
 def _about(manifest: Manifest) -> Manifest:
     """What two generations of the same records agree in, whatever their numbers."""
-    return dataclasses.replace(manifest.without_states(), generation=0, records_digest="")
+    # An update only ever widens the kind; a copy counts it anew.
+    return dataclasses.replace(manifest.without_states(), generation=0, records_digest="", user_kind=None)
 
 
 def _restamped(source: GenerationReader, spec: RecordSpec, after: bytes = b"u") -> Iterator[Batch]:

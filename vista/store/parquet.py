@@ -33,6 +33,7 @@ from vista.store.layout import (
     served_or_none,
 )
 from vista.store.locks import locked
+from vista.store.parts import check_place
 from vista.store.permissions import GROUP, PRIVATE
 from vista.store.record import check_records, decode_rows, read_records
 from vista.store.tombstones import Tombstones
@@ -125,11 +126,13 @@ def import_store(
         shared_with_group: let the group of the store's folder read it.
 
     Raises:
+        ConfigError: the folder holds another kind of store, undivided or divided in other parts.
         StoreLockedError: another process writes the store.
         StoreError: the file is foreign, truncated, was edited, or is of another key; the folder cannot be written.
         RecordError: a record is damaged; the message names its user. What is served is as before.
     """
     file, root = Path(file).absolute(), Path(root).absolute()
+    check_place(root)
     about = _about(file)
     old = Manifest.from_dict(about["manifest"], file)
     old_spec = old.spec(key)

@@ -70,12 +70,16 @@ def shards_in(store: str | Path) -> list[Shard]:
     root = Path(store)
     if (root / CURRENT).exists() or not root.is_dir():
         return []
-    found = [match for match in map(_NAME.fullmatch, (entry.name for entry in root.iterdir())) if match]
-    shards = sorted((Shard(int(match[1]), int(match[2])) for match in found), key=lambda shard: shard.index)
+    shards = _parts_at(root)
     counts = sorted({shard.count for shard in shards})
     if len(counts) > 1:
         raise StoreError(f"{root}: holds parts of {counts}; keep those of one number, remove the others")
     return shards
+
+
+def _parts_at(root: Path) -> list[Shard]:
+    found = [match for match in map(_NAME.fullmatch, (entry.name for entry in root.iterdir())) if match]
+    return sorted((Shard(int(match[1]), int(match[2])) for match in found), key=lambda shard: shard.index)
 
 
 def stores_in(store: str | Path) -> list[Path]:
@@ -87,7 +91,7 @@ def shard_to_write(store: str | Path, shard: Shard | None) -> tuple[Path, Shard 
     """The folder that a refresh of a store, or of a shard of it, writes, and the shard that this is.
 
     Raises:
-        ConfigError: the store is divided, and no shard is named; or a part is named as a store that is to be divided.
+        ConfigError: a part is named as a store that is to be divided; or as of `check_place`.
     """
     root = Path(store).absolute()
     named = _NAME.fullmatch(root.name)
@@ -95,14 +99,32 @@ def shard_to_write(store: str | Path, shard: Shard | None) -> tuple[Path, Shard 
         own = Shard(int(named[1]), int(named[2]))
         if shard not in (None, own):
             raise ConfigError(f"store={store}: is a part itself; name the folder above it")
-        return root, own
-    if shard is not None:
-        return shard.path(store), shard
-    if shards := shards_in(store):
+        path, shard = root, own
+    else:
+        path = Path(store) if shard is None else shard.path(store)
+    check_place(path)
+    return path, shard
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse to write a store, or a part of one, where it would hide another or be hidden by it.
+
+    Raises:
+        ConfigError: an undivided store and parts would lie in one folder, or parts of several numbers.
+    """
+    path = Path(path).absolute()
+    named = _NAME.fullmatch(path.name)
+    root = path.parent if named else path
+    counts = sorted({shard.count for shard in _parts_at(root)}) if root.is_dir() else []
+    if (root / CURRENT).exists() and (named or counts):
         raise ConfigError(
-            f"store={store}: is divided; refresh its parts with shard=i/{shards[0].count}, or another folder"
+            f"{root}: holds an undivided store ({CURRENT}), which hides all parts beside it; name another folder, or "
+            "move one of the two out of it"
         )
-    return Path(store), None
+    if counts and named is None:
+        raise ConfigError(f"{root}: is divided; refresh its parts with shard=i/{counts[0]}, or name another folder")
+    if named and counts not in ([], [int(named[2])]):
+        raise ConfigError(f"{root}: holds parts of {counts}, {path.name} is none of them; name another folder")
 
 
 def user_kind(store: str | Path) -> str | None:
