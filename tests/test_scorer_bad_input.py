@@ -51,7 +51,9 @@ class TestTypes:
             with pytest.raises(UserKeyError, match="user"):
                 call(users, ITEMS)
 
-    @pytest.mark.parametrize("users", [None, 100, "100", b"100", {100}, {100: 1}, iter([100])], ids=repr)
+    @pytest.mark.parametrize(
+        "users", [None, 100, "100", b"100", {100}, {100: 1}, map(int, "1")], ids=lambda users: type(users).__name__
+    )
     def test_users_that_are_no_list(self, scorer: Scorer, users: Any) -> None:
         for call in (scorer.score, scorer.predict, lambda users, _: scorer.user_vectors(users)):
             with pytest.raises(TypeError, match="users: needs a list or an array of ids"):
