@@ -64,7 +64,8 @@ def shares(
             projected = torch.cat(layer.project(x if index == 0 else hidden), -1)
             if index == 0 and gap is not None:
                 projected = projected + stage.query_gap(gaps)
-            value = layer.projections(_frozen(layer.norm, x if index == 0 else hidden)).chunk(4, -1)[3]
+            normed = _frozen(layer.norm, x if index == 0 else hidden)
+            value = F.linear(normed, layer.projections.weight[-x.shape[1] :])
             value = value + first_value if index == 0 else value
             weight = _attention(stage, layer, projected.detach(), context, index)
             seen = context.values[index][0].clone()

@@ -7,7 +7,7 @@ writes them beside the weights. Letters: V items of the vocabulary, M model dim.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,10 +44,7 @@ class ItemProjections:
         tables = [
             torch.empty(len(model.items) + 1, width, device=model.device) if width else None for width in _widths(model)
         ]
-        for rows, parts in _portions(model):
-            for table, part in zip(tables, parts, strict=True):
-                if table is not None and part is not None:
-                    table[rows] = part
+        _fill(tables, model)
         return cls(*tables)
 
     @classmethod
@@ -89,10 +86,7 @@ def save_item_projections(model: Recommender, folder: Path) -> None:
         np.lib.format.open_memmap(folder / name, "w+", np.float32, shape) if shape[1] else None
         for name, shape in zip((UNIT_FILE, CANDIDATE_FILE), shapes, strict=True)
     ]
-    for rows, parts in _portions(model):
-        for file, part in zip(files, parts, strict=True):
-            if file is not None and part is not None:
-                file[rows] = part.cpu().numpy()
+    _fill([None if file is None else torch.from_numpy(file) for file in files], model)
     for file in files:
         if file is not None:
             file.flush()
@@ -104,12 +98,14 @@ def _widths(model: Recommender) -> tuple[int, int]:
     return dim if model.has_retrieval else 0, 5 * dim if model.schema.tasks else 0
 
 
-def _portions(model: Recommender) -> Iterator[tuple[slice, tuple[Tensor | None, Tensor | None]]]:
-    """Slices of rows, and what belongs there in either table."""
+def _fill(tables: Sequence[Tensor | None], model: Recommender) -> None:
+    """Write what belongs there into either table, on whatever device, a portion of rows at a time."""
     count = len(model.items) + 1
     for first in range(0, count, _ROWS_AT_ONCE):
-        rows = slice(first, min(first + _ROWS_AT_ONCE, count))
-        yield rows, _projected(model, torch.arange(rows.start, rows.stop, device=model.device))
+        rows = torch.arange(first, min(first + _ROWS_AT_ONCE, count), device=model.device)
+        for table, part in zip(tables, _projected(model, rows), strict=True):
+            if table is not None and part is not None:
+                table[first : first + len(rows)] = part
 
 
 @torch.inference_mode()

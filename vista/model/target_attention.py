@@ -36,13 +36,7 @@ class Context:
     tail: Tensor
     """The events' embeddings, right-aligned."""
 
-    def select(self, rows: Tensor) -> Context:
-        """The context of some rows, in a new order; int64 [B'] rows."""
-        keys = [k.index_select(0, rows) for k in self.keys]
-        values = [v.index_select(0, rows) for v in self.values]
-        return Context(keys, values, self.tail_valid.index_select(0, rows), self.tail.index_select(0, rows))
-
-    def of(self, rows: slice) -> Context:
+    def select(self, rows: slice) -> Context:
         """The context of neighbouring rows, a view."""
         return Context(
             [k[rows] for k in self.keys], [v[rows] for v in self.values], self.tail_valid[rows], self.tail[rows]

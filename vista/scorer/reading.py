@@ -36,7 +36,8 @@ def read_request(
 ) -> Request:
     """What is known of B users: their records, and what the caller brings. Arguments and errors as of `Scorer`."""
     ids, model = ids_of(users, "users"), served.model
-    refreshed_at = served.store.manifest.refreshed_at  # before the records: a reload between makes none younger
+    # Before the records: a reload between makes none younger.
+    refreshed_at = 0 if max_age_s is None else served.store.manifest.refreshed_at
     stored, bad = _stored(served, ids, on_missing)
     times = request_times(now, len(bad))
     if times is not None and model.schema.has_time:

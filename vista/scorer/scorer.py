@@ -163,17 +163,16 @@ class Scorer:
         """
         with self._changing:
             self._require_open()
-            moved = False
             try:
                 opened = self._source.open_newer(self._served, self.task)
             except VistaError:
                 self.store.reload()  # A model that cannot be served must not keep new generations from being served.
                 raise
-            if opened is not None:
+            if opened is None:
+                moved = self.store.reload()
+            else:
                 old, self._served = self._served, opened
                 self._close_unused(old)
-                moved = True
-            elif self.store.reload():
                 moved = True
         self._recorder.add(reloads=moved)
         return moved
@@ -288,8 +287,7 @@ class Scorer:
             ValueError: the model was trained without a retrieval head; others as `predict`.
         """
         with self._call() as served:
-            if not served.model.has_retrieval:
-                raise ValueError("this model has no retrieval head; train it with optim.next_weight above 0")
+            _require_retrieval(served)
             request = self._request(served, users, tail, now)
             vectors: NDArray[np.float32] = served.user_vectors(request).cpu().numpy()
             if self.on_missing is OnMissing.nan:
@@ -303,9 +301,7 @@ class Scorer:
             ValueError: the model was trained without a retrieval head.
         """
         with self._use() as served:
-            if served.items.unit is None:
-                raise ValueError("this model has no retrieval head; train it with optim.next_weight above 0")
-            vectors = served.items.unit[UNKNOWN_ITEM + 1 :].cpu().numpy().copy()
+            vectors = _require_retrieval(served)[UNKNOWN_ITEM + 1 :].cpu().numpy().copy()
             return served.model.items.ids(np.arange(len(served.model.items))), vectors
 
     def explain(
@@ -458,6 +454,13 @@ class Scorer:
 def _require_task(task: str, served: Served) -> None:
     if task not in served.tasks:
         raise ValueError(f"task: {task!r} is none of this model's {served.tasks}")
+
+
+def _require_retrieval(served: Served) -> Tensor:
+    """The unit vectors of its items."""
+    if served.items.unit is None:
+        raise ValueError("this model has no retrieval head; train it with optim.next_weight above 0")
+    return served.items.unit
 
 
 _scorers: weakref.WeakSet[Scorer] = weakref.WeakSet()

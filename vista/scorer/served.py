@@ -206,7 +206,7 @@ class Served:
             projected = model.target_attention.query_gap(gap.expand(-1, ROW_TILE, -1))[:, :1]
             moment = torch.cat([gap, projected], -1)
         for users, columns in _parts(lengths, PAIRS_PER_PASS):
-            some = context.of(users)
+            some = context.select(users)
             found = _take(table, rows, users, columns)
             found = found.expand(len(some.tail), -1, -1) if moment is None else found + moment[users]
             vectors, projections = found[..., : model.config.dim], found[..., model.config.dim :]
@@ -244,9 +244,10 @@ def _take(table: Tensor, rows: Tensor | None, users: slice, columns: slice) -> T
     """Rows of a table, filled up with the unknown item's to whole tiles: [C', width] or [users, C', width]."""
     count = columns.stop - columns.start
     missing = -count % ROW_TILE
+    if rows is None and not missing:
+        return table[columns]
     if rows is None:
-        if not missing:
-            return table[columns]
-        rows = torch.arange(len(table))
-    part = (rows[columns] if rows.ndim == 1 else rows[users, columns]).to(table.device)
-    return table[F.pad(part, (0, missing), value=UNKNOWN_ITEM)]
+        part = torch.arange(columns.start, columns.stop)
+    else:
+        part = rows[columns] if rows.ndim == 1 else rows[users, columns]
+    return table[F.pad(part.to(table.device), (0, missing), value=UNKNOWN_ITEM)]

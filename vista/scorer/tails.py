@@ -68,7 +68,7 @@ def with_fresh_events(model: RankingModel, stored: StoredBatch, tail: Tail, *, r
     bad = np.zeros(num_users, np.bool_)
     bad[np.repeat(np.arange(num_users), lengths)[no_action | late]] = True
     kept = ~np.repeat(bad, lengths)
-    ids = checked.items[kept] if len(checked.items) else checked.items
+    ids = checked.items[kept]
     rows = item_rows(model, ids, "tail.items")
     offsets = np.concatenate([[0], np.cumsum(np.where(bad, 0, lengths))]).astype(np.int64)
     fresh = Tail(rows.astype(np.int32), checked.times[kept], checked.actions[kept].astype(np.uint8), offsets)
