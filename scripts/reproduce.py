@@ -41,7 +41,7 @@ from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.data.simulate import simulate
 from vista.data.splits import parse_time, split_until
-from vista.device import cpu_settings
+from vista.device import choose_precision, cpu_settings, resolve_device
 from vista.errors import ConfigError, VistaError
 from vista.evaluate import Options, evaluate_model, evaluate_scorer
 from vista.files import replace_text, writable_folder
@@ -344,6 +344,10 @@ def _seconds(metrics: Path) -> float:
 def _line(
     settings: argparse.Namespace, run: Run, served: str, metrics: Mapping[str, float], seconds: float
 ) -> dict[str, Any]:
+    machine = hardware()
+    if not run.row.untrained:
+        config = _train_config(TABLES[settings.table], run.row)
+        machine["precision"] = choose_precision(config.precision, resolve_device(config.device)).value
     return {
         "table": settings.table,
         "data": TABLES[settings.table].data,
@@ -353,7 +357,7 @@ def _line(
         "command": _command(settings, run, [run.seed]),
         "config": run.config,
         "commit": commit(),
-        "hardware": hardware(),
+        "hardware": machine,
         "seconds": round(seconds, 1),
     }
 

@@ -196,9 +196,12 @@ def _mean_and_spread(values: Sequence[float | None]) -> str:
 
 
 def describe_hardware(machine: Mapping[str, Any]) -> str:
-    """One short phrase for a row's `hardware`: processor or accelerator, cores, torch."""
+    """One short phrase for a row's `hardware`: processor or accelerator, cores, torch, precision of training."""
     name = machine.get("gpu") or machine.get("cpu") or "unknown machine"
-    return f"{name}, {machine.get('cores', '?')} cores, torch {machine.get('torch', '?')}"
+    # The widest vector unit: of one name there are processors that differ tenfold in their matrix products.
+    vectors = "" if machine.get("gpu") else "".join(f" ({flag})" for flag in machine.get("flags", [])[-1:])
+    precision = f", trained in {machine['precision']}" if "precision" in machine else ""
+    return f"{name}{vectors}, {machine.get('cores', '?')} cores, torch {machine.get('torch', '?')}{precision}"
 
 
 def hardware() -> dict[str, Any]:
