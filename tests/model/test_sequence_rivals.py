@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -138,14 +138,23 @@ def test_neighbours_padding_and_other_candidates_change_nothing(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
+@pytest.mark.parametrize("tile_tokens", [10, tiles.TILE_TOKENS])
 def test_training_at_a_position_is_a_request_after_its_events(
-    make: SimpleNamespace, name: str, monkeypatch: pytest.MonkeyPatch
+    make: SimpleNamespace, name: str, tile_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses over a batch are those of requests asked one by one: every label, and every labelled impression."""
+    """Losses over a batch are those of requests asked one by one: every label, and every labelled impression.
+
+    The first impression, with which others are padded, has seen more events than the smaller tiles hold.
+    """
     monkeypatch.setattr("vista.data.cuts.TIMELESS_SHARE", 0.0)
+    monkeypatch.setattr(tiles, "TILE_TOKENS", tile_tokens)
     model = rival(make, name)
-    packed = make.histories([1, 11, 8, 4], 5)
-    chunks, shown_at = make.chunks(packed, 5, impressions=30)
+    packed = make.histories([11, 1, 8, 4], 5)
+    chunks, shown_at = make.chunks(packed, 5, impressions=40)
+    late = (chunks.impression_chunk > 0) | (chunks.impression_position > 8)
+    assert not late.all() and chunks.impression_chunk[late][0] == 0
+    parts = [field.name for field in fields(chunks) if field.name.startswith("impression_")]
+    chunks, shown_at = replace(chunks, **{name: getattr(chunks, name)[late] for name in parts}), shown_at[late]
     batch = make.batch(chunks, make.plan(model), 5)
     batch = replace(batch, negative_log_weight=batch.negative_log_weight.double())
     found = model.losses(batch, model.item_table[batch.rows], DataConfig(), OptimConfig())

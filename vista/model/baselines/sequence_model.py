@@ -100,7 +100,9 @@ class SequenceModel(HistoryModel):
                 vector = item_vectors[shown.item[index]]
                 gap = self.encoder.gap_vectors(shown.gap[index])
                 vector = vector if gap is None else vector + gap
-                logits.append(self.impression_logits(states, memory, vector, shown.seen[index])[valid])
+                # What pads them may have seen more events than the tile holds.
+                seen = torch.where(valid, shown.seen[index], 0)
+                logits.append(self.impression_logits(states, memory, vector, seen)[valid])
                 places.append(shown.place[index][valid])
         loss = None
         if users:
