@@ -102,14 +102,18 @@ def _direct(
     scale: float,
 ) -> Tensor:
     """Return o by products in q's dtype and a float32 softmax, whose weights are kept for torch's own backward."""
-    own = (q.float() * own_k).sum(-1) * scale
-    own = own if own_bias is None else own + own_bias
     added = torch.zeros((), device=q.device) if bias is None else bias.float()
     if context_mask is not None:
         added = added + torch.where(context_mask, 0.0, sdpa.HIDDEN)[:, None, None]
-    scores = torch.add(added, q @ k.transpose(-1, -2), alpha=scale)
-    weights = torch.softmax(torch.cat([scores, own[..., None]], -1), -1).to(v.dtype)
-    return weights[..., :-1] @ v + weights[..., -1:] * own_v
+    k = k.contiguous()  # as a view of all heads' tokens its transpose would be copied, at several times the cost
+    if torch.is_grad_enabled():
+        own = (q.float() * own_k).sum(-1) * scale
+        own = own if own_bias is None else own + own_bias
+        scores = torch.add(added, q @ k.transpose(-1, -2), alpha=scale)
+        weights = torch.softmax(torch.cat([scores, own[..., None]], -1), -1).to(v.dtype)
+        return weights[..., :-1] @ v + weights[..., -1:] * own_v
+    weights, share = sdpa.direct_weights(q, k, own_k, added, own_bias, scale)
+    return torch.addcmul(torch.matmul(weights, v), share, own_v)
 
 
 def _forward(

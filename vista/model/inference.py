@@ -126,25 +126,39 @@ def pad_tail(model: Recommender, item: NDArray[Any], time: Int, action: NDArray[
 
 
 @torch.inference_mode()
-def request_context(model: Recommender, summary: Tensor, tail: PaddedTail) -> Context:
-    """Keys and values that all candidates of a request share: summary [B, S, M] and tail."""
+def request_context(
+    model: Recommender, summary: Tensor, tail: PaddedTail, masks: list[Tensor] | None = None
+) -> Context:
+    """Keys and values that all candidates of a request share: summary [B, S, M] and tail.
+
+    `masks`: of `TargetAttention.request_masks`, if they are at hand.
+    """
     device = model.device
     vectors = model.item_vectors(torch.from_numpy(tail.item).to(device))
     action, gap = torch.from_numpy(tail.action).to(device), torch.from_numpy(tail.gap).to(device)
     stage = model.target_attention
     return stage.encode_request(
-        summary.to(device), model.encoder(vectors, action, gap), torch.from_numpy(tail.valid).to(device)
+        summary.to(device), model.encoder(vectors, action, gap), torch.from_numpy(tail.valid).to(device), masks
     )
 
 
-def request_gap(model: Recommender, now: Int | None, tail: PaddedTail) -> Tensor | None:
-    """[B, 1, M] embeddings of the time from the tail's newest event to the request; unknown without `now` or tail."""
+def request_bucket(model: Recommender, now: Int | None, tail: PaddedTail) -> Tensor | None:
+    """int64 [B, 1] gap bucket of the time from the tail's newest event to the request; unknown without `now` or tail.
+
+    None where the model uses no times.
+    """
     if model.encoder.gap is None:
         return None
     bucket = np.zeros(len(tail.last_time), np.int64)
     if now is not None:
         bucket = np.where(tail.valid.any(1), gap_bucket(now - tail.last_time), UNKNOWN_GAP)
-    return model.encoder.gap_vectors(torch.from_numpy(bucket[:, None]).to(model.device))
+    return torch.from_numpy(bucket[:, None]).to(model.device)
+
+
+def request_gap(model: Recommender, now: Int | None, tail: PaddedTail) -> Tensor | None:
+    """[B, 1, M] embeddings of `request_bucket`."""
+    bucket = request_bucket(model, now, tail)
+    return None if bucket is None else model.encoder.gap_vectors(bucket)
 
 
 @torch.inference_mode()

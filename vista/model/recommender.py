@@ -6,6 +6,7 @@ tail length, M model dim, V items of the vocabulary.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import asdict, replace
@@ -165,7 +166,13 @@ class Recommender(RankingModel):
         return F.normalize(stage.query(x, stage.layers[0].project(x), gap, seen, context), dim=-1)
 
     def candidate_logits(
-        self, vectors: Tensor, gap: Tensor | None, seen: Tensor, context: Context, projections: Tensor | None = None
+        self,
+        vectors: Tensor,
+        gap: Tensor | None,
+        seen: Tensor,
+        context: Context,
+        projections: Tensor | None = None,
+        biases: list[Tensor] | None = None,
     ) -> Tensor:
         """Logits [B, C, num_tasks] of candidates.
 
@@ -173,11 +180,12 @@ class Recommender(RankingModel):
             vectors: [B, C, M]; gap: [B, C, M], or None.
             seen: int64 [C], [1] or [B, C].
             projections: of the vectors in layer 1, [B, C, 4M], if they are at hand (`ItemProjections`).
+            biases: `TargetAttention.query_biases` of `seen`, if they are at hand.
         """
         assert self.task_head is not None
         stage = self.target_attention
         own = stage.layers[0].project(vectors) if projections is None else projections.chunk(4, -1)
-        out = stage.query(vectors, own, gap, seen, context)
+        out = stage.query(vectors, own, gap, seen, context, biases)
         logits: Tensor = self.task_head(out)
         return logits
 
@@ -199,6 +207,21 @@ class Recommender(RankingModel):
             weights[name] = weights[name][:, : tail_len + 1]  # by distance; longer ones do not occur
         shorter.load_state_dict(weights)
         return shorter.to(self.device).train(self.training)
+
+    def multiplying_in(self, dtype: torch.dtype) -> Recommender:
+        """The same model, for serving: stage 2 and its heads hold their matrices in `dtype`; all else is shared.
+
+        `torch.autocast` converts a weight at every use where there are no gradients: at one user and 500 candidates a
+        tenth of the request.
+        """
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.target_attention = copy.deepcopy(self.target_attention)
+        other.task_head = copy.deepcopy(self.task_head)
+        for module in (*other.target_attention.modules(), other.task_head):
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+        return other
 
     # Files -----------------------------------------------------------------------------------------------------------
 

@@ -87,8 +87,8 @@ class TargetLayer(nn.Module):
     ) -> Tensor:
         """A context layer: tokens x, query, gate [B, N, M] attend to key/value [B, H, K, D] under an additive mask
         [B, H, N, K]."""
-        scores = self.heads(query) @ key.transpose(-1, -2) * self.head_dim**-0.5
-        scores = scores if mask is None else scores + mask
+        scores, scale = self.heads(query) @ key.transpose(-1, -2), self.head_dim**-0.5
+        scores = scores * scale if mask is None else torch.add(mask, scores, alpha=scale)
         return self.mix(x, torch.softmax(scores, -1).to(value.dtype) @ value, gate)
 
     def attend_query(
@@ -160,27 +160,43 @@ class TargetAttention(nn.Module):
             of_all.append(torch.cat([own, of_tail], 2))
         return Context(keys, values, tail_valid, tail)
 
-    def encode_request(self, summary: Tensor, tail: Tensor, tail_valid: Tensor) -> Context:
+    def encode_request(
+        self, summary: Tensor, tail: Tensor, tail_valid: Tensor, masks: list[Tensor] | None = None
+    ) -> Context:
         """`encode_summary` and `encode_context` in one pass, for inference: half the operators.
 
         Args:
             summary: [B, S, M]; tail: [B, L, M]; tail_valid: bool [B, L].
+            masks: of `request_masks`, if they are at hand.
         """
         x = torch.cat([self.summary_norm(summary) + self.summary_kind, tail], 1)
-        hidden = summary.new_full((self.num_seeds, self.tail_len), MASKED)  # from the summary: it does not see the tail
+        masks = self.request_masks() if masks is None else masks
+        padding = F.pad(torch.where(tail_valid, 0.0, MASKED), (self.num_seeds, 0))[:, None, None]
         keys, values = [], []
-        for layer in self.layers[:-1]:
+        for layer, mask in zip(self.layers[:-1], masks, strict=True):
             query, gate, key, value = layer.project(x)
             keys.append(layer.heads(key))
             values.append(layer.heads(value))
-            seen = self._tail_mask(layer, tail_valid)
-            mask = torch.cat([F.pad(hidden, (self.num_seeds, 0)).expand(*seen.shape[:2], -1, -1), seen], 2)
-            heads = F.scaled_dot_product_attention(
-                layer.heads(query), keys[-1], values[-1], mask.to(query.dtype), scale=layer.head_dim**-0.5
-            )
-            x = layer.mix(x, heads, gate)
+            # A padded event sees the summary, and where there is none, all alike: finite, and nobody reads it.
+            if query.dtype is torch.bfloat16:  # torch's fused attention takes twice as long over bfloat16 on a CPU
+                x = layer.attend_context(x, query, gate, keys[-1], values[-1], mask + padding)
+            else:
+                heads = F.scaled_dot_product_attention(
+                    layer.heads(query), keys[-1], values[-1], mask + padding, scale=layer.head_dim**-0.5
+                )
+                x = layer.mix(x, heads, gate)
         key, value = self.layers[-1].keys_values(x)
         return Context([*keys, key], [*values, value], tail_valid, tail)
+
+    def request_masks(self) -> list[Tensor]:
+        """Additive masks [H, S+L, S+L] of `encode_request`, of all layers but the last: the same for every request."""
+        everything = torch.ones(1, self.tail_len, dtype=torch.bool, device=self.distance.device)
+        # The summary does not see the tail.
+        summary = F.pad(self.summary_kind.new_full((self.num_seeds, self.tail_len), MASKED), (self.num_seeds, 0))
+        return [
+            torch.cat([summary.expand(layer.num_heads, -1, -1), self._tail_mask(layer, everything)[0]], 1)
+            for layer in self.layers[:-1]
+        ]
 
     def _tail_mask(self, layer: TargetLayer, tail_valid: Tensor) -> Tensor:
         """Additive mask [B, H, L, S+L] of the tail's tokens: causal, without padding, but each sees itself, so that a
@@ -199,8 +215,18 @@ class TargetAttention(nn.Module):
         bias = self._position_bias(layer, self.distance, own=False)[:, seen]
         return F.pad(bias if seen.dim() == 1 else bias.transpose(0, 1), (self.num_seeds, 0))
 
+    def query_biases(self, seen: Tensor) -> list[Tensor]:
+        """`query_bias` of every layer."""
+        return [self.query_bias(layer, seen) for layer in self.layers]
+
     def query(
-        self, x: Tensor, projections: Sequence[Tensor], gap: Tensor | None, seen: Tensor, context: Context
+        self,
+        x: Tensor,
+        projections: Sequence[Tensor],
+        gap: Tensor | None,
+        seen: Tensor,
+        context: Context,
+        biases: list[Tensor] | None = None,
     ) -> Tensor:
         """Query tokens through all layers.
 
@@ -210,6 +236,7 @@ class TargetAttention(nn.Module):
             gap: [B, Q, M] embeddings of the request's gap, or None.
             seen: int64 [Q] or [B, Q]: how many columns of the tail a query sees (all: L); [1] if all see alike.
             context: of the same B rows.
+            biases: `query_biases` of `seen`, if they are at hand.
 
         Returns:
             [B, Q, M], normed.
@@ -221,9 +248,9 @@ class TargetAttention(nn.Module):
             ]
         x = self.dropout(x)
         context_mask = F.pad(context.tail_valid, (self.num_seeds, 0), value=True)
+        biases = self.query_biases(seen) if biases is None else biases
         for index, layer in enumerate(self.layers):
-            bias = self.query_bias(layer, seen)
             own = projections if index == 0 else layer.project(x)
-            x = layer.attend_query(x, own, context.keys[index], context.values[index], bias, context_mask)
+            x = layer.attend_query(x, own, context.keys[index], context.values[index], biases[index], context_mask)
         normed: Tensor = self.final_norm(x)
         return normed

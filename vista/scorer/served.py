@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.choices import Precision
+from vista.data.gaps import NUM_GAPS
 from vista.device import autocast
 from vista.model import attribution, inference
 from vista.model.attribution import Shares
@@ -82,12 +83,21 @@ class Served:
         self.empty = inference.empty_summary(model)
         self.calls: set[object] = set()
         """One for each call that reads this now (`Scorer`)."""
+        # Of weights alone, so once:
+        self._scoring = model if precision is Precision.float32 else model.multiplying_in(torch.bfloat16)
+        self._seen = torch.full((1,), model.config.tail_len, device=model.device)
+        stage = model.target_attention
+        with torch.inference_mode():
+            self._masks, self._biases = stage.request_masks(), stage.query_biases(self._seen)
+            gaps = model.encoder.gap_vectors(torch.arange(NUM_GAPS, device=model.device))
+            self._moments = None if gaps is None else torch.cat([gaps, stage.query_gap(gaps)], -1)
+            """[NUM_GAPS, 5M] time of a request, as `ItemProjections.candidate` has an item."""
 
     def context(self, request: Request) -> tuple[Context, Tensor | None]:
-        """Keys and values of a request, and [B, 1, M] embeddings of its time (or None)."""
+        """Keys and values of a request, and int64 [B, 1] gap buckets of its time (or None)."""
         with autocast(self.precision, self.model.device):
-            context = inference.request_context(self.model, request.summary, request.tail)
-        return context, inference.request_gap(self.model, request.now, request.tail)
+            context = inference.request_context(self._scoring, request.summary, request.tail, self._masks)
+        return context, inference.request_bucket(self.model, request.now, request.tail)
 
     def user_vectors(self, request: Request) -> Tensor:
         """Unit vectors float32 [B, M] of the retrieval head."""
@@ -113,16 +123,16 @@ class Served:
         labelled = [task for task in tasks if task != NEXT_TASK]
         for users, part in self._portions(request):
             wanted = np.full(len(part), count) if lengths is None else lengths[users]
-            context, gap = self.context(part)
+            context, bucket = self.context(part)
             own = rows if rows is None or rows.ndim == 1 else rows[users]
             if labelled:
-                for cells, logits in self._logits(context, gap, own, wanted):
+                for cells, logits in self._logits(context, bucket, own, wanted):
                     # float32's last bit would depend on the place in a vector; that of float64 is rounded away.
                     probability = logits.double().sigmoid().float().cpu()
                     for task in labelled:
                         scores[task][users][cells] = probability[..., self.model.schema.tasks.index(task)]
             if NEXT_TASK in tasks:
-                vectors = self._user_vectors(context, gap) / self.model.config.temperature
+                vectors = self._user_vectors(context, bucket) / self.model.config.temperature
                 for cells, cosine in self._cosines(vectors, own, wanted):
                     scores[NEXT_TASK][users][cells] = cosine.cpu()
         return scores
@@ -188,32 +198,33 @@ class Served:
             users = slice(first, min(first + step, len(request)))
             yield users, request.select(users)
 
-    def _user_vectors(self, context: Context, gap: Tensor | None) -> Tensor:
+    def _user_vectors(self, context: Context, bucket: Tensor | None) -> Tensor:
+        gap = None if bucket is None else self.model.encoder.gap_vectors(bucket)
         with autocast(self.precision, self.model.device):
-            vectors: Tensor = inference.user_vectors(self.model, context, gap).float()
+            vectors: Tensor = inference.user_vectors(self._scoring, context, gap).float()
             return vectors
 
     @torch.inference_mode()
     def _logits(
-        self, context: Context, gap: Tensor | None, rows: Tensor | None, lengths: Int
+        self, context: Context, bucket: Tensor | None, rows: Tensor | None, lengths: Int
     ) -> Iterator[tuple[Cells, Tensor]]:
         """Users and columns, and their logits float32 [users, columns, num_tasks]."""
-        model, table = self.model, self.items.candidate
+        model, table, dim = self._scoring, self.items.candidate, self.model.config.dim
         assert table is not None
-        seen = torch.full((1,), model.config.tail_len, device=model.device)
-        moment = None
-        if gap is not None:  # As the table: a vector, and its projections (in whole tiles of rows).
-            projected = model.target_attention.query_gap(gap.expand(-1, ROW_TILE, -1))[:, :1]
-            moment = torch.cat([gap, projected], -1)
+        moment = None if bucket is None or self._moments is None else self._moments[bucket]
         for users, columns in _parts(lengths, PAIRS_PER_PASS):
             some = context.select(users)
-            found = _take(table, rows, users, columns)
-            found = found.expand(len(some.tail), -1, -1) if moment is None else found + moment[users]
-            vectors, projections = found[..., : model.config.dim], found[..., model.config.dim :]
+            found = _take(table, rows, users, columns).expand(len(some.tail), -1, -1)
+            vectors, projections = found[..., :dim], found[..., dim:]
+            dtype = some.keys[0].dtype
+            if moment is None:
+                projections = projections.to(dtype)
+            else:
+                vectors = vectors + moment[users, :, :dim]
+                summed = torch.empty(projections.shape, dtype=dtype, device=model.device)
+                projections = torch.add(projections, moment[users, :, dim:], out=summed)  # and converted, in one pass
             with autocast(self.precision, model.device):
-                logits = model.candidate_logits(
-                    vectors, None, seen, some, projections.to(context.keys[0].dtype)
-                ).float()
+                logits = model.candidate_logits(vectors, None, self._seen, some, projections, self._biases).float()
             yield (users, columns), logits[:, : columns.stop - columns.start]
 
     @torch.inference_mode()
@@ -250,4 +261,5 @@ def _take(table: Tensor, rows: Tensor | None, users: slice, columns: slice) -> T
         part = torch.arange(columns.start, columns.stop)
     else:
         part = rows[columns] if rows.ndim == 1 else rows[users, columns]
-    return table[F.pad(part.to(table.device), (0, missing), value=UNKNOWN_ITEM)]
+    part = F.pad(part.to(table.device), (0, missing), value=UNKNOWN_ITEM)
+    return table.index_select(0, part.flatten()).view(*part.shape, -1)  # table[part] takes four times as long

@@ -65,6 +65,26 @@ def scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     return result
 
 
+def direct_weights(
+    q: Tensor, k: Tensor, own_k: Tensor, added: Tensor, own_bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return softmax weights of the context [n, H, r, C], in a buffer, and of the candidate itself [n, H, r, 1].
+
+    Both are of q's dtype; scores are summed and exponentiated in float32. `added` is broadcastable to [n, H, r, C].
+    """
+    context = k.shape[2]
+    products = scratch("target.products", (*q.shape[:3], context), q.dtype, q.device)
+    torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out=products.flatten(0, 1))
+    every = scratch("target.scores", (*q.shape[:3], context + 1), torch.float32, q.device)
+    torch.add(added, products, alpha=scale, out=every[..., :context])
+    own = like("product", q, torch.float32).copy_(q).mul_(own_k).sum(-1)
+    torch.mul(own, scale, out=every[..., context])
+    if own_bias is not None:
+        every[..., context] += own_bias
+    weights = torch.softmax(every, -1, out=like("weights", every, torch.float32))
+    return products.copy_(weights[..., :context]), weights[..., context:].to(q.dtype)
+
+
 def own_scores(q: Tensor, own_k: Tensor, own_bias: Tensor | None, part: Part, scale: float) -> Tensor:
     """Return e [n, H, r] of a portion, in the dtype of sums."""
     dtype = state_dtype(q.dtype)
