@@ -68,7 +68,7 @@ def quantize_rows(rows: NDArray[np.float32], codec: Codec) -> NDArray[np.uint8]:
 
 
 def dequantize_rows(packed: NDArray[np.uint8], codec: Codec, dim: int) -> NDArray[np.float32]:
-    """Rows as float32: [N, row_bytes(codec, d)] -> [N, d].
+    """Rows as float32: [N, row_bytes(codec, d)], contiguous (FBGEMM does not ask) -> [N, d].
 
     int8 and int4 are value = q * scale + bias, rounded once where the processor has fused multiply-add.
     """

@@ -50,10 +50,11 @@ class _Generation:
 
         def copy(transaction: lmdb.Transaction[memoryview]) -> tuple[NDArray[np.int64], RawRecords]:
             values = [transaction.get(key) for key in keys]
-            rows = [row for row, value in enumerate(values) if value is not None]
             found = [value for value in values if value is not None]
-            raw = read_records(found, keys if len(rows) == len(keys) else [keys[row] for row in rows], self.spec)
-            return np.array(rows, dtype=np.int64), raw
+            if len(found) == len(keys):
+                return np.arange(len(keys)), read_records(found, keys, self.spec)
+            rows = [row for row, value in enumerate(values) if value is not None]
+            return np.array(rows, dtype=np.int64), read_records(found, [keys[row] for row in rows], self.spec)
 
         return self.environment.read(copy)
 

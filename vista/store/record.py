@@ -61,7 +61,6 @@ HEADER = np.dtype(
 )
 assert HEADER.itemsize == HEADER_BYTES
 
-_ZERO_CHECKSUM = bytes(8)
 _KEY_HASH_BYTES = slice(64, 72)
 _SHARED_FIELDS = (
     *("magic", "format_version", "header_length", "flags", "codec", "tokens", "dim", "scale_dtype"),
@@ -123,7 +122,7 @@ class RawRecords:
     headers: NDArray[np.void]
     """[B] of dtype HEADER."""
     rows: NDArray[np.uint8]
-    """[B * K, row_bytes]."""
+    """All rows' bytes: [B, R], or [B * R]; maybe a view of all that was copied."""
     tail: Tail
 
 
@@ -179,7 +178,7 @@ def encode_records(
     _require_size(HEADER_BYTES + payload_length, keys)
     headers = np.full(num_users, _template(spec))
     headers["payload_length"] = payload_length
-    headers["key_hash"] = [xxhash.xxh3_64_intdigest(key) for key in keys]
+    headers["key_hash"] = _key_hashes(keys)
     headers["created_at"] = spec.created_at
     headers["last_event_ts"] = last_event_ts
     headers["event_count"] = event_count
@@ -229,26 +228,24 @@ def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], sp
         RecordError: a value is truncated, corrupt, of another format, generation or summarizer; the message names the
             user and the field.
     """
-    views = [memoryview(value) for value in values]
-    size = spec.rows_bytes
-    rows = np.empty(len(views) * size, np.uint8)
-    headers = check_records(views, keys, spec, rows.data)
-    lengths = headers["tail_length"].astype(np.int64)
-    offsets = np.zeros(len(views) + 1, np.int64)
+    copies = _checked_copies(values, keys, spec)
+    first = HEADER_BYTES + spec.rows_bytes
+    lengths = copies.headers["tail_length"].astype(np.int64)
+    offsets = np.zeros(len(values) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    bounds = [(HEADER_BYTES + size + width * lengths).tolist() for width in (0, 4, 12, TAIL_EVENT_BYTES)]
-    # Into bytearrays, so that the arrays are writable and torch takes them as they are.
     items, times, actions = (
-        bytearray().join([view[start:stop] for view, start, stop in zip(views, *column, strict=True)])
-        for column in pairwise(bounds)
+        np.ascontiguousarray(copies.cut(first + start * lengths, first + stop * lengths)).reshape(-1)
+        for start, stop in pairwise((0, 4, 12, TAIL_EVENT_BYTES))
     )
-    tail = Tail(np.frombuffer(items, "<i4"), np.frombuffer(times, "<i8"), np.frombuffer(actions, np.uint8), offsets)
-    return RawRecords(headers, rows.reshape(len(views) * spec.num_tokens, spec.row_bytes), tail)
+    rows = copies.cut(np.full_like(lengths, HEADER_BYTES), np.full_like(lengths, first))
+    return RawRecords(copies.headers, rows, Tail(items.view("<i4"), times.view("<i8"), actions, offsets))
 
 
 def decode_rows(raw: RawRecords, spec: RecordSpec) -> NDArray[np.float32]:
     """Summaries of checked records as [B, K, d] float32."""
-    return dequantize_rows(raw.rows, spec.codec, spec.dim).reshape(len(raw.headers), spec.num_tokens, spec.dim)
+    count = len(raw.headers)
+    rows = np.ascontiguousarray(raw.rows).reshape(-1).reshape(count * spec.num_tokens, spec.row_bytes)
+    return dequantize_rows(rows, spec.codec, spec.dim).reshape(count, spec.num_tokens, spec.dim)
 
 
 def sum_of_checksums(records: Sequence[bytes | memoryview]) -> int:
@@ -257,41 +254,66 @@ def sum_of_checksums(records: Sequence[bytes | memoryview]) -> int:
     return int(np.frombuffer(checksums, "<u8").sum(dtype=np.uint64))
 
 
-def check_records(
-    views: Sequence[memoryview], keys: Sequence[bytes], spec: RecordSpec, rows: memoryview | None = None
-) -> NDArray[np.void]:
-    """Check a batch of stored values in place, as `read_records` does, and return copies of the headers.
+def check_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> None:
+    """Check a batch of stored values, as `read_records` does."""
+    _checked_copies(values, keys, spec)
 
-    `rows` takes all records' rows, end to end: copied on the way, while they are in the processor's cache.
-    """
-    lengths = np.fromiter(map(len, views), dtype=np.int64, count=len(views))
+
+class _Copies:
+    """Records copied end to end, with zeros for their checksums: an operation on all where Python's calls would cost
+    more than the bytes."""
+
+    def __init__(self, values: Sequence[bytes | memoryview], lengths: NDArray[np.int64]) -> None:
+        self.content = bytearray().join(values)
+        self.stops = np.cumsum(lengths)
+        self.starts = self.stops - lengths
+        self.alike = len(lengths) > 0 and bool((lengths == lengths[0]).all())
+        """Whether all are of one length: the usual case, where a rectangle is cut out at once."""
+        headers = self.cut(np.zeros_like(lengths), np.full_like(lengths, HEADER_BYTES)).reshape(-1).copy()
+        self.headers = headers.view(HEADER)
+        """[B], checksums as they were stored."""
+        if self.alike:
+            self._table()[:, CHECKSUM_OFFSET:HEADER_BYTES] = 0
+        else:
+            places = self.starts[:, None] + np.arange(CHECKSUM_OFFSET, HEADER_BYTES)
+            np.frombuffer(self.content, np.uint8)[places] = 0
+
+    def views(self) -> list[memoryview]:
+        """Of each record."""
+        view = memoryview(self.content)
+        return [view[start:stop] for start, stop in zip(self.starts.tolist(), self.stops.tolist(), strict=True)]
+
+    def cut(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Bytes first[b] to last[b] of each record b: [B, bytes], a view, where all are of one length; else flat."""
+        if self.alike:
+            return self._table()[:, int(first[0]) : int(last[0])]
+        view = memoryview(self.content)
+        bounds = zip((self.starts + first).tolist(), (self.starts + last).tolist(), strict=True)
+        return np.frombuffer(bytearray().join([view[start:stop] for start, stop in bounds]), np.uint8)
+
+    def _table(self) -> NDArray[np.uint8]:
+        return np.frombuffer(self.content, np.uint8).reshape(len(self.starts), -1)
+
+
+def _checked_copies(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> _Copies:
+    lengths = np.fromiter(map(len, values), dtype=np.int64, count=len(values))
     _check(lengths >= HEADER_BYTES, keys, lengths, "length", f"at least {HEADER_BYTES} bytes")
     _check(lengths <= MAX_RECORD_BYTES, keys, lengths, "length", f"at most {MAX_RECORD_BYTES} bytes")
-    header_bytes = b"".join([view[:HEADER_BYTES] for view in views])
-    headers = np.frombuffer(header_bytes, dtype=HEADER)
+    copies = _Copies(values, lengths)
+    headers = copies.headers
 
     def require(field: str, expected: Any) -> None:
         _check(headers[field] == expected, keys, headers[field], field, expected)
 
     template = _template(spec)
-    shared = np.frombuffer(header_bytes, np.uint8).reshape(-1, HEADER_BYTES)[:, _SHARED_BYTES]
+    shared = headers.view(np.uint8).reshape(-1, HEADER_BYTES)[:, _SHARED_BYTES]
     alike = bool((shared == np.frombuffer(template.tobytes(), np.uint8)[_SHARED_BYTES]).all())
     if not alike:  # One comparison for all in the usual case; by name where something differs.
         for field in ("magic", "format_version", "header_length"):
             require(field, template[field])
     require("payload_length", lengths - HEADER_BYTES)
-    blank = bytearray(header_bytes)
-    np.frombuffer(blank, HEADER)["checksum"] = 0
-    blanks, size, stop = memoryview(blank), spec.rows_bytes, HEADER_BYTES + spec.rows_bytes
-    copied = rows if (lengths >= stop).all() else None  # a record without its rows is refused below
-    checksums = []
-    for index, view in enumerate(views):
-        if copied is not None:
-            copied[size * index : size * index + size] = view[HEADER_BYTES:stop]
-        checksum = xxhash.xxh3_64(blanks[HEADER_BYTES * index : HEADER_BYTES * index + HEADER_BYTES])
-        checksum.update(view[HEADER_BYTES:])
-        checksums.append(checksum.intdigest())
-    require("checksum", np.array(checksums, dtype=np.uint64))
+    views = copies.views()
+    require("checksum", np.frombuffer(b"".join(map(xxhash.xxh3_64_digest, views)), ">u8"))
     if not alike:
         for field in _SHARED_FIELDS:
             if field != "summarizer_id":
@@ -299,21 +321,19 @@ def check_records(
         found = [row.tobytes().hex() for row in headers["summarizer_id"]]
         same = np.array(found) == spec.summarizer_id.hex()
         _check(same, keys, found, "summarizer_id", spec.summarizer_id.hex())
-    require("key_hash", np.array([xxhash.xxh3_64_intdigest(key) for key in keys], dtype=np.uint64))
+    require("key_hash", _key_hashes(keys))
     tail_bytes = lengths - HEADER_BYTES - spec.rows_bytes - spec.code_bytes
     require("tail_length", tail_bytes // TAIL_EVENT_BYTES)
     _check(tail_bytes % TAIL_EVENT_BYTES == 0, keys, lengths, "length", "whole tail events")
     if spec.key is not None:
         _check_codes(views, keys, spec.key)
-    return headers
+    return copies
 
 
 def _check_codes(views: Sequence[memoryview], keys: Sequence[bytes], key: bytes) -> None:
     for view, user in zip(views, keys, strict=True):
-        header = bytes(view[:CHECKSUM_OFFSET]) + _ZERO_CHECKSUM
-        if not hmac.compare_digest(
-            view[-CODE_BYTES:], record_code(key, user, header, [view[HEADER_BYTES:-CODE_BYTES]])
-        ):
+        code = record_code(key, user, bytes(view[:HEADER_BYTES]), [view[HEADER_BYTES:-CODE_BYTES]])
+        if not hmac.compare_digest(view[-CODE_BYTES:], code):
             raise RecordError(
                 f"the record of {_user_of(user)} was not written with this key, or was changed or moved since: its "
                 "authentication code is wrong. Do not serve it; find out who can write to the store, then refresh it"
@@ -327,8 +347,12 @@ def check_keys(keys: Sequence[bytes], values: Sequence[memoryview]) -> None:
         RecordError: a key is not the one that the record was written under.
     """
     found = np.array([int.from_bytes(value[_KEY_HASH_BYTES], "little") for value in values], dtype=np.uint64)
-    expected = np.array([xxhash.xxh3_64_intdigest(key) for key in keys], dtype=np.uint64)
+    expected = _key_hashes(keys)
     _check(found == expected, keys, found, "key_hash", expected)
+
+
+def _key_hashes(keys: Sequence[bytes]) -> NDArray[np.uint64]:
+    return np.frombuffer(b"".join(map(xxhash.xxh3_64_digest, keys)), ">u8")
 
 
 @lru_cache(maxsize=16)
