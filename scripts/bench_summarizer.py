@@ -35,7 +35,7 @@ from recorder import Recorder, benchmark_parser, interleaved, timing_of
 from vista.choices import Mixing, Precision
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories
-from vista.device import autocast, keep_freed_memory, set_threads
+from vista.device import keep_freed_memory, set_threads
 from vista.model import inference
 from vista.model.recommender import Recommender
 from workloads import lifelong_log, untrained
@@ -97,12 +97,13 @@ def measure(task: dict[str, Any]) -> dict[str, float]:
     for column in (history.item, history.timestamp, history.action):
         np.asarray(column).max()
     size = {name: task[name] for name in ("dim", "num_seeds", "num_layers")}
-    model, precision = untrained(log, **size, mixing=Mixing(task["mixing"])), Precision(task["precision"])
+    model = untrained(log, **size, mixing=Mixing(task["mixing"]))
     item_rows = model.item_rows(log.items.ids(np.arange(log.num_items))).astype(np.int32)
-    summarize(model, history.slice(0, 0, 10_000), item_rows, precision)
+    model = model.with_frozen("summarizer", Precision(task["precision"]))
+    summarize(model, history.slice(0, 0, 10_000), item_rows)
     Path("/proc/self/clear_refs").write_text("5")
     before, start = memory_gib("VmRSS"), time.perf_counter()
-    summary = summarize(model, history, item_rows, precision)
+    summary = summarize(model, history, item_rows)
     seconds = time.perf_counter() - start
     extra = memory_gib("VmHWM") - before
     empty = inference.summarize(model, history.slice(0, 0, 0))
@@ -110,12 +111,9 @@ def measure(task: dict[str, Any]) -> dict[str, float]:
     return {"seconds": seconds, "extra_gib": extra, "resident_gib": before}
 
 
-def summarize(
-    model: Recommender, history: Histories, item_rows: NDArray[np.int32], precision: Precision
-) -> torch.Tensor:
+def summarize(model: Recommender, history: Histories, item_rows: NDArray[np.int32]) -> torch.Tensor:
     """As the refresh does it."""
-    with autocast(precision, model.device):
-        return inference.summarize(model, dataclasses.replace(history, item=item_rows[history.item]))
+    return inference.summarize(model, dataclasses.replace(history, item=item_rows[history.item]))
 
 
 def in_fresh_processes(task: dict[str, Any], repeats: int) -> list[dict[str, float]]:
@@ -137,7 +135,7 @@ def floor_seconds(case: Case, num_events: int, num_heads: int = 4) -> float:
     dtypes = (torch.float32,) if precise else (torch.float32, torch.bfloat16)
 
     def product(n: int, k: int) -> float:
-        return matmul_floor(FLOOR_ROWS, n, k, dtypes=dtypes)
+        return matmul_floor(FLOOR_ROWS, n, k, dtypes=dtypes, weights=True)
 
     key_value, feed_forward = product(2 * dim, dim), product(4 * dim, dim) + product(dim, 2 * dim)
     written = key_value + matmul_floor(head_dim, head_dim, FLOOR_ROWS, count=num_heads, dtypes=dtypes)

@@ -192,9 +192,27 @@ def products(
     return works
 
 
-def matmul_floor(m: int, n: int, k: int, *, count: int = 1, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> float:
-    """Seconds of `count` products [m, k] @ [k, n], the least that work of 2·m·n·k·count operations can take here."""
-    work = fastest(products(m, n, k, count=count, dtypes=dtypes, batches=tuple({1, count})))
+def packed_products(m: int, n: int, k: int, *, count: float = 1, dtypes: Sequence[torch.dtype]) -> list[Work]:
+    """Products [m, k] @ [k, n] with weights, which can be laid out beforehand (`vista.model.frozen`)."""
+    works = []
+    for dtype in dtypes:
+        x, weight = (torch.randn(size, k).to(dtype) for size in (m, n))
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        call = partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")
+        works.append(Work(call, count, f"1 x [{m}, {k}] @ packed [{k}, {n}] {str(dtype).split('.')[1]}"))
+    return works
+
+
+def matmul_floor(
+    m: int, n: int, k: int, *, count: int = 1, dtypes: Sequence[torch.dtype] = (torch.float32,), weights: bool = False
+) -> float:
+    """Seconds of `count` products [m, k] @ [k, n], the least that work of 2·m·n·k·count operations can take here.
+
+    Args:
+        weights: the right matrix is constant.
+    """
+    works = products(m, n, k, count=count, dtypes=dtypes, batches=tuple({1, count}))
+    work = fastest([*works, *(packed_products(m, n, k, count=count, dtypes=dtypes) if weights else [])])
     return work.times * interleaved({"product": work.call})["product"].median_s
 
 

@@ -19,6 +19,7 @@ import torch
 
 from recorder import Recorder, interleaved
 from store_workloads import RECORDS_PER_WRITE, RawLmdb, served, user_values
+from vista.choices import Precision
 from vista.data.event_log import EventLog
 from vista.model.incremental import range_states, reach
 from vista.model.summary_state import merge
@@ -105,6 +106,7 @@ class Grown:
     def __init__(self, folder: Path, length: int, num_users: int, num_items: int, num_stores: int) -> None:
         log = lifelong_log(folder / "log", [length] * num_users, num_items=num_items)
         self.model = untrained(log, dim=64, num_seeds=32)
+        self.frozen = self.model.with_frozen("summarizer", Precision.float32)
         full = refresh(self.model, log, folder / "store")
         self.full_s = full.seconds
         self.log = append_events(log, np.arange(num_users) + 1)
@@ -125,8 +127,8 @@ class Grown:
         summarizer = self.model.summarizer
         assert summarizer is not None
         with torch.inference_mode():
-            state = merge(self.state, range_states(self.model, self.rows, self.context), summarizer.decay_rate)
-            read_summaries(self.model, state)
+            state = merge(self.state, range_states(self.frozen, self.rows, self.context), summarizer.decay_rate)
+            read_summaries(self.frozen, state)
         self.raw.put(self.keys, self.states)
 
     def _prepare_floor(self) -> None:

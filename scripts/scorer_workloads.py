@@ -22,12 +22,11 @@ import torch
 from numpy.typing import NDArray
 
 import scorer_worker
-from floors import CHUNKS, Floor, Work, copying, fastest, product_dtypes, products
+from floors import CHUNKS, Floor, Work, copying, fastest, packed_products, product_dtypes, products
 from scorer_worker import Answer, Opening, Order, private_dirty_bytes
 from vista.choices import Precision
 from vista.config import ModelConfig
 from vista.data.event_log import EventLog
-from vista.device import autocast
 from vista.model import inference
 from vista.model.recommender import Recommender
 from vista.refresh import refresh
@@ -105,11 +104,14 @@ def scorer_floor(config: ModelConfig, num_users: int, num_candidates: int, preci
 def row_product(
     rows: int, n: int, k: int, dtypes: tuple[torch.dtype, ...], *, count: int = 1, batches: tuple[int, ...] = (1,)
 ) -> Work:
-    """`count` products [rows, k] @ [k, n] in the fastest form, all rows at a time or in chunks."""
+    """`count` products [rows, k] @ [k, n] in the fastest form, all rows at a time or in chunks; one at a time they are
+    with weights."""
     tried = []
     for chunk in (rows, *(chunk for chunk in CHUNKS if chunk < rows)):
         several = tuple(dict.fromkeys(batches))
         tried += products(chunk, n, k, count=count * rows / chunk, dtypes=dtypes, batches=several)
+        if several == (1,):
+            tried += packed_products(chunk, n, k, count=count * rows / chunk, dtypes=dtypes)
     return fastest(tried)
 
 
@@ -121,12 +123,11 @@ def recomputed_summaries(world: World, precision: Precision) -> Callable[[Sequen
 
     It gives what a store that was refreshed this moment in float32 would, for users who are all in the log.
     """
-    model, log, items = world.model, world.log, LogItems.of(world.model, world.log)
+    model, log, items = world.model.with_frozen("summarizer", precision), world.log, LogItems.of(world.model, world.log)
 
     def get_many(user_ids: Sequence[int]) -> StoredBatch:
         histories = items.model_rows(log.gather(log.users.rows(user_ids)))
-        with autocast(precision, model.device):
-            summary = inference.summarize(model, histories).numpy()
+        summary = inference.summarize(model, histories).numpy()
         count = histories.num_users
         return StoredBatch(
             found=np.ones(count, bool),

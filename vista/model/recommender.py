@@ -11,18 +11,19 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vista.choices import Activation, Mixing
+from vista.choices import Activation, Mixing, Precision
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config_dict import to_dict
 from vista.data.cuts import Batch
 from vista.data.gaps import UNKNOWN_GAP
 from vista.data.vocabulary import Vocabulary
+from vista.model.frozen import frozen
 from vista.model.item_projections import save_item_projections
 from vista.model.losses import reconstruction_loss, sampled_softmax, task_losses
 from vista.model.ranking_model import Losses, RankingModel, Schema
@@ -208,19 +209,16 @@ class Recommender(RankingModel):
         shorter.load_state_dict(weights)
         return shorter.to(self.device).train(self.training)
 
-    def multiplying_in(self, dtype: torch.dtype) -> Recommender:
-        """The same model, for serving: stage 2 and its heads hold their matrices in `dtype`; all else is shared.
+    def with_frozen(self, part: Literal["summarizer", "target_attention"], precision: Precision) -> Recommender:
+        """The same model, for inference: shares all but one stage, which is `frozen` and multiplies in `precision`.
 
-        `torch.autocast` converts a weight at every use where there are no gradients: at one user and 500 candidates a
-        tenth of the request.
+        What training changes later does not reach that stage.
         """
         other = copy.copy(self)
         other._modules = dict(self._modules)
-        other.target_attention = copy.deepcopy(self.target_attention)
-        other.task_head = copy.deepcopy(self.task_head)
-        for module in (*other.target_attention.modules(), other.task_head):
-            if isinstance(module, nn.Linear):
-                module.to(dtype)
+        dtype = torch.bfloat16 if precision is Precision.bfloat16 else torch.float32
+        if (stage := getattr(self, part)) is not None:
+            setattr(other, part, frozen(stage, dtype))
         return other
 
     # Files -----------------------------------------------------------------------------------------------------------

@@ -66,11 +66,11 @@ class TargetLayer(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [..., M] -> query, gate, key and value, [..., M] each."""
-        return linear_parts(self.norm(x), self.projections.weight, 4)
+        return linear_parts(self.norm(x), self.projections, 4)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, N, M] -> keys and values [B, H, N, D] alone: all that a context needs of the last layer."""
-        key, value = linear_parts(self.norm(x), self.projections.weight[-2 * x.shape[-1] :], 2)
+        key, value = linear_parts(self.norm(x), self.projections, 4, first=2)
         return self.heads(key), self.heads(value)
 
     def heads(self, x: Tensor) -> Tensor:

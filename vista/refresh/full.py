@@ -13,7 +13,7 @@ from vista.choices import Codec, Precision, StateDtype
 from vista.data.event_log import EventLog
 from vista.data.histories import token_groups
 from vista.data.splits import Until, parse_until, visible_counts
-from vista.device import autocast, choose_precision
+from vista.device import choose_precision
 from vista.model import inference
 from vista.model.incremental import history_states
 from vista.model.recommender import Recommender
@@ -78,7 +78,7 @@ def refresh(
     users = np.flatnonzero(counts)
     if shard is not None:
         users = users[shard.holds(user_keys(log.users.ids(users)))]
-    items = LogItems.of(model, log)
+    items, frozen = LogItems.of(model, log), model.with_frozen("summarizer", precision)
     keep = has_states(model) and limit == Until()
     config = model.config
     with StoreWriter.open(
@@ -109,12 +109,12 @@ def refresh(
                     histories = log.gather(rows, counts[rows])
                     model_rows, digests = items.model_rows(histories), items.digests(histories)
                 arrays = None
-                with run.stage("summarize"), autocast(precision, model.device):
+                with run.stage("summarize"):
                     if writer.state_spec is None:
-                        summary = inference.summarize(model, model_rows).cpu().numpy()
+                        summary = inference.summarize(frozen, model_rows).cpu().numpy()
                     else:
-                        states = history_states(model, model_rows)
-                        summary, arrays = read_summaries(model, states), to_arrays(states, log.last_segment, digests)
+                        states = history_states(frozen, model_rows)
+                        summary, arrays = read_summaries(frozen, states), to_arrays(states, log.last_segment, digests)
                 with run.stage("encode"):
                     encoded.extend(
                         encode_users(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.choices import Decay
+from vista.choices import Decay, Precision
 from vista.data.event_log import EventLog
 from vista.data.histories import token_groups
 from vista.errors import ConfigError, StoreError
@@ -100,7 +100,8 @@ def refresh_incremental(
             changed = changed[shard.holds(user_keys(log.users.ids(changed)))]
         run = Recorder(store, "incremental", len(changed), 0, progress=progress)
         run.counts["removed"] += gone
-        work = _Work(model, log, LogItems.of(model, log), update, tokens_per_batch, run)
+        frozen = model.with_frozen("summarizer", Precision.float32)
+        work = _Work(frozen, log, LogItems.of(model, log), update, tokens_per_batch, run)
         for begin in range(0, len(changed), users_per_batch):
             batch = changed[begin : begin + users_per_batch]
             work.batch(batch)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vista.choices import Precision
 from vista.data.gaps import NUM_GAPS
-from vista.device import autocast
 from vista.model import attribution, inference
 from vista.model.attribution import Shares
 from vista.model.inference import ROW_TILE
@@ -84,7 +83,7 @@ class Served:
         self.calls: set[object] = set()
         """One for each call that reads this now (`Scorer`)."""
         # Of weights alone, so once:
-        self._scoring = model if precision is Precision.float32 else model.multiplying_in(torch.bfloat16)
+        self._scoring = model.with_frozen("target_attention", precision)
         self._seen = torch.full((1,), model.config.tail_len, device=model.device)
         stage = model.target_attention
         with torch.inference_mode():
@@ -95,8 +94,7 @@ class Served:
 
     def context(self, request: Request) -> tuple[Context, Tensor | None]:
         """Keys and values of a request, and int64 [B, 1] gap buckets of its time (or None)."""
-        with autocast(self.precision, self.model.device):
-            context = inference.request_context(self._scoring, request.summary, request.tail, self._masks)
+        context = inference.request_context(self._scoring, request.summary, request.tail, self._masks)
         return context, inference.request_bucket(self.model, request.now, request.tail)
 
     def user_vectors(self, request: Request) -> Tensor:
@@ -200,9 +198,8 @@ class Served:
 
     def _user_vectors(self, context: Context, bucket: Tensor | None) -> Tensor:
         gap = None if bucket is None else self.model.encoder.gap_vectors(bucket)
-        with autocast(self.precision, self.model.device):
-            vectors: Tensor = inference.user_vectors(self._scoring, context, gap).float()
-            return vectors
+        vectors: Tensor = inference.user_vectors(self._scoring, context, gap)
+        return vectors
 
     @torch.inference_mode()
     def _logits(
@@ -223,8 +220,7 @@ class Served:
                 vectors = vectors + moment[users, :, :dim]
                 summed = torch.empty(projections.shape, dtype=dtype, device=model.device)
                 projections = torch.add(projections, moment[users, :, dim:], out=summed)  # and converted, in one pass
-            with autocast(self.precision, model.device):
-                logits = model.candidate_logits(vectors, None, self._seen, some, projections, self._biases).float()
+            logits = model.candidate_logits(vectors, None, self._seen, some, projections, self._biases)
             yield (users, columns), logits[:, : columns.stop - columns.start]
 
     @torch.inference_mode()

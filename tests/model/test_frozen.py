@@ -1,0 +1,108 @@
+"""Frozen linear maps are the maps that they were, in whatever layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vista.model import frozen as frozen_module
+from vista.model.frozen import FrozenLinear, frozen, packs
+from vista.model.layers import FeedForward, linear_parts
+
+CPU = torch.device("cpu")
+UNIT = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7}
+"""Of the largest output: rounding of inputs, weights and result."""
+
+
+@pytest.fixture(params=[True, False], ids=["packed", "plain"])
+def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either layout, on every processor: oneDNN takes packed weights on all of them, if not always as fast."""
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch without oneDNN")
+    monkeypatch.setattr(frozen_module, "packs", lambda dtype, device: request.param)
+
+
+def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
+    torch.manual_seed(inputs + outputs)
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+@pytest.mark.usefixtures("packed")
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_frozen_map_is_the_map(dtype: torch.dtype, bias: bool) -> None:
+    one = linear(24, 40, bias=bias)
+    for shape in ((3, 24), (2, 5, 24), (0, 24), (1, 1, 24)):
+        x = torch.randn(shape)
+        with torch.inference_mode():
+            found, expected = FrozenLinear(one, dtype)(x), one(x)
+        assert found.dtype is dtype and found.shape == expected.shape
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=8 * UNIT[dtype])
+
+
+@pytest.mark.usefixtures("packed")
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+def test_parts_are_those_of_the_whole(dtype: torch.dtype) -> None:
+    one, x = linear(16, 32), torch.randn(2, 9, 16)
+    with torch.inference_mode():
+        whole = F.linear(x, one.weight).chunk(4, -1)
+        for first in (0, 2, 3):
+            found = linear_parts(x, FrozenLinear(one, dtype), 4, first)
+            trained = linear_parts(x, one, 4, first)
+            assert len(found) == len(trained) == 4 - first
+            for part, other, expected in zip(found, trained, whole[first:], strict=True):
+                torch.testing.assert_close(part.float(), expected, rtol=0, atol=8 * UNIT[dtype])
+                torch.testing.assert_close(other, expected)
+
+
+@pytest.mark.usefixtures("packed")
+def test_training_does_not_reach_a_frozen_copy() -> None:
+    block = FeedForward(8, 2.0, 0.0).eval()
+    x = torch.randn(5, 8)
+    with torch.inference_mode():
+        copy = frozen(block, torch.float32)
+        before = copy(x)
+        torch.testing.assert_close(before, block(x), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.mul_(2)
+    with torch.inference_mode():
+        assert torch.equal(copy(x), before)
+        assert not torch.allclose(block(x), before)
+    assert not any(parameter.requires_grad for parameter in copy.parameters())
+
+
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+def test_a_packed_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    if not packs(dtype, CPU):
+        pytest.skip("not packed on this processor")
+    one, x = FrozenLinear(linear(64, 96), dtype), torch.randn(100, 64)
+    with torch.inference_mode():
+        every = one(x)
+        for count in (1, 2, 3, 7, 50, 99):
+            assert torch.equal(one(x[:count]), every[:count])
+            assert torch.equal(one(x[-count:].contiguous()), every[-count:])
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "chosen"),
+    [
+        ("AMD EPYC", {"avx512_f"}, {torch.float32}),
+        ("AMD EPYC", {"avx512_f", "avx512_bf16"}, {torch.float32, torch.bfloat16}),
+        ("AMD EPYC", set(), set()),
+        ("Intel(R) Xeon(R)", {"avx512_f", "avx512_bf16", "amx_bf16"}, {torch.bfloat16}),
+    ],
+)
+def test_what_is_packed_follows_the_processor(
+    name: str, flags: set[str], chosen: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, **dict.fromkeys(flags, True)})
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            packs.cache_clear()
+            assert packs(dtype, CPU) is (dtype in chosen)
+    finally:
+        packs.cache_clear()
+    assert not packs(torch.float32, torch.device("meta"))
