@@ -276,10 +276,11 @@ class TestInterrupt:
     def test_refresh_goes_on(self, copied: Served, tmp_path: Path, fails: Fails, monkeypatch: Any, capsys: Any) -> None:
         put = StoreWriter.put_batch
 
-        def put_and_interrupt(writer: StoreWriter, keys: Any, records: Any, cursor: int, states: Any) -> None:
-            put(writer, keys, records, cursor, states)
+        def put_and_interrupt(writer: StoreWriter, keys: Any, records: Any, cursor: int, states: Any) -> int:
+            written = put(writer, keys, records, cursor, states)
             if cursor == 12:
                 os.kill(os.getpid(), signal.SIGINT)
+            return written
 
         places = [f"data={copied.log.path}", f"model={copied.model_dir}", f"store={tmp_path / 'new'}"]
         words = ["refresh", *places, "users_per_batch=4", "progress=false"]

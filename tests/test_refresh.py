@@ -262,9 +262,10 @@ log, model, chance = EventLog.open(log_path), Recommender.from_pretrained(model)
 put, publish, pipe = StoreWriter.put_batch, StoreWriter.publish, None
 
 def put_and_tell(writer, keys, records, cursor, states):
-    put(writer, keys, records, cursor, states)
+    written = put(writer, keys, records, cursor, states)
     if pipe is not None:
         os.write(pipe[1], b"b")
+    return written
 
 def publish_and_tell(writer):
     if pipe is not None:
@@ -339,10 +340,11 @@ def test_an_interrupt_between_batches_leaves_what_the_next_run_resumes(
 
     def put_and_interrupt(
         writer: StoreWriter, keys: list[bytes], records: list[bytes], cursor: int, states: list[bytes]
-    ) -> None:
-        put(writer, keys, records, cursor, states)
+    ) -> int:
+        written = put(writer, keys, records, cursor, states)
         if cursor == 8:
             os.kill(os.getpid(), signal.SIGINT)
+        return written
 
     with monkeypatch.context() as patch:
         patch.setattr(StoreWriter, "put_batch", put_and_interrupt)

@@ -179,7 +179,7 @@ class TestPolicies:
             assert len(ranking.items) == 0 and ranking.num_dropped == served.log.num_items
         with Scorer.open(served.model, served.store, on_missing=OnMissing.error) as strict:
             with pytest.raises(
-                UnknownUserError, match=r"users \[999, 5\] have no record in .*refresh it, or on_missing"
+                UnknownUserError, match=r"users \[999, 5\] have no record in .*refresh it .*, or on_missing"
             ):
                 strict.score([100, 999, 5], ITEMS)
             assert strict.score([100], ITEMS).shape == (1, 6)

@@ -261,6 +261,10 @@ class TestCommand:
         scores = scorer.score([103, 100], [0, 390])
         assert lines[0] == "task next, generation 1"
         assert lines[1] == f"user 103: 0 {scores[0, 0]:.4f}, 390 {scores[0, 1]:.4f}" and len(lines) == 3
+        moment = {"now": "2024-05-01T12:00"}
+        asked = score_from_config(self.settings(served, users=["103"], candidates=["0"], **moment)).splitlines()
+        then = scorer.score([103], [0], now=1_714_564_800_000)[0, 0]
+        assert asked[1] == f"user 103: 0 {then:.4f}"
         best = scorer.rank(103, top_k=2).items.tolist()
         words = score_from_config(self.settings(served, users=["103"], top_k=2)).splitlines()[1].split()
         assert [words[2], words[4]] == [str(item) for item in best]
@@ -272,6 +276,7 @@ class TestCommand:
             ({"users": ["nobody"]}, r"users: ids are integers here, got nobody"),
             ({"users": ["100"], "candidates": ["x"]}, r"candidates: ids are integers here, got x"),
             ({"users": ["100"], "candidates": [str(10**20)]}, r"candidates: ids are integers here, got 1000"),
+            ({"users": ["100"], "now": "noon"}, r"time 'noon': write an ISO date or time"),
         ],
     )
     def test_bad_ids_end_in_a_line(self, served: Served, changes: dict[str, Any], message: str) -> None:

@@ -365,6 +365,8 @@ class ScoreConfig:
     """Item ids; empty ranks the whole catalogue."""
     top_k: int = 10
     """Items to list a user, where no candidates are given."""
+    now: str | None = None
+    """Time of the request, an ISO date or time (UTC) or ms; null leaves it unknown."""
     on_missing: OnMissing = OnMissing.empty
     device: str = "auto"
     num_threads: int = 0

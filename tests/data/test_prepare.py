@@ -174,8 +174,12 @@ def test_a_log_without_times_counts(tmp_path: Path) -> None:
 def test_actions_are_added_by_later_segments(tmp_path: Path) -> None:
     first = write_csv(tmp_path / "a.csv", [(1, 1, 1, "view"), (1, 2, 2, "buy")], "user,item,timestamp,kind")
     later = write_csv(tmp_path / "b.csv", [(1, 3, 3, "add"), (1, 4, 4, "view")], "user,item,timestamp,kind")
-    run(tmp_path / "log", [first], action="kind")
-    run(tmp_path / "log", [later], append=True, action="kind")
+    old = "all times lie before 1971: check events.time_unit (seconds read as milliseconds look so)"
+    assert run(tmp_path / "log", [first], action="kind").warnings == [old]
+    warned = run(tmp_path / "log", [later], append=True, action="kind").warnings
+    assert warned[1:] == [
+        "the log had no action add so far: models trained before refuse the log, so train anew before the next refresh"
+    ]
     log = EventLog.open(tmp_path / "log")
     assert log.actions == ["buy", "view", "add"]
     assert log[1].action.tolist() == [1, 0, 2, 1]

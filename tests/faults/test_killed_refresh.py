@@ -29,10 +29,11 @@ def run_refresh(say: Say, log: str, model: str, store: str, codec: str) -> int:
     """
     put, publish = StoreWriter.put_batch, StoreWriter.publish
 
-    def put_and_tell(writer: StoreWriter, keys: Any, records: Any, cursor: int, states: Any) -> None:
+    def put_and_tell(writer: StoreWriter, keys: Any, records: Any, cursor: int, states: Any) -> int:
         say("begin")
-        put(writer, keys, records, cursor, states)
+        written = put(writer, keys, records, cursor, states)
         say("ack")
+        return written
 
     def publish_and_tell(writer: StoreWriter) -> Any:
         say("publish")

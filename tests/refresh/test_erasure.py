@@ -62,7 +62,8 @@ def test_no_byte_is_left_after_compaction(tmp_path: Path, grow: SimpleNamespace,
     erase_users(log.path, gone[:50])
     log = EventLog.open(log.path)
     refresh_incremental(model, log, store)
-    refresh(model, log, store)
+    counts = refresh(model, log, store).counts
+    assert (counts["written"], counts["erased"]) == (200, 50)
     with SummaryStore.open(store) as opened:
         assert len(opened) == 200 and not opened.get_many(gone).found.any()
 
@@ -184,6 +185,9 @@ def test_from_the_command_line(tmp_path: Path, grow: SimpleNamespace) -> None:
     text = erase_from_config(config)
     assert "1 of 1 users had a record" in text and "vista store compact" in text
     assert EventLog.open(log.path).lengths.tolist() == [3, 0]
+    assert "check the ids" not in text
+    config.users, config.data = ["1", "11"], None
+    assert "No refresh will write any of the 2: check the ids, of which 1 had none" in erase_from_config(config)
     config.users = []
     with pytest.raises(ConfigError, match="users: name at least one"):
         erase_from_config(config)

@@ -82,6 +82,18 @@ def test_each_file_once(tmp_path: Path, grow: SimpleNamespace, watched: WatchCon
     assert (again.files, again.refreshes) == (0, [])
 
 
+def test_a_file_of_the_future_is_named_once_and_waits(
+    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    watching = Watch(watched)
+    path = arrive(tmp_path / "incoming", "a.csv", grow.events({1: 2}, grow.start + 500 * grow.hour), age_s=-3600)
+    for _ in range(2):
+        assert watching.look().files == 0
+    assert caplog.text.count("in the future, and waits until then") == 1 and "a.csv" in caplog.text
+    os.utime(path, (time.time() - 60,) * 2)
+    assert watching.look().files == 1
+
+
 def test_a_bad_file_holds_up_no_other(
     tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -313,6 +313,11 @@ def _write(
     warnings = []
     if last_ms is not None and last_ms < _YEAR_1971_MS:
         warnings.append("all times lie before 1971: check events.time_unit (seconds read as milliseconds look so)")
+    if log and (new := actions[len(log.actions) :]):
+        warnings.append(
+            f"the log had no action {', '.join(new)} so far: models trained before refuse the log, so train anew "
+            "before the next refresh"
+        )
     return {
         "num_users": len(users),
         "num_items": len(items),

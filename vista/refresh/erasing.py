@@ -52,6 +52,10 @@ def erase_from_config(config: StoreEraseConfig) -> str:
         f"{config.store}: {count} of {len(users)} users had a record; readers miss them from now on. Their bytes are "
         f"in free pages until `vista store compact store={config.store}`"
     ]
+    if count < len(users):
+        lines.append(
+            f"No refresh will write any of the {len(users)}: check the ids, of which {len(users) - count} had none"
+        )
     if config.data is not None:
         lines.append(str(erase_users(config.data, users)))
     return "\n".join(lines)

@@ -132,8 +132,9 @@ def refresh(
                     )
             run.check_failures()
             with run.stage("write"):
-                writer.put_batch(encoded.keys, encoded.records, begin + len(batch), encoded.states)
-            run.counts["written"] += len(encoded.keys)
+                written = writer.put_batch(encoded.keys, encoded.records, begin + len(batch), encoded.states)
+            run.counts["written"] += written
+            run.counts["erased"] += len(encoded.keys) - written
             run.batch(writer.generation, len(batch), int(counts[batch].sum()))
         with run.stage("publish"):
             writer.publish()

@@ -131,7 +131,10 @@ def merge(
                 encoded, num_events = _encoded(model, writer, keys, whole, run)
             run.check_failures()
             with run.stage("write"):
-                writer.put_batch(encoded.keys, encoded.records, writer.cursor + len(batch), encoded.states)
+                cursor = writer.cursor + len(batch)
+                written = writer.put_batch(encoded.keys, encoded.records, cursor, encoded.states)
+            run.counts["written"] += written
+            run.counts["erased"] += len(encoded.keys) - written
             run.batch(writer.generation, len(batch), num_events)
         with run.stage("publish"):
             writer.publish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vista.config import ScoreConfig
+from vista.data.splits import parse_time
 from vista.data.vocabulary import ids_of_words
 from vista.device import cpu_settings
 from vista.errors import ConfigError
@@ -15,7 +16,7 @@ def score_from_config(config: ScoreConfig) -> str:
     """`vista score`: a table of users and items as text.
 
     Raises:
-        ConfigError: no user is named, or an id is text where the store's or the model's are integers.
+        ConfigError: no user is named, `now` is no time, or an id is text where the store's or the model's are integers.
     """
     if not config.users:
         raise ConfigError("users: name at least one, such as users=[1,2]")
@@ -29,6 +30,7 @@ def score_from_config(config: ScoreConfig) -> str:
             key=read_key(config.authentication_key_file),
         ) as scorer,
     ):
+        now = None if config.now is None else parse_time(config.now)
         users = ids_of_words(config.users, "users", scorer.store.manifest.user_kind)
         candidates = ids_of_words(config.candidates, "candidates", scorer.model.items.kind)
         lines = [f"task {scorer.task}, generation {scorer.store.generation}"]
@@ -37,9 +39,9 @@ def score_from_config(config: ScoreConfig) -> str:
         items = [str(item) if known[i] else f"{item} (unknown)" for i, item in enumerate(candidates)]
         for user, has_record in zip(users, found, strict=True):
             if candidates:
-                pairs = zip(items, scorer.score([user], candidates)[0].tolist(), strict=True)
+                pairs = zip(items, scorer.score([user], candidates, now=now)[0].tolist(), strict=True)
             else:
-                ranking = scorer.rank(user, top_k=config.top_k)
+                ranking = scorer.rank(user, top_k=config.top_k, now=now)
                 pairs = zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True)
             name = f"user {user}" if has_record else f"user {user} (no record)"
             lines += [f"{name}: " + ", ".join(f"{item} {score:.4f}" for item, score in pairs)]

@@ -97,8 +97,12 @@ class GenerationFiles:
         records: Sequence[bytes],
         states: Sequence[bytes],
         meta: Mapping[bytes, bytes],
-    ) -> None:
-        """Write a batch durably, without the erased users: states first, then records, manifest and `meta` at once."""
+    ) -> int:
+        """Write a batch durably, without the erased users: states first, then records, manifest and `meta` at once.
+
+        Returns:
+            How many were written.
+        """
         if (self.state is not None) != bool(states) and keys:
             raise ValueError(f"{len(states)} states for {len(keys)} records of {self.path}")
 
@@ -108,7 +112,7 @@ class GenerationFiles:
                 if not gone:
                     transaction.put(key, state)
 
-        def put_records(transaction: lmdb.Transaction[memoryview]) -> Manifest:
+        def put_records(transaction: lmdb.Transaction[memoryview]) -> tuple[Manifest, int]:
             # An erasure that began earlier is seen here; a later one deletes once this transaction has ended.
             erased = tombstones.erased(keys)
             kept = [place for place, gone in enumerate(erased) if not gone]
@@ -119,11 +123,13 @@ class GenerationFiles:
             )
             for key, value in meta.items():
                 transaction.put(key, value)
-            return self._put_manifest(transaction, manifest)
+            return self._put_manifest(transaction, manifest), len(kept)
 
         if self.state is not None and keys:
             self._write(self.state, put_states)
-        self.manifest = self._write(self.summary, put_records)
+        count: int
+        self.manifest, count = self._write(self.summary, put_records)
+        return count
 
     def remove(self, keys: Sequence[bytes]) -> int:
         """Remove users durably, wherever they are; returns how many had a record."""

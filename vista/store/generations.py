@@ -152,10 +152,8 @@ class StoreWriter:
 
     def put_batch(
         self, keys: Sequence[bytes], records: Sequence[bytes], cursor: int, states: Sequence[bytes] = ()
-    ) -> None:
+    ) -> int:
         """Write a batch and the cursor, durably: after it returns, a kill or power loss keeps both.
-
-        Erased users are left out.
 
         Args:
             keys: from `vista.store.keys.user_keys`.
@@ -163,14 +161,18 @@ class StoreWriter:
             cursor: users done after this batch; those without a record count too.
             states: from `encode_states` with `state_spec`, one a key, where states are kept.
 
+        Returns:
+            How many were written: erased users are left out.
+
         Raises:
             StoreError: the cursor has not moved, and the batch has to be written again (disk full, input/output
                 error); the message has the remedy.
         """
         if len(keys) != len(records) or not self._cursor <= cursor <= self.manifest.total_users:
             raise ValueError(f"{len(keys)} keys, {len(records)} records, cursor {self._cursor} -> {cursor}")
-        self._files.put(self._tombstones, keys, records, states, {CURSOR_KEY: b"%d" % cursor})
+        written = self._files.put(self._tombstones, keys, records, states, {CURSOR_KEY: b"%d" % cursor})
         self._cursor, self.manifest = cursor, self._files.manifest
+        return written
 
     def publish(self) -> Manifest:
         """Check every record, mark the generation complete, flip CURRENT, remove all but this and the one before.
