@@ -89,12 +89,12 @@ def scorer_floor(config: ModelConfig, num_users: int, num_candidates: int, preci
 
     def mixing(rows: int) -> list[Work]:
         shapes = ((dim, dim), (2 * hidden, dim), (dim, hidden))
-        return [row_product(rows, n, k, dtypes) for n, k in shapes]
+        return [row_product(rows, n, k, dtypes, weights=True) for n, k in shapes]
 
     context, queries = num_users * keys, num_users * num_candidates
-    last = [row_product(context, 2 * dim, dim, dtypes)]
-    inner = [row_product(context, 4 * dim, dim, dtypes), *attention(seeds, seeds), *attention(tail, keys)]
-    inner += [*mixing(context), row_product(queries, 4 * dim, dim, dtypes)]
+    last = [row_product(context, 2 * dim, dim, dtypes, weights=True)]
+    inner = [row_product(context, 4 * dim, dim, dtypes, weights=True), *attention(seeds, seeds), *attention(tail, keys)]
+    inner += [*mixing(context), row_product(queries, 4 * dim, dim, dtypes, weights=True)]
     each = [*attention(num_candidates, keys), *mixing(queries)]
     works = [*last, *(work.scaled(layers - 1) for work in inner), *(work.scaled(layers) for work in each)]
     return Floor(copying(5 * queries * dim * dtype.itemsize), tuple(works))
@@ -102,15 +102,25 @@ def scorer_floor(config: ModelConfig, num_users: int, num_candidates: int, preci
 
 @cache
 def row_product(
-    rows: int, n: int, k: int, dtypes: tuple[torch.dtype, ...], *, count: int = 1, batches: tuple[int, ...] = (1,)
+    rows: int,
+    n: int,
+    k: int,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    count: int = 1,
+    batches: tuple[int, ...] = (1,),
+    weights: bool = False,
 ) -> Work:
-    """`count` products [rows, k] @ [k, n] in the fastest form, all rows at a time or in chunks; one at a time they are
-    with weights."""
+    """`count` products [rows, k] @ [k, n] in the fastest form, all rows at a time or in chunks.
+
+    Args:
+        weights: the right matrix is constant.
+    """
     tried = []
     for chunk in (rows, *(chunk for chunk in CHUNKS if chunk < rows)):
         several = tuple(dict.fromkeys(batches))
         tried += products(chunk, n, k, count=count * rows / chunk, dtypes=dtypes, batches=several)
-        if several == (1,):
+        if weights:
             tried += packed_products(chunk, n, k, count=count * rows / chunk, dtypes=dtypes)
     return fastest(tried)
 

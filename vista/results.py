@@ -209,7 +209,7 @@ def hardware() -> dict[str, Any]:
 
     Returns:
         {cpu, cores (those this process may use), flags (vector units), memory_gib, gpu (or None), platform, python,
-        torch, numpy, threads (of torch)}.
+        torch, numpy, threads (of torch)}; rows of scripts/reproduce.py add precision (of training).
     """
     import numpy  # here, so that printing a table needs neither
     import torch

@@ -101,12 +101,12 @@ def _direct(
     context_mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Return o by products in q's dtype and a float32 softmax, whose weights are kept for torch's own backward."""
+    """Return o by products in q's dtype and a float32 softmax: in buffers, or kept for torch's own backward."""
     added = torch.zeros((), device=q.device) if bias is None else bias.float()
     if context_mask is not None:
         added = added + torch.where(context_mask, 0.0, sdpa.HIDDEN)[:, None, None]
     k = k.contiguous()  # as a view of all heads' tokens its transpose would be copied, at several times the cost
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > sdpa.BUFFERED_SCORES:
         own = (q.float() * own_k).sum(-1) * scale
         own = own if own_bias is None else own + own_bias
         scores = torch.add(added, q @ k.transpose(-1, -2), alpha=scale)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vista.choices import Precision
 from vista.model import frozen as frozen_module
+from vista.model import inference
 from vista.model.frozen import FrozenLinear, frozen, packs
 from vista.model.layers import FeedForward, linear_parts
 
@@ -45,16 +51,18 @@ def test_a_frozen_map_is_the_map(dtype: torch.dtype, bias: bool) -> None:
 @pytest.mark.usefixtures("packed")
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
 def test_parts_are_those_of_the_whole(dtype: torch.dtype) -> None:
-    one, x = linear(16, 32), torch.randn(2, 9, 16)
-    with torch.inference_mode():
-        whole = F.linear(x, one.weight).chunk(4, -1)
-        for first in (0, 2, 3):
+    one = linear(16, 32)
+    for shape, first in itertools.product(((2, 9, 16), (0, 16), (3, 0, 16), (1, 16)), (0, 2, 3)):
+        x = torch.randn(shape)
+        with torch.inference_mode():
+            whole = F.linear(x, one.weight).chunk(4, -1)
             found = linear_parts(x, FrozenLinear(one, dtype), 4, first)
             trained = linear_parts(x, one, 4, first)
-            assert len(found) == len(trained) == 4 - first
-            for part, other, expected in zip(found, trained, whole[first:], strict=True):
-                torch.testing.assert_close(part.float(), expected, rtol=0, atol=8 * UNIT[dtype])
-                torch.testing.assert_close(other, expected)
+        assert len(found) == len(trained) == 4 - first
+        for part, other, expected in zip(found, trained, whole[first:], strict=True):
+            assert part.shape == expected.shape
+            torch.testing.assert_close(part.float(), expected, rtol=0, atol=8 * UNIT[dtype])
+            torch.testing.assert_close(other, expected)
 
 
 @pytest.mark.usefixtures("packed")
@@ -72,6 +80,39 @@ def test_training_does_not_reach_a_frozen_copy() -> None:
         assert torch.equal(copy(x), before)
         assert not torch.allclose(block(x), before)
     assert not any(parameter.requires_grad for parameter in copy.parameters())
+
+
+@pytest.mark.usefixtures("packed")
+@pytest.mark.parametrize("seeds", [0, 5])
+@pytest.mark.parametrize("precision", [Precision.float32, Precision.bfloat16])
+def test_a_model_with_a_frozen_stage_is_the_model(make: SimpleNamespace, seeds: int, precision: Precision) -> None:
+    """Summaries, contexts, users and candidates; with histories shorter than the tail, and one without an event."""
+    model = make.model(num_seeds=seeds).eval()
+    histories = make.histories([3, 0, 40, 7], 2)
+    tail = inference.pad_tail(
+        model, histories.item, histories.timestamp, histories.action.astype(np.int64), histories.offsets
+    )
+    candidates = torch.from_numpy(np.random.default_rng(1).integers(1, make.num_items, (4, 6)))
+    small = precision is Precision.float32
+
+    def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+        atol = (1e-5 if small else 3e-2) * float(expected.abs().max())
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=atol)
+
+    summary = inference.summarize(model, histories)
+    if seeds:
+        close(inference.summarize(model.with_frozen("summarizer", precision), histories), summary)
+    else:
+        assert model.with_frozen("summarizer", precision).summarizer is None
+    other = model.with_frozen("target_attention", precision)
+    assert other.summarizer is model.summarizer and other.task_head is model.task_head
+    assert not isinstance(model.target_attention.query_gap, FrozenLinear)
+    asked = [(one, inference.request_context(one, summary, tail)) for one in (model, other)]
+    gap = inference.request_gap(model, tail.last_time + 3_600_000, tail)
+    (expected, found) = (inference.user_vectors(one, context, gap) for one, context in asked)
+    close(found, expected)
+    (expected, found) = (inference.candidate_logits(one, context, gap, candidates) for one, context in asked)
+    close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)

@@ -113,6 +113,19 @@ def test_any_sequence_of_changes(
         grow.assert_same(store, full(model, log, folder / f"expected-{turn}"), atol=DRIFT)
 
 
+def test_events_that_came_and_went_between_two_refreshes(tmp_path: Path, grow: SimpleNamespace) -> None:
+    """Nothing is left to append, for the only user who has changed."""
+    model, later = grow.model(), grow.start + 900 * grow.hour
+    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 8}))
+    store = full(model, log, tmp_path / "store")
+    log = grow.append(tmp_path / "log", grow.events({2: 1}, later))
+    gone = log.slice(1, 8, 9)
+    forget_events(log.path, {"user": [2], "item": log.items.ids(gone.item), "timestamp": gone.timestamp})
+    log = EventLog.open(log.path)
+    refresh_incremental(model, log, store)
+    grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=DRIFT)
+
+
 def test_users_without_changes_keep_their_bytes(tmp_path: Path, grow: SimpleNamespace) -> None:
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 7)))

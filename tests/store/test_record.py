@@ -383,6 +383,31 @@ def test_read_arrays_outlive_and_do_not_alias_the_values():
     assert raw.tail.items.flags.writeable and raw.rows.flags.writeable
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+@pytest.mark.parametrize("alike", [True, False])
+def test_tails_are_aligned_arrays_of_their_own(count, alike):
+    lengths = np.full(count, 3) if alike else 3 + 2 * np.arange(count)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    values = np.arange(offsets[-1])
+    tail = Tail(values.astype(np.int32), values + (1 << 40), values.astype(np.uint8), offsets)
+    spec, keys, zeros = (
+        dataclasses.replace(SPEC, codec=Codec.int8),
+        user_keys(list(range(count))),
+        np.zeros(count, np.int64),
+    )
+    summary = np.random.default_rng(0).standard_normal((count, spec.num_tokens, spec.dim)).astype(np.float32)
+    records = encode_records(
+        keys, summary, tail, spec=spec, event_count=zeros, last_event_ts=zeros, history_digest=zeros.astype(np.uint64)
+    )
+    raw = read_records(records, keys, spec)
+    assert raw.rows.shape == (count, spec.rows_bytes) and decode_rows(raw, spec).shape == summary.shape
+    for name in ("items", "times", "actions", "offsets"):
+        found = getattr(raw.tail, name)
+        np.testing.assert_array_equal(found, getattr(tail, name))
+        assert found.flags.aligned and found.flags.c_contiguous and found.flags.writeable
+        assert not np.shares_memory(found, raw.rows)
+
+
 def test_spec_refuses_what_the_header_cannot_hold():
     with pytest.raises(ValueError, match="32 bytes"):
         dataclasses.replace(SPEC, summarizer_id=b"short")

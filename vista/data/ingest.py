@@ -315,8 +315,8 @@ def _write(
         warnings.append("all times lie before 1971: check events.time_unit (seconds read as milliseconds look so)")
     if log and (new := actions[len(log.actions) :]):
         warnings.append(
-            f"the log had no action {', '.join(new)} so far: models trained before refuse the log, so train anew "
-            "before the next refresh"
+            f"the log had no action {', '.join(new)} so far: models trained before that read actions refuse it; train "
+            "them anew before the next refresh"
         )
     return {
         "num_users": len(users),

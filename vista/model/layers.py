@@ -89,6 +89,7 @@ class GatedOutput(nn.Module):
 
     def forward(self, x: Tensor, heads: Tensor, gate: Tensor) -> Tensor:
         """x [N, M] residual stream, heads [N, H, D] attention output, gate [N, M] -> [N, M]."""
-        # Sums in the residual stream's dtype, as under autocast.
-        update: Tensor = self.dropout(self.out(self.head_norm(heads.to(x.dtype)).flatten(-2) * gate))
+        # On a GPU torch norms bfloat16 with bfloat16 weights alone; autocast widens there too.
+        heads = heads if x.device.type == "cpu" else heads.to(x.dtype)
+        update: Tensor = self.dropout(self.out(self.head_norm(heads).flatten(-2) * gate))
         return x + update

@@ -178,12 +178,13 @@ class TargetAttention(nn.Module):
             keys.append(layer.heads(key))
             values.append(layer.heads(value))
             # A padded event sees the summary, and where there is none, all alike: finite, and nobody reads it.
-            if query.dtype is torch.bfloat16:  # torch's fused attention takes twice as long over bfloat16 on a CPU
-                x = layer.attend_context(x, query, gate, keys[-1], values[-1], mask + padding)
+            seen = mask + padding
+            # Fused attention takes twice as long over bfloat16 on a CPU.
+            if query.dtype is torch.bfloat16 and query.device.type == "cpu":
+                x = layer.attend_context(x, query, gate, keys[-1], values[-1], seen)
             else:
-                heads = F.scaled_dot_product_attention(
-                    layer.heads(query), keys[-1], values[-1], mask + padding, scale=layer.head_dim**-0.5
-                )
+                seen, scale = seen.to(query.dtype), layer.head_dim**-0.5
+                heads = F.scaled_dot_product_attention(layer.heads(query), keys[-1], values[-1], seen, scale=scale)
                 x = layer.mix(x, heads, gate)
         key, value = self.layers[-1].keys_values(x)
         return Context([*keys, key], [*values, value], tail_valid, tail)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.choices import Codec, StateDtype
+from vista.choices import Codec, Precision, StateDtype
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories
 from vista.errors import ConfigError, StoreError
@@ -94,6 +94,7 @@ def merge(
         raise ConfigError("model: has no states to merge (separable mixing without a history limit has)")
     check_place(store)
     model.eval()
+    frozen = model.with_frozen("summarizer", Precision.float32)
     config = model.config
     with ExitStack() as stack:
         opened = []
@@ -126,9 +127,9 @@ def merge(
         while batch := list(islice(remaining, users_per_batch)):
             keys = user_keys(batch)
             with run.stage("summarize"):
-                whole = [_merged(model, opened, user) for user in batch]
+                whole = [_merged(frozen, opened, user) for user in batch]
             with run.stage("encode"):
-                encoded, num_events = _encoded(model, writer, keys, whole, run)
+                encoded, num_events = _encoded(frozen, writer, keys, whole, run)
             run.check_failures()
             with run.stage("write"):
                 cursor = writer.cursor + len(batch)

@@ -62,8 +62,8 @@ class Watch:
         self._key = read_key(config.authentication_key_file)
         self._judged: set[tuple[str, int, int]] = set()
         """Names, sizes and times of files that are in the log, or cannot be."""
-        self._of_the_future: set[tuple[str, int, int]] = set()
-        """The same of files that were warned of."""
+        self._of_the_future: set[str] = set()
+        """Names that were warned of."""
         self._waiting: list[float] = []
         """When those arrived that are in the log but not served yet."""
 
@@ -112,8 +112,8 @@ class Watch:
             form, age = (path.name, status.st_size, status.st_mtime_ns), time.time() - status.st_mtime
             if form not in self._judged and age > SETTLED_S:
                 found.append((status.st_mtime, path.name, path, form))
-            elif age < -SETTLED_S and form not in self._of_the_future:
-                self._of_the_future.add(form)
+            elif age < -SETTLED_S and path.name not in self._of_the_future:
+                self._of_the_future.add(path.name)
                 logger.warning(
                     "%s: is dated %.0f s in the future, and waits until then; `touch` it, or set the clock", path, -age
                 )

@@ -20,6 +20,7 @@ def score_from_config(config: ScoreConfig) -> str:
     """
     if not config.users:
         raise ConfigError("users: name at least one, such as users=[1,2]")
+    now = None if config.now is None else parse_time(config.now)
     with (
         cpu_settings(config.num_threads),
         Scorer.open(
@@ -30,7 +31,6 @@ def score_from_config(config: ScoreConfig) -> str:
             key=read_key(config.authentication_key_file),
         ) as scorer,
     ):
-        now = None if config.now is None else parse_time(config.now)
         users = ids_of_words(config.users, "users", scorer.store.manifest.user_kind)
         candidates = ids_of_words(config.candidates, "candidates", scorer.model.items.kind)
         lines = [f"task {scorer.task}, generation {scorer.store.generation}"]

@@ -75,7 +75,6 @@ class Served:
         self.model = model
         self.items = items
         self.store = store
-        self.precision = precision
         self.identity = identity
         self.vocabulary = model.items.digest()
         self.tasks = [*model.schema.tasks, *([NEXT_TASK] if model.has_retrieval else [])]
@@ -91,6 +90,10 @@ class Served:
             gaps = model.encoder.gap_vectors(torch.arange(NUM_GAPS, device=model.device))
             self._moments = None if gaps is None else torch.cat([gaps, stage.query_gap(gaps)], -1)
             """[NUM_GAPS, 5M] time of a request, as `ItemProjections.candidate` has an item."""
+        # Weights are laid out at their first use: here, so that forked workers share them.
+        none = np.zeros(0, np.int64)
+        tail = inference.pad_tail(model, none, none, none, np.zeros(2, np.int64))
+        self.scores(Request(self.empty, tail, None, np.ones(1, bool)), torch.zeros(1, dtype=torch.int64), self.tasks)
 
     def context(self, request: Request) -> tuple[Context, Tensor | None]:
         """Keys and values of a request, and int64 [B, 1] gap buckets of its time (or None)."""

@@ -278,13 +278,13 @@ def _verify_records(reader: GenerationReader, report: VerifyReport) -> Tally:
 def _faulty(keys: list[bytes], records: list[bytes], reader: GenerationReader, report: VerifyReport) -> list[int]:
     """Positions of the bad ones, descending."""
     try:
-        check_records([memoryview(record) for record in records], keys, reader.spec)
+        check_records(records, keys, reader.spec)
         return []
     except RecordError:
         faulty = []
     for index in range(len(keys)):
         try:
-            check_records([memoryview(records[index])], keys[index : index + 1], reader.spec)
+            check_records(records[index : index + 1], keys[index : index + 1], reader.spec)
         except RecordError as error:
             report.add(f"gen-{reader.manifest.generation}: {error}")
             faulty.append(index)

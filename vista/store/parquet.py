@@ -144,7 +144,7 @@ def import_store(
         read = Tally()
         try:
             for keys, records in _rows(file):
-                check_records([memoryview(record) for record in records], keys, old_spec)
+                check_records(records, keys, old_spec)
                 read.add(keys, records)
                 if any(tombstones.erased(keys)):
                     raise StoreError(

@@ -122,7 +122,7 @@ class RawRecords:
     headers: NDArray[np.void]
     """[B] of dtype HEADER."""
     rows: NDArray[np.uint8]
-    """All rows' bytes: [B, R], or [B * R]; maybe a view of all that was copied."""
+    """All rows' bytes, [B, R]; maybe a view of all that was copied, which `decode_rows` lays end to end."""
     tail: Tail
 
 
@@ -234,16 +234,19 @@ def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], sp
     offsets = np.zeros(len(values) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     items, times, actions = (
-        np.ascontiguousarray(copies.cut(first + start * lengths, first + stop * lengths)).reshape(-1)
+        np.array(copies.cut(first + start * lengths, first + stop * lengths)).reshape(-1)
         for start, stop in pairwise((0, 4, 12, TAIL_EVENT_BYTES))
     )
-    rows = copies.cut(np.full_like(lengths, HEADER_BYTES), np.full_like(lengths, first))
+    rows = copies.cut(np.full_like(lengths, HEADER_BYTES), np.full_like(lengths, first)).reshape(
+        len(values), spec.rows_bytes
+    )
     return RawRecords(copies.headers, rows, Tail(items.view("<i4"), times.view("<i8"), actions, offsets))
 
 
 def decode_rows(raw: RawRecords, spec: RecordSpec) -> NDArray[np.float32]:
     """Summaries of checked records as [B, K, d] float32."""
     count = len(raw.headers)
+    # Flat in between: of a single record NumPy keeps the stride, which torch refuses.
     rows = np.ascontiguousarray(raw.rows).reshape(-1).reshape(count * spec.num_tokens, spec.row_bytes)
     return dequantize_rows(rows, spec.codec, spec.dim).reshape(count, spec.num_tokens, spec.dim)
 
@@ -267,12 +270,12 @@ class _Copies:
         self.content = bytearray().join(values)
         self.stops = np.cumsum(lengths)
         self.starts = self.stops - lengths
-        self.alike = len(lengths) > 0 and bool((lengths == lengths[0]).all())
+        self.one_length = len(lengths) > 0 and bool((lengths == lengths[0]).all())
         """Whether all are of one length: the usual case, where a rectangle is cut out at once."""
         headers = self.cut(np.zeros_like(lengths), np.full_like(lengths, HEADER_BYTES)).reshape(-1).copy()
         self.headers = headers.view(HEADER)
         """[B], checksums as they were stored."""
-        if self.alike:
+        if self.one_length:
             self._table()[:, CHECKSUM_OFFSET:HEADER_BYTES] = 0
         else:
             places = self.starts[:, None] + np.arange(CHECKSUM_OFFSET, HEADER_BYTES)
@@ -285,7 +288,7 @@ class _Copies:
 
     def cut(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Bytes first[b] to last[b] of each record b: [B, bytes], a view, where all are of one length; else flat."""
-        if self.alike:
+        if self.one_length:
             return self._table()[:, int(first[0]) : int(last[0])]
         view = memoryview(self.content)
         bounds = zip((self.starts + first).tolist(), (self.starts + last).tolist(), strict=True)

@@ -103,7 +103,7 @@ class GenerationReader:
             RecordError: the first one that is corrupt; the message names the user.
         """
         for keys, records in self.raw_batches(after):
-            check_records([memoryview(record) for record in records], keys, self.spec)
+            check_records(records, keys, self.spec)
             yield keys, records
 
     def state_batches(self) -> Iterator[Batch]:

@@ -20,6 +20,9 @@ PORTION_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 DIRECT_SCORES = 1 << 24
 """Up to this many scores, products in bfloat16 on a CPU outweigh what portions save."""
 
+BUFFERED_SCORES = 1 << 20
+"""Up to this many scores of direct products are held in buffers, 10 MB a thread."""
+
 HIDDEN = -1e9
 """Added to the scores of tokens outside a `context_mask`."""
 
