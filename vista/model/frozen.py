@@ -19,30 +19,33 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def frozen(module: Module, dtype: torch.dtype) -> Module:
-    """A copy of a module for inference, in eval mode, whose linear maps multiply in `dtype`; nothing is shared.
+    """A copy of a module for inference, in eval mode, whose linear maps multiply in `dtype`; no parameter is shared.
 
     Args:
         dtype: float32 or bfloat16.
     """
-    other = copy.deepcopy(module).requires_grad_(False).eval()
-    for parent in list(other.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, FrozenLinear(child, dtype))
+    other = copy.copy(module)  # deepcopy takes 5 ms, of a refresh of few users a sixth
+    other._parameters = {
+        name: None if own is None else nn.Parameter(own.detach().clone(), requires_grad=False)
+        for name, own in module._parameters.items()
+    }
+    other._buffers = dict(module._buffers)
+    other._modules = {
+        name: FrozenLinear(child, dtype) if isinstance(child, nn.Linear) else child and frozen(child, dtype)
+        for name, child in module._modules.items()
+    }
+    other.training = False
     return other
 
 
 class FrozenLinear(nn.Module):
-    """An `nn.Linear` that is trained no more: takes inputs of any dtype, gives `dtype`.
-
-    It may keep the map's own weight: `frozen` hands it a copy.
-    """
+    """What an `nn.Linear` was when this was made: takes inputs of any dtype, gives `dtype`."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = linear.weight.detach().to(dtype)
+        self.weight = linear.weight.detach().to(dtype, copy=True)
         """[O, N]."""
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype, copy=True)
         self.packs = packs(dtype, self.weight.device)
         self._packed: dict[tuple[int, int], Tensor] = {}
 
