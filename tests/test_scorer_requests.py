@@ -277,6 +277,10 @@ class TestCommand:
             ({"users": ["100"], "candidates": ["x"]}, r"candidates: ids are integers here, got x"),
             ({"users": ["100"], "candidates": [str(10**20)]}, r"candidates: ids are integers here, got 1000"),
             ({"users": ["100"], "now": "noon"}, r"time 'noon': write an ISO date or time"),
+            (
+                {"users": ["100"], "now": "1706140800"},
+                r"now: 1706140800 is no time in .* looks like seconds",
+            ),
         ],
     )
     def test_bad_ids_end_in_a_line(self, served: Served, changes: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ from vista.choices import Codec, StateDtype
 from vista.config_store import StoreEraseConfig
 from vista.data.deletions import erase_users
 from vista.data.event_log import EventLog
-from vista.errors import ConfigError, StoreError
+from vista.errors import ConfigError, StoreError, VistaError
 from vista.refresh import erase, refresh, refresh_incremental
 from vista.refresh.erasing import erase_from_config
 from vista.store import StoreWriter, SummaryStore
@@ -188,7 +188,14 @@ def test_from_the_command_line(tmp_path: Path, grow: SimpleNamespace) -> None:
     assert "check the ids" not in text
     config.users, config.data = ["1", "11"], None
     assert "No refresh will write any of the 2: check the ids, of which 1 had none" in erase_from_config(config)
-    config.users = []
+    refresh(grow.model(), grow.append(tmp_path / "log", grow.events({5: 3})), tmp_path / "store")
+    for users, data in ((["5", "77"], log.path), (["5"], tmp_path / "nowhere")):
+        config.users, config.data = users, str(data)
+        with pytest.raises(VistaError):
+            erase_from_config(config)
+        with SummaryStore.open(tmp_path / "store") as store:
+            assert store.get_many([5]).found.all()
+    config.users, config.data = [], None
     with pytest.raises(ConfigError, match="users: name at least one"):
         erase_from_config(config)
     config.users = ["two"]

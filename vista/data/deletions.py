@@ -96,6 +96,22 @@ def forget_file(path: str | os.PathLike[str], file: str, time_unit: str | None) 
     return _forget(Path(path), source)
 
 
+def rows_to_erase(log: EventLog, user_ids: Sequence[int] | Sequence[str]) -> NDArray[np.int64]:
+    """Rows of users who are to be erased.
+
+    Raises:
+        UnknownUserError: naming ids that the log does not know.
+    """
+    rows = log.users.rows(user_ids)
+    if (rows < 0).any():
+        unknown = [user_ids[i] for i in np.flatnonzero(rows < 0).tolist()]
+        raise UnknownUserError(
+            f"{log.path}: {len(unknown)} of the users are unknown, such as {', '.join(map(repr, unknown[:3]))}; "
+            "nobody was erased: leave them out"
+        )
+    return rows
+
+
 def erase_users(path: str | os.PathLike[str], user_ids: Sequence[int] | Sequence[str]) -> DeletionReport:
     """Delete users: all events and impressions that the log holds of them now.
 
@@ -110,14 +126,7 @@ def erase_users(path: str | os.PathLike[str], user_ids: Sequence[int] | Sequence
         raise ConfigError("users: name at least one user to erase")
     with locked_log(Path(path)):
         log = EventLog.open(path)
-        rows = log.users.rows(user_ids)
-        if (rows < 0).any():
-            unknown = [user_ids[i] for i in np.flatnonzero(rows < 0).tolist()]
-            raise UnknownUserError(
-                f"{log.path}: {len(unknown)} of the users are unknown, such as {', '.join(map(repr, unknown[:3]))}; "
-                "nobody was erased: leave them out"
-            )
-        erased = np.unique(rows)
+        erased = np.unique(rows_to_erase(log, user_ids))
         impressions = [segment.impressions for segment in log.segments if segment.impressions is not None]
         number = log.last_segment + 1
         with staged_folder(log.path / segment_name(number)) as folder:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vista.config_store import StoreEraseConfig
-from vista.data.deletions import erase_users, forget_events
+from vista.data.deletions import erase_users, forget_events, rows_to_erase
 from vista.data.event_log import EventLog
 from vista.data.vocabulary import ids_of_words
 from vista.errors import ConfigError
@@ -47,6 +47,8 @@ def erase_from_config(config: StoreEraseConfig) -> str:
     if not config.users:
         raise ConfigError("users: name at least one, such as users=[101]")
     users: Sequence[Any] = ids_of_words(config.users, "users", user_kind(config.store))
+    if config.data is not None:
+        rows_to_erase(EventLog.open(config.data), users)  # What the log would refuse must not be gone from the store.
     count = sum(erase(root, own) for root, own in divide(config.store, users))
     lines = [
         f"{config.store}: {count} of {len(users)} users had a record; readers miss them from now on. Their bytes are "

@@ -16,7 +16,8 @@ def score_from_config(config: ScoreConfig) -> str:
     """`vista score`: a table of users and items as text.
 
     Raises:
-        ConfigError: no user is named, `now` is no time, or an id is text where the store's or the model's are integers.
+        ConfigError: no user is named, `now` is no time or not in milliseconds, or an id is text where the store's or the
+            model's are integers.
     """
     if not config.users:
         raise ConfigError("users: name at least one, such as users=[1,2]")
@@ -38,11 +39,14 @@ def score_from_config(config: ScoreConfig) -> str:
         known = (scorer.model.item_rows(candidates) != UNKNOWN_ITEM).tolist() if candidates else []
         items = [str(item) if known[i] else f"{item} (unknown)" for i, item in enumerate(candidates)]
         for user, has_record in zip(users, found, strict=True):
-            if candidates:
-                pairs = zip(items, scorer.score([user], candidates, now=now)[0].tolist(), strict=True)
-            else:
-                ranking = scorer.rank(user, top_k=config.top_k, now=now)
-                pairs = zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True)
+            try:
+                if candidates:
+                    pairs = zip(items, scorer.score([user], candidates, now=now)[0].tolist(), strict=True)
+                else:
+                    ranking = scorer.rank(user, top_k=config.top_k, now=now)
+                    pairs = zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True)
+            except ValueError as error:  # naming the argument, which is a key here
+                raise ConfigError(str(error)) from error
             name = f"user {user}" if has_record else f"user {user} (no record)"
             lines += [f"{name}: " + ", ".join(f"{item} {score:.4f}" for item, score in pairs)]
         return "\n".join(lines)
