@@ -16,8 +16,8 @@ def score_from_config(config: ScoreConfig) -> str:
     """`vista score`: a table of users and items as text.
 
     Raises:
-        ConfigError: no user is named, `now` is no time or not in milliseconds, or an id is text where the store's or the
-            model's are integers.
+        ConfigError: no user is named, `now` is no time or not in milliseconds, or an id is text where the store's or
+            the model's are integers.
     """
     if not config.users:
         raise ConfigError("users: name at least one, such as users=[1,2]")
