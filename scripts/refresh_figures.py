@@ -57,7 +57,7 @@ def compare_lengths(recorder: Recorder, folder: Path, num_users: int, bars: dict
     """
     contestants: dict[str, Callable[[], object]] = {}
     full_s: dict[int, float] = {}
-    num_items = min(NUM_ITEMS, num_users * min(bars))  # as many whatever the length: each refresh hashes the item table
+    num_items = min(NUM_ITEMS, num_users * min(bars))  # as many whatever the length: all of them are hashed
     for length in bars:
         grown = Grown(folder / str(length), length, num_users, num_items, rounds + WARMUP)
         full_s[length] = grown.full_s
