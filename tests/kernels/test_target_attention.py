@@ -109,7 +109,7 @@ def test_direct_products_error(bias: str) -> None:
     """The form that bfloat16 takes on CPUs which multiply it; without gradients in buffers, and so the same."""
 
     def run(bias: Tensor | None = None, own_bias: Tensor | None = None, **arguments: Any) -> Tensor:
-        own_bias = None if own_bias is None else own_bias[:, None]
+        own_bias = None if own_bias is None else own_bias[None, :, None]
         mask = arguments.get("context_mask")
         return _direct(*(arguments[name] for name in TOKENS), bias, own_bias, mask, arguments["q"].shape[3] ** -0.5)
 

@@ -80,10 +80,7 @@ def direct_weights(
     torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out=products.flatten(0, 1))
     every = scratch("target.scores", (*q.shape[:3], context + 1), torch.float32, q.device)
     torch.add(added, products, alpha=scale, out=every[..., :context])
-    own = like("product", q, torch.float32).copy_(q).mul_(own_k).sum(-1)
-    torch.mul(own, scale, out=every[..., context])
-    if own_bias is not None:
-        every[..., context] += own_bias
+    every[..., context] = own_scores(q, own_k, own_bias, (slice(None),) * 3, scale)
     weights = torch.softmax(every, -1, out=like("weights", every, torch.float32))
     return products.copy_(weights[..., :context]), weights[..., context:].to(q.dtype)
 
@@ -91,7 +88,7 @@ def direct_weights(
 def own_scores(q: Tensor, own_k: Tensor, own_bias: Tensor | None, part: Part, scale: float) -> Tensor:
     """Return e [n, H, r] of a portion, in the dtype of sums."""
     dtype = state_dtype(q.dtype)
-    own = torch.mul(q.to(dtype), own_k, out=like("product", q, dtype)).sum(-1).mul_(scale)
+    own = torch.mul(widened("own", q, dtype), own_k, out=like("product", q, dtype)).sum(-1).mul_(scale)
     return own if own_bias is None else own.add_(part_of(own_bias, part))
 
 
