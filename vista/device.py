@@ -13,6 +13,7 @@ import torch
 from vista.choices import Precision
 from vista.errors import ConfigError
 from vista_kernels.launch import choose_backend
+from vista_kernels.torch_backend.precision import multiplies_bfloat16
 
 logger = logging.getLogger(__name__)
 DEVICES = ("cpu", "cuda")
@@ -94,10 +95,7 @@ def choose_precision(asked: Precision, device: torch.device) -> Precision:
     """
     if asked is not Precision.auto:
         return asked
-    fast = device.type == "cuda"
-    if device.type == "cpu":
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    chosen = Precision.bfloat16 if fast else Precision.float32
+    chosen = Precision.bfloat16 if multiplies_bfloat16(device.type) else Precision.float32
     logger.info("precision=auto: %s on %s", chosen.value, device)
     return chosen
 

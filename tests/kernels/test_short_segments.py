@@ -58,7 +58,7 @@ def test_short_segments_agree_with_the_oracle(
     calls: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda kind: multiplies)
     inputs = short_inputs(dtype, weight) | {"normalization": normalization}
     check_against_oracle(QLA, inputs, UNITS[dtype])
     assert calls.count("_tiles") == calls.count("_long_state") == 2  # forward and backward
@@ -98,7 +98,7 @@ def test_poison_in_a_short_segment_stays_there(calls: list[str]) -> None:
 @pytest.mark.parametrize("multiplies", [True, False], ids=["bfloat16-products", "widened"])
 def test_sums_of_bfloat16_tokens_stay_exact(length: int, multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum that were held in bfloat16 would stop at 256."""
-    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda kind: multiplies)
     ones = torch.ones(length, 2, 3, dtype=torch.bfloat16)
     z, n = accumulate_state(ones, ones, torch.tensor([0, length]), activation="identity")
     assert z.dtype == n.dtype == torch.float32

@@ -140,6 +140,7 @@ def test_what_is_packed_follows_the_processor(
     name: str, flags: set[str], chosen: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, **dict.fromkeys(flags, True)})
+    monkeypatch.setattr(frozen_module, "multiplies_bfloat16", lambda kind: "avx512_bf16" in flags)
     try:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             packs.cache_clear()

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vista_kernels.torch_backend.precision import multiplies_bfloat16
+
 logger = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -92,7 +94,7 @@ def packs(dtype: torch.dtype, device: torch.device) -> bool:
         return False
     found = torch.cpu.get_capabilities()
     if dtype == torch.bfloat16:
-        chosen = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+        chosen = multiplies_bfloat16(device.type)
     else:
         chosen = dtype == torch.float32 and bool(found.get("avx512_f")) and "AMD" in str(found.get("cpu_name"))
     logger.info(

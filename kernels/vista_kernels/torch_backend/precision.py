@@ -19,13 +19,16 @@ def product_dtype(tokens: Tensor) -> torch.dtype:
     bfloat16 tokens stay so on GPUs and on CPUs with AMX or avx512_bf16, where they are 2 to 7 times as fast as float32;
     elsewhere they are widened to float32, as float16 is everywhere (its range is too small for states).
     """
-    if tokens.dtype == torch.bfloat16 and (tokens.device.type == "cuda" or _multiplies_bfloat16()):
+    if tokens.dtype == torch.bfloat16 and multiplies_bfloat16(tokens.device.type):
         return torch.bfloat16
     return state_dtype(tokens.dtype)
 
 
 @cache
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16(device_type: str) -> bool:
+    """Return whether products of bfloat16 are fast on a kind of device: by its instructions, never by timing."""
+    if device_type != "cpu":
+        return device_type == "cuda"
     instructions = {"AMX": torch.cpu._is_amx_tile_supported(), "avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
     found = [name for name, present in instructions.items() if present]
     chosen = f"bfloat16 ({found[0]})" if found else "float32 (neither AMX nor avx512_bf16 here)"
