@@ -281,6 +281,8 @@ def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -
         _train_config(table, row), run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads, progress=False
     )
     config.data.path = str(log.path)
+    if config.data.item_categories is not None:  # a file of the simulation
+        config.data.item_categories = str(_source(log.path) / config.data.item_categories)
     return folder, config
 
 
@@ -370,12 +372,17 @@ def _log(settings: argparse.Namespace) -> EventLog:
     path = settings.work / "logs" / name
     if not path.exists():
         if table.simulation is not None:
-            source, kind = path.with_name(f"{name}-source"), "simulated"
+            source, kind = _source(path), "simulated"
             simulate(SimulateConfig(out=str(source), **table.simulation))
         else:
             source, kind = movielens_folder(settings.data, table.data), "auto"
         prepare(PrepareConfig(out=str(path), events=SourceConfig(kind=kind, paths=[str(source)]), progress=False))
     return EventLog.open(path)
+
+
+def _source(log: Path) -> Path:
+    """Folder of the simulation that a log was made of."""
+    return log.with_name(f"{log.name}-source")
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -119,6 +119,10 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
         "vista-impressions": Row(12, ("optim.next_weight=0",)),
         "din": Row(10, ("model=din",)),
         "sim": Row(10, ("model=sim",)),
+        # Given the simulation's own topics, which no other model sees.
+        "sim-hard": Row(
+            10, ("model=sim", "model.search=hard", "data.item_categories=items.parquet", "data.category_column=topic")
+        ),
         "twin": Row(8, ("model=twin",)),
     }
     words = (

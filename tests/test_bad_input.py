@@ -94,6 +94,9 @@ class TestConfig:
             (["num_threads=-1"], r"num_threads: must be at least 0, got -1"),
             (["device=tpu"], r"device=tpu: write auto, cpu, cuda or cuda:N"),
             (["data.split=time"], r"data\.validation_from: is needed with data\.split=time"),
+            (["model.search=hard"], r"model\.search: is SIM's; set model\.architecture=sim"),
+            (["model=sim", "model.search=hard"], r"data\.item_categories: is needed with model\.search=hard"),
+            (["data.item_categories=items.csv"], r"data\.item_categories: is for model\.search=hard; leave it out"),
         ],
     )
     def test_train(self, served: Served, tmp_path: Path, fails: Fails, words: list[str], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import Served, small_config
-from vista.choices import Architecture
+from vista.choices import Architecture, Search
 from vista.config import EvaluateConfig, ModelConfig, TrainConfig
 from vista.data.batches import BatchSource
 from vista.data.event_log import EventLog
@@ -18,7 +19,9 @@ from vista.data.splits import visible_counts
 from vista.errors import ConfigError
 from vista.evaluate import evaluate, evaluate_model
 from vista.model.baselines.sequence_model import SequenceModel
+from vista.model.baselines.sim import SIM
 from vista.model.inference import item_vectors
+from vista.model.ranking_model import RankingModel
 from vista.training.trainer import _Trainer, train, train_model
 
 LIMIT = 9
@@ -84,6 +87,27 @@ def test_probabilities_are_of_the_history_before_the_request(served_tasks: Serve
         candidate = torch.from_numpy(rows[cases.item[n : n + 1]][None])
         logits = model.candidate_logits(history, candidate, cases.timestamp[n : n + 1])
         np.testing.assert_allclose(found.probabilities[n], logits[0, 0].sigmoid().numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) -> None:
+    """They are read where training starts; what is saved needs the file no more."""
+    log, file = served_tasks.log, tmp_path / "items.csv"
+    kinds = np.arange(log.num_items) % 3
+    lines = [f"{item},{kind}" for item, kind in zip(log.items.ids(np.arange(log.num_items)), kinds, strict=True)]
+    file.write_text("\n".join(["item,kind", *lines]))
+    config = rival_config(log, tmp_path, "sim", data=replace(served_tasks.config.data))
+    config.model.search = Search.hard
+    config.data.item_categories, config.data.category_column = str(file), "kind"
+    model = train_model(config, log)
+    file.unlink()
+    again = RankingModel.from_pretrained(tmp_path / "sim" / "best")
+    for found in (model, again):
+        assert isinstance(found, SIM) and found.category is not None
+        rows = found.item_rows(log.items.ids(np.arange(log.num_items)))
+        assert np.array_equal(found.category[rows].numpy(), kinds + 1)
+        assert found.category[0] == 0
+    assert isinstance(again, SIM)
+    assert evaluate_model(again, log, "test").metrics["auc/click"] > 0
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])

@@ -56,6 +56,15 @@ class Mixing(Enum):
     """Only history writes, only seeds read: states append, merge and forget."""
 
 
+class Search(Enum):
+    """How SIM finds the events of a candidate."""
+
+    soft = "soft"
+    """Those of the largest inner product, which is learnt."""
+    hard = "hard"
+    """The newest ones of the candidate's category (`data.item_categories`)."""
+
+
 class Activation(Enum):
     """phi of stage 1: of its queries and keys, and of the state that is read."""
 

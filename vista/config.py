@@ -19,6 +19,7 @@ from vista.choices import (
     Normalization,
     OnMissing,
     Precision,
+    Search,
     Split,
     Stage,
     StateDtype,
@@ -53,6 +54,8 @@ class ModelConfig:
     """One horizon tau a head: days (decay=time) or events (decay=position); 0 means that the head forgets nothing."""
     history_limit: int = 0
     """Newest events that a summary, or a rival at a request, sees at most; 0 means all."""
+    search: Search = Search.soft
+    """sim: soft, by a learnt product; hard, by category (`data.item_categories`)."""
     search_top_k: int = 100
     """sim, twin: events of the history that a candidate's search finds, and its attention reads."""
     tail_len: int = 32
@@ -125,6 +128,11 @@ class DataConfig:
     """split=time: ISO date or time (UTC), or integer milliseconds; labels from here on are not trained on."""
     test_from: str | None = None
     """split=time: labels from here on are test labels."""
+    item_categories: str | None = None
+    """model.search=hard: Parquet or CSV file with a column `item` of ids and one of categories; read when training
+    starts, and kept in the model."""
+    category_column: str = "category"
+    """Its column of categories."""
     chunk_len: int = 16384
     """Longest stretch of one history in one training batch, in events; longer ones are cut into several."""
     tokens_per_batch: int = 8192
@@ -243,6 +251,11 @@ class TrainConfig:
         spacing, tail_len = self.data.label_spacing, self.model.tail_len
         message = f"must be at most model.tail_len={tail_len}, or some labels would see no tail; got {spacing}"
         require(spacing <= tail_len, "data.label_spacing", message)
+        hard = self.model.search is Search.hard
+        message = "is SIM's; set model.architecture=sim"
+        require(not hard or self.model.architecture is Architecture.sim, "model.search", message)
+        message = "is needed with model.search=hard" if hard else "is for model.search=hard; leave it out"
+        require((self.data.item_categories is not None) == hard, "data.item_categories", message)
         unread = self.data.negative_power == 0 and self.optim.logq_strength == 1
         message = "nothing here reads frequencies; set data.negative_power above 0, or optim.logq_strength below 1"
         require(self.data.frequencies is Counting.exact or not unread, "data.frequencies", message)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vista.choices import Architecture
+from vista.choices import Architecture, Search
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.data.gaps import gap_bucket
 from vista.data.histories import Histories
@@ -28,8 +28,8 @@ from vista.model.ranking_model import RankingModel, Schema, class_of
 
 LENGTHS = [0, 1, 9, 4, 0, 7, 12, 30]
 HOUR = 3_600_000
-NAMES = ["din", "sim", "twin"]
-LIMITED = [("din", 6), ("sim", 0), ("sim", 8), ("twin", 0), ("twin", 8)]
+NAMES = ["din", "sim", "sim-hard", "twin"]
+LIMITED = [("din", 6), ("sim", 0), ("sim", 8), ("sim-hard", 0), ("sim-hard", 8), ("twin", 0), ("twin", 8)]
 
 
 def rival(
@@ -39,7 +39,8 @@ def rival(
     torch.manual_seed(1)
     limit = limit or (6 if name == "din" else 0)
     config = ModelConfig(
-        architecture=Architecture(name),
+        architecture=Architecture(name.removesuffix("-hard")),
+        search=Search.hard if name == "sim-hard" else Search.soft,
         dim=16,
         num_heads=2,
         history_limit=limit,
@@ -55,6 +56,8 @@ def rival(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        if isinstance(model, SIM) and model.category is not None:
+            model.category.copy_(torch.randint(0, 4, model.category.shape))
     return model
 
 
@@ -118,9 +121,14 @@ def visible(model: CandidateModel, alone: Histories) -> range:
     return range(max(0, alone.num_events - limit) if limit else 0, alone.num_events)
 
 
-def sim_by_event(model: SIM, alone: Histories, query: Tensor, count: int) -> Tensor:
+def sim_by_event(model: SIM, alone: Histories, candidate: int, query: Tensor, count: int) -> Tensor:
     items = [item_of(model, int(row)) for row in alone.item]
-    scores = {j: float(model.of_candidate(query) @ model.of_event(items[j])) for j in visible(model, alone)}
+    if model.category is None:
+        scores = {j: float(model.of_candidate(query) @ model.of_event(items[j])) for j in visible(model, alone)}
+    else:
+        category = [int(model.category[row]) for row in alone.item]
+        wanted = int(model.category[candidate])
+        scores = {j: 0.0 for j in visible(model, alone) if category[j] == wanted != 0}
     keys, values = [], []
     for event in highest(scores, count):
         age = age_of(model, alone, event)
@@ -167,7 +175,7 @@ def logits_by_event(
     if isinstance(model, DIN):
         interest = din_by_event(model, alone, query)
     elif isinstance(model, SIM):
-        interest = sim_by_event(model, alone, query, count)
+        interest = sim_by_event(model, alone, candidate, query, count)
     else:
         assert isinstance(model, TWIN)
         interest = twin_by_event(model, alone, query, count)
@@ -264,7 +272,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
         before = packed.slice(int(owner), 0, int(seen))
         item = torch.from_numpy(chunks.impression_item[None, n : n + 1])
         logits.append(model.candidate_logits(before, item, shown_at[n : n + 1])[0, 0])
-        if isinstance(model, SIM):
+        if isinstance(model, SIM) and model.category is None:
             gap = model.request_gap(before, shown_at[n : n + 1])
             assert gap is not None
             search.append(sim_search_by_event(model, before, item_of(model, int(item[0, 0])) + 4 * gap[0]))

@@ -115,6 +115,13 @@ class RankingModel(nn.Module):
         """
         raise NotImplementedError
 
+    def read_item_table(self, data: DataConfig) -> None:
+        """Read what an architecture wants to know of items beyond their ids, when training starts; most want nothing.
+
+        Raises:
+            DataError: if the file that `data` names does not have it.
+        """
+
     # Files -----------------------------------------------------------------------------------------------------------
 
     def description(self) -> dict[str, Any]:

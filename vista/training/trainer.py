@@ -158,6 +158,7 @@ class _Trainer:
         self.model: RankingModel
         if downstream is None:
             self.model = class_of(config.model.architecture)(config.model, schema, log.items, config.data)
+            self.model.read_item_table(config.data)
         else:
             self.model = downstream.model(schema)
         self.model.to(self.device)

@@ -34,10 +34,12 @@ FOUND_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """Packed histories: item int64 [T] rows of table [R, M], the vectors of items; action int64 [T]; rating float32 [T]
-    or None; clock int64 [T] what ages are differences of, ms; offsets int64 [B+1]."""
+    """Packed histories: item int64 [T] rows of table [R, M], the vectors of items, and of rows int64 [R], the model's;
+    action int64 [T]; rating float32 [T] or None; clock int64 [T] what ages are differences of, ms; offsets int64 [B+1].
+    """
 
     table: Tensor
+    rows: Tensor
     item: Tensor
     action: Tensor
     rating: Tensor | None
@@ -53,9 +55,11 @@ class Events:
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """Candidates that ask: vectors [N, M]; history int64 [N], sorted; seen int64 [N] of its events, the oldest ones."""
+    """Candidates that ask: vectors [N, M] and model rows item int64 [N]; history int64 [N], sorted; seen int64 [N] of
+    its events, the oldest ones."""
 
     vectors: Tensor
+    item: Tensor
     history: Tensor
     seen: Tensor
 
@@ -142,9 +146,10 @@ class CandidateModel(HistoryModel):
         if len(shown.place) == 0:
             return weighted_losses(self, batch, optim, None, None)
         clock = self.clock(batch.clock)
-        events = Events(item_vectors, batch.item, batch.action, batch.rating, clock, batch.offsets)
+        events = Events(item_vectors, batch.rows, batch.item, batch.action, batch.rating, clock, batch.offsets)
         vectors, gap = item_vectors[shown.item], self.encoder.gap_vectors(shown.gap)
-        queries = Queries((vectors if gap is None else vectors + gap) * self.scale, shown.chunk, shown.seen)
+        vectors = (vectors if gap is None else vectors + gap) * self.scale
+        queries = Queries(vectors, batch.rows[shown.item], shown.chunk, shown.seen)
         found = weighted_losses(self, batch, optim, None, in_place(self.logits(events, queries), shown.place, batch))
         search = self.search_logits(events, queries)
         if search is None:
@@ -161,12 +166,13 @@ class CandidateModel(HistoryModel):
         clock = self.clock(self._tensor(np.asarray(histories.timestamp)))
         rows, item = torch.unique(self._tensor(histories.item).long(), return_inverse=True)
         action, offsets = self._tensor(histories.action).long(), self._tensor(histories.offsets)
-        events = Events(self.item_vectors(rows), item, action, rating, clock, offsets)
+        events = Events(self.item_vectors(rows), rows, item, action, rating, clock, offsets)
         vectors, gap = self.item_vectors(candidates), self.request_gap(histories, now)
         vectors = (vectors if gap is None else vectors + gap[:, None]) * self.scale
         count = candidates.shape[1]
         history = torch.arange(histories.num_users, device=self.device).repeat_interleave(count)
-        queries = Queries(vectors.flatten(0, 1), history, events.offsets.diff().repeat_interleave(count))
+        seen = events.offsets.diff().repeat_interleave(count)
+        queries = Queries(vectors.flatten(0, 1), candidates.flatten(), history, seen)
         return self.logits(events, queries).view(*candidates.shape, -1)
 
 

@@ -34,6 +34,11 @@ class SearchModel(CandidateModel):
         """What is added to scores [n, C, L], of action int64 [n, 1, L] and age int64 [n, C, L]; None: nothing."""
         return None
 
+    def apart(self, candidate: Tensor, items: Tensor) -> Tensor | None:
+        """bool [n, C, R]: what no search finds for candidates int64 [n, C], of items int64 [R]; None: all may be found.
+        Both are model rows."""
+        return None
+
     # The search ----------------------------------------------------------------------------------------------------
 
     def find(self, events: Events, queries: Queries) -> Found:
@@ -65,6 +70,8 @@ class SearchModel(CandidateModel):
             key = self.search_key(events.table[distinct] * self.scale)
             for part in torch.split(row, max(1, SCORES_AT_ONCE // (n * max(length, len(distinct)))), 1):
                 hidden = self.hidden(queries.seen[part], length)
+                if (apart := self.apart(queries.item[part], events.rows[distinct])) is not None:
+                    hidden = hidden | apart.gather(2, place[:, None].expand_as(hidden))
                 score = (self.search_query(queries.vectors[part]) @ key.t()).gather(2, place[:, None].expand_as(hidden))
                 age = newest_clock[part][..., None] - events.clock[tile.index][:, None]
                 bias = self.search_bias(events.action[tile.index][:, None], age)

@@ -1,14 +1,18 @@
-"""SIM (Pi et al., CIKM 2020, arXiv 2006.05639) with its soft search; a log knows no categories to search by.
+"""SIM (Pi et al., CIKM 2020, arXiv 2006.05639), with either of its searches.
 
-Letters: n histories of a tile, L events, C queries a history, U events found by any query, H heads, M model dim.
+Letters: n histories of a tile, L events, C queries a history, R distinct items of a tile, U events found by any query,
+H heads, M model dim, V items of the vocabulary.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vista.choices import Search
 from vista.config import DataConfig, ModelConfig
 from vista.data.vocabulary import Vocabulary
 from vista.model.baselines.candidate_model import Events, Queries, age_table, network
@@ -16,32 +20,56 @@ from vista.model.baselines.search_model import SearchModel, attend
 from vista.model.baselines.tiles import tiles
 from vista.model.ranking_model import Schema
 
+NO_CATEGORY = 0
 Memory = tuple[Tensor, Tensor]
 """Keys and values [U, M]."""
 
 
 class SIM(SearchModel):
-    """Search by inner product of projected items, trained by a loss of its own; then multi-head target attention."""
+    """A search, then multi-head target attention over what it found.
+
+    Soft: by inner product of projected items, trained by a loss of its own. Hard: events of the candidate's category.
+    """
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
-        self.of_candidate, self.of_event = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
-        self.search_network = network(2 * dim, len(schema.tasks), config.dropout)
+        hard = config.search is Search.hard
+        self.register_buffer("category", torch.zeros(1 + len(items)) if hard else None)
+        """[1 + V] codes of the items' categories; float32, as a model's file has all tensors."""
+        self.category: Tensor | None
+        if not hard:
+            self.of_candidate, self.of_event = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+            self.search_network = network(2 * dim, len(schema.tasks), config.dropout)
         self.query = nn.Linear(dim, dim, bias=False)
         self.key, self.value = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.age_key, self.age_value = age_table(dim), age_table(dim)
 
+    def read_item_table(self, data: DataConfig) -> None:
+        if self.category is not None:
+            from vista.data.categories import read_categories  # imports Polars, which serving does without
+
+            assert data.item_categories is not None
+            codes = read_categories(Path(data.item_categories), data.category_column, self.items)
+            self.category.copy_(torch.from_numpy(codes))
+
     def search_query(self, query: Tensor) -> Tensor:
-        projected: Tensor = self.of_candidate(query)
-        return projected
+        # Products of no width are all 0, and of equal scores the newest events are found.
+        return query[..., :0] if self.category is not None else self.of_candidate(query)
 
     def search_key(self, items: Tensor) -> Tensor:
-        projected: Tensor = self.of_event(items)
-        return projected
+        return items[..., :0] if self.category is not None else self.of_event(items)
 
-    def search_logits(self, events: Events, queries: Queries) -> Tensor:
+    def apart(self, candidate: Tensor, items: Tensor) -> Tensor | None:
+        if self.category is None:
+            return None
+        wanted = self.category[candidate][..., None]
+        return (wanted != self.category[items]) | (wanted == NO_CATEGORY)
+
+    def search_logits(self, events: Events, queries: Queries) -> Tensor | None:
         """A network over the candidate and the mean over all events that it sees of (relevance * item)."""
+        if self.category is not None:
+            return None
         places, interests = [], []
         for tile in tiles(events.offsets.cpu().numpy(), queries.seen.device):
             entries = tile.entries(queries.history)
