@@ -102,21 +102,14 @@ def _timeless(minutes: float) -> dict[str, Row]:
 def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
     """A log of some 4.8M events and 360,000 impressions, whatever the length of its histories.
 
-    The age of the summaries that training shows is kept in proportion; so are the windows that VISTA's passes draw from
-    a history, in which it has its labels. SASRec and HSTU take every event of theirs as a label.
+    The age of the summaries that training shows is kept in proportion. Every event is a label of VISTA, SASRec and HSTU
+    once a pass.
     """
-    windows = max(4, events_per_user * 64 // 4000)
-    # Stage 2 alone over the newest 200 events before each request, which it sees fresh and under full attention.
-    # Half as many windows of twice the positions: the same labels in half the time, at 169 to 200 events seen.
-    last_200 = ("model.tail_len=200", "data.label_spacing=32", f"data.windows_per_chunk={windows // 2}")
     rows = {
         "vista": Row(12, codecs=BOTH),
         "tail-only": Row(7, K0),
-        "last-200": Row(19, (*K0, *last_200)),
         "sasrec": Row(20, ("model=sasrec",)),
         "hstu": Row(25, ("model=hstu",)),
-        # Labelled impressions alone, which are all that DIN, SIM and TWIN learn from.
-        "vista-impressions": Row(12, ("optim.next_weight=0",)),
         "din": Row(10, ("model=din",)),
         "sim": Row(10, ("model=sim",)),
         # Given the simulation's own topics, which no other model sees.
@@ -126,7 +119,6 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
         "twin": Row(8, ("model=twin",)),
     }
     words = (
-        f"data.windows_per_chunk={windows}",
         f"data.staleness_events={events_per_user * 300 // 4000}",
         f"data.chunk_len={max(16_384, 4 * events_per_user)}",  # whole lives, which spread around their mean
     )
