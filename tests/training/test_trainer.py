@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import Served, run_python, small_config, small_frame
+from vista.choices import Search
 from vista.config_text import to_yaml
 from vista.data.batches import BatchSource
 from vista.data.event_log import EventLog
@@ -238,6 +239,22 @@ def test_resume_with_another_config_is_refused(served: Served, key: str, value: 
     with pytest.raises(ConfigError, match=rf"holds a run with another.*{named}.*resume=false"):
         train(small_config(served.log, served.config.run_dir, **{key: value}), served.log)
     assert str(before) == str(result(Path(served.config.run_dir)))
+
+
+def test_a_run_that_is_older_than_a_key_resumes_where_the_key_has_its_default(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trainer._flat
+    with monkeypatch.context() as older:
+        older.setattr(trainer, "_flat", lambda values: {k: v for k, v in whole(values).items() if k != "model.search"})
+        train(small_config(event_log, tmp_path, optim__epochs=1), event_log)
+    before = result(tmp_path)
+    train(small_config(event_log, tmp_path, optim__epochs=1), event_log)
+    assert str(result(tmp_path)) == str(before)
+    config = small_config(event_log, tmp_path, optim__epochs=1)
+    config.model.search = Search.hard
+    with pytest.raises(ConfigError, match=r"another model\.search \(soft -> hard\)"):
+        train(config, event_log)
 
 
 def test_resume_on_another_log_is_refused_and_anew_it_starts_from_nothing(

@@ -371,7 +371,8 @@ class _Trainer:
     def _restore(self, path: Path) -> None:
         tensors, body = load_checkpoint(path)
         state = unpack_state(body["run"], tensors)
-        here, there = self._identity(), state["config"]
+        # A key that is younger than the run did then what its default does.
+        here, there = self._identity(), _flat(to_dict(TrainConfig())) | state["config"]
         changed = [f"{k} ({there.get(k)} -> {here.get(k)})" for k in here | there if here.get(k) != there.get(k)]
         if changed:
             raise ConfigError(
@@ -394,10 +395,15 @@ class _Trainer:
         values = to_dict(self.config)
         manifests = json.dumps(self.log.manifests, sort_keys=True, default=str).encode()
         flat: dict[str, Any] = {"seed": values["seed"], "log": hashlib.sha256(manifests).hexdigest()[:12]}
-        for group in ("model", "data", "optim"):
-            flat |= {f"{group}.{key}": value for key, value in values[group].items() if key != "path"}
+        flat |= _flat(values)
         flat |= self.downstream.identity() if self.downstream is not None else {}
         return flat | {"precision": self.precision.value}
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """{"model.dim": 64, …}, without the place of the log."""
+    groups = ("model", "data", "optim")
+    return {f"{group}.{key}": value for group in groups for key, value in values[group].items() if key != "path"}
 
 
 def _validation(log: EventLog, item_rows: NDArray[np.int64], config: TrainConfig) -> Validation | None:
