@@ -102,12 +102,16 @@ def _timeless(minutes: float) -> dict[str, Row]:
 def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
     """A log of some 4.8M events and 360,000 impressions, whatever the length of its histories.
 
-    The age of the summaries that training shows is kept in proportion. Every event is a label of VISTA, SASRec and HSTU
-    once a pass.
+    The age of the summaries that training shows is kept in proportion; so are the windows that VISTA's passes draw from
+    a history, in which it has its labels. SASRec and HSTU take every event of theirs as a label.
     """
+    windows = max(4, events_per_user * 64 // 4000)
+    all_labels = ("data.windows_per_chunk=0", "data.label_spacing=32", "model.tail_len=64")
     rows = {
         "vista": Row(12, codecs=BOTH),
         "tail-only": Row(7, K0),
+        # Every event is a label, as for SASRec and HSTU, and the tail is twice as long.
+        "vista-all-labels": Row(20, all_labels),
         "sasrec": Row(20, ("model=sasrec",)),
         "hstu": Row(25, ("model=hstu",)),
         "din": Row(10, ("model=din",)),
@@ -119,6 +123,7 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
         "twin": Row(8, ("model=twin",)),
     }
     words = (
+        f"data.windows_per_chunk={windows}",
         f"data.staleness_events={events_per_user * 300 // 4000}",
         f"data.chunk_len={max(16_384, 4 * events_per_user)}",  # whole lives, which spread around their mean
     )

@@ -128,6 +128,9 @@ class DataConfig:
     """split=time: ISO date or time (UTC), or integer milliseconds; labels from here on are not trained on."""
     test_from: str | None = None
     """split=time: labels from here on are test labels."""
+    exclude_seen: bool = True
+    """Whether validation and evaluation leave items of the visible history out of a ranking (but never the label):
+    false where users come back to items."""
     item_categories: str | None = None
     """model.search=hard: Parquet or CSV file with a column `item` of ids and one of categories; read when training
     starts, and kept in the model."""
@@ -331,8 +334,9 @@ class EvaluateConfig:
     """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
     split: str = "test"
     """test or validation, of the model's own data split."""
-    exclude_seen: bool = True
-    """Leave items of the visible history out of the ranking, but never the label: false where users repeat items."""
+    exclude_seen: bool | None = None
+    """Leave items of the visible history out of the ranking, but never the label; null: as `data.exclude_seen` of the
+    model's training says."""
     top_k: list[int] = field(default_factory=lambda: [10, 50, 200])
     """Cut-offs k of HR@k and NDCG@k; the first is also the length of the popularity report's lists."""
     popularity: bool = False

@@ -87,7 +87,6 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         writable_folder(Path(config.results_dir), "results_dir")
     log = EventLog.open(config.data)
     options: Options = {
-        "exclude_seen": config.exclude_seen,
         "top_k": list(config.top_k),
         "users_per_batch": config.users_per_batch,
         "popularity": config.popularity,
@@ -97,6 +96,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     }
     with cpu_settings(config.num_threads):
         model = RankingModel.from_pretrained(config.model, resolve_device(config.device))
+        own = model.data.exclude_seen
+        options["exclude_seen"] = own if config.exclude_seen is None else config.exclude_seen
         if isinstance(model, HistoryModel):
             result, codec = evaluate_model(model, log, config.split, **options), NO_STORE
         else:
@@ -105,19 +106,23 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
                 result = evaluate_scorer(scorer, log, config.split, **options)
                 codec = scorer.store.manifest.codec
     if config.results_dir is not None:
-        append_result(Path(config.results_dir) / f"{config.table}.jsonl", _result_row(config, result, codec))
+        append_result(
+            Path(config.results_dir) / f"{config.table}.jsonl", _result_row(config, options, own, result, codec)
+        )
     return result
 
 
-def _result_row(config: EvaluateConfig, result: Evaluation, codec: str) -> dict[str, Any]:
-    options = {"split": config.split, "exclude_seen": config.exclude_seen, "top_k": list(config.top_k)}
+def _result_row(config: EvaluateConfig, asked: Options, own: bool, result: Evaluation, codec: str) -> dict[str, Any]:
+    """`own`: whether seen items are left out where nothing is said."""
+    exclude_seen = asked["exclude_seen"]
+    options: dict[str, Any] = {"split": config.split, "exclude_seen": exclude_seen, "top_k": list(config.top_k)}
     options |= {name: value for name in ("popularity", "memory", "staleness") if (value := getattr(config, name))}
     run = _run_config(Path(config.model))
     seed = config.seed if config.seed is not None else run.get("seed", 1)
     name = config.model_name or Path(config.model).resolve().parent.name
     # What is measured belongs to the name of the row: a table keeps one row a model and seed.
     label = name + (", validation" if config.split == "validation" else "")
-    label += "" if config.exclude_seen else ", seen items kept"
+    label += "" if exclude_seen == own else ", seen items left out" if exclude_seen else ", seen items kept"
     label += f", {config.staleness} events old" if config.staleness else ""
     keys = ("data", "model", "store", "table", "results_dir")
     words = [f"{key}={getattr(config, key)}" for key in keys if key != "store" or codec != NO_STORE]
@@ -150,7 +155,8 @@ class Options(TypedDict, total=False):
     """How a model is measured."""
 
     exclude_seen: bool
-    """Leave items of the visible history out of the ranking, but never the label; default True."""
+    """Leave items of the visible history out of the ranking, but never the label; by default as the model's own
+    `data.exclude_seen` says."""
     top_k: list[int]
     """Cut-offs, [10] by default; the first is the length of the popularity report's lists."""
     users_per_batch: int
@@ -234,7 +240,7 @@ def _measure(
             cases,
             columns,
             next_scores,
-            exclude_seen=options.get("exclude_seen", True),
+            exclude_seen=options.get("exclude_seen", model.data.exclude_seen),
             users_per_batch=options.get("users_per_batch", 512),
             progress=options.get("progress", False),
             observe=lists.add if lists is not None else None,

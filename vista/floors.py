@@ -54,7 +54,7 @@ def evaluate_floor(floor: Floor, log: EventLog, data: DataConfig, *, top_k: list
         cases,
         np.arange(log.num_items),
         lambda batch: transitions.scores(batch) if transitions else np.tile(popularity, (len(batch.user), 1)),
-        exclude_seen=True,
+        exclude_seen=data.exclude_seen,
         users_per_batch=512,
         progress=False,
     )

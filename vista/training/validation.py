@@ -43,6 +43,7 @@ class Validation:
 
     def __init__(self, log: EventLog, item_rows: Int, config: TrainConfig) -> None:
         self._log, self._item_rows = log, item_rows
+        self._exclude_seen = config.data.exclude_seen
         optim, limit = config.optim, config.optim.validation_users
         until = split_until(config.data, "validation")
         self._cut = visible_counts(log, until)
@@ -86,7 +87,7 @@ class Validation:
                 self._next,
                 columns,
                 lambda cases: self._finite(next_scores(cases), cases.user),
-                exclude_seen=True,
+                exclude_seen=self._exclude_seen,
                 users_per_batch=CASES_PER_BATCH,
                 progress=False,
             )
