@@ -215,6 +215,21 @@ def test_validation_in_training_equals_evaluation_from_the_store(
     assert found == pytest.approx(expected, abs=1e-4)
 
 
+def test_seen_items_stay_in_where_training_was_told_so(served: Served, tmp_path: Path) -> None:
+    """In training's own validation, and in every evaluation that does not ask for something else."""
+    config = small_config(served.log, tmp_path / "run", data__exclude_seen=False, optim__epochs=1)
+    model = train(config, served.log)
+    (line,) = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()) if "validation" in row]
+    refresh(model, served.log, tmp_path / "store", until="leave-last-two-out", codec=Codec.float32)
+    with Scorer.open(tmp_path / "run" / "best", tmp_path / "store") as scorer:
+        kept = evaluate_scorer(scorer, served.log, "validation", top_k=[10])
+        asked = evaluate_scorer(scorer, served.log, "validation", top_k=[10], exclude_seen=False)
+        left_out = evaluate_scorer(scorer, served.log, "validation", top_k=[10], exclude_seen=True)
+    assert kept.ranks is not None and asked.ranks is not None and left_out.ranks is not None
+    assert kept.ranks.tolist() == asked.ranks.tolist() and (left_out.ranks < kept.ranks).any()
+    assert line["validation"] == pytest.approx(kept.metrics, abs=1e-4)
+
+
 class TestLeakage:
     def test_a_store_that_saw_everything_is_refused(self, served: Served, served_tasks: Served) -> None:
         with (

@@ -38,7 +38,8 @@ def test_ranks_by_hand(tmp_path: Path) -> None:
     assert followed.metrics == {"hr@10": 1.0, "ndcg@10": pytest.approx((0.5 + 1 + 1 + 1 / np.log2(3)) / 4)}
 
 
-def test_counts_agree_with_counting_event_by_event(event_log: EventLog) -> None:
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_counts_agree_with_counting_event_by_event(event_log: EventLog, exclude_seen: bool) -> None:
     seen = visible_counts(event_log, "leave-last-out")
     histories = [event_log.slice(user).item.tolist() for user in range(event_log.num_users)]
     visible = [history[:count] for history, count in zip(histories, seen, strict=True)]
@@ -49,13 +50,14 @@ def test_counts_agree_with_counting_event_by_event(event_log: EventLog) -> None:
         if len(history) == len(known):
             continue
         label = history[len(known)]
-        items = [item for item in range(event_log.num_items) if item == label or item not in known]
+        shown = [item == label or not exclude_seen or item not in known for item in range(event_log.num_items)]
+        items = np.flatnonzero(shown).tolist()
         for floor in Floor:
             weight = [(pairs[known[-1], item] if floor is Floor.transitions else 0, popularity[item]) for item in items]
             own = weight[items.index(label)]
             expected[floor].append(sum(w > own for w in weight) + weight.count(own) // 2)  # ties: half, rounded up
     for floor in Floor:
-        ranks = evaluate_floor(floor, event_log, DataConfig()).ranks
+        ranks = evaluate_floor(floor, event_log, DataConfig(exclude_seen=exclude_seen)).ranks
         assert ranks is not None and ranks.tolist() == expected[floor]
 
 
