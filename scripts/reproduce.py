@@ -60,7 +60,7 @@ TOP_K = [10, 50, 200]
 UNTRAINED_SEED = 0
 MACHINE = ("cpu", "gpu", "cores", "threads")
 """What of a row's hardware its time depends on."""
-SPLIT = ("split", "validation_from", "test_from")
+SPLIT = ("split", "validation_from", "test_from", "exclude_seen")
 """What of a configuration the untrained rows depend on."""
 Line = Mapping[str, Any]
 
@@ -162,10 +162,13 @@ def _train_config(table: Table, row: Row) -> TrainConfig:
 
 def _recorded(table: Table, row: Row) -> dict[str, Any]:
     """What a line says of its configuration. Paths are the machine's, not the experiment's."""
-    values = to_dict(_train_config(table, row))
+    config = _train_config(table, row)
+    values = to_dict(config)
     data = {
         key: value for key, value in values["data"].items() if key in SPLIT or (not row.untrained and key != "path")
     }
+    if config.model.architecture.ranks_only or row.untrained == "truth":
+        del data["exclude_seen"]  # it is about next items
     # A log of another size is another experiment.
     recorded = {"data": data} | ({} if table.simulation is None else {"simulation": table.simulation})
     if row.untrained:
@@ -179,13 +182,20 @@ def _recorded(table: Table, row: Row) -> dict[str, Any]:
 
 
 def _changes(before: Line, now: Line) -> list[str]:
-    """Keys whose values differ. One that either side lacks is newer, or older, than the line: its default did that."""
-    return [
-        f"{group}.{key} ({before[group][key]} -> {now[group][key]})"
-        for group in now
-        for key in now[group]
-        if key in before.get(group, {}) and before[group][key] != now[group][key]
-    ]
+    """Keys whose values differ. A setting that is younger than the line did then what its default does."""
+    changes = []
+    for group, usual in _usual().items():
+        there, here = usual | before.get(group, {}), now.get(group, {})
+        changes += [f"{group}.{key} ({there.get(key)} -> {here[key]})" for key in here if there.get(key) != here[key]]
+    return changes
+
+
+def _usual() -> dict[str, dict[str, Any]]:
+    """Defaults of what lines record."""
+    values = to_dict(TrainConfig())
+    usual = {group: values[group] for group in ("data", "model", "optim")}
+    flat = {f"{group}.{key}": value for group in usual for key, value in values[group].items()}
+    return {**usual, "simulation": to_dict(SimulateConfig()), "base": flat}
 
 
 def _estimate_s(name: str, row: Row, lines: Sequence[Line], machine: Line) -> float:
@@ -276,7 +286,7 @@ def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -
     table = TABLES[settings.table]
     row = table.rows[name]
     # Not by the names of table and row: equal configurations are one run.
-    folder = settings.work / table.data / f"{_digest(_recorded(table, row))}-{seed}"
+    folder = settings.work / table.data / f"{_digest(_unusual(_recorded(table, row)))}-{seed}"
     config = replace(
         _train_config(table, row), run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads, progress=False
     )
@@ -284,6 +294,15 @@ def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -
     if config.data.item_categories is not None:  # a file of the simulation
         config.data.item_categories = str(_source(log.path) / config.data.item_categories)
     return folder, config
+
+
+def _unusual(recorded: Line) -> dict[str, Any]:
+    """What of it is no default, so that a setting that is yet to come moves no folder."""
+    usual = _usual()
+    return {
+        group: {key: value for key, value in recorded[group].items() if usual[group].get(key) != value}
+        for group in recorded
+    }
 
 
 def _downstream_config(settings: argparse.Namespace, run: Run, config: TrainConfig, log: EventLog) -> TrainConfig:

@@ -32,6 +32,9 @@ SIMULATION = Table(
         "last-40": Row(1, (*K0, "model.tail_len=40")),
         "sasrec": Row(1, ("model=sasrec",)),
         "din": Row(1, ("model=din",)),
+        "sim-hard": Row(
+            1, ("model=sim", "model.search=hard", "data.item_categories=items.parquet", "data.category_column=topic")
+        ),
         **FLOORS,
         **TRUTH,
     },
@@ -62,9 +65,18 @@ def test_a_simulated_table(
     """All kinds of rows; what is there is not run again."""
     monkeypatch.setitem(TABLES, "tiny", SIMULATION)
     assert reproduce.main(words) == 0
-    assert "8 of 8: truth" in capsys.readouterr().err
+    assert "9 of 9: truth" in capsys.readouterr().err
     found = found_lines(tmp_path)
-    trained = ["vista 1", "vista, float32 store 1", "vista, tail 4 1", "tail-only 1", "last-40 1", "sasrec 1", "din 1"]
+    trained = [
+        "vista 1",
+        "vista, float32 store 1",
+        "vista, tail 4 1",
+        "tail-only 1",
+        "last-40 1",
+        "sasrec 1",
+        "din 1",
+        "sim-hard 1",
+    ]
     assert list(found) == [*trained, "popularity 0", "transitions 0", "truth 0"]
     assert found["last-40 1"]["config"]["model"]["tail_len"] == 40
     assert all(0 < found[name]["metrics"]["auc/click"] < 1 for name in trained)
@@ -229,6 +241,26 @@ def test_every_row_can_be_composed(name: str) -> None:
         assert not values.tails or Codec.int8 in values.codecs, "shorter tails are served from the int8 store"
     trained = [json.dumps(config) for row, config in configs.items() if not table.rows[row].untrained]
     assert len(set(trained)) == len(trained), "two rows of the same configuration"
+
+
+def test_a_setting_that_a_line_does_not_know_had_its_default() -> None:
+    now = reproduce._recorded(SIMULATION, SIMULATION.rows["vista"])
+    before = {**now, "data": {key: value for key, value in now["data"].items() if key != "exclude_seen"}}
+    assert now["data"]["exclude_seen"] is False
+    assert reproduce._changes(before, now) == ["data.exclude_seen (True -> False)"]
+    del before["data"]["num_negatives"], before["model"]["search"]
+    assert reproduce._changes(before, now) == ["data.exclude_seen (True -> False)"]
+    for name in ("din", "sim-hard", "truth"):
+        assert "exclude_seen" not in reproduce._recorded(SIMULATION, SIMULATION.rows[name])["data"]
+    assert reproduce._recorded(SIMULATION, SIMULATION.rows["popularity"])["data"]["exclude_seen"] is False
+
+
+def test_folders_are_named_by_what_is_no_default() -> None:
+    now = reproduce._recorded(SIMULATION, SIMULATION.rows["vista"])
+    found = reproduce._unusual(now)
+    assert found["model"] == {"dim": 16, "dropout": 0.1} and found["data"]["split"] == "time"
+    younger = {**now, "model": {key: value for key, value in now["model"].items() if key != "search"}}
+    assert reproduce._unusual(younger) == found
 
 
 def test_progress_corrects_its_estimates_by_what_has_ended() -> None:

@@ -106,8 +106,9 @@ def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) 
         rows = found.item_rows(log.items.ids(np.arange(log.num_items)))
         assert np.array_equal(found.category[rows].numpy(), kinds + 1)
         assert found.category[0] == 0
-    assert isinstance(again, SIM)
-    assert evaluate_model(again, log, "test").metrics["auc/click"] > 0
+    assert isinstance(again, SIM) and isinstance(model, SIM)
+    assert evaluate_model(again, log, "test").metrics == evaluate_model(model, log, "test").metrics
+    assert train_model(config, log).state_dict()["category"].equal(again.category), "done: its checkpoint has them"
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])

@@ -117,6 +117,10 @@ class ModelConfig:
             )
 
 
+PLACES = ("path", "item_categories")
+"""Keys of DataConfig that say where something lies: they may change, and belong into no table."""
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Which log is read, how it is split, and how batches are cut from it."""

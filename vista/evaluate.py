@@ -16,7 +16,7 @@ import yaml
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vista.config import EvaluateConfig
+from vista.config import PLACES, EvaluateConfig
 from vista.data.event_log import EventLog
 from vista.data.frequency import item_counts
 from vista.data.splits import parse_until, split_until, visible_counts
@@ -96,8 +96,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     }
     with cpu_settings(config.num_threads):
         model = RankingModel.from_pretrained(config.model, resolve_device(config.device))
-        own = model.data.exclude_seen
-        options["exclude_seen"] = own if config.exclude_seen is None else config.exclude_seen
+        exclude_seen = model.data.exclude_seen if config.exclude_seen is None else config.exclude_seen
+        options["exclude_seen"] = exclude_seen
         if isinstance(model, HistoryModel):
             result, codec = evaluate_model(model, log, config.split, **options), NO_STORE
         else:
@@ -106,15 +106,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
                 result = evaluate_scorer(scorer, log, config.split, **options)
                 codec = scorer.store.manifest.codec
     if config.results_dir is not None:
-        append_result(
-            Path(config.results_dir) / f"{config.table}.jsonl", _result_row(config, options, own, result, codec)
-        )
+        row = _result_row(config, exclude_seen, result, codec)
+        append_result(Path(config.results_dir) / f"{config.table}.jsonl", row)
     return result
 
 
-def _result_row(config: EvaluateConfig, asked: Options, own: bool, result: Evaluation, codec: str) -> dict[str, Any]:
-    """`own`: whether seen items are left out where nothing is said."""
-    exclude_seen = asked["exclude_seen"]
+def _result_row(config: EvaluateConfig, exclude_seen: bool, result: Evaluation, codec: str) -> dict[str, Any]:
     options: dict[str, Any] = {"split": config.split, "exclude_seen": exclude_seen, "top_k": list(config.top_k)}
     options |= {name: value for name in ("popularity", "memory", "staleness") if (value := getattr(config, name))}
     run = _run_config(Path(config.model))
@@ -122,13 +119,14 @@ def _result_row(config: EvaluateConfig, asked: Options, own: bool, result: Evalu
     name = config.model_name or Path(config.model).resolve().parent.name
     # What is measured belongs to the name of the row: a table keeps one row a model and seed.
     label = name + (", validation" if config.split == "validation" else "")
-    label += "" if exclude_seen == own else ", seen items left out" if exclude_seen else ", seen items kept"
+    label += "" if exclude_seen else ", seen items kept"
     label += f", {config.staleness} events old" if config.staleness else ""
     keys = ("data", "model", "store", "table", "results_dir")
     words = [f"{key}={getattr(config, key)}" for key in keys if key != "store" or codec != NO_STORE]
     words += [f"model_name={name}", f"seed={seed}"]
     words += [f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in options.items()]
-    trained = {group: {k: v for k, v in run[group].items() if k != "path"} for group in TRAINED_GROUPS if group in run}
+    groups = [group for group in TRAINED_GROUPS if group in run]
+    trained = {group: {k: v for k, v in run[group].items() if k not in PLACES} for group in groups}
     trained |= {"stage": run["stage"]} if run.get("stage", "joint") != "joint" else {}
     return {
         "table": config.table,

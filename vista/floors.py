@@ -33,7 +33,7 @@ class Floor(Enum):
 
 
 def evaluate_floor(floor: Floor, log: EventLog, data: DataConfig, *, top_k: list[int] | None = None) -> Evaluation:
-    """Rank the test labels of a log's split by what was counted before them; seen items are excluded.
+    """Rank the test labels of a log's split by what was counted before them; seen items as `data.exclude_seen` says.
 
     Args:
         data: the split.

@@ -54,6 +54,22 @@ def test_a_wrong_table_is_refused(tmp_path: Path, text: str, message: str) -> No
         read_categories(tmp_path / "items.csv", "kind", NUMBERS)
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"item": [10, 20], "kind": [["a", "b"], ["c"]]}, "column 'kind' is List.*one value an item"),
+        ({"item": [10.0, 20.5], "kind": ["a", "b"]}, "column 'item' is Float64"),
+        ({"item": [10, 20], "kind": [1.0, float("nan")]}, "column 'kind' is Float64"),
+        ({"item": [10, 20], "kind": [b"a", b"\xff"]}, "column 'kind' is Binary"),
+        ({"item": [10, None], "kind": [None, "a"]}, "column 'kind' has no value beside an id"),
+    ],
+)
+def test_columns_of_other_types_are_refused(tmp_path: Path, columns: dict[str, list[object]], message: str) -> None:
+    pl.DataFrame(columns).write_parquet(tmp_path / "items.parquet")
+    with pytest.raises(DataError, match=message):
+        read_categories(tmp_path / "items.parquet", "kind", NUMBERS)
+
+
 @pytest.mark.parametrize("name", ["items.csv", "items.parquet"])
 def test_an_unreadable_table_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=f"data.item_categories=.*{name}: unreadable"):

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from vista.choices import Precision
+from vista.device import choose_precision
 from vista.model import frozen as frozen_module
 from vista.model import inference
 from vista.model.frozen import FrozenLinear, frozen, packs
 from vista.model.layers import FeedForward, linear_parts
+from vista_kernels.torch_backend.precision import multiplies_bfloat16, product_dtype
 
 CPU = torch.device("cpu")
 UNIT = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7}
@@ -133,18 +135,23 @@ def test_a_packed_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
         ("AMD EPYC", {"avx512_f"}, {torch.float32}),
         ("AMD EPYC", {"avx512_f", "avx512_bf16"}, {torch.float32, torch.bfloat16}),
         ("AMD EPYC", set(), set()),
-        ("Intel(R) Xeon(R)", {"avx512_f", "avx512_bf16", "amx_bf16"}, {torch.bfloat16}),
+        ("Intel(R) Xeon(R)", {"avx512_f", "avx512_bf16", "amx_tile"}, {torch.bfloat16}),
+        ("Intel(R) Xeon(R)", {"avx512_f", "amx_tile"}, {torch.bfloat16}),
     ],
 )
 def test_what_is_packed_follows_the_processor(
     name: str, flags: set[str], chosen: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, **dict.fromkeys(flags, True)})
-    monkeypatch.setattr(frozen_module, "multiplies_bfloat16", lambda kind: "avx512_bf16" in flags)
+    packs.cache_clear()
+    multiplies_bfloat16.cache_clear()
     try:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            packs.cache_clear()
             assert packs(dtype, CPU) is (dtype in chosen)
+        precision = Precision.bfloat16 if torch.bfloat16 in chosen else Precision.float32
+        assert choose_precision(Precision.auto, CPU) is precision
+        assert product_dtype(torch.ones(1, dtype=torch.bfloat16)) == getattr(torch, precision.value)
     finally:
         packs.cache_clear()
+        multiplies_bfloat16.cache_clear()
     assert not packs(torch.float32, torch.device("meta"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ from vista.data.polars_extra import pl
 from vista.data.vocabulary import Vocabulary
 from vista.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 
 def read_categories(file: Path, column: str, items: Vocabulary) -> NDArray[np.int64]:
     """Codes int64 [1 + V] of the categories of a model's items, from 1 on; 0 where the table names none.
 
     Args:
-        file: Parquet, or CSV with a header: the column `item` of ids, and `column`, of any values; a row an item.
+        file: Parquet, or CSV with a header: the column `item` of ids, and `column`, integers or text; a row an item.
         items: the model's vocabulary; row r of it is place r + 1.
 
     Raises:
@@ -33,6 +36,10 @@ def read_categories(file: Path, column: str, items: Vocabulary) -> NDArray[np.in
                 f"{file}: column {name!r} is missing, it has {', '.join(table.columns)}; rename the column of ids to "
                 "item, and name that of categories with data.category_column=…"
             )
+    for name in ("item", column):
+        kind = table[name].dtype
+        if not (kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Boolean)):
+            raise DataError(f"{file}: column {name!r} is {kind}; write integers or text, one value an item")
     wanted = pl.Int64 if items.kind == "int" else pl.String
     ids = table["item"].cast(wanted, strict=False)
     bad = table["item"].is_not_null() & ids.is_null()
@@ -47,7 +54,12 @@ def read_categories(file: Path, column: str, items: Vocabulary) -> NDArray[np.in
         item = twice["item"].min()
         found = sorted(twice.filter(pl.col("item") == item)["category"])
         raise DataError(f"{file}: item {item!r} has the categories {', '.join(found)}; leave one")
+    if not len(named):
+        raise DataError(
+            f"{file}: column {column!r} has no value beside an id; name another with data.category_column=…"
+        )
     rows = items.rows(named["item"].to_list())
+    logger.info("%s: %d of %d items have a category", file, int((rows >= 0).sum()), len(items))
     if not (rows >= 0).any():
         raise DataError(f"{file}: column 'item' has none of the log's items; are these its ids?")
     codes = np.zeros(1 + len(items), np.int64)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vista.choices import Architecture, Stage
-from vista.config import TrainConfig
+from vista.config import PLACES, TrainConfig
 from vista.config_dict import to_dict
 from vista.config_text import to_yaml
 from vista.data.batches import BatchSource, trained_tasks
@@ -158,7 +158,6 @@ class _Trainer:
         self.model: RankingModel
         if downstream is None:
             self.model = class_of(config.model.architecture)(config.model, schema, log.items, config.data)
-            self.model.read_item_table(config.data)
         else:
             self.model = downstream.model(schema)
         self.model.to(self.device)
@@ -203,6 +202,8 @@ class _Trainer:
     def _start(self, metrics: MetricsWriter) -> None:
         config = self.config
         newest = latest_checkpoint(self.run_dir / "checkpoints") if config.resume else None
+        if newest is None and self.downstream is None:  # a checkpoint, or a base, has what was read
+            self.model.read_item_table(config.data)
         if newest is not None:
             self._restore(newest)
         elif not config.resume:
@@ -371,7 +372,7 @@ class _Trainer:
     def _restore(self, path: Path) -> None:
         tensors, body = load_checkpoint(path)
         state = unpack_state(body["run"], tensors)
-        # A key that is younger than the run did then what its default does.
+        # A key that is younger than the run did then what its default does: defaults never change their meaning.
         here, there = self._identity(), _flat(to_dict(TrainConfig())) | state["config"]
         changed = [f"{k} ({there.get(k)} -> {here.get(k)})" for k in here | there if here.get(k) != there.get(k)]
         if changed:
@@ -401,9 +402,9 @@ class _Trainer:
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """{"model.dim": 64, …}, without the place of the log."""
+    """{"model.dim": 64, …}, without places."""
     groups = ("model", "data", "optim")
-    return {f"{group}.{key}": value for group in groups for key, value in values[group].items() if key != "path"}
+    return {f"{group}.{key}": value for group in groups for key, value in values[group].items() if key not in PLACES}
 
 
 def _validation(log: EventLog, item_rows: NDArray[np.int64], config: TrainConfig) -> Validation | None:

@@ -26,11 +26,12 @@ def product_dtype(tokens: Tensor) -> torch.dtype:
 
 @cache
 def multiplies_bfloat16(device_type: str) -> bool:
-    """Return whether products of bfloat16 are fast on a kind of device: by its instructions, never by timing."""
+    """Return whether products of bfloat16 are fast on a kind of device: a CPU by its instructions, never by timing, a
+    GPU always."""
     if device_type != "cpu":
         return device_type == "cuda"
     instructions = {"AMX": torch.cpu._is_amx_tile_supported(), "avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
     found = [name for name, present in instructions.items() if present]
     chosen = f"bfloat16 ({found[0]})" if found else "float32 (neither AMX nor avx512_bf16 here)"
-    _LOG.info("torch backend: products of bfloat16 tokens are %s", chosen)
+    _LOG.info("products on this processor, where bfloat16 is allowed: %s", chosen)
     return bool(found)
