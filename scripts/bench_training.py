@@ -10,9 +10,9 @@ which is no fewer negatives.
 A pilot of some batches finds RecTools' fastest loss, batch size, precision, threads and loader processes, one after
 the other. Precision is 32-true or bf16-mixed, as ours; bf16-true would round weights and optimizer state too. Dropout
 0 lets RecTools take torch's fused attention, so every case comes at its default dropout and at 0, each with its own
-pilot. Ours runs at its defaults on all cores, and is timed from outside: `train()` for one epoch, set-up, checkpoint
-and export included. RecTools is timed from inside: the epoch alone, without start, data preparation and model
-building.
+pilot. Ours runs at its defaults on all cores, keeps freed memory as `vista train` does, and is timed from outside:
+`train()` for one epoch, set-up, checkpoint and export included. RecTools is timed from inside: the epoch alone,
+without start, data preparation and model building.
 
 RecTools lives in a virtual environment of its own (--rival-venv or VISTA_RIVAL_VENV; made if absent, some GB). About
 25 minutes on two idle cores; --rival-batches 60 estimates RecTools' epochs and halves that. The settings found, and
@@ -41,6 +41,7 @@ from vista.choices import Architecture
 from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from vista.config_dict import to_dict
 from vista.data.event_log import EventLog
+from vista.device import keep_freed_memory
 from vista.training.trainer import train_model
 from workloads import find_ml_1m
 
@@ -153,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("skipped: ml-1m is not at hand; set VISTA_DATA_DIR, or --data path/to/ml-1m/events.npz")
         return 0
     python = rival_python(options.rival_venv)
+    keep_freed_memory()
     quick: bool = options.quick
     recorder = Recorder("training", out=options.out, quick=quick)
     cases = list(itertools.product(options.negatives, (DEFAULT_DROPOUT, 0.0)))

@@ -41,7 +41,7 @@ from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.data.simulate import simulate
 from vista.data.splits import parse_time, split_until
-from vista.device import choose_precision, cpu_settings, resolve_device
+from vista.device import choose_precision, cpu_settings, keep_freed_memory, resolve_device
 from vista.errors import ConfigError, VistaError
 from vista.evaluate import Options, evaluate_model, evaluate_scorer
 from vista.files import replace_text, writable_folder
@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = _arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     results = Path(settings.results) / f"{settings.table}.jsonl"
+    keep_freed_memory()
     try:
         with cpu_settings(settings.threads):
             runs = _runs(settings, read_results(results) if results.exists() else [])
