@@ -38,7 +38,7 @@ import numpy as np
 from recorder import Recorder, benchmark_parser, timing_of
 from rival import DIM, HEADS, LAYERS, LENGTH, Pilot, rival_python
 from vista.choices import Architecture
-from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from vista.config import PLACES, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from vista.config_dict import to_dict
 from vista.data.event_log import EventLog
 from vista.device import keep_freed_memory
@@ -140,10 +140,15 @@ def compare(
         "rows": rows,
         "our_seconds": {who.value: seconds for who, seconds in ours.items()},
         "our_labels": num_labels,
-        "our_config": {who.value: to_dict(our_config(who, log, negatives, dropout, "")) for who in BARS},
+        "our_config": {who.value: _settings(our_config(who, log, negatives, dropout, "")) for who in BARS},
         "rival_reports": reports,
         "pilot": [dataclasses.asdict(tried) | {"seconds": seconds} for tried, seconds in pilot.tried.items()],
     }
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    values = to_dict(config)
+    return values | {"data": {key: value for key, value in values["data"].items() if key not in PLACES}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

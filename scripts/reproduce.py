@@ -195,8 +195,9 @@ def _usual() -> dict[str, dict[str, Any]]:
     """Defaults of what lines record."""
     values = to_dict(TrainConfig())
     usual = {group: values[group] for group in ("data", "model", "optim")}
-    flat = {f"{group}.{key}": value for group in usual for key, value in values[group].items()}
-    return {**usual, "simulation": to_dict(SimulateConfig()), "base": flat}
+    usual["simulation"] = to_dict(SimulateConfig())
+    flat = {f"{group}.{key}": value for group, known in usual.items() for key, value in known.items()}
+    return {**usual, "base": flat}
 
 
 def _estimate_s(name: str, row: Row, lines: Sequence[Line], machine: Line) -> float:
@@ -298,7 +299,10 @@ def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -
 
 
 def _unusual(recorded: Line) -> dict[str, Any]:
-    """What of it is no default, so that a setting that is yet to come moves no folder."""
+    """What of it is no default, so that a setting that is yet to come moves no folder.
+
+    Where a default itself changes, the trainer refuses to go on with an older run: take another --work then.
+    """
     usual = _usual()
     return {
         group: {key: value for key, value in recorded[group].items() if usual[group].get(key) != value}
