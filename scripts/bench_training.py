@@ -38,7 +38,7 @@ import numpy as np
 from recorder import Recorder, benchmark_parser, timing_of
 from rival import DIM, HEADS, LAYERS, LENGTH, Pilot, rival_python
 from vista.choices import Architecture
-from vista.config import PLACES, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, without_places
 from vista.config_dict import to_dict
 from vista.data.event_log import EventLog
 from vista.device import keep_freed_memory
@@ -148,7 +148,7 @@ def compare(
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     values = to_dict(config)
-    return values | {"data": {key: value for key, value in values["data"].items() if key not in PLACES}}
+    return values | without_places(values)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from rival import DIM, HEADS, LAYERS, LENGTH, SHAPE, call_rival, rival_python, words_of
 from vista.choices import Architecture, Precision
-from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, without_places
 from vista.config_data import PrepareConfig, SourceConfig
 from vista.config_dict import to_dict
 from vista.data.event_log import EventLog
@@ -200,9 +200,7 @@ def run_ours(config: TrainConfig, log: EventLog) -> tuple[dict[str, float], dict
     assert isinstance(model, HistoryModel)
     with cpu_settings(config.num_threads):
         found = {part: evaluate_model(model, log, part, top_k=TOP_K).metrics for part in PARTS}
-    values = to_dict(config)
-    values["data"].pop("path")
-    return joined(found), {group: values[group] for group in ("model", "data", "optim")}, seconds
+    return joined(found), without_places(to_dict(config)), seconds
 
 
 def run_theirs(

@@ -7,7 +7,9 @@ Hydra never appears below the command line: scripts turn its config into these o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from vista.choices import (
     Activation,
@@ -280,6 +282,12 @@ class TrainConfig:
     def trains_next(self) -> bool:
         """Whether the next item is trained: by the retrieval head, where the architecture has one."""
         return self.optim.next_weight > 0 and not self.model.architecture.ranks_only
+
+
+def without_places(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Groups model, data and optim of `to_dict(TrainConfig)`, less PLACES: what a run depends on wherever it lies."""
+    groups = ("model", "data", "optim")
+    return {group: {k: v for k, v in values[group].items() if k not in PLACES} for group in groups if group in values}
 
 
 @dataclass(kw_only=True, slots=True)

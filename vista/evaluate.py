@@ -16,7 +16,7 @@ import yaml
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vista.config import PLACES, EvaluateConfig
+from vista.config import EvaluateConfig, without_places
 from vista.data.event_log import EventLog
 from vista.data.frequency import item_counts
 from vista.data.splits import parse_until, split_until, visible_counts
@@ -50,8 +50,6 @@ Floats = NDArray[np.float32]
 PARTS = ("test", "validation")
 NO_STORE = "none"
 """In place of a codec, of a rival."""
-TRAINED_GROUPS = ("model", "data", "optim")
-"""Groups of a run's configuration that its results' rows repeat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +123,7 @@ def _result_row(config: EvaluateConfig, exclude_seen: bool, result: Evaluation, 
     words = [f"{key}={getattr(config, key)}" for key in keys if key != "store" or codec != NO_STORE]
     words += [f"model_name={name}", f"seed={seed}"]
     words += [f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in options.items()]
-    groups = [group for group in TRAINED_GROUPS if group in run]
-    trained = {group: {k: v for k, v in run[group].items() if k not in PLACES} for group in groups}
+    trained = without_places(run)
     trained |= {"stage": run["stage"]} if run.get("stage", "joint") != "joint" else {}
     return {
         "table": config.table,

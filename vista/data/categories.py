@@ -36,7 +36,6 @@ def read_categories(file: Path, column: str, items: Vocabulary) -> NDArray[np.in
                 f"{file}: column {name!r} is missing, it has {', '.join(table.columns)}; rename the column of ids to "
                 "item, and name that of categories with data.category_column=…"
             )
-    for name in ("item", column):
         kind = table[name].dtype
         if not (kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Boolean)):
             raise DataError(f"{file}: column {name!r} is {kind}; write integers or text, one value an item")

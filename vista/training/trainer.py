@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vista.choices import Architecture, Stage
-from vista.config import PLACES, TrainConfig
+from vista.config import TrainConfig, without_places
 from vista.config_dict import to_dict
 from vista.config_text import to_yaml
 from vista.data.batches import BatchSource, trained_tasks
@@ -403,8 +403,7 @@ class _Trainer:
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """{"model.dim": 64, …}, without places."""
-    groups = ("model", "data", "optim")
-    return {f"{group}.{key}": value for group in groups for key, value in values[group].items() if key not in PLACES}
+    return {f"{group}.{key}": value for group, own in without_places(values).items() for key, value in own.items()}
 
 
 def _validation(log: EventLog, item_rows: NDArray[np.int64], config: TrainConfig) -> Validation | None:

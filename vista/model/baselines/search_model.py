@@ -34,15 +34,10 @@ class SearchModel(CandidateModel):
         """What is added to scores [n, C, L], of action int64 [n, 1, L] and age int64 [n, C, L]; None: nothing."""
         return None
 
-    def apart(self, candidate: Tensor, items: Tensor) -> Tensor | None:
-        """bool [n, C, R]: what no search finds for candidates int64 [n, C], of items int64 [R]; None: all may be found.
-        Both are model rows."""
-        return None
-
     # The search ----------------------------------------------------------------------------------------------------
 
     def find(self, events: Events, queries: Queries) -> Found:
-        """The `search_top_k` events of highest score."""
+        """What the search names, of all histories."""
         longest = int(events.offsets.diff().max())
         index = queries.seen.new_zeros(len(queries.seen), min(self.config.search_top_k, longest))
         valid = torch.zeros_like(index, dtype=torch.bool)
@@ -51,15 +46,19 @@ class SearchModel(CandidateModel):
             if entries is None or tile.index.shape[1] == 0:
                 continue
             row, real = entries
-            local, visible = self._search(events, tile, queries, row)
+            local, visible = self.search(events, tile, queries, row)
             packed = tile.index[:, None].expand(-1, row.shape[1], -1).gather(2, local)
             index[row[real], : local.shape[2]] = torch.where(visible, packed, 0)[real]
             valid[row[real], : local.shape[2]] = visible[real]
         return Found(index, valid)
 
     @torch.no_grad()
-    def _search(self, events: Events, tile: Tile, queries: Queries, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Places in the tile's histories and whether they are seen, [n, C, k] each, of the queries at row [n, C]."""
+    def search(self, events: Events, tile: Tile, queries: Queries, row: Tensor) -> tuple[Tensor, Tensor]:
+        """The `search_top_k` events of highest score for the queries at row [n, C] of a tile.
+
+        Returns:
+            their places in the tile's histories, int64 [n, C, k], and whether they are events that a query sees, bool.
+        """
         n, length = tile.index.shape
         count = min(self.config.search_top_k, length)
         # A score's first part belongs to the item: events of one item have the same one, bit for bit.
@@ -70,8 +69,6 @@ class SearchModel(CandidateModel):
             key = self.search_key(events.table[distinct] * self.scale)
             for part in torch.split(row, max(1, SCORES_AT_ONCE // (n * max(length, len(distinct)))), 1):
                 hidden = self.hidden(queries.seen[part], length)
-                if (apart := self.apart(queries.item[part], events.rows[distinct])) is not None:
-                    hidden = hidden | apart.gather(2, place[:, None].expand_as(hidden))
                 score = (self.search_query(queries.vectors[part]) @ key.t()).gather(2, place[:, None].expand_as(hidden))
                 age = newest_clock[part][..., None] - events.clock[tile.index][:, None]
                 bias = self.search_bias(events.action[tile.index][:, None], age)

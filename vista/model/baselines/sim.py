@@ -17,7 +17,7 @@ from vista.config import DataConfig, ModelConfig
 from vista.data.vocabulary import Vocabulary
 from vista.model.baselines.candidate_model import Events, Queries, age_table, network
 from vista.model.baselines.search_model import SearchModel, attend
-from vista.model.baselines.tiles import tiles
+from vista.model.baselines.tiles import Tile, tiles
 from vista.model.ranking_model import Schema
 
 NO_CATEGORY = 0
@@ -54,17 +54,29 @@ class SIM(SearchModel):
             self.category.copy_(torch.from_numpy(codes))
 
     def search_query(self, query: Tensor) -> Tensor:
-        # Products of no width are all 0, and of equal scores the newest events are found.
-        return query[..., :0] if self.category is not None else self.of_candidate(query)
+        projected: Tensor = self.of_candidate(query)
+        return projected
 
     def search_key(self, items: Tensor) -> Tensor:
-        return items[..., :0] if self.category is not None else self.of_event(items)
+        projected: Tensor = self.of_event(items)
+        return projected
 
-    def apart(self, candidate: Tensor, items: Tensor) -> Tensor | None:
+    @torch.no_grad()
+    def search(self, events: Events, tile: Tile, queries: Queries, row: Tensor) -> tuple[Tensor, Tensor]:
         if self.category is None:
-            return None
-        wanted = self.category[candidate][..., None]
-        return (wanted != self.category[items]) | (wanted == NO_CATEGORY)
+            return super().search(events, tile, queries, row)
+        # A history sorted by category and place: what a candidate may find are neighbours there, the newest ones last.
+        length = tile.index.shape[1]
+        code = self.category.long()
+        step = torch.arange(length, device=row.device)
+        listed = (code[events.rows[events.item[tile.index]]] * length + step).sort(1).values
+        wanted, seen = code[queries.item[row]], queries.seen[row]
+        oldest = (seen - (self.config.history_limit or length)).clamp(min=0)
+        first, end = (torch.searchsorted(listed, wanted * length + bound) for bound in (oldest, seen))
+        rank = end[..., None] - 1 - torch.arange(min(self.config.search_top_k, length), device=row.device)
+        found = (rank >= first[..., None]) & (wanted != NO_CATEGORY)[..., None]
+        places = listed[:, None].expand(-1, row.shape[1], -1).gather(2, rank.clamp(min=0)) % length
+        return places, found
 
     def search_logits(self, events: Events, queries: Queries) -> Tensor | None:
         """A network over the candidate and the mean over all events that it sees of (relevance * item)."""
