@@ -243,6 +243,27 @@ def test_every_row_can_be_composed(name: str) -> None:
     assert len(set(trained)) == len(trained), "two rows of the same configuration"
 
 
+@pytest.mark.parametrize("name", ["length-200", "length-1k", "length-16k", "length-64k"])
+def test_lengths_are_compared_at_the_same_labels(name: str) -> None:
+    """Windows of all users and passes, impressions and events; the passes after which the best one is chosen."""
+
+    def spent(table: Table) -> tuple[int, int, int, int]:
+        config, sizes = reproduce._train_config(table, table.rows["vista"]), table.simulation
+        assert sizes is not None and config.optim.epochs % config.optim.validate_every == 0
+        return (
+            sizes["num_users"] * config.data.windows_per_chunk * config.optim.epochs,
+            sizes["num_users"] * sizes["impressions_per_user"],
+            sizes["num_users"] * sizes["events_per_user"],
+            config.optim.epochs // config.optim.validate_every,
+        )
+
+    # A life of 200 events has no fewer than four windows: a quarter more.
+    assert spent(TABLES[name]) == pytest.approx(spent(TABLES["simulation"]), rel=0.25 if name == "length-200" else 0)
+    for row in ("sasrec", "hstu", "vista-all-labels"):
+        four_passes = reproduce._train_config(TABLES[name], TABLES[name].rows[row]).optim
+        assert (four_passes.epochs, four_passes.validate_every) == (4, 1)
+
+
 def test_a_setting_that_a_line_does_not_know_had_its_default() -> None:
     now = reproduce._recorded(SIMULATION, SIMULATION.rows["vista"])
     before = {**now, "data": {key: value for key, value in now["data"].items() if key != "exclude_seen"}}
