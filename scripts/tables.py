@@ -221,6 +221,7 @@ def _memory(minutes: float) -> dict[str, Row]:
 
 # About the published rows' size (d = 50) and dropout.
 D_64 = ("model.dim=64", "model.dropout=0.2")
+POINTWISE = ("model.target_attention=pointwise", "model.num_target_layers=8")
 ML_1M = {
     "tail-only": Row(40, K0, tails=TAILS),
     "sasrec": Row(16, ("model=sasrec", *D_64)),
@@ -234,6 +235,9 @@ ML_1M = {
     # What the summary's size is worth, at the smaller width.
     "vista-64": Row(28, D_64, codecs=BOTH, tails=TAILS),
     "tail-only-64": Row(19, (*K0, *D_64), tails=TAILS),
+    # Stage 2 of the kind and depth of `hstu-8-layers`.
+    "vista-pointwise": Row(36, (*D_64, *POINTWISE), codecs=BOTH, tails=TAILS),
+    "tail-only-pointwise": Row(25, (*K0, *D_64, *POINTWISE), tails=TAILS),
     "K=4": Row(26, ("model.num_seeds=4", *D_64)),
     "K=32": Row(35, ("model.num_seeds=32", *D_64)),
     # The bytes of 16 int8 rows of 64, spent on 288 more item ids of 4 bytes. In training positions see 161 to 320.

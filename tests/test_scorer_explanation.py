@@ -12,19 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import DAY, START, Served, small_config, tail_of
+from vista.choices import TargetKind
 from vista.data.event_log import EventLog
 from vista.model import attribution, inference
 from vista.model.recommender import Recommender
 from vista.model.target_attention import Context
+from vista.model.target_layers import PointwiseLayer
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.training.trainer import schema_of
 
 
-@pytest.fixture(scope="module")
-def opened(impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scorer]:
+@pytest.fixture(scope="module", params=TargetKind)
+def opened(
+    request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Scorer]:
     """Three target layers with biases of their own; three tasks and the next item."""
-    config = small_config(impression_log, "unused", model__num_target_layers=3)
+    config = small_config(impression_log, "unused", model__num_target_layers=3, model__target_attention=request.param)
     torch.manual_seed(5)
     model = Recommender(config.model, schema_of(impression_log, config), impression_log.items, config.data).eval()
     with torch.no_grad():
@@ -77,11 +81,13 @@ def frozen(model: Recommender, context: Context, vector: Tensor, task: int) -> A
             spread = hold(torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + layer.eps))
             return (x - x.mean(-1, keepdim=True)) / spread * layer.weight
 
-        x = own * vector
+        x = own * vector * stage.scale
         for index, layer in enumerate(stage.layers):
             heads, width = layer.num_heads, layer.head_dim
-            normed = norm(layer.norm, x)
+            normed = norm(layer.norm, own * vector if index == 0 else x)
             query, gate, *pair = layer.projections(normed).chunk(4, -1)
+            if isinstance(layer, PointwiseLayer):
+                query, pair = F.silu(query), [F.silu(pair[0]), pair[1] * hold(pair[1].sigmoid())]
             key, value = (part.view(heads, width) for part in pair)
             mixed = []
             for head in range(heads):
@@ -89,10 +95,17 @@ def frozen(model: Recommender, context: Context, vector: Tensor, task: int) -> A
                 q = query.view(heads, width)[head]
                 bias = F.pad(layer.bias[head, torch.arange(stage.tail_len, 0, -1)], (stage.num_seeds, 0))
                 seen = F.pad(context.tail_valid[0], (stage.num_seeds, 0), value=True)
-                scores = (keys @ q * width**-0.5 + bias).masked_fill(~seen, -torch.inf)
-                own_score = q @ key[head] * width**-0.5 + layer.bias[head, 0]
-                weights = hold(torch.softmax(torch.cat([scores, own_score[None]]), 0))
+                scale = 1.0 if isinstance(layer, PointwiseLayer) else width**-0.5
+                scores = torch.cat([keys @ q * scale + bias, (q @ key[head] * scale + layer.bias[head, 0])[None]])
+                visible = F.pad(seen, (0, 1), value=True)
+                if isinstance(layer, PointwiseLayer):
+                    weights = hold(torch.where(visible, scores * scores.sigmoid(), 0.0))
+                else:
+                    weights = hold(torch.softmax(scores.masked_fill(~visible, -torch.inf), 0))
                 mixed.append(weights[:-1] @ values + weights[-1] * value[head])
+            if isinstance(layer, PointwiseLayer):
+                x = x + layer.out(norm(layer.head_norm, torch.stack(mixed).flatten()) * hold(F.silu(gate)))
+                continue
             out = norm(layer.output.head_norm, torch.stack(mixed)).flatten() * hold(gate.sigmoid())
             x = x + layer.output.out(out)
             up_gate, up = layer.feed_forward.up(norm(layer.feed_forward.norm, x)).chunk(2, -1)

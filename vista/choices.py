@@ -56,6 +56,15 @@ class Mixing(Enum):
     """Only history writes, only seeds read: states append, merge and forget."""
 
 
+class TargetKind(Enum):
+    """Layers of stage 2."""
+
+    softmax = "softmax"
+    """Softmax attention and a feed-forward network (the paper)."""
+    pointwise = "pointwise"
+    """A sum over tokens of SiLU(score) * value, normed and gated, without a feed-forward network (HSTU)."""
+
+
 class Search(Enum):
     """How SIM finds the events of a candidate."""
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.model.layers import split_heads
-from vista.model.target_attention import Context, TargetAttention, TargetLayer
+from vista.model.target_attention import Context, TargetAttention
+from vista.model.target_layers import MASKED, PointwiseLayer, SoftmaxLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,13 @@ def shares(
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.stack([part.clone() for part in parts]).sum(0).requires_grad_()
         sources = [x]
-        hidden, first_value = x, torch.zeros_like(x)
+        hidden, first_value = x * stage.scale, torch.zeros_like(x)
         if gap is not None:
             gaps = gap.clone().expand_as(x).contiguous().requires_grad_()
             # Layer 1 takes the time beside the norm of the vector (`TargetAttention.query`).
             first_value = stage.query_gap(gaps).detach()[:, -x.shape[1] :].requires_grad_()
             sources += [gaps, first_value]
-            hidden = hidden + gaps
+            hidden = (x + gaps) * stage.scale
         mixed, weights, values = [], [], []
         for index, layer in enumerate(stage.layers):
             projected = torch.cat(layer.project(x if index == 0 else hidden), -1)
@@ -69,14 +70,11 @@ def shares(
             value = value + first_value if index == 0 else value
             weight = _attention(stage, layer, projected.detach(), context, index)
             seen = context.values[index][0].clone()
+            value = value * value.detach().sigmoid() if isinstance(layer, PointwiseLayer) else value
             own = split_heads(value, layer.num_heads).transpose(0, 1)
             from_context = (weight[..., :-1] @ seen).requires_grad_()
             heads = (from_context + weight[..., -1:] * own).transpose(0, 1)
-            gate = projected.detach().chunk(4, -1)[1].sigmoid()
-            hidden = hidden + layer.output.out(_frozen(layer.output.head_norm, heads).flatten(-2) * gate)
-            block = layer.feed_forward
-            gate, value = block.up(_frozen(block.norm, hidden)).chunk(2, -1)
-            hidden = hidden + block.down(F.silu(gate).detach() * value)
+            hidden = _mixed(layer, hidden, heads, projected.detach().chunk(4, -1)[1])
             mixed.append(from_context)
             weights.append(weight[..., :-1])
             values.append(seen)
@@ -101,12 +99,29 @@ def _frozen(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return centred / spread * norm.weight
 
 
-def _attention(stage: TargetAttention, layer: TargetLayer, projected: Tensor, context: Context, index: int) -> Tensor:
+def _mixed(layer: SoftmaxLayer | PointwiseLayer, hidden: Tensor, heads: Tensor, gate: Tensor) -> Tensor:
+    """The rest of a layer, linear in the residual stream [C, M] and the heads [C, H, D], of the gate's projection."""
+    if isinstance(layer, PointwiseLayer):
+        linear: Tensor = hidden + layer.out(_frozen(layer.head_norm, heads.flatten(-2)) * F.silu(gate))
+        return linear
+    hidden = hidden + layer.output.out(_frozen(layer.output.head_norm, heads).flatten(-2) * gate.sigmoid())
+    block = layer.feed_forward
+    inner, value = block.up(_frozen(block.norm, hidden)).chunk(2, -1)
+    linear = hidden + block.down(F.silu(inner).detach() * value)
+    return linear
+
+
+def _attention(
+    stage: TargetAttention, layer: SoftmaxLayer | PointwiseLayer, projected: Tensor, context: Context, index: int
+) -> Tensor:
     """Weights [H, C, S+L+1] of projections [C, 4M]; the last is the query token's own."""
-    query, _, own_key, _ = (split_heads(part, layer.num_heads).transpose(0, 1) for part in projected.chunk(4, -1))
-    scale = layer.head_dim**-0.5
+    is_pointwise = isinstance(layer, PointwiseLayer)
+    own = F.silu(projected) if is_pointwise else projected
+    query, _, own_key, _ = (split_heads(part, layer.num_heads).transpose(0, 1) for part in own.chunk(4, -1))
+    scale = 1.0 if is_pointwise else layer.head_dim**-0.5
     bias = stage.query_bias(layer, torch.full((1,), stage.tail_len, device=projected.device))
     scores = query @ context.keys[index][0].clone().transpose(-1, -2) * scale + bias
-    scores = scores.masked_fill(~F.pad(context.tail_valid[0], (stage.num_seeds, 0), value=True), float("-inf"))
-    own = (query * own_key).sum(-1) * scale + layer.bias[:, :1]
-    return torch.softmax(torch.cat([scores, own.unsqueeze(-1)], -1), -1).detach()
+    scores = scores.masked_fill(~F.pad(context.tail_valid[0], (stage.num_seeds, 0), value=True), MASKED)
+    own_score = (query * own_key).sum(-1) * scale + layer.bias[:, :1]
+    scores = torch.cat([scores, own_score.unsqueeze(-1)], -1).detach()
+    return F.silu(scores) if is_pointwise else torch.softmax(scores, -1)

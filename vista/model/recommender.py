@@ -64,7 +64,7 @@ class Recommender(RankingModel):
         self.summarizer = Summarizer(config) if config.num_seeds else None
         self.decoder = Decoder(config) if config.num_seeds else None
         self.target_attention = TargetAttention(config)
-        self.request = nn.Parameter(torch.randn(dim) * dim**-0.5)
+        self.request = nn.Parameter(torch.randn(dim) * dim**-0.5 / self.target_attention.scale)
         """The retrieval head's query token, to which the newest event is added."""
         self.task_head = nn.Linear(dim, len(schema.tasks)) if schema.tasks else None
         self._identified = b"", b""

@@ -18,12 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vista.choices import TargetKind
 from vista.config import ModelConfig
-from vista.model.layers import Dropout, FeedForward, GatedOutput, linear_parts, module_list, norm, split_heads
-from vista_kernels import target_attention
-
-MASKED = -1e9
-"""Additive mask; finite, so that a row with nothing to see stays finite."""
+from vista.model.layers import Dropout, module_list, norm
+from vista.model.target_layers import MASKED, TargetLayer, target_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,67 +47,6 @@ class Context:
         return torch.where(known.unsqueeze(-1), self.tail[:, column], 0.0)
 
 
-class TargetLayer(nn.Module):
-    """Projections, relative bias, gated output and feed-forward of one layer, shared by all kinds of tokens."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.head_dim = config.dim // config.num_heads
-        self.norm = norm(config.dim)
-        self.projections = nn.Linear(config.dim, 4 * config.dim, bias=False)
-        """To query, gate, key and value, in this order."""
-        self.bias = nn.Parameter(torch.zeros(config.num_heads, config.tail_len + 1))
-        """[H, L+1] by distance in events; distance 0 is the token itself."""
-        self.output = GatedOutput(config.dim, config.num_heads, config.dropout)
-        self.feed_forward = FeedForward(config.dim, config.feed_forward_ratio, config.dropout)
-
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [..., M] -> query, gate, key and value, [..., M] each."""
-        return linear_parts(self.norm(x), self.projections, 4)
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, N, M] -> keys and values [B, H, N, D] alone: all that a context needs of the last layer."""
-        key, value = linear_parts(self.norm(x), self.projections, 4, first=2)
-        return self.heads(key), self.heads(value)
-
-    def heads(self, x: Tensor) -> Tensor:
-        """[B, N, M] -> [B, H, N, D], a view."""
-        return split_heads(x, self.num_heads).transpose(1, 2)
-
-    def mix(self, x: Tensor, heads: Tensor, gate: Tensor) -> Tensor:
-        """The rest of a layer: residual stream x [B, N, M], attention's outputs [B, H, N, D], gate [B, N, M]."""
-        mixed: Tensor = self.feed_forward(self.output(x, heads.transpose(1, 2), gate.sigmoid()))
-        return mixed
-
-    def attend_context(
-        self, x: Tensor, query: Tensor, gate: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """A context layer: tokens x, query, gate [B, N, M] attend to key/value [B, H, K, D] under an additive mask
-        [B, H, N, K]."""
-        scores, scale = self.heads(query) @ key.transpose(-1, -2), self.head_dim**-0.5
-        scores = scores * scale if mask is None else torch.add(mask, scores, alpha=scale)
-        return self.mix(x, torch.softmax(scores, -1).to(value.dtype) @ value, gate)
-
-    def attend_query(
-        self, x: Tensor, own: Sequence[Tensor], key: Tensor, value: Tensor, bias: Tensor, context_mask: Tensor
-    ) -> Tensor:
-        """A query layer.
-
-        Args:
-            x: [B, Q, M]; own: its projections, [B, Q, M] each.
-            key, value: [B, H, S+L, D] of the context.
-            bias: additive, broadcastable to [B, H, Q, S+L].
-            context_mask: bool [B, S+L]; False where there is no event.
-        """
-        query, gate, own_key, own_value = own
-        query, own_key, own_value = self.heads(query), self.heads(own_key), self.heads(own_value)
-        heads = target_attention(
-            query, key, value, own_key, own_value, bias=bias, own_bias=self.bias[:, 0], context_mask=context_mask
-        )
-        return self.mix(x, heads, gate)
-
-
 class TargetAttention(nn.Module):
     """The layers of stage 2 over a context of summary and tail."""
 
@@ -117,7 +54,9 @@ class TargetAttention(nn.Module):
         super().__init__()
         self.tail_len = config.tail_len
         self.num_seeds = config.num_seeds
-        self.layers = module_list([TargetLayer(config) for _ in range(config.num_target_layers)])
+        self.layers = module_list([target_layer(config) for _ in range(config.num_target_layers)])
+        self.scale = config.dim**0.5 if config.target_attention is TargetKind.pointwise else 1.0
+        """Of tail and query tokens, whose vectors start small. Pointwise layers keep HSTU's inputs."""
         self.summary_norm = norm(config.dim)
         self.summary_kind = nn.Parameter(torch.randn(config.num_seeds, config.dim) * 0.02)
         self.query_gap = nn.Linear(config.dim, 4 * config.dim, bias=False)
@@ -136,7 +75,7 @@ class TargetAttention(nn.Module):
         encoded = []
         for layer in self.layers[:-1]:
             query, gate, key, value = layer.project(x)
-            encoded.append((layer.heads(key), layer.heads(value)))
+            encoded.append(layer.memory(key, value))
             if x.shape[1]:
                 x = layer.attend_context(x, query, gate, *encoded[-1], None)
         return [*encoded, self.layers[-1].keys_values(x)]
@@ -149,12 +88,13 @@ class TargetAttention(nn.Module):
             tail: [B, L, M] embeddings of the newest events, oldest first, right-aligned.
             tail_valid: bool [B, L]; False where the user has fewer events.
         """
-        x = self.dropout(tail)
+        x = self.dropout(self._scaled(tail))
         keys, values = [], []
         for layer, (key, value) in zip(self.layers[:-1], summary, strict=False):
-            query, gate, tail_key, tail_value = layer.project(x)
-            keys.append(torch.cat([key, layer.heads(tail_key)], 2))
-            values.append(torch.cat([value, layer.heads(tail_value)], 2))
+            query, gate, *projected = layer.project(x)
+            tail_key, tail_value = layer.memory(*projected)
+            keys.append(torch.cat([key, tail_key], 2))
+            values.append(torch.cat([value, tail_value], 2))
             x = layer.attend_context(x, query, gate, keys[-1], values[-1], self._tail_mask(layer, tail_valid))
         for of_all, own, of_tail in zip((keys, values), summary[-1], self.layers[-1].keys_values(x), strict=True):
             of_all.append(torch.cat([own, of_tail], 2))
@@ -169,23 +109,17 @@ class TargetAttention(nn.Module):
             summary: [B, S, M]; tail: [B, L, M]; tail_valid: bool [B, L].
             masks: of `request_masks`, if they are at hand.
         """
-        x = torch.cat([self.summary_norm(summary) + self.summary_kind, tail], 1)
+        x = torch.cat([self.summary_norm(summary) + self.summary_kind, self._scaled(tail)], 1)
         masks = self.request_masks() if masks is None else masks
         padding = F.pad(torch.where(tail_valid, 0.0, MASKED), (self.num_seeds, 0))[:, None, None]
         keys, values = [], []
         for layer, mask in zip(self.layers[:-1], masks, strict=True):
-            query, gate, key, value = layer.project(x)
-            keys.append(layer.heads(key))
-            values.append(layer.heads(value))
+            query, gate, *projected = layer.project(x)
+            key, value = layer.memory(*projected)
+            keys.append(key)
+            values.append(value)
             # A padded event sees the summary, and where there is none, all alike: finite, and nobody reads it.
-            seen = mask + padding
-            # Fused attention takes twice as long over bfloat16 on a CPU.
-            if query.dtype is torch.bfloat16 and query.device.type == "cpu":
-                x = layer.attend_context(x, query, gate, keys[-1], values[-1], seen)
-            else:
-                seen, scale = seen.to(query.dtype), layer.head_dim**-0.5
-                heads = F.scaled_dot_product_attention(layer.heads(query), keys[-1], values[-1], seen, scale=scale)
-                x = layer.mix(x, heads, gate)
+            x = layer.attend_request(x, query, gate, key, value, mask + padding)
         key, value = self.layers[-1].keys_values(x)
         return Context([*keys, key], [*values, value], tail_valid, tail)
 
@@ -198,6 +132,9 @@ class TargetAttention(nn.Module):
             torch.cat([summary.expand(layer.num_heads, -1, -1), self._tail_mask(layer, everything)[0]], 1)
             for layer in self.layers[:-1]
         ]
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.scale == 1 else x * self.scale
 
     def _tail_mask(self, layer: TargetLayer, tail_valid: Tensor) -> Tensor:
         """Additive mask [B, H, L, S+L] of the tail's tokens: causal, without padding, but each sees itself, so that a
@@ -247,7 +184,7 @@ class TargetAttention(nn.Module):
             projections = [
                 own + of_gap for own, of_gap in zip(projections, self.query_gap(gap).chunk(4, -1), strict=True)
             ]
-        x = self.dropout(x)
+        x = self.dropout(self._scaled(x))
         context_mask = F.pad(context.tail_valid, (self.num_seeds, 0), value=True)
         biases = self.query_biases(seen) if biases is None else biases
         for index, layer in enumerate(self.layers):
