@@ -341,7 +341,7 @@ def _served_metrics(
             options: Options = {
                 "top_k": TOP_K,
                 "popularity": table.popularity,
-                "memory": table.memory,
+                "memory": table.memory and model.summarizer is not None,
                 "staleness": how.staleness,
             }
             metrics = evaluate_scorer(scorer, log, "test", **options).metrics

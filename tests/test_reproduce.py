@@ -41,6 +41,7 @@ SIMULATION = Table(
     SMALL,
     {"num_users": 24, "events_per_user": 200},
     costs=True,
+    memory=True,
 )
 MOVIELENS = Table("ml-100k", "ml-1m", {"vista": Row(3, SMALL), **FLOORS})
 
