@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.conftest import DAY, small_config
-from vista.choices import TargetKind
+from vista.choices import TargetAttentionKind
 from vista.data.event_log import EventLog
 from vista.model.inference import ROW_TILE
 from vista.model.recommender import Recommender
@@ -46,19 +46,15 @@ def same(found: Any, expected: Any) -> None:
         np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.fixture(scope="module", params=TargetKind)
+@pytest.fixture(scope="module", params=[(TargetAttentionKind.softmax, 16), (TargetAttentionKind.pointwise, 18)])
 def opened(
     request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scorer]:
-    """Summaries and tails of whole tiles; three tasks and the next item."""
+    """Either kind of layers; three tasks and the next item."""
     folder = tmp_path_factory.mktemp("exact")
-    changes = {
-        "model__dim": DIM,
-        "model__num_seeds": 16,
-        "model__tail_len": 16,
-        "model__target_attention": request.param,
-    }
-    config = small_config(impression_log, "unused", **changes)
+    kind, tail_len = request.param
+    config = small_config(impression_log, "unused", model__dim=DIM, model__num_seeds=16, model__tail_len=tail_len)
+    config.model.target_attention = kind
     torch.manual_seed(3)
     model = Recommender(config.model, schema_of(impression_log, config), impression_log.items, config.data).eval()
     refresh(model, impression_log, folder / "store")

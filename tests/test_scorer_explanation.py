@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import DAY, START, Served, small_config, tail_of
-from vista.choices import TargetKind
+from vista.choices import TargetAttentionKind
 from vista.data.event_log import EventLog
 from vista.model import attribution, inference
 from vista.model.recommender import Recommender
@@ -23,7 +23,7 @@ from vista.scorer import Scorer
 from vista.training.trainer import schema_of
 
 
-@pytest.fixture(scope="module", params=TargetKind)
+@pytest.fixture(scope="module", params=TargetAttentionKind)
 def opened(
     request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scorer]:

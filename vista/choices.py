@@ -56,7 +56,7 @@ class Mixing(Enum):
     """Only history writes, only seeds read: states append, merge and forget."""
 
 
-class TargetKind(Enum):
+class TargetAttentionKind(Enum):
     """Layers of stage 2."""
 
     softmax = "softmax"

@@ -25,7 +25,7 @@ from vista.choices import (
     Split,
     Stage,
     StateDtype,
-    TargetKind,
+    TargetAttentionKind,
 )
 from vista.config_checks import check_types, require, require_counts, require_finite
 
@@ -45,7 +45,7 @@ class ModelConfig:
     """Layers of stage 1."""
     num_target_layers: int = 2
     """Layers of stage 2."""
-    target_attention: TargetKind = TargetKind.softmax
+    target_attention: TargetAttentionKind = TargetAttentionKind.softmax
     mixing: Mixing = Mixing.separable
     conv_width: int = 3
     """Width w of the causal depthwise convolution over neighbouring events at the bottom; 1 turns it off."""

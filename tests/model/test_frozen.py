@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vista.choices import Precision, TargetKind
+from vista.choices import Precision, TargetAttentionKind
 from vista.device import choose_precision
 from vista.model import frozen as frozen_module
 from vista.model import inference
@@ -85,12 +85,10 @@ def test_training_does_not_reach_a_frozen_copy() -> None:
 
 
 @pytest.mark.usefixtures("packed")
-@pytest.mark.parametrize(
-    ("seeds", "kind"), [(0, TargetKind.softmax), (5, TargetKind.softmax), (5, TargetKind.pointwise)]
-)
+@pytest.mark.parametrize(("seeds", "kind"), [(seeds, kind) for seeds in (0, 5) for kind in TargetAttentionKind])
 @pytest.mark.parametrize("precision", [Precision.float32, Precision.bfloat16])
 def test_a_model_with_a_frozen_stage_is_the_model(
-    make: SimpleNamespace, seeds: int, kind: TargetKind, precision: Precision
+    make: SimpleNamespace, seeds: int, kind: TargetAttentionKind, precision: Precision
 ) -> None:
     """Summaries, contexts, users and candidates; with histories shorter than the tail, and one without an event."""
     model = make.model(num_seeds=seeds, target_attention=kind).eval()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vista.choices import Decay, Mixing, Normalization, TargetKind
+from vista.choices import Decay, Mixing, Normalization, TargetAttentionKind
 from vista.data.cuts import Batch, Chunks
 
 Int = NDArray[np.int64]
@@ -22,7 +22,7 @@ SHAPES = {
     "separable, decay": {"mixing": Mixing.separable, "decay": Decay.time, "decay_horizons": [0.0, 2.0]},
     "bidirectional": {"mixing": Mixing.bidirectional, "normalization": Normalization.none},
     "no summary": {"num_seeds": 0},
-    "pointwise": {"target_attention": TargetKind.pointwise},
+    "pointwise": {"target_attention": TargetAttentionKind.pointwise},
 }
 
 

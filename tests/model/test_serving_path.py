@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vista.choices import Activation, Decay, Mixing, TargetKind
+from vista.choices import Activation, Decay, Mixing, TargetAttentionKind
 from vista.data.histories import Histories
 from vista.model import inference
 from vista.model.recommender import Recommender
@@ -26,7 +26,8 @@ SHAPES = {
     "no times": {"has_time": False, "conv_width": 1},
     "unified table": {"embedding_rows": 23},
     "another phi": {"activation": Activation.relu},
-    "pointwise": {"target_attention": TargetKind.pointwise, "num_target_layers": 3},
+    "pointwise": {"target_attention": TargetAttentionKind.pointwise, "num_target_layers": 3},
+    "pointwise, no summary": {"target_attention": TargetAttentionKind.pointwise, "num_seeds": 0},
     "no phi, bidirectional": {"activation": Activation.identity, "mixing": Mixing.bidirectional, "num_layers": 3},
 }
 LENGTHS = [0, 1, 2, 23, 7, 0, 12]

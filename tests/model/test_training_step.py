@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from vista.choices import Decay, Mixing, Precision, TargetKind
+from vista.choices import Decay, Mixing, Precision, TargetAttentionKind
 from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from vista.data.batches import BatchSource
 from vista.data.event_log import EventLog
@@ -120,9 +120,9 @@ def test_losses_are_those_that_the_configuration_asks_for(make: SimpleNamespace)
     assert set(parts(with_summary, batch=make.batch(bare, make.plan(model)))) == {"next", "reconstruction"}
 
 
-@pytest.mark.parametrize("kind", TargetKind)
+@pytest.mark.parametrize("kind", TargetAttentionKind)
 @pytest.mark.parametrize("mixing", Mixing)
-def test_every_parameter_learns(make: SimpleNamespace, mixing: Mixing, kind: TargetKind) -> None:
+def test_every_parameter_learns(make: SimpleNamespace, mixing: Mixing, kind: TargetAttentionKind) -> None:
     """No weight is left out of the graph."""
     decay = {"decay": Decay.time, "decay_horizons": [1.0, 9.0]} if mixing is Mixing.separable else {}
     model = make.model(mixing=mixing, target_attention=kind, num_reconstruction_layers=2, **decay).train()

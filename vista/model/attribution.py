@@ -1,10 +1,11 @@
 """What a score is made of: a share of each summary token, each tail event and the query token itself.
 
-With its attention weights, gates and the spreads of its norms held at what they are, stage 2 is a linear function of
-what flows through it: the query token's vector, and the values of the context in each layer. A linear function is the
-sum of its gradients times its arguments (Euler), and these products are the shares; only the head's bias is nobody's.
-What attention weights and gates would be without a token is not asked: shares say what the score was made of, not what
-it would be without. A token of a later layer's context carries what it took from others.
+With its attention weights, gates (in pointwise layers the query token's own value is gated too) and the spreads of its
+norms held at what they are, stage 2 is a linear function of what flows through it: the query token's vector, and the
+values of the context in each layer. A linear function is the sum of its gradients times its arguments (Euler), and
+these products are the shares; only the head's bias is nobody's. What attention weights and gates would be without a
+token is not asked: shares say what the score was made of, not what it would be without. A token of a later layer's
+context carries what it took from others.
 
 Letters: C queries of one request, S seeds, L tail length, H heads, D head dim, M model dim.
 """

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vista.choices import TargetKind
+from vista.choices import TargetAttentionKind
 from vista.config import ModelConfig
 from vista.model.layers import Dropout, module_list, norm
 from vista.model.target_layers import MASKED, TargetLayer, target_layer
@@ -55,7 +55,7 @@ class TargetAttention(nn.Module):
         self.tail_len = config.tail_len
         self.num_seeds = config.num_seeds
         self.layers = module_list([target_layer(config) for _ in range(config.num_target_layers)])
-        self.scale = config.dim**0.5 if config.target_attention is TargetKind.pointwise else 1.0
+        self.scale = config.dim**0.5 if config.target_attention is TargetAttentionKind.pointwise else 1.0
         """Of tail and query tokens, whose vectors start small. Pointwise layers keep HSTU's inputs."""
         self.summary_norm = norm(config.dim)
         self.summary_kind = nn.Parameter(torch.randn(config.num_seeds, config.dim) * 0.02)
@@ -118,7 +118,7 @@ class TargetAttention(nn.Module):
             key, value = layer.memory(*projected)
             keys.append(key)
             values.append(value)
-            # A padded event sees the summary, and where there is none, all alike: finite, and nobody reads it.
+            # A padded event sees the summary; where there is none, all alike or nothing: finite, and nobody reads it.
             x = layer.attend_request(x, query, gate, key, value, mask + padding)
         key, value = self.layers[-1].keys_values(x)
         return Context([*keys, key], [*values, value], tail_valid, tail)

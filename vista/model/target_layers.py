@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vista.choices import TargetKind
+from vista.choices import TargetAttentionKind
 from vista.config import ModelConfig
 from vista.model.layers import Dropout, FeedForward, GatedOutput, linear_parts, norm, split_heads
 from vista_kernels import target_attention
@@ -149,22 +149,27 @@ class PointwiseLayer(TargetLayer):
     ) -> Tensor:
         scores = self.heads(F.silu(query)) @ key.transpose(-1, -2)
         scores = scores if mask is None else scores + mask.to(scores.dtype)
-        return self.mix(x, F.silu(scores).to(value.dtype) @ value, gate)
+        return self.mix(x, _weights(scores) @ value, gate)
 
     def attend_query(
         self, x: Tensor, own: Sequence[Tensor], key: Tensor, value: Tensor, bias: Tensor, context_mask: Tensor
     ) -> Tensor:
         query, gate, own_key, own_value = own
         query, (own_key, own_value) = self.heads(F.silu(query)), self.memory(own_key, own_value)
-        seen = torch.where(context_mask[:, None, None], bias, MASKED).to(query.dtype)
-        scores = query @ key.transpose(-1, -2) + seen
+        seen = torch.where(context_mask[:, None, None], bias.to(query.dtype), MASKED)
         own_score = (query * own_key).sum(-1, keepdim=True) + self.bias[:, :1, None].to(query.dtype)
-        # One number a head: its lane in a vector would decide the last bit; that of float64 is rounded away.
-        own_weight = F.silu(own_score.double()).to(value.dtype)
-        heads = F.silu(scores) @ value + own_weight * own_value
+        heads = _weights(query @ key.transpose(-1, -2) + seen) @ value + _weights(own_score) * own_value
         return self.mix(x, heads, gate)
+
+
+def _weights(scores: Tensor) -> Tensor:
+    """SiLU of scores; at a request by float64: in float32 its last bit depends on a score's lane in a vector, and so on
+    what else is asked for."""
+    if torch.is_grad_enabled() or scores.dtype is not torch.float32:
+        return F.silu(scores)
+    return F.silu(scores.double()).float()
 
 
 def target_layer(config: ModelConfig) -> SoftmaxLayer | PointwiseLayer:
     """A layer of the configured kind."""
-    return PointwiseLayer(config) if config.target_attention is TargetKind.pointwise else SoftmaxLayer(config)
+    return PointwiseLayer(config) if config.target_attention is TargetAttentionKind.pointwise else SoftmaxLayer(config)

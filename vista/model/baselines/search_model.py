@@ -37,7 +37,7 @@ class SearchModel(CandidateModel):
     # The search ----------------------------------------------------------------------------------------------------
 
     def find(self, events: Events, queries: Queries) -> Found:
-        """What the search names, of all histories."""
+        """The events that `search` names, a tile of histories at a time."""
         longest = int(events.offsets.diff().max())
         index = queries.seen.new_zeros(len(queries.seen), min(self.config.search_top_k, longest))
         valid = torch.zeros_like(index, dtype=torch.bool)

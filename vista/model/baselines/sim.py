@@ -67,10 +67,9 @@ class SIM(SearchModel):
             return super().search(events, tile, queries, row)
         # A history sorted by category and place: what a candidate may find are neighbours there, the newest ones last.
         length = tile.index.shape[1]
-        code = self.category.long()
         step = torch.arange(length, device=row.device)
-        listed = (code[events.rows[events.item[tile.index]]] * length + step).sort(1).values
-        wanted, seen = code[queries.item[row]], queries.seen[row]
+        listed = (self.category[events.rows[events.item[tile.index]]].long() * length + step).sort(1).values
+        wanted, seen = self.category[queries.item[row]].long(), queries.seen[row]
         oldest = (seen - (self.config.history_limit or length)).clamp(min=0)
         first, end = (torch.searchsorted(listed, wanted * length + bound) for bound in (oldest, seen))
         rank = end[..., None] - 1 - torch.arange(min(self.config.search_top_k, length), device=row.device)
