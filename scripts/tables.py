@@ -165,7 +165,7 @@ def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, Row
         "normalization-0.5": (1, ("model.normalization_alpha=0.5",)),
     }
     rows = {name: Row(share * minutes, words) for name, (share, words) in changes.items()}
-    return {"vista": Row(minutes, codecs=BOTH, staleness=staleness)} | rows
+    return {"vista": Row(minutes, codecs=tuple(Codec), staleness=staleness)} | rows
 
 
 def _downstream() -> Table:
