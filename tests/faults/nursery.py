@@ -193,9 +193,11 @@ def main() -> None:
     die_with_parent()
     gc.freeze()
     jobs: dict[int, int] = {}
+    starting = False
 
     def reap(*_: object) -> None:
-        while True:
+        # A child may end before it is noted. Blocking the signal is not enough: Python may call this late, for another.
+        while not starting:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
@@ -210,16 +212,16 @@ def main() -> None:
         if "imports" in job:
             importlib.import_module(job["imports"])
             continue
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # A child may end before it is noted.
+        starting = True
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
             die_with_parent()
             os._exit(_run(**job))
         jobs[pid] = job["job"]
         _tell(job["job"], pid=pid)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        starting = False
+        reap()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import xxhash
 from vista.errors import RecordError, StoreError, UserKeyError
 from vista.store import SummaryStore, user_keys
 from vista.store.administration import compact_store, roll_back
+from vista.store.data_file import open_environment
 from vista.store.inspection import store_stats, verify_store
 from vista.store.layout import Manifest, environment_path, read_current
 
@@ -150,3 +151,11 @@ def test_a_read_only_file_system_is_served_and_says_why_it_is_not_written(read_o
         with pytest.raises(StoreError, match=r"cannot be written: .*Read-only file system"):
             act()
     assert read_current(read_only_system) == 2
+
+
+def test_a_generation_whose_folder_is_gone_is_named(tmp_path):
+    """As that of an old generation is, which a flip removes while an erasure is on its way to it."""
+    for readonly in (False, True):
+        with pytest.raises(StoreError, match="gen-3"):
+            open_environment(tmp_path / "store" / "gen-3" / "summary", readonly=readonly)
+    assert not (tmp_path / "store").exists()

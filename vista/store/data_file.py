@@ -72,6 +72,8 @@ def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READE
             size >>= 2
         except lmdb.Error as error:
             raise StoreError(f"{path}: {error}. Readers too need write access to lock.mdb; {REMEDY}") from error
+        except OSError as error:  # its folder is gone, as that of an old generation is after a flip
+            raise StoreError(f"{path}: {error.strerror}; {REMEDY}") from error
     for file, mode in made:  # LMDB's own mode loses the umask's bits, and a shared lock file needs one of its own.
         set_mode(file, mode)
     if size < MAP_SIZE_BYTES:
