@@ -163,9 +163,9 @@ class PointwiseLayer(TargetLayer):
 
 
 def _weights(scores: Tensor) -> Tensor:
-    """SiLU of scores; at a request by float64: in float32 its last bit depends on a score's lane in a vector, and so on
-    what else is asked for."""
-    if torch.is_grad_enabled() or scores.dtype is not torch.float32:
+    """SiLU of scores; at a request on a CPU by float64: in float32 its last bit depends there on a score's lane in a
+    vector, and so on what else is asked for."""
+    if torch.is_grad_enabled() or scores.dtype is not torch.float32 or scores.device.type != "cpu":
         return F.silu(scores)
     return F.silu(scores.double()).float()
 
