@@ -73,6 +73,7 @@ BOTH = (Codec.int8, Codec.float32)
 TAILS = (2, 4, 8, 16)
 AGES = (10, 100, 1000)
 K0 = ("model.num_seeds=0",)
+POINTWISE = ("model.target_attention=pointwise", "model.num_target_layers=8")
 FLOORS = {"popularity": Row(0.1, untrained="popularity"), "transitions": Row(0.1, untrained="transitions")}
 TRUTH = {"truth": Row(0.1, untrained="truth")}
 
@@ -163,6 +164,8 @@ def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, Row
         "phi-identity": (1, ("model.activation=identity",)),
         "no-normalization": (1, ("model.normalization=none",)),
         "normalization-0.5": (1, ("model.normalization_alpha=0.5",)),
+        "pointwise": (1, POINTWISE[:1]),
+        "pointwise-8": (1.7, POINTWISE),
     }
     rows = {name: Row(share * minutes, words) for name, (share, words) in changes.items()}
     return {"vista": Row(minutes, codecs=tuple(Codec), staleness=staleness)} | rows
@@ -221,7 +224,6 @@ def _memory(minutes: float) -> dict[str, Row]:
 
 # About the published rows' size (d = 50) and dropout.
 D_64 = ("model.dim=64", "model.dropout=0.2")
-POINTWISE = ("model.target_attention=pointwise", "model.num_target_layers=8")
 ML_1M = {
     "tail-only": Row(40, K0, tails=TAILS),
     "sasrec": Row(16, ("model=sasrec", *D_64)),
@@ -238,6 +240,7 @@ ML_1M = {
     # Stage 2 of the kind and depth of `hstu-8-layers`.
     "vista-pointwise": Row(36, (*D_64, *POINTWISE), codecs=BOTH, tails=TAILS),
     "tail-only-pointwise": Row(25, (*K0, *D_64, *POINTWISE), tails=TAILS),
+    "vista-pointwise-128": Row(70, POINTWISE, codecs=BOTH, tails=TAILS),
     "K=4": Row(26, ("model.num_seeds=4", *D_64)),
     "K=32": Row(35, ("model.num_seeds=32", *D_64)),
     # The bytes of 16 int8 rows of 64, spent on 288 more item ids of 4 bytes. In training positions see 161 to 320.
