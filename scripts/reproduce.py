@@ -32,7 +32,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from row_progress import RowProgress
 from serving_cost import history_model_latency_ms, scorer_latency_ms, training_speed
 from tables import TABLES, Row, Table
-from vista.choices import Stage
+from vista.choices import Architecture, Stage
 from vista.composition import compose_config
 from vista.config import TrainConfig
 from vista.config_data import PrepareConfig, SimulateConfig, SourceConfig
@@ -62,6 +62,8 @@ MACHINE = ("cpu", "gpu", "cores", "threads")
 """What of a row's hardware its time depends on."""
 SPLIT = ("split", "validation_from", "test_from", "exclude_seen")
 """What of a configuration the untrained rows depend on."""
+STAGE_2 = ("target_attention", "num_target_layers")
+"""What of a model is nothing to a rival."""
 Line = Mapping[str, Any]
 
 
@@ -174,7 +176,10 @@ def _recorded(table: Table, row: Row) -> dict[str, Any]:
     recorded = {"data": data} | ({} if table.simulation is None else {"simulation": table.simulation})
     if row.untrained:
         return recorded
-    recorded |= {"model": values["model"], "optim": values["optim"]}
+    model = values["model"]
+    if config.model.architecture is not Architecture.vista:
+        model = {key: value for key, value in model.items() if key not in STAGE_2}
+    recorded |= {"model": model, "optim": values["optim"]}
     if row.base:
         kept = _recorded(table, table.rows[row.base])
         flat = {f"{group}.{key}": value for group in kept for key, value in kept[group].items()}

@@ -45,7 +45,7 @@ class ModelConfig:
     """Layers of stage 1."""
     num_target_layers: int = 2
     """Layers of stage 2."""
-    target_attention: TargetAttentionKind = TargetAttentionKind.softmax
+    target_attention: TargetAttentionKind = TargetAttentionKind.pointwise
     mixing: Mixing = Mixing.separable
     conv_width: int = 3
     """Width w of the causal depthwise convolution over neighbouring events at the bottom; 1 turns it off."""
