@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 import scorer_worker
 from floors import CHUNKS, Floor, Work, copying, fastest, packed_products, product_dtypes, products
 from scorer_worker import Answer, Opening, Order, private_dirty_bytes
-from vista.choices import Precision
+from vista.choices import Precision, TargetAttentionKind
 from vista.config import ModelConfig
 from vista.data.event_log import EventLog
 from vista.model import inference
@@ -72,7 +72,7 @@ def scorer_floor(config: ModelConfig, num_users: int, num_candidates: int, preci
     Context: each layer's projections of summary and tail together, in all but the last layer (which needs keys and
     values alone) attention, output projection and feed-forward. Candidates: attention over K + L keys, output
     projection and feed-forward of each layer, projections of all layers but the first. Bytes are the candidates'
-    gathered vectors and projections.
+    gathered vectors and projections. Pointwise layers have no feed-forward.
     """
     dtype = torch.float32 if precision is Precision.float32 else torch.bfloat16
     dtypes = product_dtypes(dtype)
@@ -87,8 +87,10 @@ def scorer_floor(config: ModelConfig, num_users: int, num_candidates: int, preci
             row_product(rows, head_dim, columns, dtypes, count=several, batches=batches),
         ]
 
+    softmax = config.target_attention is TargetAttentionKind.softmax
+
     def mixing(rows: int) -> list[Work]:
-        shapes = ((dim, dim), (2 * hidden, dim), (dim, hidden))
+        shapes = [(dim, dim), *([(2 * hidden, dim), (dim, hidden)] if softmax else [])]
         return [row_product(rows, n, k, dtypes, weights=True) for n, k in shapes]
 
     context, queries = num_users * keys, num_users * num_candidates

@@ -259,9 +259,7 @@ TABLES = {
     "length-64k": _simulation("simulation-64k", 75, 64_000),
     "downstream": _downstream(),
     "embeddings": Table("ml-100k", "ml-100k", _embeddings(), SOFTMAX),
-    "popularity": Table(
-        "ml-100k", "ml-100k", _logq_strengths(6) | _frequencies(6) | FLOORS, SOFTMAX, popularity=True
-    ),
+    "popularity": Table("ml-100k", "ml-100k", _logq_strengths(6) | _frequencies(6) | FLOORS, SOFTMAX, popularity=True),
     "memory-ml-1m": Table("ml-1m", "ml-1m", _memory(36), memory=True),
     "memory-simulation": replace(SIMULATION, words=(*SIMULATION.words, *SOFTMAX), rows=_memory(12), memory=True),
     "ablations-ml-100k": Table("ml-100k", "ml-100k", _ablations(6, AGES)),

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from mmap import PROT_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from recorder import read_cases
 from rival import Pilot, Setting
 from scorer_workloads import scorer_floor
 from store_workloads import private_bytes
-from vista.choices import Precision
+from vista.choices import Precision, TargetAttentionKind
 from vista.data.splits import visible_counts
 from vista.model import inference
+from vista.model.recommender import Recommender
 from workloads import lifelong_log, untrained
 
 SCRIPTS = Path(bench_training.__file__).parent
@@ -144,9 +146,11 @@ def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> 
             assert sum(shares) == pytest.approx(100, abs=0.1)
 
 
-def test_the_scorers_floor_counts_what_the_model_multiplies(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", TargetAttentionKind)
+def test_the_scorers_floor_counts_what_the_model_multiplies(tmp_path: Path, kind: TargetAttentionKind) -> None:
     log = lifelong_log(tmp_path / "log", [9, 40], num_items=49)
-    model = untrained(log, dim=16, num_seeds=6, tail_len=5)
+    usual = untrained(log, dim=16, num_seeds=6, tail_len=5)
+    model = Recommender(replace(usual.config, target_attention=kind), usual.schema, log.items, usual.data).eval()
     items = torch.arange(1, 8).expand(2, -1)
     tail = inference.pad_tail(model, np.arange(1, 11), np.arange(10), np.zeros(10), np.array([0, 5, 10]))
     stage, summary = model.target_attention, torch.randn(2, 6, 16)
