@@ -25,6 +25,7 @@ from vista.choices import Codec
 from vista.composition import compose_config
 from vista.config import TrainConfig
 from vista.config_data import PrepareConfig, SimulateConfig
+from vista.config_dict import to_dict
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.data.simulate import simulate
@@ -192,7 +193,8 @@ def _start_anew_if_other(folder: Path, data: Path | None, overrides: list[str]) 
         raise ConfigError(f"--out: the demo would work in {folder}, where the data of --data are; name another folder")
     if not mark.exists() and folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--out: {folder} holds files that are not the demo's; name another folder, or remove it")
-    asked = json.dumps({"data": str(data.resolve()) if data else None, "overrides": overrides, "version": __version__})
+    settings = {"overrides": overrides, "defaults": to_dict(TrainConfig()), "version": __version__}
+    asked = json.dumps({"data": str(data.resolve()) if data else None, **settings})
     if mark.exists() and mark.read_text() != asked:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from serving_cost import history_model_latency_ms, scorer_latency_ms, training_s
 from tables import TABLES, Row, Table
 from vista.choices import Architecture, Stage
 from vista.composition import compose_config
-from vista.config import TrainConfig
+from vista.config import FORMER_DEFAULTS, STAGE_2, TrainConfig
 from vista.config_data import PrepareConfig, SimulateConfig, SourceConfig
 from vista.config_dict import to_dict
 from vista.data.event_log import EventLog
@@ -62,8 +62,6 @@ MACHINE = ("cpu", "gpu", "cores", "threads")
 """What of a row's hardware its time depends on."""
 SPLIT = ("split", "validation_from", "test_from", "exclude_seen")
 """What of a configuration the untrained rows depend on."""
-STAGE_2 = ("target_attention", "num_target_layers")
-"""What of a model is nothing to a rival."""
 Line = Mapping[str, Any]
 
 
@@ -188,10 +186,11 @@ def _recorded(table: Table, row: Row) -> dict[str, Any]:
 
 
 def _changes(before: Line, now: Line) -> list[str]:
-    """Keys whose values differ. A setting that is younger than the line did then what its default does."""
+    """Keys whose values differ. A setting that is younger than the line did then what its first default does."""
     changes = []
+    former = {"model": FORMER_DEFAULTS, "base": {f"model.{key}": value for key, value in FORMER_DEFAULTS.items()}}
     for group, usual in _usual().items():
-        there, here = usual | before.get(group, {}), now.get(group, {})
+        there, here = usual | former.get(group, {}) | before.get(group, {}), now.get(group, {})
         changes += [f"{group}.{key} ({there.get(key)} -> {here[key]})" for key in here if there.get(key) != here[key]]
     return changes
 

@@ -213,8 +213,9 @@ def test_validation_in_training_equals_evaluation_from_the_store(
     expected = best(history, key=lambda row: row[key])
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        # Near ties of a hardly trained model fall either way: a pair more or less.
-        assert found[name] == pytest.approx(value, abs=2e-3 if "auc" in name else 1e-4), name
+        # Near ties of a hardly trained model fall either way.
+        tolerance = 2e-3 if name.startswith("gauc/") else 1e-3 if name.startswith("auc/") else 1e-4
+        assert found[name] == pytest.approx(value, abs=tolerance), name
 
 
 def test_seen_items_stay_in_where_training_was_told_so(served: Served, tmp_path: Path) -> None:

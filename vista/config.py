@@ -65,7 +65,7 @@ class ModelConfig:
     tail_len: int = 32
     """Newest events that stage 2 reads beside the summary."""
     feed_forward_ratio: float = 2.0
-    """Hidden width of the gated feed-forward blocks over dim."""
+    """Hidden width of the gated feed-forward blocks over dim: of stage 1, the decoder and softmax layers of stage 2."""
     dropout: float = 0.2
     """Share of activations dropped in training."""
     temperature: float = 0.05
@@ -121,6 +121,10 @@ class ModelConfig:
             )
 
 
+FORMER_DEFAULTS = {"target_attention": TargetAttentionKind.softmax.value}
+"""Of ModelConfig, where a default has changed: what it is in files that are older than the setting."""
+STAGE_2 = ("target_attention", "num_target_layers")
+"""Keys of ModelConfig that rivals do not read, and which may differ between two runs of one."""
 PLACES = ("path", "item_categories")
 """Keys of DataConfig that say where something lies: they may change, and belong into no table."""
 

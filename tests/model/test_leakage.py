@@ -22,7 +22,7 @@ SHAPES = {
     "separable, decay": {"mixing": Mixing.separable, "decay": Decay.time, "decay_horizons": [0.0, 2.0]},
     "bidirectional": {"mixing": Mixing.bidirectional, "normalization": Normalization.none},
     "no summary": {"num_seeds": 0},
-    "pointwise": {"target_attention": TargetAttentionKind.pointwise},
+    "softmax": {"target_attention": TargetAttentionKind.softmax},
 }
 
 

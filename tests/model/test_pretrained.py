@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from vista.choices import Decay, Mixing
+from vista.choices import Decay, Mixing, TargetAttentionKind
 from vista.data.vocabulary import Vocabulary
 from vista.errors import CheckpointError
 from vista.model import inference
@@ -45,6 +45,16 @@ def test_a_round_trip_keeps_every_bit(make: SimpleNamespace, tmp_path: Path, opt
     packed = make.histories([0, 5, 30], 2)
     assert torch.equal(inference.summarize(back, packed), inference.summarize(model, packed))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best"], "nothing temporary is left"
+
+
+def test_an_export_older_than_the_kind_of_stage_2_holds_softmax_layers(make: SimpleNamespace, tmp_path: Path) -> None:
+    make.model(target_attention=TargetAttentionKind.softmax).save_pretrained(tmp_path / "best")
+    path = tmp_path / "best" / "config.json"
+    description = json.loads(path.read_text())
+    assert description["model"].pop("target_attention") == "softmax"
+    path.write_text(json.dumps(description))
+    back = Recommender.from_pretrained(tmp_path / "best")
+    assert back.config.target_attention is TargetAttentionKind.softmax
 
 
 def test_string_ids_travel(make: SimpleNamespace, tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ SHAPES = {
     "no times": {"has_time": False, "conv_width": 1},
     "unified table": {"embedding_rows": 23},
     "another phi": {"activation": Activation.relu},
-    "pointwise": {"target_attention": TargetAttentionKind.pointwise, "num_target_layers": 3},
-    "pointwise, no summary": {"target_attention": TargetAttentionKind.pointwise, "num_seeds": 0},
+    "three layers": {"num_target_layers": 3},
+    "softmax": {"target_attention": TargetAttentionKind.softmax, "num_target_layers": 3},
+    "softmax, no summary": {"target_attention": TargetAttentionKind.softmax, "num_seeds": 0},
     "no phi, bidirectional": {"activation": Activation.identity, "mixing": Mixing.bidirectional, "num_layers": 3},
 }
 LENGTHS = [0, 1, 2, 23, 7, 0, 12]
@@ -110,7 +111,7 @@ def test_a_batch_equals_users_one_at_a_time(make: SimpleNamespace, shape: str) -
         torch.testing.assert_close(logits[row], logit[0], atol=5e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", ["separable", "bidirectional", "no summary", "pointwise"])
+@pytest.mark.parametrize("shape", ["separable", "bidirectional", "no summary", "softmax"])
 def test_a_training_batch_equals_its_chunks_one_at_a_time(
     make: SimpleNamespace, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +130,7 @@ def test_a_training_batch_equals_its_chunks_one_at_a_time(
     assert begin == len(together)
 
 
-@pytest.mark.parametrize("shape", ["separable", "bidirectional", "pointwise"])
+@pytest.mark.parametrize("shape", ["separable", "bidirectional", "softmax"])
 def test_what_lies_in_padding_changes_no_bit(make: SimpleNamespace, shape: str) -> None:
     model = make.model(seed=6, **SHAPES[shape])
     packed = make.histories(LENGTHS, 8)
@@ -166,7 +167,7 @@ def test_the_width_of_impressions_changes_nothing(make: SimpleNamespace) -> None
     torch.testing.assert_close(wider[:first, : logits.shape[1]], logits[:first], atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", ["separable", "bidirectional", "no summary", "pointwise"])
+@pytest.mark.parametrize("shape", ["separable", "bidirectional", "no summary", "softmax"])
 def test_candidates_do_not_see_one_another(make: SimpleNamespace, shape: str) -> None:
     model = make.model(seed=8, **SHAPES[shape])
     packed = make.histories(LENGTHS, 10)
@@ -252,7 +253,7 @@ def test_padded_tails_hold_the_newest_events_and_the_gaps_between_them(make: Sim
     assert torch.equal(asked[:, 0], rows[[2, 0, 1]]), "1 s; no tail; a request before the newest event counts as 0 s"
 
 
-@pytest.mark.parametrize("shape", ["separable", "no summary", "no times", "pointwise"])
+@pytest.mark.parametrize("shape", ["separable", "no summary", "no times", "softmax"])
 def test_a_shorter_tail_is_what_is_left_of_the_longer(make: SimpleNamespace, shape: str) -> None:
     model = make.model(seed=4, **SHAPES[shape])
     packed = make.histories(LENGTHS, 6)

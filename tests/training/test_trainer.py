@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import Served, run_python, small_config, small_frame
-from vista.choices import Search
+from vista.choices import Architecture, Search, TargetAttentionKind
 from vista.config_text import to_yaml
 from vista.data.batches import BatchSource
 from vista.data.event_log import EventLog
@@ -24,7 +24,7 @@ from vista.errors import CheckpointError, ConfigError, DataError, MissingDepende
 from vista.model.recommender import Recommender
 from vista.training import trainer
 from vista.training.checkpoint import TENSOR_FILE, latest_checkpoint, load_checkpoint
-from vista.training.trainer import schema_of, train
+from vista.training.trainer import schema_of, train, train_model
 from vista.training.validation import Validation
 
 
@@ -255,6 +255,32 @@ def test_a_run_that_is_older_than_a_key_resumes_where_the_key_has_its_default(
     config.model.search = Search.hard
     with pytest.raises(ConfigError, match=r"another model\.search \(soft -> hard\)"):
         train(config, event_log)
+
+
+def test_a_run_that_is_older_than_the_kind_of_stage_2_had_softmax_layers(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, older = trainer._flat, {"model.target_attention"}
+    softmax = {"model__target_attention": TargetAttentionKind.softmax, "optim__epochs": 1}
+    with monkeypatch.context() as then:
+        then.setattr(trainer, "_flat", lambda values: {k: v for k, v in whole(values).items() if k not in older})
+        train(small_config(event_log, tmp_path, **softmax), event_log)
+    before = result(tmp_path)
+    with pytest.raises(ConfigError, match=r"another model\.target_attention \(softmax -> pointwise\)"):
+        train(small_config(event_log, tmp_path, optim__epochs=1), event_log)
+    train(small_config(event_log, tmp_path, **softmax), event_log)
+    assert str(result(tmp_path)) == str(before)
+
+
+def test_a_rivals_run_goes_on_whatever_stage_2_is(event_log: EventLog, tmp_path: Path) -> None:
+    rival = {"model__architecture": Architecture.sasrec, "model__history_limit": 40, "optim__epochs": 1}
+    train_model(small_config(event_log, tmp_path, **rival), event_log)
+    before = result(tmp_path)
+    other = small_config(
+        event_log, tmp_path, model__target_attention=TargetAttentionKind.softmax, model__num_target_layers=8, **rival
+    )
+    train_model(other, event_log)
+    assert str(result(tmp_path)) == str(before)
 
 
 def test_resume_on_another_log_is_refused_and_anew_it_starts_from_nothing(
