@@ -70,14 +70,15 @@ def scorer_floor(config: ModelConfig, num_users: int, num_candidates: int, preci
     """Of scoring: what is left to multiply when layer 1's projections of all items were made beforehand.
 
     Context: each layer's projections of summary and tail together, in all but the last layer (which needs keys and
-    values alone) attention, output projection and feed-forward. Candidates: attention over K + L keys, output
-    projection and feed-forward of each layer, projections of all layers but the first. Bytes are the candidates'
-    gathered vectors and projections. Pointwise layers have no feed-forward.
+    values alone) attention, output projection and, of softmax layers, feed-forward. Candidates: attention over K + L
+    keys and the same of each layer, projections of all layers but the first. Bytes are the candidates' gathered vectors
+    and projections.
     """
     dtype = torch.float32 if precision is Precision.float32 else torch.bfloat16
     dtypes = product_dtypes(dtype)
     dim, heads, layers = config.dim, config.num_heads, config.num_target_layers
     head_dim, hidden = dim // heads, max(8, int(dim * config.feed_forward_ratio))
+    softmax = config.target_attention is TargetAttentionKind.softmax
     seeds, tail, keys = config.num_seeds, config.tail_len, config.num_seeds + config.tail_len
 
     def attention(rows: int, columns: int) -> list[Work]:
@@ -86,8 +87,6 @@ def scorer_floor(config: ModelConfig, num_users: int, num_candidates: int, preci
             row_product(rows, columns, head_dim, dtypes, count=several, batches=batches),
             row_product(rows, head_dim, columns, dtypes, count=several, batches=batches),
         ]
-
-    softmax = config.target_attention is TargetAttentionKind.softmax
 
     def mixing(rows: int) -> list[Work]:
         shapes = [(dim, dim), *([(2 * hidden, dim), (dim, hidden)] if softmax else [])]
