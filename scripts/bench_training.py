@@ -3,9 +3,9 @@
 Equal: the data (each user's newest 201 training events under leave-last-out), the labels of a pass (RecTools' first
 event is an input only, ours labels it too and so has one label more a user), negatives a label, d=64, 2+2 layers, 4
 heads, length 200, dropout, bfloat16 where the processor has it, the machine, and the minute: epochs take turns. Not
-equal: VISTA also trains the reconstruction; our SASRec drops no attention weights; and ours draw their negatives once
-a batch, where RecTools draws them for every position. RecTools may take its softmax over the whole catalogue instead,
-which is no fewer negatives.
+equal: VISTA also trains the reconstruction, and its layers of stage 2 have no feed-forward network; our SASRec drops no
+attention weights; and ours draw their negatives once a batch, where RecTools draws them for every position. RecTools
+may take its softmax over the whole catalogue instead, which is no fewer negatives.
 
 A pilot of some batches finds RecTools' fastest loss, batch size, precision, threads and loader processes, one after
 the other. Precision is 32-true or bf16-mixed, as ours; bf16-true would round weights and optimizer state too. Dropout

@@ -73,8 +73,8 @@ BOTH = (Codec.int8, Codec.float32)
 TAILS = (2, 4, 8, 16)
 AGES = (10, 100, 1000)
 K0 = ("model.num_seeds=0",)
-# Stage 2's layers until November 2026. A table that has these words was run with them, and not yet with today's default:
-# its rows compare with one another alone.
+# Stage 2's layers until November 2026. A table that has these words was run with them, and not yet with today's
+# default: its rows compare with one another alone.
 SOFTMAX = ("model.target_attention=softmax",)
 FLOORS = {"popularity": Row(0.1, untrained="popularity"), "transitions": Row(0.1, untrained="transitions")}
 TRUTH = {"truth": Row(0.1, untrained="truth")}
@@ -180,7 +180,8 @@ def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, Row
 def _downstream() -> Table:
     """A second task, over the summaries of a model that was trained on clicks alone, against training all for it.
 
-    The log and split are those of the table `simulation`. The downstream row has a bit more than a quarter of the joint row's labels: those after its store.
+    The log and split are those of the table `simulation`. The downstream row has a bit more than a quarter of the joint
+    row's labels: those after its store.
     """
     tasks = "optim.tasks=[like,long_view]"
     # Likes are known of few impressions, so most windows hold no label: the drawn ones are those that do.

@@ -32,10 +32,10 @@ def silu(x: Tensor) -> Tensor:
 
 def expected(layer: PointwiseLayer, x: Tensor, seen: list[tuple[Tensor, Tensor]]) -> Tensor:
     """One token x [M] that attends to tokens [M] with biases [H], which may be itself."""
-    query, gate = (silu(part) for part in layer.project(x)[:2])
+    query, gate = (silu(part) for part in layer.project(x).chunk(4)[:2])
     heads = torch.zeros(HEADS, WIDTH, dtype=torch.float64)
     for token, bias in seen:
-        key, value = (silu(part) for part in layer.project(token)[2:])
+        key, value = (silu(part) for part in layer.project(token).chunk(4)[2:])
         for head in range(HEADS):
             part = slice(head * WIDTH, (head + 1) * WIDTH)
             heads[head] += silu(query[part] @ key[part] + bias[head]) * value[part]
@@ -49,8 +49,8 @@ def expected(layer: PointwiseLayer, x: Tensor, seen: list[tuple[Tensor, Tensor]]
 def test_context_tokens(layer: PointwiseLayer) -> None:
     """Of the tokens, the last sees two of them under a mask of biases, and the others all, without one."""
     x, bias = torch.randn(1, 3, HEADS * WIDTH).double(), torch.randn(HEADS).double()
-    query, gate, *projected = layer.project(x)
-    key, value = layer.memory(*projected)
+    query, gate, key, value = layer.parts(x)
+    key, value = layer.heads(key), layer.heads(value)
     mask = torch.full((1, HEADS, 3, 3), MASKED).double()
     mask[0, :, 2, :2] = bias[:, None]
     zero = torch.zeros(HEADS).double()
@@ -69,7 +69,7 @@ def test_query_tokens(layer: PointwiseLayer) -> None:
     key, value = layer.keys_values(context)
     bias = torch.randn(1, HEADS, 1, 5).double()
     seen = torch.tensor([[True, True, False, True, True]])
-    found = layer.attend_query(x, layer.project(x), key, value, bias, seen)
+    found = layer.attend_query(x, layer.parts(x), key, value, bias, seen)
     for row in range(2):
         tokens = [(context[0, place], bias[0, :, 0, place]) for place in (0, 1, 3, 4)]
         torch.testing.assert_close(found[0, row], expected(layer, x[0, row], [*tokens, (x[0, row], layer.bias[:, 0])]))
@@ -80,6 +80,6 @@ def test_masked_scores_have_no_gradient_and_no_nan(layer: PointwiseLayer) -> Non
     x = torch.randn(1, 2, HEADS * WIDTH).double().requires_grad_()
     key, value = layer.keys_values(context)
     seen = torch.tensor([[True, False, False, True, True]])
-    layer.attend_query(x, layer.project(x), key, value, torch.zeros(1, HEADS, 1, 5).double(), seen).sum().backward()
+    layer.attend_query(x, layer.parts(x), key, value, torch.zeros(1, HEADS, 1, 5).double(), seen).sum().backward()
     assert context.grad is not None and x.grad is not None and torch.isfinite(x.grad).all()
     assert not context.grad[0, 1:3].any() and context.grad[0, [0, 3, 4]].all()

@@ -63,7 +63,7 @@ def shares(
             hidden = (x + gaps) * stage.scale
         mixed, weights, values = [], [], []
         for index, layer in enumerate(stage.layers):
-            projected = torch.cat(layer.project(x if index == 0 else hidden), -1)
+            projected = layer.project(x if index == 0 else hidden)
             if index == 0 and gap is not None:
                 projected = projected + stage.query_gap(gaps)
             normed = _frozen(layer.norm, x if index == 0 else hidden)

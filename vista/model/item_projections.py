@@ -114,7 +114,7 @@ def _projected(model: Recommender, rows: Tensor) -> tuple[Tensor | None, Tensor 
     unit = F.normalize(vectors, dim=-1) if model.has_retrieval else None
     if not model.schema.tasks:
         return unit, None
-    return unit, torch.cat([vectors, *model.target_attention.layers[0].project(vectors)], -1)
+    return unit, torch.cat([vectors, model.target_attention.layers[0].project(vectors)], -1)
 
 
 def _mapped(path: Path) -> Tensor:

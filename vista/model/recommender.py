@@ -189,7 +189,7 @@ class Recommender(RankingModel):
         """
         assert self.task_head is not None
         stage = self.target_attention
-        own = stage.layers[0].project(vectors) if projections is None else projections.chunk(4, -1)
+        own = stage.layers[0].project(vectors) if projections is None else projections
         out = stage.query(vectors, own, gap, seen, context, biases)
         logits: Tensor = self.task_head(out)
         return logits

@@ -11,7 +11,6 @@ distance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,8 +73,8 @@ class TargetAttention(nn.Module):
         x = self.dropout(self.summary_norm(summary) + self.summary_kind)
         encoded = []
         for layer in self.layers[:-1]:
-            query, gate, key, value = layer.project(x)
-            encoded.append(layer.memory(key, value))
+            query, gate, key, value = layer.parts(x)
+            encoded.append((layer.heads(key), layer.heads(value)))
             if x.shape[1]:
                 x = layer.attend_context(x, query, gate, *encoded[-1], None)
         return [*encoded, self.layers[-1].keys_values(x)]
@@ -91,10 +90,9 @@ class TargetAttention(nn.Module):
         x = self.dropout(self._scaled(tail))
         keys, values = [], []
         for layer, (key, value) in zip(self.layers[:-1], summary, strict=False):
-            query, gate, *projected = layer.project(x)
-            tail_key, tail_value = layer.memory(*projected)
-            keys.append(torch.cat([key, tail_key], 2))
-            values.append(torch.cat([value, tail_value], 2))
+            query, gate, tail_key, tail_value = layer.parts(x)
+            keys.append(torch.cat([key, layer.heads(tail_key)], 2))
+            values.append(torch.cat([value, layer.heads(tail_value)], 2))
             x = layer.attend_context(x, query, gate, keys[-1], values[-1], self._tail_mask(layer, tail_valid))
         for of_all, own, of_tail in zip((keys, values), summary[-1], self.layers[-1].keys_values(x), strict=True):
             of_all.append(torch.cat([own, of_tail], 2))
@@ -114,8 +112,8 @@ class TargetAttention(nn.Module):
         padding = F.pad(torch.where(tail_valid, 0.0, MASKED), (self.num_seeds, 0))[:, None, None]
         keys, values = [], []
         for layer, mask in zip(self.layers[:-1], masks, strict=True):
-            query, gate, *projected = layer.project(x)
-            key, value = layer.memory(*projected)
+            query, gate, key, value = layer.parts(x)
+            key, value = layer.heads(key), layer.heads(value)
             keys.append(key)
             values.append(value)
             # A padded event sees the summary; where there is none, all alike or nothing: finite, and nobody reads it.
@@ -160,7 +158,7 @@ class TargetAttention(nn.Module):
     def query(
         self,
         x: Tensor,
-        projections: Sequence[Tensor],
+        projections: Tensor,
         gap: Tensor | None,
         seen: Tensor,
         context: Context,
@@ -170,7 +168,7 @@ class TargetAttention(nn.Module):
 
         Args:
             x: [B, Q, M] candidates' item vectors, or request tokens.
-            projections: of x in layer 1 (`layers[0].project`), [B, Q, M] each, which may be computed beforehand.
+            projections: of x in layer 1 (`layers[0].project`), [B, Q, 4M], which may be computed beforehand.
             gap: [B, Q, M] embeddings of the request's gap, or None.
             seen: int64 [Q] or [B, Q]: how many columns of the tail a query sees (all: L); [1] if all see alike.
             context: of the same B rows.
@@ -180,15 +178,12 @@ class TargetAttention(nn.Module):
             [B, Q, M], normed.
         """
         if gap is not None:
-            x = x + gap
-            projections = [
-                own + of_gap for own, of_gap in zip(projections, self.query_gap(gap).chunk(4, -1), strict=True)
-            ]
+            x, projections = x + gap, projections + self.query_gap(gap)
         x = self.dropout(self._scaled(x))
         context_mask = F.pad(context.tail_valid, (self.num_seeds, 0), value=True)
         biases = self.query_biases(seen) if biases is None else biases
         for index, layer in enumerate(self.layers):
-            own = projections if index == 0 else layer.project(x)
+            own = layer.activated(projections).chunk(4, -1) if index == 0 else layer.parts(x)
             x = layer.attend_query(x, own, context.keys[index], context.values[index], biases[index], context_mask)
         normed: Tensor = self.final_norm(x)
         return normed

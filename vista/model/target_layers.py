@@ -35,9 +35,9 @@ class TargetLayer(nn.Module):
 
     # What a kind adds ------------------------------------------------------------------------------------------------
 
-    def memory(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention reads of a token, [B, H, N, D] each, of its projections [B, N, M]."""
-        raise NotImplementedError
+    def activated(self, projected: Tensor) -> Tensor:
+        """What attention reads of projections."""
+        return projected
 
     def attend_context(
         self, x: Tensor, query: Tensor, gate: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
@@ -52,7 +52,7 @@ class TargetLayer(nn.Module):
         """A query layer.
 
         Args:
-            x: [B, Q, M]; own: its projections, [B, Q, M] each.
+            x: [B, Q, M]; own: its query, gate, key and value, [B, Q, M] each.
             key, value: [B, H, S+L, D] of the context.
             bias: additive, broadcastable to [B, H, Q, S+L].
             context_mask: bool [B, S+L]; False where there is no event.
@@ -61,14 +61,19 @@ class TargetLayer(nn.Module):
 
     # All kinds -------------------------------------------------------------------------------------------------------
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [..., M] -> query, gate, key and value, [..., M] each."""
-        return linear_parts(self.norm(x), self.projections, 4)
+    def project(self, x: Tensor) -> Tensor:
+        """x [..., M] -> query, gate, key and value end to end, [..., 4M], not yet `activated`."""
+        projected: Tensor = self.projections(self.norm(x))
+        return projected
+
+    def parts(self, x: Tensor, first: int = 0) -> tuple[Tensor, ...]:
+        """x [..., M] -> of query, gate, key and value those from `first` on, activated, [..., M] each."""
+        return linear_parts(self.norm(x), self.projections, 4, first, self.activated)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, N, M] -> keys and values [B, H, N, D] alone: all that a context needs of the last layer."""
-        key, value = linear_parts(self.norm(x), self.projections, 4, first=2)
-        return self.memory(key, value)
+        key, value = self.parts(x, first=2)
+        return self.heads(key), self.heads(value)
 
     def attend_request(
         self, x: Tensor, query: Tensor, gate: Tensor, key: Tensor, value: Tensor, mask: Tensor
@@ -88,9 +93,6 @@ class SoftmaxLayer(TargetLayer):
         super().__init__(config)
         self.output = GatedOutput(config.dim, config.num_heads, config.dropout)
         self.feed_forward = FeedForward(config.dim, config.feed_forward_ratio, config.dropout)
-
-    def memory(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return self.heads(key), self.heads(value)
 
     def mix(self, x: Tensor, heads: Tensor, gate: Tensor) -> Tensor:
         """The rest of a layer: residual stream x [B, N, M], attention's outputs [B, H, N, D], gate [B, N, M]."""
@@ -133,21 +135,21 @@ class PointwiseLayer(TargetLayer):
         self.out = nn.Linear(config.dim, config.dim, bias=False)
         self.dropout = Dropout(config.dropout)
 
-    def memory(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return self.heads(F.silu(key)), self.heads(F.silu(value))
+    def activated(self, projected: Tensor) -> Tensor:
+        return F.silu(projected)
 
     def mix(self, x: Tensor, heads: Tensor, gate: Tensor) -> Tensor:
         """The rest of a layer: residual stream x [B, N, M], sums over tokens [B, H, N, D], gate [B, N, M]."""
         heads = heads.transpose(1, 2).flatten(2)  # the norm makes a division by their number needless
         # On a GPU torch norms bfloat16 with bfloat16 weights alone; autocast widens there too.
         heads = heads if x.device.type == "cpu" else heads.to(x.dtype)
-        update: Tensor = self.out(self.dropout(self.head_norm(heads) * F.silu(gate)))
+        update: Tensor = self.out(self.dropout(self.head_norm(heads) * gate))
         return x + update
 
     def attend_context(
         self, x: Tensor, query: Tensor, gate: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        scores = self.heads(F.silu(query)) @ key.transpose(-1, -2)
+        scores = self.heads(query) @ key.transpose(-1, -2)
         scores = scores if mask is None else scores + mask.to(scores.dtype)
         return self.mix(x, _weights(scores) @ value, gate)
 
@@ -155,7 +157,7 @@ class PointwiseLayer(TargetLayer):
         self, x: Tensor, own: Sequence[Tensor], key: Tensor, value: Tensor, bias: Tensor, context_mask: Tensor
     ) -> Tensor:
         query, gate, own_key, own_value = own
-        query, (own_key, own_value) = self.heads(F.silu(query)), self.memory(own_key, own_value)
+        query, own_key, own_value = self.heads(query), self.heads(own_key), self.heads(own_value)
         seen = torch.where(context_mask[:, None, None], bias.to(query.dtype), MASKED)
         own_score = (query * own_key).sum(-1, keepdim=True) + self.bias[:, :1, None].to(query.dtype)
         heads = _weights(query @ key.transpose(-1, -2) + seen) @ value + _weights(own_score) * own_value
