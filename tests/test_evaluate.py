@@ -168,18 +168,19 @@ class TestImpressions:
         np.testing.assert_allclose(found.probabilities, direct, atol=1e-4)
         for index, task in enumerate(model.schema.tasks):
             known = mask[:, index] == 1
-            truth, value = label[known, index], direct[known, index].astype(np.float64)
-            assert found.metrics[f"auc/{task}"] == pytest.approx(roc_auc_score(truth, value), abs=1e-3)
+            # Of the same bits: near ties of a hardly trained model fall either way.
+            truth, value = label[known, index], found.probabilities[known, index].astype(np.float64)
+            assert found.metrics[f"auc/{task}"] == pytest.approx(roc_auc_score(truth, value), abs=1e-6)
             base = np.full(len(truth), truth.mean())
             assert found.metrics[f"ne/{task}"] == pytest.approx(
-                log_loss(truth, value) / log_loss(truth, base), rel=1e-3
+                log_loss(truth, value) / log_loss(truth, base), rel=1e-5
             )
-            assert found.metrics[f"calibration/{task}"] == pytest.approx(value.mean() / truth.mean(), rel=1e-3)
+            assert found.metrics[f"calibration/{task}"] == pytest.approx(value.mean() / truth.mean(), rel=1e-5)
             groups = [(user[known] == u) for u in np.unique(user)]
             groups = [group for group in groups if len(np.unique(truth[group])) == 2]
             aucs = [roc_auc_score(truth[group], value[group]) for group in groups]
             weighted = np.average(aucs, weights=[group.sum() for group in groups])
-            assert found.metrics[f"gauc/{task}"] == pytest.approx(weighted, abs=2e-3)
+            assert found.metrics[f"gauc/{task}"] == pytest.approx(weighted, abs=1e-6)
         assert found.num_cases == len(direct) + len(found.ranks)  # type: ignore[arg-type]
 
     def test_tasks_that_the_model_lacks_are_left_out(self, served_tasks: Served, tmp_path: Path) -> None:

@@ -63,10 +63,11 @@ class Dropout(nn.Module):
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
         threshold = min(max(1, round(self.p * 256)), 255)
-        words = torch.empty(-(-x.numel() // 7), dtype=torch.int64).random_()
-        # random_() fills 63 bits: the top byte of a word has one bit less, so it is left out.
-        random = words.view(torch.uint8).view(-1, 8)[:, :7].reshape(-1)[: x.numel()].view(x.shape)
-        return x * ((random >= threshold).to(x.dtype) * (256 / (256 - threshold)))
+        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
+        random = words.view(torch.uint8)[: x.numel()].view(x.shape)
+        # 0 or 1 by clamping: torch compares bytes, and converts bools, an element at a time.
+        kept = random.clamp_(threshold - 1, threshold).sub_(threshold - 1)
+        return x * kept.to(x.dtype).mul_(256 / (256 - threshold))
 
 
 class FeedForward(nn.Module):

@@ -35,8 +35,9 @@ class CausalConvolution(nn.Module):
         y = x * self.weight[0]
         for back in range(1, min(self.width, len(x))):
             shifted = F.pad(x[:-back], (0, 0, back, 0))
-            # Chosen, not multiplied by 0: a NaN stays with its own user.
-            y = y + torch.where((position >= back).unsqueeze(-1), shifted, 0.0) * self.weight[back]
+            # Filled, not multiplied by 0: a NaN stays with its own user.
+            shifted = shifted.index_fill(0, (position < back).nonzero().squeeze(-1), 0.0)
+            y = y + shifted * self.weight[back]
         return x + y
 
 

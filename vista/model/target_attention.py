@@ -137,9 +137,11 @@ class TargetAttention(nn.Module):
     def _tail_mask(self, layer: TargetLayer, tail_valid: Tensor) -> Tensor:
         """Additive mask [B, H, L, S+L] of the tail's tokens: causal, without padding, but each sees itself, so that a
         padded one stays finite."""
-        hidden = ~(tail_valid[:, None, :] | torch.eye(self.tail_len, dtype=torch.bool, device=tail_valid.device))
+        known = tail_valid[:, None, :] | torch.eye(self.tail_len, dtype=torch.bool, device=tail_valid.device)
         causal = self._position_bias(layer, self.distance[:-1], own=True)
-        return F.pad(causal.masked_fill(hidden[:, None], MASKED), (self.num_seeds, 0))
+        # Added, not filled in: that goes an element at a time.
+        hidden = torch.where(known, 0.0, MASKED).to(causal.dtype)
+        return F.pad(causal, (self.num_seeds, 0)) + F.pad(hidden, (self.num_seeds, 0))[:, None]
 
     def _position_bias(self, layer: TargetLayer, distance: Tensor, *, own: bool) -> Tensor:
         """[H, rows, L] learned bias by distance, MASKED where a column is not seen (`own`: distance 0 is)."""

@@ -158,7 +158,7 @@ class PointwiseLayer(TargetLayer):
     ) -> Tensor:
         query, gate, own_key, own_value = own
         query, own_key, own_value = self.heads(query), self.heads(own_key), self.heads(own_value)
-        seen = torch.where(context_mask[:, None, None], bias.to(query.dtype), MASKED)
+        seen = bias.to(query.dtype) + torch.where(context_mask, 0.0, MASKED).to(query.dtype)[:, None, None]
         own_score = (query * own_key).sum(-1, keepdim=True) + self.bias[:, :1, None].to(query.dtype)
         heads = _weights(query @ key.transpose(-1, -2) + seen) @ value + _weights(own_score) * own_value
         return self.mix(x, heads, gate)
