@@ -34,7 +34,7 @@ from serving_cost import history_model_latency_ms, scorer_latency_ms, training_s
 from tables import TABLES, Row, Table
 from vista.choices import Architecture, Stage
 from vista.composition import compose_config
-from vista.config import FORMER_DEFAULTS, STAGE_2, TrainConfig
+from vista.config import FIRST_DEFAULTS, STAGE_2, TrainConfig
 from vista.config_data import PrepareConfig, SimulateConfig, SourceConfig
 from vista.config_dict import to_dict
 from vista.data.event_log import EventLog
@@ -188,17 +188,17 @@ def _recorded(table: Table, row: Row) -> dict[str, Any]:
 def _changes(before: Line, now: Line) -> list[str]:
     """Keys whose values differ. A setting that is younger than the line did then what its first default does."""
     changes = []
-    former = {"model": FORMER_DEFAULTS, "base": {f"model.{key}": value for key, value in FORMER_DEFAULTS.items()}}
     for group, usual in _usual().items():
-        there, here = usual | former.get(group, {}) | before.get(group, {}), now.get(group, {})
+        there, here = usual | before.get(group, {}), now.get(group, {})
         changes += [f"{group}.{key} ({there.get(key)} -> {here[key]})" for key in here if there.get(key) != here[key]]
     return changes
 
 
 def _usual() -> dict[str, dict[str, Any]]:
-    """Defaults of what lines record."""
+    """First defaults of what lines record."""
     values = to_dict(TrainConfig())
     usual = {group: values[group] for group in ("data", "model", "optim")}
+    usual["model"] |= FIRST_DEFAULTS
     usual["simulation"] = to_dict(SimulateConfig())
     flat = {f"{group}.{key}": value for group, known in usual.items() for key, value in known.items()}
     return {**usual, "base": flat}
@@ -303,10 +303,7 @@ def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -
 
 
 def _unusual(recorded: Line) -> dict[str, Any]:
-    """What of it is no default, so that a setting that is yet to come moves no folder.
-
-    Where a default itself changes, the trainer refuses to go on with an older run: take another --work then.
-    """
+    """What of it is no first default, so that a setting that is yet to come moves no folder."""
     usual = _usual()
     return {
         group: {key: value for key, value in recorded[group].items() if usual[group].get(key) != value}

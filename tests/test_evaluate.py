@@ -168,7 +168,7 @@ class TestImpressions:
         np.testing.assert_allclose(found.probabilities, direct, atol=1e-4)
         for index, task in enumerate(model.schema.tasks):
             known = mask[:, index] == 1
-            # Of the same bits: near ties of a hardly trained model fall either way.
+            # Evaluation's own probabilities: the last bits of others reorder near ties of a hardly trained model.
             truth, value = label[known, index], found.probabilities[known, index].astype(np.float64)
             assert found.metrics[f"auc/{task}"] == pytest.approx(roc_auc_score(truth, value), abs=1e-6)
             base = np.full(len(truth), truth.mean())

@@ -266,7 +266,7 @@ def test_lengths_are_compared_at_the_same_labels(name: str) -> None:
         assert (four_passes.epochs, four_passes.validate_every) == (4, 1)
 
 
-def test_a_setting_that_a_line_does_not_know_had_its_default() -> None:
+def test_a_setting_that_a_line_does_not_know_had_its_first_default() -> None:
     now = reproduce._recorded(SIMULATION, SIMULATION.rows["vista"])
     before = {**now, "data": {key: value for key, value in now["data"].items() if key != "exclude_seen"}}
     assert now["data"]["exclude_seen"] is False
@@ -284,7 +284,10 @@ def test_a_setting_that_a_line_does_not_know_had_its_default() -> None:
 def test_folders_are_named_by_what_is_no_default() -> None:
     now = reproduce._recorded(SIMULATION, SIMULATION.rows["vista"])
     found = reproduce._unusual(now)
-    assert found["model"] == {"dim": 16, "dropout": 0.1} and found["data"]["split"] == "time"
+    assert (
+        found["model"] == {"dim": 16, "dropout": 0.1, "target_attention": "pointwise"}
+        and found["data"]["split"] == "time"
+    )
     younger = {**now, "model": {key: value for key, value in now["model"].items() if key != "search"}}
     assert reproduce._unusual(younger) == found
 

@@ -121,8 +121,8 @@ class ModelConfig:
             )
 
 
-FORMER_DEFAULTS = {"target_attention": TargetAttentionKind.softmax.value}
-"""Of ModelConfig, where a default has changed: what it is in files that are older than the setting."""
+FIRST_DEFAULTS = {"target_attention": TargetAttentionKind.softmax.value}
+"""Of ModelConfig's keys, where that is not today's default: what files mean that are older than the key."""
 STAGE_2 = ("target_attention", "num_target_layers")
 """Keys of ModelConfig that rivals do not read, and which may differ between two runs of one."""
 PLACES = ("path", "item_categories")

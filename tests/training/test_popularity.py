@@ -191,9 +191,8 @@ def test_without_logq_strength_popularity_leaves_the_lists(
     plain = report_of(skewed_log, tmp_path / "plain", 1.0, num_negatives, power)
     remedied = report_of(skewed_log, tmp_path / "remedied", 0.0, num_negatives, power)
     assert plain.num_items[7:].tolist() == [1, 1, 1]
-    assert plain.recommended_share[7:].sum() > 0.3, "three of sixty items take much of all lists"
-    assert remedied.recommended_share[7:].sum() < plain.recommended_share[7:].sum() / 3, (
-        "5 % is their share of the items"
-    )
+    popular, left = plain.recommended_share[7:].sum(), remedied.recommended_share[7:].sum()
+    assert popular > 0.3, "three of sixty items take much of all lists"
+    assert left < min(popular / 3, 0.15), "5 % is their share of the items"
     assert remedied.score_correlation < plain.score_correlation - 0.2
     assert plain.ndcg[7:].mean() > remedied.ndcg[7:].mean() + 0.1, "and that is what it costs"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -29,21 +29,13 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.view(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
 
 
-def linear_parts(
-    x: Tensor, linear: nn.Module, count: int, first: int = 0, activation: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Tensor, ...]:
-    """x [..., N] -> the parts `first` … `count` - 1 of `count` equal parts of a linear map's outputs, [..., M] each.
-
-    The activation is taken where memory is dense: of all parts at once where they lie end to end.
-    """
+def linear_parts(x: Tensor, linear: nn.Module, count: int, first: int = 0) -> tuple[Tensor, ...]:
+    """x [..., N] -> the parts `first` … `count` - 1 of `count` equal parts of a linear map's outputs, [..., M] each."""
     if isinstance(linear, FrozenLinear):
-        found = linear.parts(x, count, first)
-        return found if activation is None else tuple(activation(part) for part in found)
+        return linear.parts(x, count, first)
     assert isinstance(linear, nn.Linear)
     weight = linear.weight
-    outputs = F.linear(x, weight[first * (len(weight) // count) :])
-    outputs = outputs if activation is None else activation(outputs)
-    return outputs.chunk(count - first, -1)
+    return F.linear(x, weight[first * (len(weight) // count) :]).chunk(count - first, -1)
 
 
 class Dropout(nn.Module):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vista.choices import Architecture
-from vista.config import FORMER_DEFAULTS, DataConfig, ModelConfig, OptimConfig
+from vista.config import FIRST_DEFAULTS, DataConfig, ModelConfig, OptimConfig
 from vista.config_dict import from_dict, to_dict
 from vista.data.cuts import Batch
 from vista.data.vocabulary import Ids, Vocabulary
@@ -173,7 +173,7 @@ class RankingModel(nn.Module):
             if schema.rating_range is not None:
                 low, high = schema.rating_range
                 schema = replace(schema, rating_range=(low, high))
-            config = from_dict(ModelConfig, FORMER_DEFAULTS | description["model"])
+            config = from_dict(ModelConfig, FIRST_DEFAULTS | description["model"])
             data = from_dict(DataConfig, description["data"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder}/config.json: {error!r}; export the model anew") from error

@@ -36,7 +36,10 @@ class CausalConvolution(nn.Module):
         for back in range(1, min(self.width, len(x))):
             shifted = F.pad(x[:-back], (0, 0, back, 0))
             # Filled, not multiplied by 0: a NaN stays with its own user.
-            shifted = shifted.index_fill(0, (position < back).nonzero().squeeze(-1), 0.0)
+            if x.device.type == "cpu":  # a fifth of the other's time; on a GPU nonzero would wait for the device
+                shifted = shifted.index_fill(0, (position < back).nonzero().squeeze(-1), 0.0)
+            else:
+                shifted = torch.where((position >= back).unsqueeze(-1), shifted, 0.0)
             y = y + shifted * self.weight[back]
         return x + y
 

@@ -185,7 +185,7 @@ class TargetAttention(nn.Module):
         context_mask = F.pad(context.tail_valid, (self.num_seeds, 0), value=True)
         biases = self.query_biases(seen) if biases is None else biases
         for index, layer in enumerate(self.layers):
-            own = layer.activated(projections).chunk(4, -1) if index == 0 else layer.parts(x)
+            own = layer.activated(projections.chunk(4, -1)) if index == 0 else layer.parts(x)
             x = layer.attend_query(x, own, context.keys[index], context.values[index], biases[index], context_mask)
         normed: Tensor = self.final_norm(x)
         return normed

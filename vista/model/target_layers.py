@@ -35,9 +35,9 @@ class TargetLayer(nn.Module):
 
     # What a kind adds ------------------------------------------------------------------------------------------------
 
-    def activated(self, projected: Tensor) -> Tensor:
+    def activated(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
         """What attention reads of projections."""
-        return projected
+        return parts
 
     def attend_context(
         self, x: Tensor, query: Tensor, gate: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
@@ -66,9 +66,9 @@ class TargetLayer(nn.Module):
         projected: Tensor = self.projections(self.norm(x))
         return projected
 
-    def parts(self, x: Tensor, first: int = 0) -> tuple[Tensor, ...]:
+    def parts(self, x: Tensor, first: int = 0) -> Sequence[Tensor]:
         """x [..., M] -> of query, gate, key and value those from `first` on, activated, [..., M] each."""
-        return linear_parts(self.norm(x), self.projections, 4, first, self.activated)
+        return self.activated(linear_parts(self.norm(x), self.projections, 4, first))
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, N, M] -> keys and values [B, H, N, D] alone: all that a context needs of the last layer."""
@@ -135,8 +135,9 @@ class PointwiseLayer(TargetLayer):
         self.out = nn.Linear(config.dim, config.dim, bias=False)
         self.dropout = Dropout(config.dropout)
 
-    def activated(self, projected: Tensor) -> Tensor:
-        return F.silu(projected)
+    def activated(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        # Part by part: float32's last bit depends on an element's place in a vector, and so on how many rows there are.
+        return [F.silu(part) for part in parts]
 
     def mix(self, x: Tensor, heads: Tensor, gate: Tensor) -> Tensor:
         """The rest of a layer: residual stream x [B, N, M], sums over tokens [B, H, N, D], gate [B, N, M]."""

@@ -16,6 +16,7 @@ from vista.model.baselines.history_model import time_bucket
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.layers import Dropout, module_list, norm, split_heads
 from vista.model.ranking_model import Schema
+from vista.model.target_layers import MASKED
 
 QUERIES_AT_ONCE = 256
 """Events of a history that attend at a time: so a long history needs no matrix of all its pairs for every head."""
@@ -114,9 +115,9 @@ class Layer(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
         """[n, H, Q, D] of Q queries over L events; hidden bool [Q, L] or [n, Q, L]."""
-        weight = F.silu(query @ key.transpose(2, 3) + bias)
-        weight = weight.masked_fill(hidden if hidden.dim() == 2 else hidden[:, None], 0.0)
-        return weight @ value / self.limit
+        mask = torch.where(hidden, MASKED, 0.0).to(bias.dtype)  # added: filling in goes an element at a time
+        bias = bias + (mask if hidden.dim() == 2 else mask[:, None])
+        return F.silu(query @ key.transpose(2, 3) + bias) @ value / self.limit
 
     def output(self, x: Tensor, heads: Tensor, gate: Tensor) -> Tensor:
         """Gate, projection and residual: x [n, L, M], heads [n, H, L, D], gate [n, L, M]."""
