@@ -17,7 +17,7 @@ from vista.data.gaps import gap_bucket
 from vista.data.vocabulary import Vocabulary
 from vista.model.baselines import hstu, tiles
 from vista.model.baselines.hstu import HSTU
-from vista.model.baselines.sasrec import SASRec
+from vista.model.baselines.sasrec import HALVED_FROM, LONGEST_HELD, SASRec, attend_causally
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.ranking_model import RankingModel, Schema, class_of
 
@@ -202,3 +202,19 @@ def test_a_saved_rival_is_the_same_rival(make: SimpleNamespace, name: str, tmp_p
     packed = make.histories(LENGTHS, 3)
     assert isinstance(again, SequenceModel)
     assert torch.equal(again.user_vectors(packed, None), model.user_vectors(packed, None))
+
+
+@pytest.mark.parametrize("length", [1, 2, HALVED_FROM - 1, HALVED_FROM, HALVED_FROM + 1, LONGEST_HELD + 1])
+def test_sasrecs_attention_is_causal_softmax_attention(length: int) -> None:
+    torch.manual_seed(length)
+    inputs = [torch.randn(1, 2, length, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(1, 2, length, 4, dtype=torch.float64)
+    found = attend_causally(*inputs)
+    scores = inputs[0] @ inputs[1].transpose(2, 3) / 2
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    expected = torch.softmax(scores.masked_fill(future, -torch.inf), -1) @ inputs[2]
+    torch.testing.assert_close(found, expected)
+    of_found = torch.autograd.grad((found * weight).sum(), inputs, retain_graph=True)
+    of_expected = torch.autograd.grad((expected * weight).sum(), inputs)
+    for one, other in zip(of_found, of_expected, strict=True):
+        torch.testing.assert_close(one, other)
