@@ -17,7 +17,7 @@ from vista.data.gaps import gap_bucket
 from vista.data.vocabulary import Vocabulary
 from vista.model.baselines import hstu, tiles
 from vista.model.baselines.hstu import HSTU
-from vista.model.baselines.sasrec import HALVED_FROM, LONGEST_HELD, SASRec, attend_causally
+from vista.model.baselines.sasrec import LONGEST_HELD, SASRec, attend_causally
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.ranking_model import RankingModel, Schema, class_of
 
@@ -204,7 +204,7 @@ def test_a_saved_rival_is_the_same_rival(make: SimpleNamespace, name: str, tmp_p
     assert torch.equal(again.user_vectors(packed, None), model.user_vectors(packed, None))
 
 
-@pytest.mark.parametrize("length", [1, 2, HALVED_FROM - 1, HALVED_FROM, HALVED_FROM + 1, LONGEST_HELD + 1])
+@pytest.mark.parametrize("length", [1, 2, 40, LONGEST_HELD + 1])
 def test_sasrecs_attention_is_causal_softmax_attention(length: int) -> None:
     torch.manual_seed(length)
     inputs = [torch.randn(1, 2, length, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]

@@ -17,8 +17,6 @@ from vista.model.ranking_model import Schema
 
 LONGEST_HELD = 1024
 """Events of a history whose scores are all held at once."""
-HALVED_FROM = 160
-"""Events from which a quarter of the scores less is worth the additional operators."""
 
 
 class SASRec(SequenceModel):
@@ -59,18 +57,8 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     length = query.shape[2]
     if length > LONGEST_HELD or query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    query = query * query.shape[3] ** -0.5
-    if length < HALVED_FROM:
-        return _attend_held(query, key, value)
-    half = length // 2  # whose queries see nothing of the other half
-    first = _attend_held(query[:, :, :half], key[:, :, :half], value[:, :, :half])
-    return torch.cat([first, _attend_held(query[:, :, half:], key, value)], 2)
-
-
-def _attend_held(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Of the newest of the events, whose queries are scaled."""
-    scores = query @ key.transpose(2, 3)
-    future = torch.full(scores.shape[2:], -torch.inf, dtype=scores.dtype).triu_(1 + key.shape[2] - query.shape[2])
+    scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
+    future = torch.full((length, length), -torch.inf, dtype=scores.dtype).triu_(1)
     return torch.softmax(scores + future, -1).to(value.dtype) @ value
 
 
