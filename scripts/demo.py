@@ -14,7 +14,6 @@ import logging
 import shutil
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +43,6 @@ HISTORY_LENGTHS = (100, 1_000, 10_000, 100_000)
 NUM_CANDIDATES = 500
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    log: EventLog
-    config: TrainConfig
-    source: Path
-    seconds: float
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of a MovieLens set; without it a log is simulated")
@@ -73,11 +64,17 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
     """Run the demo and return the report's path."""
     began = time.perf_counter()
     folder = out / (data.resolve().name if data else "simulation")
-    _start_anew_if_other(folder, data, overrides)
+    experiment = "experiment=demo-movielens" if data else "experiment=demo"
+    words = [f"data.path={folder / 'log'}", f"run_dir={folder / 'run'}", *overrides]
+    config = compose_config(TrainConfig, [experiment, *words])
+    _start_anew_if_other(folder, data, config)
     _say(1, "prepare the log")
-    prepared = _movielens(data, folder, overrides) if data else _simulation(folder, overrides)
-    log, config = prepared.log, prepared.config
+    source, prepare_seconds = _prepare(data, folder)
+    log = EventLog.open(folder / "log")
     print(log)
+    if data:  # as many passes as fit into some minutes; a word of the user's comes later and wins
+        epochs = int(np.clip(TRAINED_EVENTS // max(log.num_events, 1), 1, 12))
+        config = compose_config(TrainConfig, [experiment, f"optim.epochs={epochs}", *words])
 
     _say(2, "train")
     train_began = time.perf_counter()
@@ -109,7 +106,7 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
 
     report = Report(
         name=folder.name,
-        source=prepared.source,
+        source=source,
         log=log,
         model=model,
         run_dir=Path(config.run_dir),
@@ -118,7 +115,7 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
         refresh=served,
         latency=latency,
         num_candidates=NUM_CANDIDATES,
-        prepare_seconds=prepared.seconds,
+        prepare_seconds=prepare_seconds,
         train_seconds=train_seconds,
         seconds=time.perf_counter() - began,
     )
@@ -154,38 +151,19 @@ def measure_latency(model: Recommender, folder: Path) -> list[LatencyRow]:
     return [LatencyRow(n, float(np.median(values)), float(np.percentile(values, 90))) for n, values in times.items()]
 
 
-def _simulation(folder: Path, overrides: list[str]) -> Prepared:
-    source = folder / "source"
-    config = compose_config(
-        TrainConfig, ["experiment=demo", f"data.path={folder / 'log'}", f"run_dir={folder / 'run'}", *overrides]
-    )
+def _prepare(data: Path | None, folder: Path) -> tuple[Path, float]:
+    """Make folder/log, unless it lies there, so that a repeated demo resumes; returns its source, and seconds."""
     began = time.perf_counter()
-    # A log that lies there is used again, so that a repeated demo resumes instead of starting anew.
+    source = data or folder / "source"
     if not (folder / "log").exists():
-        print(simulate(SimulateConfig(out=str(source), num_users=DEMO_USERS, events_per_user=DEMO_EVENTS)))
-        prepare_config = compose_config(
-            PrepareConfig, [f"out={folder / 'log'}", "events.kind=simulated", f"events.paths=[{source}]"]
-        )
-        print(prepare(prepare_config))
-    return Prepared(EventLog.open(folder / "log"), config, source, time.perf_counter() - began)
+        if data is None:
+            print(simulate(SimulateConfig(out=str(source), num_users=DEMO_USERS, events_per_user=DEMO_EVENTS)))
+        events = ["events.kind=auto" if data else "events.kind=simulated", f"events.paths=[{source}]"]
+        print(prepare(compose_config(PrepareConfig, [f"out={folder / 'log'}", *events])))
+    return source, time.perf_counter() - began
 
 
-def _movielens(data: Path, folder: Path, overrides: list[str]) -> Prepared:
-    began = time.perf_counter()
-    if not (folder / "log").exists():
-        print(
-            prepare(
-                compose_config(PrepareConfig, [f"out={folder / 'log'}", "events.kind=auto", f"events.paths=[{data}]"])
-            )
-        )
-    log = EventLog.open(folder / "log")
-    epochs = int(np.clip(TRAINED_EVENTS // max(log.num_events, 1), 1, 12))
-    words = [f"data.path={folder / 'log'}", f"run_dir={folder / 'run'}", f"optim.epochs={epochs}", *overrides]
-    config = compose_config(TrainConfig, ["experiment=demo-movielens", *words])
-    return Prepared(log, config, data, time.perf_counter() - began)
-
-
-def _start_anew_if_other(folder: Path, data: Path | None, overrides: list[str]) -> None:
+def _start_anew_if_other(folder: Path, data: Path | None, config: TrainConfig) -> None:
     """A repeated demo resumes; one of other data, settings or version starts in an empty folder."""
     mark = folder / "demo.json"
     mine, theirs = folder.resolve(), data.resolve() if data else None
@@ -193,8 +171,8 @@ def _start_anew_if_other(folder: Path, data: Path | None, overrides: list[str]) 
         raise ConfigError(f"--out: the demo would work in {folder}, where the data of --data are; name another folder")
     if not mark.exists() and folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--out: {folder} holds files that are not the demo's; name another folder, or remove it")
-    settings = {"overrides": overrides, "defaults": to_dict(TrainConfig()), "version": __version__}
-    asked = json.dumps({"data": str(data.resolve()) if data else None, **settings})
+    source = str(data.resolve()) if data else [DEMO_USERS, DEMO_EVENTS]
+    asked = json.dumps({"data": source, "train": to_dict(config), "version": __version__})
     if mark.exists() and mark.read_text() != asked:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

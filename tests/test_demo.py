@@ -8,6 +8,7 @@ import pytest
 
 import demo
 from tests.conftest import ratings_folder
+from vista.config import ModelConfig, TrainConfig
 from vista.errors import ConfigError
 
 SMALL = ["optim.epochs=1", "optim.warmup_steps=2", "model.dim=16", "progress=false", "num_threads=1"]
@@ -48,3 +49,14 @@ def test_nothing_that_is_not_the_demos_is_removed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--out: .*simulation holds files that are not the demo's"):
         demo.run(None, tmp_path / "out", SMALL)
     assert (data / "ratings.dat").exists() and (tmp_path / "out" / "simulation" / "mine.txt").exists()
+
+
+def test_another_configuration_starts_anew(tmp_path: Path) -> None:
+    """Wherever the difference comes from: a word, a default, or a file of conf/."""
+    folder = tmp_path / "simulation"
+    demo._start_anew_if_other(folder, None, TrainConfig())
+    (folder / "log").mkdir()
+    demo._start_anew_if_other(folder, None, TrainConfig())
+    assert (folder / "log").exists()
+    demo._start_anew_if_other(folder, None, TrainConfig(model=ModelConfig(dropout=0.25)))
+    assert not (folder / "log").exists()
