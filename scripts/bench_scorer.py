@@ -8,6 +8,7 @@ model's folder. The weights are random: they change no timing. Nothing is cached
 - history: users of 10^3 and of 10^6 events, the same candidates; and how long other lists of candidates take.
 - floor: against the matrix products that no implementation can leave out (scorer_workloads.py), in their fastest forms
   on this machine, for several numbers of candidates and users, encoded beforehand.
+- layers: pointwise layers, the default, against as many softmax layers with feed-forward networks.
 - recompute: against the same scorer without a store, which reads the history from the log and summarizes it in the
   request, as the paper would have to without a cache (bidirectional mixing), and as separable mixing would.
 - rivals: against HSTU and SASRec of the same width and depth, which read the whole history in the request.
@@ -36,7 +37,7 @@ from recorder import Recorder, Timing, benchmark_parser, interleaved
 from scorer_worker import Answer, Opening, Order
 from scorer_workloads import Int, World, idle_torch_bytes, recomputed_summaries, scorer_floor, worker
 from serving_cost import history_model_server
-from vista.choices import Architecture, Mixing, Precision
+from vista.choices import Architecture, Mixing, Precision, TargetAttentionKind
 from vista.device import choose_precision, keep_freed_memory, set_threads
 from vista.scorer import Scorer
 from workloads import TASK, lifelong_log, untrained, untrained_rival
@@ -155,6 +156,31 @@ def bench_floor(recorder: Recorder, world: World, precision: Precision) -> None:
                 case = f"{name}: times over its floor, against those of {NUM_CANDIDATES} candidates"
                 recorder.add(case, ratio, "times", baseline=first, bar="value <= 1.3 * baseline")
             first = first or ratio
+
+
+# Layers ----------------------------------------------------------------------------------------------------------
+
+
+def bench_layers(recorder: Recorder, world: World, softmax: World, precision: Precision) -> None:
+    """What the kind of stage 2's layers costs a request; both worlds are of the same log and sizes."""
+    with open_scorer(world, precision) as ours, open_scorer(softmax, precision) as theirs:
+        for case, (num_users, num_candidates) in CALLS.items():
+            users = list(range(1, num_users + 1))
+            ids = world.candidates(num_users, num_candidates)
+            ids = ids[0] if num_users == 1 else ids
+            check(theirs, users, ids, precision)
+            calls = {
+                "pointwise": partial(ours.score, users, ours.encode(ids)),
+                "softmax": partial(theirs.score, users, theirs.encode(ids)),
+            }
+            timing = interleaved(calls, rounds=9 if recorder.quick else 41, warmup=3, min_sample_s=0.02)
+            recorder.add(
+                f"{world}, {case}, {precision.value}: pointwise layers against softmax layers",
+                timing["pointwise"].median_s * 1e3,
+                "ms",
+                baseline=timing["softmax"].median_s * 1e3,
+                spread=timing["pointwise"].spread_s * 1e3,
+            )
 
 
 # Batches ---------------------------------------------------------------------------------------------------------
@@ -333,6 +359,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ours = worlds[Mixing.separable]
         for precision in precisions:
             bench_floor(recorder, ours, precision)
+        kind = TargetAttentionKind.softmax
+        softmax = untrained(log, dim=dim, num_seeds=num_seeds, target_attention=kind)
+        softmax_world = World.make(softmax, log, root / "users-softmax")
+        for precision in precisions:
+            bench_layers(recorder, ours, softmax_world, precision)
         bench_batches(recorder, ours)
         keep_freed_memory()  # from here on: a service does not, but those who read histories are slow without
         for mixing in (Mixing.bidirectional, Mixing.separable):

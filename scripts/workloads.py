@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.choices import Architecture, Mixing
+from vista.choices import Architecture, Mixing, TargetAttentionKind
 from vista.config import DataConfig, ModelConfig
 from vista.data.event_log import EventLog
 from vista.errors import ConfigError
@@ -66,6 +66,7 @@ def untrained(
     dim: int,
     num_seeds: int,
     mixing: Mixing = Mixing.separable,
+    target_attention: TargetAttentionKind = TargetAttentionKind.pointwise,
     num_layers: int = 2,
     tail_len: int = 32,
     seed: int = 1,
@@ -77,6 +78,7 @@ def untrained(
         dim=dim,
         num_seeds=num_seeds,
         mixing=mixing,
+        target_attention=target_attention,
         num_layers=num_layers,
         conv_width=3 if mixing is Mixing.separable else 1,
         tail_len=tail_len,
