@@ -220,13 +220,6 @@ def _frequencies(minutes: float) -> dict[str, Row]:
     }
 
 
-def _memory(minutes: float) -> dict[str, Row]:
-    """Small and large summaries, and both mixings."""
-    rows = {f"K={seeds}": Row(minutes, (f"model.num_seeds={seeds}",)) for seeds in (4, 16, 64)}
-    # Bidirectional mixing has no decay, which ml-1m's experiment sets.
-    return rows | {"bidirectional": Row(2 * minutes, ("model=bidirectional", "model.decay=none"))}
-
-
 TWO_SOFTMAX = (*SOFTMAX, "model.num_target_layers=2")
 ML_1M = {
     "2-layers": Row(20, ("model.num_target_layers=2",)),
@@ -257,11 +250,9 @@ TABLES = {
     "downstream": _downstream(),
     "embeddings": Table("ml-100k", "ml-100k", _embeddings(), SOFTMAX),
     "popularity": Table("ml-100k", "ml-100k", _logq_strengths(6) | _frequencies(6) | FLOORS, SOFTMAX, popularity=True),
-    "memory-ml-1m": Table("ml-1m", "ml-1m", _memory(36), memory=True),
-    "memory-simulation": replace(SIMULATION, words=(*SIMULATION.words, *SOFTMAX), rows=_memory(12), memory=True),
-    "ablations-ml-100k": Table("ml-100k", "ml-100k", _ablations(6, AGES)),
+    "ablations-ml-100k": Table("ml-100k", "ml-100k", _ablations(6, AGES), memory=True),
     # Half the passes of the table ml-1m-half.
-    "ablations-ml-1m-half": Table("ml-1m-half", "ml-1m-half", _ablations(8.5, AGES), ("optim.epochs=10",)),
+    "ablations-ml-1m-half": Table("ml-1m-half", "ml-1m-half", _ablations(8.5, AGES), ("optim.epochs=10",), memory=True),
     # Half the lives and three passes, so that a run takes some five minutes.
     "ablations-simulation": Table(
         "simulation",
