@@ -340,7 +340,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if choose_precision(Precision.auto, torch.device("cpu")) is Precision.bfloat16:
         precisions.append(Precision.bfloat16)
     else:
-        print("bfloat16: not measured, for this machine does not multiply it (no AMX, no avx512_bf16)", flush=True)
+        print(
+            "bfloat16: not measured, for this machine multiplies it no faster (no AMX, no AMD's avx512_bf16)",
+            flush=True,
+        )
 
     with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
         root = Path(folder)

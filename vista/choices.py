@@ -127,7 +127,7 @@ class Precision(Enum):
     """Arithmetic of training's matrix products."""
 
     auto = "auto"
-    """bfloat16 on GPUs and on CPUs with AMX or avx512_bf16, float32 elsewhere; the choice is logged."""
+    """bfloat16 on GPUs and on CPUs with AMX or AMD's avx512_bf16, float32 elsewhere; the choice is logged."""
     float32 = "float32"
     bfloat16 = "bfloat16"
 

@@ -91,7 +91,7 @@ def cpu_settings(num_threads: int) -> Iterator[None]:
 def choose_precision(asked: Precision, device: torch.device) -> Precision:
     """Precision of training's matrix products; `auto` looks at what the device can do, and logs it.
 
-    bfloat16 on GPUs and on CPUs with AMX or avx512_bf16 (there 2 to 7 times float32's speed at this model's shapes).
+    bfloat16 on GPUs and on CPUs that multiply it faster (`vista_kernels.torch_backend.precision`).
     """
     if asked is not Precision.auto:
         return asked

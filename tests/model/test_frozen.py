@@ -139,6 +139,7 @@ def test_a_packed_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
         ("AMD EPYC", set(), set()),
         ("Intel(R) Xeon(R)", {"avx512_f", "avx512_bf16", "amx_tile"}, {torch.bfloat16}),
         ("Intel(R) Xeon(R)", {"avx512_f", "amx_tile"}, {torch.bfloat16}),
+        ("Intel Xeon", {"avx512_f", "avx512_bf16"}, set()),
     ],
 )
 def test_what_is_packed_follows_the_processor(
