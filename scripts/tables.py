@@ -257,7 +257,7 @@ TABLES = {
     "ablations-simulation": Table(
         "simulation",
         "simulation-2k",
-        _ablations(4.5) | TRUTH,
+        _ablations(4.5, AGES) | TRUTH,
         ("data.windows_per_chunk=32", "data.staleness_events=150", "optim.epochs=3"),
         {"num_users": 1200, "events_per_user": 2000},
         memory=True,

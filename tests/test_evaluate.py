@@ -271,12 +271,22 @@ class TestLeakage:
             with pytest.raises(ConfigError, match="labels of this model begin after until=leave-last-out; "):
                 evaluate_scorer(old, served.log, "test")
 
-    def test_age_counts_events_so_a_split_in_time_has_none(self, served_tasks: Served) -> None:
-        with (
-            Scorer.open(served_tasks.model, served_tasks.test_store) as scorer,
-            pytest.raises(ConfigError, match="staleness"),
-        ):
-            evaluate_scorer(scorer, served_tasks.log, "test", staleness=1)
+    def test_summaries_of_a_stated_age_of_a_split_in_time(self, served_tasks: Served, tmp_path: Path) -> None:
+        """They lack three events before the test begins. The tail has them, so probabilities move, cases do not."""
+        test_from = split_until(served_tasks.config.data, "test").before
+        until = f"{test_from}-less-3"
+        report = refresh(served_tasks.model, served_tasks.log, tmp_path / "old", until=until)
+        counts = visible_counts(served_tasks.log, until)
+        assert counts.tolist() == np.maximum(served_tasks.log.counts_before(test_from) - 3, 0).tolist()
+        model, log = served_tasks.model, served_tasks.log
+        with Scorer.open(model, served_tasks.test_store) as fresh, Scorer.open(model, tmp_path / "old") as old:
+            found = old.store.get_many(log.users.ids(np.arange(log.num_users)))
+            assert found.event_count[found.found].tolist() == counts[found.found].tolist(), report
+            aged, current = evaluate_scorer(old, log, "test", staleness=3), evaluate_scorer(fresh, log, "test")
+            assert aged.num_cases == current.num_cases and aged.probabilities is not None
+            assert not np.array_equal(aged.probabilities, current.probabilities)
+            with pytest.raises(ConfigError, match=f"and staleness=4 asks for until={test_from}-less-4"):
+                evaluate_scorer(old, log, "test", staleness=4)
 
     @pytest.mark.parametrize("kind", ["served", "served_tasks"])
     def test_a_store_of_an_earlier_split_leaks_nothing_but_is_another_question(

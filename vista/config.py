@@ -313,7 +313,8 @@ class RefreshConfig:
     incremental: bool = False
     """Only users with new events, into the served generation; what the store is stays as its full refresh made it."""
     until: str | None = None
-    """Events that summaries may see: null (all), leave-last-out, leave-last-N-out, an ISO time (UTC), or ms."""
+    """Events that summaries may see: null (all), leave-last-out, leave-last-N-out, an ISO time (UTC), or ms; a time
+    can be followed by -less-N, which hides the newest N of each user's events before it."""
     codec: Codec = Codec.int8
     state: StateDtype = StateDtype.float32
     """How states are kept beside the summaries, for incremental refreshes: float32, float16 or none."""
@@ -360,8 +361,9 @@ class EvaluateConfig:
     popularity: bool = False
     """Also report how far the retrieval head's lists follow training popularity."""
     staleness: int = 0
-    """Leave-last-out: events before each label that the store's summaries lack; the tail is up to date all the same.
-    Refresh with until=leave-last-N-out, N = 1 + staleness (validation: 2 + staleness)."""
+    """Newest events of each user that the store's summaries lack, of those that the split lets them see; the tail is up
+    to date all the same. Refresh with until=leave-last-N-out, N = 1 + staleness (validation: 2 + staleness), or of a
+    split in time with until=TIME-less-N, N = staleness."""
     memory: bool = False
     """Also report what the stored summaries remember of a user's events, by their age (some seconds)."""
     users_per_batch: int = 512

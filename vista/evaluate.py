@@ -161,7 +161,7 @@ class Options(TypedDict, total=False):
     memory: bool
     """Also report what the stored summaries remember (`vista.memory`)."""
     staleness: int
-    """Leave-last-out: events before each label that the store's summaries lack, 0 by default."""
+    """Newest events of each user that the split shows and the store's summaries lack, 0 by default."""
     progress: bool
 
 
@@ -272,8 +272,6 @@ def _popularity(
 def _check_store(scorer: Scorer, part: str, staleness: int) -> None:
     """A store refreshed further than the split allows has seen labels; one of another age answers another question."""
     stored, limit = parse_until(scorer.store.manifest.until), split_until(scorer.model.data, part)
-    if staleness and limit.before is not None:
-        raise ConfigError("staleness: counts events, of leave-last-out alone; this model's split is in time")
     asked = replace(limit, held_out=limit.held_out + staleness)
     if stored == asked:
         return

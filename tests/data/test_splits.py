@@ -43,6 +43,10 @@ def test_a_time_is_exclusive_to_the_millisecond(log: EventLog) -> None:
     assert visible_counts(log, 0).tolist() == [0] * 10
 
 
+def test_a_time_less_some_hides_the_newest_before_it_too(log: EventLog) -> None:
+    assert visible_counts(log, "1970-01-06-less-2").tolist() == [0, 0, 1, 2, 3, 3, 3, 3, 3, 3]
+
+
 def test_parsing() -> None:
     assert parse_time("2024-05-01") == 1_714_521_600_000
     assert parse_time("2024-05-01T02:00:00+02:00") == 1_714_521_600_000
@@ -51,10 +55,12 @@ def test_parsing() -> None:
     assert parse_until("leave-last-101-out") == parse_until(str(Until(held_out=101))) == Until(held_out=101)
     with pytest.raises(ConfigError, match="leave-last-N-out"):
         parse_until("leave-last-0-out")
+    assert parse_until("5-less-3") == parse_until(str(Until(3, 5))) == Until(held_out=3, before=5)
     assert parse_until("all") == parse_until(None) == Until()
     assert [str(parse_until(text)) for text in (None, "leave-last-out", "5")] == ["all", "leave-last-out", "5"]
-    with pytest.raises(ConfigError, match=r"until='yesterday': write all, leave-last-out"):
-        parse_until("yesterday")
+    for text in ("yesterday", "5-less-", "5-less--1", "less-5", ""):
+        with pytest.raises(ConfigError, match=f"until='{text}': write all, leave-last-out, .*TIME-less-N"):
+            parse_until(text)
 
 
 def test_a_time_needs_a_log_with_times(tmp_path: Path) -> None:

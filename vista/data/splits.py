@@ -24,8 +24,8 @@ _HELD_OUT = {1: "leave-last-out", 2: "leave-last-two-out"}
 class Until:
     """A moment up to which events are visible.
 
-    held_out: newest events hidden of each user with at least MIN_EVENTS events; before: events strictly before this
-    time (ms) are visible, or None for all.
+    before: events strictly before this time (ms) are visible, or None for all; held_out: newest of these hidden of each
+    user, where there is no time only of users with at least MIN_EVENTS events.
     """
 
     held_out: int = 0
@@ -33,7 +33,7 @@ class Until:
 
     def __str__(self) -> str:
         if self.before is not None:
-            return str(self.before)
+            return f"{self.before}-less-{self.held_out}" if self.held_out else str(self.before)
         return _HELD_OUT.get(self.held_out, f"leave-last-{self.held_out}-out") if self.held_out else "all"
 
 
@@ -58,7 +58,8 @@ def parse_time(text: str | int) -> int:
 
 
 def parse_until(text: str | int | None) -> Until:
-    """Read `until`: None or "all", "leave-last-out", "leave-last-N-out", an ISO time (UTC), or milliseconds.
+    """Read `until`: None or "all", "leave-last-out", "leave-last-N-out", an ISO time (UTC), or milliseconds; a time can
+    be followed by "-less-N", which hides the newest N of a user's events before it.
 
     Raises:
         ConfigError: if it is none of these.
@@ -70,11 +71,14 @@ def parse_until(text: str | int | None) -> Until:
         held_out = 2 if two else int(number or 1)
         if held_out:
             return Until(held_out=held_out)
+    in_time = re.fullmatch(r"(.*?)(?:-less-(\d+))?", str(text), re.DOTALL)
+    assert in_time is not None  # whatever the text is
+    moment, hidden = in_time.groups()
     try:
-        return Until(before=parse_time(text))
+        return Until(int(hidden or 0), parse_time(moment))
     except ConfigError:
         raise ConfigError(
-            f"until={text!r}: write all, leave-last-out, leave-last-N-out, an ISO date or time, or ms"
+            f"until={text!r}: write all, leave-last-out, leave-last-N-out, an ISO date or time, ms, or TIME-less-N"
         ) from None
 
 
@@ -82,7 +86,8 @@ def visible_counts(log: EventLog, until: Until | str | int | None) -> NDArray[np
     """How many leading events of each user are visible.
 
     leave-last-out hides a user's last event, leave-last-N-out the last N; users with fewer than MIN_EVENTS events
-    are neither validation nor test users, so nothing of them is hidden. A time hides what happened at it or later.
+    are neither validation nor test users, so nothing of them is hidden. A time hides what happened at it or later, a
+    time less N also the last N events before it.
 
     Returns:
         int64 [num_users].
@@ -94,7 +99,7 @@ def visible_counts(log: EventLog, until: Until | str | int | None) -> NDArray[np
     if limit.before is not None:
         if not log.has_time:
             raise ConfigError(f"until={limit.before}: {log.path} has no times; use leave-last-out")
-        return log.counts_before(limit.before)
+        return np.maximum(log.counts_before(limit.before) - limit.held_out, 0)
     lengths = log.lengths
     return np.where(lengths >= MIN_EVENTS, np.maximum(lengths - limit.held_out, 0), lengths)
 

@@ -51,7 +51,8 @@ def refresh(
         model: it is left in eval mode.
         log: items the model never saw are unknown to it.
         store: its folder, made if absent.
-        until: events that summaries may see: None (all), "leave-last-out", "leave-last-N-out", an ISO time, or ms.
+        until: events that summaries may see: None (all), "leave-last-out", "leave-last-N-out", an ISO time, ms, or
+            "TIME-less-N".
         codec: how rows are stored.
         state: how states are kept for incremental refreshes. None are where the model has none (bidirectional mixing, a
             history limit, K = 0), nor with `until`: such a store never goes on.
@@ -88,7 +89,7 @@ def refresh(
         dim=config.dim,
         codec=codec,
         tail_len=config.tail_len,
-        until=str(limit) if limit.before is None else limit.before,
+        until=str(limit) if limit.held_out or limit.before is None else limit.before,
         applied_segment=log.last_segment,
         log_digest=log.sources_digest(log.last_segment),
         state_dtype=state if keep else StateDtype.none,
