@@ -29,6 +29,7 @@ from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from row_origin import MACHINE, Trained, train_noted
 from row_progress import RowProgress
 from serving_cost import history_model_latency_ms, scorer_latency_ms, training_speed
 from tables import TABLES, Row, Table
@@ -41,7 +42,7 @@ from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.data.simulate import simulate
 from vista.data.splits import parse_time, split_until
-from vista.device import choose_precision, cpu_settings, keep_freed_memory, resolve_device
+from vista.device import cpu_settings, keep_freed_memory
 from vista.errors import ConfigError, VistaError
 from vista.evaluate import Options, evaluate_model, evaluate_scorer
 from vista.files import replace_text, writable_folder
@@ -49,17 +50,14 @@ from vista.floors import Floor, evaluate_floor
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.recommender import Recommender
 from vista.refresh import refresh
-from vista.results import append_result, commit, hardware, markdown_table, read_results
+from vista.results import append_result, hardware, markdown_table, read_results
 from vista.scorer import Scorer
 from vista.store.layout import CURRENT
 from vista.training.protocol import impression_cases, impression_metrics
-from vista.training.trainer import train, train_model
 from workloads import movielens_folder
 
 TOP_K = [10, 50, 200]
 UNTRAINED_SEED = 0
-MACHINE = ("cpu", "gpu", "cores", "threads")
-"""What of a row's hardware its time depends on."""
 SPLIT = ("split", "validation_from", "test_from", "exclude_seen")
 """What of a configuration the untrained rows depend on."""
 Line = Mapping[str, Any]
@@ -247,8 +245,8 @@ def _run_all(settings: argparse.Namespace, runs: Sequence[Run], results: Path) -
             log = _log(settings)
             for run in runs:
                 with progress.run(run.label):
-                    for served, metrics, seconds in _measure(settings, run, log, progress):
-                        append_result(results, _line(settings, run, served, metrics, seconds))
+                    for served, metrics, trained in _measure(settings, run, log, progress):
+                        append_result(results, _line(settings, run, served, metrics, trained))
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "stopped; the same command resumes it")
         return 130
@@ -257,20 +255,20 @@ def _run_all(settings: argparse.Namespace, runs: Sequence[Run], results: Path) -
 
 def _measure(
     settings: argparse.Namespace, run: Run, log: EventLog, progress: RowProgress
-) -> Iterator[tuple[str, dict[str, float], float]]:
-    """(name of the line, test metrics, seconds of training or counting) of what a run lacks."""
+) -> Iterator[tuple[str, dict[str, float], Trained]]:
+    """(name of the line, test metrics, how it was trained) of what a run lacks."""
     folder, config = _placed(settings, run.name, run.seed, log)
     if run.row.untrained == "truth":
-        yield run.name, _truth(log, config), 0.0
+        yield run.name, _truth(log, config), Trained(0.0)
     elif run.row.untrained:
         found = evaluate_floor(Floor(run.row.untrained), log, config.data, top_k=TOP_K)
-        yield run.name, found.metrics, found.seconds
+        yield run.name, found.metrics, Trained(found.seconds)
     else:
         if run.row.base:
             config = _downstream_config(settings, run, config, log)
             progress.check()
-        model = train_model(config, log)
-        seconds = _seconds(folder / "run" / "metrics.jsonl")
+        model = train_noted(config, log, folder)
+        trained = Trained.read(folder)
         if isinstance(model, HistoryModel):
             progress.check()
             table = TABLES[settings.table]
@@ -280,11 +278,11 @@ def _measure(
                     "train events/s": training_speed(folder / "run" / "metrics.jsonl"),
                     "request ms": history_model_latency_ms(model, log),
                 }
-            yield run.name, metrics, seconds
+            yield run.name, metrics, trained
             return
         assert isinstance(model, Recommender)
         for served, metrics in _served_metrics(settings, run, log, model, folder, progress):
-            yield served, metrics, seconds
+            yield served, metrics, trained
 
 
 def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -> tuple[Path, TrainConfig]:
@@ -314,7 +312,8 @@ def _unusual(recorded: Line) -> dict[str, Any]:
 def _downstream_config(settings: argparse.Namespace, run: Run, config: TrainConfig, log: EventLog) -> TrainConfig:
     """The same over its base, which is trained, and its store, which is refreshed, where they are not there yet."""
     folder, base = _placed(settings, run.row.base, run.seed, log)
-    model, store = train(base, log), folder / f"until-{run.row.until}"
+    model, store = train_noted(base, log, folder), folder / f"until-{run.row.until}"
+    assert isinstance(model, Recommender)
     if not (store / CURRENT).exists():  # another generation would be another run
         refresh(model, log, store, until=run.row.until)
     return replace(config, stage=Stage.downstream, base=str(folder / "run" / "best"), store=str(store))
@@ -324,7 +323,7 @@ def _served_metrics(
     settings: argparse.Namespace, run: Run, log: EventLog, model: Recommender, folder: Path, progress: RowProgress
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Test metrics of a trained model as it is served: from a store of each codec, through the scorer."""
-    table = TABLES[settings.table]
+    table, optim = TABLES[settings.table], run.config["optim"]
     served = {name: how for name, how in run.row.served(run.name).items() if name in run.missing}
     refreshed: dict[Path, float] = {}
     for name, how in served.items():
@@ -342,7 +341,8 @@ def _served_metrics(
             options: Options = {
                 "top_k": TOP_K,
                 "popularity": table.popularity,
-                "memory": table.memory and model.summarizer is not None,
+                # Without its loss the decoder that is asked was never trained.
+                "memory": table.memory and model.summarizer is not None and optim["reconstruction_weight"] > 0,
                 "staleness": how.staleness,
             }
             metrics = evaluate_scorer(scorer, log, "test", **options).metrics
@@ -363,18 +363,9 @@ def _truth(log: EventLog, config: TrainConfig) -> dict[str, float]:
     return impression_metrics(cases, cases.probability)
 
 
-def _seconds(metrics: Path) -> float:
-    """Of training and validation, in all processes of a run that was stopped and resumed."""
-    return max((json.loads(line).get("seconds", 0.0) for line in metrics.read_text().splitlines()), default=0.0)
-
-
 def _line(
-    settings: argparse.Namespace, run: Run, served: str, metrics: Mapping[str, float], seconds: float
+    settings: argparse.Namespace, run: Run, served: str, metrics: Mapping[str, float], trained: Trained
 ) -> dict[str, Any]:
-    machine = hardware()
-    if not run.row.untrained:
-        config = _train_config(TABLES[settings.table], run.row)
-        machine["precision"] = choose_precision(config.precision, resolve_device(config.device)).value
     return {
         "table": settings.table,
         "data": TABLES[settings.table].data,
@@ -383,9 +374,7 @@ def _line(
         "metrics": {key: value if math.isfinite(value) else None for key, value in metrics.items()},
         "command": _command(settings, run, [run.seed]),
         "config": run.config,
-        "commit": commit(),
-        "hardware": machine,
-        "seconds": round(seconds, 1),
+        **trained.fields(),
     }
 
 

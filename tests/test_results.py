@@ -185,6 +185,16 @@ def test_commit_tells_sources_from_results(tmp_path: Path, monkeypatch: pytest.M
     assert commit() == short + "+dirty"
 
 
+def test_seeds_of_another_configuration_are_another_mean() -> None:
+    """What was tuned since counts alone; a setting that only the younger row knows changes nothing."""
+    old = [row(seed=seed, metrics={"hr@10": 0.1}) for seed in (1, 2)]
+    young = {"model": {"dim": 64, "new": 1}, "seed": 3}
+    table = markdown_table([*old, row(seed=3, metrics={"hr@10": 0.4}, config=young)])
+    assert "| ml-1m | vista K=16 | 3 | 0.2000 ± 0.1732 |" in table
+    table = markdown_table([*old, row(seed=3, metrics={"hr@10": 0.4}, config={"model": {"dim": 32}})])
+    assert "| ml-1m | vista K=16 | 1 | 0.4000 |" in table and "seed 3;" in table
+
+
 def test_the_committed_tables_can_be_read_and_their_markdown_is_made_from_them() -> None:
     folder = Path(__file__).parents[1] / "docs" / "results"
     tables = [path for path in folder.glob("*.jsonl") if not path.name.startswith(("bench_", "faults"))]

@@ -140,13 +140,17 @@ def validate_result(row: Mapping[str, Any]) -> None:
 def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Results as Markdown: a line for each data and model, metrics as mean ± sample standard deviation over seeds.
 
-    Of several rows of the same table, data, model and seed the last one counts. The commands, commits and machines
-    stand below, a line for the models that share them, so that every number can be made again. Data and models keep the
-    order in which they first appear.
+    Of several rows of the same table, data, model and seed the last one counts, and of seeds those that have the
+    configuration of the model's last row: what was tuned since would be another mean. The commands, commits and
+    machines stand below, a line for the models that share them, so that every number can be made again. Data and models
+    keep the order in which they first appear.
     """
     newest: dict[tuple[str, str, str], dict[int, Mapping[str, Any]]] = {}
     for row in rows:
-        newest.setdefault((row["table"], row["data"], row["model"]), {})[row["seed"]] = row
+        seeds = newest.setdefault((row["table"], row["data"], row["model"]), {})
+        for seed in [seed for seed, other in seeds.items() if _differs(other["config"], row["config"])]:
+            del seeds[seed]
+        seeds[row["seed"]] = row
     parts = []
     for table in dict.fromkeys(key[0] for key in newest):
         groups = {key[1:]: list(seeds.values()) for key, seeds in newest.items() if key[0] == table}
@@ -161,6 +165,13 @@ def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
         lines += _origins(groups)
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def _differs(one: Any, other: Any) -> bool:
+    """Whether a setting has two values; one that only the younger row knows has none to compare."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return any(_differs(one[key], other[key]) for key in (one.keys() & other.keys()) - {"seed"})
+    return bool(one != other)
 
 
 def _origins(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[str]:
@@ -201,7 +212,10 @@ def describe_hardware(machine: Mapping[str, Any]) -> str:
     # The widest vector unit: of one name there are processors that differ tenfold in their matrix products.
     vectors = "" if machine.get("gpu") else "".join(f" ({flag})" for flag in machine.get("flags", [])[-1:])
     precision = f", trained in {machine['precision']}" if "precision" in machine else ""
-    return f"{name}{vectors}, {machine.get('cores', '?')} cores, torch {machine.get('torch', '?')}{precision}"
+    elsewhere = f", partly on {'; '.join(machine['elsewhere'])}" if "elsewhere" in machine else ""
+    return (
+        f"{name}{vectors}, {machine.get('cores', '?')} cores, torch {machine.get('torch', '?')}{precision}{elsewhere}"
+    )
 
 
 def hardware() -> dict[str, Any]:
@@ -209,7 +223,8 @@ def hardware() -> dict[str, Any]:
 
     Returns:
         {cpu, cores (those this process may use), flags (vector units), memory_gib, gpu (or None), platform, python,
-        torch, numpy, threads (of torch)}; rows of scripts/reproduce.py add precision (of training).
+        torch, numpy, threads (of torch)}; rows of scripts/reproduce.py add precision (of training), and elsewhere, the
+        other machines that trained or measured.
     """
     import numpy  # here, so that printing a table needs neither
     import torch

@@ -1,0 +1,77 @@
+"""Where a row's model comes from: seconds, commits and machines of the processes that trained it.
+
+The model may be older than the call that measures it: equal configurations of several tables are one run, a stopped run
+goes on, and more lines can be asked of a model that is there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vista.config import TrainConfig
+from vista.data.event_log import EventLog
+from vista.device import choose_precision, resolve_device
+from vista.model.ranking_model import RankingModel
+from vista.results import commit, describe_hardware, hardware
+from vista.training.trainer import train_model
+
+MACHINE = ("cpu", "gpu", "cores", "threads")
+"""What of a row's hardware its time depends on."""
+ORIGINS = "origins.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What it took to make a row's model."""
+
+    seconds: float
+    """Of training and validation, in all processes of a run that was stopped and resumed; or of counting."""
+    origins: tuple[Mapping[str, Any], ...] = ()
+    """{commit, hardware} of these processes; none of a floor."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Trained:
+        """Of the run in folder/run."""
+        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        seconds = max((json.loads(line).get("seconds", 0.0) for line in lines), default=0.0)
+        return cls(seconds, tuple(map(json.loads, (folder / ORIGINS).read_text().splitlines())))
+
+    def fields(self) -> dict[str, Any]:
+        """commit, hardware and seconds of a line that this process measures.
+
+        The machine is the one whose seconds these are; others that took part are named under "elsewhere".
+        """
+        measured, at = hardware(), commit()
+        commits = list(dict.fromkeys(origin["commit"] for origin in self.origins))
+        machines = [origin["hardware"] for origin in self.origins]
+        machine = machines[-1] if machines else measured
+        others = [each for each in (*machines[:-1], measured) if any(each[key] != machine[key] for key in MACHINE)]
+        elsewhere = list(dict.fromkeys(map(describe_hardware, others)))
+        return {
+            "commit": at if commits in ([], [at]) else f"{at} (trained at {', '.join(commits)})",
+            "hardware": machine | ({"elsewhere": elsewhere} if elsewhere else {}),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def train_noted(config: TrainConfig, log: EventLog, folder: Path) -> RankingModel:
+    """Train in folder/run, go on, or read what is done; folder/origins.jsonl notes who took part."""
+    metrics = folder / "run" / "metrics.jsonl"
+    before = _last_step(metrics)
+    try:
+        return train_model(config, log)
+    finally:
+        if _last_step(metrics) != before:  # else it had been trained to the end
+            precision = choose_precision(config.precision, resolve_device(config.device)).value
+            origin = {"commit": commit(), "hardware": hardware() | {"precision": precision}}
+            with (folder / ORIGINS).open("a") as file:
+                file.write(json.dumps(origin) + "\n")
+
+
+def _last_step(metrics: Path) -> int:
+    rows = metrics.read_text().splitlines() if metrics.exists() else []
+    return int(json.loads(rows[-1])["step"]) if rows else 0
