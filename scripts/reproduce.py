@@ -229,6 +229,7 @@ def _command(settings: argparse.Namespace, run: Run, seeds: Sequence[int]) -> st
     words = ["python", "scripts/reproduce.py", settings.table, "--rows", run.name]
     words += [] if table.simulation is not None else ["--data", table.data]
     words += [] if run.row.untrained else ["--seeds", *map(str, seeds)]
+    words += ["--threads", str(settings.threads)] if settings.threads else []
     return shlex.join(words)
 
 

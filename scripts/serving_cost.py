@@ -49,15 +49,15 @@ def history_model_server(model: HistoryModel, log: EventLog, items: Int) -> Call
         items: int64 [C] candidates; they and the users are rows of the log.
     """
     rows = model.item_rows(log.items.ids(np.arange(log.num_items)))
-    candidates = torch.from_numpy(rows[items])
+    candidates = torch.from_numpy(rows[items]).to(model.device)
     vectors = item_vectors(model)[candidates - 1] if not model.schema.tasks else None
     answers = RawHistoryAnswers(model, log, rows)
 
     def ask(users: Int) -> Tensor:
         history = answers.histories(users, log.lengths[users])
         if vectors is None:
-            return model.candidate_logits(history, candidates.expand(len(users), -1), None)[..., 0]
-        return model.user_vectors(history, None) @ vectors.t()
+            return model.candidate_logits(history, candidates.expand(len(users), -1), None)[..., 0].cpu()
+        return (model.user_vectors(history, None) @ vectors.t()).cpu()
 
     return ask
 

@@ -18,10 +18,13 @@ from vista.data.histories import Histories
 from vista.data.splits import visible_counts
 from vista.errors import ConfigError
 from vista.evaluate import evaluate, evaluate_model
+from vista.model.baselines.history_model import HistoryModel
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.baselines.sim import SIM
 from vista.model.inference import item_vectors
 from vista.model.ranking_model import RankingModel
+from vista.training.protocol import with_tasks
+from vista.training.raw_history import RawHistoryAnswers
 from vista.training.trainer import _Trainer, train, train_model
 
 LIMIT = 9
@@ -89,6 +92,30 @@ def test_probabilities_are_of_the_history_before_the_request(served_tasks: Serve
         np.testing.assert_allclose(found.probabilities[n], logits[0, 0].sigmoid().numpy(), rtol=1e-4, atol=1e-6)
 
 
+def test_tasks_are_found_by_name(served_tasks: Served, tmp_path: Path) -> None:
+    """A log of another preparation may hold the model's tasks in another order, or not all of them."""
+    log = served_tasks.log
+    model = train_model(rival_config(log, tmp_path, "din", data=served_tasks.config.data), log)
+    assert isinstance(model, HistoryModel)
+    found = evaluate_model(model, log, "test")
+    cases, whole = found.impressions, found.probabilities
+    assert cases is not None and whole is not None and cases.tasks == ["click", "like", "long_view"]
+    answers = RawHistoryAnswers(model, log, model.item_rows(log.items.ids(np.arange(log.num_items))))
+    turned = replace(cases, tasks=cases.tasks[::-1], label=cases.label[:, ::-1], mask=cases.mask[:, ::-1])
+    np.testing.assert_array_equal(answers.probabilities(turned), whole[:, ::-1])
+    np.testing.assert_array_equal(answers.probabilities(with_tasks(cases, ["like"])), whole[:, 1:2])
+
+
+def test_what_ranks_no_next_item_draws_no_negatives(served_tasks: Served, tmp_path: Path) -> None:
+    log = served_tasks.log
+    for name, drawn in (("din", False), ("sasrec", True)):
+        config = rival_config(log, tmp_path, name, data=served_tasks.config.data)
+        batch = BatchSource(log, np.arange(log.num_items) + 1, config).batch(0, 0)
+        assert (len(batch.negatives) > 0) is drawn
+        read = {*batch.item.tolist(), *batch.candidate[batch.candidate_mask.any(-1)].tolist()}
+        assert drawn or set(range(len(batch.rows))) - {0} <= read | set(batch.label.flatten().tolist())
+
+
 def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) -> None:
     """They are read where training starts; what is saved needs the file no more."""
     log, file = served_tasks.log, tmp_path / "items.csv"
@@ -121,7 +148,7 @@ def test_the_state_after_a_full_window_is_trained(event_log: EventLog, tmp_path:
         for index in range(source.num_batches(epoch)):
             batch = source.batch(epoch, index)
             assert int(batch.offsets.diff().max()) <= LIMIT + 1
-            loss = model.losses(batch, model.item_vectors(batch.rows), trainer.config.data, trainer.config.optim).total
+            loss = model.losses(batch, model.item_vectors(batch.rows), trainer.config.optim).total
             torch.autograd.backward(loss)
     assert isinstance(model, SequenceModel) and model.position.grad is not None
     assert bool(model.position.grad.any(1).all())
@@ -151,5 +178,5 @@ def test_answers_are_those_of_one_at_a_time(
     assert isinstance(model, SequenceModel)
     assert trainer.validation is not None
     whole = trainer.validation(model)
-    monkeypatch.setattr("vista.training.raw_history.EVENTS_PER_BATCH", 1)
+    monkeypatch.setattr("vista.training.raw_history.EVENTS_EMBEDDED", 1)
     assert trainer.validation(model) == pytest.approx(whole, rel=1e-6)

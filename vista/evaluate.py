@@ -41,6 +41,7 @@ from vista.training.protocol import (
     next_item_cases,
     rank_next_items,
     ranking_metrics,
+    request_starts,
     with_tasks,
 )
 from vista.training.raw_history import RawHistoryAnswers
@@ -331,17 +332,21 @@ def _next_scores(scorer: Scorer, log: EventLog, cases: NextItemCases, items: Flo
 
 def _impression_probabilities(scorer: Scorer, log: EventLog, cases: ImpressionCases, options: Options) -> Floats:
     out = np.zeros(cases.label.shape, np.float32)
-    users_per_batch, quiet = options.get("users_per_batch", 512), not options.get("progress", False)
-    starts = range(0, len(cases.user), users_per_batch)
-    for low in tqdm(starts, desc="impressions", unit="batch", disable=quiet, leave=False):
-        part = slice(low, low + users_per_batch)
-        user, seen = cases.user[part], cases.seen[part]
+    requests_per_batch, quiet = options.get("users_per_batch", 512), not options.get("progress", False)
+    starts = request_starts(cases)
+    stops = np.append(starts, len(cases.user))
+    batches = range(0, len(starts), requests_per_batch)
+    for low in tqdm(batches, desc="impressions", unit="batch", disable=quiet, leave=False):
+        first = starts[low : low + requests_per_batch]
+        offsets = stops[low : low + len(first) + 1]
+        shown = slice(offsets[0], offsets[-1])
+        user, now = cases.user[first], cases.timestamp[first]
         predicted = scorer.predict(
             log.users.ids(user),
-            log.items.ids(cases.item[part])[:, None],
-            tail=_fresh_tail(scorer, log, user, seen, cases.timestamp[part]),
-            now=cases.timestamp[part],
+            (log.items.ids(cases.item[shown]), offsets - offsets[0]),
+            tail=_fresh_tail(scorer, log, user, cases.seen[first], now),
+            now=now,
         )
         for index, task in enumerate(cases.tasks):
-            out[part, index] = predicted[task][:, 0]
+            out[shown, index] = predicted[task]
     return out

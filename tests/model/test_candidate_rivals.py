@@ -265,7 +265,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
     packed = make.histories([1, 11, 8, 0, 19], 5)
     chunks, shown_at = make.chunks(packed, 5, impressions=60)
     batch = make.batch(chunks, make.plan(model), 5)
-    losses = model.losses(batch, model.item_vectors(batch.rows), DataConfig(), OptimConfig(task_weight=0.5))
+    losses = model.losses(batch, model.item_vectors(batch.rows), OptimConfig(task_weight=0.5))
 
     logits, search = [], []
     for n, (owner, seen) in enumerate(zip(chunks.impression_chunk, chunks.impression_position, strict=True)):
@@ -300,7 +300,7 @@ def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
     chunks, _ = make.chunks(make.histories([5, 12, 8, 3], 7), 7, impressions=25)
     batch = make.batch(chunks, make.plan(model))
     vectors = model.item_table.detach()[batch.rows].requires_grad_()
-    torch.autograd.backward(model.losses(batch, vectors, DataConfig(), OptimConfig()).total)
+    torch.autograd.backward(model.losses(batch, vectors, OptimConfig()).total)
     assert vectors.grad is not None and vectors.grad.any()
     idle = [n for n, p in model.named_parameters() if n != "item_table" and (p.grad is None or not p.grad.any())]
     assert idle == []
@@ -312,7 +312,7 @@ def test_a_batch_without_impressions_has_nothing_to_train(make: SimpleNamespace,
     chunks, _ = make.chunks(make.histories([5, 12], 7), 7, impressions=3)
     batch = make.batch(chunks, make.plan(model))
     batch = replace(batch, candidate_mask=torch.zeros_like(batch.candidate_mask))
-    losses = model.losses(batch, model.item_vectors(batch.rows), DataConfig(), OptimConfig())
+    losses = model.losses(batch, model.item_vectors(batch.rows), OptimConfig())
     assert losses.parts == {} and not losses.total.requires_grad
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vista.choices import Mixing
-from vista.config import DataConfig, OptimConfig
+from vista.config import OptimConfig
 from vista.model.losses import reconstruction_loss
 
 ALONE = OptimConfig(next_weight=0.0, task_weight=0.0, reconstruction_weight=1.0)
@@ -50,7 +50,7 @@ def train_alone(make: SimpleNamespace, mixing: Mixing, stop_gradient: bool, seed
     found = []
     for step in range(STEPS):
         batch = make.batch(chunks, cut, seed * 1000 + step, num_items=12)
-        losses = model.losses(batch, model.item_table[batch.rows], DataConfig(), ALONE)
+        losses = model.losses(batch, model.item_table[batch.rows], ALONE)
         assert set(losses.parts) == {"reconstruction"}
         optimizer.zero_grad()
         losses.total.backward()

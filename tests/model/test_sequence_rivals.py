@@ -157,7 +157,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
     chunks, shown_at = replace(chunks, **{name: getattr(chunks, name)[late] for name in parts}), shown_at[late]
     batch = make.batch(chunks, make.plan(model), 5)
     batch = replace(batch, negative_log_weight=batch.negative_log_weight.double())
-    found = model.losses(batch, model.item_table[batch.rows], DataConfig(), OptimConfig())
+    found = model.losses(batch, model.item_table[batch.rows], OptimConfig())
 
     items = F.normalize(model.item_table[1:], dim=-1)
     losses = []
@@ -189,7 +189,7 @@ def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
     chunks, _ = make.chunks(make.histories([5, 12, 8, 3], 7), 7, impressions=25)
     batch = make.batch(chunks, make.plan(model))
     vectors = model.item_table.detach()[batch.rows].requires_grad_()
-    torch.autograd.backward(model.losses(batch, vectors, DataConfig(), OptimConfig()).total)
+    torch.autograd.backward(model.losses(batch, vectors, OptimConfig()).total)
     idle = [n for n, p in model.named_parameters() if n != "item_table" and (p.grad is None or not p.grad.any())]
     assert idle == []
 

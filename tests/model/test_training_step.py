@@ -87,7 +87,7 @@ def test_users_without_events_are_trained_on_their_impressions(make: SimpleNames
     chunks, _ = make.chunks(make.histories([0, 0]), 1, impressions=5)
     batch = make.batch(chunks, make.plan(model))
     vectors = model.item_table[batch.rows]
-    losses = model.losses(batch, vectors, DataConfig(), OptimConfig())
+    losses = model.losses(batch, vectors, OptimConfig())
     assert set(losses.parts) == {"next", "click", "like"}
     losses.total.backward()
     assert torch.isfinite(losses.total) and float(losses.parts["next"].detach()) == 0.0
@@ -103,7 +103,7 @@ def test_losses_are_those_that_the_configuration_asks_for(make: SimpleNamespace)
 
     def parts(model: object = model, optim: OptimConfig = optim, batch: object = batch) -> dict[str, float]:
         with torch.no_grad():
-            losses = model.losses(batch, model.item_table[batch.rows], DataConfig(), optim)
+            losses = model.losses(batch, model.item_table[batch.rows], optim)
         found = {name: float(value) for name, value in losses.parts.items()}
         weights = {"next": optim.next_weight, "reconstruction": optim.reconstruction_weight}
         expected = sum(value * weights.get(name, optim.task_weight) for name, value in found.items())
@@ -128,7 +128,7 @@ def test_every_parameter_learns(make: SimpleNamespace, mixing: Mixing, kind: Tar
     model = make.model(mixing=mixing, target_attention=kind, num_reconstruction_layers=2, **decay).train()
     chunks, _ = make.chunks(make.histories([20, 14], 2), 2, impressions=12)
     batch = make.batch(chunks, make.plan(model))
-    model.losses(batch, model.item_table[batch.rows], DataConfig(), OptimConfig()).total.backward()
+    model.losses(batch, model.item_table[batch.rows], OptimConfig()).total.backward()
     without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     last = model.config.num_layers - 1
     # Separable mixing: events leave the last layer as keys and values, so its feed-forward of events is never used.

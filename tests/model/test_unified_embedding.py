@@ -172,7 +172,7 @@ class TestModel:
         plain = with_tables(make, model)
         chunks, _ = make.chunks(make.histories([9, 4, 14], 3), 3, impressions=12)
         batch = make.batch(chunks, make.plan(model), 3)
-        losses = [m.losses(batch, m.item_vectors(batch.rows), DataConfig(), OptimConfig()) for m in (model, plain)]
+        losses = [m.losses(batch, m.item_vectors(batch.rows), OptimConfig()) for m in (model, plain)]
         assert losses[0].parts.keys() == losses[1].parts.keys()
         assert torch.equal(losses[0].total, losses[1].total), "the same vectors"
         for each in losses:
@@ -252,7 +252,7 @@ class TestTraining:
         made = self.trainer(event_log, tmp_path, optim__gradient_clip=0.01)
         batch = made.source.batch(0, 0)
         vectors = made.model.item_vectors(batch.rows)
-        made.model.losses(batch, vectors, made.config.data, made.config.optim).total.backward()
+        made.model.losses(batch, vectors, made.config.optim).total.backward()
 
         def norm() -> float:
             gradients = [p.grad for p in made.model.parameters() if p.grad is not None]

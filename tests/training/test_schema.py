@@ -48,12 +48,13 @@ class TestSchema:
         with pytest.raises(ConfigError, match=r"optim\.next_weight=0: .* no head would be trained"):
             schema_of(event_log, TrainConfig(optim=OptimConfig(next_weight=0)))
 
-    def test_a_label_may_not_be_named_as_the_retrieval_head(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("name", ["next", "loss", "step", "reconstruction"])
+    def test_a_label_may_not_be_named_as_what_metrics_hold(self, tmp_path: Path, name: str) -> None:
         events = {"user": [1], "item": [1], "timestamp": [1]}
         log = EventLog.from_frame(
-            events, tmp_path / "log", time_unit="s", impressions={**events, "next": [1]}, labels=["next"]
+            events, tmp_path / "log", time_unit="s", impressions={**events, name: [1]}, labels=[name]
         )
-        with pytest.raises(ConfigError, match="no label may be named 'next'"):
+        with pytest.raises(ConfigError, match=f"no label may be named '{name}'"):
             schema_of(log, TrainConfig())
 
     def test_a_split_before_the_first_event_leaves_nothing_to_train(self, event_log: EventLog, tmp_path: Path) -> None:

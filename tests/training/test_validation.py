@@ -126,7 +126,7 @@ def test_batches_hold_few_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     log = hand_log(tmp_path)
     cases = next_item_cases(log, visible_counts(log, 10 * HOUR))
     assert cases.seen.tolist() == [0, 3, 1, 0, 3, 0]
-    monkeypatch.setattr(protocol, "EVENTS_PER_BATCH", 4)
+    monkeypatch.setattr(protocol, "EVENTS_READ", 4)
     batches: list[list[int]] = []
 
     def score(batch: NextItemCases) -> NDArray[np.float32]:

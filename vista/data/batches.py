@@ -23,6 +23,8 @@ from vista.data.negatives import NegativeSampler
 from vista.data.splits import Until, split_until, visible_counts
 from vista.errors import ConfigError
 
+NO_NEGATIVES = np.zeros(0, np.int64), np.zeros(0, np.float32)
+
 
 @dataclass(frozen=True, slots=True)
 class _Impressions:
@@ -124,7 +126,8 @@ class BatchSource:
         self._start_epoch(epoch)
         rng = np.random.default_rng([self._config.seed, epoch, index + 1])
         user, start, stop = (part[self._batches[index]] for part in self._chunks)
-        negatives, log_weight = self._sampler.draw(rng)
+        # Rows that no loss reads would still be gathered, and moved by what Adam remembers of them.
+        negatives, log_weight = self._sampler.draw(rng) if self._config.trains_next else NO_NEGATIVES
         batch = cut_batch(self._pack(user, start, stop), self._plan, rng, negatives, log_weight)
         if self._adjustment is None:
             return batch

@@ -66,12 +66,14 @@ def parse_until(text: str | int | None) -> Until:
     """
     if text is None or text == "all":
         return Until()
-    if isinstance(text, str) and (named := re.fullmatch(r"leave-last-(?:(\d+)-|(two)-)?out", text)):
+    if isinstance(text, int):
+        return Until(before=text)
+    if named := re.fullmatch(r"leave-last-(?:(\d+)-|(two)-)?out", text):
         number, two = named.groups()
         held_out = 2 if two else int(number or 1)
         if held_out:
             return Until(held_out=held_out)
-    in_time = re.fullmatch(r"(.*?)(?:-less-(\d+))?", str(text), re.DOTALL)
+    in_time = re.fullmatch(r"(.*?)(?:-less-(\d+))?", text, re.DOTALL)
     assert in_time is not None  # whatever the text is
     moment, hidden = in_time.groups()
     try:

@@ -71,7 +71,7 @@ class ItemProjections:
     def _require(self, model: Recommender, folder: Path) -> None:
         """Compare rows from all over the tables with what the weights give."""
         count = len(model.items) + 1
-        rows = torch.linspace(0, count - 1, min(count, _ROWS_COMPARED), device=model.device).long()
+        rows = torch.linspace(0, count - 1, min(count, _ROWS_COMPARED), dtype=torch.float64).long().to(model.device)
         for table, part in zip((self.unit, self.candidate), _projected(model, rows), strict=True):
             if table is None or part is None:
                 continue

@@ -106,7 +106,7 @@ class RankingModel(nn.Module):
         """[V, M] vectors of the vocabulary's items, in the order of its rows (the unknown item is left out)."""
         return self.item_vectors(torch.arange(UNKNOWN_ITEM + 1, len(self.items) + 1, device=self.device))
 
-    def losses(self, batch: Batch, item_vectors: Tensor, data: DataConfig, optim: OptimConfig) -> Losses:
+    def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         """All losses of one batch.
 
         Args:

@@ -72,7 +72,7 @@ class Recommender(RankingModel):
 
     # Training -----------------------------------------------------------------------------------------------------
 
-    def losses(self, batch: Batch, item_vectors: Tensor, data: DataConfig, optim: OptimConfig) -> Losses:
+    def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         events = self.encoder(item_vectors[batch.item], batch.action, batch.gap, batch.rating)
         summaries = self.cut_summaries(batch, events)
         context = self.window_context(batch, item_vectors, summaries)

@@ -20,7 +20,7 @@ from vista.data.event_log import EventLog
 from vista.data.histories import token_groups
 from vista.training.metrics import auc, calibration, gauc, hit_rate, ndcg, normalized_entropy, ranks_of_targets
 
-EVENTS_PER_BATCH = 1 << 22
+EVENTS_READ = 1 << 22
 """Events of the histories that are read at once (a longer history is read alone)."""
 
 SCORES_PER_BATCH = 1 << 25
@@ -93,6 +93,11 @@ def impression_cases(log: EventLog, begin: int, end: int | None, *, max_cases: i
     )
 
 
+def request_starts(cases: ImpressionCases) -> Int:
+    """int64 [R]: the first impression of each request, which is what a user was shown at one moment."""
+    return np.flatnonzero(np.diff(cases.user, prepend=-1) | np.diff(cases.timestamp, prepend=-1))
+
+
 def with_tasks(cases: ImpressionCases, tasks: list[str]) -> ImpressionCases:
     """The same impressions with the labels of those of `tasks` that they have."""
     columns = [index for index, task in enumerate(cases.tasks) if task in tasks]
@@ -130,8 +135,8 @@ def rank_next_items(
     ranks = np.zeros(len(cases.user), np.int64)
     users_per_batch = min(users_per_batch, max(1, SCORES_PER_BATCH // max(len(item_columns), 1)))
     # A case weighs its history, and at least a batch's fair share: so neither users nor events of a batch get too many.
-    weight = np.maximum(cases.seen, EVENTS_PER_BATCH // users_per_batch)
-    groups = list(token_groups(weight, EVENTS_PER_BATCH))
+    weight = np.maximum(cases.seen, EVENTS_READ // users_per_batch)
+    groups = list(token_groups(weight, EVENTS_READ))
     for part in tqdm(groups, desc="ranking", unit="batch", disable=not progress, leave=False):
         batch = NextItemCases(cases.user[part], cases.seen[part], cases.item[part])
         scores = score(batch)

@@ -18,11 +18,11 @@ from vista.data.event_log import EventLog
 from vista.data.histories import Histories, token_groups
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.inference import item_vectors
-from vista.training.protocol import ImpressionCases, NextItemCases
+from vista.training.protocol import ImpressionCases, NextItemCases, request_starts
 
 Int = NDArray[np.int64]
 Floats = NDArray[np.float32]
-EVENTS_PER_BATCH = 1 << 16
+EVENTS_EMBEDDED = 1 << 16
 """Events that a model embeds at once (a longer history is read alone)."""
 
 
@@ -50,9 +50,11 @@ class RawHistoryAnswers:
         return scores
 
     def probabilities(self, cases: ImpressionCases, *, progress: bool = False) -> Floats:
-        """float32 [N, num_tasks] of impressions; those of one user at one moment share its history."""
+        """float32 [N, len(cases.tasks)] of impressions; those of one user at one moment share its history."""
         out = np.zeros(cases.label.shape, np.float32)
-        starts = np.flatnonzero(np.diff(cases.user, prepend=-1) | np.diff(cases.timestamp, prepend=-1))
+        # By name: the log may hold the model's tasks in another order, and not all of them.
+        columns = [self._model.schema.tasks.index(task) for task in cases.tasks]
+        starts = request_starts(cases)
         requests = [slice(low, high) for low, high in pairwise([*starts.tolist(), len(cases.user)])]
         shown = np.diff(np.append(starts, len(cases.user)))
         groups = list(self._groups(cases.seen[starts], shown))
@@ -64,7 +66,7 @@ class RawHistoryAnswers:
             candidates = torch.from_numpy(self._item_rows[cases.item[index]]).to(self._model.device)
             histories = self.histories(cases.user[first], cases.seen[first])
             logits = self._model.candidate_logits(histories, candidates, cases.timestamp[first])
-            found = logits.sigmoid().float().cpu().numpy()
+            found = logits[..., columns].sigmoid().float().cpu().numpy()
             for row, part in enumerate(parts):
                 out[part] = found[row, : part.stop - part.start]
         return out
@@ -76,6 +78,6 @@ class RawHistoryAnswers:
         return dataclasses.replace(found, item=self._item_rows[found.item].astype(np.int32))
 
     def _groups(self, seen: Int, shown: Int) -> Iterator[slice]:
-        """Requests of EVENTS_PER_BATCH events and candidates together; `shown`: candidates of each."""
+        """Requests of EVENTS_EMBEDDED events and candidates together; `shown`: candidates of each."""
         limit = self._model.config.history_limit
-        return token_groups((np.minimum(seen, limit) if limit else seen) + shown, EVENTS_PER_BATCH)
+        return token_groups((np.minimum(seen, limit) if limit else seen) + shown, EVENTS_EMBEDDED)

@@ -26,6 +26,7 @@ from vista.config_text import to_yaml
 from vista.data.batches import BatchSource, trained_tasks
 from vista.data.cuts import Batch
 from vista.data.event_log import EventLog
+from vista.data.histories import token_groups
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
 from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from vista.files import remove_leftovers, replace_text, writable_folder
@@ -40,10 +41,16 @@ from vista.training.checkpoint import (
     unpack_state,
 )
 from vista.training.downstream import Downstream
+from vista.training.protocol import EVENTS_READ
 from vista.training.run_folder import MetricsWriter, deferred_interrupt, log_file
 from vista.training.validation import Validation
 
 logger = logging.getLogger(__name__)
+RESERVED = {
+    *(NEXT_TASK, "reconstruction", "search_unit", "loss"),
+    *("step", "epoch", "learning_rate", "gradient_norm", "tokens_per_s", "validation", "epoch_seconds", "seconds"),
+}
+"""Names that no task may have: a loss of its name stands beside these in a line of metrics.jsonl."""
 METRICS_EVERY = 20
 """Steps between two lines of metrics.jsonl."""
 NAMED_USERS = 20
@@ -121,8 +128,11 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
         raise ConfigError(f"model.decay=time: {log.path} has no times; set model.decay=position or none")
     rating_range = None
     if log.has_rating and config.model.use_rating:
-        ratings = np.asarray(log.gather(np.arange(log.num_users)).rating)
-        low, high = float(np.nanmin(ratings, initial=np.inf)), float(np.nanmax(ratings, initial=-np.inf))
+        low, high = math.inf, -math.inf
+        for users in token_groups(log.lengths, EVENTS_READ):  # not all at once: every column comes along
+            ratings = np.asarray(log.gather(np.arange(log.num_users)[users]).rating)
+            low = min(low, float(np.nanmin(ratings, initial=np.inf)))
+            high = max(high, float(np.nanmax(ratings, initial=-np.inf)))
         rating_range = (low, high) if low <= high else None
         if rating_range is not None and not math.isfinite(high - low):
             raise DataError(
@@ -131,8 +141,11 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
             )
     optim = config.optim
     tasks = trained_tasks(log, optim)
-    if NEXT_TASK in tasks:
-        raise ConfigError(f"{log.path}: no label may be named {NEXT_TASK!r}, which names the retrieval head; rename it")
+    for name in RESERVED & set(tasks):
+        raise ConfigError(
+            f"{log.path}: no label may be named {name!r}, which names the retrieval head or what metrics.jsonl holds "
+            "beside the tasks' losses; rename it"
+        )
     if config.model.architecture.ranks_only and not tasks:
         why = "optim.task_weight=0" if log.impressions is not None else f"{log.path} has none"
         raise ConfigError(
@@ -279,7 +292,7 @@ class _Trainer:
             group["lr"] = rate
         # Only the rows of this batch take part: the table's gradient is sparse, so no pass over the whole table.
         with autocast(self.precision, self.device):
-            losses = self.model.losses(batch, self.model.item_vectors(batch.rows), self.config.data, optim)
+            losses = self.model.losses(batch, self.model.item_vectors(batch.rows), optim)
         parts = {name: float(value.detach()) for name, value in losses.parts.items()}
         row = {"loss": float(losses.total.detach()), **parts, "learning_rate": rate}
         if not math.isfinite(row["loss"]):

@@ -20,8 +20,9 @@ from vista.model import inference
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
 from vista.model.recommender import Recommender
+from vista.model.target_attention import Context
 from vista.training.protocol import (
-    EVENTS_PER_BATCH,
+    EVENTS_READ,
     ImpressionCases,
     NextItemCases,
     impression_cases,
@@ -36,6 +37,9 @@ from vista.training.raw_history import RawHistoryAnswers
 Int = NDArray[np.int64]
 Floats = NDArray[np.float32]
 CASES_PER_BATCH = 512
+
+_ContextOf = Callable[[Int, inference.PaddedTail], Context]
+"""Of rows of users int64 [B] and their tails."""
 
 
 class Validation:
@@ -105,11 +109,21 @@ class Validation:
             answers = RawHistoryAnswers(model, self._log, self._item_rows)
             return answers.next_scores, answers.probabilities
         assert isinstance(model, Recommender)
-        return partial(self._scores, model), partial(self._probabilities, model)
+        users = np.unique(
+            np.concatenate([cases.user for cases in (self._next, self._impressions) if cases is not None])
+        )
+        summaries = self._summaries(model, users)
+
+        def context(user: Int, tail: inference.PaddedTail) -> Context:
+            own = torch.from_numpy(np.searchsorted(users, user)).to(model.device)
+            return inference.request_context(model, summaries[own], tail)
+
+        items = inference.item_vectors(model) if self._next is not None else None
+        return partial(self._scores, model, context, items), partial(self._probabilities, model, context)
 
     def _summaries(self, model: Recommender, users: Int) -> torch.Tensor:
         """Of many users, a few histories at a time: whole lives may be long."""
-        groups = [users[part] for part in token_groups(self._cut[users], EVENTS_PER_BATCH)]
+        groups = [users[part] for part in token_groups(self._cut[users], EVENTS_READ)]
         histories = (self._model_rows(self._log.gather(group, self._cut[group])) for group in groups)
         return torch.cat([inference.summarize(model, each) for each in histories])
 
@@ -122,26 +136,25 @@ class Validation:
             model, self._item_rows[tail.item], np.asarray(tail.timestamp), np.asarray(tail.action), tail.offsets
         )
 
-    def _scores(self, model: Recommender, cases: NextItemCases) -> Floats:
+    def _scores(
+        self, model: Recommender, context: _ContextOf, items: torch.Tensor | None, cases: NextItemCases
+    ) -> Floats:
+        assert items is not None  # there are such cases
         tail = self._tail(model, cases.user, cases.seen)
         label = self._log.gather_ranges(cases.user, cases.seen, cases.seen + 1)
-        context = inference.request_context(model, self._summaries(model, cases.user), tail)
         now = np.asarray(label.timestamp) if self._log.has_time else None
-        users = inference.user_vectors(model, context, inference.request_gap(model, now, tail))
-        scores: Floats = (users @ inference.item_vectors(model).t()).float().cpu().numpy()
+        users = inference.user_vectors(model, context(cases.user, tail), inference.request_gap(model, now, tail))
+        scores: Floats = (users @ items.t()).float().cpu().numpy()
         return scores
 
-    def _probabilities(self, model: Recommender, cases: ImpressionCases) -> Floats:
-        users, row = np.unique(cases.user, return_inverse=True)
-        summaries = self._summaries(model, users)
+    def _probabilities(self, model: Recommender, context: _ContextOf, cases: ImpressionCases) -> Floats:
         out = np.zeros(cases.label.shape, np.float32)
         for low in range(0, len(cases.user), CASES_PER_BATCH):
             part = slice(low, low + CASES_PER_BATCH)
             tail = self._tail(model, cases.user[part], cases.seen[part])
-            context = inference.request_context(model, summaries[torch.from_numpy(row[part])], tail)
             gap = inference.request_gap(model, cases.timestamp[part], tail)
             candidates = torch.from_numpy(self._item_rows[cases.item[part], None]).to(model.device)
-            logits = inference.candidate_logits(model, context, gap, candidates)
+            logits = inference.candidate_logits(model, context(cases.user[part], tail), gap, candidates)
             out[part] = logits[:, 0].sigmoid().float().cpu().numpy()
         return out
 

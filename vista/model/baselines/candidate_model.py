@@ -141,7 +141,7 @@ class CandidateModel(HistoryModel):
 
     # Training ------------------------------------------------------------------------------------------------------
 
-    def losses(self, batch: Batch, item_vectors: Tensor, data: DataConfig, optim: OptimConfig) -> Losses:
+    def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         shown = Impressions.of(batch)
         if len(shown.place) == 0:
             return weighted_losses(self, batch, optim, None, None)

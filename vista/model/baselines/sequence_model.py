@@ -82,7 +82,7 @@ class SequenceModel(HistoryModel):
 
     # Training ------------------------------------------------------------------------------------------------------
 
-    def losses(self, batch: Batch, item_vectors: Tensor, data: DataConfig, optim: OptimConfig) -> Losses:
+    def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         vectors = self.encoder(item_vectors[batch.item], batch.action, batch.gap, batch.rating)
         events = Events(vectors, batch.clock, batch.offsets.cpu().numpy())
         shown = None
