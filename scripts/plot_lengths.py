@@ -1,75 +1,93 @@
-"""Draw quality against the cost of a request, one panel a length of history, from the tables of docs/results.
+"""Draw quality against the cost of a request, one panel a length of history, from the files of docs/results.
 
-    python scripts/plot_lengths.py --out docs/results/lengths.png
+    python scripts/plot_lengths.py
 
-A point is a model: milliseconds of one request of 500 candidates, and AUC of the first task, means over seeds. The
-truth's AUC is a line.
+A point is a model: milliseconds of one request of 500 candidates (bench_lengths.jsonl, all models in one process), and
+the AUC of a click in the table of that length, mean over seeds. The line is the simulation's own probabilities.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import matplotlib
 
+from recorder import read_cases
+from tables import LENGTHS
 from vista.results import read_results
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-LENGTHS = {
-    "length-200": "200",
-    "length-1k": "1,000",
-    "simulation": "4,000",
-    "length-16k": "16,000",
-    "length-64k": "64,000",
+COSTS, QUALITY, TRUTH = "bench_lengths.jsonl", "auc/click", "truth"
+STYLES = {
+    "vista": ("VISTA", "*", "tab:red"),
+    "tail-only": ("last 32 events (K = 0)", "v", "tab:gray"),
+    "sasrec": ("SASRec, last 200", "o", "tab:blue"),
+    "hstu": ("HSTU, last 200", "s", "tab:cyan"),
+    "din": ("DIN, last 200", "D", "tab:olive"),
+    "sim": ("SIM, soft search", "P", "tab:green"),
+    "sim-hard": ("SIM, hard search", "X", "tab:green"),
+    "twin": ("TWIN", "^", "tab:purple"),
 }
-"""Table -> mean events of a history."""
-COST, QUALITY, TRUTH = "request ms", "auc/click", "truth"
+"""Row of the tables -> its name in the legend, marker and colour."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw what the tables have; returns the exit status."""
+    """Draw what the files have; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/lengths.png"))
     settings = parser.parse_args(arguments)
+    if not (settings.results / COSTS).exists():
+        print(f"error: {settings.results / COSTS} is not there; run scripts/bench_lengths.py", file=sys.stderr)
+        return 1
+    costs = {row["case"]: row["value"] for row in read_cases(settings.results / COSTS)}
     files = {table: settings.results / f"{table}.jsonl" for table in LENGTHS}
-    found = {table: read_results(path) for table, path in files.items() if path.exists()}
-    points = {table: points_of(rows) for table, rows in found.items()}
+    qualities = {table: qualities_of(read_results(path)) for table, path in files.items() if path.exists()}
+    points = {table: points_of(LENGTHS[table], found, costs) for table, found in qualities.items()}
     drawn = [table for table, models in points.items() if models]
     if not drawn:
-        print(f"error: no row in {settings.results} has {COST}; run scripts/reproduce.py length-1k", file=sys.stderr)
+        print(f"error: no row in {settings.results} has {QUALITY}; run scripts/reproduce.py length-1k", file=sys.stderr)
         return 1
-    figure, axes = plt.subplots(1, len(drawn), figsize=(3.2 * len(drawn), 3.4), sharex=True, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(drawn), figsize=(3 * len(drawn), 3.8), sharex=True, sharey=True, squeeze=False)
     for axis, table in zip(axes[0], drawn, strict=True):
         for name, (cost, quality) in points[table].items():
-            axis.scatter(cost, quality, color="black" if name.startswith("vista") else "grey")
-            axis.annotate(name, (cost, quality), textcoords="offset points", xytext=(4, 4), fontsize=8)
-        truth = [row["metrics"][QUALITY] for row in found[table] if row["model"] == TRUTH]
-        if truth:
-            axis.axhline(truth[-1], linestyle=":", color="grey")
-        axis.set(xscale="log", xlabel=COST, title=f"{LENGTHS[table]} events")
-    axes[0][0].set_ylabel(QUALITY)
-    figure.tight_layout()
+            label, marker, color = STYLES[name]
+            axis.scatter(cost, quality, marker=marker, color=color, s=140 if name == "vista" else 50, label=label)
+        if TRUTH in qualities[table]:
+            axis.axhline(qualities[table][TRUTH], linestyle=":", color="black", label="best possible")
+        axis.set(xscale="log", xlabel="ms a request", title=f"{LENGTHS[table]:,} events")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("AUC of a click")
+    legend = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(legend.values()), list(legend), loc="lower center", ncols=min(len(legend), 5), frameon=False)
+    figure.suptitle("Quality against the cost of a request of 500 candidates, by length of history")
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
     figure.savefig(settings.out, dpi=120)
     print(settings.out)
     return 0
 
 
-def points_of(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Model -> mean cost and quality over its seeds, of the newest row of each; not of other ways to serve it."""
-    newest = {(row["model"], row["seed"]): row["metrics"] for row in rows}
-    by_model: dict[str, list[tuple[float, float]]] = {}
-    for (model, _), metrics in newest.items():
-        if ", " not in model and metrics.get(COST) is not None and metrics.get(QUALITY) is not None:
-            by_model.setdefault(model, []).append((metrics[COST], metrics[QUALITY]))
-    return {model: (fmean(c for c, _ in each), fmean(q for _, q in each)) for model, each in by_model.items()}
+def qualities_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Model -> mean AUC of a click over its seeds, of the newest row of each."""
+    newest = {(row["model"], row["seed"]): row["metrics"].get(QUALITY) for row in rows}
+    names = dict.fromkeys(name for (name, _), value in newest.items() if value is not None)
+    return {name: fmean(v for (other, _), v in newest.items() if other == name and v is not None) for name in names}
+
+
+def points_of(
+    length: int, qualities: Mapping[str, float], costs: Mapping[str, float]
+) -> dict[str, tuple[float, float]]:
+    """Model -> (milliseconds of a request, AUC), of those that have both."""
+    cases = {name: f"{length:,} events: {name}" for name in STYLES}
+    known = [name for name, case in cases.items() if name in qualities and case in costs]
+    return {name: (costs[cases[name]], qualities[name]) for name in known}
 
 
 if __name__ == "__main__":

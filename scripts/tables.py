@@ -264,3 +264,6 @@ TABLES = {
     ),
 }
 """By name: docs/results/<name>.jsonl and <name>.md."""
+
+LENGTHS = {"length-200": 200, "length-1k": 1_000, "simulation": 4_000, "length-16k": 16_000, "length-64k": 64_000}
+"""The tables of one world -> mean events of a history."""

@@ -49,6 +49,7 @@ CASES = {
         "share of summarize",
         "share of write",
     ],
+    "lengths": ["200 events: vista", "1,000 events: tail-only", "200 events: sim-hard", "1,000 events: twin"],
     "scorer": [
         "a user of 20,000 events against one of 200",
         "50 candidates: median",

@@ -12,6 +12,7 @@ import pytest
 
 import plot_lengths
 import reproduce
+from recorder import Recorder
 from row_progress import RowProgress
 from tables import BOTH, FLOORS, K0, TABLES, TRUTH, Row, Table
 from tests.conftest import ratings_folder
@@ -92,11 +93,18 @@ def test_a_simulated_table(
     assert all(metrics["request ms"] > 0 for metrics in costs.values())
     assert costs["vista 1"]["refresh ms/user"] > 0 and "refresh ms/user" not in costs["din 1"]
     assert str(tmp_path) not in json.dumps(found)
-    monkeypatch.setattr(plot_lengths, "LENGTHS", {"tiny": "200", "length-1k": "1,000"})
+    monkeypatch.setattr(plot_lengths, "LENGTHS", {"tiny": 200, "length-1k": 1_000})
     drawn = ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "lengths.png")]
+    assert plot_lengths.main(drawn) == 1
+    assert "bench_lengths.jsonl is not there; run scripts/bench_lengths.py" in capsys.readouterr().err
+    recorder = Recorder("lengths", out=tmp_path / "results" / "bench_lengths.jsonl")
+    measured = {
+        f"200 events: {name}": recorder.add(f"200 events: {name}", 7.0, "ms")["value"] for name in ("vista", "din")
+    }
     assert plot_lengths.main(drawn) == 0 and (tmp_path / "lengths.png").stat().st_size > 10_000
-    points = plot_lengths.points_of(read_results(tmp_path / "results" / "tiny.jsonl"))
-    assert points["din"] == (costs["din 1"]["request ms"], costs["din 1"]["auc/click"]) and "popularity" not in points
+    qualities = plot_lengths.qualities_of(read_results(tmp_path / "results" / "tiny.jsonl"))
+    points = plot_lengths.points_of(200, qualities, measured)
+    assert points.keys() == {"vista", "din"} and points["din"] == (7.0, costs["din 1"]["auc/click"])
     table = tmp_path / "results" / "tiny.jsonl"
     assert table.with_suffix(".md").read_text() == markdown_table(read_results(table))
     before = table.read_bytes()
