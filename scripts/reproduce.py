@@ -247,6 +247,9 @@ def _run_all(settings: argparse.Namespace, runs: Sequence[Run], results: Path) -
             for run in runs:
                 with progress.run(run.label):
                     for served, metrics, trained in _measure(settings, run, log, progress):
+                        if TABLES[settings.table].validation:
+                            kept = {f"validation {name}": value for name, value in trained.validation.items()}
+                            metrics = kept | metrics
                         append_result(results, _line(settings, run, served, metrics, trained))
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "stopped; the same command resumes it")

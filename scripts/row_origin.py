@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,18 @@ class Trained:
     """Of training and validation, in all processes of a run that was stopped and resumed; or of counting."""
     origins: tuple[Mapping[str, Any], ...] = ()
     """{commit, hardware} of these processes; none of a floor."""
+    validation: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the pass that was kept, the best one on validation."""
 
     @classmethod
     def read(cls, folder: Path) -> Trained:
         """Of the run in folder/run."""
-        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-        seconds = max((json.loads(line).get("seconds", 0.0) for line in lines), default=0.0)
-        return cls(seconds, tuple(map(json.loads, (folder / ORIGINS).read_text().splitlines())))
+        rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
+        found = [row["validation"] for row in rows if "validation" in row]
+        validated = [{name: value for name, value in each.items() if value is not None} for each in found]
+        kept: Mapping[str, float] = min(validated, key=_badness, default={})
+        return cls(seconds, tuple(map(json.loads, (folder / ORIGINS).read_text().splitlines())), kept)
 
     def fields(self) -> dict[str, Any]:
         """commit, hardware and seconds of a line that this process measures.
@@ -70,6 +75,11 @@ def train_noted(config: TrainConfig, log: EventLog, folder: Path) -> RankingMode
             origin = {"commit": commit(), "hardware": hardware() | {"precision": precision}}
             with (folder / ORIGINS).open("a") as file:
                 file.write(json.dumps(origin) + "\n")
+
+
+def _badness(validation: Mapping[str, float]) -> float:
+    """By what the trainer chooses: NE of the first task, or NDCG@10 where there is none."""
+    return next((value for name, value in validation.items() if name.startswith("ne/")), -validation["ndcg@10"])
 
 
 def _last_step(metrics: Path) -> int:

@@ -25,7 +25,7 @@ def test_who_trained_and_who_measures(event_log: EventLog, tmp_path: Path, monke
     train_noted(config, event_log, tmp_path)
     fields = Trained.read(tmp_path).fields()
     assert fields["commit"] == "aaa" and fields["hardware"] == MACHINE | {"precision": "float32"}
-    assert fields["seconds"] > 0
+    assert fields["seconds"] > 0 and Trained.read(tmp_path).validation.keys() == {"hr@10", "ndcg@10"}
     now("bbb", "Second CPU")
     train_noted(config, event_log, tmp_path)  # it is done: nobody trains
     fields = Trained.read(tmp_path).fields()
