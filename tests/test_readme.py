@@ -97,5 +97,22 @@ def test_own_csv_in_five_lines(
     assert "user 101:" in capsys.readouterr().out
 
 
+def test_own_impressions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    rows = [f"{100 + i % 7},{rng.integers(1, 30)},{1_700_000_000 + 600 * i}" for i in range(600)]
+    Path("clicks.csv").write_text("customer,product,time\n" + "\n".join(rows) + "\n")
+    shown = [f"{row},{rng.choice(['0', '1', ''])}" for row in rows]
+    Path("shown.csv").write_text("customer,product,time,click\n" + "\n".join(shown) + "\n")
+    section = README.read_text().split("**Impressions**")[1]
+    lines = re.search(r"```\n(.*?)```", section, flags=re.S)
+    assert lines is not None
+    commands = lines.group(1).strip().splitlines()
+    assert len(commands) == 4
+    for command in commands:
+        run(command)
+    assert "auc/click" in capsys.readouterr().out
+
+
 def test_nothing_is_left_to_fill_in() -> None:
     assert not re.search("TODO|PLACEHOLDER", README.read_text())
