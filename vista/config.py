@@ -124,7 +124,7 @@ class ModelConfig:
 FIRST_DEFAULTS = {"target_attention": TargetAttentionKind.softmax.value}
 """Of ModelConfig's keys, where that is not today's default: what files mean that are older than the key."""
 STAGE_2 = ("target_attention", "num_target_layers")
-"""Keys of ModelConfig that rivals do not read, and which may differ between two runs of one."""
+"""Keys of ModelConfig that are left out where runs of rivals are compared: young ones, which rivals do not read."""
 PLACES = ("path", "item_categories")
 """Keys of DataConfig that say where something lies: they may change, and belong into no table."""
 
@@ -215,7 +215,7 @@ class OptimConfig:
     validate_every: int = 1
     """Epochs between validations; 0 never validates."""
     validation_users: int = 2000
-    """Users a validation ranks at most (the same every time)."""
+    """Users a validation ranks at most (the same every time; 0: all), and four times as many impressions."""
 
     def __post_init__(self) -> None:
         check_types(self, "optim.")
@@ -321,7 +321,7 @@ class RefreshConfig:
     shard: str | None = None
     """i/n: only the users of part i of n, into <store>/part-i-of-n, so that several machines refresh one store."""
     tokens_per_batch: int = 65536
-    """Events of one forward pass."""
+    """Events read and summarized together (a longer life by itself)."""
     users_per_batch: int = 512
     """Users of one write transaction."""
     precision: Precision = Precision.float32

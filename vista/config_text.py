@@ -1,6 +1,7 @@
 """Configuration dataclasses as text: every key with its type, default and docstring; YAML.
 
-Reads vista/config.py only, so it needs no Hydra. The command line's help and error messages are made from it.
+Reads the modules that define the dataclasses, so it needs no Hydra. The command line's help and error messages are made
+from it.
 """
 
 from __future__ import annotations

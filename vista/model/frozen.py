@@ -56,7 +56,7 @@ class FrozenLinear(nn.Module):
         return self._rows(x.to(self.weight.dtype), 0, len(self.weight))
 
     def parts(self, x: Tensor, count: int, first: int) -> tuple[Tensor, ...]:
-        """x [..., N] -> the parts `first` … `count` - 1 of `count` equal parts of [..., O]."""
+        """x [..., N] -> the parts `first` … `count` - 1 of `count` equal parts of [..., O], of a map without bias."""
         x, size = x.to(self.weight.dtype), len(self.weight) // count
         if self.packs:
             return tuple(self._rows(x, part * size, size) for part in range(first, count))

@@ -80,7 +80,7 @@ class RankingModel(nn.Module):
         """How the training data were split: what evaluation may use."""
         unified, hashes = config.embedding_rows > 0, config.embedding_hashes
         shape = (1 + config.embedding_rows, config.dim // hashes) if unified else (1 + len(items), config.dim)
-        table = torch.randn(shape) * 0.02
+        table = nn.init.normal_(torch.empty(shape), std=0.02)
         table[UNKNOWN_ITEM] = 0.0
         self.item_table = nn.Parameter(table)
         """[1 + V, M], a row an item; or [1 + N, M / P], which all categorical features share. Row 0 is the unknown
@@ -182,7 +182,8 @@ class RankingModel(nn.Module):
             raise CheckpointError(
                 f"{folder}: holds a {config.architecture.value} model, where a {cls.__name__} is needed"
             )
-        model = found_class(config, schema, items, data)
+        with torch.random.fork_rng(devices=[]):  # what is drawn is replaced; the caller's numbers go on as they would
+            model = found_class(config, schema, items, data)
         try:
             # Assigned, not copied: a row an item stays mapped pages of the file, which all processes share. (A unified
             # table is small, and its features hold on to the one that the model was made with.)

@@ -196,6 +196,7 @@ class Recommender(RankingModel):
 
     def with_tail(self, tail_len: int) -> Recommender:
         """The same model over the newest `tail_len` events beside the summary: cheaper to score, no training needed.
+        The two share their weights.
 
         Training at label_spacing W has shown stage 2 tails of tail_len - W + 1 to tail_len events, so the shorter ones
         among these are nothing new to it. Summaries do not change, and a store of longer tails serves this model too.
@@ -205,12 +206,14 @@ class Recommender(RankingModel):
         """
         if not 1 <= tail_len <= self.config.tail_len:
             raise ValueError(f"tail_len={tail_len}: must lie in 1 … {self.config.tail_len}, which was trained")
-        shorter = Recommender(replace(self.config, tail_len=tail_len), self.schema, self.items, self.data)
+        with torch.random.fork_rng(devices=[]):
+            shorter = Recommender(replace(self.config, tail_len=tail_len), self.schema, self.items, self.data)
         weights = self.state_dict()
         for index in range(len(self.target_attention.layers)):
             name = f"target_attention.layers.{index}.bias"
             weights[name] = weights[name][:, : tail_len + 1]  # by distance; longer ones do not occur
-        shorter.load_state_dict(weights)
+        # A unified table is small, and its features hold on to the one that the model was made with.
+        shorter.load_state_dict(weights, assign=self.config.embedding_rows == 0)
         return shorter.to(self.device).train(self.training)
 
     def with_frozen(self, part: Literal["summarizer", "target_attention"], precision: Precision) -> Recommender:
