@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.conftest import ratings_folder
 from vista.choices import Codec
 from vista.composition import compose_config
 from vista.config import TrainConfig
+from vista.data.gaps import NUM_GAPS
 from vista.data.splits import parse_time
 from vista.results import append_result, hardware, markdown_table, read_results
 from vista.training.downstream import KEPT_KEYS
@@ -319,3 +321,13 @@ def test_progress_interrupts_at_its_limit() -> None:
     assert progress.expired
     with pytest.raises(KeyboardInterrupt, match="stopped at the limit of time"), progress.run("second"):
         pass
+
+
+def test_unified_embeddings_have_the_share_of_parameters_that_they_are_called_by() -> None:
+    """ml-100k: 1,682 items and the unknown one, and the gaps; it has one action."""
+    for name, row in TABLES["embeddings"].rows.items():
+        model = compose_config(TrainConfig, ["experiment=ml-100k", *row.words]).model
+        if name != "vista":
+            shared = (1 + model.embedding_rows) * model.dim // model.embedding_hashes
+            separate = (1 + 1682 + NUM_GAPS) * model.dim
+            assert shared / separate == pytest.approx(float(Fraction(name.removeprefix("unified-"))), rel=0.005)

@@ -30,8 +30,7 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def linear_parts(x: Tensor, linear: nn.Module, count: int, first: int = 0) -> tuple[Tensor, ...]:
-    """x [..., N] -> the parts `first` … `count` - 1 of `count` equal parts of the outputs [..., O] of a linear map without
-    bias."""
+    """x [..., N] -> parts `first` … `count` - 1 of `count` equal ones of [..., O], of a linear map without bias."""
     if isinstance(linear, FrozenLinear):
         return linear.parts(x, count, first)
     assert isinstance(linear, nn.Linear)
