@@ -2,6 +2,7 @@
 
     python scripts/crosscheck_rectools.py SASRec --data ml-100k --seeds 1 2 3
     python scripts/crosscheck_rectools.py HSTU --data ml-100k --seeds 1 2 3 --times
+    python scripts/crosscheck_rectools.py SASRec --data ml-100k --seeds 1 2 3 --like-rectools
 
 Equal: the events (each user's newest 201 training events, and the two held out), sizes, dropout, the full softmax over
 cosines divided by one temperature, Adam with its rates, clipping, passes, and about the number of users a batch; the
@@ -10,13 +11,14 @@ the validation event in the history, for the test label. vista's functions judge
 in its lists.
 
 Not equal, since these are what an implementation decides: initial values, where positions count from, where dropout
-lies, padding and biases. RecTools' first event of a user is an input only, ours is a label too. With
---times HSTU gets the log's own times (RecTools as a bias by the time up to each next event, ours as a bias between
-events and embeddings of the gaps); without, either sees no more than the order.
+lies, padding and biases. RecTools' first event of a user is an input only, ours is a label too. --like-rectools makes
+ours decide as RecTools does (like_rectools.py), so that what is left between the two is the harness alone. With --times
+HSTU gets the log's own times (RecTools as a bias by the time up to each next event, ours as a bias between events and
+embeddings of the gaps); without, either sees no more than the order.
 
 Validation figures are for choosing --epochs; they stand in the rows beside the test's. Rows go to
-docs/results/crosscheck-<set>.jsonl and its Markdown. RecTools lives in an environment of its own (--rival-venv or
-VISTA_RIVAL_VENV; made if absent, some GB).
+docs/results/crosscheck-<set>.jsonl and its Markdown; those that are there of the same command are not run again.
+RecTools lives in an environment of its own (--rival-venv or VISTA_RIVAL_VENV; made if absent, some GB).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +52,7 @@ from vista.errors import DataError, VistaError
 from vista.evaluate import evaluate_model
 from vista.files import replace_text
 from vista.model.baselines.history_model import HistoryModel
+from vista.model.ranking_model import CLASSES
 from vista.results import append_result, commit, hardware, markdown_table, read_results
 from vista.training.protocol import NextItemCases, next_item_cases, ranking_metrics
 from vista.training.trainer import train_model
@@ -71,6 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of a MovieLens set, or its name there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--times", action="store_true", help="HSTU: with times, where the set has them")
+    parser.add_argument("--like-rectools", action="store_true", help="SASRec: ours starts and trains as RecTools' does")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--dropout", type=float, default=0.2)
@@ -82,6 +87,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.times and options.model != "HSTU":
         parser.error("--times: RecTools' SASRec knows no times; leave it out")
+    if options.like_rectools and options.model != "SASRec":
+        parser.error("--like-rectools: is there for SASRec alone; leave it out")
     return options
 
 
@@ -279,23 +286,40 @@ def _crosscheck(options: argparse.Namespace, python: Path, folder: Path) -> str:
     log = cut_log(EventLog.open(folder / "whole"), folder / "log")
     cases = write_split(log, folder / "rival.npz", times=options.times)
     name = options.model.lower() + (", times" if options.times else "")
+    theirs, ours = f"{name}, RecTools", f"{name}, like RecTools" if options.like_rectools else name
     results = options.results / f"crosscheck-{source.name}.jsonl"
-    found: dict[str, list[dict[str, float]]] = {name: [], f"{name}, RecTools": []}
+    rows = read_results(results) if results.exists() else []
+    there = {(row["model"], row["command"]): row["metrics"] for row in rows}
+    classes = {Architecture.sasrec: ("like_rectools", "LikeRecTools")} if options.like_rectools else {}
+    found: dict[str, list[dict[str, float]]] = {ours: [], theirs: []}
     for seed in options.seeds:
         config = our_config(options, log, seed, folder / f"run-{seed}")
         for model in found:
-            run = (
-                run_ours(config, log)
-                if model == name
-                else run_theirs(options, python, folder / "rival.npz", cases, seed)
-            )
-            found[model].append(run[0])
-            append_result(results, _line(options, source.name, model, seed, *run))
+            metrics = there.get((model, _command(options, source.name, model, seed)))
+            if metrics is None:
+                with patch.dict(CLASSES, classes):
+                    run = (
+                        run_ours(config, log)
+                        if model == ours
+                        else run_theirs(options, python, folder / "rival.npz", cases, seed)
+                    )
+                metrics = run[0]
+                append_result(results, _line(options, source.name, model, seed, *run))
+            found[model].append(metrics)
             print(
-                f"{model}, seed {seed}: " + ", ".join(f"{key} {value:.4f}" for key, value in run[0].items()), flush=True
+                f"{model}, seed {seed}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()),
+                flush=True,
             )
     replace_text(results.with_suffix(".md"), markdown_table(read_results(results)))
     return comparison(*found.values())
+
+
+def _command(options: argparse.Namespace, data: str, model: str, seed: int) -> str:
+    words = ["python", "scripts/crosscheck_rectools.py", options.model, "--data", data, "--seeds", str(seed)]
+    words += ["--times"] if options.times else []
+    words += ["--like-rectools"] if model.endswith("like RecTools") else []
+    words += words_of({key: getattr(options, key) for key in ("epochs", "learning_rate", "dropout", "batch_users")})
+    return shlex.join(words)
 
 
 def _line(
@@ -307,16 +331,13 @@ def _line(
     config: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    words = ["python", "scripts/crosscheck_rectools.py", options.model, "--data", data, "--seeds", str(seed)]
-    words += ["--times"] if options.times else []
-    words += words_of({key: getattr(options, key) for key in ("epochs", "learning_rate", "dropout", "batch_users")})
     return {
         "table": f"crosscheck-{data}",
         "data": data,
         "model": model,
         "seed": seed,
         "metrics": dict(metrics),
-        "command": shlex.join(words),
+        "command": _command(options, data, model, seed),
         "config": dict(config),
         "commit": commit(),
         "hardware": hardware() | {"threads": options.threads},

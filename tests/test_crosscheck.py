@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import crosscheck_rectools as crosscheck
+from like_rectools import LikeRecTools
 from rival import call_rival, words_of
 from tests.conftest import LENGTHS, ratings_folder, small_frame
+from vista.choices import Architecture
+from vista.config import DataConfig, ModelConfig
 from vista.data.event_log import EventLog
+from vista.data.histories import Histories
 from vista.data.splits import visible_counts
 from vista.errors import DataError
+from vista.model.baselines.sasrec import SASRec
+from vista.model.baselines.sequence_model import Events
+from vista.model.baselines.tiles import tiles
+from vista.model.ranking_model import Schema
 from vista.results import read_results
 from vista.training.metrics import ranks_of_targets
 
@@ -151,3 +161,33 @@ def test_the_whole_cross_check(
     assert lines[1]["command"].startswith("python scripts/crosscheck_rectools.py HSTU --data ml-1m --seeds 1 --times")
     assert str(tmp_path) not in str(lines) and str(environment) not in str(lines)
     assert "| hstu, times, RecTools | 2 |" in (tmp_path / "results" / "crosscheck-ml-1m.md").read_text()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_ours_like_rectools_is_sasrec_but_for_where_positions_count_from(tmp_path: Path, training: bool) -> None:
+    """Without dropout; in training the newest event is a label alone, so it takes no position."""
+    log = make_log(tmp_path / "log", times=False)
+    config = ModelConfig(architecture=Architecture.sasrec, dim=16, num_heads=2, history_limit=LENGTH, dropout=0.0)
+    parts = (config, Schema(list(log.actions), False, None, []), log.items, DataConfig())
+    like, plain = LikeRecTools(*parts).train(training), SASRec(*parts).train(training)
+    plain.load_state_dict(like.state_dict())
+    histories = log.gather(np.arange(log.num_users), np.minimum(log.lengths, LENGTH))
+    events = embedded(like, histories)
+    for tile in tiles(events.offsets, torch.device("cpu")):
+        states, _ = like._encode(events, tile)
+        for row, length in enumerate(tile.valid.sum(1).tolist()):
+            inputs = length - int(training)
+            if inputs < 1:
+                continue
+            own = dataclasses.replace(
+                tile, index=tile.index[row : row + 1, :inputs], valid=tile.valid[row : row + 1, :inputs]
+            )
+            with torch.no_grad():
+                plain.position[:inputs] = like.position[:inputs].flip(0)
+            expected, _ = plain._encode(events, own)
+            torch.testing.assert_close(states[row, : inputs + 1], expected[0], rtol=1e-5, atol=1e-6)
+
+
+def embedded(model: LikeRecTools, histories: Histories) -> Events:
+    """Embedded as a request's, items as rows of the model."""
+    return model.embed(dataclasses.replace(histories, item=(histories.item + 1).astype(np.int32)))
