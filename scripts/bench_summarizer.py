@@ -98,7 +98,7 @@ def measure(task: dict[str, Any]) -> dict[str, float]:
         np.asarray(column).max()
     size = {name: task[name] for name in ("dim", "num_seeds", "num_layers")}
     model = untrained(log, **size, mixing=Mixing(task["mixing"]))
-    item_rows = model.item_rows(log.items.ids(np.arange(log.num_items))).astype(np.int32)
+    item_rows = model.rows_of(log.items).astype(np.int32)
     model = model.with_frozen("summarizer", Precision(task["precision"]))
     summarize(model, history.slice(0, 0, 10_000), item_rows)
     Path("/proc/self/clear_refs").write_text("5")

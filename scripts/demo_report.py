@@ -155,7 +155,7 @@ def _topic_age(log: EventLog, cases: ImpressionCases, items_file: Path) -> Int:
 
 def _similar_age(report: Report, cases: NextItemCases) -> Int:
     vectors = inference.item_vectors(report.model).cpu().numpy()
-    columns = report.model.item_rows(report.log.items.ids(np.arange(report.log.num_items))) - 1
+    columns = report.model.rows_of(report.log.items) - 1
     age = np.zeros(len(cases.user), np.int64)
     for index, (user, seen, item) in enumerate(zip(cases.user, cases.seen, cases.item, strict=True)):
         history = columns[np.asarray(report.log.slice(int(user), 0, int(seen)).item)]

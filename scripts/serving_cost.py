@@ -48,7 +48,7 @@ def history_model_server(model: HistoryModel, log: EventLog, items: Int) -> Call
     Args:
         items: int64 [C] candidates; they and the users are rows of the log.
     """
-    rows = model.item_rows(log.items.ids(np.arange(log.num_items)))
+    rows = model.rows_of(log.items)
     candidates = torch.from_numpy(rows[items]).to(model.device)
     vectors = item_vectors(model)[candidates - 1] if not model.schema.tasks else None
     answers = RawHistoryAnswers(model, log, rows)

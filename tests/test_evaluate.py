@@ -48,7 +48,7 @@ def plain_ranks(scorer: Scorer, log: EventLog, seen: np.ndarray, exclude_seen: b
 def plain_ranks_from(served: Served, seen: np.ndarray, summarized: np.ndarray) -> list[int]:
     """By the model, one user at a time: a summary of the first `summarized` events, and the tail before the label."""
     log, model, ranks = served.log, served.model, []
-    rows = model.item_rows(log.items.ids(np.arange(log.num_items)))
+    rows = model.rows_of(log.items)
     for user in np.flatnonzero(seen < log.lengths).tolist():
         whole = log.gather(np.array([user]), log.lengths[[user]])
         whole = dataclasses.replace(whole, item=rows[whole.item].astype(np.int32))

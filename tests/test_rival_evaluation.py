@@ -50,7 +50,7 @@ def test_ranks_are_of_the_history_before_the_label(event_log: EventLog, tmp_path
     model = train_model(rival_config(event_log, tmp_path, name), event_log)
     assert isinstance(model, SequenceModel)
     found = evaluate_model(model, event_log, "test")
-    rows = model.item_rows(event_log.items.ids(np.arange(event_log.num_items)))
+    rows = model.rows_of(event_log.items)
     seen, items, expected = visible_counts(event_log, "leave-last-out"), item_vectors(model), []
     for user in np.flatnonzero(seen < event_log.lengths).tolist():
         history = before(event_log, rows, user, int(seen[user]))
@@ -83,7 +83,7 @@ def test_probabilities_are_of_the_history_before_the_request(served_tasks: Serve
     assert isinstance(model, SequenceModel)
     found = evaluate_model(model, log, "test")
     assert found.impressions is not None and found.probabilities is not None
-    rows = model.item_rows(log.items.ids(np.arange(log.num_items)))
+    rows = model.rows_of(log.items)
     cases = found.impressions
     for n in range(0, len(cases.user), 5):
         history = before(log, rows, int(cases.user[n]), int(cases.seen[n]))
@@ -100,7 +100,7 @@ def test_tasks_are_found_by_name(served_tasks: Served, tmp_path: Path) -> None:
     found = evaluate_model(model, log, "test")
     cases, whole = found.impressions, found.probabilities
     assert cases is not None and whole is not None and cases.tasks == ["click", "like", "long_view"]
-    answers = RawHistoryAnswers(model, log, model.item_rows(log.items.ids(np.arange(log.num_items))))
+    answers = RawHistoryAnswers(model, log, model.rows_of(log.items))
     turned = replace(cases, tasks=cases.tasks[::-1], label=cases.label[:, ::-1], mask=cases.mask[:, ::-1])
     np.testing.assert_array_equal(answers.probabilities(turned), whole[:, ::-1])
     np.testing.assert_array_equal(answers.probabilities(with_tasks(cases, ["like"])), whole[:, 1:2])
@@ -130,7 +130,7 @@ def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) 
     again = RankingModel.from_pretrained(tmp_path / "sim" / "best")
     for found in (model, again):
         assert isinstance(found, SIM) and found.category is not None
-        rows = found.item_rows(log.items.ids(np.arange(log.num_items)))
+        rows = found.rows_of(log.items)
         assert np.array_equal(found.category[rows].numpy(), kinds + 1)
         assert found.category[0] == 0
     assert isinstance(again, SIM) and isinstance(model, SIM)

@@ -196,7 +196,7 @@ def evaluate_model(model: HistoryModel, log: EventLog, part: str, **options: Unp
         ConfigError: if there is nothing to measure.
     """
     _check(model, log, part, options)
-    answers = RawHistoryAnswers(model, log, model.item_rows(log.items.ids(np.arange(log.num_items))))
+    answers = RawHistoryAnswers(model, log, model.rows_of(log.items))
     probabilities = partial(answers.probabilities, progress=options.get("progress", False))
     return _measure(model, log, part, answers.next_scores, probabilities, options)
 
@@ -227,7 +227,7 @@ def _measure(
     top_k = options.get("top_k", [10])
     num_cases = 0
     if model.has_retrieval:
-        columns = model.item_rows(log.items.ids(np.arange(log.num_items))) - 1
+        columns = model.rows_of(log.items) - 1
         stop = visible_counts(log, split_until(model.data, "test")) if part == "validation" else None
         cases = next_item_cases(log, visible_counts(log, until), stop)
         lists = Recommendations(len(model.items), top_k[0]) if options.get("popularity", False) else None

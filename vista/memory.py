@@ -107,7 +107,7 @@ class _Items:
     """Popularity order of the model's items, and model rows of the log's."""
 
     def __init__(self, model: Recommender, log: EventLog) -> None:
-        self.rows = model.item_rows(log.items.ids(np.arange(log.num_items)))
+        self.rows = model.rows_of(log.items)
         counts = np.zeros(len(model.items) + 1, np.int64)
         np.add.at(counts, self.rows, item_counts(log, visible_counts(log, split_until(model.data, "train"))))
         self.by_popularity = np.argsort(-counts[1:], kind="stable") + 1

@@ -197,6 +197,10 @@ class RankingModel(nn.Module):
         """Model rows of raw item ids, UNKNOWN_ITEM for those that the vocabulary lacks: int64 [N]."""
         return self.items.rows(ids) + 1
 
+    def rows_of(self, items: Vocabulary) -> NDArray[np.int64]:
+        """Model rows of all items of a log's vocabulary, in its order: int64 [len(items)]."""
+        return self.item_rows(items.ids(np.arange(len(items))))
+
     @property
     def has_retrieval(self) -> bool:
         """Whether the retrieval head was trained."""

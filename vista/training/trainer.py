@@ -174,7 +174,7 @@ class _Trainer:
         else:
             self.model = downstream.model(schema)
         self.model.to(self.device)
-        item_rows = self.model.item_rows(log.items.ids(np.arange(log.num_items)))
+        item_rows = self.model.rows_of(log.items)
         self.source = BatchSource(log, item_rows, config, downstream.summaries if downstream is not None else None)
         self.validation = _validation(log, item_rows, config)
         optim = config.optim
