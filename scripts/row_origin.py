@@ -15,6 +15,7 @@ from typing import Any
 from vista.config import TrainConfig
 from vista.data.event_log import EventLog
 from vista.device import choose_precision, resolve_device
+from vista.files import replace_text
 from vista.model.ranking_model import RankingModel
 from vista.results import commit, describe_hardware, hardware
 from vista.training.trainer import train_model
@@ -31,7 +32,7 @@ class Trained:
     seconds: float
     """Of training and validation, in all processes of a run that was stopped and resumed; or of counting."""
     origins: tuple[Mapping[str, Any], ...] = ()
-    """{commit, hardware} of these processes; none of a floor."""
+    """{commit, hardware} of these processes; none of a floor, or where they were older than this note."""
     validation: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the pass that was kept, the best one on validation."""
 
@@ -43,7 +44,7 @@ class Trained:
         found = [row["validation"] for row in rows if "validation" in row]
         validated = [{name: value for name, value in each.items() if value is not None} for each in found]
         kept: Mapping[str, float] = min(validated, key=_badness, default={})
-        return cls(seconds, tuple(map(json.loads, (folder / ORIGINS).read_text().splitlines())), kept)
+        return cls(seconds, tuple(map(json.loads, _text(folder / ORIGINS).splitlines())), kept)
 
     def fields(self) -> dict[str, Any]:
         """commit, hardware and seconds of a line that this process measures.
@@ -65,23 +66,24 @@ class Trained:
 
 def train_noted(config: TrainConfig, log: EventLog, folder: Path) -> RankingModel:
     """Train in folder/run, go on, or read what is done; folder/origins.jsonl notes who took part."""
-    metrics = folder / "run" / "metrics.jsonl"
-    before = _last_step(metrics)
-    try:
-        return train_model(config, log)
-    finally:
-        if _last_step(metrics) != before:  # else it had been trained to the end
-            precision = choose_precision(config.precision, resolve_device(config.device)).value
-            origin = {"commit": commit(), "hardware": hardware() | {"precision": precision}}
-            with (folder / ORIGINS).open("a") as file:
-                file.write(json.dumps(origin) + "\n")
+    metrics, origins = folder / "run" / "metrics.jsonl", folder / ORIGINS
+    trained, known = _text(metrics), _text(origins)
+    precision = choose_precision(config.precision, resolve_device(config.device)).value
+    origin = {"commit": commit(), "hardware": hardware() | {"precision": precision}}
+    # Before training, so that one which is killed is named too.
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(origins, known + json.dumps(origin) + "\n")
+    model = train_model(config, log)
+    if _text(metrics) == trained:  # it had been trained to the end
+        replace_text(origins, known)
+    return model
 
 
 def _badness(validation: Mapping[str, float]) -> float:
     """By what the trainer chooses: NE of the first task, or NDCG@10 where there is none."""
-    return next((value for name, value in validation.items() if name.startswith("ne/")), -validation["ndcg@10"])
+    entropies = [value for name, value in validation.items() if name.startswith("ne/")]
+    return entropies[0] if entropies else -validation["ndcg@10"]
 
 
-def _last_step(metrics: Path) -> int:
-    rows = metrics.read_text().splitlines() if metrics.exists() else []
-    return int(json.loads(rows[-1])["step"]) if rows else 0
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
