@@ -362,11 +362,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ours = worlds[Mixing.separable]
         for precision in precisions:
             bench_floor(recorder, ours, precision)
-        kind = TargetAttentionKind.softmax
-        softmax = untrained(log, dim=dim, num_seeds=num_seeds, target_attention=kind)
-        softmax_world = World.make(softmax, log, root / "users-softmax")
-        for precision in precisions:
-            bench_layers(recorder, ours, softmax_world, precision)
+        for dim, num_seeds in models:
+            pair = [
+                World.make(
+                    untrained(log, dim=dim, num_seeds=num_seeds, target_attention=kind),
+                    log,
+                    root / f"users-{dim}-{kind.value}",
+                )
+                for kind in (TargetAttentionKind.pointwise, TargetAttentionKind.softmax)
+            ]
+            for precision in precisions:
+                bench_layers(recorder, pair[0], pair[1], precision)
         bench_batches(recorder, ours)
         keep_freed_memory()  # from here on: a service does not, but those who read histories are slow without
         for mixing in (Mixing.bidirectional, Mixing.separable):

@@ -34,7 +34,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -290,21 +289,22 @@ def _crosscheck(options: argparse.Namespace, python: Path, folder: Path) -> str:
     results = options.results / f"crosscheck-{source.name}.jsonl"
     rows = read_results(results) if results.exists() else []
     there = {(row["model"], row["command"]): row["metrics"] for row in rows}
-    classes = {Architecture.sasrec: ("like_rectools", "LikeRecTools")} if options.like_rectools else {}
+    if options.like_rectools:
+        CLASSES[Architecture.sasrec] = "like_rectools", "LikeRecTools"
     found: dict[str, list[dict[str, float]]] = {ours: [], theirs: []}
     for seed in options.seeds:
         config = our_config(options, log, seed, folder / f"run-{seed}")
         for model in found:
-            metrics = there.get((model, _command(options, source.name, model, seed)))
+            command = _command(options, source.name, seed, like=options.like_rectools and model == ours)
+            metrics = there.get((model, command))
             if metrics is None:
-                with patch.dict(CLASSES, classes):
-                    run = (
-                        run_ours(config, log)
-                        if model == ours
-                        else run_theirs(options, python, folder / "rival.npz", cases, seed)
-                    )
+                run = (
+                    run_ours(config, log)
+                    if model == ours
+                    else run_theirs(options, python, folder / "rival.npz", cases, seed)
+                )
                 metrics = run[0]
-                append_result(results, _line(options, source.name, model, seed, *run))
+                append_result(results, _line(options, source.name, model, seed, command, *run))
             found[model].append(metrics)
             print(
                 f"{model}, seed {seed}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()),
@@ -314,10 +314,10 @@ def _crosscheck(options: argparse.Namespace, python: Path, folder: Path) -> str:
     return comparison(*found.values())
 
 
-def _command(options: argparse.Namespace, data: str, model: str, seed: int) -> str:
+def _command(options: argparse.Namespace, data: str, seed: int, *, like: bool) -> str:
     words = ["python", "scripts/crosscheck_rectools.py", options.model, "--data", data, "--seeds", str(seed)]
     words += ["--times"] if options.times else []
-    words += ["--like-rectools"] if model.endswith("like RecTools") else []
+    words += ["--like-rectools"] if like else []
     words += words_of({key: getattr(options, key) for key in ("epochs", "learning_rate", "dropout", "batch_users")})
     return shlex.join(words)
 
@@ -327,6 +327,7 @@ def _line(
     data: str,
     model: str,
     seed: int,
+    command: str,
     metrics: Mapping[str, float],
     config: Mapping[str, Any],
     seconds: float,
@@ -337,7 +338,7 @@ def _line(
         "model": model,
         "seed": seed,
         "metrics": dict(metrics),
-        "command": _command(options, data, model, seed),
+        "command": command,
         "config": dict(config),
         "commit": commit(),
         "hardware": hardware() | {"threads": options.threads},

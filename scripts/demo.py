@@ -22,7 +22,7 @@ from demo_report import LatencyRow, Report, write_report
 from vista import __version__
 from vista.choices import Codec
 from vista.composition import compose_config
-from vista.config import TrainConfig
+from vista.config import TrainConfig, without_places
 from vista.config_data import PrepareConfig, SimulateConfig
 from vista.config_dict import to_dict
 from vista.data.event_log import EventLog
@@ -171,8 +171,9 @@ def _start_anew_if_other(folder: Path, data: Path | None, config: TrainConfig) -
         raise ConfigError(f"--out: the demo would work in {folder}, where the data of --data are; name another folder")
     if not mark.exists() and folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--out: {folder} holds files that are not the demo's; name another folder, or remove it")
-    source = str(data.resolve()) if data else [DEMO_USERS, DEMO_EVENTS]
-    asked = json.dumps({"data": source, "train": to_dict(config), "version": __version__})
+    source = [str(data.resolve()), TRAINED_EVENTS] if data else [DEMO_USERS, DEMO_EVENTS]
+    trained = without_places(to_dict(config)) | {"seed": config.seed}
+    asked = json.dumps({"data": source, "train": trained, "version": __version__})
     if mark.exists() and mark.read_text() != asked:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import matplotlib
 
 from recorder import read_cases
 from tables import LENGTHS
-from vista.results import read_results
+from vista.results import newest_rows, read_results
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (settings.results / COSTS).exists():
         print(f"error: {settings.results / COSTS} is not there; run scripts/bench_lengths.py", file=sys.stderr)
         return 1
-    costs = {row["case"]: row["value"] for row in read_cases(settings.results / COSTS)}
+    cases = read_cases(settings.results / COSTS)
+    costs = {row["case"]: row["value"] for row in cases if row["hardware"] == cases[-1]["hardware"]}  # of one run
     files = {table: settings.results / f"{table}.jsonl" for table in LENGTHS}
     qualities = {table: qualities_of(read_results(path)) for table, path in files.items() if path.exists()}
     points = {table: points_of(LENGTHS[table], found, costs) for table, found in qualities.items()}
@@ -75,10 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def qualities_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Model -> mean AUC of a click over its seeds, of the newest row of each."""
-    newest = {(row["model"], row["seed"]): row["metrics"].get(QUALITY) for row in rows}
-    names = dict.fromkeys(name for (name, _), value in newest.items() if value is not None)
-    return {name: fmean(v for (other, _), v in newest.items() if other == name and v is not None) for name in names}
+    """Model -> mean AUC of a click, as the table has it."""
+    found = {name: [row["metrics"].get(QUALITY) for row in group] for (_, _, name), group in newest_rows(rows).items()}
+    known = {name: [value for value in values if value is not None] for name, values in found.items()}
+    return {name: fmean(values) for name, values in known.items() if values}
 
 
 def points_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rival import call_rival, words_of
 from tests.conftest import LENGTHS, ratings_folder, small_frame
 from vista.choices import Architecture
 from vista.config import DataConfig, ModelConfig
+from vista.data.batches import BatchSource
 from vista.data.event_log import EventLog
 from vista.data.histories import Histories
 from vista.data.splits import visible_counts
@@ -186,6 +188,31 @@ def test_ours_like_rectools_is_sasrec_but_for_where_positions_count_from(tmp_pat
                 plain.position[:inputs] = like.position[:inputs].flip(0)
             expected, _ = plain._encode(events, own)
             torch.testing.assert_close(states[row, : inputs + 1], expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_ours_like_rectools_starts_and_is_trained_as_it_is(tmp_path: Path) -> None:
+    """All labels but a user's first, each of the state after the events before it; attention's biases start at 0."""
+    log = make_log(tmp_path / "log", times=False)
+    options = crosscheck.parse(["SASRec", "--data", "tiny", "--batch-users", "4", "--dropout", "0"])
+    config = crosscheck.our_config(options, log, 1, tmp_path / "run")
+    model = LikeRecTools(config.model, Schema(list(log.actions), False, None, []), log.items, config.data)
+    for block in model.blocks:
+        assert not any(linear.bias.any() for linear in (block.query, block.key_value, block.out))
+        assert block.up.bias.any()
+    batch = BatchSource(log, model.rows_of(log.items), config).batch(0, 0)
+    vectors = model.item_vectors(batch.rows)
+    found = model.losses(batch, vectors, config.optim).total
+    assert len(batch.negatives) == log.num_items, "the whole catalogue"
+    logits = torch.nn.functional.normalize(vectors, dim=-1)[batch.negatives].t() / config.model.temperature
+    losses = []
+    for start, stop in itertools.pairwise(batch.offsets.tolist()):
+        x = vectors[batch.item[start : stop - 1]][None] * config.model.dim**0.5
+        x = x + model.position[: stop - start - 1].flip(0)
+        states, _ = model.states(x, batch.clock[None, start : stop - 1])
+        users = torch.nn.functional.normalize(states[0], dim=-1)
+        columns = torch.searchsorted(batch.negatives, batch.item[start + 1 : stop])
+        losses.append(torch.nn.functional.cross_entropy(users @ logits, columns, reduction="none"))
+    torch.testing.assert_close(found, torch.cat(losses).mean(), rtol=1e-5, atol=1e-6)
 
 
 def embedded(model: LikeRecTools, histories: Histories) -> Events:

@@ -87,8 +87,8 @@ def test_a_simulated_table(
     assert found["truth 0"]["metrics"]["ne/click"] < min(found[name]["metrics"]["ne/click"] for name in trained)
     assert found["vista, tail 4 1"]["metrics"] != found["vista 1"]["metrics"]
     assert found["popularity 0"]["metrics"].keys() == {f"{name}@{k}" for name in ("hr", "ndcg") for k in (10, 50, 200)}
-    assert found["vista 1"]["command"] == "python scripts/reproduce.py tiny --rows vista --seeds 1"
-    assert found["truth 0"]["command"] == "python scripts/reproduce.py tiny --rows truth"
+    assert found["vista 1"]["command"] == "python scripts/reproduce.py tiny --rows vista --seeds 1 --threads 1"
+    assert found["truth 0"]["command"] == "python scripts/reproduce.py tiny --rows truth --threads 1"
     assert found["vista 1"]["config"]["simulation"] == SIMULATION.simulation
     assert "ndcg@10" in found["sasrec 1"]["metrics"] and "ndcg@10" not in found["din 1"]["metrics"]
     costs = {name: found[name]["metrics"] for name in ("vista 1", "sasrec 1", "din 1")}
@@ -143,7 +143,7 @@ def test_only_what_lacks_is_run(
     """Rows and seeds that are asked for; then another served tail; then another configuration."""
     assert reproduce.main([*words, "--rows", "vista", "--seeds", "2"]) == 0
     assert list(found_lines(tmp_path)) == ["vista 2"]
-    assert found_lines(tmp_path)["vista 2"]["command"].endswith("--rows vista --data ml-1m --seeds 2")
+    assert found_lines(tmp_path)["vista 2"]["command"].endswith("--rows vista --data ml-1m --seeds 2 --threads 1")
 
     monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={"vista": Row(3, SMALL, BOTH, (4,)), **FLOORS}))
     assert reproduce.main([*words, "--seeds", "2"]) == 0

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from vista.config import FIRST_DEFAULTS
 from vista.errors import DataError, VistaError
 
 _TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
@@ -140,20 +141,13 @@ def validate_result(row: Mapping[str, Any]) -> None:
 def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Results as Markdown: a line for each data and model, metrics as mean ± sample standard deviation over seeds.
 
-    Of several rows of the same table, data, model and seed the last one counts, and of seeds those that have the
-    configuration of the model's last row: what was tuned since would be another mean. The commands, commits and
-    machines stand below, a line for the models that share them, so that every number can be made again. Data and models
-    keep the order in which they first appear.
+    The rows are `newest_rows`. The commands, commits and machines stand below, a line for the models that share them,
+    so that every number can be made again. Data and models keep the order in which they first appear.
     """
-    newest: dict[tuple[str, str, str], dict[int, Mapping[str, Any]]] = {}
-    for row in rows:
-        seeds = newest.setdefault((row["table"], row["data"], row["model"]), {})
-        for seed in [seed for seed, other in seeds.items() if _differs(other["config"], row["config"])]:
-            del seeds[seed]
-        seeds[row["seed"]] = row
+    newest = newest_rows(rows)
     parts = []
     for table in dict.fromkeys(key[0] for key in newest):
-        groups = {key[1:]: list(seeds.values()) for key, seeds in newest.items() if key[0] == table}
+        groups = {key[1:]: group for key, group in newest.items() if key[0] == table}
         metrics = list(dict.fromkeys(name for group in groups.values() for row in group for name in row["metrics"]))
         lines = [f"# {table}", "", _line(["data", "model", "seeds", *metrics, "seconds"])]
         lines.append(_line(["---", "---", "---:", *("---:" for _ in metrics), "---:"]))
@@ -167,8 +161,30 @@ def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def newest_rows(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
+    """(table, data, model) -> the rows that its mean is of, one a seed.
+
+    Of several rows of the same seed the last one counts, and of seeds those that have the configuration of the model's
+    last row: what was tuned since would be another mean.
+    """
+    newest: dict[tuple[str, str, str], dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        seeds = newest.setdefault((row["table"], row["data"], row["model"]), {})
+        config = _completed(row["config"])
+        for seed in [seed for seed, other in seeds.items() if _differs(_completed(other["config"]), config)]:
+            del seeds[seed]
+        seeds[row["seed"]] = row
+    return {key: list(seeds.values()) for key, seeds in newest.items()}
+
+
+def _completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With what younger settings of the model did in a row that is older than they are."""
+    model = config.get("model")
+    return {**config, "model": FIRST_DEFAULTS | model} if isinstance(model, dict) else dict(config)
+
+
 def _differs(one: Any, other: Any) -> bool:
-    """Whether a setting has two values; one that only the younger row knows has none to compare."""
+    """Whether a setting has two values; one that only one of the rows knows has none to compare."""
     if isinstance(one, dict) and isinstance(other, dict):
         return any(_differs(one[key], other[key]) for key in (one.keys() & other.keys()) - {"seed"})
     return bool(one != other)
