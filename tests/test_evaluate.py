@@ -189,6 +189,22 @@ class TestImpressions:
             assert found.metrics[f"gauc/{task}"] == pytest.approx(weighted, abs=1e-6)
         assert found.num_cases == len(direct) + len(found.ranks)  # type: ignore[arg-type]
 
+    def test_what_was_shown_at_one_moment_is_one_request(
+        self, served_tasks: Served, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole, asked = Scorer.predict, []
+
+        def counted(scorer: Scorer, users: Any, *rest: Any, **more: Any) -> dict[str, Any]:
+            asked.append(len(users))
+            return whole(scorer, users, *rest, **more)
+
+        monkeypatch.setattr(Scorer, "predict", counted)
+        with Scorer.open(served_tasks.model, served_tasks.test_store) as scorer:
+            cases = evaluate_scorer(scorer, served_tasks.log, "test", users_per_batch=7).impressions
+        assert cases is not None
+        requests = len(set(zip(cases.user.tolist(), cases.timestamp.tolist(), strict=True)))
+        assert sum(asked) == requests < len(cases.user) and max(asked) == 7
+
     def test_tasks_that_the_model_lacks_are_left_out(self, served_tasks: Served, tmp_path: Path) -> None:
         log = served_tasks.log
         model = Recommender(

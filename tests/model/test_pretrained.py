@@ -20,6 +20,19 @@ from vista.model import inference
 from vista.model.recommender import Recommender
 
 
+def test_loading_draws_none_of_the_callers_numbers_and_a_shorter_tail_shares_the_weights(
+    make: SimpleNamespace, tmp_path: Path
+) -> None:
+    make.model(seed=1).save_pretrained(tmp_path / "best")
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    model = Recommender.from_pretrained(tmp_path / "best")
+    shorter = model.with_tail(2)
+    assert torch.equal(torch.rand(4), expected)
+    assert shorter.item_table.data_ptr() == model.item_table.data_ptr()
+
+
 @pytest.mark.parametrize(
     "options",
     [

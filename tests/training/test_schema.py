@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.conftest import small_config
 from vista.choices import Architecture, Decay, Split
 from vista.config import ModelConfig, OptimConfig, TrainConfig
 from vista.data.event_log import EventLog
+from vista.data.histories import Histories
 from vista.errors import ConfigError, DataError
+from vista.training import trainer
 from vista.training.trainer import schema_of, train
 
 
@@ -24,6 +27,21 @@ class TestSchema:
         assert schema_of(impression_log, TrainConfig()).tasks == ["click", "like", "long_view"]
         assert schema_of(impression_log, TrainConfig(optim=OptimConfig(task_weight=0))).tasks == []
         assert not schema_of(impression_log, TrainConfig(optim=OptimConfig(next_weight=0))).has_retrieval
+
+    def test_ratings_are_read_in_blocks(self, event_log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole, read = EventLog.gather, []
+
+        def gather(log: EventLog, users: np.ndarray, *rest: np.ndarray) -> Histories:
+            read.append(len(users))
+            return whole(log, users, *rest)
+
+        monkeypatch.setattr(EventLog, "gather", gather)
+        monkeypatch.setattr(trainer, "EVENTS_READ", 30)
+        ratings = [event_log.slice(user).rating for user in range(event_log.num_users)]
+        read.clear()
+        low, high = min(each.min() for each in ratings if len(each)), max(each.max() for each in ratings if len(each))
+        assert schema_of(event_log, TrainConfig()).rating_range == (low, high)
+        assert sum(read) == event_log.num_users and len(read) > 3
 
     def test_decay_by_time_needs_times(self, order_log: EventLog) -> None:
         config = TrainConfig()

@@ -16,10 +16,12 @@ from sklearn.metrics import log_loss, roc_auc_score
 from tests.conftest import Served, small_config
 from vista.choices import Split
 from vista.data.event_log import EventLog
+from vista.data.histories import Histories
 from vista.data.splits import visible_counts
 from vista.errors import NonFiniteLossError
+from vista.model import inference
 from vista.model.recommender import Recommender
-from vista.training import protocol
+from vista.training import protocol, validation
 from vista.training.protocol import (
     NextItemCases,
     impression_cases,
@@ -246,3 +248,20 @@ class TestValidation:
         with pytest.raises(NonFiniteLossError, match=r"validation: the scores of users \[\d+") as caught:
             Validation(given.log, self.rows(given.log), given.config)(model)
         assert "\n" not in str(caught.value)
+
+
+def test_a_life_is_summarized_once_a_validation(served_tasks: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its next items and its impressions together, a few lives at a time."""
+    log = served_tasks.log
+    check = Validation(log, served_tasks.model.rows_of(log.items), served_tasks.config)
+    expected = check(served_tasks.model)
+    whole, lives = inference.summarize, []
+
+    def counted(model: Recommender, histories: Histories) -> torch.Tensor:
+        lives.append(histories.num_users)
+        return whole(model, histories)
+
+    monkeypatch.setattr(inference, "summarize", counted)
+    monkeypatch.setattr(validation, "EVENTS_READ", 100)
+    assert check(served_tasks.model) == pytest.approx(expected, rel=1e-5)
+    assert len(lives) > 2 and sum(lives) <= log.num_users
