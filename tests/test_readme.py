@@ -114,5 +114,32 @@ def test_own_impressions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "auc/click" in capsys.readouterr().out
 
 
+def anchors(path: Path) -> set[str]:
+    """What GitHub makes of a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere() -> None:
+    """Files and headings, of all documents but the tables, which have no links."""
+    root, broken = README.parent, []
+    documents = [
+        README,
+        root / "kernels" / "README.md",
+        *(root / "docs").glob("*.md"),
+        *(root / "docs").glob("*/README.md"),
+    ]
+    for document in documents:
+        for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+            if "://" in target:
+                continue
+            name, _, anchor = target.partition("#")
+            path = document.parent / name if name else document
+            if not path.exists() or (anchor and anchor not in anchors(path)):
+                broken.append(f"{document.relative_to(root)}: {target}")
+    assert not broken
+    assert len(documents) > 9
+
+
 def test_nothing_is_left_to_fill_in() -> None:
     assert not re.search("TODO|PLACEHOLDER", README.read_text())
