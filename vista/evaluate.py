@@ -166,14 +166,21 @@ class Options(TypedDict, total=False):
     progress: bool
 
 
+def _completed(model: RankingModel, options: Options) -> Options:
+    """With the defaults of what is not given."""
+    usual: Options = {"top_k": [10], "users_per_batch": 512, "staleness": 0, "exclude_seen": model.data.exclude_seen}
+    return {**usual, "popularity": False, "memory": False, "progress": False, **options}
+
+
 def evaluate_scorer(scorer: Scorer, log: EventLog, part: str, **options: Unpack[Options]) -> Evaluation:
     """Measure a scorer on the `part` ("test" or "validation") of its model's split of `log`.
 
     Raises:
         LeakageError, ConfigError: as `evaluate`.
     """
+    options = _completed(scorer.model, options)
     _check(scorer.model, log, part, options)
-    _check_store(scorer, part, options.get("staleness", 0))
+    _check_store(scorer, part, options["staleness"])
     items = scorer.item_vectors()[1] if scorer.model.has_retrieval else np.zeros((0, 0), np.float32)
     found = _measure(
         scorer.model,
@@ -183,7 +190,7 @@ def evaluate_scorer(scorer: Scorer, log: EventLog, part: str, **options: Unpack[
         lambda cases: _impression_probabilities(scorer, log, cases, options),
         options,
     )
-    if not options.get("memory", False):
+    if not options["memory"]:
         return found
     memory = measure_memory(scorer, log)
     return replace(found, metrics=found.metrics | memory.metrics(), memory=memory)
@@ -195,18 +202,19 @@ def evaluate_model(model: HistoryModel, log: EventLog, part: str, **options: Unp
     Raises:
         ConfigError: if there is nothing to measure.
     """
+    options = _completed(model, options)
     _check(model, log, part, options)
     answers = RawHistoryAnswers(model, log, model.rows_of(log.items))
-    probabilities = partial(answers.probabilities, progress=options.get("progress", False))
+    probabilities = partial(answers.probabilities, progress=options["progress"])
     return _measure(model, log, part, answers.next_scores, probabilities, options)
 
 
 def _check(model: RankingModel, log: EventLog, part: str, options: Options) -> None:
     if part not in PARTS:
         raise ConfigError(f"split={part}: write {' or '.join(PARTS)}")
-    if options.get("popularity", False) and not model.has_retrieval:
+    if options["popularity"] and not model.has_retrieval:
         raise ConfigError("popularity=true: this model's retrieval head was not trained; set popularity=false")
-    if options.get("memory", False) and not (isinstance(model, Recommender) and model.decoder is not None):
+    if options["memory"] and not (isinstance(model, Recommender) and model.decoder is not None):
         raise ConfigError("memory=true: this model has no summaries; set memory=false")
     check_log(model, log)
 
@@ -224,21 +232,21 @@ def _measure(
     until = split_until(model.data, part)
     metrics: dict[str, float] = {}
     ranks = impressions = probabilities = report = None
-    top_k = options.get("top_k", [10])
+    top_k = options["top_k"]
     num_cases = 0
     if model.has_retrieval:
         columns = model.rows_of(log.items) - 1
         stop = visible_counts(log, split_until(model.data, "test")) if part == "validation" else None
         cases = next_item_cases(log, visible_counts(log, until), stop)
-        lists = Recommendations(len(model.items), top_k[0]) if options.get("popularity", False) else None
+        lists = Recommendations(len(model.items), top_k[0]) if options["popularity"] else None
         ranks = rank_next_items(
             log,
             cases,
             columns,
             next_scores,
-            exclude_seen=options.get("exclude_seen", model.data.exclude_seen),
-            users_per_batch=options.get("users_per_batch", 512),
-            progress=options.get("progress", False),
+            exclude_seen=options["exclude_seen"],
+            users_per_batch=options["users_per_batch"],
+            progress=options["progress"],
             observe=lists.add if lists is not None else None,
         )
         metrics |= ranking_metrics(ranks, top_k)
@@ -332,7 +340,7 @@ def _next_scores(scorer: Scorer, log: EventLog, cases: NextItemCases, items: Flo
 
 def _impression_probabilities(scorer: Scorer, log: EventLog, cases: ImpressionCases, options: Options) -> Floats:
     out = np.zeros(cases.label.shape, np.float32)
-    requests_per_batch, quiet = options.get("users_per_batch", 512), not options.get("progress", False)
+    requests_per_batch, quiet = options["users_per_batch"], not options["progress"]
     starts = request_starts(cases)
     stops = np.append(starts, len(cases.user))
     batches = range(0, len(starts), requests_per_batch)
