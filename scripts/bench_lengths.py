@@ -36,7 +36,7 @@ from vista.training.trainer import schema_of
 
 NUM_USERS, NUM_CANDIDATES = 24, 500
 OURS = "vista"
-SAME_COST = ("vista-all-labels", "vista-tuned", "twin-tuned", "truth")
+SAME_COST = ("vista-all-labels", "vista-tuned", "sim-tuned", "twin-tuned", "truth")
 """Rows that are no other model at a request."""
 
 
