@@ -85,10 +85,10 @@ def qualities_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def points_of(
     length: int, qualities: Mapping[str, float], costs: Mapping[str, float]
 ) -> dict[str, tuple[float, float]]:
-    """Model -> (milliseconds of a request, AUC), of those that have both."""
+    """Model -> (milliseconds of a request, AUC), of those that have both; of its row `…-tuned` where there is one."""
     cases = {name: f"{length:,} events: {name}" for name in STYLES}
     known = [name for name, case in cases.items() if name in qualities and case in costs]
-    return {name: (costs[cases[name]], qualities[name]) for name in known}
+    return {name: (costs[cases[name]], qualities.get(f"{name}-tuned", qualities[name])) for name in known}
 
 
 if __name__ == "__main__":
