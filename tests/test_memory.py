@@ -16,7 +16,7 @@ from tests.conftest import Served
 from vista import memory
 from vista.data.histories import Histories
 from vista.errors import ConfigError
-from vista.evaluate import _check, evaluate_scorer
+from vista.evaluate import _check, _completed, evaluate_scorer
 from vista.memory import AGES, WINDOW, MemoryReport, bands, measure_memory
 from vista.model.recommender import Recommender
 from vista.scorer import Scorer
@@ -165,4 +165,4 @@ def test_a_model_without_summaries_is_refused(served: Served) -> None:
     config = replace(served.model.config, num_seeds=0)
     model = Recommender(config, served.model.schema, served.model.items, served.model.data)
     with pytest.raises(ConfigError, match="no summaries"):
-        _check(model, served.log, "test", {"memory": True})
+        _check(model, served.log, "test", _completed(model, {"memory": True}))

@@ -80,7 +80,8 @@ def check_against_oracle(operator: Operator, inputs: Inputs, unit: float) -> Non
 @each_backend(LENGTHS, TRITON_LENGTHS)
 @pytest.mark.usefixtures("small_windows")
 def test_float32_error(operator: Operator, lengths: list[int]) -> None:
-    check_against_oracle(operator, operator.make(lengths, torch.float32), unit=2.0**-24)
+    # Four units in the last place: the order of a sum is the processor's (an Intel Xeon without AMX came to 3).
+    check_against_oracle(operator, operator.make(lengths, torch.float32), unit=2.0**-22)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
