@@ -80,8 +80,8 @@ def check_against_oracle(operator: Operator, inputs: Inputs, unit: float) -> Non
 @each_backend(LENGTHS, TRITON_LENGTHS)
 @pytest.mark.usefixtures("small_windows")
 def test_float32_error(operator: Operator, lengths: list[int]) -> None:
-    # Four units in the last place: the order of a sum is the processor's (an Intel Xeon without AMX came to 3).
-    check_against_oracle(operator, operator.make(lengths, torch.float32), unit=2.0**-22)
+    # Twice the rounding unit: the order of a sum is the processor's, and an Intel Xeon without AMX needs 1.99 of them.
+    check_against_oracle(operator, operator.make(lengths, torch.float32), unit=2.0**-23)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
