@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from recorder import Recorder, benchmark_parser, interleaved
-from serving_cost import history_model_server
-from tables import LENGTHS, TABLES, Table
+from serving_cost import NUM_CANDIDATES, history_model_server
+from tables import LENGTHS, TABLES, Table, length_case
 from vista.composition import compose_config
 from vista.config import TrainConfig
 from vista.config_data import PrepareConfig, SimulateConfig, SourceConfig
@@ -34,7 +34,7 @@ from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.training.trainer import schema_of
 
-NUM_USERS, NUM_CANDIDATES = 24, 500
+NUM_USERS = 24
 OURS = "vista"
 SAME_COST = ("vista-all-labels", "vista-tuned", "sim-tuned", "twin-tuned", "truth")
 """Rows that are no other model at a request."""
@@ -61,7 +61,7 @@ def bench_length(recorder: Recorder, table: Table, length: int, folder: Path) ->
         timing = interleaved(contestants, rounds=5 if recorder.quick else 25, max_seconds=120)
     for name, found in timing.items():
         recorder.add(
-            f"{length:,} events: {name}",
+            length_case(length, name),
             found.median_s * 1e3,
             "ms",
             baseline=timing[OURS].median_s * 1e3,

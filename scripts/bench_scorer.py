@@ -125,9 +125,7 @@ def bench_floor(recorder: Recorder, world: World, precision: Precision) -> None:
     rounds, first = 9 if recorder.quick else 41, None
     with open_scorer(world, precision) as scorer:
         for case, (num_users, num_candidates) in CALLS.items():
-            users = list(range(1, num_users + 1))
-            ids = world.candidates(num_users, num_candidates)
-            ids = ids[0] if num_users == 1 else ids
+            users, ids = world.request(num_users, num_candidates)
             check(scorer, users, ids, precision)
             floor = scorer_floor(world.model.config, num_users, num_candidates, precision)
             call = partial(scorer.score, users, scorer.encode(ids))
@@ -165,9 +163,7 @@ def bench_layers(recorder: Recorder, world: World, softmax: World, precision: Pr
     """What the kind of stage 2's layers costs a request; both worlds are of the same log and sizes."""
     with open_scorer(world, precision) as ours, open_scorer(softmax, precision) as theirs:
         for case, (num_users, num_candidates) in CALLS.items():
-            users = list(range(1, num_users + 1))
-            ids = world.candidates(num_users, num_candidates)
-            ids = ids[0] if num_users == 1 else ids
+            users, ids = world.request(num_users, num_candidates)
             check(theirs, users, ids, precision)
             calls = {
                 "pointwise": partial(ours.score, users, ours.encode(ids)),

@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib
 
 from recorder import read_cases
-from tables import LENGTHS
+from tables import LENGTHS, length_case
 from vista.results import newest_rows, read_results
 
 matplotlib.use("Agg")
@@ -86,7 +86,7 @@ def points_of(
     length: int, qualities: Mapping[str, float], costs: Mapping[str, float]
 ) -> dict[str, tuple[float, float]]:
     """Model -> (milliseconds of a request, AUC), of those that have both; of its row `…-tuned` where there is one."""
-    cases = {name: f"{length:,} events: {name}" for name in STYLES}
+    cases = {name: length_case(length, name) for name in STYLES}
     known = [name for name, case in cases.items() if name in qualities and case in costs]
     return {name: (costs[cases[name]], qualities.get(f"{name}-tuned", qualities[name])) for name in known}
 

@@ -62,6 +62,11 @@ class World:
         ids = self.log.items.ids(np.arange(self.log.num_items))
         return np.asarray(np.random.default_rng(7).choice(ids, shape, replace=False))
 
+    def request(self, num_users: int, num_candidates: int) -> tuple[list[int], Int]:
+        """Users 1, 2, … and their candidates: [B, C], or [C] of one user."""
+        ids = self.candidates(num_users, num_candidates)
+        return list(range(1, num_users + 1)), ids[0] if num_users == 1 else ids
+
 
 # The floor -------------------------------------------------------------------------------------------------------
 

@@ -293,3 +293,8 @@ TABLES = {
 
 LENGTHS = {"length-200": 200, "length-1k": 1_000, "simulation": 4_000, "length-16k": 16_000, "length-64k": 64_000}
 """The tables of one world -> mean events of a history."""
+
+
+def length_case(length: int, row: str) -> str:
+    """What bench_lengths.py calls a row's request; plot_lengths.py finds it by that."""
+    return f"{length:,} events: {row}"

@@ -43,6 +43,13 @@ def test_kernels_readme_and_its_code() -> None:
     assert names["out"].shape == (1, 4, 500, 16)
 
 
+def commands_of(document: Path, after: str) -> list[str]:
+    """The lines of the first block of commands after some words of a document."""
+    block = re.search(r"```\n(.*?)```", document.read_text().split(after)[1], flags=re.S)
+    assert block is not None
+    return block.group(1).strip().splitlines()
+
+
 def run(command: str) -> None:
     """A line of the documents; training is cut short, and simulations are small."""
     words = shlex.split(command, comments=True)
@@ -70,10 +77,8 @@ def test_second_task_over_the_same_summaries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = (README.parent / "docs" / "simulation.md").read_text().split("## A second task over the same summaries")[1]
-    block = re.search(r"```\n(.*?)```", text, flags=re.S)
-    assert block is not None
-    for command in block.group(1).splitlines():
+    document = README.parent / "docs" / "simulation.md"
+    for command in commands_of(document, "## A second task over the same summaries"):
         run(command)
     printed = capsys.readouterr().out
     assert printed.count(" auc/like ") == 2 and printed.count(" auc/click ") == 1
@@ -87,10 +92,7 @@ def test_own_csv_in_five_lines(
     for name, start in (("clicks.csv", 0), ("tomorrow.csv", 100_000)):
         rows = [f"{100 + i % 7},{rng.integers(1, 30)},{1_700_000_000 + start + i}" for i in range(400)]
         Path(name).write_text("customer,product,time\n" + "\n".join(rows) + "\n")
-    section = README.read_text().split("## Your own CSV in five lines")[1]
-    lines = re.search(r"```\n(.*?)```", section, flags=re.S)
-    assert lines is not None
-    commands = lines.group(1).strip().splitlines()
+    commands = commands_of(README, "## Your own CSV in five lines")
     assert len(commands) == 5
     for command in commands:
         run(command)
@@ -104,10 +106,7 @@ def test_own_impressions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     Path("clicks.csv").write_text("customer,product,time\n" + "\n".join(rows) + "\n")
     shown = [f"{row},{rng.choice(['0', '1', ''])}" for row in rows]
     Path("shown.csv").write_text("customer,product,time,click\n" + "\n".join(shown) + "\n")
-    section = README.read_text().split("**Impressions**")[1]
-    lines = re.search(r"```\n(.*?)```", section, flags=re.S)
-    assert lines is not None
-    commands = lines.group(1).strip().splitlines()
+    commands = commands_of(README, "**Impressions**")
     assert len(commands) == 4
     for command in commands:
         run(command)

@@ -130,7 +130,7 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
     if log.has_rating and config.model.use_rating:
         low, high = math.inf, -math.inf
         for users in token_groups(log.lengths, EVENTS_READ):  # not all at once: every column comes along
-            ratings = np.asarray(log.gather(np.arange(log.num_users)[users]).rating)
+            ratings = np.asarray(log.gather(np.arange(users.start, users.stop)).rating)
             low = min(low, float(np.nanmin(ratings, initial=np.inf)))
             high = max(high, float(np.nanmax(ratings, initial=-np.inf)))
         rating_range = (low, high) if low <= high else None
