@@ -251,6 +251,17 @@ ML_1M = {
     "softmax-K=32": Row(35, ("model.num_seeds=32", *TWO_SOFTMAX)),
     # The bytes of 16 int8 rows of 64, spent on 288 more item ids of 4 bytes. In training positions see 161 to 320.
     "softmax-raw-ids": Row(50, (*K0, *TWO_SOFTMAX, "model.tail_len=320", "data.label_spacing=160")),
+    # Twice as wide. Events of unknown items, so that three times the weights do not learn histories by heart; and tails
+    # of 1 to 64 events in training, so that the 32 that it is also served with are no longer than most.
+    "vista-wide": Row(
+        85,
+        (
+            *("model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15"),
+            *("model.tail_len=64", "data.label_spacing=64"),
+        ),
+        codecs=BOTH,
+        tails=(2, 4, 8, 16, 32),
+    ),
     "softmax-wide": Row(55, (*TWO_SOFTMAX, "model.dim=128", "model.dropout=0.3"), codecs=BOTH, tails=TAILS),
 }
 TABLES = {

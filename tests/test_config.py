@@ -43,6 +43,12 @@ def test_words_are_choices() -> None:
             r"model\.embedding_hashes: must divide model\.dim=64, got 3; take one of \[1, 2, 4, 8\]",
         ),
         (OptimConfig, {"logq_strength": 1.5}, r"optim\.logq_strength: must lie in \[0, 1\], got 1\.5"),
+        (DataConfig, {"unknown_share": 1.0}, r"data\.unknown_share: must lie in \[0, 1\), got 1\.0"),
+        (
+            TrainConfig,
+            {"data": DataConfig(unknown_share=0.1), "model": ModelConfig(architecture="twin")},  # type: ignore[arg-type]
+            r"data\.unknown_share: is read by architectures that rank next items; leave it out",
+        ),
         (DataConfig, {"frequencies": "guess"}, r"data\.frequencies: 'guess' is none of exact, count_min"),
         (TrainConfig, {"model": {"dim": 8}}, r"model: expected ModelConfig, got {'dim': 8}"),
         (TrainConfig, {"resume": 1}, r"resume: expected bool, got 1"),

@@ -164,6 +164,9 @@ class DataConfig:
     staleness_share: float = 0.25
     """Share of the windows that read an older summary than their own. For separable mixing: in bidirectional mixing a
     window reads the newest of the chunk's few cuts, which is stale by itself."""
+    unknown_share: float = 0.0
+    """Share of the events whose item training shows as the unknown one: in histories, never as a label. It keeps models
+    from learning histories by heart, where passes are many. Read by vista, sasrec and hstu."""
     num_negatives: int = 1024
     """Negatives of the sampled softmax, shared by a batch."""
     negative_power: float = 0.0
@@ -181,6 +184,8 @@ class DataConfig:
         require_finite(self, "data.", ("staleness_events", "negative_power"))
         share = self.staleness_share
         require(0 <= share <= 1, "data.staleness_share", f"must lie in [0, 1], got {share}")
+        share = self.unknown_share
+        require(0 <= share < 1, "data.unknown_share", f"must lie in [0, 1), got {share}")
         if self.split is Split.time:
             for key in ("validation_from", "test_from"):
                 require(getattr(self, key) is not None, f"data.{key}", "is needed with data.split=time")
@@ -271,6 +276,8 @@ class TrainConfig:
         require(not hard or self.model.architecture is Architecture.sim, "model.search", message)
         message = "is needed with model.search=hard" if hard else "is for model.search=hard; leave it out"
         require((self.data.item_categories is not None) == hard, "data.item_categories", message)
+        message = "is read by architectures that rank next items; leave it out"
+        require(self.data.unknown_share == 0 or not self.model.architecture.ranks_only, "data.unknown_share", message)
         unread = self.data.negative_power == 0 and self.optim.logq_strength == 1
         message = "nothing here reads frequencies; set data.negative_power above 0, or optim.logq_strength below 1"
         require(self.data.frequencies is Counting.exact or not unread, "data.frequencies", message)

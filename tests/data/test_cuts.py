@@ -54,6 +54,7 @@ def cut(chunks: Chunks, seed: int = 0, **changes: Any) -> Batch:
         "num_cuts": 2,
         "staleness_events": 6.0,
         "staleness_share": 0.3,
+        "unknown_share": 0.0,
         "reconstruction_len": 5,
         "num_tasks": NUM_TASKS,
     }
@@ -190,6 +191,17 @@ def test_staleness_has_the_asked_share_and_mean(share: float) -> None:
     if share:
         # Rounded up to whole windows, which adds half a window.
         assert lag[lag > 0].mean() == pytest.approx(mean + spacing / 2, rel=0.15)
+
+
+def test_the_asked_share_of_events_is_shown_as_unknown_and_all_else_is_as_without() -> None:
+    chunks = coded_chunks([4000, 3999], [(0, 3), (1, 9)])
+    without, batch = cut(chunks, 1), cut(chunks, 1, unknown_share=0.2)
+    assert without.known is None and batch.known is not None
+    assert set(batch.known.tolist()) == {0.0, 1.0}
+    assert float(1 - batch.known.mean()) == pytest.approx(0.2, abs=0.02)
+    assert batch.tensors().keys() - without.tensors().keys() == {"known"}
+    for name, tensor in without.tensors().items():
+        assert torch.equal(batch.tensors()[name], tensor), name
 
 
 def test_bidirectional_chunks_have_few_cuts_each_as_fresh_as_they_allow() -> None:

@@ -109,6 +109,7 @@ def plan(model: Recommender, **changes: Any) -> CutPlan:
         "num_cuts": 2,
         "staleness_events": 8.0,
         "staleness_share": 0.0,
+        "unknown_share": 0.0,
         "reconstruction_len": 6,
         "num_tasks": len(TASKS),
     }
@@ -125,8 +126,9 @@ def outputs(model: Recommender, cut: Batch) -> tuple[Tensor, Tensor]:
     """(user vectors [NW, W, M], task logits [NW, I, tasks]) as training computes them."""
     with torch.no_grad():
         vectors = model.item_vectors(cut.rows)
-        events = model.encoder(vectors[cut.item], cut.action, cut.gap, cut.rating)
-        context = model.window_context(cut, vectors, model.cut_summaries(cut, events))
+        shown = model.shown_vectors(cut, vectors)
+        events = model.encoder(shown, cut.action, cut.gap, cut.rating)
+        context = model.window_context(cut, shown, model.cut_summaries(cut, events))
         return model.window_users(cut, context), model.window_logits(cut, vectors, context)
 
 

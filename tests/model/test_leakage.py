@@ -108,8 +108,9 @@ def test_no_gradient_flows_from_a_prediction_to_its_label_or_beyond(make: Simple
     weights = torch.randn(make.num_items + 1, 16)
     for window, column in np.argwhere(position >= 0):
         vectors = weights[batch.rows].requires_grad_()
-        events = model.encoder(vectors[batch.item], batch.action, batch.gap, batch.rating)
-        context = model.window_context(batch, vectors, model.cut_summaries(batch, events))
+        shown = model.shown_vectors(batch, vectors)
+        events = model.encoder(shown, batch.action, batch.gap, batch.rating)
+        context = model.window_context(batch, shown, model.cut_summaries(batch, events))
         model.window_users(batch, context)[window, column].sum().backward()
         assert vectors.grad is not None
         moved = vectors.grad[batch.item].abs().sum(1).numpy() > 0

@@ -120,6 +120,30 @@ def test_losses_are_those_that_the_configuration_asks_for(make: SimpleNamespace)
     assert set(parts(with_summary, batch=make.batch(bare, make.plan(model)))) == {"next", "reconstruction"}
 
 
+@pytest.mark.parametrize("mixing", Mixing)
+def test_an_event_shown_as_unknown_is_one_of_an_unknown_item(make: SimpleNamespace, mixing: Mixing) -> None:
+    model = make.model(mixing=mixing)
+    with torch.no_grad():
+        model.item_table[0] = 0.0  # as it is in every model but this one, whose parameters all matter
+    chunks, _ = make.chunks(make.histories([20, 14], 2), 2, impressions=12)
+    hidden = torch.rand(len(chunks.item)) < 0.4
+    batch = make.batch(chunks, make.plan(model))
+    unknown = make.batch(replace(chunks, item=np.where(hidden.numpy(), 0, chunks.item)), make.plan(model))
+    shown = replace(batch, known=(~hidden).float())
+    for one, other in zip(make.outputs(model, shown), make.outputs(model, unknown), strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.equal(shown.label, batch.label), "it is a label all the same"
+    # What is reconstructed are the events as they were, from a summary that has not seen all of them.
+    losses = [model.losses(each, model.item_vectors(each.rows), OptimConfig()).parts for each in (batch, shown)]
+    assert losses[0]["reconstruction"] != losses[1]["reconstruction"]
+    vectors = model.item_vectors(batch.rows).detach().requires_grad_()
+    none_known = replace(shown, known=torch.zeros(len(hidden)))
+    model.losses(none_known, vectors, OptimConfig(next_weight=0, reconstruction_weight=0)).total.backward()
+    assert vectors.grad is not None
+    learnt = vectors.grad.any(1).nonzero().flatten()
+    assert len(learnt) and torch.isin(learnt, batch.candidate).all(), "nothing reaches what is not shown"
+
+
 @pytest.mark.parametrize("kind", TargetAttentionKind)
 @pytest.mark.parametrize("mixing", Mixing)
 def test_every_parameter_learns(make: SimpleNamespace, mixing: Mixing, kind: TargetAttentionKind) -> None:

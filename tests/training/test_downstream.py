@@ -169,7 +169,8 @@ def test_training_at_a_position_is_serving_from_the_store(
                 continue
             with torch.no_grad():
                 vectors = model.item_vectors(batch.rows)
-                context = model.window_context(batch, vectors, model.cut_summaries(batch, vectors))
+                events = model.shown_vectors(batch, vectors)
+                context = model.window_context(batch, events, model.cut_summaries(batch, events))
                 trained = model.window_logits(batch, vectors, context)[window, place, 0].sigmoid()
             row = int(batch.user[batch.window_cut[window]])
             item = int(batch.rows[batch.candidate[window, place]]) - 1

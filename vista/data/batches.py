@@ -110,6 +110,7 @@ class BatchSource:
             num_cuts=data.num_cuts,
             staleness_events=data.staleness_events,
             staleness_share=data.staleness_share,
+            unknown_share=data.unknown_share,
             reconstruction_len=data.reconstruction_len,
             num_tasks=len(tasks),
         )

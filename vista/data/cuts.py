@@ -115,6 +115,8 @@ class Batch:
     """int64 [NR]."""
     logit_adjustment: Tensor | None = None
     """float32 [R] added to an item's logits in training alone, as a label and as a negative (optim.logq_strength)."""
+    known: Tensor | None = None
+    """float32 [T]: 0 where training shows an event's item as the unknown one, else 1; None: all are known."""
     stored_summary: Tensor | None = None
     """float32 [B, S, M] of the chunks, from a store: then `window_cut` indexes these, and there are no cuts."""
 
@@ -137,6 +139,7 @@ class CutPlan:
     num_cuts: int
     staleness_events: float
     staleness_share: float
+    unknown_share: float
     reconstruction_len: int
     num_tasks: int
 
@@ -154,7 +157,7 @@ def cut_batch(
     Args:
         chunks: the packed histories and their impressions.
         plan: sizes and shares.
-        rng: draws the phase of the cuts, stale windows, and what is reconstructed.
+        rng: draws the phase of the cuts, stale windows, what is reconstructed, and what is shown as unknown.
         negatives: int64 [J] model item rows, shared by the batch; negative_log_weight: float32 [J].
     """
     W, L = plan.label_spacing, plan.tail_len
@@ -243,7 +246,10 @@ def cut_batch(
     # Views of the log cannot be written, which torch objects to: those few are copied.
     writable = {name: np.require(values, requirements=["C", "W"]) for name, values in tensors.items()}
     made = {name: torch.from_numpy(values) for name, values in writable.items()}
-    return Batch(rating=rating, stored_summary=stored, **made)
+    known = None
+    if plan.unknown_share > 0:
+        known = torch.from_numpy((rng.random(T) >= plan.unknown_share).astype(np.float32))
+    return Batch(rating=rating, known=known, stored_summary=stored, **made)
 
 
 def _take(values: Int, index: Int) -> Int:

@@ -106,6 +106,13 @@ class RankingModel(nn.Module):
         """[V, M] vectors of the vocabulary's items, in the order of its rows (the unknown item is left out)."""
         return self.item_vectors(torch.arange(UNKNOWN_ITEM + 1, len(self.items) + 1, device=self.device))
 
+    @staticmethod
+    def shown_vectors(batch: Batch, item_vectors: Tensor) -> Tensor:
+        """[T, M] vectors of the items of a batch's events, 0 for those that training shows as unknown."""
+        vectors = item_vectors[batch.item]
+        # A row of the table that stood for them would get a gradient, and no longer be 0.
+        return vectors if batch.known is None else vectors * batch.known.unsqueeze(-1).to(vectors.dtype)
+
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         """All losses of one batch.
 

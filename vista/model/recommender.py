@@ -73,9 +73,10 @@ class Recommender(RankingModel):
     # Training -----------------------------------------------------------------------------------------------------
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
-        events = self.encoder(item_vectors[batch.item], batch.action, batch.gap, batch.rating)
+        shown = self.shown_vectors(batch, item_vectors)
+        events = self.encoder(shown, batch.action, batch.gap, batch.rating)
         summaries = self.cut_summaries(batch, events)
-        context = self.window_context(batch, item_vectors, summaries)
+        context = self.window_context(batch, shown, summaries)
         parts: dict[str, Tensor] = {}
         total = item_vectors.new_zeros((), dtype=torch.float32)
         if optim.next_weight > 0:
@@ -88,6 +89,8 @@ class Recommender(RankingModel):
             parts.update(zip(self.schema.tasks, losses, strict=True))
             total = total + optim.task_weight * losses.sum()
         if self.decoder is not None and optim.reconstruction_weight > 0 and len(batch.reconstruction_cut):
+            if batch.known is not None:  # what is to be reconstructed are the events themselves
+                events = self.encoder(item_vectors[batch.item], batch.action, batch.gap, batch.rating)
             parts["reconstruction"] = self._reconstruction(batch, events, summaries)
             total = total + optim.reconstruction_weight * parts["reconstruction"]
         return Losses(total, parts)
@@ -109,17 +112,17 @@ class Recommender(RankingModel):
         states = self.summarizer.prefix_states(segments, batch.segment_user_offsets)
         return self.summarizer.read_at(states, batch.cut_segment)
 
-    def window_context(self, batch: Batch, item_vectors: Tensor, summaries: Tensor) -> Context:
-        """Keys and values of every window's summary and tail."""
+    def window_context(self, batch: Batch, shown: Tensor, summaries: Tensor) -> Context:
+        """Keys and values of every window's summary and tail; shown [T, M] from `shown_vectors`."""
         index = batch.tail_index.clamp(min=0)
         valid = batch.tail_index >= 0
         # The first event that stage 2 sees has an unknown gap, as it has in a stored tail.
         first = valid & ~F.pad(valid[:, :-1], (1, 0))
         gap = torch.where(first, UNKNOWN_GAP, batch.gap[index]) if len(batch.gap) else index
         if len(batch.item):
-            tail = self.encoder(item_vectors[batch.item[index]], batch.action[index], gap)
+            tail = self.encoder(shown[index], batch.action[index], gap)
         else:
-            tail = item_vectors.new_zeros(*index.shape, self.config.dim)
+            tail = shown.new_zeros(*index.shape, self.config.dim)
         encoded = self.target_attention.encode_summary(summaries)
         windows = [(k.index_select(0, batch.window_cut), v.index_select(0, batch.window_cut)) for k, v in encoded]
         return self.target_attention.encode_context(windows, tail, valid)

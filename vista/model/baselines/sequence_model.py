@@ -83,7 +83,7 @@ class SequenceModel(HistoryModel):
     # Training ------------------------------------------------------------------------------------------------------
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
-        vectors = self.encoder(item_vectors[batch.item], batch.action, batch.gap, batch.rating)
+        vectors = self.encoder(self.shown_vectors(batch, item_vectors), batch.action, batch.gap, batch.rating)
         events = Events(vectors, batch.clock, batch.offsets.cpu().numpy())
         shown = None
         if self.schema.tasks and optim.task_weight > 0:
