@@ -35,7 +35,7 @@ from serving_cost import history_model_latency_ms, scorer_latency_ms, training_s
 from tables import TABLES, Row, Table
 from vista.choices import Architecture, Stage
 from vista.composition import compose_config
-from vista.config import FIRST_DEFAULTS, STAGE_2, TrainConfig
+from vista.config import STAGE_2, TrainConfig, first_defaults
 from vista.config_data import PrepareConfig, SimulateConfig, SourceConfig
 from vista.config_dict import to_dict
 from vista.data.event_log import EventLog
@@ -194,10 +194,7 @@ def _changes(before: Line, now: Line) -> list[str]:
 
 def _usual() -> dict[str, dict[str, Any]]:
     """First defaults of what lines record."""
-    values = to_dict(TrainConfig())
-    usual = {group: values[group] for group in ("data", "model", "optim")}
-    usual["model"] |= FIRST_DEFAULTS
-    usual["simulation"] = to_dict(SimulateConfig())
+    usual = first_defaults() | {"simulation": to_dict(SimulateConfig())}
     flat = {f"{group}.{key}": value for group, known in usual.items() for key, value in known.items()}
     return {**usual, "base": flat}
 

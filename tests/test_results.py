@@ -196,6 +196,10 @@ def test_seeds_of_another_configuration_are_another_mean() -> None:
     for kind, seeds in (("softmax", 3), ("pointwise", 1)):
         config = {"model": {"dim": 64, "target_attention": kind}}
         assert f"| ml-1m | vista K=16 | {seeds} |" in markdown_table([*old, row(seed=3, config=config)])
+    for share, seeds in ((0.0, 2), (0.1, 1)):
+        rows = [row(seed=1, config={"data": {"split": "time"}})]
+        rows += [row(seed=2, config={"data": {"split": "time", "unknown_share": share}})]
+        assert f"| ml-1m | vista K=16 | {seeds} |" in markdown_table(rows)
 
 
 def test_the_committed_tables_can_be_read_and_their_markdown_is_made_from_them() -> None:

@@ -28,6 +28,7 @@ from vista.choices import (
     TargetAttentionKind,
 )
 from vista.config_checks import check_types, require, require_counts, require_finite
+from vista.config_dict import to_dict
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,7 +123,8 @@ class ModelConfig:
 
 
 FIRST_DEFAULTS = {"target_attention": TargetAttentionKind.softmax.value}
-"""Of ModelConfig's keys, where that is not today's default: what files mean that are older than the key."""
+"""Of ModelConfig's keys, where that is not today's default: what files mean that are older than the key
+(`first_defaults` has all keys)."""
 STAGE_2 = ("target_attention", "num_target_layers")
 """Keys of ModelConfig that are left out where runs of rivals are compared: young ones, which rivals do not read."""
 PLACES = ("path", "item_categories")
@@ -301,6 +303,12 @@ def without_places(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Groups model, data and optim of `to_dict(TrainConfig)`, less PLACES: what a run depends on wherever it lies."""
     groups = ("model", "data", "optim")
     return {group: {k: v for k, v in values[group].items() if k not in PLACES} for group in groups if group in values}
+
+
+def first_defaults() -> dict[str, dict[str, Any]]:
+    """Groups model, data and optim: what runs and results did that are older than a key. With PLACES."""
+    values = to_dict(TrainConfig())
+    return {"model": values["model"] | FIRST_DEFAULTS, "data": values["data"], "optim": values["optim"]}
 
 
 @dataclass(kw_only=True, slots=True)

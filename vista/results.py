@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from vista.config import FIRST_DEFAULTS
+from vista.config import first_defaults
 from vista.errors import DataError, VistaError
 
 _TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
@@ -178,9 +178,9 @@ def newest_rows(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str],
 
 
 def _completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """With what younger settings of the model did in a row that is older than they are."""
-    model = config.get("model")
-    return {**config, "model": FIRST_DEFAULTS | model} if isinstance(model, dict) else dict(config)
+    """With what younger settings did in a row that is older than they are."""
+    first = first_defaults()
+    return {name: first.get(name, {}) | own if isinstance(own, dict) else own for name, own in config.items()}
 
 
 def _differs(one: Any, other: Any) -> bool:

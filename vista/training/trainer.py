@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vista.choices import Architecture, Stage
-from vista.config import FIRST_DEFAULTS, STAGE_2, TrainConfig, without_places
+from vista.config import STAGE_2, TrainConfig, first_defaults, without_places
 from vista.config_dict import to_dict
 from vista.config_text import to_yaml
 from vista.data.batches import BatchSource, trained_tasks
@@ -385,9 +385,7 @@ class _Trainer:
     def _restore(self, path: Path) -> None:
         tensors, body = load_checkpoint(path)
         state = unpack_state(body["run"], tensors)
-        # A key that is younger than the run did then what its first default does.
-        first = _flat({"model": FIRST_DEFAULTS})
-        here, there = self._identity(), _flat(to_dict(TrainConfig())) | first | state["config"]
+        here, there = self._identity(), _flat(first_defaults()) | state["config"]
         if self.config.model.architecture is not Architecture.vista:
             there |= {f"model.{key}": here[f"model.{key}"] for key in STAGE_2}
         changed = [f"{k} ({there.get(k)} -> {here.get(k)})" for k in here | there if here.get(k) != there.get(k)]
