@@ -32,6 +32,9 @@ class Row:
     """Shorter tails that the same weights are also served with (`Recommender.with_tail`), from the int8 store."""
     staleness: tuple[int, ...] = ()
     """The same weights with summaries that lack so many events before each label, from an int8 store."""
+    apart: tuple[int, ...] = ()
+    """Tails that the same weights are also served with beside summaries that lack just these events, from an int8
+    store: as nearly all of training, and unlike a full refresh, shows no event twice."""
     untrained: Literal["", "popularity", "transitions", "truth"] = ""
     """A floor, or the simulation's own probabilities: measured once, without training."""
     base: str = ""
@@ -45,6 +48,7 @@ class Row:
             name if codec is Codec.int8 else f"{name}, {codec.value} store": Served(codec) for codec in self.codecs
         }
         lines |= {f"{name}, tail {length}": Served(tail_len=length) for length in self.tails}
+        lines |= {f"{name}, tail {n} not in the summary": Served(tail_len=n, staleness=n) for n in self.apart}
         return lines | {f"{name}, {events:,} events old": Served(staleness=events) for events in self.staleness}
 
 
@@ -261,6 +265,11 @@ ML_1M = {
         ),
         codecs=BOTH,
         tails=(2, 4, 8, 16, 32),
+        apart=(16, 32),
+    ),
+    # Its rival: as wide, as many passes, and the same share of unknown items, over the last 200 events.
+    "hstu-wide": Row(
+        65, ("model=hstu", "model.num_layers=8", "model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15")
     ),
     "softmax-wide": Row(55, (*TWO_SOFTMAX, "model.dim=128", "model.dropout=0.3"), codecs=BOTH, tails=TAILS),
 }
