@@ -87,8 +87,12 @@ def points_of(
 ) -> dict[str, tuple[float, float]]:
     """Model -> (milliseconds of a request, AUC), of those that have both; of its row `…-tuned` where there is one."""
     cases = {name: length_case(length, name) for name in STYLES}
-    known = [name for name, case in cases.items() if name in qualities and case in costs]
-    return {name: (costs[cases[name]], qualities.get(f"{name}-tuned", qualities[name])) for name in known}
+    best = {name: qualities.get(f"{name}-tuned", qualities.get(name)) for name in STYLES}
+    return {
+        name: (costs[cases[name]], quality)
+        for name, quality in best.items()
+        if quality is not None and cases[name] in costs
+    }
 
 
 if __name__ == "__main__":

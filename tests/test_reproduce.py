@@ -30,7 +30,7 @@ SIMULATION = Table(
     "simulation",
     "tiny",
     {
-        "vista": Row(1, codecs=BOTH, tails=(4,)),
+        "vista": Row(1, codecs=BOTH, tails=(4,), apart=(4,)),
         "tail-only": Row(1, K0),
         "last-40": Row(1, (*K0, "model.tail_len=40")),
         "sasrec": Row(1, ("model=sasrec",)),
@@ -75,6 +75,7 @@ def test_a_simulated_table(
         "vista 1",
         "vista, float32 store 1",
         "vista, tail 4 1",
+        "vista, tail 4 not in the summary 1",
         "tail-only 1",
         "last-40 1",
         "sasrec 1",
@@ -85,7 +86,8 @@ def test_a_simulated_table(
     assert found["last-40 1"]["config"]["model"]["tail_len"] == 40
     assert all(0 < found[name]["metrics"]["auc/click"] < 1 for name in trained)
     assert found["truth 0"]["metrics"]["ne/click"] < min(found[name]["metrics"]["ne/click"] for name in trained)
-    assert found["vista, tail 4 1"]["metrics"] != found["vista 1"]["metrics"]
+    quality = [found[f"vista{how} 1"]["metrics"]["ne/click"] for how in ("", ", tail 4", ", tail 4 not in the summary")]
+    assert len(set(quality)) == 3
     assert found["popularity 0"]["metrics"].keys() == {f"{name}@{k}" for name in ("hr", "ndcg") for k in (10, 50, 200)}
     assert found["vista 1"]["command"] == "python scripts/reproduce.py tiny --rows vista --seeds 1 --threads 1"
     assert found["truth 0"]["command"] == "python scripts/reproduce.py tiny --rows truth --threads 1"
@@ -107,6 +109,9 @@ def test_a_simulated_table(
     qualities = plot_lengths.qualities_of(read_results(tmp_path / "results" / "tiny.jsonl"))
     points = plot_lengths.points_of(200, qualities, measured)
     assert points.keys() == {"vista", "din"} and points["din"] == (7.0, costs["din 1"]["auc/click"])
+    tuned = {"sim-tuned": 0.7, "twin": 0.5, "twin-tuned": 0.6, "sasrec": 0.4}
+    costs_ms = {"200 events: sim": 1.0, "200 events: twin": 2.0}
+    assert plot_lengths.points_of(200, tuned, costs_ms) == {"sim": (1.0, 0.7), "twin": (2.0, 0.6)}
     table = tmp_path / "results" / "tiny.jsonl"
     assert table.with_suffix(".md").read_text() == markdown_table(read_results(table))
     before = table.read_bytes()
