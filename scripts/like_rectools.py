@@ -38,7 +38,7 @@ class LikeRecTools(SASRec):
             self.item_table[UNKNOWN_ITEM] = 0.0
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
-        vectors = self.encoder(item_vectors[batch.item], batch.action, batch.gap, batch.rating)
+        vectors = self.encoder(self.shown_vectors(batch, item_vectors), batch.action, batch.gap, batch.rating)
         events = Events(vectors, batch.clock, batch.offsets.cpu().numpy())
         users, labels = [], []
         for tile in tiles(events.offsets, vectors.device):

@@ -35,7 +35,7 @@ from serving_cost import history_model_latency_ms, scorer_latency_ms, training_s
 from tables import TABLES, Row, Table
 from vista.choices import Architecture, Stage
 from vista.composition import compose_config
-from vista.config import STAGE_2, TrainConfig, first_defaults
+from vista.config import STAGE_2, TrainConfig
 from vista.config_data import PrepareConfig, SimulateConfig, SourceConfig
 from vista.config_dict import to_dict
 from vista.data.event_log import EventLog
@@ -50,7 +50,7 @@ from vista.floors import Floor, evaluate_floor
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.recommender import Recommender
 from vista.refresh import refresh
-from vista.results import append_result, hardware, markdown_table, read_results
+from vista.results import append_result, hardware, markdown_table, read_results, recorded_defaults
 from vista.scorer import Scorer
 from vista.store.layout import CURRENT
 from vista.training.protocol import impression_cases, impression_metrics
@@ -186,17 +186,10 @@ def _recorded(table: Table, row: Row) -> dict[str, Any]:
 def _changes(before: Line, now: Line) -> list[str]:
     """Keys whose values differ. A setting that is younger than the line did then what its first default does."""
     changes = []
-    for group, usual in _usual().items():
+    for group, usual in recorded_defaults().items():
         there, here = usual | before.get(group, {}), now.get(group, {})
         changes += [f"{group}.{key} ({there.get(key)} -> {here[key]})" for key in here if there.get(key) != here[key]]
     return changes
-
-
-def _usual() -> dict[str, dict[str, Any]]:
-    """First defaults of what lines record."""
-    usual = first_defaults() | {"simulation": to_dict(SimulateConfig())}
-    flat = {f"{group}.{key}": value for group, known in usual.items() for key, value in known.items()}
-    return {**usual, "base": flat}
 
 
 def _estimate_s(name: str, row: Row, lines: Sequence[Line], machine: Line) -> float:
@@ -303,7 +296,7 @@ def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -
 
 def _unusual(recorded: Line) -> dict[str, Any]:
     """What of it is no first default, so that a setting that is yet to come moves no folder."""
-    usual = _usual()
+    usual = recorded_defaults()
     return {
         group: {key: value for key, value in recorded[group].items() if usual[group].get(key) != value}
         for group in recorded
@@ -351,8 +344,9 @@ def _served_metrics(
                 metrics |= {
                     "train events/s": training_speed(folder / "run" / "metrics.jsonl"),
                     "refresh ms/user": 1e3 * refreshed[store],
-                    "request ms": scorer_latency_ms(scorer, log),
                 }
+                if not how.staleness:  # a request that brings its own tail costs more than the ones that are timed
+                    metrics["request ms"] = scorer_latency_ms(scorer, log)
             yield name, metrics
 
 

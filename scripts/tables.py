@@ -33,8 +33,8 @@ class Row:
     staleness: tuple[int, ...] = ()
     """The same weights with summaries that lack so many events before each label, from an int8 store."""
     apart: tuple[int, ...] = ()
-    """Tails that the same weights are also served with beside summaries that lack just these events, from an int8
-    store: as nearly all of training, and unlike a full refresh, shows no event twice."""
+    """Tails that the same weights are also served with beside summaries that end so many events before the split's
+    labels, from an int8 store. Of leave-last-out that is where the tail begins, so that no event is told twice."""
     untrained: Literal["", "popularity", "transitions", "truth"] = ""
     """A floor, or the simulation's own probabilities: measured once, without training."""
     base: str = ""

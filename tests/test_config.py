@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vista.choices import Codec, Decay, Mixing, OnBadRows, Split
+from vista.choices import Architecture, Codec, Decay, Mixing, OnBadRows, Split
 from vista.config import DataConfig, ModelConfig, OptimConfig, RefreshConfig, ScoreConfig, TrainConfig
 from vista.config_data import PrepareConfig, SimulateConfig
 from vista.config_dict import from_dict, to_dict
@@ -46,7 +46,7 @@ def test_words_are_choices() -> None:
         (DataConfig, {"unknown_share": 1.0}, r"data\.unknown_share: must lie in \[0, 1\), got 1\.0"),
         (
             TrainConfig,
-            {"data": DataConfig(unknown_share=0.1), "model": ModelConfig(architecture="twin")},  # type: ignore[arg-type]
+            {"data": DataConfig(unknown_share=0.1), "model": ModelConfig(architecture=Architecture.twin)},
             r"data\.unknown_share: is read by architectures that rank next items; leave it out",
         ),
         (DataConfig, {"frequencies": "guess"}, r"data\.frequencies: 'guess' is none of exact, count_min"),

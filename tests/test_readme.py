@@ -92,7 +92,7 @@ def test_own_csv_in_five_lines(
     for name, start in (("clicks.csv", 0), ("tomorrow.csv", 100_000)):
         rows = [f"{100 + i % 7},{rng.integers(1, 30)},{1_700_000_000 + start + i}" for i in range(400)]
         Path(name).write_text("customer,product,time\n" + "\n".join(rows) + "\n")
-    commands = commands_of(README, "## Your own CSV in five lines")
+    commands = commands_of(README, "## Your own Parquet or CSV in five lines")
     assert len(commands) == 5
     for command in commands:
         run(command)
@@ -108,9 +108,11 @@ def test_own_impressions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     Path("shown.csv").write_text("customer,product,time,click\n" + "\n".join(shown) + "\n")
     commands = commands_of(README, "**Impressions**")
     assert len(commands) == 4
-    for command in commands:
+    comparison = commands_of(README, "### Is it worth it for you?")
+    assert len(comparison) == 5
+    for command in commands + comparison:
         run(command)
-    assert "auc/click" in capsys.readouterr().out
+    assert capsys.readouterr().out.count(" auc/click ") == 3
 
 
 def anchors(path: Path) -> set[str]:

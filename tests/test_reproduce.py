@@ -15,7 +15,7 @@ import plot_lengths
 import reproduce
 from recorder import Recorder
 from row_progress import RowProgress
-from tables import BOTH, FLOORS, K0, TABLES, TRUTH, Row, Table
+from tables import BOTH, FLOORS, K0, TABLES, TRUTH, Row, Served, Table
 from tests.conftest import ratings_folder
 from vista.choices import Codec
 from vista.composition import compose_config
@@ -86,6 +86,9 @@ def test_a_simulated_table(
     assert found["last-40 1"]["config"]["model"]["tail_len"] == 40
     assert all(0 < found[name]["metrics"]["auc/click"] < 1 for name in trained)
     assert found["truth 0"]["metrics"]["ne/click"] < min(found[name]["metrics"]["ne/click"] for name in trained)
+    assert SIMULATION.rows["vista"].served("vista")["vista, tail 4 not in the summary"] == Served(
+        tail_len=4, staleness=4
+    )
     quality = [found[f"vista{how} 1"]["metrics"]["ne/click"] for how in ("", ", tail 4", ", tail 4 not in the summary")]
     assert len(set(quality)) == 3
     assert found["popularity 0"]["metrics"].keys() == {f"{name}@{k}" for name in ("hr", "ndcg") for k in (10, 50, 200)}
@@ -289,7 +292,7 @@ def test_a_setting_that_a_line_does_not_know_had_its_first_default() -> None:
     before["model"] = {k: v for k, v in now["model"].items() if k not in ("search", "target_attention")}
     del before["data"]["num_negatives"]
     former = "model.target_attention (softmax -> pointwise)"
-    assert reproduce._changes(before, now) == ["data.exclude_seen (True -> False)", former]
+    assert reproduce._changes(before, now) == [former, "data.exclude_seen (True -> False)"]
     assert "target_attention" not in reproduce._recorded(SIMULATION, SIMULATION.rows["sasrec"])["model"]
     for name in ("din", "sim-hard", "truth"):
         assert "exclude_seen" not in reproduce._recorded(SIMULATION, SIMULATION.rows[name])["data"]

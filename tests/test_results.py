@@ -197,9 +197,12 @@ def test_seeds_of_another_configuration_are_another_mean() -> None:
         config = {"model": {"dim": 64, "target_attention": kind}}
         assert f"| ml-1m | vista K=16 | {seeds} |" in markdown_table([*old, row(seed=3, config=config)])
     for share, seeds in ((0.0, 2), (0.1, 1)):
-        rows = [row(seed=1, config={"data": {"split": "time"}})]
-        rows += [row(seed=2, config={"data": {"split": "time", "unknown_share": share}})]
-        assert f"| ml-1m | vista K=16 | {seeds} |" in markdown_table(rows)
+        for before, now in (
+            ({"data": {"split": "time"}}, {"data": {"split": "time", "unknown_share": share}}),
+            ({"base": {"row": "base"}}, {"base": {"row": "base", "data.unknown_share": share}}),
+        ):
+            rows = [row(seed=1, config=before), row(seed=2, config=now)]
+            assert f"| ml-1m | vista K=16 | {seeds} |" in markdown_table(rows)
 
 
 def test_the_committed_tables_can_be_read_and_their_markdown_is_made_from_them() -> None:

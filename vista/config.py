@@ -167,8 +167,9 @@ class DataConfig:
     """Share of the windows that read an older summary than their own. For separable mixing: in bidirectional mixing a
     window reads the newest of the chunk's few cuts, which is stale by itself."""
     unknown_share: float = 0.0
-    """Share of the events whose item training shows as the unknown one: in histories, never as a label. It keeps models
-    from learning histories by heart, where passes are many. Read by vista, sasrec and hstu."""
+    """Share of the events whose item training shows as the unknown one: in histories, neither as a label nor as what is
+    to be reconstructed. It keeps models from learning histories by heart, where passes are many. For vista, sasrec and
+    hstu; refused by the others."""
     num_negatives: int = 1024
     """Negatives of the sampled softmax, shared by a batch."""
     negative_power: float = 0.0
@@ -306,7 +307,7 @@ def without_places(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def first_defaults() -> dict[str, dict[str, Any]]:
-    """Groups model, data and optim: what runs and results did that are older than a key. With PLACES."""
+    """Groups model, data and optim as runs and results mean them that were made before one of their keys was."""
     values = to_dict(TrainConfig())
     return {"model": values["model"] | FIRST_DEFAULTS, "data": values["data"], "optim": values["optim"]}
 

@@ -74,7 +74,7 @@ class SourceConfig:
     timestamp: str | None = None
     """Null for a table without times: input order counts then."""
     time_unit: str | None = None
-    """s | ms | us | ns | iso; needed as soon as a timestamp column is named."""
+    """s | ms | us | ns | iso, of numbers and text; a Parquet column of dates and times needs none."""
     action: str | None = None
     """Column of action names, such as click or buy."""
     rating: str | None = None

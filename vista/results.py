@@ -21,6 +21,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from vista.config import first_defaults
+from vista.config_data import SimulateConfig
+from vista.config_dict import to_dict
 from vista.errors import DataError, VistaError
 
 _TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
@@ -168,19 +170,26 @@ def newest_rows(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str],
     last row: what was tuned since would be another mean.
     """
     newest: dict[tuple[str, str, str], dict[int, Mapping[str, Any]]] = {}
+    usual = recorded_defaults()
     for row in rows:
         seeds = newest.setdefault((row["table"], row["data"], row["model"]), {})
-        config = _completed(row["config"])
-        for seed in [seed for seed, other in seeds.items() if _differs(_completed(other["config"]), config)]:
+        config = _completed(row["config"], usual)
+        for seed in [seed for seed, other in seeds.items() if _differs(_completed(other["config"], usual), config)]:
             del seeds[seed]
         seeds[row["seed"]] = row
     return {key: list(seeds.values()) for key, seeds in newest.items()}
 
 
-def _completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """With what younger settings did in a row that is older than they are."""
+def recorded_defaults() -> dict[str, dict[str, Any]]:
+    """By the groups of a row's configuration: what each setting did in rows that are older than the setting."""
     first = first_defaults()
-    return {name: first.get(name, {}) | own if isinstance(own, dict) else own for name, own in config.items()}
+    flat = {f"{group}.{key}": value for group, known in first.items() for key, value in known.items()}
+    simulation = to_dict(SimulateConfig())
+    return first | {"simulation": simulation, "base": flat | {f"simulation.{k}": v for k, v in simulation.items()}}
+
+
+def _completed(config: Mapping[str, Any], usual: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    return {name: usual.get(name, {}) | own if isinstance(own, dict) else own for name, own in config.items()}
 
 
 def _differs(one: Any, other: Any) -> bool:

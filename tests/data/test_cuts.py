@@ -196,10 +196,9 @@ def test_staleness_has_the_asked_share_and_mean(share: float) -> None:
 def test_the_asked_share_of_events_is_shown_as_unknown_and_all_else_is_as_without() -> None:
     chunks = coded_chunks([4000, 3999], [(0, 3), (1, 9)])
     without, batch = cut(chunks, 1), cut(chunks, 1, unknown_share=0.2)
-    assert without.known is None and batch.known is not None
-    assert set(batch.known.tolist()) == {0.0, 1.0}
-    assert float(1 - batch.known.mean()) == pytest.approx(0.2, abs=0.02)
-    assert batch.tensors().keys() - without.tensors().keys() == {"known"}
+    assert without.hidden is None and batch.hidden is not None
+    assert float(batch.hidden.float().mean()) == pytest.approx(0.2, abs=0.02)
+    assert batch.tensors().keys() - without.tensors().keys() == {"hidden"}
     for name, tensor in without.tensors().items():
         assert torch.equal(batch.tensors()[name], tensor), name
 

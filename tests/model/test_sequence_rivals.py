@@ -161,7 +161,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
     known = np.random.default_rng(0).random(len(packed.item)) >= unknown_share
     with torch.no_grad():
         model.item_table[0] = 0.0  # as it is in every model but this one, whose parameters all matter
-    batch = replace(batch, known=torch.from_numpy(known.astype(np.float32)) if unknown_share else None)
+    batch = replace(batch, hidden=torch.from_numpy(~known) if unknown_share else None)
     asked = replace(packed, item=np.where(known, packed.item, 0))
     found = model.losses(batch, model.item_table[batch.rows], OptimConfig())
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vista.choices import Decay, Mixing, Precision, TargetAttentionKind
@@ -129,19 +130,29 @@ def test_an_event_shown_as_unknown_is_one_of_an_unknown_item(make: SimpleNamespa
     hidden = torch.rand(len(chunks.item)) < 0.4
     batch = make.batch(chunks, make.plan(model))
     unknown = make.batch(replace(chunks, item=np.where(hidden.numpy(), 0, chunks.item)), make.plan(model))
-    shown = replace(batch, known=(~hidden).float())
+    shown = replace(batch, hidden=hidden)
     for one, other in zip(make.outputs(model, shown), make.outputs(model, unknown), strict=True):
         torch.testing.assert_close(one, other)
-    assert torch.equal(shown.label, batch.label), "it is a label all the same"
-    # What is reconstructed are the events as they were, from a summary that has not seen all of them.
-    losses = [model.losses(each, model.item_vectors(each.rows), OptimConfig()).parts for each in (batch, shown)]
-    assert losses[0]["reconstruction"] != losses[1]["reconstruction"]
-    vectors = model.item_vectors(batch.rows).detach().requires_grad_()
-    none_known = replace(shown, known=torch.zeros(len(hidden)))
-    model.losses(none_known, vectors, OptimConfig(next_weight=0, reconstruction_weight=0)).total.backward()
-    assert vectors.grad is not None
-    learnt = vectors.grad.any(1).nonzero().flatten()
-    assert len(learnt) and torch.isin(learnt, batch.candidate).all(), "nothing reaches what is not shown"
+    # As labels they are what they are.
+    is_label = batch.label >= 0
+    items = F.normalize(model.item_table.detach()[1:], dim=-1)
+    scores = make.outputs(model, shown)[0][is_label] @ items.T / model.config.temperature
+    with torch.no_grad():
+        losses = model.losses(shown, model.item_vectors(shown.rows), OptimConfig())
+    expected = F.cross_entropy(scores, batch.rows[batch.label[is_label]] - 1)
+    torch.testing.assert_close(losses.parts["next"], expected)
+
+    def learnt(**weights: float) -> torch.Tensor:
+        """The items that a batch moves that shows none of its events."""
+        vectors = model.item_vectors(batch.rows).detach().requires_grad_()
+        every = replace(batch, hidden=torch.ones_like(hidden))
+        model.losses(every, vectors, OptimConfig(next_weight=0, **weights)).total.backward()
+        assert vectors.grad is not None
+        return vectors.grad.any(1).nonzero().flatten()
+
+    of_tasks, of_reconstruction = learnt(reconstruction_weight=0), learnt(task_weight=0)
+    assert len(of_tasks) and torch.isin(of_tasks, batch.candidate).all(), "nothing reaches what is not shown"
+    assert torch.isin(of_reconstruction, batch.item).sum() > 4, "what is reconstructed are the events themselves"
 
 
 @pytest.mark.parametrize("kind", TargetAttentionKind)

@@ -55,6 +55,8 @@ def assert_same_result(run_dir: Path, reference: Path) -> None:
     assert rows == other_rows
 
 
+LONG = {"optim__epochs": 3, "checkpoint_every": 2, "data__unknown_share": 0.2}
+"""Of the run that is ended anywhere, and must end in the same bits."""
 # Forks a trainer again and again, ends it at a random moment after some progress, and reports how each one ended.
 DRIVER = """
 import json, os, random, signal, sys, time
@@ -97,7 +99,7 @@ def end_one(config, signal_number):
 trainer.train(small_config(log, folder / "warm", optim__epochs=1), log)  # lazy imports, once for all forks
 codes = {}
 for ending, signal_number, times in (("kill", signal.SIGKILL, 8), ("interrupt", signal.SIGINT, 3)):
-    config = small_config(log, folder / ending, optim__epochs=3, checkpoint_every=2)
+    config = small_config(log, folder / ending, **json.loads(sys.argv[3]))
     codes[ending] = [end_one(config, signal_number) for _ in range(times)]
     trainer.train(config, log)
 print(json.dumps(codes))
@@ -108,7 +110,7 @@ print(json.dumps(codes))
 def ended(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
     """Folder of the runs that DRIVER ended again and again, and the exit codes."""
     folder = tmp_path_factory.mktemp("ended")
-    done = run_python(DRIVER, str(event_log.path), str(folder))
+    done = run_python(DRIVER, str(event_log.path), str(folder), json.dumps(LONG))
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout.splitlines()[-1])
 
@@ -119,7 +121,7 @@ def uninterrupted(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory)
     run_dir = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "METRICS_EVERY", 1)
-        train(small_config(event_log, run_dir, optim__epochs=3, checkpoint_every=2), event_log)
+        train(small_config(event_log, run_dir, **LONG), event_log)
     return run_dir
 
 
@@ -153,7 +155,7 @@ def test_interrupt_leaves_a_checkpoint_of_that_very_step(
             os.kill(os.getpid(), signal.SIGINT)
         return make(source, epoch, index)
 
-    config = small_config(event_log, tmp_path, optim__epochs=3)
+    config = small_config(event_log, tmp_path, **LONG | {"checkpoint_every": 1000})
     with monkeypatch.context() as patch:
         patch.setattr(BatchSource, "batch", batch)
         with pytest.raises(KeyboardInterrupt, match=r"stopped at step \d+; the same command resumes it"):
@@ -178,7 +180,7 @@ def test_a_crash_between_validation_and_checkpoint_writes_no_line_twice(
         return save(folder, step, tensors, state)
 
     # With a checkpoint each step there is one of the epoch's last step, from before its validation.
-    config = small_config(event_log, tmp_path, optim__epochs=3, checkpoint_every=1)
+    config = small_config(event_log, tmp_path, **LONG | {"checkpoint_every": 1})
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "save_checkpoint", save_or_crash)
         with pytest.raises(SystemExit):
@@ -289,8 +291,8 @@ def test_resume_on_another_log_is_refused_and_anew_it_starts_from_nothing(
     monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
     other = EventLog.from_frame(small_frame(5), tmp_path / "log", time_unit="ms", action="action", rating="rating")
     run_dir = tmp_path / "run"
-    train(small_config(other, run_dir, optim__epochs=3, checkpoint_every=2), other)
-    config = small_config(event_log, run_dir, optim__epochs=3, checkpoint_every=2)
+    train(small_config(other, run_dir, **LONG), other)
+    config = small_config(event_log, run_dir, **LONG)
     with pytest.raises(ConfigError, match=r"another log \("):
         train(config, event_log)
     config.resume = False
@@ -325,7 +327,7 @@ def test_a_line_of_metrics_cut_off_by_a_crash_is_dropped(
     shutil.rmtree(latest_checkpoint(run_dir / "checkpoints"))  # type: ignore[arg-type]
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')
-    train(small_config(event_log, run_dir, optim__epochs=3, checkpoint_every=2), event_log)
+    train(small_config(event_log, run_dir, **LONG), event_log)
     assert_same_result(run_dir, uninterrupted)
 
 

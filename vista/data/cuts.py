@@ -115,8 +115,8 @@ class Batch:
     """int64 [NR]."""
     logit_adjustment: Tensor | None = None
     """float32 [R] added to an item's logits in training alone, as a label and as a negative (optim.logq_strength)."""
-    known: Tensor | None = None
-    """float32 [T]: 0 where training shows an event's item as the unknown one, else 1; None: all are known."""
+    hidden: Tensor | None = None
+    """bool [T]: where training shows an event's item as the unknown one (`data.unknown_share`); None: nowhere."""
     stored_summary: Tensor | None = None
     """float32 [B, S, M] of the chunks, from a store: then `window_cut` indexes these, and there are no cuts."""
 
@@ -246,10 +246,8 @@ def cut_batch(
     # Views of the log cannot be written, which torch objects to: those few are copied.
     writable = {name: np.require(values, requirements=["C", "W"]) for name, values in tensors.items()}
     made = {name: torch.from_numpy(values) for name, values in writable.items()}
-    known = None
-    if plan.unknown_share > 0:
-        known = torch.from_numpy((rng.random(T) >= plan.unknown_share).astype(np.float32))
-    return Batch(rating=rating, known=known, stored_summary=stored, **made)
+    hidden = torch.from_numpy(rng.random(T) < plan.unknown_share) if plan.unknown_share > 0 else None
+    return Batch(rating=rating, hidden=hidden, stored_summary=stored, **made)
 
 
 def _take(values: Int, index: Int) -> Int:

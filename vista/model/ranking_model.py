@@ -111,7 +111,7 @@ class RankingModel(nn.Module):
         """[T, M] vectors of the items of a batch's events, 0 for those that training shows as unknown."""
         vectors = item_vectors[batch.item]
         # A row of the table that stood for them would get a gradient, and no longer be 0.
-        return vectors if batch.known is None else vectors * batch.known.unsqueeze(-1).to(vectors.dtype)
+        return vectors if batch.hidden is None else vectors.masked_fill(batch.hidden.unsqueeze(-1), 0.0)
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         """All losses of one batch.

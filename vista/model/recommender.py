@@ -89,9 +89,7 @@ class Recommender(RankingModel):
             parts.update(zip(self.schema.tasks, losses, strict=True))
             total = total + optim.task_weight * losses.sum()
         if self.decoder is not None and optim.reconstruction_weight > 0 and len(batch.reconstruction_cut):
-            if batch.known is not None:  # what is to be reconstructed are the events themselves
-                events = self.encoder(item_vectors[batch.item], batch.action, batch.gap, batch.rating)
-            parts["reconstruction"] = self._reconstruction(batch, events, summaries)
+            parts["reconstruction"] = self._reconstruction(batch, item_vectors, events, summaries)
             total = total + optim.reconstruction_weight * parts["reconstruction"]
         return Losses(total, parts)
 
@@ -155,11 +153,14 @@ class Recommender(RankingModel):
             batch.logit_adjustment,
         )
 
-    def _reconstruction(self, batch: Batch, events: Tensor, summaries: Tensor) -> Tensor:
+    def _reconstruction(self, batch: Batch, item_vectors: Tensor, events: Tensor, summaries: Tensor) -> Tensor:
         assert self.decoder is not None
         start = batch.reconstruction_start
         index, _, offsets = _gather_ranges(start, start + batch.reconstruction_len)
         target = events[index]
+        if batch.hidden is not None:  # what is to be reconstructed are the events themselves
+            rating = None if batch.rating is None else batch.rating[index]
+            target = self.encoder(item_vectors[batch.item[index]], batch.action[index], batch.gap[index], rating)
         age = batch.cut_stop[batch.reconstruction_cut] - start
         predicted = self.decoder(summaries[batch.reconstruction_cut], target, offsets, age)
         return reconstruction_loss(predicted, target, stop_gradient=self.config.stop_gradient)
