@@ -292,7 +292,7 @@ def test_a_setting_that_a_line_does_not_know_had_its_first_default() -> None:
     before["model"] = {k: v for k, v in now["model"].items() if k not in ("search", "target_attention")}
     del before["data"]["num_negatives"]
     former = "model.target_attention (softmax -> pointwise)"
-    assert reproduce._changes(before, now) == [former, "data.exclude_seen (True -> False)"]
+    assert reproduce._changes(before, now) == ["data.exclude_seen (True -> False)", former]
     assert "target_attention" not in reproduce._recorded(SIMULATION, SIMULATION.rows["sasrec"])["model"]
     for name in ("din", "sim-hard", "truth"):
         assert "exclude_seen" not in reproduce._recorded(SIMULATION, SIMULATION.rows[name])["data"]

@@ -307,9 +307,9 @@ def without_places(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def first_defaults() -> dict[str, dict[str, Any]]:
-    """Groups model, data and optim as runs and results mean them that were made before one of their keys was."""
+    """Groups data, model and optim as runs and results mean them that were made before one of their keys was."""
     values = to_dict(TrainConfig())
-    return {"model": values["model"] | FIRST_DEFAULTS, "data": values["data"], "optim": values["optim"]}
+    return {"data": values["data"], "model": values["model"] | FIRST_DEFAULTS, "optim": values["optim"]}
 
 
 @dataclass(kw_only=True, slots=True)

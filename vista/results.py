@@ -189,6 +189,7 @@ def recorded_defaults() -> dict[str, dict[str, Any]]:
 
 
 def _completed(config: Mapping[str, Any], usual: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """With what its younger settings did, by `recorded_defaults`."""
     return {name: usual.get(name, {}) | own if isinstance(own, dict) else own for name, own in config.items()}
 
 
