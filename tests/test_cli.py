@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vista import cli, config, config_data
+from vista import cli, config, config_data, config_store
 from vista.composition import NAME_OF_SCHEMA, compose_config, conf_dir, config_file_name, groups_of, options_of
 from vista.config_text import ConfigKeys, to_yaml
 from vista.errors import ConfigError, DataError
@@ -373,10 +373,23 @@ def test_conf_folder_that_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         conf_dir()
 
 
-def test_on_missing_nan_is_a_choice_and_misread_ids_are_refused() -> None:
-    composed = compose_config(config.ScoreConfig, ["on_missing=nan", "users=[1,u2,'1e5']"])
-    assert composed.on_missing is config.OnMissing.nan
-    assert composed.users == ["1", "u2", "1e5"]
-    for word in ("users=[1e5]", "users=[true]"):
-        with pytest.raises(ConfigError, match="quote an id"):
-            compose_config(config.ScoreConfig, [word])
+def test_on_missing_nan_is_a_choice() -> None:
+    assert compose_config(config.ScoreConfig, ["on_missing=nan"]).on_missing is config.OnMissing.nan
+
+
+@pytest.mark.parametrize("word", ["1_000", "+5", "-0", "1e5", "true", "012", "nan", "1:30", "0x1F", "u_2", "42"])
+def test_an_id_is_taken_as_it_is_written(word: str, tmp_path: Path) -> None:
+    # Hydra and YAML would read most of these as another number or a truth value: another user.
+    ids = [word, "a,b", word]
+    assert compose_config(config_store.StoreEraseConfig, [f"users=[{word}, 'a,b',{word}]", "store=s"]).users == ids
+    assert compose_config(config_store.StoreGetConfig, [f"user={word}", "store=s"]).user == word
+    (tmp_path / "ids.yaml").write_text(f"store: s\nusers: [{word}, 'a,b', {word}]\n")
+    assert compose_config(config_store.StoreEraseConfig, config_file=tmp_path / "ids.yaml").users == ids
+    (tmp_path / "columns.yaml").write_text(f"out: o\nevents: {{paths: [x.csv], user: {word}}}\n")
+    prepare = compose_config(config_data.PrepareConfig, config_file=tmp_path / "columns.yaml")
+    assert prepare.events.user == word
+
+
+def test_a_number_in_a_dict_of_texts_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"events.user: 1000 was read as a number.*write events.user=... by itself"):
+        compose_config(config_data.PrepareConfig, ["out=o", "events={paths:[x.csv],user:1_000}"])

@@ -6,6 +6,7 @@ values are then set one by one, so that an error can name the word that caused i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -46,6 +47,9 @@ from vista.config_text import ConfigKeys, value_text
 from vista.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
+
+_ELEMENT = re.compile(r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\\.|[^,'"\\])+""")
+"""An element of a list in Hydra's grammar: quoted parts and escaped signs may hold commas."""
 
 NAME_OF_SCHEMA: dict[type, str] = {
     SimulateConfig: "simulate",
@@ -126,11 +130,11 @@ def compose_config(
     keys, groups = ConfigKeys.of(schema), groups_of(name)
     choices: dict[str, str] = {}
     values: dict[str, Any] = {}
-    for key, value in [*_words_of_file(config_file), *(_parse(word) for word in overrides)]:
+    for key, value, written in [*_words_of_file(config_file), *(_parse(word) for word in overrides)]:
         if key in groups and not isinstance(value, dict):
             choices[key] = _option(key, value)
             continue
-        for leaf, leaf_value in _leaves(key, value, keys, name, groups):
+        for leaf, leaf_value in _leaves(key, value, written, keys, name, groups):
             values.pop(leaf, None)
             values[leaf] = leaf_value
     config = _compose_groups(name, choices)
@@ -165,8 +169,8 @@ def _cause(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _parse(word: str) -> tuple[str, Any]:
-    """One `key=value` word -> its key and value."""
+def _parse(word: str) -> tuple[str, Any, str]:
+    """One `key=value` word -> its key, its value, and that as it is written."""
     if word.startswith("~"):
         raise ConfigError(f"cannot read '{word}': a key cannot be deleted, only set; write null for no value")
     if "=" not in word:
@@ -182,21 +186,23 @@ def _parse(word: str) -> tuple[str, Any]:
         raise ConfigError(f"cannot read '{word}': a group goes where the schema has it; write it without @")
     if override.is_sweep_override():
         raise ConfigError(f"cannot read '{word}': one value a run; a list is written {override.key_or_group}=[a,b]")
-    return override.key_or_group, override.value()
+    return override.key_or_group, override.value(), word.partition("=")[2]
 
 
-def _words_of_file(path: str | Path | None) -> list[tuple[str, Any]]:
+def _words_of_file(path: str | Path | None) -> list[tuple[str, Any, Any]]:
+    """The keys of a file, their values, and those with every scalar as it is written."""
     if path is None:
         return []
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
+        written = yaml.load(Path(path).read_bytes(), yaml.BaseLoader) or {}
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not readable as YAML: {_cause(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: holds a list; it must hold keys, as `--cfg` prints them")
-    return [(str(key), value) for key, value in content.items()]
+    return [(str(key), value, text) for (key, value), text in zip(content.items(), written.values(), strict=True)]
 
 
 def _option(group: str, option: Any) -> str:
@@ -213,21 +219,40 @@ def _hint(matches: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(dict.fromkeys(matches))}?" if matches else ""
 
 
-def _leaves(key: str, value: Any, keys: ConfigKeys, name: str, groups: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _leaves(
+    key: str, value: Any, written: Any, keys: ConfigKeys, name: str, groups: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
     """Single values of a word, whose value may be a dict of them."""
     if key in keys.keys:
-        yield key, value
+        yield key, _as_written(key, value, written) if keys.keys[key].is_text else value
     elif key not in keys.sections:
         matches = [*([] if "." in key else get_close_matches(key, groups, n=1)), *keys.matches(key)]
         raise ConfigError(f"unknown key '{key}'{_hint(matches)} (vista {name} --help lists all)")
     elif isinstance(value, dict):
-        for inner, inner_value in value.items():
-            yield from _leaves(f"{key}.{inner}", inner_value, keys, name, groups)
+        texts = written.values() if isinstance(written, dict) else [None] * len(value)
+        for (inner, inner_value), text in zip(value.items(), texts, strict=True):
+            yield from _leaves(f"{key}.{inner}", inner_value, text, keys, name, groups)
     elif value is None and keys.sections[key].optional:
         yield key, None
     else:
         examples = [known for known in keys.keys if known.startswith(f"{key}.")][:3]
         raise ConfigError(f"{key}: is a group of keys, not a value; set {', '.join(examples)}, ...")
+
+
+def _as_written(key: str, value: Any, written: Any) -> Any:
+    """Texts as they are written. Hydra and YAML read 1_000, 1e5 and true as something else, and an id is a text."""
+    if isinstance(value, list):
+        texts = _ELEMENT.findall(written.strip()[1:-1]) if isinstance(written, str) else written
+        if texts is None or len(texts) != len(value):  # lists in lists, which no key takes
+            texts = [None] * len(value)
+        return [_as_written(key, one, text) for one, text in zip(value, texts, strict=True)]
+    if not isinstance(value, bool | int | float):
+        return value
+    if not isinstance(written, str):
+        raise ConfigError(
+            f"{key}: {value_text(value)} was read as a number or a truth value; write {key}=... by itself"
+        )
+    return written.strip()
 
 
 def _assign(config: DictConfig, key: str, value: Any, keys: ConfigKeys) -> None:
@@ -240,13 +265,6 @@ def _assign(config: DictConfig, key: str, value: Any, keys: ConfigKeys) -> None:
     known = keys.keys[key]
     if known.choices and isinstance(value, float) and value != value:
         value = "nan"  # Hydra's grammar reads the word as a number; here it is a choice (on_missing=nan).
-    if known.type_text == "[str, ...]" and isinstance(value, list):
-        misread = [word for word in value if isinstance(word, (bool, float))]
-        if misread:
-            raise ConfigError(
-                f"{key}: {misread[0]} was read as a number or a truth value; quote an id that looks like one: "
-                f"{key}=[\"'1e5'\"]"
-            )
     try:
         OmegaConf.update(config, key, value, merge=True)
     except OmegaConfBaseException as error:

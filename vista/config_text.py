@@ -36,6 +36,11 @@ class ConfigKey:
     choices: tuple[str, ...] = ()
     """Every spelling of an enum that is accepted."""
 
+    @property
+    def is_text(self) -> bool:
+        """A str, or a list of them."""
+        return self.type_text.removesuffix(" or null") in ("str", "[str, ...]")
+
 
 @dataclass(frozen=True, slots=True)
 class ConfigSection:

@@ -23,6 +23,10 @@ class LogBusyError(DataError):
     """Another process writes the EventLog; nothing is wrong with the data, so try again."""
 
 
+class LogWriteError(DataError):
+    """An EventLog's files cannot be written just now; nothing is wrong with the data, so free space and try again."""
+
+
 class MissingDependencyError(VistaError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
 

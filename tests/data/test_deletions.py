@@ -295,7 +295,7 @@ class TestCommands:
             (["forget", "events=a.csv"], "time_unit: say in which unit column 'timestamp' of a.csv counts (s, ms"),
             (["forget", "events=b.csv", "time_unit=s"], "column 'timestamp' is missing; the file has: user, item;"),
             (["forget", "events=a.csv", "time_unit=ms"], "a.csv: row 1 (user 1, item 2, timestamp 20) match no event"),
-            (["erase", "users=[x]"], "users: ids are integers in log, got x"),
+            (["erase", "users=[x]"], "users: ids are integers here, got x"),
             (["erase"], "users: name at least one user to erase"),
         ],
     )

@@ -17,11 +17,12 @@ from vista.data.event_log import EventLog
 from vista.errors import ConfigError, StoreError
 from vista.refresh import forget, merge, refresh, refresh_incremental
 from vista.scorer import Scorer
-from vista.store import SummaryStore
+from vista.store import SummaryStore, user_keys
 from vista.store.administration import copy_generation
 from vista.store.layout import environment_path
 from vista.store.parquet import export_store, import_store
 from vista.store.parts import Shard, StoreParts, divide, open_store, stores_in
+from vista.store.updates import StoreUpdate
 
 
 def test_parts_are_one_store(tmp_path: Path, grow: SimpleNamespace) -> None:
@@ -135,14 +136,49 @@ def test_merge_refuses_what_does_not_add_up(tmp_path: Path, grow: SimpleNamespac
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7}))
     refresh(model, log, tmp_path / "store")
-    log = grow.append(tmp_path / "log", grow.events({1: 1}, grow.start + 500 * grow.hour))
-    with pytest.raises(StoreError, match=r"state of user 1 is of 7 events, but .* has 8; refresh that store first"):
+    log = grow.append(tmp_path / "log", grow.events({2: 1}, grow.start + 500 * grow.hour))
+    with pytest.raises(StoreError, match=r"has seen segment 1, but .*log ends at 2.*; refresh that store first"):
         merge(model, [(tmp_path / "store", log)], tmp_path / "merged")
+    other = grow.append(tmp_path / "other", grow.events({1: 6}))
+    with pytest.raises(StoreError, match=r"is another log; refresh that store first"):
+        merge(model, [(tmp_path / "store", other)], tmp_path / "merged")
+    refresh_incremental(model, log, tmp_path / "store")
+    with StoreUpdate.open(
+        tmp_path / "store", summarizer_id=model.summarizer_id(), applied_segment=2, created_at=0
+    ) as update:  # what an incremental refresh does whose summary cannot be stored
+        update.remove_states(user_keys([1]))
+    with pytest.raises(StoreError, match=r"has no state of user 1; refresh that store in full"):
+        merge(model, [(tmp_path / "store", log)], tmp_path / "merged")
+    assert not (tmp_path / "merged" / "CURRENT").exists()
     refresh(model, log, tmp_path / "past", until="leave-last-out")
     with pytest.raises(StoreError, match="keeps no states"):
         merge(model, [(tmp_path / "past", log)], tmp_path / "merged")
     with pytest.raises(ConfigError, match="has no states"):
         merge(grow.model(num_seeds=0), [(tmp_path / "past", log)], tmp_path / "merged")
+
+
+def test_merged_records_are_authenticated_as_their_parts(tmp_path: Path, grow: SimpleNamespace) -> None:
+    model, key, parts = grow.model(), bytes(range(32)), []
+    for part, lengths in enumerate(({1: 7, 2: 3}, {1: 4, 3: 2})):
+        log = grow.append(tmp_path / f"log-{part}", grow.events(lengths))
+        refresh(model, log, tmp_path / f"store-{part}", key=key)
+        parts.append((tmp_path / f"store-{part}", log))
+    with pytest.raises(StoreError, match="key"):
+        merge(model, parts, tmp_path / "merged")
+    merge(model, parts, tmp_path / "merged", key=key, shared_with_group=True)
+    assert environment_path(tmp_path / "merged", 1).stat().st_mode & 0o7777 == 0o2750
+    with SummaryStore.open(tmp_path / "merged", key=key) as store:
+        assert store.get_many([1, 2, 3]).event_count.tolist() == [11, 3, 2]
+
+
+def test_a_store_of_the_past_forgets_nothing(tmp_path: Path, grow: SimpleNamespace) -> None:
+    model, log = grow.model(), grow.append(tmp_path / "log", grow.events({1: 30, 2: 5}))
+    refresh(model, log, tmp_path / "past", until="leave-last-out")
+    history = log[1].slice(0, 4, 6)
+    gone: dict[str, Any] = {"user": [1, 1], "item": log.items.ids(history.item), "timestamp": history.timestamp}
+    with pytest.raises(ConfigError, match="was refreshed until=leave-last-out, so it never goes on"):
+        forget(model, log, tmp_path / "past", gone)
+    assert EventLog.open(log.path).num_events == 35
 
 
 def test_forgotten_events_leave_store_and_log(tmp_path: Path, grow: SimpleNamespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -166,6 +167,25 @@ def test_busy_moments_lose_no_file(
     (tmp_path / "incoming" / "a.csv").unlink()
     served = watching.look()
     assert served.refreshes and served.lag_s is not None and served.lag_s >= 60
+    expect(watched, grow, tmp_path, 17)
+
+
+def test_a_full_disk_loses_no_file(
+    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    watching = Watch(watched)
+    arrive(tmp_path / "incoming", "a.csv", grow.events({1: 3}, grow.start + 500 * grow.hour))
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vista.data.segment_writer.sync", full)
+        served = watching.look()
+    assert (served.files, served.refused, served.refreshes) == (0, 0, [])
+    assert "free disk space" in caplog.text and "the next look tries again" in caplog.text
+    assert watching.look().files == 1
     expect(watched, grow, tmp_path, 17)
 
 

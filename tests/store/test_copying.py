@@ -18,7 +18,7 @@ from vista.store import SummaryStore, user_keys
 from vista.store.administration import compact_store, copy_generation
 from vista.store.inspection import verify_store
 from vista.store.layout import environment_path, list_generations, read_current
-from vista.store.parquet import export_store
+from vista.store.parquet import export_store, import_store
 from vista.store.updates import erase, served_manifest
 from vista.store.whole_generations import GenerationBuilder, GenerationReader, open_generation
 
@@ -66,6 +66,21 @@ def test_a_rollout_in_two_steps_keeps_the_generation_before(tmp_path, build):
     assert list_generations(target) == [2, 3]
     assert "is served" in str(copy_generation(source, target, publish=False))
     assert copy_generation(source, target, generation=2).generation == 2 and read_current(target) == 2
+
+
+def test_where_current_is_damaged_no_generation_is_removed(tmp_path, build):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    export_store(source, tmp_path / "all.parquet")
+    for salt, digest in enumerate(("log-1", "log-2")):
+        build.write_store(target, salt=salt + 1, run_digest=digest)
+    (target / "CURRENT").write_bytes(bytes(6))
+    assert copy_generation(source, target).generation == 3
+    assert (read_current(target), list_generations(target)) == (3, [1, 2, 3])
+    (target / "CURRENT").write_bytes(bytes(6))
+    import_store(tmp_path / "all.parquet", target)
+    assert (read_current(target), list_generations(target)) == (4, [1, 2, 3, 4])
+    assert verify_store(target).num_problems == 0
 
 
 def put_then_die(after: int) -> None:

@@ -37,6 +37,18 @@ def test_a_store_that_lost_most_of_its_users_at_once_opens(tmp_path, build, monk
     assert found == expected
 
 
+def test_lmdb_that_makes_no_lock_file(tmp_path, build, monkeypatch):
+    """As on a file system that is mounted read-only, where it reads without a lock."""
+    build.write_store(tmp_path)
+    (environment_path(tmp_path, 1) / "lock.mdb").unlink()
+    lmdb_open = lmdb.open
+    monkeypatch.setattr("vista.store.data_file._make_reader_table", lambda path, max_readers: None)
+    monkeypatch.setattr("vista.store.data_file.lmdb.open", lambda *a, **options: lmdb_open(*a, **options, lock=False))
+    with SummaryStore.open(tmp_path) as store:
+        assert store.get_many(range(40)).found.all()
+    assert not (environment_path(tmp_path, 1) / "lock.mdb").exists()
+
+
 def test_a_file_that_cannot_be_given_its_size(tmp_path, build, monkeypatch):
     build.write_store(tmp_path, total_users=600)
     users = np.random.default_rng(0).permutation(600).tolist()

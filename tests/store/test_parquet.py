@@ -204,6 +204,8 @@ def test_an_export_that_fails_leaves_the_old_file(tmp_path, build):
         export_store(tmp_path / "store", file)
     with pytest.raises(StoreError, match=r"cannot be written"):
         export_store(tmp_path / "served", tmp_path / "none" / "out.parquet")
+    with pytest.raises(StoreError, match=r"cannot be written: .*Not a directory"):
+        export_store(tmp_path / "served", file / "out.parquet")
     assert file.read_bytes() == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "served", "store"]
 

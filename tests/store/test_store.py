@@ -155,6 +155,8 @@ def test_a_wanted_summarizer_is_served_from_the_kept_generation(tmp_path, build,
     with SummaryStore.open(tmp_path, summarizer_id=build.summarizer()) as again:
         assert again.generation == 1
     assert "wanted" in caplog.text
+    with pytest.raises(StoreError, match="holds tails of 4 events, the model reads 5"):
+        SummaryStore.open(tmp_path, summarizer_id=build.summarizer(), tail_len=5)
     with SummaryStore.open(tmp_path, summarizer_id=build.summarizer("b")) as newer:
         assert newer.generation == 2
     pinned.close()

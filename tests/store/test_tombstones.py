@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 import vista
-from vista.errors import StoreLockedError
+from vista.errors import StoreLockedError, StoreWriteError
 from vista.store import StoreWriter, SummaryStore, flock, locks, user_keys
 from vista.store.administration import roll_back
 from vista.store.data_file import check_structure
@@ -126,6 +127,28 @@ def test_an_erasure_that_was_killed_after_its_tombstone_is_ended_by_who_publishe
     with SummaryStore.open(tmp_path) as store:
         assert store.generation == 1 and store.get_many([7, 8]).found.tolist() == [False, True]
     assert verify_store(tmp_path).num_problems == 0
+
+
+def test_a_tombstone_that_the_disk_refused_does_not_count_and_a_known_one_is_made_durable(tmp_path, build, monkeypatch):
+    build.write_store(tmp_path)
+    synced, fsync = [], os.fsync
+
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vista.store.tombstones.os.fsync", failing)
+        with pytest.raises(StoreWriteError, match="nobody is erased, check the disk and try again"):
+            erase(tmp_path, [7])
+    assert Tombstones(tmp_path).erased(user_keys([7])) == [False]
+    with SummaryStore.open(tmp_path) as store:
+        assert store.get_many([7]).found.tolist() == [True]
+    # A kill between write and fsync leaves a digest that is known and perhaps not on the disk: the next one syncs it.
+    with locks.erasing(tmp_path):
+        Tombstones(tmp_path).add(user_keys([7]))
+    monkeypatch.setattr("vista.store.tombstones.os.fsync", lambda descriptor: (synced.append(1), fsync(descriptor)))
+    assert erase(tmp_path, [7]) == 1 and synced
+    assert len(Tombstones(tmp_path)) == 1
 
 
 STOPPED = """

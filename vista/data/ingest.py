@@ -23,6 +23,7 @@ from vista.choices import OnBadRows
 from vista.config_data import PrepareConfig, SourceConfig
 from vista.data.event_log import EventLog
 from vista.data.frames import to_polars
+from vista.data.gaps import YEAR_1971_MS
 from vista.data.packing import BUCKET_EVENTS, ITEM_ROW, USER_ROW, distinct, extended, pack, rows_of
 from vista.data.parts import Part, read_part, write_quarantine
 from vista.data.prepare_report import PrepareReport, Stages
@@ -36,7 +37,6 @@ from vista.errors import ConfigError, DataError, TakenError
 
 __all__ = ["PrepareReport", "prepare", "prepare_frames"]
 _LOG = logging.getLogger("vista.prepare")
-_YEAR_1971_MS = 31_536_000_000
 
 
 def prepare(config: PrepareConfig, *, bucket_events: int = BUCKET_EVENTS) -> PrepareReport:
@@ -311,7 +311,7 @@ def _write(
         },
     )
     warnings = []
-    if last_ms is not None and last_ms < _YEAR_1971_MS:
+    if last_ms is not None and last_ms < YEAR_1971_MS:
         warnings.append("all times lie before 1971: check events.time_unit (seconds read as milliseconds look so)")
     if log and (new := actions[len(log.actions) :]):
         warnings.append(

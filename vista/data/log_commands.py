@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
-
 from vista.config_data import LogCompactConfig, LogEraseConfig, LogForgetConfig, LogStatsConfig
 from vista.data.compaction import CompactionReport, compact_log
 from vista.data.deletions import DeletionReport, erase_users, forget_file
 from vista.data.event_log import EventLog
-from vista.errors import ConfigError
+from vista.data.vocabulary import ids_of_words
 
 
 def log_forget(config: LogForgetConfig) -> DeletionReport:
@@ -26,12 +24,7 @@ def log_erase(config: LogEraseConfig) -> DeletionReport:
     Raises:
         ConfigError: no user is named, or an id is text where the log's are integers.
     """
-    users: list[int] | list[str] = config.users
-    if EventLog.open(config.data).users.kind == "int":
-        try:
-            users = np.array([int(word) for word in config.users], np.int64).tolist()
-        except (ValueError, OverflowError):
-            raise ConfigError(f"users: ids are integers in {config.data}, got {', '.join(config.users)}") from None
+    users = ids_of_words(config.users, "users", EventLog.open(config.data).users.kind)
     return erase_users(config.data, users)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from vista.data.segment import FORMAT, VERSION, find_segments
-from vista.errors import DataError, LogBusyError
+from vista.errors import LogBusyError, LogWriteError
 from vista.files import sync
 
 
@@ -127,7 +127,8 @@ def staged_folder(target: Path) -> Iterator[Path]:
     writer left in it is removed.
 
     Raises:
-        DataError: if the place cannot be written, another writer is at work, or `target` appeared meanwhile.
+        LogWriteError: if the place cannot be written.
+        LogBusyError: another writer is at work, or `target` appeared meanwhile.
     """
     staging = target.parent / f".{target.name}.tmp"
     try:
@@ -136,7 +137,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     except BlockingIOError:
         raise LogBusyError(f"{target}: another process is writing it right now; wait for it to end") from None
     except OSError as error:
-        raise DataError(f"{target}: cannot be written ({error.strerror}); choose another `out`") from error
+        raise LogWriteError(f"{target}: cannot be written ({error.strerror}); choose another `out`") from error
     try:
         for leftover in staging.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -148,11 +149,13 @@ def staged_folder(target: Path) -> Iterator[Path]:
         try:
             os.rename(staging, target)
         except OSError as error:
-            raise DataError(f"{target}: appeared while it was being written ({error.strerror}); try again") from error
+            raise LogBusyError(
+                f"{target}: appeared while it was being written ({error.strerror}); try again"
+            ) from error
         sync(target.parent)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise DataError(f"{target}: writing failed ({error}); free disk space, or choose another `out`") from error
+        raise LogWriteError(f"{target}: writing failed ({error}); free disk space, or choose another `out`") from error
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

@@ -196,10 +196,3 @@ def format_reference(rows: Sequence[Reference]) -> str:
         figures = f"{row.auc:7.4f} {row.auc_error:6.4f} {row.ne:7.4f}"
         lines.append(f"{row.task:10} {row.predictor:14} {figures}   {row.num_impressions} ({row.impressions})")
     return "\n".join(lines)
-
-
-def print_reference(log: SimulatedLog, *, tasks: Sequence[str] = TASKS, impressions: str = "test") -> list[Reference]:
-    """Print the table of `reference_metrics` and return its rows."""
-    rows = reference_metrics(log, tasks=tasks, impressions=impressions)
-    print(format_reference(rows))
-    return rows

@@ -175,7 +175,6 @@ class _Interests:
     """[U]"""
     episode_start: NDArray[np.int64]
     """[E] packed index of the first event."""
-    episode_user: NDArray[np.int64]
     episode_ordinal: NDArray[np.int64]
     active: NDArray[np.uint8]
     """[E, 4] the episode's interest, the interest before it, two passing topics."""
@@ -219,7 +218,7 @@ def _draw_interests(rng: np.random.Generator, config: SimulateConfig, offsets: N
     active[:, 0] = order[user, ordinal % slow]
     active[:, 1] = order[user, np.maximum(ordinal - 1, 0) % slow]
     active[:, 2:] = _other_topics(rng, order, slow[:, None], user[:, None], (len(start), 2))
-    return _Interests(order, num_slow, start, user, ordinal, active)
+    return _Interests(order, num_slow, start, ordinal, active)
 
 
 def _other_topics(

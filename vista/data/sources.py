@@ -33,7 +33,7 @@ import numpy as np
 
 from vista.config_data import SourceConfig
 from vista.data.polars_extra import pl
-from vista.errors import ConfigError, DataError
+from vista.errors import ConfigError, DataError, LogWriteError
 
 ROW, EXTRA = "row", "extra"
 MOVIELENS_COLUMNS = ("user", "item", "rating", "timestamp")
@@ -146,7 +146,7 @@ def unreadable(source: Source, error: Exception) -> DataError:
     cause = re.search(r"Original error: ```(.*?)```", str(error), re.DOTALL)
     reason = " ".join((cause[1] if cause else str(error).split("\n\n")[0]).split())
     if "No space left" in reason:
-        return DataError(f"{source.path}: no disk space left for its rows; free some, or choose another `out`")
+        return LogWriteError(f"{source.path}: no disk space left for its rows; free some, or choose another `out`")
     if source.is_text and "utf-8" in reason:
         with _binary(Path(source.path)) as handle:
             for number, line in enumerate(handle, 1):

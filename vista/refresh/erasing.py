@@ -12,10 +12,10 @@ from vista.data.event_log import EventLog
 from vista.data.vocabulary import ids_of_words
 from vista.errors import ConfigError
 from vista.model.recommender import Recommender
-from vista.refresh.incremental import refresh_incremental
+from vista.refresh.incremental import check_goes_on, refresh_incremental
 from vista.refresh.report import RefreshReport
 from vista.store.parts import divide, shard_to_write, user_kind
-from vista.store.updates import erase
+from vista.store.updates import erase, served_manifest
 
 
 def forget(
@@ -34,10 +34,11 @@ def forget(
 
     Raises:
         DataError: an event is not in the log; nothing is forgotten then.
-        ConfigError: the store is divided; nothing is forgotten then.
+        ConfigError: the store is divided, or was refreshed with `until`; nothing is forgotten then.
         StoreError: the log has the deletion rows, and the next incremental refresh obeys them.
     """
-    shard_to_write(store, None)  # refused before the log is written
+    root, _ = shard_to_write(store, None)
+    check_goes_on(served_manifest(root), root)  # refused before the log is written
     forget_events(log.path, events)
     return refresh_incremental(model, EventLog.open(log.path), store, key=key)
 

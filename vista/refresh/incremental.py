@@ -88,8 +88,7 @@ def refresh_incremental(
         store, summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=now, key=key
     ) as update:
         manifest = update.manifest
-        if manifest.until not in (None, "all"):
-            raise ConfigError(f"{store}: was refreshed until={manifest.until}, so it never goes on; refresh it in full")
+        check_goes_on(manifest, store)
         _check_same_log(manifest, log, store)
         update.begin(log.sources_digest(log.last_segment))
         changed = log.changed_users(manifest.applied_segment)
@@ -108,6 +107,12 @@ def refresh_incremental(
         with run.stage("publish"):
             update.finish()
         return run.report(store, manifest.generation)
+
+
+def check_goes_on(manifest: Manifest, store: str | Path) -> None:
+    """Raise ConfigError for a store that has seen a part of its log, by `until`, and is to stay there."""
+    if manifest.until not in (None, "all"):
+        raise ConfigError(f"{store}: was refreshed until={manifest.until}, so it never goes on; refresh it in full")
 
 
 def _check_same_log(manifest: Manifest, log: EventLog, store: str | Path) -> None:

@@ -41,27 +41,45 @@ MERGED = "merged"
 """`until` of a merged store: no one log is what it has seen, so no incremental refresh goes on from it."""
 
 
+_Found = tuple[SummaryState, Histories, np.uint64]
+"""State, history (items as model rows) and digest of one user."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
+    """A store that is merged, and the log that it was refreshed from."""
+
     store: SummaryStore
     log: EventLog
     items: LogItems
 
-    def find(self, model: Recommender, user: Any) -> tuple[SummaryState, Histories, np.uint64] | None:
-        """State, history (model rows) and digest of one user; None if the store has no record of the user."""
-        found = self.store.states([user])
-        if found is None:
+    def check(self) -> None:
+        """Raise StoreError unless the states are of all that the log holds."""
+        manifest, last = self.store.manifest, self.log.last_segment
+        if manifest.state_spec() is None:
             raise StoreError(f"{self.store.path}: keeps no states to merge; refresh it with state=float32")
-        rows, arrays = found
-        if not len(rows):
-            return None
-        history = self.log[user]
-        if history.num_events != arrays.num_events[0]:
+        if (manifest.applied_segment, manifest.log_digest) != (last, self.log.sources_digest(last)):
             raise StoreError(
-                f"{self.store.path}: the state of user {user!r} is of {arrays.num_events[0]} events, but "
-                f"{self.log.path} has {history.num_events}; refresh that store first"
+                f"{self.store.path}: has seen segment {manifest.applied_segment}, but {self.log.path} ends at {last}, "
+                "or is another log; refresh that store first"
             )
-        return from_arrays(arrays, model.device), self.items.model_rows(history), arrays.history_digest[0]
+
+    def find(self, model: Recommender, users: Sequence[Any]) -> dict[Any, _Found]:
+        """What is known of those of some users who have a record here."""
+        states = self.store.states(users)
+        assert states is not None  # by `check`
+        rows, arrays = states
+        with_state = set(rows.tolist())
+        without = [user for row, user in enumerate(users) if row not in with_state]
+        for user, has_record in zip(without, self.store.get_many(without).found.tolist(), strict=True):
+            if has_record:  # an incremental refresh could not store the user's summary
+                raise StoreError(f"{self.store.path}: has no state of user {user!r}; refresh that store in full")
+        found = {}
+        for place, row in enumerate(rows.tolist()):
+            user, state = users[row], arrays[place : place + 1]
+            history = self.items.model_rows(self.log[user])
+            found[user] = from_arrays(state, model.device), history, state.history_digest[0]
+        return found
 
 
 def merge(
@@ -72,6 +90,8 @@ def merge(
     users_per_batch: int = 512,
     progress: bool = False,
     created_at: int | None = None,
+    key: bytes | None = None,
+    shared_with_group: bool = False,
 ) -> RefreshReport:
     """Write the summaries of whole histories from the states of their parts into a new generation of `store`.
 
@@ -85,6 +105,8 @@ def merge(
         users_per_batch: users of one durable transaction.
         progress: show a progress bar.
         created_at: ms; by default now.
+        key: 32 bytes, where the parts' records are authenticated; the merged ones are then too.
+        shared_with_group: let the group of the store's folder read it.
 
     Raises:
         ConfigError: the model has no states, or decays by position; a log that it cannot read; `store` is divided.
@@ -100,8 +122,10 @@ def merge(
         opened = []
         for path, log in parts:
             check_log(model, log)
-            part_store = stack.enter_context(SummaryStore.open(path, summarizer_id=model.summarizer_id()))
-            opened.append(_Part(part_store, log, LogItems.of(model, log)))
+            opened_store = stack.enter_context(SummaryStore.open(path, summarizer_id=model.summarizer_id(), key=key))
+            part = _Part(opened_store, log, LogItems.of(model, log))
+            part.check()
+            opened.append(part)
         ids: set[Any] = set().union(*(part.store.keys() for part in opened))
         users = sorted(ids, key=lambda user: user_keys([user]))
         first = opened[0].store.manifest
@@ -120,6 +144,8 @@ def merge(
                 total_users=len(users),
                 run_digest=digest.hexdigest(),
                 created_at=created_at,
+                key=key,
+                shared_with_group=shared_with_group,
             )
         )
         run = Recorder(store, "merge", len(users), writer.cursor, progress=progress)
@@ -127,7 +153,8 @@ def merge(
         while batch := list(islice(remaining, users_per_batch)):
             keys = user_keys(batch)
             with run.stage("summarize"):
-                whole = [_merged(frozen, opened, user) for user in batch]
+                found = [part.find(frozen, batch) for part in opened]
+                whole = [_merged(frozen, [one[user] for one in found if user in one]) for user in batch]
             with run.stage("encode"):
                 encoded, num_events = _encoded(frozen, writer, keys, whole, run)
             run.check_failures()
@@ -142,20 +169,18 @@ def merge(
         return run.report(store, writer.generation)
 
 
-def _merged(model: Recommender, parts: Sequence[_Part], user: int | str) -> tuple[SummaryState, Histories, np.uint64]:
-    found = [one for part in parts if (one := part.find(model, user)) is not None]
-    digest = np.add.reduce(np.array([one[2] for one in found], np.uint64))
+def _merged(model: Recommender, found: Sequence[_Found]) -> _Found:
     if len(found) == 1:
         return found[0]
     state, whole = merge_histories(model, [one[0] for one in found], [one[1] for one in found])
-    return state, whole, digest
+    return state, whole, np.add.reduce(np.array([one[2] for one in found], np.uint64))
 
 
 def _encoded(
     model: Recommender,
     writer: StoreWriter,
     keys: list[bytes],
-    whole: Sequence[tuple[SummaryState, Histories, np.uint64]],
+    whole: Sequence[_Found],
     run: Recorder,
 ) -> tuple[Encoded, int]:
     """A batch, and how many events it stands for."""

@@ -18,7 +18,7 @@ from vista.config_data import PrepareConfig, WatchConfig
 from vista.data.event_log import EventLog
 from vista.data.ingest import prepare
 from vista.device import announce, cpu_settings, resolve_device
-from vista.errors import ConfigError, DataError, LogBusyError, TakenError, VistaError
+from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, TakenError, VistaError
 from vista.model.recommender import Recommender
 from vista.refresh.incremental import refresh_incremental
 from vista.refresh.report import RefreshReport
@@ -81,7 +81,7 @@ class Watch:
             try:
                 files += self._take(path)
                 self._judged.add(form)
-            except (LogBusyError, OSError) as error:
+            except (LogBusyError, LogWriteError, OSError) as error:
                 logger.warning("%s: %s; the next look tries again", path, error)
             except (DataError, ConfigError) as error:
                 self._judged.add(form)

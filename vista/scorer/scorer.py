@@ -315,8 +315,8 @@ class Scorer:
     ) -> Explanation:
         """What a user's scores are made of: the summary's tokens, the tail's events, the candidate itself.
 
-        Always in float32, and as under on_missing="empty". Takes several times as long as `score`: for people who look,
-        not for each request.
+        Always in float32; a user without a record is an empty one, or an error under on_missing="raise". Takes several
+        times as long as `score`: for people who look, not for each request.
 
         Args:
             user: an id as in the log.

@@ -119,9 +119,10 @@ def _without(tombstones: Tombstones, keys: list[bytes], values: list[bytes]) -> 
 
 
 def roll_back(*stores: str | Path, to: int | None = None, key: bytes | None = None) -> list[PublishReport]:
-    """Serve kept generations of some stores again, all of them or none, after every check of `verify`.
+    """Serve kept generations of some stores again, once each of them has passed every check of `verify`.
 
-    The generations that are served now are kept too.
+    The generations that are served now are kept too. Stores flip one after the other: after an error in between, such
+    as of a disk, name the generations with `to` when you call again.
 
     Args:
         stores: their folders: of one store, or of the parts of one.
@@ -217,7 +218,7 @@ def copy_generation(
         done = settled(root, number, lambda: _bring(root, number, to, key, modes))
         before = served_or_none(to)
         if publish and before != done.generation:
-            flip(to, done.generation, () if before is None else (before,))
+            flip(to, done.generation, list_generations(to) if before is None else (before,))  # None: or damaged
     return dataclasses.replace(done, published=publish or before == done.generation)
 
 

@@ -75,7 +75,8 @@ def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READE
         except OSError as error:  # its folder is gone, as that of an old generation is after a flip
             raise StoreError(f"{path}: {error.strerror}; {REMEDY}") from error
     for file, mode in made:  # LMDB's own mode loses the umask's bits, and a shared lock file needs one of its own.
-        set_mode(file, mode)
+        if file.exists():  # On a file system that is read-only LMDB does without lock.mdb.
+            set_mode(file, mode)
     if size < MAP_SIZE_BYTES:
         logger.warning("%s: address space is limited (ulimit -v); reserved %d bytes instead of 1 TiB", path, size)
     return environment

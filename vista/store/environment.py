@@ -195,8 +195,8 @@ class SharedEnvironment:
                     self._open().set_mapsize(0)
             except lmdb.ReadersFullError as error:
                 raise StoreError(
-                    f"{self._path}: all {self._open().max_readers()} reader slots are taken; open the store with a "
-                    "larger max_readers (the first opener decides) or run fewer readers"
+                    f"{self._path}: all {self._open().max_readers()} reader slots are taken, one a thread that reads; "
+                    "run fewer readers, or give some a copy of their own (`vista store copy`)"
                 ) from error
             except lmdb.Error as error:
                 raise StoreError(f"{self._path}: {error}; {REMEDY}") from error

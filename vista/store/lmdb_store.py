@@ -277,7 +277,7 @@ class SummaryStore:
                     "%s: CURRENT is gen-%d of summarizer %s; serving gen-%d of the wanted %s",
                     self.path, current, found, generation, self._wanted.hex(),
                 )  # fmt: skip
-                return older
+                return self._with_tails(older)
             older.environment.release()
         raise SummarizerMismatchError(
             f"{self.path} was written by summarizer {found}, but the model's is {self._wanted.hex()}; open it "

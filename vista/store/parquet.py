@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from vista.store.keys import user_id
 from vista.store.layout import (
     Manifest,
     environment_path,
+    list_generations,
     read_current,
     remove_leftovers,
     served_or_none,
@@ -110,7 +112,8 @@ def _export(root: Path, generation: int, out: Path, key: bytes | None) -> Publis
         except (OSError, pl.exceptions.PolarsError) as error:
             raise StoreError(f"{out} cannot be written: {error}; check the path, permissions and free space") from error
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
     return PublishReport(out, generation, tally.count, out.stat().st_size)
 
 
@@ -158,7 +161,7 @@ def import_store(
             builder.discard()
             raise
         before = served_or_none(root)
-        flip(root, manifest.generation, () if before is None else (before,))
+        flip(root, manifest.generation, list_generations(root) if before is None else (before,))  # None: or damaged
     return publish_report(root, manifest.generation, manifest.count)
 
 

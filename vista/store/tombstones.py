@@ -39,8 +39,6 @@ class Tombstones:
         """Record erasures durably. Only under `erasing`."""
         self._reread()
         new = [digest for digest in dict.fromkeys(map(_digest, keys)) if digest not in self._known]
-        if not new:
-            return
         try:
             self._append(new)
         except OSError as error:
@@ -50,12 +48,18 @@ class Tombstones:
 
     def _append(self, new: list[bytes]) -> None:
         descriptor = os.open(self._path, os.O_WRONLY)
+        end = len(self._known) * _DIGEST_BYTES
         try:
             # Over a torn end that a crash may have left, never behind it.
             data = b"".join(new)
-            if os.pwrite(descriptor, data, len(self._known) * _DIGEST_BYTES) != len(data):
+            if os.pwrite(descriptor, data, end) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            # Without new ones too: who was killed before this line has left digests that are known and not durable.
             os.fsync(descriptor)
+        except OSError:
+            # Or they would count now, and, as pages that the kernel takes for written, be lost with the power.
+            os.ftruncate(descriptor, end)
+            raise
         finally:
             os.close(descriptor)
         sync(self._path.parent)
