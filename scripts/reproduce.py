@@ -50,7 +50,14 @@ from vista.floors import Floor, evaluate_floor
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.recommender import Recommender
 from vista.refresh import refresh
-from vista.results import append_result, hardware, markdown_table, read_results, recorded_defaults
+from vista.results import (
+    append_result,
+    changed_settings,
+    hardware,
+    markdown_table,
+    read_results,
+    recorded_defaults,
+)
 from vista.scorer import Scorer
 from vista.store.layout import CURRENT
 from vista.training.protocol import impression_cases, impression_metrics
@@ -148,8 +155,10 @@ def _runs(settings: argparse.Namespace, lines: Sequence[Line]) -> list[Run]:
             seed = UNTRAINED_SEED if row.untrained else asked
             config = _recorded(table, row)
             found = {served: newest.get((served, seed)) for served in row.served(name)}
-            changed = {key: None for line in found.values() if line for key in _changes(line["config"], config)}
-            missing = tuple(served for served, line in found.items() if not line or _changes(line["config"], config))
+            changed = {key: None for line in found.values() if line for key in changed_settings(line["config"], config)}
+            missing = tuple(
+                served for served, line in found.items() if not line or changed_settings(line["config"], config)
+            )
             estimate = _estimate_s(name, row, lines, machine)
             runs.append(Run(name, row, seed, config, missing, tuple(changed), estimate))
     return runs
@@ -181,15 +190,6 @@ def _recorded(table: Table, row: Row) -> dict[str, Any]:
         flat = {f"{group}.{key}": value for group in kept for key, value in kept[group].items()}
         recorded["base"] = {"row": row.base, "until": row.until, **flat}
     return recorded
-
-
-def _changes(before: Line, now: Line) -> list[str]:
-    """Keys whose values differ. A setting that is younger than the line did then what its first default does."""
-    changes = []
-    for group, usual in recorded_defaults().items():
-        there, here = usual | before.get(group, {}), now.get(group, {})
-        changes += [f"{group}.{key} ({there.get(key)} -> {here[key]})" for key in here if there.get(key) != here[key]]
-    return changes
 
 
 def _estimate_s(name: str, row: Row, lines: Sequence[Line], machine: Line) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,14 @@ def test_words_are_choices() -> None:
     assert data.split is Split.time
     with pytest.raises(ConfigError, match=r"data\.validation_from: is needed with data\.split=time"):
         DataConfig(split="time")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"data\.test_from: is read with data\.split=time alone; set that too"):
+        DataConfig(test_from="2024-02-01")
     assert ModelConfig(mixing="bidirectional").mixing is Mixing.bidirectional  # type: ignore[arg-type]
     decaying = ModelConfig(decay="position", decay_horizons=[0, 1, 2, 3])  # type: ignore[arg-type]
     assert decaying.decay is Decay.position
+    for bad in (math.nan, math.inf, -1.0):
+        with pytest.raises(ConfigError, match=r"decay_horizons: needs one finite horizon >= 0 a head \(4\)"):
+            ModelConfig(decay="position", decay_horizons=[0.0, bad, 1.0, 2.0])  # type: ignore[arg-type]
     assert RefreshConfig(codec="float32").codec is Codec.float32  # type: ignore[arg-type]
     assert PrepareConfig(on_bad_rows="raise").on_bad_rows is OnBadRows.error  # type: ignore[attr-defined, arg-type]
 

@@ -20,9 +20,10 @@ from tests.conftest import ratings_folder
 from vista.choices import Codec
 from vista.composition import compose_config
 from vista.config import TrainConfig
+from vista.config_data import SimulateConfig
 from vista.data.gaps import NUM_GAPS
 from vista.data.splits import parse_time
-from vista.results import append_result, hardware, markdown_table, read_results
+from vista.results import append_result, changed_settings, hardware, markdown_table, read_results
 from vista.training.downstream import KEPT_KEYS
 
 SMALL = ("optim.epochs=1", "optim.warmup_steps=2", "model.dim=16")
@@ -288,11 +289,17 @@ def test_a_setting_that_a_line_does_not_know_had_its_first_default() -> None:
     now = reproduce._recorded(SIMULATION, SIMULATION.rows["vista"])
     before = {**now, "data": {key: value for key, value in now["data"].items() if key != "exclude_seen"}}
     assert now["data"]["exclude_seen"] is False
-    assert reproduce._changes(before, now) == ["data.exclude_seen (True -> False)"]
+    assert changed_settings(before, now) == ["data.exclude_seen (True -> False)"]
     before["model"] = {k: v for k, v in now["model"].items() if k not in ("search", "target_attention")}
     del before["data"]["num_negatives"]
     former = "model.target_attention (softmax -> pointwise)"
-    assert reproduce._changes(before, now) == ["data.exclude_seen (True -> False)", former]
+    assert changed_settings(before, now) == ["data.exclude_seen (True -> False)", former]
+    # What a table or row no longer sets is a change as well.
+    wider = {**now, "simulation": now["simulation"] | {"max_interests": 9}}
+    usual = SimulateConfig().max_interests
+    assert changed_settings(wider, now) == [f"simulation.max_interests (9 -> {usual})"]
+    assert changed_settings({**now, "base": {"row": "vista"}}, now) == ["base.row (vista -> None)"]
+    assert "simulation.num_users" in changed_settings(now, {k: v for k, v in now.items() if k != "simulation"})[0]
     assert "target_attention" not in reproduce._recorded(SIMULATION, SIMULATION.rows["sasrec"])["model"]
     for name in ("din", "sim-hard", "truth"):
         assert "exclude_seen" not in reproduce._recorded(SIMULATION, SIMULATION.rows[name])["data"]

@@ -7,6 +7,7 @@ Hydra never appears below the command line: scripts turn its config into these o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +44,7 @@ class ModelConfig:
     num_seeds: int = 16
     """Summary tokens K a user. 0 turns stage 1 off: the tail alone."""
     num_layers: int = 2
-    """Layers of stage 1."""
+    """Layers of stage 1, or of SASRec and HSTU."""
     num_target_layers: int = 2
     """Layers of stage 2."""
     target_attention: TargetAttentionKind = TargetAttentionKind.pointwise
@@ -116,9 +117,9 @@ class ModelConfig:
                 "needs model.mixing=separable; set model.decay=none for bidirectional mixing",
             )
             require(
-                len(self.decay_horizons) == self.num_heads and min(self.decay_horizons, default=0) >= 0,
+                len(self.decay_horizons) == self.num_heads and all(0 <= h < math.inf for h in self.decay_horizons),
                 "model.decay_horizons",
-                f"needs one horizon >= 0 a head ({self.num_heads}), got {list(self.decay_horizons)}",
+                f"needs one finite horizon >= 0 a head ({self.num_heads}), got {list(self.decay_horizons)}",
             )
 
 
@@ -162,7 +163,8 @@ class DataConfig:
     num_cuts: int = 2
     """Cuts a chunk a pass in bidirectional mixing (separable mixing has one every W events)."""
     staleness_events: float = 32.0
-    """Mean of the extra age of a summary, in events, of the stale part of the windows."""
+    """Mean extra age of a summary, in events, of the stale part of the windows: exponential, and then rounded up to
+    whole windows of label_spacing."""
     staleness_share: float = 0.25
     """Share of the windows that read an older summary than their own. For separable mixing: in bidirectional mixing a
     window reads the newest of the chunk's few cuts, which is stale by itself."""
@@ -192,6 +194,9 @@ class DataConfig:
         if self.split is Split.time:
             for key in ("validation_from", "test_from"):
                 require(getattr(self, key) is not None, f"data.{key}", "is needed with data.split=time")
+        else:
+            for key in ("validation_from", "test_from"):
+                require(getattr(self, key) is None, f"data.{key}", "is read with data.split=time alone; set that too")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -221,7 +226,7 @@ class OptimConfig:
     patience: int = 0
     """Validations without improvement before training stops; 0 never stops early."""
     validate_every: int = 1
-    """Epochs between validations; 0 never validates."""
+    """Epochs between validations, of which the last epoch always has one; 0 never validates."""
     validation_users: int = 2000
     """Users a validation ranks at most (the same every time; 0: all), and four times as many impressions."""
 

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -170,34 +171,46 @@ def newest_rows(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str],
     last row: what was tuned since would be another mean.
     """
     newest: dict[tuple[str, str, str], dict[int, Mapping[str, Any]]] = {}
-    usual = recorded_defaults()
     for row in rows:
         seeds = newest.setdefault((row["table"], row["data"], row["model"]), {})
-        config = _completed(row["config"], usual)
-        for seed in [seed for seed, other in seeds.items() if _differs(_completed(other["config"], usual), config)]:
+        for seed in [seed for seed, other in seeds.items() if changed_settings(other["config"], row["config"])]:
             del seeds[seed]
         seeds[row["seed"]] = row
     return {key: list(seeds.values()) for key, seeds in newest.items()}
 
 
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the configurations of two rows: "optim.epochs (12 -> 20)".
+
+    A setting that only the newer row has did in the older one what its first default does; without one there is nothing
+    to compare. One that only the older row has is a setting no more, but in the groups that record nothing but what a
+    table sets.
+    """
+    changes = []
+    for group, usual in recorded_defaults().items():
+        old, new = before.get(group, {}), now.get(group, {})
+        keys = list(dict.fromkeys([*new, *(old if group in ("simulation", "base") else ())]))
+        if old and new:
+            old, new = usual | old, usual | new
+            keys = [key for key in keys if key in old]
+        changes += [f"{group}.{key} ({old.get(key)} -> {new.get(key)})" for key in keys if old.get(key) != new.get(key)]
+    for group in sorted((before.keys() & now.keys()) - recorded_defaults().keys() - {"seed"}):  # another program's
+        old, new = (_without_seed(config[group]) for config in (before, now))
+        changes += [f"{group} ({old} -> {new})"] if old != new else []
+    return changes
+
+
+def _without_seed(value: Any) -> Any:
+    return {key: own for key, own in value.items() if key != "seed"} if isinstance(value, dict) else value
+
+
+@cache
 def recorded_defaults() -> dict[str, dict[str, Any]]:
     """By the groups of a row's configuration: what each setting did in rows that are older than the setting."""
     first = first_defaults()
     flat = {f"{group}.{key}": value for group, known in first.items() for key, value in known.items()}
     simulation = to_dict(SimulateConfig())
     return first | {"simulation": simulation, "base": flat | {f"simulation.{k}": v for k, v in simulation.items()}}
-
-
-def _completed(config: Mapping[str, Any], usual: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """With what its younger settings did, by `recorded_defaults`."""
-    return {name: usual.get(name, {}) | own if isinstance(own, dict) else own for name, own in config.items()}
-
-
-def _differs(one: Any, other: Any) -> bool:
-    """Whether a setting has two values; one that only one of the rows knows has none to compare."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return any(_differs(one[key], other[key]) for key in (one.keys() & other.keys()) - {"seed"})
-    return bool(one != other)
 
 
 def _origins(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[str]:

@@ -51,6 +51,12 @@ def test_parsing() -> None:
     assert parse_time("2024-05-01") == 1_714_521_600_000
     assert parse_time("2024-05-01T02:00:00+02:00") == 1_714_521_600_000
     assert parse_time("1714521600000") == parse_time(1_714_521_600_000) == 1_714_521_600_000
+    for text in ("2024", "202405", " 1999 "):
+        with pytest.raises(ConfigError, match="is a year or a month; write its first day"):
+            parse_time(text)
+    with pytest.raises(ConfigError, match=r"until='2024': write .* an ISO date"):
+        parse_until("2024")
+    assert parse_time("2500") == 2500 and parse_time("202413") == 202_413
     assert parse_until("leave-last-two-out") == parse_until("leave-last-2-out") == Until(held_out=2)
     assert parse_until("leave-last-101-out") == parse_until(str(Until(held_out=101))) == Until(held_out=101)
     with pytest.raises(ConfigError, match="leave-last-N-out"):

@@ -375,6 +375,11 @@ def test_early_stopping_keeps_the_best(event_log: EventLog, tmp_path: Path) -> N
     assert result(tmp_path)[1:] == before
 
 
+def test_the_last_epoch_is_validated_whatever_the_stride(event_log: EventLog, tmp_path: Path) -> None:
+    train(small_config(event_log, tmp_path, optim__validate_every=2, optim__epochs=3), event_log)
+    assert [row["epoch"] for row in metrics(tmp_path) if "validation" in row] == [2, 3]
+
+
 def test_without_validation_the_last_model_is_exported(event_log: EventLog, tmp_path: Path) -> None:
     model = train(small_config(event_log, tmp_path, optim__validate_every=0, optim__epochs=1), event_log)
     last = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))[0]  # type: ignore[arg-type]

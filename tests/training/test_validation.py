@@ -23,6 +23,7 @@ from vista.model import inference
 from vista.model.recommender import Recommender
 from vista.training import protocol, validation
 from vista.training.protocol import (
+    LAST_RANK,
     NextItemCases,
     impression_cases,
     impression_metrics,
@@ -116,8 +117,10 @@ def test_hand_computed_ranks(tmp_path: Path) -> None:
         assert ranks(False, known, size) == [4, 2, 3, 0, 0, 1]
         # User 2 has met items 1 and 2, which stood before label 3; user 3 label 4 itself, which stays in.
         assert ranks(True, known, size) == [4, 0, 3, 0, 0, 1]
-        # A label that the model does not know (item 1, of users 4 and 5) ranks behind all six.
-        assert ranks(True, [-1, 1, 2, 3, 4, 5], size) == [4, 1, 3, 6, 6, 1]
+        # A label that the model does not know (item 1, of users 4 and 5) is in no list, however long.
+        unknown = ranks(True, [-1, 1, 2, 3, 4, 5], size)
+        assert unknown == [4, 1, 3, LAST_RANK, LAST_RANK, 1]
+        assert ranking_metrics(np.array(unknown), [200])["hr@200"] == pytest.approx(4 / 6)
     found = ranking_metrics(np.array(ranks(True, known, 2)), [1, 3])
     gain = [1 / math.log2(rank + 2) for rank in range(5)]
     assert found["hr@1"] == pytest.approx(3 / 6) and found["hr@3"] == pytest.approx(4 / 6)

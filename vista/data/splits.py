@@ -45,6 +45,8 @@ def parse_time(text: str | int) -> int:
     """
     if isinstance(text, int):
         return text
+    if re.fullmatch(r"(19|20)\d\d(0[1-9]|1[0-2])?", text.strip()):  # as milliseconds the first minutes of 1970
+        raise ConfigError(f"time {text!r}: is a year or a month; write its first day, such as 2024-05-01")
     if re.fullmatch(r"[+-]?\d+", text.strip()) and not re.fullmatch(r"\d{8}", text.strip()):
         return int(text)
     try:

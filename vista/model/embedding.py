@@ -68,7 +68,7 @@ class EventEncoder(nn.Module):
             x = x + self.gap(gap)
         if self.rating is not None and self.rating_range is not None and rating is not None:
             low, high = self.rating_range
-            centred = (rating - (low + high) / 2) * (2 / max(high - low, 1e-6))
+            centred = (rating - (low + high) / 2) * (2 / (high - low) if low < high else 0.0)
             x = x + torch.nan_to_num(centred, nan=0.0).unsqueeze(-1).to(x.dtype) * self.rating
         return x
 

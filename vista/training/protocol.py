@@ -26,6 +26,9 @@ EVENTS_READ = 1 << 22
 SCORES_PER_BATCH = 1 << 25
 """Scores, users times items, that are held at once."""
 
+LAST_RANK = 1 << 62
+"""Of a label that the model does not know: in no list, however few items there are."""
+
 Int = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
@@ -126,7 +129,7 @@ def rank_next_items(
 
     Args:
         item_columns: int64 [log.num_items], the column of each of the log's items in `score`'s output, or -1 where the
-            model does not know the item: such a label ranks last.
+            model does not know the item: such a label has LAST_RANK.
         score: some cases -> [n, V] of any float dtype.
         exclude_seen: leave the user's earlier items out of the list (never the label).
         observe: is shown each batch's scores [n, V], the labels' columns [n] (-1 unknown) and excluded cells, so that
@@ -144,7 +147,7 @@ def rank_next_items(
         known = target >= 0
         excluded = seen_columns(log, batch, item_columns) if exclude_seen else None
         found = ranks_of_targets(scores, np.where(known, target, 0), excluded)
-        ranks[part] = np.where(known, found, scores.shape[1])
+        ranks[part] = np.where(known, found, LAST_RANK)
         if observe is not None:
             observe(scores, target, excluded)
     return ranks

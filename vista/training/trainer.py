@@ -133,7 +133,7 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
             ratings = np.asarray(log.gather(np.arange(users.start, users.stop)).rating)
             low = min(low, float(np.nanmin(ratings, initial=np.inf)))
             high = max(high, float(np.nanmax(ratings, initial=-np.inf)))
-        rating_range = (low, high) if low <= high else None
+        rating_range = (low, high) if low < high else None  # of one value alone nothing is to be learnt
         if rating_range is not None and not math.isfinite(high - low):
             raise DataError(
                 f"{log.path}: ratings reach from {low} to {high}; prepare it anew from finite ones, or set "
@@ -329,7 +329,8 @@ class _Trainer:
 
     def _validate(self, metrics: MetricsWriter, seconds: float) -> None:
         progress, optim = self.progress, self.config.optim
-        if self.validation is None or progress.epoch % optim.validate_every:
+        is_due = progress.epoch % optim.validate_every == 0 or progress.epoch == optim.epochs
+        if self.validation is None or not is_due:
             return
         found = self.validation(self.model)
         value = found[self.validation.metric]
