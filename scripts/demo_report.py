@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.data.event_log import EventLog
+from vista.data.splits import split_until, visible_counts
 from vista.evaluate import Evaluation
 from vista.model import inference
 from vista.model.recommender import Recommender
@@ -104,7 +105,7 @@ def age_curve(report: Report) -> AgeCurve:
         )
     assert evaluation.ranks is not None
     ranks = evaluation.ranks
-    seen = report.log.lengths - (report.log.lengths >= 3)
+    seen = visible_counts(report.log, split_until(report.model.data, "test"))
     age = _similar_age(report, next_item_cases(report.log, seen))
     return _curve(
         "NDCG@10, test items",

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vista.choices import Architecture
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.data.gaps import gap_bucket
 from vista.data.vocabulary import Vocabulary
+from vista.errors import CheckpointError
 from vista.model.baselines import hstu, tiles
 from vista.model.baselines.hstu import HSTU
 from vista.model.baselines.sasrec import LONGEST_HELD, SASRec, attend_causally
@@ -112,8 +115,18 @@ def test_a_user_vector_is_the_published_sum(
                     sasrec_by_event(model, x) if isinstance(model, SASRec) else hstu_by_event(model, x, alone.timestamp)
                 )
                 state = by_event[-1]
-            state = state if gap is None else state + gap[user]
+            state = state if gap is None else state + model.config.dim**0.5 * gap[user]
             torch.testing.assert_close(found[user], F.normalize(state, dim=-1))
+
+
+def test_weights_from_before_the_gap_was_scaled_are_refused(make: SimpleNamespace, tmp_path: Path) -> None:
+    rival(make, "hstu").save_pretrained(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights["gap_scale"]
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit its config.json.*gap_scale"):
+        HSTU.from_pretrained(tmp_path / "model")
+    assert "gap_scale" not in rival(make, "hstu", has_time=False).state_dict()
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])

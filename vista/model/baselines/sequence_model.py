@@ -49,6 +49,9 @@ def _encoded_impressions(batch: Batch, limit: int) -> tuple[Batch, Impressions]:
 class SequenceModel(HistoryModel):
     """A causal encoder over the newest `history_limit` events, and the heads of retrieval and ranking."""
 
+    gap_scale: Tensor
+    """Of the request's gap beside a state: √M, as events and candidates are scaled."""
+
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
@@ -56,6 +59,9 @@ class SequenceModel(HistoryModel):
         self.start = nn.Parameter(torch.randn(dim) * dim**-0.5)
         """State before the first event."""
         self.dropout = Dropout(config.dropout)
+        if self.encoder.gap is not None:
+            # Saved, so that weights which were trained without it are refused.
+            self.register_buffer("gap_scale", torch.tensor(dim**0.5))
 
     # What an architecture adds -----------------------------------------------------------------------------------
 
@@ -127,7 +133,7 @@ class SequenceModel(HistoryModel):
 
     def _user(self, states: Tensor, gap: Tensor | None) -> Tensor:
         # No map between: states lie in the space of item vectors, from which they start.
-        return F.normalize(states if gap is None else states + gap, dim=-1)
+        return F.normalize(states if gap is None else states + self.gap_scale * gap, dim=-1)
 
     # Requests ------------------------------------------------------------------------------------------------------
 
