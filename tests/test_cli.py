@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from vista import cli, config, config_data, config_store
 from vista.composition import NAME_OF_SCHEMA, compose_config, conf_dir, config_file_name, groups_of, options_of
 from vista.config_text import ConfigKeys, to_yaml
+from vista.data.vocabulary import ids_of_words
 from vista.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -390,6 +391,41 @@ def test_an_id_is_taken_as_it_is_written(word: str, tmp_path: Path) -> None:
     assert prepare.events.user == word
 
 
-def test_a_number_in_a_dict_of_texts_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"events.user: 1000 was read as a number.*write events.user=... by itself"):
-        compose_config(config_data.PrepareConfig, ["out=o", "events={paths:[x.csv],user:1_000}"])
+@pytest.mark.parametrize("word", ["1_000", "+5", "-0", "012", "٣", " 7", "1e5", str(10**30), ""])
+def test_an_integer_id_has_one_spelling(word: str) -> None:
+    assert ids_of_words(["-42", "0", "101"], "users", "int") == [-42, 0, 101]
+    with pytest.raises(ConfigError, match="users: ids are integers here, got "):
+        ids_of_words([word], "users", "int")
+
+
+@pytest.mark.parametrize(
+    ("schema", "words", "key"),
+    [
+        (config_data.PrepareConfig, ["out=o", "events={paths:[x.csv],user:1_000}"], "events.user: 1000"),
+        (config_store.StoreEraseConfig, ["store=s", "users=sort([3,1,2])"], "users: 1"),
+        (config_store.StoreEraseConfig, ["store=s", "users=[int(5),1]"], "users: 5"),
+        (config_store.StoreGetConfig, ["store=s", "user=float('1')"], "user: 1.0"),
+    ],
+)
+def test_a_number_whose_text_is_not_known_is_refused(schema: type, words: list[str], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{re.escape(key)} was read as a number .*; put texts in quotes"):
+        compose_config(schema, words)
+
+
+def test_files_of_all_kinds_are_read_as_they_were(tmp_path: Path) -> None:
+    file = tmp_path / "prepare.yaml"
+    file.write_text("out: o\nevents: {item: title, <<: {user: 0, timestamp: t}, paths: [a, 1_0]}\n")
+    events = compose_config(config_data.PrepareConfig, config_file=file).events
+    assert (events.item, events.user, events.timestamp, events.paths) == ("title", "0", "t", ["a", "1_0"])
+    for text in ("null", "", "# nothing\n"):
+        file.write_text(text)
+        assert compose_config(config.TrainConfig, config_file=file) == compose_config(config.TrainConfig)
+    for text, message in (("store=s", "key"), ("[1, 2]", "holds a list"), ("a: [1", "not readable as YAML")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            compose_config(config_store.StoreGetConfig, config_file=file)
+    read, write = os.pipe()
+    os.write(write, b"store: s\nuser: 1_0\n")
+    os.close(write)
+    assert compose_config(config_store.StoreGetConfig, config_file=f"/dev/fd/{read}").user == "1_0"
+    os.close(read)

@@ -6,11 +6,12 @@ values are then set one by one, so that an error can name the word that caused i
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -47,6 +48,13 @@ from vista.config_text import ConfigKeys, value_text
 from vista.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
+
+
+class _Written(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML whose every scalar stays the text that is written; merges are flattened as ever."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}
+
 
 _ELEMENT = re.compile(r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\\.|[^,'"\\])+""")
 """An element of a list in Hydra's grammar: quoted parts and escaped signs may hold commas."""
@@ -194,15 +202,21 @@ def _words_of_file(path: str | Path | None) -> list[tuple[str, Any, Any]]:
     if path is None:
         return []
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-        written = yaml.load(Path(path).read_bytes(), yaml.BaseLoader) or {}
+        text = Path(path).read_text(encoding="utf-8-sig")
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+        written = yaml.load(text, _Written)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not readable as YAML: {_cause(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: holds a list; it must hold keys, as `--cfg` prints them")
-    return [(str(key), value, text) for (key, value), text in zip(content.items(), written.values(), strict=True)]
+    return [(str(key), value, _inner(written, key)) for key, value in content.items()]
+
+
+def _inner(written: Any, key: Any) -> Any:
+    """What a dict of `_Written` has of a key; None where there is nothing of it."""
+    return written.get(str(key)) if isinstance(written, dict) else None
 
 
 def _option(group: str, option: Any) -> str:
@@ -229,9 +243,8 @@ def _leaves(
         matches = [*([] if "." in key else get_close_matches(key, groups, n=1)), *keys.matches(key)]
         raise ConfigError(f"unknown key '{key}'{_hint(matches)} (vista {name} --help lists all)")
     elif isinstance(value, dict):
-        texts = written.values() if isinstance(written, dict) else [None] * len(value)
-        for (inner, inner_value), text in zip(value.items(), texts, strict=True):
-            yield from _leaves(f"{key}.{inner}", inner_value, text, keys, name, groups)
+        for inner, inner_value in value.items():
+            yield from _leaves(f"{key}.{inner}", inner_value, _inner(written, inner), keys, name, groups)
     elif value is None and keys.sections[key].optional:
         yield key, None
     else:
@@ -241,17 +254,16 @@ def _leaves(
 
 def _as_written(key: str, value: Any, written: Any) -> Any:
     """Texts as they are written. Hydra and YAML read 1_000, 1e5 and true as something else, and an id is a text."""
-    if isinstance(value, list):
-        texts = _ELEMENT.findall(written.strip()[1:-1]) if isinstance(written, str) else written
-        if texts is None or len(texts) != len(value):  # lists in lists, which no key takes
+    if isinstance(value, list) and not any(isinstance(one, list | dict) for one in value):
+        is_list = isinstance(written, str) and written.strip().startswith("[")
+        texts = _ELEMENT.findall(written.strip()[1:-1]) if is_list else written
+        if not isinstance(texts, list) or len(texts) != len(value):  # sort([3,1,2])
             texts = [None] * len(value)
         return [_as_written(key, one, text) for one, text in zip(value, texts, strict=True)]
     if not isinstance(value, bool | int | float):
         return value
-    if not isinstance(written, str):
-        raise ConfigError(
-            f"{key}: {value_text(value)} was read as a number or a truth value; write {key}=... by itself"
-        )
+    if not isinstance(written, str) or "(" in written:  # one of Hydra's functions, or within a word of several keys
+        raise ConfigError(f"{key}: {value_text(value)} was read as a number or a truth value; put texts in quotes")
     return written.strip()
 
 

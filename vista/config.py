@@ -7,7 +7,6 @@ Hydra never appears below the command line: scripts turn its config into these o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,9 +116,9 @@ class ModelConfig:
                 "needs model.mixing=separable; set model.decay=none for bidirectional mixing",
             )
             require(
-                len(self.decay_horizons) == self.num_heads and all(0 <= h < math.inf for h in self.decay_horizons),
+                len(self.decay_horizons) == self.num_heads and all(h >= 0 for h in self.decay_horizons),
                 "model.decay_horizons",
-                f"needs one finite horizon >= 0 a head ({self.num_heads}), got {list(self.decay_horizons)}",
+                f"needs one horizon >= 0 a head ({self.num_heads}), got {list(self.decay_horizons)}",
             )
 
 
@@ -196,7 +195,11 @@ class DataConfig:
                 require(getattr(self, key) is not None, f"data.{key}", "is needed with data.split=time")
         else:
             for key in ("validation_from", "test_from"):
-                require(getattr(self, key) is None, f"data.{key}", "is read with data.split=time alone; set that too")
+                require(
+                    getattr(self, key) is None,
+                    f"data.{key}",
+                    "is read with data.split=time alone; set that too, or this to null",
+                )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -188,20 +188,25 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     """
     changes = []
     for group, usual in recorded_defaults().items():
-        old, new = before.get(group, {}), now.get(group, {})
-        keys = list(dict.fromkeys([*new, *(old if group in ("simulation", "base") else ())]))
-        if old and new:
+        old, new = (_group(config, group) for config in (before, now))
+        in_part = group in ("simulation", "base")
+        keys = list(dict.fromkeys([*new, *(old if in_part else ())]))
+        if (old and new) or not in_part:
             old, new = usual | old, usual | new
             keys = [key for key in keys if key in old]
         changes += [f"{group}.{key} ({old.get(key)} -> {new.get(key)})" for key in keys if old.get(key) != new.get(key)]
-    for group in sorted((before.keys() & now.keys()) - recorded_defaults().keys() - {"seed"}):  # another program's
-        old, new = (_without_seed(config[group]) for config in (before, now))
-        changes += [f"{group} ({old} -> {new})"] if old != new else []
+    for name in sorted((before.keys() & now.keys()) - recorded_defaults().keys() - {"seed"}):  # another program's
+        old, new = (
+            {k: v for k, v in config[name].items() if k != "seed"} if isinstance(config[name], dict) else config[name]
+            for config in (before, now)
+        )
+        changes += [f"{name} ({old} -> {new})"] if old != new else []
     return changes
 
 
-def _without_seed(value: Any) -> Any:
-    return {key: own for key, own in value.items() if key != "seed"} if isinstance(value, dict) else value
+def _group(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 @cache

@@ -70,6 +70,16 @@ def test_an_export_older_than_the_kind_of_stage_2_holds_softmax_layers(make: Sim
     assert back.config.target_attention is TargetAttentionKind.softmax
 
 
+def test_dates_that_an_older_export_never_read_are_left_out(make: SimpleNamespace, tmp_path: Path) -> None:
+    make.model().save_pretrained(tmp_path / "best")
+    path = tmp_path / "best" / "config.json"
+    description = json.loads(path.read_text())
+    assert description["data"]["split"] == "leave-last-out"
+    description["data"]["validation_from"] = "2024-01-01"
+    path.write_text(json.dumps(description))
+    assert Recommender.from_pretrained(tmp_path / "best").data.validation_from is None
+
+
 def test_string_ids_travel(make: SimpleNamespace, tmp_path: Path) -> None:
     made = make.model(num_items=3)
     items = Vocabulary.from_ids(["a", "ß", "c/d"])

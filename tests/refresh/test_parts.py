@@ -15,7 +15,7 @@ from vista.choices import Codec, Decay
 from vista.cli import main
 from vista.data.event_log import EventLog
 from vista.errors import ConfigError, StoreError
-from vista.refresh import forget, merge, refresh, refresh_incremental
+from vista.refresh import forget, merge, merging, refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import SummaryStore, user_keys
 from vista.store.administration import copy_generation
@@ -149,6 +149,26 @@ def test_merge_refuses_what_does_not_add_up(tmp_path: Path, grow: SimpleNamespac
         update.remove_states(user_keys([1]))
     with pytest.raises(StoreError, match=r"has no state of user 1; refresh that store in full"):
         merge(model, [(tmp_path / "store", log)], tmp_path / "merged")
+    assert not (tmp_path / "merged" / "CURRENT").exists()
+
+
+def test_a_part_that_is_refreshed_while_it_is_merged_is_refused(
+    tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, check = grow.model(), merging._Part.check
+    logs = [grow.append(tmp_path / f"log-{part}", grow.events({1: 7 - part, part + 2: 4})) for part in range(2)]
+    for part, log in enumerate(logs):
+        refresh(model, log, tmp_path / f"store-{part}")
+
+    def check_and_grow(part: Any) -> None:
+        check(part)
+        if part.log.path == logs[0].path:
+            grown = grow.append(tmp_path / "log-0", grow.events({2: 5}, grow.start + 500 * grow.hour))
+            refresh_incremental(model, grown, tmp_path / "store-0")
+
+    monkeypatch.setattr(merging._Part, "check", check_and_grow)
+    with pytest.raises(StoreError, match=r"the state of user 2 is not of the events .*and not while it is merged"):
+        merge(model, [(tmp_path / f"store-{part}", log) for part, log in enumerate(logs)], tmp_path / "merged")
     assert not (tmp_path / "merged" / "CURRENT").exists()
     refresh(model, log, tmp_path / "past", until="leave-last-out")
     with pytest.raises(StoreError, match="keeps no states"):

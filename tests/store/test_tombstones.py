@@ -131,23 +131,30 @@ def test_an_erasure_that_was_killed_after_its_tombstone_is_ended_by_who_publishe
 
 def test_a_tombstone_that_the_disk_refused_does_not_count_and_a_known_one_is_made_durable(tmp_path, build, monkeypatch):
     build.write_store(tmp_path)
-    synced, fsync = [], os.fsync
+    synced, fsync, polled = [], os.fsync, Tombstones(tmp_path)
 
     def failing(descriptor: int) -> None:
+        assert polled.erased(user_keys([7, 9])) == [True, False]  # by a refresh that runs meanwhile
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
         patch.setattr("vista.store.tombstones.os.fsync", failing)
         with pytest.raises(StoreWriteError, match="nobody is erased, check the disk and try again"):
             erase(tmp_path, [7])
-    assert Tombstones(tmp_path).erased(user_keys([7])) == [False]
+    assert polled.erased(user_keys([7])) == Tombstones(tmp_path).erased(user_keys([7])) == [False]
     with SummaryStore.open(tmp_path) as store:
         assert store.get_many([7]).found.tolist() == [True]
     # A kill between write and fsync leaves a digest that is known and perhaps not on the disk: the next one syncs it.
     with locks.erasing(tmp_path):
-        Tombstones(tmp_path).add(user_keys([7]))
-    monkeypatch.setattr("vista.store.tombstones.os.fsync", lambda descriptor: (synced.append(1), fsync(descriptor)))
-    assert erase(tmp_path, [7]) == 1 and synced
+        Tombstones(tmp_path).add(user_keys([9]))
+    assert polled.erased(user_keys([7, 9])) == [False, True], "of the size that it had when it was polled"
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr("vista.store.tombstones.os.fsync", noted)
+    assert erase(tmp_path, [9]) == 1 and str(tmp_path / "tombstones") in synced
     assert len(Tombstones(tmp_path)) == 1
 
 

@@ -145,7 +145,7 @@ def unreadable(source: Source, error: Exception) -> DataError:
     """A source that the reader gave up on; for text, the first line that is not UTF-8 is named."""
     cause = re.search(r"Original error: ```(.*?)```", str(error), re.DOTALL)
     reason = " ".join((cause[1] if cause else str(error).split("\n\n")[0]).split())
-    if "No space left" in reason:
+    if "No space left" in reason or "quota exceeded" in reason:
         return LogWriteError(f"{source.path}: no disk space left for its rows; free some, or choose another `out`")
     if source.is_text and "utf-8" in reason:
         with _binary(Path(source.path)) as handle:

@@ -82,7 +82,8 @@ def parse_until(text: str | int | None) -> Until:
         return Until(int(hidden or 0), parse_time(moment))
     except ConfigError:
         raise ConfigError(
-            f"until={text!r}: write all, leave-last-out, leave-last-N-out, an ISO date or time, ms, or TIME-less-N"
+            f"until={text!r}: write all, leave-last-out, leave-last-N-out, an ISO date (2024-05-01) or time, ms, or "
+            "TIME-less-N"
         ) from None
 
 

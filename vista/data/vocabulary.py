@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ from vista.errors import ConfigError, LogFormatError
 Ids = Sequence[int] | Sequence[str] | Sequence[int | str] | NDArray[Any]
 """Raw ids, all integers or all strings."""
 
+_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 _SMALL_QUERY = 16
 _TABLE_SLACK = 8
 
@@ -380,6 +382,8 @@ def ids_of_words(words: Sequence[str], name: str, kind: str | None) -> list[Any]
     if kind != "int":
         return list(words)
     try:
+        if not all(_INTEGER.fullmatch(word) for word in words):  # int() takes 1_000 and 012 as well
+            raise ValueError
         return list(np.array([int(word) for word in words], np.int64).tolist())
     except (ValueError, OverflowError):
         raise ConfigError(f"{name}: ids are integers here, got {', '.join(words)}") from None

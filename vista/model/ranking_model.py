@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vista.choices import Architecture
+from vista.choices import Architecture, Split
 from vista.config import FIRST_DEFAULTS, DataConfig, ModelConfig, OptimConfig
 from vista.config_dict import from_dict, to_dict
 from vista.data.cuts import Batch
@@ -181,7 +181,7 @@ class RankingModel(nn.Module):
                 low, high = schema.rating_range
                 schema = replace(schema, rating_range=(low, high))
             config = from_dict(ModelConfig, FIRST_DEFAULTS | description["model"])
-            data = from_dict(DataConfig, description["data"])
+            data = from_dict(DataConfig, _without_dates(description["data"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder}/config.json: {error!r}; export the model anew") from error
         found_class = class_of(config.architecture)
@@ -216,6 +216,11 @@ class RankingModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.item_table.device
+
+
+def _without_dates(data: dict[str, Any]) -> dict[str, Any]:
+    """Of a split that is not in time: older files may have dates all the same, which were never read."""
+    return data if data.get("split") == Split.time.value else data | {"validation_from": None, "test_from": None}
 
 
 def class_of(architecture: Architecture) -> type[RankingModel]:

@@ -77,8 +77,13 @@ class _Part:
         found = {}
         for place, row in enumerate(rows.tolist()):
             user, state = users[row], arrays[place : place + 1]
-            history = self.items.model_rows(self.log[user])
-            found[user] = from_arrays(state, model.device), history, state.history_digest[0]
+            history = self.log[user]
+            if self.items.digests(history)[0] != state.history_digest[0]:  # refreshed meanwhile, in place
+                raise StoreError(
+                    f"{self.store.path}: the state of user {user!r} is not of the events that {self.log.path} has; "
+                    "refresh that store first, and not while it is merged"
+                )
+            found[user] = from_arrays(state, model.device), self.items.model_rows(history), state.history_digest[0]
         return found
 
 

@@ -21,12 +21,12 @@ _DIGEST_BYTES = 16
 
 
 class Tombstones:
-    """The erased users of one store, reread when the file has grown."""
+    """The erased users of one store, reread when the file has changed."""
 
     def __init__(self, root: Path) -> None:
         self._path = root / TOMBSTONES
         self._known: set[bytes] = set()
-        self._size = -1
+        self._form: tuple[int, int] | None = None
 
     def erased(self, keys: Sequence[bytes]) -> list[bool]:
         """Whether each user is erased, as of now."""
@@ -56,13 +56,13 @@ class Tombstones:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             # Without new ones too: who was killed before this line has left digests that are known and not durable.
             os.fsync(descriptor)
+            sync(self._path.parent)
         except OSError:
             # Or they would count now, and, as pages that the kernel takes for written, be lost with the power.
             os.ftruncate(descriptor, end)
             raise
         finally:
             os.close(descriptor)
-        sync(self._path.parent)
 
     def count(self) -> int:
         """How many there are, all of whose records are gone from every generation. Not under `erasing`."""
@@ -75,18 +75,19 @@ class Tombstones:
 
     def _reread(self) -> None:
         try:
-            size = self._path.stat().st_size
-            if size == self._size:
+            status = self._path.stat()
+            form = (status.st_size, status.st_mtime_ns)
+            if form == self._form:
                 return
             data = self._path.read_bytes()
         except FileNotFoundError:
-            self._known, self._size = set(), -1
+            self._known, self._form = set(), None
             return
         except OSError as error:
             raise StoreWriteError(f"{self._path}: {error.strerror}; check the disk and permissions") from error
         whole = len(data) - len(data) % _DIGEST_BYTES
         self._known = {data[at : at + _DIGEST_BYTES] for at in range(0, whole, _DIGEST_BYTES)}
-        self._size = len(data)
+        self._form = form
 
 
 def _digest(key: bytes) -> bytes:

@@ -398,7 +398,9 @@ class _Trainer:
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
-            raise CheckpointError(f"{path}: is of another version of the model ({error}); use resume=false") from error
+            raise CheckpointError(
+                f"{path}: is of another version of the model ({error}); remove {self.run_dir}, or use resume=false"
+            ) from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.table_optimizer.load_state_dict(state["table_optimizer"])
         torch.set_rng_state(state["rng"])
