@@ -329,8 +329,7 @@ class _Trainer:
 
     def _validate(self, metrics: MetricsWriter, seconds: float) -> None:
         progress, optim = self.progress, self.config.optim
-        is_due = progress.epoch % optim.validate_every == 0 or progress.epoch == optim.epochs
-        if self.validation is None or not is_due:
+        if self.validation is None or (progress.epoch % optim.validate_every and progress.epoch < optim.epochs):
             return
         found = self.validation(self.model)
         value = found[self.validation.metric]
