@@ -16,9 +16,12 @@ import pytest
 import torch
 
 from tests.conftest import DAY, ITEMS, START, USERS, Served, small_config, tail_of
+from vista.choices import OnMissing
+from vista.config import ScoreConfig
 from vista.errors import RecordError, StoreError, UserKeyError, VistaError
 from vista.refresh import erase, refresh
 from vista.scorer import Scorer, Tail
+from vista.scorer.command import score_from_config
 from vista.store.administration import compact_store
 from vista.store.environment import open_environment
 from vista.store.keys import user_keys
@@ -283,6 +286,11 @@ class TestOthersOfTheBatch:
         else:
             error = RecordError
             damage_record(tmp_path / "store", USERS[1])
+            command = ScoreConfig(model=str(served.model_dir), store=str(tmp_path / "store"), users=[str(USERS[1])])
+            with pytest.raises(RecordError):
+                score_from_config(command)
+            command.on_missing = OnMissing.nan
+            assert score_from_config(command).endswith(f"user {USERS[1]} (damaged record): ")
         with Scorer.open(served.model, served.store) as sound:
             expected = sound.score(USERS, ITEMS, now=LATE + DAY)
         with Scorer.open(served.model, tmp_path / "store", on_missing="nan") as scorer:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from vista.choices import OnMissing
 from vista.config import ScoreConfig
 from vista.data.splits import parse_time
 from vista.data.vocabulary import ids_of_words
 from vista.device import cpu_settings
-from vista.errors import ConfigError
+from vista.errors import ConfigError, RecordError
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.scorer.scorer import Scorer
 from vista.store.authentication import read_key
@@ -35,10 +38,10 @@ def score_from_config(config: ScoreConfig) -> str:
         users = ids_of_words(config.users, "users", scorer.store.manifest.user_kind)
         candidates = ids_of_words(config.candidates, "candidates", scorer.model.items.kind)
         lines = [f"task {scorer.task}, generation {scorer.store.generation}"]
-        found = scorer.store.get_many(users).found.tolist()
         known = (scorer.model.item_rows(candidates) != UNKNOWN_ITEM).tolist() if candidates else []
         items = [str(item) if known[i] else f"{item} (unknown)" for i, item in enumerate(candidates)]
-        for user, has_record in zip(users, found, strict=True):
+        for user in users:
+            name = f"user {user}{_mark(scorer, user)}"
             try:
                 if candidates:
                     pairs = zip(items, scorer.score([user], candidates, now=now)[0].tolist(), strict=True)
@@ -47,6 +50,15 @@ def score_from_config(config: ScoreConfig) -> str:
                     pairs = zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True)
             except ValueError as error:  # naming the argument, which is a key here
                 raise ConfigError(str(error)) from error
-            name = f"user {user}" if has_record else f"user {user} (no record)"
             lines += [f"{name}: " + ", ".join(f"{item} {score:.4f}" for item, score in pairs)]
         return "\n".join(lines)
+
+
+def _mark(scorer: Scorer, user: Any) -> str:
+    """What is wrong with a user's record, for the line of the user."""
+    try:
+        return "" if scorer.store.get_many([user]).found[0] else " (no record)"
+    except RecordError:
+        if scorer.on_missing is not OnMissing.nan:
+            raise
+        return " (damaged record)"
