@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -93,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run, or list, what a table still lacks; returns the exit status."""
     settings = _arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # --minutes interrupts as Ctrl-C does, which a shell has switched off for what it started with `&`.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     results = Path(settings.results) / f"{settings.table}.jsonl"
     keep_freed_memory()
     try:

@@ -12,6 +12,7 @@ wrong, be it too old, of an erased user, or half of one generation and half of t
 from __future__ import annotations
 
 import argparse
+import math
 import queue
 import shutil
 import sys
@@ -165,8 +166,10 @@ class Soak:
             self.failures.append(said.text)
 
     def _end_minute(self) -> None:
-        alive = [process for process in self.workers if process.is_alive()]
-        self.memory_mib.append([private_bytes(Path(f"/proc/{p.pid}/smaps").read_text()) / 2**20 for p in alive])
+        smaps = [Path(f"/proc/{p.pid}/smaps") if p.is_alive() else None for p in self.workers]
+        self.memory_mib.append(
+            [math.nan if path is None else private_bytes(path.read_text()) / 2**20 for path in smaps]
+        )
         own = np.array(self.latencies_s[-1] or [np.nan])
         median, p99 = 1e3 * np.percentile(own, [50, 99])
         memory = ", ".join(f"{size:.0f}" for size in self.memory_mib[-1])
@@ -179,9 +182,9 @@ class Soak:
         self.latencies_s.append([])
 
     def growth_mib(self, warm_minutes: int) -> float:
-        """By how much the private memory of a worker has grown since the warm-up, at most."""
+        """By how much the private memory of a worker that lives has grown since the warm-up, at most."""
         sizes = np.array(self.memory_mib)
-        return float((sizes[-1] - sizes[min(warm_minutes, len(sizes)) - 1]).max())
+        return float(np.nanmax(sizes[-1] - sizes[min(warm_minutes, len(sizes)) - 1]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

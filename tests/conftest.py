@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -22,6 +23,9 @@ from vista.config_data import PrepareConfig, SimulateConfig, SourceConfig
 from vista.data.event_log import EventLog
 from vista.model.recommender import Recommender
 from vista.scorer import Scorer, Tail
+
+# Tests interrupt as Ctrl-C does, which a shell has switched off for what it started with `&`.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DAY = 86_400_000
 START = 1_600_000_000_000

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from vista.config_data import SimulateConfig
 from vista.data.gaps import NUM_GAPS
 from vista.data.splits import parse_time
 from vista.results import append_result, changed_settings, hardware, markdown_table, read_results
+from vista.training import trainer
 from vista.training.downstream import KEPT_KEYS
 
 SMALL = ("optim.epochs=1", "optim.warmup_steps=2", "model.dim=16")
@@ -184,7 +186,20 @@ def test_the_time_limit_stops_a_run_that_the_next_call_ends(
     long = Row(1, (*SMALL, "optim.epochs=20", "data.tokens_per_batch=200"))
     monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={**FLOORS, "vista": long}))
     assert reproduce.main([*words, "--rows", *FLOORS]) == 0
-    assert reproduce.main([*words, "--minutes", "0.015"]) == 130
+    began, step, steps = time.monotonic(), trainer._Trainer._step, []
+
+    def stepping(run: Any, *arguments: Any) -> Any:
+        if len(steps) == 3:  # and so its half an hour is over
+            time.sleep(1.0)
+        steps.append(1)
+        return step(run, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Trainer, "_step", stepping)
+        patch.setattr("row_progress.FILE_S", 0.01)
+        late = SimpleNamespace(monotonic=lambda: began + (3600.0 if len(steps) >= 3 else 0.0))
+        patch.setattr("row_progress.time", late)
+        assert reproduce.main([*words, "--minutes", "30"]) == 130
     assert "; the same command resumes it" in capsys.readouterr().out
     assert list(found_lines(tmp_path)) == ["popularity 0", "transitions 0"]
     assert "transitions" in (tmp_path / "results" / "tiny.md").read_text()
@@ -317,15 +332,17 @@ def test_folders_are_named_by_what_is_no_default() -> None:
     assert reproduce._unusual(younger) == found
 
 
-def test_progress_corrects_its_estimates_by_what_has_ended() -> None:
-    with RowProgress([0.1, 1.0, 2.0]) as progress:
-        assert 2.9 < progress.left_s() <= 3.1
+def test_progress_corrects_its_estimates_by_what_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("row_progress.time", SimpleNamespace(monotonic=lambda: now))
+    with RowProgress([10.0, 100.0, 200.0]) as progress:
+        assert progress.left_s() == 310
         with progress.run("first"):
-            time.sleep(0.2)
-        assert 5.9 < progress.left_s() < 9  # everything takes twice its estimate
+            now += 20
+        assert progress.left_s() == 600  # everything takes twice its estimate
         with progress.run("second"):
-            time.sleep(0.1)
-            assert 5.8 < progress.left_s() < 8.9
+            now += 50
+            assert progress.left_s() == 550
 
 
 def test_progress_interrupts_at_its_limit() -> None:

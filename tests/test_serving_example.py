@@ -29,8 +29,8 @@ TIMEOUT_S = 60
 
 
 @pytest.fixture
-def service(served: Served, tmp_path: Path) -> Iterator[int]:
-    """Port of the document's program, which serves `runs/mine/best` and `stores/mine` of the temporary folder."""
+def process(served: Served, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The document's program, which serves `runs/mine/best` and `stores/mine` of the temporary folder, and its port."""
     (block,) = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), flags=re.M | re.S)
     (tmp_path / "service.py").write_text(block)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
@@ -45,11 +45,17 @@ def service(served: Served, tmp_path: Path) -> Iterator[int]:
         env={**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}", "PORT": str(port), "RELOAD_S": "0.2"},
     )
     try:
-        yield port
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(TIMEOUT_S) == 0
+        yield process, port
     finally:
         process.kill()
+
+
+@pytest.fixture
+def service(process: tuple[subprocess.Popen[bytes], int]) -> Iterator[int]:
+    """Port of the program, which is told to end and does."""
+    yield process[1]
+    process[0].send_signal(signal.SIGTERM)
+    assert process[0].wait(TIMEOUT_S) == 0
 
 
 def fetch(port: int, body: Any = None) -> tuple[int, Any]:
@@ -92,6 +98,17 @@ def test_the_service(served: Served, service: int, tmp_path: Path) -> None:
         in_a_row = in_a_row + 1 if watched["generation"] == 2 else 0
     np.testing.assert_allclose(fetch(service, {"user": 103, "items": ITEMS})[1]["scores"], expected, atol=2e-5)
     assert 0 <= watched["age_s"] < TIMEOUT_S * 10 and watched["calls"] > 0 and watched["p99_ms"] > 0
+
+
+def test_where_one_worker_dies_the_service_ends(process: tuple[subprocess.Popen[bytes], int]) -> None:
+    parent, port = process
+    assert fetch(port)[0] == 200
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    first, second = map(int, children.read_text().split())
+    os.kill(first, signal.SIGKILL)
+    assert parent.wait(TIMEOUT_S) == 1
+    assert not Path(f"/proc/{second}").exists()
+    socket.create_server(("127.0.0.1", port)).close()
 
 
 FORKED = """

@@ -52,8 +52,8 @@ def scan_states(
     z, n, decay = z.to(dtype), n.to(dtype), log_decay.to(dtype).exp()
     states, counts = [], []
     for b, (start, stop) in enumerate(_segments(offsets)):
-        state = torch.zeros(z.shape[1:], dtype=dtype) if initial_z is None else initial_z[b].to(dtype)
-        count = torch.zeros(n.shape[1:], dtype=dtype) if initial_n is None else initial_n[b].to(dtype)
+        state = z.new_zeros(z.shape[1:]) if initial_z is None else initial_z[b].to(dtype)
+        count = n.new_zeros(n.shape[1:]) if initial_n is None else initial_n[b].to(dtype)
         for i in range(start, stop):
             state = decay[i][:, None, None] * state + z[i]
             count = decay[i] * count + n[i]
@@ -159,9 +159,9 @@ def target_attention(
     batch, heads, num_queries, width = q.shape
     q, k, v, own_k, own_v = (x.to(dtype) for x in (q, k, v, own_k, own_v))
     scale = width**-0.5 if scale is None else scale
-    bias = torch.zeros((), dtype=dtype) if bias is None else bias.to(dtype)
+    bias = q.new_zeros(()) if bias is None else bias.to(dtype)
     bias = bias.expand(batch, heads, num_queries, k.shape[2])
-    own_bias = torch.zeros(heads, dtype=dtype) if own_bias is None else own_bias.to(dtype)
+    own_bias = q.new_zeros(heads) if own_bias is None else own_bias.to(dtype)
     own_bias = (own_bias[:, None] if own_bias.dim() == 1 else own_bias).expand(batch, heads, num_queries)
     outputs = []
     for b in range(batch):

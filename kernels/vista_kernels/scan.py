@@ -93,7 +93,7 @@ def _scan(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     host = host_offsets(offsets, z.shape[0])
-    if bool((log_decay > 0).any()):
+    if not bool((log_decay <= 0).all()):  # NaN too
         raise ValueError(f"log_decay {list(log_decay.shape)} must be at most 0, got {float(log_decay.max())}")
     decay, scan_rows = log_decay.exp(), load_backend(backend).scan_rows
     counts = scan_rows(n.unsqueeze(2), decay, host, _column(initial_n))[0].squeeze(2)

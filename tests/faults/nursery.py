@@ -120,17 +120,23 @@ class Nursery:
 
     def pump(self, ready: Callable[[], bool], timeout_s: float) -> None:
         """Take in messages until `ready`."""
-        assert self._process.stdout is not None
         deadline = time.monotonic() + timeout_s
         while not ready():
-            if not select.select([self._process.stdout], [], [], max(deadline - time.monotonic(), 0))[0]:
+            if not self.listen(max(deadline - time.monotonic(), 0)):
                 raise AssertionError(f"a child hangs: nothing was heard of it for {timeout_s:g} s")
-            block = os.read(self._process.stdout.fileno(), 1 << 16)
-            if not block:
-                raise AssertionError(f"the nursery died with {self._process.wait()}")
-            *lines, self._rest = (self._rest + block).split(b"\n")
-            for line in lines:
-                self._take(json.loads(line))
+
+    def listen(self, timeout_s: float = 0.0) -> bool:
+        """Take in what has been said; False if nothing is, within the time."""
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], timeout_s)[0]:
+            return False
+        block = os.read(self._process.stdout.fileno(), 1 << 16)
+        if not block:
+            raise AssertionError(f"the nursery died with {self._process.wait()}")
+        *lines, self._rest = (self._rest + block).split(b"\n")
+        for line in lines:
+            self._take(json.loads(line))
+        return True
 
     def _take(self, message: dict[str, Any]) -> None:
         child = self._children[message.pop("job")]

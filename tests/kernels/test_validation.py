@@ -85,7 +85,8 @@ def test_integer_tokens(operators: dict[str, Operator]) -> None:
 
 
 def test_growing_log_decay(operators: dict[str, Operator]) -> None:
-    check(operators["scan_states"], {"log_decay": torch.full((5, 2), 0.5)}, r"log_decay \[5, 2\] must be at most 0")
+    for bad in (0.5, torch.nan):
+        check(operators["scan_states"], {"log_decay": torch.full((5, 2), bad)}, r"log_decay \[5, 2\] must be at most 0")
 
 
 @pytest.mark.parametrize("targets", [[4, 0], [-1, 0], [0, 3]])

@@ -136,14 +136,15 @@ def test_killed_and_started_again(tmp_path: Path, grow: SimpleNamespace, watched
     for turn in range(4):
         arrive(folder, f"{turn}.csv", grow.events({1: 2, 2: 1}, grow.start + (turn + 1) * 500 * grow.hour, seed=turn))
         total += 3
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         segment = tmp_path / "log" / f"segment-{turn + 2:06d}"
         began = time.time()
         while turn % 2 and not segment.exists() and time.time() - began < 60:
             time.sleep(0.001)
         time.sleep(2.0 * rng.random() if turn % 2 == 0 else 0.05 * rng.random())
         child.send_signal(signal.SIGKILL)
-        child.wait()
+        assert child.wait() == -signal.SIGKILL, "it ended by itself"
+        assert segment.exists() or turn % 2 == 0
     watch(watched)
     expect(watched, grow, tmp_path, total)
     with SummaryStore.open(watched.store) as store:
