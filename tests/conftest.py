@@ -99,7 +99,7 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
     return config
 
 
-def run_python(code: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter of one thread, from a checkout or an installed package alike."""
     root = Path(vista.__file__).parents[1]
     path = os.pathsep.join([str(root), str(root / "kernels"), str(Path(__file__).parent)])

@@ -47,7 +47,11 @@ def process(served: Served, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[b
     try:
         yield process, port
     finally:
-        process.kill()
+        process.terminate()  # and its workers
+        try:
+            process.wait(TIMEOUT_S)
+        finally:
+            process.kill()
 
 
 @pytest.fixture
@@ -100,12 +104,19 @@ def test_the_service(served: Served, service: int, tmp_path: Path) -> None:
     assert 0 <= watched["age_s"] < TIMEOUT_S * 10 and watched["calls"] > 0 and watched["p99_ms"] > 0
 
 
-def test_where_one_worker_dies_the_service_ends(process: tuple[subprocess.Popen[bytes], int]) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_where_one_worker_dies_the_service_ends(
+    process: tuple[subprocess.Popen[bytes], int], how: signal.Signals
+) -> None:
     parent, port = process
     assert fetch(port)[0] == 200
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(children.read_text().split()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     first, second = map(int, children.read_text().split())
-    os.kill(first, signal.SIGKILL)
+    os.kill(first, how)
     assert parent.wait(TIMEOUT_S) == 1
     assert not Path(f"/proc/{second}").exists()
     socket.create_server(("127.0.0.1", port)).close()

@@ -196,10 +196,10 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
             keys = [key for key in keys if key in old]
         changes += [f"{group}.{key} ({old.get(key)} -> {new.get(key)})" for key in keys if old.get(key) != new.get(key)]
     for name in sorted((before.keys() & now.keys()) - recorded_defaults().keys() - {"seed"}):  # another program's
-        old, new = (
-            {k: v for k, v in config[name].items() if k != "seed"} if isinstance(config[name], dict) else config[name]
-            for config in (before, now)
-        )
+        old, new = before[name], now[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            common = (old.keys() & new.keys()) - {"seed"}
+            old, new = ({key: values[key] for key in common} for values in (old, new))
         changes += [f"{name} ({old} -> {new})"] if old != new else []
     return changes
 

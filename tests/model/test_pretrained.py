@@ -130,6 +130,7 @@ DAMAGE = {
     "another format": (edited(lambda d: d.update(format_version=99)), "format 99, this vista reads 3"),
     "not a description": (edited(lambda d: ["a list"]), "format None"),
     "no schema": (edited(lambda d: d.pop("schema") and None), r"config\.json: KeyError\('schema'\)"),
+    "no data": (edited(lambda d: d.update(data=None)), r"config\.json: TypeError"),
     "unknown key": (edited(lambda d: d["model"].update(wings=2)), r"config\.json: .*wings: no field of ModelConfig"),
     "unknown schema": (edited(lambda d: d["schema"].update(wings=2)), r"config\.json: TypeError"),
     "contradiction": (

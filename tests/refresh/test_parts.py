@@ -150,6 +150,11 @@ def test_merge_refuses_what_does_not_add_up(tmp_path: Path, grow: SimpleNamespac
     with pytest.raises(StoreError, match=r"has no state of user 1; refresh that store in full"):
         merge(model, [(tmp_path / "store", log)], tmp_path / "merged")
     assert not (tmp_path / "merged" / "CURRENT").exists()
+    refresh(model, log, tmp_path / "past", until="leave-last-out")
+    with pytest.raises(StoreError, match="keeps no states"):
+        merge(model, [(tmp_path / "past", log)], tmp_path / "merged")
+    with pytest.raises(ConfigError, match="has no states"):
+        merge(grow.model(num_seeds=0), [(tmp_path / "past", log)], tmp_path / "merged")
 
 
 def test_a_part_that_is_refreshed_while_it_is_merged_is_refused(
@@ -170,11 +175,6 @@ def test_a_part_that_is_refreshed_while_it_is_merged_is_refused(
     with pytest.raises(StoreError, match=r"the state of user 2 is not of the events .*and not while it is merged"):
         merge(model, [(tmp_path / f"store-{part}", log) for part, log in enumerate(logs)], tmp_path / "merged")
     assert not (tmp_path / "merged" / "CURRENT").exists()
-    refresh(model, log, tmp_path / "past", until="leave-last-out")
-    with pytest.raises(StoreError, match="keeps no states"):
-        merge(model, [(tmp_path / "past", log)], tmp_path / "merged")
-    with pytest.raises(ConfigError, match="has no states"):
-        merge(grow.model(num_seeds=0), [(tmp_path / "past", log)], tmp_path / "merged")
 
 
 def test_merged_records_are_authenticated_as_their_parts(tmp_path: Path, grow: SimpleNamespace) -> None:

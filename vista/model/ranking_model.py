@@ -220,6 +220,7 @@ class RankingModel(nn.Module):
 
 def _without_dates(data: dict[str, Any]) -> dict[str, Any]:
     """Of a split that is not in time: older files may have dates all the same, which were never read."""
+    data = dict(data)  # or TypeError, of a damaged file
     return data if data.get("split") == Split.time.value else data | {"validation_from": None, "test_from": None}
 
 

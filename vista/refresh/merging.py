@@ -175,6 +175,8 @@ def merge(
 
 
 def _merged(model: Recommender, found: Sequence[_Found]) -> _Found:
+    if not found:
+        raise StoreError("a user was erased from all parts while they were merged; merge them again")
     if len(found) == 1:
         return found[0]
     state, whole = merge_histories(model, [one[0] for one in found], [one[1] for one in found])
