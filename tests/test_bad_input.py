@@ -110,7 +110,7 @@ class TestConfig:
         ("words", "message"),
         [
             (["refresh", "users_per_batch=0"], "users_per_batch: must be at least 1, got 0"),
-            (["refresh", "until=yesterday"], r"until='yesterday': write all, leave-last-out, .* an ISO date or time"),
+            (["refresh", "until=yesterday"], r"until='yesterday': write all, leave-last-out, .* an ISO date .*or time"),
             (["evaluate", "split=train"], "split: write test or validation, got train"),
             (["evaluate", "top_k=[]"], r"top_k: needs numbers of at least 1, got \[\]"),
             (["score", "users=[]"], "users: name at least one"),

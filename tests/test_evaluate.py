@@ -26,6 +26,7 @@ from vista.model.recommender import Recommender
 from vista.refresh import refresh
 from vista.results import read_results
 from vista.scorer import Scorer
+from vista.training.protocol import LAST_RANK
 from vista.training.trainer import schema_of, train
 
 
@@ -120,7 +121,7 @@ class TestNextItems:
             expected = plain_ranks(scorer, order_log, visible_counts(order_log, "leave-last-out"), True)
         assert found.ranks is not None and found.ranks.tolist() == expected
 
-    def test_items_that_the_model_never_saw_rank_last(self, served: Served, tmp_path: Path) -> None:
+    def test_items_that_the_model_never_saw_are_in_no_list(self, served: Served, tmp_path: Path) -> None:
         frame = small_frame()
         last = np.flatnonzero(np.append(frame["user"][1:] != frame["user"][:-1], True))
         frame["item"][last[[0, 4]]] = 7777
@@ -128,7 +129,7 @@ class TestNextItems:
         refresh(served.model, log, tmp_path / "store", until="leave-last-out")
         with Scorer.open(served.model, tmp_path / "store") as scorer:
             found = evaluate_scorer(scorer, log, "test")
-        assert found.ranks is not None and (found.ranks == len(served.model.items)).sum() == 2
+        assert found.ranks is not None and (found.ranks == LAST_RANK).sum() == 2
 
 
 def summary_inputs(model: Recommender, log: EventLog, row: int, start: int, stop: int) -> Any:
