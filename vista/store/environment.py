@@ -23,45 +23,51 @@ T = TypeVar("T")
 
 
 class _Gate:
-    """Many transactions or one exclusive section; held for milliseconds."""
+    """Many transactions or one exclusive section; held for milliseconds.
+
+    Ctrl-C may strike at any call, those that leave a section too. What a thread has left behind so counts no more when
+    that thread comes for the exclusive section: it is in no other then.
+    """
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._active = 0
-        self._exclusive = False
+        self._active: dict[object, int] = {}
+        """Thread of each transaction, by a token of its own."""
+        self._exclusive: int | None = None
+        """Thread of the exclusive section."""
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        entered = False  # Ctrl-C may strike at any call.
+        token, own = object(), threading.get_ident()
         try:
             with self._condition:
-                while self._exclusive:
+                while self._exclusive not in (None, own):
                     self._condition.wait()
-                self._active += 1
-                entered = True
+                self._active[token] = own
             yield
         finally:
-            if entered:
-                with self._condition:
-                    self._active -= 1
-                    self._condition.notify_all()
+            with self._condition:
+                self._active.pop(token, None)
+                self._condition.notify_all()
 
     def acquire(self) -> None:
+        own = threading.get_ident()
         with self._condition:
-            while self._exclusive:
+            while self._exclusive not in (None, own):
                 self._condition.wait()
-            self._exclusive = True
+            self._exclusive = own
+            self._active = {token: thread for token, thread in self._active.items() if thread != own}
             try:
                 while self._active:
                     self._condition.wait()
             except BaseException:
-                self._exclusive = False
+                self._exclusive = None
                 self._condition.notify_all()
                 raise
 
     def release(self) -> None:
         with self._condition:
-            self._exclusive = False
+            self._exclusive = None
             self._condition.notify_all()
 
     @contextmanager
