@@ -51,14 +51,7 @@ from vista.floors import Floor, evaluate_floor
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.recommender import Recommender
 from vista.refresh import refresh
-from vista.results import (
-    append_result,
-    changed_settings,
-    hardware,
-    markdown_table,
-    read_results,
-    recorded_defaults,
-)
+from vista.results import append_result, changed_settings, hardware, markdown_table, read_results, recorded_defaults
 from vista.scorer import Scorer
 from vista.store.layout import CURRENT
 from vista.training.protocol import impression_cases, impression_metrics
@@ -157,13 +150,16 @@ def _runs(settings: argparse.Namespace, lines: Sequence[Line]) -> list[Run]:
                 continue
             seed = UNTRAINED_SEED if row.untrained else asked
             config = _recorded(table, row)
-            found = {served: newest.get((served, seed)) for served in row.served(name)}
-            changed = {key: None for line in found.values() if line for key in changed_settings(line["config"], config)}
-            missing = tuple(
-                served for served, line in found.items() if not line or changed_settings(line["config"], config)
-            )
+            missing: list[str] = []
+            changed: dict[str, None] = {}
+            for served in row.served(name):
+                line = newest.get((served, seed))
+                changes = changed_settings(line["config"], config) if line else []
+                changed |= dict.fromkeys(changes)
+                if changes or not line:
+                    missing.append(served)
             estimate = _estimate_s(name, row, lines, machine)
-            runs.append(Run(name, row, seed, config, missing, tuple(changed), estimate))
+            runs.append(Run(name, row, seed, config, tuple(missing), tuple(changed), estimate))
     return runs
 
 

@@ -190,16 +190,14 @@ class DataConfig:
         require(0 <= share <= 1, "data.staleness_share", f"must lie in [0, 1], got {share}")
         share = self.unknown_share
         require(0 <= share < 1, "data.unknown_share", f"must lie in [0, 1), got {share}")
-        if self.split is Split.time:
-            for key in ("validation_from", "test_from"):
-                require(getattr(self, key) is not None, f"data.{key}", "is needed with data.split=time")
-        else:
-            for key in ("validation_from", "test_from"):
-                require(
-                    getattr(self, key) is None,
-                    f"data.{key}",
-                    "is read with data.split=time alone; set that too, or this to null",
-                )
+        in_time = self.split is Split.time
+        message = (
+            "is needed with data.split=time"
+            if in_time
+            else "is read with data.split=time alone; set that too, or this to null"
+        )
+        for key in ("validation_from", "test_from"):
+            require((getattr(self, key) is not None) == in_time, f"data.{key}", message)
 
 
 @dataclass(kw_only=True, slots=True)

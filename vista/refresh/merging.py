@@ -159,7 +159,7 @@ def merge(
             keys = user_keys(batch)
             with run.stage("summarize"):
                 found = [part.find(frozen, batch) for part in opened]
-                whole = [_merged(frozen, [one[user] for one in found if user in one]) for user in batch]
+                whole = [_merged(frozen, found, user) for user in batch]
             with run.stage("encode"):
                 encoded, num_events = _encoded(frozen, writer, keys, whole, run)
             run.check_failures()
@@ -174,9 +174,10 @@ def merge(
         return run.report(store, writer.generation)
 
 
-def _merged(model: Recommender, found: Sequence[_Found]) -> _Found:
+def _merged(model: Recommender, parts: Sequence[dict[Any, _Found]], user: Any) -> _Found:
+    found = [part[user] for part in parts if user in part]
     if not found:
-        raise StoreError("a user was erased from all parts while they were merged; merge them again")
+        raise StoreError(f"user {user!r} was erased from all parts while they were merged; merge them again")
     if len(found) == 1:
         return found[0]
     state, whole = merge_histories(model, [one[0] for one in found], [one[1] for one in found])

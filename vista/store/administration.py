@@ -21,6 +21,7 @@ from vista.store.layout import (
     environment_path,
     environments_of,
     generation_path,
+    kept_beside_a_new_one,
     list_generations,
     read_current,
     remove_leftovers,
@@ -218,7 +219,7 @@ def copy_generation(
         done = settled(root, number, lambda: _bring(root, number, to, key, modes))
         before = served_or_none(to)
         if publish and before != done.generation:
-            flip(to, done.generation, list_generations(to) if before is None else (before,))  # None: or damaged
+            flip(to, done.generation, kept_beside_a_new_one(to))
     return dataclasses.replace(done, published=publish or before == done.generation)
 
 

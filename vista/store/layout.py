@@ -238,6 +238,12 @@ def served_or_none(root: Path) -> int | None:
         return None
 
 
+def kept_beside_a_new_one(root: Path) -> list[int]:
+    """What stays when a new generation is published: the served one; where CURRENT does not say which, all."""
+    served = served_or_none(root)
+    return list_generations(root) if served is None else [served]
+
+
 def missing_generation(root: Path, generation: int) -> StoreError:
     """Error for a CURRENT that names nothing."""
     return StoreError(f"{root / CURRENT} names {_PREFIX}{generation}, which is not there; {_kept(root)}")

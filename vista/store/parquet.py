@@ -29,10 +29,9 @@ from vista.store.keys import user_id
 from vista.store.layout import (
     Manifest,
     environment_path,
-    list_generations,
+    kept_beside_a_new_one,
     read_current,
     remove_leftovers,
-    served_or_none,
 )
 from vista.store.locks import locked
 from vista.store.parts import check_place
@@ -160,8 +159,7 @@ def import_store(
         except BaseException:
             builder.discard()
             raise
-        before = served_or_none(root)
-        flip(root, manifest.generation, list_generations(root) if before is None else (before,))  # None: or damaged
+        flip(root, manifest.generation, kept_beside_a_new_one(root))
     return publish_report(root, manifest.generation, manifest.count)
 
 
