@@ -15,10 +15,10 @@ DATA ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BENCHMARKS := $(filter-out scripts/bench_summary.py,$(sort $(wildcard scripts/bench_*.py)))
+BENCHMARKS := $(filter-out bench_summary,$(basename $(notdir $(sort $(wildcard scripts/benchmarks/bench_*.py)))))
 RUN_BENCHMARKS := failed=0; \
-	for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script $(BENCH_ARGS) || failed=1; done; \
-	$(BIN)/python scripts/bench_summary.py; exit $$failed
+	for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m scripts.benchmarks.$$name $(BENCH_ARGS) || failed=1; done; \
+	$(BIN)/python -m scripts.benchmarks.bench_summary; exit $$failed
 
 .PHONY: help setup test lint demo bench test-gpu test-aot test-faults bench-gpu clean
 
@@ -45,7 +45,7 @@ lint: setup ## check format, style and types
 	$(BIN)/mypy
 
 demo: setup ## run the whole job and write a report; DATA=path/to/ml-1m (or another MovieLens folder) instead of the simulation
-	$(BIN)/python scripts/demo.py $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m scripts.demo $(if $(DATA),--data "$(DATA)")
 
 bench: setup ## run all benchmarks on the CPU and list the bars met and missed; BENCH_ARGS=--quick for a first look
 	@export CUDA_VISIBLE_DEVICES=; $(RUN_BENCHMARKS)

@@ -18,22 +18,22 @@ from pathlib import Path
 
 import numpy as np
 
-from demo_report import LatencyRow, Report, write_report
+from scripts.demo_report import LatencyRow, Report, write_report
 from vista import __version__
-from vista.choices import Codec
-from vista.composition import compose_config
-from vista.config import TrainConfig, without_places
-from vista.config_data import PrepareConfig, SimulateConfig
-from vista.config_dict import to_dict
-from vista.data.event_log import EventLog
-from vista.data.ingest import prepare
-from vista.data.simulate import simulate
-from vista.data.splits import split_until
+from vista.config import PrepareConfig, SimulateConfig, TrainConfig
+from vista.config.choices import Codec
+from vista.config.composition import compose_config
+from vista.config.conversion import to_dict
+from vista.config.train_config import without_places
 from vista.errors import ConfigError, VistaError
-from vista.evaluate import evaluate_scorer
-from vista.model.recommender import Recommender
+from vista.evaluation.evaluate import evaluate_scorer
+from vista.log.event_log import EventLog
+from vista.log.ingest.prepare import prepare
+from vista.log.splits import split_until
+from vista.model.vista_model import Recommender
 from vista.refresh import refresh
 from vista.scorer import Scorer
+from vista.simulation.simulate import simulate
 from vista.training.trainer import train
 
 TRAINED_EVENTS = 1_600_000

@@ -11,15 +11,15 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.data.event_log import EventLog
-from vista.data.splits import split_until, visible_counts
-from vista.evaluate import Evaluation
+from scripts.experiments.results import describe_hardware, hardware
+from vista.evaluation.evaluate import Evaluation
+from vista.evaluation.metrics import auc, ndcg
+from vista.evaluation.protocol import ImpressionCases, NextItemCases, impression_metrics, next_item_cases
+from vista.log.event_log import EventLog
+from vista.log.splits import split_until, visible_counts
 from vista.model import inference
-from vista.model.recommender import Recommender
+from vista.model.vista_model import Recommender
 from vista.refresh import RefreshReport
-from vista.results import describe_hardware, hardware
-from vista.training.metrics import auc, ndcg
-from vista.training.protocol import ImpressionCases, NextItemCases, impression_metrics, next_item_cases
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -2,7 +2,7 @@
 
 import sys
 
-from vista.cli import main
+from vista.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["refresh", *sys.argv[1:]]))

@@ -17,11 +17,10 @@ import pytest
 import torch
 
 import vista
-from vista.choices import Split
-from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from vista.config_data import PrepareConfig, SimulateConfig, SourceConfig
-from vista.data.event_log import EventLog
-from vista.model.recommender import Recommender
+from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
+from vista.config.choices import Split
+from vista.log.event_log import EventLog
+from vista.model.vista_model import Recommender
 from vista.scorer import Scorer, Tail
 
 # Tests interrupt as Ctrl-C does, which a shell has switched off for what it started with `&`.
@@ -130,8 +129,8 @@ class Served:
 
 def serve(log: EventLog, config: TrainConfig, folder: Path) -> Served:
     """Train, and refresh both stores."""
-    from vista.choices import Codec
-    from vista.data.splits import split_until
+    from vista.config.choices import Codec
+    from vista.log.splits import split_until
     from vista.refresh import refresh
     from vista.training.trainer import train
 
@@ -161,8 +160,8 @@ def order_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
 @pytest.fixture(scope="session")
 def impression_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
     """A simulated log with impressions of three tasks."""
-    from vista.data.ingest import prepare
-    from vista.data.simulate import simulate
+    from vista.log.ingest.prepare import prepare
+    from vista.simulation.simulate import simulate
 
     folder = tmp_path_factory.mktemp("impression-log")
     simulate(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vista.store.record import HEADER
+from vista.store.format.record import HEADER
 
 
 def decode_record_reference(record: bytes) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vista.choices import Precision
+from vista.config.choices import Precision
 from vista.device import choose_precision, cpu_settings, resolve_device
 from vista.errors import ConfigError
 

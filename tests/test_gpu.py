@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.conftest import small_config
 from tests.kernels.conftest import OPERATORS, Inputs
 from tests.kernels.test_operators import RAGGED, err
-from vista.data.event_log import EventLog
+from vista.log.event_log import EventLog
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.training.trainer import train

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 import vista
-from vista.composition import compose_config
 from vista.config import TrainConfig
-from vista.config_text import to_yaml
+from vista.config.composition import compose_config
+from vista.config.config_keys import to_yaml
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = ("vista", "kernels", "conf", "pyproject.toml", "README.md", "LICENSE")
@@ -69,7 +69,7 @@ def run_installed(site: Path, cwd: Path, code: str) -> str:
     return done.stdout
 
 
-RUN_CFG = "import vista, vista_kernels; from vista.cli import main; main(['train', '--cfg', 'experiment=ml-1m'])\n"
+RUN_CFG = "import vista, vista_kernels; from vista.cli.main import main; main(['train', '--cfg', 'experiment=ml-1m'])\n"
 PRINT_ORIGIN = "print('#', vista.__file__, vista_kernels.__file__)"
 
 
@@ -80,11 +80,11 @@ def test_every_folder_is_listed(pyproject: dict[str, Any]) -> None:
     expected |= {f"vista.{folder}".replace("/", ".") for folder in map(str, conf)}
     setuptools = pyproject["tool"]["setuptools"]
     assert set(setuptools["packages"]) == expected
-    assert {name for name in expected if name.startswith("vista.conf")} <= set(setuptools["package-data"])
+    assert {name for name in expected if f"{name}.".startswith("vista.conf.")} <= set(setuptools["package-data"])
 
 
 @pytest.mark.parametrize(
-    "module", ["vista", "vista.config", "vista.store.lmdb_store", "vista.data.event_log", "vista.scorer"]
+    "module", ["vista", "vista.config.train_config", "vista.store.reader", "vista.log.event_log", "vista.scorer"]
 )
 def test_light_import(module: str) -> None:
     if find_spec(module) is None:
@@ -97,7 +97,7 @@ def test_light_import(module: str) -> None:
     assert done.returncode == 0, done.stderr
     loaded = set(json.loads(done.stdout))
     assert not loaded & {"hydra", "omegaconf", "polars", "triton", "pandas", "matplotlib"}
-    if module in ("vista", "vista.config"):
+    if module in ("vista", "vista.config.train_config"):
         assert not loaded & {"torch", "numpy"}
 
 
@@ -130,7 +130,7 @@ class TestInstalled:
         with zipfile.ZipFile(wheel) as archive:
             info = f"vista_recsys-{vista.__version__}.dist-info"
             metadata = archive.read(f"{info}/METADATA").decode()
-            assert "vista = vista.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+            assert "vista = vista.cli.main:main" in archive.read(f"{info}/entry_points.txt").decode()
             assert "Apache License" in archive.read(f"{info}/licenses/LICENSE").decode()
         assert "Name: vista-recsys\n" in metadata and "License-Expression: Apache-2.0\n" in metadata
         assert "Requires-Dist: torch" in metadata and 'polars>=2; extra == "data"' in metadata

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import ratings_folder
-from vista.cli import main
+from vista.cli.main import main
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 

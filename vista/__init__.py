@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vista.config import TrainConfig
-    from vista.data.event_log import EventLog
-    from vista.model.recommender import Recommender
+    from vista.log.event_log import EventLog
+    from vista.model.vista_model import Recommender
     from vista.scorer import Scorer
-    from vista.store.lmdb_store import SummaryStore
+    from vista.store.reader import SummaryStore
     from vista.training.trainer import train
 
 __version__ = "0.1.0"
@@ -21,11 +21,11 @@ __version__ = "0.1.0"
 __all__ = ["EventLog", "Recommender", "Scorer", "SummaryStore", "TrainConfig", "train"]
 
 _MODULE_OF_NAME = {
-    "EventLog": "vista.data.event_log",
-    "Recommender": "vista.model.recommender",
+    "EventLog": "vista.log.event_log",
+    "Recommender": "vista.model.vista_model",
     "Scorer": "vista.scorer",
-    "SummaryStore": "vista.store.lmdb_store",
-    "TrainConfig": "vista.config",
+    "SummaryStore": "vista.store.reader",
+    "TrainConfig": "vista.config.train_config",
     "train": "vista.training.trainer",
 }
 

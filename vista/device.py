@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vista.choices import Precision
+from vista.config.choices import Precision
 from vista.errors import ConfigError
 from vista_kernels.launch import choose_backend
 from vista_kernels.torch_backend.precision import multiplies_bfloat16

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from vista_kernels import reference
-from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
-from vista_kernels.validation import (
+from vista_kernels.arguments import (
     check_activation,
     check_offsets,
     check_state,
@@ -27,6 +26,7 @@ from vista_kernels.validation import (
     host_offsets,
     state_dtype,
 )
+from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
 
 
 def causal_linear_attention(

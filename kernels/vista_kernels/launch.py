@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from vista_kernels.validation import IntArray
+from vista_kernels.arguments import IntArray
 
 BACKENDS = ("torch", "triton", "reference")
 """What an operator can run on; `auto` chooses among them by device."""

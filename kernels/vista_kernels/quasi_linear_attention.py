@@ -24,9 +24,7 @@ import torch
 from torch import Tensor
 
 from vista_kernels import reference
-from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
-from vista_kernels.layout import empty_state, length_scale
-from vista_kernels.validation import (
+from vista_kernels.arguments import (
     NORMALIZATIONS,
     IntArray,
     check_activation,
@@ -36,6 +34,8 @@ from vista_kernels.validation import (
     check_weight,
     host_offsets,
 )
+from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
+from vista_kernels.state_layout import empty_state, length_scale
 
 
 def quasi_linear_attention(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vista_kernels import reference
+from vista_kernels.arguments import check_offsets, check_state, host_offsets, state_dtype
 from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
-from vista_kernels.validation import check_offsets, check_state, host_offsets, state_dtype
 
 
 def scan_states(

@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 
 from vista_kernels import reference
-from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
-from vista_kernels.layout import empty_state, length_scale
-from vista_kernels.scan import scan_counts, scan_states
-from vista_kernels.validation import (
+from vista_kernels.arguments import (
     NORMALIZATIONS,
     check_activation,
     check_choice,
@@ -29,6 +26,9 @@ from vista_kernels.validation import (
     host_offsets,
     state_dtype,
 )
+from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
+from vista_kernels.scan import scan_counts, scan_states
+from vista_kernels.state_layout import empty_state, length_scale
 
 __all__ = ["accumulate_state", "read_state", "scan_counts", "scan_states"]
 

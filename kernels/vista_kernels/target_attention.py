@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from vista_kernels import reference
+from vista_kernels.arguments import check_candidates, state_dtype
 from vista_kernels.launch import choose_backend, needs_dispatch
 from vista_kernels.torch_backend import sdpa
 from vista_kernels.torch_backend.precision import product_dtype
-from vista_kernels.validation import check_candidates, state_dtype
 
 
 def target_attention(

@@ -14,8 +14,8 @@ from tests.conftest import small_config
 from tests.faults.harness import Promise, Trials, share, work_folder
 from tests.faults.nursery import Nursery
 from tests.faults.preload import compiled
-from vista.data.event_log import EventLog
-from vista.model.recommender import Recommender
+from vista.log.event_log import EventLog
+from vista.model.vista_model import Recommender
 from vista.training.trainer import schema_of
 
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import pytest
 
-from vista.results import commit, hardware
+from scripts.experiments.results import commit, hardware
 
 MAX_FAILURES = 5
 """Failed repetitions after which the full form of a promise stops."""

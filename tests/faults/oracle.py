@@ -17,14 +17,14 @@ import numpy as np
 
 from tests.faults.nursery import Say
 from tests.record_reference import decode_record_reference
-from vista.choices import Codec
+from vista.config.choices import Codec
 from vista.errors import StoreError
 from vista.store import StoreWriter, SummaryStore, Tail, encode_records, user_keys
-from vista.store.batches import StoredBatch
-from vista.store.data_file import open_environment
-from vista.store.keys import CURSOR_KEY, MANIFEST_KEY
+from vista.store.format.keys import CURSOR_KEY, MANIFEST_KEY
+from vista.store.format.record import RecordSpec
 from vista.store.layout import Manifest, environment_path
-from vista.store.record import RecordSpec
+from vista.store.lmdb.data_file import open_environment
+from vista.store.stored_batch import StoredBatch
 
 SUMMARIZER = bytes(range(32))
 CREATED_AT = 1_700_000_000_000

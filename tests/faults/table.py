@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.experiments.results import describe_hardware
 from tests.faults.harness import PROMISES, Promise, missed_shares, read_record, work_folder
 from vista.files import replace_text
-from vista.results import describe_hardware
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 HEAD = """# Promises under faults

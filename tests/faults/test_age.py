@@ -9,11 +9,11 @@ import numpy as np
 
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
-from vista.data.event_log import EventLog
-from vista.model.recommender import Recommender
+from vista.log.event_log import EventLog
+from vista.model.vista_model import Recommender
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.store.batches import CLOCK_SKEW_MS
+from vista.store.stored_batch import CLOCK_SKEW_MS
 
 MAX_AGE_S = 3600
 

@@ -10,9 +10,9 @@ from tests.faults import oracle
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Child, Nursery, Say
 from tests.faults.oracle import Run
-from vista.store.data_file import committed_size
-from vista.store.environment import SharedEnvironment
 from vista.store.layout import environment_path
+from vista.store.lmdb.data_file import committed_size
+from vista.store.lmdb.environment import SharedEnvironment
 
 RUN = Run(total=1000, batch=20, dim=300)
 """Batches of 2 %, one each PACE_S: a write as fast as it can be would make a small store grow by half in 100 ms."""

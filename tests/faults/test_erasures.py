@@ -11,12 +11,12 @@ import pytest
 from tests.conftest import small_config
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
-from vista.data.event_log import EventLog
-from vista.model.recommender import Recommender
+from vista.log.event_log import EventLog
+from vista.model.vista_model import Recommender
 from vista.refresh import refresh, refresh_incremental
 from vista.store import SummaryStore
-from vista.store.administration import compact_store
-from vista.store.inspection import verify_store
+from vista.store.admin.inspection import verify_store
+from vista.store.admin.publish import compact_store
 from vista.store.updates import erase
 from vista.training.trainer import schema_of
 

@@ -7,13 +7,13 @@ import torch
 
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
-from vista.choices import Decay
 from vista.config import DataConfig, ModelConfig
-from vista.data.histories import Histories
-from vista.data.vocabulary import Vocabulary
-from vista.model import incremental
+from vista.config.choices import Decay
+from vista.log.histories import Histories
+from vista.log.vocabulary import Vocabulary
+from vista.model import state_updates as incremental
 from vista.model.ranking_model import Schema
-from vista.model.recommender import Recommender
+from vista.model.vista_model import Recommender
 
 HOUR = 3_600_000
 MAX_DRIFT = 1e-3

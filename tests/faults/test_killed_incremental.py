@@ -14,13 +14,13 @@ import pytest
 from tests.conftest import small_config, small_frame
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
-from vista.choices import Codec
-from vista.data.event_log import EventLog
-from vista.model.recommender import Recommender
+from vista.config.choices import Codec
+from vista.log.event_log import EventLog
+from vista.model.vista_model import Recommender
 from vista.refresh import refresh, refresh_incremental
 from vista.store import SummaryStore
-from vista.store.environment import SharedEnvironment
-from vista.store.state_record import StateArrays
+from vista.store.format.state_record import StateArrays
+from vista.store.lmdb.environment import SharedEnvironment
 from vista.training.trainer import schema_of
 
 USERS_PER_BATCH = 2

@@ -11,9 +11,9 @@ import pytest
 
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Child, Nursery, Say
-from vista.choices import Codec
-from vista.data.event_log import EventLog
-from vista.model.recommender import Recommender
+from vista.config.choices import Codec
+from vista.log.event_log import EventLog
+from vista.model.vista_model import Recommender
 from vista.refresh import refresh
 from vista.store import StoreWriter, SummaryStore
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from tests.conftest import Served
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
-from vista.data.event_log import EventLog
 from vista.errors import ConfigError, LeakageError
-from vista.evaluate import evaluate_scorer
-from vista.model.recommender import Recommender
+from vista.evaluation.evaluate import evaluate_scorer
+from vista.log.event_log import EventLog
+from vista.model.vista_model import Recommender
 from vista.refresh import refresh
 from vista.scorer import Scorer
+from vista.store.format.keys import user_keys
+from vista.store.format.record import HEADER, HEADER_BYTES, seal_record
 from vista.store.generation_files import GenerationFiles
-from vista.store.keys import user_keys
-from vista.store.record import HEADER, HEADER_BYTES, seal_record
 from vista.store.tombstones import Tombstones
 
 

@@ -21,9 +21,9 @@ from tests.conftest import Served, small_config
 from tests.faults import oracle
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
-from vista.data.event_log import EventLog
 from vista.errors import VistaError
-from vista.model.recommender import Recommender
+from vista.log.event_log import EventLog
+from vista.model.vista_model import Recommender
 from vista.scorer import Scorer
 from vista.training.trainer import train
 

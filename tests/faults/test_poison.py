@@ -16,10 +16,10 @@ from tests.conftest import DAY, START, Served
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.record_reference import decode_record_reference
-from vista.choices import Codec
-from vista.data.event_log import EventLog
+from vista.config.choices import Codec
 from vista.errors import RecordError, VistaError
-from vista.model.recommender import Recommender
+from vista.log.event_log import EventLog
+from vista.model.vista_model import Recommender
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
 from vista.store import NO_TIMESTAMP, RecordSpec, encode_records, user_keys

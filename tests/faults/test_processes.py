@@ -16,8 +16,8 @@ from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
 from vista.store import SummaryStore
-from vista.store.data_file import open_environment
 from vista.store.layout import environment_path
+from vista.store.lmdb.data_file import open_environment
 
 RUN = Run(total=64)
 NUM_THREADS = 8

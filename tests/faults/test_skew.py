@@ -16,10 +16,10 @@ from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
 from vista.errors import RecordError, StoreError
 from vista.store import SummaryStore, user_keys
-from vista.store.data_file import open_environment
-from vista.store.keys import MANIFEST_KEY
+from vista.store.format.keys import MANIFEST_KEY
+from vista.store.format.record import CHECKSUM_OFFSET, HEADER, HEADER_BYTES
 from vista.store.layout import Manifest, environment_path
-from vista.store.record import CHECKSUM_OFFSET, HEADER, HEADER_BYTES
+from vista.store.lmdb.data_file import open_environment
 
 RUN = Run(total=8)
 VALUES = 10

@@ -15,7 +15,7 @@ from tests.conftest import small_config
 from tests.faults import preload
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
-from vista.data.event_log import EventLog
+from vista.log.event_log import EventLog
 from vista.training import trainer
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 

@@ -17,13 +17,13 @@ import numpy as np
 
 from tests.faults.nursery import Say
 from tests.faults.oracle import CREATED_AT, SUMMARIZER, Run
-from vista.choices import StateDtype
+from vista.config.choices import StateDtype
 from vista.store import SummaryStore, user_keys
-from vista.store.data_file import open_environment
-from vista.store.inspection import verify_store
+from vista.store.admin.inspection import verify_store
+from vista.store.format.record import RecordSpec
+from vista.store.format.state_record import StateArrays, StateSpec, encode_states
 from vista.store.layout import environment_path, state_path
-from vista.store.record import RecordSpec
-from vista.store.state_record import StateArrays, StateSpec, encode_states
+from vista.store.lmdb.data_file import open_environment
 from vista.store.updates import StoreUpdate
 
 TOTAL, BATCH = 32, 8

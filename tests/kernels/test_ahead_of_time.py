@@ -1,6 +1,6 @@
 """Every Triton kernel compiles for GPUs of NVIDIA and AMD, within their shared memory and the spills it may have.
 
-This runs `scripts/compile_kernels.py`, in a process of its own: this one may have Triton set to its interpreter.
+This runs `scripts.benchmarks.compile_kernels` in a process of its own: this one may have Triton set to its interpreter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEVICES = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
 def compile_kernels(*words: str) -> str:
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}"}
-    command = [sys.executable, "-W", "ignore", str(REPOSITORY / "scripts" / "compile_kernels.py"), *words]
+    command = [sys.executable, "-W", "ignore", "-m", "scripts.benchmarks.compile_kernels", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -12,15 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.choices import Decay
 from vista.config import DataConfig, ModelConfig
-from vista.data.cuts import Batch, Chunks, CutPlan, cut_batch, decay_clock
-from vista.data.gaps import gap_bucket, history_gaps
-from vista.data.histories import Histories
-from vista.data.vocabulary import Vocabulary
+from vista.config.choices import Decay
+from vista.examples.cuts import Batch, Chunks, CutPlan, cut_batch, decay_clock
+from vista.log.gaps import gap_bucket, history_gaps
+from vista.log.histories import Histories
+from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.ranking_model import Schema
-from vista.model.recommender import Recommender
+from vista.model.vista_model import Recommender
 
 Int = NDArray[np.int64]
 ACTIONS, TASKS, NUM_ITEMS = ["view", "click", "buy"], ["click", "like"], 40

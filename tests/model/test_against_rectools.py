@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vista.choices import Architecture
 from vista.config import DataConfig, ModelConfig
-from vista.data.vocabulary import Vocabulary
+from vista.config.choices import Architecture
+from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.hstu import HSTU
+from vista.model.baselines.padded_tiles import tiles
 from vista.model.baselines.sasrec import SASRec
 from vista.model.baselines.sequence_model import Events
-from vista.model.baselines.tiles import tiles
 from vista.model.ranking_model import Schema, class_of
 
 NUM_ITEMS = 50

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from vista.choices import Mixing, Normalization
-from vista.data.histories import Histories
-from vista.model import incremental, inference
-from vista.model.recommender import Recommender
+from vista.config.choices import Mixing, Normalization
+from vista.log.histories import Histories
+from vista.model import inference
+from vista.model import state_updates as incremental
+from vista.model.vista_model import Recommender
 
 
 def formula(model: Recommender, history: Histories) -> Tensor:

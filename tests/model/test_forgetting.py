@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vista.choices import Decay, Mixing
-from vista.data.histories import Histories
+from vista.config.choices import Decay, Mixing
 from vista.errors import ConfigError
-from vista.model import incremental
+from vista.log.histories import Histories
+from vista.model import state_updates as incremental
 from vista.model.summary_state import DRIFT_LIMIT, SummaryState, exchange
 
 DAY = 86_400_000

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vista.choices import Decay, Mixing, Normalization, TargetAttentionKind
-from vista.data.cuts import Batch, Chunks
+from vista.config.choices import Decay, Mixing, Normalization, TargetAttentionKind
+from vista.examples.cuts import Batch, Chunks
 
 Int = NDArray[np.int64]
 SHAPES = {

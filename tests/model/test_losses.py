@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vista.data.negatives import NegativeSampler
+from vista.examples.negatives import NegativeSampler
 from vista.model import losses
 from vista.model.losses import sampled_softmax, task_losses
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from vista.choices import Decay, Mixing, TargetAttentionKind
-from vista.data.vocabulary import Vocabulary
+from vista.config.choices import Decay, Mixing, TargetAttentionKind
 from vista.errors import CheckpointError
+from vista.log.vocabulary import Vocabulary
 from vista.model import inference
-from vista.model.recommender import Recommender
+from vista.model.vista_model import Recommender
 
 
 def test_loading_draws_none_of_the_callers_numbers_and_a_shorter_tail_shares_the_weights(

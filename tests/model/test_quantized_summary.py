@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from vista.choices import Codec, Mixing
+from vista.config.choices import Codec, Mixing
 from vista.model import inference
-from vista.store.codecs import dequantize_rows, quantize_rows
+from vista.store.format.codecs import dequantize_rows, quantize_rows
 
 
 @pytest.mark.parametrize(("codec", "lost_share"), [(Codec.int8, 0.01), (Codec.float16, 0.002), (Codec.int4, 0.15)])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vista.choices import Mixing
 from vista.config import OptimConfig
+from vista.config.choices import Mixing
 from vista.model.losses import reconstruction_loss
 
 ALONE = OptimConfig(next_weight=0.0, task_weight=0.0, reconstruction_weight=1.0)

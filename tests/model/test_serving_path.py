@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vista.choices import Activation, Decay, Mixing, TargetAttentionKind
-from vista.data.histories import Histories
+from vista.config.choices import Activation, Decay, Mixing, TargetAttentionKind
+from vista.log.histories import Histories
 from vista.model import inference
-from vista.model.recommender import Recommender
 from vista.model.target_attention import Context
+from vista.model.vista_model import Recommender
 
 SHAPES = {
     "separable": {"mixing": Mixing.separable},
@@ -49,7 +49,7 @@ def test_training_at_a_position_is_serving_after_its_events(
     make: SimpleNamespace, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every position of every window: the served summary of its cut, the served tail of what it sees, its time."""
-    monkeypatch.setattr("vista.data.cuts.TIMELESS_SHARE", 0.0)
+    monkeypatch.setattr("vista.examples.cuts.TIMELESS_SHARE", 0.0)
     model = make.model(seed=3, **SHAPES[shape])
     packed = make.histories([1, 23, 8, 4], 5)
     chunks, shown_at = make.chunks(packed, 5, impressions=30, decay=model.config.decay)
@@ -116,7 +116,7 @@ def test_a_training_batch_equals_its_chunks_one_at_a_time(
     make: SimpleNamespace, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With W = 1 and no staleness nothing is drawn, so a chunk is cut the same way alone and in company."""
-    monkeypatch.setattr("vista.data.cuts.TIMELESS_SHARE", 0.0)
+    monkeypatch.setattr("vista.examples.cuts.TIMELESS_SHARE", 0.0)
     model = make.model(seed=5, **SHAPES[shape])
     packed = make.histories([0, 9, 3, 14], 7)
     cut = make.plan(model, label_spacing=1, num_cuts=500)

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import silu
 
-from vista.choices import Decay, Mixing
-from vista.data.histories import Histories
+from vista.config.choices import Decay, Mixing
 from vista.errors import ConfigError
-from vista.model import incremental, inference
-from vista.model.recommender import Recommender
+from vista.log.histories import Histories
+from vista.model import inference
+from vista.model import state_updates as incremental
 from vista.model.summary_state import SummaryState, merge
+from vista.model.vista_model import Recommender
 
 DAY = 86_400_000
 SHAPES = {

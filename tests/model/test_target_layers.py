@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vista.choices import TargetAttentionKind
 from vista.config import ModelConfig
+from vista.config.choices import TargetAttentionKind
 from vista.model.target_layers import MASKED, PointwiseLayer, target_layer
 
 HEADS, WIDTH, TAIL = 2, 4, 3

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vista.choices import Decay, Mixing, Precision, TargetAttentionKind
 from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from vista.data.batches import BatchSource
-from vista.data.event_log import EventLog
-from vista.data.histories import Histories
+from vista.config.choices import Decay, Mixing, Precision, TargetAttentionKind
+from vista.examples.batch_source import BatchSource
+from vista.log.event_log import EventLog
+from vista.log.histories import Histories
 from vista.training.trainer import _Trainer
 
 DIM, NUM_ITEMS = 16, 500

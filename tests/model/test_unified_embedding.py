@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from tests.conftest import small_config
-from vista.choices import Architecture
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.data.event_log import EventLog
-from vista.data.gaps import NUM_GAPS
-from vista.data.vocabulary import Vocabulary
+from vista.config.choices import Architecture
+from vista.log.event_log import EventLog
+from vista.log.gaps import NUM_GAPS
+from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.ranking_model import RankingModel, Schema, class_of
-from vista.model.recommender import Recommender
 from vista.model.unified_embedding import Feature, hashed_rows, mix64
+from vista.model.vista_model import Recommender
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.training.trainer import _Trainer, train

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from vista.config import DataConfig, ModelConfig
-from vista.data.event_log import EventLog
-from vista.data.vocabulary import Vocabulary
+from vista.log.event_log import EventLog
+from vista.log.vocabulary import Vocabulary
 from vista.model.ranking_model import Schema
-from vista.model.recommender import Recommender
+from vista.model.vista_model import Recommender
 from vista.store import SummaryStore
 
 HOUR = 3_600_000

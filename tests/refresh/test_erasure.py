@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vista.choices import Codec, StateDtype
-from vista.config_store import StoreEraseConfig
-from vista.data.deletions import erase_users
-from vista.data.event_log import EventLog
+from vista.config import StoreEraseConfig
+from vista.config.choices import Codec, StateDtype
 from vista.errors import ConfigError, StoreError, VistaError
+from vista.log.deletions import erase_users
+from vista.log.event_log import EventLog
 from vista.refresh import erase, refresh, refresh_incremental
 from vista.refresh.erasing import erase_from_config
 from vista.store import StoreWriter, SummaryStore
-from vista.store.administration import compact_store, copy_generation, roll_back
-from vista.store.environment import SharedEnvironment
-from vista.store.inspection import verify_store
-from vista.store.parquet import export_store, import_store
-from vista.store.whole_generations import GenerationBuilder
+from vista.store.admin.inspection import verify_store
+from vista.store.admin.parquet import export_store, import_store
+from vista.store.admin.publish import compact_store, copy_generation, roll_back
+from vista.store.admin.whole_generations import GenerationBuilder
+from vista.store.lmdb.environment import SharedEnvironment
 
 
 def named_log(path: Path, grow: SimpleNamespace, count: int, marker: str = "marker") -> EventLog:

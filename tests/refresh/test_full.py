@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from vista.choices import Codec, OnMissing
+from vista.config.choices import Codec, OnMissing
 from vista.errors import RecordError, UnknownUserError
 from vista.refresh import refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import SummaryStore
-from vista.store.batches import CLOCK_SKEW_MS
+from vista.store.stored_batch import CLOCK_SKEW_MS
 
 
 def poisoned(grow: SimpleNamespace, counts: dict[int, int], users: list[int]) -> tuple[object, dict[str, object]]:

@@ -13,16 +13,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vista.choices import Codec, Decay, Mixing, StateDtype
-from vista.data.compaction import compact_log
-from vista.data.deletions import erase_users, forget_events
-from vista.data.event_log import EventLog
+from vista.config.choices import Codec, Decay, Mixing, StateDtype
 from vista.errors import ConfigError, StoreError, SummarizerMismatchError
+from vista.log.compaction import compact_log
+from vista.log.deletions import erase_users, forget_events
+from vista.log.event_log import EventLog
 from vista.refresh import erase, refresh, refresh_incremental
 from vista.store import SummaryStore, user_keys
-from vista.store.environment import SharedEnvironment
-from vista.store.inspection import verify_store
+from vista.store.admin.inspection import verify_store
 from vista.store.layout import environment_path
+from vista.store.lmdb.environment import SharedEnvironment
 from vista.store.updates import StoreUpdate
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -16,15 +16,15 @@ import numpy as np
 import polars as pl
 import pytest
 
-from vista.choices import Codec
-from vista.config_data import SourceConfig, WatchConfig
-from vista.data.event_log import EventLog
-from vista.data.segment_writer import locked_log
+from vista.config import SourceConfig, WatchConfig
+from vista.config.choices import Codec
 from vista.errors import ConfigError, StoreLockedError
+from vista.log.event_log import EventLog
+from vista.log.segment_writer import locked_log
 from vista.refresh import refresh
 from vista.refresh.watch import Watch, watch
 from vista.store import SummaryStore
-from vista.store.parts import Shard, open_store
+from vista.store.shards import Shard, open_store
 from vista.store.updates import StoreUpdate
 
 
@@ -132,7 +132,7 @@ def test_killed_and_started_again(tmp_path: Path, grow: SimpleNamespace, watched
     rng, total, folder = np.random.default_rng(0), 14, tmp_path / "incoming"
     words = [f"{key}={getattr(watched, key)}" for key in ("data", "model", "store", "folder")]
     words += ["events.timestamp=timestamp", "events.time_unit=ms", "events.action=action", "events.rating=rating"]
-    command = [sys.executable, "-m", "vista.cli", "watch", *words, "poll_s=0.01", "device=cpu", "num_threads=1"]
+    command = [sys.executable, "-m", "vista.cli.main", "watch", *words, "poll_s=0.01", "device=cpu", "num_threads=1"]
     for turn in range(4):
         arrive(folder, f"{turn}.csv", grow.events({1: 2, 2: 1}, grow.start + (turn + 1) * 500 * grow.hour, seed=turn))
         total += 3
@@ -182,7 +182,7 @@ def test_a_full_disk_loses_no_file(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("vista.data.segment_writer.sync", full)
+        patch.setattr("vista.log.segment_writer.sync", full)
         served = watching.look()
     assert (served.files, served.refused, served.refreshes) == (0, 0, [])
     assert "free disk space" in caplog.text and "the next look tries again" in caplog.text

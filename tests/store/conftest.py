@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vista.choices import Codec
+from vista.config.choices import Codec
 from vista.errors import StoreError
 from vista.store import Manifest, RecordSpec, StoreWriter, Tail, encode_records, user_keys
 from vista.store.updates import StoreUpdate

@@ -14,10 +14,10 @@ import xxhash
 
 from vista.errors import RecordError, StoreError, UserKeyError
 from vista.store import SummaryStore, user_keys
-from vista.store.administration import compact_store, roll_back
-from vista.store.data_file import open_environment
-from vista.store.inspection import store_stats, verify_store
+from vista.store.admin.inspection import store_stats, verify_store
+from vista.store.admin.publish import compact_store, roll_back
 from vista.store.layout import Manifest, environment_path, read_current
+from vista.store.lmdb.data_file import open_environment
 
 
 def flipped(data: bytes) -> bytes:

@@ -17,12 +17,13 @@ import pytest
 
 import vista
 from vista.errors import StoreLockedError, StoreWriteError
-from vista.store import StoreWriter, SummaryStore, flock, locks, user_keys
-from vista.store.administration import roll_back
-from vista.store.data_file import check_structure
+from vista.store import StoreWriter, SummaryStore, user_keys
+from vista.store.admin.inspection import verify_store
+from vista.store.admin.publish import roll_back
 from vista.store.generation_files import GenerationFiles
-from vista.store.inspection import verify_store
 from vista.store.layout import environment_path, read_current
+from vista.store.lmdb import flock, locks
+from vista.store.lmdb.data_file import check_structure
 from vista.store.tombstones import Tombstones
 from vista.store.updates import erase
 
@@ -52,7 +53,7 @@ def test_an_erasure_waits_for_no_verification(tmp_path, build, monkeypatch):
         return found
 
     monkeypatch.setattr(flock, "WAIT_S", 1.0)
-    monkeypatch.setattr("vista.store.generations.check_structure", check_and_erase)
+    monkeypatch.setattr("vista.store.writer.check_structure", check_and_erase)
     monkeypatch.setattr(StoreWriter, "_count_records", count_and_erase)
     with all_put(build, tmp_path) as writer:
         writer.publish()
@@ -161,7 +162,7 @@ def test_a_tombstone_that_the_disk_refused_does_not_count_and_a_known_one_is_mad
 STOPPED = """
 import sys, time
 from pathlib import Path
-from vista.store.environment import SharedEnvironment
+from vista.store.lmdb.environment import SharedEnvironment
 environment = SharedEnvironment.acquire(Path(sys.argv[1]), writable=True)
 def stop(transaction):
     print("within", flush=True)

@@ -15,15 +15,15 @@ import torch
 
 from tests.conftest import Served
 from tests.training.test_trainer import assert_same_result
-from vista.choices import Architecture, Codec, Split, Stage
 from vista.config import OptimConfig, TrainConfig
-from vista.data.batches import BatchSource
-from vista.data.event_log import EventLog
-from vista.data.splits import visible_counts
+from vista.config.choices import Architecture, Codec, Split, Stage
 from vista.errors import ConfigError, LeakageError, SummarizerMismatchError
-from vista.evaluate import evaluate_scorer
+from vista.evaluation.evaluate import evaluate_scorer
+from vista.examples.batch_source import BatchSource
+from vista.log.event_log import EventLog
+from vista.log.splits import visible_counts
 from vista.model.inference import empty_summary
-from vista.model.recommender import Recommender
+from vista.model.vista_model import Recommender
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.store import SummaryStore, Tail
@@ -156,7 +156,7 @@ def test_training_at_a_position_is_serving_from_the_store(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each impression that sees a whole tail: the scorer's probability from the same record and the events since."""
-    monkeypatch.setattr("vista.data.cuts.TIMELESS_SHARE", 0.0)
+    monkeypatch.setattr("vista.examples.cuts.TIMELESS_SHARE", 0.0)
     config, model = liked
     log, since, end = served_tasks.log, past_of(served_tasks), int(str(served_tasks.config.data.validation_from))
     config = replace(config, data=replace(config.data, label_spacing=label_spacing))

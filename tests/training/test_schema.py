@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from vista.choices import Architecture, Decay, Split
 from vista.config import ModelConfig, OptimConfig, TrainConfig
-from vista.data.event_log import EventLog
-from vista.data.histories import Histories
+from vista.config.choices import Architecture, Decay, Split
 from vista.errors import ConfigError, DataError
+from vista.log.event_log import EventLog
+from vista.log.histories import Histories
 from vista.training import trainer
 from vista.training.trainer import schema_of, train
 

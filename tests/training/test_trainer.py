@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import Served, run_python, small_config, small_frame
-from vista.choices import Architecture, Search, TargetAttentionKind
-from vista.config_text import to_yaml
-from vista.data.batches import BatchSource
-from vista.data.event_log import EventLog
+from vista.config.choices import Architecture, Search, TargetAttentionKind
+from vista.config.config_keys import to_yaml
 from vista.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, NonFiniteLossError
-from vista.model.recommender import Recommender
+from vista.examples.batch_source import BatchSource
+from vista.log.event_log import EventLog
+from vista.model.vista_model import Recommender
 from vista.training import trainer
 from vista.training.checkpoint import TENSOR_FILE, latest_checkpoint, load_checkpoint
 from vista.training.trainer import schema_of, train, train_model
@@ -62,7 +62,7 @@ DRIVER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from tests.conftest import small_config
-from vista.data.event_log import EventLog
+from vista.log.event_log import EventLog
 from vista.training import trainer
 
 log, folder = EventLog.open(sys.argv[1]), Path(sys.argv[2])

@@ -14,15 +14,10 @@ from numpy.typing import NDArray
 from sklearn.metrics import log_loss, roc_auc_score
 
 from tests.conftest import Served, small_config
-from vista.choices import Split
-from vista.data.event_log import EventLog
-from vista.data.histories import Histories
-from vista.data.splits import visible_counts
+from vista.config.choices import Split
 from vista.errors import NonFiniteLossError
-from vista.model import inference
-from vista.model.recommender import Recommender
-from vista.training import protocol, validation
-from vista.training.protocol import (
+from vista.evaluation import protocol
+from vista.evaluation.protocol import (
     LAST_RANK,
     NextItemCases,
     impression_cases,
@@ -33,6 +28,12 @@ from vista.training.protocol import (
     seen_columns,
     with_tasks,
 )
+from vista.log.event_log import EventLog
+from vista.log.histories import Histories
+from vista.log.splits import visible_counts
+from vista.model import inference
+from vista.model.vista_model import Recommender
+from vista.training import validation
 from vista.training.validation import Validation
 
 HOUR = 3_600_000

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.choices import Mixing
-from vista.data.gaps import UNKNOWN_GAP, gap_bucket
-from vista.data.histories import Histories, token_groups
-from vista.model.incremental import embed, history_states, reach, slice_len
+from vista.config.choices import Mixing
+from vista.log.gaps import UNKNOWN_GAP, gap_bucket
+from vista.log.histories import Histories, token_groups
 from vista.model.ranking_model import RankingModel
-from vista.model.recommender import Recommender
+from vista.model.state_updates import embed, history_states, reach, slice_len
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import Context
+from vista.model.vista_model import Recommender
 
 Int = NDArray[np.int64]
 ROW_TILE = 8

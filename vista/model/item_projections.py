@@ -20,7 +20,7 @@ from torch import Tensor
 from vista.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from vista.model.recommender import Recommender
+    from vista.model.vista_model import Recommender
 
 logger = logging.getLogger(__name__)
 UNIT_FILE, CANDIDATE_FILE = "item_unit_vectors.npy", "item_projections.npy"

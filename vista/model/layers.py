@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vista.model.frozen import FrozenLinear
+from vista.model.frozen_linear import FrozenLinear
 
 Block = TypeVar("Block", bound=nn.Module)
 

@@ -20,14 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vista.choices import Architecture, Split
-from vista.config import FIRST_DEFAULTS, DataConfig, ModelConfig, OptimConfig
-from vista.config_dict import from_dict, to_dict
-from vista.data.cuts import Batch
-from vista.data.vocabulary import Ids, Vocabulary
+from vista.config import DataConfig, ModelConfig, OptimConfig
+from vista.config.choices import Architecture, Split
+from vista.config.conversion import from_dict, to_dict
+from vista.config.model_config import FIRST_DEFAULTS
 from vista.errors import CheckpointError, LogFormatError
+from vista.examples.cuts import Batch
 from vista.files import replaced_folder
-from vista.model.embedding import EventEncoder
+from vista.log.vocabulary import Ids, Vocabulary
+from vista.model.event_encoder import EventEncoder
 from vista.model.unified_embedding import Feature, gather, hashed_rows
 
 FORMAT_VERSION = 3
@@ -36,7 +37,7 @@ NEXT_TASK = "next"
 UNKNOWN_ITEM = 0
 """Model row of items that the vocabulary lacks; vocabulary row r is model row r + 1."""
 CLASSES = {
-    Architecture.vista: ("vista.model.recommender", "Recommender"),
+    Architecture.vista: ("vista.model.vista_model", "Recommender"),
     Architecture.sasrec: ("vista.model.baselines.sasrec", "SASRec"),
     Architecture.hstu: ("vista.model.baselines.hstu", "HSTU"),
     Architecture.din: ("vista.model.baselines.din", "DIN"),
@@ -117,7 +118,7 @@ class RankingModel(nn.Module):
         """All losses of one batch.
 
         Args:
-            batch: from `vista.data.cuts`.
+            batch: from `vista.examples.cuts`.
             item_vectors: [R, M] of the items `batch.rows`.
         """
         raise NotImplementedError

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vista.choices import Decay, Mixing
 from vista.config import ModelConfig
+from vista.config.choices import Decay, Mixing
 from vista.model.layers import Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
 from vista.model.summary_state import SummaryState
 from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_states

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vista.choices import TargetAttentionKind
 from vista.config import ModelConfig
+from vista.config.choices import TargetAttentionKind
 from vista.model.layers import Dropout, module_list, norm
 from vista.model.target_layers import MASKED, TargetLayer, target_layer
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vista.choices import TargetAttentionKind
 from vista.config import ModelConfig
+from vista.config.choices import TargetAttentionKind
 from vista.model.layers import Dropout, FeedForward, GatedOutput, linear_parts, norm, split_heads
 from vista_kernels import target_attention
 

@@ -10,12 +10,12 @@ The data's way: EventLog -> rows of the model -> states [L, H, D, D] -> summarie
 transaction a batch.
 """
 
+from vista.refresh.encode import check_log, refresh_from_config
 from vista.refresh.erasing import forget
 from vista.refresh.full import refresh
 from vista.refresh.incremental import refresh_incremental
 from vista.refresh.merging import merge
-from vista.refresh.report import RefreshReport
-from vista.refresh.run import check_log, refresh_from_config
+from vista.refresh.refresh_report import RefreshReport
 from vista.store.updates import erase
 
 __all__ = [

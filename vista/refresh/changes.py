@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.data.histories import Histories
+from vista.log.histories import Histories
 
 Int = NDArray[np.int64]
 

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vista.config_store import StoreEraseConfig
-from vista.data.deletions import erase_users, forget_events, rows_to_erase
-from vista.data.event_log import EventLog
-from vista.data.vocabulary import ids_of_words
+from vista.config import StoreEraseConfig
 from vista.errors import ConfigError
-from vista.model.recommender import Recommender
+from vista.log.deletions import erase_users, forget_events, rows_to_erase
+from vista.log.event_log import EventLog
+from vista.log.vocabulary import ids_of_words
+from vista.model.vista_model import Recommender
 from vista.refresh.incremental import check_goes_on, refresh_incremental
-from vista.refresh.report import RefreshReport
-from vista.store.parts import divide, shard_to_write, user_kind
+from vista.refresh.refresh_report import RefreshReport
+from vista.store.shards import divide, shard_to_write, user_kind
 from vista.store.updates import erase, served_manifest
 
 

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.choices import Codec, Precision, StateDtype
-from vista.data.event_log import EventLog
-from vista.data.histories import token_groups
-from vista.data.splits import Until, parse_until, visible_counts
+from vista.config.choices import Codec, Precision, StateDtype
 from vista.device import choose_precision
+from vista.log.event_log import EventLog
+from vista.log.histories import token_groups
+from vista.log.splits import Until, parse_until, visible_counts
 from vista.model import inference
-from vista.model.incremental import history_states
-from vista.model.recommender import Recommender
-from vista.refresh.report import Recorder, RefreshReport
-from vista.refresh.run import Encoded, LogItems, check_log, encode_users, has_states, read_summaries, to_arrays
+from vista.model.state_updates import history_states
+from vista.model.vista_model import Recommender
+from vista.refresh.encode import Encoded, LogItems, check_log, encode_users, has_states, read_summaries, to_arrays
+from vista.refresh.refresh_report import Recorder, RefreshReport
 from vista.store import StoreWriter, user_keys
-from vista.store.parts import Shard, shard_to_write
+from vista.store.shards import Shard, shard_to_write
 
 Int = NDArray[np.int64]
 

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.choices import Decay, Precision
-from vista.data.event_log import EventLog
-from vista.data.histories import token_groups
+from vista.config.choices import Decay, Precision
 from vista.errors import ConfigError, StoreError
+from vista.log.event_log import EventLog
+from vista.log.histories import token_groups
 from vista.model import inference
-from vista.model.incremental import (
+from vista.model.state_updates import (
     forget_events,
     history_states,
     insert_events,
@@ -31,15 +31,15 @@ from vista.model.incremental import (
     reach,
     slice_len,
 )
-from vista.model.recommender import Recommender
 from vista.model.summary_state import SummaryState, merge
+from vista.model.vista_model import Recommender
 from vista.refresh.changes import changed_positions
-from vista.refresh.report import Recorder, RefreshReport
-from vista.refresh.run import LogItems, check_log, encode_users, from_arrays, read_summaries, to_arrays
-from vista.store.keys import user_id, user_keys
+from vista.refresh.encode import LogItems, check_log, encode_users, from_arrays, read_summaries, to_arrays
+from vista.refresh.refresh_report import Recorder, RefreshReport
+from vista.store.format.keys import user_id, user_keys
+from vista.store.format.state_record import StateArrays, rounded
 from vista.store.layout import Manifest
-from vista.store.parts import Shard, shard_to_write
-from vista.store.state_record import StateArrays, rounded
+from vista.store.shards import Shard, shard_to_write
 from vista.store.updates import StoreUpdate
 
 Int = NDArray[np.int64]

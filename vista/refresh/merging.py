@@ -14,15 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.choices import Codec, Precision, StateDtype
-from vista.data.event_log import EventLog
-from vista.data.histories import Histories
+from vista.config.choices import Codec, Precision, StateDtype
 from vista.errors import ConfigError, StoreError
-from vista.model.incremental import merge_histories
-from vista.model.recommender import Recommender
+from vista.log.event_log import EventLog
+from vista.log.histories import Histories
+from vista.model.state_updates import merge_histories
 from vista.model.summary_state import SummaryState
-from vista.refresh.report import Recorder, RefreshReport
-from vista.refresh.run import (
+from vista.model.vista_model import Recommender
+from vista.refresh.encode import (
     Encoded,
     LogItems,
     check_log,
@@ -32,10 +31,11 @@ from vista.refresh.run import (
     read_summaries,
     to_arrays,
 )
-from vista.store.generations import StoreWriter
-from vista.store.keys import user_keys
-from vista.store.lmdb_store import SummaryStore
-from vista.store.parts import check_place
+from vista.refresh.refresh_report import Recorder, RefreshReport
+from vista.store.format.keys import user_keys
+from vista.store.reader import SummaryStore
+from vista.store.shards import check_place
+from vista.store.writer import StoreWriter
 
 MERGED = "merged"
 """`until` of a merged store: no one log is what it has seen, so no incremental refresh goes on from it."""

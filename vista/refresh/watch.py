@@ -14,16 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vista.config_data import PrepareConfig, WatchConfig
-from vista.data.event_log import EventLog
-from vista.data.ingest import prepare
+from vista.config import PrepareConfig, WatchConfig
 from vista.device import announce, cpu_settings, resolve_device
 from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, TakenError, VistaError
-from vista.model.recommender import Recommender
+from vista.log.event_log import EventLog
+from vista.log.ingest.prepare import prepare
+from vista.model.vista_model import Recommender
 from vista.refresh.incremental import refresh_incremental
-from vista.refresh.report import RefreshReport
-from vista.store.authentication import read_key
-from vista.store.parts import stores_in
+from vista.refresh.refresh_report import RefreshReport
+from vista.store.format.authentication import read_key
+from vista.store.shards import stores_in
 from vista.store.updates import served_manifest
 
 logger = logging.getLogger(__name__)

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.choices import OnMissing
+from vista.config.choices import OnMissing
 from vista.errors import RecordError, UnknownUserError
 from vista.model import inference
 from vista.scorer.requests import ids_of, impossible_times, no_time, request_times
-from vista.scorer.served import Request, Served
-from vista.scorer.statistics import Recorder
+from vista.scorer.scorer_stats import Recorder
+from vista.scorer.serving_snapshot import Request, Served
 from vista.scorer.tails import with_fresh_events
-from vista.store.batches import StoredBatch, Tail
+from vista.store.stored_batch import StoredBatch, Tail
 
 logger = logging.getLogger(__name__)
 

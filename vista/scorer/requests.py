@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.data.gaps import LATEST_MS, YEAR_1971_MS
+from vista.log.gaps import LATEST_MS, YEAR_1971_MS
 from vista.model.ranking_model import RankingModel
 
 Int = NDArray[np.int64]

@@ -25,12 +25,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.choices import OnMissing, Precision, choice_of
-from vista.data.vocabulary import Ids
+from vista.config.choices import OnMissing, Precision, choice_of
 from vista.device import reuse_freed_memory
 from vista.errors import StoreError, UnknownItemError, VistaError
+from vista.log.vocabulary import Ids
 from vista.model.ranking_model import UNKNOWN_ITEM
-from vista.model.recommender import Recommender
+from vista.model.vista_model import Recommender
 from vista.scorer.answers import CandidateSet, Explanation, Ranking
 from vista.scorer.reading import read_request
 from vista.scorer.requests import (
@@ -39,13 +39,13 @@ from vista.scorer.requests import (
     ragged_offsets,
     split_ragged,
 )
-from vista.scorer.served import Request, Served
-from vista.scorer.source import Source
-from vista.scorer.statistics import Recorder, ScorerStats
-from vista.store.batches import Tail
+from vista.scorer.scorer_stats import Recorder, ScorerStats
+from vista.scorer.serving_snapshot import Request, Served
+from vista.scorer.serving_source import Source
 from vista.store.layout import Manifest
-from vista.store.lmdb_store import SummaryStore
-from vista.store.parts import StoreParts
+from vista.store.reader import SummaryStore
+from vista.store.shards import StoreParts
+from vista.store.stored_batch import Tail
 
 logger = logging.getLogger(__name__)
 Int = NDArray[np.int64]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from vista.model.ranking_model import RankingModel
 from vista.scorer.requests import array_of, impossible_times, integers, item_rows, no_time
-from vista.store.batches import StoredBatch, Tail
+from vista.store.stored_batch import StoredBatch, Tail
 
 Int = NDArray[Any]
 Bools = NDArray[np.bool_]

@@ -17,9 +17,7 @@ import lmdb
 
 from vista.errors import StoreError
 from vista.files import sync
-from vista.store.data_file import MAX_READERS, REMEDY
-from vista.store.environment import SharedEnvironment
-from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY, walk
+from vista.store.format.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY, walk
 from vista.store.layout import (
     Manifest,
     environment_path,
@@ -29,8 +27,10 @@ from vista.store.layout import (
     state_path,
     write_current,
 )
-from vista.store.locks import cannot_write, erasing
-from vista.store.permissions import Modes, make_folder
+from vista.store.lmdb.data_file import MAX_READERS, REMEDY
+from vista.store.lmdb.environment import SharedEnvironment
+from vista.store.lmdb.locks import cannot_write, erasing
+from vista.store.lmdb.permissions import Modes, make_folder
 from vista.store.tombstones import Tombstones
 
 TURNS = 3

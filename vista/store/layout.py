@@ -23,15 +23,15 @@ from typing import Any
 
 import xxhash
 
-from vista.choices import Codec, StateDtype
+from vista.config.choices import Codec, StateDtype
 from vista.errors import StoreError
 from vista.files import sync
-from vista.store.authentication import key_id
-from vista.store.data_file import REMEDY
-from vista.store.keys import common_kind, kinds_of
-from vista.store.permissions import PRIVATE, Modes, is_owner, make_folder, modes_of, set_mode, set_tree_modes
-from vista.store.record import FORMAT_VERSION, RecordSpec, sum_of_checksums
-from vista.store.state_record import StateSpec
+from vista.store.format.authentication import key_id
+from vista.store.format.keys import common_kind, kinds_of
+from vista.store.format.record import FORMAT_VERSION, RecordSpec, sum_of_checksums
+from vista.store.format.state_record import StateSpec
+from vista.store.lmdb.data_file import REMEDY
+from vista.store.lmdb.permissions import PRIVATE, Modes, is_owner, make_folder, modes_of, set_mode, set_tree_modes
 
 CURRENT = "CURRENT"
 LAST = "LAST"
@@ -74,7 +74,7 @@ class Manifest:
     run_digest: str
     """Digest of the log's content and of the user order."""
     key_id: str | None = None
-    """Of the key that the records' codes were made with (`vista.store.authentication`); None: they have none."""
+    """Of the key that the records' codes were made with (`vista.store.format.authentication`); None: they have none."""
     format_version: int = FORMAT_VERSION
     state_dtype: str = StateDtype.none.value
     state_shape: tuple[int, int, int] = (0, 0, 0)

@@ -15,7 +15,7 @@ from pathlib import Path
 from vista.errors import StoreWriteError
 from vista.files import sync
 from vista.store.layout import TOMBSTONES
-from vista.store.locks import erasing
+from vista.store.lmdb.locks import erasing
 
 _DIGEST_BYTES = 16
 

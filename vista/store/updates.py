@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.errors import StoreError, SummarizerMismatchError
-from vista.store.environment import SharedEnvironment
+from vista.store.format.keys import user_keys, walk
+from vista.store.format.record import HEADER, HEADER_BYTES
+from vista.store.format.state_record import StateArrays, read_states
 from vista.store.generation_files import GenerationFiles
-from vista.store.keys import user_keys, walk
 from vista.store.layout import (
     Manifest,
     environment_path,
@@ -26,10 +27,9 @@ from vista.store.layout import (
     remove_leftovers,
     served_or_none,
 )
-from vista.store.lmdb_store import read_manifest
-from vista.store.locks import WriterLock, erasing, lock_store
-from vista.store.record import HEADER, HEADER_BYTES
-from vista.store.state_record import StateArrays, read_states
+from vista.store.lmdb.environment import SharedEnvironment
+from vista.store.lmdb.locks import WriterLock, erasing, lock_store
+from vista.store.reader import read_manifest
 from vista.store.tombstones import Tombstones
 
 logger = logging.getLogger(__name__)

@@ -17,18 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import TrainConfig
-from vista.config_dict import to_dict
-from vista.config_text import value_text
-from vista.data.batches import StoredSummaries
-from vista.data.event_log import EventLog
-from vista.data.splits import parse_until, split_until, visible_counts
+from vista.config.config_keys import value_text
+from vista.config.conversion import to_dict
 from vista.errors import ConfigError, LeakageError
+from vista.examples.batch_source import StoredSummaries
+from vista.log.event_log import EventLog
+from vista.log.splits import parse_until, split_until, visible_counts
 from vista.model.inference import empty_summary
 from vista.model.ranking_model import Schema
-from vista.model.recommender import STAGE1_KEYS, STAGE1_WEIGHTS, Recommender
+from vista.model.vista_model import STAGE1_KEYS, STAGE1_WEIGHTS, Recommender
 from vista.refresh import check_log
-from vista.store.authentication import read_key
-from vista.store.lmdb_store import SummaryStore
+from vista.store.format.authentication import read_key
+from vista.store.reader import SummaryStore
 
 logger = logging.getLogger(__name__)
 KEPT_KEYS = (*STAGE1_KEYS, "activation", "embedding_rows", "embedding_hashes", "num_reconstruction_layers")

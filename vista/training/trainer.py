@@ -19,19 +19,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vista.choices import Architecture, Stage
-from vista.config import STAGE_2, TrainConfig, first_defaults, without_places
-from vista.config_dict import to_dict
-from vista.config_text import to_yaml
-from vista.data.batches import BatchSource, trained_tasks
-from vista.data.cuts import Batch
-from vista.data.event_log import EventLog
-from vista.data.histories import token_groups
+from vista.config import TrainConfig
+from vista.config.choices import Architecture, Stage
+from vista.config.config_keys import to_yaml
+from vista.config.conversion import to_dict
+from vista.config.model_config import STAGE_2
+from vista.config.train_config import first_defaults, without_places
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
 from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
+from vista.evaluation.protocol import EVENTS_READ
+from vista.examples.batch_source import BatchSource, trained_tasks
+from vista.examples.cuts import Batch
 from vista.files import remove_leftovers, replace_text, writable_folder
+from vista.log.event_log import EventLog
+from vista.log.histories import token_groups
 from vista.model.ranking_model import NEXT_TASK, RankingModel, Schema, class_of
-from vista.model.recommender import Recommender
+from vista.model.vista_model import Recommender
 from vista.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -41,7 +44,6 @@ from vista.training.checkpoint import (
     unpack_state,
 )
 from vista.training.downstream import Downstream
-from vista.training.protocol import EVENTS_READ
 from vista.training.run_folder import MetricsWriter, deferred_interrupt, log_file
 from vista.training.validation import Validation
 

@@ -11,17 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from vista.config import TrainConfig
-from vista.data.batches import trained_tasks
-from vista.data.event_log import EventLog
-from vista.data.histories import Histories, token_groups
-from vista.data.splits import split_until, visible_counts
 from vista.errors import NonFiniteLossError
-from vista.model import inference
-from vista.model.baselines.history_model import HistoryModel
-from vista.model.ranking_model import RankingModel
-from vista.model.recommender import Recommender
-from vista.model.target_attention import Context
-from vista.training.protocol import (
+from vista.evaluation.protocol import (
     EVENTS_READ,
     ImpressionCases,
     NextItemCases,
@@ -32,7 +23,16 @@ from vista.training.protocol import (
     ranking_metrics,
     with_tasks,
 )
-from vista.training.raw_history import RawHistoryAnswers
+from vista.evaluation.raw_history import RawHistoryAnswers
+from vista.examples.batch_source import trained_tasks
+from vista.log.event_log import EventLog
+from vista.log.histories import Histories, token_groups
+from vista.log.splits import split_until, visible_counts
+from vista.model import inference
+from vista.model.baselines.history_model import HistoryModel
+from vista.model.ranking_model import RankingModel
+from vista.model.target_attention import Context
+from vista.model.vista_model import Recommender
 
 Int = NDArray[np.int64]
 Floats = NDArray[np.float32]

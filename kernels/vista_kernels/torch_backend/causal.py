@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vista_kernels.layout import cut_segments
+from vista_kernels.arguments import IntArray
+from vista_kernels.state_layout import cut_segments
 from vista_kernels.torch_backend.activations import activate_gradient_
 from vista_kernels.torch_backend.passes import add_product, finish, tile_rows
 from vista_kernels.torch_backend.precision import product_dtype
 from vista_kernels.torch_backend.scan import entering_carry, scan_rows
 from vista_kernels.torch_backend.segments import Window, place, plan
 from vista_kernels.torch_backend.workspace import activated, converted, multiplied, scaled, scratch
-from vista_kernels.validation import IntArray
 
 PIECE_NARROW, PIECE_WIDE = 32, 64
 """Tokens of a piece, at most, for heads up to 32 wide and for wider ones (by measurement)."""

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vista_kernels.arguments import IntArray
 from vista_kernels.torch_backend.activations import activate_gradient_
 from vista_kernels.torch_backend.precision import product_dtype
 from vista_kernels.torch_backend.segments import WINDOW_ELEMENTS, Tile, Window, place, plan
 from vista_kernels.torch_backend.workspace import activated, batched, converted, multiplied, scaled, scratch
-from vista_kernels.validation import IntArray
 
 ROUNDED = 256
 """Tokens whose sum is rounded to bfloat16 before it is added to a state, where products are bfloat16."""

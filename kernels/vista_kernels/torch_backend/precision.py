@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from vista_kernels.validation import state_dtype
+from vista_kernels.arguments import state_dtype
 
 _LOG = logging.getLogger("vista_kernels")
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vista_kernels.layout import cut_segments
+from vista_kernels.arguments import IntArray
+from vista_kernels.state_layout import cut_segments
 from vista_kernels.torch_backend.segments import WINDOW_ELEMENTS
 from vista_kernels.torch_backend.workspace import scratch
-from vista_kernels.validation import IntArray
 
 LONGEST = 128
 """Longer sequences are cut into pieces, at most this long."""

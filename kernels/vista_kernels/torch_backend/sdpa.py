@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vista_kernels.arguments import state_dtype
 from vista_kernels.torch_backend.workspace import scratch
-from vista_kernels.validation import state_dtype
 
 PORTION_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 """Scores and queries that a portion may hold: 2 MB of float32 on a CPU."""

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vista_kernels.arguments import IntArray
 from vista_kernels.torch_backend.workspace import activate, converted, gathered, scratch
-from vista_kernels.validation import IntArray
 
 WINDOW_ELEMENTS = 1 << 19
 """Numbers that one tensor of a window holds: 2 MB in float32."""

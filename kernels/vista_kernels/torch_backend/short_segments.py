@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vista_kernels.layout import empty_state, length_scale
+from vista_kernels.arguments import IntArray, state_dtype
+from vista_kernels.state_layout import empty_state, length_scale
 from vista_kernels.torch_backend import passes
 from vista_kernels.torch_backend.activations import activate_gradient_
 from vista_kernels.torch_backend.precision import product_dtype
@@ -26,7 +27,6 @@ from vista_kernels.torch_backend.segments import (
     pack_tile,
 )
 from vista_kernels.torch_backend.workspace import activated, batched, converted, put_rows, scaled, scratch
-from vista_kernels.validation import IntArray, state_dtype
 
 SLACK_TOKENS = 512
 """Padding that costs less than one more tile would."""

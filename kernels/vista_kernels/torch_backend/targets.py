@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from vista_kernels.arguments import IntArray, state_dtype
 from vista_kernels.torch_backend.activations import activate_gradient_
 from vista_kernels.torch_backend.segments import WINDOW_ELEMENTS
 from vista_kernels.torch_backend.workspace import activated
-from vista_kernels.validation import IntArray, state_dtype
 
 
 def add_targets(q: Tensor, k: Tensor, v: Tensor, tokens: IntArray, activation: str, out: Tensor) -> None:

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vista_kernels.arguments import IntArray
 from vista_kernels.triton_backend import blocks, pieces, sums
-from vista_kernels.triton_backend.tiles import (
+from vista_kernels.triton_backend.tile_access import (
     activate,
     activated,
     activation_gradient,
@@ -25,7 +26,6 @@ from vista_kernels.triton_backend.tiles import (
     store_state,
     store_tokens,
 )
-from vista_kernels.validation import IntArray
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 Autotuning would need a GPU, would make results depend on timing, and would measure in the middle of a training step.
 The tables below are chosen so that every kernel compiles without register spills and within the shared memory of each
-device (`scripts/compile_kernels.py` lists them); they have not been tuned on a GPU.
+device (`python -m scripts.benchmarks.compile_kernels` lists them); they have not been tuned on a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vista_kernels.validation import IntArray
+from vista_kernels.arguments import IntArray
 
 MAX_WIDTH = 128
 """Widest head: keys and values of one head's tokens, and its state, are held in registers."""

@@ -24,11 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vista_kernels.arguments import IntArray
 from vista_kernels.triton_backend import blocks, pieces
 from vista_kernels.triton_backend.accumulate import accumulate
 from vista_kernels.triton_backend.pieces import Plan
 from vista_kernels.triton_backend.scan import scan
-from vista_kernels.triton_backend.tiles import (
+from vista_kernels.triton_backend.tile_access import (
     activated,
     activation_gradient,
     load_state,
@@ -38,7 +39,6 @@ from vista_kernels.triton_backend.tiles import (
     store_state,
     store_tokens,
 )
-from vista_kernels.validation import IntArray
 
 
 @triton.jit

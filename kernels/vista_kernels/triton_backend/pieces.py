@@ -18,7 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vista_kernels.validation import IntArray
+from vista_kernels.arguments import IntArray
 
 PROGRAMS_PER_PROCESSOR = 8
 """Programs that a batch is to be cut into, if it is large enough: they hide each other's waiting, and even out."""

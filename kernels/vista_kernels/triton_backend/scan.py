@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vista_kernels.layout import cut_segments
+from vista_kernels.arguments import IntArray
+from vista_kernels.state_layout import cut_segments
 from vista_kernels.triton_backend import blocks
 from vista_kernels.triton_backend.pieces import PROGRAMS_PER_PROCESSOR
-from vista_kernels.validation import IntArray
 
 LONGEST = 128
 """Longer sequences are cut into pieces, at most this long, if there are few."""

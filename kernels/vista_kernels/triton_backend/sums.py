@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vista_kernels.triton_backend import blocks
 from vista_kernels.triton_backend.pieces import Plan
-from vista_kernels.triton_backend.tiles import activation_gradient
+from vista_kernels.triton_backend.tile_access import activation_gradient
 
 BLOCK_F = 256
 BLOCK_P = 16

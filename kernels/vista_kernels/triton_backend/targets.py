@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vista_kernels.arguments import IntArray
 from vista_kernels.triton_backend import blocks
-from vista_kernels.triton_backend.tiles import activate, activation_gradient, load_tokens, store_tokens
-from vista_kernels.validation import IntArray
+from vista_kernels.triton_backend.tile_access import activate, activation_gradient, load_tokens, store_tokens
 
 BLOCK_T = 16
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.data.cuts import Batch
-from vista.data.gaps import NUM_GAPS
-from vista.data.histories import Histories
-from vista.data.vocabulary import Vocabulary
+from vista.examples.cuts import Batch
+from vista.log.gaps import NUM_GAPS
+from vista.log.histories import Histories
+from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.history_model import HistoryModel, Impressions, Int, in_place, time_bucket, weighted_losses
 from vista.model.inference import newest
 from vista.model.layers import Dropout

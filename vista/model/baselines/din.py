@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
-from vista.data.vocabulary import Vocabulary
+from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.candidate_model import CandidateModel, Events, Found, Queries, age_table
 from vista.model.ranking_model import Schema
 

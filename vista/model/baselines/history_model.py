@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.config import OptimConfig
-from vista.data.cuts import Batch
-from vista.data.gaps import NUM_GAPS, UNKNOWN_GAP, gap_bucket
-from vista.data.histories import Histories
 from vista.errors import ConfigError
+from vista.examples.cuts import Batch
+from vista.log.gaps import NUM_GAPS, UNKNOWN_GAP, gap_bucket
+from vista.log.histories import Histories
 from vista.model.losses import sampled_softmax, task_losses
 from vista.model.ranking_model import Losses, RankingModel
 
@@ -93,7 +93,7 @@ def in_place(logits: Tensor, place: Tensor, batch: Batch) -> Tensor:
 
 
 def time_bucket(gap_ms: Tensor) -> Tensor:
-    """`vista.data.gaps.gap_bucket` of int64 tensors."""
+    """`vista.log.gaps.gap_bucket` of int64 tensors."""
     seconds = gap_ms.clamp(min=0).to(torch.float64) / 1000
     return (1 + torch.log2(1 + seconds)).long().clamp(max=NUM_GAPS - 1)
 

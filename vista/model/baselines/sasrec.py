@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
-from vista.data.vocabulary import Vocabulary
+from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.layers import Dropout, module_list, norm, split_heads
 from vista.model.ranking_model import Schema

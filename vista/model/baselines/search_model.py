@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vista.model.baselines.candidate_model import CandidateModel, Events, Found, Queries
-from vista.model.baselines.tiles import Tile, tiles
+from vista.model.baselines.padded_tiles import Tile, tiles
 from vista.model.layers import split_heads
 
 SCORES_AT_ONCE = 1 << 22

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.data.cuts import Batch
-from vista.data.gaps import history_gaps
-from vista.data.histories import Histories
-from vista.data.vocabulary import Vocabulary
+from vista.examples.cuts import Batch
+from vista.log.gaps import history_gaps
+from vista.log.histories import Histories
+from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.history_model import HistoryModel, Impressions, Int, in_place, next_loss, weighted_losses
-from vista.model.baselines.tiles import Tile, tiles
+from vista.model.baselines.padded_tiles import Tile, tiles
 from vista.model.inference import newest
 from vista.model.layers import Dropout
 from vista.model.ranking_model import Losses, Schema

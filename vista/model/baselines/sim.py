@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vista.choices import Search
 from vista.config import DataConfig, ModelConfig
-from vista.data.vocabulary import Vocabulary
+from vista.config.choices import Search
+from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.candidate_model import Events, Queries, age_table, network
+from vista.model.baselines.padded_tiles import Tile, tiles
 from vista.model.baselines.search_model import SearchModel, attend
-from vista.model.baselines.tiles import Tile, tiles
 from vista.model.ranking_model import Schema
 
 NO_CATEGORY = 0
@@ -47,7 +47,7 @@ class SIM(SearchModel):
 
     def read_item_table(self, data: DataConfig) -> None:
         if self.category is not None:
-            from vista.data.categories import read_categories  # imports Polars, which serving does without
+            from vista.log.item_categories import read_categories  # imports Polars, which serving does without
 
             assert data.item_categories is not None
             codes = read_categories(Path(data.item_categories), data.category_column, self.items)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
-from vista.data.gaps import NUM_GAPS
-from vista.data.vocabulary import Vocabulary
+from vista.log.gaps import NUM_GAPS
+from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.candidate_model import age_table
 from vista.model.baselines.history_model import time_bucket
 from vista.model.baselines.search_model import SearchModel, attend

@@ -1,0 +1,125 @@
+"""The GPU's part of bench_attention.py: QLA's share of the copy bandwidth, and its rivals.
+
+bfloat16, head size 64, from 65,536 packed tokens. A share is the bytes that QLA cannot help moving (4 streams of tokens
+forward, 7 backward) over its time, against the bytes a second of a large copy on the same device. Rivals get the same
+users, of equal length: SDPA (FlashAttention), HSTU's attention in blocks, torch.compile of the formula and of our torch
+backend, and FLA's chunk_linear_attn, causal and without activations, where it is installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from scripts.benchmarks.attention_workloads import HEAD_DIM, Tokens, check
+from scripts.benchmarks.baseline_attention import Attention, fastest_block, hstu, plain_quasi_linear, sdpa
+from scripts.benchmarks.benchmark_recorder import Recorder, interleaved
+from scripts.benchmarks.rooflines import LARGEST_COPY_BYTES, copying
+from vista_kernels import quasi_linear_attention
+
+DIMS = (64, 128, 256)
+BATCHES = ((64, 1024), (1, 65_536), (1, 1 << 20))
+"""Users and events a user, of the shares."""
+RIVAL_BATCHES = ((64, 1024), (4, 16_384))
+
+
+def bench(recorder: Recorder, device: torch.device) -> None:
+    """All cases."""
+    for dim in DIMS[:1] if recorder.quick else DIMS:
+        for users, length in BATCHES[:1] if recorder.quick else BATCHES:
+            bench_share(recorder, users, length, dim, device)
+        for users, length in RIVAL_BATCHES[:1] if recorder.quick else RIVAL_BATCHES:
+            bench_rivals(recorder, users, length, dim, device)
+
+
+def bench_share(recorder: Recorder, users: int, length: int, dim: int, device: torch.device) -> None:
+    """QLA forward and backward as a share of the copy bandwidth."""
+    tokens = Tokens([length] * users, dim, torch.bfloat16, device)
+    check(tokens)
+    check_repeats(tokens)
+    copy = copying(2 * LARGEST_COPY_BYTES, device)
+    calls: dict[str, Callable[[], object]] = {"forward": tokens.forward, "backward": tokens.backward()}
+    timing = interleaved(calls | {"copy": copy.call}, synchronize=torch.cuda.synchronize)
+    bandwidth = 2 * LARGEST_COPY_BYTES / (copy.times * timing["copy"].median_s)
+    for name, streams, bar in (("forward", 4, 80), ("backward", 7, 70)):
+        each = timing[name]
+        share = 100 * streams * tokens.q.numel() * tokens.q.itemsize / each.median_s / bandwidth
+        print(f"        {name}: {1e6 * each.median_s:.4g} µs; copy {bandwidth / 1e9:,.0f} GB/s", flush=True)
+        recorder.add(
+            f"QLA {name}, {users} x {length:,} events, d={dim}, bfloat16: share of the copy bandwidth",
+            share,
+            "%",
+            bar=f"value >= {bar}",
+            spread=share * each.spread_s / each.median_s,
+        )
+
+
+def bench_rivals(recorder: Recorder, users: int, length: int, dim: int, device: torch.device) -> None:
+    """Forward, and forward with backward, against each rival."""
+    tokens = Tokens([length] * users, dim, torch.bfloat16, device)
+    leaves = tokens.by_user()
+    attentions = {"QLA": partial(packed, tokens.offsets, "auto")} | rivals(tokens)
+
+    @torch.no_grad()
+    def forward(attention: Attention) -> Tensor:
+        return attention(*leaves)
+
+    def train(attention: Attention) -> tuple[Tensor, ...]:
+        out = attention(*leaves)
+        return torch.autograd.grad(out, leaves, tokens.grad.view(out.shape))
+
+    for name, run in (("forward", forward), ("forward and backward", train)):
+        calls = {who: partial(run, attention) for who, attention in attentions.items()}
+        timing = interleaved(calls, warmup=3, synchronize=torch.cuda.synchronize)
+        ours = timing.pop("QLA")
+        for rival, each in timing.items():
+            recorder.add(
+                f"QLA {name}, {users} x {length:,} events, d={dim}, bfloat16, against {rival}",
+                1e3 * ours.median_s,
+                "ms",
+                baseline=1e3 * each.median_s,
+                bar="ratio > 1",
+                spread=1e3 * ours.spread_s,
+            )
+
+
+def rivals(tokens: Tokens) -> dict[str, Attention]:
+    """Name -> attention over [B, T, H, D]."""
+    users = len(tokens.offsets) - 1
+    length, heads = len(tokens.q) // users, tokens.q.shape[1]
+    block = fastest_block(users, length, heads, HEAD_DIM, tokens.q.detach())
+    found: dict[str, Attention] = {
+        "SDPA": flash,
+        "HSTU in blocks": partial(hstu, block_scores=block),
+        "torch.compile of the formula": torch.compile(plain_quasi_linear),
+        "torch.compile of our torch backend": torch.compile(partial(packed, tokens.offsets, "torch")),
+    }
+    if importlib.util.find_spec("fla") is None:
+        print("        FLA is not installed: its chunk_linear_attn is left out", flush=True)
+        return found
+    chunked = importlib.import_module("fla.ops.linear_attn").chunk_linear_attn
+    return found | {"FLA chunk_linear_attn": lambda q, k, v: chunked(q, k, v, normalize=False)[0]}
+
+
+def packed(offsets: Tensor, backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """QLA on users of equal length, [B, T, H, D] -> the same."""
+    q_T, k_T, v_T = (x.flatten(0, 1) for x in (q, k, v))
+    return quasi_linear_attention(q_T, k_T, v_T, offsets, normalization="length", backend=backend).view(q.shape)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SDPA by FlashAttention, or an error."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return sdpa(q, k, v)
+
+
+def check_repeats(tokens: Tokens) -> None:
+    """Two runs give the same bits."""
+    first, second = ((tokens.forward(), *tokens.backward()()) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

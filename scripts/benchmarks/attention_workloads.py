@@ -1,0 +1,109 @@
+"""What the benchmark of attention runs on: random tokens, a training step, and checks that results are equal.
+
+Letters: B users, T packed events, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from scripts.benchmarks.baseline_attention import Attention, attention_replaced, plain_quasi_linear
+from vista.config import ModelConfig
+from vista.config.choices import Mixing
+from vista.model.summarizer import Summarizer
+from vista_kernels import accumulate_state, quasi_linear_attention, read_state
+
+HEAD_DIM, NUM_SEEDS, NUM_LAYERS = 64, 32, 3
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
+"""Largest error that passes as equal, over the largest value."""
+
+
+class Tokens:
+    """Random q, k, v [T, H, D] of packed users, asking for gradients, and a gradient of the output."""
+
+    def __init__(
+        self, lengths: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        torch.manual_seed(0)
+        self.offsets = torch.tensor([0, *lengths]).cumsum(0)
+        shape = (sum(lengths), dim // HEAD_DIM, HEAD_DIM)
+        self.q, self.k, self.v = (torch.randn(shape).to(device, dtype).requires_grad_() for _ in range(3))
+        self.grad = torch.randn(shape).to(device, dtype)
+
+    def attend(self) -> Tensor:
+        """QLA, normalised by length."""
+        return quasi_linear_attention(self.q, self.k, self.v, self.offsets, normalization="length")
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        """QLA alone."""
+        return self.attend()
+
+    def backward(self) -> Callable[[], tuple[Tensor, ...]]:
+        """A call that does QLA's backward alone."""
+        out = self.attend()
+        return lambda: torch.autograd.grad(out, (self.q, self.k, self.v), self.grad, retain_graph=True)
+
+    @torch.no_grad()
+    def write_and_read(self, queries: Tensor, query_offsets: Tensor) -> Tensor:
+        """The separable path: a state from k and v, read by queries."""
+        z, n = accumulate_state(self.k, self.v, self.offsets)
+        return read_state(queries, z, n, query_offsets, normalization="length")
+
+    def by_user(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """q, k and v [B, T, H, D] of users of equal length, leaves of their own."""
+        shape = (len(self.offsets) - 1, -1, *self.q.shape[1:])
+        return [x.detach().to(dtype).view(shape).requires_grad_() for x in (self.q, self.k, self.v)]
+
+
+class Step:
+    """A training step of the bidirectional summarizer on users of equal length."""
+
+    def __init__(self, num_users: int, length: int, dim: int) -> None:
+        torch.manual_seed(0)
+        config = ModelConfig(
+            dim=dim,
+            num_heads=dim // HEAD_DIM,
+            num_seeds=NUM_SEEDS,
+            num_layers=NUM_LAYERS,
+            mixing=Mixing.bidirectional,
+            conv_width=1,
+        )
+        self.model = Summarizer(config)
+        self.tokens = torch.randn(num_users * length, dim, requires_grad=True)
+        self.offsets = torch.arange(num_users + 1) * length
+        self.weight = torch.randn(num_users, NUM_SEEDS, dim)  # the plain sum of a layer norm has no gradient
+
+    def summarize(self, dtype: torch.dtype, attention: Attention | None) -> Tensor:
+        """Summaries [B, S, M], in bfloat16 under autocast, as the trainer does; None is our attention."""
+        replaced = nullcontext() if attention is None else attention_replaced(attention)
+        with replaced, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return self.model.summarize_set(self.tokens, self.offsets)
+
+    def run(self, dtype: torch.dtype, attention: Attention | None) -> None:
+        """Forward and backward, dropout included."""
+        self.model.zero_grad(set_to_none=True)
+        self.tokens.grad = None
+        loss = (self.summarize(dtype, attention).float() * self.weight).sum()
+        torch.autograd.backward(loss)
+
+
+def check(tokens: Tokens) -> None:
+    """QLA of users of equal length, and its gradients, against the formula in float64 on the same tokens."""
+    exact = tokens.by_user(torch.float64)
+    expected = plain_quasi_linear(*exact)
+    grads = torch.autograd.grad(expected, exact, tokens.grad.double().view(expected.shape))
+    ours = [tokens.forward(), *tokens.backward()()]
+    for name, mine, true in zip(("o", "dq", "dk", "dv"), ours, [expected, *grads], strict=True):
+        assert_equal(name, mine, true)
+
+
+def assert_equal(name: str, ours: Tensor, expected: Tensor) -> None:
+    """Equal up to the rounding of ours' dtype."""
+    error = (ours.detach().double() - expected.detach().double().reshape(ours.shape)).abs().max()
+    limit = TOLERANCE[ours.dtype] * float(expected.detach().abs().max())
+    assert float(error) <= limit, f"{name}: error {float(error)} over {limit}"

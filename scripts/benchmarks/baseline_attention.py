@@ -1,0 +1,168 @@
+"""The attention that ours is compared with, and the same summarizer with a rival's attention in place of ours.
+
+All take users of equal length: q [B, Q, H, D], k and v [B, T, H, D] -> [B, Q, H, D]. Letters: B users, Q queries,
+T keys, H heads, D head dim, N = B·H.
+
+SDPA is torch's softmax attention, unmasked. HSTU's attention (without its relative bias, which would only slow it) is
+pointwise: o = silu(q kᵀ) v / T. torch has no kernel for it, and a plain formula would write T² numbers, so it is
+computed in blocks of queries, each block's scores in a buffer that all blocks share, and backward computes them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scripts.benchmarks.benchmark_recorder import interleaved
+from vista.model import summarizer
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+BLOCK_SCORES = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
+"""Scores a block of HSTU's attention may hold; `fastest_block` chooses."""
+PILOT_QUERIES, PILOT_ITEMS = 1024, 8
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def hstu(q: Tensor, k: Tensor, v: Tensor, *, block_scores: int) -> Tensor:
+    """HSTU's attention in blocks of at most block_scores scores (a row of T at least)."""
+    B, _, H, _ = q.shape
+    rows = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))
+    out: Tensor = _BlockedHSTU.apply(*rows, block_scores)  # type: ignore[no-untyped-call]
+    return out.view(B, H, *out.shape[1:]).transpose(1, 2)
+
+
+def plain_hstu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by its formula, with all T² scores."""
+    scores = F.silu(torch.einsum("bqhd,bthd->bhqt", q, k)) / k.shape[1]
+    return torch.einsum("bhqt,bthd->bqhd", scores, v)
+
+
+def plain_quasi_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Our attention by its formula, normalised by length: o = silu(q) silu(silu(k)ᵀ v / T)."""
+    state = torch.einsum("bthd,bthe->bhde", F.silu(k), v) / k.shape[1]
+    return torch.einsum("bqhd,bhde->bqhe", F.silu(q), F.silu(state))
+
+
+def fastest_block(num_users: int, num_keys: int, num_heads: int, head_dim: int, like: Tensor) -> int:
+    """The block_scores that makes HSTU's forward and backward fastest here, by a short measurement on a part of it.
+
+    Args:
+        like: gives dtype and device.
+    """
+    users = min(num_users, max(1, PILOT_ITEMS // num_heads))
+    shape = (users, num_keys, num_heads, head_dim)
+    k, v = (torch.randn(shape).to(like).requires_grad_() for _ in range(2))
+    q = k.detach()[:, :PILOT_QUERIES].clone().requires_grad_()
+
+    def step(block_scores: int) -> object:
+        return torch.autograd.grad(hstu(q, k, v, block_scores=block_scores).sum(), (q, k, v))
+
+    wait = torch.cuda.synchronize if like.is_cuda else None
+    calls = {str(scores): partial(step, scores) for scores in BLOCK_SCORES}
+    timing = interleaved(calls, rounds=3, warmup=1, max_seconds=10, synchronize=wait)
+    return int(min(timing, key=lambda scores: timing[scores].median_s))
+
+
+@contextmanager
+def attention_replaced(attention: Attention) -> Iterator[None]:
+    """Within the block every bidirectional `Summarizer` attends with `attention`, the last layer's seeds included.
+
+    There our model writes a state that the seeds read. A rival has no state: what is handed from the writer to the
+    reader in its place are the keys and values themselves.
+    """
+
+    def quasi_linear_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, **_: Any) -> Tensor:
+        return attention(*(_by_user(x, offsets) for x in (q, k, v))).flatten(0, 1)
+
+    def accumulate_state(k: Tensor, v: Tensor, offsets: Tensor, **_: Any) -> tuple[tuple[Tensor, Tensor], None]:
+        return (_by_user(k, offsets), _by_user(v, offsets)), None
+
+    def read_state(q: Tensor, z: tuple[Tensor, Tensor], n: None, offsets: Tensor, **_: Any) -> Tensor:
+        return attention(_by_user(q, offsets), *z).flatten(0, 1)
+
+    with patch.multiple(
+        summarizer,
+        quasi_linear_attention=quasi_linear_attention,
+        accumulate_state=accumulate_state,
+        read_state=read_state,
+    ):
+        yield
+
+
+def _by_user(x: Tensor, offsets: Tensor) -> Tensor:
+    """[B·T, H, D] -> [B, T, H, D], a view."""
+    lengths = offsets.diff()
+    if len(lengths) == 0 or not bool((lengths == lengths[0]).all()):
+        raise ValueError(f"offsets: rivals take users of equal length, got {lengths.tolist()}")
+    return x.view(len(lengths), -1, *x.shape[1:])
+
+
+class _BlockedHSTU(torch.autograd.Function):
+    """q [N, Q, D], k and v [N, T, D] contiguous -> [N, Q, D].
+
+    Blocks' sums for dk and dv are kept in the tokens' dtype, the fastest way, though not the most precise in bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, block_scores: int) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(q, k, v)
+        ctx.block_scores = block_scores
+        out = torch.empty_like(q)
+        (scores,) = _buffers(1, q, k, block_scores)
+        for items, rows in _blocks(q, k, block_scores):
+            block = _product(scores, q[items, rows], k[items].transpose(1, 2))
+            torch.ops.aten.silu.out(block, out=block)
+            torch.bmm(block, v[items], out=out[items, rows])
+        return out.div_(k.shape[1])
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
+        q, k, v = ctx.saved_tensors
+        grad_out = grad_out.contiguous() / k.shape[1]
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        first, second, third = _buffers(3, q, k, ctx.block_scores)
+        for items, rows in _blocks(q, k, ctx.block_scores):
+            queries, grad = q[items, rows], grad_out[items, rows]
+            scores = _product(first, queries, k[items].transpose(1, 2))
+            attended = second[: scores.numel()].view(scores.shape)
+            torch.ops.aten.silu.out(scores, out=attended)
+            grad_v[items].baddbmm_(attended.transpose(1, 2), grad)
+            grad_scores = _product(third, grad, v[items].transpose(1, 2))
+            torch.ops.aten.silu_backward.grad_input(grad_scores, scores, grad_input=attended)
+            torch.bmm(attended, k[items], out=grad_q[items, rows])
+            grad_k[items].baddbmm_(attended.transpose(1, 2), queries)
+        return grad_q, grad_k, grad_v, None
+
+
+def _blocks(q: Tensor, k: Tensor, block_scores: int) -> Iterator[tuple[slice, slice]]:
+    """Items and query rows of each block: several whole items, or some queries of one."""
+    N, Q, _ = q.shape
+    rows = max(1, block_scores // k.shape[1])
+    items = max(1, rows // Q)
+    for item in range(0, N, items):
+        for row in range(0, Q, rows):
+            yield slice(item, item + items), slice(row, row + rows)
+
+
+def _buffers(count: int, q: Tensor, k: Tensor, block_scores: int) -> list[Tensor]:
+    """Room for a block's scores, `count` times."""
+    size = min(max(block_scores, k.shape[1]), q.shape[0] * q.shape[1] * k.shape[1])
+    return [q.new_empty(size) for _ in range(count)]
+
+
+def _product(buffer: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the buffer."""
+    shape = (a.shape[0], a.shape[1], b.shape[2])
+    return torch.bmm(a, b, out=buffer[: shape[0] * shape[1] * shape[2]].view(shape))

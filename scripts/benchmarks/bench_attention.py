@@ -1,0 +1,238 @@
+"""Attention against the machine's floors and against its rivals, head size 64.
+
+On a CPU (`--device cpu`, or auto where torch sees no GPU):
+
+- quasi-linear attention (QLA), forward and backward, over its floor (floors.py: bytes, products, activations at their
+  best). Where the floor is below 1 ms no bar is set, and the case is the microseconds beyond the floor;
+- QLA and SDPA at 16,384 events, each in its faster dtype;
+- a training step of the bidirectional summarizer (3 layers, 32 seeds), with QLA, with SDPA and with HSTU's attention
+  (rival_attention.py), each in its faster dtype, 16,384 events a batch;
+- many short users (0 to 50 events), over their own floor;
+- time per event at 10^6 events over that at 10^4.
+
+Outputs are fresh tensors, but freed memory is kept for them, as vista's commands do (`vista.device.keep_freed_memory`).
+On a GPU the cases are those of attention_on_gpu.py.
+All contestants of a case, its floor included, run in alternation in this process; what computes the same is checked
+to give the same before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from scripts.benchmarks.attention_workloads import HEAD_DIM, NUM_SEEDS, Step, Tokens, assert_equal, check
+from scripts.benchmarks.baseline_attention import Attention, fastest_block, hstu, plain_hstu, sdpa
+from scripts.benchmarks.benchmark_recorder import Recorder, Timing, benchmark_parser, interleaved
+from scripts.benchmarks.rooflines import Floor, backward_floor, forward_floor, short_users_floor
+from vista.device import keep_freed_memory, resolve_device, set_threads
+
+DIMS = (64, 256)
+DTYPES = (torch.float32, torch.bfloat16)
+LEAST_FLOOR_S = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Events and users of the cases."""
+
+    lengths: tuple[int, ...] = (1024, 4096, 16_384, 65_536)
+    sdpa: tuple[int, str] = (16_384, "ratio >= 50")
+    """Events against SDPA, and the bar."""
+    steps: tuple[tuple[int, str], ...] = ((1024, "ratio > 1"), (4096, "ratio >= 5"), (16_384, "ratio >= 20"))
+    """Events a user of a training step, and the bar."""
+    step_tokens: int = 16_384
+    num_users: int = 100_000
+    growth: tuple[int, int] = (10_000, 1_000_000)
+    rounds: int = 15
+
+
+QUICK = Sizes(
+    lengths=(1024,),
+    sdpa=(1024, "ratio > 1"),
+    steps=((256, "ratio > 1"),),
+    step_tokens=512,
+    num_users=2000,
+    growth=(1_000, 10_000),
+    rounds=3,
+)
+
+
+def over_floor(
+    recorder: Recorder, case: str, call: Callable[[], object], floor: Floor, bar: float, rounds: int
+) -> None:
+    """Record a call's time against its floor; below LEAST_FLOOR_S the time beyond it, without a bar."""
+    timing = interleaved({"ours": call} | floor.calls(), rounds=rounds)
+    ours, least = timing["ours"], floor.seconds(timing)
+    print(f"        {case}: {1e3 * ours.median_s:.3g} ms; {floor.describe(timing)}", flush=True)
+    if least < LEAST_FLOOR_S:
+        recorder.add(case, 1e6 * (ours.median_s - least), "µs beyond the floor", spread=1e6 * ours.spread_s)
+        return
+    recorder.add(
+        case,
+        1e3 * ours.median_s,
+        "ms",
+        baseline=1e3 * least,
+        bar=f"value <= {bar:g} * baseline",
+        spread=1e3 * ours.spread_s,
+    )
+
+
+def bench_floors(recorder: Recorder, sizes: Sizes) -> None:
+    """QLA forward and backward over their floors, one sequence."""
+    for length in sizes.lengths:
+        for dim in DIMS:
+            for dtype in DTYPES:
+                tokens = Tokens([length], dim, dtype)
+                check(tokens)
+                shape = (length, dim // HEAD_DIM, HEAD_DIM, dtype)
+                name = f"{length:,} events, d={dim}, {name_of(dtype)}"
+                over_floor(recorder, f"QLA forward, {name}", tokens.forward, forward_floor(*shape), 2, sizes.rounds)
+                floor = backward_floor(*shape)
+                over_floor(recorder, f"QLA backward, {name}", tokens.backward(), floor, 2.5, sizes.rounds)
+
+
+def bench_sdpa(recorder: Recorder, sizes: Sizes) -> None:
+    """QLA forward against SDPA's, each in its faster dtype."""
+    length, bar = sizes.sdpa
+    for dim in DIMS:
+        calls: dict[str, Callable[[], object]] = {}
+        for dtype in DTYPES:
+            tokens = Tokens([length], dim, dtype)
+            calls[f"QLA {name_of(dtype)}"] = tokens.forward
+            # [1, H, T, D], its fastest layout
+            q, k, v = (x.detach().transpose(1, 2).contiguous() for x in tokens.by_user())
+            calls[f"SDPA {name_of(dtype)}"] = partial(F.scaled_dot_product_attention, q, k, v)
+        timing = interleaved(calls, rounds=min(sizes.rounds, 5), warmup=1)
+        against_rivals(recorder, f"QLA forward, {length:,} events, d={dim}", timing, bar)
+
+
+def against_rivals(recorder: Recorder, case: str, timing: Mapping[str, Timing], bar: str) -> None:
+    """Record our faster dtype against each rival's; a contestant is called "<who> <dtype>", ours "QLA <dtype>"."""
+    print(
+        f"        {case}, ms: " + ", ".join(f"{name} {1e3 * t.median_s:.4g}" for name, t in timing.items()), flush=True
+    )
+    ours = fastest_of(timing, "QLA")
+    for rival in dict.fromkeys(name.split()[0] for name in timing if not name.startswith("QLA ")):
+        recorder.add(
+            f"{case}, against {rival}",
+            1e3 * ours.median_s,
+            "ms",
+            baseline=1e3 * fastest_of(timing, rival).median_s,
+            bar=bar,
+            spread=1e3 * ours.spread_s,
+        )
+
+
+def fastest_of(timing: Mapping[str, Timing], who: str) -> Timing:
+    """The faster dtype of one contestant."""
+    return min((each for name, each in timing.items() if name.split()[0] == who), key=lambda each: each.median_s)
+
+
+def bench_steps(recorder: Recorder, sizes: Sizes) -> None:
+    """The training step with our attention against that with each rival's."""
+    for dim in DIMS:
+        for length, bar in sizes.steps:
+            users, heads = sizes.step_tokens // length, dim // HEAD_DIM
+            step = Step(users, length, dim)
+            calls: dict[str, Callable[[], object]] = {}
+            for dtype in DTYPES:
+                block = fastest_block(users, length, heads, HEAD_DIM, torch.empty(0, dtype=dtype))
+                print(f"        HSTU, {length:,} events, {name_of(dtype)}: blocks of {block:,} scores", flush=True)
+                blocked = partial(hstu, block_scores=block)
+                check_rivals(step, dtype, blocked)
+                for name, attention in {"QLA": None, "SDPA": sdpa, "HSTU": blocked}.items():
+                    calls[f"{name} {name_of(dtype)}"] = partial(step.run, dtype, attention)
+            timing = interleaved(calls, rounds=min(sizes.rounds, 7), warmup=1, max_seconds=45)
+            against_rivals(recorder, f"training step, {users} x {length:,} events, d={dim}", timing, bar)
+
+
+@torch.no_grad()
+def check_rivals(step: Step, dtype: torch.dtype, blocked: Attention) -> None:
+    """HSTU in blocks is HSTU, and the model with a rival's attention is another model than ours."""
+    q, k, v = (torch.randn(2, 300, 2, HEAD_DIM).to(dtype) for _ in range(3))
+    assert_equal("HSTU", blocked(q, k, v), plain_hstu(q.double(), k.double(), v.double()))
+    step.model.eval()
+    ours, *others = (step.summarize(dtype, attention) for attention in (None, sdpa, blocked))
+    step.model.train()
+    for other in others:
+        assert bool(other.isfinite().all()) and not torch.allclose(ours, other, atol=0.1)
+
+
+def bench_short_users(recorder: Recorder, sizes: Sizes) -> None:
+    """Users of 0 to 50 events, d=64, forward, over a floor that has their states."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 51, (sizes.num_users,), generator=generator).tolist()
+    for dtype in DTYPES:
+        tokens = Tokens(lengths, HEAD_DIM, dtype)
+        read = partial(tokens.write_and_read, tokens.q.detach(), tokens.offsets)
+        assert_equal("read of a state", read(), tokens.forward())
+        shape = (sum(lengths), len(lengths), HEAD_DIM, dtype)
+        name = f"{sizes.num_users:,} users of 0 to 50 events, d={HEAD_DIM}, {name_of(dtype)}"
+        rounds = min(sizes.rounds, 7)
+        floor = short_users_floor(*shape, state_passes=0)
+        over_floor(recorder, f"QLA forward, {name}", tokens.forward, floor, 2, rounds)
+        floor = short_users_floor(*shape, state_passes=2)
+        over_floor(recorder, f"accumulate and read, {name}", read, floor, 2, rounds)
+
+
+def bench_growth(recorder: Recorder, sizes: Sizes) -> None:
+    """Time per event of one long user against that of one a hundredth as long, d=64."""
+    for dtype in DTYPES:
+        calls: dict[str, Callable[[], object]] = {}
+        seeds, seed_offsets = torch.randn(NUM_SEEDS, 1, HEAD_DIM).to(dtype), torch.tensor([0, NUM_SEEDS])
+        for length in sizes.growth:
+            tokens = Tokens([length], HEAD_DIM, dtype)
+            calls[f"QLA forward {length}"] = tokens.forward
+            calls[f"accumulate and read by {NUM_SEEDS} {length}"] = partial(tokens.write_and_read, seeds, seed_offsets)
+        timing = interleaved(calls, rounds=sizes.rounds)
+        short, long = sizes.growth
+        for name in ("QLA forward", f"accumulate and read by {NUM_SEEDS}"):
+            each = {length: timing[f"{name} {length}"] for length in sizes.growth}
+            recorder.add(
+                f"{name}, d={HEAD_DIM}, {name_of(dtype)}: time per event at {long:,} over that at {short:,} events",
+                each[long].median_s / each[short].median_s * short / long,
+                "times",
+                bar="value <= 1.25",
+                spread=each[long].spread_s / each[short].median_s * short / long,
+            )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`float32` of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The shared arguments and --device."""
+    parser = benchmark_parser("attention", __doc__)
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    options = parse(arguments)
+    device = resolve_device(options.device)
+    set_threads(0)
+    keep_freed_memory()
+    recorder = Recorder("attention", out=options.out, quick=options.quick)
+    if device.type == "cuda":
+        import attention_on_gpu
+
+        attention_on_gpu.bench(recorder, device)
+    else:
+        for bench in (bench_floors, bench_sdpa, bench_steps, bench_short_users, bench_growth):
+            bench(recorder, QUICK if options.quick else Sizes())
+    recorder.print_summary()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

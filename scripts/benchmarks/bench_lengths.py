@@ -1,0 +1,117 @@
+"""What a request costs each model of the tables of lengths, in one process: the horizontal axis of their figure.
+
+Histories of 200 to 64,000 simulated events, 500 candidates, one thread, float32. VISTA is asked through the scorer from
+an int8 store, rivals read the raw history from the memory-mapped log in the request, and keep nothing of a user between
+requests. Models are those of scripts/experiments/tables.py with random weights, which change no timing; they take
+turns, over the same users. Quality: scripts/experiments/reproduce.py; the figure of both: plot_lengths.py there.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from scripts.benchmarks.benchmark_recorder import Recorder, benchmark_parser, interleaved
+from scripts.experiments.serving_cost import NUM_CANDIDATES, history_model_server
+from scripts.experiments.tables import LENGTHS, TABLES, Table, length_case
+from vista.config import PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
+from vista.config.composition import compose_config
+from vista.device import keep_freed_memory, set_threads
+from vista.log.event_log import EventLog
+from vista.log.ingest.prepare import prepare
+from vista.model.baselines.history_model import HistoryModel
+from vista.model.ranking_model import RankingModel, class_of
+from vista.refresh import refresh
+from vista.scorer import Scorer
+from vista.simulation.simulate import simulate
+from vista.training.trainer import schema_of
+
+NUM_USERS = 24
+OURS = "vista"
+SAME_COST = ("vista-all-labels", "vista-tuned", "sim-tuned", "twin-tuned", "truth")
+"""Rows that are no other model at a request."""
+
+
+def bench_length(recorder: Recorder, table: Table, length: int, folder: Path) -> None:
+    """All models over users of `length` events on average."""
+    source, num_users = folder / "source", 6 if recorder.quick else NUM_USERS
+    simulate(SimulateConfig(out=str(source), num_users=num_users, events_per_user=length, impressions_per_user=20))
+    events = SourceConfig(kind="simulated", paths=[str(source)])
+    prepare(PrepareConfig(out=str(folder / "log"), events=events, progress=False))
+    log = EventLog.open(folder / "log")
+    items = np.random.default_rng(0).integers(0, log.num_items, NUM_CANDIDATES)
+    with ExitStack() as opened:
+        contestants: dict[str, Callable[[], object]] = {}
+        for name, row in table.rows.items():
+            if name in SAME_COST:
+                continue
+            words = [f"experiment={table.experiment}", *table.words, *row.words]
+            model = untrained_model(compose_config(TrainConfig, words), log, source)
+            contestants[name] = request(model, log, items, folder / name, opened)
+        for call in contestants.values():
+            assert np.isfinite(np.asarray(call())).all()
+        timing = interleaved(contestants, rounds=5 if recorder.quick else 25, max_seconds=120)
+    for name, found in timing.items():
+        recorder.add(
+            length_case(length, name),
+            found.median_s * 1e3,
+            "ms",
+            baseline=timing[OURS].median_s * 1e3,
+            spread=found.spread_s * 1e3,
+        )
+
+
+def untrained_model(config: TrainConfig, log: EventLog, source: Path) -> RankingModel:
+    """A row's model for this log, in eval mode; `source` is the simulation's folder."""
+    torch.manual_seed(1)
+    if config.data.item_categories is not None:
+        config.data.item_categories = str(source / config.data.item_categories)
+    made = class_of(config.model.architecture)(config.model, schema_of(log, config), log.items, config.data)
+    made.read_item_table(config.data)
+    return made.eval()
+
+
+def request(
+    model: RankingModel, log: EventLog, items: np.ndarray, folder: Path, opened: ExitStack
+) -> Callable[[], object]:
+    """A call that scores the candidates for the next user; the first task."""
+    rows = cycle(range(log.num_users))
+    if isinstance(model, HistoryModel):
+        serve = history_model_server(model, log, items)
+        return lambda: serve(np.array([next(rows)]))
+    model.save_pretrained(folder / "model")
+    refresh(model, log, folder / "store")  # type: ignore[arg-type]
+    scorer = opened.enter_context(Scorer.open(folder / "model", folder / "store"))
+    candidates, ids = scorer.encode(log.items.ids(items)), log.users.ids(np.arange(log.num_users))
+
+    def ask() -> object:
+        user = next(rows)
+        return scorer.score(ids[user : user + 1], candidates)
+
+    return ask
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    options = benchmark_parser("lengths", __doc__).parse_args(arguments)
+    set_threads(1)
+    keep_freed_memory()
+    recorder = Recorder("lengths", out=options.out, quick=options.quick)
+    for name, length in LENGTHS.items():
+        if recorder.quick and length > 1_000:
+            break
+        with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
+            bench_length(recorder, TABLES[name], length, Path(folder))
+    recorder.print_summary()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

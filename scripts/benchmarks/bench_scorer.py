@@ -1,0 +1,384 @@
+"""What a request costs: against the length of the history, the machine's floor, and those who read the history.
+
+All is timed that ranking code calls, `scorer.score(users, candidates)`: the store's look-up, checksum and
+dequantisation, and target attention of all candidates over summary and tail. Users are built for real: their events lie
+in an EventLog, a refresh writes their summaries (int8) and tails into a store, a Scorer is opened on it and on the
+model's folder. The weights are random: they change no timing. Nothing is cached between calls.
+
+- history: users of 10^3 and of 10^6 events, the same candidates; and how long other lists of candidates take.
+- floor: against the matrix products that no implementation can leave out (scorer_workloads.py), in their fastest forms
+  on this machine, for several numbers of candidates and users, encoded beforehand.
+- layers: pointwise layers, the default, against as many softmax layers with feed-forward networks.
+- recompute: against the same scorer without a store, which reads the history from the log and summarizes it in the
+  request, as the paper would have to without a cache (bidirectional mixing), and as separable mixing would.
+- rivals: against HSTU and SASRec of the same width and depth, which read the whole history in the request.
+- processes: two of one thread against one, and the memory of one.
+
+Contestants take turns, so that a busy minute of the machine falls on all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from scripts.benchmarks.benchmark_recorder import Recorder, Timing, benchmark_parser, interleaved
+from scripts.benchmarks.scorer_worker import Answer, Opening, Order
+from scripts.benchmarks.scorer_workloads import Int, World, idle_torch_bytes, recomputed_summaries, scorer_floor, worker
+from scripts.benchmarks.workloads import TASK, lifelong_log, untrained, untrained_rival
+from scripts.experiments.serving_cost import history_model_server
+from vista.config.choices import Architecture, Mixing, Precision, TargetAttentionKind
+from vista.device import choose_precision, keep_freed_memory, set_threads
+from vista.scorer import Scorer
+
+NUM_CANDIDATES = 500
+SMALL, PUBLISHED = (64, 16), (256, 128)
+"""(d, K) of the models."""
+CALLS = {
+    "500 candidates": (1, 500),
+    "50 candidates": (1, 50),
+    "5,000 candidates": (1, 5000),
+    "32 users x 100 candidates": (32, 100),
+}
+"""(B, C) of the calls that are held against their floors; the others' ratios against the first's."""
+FLOOR_BARS = {Precision.float32: 1.5, Precision.bfloat16: 2.5}
+PAPERS_SPEEDUP = 16.7
+TOLERANCE = {Precision.float32: 1e-4, Precision.bfloat16: 2e-2}
+"""Of probabilities: between calls of different shapes."""
+INT8_TOLERANCE = 2e-2
+"""Of probabilities: between int8 summaries and those that were stored; users differ by 0.1."""
+TRAINED_LIMIT = 200
+"""Events that the rivals of docs/results read (conf/model): there is no bar for so few."""
+
+
+def check(scorer: Scorer, users: Sequence[int], ids: Int, precision: Precision = Precision.float32) -> None:
+    """What was timed is right: probabilities that differ between users and do not depend on the list they come in."""
+    tolerance = TOLERANCE[precision]
+    together = scorer.score(users, ids)
+    rows = np.broadcast_to(ids, together.shape)
+    alone = np.concatenate([scorer.score([user], row) for user, row in zip(users, rows, strict=True)])
+    few = scorer.score(users, ids[..., :20])
+    assert together.shape == (len(users), ids.shape[-1]) and ((together > 0) & (together < 1)).all()
+    assert np.allclose(together, alone, atol=tolerance) and np.allclose(few, together[:, :20], atol=tolerance)
+    assert len(users) == 1 or not np.allclose(together[0], together[1], atol=tolerance)
+
+
+def open_scorer(world: World, precision: Precision = Precision.float32) -> Scorer:
+    """As a service opens it."""
+    return Scorer.open(world.model_dir, world.store, task=TASK, precision=precision)
+
+
+# History ---------------------------------------------------------------------------------------------------------
+
+
+def bench_history(recorder: Recorder, world: World, lengths: tuple[int, int]) -> None:
+    """A short and a long life (users 1 and 2), and lists of candidates."""
+    rounds = 9 if recorder.quick else 41
+    with open_scorer(world) as scorer:
+        ids = world.candidates(NUM_CANDIDATES)
+        check(scorer, [1, 2], ids)
+        users = interleaved(
+            {"short": partial(scorer.score, [1], ids), "long": partial(scorer.score, [2], ids)},
+            rounds=rounds,
+            warmup=5,
+            min_sample_s=0.02,
+        )
+        recorder.add(
+            f"{world}, {NUM_CANDIDATES} candidates: a user of {lengths[1]:,} events against one of {lengths[0]:,}",
+            users["long"].median_s * 1e3,
+            "ms",
+            baseline=users["short"].median_s * 1e3,
+            bar="value <= 1.05 * baseline",
+            spread=users["long"].spread_s * 1e3,
+        )
+        lists = {count: world.candidates(count) for count in (50, 500, 5000)}
+        contestants: dict[str, Callable[[], object]] = {
+            f"{count} candidates": partial(scorer.score, [2], some) for count, some in lists.items()
+        }
+        contestants["500 candidates, encoded beforehand"] = partial(scorer.score, [2], scorer.encode(lists[500]))
+        for case, timing in interleaved(contestants, rounds=rounds // 2 + 1, warmup=3).items():
+            add_latency(recorder, f"{world}, {case}", timing)
+
+
+def add_latency(recorder: Recorder, case: str, timing: Timing) -> None:
+    """Median and p99 of one call."""
+    recorder.add(f"{case}: median", timing.median_s * 1e3, "ms", spread=timing.spread_s * 1e3)
+    recorder.add(f"{case}: p99", timing.p99_s * 1e3, "ms")
+
+
+# Floor -----------------------------------------------------------------------------------------------------------
+
+
+def bench_floor(recorder: Recorder, world: World, precision: Precision) -> None:
+    """Calls of several shapes over the time of their matrix products."""
+    rounds, first = 9 if recorder.quick else 41, None
+    with open_scorer(world, precision) as scorer:
+        for case, (num_users, num_candidates) in CALLS.items():
+            users, ids = world.request(num_users, num_candidates)
+            check(scorer, users, ids, precision)
+            floor = scorer_floor(world.model.config, num_users, num_candidates, precision)
+            call = partial(scorer.score, users, scorer.encode(ids))
+            assert np.allclose(call(), scorer.score(users, ids), atol=TOLERANCE[precision])
+            timing = interleaved(
+                {"ours": call, **floor.calls()},
+                rounds=rounds,
+                warmup=3,
+                min_sample_s=0.005
+                if recorder.quick
+                else 0.02,  # as long as a call, so that interruptions hit all alike
+            )
+            seconds, ours = floor.seconds(timing), timing["ours"]
+            name = f"{world}, {case}, {precision.value}"
+            print(f"{name}: {floor.describe(timing)}")
+            recorder.add(
+                f"{name}: over the floor of its matrix products",
+                ours.median_s * 1e3,
+                "ms",
+                baseline=seconds * 1e3,
+                bar=None if first else f"value <= {FLOOR_BARS[precision]} * baseline",
+                spread=ours.spread_s * 1e3,
+            )
+            ratio = ours.median_s / seconds
+            if first:
+                case = f"{name}: times over its floor, against those of {NUM_CANDIDATES} candidates"
+                recorder.add(case, ratio, "times", baseline=first, bar="value <= 1.3 * baseline")
+            first = first or ratio
+
+
+# Layers ----------------------------------------------------------------------------------------------------------
+
+
+def bench_layers(recorder: Recorder, world: World, softmax: World, precision: Precision) -> None:
+    """What the kind of stage 2's layers costs a request; both worlds are of the same log and sizes."""
+    with open_scorer(world, precision) as ours, open_scorer(softmax, precision) as theirs:
+        for case, (num_users, num_candidates) in CALLS.items():
+            users, ids = world.request(num_users, num_candidates)
+            check(theirs, users, ids, precision)
+            calls = {
+                "pointwise": partial(ours.score, users, ours.encode(ids)),
+                "softmax": partial(theirs.score, users, theirs.encode(ids)),
+            }
+            timing = interleaved(calls, rounds=9 if recorder.quick else 41, warmup=3, min_sample_s=0.02)
+            recorder.add(
+                f"{world}, {case}, {precision.value}: pointwise layers against softmax layers",
+                timing["pointwise"].median_s * 1e3,
+                "ms",
+                baseline=timing["softmax"].median_s * 1e3,
+                spread=timing["pointwise"].spread_s * 1e3,
+            )
+
+
+# Batches ---------------------------------------------------------------------------------------------------------
+
+
+def bench_batches(recorder: Recorder, world: World) -> None:
+    """Calls of several users against a call a user: what docs/serving.md advises with."""
+    everyone = list(range(1, 33))
+    with open_scorer(world) as scorer:
+        for num_users, count in ((8, 500), (32, 100), (32, 10)):
+            pool, users = scorer.encode(world.candidates(count)), everyone[:num_users]
+            calls: dict[str, Callable[[], object]] = {
+                "one": partial(scorer.score, users, pool),
+                "many": lambda users=users, pool=pool: [scorer.score([user], pool) for user in users],  # type: ignore[misc]
+            }
+            timing = interleaved(calls, rounds=5 if recorder.quick else 15, warmup=2)
+            add_batch(
+                recorder, f"{world}, {num_users} users x {count} candidates: one call against a call a user", timing
+            )
+        long, short = scorer.encode(world.candidates(500)), scorer.encode(world.candidates(10))
+        values = np.concatenate([long.rows, np.tile(short.rows, 31)])
+        ragged = (dataclasses.replace(long, rows=values), np.concatenate([[0], 500 + 10 * np.arange(32)]))
+        calls = {
+            "one": partial(scorer.score, everyone, ragged),
+            "many": lambda: (scorer.score(everyone[:1], long), scorer.score(everyone[1:], short)),
+        }
+        assert np.allclose(scorer.score(everyone, ragged)[:500], scorer.score(everyone[:1], long)[0], atol=1e-4)
+        timing = interleaved(calls, rounds=5 if recorder.quick else 15, warmup=2)
+        add_batch(recorder, f"{world}, a user x 500 and 31 x 10, ragged: one call against two", timing)
+
+
+def add_batch(recorder: Recorder, case: str, timing: Mapping[str, Timing]) -> None:
+    """One call against several."""
+    one, many = timing["one"], timing["many"]
+    recorder.add(case, one.median_s * 1e3, "ms", baseline=many.median_s * 1e3, spread=one.spread_s * 1e3)
+
+
+# Recompute -------------------------------------------------------------------------------------------------------
+
+
+def bench_recompute(recorder: Recorder, world: World, user: int, precision: Precision) -> None:
+    """A user's stored summary against one that the request makes."""
+    mixing, ids = world.model.config.mixing, world.candidates(NUM_CANDIDATES)
+    with open_scorer(world, precision) as cached, open_scorer(world, precision) as recomputing:
+        pool = cached.encode(ids)
+        calls = {"cached": partial(cached.score, [user], pool), "recomputed": partial(recomputing.score, [user], pool)}
+        with patch.object(recomputing.store, "get_many", recomputed_summaries(world, precision)):
+            check(recomputing, [user, user - 1], ids, precision)
+            stored, made = (call() for call in calls.values())
+            assert np.allclose(stored, made, atol=INT8_TOLERANCE + TOLERANCE[precision])
+            assert not np.array_equal(stored, made)
+            timing = interleaved(calls, rounds=5 if recorder.quick else 15)
+    paper = mixing is Mixing.bidirectional and precision is Precision.float32
+    recorder.add(
+        f"{world}, {NUM_CANDIDATES} candidates, {world.log.lengths[user - 1]:,} events, {mixing.value}, "
+        f"{precision.value}: stored against recomputed in the request",
+        timing["cached"].median_s * 1e3,
+        "ms",
+        baseline=timing["recomputed"].median_s * 1e3,
+        bar=f"ratio >= {PAPERS_SPEEDUP}" if paper else None,
+        spread=timing["cached"].spread_s * 1e3,
+    )
+
+
+# Rivals ----------------------------------------------------------------------------------------------------------
+
+
+def bench_rivals(recorder: Recorder, world: World, num_lengths: int) -> None:
+    """Users 1, 2, … of rising lengths; rivals read the whole history, and multiply in float32, as ours."""
+    log, ids = world.log, world.candidates(NUM_CANDIDATES)
+    limit = int(log.lengths[:num_lengths].max())
+    servers = {
+        which.value: history_model_server(
+            untrained_rival(log, which, dim=world.model.config.dim, history_limit=limit), log, log.items.rows(ids)
+        )
+        for which in (Architecture.sasrec, Architecture.hstu)
+    }
+    for name, serve in servers.items():
+        both = torch.cat([serve(np.array([row])) for row in (0, 1)])
+        assert both.shape == (2, NUM_CANDIDATES) and both.isfinite().all(), name
+        assert not torch.allclose(both[0], both[1], atol=1e-4), name
+    with open_scorer(world) as scorer:
+        pool = scorer.encode(ids)
+        for row in range(num_lengths):
+            contestants: dict[str, Callable[[], object]] = {"ours": partial(scorer.score, [row + 1], pool)}
+            contestants |= {name: partial(serve, np.array([row])) for name, serve in servers.items()}
+            timing = interleaved(contestants, rounds=5 if recorder.quick else 15, warmup=1)
+            for name in servers:
+                recorder.add(
+                    f"{world}, {NUM_CANDIDATES} candidates, {log.lengths[row]:,} events: against {name} over the raw "
+                    "history",
+                    timing["ours"].median_s * 1e3,
+                    "ms",
+                    baseline=timing[name].median_s * 1e3,
+                    bar="ratio > 1" if log.lengths[row] > TRAINED_LIMIT else None,
+                    spread=timing["ours"].spread_s * 1e3,
+                )
+
+
+# Processes -------------------------------------------------------------------------------------------------------
+
+
+def bench_processes(recorder: Recorder, world: World, users: list[int]) -> None:
+    """Requests a second of two processes against one, and the memory of one."""
+    ids = world.candidates(4 * NUM_CANDIDATES)
+    opening = Opening(str(world.model_dir), str(world.store), TASK, users, ids.tolist(), NUM_CANDIDATES)
+    with open_scorer(world) as scorer:
+        expected = float(scorer.score(users[:1], ids[:NUM_CANDIDATES]).sum())
+    seconds, rounds, num_requests = (0.5, 3, 200) if recorder.quick else (5.0, 7, 1_000)
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    with ExitStack() as stack:
+        workers = [stack.enter_context(worker(opening)) for _ in range(2)]
+        first = workers[0].serve(Order(requests=num_requests))
+        check_answers([first], expected)
+        for turn in range(rounds):
+            for serving in (workers[turn % 2 : turn % 2 + 1], workers):
+                order = Order(start=time.monotonic() + 0.1, seconds=seconds)
+                for each in serving:
+                    each.send(order)
+                answers = [each.answer() for each in serving]
+                check_answers(answers, expected)
+                rates[len(serving)].append(sum(answer.requests / answer.seconds for answer in answers))
+    recorder.add(
+        f"{world}, {NUM_CANDIDATES} candidates: two worker processes of one thread each against one",
+        median(rates[2]),
+        "requests/s",
+        baseline=median(rates[1]),
+        better="more",
+        bar="ratio >= 1.8",
+        spread=float(np.subtract(*np.percentile(rates[2], [75, 25]))),
+    )
+    recorder.add(
+        f"{world}, {len(world.log.items):,} items: private memory of a worker after {num_requests:,} requests, beyond "
+        "an idle import of torch",
+        max(first.private_bytes - idle_torch_bytes(), 0) / 2**20,
+        "MiB",
+        bar="value < 100",
+    )
+
+
+def check_answers(answers: Sequence[Answer], expected: float) -> None:
+    """The workers scored as this process does."""
+    for answer in answers:
+        assert answer.requests > 0 and np.isclose(answer.first_sum, expected, rtol=1e-4), (answer, expected)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    options = benchmark_parser("scorer", __doc__).parse_args(arguments)
+    set_threads(0)
+    recorder = Recorder("scorer", out=options.out, quick=options.quick)
+    quick = options.quick
+    models = (SMALL,) if quick else (SMALL, PUBLISHED)
+    life, num_items = ((200, 20_000), 10_000) if quick else ((1_000, 1_000_000), 50_000)
+    lengths = (50, 200, 500, 2_000) if quick else (200, 1_000, 4_000, 16_000)
+    precisions = [Precision.float32]
+    if choose_precision(Precision.auto, torch.device("cpu")) is Precision.bfloat16:
+        precisions.append(Precision.bfloat16)
+    else:
+        print(
+            "bfloat16: not measured, for this machine multiplies it no faster (no AMX, no AMD's avx512_bf16)",
+            flush=True,
+        )
+
+    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
+        root = Path(folder)
+        log = lifelong_log(root / "lives", life, num_items=num_items)
+        for dim, num_seeds in models:
+            model = untrained(log, dim=dim, num_seeds=num_seeds)
+            bench_history(recorder, World.make(model, log, root / f"lives-{dim}"), life)
+        log = lifelong_log(root / "users", [*lengths, *[lengths[2]] * 28], num_items=num_items)
+        dim, num_seeds = models[-1]
+        worlds = {
+            mixing: World.make(
+                untrained(log, dim=dim, num_seeds=num_seeds, mixing=mixing), log, root / f"users-{mixing.value}"
+            )
+            for mixing in (Mixing.separable, Mixing.bidirectional)
+        }
+        ours = worlds[Mixing.separable]
+        for precision in precisions:
+            bench_floor(recorder, ours, precision)
+        for dim, num_seeds in models:
+            pair = [
+                World.make(
+                    untrained(log, dim=dim, num_seeds=num_seeds, target_attention=kind),
+                    log,
+                    root / f"users-{dim}-{kind.value}",
+                )
+                for kind in (TargetAttentionKind.pointwise, TargetAttentionKind.softmax)
+            ]
+            for precision in precisions:
+                bench_layers(recorder, pair[0], pair[1], precision)
+        bench_batches(recorder, ours)
+        keep_freed_memory()  # from here on: a service does not, but those who read histories are slow without
+        for mixing in (Mixing.bidirectional, Mixing.separable):
+            for precision in precisions:
+                bench_recompute(recorder, worlds[mixing], len(lengths), precision)
+        bench_rivals(recorder, ours, len(lengths))
+        bench_processes(recorder, ours, list(range(1, log.num_users + 1)))
+    recorder.print_summary()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""How fast `vista simulate` makes lifelong logs: events a second, generation and writing apart.
+
+Measured is the whole of it: events and impressions with their true probabilities drawn in memory (`generate`), and
+the Parquet files written (`write`); impressions are not counted as events. Two shapes: the default (400 users of
+4,000 events, 300 impressions each) and four users of a million events. Generation runs on one thread and on all
+cores; the bytes are the same. The bar, at least 10^6 events a second, holds for generation and writing together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from scripts.benchmarks.benchmark_recorder import Recorder, benchmark_parser, interleaved
+from vista.config import SimulateConfig
+from vista.simulation.simulate import EVENTS_FILE, IMPRESSIONS_FILE, SimulatedLog, generate, write
+
+SHAPES = {
+    "400 users of 4,000 events": SimulateConfig(num_users=400, events_per_user=4_000),
+    "4 users of 1,000,000 events": SimulateConfig(num_users=4, events_per_user=1_000_000, days=3650.0),
+}
+QUICK_SHAPES = {"20 users of 1,000 events": SimulateConfig(num_users=20, events_per_user=1_000)}
+
+
+def check(log: SimulatedLog, config: SimulateConfig, out: Path) -> None:
+    """What was timed is whole: sizes, order in time, and what lies on the disk."""
+    assert abs(log.num_events - config.num_users * config.events_per_user) <= config.num_users
+    rising = np.diff(log.timestamp) > 0
+    rising[log.offsets[1:-1] - 1] = True
+    assert rising.all() and ((log.probability >= 0) & (log.probability <= 1)).all()
+    events = pl.scan_parquet(out / EVENTS_FILE).select(pl.len(), pl.col("item").sum()).collect().row(0)
+    assert events == (log.num_events, int((log.item.astype(np.int64) + 1).sum()))
+    assert pl.scan_parquet(out / IMPRESSIONS_FILE).select(pl.len()).collect().item() == len(log.impression_item)
+
+
+def measure(recorder: Recorder, name: str, config: SimulateConfig, folder: Path, rounds: int) -> None:
+    """All cases of one shape."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    log = generate(config)
+    contestants: dict[str, Callable[[], object]] = {
+        f"generation, {threads} thread{'s' * (threads > 1)}": partial(
+            generate, dataclasses.replace(config, num_threads=threads)
+        )
+        for threads in sorted({1, cores})
+    }
+    contestants["writing"] = partial(write, log, folder)
+    timing = interleaved(contestants, rounds=rounds, warmup=1, max_seconds=40)
+    check(log, config, folder)
+    for part, each in timing.items():
+        spread = log.num_events * each.spread_s / each.median_s**2
+        recorder.add(f"{name}: {part}", log.num_events / each.median_s, "events/s", spread=spread)
+    for part, each in timing.items():
+        if part != "writing":
+            rate = log.num_events / (each.median_s + timing["writing"].median_s)
+            recorder.add(f"{name}: {part}, and writing", rate, "events/s", bar="value >= 1e6")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    options = benchmark_parser("simulate", __doc__).parse_args(arguments)
+    recorder = Recorder("simulate", out=options.out, quick=options.quick)
+    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
+        for name, config in (QUICK_SHAPES if options.quick else SHAPES).items():
+            measure(recorder, name, config, Path(folder), rounds=3 if options.quick else 7)
+    recorder.print_summary()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""The store beside LMDB alone: writes, reads, growth, and what a refresh costs beyond its bytes and its model.
+
+Raw LMDB holds the same bytes under the same keys, with the same options and the same batches, on the same disk and
+in the same process; both sides alternate. Where there is no such rival, the floor is measured: the bytes copied and
+the numbers written, or the model's functions alone on the same inputs.
+
+**Writes**: durable batches of 512 records as a refresh writes them. **Reads**: batches of 256 users from the page
+cache, checked, then also as float32. **Latency**: reads while another process rewrites the store without a pause.
+**Growth**: all users rewritten 20 times in batches of 2 % while two processes hold read transactions of 100 ms.
+**Refresh**: refresh_figures.py. **Many users**: a store of 10^6 users is opened by fresh processes.
+
+All on one thread a process. --work takes a folder for the files (some 6 GB); they are removed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from scripts.benchmarks.benchmark_recorder import Recorder, benchmark_parser, interleaved, timing_of
+from scripts.benchmarks.refresh_figures import bench_full, bench_incremental
+from scripts.benchmarks.store_workloads import (
+    LARGEST_UPDATE,
+    RECORDS_PER_READ,
+    RECORDS_PER_WRITE,
+    SUMMARIZER,
+    RawLmdb,
+    Shape,
+    hold_transactions,
+    process,
+    records_of,
+    report_reader,
+    rewrite,
+    served,
+    states_of,
+    user_values,
+    write_store,
+)
+from scripts.benchmarks.workloads import START_MS
+from vista.config.choices import StateDtype
+from vista.device import keep_freed_memory, set_threads
+from vista.store import SummaryStore, user_keys
+from vista.store.layout import read_current, state_path
+from vista.store.lmdb.environment import SharedEnvironment
+from vista.store.updates import StoreUpdate
+
+SHAPES = (Shape(32, 64), Shape(128, 256))
+"""The default model's, and the paper's."""
+WARMUP = 2
+NUM_REWRITES = 20
+HELD_S = 0.1
+
+
+def bench_writes_and_reads(recorder: Recorder, folder: Path, shape: Shape) -> None:
+    """Both on the same two stores."""
+    rounds = 5 if recorder.quick else 31
+    num_users = (rounds + WARMUP) * RECORDS_PER_WRITE
+    with RawLmdb(folder / "raw") as raw:
+        with shape.writer(folder / "ours", num_users) as writer:
+            batches = [
+                records_of(np.arange(first, first + RECORDS_PER_WRITE) + 1, writer.spec)
+                for first in range(0, num_users, RECORDS_PER_WRITE)
+            ]
+            ours, theirs = iter(batches), iter(batches)
+
+            def write_ours() -> None:
+                keys, records = next(ours)
+                writer.put_batch(keys, records, writer.cursor + len(keys))
+
+            timing = interleaved(
+                {"ours": write_ours, "raw": lambda: raw.put(*next(theirs))},
+                rounds=rounds,
+                warmup=WARMUP,
+                min_sample_s=0,
+                max_seconds=math.inf,
+            )
+            writer.publish()
+        rate, spread = RECORDS_PER_WRITE / timing["ours"].median_s, timing["ours"].spread_s
+        recorder.add(
+            f"{shape}: durable writes in batches of {RECORDS_PER_WRITE}, against raw LMDB",
+            rate,
+            "records/s",
+            baseline=RECORDS_PER_WRITE / timing["raw"].median_s,
+            better="more",
+            bar="ratio >= 0.8",
+            spread=rate * spread / timing["ours"].median_s,
+        )
+        bench_reads(recorder, folder / "ours", raw, shape, num_users)
+    assert user_values(served(folder / "ours")) == user_values(folder / "raw")
+
+
+def bench_reads(recorder: Recorder, path: Path, raw: RawLmdb, shape: Shape, num_users: int) -> None:
+    """Batches of records from the page cache, another batch each time."""
+    rng = np.random.default_rng(3)
+    batches = [rng.choice(num_users, RECORDS_PER_READ, replace=False) + 1 for _ in range(8)]
+    keys = [user_keys(users) for users in batches]
+    turns = {name: itertools.cycle(range(len(batches))) for name in ("read", "raw", "get_many", "floor")}
+    with SummaryStore.open(path, summarizer_id=SUMMARIZER) as store:
+        size = len(raw.copies(keys[0])[0] or b"")
+        stored = np.ones((len(batches), RECORDS_PER_READ, size), np.uint8)
+        payload = np.ones((RECORDS_PER_READ, size), np.uint8)
+        numbers = np.ones((RECORDS_PER_READ, shape.num_tokens, shape.dim), np.float32)
+
+        def floor() -> None:
+            np.copyto(payload, stored[next(turns["floor"])])
+            numbers.fill(1)
+
+        timing = interleaved(
+            {
+                # The part of get_many that reads and checks records, rows still quantized.
+                "read": lambda: store._current().read(keys[next(turns["read"])]),
+                "raw": lambda: raw.copies(keys[next(turns["raw"])]),
+                "get_many": lambda: store.get_many(batches[next(turns["get_many"])]),
+                "floor": floor,
+            },
+            rounds=9 if recorder.quick else 41,
+        )
+    case = f"{shape}: reads of {RECORDS_PER_READ} users"
+    read, get_many = timing["read"], timing["get_many"]
+    recorder.add(
+        f"{case}, checked, against raw LMDB's copies",
+        RECORDS_PER_READ / read.median_s,
+        "records/s",
+        baseline=RECORDS_PER_READ / timing["raw"].median_s,
+        better="more",
+        bar="ratio >= 0.7",
+        spread=RECORDS_PER_READ * read.spread_s / read.median_s**2,
+    )
+    recorder.add(
+        f"{case}, checked and as float32, against a copy of the bytes and a write of the numbers",
+        get_many.median_s * 1e3,
+        "ms",
+        baseline=timing["floor"].median_s * 1e3,
+        bar="value <= 1.5 * baseline",
+        spread=get_many.spread_s * 1e3,
+    )
+
+
+def bench_latency(recorder: Recorder, folder: Path, shape: Shape) -> None:
+    """The slowest of a hundred reads, while nothing and while another process writes, in alternation."""
+    num_users, turns, seconds = (2_000, 2, 0.3) if recorder.quick else (20_000, 5, 3.0)
+    write_store(folder / "store", shape, num_users)
+    writing = multiprocessing.get_context("spawn").Event()
+    rng = np.random.default_rng(4)
+    with SummaryStore.open(folder / "store") as store, process(rewrite, folder / "store", writing):
+        for batch in (1, RECORDS_PER_READ):
+            samples: dict[bool, list[float]] = {False: [], True: []}
+            batches = itertools.cycle(rng.integers(1, num_users + 1, (256, batch)))
+            for busy in [False, True] * turns:
+                (writing.set if busy else writing.clear)()
+                time.sleep(0.1)
+                until = time.perf_counter() + seconds
+                while (start := time.perf_counter()) < until:
+                    store.get_many(next(batches))
+                    samples[busy].append(time.perf_counter() - start)
+            idle, busy_ = timing_of(samples[False]), timing_of(samples[True])
+            recorder.add(
+                f"{shape}: p99 of reads of {batch} user(s) while another process writes, against none",
+                busy_.p99_s * 1e3,
+                "ms",
+                baseline=idle.p99_s * 1e3,
+                bar="value <= 2 * baseline",
+            )
+
+
+def bench_growth(recorder: Recorder, folder: Path, shape: Shape) -> None:
+    """Size of the files after each user was rewritten again and again, under readers."""
+    num_users, path = 2_560 if recorder.quick else 25_600, folder / "store"
+    write_store(path, shape, num_users, state=StateDtype.float32)
+    files = {"summaries": served(path), "states": state_path(path, read_current(path))}
+    before = {name: _file_bytes(file) for name, file in files.items()}
+    users, step = np.arange(num_users) + 1, int(LARGEST_UPDATE * num_users)
+    with ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(process(hold_transactions, path, HELD_S))
+        update = stack.enter_context(
+            StoreUpdate.open(path, summarizer_id=SUMMARIZER, applied_segment=1, created_at=START_MS)
+        )
+        assert update.state_spec is not None
+        batches = []
+        for first in range(0, num_users, step):
+            keys, records = records_of(users[first : first + step], update.spec)
+            batches.append((keys, records, states_of(keys, update.state_spec)))
+        for _ in range(NUM_REWRITES):
+            for keys, records, states in batches:
+                update.put_batch(keys, records, states)
+        update.finish()
+    for name, file in files.items():
+        environment = SharedEnvironment.acquire(file)
+        live = environment.live_bytes()
+        environment.release()
+        case = f"{shape}: file of the {name} of {num_users:,} users after {NUM_REWRITES} rewrites"
+        recorder.add(
+            f"{case}, against its live pages",
+            _file_bytes(file) / 2**20,
+            "MiB",
+            baseline=live / 2**20,
+            bar="value <= 1.5 * baseline",
+        )
+        recorder.add(
+            f"{case}, against the new generation", _file_bytes(file) / 2**20, "MiB", baseline=before[name] / 2**20
+        )
+
+
+def bench_many_users(recorder: Recorder, folder: Path, shape: Shape) -> None:
+    """A large store opened by fresh processes, once its pages have left the cache and once they are in it."""
+    num_users, num_reads, repeats = (5_000, 500, 1) if recorder.quick else (1_000_000, 10_000, 5)
+    path = folder / "store"
+    start = time.perf_counter()
+    write_store(path, shape, num_users, batch=5_000)
+    file = served(path) / "data.mdb"
+    print(f"{num_users:,} users written in {time.perf_counter() - start:.0f} s: {file.stat().st_size / 2**30:.2f} GiB")
+    found: dict[str, list[tuple[float, int]]] = {"not in the page cache": [], "in the page cache": []}
+    for _ in range(repeats):
+        _leave_the_page_cache(file)
+        for answers in found.values():
+            answers.append(_in_fresh_process(path, num_users, num_reads))
+    for name, answers in found.items():
+        opened = timing_of([seconds for seconds, _ in answers])
+        recorder.add(
+            f"{shape}: {num_users:,} users {name}: open to first read",
+            opened.median_s * 1e3,
+            "ms",
+            bar="value < 50",
+            spread=opened.spread_s * 1e3,
+        )
+    worst = max(added for answers in found.values() for _, added in answers)
+    case = f"{shape}: {num_users:,} users: private memory of a reader after {num_reads:,} reads"
+    recorder.add(case, worst / 2**20, "MiB", bar="value < 100")
+
+
+def _in_fresh_process(path: Path, num_users: int, num_reads: int) -> tuple[float, int]:
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    child = context.Process(target=report_reader, args=(path, num_users, num_reads, answer))
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise SystemExit(f"error: the reader ended with status {child.exitcode}; see above")
+    first_read_s, added_bytes = answer.get()
+    return first_read_s, added_bytes
+
+
+def _leave_the_page_cache(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _file_bytes(folder: Path) -> int:
+    return (folder / "data.mdb").stat().st_size
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    parser = benchmark_parser("store", __doc__)
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="where the files go; default: the system's own")
+    options = parser.parse_args(arguments)
+    set_threads(1)
+    keep_freed_memory()
+    recorder = Recorder("store", out=options.out, quick=options.quick)
+    shape = SHAPES[0]
+    parts: list[Callable[[Recorder, Path], None]] = [
+        *(partial(bench_writes_and_reads, shape=each) for each in SHAPES),
+        *(partial(bench_latency, shape=each) for each in SHAPES),
+        partial(bench_growth, shape=shape),
+        bench_incremental,
+        bench_full,
+        partial(bench_many_users, shape=shape),
+    ]
+    if options.work is not None:
+        Path(options.work).mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        with tempfile.TemporaryDirectory(prefix="vista-bench-", dir=options.work) as folder:
+            part(recorder, Path(folder))
+    recorder.print_summary()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""An epoch of VISTA and of our SASRec on ml-1m against RecTools' SASRec at its fastest setting, in the same run.
+
+Equal: the data (each user's newest 201 training events under leave-last-out), the labels of a pass (RecTools' first
+event is an input only, ours labels it too and so has one label more a user), negatives a label, d=64, 2+2 layers, 4
+heads, length 200, dropout, bfloat16 where the processor has it, the machine, and the minute: epochs take turns. Not
+equal: VISTA also trains the reconstruction, and its layers of stage 2 have no feed-forward network; our SASRec drops no
+attention weights; and ours draw their negatives once a batch, where RecTools draws them for every position. RecTools
+may take its softmax over the whole catalogue instead, which is no fewer negatives.
+
+A pilot of some batches finds RecTools' fastest loss, batch size, precision, threads and loader processes, one after
+the other. Precision is 32-true or bf16-mixed, as ours; bf16-true would round weights and optimizer state too. Dropout
+0 lets RecTools take torch's fused attention, so every case comes at its default dropout and at 0, each with its own
+pilot. Ours runs at its defaults on all cores, keeps freed memory as `vista train` does, and is timed from outside:
+`train()` for one epoch, set-up, checkpoint and export included. RecTools is timed from inside: the epoch alone,
+without start, data preparation and model building.
+
+RecTools lives in a virtual environment of its own (--rival-venv or VISTA_RIVAL_VENV; made if absent, some GB). About
+25 minutes on two idle cores; --rival-batches 60 estimates RecTools' epochs and halves that. The settings found, and
+every sample, go beside --out as <name>_settings.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scripts.benchmarks.benchmark_recorder import Recorder, benchmark_parser, timing_of
+from scripts.benchmarks.rectools_process import DIM, HEADS, LAYERS, LENGTH, Pilot, rival_python
+from scripts.benchmarks.workloads import find_ml_1m
+from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from vista.config.choices import Architecture
+from vista.config.conversion import to_dict
+from vista.config.train_config import without_places
+from vista.device import keep_freed_memory
+from vista.log.event_log import EventLog
+from vista.training.trainer import train_model
+
+HELD_OUT = 2
+"""Newest events of a user that leave-last-out keeps from training."""
+DEFAULT_DROPOUT = 0.2
+BARS = {Architecture.vista: "ratio >= 5", Architecture.sasrec: "ratio >= 8"}
+"""Ours, and how many times faster than RecTools' SASRec they are to be."""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The shared arguments and this benchmark's own."""
+    parser = benchmark_parser("training", __doc__)
+    parser.add_argument("--data", type=Path, help="ml-1m's events.npz; default: $VISTA_DATA_DIR/ml-1m/events.npz")
+    default = Path(os.environ.get("VISTA_RIVAL_VENV", "runs/rival-venv"))
+    parser.add_argument("--rival-venv", type=Path, default=default, help="virtual environment with RecTools")
+    parser.add_argument("--negatives", type=int, nargs="+", default=[64, 1024], help="negatives a label, one case each")
+    parser.add_argument("--repeats", type=int, default=2, help="epochs of each, in alternation")
+    parser.add_argument("--rival-batches", type=int, default=0, help="estimate RecTools' epochs from so many batches")
+    return parser.parse_args(arguments)
+
+
+def write_events(path: Path, folder: Path, max_users: int) -> tuple[EventLog, Path, int]:
+    """The same training events for both: our log, the rival's npz, and the number of our labels."""
+    with np.load(path, allow_pickle=False) as arrays:
+        missing = {"user", "item", "offsets"} - set(arrays.files)
+        if missing:
+            raise SystemExit(f"error: {path}: has no {', '.join(sorted(missing))}; give a packed events.npz")
+        user, item, offsets = arrays["user"].astype(np.int64), arrays["item"].astype(np.int64), arrays["offsets"]
+    ends = offsets[1:][: max_users or None]
+    starts = np.maximum(offsets[:-1][: len(ends)], ends - HELD_OUT - LENGTH - 1)
+    kept = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
+    log = EventLog.from_frame({"user": user[kept], "item": item[kept]}, folder / "log", timestamp=None)
+    trained = np.concatenate([np.arange(start, end - HELD_OUT) for start, end in zip(starts, ends, strict=True)])
+    rival = folder / "rival.npz"
+    np.savez(rival, user=user[trained], item=item[trained], timestamp=np.arange(len(trained)))
+    return log, rival, len(trained)
+
+
+def our_config(who: Architecture, log: EventLog, negatives: int, dropout: float, run_dir: str) -> TrainConfig:
+    """One epoch of this project's defaults at the rival's sizes; every event is a label once, nothing is validated."""
+    return TrainConfig(
+        model=ModelConfig(
+            architecture=who,
+            dim=DIM,
+            num_heads=HEADS,
+            num_layers=LAYERS,
+            num_target_layers=LAYERS,
+            history_limit=0 if who is Architecture.vista else LENGTH,
+            dropout=dropout,
+        ),
+        data=DataConfig(path=str(log.path), num_negatives=negatives, windows_per_chunk=0),
+        optim=OptimConfig(epochs=1, validate_every=0),
+        run_dir=run_dir,
+        device="cpu",
+        progress=False,
+    )
+
+
+def run_ours(who: Architecture, log: EventLog, negatives: int, dropout: float) -> float:
+    """Seconds of training for one epoch, from the configuration to the exported model."""
+    with tempfile.TemporaryDirectory(prefix="vista-run-") as run_dir:
+        config = our_config(who, log, negatives, dropout, run_dir)
+        start = time.perf_counter()
+        model = train_model(config, log)
+        seconds = time.perf_counter() - start
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    return seconds
+
+
+def compare(
+    recorder: Recorder, pilot: Pilot, log: EventLog, num_labels: int, repeats: int, max_batches: int
+) -> dict[str, Any]:
+    """One case: pilot, epochs in turns, a row for each of ours; returns all that stands behind the rows."""
+    setting = pilot.fastest()
+    negatives, dropout = setting.n_negatives, setting.dropout
+    ours: dict[Architecture, list[float]] = {who: [] for who in BARS}
+    reports: list[dict[str, Any]] = []
+    for repeat in range(repeats):
+        # The order turns, so that nobody always comes first.
+        turns: list[Architecture | None] = [None, *BARS]
+        for who in turns if repeat % 2 == 0 else reversed(turns):
+            if who is None:
+                reports.append(pilot.run(setting, max_batches))
+            else:
+                ours[who].append(run_ours(who, log, negatives, dropout))
+    assert all(num_labels >= report["positions"] for report in reports), "ours must not have fewer labels"
+    rival = timing_of([report["seconds_per_epoch"][0] for report in reports])
+    rows = []
+    for who, bar in BARS.items():
+        own = timing_of(ours[who])
+        case = f"ml-1m epoch of {who.value}, {negatives} negatives a label, dropout {dropout:g}"
+        rows.append(recorder.add(case, own.median_s, "s", baseline=rival.median_s, bar=bar, spread=own.spread_s))
+    print(f"        RecTools: {' '.join(setting.options())}", flush=True)
+    return {
+        "rows": rows,
+        "our_seconds": {who.value: seconds for who, seconds in ours.items()},
+        "our_labels": num_labels,
+        "our_config": {who.value: _settings(our_config(who, log, negatives, dropout, "")) for who in BARS},
+        "rival_reports": reports,
+        "pilot": [dataclasses.asdict(tried) | {"seconds": seconds} for tried, seconds in pilot.tried.items()],
+    }
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    values = to_dict(config)
+    return values | without_places(values)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    options = parse(arguments)
+    path = find_ml_1m(options.data)
+    if path is None:
+        print("skipped: ml-1m is not at hand; set VISTA_DATA_DIR, or --data path/to/ml-1m/events.npz")
+        return 0
+    python = rival_python(options.rival_venv)
+    keep_freed_memory()
+    quick: bool = options.quick
+    recorder = Recorder("training", out=options.out, quick=quick)
+    cases = list(itertools.product(options.negatives, (DEFAULT_DROPOUT, 0.0)))
+    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
+        log, data, num_labels = write_events(path, Path(folder), 200 if quick else 0)
+        details = [
+            compare(
+                recorder,
+                Pilot(python, data, negatives, dropout, quick=quick),
+                log,
+                num_labels,
+                1 if quick else options.repeats,
+                options.rival_batches,
+            )
+            for negatives, dropout in (cases[:1] if quick else cases)
+        ]
+    settings = options.out.with_name(f"{options.out.stem}_settings.json")
+    settings.write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
+    recorder.print_summary()
+    print(f"settings and samples: {settings}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""What all benchmarks share: arguments, interleaved timing, and one JSON line a case. (Floors: floors.py.)
+
+    arguments = benchmark_parser("latency", __doc__).parse_args()
+    recorder = Recorder("latency", out=arguments.out, quick=arguments.quick)
+    timing = interleaved({"short": lambda: score(a), "long": lambda: score(b)})
+    short, long = timing["short"], timing["long"]
+    recorder.add("a user of 10^6 events against one of 10^3", long.median_s, "s", baseline=short.median_s,
+                 better="less", bar="value <= 1.05 * baseline", spread=long.spread_s)
+    recorder.print_summary()
+
+A line is {bench, case, value, unit, baseline, ratio, bar, met, spread, hardware, commit}: `baseline` is the number that
+value is compared with, in the same unit; `ratio` is how many times better value is than it; `bar` is what was asked,
+`met` whether it was reached (null where nothing was asked); `spread` is in the unit of value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from scripts.experiments.results import commit, describe_hardware, hardware, read_lines
+from vista.errors import DataError
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+
+_NUMBER = r"[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+_BAR = re.compile(rf"(value|ratio) (<=|>=|<|>) ({_NUMBER})(?: \* (baseline))?")
+
+
+def benchmark_parser(subject: str, description: str | None) -> argparse.ArgumentParser:
+    """An argument parser with --quick and --out (a Path); a benchmark adds its own arguments to it."""
+    parser = argparse.ArgumentParser(
+        prog=f"bench_{subject}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help='smaller and shorter; its cases are marked "(quick)"')
+    default = RESULTS / f"bench_{subject}.jsonl"
+    parser.add_argument(
+        "--out", type=Path, default=default, metavar="FILE", help=f"default: docs/results/{default.name}"
+    )
+    return parser
+
+
+class Recorder:
+    """Writes the cases of one benchmark, each as soon as it is known.
+
+    A new measurement replaces the same case of the same machine in the file (Git keeps the old one); those of other
+    machines and other cases stay. Set torch's threads before making one: its rows state them.
+    """
+
+    def __init__(self, subject: str, *, out: Path, quick: bool = False) -> None:
+        self.bench, self.out, self.quick = subject, out, quick
+        self.rows: list[dict[str, Any]] = []
+        self._hardware, self._commit = hardware(), commit()
+
+    def add(
+        self,
+        case: str,
+        value: float,
+        unit: str,
+        *,
+        baseline: float | None = None,
+        better: Literal["less", "more"] = "less",
+        bar: str | None = None,
+        spread: float | None = None,
+    ) -> dict[str, Any]:
+        """Record one case: write it to the file, print it, and return its row.
+
+        Args:
+            case: what was measured; unique within the benchmark.
+            value: the figure, in `unit`.
+            baseline: what it is compared with, in the same unit; gives ratio = baseline / value where less is better,
+                value / baseline where more is.
+            better: whether less or more of `unit` is better.
+            bar: "value <= 1.5", "ratio >= 2" or "value <= 1.05 * baseline".
+            spread: of value, in `unit` (`Timing.spread_s`, or a standard deviation over seeds).
+
+        Raises:
+            ValueError: for a number that is not finite, a bar of another form, or one that needs an absent baseline.
+        """
+        for name, number in {"value": value, "baseline": baseline, "spread": spread}.items():
+            if number is not None and not math.isfinite(number):
+                raise ValueError(f"{self.bench}, {case}: {name} is {number}, which is no measurement")
+        ratio = None
+        if baseline is not None:
+            over, under = (baseline, value) if better == "less" else (value, baseline)
+            ratio = float(over / under) if under else None
+        row = {
+            "bench": self.bench,
+            "case": f"{case} (quick)" if self.quick else case,
+            "value": float(value),
+            "unit": unit,
+            "baseline": None if baseline is None else float(baseline),
+            "ratio": ratio,
+            "bar": bar,
+            "met": None if bar is None else _is_met(bar, value, ratio, baseline),
+            "spread": None if spread is None else float(spread),
+            "hardware": self._hardware,
+            "commit": self._commit,
+        }
+        self.rows.append(row)
+        self._write(row)
+        print(describe(row), flush=True)
+        return row
+
+    def _write(self, row: dict[str, Any]) -> None:
+        """Put the row in place of its predecessor, through a temporary file and a rename."""
+        rows = read_cases(self.out) if self.out.exists() else []
+        place = next((i for i, other in enumerate(rows) if _identity(other) == _identity(row)), len(rows))
+        rows[place : place + 1] = [row]
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(each, allow_nan=False, ensure_ascii=False) + "\n" for each in rows)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=self.out.parent, prefix=".bench-", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, self.out)
+
+    def print_summary(self) -> None:
+        """Print the cases of this run with the bars met and missed, and where they were written."""
+        print(f"\n{summary(self.rows)}\nwritten to {self.out}")
+
+
+def read_cases(path: Path) -> list[dict[str, Any]]:
+    """The rows of a benchmark file; DataError naming file and line if one is no such row."""
+    rows = []
+    for number, row in read_lines(path):
+        if not {"bench", "case", "value", "unit", "met", "hardware"} <= row.keys():
+            raise DataError(f"{path}, line {number}: is no benchmark case; remove the line and run its benchmark again")
+        rows.append(row)
+    return rows
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """One line for a person: verdict, case, value with spread, baseline, ratio and bar."""
+    verdict = {True: "met", False: "MISSED", None: "-"}[row["met"]]
+    text = f"{verdict:>6}  {row['bench']}: {row['case']}: {_short(row['value'])}"
+    if row.get("spread") is not None:
+        text += f" ± {_short(row['spread'])}"
+    text += f" {row['unit']}"
+    if row.get("baseline") is not None:
+        text += f", against {_short(row['baseline'])}"
+    if row.get("ratio") is not None:
+        text += f", {row['ratio']:.2f} times better"
+    return text + (f"  [{row['bar']}]" if row.get("bar") else "")
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Missed bars first, then met ones, then what had no bar; machines as headings; a count at the end."""
+    lines = []
+    for machine in dict.fromkeys(describe_hardware(row["hardware"]) for row in rows):
+        own = [row for row in rows if describe_hardware(row["hardware"]) == machine]
+        lines.append(machine)
+        for verdict in (False, True, None):
+            lines += [f"  {describe(row)}" for row in own if row["met"] is verdict]
+    met, missed = (sum(row["met"] is verdict for row in rows) for verdict in (True, False))
+    lines.append(f"bars: {met} met, {missed} missed; {len(rows) - met - missed} cases without a bar")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds a call of one contestant, over the rounds."""
+
+    median_s: float
+    p99_s: float
+    spread_s: float
+    """Interquartile range."""
+    samples_s: tuple[float, ...]
+
+
+def interleaved(
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    warmup: int = 2,
+    min_sample_s: float = 0.005,
+    max_seconds: float = 60.0,
+    synchronize: Callable[[], object] | None = None,
+) -> dict[str, Timing]:
+    """Time contestants in alternation, so that a busy minute of the machine falls on all of them.
+
+    Each round runs every contestant once, the order reversed from round to round. A contestant that takes less than
+    min_sample_s is called as many times a sample as that needs (so p99 is then of means). The garbage collector rests.
+
+    Args:
+        contestants: name -> call.
+        rounds: samples of each; fewer, but at least 3, once max_seconds have passed.
+        warmup: calls of each beforehand, at least 1, not counted.
+        synchronize: waits for the device, such as torch.cuda.synchronize; called before the clock is read.
+    """
+    wait = synchronize or (lambda: None)
+    calls: dict[str, int] = {}
+    for name, call in contestants.items():
+        fastest = min(_sample(call, 1, wait) for _ in range(warmup))
+        calls[name] = max(1, math.ceil(min_sample_s / max(fastest, 1e-9)))
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    order = list(contestants)
+    collecting, start = gc.isenabled(), time.perf_counter()
+    gc.collect()
+    gc.disable()
+    try:
+        for done in range(rounds):
+            if done >= 3 and time.perf_counter() - start > max_seconds:
+                break
+            for name in order:
+                samples[name].append(_sample(contestants[name], calls[name], wait))
+            order.reverse()
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: timing_of(values) for name, values in samples.items()}
+
+
+def timing_of(samples_s: Sequence[float]) -> Timing:
+    """Median, 99th percentile and interquartile range of samples taken otherwise (epochs, say)."""
+    low, median, high, p99 = np.percentile(samples_s, [25, 50, 75, 99]).tolist()
+    return Timing(median, p99, high - low, tuple(samples_s))
+
+
+def _sample(call: Callable[[], object], calls: int, wait: Callable[[], object]) -> float:
+    wait()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    wait()
+    return (time.perf_counter() - start) / calls
+
+
+def _is_met(bar: str, value: float, ratio: float | None, baseline: float | None) -> bool:
+    match = _BAR.fullmatch(bar)
+    if match is None:
+        raise ValueError(f'bar {bar!r}: write it as "value <= 1.5", "ratio >= 2" or "value <= 1.05 * baseline"')
+    subject, sign, number, times = match.groups()
+    left = value if subject == "value" else ratio
+    scale = baseline if times else 1.0
+    if left is None or scale is None:
+        raise ValueError(f"bar {bar!r}: needs a baseline to compare with (and a value other than 0)")
+    right = float(number) * scale
+    return bool({"<=": left <= right, ">=": left >= right, "<": left < right, ">": left > right}[sign])
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[str, str, str, int]:
+    machine = row["hardware"]
+    return row["bench"], row["case"], machine.get("gpu") or machine.get("cpu", ""), machine.get("cores", 0)
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"

@@ -1,0 +1,366 @@
+"""Compile every Triton kernel for GPUs that need not be present, and list what the compilers say.
+
+    python -m scripts.benchmarks.compile_kernels                            # D = E = 64, bfloat16, four targets
+    python -m scripts.benchmarks.compile_kernels --all --write docs/results/kernels_aot.md
+
+The backend's own functions are run on small CPU tensors with their launches recorded instead of made. So what is
+compiled is what launch code would choose for that target, block sizes and all. Needs Triton, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vista_kernels import triton_backend
+from vista_kernels.triton_backend import blocks
+
+HEADS = 4
+LONG, SHORT = (2000, 40), (16,) * 6
+"""Lengths of the recorded batches: one segment in pieces, and short ones."""
+WIDTHS = (16, 32, 64, 128)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+TOLERATED_SPILLS = 32
+"""Bytes a thread: ptxas itself spills a few, far from its 255 registers, to let one more program run."""
+WIDE, WIDE_SPILLS = ("accumulate_bwd_kernel", "causal_kernel"), 512
+"""Kernels known to spill with float32 heads wider than 64, whose operands take three products, and how much."""
+H100_BYTES_PER_S, H100_BF16_FLOPS, H100_TF32_FLOPS = 3.35e12, 989e12, 494e12
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device to compile for, and its limits."""
+
+    name: str
+    target: GPUTarget
+    processors: int
+    shared_limit: int
+    """Bytes of shared memory that one program may have."""
+    shared_total: int
+    """Bytes of a processor."""
+    registers: int
+    """Registers of a processor, by lanes (CUDA) or of a lane of one of its four SIMDs (AMD)."""
+    max_warps: int
+
+    @property
+    def blocks_target(self) -> blocks.Target:
+        """What `blocks.target_of` would return on it."""
+        arch = self.target.arch
+        return blocks.Target(self.target.backend, arch if isinstance(arch, int) else 0, self.processors)
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("sm_80", GPUTarget("cuda", 80, 32), 108, 163 << 10, 164 << 10, 65536, 64),
+        Device("sm_90", GPUTarget("cuda", 90, 32), 132, 227 << 10, 228 << 10, 65536, 64),
+        Device("sm_100", GPUTarget("cuda", 100, 32), 148, 227 << 10, 228 << 10, 65536, 64),
+        Device("gfx942", GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 64 << 10, 512, 32),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A recorded launch."""
+
+    kernel: Any
+    args: tuple[object, ...]
+    constants: dict[str, object]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compilers say of one kernel."""
+
+    device: Device
+    kernel: str
+    variant: str
+    """Which of the kernel's constants are on."""
+    dtype: str
+    width: int
+    block_t: int
+    num_warps: int
+    registers: int
+    spills: int
+    """Bytes a thread keeps in local memory: spilled registers and stack."""
+    shared: int
+    """Bytes of shared memory of a program."""
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the processor's warps that can be resident, by registers, shared memory and number of programs."""
+        device = self.device
+        if device.target.backend == "hip":
+            per_simd = min(8, device.registers // (-(-max(self.registers, 1) // 8) * 8))
+            programs = per_simd * 4 // self.num_warps
+        else:
+            programs = device.registers // (-(-self.registers // 8) * 8 * 32 * self.num_warps)
+        programs = min(programs, 32, device.max_warps // self.num_warps)
+        reserved = 0 if device.target.backend == "hip" else 1024
+        if self.shared + reserved:
+            programs = min(programs, device.shared_total // (self.shared + reserved))
+        return programs * self.num_warps / device.max_warps
+
+    @property
+    def work(self) -> tuple[float, float] | None:
+        """Bytes moved and operations done for a token and head of D = E; None where the work is not by tokens."""
+        width, size = self.width, 4 if self.dtype == "float32" else 2
+        square, by_block = width * width, 4 * self.block_t * width
+        known = {
+            "accumulate_fwd_kernel": (2, 2 * square),
+            "accumulate_bwd_kernel": (4, 4 * square),
+            "read_fwd_kernel": (2, 2 * square),
+            "read_bwd_kernel": (3, 4 * square),
+            "causal_kernel": (4 + ("slope" in self.variant), 4 * square + by_block),
+        }
+        if self.kernel not in known:
+            return None
+        streams, operations = known[self.kernel]
+        return streams * width * size + 4 * ("weight" in self.variant), operations
+
+    @property
+    def problems(self) -> list[str]:
+        """What must not be."""
+        wide = self.dtype == "float32" and self.width > 64 and self.kernel in WIDE
+        limit = WIDE_SPILLS if wide else TOLERATED_SPILLS
+        found = [f"{self.spills} bytes spilled"] if self.spills > limit else []
+        if self.shared > self.device.shared_limit:
+            found.append(f"{self.shared} bytes of shared memory, limit {self.device.shared_limit}")
+        return found
+
+
+def record(device: Device, dtype: torch.dtype, width: int, lengths: tuple[int, ...]) -> list[Launch]:
+    """Run all functions of the backend once, and return what they would launch on the device."""
+    launches: dict[tuple[object, ...], Launch] = {}
+
+    def launch(kernel: Any, num_programs: int, *args: object, **flags: Any) -> None:
+        options = {name: flags.pop(name) for name in OPTIONS if name in flags}
+        types = [str(arg.dtype) for arg in args if isinstance(arg, Tensor)]
+        key = (kernel.__name__, *types, *sorted((name, str(value)) for name, value in flags.items()))
+        if num_programs:
+            launches.setdefault(key, Launch(kernel, args, flags, options))
+
+    with (
+        mock.patch.object(blocks, "launch", launch),
+        mock.patch.object(blocks, "target_of", lambda x: device.blocks_target),
+    ):
+        _run_all(dtype, width, lengths)
+    return list(launches.values())
+
+
+def compile_launch(device: Device, launch: Launch) -> Compiled:
+    """Compile a recorded launch and read registers, spills and shared memory from the result."""
+    signature, constants, attributes = _signature(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    done = triton.compile(source, target=device.target, options=launch.options)
+    registers, spills = _amd_usage(done.asm["amdgcn"]) if "amdgcn" in done.asm else _cuda_usage(done.asm["cubin"])
+    tokens = next(arg for arg in launch.args if isinstance(arg, Tensor))
+    dtype = str(launch.constants.get("DTYPE", _POINTERS[tokens.dtype].removeprefix("*")))
+    return Compiled(
+        device,
+        launch.kernel.__name__,
+        _variant(launch.constants),
+        {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype],
+        int(str(next(launch.constants[name] for name in "ADF" if name in launch.constants))),
+        int(str(launch.constants.get("BLOCK_T", 0))),
+        launch.options["num_warps"],
+        registers,
+        spills,
+        done.metadata.shared,
+    )
+
+
+def compile_all(
+    devices: list[str], cases: list[tuple[str, int]], lengths: tuple[tuple[int, ...], ...] = (LONG,)
+) -> Iterator[Compiled]:
+    """Compile every kernel for every device and (dtype, width)."""
+    for name in devices:
+        for dtype, width in cases:
+            for batch in lengths:
+                for launch in record(DEVICES[name], DTYPES[dtype], width, batch):
+                    yield compile_launch(DEVICES[name], launch)
+
+
+def _variant(constants: dict[str, object]) -> str:
+    """Return the constants that set variants of a kernel apart, in words."""
+    words = [
+        word for name, word in (("HAS_WEIGHT", "weight"), ("ADD", "add"), ("HAS_COUNT", "count")) if constants.get(name)
+    ]
+    words += [word for name, word in (("HAS_FACTOR", "factor"), ("FROM_BACK", "from back")) if constants.get(name)]
+    if constants.get("ACTIVATION_X", "identity") != "identity":
+        words.append("slope")
+    return " ".join([*words, *(str(constants[name]) for name in ("STORE",) if name in constants)])
+
+
+def kernels() -> set[str]:
+    """Return the names of all kernels of the backend."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(triton_backend.__name__ + ".")]
+    return {name for module in modules for name in vars(module) if re.search(r"_kernel(_\w+)?$", name)}
+
+
+def _run_all(dtype: torch.dtype, width: int, lengths: tuple[int, ...]) -> None:
+    """Call every function of the backend on empty tensors."""
+    total, batch = sum(lengths), len(lengths)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    starts, sizes = offsets[:-1], np.diff(offsets)
+    q, k, v, out, *grads = (torch.empty(total, HEADS, width, dtype=dtype) for _ in range(8))
+    z, grad_z = (torch.empty(batch, HEADS, width, width) for _ in range(2))
+    n, weight, scale = torch.empty(batch, HEADS), torch.empty(total, HEADS), torch.empty(batch, HEADS)
+    for w in (weight, None):
+        triton_backend.accumulate(k, v, starts, sizes, w, z, n, "silu", fresh=w is None)
+        triton_backend.accumulate_backward(grad_z, k, v, starts, sizes, w, "silu", grads[0], grads[1])
+    triton_backend.read(q, z, scale, starts, sizes, "silu", "silu", out)
+    triton_backend.read_backward(out, q, z, scale, starts, sizes, "silu", "silu", grads[0], grad_z)
+    triton_backend.add_targets(q, k, v, starts, "silu", out)
+    triton_backend.add_targets_backward(out, q, k, v, starts, "silu", *grads[:3])
+    triton_backend.causal_attention(q, k, v, offsets, z, "silu", out)
+    triton_backend.causal_attention_backward(out, q, k, v, offsets, z, "silu", grad_z, *grads[:3])
+    whole = np.array([0, lengths[-1]])  # neither pieces nor first states
+    triton_backend.causal_attention_backward(out, q, k, v, whole, None, "silu", grad_z[:1], *grads[:3])
+    rows = torch.empty(300, HEADS, width * width)
+    decay = torch.empty(300, HEADS)
+    triton_backend.scan_rows(rows, decay, np.array([0, 300]), None)
+    triton_backend.scan_rows(rows, decay, np.array([0, 300]), None, descending=True, decay_after=True)
+
+
+def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict[tuple[int], list[list[object]]]]:
+    """Return the types, constants and divisibilities that Triton's JIT would derive from the arguments."""
+    signature: dict[str, str] = {}
+    constants: dict[str, object] = dict(launch.constants)
+    attributes: dict[tuple[int], list[list[object]]] = {}
+    for place, (name, arg) in enumerate(zip(launch.kernel.arg_names, launch.args, strict=False)):
+        if isinstance(arg, Tensor):
+            signature[name] = _POINTERS[arg.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif arg == 1:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if int(str(arg)) % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    for name in launch.kernel.arg_names[len(launch.args) :]:
+        signature[name] = "constexpr"
+    return signature, constants, attributes
+
+
+def _cuda_usage(cubin: bytes) -> tuple[int, int]:
+    """Return registers a thread, and bytes of local memory and stack, of a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    return registers, stack + local
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    """Return vector registers a lane, and spilled registers and private bytes, of AMD assembly."""
+
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", assembly)
+        if found is None:
+            raise ValueError(f"the assembly has no .{key}")
+        return int(found[1])
+
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size")
+    return number("vgpr_count"), spills
+
+
+def table(rows: list[Compiled]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    head = "target|kernel|dtype|D = E|block|warps|registers|spilled|shared|occupancy|bytes|operations|H100, ps"
+    lines = [f"| {head.replace('|', ' | ')} |", "|" + "---|" * 13]
+    for row in rows:
+        work, bound = row.work, ""
+        if work is not None and row.device.name == "sm_90":
+            rate = H100_BF16_FLOPS if row.dtype != "float32" else H100_TF32_FLOPS / 3
+            bound = f"{1e12 * max(work[0] / H100_BYTES_PER_S, work[1] / rate):.0f}"
+        cells = [row.device.name, f"{row.kernel} {row.variant}".strip(), row.dtype, row.width, row.block_t or ""]
+        cells += [row.num_warps, row.registers, row.spills or "", row.shared, f"{row.occupancy:.0%}"]
+        cells += ["", ""] if work is None else [f"{work[0]:.0f}", f"{work[1]:.0f}"]
+        lines.append("| " + " | ".join(map(str, [*cells, bound])) + " |")
+    return lines
+
+
+TEXT = """# Triton kernels, compiled ahead of time
+
+Made by `{command}` with Triton {version}. No GPU was used: these are the compilers' numbers, and nothing was timed.
+
+A row is a kernel with the launch parameters that `triton_backend/blocks.py` chooses for that target. Registers are
+those of a thread; spilled are the bytes of local memory of a thread; shared are the bytes of shared memory of a
+program; occupancy is the share of a processor's warps that registers and shared memory let reside. For sums and scans
+the width is the number of elements of a state. Bytes and operations are those that a token and head need (outputs
+included, states not). The last column is the roofline of an H100 for a token and head, in picoseconds: the larger of
+bytes at 3.35 TB/s and operations at 989 TFLOP/s (float32: at a third of 494, for three products).
+
+"""
+
+
+def write(path: Path, rows: list[Compiled], command: str) -> None:
+    """Write the table and what it means to a Markdown file."""
+    path.write_text(TEXT.format(command=command, version=triton.__version__) + "\n".join(table(rows)) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile and print the table; return 1 if anything spills or needs too much shared memory."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--all", action="store_true", help="every width and dtype, and short segments as well")
+    parser.add_argument("--device", choices=list(DEVICES), action="append", help="compile for this one (repeatable)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--width", type=int, default=64, help="D = E")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table to a Markdown file")
+    options = parser.parse_args(argv)
+    chosen = [(options.dtype, options.width)]
+    cases = [(dtype, width) for dtype in DTYPES for width in WIDTHS] if options.all else chosen
+    rows = []
+    print(*table([]), sep="\n")
+    for row in compile_all(options.device or list(DEVICES), cases, (LONG, SHORT) if options.all else (LONG,)):
+        if row in rows:
+            continue
+        rows.append(row)
+        print(table([row])[2], *row.problems, flush=True)
+    if options.write:
+        write(
+            options.write,
+            rows,
+            " ".join(["python", "-m", "scripts.benchmarks.compile_kernels", *(argv or sys.argv[1:])]),
+        )
+    names = {row.kernel for row in rows}
+    missing = sorted(kernels() - names)
+    if missing:
+        print("not compiled:", *missing)
+    return int(bool(missing) or any(row.problems for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""RecTools in its own environment, and the search for the fastest setting of its SASRec (bench_training.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import venv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line."""
+    return [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
+SCRIPT = Path(__file__).with_name("rectools_training.py")
+LENGTH = 200
+"""Events of a user that RecTools sees; one more where the first counts that only is an input."""
+DIM, HEADS, LAYERS = 64, 4, 2
+SHAPE = words_of({"session_max_len": LENGTH, "n_factors": DIM, "n_blocks": LAYERS, "n_heads": HEADS})
+"""The sizes, as words of rectools_training.py."""
+PILOT_BATCHES = 8
+"""Batches of one trial; the first two only warm up."""
+GATHERED_BYTES = 1 << 29
+"""A batch of RecTools gathers [B, 200, negatives, d] vectors; settings beyond this are not tried."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the pilot may choose; the fields are options of rectools_training.py."""
+
+    loss: str
+    n_negatives: int
+    dropout: float
+    threads: int
+    batch_size: int = 64
+    precision: str = "bf16-mixed"
+    workers: int = 0
+
+    def options(self) -> list[str]:
+        """As words of a command line."""
+        return words_of(dataclasses.asdict(self))
+
+
+def rival_python(folder: Path) -> Path:
+    """The interpreter of RecTools' environment, which is made if it is not there."""
+    python = folder.absolute() / "bin" / "python"
+    if not python.exists():
+        print(f"making {folder} with RecTools (torch comes with it: some GB)", flush=True)
+        venv.create(folder, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "rectools[torch]"], check=False)
+    done = subprocess.run([python, "-c", "from rectools.models import SASRecModel"], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise SystemExit(
+            f"error: {python} has no working RecTools ({reason}); `{python} -m pip install 'rectools[torch]'`, or name "
+            "another --rival-venv"
+        )
+    return python
+
+
+def run_rival(python: Path, data: Path, setting: Setting, max_batches: int) -> dict[str, Any]:
+    """One epoch of RecTools in a process of its own, whole or estimated."""
+    return call_rival(python, data, [*SHAPE, *setting.options(), "--max-batches", str(max_batches)])
+
+
+def call_rival(python: Path, data: Path, words: Sequence[str]) -> dict[str, Any]:
+    """rectools_training.py in a process of its own: what it reports."""
+    command = [str(python), str(SCRIPT), str(data), *words]
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    done = subprocess.run(command, cwd=data.parent, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+class Pilot:
+    """Finds the rival's fastest setting: one property after the other, each time keeping what was fastest."""
+
+    def __init__(self, python: Path, data: Path, negatives: int, dropout: float, *, quick: bool) -> None:
+        self._python, self._data, self._quick = python, data, quick
+        self._start = Setting("softmax", negatives, dropout, threads=torch.get_num_threads())
+        self.tried: dict[Setting, float] = {}
+
+    def fastest(self) -> Setting:
+        """Try settings of some batches each, and return the best."""
+        start, negatives = self._start, self._start.n_negatives
+        sampled = 2 ** int(np.log2(max(1, min(64, GATHERED_BYTES // (4 * DIM * LENGTH * negatives)))))
+        self._try([start, *(replace(start, loss=loss, batch_size=sampled) for loss in ("sampled_softmax", "BCE"))])
+        if self._quick:
+            return self._best()
+        size = self._best().batch_size
+        self._try(replace(self._best(), batch_size=other) for other in (size // 2, size * 2) if other > 1)
+        self._try([replace(self._best(), precision="32-true")])
+        best = self._best()
+        self._try([replace(best, threads=1), replace(best, workers=1), replace(best, threads=1, workers=1)])
+        return self._best()
+
+    def run(self, setting: Setting, max_batches: int) -> dict[str, Any]:
+        """One epoch of the rival, whole (0) or estimated from its first batches; its report."""
+        return run_rival(self._python, self._data, setting, max_batches)
+
+    def _try(self, settings: Iterable[Setting]) -> None:
+        for setting in dict.fromkeys(settings):
+            if setting not in self.tried:
+                seconds = self.run(setting, PILOT_BATCHES)["seconds_per_epoch"][0]
+                self.tried[setting] = seconds
+                print(f"        pilot: {seconds:7.1f} s an epoch, {' '.join(setting.options())}", flush=True)
+
+    def _best(self) -> Setting:
+        return min(self.tried, key=lambda setting: self.tried[setting])

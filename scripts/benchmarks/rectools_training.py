@@ -1,0 +1,272 @@
+"""Train RecTools' SASRec or HSTU for some epochs, print what they cost as one JSON line, and recommend on wish.
+
+Runs in an environment of its own, with RecTools and without vista (RecTools needs numpy<2):
+
+    python -m venv rival && rival/bin/pip install "rectools[torch]"
+    rectools/bin/python scripts/benchmarks/rectools_training.py events.npz --epochs 2 --loss softmax
+    rectools/bin/python scripts/benchmarks/rectools_training.py events.npz --model HSTU --recommend lists.npz
+
+The data are an npz of three equally long arrays, `user`, `item` and `timestamp` (seconds, or ordinals where only their
+order counts). RecTools keeps each user's last session_max_len + 1 events, the first of which is an input only.
+Preparing the data set and building the model are not timed; loading, shuffling and collating batches are, as in every
+epoch.
+
+For --recommend the npz also has `validation_user`, `validation_item`, `validation_timestamp` and the same of `test`:
+one event a user, which comes after all of its events above. The lists are int64 [users, top_k] under `validation` and
+`test`, best first, -1 where there are fewer: without items that the user has met, which for `test` includes the
+validation item. Only the time of an event that is asked for is shown to a model, and only with --relative-time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pytorch_lightning import Trainer, seed_everything  # type: ignore[import-not-found]
+from pytorch_lightning.callbacks import LambdaCallback  # type: ignore[import-not-found]
+from rectools import Columns  # type: ignore[import-not-found]
+from rectools.dataset import Dataset  # type: ignore[import-not-found]
+from rectools.metrics import NDCG, HitRate, calc_metrics  # type: ignore[import-not-found]
+from rectools.models import HSTUModel, SASRecModel  # type: ignore[import-not-found]
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# The first batches of a cut epoch warm caches up; they are left out of the estimate.
+WARMUP_BATCHES = 2
+PARTS = ("validation", "test")
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="npz of user, item, timestamp")
+    parser.add_argument("--model", choices=["SASRec", "HSTU"], default="SASRec")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument(
+        "--max-batches", type=int, default=0, help="cut every epoch after so many batches and estimate it"
+    )
+    parser.add_argument("--session-max-len", type=int, default=200)
+    parser.add_argument("--n-factors", type=int, default=64)
+    parser.add_argument("--n-blocks", type=int, default=2)
+    parser.add_argument("--n-heads", type=int, default=4)
+    parser.add_argument("--dropout", type=float, default=0.2, help="0 lets CPUs take torch's fused attention")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--loss", choices=["softmax", "BCE", "gBCE", "sampled_softmax"], default="softmax")
+    parser.add_argument("--n-negatives", type=int, default=1, help="a position; softmax takes the whole catalogue")
+    parser.add_argument("--distance", choices=["dot", "cosine"], default="dot", help="of a user from an item")
+    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits in training")
+    parser.add_argument("--scale-inputs", action="store_true", help="item vectors times sqrt(n_factors), as published")
+    parser.add_argument("--mask-padding", action="store_true", help="SASRec: attend to no padding, as published")
+    parser.add_argument("--relative-time", action="store_true", help="HSTU: the bias by time, which needs real times")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup-steps", type=int, default=0, help="of linear rise to --lr")
+    parser.add_argument("--decay", action="store_true", help="cosine from --lr to 1 %% of it at the end")
+    parser.add_argument("--gradient-clip", type=float, default=0.0, help="largest global norm; 0 clips nothing")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load batches")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's own choice")
+    parser.add_argument("--precision", choices=["32-true", "bf16-mixed", "bf16-true"], default="32-true")
+    parser.add_argument(
+        "--sdpa", choices=["auto", "math", "flash"], default="auto", help="flash needs --dropout 0 on CPUs"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--recommend", type=Path, help="npz that receives the lists; see above")
+    parser.add_argument("--top-k", type=int, default=200, help="length of the lists")
+    return parser.parse_args(given)
+
+
+def read_events(path: Path, prefix: str = "") -> pd.DataFrame:
+    """Events of the npz, as RecTools has them; ordinals become seconds."""
+    with np.load(path, allow_pickle=False) as arrays:
+        frame = pd.DataFrame({Columns.User: arrays[f"{prefix}user"], Columns.Item: arrays[f"{prefix}item"]})
+        frame[Columns.Datetime] = pd.to_datetime(arrays[f"{prefix}timestamp"], unit="s")
+    frame[Columns.Weight] = 1.0
+    return frame
+
+
+class EpochClock:
+    """Wall and CPU seconds of every epoch, and the moments at which its batches ended."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, Any]] = []
+
+    def start(self) -> None:
+        """An epoch starts: nothing of it has been loaded yet."""
+        self.epochs.append({"wall": time.perf_counter(), "cpu": _cpu_seconds(), "batches": [], "batch_cpu": []})
+
+    def batch(self) -> None:
+        """A batch has been trained on."""
+        self.epochs[-1]["batches"].append(time.perf_counter())
+        self.epochs[-1]["batch_cpu"].append(_cpu_seconds())
+
+    def end(self) -> None:
+        """An epoch ends."""
+        epoch = self.epochs[-1]
+        epoch["wall_s"], epoch["cpu_s"] = time.perf_counter() - epoch["wall"], _cpu_seconds() - epoch["cpu"]
+
+    def seconds(self, total_batches: int) -> tuple[list[float], list[float]]:
+        """Wall and CPU seconds of each epoch, scaled up to total_batches where epochs were cut short."""
+        walls, cpus = [], []
+        for epoch in self.epochs:
+            done = len(epoch["batches"])
+            if done >= total_batches:
+                walls.append(epoch["wall_s"])
+                cpus.append(epoch["cpu_s"])
+                continue
+            counted = done - WARMUP_BATCHES
+            first = WARMUP_BATCHES - 1
+            walls.append((epoch["batches"][-1] - epoch["batches"][first]) / counted * total_batches)
+            cpus.append((epoch["batch_cpu"][-1] - epoch["batch_cpu"][first]) / counted * total_batches)
+        return walls, cpus
+
+
+def _cpu_seconds() -> float:
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+def learning_rate(options: argparse.Namespace, step: int, steps: int) -> float:
+    """Of step 0, 1, … of `steps`: constant, but for what the options say."""
+    rate: float = options.lr * min(1.0, (step + 1) / max(options.warmup_steps, 1))
+    return rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))) if options.decay else rate
+
+
+def build(options: argparse.Namespace, clock: EpochClock) -> SASRecModel | HSTUModel:
+    """The model with its trainer."""
+
+    def set_rate(trainer: Trainer) -> None:
+        steps = options.epochs * trainer.num_training_batches
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = learning_rate(options, trainer.global_step, steps)
+
+    def trainer() -> Trainer:
+        # RecTools' own trainer, but for the clock, the learning rate and the arguments.
+        return Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=options.epochs,
+            min_epochs=options.epochs,
+            limit_train_batches=options.max_batches or None,
+            gradient_clip_val=options.gradient_clip or None,
+            precision=options.precision,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            logger=False,
+            # Functions, since RecTools copies its trainer deeply, and with it a clock whose methods were given.
+            callbacks=[
+                LambdaCallback(
+                    on_train_epoch_start=lambda *_: clock.start(),
+                    on_train_batch_start=lambda trainer, *_: set_rate(trainer),
+                    on_train_batch_end=lambda *_: clock.batch(),
+                    on_train_epoch_end=lambda *_: clock.end(),
+                )
+            ],
+        )
+
+    own = {"use_key_padding_mask": options.mask_padding}
+    if options.model == "HSTU":
+        own = {"relative_time_attention": options.relative_time}
+    return {"SASRec": SASRecModel, "HSTU": HSTUModel}[options.model](
+        n_blocks=options.n_blocks,
+        n_heads=options.n_heads,
+        n_factors=options.n_factors,
+        dropout_rate=options.dropout,
+        session_max_len=options.session_max_len,
+        loss=options.loss,
+        n_negatives=options.n_negatives,
+        lr=options.lr,
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        dataloader_num_workers=options.workers,
+        get_trainer_func=trainer,
+        similarity_module_kwargs={"distance": options.distance},
+        lightning_module_kwargs={"logits_t": options.temperature},
+        pos_encoding_kwargs={"use_scale_factor": options.scale_inputs},
+        **own,
+    )
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """Train, recommend on wish, and return the line to print."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    seed_everything(options.seed, verbose=False)
+    clock = EpochClock()
+    model = build(options, clock)
+    events = read_events(options.data)
+    attention = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}.get(options.sdpa)
+    with sdpa_kernel(attention) if attention is not None else nullcontext():
+        model.fit(Dataset.construct(events))
+    lists, metrics = recommend(model, events, options) if options.recommend is not None else ({}, {})
+    if lists:
+        np.savez(options.recommend, validation=lists["validation"], test=lists["test"])
+    interactions = model.data_preparator.train_dataset.interactions.df
+    users = int(interactions[Columns.User].nunique())
+    total_batches = -(-users // options.batch_size)
+    walls, cpus = clock.seconds(total_batches)
+    loss = model.fit_trainer.callback_metrics.get("train_loss")
+    return {
+        "rival": f"RecTools {options.model}",
+        "seconds_per_epoch": walls,
+        "cpu_seconds_per_epoch": cpus,
+        "estimated": bool(options.max_batches and options.max_batches < total_batches),
+        "positions": len(interactions) - users,
+        "users": users,
+        "items": int(interactions[Columns.Item].nunique()),
+        "parameters": sum(parameter.numel() for parameter in model.lightning_model.torch_model.parameters()),
+        "train_loss": None if loss is None else float(loss),
+        "metrics": metrics,
+        "settings": {key: value for key, value in vars(options).items() if key not in ("data", "recommend")},
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("rectools", "pytorch-lightning", "torch", "numpy")},
+    }
+
+
+def recommend(
+    model: SASRecModel | HSTUModel, history: pd.DataFrame, options: argparse.Namespace
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
+    """Of each part the lists int64 [users, top_k], users in the order of the npz, and RecTools' own metrics of them."""
+    lists, metrics = {}, {}
+    # With one label a user the best achievable gain is 1, as everybody else has it.
+    judges = {"hr@10": HitRate(10), "ndcg@10": NDCG(10, divide_by_achievable=True)}
+    for part in PARTS:
+        asked = read_events(options.data, f"{part}_")
+        found = model.recommend(
+            asked[Columns.User],
+            Dataset.construct(history),
+            options.top_k,
+            filter_viewed=True,
+            on_unsupported_targets="ignore",
+            # RecTools puts its padding in the place of the item.
+            context=asked.copy() if model.require_recommend_context else None,
+        )
+        lists[part] = np.full((len(asked), options.top_k), -1, np.int64)
+        row = pd.Index(asked[Columns.User]).get_indexer(found[Columns.User])
+        lists[part][row, found[Columns.Rank] - 1] = found[Columns.Item]
+        metrics[part] = {name: float(value) for name, value in calc_metrics(judges, found, asked).items()}
+        history = pd.concat([history, asked], ignore_index=True)
+    return lists, metrics
+
+
+def main() -> None:
+    """Entry point."""
+    warnings.filterwarnings("ignore")  # of Lightning, on workers and logging; the line of JSON says what was set
+    options = arguments()
+    if 0 < options.max_batches <= WARMUP_BATCHES:
+        raise SystemExit(f"--max-batches must be above {WARMUP_BATCHES}, the batches that only warm up")
+    print(json.dumps(train(options)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""The least time that work can take on this machine: what its bytes, products and activations cost at their best.
+
+    floor = forward_floor(16_384, 4, 64, torch.bfloat16)
+    timing = interleaved({"ours": attend} | floor.calls())
+    print(timing["ours"].median_s / floor.seconds(timing))
+
+A floor is the larger of the bytes' time and the matrix products' time, plus the activations' time. It is timed in
+alternation with what it is a floor of, on the same threads. Bytes move at the speed of a copy of as many, in memory
+that was touched before. Products run at the operator's own shapes, in the fastest of the forms that a short
+measurement tries: chunks of tokens, one head or several at a time, either operand transposed. Activations run in the
+cache. Lower dtypes may compute in float32, the reverse would give other results: `product_dtypes`.
+
+Letters: T tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Literal
+
+import torch
+
+from scripts.benchmarks.benchmark_recorder import Timing, interleaved
+
+CPU = torch.device("cpu")
+LARGEST_COPY_BYTES = 1 << 28
+"""Copies of more are measured at this size, far beyond the caches, and scaled."""
+ACTIVATION_BYTES_PER_THREAD = 128 * 1024
+CHUNKS = (256, 1024, 4096, 16_384)
+"""Tokens a product may take at a time."""
+LARGEST_BATCH_ELEMENTS = 1 << 22
+"""Batched products of larger operands leave the cache and are not tried."""
+STATE_ITEM_BYTES = 4
+"""States are float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A call, how many of them the work is worth (not always a whole number), and its form for a reader."""
+
+    call: Callable[[], object]
+    times: float
+    form: str
+
+    def scaled(self, factor: float) -> Work:
+        """`factor` times as much of it."""
+        return replace(self, times=self.times * factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The work that no implementation can leave out."""
+
+    copy: Work
+    products: tuple[Work, ...] = ()
+    activations: tuple[Work, ...] = ()
+
+    def calls(self) -> dict[str, Callable[[], object]]:
+        """Contestants for `interleaved`, whose timing `seconds` reads."""
+        return {f"floor {index}": work.call for index, work in enumerate(self._works())}
+
+    def seconds(self, timing: Mapping[str, Timing]) -> float:
+        """The larger of bytes and products, plus activations."""
+        copy, products, activations = self.parts(timing)
+        return max(copy, products) + activations
+
+    def parts(self, timing: Mapping[str, Timing]) -> tuple[float, float, float]:
+        """Seconds of the bytes, the products and the activations."""
+        seconds = [timing[f"floor {index}"].median_s * work.times for index, work in enumerate(self._works())]
+        first = 1 + len(self.products)
+        return seconds[0], sum(seconds[1:first]), sum(seconds[first:])
+
+    def describe(self, timing: Mapping[str, Timing]) -> str:
+        """The parts in milliseconds, and the products' forms."""
+        copy, products, activations = (f"{1e3 * part:.3g}" for part in self.parts(timing))
+        forms = ", ".join(work.form for work in self.products)
+        return f"floor in ms: bytes {copy}, products {products} ({forms}), activations {activations}"
+
+    def _works(self) -> tuple[Work, ...]:
+        return self.copy, *self.products, *self.activations
+
+
+def forward_floor(num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> Floor:
+    """Of quasi-linear attention over one sequence: q, k, v read, o written; Z = φ(k)ᵀ v, o = φ(q) A."""
+    shape = (num_tokens, num_heads, head_dim, product_dtypes(dtype))
+    elements = num_tokens * num_heads * head_dim
+    return Floor(
+        copying(4 * elements * dtype.itemsize),
+        (token_product("sum", *shape), token_product("map", *shape)),
+        (activation("silu", 2 * elements),),
+    )
+
+
+def backward_floor(num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> Floor:
+    """Of its backward: q, k, v, dO read, dq, dk, dv written; dA = φ(q)ᵀ dO, and dφ(q), dφ(k), dv, a map each."""
+    shape = (num_tokens, num_heads, head_dim, product_dtypes(dtype))
+    elements = num_tokens * num_heads * head_dim
+    return Floor(
+        copying(7 * elements * dtype.itemsize),
+        (token_product("sum", *shape), token_product("map", *shape).scaled(3)),
+        (activation("silu", 2 * elements), activation("silu_backward", 2 * elements)),
+    )
+
+
+def short_users_floor(
+    num_tokens: int, num_users: int, head_dim: int, dtype: torch.dtype, *, state_passes: Literal[0, 2]
+) -> Floor:
+    """Of the forward over many short users, one head: each has a state of D² to form, activate and multiply with.
+
+    Args:
+        state_passes: 0 where states never leave the cache; 2 where one operator writes them and another reads them.
+    """
+    mean = max(1, round(num_tokens / num_users))
+    elements, state = num_tokens * head_dim, num_users * head_dim * head_dim
+    several = {"chunks": (mean,), "batches": (1, 64, 256, 1024)}
+    shape = (num_tokens, 1, head_dim, product_dtypes(dtype))
+    return Floor(
+        copying(4 * elements * dtype.itemsize + state_passes * state * STATE_ITEM_BYTES),
+        (token_product("sum", *shape, **several), token_product("map", *shape, **several)),
+        (activation("silu", 2 * elements + state),),
+    )
+
+
+def product_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Dtypes that an operator on tokens of `dtype` may multiply in without giving up its precision."""
+    return (torch.float32,) if dtype == torch.float32 else (torch.float32, dtype)
+
+
+def copying(num_bytes: int, device: torch.device = CPU) -> Work:
+    """Moving num_bytes, what is read and what is written together: a copy of half as many."""
+    half = max(1, num_bytes // 2)
+    size = min(half, LARGEST_COPY_BYTES)
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return Work(lambda: target.copy_(source), half / size, "copy")
+
+
+def activation(kind: Literal["silu", "silu_backward"], num_elements: int) -> Work:
+    """silu, or its derivative times a gradient, of num_elements in the cache; the faster of float32 and bfloat16."""
+    return _fastest_activation(kind).scaled(num_elements)
+
+
+@cache
+def token_product(
+    kind: Literal["sum", "map"],
+    num_tokens: int,
+    num_heads: int,
+    head_dim: int,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    chunks: tuple[int, ...] = CHUNKS,
+    batches: tuple[int, ...] = (),
+) -> Work:
+    """One product of all tokens with D-wide rows: "sum" over them, [D, T] @ [T, D], or "map" of each, [T, D] @ [D, D].
+
+    Args:
+        dtypes: those to try.
+        chunks: numbers of tokens to try a product at a time; those beyond num_tokens are left out.
+        batches: products to try a batched call with; by default one head, all heads, and four chunks of all heads.
+    """
+    batches = batches or tuple({1, num_heads, 4 * num_heads})
+    tried = []
+    for tokens in [chunk for chunk in chunks if chunk <= num_tokens] or [num_tokens]:
+        m, k = (head_dim, tokens) if kind == "sum" else (tokens, head_dim)
+        tried += products(m, head_dim, k, count=num_heads * num_tokens / tokens, dtypes=dtypes, batches=batches)
+    return fastest(tried)
+
+
+def products(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    count: float = 1,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    batches: Sequence[int] = (1,),
+) -> list[Work]:
+    """Forms of `count` products [m, k] @ [k, n]: dtypes, how many a call, and which operands lie transposed."""
+    works = []
+    for dtype, batch, left_turned, right_turned in itertools.product(dtypes, batches, (False, True), (False, True)):
+        if batch > max(1, count) or (batch > 1 and batch * (m * k + k * n) > LARGEST_BATCH_ELEMENTS):
+            continue
+        left, right = _operand(batch, m, k, dtype, left_turned), _operand(batch, k, n, dtype, right_turned)
+        out = torch.empty(batch, m, n, dtype=dtype)
+        call = (
+            partial(torch.mm, left[0], right[0], out=out[0]) if batch == 1 else partial(torch.bmm, left, right, out=out)
+        )
+        form = f"{batch} x [{m}, {k}]{'T' * left_turned} @ [{k}, {n}]{'T' * right_turned} {str(dtype).split('.')[1]}"
+        works.append(Work(call, count / batch, form))
+    return works
+
+
+def packed_products(m: int, n: int, k: int, *, count: float = 1, dtypes: Sequence[torch.dtype]) -> list[Work]:
+    """Products [m, k] @ [k, n] with weights, which can be laid out beforehand (`vista.model.frozen_linear`)."""
+    works = []
+    for dtype in dtypes:
+        x, weight = (torch.randn(size, k).to(dtype) for size in (m, n))
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        call = partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")
+        works.append(Work(call, count, f"1 x [{m}, {k}] @ packed [{k}, {n}] {str(dtype).split('.')[1]}"))
+    return works
+
+
+def matmul_floor(
+    m: int, n: int, k: int, *, count: int = 1, dtypes: Sequence[torch.dtype] = (torch.float32,), weights: bool = False
+) -> float:
+    """Seconds of `count` products [m, k] @ [k, n], the least that work of 2·m·n·k·count operations can take here.
+
+    Args:
+        weights: the right matrix is constant.
+    """
+    works = products(m, n, k, count=count, dtypes=dtypes, batches=tuple({1, count}))
+    work = fastest([*works, *(packed_products(m, n, k, count=count, dtypes=dtypes) if weights else [])])
+    return work.times * interleaved({"product": work.call})["product"].median_s
+
+
+def fastest(works: Sequence[Work]) -> Work:
+    """The one that takes the least time for the whole work, by a short measurement."""
+    calls = {str(index): work.call for index, work in enumerate(works)}
+    timing = interleaved(calls, rounds=3, warmup=1, min_sample_s=0.001, max_seconds=5)
+    return works[min(range(len(works)), key=lambda index: timing[str(index)].median_s * works[index].times)]
+
+
+def _operand(batch: int, rows: int, columns: int, dtype: torch.dtype, turned: bool) -> torch.Tensor:
+    """[batch, rows, columns], `turned` where memory holds it column by column."""
+    if turned:
+        return torch.randn(batch, columns, rows).to(dtype).transpose(1, 2)
+    return torch.randn(batch, rows, columns).to(dtype)
+
+
+@cache
+def _fastest_activation(kind: Literal["silu", "silu_backward"]) -> Work:
+    """One element's worth of it."""
+    works = []
+    for dtype in (torch.float32, torch.bfloat16):
+        numel = ACTIVATION_BYTES_PER_THREAD * torch.get_num_threads() // dtype.itemsize
+        x, out = torch.randn(numel).to(dtype), torch.empty(numel, dtype=dtype)
+        if kind == "silu":
+            call: Callable[[], object] = partial(torch.ops.aten.silu.out, x, out=out)
+        else:
+            call = partial(torch.ops.aten.silu_backward.grad_input, torch.ones_like(x), x, grad_input=out)
+        works.append(Work(call, 1 / numel, f"{kind} {dtype}"))
+    return fastest(works)

@@ -1,0 +1,271 @@
+"""The processes of the soak: workers that ask a scorer, and a keeper that changes the store under them.
+
+The keeper does one operation after the other, and after each it freezes the generations that have changed: copies of
+their records, which nobody writes any more. A question follows from its number, so that the judge (soak_scorer.py) can
+ask the same of a frozen copy, in quiet.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import shutil
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from itertools import count, cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scripts.benchmarks.workloads import ACTIONS, START_MS, lifelong_log, untrained
+from vista.device import set_threads
+from vista.log.event_log import EventLog
+from vista.model.vista_model import Recommender
+from vista.refresh import erase, refresh, refresh_incremental
+from vista.scorer import Scorer, Tail
+from vista.store import SummaryStore
+from vista.store.admin.publish import compact_store
+from vista.store.layout import environment_path, list_generations, read_current, write_current
+
+THREADS = 2
+"""Questions at once of one worker process."""
+CALLS_PER_RELOAD = 16
+OPERATIONS = ("full", "erase", "incremental", "compact", "incremental", "model", "erase", "incremental")
+"""Again and again. A full refresh comes with a new event of every user, so that its flip changes every answer; a model
+takes the place of the one before, and is then refreshed with in full."""
+ERASED_AT_ONCE = 5
+LATER_MS = START_MS + 10**11
+"""When the questions are asked: after all events."""
+Arrays = list[NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a worker got, and what it may have been got from."""
+
+    thread: int
+    question: int
+    since: int
+    """The last operation that was acknowledged before the call."""
+    until: int
+    """The last operation that was begun before its end."""
+    generations: tuple[int, int]
+    """The store's before and after the call."""
+    latency_s: float
+    arrays: Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One of the keeper's, acknowledged and frozen."""
+
+    kind: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What must not happen."""
+
+    text: str
+
+
+class Stage:
+    """Where the soak runs, and what its processes share."""
+
+    def __init__(self, folder: Path, num_users: int, num_items: int) -> None:
+        """Make a log, an untrained model and its store, and freeze that as operation 0."""
+        self.num_users, self.num_items = num_users, num_items
+        self.log, self.model, self.store, self.frozen, self.models = (
+            folder / name for name in ("log", "model", "store", "frozen", "models")
+        )
+        self.context = multiprocessing.get_context("spawn")
+        # Only the keeper writes them, so they need no lock: operations begun and done, generation served by the latter.
+        self.begun, self.done, self.served = (self.context.Value("q", 0, lock=False) for _ in range(3))
+        self.said = self.context.Queue(maxsize=256)
+        """Answers, operations and failures; workers wait where the judge does not follow."""
+        self.stop = self.context.Event()
+        log = lifelong_log(self.log, [40] * num_users, num_items=num_items)
+        refresh(self.new_model(log, seed=0), log, self.store)
+        self.served.value = read_current(self.store)
+        freeze(self.store, self.frozen, 0)
+
+    def new_model(self, log: EventLog, seed: int) -> Recommender:
+        """Put a model into the folder that is served, and another of it to `models/<its summarizer>`."""
+        model = untrained(log, dim=64, num_seeds=16, seed=seed)
+        model.save_pretrained(self.model)
+        model.save_pretrained(self.models / model.summarizer_id().hex())
+        return model
+
+
+def freeze(store: Path, frozen: Path, operation: int) -> None:
+    """Copy each generation whose records differ from its last copy to `frozen/<generation>-<operation>`, a store."""
+    for generation in list_generations(store):
+        records = environment_path(store, generation) / "data.mdb"
+        mark = f"{records.stat().st_mtime_ns}"
+        last = max((number for other, number in copies(frozen) if other == generation), default=None)
+        if last is not None and (frozen / f"{generation}-{last}" / "mark").read_text() == mark:
+            continue
+        copy = frozen / f"{generation}-{operation}"
+        target = environment_path(copy, generation)
+        target.mkdir(parents=True)
+        shutil.copyfile(records, target / "data.mdb")
+        write_current(copy, generation)
+        (copy / "mark").write_text(mark)
+
+
+def copies(frozen: Path) -> list[tuple[int, int]]:
+    """(generation, operation after which it was copied) of all frozen copies."""
+    names = [path.name.split("-") for path in frozen.iterdir()] if frozen.is_dir() else []
+    return [(int(generation), int(operation)) for generation, operation in names]
+
+
+def ask(scorer: Scorer, question: int, num_users: int, num_items: int) -> Arrays:
+    """Ask a question: score, predict, rank, explain or user_vectors, for users some of whom are unknown."""
+    rng = np.random.default_rng(question)
+
+    def users(size: int) -> NDArray[np.int64]:
+        return rng.integers(1, num_users + num_users // 50 + 1, size)
+
+    def items(*size: int) -> NDArray[np.int64]:
+        return rng.integers(1, num_items + num_items // 50 + 1, size)
+
+    kind = rng.integers(7)
+    if kind == 0:
+        return [scorer.score(users(1), items(200), now=LATER_MS)]
+    if kind == 1:
+        offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 30, 5))])
+        return [scorer.score(users(5), (items(offsets[-1]), offsets))]
+    if kind == 2:
+        return list(scorer.predict(users(8), items(8, 25), now=LATER_MS).values())
+    if kind == 3:
+        offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 4, 4))])
+        times = LATER_MS - rng.integers(0, 10**9, offsets[-1])
+        tail = Tail(items(offsets[-1]).astype(np.int32), times, rng.integers(0, len(ACTIONS), offsets[-1]), offsets)
+        return [scorer.score(users(4), items(50), tail=tail, now=LATER_MS)]
+    if kind == 4:
+        ranking = scorer.rank(int(users(1)[0]), top_k=20, exclude_tail=True)
+        return [ranking.items, ranking.scores, np.array(ranking.num_dropped)]
+    if kind == 5:
+        explanation = scorer.explain(int(users(1)[0]), items(5), now=LATER_MS)
+        return [explanation.value, explanation.summary, explanation.tail, explanation.own]
+    return [scorer.user_vectors(users(16))]
+
+
+# Workers -------------------------------------------------------------------------------------------------------------
+
+
+def work(stage: Stage, worker: int) -> None:
+    """A serving process: threads that ask until the stage stops; the first of them follows the store as well."""
+    set_threads(1)
+    logging.getLogger("vista").setLevel(logging.ERROR)  # That a new model has no summaries yet is said at each reload.
+    with Scorer.open(stage.model, stage.store, on_missing="nan", task="click") as scorer:
+        threads = [
+            threading.Thread(target=_ask_forever, args=(stage, scorer, THREADS * worker + own, own == 0))
+            for own in range(THREADS)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def _ask_forever(stage: Stage, scorer: Scorer, thread: int, follows: bool) -> None:
+    for question in count(thread * 10**9):
+        if stage.stop.is_set():
+            return
+        try:
+            if follows and question % CALLS_PER_RELOAD == 0:
+                served = stage.served.value
+                scorer.reload()
+                assert scorer.store.generation >= served, f"gen-{served} was published, but reload did not follow"
+            since, before = stage.done.value, scorer.store.generation
+            began = time.perf_counter()
+            arrays = ask(scorer, question, stage.num_users, stage.num_items)
+            latency = time.perf_counter() - began
+            until, after = stage.begun.value, scorer.store.generation
+            stage.said.put(Answer(thread, question, since, until, (before, after), latency, arrays))
+        except Exception:
+            stage.said.put(Failure(f"thread {thread}, question {question}: {traceback.format_exc()}"))
+
+
+# The keeper ----------------------------------------------------------------------------------------------------------
+
+
+def keep(stage: Stage, pause_s: float) -> None:
+    """Change the store until the stage stops; at the end, compare it with one that is made anew."""
+    set_threads(1)
+    try:
+        erased = _operate(stage, pause_s)
+        _compare_with_one_made_anew(stage, erased)
+    except Exception:
+        stage.said.put(Failure(f"keeper: {traceback.format_exc()}"))
+
+
+def _operate(stage: Stage, pause_s: float) -> list[int]:
+    model = Recommender.from_pretrained(stage.model)
+    rng = np.random.default_rng(0)
+    erased: list[int] = []
+    for number, kind in enumerate(cycle(OPERATIONS), start=1):
+        if stage.stop.wait(pause_s):
+            break
+        everyone = 1 + np.arange(stage.num_users)
+        if kind in ("full", "model"):
+            log = append_events(stage, number, everyone, rng)
+        elif kind == "incremental":
+            log = append_events(stage, number, rng.choice(everyone, stage.num_users // 10, replace=False), rng)
+        began = time.perf_counter()
+        stage.begun.value = number
+        if kind in ("full", "model"):
+            model = stage.new_model(log, seed=number) if kind == "model" else model
+            refresh(model, log, stage.store)
+        elif kind == "incremental":
+            # In one transaction, so that what lies between two operations is no state of its own.
+            refresh_incremental(model, log, stage.store, users_per_batch=stage.num_users)
+        elif kind == "erase":
+            gone = rng.choice(everyone, ERASED_AT_ONCE, replace=False).tolist()
+            erase(stage.store, gone)
+            erased += gone
+        else:
+            compact_store(stage.store)
+        seconds = time.perf_counter() - began
+        with SummaryStore.open(stage.store) as store:
+            assert not store.get_many(erased).found.any(), f"erased users are served after {kind}"
+            assert len(store) == stage.num_users - len(set(erased)), f"{len(store)} users are left after {kind}"
+        freeze(stage.store, stage.frozen, number)
+        stage.served.value = read_current(stage.store)
+        stage.done.value = number
+        stage.said.put(Operation(kind, seconds))
+    return erased
+
+
+def append_events(stage: Stage, operation: int, users: NDArray[np.int64], rng: np.random.Generator) -> EventLog:
+    """One new event of each of some users."""
+    events = {
+        "user": users,
+        "item": rng.integers(1, stage.num_items + 1, len(users)),
+        "timestamp": np.full(len(users), START_MS + 10**10 + operation * 60_000),
+        "action": rng.choice(ACTIONS, len(users)).tolist(),
+    }
+    return EventLog.from_frame(events, stage.log, time_unit="ms", action="action", append=True)
+
+
+def _compare_with_one_made_anew(stage: Stage, erased: list[int]) -> None:
+    """All that was done in place equals one refresh of the whole log, but for the erased users."""
+    anew = stage.store.with_name("anew")
+    model, log = Recommender.from_pretrained(stage.model), EventLog.open(stage.log)
+    refresh_incremental(model, log, stage.store)
+    refresh(model, log, anew)
+    users = np.setdiff1d(1 + np.arange(stage.num_users), erased)
+    with SummaryStore.open(stage.store) as store, SummaryStore.open(anew) as other:
+        found, expected = store.get_many(users), other.get_many(users)
+    assert found.found.all() and expected.found.all()
+    assert (found.history_digest == expected.history_digest).all(), "another history than the log's"
+    assert (found.tail.items == expected.tail.items).all() and (found.tail.times == expected.tail.times).all()
+    # int8: what float32 rounds otherwise may fall on the next step.
+    step = (expected.summary.max(-1) - expected.summary.min(-1)) / 255
+    assert (np.abs(found.summary - expected.summary).max(-1) <= 1.5 * step + 1e-5).all(), "another summary"

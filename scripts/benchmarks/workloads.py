@@ -1,0 +1,127 @@
+"""What the benchmarks run on: generated logs, ml-1m where it is at hand, and models with random weights.
+
+Time does not depend on what the weights are, so no benchmark but that of training trains a model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vista.config import DataConfig, ModelConfig
+from vista.config.choices import Architecture, Mixing, TargetAttentionKind
+from vista.errors import ConfigError
+from vista.log.event_log import EventLog
+from vista.model.baselines.history_model import HistoryModel
+from vista.model.ranking_model import Schema, class_of
+from vista.model.vista_model import Recommender
+
+TASK = "click"
+ACTIONS = ("view", "click", "like", "share")
+START_MS = 1_600_000_000_000
+MEAN_GAP_MS = 60_000.0
+
+
+def popular_items(rng: np.random.Generator, num_events: int, num_items: int) -> NDArray[np.int64]:
+    """int64 [num_events] in [0, num_items), the r-th most popular item about r times rarer than the first (Zipf)."""
+    cumulative = np.cumsum(1.0 / np.arange(1, num_items + 1))
+    drawn: NDArray[np.int64] = np.searchsorted(cumulative, rng.random(num_events) * cumulative[-1])
+    return np.minimum(drawn, num_items - 1)
+
+
+def lifelong_log(folder: Path, lengths: Sequence[int], *, num_items: int = 50_000, seed: int = 0) -> EventLog:
+    """A log of users 1, 2, … with `lengths` events, written and opened as any other: times and four actions."""
+    import polars as pl
+
+    rng = np.random.default_rng(seed)
+    counts = np.asarray(lengths, np.int64)
+    total = int(counts.sum())
+    # Every item comes once at least, so that the vocabulary does not depend on the lengths.
+    item = np.concatenate(
+        [rng.permutation(num_items)[:total], popular_items(rng, max(total - num_items, 0), num_items)]
+    )
+    gap = rng.exponential(MEAN_GAP_MS, total).astype(np.int64) + 1
+    time = np.cumsum(gap)
+    first = np.cumsum(counts) - counts
+    time -= np.repeat(time[np.minimum(first, max(total - 1, 0))], counts)  # each life from the start
+    frame = pl.DataFrame(
+        {
+            "user": np.repeat(np.arange(1, len(counts) + 1), counts),
+            "item": item + 1,
+            "timestamp": START_MS + time,
+            "action": pl.Series(ACTIONS).gather(rng.integers(0, len(ACTIONS), total)),
+        }
+    )
+    return EventLog.from_frame(frame, folder, time_unit="ms", action="action")
+
+
+def untrained(
+    log: EventLog,
+    *,
+    dim: int,
+    num_seeds: int,
+    mixing: Mixing = Mixing.separable,
+    target_attention: TargetAttentionKind = TargetAttentionKind.pointwise,
+    num_layers: int = 2,
+    tail_len: int = 32,
+    seed: int = 1,
+) -> Recommender:
+    """A model for this log with one labelled task, in eval mode; bidirectional mixing comes as in the paper, without
+    convolution."""
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        dim=dim,
+        num_seeds=num_seeds,
+        mixing=mixing,
+        target_attention=target_attention,
+        num_layers=num_layers,
+        conv_width=3 if mixing is Mixing.separable else 1,
+        tail_len=tail_len,
+    )
+    return Recommender(config, Schema(list(log.actions), log.has_time, None, [TASK]), log.items, DataConfig()).eval()
+
+
+def untrained_rival(log: EventLog, architecture: Architecture, *, dim: int, history_limit: int) -> HistoryModel:
+    """A rival of two layers and one labelled task for this log, in eval mode."""
+    torch.manual_seed(1)
+    config = ModelConfig(architecture=architecture, dim=dim, history_limit=history_limit)
+    schema = Schema(list(log.actions), log.has_time, None, [TASK])
+    model = class_of(architecture)(config, schema, log.items, DataConfig()).eval()
+    assert isinstance(model, HistoryModel)
+    return model
+
+
+def find_ml_1m(given: Path | None) -> Path | None:
+    """ml-1m's events.npz: the path given, or that in the folder that VISTA_DATA_DIR names, or None where there is none.
+
+    Raises:
+        SystemExit: if a path was given and is no file.
+    """
+    if given is not None:
+        if not given.is_file():
+            raise SystemExit(f"error: --data {given}: no such file; give the path of ml-1m's events.npz")
+        return given
+    folder = os.environ.get("VISTA_DATA_DIR")
+    path = Path(folder) / "ml-1m" / "events.npz" if folder else None
+    return path if path is not None and path.is_file() else None
+
+
+def movielens_folder(given: Path | None, name: str) -> Path:
+    """The folder of a MovieLens set: the one given, or `name` in the folder that VISTA_DATA_DIR names.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    root = os.environ.get("VISTA_DATA_DIR")
+    folder = given or (Path(root) / name if root else None)
+    if folder is None or not folder.exists():
+        raise ConfigError(
+            f"--data: {'is needed' if folder is None else f'{folder} is not there'}; give the folder of {name}, or set "
+            "VISTA_DATA_DIR to the folder of all sets (the README says where to get them)"
+        )
+    return folder

@@ -1,0 +1,358 @@
+"""SASRec or HSTU of this project against RecTools' of the same name: do both, of one recipe, come out alike?
+
+    python -m scripts.experiments.crosscheck_rectools SASRec --data ml-100k --seeds 1 2 3
+    python -m scripts.experiments.crosscheck_rectools HSTU --data ml-100k --seeds 1 2 3 --times
+    python -m scripts.experiments.crosscheck_rectools SASRec --data ml-100k --seeds 1 2 3 --like-rectools
+
+Equal: the events (each user's newest 201 training events, and the two held out), sizes, dropout, the full softmax over
+cosines divided by one temperature, Adam with its rates, clipping, passes, and about the number of users a batch; the
+last pass counts, none is chosen. Both rank all items that the user has not met, for the validation label and then, with
+the validation event in the history, for the test label. vista's functions judge both; RecTools' own must find the same
+in its lists.
+
+Not equal, since these are what an implementation decides: initial values, where positions count from, where dropout
+lies, padding and biases. RecTools' first event of a user is an input only, ours is a label too. --like-rectools makes
+ours decide as RecTools does (like_rectools.py), so that what is left between the two is the harness alone. With --times
+HSTU gets the log's own times (RecTools as a bias by the time up to each next event, ours as a bias between events and
+embeddings of the gaps); without, either sees no more than the order.
+
+Validation figures are for choosing --epochs; they stand in the rows beside the test's. Rows go to
+docs/results/crosscheck-<set>.jsonl and its Markdown; those that are there of the same command are not run again.
+RecTools lives in an environment of its own (--rival-venv or VISTA_RIVAL_VENV; made if absent, some GB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scripts.benchmarks.rectools_process import DIM, HEADS, LAYERS, LENGTH, SHAPE, call_rival, rival_python, words_of
+from scripts.benchmarks.workloads import movielens_folder
+from scripts.experiments.results import append_result, commit, hardware, markdown_table, read_results
+from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, SourceConfig, TrainConfig
+from vista.config.choices import Architecture, Precision
+from vista.config.conversion import to_dict
+from vista.config.train_config import without_places
+from vista.device import cpu_settings
+from vista.errors import DataError, VistaError
+from vista.evaluation.evaluate import evaluate_model
+from vista.evaluation.protocol import NextItemCases, next_item_cases, ranking_metrics
+from vista.files import replace_text
+from vista.log.event_log import EventLog
+from vista.log.ingest.prepare import prepare
+from vista.log.splits import visible_counts
+from vista.model.baselines.history_model import HistoryModel
+from vista.model.ranking_model import CLASSES
+from vista.training.trainer import train_model
+
+HELD_OUT = 2
+"""Newest events of a user that leave-last-out keeps from training."""
+PARTS = {"validation": ("leave-last-two-out", "leave-last-out"), "test": ("leave-last-out", "all")}
+"""What lies before the labels of a part, and what ends with them."""
+TOP_K = [10, 50, 200]
+JUDGED = ("hr@10", "ndcg@10")
+WARMUP_STEPS, GRADIENT_CLIP, TEMPERATURE = 100, 1.0, 0.05
+Int = NDArray[np.int64]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["SASRec", "HSTU"])
+    parser.add_argument("--data", type=Path, required=True, help="folder of a MovieLens set, or its name there")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--times", action="store_true", help="HSTU: with times, where the set has them")
+    parser.add_argument("--like-rectools", action="store_true", help="SASRec: ours starts and trains as RecTools' does")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--batch-users", type=int, default=8, help="of RecTools; ours as many on average, by events")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of either")
+    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of the tables")
+    default = Path(os.environ.get("VISTA_RIVAL_VENV", "runs/rival-venv"))
+    parser.add_argument("--rival-venv", type=Path, default=default, help="virtual environment with RecTools")
+    options = parser.parse_args(arguments)
+    if options.times and options.model != "HSTU":
+        parser.error("--times: RecTools' SASRec knows no times; leave it out")
+    if options.like_rectools and options.model != "SASRec":
+        parser.error("--like-rectools: is there for SASRec alone; leave it out")
+    return options
+
+
+# The same events for both --------------------------------------------------------------------------------------------
+
+
+def cut_log(log: EventLog, folder: Path) -> EventLog:
+    """A log of each user's newest LENGTH + 1 training events and the two held out, without ratings and actions.
+
+    So no history is cut in two, and at its last label the model reads LENGTH events, as RecTools does.
+    """
+    users = np.arange(log.num_users)
+    events = log.gather_ranges(users, np.maximum(log.lengths - HELD_OUT - LENGTH - 1, 0), log.lengths)
+    frame = {
+        "user": log.users.ids(np.repeat(users, events.lengths)),
+        "item": log.items.ids(np.asarray(events.item)),
+        "timestamp": np.asarray(events.timestamp),
+    }
+    if log.has_time:
+        return EventLog.from_frame(frame, folder, time_unit="ms")
+    return EventLog.from_frame(frame, folder, timestamp=None)
+
+
+def cases_of(log: EventLog) -> dict[str, NextItemCases]:
+    """The labels of both parts, as vista's own evaluation asks for them."""
+    return {
+        part: next_item_cases(log, visible_counts(log, before), visible_counts(log, end))
+        for part, (before, end) in PARTS.items()
+    }
+
+
+def write_split(log: EventLog, path: Path, *, times: bool) -> dict[str, NextItemCases]:
+    """The split of a log as rival_rectools.py reads it, users and items by row; returns the labels.
+
+    Args:
+        times: seconds of the events; otherwise ordinals, so that the log's order is kept however sorted.
+
+    Raises:
+        DataError: if a user met a label's item before: RecTools would leave it out of the list.
+    """
+    cases = cases_of(log)
+    clock = np.arange(log.num_events, dtype=np.int64)
+    first = np.concatenate([[0], np.cumsum(log.lengths)])
+    everything = log.gather(np.arange(log.num_users))
+    item = np.asarray(everything.item).astype(np.int64)
+    if times:
+        clock = np.asarray(everything.timestamp) // 1000
+    seen = visible_counts(log, "leave-last-two-out")
+    user = np.repeat(np.arange(log.num_users), log.lengths)
+    trained = np.arange(log.num_events) - first[user] < seen[user]
+    arrays = {"user": user[trained], "item": item[trained], "timestamp": clock[trained]}
+    for part, found in cases.items():
+        at = first[found.user] + found.seen
+        arrays |= {f"{part}_user": found.user, f"{part}_item": found.item, f"{part}_timestamp": clock[at]}
+    pairs = np.unique(user * log.num_items + item)
+    if len(pairs) < log.num_events:
+        raise DataError(
+            f"{log.path}: {log.num_events - len(pairs)} events repeat an item that their user has met, which RecTools "
+            "never recommends; take a set where users meet an item once"
+        )
+    np.savez(path, **arrays)
+    return cases
+
+
+def label_ranks(lists: Int, label: Int) -> Int:
+    """0-based rank int64 [N] of each label int64 [N] in its list int64 [N, k]; k where it is not in it."""
+    hit = lists == label[:, None]
+    ranks: Int = np.where(hit.any(1), hit.argmax(1), lists.shape[1])
+    return ranks
+
+
+# Both runs -----------------------------------------------------------------------------------------------------------
+
+
+def our_config(options: argparse.Namespace, log: EventLog, seed: int, run_dir: Path) -> TrainConfig:
+    """The recipe; the softmax is over the whole catalogue, and the last pass is the one exported."""
+    trained = int(visible_counts(log, "leave-last-two-out").sum())
+    return TrainConfig(
+        model=ModelConfig(
+            architecture=Architecture(options.model.lower()),
+            dim=DIM,
+            num_heads=HEADS,
+            num_layers=LAYERS,
+            history_limit=LENGTH,
+            dropout=options.dropout,
+            temperature=TEMPERATURE,
+            use_time=options.times,
+        ),
+        data=DataConfig(
+            path=str(log.path),
+            tokens_per_batch=round(options.batch_users * trained / log.num_users),
+            num_negatives=log.num_items,
+        ),
+        optim=OptimConfig(
+            learning_rate=options.learning_rate,
+            weight_decay=0.0,
+            warmup_steps=WARMUP_STEPS,
+            gradient_clip=GRADIENT_CLIP,
+            epochs=options.epochs,
+            validate_every=0,
+        ),
+        run_dir=str(run_dir),
+        seed=seed,
+        device="cpu",
+        precision=Precision.float32,
+        num_threads=options.threads,
+        progress=False,
+    )
+
+
+def run_ours(config: TrainConfig, log: EventLog) -> tuple[dict[str, float], dict[str, Any], float]:
+    """Metrics, configuration, and seconds of training."""
+    began = time.perf_counter()
+    model = train_model(config, log)
+    seconds = time.perf_counter() - began
+    assert isinstance(model, HistoryModel)
+    with cpu_settings(config.num_threads):
+        found = {part: evaluate_model(model, log, part, top_k=TOP_K).metrics for part in PARTS}
+    return joined(found), without_places(to_dict(config)), seconds
+
+
+def run_theirs(
+    options: argparse.Namespace, python: Path, data: Path, cases: Mapping[str, NextItemCases], seed: int
+) -> tuple[dict[str, float], dict[str, Any], float]:
+    """The same of RecTools."""
+    lists = data.with_name(f"lists-{seed}.npz")
+    settings = {
+        "model": options.model,
+        "epochs": options.epochs,
+        "dropout": options.dropout,
+        "batch_size": options.batch_users,
+        "loss": "softmax",
+        "distance": "cosine",
+        "temperature": TEMPERATURE,
+        "lr": options.learning_rate,
+        "warmup_steps": WARMUP_STEPS,
+        "gradient_clip": GRADIENT_CLIP,
+        "threads": options.threads,
+        "seed": seed,
+        "recommend": lists,
+        "top_k": max(TOP_K),
+    }
+    flags = ["--decay", "--scale-inputs", "--mask-padding", *(["--relative-time"] if options.times else [])]
+    report = call_rival(python, data, [*SHAPE, *words_of(settings), *flags])
+    with np.load(lists, allow_pickle=False) as arrays:
+        found = {part: ranking_metrics(label_ranks(arrays[part], each.item), TOP_K) for part, each in cases.items()}
+    for part, metrics in report["metrics"].items():
+        if any(abs(found[part][name] - value) > 1e-9 for name, value in metrics.items()):
+            raise DataError(f"RecTools finds {metrics} in its {part} lists, vista {found[part]}: they ask differently")
+    config = {key: report[key] for key in ("settings", "versions", "parameters", "items")}
+    return joined(found), config, sum(report["seconds_per_epoch"])
+
+
+def joined(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of the test, and the judged ones of the validation under names of their own."""
+    return {**found["test"], **{f"validation {name}": found["validation"][name] for name in JUDGED}}
+
+
+def comparison(ours: Sequence[Mapping[str, float]], theirs: Sequence[Mapping[str, float]]) -> str:
+    """Means, spreads, and whether the ranges over seeds meet."""
+    lines = []
+    for name in [*JUDGED, *(f"validation {name}" for name in JUDGED)]:
+        own, other = ([row[name] for row in rows] for rows in (ours, theirs))
+        meet = max(min(own), min(other)) <= min(max(own), max(other))
+        lines.append(
+            f"{name:<20} ours {_spread(own)}, RecTools {_spread(other)}: {fmean(own) / fmean(other) - 1:+.1%}, "
+            f"ranges {'meet' if meet else 'do not meet'}"
+        )
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the cross-check; returns the exit status."""
+    options = parse(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        python = rival_python(options.rival_venv)
+        with tempfile.TemporaryDirectory(prefix="vista-crosscheck-") as folder:
+            print(_crosscheck(options, python, Path(folder)))
+    except VistaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _crosscheck(options: argparse.Namespace, python: Path, folder: Path) -> str:
+    source = movielens_folder(options.data if options.data.exists() else None, options.data.name)
+    prepare(
+        PrepareConfig(out=str(folder / "whole"), events=SourceConfig(kind="auto", paths=[str(source)]), progress=False)
+    )
+    log = cut_log(EventLog.open(folder / "whole"), folder / "log")
+    cases = write_split(log, folder / "rival.npz", times=options.times)
+    name = options.model.lower() + (", times" if options.times else "")
+    theirs, ours = f"{name}, RecTools", f"{name}, like RecTools" if options.like_rectools else name
+    results = options.results / f"crosscheck-{source.name}.jsonl"
+    rows = read_results(results) if results.exists() else []
+    there = {(row["model"], row["command"]): row["metrics"] for row in rows}
+    if options.like_rectools:
+        CLASSES[Architecture.sasrec] = "like_rectools", "LikeRecTools"
+    found: dict[str, list[dict[str, float]]] = {ours: [], theirs: []}
+    for seed in options.seeds:
+        config = our_config(options, log, seed, folder / f"run-{seed}")
+        for model in found:
+            command = _command(options, source.name, seed, like=options.like_rectools and model == ours)
+            metrics = there.get((model, command))
+            if metrics is None:
+                run = (
+                    run_ours(config, log)
+                    if model == ours
+                    else run_theirs(options, python, folder / "rival.npz", cases, seed)
+                )
+                metrics = run[0]
+                append_result(results, _line(options, source.name, model, seed, command, *run))
+            found[model].append(metrics)
+            print(
+                f"{model}, seed {seed}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()),
+                flush=True,
+            )
+    replace_text(results.with_suffix(".md"), markdown_table(read_results(results)))
+    return comparison(*found.values())
+
+
+def _command(options: argparse.Namespace, data: str, seed: int, *, like: bool) -> str:
+    words = [
+        "python",
+        "scripts/experiments/crosscheck_rectools.py",
+        options.model,
+        "--data",
+        data,
+        "--seeds",
+        str(seed),
+    ]
+    words += ["--times"] if options.times else []
+    words += ["--like-rectools"] if like else []
+    words += words_of({key: getattr(options, key) for key in ("epochs", "learning_rate", "dropout", "batch_users")})
+    return shlex.join(words)
+
+
+def _line(
+    options: argparse.Namespace,
+    data: str,
+    model: str,
+    seed: int,
+    command: str,
+    metrics: Mapping[str, float],
+    config: Mapping[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    return {
+        "table": f"crosscheck-{data}",
+        "data": data,
+        "model": model,
+        "seed": seed,
+        "metrics": dict(metrics),
+        "command": command,
+        "config": dict(config),
+        "commit": commit(),
+        "hardware": hardware() | {"threads": options.threads},
+        "seconds": round(seconds, 1),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,347 @@
+"""Results: one JSON line a run in docs/results/<table>.jsonl, and the Markdown table made from them.
+
+A row is {table, data, model, seed, metrics: {"ndcg@10": …}, command, config, commit, hardware, seconds}, no more and no
+less. `python -m scripts.experiments.results docs/results/ml-1m.jsonl` prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from vista.config import SimulateConfig
+from vista.config.conversion import to_dict
+from vista.config.train_config import first_defaults
+from vista.errors import DataError, VistaError
+
+_TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
+    "table": str,
+    "data": str,
+    "model": str,
+    "seed": int,
+    "metrics": dict,
+    "command": str,
+    "config": dict,
+    "commit": str,
+    "hardware": dict,
+    "seconds": (int, float),
+}
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+# What a number depends on; docs/results changes with every result, and must not make the next one dirty.
+_SOURCES = ("vista", "kernels", "conf", "scripts", "pyproject.toml")
+
+_LEGEND = (
+    "Mean ± sample standard deviation over seeds; – where a metric is undefined. A command is as its commit has it."
+)
+
+
+def append_result(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
+    """Append one result as one JSON line, durably: the line is whole on the disk when this returns.
+
+    Args:
+        path: docs/results/<table>.jsonl; made with its folder if absent.
+        row: {table, data, model, seed, metrics, command, config, commit, hardware, seconds}. `metrics` maps names to
+            finite numbers, or to None where a metric is undefined; `seconds` is the time that the run took.
+
+    Raises:
+        DataError: if a key is missing, unknown or of another type, or a number is not finite; names the key.
+    """
+    validate_result(row)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(row, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+    with target.open("ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a crash left the line before unfinished
+                line = b"\n" + line
+        written = file.write(line)
+        if written != len(line):
+            raise OSError(
+                f"{target}: only {written} of {len(line)} bytes could be written; free space and append again"
+            )
+        os.fsync(file.fileno())
+
+
+def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All rows of a file, in its order, validated.
+
+    Raises:
+        DataError: if the file is absent, or a line is no result; names file, line and remedy.
+    """
+    rows = read_lines(path)
+    for number, row in rows:
+        try:
+            validate_result(row)
+        except DataError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
+    return [row for _, row in rows]
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
+    """(1-based line number, object) of every line that is not empty; errors as `read_results`."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); results are written there by `vista evaluate`"
+        ) from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(
+                f"{path}, line {number}: is no JSON ({error}); remove the line and run that case again"
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: is no JSON object; remove the line")
+        rows.append((number, row))
+    return rows
+
+
+def validate_result(row: Mapping[str, Any]) -> None:
+    """Raise DataError unless the row has exactly the keys and types of a result."""
+    missing, unknown = _TYPE_OF_KEY.keys() - row.keys(), row.keys() - _TYPE_OF_KEY.keys()
+    if missing or unknown:
+        raise DataError(f"result: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; see vista/results.py")
+    for key, expected in _TYPE_OF_KEY.items():
+        if not isinstance(row[key], expected) or isinstance(row[key], bool):
+            raise DataError(f"result: {key} is a {type(row[key]).__name__}, which it must not be; see vista/results.py")
+    for key in ("table", "data", "model", "command", "commit"):
+        if not row[key] or "\n" in row[key]:
+            raise DataError(f"result: {key} must be one line of text, got {row[key]!r}")
+    if not (math.isfinite(row["seconds"]) and row["seconds"] >= 0):
+        raise DataError(f"result: seconds must be a finite number >= 0, got {row['seconds']}")
+    if not row["metrics"]:
+        raise DataError("result: metrics is empty; there is nothing to record")
+    for name, value in row["metrics"].items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (value is None or (number and math.isfinite(value))):
+            raise DataError(
+                f"result: metrics[{name!r}] is {value!r}; give a finite number, or None where it is undefined"
+            )
+    try:
+        json.dumps(row, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"result: cannot be written as JSON ({error})") from error
+
+
+def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Results as Markdown: a line for each data and model, metrics as mean ± sample standard deviation over seeds.
+
+    The rows are `newest_rows`. The commands, commits and machines stand below, a line for the models that share them,
+    so that every number can be made again. Data and models keep the order in which they first appear.
+    """
+    newest = newest_rows(rows)
+    parts = []
+    for table in dict.fromkeys(key[0] for key in newest):
+        groups = {key[1:]: group for key, group in newest.items() if key[0] == table}
+        metrics = list(dict.fromkeys(name for group in groups.values() for row in group for name in row["metrics"]))
+        lines = [f"# {table}", "", _line(["data", "model", "seeds", *metrics, "seconds"])]
+        lines.append(_line(["---", "---", "---:", *("---:" for _ in metrics), "---:"]))
+        for (data, model), group in groups.items():
+            numbers = [_mean_and_spread([row["metrics"].get(name) for row in group]) for name in metrics]
+            seconds = f"{fmean(row['seconds'] for row in group):.0f}"
+            lines.append(_line([data, model, str(len(group)), *numbers, seconds]))
+        lines += ["", _LEGEND, ""]
+        lines += _origins(groups)
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def newest_rows(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
+    """(table, data, model) -> the rows that its mean is of, one a seed.
+
+    Of several rows of the same seed the last one counts, and of seeds those that have the configuration of the model's
+    last row: what was tuned since would be another mean.
+    """
+    newest: dict[tuple[str, str, str], dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        seeds = newest.setdefault((row["table"], row["data"], row["model"]), {})
+        for seed in [seed for seed, other in seeds.items() if changed_settings(other["config"], row["config"])]:
+            del seeds[seed]
+        seeds[row["seed"]] = row
+    return {key: list(seeds.values()) for key, seeds in newest.items()}
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the configurations of two rows: "optim.epochs (12 -> 20)".
+
+    A setting that only the newer row has did in the older one what its first default does; without one there is nothing
+    to compare. One that only the older row has is a setting no more, but in the groups that record nothing but what a
+    table sets.
+    """
+    changes = []
+    for group, usual in recorded_defaults().items():
+        old, new = (_group(config, group) for config in (before, now))
+        in_part = group in ("simulation", "base")
+        keys = list(dict.fromkeys([*new, *(old if in_part else ())]))
+        if (old and new) or not in_part:
+            old, new = usual | old, usual | new
+            keys = [key for key in keys if key in old]
+        changes += [f"{group}.{key} ({old.get(key)} -> {new.get(key)})" for key in keys if old.get(key) != new.get(key)]
+    for name in sorted((before.keys() & now.keys()) - recorded_defaults().keys() - {"seed"}):  # another program's
+        old, new = before[name], now[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            common = (old.keys() & new.keys()) - {"seed"}
+            old, new = ({key: values[key] for key in common} for values in (old, new))
+        changes += [f"{name} ({old} -> {new})"] if old != new else []
+    return changes
+
+
+def _group(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+@cache
+def recorded_defaults() -> dict[str, dict[str, Any]]:
+    """By the groups of a row's configuration: what each setting did in rows that are older than the setting."""
+    first = first_defaults()
+    flat = {f"{group}.{key}": value for group, known in first.items() for key, value in known.items()}
+    simulation = to_dict(SimulateConfig())
+    return first | {"simulation": simulation, "base": flat | {f"simulation.{k}": v for k, v in simulation.items()}}
+
+
+def _origins(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Where the numbers come from: a line for all models of the same commands, seeds, commits and machines."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for (data, model), group in groups.items():
+        seeds = " ".join(str(row["seed"]) for row in group)
+        # Commands that differ in the seed alone are one.
+        commands = dict.fromkeys(
+            re.sub(rf"--seeds {row['seed']}\b", f"--seeds {seeds}", row["command"]) for row in group
+        )
+        commits = dict.fromkeys(row["commit"] for row in group)
+        machines = dict.fromkeys(describe_hardware(row["hardware"]) for row in group)
+        origin = f"`{'`, `'.join(commands)}` (seed {seeds}; commit {', '.join(commits)}; {'; '.join(machines)})"
+        models.setdefault((data, origin), []).append(model)
+    return [f"- {_escaped(data)}, {_escaped(' / '.join(names))}: {origin}" for (data, origin), names in models.items()]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_escaped, cells)) + " |"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _mean_and_spread(values: Sequence[float | None]) -> str:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "–"
+    mean = f"{fmean(numbers):.4f}"
+    return f"{mean} ± {stdev(numbers):.4f}" if len(numbers) > 1 else mean
+
+
+def describe_hardware(machine: Mapping[str, Any]) -> str:
+    """One short phrase for a row's `hardware`: processor or accelerator, cores, torch, precision of training."""
+    name = machine.get("gpu") or machine.get("cpu") or "unknown machine"
+    # The widest vector unit: of one name there are processors that differ tenfold in their matrix products.
+    vectors = "" if machine.get("gpu") else "".join(f" ({flag})" for flag in machine.get("flags", [])[-1:])
+    precision = f", trained in {machine['precision']}" if "precision" in machine else ""
+    elsewhere = f", partly on {'; '.join(machine['elsewhere'])}" if "elsewhere" in machine else ""
+    return (
+        f"{name}{vectors}, {machine.get('cores', '?')} cores, torch {machine.get('torch', '?')}{precision}{elsewhere}"
+    )
+
+
+def hardware() -> dict[str, Any]:
+    """The machine and the numeric set-up of this process, as it goes into a result.
+
+    Returns:
+        {cpu, cores (those this process may use), flags (vector units), memory_gib, gpu (or None), platform, python,
+        torch, numpy, threads (of torch)}; rows of reproduce.py add precision (of training), and elsewhere, the other
+        machines that trained or measured.
+    """
+    import numpy  # here, so that printing a table needs neither
+    import torch
+
+    information = _cpu_information()
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return {
+        "cpu": information.get("model name") or platform.processor() or platform.machine(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "flags": [flag for flag in _CPU_FLAGS if flag in information.get("flags", "").split()],
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_information() -> dict[str, str]:
+    """The first processor's fields of /proc/cpuinfo; Arm calls its flags "Features"."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    information = {key.strip(): value.strip() for key, value in fields.items()}
+    return information | {"flags": information.get("flags") or information.get("Features", "")}
+
+
+def commit() -> str:
+    """Short hash of the checkout that this file lies in, "+dirty" if its sources differ from it.
+
+    Sources are the package, kernels, conf and scripts, files not yet tracked included. Outside a checkout: "v" and the
+    version of the installed package.
+    """
+    file = Path(__file__).resolve()
+    root = file.parents[2]
+    # This file may lie inside somebody else's repository: only a tracked one counts.
+    if _git(root, "ls-files", "--error-unmatch", str(file.relative_to(root))) is not None:
+        short = _git(root, "rev-parse", "--short", "HEAD")
+        changes = _git(root, "status", "--porcelain", "--", *_SOURCES)
+        if short is not None and changes is not None:
+            return short + ("+dirty" if changes else "")
+    try:
+        return "v" + importlib.metadata.version("vista-recsys")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the Markdown table of one or several result files; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.experiments.results", description="Markdown tables of result files."
+    )
+    parser.add_argument("files", nargs="+", help="docs/results/<table>.jsonl")
+    files: list[str] = parser.parse_args(arguments).files
+    try:
+        print(markdown_table(row for file in files for row in read_results(file)), end="")
+    except VistaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

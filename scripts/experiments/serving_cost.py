@@ -1,0 +1,85 @@
+"""What a model costs: milliseconds of one request of 500 candidates, and what was spent on training.
+
+VISTA is asked through the scorer, from its store; a rival reads the user's raw history from the log in the request. One
+user a request, the same users and candidates for all, one after the other on the threads that are set.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vista.evaluation.raw_history import RawHistoryAnswers
+from vista.log.event_log import EventLog
+from vista.model.baselines.history_model import HistoryModel
+from vista.model.inference import item_vectors
+from vista.scorer import Scorer
+
+NUM_CANDIDATES, NUM_REQUESTS, WARM_UP = 500, 60, 10
+
+Int = NDArray[np.int64]
+
+
+def scorer_latency_ms(scorer: Scorer, log: EventLog) -> float:
+    """Median over requests; the first task, or the next item where there is no task."""
+    users, items = _workload(log)
+    candidates, ids = scorer.encode(log.items.ids(items)), log.users.ids(users)
+    return _median_ms(lambda request: scorer.score(ids[request : request + 1], candidates))
+
+
+def history_model_latency_ms(model: HistoryModel, log: EventLog) -> float:
+    """Median over requests, the history's look-up in the memory-mapped log included."""
+    users, items = _workload(log)
+    ask = history_model_server(model, log, items)
+    return _median_ms(lambda request: ask(users[request : request + 1]))
+
+
+def history_model_server(model: HistoryModel, log: EventLog, items: Int) -> Callable[[Int], Tensor]:
+    """A rival's scores [B, C] for users int64 [B] from all their events, as a function.
+
+    Args:
+        items: int64 [C] candidates; they and the users are rows of the log.
+    """
+    rows = model.rows_of(log.items)
+    candidates = torch.from_numpy(rows[items]).to(model.device)
+    vectors = item_vectors(model)[candidates - 1] if not model.schema.tasks else None
+    answers = RawHistoryAnswers(model, log, rows)
+
+    def ask(users: Int) -> Tensor:
+        history = answers.histories(users, log.lengths[users])
+        if vectors is None:
+            return model.candidate_logits(history, candidates.expand(len(users), -1), None)[..., 0].cpu()
+        return (model.user_vectors(history, None) @ vectors.t()).cpu()
+
+    return ask
+
+
+def training_speed(metrics: Path) -> float:
+    """Median of the events a second that a run's metrics.jsonl has noted; NaN where it was too short for a note."""
+    rows = (json.loads(line) for line in metrics.read_text().splitlines())
+    noted = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
+    return statistics.median(noted) if noted else float("nan")
+
+
+def _workload(log: EventLog) -> tuple[Int, Int]:
+    """Users [WARM_UP + NUM_REQUESTS] and candidates [NUM_CANDIDATES], rows of the log."""
+    rng = np.random.default_rng(0)
+    users = rng.choice(np.flatnonzero(log.lengths > 0), WARM_UP + NUM_REQUESTS)
+    return users, rng.integers(0, log.num_items, NUM_CANDIDATES)
+
+
+def _median_ms(ask: Callable[[int], object]) -> float:
+    times = []
+    for request in range(WARM_UP + NUM_REQUESTS):
+        began = time.perf_counter()
+        ask(request)
+        times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(times[WARM_UP:])

@@ -1,0 +1,321 @@
+"""What the tables of docs/results hold, as data; `scripts/experiments/reproduce.py` runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from vista.config.choices import Codec
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """How one line of a row is served."""
+
+    codec: Codec = Codec.int8
+    tail_len: int | None = None
+    """None: the model's own."""
+    staleness: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A model of a table, and how it is served."""
+
+    minutes: float
+    """Of one seed on one thread: a guess, until a row that was run says better."""
+    words: tuple[str, ...] = ()
+    """Words of `vista train` beyond the table's."""
+    codecs: tuple[Codec, ...] = (Codec.int8,)
+    """Stores that it is served from."""
+    tails: tuple[int, ...] = ()
+    """Shorter tails that the same weights are also served with (`Recommender.with_tail`), from the int8 store."""
+    staleness: tuple[int, ...] = ()
+    """The same weights with summaries that lack so many events before each label, from an int8 store."""
+    apart: tuple[int, ...] = ()
+    """Tails that the same weights are also served with beside summaries that end so many events before the split's
+    labels, from an int8 store. Of leave-last-out that is where the tail begins, so that no event is told twice."""
+    untrained: Literal["", "popularity", "transitions", "truth"] = ""
+    """A floor, or the simulation's own probabilities: measured once, without training."""
+    base: str = ""
+    """Row of the same table and seed whose model is kept as it is: this one is trained with stage=downstream on it."""
+    until: str = ""
+    """What the base's summaries have seen that a downstream model is trained on."""
+
+    def served(self, name: str) -> dict[str, Served]:
+        """Names of its lines in the table -> how each is served."""
+        lines = {
+            name if codec is Codec.int8 else f"{name}, {codec.value} store": Served(codec) for codec in self.codecs
+        }
+        lines |= {f"{name}, tail {length}": Served(tail_len=length) for length in self.tails}
+        lines |= {f"{name}, tail {n} not in the summary": Served(tail_len=n, staleness=n) for n in self.apart}
+        return lines | {f"{name}, {events:,} events old": Served(staleness=events) for events in self.staleness}
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Models over one log and one split."""
+
+    experiment: str
+    """Of conf/experiment: the split, and what all rows have in common."""
+    data: str
+    """Name of the log: a MovieLens set's folder, or a simulation's."""
+    rows: dict[str, Row]
+    words: tuple[str, ...] = ()
+    """Words of `vista train` beyond the experiment, for all rows."""
+    simulation: dict[str, Any] | None = None
+    """Keys of `vista simulate` that make the log; None: a MovieLens set."""
+    popularity: bool = False
+    """With the report on popularity (`vista.evaluation.popularity`)."""
+    costs: bool = False
+    """With events a second in training, seconds of refresh a user, and milliseconds of a request (serving_cost.py)."""
+    memory: bool = False
+    """With what summaries remember (`vista.evaluation.recall`)."""
+    validation: bool = False
+    """With the validation of the pass that was kept, by which one row is chosen before another."""
+
+
+BOTH = (Codec.int8, Codec.float32)
+TAILS = (2, 4, 8, 16)
+AGES = (10, 100, 1000)
+K0 = ("model.num_seeds=0",)
+# Stage 2's layers until November 2026. A table that has these words was run with them, and not yet with today's
+# default: its rows compare with one another alone.
+SOFTMAX = ("model.target_attention=softmax",)
+FLOORS = {"popularity": Row(0.1, untrained="popularity"), "transitions": Row(0.1, untrained="transitions")}
+TRUTH = {"truth": Row(0.1, untrained="truth")}
+
+
+def _movielens(data: str, minutes: float, more: dict[str, Row]) -> Table:
+    """`minutes`: of vista itself."""
+    rows = {
+        "vista": Row(minutes, codecs=BOTH, tails=TAILS),
+        "tail-only": Row(0.4 * minutes, K0, tails=TAILS),
+        "sasrec": Row(0.7 * minutes, ("model=sasrec",)),
+        "hstu": Row(0.9 * minutes, ("model=hstu",)),
+        **more,
+        **FLOORS,
+    }
+    return Table(data, data, rows, costs=True)
+
+
+def _timeless(minutes: float) -> dict[str, Row]:
+    without = "model.use_time=false"
+    return {
+        "no-times": Row(minutes, (without,)),
+        "sasrec-no-times": Row(0.7 * minutes, ("model=sasrec", without)),
+        "hstu-no-times": Row(0.9 * minutes, ("model=hstu", without)),
+    }
+
+
+def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
+    """A log of some 4.8M events and 360,000 impressions, whatever the length of its histories.
+
+    The age of the summaries that training shows is kept in proportion; so are the windows of a life in which a model
+    that reads all of it has its labels. It takes a step a life, so few, long lives show the same windows in more,
+    lighter passes: 75 steps a pass, at 64,000 events, are too few. SASRec and HSTU take every event of a chunk as a
+    label.
+    """
+    lighter = {16_000: 4, 64_000: 8}.get(events_per_user, 1)
+    windows = max(4, events_per_user * 64 // 4000) // lighter
+    four_passes = ("optim.epochs=4", "optim.validate_every=1")
+    all_labels = ("data.windows_per_chunk=0", "data.label_spacing=32", "model.tail_len=64", *four_passes)
+    rows = {
+        "vista": Row(12, codecs=BOTH),
+        "tail-only": Row(7, K0),
+        # Every event is a label, as for SASRec and HSTU, and the tail is twice as long.
+        "vista-all-labels": Row(20, all_labels),
+        "sasrec": Row(20, ("model=sasrec", *four_passes)),
+        "hstu": Row(25, ("model=hstu", *four_passes)),
+        "din": Row(10, ("model=din",)),
+        "sim": Row(10, ("model=sim",)),
+        # Given the simulation's own topics, which no other model sees.
+        "sim-hard": Row(
+            10, ("model=sim", "model.search=hard", "data.item_categories=items.parquet", "data.category_column=topic")
+        ),
+        "twin": Row(8, ("model=twin",)),
+        # At the rate that the table `tuning` chooses for all three, and about the same minutes.
+        "vista-tuned": Row(16, ("optim.learning_rate=0.004",)),
+        "sim-tuned": Row(16, ("model=sim", f"optim.epochs={7 * lighter}", "optim.learning_rate=0.004")),
+        "twin-tuned": Row(18, ("model=twin", f"optim.epochs={8 * lighter}", "optim.learning_rate=0.004")),
+    }
+    words = (
+        f"data.windows_per_chunk={windows}",
+        f"optim.epochs={4 * lighter}",
+        f"optim.validate_every={lighter}",
+        f"data.staleness_events={events_per_user * 300 // 4000}",
+        f"data.chunk_len={max(16_384, 4 * events_per_user)}",  # whole lives, which spread around their mean
+    )
+    sizes = {"num_users": num_users, "events_per_user": events_per_user, "impressions_per_user": 360_000 // num_users}
+    return Table("simulation", data, rows | TRUTH, words, sizes, costs=True)
+
+
+# Thrice the default users: with 400, NE stands still far from the truth's, however many passes.
+SIMULATION = _simulation("simulation", 1200, 4000)
+
+
+def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, Row]:
+    """One change a row; `minutes` is vista's own time.
+
+    Bidirectional mixing has no convolution: its pair in separable mixing is `no-convolution`.
+    """
+    horizons = "model.decay_horizons"
+    changes: dict[str, tuple[float, tuple[str, ...]]] = {
+        "tail-only": (0.4, K0),
+        "K=4": (0.9, ("model.num_seeds=4",)),
+        "K=32": (1.3, ("model.num_seeds=32",)),
+        "no-reconstruction": (0.8, ("optim.reconstruction_weight=0",)),
+        "reconstruction-0.2": (1, ("optim.reconstruction_weight=0.2",)),
+        "reconstruction-1": (1, ("optim.reconstruction_weight=1",)),
+        "bidirectional": (1.5, ("model=bidirectional",)),
+        "bidirectional-1-cut": (1.2, ("model=bidirectional", "data.num_cuts=1")),
+        "bidirectional-4-cuts": (2, ("model=bidirectional", "data.num_cuts=4")),
+        "1-window": (0.5, ("data.windows_per_chunk=1",)),
+        "cuts-every-8": (1.8, ("data.label_spacing=8",)),
+        "decay-position": (1, ("model.decay=position", f"{horizons}=[0,256,64,16]")),
+        "decay-time": (1, ("model.decay=time", f"{horizons}=[0,365,90,30]")),
+        "no-convolution": (0.95, ("model.conv_width=1",)),
+        "convolution-5": (1.05, ("model.conv_width=5",)),
+        "phi-relu": (1, ("model.activation=relu",)),
+        "phi-identity": (1, ("model.activation=identity",)),
+        "no-normalization": (1, ("model.normalization=none",)),
+        "normalization-0.5": (1, ("model.normalization_alpha=0.5",)),
+        "softmax": (1, SOFTMAX),
+        "4-layers": (1.6, ("model.num_target_layers=4",)),
+    }
+    rows = {name: Row(share * minutes, words) for name, (share, words) in changes.items()}
+    return {"vista": Row(minutes, codecs=tuple(Codec), staleness=staleness)} | rows
+
+
+def _downstream() -> Table:
+    """A second task, over the summaries of a model that was trained on clicks alone, against training all for it.
+
+    The log and split are those of the table `simulation`. The downstream row has a bit more than a quarter of the joint
+    row's labels: those after its store.
+    """
+    tasks = "optim.tasks=[like,long_view]"
+    # Likes are known of few impressions, so most windows hold no label: the drawn ones are those that do.
+    few = ("optim.next_weight=0", "data.windows_per_chunk=20", "optim.epochs=8")
+    rows = {
+        "base": Row(12, ("optim.tasks=[click]",)),
+        "joint": Row(12, (tasks,)),
+        # With the clicks, which the base has seen too.
+        "joint-all": Row(12),
+        "downstream": Row(4, (tasks, *few), base="base", until="2025-01-01"),
+        # The same without a summary of old events: what the task's own tail gives.
+        "tail-only": Row(7, (tasks, *K0)),
+    }
+    return replace(SIMULATION, words=(*SIMULATION.words, *SOFTMAX), rows=rows | TRUTH)
+
+
+def _embeddings() -> dict[str, Row]:
+    """A unified table of as many parameters as a row an item and a row a gap have, and of a share of them."""
+    rows = {"unified-1": 3445, "unified-1/2": 1722, "unified-1/4": 860, "unified-1/10": 343}
+    return {"vista": Row(6)} | {name: Row(6, (f"model.embedding_rows={count}",)) for name, count in rows.items()}
+
+
+def _logq_strengths(minutes: float) -> dict[str, Row]:
+    strengths = (0.5, 0.0)
+    return {"vista": Row(minutes)} | {
+        f"logq-{strength:g}": Row(minutes, (f"optim.logq_strength={strength:g}",)) for strength in strengths
+    }
+
+
+def _frequencies(minutes: float) -> dict[str, Row]:
+    """Negatives drawn by frequency, which is counted or sketched."""
+    drawn = ("data.negative_power=1", "data.num_negatives=512")
+    return {
+        "drawn-by-frequency": Row(minutes, drawn),
+        "drawn-by-count-min": Row(minutes, (*drawn, "data.frequencies=count_min")),
+    }
+
+
+def _trials() -> dict[str, Row]:
+    """The same trials and about the same minutes for every model; passes are as many as these minutes hold."""
+    passes = {"vista": 5, "tail-only": 5, "sasrec": 6, "hstu": 4, "din": 6, "sim": 7, "twin": 8}
+    return {
+        f"{model}, rate {rate:g}": Row(4.5, (f"model={model}", f"optim.epochs={count}", f"optim.learning_rate={rate}"))
+        for rate in (0.002, 0.001, 0.004)
+        for model, count in passes.items()
+    }
+
+
+TWO_SOFTMAX = (*SOFTMAX, "model.num_target_layers=2")
+ML_1M = {
+    "2-layers": Row(20, ("model.num_target_layers=2",)),
+    "hstu-8-layers": Row(35, ("model=hstu", "model.num_layers=8")),
+    # As many parameters as vista, 617,000 (55,000 of them the decoder's, which serves nobody, and 41,000 read by no
+    # pass: what events become after the last layer of stage 1, and gaps that this set has not): 617,000 and 619,000.
+    "sasrec-equal": Row(30, ("model=sasrec", "model.dim=116")),
+    "hstu-equal": Row(45, ("model=hstu", "model.num_layers=8", "model.dim=84")),
+    # What the summary's size is worth: over two softmax layers, not eight pointwise ones.
+    "softmax": Row(28, TWO_SOFTMAX, codecs=BOTH, tails=TAILS),
+    "softmax-tail-only": Row(19, (*K0, *TWO_SOFTMAX), tails=TAILS),
+    "softmax-K=4": Row(26, ("model.num_seeds=4", *TWO_SOFTMAX)),
+    "softmax-K=32": Row(35, ("model.num_seeds=32", *TWO_SOFTMAX)),
+    # The bytes of 16 int8 rows of 64, spent on 288 more item ids of 4 bytes. In training positions see 161 to 320.
+    "softmax-raw-ids": Row(50, (*K0, *TWO_SOFTMAX, "model.tail_len=320", "data.label_spacing=160")),
+    # Twice as wide. Events of unknown items, so that three times the weights do not learn histories by heart; and tails
+    # of 1 to 64 events in training, so that the 32 that it is also served with are no longer than most. Its answer is
+    # "tail 32 not in the summary" (docs/decisions.md#quality).
+    "vista-wide": Row(
+        85,
+        (
+            *("model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15"),
+            *("model.tail_len=64", "data.label_spacing=64"),
+        ),
+        codecs=BOTH,
+        tails=(2, 4, 8, 16, 32),
+        apart=(16, 32),
+    ),
+    # Its rival: as wide, as many passes, and the same share of unknown items, over the last 200 events.
+    "hstu-wide": Row(
+        65, ("model=hstu", "model.num_layers=8", "model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15")
+    ),
+    "softmax-wide": Row(55, (*TWO_SOFTMAX, "model.dim=128", "model.dropout=0.3"), codecs=BOTH, tails=TAILS),
+}
+TABLES = {
+    "ml-1m": _movielens("ml-1m", 36, ML_1M),
+    "ml-1m-half": _movielens("ml-1m-half", 17, _timeless(17)),
+    "ml-100k": _movielens("ml-100k", 6, _timeless(6)),
+    "ml-latest-small": _movielens("ml-latest-small", 7, _timeless(7)),
+    "simulation": SIMULATION,
+    # The same world, shorter and longer lives; 4,000 events are the table `simulation`.
+    "length-200": _simulation("simulation-200", 24_000, 200),
+    "length-1k": _simulation("simulation-1k", 4800, 1000),
+    "length-16k": _simulation("simulation-16k", 300, 16_000),
+    "length-64k": _simulation("simulation-64k", 75, 64_000),
+    "downstream": _downstream(),
+    "embeddings": Table("ml-100k", "ml-100k", _embeddings(), SOFTMAX),
+    "popularity": Table("ml-100k", "ml-100k", _logq_strengths(6) | _frequencies(6) | FLOORS, SOFTMAX, popularity=True),
+    "ablations-ml-100k": Table("ml-100k", "ml-100k", _ablations(6, AGES), memory=True),
+    # Half the passes of the table ml-1m-half.
+    "ablations-ml-1m-half": Table("ml-1m-half", "ml-1m-half", _ablations(8.5, AGES), ("optim.epochs=10",), memory=True),
+    # Half the lives and three passes, so that a run takes some five minutes.
+    "ablations-simulation": Table(
+        "simulation",
+        "simulation-2k",
+        _ablations(4.5, AGES) | TRUTH,
+        ("data.windows_per_chunk=32", "data.staleness_events=150", "optim.epochs=3"),
+        {"num_users": 1200, "events_per_user": 2000},
+        memory=True,
+    ),
+    # A quarter of the events of the table `simulation`.
+    "tuning": Table(
+        "simulation",
+        "simulation-2k-600",
+        _trials() | TRUTH,
+        ("data.windows_per_chunk=32", "data.staleness_events=150", "optim.validate_every=1"),
+        {"num_users": 600, "events_per_user": 2000},
+        validation=True,
+    ),
+}
+"""By name: docs/results/<name>.jsonl and <name>.md."""
+
+LENGTHS = {"length-200": 200, "length-1k": 1_000, "simulation": 4_000, "length-16k": 16_000, "length-64k": 64_000}
+"""The tables of one world -> mean events of a history."""
+
+
+def length_case(length: int, row: str) -> str:
+    """What bench_lengths.py calls a row's request; plot_lengths.py finds it by that."""
+    return f"{length:,} events: {row}"

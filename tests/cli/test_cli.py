@@ -1,0 +1,433 @@
+"""The command line: every file of conf/ composes, errors are one line, help is complete, and any directory will do."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vista import config
+from vista.cli import main as cli
+from vista.config.choices import OnBadRows, OnMissing, Split
+from vista.config.composition import NAME_OF_SCHEMA, compose_config, conf_dir, config_file_name, groups_of, options_of
+from vista.config.config_keys import ConfigKeys, to_yaml
+from vista.errors import ConfigError, DataError
+from vista.log.vocabulary import ids_of_words
+
+REPOSITORY = Path(__file__).parents[2]
+COMMANDS = sorted(cli.COMMANDS)
+EXPERIMENTS = sorted(options_of("experiment"))
+NEEDED = {"time": ["data.validation_from=2024-01-01", "data.test_from=2024-02-01"]}
+"""What an option needs beside itself."""
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in another directory against this checkout, installed or not."""
+    path = os.pathsep.join(str(REPOSITORY / folder) for folder in (".", "kernels"))
+    return subprocess.run(command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str:
+    """The one line with which the command line refuses."""
+    assert cli.main(words) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
+    return printed.err
+
+
+def stub(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException | None, report: object = None, name: str = "train"
+) -> None:
+    def act(settings: Any) -> object:
+        if error is not None:
+            raise error
+        return report
+
+    monkeypatch.setitem(cli.COMMANDS, name, dataclasses.replace(cli.COMMANDS[name], run=act))
+
+
+class TestConf:
+    @pytest.mark.parametrize("schema", NAME_OF_SCHEMA, ids=NAME_OF_SCHEMA.get)
+    def test_without_words_conf_gives_the_dataclass_defaults(self, schema: type) -> None:
+        assert compose_config(schema) == schema()
+
+    def test_every_command_has_its_schema_and_file(self) -> None:
+        assert {command.schema: name for name, command in cli.COMMANDS.items()} == NAME_OF_SCHEMA
+        assert {path.stem for path in conf_dir().glob("*.yaml")} == set(map(config_file_name, COMMANDS))
+        assert {path.name for path in conf_dir().iterdir() if path.is_dir()} == set(groups_of("train"))
+
+    @pytest.mark.parametrize("word", [f"{g}={o}" for g in groups_of("train") for o in options_of(g)])
+    def test_every_option_composes_and_says_what_it_is(self, word: str) -> None:
+        group, _, option = word.partition("=")
+        assert isinstance(compose_config(config.TrainConfig, [word, *NEEDED.get(option, [])]), config.TrainConfig)
+        assert len(options_of(group)[option]) > 10
+
+    def test_every_experiment_has_its_own_folders_and_yields_to_words(self) -> None:
+        composed = [compose_config(config.TrainConfig, ["model.num_seeds=7", f"experiment={e}"]) for e in EXPERIMENTS]
+        assert {one.model.num_seeds for one in composed} == {7}
+        for folders, default in (
+            ([one.run_dir for one in composed], config.TrainConfig().run_dir),
+            ([one.data.path for one in composed], config.DataConfig().path),
+        ):
+            assert len({*folders, default}) == len(EXPERIMENTS) + 1
+
+    def test_experiment_overrides_a_group(self) -> None:
+        assert compose_config(config.TrainConfig, ["experiment=simulation"]).data.split is Split.time
+
+    def test_simulation_experiment_splits_where_the_simulation_does(self) -> None:
+        from vista.log.splits import parse_time
+        from vista.simulation.simulate import split_times
+
+        data = compose_config(config.TrainConfig, ["experiment=simulation"]).data
+        times = [parse_time(text) for text in (data.validation_from, data.test_from) if text]
+        assert times == list(split_times(config.SimulateConfig()))
+
+    def test_option_of_a_group_and_value_below_it(self) -> None:
+        composed = compose_config(config.TrainConfig, ["model.dim=128", "model=paper", "optim=quick"])
+        assert (composed.model.dim, composed.model.num_seeds, composed.optim.epochs) == (128, 128, 2)
+
+    def test_names_of_groups_are_paths_where_the_schema_says_so(self) -> None:
+        composed = compose_config(config.RefreshConfig, ["model=runs/x/best", "data=data/x"])
+        assert (composed.model, composed.data) == ("runs/x/best", "data/x")
+
+    def test_optional_section_appears_with_its_first_key(self) -> None:
+        composed = compose_config(config.PrepareConfig, ["impressions.paths=[a.csv,b.csv]", "events={user: uid}"])
+        assert composed.impressions == config.SourceConfig(paths=["a.csv", "b.csv"])
+        assert composed.events == config.SourceConfig(user="uid")
+
+    @pytest.mark.parametrize(
+        ("schema", "word", "expected"),
+        [
+            (config.TrainConfig, "data.split=leave-last-out", Split.leave_last_out),
+            (config.PrepareConfig, "on_bad_rows=raise", OnBadRows.error),
+            (config.ScoreConfig, "on_missing=raise", OnMissing.error),
+        ],
+    )
+    def test_enum_spellings_that_are_no_python_names(self, schema: type, word: str, expected: object) -> None:
+        value: Any = compose_config(schema, [word])
+        for part in word.partition("=")[0].split("."):
+            value = getattr(value, part)
+        assert value is expected
+
+    def test_ids_stay_as_written(self) -> None:
+        assert compose_config(config.ScoreConfig, ["users=[1,007,a b]"]).users == ["1", "007", "a b"]
+
+    def test_within_an_initialized_hydra(self) -> None:
+        from hydra import compose, initialize_config_dir
+
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            assert compose_config(config.TrainConfig) == config.TrainConfig()
+            assert compose("score").top_k == config.ScoreConfig().top_k
+
+
+class TestConfigFile:
+    @settings(max_examples=10, deadline=None)
+    @given(
+        text=st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="$\\?"), min_size=1),
+        seeds=st.integers(0, 9),
+    )
+    def test_printed_configuration_reads_back(
+        self, tmp_path_factory: pytest.TempPathFactory, text: str, seeds: int
+    ) -> None:
+        file = tmp_path_factory.mktemp("cfg") / "config.yaml"
+        written = config.TrainConfig(run_dir=text, model=config.ModelConfig(num_seeds=seeds, decay_horizons=[1e-7]))
+        file.write_text(to_yaml(written), encoding="utf-8")
+        assert compose_config(config.TrainConfig, config_file=file) == written
+
+    def test_an_absent_section_reads_back(self, tmp_path: Path) -> None:
+        written = compose_config(config.PrepareConfig, ["out=x", "events.paths=[a.csv]", "events.user=cust"])
+        assert written.impressions is None
+        (tmp_path / "mine.yaml").write_text(to_yaml(written), encoding="utf-8")
+        assert compose_config(config.PrepareConfig, config_file=tmp_path / "mine.yaml") == written
+        shown = compose_config(
+            config.PrepareConfig, ["impressions.user=cust"], config_file=tmp_path / "mine.yaml"
+        ).impressions
+        assert shown is not None and shown.user == "cust"
+
+    def test_words_win_over_the_file_and_the_file_over_its_experiment(self, tmp_path: Path) -> None:
+        file = tmp_path / "mine.yaml"
+        file.write_text("experiment: ml-1m\nmodel: {num_seeds: 9, dim: 32}\n")
+        composed = compose_config(config.TrainConfig, ["model.dim=16"], config_file=file)
+        assert (composed.run_dir, composed.model.num_seeds, composed.model.dim) == ("runs/ml-1m", 9, 16)
+
+    @pytest.mark.parametrize(
+        ("content", "part"),
+        [
+            ("model: [1", "not readable as YAML"),
+            ("- a", "holds a list"),
+            ("model: {num_seed: 3}", "did you mean model.num_seeds"),
+            ("optim: 3", "optim: no option '3'"),
+        ],
+    )
+    def test_bad_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, part: str) -> None:
+        (tmp_path / "bad.yaml").write_text(content)
+        assert part in refusal(capsys, "train", "--config", str(tmp_path / "bad.yaml"))
+
+    def test_missing_file_is_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert f"{tmp_path}/none.yaml: No such file" in refusal(capsys, "train", "--config", f"{tmp_path}/none.yaml")
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("line", "parts"),
+        [
+            (
+                "train model.num_sed=3",
+                ["unknown key 'model.num_sed'", "did you mean model.num_seeds", "vista train --help"],
+            ),
+            ("train learning_rate=1", ["unknown key 'learning_rate'", "did you mean optim.learning_rate"]),
+            ("train experimnt=ml-1m", ["unknown key 'experimnt'", "did you mean experiment?"]),
+            ("train +model.extra=3", ["unknown key 'model.extra'"]),
+            ("refresh experiment=ml-1m", ["unknown key 'experiment'"]),
+            ("train model.dim=wide", ["model.dim: expected int, got wide"]),
+            ("train model.dim=3.5", ["model.dim: expected int, got 3.5"]),
+            ("train model.dim=null", ["model.dim: expected int, got null"]),
+            ("train resume=perhaps", ["resume: expected bool, got perhaps"]),
+            ("train model.decay_horizons=3", ["expected [float, ...]", "model.decay_horizons=[3]"]),
+            ("train model={dim: wide}", ["model.dim: expected int, got wide"]),
+            ("train model.mixing=seperable", ["expected bidirectional|separable", "did you mean separable?"]),
+            ("train data.split=last", ["data.split: expected leave-last-out|time, got last"]),
+            ("train experiment=ml-1n", ["experiment: no option 'ml-1n'", "did you mean ml-1m", *EXPERIMENTS]),
+            ("train model.num_heads=5", ["model.num_heads: must divide model.dim=64, got 5"]),
+            ("train data=time", ["data.validation_from: is needed"]),
+            ("train run_dir=a(b", ["cannot read 'run_dir=a(b'", "run_dir='a(b'"]),
+            ("train model.dim", ["cannot read 'model.dim'", "not key=value"]),
+            ("train model.dim=32,64", ["cannot read 'model.dim=32,64'", "one value a run"]),
+            ("train ~model.dim", ["cannot read '~model.dim'", "cannot be deleted"]),
+            ("train run_dir=${nothing}", ["run_dir: ", "'nothing' not found"]),
+            ("train --model.dim=3", ["--model.dim=3", "written without dashes: model.dim=3"]),
+            ("prepare events=clicks.csv", ["events: is a group of keys", "events.paths"]),
+            ("prepare on_bad_rows=rise", ["on_bad_rows: expected raise|quarantine, got rise", "did you mean raise?"]),
+            ("trian", ["unknown command 'trian'", "did you mean train?", *COMMANDS]),
+            ("log stat", ["unknown command 'log stat'", "did you mean log stats?"]),
+            ("log data=data/x", ["unknown command 'log data=data/x'", "Commands: log "]),
+        ],
+    )
+    def test_one_line_names_the_key_and_the_remedy(
+        self, capsys: pytest.CaptureFixture[str], line: str, parts: list[str]
+    ) -> None:
+        command, _, word = line.partition(" ")
+        printed = refusal(capsys, *([command, word] if word else [command]))
+        for part in parts:
+            assert part in printed
+
+    def test_a_value_with_special_signs_in_quotes(self) -> None:
+        assert compose_config(config.TrainConfig, ["run_dir='a(b=c'"]).run_dir == "a(b=c"
+
+    def test_nothing_runs_when_the_configuration_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stub(monkeypatch, AssertionError("ran"))
+        refusal(capsys, "train", "model.dim=wide")
+
+
+class TestOutcomes:
+    def test_report_is_printed(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        stub(monkeypatch, None, report="12 users", name="prepare")
+        assert cli.main(["prepare"]) == 0
+        assert capsys.readouterr().out == "12 users\n"
+
+    def test_typed_error_is_one_line(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        stub(monkeypatch, DataError("clicks.csv: row 3,\n  column item: 'x'"))
+        assert refusal(capsys, "train", code=1) == "error: clicks.csv: row 3, column item: 'x'\n"
+
+    @pytest.mark.parametrize(("name", "resumes"), [("train", True), ("refresh", True), ("prepare", False)])
+    def test_interrupt(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, resumes: bool
+    ) -> None:
+        stub(monkeypatch, KeyboardInterrupt(), name=name)
+        assert cli.main([name]) == 130
+        line = capsys.readouterr().err
+        assert line.startswith("interrupted") and line.count("\n") == 1 and ("goes on" in line) is resumes
+
+    @pytest.mark.parametrize("error", [RuntimeError("bug"), ModuleNotFoundError("x", name="x"), OSError("disk")])
+    def test_the_unforeseen_keeps_its_traceback(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+        stub(monkeypatch, error)
+        with pytest.raises(type(error)):
+            cli.main(["train"])
+
+    @pytest.mark.parametrize(
+        ("command", "module", "function"),
+        [
+            ("simulate", "vista.simulation.simulate", "simulate"),
+            ("prepare", "vista.log.ingest.prepare", "prepare"),
+            ("train", "vista.training.trainer", "train_model"),
+            ("refresh", "vista.refresh", "refresh_from_config"),
+            ("evaluate", "vista.evaluation.evaluate", "evaluate"),
+            ("score", "vista.cli.score_command", "score_from_config"),
+            ("log forget", "vista.cli.log_commands", "log_forget"),
+            ("log erase", "vista.cli.log_commands", "log_erase"),
+            ("log compact", "vista.cli.log_commands", "log_compact"),
+            ("log stats", "vista.cli.log_commands", "log_stats"),
+        ],
+    )
+    def test_command_calls_its_function_with_its_config(
+        self, monkeypatch: pytest.MonkeyPatch, command: str, module: str, function: str
+    ) -> None:
+        calls = []
+        fake, fake_log = ModuleType(module), ModuleType("vista.log.event_log")
+        setattr(fake, function, lambda *arguments: calls.append(arguments))
+        fake_log.EventLog = type("EventLog", (), {"open": staticmethod(lambda path: f"log at {path}")})  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "vista.log.event_log", fake_log)
+        monkeypatch.setitem(sys.modules, module, fake)
+        assert cli.main(command.split()) == 0
+        expected = cli.COMMANDS[command].schema()
+        assert calls == [(expected, "log at data/log") if command == "train" else (expected,)]
+
+
+class TestHelp:
+    @pytest.fixture(autouse=True)
+    def _width(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "120")
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_lists_every_key_with_type_and_default(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*name.split(), "--help"]) == 0
+        text = capsys.readouterr().out
+        for key in ConfigKeys.of(cli.COMMANDS[name].schema).keys.values():
+            if not key.name.startswith("impressions."):
+                assert re.search(rf"^  {re.escape(key.name)}=\S*\s+{re.escape(key.type_text.split()[0])}", text, re.M)
+        for group in groups_of(name):
+            assert all(f"{group}={option} " in text for option in options_of(group))
+        assert cli.COMMANDS[name].summary in text
+
+    def test_shows_docstrings_also_of_enums_and_nested_fields(self, capsys: pytest.CaptureFixture[str]) -> None:
+        cli.main(["train", "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "model.num_seeds=16 int. Summary tokens K a user." in text
+        assert "model.mixing=separable bidirectional|separable. How tokens of stage 1 mix" in text
+        assert "data.split=leave-last-out leave-last-out|time. Test labels" in text
+
+    def test_repeated_section_takes_one_row(self, capsys: pytest.CaptureFixture[str]) -> None:
+        cli.main(["prepare", "--help"])
+        text = capsys.readouterr().out
+        assert text.count("impressions.") == 1 and "null unless one is set" in text
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_examples_compose(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("mine.yaml").write_text("")
+        assert cli.COMMANDS[name].examples
+        for example in cli.COMMANDS[name].examples:
+            assert example.startswith(f"vista {name} ")
+            assert cli.main([*shlex.split(example)[1:], "--cfg"]) == 0
+
+    def test_overview_and_its_example(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["--help"]) == 0
+        text = capsys.readouterr().out
+        assert all(f"\n  {name} " in text and command.summary in text for name, command in cli.COMMANDS.items())
+        lines = [line.split() for line in text.splitlines() if line.startswith("  vista ")]
+        assert len(lines) == 5 and all(cli.main([*words[1:], "--cfg"]) == 0 for words in lines)
+        assert cli.main([]) == 2
+
+    def test_a_group_lists_its_commands(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert (cli.main(["log"]), cli.main(["log", "--help"])) == (2, 0)
+        text = capsys.readouterr().out
+        for name, command in cli.COMMANDS.items():
+            assert text.count(f"\n  {name} ") == text.count(command.summary[:40]) == (2 if "log " in name else 0)
+
+    def test_every_line_fits_a_narrow_terminal(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
+        cli.main(["train", "--help"])
+        body, _, _ = capsys.readouterr().out.partition("Examples:")
+        assert max(map(len, body.splitlines()[5:])) <= 80
+
+
+class TestFromAnotherDirectory:
+    def test_resolved_config_is_printed_and_no_run_folder_appears(self, tmp_path: Path) -> None:
+        words = (sys.executable, "-m", "vista.cli", "train", "--cfg", "experiment=ml-1m", "model.num_seeds=33")
+        done = run(*words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == to_yaml(compose_config(config.TrainConfig, ["experiment=ml-1m", "model.num_seeds=33"]))
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("name", ["refresh", "score", "train"])
+    def test_scripts_are_the_commands(self, name: str, tmp_path: Path) -> None:
+        done = run(sys.executable, f"{REPOSITORY}/scripts/{name}.py", "--cfg", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (0, to_yaml(cli.COMMANDS[name].schema()))
+
+    def test_exit_code_and_stderr_of_a_refusal(self, tmp_path: Path) -> None:
+        done = run(sys.executable, f"{REPOSITORY}/scripts/train.py", "model.dim=wide", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "error: model.dim: expected int, got wide\n"
+
+    def test_closed_pipe_is_no_traceback(self, tmp_path: Path) -> None:
+        command = f"{shlex.quote(sys.executable)} -m vista.cli train --help | true; echo ${{PIPESTATUS[0]}}"
+        done = run("bash", "-c", command, cwd=tmp_path)
+        assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_conf_folder_that_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("vista.config.composition.__file__", str(tmp_path / "vista" / "composition.py"))
+    with pytest.raises(ConfigError, match="install vista-recsys again"):
+        conf_dir()
+
+
+def test_on_missing_nan_is_a_choice() -> None:
+    assert compose_config(config.ScoreConfig, ["on_missing=nan"]).on_missing is OnMissing.nan
+
+
+@pytest.mark.parametrize("word", ["1_000", "+5", "-0", "1e5", "true", "012", "nan", "1:30", "0x1F", "u_2", "42"])
+def test_an_id_is_taken_as_it_is_written(word: str, tmp_path: Path) -> None:
+    # Hydra and YAML would read most of these as another number or a truth value: another user.
+    ids = [word, "a,b", word]
+    assert compose_config(config.StoreEraseConfig, [f"users=[{word}, 'a,b',{word}]", "store=s"]).users == ids
+    assert compose_config(config.StoreGetConfig, [f"user={word}", "store=s"]).user == word
+    (tmp_path / "ids.yaml").write_text(f"store: s\nusers: [{word}, 'a,b', {word}]\n")
+    assert compose_config(config.StoreEraseConfig, config_file=tmp_path / "ids.yaml").users == ids
+    (tmp_path / "columns.yaml").write_text(f"out: o\nevents: {{paths: [x.csv], user: {word}}}\n")
+    prepare = compose_config(config.PrepareConfig, config_file=tmp_path / "columns.yaml")
+    assert prepare.events.user == word
+
+
+@pytest.mark.parametrize("word", ["1_000", "+5", "-0", "012", "٣", " 7", "1e5", str(10**30), ""])
+def test_an_integer_id_has_one_spelling(word: str) -> None:
+    assert ids_of_words(["-42", "0", "101"], "users", "int") == [-42, 0, 101]
+    with pytest.raises(ConfigError, match="users: ids are integers here, got "):
+        ids_of_words([word], "users", "int")
+
+
+@pytest.mark.parametrize(
+    ("schema", "words", "key"),
+    [
+        (config.PrepareConfig, ["out=o", "events={paths:[x.csv],user:1_000}"], "events.user: 1000"),
+        (config.StoreEraseConfig, ["store=s", "users=sort([3,1,2])"], "users: 1"),
+        (config.StoreEraseConfig, ["store=s", "users=[int(5),1]"], "users: 5"),
+        (config.StoreGetConfig, ["store=s", "user=float('1')"], "user: 1.0"),
+    ],
+)
+def test_a_number_whose_text_is_not_known_is_refused(schema: type, words: list[str], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{re.escape(key)} was read as a number .*; put texts in quotes"):
+        compose_config(schema, words)
+
+
+def test_files_of_all_kinds_are_read_as_they_were(tmp_path: Path) -> None:
+    file = tmp_path / "prepare.yaml"
+    file.write_text("out: o\nevents: {item: title, <<: {user: 0, timestamp: t}, paths: [a, 1_0]}\n")
+    events = compose_config(config.PrepareConfig, config_file=file).events
+    assert (events.item, events.user, events.timestamp, events.paths) == ("title", "0", "t", ["a", "1_0"])
+    for text in ("null", "", "# nothing\n"):
+        file.write_text(text)
+        assert compose_config(config.TrainConfig, config_file=file) == compose_config(config.TrainConfig)
+    for text, message in (("store=s", "key"), ("[1, 2]", "holds a list"), ("a: [1", "not readable as YAML")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            compose_config(config.StoreGetConfig, config_file=file)
+    read, write = os.pipe()
+    os.write(write, b"store: s\nuser: 1_0\n")
+    os.close(write)
+    assert compose_config(config.StoreGetConfig, config_file=f"/dev/fd/{read}").user == "1_0"
+    os.close(read)

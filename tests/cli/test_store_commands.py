@@ -1,0 +1,74 @@
+"""`vista store …` as typed: what is printed, exit codes, and one line an error."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import Served
+from vista.cli import main as cli
+from vista.store import SummaryStore
+from vista.store.layout import environment_path, read_current
+
+
+@pytest.fixture
+def store(served: Served, tmp_path: Path) -> Path:
+    shutil.copytree(served.store, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
+    assert cli.main(["store", *words]) == code
+    printed = capsys.readouterr()
+    if code:
+        assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith("error: ")
+    return printed.err if code else printed.out
+
+
+def test_a_store_through_its_life(store: Path, served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    at = f"store={store}"
+    users = served.log.users.ids(np.arange(served.log.num_users))
+    assert f"{len(users)} records" in said(capsys, "stats", at)
+    assert "no problem found" in said(capsys, "verify", at)
+    assert "generation 2 of" in said(capsys, "compact", at)
+    assert "error: " in said(capsys, "rollback", at, code=1)
+    exported = tmp_path / "out.parquet"
+    assert f"{len(users)} records of generation 2" in said(capsys, "export", at, f"out={exported}")
+    assert "generation 3 of" in said(capsys, "import", at, f"file={exported}")
+    assert "generation 2 of" in said(capsys, "rollback", at)
+    assert "generation 3 of" in said(capsys, "rollback", at, "to=3")
+    to = f"to={tmp_path / 'host'}"
+    assert "not served yet" in said(capsys, "copy", at, to, "publish=false")
+    assert "no published generation" in said(capsys, "verify", f"store={tmp_path / 'host'}", code=1)
+    assert "is served" in said(capsys, "copy", at, to)
+    assert "name the folder" in said(capsys, "copy", at, code=2)
+    with SummaryStore.open(served.store) as first, SummaryStore.open(tmp_path / "host") as last:
+        assert last.generation == 3
+        np.testing.assert_array_equal(first.get_many(users).summary, last.get_many(users).summary)
+
+
+def test_a_record_is_printed(store: Path, served: Served, capsys: pytest.CaptureFixture[str]):
+    user = served.log.users.ids(np.array([3]))[0]
+    history = served.log.gather(np.array([3]), np.array([served.log.slice(3).num_events]))
+    text = said(capsys, "get", f"store={store}", f"user={user}")
+    assert f"events seen:       {history.num_events}, the newest at {int(history.timestamp[-1])} (" in text
+    assert "  row " in text and "authenticated:     no" in text
+    named = said(capsys, "get", f"store={store}", f"user={user}", f"model={served.model_dir}")
+    newest = served.log.items.ids(np.asarray(history.item[-1:]))[0]
+    assert named.splitlines()[-1].split()[0] == str(newest)
+    assert "has no record" in said(capsys, "get", f"store={store}", "user=123456789", code=1)
+    assert "user: ids are integers" in said(capsys, "get", f"store={store}", "user=abc", code=2)
+    assert "user: name one" in said(capsys, "get", f"store={store}", code=2)
+
+
+def test_problems_end_in_exit_code_1(store: Path, capsys: pytest.CaptureFixture[str]):
+    data = environment_path(store, read_current(store)) / "data.mdb"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-4096])
+    assert "1 problem; " in (text := said(capsys, "verify", f"store={store}", code=1)) and "truncated" in text
+    assert "truncated" in said(capsys, "stats", f"store={store}")
+    for command in ("compact", "export"):
+        assert "truncated" in said(capsys, command, f"store={store}", code=1)

@@ -1,0 +1,89 @@
+"""Configurations made in Python: words of choices are taken, wrong types are refused at once, naming the key."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vista.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    PrepareConfig,
+    RefreshConfig,
+    ScoreConfig,
+    SimulateConfig,
+    TrainConfig,
+)
+from vista.config.choices import Architecture, Codec, Decay, Mixing, OnBadRows, Split
+from vista.config.conversion import from_dict, to_dict
+from vista.errors import ConfigError
+
+
+def test_words_are_choices() -> None:
+    data = DataConfig(split="time", validation_from="2024-01-01", test_from="2024-02-01")  # type: ignore[arg-type]
+    assert data.split is Split.time
+    with pytest.raises(ConfigError, match=r"data\.validation_from: is needed with data\.split=time"):
+        DataConfig(split="time")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"data\.test_from: is read with data\.split=time alone; set that too"):
+        DataConfig(test_from="2024-02-01")
+    assert ModelConfig(mixing="bidirectional").mixing is Mixing.bidirectional  # type: ignore[arg-type]
+    decaying = ModelConfig(decay="position", decay_horizons=[0, 1, 2, 3])  # type: ignore[arg-type]
+    assert decaying.decay is Decay.position
+    for bad in (math.nan, -1.0):
+        with pytest.raises(ConfigError, match=r"decay_horizons: needs one horizon >= 0 a head \(4\)"):
+            ModelConfig(decay="position", decay_horizons=[0.0, bad, 1.0, 2.0])  # type: ignore[arg-type]
+    assert RefreshConfig(codec="float32").codec is Codec.float32  # type: ignore[arg-type]
+    assert PrepareConfig(on_bad_rows="raise").on_bad_rows is OnBadRows.error  # type: ignore[attr-defined, arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "message"),
+    [
+        (DataConfig, {"split": "random"}, r"data\.split: 'random' is none of leave-last-out, time"),
+        (ModelConfig, {"mixing": None}, r"model\.mixing: None is none of bidirectional, separable"),
+        (OptimConfig, {"epochs": "2"}, r"optim\.epochs: expected int, got '2'"),
+        (OptimConfig, {"epochs": 2.5}, r"optim\.epochs: expected int, got 2\.5"),
+        (OptimConfig, {"epochs": True}, r"optim\.epochs: expected int, got True"),
+        (OptimConfig, {"learning_rate": "fast"}, r"optim\.learning_rate: expected float, got 'fast'"),
+        (ModelConfig, {"embedding_rows": -1}, r"model\.embedding_rows: must be at least 0, got -1"),
+        (ModelConfig, {"embedding_hashes": 0}, r"model\.embedding_hashes: must be at least 1, got 0"),
+        (
+            ModelConfig,
+            {"embedding_rows": 9, "embedding_hashes": 3},
+            r"model\.embedding_hashes: must divide model\.dim=64, got 3; take one of \[1, 2, 4, 8\]",
+        ),
+        (OptimConfig, {"logq_strength": 1.5}, r"optim\.logq_strength: must lie in \[0, 1\], got 1\.5"),
+        (DataConfig, {"unknown_share": 1.0}, r"data\.unknown_share: must lie in \[0, 1\), got 1\.0"),
+        (
+            TrainConfig,
+            {"data": DataConfig(unknown_share=0.1), "model": ModelConfig(architecture=Architecture.twin)},
+            r"data\.unknown_share: is read by architectures that rank next items; leave it out",
+        ),
+        (DataConfig, {"frequencies": "guess"}, r"data\.frequencies: 'guess' is none of exact, count_min"),
+        (TrainConfig, {"model": {"dim": 8}}, r"model: expected ModelConfig, got {'dim': 8}"),
+        (TrainConfig, {"resume": 1}, r"resume: expected bool, got 1"),
+        (ScoreConfig, {"model": 3}, r"model: expected str, got 3"),
+        (RefreshConfig, {"incremental": True, "codec": "float16"}, r"codec: is what the store's full refresh made it"),
+        (
+            RefreshConfig,
+            {"incremental": True, "until": "leave-last-out"},
+            r"until: .*leave it out",
+        ),
+        (SimulateConfig, {"start": "foo"}, r"start: .*write a date such as 2024-01-01"),
+        (SimulateConfig, {"days": float("inf")}, r"days: must be at least 1 .* got inf"),
+        (SimulateConfig, {"seed": -1}, r"seed: must be at least 0, got -1"),
+    ],
+)
+def test_other_values_name_their_key(make: type, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(**values)
+
+
+def test_numbers_become_plain_ones() -> None:
+    optim = OptimConfig(epochs=np.int64(3), learning_rate=np.float32(0.5), gradient_clip=2)  # type: ignore[arg-type]
+    assert [type(value) for value in (optim.epochs, optim.learning_rate, optim.gradient_clip)] == [int, float, float]
+    assert from_dict(OptimConfig, to_dict(optim)) == optim

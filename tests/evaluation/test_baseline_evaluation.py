@@ -1,0 +1,182 @@
+"""Rivals through the harness: trained by the same trainer, and asked about what came before each label, no more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import Served, small_config
+from vista.config import EvaluateConfig, ModelConfig, TrainConfig
+from vista.config.choices import Architecture, Search
+from vista.errors import ConfigError
+from vista.evaluation.evaluate import evaluate, evaluate_model
+from vista.evaluation.protocol import with_tasks
+from vista.evaluation.raw_history import RawHistoryAnswers
+from vista.examples.batch_source import BatchSource
+from vista.log.event_log import EventLog
+from vista.log.histories import Histories
+from vista.log.splits import visible_counts
+from vista.model.baselines.history_model import HistoryModel
+from vista.model.baselines.sequence_model import SequenceModel
+from vista.model.baselines.sim import SIM
+from vista.model.inference import item_vectors
+from vista.model.ranking_model import RankingModel
+from vista.training.trainer import _Trainer, train, train_model
+
+LIMIT = 9
+
+
+def rival_config(log: EventLog, folder: Path, name: str, **changes: object) -> TrainConfig:
+    model = ModelConfig(
+        architecture=Architecture(name), dim=16, num_heads=2, history_limit=LIMIT, tail_len=6, dropout=0.1
+    )
+    return small_config(log, folder / name, model=model, **changes)
+
+
+def before(log: EventLog, rows: np.ndarray, user: int, seen: int) -> Histories:
+    """The first `seen` events of one user, items as model rows."""
+    history = log.gather(np.array([user]), np.array([seen]))
+    return Histories(
+        rows[history.item].astype(np.int32), history.timestamp, history.action, history.rating, history.offsets
+    )
+
+
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+def test_ranks_are_of_the_history_before_the_label(event_log: EventLog, tmp_path: Path, name: str) -> None:
+    model = train_model(rival_config(event_log, tmp_path, name), event_log)
+    assert isinstance(model, SequenceModel)
+    found = evaluate_model(model, event_log, "test")
+    rows = model.rows_of(event_log.items)
+    seen, items, expected = visible_counts(event_log, "leave-last-out"), item_vectors(model), []
+    for user in np.flatnonzero(seen < event_log.lengths).tolist():
+        history = before(event_log, rows, user, int(seen[user]))
+        label = event_log.slice(user, int(seen[user]), int(seen[user]) + 1)
+        vector = model.user_vectors(history, np.asarray(label.timestamp) if event_log.has_time else None)[0]
+        scores = (items @ vector).numpy()
+        target = int(rows[label.item[0]]) - 1
+        others = np.setdiff1d(np.arange(len(scores)), [*(history.item - 1), target])
+        expected.append(int((scores[others] > scores[target]).sum()))
+    assert found.ranks is not None and found.ranks.tolist() == expected
+    run = evaluate(
+        EvaluateConfig(
+            data=str(event_log.path),
+            model=str(tmp_path / name / "best"),
+            store=str(tmp_path / "there is none"),
+            results_dir=str(tmp_path / "results"),
+            top_k=[10],
+            progress=False,
+        )
+    )
+    assert run.metrics == found.metrics
+    assert "store=" not in (tmp_path / "results" / "adhoc.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+def test_probabilities_are_of_the_history_before_the_request(served_tasks: Served, tmp_path: Path, name: str) -> None:
+    log = served_tasks.log
+    config = rival_config(log, tmp_path, name, data=served_tasks.config.data)
+    model = train_model(config, log)
+    assert isinstance(model, SequenceModel)
+    found = evaluate_model(model, log, "test")
+    assert found.impressions is not None and found.probabilities is not None
+    rows = model.rows_of(log.items)
+    cases = found.impressions
+    for n in range(0, len(cases.user), 5):
+        history = before(log, rows, int(cases.user[n]), int(cases.seen[n]))
+        candidate = torch.from_numpy(rows[cases.item[n : n + 1]][None])
+        logits = model.candidate_logits(history, candidate, cases.timestamp[n : n + 1])
+        np.testing.assert_allclose(found.probabilities[n], logits[0, 0].sigmoid().numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_tasks_are_found_by_name(served_tasks: Served, tmp_path: Path) -> None:
+    """A log of another preparation may hold the model's tasks in another order, or not all of them."""
+    log = served_tasks.log
+    model = train_model(rival_config(log, tmp_path, "din", data=served_tasks.config.data), log)
+    assert isinstance(model, HistoryModel)
+    found = evaluate_model(model, log, "test")
+    cases, whole = found.impressions, found.probabilities
+    assert cases is not None and whole is not None and cases.tasks == ["click", "like", "long_view"]
+    answers = RawHistoryAnswers(model, log, model.rows_of(log.items))
+    turned = replace(cases, tasks=cases.tasks[::-1], label=cases.label[:, ::-1], mask=cases.mask[:, ::-1])
+    np.testing.assert_array_equal(answers.probabilities(turned), whole[:, ::-1])
+    np.testing.assert_array_equal(answers.probabilities(with_tasks(cases, ["like"])), whole[:, 1:2])
+
+
+def test_what_ranks_no_next_item_draws_no_negatives(served_tasks: Served, tmp_path: Path) -> None:
+    log = served_tasks.log
+    for name, drawn in (("din", False), ("sasrec", True)):
+        config = rival_config(log, tmp_path, name, data=served_tasks.config.data)
+        batch = BatchSource(log, np.arange(log.num_items) + 1, config).batch(0, 0)
+        assert (len(batch.negatives) > 0) is drawn
+        read = {*batch.item.tolist(), *batch.candidate[batch.candidate_mask.any(-1)].tolist()}
+        assert drawn or set(range(len(batch.rows))) - {0} <= read | set(batch.label.flatten().tolist())
+
+
+def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) -> None:
+    """They are read where training starts; what is saved needs the file no more."""
+    log, file = served_tasks.log, tmp_path / "items.csv"
+    kinds = np.arange(log.num_items) % 3
+    lines = [f"{item},{kind}" for item, kind in zip(log.items.ids(np.arange(log.num_items)), kinds, strict=True)]
+    file.write_text("\n".join(["item,kind", *lines]))
+    config = rival_config(log, tmp_path, "sim", data=replace(served_tasks.config.data))
+    config.model.search = Search.hard
+    config.data.item_categories, config.data.category_column = str(file), "kind"
+    model = train_model(config, log)
+    file.unlink()
+    again = RankingModel.from_pretrained(tmp_path / "sim" / "best")
+    for found in (model, again):
+        assert isinstance(found, SIM) and found.category is not None
+        rows = found.rows_of(log.items)
+        assert np.array_equal(found.category[rows].numpy(), kinds + 1)
+        assert found.category[0] == 0
+    assert isinstance(again, SIM) and isinstance(model, SIM)
+    assert evaluate_model(again, log, "test").metrics == evaluate_model(model, log, "test").metrics
+    assert train_model(config, log).state_dict()["category"].equal(again.category), "done: its checkpoint has them"
+
+
+@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+def test_the_state_after_a_full_window_is_trained(event_log: EventLog, tmp_path: Path, name: str) -> None:
+    """Which is what most requests are asked of: a chunk holds one event more than is encoded, as a label."""
+    assert event_log.lengths.max() > LIMIT + 3
+    trainer = _Trainer(rival_config(event_log, tmp_path, name), event_log)
+    model, source = trainer.model, trainer.source
+    for epoch in range(3):
+        for index in range(source.num_batches(epoch)):
+            batch = source.batch(epoch, index)
+            assert int(batch.offsets.diff().max()) <= LIMIT + 1
+            loss = model.losses(batch, model.item_vectors(batch.rows), trainer.config.optim).total
+            torch.autograd.backward(loss)
+    assert isinstance(model, SequenceModel) and model.position.grad is not None
+    assert bool(model.position.grad.any(1).all())
+
+
+def test_rivals_read_times_whatever_the_decay(event_log: EventLog, tmp_path: Path) -> None:
+    """Decay is of summaries; `experiment=ml-1m` sets it for all models."""
+    assert event_log.has_time
+    config = rival_config(event_log, tmp_path, "hstu")
+    config.model.decay_horizons = [5.0, 40.0]
+    config.model.decay = type(config.model.decay)("position")
+    batch = BatchSource(event_log, np.arange(event_log.num_items) + 1, config).batch(0, 0)
+    user = int(batch.user[0])
+    assert set(batch.clock[: int(batch.offsets[1])].tolist()) <= set(event_log.slice(user).timestamp.tolist())
+
+
+def test_a_rival_has_no_summaries(event_log: EventLog, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="train it with train_model"):
+        train(rival_config(event_log, tmp_path, "sasrec"), event_log)
+
+
+def test_answers_are_those_of_one_at_a_time(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = _Trainer(rival_config(event_log, tmp_path, "sasrec"), event_log)
+    model = trainer.model.eval()
+    assert isinstance(model, SequenceModel)
+    assert trainer.validation is not None
+    whole = trainer.validation(model)
+    monkeypatch.setattr("vista.evaluation.raw_history.EVENTS_EMBEDDED", 1)
+    assert trainer.validation(model) == pytest.approx(whole, rel=1e-6)

@@ -1,0 +1,224 @@
+"""Metrics against scikit-learn, against hand-computed numbers, and under properties."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from sklearn import metrics as sk
+from sklearn.calibration import calibration_curve
+
+from vista.evaluation import metrics
+from vista.evaluation.metrics import (
+    auc,
+    calibration,
+    gauc,
+    hit_rate,
+    log_loss,
+    ndcg,
+    normalized_entropy,
+    ranks_of_targets,
+)
+
+# Few distinct scores, so that ties are common.
+ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1), st.integers(-3, 3)), min_size=1, max_size=60)
+
+
+def columns(rows: list[tuple[int, int, int]]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    group, label, score = np.array(rows).T
+    return group, label, score / 3
+
+
+def test_auc_by_hand() -> None:
+    assert auc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]) == 0.75
+    assert auc([0, 1], [0.5, 0.5]) == 0.5
+    assert auc([1, 0, 1], [-math.inf, 0.0, math.inf]) == 0.5
+    # Pairs (positive, negative): (3, 1) won, (3, 3) half, (2, 1) won, (2, 3) lost.
+    assert auc([1, 1, 0, 0], [3, 2, 1, 3]) == 2.5 / 4
+
+
+@given(ROWS)
+def test_auc_equals_scikit_learn(rows: list[tuple[int, int, int]]) -> None:
+    _, label, score = columns(rows)
+    if len(set(label)) == 1:
+        assert math.isnan(auc(label, score))
+    else:
+        assert auc(label, score) == pytest.approx(sk.roc_auc_score(label, score), abs=1e-12)
+
+
+@given(ROWS)
+def test_auc_is_symmetric_and_only_sees_order(rows: list[tuple[int, int, int]]) -> None:
+    _, label, score = columns(rows)
+    if len(set(label)) == 2:
+        assert auc(label, score) == pytest.approx(1 - auc(label, -score), abs=1e-12)
+        assert auc(label, score) == auc(label, np.exp(score))
+
+
+@given(ROWS)
+def test_gauc_equals_a_loop_over_groups(rows: list[tuple[int, int, int]]) -> None:
+    group, label, score = columns(rows)
+    total, weight, left_out = 0.0, 0, 0
+    for g in set(group):
+        own = group == g
+        if len(set(label[own])) == 1:
+            left_out += 1
+        else:
+            total += own.sum() * sk.roc_auc_score(label[own], score[own])
+            weight += own.sum()
+    result = gauc([f"user {g}" for g in group], label, score)
+    assert result.num_left_out == left_out and result.num_groups == len(set(group)) - left_out
+    assert math.isnan(result.value) if not weight else result.value == pytest.approx(total / weight, abs=1e-12)
+
+
+def test_gauc_ignores_shifts_between_groups() -> None:
+    # Each user is ranked perfectly, but the first user's scores lie far above the second's.
+    result = gauc([7, 7, 9, 9, 9, 4], [0, 1, 0, 0, 1, 1], [10.0, 11.0, 1.0, 2.0, 3.0, 5.0])
+    assert (result.value, result.num_groups, result.num_left_out) == (1.0, 2, 1)
+    # Weighted by rows: group 7 (2 rows) has AUC 0, group 9 (3 rows) has AUC 1.
+    assert gauc([7, 7, 9, 9, 9], [1, 0, 0, 0, 1], [1, 2, 1, 2, 3]).value == pytest.approx(3 / 5)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=1, max_size=50))
+def test_log_loss_equals_scikit_learn(rows: list[tuple[int, float]]) -> None:
+    label, probability = (np.array(column) for column in zip(*rows, strict=True))
+    assert log_loss(label, probability) == pytest.approx(sk.log_loss(label, probability, labels=[0, 1]), rel=1e-9)
+    single = probability.astype(np.float32)
+    # A float32 probability of exactly 0 or 1 costs what its own resolution costs, not what float64's does.
+    assert log_loss(label, single) <= -math.log(np.finfo(np.float32).eps) + 1e-6
+
+
+def test_normalized_entropy_by_hand() -> None:
+    label = np.array([1, 0, 0, 0])
+    assert normalized_entropy(label, np.full(4, 0.25)) == pytest.approx(1.0, abs=1e-12)
+    entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    loss = -(math.log(0.7) + 3 * math.log(0.9)) / 4
+    assert normalized_entropy(label, np.array([0.7, 0.1, 0.1, 0.1])) == pytest.approx(loss / entropy, rel=1e-12)
+    assert math.isnan(normalized_entropy([1, 1], [0.5, 0.9]))
+
+
+def test_calibration_by_hand() -> None:
+    result = calibration([0, 1, 1, 1], [0.2, 0.2, 0.6, 0.8], num_bins=2)
+    assert result.ratio == pytest.approx(0.45 / 0.75)
+    np.testing.assert_allclose(result.bin_predictions, [0.2, 0.7])
+    np.testing.assert_allclose(result.bin_labels, [0.5, 1.0])
+    assert result.bin_counts.tolist() == [2, 2]
+    assert result.expected_error == pytest.approx((2 * 0.3 + 2 * 0.3) / 4)
+
+
+def test_calibration_bins_equal_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    probability = rng.random(1000) ** 4
+    label = (rng.random(1000) < probability).astype(int)
+    expected_label, expected_prediction = calibration_curve(label, probability, n_bins=10, strategy="quantile")
+    result = calibration(label, probability, num_bins=10)
+    np.testing.assert_allclose(result.bin_labels, expected_label, atol=0.02)
+    np.testing.assert_allclose(result.bin_predictions, expected_prediction, atol=0.01)
+    assert result.bin_counts.tolist() == [100] * 10
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.sampled_from([0.0, 0.1, 0.5, 1.0])), min_size=1, max_size=50))
+def test_calibration_does_not_depend_on_row_order(rows: list[tuple[int, float]]) -> None:
+    label, probability = (np.array(column) for column in zip(*rows, strict=True))
+    forward, backward = calibration(label, probability, 4), calibration(label[::-1], probability[::-1], 4)
+    assert forward.expected_error == pytest.approx(backward.expected_error, abs=1e-12)
+    assert forward.bin_counts.sum() == len(rows)
+    # |mean prediction - mean label| can only grow when it is taken bin by bin.
+    assert forward.expected_error >= abs(probability.mean() - label.mean()) - 1e-12
+
+
+def test_hit_rate_and_ndcg_by_hand() -> None:
+    ranks = np.array([0, 1, 9, 10])
+    assert hit_rate(ranks, 10) == 0.75
+    assert hit_rate(ranks, 1) == 0.25
+    assert ndcg(ranks, 10) == pytest.approx((1 + 1 / math.log2(3) + 1 / math.log2(11)) / 4)
+    assert ndcg(torch.from_numpy(ranks), 1) == 0.25
+    assert math.isnan(hit_rate([], 10)) and math.isnan(ndcg([], 10))
+
+
+def test_ndcg_equals_scikit_learn() -> None:
+    rng = np.random.default_rng(1)
+    scores, target = rng.normal(size=(30, 40)), rng.integers(0, 40, 30)
+    relevance = np.zeros_like(scores)
+    relevance[np.arange(30), target] = 1
+    ranks = ranks_of_targets(scores, target)
+    assert ndcg(ranks, 5) == pytest.approx(sk.ndcg_score(relevance, scores, k=5), abs=1e-12)
+    assert hit_rate(ranks, 5) == sk.top_k_accuracy_score(target, scores, k=5, labels=np.arange(40))
+
+
+def test_ranks_by_hand() -> None:
+    scores = np.array([[0.1, 0.9, 0.5, 0.7], [3.0, 3.0, 3.0, 3.0], [1.0, 2.0, 2.0, 0.0]])
+    # Row 1: three others tie, half of them rounded up. Row 2: one other ties, and it goes first.
+    assert ranks_of_targets(scores, [2, 0, 1]).tolist() == [2, 2, 1]
+    # Row 0 loses items 1 and 0 (below the target, no effect); row 1 loses two of its ties; row 2 its tie, named twice.
+    excluded = (np.array([1, 0, 1, 2, 2, 2]), np.array([0, 2, 4, 6]))
+    assert ranks_of_targets(scores, [2, 0, 1], excluded).tolist() == [1, 1, 0]
+
+
+def test_the_target_stays_in_even_when_it_is_excluded() -> None:
+    scores = np.array([[5.0, 4.0, 3.0, 2.0]])
+    assert ranks_of_targets(scores, [2], ([0, 2, 2], [0, 3])).tolist() == [1]
+
+
+def slow_ranks(scores: NDArray[np.float64], target: list[int], excluded: list[list[int]]) -> list[int]:
+    result = []
+    for row, own, seen in zip(scores, target, excluded, strict=True):
+        rivals = [score for item, score in enumerate(row) if item != own and item not in seen]
+        result.append(sum(r > row[own] for r in rivals) + math.ceil(sum(r == row[own] for r in rivals) / 2))
+    return result
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_ranks_equal_a_plain_loop_whatever_the_chunks(data: st.DataObject) -> None:
+    num_rows, num_items = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 8))
+    item = st.integers(0, num_items - 1)
+    cells = st.lists(st.integers(-2, 2), min_size=num_rows * num_items, max_size=num_rows * num_items)
+    scores = np.array(data.draw(cells), dtype=np.float64).reshape(num_rows, num_items)
+    target = data.draw(st.lists(item, min_size=num_rows, max_size=num_rows))
+    excluded = data.draw(st.lists(st.lists(item, max_size=10), min_size=num_rows, max_size=num_rows))
+    packed = ([i for seen in excluded for i in seen], np.cumsum([0, *map(len, excluded)]))
+    expected = slow_ranks(scores, target, excluded)
+    original = scores.copy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "SCORES_PER_CHUNK", data.draw(st.sampled_from([1, 2 * num_items, 1 << 20])))
+        assert ranks_of_targets(scores, target, packed).tolist() == expected
+        assert ranks_of_targets(torch.from_numpy(scores).bfloat16(), torch.tensor(target), packed).tolist() == expected
+    np.testing.assert_array_equal(scores, original)
+
+
+def test_a_constant_score_earns_the_middle() -> None:
+    assert ranks_of_targets(np.zeros((4, 1001)), [0, 17, 500, 1000]).tolist() == [500] * 4
+
+
+BAD = [
+    (lambda: auc([0, 1], [math.nan, 1.0]), "scores: row 0 is NaN"),
+    (lambda: auc([0, 2], [0.0, 1.0]), "labels: row 1 is 2"),
+    (lambda: auc([0, math.nan], [0.0, 1.0]), "labels: row 1 is nan"),
+    (lambda: auc([0, 1, 1], [0.0, 1.0]), "scores: has shape"),
+    (lambda: gauc([1], [0, 1], [0.0, 1.0]), "groups: has shape"),
+    (lambda: log_loss([0, 1], [0.5, 1.5]), "probabilities: row 1 is 1.5"),
+    (lambda: log_loss([0, 1], [0.5, math.nan]), "probabilities: row 1 is NaN"),
+    (lambda: calibration([0, 1], [0.5, 0.5], 0), "num_bins"),
+    (lambda: hit_rate([1, -1], 10), "ranks"),
+    (lambda: ndcg([math.nan], 10), "ranks"),
+    (lambda: ndcg([1], 0), "k: must be at least 1"),
+    (lambda: ranks_of_targets(np.array([[1.0, 2.0], [math.nan, 1.0]]), [0, 0]), "row 1 holds NaN"),
+    (lambda: ranks_of_targets(np.zeros((2, 3)), [0, 3]), "target: columns must lie in 0..2"),
+    (lambda: ranks_of_targets(np.zeros((2, 3)), [0, 1, 2]), "target: needs one column a row"),
+    (lambda: ranks_of_targets(np.zeros((2, 3)), [0.0, 1.0]), "target: needs one dimension of integers"),
+    (lambda: ranks_of_targets(np.zeros(3), [0]), "scores: needs two dimensions"),
+    (lambda: ranks_of_targets(np.zeros((1, 3)), [0], ([-1], [0, 1])), "excluded values: columns must lie"),
+    (lambda: ranks_of_targets(np.zeros((1, 3)), [0], ([1], [0, 2])), "excluded offsets"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_refused_by_name(call: object, message: str) -> None:
+    assert callable(call)
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,71 @@
+"""Negative sampling: what is drawn, and that the importance weights are unbiased."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vista.examples.negatives import NegativeSampler
+
+COUNTS = np.array([0, 1, 4, 0, 9, 100, 2, 50, 7, 0, 30], np.int64)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("num_negatives", [1, 3, 7])
+def test_weights_are_unbiased(power: float, num_negatives: int) -> None:
+    """Each item's expected weight (0 where it is not drawn) is 1: so the weights' sum is the number of items."""
+    sampler = NegativeSampler(COUNTS, num_negatives=num_negatives, power=power)
+    rng = np.random.default_rng(0)
+    passes = 8000
+    total, squares = np.zeros(len(COUNTS)), np.zeros(len(COUNTS))
+    for _ in range(passes):
+        items, log_weight = sampler.draw(rng)
+        weight = np.zeros(len(COUNTS))
+        weight[items] = np.exp(log_weight.astype(np.float64))
+        total += weight
+        squares += weight**2
+    mean = total / passes
+    error = np.sqrt(np.maximum(squares / passes - mean**2, 0) / passes)
+    occurring = COUNTS > 0
+    assert not mean[~occurring].any(), "items that never occur are never drawn"
+    assert (np.abs(mean - 1)[occurring] < 5 * error[occurring] + 1e-6).all()
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_a_draw_is_distinct_sorted_and_no_more_than_asked(power: float) -> None:
+    sampler = NegativeSampler(np.arange(2000), num_negatives=300, power=power)
+    for seed in range(20):
+        items, log_weight = sampler.draw(np.random.default_rng(seed))
+        assert items.dtype == np.int64 and log_weight.dtype == np.float32
+        assert (np.diff(items) > 0).all() and items[0] > 0
+        assert len(items) == len(log_weight) and len(items) <= 300
+        assert power or len(items) == 300
+
+
+def test_power_draws_in_proportion_to_frequency() -> None:
+    sampler = NegativeSampler(COUNTS, num_negatives=1, power=1.0)
+    rng = np.random.default_rng(1)
+    drawn = np.bincount([sampler.draw(rng)[0][0] for _ in range(6000)], minlength=len(COUNTS))
+    expected = COUNTS / COUNTS.sum()
+    assert np.abs(drawn / 6000 - expected).max() < 5 * np.sqrt(0.25 / 6000)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.7])
+@pytest.mark.parametrize("num_negatives", [8, 1000])
+def test_enough_negatives_are_the_whole_catalogue_once(power: float, num_negatives: int) -> None:
+    sampler = NegativeSampler(COUNTS, num_negatives=num_negatives, power=power)
+    items, log_weight = sampler.draw(np.random.default_rng(0))
+    np.testing.assert_array_equal(items, np.flatnonzero(COUNTS))
+    assert not log_weight.any()
+
+
+def test_the_same_generator_draws_the_same() -> None:
+    sampler = NegativeSampler(COUNTS, num_negatives=4, power=0.5)
+    one, two = (sampler.draw(np.random.default_rng(7)) for _ in range(2))
+    np.testing.assert_array_equal(one[0], two[0])
+    np.testing.assert_array_equal(one[1], two[1])
+
+
+def test_nothing_to_draw_from_is_refused() -> None:
+    with pytest.raises(ValueError, match="no item occurs in training"):
+        NegativeSampler(np.zeros(4, np.int64), num_negatives=2, power=0.0)

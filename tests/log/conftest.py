@@ -1,0 +1,23 @@
+"""What the tests of ingest share."""
+
+from pathlib import Path
+
+from vista.config import PrepareConfig, SourceConfig
+from vista.config.choices import OnBadRows
+from vista.log.ingest.prepare import prepare
+from vista.log.ingest.prepare_report import PrepareReport
+
+COLUMNS = {"timestamp": "timestamp", "time_unit": "s"}
+
+
+def run(
+    out: Path, paths: list[Path], *, append: bool = False, on_bad_rows: str = "raise", **source: object
+) -> PrepareReport:
+    config = SourceConfig(paths=[str(path) for path in paths], **(COLUMNS | source))
+    bad_rows = OnBadRows(on_bad_rows)
+    return prepare(PrepareConfig(out=str(out), events=config, append=append, on_bad_rows=bad_rows, progress=False))
+
+
+def write_csv(path: Path, rows: list[tuple], header: str = "user,item,timestamp") -> Path:
+    path.write_text(header + "\n" + "".join(",".join(map(str, row)) + "\n" for row in rows))
+    return path

@@ -1,0 +1,246 @@
+"""Every kind of bad source: the error names file, row, column, value and remedy, and nothing is written."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from vista.config import PrepareConfig, SourceConfig
+from vista.config.choices import IdType, OnBadRows
+from vista.errors import ConfigError, DataError
+from vista.log.event_log import EventLog
+from vista.log.ingest.prepare import prepare
+
+HEADER = "user,item,time,stars\n"
+GOOD = "1,10,1600000000,4\n2,20,1600000001,3.5\n"
+
+
+def events(path: Path, **options: object) -> SourceConfig:
+    settings = {"timestamp": "time", "time_unit": "s", "rating": "stars"} | options
+    return SourceConfig(paths=[str(path)], **settings)
+
+
+def ingest(path: Path, out: Path, on_bad_rows: str = "raise", **options: object) -> None:
+    prepare(
+        PrepareConfig(out=str(out), events=events(path, **options), on_bad_rows=OnBadRows(on_bad_rows), progress=False)
+    )
+
+
+BAD_ROWS = {
+    "missing user": (",10,1600000000,4", r"column 'user': an empty value is missing; give every row a user id"),
+    "missing item": ("1,,1600000000,4", r"column 'item': an empty value is missing"),
+    "text as user": ("bob,10,1600000000,4", r"column 'user': 'bob' is text where an integer id .*events\.user_ids=str"),
+    "leading zero": ("007,10,1600000000,4", r"column 'user': '007' is not written as a plain integer.*user_ids=str"),
+    "too large an id": ("1,99999999999999999999,1600000000,4", r"column 'item': '99999999999999999999' is text"),
+    "missing time": ("1,10,,4", r"column 'time': an empty value is missing; give every row a time"),
+    "text as time": ("1,10,noon,4", r"column 'time': 'noon' is text where a time belongs; .*time_unit \(it is s\)"),
+    "negative time": ("1,10,-5,4", r"column 'time': '-5' is negative \(before 1970\)"),
+    "absurd time": ("1,10,1600000000000,4", r"column 'time': '1600000000000' is absurd \(after 2100\); .*time_unit"),
+    "overflowing time": ("1,10,9000000000000000000,4", r"column 'time': '9000000000000000000' is absurd"),
+    "time not a number": ("1,10,NaN,4", r"column 'time': 'NaN' is not a number"),
+    "missing rating": ("1,10,1600000000,", r"column 'stars': an empty value is missing"),
+    "text as rating": ("1,10,1600000000,good", r"column 'stars': 'good' is text where a number belongs"),
+    "rating not a number": ("1,10,1600000000,NaN", r"column 'stars': 'NaN' is not a finite number"),
+    "infinite rating": ("1,10,1600000000,inf", r"column 'stars': 'inf' is not a finite number"),
+    "a field too many": ("1,10,1600000000,4,9", r"beyond the last column: '9' is one field too many; quote text"),
+    "a field too few": ("1,10", r"column 'time': an empty value is missing"),
+}
+
+
+@pytest.mark.parametrize("line", [pytest.param(line, id=name) for name, (line, _) in BAD_ROWS.items()])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_bad_row_is_named_and_nothing_is_written(tmp_path: Path, line: str, place: str) -> None:
+    message = next(message for bad, message in BAD_ROWS.values() if bad == line)
+    # Ids are integers by the first value, so a first row with bad text needs it said.
+    kinds = {"user_ids": IdType("int"), "item_ids": IdType("int")}
+    file = tmp_path / "log.csv"
+    file.write_text(HEADER + (line + "\n" + GOOD if place == "first" else GOOD + line + "\n"))
+    row = 1 if place == "first" else 3
+    with pytest.raises(DataError, match=rf"log\.csv: row {row}, {message}") as caught:
+        ingest(file, tmp_path / "out", **kinds)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv"]
+
+
+def test_bad_rows_are_set_aside_with_reasons(tmp_path: Path) -> None:
+    file = tmp_path / "log.csv"
+    lines = [line for line, _ in BAD_ROWS.values()]
+    file.write_text(HEADER + GOOD + "".join(line + "\n" for line in lines) + "\n3,10,1600000002,1\n")
+    report = prepare(
+        PrepareConfig(
+            out=str(tmp_path / "out"), events=events(file), on_bad_rows=OnBadRows("quarantine"), progress=False
+        )
+    )
+    assert (report.num_events, report.num_quarantined) == (3, len(lines))
+    assert str(report.quarantine) in str(report)
+    aside = pl.read_csv(report.quarantine, infer_schema=False)
+    assert aside["row"].to_list() == [str(row) for row in range(3, 3 + len(lines))]
+    assert set(aside["file"]) == {str(file)}
+    assert aside["reason"].is_not_null().all()
+    assert aside.filter(pl.col("column") == "user")["value"].to_list() == [None, "bob", "007"]
+    assert '"stars":"good"' in aside.filter(pl.col("value") == "good")["record"][0]
+    log = EventLog.open(tmp_path / "out")
+    assert log.users.ids(np.arange(log.num_users)).tolist() == [1, 2, 3]
+    assert log.manifests[0]["quarantined"] == len(lines)
+
+
+def test_several_bad_rows_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "log.csv"
+    file.write_text(HEADER + GOOD * 5000 + "1,2,x,3\n" + "1,2,3,x\n" * 7)
+    with pytest.raises(DataError, match=r"row 10001, column 'time': 'x' .*quarantine.*\(7 more bad rows\)"):
+        ingest(file, tmp_path / "out")
+
+
+def test_a_file_of_bad_rows_alone_is_an_error_even_with_quarantine(tmp_path: Path) -> None:
+    file = tmp_path / "log.csv"
+    file.write_text(HEADER + "1,2,x,3\n")
+    with pytest.raises(DataError, match="not one of 1 rows is good"):
+        ingest(file, tmp_path / "out", "quarantine")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"log\.csv: the file is empty"),
+        (HEADER.encode(), r"log\.csv: holds no rows"),
+        (HEADER.encode() + b"\n\n", r"log\.csv: holds no rows"),
+        (b"\n1,2,3,4\n", r"log\.csv: the first line is blank"),
+        (b"user,time,stars\n1,2,3\n", r"column 'item' is missing; the file has: user, time, stars; .*events\.item="),
+        (
+            b"user;item;time\n1;2;3\n",
+            r"has: user;item;time; .*, or the separator with events\.separator=",
+        ),
+        (b"user,item,stars\n1,2,3\n", r"column 'time' is missing.*events\.timestamp=…, or none for a log without"),
+        (b"user,user,item,time,stars\n1,1,2,3,4\n", r"column 'user' comes twice"),
+        (HEADER.encode() + b"1,2,1600000000,4\n1,\xff,1600000000,4\n", r"log\.csv: line 3: .*is not UTF-8"),
+        (b"user,\xff\n", r"log\.csv: the header is not UTF-8"),
+        (HEADER.encode() + b'1,2,1600000000,4\n"1,2,1600000000,4\n', r"log\.csv: (cannot be read|row 2)"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "log.csv"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        ingest(file, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
+    (tmp_path / "log.parquet").write_bytes(b"not parquet at all")
+    with pytest.raises(DataError, match=r"log\.parquet: cannot be read as table"):
+        ingest(tmp_path / "log.parquet", tmp_path / "out")
+    with pytest.raises(DataError, match=r"absent\.csv: no such file or folder; check events\.paths"):
+        ingest(tmp_path / "absent.csv", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"time_unit": None}, r"events\.time_unit: say in which unit column 'time'.*seconds taken for milliseconds"),
+        ({"time_unit": "minutes"}, r"events\.time_unit: unknown unit 'minutes'; take one of s, ms, us, ns, iso"),
+        ({"kind": "netflix"}, r"events\.kind: unknown kind 'netflix'; take one of auto, table"),
+        ({"paths": []}, r"events\.paths: name at least one file"),
+        ({"separator": ";;"}, r"events\.separator: must be one character"),
+        ({"action": "item"}, r"one column is named twice"),
+    ],
+)
+def test_a_contradictory_config_is_refused(tmp_path: Path, options: dict, message: str) -> None:
+    file = tmp_path / "log.csv"
+    file.write_text(HEADER + GOOD)
+    config = events(file)
+    for key, value in options.items():
+        setattr(config, key, value)
+    with pytest.raises(ConfigError, match=message):
+        prepare(PrepareConfig(out=str(tmp_path / "out"), events=config, progress=False))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("user", [1.5, 2.0], r"row 1, column 'user': 1\.5 is not a whole number"),
+        ("user", [2.0, None], r"row 2, column 'user': an empty value is missing"),
+        ("user", [[1], [2]], r"column 'user' has type List\(Int64\), which is no user"),
+        ("user", ["a", ""], r"row 2, column 'user': '' is missing"),
+        ("user", ["a", "b" * 501], r"row 2, column 'user': 'b+' is too long; ids hold 500 bytes"),
+        ("user", pl.Series([1, 2**63], dtype=pl.UInt64), r"row 2, column 'user': 9223372036854775808 does not fit"),
+        ("timestamp", [1.0, float("nan")], r"row 2, column 'timestamp': nan is not a number"),
+        ("timestamp", [1.0, float("inf")], r"row 2, column 'timestamp': inf is absurd"),
+        ("timestamp", [5, -1], r"row 2, column 'timestamp': -1 is negative"),
+        ("stars", [float("nan"), 1.0], r"row 1, column 'stars': nan is not a finite number"),
+        ("stars", [1.0, None], r"row 2, column 'stars': an empty value is missing"),
+        ("step", [1, None], r"row 2, column 'step': an empty value is missing"),
+        ("step", ["1", "x"], r"row 2, column 'step': 'x' is no integer"),
+        ("kind", ["a", None], r"row 2, column 'kind': an empty value is missing"),
+    ],
+)
+def test_a_bad_frame_is_named(tmp_path: Path, column: str, values: object, message: str) -> None:
+    frame = pl.DataFrame(
+        {"user": [1, 2], "item": [3, 4], "timestamp": [5, 6], "stars": [1.0, 2.0], "step": [1, 2], "kind": ["a", "b"]}
+    ).with_columns(pl.Series(column, values))
+    with pytest.raises(DataError, match=r"<events frame>: " + message):
+        EventLog.from_frame(frame, tmp_path / "log", time_unit="s", rating="stars", sequence="step", action="kind")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("like", [1, 2], r"row 2, column 'like': 2 is no label; write 0, 1 or nothing for like"),
+        ("like", ["1", "yes"], r"row 2, column 'like': 'yes' is text where a number belongs"),
+        ("p", [0.5, 1.5], r"row 2, column 'p': 1\.5 is no probability"),
+        ("timestamp", [5, None], r"row 2, column 'timestamp': an empty value is missing"),
+    ],
+)
+def test_bad_impressions_are_named(tmp_path: Path, column: str, values: list, message: str) -> None:
+    events_ = {"user": [1, 2], "item": [3, 4], "timestamp": [5, 6]}
+    shown = pl.DataFrame({**events_, "like": [0, 1], "p": [0.5, 0.5]}).with_columns(pl.Series(column, values))
+    with pytest.raises(DataError, match=r"<impressions frame>: " + message):
+        EventLog.from_frame(
+            events_, tmp_path / "log", time_unit="s", impressions=shown, labels=["like"], probabilities=["p"]
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_many_actions_are_refused(tmp_path: Path) -> None:
+    frame = {"user": [1] * 300, "item": range(300), "timestamp": range(300), "kind": [str(i) for i in range(300)]}
+    with pytest.raises(DataError, match=r"column 'kind' brings the log to 300 different actions, more than 256"):
+        EventLog.from_frame(frame, tmp_path / "log", time_unit="s", action="kind")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "log.csv"
+    file.write_text(HEADER + GOOD)
+    with pytest.raises(DataError, match=r"log\.csv/out: cannot be written"):
+        ingest(file, file / "out")
+
+
+def test_seconds_read_as_milliseconds_are_pointed_at(tmp_path: Path) -> None:
+    file = tmp_path / "log.csv"
+    file.write_text(HEADER + GOOD)
+    report = prepare(PrepareConfig(out=str(tmp_path / "out"), events=events(file, time_unit="ms"), progress=False))
+    assert "all times lie before 1971: check events.time_unit" in str(report)
+
+
+def test_append_without_the_logs_actions(tmp_path: Path) -> None:
+    """A day without its action column would bring an action of its own, which trained models do not know."""
+    first, second = tmp_path / "a.csv", tmp_path / "b.csv"
+    first.write_text("user,item,time,what\n1,10,1600000000,view\n2,20,1600000001,buy\n")
+    second.write_text("user,item,time,what\n1,11,1600000100,view\n")
+    source = {"timestamp": "time", "time_unit": "s"}
+    out = str(tmp_path / "log")
+    events = SourceConfig(paths=[str(first)], action="what", **source)  # type: ignore[arg-type]
+    prepare(PrepareConfig(out=out, events=events, progress=False))
+    later = SourceConfig(paths=[str(second)], **source)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"b\.csv: the log has the actions buy, view.*events\.action"):
+        prepare(PrepareConfig(out=out, events=later, append=True, progress=False))
+    assert EventLog.open(out).num_events == 2
+
+
+def test_a_missing_column_of_a_frame_is_named(tmp_path: Path) -> None:
+    frame = {"cust": [1], "sku": [2], "ts": [3]}
+    for made in (frame, pl.DataFrame(frame)):
+        with pytest.raises(DataError, match=r"column 'user' is missing; the frame has: cust, sku, ts; .* as in user=…"):
+            EventLog.from_frame(made, tmp_path / "log", time_unit="s", item="sku", timestamp="ts")

@@ -1,0 +1,262 @@
+"""Readers: MovieLens in each form on small samples, and on the real sets where VISTA_DATA_DIR holds them."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tests.conftest import real_set
+from vista.config import PrepareConfig, SimulateConfig, SourceConfig
+from vista.errors import DataError
+from vista.log.event_log import EventLog
+from vista.log.ingest.prepare import prepare
+from vista.log.ingest.sources import detect_kind
+
+ROWS = [(3, 50, 4.0, 978300760), (1, 1193, 5.0, 978300275), (3, 7, 1.0, 978300019), (1, 661, 3.0, 978300275)]
+
+
+def ratings_dat(folder: Path) -> Path:
+    (folder / "ratings.dat").write_text("".join(f"{u}::{i}::{r:.0f}::{t}\n" for u, i, r, t in ROWS))
+    return folder / "ratings.dat"
+
+
+def ratings_csv(folder: Path) -> Path:
+    lines = "".join(f"{u},{i},{r},{t}\r\n" for u, i, r, t in ROWS)
+    (folder / "ratings.csv").write_text("userId,movieId,rating,timestamp\r\n" + lines, newline="")
+    return folder / "ratings.csv"
+
+
+def u_data(folder: Path) -> Path:
+    (folder / "u.data").write_text("".join(f"{u}\t{i}\t{r:.0f}\t{t}\n" for u, i, r, t in ROWS))
+    return folder / "u.data"
+
+
+def inter(folder: Path) -> Path:
+    lines = "".join(f"{u}\t{i}\t{r}\t{t}\n" for u, i, r, t in ROWS)
+    (folder / "small.inter").write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + lines)
+    return folder / "small.inter"
+
+
+def npz(folder: Path) -> Path:
+    user, item, rating, time = (np.array(column) for column in zip(*ROWS, strict=True))
+    user_raw, user_row = np.unique(user, return_inverse=True)
+    item_raw, item_row = np.unique(item, return_inverse=True)
+    np.savez(
+        folder / "events.npz",
+        user=user_row,
+        item=item_row,
+        user_raw=user_raw,
+        item_raw=item_raw,
+        time=time,
+        rating=rating,
+    )
+    return folder / "events.npz"
+
+
+def load(paths: list[Path], kind: str, out: Path) -> EventLog:
+    source = SourceConfig(kind=kind, paths=[str(path) for path in paths])
+    prepare(PrepareConfig(out=str(out), events=source, progress=False))
+    return EventLog.open(out)
+
+
+FORMS = {"ml-1m": ratings_dat, "ml-latest-small": ratings_csv, "ml-100k": u_data, "recbole": inter, "npz": npz}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("how", ["file", "folder", "auto"])
+def test_every_form_gives_the_same_log(tmp_path: Path, kind: str, how: str) -> None:
+    file = FORMS[kind](tmp_path)
+    log = load([file if how == "file" else tmp_path], "auto" if how == "auto" else kind, tmp_path / "log")
+    assert (log.num_users, log.num_items, log.num_events) == (2, 4, 4)
+    assert log.users.ids([0, 1]).tolist() == [1, 3]
+    assert log.items.ids(log[1].item).tolist() == [1193, 661]
+    assert log.items.ids(log[3].item).tolist() == [7, 50]
+    assert log[3].timestamp.tolist() == [978300019000, 978300760000]
+    assert log[1].rating is not None
+    assert log[1].rating.tolist() == [5.0, 3.0]
+    assert log.actions == ["event"]
+
+
+def test_kinds_are_recognised(tmp_path: Path) -> None:
+    for kind, write in FORMS.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        assert detect_kind(write(folder)) == kind
+        assert detect_kind(folder) == kind
+    (tmp_path / "mine.csv").write_text("user,item\n1,2\n")
+    assert detect_kind(tmp_path / "mine.csv") == "table"
+    with pytest.raises(DataError, match=r"holds none of ratings\.dat, ratings\.csv, u\.data"):
+        detect_kind(tmp_path)
+    with pytest.raises(DataError, match="no such file"):
+        detect_kind(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "text", "message"),
+    [
+        ("ml-1m", "ratings.dat", "1::2::3::4\n1::2::x::4\n", r"ratings\.dat: row 2, column 'rating': 'x' is text"),
+        ("ml-1m", "ratings.dat", "1::2::3::4\n1:2:3:4\n", r"row 2, beyond the last column: '2' is one field too many"),
+        ("ml-1m", "ratings.dat", "1::2::3::4\n1::2::3\n", r"row 2, column 'timestamp': an empty value is missing"),
+        ("ml-100k", "u.data", "1\t2\t3\t4\na\t2\t3\t4\n", r"u\.data: row 2, column 'user': 'a' is text"),
+        (
+            "ml-latest-small",
+            "ratings.csv",
+            "userId,rating\n",
+            r"column 'movieId' is missing; the file has: userId, rating",
+        ),
+        ("recbole", "x.inter", "user:token\titem_id:token\n1\t2\n", r"column 'user_id:token' is missing"),
+        ("npz", "events.npz", "no archive", r"events\.npz: not a readable \.npz archive"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, kind: str, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        load([tmp_path / name], kind, tmp_path / "log")
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"user": [0]}, r"array 'item' is missing; the file has: user"),
+        ({"user": [0, 1], "item": [0]}, r"arrays differ in length \({'user': 2, 'item': 1}\)"),
+        (
+            {"user": [0, 1], "item": [0, 5], "item_raw": [9]},
+            r"row 2, column 'item': 5 is no index into item_raw \(1 ids\)",
+        ),
+        ({"user": [0.5], "item": [0], "user_raw": [9]}, r"'user' is float64, no index into user_raw"),
+        ({"user": [0, 1], "item": [0, 0], "time": [5, -5]}, r"row 2, column 'time': -5 is negative"),
+    ],
+)
+def test_bad_arrays_are_named(tmp_path: Path, arrays: dict, message: str) -> None:
+    np.savez(tmp_path / "events.npz", **arrays)
+    with pytest.raises(DataError, match=r"events\.npz: " + message):
+        load([tmp_path], "npz", tmp_path / "log")
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.95])
+def test_a_damaged_archive_is_named(tmp_path: Path, kept: float) -> None:
+    """Cut short, or with a byte of its compressed arrays changed."""
+    path = tmp_path / "events.npz"
+    np.savez_compressed(path, user=np.arange(1000) // 9, item=np.arange(1000) % 37)
+    whole = path.read_bytes()
+    middle = bytearray(whole)
+    middle[len(whole) // 4] ^= 0xFF
+    for damaged in (whole[: int(len(whole) * kept)], bytes(middle)):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"events\.npz: not a readable \.npz archive"):
+            load([tmp_path], "npz", tmp_path / "log")
+
+
+def test_npz_without_times_keeps_its_order(tmp_path: Path) -> None:
+    np.savez(tmp_path / "events.npz", user=[0, 0, 1, 1], item=[3, 1, 2, 2], user_raw=[10, 20], item_raw=[5, 6, 7, 8])
+    log = load([tmp_path], "auto", tmp_path / "log")
+    assert not log.has_time
+    assert log.items.ids(log[10].item).tolist() == [8, 6]
+
+
+def test_recbole_may_lack_ratings_and_times_and_have_string_ids(tmp_path: Path) -> None:
+    (tmp_path / "x.inter").write_text('user_id:token\titem_id:token\tnote:token_seq\nu1\t"A\tsome words\nu1\tB\t\n')
+    log = load([tmp_path], "recbole", tmp_path / "log")
+    assert not log.has_time
+    assert log.items.ids(log["u1"].item).tolist() == ['"A', "B"]  # quotes are text in this form
+
+
+def test_tables_in_every_dress(tmp_path: Path) -> None:
+    """CSV with a byte order mark and quotes, gzip, TSV, another separator and Parquet are one log."""
+    header, rows = ("who", "what", "more"), [("ann", "a,b", 1), ("bob", "c", 2)]
+    text = "".join(f'{u},"{i}",{m}\n' for u, i, m in rows)
+    (tmp_path / "a.csv").write_text("\ufeff" + ",".join(header) + "\n" + text, encoding="utf-8")
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress((",".join(header) + "\n" + text).encode()))
+    (tmp_path / "c.tsv").write_text("\n".join("\t".join(map(str, row)) for row in (header, *rows)))
+    (tmp_path / "d.txt").write_text("\n".join("|".join(map(str, row)) for row in (header, *rows)))
+    pl.DataFrame(rows, schema=header, orient="row").write_parquet(tmp_path / "e.parquet")
+    for name, separator in (("a.csv", ","), ("b.csv.gz", ","), ("c.tsv", ","), ("d.txt", "|"), ("e.parquet", ",")):
+        source = SourceConfig(paths=[str(tmp_path / name)], user="who", item="what", separator=separator)
+        prepare(PrepareConfig(out=str(tmp_path / f"log-{name}"), events=source, progress=False))
+        log = EventLog.open(tmp_path / f"log-{name}")
+        assert log.users.ids([0, 1]).tolist() == ["ann", "bob"]
+        assert log.items.ids(log["ann"].item).tolist() == ["a,b"]
+
+
+def test_a_folder_of_tables(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(3):
+        pl.DataFrame({"user": [1], "item": [number]}).write_parquet(folder / f"{2 - number}.parquet")
+    log = load([folder], "table", tmp_path / "log")
+    assert log.items.ids(log[1].item).tolist() == [2, 1, 0]
+    with pytest.raises(DataError, match=r"holds no ratings\.dat, as events\.kind=ml-1m needs"):
+        load([folder], "ml-1m", tmp_path / "other")
+
+
+@pytest.mark.parametrize("kind", ["simulated", "auto"])
+def test_a_simulation_brings_its_impressions(tmp_path: Path, kind: str) -> None:
+    from vista.simulation.simulate import simulate
+
+    simulate(SimulateConfig(out=str(tmp_path / "sim"), num_users=5, events_per_user=60, impressions_per_user=20))
+    log = load([tmp_path / "sim"], kind, tmp_path / "log")
+    raw = pl.read_parquet(tmp_path / "sim" / "events.parquet")
+    shown = pl.read_parquet(tmp_path / "sim" / "impressions.parquet")
+    assert log.num_events == raw.height
+    assert set(log.actions) == set(raw["action"])
+    seen = log.impressions
+    assert seen is not None
+    assert seen.tasks == ["click", "like", "long_view"]
+    assert seen.num_impressions == shown.height
+    assert seen.probability is not None
+    for user in raw["user"].unique():
+        mine = raw.filter(pl.col("user") == user)
+        assert log.items.ids(log[user].item).tolist() == mine["item"].to_list()
+        assert log[user].timestamp.tolist() == mine["timestamp"].to_list()
+        row = int(log.users.rows([user])[0])
+        here = slice(int(seen.offsets[row]), int(seen.offsets[row + 1]))
+        want = shown.filter(pl.col("user") == user)
+        assert log.items.ids(seen.item[here]).tolist() == want["item"].to_list()
+        for place, task in enumerate(seen.tasks):
+            assert seen.label[here, place].tolist() == want[task].fill_null(0).to_list()
+            assert seen.mask[here, place].tolist() == want[task].is_not_null().cast(int).to_list()
+            np.testing.assert_array_equal(seen.probability[here, place], want[f"{task}_probability"].to_numpy())
+
+
+REAL_SETS = {
+    "ml-1m": (6040, 3706, 1_000_209, 2314, False, False),
+    "ml-1m-half": (2998, 3615, 487_515, 1850, True, True),
+    "ml-latest-small": (610, 9724, 100_836, 2698, True, True),
+    "ml-100k": (943, 1682, 100_000, 737, True, True),
+}
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", REAL_SETS)
+def test_real_sets_have_the_published_counts(tmp_path: Path, name: str) -> None:
+    users, items, events, longest, has_time, has_rating = REAL_SETS[name]
+    log = load([real_set(name)], "auto", tmp_path / "log")
+    assert (log.num_users, log.num_items, log.num_events) == (users, items, events)
+    assert (log.lengths.max(), log.has_time, log.has_rating) == (longest, has_time, has_rating)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", REAL_SETS)
+def test_real_sets_equal_their_arrays(tmp_path: Path, name: str) -> None:
+    """The source's own form holds the same events as events.npz, at the same times, up to the order of equal times."""
+    folder = real_set(name)
+    log = load([folder], "auto", tmp_path / "log")
+    with np.load(folder / "events.npz") as arrays:
+        whole = log.gather(np.arange(log.num_users))
+        assert whole.offsets.tolist() == arrays["offsets"].tolist()
+        assert log.users.ids(np.arange(log.num_users)).tolist() == arrays["user_raw"].tolist()
+        owner = np.repeat(np.arange(log.num_users), log.lengths)
+        ours = log.items.ids(whole.item)
+        theirs = arrays["item_raw"][arrays["item"]]
+        if not log.has_time:
+            assert np.array_equal(ours, theirs)
+            return
+        assert np.array_equal(whole.timestamp, arrays["time"] * 1000)
+        assert whole.rating is not None
+        ours_order = np.lexsort((ours, whole.timestamp, owner))
+        theirs_order = np.lexsort((theirs, arrays["time"], owner))
+        assert np.array_equal(ours[ours_order], theirs[theirs_order])
+        assert np.array_equal(whole.rating[ours_order], arrays["rating"][theirs_order])

@@ -1,0 +1,183 @@
+"""A log as plain Python lists, and the same log on disk: what is read must be what the lists say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from vista.examples.frequency import item_counts
+from vista.log.deleted_rows import EventKeys
+from vista.log.deletions import write_deletions
+from vista.log.event_log import EventLog
+from vista.log.histories import Histories
+from vista.log.segment import EVENT_COLUMNS, IMPRESSION_COLUMNS, segment_name
+from vista.log.segment_writer import TableWriter, write_manifest
+from vista.log.vocabulary import Vocabulary
+
+NUM_USERS, NUM_ITEMS, ACTIONS = 5, 3, ["buy", "view"]
+USER_IDS = [10, 0, 7, -3, 4]
+Event = tuple[int, int, int, int]
+"""User, item, time, action: rows, not ids."""
+
+
+@dataclass
+class Step:
+    """One segment: events (and impressions, of the same form), forgotten events, or erased users."""
+
+    events: list[Event] = field(default_factory=list)
+    impressions: list[Event] = field(default_factory=list)
+    forgotten: list[Event] = field(default_factory=list)
+    erased: list[int] = field(default_factory=list)
+
+
+class Oracle:
+    """What the steps mean."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        self.steps = steps
+
+    def history(self, user: int, after: int = 0) -> list[Event]:
+        """Remaining events of segments above `after`, by time, then segment, then input order."""
+        rows = [
+            event
+            for number, step in enumerate(self.steps)
+            for event in step.events
+            if number >= after and event[0] == user and not self._is_gone(event, number)
+        ]
+        return sorted(rows, key=lambda event: event[2])
+
+    def impressions(self, user: int) -> list[Event]:
+        rows = [
+            row
+            for number, step in enumerate(self.steps)
+            for row in step.impressions
+            if row[0] == user and not any(user in later.erased for later in self.steps[number + 1 :])
+        ]
+        return sorted(rows, key=lambda row: row[2])
+
+    def _is_gone(self, event: Event, number: int) -> bool:
+        return any(event in later.forgotten or event[0] in later.erased for later in self.steps[number + 1 :])
+
+    def with_deletions(self, after: int) -> list[int]:
+        return sorted(
+            {user for step in self.steps[after:] for user in [*(event[0] for event in step.forgotten), *step.erased]}
+        )
+
+    def changed(self, after: int) -> list[int]:
+        return sorted(
+            {
+                user
+                for step in self.steps[after:]
+                for user in [*(event[0] for event in [*step.events, *step.forgotten]), *step.erased]
+            }
+        )
+
+
+def write(path: Path, steps: list[Step], present: int = 0) -> EventLog:
+    """Write the steps as the segments of a log that holds the first `present` already.
+
+    The first one makes every user, item and action known.
+    """
+    path.mkdir(exist_ok=True)
+    log = EventLog.open(path) if present else None
+    for number, step in enumerate(steps[present:], present + 1):
+        folder = path / segment_name(number)
+        folder.mkdir()
+        if step.forgotten or step.erased:
+            assert log is not None
+            keys = np.unique([(u, t, i, a) for u, i, t, a in step.forgotten], axis=0) if step.forgotten else None
+            forgotten = None if keys is None else EventKeys(keys[:, 0], keys[:, 2], keys[:, 1], keys[:, 3])
+            write_deletions(folder, log, forgotten, np.unique(np.array(step.erased, np.int64)))
+        else:
+            _write_events(folder, step, number)
+        log = EventLog.open(path)
+    assert log is not None
+    return log
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def _write_events(folder: Path, step: Step, number: int) -> None:
+    users, items = Vocabulary("int", np.array(USER_IDS)), Vocabulary("int", np.arange(100, 100 + NUM_ITEMS))
+    users.tail(0 if number == 1 else NUM_USERS).save(folder, "new_users")
+    items.tail(0 if number == 1 else NUM_ITEMS).save(folder, "new_items")
+    names = ("item", "timestamp", "action")
+    active = {"events": _write_table(folder, step.events, {name: (EVENT_COLUMNS[name], ()) for name in names})}
+    wide = {"item": (), "timestamp": (), "label": (1,), "mask": (1,)}
+    if step.impressions:
+        columns = {name: (IMPRESSION_COLUMNS[name], shape) for name, shape in wide.items()}
+        active["impressions"] = _write_table(folder / "impressions", step.impressions, columns)
+    rows = {"events": len(step.events), "impressions": len(step.impressions)}
+    manifest = {
+        "first_segment": number,
+        "last_segment": number,
+        "num_users": NUM_USERS,
+        "num_items": NUM_ITEMS,
+        "id_types": {"users": "int", "items": "int"},
+        "actions": ACTIONS,
+        "tasks": ["like"],
+        "has_time": True,
+        "timestamp": "milliseconds since 1970-01-01 UTC",
+        "has_rating": False,
+        "counts": {name: {"rows": count, "users": active.get(name, 0)} for name, count in rows.items()},
+        "deletions": 0,
+        "quarantined": 0,
+        "sources": [{"table": "events", "name": f"{number}.csv", "sha256": str(number)}],
+    }
+    write_manifest(folder, manifest)
+
+
+def _write_table(folder: Path, rows: list[Event], columns: dict) -> int:
+    writer = TableWriter(folder, len(rows), columns)
+    user, item, time, last = np.array(sorted(rows, key=lambda row: (row[0], row[2])), np.int64).reshape(-1, 4).T
+    label = last[:, None]
+    values = {"item": item, "timestamp": time, "action": last, "label": label, "mask": np.ones_like(label)}
+    writer.append(user, {name: values[name] for name in columns})
+    return writer.close()
+
+
+def events_of(histories: Histories, users: list[int]) -> list[list[Event]]:
+    """Histories as the oracle writes them."""
+    out = []
+    for place, user in enumerate(users):
+        one = histories.slice(place)
+        out.append(
+            [(user, *row) for row in zip(one.item.tolist(), one.timestamp.tolist(), one.action.tolist(), strict=True)]
+        )
+    return out
+
+
+def assert_reads_as(log: EventLog, oracle: Oracle, rng: np.random.Generator) -> None:
+    """Every way to read the log says what the oracle says."""
+    want = [oracle.history(user) for user in range(NUM_USERS)]
+    lengths = np.array([len(rows) for rows in want])
+    assert log.lengths.tolist() == lengths.tolist()
+    assert (log.num_events, len(log)) == (lengths.sum(), NUM_USERS)
+    assert events_of(log.gather(np.arange(NUM_USERS)), list(range(NUM_USERS))) == want
+    rows = rng.integers(0, NUM_USERS, 7)
+    low, high = rng.integers(0, 9, 7), rng.integers(0, 12, 7)
+    low, high = np.minimum(low, high), np.maximum(low, high)
+    cut = [want[user][a:b] for user, a, b in zip(rows, low, high, strict=True)]
+    assert events_of(log.gather_ranges(rows, low, high), rows.tolist()) == cut
+    for user, a, b in zip(rows.tolist(), low.tolist(), high.tolist(), strict=True):
+        assert events_of(log.slice(user, a, b), [user]) == [want[user][a:b]]
+    times = [row[2] for rows in want for row in rows]
+    for time in (0, 2, 3, 9):
+        before = [sum(row[2] < time for row in rows) for rows in want]
+        assert log.counts_before(time).tolist() == before
+    assert log.time_range() == ((min(times), max(times)) if times else None)
+    every = [row[1] for rows in want for row in rows]
+    assert item_counts(log).tolist() == np.bincount(np.array(every, np.int64), minlength=NUM_ITEMS).tolist()
+    shown = [oracle.impressions(user) for user in range(NUM_USERS)]
+    seen = log.impressions
+    if seen is not None:
+        table = zip(seen.item.tolist(), seen.timestamp.tolist(), seen.label[:, 0].tolist(), strict=True)
+        owner = np.repeat(np.arange(NUM_USERS), np.diff(seen.offsets)).tolist()
+        assert [(user, *row) for user, row in zip(owner, table, strict=True)] == [row for rows in shown for row in rows]
+    else:
+        assert not any(shown)

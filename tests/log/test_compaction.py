@@ -1,0 +1,326 @@
+"""Compaction: kills at every moment, readers beside it, what leaves the disk, and logs that are not what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.log.conftest import run, write_csv
+from tests.log.log_oracle import Oracle, Step, assert_reads_as, contents, write
+from vista.errors import DataError, LogFormatError, UnknownUserError
+from vista.log import segment
+from vista.log.compaction import compact_log
+from vista.log.deletions import erase_users, forget_events
+from vista.log.event_log import EventLog
+from vista.log.segment_writer import locked_log
+
+STEPS = [
+    Step(events=[(0, 1, 5, 0), (0, 2, 7, 1), (1, 0, 3, 0), (4, 2, 2, 0)], impressions=[(1, 1, 4, 1), (4, 1, 1, 1)]),
+    Step(events=[(2, 1, 6, 0), (0, 0, 4, 1)], impressions=[(0, 2, 3, 0)]),
+    Step(forgotten=[(0, 2, 7, 1), (2, 1, 6, 0)]),
+    Step(erased=[4]),
+]
+OLD = [f"segment-{number:06d}" for number in range(1, 5)]
+NEW = "segment-000001-000004"
+
+# Forks children that compact copies of a log; child n kills itself at its n-th fsync, rename or removal.
+KILLED_AT_EACH_CALL = """
+import os, shutil, signal, sys
+from pathlib import Path
+from vista.log.compaction import compact_log
+
+def child(folder, deadly):
+    calls = 0
+    def counting(function):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+        return wrapper
+    os.fsync = lambda file: None  # a kill does not lose what was written
+    for name in ("fsync", "rename", "unlink", "rmdir"):
+        setattr(os, name, counting(getattr(os, name)))
+    compact_log(folder)
+    os._exit(0)
+
+for deadly in range(1, 1000):
+    folder = Path(sys.argv[2], f"{deadly:03d}")
+    shutil.copytree(sys.argv[1], folder)
+    pid = os.fork()
+    if pid == 0:
+        child(folder, deadly)
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
+        break
+"""
+
+
+def test_a_kill_at_any_call_leaves_a_log_and_the_next_compaction_ends_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vista.log.segment_writer.sync", lambda path: None)
+    monkeypatch.setattr("vista.log.compaction.sync", lambda path: None)
+    steps = [STEPS[0], Step(forgotten=[(0, 2, 7, 1)]), STEPS[3]]
+    old, new = set(OLD[:3]), "segment-000001-000003"
+    write(tmp_path / "log", steps)
+    copies = tmp_path / "copies"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", KILLED_AT_EACH_CALL, str(tmp_path / "log"), str(copies)]
+    subprocess.run(command, check=True, env=environment)
+    compact_log(tmp_path / "log")
+    done, rng, seen = contents(tmp_path / "log"), np.random.default_rng(0), set()
+    folders = sorted(copies.iterdir())
+    for folder in folders:
+        names = {path.name for path in folder.iterdir()}
+        seen.add((new in names, len(names & old)))
+        log = EventLog.open(folder)
+        assert_reads_as(log, Oracle(steps), rng)
+        assert len(log.segments) == (1 if new in names else 3)
+        compact_log(folder)
+        assert contents(folder) == done
+    assert len(folders) > 50
+    # Old ones alone, both beside each other, the new one beside some old ones, and the new one alone.
+    assert seen == {(False, 3), (True, 3), (True, 2), (True, 1), (True, 0)}
+
+
+def test_who_has_it_open_reads_on(tmp_path: Path) -> None:
+    log, rng = write(tmp_path / "log", STEPS), np.random.default_rng(0)
+    packed = pickle.dumps(log)
+    compact_log(log.path)
+    assert [path.name for path in log.path.iterdir()] == [NEW]
+    assert_reads_as(log, Oracle(STEPS), rng)
+    assert_reads_as(pickle.loads(packed), Oracle(STEPS), rng)  # as a spawned worker opens it
+
+
+def test_a_compaction_while_the_log_is_being_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The segments vanish between being listed and being read."""
+    write(tmp_path / "log", STEPS)
+    read = segment.read_segment
+
+    def late(path: Path) -> segment.Segment:
+        if path.name == OLD[2]:
+            monkeypatch.undo()
+            compact_log(tmp_path / "log")
+        return read(path)
+
+    monkeypatch.setattr(segment, "read_segment", late)
+    log = EventLog.open(tmp_path / "log")
+    assert len(log.segments) == 1
+    assert_reads_as(log, Oracle(STEPS), np.random.default_rng(0))
+
+
+def test_writers_keep_each_other_out(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    run(path, [write_csv(tmp_path / "a.csv", [(1, 1, 1), (2, 2, 2)])])
+    more = write_csv(tmp_path / "b.csv", [(1, 3, 3)])
+    before = contents(path)
+    acts: list[Callable[[], object]] = [
+        lambda: run(path, [more], append=True),
+        lambda: forget_events(path, {"user": [1], "item": [1], "timestamp": [1000]}),
+        lambda: erase_users(path, [1]),
+        lambda: compact_log(path),
+    ]
+    with locked_log(path):
+        for act in acts:
+            with pytest.raises(DataError, match="another process is writing it right now; wait"):
+                act()
+    assert contents(path) == before
+    for act in acts:
+        act()
+    assert EventLog.open(path).num_events == 1
+
+
+@pytest.mark.parametrize("kind", ["int", "str"])
+def test_no_byte_of_an_erased_users_id_remains(tmp_path: Path, kind: str) -> None:
+    """In vocabularies, rows set aside, leftovers of killed writers and segments that are passed over."""
+    gone, kept = (7_205_759_403_792_793_601, 5) if kind == "int" else ("ann-of-green-gables", "bob")
+    path = tmp_path / "log"
+    needle = np.array([gone]).tobytes() if kind == "int" else gone.encode()
+    first = write_csv(tmp_path / "a.csv", [(gone, 1, 1), (kept, 2, 2), (gone, 3, "x")])
+    run(path, [first], on_bad_rows="quarantine")
+    run(path, [write_csv(tmp_path / "b.csv", [(kept, 3, 3), (gone, 3, 3)])], append=True)
+    erase_users(path, [gone])
+    (path / ".segment-000004.tmp").mkdir()
+    (path / ".segment-000004.tmp" / "half").write_bytes(needle)
+    assert sum(needle in data for data in contents(path).values()) >= 2
+    report = compact_log(path)
+    assert (report.num_blanked, report.num_users, report.quarantine_removed) == (1, 1, True)
+    for name, data in contents(path).items():
+        assert needle not in data and str(gone).encode() not in data, name
+    log = EventLog.open(path)
+    assert gone not in log and log[kept].num_events == 2
+    with pytest.raises(UnknownUserError):
+        log[gone]
+    assert (log.num_users, log.users.num_blank) == (2, 1)
+    (blank,) = np.flatnonzero(~log.users.has_ids(np.arange(2))).tolist()
+    with pytest.raises(LookupError, match=f"row {blank} holds no id any more"):
+        log.users.ids([0, 1])
+    assert blank in log.changed_users(2) and blank not in log.changed_users(3)
+    run(path, [write_csv(tmp_path / "c.csv", [(gone, 9, 9)])], append=True)
+    log = EventLog.open(path)
+    assert log.users.rows([gone]).tolist() == [2]
+    assert (log[gone].num_events, log.lengths[blank], log.num_users) == (1, 0, 3)
+    compact_log(path)
+    again = EventLog.open(path)
+    assert (again.users.rows([gone, kept]).tolist(), again.users.num_blank) == ([2, 1 - blank], 1)
+
+
+def test_an_erased_user_with_something_left_keeps_the_id(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    shown = {"user": [1, 2], "item": [1, 1], "timestamp": [1, 1], "like": [1, 0]}
+    events = {"user": [1, 2, 3], "item": [1, 1, 1], "timestamp": [1, 1, 1]}
+    EventLog.from_frame(events, path, time_unit="s")
+    erase_users(path, [1, 2, 3])
+    more = {"user": [1], "item": [2], "timestamp": [2]}
+    EventLog.from_frame(more, path, time_unit="s", append=True, impressions=shown, labels=["like"])
+    compact_log(path)
+    log = EventLog.open(path)
+    assert log.users.rows([1, 2, 3]).tolist() == [0, 1, -1]
+    assert log.lengths.tolist() == [1, 0, 0]
+    assert log.impressions is not None and log.impressions.num_impressions == 2
+
+
+def test_quarantined_rows_stay_where_nobody_was_erased(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    for number, append in ((1, False), (2, True)):
+        file = write_csv(tmp_path / f"{number}.csv", [(number, 1, 1), (number, number, "x")])
+        run(path, [file], on_bad_rows="quarantine", append=append)
+    old = [(path / name / "quarantine.csv").read_text().splitlines() for name in OLD[:2]]
+    compact_log(path)
+    assert (path / "segment-000001-000002" / "quarantine.csv").read_text().splitlines() == [*old[0], old[1][1]]
+    with pytest.raises(DataError, match=r"segment 2 holds it already \(as 1\.csv\)"):
+        run(path, [tmp_path / "1.csv"], append=True)
+
+
+def test_ratings_and_probabilities_come_along(tmp_path: Path) -> None:
+    """A probability that one segment lacks is NaN, before and after; deleted rows are skipped in every column."""
+    path, rng = tmp_path / "log", np.random.default_rng(0)
+    columns = {"rating": "stars", "action": "kind", "time_unit": "ms", "labels": ["like"]}
+    for number in range(3):
+        time = rng.integers(0, 90, 200)
+        events = {"user": rng.integers(0, 9, 200), "item": rng.integers(0, 20, 200), "timestamp": time}
+        shown = {name: values[:50] for name, values in events.items()} | {"like": rng.integers(0, 2, 50)}
+        shown |= {"p": rng.random(50)} if number == 1 else {}
+        events |= {"stars": rng.random(200).astype(np.float32), "kind": rng.choice(["buy", "view"], 200)}
+        EventLog.from_frame(
+            events, path, append=number > 0, impressions=shown, probabilities=["p"] if number == 1 else [], **columns
+        )
+        if number == 1:
+            forget_events(path, {name: events[name][:20] for name in ("user", "item", "timestamp")})
+            erase_users(path, [3])
+    before = EventLog.open(path)
+    compact_log(path, run_events=100)
+    after = EventLog.open(path)
+    users = np.arange(before.num_users)
+    ranges = users[::-1], users % 5, users + 9
+    assert (len(before.segments), len(after.segments), after.users.num_blank) == (5, 1, 0)
+    assert before.num_events == after.num_events < 600
+    for one, other in (
+        (before.gather(users), after.gather(users)),
+        (before.gather_ranges(*ranges), after.gather_ranges(*ranges)),
+        (before.impressions, after.impressions),
+    ):
+        for name in one.__slots__:
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), name)
+    assert np.isnan(after.impressions.probability).any() and not np.isnan(after.impressions.probability).all()
+
+
+def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
+    path, num = tmp_path / "log", 300_000
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        columns = {"user": rng.integers(0, 600, num), "item": rng.integers(0, 90, num), "timestamp": np.arange(num)}
+        shifted = {**columns, "timestamp": columns["timestamp"] + number * num // 2}
+        EventLog.from_frame(shifted, path, time_unit="s", append=number > 0)
+    tracemalloc.start()
+    compact_log(path, run_events=10_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert EventLog.open(path).num_events == 2 * num
+    assert peak < 2_000_000 < 2 * num * 13  # of columns
+
+
+def manifest_says(**values: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        file = folder / NEW / "manifest.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return edit
+
+
+def shrink(name: str) -> Callable[[Path], None]:
+    def cut(folder: Path) -> None:
+        file = folder / NEW / name
+        file.write_bytes(file.read_bytes()[:-8])
+
+    return cut
+
+
+def without_changed(folder: Path) -> None:
+    file = folder / NEW / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["files"]["changed.npy"]
+    file.write_text(json.dumps(manifest))
+
+
+def renamed(folder: Path) -> None:
+    (folder / NEW).rename(folder / "segment-000001-000005")
+
+
+def with_a_user_too_many(folder: Path) -> None:
+    file = folder / NEW / "users.npy"
+    users = np.load(file)
+    np.save(file, np.append(users[:-1], 77))
+
+
+COUNTS = {"events": {"rows": 9, "users": 3}, "impressions": {"rows": 2, "users": 2}}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shrink("changed.npy"), r"changed\.npy: expected \d+ bytes, found \d+; the file is truncated"),
+        (shrink("timestamp.npy"), r"timestamp\.npy: expected \d+ bytes"),
+        (without_changed, r"rows of changed\.npy: the manifest says 5, found None; restore"),
+        (manifest_says(counts=COUNTS), r"events: the manifest says 9, found 3; restore the folder"),
+        (manifest_says(deletions=2), r"deletions: the manifest says 2, found 0; restore the folder"),
+        (manifest_says(num_users=9), r"changed\.npy: the manifest says 9, found 5|vocabularies hold 5 users"),
+        (renamed, r"name: the manifest says segment-000001-000004, found segment-000001-000005"),
+        (with_a_user_too_many, r"names user row 77, the manifest says 5 users"),
+    ],
+)
+def test_a_segment_that_is_not_what_it_says_is_refused(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    path = tmp_path / "log"
+    write(path, STEPS)
+    compact_log(path)
+    damage(path)
+    with pytest.raises(LogFormatError, match=message):
+        EventLog.open(path)
+
+
+def test_segments_that_vanished_or_lie_inside_a_range_are_named(tmp_path: Path) -> None:
+    log = write(tmp_path / "log", STEPS)
+    shutil.rmtree(log.path / OLD[3])
+    again = EventLog.open(log.path)
+    for ask in (again.changed_users, lambda after: again.new_events([0], after)):
+        with pytest.raises(LogFormatError, match=r"ends at segment 3, so 4 is none of its own; .* Restore it, or"):
+            ask(4)
+    assert not again.has_boundary(4)
+    compact_log(log.path)
+    with pytest.raises(LogFormatError, match=r"number 2: it lies inside the compacted segment-000001-000003; read"):
+        EventLog.open(log.path, last_segment=2)
+    with pytest.raises(LogFormatError, match="number 7: the log ends at 3"):
+        EventLog.open(log.path, last_segment=7)

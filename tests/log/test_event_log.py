@@ -1,0 +1,330 @@
+"""EventLog: what is read equals a plain sort of what was written, over one and several segments."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+import vista
+from vista.errors import LogFormatError, UnknownUserError
+from vista.log import histories
+from vista.log.event_log import EventLog
+from vista.log.histories import Histories, Int, take
+from vista.log.packed_table import PackedTable
+
+
+def run_python(code: str, folder: Path) -> str:
+    """What `code` prints in a fresh interpreter."""
+    path = os.pathsep.join([str(Path(vista.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+    ).stdout
+
+
+def random_frame(seed: int, num_events: int, num_users: int = 20) -> pl.DataFrame:
+    rng = np.random.default_rng(seed)
+    return pl.DataFrame(
+        {
+            "user": rng.integers(100, 100 + num_users, num_events),
+            "item": rng.integers(0, 50, num_events),
+            "timestamp": rng.integers(0, 40, num_events) + 1_600_000_000,
+            "kind": rng.choice(["view", "buy"], num_events),
+            "stars": rng.integers(1, 6, num_events).astype(np.float32),
+        }
+    )
+
+
+def write(path: Path, frames: list[pl.DataFrame]) -> EventLog:
+    for number, frame in enumerate(frames):
+        log = EventLog.from_frame(frame, path, time_unit="s", action="kind", rating="stars", append=number > 0)
+    return log
+
+
+def expected_history(frames: list[pl.DataFrame], user: int) -> pl.DataFrame:
+    """A stable sort by time of the frames one after another."""
+    return pl.concat(frames).filter(pl.col("user") == user).sort("timestamp", maintain_order=True)
+
+
+def assert_history(log: EventLog, history: Histories, want: pl.DataFrame) -> None:
+    assert log.items.ids(history.item).tolist() == want["item"].to_list()
+    assert history.timestamp.tolist() == (want["timestamp"] * 1000).to_list()
+    assert [log.actions[code] for code in history.action] == want["kind"].to_list()
+    assert history.rating is not None
+    assert history.rating.tolist() == want["stars"].to_list()
+    assert history.offsets.tolist() == [0, want.height]
+    assert history.item.dtype == np.int32
+    assert history.rating.dtype == np.float32
+    assert history.action.dtype == np.uint8
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["one segment", "three segments"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[EventLog, list]:
+    """Three segments overlap in time and users; the last brings new users."""
+    frames = [random_frame(1, 300), random_frame(2, 40, 5), random_frame(3, 120, 30)][: request.param]
+    return write(tmp_path_factory.mktemp("log") / "log", frames), frames
+
+
+def test_every_history(case: tuple[EventLog, list]) -> None:
+    log, frames = case
+    everything = pl.concat(frames)
+    assert log.num_events == everything.height == log.lengths.sum()
+    assert log.num_users == everything["user"].n_unique()
+    assert log.num_items == everything["item"].n_unique()
+    assert log.last_segment == len(frames)
+    for user in everything["user"].unique():
+        assert_history(log, log[user], expected_history(frames, user))
+
+
+def test_gather_equals_users_one_by_one(case: tuple[EventLog, list]) -> None:
+    log, _ = case
+    rows = np.array([3, 0, 7, 7, 1])
+    counts = np.array([2, 0, 5, 1000, 1])
+    together = log.gather(rows, counts)
+    assert together.num_users == 5
+    for place, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        alone = log.slice(row, 0, count)
+        for name in ("item", "timestamp", "action", "rating"):
+            assert getattr(together.slice(place), name).tolist() == getattr(alone, name).tolist()
+    assert log.gather(rows).lengths.tolist() == log.lengths[rows].tolist()
+    assert log.gather(np.array([], np.int64)).num_events == 0
+
+
+def test_gather_ranges_and_slices_agree(case: tuple[EventLog, list]) -> None:
+    log, _ = case
+    rows, starts, stops = np.array([0, 2, 5]), np.array([1, 0, 3]), np.array([4, 2, 9])
+    ranges = log.gather_ranges(rows, starts, stops)
+    for place, row in enumerate(rows):
+        part = log.slice(int(row), int(starts[place]), int(stops[place]))
+        whole = log.slice(int(row))
+        assert ranges.slice(place).item.tolist() == part.item.tolist()
+        assert part.timestamp.tolist() == whole.timestamp[starts[place] : stops[place]].tolist()
+    assert log.slice(2, -3).item.tolist() == log.slice(2).item[-3:].tolist()
+    assert log.slice(2, 5, 2).num_events == 0
+
+
+def test_one_segment_gives_views(tmp_path: Path) -> None:
+    log = write(tmp_path / "log", [random_frame(1, 300)])
+    whole = log.gather(np.arange(log.num_users))
+    part = log.slice(4, 1, 3)
+    middle = log.gather(np.arange(3, 9))
+    for history in (part, middle):
+        assert np.shares_memory(history.item, whole.item)
+        assert not history.item.flags.writeable
+    assert not np.shares_memory(log.gather(np.array([5, 3])).item, whole.item)
+
+
+def test_a_slice_inside_a_later_segment_is_a_view(tmp_path: Path) -> None:
+    early = pl.DataFrame({"user": [1] * 5, "item": range(5), "timestamp": range(5)})
+    late = pl.DataFrame({"user": [1] * 5, "item": range(5, 10), "timestamp": range(5, 10)})
+    EventLog.from_frame(early, tmp_path / "log", time_unit="ms")
+    log = EventLog.from_frame(late, tmp_path / "log", time_unit="ms", append=True)
+    assert log.slice(0, 6, 9).item.base is not None
+    assert log.items.ids(log.slice(0, 6, 9).item).tolist() == [6, 7, 8]
+    assert log.items.ids(log.slice(0, 3, 8).item).tolist() == [3, 4, 5, 6, 7]
+
+
+def test_unknown_users_and_rows(case: tuple[EventLog, list]) -> None:
+    log, _ = case
+    assert 100 in log
+    assert 5 not in log
+    with pytest.raises(UnknownUserError, match="user 5 is not in"):
+        log[5]
+    with pytest.raises(IndexError, match="user rows must lie in"):
+        log.gather([log.num_users])
+    with pytest.raises(TypeError, match="vector of integers"):
+        log.gather([0.5])
+
+
+def test_it_pickles_as_its_path_and_last_segment(case: tuple[EventLog, list]) -> None:
+    log, frames = case
+    raw = pickle.dumps(log)
+    assert len(raw) < 1000
+    copy = pickle.loads(raw)
+    assert (copy.last_segment, copy.num_events) == (len(frames), log.num_events)
+
+
+def test_older_segments_alone(tmp_path: Path) -> None:
+    frames = [random_frame(1, 100), random_frame(2, 50, 40)]
+    first = write(tmp_path / "log", frames[:1])
+    columns = {"action": "kind", "rating": "stars"}
+    EventLog.from_frame(frames[1], tmp_path / "log", time_unit="s", append=True, **columns)
+    again = EventLog.open(tmp_path / "log", last_segment=1)
+    assert (again.num_users, again.num_events) == (first.num_users, 100)
+    with pytest.raises(LogFormatError, match="no segment ends at number 7"):
+        EventLog.open(tmp_path / "log", last_segment=7)
+
+
+def test_impressions_over_segments(tmp_path: Path) -> None:
+    events = random_frame(1, 100)
+    first = pl.DataFrame(
+        {
+            "user": [101, 100, 999],
+            "item": [1, 2, 3],
+            "timestamp": [5, 6, 7],
+            "like": [1, 0, None],
+            "p": [0.5, 0.25, 1.0],
+        }
+    )
+    second = pl.DataFrame({"user": [100, 101], "item": [4, 777], "timestamp": [5, 9], "like": [1, 1]})
+    common = {"time_unit": "s", "labels": ["like"]}
+    EventLog.from_frame(events, tmp_path / "log", impressions=first, probabilities=["p"], **common)
+    log = EventLog.from_frame(events.head(3), tmp_path / "log", impressions=second, append=True, **common)
+    seen = log.impressions
+    assert seen is not None
+    assert seen.tasks == ["like"]
+    found = []
+    for user in (100, 101, 999):
+        row = int(log.users.rows([user])[0])
+        here = slice(int(seen.offsets[row]), int(seen.offsets[row + 1]))
+        assert seen.probability is not None
+        found += [
+            (user, int(i), int(t), int(label), int(mask), float(p))
+            for i, t, label, mask, p in zip(
+                log.items.ids(seen.item[here]),
+                seen.timestamp[here],
+                seen.label[here, 0],
+                seen.mask[here, 0],
+                seen.probability[here, 0],
+                strict=True,
+            )
+        ]
+    assert str(found) == str(
+        [
+            (100, 4, 5000, 1, 1, float("nan")),
+            (100, 2, 6000, 0, 1, 0.25),
+            (101, 1, 5000, 1, 1, 0.5),
+            (101, 777, 9000, 1, 1, float("nan")),
+            (999, 3, 7000, 0, 0, 1.0),
+        ]
+    )
+    assert log[999].num_events == 0  # seen in impressions only
+    assert len(seen.offsets) == log.num_users + 1
+
+
+def test_a_log_without_impressions_has_none(case: tuple[EventLog, list]) -> None:
+    assert case[0].impressions is None
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "segment-000001" / "item.npy"
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def delete_column(folder: Path) -> None:
+    (folder / "segment-000001" / "timestamp.npy").unlink()
+
+
+def delete_segment(folder: Path) -> None:
+    shutil.rmtree(folder / "segment-000001")
+
+
+def edit_manifest(**values: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        file = folder / "segment-000001" / "manifest.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return edit
+
+
+def tear_manifest(folder: Path) -> None:
+    file = folder / "segment-000001" / "manifest.json"
+    file.write_text(file.read_text()[:50])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, r"item\.npy: expected \d+ bytes, found \d+; the file is truncated: copy it again"),
+        (delete_column, r"timestamp\.npy: missing; prepare the log anew"),
+        (delete_segment, r"segment-000001 is missing, found segment-000002"),
+        (edit_manifest(deletions=3), r"deletions: the manifest says 3, found 0; restore the folder"),
+        (edit_manifest(version=2), r"format version 2, this vista reads 1"),
+        (edit_manifest(format="other"), r"not the manifest of an EventLog"),
+        (tear_manifest, r"manifest\.json: unreadable"),
+    ],
+)
+def test_a_damaged_log_is_refused(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    folder = tmp_path / "log"
+    write(folder, [random_frame(1, 50), random_frame(2, 50)])
+    damage(folder)
+    with pytest.raises(LogFormatError, match=message):
+        EventLog.open(folder)
+
+
+def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LogFormatError, match="no such folder; make the log with `vista prepare"):
+        EventLog.open(tmp_path / "absent")
+    with pytest.raises(LogFormatError, match="holds no segment"):
+        EventLog.open(tmp_path)
+
+
+def test_a_compacted_range_replaces_its_segments(tmp_path: Path) -> None:
+    frames = [random_frame(1, 80), random_frame(2, 60)]
+    whole = write(tmp_path / "whole", [pl.concat(frames)])
+    log = write(tmp_path / "log", frames)
+    compacted = tmp_path / "log" / "segment-000001-000002"
+    shutil.copytree(tmp_path / "whole" / "segment-000001", compacted)
+    file = compacted / "manifest.json"
+    np.save(compacted / "changed.npy", np.full(log.num_users, 2))
+    entry = {"changed.npy": {"bytes": (compacted / "changed.npy").stat().st_size}}
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps(manifest | {"last_segment": 2, "files": manifest["files"] | entry}))
+    again = EventLog.open(tmp_path / "log")
+    assert (again.last_segment, again.num_events, len(again.manifests)) == (2, log.num_events, 1)
+    assert again[100].timestamp.tolist() == whole[100].timestamp.tolist() == log[100].timestamp.tolist()
+
+
+def test_reading_imports_neither_polars_nor_torch(tmp_path: Path) -> None:
+    write(tmp_path / "log", [random_frame(1, 50)])
+    code = (
+        "import sys; from vista.log import splits; from vista.log.event_log import EventLog\n"
+        "import vista.examples.frequency\n"
+        f"log = EventLog.open({str(tmp_path / 'log')!r}); log.gather([1, 0]); splits.visible_counts(log, 'all')\n"
+        "print([m for m in ('polars', 'torch', 'pandas', 'hydra', 'triton') if m in sys.modules])"
+    )
+    assert run_python(code, tmp_path).strip() == "[]"
+
+
+def test_without_polars_the_extra_is_named(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['polars'] = None\n"
+        "from vista.log.event_log import EventLog\n"
+        "from vista.errors import VistaError\n"
+        "try: EventLog.from_frame({'user': [1], 'item': [1]}, 'x', timestamp=None)\n"
+        "except VistaError as error: print(error)"
+    )
+    assert "pip install 'vista-recsys[data]'" in run_python(code, tmp_path)
+
+
+def test_short_ranges_of_segments_in_order_read_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users 1 and 2 go on in the second segment; user 3 has an event there that is older than those of the first."""
+    first = {"user": [1] * 50 + [2] * 50 + [3] * 5, "item": range(105), "timestamp": [*range(100), *range(200, 205)]}
+    second = {"user": [1] * 9 + [2] * 9 + [3], "item": range(19), "timestamp": [*range(300, 318), 202]}
+    log = EventLog.from_frame(first, tmp_path / "log", time_unit="s")
+    log = EventLog.from_frame(second, tmp_path / "log", time_unit="s", append=True)
+    taken: list[int] = []
+
+    def counted(table: PackedTable, starts: Int, counts: Int) -> Histories:
+        taken.append(int(counts.sum()))
+        return take(table, starts, counts)
+
+    monkeypatch.setattr(histories, "take", counted)
+    low, high = np.array([45, 55, 2]), np.array([55, 57, 5])
+    found = log.gather_ranges(np.arange(3), low, high)
+    assert sum(taken) == 10 + 2 + 6
+    for user in range(3):
+        assert found.slice(user).timestamp.tolist() == log.slice(user, low[user], high[user]).timestamp.tolist()
+        assert found.slice(user).item.tolist() == log.slice(user, low[user], high[user]).item.tolist()

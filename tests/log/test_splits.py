@@ -1,0 +1,95 @@
+"""Visible counts and item frequencies against plain loops."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from vista.errors import ConfigError
+from vista.examples import frequency
+from vista.examples.frequency import item_counts
+from vista.log.event_log import EventLog
+from vista.log.splits import Until, parse_time, parse_until, visible_counts
+
+DAY = 86_400_000
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
+    """Two segments; users 0..9 have 1 to 10 events, one a day."""
+    rows = [(user, (user * day) % 7, day * DAY) for user in range(10) for day in range(user + 1)]
+    frame = pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row")
+    path = tmp_path_factory.mktemp("splits") / "log"
+    late = pl.col("timestamp") >= 4 * DAY
+    EventLog.from_frame(frame.filter(late.not_()), path, time_unit="ms")
+    return EventLog.from_frame(frame.filter(late), path, time_unit="ms", append=True)
+
+
+def test_leave_out_hides_nothing_of_short_users(log: EventLog) -> None:
+    assert visible_counts(log, None).tolist() == list(range(1, 11))
+    assert visible_counts(log, "leave-last-out").tolist() == [1, 2, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert visible_counts(log, "leave-last-two-out").tolist() == [1, 2, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert visible_counts(log, "leave-last-7-out").tolist() == [1, 2, 0, 0, 0, 0, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("until", ["1970-01-06", "1970-01-06T00:00:00Z", 5 * DAY, str(5 * DAY), Until(before=5 * DAY)])
+def test_a_time_hides_what_happened_at_it_or_later(log: EventLog, until: object) -> None:
+    assert visible_counts(log, until).tolist() == [1, 2, 3, 4, 5, 5, 5, 5, 5, 5]
+
+
+def test_a_time_is_exclusive_to_the_millisecond(log: EventLog) -> None:
+    assert visible_counts(log, 5 * DAY + 1)[-1] == 6
+    assert visible_counts(log, 0).tolist() == [0] * 10
+
+
+def test_a_time_less_some_hides_the_newest_before_it_too(log: EventLog) -> None:
+    assert visible_counts(log, "1970-01-06-less-2").tolist() == [0, 0, 1, 2, 3, 3, 3, 3, 3, 3]
+
+
+def test_parsing() -> None:
+    assert parse_time("2024-05-01") == 1_714_521_600_000
+    assert parse_time("2024-05-01T02:00:00+02:00") == 1_714_521_600_000
+    assert parse_time("1714521600000") == parse_time(1_714_521_600_000) == 1_714_521_600_000
+    for text in ("2024", "202405", " 1999 "):
+        with pytest.raises(ConfigError, match="is a year or a month; write its first day"):
+            parse_time(text)
+    with pytest.raises(ConfigError, match=r"until='2024': write .* an ISO date"):
+        parse_until("2024")
+    assert parse_time("2500") == 2500 and parse_time("202413") == 202_413
+    assert parse_until("leave-last-two-out") == parse_until("leave-last-2-out") == Until(held_out=2)
+    assert parse_until("leave-last-101-out") == parse_until(str(Until(held_out=101))) == Until(held_out=101)
+    with pytest.raises(ConfigError, match="leave-last-N-out"):
+        parse_until("leave-last-0-out")
+    assert parse_until("5-less-3") == parse_until(str(Until(3, 5))) == Until(held_out=3, before=5)
+    assert parse_until("all") == parse_until(None) == Until()
+    assert [str(parse_until(text)) for text in (None, "leave-last-out", "5")] == ["all", "leave-last-out", "5"]
+    for text in ("yesterday", "5-less-", "5-less--1", "less-5", ""):
+        with pytest.raises(ConfigError, match=f"until='{text}': write all, leave-last-out, .*TIME-less-N"):
+            parse_until(text)
+
+
+def test_a_time_needs_a_log_with_times(tmp_path: Path) -> None:
+    log = EventLog.from_frame({"user": [1, 1], "item": [1, 2]}, tmp_path / "log", timestamp=None)
+    with pytest.raises(ConfigError, match="has no times; use leave-last-out"):
+        visible_counts(log, "2024-01-01")
+    assert visible_counts(log, "leave-last-out").tolist() == [2]
+
+
+@pytest.mark.parametrize("block_events", [1, 7, 1 << 22])
+@pytest.mark.parametrize("until", [None, "leave-last-out", "1970-01-04"])
+def test_item_counts(log: EventLog, monkeypatch: pytest.MonkeyPatch, block_events: int, until: str | None) -> None:
+    monkeypatch.setattr(frequency, "_BLOCK_EVENTS", block_events)
+    counts = visible_counts(log, until)
+    want = np.zeros(log.num_items, np.int64)
+    for user in range(log.num_users):
+        for item in log.slice(user, 0, int(counts[user])).item:
+            want[item] += 1
+    assert item_counts(log, counts).tolist() == want.tolist()
+    if until is None:
+        assert item_counts(log).tolist() == want.tolist()
+
+
+def test_item_counts_refuse_a_wrong_shape(log: EventLog) -> None:
+    with pytest.raises(ValueError, match=r"one entry a user \(10\), got shape \(3,\)"):
+        item_counts(log, np.zeros(3, np.int64))

@@ -1,0 +1,160 @@
+"""Frozen linear maps are the maps that they were, in whatever layout."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vista.config.choices import Precision, TargetAttentionKind
+from vista.device import choose_precision
+from vista.model import frozen_linear as frozen_module
+from vista.model import inference
+from vista.model.frozen_linear import FrozenLinear, frozen, packs
+from vista.model.layers import FeedForward, linear_parts
+from vista_kernels.torch_backend.precision import multiplies_bfloat16, product_dtype
+
+CPU = torch.device("cpu")
+UNIT = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7}
+"""Of the largest output: rounding of inputs, weights and result."""
+
+
+@pytest.fixture(params=[True, False], ids=["packed", "plain"])
+def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either layout, on every processor: oneDNN takes packed weights on all of them, if not always as fast."""
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch without oneDNN")
+    monkeypatch.setattr(frozen_module, "packs", lambda dtype, device: request.param)
+
+
+def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
+    torch.manual_seed(inputs + outputs)
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+@pytest.mark.usefixtures("packed")
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_frozen_map_is_the_map(dtype: torch.dtype, bias: bool) -> None:
+    one = linear(24, 40, bias=bias)
+    for shape in ((3, 24), (2, 5, 24), (0, 24), (1, 1, 24)):
+        x = torch.randn(shape)
+        with torch.inference_mode():
+            found, expected = FrozenLinear(one, dtype)(x), one(x)
+        assert found.dtype is dtype and found.shape == expected.shape
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=8 * UNIT[dtype])
+
+
+@pytest.mark.usefixtures("packed")
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+def test_parts_are_those_of_the_whole(dtype: torch.dtype) -> None:
+    one = linear(16, 32)
+    for shape, first in itertools.product(((2, 9, 16), (0, 16), (3, 0, 16), (1, 16)), (0, 2, 3)):
+        x = torch.randn(shape)
+        with torch.inference_mode():
+            whole = F.linear(x, one.weight).chunk(4, -1)
+            found = linear_parts(x, FrozenLinear(one, dtype), 4, first)
+            trained = linear_parts(x, one, 4, first)
+        assert len(found) == len(trained) == 4 - first
+        for part, other, expected in zip(found, trained, whole[first:], strict=True):
+            assert part.shape == expected.shape
+            torch.testing.assert_close(part.float(), expected, rtol=0, atol=8 * UNIT[dtype])
+            torch.testing.assert_close(other, expected)
+
+
+@pytest.mark.usefixtures("packed")
+def test_training_does_not_reach_a_frozen_copy() -> None:
+    block = FeedForward(8, 2.0, 0.0).eval()
+    x = torch.randn(5, 8)
+    with torch.inference_mode():
+        copy = frozen(block, torch.float32)
+        before = copy(x)
+        torch.testing.assert_close(before, block(x), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.mul_(2)
+    with torch.inference_mode():
+        assert torch.equal(copy(x), before)
+        assert not torch.allclose(block(x), before)
+    assert not any(parameter.requires_grad for parameter in copy.parameters())
+
+
+@pytest.mark.usefixtures("packed")
+@pytest.mark.parametrize(("seeds", "kind"), [(seeds, kind) for seeds in (0, 5) for kind in TargetAttentionKind])
+@pytest.mark.parametrize("precision", [Precision.float32, Precision.bfloat16])
+def test_a_model_with_a_frozen_stage_is_the_model(
+    make: SimpleNamespace, seeds: int, kind: TargetAttentionKind, precision: Precision
+) -> None:
+    """Summaries, contexts, users and candidates; with histories shorter than the tail, and one without an event."""
+    model = make.model(num_seeds=seeds, target_attention=kind).eval()
+    histories = make.histories([3, 0, 40, 7], 2)
+    tail = inference.pad_tail(
+        model, histories.item, histories.timestamp, histories.action.astype(np.int64), histories.offsets
+    )
+    candidates = torch.from_numpy(np.random.default_rng(1).integers(1, make.num_items, (4, 6)))
+    small = precision is Precision.float32
+
+    def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+        atol = (1e-5 if small else 3e-2) * float(expected.abs().max())
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=atol)
+
+    summary = inference.summarize(model, histories)
+    if seeds:
+        close(inference.summarize(model.with_frozen("summarizer", precision), histories), summary)
+    else:
+        assert model.with_frozen("summarizer", precision).summarizer is None
+    other = model.with_frozen("target_attention", precision)
+    assert other.summarizer is model.summarizer and other.task_head is model.task_head
+    assert not isinstance(model.target_attention.query_gap, FrozenLinear)
+    asked = [(one, inference.request_context(one, summary, tail)) for one in (model, other)]
+    gap = inference.request_gap(model, tail.last_time + 3_600_000, tail)
+    (expected, found) = (inference.user_vectors(one, context, gap) for one, context in asked)
+    close(found, expected)
+    (expected, found) = (inference.candidate_logits(one, context, gap, candidates) for one, context in asked)
+    close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+def test_a_packed_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    if not packs(dtype, CPU):
+        pytest.skip("not packed on this processor")
+    one, x = FrozenLinear(linear(64, 96), dtype), torch.randn(100, 64)
+    with torch.inference_mode():
+        every = one(x)
+        for count in (1, 2, 3, 7, 50, 99):
+            assert torch.equal(one(x[:count]), every[:count])
+            assert torch.equal(one(x[-count:].contiguous()), every[-count:])
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "chosen"),
+    [
+        ("AMD EPYC", {"avx512_f"}, {torch.float32}),
+        ("AMD EPYC", {"avx512_f", "avx512_bf16"}, {torch.float32, torch.bfloat16}),
+        ("AMD EPYC", set(), set()),
+        ("Intel(R) Xeon(R)", {"avx512_f", "avx512_bf16", "amx_tile"}, {torch.bfloat16}),
+        ("Intel(R) Xeon(R)", {"avx512_f", "amx_tile"}, {torch.bfloat16}),
+        ("Intel Xeon", {"avx512_f", "avx512_bf16"}, set()),
+    ],
+)
+def test_what_is_packed_follows_the_processor(
+    name: str, flags: set[str], chosen: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, **dict.fromkeys(flags, True)})
+    packs.cache_clear()
+    multiplies_bfloat16.cache_clear()
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            assert packs(dtype, CPU) is (dtype in chosen)
+        precision = Precision.bfloat16 if torch.bfloat16 in chosen else Precision.float32
+        assert choose_precision(Precision.auto, CPU) is precision
+        assert product_dtype(torch.ones(1, dtype=torch.bfloat16)) == getattr(torch, precision.value)
+    finally:
+        packs.cache_clear()
+        multiplies_bfloat16.cache_clear()
+    assert not packs(torch.float32, torch.device("meta"))

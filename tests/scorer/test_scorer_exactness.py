@@ -1,0 +1,196 @@
+"""A score is the same whatever else the call asks for: to the bit, where the machine's matrix products keep to rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tests.conftest import DAY, small_config
+from vista.config.choices import TargetAttentionKind
+from vista.log.event_log import EventLog
+from vista.model.inference import ROW_TILE
+from vista.model.vista_model import Recommender
+from vista.refresh import refresh
+from vista.scorer import Scorer, Tail
+from vista.training.trainer import schema_of
+
+TOLERANCE = 2e-5
+"""Where products do not keep to rows: some units of float32's rounding of values around 1."""
+DIM = 32
+
+
+@cache
+def products_keep_to_rows() -> bool:
+    """Whether a row of a product has the same bits in whole tiles of any number of rows; the last: the task head's."""
+    torch.manual_seed(0)
+    for inner, outer in ((DIM, 4 * DIM), (DIM, DIM), (2 * DIM, DIM), (DIM, 3)):
+        weight, rows = torch.randn(outer, inner), torch.randn(1024, inner)
+        whole = rows @ weight.t()
+        counts = (1, 2, 3, 5, 13, 64, 127)
+        if not all(torch.equal(rows[: ROW_TILE * n] @ weight.t(), whole[: ROW_TILE * n]) for n in counts):
+            return False
+    return True
+
+
+def same(found: Any, expected: Any) -> None:
+    if products_keep_to_rows():
+        np.testing.assert_array_equal(found, expected)
+    else:
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.fixture(scope="module", params=[(TargetAttentionKind.softmax, 16), (TargetAttentionKind.pointwise, 18)])
+def opened(
+    request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Scorer]:
+    """Either kind of layers; three tasks and the next item."""
+    folder = tmp_path_factory.mktemp("exact")
+    kind, tail_len = request.param
+    config = small_config(impression_log, "unused", model__dim=DIM, model__num_seeds=16, model__tail_len=tail_len)
+    config.model.target_attention = kind
+    torch.manual_seed(3)
+    model = Recommender(config.model, schema_of(impression_log, config), impression_log.items, config.data).eval()
+    refresh(model, impression_log, folder / "store")
+    with Scorer.open(model, folder / "store") as scorer:
+        yield scorer
+
+
+@pytest.fixture(scope="module")
+def ids(opened: Scorer) -> tuple[list[Any], NDArray[Any], int]:
+    """All users, all items, a time after all events."""
+    users = list(opened.store.keys())
+    newest = int(opened.store.get_many(users).last_event_ts.max())
+    return users, opened.model.items.ids(np.arange(len(opened.model.items))), newest + DAY
+
+
+@pytest.fixture(scope="module")
+def whole(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> dict[str, NDArray[np.float32]]:
+    users, items, now = ids
+    return opened.predict(users, items, now=now)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_score_does_not_depend_on_what_else_is_asked_for(
+    data: st.DataObject,
+    opened: Scorer,
+    ids: tuple[list[Any], NDArray[Any], int],
+    whole: dict[str, NDArray[np.float32]],
+) -> None:
+    users, items, now = ids
+    rows = data.draw(st.lists(st.integers(0, len(users) - 1), min_size=1, max_size=6), label="users")
+    columns = data.draw(st.lists(st.integers(0, len(items) - 1), min_size=1, max_size=70), label="candidates")
+    asked = [users[row] for row in rows]
+    shared = opened.predict(asked, items[columns], now=now)
+    grid = np.stack([np.roll(columns, shift) for shift in range(len(rows))])
+    own = opened.predict(asked, items[grid], now=now)
+    for task, scores in whole.items():
+        same(shared[task], scores[np.ix_(rows, columns)])
+        same(own[task], scores[np.array(rows)[:, None], grid])
+    same(opened.score(asked, items[columns], now=now), shared[opened.task])
+
+
+def test_a_ranking_has_the_scores_bits(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> None:
+    users, items, now = ids
+    scores = opened.score(users[3:4], items, now=now)[0]
+    for ranking in (
+        opened.rank(users[3], top_k=1000, now=now),
+        opened.rank(users[3], top_k=1000, candidates=items[::-1], now=now),
+        opened.rank(users[3], top_k=1000, candidates=items[[5, 5, 7]], now=now),
+    ):
+        place = {item: index for index, item in enumerate(items.tolist())}
+        same(ranking.scores, scores[[place[item] for item in ranking.items.tolist()]])
+    vectors = opened.user_vectors(users, now=now)
+    for index, user in enumerate(users):
+        same(opened.user_vectors([user], now=now)[0], vectors[index])
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_neither_do_threads_break_that(
+    num_threads: int, opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]
+) -> None:
+    users, items, now = ids
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        expected = opened.predict(users, items, now=now)
+        for count in (1, 7, 9, 33):
+            found = opened.predict(users[1:2], items[-count:], now=now)
+            for task, scores in expected.items():
+                same(found[task][0], scores[1, -count:])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_tails_given_twice_count_once_and_an_empty_one_is_none(
+    opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]
+) -> None:
+    users, items, now = ids
+    fresh = [(items[4], now - 3000, 0), (items[9], now - 2000, 1)]
+
+    def tail(events: list[Any]) -> Tail:
+        item, time, action = (np.array(column) for column in zip(*events, strict=True))
+        return Tail(item, time, action, np.array([0, len(events)]))
+
+    once = opened.predict(users[:1], items, tail=tail(fresh), now=now)
+    twice = opened.predict(users[:1], items, tail=tail(fresh + fresh[::-1]), now=now)
+    none, empty = (
+        opened.predict(users, items, now=now),
+        opened.predict(users, items, tail=Tail.empty(len(users)), now=now),
+    )
+    for task, scores in once.items():
+        np.testing.assert_array_equal(twice[task], scores)
+        np.testing.assert_array_equal(empty[task], none[task])
+        assert np.abs(scores - none[task][:1]).max() > 1e-4
+
+
+def test_item_projections_of_a_file_give_the_bits_of_computed_ones(
+    opened: Scorer, ids: tuple[list[Any], NDArray[Any], int], tmp_path: Path
+) -> None:
+    users, items, now = ids
+    opened.model.save_pretrained(tmp_path / "model")
+    with Scorer.open(tmp_path / "model", opened.store.path) as mapped:
+        for task, scores in mapped.predict(users, items, now=now).items():
+            np.testing.assert_array_equal(scores, opened.predict(users, items, now=now)[task])
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(0, 40), min_size=12, max_size=12), seed=st.integers(0, 99))
+def test_ragged_lists_have_the_bits_of_full_ones(
+    lengths: list[int],
+    seed: int,
+    opened: Scorer,
+    ids: tuple[list[Any], NDArray[Any], int],
+    whole: dict[str, NDArray[np.float32]],
+) -> None:
+    users, items, now = ids
+    rng = np.random.default_rng(seed)
+    columns = [rng.integers(0, len(items), length) for length in lengths]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    found = opened.predict(users, (items[np.concatenate(columns)], offsets), now=now)
+    for task, scores in whole.items():
+        same(found[task], np.concatenate([scores[user, chosen] for user, chosen in enumerate(columns)]))
+
+
+def test_unknown_items_of_one_moment_are_two_events(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> None:
+    users, items, now = ids
+
+    def tail(*names: int) -> Tail:
+        count = len(names)
+        return Tail(np.array(names), np.full(count, now - 1000), np.zeros(count, int), np.array([0, count]))
+
+    one, two, again = (
+        opened.explain(users[0], items[:2], tail=tail(*names), now=now)
+        for names in ((7777,), (7777, 8888), (7777, 7777))
+    )
+    assert one.tail_items[-2:] != [None, None] == two.tail_items[-2:]
+    np.testing.assert_array_equal(one.value, again.value)

@@ -1,0 +1,164 @@
+"""Shares add up to the score, and each is what its token brings while weights, gates and spreads stand still."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.conftest import DAY, START, Served, small_config, tail_of
+from vista.config.choices import TargetAttentionKind
+from vista.log.event_log import EventLog
+from vista.model import attribution, inference
+from vista.model.target_attention import Context
+from vista.model.target_layers import PointwiseLayer
+from vista.model.vista_model import Recommender
+from vista.refresh import refresh
+from vista.scorer import Scorer
+from vista.training.trainer import schema_of
+
+
+@pytest.fixture(scope="module", params=TargetAttentionKind)
+def opened(
+    request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Scorer]:
+    """Three target layers with biases of their own; three tasks and the next item."""
+    config = small_config(impression_log, "unused", model__num_target_layers=3, model__target_attention=request.param)
+    torch.manual_seed(5)
+    model = Recommender(config.model, schema_of(impression_log, config), impression_log.items, config.data).eval()
+    with torch.no_grad():
+        for name, weight in model.target_attention.named_parameters():
+            weight.add_(0.3 * torch.randn_like(weight) if name.endswith("bias") or "norm" in name else 0)
+    folder = tmp_path_factory.mktemp("explained")
+    refresh(model, impression_log, folder / "store")
+    with Scorer.open(model, folder / "store") as scorer:
+        yield scorer
+
+
+@pytest.mark.parametrize("task", ["click", "like", "long_view", "next"])
+@pytest.mark.parametrize("with_now", [True, False])
+def test_shares_add_up_to_the_score(opened: Scorer, task: str, with_now: bool) -> None:
+    user = list(opened.store.keys())[2]
+    now = int(opened.store.get_many([user]).last_event_ts[0]) + DAY if with_now else None
+    items = opened.model.items.ids(np.arange(9))
+    found = opened.explain(user, items, task=task, now=now)
+    scores = opened.predict([user], items, now=now)[task][0]
+    value = found.value if task == "next" else 1 / (1 + np.exp(-found.value))
+    np.testing.assert_allclose(value, scores, atol=1e-5)
+    added = found.summary.sum(1) + found.tail.sum(1) + found.own
+    np.testing.assert_allclose(added + found.remainder, found.value, atol=1e-6)
+    head = opened.model.task_head
+    assert head is not None
+    bias = 0.0 if task == "next" else head.bias[opened.model.schema.tasks.index(task)].item()
+    np.testing.assert_allclose(found.remainder, bias, atol=2e-5)
+    assert found.summary.shape == (9, 3) and found.tail.shape == (9, 6)
+    for shares in (found.summary, found.tail, found.own):
+        assert np.abs(shares).max() > 1e-3
+    tail = opened.store.get_many([user]).tail
+    assert found.tail_items == opened.model.items.ids(tail.items.astype(np.int64) - 1).tolist()
+
+
+def frozen(model: Recommender, context: Context, vector: Tensor, task: int) -> Any:
+    """The score as a function of factors on each token's values (summary, then tail) and on the vector: weights, gates
+    and spreads are those of all factors 1. float64, a head at a time."""
+    stage = model.target_attention
+    held: list[Tensor] = []
+
+    def run(factors: Tensor, own: float, keep: bool) -> float:
+        place = iter(range(10_000))
+
+        def hold(value: Tensor) -> Tensor:
+            if keep:
+                held.append(value)
+            return held[next(place)]
+
+        def norm(layer: torch.nn.LayerNorm, x: Tensor) -> Tensor:
+            spread = hold(torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + layer.eps))
+            return (x - x.mean(-1, keepdim=True)) / spread * layer.weight
+
+        x = own * vector * stage.scale
+        for index, layer in enumerate(stage.layers):
+            heads, width = layer.num_heads, layer.head_dim
+            normed = norm(layer.norm, own * vector if index == 0 else x)
+            query, gate, *pair = layer.projections(normed).chunk(4, -1)
+            if isinstance(layer, PointwiseLayer):
+                query, pair = F.silu(query), [F.silu(pair[0]), pair[1] * hold(pair[1].sigmoid())]
+            key, value = (part.view(heads, width) for part in pair)
+            mixed = []
+            for head in range(heads):
+                keys, values = context.keys[index][0, head], context.values[index][0, head] * factors[:, None]
+                q = query.view(heads, width)[head]
+                bias = F.pad(layer.bias[head, torch.arange(stage.tail_len, 0, -1)], (stage.num_seeds, 0))
+                seen = F.pad(context.tail_valid[0], (stage.num_seeds, 0), value=True)
+                scale = 1.0 if isinstance(layer, PointwiseLayer) else width**-0.5
+                scores = torch.cat([keys @ q * scale + bias, (q @ key[head] * scale + layer.bias[head, 0])[None]])
+                visible = F.pad(seen, (0, 1), value=True)
+                if isinstance(layer, PointwiseLayer):
+                    weights = hold(torch.where(visible, scores * scores.sigmoid(), 0.0))
+                else:
+                    weights = hold(torch.softmax(scores.masked_fill(~visible, -torch.inf), 0))
+                mixed.append(weights[:-1] @ values + weights[-1] * value[head])
+            if isinstance(layer, PointwiseLayer):
+                x = x + layer.out(norm(layer.head_norm, torch.stack(mixed).flatten()) * hold(F.silu(gate)))
+                continue
+            out = norm(layer.output.head_norm, torch.stack(mixed)).flatten() * hold(gate.sigmoid())
+            x = x + layer.output.out(out)
+            up_gate, up = layer.feed_forward.up(norm(layer.feed_forward.norm, x)).chunk(2, -1)
+            x = x + layer.feed_forward.down(hold(F.silu(up_gate)) * up)
+        assert model.task_head is not None
+        return float(norm(stage.final_norm, x) @ model.task_head.weight[task])
+
+    return run
+
+
+@torch.no_grad()
+def test_a_share_is_what_is_missing_without_the_token(opened: Scorer, impression_log: EventLog) -> None:
+    """The function is linear, so a share is the difference that leaving the token's values out makes."""
+    model = opened.model
+    log = impression_log[1]
+    rows = model.item_rows(impression_log.items.ids(log.item))
+    tail = inference.pad_tail(model, rows[-4:], log.timestamp[-4:], log.action[-4:], np.array([0, 4]))  # two are empty
+    summary = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(1))
+    context = inference.request_context(model, summary, tail)
+    vector = model.item_vectors(torch.tensor([7]))
+    assert model.task_head is not None
+    weight = model.task_head.weight
+    made_of = attribution.shares(model.target_attention, [vector], None, context, lambda out: out @ weight[1])
+    double = Recommender(model.config, model.schema, model.items, model.data).double().eval()
+    double.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    widened = Context(
+        [k.clone().double() for k in context.keys],
+        [v.clone().double() for v in context.values],
+        context.tail_valid,
+        context.tail,
+    )
+    run = frozen(double, widened, vector[0].double(), 1)
+    ones = torch.ones(9, dtype=torch.float64)
+    whole = run(ones, 1.0, True)
+    expected = []
+    for token in range(9):
+        without = ones.clone()
+        without[token] = 0
+        expected.append(whole - run(without, 1.0, False))
+    found = torch.cat([made_of.summary[0], made_of.tail[0]])
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(float(made_of.query[0]), whole - run(ones, 0.0, False), atol=1e-5)
+    assert (made_of.tail[0, :2] == 0).all()
+
+
+def test_tails_of_requests_and_unknown_items_are_explained(scorer: Scorer, served: Served) -> None:
+    fresh = tail_of([(108, [(777, START + 900 * DAY, 0), (20, START + 901 * DAY, 1)])])
+    found = scorer.explain(108, [0, 390], tail=fresh)
+    assert found.tail_items[-2:] == [None, 20] and found.tail.shape == (2, 6)
+    np.testing.assert_allclose(found.remainder, 0, atol=1e-4)
+    nobody = scorer.explain(999, [0, 390])
+    assert nobody.tail.shape == (2, 0) and nobody.tail_items == []
+    with pytest.raises(ValueError, match=r"task: 'buy' is none of this model's \['next'\]"):
+        scorer.explain(103, [0], task="buy")
+    with pytest.raises(ValueError, match=r"candidates: needs \[C\], got shape \(1, 1\)"):
+        scorer.explain(103, [[0]])

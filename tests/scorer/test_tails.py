@@ -1,0 +1,103 @@
+"""Tails that callers bring: what is refused, and the union with the stored ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vista.scorer.tails import checked_tail, merge_tails
+from vista.store.stored_batch import Tail
+
+Event = tuple[int, int, int]
+"""(time, item, action)"""
+
+
+def tail(*users: list[Event]) -> Tail:
+    events = [event for user in users for event in user]
+    return Tail(
+        np.array([item for _, item, _ in events], np.int32),
+        np.array([time for time, _, _ in events], np.int64),
+        np.array([action for _, _, action in events], np.uint8),
+        np.concatenate([[0], np.cumsum([len(user) for user in users])]).astype(np.int64),
+    )
+
+
+def events_of(merged: Tail) -> list[list[Event]]:
+    rows = list(zip(merged.times.tolist(), merged.items.tolist(), merged.actions.tolist(), strict=True))
+    return [rows[a:b] for a, b in zip(merged.offsets[:-1], merged.offsets[1:], strict=True)]
+
+
+def test_union_by_hand() -> None:
+    stored = tail([(1, 5, 0), (2, 6, 0), (2, 7, 1)], [], [(9, 1, 0)])
+    fresh = tail([(2, 7, 1), (2, 7, 0), (3, 8, 0)], [(4, 4, 0)], [])
+    assert events_of(merge_tails(stored, fresh, 10)) == [
+        [(1, 5, 0), (2, 6, 0), (2, 7, 1), (2, 7, 0), (3, 8, 0)],
+        [(4, 4, 0)],
+        [(9, 1, 0)],
+    ]
+    assert events_of(merge_tails(stored, fresh, 2)) == [[(2, 7, 0), (3, 8, 0)], [(4, 4, 0)], [(9, 1, 0)]]
+    # A late event goes to its time; if that is older than all that is kept, it goes nowhere.
+    assert events_of(merge_tails(tail([(5, 1, 0), (7, 2, 0)]), tail([(6, 3, 0)]), 2)) == [[(6, 3, 0), (7, 2, 0)]]
+    assert events_of(merge_tails(tail([(5, 1, 0), (7, 2, 0)]), tail([(4, 3, 0)]), 2)) == [[(5, 1, 0), (7, 2, 0)]]
+    assert events_of(merge_tails(tail([], []), tail([], []), 3)) == [[], []]
+
+
+events = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), st.integers(0, 1)), max_size=6).map(
+    lambda rows: sorted(rows, key=lambda row: row[0])
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(events, events), max_size=4), st.integers(1, 6))
+def test_union_is_that_of_a_loop(users: list[tuple[list[Event], list[Event]]], tail_len: int) -> None:
+    merged = merge_tails(tail(*(s for s, _ in users)), tail(*(f for _, f in users)), tail_len)
+    for (stored, fresh), found in zip(users, events_of(merged), strict=True):
+        union = list(stored)
+        for event in fresh:
+            if event not in union:
+                union.append(event)
+        union.sort(key=lambda event: event[0])
+        assert found == union[-tail_len:]
+    assert (merged.items.dtype, merged.times.dtype, merged.actions.dtype) == (np.int32, np.int64, np.uint8)
+
+
+GOOD = {"items": [1, 2], "times": [5, 6], "actions": [0, 1], "offsets": [0, 1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "error", "message"),
+    [
+        ("times", [5.0, float("nan")], TypeError, r"tail\.times: needs integer milliseconds, got float64"),
+        ("actions", [0.5, 1.0], TypeError, r"tail\.actions: needs integers"),
+        ("offsets", [0.0, 1.0, 2.0], TypeError, r"tail\.offsets: needs integers"),
+        ("items", [[1, 2]], ValueError, r"tail\.items: needs one dimension"),
+        ("times", [5], ValueError, r"tail\.times: 1 values for 2 items"),
+        ("actions", [0, 1, 1], ValueError, r"tail\.actions: 3 values for 2 items"),
+        ("offsets", [0, 2], ValueError, r"tail\.offsets: must rise from 0 to 2 in 3 values"),
+        ("offsets", [0, 1, 3], ValueError, r"tail\.offsets: must rise"),
+        ("offsets", [1, 1, 2], ValueError, r"tail\.offsets: must rise"),
+        ("offsets", [0, 2, 1], ValueError, r"tail\.offsets: must rise"),
+    ],
+)
+def test_a_tail_that_does_not_fit_is_named(
+    part: str, value: list[object], error: type[Exception], message: str
+) -> None:
+    arrays = {name: np.array(values) for name, values in (GOOD | {part: value}).items()}
+    with pytest.raises(error, match=message):
+        checked_tail(Tail(**arrays), 2)
+
+
+def test_good_tails_come_back_as_arrays() -> None:
+    for convert in (np.array, torch.tensor, list):
+        found = checked_tail(Tail(**{name: convert(values) for name, values in GOOD.items()}), 2)
+        assert found.times.dtype == found.offsets.dtype == found.actions.dtype == np.int64
+        for name, values in GOOD.items():
+            assert getattr(found, name).tolist() == values
+    checked_tail(Tail.empty(3), 3)
+    strings = GOOD | {"items": np.array(["a", "b"], object)}
+    assert checked_tail(Tail(**{name: np.asarray(values) for name, values in strings.items()}), 2).items[1] == "b"
+    with pytest.raises(TypeError, match=r"tail: needs a Tail"):
+        checked_tail(GOOD, 2)  # type: ignore[arg-type]

@@ -1,0 +1,140 @@
+"""The rivals of the attention benchmark compute what they should, and the model that is timed with them uses them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.benchmarks import attention_on_gpu
+from scripts.benchmarks import baseline_attention as rival_attention
+from scripts.benchmarks.attention_workloads import NUM_LAYERS, Step, Tokens, assert_equal, check
+from scripts.benchmarks.baseline_attention import (
+    attention_replaced,
+    fastest_block,
+    hstu,
+    plain_hstu,
+    plain_quasi_linear,
+    sdpa,
+)
+from scripts.benchmarks.benchmark_recorder import Recorder
+from vista.model import summarizer
+
+# Several whole items a block, one item a block, two rows of one item a block, one row where a row exceeds the block.
+BLOCKS = (1000, 7 * 11, 2 * 11, 1)
+
+
+def random(*lengths: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, T, 3, 4, generator=generator, dtype=dtype).requires_grad_() for T in lengths]
+
+
+@pytest.mark.parametrize("block_scores", BLOCKS)
+def test_hstu_in_blocks_is_hstu(block_scores: int) -> None:
+    tokens = random(7, 11, 11)
+    blocked = partial(hstu, block_scores=block_scores)
+    ours, plain = blocked(*tokens), plain_hstu(*tokens)
+    torch.testing.assert_close(ours, plain)
+    grad = torch.randn_like(plain)
+    for mine, true in zip(*(torch.autograd.grad(out, tokens, grad) for out in (ours, plain)), strict=True):
+        torch.testing.assert_close(mine, true)
+
+
+@pytest.mark.parametrize("block_scores", BLOCKS)
+def test_gradients_of_hstu_in_blocks(block_scores: int) -> None:
+    assert torch.autograd.gradcheck(partial(hstu, block_scores=block_scores), random(3, 5, 5))
+
+
+def test_hstu_keeps_no_score_of_all() -> None:
+    sizes = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = function(*args, **(kwargs or {}))
+            sizes.extend([result.numel()] if isinstance(result, torch.Tensor) else [])
+            return result
+
+    q, k, v = (torch.randn(1, 512, 1, 4) for _ in range(3))
+    with torch.no_grad(), Watch():
+        hstu(q, k, v, block_scores=4096)
+    assert max(sizes) == 4096
+
+
+def test_the_fastest_block_is_one_of_those_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rival_attention, "BLOCK_SCORES", (64, 128))
+    assert fastest_block(2, 32, 2, 4, torch.empty(0, dtype=torch.bfloat16)) in (64, 128)
+
+
+@pytest.mark.parametrize("attention", [sdpa, partial(hstu, block_scores=500)], ids=["SDPA", "HSTU"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_with_a_rival_uses_it_alone(
+    attention: rival_attention.Attention, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Step(2, 40, 64)
+    step.model.eval()
+    ours = step.summarize(dtype, None)
+    calls: list[tuple[int, int]] = []
+
+    def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        calls.append((q.shape[1], k.shape[1]))
+        assert q.dtype == k.dtype == v.dtype == dtype
+        return attention(q, k, v)
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("our attention was called")
+
+    for name in ("quasi_linear_attention", "accumulate_state", "read_state"):
+        monkeypatch.setattr(summarizer, name, forbidden)
+    rival = step.summarize(dtype, counted)
+    # Events and seeds of a layer; at the last layer the seeds alone read.
+    assert calls == [(72, 72)] * (NUM_LAYERS - 1) + [(32, 72)]
+    assert rival.shape == ours.shape and not torch.allclose(rival, ours, atol=0.1)
+    with pytest.raises(AssertionError, match="our attention was called"):
+        step.run(dtype, None)
+    step.run(dtype, counted)
+    assert step.tokens.grad is not None and float(step.tokens.grad.abs().max()) > 0
+
+
+def test_the_swap_is_fair_and_undone() -> None:
+    """Our own attention, handed in as a rival is, gives the model's own output; afterwards nothing is replaced."""
+    step = Step(3, 20, 64)
+    step.model.eval()
+    ours = step.summarize(torch.float32, None)
+    torch.testing.assert_close(step.summarize(torch.float32, plain_quasi_linear), ours, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ZeroDivisionError), attention_replaced(sdpa):
+        raise ZeroDivisionError
+    assert torch.equal(step.summarize(torch.float32, None), ours)
+
+
+def test_rivals_refuse_ragged_users() -> None:
+    step = Step(2, 20, 64)
+    step.offsets = torch.tensor([0, 10, 40])
+    with pytest.raises(ValueError, match=r"users of equal length, got \[42, 62\]"):
+        step.summarize(torch.float32, sdpa)
+
+
+def test_results_are_checked() -> None:
+    tokens = Tokens([30, 30], 128, torch.float32)
+    check(tokens)
+    out = tokens.forward()
+    with pytest.raises(AssertionError, match="o: error"):
+        assert_equal("o", out + 1e-3 * out.abs().max(), out)
+
+
+def test_the_gpu_part_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cases at a small size on the CPU, with nothing to wait for and nothing compiled."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(attention_on_gpu, "LARGEST_COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(attention_on_gpu, "DIMS", (128,))
+    monkeypatch.setattr(attention_on_gpu, "BATCHES", ((2, 40), (1, 80)))
+    monkeypatch.setattr(attention_on_gpu, "RIVAL_BATCHES", ((2, 40),))
+    monkeypatch.setattr(rival_attention, "BLOCK_SCORES", (1 << 12,))
+    recorder = Recorder("attention", out=tmp_path / "out.jsonl")
+    attention_on_gpu.bench(recorder, torch.device("cpu"))
+    cases = {row["case"] for row in recorder.rows}
+    assert "QLA backward, 1 x 80 events, d=128, bfloat16: share of the copy bandwidth" in cases
+    assert "QLA forward and backward, 2 x 40 events, d=128, bfloat16, against HSTU in blocks" in cases
+    assert len(cases) == len(recorder.rows) and all(row["met"] is not None for row in recorder.rows)

@@ -1,0 +1,278 @@
+"""The benchmarks run with --quick, measure what they say, and write rows; of their figures only memory is judged."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from mmap import PROT_READ, mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from scripts.benchmarks import bench_training
+from scripts.benchmarks import rectools_process as rival
+from scripts.benchmarks.benchmark_recorder import read_cases
+from scripts.benchmarks.rectools_process import Pilot, Setting
+from scripts.benchmarks.scorer_workloads import scorer_floor
+from scripts.benchmarks.store_workloads import private_bytes
+from scripts.benchmarks.workloads import lifelong_log, untrained
+from vista.config.choices import Precision, TargetAttentionKind
+from vista.log.splits import visible_counts
+from vista.model import inference
+from vista.model.vista_model import Recommender
+
+REPOSITORY = Path(__file__).parents[2]
+# Some of the cases that each has to write, as parts of their names.
+CASES = {
+    "attention": [
+        "QLA forward, 1,024 events, d=64, float32",
+        "QLA backward, 1,024 events, d=256, bfloat16",
+        "QLA forward, 1,024 events, d=64, against SDPA",
+        "training step, 2 x 256 events, d=256, against HSTU",
+        "accumulate and read, 2,000 users of 0 to 50 events",
+        "time per event at 10,000 over that at 1,000 events",
+    ],
+    "refresh": [
+        "ingest of 20,000 events, ratings.dat",
+        "ratings.csv: share of read",
+        "Parquet: Polars reading the columns alone",
+        "users",
+        "share of summarize",
+        "share of write",
+    ],
+    "lengths": ["200 events: vista", "1,000 events: tail-only", "200 events: sim-hard", "1,000 events: twin"],
+    "scorer": [
+        "a user of 20,000 events against one of 200",
+        "50 candidates: median",
+        "5000 candidates: p99",
+        "encoded",
+        "500 candidates, float32: over the floor of its matrix products",
+        "5,000 candidates, float32: times over its floor, against those of 500 candidates",
+        "32 users x 100 candidates, float32: times over its floor",
+        "2,000 events, bidirectional, float32: stored against recomputed",
+        "2,000 events, separable, float32: stored against recomputed",
+        "50 events: against sasrec over the raw history",
+        "2,000 events: against hstu over the raw history",
+        "two worker processes of one thread each against one",
+        "10,000 items: private memory of a worker after 200 requests",
+    ],
+    "simulate": ["generation, 1 thread", "writing", "generation, 1 thread, and writing"],
+    "store": [
+        "K=32, d=64: durable writes in batches of 512, against raw LMDB",
+        "K=128, d=256: reads of 256 users, checked, against raw LMDB's copies",
+        "checked and as float32, against a copy of the bytes and a write of the numbers",
+        "p99 of reads of 1 user(s) while another process writes",
+        "file of the summaries of 2,560 users after 20 rewrites, against its live pages",
+        "incremental refresh of 16 users of 10,000 events, 50 new each, over the floor",
+        "incremental refresh of 64 users of 1,000 events, 50 new each, against a full refresh",
+        "incremental refresh of 16 users: 10,000 old events each, against 1,000",
+        "users without new events",
+        "full refresh of 200 users",
+        "5,000 users not in the page cache: open to first read",
+        "private memory of a reader after 500 reads",
+    ],
+    "summarizer": [
+        "20,000 events, separable, d=64, K=16, 2 layers, float32: time over the floor",
+        "separable, d=256, K=128, 3 layers, bfloat16: peak memory beyond the log",
+        "bidirectional, d=256, K=128, 3 layers, float32: rate",
+    ],
+}
+
+
+def run(subject: str, out: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m scripts.benchmarks.bench_<subject> --quick --out <out>` on one thread, without data sets and GPUs."""
+    path = os.pathsep.join(str(REPOSITORY / folder) for folder in (".", "kernels"))
+    settings = {key: value for key, value in os.environ.items() if key not in ("VISTA_DATA_DIR", "VISTA_RIVAL_VENV")}
+    settings |= {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-m", f"scripts.benchmarks.bench_{subject}", "--quick", "--out", str(out), *words],
+        cwd=out.parent,
+        env={**settings, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def write_histories(path: Path, lengths: list[int]) -> Path:
+    """A packed events.npz."""
+    rng = np.random.default_rng(0)
+    total = sum(lengths)
+    np.savez(
+        path,
+        user=np.repeat(np.arange(len(lengths)), lengths),
+        item=rng.integers(0, 30, total),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+    )
+    return path
+
+
+def fake_environment(folder: Path, report: dict[str, Any]) -> Path:
+    """A "virtual environment" whose interpreter notes its arguments and answers every question with one report."""
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\necho \"$*\" >> {folder}/calls\necho '{json.dumps(report)}'\n")
+    python.chmod(0o755)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", CASES)
+def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    done = run(subject, out)
+    assert done.returncode == 0, done.stderr
+    rows = read_cases(out)
+    for part in CASES[subject]:
+        assert any(part in row["case"] for row in rows), part
+    assert all(row["case"].endswith(" (quick)") and row["bench"] == subject for row in rows)
+    assert all(row["value"] >= 0 for row in rows if not row["unit"].endswith("beyond the floor"))
+    assert len({row["case"] for row in rows}) == len(rows)
+    assert "bars: " in done.stdout and str(out) in done.stdout
+    assert all(row["met"] for row in rows if "users without new events" in row["case"])
+    memory = [row for row in rows if "peak memory" in row["case"]]
+    assert all(row["met"] for row in memory) and bool(memory) == (subject == "summarizer")
+    for whole in {row["case"].split(": share of ")[0] for row in rows if ": share of " in row["case"]}:
+        if subject == "refresh":
+            shares = [row["value"] for row in rows if row["case"].startswith(f"{whole}: share of ")]
+            assert sum(shares) == pytest.approx(100, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", TargetAttentionKind)
+def test_the_scorers_floor_counts_what_the_model_multiplies(tmp_path: Path, kind: TargetAttentionKind) -> None:
+    log = lifelong_log(tmp_path / "log", [9, 40], num_items=49)
+    usual = untrained(log, dim=16, num_seeds=6, tail_len=5)
+    model = Recommender(replace(usual.config, target_attention=kind), usual.schema, log.items, usual.data).eval()
+    items = torch.arange(1, 8).expand(2, -1)
+    tail = inference.pad_tail(model, np.arange(1, 11), np.arange(10), np.zeros(10), np.array([0, 5, 10]))
+    stage, summary = model.target_attention, torch.randn(2, 6, 16)
+    with torch.inference_mode():
+        vectors = model.item_vectors(items)
+        projections = stage.layers[0].project(vectors)
+        item, action, gap = (torch.from_numpy(part) for part in (tail.item, tail.action, tail.gap))
+        events = model.encoder(model.item_vectors(item), action, gap)
+        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+            # In two passes: the one of a request multiplies what it then masks, the summary with the tail.
+            context = stage.encode_context(stage.encode_summary(summary), events, torch.from_numpy(tail.valid))
+            stage.query(vectors, projections, None, torch.full((1,), 5), context)
+    counted = 0.0
+    for work in scorer_floor(model.config, 2, 7, Precision.float32).products:
+        batch, m, k, _, n = map(int, re.findall(r"\d+", work.form.removesuffix("float32")))
+        counted += 2 * batch * m * k * n * work.times
+    assert counted == pytest.approx(counter.get_total_flops())
+
+
+def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """Of its two products."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (key[-1] + value[-1])
+
+
+@pytest.mark.slow
+def test_training_is_compared_with_the_rival(tmp_path: Path) -> None:
+    data = write_histories(tmp_path / "events.npz", [30, 12, 250, 5])
+    report = {"seconds_per_epoch": [40.0], "positions": 235, "users": 4}
+    environment = fake_environment(tmp_path / "rival", report)
+    out = tmp_path / "out.jsonl"
+    done = run("training", out, "--data", str(data), "--rival-venv", str(environment), "--negatives", "16")
+    assert done.returncode == 0, done.stderr
+    rows = read_cases(out)
+    for row, who in zip(rows, ("vista", "sasrec"), strict=True):
+        assert row["case"] == f"ml-1m epoch of {who}, 16 negatives a label, dropout 0.2 (quick)"
+        assert row["baseline"] == 40.0 and row["ratio"] == pytest.approx(40.0 / row["value"])
+    (detail,) = json.loads((tmp_path / "out_settings.json").read_text())
+    # 28, 10, 201 and 3 training events; the rival's first event of each is an input only, which the fake forgets.
+    assert detail["our_labels"] == 28 + 10 + 201 + 3 and all(
+        config["data"]["num_negatives"] == 16 for config in detail["our_config"].values()
+    )
+    calls = (tmp_path / "rival" / "calls").read_text().splitlines()
+    assert len(calls) == 1 + 3 + 1 and all("--n-negatives 16 " in call for call in calls[1:])
+    assert "--max-batches 0" in calls[-1]
+
+
+@pytest.mark.slow
+def test_training_against_the_real_rival(tmp_path: Path) -> None:
+    environment = os.environ.get("VISTA_RIVAL_VENV")
+    if not environment:
+        pytest.skip("VISTA_RIVAL_VENV names no virtual environment with RecTools")
+    data = write_histories(tmp_path / "events.npz", [40] * 150)
+    out = tmp_path / "out.jsonl"
+    done = run("training", out, "--data", str(data), "--rival-venv", environment)
+    assert done.returncode == 0, done.stderr
+    assert [row["baseline"] > 0 for row in read_cases(out)] == [True, True]
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    done = run("training", out)
+    assert done.returncode == 0 and "skipped: ml-1m is not at hand; set VISTA_DATA_DIR" in done.stdout
+    done = run("training", out, "--data", "absent.npz")
+    assert done.returncode == 1 and done.stderr.startswith("error: --data absent.npz: no such file")
+    np.savez(tmp_path / "events.npz", user=np.zeros(3))
+    environment = fake_environment(tmp_path / "rival", {})
+    done = run("training", out, "--data", str(tmp_path / "events.npz"), "--rival-venv", str(environment))
+    assert done.returncode == 1 and "has no item, offsets" in done.stderr
+    assert not out.exists()
+
+
+def test_both_sides_train_on_the_same_events(tmp_path: Path) -> None:
+    data = write_histories(tmp_path / "events.npz", [30, 12, 250, 5])
+    with np.load(data) as arrays:
+        item, offsets = arrays["item"], arrays["offsets"]
+    log, theirs, labels = bench_training.write_events(data, tmp_path, 0)
+    seen = visible_counts(log, "leave-last-two-out")
+    assert seen.tolist() == [28, 10, 201, 3] and labels == 242
+    with np.load(theirs) as arrays:
+        for user in range(4):
+            mine = log.items.ids(log.slice(user, 0, int(seen[user])).item)
+            their = arrays["item"][arrays["user"] == user]
+            expected = item[offsets[user] : offsets[user + 1] - 2][-201:]
+            assert mine.tolist() == their.tolist() == expected.tolist()
+        assert (np.diff(arrays["timestamp"]) > 0).all()
+
+
+def test_private_memory_is_told_from_the_page_cache(tmp_path: Path) -> None:
+    size = 32 << 20
+    (tmp_path / "data.mdb").write_bytes(bytes(size))
+    smaps = Path("/proc/self/smaps")
+    before = private_bytes(smaps.read_text())
+    with (tmp_path / "data.mdb").open("rb") as file, mmap(file.fileno(), 0, prot=PROT_READ) as mapped:
+        assert not np.frombuffer(mapped, np.uint8).any()
+        assert private_bytes(smaps.read_text()) - before < size // 4
+    with mmap(-1, size) as own:  # no array: that may lie in memory which the process had already
+        own.write(b"\1" * size)
+        assert private_bytes(smaps.read_text()) - before > size * 3 // 4
+
+
+@pytest.mark.parametrize("negatives", [1, 64, 1024])
+def test_the_pilot_finds_the_fastest_setting(negatives: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cost(setting: Setting) -> float:
+        seconds = {"softmax": 9.0, "sampled_softmax": 7.0, "BCE": 8.0}[setting.loss]
+        seconds *= {"32-true": 0.5, "bf16-mixed": 1.0}[setting.precision] * (0.9 if setting.workers else 1)
+        return seconds * (1 + abs(math.log2(setting.batch_size) - 5)) * (0.8 if setting.threads == 1 else 1)
+
+    tried: list[Setting] = []
+
+    def run_rival(python: Path, data: Path, setting: Setting, max_batches: int) -> dict[str, Any]:
+        assert max_batches == rival.PILOT_BATCHES
+        tried.append(setting)
+        return {"seconds_per_epoch": [cost(setting)]}
+
+    monkeypatch.setattr(rival, "run_rival", run_rival)
+    pilot = Pilot(Path("python"), Path("data"), negatives, 0.2, quick=False)
+    found = pilot.fastest()
+    assert len(set(tried)) == len(tried) and found == min(tried, key=cost)
+    assert (found.precision, found.workers, found.n_negatives, found.dropout) == ("32-true", 1, negatives, 0.2)
+    gathered = [s.batch_size * 200 * negatives * 64 * 4 for s in tried if s.loss != "softmax"]
+    assert max(gathered) <= 2 * rival.GATHERED_BYTES
+    if negatives < 1024:  # there the batches of sampled losses are too small to be fast, and softmax wins
+        assert (found.loss, found.batch_size) == ("sampled_softmax", 32)

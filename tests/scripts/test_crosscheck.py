@@ -1,0 +1,222 @@
+"""The cross-check with RecTools: both sides get the same split, and lists are judged as scores are."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scripts.benchmarks.rectools_process import call_rival, words_of
+from scripts.experiments import crosscheck_rectools as crosscheck
+from scripts.experiments.like_rectools import LikeRecTools
+from scripts.experiments.results import read_results
+from tests.conftest import LENGTHS, ratings_folder, small_frame
+from vista.config import DataConfig, ModelConfig
+from vista.config.choices import Architecture
+from vista.errors import DataError
+from vista.evaluation.metrics import ranks_of_targets
+from vista.examples.batch_source import BatchSource
+from vista.log.event_log import EventLog
+from vista.log.histories import Histories
+from vista.log.splits import visible_counts
+from vista.model.baselines.padded_tiles import tiles
+from vista.model.baselines.sasrec import SASRec
+from vista.model.baselines.sequence_model import Events
+from vista.model.ranking_model import Schema
+
+LENGTH = 20
+"""One less than the training events kept in these tests: three of LENGTHS have more."""
+
+
+def make_log(folder: Path, *, times: bool) -> EventLog:
+    """Users with LENGTHS events, no item twice."""
+    frame = small_frame()
+    frame["item"] = np.concatenate([np.random.default_rng(n).permutation(40)[:n] for n in LENGTHS])
+    if times:
+        return EventLog.from_frame(frame, folder, time_unit="ms")
+    return EventLog.from_frame(frame, folder, timestamp=None)
+
+
+@pytest.fixture(params=[True, False], ids=["times", "order"])
+def log(request: pytest.FixtureRequest, tmp_path: Path) -> EventLog:
+    return make_log(tmp_path / "log", times=request.param)
+
+
+def test_both_sides_get_the_newest_events(log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crosscheck, "LENGTH", LENGTH)
+    cut = crosscheck.cut_log(log, tmp_path / "cut")
+    assert cut.has_time == log.has_time and not cut.has_rating
+    assert cut.lengths.max() == LENGTH + 3 and visible_counts(cut, "leave-last-two-out").max() == LENGTH + 1
+    for user in range(log.num_users):
+        old = log.slice(user, max(int(log.lengths[user]) - LENGTH - 3, 0))
+        new = cut[log.users.ids([user])[0]]
+        assert cut.items.ids(new.item).tolist() == log.items.ids(old.item).tolist()
+        if log.has_time:
+            assert np.array_equal(new.timestamp, old.timestamp)
+
+
+@pytest.mark.parametrize("times", [True, False])
+def test_the_rival_gets_the_split_of_the_log(log: EventLog, tmp_path: Path, times: bool) -> None:
+    cases = crosscheck.write_split(log, tmp_path / "rival.npz", times=times and log.has_time)
+    assert cases["test"].user.tolist() == [user for user, n in enumerate(LENGTHS) if n >= 3]
+    with np.load(tmp_path / "rival.npz", allow_pickle=False) as arrays:
+        split = dict(arrays)
+    for user, length in enumerate(LENGTHS):
+        parts = [""] if length < 3 else ["", "validation_", "test_"]
+        mine = {part: split[f"{part}user"] == user for part in ("", "validation_", "test_")}
+        assert [int(mine[part].sum()) for part in parts] == ([length] if length < 3 else [length - 2, 1, 1])
+        item = np.concatenate([split[f"{part}item"][mine[part]] for part in parts])
+        assert item.tolist() == log.slice(user).item.tolist()
+        clock = np.concatenate([split[f"{part}timestamp"][mine[part]] for part in parts])
+        assert (np.diff(clock) > 0).all() and clock.dtype == np.int64
+        if times and log.has_time:
+            assert clock.tolist() == (np.asarray(log.slice(user).timestamp) // 1000).tolist()
+    for part, found in cases.items():
+        assert found.item.tolist() == split[f"{part}_item"].tolist()
+
+
+def test_a_repeated_item_is_refused(tmp_path: Path) -> None:
+    log = EventLog.from_frame({"user": [1, 1, 1, 2], "item": [5, 6, 5, 5]}, tmp_path / "log", timestamp=None)
+    with pytest.raises(DataError, match="1 events repeat an item"):
+        crosscheck.write_split(log, tmp_path / "rival.npz", times=False)
+
+
+def test_ranks_in_lists_are_ranks_of_scores() -> None:
+    rng = np.random.default_rng(0)
+    scores, label = rng.permuted(np.tile(np.arange(30.0), (50, 1)), axis=1), rng.integers(0, 30, 50)
+    lists = np.argsort(-scores, axis=1)[:, :12]
+    lists[:5, 3:] = -1  # shorter lists
+    expected = ranks_of_targets(scores, label)
+    expected[(expected >= 12) | ((np.arange(50) < 5) & (expected >= 3))] = 12
+    assert crosscheck.label_ranks(lists, label).tolist() == expected.tolist()
+    assert (expected < 12).any() and (expected[:5] == 12).any()
+
+
+def test_the_comparison_says_whether_ranges_meet() -> None:
+    def rows(*values: float) -> list[dict[str, float]]:
+        return [dict.fromkeys(["hr@10", "ndcg@10", "validation hr@10", "validation ndcg@10"], each) for each in values]
+
+    lines = crosscheck.comparison(rows(0.2, 0.3), rows(0.3, 0.45)).splitlines()
+    assert len(lines) == 4
+    assert lines[0].split(maxsplit=1)[1] == "ours 0.2500 ± 0.0707, RecTools 0.3750 ± 0.1061: -33.3%, ranges meet"
+    assert crosscheck.comparison(rows(0.2, 0.3), rows(0.31)).endswith("RecTools 0.3100: -19.4%, ranges do not meet")
+
+
+def test_bad_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        crosscheck.parse(["SASRec", "--data", "ml-100k", "--times"])
+    assert "RecTools' SASRec knows no times" in capsys.readouterr().err
+
+
+@pytest.fixture
+def environment() -> Path:
+    """RecTools' virtual environment; the test skips without it."""
+    folder = os.environ.get("VISTA_RIVAL_VENV")
+    if not folder:
+        pytest.skip("VISTA_RIVAL_VENV names no virtual environment with RecTools")
+    return Path(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "times"), [("SASRec", False), ("HSTU", False), ("HSTU", True)])
+def test_lists_of_the_real_rival(environment: Path, tmp_path: Path, model: str, times: bool) -> None:
+    log = make_log(tmp_path / "log", times=times)
+    cases = crosscheck.write_split(log, tmp_path / "rival.npz", times=times)
+    words = words_of({"model": model, "session_max_len": 20, "n_factors": 16, "recommend": tmp_path / "lists.npz"})
+    words += ["--relative-time"] if times else ["--mask-padding"]
+    report = call_rival(environment / "bin" / "python", tmp_path / "rival.npz", [*words, "--top-k", "40"])
+    with np.load(tmp_path / "lists.npz", allow_pickle=False) as arrays:
+        for part, found in cases.items():
+            lists, ranks = arrays[part], crosscheck.label_ranks(arrays[part], found.item)
+            assert lists.shape == (len(found.user), 40)
+            for row, user in enumerate(found.user):
+                seen = log.slice(int(user), 0, int(found.seen[row])).item
+                listed = lists[row][lists[row] >= 0]
+                assert len(set(listed.tolist())) == len(listed) and not np.isin(listed, seen).any()
+            assert report["metrics"][part]["hr@10"] == pytest.approx((ranks < 10).mean())
+
+
+@pytest.mark.slow
+def test_the_whole_cross_check(
+    environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ratings_folder(tmp_path / "ml-1m")
+    words = ["HSTU", "--data", str(data), "--seeds", "1", "2", "--epochs", "1", "--rival-venv", str(environment)]
+    words += ["--results", str(tmp_path / "results"), "--times"]
+    assert crosscheck.main(words) == 1
+    assert "repeat an item that their user has met" in capsys.readouterr().err
+    rng = np.random.default_rng(0)
+    rows = [(user, item, 60 * n) for user in range(1, 31) for n, item in enumerate(rng.permutation(80)[:30])]
+    (data / "ratings.dat").write_text("".join(f"{user}::{item}::3::{978_300_000 + at}\n" for user, item, at in rows))
+    assert crosscheck.main(words) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("ranges ") == 4
+    lines = read_results(tmp_path / "results" / "crosscheck-ml-1m.jsonl")
+    assert [(line["model"], line["seed"]) for line in lines] == [
+        (model, seed) for seed in (1, 2) for model in ("hstu, times", "hstu, times, RecTools")
+    ]
+    assert lines[1]["command"].startswith(
+        "python -m scripts.experiments.crosscheck_rectools HSTU --data ml-1m --seeds 1 --times"
+    )
+    assert str(tmp_path) not in str(lines) and str(environment) not in str(lines)
+    assert "| hstu, times, RecTools | 2 |" in (tmp_path / "results" / "crosscheck-ml-1m.md").read_text()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_ours_like_rectools_is_sasrec_but_for_where_positions_count_from(tmp_path: Path, training: bool) -> None:
+    """Without dropout; in training the newest event is a label alone, so it takes no position."""
+    log = make_log(tmp_path / "log", times=False)
+    config = ModelConfig(architecture=Architecture.sasrec, dim=16, num_heads=2, history_limit=LENGTH, dropout=0.0)
+    parts = (config, Schema(list(log.actions), False, None, []), log.items, DataConfig())
+    like, plain = LikeRecTools(*parts).train(training), SASRec(*parts).train(training)
+    plain.load_state_dict(like.state_dict())
+    histories = log.gather(np.arange(log.num_users), np.minimum(log.lengths, LENGTH))
+    events = embedded(like, histories)
+    for tile in tiles(events.offsets, torch.device("cpu")):
+        states, _ = like._encode(events, tile)
+        for row, length in enumerate(tile.valid.sum(1).tolist()):
+            inputs = length - int(training)
+            if inputs < 1:
+                continue
+            own = dataclasses.replace(
+                tile, index=tile.index[row : row + 1, :inputs], valid=tile.valid[row : row + 1, :inputs]
+            )
+            with torch.no_grad():
+                plain.position[:inputs] = like.position[:inputs].flip(0)
+            expected, _ = plain._encode(events, own)
+            torch.testing.assert_close(states[row, : inputs + 1], expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_ours_like_rectools_starts_and_is_trained_as_it_is(tmp_path: Path) -> None:
+    """All labels but a user's first, each of the state after the events before it; attention's biases start at 0."""
+    log = make_log(tmp_path / "log", times=False)
+    options = crosscheck.parse(["SASRec", "--data", "tiny", "--batch-users", "4", "--dropout", "0"])
+    config = crosscheck.our_config(options, log, 1, tmp_path / "run")
+    model = LikeRecTools(config.model, Schema(list(log.actions), False, None, []), log.items, config.data)
+    for block in model.blocks:
+        assert not any(linear.bias.any() for linear in (block.query, block.key_value, block.out))
+        assert block.up.bias.any()
+    batch = BatchSource(log, model.rows_of(log.items), config).batch(0, 0)
+    vectors = model.item_vectors(batch.rows)
+    found = model.losses(batch, vectors, config.optim).total
+    assert len(batch.negatives) == log.num_items, "the whole catalogue"
+    logits = torch.nn.functional.normalize(vectors, dim=-1)[batch.negatives].t() / config.model.temperature
+    losses = []
+    for start, stop in itertools.pairwise(batch.offsets.tolist()):
+        x = vectors[batch.item[start : stop - 1]][None] * config.model.dim**0.5
+        x = x + model.position[: stop - start - 1].flip(0)
+        states, _ = model.states(x, batch.clock[None, start : stop - 1])
+        users = torch.nn.functional.normalize(states[0], dim=-1)
+        columns = torch.searchsorted(batch.negatives, batch.item[start + 1 : stop])
+        losses.append(torch.nn.functional.cross_entropy(users @ logits, columns, reduction="none"))
+    torch.testing.assert_close(found, torch.cat(losses).mean(), rtol=1e-5, atol=1e-6)
+
+
+def embedded(model: LikeRecTools, histories: Histories) -> Events:
+    """Embedded as a request's, items as rows of the model."""
+    return model.embed(dataclasses.replace(histories, item=(histories.item + 1).astype(np.int32)))

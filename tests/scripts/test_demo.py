@@ -1,0 +1,62 @@
+"""The demo runs from end to end, on little."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scripts import demo
+from tests.conftest import ratings_folder
+from vista.config import ModelConfig, TrainConfig
+from vista.errors import ConfigError
+
+SMALL = ["optim.epochs=1", "optim.warmup_steps=2", "model.dim=16", "progress=false", "num_threads=1"]
+
+
+@pytest.fixture(autouse=True)
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "DEMO_USERS": 24,
+        "DEMO_EVENTS": 200,
+        "HISTORY_LENGTHS": (10, 100),
+        "NUM_CANDIDATES": 20,
+    }.items():
+        monkeypatch.setattr(demo, name, value)
+
+
+def test_on_the_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = demo.run(None, tmp_path, [*SMALL, "data.tokens_per_batch=400"])
+    text = report.read_text()
+    assert "auc" in text.lower() and report.with_suffix(".png").stat().st_size > 10_000
+    capsys.readouterr()
+    assert demo.run(None, tmp_path, [*SMALL, "data.tokens_per_batch=400"]) == report
+    assert "generated in" not in capsys.readouterr().out, "a repeated demo uses the log that is there"
+
+
+def test_on_movielens(tmp_path: Path) -> None:
+    data = ratings_folder(tmp_path / "ml-1m")
+    report = demo.run(data, tmp_path / "demo", SMALL)
+    assert "ndcg@10" in report.read_text() and report.parent == tmp_path / "demo" / "ml-1m"
+
+
+def test_nothing_that_is_not_the_demos_is_removed(tmp_path: Path) -> None:
+    data = ratings_folder(tmp_path / "sets" / "ml-1m")
+    with pytest.raises(ConfigError, match=r"--out: the demo would work in .*ml-1m, where the data of --data are"):
+        demo.run(data, tmp_path / "sets", SMALL)
+    (tmp_path / "out" / "simulation").mkdir(parents=True)
+    (tmp_path / "out" / "simulation" / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"--out: .*simulation holds files that are not the demo's"):
+        demo.run(None, tmp_path / "out", SMALL)
+    assert (data / "ratings.dat").exists() and (tmp_path / "out" / "simulation" / "mine.txt").exists()
+
+
+def test_another_configuration_starts_anew(tmp_path: Path) -> None:
+    """Wherever the difference comes from: a word, a default, or a file of conf/."""
+    folder = tmp_path / "simulation"
+    demo._start_anew_if_other(folder, None, TrainConfig())
+    (folder / "log").mkdir()
+    demo._start_anew_if_other(folder, None, TrainConfig())
+    assert (folder / "log").exists()
+    demo._start_anew_if_other(folder, None, TrainConfig(model=ModelConfig(dropout=0.25)))
+    assert not (folder / "log").exists()

@@ -1,0 +1,368 @@
+"""Tables are run, resumed, listed and stopped, on little."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from scripts.benchmarks.benchmark_recorder import Recorder
+from scripts.experiments import plot_lengths, reproduce
+from scripts.experiments.results import append_result, changed_settings, hardware, markdown_table, read_results
+from scripts.experiments.row_progress import RowProgress
+from scripts.experiments.tables import BOTH, FLOORS, K0, TABLES, TRUTH, Row, Served, Table
+from tests.conftest import ratings_folder
+from vista.config import SimulateConfig, TrainConfig
+from vista.config.choices import Codec
+from vista.config.composition import compose_config
+from vista.log.gaps import NUM_GAPS
+from vista.log.splits import parse_time
+from vista.training import trainer
+from vista.training.downstream import KEPT_KEYS
+
+SMALL = ("optim.epochs=1", "optim.warmup_steps=2", "model.dim=16")
+SIMULATION = Table(
+    "simulation",
+    "tiny",
+    {
+        "vista": Row(1, codecs=BOTH, tails=(4,), apart=(4,)),
+        "tail-only": Row(1, K0),
+        "last-40": Row(1, (*K0, "model.tail_len=40")),
+        "sasrec": Row(1, ("model=sasrec",)),
+        "din": Row(1, ("model=din",)),
+        "sim-hard": Row(
+            1, ("model=sim", "model.search=hard", "data.item_categories=items.parquet", "data.category_column=topic")
+        ),
+        **FLOORS,
+        **TRUTH,
+    },
+    SMALL,
+    {"num_users": 24, "events_per_user": 200},
+    costs=True,
+    memory=True,
+)
+MOVIELENS = Table("ml-100k", "ml-1m", {"vista": Row(3, SMALL), **FLOORS})
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of the command, for a table "tiny" over ratings."""
+    monkeypatch.setitem(TABLES, "tiny", MOVIELENS)
+    monkeypatch.delenv("VISTA_DATA_DIR", raising=False)
+    data = ratings_folder(tmp_path / "sets" / "ml-1m")
+    folders = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    return ["tiny", "--data", str(data), *folders, "--threads", "1"]
+
+
+def found_lines(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    return {f"{line['model']} {line['seed']}": line for line in read_results(tmp_path / "results" / "tiny.jsonl")}
+
+
+def test_a_simulated_table(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All kinds of rows; what is there is not run again."""
+    monkeypatch.setitem(TABLES, "tiny", SIMULATION)
+    assert reproduce.main(words) == 0
+    assert "9 of 9: truth" in capsys.readouterr().err
+    found = found_lines(tmp_path)
+    trained = [
+        "vista 1",
+        "vista, float32 store 1",
+        "vista, tail 4 1",
+        "vista, tail 4 not in the summary 1",
+        "tail-only 1",
+        "last-40 1",
+        "sasrec 1",
+        "din 1",
+        "sim-hard 1",
+    ]
+    assert list(found) == [*trained, "popularity 0", "transitions 0", "truth 0"]
+    assert found["last-40 1"]["config"]["model"]["tail_len"] == 40
+    assert all(0 < found[name]["metrics"]["auc/click"] < 1 for name in trained)
+    assert found["truth 0"]["metrics"]["ne/click"] < min(found[name]["metrics"]["ne/click"] for name in trained)
+    assert SIMULATION.rows["vista"].served("vista")["vista, tail 4 not in the summary"] == Served(
+        tail_len=4, staleness=4
+    )
+    quality = [found[f"vista{how} 1"]["metrics"]["ne/click"] for how in ("", ", tail 4", ", tail 4 not in the summary")]
+    assert len(set(quality)) == 3
+    assert found["popularity 0"]["metrics"].keys() == {f"{name}@{k}" for name in ("hr", "ndcg") for k in (10, 50, 200)}
+    assert (
+        found["vista 1"]["command"] == "python -m scripts.experiments.reproduce tiny --rows vista --seeds 1 --threads 1"
+    )
+    assert found["truth 0"]["command"] == "python -m scripts.experiments.reproduce tiny --rows truth --threads 1"
+    assert found["vista 1"]["config"]["simulation"] == SIMULATION.simulation
+    assert "ndcg@10" in found["sasrec 1"]["metrics"] and "ndcg@10" not in found["din 1"]["metrics"]
+    costs = {name: found[name]["metrics"] for name in ("vista 1", "sasrec 1", "din 1")}
+    assert all(metrics["request ms"] > 0 for metrics in costs.values())
+    assert costs["vista 1"]["refresh ms/user"] > 0 and "refresh ms/user" not in costs["din 1"]
+    assert str(tmp_path) not in json.dumps(found)
+    monkeypatch.setattr(plot_lengths, "LENGTHS", {"tiny": 200, "length-1k": 1_000})
+    drawn = ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "lengths.png")]
+    assert plot_lengths.main(drawn) == 1
+    assert "bench_lengths.jsonl is not there; run scripts/benchmarks/bench_lengths.py" in capsys.readouterr().err
+    recorder = Recorder("lengths", out=tmp_path / "results" / "bench_lengths.jsonl")
+    measured = {
+        f"200 events: {name}": recorder.add(f"200 events: {name}", 7.0, "ms")["value"] for name in ("vista", "din")
+    }
+    assert plot_lengths.main(drawn) == 0 and (tmp_path / "lengths.png").stat().st_size > 10_000
+    qualities = plot_lengths.qualities_of(read_results(tmp_path / "results" / "tiny.jsonl"))
+    points = plot_lengths.points_of(200, qualities, measured)
+    assert points.keys() == {"vista", "din"} and points["din"] == (7.0, costs["din 1"]["auc/click"])
+    tuned = {"sim-tuned": 0.7, "twin": 0.5, "twin-tuned": 0.6, "sasrec": 0.4}
+    costs_ms = {"200 events: sim": 1.0, "200 events: twin": 2.0}
+    assert plot_lengths.points_of(200, tuned, costs_ms) == {"sim": (1.0, 0.7), "twin": (2.0, 0.6)}
+    table = tmp_path / "results" / "tiny.jsonl"
+    assert table.with_suffix(".md").read_text() == markdown_table(read_results(table))
+    before = table.read_bytes()
+    table.with_suffix(".md").unlink()
+    capsys.readouterr()
+    assert reproduce.main(words) == 0 and table.read_bytes() == before
+    assert capsys.readouterr().out == "tiny: all runs are done\n" and table.with_suffix(".md").exists()
+
+
+def test_a_downstream_row_is_trained_over_its_base(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is trained first where it is not there; a change of the base is a change of the row."""
+    second = Row(1, ("optim.tasks=[like]", "optim.next_weight=0"), base="base", until="2025-01-01")
+    table = replace(SIMULATION, rows={"base": Row(1, ("optim.tasks=[click]",)), "downstream": second})
+    monkeypatch.setitem(TABLES, "tiny", table)
+    assert reproduce.main([*words, "--rows", "downstream"]) == 0
+    line = found_lines(tmp_path)["downstream 1"]
+    assert 0 < line["metrics"]["auc/like"] < 1 and "auc/click" not in line["metrics"]
+    assert line["config"]["base"]["row"] == "base" and line["config"]["base"]["optim.tasks"] == ["click"]
+    assert reproduce.main([*words, "--rows", "base"]) == 0
+    logs = [path.read_text() for path in (tmp_path / "work").rglob("train.log")]
+    assert len(logs) == 2 and sum("resuming at step" in text for text in logs) == 1, "the base was trained once"
+    capsys.readouterr()
+    monkeypatch.setitem(TABLES, "tiny", replace(table, rows={**table.rows, "base": Row(1, ("optim.tasks=[]",))}))
+    assert reproduce.main([*words, "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "0 of 2 runs done" in printed and "was done with another base.optim.tasks (['click'] -> [])" in printed
+
+
+def test_only_what_lacks_is_run(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows and seeds that are asked for; then another served tail; then another configuration."""
+    assert reproduce.main([*words, "--rows", "vista", "--seeds", "2"]) == 0
+    assert list(found_lines(tmp_path)) == ["vista 2"]
+    assert found_lines(tmp_path)["vista 2"]["command"].endswith("--rows vista --data ml-1m --seeds 2 --threads 1")
+
+    monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={"vista": Row(3, SMALL, BOTH, (4,)), **FLOORS}))
+    assert reproduce.main([*words, "--seeds", "2"]) == 0
+    lines = read_results(tmp_path / "results" / "tiny.jsonl")
+    assert [line["model"] for line in lines] == [
+        "vista",
+        "vista, float32 store",
+        "vista, tail 4",
+        "popularity",
+        "transitions",
+    ]
+    assert len({line["seconds"] for line in lines[:3]}) == 1, "the model was trained once"
+
+    monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, words=("model.num_heads=2",)))
+    capsys.readouterr()
+    assert reproduce.main([*words, "--seeds", "2", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "tiny: 2 of 3 runs done" in printed and "was done with another model.num_heads (4 -> 2)" in printed
+    assert reproduce.main([*words, "--seeds", "2"]) == 0
+    again = read_results(tmp_path / "results" / "tiny.jsonl")
+    assert again[:5] == lines and [line["model"] for line in again[5:]] == ["vista"]
+    assert again[5]["config"]["model"]["num_heads"] == 2
+
+
+def test_the_time_limit_stops_a_run_that_the_next_call_ends(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figures are those of a run that was not stopped."""
+    long = Row(1, (*SMALL, "optim.epochs=20", "data.tokens_per_batch=200"))
+    monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={**FLOORS, "vista": long}))
+    assert reproduce.main([*words, "--rows", *FLOORS]) == 0
+    began, step, steps = time.monotonic(), trainer._Trainer._step, []
+
+    def stepping(run: Any, *arguments: Any) -> Any:
+        if len(steps) == 3:  # and so its half an hour is over
+            time.sleep(1.0)
+        steps.append(1)
+        return step(run, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Trainer, "_step", stepping)
+        patch.setattr("row_progress.FILE_S", 0.01)
+        late = SimpleNamespace(monotonic=lambda: began + (3600.0 if len(steps) >= 3 else 0.0))
+        patch.setattr("row_progress.time", late)
+        assert reproduce.main([*words, "--minutes", "30"]) == 130
+    assert "; the same command resumes it" in capsys.readouterr().out
+    assert list(found_lines(tmp_path)) == ["popularity 0", "transitions 0"]
+    assert "transitions" in (tmp_path / "results" / "tiny.md").read_text()
+    (checkpoints,) = (tmp_path / "work").rglob("checkpoints")
+    assert list(checkpoints.glob("step-*"))
+    assert reproduce.main(words) == 0
+    assert "resuming at step" in (checkpoints.parent / "train.log").read_text()
+    stopped = found_lines(tmp_path)["vista 1"]
+    whole = [str(tmp_path / "whole") if word == str(tmp_path / "work") else word for word in words]
+    whole[whole.index("--results") + 1] = str(tmp_path / "results" / "whole")
+    assert reproduce.main([*whole, "--rows", "vista"]) == 0
+    (line,) = read_results(tmp_path / "results" / "whole" / "tiny.jsonl")
+    assert line["metrics"] == stopped["metrics"] and line["config"] == stopped["config"]
+
+
+def test_estimates_come_from_rows_of_such_a_machine(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """First the table's guess, then rows of any machine, then those of this one; nothing is run or written."""
+
+    def listing() -> str:
+        assert reproduce.main([*words, "--list", "--seeds", "1", "2"]) == 0
+        return capsys.readouterr().out
+
+    assert "tiny: 0 of 4 runs done, about 6 minutes left" in listing()
+    assert not (tmp_path / "results").exists() and not (tmp_path / "work").exists()
+    line = {
+        "table": "tiny",
+        "data": "ml-1m",
+        "model": "vista",
+        "seed": 3,
+        "metrics": {"hr@10": 0.5},
+        "command": "run",
+        "config": {},
+        "commit": "abc1234",
+        "hardware": {"cpu": "Other CPU", "cores": 2, "threads": 1, "gpu": None},
+        "seconds": 600,
+    }
+    append_result(tmp_path / "results" / "tiny.jsonl", line)
+    assert "vista: to run with seed 1 2; 10.0 minutes a run" in listing()
+    append_result(tmp_path / "results" / "tiny.jsonl", line | {"hardware": hardware() | {"threads": 1}, "seconds": 120})
+    printed = listing()
+    assert "tiny: 0 of 4 runs done, about 4 minutes left" in printed
+    assert (
+        "vista: to run with seed 1 2; 2.0 minutes a run\n  python -m scripts.experiments.reproduce tiny --rows vista"
+        in printed
+    )
+    assert "popularity: to run; 0.1 minutes a run" in printed
+
+
+def test_bad_words_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce.main([*words, "--rows", "vista", "sasrek"]) == 1
+    assert "--rows sasrek: tiny has no such row; take some of vista, popularity" in capsys.readouterr().err
+    words[2] += "-absent"
+    assert reproduce.main(words) == 1
+    assert "ml-1m-absent is not there; give the folder of ml-1m, or set VISTA_DATA_DIR" in capsys.readouterr().err
+    assert reproduce.main([words[0], *words[3:]]) == 1
+    assert "--data: is needed; give the folder of ml-1m" in capsys.readouterr().err
+    for minutes in ("0", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            reproduce.main([*words, "--minutes", minutes])
+        assert "needs a positive number of minutes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_can_be_composed(name: str) -> None:
+    table = TABLES[name]
+    configs = {}
+    for row, values in table.rows.items():
+        config = compose_config(TrainConfig, [f"experiment={table.experiment}", *table.words, *values.words])
+        configs[row] = reproduce._recorded(table, values)
+        if values.base:
+            base = reproduce._train_config(table, table.rows[values.base]).model
+            assert all(getattr(base, key) == getattr(config.model, key) for key in KEPT_KEYS)
+            assert parse_time(values.until) < parse_time(str(config.data.validation_from))
+        assert all(length < config.model.tail_len for length in values.tails)
+        assert not values.tails or Codec.int8 in values.codecs, "shorter tails are served from the int8 store"
+    trained = [json.dumps(config) for row, config in configs.items() if not table.rows[row].untrained]
+    assert len(set(trained)) == len(trained), "two rows of the same configuration"
+
+
+@pytest.mark.parametrize("name", ["length-200", "length-1k", "length-16k", "length-64k"])
+def test_lengths_are_compared_at_the_same_labels(name: str) -> None:
+    """Windows of all users and passes, impressions and events; the passes after which the best one is chosen."""
+
+    def spent(table: Table) -> tuple[int, int, int, int]:
+        config, sizes = reproduce._train_config(table, table.rows["vista"]), table.simulation
+        assert sizes is not None and config.optim.epochs % config.optim.validate_every == 0
+        return (
+            sizes["num_users"] * config.data.windows_per_chunk * config.optim.epochs,
+            sizes["num_users"] * sizes["impressions_per_user"],
+            sizes["num_users"] * sizes["events_per_user"],
+            config.optim.epochs // config.optim.validate_every,
+        )
+
+    (windows, *others), (usual, *as_usual) = spent(TABLES[name]), spent(TABLES["simulation"])
+    # A life of 200 events has no fewer than four windows: a quarter more.
+    assert windows == (5 * usual / 4 if name == "length-200" else usual) and others == as_usual
+    for row in ("sasrec", "hstu", "vista-all-labels"):
+        four_passes = reproduce._train_config(TABLES[name], TABLES[name].rows[row]).optim
+        assert (four_passes.epochs, four_passes.validate_every) == (4, 1)
+
+
+def test_a_setting_that_a_line_does_not_know_had_its_first_default() -> None:
+    now = reproduce._recorded(SIMULATION, SIMULATION.rows["vista"])
+    before = {**now, "data": {key: value for key, value in now["data"].items() if key != "exclude_seen"}}
+    assert now["data"]["exclude_seen"] is False
+    assert changed_settings(before, now) == ["data.exclude_seen (True -> False)"]
+    before["model"] = {k: v for k, v in now["model"].items() if k not in ("search", "target_attention")}
+    del before["data"]["num_negatives"]
+    former = "model.target_attention (softmax -> pointwise)"
+    assert changed_settings(before, now) == ["data.exclude_seen (True -> False)", former]
+    # What a table or row no longer sets is a change as well.
+    wider = {**now, "simulation": now["simulation"] | {"max_interests": 9}}
+    usual = SimulateConfig().max_interests
+    assert changed_settings(wider, now) == [f"simulation.max_interests (9 -> {usual})"]
+    assert changed_settings({**now, "base": {"row": "vista"}}, now) == ["base.row (vista -> None)"]
+    assert "simulation.num_users" in changed_settings(now, {k: v for k, v in now.items() if k != "simulation"})[0]
+    assert "target_attention" not in reproduce._recorded(SIMULATION, SIMULATION.rows["sasrec"])["model"]
+    for name in ("din", "sim-hard", "truth"):
+        assert "exclude_seen" not in reproduce._recorded(SIMULATION, SIMULATION.rows[name])["data"]
+    assert reproduce._recorded(SIMULATION, SIMULATION.rows["popularity"])["data"]["exclude_seen"] is False
+
+
+def test_folders_are_named_by_what_is_no_default() -> None:
+    now = reproduce._recorded(SIMULATION, SIMULATION.rows["vista"])
+    found = reproduce._unusual(now)
+    assert (
+        found["model"] == {"dim": 16, "dropout": 0.1, "target_attention": "pointwise"}
+        and found["data"]["split"] == "time"
+    )
+    younger = {**now, "model": {key: value for key, value in now["model"].items() if key != "search"}}
+    assert reproduce._unusual(younger) == found
+
+
+def test_progress_corrects_its_estimates_by_what_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("row_progress.time", SimpleNamespace(monotonic=lambda: now))
+    with RowProgress([10.0, 100.0, 200.0]) as progress:
+        assert progress.left_s() == 310
+        with progress.run("first"):
+            now += 20
+        assert progress.left_s() == 600  # everything takes twice its estimate
+        with progress.run("second"):
+            now += 50
+            assert progress.left_s() == 550
+
+
+def test_progress_interrupts_at_its_limit() -> None:
+    with pytest.raises(KeyboardInterrupt), RowProgress([60.0, 1.0], limit_s=0.1) as progress, progress.run("first"):
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            time.sleep(0.01)
+    assert progress.expired
+    with pytest.raises(KeyboardInterrupt, match="stopped at the limit of time"), progress.run("second"):
+        pass
+
+
+def test_unified_embeddings_have_the_share_of_parameters_that_they_are_called_by() -> None:
+    """ml-100k: 1,682 items and the unknown one, and the gaps; it has one action."""
+    for name, row in TABLES["embeddings"].rows.items():
+        model = compose_config(TrainConfig, ["experiment=ml-100k", *row.words]).model
+        if name != "vista":
+            shared = (1 + model.embedding_rows) * model.dim // model.embedding_hashes
+            separate = (1 + 1682 + NUM_GAPS) * model.dim
+            assert shared / separate == pytest.approx(float(Fraction(name.removeprefix("unified-"))), rel=0.005)

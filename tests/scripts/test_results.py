@@ -1,0 +1,214 @@
+"""Result files, the tables made from them, and what is said of machine and commit."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vista
+from scripts.experiments import results
+from scripts.experiments.results import append_result, commit, hardware, main, markdown_table, read_results
+from vista.errors import DataError
+
+MACHINE = {"cpu": "Test CPU", "cores": 2, "torch": "2.13.0", "gpu": None}
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {
+        "table": "ml-1m",
+        "data": "ml-1m",
+        "model": "vista K=16",
+        "seed": 1,
+        "metrics": {"hr@10": 0.3, "ndcg@10": 0.16},
+        "command": "vista evaluate seed=1",
+        "config": {"model": {"dim": 64}},
+        "commit": "abc1234",
+        "hardware": MACHINE,
+        "seconds": 12.5,
+    } | changes
+
+
+def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "docs" / "results" / "ml-1m.jsonl"
+    rows = [row(), row(seed=2, metrics={"auc": None, "ne": 0.9}), row(model="line\u2028 and ünïcode", seconds=3)]
+    for each in rows:
+        append_result(path, each)
+    assert read_results(path) == rows
+    assert path.read_bytes().count(b"\n") == 3
+
+
+def test_a_line_cut_by_a_crash_is_closed_and_then_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    append_result(path, row())
+    path.write_bytes(path.read_bytes() + b'{"table": "ml-')
+    append_result(path, row(seed=2))
+    with pytest.raises(DataError, match=r"t\.jsonl, line 2: is no JSON .*remove the line"):
+        read_results(path)
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([lines[0], "", lines[2], ""]))
+    assert [each["seed"] for each in read_results(path)] == [1, 2]
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"extra": 1}, r"unknown keys \['extra'\]"),
+    ({"seed": "1"}, "seed is a str"),
+    ({"seed": True}, "seed is a bool"),
+    ({"metrics": {}}, "metrics is empty"),
+    ({"metrics": {"auc": math.nan}}, r"metrics\['auc'\] is nan"),
+    ({"metrics": {"auc": math.inf}}, r"metrics\['auc'\] is inf"),
+    ({"metrics": {"auc": "0.5"}}, r"metrics\['auc'\] is '0.5'"),
+    ({"metrics": {"auc": True}}, r"metrics\['auc'\] is True"),
+    ({"seconds": -1.0}, "seconds must be"),
+    ({"seconds": math.nan}, "seconds must be"),
+    ({"model": ""}, "model must be one line"),
+    ({"command": "a\nb"}, "command must be one line"),
+    ({"config": {"x": math.nan}}, "cannot be written as JSON"),
+    ({"config": {"x": Path("a")}}, "cannot be written as JSON"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[message for _, message in BAD])
+def test_a_bad_row_is_refused_and_nothing_is_written(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        append_result(tmp_path / "t.jsonl", row(**changes))
+    assert not (tmp_path / "t.jsonl").exists()
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    incomplete = row()
+    del incomplete["commit"]
+    with pytest.raises(DataError, match=r"missing keys \['commit'\]"):
+        append_result(tmp_path / "t.jsonl", incomplete)
+    (tmp_path / "t.jsonl").write_text(json.dumps(row()) + "\n" + json.dumps(incomplete) + "\n")
+    with pytest.raises(DataError, match=r"line 2: result: missing keys \['commit'\]"):
+        read_results(tmp_path / "t.jsonl")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_results(tmp_path / "absent.jsonl")
+    (tmp_path / "t.jsonl").write_bytes(b"[1]\n")
+    with pytest.raises(DataError, match="line 1: is no JSON object"):
+        read_results(tmp_path / "t.jsonl")
+    (tmp_path / "t.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(DataError, match="line 1: is no JSON"):
+        read_results(tmp_path / "t.jsonl")
+
+
+def test_the_table_shows_mean_and_spread_over_seeds() -> None:
+    rows = [
+        row(metrics={"ndcg@10": 0.9}),  # replaced by the later run of the same seed
+        row(metrics={"ndcg@10": 0.10, "hr@10": 0.2}, seconds=10),
+        row(metrics={"ndcg@10": 0.20, "hr@10": 0.2}, seed=2, seconds=20),
+        row(metrics={"ndcg@10": 0.30, "hr@10": None}, seed=3, seconds=30),
+        row(model="a|b", metrics={"auc": 0.5}),
+        row(table="other", data="simulated", metrics={"auc": 0.75}),
+    ]
+    text = markdown_table(rows)
+    first, second = text.split("# other")
+    lines = first.splitlines()
+    assert lines[0] == "# ml-1m"
+    assert lines[2] == "| data | model | seeds | ndcg@10 | hr@10 | auc | seconds |"
+    assert lines[4] == "| ml-1m | vista K=16 | 3 | 0.2000 ± 0.1000 | 0.2000 ± 0.0000 | – | 20 |"
+    assert lines[5] == "| ml-1m | a\\|b | 1 | – | – | 0.5000 | 12 |"
+    assert first.count("`vista evaluate seed=1` (seed 1 2 3; commit abc1234; Test CPU, 2 cores, torch 2.13.0)") == 1
+    assert "0.9" not in first
+    assert "| simulated | vista K=16 | 1 | 0.7500 |" in second
+    assert markdown_table([]) == ""
+
+
+def test_models_of_the_same_origin_share_a_line() -> None:
+    """Seeds of a command are joined; other commands, commits and machines of a model stand beside the first."""
+    command = "run t --rows a --seeds "
+    rows = [row(model=model, seed=seed, command=f"{command}{seed}") for model in ("a", "a, tail 2") for seed in (1, 12)]
+    rows += [row(model="a|b", seed=1, command="run t --rows b --seeds 1")]
+    rows += [row(model="a|b", seed=2, command="run t --rows b", commit="def5678", hardware={**MACHINE, "cores": 8})]
+    lines = [line for line in markdown_table(rows).splitlines() if line.startswith("- ")]
+    machine = "Test CPU, 2 cores, torch 2.13.0"
+    assert lines == [
+        f"- ml-1m, a / a, tail 2: `{command}1 12` (seed 1 12; commit abc1234; {machine})",
+        "- ml-1m, a\\|b: `run t --rows b --seeds 1 2`, `run t --rows b` (seed 1 2; commit abc1234, def5678; "
+        f"{machine}; {machine.replace('2 cores', '8 cores')})",
+    ]
+
+
+def test_the_command_prints_a_table_without_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    append_result(tmp_path / "t.jsonl", row())
+    assert main([str(tmp_path / "t.jsonl")]) == 0
+    assert capsys.readouterr().out == markdown_table([row()])
+    assert main([str(tmp_path / "absent.jsonl")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    code = "import sys, scripts.experiments.results as r; r.main([sys.argv[1]]); assert 'torch' not in sys.modules"
+    folder = Path(vista.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "t.jsonl")], check=True, cwd=folder)
+
+
+def test_hardware_fits_a_row_and_matches_this_process() -> None:
+    machine = hardware()
+    assert json.loads(json.dumps(machine)) == machine
+    assert machine["cpu"] and machine["cores"] >= 1 and machine["memory_gib"] > 0 and machine["threads"] >= 1
+    assert machine["numpy"] == np.__version__
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_commit_tells_sources_from_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "scripts" / "experiments" / "results.py"
+    module.parent.mkdir(parents=True)
+    (tmp_path / "vista").mkdir()
+    module.write_text("")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.jsonl").write_text("")
+    git(tmp_path, "init", "-q")
+    monkeypatch.setattr(results, "__file__", str(module))
+    outside = commit()  # nothing is tracked yet
+    assert outside.startswith("v") or outside == "unknown"
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    short = git(tmp_path, "rev-parse", "--short", "HEAD")
+    assert commit() == short
+    (tmp_path / "docs" / "results.jsonl").write_text("a result\n")
+    assert commit() == short
+    (tmp_path / "vista" / "new.py").write_text("")
+    assert commit() == short + "+dirty"
+    (tmp_path / "vista" / "new.py").unlink()
+    module.write_text("# changed\n")
+    assert commit() == short + "+dirty"
+
+
+def test_seeds_of_another_configuration_are_another_mean() -> None:
+    """What was tuned since counts alone; of a setting that is younger than a row its first default did."""
+    old = [row(seed=seed, metrics={"hr@10": 0.1}) for seed in (1, 2)]
+    young = {"model": {"dim": 64, "new": 1}, "seed": 3}
+    table = markdown_table([*old, row(seed=3, metrics={"hr@10": 0.4}, config=young)])
+    assert "| ml-1m | vista K=16 | 3 | 0.2000 ± 0.1732 |" in table
+    table = markdown_table([*old, row(seed=3, metrics={"hr@10": 0.4}, config={"model": {"dim": 32}})])
+    assert "| ml-1m | vista K=16 | 1 | 0.4000 |" in table and "seed 3;" in table
+    for kind, seeds in (("softmax", 3), ("pointwise", 1)):
+        config = {"model": {"dim": 64, "target_attention": kind}}
+        assert f"| ml-1m | vista K=16 | {seeds} |" in markdown_table([*old, row(seed=3, config=config)])
+    for share, seeds in ((0.0, 2), (0.1, 1)):
+        for before, now in (
+            ({"data": {"split": "time"}}, {"data": {"split": "time", "unknown_share": share}}),
+            ({"base": {"row": "base"}}, {"base": {"row": "base", "data.unknown_share": share}}),
+        ):
+            rows = [row(seed=1, config=before), row(seed=2, config=now)]
+            assert f"| ml-1m | vista K=16 | {seeds} |" in markdown_table(rows)
+
+
+def test_the_committed_tables_can_be_read_and_their_markdown_is_made_from_them() -> None:
+    folder = Path(__file__).parents[2] / "docs" / "results"
+    tables = [path for path in folder.glob("*.jsonl") if not path.name.startswith(("bench_", "faults"))]
+    assert tables
+    for path in tables:
+        assert path.with_suffix(".md").read_text() == markdown_table(read_results(path)), path.name

@@ -1,0 +1,93 @@
+"""Lines say by which commits and machines a model was trained, whoever measures it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.experiments import row_origin
+from scripts.experiments.row_origin import Trained, train_noted
+from tests.conftest import Served, small_config
+from vista.config import ModelConfig
+from vista.config.choices import Architecture
+from vista.log.event_log import EventLog
+
+MACHINE: dict[str, Any] = {"cpu": "First CPU", "gpu": None, "cores": 2, "threads": 1, "torch": "2.13.0"}
+
+
+def test_who_trained_and_who_measures(event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def now(commit: str, cpu: str) -> None:
+        monkeypatch.setattr(row_origin, "commit", lambda: commit)
+        monkeypatch.setattr(row_origin, "hardware", lambda: MACHINE | {"cpu": cpu})
+
+    config = small_config(event_log, tmp_path / "run", optim__epochs=1)
+    now("aaa", "First CPU")
+    train_noted(config, event_log, tmp_path)
+    fields = Trained.read(tmp_path).fields()
+    assert fields["commit"] == "aaa" and fields["hardware"] == MACHINE | {"precision": "float32"}
+    assert fields["seconds"] > 0 and Trained.read(tmp_path).validation.keys() == {"hr@10", "ndcg@10"}
+    now("bbb", "Second CPU")
+    train_noted(config, event_log, tmp_path)  # it is done: nobody trains
+    fields = Trained.read(tmp_path).fields()
+    assert fields["commit"] == "bbb (trained at aaa)" and fields["hardware"]["cpu"] == "First CPU"
+    assert fields["hardware"]["elsewhere"] == ["Second CPU, 2 cores, torch 2.13.0"]
+
+
+def test_a_run_that_only_ranks_is_judged_by_its_entropy(
+    impression_log: EventLog, served_tasks: Served, tmp_path: Path
+) -> None:
+    model = ModelConfig(architecture=Architecture.din, dim=16, num_heads=2, history_limit=9)
+    config = small_config(impression_log, tmp_path / "run", model=model, data=served_tasks.config.data, optim__epochs=2)
+    train_noted(config, impression_log, tmp_path)
+    kept = Trained.read(tmp_path).validation
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    entropies = [row["validation"]["ne/click"] for row in rows if "validation" in row]
+    assert len(entropies) == 2 and kept["ne/click"] == min(entropies) and "ndcg@10" not in kept
+
+
+def test_a_run_that_was_killed_is_named_and_goes_on(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the kill cut its last line of metrics off, or where its notes are older than this one."""
+    config = small_config(event_log, tmp_path / "run", optim__epochs=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 20, "epoch": 0}\n{"step": 4')
+    monkeypatch.setattr(row_origin, "commit", lambda: "aaa")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(row_origin, "train_model", lambda config, log: sys.exit(137))
+        train_noted(config, event_log, tmp_path)
+    monkeypatch.setattr(row_origin, "commit", lambda: "bbb")
+    train_noted(config, event_log, tmp_path)
+    assert [origin["commit"] for origin in Trained.read(tmp_path).origins] == ["aaa", "bbb"]
+    (tmp_path / "origins.jsonl").unlink()
+    assert Trained.read(tmp_path).origins == ()
+
+
+def test_a_run_that_was_stopped_names_both(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vista.training import trainer
+
+    whole, steps = trainer._Trainer._step, []
+
+    def stopped(self: Any, *arguments: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 12:
+            raise KeyboardInterrupt
+        return whole(self, *arguments)
+
+    config = small_config(event_log, tmp_path / "run", optim__epochs=4, checkpoint_every=1)
+    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
+    monkeypatch.setattr(trainer._Trainer, "_step", stopped)
+    monkeypatch.setattr(row_origin, "commit", lambda: "aaa")
+    with pytest.raises(KeyboardInterrupt):
+        train_noted(config, event_log, tmp_path)
+    monkeypatch.setattr(row_origin, "commit", lambda: "bbb")
+    train_noted(config, event_log, tmp_path)
+    assert [origin["commit"] for origin in Trained.read(tmp_path).origins] == ["aaa", "bbb"]
+    assert Trained.read(tmp_path).fields()["commit"] == "bbb (trained at aaa, bbb)"
+    assert Trained(2.0).fields().keys() == {"commit", "hardware", "seconds"}

@@ -1,0 +1,115 @@
+"""The soak in short, and that its judge notices what it is there to notice."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scripts.benchmarks import soak_scorer
+from scripts.benchmarks.benchmark_recorder import read_cases
+from scripts.benchmarks.soak_load import Answer, Stage, append_events, ask, copies, freeze
+from scripts.benchmarks.soak_scorer import Judge
+from vista.model.vista_model import Recommender
+from vista.refresh import erase, refresh
+from vista.scorer import Scorer
+
+pytestmark = pytest.mark.filterwarnings("error")
+NUM_USERS, NUM_ITEMS = 60, 50
+PREDICT, TAIL, VECTORS = 9, 40, 7
+"""Numbers of questions: predict for eight users, score of four with their tails, vectors of sixteen."""
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    """Operation 1 is a full refresh with a new event of each user, 2 an erasure of half of the users."""
+    stage = Stage(tmp_path_factory.mktemp("soak"), NUM_USERS, NUM_ITEMS)
+    everyone = 1 + np.arange(NUM_USERS)
+    log = append_events(stage, 1, everyone, np.random.default_rng(0))
+    refresh(Recommender.from_pretrained(stage.model), log, stage.store)
+    freeze(stage.store, stage.frozen, 1)
+    erase(stage.store, everyone[::2].tolist())
+    freeze(stage.store, stage.frozen, 2)
+    return stage
+
+
+def answer_of(stage: Stage, copy: str, question: int) -> Answer:
+    """What a scorer of a copy answers, as if it had been asked while that one was served."""
+    generation, operation = map(int, copy.split("-"))
+    with Scorer.open(stage.model, stage.frozen / copy, on_missing="nan", task="click") as scorer:
+        arrays = ask(scorer, question, NUM_USERS, NUM_ITEMS)
+    return Answer(0, question, operation, operation, (generation, generation), 0.0, arrays)
+
+
+@pytest.mark.parametrize("question", [PREDICT, TAIL, VECTORS])
+def test_the_judge_takes_one_state_and_no_other(stage: Stage, question: int) -> None:
+    assert sorted(copies(stage.frozen)) == [(1, 0), (1, 2), (2, 1), (2, 2)]
+    judge = Judge(stage.models, stage.frozen, NUM_USERS, NUM_ITEMS)
+    old, new, erased = (answer_of(stage, copy, question) for copy in ("1-0", "2-1", "2-2"))
+    assert all(judge.is_right(answer) for answer in (old, new, erased))
+    assert judge.num_changing == 0
+    # Of another generation than the open one; of the one before, or after, a reload within the call.
+    assert not judge.is_right(replace(old, generations=(2, 2), since=1, until=1))
+    assert not judge.is_right(replace(new, generations=(1, 1)))
+    assert judge.is_right(replace(old, generations=(1, 2), since=0, until=1))
+    assert judge.is_right(replace(new, generations=(1, 2), since=0, until=1))
+    # An erased user must be missing once the erasure was acknowledged, and may be while it lasts.
+    assert not judge.is_right(replace(new, since=2, until=2))
+    assert judge.is_right(replace(new, since=1, until=2)) and judge.is_right(replace(erased, since=1, until=2))
+    assert judge.num_changing == 4
+    # Half of one state and half of another.
+    for other in (old, erased):
+        mixed = [np.concatenate([a[:2], b[2:]]) for a, b in zip(new.arrays, other.arrays, strict=True)]
+        assert not judge.is_right(replace(new, arrays=mixed, generations=(1, 2), since=0, until=2))
+
+
+def test_the_judge_forgets_what_nobody_can_ask_for(stage: Stage) -> None:
+    frozen = stage.frozen.with_name("frozen-too")
+    for copy in ("1-0", "1-2", "2-1", "2-2"):
+        (frozen / copy).mkdir(parents=True)
+    judge = Judge(stage.models, frozen, NUM_USERS, NUM_ITEMS)
+    first, second = (Answer(thread, 0, 2, 2, (1, 2), 0.0, []) for thread in (0, 1))
+    judge.latest[0] = first
+    judge.forget(num_threads=2)
+    assert len(copies(frozen)) == 4
+    judge.latest[1] = replace(second, since=1)
+    judge.forget(num_threads=2)
+    assert len(copies(frozen)) == 4
+    judge.latest[1] = second
+    judge.forget(num_threads=2)
+    assert sorted(copies(frozen)) == [(1, 2), (2, 2)]
+    judge.latest |= {thread: replace(first, generations=(2, 2)) for thread in (0, 1)}
+    judge.forget(num_threads=2)
+    assert copies(frozen) == [(2, 2)]
+
+
+@pytest.mark.slow
+def test_a_short_soak(tmp_path: Path) -> None:
+    out, root = tmp_path / "out.jsonl", Path(soak_scorer.__file__).parents[2]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "scripts.benchmarks.soak_scorer",
+            "--minutes=0.2",
+            "--users=300",
+            "--pause=0.1",
+            f"--out={out}",
+        ],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["case"].partition(": ")[2]: row for row in read_cases(out)}
+    assert rows["failed"]["value"] == rows["wrong"]["value"] == 0
+    assert all(
+        rows[f"operations, {kind}"]["value"] > 0 for kind in ("incremental", "full", "erase", "compact", "model")
+    )
+    assert len([line for line in done.stdout.splitlines() if "answers, median" in line]) >= 5

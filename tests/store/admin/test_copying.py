@@ -1,0 +1,356 @@
+"""A generation brought to another folder: equal, resumable after any kill, and served only when it is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vista.errors import StoreBusyError, StoreError, StoreLockedError
+from vista.store import SummaryStore, user_keys
+from vista.store.admin.inspection import verify_store
+from vista.store.admin.parquet import export_store, import_store
+from vista.store.admin.publish import compact_store, copy_generation
+from vista.store.admin.whole_generations import GenerationBuilder, GenerationReader, open_generation
+from vista.store.layout import environment_path, list_generations, read_current
+from vista.store.updates import erase, served_manifest
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+KEY = bytes(range(32))
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vista.store.format.keys._WALK_USERS", 7)
+
+
+def records(root: Path, generation: int, key: bytes | None = None) -> list[tuple[bytes, bytes]]:
+    with open_generation(root, generation, key) as reader:
+        return [pair for keys, values in reader.batches() for pair in zip(keys, values, strict=True)]
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_copy_is_equal_and_served(tmp_path, build, key):
+    source, target = tmp_path / "source", tmp_path / "host" / "store"
+    build.write_store(source, key=key)
+    report = copy_generation(source, target, key=key, shared_with_group=True)
+    assert (report.generation, report.num_records, report.num_kept, report.published) == (1, 40, 0, True)
+    assert records(target, 1, key) == records(source, 1, key)
+    assert sorted(path.name for path in target.iterdir()) == ["CURRENT", "LAST", "gen-1", "tombstones", "writer.lock"]
+    assert verify_store(target, key=key).num_problems == 0
+    assert environment_path(target, 1).stat().st_mode & 0o7777 == 0o2750
+    with SummaryStore.open(target, summarizer_id=build.summarizer(), key=key) as store:
+        np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40)), atol=0.02)
+
+
+def test_a_rollout_in_two_steps_keeps_the_generation_before(tmp_path, build):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for salt, digest in enumerate(("log-1", "log-2", "log-3")):
+        build.write_store(source, salt=salt, run_digest=digest)
+        if salt < 2:
+            copy_generation(source, target)
+    assert read_current(target) == 2 and list_generations(target) == [1, 2]
+    with SummaryStore.open(target) as store:
+        report = copy_generation(source, target, publish=False)
+        assert not report.published and "not served yet" in str(report)
+        assert not store.reload() and store.generation == 2
+        report = copy_generation(source, target)
+        assert report.num_kept == 40 and store.reload() and store.generation == 3
+    assert list_generations(target) == [2, 3]
+    assert "is served" in str(copy_generation(source, target, publish=False))
+    assert copy_generation(source, target, generation=2).generation == 2 and read_current(target) == 2
+
+
+def test_where_current_is_damaged_no_generation_is_removed(tmp_path, build):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    export_store(source, tmp_path / "all.parquet")
+    for salt, digest in enumerate(("log-1", "log-2")):
+        build.write_store(target, salt=salt + 1, run_digest=digest)
+    (target / "CURRENT").write_bytes(bytes(6))
+    assert copy_generation(source, target).generation == 3
+    assert (read_current(target), list_generations(target)) == (3, [1, 2, 3])
+    (target / "CURRENT").write_bytes(bytes(6))
+    import_store(tmp_path / "all.parquet", target)
+    assert (read_current(target), list_generations(target)) == (4, [1, 2, 3, 4])
+    assert verify_store(target).num_problems == 0
+
+
+def put_then_die(after: int) -> None:
+    put, count = GenerationBuilder.put, [0]
+
+    def dying(builder: GenerationBuilder, *words: Any) -> None:
+        put(builder, *words)
+        count[0] += 1
+        if count[0] == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    GenerationBuilder.put = dying  # type: ignore[method-assign]
+
+
+def killed_copy(source: Path, target: Path, prepare: Any, *words: Any) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            prepare(*words)
+            copy_generation(source, target)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_killed_copy_goes_on_where_it_was(tmp_path, build):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    for batches in (2, 1):
+        assert killed_copy(source, target, put_then_die, batches) == -9
+        assert not (target / "CURRENT").exists() and list_generations(target) == []
+    report = copy_generation(source, target)
+    assert report.num_kept == 21 and report.num_records == 40
+    assert records(target, 1) == records(source, 1)
+
+
+def test_a_killed_copy_of_what_changed_since_begins_anew(tmp_path, build, caplog):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    assert killed_copy(source, target, put_then_die, 3) == -9
+    shutil.rmtree(source)
+    build.write_store(source, salt=1)
+    report = copy_generation(source, target)
+    assert report.num_kept == 0 and "begins anew" in caplog.text
+    assert records(target, 1) == records(source, 1)
+
+
+@pytest.mark.parametrize("left", [b"", b"PAR1" * 4000])
+def test_a_copy_whose_partial_file_is_no_database_begins_anew(tmp_path, build, caplog, left):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    assert killed_copy(source, target, put_then_die, 1) == -9
+    (target / ".partial-gen-1" / "summary" / "data.mdb").write_bytes(left)
+    assert copy_generation(source, target).num_kept == 0 and "begins anew" in caplog.text
+    assert records(target, 1) == records(source, 1)
+
+
+@pytest.mark.parametrize("call", ["rename", "replace", "fsync"])
+def test_a_copy_killed_at_every_step_leaves_what_was_served(tmp_path, build, call):
+    source, first = tmp_path / "source", tmp_path / "first"
+    build.write_store(source)
+    copy_generation(source, first)
+    build.write_store(source, salt=1, run_digest="log-2")
+    original = getattr(os, call)
+
+    def die_at(number: int) -> None:
+        count = [0]
+
+        def dying(*words: Any) -> Any:
+            count[0] += 1
+            if count[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*words)
+
+        setattr(os, call, dying)
+
+    for number in range(1, 40):
+        target = tmp_path / str(number)
+        shutil.copytree(first, target)
+        code = killed_copy(source, target, die_at, number)
+        assert code in (0, -9) and verify_store(target).num_problems == 0
+        with SummaryStore.open(target) as store:
+            salt = store.generation - 1
+            np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40), salt), atol=0.02)
+        copy_generation(source, target)
+        assert read_current(target) == 2 and list_generations(target) == [1, 2] and not list(target.glob(".*"))
+        if code == 0:
+            break
+    assert code == 0 and number > 1
+
+
+def test_a_damaged_source_is_not_copied(tmp_path, build):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    copy_generation(source, target)
+    build.write_store(source, salt=1, run_digest="log-2")
+    data = environment_path(source, 2) / "data.mdb"
+    whole, (_, record) = data.read_bytes(), records(source, 2)[20]
+    data.write_bytes(whole.replace(record, record[:-1] + bytes([record[-1] ^ 1])))
+    with pytest.raises(StoreError, match="user 20"):
+        copy_generation(source, target)
+    data.write_bytes(whole[:-4096])
+    with pytest.raises(StoreError, match="truncated"):
+        copy_generation(source, target)
+    assert read_current(target) == 1 and list_generations(target) == [1]
+    data.write_bytes(whole)
+    assert copy_generation(source, target).generation == 2
+
+
+def test_what_a_copy_refuses(tmp_path, build):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    with pytest.raises(StoreError, match="is the store itself"):
+        copy_generation(source, source)
+    with pytest.raises(StoreError, match=r"gen-5.*No such file"):
+        copy_generation(source, target, generation=5)
+    with pytest.raises(StoreError, match="no published generation"):
+        copy_generation(tmp_path / "none", target)
+    with build.open_writer(target), pytest.raises(StoreLockedError, match=f"process {os.getpid()}"):
+        copy_generation(source, target)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match=r"cannot be written: .*check free space, the path"):
+        copy_generation(source, tmp_path / "file" / "store")
+
+
+def test_what_was_updated_in_place_is_copied_straight(tmp_path, build):
+    """Under a number of its own there, since nothing that is served changes under its readers in a copy."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    copy_generation(source, target)
+    build.update(source, range(5, 50), salt=3)
+    with SummaryStore.open(target) as store:
+        report = copy_generation(source, target, publish=False)
+        assert (report.generation, report.num_records, report.num_kept) == (2, 50, 0)
+        assert not store.reload() and len(store) == 40
+        report = copy_generation(source, target)
+        assert (report.generation, report.num_kept) == (2, 50) and store.reload()
+        np.testing.assert_allclose(store.get_many(range(4)).summary, build.summaries(range(4)), atol=0.02)
+        np.testing.assert_allclose(store.get_many(range(5, 50)).summary, build.summaries(range(5, 50), 3), atol=0.02)
+        assert store.manifest.refreshed_at == 1_700_000_000_001
+    assert copy_generation(source, target).num_kept == 50 and list_generations(target) == [1, 2]
+    assert verify_store(target).num_problems == 0
+    # The source goes on in numbers of its own.
+    build.write_store(source, salt=4, run_digest="log-2")
+    assert read_current(source) == 2 and copy_generation(source, target).generation == 3
+    assert list_generations(target) == [2, 3] and verify_store(target).num_problems == 0
+    assert copy_generation(source, target, generation=1).generation == 2
+    assert copy_generation(source, target).generation == 3
+    for root in (source, target):
+        compact_store(root)
+    assert copy_generation(source, target).generation == 4, "the same records, compacted on either side"
+
+
+def test_a_copy_equals_a_source_that_has_lost_all_users_of_a_kind(tmp_path, build):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    erase(source, range(40))
+    copy_generation(source, target)
+    assert (served_manifest(source).user_kind, served_manifest(target).user_kind) == ("int", None)
+    copy_generation(source, target)
+    assert list_generations(target) == [1]
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_copy_beside_other_generations_of_its_number(tmp_path, build, key):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source, key=key)
+    build.write_store(target, salt=1, key=key)  # of its own
+    assert copy_generation(source, target, key=key).generation == 2 and list_generations(target) == [1, 2]
+    with SummaryStore.open(target, key=key) as store:
+        np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40)), atol=0.02)
+
+
+def test_a_killed_copy_under_another_number_goes_on(tmp_path, build):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    copy_generation(source, target)
+    build.update(source, range(30), salt=3)
+    assert killed_copy(source, target, put_then_die, 2) == -9
+    report = copy_generation(source, target)
+    assert (report.generation, report.num_kept, report.num_records) == (2, 14, 40)
+
+
+def test_what_reads_a_generation_as_a_whole_while_it_is_written(tmp_path, build):
+    """It is right, or says that it is being written; and when it is not, all of it works at once."""
+    source, stop = tmp_path / "source", threading.Event()
+    build.write_store(source)
+    outcomes: Counter[str] = Counter()
+
+    def rewrite() -> None:
+        salt = 0
+        while not stop.is_set():
+            salt += 1
+            build.update(source, range(60), salt)
+
+    def look(name: str, function: Any) -> None:
+        try:
+            report = function()
+            assert not getattr(report, "num_problems", 0), report
+            outcomes[name] += 1
+        except StoreBusyError as error:
+            assert "gen-1 is being written" in str(error) and "try again" in str(error)
+            outcomes["busy"] += 1
+
+    writer = threading.Thread(target=rewrite)
+    writer.start()
+    try:
+        for turn in range(8):
+            look("verified", lambda: verify_store(source))
+            look("exported", lambda: export_store(source, tmp_path / "all.parquet"))
+            look("copied", lambda turn=turn: copy_generation(source, tmp_path / f"copy-{turn}"))
+    finally:
+        stop.set()
+        writer.join()
+    assert sum(outcomes.values()) == 24
+    for turn in range(8):
+        copy_generation(source, tmp_path / f"copy-{turn}")
+        assert verify_store(tmp_path / f"copy-{turn}").records[read_current(tmp_path / f"copy-{turn}")] == 60
+    assert export_store(source, tmp_path / "all.parquet").num_records == 60
+    assert verify_store(source).records == {1: 60}
+
+
+def test_a_generation_that_is_written_once_meanwhile_is_read_again(tmp_path, build, monkeypatch):
+    source, target, salts = tmp_path / "source", tmp_path / "target", iter(range(1, 9))
+    build.write_store(source)
+    batches = GenerationReader.raw_batches
+
+    def raw_batches(reader: GenerationReader, after: bytes = b"u") -> Any:
+        for number, batch in enumerate(batches(reader, after)):
+            yield batch
+            if number == 1 and written and reader.path.is_relative_to(source):
+                del written[0]
+                build.update(source, range(45), next(salts))
+
+    monkeypatch.setattr(GenerationReader, "raw_batches", raw_batches)
+    written = [1]
+    assert verify_store(source).records == {1: 45} and not written
+    written = [1]
+    assert export_store(source, tmp_path / "all.parquet").num_records == 45 and not written
+    written = [1]
+    assert copy_generation(source, target).num_records == 45 and not written
+    assert records(source, 1) == records(target, 1)
+    for function in (
+        lambda: verify_store(source),
+        lambda: export_store(source, tmp_path / "again.parquet"),
+        lambda: copy_generation(source, tmp_path / "again"),
+    ):
+        written, salts = [1] * 9, iter(range(1, 9))
+        with pytest.raises(StoreBusyError, match="gen-1 is being written, by a refresh or an erasure; try again"):
+            function()
+    assert not (tmp_path / "again.parquet").exists() and not (tmp_path / "again" / "CURRENT").exists()
+
+
+def test_a_source_that_changes_meanwhile_is_not_published(tmp_path, build, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    put = GenerationBuilder.put
+    (key,) = user_keys([0])
+
+    def put_and_change(builder: GenerationBuilder, keys: Any, held: Any) -> None:
+        """The first record is another user's time by when it is compared: as if an update came between."""
+        put(builder, keys, [records(other, 1)[0][1], *held[1:]] if keys[0] == key else held)
+
+    other = tmp_path / "other"
+    build.write_store(other, salt=1)
+    monkeypatch.setattr(GenerationBuilder, "put", put_and_change)
+    with pytest.raises(StoreError, match="was written while it was copied"):
+        copy_generation(source, target)
+    assert not (target / "CURRENT").exists() and list_generations(target) == []
+    monkeypatch.undo()
+    assert copy_generation(source, target).num_records == 40
+    assert records(target, 1) == records(source, 1)

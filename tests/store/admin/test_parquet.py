@@ -1,0 +1,221 @@
+"""A store to Parquet and back: readable columns, the same records, and refusals of what is no whole export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import xxhash
+
+from vista.config.choices import Codec
+from vista.errors import RecordError, StoreError
+from vista.store import NO_TIMESTAMP, SummaryStore, Tail, encode_records, user_keys
+from vista.store.admin.inspection import verify_store
+from vista.store.admin.parquet import FORMAT, export_store, import_store
+from vista.store.admin.whole_generations import open_generation
+from vista.store.layout import list_generations, read_current
+
+KEY = bytes(range(200, 232))
+
+
+def records(root: Path, key: bytes | None = None) -> dict[bytes, bytes]:
+    with open_generation(root, read_current(root), key) as reader:
+        return {k: r for keys, values in reader.batches() for k, r in zip(keys, values, strict=True)}
+
+
+def mixed_store(root: Path, build: Any, users: list[Any], **options: Any) -> None:
+    with build.open_writer(root, total_users=len(users), **options) as writer:
+        keys = user_keys(users)
+        encoded = encode_records(
+            keys, build.summaries(range(len(users))), Tail.empty(len(users)), spec=writer.spec,
+            event_count=np.zeros(len(users), np.int64), last_event_ts=np.full(len(users), NO_TIMESTAMP),
+            history_digest=np.zeros(len(users), np.uint64),
+        )  # fmt: skip
+        writer.put_batch(keys, encoded, len(users))
+        writer.publish()
+
+
+@pytest.mark.parametrize("codec", Codec)
+def test_columns_say_what_the_store_holds(tmp_path, build, codec):
+    build.write_store(tmp_path / "store", codec=codec)
+    report = export_store(tmp_path / "store", tmp_path / "out.parquet")
+    assert (report.num_records, report.generation) == (40, 1)
+    assert (tmp_path / "out.parquet").stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "store"]
+    table = pq.read_table(tmp_path / "out.parquet").to_pydict()  # by another reader than the writer's
+    with SummaryStore.open(tmp_path / "store") as store:
+        stored = store.get_many(table["user"])
+    assert table["user"] == list(range(40)) and stored.found.all()
+    assert table["event_count"] == stored.event_count.tolist()
+    assert table["last_event_ts"] == stored.last_event_ts.tolist()
+    np.testing.assert_array_equal(np.array(table["summary"], np.float32).reshape(40, 2, 8), stored.summary)
+    for name, column in (("tail_item", "items"), ("tail_time", "times"), ("tail_action", "actions")):
+        parts = np.split(getattr(stored.tail, column), stored.tail.offsets[1:-1])
+        assert table[name] == [part.tolist() for part in parts]
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "keyed"])
+@pytest.mark.parametrize("codec", Codec)
+def test_import_gives_the_same_records_but_for_the_generation(tmp_path, build, codec, key):
+    build.write_store(tmp_path / "store", codec=codec, key=key, until="leave-last-out")
+    export_store(tmp_path / "store", tmp_path / "out.parquet", key=key)
+    build.write_store(tmp_path / "other", run_digest="log-9")
+    report = import_store(tmp_path / "out.parquet", tmp_path / "other", key=key)
+    assert report.generation == 2 and list_generations(tmp_path / "other") == [1, 2]
+    before, after = records(tmp_path / "store", key), records(tmp_path / "other", key)
+    assert list(before) == list(after)
+    for user, record in after.items():
+        old, new = bytearray(before[user]), bytearray(record)
+        for changed in (slice(24, 32), slice(120, 128), *([slice(-16, None)] if key else [])):
+            old[changed] = new[changed] = bytes(len(new[changed]))
+        assert old == new
+    with SummaryStore.open(tmp_path / "other", key=key) as store:
+        assert store.manifest.until == "leave-last-out" and len(store) == 40
+    # Under the same number, every byte is the same.
+    report = import_store(tmp_path / "out.parquet", tmp_path / "new", key=key, shared_with_group=True)
+    assert report.generation == 1 and records(tmp_path / "new", key) == before
+    assert verify_store(tmp_path / "new", key=key).num_problems == 0
+    assert (tmp_path / "new").stat().st_mode & 0o7777 == 0o2750
+
+
+@pytest.mark.parametrize("users", [["é", "x", "10"], [5, "5", "a"], [], [-(1 << 63), 0, (1 << 63) - 1]])
+def test_every_kind_of_user_comes_back(tmp_path, build, users):
+    mixed_store(tmp_path / "store", build, users)
+    export_store(tmp_path / "store", tmp_path / "out.parquet")
+    import_store(tmp_path / "out.parquet", tmp_path / "new")
+    assert records(tmp_path / "new") == records(tmp_path / "store")
+    frame = pl.read_parquet(tmp_path / "out.parquet")
+    assert sorted(map(str, frame["user"].to_list())) == sorted(map(str, users))
+    assert frame["last_event_ts"].to_list() == [None] * len(users)
+    with SummaryStore.open(tmp_path / "new") as store:
+        assert len(store) == len(users)
+
+
+def test_batches_and_row_groups(tmp_path, build, monkeypatch):
+    monkeypatch.setattr("vista.store.format.keys._WALK_USERS", 7)
+    monkeypatch.setattr("vista.store.admin.parquet._GROUP_BYTES", 2000)
+    build.write_store(tmp_path / "store")
+    export_store(tmp_path / "store", tmp_path / "out.parquet")
+    assert pq.ParquetFile(tmp_path / "out.parquet").num_row_groups > 3
+    import_store(tmp_path / "out.parquet", tmp_path / "new")
+    assert records(tmp_path / "new") == records(tmp_path / "store")
+
+
+def exported(tmp_path: Path, build: Any) -> Path:
+    build.write_store(tmp_path / "store", until="leave-last-out")
+    export_store(tmp_path / "store", tmp_path / "out.parquet")
+    build.write_store(tmp_path / "served", salt=1)
+    return tmp_path / "out.parquet"
+
+
+def sealed(about: dict[str, Any]) -> str:
+    text = json.dumps(about)
+    return f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}"
+
+
+def rewritten(file: Path, frame: pl.DataFrame, about: dict[str, str] | None = None) -> None:
+    metadata = {"vista": pl.read_parquet_metadata(file)["vista"]} if about is None else about
+    frame.write_parquet(file, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda frame: frame.head(39), "it holds 39 records, not the 40"),
+        (lambda frame: frame.reverse(), "keys must ascend"),
+        (lambda frame: pl.concat([frame, frame]), "keys must ascend"),
+        (lambda frame: frame.drop("record"), "record"),
+        (lambda frame: frame.with_columns(record=pl.lit(None, pl.Binary)), "missing"),
+        (lambda frame: frame.with_columns(record=pl.lit(5)), "record"),
+        (lambda frame: frame.with_columns(key=pl.lit(b"x")), "key b'x'"),
+        (lambda frame: frame.with_columns(record=pl.col("record").shift(1).fill_null(b"")), "user 0 .*length is 0"),
+        (lambda frame: frame.with_columns(key=pl.col("key").shift(-1).fill_null(b"uiabcdefgh")), "key_hash"),
+    ],
+)
+def test_an_edited_export_is_refused_and_what_is_served_stays(tmp_path, build, change, named):
+    file = exported(tmp_path, build)
+    rewritten(file, change(pl.read_parquet(file)))
+    with pytest.raises(StoreError, match=named):
+        import_store(file, tmp_path / "served")
+    assert list_generations(tmp_path / "served") == [1] and not list((tmp_path / "served").glob(".*"))
+    with SummaryStore.open(tmp_path / "served") as store:
+        assert store.get_many(range(40)).found.all()
+    assert build.write_store(tmp_path / "served", run_digest="log-2").generation == 2
+
+
+def test_foreign_and_truncated_files_are_refused(tmp_path, build):
+    file = exported(tmp_path, build)
+    whole, frame = file.read_bytes(), pl.read_parquet(file)
+    file.with_name("whole.parquet").write_bytes(whole)
+    for damaged in (b"", b"not Parquet", whole[:-10], whole[: len(whole) // 2], whole[:-200] + bytes(200)):
+        file.write_bytes(damaged)
+        with pytest.raises(StoreError, match="no whole export of a store"):
+            import_store(file, tmp_path / "served")
+    written = pl.read_parquet_metadata(file.with_name("whole.parquet"))["vista"]
+    for text in (
+        "",
+        "{}",
+        written.replace("leave-last-out", "leave-last-two-out"),
+        written[:-1],
+        sealed({"format": 2}),
+    ):
+        rewritten(file, frame, {"vista": text})
+        with pytest.raises(StoreError, match=r"no whole export of a store: (what it says of itself|it is a 2)"):
+            import_store(file, tmp_path / "served")
+    rewritten(file, frame, {"vista": sealed({"format": FORMAT, "manifest": {"format_version": 9}})})
+    with pytest.raises(StoreError, match="format version 9"):
+        import_store(file, tmp_path / "served")
+    rewritten(file, frame, {})
+    with pytest.raises(StoreError, match="no whole export"):
+        import_store(tmp_path / "none.parquet", tmp_path / "served")
+    assert list_generations(tmp_path / "served") == [1]
+
+
+def test_flipped_bits_of_an_export_are_never_served(tmp_path, build):
+    file = exported(tmp_path, build)
+    whole, expected = file.read_bytes(), list(records(tmp_path / "store").values())
+    chance, refused = np.random.default_rng(0), 0
+    for place in chance.choice(len(whole), 60, replace=False).tolist():
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << int(chance.integers(8))
+        file.write_bytes(flipped)
+        try:
+            import_store(file, tmp_path / f"new-{place}")
+        except (StoreError, RecordError):
+            refused += 1
+        else:  # in a column that import does not read, or padding
+            assert list(records(tmp_path / f"new-{place}").values()) == expected
+    assert refused > 5
+
+
+def test_an_export_that_fails_leaves_the_old_file(tmp_path, build):
+    file = exported(tmp_path, build)
+    whole = file.read_bytes()
+    data = next((tmp_path / "store").rglob("data.mdb"))
+    held = data.read_bytes()
+    record = records(tmp_path / "store")[user_keys([5])[0]]
+    data.write_bytes(held.replace(record, record[:-1] + bytes([record[-1] ^ 1])))
+    with pytest.raises(RecordError, match="user 5"):
+        export_store(tmp_path / "store", file)
+    with pytest.raises(StoreError, match=r"cannot be written"):
+        export_store(tmp_path / "served", tmp_path / "none" / "out.parquet")
+    with pytest.raises(StoreError, match=r"cannot be written: .*Not a directory"):
+        export_store(tmp_path / "served", file / "out.parquet")
+    assert file.read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "served", "store"]
+
+
+def test_a_key_is_needed_to_export_and_import(tmp_path, build):
+    build.write_store(tmp_path / "store", key=KEY)
+    with pytest.raises(StoreError, match="authentication key"):
+        export_store(tmp_path / "store", tmp_path / "out.parquet")
+    export_store(tmp_path / "store", tmp_path / "out.parquet", key=KEY)
+    for key in (None, bytes(32)):
+        with pytest.raises(StoreError, match="authentication key"):
+            import_store(tmp_path / "out.parquet", tmp_path / "new", key=key)
+    assert KEY not in (tmp_path / "out.parquet").read_bytes()

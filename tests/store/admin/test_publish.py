@@ -1,0 +1,338 @@
+"""Statistics, verification, compaction and rollback of real stores, whole and damaged."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import pytest
+
+from tests.record_reference import decode_record_reference
+from vista.config.choices import Codec
+from vista.errors import StoreError, StoreLockedError
+from vista.store import SummaryStore, user_keys
+from vista.store.admin.inspection import store_stats, verify_store
+from vista.store.admin.publish import compact_store, roll_back
+from vista.store.admin.whole_generations import open_generation
+from vista.store.layout import environment_path, last_complete, list_generations, read_current
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+KEY = bytes(range(32))
+
+
+def records(root: Path, generation: int | None = None, key: bytes | None = None) -> dict[bytes, bytes]:
+    number = read_current(root) if generation is None else generation
+    with open_generation(root, number, key) as reader:
+        return {k: r for keys, values in reader.batches() for k, r in zip(keys, values, strict=True)}
+
+
+def opened(root: Path, generation: int) -> lmdb.Environment:
+    return lmdb.open(str(environment_path(root, generation)), map_size=1 << 26, lib_version=0)
+
+
+def remove_user(root: Path, user: int) -> bytes:
+    """Remove a record as an erasure does, in place; the bytes that must be nowhere afterwards."""
+    (key,) = user_keys([user])
+    with opened(root, read_current(root)) as environment:
+        with environment.begin(write=True) as transaction:
+            record = transaction.pop(key)
+        # Later commits take free pages, but not all of them.
+        with environment.begin(write=True) as transaction:
+            transaction.put(b"!cursor", b"40")
+    return record
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def two_generations(build: Any, root: Path, **options: Any) -> None:
+    for salt, digest in enumerate(("log-1", "log-2")):
+        build.write_store(root, salt=salt, run_digest=digest, **options)
+
+
+def test_stats_of_a_store(tmp_path, build):
+    two_generations(build, tmp_path, until="leave-last-out")
+    with build.open_writer(tmp_path, run_digest="log-3") as writer:
+        build.put_users(writer, range(16))
+    with SummaryStore.open(tmp_path) as store:
+        store.get_many([1])
+        stats = store_stats(tmp_path)
+        other = multiprocessing.get_context("fork").Pool(1, store.get_many, ([2],))
+        try:
+            other.apply(store.get_many, ([2],))
+            assert store_stats(tmp_path).generations[1].num_open == 1
+        finally:
+            other.terminate()
+            other.join()
+    assert stats.served == 2
+    found = [(one.number, one.complete, one.num_records, one.num_open) for one in stats.generations]
+    assert found == [(1, True, 40, 0), (2, True, 40, 0), (3, False, 16, 0)]
+    for one in stats.generations:
+        assert 0 < one.live_bytes <= one.size_bytes + 4096 and one.manifest.dim == 8
+    text = str(stats)
+    assert (
+        "serves gen-2" in text
+        and "gen-2 (served): 40 records, int8 2 x 8, tails of 4, states none, until leave-last-out" in text
+    )
+    assert "gen-3 (unfinished): 16 users done" in text and "gen-1 (kept)" in text
+
+
+def test_stats_of_damaged_and_missing_stores(tmp_path, build):
+    with pytest.raises(StoreError, match="no published generation"):
+        store_stats(tmp_path / "none")
+    two_generations(build, tmp_path)
+    (tmp_path / "CURRENT").write_text("nonsense")
+    (environment_path(tmp_path, 1) / "data.mdb").write_bytes(b"garbage")
+    text = str(store_stats(tmp_path))
+    assert "holds 'nonsense'" in text and "no LMDB" in text and "gen-2 (kept): 40 records" in text
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_whole_store_is_verified(tmp_path, build, key):
+    two_generations(build, tmp_path, key=key)
+    build.open_writer(tmp_path, run_digest="log-3", key=key).close()
+    before = files(tmp_path)
+    report = verify_store(tmp_path, key=key)
+    assert (report.records, report.unfinished, report.problems) == ({1: 40, 2: 40}, [3], [])
+    assert "no problem found; gen-1: 40 records, gen-2: 40 records; unfinished: gen-3" in str(report)
+    after = files(tmp_path)
+    assert {name for name in before if before[name] != after[name]} <= {f"gen-{n}/summary/lock.mdb" for n in (1, 2, 3)}
+
+
+def test_verify_names_every_damaged_record_and_goes_on(tmp_path, build):
+    two_generations(build, tmp_path)
+    data = environment_path(tmp_path, 2) / "data.mdb"
+    flipped = bytearray(data.read_bytes())
+    for user in (3, 17, 30):
+        record = records(tmp_path)[user_keys([user])[0]]
+        place = bytes(flipped).find(record)
+        while place >= 0:  # in old pages too
+            flipped[place + 130] ^= 4
+            place = bytes(flipped).find(record)
+    data.write_bytes(flipped)
+    report = verify_store(tmp_path)
+    assert report.records == {1: 40, 2: 37} and report.num_problems == 3
+    for user, problem in zip((3, 17, 30), report.problems, strict=True):
+        assert f"gen-2: the record of user {user} is corrupt" in problem and "checksum" in problem
+
+
+def test_verify_finds_what_is_wrong_with_files(tmp_path, build):
+    two_generations(build, tmp_path)
+    whole = files(tmp_path)
+    data = environment_path(tmp_path, 2) / "data.mdb"
+    structure = bytearray(whole["gen-2/summary/data.mdb"])
+    for page in range(2, len(structure) // 4096):
+        structure[4096 * page + 12] ^= 0xFF  # where a page's free space begins
+    for damaged, named in (
+        (whole["gen-2/summary/data.mdb"][:-4096], "truncated"),
+        (b"PAR1" * 4000, "no LMDB"),
+        (bytes(structure), "structure is damaged"),
+    ):
+        data.write_bytes(damaged)
+        report = verify_store(tmp_path)
+        assert report.num_problems == 1 and named in report.problems[0] and report.records == {1: 40}
+    data.unlink()
+    assert "No such file" in verify_store(tmp_path).problems[0]
+    shutil.rmtree(environment_path(tmp_path, 2).parent)
+    assert "names gen-2, which is not there" in verify_store(tmp_path).problems[0]
+    (tmp_path / "CURRENT").unlink()
+    assert "no published generation" in verify_store(tmp_path).problems[0]
+    with pytest.raises(StoreError, match="no published generation"):
+        verify_store(tmp_path / "none")
+
+
+def test_verify_finds_removed_exchanged_and_foreign_records(tmp_path, build):
+    build.write_store(tmp_path / "other", salt=1)
+    for change, named in (("remove", "holds 39 records, its manifest says 40"), ("exchange", "not all those that were"),
+                          ("foreign", "key b'zz' is neither a user's")):  # fmt: skip
+        root = tmp_path / change
+        build.write_store(root)
+        with opened(root, 1) as environment, environment.begin(write=True) as transaction:
+            (key,) = user_keys([7])
+            if change == "remove":
+                transaction.delete(key)
+            elif change == "exchange":  # by a sound record of the same user and generation
+                transaction.put(key, records(tmp_path / "other")[key])
+            else:
+                transaction.put(b"zz", b"x")
+        report = verify_store(root)
+        assert report.num_problems == 1 and named in report.problems[0], report
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("codec", [Codec.int8, Codec.float16])
+def test_compaction_keeps_every_record_but_its_generation(tmp_path, build, key, codec):
+    two_generations(build, tmp_path, key=key, codec=codec, shared_with_group=True)
+    before = records(tmp_path, key=key)
+    with SummaryStore.open(tmp_path, key=key) as reader:
+        expected = reader.get_many(range(40))
+        report = compact_store(tmp_path, key=key)
+        assert (report.generation, report.num_records) == (3, 40)
+        assert list_generations(tmp_path) == [3] and read_current(tmp_path) == last_complete(tmp_path) == 3
+        np.testing.assert_array_equal(reader.get_many(range(40)).summary, expected.summary)  # from the old files
+        assert reader.reload() and reader.generation == 3
+        np.testing.assert_array_equal(reader.get_many(range(40)).summary, expected.summary)
+    after = records(tmp_path, key=key)
+    assert list(after) == list(before)
+    for user, record in after.items():
+        fields, old = decode_record_reference(record), decode_record_reference(before[user])
+        assert fields.pop("generation") == 3 and old.pop("generation") == 2
+        for name in set(fields) - {"checksum"}:
+            np.testing.assert_array_equal(fields[name], old[name])
+        end = len(record) - 16 * (key is not None)
+        assert record[128:end] == before[user][128:end]
+    assert verify_store(tmp_path, key=key).num_problems == 0
+    assert environment_path(tmp_path, 3).stat().st_mode & 0o7777 == 0o2750
+
+
+def test_nothing_of_a_removed_user_is_in_any_file_after_compaction(tmp_path, build):
+    two_generations(build, tmp_path)
+    with build.open_writer(tmp_path, run_digest="log-3") as writer:  # An unfinished run holds the user too.
+        build.put_users(writer, range(16))
+    removed = remove_user(tmp_path, 7)
+    marker = removed[64:72]  # the hash of the user's key, which all of the user's records hold
+    holding = [name for name, data in files(tmp_path).items() if marker in data]
+    assert set(holding) == {f"gen-{number}/summary/data.mdb" for number in (1, 2, 3)}
+    compact_store(tmp_path)
+    left = files(tmp_path)
+    assert all(marker not in data and user_keys([7])[0] not in data for data in left.values())
+    assert sorted(left) == [
+        "CURRENT",
+        "LAST",
+        "gen-4/summary/data.mdb",
+        "gen-4/summary/lock.mdb",
+        "tombstones",
+        "writer.lock",
+    ]
+    with SummaryStore.open(tmp_path) as store:
+        assert len(store) == 39 and store.get_many([6, 7, 8]).found.tolist() == [True, False, True]
+
+
+def test_compaction_gives_free_pages_back(tmp_path, build):
+    build.write_store(tmp_path, total_users=800)
+    with opened(tmp_path, 1) as environment, environment.begin(write=True) as transaction:
+        for key in user_keys(list(range(20, 800))):
+            transaction.delete(key)
+    before = (environment_path(tmp_path, 1) / "data.mdb").stat().st_size
+    report = compact_store(tmp_path)
+    after = store_stats(tmp_path).generations[0]
+    size = (environment_path(tmp_path, 2) / "data.mdb").stat().st_size
+    assert report.num_records == 20 and size < before / 5
+    assert after.live_bytes <= size <= after.live_bytes + 6 * 4096  # two meta pages, and what the last commit replaced
+
+
+def test_a_damaged_or_locked_store_is_not_compacted(tmp_path, build):
+    two_generations(build, tmp_path)
+    with build.open_writer(tmp_path, run_digest="log-3"):
+        for act in (lambda: compact_store(tmp_path), lambda: roll_back(tmp_path)):
+            with pytest.raises(StoreLockedError, match=f"process {os.getpid()}"):
+                act()
+    data = environment_path(tmp_path, 2) / "data.mdb"
+    whole = data.read_bytes()
+    record = records(tmp_path)[user_keys([5])[0]]
+    data.write_bytes(whole.replace(record, record[:-1] + bytes([record[-1] ^ 1])))
+    with pytest.raises(StoreError, match="user 5"):
+        compact_store(tmp_path)
+    data.write_bytes(whole[:-4096])
+    with pytest.raises(StoreError, match="truncated"):
+        compact_store(tmp_path)
+    data.write_bytes(whole)
+    assert read_current(tmp_path) == 2 and not list(tmp_path.glob(".*"))
+    assert list_generations(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("call", ["rename", "replace", "fsync"])
+def test_a_compaction_killed_at_every_step_leaves_a_whole_store(tmp_path, build, call):
+    """SIGKILL just before the n-th call, for every n, then compaction by another process."""
+    two_generations(build, tmp_path / "whole")
+    expected = sorted(decode_record_reference(r)["key_hash"] for r in records(tmp_path / "whole").values())
+    original = getattr(os, call)
+    for number in range(1, 40):
+        root = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", root)
+        pid = os.fork()
+        if pid == 0:
+            calls = [0]
+
+            def dying(*words: Any, calls: list[int] = calls, number: int = number) -> Any:
+                calls[0] += 1
+                if calls[0] == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*words)
+
+            setattr(os, call, dying)
+            code = 1
+            try:
+                compact_store(root)
+                code = 0
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code in (0, -9)
+        assert verify_store(root).num_problems == 0
+        assert sorted(decode_record_reference(r)["key_hash"] for r in records(root).values()) == expected
+        compact_store(root)
+        assert len(list_generations(root)) == 1 and not list(root.glob(".*"))
+        shutil.rmtree(root)
+        if code == 0:
+            break
+    assert code == 0 and number > 2
+
+
+def test_rollback_serves_the_generation_before_and_forward_again(tmp_path, build):
+    two_generations(build, tmp_path)
+    with SummaryStore.open(tmp_path) as store:
+        (report,) = roll_back(tmp_path)
+        assert (report.generation, report.num_records) == (1, 40) and store.generation == 2
+        assert store.reload() and store.generation == 1
+        np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40), 0), atol=0.02)
+        with pytest.raises(StoreError, match="no complete generation before gen-1"):
+            roll_back(tmp_path)
+        assert roll_back(tmp_path, to=2)[0].generation == 2 and store.reload() and store.generation == 2
+    roll_back(tmp_path)
+    # The next run is a new generation, under a number that none has had.
+    assert build.write_store(tmp_path, salt=3, run_digest="log-3").generation == 3
+    assert list_generations(tmp_path) == [1, 3] and read_current(tmp_path) == 3
+
+
+def test_rollback_refuses_what_is_not_whole(tmp_path, build):
+    two_generations(build, tmp_path)
+    build.open_writer(tmp_path, run_digest="log-3").close()
+    with pytest.raises(StoreError, match=r"gen-3 cannot be served: .*never finished"):
+        roll_back(tmp_path, to=3)
+    with pytest.raises(StoreError, match=r"gen-9 cannot be served: .*has no gen-9"):
+        roll_back(tmp_path, to=9)
+    data = environment_path(tmp_path, 1) / "data.mdb"
+    record = records(tmp_path, 1)[user_keys([5])[0]]
+    data.write_bytes(data.read_bytes().replace(record, record[:-1] + bytes([record[-1] ^ 1])))
+    with pytest.raises(StoreError, match=r"gen-1 cannot be served: .*user 5 .*What is served is as before"):
+        roll_back(tmp_path)
+    assert read_current(tmp_path) == 2
+
+
+def test_rollback_leaves_a_folder_that_is_no_store_as_it_is(tmp_path, build):
+    two_generations(build, tmp_path / "store")
+    (tmp_path / "other").mkdir()
+    for other in ("other", "nowhere"):
+        with pytest.raises(StoreError, match="no published generation"):
+            roll_back(tmp_path / "store", tmp_path / other)
+    assert not list((tmp_path / "other").iterdir()) and read_current(tmp_path / "store") == 2
+    (tmp_path / "store" / "CURRENT").unlink()  # rolling back to a named one mends this
+    assert roll_back(tmp_path / "store", to=2)[0].generation == read_current(tmp_path / "store") == 2
+
+
+def test_a_key_is_needed_where_the_store_has_one(tmp_path, build):
+    two_generations(build, tmp_path, key=KEY)
+    for act in (compact_store, roll_back):
+        with pytest.raises(StoreError, match="authentication key"):
+            act(tmp_path)
+    assert all("authentication key" in problem for problem in verify_store(tmp_path).problems)
+    assert verify_store(tmp_path).num_problems == 2 and read_current(tmp_path) == 2
+    assert "key" in str(store_stats(tmp_path))

@@ -1,0 +1,132 @@
+"""Codes of records: who lacks the key can neither make, change nor move one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import xxhash
+
+from tests.record_reference import decode_record_reference
+from vista.config.choices import Codec
+from vista.errors import ConfigError, RecordError, StoreError
+from vista.store import NO_TIMESTAMP, SummaryStore, Tail, encode_records, user_keys
+from vista.store.format.authentication import KEY_VARIABLE, key_id, read_key
+from vista.store.format.record import RecordSpec, decode_rows, read_records
+
+KEY, OTHER = bytes(range(32)), bytes(32)
+SPEC = RecordSpec(bytes(32), 7, 2, 4, Codec.int8, key=KEY)
+USERS = ["a", "ab"]
+
+
+def encode(spec: RecordSpec = SPEC, tail_events: int = 2) -> list[bytes]:
+    tail = Tail(
+        np.arange(tail_events, dtype=np.int32), np.arange(tail_events), np.ones(tail_events, np.uint8),
+        np.array([0, tail_events, tail_events]),
+    )  # fmt: skip
+    return encode_records(
+        user_keys(USERS), np.arange(16, dtype=np.float32).reshape(2, 2, 4), tail, spec=spec,
+        event_count=np.array([2, 0]), last_event_ts=np.array([1, NO_TIMESTAMP]),
+        history_digest=np.array([3, 0], dtype=np.uint64),
+    )  # fmt: skip
+
+
+def with_checksum(record: bytes) -> bytes:
+    zeroed = record[:120] + bytes(8) + record[128:]
+    return record[:120] + xxhash.xxh3_64_intdigest(zeroed).to_bytes(8, "little") + record[128:]
+
+
+def test_a_keyed_record_is_the_plain_one_with_a_flag_and_16_more_bytes():
+    keyed, plain = encode()[0], encode(dataclasses.replace(SPEC, key=None))[0]
+    assert len(keyed) == len(plain) + 16
+    changed = [place for place in range(120) if keyed[place] != plain[place]]
+    assert changed == [8, 20] and keyed[8] == 1 and keyed[128:-16] == plain[128:]
+    raw = read_records(encode(), user_keys(USERS), SPEC)
+    np.testing.assert_allclose(decode_rows(raw, SPEC).ravel(), np.arange(16), atol=0.01)
+    assert raw.tail.items.tolist() == [0, 1] and raw.tail.actions.tolist() == [1, 1]
+    fields = decode_record_reference(keyed)
+    assert fields["flags"] == 1 and fields["items"].tolist() == [0, 1] and fields["actions"].tolist() == [1, 1]
+
+
+def test_the_code_is_the_documents():
+    record, user = encode()[1], user_keys(USERS)[1]
+    signed = len(user).to_bytes(2, "little") + user + record[:120] + bytes(8) + record[128:-16]
+    assert record[-16:] == hashlib.blake2b(signed, digest_size=16, key=KEY, person=b"vista record 1").digest()
+
+
+def test_every_changed_byte_is_noticed_by_whom_knows_the_key():
+    records, keys = encode(), user_keys(USERS)
+    for place in range(len(records[0])):
+        bad = bytearray(records[0])
+        bad[place] ^= 0x40
+        with pytest.raises(RecordError, match=r"user 'a'"):
+            read_records([with_checksum(bytes(bad)) if not 120 <= place < 128 else bytes(bad), records[1]], keys, SPEC)
+
+
+def test_a_record_cannot_be_made_without_the_key_or_moved():
+    records, keys = encode(), user_keys(USERS)
+    for forged in (encode(dataclasses.replace(SPEC, key=OTHER)), [with_checksum(r[:-16] + bytes(16)) for r in records]):
+        with pytest.raises(RecordError, match=r"user 'a' was not written with this key"):
+            read_records(forged, keys, SPEC)
+    with pytest.raises(RecordError, match=r"user 'a'.*: flags is 0, expected 1"):
+        read_records(encode(dataclasses.replace(SPEC, key=None)), keys, SPEC)
+    # To another user, and to another generation, with every check that needs no key made to fit.
+    moved = bytearray(records[0])
+    moved[64:72] = xxhash.xxh3_64_intdigest(keys[1]).to_bytes(8, "little")
+    with pytest.raises(RecordError, match=r"user 'ab' was not written with this key, or was changed or moved"):
+        read_records([records[0], with_checksum(bytes(moved))], keys, SPEC)
+    moved = bytearray(records[0])
+    moved[24] = 8
+    with pytest.raises(RecordError, match=r"user 'a' was not written with this key, or was changed or moved"):
+        read_records([with_checksum(bytes(moved))], keys[:1], dataclasses.replace(SPEC, generation=8))
+
+
+def test_stores_with_and_without_a_key(tmp_path, build, caplog):
+    build.write_store(tmp_path / "keyed", key=KEY)
+    build.write_store(tmp_path / "plain")
+    with SummaryStore.open(tmp_path / "keyed", key=KEY) as store:
+        np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40)), atol=0.02)
+        with pickle.loads(pickle.dumps(store)) as again:
+            assert again.get_many([3]).found.all()
+    with pytest.raises(StoreError, match=rf"authentication key {key_id(KEY)}; pass it: key=… .*{KEY_VARIABLE}"):
+        SummaryStore.open(tmp_path / "keyed")
+    with pytest.raises(StoreError, match=f"{key_id(KEY)}, the one given is {key_id(OTHER)}"):
+        SummaryStore.open(tmp_path / "keyed", key=OTHER)
+    with pytest.raises(StoreError, match="written without an authentication key"):
+        SummaryStore.open(tmp_path / "plain", key=KEY)
+    for text in (KEY.hex(), repr(KEY)):
+        assert text not in caplog.text and text not in repr(SPEC)
+
+
+def test_a_run_is_not_resumed_under_another_key(tmp_path, build):
+    with build.open_writer(tmp_path, key=KEY) as writer:
+        build.put_users(writer, range(16))
+    with build.open_writer(tmp_path, key=KEY) as writer:
+        assert writer.cursor == 16
+    with build.open_writer(tmp_path, key=OTHER) as writer:
+        assert writer.cursor == 0
+    with pytest.raises(ValueError, match="32 bytes"):
+        build.open_writer(tmp_path, key=b"short")
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert read_key(None) is None
+    for number, held in enumerate((KEY, KEY.hex().encode() + b"\n")):
+        (tmp_path / f"key-{number}").write_bytes(held)
+        assert read_key(str(tmp_path / f"key-{number}")) == KEY
+    monkeypatch.setenv(KEY_VARIABLE, OTHER.hex())
+    assert read_key(None) == OTHER and read_key(str(tmp_path / "key-0")) == KEY
+    for bad in (b"", b"secret", KEY + b"\n\n", KEY.hex().encode()[:-1], b"\xff" * 64):
+        (tmp_path / "bad").write_bytes(bad)
+        with pytest.raises(ConfigError, match=r"authentication_key_file: .*bad must hold 32 bytes") as error:
+            read_key(str(tmp_path / "bad"))
+        assert "secret" not in str(error.value)
+    monkeypatch.setenv(KEY_VARIABLE, "zz")
+    with pytest.raises(ConfigError, match=f"{KEY_VARIABLE} must hold"):
+        read_key(None)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_key(str(tmp_path / "none"))

@@ -1,0 +1,416 @@
+from __future__ import annotations
+
+import dataclasses
+import struct
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tests.record_reference import decode_record_reference
+from vista.config.choices import Codec
+from vista.errors import RecordError
+from vista.store.format.codecs import dequantize_rows, quantize_rows
+from vista.store.format.keys import user_keys
+from vista.store.format.record import (
+    HEADER,
+    HEADER_BYTES,
+    MAX_RECORD_BYTES,
+    RecordSpec,
+    decode_rows,
+    encode_records,
+    read_records,
+)
+from vista.store.stored_batch import NO_TIMESTAMP, Tail
+
+SPEC = RecordSpec(bytes(range(32)), 7, 2, 4, Codec.int8, created_at=1_700_000_000_123, applied_segment=3)
+USERS = [42, -5]
+SUMMARY = np.array(
+    [[[0, 1, 2, 255], [-1, 0.25, 0.5, 1]], [[0, 0, 0, 0], [3, 3, 3, 3]]], dtype=np.float32
+)  # User -5: rows without range.
+TAIL = Tail(
+    np.array([9, 1], np.int32), np.array([-1, 1 << 40], np.int64), np.array([0, 255], np.uint8), np.array([0, 2, 2])
+)
+
+GOLDEN_HEADER = (
+    "5653554d"  # magic "VSUM"
+    "0100"  # format version
+    "8000"  # header length
+    "00000000"  # flags
+    "{codec}0002000400{scale}00"  # codec, tokens, dim, scale dtype
+    "{payload}"  # payload length
+    "0700000000000000"  # generation
+    "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"  # summarizer_id
+    "{key_hash}"
+    "7b68e5cf8b010000"  # created_at
+    "0000000000010000"  # last_event_ts
+    "0200000000000000"  # event_count
+    "0300000000000000"  # applied segment
+    "efcdab8967452301"  # history digest
+    "02000000"  # tail length
+    "00000000"  # reserved
+    "{checksum}"
+)
+GOLDEN_TAIL = "0900000001000000ffffffffffffffff000000000001000000ff"
+GOLDEN_INT8 = (
+    GOLDEN_HEADER.format(
+        codec="01", scale="01", payload="32000000", key_hash="a624af5bb76f6e4f", checksum="6af3a90d25592ca5"
+    )
+    + "000102ff"
+    "0000803f"
+    "00000000"  # scale 1, bias 0
+     + "009fbfff"
+    "8180003c"
+    "000080bf"  # scale 2 / 255, bias -1
+     + GOLDEN_TAIL
+)
+GOLDEN_FLOAT32 = (
+    GOLDEN_HEADER.format(
+        codec="00", scale="00", payload="3a000000", key_hash="a624af5bb76f6e4f", checksum="2c57f57c2ac92e4f"
+    )
+    + "000000000000803f0000004000007f43"
+    "000080bf0000803e0000003f0000803f" + GOLDEN_TAIL
+)
+GOLDEN_FLOAT16 = (
+    GOLDEN_HEADER.format(
+        codec="02", scale="00", payload="2a000000", key_hash="a624af5bb76f6e4f", checksum="9f985b4192cfe72e"
+    )
+    + "0000003c0040f85b"
+    "00bc00340038003c" + GOLDEN_TAIL
+)
+GOLDEN_INT4 = (
+    GOLDEN_HEADER.format(
+        codec="03", scale="02", payload="26000000", key_hash="a624af5bb76f6e4f", checksum="507c248e1f4126c1"
+    )
+    + "00f0"  # two values a byte, the first one in the low half
+    "404c"
+    "0000"  # scale 17, bias 0
+    "90fb"
+    "4430"
+    "00bc"  # scale 2 / 15, bias -1
+     + GOLDEN_TAIL
+)
+GOLDEN = {
+    Codec.int8: GOLDEN_INT8,
+    Codec.float32: GOLDEN_FLOAT32,
+    Codec.float16: GOLDEN_FLOAT16,
+    Codec.int4: GOLDEN_INT4,
+}
+
+
+def encode(spec: RecordSpec = SPEC, summary: np.ndarray = SUMMARY, tail: Tail = TAIL) -> list[bytes]:
+    return encode_records(
+        user_keys(USERS),
+        summary,
+        tail,
+        spec=spec,
+        event_count=np.array([2, 0]),
+        last_event_ts=np.array([1 << 40, NO_TIMESTAMP]),
+        history_digest=np.array([0x0123456789ABCDEF, 0], dtype=np.uint64),
+    )
+
+
+def with_checksum(record: bytearray) -> bytes:
+    record[120:128] = bytes(8)
+    record[120:128] = xxhash.xxh3_64_intdigest(bytes(record)).to_bytes(8, "little")
+    return bytes(record)
+
+
+@pytest.mark.parametrize("codec", Codec)
+def test_golden_bytes(codec):
+    assert encode(dataclasses.replace(SPEC, codec=codec))[0].hex() == GOLDEN[codec]
+
+
+def test_golden_checksum_is_xxh3_over_the_rest():
+    for golden in GOLDEN.values():
+        assert with_checksum(bytearray.fromhex(golden)).hex() == golden
+    key_hash = struct.unpack_from("<Q", bytes.fromhex(GOLDEN_INT8), 64)[0]
+    assert key_hash == xxhash.xxh3_64_intdigest(bytes.fromhex("7569800000000000002a"))
+
+
+def test_header_offsets_are_those_of_the_document():
+    offsets = {name: HEADER.fields[name][1] for name in HEADER.names}
+    assert offsets == {
+        "magic": 0,
+        "format_version": 4,
+        "header_length": 6,
+        "flags": 8,
+        "codec": 12,
+        "tokens": 14,
+        "dim": 16,
+        "scale_dtype": 18,
+        "payload_length": 20,
+        "generation": 24,
+        "summarizer_id": 32,
+        "key_hash": 64,
+        "created_at": 72,
+        "last_event_ts": 80,
+        "event_count": 88,
+        "applied_segment": 96,
+        "history_digest": 104,
+        "tail_length": 112,
+        "reserved": 116,
+        "checksum": 120,
+    }
+
+
+def test_reference_decoder_reads_the_golden_bytes():
+    fields = decode_record_reference(bytes.fromhex(GOLDEN_INT8))
+    np.testing.assert_allclose(fields["summary"], SUMMARY[0], atol=1 / 255)
+    assert fields["items"].tolist() == [9, 1]
+    assert fields["times"].tolist() == [-1, 1 << 40]
+    assert fields["actions"].tolist() == [0, 255]
+    assert (fields["generation"], fields["event_count"], fields["created_at"]) == (7, 2, 1_700_000_000_123)
+
+
+LARGEST = {Codec.float32: 2.0**100, Codec.int8: 2.0**100, Codec.float16: 65504.0, Codec.int4: 32752.0}
+
+
+def error_bound(codec: Codec, rows: np.ndarray) -> np.ndarray:
+    """Of rows [..., d], what docs/summary-format.md promises."""
+    rows = rows.astype(np.float64)
+    least, span = np.abs(rows.min(axis=-1, keepdims=True)), np.ptp(rows, axis=-1, keepdims=True)
+    match codec:
+        case Codec.float32:
+            return np.zeros_like(rows)
+        case Codec.float16:
+            return np.abs(rows) * 2.0**-11 + 2.0**-25
+        case Codec.int8:
+            return span / 510 + np.abs(rows).max(axis=-1, keepdims=True) * 1e-6 + 1e-8
+        case Codec.int4:
+            return np.broadcast_to(span / 30 * 1.001 + least / 1900 + 2.0**-20, rows.shape)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    codec=st.sampled_from(Codec),
+    shape=st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(1, 9)),
+)
+def test_round_trip_agrees_with_the_reference(data, codec, shape):
+    num_users, num_tokens, dim = shape
+    values = st.floats(-LARGEST[codec], LARGEST[codec], width=32) | st.floats(-1, 1, width=32)
+    summary = data.draw(hnp.arrays(np.float32, shape, elements=values))
+    lengths = data.draw(hnp.arrays(np.int64, num_users, elements=st.integers(0, 5)))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    total = int(offsets[-1])
+    tail = Tail(
+        data.draw(hnp.arrays(np.int32, total)),
+        data.draw(hnp.arrays(np.int64, total)),
+        data.draw(hnp.arrays(np.uint8, total)),
+        offsets,
+    )
+    counts = data.draw(hnp.arrays(np.int64, num_users, elements=st.integers(0, 1 << 62)))
+    digests = data.draw(hnp.arrays(np.uint64, num_users))
+    spec = RecordSpec(bytes(32), 1, num_tokens, dim, codec)
+    keys = user_keys([f"user {number}" for number in range(num_users)])
+    records = encode_records(
+        keys, summary, tail, spec=spec, event_count=counts, last_event_ts=counts, history_digest=digests
+    )
+    raw = read_records(records, keys, spec)
+    decoded = decode_rows(raw, spec)
+    for name in ("items", "times", "actions", "offsets"):
+        np.testing.assert_array_equal(getattr(raw.tail, name), getattr(tail, name))
+    np.testing.assert_array_equal(raw.headers["event_count"], counts)
+    np.testing.assert_array_equal(raw.headers["history_digest"], digests)
+    span = np.ptp(summary.astype(np.float64), axis=2)
+    for index, record in enumerate(records):
+        reference = decode_record_reference(record)
+        # One rounding of a fused multiply-add in both; a processor without it may differ in the last bit.
+        np.testing.assert_allclose(
+            decoded[index], reference["summary"], rtol=2e-7, atol=float(np.max(span, initial=0)) * 2e-7
+        )
+        if num_tokens:
+            error = np.abs(decoded[index].astype(np.float64) - summary[index])
+            assert (error <= error_bound(codec, summary[index])).all()
+
+
+def test_quantized_rows_are_fbgemm_rows():
+    rows = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32)
+    packed = quantize_rows(rows, Codec.int8)
+    scale, bias = packed[:, 16:].copy().view("<f4").T
+    np.testing.assert_array_equal(bias, rows.min(axis=1))
+    np.testing.assert_array_equal(scale, np.ptp(rows, axis=1) / np.float32(255))
+    np.testing.assert_allclose(dequantize_rows(packed, Codec.int8, 16), rows, atol=float(scale.max()) * 0.501)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 16, 31])
+def test_four_bit_rows_are_fbgemm_rows(dim):
+    rows = np.random.default_rng(0).standard_normal((50, dim)).astype(np.float32)
+    packed = quantize_rows(rows, Codec.int4)
+    width = (dim + 1) // 2
+    assert packed.shape == (50, width + 4)
+    scale, bias = packed[:, width:].copy().view("<f2").T
+    np.testing.assert_array_equal(bias, rows.min(axis=1).astype(np.float16))
+    steps = (rows.max(axis=1) - bias.astype(np.float32)) / np.float32(15)
+    np.testing.assert_array_equal(scale, np.where(steps == 0, 1, steps).astype(np.float16))
+    if dim % 2:  # The half of a byte that nothing fills is zero, so equal rows have equal bytes.
+        assert (packed[:, width - 1] < 16).all()
+    else:
+        fbgemm = torch.ops.quantized.embedding_bag_4bit_prepack(torch.from_numpy(rows)).numpy()
+        np.testing.assert_array_equal(packed, fbgemm)
+    bound = error_bound(Codec.int4, rows)
+    assert (np.abs(dequantize_rows(packed, Codec.int4, dim) - rows) <= bound).all()
+
+
+@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_non_finite_summary_is_refused_and_names_the_user(codec, value):
+    summary = SUMMARY.copy()
+    summary[1, 1, 2] = value
+    with pytest.raises(RecordError, match=r"user -5.*NaN or infinity"):
+        encode(dataclasses.replace(SPEC, codec=codec), summary)
+
+
+def test_a_row_whose_range_overflows_is_refused_and_names_the_user():
+    summary = SUMMARY.copy()
+    summary[1, 0, :2] = 3e38, -3e38
+    with pytest.raises(RecordError, match=r"user -5.*overflows"):
+        encode(summary=summary)
+    assert len(encode(dataclasses.replace(SPEC, codec=Codec.float32), summary)) == 2
+
+
+@pytest.mark.parametrize(
+    ("codec", "row"),
+    [
+        (Codec.float16, [65520, 0, 0, 0]),
+        (Codec.int4, [-65520, 0, 0, 0]),
+        (Codec.int4, [65520, 65520, 65520, 65520]),
+        (Codec.int4, [1e6, 0, 0, 0]),
+    ],
+)
+def test_what_overflows_a_half_is_refused_and_names_the_user(codec, row):
+    summary = SUMMARY.copy()
+    summary[1, 1] = row
+    with pytest.raises(RecordError, match=r"user -5 is refused: row 1 .*overflows float16"):
+        encode(dataclasses.replace(SPEC, codec=codec), summary)
+    assert len(encode(summary=summary)) == 2
+
+
+def test_records_are_bounded_before_they_are_written_and_when_they_are_read():
+    with pytest.raises(ValueError, match="do not fit a record"):
+        dataclasses.replace(SPEC, num_tokens=65_535, dim=65_535)
+    events = MAX_RECORD_BYTES // 13
+    tail = Tail(
+        np.zeros(events, np.int32), np.zeros(events, np.int64), np.zeros(events, np.uint8), np.array([0, 0, events])
+    )
+    with pytest.raises(RecordError, match=rf"user -5 would take \d+ bytes, at most {MAX_RECORD_BYTES}"):
+        encode(tail=tail)
+    large = with_checksum(bytearray(encode()[0]) + bytes(MAX_RECORD_BYTES))
+    with pytest.raises(RecordError, match=rf"user 42 .*length is \d+, expected at most {MAX_RECORD_BYTES} bytes"):
+        read_records([large], user_keys(USERS[:1]), SPEC)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 5), (2, 3, 4), (1, 2, 4), (2, 8)])
+def test_wrong_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match="summary must be"):
+        encode(summary=np.zeros(shape, np.float32))
+
+
+def test_tail_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="tail"):
+        encode(tail=dataclasses.replace(TAIL, offsets=np.array([0, 2])))
+    with pytest.raises(ValueError, match="tail"):
+        encode(tail=dataclasses.replace(TAIL, times=TAIL.times[:1]))
+    with pytest.raises(ValueError, match="tail"):
+        encode(tail=dataclasses.replace(TAIL, offsets=np.array([0, 1, 1])))
+
+
+@pytest.mark.parametrize("field", HEADER.names)
+def test_every_flipped_header_field_is_noticed(field):
+    records, keys = encode(), user_keys(USERS)
+    offset, width = HEADER.fields[field][1], HEADER[field].itemsize
+    for position in (offset, offset + width - 1):
+        bad = bytearray(records[0])
+        bad[position] ^= 0x10
+        with pytest.raises(RecordError, match=r"user 42"):
+            read_records([bytes(bad), records[1]], keys, SPEC)
+
+
+FREE_FIELDS = {"created_at", "last_event_ts", "event_count", "applied_segment", "history_digest", "checksum"}
+
+
+@pytest.mark.parametrize("field", [name for name in HEADER.names if name not in FREE_FIELDS])
+def test_a_wrong_field_is_named_even_where_the_checksum_fits(field):
+    records, keys = encode(), user_keys(USERS)
+    bad = bytearray(records[1])
+    bad[HEADER.fields[field][1]] ^= 0x10
+    with pytest.raises(RecordError, match=rf"user -5.*: {field} is"):
+        read_records([records[0], with_checksum(bad)], keys, SPEC)
+
+
+def test_bit_flips_are_all_noticed():
+    records, keys = encode(), user_keys(USERS)
+    random = np.random.default_rng(0)
+    for bit in random.choice(8 * len(records[0]), 200, replace=False).tolist():
+        bad = bytearray(records[0])
+        bad[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(RecordError):
+            read_records([bytes(bad), records[1]], keys, SPEC)
+
+
+def test_truncated_extended_and_swapped_records_are_noticed():
+    records, keys = encode(), user_keys(USERS)
+    for length in range(len(records[0])):
+        with pytest.raises(RecordError):
+            read_records([records[0][:length], records[1]], keys, SPEC)
+    with pytest.raises(RecordError, match="payload_length"):
+        read_records([records[0] + b"\0", records[1]], keys, SPEC)
+    with pytest.raises(RecordError, match="key_hash"):
+        read_records(records[::-1], keys, SPEC)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"summarizer_id": bytes(32)}, {"generation": 8}, {"num_tokens": 1}, {"dim": 3}, {"codec": Codec.float32}],
+)
+def test_records_of_another_kind_are_refused(change):
+    with pytest.raises(RecordError):
+        read_records(encode(), user_keys(USERS), dataclasses.replace(SPEC, **change))
+
+
+def test_read_arrays_outlive_and_do_not_alias_the_values():
+    values = [bytearray(record) for record in encode()]
+    raw = read_records([memoryview(value) for value in values], user_keys(USERS), SPEC)
+    for value in values:
+        value[HEADER_BYTES:] = bytes(len(value) - HEADER_BYTES)
+    np.testing.assert_allclose(decode_rows(raw, SPEC), SUMMARY, atol=1 / 255)
+    assert raw.tail.items.tolist() == [9, 1]
+    assert raw.tail.items.flags.writeable and raw.rows.flags.writeable
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+@pytest.mark.parametrize("alike", [True, False])
+def test_tails_are_aligned_arrays_of_their_own(count, alike):
+    lengths = np.full(count, 3) if alike else 3 + 2 * np.arange(count)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    values = np.arange(offsets[-1])
+    tail = Tail(values.astype(np.int32), values + (1 << 40), values.astype(np.uint8), offsets)
+    spec, keys, zeros = (
+        dataclasses.replace(SPEC, codec=Codec.int8),
+        user_keys(list(range(count))),
+        np.zeros(count, np.int64),
+    )
+    summary = np.random.default_rng(0).standard_normal((count, spec.num_tokens, spec.dim)).astype(np.float32)
+    records = encode_records(
+        keys, summary, tail, spec=spec, event_count=zeros, last_event_ts=zeros, history_digest=zeros.astype(np.uint64)
+    )
+    raw = read_records(records, keys, spec)
+    assert raw.rows.shape == (count, spec.rows_bytes) and decode_rows(raw, spec).shape == summary.shape
+    for name in ("items", "times", "actions", "offsets"):
+        found = getattr(raw.tail, name)
+        np.testing.assert_array_equal(found, getattr(tail, name))
+        assert found.flags.aligned and found.flags.c_contiguous and found.flags.writeable
+        assert not np.shares_memory(found, raw.rows)
+
+
+def test_spec_refuses_what_the_header_cannot_hold():
+    with pytest.raises(ValueError, match="32 bytes"):
+        dataclasses.replace(SPEC, summarizer_id=b"short")
+    for change in ({"num_tokens": 1 << 16}, {"dim": 0}, {"dim": 1 << 16}):
+        with pytest.raises(ValueError, match="num_tokens must lie"):
+            dataclasses.replace(SPEC, **change)

@@ -1,0 +1,381 @@
+"""Generations, reading and refusals, within one process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import threading
+
+import lmdb
+import numpy as np
+import pytest
+
+from vista.config.choices import Codec
+from vista.errors import StoreError, StoreLockedError, SummarizerMismatchError, UserKeyError
+from vista.store import NO_TIMESTAMP, SummaryStore, Tail, encode_records, user_keys
+from vista.store.layout import environment_path, last_complete, list_generations, read_current
+from vista.store.lmdb.environment import SharedEnvironment
+
+TOTAL = 40
+
+
+def test_what_was_written_is_what_is_read(tmp_path, build):
+    manifest = build.write_store(tmp_path / "store")
+    assert (manifest.count, manifest.user_kind, manifest.generation) == (TOTAL, "int", 1)
+    with SummaryStore.open(tmp_path / "store", summarizer_id=build.summarizer()) as store:
+        assert (len(store), store.num_tokens, store.dim) == (TOTAL, 2, 8)
+        assert store.summarizer_id == build.summarizer()
+        assert list(store.keys()) == list(range(TOTAL))
+        users = [3, 99, 0, 39, 3, -1]
+        batch = store.get_many(users)
+    assert batch.found.tolist() == [True, False, True, True, True, False]
+    expected = build.summaries(range(TOTAL))
+    for row, user in enumerate(users):
+        wanted = expected[user] if batch.found[row] else np.zeros_like(expected[0])
+        np.testing.assert_allclose(batch.summary[row], wanted, atol=0.02)
+    assert batch.event_count.tolist() == [3, 0, 0, 39, 3, 0]
+    assert batch.last_event_ts.tolist() == [8, NO_TIMESTAMP, 5, 44, 8, NO_TIMESTAMP]
+    assert batch.created_at.tolist() == [1_700_000_000_000 if found else NO_TIMESTAMP for found in batch.found.tolist()]
+    assert batch.history_digest.tolist() == [3, 0, 0, 39, 3, 0]
+    assert batch.tail.offsets.tolist() == [0, 3, 3, 3, 6, 9, 9]
+    assert batch.tail.items.tolist() == [3, 3, 3, 39, 39, 39, 3, 3, 3]
+
+
+def test_batches_larger_than_one_transaction_and_empty_ones(tmp_path, build, monkeypatch):
+    build.write_store(tmp_path, codec=Codec.float32)
+    monkeypatch.setattr("vista.store.reader._READ_RECORDS", 7)
+    with SummaryStore.open(tmp_path) as store:
+        users = np.random.default_rng(0).integers(-5, TOTAL + 5, 50)
+        batch = store.get_many(users)
+        assert batch.found.tolist() == [0 <= user < TOTAL for user in users.tolist()]
+        expected = build.summaries(range(TOTAL))[users.clip(0, TOTAL - 1)] * batch.found[:, None, None]
+        np.testing.assert_array_equal(batch.summary, expected)
+        lengths = np.where(batch.found, users % 4, 0)
+        assert batch.tail.offsets.tolist() == [0, *np.cumsum(lengths).tolist()]
+        assert batch.tail.items.tolist() == np.repeat(users, lengths).tolist()
+        assert list(store.keys()) == list(range(TOTAL))
+        none = store.get_many([])
+        assert none.summary.shape == (0, 2, 8) and none.tail.offsets.tolist() == [0]
+        missing = store.get_many([-1])
+        assert missing.summary.shape == (1, 2, 8) and not missing.found.any()
+
+
+def test_string_users_and_the_wrong_kind_of_id(tmp_path, build):
+    with build.open_writer(tmp_path, total_users=1, num_tokens=0) as writer:
+        record = encode_records(
+            user_keys(["é"]), np.zeros((1, 0, 8), np.float32), Tail.empty(1), spec=writer.spec,
+            event_count=np.array([0]), last_event_ts=np.array([NO_TIMESTAMP]), history_digest=np.zeros(1, np.uint64),
+        )  # fmt: skip
+        writer.put_batch(user_keys(["é"]), record, 1)
+        assert writer.publish().user_kind == "str"
+    with SummaryStore.open(tmp_path) as store:
+        batch = store.get_many(["é", "x"])
+        assert batch.found.tolist() == [True, False] and batch.summary.shape == (2, 0, 8)
+        with pytest.raises(UserKeyError, match=r"user 5: .* type str"):
+            store.get_many([5])
+
+
+def test_reader_sees_the_old_generation_until_it_reloads(tmp_path, build):
+    build.write_store(tmp_path)
+    store = SummaryStore.open(tmp_path)
+    with build.open_writer(tmp_path, run_digest="log-2") as writer:
+        build.put_users(writer, range(TOTAL), 1)
+        assert not store.reload()
+        np.testing.assert_allclose(store.get_many([5]).summary[0], build.summaries(range(5, 6))[0], atol=0.02)
+        writer.publish()
+    np.testing.assert_allclose(store.get_many([5]).summary[0], build.summaries(range(5, 6))[0], atol=0.02)
+    assert store.generation == 1
+    assert store.reload() and store.generation == 2
+    assert not store.reload()
+    np.testing.assert_allclose(store.get_many([5]).summary[0], build.summaries(range(5, 6), 1)[0], atol=0.02)
+    store.close()
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        store.get_many([5])
+
+
+def test_two_generations_are_kept_and_a_pinned_reader_outlives_its_files(tmp_path, build):
+    stores = []
+    for run in range(4):
+        build.write_store(tmp_path, salt=run, run_digest=f"log-{run}")
+        stores.append(SummaryStore.open(tmp_path))
+    assert list_generations(tmp_path) == [3, 4]
+    names = ["CURRENT", "LAST", "gen-3", "gen-4", "tombstones", "writer.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for run, store in enumerate(stores):
+        expected = build.summaries(range(TOTAL), run)
+        np.testing.assert_allclose(store.get_many(range(TOTAL)).summary, expected, atol=0.02)
+        assert store.reload() == (run < 3) and store.generation == 4
+        store.close()
+
+
+def test_threads_never_see_a_mixture(tmp_path, build):
+    build.write_store(tmp_path)
+    store = SummaryStore.open(tmp_path)
+    wrong, stop, reads = [], threading.Event(), [0] * 4
+
+    def read(number: int) -> None:
+        while not stop.is_set():
+            try:
+                batch = store.get_many(range(TOTAL))
+                salts = np.round((batch.summary[:, 0, 0] - np.arange(TOTAL)) / 1000)
+                if not batch.found.all() or len(set(salts.tolist())) != 1:
+                    wrong.append(salts)
+            except Exception as error:
+                wrong.append(error)
+            reads[number] += 1
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for run in range(1, 9):
+        build.write_store(tmp_path, salt=run, run_digest=f"log-{run}")
+        assert store.reload()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert min(reads) > 0
+    store.close()
+
+
+def test_another_summarizer_is_refused_by_name_of_both(tmp_path, build):
+    build.write_store(tmp_path)
+    other = build.summarizer("b")
+    with pytest.raises(SummarizerMismatchError) as error:
+        SummaryStore.open(tmp_path, summarizer_id=other)
+    assert other.hex() in str(error.value) and build.summarizer().hex() in str(error.value)
+
+
+def test_a_wanted_summarizer_is_served_from_the_kept_generation(tmp_path, build, caplog):
+    build.write_store(tmp_path)
+    pinned = SummaryStore.open(tmp_path, summarizer_id=build.summarizer())
+    build.write_store(tmp_path, salt=1, summarizer_id=build.summarizer("b"))
+    assert not pinned.reload() and pinned.generation == 1
+    with SummaryStore.open(tmp_path, summarizer_id=build.summarizer()) as again:
+        assert again.generation == 1
+    assert "wanted" in caplog.text
+    with pytest.raises(StoreError, match="holds tails of 4 events, the model reads 5"):
+        SummaryStore.open(tmp_path, summarizer_id=build.summarizer(), tail_len=5)
+    with SummaryStore.open(tmp_path, summarizer_id=build.summarizer("b")) as newer:
+        assert newer.generation == 2
+    pinned.close()
+
+
+def test_an_unfinished_run_is_resumed(tmp_path, build):
+    whole = build.write_store(tmp_path / "whole")
+    with build.open_writer(tmp_path / "parts") as writer:
+        build.put_users(writer, range(16))
+    with build.open_writer(tmp_path / "parts", created_at=5) as writer:
+        assert writer.cursor == 16
+        with pytest.raises(StoreError, match="16 of 40 users"):
+            writer.publish()
+        build.put_users(writer, range(16, TOTAL))
+        assert writer.publish() == whole
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"summarizer_id": bytes(32)},
+        {"codec": Codec.float32},
+        {"until": "leave-last-out"},
+        {"applied_segment": 2},
+        {"run_digest": "log-2"},
+        {"total_users": 41},
+        {"tail_len": 5},
+    ],
+)
+def test_a_run_of_another_identity_starts_afresh(tmp_path, build, change, caplog):
+    with build.open_writer(tmp_path) as writer:
+        build.put_users(writer, range(16))
+    with build.open_writer(tmp_path, **change) as writer:
+        assert (writer.cursor, writer.generation) == (0, 1)
+    assert "another run" in caplog.text
+
+
+def test_a_finished_run_that_was_not_flipped_is_published_and_not_repeated(tmp_path, build):
+    build.write_store(tmp_path)
+    (tmp_path / "CURRENT").unlink()
+    with build.open_writer(tmp_path) as writer:
+        assert writer.cursor == TOTAL
+        writer.publish()
+    assert read_current(tmp_path) == 1
+
+
+def test_a_number_that_was_complete_is_not_used_again(tmp_path, build):
+    build.write_store(tmp_path)
+    build.write_store(tmp_path, salt=1, run_digest="log-2")
+    (tmp_path / "CURRENT").write_text("gen-1\n")
+    store = SummaryStore.open(tmp_path)
+    assert build.write_store(tmp_path, salt=2, run_digest="log-3").generation == 3
+    assert store.reload() and store.generation == 3
+    store.close()
+
+
+def test_a_number_that_was_complete_is_not_used_again_after_its_folder_is_gone(tmp_path, build):
+    build.write_store(tmp_path)
+    build.write_store(tmp_path, salt=1, run_digest="log-2")
+    (tmp_path / "CURRENT").write_text("gen-1\n")
+    for digest in ("log-3", "log-4"):  # The first removes gen-2, the second what the first has begun.
+        with build.open_writer(tmp_path, run_digest=digest) as writer:
+            assert writer.generation == 3
+            build.put_users(writer, range(16))
+    build.write_store(tmp_path, run_digest="log-4")
+    assert read_current(tmp_path) == 3 and last_complete(tmp_path) == 3
+
+
+def test_a_number_that_was_complete_but_never_published_is_not_used_again(tmp_path, build):
+    build.write_store(tmp_path)
+    (tmp_path / "CURRENT").unlink()
+    (tmp_path / "LAST").unlink()
+    for digest in ("log-2", "log-3"):
+        with build.open_writer(tmp_path, run_digest=digest) as writer:
+            assert writer.generation == 2
+
+
+def test_a_wrong_count_is_not_published(tmp_path, build):
+    build.write_store(tmp_path)
+    with build.open_writer(tmp_path, run_digest="log-2") as writer:
+        build.put_users(writer, range(TOTAL))
+        environment = SharedEnvironment.acquire(environment_path(tmp_path, 2), writable=True)
+        environment.write(lambda transaction: transaction.delete(user_keys([7])[0]))
+        environment.release()
+        with pytest.raises(StoreError, match="holds 39 records, but 40 were written"):
+            writer.publish()
+    assert list_generations(tmp_path) == [1] and read_current(tmp_path) == 1
+
+
+def test_a_damaged_record_is_not_published(tmp_path, build):
+    build.write_store(tmp_path)
+    with build.open_writer(tmp_path, run_digest="log-2", total_users=1) as writer:
+        writer.put_batch(user_keys([7]), [b"not a record"], 1)
+        with pytest.raises(StoreError, match=r"user 7.*removed, CURRENT is as before"):
+            writer.publish()
+    assert list_generations(tmp_path) == [1] and read_current(tmp_path) == 1
+
+
+def test_a_second_writer_is_refused_in_the_same_process(tmp_path, build):
+    with build.open_writer(tmp_path), pytest.raises(StoreLockedError, match=r"process \d+"):
+        build.open_writer(tmp_path)
+    build.open_writer(tmp_path).close()
+
+
+def test_writer_refuses_a_cursor_that_goes_back(tmp_path, build):
+    with build.open_writer(tmp_path) as writer:
+        build.put_users(writer, range(16))
+        for cursor in (15, TOTAL + 1):
+            with pytest.raises(ValueError, match="cursor"):
+                writer.put_batch([], [], cursor)
+        with pytest.raises(ValueError, match="1 keys, 0 records"):
+            writer.put_batch([b"ui"], [], 16)
+    with pytest.raises(StoreError, match="writer is closed"):
+        writer.put_batch([], [], 16)
+
+
+def test_a_path_that_cannot_be_written(tmp_path, build):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match=r"cannot be written.*check free space, the path"):
+        build.open_writer(tmp_path / "file" / "store")
+
+
+def test_a_full_map_is_reported_and_earlier_batches_stay(tmp_path, build, monkeypatch):
+    monkeypatch.setattr("vista.store.lmdb.data_file.MAP_SIZE_BYTES", 1 << 16)
+    with build.open_writer(tmp_path, total_users=2000) as writer:
+        build.put_users(writer, range(16))
+        with pytest.raises(StoreError, match=r"MAP_FULL.*run the same command again"):
+            build.put_users(writer, range(16, 2000))
+    monkeypatch.undo()
+    with build.open_writer(tmp_path, total_users=2000) as writer:
+        assert writer.cursor == 16
+
+
+def test_a_store_that_is_not_there(tmp_path, build):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(StoreError, match=r"no published generation; run `vista refresh"):
+            SummaryStore.open(path)
+    with build.open_writer(tmp_path):
+        pass
+    with pytest.raises(StoreError, match="no published generation"):
+        SummaryStore.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("gen-9\n", "names gen-9, which is not there"), ("", "holds ''"), ("gen-x", "holds 'gen-x'"), ("\xff", "holds")],
+)
+def test_a_current_that_names_nothing(tmp_path, build, text, named):
+    build.write_store(tmp_path)
+    (tmp_path / "CURRENT").write_text(text)
+    with pytest.raises(StoreError, match=named) as error:
+        SummaryStore.open(tmp_path)
+    assert "generations there: gen-1" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["gen-9\n", "nonsense"])
+def test_a_refresh_heals_a_current_that_names_nothing(tmp_path, build, text, caplog):
+    build.write_store(tmp_path)
+    (tmp_path / "CURRENT").write_text(text)
+    assert build.write_store(tmp_path, salt=1, run_digest="log-2").generation == 2
+    assert list_generations(tmp_path) == [1, 2] and read_current(tmp_path) == 2
+    assert text.strip() in caplog.text
+
+
+def test_a_store_made_anew_is_not_taken_for_the_one_that_was_removed(tmp_path, build):
+    build.write_store(tmp_path / "store")
+    with SummaryStore.open(tmp_path / "store") as old:
+        shutil.rmtree(tmp_path / "store")
+        build.write_store(tmp_path / "store", salt=1)
+        with SummaryStore.open(tmp_path / "store") as new:
+            np.testing.assert_allclose(new.get_many([5]).summary[0], build.summaries(range(5, 6), 1)[0], atol=0.02)
+            np.testing.assert_allclose(old.get_many([5]).summary[0], build.summaries(range(5, 6))[0], atol=0.02)
+        assert old.reload()
+        np.testing.assert_allclose(old.get_many([5]).summary[0], build.summaries(range(5, 6), 1)[0], atol=0.02)
+
+
+def test_keys_go_on_within_one_generation_across_a_reload(tmp_path, build, monkeypatch):
+    monkeypatch.setattr("vista.store.format.keys._WALK_USERS", 7)
+    build.write_store(tmp_path, total_users=50)
+    with SummaryStore.open(tmp_path) as store:
+        keys = store.keys()
+        first = next(keys)
+        build.write_store(tmp_path)
+        assert store.reload() and len(store) == TOTAL
+        assert [first, *keys] == list(range(50))
+
+
+def test_a_broken_current_leaves_the_open_generation_served(tmp_path, build):
+    build.write_store(tmp_path)
+    with SummaryStore.open(tmp_path) as store:
+        (tmp_path / "CURRENT").write_text("gen-9")
+        with pytest.raises(StoreError, match="gen-9"):
+            store.reload()
+        assert store.get_many([1]).found.all()
+
+
+def test_a_current_that_names_an_unfinished_generation(tmp_path, build):
+    with build.open_writer(tmp_path) as writer:
+        build.put_users(writer, range(16))
+    (tmp_path / "CURRENT").write_text("gen-1\n")
+    with pytest.raises(StoreError, match="never finished"):
+        SummaryStore.open(tmp_path)
+
+
+def test_a_map_that_another_writer_let_grow_is_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr("vista.store.lmdb.data_file.MAP_SIZE_BYTES", 1 << 20)
+    lmdb.open(str(tmp_path), map_size=1 << 20, lib_version=0).close()
+    reader = SharedEnvironment.acquire(tmp_path)
+
+    def grow() -> None:
+        reader.release()
+        environment = lmdb.open(str(tmp_path), map_size=1 << 24, lib_version=0)
+        with environment.begin(write=True) as transaction:
+            for number in range(1000):
+                transaction.put(b"%d" % number, bytes(4000))
+
+    child = multiprocessing.get_context("fork").Process(target=grow)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert reader.read(lambda transaction: len(transaction.get(b"999"))) == 4000
+    reader.release()

@@ -1,0 +1,105 @@
+"""Text of `vista --help` and `vista COMMAND --help`."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+
+from vista.config.composition import groups_of, options_of
+from vista.config.config_keys import ConfigKeys, value_text
+
+_OPTIONS = (
+    ("--cfg", "print the resolved configuration and stop"),
+    ("--config FILE", "YAML of the same keys, such as --cfg prints; words on the command line win over it"),
+    ("--help", "this text"),
+)
+
+
+def _width() -> int:
+    return max(60, min(shutil.get_terminal_size((110, 24)).columns, 130))
+
+
+def _table(rows: Iterable[tuple[str, str]], column: int) -> str:
+    """Two columns, the second wrapped; a long first cell has a line of its own."""
+    lines = []
+    for left, right in rows:
+        wrapped = textwrap.wrap(right, _width() - column - 2, break_on_hyphens=False) or [""]
+        head = f"  {left}"
+        if len(head) >= column:
+            lines.append(head)
+            head = ""
+        lines.append(f"{head:<{column}}{wrapped[0]}".rstrip())
+        lines += [" " * column + line for line in wrapped[1:]]
+    return "\n".join(lines)
+
+
+def overview(summaries: Mapping[str, str]) -> str:
+    """The text of `vista --help`: commands in the order in which they are used."""
+    return "\n".join(
+        [
+            "Usage: vista COMMAND [KEY=VALUE ...]",
+            "",
+            "Ranking over whole-life user histories, from a small cached summary a user.",
+            "",
+            "Commands, in the order in which they are used:",
+            _table(summaries.items(), 18),
+            "",
+            "Options:",
+            _table([("--version", "print the version"), ("COMMAND --help", "its keys, groups and examples")], 22),
+            "",
+            "Example:",
+            "  vista simulate out=data/simulated num_users=200",
+            "  vista prepare out=data/log events.kind=simulated events.paths=[data/simulated]",
+            "  vista train data.path=data/log run_dir=runs/first optim=quick",
+            "  vista refresh data=data/log model=runs/first/best store=stores/first until=leave-last-out",
+            "  vista evaluate data=data/log model=runs/first/best store=stores/first",
+            "",
+            "Exit codes: 0 done, 1 error, 2 configuration refused, 130 interrupted.",
+        ]
+    )
+
+
+def group_help(group: str, summaries: Mapping[str, str]) -> str:
+    """The text of `vista GROUP --help`: its commands."""
+    usage = f"Usage: vista {group} COMMAND [KEY=VALUE ...]"
+    return "\n".join([usage, "", _table(summaries.items(), 18), "", f"vista {group} COMMAND --help tells its keys."])
+
+
+def command_help(name: str, summary: str, schema: type, examples: Sequence[str]) -> str:
+    """The text of `vista COMMAND --help`: options, groups, experiments, every key, and examples."""
+    groups = groups_of(name)
+    parts = [
+        f"Usage: vista {name} [KEY=VALUE ...]" + (" [GROUP=OPTION ...]" if groups else "") + " [--config FILE] [--cfg]",
+        "",
+        summary,
+        "",
+        "Options:",
+        _table(_OPTIONS, 20),
+    ]
+    for group in groups:
+        title = "Experiments, complete runs by name" if group == "experiment" else f"Group {group}"
+        options = options_of(group).items()
+        parts += ["", f"{title}:", _table(((f"{group}={option}", doc) for option, doc in options), 32)]
+    parts += ["", "Keys and defaults (a list is written [a,b]; special signs go 'in quotes'):"]
+    parts += [_table(_key_rows(ConfigKeys.of(schema)), 34)]
+    parts += ["", "Examples:", *(f"  {example}" for example in examples)]
+    return "\n".join(parts)
+
+
+def _key_rows(listed: ConfigKeys) -> list[tuple[str, str]]:
+    """A row a key; a section of the same schema as an earlier one takes one row in all."""
+    first_of_schema: dict[type, str] = {}
+    repeated = {}
+    for section in listed.sections.values():
+        first = first_of_schema.setdefault(section.schema, section.name)
+        if first != section.name:
+            repeated[section.name] = f"the same keys as {first}" + ("; null unless one is set" * section.optional)
+    rows = {}
+    for key in listed.keys.values():
+        section_name = key.name.rpartition(".")[0]
+        if section_name in repeated:
+            rows[f"{section_name}.KEY=VALUE"] = repeated[section_name]
+        else:
+            rows[f"{key.name}={value_text(key.default)}"] = f"{key.type_text}. {key.doc}".rstrip(". ")
+    return list(rows.items())

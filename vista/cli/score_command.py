@@ -1,0 +1,64 @@
+"""`vista score`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vista.config import ScoreConfig
+from vista.config.choices import OnMissing
+from vista.device import cpu_settings
+from vista.errors import ConfigError, RecordError
+from vista.log.splits import parse_time
+from vista.log.vocabulary import ids_of_words
+from vista.model.ranking_model import UNKNOWN_ITEM
+from vista.scorer.scorer import Scorer
+from vista.store.format.authentication import read_key
+
+
+def score_from_config(config: ScoreConfig) -> str:
+    """`vista score`: a table of users and items as text.
+
+    Raises:
+        ConfigError: no user is named, `now` is no time or not in milliseconds, or an id is text where the store's or
+            the model's are integers.
+    """
+    if not config.users:
+        raise ConfigError("users: name at least one, such as users=[1,2]")
+    now = None if config.now is None else parse_time(config.now)
+    with (
+        cpu_settings(config.num_threads),
+        Scorer.open(
+            config.model,
+            config.store,
+            on_missing=config.on_missing,
+            device=config.device,
+            key=read_key(config.authentication_key_file),
+        ) as scorer,
+    ):
+        users = ids_of_words(config.users, "users", scorer.store.manifest.user_kind)
+        candidates = ids_of_words(config.candidates, "candidates", scorer.model.items.kind)
+        lines = [f"task {scorer.task}, generation {scorer.store.generation}"]
+        known = (scorer.model.item_rows(candidates) != UNKNOWN_ITEM).tolist() if candidates else []
+        items = [str(item) if known[i] else f"{item} (unknown)" for i, item in enumerate(candidates)]
+        for user in users:
+            name = f"user {user}{_mark(scorer, user)}"
+            try:
+                if candidates:
+                    pairs = zip(items, scorer.score([user], candidates, now=now)[0].tolist(), strict=True)
+                else:
+                    ranking = scorer.rank(user, top_k=config.top_k, now=now)
+                    pairs = zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True)
+            except ValueError as error:  # naming the argument, which is a key here
+                raise ConfigError(str(error)) from error
+            lines += [f"{name}: " + ", ".join(f"{item} {score:.4f}" for item, score in pairs)]
+        return "\n".join(lines)
+
+
+def _mark(scorer: Scorer, user: Any) -> str:
+    """What is wrong with a user's record, for the line of the user."""
+    try:
+        return "" if scorer.store.get_many([user]).found[0] else " (no record)"
+    except RecordError:
+        if scorer.on_missing is not OnMissing.nan:
+            raise
+        return " (damaged record)"

@@ -1,0 +1,187 @@
+"""The commands `vista store …`: from a config to a report, of a store or of all its parts that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+
+from vista.config import (
+    StoreCompactConfig,
+    StoreCopyConfig,
+    StoreExportConfig,
+    StoreGetConfig,
+    StoreImportConfig,
+    StoreRollbackConfig,
+    StoreStatsConfig,
+    StoreVerifyConfig,
+)
+from vista.errors import ConfigError, StoreError, UnknownUserError
+from vista.log.gaps import LATEST_MS, YEAR_1971_MS
+from vista.log.vocabulary import ids_of_words
+from vista.model.vista_model import Recommender
+from vista.store.admin.inspection import store_stats, verify_store
+from vista.store.admin.publish import PublishReport, compact_store, copy_generation, roll_back
+from vista.store.admin.whole_generations import GenerationReader, open_generation
+from vista.store.format.authentication import read_key
+from vista.store.format.keys import user_key
+from vista.store.format.record import RawRecords, decode_rows, read_records
+from vista.store.layout import read_current
+from vista.store.shards import divide, shards_in, stores_in, user_kind
+from vista.store.stored_batch import NO_TIMESTAMP
+
+
+def store_stats_command(config: StoreStatsConfig) -> str:
+    """`vista store stats`; errors as of `store_stats`."""
+    return _lines(store_stats(root) for root in stores_in(config.store))
+
+
+def store_verify(config: StoreVerifyConfig) -> str:
+    """`vista store verify`.
+
+    Raises:
+        StoreError: problems were found; the message lists the first.
+    """
+    key = read_key(config.authentication_key_file)
+    reports = [verify_store(root, key=key) for root in stores_in(config.store)]
+    if any(report.num_problems for report in reports):
+        raise StoreError(_lines(reports))
+    return _lines(reports)
+
+
+def store_compact(config: StoreCompactConfig) -> str:
+    """`vista store compact`; errors as of `compact_store`."""
+    key = read_key(config.authentication_key_file)
+    return _lines(compact_store(root, key=key) for root in stores_in(config.store))
+
+
+def store_rollback(config: StoreRollbackConfig) -> str:
+    """`vista store rollback`; errors as of `roll_back`."""
+    return _lines(roll_back(*stores_in(config.store), to=config.to, key=read_key(config.authentication_key_file)))
+
+
+def store_export(config: StoreExportConfig) -> str:
+    """`vista store export`, of a divided store a file a part; errors as of `export_store`."""
+    from vista.store.admin.parquet import export_store
+
+    key, out, stores = read_key(config.authentication_key_file), Path(config.out), stores_in(config.store)
+    divided = bool(shards_in(config.store))
+    files = [out.with_name(f"{out.stem}.{root.name}{out.suffix}") if divided else out for root in stores]
+    done = [export_store(root, file, key=key) for root, file in zip(stores, files, strict=True)]
+    return _lines(
+        f"{one.num_records:,} records of generation {one.generation} in {one.path}: {one.size_bytes:,} bytes"
+        for one in done
+    )
+
+
+def store_import(config: StoreImportConfig) -> PublishReport:
+    """`vista store import`; errors as of `import_store`."""
+    from vista.store.admin.parquet import import_store
+
+    key = read_key(config.authentication_key_file)
+    return import_store(config.file, config.store, key=key, shared_with_group=config.shared_with_group)
+
+
+def store_copy(config: StoreCopyConfig) -> str:
+    """`vista store copy`; parts are published when all have been brought. Errors as of `copy_generation`.
+
+    Raises:
+        ConfigError: no folder is named.
+    """
+    if not config.to:
+        raise ConfigError("to: name the folder of the store that serves, such as to=/srv/stores/mine")
+    key, divided = read_key(config.authentication_key_file), bool(shards_in(config.store))
+
+    def copy(publish: bool) -> str:
+        return _lines(
+            copy_generation(
+                root,
+                Path(config.to) / root.name if divided else config.to,
+                generation=config.generation,
+                publish=publish,
+                key=key,
+                shared_with_group=config.shared_with_group,
+            )
+            for root in stores_in(config.store)
+        )
+
+    brought = copy(publish=False) if divided or not config.publish else ""
+    return copy(publish=True) if config.publish else brought
+
+
+def store_get(config: StoreGetConfig) -> str:
+    """`vista store get`: header fields, the tail, and the summary's shape and norms, as text.
+
+    Raises:
+        ConfigError: no user is named, or the id is text where the store's are integers.
+        UnknownUserError: the user has no record.
+        StoreError, RecordError: the store or the record is damaged, or of another key.
+    """
+    if config.user is None:
+        raise ConfigError("user: name one, such as user=42")
+    ((root, (user,)),) = divide(config.store, ids_of_words([config.user], "user", user_kind(config.store)))
+    with open_generation(root, read_current(root), read_key(config.authentication_key_file)) as reader:
+        key = user_key(user)
+        raw = reader.environment.read(lambda transaction: _read(transaction, key, reader))
+        if raw is None:
+            raise UnknownUserError(f"user {user!r} has no record in {root}, generation {reader.manifest.generation}")
+        return _record_text(user, raw, reader, config.model)
+
+
+def _lines(reports: Iterable[object]) -> str:
+    return "\n".join(map(str, reports))
+
+
+def _read(transaction: lmdb.Transaction[memoryview], key: bytes, reader: GenerationReader) -> RawRecords | None:
+    value = transaction.get(key)
+    return None if value is None else read_records([value], [key], reader.spec)
+
+
+def _record_text(user: int | str, raw: RawRecords, reader: GenerationReader, model: str | None) -> str:
+    header, manifest = raw.headers[0], reader.manifest
+    summary = decode_rows(raw, reader.spec)[0]
+    norms = np.linalg.norm(summary.astype(np.float64), axis=1)
+    items: list[Any] = [f"row {row}" for row in raw.tail.items.tolist()]
+    if model is not None:
+        items = _item_ids(model, raw, reader)
+    fields = {
+        "generation": f"{header['generation']}, until {manifest.until or 'the end of the log'}",
+        "summarizer": bytes(header["summarizer_id"]).hex(),
+        "created at": _time(int(header["created_at"])),
+        "events seen": f"{header['event_count']}, the newest at {_time(int(header['last_event_ts']))}",
+        "log segment": header["applied_segment"],
+        "history digest": f"{header['history_digest']:016x}",
+        "authenticated": "yes" if reader.spec.key is not None else "no",
+        "summary": f"{summary.shape[0]} x {summary.shape[1]} {manifest.codec}",
+        "payload": f"{header['payload_length']} bytes",
+        "norms of its rows": " ".join(f"{norm:.3f}" for norm in norms.tolist()) or "none",
+        "tail": f"{len(items)} events, oldest first (item, time, action code)",
+    }
+    lines = [f"user {user!r}", *(f"  {name + ':':<19}{value}" for name, value in fields.items())]
+    events = zip(items, raw.tail.times.tolist(), raw.tail.actions.tolist(), strict=True)
+    return "\n".join([*lines, *(f"    {item}  {_time(time)}  {action}" for item, time, action in events)])
+
+
+def _item_ids(folder: str, raw: RawRecords, reader: GenerationReader) -> list[Any]:
+    model = Recommender.from_pretrained(folder)
+    if model.summarizer_id() != reader.spec.summarizer_id:
+        raise ConfigError(
+            f"model={folder}: its summarizer is {model.summarizer_id().hex()}, the store's is "
+            f"{reader.manifest.summarizer_id}; their item rows differ"
+        )
+    rows = raw.tail.items
+    ids = model.items.ids(np.maximum(rows, 1) - 1).tolist() if len(rows) else []
+    return [item if row else "unknown" for row, item in zip(rows.tolist(), ids, strict=True)]
+
+
+def _time(moment: int) -> str:
+    """ms as a time; the ordinals of a log without times as they are."""
+    if moment == NO_TIMESTAMP:
+        return "none"
+    if not YEAR_1971_MS <= moment < LATEST_MS:
+        return str(moment)
+    return f"{moment} ({datetime.fromtimestamp(moment / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC)"

@@ -1,0 +1,54 @@
+"""Every configuration of vista: plain dataclasses with defaults and units. YAML differs from these.
+
+Hydra is used in `vista.config.composition` alone: the command line turns words into these objects once.
+"""
+
+from vista.config.data_config import DataConfig
+from vista.config.evaluate_config import EvaluateConfig
+from vista.config.log_configs import LogCompactConfig, LogEraseConfig, LogForgetConfig, LogStatsConfig
+from vista.config.model_config import ModelConfig
+from vista.config.optim_config import OptimConfig
+from vista.config.prepare_config import PrepareConfig, SourceConfig
+from vista.config.refresh_config import RefreshConfig
+from vista.config.score_config import ScoreConfig
+from vista.config.simulate_config import SimulateConfig
+from vista.config.store_configs import (
+    StoreCompactConfig,
+    StoreCopyConfig,
+    StoreEraseConfig,
+    StoreExportConfig,
+    StoreGetConfig,
+    StoreImportConfig,
+    StoreRollbackConfig,
+    StoreStatsConfig,
+    StoreVerifyConfig,
+)
+from vista.config.train_config import TrainConfig
+from vista.config.watch_config import WatchConfig
+
+__all__ = [
+    "DataConfig",
+    "EvaluateConfig",
+    "LogCompactConfig",
+    "LogEraseConfig",
+    "LogForgetConfig",
+    "LogStatsConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PrepareConfig",
+    "RefreshConfig",
+    "ScoreConfig",
+    "SimulateConfig",
+    "SourceConfig",
+    "StoreCompactConfig",
+    "StoreCopyConfig",
+    "StoreEraseConfig",
+    "StoreExportConfig",
+    "StoreGetConfig",
+    "StoreImportConfig",
+    "StoreRollbackConfig",
+    "StoreStatsConfig",
+    "StoreVerifyConfig",
+    "TrainConfig",
+    "WatchConfig",
+]

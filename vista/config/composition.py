@@ -1,0 +1,287 @@
+"""From `key=value` words to one config object: Hydra's compose API over conf/, typed by vista/config.py.
+
+Nothing here changes the working directory or makes a run folder. Groups and experiments are composed by Hydra; single
+values are then set one by one, so that an error can name the word that caused it.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vista.config import (
+    EvaluateConfig,
+    LogCompactConfig,
+    LogEraseConfig,
+    LogForgetConfig,
+    LogStatsConfig,
+    PrepareConfig,
+    RefreshConfig,
+    ScoreConfig,
+    SimulateConfig,
+    StoreCompactConfig,
+    StoreCopyConfig,
+    StoreEraseConfig,
+    StoreExportConfig,
+    StoreGetConfig,
+    StoreImportConfig,
+    StoreRollbackConfig,
+    StoreStatsConfig,
+    StoreVerifyConfig,
+    TrainConfig,
+    WatchConfig,
+)
+from vista.config.config_keys import ConfigKeys, value_text
+from vista.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT")
+
+
+class _Written(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML whose every scalar stays the text that is written; merges are flattened as ever."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}
+
+
+_ELEMENT = re.compile(r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\\.|[^,'"\\])+""")
+"""An element of a list in Hydra's grammar: quoted parts and escaped signs may hold commas."""
+
+NAME_OF_SCHEMA: dict[type, str] = {
+    SimulateConfig: "simulate",
+    PrepareConfig: "prepare",
+    TrainConfig: "train",
+    RefreshConfig: "refresh",
+    EvaluateConfig: "evaluate",
+    ScoreConfig: "score",
+    WatchConfig: "watch",
+    LogForgetConfig: "log forget",
+    LogEraseConfig: "log erase",
+    LogCompactConfig: "log compact",
+    LogStatsConfig: "log stats",
+    StoreStatsConfig: "store stats",
+    StoreVerifyConfig: "store verify",
+    StoreCompactConfig: "store compact",
+    StoreExportConfig: "store export",
+    StoreImportConfig: "store import",
+    StoreCopyConfig: "store copy",
+    StoreRollbackConfig: "store rollback",
+    StoreGetConfig: "store get",
+    StoreEraseConfig: "store erase",
+}
+"""The command of a schema; its primary config is `config_file_name` of that, in conf/."""
+
+
+def config_file_name(command: str) -> str:
+    """Name in conf/, without .yaml, of a command's primary config: words are joined by hyphens."""
+    return command.replace(" ", "-")
+
+
+for _schema, _name in NAME_OF_SCHEMA.items():
+    ConfigStore.instance().store(name=f"{config_file_name(_name)}_schema", node=_schema, provider="vista")
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: inside the package once installed, beside it in a checkout (editable installs too).
+
+    Raises:
+        ConfigError: if neither is there.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise ConfigError(f"no conf/ folder in {package} or beside it; install vista-recsys again")
+
+
+def groups_of(name: str) -> list[str]:
+    """Groups that a command's defaults list names, such as model and experiment."""
+    defaults = cast(DictConfig, OmegaConf.load(conf_dir() / f"{config_file_name(name)}.yaml")).get("defaults", [])
+    return [str(key).split()[-1] for entry in defaults if not isinstance(entry, str) for key in entry]
+
+
+def options_of(group: str) -> dict[str, str]:
+    """Options of a group, with the comment that describes each."""
+    options = {}
+    for path in sorted((conf_dir() / group).glob("*.yaml"), key=lambda path: path.stem):
+        comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        options[path.stem] = " ".join(comment for comment in comments if not comment.startswith("@"))
+    return options
+
+
+def compose_config(
+    schema: type[ConfigT], overrides: Sequence[str] = (), *, config_file: str | Path | None = None
+) -> ConfigT:
+    """Make a config object from conf/, a file of the user's, and `key=value` words; later ones win.
+
+    Args:
+        schema: one of the commands' configs, such as TrainConfig.
+        overrides: words of Hydra's grammar: `model.num_seeds=32`, `model=paper`, `experiment=ml-1m`.
+        config_file: YAML of the same keys and groups, such as what `--cfg` prints.
+
+    Raises:
+        ConfigError: in one line, naming the key: unknown, of a wrong type, unreadable, or against the schema's rules.
+    """
+    name = NAME_OF_SCHEMA[schema]
+    keys, groups = ConfigKeys.of(schema), groups_of(name)
+    choices: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    for key, value, written in [*_words_of_file(config_file), *(_parse(word) for word in overrides)]:
+        if key in groups and not isinstance(value, dict):
+            choices[key] = _option(key, value)
+            continue
+        for leaf, leaf_value in _leaves(key, value, written, keys, name, groups):
+            values.pop(leaf, None)
+            values[leaf] = leaf_value
+    config = _compose_groups(name, choices)
+    for key, value in values.items():
+        _assign(config, key, value, keys)
+    try:
+        return cast(ConfigT, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or name}: {_first_line(error)}") from error
+
+
+def _compose_groups(name: str, choices: dict[str, str]) -> DictConfig:
+    outer = get_gh_backup()  # a caller may be a Hydra application itself
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), job_name="vista", version_base="1.3"):
+            return compose(config_file_name(name), overrides=[f"{group}={option}" for group, option in choices.items()])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"{conf_dir() / config_file_name(name)}.yaml: {_cause(error)}") from error
+    finally:
+        restore_gh_from_backup(outer)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _cause(error: BaseException) -> str:
+    """Hydra wraps what went wrong; the innermost error names it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())
+
+
+def _parse(word: str) -> tuple[str, Any, str]:
+    """One `key=value` word -> its key, its value, and that as it is written."""
+    if word.startswith("~"):
+        raise ConfigError(f"cannot read '{word}': a key cannot be deleted, only set; write null for no value")
+    if "=" not in word:
+        raise ConfigError(f"cannot read '{word}': it is not key=value")
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        key, _, text = word.partition("=")
+        raise ConfigError(
+            f"cannot read '{word}': {_first_line(error)}; quote a value with special signs: \"{key}='{text}'\""
+        ) from error
+    if override.package is not None:
+        raise ConfigError(f"cannot read '{word}': a group goes where the schema has it; write it without @")
+    if override.is_sweep_override():
+        raise ConfigError(f"cannot read '{word}': one value a run; a list is written {override.key_or_group}=[a,b]")
+    return override.key_or_group, override.value(), word.partition("=")[2]
+
+
+def _words_of_file(path: str | Path | None) -> list[tuple[str, Any, Any]]:
+    """The keys of a file, their values, and those with every scalar as it is written."""
+    if path is None:
+        return []
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+        written = yaml.load(text, _Written)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not readable as YAML: {_cause(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: holds a list; it must hold keys, as `--cfg` prints them")
+    return [(str(key), value, _inner(written, key)) for key, value in content.items()]
+
+
+def _inner(written: Any, key: Any) -> Any:
+    """What a dict of `_Written` has of a key; None where there is nothing of it."""
+    return written.get(str(key)) if isinstance(written, dict) else None
+
+
+def _option(group: str, option: Any) -> str:
+    known = list(options_of(group))
+    if option not in known:
+        text = value_text(option)
+        raise ConfigError(
+            f"{group}: no option '{text}'{_hint(get_close_matches(text, known))}; one of {', '.join(known)}"
+        )
+    return str(option)
+
+
+def _hint(matches: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(dict.fromkeys(matches))}?" if matches else ""
+
+
+def _leaves(
+    key: str, value: Any, written: Any, keys: ConfigKeys, name: str, groups: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
+    """Single values of a word, whose value may be a dict of them."""
+    if key in keys.keys:
+        yield key, _as_written(key, value, written) if keys.keys[key].is_text else value
+    elif key not in keys.sections:
+        matches = [*([] if "." in key else get_close_matches(key, groups, n=1)), *keys.matches(key)]
+        raise ConfigError(f"unknown key '{key}'{_hint(matches)} (vista {name} --help lists all)")
+    elif isinstance(value, dict):
+        for inner, inner_value in value.items():
+            yield from _leaves(f"{key}.{inner}", inner_value, _inner(written, inner), keys, name, groups)
+    elif value is None and keys.sections[key].optional:
+        yield key, None
+    else:
+        examples = [known for known in keys.keys if known.startswith(f"{key}.")][:3]
+        raise ConfigError(f"{key}: is a group of keys, not a value; set {', '.join(examples)}, ...")
+
+
+def _as_written(key: str, value: Any, written: Any) -> Any:
+    """Texts as they are written. Hydra and YAML read 1_000, 1e5 and true as something else, and an id is a text."""
+    if isinstance(value, list) and not any(isinstance(one, list | dict) for one in value):
+        is_list = isinstance(written, str) and written.strip().startswith("[")
+        texts = _ELEMENT.findall(written.strip()[1:-1]) if is_list else written
+        if not isinstance(texts, list) or len(texts) != len(value):  # sort([3,1,2])
+            texts = [None] * len(value)
+        return [_as_written(key, one, text) for one, text in zip(value, texts, strict=True)]
+    if not isinstance(value, bool | int | float):
+        return value
+    if not isinstance(written, str) or "(" in written:  # one of Hydra's functions, or within a word of several keys
+        raise ConfigError(f"{key}: {value_text(value)} was read as a number or a truth value; put texts in quotes")
+    return written.strip()
+
+
+def _assign(config: DictConfig, key: str, value: Any, keys: ConfigKeys) -> None:
+    section = key.rpartition(".")[0]
+    if section and OmegaConf.select(config, section) is None:
+        OmegaConf.update(config, section, OmegaConf.structured(keys.sections[section].schema), merge=False)
+    if key in keys.sections:  # null: an optional section that is left out
+        OmegaConf.update(config, key, value, merge=False)
+        return
+    known = keys.keys[key]
+    if known.choices and isinstance(value, float) and value != value:
+        value = "nan"  # Hydra's grammar reads the word as a number; here it is a choice (on_missing=nan).
+    try:
+        OmegaConf.update(config, key, value, merge=True)
+    except OmegaConfBaseException as error:
+        hint = _hint(get_close_matches(str(value), known.choices))
+        if known.type_text.startswith("[") and not isinstance(value, list):
+            hint = f"; a list is written {key}=[{value_text(value)}]"
+        raise ConfigError(f"{key}: expected {known.type_text}, got {value_text(value)}{hint}") from error

@@ -1,0 +1,176 @@
+"""Configuration dataclasses as text: every key with its type, default and docstring; YAML.
+
+Reads the modules that define the dataclasses, so it needs no Hydra. The command line's help and error messages are made
+from it.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import sys
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from vista.config.conversion import to_dict
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigKey:
+    """One value that a user can set."""
+
+    name: str
+    """Dotted, as on the command line: model.num_seeds."""
+    type_text: str
+    """As shown to a user: int, str or null, [float, ...], bidirectional|separable."""
+    default: Any
+    doc: str
+    """Empty where neither the field nor its enum has a docstring."""
+    choices: tuple[str, ...] = ()
+    """Every spelling of an enum that is accepted."""
+
+    @property
+    def is_text(self) -> bool:
+        """A str, or a list of them."""
+        return self.type_text.removesuffix(" or null") in ("str", "[str, ...]")
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigSection:
+    """A dataclass inside a dataclass: a group of keys with a common prefix."""
+
+    name: str
+    schema: type
+    optional: bool
+    """Null unless one of its keys is set."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigKeys:
+    """The keys and sections of one schema, in the order of its fields."""
+
+    keys: dict[str, ConfigKey]
+    sections: dict[str, ConfigSection]
+
+    @classmethod
+    def of(cls, schema: type) -> ConfigKeys:
+        """List the keys of a config dataclass, nested ones with their prefix."""
+        listed = cls({}, {})
+        listed._add(schema, "")
+        return listed
+
+    def _add(self, schema: type, prefix: str) -> None:
+        hints = get_type_hints(schema)
+        docs = _docs_of_fields(schema)
+        for field in dataclasses.fields(schema):
+            name, inner, optional = prefix + field.name, *_without_none(hints[field.name])
+            if dataclasses.is_dataclass(inner):
+                assert isinstance(inner, type)
+                self.sections[name] = ConfigSection(name, inner, optional)
+                self._add(inner, f"{name}.")
+                continue
+            is_enum = isinstance(inner, type) and issubclass(inner, Enum)
+            doc = docs.get(field.name) or (_doc_of_enum(inner) if is_enum else "")
+            choices = tuple(inner.__members__) if is_enum else ()
+            self.keys[name] = ConfigKey(name, type_text(hints[field.name]), _default(field), doc, choices)
+
+    def matches(self, name: str) -> list[str]:
+        """Names that a mistyped one may have meant, best first; a missing prefix is forgiven."""
+        names = list(self.keys) if "." in name else [*self.keys, *self.sections]
+        found = get_close_matches(name, names, n=3, cutoff=0.75)
+        last = name.rpartition(".")[2]
+        by_last: dict[str, list[str]] = {}
+        for known in names:
+            by_last.setdefault(known.rpartition(".")[2], []).append(known)
+        for close in get_close_matches(last, by_last, n=3, cutoff=0.75):
+            found += by_last[close]
+        return list(dict.fromkeys(found))[:3]
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """`X | None` -> (X, True); anything else -> (itself, False)."""
+    if get_origin(hint) in (Union, UnionType):
+        inner = [arg for arg in get_args(hint) if arg is not NoneType]
+        if len(inner) == 1:
+            return inner[0], True
+    return hint, False
+
+
+def type_text(hint: Any) -> str:
+    """A type as users read it."""
+    inner, optional = _without_none(hint)
+    if get_origin(inner) is list:
+        text = f"[{type_text(get_args(inner)[0])}, ...]"
+    elif issubclass(inner, Enum):
+        text = "|".join(str(member.value) for member in inner)
+    else:
+        text = inner.__name__
+    return f"{text} or null" if optional else text
+
+
+def value_text(value: Any) -> str:
+    """A value as it is written after `key=`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, list):
+        return f"[{','.join(value_text(item) for item in value)}]"
+    return str(value)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _docs_of_body(body: list[ast.stmt]) -> dict[str, str]:
+    """Docstrings that follow assignments, by assigned name."""
+    docs = {}
+    for statement, following in itertools.pairwise(body):
+        target = statement.target if isinstance(statement, ast.AnnAssign) else None
+        if isinstance(statement, ast.Assign):
+            target = statement.targets[0]  # type: ignore[assignment]
+        if (
+            isinstance(target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+            and isinstance(following.value.value, str)
+        ):
+            docs[target.id] = " ".join(following.value.value.split())
+    return docs
+
+
+def _tree_of_module(schema: type) -> ast.Module:
+    return ast.parse(inspect.getsource(sys.modules[schema.__module__]))
+
+
+def _docs_of_fields(schema: type) -> dict[str, str]:
+    for statement in _tree_of_module(schema).body:
+        if isinstance(statement, ast.ClassDef) and statement.name == schema.__name__:
+            return _docs_of_body(statement.body)
+    return {}
+
+
+def _doc_of_enum(enum: type[Enum]) -> str:
+    """The class's own docstring, or the one below `Name = Enum(...)`."""
+    for statement in _tree_of_module(enum).body:
+        if isinstance(statement, ast.ClassDef) and statement.name == enum.__name__:
+            return " ".join((ast.get_docstring(statement) or "").split())
+    return _docs_of_body(_tree_of_module(enum).body).get(enum.__name__, "")
+
+
+def to_yaml(config: Any) -> str:
+    """A config as YAML that `vista COMMAND --config FILE` reads back to an equal one."""
+    text: str = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return text

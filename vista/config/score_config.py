@@ -1,0 +1,36 @@
+"""Configuration of `vista score`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vista.config.checks import check_types, require_counts
+from vista.config.choices import (
+    OnMissing,
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class ScoreConfig:
+    """Scores or ranking of one or several users, from the command line."""
+
+    model: str = "runs/vista/best"
+    store: str = "stores/vista"
+    authentication_key_file: str | None = None
+    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
+    users: list[str] = field(default_factory=list)
+    """User ids; at least one."""
+    candidates: list[str] = field(default_factory=list)
+    """Item ids; empty ranks the whole catalogue."""
+    top_k: int = 10
+    """Items to list a user, where no candidates are given."""
+    now: str | None = None
+    """Time of the request, an ISO date or time (UTC) or ms; null leaves it unknown."""
+    on_missing: OnMissing = OnMissing.empty
+    device: str = "auto"
+    num_threads: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_counts(self, "", ("top_k",))
+        require_counts(self, "", ("num_threads",), least=0)

@@ -1,1 +1,0 @@
-"""Event logs: vocabularies, segments on disk, ingest, simulation, splits. Reading needs NumPy alone."""

@@ -1,0 +1,96 @@
+"""Floors: what counting alone earns, without a model. A recommender that does not beat these has learnt nothing.
+
+- popularity: an item's number of visible events.
+- transitions: how often an item came right after the user's newest one, over all users; popularity settles ties.
+"""
+
+from __future__ import annotations
+
+import time
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.config import DataConfig
+from vista.errors import ConfigError
+from vista.evaluation.evaluate import Evaluation
+from vista.evaluation.protocol import NextItemCases, next_item_cases, rank_next_items, ranking_metrics
+from vista.examples.frequency import item_counts
+from vista.log.event_log import EventLog
+from vista.log.histories import ranges
+from vista.log.splits import split_until, visible_counts
+
+Int = NDArray[np.int64]
+Scores = NDArray[np.float64]
+
+
+class Floor(Enum):
+    """Which of the two."""
+
+    popularity = "popularity"
+    transitions = "transitions"
+
+
+def evaluate_floor(floor: Floor, log: EventLog, data: DataConfig, *, top_k: list[int] | None = None) -> Evaluation:
+    """Rank the test labels of a log's split by what was counted before them; seen items as `data.exclude_seen` says.
+
+    Args:
+        data: the split.
+        top_k: cut-offs of the metrics, by default 10.
+
+    Raises:
+        ConfigError: if the log has no test label.
+    """
+    began = time.perf_counter()
+    seen = visible_counts(log, split_until(data, "test"))
+    cases = next_item_cases(log, seen)
+    if not len(cases.user):
+        raise ConfigError(f"{log.path} has no test label for a floor to rank; choose another split")
+    popularity = item_counts(log, seen).astype(np.float64)
+    transitions = _Transitions(log, seen, popularity) if floor is Floor.transitions else None
+    ranks = rank_next_items(
+        log,
+        cases,
+        np.arange(log.num_items),
+        lambda batch: transitions.scores(batch) if transitions else np.tile(popularity, (len(batch.user), 1)),
+        exclude_seen=data.exclude_seen,
+        users_per_batch=512,
+        progress=False,
+    )
+    metrics = ranking_metrics(ranks, top_k or [10])
+    return Evaluation(metrics, len(ranks), time.perf_counter() - began, ranks, None, None)
+
+
+class _Transitions:
+    """Counted pairs of neighbouring events: item i was followed by `_next[_offsets[i]:_offsets[i + 1]]`."""
+
+    def __init__(self, log: EventLog, seen: Int, popularity: Scores) -> None:
+        """
+        Args:
+            seen: int64 [num_users] events that may be counted.
+            popularity: float64 [num_items], whole numbers.
+        """
+        histories = log.gather(np.arange(log.num_users), seen)
+        item = histories.item.astype(np.int64)
+        follows = np.ones(len(item), bool)
+        follows[histories.offsets[:-1][histories.lengths > 0]] = False
+        later = np.flatnonzero(follows)
+        pair, self._times = np.unique(item[later - 1] * log.num_items + item[later], return_counts=True)
+        first, self._next = np.divmod(pair, log.num_items)
+        self._offsets = np.searchsorted(first, np.arange(log.num_items + 1))
+        # One transition outweighs any popularity; whole numbers, so exact.
+        self._weight = popularity.max(initial=0) + 1
+        self._popularity = popularity
+        self._log = log
+
+    def scores(self, cases: NextItemCases) -> Scores:
+        """float64 [n, num_items] after each case's newest visible event; popularity alone where there is none."""
+        newest = self._log.gather_ranges(cases.user, cases.seen - 1, cases.seen)
+        row = np.repeat(np.arange(len(cases.user)), newest.lengths)
+        begin = self._offsets[newest.item]
+        count = self._offsets[newest.item + 1] - begin
+        followers = ranges(begin, count)
+        out = np.tile(self._popularity, (len(cases.user), 1))
+        out[np.repeat(row, count), self._next[followers]] += self._times[followers] * self._weight
+        return out

@@ -1,0 +1,164 @@
+"""Does the retrieval head recommend what is popular anyway? Concentration of its lists, and quality by popularity.
+
+Letters: V items of the model, U users' lists, N labelled cases. Popularity is an item's number of training events.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.evaluation.metrics import hit_rate, ndcg, top_items
+
+NUM_DECILES = 10
+
+Int = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+class Recommendations:
+    """What the lists of length k hold, counted while `protocol.rank_next_items` ranks: `add` is its `observe`."""
+
+    def __init__(self, num_items: int, k: int) -> None:
+        self.k = k
+        self.num_lists = 0
+        self.counts = np.zeros(num_items, np.int64)
+        """int64 [V]: lists that hold the item."""
+        self._score_sum = np.zeros(num_items, np.float64)
+
+    def add(self, scores: NDArray[np.float32], target: Int, excluded: tuple[Int, Int] | None) -> None:
+        """Count one batch: scores [n, V]; target int64 [n] columns of the labels, -1 where unknown; excluded cells."""
+        top = top_items(scores, target, self.k, excluded)
+        self.counts += np.bincount(top[top >= 0], minlength=len(self.counts))
+        self._score_sum += scores.sum(axis=0, dtype=np.float64)
+        self.num_lists += len(scores)
+
+    @property
+    def mean_scores(self) -> Floats:
+        """float64 [V]: an item's score averaged over all users."""
+        return self._score_sum / max(self.num_lists, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PopularityReport:
+    """How popularity enters the lists of length k.
+
+    Deciles are of equal mass: `popularity_deciles`. Arrays have NUM_DECILES entries, from the rarest items on; a decile
+    without labels has NaN quality.
+    """
+
+    k: int
+    gini: float
+    """Of the items' places in lists; it depends on the number of lists, so compare over the same users."""
+    training_gini: float
+    """Of the items' training events, to compare with."""
+    coverage: float
+    """Share of the model's items that some list holds."""
+    score_correlation: float
+    """Spearman, over items, of popularity and mean score over users: near 0 where the score carries no popularity."""
+    norm_correlation: float
+    """Spearman, over items, of popularity and the norm of the item's vector (which the cosine divides away)."""
+    num_items: Int
+    label_share: Floats
+    """Of the cases, those whose label lies in the decile."""
+    recommended_share: Floats
+    """Of all places in lists, those that items of the decile take."""
+    hit_rate: Floats
+    ndcg: Floats
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars for a row of results: gini@k, coverage@k, correlations; NDCG and recommended share by decile."""
+        k = self.k
+        named = {
+            f"gini@{k}": self.gini,
+            f"coverage@{k}": self.coverage,
+            "popularity/score": self.score_correlation,
+            "popularity/norm": self.norm_correlation,
+        }
+        for name, values in (("ndcg", self.ndcg), ("recommended", self.recommended_share)):
+            named |= {f"{name}@{k}/decile-{d + 1}": float(values[d]) for d in range(NUM_DECILES)}
+        return named
+
+    def __str__(self) -> str:
+        k = self.k
+        lines = [
+            f"popularity, by lists of {k}: Gini {self.gini:.4f} (training events {self.training_gini:.4f}), coverage "
+            f"{self.coverage:.4f}",
+            f"  Spearman of popularity with the mean score {self.score_correlation:+.4f}, with the vectors' norm "
+            f"{self.norm_correlation:+.4f}",
+            f"  {'decile':>6} {'items':>9} {'labels':>8} {'recommended':>12} {f'hr@{k}':>8} {f'ndcg@{k}':>8}",
+        ]
+        columns = (self.num_items, self.label_share, self.recommended_share, self.hit_rate, self.ndcg)
+        for decile, (items, labels, shown, hits, gain) in enumerate(zip(*columns, strict=True), start=1):
+            lines.append(f"  {decile:>6} {items:>9} {labels:>8.2%} {shown:>12.2%} {hits:>8.4f} {gain:>8.4f}")
+        return "\n".join(lines)
+
+
+def popularity_report(
+    popularity: Int, found: Recommendations, ranks: Int, label: Int, norms: NDArray[np.floating]
+) -> PopularityReport:
+    """Put counts and ranks together.
+
+    Args:
+        popularity: int64 [V] training events of each item.
+        found: what the lists held.
+        ranks: int64 [N] 0-based ranks of the labels.
+        label: int64 [N] items of the labels; -1, unknown to the model, counts in the rarest decile.
+        norms: [V] norms of the items' vectors.
+    """
+    decile = popularity_deciles(popularity)
+    label_decile = np.where(label >= 0, decile[label], 0)
+    parts = [ranks[label_decile == d] for d in range(NUM_DECILES)]
+    shown = np.bincount(decile, weights=found.counts, minlength=NUM_DECILES)
+    return PopularityReport(
+        k=found.k,
+        gini=gini(found.counts),
+        training_gini=gini(popularity),
+        coverage=float((found.counts > 0).mean()),
+        score_correlation=spearman(popularity, found.mean_scores),
+        norm_correlation=spearman(popularity, norms),
+        num_items=np.bincount(decile, minlength=NUM_DECILES),
+        label_share=np.array([len(part) for part in parts]) / max(len(ranks), 1),
+        recommended_share=shown / max(shown.sum(), 1),
+        hit_rate=np.array([hit_rate(part, found.k) for part in parts]),
+        ndcg=np.array([ndcg(part, found.k) for part in parts]),
+    )
+
+
+def gini(counts: NDArray[np.int64]) -> float:
+    """Gini coefficient of counts [V] >= 0: 0 where all are equal, 1 - 1/V where one item has all, NaN for no counts."""
+    total, size = int(counts.sum()), len(counts)
+    if total == 0:
+        return float("nan")
+    rank = np.arange(1, size + 1)
+    return float(2 * (rank * np.sort(counts).astype(np.float64)).sum() / (size * total) - (size + 1) / size)
+
+
+def popularity_deciles(popularity: Int) -> Int:
+    """Decile of each item, 0 (rarest) to 9, such that each holds about a tenth of the training events.
+
+    Equal mass, not equal numbers of items: labels fall like events, so every decile's quality rests on about as many of
+    them, where nine deciles of equal numbers of items would share few. Items of equal popularity share a decile, by the
+    middle of their common mass; so one item of more than a tenth of the events leaves deciles empty.
+    """
+    value, inverse, size = np.unique(popularity, return_inverse=True, return_counts=True)
+    mass = value * size
+    doubled_middle = 2 * np.cumsum(mass) - mass
+    decile: Int = NUM_DECILES * doubled_middle // max(2 * int(mass.sum()), 1)
+    return np.minimum(decile, NUM_DECILES - 1)[inverse]
+
+
+def spearman(one: NDArray[np.number], other: NDArray[np.number]) -> float:
+    """Rank correlation of two vectors [V], ties at their middle ranks; NaN where one is constant."""
+    first, second = _middle_ranks(one), _middle_ranks(other)
+    first, second = first - first.mean(), second - second.mean()
+    scale = np.sqrt((first @ first) * (second @ second))
+    return float(first @ second / scale) if scale > 0 else float("nan")
+
+
+def _middle_ranks(values: NDArray[np.number]) -> Floats:
+    _, inverse, size = np.unique(values, return_inverse=True, return_counts=True)
+    middle: Floats = (np.cumsum(size) - (size - 1) / 2)[inverse]
+    return middle

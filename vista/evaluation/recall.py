@@ -1,0 +1,196 @@
+"""What a stored summary remembers: the decoder ranks a user's events among items as popular that the user never met.
+
+The decoder reads a window of events one by one, each time from the summary and the window's earlier events. Those alone
+say much of the next one, so the same is asked with another user's summary: only the difference is memory (design: the
+metric "memory"). Letters: U users, T events of windows, N negatives, S seeds, M model dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vista.errors import ConfigError
+from vista.examples.frequency import item_counts
+from vista.log.event_log import EventLog
+from vista.log.gaps import history_gaps
+from vista.log.histories import Histories, ranges
+from vista.log.splits import split_until, visible_counts
+from vista.model.vista_model import Recommender
+from vista.scorer import Scorer
+
+AGES = (0, 32, 128, 512, 2048, 8192)
+"""Where the bands of age begin, in events before the summary's cut; the last is open."""
+WINDOW = 32
+"""Events of a window at most: one window a user and band."""
+NUM_NEGATIVES = 100
+NEIGHBOURS = 50
+"""Negatives are drawn among so many items that are more popular than the event's, and as many that are less."""
+USERS_PER_BATCH = 64
+
+Int = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Share of the negatives that a true event beats (0.5 is chance), an entry a band of `AGES`; NaN without events."""
+
+    own: Floats
+    """With the user's own summary."""
+    other: Floats
+    """With another user's."""
+    num_events: Int
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars for a row of results: memory/0-31 …, the difference of the two."""
+        return {f"memory/{band}": float(gap) for band, gap in zip(bands(), self.own - self.other, strict=True)}
+
+    def __str__(self) -> str:
+        lines = [f"{'age in events':<16}{'own':>8}{'other':>8}{'memory':>8}{'events':>10}"]
+        for band, own, other, count in zip(bands(), self.own, self.other, self.num_events, strict=True):
+            lines.append(f"{band:<16}{own:>8.4f}{other:>8.4f}{own - other:>8.4f}{count:>10,}")
+        return "\n".join(lines)
+
+
+def bands() -> list[str]:
+    """Names of the bands of age: 0-31, …, 8192+."""
+    return [*(f"{low}-{high - 1}" for low, high in pairwise(AGES)), f"{AGES[-1]}+"]
+
+
+@torch.inference_mode()
+def measure_memory(scorer: Scorer, log: EventLog, *, max_users: int = 2000, seed: int = 0) -> MemoryReport:
+    """Measure the summaries of a scorer's store over the events of `log` that they have seen.
+
+    Args:
+        max_users: users with a record and events, drawn at random.
+        seed: of users, windows and negatives.
+
+    Raises:
+        ConfigError: the model has no summary, or no two users have a record.
+    """
+    model = scorer.model
+    if model.decoder is None:
+        raise ConfigError("memory: this model has no summaries (model.num_seeds=0)")
+    rng = np.random.default_rng(seed)
+    users = np.flatnonzero(log.lengths > 0)
+    users = np.sort(rng.choice(users, min(max_users, len(users)), replace=False))
+    stored = scorer.store.get_many(log.users.ids(users))
+    known = stored.found & (stored.event_count > 0)
+    if known.sum() < 2:
+        raise ConfigError(f"{scorer.store.path}: fewer than two users of {log.path} have a record; refresh the store")
+    users, summary = users[known], stored.summary[known]
+    count = np.minimum(stored.event_count[known], log.lengths[users])
+    items = _Items(model, log)
+    totals = np.zeros((3, len(AGES)))
+    for low in range(0, len(users), USERS_PER_BATCH):
+        part = slice(low, low + USERS_PER_BATCH)
+        histories = log.gather(users[part], count[part])
+        # The last row's other is the first user of all.
+        summaries = [torch.from_numpy(each[part]).to(model.device) for each in (summary, np.roll(summary, -1, axis=0))]
+        for band, (age, end) in enumerate(zip(AGES, (*AGES[1:], None), strict=True)):
+            windows = _windows(histories.lengths, age, end, rng)
+            if len(windows.row):
+                won = _share_beaten(model, items, histories, windows, summaries, rng)
+                totals[:, band] += [*won.sum(1), won.shape[1]]
+    with np.errstate(invalid="ignore"):
+        own, other = totals[:2] / totals[2]
+    return MemoryReport(own, other, totals[2].astype(np.int64))
+
+
+class _Items:
+    """Popularity order of the model's items, and model rows of the log's."""
+
+    def __init__(self, model: Recommender, log: EventLog) -> None:
+        self.rows = model.rows_of(log.items)
+        counts = np.zeros(len(model.items) + 1, np.int64)
+        np.add.at(counts, self.rows, item_counts(log, visible_counts(log, split_until(model.data, "train"))))
+        self.by_popularity = np.argsort(-counts[1:], kind="stable") + 1
+        """int64 [V] model rows, the most popular first."""
+        self.rank = np.empty(len(counts), np.int64)
+        self.rank[self.by_popularity] = np.arange(len(self.by_popularity))
+
+    def alike(self, item: Int, rng: np.random.Generator) -> Int:
+        """Model rows int64 [T, N] of items about as popular as `item` int64 [T] (model rows)."""
+        near = min(NEIGHBOURS, max(1, (len(self.by_popularity) - 1) // 2))
+        step = rng.integers(1, near + 1, (len(item), NUM_NEGATIVES)) * rng.choice([-1, 1], (len(item), NUM_NEGATIVES))
+        rank = self.rank[item][:, None] + step
+        last = len(self.by_popularity) - 1
+        # Beyond an end the step goes the other way.
+        rank = np.where((rank < 0) | (rank > last), self.rank[item][:, None] - step, rank)
+        alike: Int = self.by_popularity[np.clip(rank, 0, last)]
+        return alike
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """Events [start, stop) of the histories `row`, at most one window each: int64 [W]."""
+
+    row: Int
+    start: Int
+    stop: Int
+
+
+def _windows(lengths: Int, age: int, end: int | None, rng: np.random.Generator) -> _Windows:
+    """A random window of each history that reaches into the band [age, end) of events before its end."""
+    rows = np.flatnonzero(lengths > age)
+    stop = lengths[rows] - age
+    begin = np.maximum(lengths[rows] - end, 0) if end is not None else stop * 0
+    size = np.minimum(stop - begin, WINDOW)
+    start = begin + (rng.random(len(rows)) * (stop - begin - size + 1)).astype(np.int64)
+    return _Windows(rows, start, start + size)
+
+
+def _share_beaten(
+    model: Recommender,
+    items: _Items,
+    histories: Histories,
+    windows: _Windows,
+    summaries: list[Tensor],
+    rng: np.random.Generator,
+) -> Floats:
+    """Share of its negatives that each event of the windows beats, by summary: float64 [len(summaries), T].
+
+    Left out: events whose item the model does not know, and those whose negatives the user has all met.
+    """
+    assert model.decoder is not None
+    lengths = windows.stop - windows.start
+    index = ranges(histories.offsets[:-1][windows.row] + windows.start, lengths)
+    row = np.repeat(windows.row, lengths)
+    item = items.rows[histories.item[index]]
+    negatives = items.alike(item, rng)
+    num_items = len(items.rank)
+    met = np.repeat(np.arange(histories.num_users), histories.lengths) * num_items + items.rows[histories.item]
+    valid = ~np.isin(row[:, None] * num_items + negatives, met) & (item > 0)[:, None]
+
+    def tensor(values: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(model.device)
+
+    has_gap = model.encoder.gap is not None
+    gap = history_gaps(np.asarray(histories.timestamp), histories.offsets)[index] if has_gap else item * 0
+    action, gaps = tensor(histories.action[index].astype(np.int64)), tensor(gap)
+    rating = None if histories.rating is None else tensor(histories.rating[index])
+    target = model.encoder(model.item_vectors(tensor(item)), action, gaps, rating)
+    # What would have been embedded, had the event been of another item.
+    rivals = model.encoder(
+        model.item_vectors(tensor(negatives)),
+        action[:, None],
+        gaps[:, None],
+        None if rating is None else rating[:, None],
+    )
+    offsets = tensor(np.concatenate([[0], np.cumsum(lengths)]))
+    age = tensor(histories.lengths[windows.row] - windows.start)
+    judged = valid.any(1)
+    shares = []
+    for summary in summaries:
+        predicted = model.decoder(summary[tensor(windows.row)], target, offsets, age)
+        own = (predicted - target).square().sum(-1, keepdim=True)
+        theirs = (predicted[:, None] - rivals).square().sum(-1)
+        beaten = ((own < theirs).double() + 0.5 * (own == theirs).double()).cpu().numpy()
+        shares.append((beaten * valid).sum(1)[judged] / valid.sum(1)[judged])
+    return np.stack(shares)

@@ -1,0 +1,1 @@
+"""Training examples from a log: cuts, windows, batches, negatives."""

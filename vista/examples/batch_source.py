@@ -1,0 +1,278 @@
+"""Training batches by token budget, made from a log; batch i of epoch e depends on (seed, e, i) alone.
+
+So a resumed run needs no state of the data but its position, and makes the same batches, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vista.config import OptimConfig, TrainConfig
+from vista.config.choices import Architecture, Counting, Decay
+from vista.errors import ConfigError
+from vista.examples.cuts import Batch, Chunks, CutPlan, Int, cut_batch, decay_clock
+from vista.examples.frequency import item_counts, sketched_item_counts
+from vista.examples.negatives import NegativeSampler
+from vista.log.event_log import EventLog
+from vista.log.gaps import gap_bucket, history_gaps
+from vista.log.histories import ranges, token_groups
+from vista.log.splits import Until, split_until, visible_counts
+
+NO_NEGATIVES = np.zeros(0, np.int64), np.zeros(0, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Impressions:
+    """Impressions that training may use, sorted by user row, with the events that came strictly before each."""
+
+    user: Int
+    position: Int
+    item: Int
+    gap: Int
+    label: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    offsets: Int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSummaries:
+    """What a store has of a log's users: labels begin where its records end, and histories are not read again."""
+
+    since: int
+    """ms: the records have seen what lies before it."""
+    read: Callable[[Int], NDArray[np.float32]]
+    """User rows int64 [B] -> summaries [B, S, M]."""
+
+
+class BatchSource:
+    """Cuts the visible part of a log into batches."""
+
+    def __init__(
+        self, log: EventLog, item_rows: Int, config: TrainConfig, stored: StoredSummaries | None = None
+    ) -> None:
+        """
+        Args:
+            item_rows: int64 [log.num_items], the model row of each of the log's items; 0 is the unknown item.
+            stored: whence summaries come; None: they are made from the batch's own events.
+
+        Raises:
+            ConfigError: if `optim.tasks` names what the log lacks, or no label lies after what the store has seen.
+        """
+        self._log = log
+        self._item_rows = item_rows
+        self._config = config
+        data, model = config.data, config.model
+        self.counts = visible_counts(log, split_until(config.data, "train"))
+        frequency = np.zeros(int(item_rows.max(initial=0)) + 1, np.int64)
+        count = item_counts if data.frequencies is Counting.exact else sketched_item_counts
+        np.add.at(frequency, item_rows, count(log, self.counts))
+        frequency[0] = 0  # the unknown item is no answer, so no wrong one either
+        if frequency.any():
+            # An item that training never shows is a negative as the rarest are: nothing else would keep its random
+            # vector from the top of everybody's list.
+            frequency[1:] = np.maximum(frequency[1:], 1)
+        self._sampler = NegativeSampler(frequency, num_negatives=data.num_negatives, power=data.negative_power)
+        self._adjustment = _logit_adjustment(frequency, config.optim.logq_strength)
+        # What encodes whole chunks must not see more of one than it may of a history; what ranks alone takes its newest
+        # events before each impression, so its chunks may be longer.
+        limit = 0 if model.architecture.ranks_only else model.history_limit
+        if limit and model.architecture is not Architecture.vista:
+            limit += 1  # the last is a label alone, so that the state after a full window is trained too
+        self._chunk_len = min(data.chunk_len, limit or data.chunk_len)
+        self._stored = stored
+        self._first = visible_counts(log, Until(before=stored.since)) if stored else np.zeros(log.num_users, np.int64)
+        """int64 [num_users]: events before a user's first label."""
+        self._lead = model.tail_len if stored else 0
+        tasks = trained_tasks(log, config.optim)
+        self._impressions = _visible_impressions(
+            log, item_rows, self.counts, config, tasks, since=stored.since if stored else None
+        )
+        labelled = np.diff(self._impressions.offsets) > 0
+        if stored is None or config.trains_next:
+            labelled |= self.counts > self._first
+        # Users without events count where they have impressions: the empty history's summary is trained on these.
+        self._users = np.flatnonzero(labelled)
+        if stored is not None and not len(self._users):
+            raise ConfigError(
+                f"store: was refreshed with until={stored.since}, and no label of {log.path} lies between that and "
+                f"data.validation_from={data.validation_from}; refresh it with an earlier until"
+            )
+        self._plan = CutPlan(
+            mixing=model.mixing,
+            tail_len=model.tail_len,
+            label_spacing=data.label_spacing,
+            windows_per_chunk=data.windows_per_chunk,
+            num_cuts=data.num_cuts,
+            staleness_events=data.staleness_events,
+            staleness_share=data.staleness_share,
+            unknown_share=data.unknown_share,
+            reconstruction_len=data.reconstruction_len,
+            num_tasks=len(tasks),
+        )
+        self._epoch = -1
+        self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
+        self._batches: list[Int] = []
+
+    def num_batches(self, epoch: int) -> int:
+        self._start_epoch(epoch)
+        return len(self._batches)
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        """The `index`-th batch of an epoch."""
+        self._start_epoch(epoch)
+        rng = np.random.default_rng([self._config.seed, epoch, index + 1])
+        user, start, stop = (part[self._batches[index]] for part in self._chunks)
+        # Rows that no loss reads would still be gathered, and moved by what Adam remembers of them.
+        negatives, log_weight = self._sampler.draw(rng) if self._config.trains_next else NO_NEGATIVES
+        batch = cut_batch(self._pack(user, start, stop), self._plan, rng, negatives, log_weight)
+        if self._adjustment is None:
+            return batch
+        return replace(batch, logit_adjustment=torch.from_numpy(self._adjustment[batch.rows.numpy()]))
+
+    def _start_epoch(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        rng = np.random.default_rng([self._config.seed, epoch, 0])
+        users, first = self._users, self._first[self._users]
+        user, start, stop = _chunk_histories(users, self.counts[users] - first, self._chunk_len, rng)
+        self._chunks = user, start + self._first[user], stop + self._first[user]
+        lengths = np.maximum(self._chunks[2] - np.maximum(self._chunks[1] - self._lead, 0), 1)
+        order = rng.permutation(len(lengths))
+        groups = token_groups(lengths[order], self._config.data.tokens_per_batch)
+        self._batches = [order[group] for group in groups]
+        self._epoch = epoch
+
+    def _pack(self, user: Int, start: Int, stop: Int) -> Chunks:
+        lead = np.minimum(start, self._lead)
+        histories = self._log.gather_ranges(user, start - lead, stop)
+        time = np.asarray(histories.timestamp)
+        use_time = self._log.has_time and self._config.model.use_time
+        gap = history_gaps(time, histories.offsets) if use_time else np.zeros(len(time), np.int64)
+        seen = self._impressions
+        low, high = _position_ranges(seen, user, start, stop, self._first[user])
+        index = ranges(low, high - low)
+        owner = np.repeat(np.arange(len(user)), high - low)
+        position = seen.position[index] - (start - lead)[owner]
+        model = self._config.model
+        decay = model.decay if model.architecture is Architecture.vista else Decay.none  # rivals read the time itself
+        return Chunks(
+            user=user,
+            item=self._item_rows[histories.item],
+            action=histories.action.astype(np.int64),
+            rating=None if histories.rating is None else np.array(histories.rating, np.float32),
+            gap=gap,
+            clock=decay_clock(decay, time),
+            offsets=histories.offsets,
+            impression_chunk=owner,
+            impression_position=position,
+            impression_item=seen.item[index],
+            impression_gap=np.where(position > 0, seen.gap[index], 0),
+            impression_label=seen.label[index],
+            impression_mask=seen.mask[index],
+            lead=lead if self._stored else None,
+            summary=self._stored.read(user) if self._stored else None,
+        )
+
+
+def _chunk_histories(users: Int, total: Int, limit: int, rng: np.random.Generator) -> tuple[Int, Int, Int]:
+    """(user, start, stop) of chunks: histories of more than `limit` events are cut at a random phase."""
+    phase = np.where(total > limit, rng.integers(1, limit + 1, len(users)), total)
+    pieces = 1 + -(-(total - phase) // limit)
+    owner = np.repeat(np.arange(len(users)), pieces)
+    index = ranges(0, pieces)
+    start = np.where(index == 0, 0, phase[owner] + (index - 1) * limit)
+    stop = np.minimum(phase[owner] + index * limit, total[owner])
+    return users[owner], start, stop
+
+
+def _logit_adjustment(frequency: Int, logq_strength: float) -> NDArray[np.float32] | None:
+    """(1 - strength) * log p of each model row, p its share of the training events; None at strength 1."""
+    if logq_strength == 1:
+        return None
+    log_share: NDArray[np.float64] = np.log(np.maximum(frequency, 1) / frequency.sum())
+    return ((1 - logq_strength) * log_share).astype(np.float32)
+
+
+def events_before(log: EventLog, user: int, times: Int, count: int) -> Int:
+    """How many of the first `count` events of a user came strictly before each of `times`."""
+    return np.searchsorted(np.asarray(log.slice(user, 0, count).timestamp), times, side="left").astype(np.int64)
+
+
+def trained_tasks(log: EventLog, optim: OptimConfig) -> list[str]:
+    """The labelled tasks that a run trains, in the log's order.
+
+    Raises:
+        ConfigError: if `optim.tasks` names one that the log lacks.
+    """
+    offered = log.impressions.tasks if log.impressions is not None else []
+    for name in optim.tasks:
+        if name not in offered:
+            raise ConfigError(f"optim.tasks: {name!r} is no task of {log.path}; it has {', '.join(offered) or 'none'}")
+    if optim.task_weight == 0:
+        return []
+    return [name for name in offered if not optim.tasks or name in optim.tasks]
+
+
+def _visible_impressions(
+    log: EventLog, item_rows: Int, counts: Int, config: TrainConfig, tasks: list[str], since: int | None
+) -> _Impressions:
+    """Those with a known label of `tasks` that training may use, from the moment `since` (ms) on."""
+    table = log.impressions
+    if table is None:
+        none = np.zeros(0, np.int64)
+        empty = np.zeros((0, 0), np.float32)
+        return _Impressions(none, none, none, none, empty, empty > 0, np.zeros(log.num_users + 1, np.int64))
+    # What lies between the last visible event and a hidden one may be the hidden label itself, as it was shown.
+    hides = counts < log.lengths
+    until = split_until(config.data, "train")
+    timestamp = np.asarray(table.timestamp)
+    user = np.repeat(np.arange(log.num_users), np.diff(table.offsets))
+    position = np.zeros(len(timestamp), np.int64)
+    before = np.zeros(len(timestamp), np.int64)
+    for row in np.flatnonzero(np.diff(table.offsets)):
+        low, high = table.offsets[row], table.offsets[row + 1]
+        times = np.asarray(log.slice(row).timestamp)
+        at = np.searchsorted(times, timestamp[low:high], side="left")
+        position[low:high] = at
+        before[low:high] = times[np.maximum(at - 1, 0)] if len(times) else timestamp[low:high]
+    visible = position <= counts[user]
+    if until.before is not None:
+        visible &= timestamp < until.before
+    else:
+        visible &= (position < counts[user]) | ~hides[user]
+    if since is not None:
+        visible &= timestamp >= since
+    columns = [table.tasks.index(task) for task in tasks]
+    mask = np.asarray(table.mask)[:, columns].astype(np.bool_)
+    kept = np.flatnonzero(visible & mask.any(1))
+    gap = gap_bucket(timestamp - before) if log.has_time and config.model.use_time else position * 0
+    per_user = np.bincount(user[kept], minlength=log.num_users)
+    return _Impressions(
+        user[kept],
+        position[kept],
+        item_rows[table.item[kept]],
+        np.where(position > 0, gap, 0)[kept],
+        np.asarray(table.label)[kept][:, columns].astype(np.float32),
+        mask[kept],
+        np.concatenate([[0], np.cumsum(per_user)]).astype(np.int64),
+    )
+
+
+def _position_ranges(seen: _Impressions, user: Int, start: Int, stop: Int, first: Int) -> tuple[Int, Int]:
+    """Index ranges of the impressions of each chunk: positions in (start, stop], and `first` in a user's first chunk.
+
+    So an impression between two chunks goes to the earlier one, whose events it may see.
+    """
+    if len(seen.position) == 0:
+        return np.zeros(len(user), np.int64), np.zeros(len(user), np.int64)
+    # (user, position) as one sorted key.
+    width = int(max(seen.position.max(), stop.max(initial=0))) + 2
+    key = seen.user * width + seen.position
+    low = np.searchsorted(key, user * width + np.where(start > first, start, first - 1), side="right")
+    high = np.searchsorted(key, user * width + stop, side="right")
+    return low, high

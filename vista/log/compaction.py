@@ -1,0 +1,191 @@
+"""Compaction: many segments become one, without what was deleted; histories, rows and numbers stay as they are.
+
+The new folder appears whole, by one rename, and wins over those inside its range from that moment on (segment.py); only
+then are they removed. A kill leaves the old segments, both, or the new one, and the next compaction clears up.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from vista.files import sync
+from vista.log.event_log import EventLog
+from vista.log.histories import token_groups
+from vista.log.impressions import merged_columns
+from vista.log.packed_table import Int, PackedTable
+from vista.log.segment import EVENT_COLUMNS, segment_name, superseded_segments
+from vista.log.segment_writer import TableWriter, locked_log, staged_folder, write_manifest
+
+RUN_EVENTS = 1 << 20
+"""Events that are read and written at once, some 40 bytes of memory each; a longer history makes a run of its own."""
+QUARANTINE = "quarantine.csv"
+
+
+@dataclass(frozen=True, slots=True)
+class CompactionReport:
+    """What a compaction did. dropped: events and impressions that were deleted before and have left the disk now;
+    num_blanked: users whose ids have; quarantine_removed: rows set aside in ingest went too, since users were erased.
+    """
+
+    path: Path
+    segment: str
+    num_merged: int
+    num_users: int
+    num_events: int
+    num_dropped: int
+    num_blanked: int
+    quarantine_removed: bool
+
+    def __str__(self) -> str:
+        if self.num_merged == 1:
+            return f"{self.path}: {self.segment} is all there is, nothing to do"
+        lines = [
+            f"{self.path}: {self.num_merged} segments are {self.segment} now, {self.num_events:,} events of "
+            f"{self.num_users:,} users; {self.num_dropped:,} deleted rows and {self.num_blanked:,} users' ids are gone"
+        ]
+        if self.quarantine_removed:
+            lines.append("rows that ingest had set aside (quarantine.csv) went too: erased users may stand in them")
+        return "\n".join(lines)
+
+
+def compact_log(path: str | os.PathLike[str], *, run_events: int = RUN_EVENTS) -> CompactionReport:
+    """Make one segment of all; a log that is one segment already stays as it is.
+
+    Readers that have the log open go on with what they opened. The result depends on the log alone.
+
+    Args:
+        run_events: events that are read at once; it never changes the result.
+
+    Raises:
+        LogFormatError: if there is no log, or it is damaged.
+        DataError: if another process is writing it, or the disk is full; the log stays as it was.
+    """
+    place = Path(path)
+    with locked_log(place):
+        log = EventLog.open(place)
+        _clear_up(place)
+        blanked = _blankable(log)
+        merged = len(log.segments)
+        if merged > 1:
+            with staged_folder(place / segment_name(1, log.last_segment)) as folder:
+                quarantine_removed = _write(folder, log, blanked, run_events)
+            _clear_up(place)
+        else:
+            quarantine_removed = False
+    return CompactionReport(
+        place,
+        segment_name(log.segments[0].first, log.last_segment),
+        merged,
+        log.num_users - log.users.num_blank - len(blanked),
+        log.num_events,
+        sum(table.num_deleted for table in _event_tables(log) + _impression_tables(log)),
+        len(blanked),
+        quarantine_removed,
+    )
+
+
+def _clear_up(path: Path) -> None:
+    """Remove segments that a compaction replaced and what killed writers left; the log must be locked."""
+    for folder in [*superseded_segments(path), *path.glob(".segment-*.tmp")]:
+        shutil.rmtree(folder)
+    sync(path)
+
+
+def _blankable(log: EventLog) -> Int:
+    """Erased users with nothing left, who still have an id: int64, ascending."""
+    erased = np.unique(np.concatenate([segment.erased for segment in log.segments]))
+    left = log.lengths.copy()
+    for table in _impression_tables(log):
+        left += table.counts(log.num_users)
+    return np.array([row for row in erased[log.users.has_ids(erased)] if left[row] == 0], np.int64)
+
+
+def _event_tables(log: EventLog) -> list[PackedTable]:
+    return [segment.events for segment in log.segments]
+
+
+def _impression_tables(log: EventLog) -> list[PackedTable]:
+    return [segment.impressions for segment in log.segments if segment.impressions is not None]
+
+
+def _write(folder: Path, log: EventLog, blanked: Int, run_events: int) -> bool:
+    """Write the one segment into a folder; returns whether quarantined rows were left out."""
+    log.users.without_ids(blanked).save(folder, "new_users")
+    log.items.save(folder, "new_items")
+    active = {"events": _write_events(folder, log, run_events), "impressions": 0}
+    tables = _impression_tables(log)
+    if tables:
+        active["impressions"] = _write_impressions(folder / "impressions", log.num_users, tables, run_events)
+    np.save(folder / "changed.npy", _last_changes(log))
+    quarantine_removed = _join_quarantines(folder, log)
+    newest = log.manifests[-1]
+    same = ("num_users", "num_items", "id_types", "actions", "tasks", "has_time", "timestamp", "has_rating")
+    rows = {"events": log.num_events, "impressions": sum(table.num_rows for table in tables)}
+    write_manifest(
+        folder,
+        {name: newest[name] for name in same}
+        | {
+            "first_segment": 1,
+            "last_segment": log.last_segment,
+            "counts": {table: {"rows": rows[table], "users": active[table]} for table in rows},
+            "deletions": 0,
+            "quarantined": sum(manifest["quarantined"] for manifest in log.manifests),
+            "sources": [source for manifest in log.manifests for source in manifest["sources"]],
+        },
+    )
+    return quarantine_removed
+
+
+def _write_events(folder: Path, log: EventLog, run_events: int) -> int:
+    names = [name for name in EVENT_COLUMNS if name != "rating" or log.has_rating]
+    writer = TableWriter(folder, log.num_events, {name: (EVENT_COLUMNS[name], ()) for name in names})
+    for run in token_groups(log.lengths, run_events):
+        users = np.arange(run.start, run.stop)
+        histories = log.gather(users)
+        writer.append(np.repeat(users, histories.lengths), {name: getattr(histories, name) for name in names})
+    return writer.close()
+
+
+def _write_impressions(folder: Path, num_users: int, tables: list[PackedTable], run_rows: int) -> int:
+    counts = sum((table.counts(num_users) for table in tables), np.zeros(num_users, np.int64))
+    columns: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {}
+    for table in tables:
+        columns |= {name: (column.dtype, column.shape[1:]) for name, column in table.columns.items()}
+    writer = TableWriter(folder, int(counts.sum()), columns)
+    for run in token_groups(counts, run_rows):
+        offsets = np.concatenate([[0], np.cumsum(counts[run])]).astype(np.int64)
+        block: Mapping[str, NDArray[Any]] = merged_columns(
+            [table.of_users(run.start, run.stop) for table in tables], offsets
+        )
+        writer.append(np.repeat(np.arange(run.start, run.stop), counts[run]), block)
+    return writer.close()
+
+
+def _last_changes(log: EventLog) -> Int:
+    """Number of the last segment that changed each user, 0 for none: int64 [num_users]."""
+    last = np.zeros(log.num_users, np.int64)
+    for segment in log.segments:
+        users = segment.changed_users(0)
+        last[users] = segment.last if segment.changed is None else segment.changed[users]
+    return last
+
+
+def _join_quarantines(folder: Path, log: EventLog) -> bool:
+    """One quarantine.csv of all, or none where users were erased; returns whether rows were left out."""
+    files = [file for segment in log.segments if (file := segment.path / QUARANTINE).is_file()]
+    if any(len(segment.erased) for segment in log.segments):
+        return bool(files)
+    for number, file in enumerate(files):
+        with file.open("rb") as source, (folder / QUARANTINE).open("ab") as target:
+            if number:
+                source.readline()
+            shutil.copyfileobj(source, target)
+    return False

@@ -1,0 +1,251 @@
+"""Deletion rows of a log: forgotten events and erased users, appended as one small segment, all or nothing.
+
+What they name vanishes for all readers at once and from the disk with the next compaction (compaction.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.config import SourceConfig
+from vista.config.choices import OnBadRows
+from vista.errors import ConfigError, DataError, UnknownUserError
+from vista.log.deleted_rows import EventKeys, equal_events
+from vista.log.event_log import EventLog
+from vista.log.frames import to_polars
+from vista.log.ingest.parts import ORDER, read_part
+from vista.log.ingest.rules import TIME_UNITS
+from vista.log.ingest.sources import Source, column_names, frame_source, open_sources
+from vista.log.packed_table import Int
+from vista.log.polars_extra import pl
+from vista.log.segment import EVENT_COLUMNS, FORGOTTEN_COLUMNS, segment_name
+from vista.log.segment_writer import TableWriter, locked_log, staged_folder, write_manifest
+
+_NAMED_ROWS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class DeletionReport:
+    """What a segment of deletion rows took out of the log; num_users: those who lost an event or were erased."""
+
+    path: Path
+    segment: int
+    num_users: int
+    num_events: int
+    num_impressions: int
+
+    def __str__(self) -> str:
+        impressions = f" and {self.num_impressions:,} impressions" if self.num_impressions else ""
+        return (
+            f"{self.path}: segment {self.segment} deletes {self.num_events:,} events{impressions} of "
+            f"{self.num_users:,} users; their bytes stay on disk until `vista log compact data={self.path}`"
+        )
+
+
+def forget_events(path: str | os.PathLike[str], events: Any) -> DeletionReport:
+    """Delete single events: every one equal to a row of `events` that the log holds now, however often it does.
+
+    Args:
+        events: a pandas or Polars frame, or a mapping of columns, with raw ids: `user`, `item`, `timestamp` (ms or
+            datetimes; the ordinal in a log without times) and, in a log with several actions, mostly `action`. Without
+            `action`, events of every action at that time are meant.
+
+    Raises:
+        DataError: naming rows that match no event, or are bad; nothing is deleted then.
+        LogFormatError: if there is no such log.
+    """
+    names = list(events) if isinstance(events, Mapping) else list(getattr(events, "columns", ()))
+    columns = ["user", "item", "timestamp", *(["action"] if "action" in names else [])]
+    frame = to_polars(events, columns)
+    config = _config([], "action" in names, None if frame["timestamp"].dtype.is_temporal() else "ms")
+    return _forget(Path(path), frame_source(frame, config, "events"))
+
+
+def forget_file(path: str | os.PathLike[str], file: str, time_unit: str | None) -> DeletionReport:
+    """As `forget_events`, from a CSV or Parquet file with those columns.
+
+    Args:
+        time_unit: s | ms | us | ns | iso, of a numeric or text timestamp; None in a log without times.
+
+    Raises:
+        ConfigError: if the timestamps have no unit.
+        DataError: as above, or if the file cannot be read or lacks a column.
+    """
+    log = EventLog.open(path)
+    if not log.has_time and time_unit is not None:
+        raise ConfigError(f"time_unit={time_unit}: {path} has no times, so `timestamp` counts events; leave it out")
+    if Path(file).is_dir():
+        raise DataError(f"{file}: is a folder; name one CSV or Parquet file")
+    names = column_names(Path(file))
+    for name in ("user", "item", "timestamp"):
+        if names and name not in names:
+            raise DataError(
+                f"{file}: column {name!r} is missing; the file has: {', '.join(names)}; name its columns user, item, "
+                "timestamp and, if wanted, action"
+            )
+    (source,) = open_sources(_config([file], "action" in names, time_unit if log.has_time else "ms"))
+    if log.has_time and time_unit is None and not source.frame.collect_schema()["timestamp"].is_temporal():
+        raise ConfigError(f"time_unit: say in which unit column 'timestamp' of {file} counts ({', '.join(TIME_UNITS)})")
+    return _forget(Path(path), source)
+
+
+def rows_to_erase(log: EventLog, user_ids: Sequence[int] | Sequence[str]) -> NDArray[np.int64]:
+    """Rows of users who are to be erased.
+
+    Raises:
+        UnknownUserError: naming ids that the log does not know.
+    """
+    rows = log.users.rows(user_ids)
+    if (rows < 0).any():
+        unknown = [user_ids[i] for i in np.flatnonzero(rows < 0).tolist()]
+        raise UnknownUserError(
+            f"{log.path}: {len(unknown)} of the users are unknown, such as {', '.join(map(repr, unknown[:3]))}; "
+            "nobody was erased: leave them out"
+        )
+    return rows
+
+
+def erase_users(path: str | os.PathLike[str], user_ids: Sequence[int] | Sequence[str]) -> DeletionReport:
+    """Delete users: all events and impressions that the log holds of them now.
+
+    Args:
+        user_ids: raw ids.
+
+    Raises:
+        UnknownUserError: naming ids that the log does not know; nobody is erased then.
+        LogFormatError: if there is no such log.
+    """
+    if not len(user_ids):
+        raise ConfigError("users: name at least one user to erase")
+    with locked_log(Path(path)):
+        log = EventLog.open(path)
+        erased = np.unique(rows_to_erase(log, user_ids))
+        impressions = [segment.impressions for segment in log.segments if segment.impressions is not None]
+        number = log.last_segment + 1
+        with staged_folder(log.path / segment_name(number)) as folder:
+            write_deletions(folder, log, None, erased)
+    return DeletionReport(
+        log.path,
+        number,
+        len(erased),
+        int(log.lengths[erased].sum()),
+        sum(int(table.locate(erased)[1].sum()) for table in impressions),
+    )
+
+
+def _config(paths: list[str], has_action: bool, time_unit: str | None) -> SourceConfig:
+    action = "action" if has_action else None
+    return SourceConfig(paths=paths, timestamp="timestamp", action=action, time_unit=time_unit)
+
+
+def _forget(path: Path, source: Source) -> DeletionReport:
+    with locked_log(path):
+        log = EventLog.open(path)
+        number = log.last_segment + 1
+        with staged_folder(path / segment_name(number)) as folder:
+            rows = _read(log, source, folder)
+            found = _matches(log, _event_keys(log, rows), rows, source)
+            write_deletions(folder, log, found, np.empty(0, np.int64))
+    num_events = sum(len(equal_events(segment.events, found)[1]) for segment in log.segments)
+    return DeletionReport(path, number, len(np.unique(found.user)), num_events, 0)
+
+
+def _read(log: EventLog, source: Source, folder: Path) -> pl.DataFrame:
+    """Parsed and judged rows of a source, in its order, in memory."""
+    kinds = {"user": log.users.kind, "item": log.items.kind}
+    part = read_part(source, kinds, "events", folder, 0, OnBadRows.error)
+    frame = part.good().sort(ORDER).collect()
+    part.file.unlink()
+    return frame
+
+
+def _event_keys(log: EventLog, frame: pl.DataFrame) -> EventKeys:
+    """The rows in the log's codes, -1 for ids and actions that it does not know."""
+
+    def rows(name: str) -> Int:
+        vocabulary = log.users if name == "user" else log.items
+        return vocabulary.rows(frame[name].to_numpy() if vocabulary.kind == "int" else frame[name].to_list())
+
+    action = None
+    if "action" in frame.columns:
+        code = {name: number for number, name in enumerate(log.actions)}
+        action = np.array([code.get(name, -1) for name in frame["action"].to_list()], np.int64)
+    return EventKeys(rows("user"), rows("item"), frame["timestamp"].to_numpy().astype(np.int64), action)
+
+
+def _matches(log: EventLog, keys: EventKeys, frame: pl.DataFrame, source: Source) -> EventKeys:
+    """The distinct events of the log that the keys name, by user, time, item and action.
+
+    Raises:
+        DataError: if a key names none.
+    """
+    pairs = []
+    met = np.zeros(len(keys), np.bool_)
+    known = np.flatnonzero((keys.user >= 0) & (keys.item >= 0))
+    asked = keys.select(known)
+    for segment in log.segments:
+        key, row = equal_events(segment.events, asked)
+        met[known[key]] = True
+        action = segment.events.columns["action"][segment.events.places(row)].astype(np.int64)
+        pairs.append(np.stack([asked.user[key], asked.timestamp[key], asked.item[key], action], axis=1))
+    if not met.all():
+        missing = frame.filter(~met)
+        named = (_named(row) for row in missing.head(_NAMED_ROWS).iter_rows(named=True))
+        more = f" and {len(missing) - _NAMED_ROWS} more" if len(missing) > _NAMED_ROWS else ""
+        raise DataError(
+            f"{source.path}: {', '.join(named)}{more} match no event of {log.path}; nothing was forgotten: correct "
+            "these rows, or leave them out"
+        )
+    user, timestamp, item, action = np.unique(np.concatenate(pairs), axis=0).T
+    return EventKeys(user, item, timestamp, action)
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    values = ", ".join(f"{name} {row[name]!r}" for name in ("user", "item", "timestamp", "action") if name in row)
+    return f"row {row[ORDER] % 2**32} ({values})"
+
+
+def write_deletions(folder: Path, log: EventLog, forgotten: EventKeys | None, erased: Int) -> None:
+    """Write the log's next segment, of deletion rows alone.
+
+    Args:
+        folder: that becomes the segment.
+        forgotten: by user, time, item and action, each once.
+        erased: user rows, ascending.
+    """
+    newest, number = log.manifests[-1], log.last_segment + 1
+    log.users.tail(log.num_users).save(folder, "new_users")
+    log.items.tail(log.num_items).save(folder, "new_items")
+    names = [name for name in EVENT_COLUMNS if name != "rating" or log.has_rating]
+    TableWriter(folder, 0, {name: (EVENT_COLUMNS[name], ()) for name in names}).close()
+    num_forgotten = 0
+    if forgotten is not None:
+        num_forgotten = len(forgotten)
+        columns: dict[str, NDArray[Any]] = {name: getattr(forgotten, name) for name in FORGOTTEN_COLUMNS}
+        writer = TableWriter(
+            folder / "deletions", num_forgotten, {name: (dtype, ()) for name, dtype in FORGOTTEN_COLUMNS.items()}
+        )
+        writer.append(forgotten.user, columns)
+        writer.close()
+    if len(erased):
+        np.save(folder / "erased.npy", erased)
+    same = ("num_users", "num_items", "id_types", "actions", "tasks", "has_time", "timestamp", "has_rating")
+    write_manifest(
+        folder,
+        {name: newest[name] for name in same}
+        | {
+            "first_segment": number,
+            "last_segment": number,
+            "counts": {table: {"rows": 0, "users": 0} for table in ("events", "impressions")},
+            "deletions": num_forgotten + len(erased),
+            "quarantined": 0,
+            "sources": [],
+        },
+    )

@@ -1,0 +1,343 @@
+"""EventLog: every user's history, packed, memory-mapped, read with NumPy alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.errors import LogFormatError, UnknownUserError
+from vista.log.deleted_rows import obey_deletions
+from vista.log.histories import Histories, slice_merged, take_range
+from vista.log.impressions import Impressions, read_impressions
+from vista.log.packed_table import PackedTable
+from vista.log.segment import Segment, read_segments
+from vista.log.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from vista.config.choices import OnBadRows
+
+
+class EventLog:
+    """A log on disk. Open one with `EventLog.open`, make one with `EventLog.from_frame` or `vista prepare`.
+
+    Safe to share between threads and with forked or spawned workers (it pickles as its path and last segment).
+    """
+
+    def __init__(self, path: Path, segments: Sequence[Segment]) -> None:
+        newest = segments[-1].manifest
+        self.path = path
+        self.users = Vocabulary.concatenated([segment.new_users for segment in segments])
+        self.items = Vocabulary.concatenated([segment.new_items for segment in segments])
+        self.actions: list[str] = list(newest["actions"])
+        self.has_time: bool = newest["has_time"]
+        self.has_rating: bool = newest["has_rating"]
+        self.last_segment = segments[-1].last
+        self.num_users = len(self.users)
+        self.num_items = len(self.items)
+        self.segments = obey_deletions(segments)
+        """Oldest first, each without what later ones delete."""
+        self.num_events = sum(segment.events.num_rows for segment in self.segments)
+        self._tables = _filled(self.segments)
+        self._lengths: NDArray[np.int64] | None = None
+        self._impressions: Impressions | None = None
+        if (self.num_users, self.num_items) != (newest["num_users"], newest["num_items"]):
+            raise LogFormatError(
+                f"{path}: vocabularies hold {self.num_users} users and {self.num_items} items, the manifest of "
+                f"{segments[-1].path.name} says {newest['num_users']} and {newest['num_items']}; prepare the log anew"
+            )
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, last_segment: int | None = None) -> EventLog:
+        """Open a log, memory-mapped.
+
+        Args:
+            path: its folder.
+            last_segment: read only the segments up to this number; None reads all.
+
+        Raises:
+            LogFormatError: if it is missing, truncated, of another format, or has no segment that ends there
+                (`has_boundary`).
+        """
+        return cls(Path(path), read_segments(Path(path), last_segment))
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        path: str | os.PathLike[str],
+        *,
+        time_unit: str | None = None,
+        user: str = "user",
+        item: str = "item",
+        timestamp: str | None = "timestamp",
+        action: str | None = None,
+        rating: str | None = None,
+        sequence: str | None = None,
+        impressions: Any = None,
+        labels: Sequence[str] = (),
+        probabilities: Sequence[str] = (),
+        on_bad_rows: OnBadRows | str = "raise",
+        append: bool = False,
+    ) -> EventLog:
+        """Write a log from a pandas or Polars frame (or a mapping of columns) and open it.
+
+        Args:
+            frame: events, one row each.
+            path: folder to make; with `append` it is extended by a segment.
+            time_unit: s | ms | us | ns | iso; needed with a numeric or text timestamp column.
+            user, item, timestamp, action, rating, sequence: names of columns; `timestamp=None` makes a log without
+                times, in the frame's order; equal times are ordered by `sequence`, or else as they come.
+            impressions: a second frame with the same user, item and timestamp columns, and `labels`.
+            labels: one 0/1/missing column a task of the impressions.
+            probabilities: true probabilities, one column a task (simulations).
+            on_bad_rows: raise | quarantine.
+
+        Raises:
+            DataError: naming row, column, value and remedy.
+        """
+        from vista.log.ingest.prepare import prepare_frames
+
+        prepare_frames(
+            frame,
+            path,
+            time_unit=time_unit,
+            columns={
+                "user": user,
+                "item": item,
+                "timestamp": timestamp,
+                "action": action,
+                "rating": rating,
+                "sequence": sequence,
+            },
+            impressions=impressions,
+            labels=labels,
+            probabilities=probabilities,
+            on_bad_rows=on_bad_rows,
+            append=append,
+        )
+        return cls.open(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (str(self.path), self.last_segment)
+
+    def __len__(self) -> int:
+        return self.num_users
+
+    def __repr__(self) -> str:
+        return (
+            f"EventLog({str(self.path)!r}: {self.num_users} users, {self.num_items} items, {self.num_events} events, "
+            f"{len(self.segments)} segment(s), {'times' if self.has_time else 'order only'})"
+        )
+
+    def __getitem__(self, user_id: int | str) -> Histories:
+        """The history of one user, by raw id.
+
+        Raises:
+            UnknownUserError: if the log does not know the user.
+        """
+        row = int(self.users.rows([user_id])[0])
+        if row < 0:
+            raise UnknownUserError(f"user {user_id!r} is not in {self.path}; `user_id in log` tests without an error")
+        return self.slice(row)
+
+    def __contains__(self, user_id: int | str) -> bool:
+        return int(self.users.rows([user_id])[0]) >= 0
+
+    @property
+    def manifests(self) -> list[dict[str, Any]]:
+        """The segments' manifests, oldest first."""
+        return [segment.manifest for segment in self.segments]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Events of every user: int64 [num_users]."""
+        if self._lengths is None:
+            total = np.zeros(self.num_users, np.int64)
+            for segment in self.segments:
+                total += segment.events.counts(self.num_users)
+            total.flags.writeable = False
+            self._lengths = total
+        return self._lengths
+
+    def time_range(self) -> tuple[int, int] | None:
+        """Oldest and newest time (ms, or ordinals) of all events; None without events."""
+        found = []
+        for events in (segment.events for segment in self.segments):
+            has = np.flatnonzero(np.diff(events.offsets))
+            if len(has):
+                times = events.columns["timestamp"]
+                first = times[events.places(events.offsets[has])]
+                last = times[events.places(events.offsets[has + 1] - 1)]
+                found.append((int(first.min()), int(last.max())))
+        return (min(first for first, _ in found), max(last for _, last in found)) if found else None
+
+    def next_ordinals(self) -> NDArray[np.int64]:
+        """In a log without times: one more than the last ordinal of each user, int64 [num_users]."""
+        following = np.zeros(self.num_users, np.int64)
+        for events in (segment.events for segment in self.segments):
+            has = np.flatnonzero(np.diff(events.offsets))
+            last = events.columns["timestamp"][events.places(events.offsets[has + 1] - 1)]
+            following[events.users[has]] = np.maximum(following[events.users[has]], last + 1)
+        return following
+
+    @property
+    def impressions(self) -> Impressions | None:
+        """The second table, or None; merged over the segments when first asked for."""
+        if self._impressions is None and any(segment.impressions is not None for segment in self.segments):
+            self._impressions = read_impressions(self.segments, self.num_users)
+        return self._impressions
+
+    def gather(self, user_rows: Any, counts: Any = None) -> Histories:
+        """Histories of several users.
+
+        Args:
+            user_rows: int [B] rows of `users`.
+            counts: int [B]; only the first counts[b] events of each. None means all.
+
+        Returns:
+            B histories; views of the log where it is one segment and the users are whole and consecutive.
+
+        Raises:
+            IndexError: if a row is out of range.
+        """
+        rows = self._checked_rows(user_rows)
+        stops = self.lengths[rows] if counts is None else np.asarray(counts, np.int64)
+        return self.gather_ranges(rows, np.zeros(len(rows), np.int64), stops)
+
+    def gather_ranges(self, user_rows: Any, starts: Any, stops: Any) -> Histories:
+        """Events [starts[b], stops[b]) of each of the users `user_rows` [B]; bounds are clipped to the history."""
+        rows = self._checked_rows(user_rows)
+        lengths = self.lengths[rows]
+        low = np.clip(np.asarray(starts, np.int64), 0, lengths)
+        high = np.clip(np.asarray(stops, np.int64), low, lengths)
+        if low.shape != rows.shape or high.shape != rows.shape:
+            raise ValueError(f"starts and stops need shape {rows.shape}, got {low.shape} and {high.shape}")
+        return take_range(self._tables, rows, low, high)
+
+    def has_boundary(self, after: int) -> bool:
+        """Whether the log can be read as it was after segment `after`: `EventLog.open(path, last_segment=after)`.
+
+        False where that number lies inside a compacted range (or the log has none of it).
+        """
+        return any(segment.last == after for segment in self.segments)
+
+    def sources_digest(self, upto: int) -> str:
+        """SHA-256 over the digests of all sources of the segments numbered up to `upto`: which log this is.
+
+        Deletions and compactions do not change it. Only where `has_boundary(upto)`.
+        """
+        digest = hashlib.sha256()
+        for segment in self.segments:
+            if segment.last <= upto:
+                for source in segment.manifest["sources"]:
+                    digest.update(f"{source['table']} {source['sha256']}\n".encode())
+        return digest.hexdigest()
+
+    def changed_users(self, after: int) -> NDArray[np.int64]:
+        """Users with new events or deletions in segments numbered above `after` (0: all with anything).
+
+        Right inside a compacted range too. Users that have no event left are among them; so are erased ones whose id
+        a compaction has blanked (`users.has_ids`).
+
+        Returns:
+            int64 [U] user rows, ascending.
+
+        Raises:
+            LogFormatError: if the log ends before `after`.
+        """
+        self._check_number(after)
+        changed = np.zeros(self.num_users, np.bool_)
+        for segment in self.segments:
+            changed[segment.changed_users(after)] = True
+        return np.flatnonzero(changed)
+
+    def users_with_deletions(self, after: int) -> NDArray[np.int64]:
+        """Those of `changed_users` from whom segments numbered above `after` delete something; the others only gained.
+
+        Args:
+            after: a number for which `has_boundary` holds, or 0.
+
+        Returns:
+            int64 [U] user rows, ascending.
+
+        Raises:
+            LogFormatError: if the log ends before `after`, or a compacted segment holds what came before and after it.
+        """
+        newer = self._newer_segments(after)
+        forgotten = [segment.forgotten.users for segment in newer if segment.forgotten is not None]
+        return np.unique(np.concatenate([np.empty(0, np.int64), *(s.erased for s in newer), *forgotten]))
+
+    def new_events(self, user_rows: Any, after: int) -> Histories:
+        """What the segments numbered above `after` brought of several users, without what later ones deleted.
+
+        Args:
+            user_rows: int [B] rows of `users`.
+            after: a number for which `has_boundary` holds, or 0. Nothing older is read.
+
+        Returns:
+            B histories, by time, equal times in the order of the segments. They may begin before the newest event that
+            the log held already (late events).
+
+        Raises:
+            LogFormatError: if the log ends before `after`, or a compacted segment holds both older and newer events.
+        """
+        rows = self._checked_rows(user_rows)
+        tables = _filled(self._newer_segments(after)) or [self.segments[-1].events.of_users(0, 0)]
+        num = sum((table.counts(self.num_users) for table in tables), np.zeros(self.num_users, np.int64))[rows]
+        return take_range(tables, rows, np.zeros(len(rows), np.int64), num)
+
+    def _newer_segments(self, after: int) -> list[Segment]:
+        self._check_number(after)
+        mixed = [segment for segment in self.segments if segment.first <= after < segment.last]
+        if mixed:
+            raise LogFormatError(
+                f"{self.path}: {mixed[0].path.name} does not keep apart what came after segment {after}; "
+                "read whole histories of `changed_users` instead"
+            )
+        return [segment for segment in self.segments if segment.first > after]
+
+    def _check_number(self, after: int) -> None:
+        if not 0 <= after <= self.last_segment:
+            raise LogFormatError(
+                f"{self.path}: ends at segment {self.last_segment}, so {after} is none of its own; is it another log, "
+                "or has one of its segments been removed? Restore it, or refresh all users from it"
+            )
+
+    def counts_before(self, time: int) -> NDArray[np.int64]:
+        """Events of every user strictly before `time` (ms, or an ordinal): int64 [num_users]."""
+        total = np.zeros(self.num_users, np.int64)
+        for events in (segment.events for segment in self.segments):
+            start, stop = events.offsets[:-1], events.offsets[1:]
+            total[events.users] += events.first_since(start, stop, np.full(len(start), time)) - start
+        return total
+
+    def slice(self, user_row: SupportsIndex, start: int = 0, stop: int | None = None) -> Histories:
+        """Events [start, stop) of one user (B = 1), bounds as of a list; views wherever one segment holds them."""
+        row = int(self._checked_rows([user_row])[0])
+        low, high, _ = slice(start, stop).indices(int(self.lengths[row]))
+        return slice_merged(self._tables, row, low, max(low, high))
+
+    def _checked_rows(self, user_rows: Any) -> NDArray[np.int64]:
+        rows = np.asarray(user_rows)
+        if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
+            raise TypeError(f"user_rows must be a vector of integers, got {rows.dtype} of shape {rows.shape}")
+        rows = rows.astype(np.int64, copy=False)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.num_users):
+            raise IndexError(f"user rows must lie in [0, {self.num_users}), got {rows.min()} to {rows.max()}")
+        return rows
+
+
+def _filled(segments: Sequence[Segment]) -> list[PackedTable]:
+    """The segments' events, without the tables that hold none where others do (deletion rows alone make a segment)."""
+    tables = [segment.events for segment in segments]
+    return [table for table in tables if table.num_rows] or tables[:1]
+
+
+def _reopen(path: str, last_segment: int) -> EventLog:
+    return EventLog.open(path, last_segment=last_segment)

@@ -1,0 +1,208 @@
+"""Histories packed end to end, and how they are taken out of one or several packed tables. NumPy only."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.log.packed_table import Int, PackedTable
+
+
+@dataclass(frozen=True, slots=True)
+class Histories:
+    """Histories of B users end to end, oldest event first. Arrays may be read-only views of the log.
+
+    item: int32 [T] item rows of the log; timestamp: int64 [T] milliseconds, or the ordinal in a log without times;
+    action: uint8 [T] codes into `EventLog.actions`; rating: float32 [T], or None where the log has no ratings;
+    offsets: int64 [B + 1].
+    """
+
+    item: NDArray[np.int32]
+    timestamp: Int
+    action: NDArray[np.uint8]
+    rating: NDArray[np.float32] | None
+    offsets: Int
+
+    @property
+    def num_users(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_events(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def lengths(self) -> Int:
+        """Events of each user: int64 [B]."""
+        return np.diff(self.offsets)
+
+    def slice(self, user: int, start: int = 0, stop: int | None = None) -> Histories:
+        """Events [start, stop) of the `user`-th history here, as views (B = 1). Bounds work like a list's."""
+        begin, end = int(self.offsets[user]), int(self.offsets[user + 1])
+        low, high, _ = slice(start, stop).indices(end - begin)
+        return self._at(slice(begin + low, begin + max(low, high)), np.array([0, max(high - low, 0)], np.int64))
+
+    def select_users(self, begin: int, end: int) -> Histories:
+        """Histories begin .. end-1, as views."""
+        first, last = int(self.offsets[begin]), int(self.offsets[end])
+        return self._at(slice(first, last), self.offsets[begin : end + 1] - first)
+
+    def select(self, starts: Int, stops: Int) -> Histories:
+        """Events [starts[b], stops[b]) of each history; itself where those are all."""
+        counts = stops - starts
+        if np.array_equal(counts, self.lengths):
+            return self
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return self._at(ranges(self.offsets[:-1] + starts, counts), offsets)
+
+    def _at(self, index: builtins.slice | Int, offsets: Int) -> Histories:
+        """The events at `index` (a slice makes views), under new offsets."""
+        rating = None if self.rating is None else self.rating[index]
+        return Histories(self.item[index], self.timestamp[index], self.action[index], rating, offsets)
+
+
+def ranges(starts: Int | int, counts: Int) -> Int:
+    """The integers starts[b] .. starts[b] + counts[b] - 1 of every b, end to end: int64 [sum of counts]."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    index: Int = np.arange(total, dtype=np.int64) + np.repeat(starts - ends + counts, counts)
+    return index
+
+
+def token_groups(lengths: Int, budget: int) -> Iterator[builtins.slice]:
+    """Runs of histories of at most `budget` events together, or of one longer history: what is worked on at once."""
+    begin, total = 0, 0
+    for i, length in enumerate(lengths.tolist()):
+        if i > begin and total + length > budget:
+            yield builtins.slice(begin, i)
+            begin, total = i, 0
+        total += length
+    if begin < len(lengths):
+        yield builtins.slice(begin, len(lengths))
+
+
+def take(table: PackedTable, starts: Int, counts: Int) -> Histories:
+    """Rows starts[b] .. + counts[b] of a table as B histories: views where they follow one another, else copies."""
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    filled = np.flatnonzero(counts)
+    starts, counts = starts[filled], counts[filled]
+    index: slice | Int
+    if not len(filled):
+        index = slice(0, 0)
+    elif np.array_equal(starts[1:], starts[:-1] + counts[:-1]):
+        index = table.span(int(starts[0]), int(starts[-1] + counts[-1]))
+    else:
+        index = table.places(ranges(starts, counts))
+    columns = table.columns
+    whole = Histories(columns["item"], columns["timestamp"], columns["action"], columns.get("rating"), offsets)
+    return whole._at(index, offsets)
+
+
+def take_range(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> Histories:
+    """Events [low[b], high[b]) of the users `rows` [B] in one or several tables; bounds lie within the histories."""
+    if len(tables) == 1:
+        first, _ = tables[0].locate(rows)
+        return take(tables[0], first + low, high - low)
+    return take_merged(tables, rows, low, high)
+
+
+def take_merged(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> Histories:
+    """Events [low[b], high[b]) of the users `rows` [B] in several tables: by time, equal times in the order of tables.
+
+    Where a user's tables follow one another in time, only these events are read, else the whole history.
+    """
+    located = [table.locate(rows) for table in tables]
+    total = np.stack([count for _, count in located])
+    before = np.cumsum(total, axis=0) - total
+    in_order = _in_order(tables, located)
+    begin = np.where(in_order, np.clip(low - before, 0, total), 0)
+    counts = np.where(in_order, np.clip(high - before, 0, total), total) - begin
+    offsets = np.concatenate([[0], np.cumsum(counts.sum(0))]).astype(np.int64)
+    out = _empty(int(offsets[-1]), all("rating" in table.columns for table in tables), offsets)
+    next_free = offsets[:-1].copy()
+    for number, (table, (start, _)) in enumerate(zip(tables, located, strict=True)):
+        _copy(take(table, start + begin[number], counts[number]), out, ranges(next_free, counts[number]))
+        next_free += counts[number]
+    merged = _by_time(out)
+    return merged.select(np.where(in_order, 0, low), np.where(in_order, high - low, high))
+
+
+def _in_order(tables: Sequence[PackedTable], located: Sequence[tuple[Int, Int]]) -> NDArray[np.bool_]:
+    """bool [B]: whether no table has an event of the user older than one in a table before it."""
+    in_order = np.ones(len(located[0][0]), np.bool_)
+    newest = np.full(len(in_order), np.iinfo(np.int64).min)
+    for table, (start, count) in zip(tables, located, strict=True):
+        times, has = table.columns["timestamp"], np.flatnonzero(count)
+        in_order[has] &= times[table.places(start[has])] >= newest[has]
+        newest[has] = np.maximum(newest[has], times[table.places(start[has] + count[has] - 1)])
+    return in_order
+
+
+def _by_time(out: Histories) -> Histories:
+    """Each history sorted by time, equal times as they stand; itself where all are."""
+    offsets = out.offsets
+    falls = np.diff(out.timestamp) < 0
+    inner = offsets[1:-1]
+    falls[inner[(inner > 0) & (inner < len(out.timestamp))] - 1] = False  # a user's first event may be older
+    if not falls.any():
+        return out
+    owner = np.repeat(np.arange(out.num_users), out.lengths)
+    return out._at(np.lexsort((out.timestamp, owner)), offsets)
+
+
+def slice_merged(tables: Sequence[PackedTable], row: int, low: int, high: int) -> Histories:
+    """Events [low, high) of one user's merged history; 0 <= low <= high <= its length.
+
+    Views where one table holds them. Of the rest of the history at most the times are read.
+    """
+    rows = np.array([row], np.int64)
+    located = [(table, *table.locate(rows)) for table in tables]
+    located = [(table, start, count) for table, start, count in located if count[0]] or located[:1]
+    if len(located) == 1:
+        table, start, _ = located[0]
+        return take(table, start + low, np.array([high - low], np.int64))
+    offsets = np.array([0, high - low], np.int64)
+    if _in_order([table for table, _, _ in located], [(start, count) for _, start, count in located])[0]:
+        sizes = np.array([count[0] for _, _, count in located], np.int64)
+        before = np.cumsum(sizes) - sizes
+        begin, end = np.clip(np.array([[low], [high]]) - before, 0, sizes)
+        used = np.flatnonzero(end > begin).tolist() or [0]
+        parts = [take(located[i][0], located[i][1] + begin[i : i + 1], end[i : i + 1] - begin[i : i + 1]) for i in used]
+        if len(parts) == 1:
+            return parts[0]
+        order = np.arange(high - low)
+        bounds = np.cumsum([0, *(part.num_events for part in parts)])
+    else:
+        parts = [take(*place) for place in located]
+        bounds = np.cumsum([0, *(part.num_events for part in parts)])
+        order = np.argsort(np.concatenate([part.timestamp for part in parts]), kind="stable")[low:high]
+    out = _empty(high - low, parts[0].rating is not None, offsets)
+    source = np.searchsorted(bounds, order, side="right") - 1
+    for number, part in enumerate(parts):
+        here = np.flatnonzero(source == number)
+        index = order[here] - bounds[number]
+        _copy(part._at(index, np.array([0, len(index)], np.int64)), out, here)
+    return out
+
+
+def _empty(num_events: int, has_rating: bool, offsets: Int) -> Histories:
+    rating = np.empty(num_events, np.float32) if has_rating else None
+    return Histories(
+        np.empty(num_events, np.int32),
+        np.empty(num_events, np.int64),
+        np.empty(num_events, np.uint8),
+        rating,
+        offsets,
+    )
+
+
+def _copy(source: Histories, target: Histories, index: Int) -> None:
+    target.item[index] = source.item
+    target.timestamp[index] = source.timestamp
+    target.action[index] = source.action
+    if target.rating is not None and source.rating is not None:
+        target.rating[index] = source.rating

@@ -1,0 +1,85 @@
+"""Impressions: the log's second table, with labels a task, packed by user and sorted by time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.log.histories import ranges
+from vista.log.packed_table import PackedTable
+from vista.log.segment import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Impressions:
+    """All impressions of a log, users in the order of their rows. Arrays may be read-only views of the log.
+
+    offsets: int64 [num_users + 1]; item: int32 [N] item rows; timestamp: int64 [N] ms; label: uint8 [N, num_tasks], 0
+    where unknown; mask: uint8 [N, num_tasks], 1 where the label is known; tasks: their names; probability: float32
+    [N, num_tasks] of a simulation's ground truth (NaN where unknown), or None.
+    """
+
+    offsets: NDArray[np.int64]
+    item: NDArray[np.int32]
+    timestamp: NDArray[np.int64]
+    label: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+    tasks: list[str]
+    probability: NDArray[np.float32] | None
+
+    @property
+    def num_impressions(self) -> int:
+        return int(self.offsets[-1])
+
+
+def read_impressions(segments: Sequence[Segment], num_users: int) -> Impressions:
+    """Impressions of a log: views of one segment's files, or several segments' merged in memory by time.
+
+    A probability that one segment has and another lacks is NaN in the latter.
+    """
+    tables = [segment.impressions for segment in segments if segment.impressions is not None]
+    tasks: list[str] = next(s.manifest["tasks"] for s in reversed(segments) if s.impressions is not None)
+    counts = sum((table.counts(num_users) for table in tables), np.zeros(num_users, np.int64))
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    columns = merged_columns([table.of_users(0, num_users) for table in tables], offsets)
+    return Impressions(
+        offsets,
+        columns["item"],
+        columns["timestamp"],
+        columns["label"],
+        columns["mask"],
+        list(tasks),
+        columns.get("probability"),
+    )
+
+
+def merged_columns(tables: Sequence[PackedTable], offsets: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """Columns of users 0..U-1 out of several tables that have lost no rows: by time, equal times in their order.
+
+    Args:
+        offsets: int64 [U + 1] of all tables' rows together.
+    """
+    if len(tables) == 1:
+        return tables[0].columns
+    num_users = len(offsets) - 1
+    next_free = offsets[:-1].copy()
+    places = []
+    for table in tables:
+        counts = table.counts(num_users)
+        places.append(ranges(next_free, counts))
+        next_free += counts
+    out: dict[str, NDArray[Any]] = {}
+    for name in sorted({name for table in tables for name in table.columns}):
+        present = next(table.columns[name] for table in tables if name in table.columns)
+        fill = np.nan if present.dtype.kind == "f" else 0
+        out[name] = np.full((int(offsets[-1]), *present.shape[1:]), fill, present.dtype)
+        for table, place in zip(tables, places, strict=True):
+            if name in table.columns:
+                out[name][place] = table.columns[name]
+    owner = np.repeat(np.arange(num_users), np.diff(offsets))
+    order = np.lexsort((out["timestamp"], owner))
+    return {name: column[order] for name, column in out.items()}

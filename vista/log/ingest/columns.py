@@ -1,0 +1,103 @@
+"""What a segment's columns are made of: action codes, ordinals, labels and masks, from sorted rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from vista.errors import DataError
+from vista.log.ingest.packing import ITEM_ROW, USER_ROW
+from vista.log.ingest.parts import Part
+from vista.log.ingest.sources import Source
+from vista.log.polars_extra import pl
+from vista.log.segment import EVENT_COLUMNS, IMPRESSION_COLUMNS
+
+NO_ACTION = "event"
+"""Name of the action where the source has none."""
+MAX_ACTIONS = 256
+Columns = Mapping[str, tuple[DTypeLike, tuple[int, ...]]]
+"""Name of each column to (dtype, shape of one row)."""
+Values = Callable[[pl.DataFrame], Mapping[str, NDArray[Any]]]
+"""From a sorted block of rows to those columns."""
+
+
+def actions_of(parts: Sequence[Part], known: Sequence[str]) -> list[str]:
+    """Action names by code: those known, then new ones in sorted order."""
+    found = {NO_ACTION}
+    if "action" in parts[0].source.columns:
+        names = pl.concat([part.good().select("action") for part in parts])
+        found = set(names.unique().head(100 * MAX_ACTIONS).collect(engine="streaming")["action"].to_list())
+    actions = [*known, *sorted(found - set(known))]
+    if len(actions) > MAX_ACTIONS:
+        column = parts[0].source.columns["action"]
+        raise DataError(
+            f"{parts[0].source.path}: column {column!r} brings the log to {len(actions)} different actions, more than "
+            f"{MAX_ACTIONS}; is it the right column? Group rare ones"
+        )
+    return actions
+
+
+def time_range(parts: Sequence[Part]) -> tuple[int | None, int | None]:
+    """Oldest and newest timestamp (ms) of the parts; None without times."""
+    if "timestamp" not in parts[0].source.columns:
+        return None, None
+    times = pl.concat([part.good().select("timestamp") for part in parts])
+    low, high = times.select(low=pl.col("timestamp").min(), high=pl.col("timestamp").max()).collect().row(0)
+    return low, high
+
+
+def event_columns(source: Source, actions: Sequence[str], ordinals: NDArray[np.int64]) -> tuple[Columns, Values]:
+    """Columns of the events.
+
+    Args:
+        ordinals: int64 [old users] where each one's ordinals go on; only a log without times needs it.
+    """
+    names = [name for name in EVENT_COLUMNS if name != "rating" or "rating" in source.columns]
+    code = {name: number for number, name in enumerate(actions)}
+
+    def values(block: pl.DataFrame) -> Mapping[str, NDArray[Any]]:
+        out: dict[str, NDArray[Any]] = {"item": block[ITEM_ROW].to_numpy()}
+        out |= {name: block[name].to_numpy() for name in ("timestamp", "rating") if name in block.columns}
+        if "action" in block.columns:
+            out["action"] = block["action"].replace_strict(code, return_dtype=pl.UInt8).to_numpy()
+        else:
+            out["action"] = np.full(block.height, code[NO_ACTION], np.uint8)
+        if "timestamp" not in out:
+            out["timestamp"] = _ordinals(block[USER_ROW].to_numpy(), ordinals)
+        return out
+
+    return {name: (EVENT_COLUMNS[name], ()) for name in names}, values
+
+
+def _ordinals(user_rows: NDArray[np.int64], following: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Place of each event in its user's history, which goes on from `following` (0 for a new user)."""
+    starts = np.flatnonzero(np.diff(user_rows, prepend=-1))
+    users = user_rows[starts]
+    held = np.zeros(len(users), np.int64)
+    held[users < len(following)] = following[users[users < len(following)]]
+    return np.arange(len(user_rows)) - np.repeat(starts - held, np.diff(starts, append=len(user_rows)))
+
+
+def impression_columns(source: Source, tasks: Sequence[str]) -> tuple[Columns, Values]:
+    """Columns of the impressions: an unknown label is 0 under mask 0, an unknown probability NaN."""
+    has_probability = any(name.startswith("probability:") for name in source.columns)
+    names = [name for name in IMPRESSION_COLUMNS if name != "probability" or has_probability]
+
+    def values(block: pl.DataFrame) -> Mapping[str, NDArray[Any]]:
+        labels = [block[f"label:{task}"] for task in tasks]
+        out = {
+            "item": block[ITEM_ROW].to_numpy(),
+            "timestamp": block["timestamp"].to_numpy(),
+            "label": np.stack([label.fill_null(0).to_numpy() for label in labels], axis=1),
+            "mask": np.stack([label.is_not_null().to_numpy() for label in labels], axis=1).astype(np.uint8),
+        }
+        if has_probability:
+            columns = [block[f"probability:{task}"].fill_null(np.nan).to_numpy() for task in tasks]
+            out["probability"] = np.stack(columns, axis=1)
+        return out
+
+    wide = ("label", "mask", "probability")
+    return {name: (IMPRESSION_COLUMNS[name], (len(tasks),) if name in wide else ()) for name in names}, values

@@ -1,0 +1,135 @@
+"""First half of ingest: sources become parsed, judged parts on disk, streamed; bad rows are reported or set aside.
+
+A part is an uncompressed Arrow IPC file in the staging folder, memory-mapped by what follows. Held in memory: Polars'
+streaming buffers, and of bad rows the number and the reason.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vista.config.choices import OnBadRows
+from vista.errors import DataError
+from vista.log.ingest.rules import BLANK, PROBLEM, Check, parse
+from vista.log.ingest.sources import EXTRA, ROW, Source, unreadable
+from vista.log.polars_extra import pl
+
+ORDER = "order"
+"""Input order over all parts: the part's number times 2^32, plus the row."""
+QUARANTINE_COLUMNS = ("table", "file", "row", "column", "value", "reason", "record")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One source, parsed. file: its good and bad rows; num_rows: good ones; num_bad: bad ones."""
+
+    source: Source
+    file: Path
+    num_rows: int
+    num_bad: int
+    quarantine: Path | None
+
+    def good(self) -> pl.LazyFrame:
+        return pl.scan_ipc(self.file).filter(pl.col(PROBLEM) == 0).drop(PROBLEM)
+
+
+def read_part(
+    source: Source, kinds: Mapping[str, str], table: str, folder: Path, number: int, on_bad_rows: OnBadRows
+) -> Part:
+    """Stream one source into `folder`.
+
+    Args:
+        kinds: of "user" and "item": int | str.
+        number: of the part among those of its table; it orders equal times.
+
+    Raises:
+        DataError: if the file is unreadable or has no rows; with on_bad_rows=raise, on the first bad row.
+    """
+    parsed = parse(source, kinds, table)
+    file = folder / f"{table}-{number:06d}.arrow"
+    order = (pl.lit(number, pl.Int64) * 2**32 + pl.col(ROW).cast(pl.Int64)).alias(ORDER)
+    try:
+        parsed.frame.with_columns(order).drop(ROW).sink_ipc(file, maintain_order=False)
+        # value_counts of one byte a row: what is there, without the rows.
+        codes = pl.scan_ipc(file).group_by(PROBLEM).agg(pl.len(), pl.col(ORDER).min()).collect(engine="streaming")
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise unreadable(source, error) from error
+    counts = {code: (count, order) for code, count, order in codes.rows()}
+    num_good = counts.get(0, (0, 0))[0]
+    bad = {code: entry for code, entry in counts.items() if code not in (0, BLANK)}
+    num_bad = sum(count for count, _ in bad.values())
+    if not num_good and not num_bad:
+        raise DataError(f"{source.path}: holds no rows; leave it out, or write it again")
+    quarantine = None
+    if bad:
+        first = min(order for _, order in bad.values()) % 2**32
+        message = _report(source, parsed.checks, pl.scan_ipc(file), first)
+        if on_bad_rows is OnBadRows.error:
+            more = f" ({num_bad - 1} more bad rows)" if num_bad > 1 else ""
+            raise DataError(f"{message}; on_bad_rows=quarantine sets such rows aside{more}")
+        if not num_good:
+            raise DataError(f"{message}; not one of {num_bad} rows is good, so nothing would be left")
+        quarantine = folder / f"{table}-{number:06d}.csv"
+        _set_aside(source, parsed.checks, table, pl.scan_ipc(file), quarantine)
+    return Part(source, file, num_good, num_bad, quarantine)
+
+
+def write_quarantine(parts: Sequence[Part], target: Path) -> None:
+    """Join the parts' bad rows into one CSV with a header."""
+    with target.open("wb") as out:
+        out.write((",".join(QUARANTINE_COLUMNS) + "\n").encode())
+        for part in parts:
+            if part.quarantine is not None:
+                with part.quarantine.open("rb") as handle:
+                    shutil.copyfileobj(handle, out)
+
+
+def _report(source: Source, checks: Sequence[Check], part: pl.LazyFrame, row: int) -> str:
+    """What is wrong with one row: file, row, column, value, reason, remedy."""
+    found = part.filter(pl.col(ORDER) % 2**32 == row).select(PROBLEM).collect(engine="streaming")
+    check = checks[found[PROBLEM][0] - 1]
+    value = source.frame.filter(pl.col(ROW) == row).select(check.column).collect(engine="streaming")[check.column][0]
+    shown = repr(value) if value is not None else "an empty value"
+    return f"{source.path}: row {row}, {_place(source, check)}: {shown} {check.reason}; {check.remedy}"
+
+
+def _place(source: Source, check: Check) -> str:
+    if check.column == EXTRA:
+        return "beyond the last column"
+    return f"column {source.columns[check.column]!r}"
+
+
+def _set_aside(source: Source, checks: Sequence[Check], table: str, part: pl.LazyFrame, target: Path) -> None:
+    """Stream a source's bad rows, in their order, into a CSV without a header."""
+    bad = part.filter((pl.col(PROBLEM) > 0) & (pl.col(PROBLEM) != BLANK))
+    listed = bad.select((pl.col(ORDER) % 2**32).cast(pl.UInt32).alias(ROW), PROBLEM).collect(engine="streaming")
+    own = {name: source.columns.get(name, name) for name in source.frame.collect_schema().names() if name != ROW}
+    value = pl.lit(None, pl.String)
+    for code, check in enumerate(checks, 1):
+        value = pl.when(pl.col(PROBLEM) == code).then(pl.col(check.column).cast(pl.String)).otherwise(value)
+    table_of_reasons = pl.LazyFrame(
+        {
+            PROBLEM: list(range(1, len(checks) + 1)),
+            "column": [source.columns.get(check.column, check.column) for check in checks],
+            "reason": [f"{check.reason}; {check.remedy}" for check in checks],
+        },
+        schema_overrides={PROBLEM: pl.UInt8},
+    )
+    (
+        source.frame.join(listed.lazy(), on=ROW, how="inner")
+        .join(table_of_reasons, on=PROBLEM, how="left")
+        .sort(ROW)
+        .select(
+            pl.lit(table).alias("table"),
+            pl.lit(source.path).alias("file"),
+            ROW,
+            "column",
+            value.alias("value"),
+            "reason",
+            pl.struct(pl.col(name).alias(alias) for name, alias in own.items()).struct.json_encode().alias("record"),
+        )
+        .sink_csv(target, include_header=False)
+    )

@@ -1,0 +1,233 @@
+"""What a source's values must be: each rule parses one column and names what is wrong, row by row.
+
+user, item: int64 or text, one kind for the whole log; floats that are whole. Bad: missing or empty; where ids are
+    integers other text, leading zeros (007 and 7 would be one id), beyond int64; text longer than 500 bytes.
+timestamp: numbers in the stated unit, ISO text with time_unit=iso, dates and datetimes (naive ones are UTC). Bad:
+    missing, text, NaN, before 1970, after 2100.
+rating: finite float; sequence: int64. Bad: missing, text, NaN, infinite.
+action: text, or numbers used as names. Bad: missing.
+label:*: 0, 1, or missing (NaN too), which means unknown. probability:*: [0, 1], or missing. Bad: anything else.
+
+Integers in us and ns are cut to whole milliseconds. A float timestamp is scaled in float64 and rounded to the nearest
+millisecond. Lines of a text file without any value are skipped, but counted in row numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vista.errors import ConfigError, DataError
+from vista.log.gaps import LATEST_MS
+from vista.log.ingest.sources import EXTRA, ROW, Source, unreadable
+from vista.log.polars_extra import pl
+
+MAX_ID_BYTES = 500
+BLANK = 255
+"""Problem code of a blank line."""
+PROBLEM = "problem"
+_MS_PER_UNIT = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
+TIME_UNITS = (*_MS_PER_UNIT, "iso")
+_ISO_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d", "%Y-%m-%dT%H:%M")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One way for a value to be bad."""
+
+    column: str
+    bad: pl.Expr
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """A source with typed columns and, in `problem`, 0 or the 1-based index of the first check that a row fails."""
+
+    frame: pl.LazyFrame
+    checks: list[Check]
+
+
+def id_kind(source: Source, column: str, wanted: str) -> str:
+    """Whether a source's ids are "int" or "str": as configured, or by the column's type, or by a text's first value.
+
+    Args:
+        wanted: auto | int | str.
+    """
+    if wanted != "auto":
+        return wanted
+    dtype = source.frame.collect_schema()[column]
+    if dtype.is_integer() or dtype.is_float():
+        return "int"
+    if not source.is_text:
+        return "str"
+    given = source.frame.select(column).filter(pl.col(column).is_not_null())
+    try:
+        first = given.head(1).collect(engine="streaming")
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise unreadable(source, error) from error
+    return "int" if first.height and first[column].str.contains(r"^-?(0|[1-9][0-9]{0,18})$")[0] else "str"
+
+
+def parse(source: Source, kinds: Mapping[str, str], table: str) -> Parsed:
+    """Lazily parse and judge every value of a source.
+
+    Args:
+        kinds: of "user" and of "item": int | str.
+        table: events | impressions, for messages.
+
+    Returns:
+        columns as in `sources`, typed: ids int64 or str, timestamp int64 ms, rating float32, action str, sequence
+        int64, labels uint8, probabilities float32, `row`, and `problem` uint8.
+
+    Raises:
+        ConfigError: if a timestamp has no stated unit.
+        DataError: if a column's type can never be right.
+    """
+    schema = source.frame.collect_schema()
+    typed: dict[str, pl.Expr] = {}
+    checks: list[Check] = []
+    for column in source.columns:
+        dtype = schema[column]
+        role = column.split(":")[0]
+        wrong = dtype.is_nested() or dtype.is_decimal() or dtype in (pl.Binary, pl.Object, pl.Duration, pl.Time)
+        wrong |= role != "timestamp" and dtype.is_temporal()
+        wrong |= role in ("user", "item", "timestamp", "sequence") and dtype == pl.Boolean
+        if wrong:
+            raise DataError(
+                f"{source.path}: column {source.columns[column]!r} has type {dtype}, which is no {role}; convert it"
+            )
+        if role in kinds:
+            typed[column], found = _ids(column, dtype, kinds[role], table)
+        elif role == "timestamp":
+            typed[column], found = _timestamp(column, dtype, source, table)
+        elif role == "action":
+            typed[column] = pl.col(column).cast(pl.String)
+            found = [Check(column, pl.col(column).is_null(), "is missing", "give every event an action")]
+        else:
+            typed[column], found = _number(column, role)
+        checks += found
+    if source.is_text:
+        extra = pl.col(EXTRA).is_not_null()
+        checks.insert(0, Check(EXTRA, extra, "is one field too many", "quote text that holds the separator"))
+    if len(checks) >= BLANK:
+        raise ConfigError(f"{table}.labels: {len(checks)} rules for one table, at most {BLANK - 1}; name fewer labels")
+    problem = pl.lit(0, pl.UInt8)
+    for code in range(len(checks), 0, -1):
+        problem = pl.when(checks[code - 1].bad).then(pl.lit(code, pl.UInt8)).otherwise(problem)
+    if source.is_text:
+        blank = pl.all_horizontal(pl.col(*source.columns, EXTRA).is_null())
+        problem = pl.when(blank).then(pl.lit(BLANK, pl.UInt8)).otherwise(problem)
+    columns = [expression.alias(name) for name, expression in typed.items()]
+    return Parsed(source.frame.select(ROW, *columns, problem.alias(PROBLEM)), checks)
+
+
+def _ids(column: str, dtype: pl.DataType, kind: str, table: str) -> tuple[pl.Expr, list[Check]]:
+    raw = pl.col(column)
+    key = f"{table}.{column}_ids"
+    missing = Check(column, raw.is_null(), "is missing", f"give every row a {column} id")
+    if kind == "str":
+        text = raw.cast(pl.String)
+        return text, [
+            Check(column, text.fill_null("") == "", "is missing", missing.remedy),
+            Check(column, text.str.len_bytes() > MAX_ID_BYTES, "is too long", f"ids hold {MAX_ID_BYTES} bytes at most"),
+        ]
+    if dtype.is_integer():
+        number = raw.cast(pl.Int64, strict=False)
+        return number, [missing, Check(column, number.is_null(), "does not fit into int64", f"set {key}=str")]
+    if dtype.is_float():
+        whole = (raw == raw.floor()) & (raw.abs() < 2.0**53)
+        return raw.cast(pl.Int64, strict=False), [
+            Check(column, raw.is_null() | raw.is_nan(), "is missing", missing.remedy),
+            Check(column, whole.not_(), "is not a whole number", "ids are integers or text"),
+        ]
+    text = raw.cast(pl.String)
+    number = text.cast(pl.Int64, strict=False)
+    zeros = (text.str.starts_with("0") & (text != "0")) | text.str.starts_with("-0") | text.str.starts_with("+")
+    return number, [
+        Check(column, text.fill_null("") == "", "is missing", missing.remedy),
+        Check(column, number.is_null(), "is text where an integer id belongs", f"correct it, or set {key}=str"),
+        Check(column, zeros, "is not written as a plain integer", f"drop leading zeros and signs, or set {key}=str"),
+    ]
+
+
+def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> tuple[pl.Expr, list[Check]]:
+    raw, unit = pl.col(column), source.time_unit
+    key = f"{table}.time_unit"
+    if unit is not None and unit not in TIME_UNITS:
+        raise ConfigError(f"{key}: unknown unit {unit!r}; take one of {', '.join(TIME_UNITS)}")
+    remedy = f"correct it, or check {key} (it is {unit})"
+    missing = Check(column, raw.is_null(), "is missing", f"give every row a time, or set {table}.timestamp=null")
+    if dtype in (pl.Datetime, pl.Date):
+        if unit not in (None, "iso"):
+            raise ConfigError(f"{key}={unit}: column {source.columns[column]!r} holds {dtype} already; leave it out")
+        moment = raw.cast(pl.Datetime("ms")) if dtype == pl.Date else raw
+        ms = moment.dt.timestamp("ms")
+        return ms, [missing, *_range(column, ms, remedy)]
+    if unit is None:
+        raise ConfigError(
+            f"{key}: say in which unit column {source.columns[column]!r} of {source.path} counts "
+            f"({', '.join(TIME_UNITS)}); seconds taken for milliseconds would corrupt the log in silence"
+        )
+    if unit == "iso" and dtype != pl.String:
+        raise ConfigError(f"{key}=iso: column {source.columns[column]!r} of {source.path} holds {dtype}, no ISO text")
+    if unit == "iso":
+        text = raw.str.replace(" ", "T", literal=True)
+        zoned = text.str.to_datetime("%+", strict=False, time_unit="ms", time_zone="UTC").dt.timestamp("ms")
+        naive = (text.str.to_datetime(f, strict=False, time_unit="ms").dt.timestamp("ms") for f in _ISO_FORMATS)
+        ms = pl.coalesce(*naive, zoned)
+        text_check = Check(column, ms.is_null(), "is no ISO 8601 time", "write 2024-05-01T12:00:00Z or 2024-05-01")
+        return ms, [missing, text_check, *_range(column, ms, remedy)]
+    factor = _MS_PER_UNIT[unit]
+    limit = LATEST_MS / factor  # in the source's unit, so that no scaling can overflow before it is judged
+    whole = raw.cast(pl.Int64, strict=False) if not dtype.is_float() else None
+    scaled = None
+    if whole is not None:
+        scaled = whole * int(factor) if factor >= 1 else whole // round(1 / factor)
+    if dtype.is_integer():
+        assert whole is not None and scaled is not None
+        huge = Check(column, whole.is_null(), "is absurd (after 2100)", remedy)
+        return scaled, [missing, huge, *_range(column, whole, remedy, limit)]
+    real = raw.cast(pl.Float64, strict=False)
+    nearest = (real * factor).round(0, mode="half_to_even").cast(pl.Int64, strict=False)
+    ms = nearest if scaled is None else pl.coalesce(scaled, nearest)
+    return ms, [
+        missing,
+        Check(column, real.is_null(), "is text where a time belongs", remedy),
+        Check(column, real.is_nan(), "is not a number", remedy),
+        *_range(column, real, remedy, limit),
+    ]
+
+
+def _range(column: str, value: pl.Expr, remedy: str, limit: float = LATEST_MS) -> list[Check]:
+    return [
+        Check(column, value < 0, "is negative (before 1970)", remedy),
+        Check(column, value >= limit, "is absurd (after 2100)", remedy),
+    ]
+
+
+def _number(column: str, role: str) -> tuple[pl.Expr, list[Check]]:
+    raw = pl.col(column)
+    name = column.split(":")[-1]
+    if role == "sequence":
+        number = raw.cast(pl.Int64, strict=False)
+        return number, [
+            Check(column, raw.is_null(), "is missing", "give every row a sequence number, or leave the column out"),
+            Check(column, number.is_null(), "is no integer", "correct it, or leave the column out"),
+        ]
+    real = raw.cast(pl.Float64, strict=False)
+    if role == "rating":
+        return real.cast(pl.Float32), [
+            Check(column, raw.is_null(), "is missing", "correct it, or set rating=null to leave ratings out"),
+            Check(column, real.is_null(), "is text where a number belongs", "correct it"),
+            Check(column, real.cast(pl.Float32).is_finite().not_(), "is not a finite number", "correct it"),
+        ]
+    text_check = Check(column, real.is_null() & raw.is_not_null(), "is text where a number belongs", "correct it")
+    real = real.fill_nan(None)
+    if role == "label":
+        bad = (real != 0) & (real != 1)
+        checks = [text_check, Check(column, bad, "is no label", f"write 0, 1 or nothing for {name}")]
+        return pl.when(bad.not_()).then(real).cast(pl.UInt8), checks
+    outside = real.is_between(0, 1).not_()
+    return real.cast(pl.Float32), [text_check, Check(column, outside, "is no probability", "it must lie in [0, 1]")]

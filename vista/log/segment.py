@@ -1,0 +1,295 @@
+"""A segment of an EventLog on disk: a folder of `.npy` files and a manifest, written once, never changed.
+
+    segment-000001/                     or segment-000001-000004/ once compacted
+        manifest.json                   format, range, counts, sources, and each file's dtype, shape, bytes
+        new_users.ids.npy [+ .offsets]  ids that this segment adds to the user vocabulary; likewise new_items
+        users.npy       int64 [U]       user rows with events here, ascending
+        offsets.npy     int64 [U + 1]   where each one's events start
+        item.npy        int32 [T]       item rows
+        timestamp.npy   int64 [T]       milliseconds, or the ordinal where the log has no times
+        action.npy      uint8 [T]       codes into the manifest's `actions`
+        rating.npy      float32 [T]     where the log has ratings
+        impressions/                    the same for impressions: users, offsets, item, timestamp, and
+            label.npy   uint8 [N, tasks]; mask.npy uint8 [N, tasks]; probability.npy float32 [N, tasks], where known
+        deletions/                      forgotten events: users, offsets, item, timestamp, action (deleted_rows.py)
+        erased.npy      int64 [E]       user rows erased, ascending
+        changed.npy     int64 [users]   once compacted: number of the last segment that changed each user, 0 for none
+        quarantine.csv                  rows that failed validation, if any
+
+A user's events lie together, by time, then sequence, then input order. Vocabularies are the segments' new ids end
+to end, so that renaming one folder publishes everything at once. The manifest's `deletions` counts forgotten events
+and erased users. docs/event-log.md tells more.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from vista.errors import LogFormatError
+from vista.log.packed_table import Int, PackedTable
+from vista.log.vocabulary import Vocabulary
+
+FORMAT = "vista-event-log"
+VERSION = 1
+EVENT_COLUMNS = {"item": np.int32, "timestamp": np.int64, "action": np.uint8, "rating": np.float32}
+IMPRESSION_COLUMNS = {
+    "item": np.int32,
+    "timestamp": np.int64,
+    "label": np.uint8,
+    "mask": np.uint8,
+    "probability": np.float32,
+}
+FORGOTTEN_COLUMNS = {"item": np.int32, "timestamp": np.int64, "action": np.uint8}
+_NAME = re.compile(r"segment-(\d{6})(?:-(\d{6}))?")
+_REMEDY = "prepare the log anew from its sources"
+
+
+def segment_name(first: int, last: int | None = None) -> str:
+    """Folder name of one segment, or of a compacted range."""
+    return f"segment-{first:06d}" + ("" if last in (None, first) else f"-{last:06d}")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One opened segment; arrays are memory-mapped."""
+
+    path: Path
+    first: int
+    last: int
+    manifest: dict[str, Any]
+    events: PackedTable
+    impressions: PackedTable | None
+    forgotten: PackedTable | None
+    """Events that are deleted from earlier segments."""
+    erased: Int
+    """int64 [E] users that are deleted from earlier segments."""
+    changed: Int | None
+    """int64 [users] of a compacted range: the last segment that changed each user, 0 for none."""
+    new_users: Vocabulary
+    new_items: Vocabulary
+
+    @property
+    def num_deletions(self) -> int:
+        """Forgotten events and erased users."""
+        return len(self.erased) + (0 if self.forgotten is None else self.forgotten.num_rows)
+
+    def changed_users(self, after: int) -> Int:
+        """Users with new events or deletions here in a segment numbered above `after`: int64 [U], ascending."""
+        if self.changed is not None:
+            return np.flatnonzero(self.changed > after)
+        if self.last <= after:
+            return np.empty(0, np.int64)
+        forgotten = [] if self.forgotten is None else [self.forgotten.users]
+        return np.unique(np.concatenate([self.events.users, self.erased, *forgotten]))
+
+
+def read_segment(path: Path) -> Segment:
+    """Open one segment and check every file against its manifest.
+
+    Raises:
+        LogFormatError: naming the file, what was expected and found, and what to do.
+    """
+    manifest = _read_manifest(path)
+    files = manifest["files"]
+    _check_files(path, files)
+
+    def table(prefix: str, known: Mapping[str, DTypeLike]) -> PackedTable | None:
+        return _read_table(path, files, prefix, known) if f"{prefix}users.npy" in files else None
+
+    def rows(name: str) -> Int | None:
+        return _read_column(path / name, np.int64) if name in files else None
+
+    events = _read_table(path, files, "", EVENT_COLUMNS)
+    erased = rows("erased.npy")
+    segment = Segment(
+        path,
+        manifest["first_segment"],
+        manifest["last_segment"],
+        manifest,
+        events,
+        table("impressions/", IMPRESSION_COLUMNS),
+        table("deletions/", FORGOTTEN_COLUMNS),
+        np.empty(0, np.int64) if erased is None else erased,
+        rows("changed.npy"),
+        Vocabulary.load(path, "new_users"),
+        Vocabulary.load(path, "new_items"),
+    )
+    _check_counts(segment)
+    return segment
+
+
+def read_segments(path: Path, last_segment: int | None = None) -> list[Segment]:
+    """Open the segments in force, oldest first, up to number `last_segment`.
+
+    Raises:
+        LogFormatError: if one is missing or damaged, or none ends at `last_segment`.
+    """
+    while True:
+        present = _segment_folders(path)
+        try:
+            segments: list[Segment] = []
+            for folder in find_segments(path):
+                if last_segment is not None and segments and segments[-1].last >= last_segment:
+                    break
+                segments.append(read_segment(folder))
+            break
+        except LogFormatError:
+            if _segment_folders(path) == present:
+                raise
+            # A compaction put its segment in the place of these ones meanwhile.
+    if last_segment is not None and segments[-1].last != last_segment:
+        newest = segments[-1]
+        inside = newest.first <= last_segment < newest.last
+        why = f"it lies inside the compacted {newest.path.name}" if inside else f"the log ends at {newest.last}"
+        raise LogFormatError(f"{path}: no segment ends at number {last_segment}: {why}; read the whole log")
+    return segments
+
+
+def find_segments(path: Path) -> list[Path]:
+    """Folders of the segments in force, oldest first: a compacted range replaces those inside it.
+
+    Raises:
+        LogFormatError: if `path` is no log, or a segment is missing.
+    """
+    found = _segment_folders(path)
+    chosen: list[Path] = []
+    last = 0
+    for first, end, entry in found:
+        if end <= last:
+            continue
+        if first != last + 1:
+            raise LogFormatError(
+                f"{path}: {segment_name(last + 1)} is missing, found {entry.name}; restore the whole folder"
+            )
+        chosen.append(entry)
+        last = end
+    if not chosen:
+        raise LogFormatError(
+            f"{path}: holds no segment, so it is no EventLog; make one with `vista prepare out={path} …`"
+        )
+    return chosen
+
+
+def superseded_segments(path: Path) -> list[Path]:
+    """Folders of segments that a compacted one has replaced, which readers pass over."""
+    in_force = set(find_segments(path))
+    return [folder for _, _, folder in _segment_folders(path) if folder not in in_force]
+
+
+def _segment_folders(path: Path) -> list[tuple[int, int, Path]]:
+    """(first number, last number, folder) of whatever is named like a segment; a longer range before a shorter one."""
+    if not path.is_dir():
+        raise LogFormatError(f"{path}: no such folder; make the log with `vista prepare out={path} …`")
+    found = []
+    for entry in path.iterdir():
+        if match := _NAME.fullmatch(entry.name):
+            found.append((int(match[1]), int(match[2] or match[1]), entry))
+    return sorted(found, key=lambda range_: (range_[0], -range_[1]))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / "manifest.json"
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise LogFormatError(f"{file}: missing; prepare the log anew from its sources") from None
+    except (ValueError, RecursionError, OSError) as error:  # RecursionError: JSON that is nested too deep.
+        raise LogFormatError(f"{file}: unreadable ({error}); prepare the log anew from its sources") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise LogFormatError(f"{file}: not the manifest of an EventLog segment; check the path")
+    if manifest.get("version") != VERSION:
+        raise LogFormatError(
+            f"{file}: format version {manifest.get('version')}, this vista reads {VERSION}; "
+            "install a newer vista, or prepare the log anew"
+        )
+    return manifest
+
+
+def _check_counts(segment: Segment) -> None:
+    """Refuse a segment whose manifest tells something else than its name and its files."""
+    manifest, impressions = segment.manifest, segment.impressions
+    counts = manifest["counts"]
+    told_and_found = {
+        "name": (segment_name(segment.first, segment.last), segment.path.name),
+        "events": (counts["events"]["rows"], segment.events.num_rows),
+        "impressions": (counts["impressions"]["rows"], 0 if impressions is None else impressions.num_rows),
+        "deletions": (manifest["deletions"], segment.num_deletions),
+    }
+    if segment.last > segment.first:
+        told_and_found["rows of changed.npy"] = (
+            manifest["num_users"],
+            None if segment.changed is None else len(segment.changed),
+        )
+    for what, (told, found) in told_and_found.items():
+        if told != found:
+            raise LogFormatError(
+                f"{segment.path}: {what}: the manifest says {told}, found {found}; restore the folder, or {_REMEDY}"
+            )
+    tables = [segment.events, impressions, segment.forgotten]
+    users = [table.users[-1:] for table in tables if table is not None]
+    highest = max((int(rows[-1]) for rows in [*users, segment.erased[-1:]] if len(rows)), default=-1)
+    if highest >= manifest["num_users"]:
+        raise LogFormatError(
+            f"{segment.path}: names user row {highest}, the manifest says {manifest['num_users']} users; "
+            f"restore the folder, or {_REMEDY}"
+        )
+
+
+def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, entry in files.items():
+        try:
+            found = (path / name).stat().st_size
+        except OSError:
+            raise LogFormatError(f"{path / name}: missing; prepare the log anew from its sources") from None
+        if found != entry["bytes"]:
+            raise LogFormatError(
+                f"{path / name}: expected {entry['bytes']} bytes, found {found}; the file is "
+                f"{'truncated' if found < entry['bytes'] else 'overlong'}: copy it again, "
+                "or prepare the log anew from its sources"
+            )
+
+
+def _read_table(
+    path: Path, files: Mapping[str, Mapping[str, Any]], prefix: str, known: Mapping[str, DTypeLike]
+) -> PackedTable:
+    users, offsets = (_read_column(path / f"{prefix}{name}.npy", np.int64) for name in ("users", "offsets"))
+    columns = {
+        name: _read_column(path / f"{prefix}{name}.npy", dtype)
+        for name, dtype in known.items()
+        if f"{prefix}{name}.npy" in files
+    }
+    lengths = {len(array) for array in columns.values()}
+    if len(offsets) != len(users) + 1 or lengths != {int(offsets[-1])}:
+        raise LogFormatError(
+            f"{path / prefix}: {len(users)} users, {len(offsets)} offsets ending at {int(offsets[-1])} and columns of "
+            f"{sorted(lengths)} rows do not fit together; prepare the log anew from its sources"
+        )
+    return PackedTable(users, offsets, columns)
+
+
+def _read_column(file: Path, dtype: DTypeLike) -> NDArray[Any]:
+    array = load_array(file)
+    if array.dtype != dtype:
+        raise LogFormatError(f"{file}: holds {array.dtype}, expected {np.dtype(dtype)}; {_REMEDY}")
+    return array
+
+
+def load_array(path: Path) -> NDArray[Any]:
+    """Memory-map a `.npy` file, read-only.
+
+    Raises:
+        LogFormatError: if it is damaged.
+    """
+    try:
+        # np.asarray drops the memmap subclass, which is slow to index.
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (ValueError, OSError, EOFError) as error:
+        raise LogFormatError(f"{path}: unreadable ({error}); prepare the log anew from its sources") from error

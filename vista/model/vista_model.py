@@ -1,0 +1,278 @@
+"""VISTA: stage 1, decoder, stage 2 and heads.
+
+Letters: T packed events, R item rows of a batch, NC cuts, NW windows, W positions, I impressions a window, S seeds, L
+tail length, M model dim, V items of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import xxhash
+from torch import Tensor, nn
+
+from vista.config import DataConfig, ModelConfig, OptimConfig
+from vista.config.choices import Activation, Mixing, Precision
+from vista.config.conversion import to_dict
+from vista.examples.cuts import Batch
+from vista.log.gaps import UNKNOWN_GAP
+from vista.log.vocabulary import Vocabulary
+from vista.model.frozen_linear import frozen
+from vista.model.item_projections import save_item_projections
+from vista.model.losses import reconstruction_loss, sampled_softmax, task_losses
+from vista.model.ranking_model import Losses, RankingModel, Schema
+from vista.model.reconstruction import Decoder
+from vista.model.summarizer import Summarizer
+from vista.model.target_attention import Context, TargetAttention
+
+STAGE1_KEYS = (
+    "dim",
+    "num_heads",
+    "num_seeds",
+    "num_layers",
+    "mixing",
+    "conv_width",
+    "normalization",
+    "normalization_alpha",
+    "decay",
+    "decay_horizons",
+    "history_limit",
+    "feed_forward_ratio",
+    "use_action",
+    "use_rating",
+    "use_time",
+)
+"""Fields of ModelConfig that a summary depends on."""
+STAGE1_WEIGHTS = ("item_table", "encoder.", "summarizer.")
+"""How the names of the weights begin that a summary depends on."""
+
+
+class Recommender(RankingModel):
+    """VISTA."""
+
+    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+        super().__init__(config, schema, items, data)
+        dim = config.dim
+        self.summarizer = Summarizer(config) if config.num_seeds else None
+        self.decoder = Decoder(config) if config.num_seeds else None
+        self.target_attention = TargetAttention(config)
+        self.request = nn.Parameter(torch.randn(dim) * dim**-0.5 / self.target_attention.scale)
+        """The retrieval head's query token, to which the newest event is added."""
+        self.task_head = nn.Linear(dim, len(schema.tasks)) if schema.tasks else None
+        self._identified = b"", b""
+        """Hash of what `summarizer_id` was last computed of, and the id."""
+
+    # Training -----------------------------------------------------------------------------------------------------
+
+    def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
+        shown = self.shown_vectors(batch, item_vectors)
+        events = self.encoder(shown, batch.action, batch.gap, batch.rating)
+        summaries = self.cut_summaries(batch, events)
+        context = self.window_context(batch, shown, summaries)
+        parts: dict[str, Tensor] = {}
+        total = item_vectors.new_zeros((), dtype=torch.float32)
+        if optim.next_weight > 0:
+            parts["next"] = self._next_loss(batch, item_vectors, context)
+            total = total + optim.next_weight * parts["next"]
+        if self.task_head is not None and optim.task_weight > 0 and batch.candidate.shape[1]:
+            losses = task_losses(
+                self.window_logits(batch, item_vectors, context), batch.candidate_label, batch.candidate_mask
+            )
+            parts.update(zip(self.schema.tasks, losses, strict=True))
+            total = total + optim.task_weight * losses.sum()
+        if self.decoder is not None and optim.reconstruction_weight > 0 and len(batch.reconstruction_cut):
+            parts["reconstruction"] = self._reconstruction(batch, item_vectors, events, summaries)
+            total = total + optim.reconstruction_weight * parts["reconstruction"]
+        return Losses(total, parts)
+
+    def cut_summaries(self, batch: Batch, events: Tensor) -> Tensor:
+        """[NC, S, M] summaries at the cuts of a batch, from event embeddings [T, M]; or the store's [B, S, M]."""
+        if batch.stored_summary is not None:
+            return batch.stored_summary
+        if self.summarizer is None:
+            return events.new_zeros(len(batch.cut_segment), 0, self.config.dim)
+        if self.config.mixing is Mixing.bidirectional:
+            index, position, offsets = _gather_ranges(batch.cut_start, batch.cut_stop)
+            return self.summarizer.summarize_set(self.summarizer.tokens(events[index], position), offsets)
+        lengths = batch.offsets.diff()
+        position = torch.arange(len(events), device=events.device)
+        position = position - batch.offsets[:-1].repeat_interleave(lengths)
+        tokens = self.summarizer.tokens(events, position)
+        segments = self.summarizer.segment_states(tokens, batch.clock, batch.segment_offsets)
+        states = self.summarizer.prefix_states(segments, batch.segment_user_offsets)
+        return self.summarizer.read_at(states, batch.cut_segment)
+
+    def window_context(self, batch: Batch, shown: Tensor, summaries: Tensor) -> Context:
+        """Keys and values of every window's summary and tail; shown [T, M] from `shown_vectors`."""
+        index = batch.tail_index.clamp(min=0)
+        valid = batch.tail_index >= 0
+        # The first event that stage 2 sees has an unknown gap, as it has in a stored tail.
+        first = valid & ~F.pad(valid[:, :-1], (1, 0))
+        gap = torch.where(first, UNKNOWN_GAP, batch.gap[index]) if len(batch.gap) else index
+        if len(batch.item):
+            tail = self.encoder(shown[index], batch.action[index], gap)
+        else:
+            tail = shown.new_zeros(*index.shape, self.config.dim)
+        encoded = self.target_attention.encode_summary(summaries)
+        windows = [(k.index_select(0, batch.window_cut), v.index_select(0, batch.window_cut)) for k, v in encoded]
+        return self.target_attention.encode_context(windows, tail, valid)
+
+    def window_users(self, batch: Batch, context: Context) -> Tensor:
+        """Unit user vectors [NW, W, M] at the positions of the windows, at the times of their labels."""
+        num_positions = batch.label.shape[1]
+        seen = self.config.tail_len - num_positions + 1 + torch.arange(num_positions, device=batch.label.device)
+        gap = self.encoder.gap_vectors(batch.label_gap)
+        return self.user_vectors(gap, seen.clamp(min=0), context)
+
+    def window_logits(self, batch: Batch, item_vectors: Tensor, context: Context) -> Tensor:
+        """Task logits [NW, I, num_tasks] of the windows' impressions; item_vectors [R, M]."""
+        seen = self.config.tail_len - batch.label.shape[1] + 1 + batch.candidate_position
+        vectors = item_vectors[batch.candidate]
+        gap = self.encoder.gap_vectors(batch.candidate_gap)
+        return self.candidate_logits(vectors, gap, seen.clamp(min=0), context)
+
+    def _next_loss(self, batch: Batch, item_vectors: Tensor, context: Context) -> Tensor:
+        users = self.window_users(batch, context)
+        known = (batch.label >= 0).flatten().nonzero().squeeze(-1)
+        unit = F.normalize(item_vectors, dim=-1)
+        return sampled_softmax(
+            users.flatten(0, 1)[known],
+            unit,
+            batch.label.flatten()[known],
+            batch.negatives,
+            batch.negative_log_weight,
+            self.config.temperature,
+            batch.logit_adjustment,
+        )
+
+    def _reconstruction(self, batch: Batch, item_vectors: Tensor, events: Tensor, summaries: Tensor) -> Tensor:
+        assert self.decoder is not None
+        start = batch.reconstruction_start
+        index, _, offsets = _gather_ranges(start, start + batch.reconstruction_len)
+        target = events[index]
+        if batch.hidden is not None:  # what is to be reconstructed are the events themselves
+            rating = None if batch.rating is None else batch.rating[index]
+            target = self.encoder(item_vectors[batch.item[index]], batch.action[index], batch.gap[index], rating)
+        age = batch.cut_stop[batch.reconstruction_cut] - start
+        predicted = self.decoder(summaries[batch.reconstruction_cut], target, offsets, age)
+        return reconstruction_loss(predicted, target, stop_gradient=self.config.stop_gradient)
+
+    # Both ----------------------------------------------------------------------------------------------------------
+
+    def user_vectors(self, gap: Tensor | None, seen: Tensor, context: Context) -> Tensor:
+        """Unit vectors [B, Q, M] of request tokens over contexts of B rows; gap [B, Q, M], seen int64 [Q]."""
+        stage = self.target_attention
+        # The residual stream leads from an item's vector to where the next one's is sought, with no map between.
+        x = self.request + context.newest(seen)
+        return F.normalize(stage.query(x, stage.layers[0].project(x), gap, seen, context), dim=-1)
+
+    def candidate_logits(
+        self,
+        vectors: Tensor,
+        gap: Tensor | None,
+        seen: Tensor,
+        context: Context,
+        projections: Tensor | None = None,
+        biases: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Logits [B, C, num_tasks] of candidates.
+
+        Args:
+            vectors: [B, C, M]; gap: [B, C, M], or None.
+            seen: int64 [C], [1] or [B, C].
+            projections: of the vectors in layer 1, [B, C, 4M], if they are at hand (`ItemProjections`).
+            biases: `TargetAttention.query_biases` of `seen`, if they are at hand.
+        """
+        assert self.task_head is not None
+        stage = self.target_attention
+        own = stage.layers[0].project(vectors) if projections is None else projections
+        out = stage.query(vectors, own, gap, seen, context, biases)
+        logits: Tensor = self.task_head(out)
+        return logits
+
+    def with_tail(self, tail_len: int) -> Recommender:
+        """The same model over the newest `tail_len` events beside the summary: cheaper to score, no training needed.
+        The two share their weights.
+
+        Training at label_spacing W has shown stage 2 tails of tail_len - W + 1 to tail_len events, so the shorter ones
+        among these are nothing new to it. Summaries do not change, and a store of longer tails serves this model too.
+
+        Raises:
+            ValueError: if `tail_len` is below 1, or longer than what was trained.
+        """
+        if not 1 <= tail_len <= self.config.tail_len:
+            raise ValueError(f"tail_len={tail_len}: must lie in 1 … {self.config.tail_len}, which was trained")
+        with torch.random.fork_rng(devices=[]):
+            shorter = Recommender(replace(self.config, tail_len=tail_len), self.schema, self.items, self.data)
+        weights = self.state_dict()
+        for index in range(len(self.target_attention.layers)):
+            name = f"target_attention.layers.{index}.bias"
+            weights[name] = weights[name][:, : tail_len + 1]  # by distance; longer ones do not occur
+        # A unified table is small, and its features hold on to the one that the model was made with.
+        shorter.load_state_dict(weights, assign=self.config.embedding_rows == 0)
+        return shorter.to(self.device).train(self.training)
+
+    def with_frozen(self, part: Literal["summarizer", "target_attention"], precision: Precision) -> Recommender:
+        """The same model, for inference: shares all but one stage, which is `frozen` and multiplies in `precision`.
+
+        What training changes later does not reach that stage.
+        """
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        dtype = torch.bfloat16 if precision is Precision.bfloat16 else torch.float32
+        if (stage := getattr(self, part)) is not None:
+            setattr(other, part, frozen(stage, dtype))
+        return other
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def save_serving_tables(self, folder: Path) -> None:
+        save_item_projections(self, folder)
+
+    def description(self) -> dict[str, Any]:
+        return super().description() | {"summarizer_id": self.summarizer_id().hex()}
+
+    def summarizer_id(self) -> bytes:
+        """SHA-256 over all that a summary depends on: stage 1, event encoder, item table and vocabulary, not stage 2.
+
+        So downstream models, which freeze all of these, keep it and are checked against it.
+        """
+        facts = {key: to_dict(self.config)[key] for key in STAGE1_KEYS} | {"schema": asdict(self.schema)}
+        for key in ("tasks", "has_retrieval"):
+            facts["schema"].pop(key)
+        # Younger keys count where they are used, so that the summaries of other models keep their id.
+        if self.config.activation is not Activation.silu:
+            facts["activation"] = self.config.activation.value
+        if self.config.embedding_rows:
+            facts |= {key: to_dict(self.config)[key] for key in ("embedding_rows", "embedding_hashes")}
+        parts: list[bytes | memoryview] = [json.dumps(facts, sort_keys=True).encode() + self.items.digest().encode()]
+        for name, tensor in sorted(self.state_dict().items()):
+            if name.startswith(STAGE1_WEIGHTS):
+                parts.append(name.encode() + str(tuple(tensor.shape)).encode())
+                parts.append(tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)
+        # SHA-256 takes thirty times as long as a look whether anything has changed: half a second at 10^6 items.
+        seen = xxhash.xxh3_128()
+        for part in parts:
+            seen.update(part)
+        if self._identified[0] != seen.digest():
+            digest = hashlib.sha256()
+            for part in parts:
+                digest.update(part)
+            self._identified = seen.digest(), digest.digest()
+        return self._identified[1]
+
+
+def _gather_ranges(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of packed ranges end to end, their positions in their range, and offsets int64 [N+1]."""
+    lengths = stop - start
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    position = torch.arange(int(offsets[-1]), device=start.device) - offsets[:-1].repeat_interleave(lengths)
+    return position + start.repeat_interleave(lengths), position, offsets

@@ -1,0 +1,1 @@
+"""Simulated lifelong logs with impressions whose click probabilities are known."""

@@ -1,0 +1,1 @@
+"""Bytes of the store: records, states, codecs, digests, authentication codes, keys."""

@@ -1,0 +1,233 @@
+"""Records of states, from which summaries are reread after an append (docs/summary-format.md, "States").
+
+N users, L layers, H heads, D head dim. Little-endian: a header of 120 bytes; n and removed float32 [H]; float16 only:
+scales float32 [L, H]; z [L, H, D, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lmdb
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from vista.config.choices import StateDtype
+from vista.errors import RecordError
+from vista.store.format.keys import user_id
+from vista.store.lmdb.environment import SharedEnvironment
+
+MAGIC = b"VSTA"
+FORMAT_VERSION = 1
+HEADER = np.dtype(
+    [
+        ("magic", "S4"),
+        ("format_version", "<u2"),
+        ("header_length", "<u2"),
+        ("dtype", "<u2"),
+        ("layers", "<u2"),
+        ("heads", "<u2"),
+        ("head_dim", "<u2"),
+        ("payload_length", "<u4"),
+        ("reserved", "<u4"),
+        ("generation", "<u8"),
+        ("summarizer_id", "u1", (32,)),
+        ("key_hash", "<u8"),
+        ("created_at", "<i8"),
+        ("clock", "<i8"),
+        ("num_events", "<i8"),
+        ("applied_segment", "<u8"),
+        ("history_digest", "<u8"),
+        ("checksum", "<u8"),
+    ]
+)
+assert HEADER.itemsize == 120
+_CHECKSUM_OFFSET = HEADER.itemsize - 8
+_DTYPE_NUMBERS = {StateDtype.float32: 0, StateDtype.float16: 1}
+_SHARED_FIELDS = (
+    *("magic", "format_version", "header_length", "dtype", "layers", "heads", "head_dim", "payload_length"),
+    *("reserved", "generation"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """What all states of one generation share."""
+
+    summarizer_id: bytes
+    generation: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    dtype: StateDtype
+    created_at: int = 0
+    """Start of the refresh that writes, ms. Written, not checked."""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of a state after its header."""
+        cells = self.num_layers * self.num_heads
+        half = self.dtype is StateDtype.float16
+        return 8 * self.num_heads + (4 * cells if half else 0) + cells * self.head_dim**2 * (2 if half else 4)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes a user, without its key."""
+        return HEADER.itemsize + self.payload_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StateArrays:
+    """States of N users (`vista.model.summary_state`) and which events are in them."""
+
+    z: NDArray[np.float32]
+    """[N, L, H, D, D]."""
+    n: NDArray[np.float32]
+    """[N, H] sum of the events' weights."""
+    removed: NDArray[np.float32]
+    """[N, H] weight taken back since the last computation from events."""
+    clock: NDArray[np.int64]
+    """[N] the moment that weights are seen from."""
+    num_events: NDArray[np.int64]
+    """[N]."""
+    applied_segment: NDArray[np.int64]
+    """[N] newest segment of the log in each."""
+    history_digest: NDArray[np.uint64]
+    """[N]."""
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> StateArrays:
+        return StateArrays(*(getattr(self, name)[rows] for name in self.__slots__))
+
+
+def encode_states(keys: Sequence[bytes], states: StateArrays, spec: StateSpec) -> list[bytes]:
+    """State records of N users.
+
+    Args:
+        keys: N keys from `vista.store.format.keys.user_keys`.
+        states: of the N users, finite.
+        spec: what the generation's states share.
+    """
+    count = len(keys)
+    headers = np.full(count, _template(spec))
+    headers["key_hash"] = [xxhash.xxh3_64_intdigest(key) for key in keys]
+    headers["created_at"] = spec.created_at
+    for name in ("clock", "num_events", "applied_segment", "history_digest"):
+        headers[name] = getattr(states, name)
+    z, parts = states.z, [headers, states.n, states.removed]
+    if spec.dtype is StateDtype.float16:
+        # A scale a matrix: sums over a million events are beyond float16's range, and so are their small beginnings.
+        scale = np.abs(z).max(axis=(-2, -1), initial=0)
+        scaled = z / np.where(scale > 0, scale, 1)[..., None, None]
+        parts += [scale, scaled.astype("<f2")]
+    else:
+        parts += [z]
+    return _sealed(np.concatenate([_rows(part) for part in parts], axis=1))
+
+
+def rounded(states: StateArrays, spec: StateSpec) -> StateArrays:
+    """The states as they come back from the store."""
+    if spec.dtype is StateDtype.float32:
+        return states
+    keys = [b"ui"] * len(states.n)
+    return decode_states(encode_states(keys, states, spec), keys, spec)
+
+
+def decode_states(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: StateSpec) -> StateArrays:
+    """Check stored states and decode them (the values may die afterwards).
+
+    Raises:
+        RecordError: one is truncated, corrupt, of another model or generation; the message names the user.
+    """
+    size = spec.record_bytes
+    _check([len(value) == size for value in values], keys, "length")
+    data = np.frombuffer(bytearray().join(values), np.uint8).reshape(len(values), size)
+    headers = data[:, : HEADER.itemsize].copy().view(HEADER)[:, 0]
+    template = _template(spec)
+    for field in _SHARED_FIELDS:
+        _check(headers[field] == template[field], keys, field)
+    _check((headers["summarizer_id"] == template["summarizer_id"]).all(-1), keys, "summarizer_id")
+    _check(headers["key_hash"] == [xxhash.xxh3_64_intdigest(key) for key in keys], keys, "key_hash")
+    data[:, _CHECKSUM_OFFSET : HEADER.itemsize] = 0
+    _check(headers["checksum"] == [xxhash.xxh3_64_intdigest(row.data) for row in data], keys, "checksum")
+    count, L, H, D = len(values), spec.num_layers, spec.num_heads, spec.head_dim
+    payload, at = data[:, HEADER.itemsize :], 0
+
+    def take(dtype: str, *shape: int) -> NDArray[Any]:
+        nonlocal at
+        width = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        part = np.ascontiguousarray(payload[:, at : at + width]).view(dtype).reshape(count, *shape)
+        at += width
+        return part
+
+    n, removed = take("<f4", H), take("<f4", H)
+    if spec.dtype is StateDtype.float16:
+        scale = take("<f4", L, H)
+        z = take("<f2", L, H, D, D).astype(np.float32) * scale[..., None, None]
+    else:
+        z = take("<f4", L, H, D, D)
+    clock, num_events, applied = (headers[name].astype(np.int64) for name in ("clock", "num_events", "applied_segment"))
+    return StateArrays(z, n, removed, clock, num_events, applied, headers["history_digest"].astype(np.uint64))
+
+
+def restamp_states(values: Sequence[bytes], generation: int) -> list[bytes]:
+    """Checked states as those of another generation: all but its number and the checksum stays."""
+    if not values:
+        return []
+    rows = np.stack([np.frombuffer(value, np.uint8) for value in values])
+    headers = rows[:, : HEADER.itemsize].copy().view(HEADER)[:, 0]
+    headers["generation"], headers["checksum"] = generation, 0
+    rows[:, : HEADER.itemsize] = _rows(headers)
+    return _sealed(rows)
+
+
+def read_states(
+    environment: SharedEnvironment, keys: Sequence[bytes], spec: StateSpec
+) -> tuple[NDArray[np.int64], StateArrays]:
+    """Rows of the keys that have a state, and these states, read in one transaction.
+
+    Raises:
+        RecordError: as `decode_states`.
+    """
+
+    def read(transaction: lmdb.Transaction[memoryview]) -> tuple[NDArray[np.int64], StateArrays]:
+        values = [transaction.get(key) for key in keys]
+        rows = [row for row, value in enumerate(values) if value is not None]
+        found = [value for value in values if value is not None]
+        return np.array(rows, np.int64), decode_states(found, [keys[row] for row in rows], spec)
+
+    return environment.read(read)
+
+
+def _template(spec: StateSpec) -> np.void:
+    header = np.zeros(1, dtype=HEADER)
+    header["magic"], header["format_version"], header["header_length"] = MAGIC, FORMAT_VERSION, HEADER.itemsize
+    header["dtype"] = _DTYPE_NUMBERS[spec.dtype]
+    header["layers"], header["heads"], header["head_dim"] = spec.num_layers, spec.num_heads, spec.head_dim
+    header["payload_length"], header["generation"] = spec.payload_bytes, spec.generation
+    header["summarizer_id"] = np.frombuffer(spec.summarizer_id, np.uint8)
+    template: np.void = header[0]
+    return template
+
+
+def _sealed(rows: NDArray[np.uint8]) -> list[bytes]:
+    """Records [N, bytes], whose checksums are 0, with their checksums."""
+    checksums = np.array([xxhash.xxh3_64_intdigest(row.data) for row in rows], dtype="<u8")
+    rows[:, _CHECKSUM_OFFSET : HEADER.itemsize] = _rows(checksums)
+    return [row.tobytes() for row in rows]
+
+
+def _rows(part: NDArray[Any]) -> NDArray[np.uint8]:
+    """The bytes of each of N rows: [N, bytes]."""
+    return np.ascontiguousarray(part).view(np.uint8).reshape(len(part), -1)
+
+
+def _check(ok: Any, keys: Sequence[bytes], field: str) -> None:
+    wrong = np.flatnonzero(~np.asarray(ok, dtype=bool))
+    if len(wrong):
+        raise RecordError(
+            f"the state of user {user_id(keys[int(wrong[0])])!r} is corrupt or of another format ({field}); run a "
+            "full refresh, which makes all states anew"
+        )
