@@ -30,7 +30,7 @@ from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.splits import split_until
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.simulation.simulate import simulate
@@ -124,7 +124,7 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
     return path
 
 
-def measure_latency(model: Recommender, folder: Path) -> list[LatencyRow]:
+def measure_latency(model: VistaModel, folder: Path) -> list[LatencyRow]:
     """Median score latency of users of growing history length, interleaved, and the time to summarize each."""
     shutil.rmtree(folder, ignore_errors=True)
     rng = np.random.default_rng(0)

@@ -18,7 +18,7 @@ from vista.evaluation.protocol import ImpressionCases, NextItemCases, impression
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.model import inference
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshReport
 
 matplotlib.use("Agg")
@@ -45,7 +45,7 @@ class Report:
     name: str
     source: Path
     log: EventLog
-    model: Recommender
+    model: VistaModel
     run_dir: Path
     evaluation: Evaluation
     evaluation_float32: Evaluation

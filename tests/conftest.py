@@ -20,7 +20,7 @@ import vista
 from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
 from vista.config.choices import Split
 from vista.log.event_log import EventLog
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer, Tail
 
 # Tests interrupt as Ctrl-C does, which a shell has switched off for what it started with `&`.
@@ -117,7 +117,7 @@ class Served:
 
     log: EventLog
     config: TrainConfig
-    model: Recommender
+    model: VistaModel
     model_dir: Path
     store: Path
     """until=all, int8."""

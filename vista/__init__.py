@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vista.config import TrainConfig
     from vista.log.event_log import EventLog
-    from vista.model.vista_model import Recommender
+    from vista.model.vista_model import VistaModel
     from vista.scorer import Scorer
-    from vista.store.reader import SummaryStore
+    from vista.store.reader import StoreReader
     from vista.training.trainer import train
 
 __version__ = "0.1.0"
 
-__all__ = ["EventLog", "Recommender", "Scorer", "SummaryStore", "TrainConfig", "train"]
+__all__ = ["EventLog", "Scorer", "StoreReader", "TrainConfig", "VistaModel", "train"]
 
 _MODULE_OF_NAME = {
     "EventLog": "vista.log.event_log",
-    "Recommender": "vista.model.vista_model",
+    "VistaModel": "vista.model.vista_model",
     "Scorer": "vista.scorer",
-    "SummaryStore": "vista.store.reader",
+    "StoreReader": "vista.store.reader",
     "TrainConfig": "vista.config.train_config",
     "train": "vista.training.trainer",
 }

@@ -1,9 +1,9 @@
-"""The GPU's part of bench_attention.py: QLA's share of the copy bandwidth, and its rivals.
+"""The GPU's part of bench_attention.py: QLA's share of the copy bandwidth, and its baselines.
 
 bfloat16, head size 64, from 65,536 packed tokens. A share is the bytes that QLA cannot help moving (4 streams of tokens
-forward, 7 backward) over its time, against the bytes a second of a large copy on the same device. Rivals get the same
-users, of equal length: SDPA (FlashAttention), HSTU's attention in blocks, torch.compile of the formula and of our torch
-backend, and FLA's chunk_linear_attn, causal and without activations, where it is installed.
+forward, 7 backward) over its time, against the bytes a second of a large copy on the same device. Baselines get the
+same users, of equal length: SDPA (FlashAttention), HSTU's attention in blocks, torch.compile of the formula and of our
+torch backend, and FLA's chunk_linear_attn, causal and without activations, where it is installed.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scripts.benchmarks.attention_workloads import HEAD_DIM, Tokens, check
 from scripts.benchmarks.baseline_attention import Attention, fastest_block, hstu, plain_quasi_linear, sdpa
-from scripts.benchmarks.benchmark_recorder import Recorder, interleaved
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, interleaved
 from scripts.benchmarks.rooflines import LARGEST_COPY_BYTES, copying
 from vista_kernels import quasi_linear_attention
 
 DIMS = (64, 128, 256)
 BATCHES = ((64, 1024), (1, 65_536), (1, 1 << 20))
 """Users and events a user, of the shares."""
-RIVAL_BATCHES = ((64, 1024), (4, 16_384))
+BASELINE_BATCHES = ((64, 1024), (4, 16_384))
 
 
-def bench(recorder: Recorder, device: torch.device) -> None:
+def bench(recorder: BenchmarkRecorder, device: torch.device) -> None:
     """All cases."""
     for dim in DIMS[:1] if recorder.quick else DIMS:
         for users, length in BATCHES[:1] if recorder.quick else BATCHES:
             bench_share(recorder, users, length, dim, device)
-        for users, length in RIVAL_BATCHES[:1] if recorder.quick else RIVAL_BATCHES:
-            bench_rivals(recorder, users, length, dim, device)
+        for users, length in BASELINE_BATCHES[:1] if recorder.quick else BASELINE_BATCHES:
+            bench_baselines(recorder, users, length, dim, device)
 
 
-def bench_share(recorder: Recorder, users: int, length: int, dim: int, device: torch.device) -> None:
+def bench_share(recorder: BenchmarkRecorder, users: int, length: int, dim: int, device: torch.device) -> None:
     """QLA forward and backward as a share of the copy bandwidth."""
     tokens = Tokens([length] * users, dim, torch.bfloat16, device)
     check(tokens)
@@ -60,11 +60,11 @@ def bench_share(recorder: Recorder, users: int, length: int, dim: int, device: t
         )
 
 
-def bench_rivals(recorder: Recorder, users: int, length: int, dim: int, device: torch.device) -> None:
-    """Forward, and forward with backward, against each rival."""
+def bench_baselines(recorder: BenchmarkRecorder, users: int, length: int, dim: int, device: torch.device) -> None:
+    """Forward, and forward with backward, against each baseline."""
     tokens = Tokens([length] * users, dim, torch.bfloat16, device)
     leaves = tokens.by_user()
-    attentions = {"QLA": partial(packed, tokens.offsets, "auto")} | rivals(tokens)
+    attentions = {"QLA": partial(packed, tokens.offsets, "auto")} | baselines(tokens)
 
     @torch.no_grad()
     def forward(attention: Attention) -> Tensor:
@@ -78,9 +78,9 @@ def bench_rivals(recorder: Recorder, users: int, length: int, dim: int, device: 
         calls = {who: partial(run, attention) for who, attention in attentions.items()}
         timing = interleaved(calls, warmup=3, synchronize=torch.cuda.synchronize)
         ours = timing.pop("QLA")
-        for rival, each in timing.items():
+        for baseline, each in timing.items():
             recorder.add(
-                f"QLA {name}, {users} x {length:,} events, d={dim}, bfloat16, against {rival}",
+                f"QLA {name}, {users} x {length:,} events, d={dim}, bfloat16, against {baseline}",
                 1e3 * ours.median_s,
                 "ms",
                 baseline=1e3 * each.median_s,
@@ -89,7 +89,7 @@ def bench_rivals(recorder: Recorder, users: int, length: int, dim: int, device: 
             )
 
 
-def rivals(tokens: Tokens) -> dict[str, Attention]:
+def baselines(tokens: Tokens) -> dict[str, Attention]:
     """Name -> attention over [B, T, H, D]."""
     users = len(tokens.offsets) - 1
     length, heads = len(tokens.q) // users, tokens.q.shape[1]

@@ -1,4 +1,4 @@
-"""The attention that ours is compared with, and the same summarizer with a rival's attention in place of ours.
+"""The attention that ours is compared with, and the same summarizer with a baseline's attention in place of ours.
 
 All take users of equal length: q [B, Q, H, D], k and v [B, T, H, D] -> [B, Q, H, D]. Letters: B users, Q queries,
 T keys, H heads, D head dim, N = B·H.
@@ -79,7 +79,7 @@ def fastest_block(num_users: int, num_keys: int, num_heads: int, head_dim: int, 
 def attention_replaced(attention: Attention) -> Iterator[None]:
     """Within the block every bidirectional `Summarizer` attends with `attention`, the last layer's seeds included.
 
-    There our model writes a state that the seeds read. A rival has no state: what is handed from the writer to the
+    There our model writes a state that the seeds read. A baseline has no state: what is handed from the writer to the
     reader in its place are the keys and values themselves.
     """
 
@@ -105,7 +105,7 @@ def _by_user(x: Tensor, offsets: Tensor) -> Tensor:
     """[B·T, H, D] -> [B, T, H, D], a view."""
     lengths = offsets.diff()
     if len(lengths) == 0 or not bool((lengths == lengths[0]).all()):
-        raise ValueError(f"offsets: rivals take users of equal length, got {lengths.tolist()}")
+        raise ValueError(f"offsets: baselines take users of equal length, got {lengths.tolist()}")
     return x.view(len(lengths), -1, *x.shape[1:])
 
 

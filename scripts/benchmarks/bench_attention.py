@@ -1,18 +1,19 @@
-"""Attention against the machine's floors and against its rivals, head size 64.
+"""Attention against the machine's rooflines and against its baselines, head size 64.
 
 On a CPU (`--device cpu`, or auto where torch sees no GPU):
 
-- quasi-linear attention (QLA), forward and backward, over its floor (floors.py: bytes, products, activations at their
-  best). Where the floor is below 1 ms no bar is set, and the case is the microseconds beyond the floor;
+- quasi-linear attention (QLA), forward and backward, over its roofline (rooflines.py: bytes, products, activations at
+their
+  best). Where the roofline is below 1 ms no bar is set, and the case is the microseconds beyond the roofline;
 - QLA and SDPA at 16,384 events, each in its faster dtype;
 - a training step of the bidirectional summarizer (3 layers, 32 seeds), with QLA, with SDPA and with HSTU's attention
-  (rival_attention.py), each in its faster dtype, 16,384 events a batch;
-- many short users (0 to 50 events), over their own floor;
+  (baseline_attention.py), each in its faster dtype, 16,384 events a batch;
+- many short users (0 to 50 events), over their own roofline;
 - time per event at 10^6 events over that at 10^4.
 
 Outputs are fresh tensors, but freed memory is kept for them, as vista's commands do (`vista.device.keep_freed_memory`).
 On a GPU the cases are those of attention_on_gpu.py.
-All contestants of a case, its floor included, run in alternation in this process; what computes the same is checked
+All contestants of a case, its roofline included, run in alternation in this process; what computes the same is checked
 to give the same before it is timed.
 """
 
@@ -29,13 +30,13 @@ import torch.nn.functional as F
 
 from scripts.benchmarks.attention_workloads import HEAD_DIM, NUM_SEEDS, Step, Tokens, assert_equal, check
 from scripts.benchmarks.baseline_attention import Attention, fastest_block, hstu, plain_hstu, sdpa
-from scripts.benchmarks.benchmark_recorder import Recorder, Timing, benchmark_parser, interleaved
-from scripts.benchmarks.rooflines import Floor, backward_floor, forward_floor, short_users_floor
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, Timing, benchmark_parser, interleaved
+from scripts.benchmarks.rooflines import Roofline, backward_roofline, forward_roofline, short_users_roofline
 from vista.device import keep_freed_memory, resolve_device, set_threads
 
 DIMS = (64, 256)
 DTYPES = (torch.float32, torch.bfloat16)
-LEAST_FLOOR_S = 1e-3
+LEAST_ROOFLINE_S = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +65,15 @@ QUICK = Sizes(
 )
 
 
-def over_floor(
-    recorder: Recorder, case: str, call: Callable[[], object], floor: Floor, bar: float, rounds: int
+def over_roofline(
+    recorder: BenchmarkRecorder, case: str, call: Callable[[], object], roofline: Roofline, bar: float, rounds: int
 ) -> None:
-    """Record a call's time against its floor; below LEAST_FLOOR_S the time beyond it, without a bar."""
-    timing = interleaved({"ours": call} | floor.calls(), rounds=rounds)
-    ours, least = timing["ours"], floor.seconds(timing)
-    print(f"        {case}: {1e3 * ours.median_s:.3g} ms; {floor.describe(timing)}", flush=True)
-    if least < LEAST_FLOOR_S:
-        recorder.add(case, 1e6 * (ours.median_s - least), "µs beyond the floor", spread=1e6 * ours.spread_s)
+    """Record a call's time against its roofline; below LEAST_ROOFLINE_S the time beyond it, without a bar."""
+    timing = interleaved({"ours": call} | roofline.calls(), rounds=rounds)
+    ours, least = timing["ours"], roofline.seconds(timing)
+    print(f"        {case}: {1e3 * ours.median_s:.3g} ms; {roofline.describe(timing)}", flush=True)
+    if least < LEAST_ROOFLINE_S:
+        recorder.add(case, 1e6 * (ours.median_s - least), "µs beyond the roofline", spread=1e6 * ours.spread_s)
         return
     recorder.add(
         case,
@@ -84,8 +85,8 @@ def over_floor(
     )
 
 
-def bench_floors(recorder: Recorder, sizes: Sizes) -> None:
-    """QLA forward and backward over their floors, one sequence."""
+def bench_rooflines(recorder: BenchmarkRecorder, sizes: Sizes) -> None:
+    """QLA forward and backward over their rooflines, one sequence."""
     for length in sizes.lengths:
         for dim in DIMS:
             for dtype in DTYPES:
@@ -93,12 +94,14 @@ def bench_floors(recorder: Recorder, sizes: Sizes) -> None:
                 check(tokens)
                 shape = (length, dim // HEAD_DIM, HEAD_DIM, dtype)
                 name = f"{length:,} events, d={dim}, {name_of(dtype)}"
-                over_floor(recorder, f"QLA forward, {name}", tokens.forward, forward_floor(*shape), 2, sizes.rounds)
-                floor = backward_floor(*shape)
-                over_floor(recorder, f"QLA backward, {name}", tokens.backward(), floor, 2.5, sizes.rounds)
+                over_roofline(
+                    recorder, f"QLA forward, {name}", tokens.forward, forward_roofline(*shape), 2, sizes.rounds
+                )
+                roofline = backward_roofline(*shape)
+                over_roofline(recorder, f"QLA backward, {name}", tokens.backward(), roofline, 2.5, sizes.rounds)
 
 
-def bench_sdpa(recorder: Recorder, sizes: Sizes) -> None:
+def bench_sdpa(recorder: BenchmarkRecorder, sizes: Sizes) -> None:
     """QLA forward against SDPA's, each in its faster dtype."""
     length, bar = sizes.sdpa
     for dim in DIMS:
@@ -110,21 +113,21 @@ def bench_sdpa(recorder: Recorder, sizes: Sizes) -> None:
             q, k, v = (x.detach().transpose(1, 2).contiguous() for x in tokens.by_user())
             calls[f"SDPA {name_of(dtype)}"] = partial(F.scaled_dot_product_attention, q, k, v)
         timing = interleaved(calls, rounds=min(sizes.rounds, 5), warmup=1)
-        against_rivals(recorder, f"QLA forward, {length:,} events, d={dim}", timing, bar)
+        against_baselines(recorder, f"QLA forward, {length:,} events, d={dim}", timing, bar)
 
 
-def against_rivals(recorder: Recorder, case: str, timing: Mapping[str, Timing], bar: str) -> None:
-    """Record our faster dtype against each rival's; a contestant is called "<who> <dtype>", ours "QLA <dtype>"."""
+def against_baselines(recorder: BenchmarkRecorder, case: str, timing: Mapping[str, Timing], bar: str) -> None:
+    """Record our faster dtype against each baseline's; a contestant is called "<who> <dtype>", ours "QLA <dtype>"."""
     print(
         f"        {case}, ms: " + ", ".join(f"{name} {1e3 * t.median_s:.4g}" for name, t in timing.items()), flush=True
     )
     ours = fastest_of(timing, "QLA")
-    for rival in dict.fromkeys(name.split()[0] for name in timing if not name.startswith("QLA ")):
+    for baseline in dict.fromkeys(name.split()[0] for name in timing if not name.startswith("QLA ")):
         recorder.add(
-            f"{case}, against {rival}",
+            f"{case}, against {baseline}",
             1e3 * ours.median_s,
             "ms",
-            baseline=1e3 * fastest_of(timing, rival).median_s,
+            baseline=1e3 * fastest_of(timing, baseline).median_s,
             bar=bar,
             spread=1e3 * ours.spread_s,
         )
@@ -135,8 +138,8 @@ def fastest_of(timing: Mapping[str, Timing], who: str) -> Timing:
     return min((each for name, each in timing.items() if name.split()[0] == who), key=lambda each: each.median_s)
 
 
-def bench_steps(recorder: Recorder, sizes: Sizes) -> None:
-    """The training step with our attention against that with each rival's."""
+def bench_steps(recorder: BenchmarkRecorder, sizes: Sizes) -> None:
+    """The training step with our attention against that with each baseline's."""
     for dim in DIMS:
         for length, bar in sizes.steps:
             users, heads = sizes.step_tokens // length, dim // HEAD_DIM
@@ -146,16 +149,16 @@ def bench_steps(recorder: Recorder, sizes: Sizes) -> None:
                 block = fastest_block(users, length, heads, HEAD_DIM, torch.empty(0, dtype=dtype))
                 print(f"        HSTU, {length:,} events, {name_of(dtype)}: blocks of {block:,} scores", flush=True)
                 blocked = partial(hstu, block_scores=block)
-                check_rivals(step, dtype, blocked)
+                check_baselines(step, dtype, blocked)
                 for name, attention in {"QLA": None, "SDPA": sdpa, "HSTU": blocked}.items():
                     calls[f"{name} {name_of(dtype)}"] = partial(step.run, dtype, attention)
             timing = interleaved(calls, rounds=min(sizes.rounds, 7), warmup=1, max_seconds=45)
-            against_rivals(recorder, f"training step, {users} x {length:,} events, d={dim}", timing, bar)
+            against_baselines(recorder, f"training step, {users} x {length:,} events, d={dim}", timing, bar)
 
 
 @torch.no_grad()
-def check_rivals(step: Step, dtype: torch.dtype, blocked: Attention) -> None:
-    """HSTU in blocks is HSTU, and the model with a rival's attention is another model than ours."""
+def check_baselines(step: Step, dtype: torch.dtype, blocked: Attention) -> None:
+    """HSTU in blocks is HSTU, and the model with a baseline's attention is another model than ours."""
     q, k, v = (torch.randn(2, 300, 2, HEAD_DIM).to(dtype) for _ in range(3))
     assert_equal("HSTU", blocked(q, k, v), plain_hstu(q.double(), k.double(), v.double()))
     step.model.eval()
@@ -165,8 +168,8 @@ def check_rivals(step: Step, dtype: torch.dtype, blocked: Attention) -> None:
         assert bool(other.isfinite().all()) and not torch.allclose(ours, other, atol=0.1)
 
 
-def bench_short_users(recorder: Recorder, sizes: Sizes) -> None:
-    """Users of 0 to 50 events, d=64, forward, over a floor that has their states."""
+def bench_short_users(recorder: BenchmarkRecorder, sizes: Sizes) -> None:
+    """Users of 0 to 50 events, d=64, forward, over a roofline that has their states."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(0, 51, (sizes.num_users,), generator=generator).tolist()
     for dtype in DTYPES:
@@ -176,13 +179,13 @@ def bench_short_users(recorder: Recorder, sizes: Sizes) -> None:
         shape = (sum(lengths), len(lengths), HEAD_DIM, dtype)
         name = f"{sizes.num_users:,} users of 0 to 50 events, d={HEAD_DIM}, {name_of(dtype)}"
         rounds = min(sizes.rounds, 7)
-        floor = short_users_floor(*shape, state_passes=0)
-        over_floor(recorder, f"QLA forward, {name}", tokens.forward, floor, 2, rounds)
-        floor = short_users_floor(*shape, state_passes=2)
-        over_floor(recorder, f"accumulate and read, {name}", read, floor, 2, rounds)
+        roofline = short_users_roofline(*shape, state_passes=0)
+        over_roofline(recorder, f"QLA forward, {name}", tokens.forward, roofline, 2, rounds)
+        roofline = short_users_roofline(*shape, state_passes=2)
+        over_roofline(recorder, f"accumulate and read, {name}", read, roofline, 2, rounds)
 
 
-def bench_growth(recorder: Recorder, sizes: Sizes) -> None:
+def bench_growth(recorder: BenchmarkRecorder, sizes: Sizes) -> None:
     """Time per event of one long user against that of one a hundredth as long, d=64."""
     for dtype in DTYPES:
         calls: dict[str, Callable[[], object]] = {}
@@ -222,13 +225,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = resolve_device(options.device)
     set_threads(0)
     keep_freed_memory()
-    recorder = Recorder("attention", out=options.out, quick=options.quick)
+    recorder = BenchmarkRecorder("attention", out=options.out, quick=options.quick)
     if device.type == "cuda":
         import attention_on_gpu
 
         attention_on_gpu.bench(recorder, device)
     else:
-        for bench in (bench_floors, bench_sdpa, bench_steps, bench_short_users, bench_growth):
+        for bench in (bench_rooflines, bench_sdpa, bench_steps, bench_short_users, bench_growth):
             bench(recorder, QUICK if options.quick else Sizes())
     recorder.print_summary()
     return 0

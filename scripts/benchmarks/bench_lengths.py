@@ -1,9 +1,9 @@
 """What a request costs each model of the tables of lengths, in one process: the horizontal axis of their figure.
 
 Histories of 200 to 64,000 simulated events, 500 candidates, one thread, float32. VISTA is asked through the scorer from
-an int8 store, rivals read the raw history from the memory-mapped log in the request, and keep nothing of a user between
-requests. Models are those of scripts/experiments/tables.py with random weights, which change no timing; they take
-turns, over the same users. Quality: scripts/experiments/reproduce.py; the figure of both: plot_lengths.py there.
+an int8 store, baselines read the raw history from the memory-mapped log in the request, and keep nothing of a user
+between requests. Models are those of scripts/experiments/tables.py with random weights, which change no timing; they
+take turns, over the same users. Quality: scripts/experiments/reproduce.py; the figure of both: plot_lengths.py there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts.benchmarks.benchmark_recorder import Recorder, benchmark_parser, interleaved
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser, interleaved
 from scripts.experiments.serving_cost import NUM_CANDIDATES, history_model_server
 from scripts.experiments.tables import LENGTHS, TABLES, Table, length_case
 from vista.config import PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
@@ -39,7 +39,7 @@ SAME_COST = ("vista-all-labels", "vista-tuned", "sim-tuned", "twin-tuned", "trut
 """Rows that are no other model at a request."""
 
 
-def bench_length(recorder: Recorder, table: Table, length: int, folder: Path) -> None:
+def bench_length(recorder: BenchmarkRecorder, table: Table, length: int, folder: Path) -> None:
     """All models over users of `length` events on average."""
     source, num_users = folder / "source", 6 if recorder.quick else NUM_USERS
     simulate(SimulateConfig(out=str(source), num_users=num_users, events_per_user=length, impressions_per_user=20))
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = benchmark_parser("lengths", __doc__).parse_args(arguments)
     set_threads(1)
     keep_freed_memory()
-    recorder = Recorder("lengths", out=options.out, quick=options.quick)
+    recorder = BenchmarkRecorder("lengths", out=options.out, quick=options.quick)
     for name, length in LENGTHS.items():
         if recorder.quick and length > 1_000:
             break

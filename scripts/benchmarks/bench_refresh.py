@@ -2,7 +2,7 @@
 
 **Ingest**: `prepare` of generated files into a new EventLog: `ratings.dat` (as of MovieLens-1M), `ratings.csv` (as of
 the newer MovieLens sets) and a Parquet table, everything included: digest of the source, parsing, validation,
-vocabularies, sort, write, fsync and rename. Beside it stands the floor: Polars reading the same columns into memory
+vocabularies, sort, write, fsync and rename. Beside it stands the roofline: Polars reading the same columns into memory
 and nothing else. The files were written just before, so they lie in the page cache.
 
 **Refresh**: every user's summary and tail (d=64, K=32, tail of 32, int8) into a new store, durable and published,
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from scripts.benchmarks.benchmark_recorder import Recorder, benchmark_parser, interleaved
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser, interleaved
 from scripts.benchmarks.workloads import START_MS, find_ml_1m, lifelong_log, popular_items, untrained
 from vista.config import PrepareConfig, SourceConfig
 from vista.device import keep_freed_memory, set_threads
@@ -71,7 +71,7 @@ def write_sources(folder: Path, num_events: int) -> dict[str, SourceConfig]:
 
 
 def read_alone(source: SourceConfig) -> int:
-    """The floor: the columns of a source in memory, and nothing else."""
+    """The roofline: the columns of a source in memory, and nothing else."""
     path = Path(source.paths[0])
     if path.suffix == ".parquet":
         return pl.read_parquet(path).height
@@ -81,7 +81,7 @@ def read_alone(source: SourceConfig) -> int:
     return pl.read_csv(path).height
 
 
-def bench_ingest(recorder: Recorder, folder: Path, num_events: int, rounds: int) -> None:
+def bench_ingest(recorder: BenchmarkRecorder, folder: Path, num_events: int, rounds: int) -> None:
     """Events a second of `prepare`, for each form of source."""
     sources = write_sources(folder, num_events)
     number = itertools.count()
@@ -102,12 +102,12 @@ def bench_ingest(recorder: Recorder, folder: Path, num_events: int, rounds: int)
         rates = [num_events / seconds for seconds in each.samples_s]
         spread = float(np.subtract(*np.percentile(rates, [75, 25])))
         recorder.add(case, num_events / each.median_s, "events/s", bar="value >= 1e6", spread=spread)
-        floor = num_events / timing[f"{name}, read alone"].median_s
-        recorder.add(f"{case}: Polars reading the columns alone", floor, "events/s")
+        roofline = num_events / timing[f"{name}, read alone"].median_s
+        recorder.add(f"{case}: Polars reading the columns alone", roofline, "events/s")
         add_shares(recorder, case, mean_shares(stages[name][1:]))
 
 
-def bench_refresh(recorder: Recorder, folder: Path, data: Path | None, rounds: int) -> None:
+def bench_refresh(recorder: BenchmarkRecorder, folder: Path, data: Path | None, rounds: int) -> None:
     """Users a second of a full refresh."""
     if data is not None and not recorder.quick:
         source = SourceConfig(kind="npz", paths=[str(data)])
@@ -142,7 +142,7 @@ def mean_shares(parts: list[dict[str, float]]) -> dict[str, float]:
     return {stage: seconds / whole for stage, seconds in totals.items()}
 
 
-def add_shares(recorder: Recorder, case: str, shares: dict[str, float]) -> None:
+def add_shares(recorder: BenchmarkRecorder, case: str, shares: dict[str, float]) -> None:
     """One row a stage."""
     for stage, share in shares.items():
         recorder.add(f"{case}: share of {stage}", 100 * share, "%")
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("ml-1m is not at hand (set VISTA_DATA_DIR, or --data): refreshing a generated log of its sizes instead")
     set_threads(0)
     keep_freed_memory()
-    recorder = Recorder("refresh", out=options.out, quick=options.quick)
+    recorder = BenchmarkRecorder("refresh", out=options.out, quick=options.quick)
     with tempfile.TemporaryDirectory(prefix="vista-bench-") as name:
         folder = Path(name)
         bench_ingest(recorder, folder, 20_000 if options.quick else 2_000_000, rounds=3 if options.quick else 5)

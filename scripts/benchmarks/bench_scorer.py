@@ -1,17 +1,17 @@
-"""What a request costs: against the length of the history, the machine's floor, and those who read the history.
+"""What a request costs: against the length of the history, the machine's roofline, and those who read the history.
 
 All is timed that ranking code calls, `scorer.score(users, candidates)`: the store's look-up, checksum and
 dequantisation, and target attention of all candidates over summary and tail. Users are built for real: their events lie
 in an EventLog, a refresh writes their summaries (int8) and tails into a store, a Scorer is opened on it and on the
 model's folder. The weights are random: they change no timing. Nothing is cached between calls.
 
-- history: users of 10^3 and of 10^6 events, the same candidates; and how long other lists of candidates take.
-- floor: against the matrix products that no implementation can leave out (scorer_workloads.py), in their fastest forms
+- history: users of 10^3 and of 10^6 events, the same candidates; and how long other lists of candidates take. -
+roofline: against the matrix products that no implementation can leave out (scorer_workloads.py), in their fastest forms
   on this machine, for several numbers of candidates and users, encoded beforehand.
 - layers: pointwise layers, the default, against as many softmax layers with feed-forward networks.
 - recompute: against the same scorer without a store, which reads the history from the log and summarizes it in the
   request, as the paper would have to without a cache (bidirectional mixing), and as separable mixing would.
-- rivals: against HSTU and SASRec of the same width and depth, which read the whole history in the request.
+- baselines: against HSTU and SASRec of the same width and depth, which read the whole history in the request.
 - processes: two of one thread against one, and the memory of one.
 
 Contestants take turns, so that a busy minute of the machine falls on all of them.
@@ -33,10 +33,17 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from scripts.benchmarks.benchmark_recorder import Recorder, Timing, benchmark_parser, interleaved
-from scripts.benchmarks.scorer_worker import Answer, Opening, Order
-from scripts.benchmarks.scorer_workloads import Int, World, idle_torch_bytes, recomputed_summaries, scorer_floor, worker
-from scripts.benchmarks.workloads import TASK, lifelong_log, untrained, untrained_rival
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, Timing, benchmark_parser, interleaved
+from scripts.benchmarks.scorer_worker import Opening, Order, WorkerAnswer
+from scripts.benchmarks.scorer_workloads import (
+    Int,
+    World,
+    idle_torch_bytes,
+    recomputed_summaries,
+    scorer_roofline,
+    worker,
+)
+from scripts.benchmarks.workloads import TASK, lifelong_log, untrained, untrained_baseline
 from scripts.experiments.serving_cost import history_model_server
 from vista.config.choices import Architecture, Mixing, Precision, TargetAttentionKind
 from vista.device import choose_precision, keep_freed_memory, set_threads
@@ -51,15 +58,15 @@ CALLS = {
     "5,000 candidates": (1, 5000),
     "32 users x 100 candidates": (32, 100),
 }
-"""(B, C) of the calls that are held against their floors; the others' ratios against the first's."""
-FLOOR_BARS = {Precision.float32: 1.5, Precision.bfloat16: 2.5}
+"""(B, C) of the calls that are held against their rooflines; the others' ratios against the first's."""
+ROOFLINE_BARS = {Precision.float32: 1.5, Precision.bfloat16: 2.5}
 PAPERS_SPEEDUP = 16.7
 TOLERANCE = {Precision.float32: 1e-4, Precision.bfloat16: 2e-2}
 """Of probabilities: between calls of different shapes."""
 INT8_TOLERANCE = 2e-2
 """Of probabilities: between int8 summaries and those that were stored; users differ by 0.1."""
 TRAINED_LIMIT = 200
-"""Events that the rivals of docs/results read (conf/model): there is no bar for so few."""
+"""Events that the baselines of docs/results read (conf/model): there is no bar for so few."""
 
 
 def check(scorer: Scorer, users: Sequence[int], ids: Int, precision: Precision = Precision.float32) -> None:
@@ -82,7 +89,7 @@ def open_scorer(world: World, precision: Precision = Precision.float32) -> Score
 # History ---------------------------------------------------------------------------------------------------------
 
 
-def bench_history(recorder: Recorder, world: World, lengths: tuple[int, int]) -> None:
+def bench_history(recorder: BenchmarkRecorder, world: World, lengths: tuple[int, int]) -> None:
     """A short and a long life (users 1 and 2), and lists of candidates."""
     rounds = 9 if recorder.quick else 41
     with open_scorer(world) as scorer:
@@ -111,47 +118,47 @@ def bench_history(recorder: Recorder, world: World, lengths: tuple[int, int]) ->
             add_latency(recorder, f"{world}, {case}", timing)
 
 
-def add_latency(recorder: Recorder, case: str, timing: Timing) -> None:
+def add_latency(recorder: BenchmarkRecorder, case: str, timing: Timing) -> None:
     """Median and p99 of one call."""
     recorder.add(f"{case}: median", timing.median_s * 1e3, "ms", spread=timing.spread_s * 1e3)
     recorder.add(f"{case}: p99", timing.p99_s * 1e3, "ms")
 
 
-# Floor -----------------------------------------------------------------------------------------------------------
+# Roofline -----------------------------------------------------------------------------------------------------------
 
 
-def bench_floor(recorder: Recorder, world: World, precision: Precision) -> None:
+def bench_roofline(recorder: BenchmarkRecorder, world: World, precision: Precision) -> None:
     """Calls of several shapes over the time of their matrix products."""
     rounds, first = 9 if recorder.quick else 41, None
     with open_scorer(world, precision) as scorer:
         for case, (num_users, num_candidates) in CALLS.items():
             users, ids = world.request(num_users, num_candidates)
             check(scorer, users, ids, precision)
-            floor = scorer_floor(world.model.config, num_users, num_candidates, precision)
+            roofline = scorer_roofline(world.model.config, num_users, num_candidates, precision)
             call = partial(scorer.score, users, scorer.encode(ids))
             assert np.allclose(call(), scorer.score(users, ids), atol=TOLERANCE[precision])
             timing = interleaved(
-                {"ours": call, **floor.calls()},
+                {"ours": call, **roofline.calls()},
                 rounds=rounds,
                 warmup=3,
                 min_sample_s=0.005
                 if recorder.quick
                 else 0.02,  # as long as a call, so that interruptions hit all alike
             )
-            seconds, ours = floor.seconds(timing), timing["ours"]
+            seconds, ours = roofline.seconds(timing), timing["ours"]
             name = f"{world}, {case}, {precision.value}"
-            print(f"{name}: {floor.describe(timing)}")
+            print(f"{name}: {roofline.describe(timing)}")
             recorder.add(
-                f"{name}: over the floor of its matrix products",
+                f"{name}: over the roofline of its matrix products",
                 ours.median_s * 1e3,
                 "ms",
                 baseline=seconds * 1e3,
-                bar=None if first else f"value <= {FLOOR_BARS[precision]} * baseline",
+                bar=None if first else f"value <= {ROOFLINE_BARS[precision]} * baseline",
                 spread=ours.spread_s * 1e3,
             )
             ratio = ours.median_s / seconds
             if first:
-                case = f"{name}: times over its floor, against those of {NUM_CANDIDATES} candidates"
+                case = f"{name}: times over its roofline, against those of {NUM_CANDIDATES} candidates"
                 recorder.add(case, ratio, "times", baseline=first, bar="value <= 1.3 * baseline")
             first = first or ratio
 
@@ -159,7 +166,7 @@ def bench_floor(recorder: Recorder, world: World, precision: Precision) -> None:
 # Layers ----------------------------------------------------------------------------------------------------------
 
 
-def bench_layers(recorder: Recorder, world: World, softmax: World, precision: Precision) -> None:
+def bench_layers(recorder: BenchmarkRecorder, world: World, softmax: World, precision: Precision) -> None:
     """What the kind of stage 2's layers costs a request; both worlds are of the same log and sizes."""
     with open_scorer(world, precision) as ours, open_scorer(softmax, precision) as theirs:
         for case, (num_users, num_candidates) in CALLS.items():
@@ -182,7 +189,7 @@ def bench_layers(recorder: Recorder, world: World, softmax: World, precision: Pr
 # Batches ---------------------------------------------------------------------------------------------------------
 
 
-def bench_batches(recorder: Recorder, world: World) -> None:
+def bench_batches(recorder: BenchmarkRecorder, world: World) -> None:
     """Calls of several users against a call a user: what docs/serving.md advises with."""
     everyone = list(range(1, 33))
     with open_scorer(world) as scorer:
@@ -208,7 +215,7 @@ def bench_batches(recorder: Recorder, world: World) -> None:
         add_batch(recorder, f"{world}, a user x 500 and 31 x 10, ragged: one call against two", timing)
 
 
-def add_batch(recorder: Recorder, case: str, timing: Mapping[str, Timing]) -> None:
+def add_batch(recorder: BenchmarkRecorder, case: str, timing: Mapping[str, Timing]) -> None:
     """One call against several."""
     one, many = timing["one"], timing["many"]
     recorder.add(case, one.median_s * 1e3, "ms", baseline=many.median_s * 1e3, spread=one.spread_s * 1e3)
@@ -217,7 +224,7 @@ def add_batch(recorder: Recorder, case: str, timing: Mapping[str, Timing]) -> No
 # Recompute -------------------------------------------------------------------------------------------------------
 
 
-def bench_recompute(recorder: Recorder, world: World, user: int, precision: Precision) -> None:
+def bench_recompute(recorder: BenchmarkRecorder, world: World, user: int, precision: Precision) -> None:
     """A user's stored summary against one that the request makes."""
     mixing, ids = world.model.config.mixing, world.candidates(NUM_CANDIDATES)
     with open_scorer(world, precision) as cached, open_scorer(world, precision) as recomputing:
@@ -241,16 +248,16 @@ def bench_recompute(recorder: Recorder, world: World, user: int, precision: Prec
     )
 
 
-# Rivals ----------------------------------------------------------------------------------------------------------
+# Baselines ----------------------------------------------------------------------------------------------------------
 
 
-def bench_rivals(recorder: Recorder, world: World, num_lengths: int) -> None:
-    """Users 1, 2, … of rising lengths; rivals read the whole history, and multiply in float32, as ours."""
+def bench_baselines(recorder: BenchmarkRecorder, world: World, num_lengths: int) -> None:
+    """Users 1, 2, … of rising lengths; baselines read the whole history, and multiply in float32, as ours."""
     log, ids = world.log, world.candidates(NUM_CANDIDATES)
     limit = int(log.lengths[:num_lengths].max())
     servers = {
         which.value: history_model_server(
-            untrained_rival(log, which, dim=world.model.config.dim, history_limit=limit), log, log.items.rows(ids)
+            untrained_baseline(log, which, dim=world.model.config.dim, history_limit=limit), log, log.items.rows(ids)
         )
         for which in (Architecture.sasrec, Architecture.hstu)
     }
@@ -279,7 +286,7 @@ def bench_rivals(recorder: Recorder, world: World, num_lengths: int) -> None:
 # Processes -------------------------------------------------------------------------------------------------------
 
 
-def bench_processes(recorder: Recorder, world: World, users: list[int]) -> None:
+def bench_processes(recorder: BenchmarkRecorder, world: World, users: list[int]) -> None:
     """Requests a second of two processes against one, and the memory of one."""
     ids = world.candidates(4 * NUM_CANDIDATES)
     opening = Opening(str(world.model_dir), str(world.store), TASK, users, ids.tolist(), NUM_CANDIDATES)
@@ -317,7 +324,7 @@ def bench_processes(recorder: Recorder, world: World, users: list[int]) -> None:
     )
 
 
-def check_answers(answers: Sequence[Answer], expected: float) -> None:
+def check_answers(answers: Sequence[WorkerAnswer], expected: float) -> None:
     """The workers scored as this process does."""
     for answer in answers:
         assert answer.requests > 0 and np.isclose(answer.first_sum, expected, rtol=1e-4), (answer, expected)
@@ -327,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     options = benchmark_parser("scorer", __doc__).parse_args(arguments)
     set_threads(0)
-    recorder = Recorder("scorer", out=options.out, quick=options.quick)
+    recorder = BenchmarkRecorder("scorer", out=options.out, quick=options.quick)
     quick = options.quick
     models = (SMALL,) if quick else (SMALL, PUBLISHED)
     life, num_items = ((200, 20_000), 10_000) if quick else ((1_000, 1_000_000), 50_000)
@@ -357,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         ours = worlds[Mixing.separable]
         for precision in precisions:
-            bench_floor(recorder, ours, precision)
+            bench_roofline(recorder, ours, precision)
         for dim, num_seeds in models:
             pair = [
                 World.make(
@@ -374,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for mixing in (Mixing.bidirectional, Mixing.separable):
             for precision in precisions:
                 bench_recompute(recorder, worlds[mixing], len(lengths), precision)
-        bench_rivals(recorder, ours, len(lengths))
+        bench_baselines(recorder, ours, len(lengths))
         bench_processes(recorder, ours, list(range(1, log.num_users + 1)))
     recorder.print_summary()
     return 0

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from scripts.benchmarks.benchmark_recorder import Recorder, benchmark_parser, interleaved
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser, interleaved
 from vista.config import SimulateConfig
 from vista.simulation.simulate import EVENTS_FILE, IMPRESSIONS_FILE, SimulatedLog, generate, write
 
@@ -41,7 +41,7 @@ def check(log: SimulatedLog, config: SimulateConfig, out: Path) -> None:
     assert pl.scan_parquet(out / IMPRESSIONS_FILE).select(pl.len()).collect().item() == len(log.impression_item)
 
 
-def measure(recorder: Recorder, name: str, config: SimulateConfig, folder: Path, rounds: int) -> None:
+def measure(recorder: BenchmarkRecorder, name: str, config: SimulateConfig, folder: Path, rounds: int) -> None:
     """All cases of one shape."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     log = generate(config)
@@ -66,7 +66,7 @@ def measure(recorder: Recorder, name: str, config: SimulateConfig, folder: Path,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     options = benchmark_parser("simulate", __doc__).parse_args(arguments)
-    recorder = Recorder("simulate", out=options.out, quick=options.quick)
+    recorder = BenchmarkRecorder("simulate", out=options.out, quick=options.quick)
     with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
         for name, config in (QUICK_SHAPES if options.quick else SHAPES).items():
             measure(recorder, name, config, Path(folder), rounds=3 if options.quick else 7)

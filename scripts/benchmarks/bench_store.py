@@ -1,7 +1,7 @@
 """The store beside LMDB alone: writes, reads, growth, and what a refresh costs beyond its bytes and its model.
 
-Raw LMDB holds the same bytes under the same keys, with the same options and the same batches, on the same disk and
-in the same process; both sides alternate. Where there is no such rival, the floor is measured: the bytes copied and
+Raw LMDB holds the same bytes under the same keys, with the same options and the same batches, on the same disk and in
+the same process; both sides alternate. Where there is no such baseline, the roofline is measured: the bytes copied and
 the numbers written, or the model's functions alone on the same inputs.
 
 **Writes**: durable batches of 512 records as a refresh writes them. **Reads**: batches of 256 users from the page
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.benchmarks.benchmark_recorder import Recorder, benchmark_parser, interleaved, timing_of
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser, interleaved, timing_of
 from scripts.benchmarks.refresh_figures import bench_full, bench_incremental
 from scripts.benchmarks.store_workloads import (
     LARGEST_UPDATE,
@@ -50,7 +50,7 @@ from scripts.benchmarks.store_workloads import (
 from scripts.benchmarks.workloads import START_MS
 from vista.config.choices import StateDtype
 from vista.device import keep_freed_memory, set_threads
-from vista.store import SummaryStore, user_keys
+from vista.store import StoreReader, user_keys
 from vista.store.layout import read_current, state_path
 from vista.store.lmdb.environment import SharedEnvironment
 from vista.store.updates import StoreUpdate
@@ -62,7 +62,7 @@ NUM_REWRITES = 20
 HELD_S = 0.1
 
 
-def bench_writes_and_reads(recorder: Recorder, folder: Path, shape: Shape) -> None:
+def bench_writes_and_reads(recorder: BenchmarkRecorder, folder: Path, shape: Shape) -> None:
     """Both on the same two stores."""
     rounds = 5 if recorder.quick else 31
     num_users = (rounds + WARMUP) * RECORDS_PER_WRITE
@@ -100,20 +100,20 @@ def bench_writes_and_reads(recorder: Recorder, folder: Path, shape: Shape) -> No
     assert user_values(served(folder / "ours")) == user_values(folder / "raw")
 
 
-def bench_reads(recorder: Recorder, path: Path, raw: RawLmdb, shape: Shape, num_users: int) -> None:
+def bench_reads(recorder: BenchmarkRecorder, path: Path, raw: RawLmdb, shape: Shape, num_users: int) -> None:
     """Batches of records from the page cache, another batch each time."""
     rng = np.random.default_rng(3)
     batches = [rng.choice(num_users, RECORDS_PER_READ, replace=False) + 1 for _ in range(8)]
     keys = [user_keys(users) for users in batches]
-    turns = {name: itertools.cycle(range(len(batches))) for name in ("read", "raw", "get_many", "floor")}
-    with SummaryStore.open(path, summarizer_id=SUMMARIZER) as store:
+    turns = {name: itertools.cycle(range(len(batches))) for name in ("read", "raw", "get_many", "roofline")}
+    with StoreReader.open(path, summarizer_id=SUMMARIZER) as store:
         size = len(raw.copies(keys[0])[0] or b"")
         stored = np.ones((len(batches), RECORDS_PER_READ, size), np.uint8)
         payload = np.ones((RECORDS_PER_READ, size), np.uint8)
         numbers = np.ones((RECORDS_PER_READ, shape.num_tokens, shape.dim), np.float32)
 
-        def floor() -> None:
-            np.copyto(payload, stored[next(turns["floor"])])
+        def roofline() -> None:
+            np.copyto(payload, stored[next(turns["roofline"])])
             numbers.fill(1)
 
         timing = interleaved(
@@ -122,7 +122,7 @@ def bench_reads(recorder: Recorder, path: Path, raw: RawLmdb, shape: Shape, num_
                 "read": lambda: store._current().read(keys[next(turns["read"])]),
                 "raw": lambda: raw.copies(keys[next(turns["raw"])]),
                 "get_many": lambda: store.get_many(batches[next(turns["get_many"])]),
-                "floor": floor,
+                "roofline": roofline,
             },
             rounds=9 if recorder.quick else 41,
         )
@@ -141,19 +141,19 @@ def bench_reads(recorder: Recorder, path: Path, raw: RawLmdb, shape: Shape, num_
         f"{case}, checked and as float32, against a copy of the bytes and a write of the numbers",
         get_many.median_s * 1e3,
         "ms",
-        baseline=timing["floor"].median_s * 1e3,
+        baseline=timing["roofline"].median_s * 1e3,
         bar="value <= 1.5 * baseline",
         spread=get_many.spread_s * 1e3,
     )
 
 
-def bench_latency(recorder: Recorder, folder: Path, shape: Shape) -> None:
+def bench_latency(recorder: BenchmarkRecorder, folder: Path, shape: Shape) -> None:
     """The slowest of a hundred reads, while nothing and while another process writes, in alternation."""
     num_users, turns, seconds = (2_000, 2, 0.3) if recorder.quick else (20_000, 5, 3.0)
     write_store(folder / "store", shape, num_users)
     writing = multiprocessing.get_context("spawn").Event()
     rng = np.random.default_rng(4)
-    with SummaryStore.open(folder / "store") as store, process(rewrite, folder / "store", writing):
+    with StoreReader.open(folder / "store") as store, process(rewrite, folder / "store", writing):
         for batch in (1, RECORDS_PER_READ):
             samples: dict[bool, list[float]] = {False: [], True: []}
             batches = itertools.cycle(rng.integers(1, num_users + 1, (256, batch)))
@@ -174,7 +174,7 @@ def bench_latency(recorder: Recorder, folder: Path, shape: Shape) -> None:
             )
 
 
-def bench_growth(recorder: Recorder, folder: Path, shape: Shape) -> None:
+def bench_growth(recorder: BenchmarkRecorder, folder: Path, shape: Shape) -> None:
     """Size of the files after each user was rewritten again and again, under readers."""
     num_users, path = 2_560 if recorder.quick else 25_600, folder / "store"
     write_store(path, shape, num_users, state=StateDtype.float32)
@@ -213,7 +213,7 @@ def bench_growth(recorder: Recorder, folder: Path, shape: Shape) -> None:
         )
 
 
-def bench_many_users(recorder: Recorder, folder: Path, shape: Shape) -> None:
+def bench_many_users(recorder: BenchmarkRecorder, folder: Path, shape: Shape) -> None:
     """A large store opened by fresh processes, once its pages have left the cache and once they are in it."""
     num_users, num_reads, repeats = (5_000, 500, 1) if recorder.quick else (1_000_000, 10_000, 5)
     path = folder / "store"
@@ -269,9 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     set_threads(1)
     keep_freed_memory()
-    recorder = Recorder("store", out=options.out, quick=options.quick)
+    recorder = BenchmarkRecorder("store", out=options.out, quick=options.quick)
     shape = SHAPES[0]
-    parts: list[Callable[[Recorder, Path], None]] = [
+    parts: list[Callable[[BenchmarkRecorder, Path], None]] = [
         *(partial(bench_writes_and_reads, shape=each) for each in SHAPES),
         *(partial(bench_latency, shape=each) for each in SHAPES),
         partial(bench_growth, shape=shape),

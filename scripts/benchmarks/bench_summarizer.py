@@ -6,7 +6,7 @@ events. Timed is what the refresh does: rows of the log to rows of the model, th
 the peak resident size of that stretch (VmHWM, reset just before) less the resident size before it: all that
 summarizing adds to log, model and libraries. The worst of the processes counts for memory, the median for time.
 
-Beside it stands the floor of this machine, measured in the same minute: the matrix products of the same shapes alone
+Beside it stands the roofline of this machine, measured in the same minute: the matrix products of the same shapes alone
 (projections, feed-forward, states) in the same precision or a higher one, plus the activations, in the cache.
 Precision is float32, or bfloat16 as `vista refresh precision=bfloat16` has it. Bidirectional mixing (the paper) keeps
 a history's tokens, [T, d] float32, from layer to layer; separable mixing keeps states only.
@@ -30,19 +30,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scripts.benchmarks.benchmark_recorder import Recorder, benchmark_parser, interleaved, timing_of
-from scripts.benchmarks.rooflines import activation, matmul_floor
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser, interleaved, timing_of
+from scripts.benchmarks.rooflines import activation, matmul_roofline
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from vista.config.choices import Mixing, Precision
 from vista.device import keep_freed_memory, set_threads
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.model import inference
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 
 GIB = 2**30
-FLOOR_ROWS = 4096
-"""Rows of the matrix products that the floor is measured with: cache-sized, as a careful implementation takes them."""
+ROOFLINE_ROWS = 4096
+"""Rows of the matrix products that the roofline is measured with: cache-sized, as a careful implementation takes
+them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Case:
     mixing: Mixing
     precision: Precision
     bar: float | None
-    """How many times the floor it may take."""
+    """How many times the roofline it may take."""
 
     def __str__(self) -> str:
         return (
@@ -111,7 +112,7 @@ def measure(task: dict[str, Any]) -> dict[str, float]:
     return {"seconds": seconds, "extra_gib": extra, "resident_gib": before}
 
 
-def summarize(model: Recommender, history: Histories, item_rows: NDArray[np.int32]) -> torch.Tensor:
+def summarize(model: VistaModel, history: Histories, item_rows: NDArray[np.int32]) -> torch.Tensor:
     """As the refresh does it."""
     return inference.summarize(model, dataclasses.replace(history, item=item_rows[history.item]))
 
@@ -135,28 +136,30 @@ def floor_seconds(case: Case, num_events: int, num_heads: int = 4) -> float:
     dtypes = (torch.float32,) if precise else (torch.float32, torch.bfloat16)
 
     def product(n: int, k: int) -> float:
-        return matmul_floor(FLOOR_ROWS, n, k, dtypes=dtypes, weights=True)
+        return matmul_roofline(ROOFLINE_ROWS, n, k, dtypes=dtypes, weights=True)
 
     key_value, feed_forward = product(2 * dim, dim), product(4 * dim, dim) + product(dim, 2 * dim)
-    written = key_value + matmul_floor(head_dim, head_dim, FLOOR_ROWS, count=num_heads, dtypes=dtypes)
+    written = key_value + matmul_roofline(head_dim, head_dim, ROOFLINE_ROWS, count=num_heads, dtypes=dtypes)
     products = layers * written + (layers - 1) * feed_forward  # nothing reads the last layer's events
     elements = layers * dim + (layers - 1) * 2 * dim  # silu of keys and of the feed-forward's gates
     if case.mixing is Mixing.bidirectional:
-        read = matmul_floor(FLOOR_ROWS, head_dim, head_dim, count=num_heads, dtypes=dtypes)
+        read = matmul_roofline(ROOFLINE_ROWS, head_dim, head_dim, count=num_heads, dtypes=dtypes)
         products += (layers - 1) * (key_value + read + product(dim, dim))  # queries and gates; the output projection
         elements += (layers - 1) * dim
-    silu = activation("silu", elements * FLOOR_ROWS)
-    return (products + silu.times * interleaved({"silu": silu.call})["silu"].median_s) * num_events / FLOOR_ROWS
+    silu = activation("silu", elements * ROOFLINE_ROWS)
+    return (products + silu.times * interleaved({"silu": silu.call})["silu"].median_s) * num_events / ROOFLINE_ROWS
 
 
-def report(recorder: Recorder, case: Case, log: Path, num_events: int, repeats: int) -> None:
+def report(recorder: BenchmarkRecorder, case: Case, log: Path, num_events: int, repeats: int) -> None:
     """All rows of one case."""
     words = {"log": str(log), "mixing": case.mixing.value, "precision": case.precision.value}
     found = in_fresh_processes(dataclasses.asdict(case) | words, repeats)
     timing = timing_of([each["seconds"] for each in found])
     name, bar = f"{num_events:,} events, {case}", None if case.bar is None else f"value <= {case.bar} * baseline"
-    floor = floor_seconds(case, num_events)
-    recorder.add(f"{name}: time over the floor", timing.median_s, "s", baseline=floor, bar=bar, spread=timing.spread_s)
+    roofline = floor_seconds(case, num_events)
+    recorder.add(
+        f"{name}: time over the roofline", timing.median_s, "s", baseline=roofline, bar=bar, spread=timing.spread_s
+    )
     recorder.add(f"{name}: rate", num_events / timing.median_s, "events/s", better="more")
     memory = max(each["extra_gib"] for each in found)
     recorder.add(f"{name}: peak memory beyond the log", memory, "GiB", bar="value < 1")
@@ -170,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     set_threads(0)
     keep_freed_memory()
-    recorder = Recorder("summarizer", out=options.out, quick=options.quick)
+    recorder = BenchmarkRecorder("summarizer", out=options.out, quick=options.quick)
     num_events, repeats = (20_000, 1) if options.quick else (1_000_000, 2)
     with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
         log = Path(folder) / "log"

@@ -14,9 +14,9 @@ pilot. Ours runs at its defaults on all cores, keeps freed memory as `vista trai
 `train()` for one epoch, set-up, checkpoint and export included. RecTools is timed from inside: the epoch alone,
 without start, data preparation and model building.
 
-RecTools lives in a virtual environment of its own (--rival-venv or VISTA_RIVAL_VENV; made if absent, some GB). About
-25 minutes on two idle cores; --rival-batches 60 estimates RecTools' epochs and halves that. The settings found, and
-every sample, go beside --out as <name>_settings.json.
+RecTools lives in a virtual environment of its own (--rectools-venv or VISTA_RECTOOLS_VENV; made if absent, some GB).
+About 25 minutes on two idle cores; --baseline-batches 60 estimates RecTools' epochs and halves that. The settings
+found, and every sample, go beside --out as <name>_settings.json.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks.benchmark_recorder import Recorder, benchmark_parser, timing_of
-from scripts.benchmarks.rectools_process import DIM, HEADS, LAYERS, LENGTH, Pilot, rival_python
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser, timing_of
+from scripts.benchmarks.rectools_process import DIM, HEADS, LAYERS, LENGTH, Pilot, rectools_python
 from scripts.benchmarks.workloads import find_ml_1m
 from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from vista.config.choices import Architecture
@@ -57,16 +57,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The shared arguments and this benchmark's own."""
     parser = benchmark_parser("training", __doc__)
     parser.add_argument("--data", type=Path, help="ml-1m's events.npz; default: $VISTA_DATA_DIR/ml-1m/events.npz")
-    default = Path(os.environ.get("VISTA_RIVAL_VENV", "runs/rival-venv"))
-    parser.add_argument("--rival-venv", type=Path, default=default, help="virtual environment with RecTools")
+    default = Path(os.environ.get("VISTA_RECTOOLS_VENV", "runs/baseline-venv"))
+    parser.add_argument("--rectools-venv", type=Path, default=default, help="virtual environment with RecTools")
     parser.add_argument("--negatives", type=int, nargs="+", default=[64, 1024], help="negatives a label, one case each")
     parser.add_argument("--repeats", type=int, default=2, help="epochs of each, in alternation")
-    parser.add_argument("--rival-batches", type=int, default=0, help="estimate RecTools' epochs from so many batches")
+    parser.add_argument(
+        "--baseline-batches", type=int, default=0, help="estimate RecTools' epochs from so many batches"
+    )
     return parser.parse_args(arguments)
 
 
 def write_events(path: Path, folder: Path, max_users: int) -> tuple[EventLog, Path, int]:
-    """The same training events for both: our log, the rival's npz, and the number of our labels."""
+    """The same training events for both: our log, the baseline's npz, and the number of our labels."""
     with np.load(path, allow_pickle=False) as arrays:
         missing = {"user", "item", "offsets"} - set(arrays.files)
         if missing:
@@ -77,13 +79,14 @@ def write_events(path: Path, folder: Path, max_users: int) -> tuple[EventLog, Pa
     kept = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
     log = EventLog.from_frame({"user": user[kept], "item": item[kept]}, folder / "log", timestamp=None)
     trained = np.concatenate([np.arange(start, end - HELD_OUT) for start, end in zip(starts, ends, strict=True)])
-    rival = folder / "rival.npz"
-    np.savez(rival, user=user[trained], item=item[trained], timestamp=np.arange(len(trained)))
-    return log, rival, len(trained)
+    baseline = folder / "baseline.npz"
+    np.savez(baseline, user=user[trained], item=item[trained], timestamp=np.arange(len(trained)))
+    return log, baseline, len(trained)
 
 
 def our_config(who: Architecture, log: EventLog, negatives: int, dropout: float, run_dir: str) -> TrainConfig:
-    """One epoch of this project's defaults at the rival's sizes; every event is a label once, nothing is validated."""
+    """One epoch of this project's defaults at the baseline's sizes; every event is a label once, nothing is
+    validated."""
     return TrainConfig(
         model=ModelConfig(
             architecture=who,
@@ -114,7 +117,7 @@ def run_ours(who: Architecture, log: EventLog, negatives: int, dropout: float) -
 
 
 def compare(
-    recorder: Recorder, pilot: Pilot, log: EventLog, num_labels: int, repeats: int, max_batches: int
+    recorder: BenchmarkRecorder, pilot: Pilot, log: EventLog, num_labels: int, repeats: int, max_batches: int
 ) -> dict[str, Any]:
     """One case: pilot, epochs in turns, a row for each of ours; returns all that stands behind the rows."""
     setting = pilot.fastest()
@@ -130,19 +133,19 @@ def compare(
             else:
                 ours[who].append(run_ours(who, log, negatives, dropout))
     assert all(num_labels >= report["positions"] for report in reports), "ours must not have fewer labels"
-    rival = timing_of([report["seconds_per_epoch"][0] for report in reports])
+    baseline = timing_of([report["seconds_per_epoch"][0] for report in reports])
     rows = []
     for who, bar in BARS.items():
         own = timing_of(ours[who])
         case = f"ml-1m epoch of {who.value}, {negatives} negatives a label, dropout {dropout:g}"
-        rows.append(recorder.add(case, own.median_s, "s", baseline=rival.median_s, bar=bar, spread=own.spread_s))
+        rows.append(recorder.add(case, own.median_s, "s", baseline=baseline.median_s, bar=bar, spread=own.spread_s))
     print(f"        RecTools: {' '.join(setting.options())}", flush=True)
     return {
         "rows": rows,
         "our_seconds": {who.value: seconds for who, seconds in ours.items()},
         "our_labels": num_labels,
         "our_config": {who.value: _settings(our_config(who, log, negatives, dropout, "")) for who in BARS},
-        "rival_reports": reports,
+        "baseline_reports": reports,
         "pilot": [dataclasses.asdict(tried) | {"seconds": seconds} for tried, seconds in pilot.tried.items()],
     }
 
@@ -159,10 +162,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if path is None:
         print("skipped: ml-1m is not at hand; set VISTA_DATA_DIR, or --data path/to/ml-1m/events.npz")
         return 0
-    python = rival_python(options.rival_venv)
+    python = rectools_python(options.rectools_venv)
     keep_freed_memory()
     quick: bool = options.quick
-    recorder = Recorder("training", out=options.out, quick=quick)
+    recorder = BenchmarkRecorder("training", out=options.out, quick=quick)
     cases = list(itertools.product(options.negatives, (DEFAULT_DROPOUT, 0.0)))
     with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
         log, data, num_labels = write_events(path, Path(folder), 200 if quick else 0)
@@ -173,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 log,
                 num_labels,
                 1 if quick else options.repeats,
-                options.rival_batches,
+                options.baseline_batches,
             )
             for negatives, dropout in (cases[:1] if quick else cases)
         ]

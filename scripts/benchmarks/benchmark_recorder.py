@@ -1,7 +1,7 @@
-"""What all benchmarks share: arguments, interleaved timing, and one JSON line a case. (Floors: floors.py.)
+"""What all benchmarks share: arguments, interleaved timing, and one JSON line a case. (Rooflines: rooflines.py.)
 
     arguments = benchmark_parser("latency", __doc__).parse_args()
-    recorder = Recorder("latency", out=arguments.out, quick=arguments.quick)
+    recorder = BenchmarkRecorder("latency", out=arguments.out, quick=arguments.quick)
     timing = interleaved({"short": lambda: score(a), "long": lambda: score(b)})
     short, long = timing["short"], timing["long"]
     recorder.add("a user of 10^6 events against one of 10^3", long.median_s, "s", baseline=short.median_s,
@@ -52,7 +52,7 @@ def benchmark_parser(subject: str, description: str | None) -> argparse.Argument
     return parser
 
 
-class Recorder:
+class BenchmarkRecorder:
     """Writes the cases of one benchmark, each as soon as it is known.
 
     A new measurement replaces the same case of the same machine in the file (Git keeps the old one); those of other

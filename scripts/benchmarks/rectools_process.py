@@ -50,7 +50,7 @@ class Setting:
         return words_of(dataclasses.asdict(self))
 
 
-def rival_python(folder: Path) -> Path:
+def rectools_python(folder: Path) -> Path:
     """The interpreter of RecTools' environment, which is made if it is not there."""
     python = folder.absolute() / "bin" / "python"
     if not python.exists():
@@ -62,17 +62,17 @@ def rival_python(folder: Path) -> Path:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise SystemExit(
             f"error: {python} has no working RecTools ({reason}); `{python} -m pip install 'rectools[torch]'`, or name "
-            "another --rival-venv"
+            "another --rectools-venv"
         )
     return python
 
 
-def run_rival(python: Path, data: Path, setting: Setting, max_batches: int) -> dict[str, Any]:
+def run_rectools(python: Path, data: Path, setting: Setting, max_batches: int) -> dict[str, Any]:
     """One epoch of RecTools in a process of its own, whole or estimated."""
-    return call_rival(python, data, [*SHAPE, *setting.options(), "--max-batches", str(max_batches)])
+    return call_rectools(python, data, [*SHAPE, *setting.options(), "--max-batches", str(max_batches)])
 
 
-def call_rival(python: Path, data: Path, words: Sequence[str]) -> dict[str, Any]:
+def call_rectools(python: Path, data: Path, words: Sequence[str]) -> dict[str, Any]:
     """rectools_training.py in a process of its own: what it reports."""
     command = [str(python), str(SCRIPT), str(data), *words]
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS")}
@@ -84,7 +84,7 @@ def call_rival(python: Path, data: Path, words: Sequence[str]) -> dict[str, Any]
 
 
 class Pilot:
-    """Finds the rival's fastest setting: one property after the other, each time keeping what was fastest."""
+    """Finds the baseline's fastest setting: one property after the other, each time keeping what was fastest."""
 
     def __init__(self, python: Path, data: Path, negatives: int, dropout: float, *, quick: bool) -> None:
         self._python, self._data, self._quick = python, data, quick
@@ -106,8 +106,8 @@ class Pilot:
         return self._best()
 
     def run(self, setting: Setting, max_batches: int) -> dict[str, Any]:
-        """One epoch of the rival, whole (0) or estimated from its first batches; its report."""
-        return run_rival(self._python, self._data, setting, max_batches)
+        """One epoch of the baseline, whole (0) or estimated from its first batches; its report."""
+        return run_rectools(self._python, self._data, setting, max_batches)
 
     def _try(self, settings: Iterable[Setting]) -> None:
         for setting in dict.fromkeys(settings):

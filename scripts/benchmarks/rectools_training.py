@@ -2,7 +2,7 @@
 
 Runs in an environment of its own, with RecTools and without vista (RecTools needs numpy<2):
 
-    python -m venv rival && rival/bin/pip install "rectools[torch]"
+    python -m venv baseline && baseline/bin/pip install "rectools[torch]"
     rectools/bin/python scripts/benchmarks/rectools_training.py events.npz --epochs 2 --loss softmax
     rectools/bin/python scripts/benchmarks/rectools_training.py events.npz --model HSTU --recommend lists.npz
 
@@ -217,7 +217,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     walls, cpus = clock.seconds(total_batches)
     loss = model.fit_trainer.callback_metrics.get("train_loss")
     return {
-        "rival": f"RecTools {options.model}",
+        "baseline": f"RecTools {options.model}",
         "seconds_per_epoch": walls,
         "cpu_seconds_per_epoch": cpus,
         "estimated": bool(options.max_batches and options.max_batches < total_batches),

@@ -1,6 +1,6 @@
 """What refreshes cost beyond their bytes and their model, for bench_store.py.
 
-The incremental refresh's floor is the work that no implementation can leave out: the users' states read and written
+The incremental refresh's roofline is the work that no implementation can leave out: the users' states read and written
 durably by raw LMDB, and the model's own functions on the same inputs: the new events embedded and summed, the sums
 added to the states, the summaries read by the seeds. A full refresh's time without the model stands beside the log's
 columns copied and its records and states written durably by raw LMDB, in the same batches.
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts.benchmarks.benchmark_recorder import Recorder, interleaved
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, interleaved
 from scripts.benchmarks.store_workloads import RECORDS_PER_WRITE, RawLmdb, served, user_values
 from scripts.benchmarks.workloads import ACTIONS, lifelong_log, untrained
 from vista.config.choices import Precision
@@ -26,7 +26,7 @@ from vista.model.state_updates import range_states, reach
 from vista.model.summary_state import merge
 from vista.refresh import RefreshReport, refresh, refresh_incremental
 from vista.refresh.encode import LogItems, from_arrays, read_summaries
-from vista.store import SummaryStore, user_keys
+from vista.store import StoreReader, user_keys
 from vista.store.format.state_record import decode_states
 from vista.store.layout import read_current, state_path
 
@@ -37,7 +37,7 @@ WARMUP = 1
 DAY_MS = 86_400_000
 
 
-def bench_incremental(recorder: Recorder, folder: Path) -> None:
+def bench_incremental(recorder: BenchmarkRecorder, folder: Path) -> None:
     """Few users whatever the number of their old events, many users, and what becomes of those without new events."""
     if recorder.quick:
         compare_lengths(recorder, folder / "few", 16, {1_000: None, 10_000: None}, rounds=5)
@@ -49,8 +49,10 @@ def bench_incremental(recorder: Recorder, folder: Path) -> None:
     compare_records(recorder, folder / "unchanged")
 
 
-def compare_lengths(recorder: Recorder, folder: Path, num_users: int, bars: dict[int, str | None], rounds: int) -> None:
-    """Incremental refreshes of users with some numbers of old events, each beside its floor and a full refresh.
+def compare_lengths(
+    recorder: BenchmarkRecorder, folder: Path, num_users: int, bars: dict[int, str | None], rounds: int
+) -> None:
+    """Incremental refreshes of users with some numbers of old events, each beside its roofline and a full refresh.
 
     Args:
         bars: number of old events -> what is asked of the full refresh's time over the incremental one's.
@@ -61,17 +63,17 @@ def compare_lengths(recorder: Recorder, folder: Path, num_users: int, bars: dict
     for length in bars:
         grown = Grown(folder / str(length), length, num_users, num_items, rounds + WARMUP)
         full_s[length] = grown.full_s
-        contestants |= {f"{length} refresh": grown.refresh, f"{length} floor": grown.floor}
+        contestants |= {f"{length} refresh": grown.refresh, f"{length} roofline": grown.roofline}
     timing = interleaved(contestants, rounds=rounds, warmup=WARMUP, min_sample_s=0, max_seconds=math.inf)
     for length, bar in bars.items():
-        mine, floor = timing[f"{length} refresh"], timing[f"{length} floor"]
+        mine, roofline = timing[f"{length} refresh"], timing[f"{length} roofline"]
         case = f"incremental refresh of {num_users} users of {length:,} events, {NUM_NEW} new each"
         seconds, spread = mine.median_s, mine.spread_s * 1e3
         recorder.add(
-            f"{case}, over the floor",
+            f"{case}, over the roofline",
             seconds * 1e3,
             "ms",
-            baseline=floor.median_s * 1e3,
+            baseline=roofline.median_s * 1e3,
             bar="value <= 2 * baseline",
             spread=spread,
         )
@@ -87,7 +89,7 @@ def compare_lengths(recorder: Recorder, folder: Path, num_users: int, bars: dict
         )
 
 
-def compare_records(recorder: Recorder, folder: Path) -> None:
+def compare_records(recorder: BenchmarkRecorder, folder: Path) -> None:
     """Records of users without new events, byte by byte."""
     log = lifelong_log(folder / "log", [200] * 100, num_items=1_000)
     model = untrained(log, dim=64, num_seeds=32)
@@ -101,7 +103,8 @@ def compare_records(recorder: Recorder, folder: Path) -> None:
 
 
 class Grown:
-    """A log whose users have got new events, stores that have not seen them, and the floor of bringing one up to it."""
+    """A log whose users have got new events, stores that have not seen them, and the roofline of bringing one up to
+    it."""
 
     def __init__(self, folder: Path, length: int, num_users: int, num_items: int, num_stores: int) -> None:
         log = lifelong_log(folder / "log", [length] * num_users, num_items=num_items)
@@ -114,14 +117,14 @@ class Grown:
         for number in range(num_stores):
             shutil.copytree(folder / "store", folder / f"store-{number}")
         self._stores = (folder / f"store-{number}" for number in range(num_stores))
-        self._prepare_floor()
+        self._prepare_roofline()
 
     def refresh(self) -> None:
         """The incremental refresh of the next store."""
         report = refresh_incremental(self.model, self.log, next(self._stores))
         assert report.counts["appended"] == self.num_users and report.num_events == NUM_NEW * self.num_users
 
-    def floor(self) -> None:
+    def roofline(self) -> None:
         """Bytes and model of the same refresh."""
         self.raw.copies(self.keys)
         summarizer = self.model.summarizer
@@ -131,10 +134,10 @@ class Grown:
             read_summaries(self.frozen, state)
         self.raw.put(self.keys, self.states)
 
-    def _prepare_floor(self) -> None:
+    def _prepare_roofline(self) -> None:
         users, reached = np.arange(self.num_users), reach(self.model)
         self.keys = user_keys(self.log.users.ids(users))
-        with SummaryStore.open(self.folder / "store") as store:
+        with StoreReader.open(self.folder / "store") as store:
             spec = store.manifest.state_spec()
         assert spec is not None
         stored = user_values(state_path(self.folder / "store", spec.generation))
@@ -147,7 +150,7 @@ class Grown:
         self.context = np.full(self.num_users, reached)
 
 
-def bench_full(recorder: Recorder, folder: Path) -> None:
+def bench_full(recorder: BenchmarkRecorder, folder: Path) -> None:
     """A full refresh without its model, beside the bytes that it reads and writes."""
     num_users, num_events, rounds = (200, 30_000, 3) if recorder.quick else (6_040, 1_000_209, 7)
     weight = np.random.default_rng(0).lognormal(0.0, 1.0, num_users)
@@ -163,7 +166,7 @@ def bench_full(recorder: Recorder, folder: Path) -> None:
     reports: list[RefreshReport] = []
     number = itertools.count()
 
-    def floor() -> None:
+    def roofline() -> None:
         for segment in log.segments:
             for column in segment.events.columns.values():
                 np.array(column)
@@ -173,7 +176,10 @@ def bench_full(recorder: Recorder, folder: Path) -> None:
                 summary.put(some, own_records)
 
     timing = interleaved(
-        {"refresh": lambda: reports.append(refresh(model, log, folder / f"store-{next(number)}")), "floor": floor},
+        {
+            "refresh": lambda: reports.append(refresh(model, log, folder / f"store-{next(number)}")),
+            "roofline": roofline,
+        },
         rounds=rounds,
         warmup=WARMUP,
         min_sample_s=0,
@@ -184,7 +190,7 @@ def bench_full(recorder: Recorder, folder: Path) -> None:
         f"{case}: all but the model, against the log's bytes copied and the same records written by raw LMDB",
         float(np.median(seconds)),
         "s",
-        baseline=timing["floor"].median_s,
+        baseline=timing["roofline"].median_s,
         bar="value <= 1.5 * baseline",
         spread=float(np.subtract(*np.percentile(seconds, [75, 25]))),
     )

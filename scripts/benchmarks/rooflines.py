@@ -1,11 +1,11 @@
 """The least time that work can take on this machine: what its bytes, products and activations cost at their best.
 
-    floor = forward_floor(16_384, 4, 64, torch.bfloat16)
-    timing = interleaved({"ours": attend} | floor.calls())
-    print(timing["ours"].median_s / floor.seconds(timing))
+    roofline = forward_roofline(16_384, 4, 64, torch.bfloat16)
+    timing = interleaved({"ours": attend} | roofline.calls())
+    print(timing["ours"].median_s / roofline.seconds(timing))
 
-A floor is the larger of the bytes' time and the matrix products' time, plus the activations' time. It is timed in
-alternation with what it is a floor of, on the same threads. Bytes move at the speed of a copy of as many, in memory
+A roofline is the larger of the bytes' time and the matrix products' time, plus the activations' time. It is timed in
+alternation with what it is a roofline of, on the same threads. Bytes move at the speed of a copy of as many, in memory
 that was touched before. Products run at the operator's own shapes, in the fastest of the forms that a short
 measurement tries: chunks of tokens, one head or several at a time, either operand transposed. Activations run in the
 cache. Lower dtypes may compute in float32, the reverse would give other results: `product_dtypes`.
@@ -51,7 +51,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Floor:
+class Roofline:
     """The work that no implementation can leave out."""
 
     copy: Work
@@ -60,7 +60,7 @@ class Floor:
 
     def calls(self) -> dict[str, Callable[[], object]]:
         """Contestants for `interleaved`, whose timing `seconds` reads."""
-        return {f"floor {index}": work.call for index, work in enumerate(self._works())}
+        return {f"roofline {index}": work.call for index, work in enumerate(self._works())}
 
     def seconds(self, timing: Mapping[str, Timing]) -> float:
         """The larger of bytes and products, plus activations."""
@@ -69,7 +69,7 @@ class Floor:
 
     def parts(self, timing: Mapping[str, Timing]) -> tuple[float, float, float]:
         """Seconds of the bytes, the products and the activations."""
-        seconds = [timing[f"floor {index}"].median_s * work.times for index, work in enumerate(self._works())]
+        seconds = [timing[f"roofline {index}"].median_s * work.times for index, work in enumerate(self._works())]
         first = 1 + len(self.products)
         return seconds[0], sum(seconds[1:first]), sum(seconds[first:])
 
@@ -77,37 +77,37 @@ class Floor:
         """The parts in milliseconds, and the products' forms."""
         copy, products, activations = (f"{1e3 * part:.3g}" for part in self.parts(timing))
         forms = ", ".join(work.form for work in self.products)
-        return f"floor in ms: bytes {copy}, products {products} ({forms}), activations {activations}"
+        return f"roofline in ms: bytes {copy}, products {products} ({forms}), activations {activations}"
 
     def _works(self) -> tuple[Work, ...]:
         return self.copy, *self.products, *self.activations
 
 
-def forward_floor(num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> Floor:
+def forward_roofline(num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> Roofline:
     """Of quasi-linear attention over one sequence: q, k, v read, o written; Z = φ(k)ᵀ v, o = φ(q) A."""
     shape = (num_tokens, num_heads, head_dim, product_dtypes(dtype))
     elements = num_tokens * num_heads * head_dim
-    return Floor(
+    return Roofline(
         copying(4 * elements * dtype.itemsize),
         (token_product("sum", *shape), token_product("map", *shape)),
         (activation("silu", 2 * elements),),
     )
 
 
-def backward_floor(num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> Floor:
+def backward_roofline(num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> Roofline:
     """Of its backward: q, k, v, dO read, dq, dk, dv written; dA = φ(q)ᵀ dO, and dφ(q), dφ(k), dv, a map each."""
     shape = (num_tokens, num_heads, head_dim, product_dtypes(dtype))
     elements = num_tokens * num_heads * head_dim
-    return Floor(
+    return Roofline(
         copying(7 * elements * dtype.itemsize),
         (token_product("sum", *shape), token_product("map", *shape).scaled(3)),
         (activation("silu", 2 * elements), activation("silu_backward", 2 * elements)),
     )
 
 
-def short_users_floor(
+def short_users_roofline(
     num_tokens: int, num_users: int, head_dim: int, dtype: torch.dtype, *, state_passes: Literal[0, 2]
-) -> Floor:
+) -> Roofline:
     """Of the forward over many short users, one head: each has a state of D² to form, activate and multiply with.
 
     Args:
@@ -117,7 +117,7 @@ def short_users_floor(
     elements, state = num_tokens * head_dim, num_users * head_dim * head_dim
     several = {"chunks": (mean,), "batches": (1, 64, 256, 1024)}
     shape = (num_tokens, 1, head_dim, product_dtypes(dtype))
-    return Floor(
+    return Roofline(
         copying(4 * elements * dtype.itemsize + state_passes * state * STATE_ITEM_BYTES),
         (token_product("sum", *shape, **several), token_product("map", *shape, **several)),
         (activation("silu", 2 * elements + state),),
@@ -203,7 +203,7 @@ def packed_products(m: int, n: int, k: int, *, count: float = 1, dtypes: Sequenc
     return works
 
 
-def matmul_floor(
+def matmul_roofline(
     m: int, n: int, k: int, *, count: int = 1, dtypes: Sequence[torch.dtype] = (torch.float32,), weights: bool = False
 ) -> float:
     """Seconds of `count` products [m, k] @ [k, n], the least that work of 2·m·n·k·count operations can take here.

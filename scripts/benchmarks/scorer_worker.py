@@ -43,7 +43,7 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class WorkerAnswer:
     """What was served, the first request's scores added up, and what memory the process has to itself."""
 
     requests: int
@@ -78,7 +78,7 @@ def main() -> None:
                 served += 1
             seconds = time.monotonic() - began
             private = private_dirty_bytes(Path("/proc/self/smaps_rollup").read_text())
-            print(json.dumps(dataclasses.asdict(Answer(served, seconds, first_sum, private))), flush=True)
+            print(json.dumps(dataclasses.asdict(WorkerAnswer(served, seconds, first_sum, private))), flush=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scripts.benchmarks import scorer_worker
 from scripts.benchmarks.rooflines import (
     CHUNKS,
-    Floor,
+    Roofline,
     Work,
     copying,
     fastest,
@@ -32,12 +32,12 @@ from scripts.benchmarks.rooflines import (
     product_dtypes,
     products,
 )
-from scripts.benchmarks.scorer_worker import Answer, Opening, Order, private_dirty_bytes
+from scripts.benchmarks.scorer_worker import Opening, Order, WorkerAnswer, private_dirty_bytes
 from vista.config import ModelConfig
 from vista.config.choices import Precision, TargetAttentionKind
 from vista.log.event_log import EventLog
 from vista.model import inference
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.refresh.encode import LogItems, last_times, stored_tail
 from vista.store import NO_TIMESTAMP
@@ -50,13 +50,13 @@ Int = NDArray[np.int64]
 class World:
     """A model, its folder, the log and the store of all its users."""
 
-    model: Recommender
+    model: VistaModel
     log: EventLog
     model_dir: Path
     store: Path
 
     @classmethod
-    def make(cls, model: Recommender, log: EventLog, folder: Path) -> World:
+    def make(cls, model: VistaModel, log: EventLog, folder: Path) -> World:
         """Save the model and refresh its store under `folder`."""
         world = cls(model, log, folder / "model", folder / "store")
         model.save_pretrained(world.model_dir)
@@ -77,10 +77,10 @@ class World:
         return list(range(1, num_users + 1)), ids[0] if num_users == 1 else ids
 
 
-# The floor -------------------------------------------------------------------------------------------------------
+# The roofline -------------------------------------------------------------------------------------------------------
 
 
-def scorer_floor(config: ModelConfig, num_users: int, num_candidates: int, precision: Precision) -> Floor:
+def scorer_roofline(config: ModelConfig, num_users: int, num_candidates: int, precision: Precision) -> Roofline:
     """Of scoring: what is left to multiply when layer 1's projections of all items were made beforehand.
 
     Context: each layer's projections of summary and tail together, in all but the last layer (which needs keys and
@@ -112,7 +112,7 @@ def scorer_floor(config: ModelConfig, num_users: int, num_candidates: int, preci
     inner += [*mixing(context), row_product(queries, 4 * dim, dim, dtypes, weights=True)]
     each = [*attention(num_candidates, keys), *mixing(queries)]
     works = [*last, *(work.scaled(layers - 1) for work in inner), *(work.scaled(layers) for work in each)]
-    return Floor(copying(5 * queries * dim * dtype.itemsize), tuple(works))
+    return Roofline(copying(5 * queries * dim * dtype.itemsize), tuple(works))
 
 
 @cache
@@ -144,7 +144,7 @@ def row_product(
 
 
 def recomputed_summaries(world: World, precision: Precision) -> Callable[[Sequence[int]], StoredBatch]:
-    """In place of `SummaryStore.get_many`: reads whole histories from the memory-mapped log, and summarizes them.
+    """In place of `StoreReader.get_many`: reads whole histories from the memory-mapped log, and summarizes them.
 
     It gives what a store that was refreshed this moment in float32 would, for users who are all in the log.
     """
@@ -182,7 +182,7 @@ class Worker:
         self.stdin.write(json.dumps(dataclasses.asdict(order)) + "\n")
         self.stdin.flush()
 
-    def answer(self) -> Answer:
+    def answer(self) -> WorkerAnswer:
         """Of the order sent last.
 
         Raises:
@@ -191,9 +191,9 @@ class Worker:
         line = self.stdout.readline()
         if not line:
             raise SystemExit("error: a worker process failed; see above")
-        return Answer(**json.loads(line))
+        return WorkerAnswer(**json.loads(line))
 
-    def serve(self, order: Order) -> Answer:
+    def serve(self, order: Order) -> WorkerAnswer:
         self.send(order)
         return self.answer()
 

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from scripts.benchmarks.workloads import ACTIONS, START_MS, lifelong_log, untrained
 from vista.device import set_threads
 from vista.log.event_log import EventLog
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import erase, refresh, refresh_incremental
 from vista.scorer import Scorer, Tail
-from vista.store import SummaryStore
+from vista.store import StoreReader
 from vista.store.admin.publish import compact_store
 from vista.store.layout import environment_path, list_generations, read_current, write_current
 
@@ -44,7 +44,7 @@ Arrays = list[NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class SoakAnswer:
     """What a worker got, and what it may have been got from."""
 
     thread: int
@@ -74,7 +74,7 @@ class Failure:
     text: str
 
 
-class Stage:
+class SoakStage:
     """Where the soak runs, and what its processes share."""
 
     def __init__(self, folder: Path, num_users: int, num_items: int) -> None:
@@ -94,7 +94,7 @@ class Stage:
         self.served.value = read_current(self.store)
         freeze(self.store, self.frozen, 0)
 
-    def new_model(self, log: EventLog, seed: int) -> Recommender:
+    def new_model(self, log: EventLog, seed: int) -> VistaModel:
         """Put a model into the folder that is served, and another of it to `models/<its summarizer>`."""
         model = untrained(log, dim=64, num_seeds=16, seed=seed)
         model.save_pretrained(self.model)
@@ -159,7 +159,7 @@ def ask(scorer: Scorer, question: int, num_users: int, num_items: int) -> Arrays
 # Workers -------------------------------------------------------------------------------------------------------------
 
 
-def work(stage: Stage, worker: int) -> None:
+def work(stage: SoakStage, worker: int) -> None:
     """A serving process: threads that ask until the stage stops; the first of them follows the store as well."""
     set_threads(1)
     logging.getLogger("vista").setLevel(logging.ERROR)  # That a new model has no summaries yet is said at each reload.
@@ -174,7 +174,7 @@ def work(stage: Stage, worker: int) -> None:
             thread.join()
 
 
-def _ask_forever(stage: Stage, scorer: Scorer, thread: int, follows: bool) -> None:
+def _ask_forever(stage: SoakStage, scorer: Scorer, thread: int, follows: bool) -> None:
     for question in count(thread * 10**9):
         if stage.stop.is_set():
             return
@@ -188,7 +188,7 @@ def _ask_forever(stage: Stage, scorer: Scorer, thread: int, follows: bool) -> No
             arrays = ask(scorer, question, stage.num_users, stage.num_items)
             latency = time.perf_counter() - began
             until, after = stage.begun.value, scorer.store.generation
-            stage.said.put(Answer(thread, question, since, until, (before, after), latency, arrays))
+            stage.said.put(SoakAnswer(thread, question, since, until, (before, after), latency, arrays))
         except Exception:
             stage.said.put(Failure(f"thread {thread}, question {question}: {traceback.format_exc()}"))
 
@@ -196,7 +196,7 @@ def _ask_forever(stage: Stage, scorer: Scorer, thread: int, follows: bool) -> No
 # The keeper ----------------------------------------------------------------------------------------------------------
 
 
-def keep(stage: Stage, pause_s: float) -> None:
+def keep(stage: SoakStage, pause_s: float) -> None:
     """Change the store until the stage stops; at the end, compare it with one that is made anew."""
     set_threads(1)
     try:
@@ -206,8 +206,8 @@ def keep(stage: Stage, pause_s: float) -> None:
         stage.said.put(Failure(f"keeper: {traceback.format_exc()}"))
 
 
-def _operate(stage: Stage, pause_s: float) -> list[int]:
-    model = Recommender.from_pretrained(stage.model)
+def _operate(stage: SoakStage, pause_s: float) -> list[int]:
+    model = VistaModel.from_pretrained(stage.model)
     rng = np.random.default_rng(0)
     erased: list[int] = []
     for number, kind in enumerate(cycle(OPERATIONS), start=1):
@@ -233,7 +233,7 @@ def _operate(stage: Stage, pause_s: float) -> list[int]:
         else:
             compact_store(stage.store)
         seconds = time.perf_counter() - began
-        with SummaryStore.open(stage.store) as store:
+        with StoreReader.open(stage.store) as store:
             assert not store.get_many(erased).found.any(), f"erased users are served after {kind}"
             assert len(store) == stage.num_users - len(set(erased)), f"{len(store)} users are left after {kind}"
         freeze(stage.store, stage.frozen, number)
@@ -243,7 +243,7 @@ def _operate(stage: Stage, pause_s: float) -> list[int]:
     return erased
 
 
-def append_events(stage: Stage, operation: int, users: NDArray[np.int64], rng: np.random.Generator) -> EventLog:
+def append_events(stage: SoakStage, operation: int, users: NDArray[np.int64], rng: np.random.Generator) -> EventLog:
     """One new event of each of some users."""
     events = {
         "user": users,
@@ -254,14 +254,14 @@ def append_events(stage: Stage, operation: int, users: NDArray[np.int64], rng: n
     return EventLog.from_frame(events, stage.log, time_unit="ms", action="action", append=True)
 
 
-def _compare_with_one_made_anew(stage: Stage, erased: list[int]) -> None:
+def _compare_with_one_made_anew(stage: SoakStage, erased: list[int]) -> None:
     """All that was done in place equals one refresh of the whole log, but for the erased users."""
     anew = stage.store.with_name("anew")
-    model, log = Recommender.from_pretrained(stage.model), EventLog.open(stage.log)
+    model, log = VistaModel.from_pretrained(stage.model), EventLog.open(stage.log)
     refresh_incremental(model, log, stage.store)
     refresh(model, log, anew)
     users = np.setdiff1d(1 + np.arange(stage.num_users), erased)
-    with SummaryStore.open(stage.store) as store, SummaryStore.open(anew) as other:
+    with StoreReader.open(stage.store) as store, StoreReader.open(anew) as other:
         found, expected = store.get_many(users), other.get_many(users)
     assert found.found.all() and expected.found.all()
     assert (found.history_digest == expected.history_digest).all(), "another history than the log's"

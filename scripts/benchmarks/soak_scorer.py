@@ -24,15 +24,15 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.benchmarks.benchmark_recorder import RESULTS, Recorder
+from scripts.benchmarks.benchmark_recorder import RESULTS, BenchmarkRecorder
 from scripts.benchmarks.soak_load import (
     OPERATIONS,
     THREADS,
-    Answer,
     Arrays,
     Failure,
     Operation,
-    Stage,
+    SoakAnswer,
+    SoakStage,
     ask,
     copies,
     keep,
@@ -41,7 +41,7 @@ from scripts.benchmarks.soak_load import (
 from scripts.benchmarks.store_workloads import private_bytes
 from vista.device import set_threads
 from vista.scorer import Scorer
-from vista.store import SummaryStore
+from vista.store import StoreReader
 
 WORKERS = 2
 WARMUP_S = 120.0
@@ -61,11 +61,11 @@ class Judge:
     def __init__(self, models: Path, frozen: Path, num_users: int, num_items: int) -> None:
         self._models, self._frozen, self._sizes = models, frozen, (num_users, num_items)
         self._opened: OrderedDict[tuple[int, int], Scorer] = OrderedDict()
-        self.latest: dict[int, Answer] = {}
+        self.latest: dict[int, SoakAnswer] = {}
         self.num_changing = 0
         """Answers that an operation changed while they were asked for."""
 
-    def is_right(self, answer: Answer) -> bool:
+    def is_right(self, answer: SoakAnswer) -> bool:
         """Whether one state of the store that was served during the call gives this answer, as a whole."""
         expected = [self._ask(state, answer.question) for state in self._states(answer)]
         same = [_equal(answer.arrays, arrays) for arrays in expected]
@@ -88,7 +88,7 @@ class Judge:
                     scorer.close()
                 shutil.rmtree(self._frozen / f"{generation}-{operation}")
 
-    def _states(self, answer: Answer) -> list[tuple[int, int]]:
+    def _states(self, answer: SoakAnswer) -> list[tuple[int, int]]:
         """Copies of the generations that were open: the last one before the call, and those that were made within."""
         known = copies(self._frozen)
         states = []
@@ -101,7 +101,7 @@ class Judge:
     def _ask(self, state: tuple[int, int], question: int) -> Arrays:
         if state not in self._opened:
             folder = self._frozen / f"{state[0]}-{state[1]}"
-            with SummaryStore.open(folder) as store:
+            with StoreReader.open(folder) as store:
                 model = self._models / store.summarizer_id.hex()
             self._opened[state] = Scorer.open(model, folder, on_missing="nan", task="click")
             if len(self._opened) > OPEN_COPIES:
@@ -120,7 +120,7 @@ def _equal(found: Arrays, expected: Arrays) -> bool:
 class Soak:
     """What has happened so far, and the processes to which it happens."""
 
-    def __init__(self, stage: Stage, pause_s: float) -> None:
+    def __init__(self, stage: SoakStage, pause_s: float) -> None:
         self.stage = stage
         self.judge = Judge(stage.models, stage.frozen, stage.num_users, stage.num_items)
         context = stage.context
@@ -160,7 +160,7 @@ class Soak:
             said = self.stage.said.get(timeout=timeout_s)
         except queue.Empty:
             return
-        if isinstance(said, Answer):
+        if isinstance(said, SoakAnswer):
             self.latencies_s[-1].append(said.latency_s)
             deadline = time.monotonic() + HANGS_S
             while self.stage.done.value < said.until:  # Its last copy is still being made.
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = 60 * options.minutes
     minute_s = min(60.0, seconds / 5)
     with tempfile.TemporaryDirectory(prefix="vista-soak-") as folder:
-        soak = Soak(Stage(Path(folder), options.users, num_items=500), options.pause)
+        soak = Soak(SoakStage(Path(folder), options.users, num_items=500), options.pause)
         soak.run(seconds, minute_s)
     for text in [*soak.failures, *soak.wrong][:SHOWN_FAILURES]:
         print(text)
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def report(soak: Soak, minutes: float, minute_s: float, out: Path) -> bool:
     """Record the figures; whether all bars were met."""
-    recorder = Recorder("soak", out=out)
+    recorder = BenchmarkRecorder("soak", out=out)
     case = f"{minutes:g} minutes, {WORKERS} processes x {THREADS} threads"
     latencies = [1e3 * np.percentile(own, 99) for own in soak.latencies_s if own]
     everything = np.concatenate([own for own in soak.latencies_s if own] or [[]])

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scripts.benchmarks.workloads import START_MS
 from vista.config.choices import Codec, StateDtype
 from vista.device import keep_freed_memory, set_threads
-from vista.store import NO_TIMESTAMP, RecordSpec, StoreWriter, SummaryStore, Tail, encode_records, user_keys
+from vista.store import NO_TIMESTAMP, RecordSpec, StoreReader, StoreWriter, Tail, encode_records, user_keys
 from vista.store.format.state_record import StateArrays, StateSpec, encode_states
 from vista.store.layout import environment_path, read_current
 from vista.store.lmdb.data_file import MAP_SIZE_BYTES
@@ -224,7 +224,7 @@ def report_reader(path: Path, num_users: int, num_reads: int, answer: Any) -> No
     before = private_bytes(Path("/proc/self/smaps").read_text())
     users = np.random.default_rng(2).integers(1, num_users + 1, num_reads)
     start = time.perf_counter()
-    with SummaryStore.open(path, summarizer_id=SUMMARIZER) as store:
+    with StoreReader.open(path, summarizer_id=SUMMARIZER) as store:
         found = store.get_many(users[:1])
         first_read_s = time.perf_counter() - start
         assert found.found.all() and np.isfinite(found.summary).all()

@@ -19,7 +19,7 @@ from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import Schema, class_of
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 
 TASK = "click"
 ACTIONS = ("view", "click", "like", "share")
@@ -70,7 +70,7 @@ def untrained(
     num_layers: int = 2,
     tail_len: int = 32,
     seed: int = 1,
-) -> Recommender:
+) -> VistaModel:
     """A model for this log with one labelled task, in eval mode; bidirectional mixing comes as in the paper, without
     convolution."""
     torch.manual_seed(seed)
@@ -83,11 +83,11 @@ def untrained(
         conv_width=3 if mixing is Mixing.separable else 1,
         tail_len=tail_len,
     )
-    return Recommender(config, Schema(list(log.actions), log.has_time, None, [TASK]), log.items, DataConfig()).eval()
+    return VistaModel(config, Schema(list(log.actions), log.has_time, None, [TASK]), log.items, DataConfig()).eval()
 
 
-def untrained_rival(log: EventLog, architecture: Architecture, *, dim: int, history_limit: int) -> HistoryModel:
-    """A rival of two layers and one labelled task for this log, in eval mode."""
+def untrained_baseline(log: EventLog, architecture: Architecture, *, dim: int, history_limit: int) -> HistoryModel:
+    """A baseline of two layers and one labelled task for this log, in eval mode."""
     torch.manual_seed(1)
     config = ModelConfig(architecture=architecture, dim=dim, history_limit=history_limit)
     schema = Schema(list(log.actions), log.has_time, None, [TASK])

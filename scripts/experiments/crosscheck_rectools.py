@@ -18,7 +18,7 @@ embeddings of the gaps); without, either sees no more than the order.
 
 Validation figures are for choosing --epochs; they stand in the rows beside the test's. Rows go to
 docs/results/crosscheck-<set>.jsonl and its Markdown; those that are there of the same command are not run again.
-RecTools lives in an environment of its own (--rival-venv or VISTA_RIVAL_VENV; made if absent, some GB).
+RecTools lives in an environment of its own (--rectools-venv or VISTA_RECTOOLS_VENV; made if absent, some GB).
 """
 
 from __future__ import annotations
@@ -38,7 +38,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scripts.benchmarks.rectools_process import DIM, HEADS, LAYERS, LENGTH, SHAPE, call_rival, rival_python, words_of
+from scripts.benchmarks.rectools_process import (
+    DIM,
+    HEADS,
+    LAYERS,
+    LENGTH,
+    SHAPE,
+    call_rectools,
+    rectools_python,
+    words_of,
+)
 from scripts.benchmarks.workloads import movielens_folder
 from scripts.experiments.results import append_result, commit, hardware, markdown_table, read_results
 from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, SourceConfig, TrainConfig
@@ -81,8 +90,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-users", type=int, default=8, help="of RecTools; ours as many on average, by events")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of either")
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of the tables")
-    default = Path(os.environ.get("VISTA_RIVAL_VENV", "runs/rival-venv"))
-    parser.add_argument("--rival-venv", type=Path, default=default, help="virtual environment with RecTools")
+    default = Path(os.environ.get("VISTA_RECTOOLS_VENV", "runs/baseline-venv"))
+    parser.add_argument("--rectools-venv", type=Path, default=default, help="virtual environment with RecTools")
     options = parser.parse_args(arguments)
     if options.times and options.model != "HSTU":
         parser.error("--times: RecTools' SASRec knows no times; leave it out")
@@ -120,7 +129,7 @@ def cases_of(log: EventLog) -> dict[str, NextItemCases]:
 
 
 def write_split(log: EventLog, path: Path, *, times: bool) -> dict[str, NextItemCases]:
-    """The split of a log as rival_rectools.py reads it, users and items by row; returns the labels.
+    """The split of a log as baseline_rectools.py reads it, users and items by row; returns the labels.
 
     Args:
         times: seconds of the events; otherwise ordinals, so that the log's order is kept however sorted.
@@ -231,7 +240,7 @@ def run_theirs(
         "top_k": max(TOP_K),
     }
     flags = ["--decay", "--scale-inputs", "--mask-padding", *(["--relative-time"] if options.times else [])]
-    report = call_rival(python, data, [*SHAPE, *words_of(settings), *flags])
+    report = call_rectools(python, data, [*SHAPE, *words_of(settings), *flags])
     with np.load(lists, allow_pickle=False) as arrays:
         found = {part: ranking_metrics(label_ranks(arrays[part], each.item), TOP_K) for part, each in cases.items()}
     for part, metrics in report["metrics"].items():
@@ -268,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        python = rival_python(options.rival_venv)
+        python = rectools_python(options.rectools_venv)
         with tempfile.TemporaryDirectory(prefix="vista-crosscheck-") as folder:
             print(_crosscheck(options, python, Path(folder)))
     except VistaError as error:
@@ -283,7 +292,7 @@ def _crosscheck(options: argparse.Namespace, python: Path, folder: Path) -> str:
         PrepareConfig(out=str(folder / "whole"), events=SourceConfig(kind="auto", paths=[str(source)]), progress=False)
     )
     log = cut_log(EventLog.open(folder / "whole"), folder / "log")
-    cases = write_split(log, folder / "rival.npz", times=options.times)
+    cases = write_split(log, folder / "baseline.npz", times=options.times)
     name = options.model.lower() + (", times" if options.times else "")
     theirs, ours = f"{name}, RecTools", f"{name}, like RecTools" if options.like_rectools else name
     results = options.results / f"crosscheck-{source.name}.jsonl"
@@ -301,7 +310,7 @@ def _crosscheck(options: argparse.Namespace, python: Path, folder: Path) -> str:
                 run = (
                     run_ours(config, log)
                     if model == ours
-                    else run_theirs(options, python, folder / "rival.npz", cases, seed)
+                    else run_theirs(options, python, folder / "baseline.npz", cases, seed)
                 )
                 metrics = run[0]
                 append_result(results, _line(options, source.name, model, seed, command, *run))

@@ -18,9 +18,9 @@ from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.examples.cuts import Batch
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.history_model import next_loss, weighted_losses
-from vista.model.baselines.padded_tiles import Tile, tiles
-from vista.model.baselines.sasrec import Block, SASRec
-from vista.model.baselines.sequence_model import Events
+from vista.model.baselines.padded_tiles import PaddedTile, tiles
+from vista.model.baselines.sasrec import SASRec, SASRecBlock
+from vista.model.baselines.sequence_model import EventVectors
 from vista.model.layers import module_list, split_heads
 from vista.model.ranking_model import UNKNOWN_ITEM, Losses, Schema
 
@@ -39,7 +39,7 @@ class LikeRecTools(SASRec):
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         vectors = self.encoder(self.shown_vectors(batch, item_vectors), batch.action, batch.gap, batch.rating)
-        events = Events(vectors, batch.clock, batch.offsets.cpu().numpy())
+        events = EventVectors(vectors, batch.clock, batch.offsets.cpu().numpy())
         users, labels = [], []
         for tile in tiles(events.offsets, vectors.device):
             states, _ = self._encode(events, tile)
@@ -50,7 +50,7 @@ class LikeRecTools(SASRec):
         loss = next_loss(batch, item_vectors, torch.cat(users), torch.cat(labels), self.config.temperature)
         return weighted_losses(self, batch, optim, loss, None)
 
-    def _encode(self, events: Events, tile: Tile) -> tuple[Tensor, None]:
+    def _encode(self, events: EventVectors, tile: PaddedTile) -> tuple[Tensor, None]:
         index = tile.index[:, : self.config.history_limit]
         n, length = index.shape
         start = self.start.expand(n, 1, -1)
@@ -63,7 +63,7 @@ class LikeRecTools(SASRec):
         return torch.cat([start.to(states.dtype), states], 1), None
 
 
-class _Block(Block):
+class _Block(SASRecBlock):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         for linear in (self.query, self.key_value, self.out):

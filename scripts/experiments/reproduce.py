@@ -1,6 +1,6 @@
 """Rerun a table of docs/results, or some of its rows: train, refresh a store, evaluate through the scorer.
 
-A rival has no store: it is evaluated from the raw history, right up to each label.
+A baseline has no store: it is evaluated from the raw history, right up to each label.
 
     python -m scripts.experiments.reproduce ml-1m --list
     python -m scripts.experiments.reproduce ml-1m --data path/to/ml-1m --seeds 1 2 3
@@ -37,7 +37,6 @@ from scripts.experiments.results import (
     hardware,
     markdown_table,
     read_results,
-    recorded_defaults,
 )
 from scripts.experiments.row_origin import MACHINE, Trained, train_noted
 from scripts.experiments.row_progress import RowProgress
@@ -47,10 +46,9 @@ from vista.config import PrepareConfig, SimulateConfig, SourceConfig, TrainConfi
 from vista.config.choices import Architecture, Stage
 from vista.config.composition import compose_config
 from vista.config.conversion import to_dict
-from vista.config.model_config import STAGE_2
 from vista.device import cpu_settings, keep_freed_memory
 from vista.errors import ConfigError, VistaError
-from vista.evaluation.counting_baselines import Floor, evaluate_floor
+from vista.evaluation.counting_baselines import CountingBaseline, evaluate_counting_baseline
 from vista.evaluation.evaluate import Options, evaluate_model, evaluate_scorer
 from vista.evaluation.protocol import impression_cases, impression_metrics
 from vista.files import replace_text, writable_folder
@@ -58,7 +56,7 @@ from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.splits import parse_time, split_until
 from vista.model.baselines.history_model import HistoryModel
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.simulation.simulate import simulate
@@ -174,6 +172,10 @@ def _train_config(table: Table, row: Row) -> TrainConfig:
     return compose_config(TrainConfig, [f"experiment={table.experiment}", *table.words, *row.words])
 
 
+UNREAD_BY_BASELINES = ("target_attention", "num_target_layers")
+"""Keys of ModelConfig that belong to stage 2, which baselines lack: their lines do not record them."""
+
+
 def _recorded(table: Table, row: Row) -> dict[str, Any]:
     """What a line says of its configuration. Paths are the machine's, not the experiment's."""
     config = _train_config(table, row)
@@ -189,7 +191,7 @@ def _recorded(table: Table, row: Row) -> dict[str, Any]:
         return recorded
     model = values["model"]
     if config.model.architecture is not Architecture.vista:
-        model = {key: value for key, value in model.items() if key not in STAGE_2}
+        model = {key: value for key, value in model.items() if key not in UNREAD_BY_BASELINES}
     recorded |= {"model": model, "optim": values["optim"]}
     if row.base:
         kept = _recorded(table, table.rows[row.base])
@@ -261,7 +263,7 @@ def _measure(
     if run.row.untrained == "truth":
         yield run.name, _truth(log, config), Trained(0.0)
     elif run.row.untrained:
-        found = evaluate_floor(Floor(run.row.untrained), log, config.data, top_k=TOP_K)
+        found = evaluate_counting_baseline(CountingBaseline(run.row.untrained), log, config.data, top_k=TOP_K)
         yield run.name, found.metrics, Trained(found.seconds)
     else:
         if run.row.base:
@@ -280,7 +282,7 @@ def _measure(
                 }
             yield run.name, metrics, trained
             return
-        assert isinstance(model, Recommender)
+        assert isinstance(model, VistaModel)
         for served, metrics in _served_metrics(settings, run, log, model, folder, progress):
             yield served, metrics, trained
 
@@ -290,7 +292,7 @@ def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -
     table = TABLES[settings.table]
     row = table.rows[name]
     # Not by the names of table and row: equal configurations are one run.
-    folder = settings.work / table.data / f"{_digest(_unusual(_recorded(table, row)))}-{seed}"
+    folder = settings.work / table.data / f"{_digest(_recorded(table, row))}-{seed}"
     config = replace(
         _train_config(table, row), run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads, progress=False
     )
@@ -300,27 +302,18 @@ def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -
     return folder, config
 
 
-def _unusual(recorded: Line) -> dict[str, Any]:
-    """What of it is no first default, so that a setting that is yet to come moves no folder."""
-    usual = recorded_defaults()
-    return {
-        group: {key: value for key, value in recorded[group].items() if usual[group].get(key) != value}
-        for group in recorded
-    }
-
-
 def _downstream_config(settings: argparse.Namespace, run: Run, config: TrainConfig, log: EventLog) -> TrainConfig:
     """The same over its base, which is trained, and its store, which is refreshed, where they are not there yet."""
     folder, base = _placed(settings, run.row.base, run.seed, log)
     model, store = train_noted(base, log, folder), folder / f"until-{run.row.until}"
-    assert isinstance(model, Recommender)
+    assert isinstance(model, VistaModel)
     if not (store / CURRENT).exists():  # another generation would be another run
         refresh(model, log, store, until=run.row.until)
     return replace(config, stage=Stage.downstream, base=str(folder / "run" / "best"), store=str(store))
 
 
 def _served_metrics(
-    settings: argparse.Namespace, run: Run, log: EventLog, model: Recommender, folder: Path, progress: RowProgress
+    settings: argparse.Namespace, run: Run, log: EventLog, model: VistaModel, folder: Path, progress: RowProgress
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Test metrics of a trained model as it is served: from a store of each codec, through the scorer."""
     table, optim = TABLES[settings.table], run.config["optim"]
@@ -342,7 +335,7 @@ def _served_metrics(
                 "top_k": TOP_K,
                 "popularity": table.popularity,
                 # Without its loss the decoder that is asked was never trained.
-                "memory": table.memory and model.summarizer is not None and optim["reconstruction_weight"] > 0,
+                "recall": table.recall and model.summarizer is not None and optim["reconstruction_weight"] > 0,
                 "staleness": how.staleness,
             }
             metrics = evaluate_scorer(scorer, log, "test", **options).metrics

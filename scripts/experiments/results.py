@@ -16,14 +16,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from vista.config import SimulateConfig
-from vista.config.conversion import to_dict
-from vista.config.train_config import first_defaults
 from vista.errors import DataError, VistaError
 
 _TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
@@ -180,42 +176,18 @@ def newest_rows(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str],
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between the configurations of two rows: "optim.epochs (12 -> 20)".
-
-    A setting that only the newer row has did in the older one what its first default does; without one there is nothing
-    to compare. One that only the older row has is a setting no more, but in the groups that record nothing but what a
-    table sets.
-    """
-    changes = []
-    for group, usual in recorded_defaults().items():
-        old, new = (_group(config, group) for config in (before, now))
-        in_part = group in ("simulation", "base")
-        keys = list(dict.fromkeys([*new, *(old if in_part else ())]))
-        if (old and new) or not in_part:
-            old, new = usual | old, usual | new
-            keys = [key for key in keys if key in old]
-        changes += [f"{group}.{key} ({old.get(key)} -> {new.get(key)})" for key in keys if old.get(key) != new.get(key)]
-    for name in sorted((before.keys() & now.keys()) - recorded_defaults().keys() - {"seed"}):  # another program's
-        old, new = before[name], now[name]
-        if isinstance(old, dict) and isinstance(new, dict):
-            common = (old.keys() & new.keys()) - {"seed"}
-            old, new = ({key: values[key] for key in common} for values in (old, new))
-        changes += [f"{name} ({old} -> {new})"] if old != new else []
-    return changes
+    """What differs between the configurations of two rows: "optim.epochs (12 -> 20)"; seeds aside."""
+    old, new = _flat(before), _flat(now)
+    return [f"{key} ({old.get(key)} -> {new.get(key)})" for key in old | new if old.get(key) != new.get(key)]
 
 
-def _group(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = config.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-@cache
-def recorded_defaults() -> dict[str, dict[str, Any]]:
-    """By the groups of a row's configuration: what each setting did in rows that are older than the setting."""
-    first = first_defaults()
-    flat = {f"{group}.{key}": value for group, known in first.items() for key, value in known.items()}
-    simulation = to_dict(SimulateConfig())
-    return first | {"simulation": simulation, "base": flat | {f"simulation.{k}": v for k, v in simulation.items()}}
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim.epochs": 12, ...} without seeds."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if key != "seed":
+            flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _origins(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[str]:

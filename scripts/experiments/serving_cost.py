@@ -1,7 +1,7 @@
 """What a model costs: milliseconds of one request of 500 candidates, and what was spent on training.
 
-VISTA is asked through the scorer, from its store; a rival reads the user's raw history from the log in the request. One
-user a request, the same users and candidates for all, one after the other on the threads that are set.
+VISTA is asked through the scorer, from its store; a baseline reads the user's raw history from the log in the request.
+One user a request, the same users and candidates for all, one after the other on the threads that are set.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def history_model_latency_ms(model: HistoryModel, log: EventLog) -> float:
 
 
 def history_model_server(model: HistoryModel, log: EventLog, items: Int) -> Callable[[Int], Tensor]:
-    """A rival's scores [B, C] for users int64 [B] from all their events, as a function.
+    """A baseline's scores [B, C] for users int64 [B] from all their events, as a function.
 
     Args:
         items: int64 [C] candidates; they and the users are rows of the log.

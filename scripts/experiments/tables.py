@@ -29,7 +29,7 @@ class Row:
     codecs: tuple[Codec, ...] = (Codec.int8,)
     """Stores that it is served from."""
     tails: tuple[int, ...] = ()
-    """Shorter tails that the same weights are also served with (`Recommender.with_tail`), from the int8 store."""
+    """Shorter tails that the same weights are also served with (`VistaModel.with_tail`), from the int8 store."""
     staleness: tuple[int, ...] = ()
     """The same weights with summaries that lack so many events before each label, from an int8 store."""
     apart: tuple[int, ...] = ()
@@ -69,7 +69,7 @@ class Table:
     """With the report on popularity (`vista.evaluation.popularity`)."""
     costs: bool = False
     """With events a second in training, seconds of refresh a user, and milliseconds of a request (serving_cost.py)."""
-    memory: bool = False
+    recall: bool = False
     """With what summaries remember (`vista.evaluation.recall`)."""
     validation: bool = False
     """With the validation of the pass that was kept, by which one row is chosen before another."""
@@ -82,7 +82,7 @@ K0 = ("model.num_seeds=0",)
 # Stage 2's layers until November 2026. A table that has these words was run with them, and not yet with today's
 # default: its rows compare with one another alone.
 SOFTMAX = ("model.target_attention=softmax",)
-FLOORS = {"popularity": Row(0.1, untrained="popularity"), "transitions": Row(0.1, untrained="transitions")}
+COUNTING_BASELINES = {"popularity": Row(0.1, untrained="popularity"), "transitions": Row(0.1, untrained="transitions")}
 TRUTH = {"truth": Row(0.1, untrained="truth")}
 
 
@@ -94,7 +94,7 @@ def _movielens(data: str, minutes: float, more: dict[str, Row]) -> Table:
         "sasrec": Row(0.7 * minutes, ("model=sasrec",)),
         "hstu": Row(0.9 * minutes, ("model=hstu",)),
         **more,
-        **FLOORS,
+        **COUNTING_BASELINES,
     }
     return Table(data, data, rows, costs=True)
 
@@ -268,7 +268,7 @@ ML_1M = {
         tails=(2, 4, 8, 16, 32),
         apart=(16, 32),
     ),
-    # Its rival: as wide, as many passes, and the same share of unknown items, over the last 200 events.
+    # Its baseline: as wide, as many passes, and the same share of unknown items, over the last 200 events.
     "hstu-wide": Row(
         65, ("model=hstu", "model.num_layers=8", "model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15")
     ),
@@ -287,10 +287,12 @@ TABLES = {
     "length-64k": _simulation("simulation-64k", 75, 64_000),
     "downstream": _downstream(),
     "embeddings": Table("ml-100k", "ml-100k", _embeddings(), SOFTMAX),
-    "popularity": Table("ml-100k", "ml-100k", _logq_strengths(6) | _frequencies(6) | FLOORS, SOFTMAX, popularity=True),
-    "ablations-ml-100k": Table("ml-100k", "ml-100k", _ablations(6, AGES), memory=True),
+    "popularity": Table(
+        "ml-100k", "ml-100k", _logq_strengths(6) | _frequencies(6) | COUNTING_BASELINES, SOFTMAX, popularity=True
+    ),
+    "ablations-ml-100k": Table("ml-100k", "ml-100k", _ablations(6, AGES), recall=True),
     # Half the passes of the table ml-1m-half.
-    "ablations-ml-1m-half": Table("ml-1m-half", "ml-1m-half", _ablations(8.5, AGES), ("optim.epochs=10",), memory=True),
+    "ablations-ml-1m-half": Table("ml-1m-half", "ml-1m-half", _ablations(8.5, AGES), ("optim.epochs=10",), recall=True),
     # Half the lives and three passes, so that a run takes some five minutes.
     "ablations-simulation": Table(
         "simulation",
@@ -298,7 +300,7 @@ TABLES = {
         _ablations(4.5, AGES) | TRUTH,
         ("data.windows_per_chunk=32", "data.staleness_events=150", "optim.epochs=3"),
         {"num_users": 1200, "events_per_user": 2000},
-        memory=True,
+        recall=True,
     ),
     # A quarter of the events of the table `simulation`.
     "tuning": Table(

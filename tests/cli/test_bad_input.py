@@ -23,9 +23,9 @@ from vista.config.config_keys import to_yaml
 from vista.errors import CheckpointError, StoreError
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
-from vista.store import StoreWriter, SummaryStore
+from vista.store import StoreReader, StoreWriter
 from vista.training.checkpoint import TENSOR_FILE, latest_checkpoint
 from vista.training.trainer import schema_of, train
 
@@ -175,7 +175,7 @@ class TestStore:
             assert str(path.parent) in fails(1, *words)
         # A refresh makes it whole again.
         assert main(["refresh", *words[1:], "progress=false"]) == 0
-        with SummaryStore.open(copied.store) as store:
+        with StoreReader.open(copied.store) as store:
             assert len(store) == copied.log.num_users and store.get_many([100]).found.all()
 
     def test_foreign(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
@@ -197,7 +197,7 @@ class TestStore:
     def test_a_flipped_bit_names_the_user(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
         (path,) = copied.store.rglob("summary/data.mdb")
         data = path.read_bytes()
-        with SummaryStore.open(copied.store) as store:
+        with StoreReader.open(copied.store) as store:
             times = store.get_many([104]).tail.times.tobytes()
         assert times in data
         flipped = bytes([times[0] ^ 1]) + times[1:]
@@ -223,8 +223,8 @@ class TestDisk:
         places = [f"data={copied.log.path}", f"model={copied.model_dir}"]
         assert f"run_dir={below}: cannot be written" in fails(2, *train_words(copied, f"run_dir={below}"))
         assert f"{below} cannot be written" in fails(1, "refresh", *places, f"store={below}")
-        line = fails(2, "evaluate", *places, f"store={copied.store}", f"results_dir={below}")
-        assert f"results_dir={below}: cannot be written" in line
+        line = fails(2, "evaluate", *places, f"store={copied.store}", f"out={below}")
+        assert f"out={below.parent}: cannot be written" in line
         assert (tmp_path / "file").read_text() == "kept"
 
     def test_a_full_disk_in_training(self, event_log: EventLog, tmp_path: Path) -> None:
@@ -237,11 +237,11 @@ class TestDisk:
 
     def test_a_full_disk_in_refresh(self, event_log: EventLog, tmp_path: Path) -> None:
         config = small_config(event_log, "unused", model__num_seeds=200)
-        model = Recommender(config.model, schema_of(event_log, config), event_log.items, config.data).eval()
+        model = VistaModel(config.model, schema_of(event_log, config), event_log.items, config.data).eval()
         refresh(model, event_log, tmp_path / "store", until="leave-last-out")
         with file_size_limit(80_000), pytest.raises(StoreError, match=r"cannot be written: .*check free space"):
             refresh(model, event_log, tmp_path / "store", users_per_batch=4)
-        with SummaryStore.open(tmp_path / "store") as store:
+        with StoreReader.open(tmp_path / "store") as store:
             assert store.generation == 1 and store.get_many([100]).found.all()
         report = refresh(model, event_log, tmp_path / "store", users_per_batch=4)
         assert report.generation == 2 and 4 <= report.resumed_at < 16

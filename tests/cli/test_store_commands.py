@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import Served
 from vista.cli import main as cli
-from vista.store import SummaryStore
+from vista.store import StoreReader
 from vista.store.layout import environment_path, read_current
 
 
@@ -45,7 +45,7 @@ def test_a_store_through_its_life(store: Path, served: Served, tmp_path: Path, c
     assert "no published generation" in said(capsys, "verify", f"store={tmp_path / 'host'}", code=1)
     assert "is served" in said(capsys, "copy", at, to)
     assert "name the folder" in said(capsys, "copy", at, code=2)
-    with SummaryStore.open(served.store) as first, SummaryStore.open(tmp_path / "host") as last:
+    with StoreReader.open(served.store) as first, StoreReader.open(tmp_path / "host") as last:
         assert last.generation == 3
         np.testing.assert_array_equal(first.get_many(users).summary, last.get_many(users).summary)
 

@@ -1,7 +1,8 @@
-"""Rivals through the harness: trained by the same trainer, and asked about what came before each label, no more."""
+"""Baselines through the harness: trained by the same trainer, and asked about what came before each label, no more."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from vista.training.trainer import _Trainer, train, train_model
 LIMIT = 9
 
 
-def rival_config(log: EventLog, folder: Path, name: str, **changes: object) -> TrainConfig:
+def baseline_config(log: EventLog, folder: Path, name: str, **changes: object) -> TrainConfig:
     model = ModelConfig(
         architecture=Architecture(name), dim=16, num_heads=2, history_limit=LIMIT, tail_len=6, dropout=0.1
     )
@@ -47,7 +48,7 @@ def before(log: EventLog, rows: np.ndarray, user: int, seen: int) -> Histories:
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
 def test_ranks_are_of_the_history_before_the_label(event_log: EventLog, tmp_path: Path, name: str) -> None:
-    model = train_model(rival_config(event_log, tmp_path, name), event_log)
+    model = train_model(baseline_config(event_log, tmp_path, name), event_log)
     assert isinstance(model, SequenceModel)
     found = evaluate_model(model, event_log, "test")
     rows = model.rows_of(event_log.items)
@@ -66,19 +67,19 @@ def test_ranks_are_of_the_history_before_the_label(event_log: EventLog, tmp_path
             data=str(event_log.path),
             model=str(tmp_path / name / "best"),
             store=str(tmp_path / "there is none"),
-            results_dir=str(tmp_path / "results"),
+            out=str(tmp_path / "metrics.json"),
             top_k=[10],
             progress=False,
         )
     )
     assert run.metrics == found.metrics
-    assert "store=" not in (tmp_path / "results" / "adhoc.jsonl").read_text()
+    assert json.loads((tmp_path / "metrics.json").read_text())["codec"] == "none"
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
 def test_probabilities_are_of_the_history_before_the_request(served_tasks: Served, tmp_path: Path, name: str) -> None:
     log = served_tasks.log
-    config = rival_config(log, tmp_path, name, data=served_tasks.config.data)
+    config = baseline_config(log, tmp_path, name, data=served_tasks.config.data)
     model = train_model(config, log)
     assert isinstance(model, SequenceModel)
     found = evaluate_model(model, log, "test")
@@ -95,7 +96,7 @@ def test_probabilities_are_of_the_history_before_the_request(served_tasks: Serve
 def test_tasks_are_found_by_name(served_tasks: Served, tmp_path: Path) -> None:
     """A log of another preparation may hold the model's tasks in another order, or not all of them."""
     log = served_tasks.log
-    model = train_model(rival_config(log, tmp_path, "din", data=served_tasks.config.data), log)
+    model = train_model(baseline_config(log, tmp_path, "din", data=served_tasks.config.data), log)
     assert isinstance(model, HistoryModel)
     found = evaluate_model(model, log, "test")
     cases, whole = found.impressions, found.probabilities
@@ -109,7 +110,7 @@ def test_tasks_are_found_by_name(served_tasks: Served, tmp_path: Path) -> None:
 def test_what_ranks_no_next_item_draws_no_negatives(served_tasks: Served, tmp_path: Path) -> None:
     log = served_tasks.log
     for name, drawn in (("din", False), ("sasrec", True)):
-        config = rival_config(log, tmp_path, name, data=served_tasks.config.data)
+        config = baseline_config(log, tmp_path, name, data=served_tasks.config.data)
         batch = BatchSource(log, np.arange(log.num_items) + 1, config).batch(0, 0)
         assert (len(batch.negatives) > 0) is drawn
         read = {*batch.item.tolist(), *batch.candidate[batch.candidate_mask.any(-1)].tolist()}
@@ -122,7 +123,7 @@ def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) 
     kinds = np.arange(log.num_items) % 3
     lines = [f"{item},{kind}" for item, kind in zip(log.items.ids(np.arange(log.num_items)), kinds, strict=True)]
     file.write_text("\n".join(["item,kind", *lines]))
-    config = rival_config(log, tmp_path, "sim", data=replace(served_tasks.config.data))
+    config = baseline_config(log, tmp_path, "sim", data=replace(served_tasks.config.data))
     config.model.search = Search.hard
     config.data.item_categories, config.data.category_column = str(file), "kind"
     model = train_model(config, log)
@@ -142,7 +143,7 @@ def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) 
 def test_the_state_after_a_full_window_is_trained(event_log: EventLog, tmp_path: Path, name: str) -> None:
     """Which is what most requests are asked of: a chunk holds one event more than is encoded, as a label."""
     assert event_log.lengths.max() > LIMIT + 3
-    trainer = _Trainer(rival_config(event_log, tmp_path, name), event_log)
+    trainer = _Trainer(baseline_config(event_log, tmp_path, name), event_log)
     model, source = trainer.model, trainer.source
     for epoch in range(3):
         for index in range(source.num_batches(epoch)):
@@ -154,10 +155,10 @@ def test_the_state_after_a_full_window_is_trained(event_log: EventLog, tmp_path:
     assert bool(model.position.grad.any(1).all())
 
 
-def test_rivals_read_times_whatever_the_decay(event_log: EventLog, tmp_path: Path) -> None:
+def test_baselines_read_times_whatever_the_decay(event_log: EventLog, tmp_path: Path) -> None:
     """Decay is of summaries; `experiment=ml-1m` sets it for all models."""
     assert event_log.has_time
-    config = rival_config(event_log, tmp_path, "hstu")
+    config = baseline_config(event_log, tmp_path, "hstu")
     config.model.decay_horizons = [5.0, 40.0]
     config.model.decay = type(config.model.decay)("position")
     batch = BatchSource(event_log, np.arange(event_log.num_items) + 1, config).batch(0, 0)
@@ -165,15 +166,15 @@ def test_rivals_read_times_whatever_the_decay(event_log: EventLog, tmp_path: Pat
     assert set(batch.clock[: int(batch.offsets[1])].tolist()) <= set(event_log.slice(user).timestamp.tolist())
 
 
-def test_a_rival_has_no_summaries(event_log: EventLog, tmp_path: Path) -> None:
+def test_a_baseline_has_no_summaries(event_log: EventLog, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="train it with train_model"):
-        train(rival_config(event_log, tmp_path, "sasrec"), event_log)
+        train(baseline_config(event_log, tmp_path, "sasrec"), event_log)
 
 
 def test_answers_are_those_of_one_at_a_time(
     event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = _Trainer(rival_config(event_log, tmp_path, "sasrec"), event_log)
+    trainer = _Trainer(baseline_config(event_log, tmp_path, "sasrec"), event_log)
     model = trainer.model.eval()
     assert isinstance(model, SequenceModel)
     assert trainer.validation is not None

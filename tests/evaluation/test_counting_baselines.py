@@ -14,7 +14,7 @@ from tests.log.conftest import run
 from vista.config import DataConfig
 from vista.config.choices import Split
 from vista.errors import ConfigError
-from vista.evaluation.counting_baselines import Floor, evaluate_floor
+from vista.evaluation.counting_baselines import CountingBaseline, evaluate_counting_baseline
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
 
@@ -29,11 +29,11 @@ def test_ranks_by_hand(tmp_path: Path) -> None:
     """Last events are labels: what follows them, or comes with them, must not count."""
     log = make_log([[1, 2, 3], [1, 2, 4], [5, 1, 2], [2, 4, 5, 3]], tmp_path)
     # Visible: 1 2 | 1 2 | 5 1 | 2 4 5. Counts: 1 three, 2 three, 5 two, 4 one, 3 none; labels 3, 4, 2, 3.
-    popular = evaluate_floor(Floor.popularity, log, DataConfig()).ranks
+    popular = evaluate_counting_baseline(CountingBaseline.popularity, log, DataConfig()).ranks
     # 3 after 1 2: 5, 4 above. 4 after 1 2: 5 above. 2 after 5 1: alone at the top. 3 after 2 4 5: 1 above.
     assert popular is not None and popular.tolist() == [2, 1, 0, 1]
     # After 2 came 4 once, after 1 came 2 twice, after 5 came 1 once.
-    followed = evaluate_floor(Floor.transitions, log, DataConfig())
+    followed = evaluate_counting_baseline(CountingBaseline.transitions, log, DataConfig())
     assert followed.ranks is not None and followed.ranks.tolist() == [2, 0, 0, 1]
     assert followed.metrics == {"hr@10": 1.0, "ndcg@10": pytest.approx((0.5 + 1 + 1 + 1 / np.log2(3)) / 4)}
 
@@ -45,26 +45,29 @@ def test_counts_agree_with_counting_event_by_event(event_log: EventLog, exclude_
     visible = [history[:count] for history, count in zip(histories, seen, strict=True)]
     popularity = Counter(item for history in visible for item in history)
     pairs = Counter(pair for history in visible for pair in pairwise(history))
-    expected: dict[Floor, list[int]] = {floor: [] for floor in Floor}
+    expected: dict[CountingBaseline, list[int]] = {baseline: [] for baseline in CountingBaseline}
     for history, known in zip(histories, visible, strict=True):
         if len(history) == len(known):
             continue
         label = history[len(known)]
         shown = [item == label or not exclude_seen or item not in known for item in range(event_log.num_items)]
         items = np.flatnonzero(shown).tolist()
-        for floor in Floor:
-            weight = [(pairs[known[-1], item] if floor is Floor.transitions else 0, popularity[item]) for item in items]
+        for baseline in CountingBaseline:
+            weight = [
+                (pairs[known[-1], item] if baseline is CountingBaseline.transitions else 0, popularity[item])
+                for item in items
+            ]
             own = weight[items.index(label)]
-            expected[floor].append(sum(w > own for w in weight) + weight.count(own) // 2)  # ties: half, rounded up
-    for floor in Floor:
-        ranks = evaluate_floor(floor, event_log, DataConfig(exclude_seen=exclude_seen)).ranks
-        assert ranks is not None and ranks.tolist() == expected[floor]
+            expected[baseline].append(sum(w > own for w in weight) + weight.count(own) // 2)  # ties: half, rounded up
+    for baseline in CountingBaseline:
+        ranks = evaluate_counting_baseline(baseline, event_log, DataConfig(exclude_seen=exclude_seen)).ranks
+        assert ranks is not None and ranks.tolist() == expected[baseline]
 
 
 def test_a_split_in_time_without_labels_is_refused(event_log: EventLog) -> None:
     data = DataConfig(split=Split.time, validation_from="2100-01-01", test_from="2100-02-01")
-    with pytest.raises(ConfigError, match="has no test label for a floor to rank"):
-        evaluate_floor(Floor.popularity, event_log, data)
+    with pytest.raises(ConfigError, match="has no test label for a counting baseline to rank"):
+        evaluate_counting_baseline(CountingBaseline.popularity, event_log, data)
 
 
 @pytest.mark.data
@@ -83,6 +86,6 @@ def test_movielens(
     """HR@10 and NDCG@10 that another program counted."""
     run(tmp_path / "log", [real_set(name)], kind="auto", timestamp=None, time_unit=None)
     log = EventLog.open(tmp_path / "log")
-    for floor, expected in ((Floor.popularity, popularity), (Floor.transitions, transitions)):
-        found = evaluate_floor(floor, log, DataConfig()).metrics
+    for baseline, expected in ((CountingBaseline.popularity, popularity), (CountingBaseline.transitions, transitions)):
+        found = evaluate_counting_baseline(baseline, log, DataConfig()).metrics
         assert (found["hr@10"], found["ndcg@10"]) == pytest.approx(expected, abs=6e-4)

@@ -13,18 +13,16 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
-from scripts.experiments.results import read_results
 from tests.conftest import Served, small_config, small_frame
 from vista.config import EvaluateConfig
 from vista.config.choices import Codec, Split
-from vista.config.conversion import to_dict
-from vista.errors import ConfigError, DataError, LeakageError
+from vista.errors import ConfigError, LeakageError
 from vista.evaluation.evaluate import Evaluation, evaluate, evaluate_scorer
 from vista.evaluation.protocol import LAST_RANK
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.model import inference
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.training.trainer import schema_of, train
@@ -77,7 +75,7 @@ class TestNextItems:
         log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s")
         config = small_config(log, "unused")
         torch.manual_seed(0)  # else a user's vector may lie so near to the edge that the request's time turns it
-        model = Recommender(config.model, schema_of(log, config), log.items, config.data).eval()
+        model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
         with torch.no_grad():
             model.item_table.zero_()
             model.item_table[1:, 0] = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
@@ -132,7 +130,7 @@ class TestNextItems:
         assert found.ranks is not None and (found.ranks == LAST_RANK).sum() == 2
 
 
-def summary_inputs(model: Recommender, log: EventLog, row: int, start: int, stop: int) -> Any:
+def summary_inputs(model: VistaModel, log: EventLog, row: int, start: int, stop: int) -> Any:
     history = log.slice(row, start, stop)
     return dataclasses.replace(history, item=model.item_rows(log.items.ids(history.item)).astype(np.int32))
 
@@ -208,7 +206,7 @@ class TestImpressions:
 
     def test_tasks_that_the_model_lacks_are_left_out(self, served_tasks: Served, tmp_path: Path) -> None:
         log = served_tasks.log
-        model = Recommender(
+        model = VistaModel(
             served_tasks.model.config,
             dataclasses.replace(served_tasks.model.schema, tasks=["like"]),
             log.items,
@@ -343,7 +341,7 @@ class TestLeakage:
             refresh(served_tasks.model, served_tasks.log, tmp_path / "store", until=until)
         model = served_tasks.model
         schema = dataclasses.replace(model.schema, has_retrieval=False)  # so that impressions are asked first
-        tasks_only = Recommender(model.config, schema, model.items, model.data).eval()
+        tasks_only = VistaModel(model.config, schema, model.items, model.data).eval()
         tasks_only.load_state_dict(model.state_dict())
         for asked in (model, tasks_only):
             with Scorer.open(asked, tmp_path / "store") as scorer, pytest.raises(LeakageError, match="lie before the"):
@@ -378,56 +376,47 @@ class TestResults:
             "data": str(served.log.path),
             "model": str(served.model_dir),
             "store": str(served.test_store),
-            "results_dir": str(tmp_path / "results"),
-            "table": "small",
+            "out": str(tmp_path / "metrics.json"),
             "num_threads": 1,
             "progress": False,
             "top_k": [1, 10],
         }
         return EvaluateConfig(**{**settings, **changes})
 
-    def test_a_popularity_report_enters_row_and_command(self, served: Served, tmp_path: Path) -> None:
+    def written(self, tmp_path: Path) -> dict[str, Any]:
+        return json.loads((tmp_path / "metrics.json").read_text())
+
+    def test_a_popularity_report_enters_the_file(self, served: Served, tmp_path: Path) -> None:
         result = evaluate(self.settings(served, tmp_path, popularity=True, top_k=[10]))
-        (row,) = read_results(tmp_path / "results" / "small.jsonl")
-        assert {"gini@10", "coverage@10", "popularity/score", "ndcg@10/decile-1"} < row["metrics"].keys()
-        assert row["command"].endswith("popularity=true") and row["config"]["popularity"] is True
+        metrics = self.written(tmp_path)["metrics"]
+        assert {"gini@10", "coverage@10", "popularity/score", "ndcg@10/decile-1"} < metrics.keys()
         assert str(result).count("gini@10") == 0 and "  decile     items   labels  recommended" in str(result)
 
-    def test_rows_are_appended(self, served: Served, tmp_path: Path) -> None:
-        result = evaluate(self.settings(served, tmp_path, seed=3))
-        evaluate(self.settings(served, tmp_path, exclude_seen=False, model_name="mine"))
-        trained = to_dict(small_config(served.log, Path(served.model_dir)))
-        first, second = read_results(tmp_path / "results" / "small.jsonl")
-        assert first["metrics"] == result.metrics and list(first["metrics"]) == ["hr@1", "ndcg@1", "hr@10", "ndcg@10"]
-        assert (first["table"], first["data"], first["model"], first["seed"]) == ("small", "log", "run", 3)
-        assert second["model"] == "mine, seen items kept" and second["config"]["exclude_seen"] is False
-        options = {"split": "test", "exclude_seen": True, "top_k": [1, 10], "codec": "float32"}
-        assert {key: first["config"][key] for key in options} == options
-        assert first["config"]["model"] == trained["model"] and "path" not in first["config"]["data"]
-        assert second["seed"] == 1, "of the run's config.yaml"
-        assert first["seconds"] > 0 and first["hardware"]["threads"] == 1
+    def test_the_file_holds_what_was_asked_and_measured(self, served: Served, tmp_path: Path) -> None:
+        result = evaluate(self.settings(served, tmp_path, exclude_seen=False))
+        assert list(result.metrics) == ["hr@1", "ndcg@1", "hr@10", "ndcg@10"]
+        assert self.written(tmp_path) == {
+            "data": str(served.log.path),
+            "model": str(served.model_dir),
+            "split": "test",
+            "top_k": [1, 10],
+            "staleness": 0,
+            "exclude_seen": False,
+            "codec": "float32",
+            "metrics": result.metrics,
+            "num_cases": 14,
+            "seconds": result.seconds,
+        }
+        evaluate(self.settings(served, tmp_path))
+        assert self.written(tmp_path)["exclude_seen"] is True, "the file is replaced"
 
-    def test_the_command_gives_the_row_again(self, served: Served, tmp_path: Path) -> None:
-        from vista.config.composition import compose_config
-
-        settings = self.settings(served, tmp_path, exclude_seen=False, seed=3, model_name="x")
-        evaluate(settings)
-        (row,) = read_results(tmp_path / "results" / "small.jsonl")
-        program, command, *words = row["command"].split()
-        assert (program, command) == ("vista", "evaluate")
-        again = compose_config(EvaluateConfig, [*words, "num_threads=1", "progress=false"])
-        assert again == settings
-        evaluate(again)
-        rows = read_results(tmp_path / "results" / "small.jsonl")
-        assert rows[0]["metrics"] == rows[1]["metrics"]
-
-    def test_without_a_folder_nothing_is_written(self, served: Served, tmp_path: Path) -> None:
-        result = evaluate(self.settings(served, tmp_path, results_dir=None))
+    def test_without_out_nothing_is_written(self, served: Served, tmp_path: Path) -> None:
+        result = evaluate(self.settings(served, tmp_path, out=None))
         assert list(tmp_path.iterdir()) == []
         text = str(result)
         assert text.startswith("14 cases in ") and f"  ndcg@10              {result.metrics['ndcg@10']:.4f}" in text
 
-    def test_undefined_metrics_are_recorded_as_none(self, tmp_path: Path) -> None:
+    def test_undefined_metrics_are_null(self, tmp_path: Path) -> None:
         """Each user clicks always or never: there is an AUC, but none within a user."""
         frame = small_frame()
         users = np.unique(frame["user"])
@@ -456,20 +445,16 @@ class TestResults:
         )
         result = evaluate(settings)
         assert math.isnan(result.metrics["gauc/click"]) and "gauc/click           nan" in str(result)
-        (row,) = read_results(tmp_path / "results" / "small.jsonl")
-        assert row["metrics"]["gauc/click"] is None and 0 <= row["metrics"]["auc/click"] <= 1
+        metrics = self.written(tmp_path)["metrics"]
+        assert metrics["gauc/click"] is None and 0 <= metrics["auc/click"] <= 1
 
-    def test_a_results_folder_that_cannot_be_written_is_refused_before_the_work(
+    def test_a_file_that_cannot_be_written_is_refused_before_the_work(
         self, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "file").write_text("")
         monkeypatch.setattr("vista.evaluation.evaluate.evaluate_scorer", lambda *_, **__: pytest.fail("evaluated"))
-        with pytest.raises(ConfigError, match=r"results_dir=.*: cannot be written"):
-            evaluate(self.settings(served, tmp_path, results_dir=str(tmp_path / "file" / "results")))
-
-    def test_a_row_that_the_table_refuses_is_an_error_of_one_line(self, served: Served, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="table must be one line"):
-            evaluate(self.settings(served, tmp_path, table=""))
+        with pytest.raises(ConfigError, match=r"out=.*: cannot be written"):
+            evaluate(self.settings(served, tmp_path, out=str(tmp_path / "file" / "metrics.json")))
 
 
 def test_evaluation_prints_nothing_undefined_as_a_number() -> None:

@@ -167,8 +167,8 @@ def test_the_target_stays_in_even_when_it_is_excluded() -> None:
 def slow_ranks(scores: NDArray[np.float64], target: list[int], excluded: list[list[int]]) -> list[int]:
     result = []
     for row, own, seen in zip(scores, target, excluded, strict=True):
-        rivals = [score for item, score in enumerate(row) if item != own and item not in seen]
-        result.append(sum(r > row[own] for r in rivals) + math.ceil(sum(r == row[own] for r in rivals) / 2))
+        baselines = [score for item, score in enumerate(row) if item != own and item not in seen]
+        result.append(sum(r > row[own] for r in baselines) + math.ceil(sum(r == row[own] for r in baselines) / 2))
     return result
 
 

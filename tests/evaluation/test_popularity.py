@@ -28,7 +28,7 @@ from vista.evaluation.popularity import (
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.training.trainer import train
@@ -142,7 +142,7 @@ class TestEvaluation:
     def test_a_model_without_retrieval_is_refused(self, served: Served) -> None:
         model = served.model
         schema = dataclasses.replace(model.schema, has_retrieval=False, tasks=["click"])
-        asked = Recommender(model.config, schema, model.items, model.data).eval()
+        asked = VistaModel(model.config, schema, model.items, model.data).eval()
         asked.load_state_dict(model.state_dict(), strict=False)
         with (
             Scorer.open(asked, served.test_store) as scorer,

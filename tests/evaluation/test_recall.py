@@ -1,4 +1,4 @@
-"""The metric "memory": windows lie in their bands, negatives are strangers, and an event is judged as written down."""
+"""The metric "recall": windows lie in their bands, negatives are strangers, and an event is judged as written down."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from tests.conftest import Served
 from vista.errors import ConfigError
-from vista.evaluation import recall as memory
+from vista.evaluation import recall
 from vista.evaluation.evaluate import _check, _completed, evaluate_scorer
-from vista.evaluation.recall import AGES, WINDOW, MemoryReport, bands, measure_memory
+from vista.evaluation.recall import AGES, WINDOW, RecallReport, bands, measure_recall
 from vista.log.histories import Histories
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer
 
 
@@ -29,7 +29,7 @@ from vista.scorer import Scorer
 )
 def test_windows_lie_in_their_band(lengths: list[int], band: int, seed: int) -> None:
     end = AGES[band + 1] if band + 1 < len(AGES) else None
-    windows = memory._windows(np.array(lengths), AGES[band], end, np.random.default_rng(seed))
+    windows = recall._windows(np.array(lengths), AGES[band], end, np.random.default_rng(seed))
     assert windows.row.tolist() == [row for row, length in enumerate(lengths) if length > AGES[band]]
     for row, start, stop in zip(windows.row, windows.start, windows.stop, strict=True):
         assert 0 <= start < stop <= lengths[row] - AGES[band] and stop - start <= WINDOW
@@ -41,11 +41,11 @@ def test_an_event_is_judged_by_the_decoders_distance(served: Served) -> None:
     log, model = served.log, served.model
     users = np.arange(6)
     histories = log.gather(users, log.lengths[users])
-    items = memory._Items(model, log)
-    windows = memory._windows(histories.lengths, 0, 32, np.random.default_rng(3))
+    items = recall._Items(model, log)
+    windows = recall._windows(histories.lengths, 0, 32, np.random.default_rng(3))
     with Scorer.open(model, served.exact_store) as scorer:
         summary = torch.from_numpy(scorer.store.get_many(log.users.ids(users)).summary)
-    shares = memory._share_beaten(model, items, histories, windows, [summary], np.random.default_rng(4))[0]
+    shares = recall._share_beaten(model, items, histories, windows, [summary], np.random.default_rng(4))[0]
 
     rng, expected = np.random.default_rng(4), []
     lengths = windows.stop - windows.start
@@ -61,7 +61,7 @@ def test_an_event_is_judged_by_the_decoders_distance(served: Served) -> None:
         history = histories.slice(int(row))
         rows = items.rows[history.item]
         gap = (
-            memory.history_gaps(np.asarray(history.timestamp), np.array([0, len(rows)]))
+            recall.history_gaps(np.asarray(history.timestamp), np.array([0, len(rows)]))
             if model.encoder.gap is not None
             else rows * 0
         )
@@ -82,7 +82,7 @@ def test_an_event_is_judged_by_the_decoders_distance(served: Served) -> None:
     np.testing.assert_allclose(shares, expected, atol=0.02)
 
 
-def _embed(model: Recommender, history: Histories, gap: np.ndarray, item: int, t: int) -> torch.Tensor:
+def _embed(model: VistaModel, history: Histories, gap: np.ndarray, item: int, t: int) -> torch.Tensor:
     """The embedding of event t, had it been of `item`."""
     rating = None if history.rating is None else torch.tensor(history.rating[t])
     action = torch.tensor(int(history.action[t]))
@@ -90,19 +90,19 @@ def _embed(model: Recommender, history: Histories, gap: np.ndarray, item: int, t
 
 
 def test_negatives_are_about_as_popular(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "NEIGHBOURS", 2)
-    items = memory._Items(served.model, served.log)
+    monkeypatch.setattr(recall, "NEIGHBOURS", 2)
+    items = recall._Items(served.model, served.log)
     asked = np.repeat(items.by_popularity, 3)
     drawn = items.alike(asked, np.random.default_rng(0))
     step = np.abs(items.rank[drawn] - items.rank[asked][:, None])
     assert step.min() == 1 and step.max() == 2
 
 
-def test_the_same_summary_for_all_is_no_memory(served: Served) -> None:
+def test_the_same_summary_for_all_recalls_nothing(served: Served) -> None:
     """A store whose records hold one summary: own and other are one question."""
     with Scorer.open(served.model, served.exact_store) as scorer:
-        found = measure_memory(scorer, served.log, seed=1)
-        again = measure_memory(scorer, served.log, seed=1)
+        found = measure_recall(scorer, served.log, seed=1)
+        again = measure_recall(scorer, served.log, seed=1)
         assert found.num_events[0] > 0 and np.array_equal(found.own, again.own, equal_nan=True)
         stored = scorer.store.get_many
 
@@ -111,7 +111,7 @@ def test_the_same_summary_for_all_is_no_memory(served: Served) -> None:
             return replace(batch, summary=np.broadcast_to(batch.summary[:1], batch.summary.shape).copy())
 
         scorer.store.get_many = alike  # type: ignore[assignment,method-assign]
-        flat = measure_memory(scorer, served.log, seed=1)
+        flat = measure_recall(scorer, served.log, seed=1)
         assert np.array_equal(flat.own, flat.other, equal_nan=True)
 
 
@@ -142,27 +142,27 @@ def test_own_and_other_are_not_taken_for_each_other(served: Served) -> None:
         for user in users.tolist():
             history = log.slice(user)
             rows = torch.from_numpy(model.item_rows(log.items.ids(history.item)))
-            gap = torch.from_numpy(memory.history_gaps(np.asarray(history.timestamp), np.array([0, len(rows)])))
+            gap = torch.from_numpy(recall.history_gaps(np.asarray(history.timestamp), np.array([0, len(rows)])))
             rating = None if history.rating is None else torch.from_numpy(np.array(history.rating))
             action = torch.from_numpy(history.action.astype(np.int64))
             with torch.no_grad():
                 events = model.encoder(model.item_vectors(rows), action, gap, rating)
             owners.append({event.numpy().tobytes() for event in events})
         model.decoder = Recalling(summaries, owners)  # type: ignore[assignment]
-        found = measure_memory(scorer, log)
+        found = measure_recall(scorer, log)
     assert found.own[0] == 1.0 and found.other[0] < 0.9
 
 
 def test_report_and_refusal(served: Served) -> None:
     with Scorer.open(served.model, served.test_store) as scorer:
-        found = evaluate_scorer(scorer, served.log, "test", memory=True)
-    assert isinstance(found.memory, MemoryReport)
-    assert set(found.memory.metrics()) == {f"memory/{band}" for band in bands()} <= set(found.metrics)
+        found = evaluate_scorer(scorer, served.log, "test", recall=True)
+    assert isinstance(found.recall, RecallReport)
+    assert set(found.recall.metrics()) == {f"recall/{band}" for band in bands()} <= set(found.metrics)
     assert "age in events" in str(found)
 
 
 def test_a_model_without_summaries_is_refused(served: Served) -> None:
     config = replace(served.model.config, num_seeds=0)
-    model = Recommender(config, served.model.schema, served.model.items, served.model.data)
+    model = VistaModel(config, served.model.schema, served.model.items, served.model.data)
     with pytest.raises(ConfigError, match="no summaries"):
-        _check(model, served.log, "test", _completed(model, {"memory": True}))
+        _check(model, served.log, "test", _completed(model, {"recall": True}))

@@ -15,7 +15,7 @@ from tests.faults.harness import Promise, Trials, share, work_folder
 from tests.faults.nursery import Nursery
 from tests.faults.preload import compiled
 from vista.log.event_log import EventLog
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.training.trainer import schema_of
 
 
@@ -60,5 +60,5 @@ def model_dir(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> 
     """An untrained model: what a refresh stores does not depend on training."""
     folder = tmp_path_factory.mktemp("model")
     config = small_config(event_log, "unused")
-    Recommender(config.model, schema_of(event_log, config), event_log.items, config.data).save_pretrained(folder / "m")
+    VistaModel(config.model, schema_of(event_log, config), event_log.items, config.data).save_pretrained(folder / "m")
     return folder / "m"

@@ -19,7 +19,7 @@ from tests.faults.nursery import Say
 from tests.record_reference import decode_record_reference
 from vista.config.choices import Codec
 from vista.errors import StoreError
-from vista.store import StoreWriter, SummaryStore, Tail, encode_records, user_keys
+from vista.store import StoreReader, StoreWriter, Tail, encode_records, user_keys
 from vista.store.format.keys import CURSOR_KEY, MANIFEST_KEY
 from vista.store.format.record import RecordSpec
 from vista.store.layout import Manifest, environment_path
@@ -148,7 +148,7 @@ def unpublished(say: Say, store: str, words: dict[str, Any], generation: int, le
 def published(say: Say, store: str, words: dict[str, Any], generation: int | None = None) -> int:
     """Check that CURRENT's generation holds the whole run, exactly; returns its number."""
     run = Run.of(words)
-    with SummaryStore.open(store, summarizer_id=SUMMARIZER) as opened:
+    with StoreReader.open(store, summarizer_id=SUMMARIZER) as opened:
         assert generation is None or opened.generation == generation, (opened.generation, generation)
         assert list(opened.keys()) == list(range(run.total))
         batch = opened.get_many(range(-1, run.total + 1))
@@ -224,7 +224,7 @@ def within(seconds: float) -> Iterator[None]:
 def is_unpublished(store: str | Path) -> bool:
     """Whether nothing is published, and a reader is told so."""
     try:
-        SummaryStore.open(store).close()
+        StoreReader.open(store).close()
     except StoreError as error:
         assert "no published generation" in str(error), error
         return True
@@ -233,6 +233,6 @@ def is_unpublished(store: str | Path) -> bool:
 
 def read_everything(store: str | Path) -> int:
     """Read all records of a store of unknown content; how many."""
-    with SummaryStore.open(store) as opened:
+    with StoreReader.open(store) as opened:
         users = np.array(list(opened.keys()))
         return int(opened.get_many(users).found.sum())

@@ -10,7 +10,7 @@ import numpy as np
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from vista.log.event_log import EventLog
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.store.stored_batch import CLOCK_SKEW_MS
@@ -20,7 +20,7 @@ MAX_AGE_S = 3600
 
 def served(say: Say, log: str, model_dir: str, store: str, shift_ms: int) -> list[bool]:
     """Refresh by a clock that is off, score with an age limit by the true one; which of three users got scores."""
-    model = Recommender.from_pretrained(model_dir)
+    model = VistaModel.from_pretrained(model_dir)
     refresh(model, EventLog.open(log), store, created_at=time.time_ns() // 1_000_000 + shift_ms)
     with Scorer.open(model, store, on_missing="nan") as scorer:
         assert np.isfinite(scorer.score([100, 101, 102], [0])).all()

@@ -14,7 +14,7 @@ from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
 from vista.errors import RecordError, StoreError
-from vista.store import SummaryStore, user_keys
+from vista.store import StoreReader, user_keys
 from vista.store.layout import environment_path
 
 RUNS = [Run(salt=1, total=400, batch=50), Run(salt=2, total=100, batch=20, dim=300), Run(salt=3, dim=3000)]
@@ -44,7 +44,7 @@ def read_all(store: str, run: Run) -> str:
     outcomes = {0: "unharmed"}
     users = range(run.total)
     try:
-        with SummaryStore.open(store, summarizer_id=oracle.SUMMARIZER) as opened:
+        with StoreReader.open(store, summarizer_id=oracle.SUMMARIZER) as opened:
             try:
                 keys = list(opened.keys())
                 assert set(keys) <= set(users), f"users that were never written: {sorted(set(keys) - set(users))[:5]}"
@@ -157,5 +157,5 @@ def test_a_damaged_key_is_not_listed(nursery: Nursery, stores: list[Path], tmp_p
     data = environment_path(store, 1) / "data.mdb"
     place = data.read_bytes().rindex(key)  # The newest page of the copies that copy-on-write left.
     flip(data, place + 5, 3)
-    with SummaryStore.open(store) as opened, pytest.raises(RecordError, match=r"user \d+ .*key_hash"):
+    with StoreReader.open(store) as opened, pytest.raises(RecordError, match=r"user \d+ .*key_hash"):
         list(opened.keys())

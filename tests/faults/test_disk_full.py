@@ -17,7 +17,7 @@ from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
 from vista.errors import StoreError
-from vista.store import SummaryStore
+from vista.store import StoreReader
 from vista.store.layout import environment_path
 
 SIZE_BYTES = 64 << 20
@@ -54,13 +54,13 @@ def fill(say: Say, path: str, left: int) -> int:
 
 def serve(say: Say, store: str) -> None:
     """Read all users again and again until there is a file `stop` beside the store."""
-    with SummaryStore.open(store) as opened:
+    with StoreReader.open(store) as opened:
         say("serves")
         while not Path(store).with_name("stop").exists():
             oracle_check(opened)
 
 
-def oracle_check(opened: SummaryStore) -> None:
+def oracle_check(opened: StoreReader) -> None:
     users = range(BEFORE.total)
     batch = opened.get_many(users)
     assert batch.found.all() and not oracle.differences(batch, BEFORE, users, opened.manifest.spec())

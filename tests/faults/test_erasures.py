@@ -12,9 +12,9 @@ from tests.conftest import small_config
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from vista.log.event_log import EventLog
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh, refresh_incremental
-from vista.store import SummaryStore
+from vista.store import StoreReader
 from vista.store.admin.inspection import verify_store
 from vista.store.admin.publish import compact_store
 from vista.store.updates import erase
@@ -45,13 +45,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     log = EventLog.from_frame(frame(0), folder / "log", time_unit="ms")
     config = small_config(log, "unused")
-    Recommender(config.model, schema_of(log, config), log.items, config.data).save_pretrained(folder / "m")
+    VistaModel(config.model, schema_of(log, config), log.items, config.data).save_pretrained(folder / "m")
     return folder / "m"
 
 
 def keep_refreshing(say: Say, folder: str, model_dir: str, turns: int, kind: str) -> None:
     """Refresh again and again, in full or what is new; says when a turn ends."""
-    model = Recommender.from_pretrained(model_dir)
+    model = VistaModel.from_pretrained(model_dir)
     for turn in range(1, turns + 1):
         log = EventLog.from_frame(frame(turn), Path(folder, "log"), time_unit="ms", append=True)
         run = refresh if kind == "full" else refresh_incremental
@@ -61,12 +61,12 @@ def keep_refreshing(say: Say, folder: str, model_dir: str, turns: int, kind: str
 
 @promise("Erasure", fault="100 users erased while refreshes race, then compaction", full=100, short=10, each=10)
 def test_erasures(trial: Trial, nursery: Nursery, model_dir: Path) -> None:
-    store, model = trial.folder / "store", Recommender.from_pretrained(model_dir)
+    store, model = trial.folder / "store", VistaModel.from_pretrained(model_dir)
     refresh(model, EventLog.from_frame(frame(0), trial.folder / "log", time_unit="ms"), store)
     kind = trial.random.choice(["full", "incremental"])
     child = nursery.start(keep_refreshing, trial.folder, model_dir, 3, kind)
     users = trial.random.sample(range(NUM_USERS), 10)
-    with SummaryStore.open(store) as opened:
+    with StoreReader.open(store) as opened:
         for user in users:
             erase(store, [name(user)])
             opened.reload()
@@ -81,7 +81,7 @@ def test_erasures(trial: Trial, nursery: Nursery, model_dir: Path) -> None:
     report = verify_store(store)
     assert not report.num_problems, report
     left = sorted(set(range(NUM_USERS)) - set(users))
-    with SummaryStore.open(store) as opened:
+    with StoreReader.open(store) as opened:
         assert sorted(opened.keys()) == [name(user) for user in left] and len(opened) == len(left)
     files = [path for path in store.rglob("*") if path.is_file()]
     data = b"\0".join(path.read_bytes() for path in files)

@@ -13,7 +13,7 @@ from tests.faults import oracle, preload
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
-from vista.store import SummaryStore
+from vista.store import StoreReader
 from vista.store.layout import read_current
 
 TOTAL, BATCH, FLIPS = 96, 32, 5
@@ -37,7 +37,7 @@ def follow(say: Say, store: str) -> list[int]:
     """
     reads, generations, stop = 0, set(), Path(store).with_name("stop")
     users = range(TOTAL)
-    with SummaryStore.open(store, summarizer_id=oracle.SUMMARIZER) as opened:
+    with StoreReader.open(store, summarizer_id=oracle.SUMMARIZER) as opened:
         say("follows")
         while not stop.exists():
             opened.reload()

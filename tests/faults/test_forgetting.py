@@ -13,22 +13,20 @@ from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
 from vista.model import state_updates as incremental
 from vista.model.ranking_model import Schema
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 
 HOUR = 3_600_000
 MAX_DRIFT = 1e-3
 """||Z - Z'|| / ||Z'||, a layer and head: float32 through sums of which up to 99.9 % have left."""
 
 
-def make_model() -> Recommender:
+def make_model() -> VistaModel:
     """With decay, convolution and gaps: a reach of three events."""
     torch.manual_seed(0)
     config = ModelConfig(
         dim=16, num_heads=2, num_seeds=3, tail_len=5, conv_width=3, decay=Decay.time, decay_horizons=[2.0, 30.0]
     )
-    return Recommender(
-        config, Schema(["view"], True, None, []), Vocabulary.from_ids(np.arange(50)), DataConfig()
-    ).eval()
+    return VistaModel(config, Schema(["view"], True, None, []), Vocabulary.from_ids(np.arange(50)), DataConfig()).eval()
 
 
 def history_of(events: list[tuple[int, int]]) -> Histories:
@@ -38,7 +36,7 @@ def history_of(events: list[tuple[int, int]]) -> Histories:
     return Histories(item, time, np.zeros(len(item), np.uint8), None, np.array([0, len(item)], np.int64))
 
 
-def exact_z(model: Recommender, history: Histories) -> torch.Tensor:
+def exact_z(model: VistaModel, history: Histories) -> torch.Tensor:
     """Z of a history, in float64."""
     double = make_model().double()
     state = incremental.history_states(double, history)

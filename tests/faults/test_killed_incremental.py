@@ -16,9 +16,9 @@ from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from vista.config.choices import Codec
 from vista.log.event_log import EventLog
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh, refresh_incremental
-from vista.store import SummaryStore
+from vista.store import StoreReader
 from vista.store.format.state_record import StateArrays
 from vista.store.lmdb.environment import SharedEnvironment
 from vista.training.trainer import schema_of
@@ -36,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frame = small_frame()
     log = EventLog.from_frame(frame, folder / "log", **columns)
     config = small_config(log, "unused")
-    model = Recommender(config.model, schema_of(log, config), log.items, config.data).eval()
+    model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
     model.save_pretrained(folder / "model")
     refresh(model, log, folder / "store", codec=Codec.float32, created_at=1)
     for turn in (1, 2):
@@ -60,13 +60,13 @@ def go_on(say: Say, folder: str, store: str, last_segment: int) -> dict[str, int
 
     setattr(SharedEnvironment, "write", write_and_tell)  # noqa: B010
     log = EventLog.open(Path(folder, "log"), last_segment=last_segment)
-    model = Recommender.from_pretrained(Path(folder, "model"))
+    model = VistaModel.from_pretrained(Path(folder, "model"))
     return refresh_incremental(model, log, store, users_per_batch=USERS_PER_BATCH, created_at=2).counts
 
 
 def compare(say: Say, store: str, whole: str) -> bool:
     """Whether both hold the same events of the same users, and summaries within rounding."""
-    with SummaryStore.open(store) as opened, SummaryStore.open(whole) as expected:
+    with StoreReader.open(store) as opened, StoreReader.open(whole) as expected:
         users = list(expected.keys())
         assert list(opened.keys()) == users and len(opened) == len(users)
         found, wanted = opened.get_many(users), expected.get_many(users)

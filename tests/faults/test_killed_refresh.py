@@ -13,9 +13,9 @@ from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Child, Nursery, Say
 from vista.config.choices import Codec
 from vista.log.event_log import EventLog
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
-from vista.store import StoreWriter, SummaryStore
+from vista.store import StoreReader, StoreWriter
 
 USERS_PER_BATCH = 2
 NUM_BATCHES = 8
@@ -42,7 +42,7 @@ def run_refresh(say: Say, log: str, model: str, store: str, codec: str) -> int:
     setattr(StoreWriter, "put_batch", put_and_tell)  # noqa: B010
     setattr(StoreWriter, "publish", publish_and_tell)  # noqa: B010
     report = refresh(
-        Recommender.from_pretrained(model),
+        VistaModel.from_pretrained(model),
         EventLog.open(log),
         store,
         codec=Codec(codec),
@@ -56,7 +56,7 @@ def contents(say: Say, store: str) -> list[Any]:
     """The served generation: number, records' digest, and all that readers get, hashed."""
     import hashlib
 
-    with SummaryStore.open(store) as opened:
+    with StoreReader.open(store) as opened:
         batch = opened.get_many(np.array(list(opened.keys())))
         digest = hashlib.sha256(batch.summary.tobytes() + batch.history_digest.tobytes() + batch.created_at.tobytes())
         return [opened.generation, opened.manifest.records_digest, len(opened), digest.hexdigest()]

@@ -10,7 +10,7 @@ from tests.faults.nursery import Nursery, Say
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.store.format.keys import user_keys
@@ -23,7 +23,7 @@ def evaluated(say: Say, log_path: str, model_dir: str, store: str, until: str, u
     """Refresh `until`, make one record say that it has seen `more` events, and evaluate; what that came to."""
     import numpy as np
 
-    model, log = Recommender.from_pretrained(model_dir), EventLog.open(log_path)
+    model, log = VistaModel.from_pretrained(model_dir), EventLog.open(log_path)
     refresh(model, log, store, until=until)
     (key,) = user_keys([user])
     if more:

@@ -23,7 +23,7 @@ from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from vista.errors import VistaError
 from vista.log.event_log import EventLog
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer
 from vista.training.trainer import train
 
@@ -129,7 +129,7 @@ def use(say: Say, folder: str, names: list[str]) -> int:
     before = peak_bytes()
     uses: dict[str, Callable[[], Any]] = {
         "log": lambda: EventLog.open(root / "log").gather([0]),
-        "model": lambda: Recommender.from_pretrained(root / "run" / "best"),
+        "model": lambda: VistaModel.from_pretrained(root / "run" / "best"),
         "scorer": lambda: Scorer.open(root / "run" / "best", root / "store").score([100], [0]),
         "store": lambda: oracle.read_everything(root / "store"),
         "checkpoint": lambda: train(small_config(EventLog.open(root / "log"), root / "run")),

@@ -19,7 +19,7 @@ from tests.record_reference import decode_record_reference
 from vista.config.choices import Codec
 from vista.errors import RecordError, VistaError
 from vista.log.event_log import EventLog
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
 from vista.store import NO_TIMESTAMP, RecordSpec, encode_records, user_keys
@@ -210,7 +210,7 @@ def giant(say: Say, model: str, folder: str, num_events: int, num_candidates: in
         "action": np.full(num_events + 3, "click"),
     }
     log = EventLog.from_frame(frame, f"{folder}/log", time_unit="ms", action="action")
-    loaded = Recommender.from_pretrained(model)
+    loaded = VistaModel.from_pretrained(model)
     refresh(loaded, log, f"{folder}/store")
     with Scorer.open(loaded, f"{folder}/store") as scorer:
         scores = scorer.score([1, 2], np.resize(np.arange(0, 400, 10), num_candidates))

@@ -13,7 +13,7 @@ from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
 from tests.faults.preload import Call
-from vista.store import SummaryStore
+from vista.store import StoreReader
 
 ACKNOWLEDGED = "acknowledged"
 IMAGES = 50
@@ -71,7 +71,7 @@ def check_image(say: Say, store: Path, runs: list[dict[str, Any]], place: int, l
         assert place == 0, "a published generation is gone"
         found = "nothing published"
     else:
-        with SummaryStore.open(store) as opened:
+        with StoreReader.open(store) as opened:
             served = opened.generation
         oracle.published(say, str(store), runs[served - 1])
         assert served == place or (served, least) == (place + 1, run.total), (served, place, least)

@@ -15,7 +15,7 @@ from tests.faults import oracle
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
-from vista.store import SummaryStore
+from vista.store import StoreReader
 from vista.store.layout import environment_path
 from vista.store.lmdb.data_file import open_environment
 
@@ -23,7 +23,7 @@ RUN = Run(total=64)
 NUM_THREADS = 8
 
 
-def check(opened: SummaryStore, times: int = 1) -> int:
+def check(opened: StoreReader, times: int = 1) -> int:
     """Read all users exactly, some times; returns this process."""
     users = range(RUN.total)
     for _ in range(times):
@@ -32,7 +32,7 @@ def check(opened: SummaryStore, times: int = 1) -> int:
     return os.getpid()
 
 
-def read_forever(opened: SummaryStore) -> None:
+def read_forever(opened: StoreReader) -> None:
     """Until killed."""
     while True:
         check(opened)
@@ -50,7 +50,7 @@ def parent(say: Say, store: str, spawn: bool) -> None:
             check(opened)
             time.sleep(0.02)
 
-    with SummaryStore.open(store) as opened, ThreadPoolExecutor(NUM_THREADS) as threads:
+    with StoreReader.open(store) as opened, ThreadPoolExecutor(NUM_THREADS) as threads:
         readers = [threads.submit(read) for _ in range(NUM_THREADS)]
         try:
             children: list[Any] = [fork.Process(target=check, args=(opened, 5)) for _ in range(3)]
@@ -76,7 +76,7 @@ def parent(say: Say, store: str, spawn: bool) -> None:
             time.sleep(0.01)
 
 
-def nested(opened: SummaryStore) -> None:
+def nested(opened: StoreReader) -> None:
     """Read in this process and in one that it forks."""
     check(opened)
     child = multiprocessing.get_context("fork").Process(target=check, args=(opened, 3))

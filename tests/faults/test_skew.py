@@ -15,7 +15,7 @@ from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
 from vista.errors import RecordError, StoreError
-from vista.store import SummaryStore, user_keys
+from vista.store import StoreReader, user_keys
 from vista.store.format.keys import MANIFEST_KEY
 from vista.store.format.record import CHECKSUM_OFFSET, HEADER, HEADER_BYTES
 from vista.store.layout import Manifest, environment_path
@@ -59,7 +59,7 @@ def foreign_records(say: Say, store: str, field: str, bits: list[int]) -> int:
     environment.close()
     for bit in bits:
         replace(store, key, with_flipped(whole, field, bit))
-        with SummaryStore.open(store) as opened:
+        with StoreReader.open(store) as opened:
             assert opened.get_many([2, 4]).found.all()
             for users in ([3], range(RUN.total)):
                 with pytest.raises(RecordError, match=f"user 3 .*{field}"):
@@ -105,7 +105,7 @@ def foreign_manifest(say: Say, store: str, changes: dict[str, Any]) -> str:
     environment.close()
     manifest = dataclasses.replace(Manifest.from_bytes(whole, Path(store)), **changes)
     replace(store, MANIFEST_KEY, manifest.to_bytes())
-    with pytest.raises(StoreError) as refused, SummaryStore.open(store, summarizer_id=oracle.SUMMARIZER) as opened:
+    with pytest.raises(StoreError) as refused, StoreReader.open(store, summarizer_id=oracle.SUMMARIZER) as opened:
         opened.get_many([3])
     replace(store, MANIFEST_KEY, whole)
     return type(refused.value).__name__

@@ -18,7 +18,7 @@ import numpy as np
 from tests.faults.nursery import Say
 from tests.faults.oracle import CREATED_AT, SUMMARIZER, Run
 from vista.config.choices import StateDtype
-from vista.store import SummaryStore, user_keys
+from vista.store import StoreReader, user_keys
 from vista.store.admin.inspection import verify_store
 from vista.store.format.record import RecordSpec
 from vista.store.format.state_record import StateArrays, StateSpec, encode_states
@@ -108,7 +108,7 @@ def check(say: Say, store: str, turn: int, least: int) -> str:
     report = verify_store(store)
     assert not report.num_problems, report
     found = _held(environment_path(Path(store), 1)), _held(state_path(Path(store), 1))
-    with SummaryStore.open(store) as opened:
+    with StoreReader.open(store) as opened:
         manifest = opened.manifest
         read = opened.get_many(range(TOTAL)).found.tolist()
         assert read == [key in found[0] for key in user_keys(range(TOTAL))] and sum(read) == len(opened)

@@ -20,7 +20,7 @@ from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.ranking_model import Schema
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 
 Int = NDArray[np.int64]
 ACTIONS, TASKS, NUM_ITEMS = ["view", "click", "buy"], ["click", "like"], 40
@@ -35,11 +35,11 @@ def model(
     has_time: bool = True,
     rating_range: tuple[float, float] | None = (1.0, 5.0),
     **config: Any,
-) -> Recommender:
+) -> VistaModel:
     """A model in eval mode whose every parameter matters: biases and the like do not stay at 0."""
     torch.manual_seed(seed)
     options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
-    built = Recommender(
+    built = VistaModel(
         ModelConfig(**options),
         Schema(ACTIONS, has_time, rating_range, tasks),
         Vocabulary.from_ids(np.arange(num_items) + 100),
@@ -99,7 +99,7 @@ def chunks(
     return made, time
 
 
-def plan(model: Recommender, **changes: Any) -> CutPlan:
+def plan(model: VistaModel, **changes: Any) -> CutPlan:
     """How the model's chunks are cut: every window, no staleness unless asked for."""
     options = {
         "mixing": model.config.mixing,
@@ -122,7 +122,7 @@ def batch(made: Chunks, cut_plan: CutPlan, seed: int = 0, *, num_items: int = NU
     return cut_batch(made, cut_plan, np.random.default_rng(seed), negatives, np.zeros(num_items, np.float32))
 
 
-def outputs(model: Recommender, cut: Batch) -> tuple[Tensor, Tensor]:
+def outputs(model: VistaModel, cut: Batch) -> tuple[Tensor, Tensor]:
     """(user vectors [NW, W, M], task logits [NW, I, tasks]) as training computes them."""
     with torch.no_grad():
         vectors = model.item_vectors(cut.rows)
@@ -132,7 +132,7 @@ def outputs(model: Recommender, cut: Batch) -> tuple[Tensor, Tensor]:
         return model.window_users(cut, context), model.window_logits(cut, vectors, context)
 
 
-def tail(model: Recommender, packed: Histories, lengths: Int | int | None = None) -> inference.PaddedTail:
+def tail(model: VistaModel, packed: Histories, lengths: Int | int | None = None) -> inference.PaddedTail:
     """Padded tails of the newest `lengths` (model.tail_len) events of each history."""
     keep = np.minimum(packed.lengths, model.config.tail_len if lengths is None else lengths)
     last = packed.select(packed.lengths - keep, packed.lengths)

@@ -17,7 +17,7 @@ from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.hstu import HSTU
 from vista.model.baselines.padded_tiles import tiles
 from vista.model.baselines.sasrec import SASRec
-from vista.model.baselines.sequence_model import Events
+from vista.model.baselines.sequence_model import EventVectors
 from vista.model.ranking_model import Schema, class_of
 
 NUM_ITEMS = 50
@@ -28,9 +28,9 @@ HEADS = 2
 @pytest.mark.parametrize("name", ["SASRec", "HSTU"])
 @torch.inference_mode()
 def test_states_are_those_of_rectools(name: str, tmp_path: Path) -> None:
-    environment = os.environ.get("VISTA_RIVAL_VENV")
+    environment = os.environ.get("VISTA_RECTOOLS_VENV")
     if not environment:
-        pytest.skip("VISTA_RIVAL_VENV names no virtual environment with RecTools")
+        pytest.skip("VISTA_RECTOOLS_VENV names no virtual environment with RecTools")
     script = Path(__file__).with_name("rectools_states.py")
     command = [Path(environment, "bin", "python").absolute(), script, name, tmp_path / "states.npz"]
     settings = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -54,7 +54,7 @@ def test_states_are_those_of_rectools(name: str, tmp_path: Path) -> None:
         item = x[x > 0]
         # RecTools' positions count from the newest event.
         model.position[: len(item)] = theirs["pos_encoding_layer.pos_emb.weight"][: len(item)].flip(0)
-        events = Events(model.item_table[item], torch.arange(len(item)), np.array([0, len(item)]))
+        events = EventVectors(model.item_table[item], torch.arange(len(item)), np.array([0, len(item)]))
         (tile,) = tiles(events.offsets, torch.device("cpu"))
         states, _ = model._encode(events, tile)
         torch.testing.assert_close(states[0, 1:], expected[-len(item) :], rtol=1e-12, atol=1e-12)

@@ -15,10 +15,10 @@ from vista.config.choices import Mixing, Normalization
 from vista.log.histories import Histories
 from vista.model import inference
 from vista.model import state_updates as incremental
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 
 
-def formula(model: Recommender, history: Histories) -> Tensor:
+def formula(model: VistaModel, history: Histories) -> Tensor:
     """[S, M] in float64: history and seeds are one set, all write and all read at every layer."""
     exact = copy.deepcopy(model).double()
     stage = exact.summarizer

@@ -33,7 +33,7 @@ NAMES = ["din", "sim", "sim-hard", "twin"]
 LIMITED = [("din", 6), ("sim", 0), ("sim", 8), ("sim-hard", 0), ("sim-hard", 8), ("twin", 0), ("twin", 8)]
 
 
-def rival(
+def baseline(
     make: SimpleNamespace, name: str, *, limit: int = 0, top_k: int = 4, has_time: bool = True, embedding_rows: int = 0
 ) -> CandidateModel:
     """A small model in float64 whose every parameter matters."""
@@ -191,7 +191,7 @@ def test_a_score_is_the_published_formula(
     make: SimpleNamespace, name: str, limit: int, has_time: bool, rows: int
 ) -> None:
     """Of users without events, of fewer than a search finds, and of more; and over a unified table too."""
-    model = rival(make, name, limit=limit, has_time=has_time, embedding_rows=rows)
+    model = baseline(make, name, limit=limit, has_time=has_time, embedding_rows=rows)
     packed, now, candidates = requests(make, LENGTHS, 3)
     found, gap = model.candidate_logits(packed, candidates, now), model.request_gap(packed, now)
     for user in range(packed.num_users):
@@ -204,8 +204,8 @@ def test_a_score_is_the_published_formula(
 @pytest.mark.parametrize("name", ["sim", "twin"])
 def test_a_search_that_finds_everything_is_attention_over_everything(make: SimpleNamespace, name: str) -> None:
     packed, now, candidates = requests(make, LENGTHS, 4)
-    full, wide = rival(make, name, top_k=30), rival(make, name, top_k=1000)
-    few = rival(make, name, top_k=29)
+    full, wide = baseline(make, name, top_k=30), baseline(make, name, top_k=1000)
+    few = baseline(make, name, top_k=29)
     found, gap = full.candidate_logits(packed, candidates, now), full.request_gap(packed, now)
     torch.testing.assert_close(found, wide.candidate_logits(packed, candidates, now))
     for user in range(packed.num_users):
@@ -229,7 +229,7 @@ def test_the_highest_scores_are_found_and_of_equal_ones_the_last(count: int) -> 
 def test_neighbours_padding_and_other_candidates_change_nothing(
     make: SimpleNamespace, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = rival(make, name)
+    model = baseline(make, name)
     packed, now, candidates = requests(make, LENGTHS, 5)
     logits = model.candidate_logits(packed, candidates, now)
     torch.testing.assert_close(model.candidate_logits(packed, candidates.flip(1), now), logits.flip(1))
@@ -247,7 +247,7 @@ def test_neighbours_padding_and_other_candidates_change_nothing(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_users_without_events_are_scored_by_the_candidate(make: SimpleNamespace, name: str) -> None:
-    model = rival(make, name)
+    model = baseline(make, name)
     packed, now, candidates = requests(make, [0, 0], 6)
     candidates[1] = candidates[0]
     found = model.candidate_logits(packed, candidates, now)
@@ -262,7 +262,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
 ) -> None:
     """Losses over a batch are those of requests asked one by one, of windows that begin inside a chunk too."""
     monkeypatch.setattr("vista.examples.cuts.TIMELESS_SHARE", 0.0)
-    model = rival(make, name, limit=limit)
+    model = baseline(make, name, limit=limit)
     packed = make.histories([1, 11, 8, 0, 19], 5)
     chunks, shown_at = make.chunks(packed, 5, impressions=60)
     batch = make.batch(chunks, make.plan(model), 5)
@@ -297,7 +297,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
-    model = rival(make, name).float().train()
+    model = baseline(make, name).float().train()
     chunks, _ = make.chunks(make.histories([5, 12, 8, 3], 7), 7, impressions=25)
     batch = make.batch(chunks, make.plan(model))
     vectors = model.item_table.detach()[batch.rows].requires_grad_()
@@ -309,7 +309,7 @@ def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_without_impressions_has_nothing_to_train(make: SimpleNamespace, name: str) -> None:
-    model = rival(make, name).float()
+    model = baseline(make, name).float()
     chunks, _ = make.chunks(make.histories([5, 12], 7), 7, impressions=3)
     batch = make.batch(chunks, make.plan(model))
     batch = replace(batch, candidate_mask=torch.zeros_like(batch.candidate_mask))
@@ -318,8 +318,8 @@ def test_a_batch_without_impressions_has_nothing_to_train(make: SimpleNamespace,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_saved_rival_is_the_same_rival(make: SimpleNamespace, name: str, tmp_path: Path) -> None:
-    model = rival(make, name).float()
+def test_a_saved_baseline_is_the_same_baseline(make: SimpleNamespace, name: str, tmp_path: Path) -> None:
+    model = baseline(make, name).float()
     model.save_pretrained(tmp_path / "model")
     again = RankingModel.from_pretrained(tmp_path / "model")
     packed, _, candidates = requests(make, LENGTHS, 3)
@@ -331,4 +331,4 @@ def test_a_saved_rival_is_the_same_rival(make: SimpleNamespace, name: str, tmp_p
 
 def test_they_have_no_user_vectors(make: SimpleNamespace) -> None:
     with pytest.raises(ConfigError, match=r"model\.architecture=twin: ranks candidates only"):
-        rival(make, "twin").user_vectors(make.histories([3]), None)
+        baseline(make, "twin").user_vectors(make.histories([3]), None)

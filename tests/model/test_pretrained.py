@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from vista.config.choices import Decay, Mixing, TargetAttentionKind
+from vista.config.choices import Decay, Mixing
 from vista.errors import CheckpointError
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 
 
 def test_loading_draws_none_of_the_callers_numbers_and_a_shorter_tail_shares_the_weights(
@@ -27,7 +27,7 @@ def test_loading_draws_none_of_the_callers_numbers_and_a_shorter_tail_shares_the
     torch.manual_seed(5)
     expected = torch.rand(4)
     torch.manual_seed(5)
-    model = Recommender.from_pretrained(tmp_path / "best")
+    model = VistaModel.from_pretrained(tmp_path / "best")
     shorter = model.with_tail(2)
     assert torch.equal(torch.rand(4), expected)
     assert shorter.item_table.data_ptr() == model.item_table.data_ptr()
@@ -47,45 +47,35 @@ def test_loading_draws_none_of_the_callers_numbers_and_a_shorter_tail_shares_the
 def test_a_round_trip_keeps_every_bit(make: SimpleNamespace, tmp_path: Path, options: dict[str, object]) -> None:
     model = make.model(seed=1, **options)
     model.save_pretrained(tmp_path / "best")
-    back = Recommender.from_pretrained(tmp_path / "best")
+    back = VistaModel.from_pretrained(tmp_path / "best")
     assert (back.config, back.schema, back.data) == (model.config, model.schema, model.data)
     weights, found = model.state_dict(), back.state_dict()
     assert weights.keys() == found.keys() and all(torch.equal(weights[name], found[name]) for name in weights)
     assert back.summarizer_id() == model.summarizer_id() and not back.training
     with pytest.raises(CheckpointError, match=r"is a run folder; its model is .*best"):
-        Recommender.from_pretrained(tmp_path)
+        VistaModel.from_pretrained(tmp_path)
     np.testing.assert_array_equal(back.item_rows([100, 139, 99]), [1, 40, 0])
     packed = make.histories([0, 5, 30], 2)
     assert torch.equal(inference.summarize(back, packed), inference.summarize(model, packed))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best"], "nothing temporary is left"
 
 
-def test_an_export_older_than_the_kind_of_stage_2_holds_softmax_layers(make: SimpleNamespace, tmp_path: Path) -> None:
-    make.model(target_attention=TargetAttentionKind.softmax).save_pretrained(tmp_path / "best")
-    path = tmp_path / "best" / "config.json"
-    description = json.loads(path.read_text())
-    assert description["model"].pop("target_attention") == "softmax"
-    path.write_text(json.dumps(description))
-    back = Recommender.from_pretrained(tmp_path / "best")
-    assert back.config.target_attention is TargetAttentionKind.softmax
-
-
-def test_dates_that_an_older_export_never_read_are_left_out(make: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_key_that_config_json_lacks_is_named(make: SimpleNamespace, tmp_path: Path) -> None:
     make.model().save_pretrained(tmp_path / "best")
     path = tmp_path / "best" / "config.json"
     description = json.loads(path.read_text())
-    assert description["data"]["split"] == "leave-last-out"
-    description["data"]["validation_from"] = "2024-01-01"
+    del description["model"]["target_attention"]
     path.write_text(json.dumps(description))
-    assert Recommender.from_pretrained(tmp_path / "best").data.validation_from is None
+    with pytest.raises(CheckpointError, match=r"config\.json: .*target_attention: missing or unknown in ModelConfig"):
+        VistaModel.from_pretrained(tmp_path / "best")
 
 
 def test_string_ids_travel(make: SimpleNamespace, tmp_path: Path) -> None:
     made = make.model(num_items=3)
     items = Vocabulary.from_ids(["a", "ß", "c/d"])
-    model = Recommender(made.config, made.schema, items, made.data)
+    model = VistaModel(made.config, made.schema, items, made.data)
     model.save_pretrained(tmp_path / "best")
-    back = Recommender.from_pretrained(tmp_path / "best")
+    back = VistaModel.from_pretrained(tmp_path / "best")
     assert back.item_rows(["ß", "c/d", "b", "a"]).tolist() == model.item_rows(["ß", "c/d", "b", "a"]).tolist()
     assert back.summarizer_id() == model.summarizer_id()
 
@@ -94,7 +84,7 @@ def test_saving_again_replaces_the_folder(make: SimpleNamespace, tmp_path: Path)
     make.model(seed=1).save_pretrained(tmp_path / "best")
     other = make.model(seed=2)
     other.save_pretrained(tmp_path / "best")
-    assert Recommender.from_pretrained(tmp_path / "best").summarizer_id() == other.summarizer_id()
+    assert VistaModel.from_pretrained(tmp_path / "best").summarizer_id() == other.summarizer_id()
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
@@ -130,8 +120,8 @@ DAMAGE = {
     "another format": (edited(lambda d: d.update(format_version=99)), "format 99, this vista reads 3"),
     "not a description": (edited(lambda d: ["a list"]), "format None"),
     "no schema": (edited(lambda d: d.pop("schema") and None), r"config\.json: KeyError\('schema'\)"),
-    "no data": (edited(lambda d: d.update(data=None)), r"config\.json: TypeError"),
-    "unknown key": (edited(lambda d: d["model"].update(wings=2)), r"config\.json: .*wings: no field of ModelConfig"),
+    "no data": (edited(lambda d: d.update(data=None)), r"config\.json: .*DataConfig: expected a table of keys, got None"),
+    "unknown key": (edited(lambda d: d["model"].update(wings=2)), r"config\.json: .*wings: missing or unknown in ModelConfig"),
     "unknown schema": (edited(lambda d: d["schema"].update(wings=2)), r"config\.json: TypeError"),
     "contradiction": (
         edited(lambda d: d["model"].update(num_heads=5)),
@@ -149,7 +139,7 @@ def test_damage_is_named(make: SimpleNamespace, tmp_path: Path, damage: str) -> 
     inflict, message = DAMAGE[damage]
     inflict(tmp_path / "best")
     with pytest.raises(CheckpointError, match=message) as caught:
-        Recommender.from_pretrained(tmp_path / "best")
+        VistaModel.from_pretrained(tmp_path / "best")
     assert str(tmp_path / "best") in str(caught.value)
 
 
@@ -157,7 +147,7 @@ def test_a_foreign_vocabulary_is_refused(make: SimpleNamespace, tmp_path: Path) 
     make.model().save_pretrained(tmp_path / "best")
     Vocabulary.from_ids(np.arange(7)).save(tmp_path / "best", "items")
     with pytest.raises(CheckpointError, match="does not fit"):
-        Recommender.from_pretrained(tmp_path / "best")
+        VistaModel.from_pretrained(tmp_path / "best")
 
 
 @pytest.mark.parametrize("mixing", Mixing)

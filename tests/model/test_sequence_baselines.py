@@ -29,7 +29,7 @@ LENGTHS = [0, 1, 9, 4, 0, 7, 12]
 LIMIT = 12
 
 
-def rival(
+def baseline(
     make: SimpleNamespace, name: str, *, has_time: bool = True, tasks: tuple[str, ...] = ("click", "like")
 ) -> SequenceModel:
     """A small model in float64 whose every parameter matters."""
@@ -101,7 +101,7 @@ def test_a_user_vector_is_the_published_sum(
     make: SimpleNamespace, name: str, has_time: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hstu, "QUERIES_AT_ONCE", 5)
-    model = rival(make, name, has_time=has_time)
+    model = baseline(make, name, has_time=has_time)
     packed = make.histories(LENGTHS, 3)
     now = np.append(packed.timestamp, 0)[np.maximum(packed.offsets[1:] - 1, 0)] + 3 * 3_600_000
     found = model.user_vectors(packed, now)
@@ -121,20 +121,20 @@ def test_a_user_vector_is_the_published_sum(
 
 
 def test_weights_from_before_the_gap_was_scaled_are_refused(make: SimpleNamespace, tmp_path: Path) -> None:
-    rival(make, "hstu").save_pretrained(tmp_path / "model")
+    baseline(make, "hstu").save_pretrained(tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     del weights["gap_scale"]
     save_file(weights, tmp_path / "model" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"(?s)does not fit its config.json.*gap_scale"):
         HSTU.from_pretrained(tmp_path / "model")
-    assert "gap_scale" not in rival(make, "hstu", has_time=False).state_dict()
+    assert "gap_scale" not in baseline(make, "hstu", has_time=False).state_dict()
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
 def test_neighbours_padding_and_other_candidates_change_nothing(
     make: SimpleNamespace, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = rival(make, name)
+    model = baseline(make, name)
     packed = make.histories([*LENGTHS, 30], 4)
     now = np.append(packed.timestamp, 0)[np.maximum(packed.offsets[1:] - 1, 0)] + 3_600_000
     candidates = torch.from_numpy(np.random.default_rng(0).integers(1, make.num_items, (packed.num_users, 6)))
@@ -163,7 +163,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
     """
     monkeypatch.setattr("vista.examples.cuts.TIMELESS_SHARE", 0.0)
     monkeypatch.setattr(tiles, "TILE_TOKENS", tile_tokens)
-    model = rival(make, name)
+    model = baseline(make, name)
     packed = make.histories([11, 1, 8, 4], 5)
     chunks, shown_at = make.chunks(packed, 5, impressions=40)
     late = (chunks.impression_chunk > 0) | (chunks.impression_position > 8)
@@ -205,7 +205,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
 def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
-    model = rival(make, name).float().train()
+    model = baseline(make, name).float().train()
     chunks, _ = make.chunks(make.histories([5, 12, 8, 3], 7), 7, impressions=25)
     batch = make.batch(chunks, make.plan(model))
     vectors = model.item_table.detach()[batch.rows].requires_grad_()
@@ -215,8 +215,8 @@ def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-def test_a_saved_rival_is_the_same_rival(make: SimpleNamespace, name: str, tmp_path: object) -> None:
-    model = rival(make, name).float()
+def test_a_saved_baseline_is_the_same_baseline(make: SimpleNamespace, name: str, tmp_path: object) -> None:
+    model = baseline(make, name).float()
     model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
     again = RankingModel.from_pretrained(tmp_path / "model")  # type: ignore[operator]
     packed = make.histories(LENGTHS, 3)

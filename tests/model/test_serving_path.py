@@ -14,7 +14,7 @@ from vista.config.choices import Activation, Decay, Mixing, TargetAttentionKind
 from vista.log.histories import Histories
 from vista.model import inference
 from vista.model.target_attention import Context
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 
 SHAPES = {
     "separable": {"mixing": Mixing.separable},
@@ -35,7 +35,7 @@ LENGTHS = [0, 1, 2, 23, 7, 0, 12]
 
 
 def ask(
-    model: Recommender, packed: Histories, tail: inference.PaddedTail, candidates: np.ndarray
+    model: VistaModel, packed: Histories, tail: inference.PaddedTail, candidates: np.ndarray
 ) -> tuple[Context, Tensor, Tensor]:
     """Context, user vectors [B, M] and task logits [B, C, tasks] of requests a day after the newest event."""
     context = inference.request_context(model, inference.summarize(model, packed), tail)

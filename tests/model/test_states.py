@@ -20,7 +20,7 @@ from vista.log.histories import Histories
 from vista.model import inference
 from vista.model import state_updates as incremental
 from vista.model.summary_state import SummaryState, merge
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 
 DAY = 86_400_000
 SHAPES = {
@@ -32,7 +32,7 @@ SHAPES = {
 }
 
 
-def loop(model: Recommender, history: Histories) -> tuple[Tensor, Tensor]:
+def loop(model: VistaModel, history: Histories) -> tuple[Tensor, Tensor]:
     """(z [L, H, D, D], n [H]) in float64, each event by itself from what it may depend on: it and `reach` before it."""
     exact = copy.deepcopy(model).double()
     layers, heads = exact.summarizer.layers, model.config.num_heads
@@ -118,7 +118,7 @@ def test_long_histories_in_slices_equal_one_pass_at_constant_memory(
     held: list[int] = []
     embed = incremental.embed
 
-    def counted(model: Recommender, histories: Histories, start: np.ndarray | None = None) -> tuple[Tensor, ...]:
+    def counted(model: VistaModel, histories: Histories, start: np.ndarray | None = None) -> tuple[Tensor, ...]:
         held.append(histories.num_events)
         return embed(model, histories, start)
 

@@ -19,7 +19,7 @@ from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.ranking_model import RankingModel, Schema, class_of
 from vista.model.unified_embedding import Feature, hashed_rows, mix64
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.training.trainer import _Trainer, train
@@ -195,7 +195,7 @@ class TestModel:
     def test_a_round_trip_keeps_every_bit(self, make: SimpleNamespace, tmp_path: Path) -> None:
         model = make.model(embedding_rows=11, embedding_hashes=4)
         model.save_pretrained(tmp_path / "best")
-        back = Recommender.from_pretrained(tmp_path / "best")
+        back = VistaModel.from_pretrained(tmp_path / "best")
         assert back.config == model.config and torch.equal(back.item_table, model.item_table)
         assert back.summarizer_id() == model.summarizer_id()
         packed = make.histories([0, 5, 30], 2)
@@ -205,7 +205,7 @@ class TestModel:
         assert back.double().encoder.gap_vectors(torch.tensor([3])).dtype == torch.float64  # type: ignore[union-attr]
 
     def test_summarizer_id_covers_the_table_and_how_it_is_read(self, make: SimpleNamespace) -> None:
-        def identity(model: Recommender) -> bytes:
+        def identity(model: VistaModel) -> bytes:
             with torch.no_grad():  # the same weights, wherever shapes agree
                 for parameter in model.parameters():
                     parameter.fill_(0.5)

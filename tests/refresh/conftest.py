@@ -14,19 +14,19 @@ from vista.config import DataConfig, ModelConfig
 from vista.log.event_log import EventLog
 from vista.log.vocabulary import Vocabulary
 from vista.model.ranking_model import Schema
-from vista.model.vista_model import Recommender
-from vista.store import SummaryStore
+from vista.model.vista_model import VistaModel
+from vista.store import StoreReader
 
 HOUR = 3_600_000
 START = 1_700_000_000_000
 NUM_ITEMS = 30
 
 
-def model(seed: int = 0, **config: Any) -> Recommender:
+def model(seed: int = 0, **config: Any) -> VistaModel:
     """Untrained, but with every parameter away from its start."""
     torch.manual_seed(seed)
     options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
-    built = Recommender(
+    built = VistaModel(
         ModelConfig(**options),
         Schema(["click", "like"], True, (1.0, 5.0), []),
         Vocabulary.from_ids(np.arange(NUM_ITEMS) * 10),
@@ -61,7 +61,7 @@ def append(path: Path, frame: dict[str, Any]) -> EventLog:
 
 def assert_same(path: Path, expected: Path, atol: float) -> None:
     """Both stores hold the same users, tails, times, counts and digests, and summaries within `atol`."""
-    with SummaryStore.open(path) as store, SummaryStore.open(expected) as other:
+    with StoreReader.open(path) as store, StoreReader.open(expected) as other:
         users = list(other.keys())
         assert list(store.keys()) == users and len(store) == len(other)
         if not users:

@@ -19,7 +19,7 @@ from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
 from vista.refresh import erase, refresh, refresh_incremental
 from vista.refresh.erasing import erase_from_config
-from vista.store import StoreWriter, SummaryStore
+from vista.store import StoreReader, StoreWriter
 from vista.store.admin.inspection import verify_store
 from vista.store.admin.parquet import export_store, import_store
 from vista.store.admin.publish import compact_store, copy_generation, roll_back
@@ -47,7 +47,7 @@ def test_no_byte_is_left_after_compaction(tmp_path: Path, grow: SimpleNamespace,
     refresh(model, log, store, state=state)
     refresh(model, log, store, state=state)  # two generations hold them
     gone = [f"marker-{user:04d}" for user in range(0, 300, 3)]
-    with SummaryStore.open(store) as opened:
+    with StoreReader.open(store) as opened:
         assert erase(store, gone) == 100
         assert not opened.get_many(gone).found.any() and opened.get_many(["marker-0001"]).found.all()
     assert files_with(store, b"marker-0003")  # in free pages still
@@ -64,7 +64,7 @@ def test_no_byte_is_left_after_compaction(tmp_path: Path, grow: SimpleNamespace,
     refresh_incremental(model, log, store)
     counts = refresh(model, log, store).counts
     assert (counts["written"], counts["erased"]) == (200, 50)
-    with SummaryStore.open(store) as opened:
+    with StoreReader.open(store) as opened:
         assert len(opened) == 200 and not opened.get_many(gone).found.any()
 
 
@@ -110,7 +110,7 @@ def test_an_erasure_while_a_generation_is_made_is_not_lost(
     monkeypatch.setattr(StoreWriter, "publish", publish_after_erasure)
     refresh(model, log, store)
     for root, gone in ((store, [5, 8]), (copied, [5, 6]), (tmp_path / "imported", [7])):
-        with SummaryStore.open(root) as opened:
+        with StoreReader.open(root) as opened:
             assert sorted(set(range(20)) - set(opened.keys())) == gone and len(opened) == 20 - len(gone)
         assert not verify_store(root).num_problems
 
@@ -129,7 +129,7 @@ def test_copies_and_imports_bring_no_erased_user_back(tmp_path: Path, grow: Simp
         import_store(tmp_path / "all.parquet", host)
     erase(store, [4])
     copy_generation(store, host)
-    with SummaryStore.open(host) as opened:
+    with StoreReader.open(host) as opened:
         assert len(opened) == 19 and not opened.get_many([4]).found.any()
 
 
@@ -154,7 +154,7 @@ def test_erasures_race_a_refresh(tmp_path: Path, grow: SimpleNamespace, kind: st
 
     def watch_misses() -> None:
         assert eraser.stdout is not None
-        with SummaryStore.open(store) as opened:
+        with StoreReader.open(store) as opened:
             for line in eraser.stdout:
                 opened.reload()
                 misses.append(int(opened.get_many([int(line)]).found.sum()))
@@ -173,7 +173,7 @@ def test_erasures_race_a_refresh(tmp_path: Path, grow: SimpleNamespace, kind: st
             refresh_incremental(model, log, store, users_per_batch=7)
     watcher.join()
     assert eraser.wait() == 0 and misses == [0] * 100, "an erased user was still served"
-    with SummaryStore.open(store) as opened:
+    with StoreReader.open(store) as opened:
         assert sorted(opened.keys()) == list(range(1, 200, 2)) and len(opened) == 100
     assert not verify_store(store).num_problems
 
@@ -193,7 +193,7 @@ def test_from_the_command_line(tmp_path: Path, grow: SimpleNamespace) -> None:
         config.users, config.data = users, str(data)
         with pytest.raises(VistaError):
             erase_from_config(config)
-        with SummaryStore.open(tmp_path / "store") as store:
+        with StoreReader.open(tmp_path / "store") as store:
             assert store.get_many([5]).found.all()
     config.users, config.data = [], None
     with pytest.raises(ConfigError, match="users: name at least one"):
@@ -207,7 +207,7 @@ def test_an_id_that_is_named_twice_is_erased_once(tmp_path: Path, grow: SimpleNa
     log = grow.append(tmp_path / "log", grow.events({1: 3, 2: 3, 3: 3}))
     refresh(grow.model(), log, tmp_path / "store")
     assert erase(tmp_path / "store", [2, 2, 2]) == 1
-    with SummaryStore.open(tmp_path / "store") as opened:
+    with StoreReader.open(tmp_path / "store") as opened:
         assert len(opened) == 2
     assert not verify_store(tmp_path / "store").num_problems
 
@@ -236,7 +236,7 @@ def test_an_erasure_that_stopped_half_way_is_completed(
     log = grow.append(tmp_path / "log", grow.events({2: 2}, grow.start + 500 * grow.hour))
     refresh_incremental(model, log, tmp_path / "refreshed")
     for name in ("refreshed", "compacted"):
-        with SummaryStore.open(tmp_path / name) as opened:
+        with StoreReader.open(tmp_path / name) as opened:
             assert list(opened.keys()) == [1]
             states = opened.states([1, 2])
             assert states is not None and states[0].tolist() == [0]
@@ -258,5 +258,5 @@ def test_a_copy_that_goes_on_brings_no_erased_user_back(
     erase(host, [4])
     with pytest.raises(StoreError, match="users were erased here"):
         copy_generation(store, host)
-    with SummaryStore.open(host) as opened:
+    with StoreReader.open(host) as opened:
         assert not opened.get_many([4]).found.any()

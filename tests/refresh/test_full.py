@@ -15,7 +15,7 @@ from vista.config.choices import Codec, OnMissing
 from vista.errors import RecordError, UnknownUserError
 from vista.refresh import refresh, refresh_incremental
 from vista.scorer import Scorer
-from vista.store import SummaryStore
+from vista.store import StoreReader
 from vista.store.stored_batch import CLOCK_SKEW_MS
 
 
@@ -39,7 +39,7 @@ def test_a_few_failing_users_change_no_others(tmp_path: Path, grow: SimpleNamesp
     assert "user 17 failed: the summary of user 17 is refused: row 0 holds NaN or infinity" in str(report)
     refresh(grow.model(), log, tmp_path / "healthy", codec=Codec.float32)
     others = [user for user in range(250) if user not in (17, 101)]
-    with SummaryStore.open(tmp_path / "store") as store, SummaryStore.open(tmp_path / "healthy") as healthy:
+    with StoreReader.open(tmp_path / "store") as store, StoreReader.open(tmp_path / "healthy") as healthy:
         assert sorted(store.keys()) == others and len(store) == 248
         assert (store.get_many(others).summary == healthy.get_many(others).summary).all()
 
@@ -54,7 +54,7 @@ def test_an_incremental_failure_keeps_the_old_record(tmp_path: Path, grow: Simpl
     log = grow.append(tmp_path / "log", frame)
     report = refresh_incremental(model, log, tmp_path / "store")
     assert (report.counts["failed"], report.num_users) == (1, 250)
-    with SummaryStore.open(tmp_path / "store") as store:
+    with StoreReader.open(tmp_path / "store") as store:
         assert store.manifest.applied_segment == 2
         assert store.get_many([16, 17]).event_count.tolist() == [4, 2]
     assert refresh_incremental(model, log, tmp_path / "store").num_users == 0

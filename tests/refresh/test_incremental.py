@@ -19,7 +19,7 @@ from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users, forget_events
 from vista.log.event_log import EventLog
 from vista.refresh import erase, refresh, refresh_incremental
-from vista.store import SummaryStore, user_keys
+from vista.store import StoreReader, user_keys
 from vista.store.admin.inspection import verify_store
 from vista.store.layout import environment_path
 from vista.store.lmdb.environment import SharedEnvironment
@@ -150,7 +150,7 @@ def test_readers_see_the_new_records_at_once(tmp_path: Path, grow: SimpleNamespa
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
     path = full(model, log, tmp_path / "store")
-    with SummaryStore.open(path) as store:
+    with StoreReader.open(path) as store:
         assert store.get_many([1, 2, 9]).event_count.tolist() == [7, 7, 0]
         log = grow.append(tmp_path / "log", grow.events({1: 2, 9: 3}, grow.start + 900 * grow.hour))
         refresh_incremental(model, log, path, created_at=77)
@@ -247,7 +247,7 @@ def test_a_compacted_log_goes_on(tmp_path: Path, grow: SimpleNamespace) -> None:
     compact_log(log.path)
     log = EventLog.open(log.path)
     assert refresh_incremental(model, log, store).counts["removed"] == 1
-    with SummaryStore.open(store) as opened:
+    with StoreReader.open(store) as opened:
         assert sorted(opened.keys()) == [1, 3] and opened.manifest.applied_segment == log.last_segment
 
 
@@ -255,13 +255,13 @@ def test_erased_users_stay_away(tmp_path: Path, grow: SimpleNamespace) -> None:
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7, 3: 7}))
     path = full(model, log, tmp_path / "store")
-    with SummaryStore.open(path) as store:
+    with StoreReader.open(path) as store:
         assert erase(path, [2, 99]) == 1
         assert store.get_many([1, 2, 3]).found.tolist() == [True, False, True]
     log = grow.append(tmp_path / "log", grow.events({2: 3, 3: 1, 99: 5}, grow.start + 500 * grow.hour))
     assert refresh_incremental(model, log, path).counts["erased"] == 2
     refresh(model, log, path)
-    with SummaryStore.open(path) as store:
+    with StoreReader.open(path) as store:
         assert store.generation == 2 and sorted(store.keys()) == [1, 3] and len(store) == 2
 
 

@@ -18,25 +18,25 @@ from vista.errors import ConfigError, StoreError, StoreLockedError, UserKeyError
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
 from vista.model import inference
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshReport, refresh, refresh_from_config
 from vista.refresh.refresh_report import STAGES
 from vista.scorer import Scorer
-from vista.store import NO_TIMESTAMP, StoreWriter, SummaryStore
+from vista.store import NO_TIMESTAMP, StoreReader, StoreWriter
 from vista.store.format.digest import history_digest
 from vista.training.trainer import schema_of
 
 
-def new_model(log: EventLog, **changes: object) -> Recommender:
+def new_model(log: EventLog, **changes: object) -> VistaModel:
     """Untrained: what a refresh stores does not depend on that."""
     config = small_config(log, "unused", **{f"model__{key}": value for key, value in changes.items()})
-    return Recommender(config.model, schema_of(log, config), log.items, config.data).eval()
+    return VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
 
 
-def assert_store_holds(path: Path, model: Recommender, log: EventLog, counts: np.ndarray, atol: float) -> None:
+def assert_store_holds(path: Path, model: VistaModel, log: EventLog, counts: np.ndarray, atol: float) -> None:
     """Each record against a recomputation of that user alone."""
     users = log.users.ids(np.arange(log.num_users))
-    with SummaryStore.open(path, summarizer_id=model.summarizer_id()) as store:
+    with StoreReader.open(path, summarizer_id=model.summarizer_id()) as store:
         assert len(store) == (counts > 0).sum() and set(store.keys()) == set(users[counts > 0].tolist())
         stored = store.get_many(users)
         tail_len = model.config.tail_len
@@ -82,7 +82,7 @@ def test_users_without_visible_events_have_no_record(event_log: EventLog, tmp_pa
     report = refresh(model, event_log, tmp_path / "some", until=until)
     assert 0 < report.num_users < event_log.num_users
     assert refresh(model, event_log, tmp_path / "none", until="1990-01-01").num_users == 0
-    with SummaryStore.open(tmp_path / "none") as store:
+    with StoreReader.open(tmp_path / "none") as store:
         assert len(store) == 0 and not store.get_many([100]).found.any()
 
 
@@ -92,7 +92,7 @@ def test_until_survives_the_manifest(event_log: EventLog, tmp_path: Path) -> Non
     log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms")
     for until, kept in ((12_345_678, 12_345_678), (None, "all"), ("leave-last-out", "leave-last-out")):
         refresh(new_model(log), log, tmp_path / "store", until=until)
-        with SummaryStore.open(tmp_path / "store") as store:
+        with StoreReader.open(tmp_path / "store") as store:
             assert store.manifest.until == kept
 
 
@@ -109,7 +109,7 @@ def test_string_ids_and_no_times(order_log: EventLog, tmp_path: Path, mixing: st
     model = new_model(order_log, mixing=ModelConfig().mixing.__class__(mixing))
     refresh(model, order_log, tmp_path / "store", codec=Codec.float32, until="leave-last-out")
     assert_store_holds(tmp_path / "store", model, order_log, visible_counts(order_log, "leave-last-out"), atol=1e-5)
-    with SummaryStore.open(tmp_path / "store") as store, pytest.raises(UserKeyError, match=r"user 1: .*of type str"):
+    with StoreReader.open(tmp_path / "store") as store, pytest.raises(UserKeyError, match=r"user 1: .*of type str"):
         store.get_many([1])
 
 
@@ -134,7 +134,7 @@ def test_segments_are_one_log(event_log: EventLog, tmp_path: Path) -> None:
     for until in ("leave-last-out", None):
         refresh(model, log, tmp_path / "store", until=until, codec=Codec.float32, users_per_batch=5)
         assert_store_holds(tmp_path / "store", model, log, visible_counts(log, until), atol=1e-5)
-        with SummaryStore.open(tmp_path / "store") as store:
+        with StoreReader.open(tmp_path / "store") as store:
             assert store.manifest.applied_segment == 2
 
 
@@ -151,7 +151,7 @@ def test_bfloat16_products_change_summaries_little(event_log: EventLog, tmp_path
     summaries = []
     for precision in (Precision.float32, Precision.bfloat16):
         refresh(model, event_log, tmp_path / precision.value, codec=Codec.float32, precision=precision)
-        with SummaryStore.open(tmp_path / precision.value) as store:
+        with StoreReader.open(tmp_path / precision.value) as store:
             summaries.append(store.get_many(event_log.users.ids(np.arange(16))).summary)
     exact, rounded = summaries
     error = np.abs(rounded - exact).max()
@@ -253,12 +253,12 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 from vista.config.choices import Codec
 from vista.log.event_log import EventLog
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.store import StoreWriter
 
 log_path, model, folder = sys.argv[1:]
-log, model, chance = EventLog.open(log_path), Recommender.from_pretrained(model), random.Random(2)
+log, model, chance = EventLog.open(log_path), VistaModel.from_pretrained(model), random.Random(2)
 put, publish, pipe = StoreWriter.put_batch, StoreWriter.publish, None
 
 def put_and_tell(writer, keys, records, cursor, states):
@@ -321,14 +321,14 @@ def test_a_refresh_that_is_ended_anywhere_resumes_to_the_same_records(served: Se
     for codec in (Codec.int8, Codec.float32):
         whole = tmp_path / f"whole-{codec.value}"
         refresh(served.model, served.log, whole, until="leave-last-out", codec=codec, users_per_batch=1, created_at=1)
-        with SummaryStore.open(whole) as store:
+        with StoreReader.open(whole) as store:
             expected = store.manifest
         for ending, code in (("kill", -9), ("interrupt", 130)):
             name = f"{codec.value}-{ending}"
             codes = report[name]["codes"]
             assert codes.count(code) >= len(codes) - 1 and set(codes) <= {code, 0}, codes
             assert all(at >= 2 * (len(codes) - 1) for at in report[name]["resumed"]), report[name]
-            with SummaryStore.open(tmp_path / name) as store:
+            with StoreReader.open(tmp_path / name) as store:
                 assert store.manifest == expected and expected.count == served.log.num_users
                 assert store.manifest.records_digest == expected.records_digest != ""
 

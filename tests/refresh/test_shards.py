@@ -17,7 +17,7 @@ from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.refresh import forget, merge, merging, refresh, refresh_incremental
 from vista.scorer import Scorer
-from vista.store import SummaryStore, user_keys
+from vista.store import StoreReader, user_keys
 from vista.store.admin.parquet import export_store, import_store
 from vista.store.admin.publish import copy_generation
 from vista.store.layout import environment_path
@@ -35,7 +35,7 @@ def test_parts_are_one_store(tmp_path: Path, grow: SimpleNamespace) -> None:
         refresh_incremental(model, log, tmp_path / "parts", shard=Shard(index, 3))
     refresh(model, log, tmp_path / "whole", codec=Codec.float32)
     users = [51, 3, 3, 999, 5, *range(40)]
-    with SummaryStore.open(tmp_path / "whole") as whole, open_store(tmp_path / "parts") as parts:
+    with StoreReader.open(tmp_path / "whole") as whole, open_store(tmp_path / "parts") as parts:
         assert isinstance(parts, StoreParts) and len(parts) == len(whole) == 42
         assert sorted(parts.keys()) == sorted(whole.keys())
         found, wanted = parts.get_many(users), whole.get_many(users)
@@ -187,7 +187,7 @@ def test_merged_records_are_authenticated_as_their_parts(tmp_path: Path, grow: S
         merge(model, parts, tmp_path / "merged")
     merge(model, parts, tmp_path / "merged", key=key, shared_with_group=True)
     assert environment_path(tmp_path / "merged", 1).stat().st_mode & 0o7777 == 0o2750
-    with SummaryStore.open(tmp_path / "merged", key=key) as store:
+    with StoreReader.open(tmp_path / "merged", key=key) as store:
         assert store.get_many([1, 2, 3]).event_count.tolist() == [11, 3, 2]
 
 
@@ -211,7 +211,7 @@ def test_forgotten_events_leave_store_and_log(tmp_path: Path, grow: SimpleNamesp
     assert report.counts["exchanged"] == 1 and report.num_events == 2
     refresh(model, EventLog.open(log.path), tmp_path / "expected", codec=Codec.float32)
     grow.assert_same(tmp_path / "store", tmp_path / "expected", atol=1e-4)
-    with SummaryStore.open(tmp_path / "store") as store:
+    with StoreReader.open(tmp_path / "store") as store:
         assert store.get_many([1]).event_count.tolist() == [28]
 
 
@@ -221,7 +221,7 @@ def test_commands_do_all_parts(tmp_path: Path, grow: SimpleNamespace, capsys: py
     for turn in range(2):
         for index in range(3):
             refresh(model, log, store, shard=Shard(index, 3), created_at=1_700_000_000_000 + turn)
-    counts = [len(SummaryStore.open(path)) for path in stores_in(store)]
+    counts = [len(StoreReader.open(path)) for path in stores_in(store)]
 
     def said(*words: str, code: int = 0) -> list[str]:
         assert main(["store", *words, f"store={store}"]) == code, capsys.readouterr()

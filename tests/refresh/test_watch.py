@@ -23,7 +23,7 @@ from vista.log.event_log import EventLog
 from vista.log.segment_writer import locked_log
 from vista.refresh import refresh
 from vista.refresh.watch import Watch, watch
-from vista.store import SummaryStore
+from vista.store import StoreReader
 from vista.store.shards import Shard, open_store
 from vista.store.updates import StoreUpdate
 
@@ -147,7 +147,7 @@ def test_killed_and_started_again(tmp_path: Path, grow: SimpleNamespace, watched
         assert segment.exists() or turn % 2 == 0
     watch(watched)
     expect(watched, grow, tmp_path, total)
-    with SummaryStore.open(watched.store) as store:
+    with StoreReader.open(watched.store) as store:
         assert store.manifest.applied_segment == EventLog.open(watched.data).last_segment
 
 

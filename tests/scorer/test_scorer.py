@@ -21,7 +21,7 @@ from vista.errors import (
 )
 from vista.log.event_log import EventLog
 from vista.model import inference
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import CandidateSet, Scorer, Tail
 from vista.scorer import serving_snapshot as served_module
@@ -240,7 +240,7 @@ class TestRanking:
         assert scorer.rank(103, candidates=[10], exclude=[10]).items.tolist() == []
 
     def test_scores_that_are_not_finite_are_left_out_and_counted(self, served: Served) -> None:
-        model = Recommender.from_pretrained(served.model_dir)
+        model = VistaModel.from_pretrained(served.model_dir)
         with Scorer.open(model, served.store) as scorer:
             assert scorer._served.items.unit is not None
             scorer._served.items.unit[[3, 9]] = torch.tensor([[np.nan], [np.inf]], dtype=torch.float32)

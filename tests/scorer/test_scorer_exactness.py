@@ -18,7 +18,7 @@ from tests.conftest import DAY, small_config
 from vista.config.choices import TargetAttentionKind
 from vista.log.event_log import EventLog
 from vista.model.inference import ROW_TILE
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
 from vista.training.trainer import schema_of
@@ -58,7 +58,7 @@ def opened(
     config = small_config(impression_log, "unused", model__dim=DIM, model__num_seeds=16, model__tail_len=tail_len)
     config.model.target_attention = kind
     torch.manual_seed(3)
-    model = Recommender(config.model, schema_of(impression_log, config), impression_log.items, config.data).eval()
+    model = VistaModel(config.model, schema_of(impression_log, config), impression_log.items, config.data).eval()
     refresh(model, impression_log, folder / "store")
     with Scorer.open(model, folder / "store") as scorer:
         yield scorer

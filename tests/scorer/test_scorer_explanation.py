@@ -17,7 +17,7 @@ from vista.log.event_log import EventLog
 from vista.model import attribution, inference
 from vista.model.target_attention import Context
 from vista.model.target_layers import PointwiseLayer
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.training.trainer import schema_of
@@ -30,7 +30,7 @@ def opened(
     """Three target layers with biases of their own; three tasks and the next item."""
     config = small_config(impression_log, "unused", model__num_target_layers=3, model__target_attention=request.param)
     torch.manual_seed(5)
-    model = Recommender(config.model, schema_of(impression_log, config), impression_log.items, config.data).eval()
+    model = VistaModel(config.model, schema_of(impression_log, config), impression_log.items, config.data).eval()
     with torch.no_grad():
         for name, weight in model.target_attention.named_parameters():
             weight.add_(0.3 * torch.randn_like(weight) if name.endswith("bias") or "norm" in name else 0)
@@ -63,7 +63,7 @@ def test_shares_add_up_to_the_score(opened: Scorer, task: str, with_now: bool) -
     assert found.tail_items == opened.model.items.ids(tail.items.astype(np.int64) - 1).tolist()
 
 
-def frozen(model: Recommender, context: Context, vector: Tensor, task: int) -> Any:
+def frozen(model: VistaModel, context: Context, vector: Tensor, task: int) -> Any:
     """The score as a function of factors on each token's values (summary, then tail) and on the vector: weights, gates
     and spreads are those of all factors 1. float64, a head at a time."""
     stage = model.target_attention
@@ -129,7 +129,7 @@ def test_a_share_is_what_is_missing_without_the_token(opened: Scorer, impression
     assert model.task_head is not None
     weight = model.task_head.weight
     made_of = attribution.shares(model.target_attention, [vector], None, context, lambda out: out @ weight[1])
-    double = Recommender(model.config, model.schema, model.items, model.data).double().eval()
+    double = VistaModel(model.config, model.schema, model.items, model.data).double().eval()
     double.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
     widened = Context(
         [k.clone().double() for k in context.keys],

@@ -23,7 +23,7 @@ from vista.errors import (
     UserKeyError,
 )
 from vista.log.event_log import EventLog
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
 from vista.training.trainer import schema_of, train
@@ -32,10 +32,10 @@ pytestmark = pytest.mark.usefixtures("no_warnings")
 
 
 @pytest.fixture(scope="module")
-def tail_only(event_log: EventLog) -> Recommender:
+def tail_only(event_log: EventLog) -> VistaModel:
     """Without summary tokens the tail is all that counts."""
     config = small_config(event_log, "unused", model__num_seeds=0)
-    return Recommender(config.model, schema_of(event_log, config), event_log.items, config.data).eval()
+    return VistaModel(config.model, schema_of(event_log, config), event_log.items, config.data).eval()
 
 
 def _rows(log: EventLog, row: int, first: int) -> list[tuple[int, int, int]]:
@@ -50,7 +50,7 @@ class TestFreshTails:
 
     @pytest.mark.parametrize("until", ["leave-last-out", "leave-last-two-out", "long ago"])
     def test_a_fresh_tail_equals_a_refreshed_one(
-        self, event_log: EventLog, tail_only: Recommender, tmp_path: Path, until: str
+        self, event_log: EventLog, tail_only: VistaModel, tmp_path: Path, until: str
     ) -> None:
         before = START + DAY if until == "long ago" else until
         refresh(tail_only, event_log, tmp_path / "now")
@@ -194,14 +194,14 @@ class TestBadRequests:
             with pytest.raises(StoreError, match=f"the scorer of {served.store} is closed; open another one"):
                 call()
 
-    def test_a_store_of_another_model_is_refused_by_both_names(self, served: Served, tail_only: Recommender) -> None:
+    def test_a_store_of_another_model_is_refused_by_both_names(self, served: Served, tail_only: VistaModel) -> None:
         ids = (served.model.summarizer_id().hex(), tail_only.summarizer_id().hex())
         with pytest.raises(SummarizerMismatchError, match=f"summarizer {ids[0]}, but the model's is {ids[1]}"):
             Scorer.open(tail_only, served.store)
 
     def test_a_store_with_shorter_tails_is_refused(self, served: Served, tmp_path: Path) -> None:
         config = dataclasses.replace(served.model.config, tail_len=3)
-        short = Recommender(config, served.model.schema, served.model.items, served.model.data).eval()
+        short = VistaModel(config, served.model.schema, served.model.items, served.model.data).eval()
         weights = {k: v for k, v in served.model.state_dict().items() if not k.startswith("target_attention")}
         short.load_state_dict(weights, strict=False)
         assert short.summarizer_id() == served.model.summarizer_id()

@@ -23,17 +23,17 @@ from vista.config.choices import Precision
 from vista.errors import CheckpointError, StoreError
 from vista.log.event_log import EventLog
 from vista.model.item_projections import CANDIDATE_FILE, UNIT_FILE
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.scorer.scorer_stats import LATENCY_BOUNDS_MS, ScorerStats
 from vista.training.trainer import schema_of
 
 
-def untrained(log: EventLog, seed: int, **changes: Any) -> Recommender:
+def untrained(log: EventLog, seed: int, **changes: Any) -> VistaModel:
     config = small_config(log, "unused", **changes)
     torch.manual_seed(seed)
-    return Recommender(config.model, schema_of(log, config), log.items, config.data).eval()
+    return VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
 
 
 class TestStats:
@@ -211,14 +211,14 @@ class TestReload:
         models[0].save_pretrained(tmp_path / "model")
         scorer = Scorer.open(tmp_path / "model", tmp_path / "store")
         models[1].save_pretrained(tmp_path / "model")
-        begun, load = threading.Event(), Recommender.from_pretrained
+        begun, load = threading.Event(), VistaModel.from_pretrained
 
-        def slow(*arguments: Any) -> Recommender:
+        def slow(*arguments: Any) -> VistaModel:
             begun.set()
             time.sleep(0.2)
             return load(*arguments)
 
-        monkeypatch.setattr(Recommender, "from_pretrained", slow)
+        monkeypatch.setattr(VistaModel, "from_pretrained", slow)
         thread = threading.Thread(target=scorer.reload)
         thread.start()
         begun.wait()
@@ -236,7 +236,7 @@ class TestReload:
         refresh(model, log, tmp_path / "store")
         with Scorer.open(tmp_path / "model", tmp_path / "store", task="like") as scorer:
             schema = dataclasses.replace(model.schema, tasks=["click"])
-            other = Recommender(model.config, schema, model.items, model.data)
+            other = VistaModel(model.config, schema, model.items, model.data)
             weights = {k: v for k, v in model.state_dict().items() if not k.startswith("task_head")}
             other.load_state_dict(weights, strict=False)
             other.save_pretrained(tmp_path / "model")

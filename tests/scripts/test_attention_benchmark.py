@@ -1,4 +1,5 @@
-"""The rivals of the attention benchmark compute what they should, and the model that is timed with them uses them."""
+"""The baselines of the attention benchmark compute what they should, and the model that is timed with them uses
+them."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from scripts.benchmarks import attention_on_gpu
-from scripts.benchmarks import baseline_attention as rival_attention
+from scripts.benchmarks import baseline_attention as baseline_attention
 from scripts.benchmarks.attention_workloads import NUM_LAYERS, Step, Tokens, assert_equal, check
 from scripts.benchmarks.baseline_attention import (
     attention_replaced,
@@ -19,7 +20,7 @@ from scripts.benchmarks.baseline_attention import (
     plain_quasi_linear,
     sdpa,
 )
-from scripts.benchmarks.benchmark_recorder import Recorder
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder
 from vista.model import summarizer
 
 # Several whole items a block, one item a block, two rows of one item a block, one row where a row exceeds the block.
@@ -63,14 +64,14 @@ def test_hstu_keeps_no_score_of_all() -> None:
 
 
 def test_the_fastest_block_is_one_of_those_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rival_attention, "BLOCK_SCORES", (64, 128))
+    monkeypatch.setattr(baseline_attention, "BLOCK_SCORES", (64, 128))
     assert fastest_block(2, 32, 2, 4, torch.empty(0, dtype=torch.bfloat16)) in (64, 128)
 
 
 @pytest.mark.parametrize("attention", [sdpa, partial(hstu, block_scores=500)], ids=["SDPA", "HSTU"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_model_with_a_rival_uses_it_alone(
-    attention: rival_attention.Attention, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_the_model_with_a_baseline_uses_it_alone(
+    attention: baseline_attention.Attention, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Step(2, 40, 64)
     step.model.eval()
@@ -87,10 +88,10 @@ def test_the_model_with_a_rival_uses_it_alone(
 
     for name in ("quasi_linear_attention", "accumulate_state", "read_state"):
         monkeypatch.setattr(summarizer, name, forbidden)
-    rival = step.summarize(dtype, counted)
+    baseline = step.summarize(dtype, counted)
     # Events and seeds of a layer; at the last layer the seeds alone read.
     assert calls == [(72, 72)] * (NUM_LAYERS - 1) + [(32, 72)]
-    assert rival.shape == ours.shape and not torch.allclose(rival, ours, atol=0.1)
+    assert baseline.shape == ours.shape and not torch.allclose(baseline, ours, atol=0.1)
     with pytest.raises(AssertionError, match="our attention was called"):
         step.run(dtype, None)
     step.run(dtype, counted)
@@ -98,7 +99,7 @@ def test_the_model_with_a_rival_uses_it_alone(
 
 
 def test_the_swap_is_fair_and_undone() -> None:
-    """Our own attention, handed in as a rival is, gives the model's own output; afterwards nothing is replaced."""
+    """Our own attention, handed in as a baseline is, gives the model's own output; afterwards nothing is replaced."""
     step = Step(3, 20, 64)
     step.model.eval()
     ours = step.summarize(torch.float32, None)
@@ -108,7 +109,7 @@ def test_the_swap_is_fair_and_undone() -> None:
     assert torch.equal(step.summarize(torch.float32, None), ours)
 
 
-def test_rivals_refuse_ragged_users() -> None:
+def test_baselines_refuse_ragged_users() -> None:
     step = Step(2, 20, 64)
     step.offsets = torch.tensor([0, 10, 40])
     with pytest.raises(ValueError, match=r"users of equal length, got \[42, 62\]"):
@@ -130,9 +131,9 @@ def test_the_gpu_part_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(attention_on_gpu, "LARGEST_COPY_BYTES", 1 << 16)
     monkeypatch.setattr(attention_on_gpu, "DIMS", (128,))
     monkeypatch.setattr(attention_on_gpu, "BATCHES", ((2, 40), (1, 80)))
-    monkeypatch.setattr(attention_on_gpu, "RIVAL_BATCHES", ((2, 40),))
-    monkeypatch.setattr(rival_attention, "BLOCK_SCORES", (1 << 12,))
-    recorder = Recorder("attention", out=tmp_path / "out.jsonl")
+    monkeypatch.setattr(attention_on_gpu, "BASELINE_BATCHES", ((2, 40),))
+    monkeypatch.setattr(baseline_attention, "BLOCK_SCORES", (1 << 12,))
+    recorder = BenchmarkRecorder("attention", out=tmp_path / "out.jsonl")
     attention_on_gpu.bench(recorder, torch.device("cpu"))
     cases = {row["case"] for row in recorder.rows}
     assert "QLA backward, 1 x 80 events, d=128, bfloat16: share of the copy bandwidth" in cases

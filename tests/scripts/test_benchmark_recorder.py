@@ -14,7 +14,13 @@ import pytest
 
 from scripts.benchmarks import bench_summary
 from scripts.benchmarks import benchmark_recorder as recorder
-from scripts.benchmarks.benchmark_recorder import Recorder, benchmark_parser, interleaved, read_cases, timing_of
+from scripts.benchmarks.benchmark_recorder import (
+    BenchmarkRecorder,
+    benchmark_parser,
+    interleaved,
+    read_cases,
+    timing_of,
+)
 from vista.errors import DataError
 
 KEYS = ["bench", "case", "value", "unit", "baseline", "ratio", "bar", "met", "spread", "hardware", "commit"]
@@ -22,7 +28,7 @@ KEYS = ["bench", "case", "value", "unit", "baseline", "ratio", "bar", "met", "sp
 
 def test_a_case_is_one_line_with_ratio_and_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "docs" / "bench_x.jsonl"
-    bench = Recorder("x", out=out)
+    bench = BenchmarkRecorder("x", out=out)
     bench.add("epoch", 5.0, "s", baseline=20.0, bar="ratio >= 2", spread=0.5)
     bench.add("ingest", 2e6, "events/s", baseline=1e6, better="more", bar="ratio >= 5")
     bench.add("memory", 0.25, "GiB", bar="value < 1")
@@ -52,12 +58,12 @@ def test_a_case_is_one_line_with_ratio_and_verdict(tmp_path: Path, capsys: pytes
     ],
 )
 def test_bars(tmp_path: Path, bar: str, value: float, baseline: float | None, met: bool) -> None:
-    row = Recorder("x", out=tmp_path / "f").add("c", value, "s", baseline=baseline, bar=bar)
+    row = BenchmarkRecorder("x", out=tmp_path / "f").add("c", value, "s", baseline=baseline, bar=bar)
     assert row["met"] is met
 
 
 def test_bad_cases_are_refused(tmp_path: Path) -> None:
-    bench = Recorder("x", out=tmp_path / "f")
+    bench = BenchmarkRecorder("x", out=tmp_path / "f")
     with pytest.raises(ValueError, match="write it as"):
         bench.add("c", 1.0, "s", bar="2x faster")
     with pytest.raises(ValueError, match="needs a baseline"):
@@ -74,13 +80,13 @@ def test_bad_cases_are_refused(tmp_path: Path) -> None:
 
 def test_a_new_measurement_replaces_only_its_own_case_and_machine(tmp_path: Path) -> None:
     out = tmp_path / "bench_x.jsonl"
-    bench = Recorder("x", out=out)
+    bench = BenchmarkRecorder("x", out=out)
     bench.add("a", 1.0, "s")
     other = bench.add("b", 2.0, "s") | {"hardware": {"cpu": "Another CPU", "cores": 2}}
     with out.open("a") as file:
         file.write(json.dumps(other) + "\n")
-    Recorder("x", out=out).add("b", 3.0, "s")
-    Recorder("x", out=out, quick=True).add("b", 9.0, "s")
+    BenchmarkRecorder("x", out=out).add("b", 3.0, "s")
+    BenchmarkRecorder("x", out=out, quick=True).add("b", 9.0, "s")
     assert [(row["case"], row["value"]) for row in read_cases(out)] == [
         ("a", 1.0),
         ("b", 3.0),
@@ -103,8 +109,8 @@ def test_the_summary_of_all_files(
     monkeypatch.setattr(bench_summary, "RESULTS", tmp_path)
     assert bench_summary.main([]) == 0
     assert "no benchmark results yet" in capsys.readouterr().out
-    Recorder("x", out=tmp_path / "bench_x.jsonl").add("a", 1.0, "s", bar="value < 2")
-    Recorder("y", out=tmp_path / "bench_y.jsonl").add("b", 3.0, "s", bar="value < 2")
+    BenchmarkRecorder("x", out=tmp_path / "bench_x.jsonl").add("a", 1.0, "s", bar="value < 2")
+    BenchmarkRecorder("y", out=tmp_path / "bench_y.jsonl").add("b", 3.0, "s", bar="value < 2")
     (tmp_path / "ml-1m.jsonl").write_text("not a benchmark\n")
     capsys.readouterr()
     assert bench_summary.main([]) == 0

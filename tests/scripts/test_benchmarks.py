@@ -19,16 +19,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.benchmarks import bench_training
-from scripts.benchmarks import rectools_process as rival
+from scripts.benchmarks import rectools_process as baseline
 from scripts.benchmarks.benchmark_recorder import read_cases
 from scripts.benchmarks.rectools_process import Pilot, Setting
-from scripts.benchmarks.scorer_workloads import scorer_floor
+from scripts.benchmarks.scorer_workloads import scorer_roofline
 from scripts.benchmarks.store_workloads import private_bytes
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from vista.config.choices import Precision, TargetAttentionKind
 from vista.log.splits import visible_counts
 from vista.model import inference
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 
 REPOSITORY = Path(__file__).parents[2]
 # Some of the cases that each has to write, as parts of their names.
@@ -55,9 +55,9 @@ CASES = {
         "50 candidates: median",
         "5000 candidates: p99",
         "encoded",
-        "500 candidates, float32: over the floor of its matrix products",
-        "5,000 candidates, float32: times over its floor, against those of 500 candidates",
-        "32 users x 100 candidates, float32: times over its floor",
+        "500 candidates, float32: over the roofline of its matrix products",
+        "5,000 candidates, float32: times over its roofline, against those of 500 candidates",
+        "32 users x 100 candidates, float32: times over its roofline",
         "2,000 events, bidirectional, float32: stored against recomputed",
         "2,000 events, separable, float32: stored against recomputed",
         "50 events: against sasrec over the raw history",
@@ -72,7 +72,7 @@ CASES = {
         "checked and as float32, against a copy of the bytes and a write of the numbers",
         "p99 of reads of 1 user(s) while another process writes",
         "file of the summaries of 2,560 users after 20 rewrites, against its live pages",
-        "incremental refresh of 16 users of 10,000 events, 50 new each, over the floor",
+        "incremental refresh of 16 users of 10,000 events, 50 new each, over the roofline",
         "incremental refresh of 64 users of 1,000 events, 50 new each, against a full refresh",
         "incremental refresh of 16 users: 10,000 old events each, against 1,000",
         "users without new events",
@@ -81,7 +81,7 @@ CASES = {
         "private memory of a reader after 500 reads",
     ],
     "summarizer": [
-        "20,000 events, separable, d=64, K=16, 2 layers, float32: time over the floor",
+        "20,000 events, separable, d=64, K=16, 2 layers, float32: time over the roofline",
         "separable, d=256, K=128, 3 layers, bfloat16: peak memory beyond the log",
         "bidirectional, d=256, K=128, 3 layers, float32: rate",
     ],
@@ -91,7 +91,7 @@ CASES = {
 def run(subject: str, out: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python -m scripts.benchmarks.bench_<subject> --quick --out <out>` on one thread, without data sets and GPUs."""
     path = os.pathsep.join(str(REPOSITORY / folder) for folder in (".", "kernels"))
-    settings = {key: value for key, value in os.environ.items() if key not in ("VISTA_DATA_DIR", "VISTA_RIVAL_VENV")}
+    settings = {key: value for key, value in os.environ.items() if key not in ("VISTA_DATA_DIR", "VISTA_RECTOOLS_VENV")}
     settings |= {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, "-m", f"scripts.benchmarks.bench_{subject}", "--quick", "--out", str(out), *words],
@@ -134,7 +134,7 @@ def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> 
     for part in CASES[subject]:
         assert any(part in row["case"] for row in rows), part
     assert all(row["case"].endswith(" (quick)") and row["bench"] == subject for row in rows)
-    assert all(row["value"] >= 0 for row in rows if not row["unit"].endswith("beyond the floor"))
+    assert all(row["value"] >= 0 for row in rows if not row["unit"].endswith("beyond the roofline"))
     assert len({row["case"] for row in rows}) == len(rows)
     assert "bars: " in done.stdout and str(out) in done.stdout
     assert all(row["met"] for row in rows if "users without new events" in row["case"])
@@ -150,7 +150,7 @@ def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> 
 def test_the_scorers_floor_counts_what_the_model_multiplies(tmp_path: Path, kind: TargetAttentionKind) -> None:
     log = lifelong_log(tmp_path / "log", [9, 40], num_items=49)
     usual = untrained(log, dim=16, num_seeds=6, tail_len=5)
-    model = Recommender(replace(usual.config, target_attention=kind), usual.schema, log.items, usual.data).eval()
+    model = VistaModel(replace(usual.config, target_attention=kind), usual.schema, log.items, usual.data).eval()
     items = torch.arange(1, 8).expand(2, -1)
     tail = inference.pad_tail(model, np.arange(1, 11), np.arange(10), np.zeros(10), np.array([0, 5, 10]))
     stage, summary = model.target_attention, torch.randn(2, 6, 16)
@@ -165,7 +165,7 @@ def test_the_scorers_floor_counts_what_the_model_multiplies(tmp_path: Path, kind
             context = stage.encode_context(stage.encode_summary(summary), events, torch.from_numpy(tail.valid))
             stage.query(vectors, projections, None, torch.full((1,), 5), context)
     counted = 0.0
-    for work in scorer_floor(model.config, 2, 7, Precision.float32).products:
+    for work in scorer_roofline(model.config, 2, 7, Precision.float32).products:
         batch, m, k, _, n = map(int, re.findall(r"\d+", work.form.removesuffix("float32")))
         counted += 2 * batch * m * k * n * work.times
     assert counted == pytest.approx(counter.get_total_flops())
@@ -177,35 +177,35 @@ def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: A
 
 
 @pytest.mark.slow
-def test_training_is_compared_with_the_rival(tmp_path: Path) -> None:
+def test_training_is_compared_with_the_baseline(tmp_path: Path) -> None:
     data = write_histories(tmp_path / "events.npz", [30, 12, 250, 5])
     report = {"seconds_per_epoch": [40.0], "positions": 235, "users": 4}
-    environment = fake_environment(tmp_path / "rival", report)
+    environment = fake_environment(tmp_path / "baseline", report)
     out = tmp_path / "out.jsonl"
-    done = run("training", out, "--data", str(data), "--rival-venv", str(environment), "--negatives", "16")
+    done = run("training", out, "--data", str(data), "--rectools-venv", str(environment), "--negatives", "16")
     assert done.returncode == 0, done.stderr
     rows = read_cases(out)
     for row, who in zip(rows, ("vista", "sasrec"), strict=True):
         assert row["case"] == f"ml-1m epoch of {who}, 16 negatives a label, dropout 0.2 (quick)"
         assert row["baseline"] == 40.0 and row["ratio"] == pytest.approx(40.0 / row["value"])
     (detail,) = json.loads((tmp_path / "out_settings.json").read_text())
-    # 28, 10, 201 and 3 training events; the rival's first event of each is an input only, which the fake forgets.
+    # 28, 10, 201 and 3 training events; the baseline's first event of each is an input only, which the fake forgets.
     assert detail["our_labels"] == 28 + 10 + 201 + 3 and all(
         config["data"]["num_negatives"] == 16 for config in detail["our_config"].values()
     )
-    calls = (tmp_path / "rival" / "calls").read_text().splitlines()
+    calls = (tmp_path / "baseline" / "calls").read_text().splitlines()
     assert len(calls) == 1 + 3 + 1 and all("--n-negatives 16 " in call for call in calls[1:])
     assert "--max-batches 0" in calls[-1]
 
 
 @pytest.mark.slow
-def test_training_against_the_real_rival(tmp_path: Path) -> None:
-    environment = os.environ.get("VISTA_RIVAL_VENV")
+def test_training_against_the_real_baseline(tmp_path: Path) -> None:
+    environment = os.environ.get("VISTA_RECTOOLS_VENV")
     if not environment:
-        pytest.skip("VISTA_RIVAL_VENV names no virtual environment with RecTools")
+        pytest.skip("VISTA_RECTOOLS_VENV names no virtual environment with RecTools")
     data = write_histories(tmp_path / "events.npz", [40] * 150)
     out = tmp_path / "out.jsonl"
-    done = run("training", out, "--data", str(data), "--rival-venv", environment)
+    done = run("training", out, "--data", str(data), "--rectools-venv", environment)
     assert done.returncode == 0, done.stderr
     assert [row["baseline"] > 0 for row in read_cases(out)] == [True, True]
 
@@ -218,8 +218,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     done = run("training", out, "--data", "absent.npz")
     assert done.returncode == 1 and done.stderr.startswith("error: --data absent.npz: no such file")
     np.savez(tmp_path / "events.npz", user=np.zeros(3))
-    environment = fake_environment(tmp_path / "rival", {})
-    done = run("training", out, "--data", str(tmp_path / "events.npz"), "--rival-venv", str(environment))
+    environment = fake_environment(tmp_path / "baseline", {})
+    done = run("training", out, "--data", str(tmp_path / "events.npz"), "--rectools-venv", str(environment))
     assert done.returncode == 1 and "has no item, offsets" in done.stderr
     assert not out.exists()
 
@@ -262,17 +262,17 @@ def test_the_pilot_finds_the_fastest_setting(negatives: int, monkeypatch: pytest
 
     tried: list[Setting] = []
 
-    def run_rival(python: Path, data: Path, setting: Setting, max_batches: int) -> dict[str, Any]:
-        assert max_batches == rival.PILOT_BATCHES
+    def run_rectools(python: Path, data: Path, setting: Setting, max_batches: int) -> dict[str, Any]:
+        assert max_batches == baseline.PILOT_BATCHES
         tried.append(setting)
         return {"seconds_per_epoch": [cost(setting)]}
 
-    monkeypatch.setattr(rival, "run_rival", run_rival)
+    monkeypatch.setattr(baseline, "run_rectools", run_rectools)
     pilot = Pilot(Path("python"), Path("data"), negatives, 0.2, quick=False)
     found = pilot.fastest()
     assert len(set(tried)) == len(tried) and found == min(tried, key=cost)
     assert (found.precision, found.workers, found.n_negatives, found.dropout) == ("32-true", 1, negatives, 0.2)
     gathered = [s.batch_size * 200 * negatives * 64 * 4 for s in tried if s.loss != "softmax"]
-    assert max(gathered) <= 2 * rival.GATHERED_BYTES
+    assert max(gathered) <= 2 * baseline.GATHERED_BYTES
     if negatives < 1024:  # there the batches of sampled losses are too small to be fast, and softmax wins
         assert (found.loss, found.batch_size) == ("sampled_softmax", 32)

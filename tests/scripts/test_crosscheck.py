@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.benchmarks.rectools_process import call_rival, words_of
+from scripts.benchmarks.rectools_process import call_rectools, words_of
 from scripts.experiments import crosscheck_rectools as crosscheck
 from scripts.experiments.like_rectools import LikeRecTools
 from scripts.experiments.results import read_results
@@ -61,10 +61,10 @@ def test_both_sides_get_the_newest_events(log: EventLog, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("times", [True, False])
-def test_the_rival_gets_the_split_of_the_log(log: EventLog, tmp_path: Path, times: bool) -> None:
-    cases = crosscheck.write_split(log, tmp_path / "rival.npz", times=times and log.has_time)
+def test_the_baseline_gets_the_split_of_the_log(log: EventLog, tmp_path: Path, times: bool) -> None:
+    cases = crosscheck.write_split(log, tmp_path / "baseline.npz", times=times and log.has_time)
     assert cases["test"].user.tolist() == [user for user, n in enumerate(LENGTHS) if n >= 3]
-    with np.load(tmp_path / "rival.npz", allow_pickle=False) as arrays:
+    with np.load(tmp_path / "baseline.npz", allow_pickle=False) as arrays:
         split = dict(arrays)
     for user, length in enumerate(LENGTHS):
         parts = [""] if length < 3 else ["", "validation_", "test_"]
@@ -83,7 +83,7 @@ def test_the_rival_gets_the_split_of_the_log(log: EventLog, tmp_path: Path, time
 def test_a_repeated_item_is_refused(tmp_path: Path) -> None:
     log = EventLog.from_frame({"user": [1, 1, 1, 2], "item": [5, 6, 5, 5]}, tmp_path / "log", timestamp=None)
     with pytest.raises(DataError, match="1 events repeat an item"):
-        crosscheck.write_split(log, tmp_path / "rival.npz", times=False)
+        crosscheck.write_split(log, tmp_path / "baseline.npz", times=False)
 
 
 def test_ranks_in_lists_are_ranks_of_scores() -> None:
@@ -116,20 +116,20 @@ def test_bad_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.fixture
 def environment() -> Path:
     """RecTools' virtual environment; the test skips without it."""
-    folder = os.environ.get("VISTA_RIVAL_VENV")
+    folder = os.environ.get("VISTA_RECTOOLS_VENV")
     if not folder:
-        pytest.skip("VISTA_RIVAL_VENV names no virtual environment with RecTools")
+        pytest.skip("VISTA_RECTOOLS_VENV names no virtual environment with RecTools")
     return Path(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "times"), [("SASRec", False), ("HSTU", False), ("HSTU", True)])
-def test_lists_of_the_real_rival(environment: Path, tmp_path: Path, model: str, times: bool) -> None:
+def test_lists_of_the_real_baseline(environment: Path, tmp_path: Path, model: str, times: bool) -> None:
     log = make_log(tmp_path / "log", times=times)
-    cases = crosscheck.write_split(log, tmp_path / "rival.npz", times=times)
+    cases = crosscheck.write_split(log, tmp_path / "baseline.npz", times=times)
     words = words_of({"model": model, "session_max_len": 20, "n_factors": 16, "recommend": tmp_path / "lists.npz"})
     words += ["--relative-time"] if times else ["--mask-padding"]
-    report = call_rival(environment / "bin" / "python", tmp_path / "rival.npz", [*words, "--top-k", "40"])
+    report = call_rectools(environment / "bin" / "python", tmp_path / "baseline.npz", [*words, "--top-k", "40"])
     with np.load(tmp_path / "lists.npz", allow_pickle=False) as arrays:
         for part, found in cases.items():
             lists, ranks = arrays[part], crosscheck.label_ranks(arrays[part], found.item)
@@ -146,7 +146,7 @@ def test_the_whole_cross_check(
     environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = ratings_folder(tmp_path / "ml-1m")
-    words = ["HSTU", "--data", str(data), "--seeds", "1", "2", "--epochs", "1", "--rival-venv", str(environment)]
+    words = ["HSTU", "--data", str(data), "--seeds", "1", "2", "--epochs", "1", "--rectools-venv", str(environment)]
     words += ["--results", str(tmp_path / "results"), "--times"]
     assert crosscheck.main(words) == 1
     assert "repeat an item that their user has met" in capsys.readouterr().err

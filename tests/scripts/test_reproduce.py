@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from scripts.benchmarks.benchmark_recorder import Recorder
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder
 from scripts.experiments import plot_lengths, reproduce
 from scripts.experiments.results import append_result, changed_settings, hardware, markdown_table, read_results
 from scripts.experiments.row_progress import RowProgress
-from scripts.experiments.tables import BOTH, FLOORS, K0, TABLES, TRUTH, Row, Served, Table
+from scripts.experiments.tables import BOTH, COUNTING_BASELINES, K0, TABLES, TRUTH, Row, Served, Table
 from tests.conftest import ratings_folder
-from vista.config import SimulateConfig, TrainConfig
+from vista.config import TrainConfig
 from vista.config.choices import Codec
 from vista.config.composition import compose_config
 from vista.log.gaps import NUM_GAPS
@@ -39,15 +39,15 @@ SIMULATION = Table(
         "sim-hard": Row(
             1, ("model=sim", "model.search=hard", "data.item_categories=items.parquet", "data.category_column=topic")
         ),
-        **FLOORS,
+        **COUNTING_BASELINES,
         **TRUTH,
     },
     SMALL,
     {"num_users": 24, "events_per_user": 200},
     costs=True,
-    memory=True,
+    recall=True,
 )
-MOVIELENS = Table("ml-100k", "ml-1m", {"vista": Row(3, SMALL), **FLOORS})
+MOVIELENS = Table("ml-100k", "ml-1m", {"vista": Row(3, SMALL), **COUNTING_BASELINES})
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_simulated_table(
     drawn = ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "lengths.png")]
     assert plot_lengths.main(drawn) == 1
     assert "bench_lengths.jsonl is not there; run scripts/benchmarks/bench_lengths.py" in capsys.readouterr().err
-    recorder = Recorder("lengths", out=tmp_path / "results" / "bench_lengths.jsonl")
+    recorder = BenchmarkRecorder("lengths", out=tmp_path / "results" / "bench_lengths.jsonl")
     measured = {
         f"200 events: {name}": recorder.add(f"200 events: {name}", 7.0, "ms")["value"] for name in ("vista", "din")
     }
@@ -156,7 +156,9 @@ def test_only_what_lacks_is_run(
     assert list(found_lines(tmp_path)) == ["vista 2"]
     assert found_lines(tmp_path)["vista 2"]["command"].endswith("--rows vista --data ml-1m --seeds 2 --threads 1")
 
-    monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={"vista": Row(3, SMALL, BOTH, (4,)), **FLOORS}))
+    monkeypatch.setitem(
+        TABLES, "tiny", replace(MOVIELENS, rows={"vista": Row(3, SMALL, BOTH, (4,)), **COUNTING_BASELINES})
+    )
     assert reproduce.main([*words, "--seeds", "2"]) == 0
     lines = read_results(tmp_path / "results" / "tiny.jsonl")
     assert [line["model"] for line in lines] == [
@@ -184,8 +186,8 @@ def test_the_time_limit_stops_a_run_that_the_next_call_ends(
 ) -> None:
     """The figures are those of a run that was not stopped."""
     long = Row(1, (*SMALL, "optim.epochs=20", "data.tokens_per_batch=200"))
-    monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={**FLOORS, "vista": long}))
-    assert reproduce.main([*words, "--rows", *FLOORS]) == 0
+    monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={**COUNTING_BASELINES, "vista": long}))
+    assert reproduce.main([*words, "--rows", *COUNTING_BASELINES]) == 0
     began, step, steps = time.monotonic(), trainer._Trainer._step, []
 
     def stepping(run: Any, *arguments: Any) -> Any:
@@ -196,9 +198,9 @@ def test_the_time_limit_stops_a_run_that_the_next_call_ends(
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer._Trainer, "_step", stepping)
-        patch.setattr("row_progress.FILE_S", 0.01)
+        patch.setattr("scripts.experiments.row_progress.FILE_S", 0.01)
         late = SimpleNamespace(monotonic=lambda: began + (3600.0 if len(steps) >= 3 else 0.0))
-        patch.setattr("row_progress.time", late)
+        patch.setattr("scripts.experiments.row_progress.time", late)
         assert reproduce.main([*words, "--minutes", "30"]) == 130
     assert "; the same command resumes it" in capsys.readouterr().out
     assert list(found_lines(tmp_path)) == ["popularity 0", "transitions 0"]
@@ -303,41 +305,26 @@ def test_lengths_are_compared_at_the_same_labels(name: str) -> None:
         assert (four_passes.epochs, four_passes.validate_every) == (4, 1)
 
 
-def test_a_setting_that_a_line_does_not_know_had_its_first_default() -> None:
+def test_any_setting_that_differs_is_a_change() -> None:
     now = reproduce._recorded(SIMULATION, SIMULATION.rows["vista"])
-    before = {**now, "data": {key: value for key, value in now["data"].items() if key != "exclude_seen"}}
     assert now["data"]["exclude_seen"] is False
+    before = {**now, "data": now["data"] | {"exclude_seen": True}}
     assert changed_settings(before, now) == ["data.exclude_seen (True -> False)"]
-    before["model"] = {k: v for k, v in now["model"].items() if k not in ("search", "target_attention")}
-    del before["data"]["num_negatives"]
-    former = "model.target_attention (softmax -> pointwise)"
-    assert changed_settings(before, now) == ["data.exclude_seen (True -> False)", former]
     # What a table or row no longer sets is a change as well.
     wider = {**now, "simulation": now["simulation"] | {"max_interests": 9}}
-    usual = SimulateConfig().max_interests
-    assert changed_settings(wider, now) == [f"simulation.max_interests (9 -> {usual})"]
+    assert changed_settings(wider, now) == ["simulation.max_interests (9 -> None)"]
     assert changed_settings({**now, "base": {"row": "vista"}}, now) == ["base.row (vista -> None)"]
     assert "simulation.num_users" in changed_settings(now, {k: v for k, v in now.items() if k != "simulation"})[0]
+    assert changed_settings({**now, "seed": 1}, {**now, "seed": 2}) == []
     assert "target_attention" not in reproduce._recorded(SIMULATION, SIMULATION.rows["sasrec"])["model"]
     for name in ("din", "sim-hard", "truth"):
         assert "exclude_seen" not in reproduce._recorded(SIMULATION, SIMULATION.rows[name])["data"]
     assert reproduce._recorded(SIMULATION, SIMULATION.rows["popularity"])["data"]["exclude_seen"] is False
 
 
-def test_folders_are_named_by_what_is_no_default() -> None:
-    now = reproduce._recorded(SIMULATION, SIMULATION.rows["vista"])
-    found = reproduce._unusual(now)
-    assert (
-        found["model"] == {"dim": 16, "dropout": 0.1, "target_attention": "pointwise"}
-        and found["data"]["split"] == "time"
-    )
-    younger = {**now, "model": {key: value for key, value in now["model"].items() if key != "search"}}
-    assert reproduce._unusual(younger) == found
-
-
 def test_progress_corrects_its_estimates_by_what_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("row_progress.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("scripts.experiments.row_progress.time", SimpleNamespace(monotonic=lambda: now))
     with RowProgress([10.0, 100.0, 200.0]) as progress:
         assert progress.left_s() == 310
         with progress.run("first"):

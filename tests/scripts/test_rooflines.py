@@ -1,4 +1,4 @@
-"""Floors are positive, grow with the work, and are put together as they say."""
+"""Rooflines are positive, grow with the work, and are put together as they say."""
 
 from __future__ import annotations
 
@@ -7,53 +7,57 @@ import math
 import pytest
 import torch
 
-from scripts.benchmarks import rooflines as floors
+from scripts.benchmarks import rooflines as rooflines
 from scripts.benchmarks.benchmark_recorder import interleaved, timing_of
 from scripts.benchmarks.rooflines import (
-    Floor,
+    Roofline,
     Work,
-    backward_floor,
-    forward_floor,
-    matmul_floor,
+    backward_roofline,
+    forward_roofline,
+    matmul_roofline,
     products,
-    short_users_floor,
+    short_users_roofline,
 )
 
 SHAPE = (512, 2, 64, torch.bfloat16)
 
 
-def test_floors_grow_with_the_work() -> None:
-    assert matmul_floor(512, 512, 512) > matmul_floor(4, 4, 4) > 0
+def test_rooflines_grow_with_the_work() -> None:
+    assert matmul_roofline(512, 512, 512) > matmul_roofline(4, 4, 4) > 0
 
 
 @pytest.mark.parametrize(
-    "floor",
-    [forward_floor(*SHAPE), backward_floor(*SHAPE), short_users_floor(500, 20, 64, torch.float32, state_passes=2)],
+    "roofline",
+    [
+        forward_roofline(*SHAPE),
+        backward_roofline(*SHAPE),
+        short_users_roofline(500, 20, 64, torch.float32, state_passes=2),
+    ],
     ids=["forward", "backward", "short users"],
 )
-def test_floors_are_measured(floor: Floor) -> None:
-    timing = interleaved(floor.calls(), rounds=3)
-    parts = floor.parts(timing)
-    assert len(timing) == len(floor.calls()) and all(0 < part < math.inf for part in parts)
-    assert floor.seconds(timing) == max(parts[:2]) + parts[2]
-    assert "products" in floor.describe(timing)
+def test_rooflines_are_measured(roofline: Roofline) -> None:
+    timing = interleaved(roofline.calls(), rounds=3)
+    parts = roofline.parts(timing)
+    assert len(timing) == len(roofline.calls()) and all(0 < part < math.inf for part in parts)
+    assert roofline.seconds(timing) == max(parts[:2]) + parts[2]
+    assert "products" in roofline.describe(timing)
 
 
 def test_a_floor_by_hand() -> None:
     copy, product, silu = (Work(lambda: None, times, "") for times in (2.0, 3.0, 0.5))
-    timing = {f"floor {index}": timing_of([seconds]) for index, seconds in enumerate([10.0, 4.0, 5.0, 2.0])}
-    floor = Floor(copy, (product, product.scaled(2)), (silu,))
-    assert floor.parts(timing) == (20.0, 3 * 4 + 6 * 5, 1.0) and floor.seconds(timing) == 43.0
+    timing = {f"roofline {index}": timing_of([seconds]) for index, seconds in enumerate([10.0, 4.0, 5.0, 2.0])}
+    roofline = Roofline(copy, (product, product.scaled(2)), (silu,))
+    assert roofline.parts(timing) == (20.0, 3 * 4 + 6 * 5, 1.0) and roofline.seconds(timing) == 43.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_that_cannot_be_left_out(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[int] = []
-    monkeypatch.setattr(floors, "copying", lambda num_bytes: moved.append(num_bytes) or Work(lambda: None, 1, ""))
-    forward_floor(300, 1, 64, dtype)
-    backward_floor(300, 1, 64, dtype)
+    monkeypatch.setattr(rooflines, "copying", lambda num_bytes: moved.append(num_bytes) or Work(lambda: None, 1, ""))
+    forward_roofline(300, 1, 64, dtype)
+    backward_roofline(300, 1, 64, dtype)
     for passes in (1, 2):
-        short_users_floor(300, 20, 64, dtype, state_passes=passes)  # type: ignore[arg-type]
+        short_users_roofline(300, 20, 64, dtype, state_passes=passes)  # type: ignore[arg-type]
     token, state = 64 * dtype.itemsize, 64 * 64 * 4
     assert moved == [4 * 300 * token, 7 * 300 * token, *(4 * 300 * token + n * 20 * state for n in (1, 2))]
 
@@ -66,5 +70,5 @@ def test_products_do_what_they_count() -> None:
 
 
 def test_float32_is_not_given_up() -> None:
-    assert floors.product_dtypes(torch.float32) == (torch.float32,)
-    assert floors.product_dtypes(torch.bfloat16) == (torch.float32, torch.bfloat16)
+    assert rooflines.product_dtypes(torch.float32) == (torch.float32,)
+    assert rooflines.product_dtypes(torch.bfloat16) == (torch.float32, torch.bfloat16)

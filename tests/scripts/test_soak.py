@@ -13,9 +13,9 @@ import pytest
 
 from scripts.benchmarks import soak_scorer
 from scripts.benchmarks.benchmark_recorder import read_cases
-from scripts.benchmarks.soak_load import Answer, Stage, append_events, ask, copies, freeze
+from scripts.benchmarks.soak_load import SoakAnswer, SoakStage, append_events, ask, copies, freeze
 from scripts.benchmarks.soak_scorer import Judge
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import erase, refresh
 from vista.scorer import Scorer
 
@@ -26,28 +26,28 @@ PREDICT, TAIL, VECTORS = 9, 40, 7
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+def stage(tmp_path_factory: pytest.TempPathFactory) -> SoakStage:
     """Operation 1 is a full refresh with a new event of each user, 2 an erasure of half of the users."""
-    stage = Stage(tmp_path_factory.mktemp("soak"), NUM_USERS, NUM_ITEMS)
+    stage = SoakStage(tmp_path_factory.mktemp("soak"), NUM_USERS, NUM_ITEMS)
     everyone = 1 + np.arange(NUM_USERS)
     log = append_events(stage, 1, everyone, np.random.default_rng(0))
-    refresh(Recommender.from_pretrained(stage.model), log, stage.store)
+    refresh(VistaModel.from_pretrained(stage.model), log, stage.store)
     freeze(stage.store, stage.frozen, 1)
     erase(stage.store, everyone[::2].tolist())
     freeze(stage.store, stage.frozen, 2)
     return stage
 
 
-def answer_of(stage: Stage, copy: str, question: int) -> Answer:
+def answer_of(stage: SoakStage, copy: str, question: int) -> SoakAnswer:
     """What a scorer of a copy answers, as if it had been asked while that one was served."""
     generation, operation = map(int, copy.split("-"))
     with Scorer.open(stage.model, stage.frozen / copy, on_missing="nan", task="click") as scorer:
         arrays = ask(scorer, question, NUM_USERS, NUM_ITEMS)
-    return Answer(0, question, operation, operation, (generation, generation), 0.0, arrays)
+    return SoakAnswer(0, question, operation, operation, (generation, generation), 0.0, arrays)
 
 
 @pytest.mark.parametrize("question", [PREDICT, TAIL, VECTORS])
-def test_the_judge_takes_one_state_and_no_other(stage: Stage, question: int) -> None:
+def test_the_judge_takes_one_state_and_no_other(stage: SoakStage, question: int) -> None:
     assert sorted(copies(stage.frozen)) == [(1, 0), (1, 2), (2, 1), (2, 2)]
     judge = Judge(stage.models, stage.frozen, NUM_USERS, NUM_ITEMS)
     old, new, erased = (answer_of(stage, copy, question) for copy in ("1-0", "2-1", "2-2"))
@@ -68,12 +68,12 @@ def test_the_judge_takes_one_state_and_no_other(stage: Stage, question: int) -> 
         assert not judge.is_right(replace(new, arrays=mixed, generations=(1, 2), since=0, until=2))
 
 
-def test_the_judge_forgets_what_nobody_can_ask_for(stage: Stage) -> None:
+def test_the_judge_forgets_what_nobody_can_ask_for(stage: SoakStage) -> None:
     frozen = stage.frozen.with_name("frozen-too")
     for copy in ("1-0", "1-2", "2-1", "2-2"):
         (frozen / copy).mkdir(parents=True)
     judge = Judge(stage.models, frozen, NUM_USERS, NUM_ITEMS)
-    first, second = (Answer(thread, 0, 2, 2, (1, 2), 0.0, []) for thread in (0, 1))
+    first, second = (SoakAnswer(thread, 0, 2, 2, (1, 2), 0.0, []) for thread in (0, 1))
     judge.latest[0] = first
     judge.forget(num_threads=2)
     assert len(copies(frozen)) == 4

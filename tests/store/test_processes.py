@@ -23,7 +23,7 @@ import pytest
 
 import vista
 from vista.errors import StoreError, StoreLockedError
-from vista.store import SummaryStore
+from vista.store import StoreReader
 from vista.store.layout import generation_path, list_generations
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -99,7 +99,7 @@ def test_a_writer_killed_five_times_resumes_to_the_same_bytes(tmp_path, build):
         for start in range(writer.cursor, TOTAL, BATCH):
             build.put_users(writer, range(start, min(start + BATCH, TOTAL)))
         assert writer.publish() == whole
-    with SummaryStore.open(killed) as store, SummaryStore.open(tmp_path / "whole") as expected:
+    with StoreReader.open(killed) as store, StoreReader.open(tmp_path / "whole") as expected:
         np.testing.assert_array_equal(store.get_many(range(TOTAL)).summary, expected.get_many(range(TOTAL)).summary)
 
 
@@ -107,7 +107,7 @@ def test_a_writer_killed_five_times_resumes_to_the_same_bytes(tmp_path, build):
 def test_a_writer_killed_while_publishing_leaves_all_or_nothing(tmp_path, build, delay_s):
     build.write_store(tmp_path, salt=9, run_digest="log-0")
     assert kill_after(tmp_path, build, 1 + TOTAL // BATCH, delay_s) == TOTAL
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         published = store.generation == 2
         assert len(store) == (TOTAL if published else 40)
         assert store.get_many(range(40)).found.all()
@@ -170,7 +170,7 @@ def test_a_writer_is_not_used_across_a_fork(tmp_path, build):
 
 def test_forked_readers_read_while_the_parent_goes_on(tmp_path, build):
     build.write_store(tmp_path)
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         expected = store.get_many(range(40)).summary
         for _ in range(3):
             np.testing.assert_array_equal(in_child(lambda: store.get_many(range(40)).summary), expected)
@@ -181,7 +181,7 @@ def test_forked_readers_read_while_the_parent_goes_on(tmp_path, build):
 
 def test_a_fork_waits_for_reading_threads(tmp_path, build):
     build.write_store(tmp_path)
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         stop = threading.Event()
 
         def read() -> None:
@@ -202,7 +202,7 @@ def test_a_fork_waits_for_reading_threads(tmp_path, build):
 
 def test_a_child_follows_current_where_its_parents_generation_is_gone(tmp_path, build):
     build.write_store(tmp_path)
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         for run in range(2, 4):
             build.write_store(tmp_path, salt=run, run_digest=f"log-{run}")
         assert not generation_path(tmp_path, 1).exists()
@@ -212,7 +212,7 @@ def test_a_child_follows_current_where_its_parents_generation_is_gone(tmp_path, 
 
 def test_a_pickled_store_opens_in_a_fresh_process(tmp_path, build):
     build.write_store(tmp_path)
-    with SummaryStore.open(tmp_path, summarizer_id=build.summarizer()) as store:
+    with StoreReader.open(tmp_path, summarizer_id=build.summarizer()) as store:
         pickled = pickle.dumps(store)
         expected = store.get_many([7]).summary
     assert len(pickled) < 1000
@@ -242,7 +242,7 @@ def test_a_full_disk_is_reported_and_the_run_goes_on_afterwards(tmp_path, build)
 
     build.write_store(tmp_path, salt=9, run_digest="log-0")
     cursor = in_child(limited)
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         assert store.generation == 1 and store.get_many(range(40)).found.all()
     with build.open_writer(tmp_path, total_users=TOTAL) as writer:
         assert 0 < writer.cursor == cursor < TOTAL
@@ -262,7 +262,7 @@ def test_a_limited_address_space_gets_a_smaller_map(tmp_path, build):
     count, messages = in_child(limited)
     assert count == 40
     assert any("instead of 1 TiB" in message for message in messages)
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         assert store.get_many(range(40)).found.all()
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from vista.config.choices import Codec
 from vista.errors import StoreError, StoreLockedError, SummarizerMismatchError, UserKeyError
-from vista.store import NO_TIMESTAMP, SummaryStore, Tail, encode_records, user_keys
+from vista.store import NO_TIMESTAMP, StoreReader, Tail, encode_records, user_keys
 from vista.store.layout import environment_path, last_complete, list_generations, read_current
 from vista.store.lmdb.environment import SharedEnvironment
 
@@ -22,7 +22,7 @@ TOTAL = 40
 def test_what_was_written_is_what_is_read(tmp_path, build):
     manifest = build.write_store(tmp_path / "store")
     assert (manifest.count, manifest.user_kind, manifest.generation) == (TOTAL, "int", 1)
-    with SummaryStore.open(tmp_path / "store", summarizer_id=build.summarizer()) as store:
+    with StoreReader.open(tmp_path / "store", summarizer_id=build.summarizer()) as store:
         assert (len(store), store.num_tokens, store.dim) == (TOTAL, 2, 8)
         assert store.summarizer_id == build.summarizer()
         assert list(store.keys()) == list(range(TOTAL))
@@ -44,7 +44,7 @@ def test_what_was_written_is_what_is_read(tmp_path, build):
 def test_batches_larger_than_one_transaction_and_empty_ones(tmp_path, build, monkeypatch):
     build.write_store(tmp_path, codec=Codec.float32)
     monkeypatch.setattr("vista.store.reader._READ_RECORDS", 7)
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         users = np.random.default_rng(0).integers(-5, TOTAL + 5, 50)
         batch = store.get_many(users)
         assert batch.found.tolist() == [0 <= user < TOTAL for user in users.tolist()]
@@ -68,7 +68,7 @@ def test_string_users_and_the_wrong_kind_of_id(tmp_path, build):
         )  # fmt: skip
         writer.put_batch(user_keys(["é"]), record, 1)
         assert writer.publish().user_kind == "str"
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         batch = store.get_many(["é", "x"])
         assert batch.found.tolist() == [True, False] and batch.summary.shape == (2, 0, 8)
         with pytest.raises(UserKeyError, match=r"user 5: .* type str"):
@@ -77,7 +77,7 @@ def test_string_users_and_the_wrong_kind_of_id(tmp_path, build):
 
 def test_reader_sees_the_old_generation_until_it_reloads(tmp_path, build):
     build.write_store(tmp_path)
-    store = SummaryStore.open(tmp_path)
+    store = StoreReader.open(tmp_path)
     with build.open_writer(tmp_path, run_digest="log-2") as writer:
         build.put_users(writer, range(TOTAL), 1)
         assert not store.reload()
@@ -98,7 +98,7 @@ def test_two_generations_are_kept_and_a_pinned_reader_outlives_its_files(tmp_pat
     stores = []
     for run in range(4):
         build.write_store(tmp_path, salt=run, run_digest=f"log-{run}")
-        stores.append(SummaryStore.open(tmp_path))
+        stores.append(StoreReader.open(tmp_path))
     assert list_generations(tmp_path) == [3, 4]
     names = ["CURRENT", "LAST", "gen-3", "gen-4", "tombstones", "writer.lock"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -111,7 +111,7 @@ def test_two_generations_are_kept_and_a_pinned_reader_outlives_its_files(tmp_pat
 
 def test_threads_never_see_a_mixture(tmp_path, build):
     build.write_store(tmp_path)
-    store = SummaryStore.open(tmp_path)
+    store = StoreReader.open(tmp_path)
     wrong, stop, reads = [], threading.Event(), [0] * 4
 
     def read(number: int) -> None:
@@ -143,21 +143,21 @@ def test_another_summarizer_is_refused_by_name_of_both(tmp_path, build):
     build.write_store(tmp_path)
     other = build.summarizer("b")
     with pytest.raises(SummarizerMismatchError) as error:
-        SummaryStore.open(tmp_path, summarizer_id=other)
+        StoreReader.open(tmp_path, summarizer_id=other)
     assert other.hex() in str(error.value) and build.summarizer().hex() in str(error.value)
 
 
 def test_a_wanted_summarizer_is_served_from_the_kept_generation(tmp_path, build, caplog):
     build.write_store(tmp_path)
-    pinned = SummaryStore.open(tmp_path, summarizer_id=build.summarizer())
+    pinned = StoreReader.open(tmp_path, summarizer_id=build.summarizer())
     build.write_store(tmp_path, salt=1, summarizer_id=build.summarizer("b"))
     assert not pinned.reload() and pinned.generation == 1
-    with SummaryStore.open(tmp_path, summarizer_id=build.summarizer()) as again:
+    with StoreReader.open(tmp_path, summarizer_id=build.summarizer()) as again:
         assert again.generation == 1
     assert "wanted" in caplog.text
     with pytest.raises(StoreError, match="holds tails of 4 events, the model reads 5"):
-        SummaryStore.open(tmp_path, summarizer_id=build.summarizer(), tail_len=5)
-    with SummaryStore.open(tmp_path, summarizer_id=build.summarizer("b")) as newer:
+        StoreReader.open(tmp_path, summarizer_id=build.summarizer(), tail_len=5)
+    with StoreReader.open(tmp_path, summarizer_id=build.summarizer("b")) as newer:
         assert newer.generation == 2
     pinned.close()
 
@@ -207,7 +207,7 @@ def test_a_number_that_was_complete_is_not_used_again(tmp_path, build):
     build.write_store(tmp_path)
     build.write_store(tmp_path, salt=1, run_digest="log-2")
     (tmp_path / "CURRENT").write_text("gen-1\n")
-    store = SummaryStore.open(tmp_path)
+    store = StoreReader.open(tmp_path)
     assert build.write_store(tmp_path, salt=2, run_digest="log-3").generation == 3
     assert store.reload() and store.generation == 3
     store.close()
@@ -293,11 +293,11 @@ def test_a_full_map_is_reported_and_earlier_batches_stay(tmp_path, build, monkey
 def test_a_store_that_is_not_there(tmp_path, build):
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(StoreError, match=r"no published generation; run `vista refresh"):
-            SummaryStore.open(path)
+            StoreReader.open(path)
     with build.open_writer(tmp_path):
         pass
     with pytest.raises(StoreError, match="no published generation"):
-        SummaryStore.open(tmp_path)
+        StoreReader.open(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_a_current_that_names_nothing(tmp_path, build, text, named):
     build.write_store(tmp_path)
     (tmp_path / "CURRENT").write_text(text)
     with pytest.raises(StoreError, match=named) as error:
-        SummaryStore.open(tmp_path)
+        StoreReader.open(tmp_path)
     assert "generations there: gen-1" in str(error.value)
 
 
@@ -323,10 +323,10 @@ def test_a_refresh_heals_a_current_that_names_nothing(tmp_path, build, text, cap
 
 def test_a_store_made_anew_is_not_taken_for_the_one_that_was_removed(tmp_path, build):
     build.write_store(tmp_path / "store")
-    with SummaryStore.open(tmp_path / "store") as old:
+    with StoreReader.open(tmp_path / "store") as old:
         shutil.rmtree(tmp_path / "store")
         build.write_store(tmp_path / "store", salt=1)
-        with SummaryStore.open(tmp_path / "store") as new:
+        with StoreReader.open(tmp_path / "store") as new:
             np.testing.assert_allclose(new.get_many([5]).summary[0], build.summaries(range(5, 6), 1)[0], atol=0.02)
             np.testing.assert_allclose(old.get_many([5]).summary[0], build.summaries(range(5, 6))[0], atol=0.02)
         assert old.reload()
@@ -336,7 +336,7 @@ def test_a_store_made_anew_is_not_taken_for_the_one_that_was_removed(tmp_path, b
 def test_keys_go_on_within_one_generation_across_a_reload(tmp_path, build, monkeypatch):
     monkeypatch.setattr("vista.store.format.keys._WALK_USERS", 7)
     build.write_store(tmp_path, total_users=50)
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         keys = store.keys()
         first = next(keys)
         build.write_store(tmp_path)
@@ -346,7 +346,7 @@ def test_keys_go_on_within_one_generation_across_a_reload(tmp_path, build, monke
 
 def test_a_broken_current_leaves_the_open_generation_served(tmp_path, build):
     build.write_store(tmp_path)
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         (tmp_path / "CURRENT").write_text("gen-9")
         with pytest.raises(StoreError, match="gen-9"):
             store.reload()
@@ -358,7 +358,7 @@ def test_a_current_that_names_an_unfinished_generation(tmp_path, build):
         build.put_users(writer, range(16))
     (tmp_path / "CURRENT").write_text("gen-1\n")
     with pytest.raises(StoreError, match="never finished"):
-        SummaryStore.open(tmp_path)
+        StoreReader.open(tmp_path)
 
 
 def test_a_map_that_another_writer_let_grow_is_followed(tmp_path, monkeypatch):

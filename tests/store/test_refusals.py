@@ -13,7 +13,7 @@ import pytest
 import xxhash
 
 from vista.errors import RecordError, StoreError, UserKeyError
-from vista.store import SummaryStore, user_keys
+from vista.store import StoreReader, user_keys
 from vista.store.admin.inspection import store_stats, verify_store
 from vista.store.admin.publish import compact_store, roll_back
 from vista.store.layout import Manifest, environment_path, read_current
@@ -44,7 +44,7 @@ def test_a_damaged_new_generation_leaves_the_served_one(tmp_path, build, kind, m
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "store"
     build.write_store(root)
-    with SummaryStore.open(root) as store:
+    with StoreReader.open(root) as store:
         build.write_store(root, salt=1, run_digest="log-2")
         data = environment_path(root, 2) / "data.mdb"
         data.write_bytes(DAMAGE[kind](data.read_bytes()))
@@ -55,7 +55,7 @@ def test_a_damaged_new_generation_leaves_the_served_one(tmp_path, build, kind, m
         np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40)), atol=0.02)
     assert verify_store(root).num_problems == 1
     roll_back(root)  # is the remedy
-    with SummaryStore.open(root) as store:
+    with StoreReader.open(root) as store:
         assert store.generation == 1 and store.get_many(range(40)).found.all()
     assert build.write_store(root, salt=2, run_digest="log-3").generation == 3
     assert not list(tmp_path.rglob("canary"))
@@ -65,7 +65,7 @@ def test_a_flipped_record_is_refused_alone(tmp_path, build):
     build.write_store(tmp_path)
     data = environment_path(tmp_path, 1) / "data.mdb"
     data.write_bytes(flipped(data.read_bytes()))
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         with pytest.raises(RecordError, match=r"user 5 .*checksum.*Refresh the store again, or roll CURRENT back"):
             store.get_many(range(40))
         others = [user for user in range(40) if user != 5]
@@ -77,7 +77,7 @@ def test_a_missing_lock_file_is_made_anew(tmp_path, build):
     lock = environment_path(tmp_path, 1) / "lock.mdb"
     lock.unlink()
     (tmp_path / "writer.lock").unlink()
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         assert store.get_many(range(40)).found.all()
     assert lock.stat().st_mode & 0o777 == 0o600
     assert build.write_store(tmp_path, run_digest="log-2").generation == 2
@@ -90,13 +90,13 @@ def test_a_lock_that_is_a_folder(tmp_path, build):
     for act in (lambda: build.open_writer(tmp_path), lambda: compact_store(tmp_path), lambda: roll_back(tmp_path)):
         with pytest.raises(StoreError, match=r"cannot be written: .*Is a directory"):
             act()
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         assert store.get_many([1]).found.all()
 
 
 def test_ids_that_are_too_long(tmp_path, build):
     build.write_store(tmp_path)
-    with SummaryStore.open(tmp_path) as store, pytest.raises(UserKeyError, match="510 bytes, at most 509"):
+    with StoreReader.open(tmp_path) as store, pytest.raises(UserKeyError, match="510 bytes, at most 509"):
         store.get_many(["a" * 510])
 
 
@@ -114,7 +114,7 @@ def test_ids_that_are_too_long(tmp_path, build):
 )
 def test_a_manifest_that_is_foreign_though_its_checksum_fits(tmp_path, build, change, named):
     build.write_store(tmp_path, total_users=1)
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         fields = json.loads(store.manifest.to_bytes().partition(b"\n")[2]) | change
     text = json.dumps(fields).encode()
     value = xxhash.xxh3_64_hexdigest(text).encode() + b"\n" + text
@@ -139,7 +139,7 @@ def read_only_system(tmp_path: Path, build: Any) -> Iterator[Path]:
 
 
 def test_a_read_only_file_system_is_served_and_says_why_it_is_not_written(read_only_system, build):
-    with SummaryStore.open(read_only_system) as store:
+    with StoreReader.open(read_only_system) as store:
         assert store.get_many(range(40)).found.all() and not store.reload()
     assert verify_store(read_only_system).num_problems == 0
     assert store_stats(read_only_system).served == 2

@@ -17,7 +17,7 @@ import pytest
 
 import vista
 from vista.errors import StoreLockedError, StoreWriteError
-from vista.store import StoreWriter, SummaryStore, user_keys
+from vista.store import StoreReader, StoreWriter, user_keys
 from vista.store.admin.inspection import verify_store
 from vista.store.admin.publish import roll_back
 from vista.store.generation_files import GenerationFiles
@@ -59,7 +59,7 @@ def test_an_erasure_waits_for_no_verification(tmp_path, build, monkeypatch):
         writer.publish()
     gone = 10 - len(users)
     assert gone == 3
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         assert store.generation == 2 and len(store) == TOTAL - gone
         assert store.get_many(range(gone + 1)).found.tolist() == [False] * gone + [True]
     assert verify_store(tmp_path).num_problems == 0
@@ -93,7 +93,7 @@ def test_users_who_are_erased_without_a_pause_do_not_keep_a_generation_from_bein
     with all_put(build, tmp_path) as writer:
         writer.publish()
     assert refused and len(users) < TOTAL - 3, "at last they had to wait"
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         assert store.generation == 2 and list(store.keys()) == users
     assert verify_store(tmp_path).num_problems == 0
 
@@ -102,7 +102,7 @@ def test_waiting_for_an_erasure_has_an_end(tmp_path, build, monkeypatch):
     build.write_store(tmp_path)
     monkeypatch.setattr(flock, "WAIT_S", 0.1)
     refused = rf"process {os.getpid()} has been erasing users or publishing.*wait for it, or end it"
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         with locks.erasing(tmp_path):
             with all_put(build, tmp_path) as writer, pytest.raises(StoreLockedError, match=refused):
                 writer.publish()
@@ -122,10 +122,10 @@ def test_an_erasure_that_was_killed_after_its_tombstone_is_ended_by_who_publishe
         with locks.erasing(tmp_path):
             Tombstones(tmp_path).add(user_keys([7]))
         writer.publish()
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         assert store.get_many([7, 8]).found.tolist() == [False, True]
     roll_back(tmp_path)
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         assert store.generation == 1 and store.get_many([7, 8]).found.tolist() == [False, True]
     assert verify_store(tmp_path).num_problems == 0
 
@@ -143,7 +143,7 @@ def test_a_tombstone_that_the_disk_refused_does_not_count_and_a_known_one_is_mad
         with pytest.raises(StoreWriteError, match="nobody is erased, check the disk and try again"):
             erase(tmp_path, [7])
     assert Tombstones(tmp_path).erased(user_keys([7])) == [False]
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         assert store.get_many([7]).found.tolist() == [True]
     # A kill between write and fsync leaves a digest that is known and perhaps not on the disk: the next one syncs it.
     with locks.erasing(tmp_path):
@@ -197,7 +197,7 @@ def test_a_writer_that_is_stopped_within_a_batch_keeps_nobody_else_waiting_for_e
         began = time.monotonic()
         while thread.is_alive():  # readers of this process, of this store and of another
             for name in ("store", "other"):
-                with SummaryStore.open(tmp_path / name) as store:
+                with StoreReader.open(tmp_path / name) as store:
                     assert store.get_many([3]).found.all()
         thread.join()
         assert raised and time.monotonic() - began < 10
@@ -221,5 +221,5 @@ def test_an_erasure_goes_on_where_an_old_generation_is_removed_under_it(tmp_path
 
     monkeypatch.setattr(GenerationFiles, "open", open_and_remove)
     assert erase(tmp_path, [3]) == 1 and removed == [1]
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         assert store.generation == 2 and store.get_many([3, 4]).found.tolist() == [False, True]

@@ -76,7 +76,7 @@ def config_of(log: EventLog, run_dir: Path, name: str, **model: Any) -> TrainCon
     ("name", "limit", "learns"),
     [("din", NUM_EVENTS, True), ("din", NUM_EVENTS // 2, False), ("sim", 0, True), ("twin", 0, True)],
 )
-def test_a_rival_learns_from_the_events_that_it_reads(
+def test_a_baseline_learns_from_the_events_that_it_reads(
     log: EventLog, tmp_path: Path, name: str, limit: int, learns: bool
 ) -> None:
     model = train_model(config_of(log, tmp_path / "run", name, history_limit=limit), log)

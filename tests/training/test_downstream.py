@@ -23,10 +23,10 @@ from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
 from vista.model.inference import empty_summary
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.store import SummaryStore, Tail
+from vista.store import StoreReader, Tail
 from vista.training import trainer
 from vista.training.downstream import KEPT_WEIGHTS, Downstream
 from vista.training.trainer import schema_of, train
@@ -69,14 +69,14 @@ def downstream_config(served: Served, store: Path, run_dir: Path, **changes: Any
 @pytest.fixture(scope="module")
 def liked(
     served_tasks: Served, past_store: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[TrainConfig, Recommender]:
+) -> tuple[TrainConfig, VistaModel]:
     """A downstream model of `like` and the next item, with a third layer of stage 2."""
     changes = {"optim__next_weight": 1.0, "model__num_target_layers": 3, "optim__epochs": 3}
     config = downstream_config(served_tasks, past_store, tmp_path_factory.mktemp("liked") / "run", **changes)
     return config, train(config, served_tasks.log)
 
 
-def test_the_base_stays_as_it_is(served_tasks: Served, liked: tuple[TrainConfig, Recommender]) -> None:
+def test_the_base_stays_as_it_is(served_tasks: Served, liked: tuple[TrainConfig, VistaModel]) -> None:
     config, model = liked
     base, found = served_tasks.model.state_dict(), model.state_dict()
     kept = [name for name in base if name.startswith(KEPT_WEIGHTS)]
@@ -94,7 +94,7 @@ def test_the_base_stays_as_it_is(served_tasks: Served, liked: tuple[TrainConfig,
 
 def test_a_table_that_all_features_share_stays_too(served_tasks: Served, tmp_path: Path) -> None:
     log, given = served_tasks.log, served_tasks.config
-    base = Recommender(replace(given.model, embedding_rows=15), served_tasks.model.schema, log.items, given.data).eval()
+    base = VistaModel(replace(given.model, embedding_rows=15), served_tasks.model.schema, log.items, given.data).eval()
     base.save_pretrained(tmp_path / "base")
     refresh(base, log, tmp_path / "store", until=past_of(served_tasks))
     changes = {"base": str(tmp_path / "base"), "optim__epochs": 1}
@@ -117,7 +117,7 @@ def test_frozen_weights_are_in_no_optimizer(served_tasks: Served, past_store: Pa
         assert made.model.item_table.grad is None and not made.table_optimizer.state
 
 
-def test_the_bases_store_serves_it(served_tasks: Served, liked: tuple[TrainConfig, Recommender]) -> None:
+def test_the_bases_store_serves_it(served_tasks: Served, liked: tuple[TrainConfig, VistaModel]) -> None:
     """One refresh serves base and downstream model: scores of its tasks, measured as any model's."""
     export = Path(liked[0].run_dir) / "best"
     with Scorer.open(export, served_tasks.test_store) as scorer:
@@ -150,7 +150,7 @@ def liked_impressions(log: EventLog, since: int, end: int) -> dict[tuple[int, in
 @pytest.mark.parametrize("label_spacing", [1, 4])
 def test_training_at_a_position_is_serving_from_the_store(
     served_tasks: Served,
-    liked: tuple[TrainConfig, Recommender],
+    liked: tuple[TrainConfig, VistaModel],
     past_store: Path,
     label_spacing: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -201,7 +201,7 @@ def test_a_user_without_a_record_has_the_empty_historys_summary(
     assert 0 < without.sum() < log.num_users
     with (
         Downstream.open(downstream_config(served_tasks, tmp_path / "early", tmp_path / "run"), log) as downstream,
-        SummaryStore.open(tmp_path / "early") as store,
+        StoreReader.open(tmp_path / "early") as store,
     ):
         found = downstream.summaries.read(users)
         records = store.get_many(log.users.ids(users))
@@ -299,11 +299,11 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=message):
             TrainConfig(**values)
 
-    def test_rivals(self, served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
+    def test_baselines(self, served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
         config = downstream_config(served_tasks, past_store, tmp_path)
-        rival = replace(config.model, architecture=Architecture.sasrec, history_limit=200)
+        baseline = replace(config.model, architecture=Architecture.sasrec, history_limit=200)
         with pytest.raises(ConfigError, match=r"model\.architecture: stage=downstream needs vista"):
-            replace(config, model=rival)
+            replace(config, model=baseline)
 
     def test_another_stage_1_than_the_bases(self, served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
         changes = {"model__conv_width": 1, "model__num_seeds": 4, "model__decay_horizons": [1.0, 2.0]}

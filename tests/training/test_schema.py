@@ -50,7 +50,7 @@ class TestSchema:
             schema_of(order_log, config)
 
     @pytest.mark.parametrize("architecture", [each for each in Architecture if each.ranks_only])
-    def test_rivals_that_rank_only_need_labelled_impressions(
+    def test_baselines_that_rank_only_need_labelled_impressions(
         self, event_log: EventLog, impression_log: EventLog, architecture: Architecture
     ) -> None:
         config = TrainConfig(model=ModelConfig(architecture=architecture, history_limit=200))

@@ -16,15 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import Served, run_python, small_config, small_frame
-from vista.config.choices import Architecture, Search, TargetAttentionKind
 from vista.config.config_keys import to_yaml
 from vista.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, NonFiniteLossError
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.training import trainer
 from vista.training.checkpoint import TENSOR_FILE, latest_checkpoint, load_checkpoint
-from vista.training.trainer import schema_of, train, train_model
+from vista.training.trainer import schema_of, train
 from vista.training.validation import Validation
 
 
@@ -243,48 +242,6 @@ def test_resume_with_another_config_is_refused(served: Served, key: str, value: 
     assert str(before) == str(result(Path(served.config.run_dir)))
 
 
-def test_a_run_that_is_older_than_a_key_resumes_where_the_key_has_its_default(
-    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = trainer._flat
-    with monkeypatch.context() as older:
-        older.setattr(trainer, "_flat", lambda values: {k: v for k, v in whole(values).items() if k != "model.search"})
-        train(small_config(event_log, tmp_path, optim__epochs=1), event_log)
-    before = result(tmp_path)
-    train(small_config(event_log, tmp_path, optim__epochs=1), event_log)
-    assert str(result(tmp_path)) == str(before)
-    config = small_config(event_log, tmp_path, optim__epochs=1)
-    config.model.search = Search.hard
-    with pytest.raises(ConfigError, match=r"another model\.search \(soft -> hard\)"):
-        train(config, event_log)
-
-
-def test_a_run_that_is_older_than_the_kind_of_stage_2_had_softmax_layers(
-    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, older = trainer._flat, {"model.target_attention"}
-    softmax = {"model__target_attention": TargetAttentionKind.softmax, "optim__epochs": 1}
-    with monkeypatch.context() as then:
-        then.setattr(trainer, "_flat", lambda values: {k: v for k, v in whole(values).items() if k not in older})
-        train(small_config(event_log, tmp_path, **softmax), event_log)
-    before = result(tmp_path)
-    with pytest.raises(ConfigError, match=r"another model\.target_attention \(softmax -> pointwise\)"):
-        train(small_config(event_log, tmp_path, optim__epochs=1), event_log)
-    train(small_config(event_log, tmp_path, **softmax), event_log)
-    assert str(result(tmp_path)) == str(before)
-
-
-def test_a_rivals_run_goes_on_whatever_stage_2_is(event_log: EventLog, tmp_path: Path) -> None:
-    rival = {"model__architecture": Architecture.sasrec, "model__history_limit": 40, "optim__epochs": 1}
-    train_model(small_config(event_log, tmp_path, **rival), event_log)
-    before = result(tmp_path)
-    other = small_config(
-        event_log, tmp_path, model__target_attention=TargetAttentionKind.softmax, model__num_target_layers=8, **rival
-    )
-    train_model(other, event_log)
-    assert str(result(tmp_path)) == str(before)
-
-
 def test_resume_on_another_log_is_refused_and_anew_it_starts_from_nothing(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,7 +271,7 @@ def test_an_export_without_checkpoints_stays_until_it_is_replaced(
         patch.setattr(trainer._Trainer, "_step", fail)
         with pytest.raises(RuntimeError, match="before the first step"):
             train(config, event_log)
-        assert Recommender.from_pretrained(tmp_path / "best").items.digest() == event_log.items.digest()
+        assert VistaModel.from_pretrained(tmp_path / "best").items.digest() == event_log.items.digest()
     train(config, event_log)
     assert not (tmp_path / "best.old").exists()
 
@@ -368,7 +325,7 @@ def test_early_stopping_keeps_the_best(event_log: EventLog, tmp_path: Path) -> N
     assert len(found) == best_epoch + 2 < 30
     assert "stopping" in (tmp_path / "train.log").read_text()
     validate = Validation(event_log, np.arange(event_log.num_items) + 1, config)
-    assert validate(Recommender.from_pretrained(tmp_path / "best"))["ndcg@10"] == best != found[-1][1]
+    assert validate(VistaModel.from_pretrained(tmp_path / "best"))["ndcg@10"] == best != found[-1][1]
     # Resumed, it has nothing more to do.
     before = result(tmp_path)[1:]
     train(config, event_log)
@@ -390,7 +347,7 @@ def test_a_log_without_a_case_to_validate_on_trains_and_says_so(tmp_path: Path) 
     frame = {"user": [1, 1, 2, 2], "item": [1, 2, 2, 3], "timestamp": [1, 2, 3, 4]}
     log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s")
     model = train(small_config(log, tmp_path / "run"), log)
-    assert isinstance(model, Recommender)
+    assert isinstance(model, VistaModel)
     assert "no case to validate on" in (tmp_path / "run" / "train.log").read_text()
 
 

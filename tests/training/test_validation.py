@@ -32,7 +32,7 @@ from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.splits import visible_counts
 from vista.model import inference
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.training import validation
 from vista.training.validation import Validation
 
@@ -236,7 +236,7 @@ class TestValidation:
         assert low.better(9.0, None) and low.better(0.1, 0.2) and not low.better(0.2, 0.2)
 
     def test_it_leaves_mode_and_random_state_alone(self, served: Served) -> None:
-        model = Recommender.from_pretrained(served.model_dir)
+        model = VistaModel.from_pretrained(served.model_dir)
         validation = Validation(served.log, self.rows(served.log), served.config)
         expected, state = validation(model), torch.get_rng_state()
         model.train()
@@ -246,7 +246,7 @@ class TestValidation:
     @pytest.mark.parametrize("kind", ["served", "served_tasks"])
     def test_scores_that_are_not_finite_name_the_users(self, kind: str, request: pytest.FixtureRequest) -> None:
         given: Served = request.getfixturevalue(kind)
-        model = Recommender.from_pretrained(given.model_dir)
+        model = VistaModel.from_pretrained(given.model_dir)
         with torch.no_grad():
             model.request.fill_(float("nan")) if kind == "served" else model.task_head.weight.fill_(float("inf"))  # type: ignore[union-attr]
         with pytest.raises(NonFiniteLossError, match=r"validation: the scores of users \[\d+") as caught:
@@ -261,7 +261,7 @@ def test_a_life_is_summarized_once_a_validation(served_tasks: Served, monkeypatc
     expected = check(served_tasks.model)
     whole, lives = inference.summarize, []
 
-    def counted(model: Recommender, histories: Histories) -> torch.Tensor:
+    def counted(model: VistaModel, histories: Histories) -> torch.Tensor:
         lives.append(histories.num_users)
         return whole(model, histories)
 

@@ -181,7 +181,7 @@ COMMANDS: dict[str, Command] = {
         (
             "vista evaluate data=data/ml-1m model=runs/ml-1m/best store=stores/ml-1m",
             "vista evaluate split=validation top_k=[10,100]",
-            "vista evaluate table=mine results_dir=docs/results",
+            "vista evaluate out=metrics.json",
         ),
     ),
     "score": Command(

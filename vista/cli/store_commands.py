@@ -23,7 +23,7 @@ from vista.config import (
 from vista.errors import ConfigError, StoreError, UnknownUserError
 from vista.log.gaps import LATEST_MS, YEAR_1971_MS
 from vista.log.vocabulary import ids_of_words
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.store.admin.inspection import store_stats, verify_store
 from vista.store.admin.publish import PublishReport, compact_store, copy_generation, roll_back
 from vista.store.admin.whole_generations import GenerationReader, open_generation
@@ -167,7 +167,7 @@ def _record_text(user: int | str, raw: RawRecords, reader: GenerationReader, mod
 
 
 def _item_ids(folder: str, raw: RawRecords, reader: GenerationReader) -> list[Any]:
-    model = Recommender.from_pretrained(folder)
+    model = VistaModel.from_pretrained(folder)
     if model.summarizer_id() != reader.spec.summarizer_id:
         raise ConfigError(
             f"model={folder}: its summarizer is {model.summarizer_id().hex()}, the store's is "

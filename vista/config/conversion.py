@@ -25,12 +25,16 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """The inverse of `to_dict`; ConfigError for a key or a value that `cls` does not know."""
+    """The inverse of `to_dict`; ConfigError for a missing key, or a key or value that `cls` does not know."""
     hints = get_type_hints(cls)
-    unknown = set(values) - set(hints)
-    if unknown:
-        keys = ", ".join(sorted(unknown))
-        raise ConfigError(f"{keys}: no field of {cls.__name__}; was this written by a newer vista?")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{cls.__name__}: expected a table of keys, got {values!r}")
+    other = hints.keys() ^ values.keys()
+    if other:
+        keys = ", ".join(sorted(other))
+        raise ConfigError(
+            f"{keys}: missing or unknown in {cls.__name__}; was this written by another version of vista?"
+        )
     arguments = {}
     for key, value in values.items():
         hint = hints[key]

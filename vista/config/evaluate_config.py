@@ -14,7 +14,7 @@ class EvaluateConfig:
     data: str = "data/log"
     model: str = "runs/vista/best"
     store: str = "stores/vista"
-    """Folder of the summary store; a rival reads the raw history and has none."""
+    """Folder of the summary store; a baseline reads the raw history and has none."""
     authentication_key_file: str | None = None
     """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
     split: str = "test"
@@ -30,18 +30,12 @@ class EvaluateConfig:
     """Newest events of each user that the store's summaries lack, of those that the split lets them see; the tail is up
     to date all the same. Refresh with until=leave-last-N-out, N = 1 + staleness (validation: 2 + staleness), or of a
     split in time with until=TIME-less-N, N = staleness."""
-    memory: bool = False
-    """Also report what the stored summaries remember of a user's events, by their age (some seconds)."""
+    recall: bool = False
+    """Also report what the stored summaries recall of a user's events, by their age (some seconds)."""
     users_per_batch: int = 512
     """Users ranked in one pass."""
-    table: str = "adhoc"
-    """Results are appended to <results_dir>/<table>.jsonl."""
-    results_dir: str | None = None
-    """Null prints only."""
-    model_name: str = ""
-    """Name of the row; by default the run's folder."""
-    seed: int | None = None
-    """Seed of the run, for the row; null takes it from the run's config.yaml."""
+    out: str | None = None
+    """JSON file that receives the metrics; replaced if it exists. null prints only."""
     device: str = "auto"
     num_threads: int = 0
     progress: bool = True

@@ -15,14 +15,6 @@ from vista.config.choices import (
     TargetAttentionKind,
 )
 
-FIRST_DEFAULTS = {"target_attention": TargetAttentionKind.softmax.value}
-"""Of ModelConfig's keys, where that is not today's default: what files mean that are older than the key
-(`first_defaults` has all keys)."""
-
-
-STAGE_2 = ("target_attention", "num_target_layers")
-"""Keys of ModelConfig that are left out where runs of rivals are compared: young ones, which rivals do not read."""
-
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
@@ -51,7 +43,7 @@ class ModelConfig:
     decay_horizons: list[float] = field(default_factory=list)
     """One horizon tau a head: days (decay=time) or events (decay=position); 0 means that the head forgets nothing."""
     history_limit: int = 0
-    """Newest events that a summary, or a rival at a request, sees at most; 0 means all."""
+    """Newest events that a summary, or a baseline at a request, sees at most; 0 means all."""
     search: Search = Search.soft
     """sim: soft, by a learnt product; hard, by category (`data.item_categories`)."""
     search_top_k: int = 100

@@ -15,9 +15,8 @@ from vista.config.choices import (
     Split,
     Stage,
 )
-from vista.config.conversion import to_dict
 from vista.config.data_config import PLACES, DataConfig
-from vista.config.model_config import FIRST_DEFAULTS, ModelConfig
+from vista.config.model_config import ModelConfig
 from vista.config.optim_config import OptimConfig
 
 
@@ -76,7 +75,7 @@ class TrainConfig:
             require((getattr(self, key) is not None) == downstream, key, message)
         if downstream:
             vista, time = self.model.architecture is Architecture.vista, self.data.split is Split.time
-            require(vista, "model.architecture", "stage=downstream needs vista: a rival has no summaries")
+            require(vista, "model.architecture", "stage=downstream needs vista: a baseline has no summaries")
             message = "stage=downstream needs time: labels lie between the store's `until` and data.validation_from"
             require(time, "data.split", message)
 
@@ -90,9 +89,3 @@ def without_places(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Groups model, data and optim of `to_dict(TrainConfig)`, less PLACES: what a run depends on wherever it lies."""
     groups = ("model", "data", "optim")
     return {group: {k: v for k, v in values[group].items() if k not in PLACES} for group in groups if group in values}
-
-
-def first_defaults() -> dict[str, dict[str, Any]]:
-    """Groups data, model and optim as runs and results mean them that were made before one of their keys was."""
-    values = to_dict(TrainConfig())
-    return {"data": values["data"], "model": values["model"] | FIRST_DEFAULTS, "optim": values["optim"]}

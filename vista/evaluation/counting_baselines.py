@@ -1,4 +1,5 @@
-"""Floors: what counting alone earns, without a model. A recommender that does not beat these has learnt nothing.
+"""Counting baselines: what counting alone earns, without a model. A recommender that does not beat these has learnt
+nothing.
 
 - popularity: an item's number of visible events.
 - transitions: how often an item came right after the user's newest one, over all users; popularity settles ties.
@@ -25,14 +26,16 @@ Int = NDArray[np.int64]
 Scores = NDArray[np.float64]
 
 
-class Floor(Enum):
+class CountingBaseline(Enum):
     """Which of the two."""
 
     popularity = "popularity"
     transitions = "transitions"
 
 
-def evaluate_floor(floor: Floor, log: EventLog, data: DataConfig, *, top_k: list[int] | None = None) -> Evaluation:
+def evaluate_counting_baseline(
+    baseline: CountingBaseline, log: EventLog, data: DataConfig, *, top_k: list[int] | None = None
+) -> Evaluation:
     """Rank the test labels of a log's split by what was counted before them; seen items as `data.exclude_seen` says.
 
     Args:
@@ -46,9 +49,9 @@ def evaluate_floor(floor: Floor, log: EventLog, data: DataConfig, *, top_k: list
     seen = visible_counts(log, split_until(data, "test"))
     cases = next_item_cases(log, seen)
     if not len(cases.user):
-        raise ConfigError(f"{log.path} has no test label for a floor to rank; choose another split")
+        raise ConfigError(f"{log.path} has no test label for a counting baseline to rank; choose another split")
     popularity = item_counts(log, seen).astype(np.float64)
-    transitions = _Transitions(log, seen, popularity) if floor is Floor.transitions else None
+    transitions = _Transitions(log, seen, popularity) if baseline is CountingBaseline.transitions else None
     ranks = rank_next_items(
         log,
         cases,

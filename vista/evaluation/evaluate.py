@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from scripts.experiments.results import append_result, commit, hardware
 from vista.config import EvaluateConfig
-from vista.config.train_config import without_places
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.popularity import PopularityReport, Recommendations, popularity_report
@@ -34,14 +31,14 @@ from vista.evaluation.protocol import (
     with_tasks,
 )
 from vista.evaluation.raw_history import RawHistoryAnswers
-from vista.evaluation.recall import MemoryReport, measure_memory
+from vista.evaluation.recall import RecallReport, measure_recall
 from vista.examples.frequency import item_counts
-from vista.files import writable_folder
+from vista.files import replace_text, writable_folder
 from vista.log.event_log import EventLog
 from vista.log.splits import parse_until, split_until, visible_counts
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh import check_log
 from vista.scorer import Scorer
 from vista.store import Tail
@@ -51,7 +48,7 @@ Int = NDArray[np.int64]
 Floats = NDArray[np.float32]
 PARTS = ("test", "validation")
 NO_STORE = "none"
-"""In place of a codec, of a rival."""
+"""In place of a codec, of a baseline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +62,16 @@ class Evaluation:
     impressions: ImpressionCases | None
     probabilities: Floats | None
     popularity: PopularityReport | None = None
-    memory: MemoryReport | None = None
+    recall: RecallReport | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: metrics (null where undefined), num_cases, seconds."""
+        metrics = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
+        return {"metrics": metrics, "num_cases": self.num_cases, "seconds": self.seconds}
 
     def __str__(self) -> str:
         # Reports print their own numbers, as tables.
-        reports = [report for report in (self.popularity, self.memory) if report is not None]
+        reports = [report for report in (self.popularity, self.recall) if report is not None]
         hidden = {name for report in reports for name in report.metrics()}
         lines = [f"{self.num_cases} cases in {self.seconds:.1f} s"]
         lines += [f"  {name:<20} {value:.4f}" for name, value in self.metrics.items() if name not in hidden]
@@ -77,20 +79,20 @@ class Evaluation:
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """`vista evaluate`: measure, print, and append a row to a table on wish.
+    """`vista evaluate`: measure, and write the result to `out` as JSON if it is set.
 
     Raises:
         LeakageError: if the store, or a record, has seen a label's event.
         ConfigError: if the store was refreshed for another split, or there is nothing to measure.
     """
-    if config.results_dir is not None:
-        writable_folder(Path(config.results_dir), "results_dir")
+    if config.out is not None:
+        writable_folder(Path(config.out).absolute().parent, "out")
     log = EventLog.open(config.data)
     options: Options = {
         "top_k": list(config.top_k),
         "users_per_batch": config.users_per_batch,
         "popularity": config.popularity,
-        "memory": config.memory,
+        "recall": config.recall,
         "staleness": config.staleness,
         "progress": config.progress,
     }
@@ -101,51 +103,15 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         if isinstance(model, HistoryModel):
             result, codec = evaluate_model(model, log, config.split, **options), NO_STORE
         else:
-            assert isinstance(model, Recommender)
+            assert isinstance(model, VistaModel)
             with Scorer.open(model, config.store, key=read_key(config.authentication_key_file)) as scorer:
                 result = evaluate_scorer(scorer, log, config.split, **options)
                 codec = scorer.store.manifest.codec
-    if config.results_dir is not None:
-        row = _result_row(config, exclude_seen, result, codec)
-        append_result(Path(config.results_dir) / f"{config.table}.jsonl", row)
+    if config.out is not None:
+        asked = {name: getattr(config, name) for name in ("data", "model", "split", "top_k", "staleness")}
+        asked |= {"exclude_seen": exclude_seen}
+        replace_text(Path(config.out), json.dumps(asked | {"codec": codec} | result.to_dict(), indent=2) + "\n")
     return result
-
-
-def _result_row(config: EvaluateConfig, exclude_seen: bool, result: Evaluation, codec: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"split": config.split, "exclude_seen": exclude_seen, "top_k": list(config.top_k)}
-    options |= {name: value for name in ("popularity", "memory", "staleness") if (value := getattr(config, name))}
-    run = _run_config(Path(config.model))
-    seed = config.seed if config.seed is not None else run.get("seed", 1)
-    name = config.model_name or Path(config.model).resolve().parent.name
-    # What is measured belongs to the name of the row: a table keeps one row a model and seed.
-    label = name + (", validation" if config.split == "validation" else "")
-    label += "" if exclude_seen else ", seen items kept"
-    label += f", {config.staleness} events old" if config.staleness else ""
-    keys = ("data", "model", "store", "table", "results_dir")
-    words = [f"{key}={getattr(config, key)}" for key in keys if key != "store" or codec != NO_STORE]
-    words += [f"model_name={name}", f"seed={seed}"]
-    words += [f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in options.items()]
-    trained = without_places(run)
-    trained |= {"stage": run["stage"]} if run.get("stage", "joint") != "joint" else {}
-    return {
-        "table": config.table,
-        "data": Path(config.data).resolve().name,
-        "model": label,
-        "seed": seed,
-        "metrics": {name: value if math.isfinite(value) else None for name, value in result.metrics.items()},
-        "command": " ".join(["vista evaluate", *words]).replace('"', ""),
-        "config": {**options, "codec": codec, **trained},
-        "commit": commit(),
-        "hardware": hardware(),
-        "seconds": result.seconds,
-    }
-
-
-def _run_config(model: Path) -> dict[str, Any]:
-    """What trained an export, from its run folder's config.yaml; empty where the export lies elsewhere."""
-    path = model.resolve().parent / "config.yaml"
-    found = yaml.safe_load(path.read_text()) if path.is_file() else None
-    return found if isinstance(found, dict) else {}
 
 
 class Options(TypedDict, total=False):
@@ -160,7 +126,7 @@ class Options(TypedDict, total=False):
     """Users ranked in one pass, 512 by default."""
     popularity: bool
     """Also report how far the retrieval head's lists follow training popularity."""
-    memory: bool
+    recall: bool
     """Also report what the stored summaries remember (`vista.evaluation.recall`)."""
     staleness: int
     """Newest events of each user that the split shows and the store's summaries lack, 0 by default."""
@@ -170,7 +136,7 @@ class Options(TypedDict, total=False):
 def _completed(model: RankingModel, options: Options) -> Options:
     """With the defaults of what is not given."""
     usual: Options = {"top_k": [10], "users_per_batch": 512, "staleness": 0, "exclude_seen": model.data.exclude_seen}
-    return {**usual, "popularity": False, "memory": False, "progress": False, **options}
+    return {**usual, "popularity": False, "recall": False, "progress": False, **options}
 
 
 def evaluate_scorer(scorer: Scorer, log: EventLog, part: str, **options: Unpack[Options]) -> Evaluation:
@@ -191,14 +157,14 @@ def evaluate_scorer(scorer: Scorer, log: EventLog, part: str, **options: Unpack[
         lambda cases: _impression_probabilities(scorer, log, cases, options),
         options,
     )
-    if not options["memory"]:
+    if not options["recall"]:
         return found
-    memory = measure_memory(scorer, log)
-    return replace(found, metrics=found.metrics | memory.metrics(), memory=memory)
+    recall = measure_recall(scorer, log)
+    return replace(found, metrics=found.metrics | recall.metrics(), recall=recall)
 
 
 def evaluate_model(model: HistoryModel, log: EventLog, part: str, **options: Unpack[Options]) -> Evaluation:
-    """Measure a rival on the `part` of its split of `log`: it reads the raw history right up to each label.
+    """Measure a baseline on the `part` of its split of `log`: it reads the raw history right up to each label.
 
     Raises:
         ConfigError: if there is nothing to measure.
@@ -215,8 +181,8 @@ def _check(model: RankingModel, log: EventLog, part: str, options: Options) -> N
         raise ConfigError(f"split={part}: write {' or '.join(PARTS)}")
     if options["popularity"] and not model.has_retrieval:
         raise ConfigError("popularity=true: this model's retrieval head was not trained; set popularity=false")
-    if options["memory"] and not (isinstance(model, Recommender) and model.decoder is not None):
-        raise ConfigError("memory=true: this model has no summaries; set memory=false")
+    if options["recall"] and not (isinstance(model, VistaModel) and model.decoder is not None):
+        raise ConfigError("recall=true: this model has no summaries; set recall=false")
     check_log(model, log)
 
 

@@ -1,4 +1,4 @@
-"""The protocol's questions, answered by a rival from the raw history before each label.
+"""The protocol's questions, answered by a baseline from the raw history before each label.
 
 Letters: N cases, V items of the model, M model dim.
 """
@@ -27,7 +27,7 @@ EVENTS_EMBEDDED = 1 << 16
 
 
 class RawHistoryAnswers:
-    """A rival and the log that it reads at every request."""
+    """A baseline and the log that it reads at every request."""
 
     def __init__(self, model: HistoryModel, log: EventLog, item_rows: Int) -> None:
         """item_rows: int64 [log.num_items], the model row of each of the log's items."""

@@ -1,8 +1,8 @@
-"""What a stored summary remembers: the decoder ranks a user's events among items as popular that the user never met.
+"""What a stored summary recalls: the decoder ranks a user's events among equally popular items the user never met.
 
 The decoder reads a window of events one by one, each time from the summary and the window's earlier events. Those alone
-say much of the next one, so the same is asked with another user's summary: only the difference is memory (design: the
-metric "memory"). Letters: U users, T events of windows, N negatives, S seeds, M model dim.
+say much about the next event, so the same is asked with another user's summary: only the difference counts as recall.
+Letters: U users, T events of windows, N negatives, S seeds, M model dim.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vista.log.event_log import EventLog
 from vista.log.gaps import history_gaps
 from vista.log.histories import Histories, ranges
 from vista.log.splits import split_until, visible_counts
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer
 
 AGES = (0, 32, 128, 512, 2048, 8192)
@@ -38,7 +38,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryReport:
+class RecallReport:
     """Share of the negatives that a true event beats (0.5 is chance), an entry a band of `AGES`; NaN without events."""
 
     own: Floats
@@ -48,11 +48,11 @@ class MemoryReport:
     num_events: Int
 
     def metrics(self) -> dict[str, float]:
-        """Scalars for a row of results: memory/0-31 …, the difference of the two."""
-        return {f"memory/{band}": float(gap) for band, gap in zip(bands(), self.own - self.other, strict=True)}
+        """Scalars for a row of results: recall/0-31 …, the difference of the two."""
+        return {f"recall/{band}": float(gap) for band, gap in zip(bands(), self.own - self.other, strict=True)}
 
     def __str__(self) -> str:
-        lines = [f"{'age in events':<16}{'own':>8}{'other':>8}{'memory':>8}{'events':>10}"]
+        lines = [f"{'age in events':<16}{'own':>8}{'other':>8}{'recall':>8}{'events':>10}"]
         for band, own, other, count in zip(bands(), self.own, self.other, self.num_events, strict=True):
             lines.append(f"{band:<16}{own:>8.4f}{other:>8.4f}{own - other:>8.4f}{count:>10,}")
         return "\n".join(lines)
@@ -64,7 +64,7 @@ def bands() -> list[str]:
 
 
 @torch.inference_mode()
-def measure_memory(scorer: Scorer, log: EventLog, *, max_users: int = 2000, seed: int = 0) -> MemoryReport:
+def measure_recall(scorer: Scorer, log: EventLog, *, max_users: int = 2000, seed: int = 0) -> RecallReport:
     """Measure the summaries of a scorer's store over the events of `log` that they have seen.
 
     Args:
@@ -76,7 +76,7 @@ def measure_memory(scorer: Scorer, log: EventLog, *, max_users: int = 2000, seed
     """
     model = scorer.model
     if model.decoder is None:
-        raise ConfigError("memory: this model has no summaries (model.num_seeds=0)")
+        raise ConfigError("recall: this model has no summaries (model.num_seeds=0)")
     rng = np.random.default_rng(seed)
     users = np.flatnonzero(log.lengths > 0)
     users = np.sort(rng.choice(users, min(max_users, len(users)), replace=False))
@@ -100,13 +100,13 @@ def measure_memory(scorer: Scorer, log: EventLog, *, max_users: int = 2000, seed
                 totals[:, band] += [*won.sum(1), won.shape[1]]
     with np.errstate(invalid="ignore"):
         own, other = totals[:2] / totals[2]
-    return MemoryReport(own, other, totals[2].astype(np.int64))
+    return RecallReport(own, other, totals[2].astype(np.int64))
 
 
 class _Items:
     """Popularity order of the model's items, and model rows of the log's."""
 
-    def __init__(self, model: Recommender, log: EventLog) -> None:
+    def __init__(self, model: VistaModel, log: EventLog) -> None:
         self.rows = model.rows_of(log.items)
         counts = np.zeros(len(model.items) + 1, np.int64)
         np.add.at(counts, self.rows, item_counts(log, visible_counts(log, split_until(model.data, "train"))))
@@ -147,7 +147,7 @@ def _windows(lengths: Int, age: int, end: int | None, rng: np.random.Generator) 
 
 
 def _share_beaten(
-    model: Recommender,
+    model: VistaModel,
     items: _Items,
     histories: Histories,
     windows: _Windows,
@@ -177,7 +177,7 @@ def _share_beaten(
     rating = None if histories.rating is None else tensor(histories.rating[index])
     target = model.encoder(model.item_vectors(tensor(item)), action, gaps, rating)
     # What would have been embedded, had the event been of another item.
-    rivals = model.encoder(
+    baselines = model.encoder(
         model.item_vectors(tensor(negatives)),
         action[:, None],
         gaps[:, None],
@@ -190,7 +190,7 @@ def _share_beaten(
     for summary in summaries:
         predicted = model.decoder(summary[tensor(windows.row)], target, offsets, age)
         own = (predicted - target).square().sum(-1, keepdim=True)
-        theirs = (predicted[:, None] - rivals).square().sum(-1)
+        theirs = (predicted[:, None] - baselines).square().sum(-1)
         beaten = ((own < theirs).double() + 0.5 * (own == theirs).double()).cpu().numpy()
         shares.append((beaten * valid).sum(1)[judged] / valid.sum(1)[judged])
     return np.stack(shares)

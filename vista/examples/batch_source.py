@@ -159,7 +159,9 @@ class BatchSource:
         owner = np.repeat(np.arange(len(user)), high - low)
         position = seen.position[index] - (start - lead)[owner]
         model = self._config.model
-        decay = model.decay if model.architecture is Architecture.vista else Decay.none  # rivals read the time itself
+        decay = (
+            model.decay if model.architecture is Architecture.vista else Decay.none
+        )  # baselines read the time itself
         return Chunks(
             user=user,
             item=self._item_rows[histories.item],

@@ -21,7 +21,7 @@ from vista.model.ranking_model import RankingModel
 from vista.model.state_updates import embed, history_states, reach, slice_len
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import Context
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 
 Int = NDArray[np.int64]
 ROW_TILE = 8
@@ -37,12 +37,12 @@ def newest(histories: Histories, limit: int) -> Histories:
 
 
 @torch.inference_mode()
-def summarize(model: Recommender, histories: Histories) -> Tensor:
+def summarize(model: VistaModel, histories: Histories) -> Tensor:
     """Summaries of packed histories.
 
     Args:
         model: in eval mode.
-        histories: items as model rows (`Recommender.item_rows`).
+        histories: items as model rows (`VistaModel.item_rows`).
 
     Returns:
         float32 [B, S, M]; an empty history gets what the seeds alone give.
@@ -58,13 +58,13 @@ def summarize(model: Recommender, histories: Histories) -> Tensor:
     return torch.cat([torch.empty(0, model.config.num_seeds, model.config.dim, device=model.device), *parts])
 
 
-def empty_summary(model: Recommender) -> Tensor:
+def empty_summary(model: VistaModel) -> Tensor:
     """float32 [1, S, M]: what the seeds alone give, for users of whom nothing is known."""
     none = np.zeros(0, np.int64)
     return summarize(model, Histories(none.astype(np.int32), none, none.astype(np.uint8), None, np.zeros(2, np.int64)))
 
 
-def _summarize_set(model: Recommender, summarizer: Summarizer, histories: Histories) -> Tensor:
+def _summarize_set(model: VistaModel, summarizer: Summarizer, histories: Histories) -> Tensor:
     """Bidirectional summaries of some histories, or of one that is longer than a slice."""
     if histories.num_events <= slice_len(model):
         events, position, _ = embed(model, histories)
@@ -97,7 +97,7 @@ class PaddedTail:
         )
 
 
-def pad_tail(model: Recommender, item: NDArray[Any], time: Int, action: NDArray[Any], offsets: Int) -> PaddedTail:
+def pad_tail(model: VistaModel, item: NDArray[Any], time: Int, action: NDArray[Any], offsets: Int) -> PaddedTail:
     """Right-align packed newest events; of more than tail_len events the newest are taken.
 
     Args:
@@ -126,9 +126,7 @@ def pad_tail(model: Recommender, item: NDArray[Any], time: Int, action: NDArray[
 
 
 @torch.inference_mode()
-def request_context(
-    model: Recommender, summary: Tensor, tail: PaddedTail, masks: list[Tensor] | None = None
-) -> Context:
+def request_context(model: VistaModel, summary: Tensor, tail: PaddedTail, masks: list[Tensor] | None = None) -> Context:
     """Keys and values that all candidates of a request share: summary [B, S, M] and tail.
 
     `masks`: of `TargetAttention.request_masks`, if they are at hand.
@@ -142,7 +140,7 @@ def request_context(
     )
 
 
-def request_bucket(model: Recommender, now: Int | None, tail: PaddedTail) -> Tensor | None:
+def request_bucket(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tensor | None:
     """int64 [B, 1] gap bucket of the time from the tail's newest event to the request; unknown without `now` or tail.
 
     None where the model uses no times.
@@ -155,14 +153,14 @@ def request_bucket(model: Recommender, now: Int | None, tail: PaddedTail) -> Ten
     return torch.from_numpy(bucket[:, None]).to(model.device)
 
 
-def request_gap(model: Recommender, now: Int | None, tail: PaddedTail) -> Tensor | None:
+def request_gap(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tensor | None:
     """[B, 1, M] embeddings of `request_bucket`."""
     bucket = request_bucket(model, now, tail)
     return None if bucket is None else model.encoder.gap_vectors(bucket)
 
 
 @torch.inference_mode()
-def user_vectors(model: Recommender, context: Context, gap: Tensor | None) -> Tensor:
+def user_vectors(model: VistaModel, context: Context, gap: Tensor | None) -> Tensor:
     """Unit vectors [B, M] of the retrieval head; they do not depend on the other users, to the bit (`ROW_TILE`)."""
     seen = torch.full((ROW_TILE,), model.config.tail_len, device=model.device)
     gap = None if gap is None else gap.expand(-1, ROW_TILE, -1)
@@ -176,7 +174,7 @@ def item_vectors(model: RankingModel) -> Tensor:
 
 
 @torch.inference_mode()
-def candidate_logits(model: Recommender, context: Context, gap: Tensor | None, candidates: Tensor) -> Tensor:
+def candidate_logits(model: VistaModel, context: Context, gap: Tensor | None, candidates: Tensor) -> Tensor:
     """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows)."""
     seen = torch.full((1,), model.config.tail_len, device=model.device)
     gap = None if gap is None else gap.expand(-1, candidates.shape[1], -1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from vista.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from vista.model.vista_model import Recommender
+    from vista.model.vista_model import VistaModel
 
 logger = logging.getLogger(__name__)
 UNIT_FILE, CANDIDATE_FILE = "item_unit_vectors.npy", "item_projections.npy"
@@ -39,7 +39,7 @@ class ItemProjections:
     """[1+V, 5M] vector, then query, gate, key and value of stage 2's first layer; None without labelled tasks."""
 
     @classmethod
-    def of(cls, model: Recommender) -> ItemProjections:
+    def of(cls, model: VistaModel) -> ItemProjections:
         """Computed in memory, on the model's device."""
         tables = [
             torch.empty(len(model.items) + 1, width, device=model.device) if width else None for width in _widths(model)
@@ -48,7 +48,7 @@ class ItemProjections:
         return cls(*tables)
 
     @classmethod
-    def load(cls, folder: Path, model: Recommender) -> ItemProjections:
+    def load(cls, folder: Path, model: VistaModel) -> ItemProjections:
         """Map those of a folder of `save_pretrained`; on another device than the CPU they are copied there.
 
         A folder that an older vista wrote has none: they are computed, in memory of this process, and a warning is
@@ -68,7 +68,7 @@ class ItemProjections:
         found._require(model, folder)
         return found
 
-    def _require(self, model: Recommender, folder: Path) -> None:
+    def _require(self, model: VistaModel, folder: Path) -> None:
         """Compare rows from all over the tables with what the weights give."""
         count = len(model.items) + 1
         rows = torch.linspace(0, count - 1, min(count, _ROWS_COMPARED), dtype=torch.float64).long().to(model.device)
@@ -79,7 +79,7 @@ class ItemProjections:
                 raise CheckpointError(f"{folder}: its item projections are of other weights; export the model anew")
 
 
-def save_item_projections(model: Recommender, folder: Path) -> None:
+def save_item_projections(model: VistaModel, folder: Path) -> None:
     """Write the tables, a portion of rows at a time."""
     shapes = [(len(model.items) + 1, width) for width in _widths(model)]
     files = [
@@ -92,13 +92,13 @@ def save_item_projections(model: Recommender, folder: Path) -> None:
             file.flush()
 
 
-def _widths(model: Recommender) -> tuple[int, int]:
+def _widths(model: VistaModel) -> tuple[int, int]:
     """Columns of the two tables; 0 for one that the model has no use for."""
     dim = model.config.dim
     return dim if model.has_retrieval else 0, 5 * dim if model.schema.tasks else 0
 
 
-def _fill(tables: Sequence[Tensor | None], model: Recommender) -> None:
+def _fill(tables: Sequence[Tensor | None], model: VistaModel) -> None:
     """Write what belongs there into either table, on whatever device, a portion of rows at a time."""
     count = len(model.items) + 1
     for first in range(0, count, _ROWS_AT_ONCE):
@@ -109,7 +109,7 @@ def _fill(tables: Sequence[Tensor | None], model: Recommender) -> None:
 
 
 @torch.inference_mode()
-def _projected(model: Recommender, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _projected(model: VistaModel, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
     vectors = model.item_vectors(rows).float()
     unit = F.normalize(vectors, dim=-1) if model.has_retrieval else None
     if not model.schema.tasks:

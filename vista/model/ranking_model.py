@@ -21,9 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.config.choices import Architecture, Split
+from vista.config.choices import Architecture
 from vista.config.conversion import from_dict, to_dict
-from vista.config.model_config import FIRST_DEFAULTS
 from vista.errors import CheckpointError, LogFormatError
 from vista.examples.cuts import Batch
 from vista.files import replaced_folder
@@ -37,7 +36,7 @@ NEXT_TASK = "next"
 UNKNOWN_ITEM = 0
 """Model row of items that the vocabulary lacks; vocabulary row r is model row r + 1."""
 CLASSES = {
-    Architecture.vista: ("vista.model.vista_model", "Recommender"),
+    Architecture.vista: ("vista.model.vista_model", "VistaModel"),
     Architecture.sasrec: ("vista.model.baselines.sasrec", "SASRec"),
     Architecture.hstu: ("vista.model.baselines.hstu", "HSTU"),
     Architecture.din: ("vista.model.baselines.din", "DIN"),
@@ -69,7 +68,7 @@ class Losses:
 
 
 class RankingModel(nn.Module):
-    """Base of VISTA and its rivals: the trainer knows no more of a model than this."""
+    """Base of VISTA and its baselines: the trainer knows no more of a model than this."""
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__()
@@ -152,7 +151,7 @@ class RankingModel(nn.Module):
             self.save_serving_tables(partial)
 
     def save_serving_tables(self, folder: Path) -> None:
-        """Write what serving reads beside the weights; rivals have none of it."""
+        """Write what serving reads beside the weights; baselines have none of it."""
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
@@ -181,8 +180,8 @@ class RankingModel(nn.Module):
             if schema.rating_range is not None:
                 low, high = schema.rating_range
                 schema = replace(schema, rating_range=(low, high))
-            config = from_dict(ModelConfig, FIRST_DEFAULTS | description["model"])
-            data = from_dict(DataConfig, _without_dates(description["data"]))
+            config = from_dict(ModelConfig, description["model"])
+            data = from_dict(DataConfig, description["data"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder}/config.json: {error!r}; export the model anew") from error
         found_class = class_of(config.architecture)
@@ -217,12 +216,6 @@ class RankingModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.item_table.device
-
-
-def _without_dates(data: dict[str, Any]) -> dict[str, Any]:
-    """Of a split that is not in time: older files may have dates all the same, which were never read."""
-    data = dict(data)  # or TypeError, of a damaged file
-    return data if data.get("split") == Split.time.value else data | {"validation_from": None, "test_from": None}
 
 
 def class_of(architecture: Architecture) -> type[RankingModel]:

@@ -24,7 +24,7 @@ from vista.log.gaps import history_gaps
 from vista.log.histories import Histories, ranges, token_groups
 from vista.model.summarizer import Summarizer
 from vista.model.summary_state import SummaryState, exchange, merge
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 
 Int = NDArray[np.int64]
 SLICE_LEN = 8192
@@ -41,12 +41,12 @@ RANGES_PER_PASS = 256
 """Ranges whose states are held at once when terms are exchanged."""
 
 
-def reach(model: Recommender) -> int:
+def reach(model: VistaModel) -> int:
     """r: how many events before its own a token depends on."""
     return model.config.conv_width - 1 + (model.encoder.gap is not None)
 
 
-def slice_len(model: Recommender) -> int:
+def slice_len(model: VistaModel) -> int:
     """Events of one pass over this model's histories."""
     if model.device.type != "cpu":
         return GPU_SLICE_LEN
@@ -54,12 +54,12 @@ def slice_len(model: Recommender) -> int:
 
 
 @torch.inference_mode()
-def history_states(model: Recommender, histories: Histories) -> SummaryState:
+def history_states(model: VistaModel, histories: Histories) -> SummaryState:
     """States of packed histories: float32, at memory that does not grow with a history's length.
 
     Args:
         model: in eval mode.
-        histories: items as model rows (`Recommender.item_rows`).
+        histories: items as model rows (`VistaModel.item_rows`).
 
     Raises:
         ConfigError: if the model's mixing is not separable.
@@ -81,7 +81,7 @@ def history_states(model: Recommender, histories: Histories) -> SummaryState:
 
 
 @torch.inference_mode()
-def range_states(model: Recommender, histories: Histories, num_context: Int, start: Int | None = None) -> SummaryState:
+def range_states(model: VistaModel, histories: Histories, num_context: Int, start: Int | None = None) -> SummaryState:
     """States of ranges of histories, each with `num_context` events before it that only lend their context.
 
     Args:
@@ -103,7 +103,7 @@ def range_states(model: Recommender, histories: Histories, num_context: Int, sta
 
 
 @torch.inference_mode()
-def long_range_state(model: Recommender, history: Histories, num_context: int, start: int) -> SummaryState:
+def long_range_state(model: VistaModel, history: Histories, num_context: int, start: int) -> SummaryState:
     """As `range_states` of one range (B = 1), at memory that does not grow with it."""
     bounds = np.array([num_context, history.num_events], np.int64)
     state = _terms(model, history, bounds[:1], bounds[1:], _clock_after(model, history))
@@ -111,7 +111,7 @@ def long_range_state(model: Recommender, history: Histories, num_context: int, s
 
 
 @torch.inference_mode()
-def append(model: Recommender, state: SummaryState, history: Histories, num_context: int) -> SummaryState:
+def append(model: VistaModel, state: SummaryState, history: Histories, num_context: int) -> SummaryState:
     """Add new events to the state of one user in time proportional to the new events.
 
     Args:
@@ -126,7 +126,7 @@ def append(model: Recommender, state: SummaryState, history: Histories, num_cont
 
 
 @torch.inference_mode()
-def merge_states(model: Recommender, first: SummaryState, second: SummaryState) -> SummaryState:
+def merge_states(model: VistaModel, first: SummaryState, second: SummaryState) -> SummaryState:
     """States of users whose disjoint events two machines have summed up.
 
     Args:
@@ -143,7 +143,7 @@ def merge_states(model: Recommender, first: SummaryState, second: SummaryState) 
 
 @torch.inference_mode()
 def merge_histories(
-    model: Recommender, states: Sequence[SummaryState], parts: Sequence[Histories]
+    model: VistaModel, states: Sequence[SummaryState], parts: Sequence[Histories]
 ) -> tuple[SummaryState, Histories]:
     """The state of one user's whole history from the states of its parts, each made without the others.
 
@@ -184,7 +184,7 @@ def merge_histories(
 
 
 @torch.inference_mode()
-def forget_events(model: Recommender, state: SummaryState, history: Histories, gone: ArrayLike) -> SummaryState:
+def forget_events(model: VistaModel, state: SummaryState, history: Histories, gone: ArrayLike) -> SummaryState:
     """The state of a history as if some of its events had never been.
 
     Recomputed from what remains where subtraction would lose too many digits (`SummaryState.needs_recomputation`).
@@ -207,7 +207,7 @@ def forget_events(model: Recommender, state: SummaryState, history: Histories, g
 
 
 @torch.inference_mode()
-def insert_events(model: Recommender, state: SummaryState, history: Histories, late: ArrayLike) -> SummaryState:
+def insert_events(model: VistaModel, state: SummaryState, history: Histories, late: ArrayLike) -> SummaryState:
     """The state of a history into which events came late, anywhere.
 
     Args:
@@ -227,7 +227,7 @@ def insert_events(model: Recommender, state: SummaryState, history: Histories, l
     return _exchanged(model, state, (before, *before_ranges), (history, *full_ranges))
 
 
-def embed(model: Recommender, histories: Histories, start: Int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def embed(model: VistaModel, histories: Histories, start: Int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Event embeddings [T, M], positions int64 [T] within their range, and decay clock int64 [T] of packed ranges.
 
     Args:
@@ -263,7 +263,7 @@ _Part = tuple[Histories, Int, Int]
 """A history (B = 1) and ranges of it, [starts[i], stops[i])."""
 
 
-def _terms(model: Recommender, history: Histories, starts: Int, stops: Int, clock: Tensor) -> SummaryState:
+def _terms(model: VistaModel, history: Histories, starts: Int, stops: Int, clock: Tensor) -> SummaryState:
     """The sum of what the events of some ranges of a history (B = 1) write, seen from `clock` int64 [1]."""
     summarizer = _separable(model)
     size = slice_len(model)
@@ -286,7 +286,7 @@ def _terms(model: Recommender, history: Histories, starts: Int, stops: Int, cloc
     return total
 
 
-def _exchanged(model: Recommender, state: SummaryState, old: _Part, new: _Part) -> SummaryState:
+def _exchanged(model: VistaModel, state: SummaryState, old: _Part, new: _Part) -> SummaryState:
     summarizer = _separable(model)
     clock = torch.maximum(_clock_after(model, old[0]), _clock_after(model, new[0]))
     changed = exchange(
@@ -336,7 +336,7 @@ def _touched(marked: Int, r: int, num_events: int) -> tuple[tuple[Int, Int], tup
     return (starts, stops), (without[0], without[1])
 
 
-def _clock_after(model: Recommender, history: Histories) -> Tensor:
+def _clock_after(model: VistaModel, history: Histories) -> Tensor:
     """int64 [1]: the moment that a state of this history (B = 1) is seen from."""
     if history.num_events == 0:
         newest = 0
@@ -373,7 +373,7 @@ def _checked(positions: ArrayLike, name: str, history: Histories, state: Summary
     return marked
 
 
-def _separable(model: Recommender) -> Summarizer:
+def _separable(model: VistaModel) -> Summarizer:
     if model.summarizer is None or model.config.mixing is not Mixing.separable:
         raise ConfigError(
             "model.mixing: only separable mixing has states; bidirectional summaries are recomputed in full"
@@ -381,7 +381,7 @@ def _separable(model: Recommender) -> Summarizer:
     return model.summarizer
 
 
-def _refuse_positions(model: Recommender, what: str) -> None:
+def _refuse_positions(model: VistaModel, what: str) -> None:
     if model.config.decay is Decay.position:
         raise ConfigError(
             f"model.decay=position: {what} would change the positions of other events, so it allows append only; "

@@ -55,7 +55,7 @@ STAGE1_WEIGHTS = ("item_table", "encoder.", "summarizer.")
 """How the names of the weights begin that a summary depends on."""
 
 
-class Recommender(RankingModel):
+class VistaModel(RankingModel):
     """VISTA."""
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
@@ -198,7 +198,7 @@ class Recommender(RankingModel):
         logits: Tensor = self.task_head(out)
         return logits
 
-    def with_tail(self, tail_len: int) -> Recommender:
+    def with_tail(self, tail_len: int) -> VistaModel:
         """The same model over the newest `tail_len` events beside the summary: cheaper to score, no training needed.
         The two share their weights.
 
@@ -211,7 +211,7 @@ class Recommender(RankingModel):
         if not 1 <= tail_len <= self.config.tail_len:
             raise ValueError(f"tail_len={tail_len}: must lie in 1 … {self.config.tail_len}, which was trained")
         with torch.random.fork_rng(devices=[]):
-            shorter = Recommender(replace(self.config, tail_len=tail_len), self.schema, self.items, self.data)
+            shorter = VistaModel(replace(self.config, tail_len=tail_len), self.schema, self.items, self.data)
         weights = self.state_dict()
         for index in range(len(self.target_attention.layers)):
             name = f"target_attention.layers.{index}.bias"
@@ -220,7 +220,7 @@ class Recommender(RankingModel):
         shorter.load_state_dict(weights, assign=self.config.embedding_rows == 0)
         return shorter.to(self.device).train(self.training)
 
-    def with_frozen(self, part: Literal["summarizer", "target_attention"], precision: Precision) -> Recommender:
+    def with_frozen(self, part: Literal["summarizer", "target_attention"], precision: Precision) -> VistaModel:
         """The same model, for inference: shares all but one stage, which is `frozen` and multiplies in `precision`.
 
         What training changes later does not reach that stage.

@@ -18,8 +18,8 @@ from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.model.ranking_model import RankingModel
 from vista.model.summary_state import SummaryState
-from vista.model.vista_model import Recommender
-from vista.refresh.refresh_report import Recorder, RefreshReport
+from vista.model.vista_model import VistaModel
+from vista.refresh.refresh_report import RefreshProgress, RefreshReport
 from vista.store.format.authentication import read_key
 from vista.store.format.digest import history_digests, item_keys
 from vista.store.format.keys import user_id
@@ -39,7 +39,7 @@ def refresh_from_config(config: RefreshConfig) -> RefreshReport:
     with cpu_settings(config.num_threads):
         device = resolve_device(config.device)
         announce(device)
-        model, log = Recommender.from_pretrained(config.model, device), EventLog.open(config.data)
+        model, log = VistaModel.from_pretrained(config.model, device), EventLog.open(config.data)
         key = read_key(config.authentication_key_file)
         shard = None if config.shard is None else Shard.parse(config.shard)
         if config.incremental:
@@ -85,7 +85,7 @@ def check_log(model: RankingModel, log: EventLog) -> None:
         raise ConfigError(f"{log.path}: has no times, which this model reads; train one with model.use_time=false")
 
 
-def has_states(model: Recommender) -> bool:
+def has_states(model: VistaModel) -> bool:
     """Whether new events can be added to what the model keeps of old ones.
 
     Not in bidirectional mixing, and not under a history limit: an event that comes pushes one out.
@@ -102,7 +102,7 @@ class LogItems:
     keys: NDArray[np.uint64]
 
     @classmethod
-    def of(cls, model: Recommender, log: EventLog) -> LogItems:
+    def of(cls, model: VistaModel, log: EventLog) -> LogItems:
         ids = log.items.ids(np.arange(log.num_items))
         return cls(model.item_rows(ids).astype(np.int32), item_keys(ids))
 
@@ -155,7 +155,7 @@ def encode_users(
     tail_len: int,
     spec: RecordSpec,
     state_spec: StateSpec | None,
-    run: Recorder,
+    run: RefreshProgress,
 ) -> Encoded:
     """Records and states of N users. One whose summary cannot be stored is left out, and named in the report.
 
@@ -221,7 +221,7 @@ def from_arrays(arrays: StateArrays, device: torch.device) -> SummaryState:
 
 
 @torch.inference_mode()
-def read_summaries(model: Recommender, state: SummaryState) -> NDArray[np.float32]:
+def read_summaries(model: VistaModel, state: SummaryState) -> NDArray[np.float32]:
     """float32 [N, K, d] summaries that the seeds read from states."""
     assert model.summarizer is not None
     summary: NDArray[np.float32] = model.summarizer.read(state.z, state.n).float().cpu().numpy()

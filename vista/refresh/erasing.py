@@ -11,7 +11,7 @@ from vista.errors import ConfigError
 from vista.log.deletions import erase_users, forget_events, rows_to_erase
 from vista.log.event_log import EventLog
 from vista.log.vocabulary import ids_of_words
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh.incremental import check_goes_on, refresh_incremental
 from vista.refresh.refresh_report import RefreshReport
 from vista.store.shards import divide, shard_to_write, user_kind
@@ -19,7 +19,7 @@ from vista.store.updates import erase, served_manifest
 
 
 def forget(
-    model: Recommender, log: EventLog, store: str | Path, events: Any, *, key: bytes | None = None
+    model: VistaModel, log: EventLog, store: str | Path, events: Any, *, key: bytes | None = None
 ) -> RefreshReport:
     """Forget events: deletion rows in the log, then their terms leave the states of their users, by subtraction.
 

@@ -16,9 +16,9 @@ from vista.log.histories import token_groups
 from vista.log.splits import Until, parse_until, visible_counts
 from vista.model import inference
 from vista.model.state_updates import history_states
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh.encode import Encoded, LogItems, check_log, encode_users, has_states, read_summaries, to_arrays
-from vista.refresh.refresh_report import Recorder, RefreshReport
+from vista.refresh.refresh_report import RefreshProgress, RefreshReport
 from vista.store import StoreWriter, user_keys
 from vista.store.shards import Shard, shard_to_write
 
@@ -26,7 +26,7 @@ Int = NDArray[np.int64]
 
 
 def refresh(
-    model: Recommender,
+    model: VistaModel,
     log: EventLog,
     store: str | Path,
     *,
@@ -100,7 +100,7 @@ def refresh(
         key=key,
         shared_with_group=shared_with_group,
     ) as writer:
-        run = Recorder(store, "full", len(users), writer.cursor, progress=progress)
+        run = RefreshProgress(store, "full", len(users), writer.cursor, progress=progress)
         for begin in range(writer.cursor, len(users), users_per_batch):
             batch = users[begin : begin + users_per_batch]
             encoded = Encoded([], [], [])

@@ -32,10 +32,10 @@ from vista.model.state_updates import (
     slice_len,
 )
 from vista.model.summary_state import SummaryState, merge
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh.changes import changed_positions
 from vista.refresh.encode import LogItems, check_log, encode_users, from_arrays, read_summaries, to_arrays
-from vista.refresh.refresh_report import Recorder, RefreshReport
+from vista.refresh.refresh_report import RefreshProgress, RefreshReport
 from vista.store.format.keys import user_id, user_keys
 from vista.store.format.state_record import StateArrays, rounded
 from vista.store.layout import Manifest
@@ -48,7 +48,7 @@ OUTCOMES = {APPEND: "appended", EXCHANGE: "exchanged", RECOMPUTE: "recomputed", 
 
 
 def refresh_incremental(
-    model: Recommender,
+    model: VistaModel,
     log: EventLog,
     store: str | Path,
     *,
@@ -97,7 +97,7 @@ def refresh_incremental(
         changed = changed[named]
         if shard is not None:
             changed = changed[shard.holds(user_keys(log.users.ids(changed)))]
-        run = Recorder(store, "incremental", len(changed), 0, progress=progress)
+        run = RefreshProgress(store, "incremental", len(changed), 0, progress=progress)
         run.counts["removed"] += gone
         frozen = model.with_frozen("summarizer", Precision.float32)
         work = _Work(frozen, log, LogItems.of(model, log), update, tokens_per_batch, run)
@@ -154,7 +154,7 @@ class _Done:
 
 class _Work:
     def __init__(
-        self, model: Recommender, log: EventLog, items: LogItems, update: StoreUpdate, budget: int, run: Recorder
+        self, model: VistaModel, log: EventLog, items: LogItems, update: StoreUpdate, budget: int, run: RefreshProgress
     ) -> None:
         self.model, self.log, self.items, self.update, self.run = model, log, items, update, run
         self.budget = budget

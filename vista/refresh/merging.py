@@ -20,7 +20,7 @@ from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.model.state_updates import merge_histories
 from vista.model.summary_state import SummaryState
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh.encode import (
     Encoded,
     LogItems,
@@ -31,9 +31,9 @@ from vista.refresh.encode import (
     read_summaries,
     to_arrays,
 )
-from vista.refresh.refresh_report import Recorder, RefreshReport
+from vista.refresh.refresh_report import RefreshProgress, RefreshReport
 from vista.store.format.keys import user_keys
-from vista.store.reader import SummaryStore
+from vista.store.reader import StoreReader
 from vista.store.shards import check_place
 from vista.store.writer import StoreWriter
 
@@ -49,7 +49,7 @@ _Found = tuple[SummaryState, Histories, np.uint64]
 class _Part:
     """A store that is merged, and the log that it was refreshed from."""
 
-    store: SummaryStore
+    store: StoreReader
     log: EventLog
     items: LogItems
 
@@ -64,7 +64,7 @@ class _Part:
                 "or is another log; refresh that store first"
             )
 
-    def find(self, model: Recommender, users: Sequence[Any]) -> dict[Any, _Found]:
+    def find(self, model: VistaModel, users: Sequence[Any]) -> dict[Any, _Found]:
         """What is known of those of some users who have a record here."""
         states = self.store.states(users)
         assert states is not None  # by `check`
@@ -88,7 +88,7 @@ class _Part:
 
 
 def merge(
-    model: Recommender,
+    model: VistaModel,
     parts: Sequence[tuple[str | Path, EventLog]],
     store: str | Path,
     *,
@@ -127,7 +127,7 @@ def merge(
         opened = []
         for path, log in parts:
             check_log(model, log)
-            opened_store = stack.enter_context(SummaryStore.open(path, summarizer_id=model.summarizer_id(), key=key))
+            opened_store = stack.enter_context(StoreReader.open(path, summarizer_id=model.summarizer_id(), key=key))
             part = _Part(opened_store, log, LogItems.of(model, log))
             part.check()
             opened.append(part)
@@ -153,7 +153,7 @@ def merge(
                 shared_with_group=shared_with_group,
             )
         )
-        run = Recorder(store, "merge", len(users), writer.cursor, progress=progress)
+        run = RefreshProgress(store, "merge", len(users), writer.cursor, progress=progress)
         remaining = iter(users[writer.cursor :])
         while batch := list(islice(remaining, users_per_batch)):
             keys = user_keys(batch)
@@ -174,7 +174,7 @@ def merge(
         return run.report(store, writer.generation)
 
 
-def _merged(model: Recommender, parts: Sequence[dict[Any, _Found]], user: Any) -> _Found:
+def _merged(model: VistaModel, parts: Sequence[dict[Any, _Found]], user: Any) -> _Found:
     found = [part[user] for part in parts if user in part]
     if not found:
         raise StoreError(f"user {user!r} was erased from all parts while they were merged; merge them again")
@@ -185,11 +185,11 @@ def _merged(model: Recommender, parts: Sequence[dict[Any, _Found]], user: Any) -
 
 
 def _encoded(
-    model: Recommender,
+    model: VistaModel,
     writer: StoreWriter,
     keys: list[bytes],
     whole: Sequence[_Found],
-    run: Recorder,
+    run: RefreshProgress,
 ) -> tuple[Encoded, int]:
     """A batch, and how many events it stands for."""
     names = ("z", "n", "removed", "clock", "num_events")

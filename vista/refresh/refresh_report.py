@@ -55,7 +55,7 @@ class RefreshReport:
         )
 
 
-class Recorder:
+class RefreshProgress:
     """Seconds a stage, users by outcome, a progress bar and `<store>/refresh.jsonl`: what a run was and did."""
 
     def __init__(self, store: str | Path, kind: str, total: int, done: int, *, progress: bool) -> None:
@@ -69,7 +69,7 @@ class Recorder:
         self.counts: Counter[str] = Counter()
         self.failures: dict[str, str] = {}
 
-    def stage(self, name: str) -> Recorder:
+    def stage(self, name: str) -> RefreshProgress:
         """Context whose time counts for a stage."""
         self._stage = name
         return self

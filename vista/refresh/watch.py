@@ -19,7 +19,7 @@ from vista.device import announce, cpu_settings, resolve_device
 from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, TakenError, VistaError
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.refresh.incremental import refresh_incremental
 from vista.refresh.refresh_report import RefreshReport
 from vista.store.format.authentication import read_key
@@ -33,7 +33,7 @@ SETTLED_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class WatchReport:
     """What one look has brought into the store."""
 
     files: int
@@ -58,7 +58,7 @@ class Watch:
         self.folder = None if config.folder is None else Path(config.folder)
         if self.folder is not None and not self.folder.is_dir():
             raise ConfigError(f"folder={config.folder}: is no folder; make it, or leave the key out to follow the log")
-        self.model = Recommender.from_pretrained(config.model, resolve_device(config.device))
+        self.model = VistaModel.from_pretrained(config.model, resolve_device(config.device))
         self._key = read_key(config.authentication_key_file)
         self._judged: set[tuple[str, int, int]] = set()
         """Names, sizes and times of files that are in the log, or cannot be."""
@@ -67,7 +67,7 @@ class Watch:
         self._waiting: list[float] = []
         """When those arrived that are in the log but not served yet."""
 
-    def look(self) -> Served:
+    def look(self) -> WatchReport:
         """Take what has arrived, and serve what the store has not seen.
 
         A file that cannot be taken for a passing reason (another writer, a full disk) is tried again by the next look.
@@ -95,9 +95,9 @@ class Watch:
                 arrived.append(_written_at(log, applied))
                 reports.append(refresh_incremental(self.model, log, root, progress=self.config.progress, key=self._key))
         if not reports:
-            return Served(files, refused, [], None)
+            return WatchReport(files, refused, [], None)
         self._waiting.clear()
-        return Served(files, refused, reports, time.time() - min(arrived))
+        return WatchReport(files, refused, reports, time.time() - min(arrived))
 
     def _arrived(self) -> Iterator[tuple[Path, tuple[str, int, int]]]:
         """Files that have settled and were not judged in this form, oldest first."""
@@ -147,7 +147,7 @@ def _written_at(log: EventLog, after: int) -> float:
     return (segment.path / "manifest.json").stat().st_mtime
 
 
-def watch(config: WatchConfig) -> Served:
+def watch(config: WatchConfig) -> WatchReport:
     """`vista watch`: look every `poll_s` seconds until interrupted, or once.
 
     Raises:

@@ -17,8 +17,8 @@ from vista.config.choices import OnMissing
 from vista.errors import RecordError, UnknownUserError
 from vista.model import inference
 from vista.scorer.requests import ids_of, impossible_times, no_time, request_times
-from vista.scorer.scorer_stats import Recorder
-from vista.scorer.serving_snapshot import Request, Served
+from vista.scorer.scorer_stats import StatsRecorder
+from vista.scorer.serving_snapshot import Request, ServingSnapshot
 from vista.scorer.tails import with_fresh_events
 from vista.store.stored_batch import StoredBatch, Tail
 
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 def read_request(
-    served: Served,
+    served: ServingSnapshot,
     users: Any,
     tail: Tail | None,
     now: Any,
     on_missing: OnMissing,
     max_age_s: float | None,
-    recorder: Recorder,
+    recorder: StatsRecorder,
 ) -> Request:
     """What is known of B users: their records, and what the caller brings. Arguments and errors as of `Scorer`."""
     ids, model = ids_of(users, "users"), served.model
@@ -71,7 +71,7 @@ def read_request(
     return Request(summary, padded, times, unknown | bad)
 
 
-def _stored(served: Served, ids: Any, on_missing: OnMissing) -> tuple[StoredBatch, NDArray[np.bool_]]:
+def _stored(served: ServingSnapshot, ids: Any, on_missing: OnMissing) -> tuple[StoredBatch, NDArray[np.bool_]]:
     """Records of B users, and whose is damaged (under on_missing="nan"; otherwise that is an error)."""
     try:
         stored = served.store.get_many(ids)
@@ -86,7 +86,7 @@ def _stored(served: Served, ids: Any, on_missing: OnMissing) -> tuple[StoredBatc
     return served.store.get_many([users[row] for row in sound.tolist()]).spread(sound, len(users)), bad
 
 
-def _is_damaged(served: Served, user: Any) -> bool:
+def _is_damaged(served: ServingSnapshot, user: Any) -> bool:
     try:
         served.store.get_many([user])
     except RecordError:

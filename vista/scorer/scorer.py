@@ -30,7 +30,7 @@ from vista.device import reuse_freed_memory
 from vista.errors import StoreError, UnknownItemError, VistaError
 from vista.log.vocabulary import Ids
 from vista.model.ranking_model import UNKNOWN_ITEM
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.scorer.answers import CandidateSet, Explanation, Ranking
 from vista.scorer.reading import read_request
 from vista.scorer.requests import (
@@ -39,11 +39,11 @@ from vista.scorer.requests import (
     ragged_offsets,
     split_ragged,
 )
-from vista.scorer.scorer_stats import Recorder, ScorerStats
-from vista.scorer.serving_snapshot import Request, Served
-from vista.scorer.serving_source import Source
+from vista.scorer.scorer_stats import ScorerStats, StatsRecorder
+from vista.scorer.serving_snapshot import Request, ServingSnapshot
+from vista.scorer.serving_source import ServingSource
 from vista.store.layout import Manifest
-from vista.store.reader import SummaryStore
+from vista.store.reader import StoreReader
 from vista.store.shards import StoreParts
 from vista.store.stored_batch import Tail
 
@@ -57,14 +57,14 @@ class Scorer:
     Safe with threads, and after fork. What a call sees of model and store does not change under it.
     """
 
-    def __init__(self, source: Source, on_missing: OnMissing, task: str | None, max_age_s: float | None) -> None:
+    def __init__(self, source: ServingSource, on_missing: OnMissing, task: str | None, max_age_s: float | None) -> None:
         self.on_missing = on_missing
         self.max_age_s = max_age_s
         self._source = source
         self._served = source.open()
         self._closed = self._inherited = False
         self._changing = threading.Lock()
-        self._recorder = Recorder()
+        self._recorder = StatsRecorder()
         _scorers.add(self)
         try:
             self.task = task or self.tasks[0]
@@ -77,7 +77,7 @@ class Scorer:
     @classmethod
     def open(
         cls,
-        model: str | Path | Recommender,
+        model: str | Path | VistaModel,
         store: str | Path,
         *,
         on_missing: OnMissing | str = "empty",
@@ -112,7 +112,7 @@ class Scorer:
             raise TypeError(f"max_age_s: needs seconds, got {max_age_s!r}")
         if max_age_s is not None and not 0 < max_age_s < math.inf:
             raise ValueError(f"max_age_s: must be above 0 seconds and finite, got {max_age_s}; None knows no limit")
-        source = Source(model, store, device, key, choice_of(Precision, precision, "precision"))
+        source = ServingSource(model, store, device, key, choice_of(Precision, precision, "precision"))
         reuse_freed_memory()
         return cls(source, policy, task, max_age_s)
 
@@ -131,12 +131,12 @@ class Scorer:
         self.close()
 
     @property
-    def model(self) -> Recommender:
+    def model(self) -> VistaModel:
         """The model that is served."""
         return self._served.model
 
     @property
-    def store(self) -> SummaryStore | StoreParts:
+    def store(self) -> StoreReader | StoreParts:
         """The store that is read; a `reload` to another model closes it."""
         return self._served.store
 
@@ -352,7 +352,7 @@ class Scorer:
     # Inside ----------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _use(self) -> Iterator[Served]:
+    def _use(self) -> Iterator[ServingSnapshot]:
         """What is served now; its store stays open until the block ends.
 
         Without a lock, which a fork could leave locked: `calls` is a set, and one operation on it is whole.
@@ -370,12 +370,12 @@ class Scorer:
         finally:
             self._release(served, call)
 
-    def _release(self, served: Served, call: object) -> None:
+    def _release(self, served: ServingSnapshot, call: object) -> None:
         served.calls.discard(call)
         if served is not self._served:
             self._close_unused(served)
 
-    def _close_unused(self, served: Served) -> None:
+    def _close_unused(self, served: ServingSnapshot) -> None:
         if not served.calls:
             served.store.close()
 
@@ -389,10 +389,10 @@ class Scorer:
     def _after_fork(self) -> None:
         self._inherited = torch.get_num_threads() > 1
         self._changing = threading.Lock()
-        self._recorder = Recorder()
+        self._recorder = StatsRecorder()
 
     @contextmanager
-    def _call(self) -> Iterator[Served]:
+    def _call(self) -> Iterator[ServingSnapshot]:
         """`_use`, and the call is counted."""
         began, failed = time.perf_counter(), True
         try:
@@ -403,7 +403,7 @@ class Scorer:
             self._recorder.called(time.perf_counter() - began, failed=failed)
 
     def _predict(
-        self, served: Served, users: Ids, candidates: Any, tail: Tail | None, now: Any, tasks: list[str]
+        self, served: ServingSnapshot, users: Ids, candidates: Any, tail: Tail | None, now: Any, tasks: list[str]
     ) -> dict[str, Any]:
         values, given = split_ragged(candidates)
         request = self._request(served, users, tail, now)
@@ -428,7 +428,7 @@ class Scorer:
             return {task: cells.to(values.device) for task, cells in scores.items()}
         return {task: cells.numpy() for task, cells in scores.items()}
 
-    def _encode(self, served: Served, candidates: Any) -> CandidateSet:
+    def _encode(self, served: ServingSnapshot, candidates: Any) -> CandidateSet:
         if isinstance(candidates, CandidateSet):
             if candidates.vocabulary != served.vocabulary:
                 raise ValueError("candidates: were encoded for another model's items; call encode again after a reload")
@@ -447,16 +447,16 @@ class Scorer:
             )
         return CandidateSet(rows, served.vocabulary)
 
-    def _request(self, served: Served, users: Ids, tail: Tail | None, now: Any) -> Request:
+    def _request(self, served: ServingSnapshot, users: Ids, tail: Tail | None, now: Any) -> Request:
         return read_request(served, users, tail, now, self.on_missing, self.max_age_s, self._recorder)
 
 
-def _require_task(task: str, served: Served) -> None:
+def _require_task(task: str, served: ServingSnapshot) -> None:
     if task not in served.tasks:
         raise ValueError(f"task: {task!r} is none of this model's {served.tasks}")
 
 
-def _require_retrieval(served: Served) -> Tensor:
+def _require_retrieval(served: ServingSnapshot) -> Tensor:
     """The unit vectors of its items."""
     if served.items.unit is None:
         raise ValueError("this model has no retrieval head; train it with optim.next_weight above 0")

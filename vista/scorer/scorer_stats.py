@@ -57,7 +57,7 @@ class ScorerStats:
 COUNTERS = tuple(name for name in ScorerStats.__dataclass_fields__ if name != "latency_counts")
 
 
-class Recorder:
+class StatsRecorder:
     """Adds up, for all threads of a process."""
 
     def __init__(self) -> None:

@@ -22,8 +22,8 @@ from vista.model.inference import ROW_TILE
 from vista.model.item_projections import ItemProjections
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.target_attention import Context
-from vista.model.vista_model import Recommender
-from vista.store.reader import SummaryStore
+from vista.model.vista_model import VistaModel
+from vista.store.reader import StoreReader
 from vista.store.shards import StoreParts
 
 Int = NDArray[np.int64]
@@ -57,14 +57,14 @@ class Request:
         return Request(self.summary[users], self.tail.select(users), now, self.missing[users])
 
 
-class Served:
+class ServingSnapshot:
     """A model and the store of its summaries."""
 
     def __init__(
         self,
-        model: Recommender,
+        model: VistaModel,
         items: ItemProjections,
-        store: SummaryStore | StoreParts,
+        store: StoreReader | StoreParts,
         precision: Precision,
         identity: tuple[int, ...],
     ) -> None:

@@ -11,41 +11,41 @@ from vista.config.choices import Precision
 from vista.device import choose_precision, resolve_device
 from vista.errors import CheckpointError, SummarizerMismatchError
 from vista.model.item_projections import ItemProjections
-from vista.model.vista_model import Recommender
-from vista.scorer.serving_snapshot import Served
+from vista.model.vista_model import VistaModel
+from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.shards import open_store
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ServingSource:
     """Where a scorer's model and store come from."""
 
-    model: str | Path | Recommender
+    model: str | Path | VistaModel
     store: str | Path
     device: str
     key: bytes | None
     precision: Precision
 
-    def open(self) -> Served:
+    def open(self) -> ServingSnapshot:
         """Open both."""
         identity = self._identity()
-        if isinstance(self.model, Recommender):
+        if isinstance(self.model, VistaModel):
             model, items = self.model.eval(), ItemProjections.of(self.model)
         else:
-            model = Recommender.from_pretrained(self.model, resolve_device(self.device))
+            model = VistaModel.from_pretrained(self.model, resolve_device(self.device))
             items = ItemProjections.load(Path(self.model), model)
         opened = open_store(
             self.store, summarizer_id=model.summarizer_id(), key=self.key, tail_len=model.config.tail_len
         )
         try:
-            return Served(model, items, opened, choose_precision(self.precision, model.device), identity)
+            return ServingSnapshot(model, items, opened, choose_precision(self.precision, model.device), identity)
         except BaseException:
             opened.close()
             raise
 
-    def open_newer(self, served: Served, task: str) -> Served | None:
+    def open_newer(self, served: ServingSnapshot, task: str) -> ServingSnapshot | None:
         """Both anew, if another model lies in the folder and its summaries are published; None otherwise.
 
         Raises:
@@ -79,7 +79,7 @@ class Source:
 
     def _identity(self) -> tuple[int, ...]:
         """Tells one export from another, which takes its folder's place."""
-        if isinstance(self.model, Recommender):
+        if isinstance(self.model, VistaModel):
             return ()
         try:
             found = (Path(self.model) / "config.json").stat()

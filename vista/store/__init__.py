@@ -3,7 +3,7 @@
 from vista.store.format.keys import user_keys
 from vista.store.format.record import RecordSpec, encode_records
 from vista.store.layout import Manifest
-from vista.store.reader import SummaryStore
+from vista.store.reader import StoreReader
 from vista.store.stored_batch import NO_TIMESTAMP, StoredBatch, Tail
 from vista.store.writer import StoreWriter
 
@@ -11,9 +11,9 @@ __all__ = [
     "NO_TIMESTAMP",
     "Manifest",
     "RecordSpec",
+    "StoreReader",
     "StoreWriter",
     "StoredBatch",
-    "SummaryStore",
     "Tail",
     "encode_records",
     "user_keys",

@@ -59,7 +59,7 @@ class _Generation:
         return self.environment.read(copy)
 
 
-class SummaryStore:
+class StoreReader:
     """One published generation of a store; `reload` follows CURRENT. Safe after fork, with threads, and to pickle."""
 
     def __init__(
@@ -81,7 +81,7 @@ class SummaryStore:
         max_readers: int = MAX_READERS,
         key: bytes | None = None,
         tail_len: int = 0,
-    ) -> SummaryStore:
+    ) -> StoreReader:
         """Open the generation that CURRENT names.
 
         Args:
@@ -211,7 +211,7 @@ class SummaryStore:
         """Let the generation go; closing twice is allowed."""
         self._replace(None)
 
-    def __enter__(self) -> SummaryStore:
+    def __enter__(self) -> StoreReader:
         return self
 
     def __exit__(
@@ -304,8 +304,8 @@ class SummaryStore:
             raise
 
 
-def _open_pickled(*arguments: Any) -> SummaryStore:
-    return SummaryStore(*arguments)
+def _open_pickled(*arguments: Any) -> StoreReader:
+    return StoreReader(*arguments)
 
 
 def read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Manifest:

@@ -25,7 +25,7 @@ from vista.errors import ConfigError, StoreError
 from vista.log.histories import ranges
 from vista.store.format.keys import common_kind, user_keys
 from vista.store.layout import CURRENT, Manifest
-from vista.store.reader import SummaryStore
+from vista.store.reader import StoreReader
 from vista.store.stored_batch import StoredBatch, Tail
 from vista.store.updates import served_manifest
 
@@ -160,18 +160,18 @@ def divide(store: str | Path, users: Sequence[int] | Sequence[str]) -> list[tupl
 
 def open_store(
     path: str | Path, *, summarizer_id: bytes | None = None, key: bytes | None = None, tail_len: int = 0
-) -> SummaryStore | StoreParts:
-    """Open a store, or all parts of one; arguments and errors as of `SummaryStore.open`."""
+) -> StoreReader | StoreParts:
+    """Open a store, or all parts of one; arguments and errors as of `StoreReader.open`."""
     root = Path(path)
     if shards_in(root):
         return StoreParts.open(root, summarizer_id=summarizer_id, key=key, tail_len=tail_len)
-    return SummaryStore.open(root, summarizer_id=summarizer_id, key=key, tail_len=tail_len)
+    return StoreReader.open(root, summarizer_id=summarizer_id, key=key, tail_len=tail_len)
 
 
 class StoreParts:
     """All parts of a store, read as one."""
 
-    def __init__(self, path: Path, parts: Sequence[SummaryStore]) -> None:
+    def __init__(self, path: Path, parts: Sequence[StoreReader]) -> None:
         self.path = path
         self._parts = list(parts)
 
@@ -182,7 +182,7 @@ class StoreParts:
         """Open every part.
 
         Raises:
-            StoreError: a part is missing, or there are parts of several numbers; and as `SummaryStore.open`.
+            StoreError: a part is missing, or there are parts of several numbers; and as `StoreReader.open`.
         """
         root = Path(path).absolute()
         shards = shards_in(root)
@@ -192,11 +192,11 @@ class StoreParts:
         missing = sorted(set(range(count)) - {shard.index for shard in shards})
         if missing:
             raise StoreError(f"{root}: parts {missing} of {count} are not there; refresh them with shard=i/{count}")
-        opened: list[SummaryStore] = []
+        opened: list[StoreReader] = []
         try:
             for index in range(count):
                 part_root = Shard(index, count).path(root)
-                opened.append(SummaryStore.open(part_root, summarizer_id=summarizer_id, key=key, tail_len=tail_len))
+                opened.append(StoreReader.open(part_root, summarizer_id=summarizer_id, key=key, tail_len=tail_len))
             parts = cls(root, opened)
             first = opened[0].manifest
             for part in opened[1:]:
@@ -239,7 +239,7 @@ class StoreParts:
         return sum(map(len, self._parts))
 
     def get_many(self, user_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> StoredBatch:
-        """Records of a batch of users; as `SummaryStore.get_many`."""
+        """Records of a batch of users; as `StoreReader.get_many`."""
         ids = user_ids if isinstance(user_ids, np.ndarray) else np.array(list(user_ids), dtype=object)
         owner = _parts_of(user_keys(user_ids), len(self._parts))
         order = np.argsort(owner, kind="stable")

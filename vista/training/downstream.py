@@ -1,7 +1,7 @@
 """Downstream training: stage 2 and heads anew, over the summaries of a store, on a base that stays as it is.
 
 The paper's downstream models: one summarizer, many models that read what it has stored. A downstream model keeps all
-that `Recommender.summarizer_id` covers, so the base's stores serve it too. Its labels lie between the store's `until`
+that `VistaModel.summarizer_id` covers, so the base's stores serve it too. Its labels lie between the store's `until`
 and `data.validation_from`, and training reads the events from the last tail_len before them on, whatever the length of
 a history.
 """
@@ -25,10 +25,10 @@ from vista.log.event_log import EventLog
 from vista.log.splits import parse_until, split_until, visible_counts
 from vista.model.inference import empty_summary
 from vista.model.ranking_model import Schema
-from vista.model.vista_model import STAGE1_KEYS, STAGE1_WEIGHTS, Recommender
+from vista.model.vista_model import STAGE1_KEYS, STAGE1_WEIGHTS, VistaModel
 from vista.refresh import check_log
 from vista.store.format.authentication import read_key
-from vista.store.reader import SummaryStore
+from vista.store.reader import StoreReader
 
 logger = logging.getLogger(__name__)
 KEPT_KEYS = (*STAGE1_KEYS, "activation", "embedding_rows", "embedding_hashes", "num_reconstruction_layers")
@@ -40,7 +40,7 @@ KEPT_WEIGHTS = (*STAGE1_WEIGHTS, "decoder.")
 class Downstream:
     """A base model, and the generation of its store that training reads. A context manager: it closes the store."""
 
-    def __init__(self, config: TrainConfig, log: EventLog, base: Recommender, store: SummaryStore, since: int) -> None:
+    def __init__(self, config: TrainConfig, log: EventLog, base: VistaModel, store: StoreReader, since: int) -> None:
         self._config, self._log, self._base, self._store, self._since = config, log, base, store, since
         self._seen = visible_counts(log, since)
         self._empty = empty_summary(base).numpy()
@@ -65,7 +65,7 @@ class Downstream:
             CheckpointError, StoreError: missing or damaged.
         """
         assert config.base is not None and config.store is not None  # TrainConfig has checked
-        base = Recommender.from_pretrained(config.base)
+        base = VistaModel.from_pretrained(config.base)
         _check_model(config, base)
         check_log(base, log)
         end = split_until(config.data, "train").before
@@ -78,7 +78,7 @@ class Downstream:
                 "or an earlier one"
             )
         key = read_key(config.authentication_key_file)
-        store = SummaryStore.open(config.store, summarizer_id=base.summarizer_id(), key=key)
+        store = StoreReader.open(config.store, summarizer_id=base.summarizer_id(), key=key)
         try:
             seen = parse_until(store.manifest.until)
             if seen.before is None or seen.before > end:
@@ -100,10 +100,10 @@ class Downstream:
     ) -> None:
         self._store.close()
 
-    def model(self, schema: Schema) -> Recommender:
+    def model(self, schema: Schema) -> VistaModel:
         """The model to train: the base's weights frozen, stage 2 and the heads of `schema` anew."""
         kept = replace(self._base.schema, tasks=schema.tasks, has_retrieval=schema.has_retrieval)
-        model = Recommender(self._config.model, kept, self._base.items, self._config.data)
+        model = VistaModel(self._config.model, kept, self._base.items, self._config.data)
         weights = {name: value for name, value in self._base.state_dict().items() if name.startswith(KEPT_WEIGHTS)}
         model.load_state_dict(weights, strict=False)
         for name, parameter in model.named_parameters():
@@ -138,7 +138,7 @@ class Downstream:
         return np.where(stored.found[:, None, None], stored.summary, self._empty)
 
 
-def _check_model(config: TrainConfig, base: Recommender) -> None:
+def _check_model(config: TrainConfig, base: VistaModel) -> None:
     asked, kept = to_dict(config.model), to_dict(base.config)
     changed = [key for key in KEPT_KEYS if asked[key] != kept[key]]
     if changed:

@@ -23,8 +23,7 @@ from vista.config import TrainConfig
 from vista.config.choices import Architecture, Stage
 from vista.config.config_keys import to_yaml
 from vista.config.conversion import to_dict
-from vista.config.model_config import STAGE_2
-from vista.config.train_config import first_defaults, without_places
+from vista.config.train_config import without_places
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
 from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from vista.evaluation.protocol import EVENTS_READ
@@ -34,7 +33,7 @@ from vista.files import remove_leftovers, replace_text, writable_folder
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
 from vista.model.ranking_model import NEXT_TASK, RankingModel, Schema, class_of
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 from vista.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -76,17 +75,17 @@ class Progress:
     """Validation metrics, one entry a validation."""
 
 
-def train(config: TrainConfig, log: EventLog | None = None) -> Recommender:
+def train(config: TrainConfig, log: EventLog | None = None) -> VistaModel:
     """Train VISTA: `train_model` with `model.architecture=vista`.
 
     Raises:
-        ConfigError: if the configuration names a rival; and all that `train_model` raises.
+        ConfigError: if the configuration names a baseline; and all that `train_model` raises.
     """
     if config.model.architecture is not Architecture.vista:
         name = config.model.architecture.value
-        raise ConfigError(f"model.architecture={name}: a rival has no summaries; train it with train_model")
+        raise ConfigError(f"model.architecture={name}: a baseline has no summaries; train it with train_model")
     model = train_model(config, log)
-    assert isinstance(model, Recommender)
+    assert isinstance(model, VistaModel)
     return model
 
 
@@ -387,9 +386,7 @@ class _Trainer:
     def _restore(self, path: Path) -> None:
         tensors, body = load_checkpoint(path)
         state = unpack_state(body["run"], tensors)
-        here, there = self._identity(), _flat(first_defaults()) | state["config"]
-        if self.config.model.architecture is not Architecture.vista:
-            there |= {f"model.{key}": here[f"model.{key}"] for key in STAGE_2}
+        here, there = self._identity(), state["config"]
         changed = [f"{k} ({there.get(k)} -> {here.get(k)})" for k in here | there if here.get(k) != there.get(k)]
         if changed:
             raise ConfigError(

@@ -32,7 +32,7 @@ from vista.model import inference
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
 from vista.model.target_attention import Context
-from vista.model.vista_model import Recommender
+from vista.model.vista_model import VistaModel
 
 Int = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -108,7 +108,7 @@ class Validation:
         if isinstance(model, HistoryModel):
             answers = RawHistoryAnswers(model, self._log, self._item_rows)
             return answers.next_scores, answers.probabilities
-        assert isinstance(model, Recommender)
+        assert isinstance(model, VistaModel)
         users = np.unique(
             np.concatenate([cases.user for cases in (self._next, self._impressions) if cases is not None])
         )
@@ -121,7 +121,7 @@ class Validation:
         items = inference.item_vectors(model) if self._next is not None else None
         return partial(self._scores, model, context, items), partial(self._probabilities, model, context)
 
-    def _summaries(self, model: Recommender, users: Int) -> torch.Tensor:
+    def _summaries(self, model: VistaModel, users: Int) -> torch.Tensor:
         """Of many users, a few histories at a time: whole lives may be long."""
         groups = [users[part] for part in token_groups(self._cut[users], EVENTS_READ)]
         histories = (self._model_rows(self._log.gather(group, self._cut[group])) for group in groups)
@@ -130,14 +130,14 @@ class Validation:
     def _model_rows(self, histories: Histories) -> Histories:
         return dataclasses.replace(histories, item=self._item_rows[histories.item].astype(np.int32))
 
-    def _tail(self, model: Recommender, users: Int, seen: Int) -> inference.PaddedTail:
+    def _tail(self, model: VistaModel, users: Int, seen: Int) -> inference.PaddedTail:
         tail = self._log.gather_ranges(users, seen - model.config.tail_len, seen)
         return inference.pad_tail(
             model, self._item_rows[tail.item], np.asarray(tail.timestamp), np.asarray(tail.action), tail.offsets
         )
 
     def _scores(
-        self, model: Recommender, context: _ContextOf, items: torch.Tensor | None, cases: NextItemCases
+        self, model: VistaModel, context: _ContextOf, items: torch.Tensor | None, cases: NextItemCases
     ) -> Floats:
         assert items is not None  # there are such cases
         tail = self._tail(model, cases.user, cases.seen)
@@ -147,7 +147,7 @@ class Validation:
         scores: Floats = (users @ items.t()).float().cpu().numpy()
         return scores
 
-    def _probabilities(self, model: Recommender, context: _ContextOf, cases: ImpressionCases) -> Floats:
+    def _probabilities(self, model: VistaModel, context: _ContextOf, cases: ImpressionCases) -> Floats:
         out = np.zeros(cases.label.shape, np.float32)
         for low in range(0, len(cases.user), CASES_PER_BATCH):
             part = slice(low, low + CASES_PER_BATCH)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vista.errors import StoreBusyError, StoreError, StoreLockedError
-from vista.store import SummaryStore, user_keys
+from vista.store import StoreReader, user_keys
 from vista.store.admin.inspection import verify_store
 from vista.store.admin.parquet import export_store, import_store
 from vista.store.admin.publish import compact_store, copy_generation
@@ -46,7 +46,7 @@ def test_a_copy_is_equal_and_served(tmp_path, build, key):
     assert sorted(path.name for path in target.iterdir()) == ["CURRENT", "LAST", "gen-1", "tombstones", "writer.lock"]
     assert verify_store(target, key=key).num_problems == 0
     assert environment_path(target, 1).stat().st_mode & 0o7777 == 0o2750
-    with SummaryStore.open(target, summarizer_id=build.summarizer(), key=key) as store:
+    with StoreReader.open(target, summarizer_id=build.summarizer(), key=key) as store:
         np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40)), atol=0.02)
 
 
@@ -57,7 +57,7 @@ def test_a_rollout_in_two_steps_keeps_the_generation_before(tmp_path, build):
         if salt < 2:
             copy_generation(source, target)
     assert read_current(target) == 2 and list_generations(target) == [1, 2]
-    with SummaryStore.open(target) as store:
+    with StoreReader.open(target) as store:
         report = copy_generation(source, target, publish=False)
         assert not report.published and "not served yet" in str(report)
         assert not store.reload() and store.generation == 2
@@ -163,7 +163,7 @@ def test_a_copy_killed_at_every_step_leaves_what_was_served(tmp_path, build, cal
         shutil.copytree(first, target)
         code = killed_copy(source, target, die_at, number)
         assert code in (0, -9) and verify_store(target).num_problems == 0
-        with SummaryStore.open(target) as store:
+        with StoreReader.open(target) as store:
             salt = store.generation - 1
             np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40), salt), atol=0.02)
         copy_generation(source, target)
@@ -213,7 +213,7 @@ def test_what_was_updated_in_place_is_copied_straight(tmp_path, build):
     build.write_store(source)
     copy_generation(source, target)
     build.update(source, range(5, 50), salt=3)
-    with SummaryStore.open(target) as store:
+    with StoreReader.open(target) as store:
         report = copy_generation(source, target, publish=False)
         assert (report.generation, report.num_records, report.num_kept) == (2, 50, 0)
         assert not store.reload() and len(store) == 40
@@ -251,7 +251,7 @@ def test_a_copy_beside_other_generations_of_its_number(tmp_path, build, key):
     build.write_store(source, key=key)
     build.write_store(target, salt=1, key=key)  # of its own
     assert copy_generation(source, target, key=key).generation == 2 and list_generations(target) == [1, 2]
-    with SummaryStore.open(target, key=key) as store:
+    with StoreReader.open(target, key=key) as store:
         np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40)), atol=0.02)
 
 

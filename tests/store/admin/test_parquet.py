@@ -14,7 +14,7 @@ import xxhash
 
 from vista.config.choices import Codec
 from vista.errors import RecordError, StoreError
-from vista.store import NO_TIMESTAMP, SummaryStore, Tail, encode_records, user_keys
+from vista.store import NO_TIMESTAMP, StoreReader, Tail, encode_records, user_keys
 from vista.store.admin.inspection import verify_store
 from vista.store.admin.parquet import FORMAT, export_store, import_store
 from vista.store.admin.whole_generations import open_generation
@@ -48,7 +48,7 @@ def test_columns_say_what_the_store_holds(tmp_path, build, codec):
     assert (tmp_path / "out.parquet").stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "store"]
     table = pq.read_table(tmp_path / "out.parquet").to_pydict()  # by another reader than the writer's
-    with SummaryStore.open(tmp_path / "store") as store:
+    with StoreReader.open(tmp_path / "store") as store:
         stored = store.get_many(table["user"])
     assert table["user"] == list(range(40)) and stored.found.all()
     assert table["event_count"] == stored.event_count.tolist()
@@ -74,7 +74,7 @@ def test_import_gives_the_same_records_but_for_the_generation(tmp_path, build, c
         for changed in (slice(24, 32), slice(120, 128), *([slice(-16, None)] if key else [])):
             old[changed] = new[changed] = bytes(len(new[changed]))
         assert old == new
-    with SummaryStore.open(tmp_path / "other", key=key) as store:
+    with StoreReader.open(tmp_path / "other", key=key) as store:
         assert store.manifest.until == "leave-last-out" and len(store) == 40
     # Under the same number, every byte is the same.
     report = import_store(tmp_path / "out.parquet", tmp_path / "new", key=key, shared_with_group=True)
@@ -92,7 +92,7 @@ def test_every_kind_of_user_comes_back(tmp_path, build, users):
     frame = pl.read_parquet(tmp_path / "out.parquet")
     assert sorted(map(str, frame["user"].to_list())) == sorted(map(str, users))
     assert frame["last_event_ts"].to_list() == [None] * len(users)
-    with SummaryStore.open(tmp_path / "new") as store:
+    with StoreReader.open(tmp_path / "new") as store:
         assert len(store) == len(users)
 
 
@@ -143,7 +143,7 @@ def test_an_edited_export_is_refused_and_what_is_served_stays(tmp_path, build, c
     with pytest.raises(StoreError, match=named):
         import_store(file, tmp_path / "served")
     assert list_generations(tmp_path / "served") == [1] and not list((tmp_path / "served").glob(".*"))
-    with SummaryStore.open(tmp_path / "served") as store:
+    with StoreReader.open(tmp_path / "served") as store:
         assert store.get_many(range(40)).found.all()
     assert build.write_store(tmp_path / "served", run_digest="log-2").generation == 2
 

@@ -16,7 +16,7 @@ import pytest
 from tests.record_reference import decode_record_reference
 from vista.config.choices import Codec
 from vista.errors import StoreError, StoreLockedError
-from vista.store import SummaryStore, user_keys
+from vista.store import StoreReader, user_keys
 from vista.store.admin.inspection import store_stats, verify_store
 from vista.store.admin.publish import compact_store, roll_back
 from vista.store.admin.whole_generations import open_generation
@@ -61,7 +61,7 @@ def test_stats_of_a_store(tmp_path, build):
     two_generations(build, tmp_path, until="leave-last-out")
     with build.open_writer(tmp_path, run_digest="log-3") as writer:
         build.put_users(writer, range(16))
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         store.get_many([1])
         stats = store_stats(tmp_path)
         other = multiprocessing.get_context("fork").Pool(1, store.get_many, ([2],))
@@ -171,7 +171,7 @@ def test_verify_finds_removed_exchanged_and_foreign_records(tmp_path, build):
 def test_compaction_keeps_every_record_but_its_generation(tmp_path, build, key, codec):
     two_generations(build, tmp_path, key=key, codec=codec, shared_with_group=True)
     before = records(tmp_path, key=key)
-    with SummaryStore.open(tmp_path, key=key) as reader:
+    with StoreReader.open(tmp_path, key=key) as reader:
         expected = reader.get_many(range(40))
         report = compact_store(tmp_path, key=key)
         assert (report.generation, report.num_records) == (3, 40)
@@ -211,7 +211,7 @@ def test_nothing_of_a_removed_user_is_in_any_file_after_compaction(tmp_path, bui
         "tombstones",
         "writer.lock",
     ]
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         assert len(store) == 39 and store.get_many([6, 7, 8]).found.tolist() == [True, False, True]
 
 
@@ -288,7 +288,7 @@ def test_a_compaction_killed_at_every_step_leaves_a_whole_store(tmp_path, build,
 
 def test_rollback_serves_the_generation_before_and_forward_again(tmp_path, build):
     two_generations(build, tmp_path)
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         (report,) = roll_back(tmp_path)
         assert (report.generation, report.num_records) == (1, 40) and store.generation == 2
         assert store.reload() and store.generation == 1

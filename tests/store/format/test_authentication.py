@@ -13,7 +13,7 @@ import xxhash
 from tests.record_reference import decode_record_reference
 from vista.config.choices import Codec
 from vista.errors import ConfigError, RecordError, StoreError
-from vista.store import NO_TIMESTAMP, SummaryStore, Tail, encode_records, user_keys
+from vista.store import NO_TIMESTAMP, StoreReader, Tail, encode_records, user_keys
 from vista.store.format.authentication import KEY_VARIABLE, key_id, read_key
 from vista.store.format.record import RecordSpec, decode_rows, read_records
 
@@ -87,16 +87,16 @@ def test_a_record_cannot_be_made_without_the_key_or_moved():
 def test_stores_with_and_without_a_key(tmp_path, build, caplog):
     build.write_store(tmp_path / "keyed", key=KEY)
     build.write_store(tmp_path / "plain")
-    with SummaryStore.open(tmp_path / "keyed", key=KEY) as store:
+    with StoreReader.open(tmp_path / "keyed", key=KEY) as store:
         np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40)), atol=0.02)
         with pickle.loads(pickle.dumps(store)) as again:
             assert again.get_many([3]).found.all()
     with pytest.raises(StoreError, match=rf"authentication key {key_id(KEY)}; pass it: key=… .*{KEY_VARIABLE}"):
-        SummaryStore.open(tmp_path / "keyed")
+        StoreReader.open(tmp_path / "keyed")
     with pytest.raises(StoreError, match=f"{key_id(KEY)}, the one given is {key_id(OTHER)}"):
-        SummaryStore.open(tmp_path / "keyed", key=OTHER)
+        StoreReader.open(tmp_path / "keyed", key=OTHER)
     with pytest.raises(StoreError, match="written without an authentication key"):
-        SummaryStore.open(tmp_path / "plain", key=KEY)
+        StoreReader.open(tmp_path / "plain", key=KEY)
     for text in (KEY.hex(), repr(KEY)):
         assert text not in caplog.text and text not in repr(SPEC)
 

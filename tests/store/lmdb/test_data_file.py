@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vista.errors import StoreError, StoreWriteError
-from vista.store import SummaryStore
+from vista.store import StoreReader
 from vista.store.admin.inspection import verify_store
 from vista.store.layout import environment_path
 from vista.store.lmdb.data_file import committed_size
@@ -29,7 +29,7 @@ def test_a_store_that_lost_most_of_its_users_at_once_opens(tmp_path, build, monk
         erase(tmp_path, users[:570])
     found, expected = committed_size(data)
     assert found < expected if killed else found == expected
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         assert len(store) == 30 and store.get_many(users).found.tolist() == [False] * 570 + [True] * 30
     assert verify_store(tmp_path).num_problems == 0
     erase(tmp_path, users[570:571])
@@ -46,7 +46,7 @@ def test_lmdb_that_makes_no_lock_file(tmp_path, build, monkeypatch):
     monkeypatch.setattr(
         "vista.store.lmdb.data_file.lmdb.open", lambda *a, **options: lmdb_open(*a, **options, lock=False)
     )
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         assert store.get_many(range(40)).found.all()
     assert not (environment_path(tmp_path, 1) / "lock.mdb").exists()
 
@@ -63,7 +63,7 @@ def test_a_file_that_cannot_be_given_its_size(tmp_path, build, monkeypatch):
         with pytest.raises(StoreWriteError, match=r"cannot be written: .*Input/output error"):
             erase(tmp_path, users[:570])
     erase(tmp_path, users[:570])
-    with SummaryStore.open(tmp_path) as store:
+    with StoreReader.open(tmp_path) as store:
         assert store.get_many(users).found.tolist() == [False] * 570 + [True] * 30
     assert verify_store(tmp_path).num_problems == 0
 
@@ -76,10 +76,10 @@ def test_a_truncated_data_file(tmp_path, build):
     for length, named in cuts.items():
         data.write_bytes(whole[:length])
         with pytest.raises(StoreError, match=rf"data\.mdb is {named}.*refresh the store again"):
-            SummaryStore.open(tmp_path)
+            StoreReader.open(tmp_path)
     data.unlink()
     with pytest.raises(StoreError, match=r"data\.mdb: No such file"):
-        SummaryStore.open(tmp_path)
+        StoreReader.open(tmp_path)
 
 
 def test_foreign_data_files(tmp_path, build):
@@ -87,15 +87,15 @@ def test_foreign_data_files(tmp_path, build):
     folder = environment_path(tmp_path, 1)
     (folder / "data.mdb").write_bytes(b"PAR1" * 5000)
     with pytest.raises(StoreError, match="no LMDB"):
-        SummaryStore.open(tmp_path)
+        StoreReader.open(tmp_path)
     shutil.rmtree(folder)
     lmdb.open(str(folder), lib_version=1).close()
     with pytest.raises(StoreError, match="no LMDB"):
-        SummaryStore.open(tmp_path)
+        StoreReader.open(tmp_path)
     shutil.rmtree(folder)
     lmdb.open(str(folder), lib_version=0).close()
     with pytest.raises(StoreError, match="never finished"):
-        SummaryStore.open(tmp_path)
+        StoreReader.open(tmp_path)
 
 
 def test_a_damaged_unfinished_generation_starts_afresh(tmp_path, build):
@@ -115,5 +115,5 @@ def test_flipped_bits_in_the_data_file(tmp_path, build, find):
     for place in places:
         flipped[place + len(find) - 1 + (64 if find.startswith(b"ui") else 0)] ^= 1
     data.write_bytes(flipped)
-    with pytest.raises(StoreError, match="corrupt"), SummaryStore.open(tmp_path) as store:
+    with pytest.raises(StoreError, match="corrupt"), StoreReader.open(tmp_path) as store:
         store.get_many([0])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vista.errors import StoreError
-from vista.store import SummaryStore
+from vista.store import StoreReader
 from vista.store.admin.inspection import store_stats, verify_store
 from vista.store.admin.publish import compact_store, copy_generation, roll_back
 from vista.store.layout import environment_path
@@ -38,7 +38,7 @@ FILES = {"CURRENT", "LAST", "gen-1/summary/data.mdb", "gen-2/summary/data.mdb"}
 def two_generations(build: Any, root: Path, **options: Any) -> None:
     for digest in ("log-1", "log-2"):
         build.write_store(root, run_digest=digest, **options)
-    SummaryStore.open(root).close()
+    StoreReader.open(root).close()
 
 
 def test_a_store_is_private(tmp_path, build, umask):
@@ -64,7 +64,7 @@ def test_a_store_becomes_shared_and_private_again(tmp_path, build):
     shared = modes(root)
     assert shared["."] == 0o2750 and shared["CURRENT"] == 0o640 and shared["gen-1/summary/lock.mdb"] == 0o660
     (environment_path(root, 2) / "lock.mdb").unlink()  # Whoever makes it anew makes it as it was.
-    SummaryStore.open(root).close()
+    StoreReader.open(root).close()
     assert modes(root) == shared
     build.open_writer(root, run_digest="log-2").close()
     assert {name: mode for name, mode in modes(root).items() if not name.startswith("gen-3")} == private
@@ -80,7 +80,7 @@ def test_a_folder_that_holds_something_else_keeps_its_mode(tmp_path, build):
 
 def test_another_account_reads_a_store_of_its_group_and_no_other(tmp_path, build, as_other_account):
     def read() -> Any:
-        with SummaryStore.open(root) as store:
+        with StoreReader.open(root) as store:
             return store.get_many([3]).found.tolist()
 
     root = tmp_path / "store"

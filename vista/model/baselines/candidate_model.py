@@ -1,4 +1,4 @@
-"""Rivals in which each candidate picks among the user's raw events before the request: DIN, SIM and TWIN.
+"""Baselines in which each candidate picks among the user's raw events before the request: DIN, SIM and TWIN.
 
 All candidates of a batch, or of its requests, are queries over packed histories: `find` names the events that a query
 reads, `interest` makes one vector of them, and a network ranks. So nothing holds more of a query than the K events that
@@ -20,7 +20,14 @@ from vista.examples.cuts import Batch
 from vista.log.gaps import NUM_GAPS
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.history_model import HistoryModel, Impressions, Int, in_place, time_bucket, weighted_losses
+from vista.model.baselines.history_model import (
+    HistoryModel,
+    Int,
+    ShownCandidates,
+    in_place,
+    time_bucket,
+    weighted_losses,
+)
 from vista.model.inference import newest
 from vista.model.layers import Dropout
 from vista.model.losses import task_losses
@@ -33,7 +40,7 @@ FOUND_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Events:
+class PackedEvents:
     """Packed histories: item int64 [T] rows of table [R, M], the vectors of items, and of rows int64 [R], the model's;
     action int64 [T]; rating float32 [T] or None; clock int64 [T] what ages are differences of, ms; offsets int64 [B+1].
     """
@@ -65,7 +72,7 @@ class Queries:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundEvents:
     """Events that queries read: index int64 [N, K] into the packed events; valid bool [N, K]."""
 
     index: Tensor
@@ -81,7 +88,7 @@ class CandidateModel(HistoryModel):
 
     # What an architecture adds -----------------------------------------------------------------------------------
 
-    def find(self, events: Events, queries: Queries) -> Found:
+    def find(self, events: PackedEvents, queries: Queries) -> FoundEvents:
         """The events that each query reads, of the newest `history_limit` that it sees."""
         raise NotImplementedError
 
@@ -103,13 +110,13 @@ class CandidateModel(HistoryModel):
         """
         raise NotImplementedError
 
-    def search_logits(self, events: Events, queries: Queries) -> Tensor | None:
+    def search_logits(self, events: PackedEvents, queries: Queries) -> Tensor | None:
         """Task logits [N, num_tasks] of a search that is trained by a loss of its own; None without one."""
         return None
 
     # Both ----------------------------------------------------------------------------------------------------------
 
-    def logits(self, events: Events, queries: Queries) -> Tensor:
+    def logits(self, events: PackedEvents, queries: Queries) -> Tensor:
         """Task logits [N, num_tasks]."""
         found = self.find(events, queries)
         is_used = torch.zeros(len(events.item), dtype=torch.bool, device=found.index.device)
@@ -142,11 +149,11 @@ class CandidateModel(HistoryModel):
     # Training ------------------------------------------------------------------------------------------------------
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
-        shown = Impressions.of(batch)
+        shown = ShownCandidates.of(batch)
         if len(shown.place) == 0:
             return weighted_losses(self, batch, optim, None, None)
         clock = self.clock(batch.clock)
-        events = Events(item_vectors, batch.rows, batch.item, batch.action, batch.rating, clock, batch.offsets)
+        events = PackedEvents(item_vectors, batch.rows, batch.item, batch.action, batch.rating, clock, batch.offsets)
         vectors, gap = item_vectors[shown.item], self.encoder.gap_vectors(shown.gap)
         vectors = (vectors if gap is None else vectors + gap) * self.scale
         queries = Queries(vectors, batch.rows[shown.item], shown.chunk, shown.seen)
@@ -166,7 +173,7 @@ class CandidateModel(HistoryModel):
         clock = self.clock(self._tensor(np.asarray(histories.timestamp)))
         rows, item = torch.unique(self._tensor(histories.item).long(), return_inverse=True)
         action, offsets = self._tensor(histories.action).long(), self._tensor(histories.offsets)
-        events = Events(self.item_vectors(rows), rows, item, action, rating, clock, offsets)
+        events = PackedEvents(self.item_vectors(rows), rows, item, action, rating, clock, offsets)
         vectors, gap = self.item_vectors(candidates), self.request_gap(histories, now)
         vectors = (vectors if gap is None else vectors + gap[:, None]) * self.scale
         count = candidates.shape[1]

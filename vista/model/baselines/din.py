@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.candidate_model import CandidateModel, Events, Found, Queries, age_table
+from vista.model.baselines.candidate_model import CandidateModel, FoundEvents, PackedEvents, Queries, age_table
 from vista.model.ranking_model import Schema
 
 
@@ -26,11 +26,11 @@ class DIN(CandidateModel):
         self.activation = nn.PReLU()
         self.activation_out = nn.Linear(dim, 1)
 
-    def find(self, events: Events, queries: Queries) -> Found:
+    def find(self, events: PackedEvents, queries: Queries) -> FoundEvents:
         width = min(self.config.history_limit, int(events.offsets.diff().max()))
         local = queries.seen[:, None] - width + torch.arange(width, device=queries.seen.device)
         valid = local >= 0
-        return Found(torch.where(valid, events.offsets[queries.history][:, None] + local, 0), valid)
+        return FoundEvents(torch.where(valid, events.offsets[queries.history][:, None] + local, 0), valid)
 
     def memory(self, items: Tensor, vectors: Tensor, action: Tensor) -> Tensor:
         return vectors

@@ -1,4 +1,4 @@
-"""What rivals share: they read the raw history at every request, and keep nothing of it between two.
+"""What baselines share: they read the raw history at every request, and keep nothing of it between two.
 
 Letters: B users, N impressions, C candidates, M model dim.
 """
@@ -24,7 +24,7 @@ Int = NDArray[np.int64]
 
 
 class HistoryModel(RankingModel):
-    """A rival: asked with histories instead of summaries."""
+    """A baseline: asked with histories instead of summaries."""
 
     def user_vectors(self, histories: Histories, now: Int | None) -> Tensor:
         """Unit vectors [B, M] of the retrieval head.
@@ -58,7 +58,7 @@ class HistoryModel(RankingModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Impressions:
+class ShownCandidates:
     """Labelled impressions [N] of a batch, sorted by chunk; all int64."""
 
     item: Tensor
@@ -72,7 +72,7 @@ class Impressions:
     """Flat index into the batch's [NW, I]."""
 
     @classmethod
-    def of(cls, batch: Batch) -> Impressions:
+    def of(cls, batch: Batch) -> ShownCandidates:
         place = batch.candidate_mask.any(-1).flatten().nonzero().squeeze(-1)
         window = place // max(batch.candidate.shape[1], 1)
         chunk_start = batch.cut_start[batch.window_cut[window]]
@@ -101,7 +101,7 @@ def time_bucket(gap_ms: Tensor) -> Tensor:
 def weighted_losses(
     model: RankingModel, batch: Batch, optim: OptimConfig, next_loss: Tensor | None, logits: Tensor | None
 ) -> Losses:
-    """Total and parts of what a rival trains: the next item, and the labels of impressions [NW, I, num_tasks]."""
+    """Total and parts of what a baseline trains: the next item, and the labels of impressions [NW, I, num_tasks]."""
     parts: dict[str, Tensor] = {}
     total = model.item_table.new_zeros((), dtype=torch.float32)
     if next_loss is not None:

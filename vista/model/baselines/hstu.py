@@ -31,7 +31,7 @@ class HSTU(SequenceModel):
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         self.layers = module_list(
-            [Layer(config, has_time=self.encoder.gap is not None) for _ in range(config.num_layers)]
+            [HSTULayer(config, has_time=self.encoder.gap is not None) for _ in range(config.num_layers)]
         )
         self.task_head = nn.Linear(config.dim, len(schema.tasks)) if schema.tasks else None
 
@@ -84,7 +84,7 @@ class HSTU(SequenceModel):
         return logits
 
 
-class Layer(nn.Module):
+class HSTULayer(nn.Module):
     """Projections, biases and output of one layer."""
 
     def __init__(self, config: ModelConfig, *, has_time: bool) -> None:

@@ -19,7 +19,7 @@ TILE_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
+class PaddedTile:
     """Histories of like length: rows int64 [n]; index int64 [n, L] into the packed events; valid bool [n, L], False
     after a history's last event."""
 
@@ -46,7 +46,7 @@ class Tile:
         return torch.where(valid, first[:, None] + steps, 0), valid
 
 
-def tiles(offsets: Int, device: torch.device) -> Iterator[Tile]:
+def tiles(offsets: Int, device: torch.device) -> Iterator[PaddedTile]:
     """Tiles that cover all histories; those without events are in tiles [n, 0]."""
     lengths = np.diff(offsets)
     order = np.argsort(lengths, kind="stable")
@@ -59,5 +59,5 @@ def tiles(offsets: Int, device: torch.device) -> Iterator[Tile]:
         steps = np.arange(int(lengths[rows].max()))
         index = offsets[rows][:, None] + np.minimum(steps, lengths[rows][:, None] - 1)
         valid = steps < lengths[rows][:, None]
-        yield Tile(*(torch.from_numpy(x).to(device) for x in (rows, np.where(valid, index, 0), valid)))
+        yield PaddedTile(*(torch.from_numpy(x).to(device) for x in (rows, np.where(valid, index, 0), valid)))
         first = last

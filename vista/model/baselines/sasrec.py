@@ -25,7 +25,7 @@ class SASRec(SequenceModel):
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
-        self.blocks = module_list([Block(config) for _ in range(config.num_layers)])
+        self.blocks = module_list([SASRecBlock(config) for _ in range(config.num_layers)])
         self.final_norm = norm(dim)
         self.task_head = (
             nn.Sequential(nn.Linear(3 * dim, dim), nn.ReLU(), nn.Linear(dim, len(schema.tasks)))
@@ -62,7 +62,7 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.softmax(scores + future, -1).to(value.dtype) @ value
 
 
-class Block(nn.Module):
+class SASRecBlock(nn.Module):
     """x = h + attention(h, x) with h = norm(x), then x = h + network(h) with h = norm(x)."""
 
     def __init__(self, config: ModelConfig) -> None:

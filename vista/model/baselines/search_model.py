@@ -1,4 +1,4 @@
-"""Two-stage rivals: a search over the whole history names K events, and attention reads these: SIM and TWIN.
+"""Two-stage baselines: a search over the whole history names K events, and attention reads these: SIM and TWIN.
 
 Letters: n histories of a tile, L events, C queries a history, R distinct items of a tile, N queries, K found events, H
 heads, D head dim, M model dim.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vista.model.baselines.candidate_model import CandidateModel, Events, Found, Queries
-from vista.model.baselines.padded_tiles import Tile, tiles
+from vista.model.baselines.candidate_model import CandidateModel, FoundEvents, PackedEvents, Queries
+from vista.model.baselines.padded_tiles import PaddedTile, tiles
 from vista.model.layers import split_heads
 
 SCORES_AT_ONCE = 1 << 22
@@ -36,7 +36,7 @@ class SearchModel(CandidateModel):
 
     # The search ----------------------------------------------------------------------------------------------------
 
-    def find(self, events: Events, queries: Queries) -> Found:
+    def find(self, events: PackedEvents, queries: Queries) -> FoundEvents:
         """The events that `search` names, a tile of histories at a time."""
         longest = int(events.offsets.diff().max())
         index = queries.seen.new_zeros(len(queries.seen), min(self.config.search_top_k, longest))
@@ -50,10 +50,10 @@ class SearchModel(CandidateModel):
             packed = tile.index[:, None].expand(-1, row.shape[1], -1).gather(2, local)
             index[row[real], : local.shape[2]] = torch.where(visible, packed, 0)[real]
             valid[row[real], : local.shape[2]] = visible[real]
-        return Found(index, valid)
+        return FoundEvents(index, valid)
 
     @torch.no_grad()
-    def search(self, events: Events, tile: Tile, queries: Queries, row: Tensor) -> tuple[Tensor, Tensor]:
+    def search(self, events: PackedEvents, tile: PaddedTile, queries: Queries, row: Tensor) -> tuple[Tensor, Tensor]:
         """The `search_top_k` events of highest score for the queries at row [n, C] of a tile.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Rivals that encode a whole history once, causally, so that each position is a training example: SASRec and HSTU.
+"""Baselines that encode a whole history once, causally, so that each position is a training example: SASRec and HSTU.
 
 Histories run in padded tiles [n, L] of like length: padding lies after a history's last event, where a causal model
 cannot see it. Letters: n histories of a tile, L events, C candidates, M model dim.
@@ -19,15 +19,15 @@ from vista.examples.cuts import Batch
 from vista.log.gaps import history_gaps
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.history_model import HistoryModel, Impressions, Int, in_place, next_loss, weighted_losses
-from vista.model.baselines.padded_tiles import Tile, tiles
+from vista.model.baselines.history_model import HistoryModel, Int, ShownCandidates, in_place, next_loss, weighted_losses
+from vista.model.baselines.padded_tiles import PaddedTile, tiles
 from vista.model.inference import newest
 from vista.model.layers import Dropout
 from vista.model.ranking_model import Losses, Schema
 
 
 @dataclass(frozen=True, slots=True)
-class Events:
+class EventVectors:
     """Embedded histories: vectors [T, M]; time int64 [T] ms (or ordinals); offsets int64 [B+1], on the host."""
 
     vectors: Tensor
@@ -35,15 +35,15 @@ class Events:
     offsets: Int
 
 
-def _encoded_impressions(batch: Batch, limit: int) -> tuple[Batch, Impressions]:
+def _encoded_impressions(batch: Batch, limit: int) -> tuple[Batch, ShownCandidates]:
     """Without the labels of what was shown after a chunk of limit + 1 events, the last of which is not encoded."""
-    shown = Impressions.of(batch)
+    shown = ShownCandidates.of(batch)
     late = shown.place[shown.seen > limit]
     if not len(late):
         return batch, shown
     mask = batch.candidate_mask.flatten(0, 1).index_fill(0, late, False)
     batch = replace(batch, candidate_mask=mask.view_as(batch.candidate_mask))
-    return batch, Impressions.of(batch)
+    return batch, ShownCandidates.of(batch)
 
 
 class SequenceModel(HistoryModel):
@@ -90,7 +90,7 @@ class SequenceModel(HistoryModel):
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         vectors = self.encoder(self.shown_vectors(batch, item_vectors), batch.action, batch.gap, batch.rating)
-        events = Events(vectors, batch.clock, batch.offsets.cpu().numpy())
+        events = EventVectors(vectors, batch.clock, batch.offsets.cpu().numpy())
         shown = None
         if self.schema.tasks and optim.task_weight > 0:
             batch, shown = _encoded_impressions(batch, self.config.history_limit)
@@ -117,7 +117,7 @@ class SequenceModel(HistoryModel):
             return weighted_losses(self, batch, optim, loss, None)
         return weighted_losses(self, batch, optim, loss, in_place(torch.cat(logits), torch.cat(places), batch))
 
-    def _encode(self, events: Events, tile: Tile) -> tuple[Tensor, Any]:
+    def _encode(self, events: EventVectors, tile: PaddedTile) -> tuple[Tensor, Any]:
         """States [n, L+1, M] before each event and after the last, and the history's memory (None without events).
 
         L is at most `history_limit`: one event more is a label alone.
@@ -137,7 +137,7 @@ class SequenceModel(HistoryModel):
 
     # Requests ------------------------------------------------------------------------------------------------------
 
-    def embed(self, histories: Histories) -> Events:
+    def embed(self, histories: Histories) -> EventVectors:
         """The newest `history_limit` events of each history."""
         histories = newest(histories, self.config.history_limit)
         time = np.asarray(histories.timestamp)
@@ -145,7 +145,7 @@ class SequenceModel(HistoryModel):
         rating = None if histories.rating is None else self._tensor(histories.rating)
         vectors = self.item_vectors(self._tensor(histories.item).long())
         vectors = self.encoder(vectors, self._tensor(histories.action).long(), self._tensor(gap), rating)
-        return Events(vectors, self._tensor(time), histories.offsets)
+        return EventVectors(vectors, self._tensor(time), histories.offsets)
 
     @torch.inference_mode()
     def user_vectors(self, histories: Histories, now: Int | None) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Search
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.candidate_model import Events, Queries, age_table, network
-from vista.model.baselines.padded_tiles import Tile, tiles
+from vista.model.baselines.candidate_model import PackedEvents, Queries, age_table, network
+from vista.model.baselines.padded_tiles import PaddedTile, tiles
 from vista.model.baselines.search_model import SearchModel, attend
 from vista.model.ranking_model import Schema
 
@@ -62,7 +62,7 @@ class SIM(SearchModel):
         return projected
 
     @torch.no_grad()
-    def search(self, events: Events, tile: Tile, queries: Queries, row: Tensor) -> tuple[Tensor, Tensor]:
+    def search(self, events: PackedEvents, tile: PaddedTile, queries: Queries, row: Tensor) -> tuple[Tensor, Tensor]:
         if self.category is None:
             return super().search(events, tile, queries, row)
         # A history sorted by category and place: what a candidate may find are neighbours there, the newest ones last.
@@ -77,7 +77,7 @@ class SIM(SearchModel):
         places = listed[:, None].expand(-1, row.shape[1], -1).gather(2, rank.clamp(min=0)) % length
         return places, found
 
-    def search_logits(self, events: Events, queries: Queries) -> Tensor | None:
+    def search_logits(self, events: PackedEvents, queries: Queries) -> Tensor | None:
         """A network over the candidate and the mean over all events that it sees of (relevance * item)."""
         if self.category is not None:
             return None
