@@ -1,0 +1,154 @@
+"""The blocks of a Markdown page that the tests run, and the output that the page shows for them.
+
+- A ```python block is run as written. A ```text block right below it, with only blank lines between, is its stdout.
+- A ```console block has lines `$ command`, each followed by what the command prints. A line that ends in a backslash
+  continues on the next one.
+- A block that must not run says why: ```console no-run: needs a GPU. The allowed reasons are in REASONS.
+- Blocks of other languages are not run.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+REASONS = (
+    "downloads data",
+    "needs a GPU",
+    "needs a scheduler",
+    "needs a second machine",
+    "runs for minutes",
+    "runs until stopped",
+)
+"""Why a block may not be run. `runs until stopped`: a service; a test of its own must run it."""
+
+_FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>[^`]*)$")
+
+
+class PageError(ValueError):
+    """A page breaks the conventions above."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One fenced block of a page."""
+
+    language: str
+    no_run: str | None
+    """The reason for not running it."""
+    start: int
+    """Index of the block's first line, below the opening fence, in the page's lines."""
+    lines: tuple[str, ...]
+    """Without the fence's indentation."""
+    indent: str
+
+    @property
+    def code(self) -> str:
+        return "".join(f"{line}\n" for line in self.lines)
+
+    @property
+    def stop(self) -> int:
+        """Index of the closing fence."""
+        return self.start + len(self.lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Code or a command to run, and the lines of the page that show its output."""
+
+    language: str
+    code: str
+    start: int
+    """Index of the code's first line in the page's lines."""
+    shown: tuple[str, ...] | None
+    """None where the page shows no output, so there is nothing to compare."""
+    shown_start: int = 0
+    indent: str = ""
+    """Of the shown lines in the page."""
+
+    @property
+    def fails(self) -> bool:
+        """A command whose shown output has a line of vista's error messages must fail, every other one succeed."""
+        return any(line.startswith("error:") for line in self.shown or ())
+
+
+def read_lines(page: Path) -> list[str]:
+    return page.read_text(encoding="utf-8").splitlines()
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """All fenced blocks of a page, in order.
+
+    Raises:
+        PageError: a block is not closed, or `no-run` lacks one of the allowed reasons.
+    """
+    blocks, opened, content = [], None, []
+    for index, line in enumerate(read_lines(page)):
+        found = _FENCE.match(line)
+        if opened is None:
+            if found:
+                opened, content, start = found, [], index + 1
+            continue
+        if found and found["fence"].startswith(opened["fence"]) and not found["info"].strip():
+            language, no_run = _read_info(opened["info"], f"{page}:{start}")
+            blocks.append(Block(language, no_run, start, tuple(content), opened["indent"]))
+            opened = None
+            continue
+        content.append(line.removeprefix(opened["indent"]) if line.strip() else "")
+    if opened is not None:
+        raise PageError(f"{page}:{start}: the block is not closed")
+    return blocks
+
+
+def _read_info(info: str, place: str) -> tuple[str, str | None]:
+    language, _, rest = info.strip().partition(" ")
+    if "no-run" not in rest:
+        return language, None
+    reason = rest.strip().removeprefix("no-run").removeprefix(":").strip()
+    if reason not in REASONS:
+        raise PageError(f"{place}: write `no-run: REASON` with one of {', '.join(REASONS)}; got {rest.strip()!r}")
+    return language, reason
+
+
+def steps_of(page: Path) -> list[Step]:
+    """What is to be run, in order.
+
+    Raises:
+        PageError: see `blocks_of`; or a console block does not begin with a command.
+    """
+    steps: list[Step] = []
+    blocks, lines = blocks_of(page), read_lines(page)
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        if block.no_run is not None:
+            continue
+        if block.language == "python":
+            step = Step("python", block.code, block.start, None)
+            if following is not None and following.language == "text" and following.no_run is None:
+                between = lines[block.stop + 1 : following.start - 1]
+                if not any(line.strip() for line in between):
+                    shown = following.lines
+                    step = Step("python", block.code, block.start, shown, following.start, following.indent)
+            steps.append(step)
+        elif block.language == "console":
+            steps += _commands_of(block, page)
+    return steps
+
+
+def _commands_of(block: Block, page: Path) -> list[Step]:
+    starts = [index for index, line in enumerate(block.lines) if line.startswith("$ ")]
+    if not starts or starts[0] != 0:
+        raise PageError(f"{page}:{block.start + 1}: a console block begins with a line `$ command`")
+    steps = []
+    for start, stop in zip(starts, [*starts[1:], len(block.lines)], strict=True):
+        first, *rest = block.lines[start:stop]
+        command, shown_start = [first.removeprefix("$ ")], start + 1
+        while command[-1].endswith("\\") and rest:
+            command.append(rest.pop(0).removeprefix("> "))
+            shown_start += 1
+        while rest and not rest[-1]:
+            rest.pop()
+        shown = tuple(rest) or None
+        code, place = "\n".join(command), block.start + start
+        steps.append(Step("console", code, place, shown, block.start + shown_start, block.indent))
+    return steps

@@ -1,0 +1,46 @@
+"""Rewrites the outputs that pages show: `python -m tests.docs.update_output README.md docs/guides/train.md`.
+
+Lines that still match stay, those with `...` too. Only an output that is shown already is updated: write an empty
+```text block below a python block, or a line `?` below a command, to have it filled in.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.docs.matching import updated
+from tests.docs.page import read_lines
+from tests.docs.run_page import TIME_LIMIT_S, run_page
+
+
+def update_page(page: Path, *, limit_s: float = TIME_LIMIT_S) -> bool:
+    """Run a page in a temporary folder and write its new outputs; return whether anything changed.
+
+    Raises:
+        PageError, PageFailed: see `run_page`; the page is then left as it was.
+    """
+    lines = read_lines(page)
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [(step, output) for step, output in run_page(page, Path(folder), limit_s=limit_s)]
+    for step, printed in reversed(outputs):
+        if step.shown is not None:
+            new = [f"{step.indent}{line}".rstrip() for line in updated(step.shown, printed)]
+            lines[step.shown_start : step.shown_start + len(step.shown)] = new
+    text = "".join(f"{line}\n" for line in lines)
+    changed = text != page.read_text(encoding="utf-8")
+    if changed:
+        page.write_text(text, encoding="utf-8")
+    return changed
+
+
+def main(names: Sequence[str]) -> None:
+    """Update each page and say what became of it."""
+    for name in names:
+        print(f"{name}: {'updated' if update_page(Path(name)) else 'unchanged'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
