@@ -4,88 +4,185 @@ from __future__ import annotations
 
 
 class VistaError(Exception):
-    """Base of every error that vista raises on purpose; the command line prints it as one line."""
+    """Base of all errors that vista raises on purpose.
+
+    The command line prints one as a single line.
+
+    Remedy: read the message. It says what is wrong, where, and what to do. Catch this class to handle all of
+    vista's own errors.
+    """
 
 
 class ConfigError(VistaError, ValueError):
-    """A configuration is contradictory or out of range; the message names the key."""
+    """A setting is unknown, has the wrong type, is out of range, or contradicts another setting.
+
+    The command line exits with code 2.
+
+    Remedy: change the key that the message names. `vista COMMAND --help` lists the keys of a command, and `--cfg`
+    prints the values that it would use.
+    """
 
 
 class DataError(VistaError, ValueError):
-    """Source data are bad: the message names file, row, column, value and remedy."""
+    """Source data cannot be used; the message names the file and, where there is one, the row, column and value.
+
+    Nothing is written.
+
+    Remedy: correct the source as the message says. `on_bad_rows=quarantine` sets bad rows aside instead of stopping at
+    the first one.
+    """
 
 
 class TakenError(DataError):
-    """A file's content is in the EventLog already."""
+    """The event log already holds the content of this source file.
+
+    Remedy: leave the file out. If it was appended on purpose because it repeats old rows, send the new rows only: rows
+    that come twice count twice.
+    """
 
 
 class LogBusyError(DataError):
-    """Another process writes the EventLog; nothing is wrong with the data, so try again."""
+    """Another process is writing the event log.
+
+    Remedy: wait for the other process to end, then run the command again. Nothing is wrong with the data.
+    """
 
 
 class LogWriteError(DataError):
-    """An EventLog's files cannot be written just now; nothing is wrong with the data, so free space and try again."""
+    """The files of an event log cannot be written, for example because the disk is full.
+
+    Remedy: free space or correct the permissions, then run the command again. The log is as it was before.
+    """
 
 
 class MissingDependencyError(VistaError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed.
+
+    Remedy: install the extra that the message names, such as `pip install 'vista-recsys[data]'`.
+    """
 
 
 class LogFormatError(VistaError):
-    """An EventLog on disk is missing, truncated or of another format."""
+    """An event log is missing, damaged, or of another format.
+
+    Remedy: check the path. If a file is missing or damaged, restore it from a backup, or prepare the log again from its
+    sources.
+    """
 
 
 class UnknownUserError(VistaError, KeyError):
-    """A user has no record and the policy is `raise`."""
+    """A user is not in the event log, or has no record in the store and `on_missing` is `raise`.
+
+    Remedy: refresh the store if the user is new. An erased user never gets a record again. With `on_missing="empty"` or
+    `on_missing="nan"`, a scorer accepts unknown users.
+    """
 
     __str__ = Exception.__str__
 
 
 class UnknownItemError(VistaError, KeyError):
-    """An item is not in the model's vocabulary and the policy is `raise`."""
+    """An item is not in the model's vocabulary and `on_missing` is `raise`.
+
+    Remedy: train on a newer log to add items. With `on_missing="empty"` or `on_missing="nan"`, a scorer accepts unknown
+    items.
+    """
 
     __str__ = Exception.__str__
 
 
 class CheckpointError(VistaError):
-    """A checkpoint or an exported model is missing, truncated or does not fit the configuration."""
+    """A checkpoint or an exported model is missing, damaged, or does not fit its configuration.
+
+    Remedy: give the path of an exported model, which is `<run_dir>/best`. If the files are damaged, export or train the
+    model again. To train without the old checkpoints, use another `run_dir` or `resume=false`.
+    """
 
 
 class NonFiniteLossError(VistaError):
-    """Training met a NaN or infinite loss; the batch was saved and the message names its users."""
+    """The loss, its gradients or the scores of a validation became infinite or NaN during training.
+
+    The message names the users. A training batch is also saved, and the message says where.
+
+    Remedy: lower `optim.learning_rate`, or look at the events of these users. Training can resume from the last
+    checkpoint.
+    """
 
 
 class StoreError(VistaError):
-    """A summary store is missing, foreign or unreadable."""
+    """A summary store is missing, damaged, closed, or does not fit the log or the model.
+
+    Remedy: follow the message. Some messages need more than they say:
+
+    - `holds no published generation`: run a full `vista refresh`.
+    - `instead of a generation's name`, `which is not there`: run `vista store rollback to=N` with one of the
+      generations that the message lists.
+    - `is truncated`, `structure is damaged`: check the disk, run `vista store rollback`, and refresh in full.
+    - `was made of other sources`: this is another log, or an older copy of it. Use the log that the store was made
+      from, or refresh in full.
+    - `users were erased here who are still in`: erase these users in the source store too.
+    - `reader slots are taken`: run fewer readers, or give some of them a copy of the store (`vista store copy`).
+    - `was removed since this process's parent opened it`: open the store again in the child process.
+    """
 
 
 class UnfinishedError(StoreError):
-    """A generation of a store was never finished: no reader opens it, and the next refresh goes on with it."""
+    """A generation of a store was never finished, so no reader opens it.
+
+    Remedy: run the same refresh again; it resumes the unfinished generation.
+    """
 
 
 class StoreWriteError(StoreError):
-    """A store's files cannot be written or read just now; what it holds is as it was."""
+    """The files of a store cannot be written or read, for example because the disk is full.
+
+    What the store held stays in service.
+
+    Remedy: free space or correct the permissions, then run the same command again to resume.
+    """
 
 
 class StoreBusyError(StoreError):
-    """A store was written while it was read as a whole; nothing is wrong with it, so try again."""
+    """A command that reads a whole generation found that it changed at every attempt.
+
+    Remedy: run the command again when the refresh or the erasure has ended. Nothing is wrong with the store.
+    """
 
 
 class RecordError(StoreError):
-    """One stored record is truncated, corrupt or of another format; the message names its key."""
+    """A stored record is damaged or cannot be stored; the message names the user.
+
+    A record cannot be stored if its summary has values that are not finite or that the codec cannot represent.
+
+    Remedy: run `vista store verify`. If records are damaged, run `vista store rollback` or refresh in full; other users
+    stay in service. If summaries cannot be stored, look at the weights of the model and at the events of the user.
+    """
 
 
 class UserKeyError(StoreError, ValueError):
-    """A user id cannot be a key: it is too long, beyond int64, or neither an integer nor a string."""
+    """A user id cannot be a key of a store: it is too long, beyond int64, or neither an integer nor a string.
+
+    Remedy: use integers or strings of at most 509 bytes of UTF-8 as user ids. Hash longer ids before `vista prepare`.
+    """
 
 
 class StoreLockedError(StoreError):
-    """Another writer holds the store."""
+    """Another process is writing the store.
+
+    Remedy: wait for the process that the message names, or end it; its finished batches are kept. Then run the same
+    command again.
+    """
 
 
 class SummarizerMismatchError(StoreError):
-    """A store was written by another summarizer; the message holds both identities."""
+    """The summarizer (stage 1) that wrote the store is not that of the model that reads it; the message names both.
+
+    Remedy: open the store with the model that wrote it, or run a full `vista refresh` with this model.
+    """
 
 
 class LeakageError(VistaError):
-    """A record has already seen the event that it is asked to predict."""
+    """A summary or a model covers the events that it is asked to predict.
+
+    Remedy: refresh another store with an earlier `until=`, or train with the `data.validation_from` that the message
+    names.
+    """

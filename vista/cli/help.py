@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from vista.config.composition import groups_of, options_of
 from vista.config.config_keys import ConfigKeys, value_text
 
-_OPTIONS = (
+OPTIONS = (
     ("--cfg", "print the resolved configuration and stop"),
     ("--config FILE", "YAML of the same keys, such as --cfg prints; words on the command line win over it"),
     ("--help", "this text"),
@@ -75,7 +75,7 @@ def command_help(name: str, summary: str, schema: type, examples: Sequence[str])
         summary,
         "",
         "Options:",
-        _table(_OPTIONS, 20),
+        _table(OPTIONS, 20),
     ]
     for group in groups:
         title = "Experiments, complete runs by name" if group == "experiment" else f"Group {group}"

@@ -12,7 +12,9 @@ class EvaluateConfig:
     """Quality as served: summaries read from the store, scores made by the scorer."""
 
     data: str = "data/log"
+    """Folder of the EventLog."""
     model: str = "runs/vista/best"
+    """Folder of the exported model."""
     store: str = "stores/vista"
     """Folder of the summary store; a baseline reads the raw history and has none."""
     authentication_key_file: str | None = None
@@ -37,8 +39,11 @@ class EvaluateConfig:
     out: str | None = None
     """JSON file that receives the metrics; replaced if it exists. null prints only."""
     device: str = "auto"
+    """auto | cpu | cuda | cuda:N."""
     num_threads: int = 0
+    """CPU threads; 0 leaves torch's own choice."""
     progress: bool = True
+    """Show a progress bar."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -30,6 +30,7 @@ class SourceConfig:
     action: str | None = None
     """Column of action names, such as click or buy."""
     rating: str | None = None
+    """Column of ratings, which are numbers."""
     sequence: str | None = None
     """Column that orders equal timestamps; input order without it."""
     separator: str = ","
@@ -59,6 +60,7 @@ class PrepareConfig:
     """Add a segment to an existing log; a source that it holds already is refused."""
     on_bad_rows: OnBadRows = OnBadRows.error
     progress: bool = True
+    """Show a progress bar."""
 
     def __post_init__(self) -> None:
         check_types(self)

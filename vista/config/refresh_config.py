@@ -43,8 +43,11 @@ class RefreshConfig:
     precision: Precision = Precision.float32
     """Of matrix products: bfloat16 is faster where the device multiplies it, and moves summaries by some 0.3 %."""
     device: str = "auto"
+    """auto | cpu | cuda | cuda:N."""
     num_threads: int = 0
+    """CPU threads; 0 leaves torch's own choice."""
     progress: bool = True
+    """Show a progress bar."""
 
     def __post_init__(self) -> None:
         check_types(self)

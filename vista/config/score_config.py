@@ -15,7 +15,9 @@ class ScoreConfig:
     """Scores or ranking of one or several users, from the command line."""
 
     model: str = "runs/vista/best"
+    """Folder of the exported model."""
     store: str = "stores/vista"
+    """Folder of the summary store."""
     authentication_key_file: str | None = None
     """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
     users: list[str] = field(default_factory=list)
@@ -28,7 +30,9 @@ class ScoreConfig:
     """Time of the request, an ISO date or time (UTC) or ms; null leaves it unknown."""
     on_missing: OnMissing = OnMissing.empty
     device: str = "auto"
+    """auto | cpu | cuda | cuda:N."""
     num_threads: int = 0
+    """CPU threads; 0 leaves torch's own choice."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -16,25 +16,31 @@ class SimulateConfig:
     out: str = "data/simulated"
     """Folder that receives events.parquet, impressions.parquet and items.parquet, which `prepare` reads."""
     num_users: int = 400
+    """Users of the log."""
     events_per_user: int = 4000
     """Mean length of a history; lengths spread around it."""
     num_items: int = 1600
+    """Items of the log."""
     num_topics: int = 32
     """Latent topics, at most 256; every item belongs to one."""
     min_interests: int = 4
+    """Fewest slow interests of a user."""
     max_interests: int = 6
-    """Slow interests of a user: topics that return for as long as the user lives."""
+    """Most slow interests of a user: topics that return throughout the history."""
     episode_events: int = 450
     """Mean length of an episode, in events; a user's slow interests take turns, one an episode."""
     session_events: int = 20
     """Mean length of a session, in events."""
     impressions_per_user: int = 300
+    """Labeled impressions per user."""
     impressions_per_request: int = 4
     """Candidates shown at one moment."""
     start: str = "2024-01-01"
+    """First day of the simulated period, an ISO date (UTC)."""
     days: float = 730.0
     """Length of the simulated period; users' lives fill it."""
     seed: int = 1
+    """Seed of the random numbers."""
     num_threads: int = 1
     """Threads that generate; the bytes do not depend on them."""
     reference: bool = False

@@ -35,8 +35,11 @@ class WatchConfig:
     once: bool = False
     """Look once and end, as a scheduled job does."""
     device: str = "auto"
+    """auto | cpu | cuda | cuda:N."""
     num_threads: int = 0
+    """CPU threads; 0 leaves torch's own choice."""
     progress: bool = False
+    """Show a progress bar."""
 
     def __post_init__(self) -> None:
         check_types(self)

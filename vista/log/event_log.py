@@ -91,8 +91,12 @@ class EventLog:
             frame: events, one row each.
             path: folder to make; with `append` it is extended by a segment.
             time_unit: s | ms | us | ns | iso; needed with a numeric or text timestamp column.
-            user, item, timestamp, action, rating, sequence: names of columns; `timestamp=None` makes a log without
-                times, in the frame's order; equal times are ordered by `sequence`, or else as they come.
+            user: name of the column of user ids.
+            item: name of the column of item ids.
+            timestamp: name of the column of times; None makes a log without times, in the order of the frame.
+            action: name of the column of actions; None if there is none.
+            rating: name of the column of ratings; None if there is none.
+            sequence: name of a column that orders events with equal times; None keeps the order of the frame.
             impressions: a second frame with the same user, item and timestamp columns, and `labels`.
             labels: one 0/1/missing column a task of the impressions.
             probabilities: true probabilities, one column a task (simulations).

@@ -235,7 +235,8 @@ class Scorer:
             candidates: item ids, or None for the whole catalogue.
             exclude: item ids that must not come.
             exclude_tail: leave out the items of the user's tail.
-            tail, now: as in `predict`.
+            tail: as in `predict`.
+            now: as in `predict`.
         """
         if not isinstance(top_k, (int, np.integer)) or isinstance(top_k, bool):
             raise TypeError(f"top_k: needs an integer, got {top_k!r}")
@@ -322,7 +323,8 @@ class Scorer:
             user: an id as in the log.
             candidates: item ids [C], or a `CandidateSet` of them.
             task: one of `tasks`; None: the scorer's own.
-            tail, now: as in `predict`.
+            tail: as in `predict`.
+            now: as in `predict`.
         """
         with self._call() as served:
             task = task or self.task
