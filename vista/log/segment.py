@@ -18,7 +18,7 @@
 
 A user's events lie together, by time, then sequence, then input order. Vocabularies are the segments' new ids end
 to end, so that renaming one folder publishes everything at once. The manifest's `deletions` counts forgotten events
-and erased users. docs/event-log.md tells more.
+and erased users. docs/reference/file-formats.md tells more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Summary store: records of fixed size a user in LMDB, in generations that flip at once (docs/summary-format.md)."""
+"""Summary store: records of fixed size a user in LMDB, published atomically (docs/reference/file-formats.md)."""
 
 from vista.store.format.keys import user_keys
 from vista.store.format.record import RecordSpec, encode_records

@@ -171,7 +171,7 @@ LARGEST = {Codec.float32: 2.0**100, Codec.int8: 2.0**100, Codec.float16: 65504.0
 
 
 def error_bound(codec: Codec, rows: np.ndarray) -> np.ndarray:
-    """Of rows [..., d], what docs/summary-format.md promises."""
+    """Of rows [..., d], what docs/reference/file-formats.md promises."""
     rows = rows.astype(np.float64)
     least, span = np.abs(rows.min(axis=-1, keepdims=True)), np.ptp(rows, axis=-1, keepdims=True)
     match codec:

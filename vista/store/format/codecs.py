@@ -1,4 +1,4 @@
-"""How summary rows become bytes: float32, float16, and FBGEMM's int8 and int4 rows (docs/summary-format.md).
+"""How summary rows become bytes: float32, float16, and FBGEMM's int8 and int4 rows (docs/reference/file-formats.md).
 
 N rows, d values a row.
 """

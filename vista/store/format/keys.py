@@ -1,4 +1,4 @@
-"""Keys of the summary store: `u`, a type byte, the raw user id (docs/summary-format.md, "Keys").
+"""Keys of the summary store: `u`, a type byte, the raw user id (docs/reference/file-formats.md, "Keys").
 
 Integers are big-endian with the sign bit flipped, so that byte order is numeric order; strings are their UTF-8 bytes.
 """

@@ -1,4 +1,4 @@
-"""The bytes of one user's record: 128-byte header, K summary rows, tail, code (docs/summary-format.md).
+"""The bytes of one user's record: 128-byte header, K summary rows, tail, code (docs/reference/file-formats.md).
 
 B users, K summary tokens, d model width, R bytes of all rows of one user, n events of one tail.
 """

@@ -1,4 +1,4 @@
-"""Records of states, from which summaries are reread after an append (docs/summary-format.md, "States").
+"""Records of states, from which summaries are reread after an append (docs/reference/file-formats.md, "States").
 
 N users, L layers, H heads, D head dim. Little-endian: a header of 120 bytes; n and removed float32 [H]; float16 only:
 scales float32 [L, H]; z [L, H, D, D].

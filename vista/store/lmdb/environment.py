@@ -1,4 +1,4 @@
-"""LMDB environments, opened the one way that is safe (docs/summary-format.md, "Environment").
+"""LMDB environments, opened the one way that is safe (docs/reference/file-formats.md, "LMDB environment").
 
 One environment a file and process: LMDB forbids a second one, and forbids use after fork. Hence the registry below, and
 the gate, which every read transaction passes: a fork, a close and a map change wait until no transaction is open.

@@ -1,4 +1,4 @@
-"""Who may read a store: its owner alone, or a group too; whatever the umask (docs/summary-format.md, "Files").
+"""Who may read a store: its owner alone, or a group too; whatever the umask (docs/reference/file-formats.md, "Files").
 
 A folder's own mode says which, so that a file made in it later, by whatever command, gets the mode that belongs there.
 """
