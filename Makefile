@@ -6,7 +6,7 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev,data,report,sketches,tensorboard
+EXTRAS ?= dev,data,docs,report,sketches,tensorboard
 # Passed to pip install, such as PIP_OPTIONS="--index-url URL" for an index that has torch's CPU build.
 PIP_OPTIONS ?=
 PYTEST_ARGS ?=
@@ -20,7 +20,7 @@ RUN_BENCHMARKS := failed=0; \
 	for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m scripts.benchmarks.$$name $(BENCH_ARGS) || failed=1; done; \
 	$(BIN)/python -m scripts.benchmarks.bench_summary; exit $$failed
 
-.PHONY: help setup test lint demo bench test-gpu test-aot test-faults bench-gpu clean
+.PHONY: help setup test lint docs demo bench test-gpu test-aot test-faults bench-gpu clean
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,12 +37,15 @@ setup: $(STAMP) ## make the virtual environment with vista and all it needs; say
 	@$(BIN)/python scripts/describe_environment.py
 
 test: setup ## run the tests that need no GPU (but test-aot and test-faults), on all cores
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not aot and not faults" $(PYTEST_ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not aot and not faults and not docs" $(PYTEST_ARGS)
 
 lint: setup ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: setup ## build the documentation site into build/site and check every link
+	$(BIN)/python -m docs.build_site
 
 demo: setup ## run the whole job and write a report; DATA=path/to/ml-1m (or another MovieLens folder) instead of the simulation
 	$(BIN)/python -m scripts.demo $(if $(DATA),--data "$(DATA)")
@@ -66,5 +69,5 @@ bench-gpu: setup ## run all benchmarks with the GPU
 	@$(RUN_BENCHMARKS)
 
 clean: ## remove caches and build leftovers; .venv, data, runs and stores stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -1,0 +1,117 @@
+"""The documentation site: what breaks its build, and the build of this repository's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from docs.build_site import PAGES_ELSEWHERE, ROOT, SiteError, build, pages_of_nav
+from docs.check_links import check_site, check_sources
+from docs.generate_reference import reference_pages
+
+pytest.importorskip("zensical", reason="the extra `docs` is not installed")
+
+
+def write(root: Path, pages: dict[str, str]) -> None:
+    for name, text in pages.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository with a small site, whose settings are this repository's."""
+    settings, _ = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")
+    _, extensions = (ROOT / "mkdocs.yml").read_text().split("\nmarkdown_extensions:\n")
+    nav = "nav:\n  - index.md\n  - Guides:\n      - guides/first.md\n      - reference/made.md\n"
+    write(
+        tmp_path,
+        {
+            "mkdocs.yml": f"{settings}\n{nav}\nmarkdown_extensions:\n{extensions}",
+            "README.md": "# Top\n\n[docs](docs/index.md#a--b), [conf](conf)\n",
+            "conf/small.yaml": "dim: 8\n",
+            "kernels/README.md": "# Kernels\n\n## Measured\n\n[top](../docs/index.md), [code](kernel.py)\n",
+            "kernels/kernel.py": "",
+            "docs/figure.svg": "<svg xmlns='http://www.w3.org/2000/svg'/>",
+            "docs/index.md": "# Home\n\n## A & `B`\n\n[first](guides/first.md#the_end), ![figure](figure.svg)\n",
+            "docs/guides/first.md": "# First\n\n[home](../index.md#a--b) [made](../reference/made.md#part)\n"
+            "[small][s] [kernels](../../kernels/README.md#measured) [away](https://example.org)\n\n"
+            "[s]: ../../conf/small.yaml\n\n"
+            "```python no-run: needs a GPU\nnames[name](no_link)\n```\n\n`names[name](no_link)`\n\n## The_end\n",
+            "docs/build.py": "",
+            "docs/site.css": "",
+        },
+    )
+    return tmp_path
+
+
+GENERATED = {"reference/made.md": "# Made\n\n## Part\n\n[first](../guides/first.md)\n"}
+
+
+def test_a_site_without_broken_links_is_built(root: Path) -> None:
+    site = build(root, GENERATED)
+    first = (site / "guides" / "first.html").read_text()
+    assert 'href="../repository/conf/small.yaml.txt"' in first
+    assert 'href="../explanation/kernels.html#measured"' in first
+    assert (site / "repository" / "conf" / "small.yaml.txt").read_text() == "dim: 8\n"
+    assert 'href="../repository/kernels/kernel.py.txt"' in (site / "explanation" / "kernels.html").read_text()
+    assert "no-run" not in first and "language-python" in first
+    assert not list(site.rglob("*.py"))
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "problem"),
+    [
+        ("docs/index.md", "[x](guides/none.md)", "docs/index.md:6: guides/none.md does not exist"),
+        ("docs/index.md", "[x](guides/first.md#none)", "docs/index.md:6: guides/first.md#none has no such heading"),
+        ("docs/index.md", "[x](#none)", "docs/index.md:6: #none has no such heading"),
+        ("docs/index.md", "![x](none.svg)", "docs/index.md:6: none.svg does not exist"),
+        ("docs/index.md", '<img src="none.svg">', "docs/index.md:6: none.svg does not exist"),
+        ("docs/index.md", "[x][d]\n\n[d]: none.md", "docs/index.md:8: none.md does not exist"),
+        ("docs/index.md", "[x](../conf/none.yaml)", "docs/index.md:6: ../conf/none.yaml does not exist"),
+        ("docs/index.md", "[x](../conf)", "docs/index.md:6: ../conf is a folder"),
+        ("docs/index.md", "[x](../../other.md)", "docs/index.md:6: ../../other.md leads out of the repository"),
+        ("docs/index.md", "[x](reference/made.md#none)", "](reference/made.md#none)"),
+        ("docs/index.md", '<img src="https://example.org/x.png">', "index.html: loads https://example.org/x.png"),
+        ("docs/index.md", "::: no.such.name", "Could not collect 'no.such.name'"),
+        ("kernels/README.md", "[x](none.py)", "kernels/README.md:6: none.py does not exist"),
+        ("README.md", "[x](docs/none.md)", "README.md:4: docs/none.md does not exist"),
+        ("README.md", "[x](docs/index.md#none)", "README.md:4: docs/index.md#none has no such heading"),
+        ("README.md", "[x](docs/reference/made.md)", "README.md:4: docs/reference/made.md exists on the site only"),
+        ("mkdocs.yml", "  - none.md", "none.md: the site has no such page"),
+    ],
+)
+def test_a_broken_link_breaks_the_build(root: Path, page: str, link: str, problem: str) -> None:
+    text = (root / page).read_text()
+    text = text.replace("nav:\n", f"nav:\n{link}\n") if page == "mkdocs.yml" else f"{text}{link}\n"
+    (root / page).write_text(text)
+    with pytest.raises(SiteError) as error:
+        build(root, GENERATED)
+    assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("guides/first.html", "index.html: guides/first.html#the_end does not exist"),
+        ("figure.svg", "index.html: figure.svg does not exist"),
+        ("reference/made.html", "reference/made.md: the site has no such page, or it has no title"),
+    ],
+)
+def test_a_site_that_lacks_a_file_is_refused(root: Path, name: str, problem: str) -> None:
+    site = build(root, GENERATED)
+    (site / name).unlink()
+    assert problem in check_site(site, pages_of_nav(root))
+
+
+def test_links_of_the_sources_lead_somewhere() -> None:
+    assert check_sources(ROOT, {*reference_pages(), *PAGES_ELSEWHERE.values()}) == []
+
+
+@pytest.mark.docs
+def test_the_site_of_this_repository() -> None:
+    pages = pages_of_nav(ROOT)
+    assert len(pages) == len(set(pages)) > 20
+    site = build(ROOT, reference_pages())
+    assert "max_age_s" in (site / "reference" / "api.html").read_text()
