@@ -1,10 +1,9 @@
-"""The service of docs/serving.md runs as it stands there, and what that document says of fork is so."""
+"""The service of docs/guides/serve.md runs as it is, and what that page says about fork is true."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -21,18 +20,19 @@ import pytest
 
 import vista
 from tests.conftest import ITEMS, Served, run_python
+from tests.docs.page import blocks_of
 from vista.refresh import refresh
 from vista.scorer import Scorer
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "serving.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "guides" / "serve.md"
 TIMEOUT_S = 60
 
 
 @pytest.fixture
 def process(served: Served, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """The document's program, which serves `runs/mine/best` and `stores/mine` of the temporary folder, and its port."""
-    (block,) = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), flags=re.M | re.S)
-    (tmp_path / "service.py").write_text(block)
+    """The page's program, which serves `runs/mine/best` and `stores/mine` of the temporary folder, and its port."""
+    (service,) = (block for block in blocks_of(PAGE) if block.no_run == "runs until stopped")
+    (tmp_path / "service.py").write_text(service.code)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "best").symlink_to(served.model_dir)
     refresh(served.model, served.log, tmp_path / "stores" / "mine")
@@ -166,7 +166,3 @@ print(sorted(ended.values()))
 def test_a_scorer_that_has_scored_is_forked(served: Served, before: str, inside: str) -> None:
     done = run_python(FORKED, str(served.model_dir), str(served.store), before, inside)
     assert (done.stdout.strip(), done.stderr) == ("[0, 0]", "")
-
-
-def test_nothing_is_left_to_fill_in() -> None:
-    assert not re.search("TODO|PLACEHOLDER", DOCUMENT.read_text())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 REASONS = (
@@ -119,7 +120,7 @@ def steps_of(page: Path) -> list[Step]:
     """
     steps: list[Step] = []
     blocks, lines = blocks_of(page), read_lines(page)
-    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+    for block, following in zip_longest(blocks, blocks[1:]):
         if block.no_run is not None:
             continue
         if block.language == "python":

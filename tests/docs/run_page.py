@@ -55,7 +55,7 @@ class _Session:
         self.process = subprocess.Popen(
             arguments,
             cwd=folder,
-            env=_environment(),
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # A terminal shows both streams of a command; of python blocks a page shows what they print.
@@ -115,7 +115,7 @@ class _Session:
                 continue
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """The interpreter's own programs come first, and vista is this checkout's."""
     left_out = {"COLUMNS", "VISTA_AUTHENTICATION_KEY"}
     return {

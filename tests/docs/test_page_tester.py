@@ -153,6 +153,12 @@ def test_malformed_blocks_are_refused(page: Path) -> None:
         steps_of(page)
 
 
+@pytest.mark.parametrize("text", ["", "# Page\n\nNo blocks.\n", "```yaml\ndim: 8\n```\n"])
+def test_a_page_may_have_nothing_to_run(page: Path, folder: Path, text: str) -> None:
+    page.write_text(text)
+    assert check_page(page, folder) == 0
+
+
 def test_only_a_text_block_right_below_is_an_output(page: Path) -> None:
     page.write_text("```python\nprint(1)\n```\n\nand\n\n```text\n2\n```\n")
     (step,) = steps_of(page)

@@ -1,0 +1,38 @@
+"""README.md and the pages of docs/ run as they are, and print what they show."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs.page import steps_of
+from tests.docs.run_page import ROOT, TIME_LIMIT_S, check_page
+
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+RUN = [page for page in PAGES if re.search(r"^ *```(python|console)$", page.read_text(), flags=re.M)]
+
+
+@pytest.mark.timeout(TIME_LIMIT_S + 60)
+def test_readme(tmp_path: Path) -> None:
+    assert check_page(README, tmp_path) > 0
+
+
+@pytest.mark.docs
+@pytest.mark.timeout(TIME_LIMIT_S + 60)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+def test_page(page: Path, tmp_path: Path) -> None:
+    assert check_page(page, tmp_path) > 0
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+def test_nothing_is_left_to_fill_in(page: Path) -> None:
+    assert not re.search("TODO|PLACEHOLDER", page.read_text())
+
+
+def test_blocks_that_are_not_run_have_a_reason() -> None:
+    """Also checks that every block is closed, and that console blocks begin with a command."""
+    for page in [README, ROOT / "kernels" / "README.md", *PAGES]:
+        steps_of(page)
