@@ -190,7 +190,7 @@ def bench_layers(recorder: BenchmarkRecorder, world: World, softmax: World, prec
 
 
 def bench_batches(recorder: BenchmarkRecorder, world: World) -> None:
-    """Calls of several users against a call a user: what docs/serving.md advises with."""
+    """Calls of several users against a call a user: what docs/guides/serve.md advises with."""
     everyone = list(range(1, 33))
     with open_scorer(world) as scorer:
         for num_users, count in ((8, 500), (32, 100), (32, 10)):

@@ -23,7 +23,7 @@ def choice_of(kind: type[Choice], value: Choice | str, name: str) -> Choice:
 
 
 class Architecture(Enum):
-    """Which model: VISTA, or a baseline that reads the raw history at every request (docs/models.md)."""
+    """Which model: VISTA, or a baseline that reads the raw history at every request (docs/explanation/models.md)."""
 
     vista = "vista"
     sasrec = "sasrec"

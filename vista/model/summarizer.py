@@ -1,4 +1,4 @@
-"""Stage 1: a user's history into K summary tokens (VISTA, section on UIH summarization; design in docs/decisions.md).
+"""Stage 1: a user's history into K summary tokens (VISTA, section on UIH summarization; docs/explanation/design.md).
 
 Letters: T packed events, B histories, NC cuts, S seeds, L layers, H heads, D head dim, M model dim.
 

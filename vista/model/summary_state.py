@@ -1,4 +1,4 @@
-"""States of separable mixing: sums over events that append, merge and forget (docs/decisions.md; no paper has these).
+"""States of separable mixing: sums over events that append, merge and forget (docs/explanation/design.md).
 
 Letters: N histories, L layers, H heads, D head dim.
 

@@ -1,8 +1,8 @@
 """The generative model of the simulation: items and topics, users' interests in time, events, requests and labels.
 
-docs/simulation.md tells it in words, with the formulas and the reference figures. Nothing here touches files. All of it
-is NumPy over packed arrays, chunk by chunk of users; every chunk has a random stream of its own, so the bytes depend on
-the config alone (and on NumPy's version), never on threads.
+docs/explanation/simulation.md describes it in words, with the formulas and the reference figures. Nothing here touches
+files. All of it is NumPy over packed arrays, chunk by chunk of users. Every chunk has a random stream of its own, so
+the bytes depend on the config alone (and on NumPy's version), never on threads.
 
 Letters: U users of the chunk, T events, S sessions, E episodes, R requests, N impressions, K topics.
 """
