@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     recorder = BenchmarkRecorder("attention", out=options.out, quick=options.quick)
     if device.type == "cuda":
-        import attention_on_gpu
+        from scripts.benchmarks import attention_on_gpu
 
         attention_on_gpu.bench(recorder, device)
     else:
