@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from vista.examples.frequency import item_counts
-from vista.log.deleted_rows import EventKeys
 from vista.log.deletions import write_deletions
+from vista.log.event_keys import EventKeys
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.segment import EVENT_COLUMNS, IMPRESSION_COLUMNS, segment_name
@@ -59,11 +59,6 @@ class Oracle:
 
     def _is_gone(self, event: Event, number: int) -> bool:
         return any(event in later.forgotten or event[0] in later.erased for later in self.steps[number + 1 :])
-
-    def with_deletions(self, after: int) -> list[int]:
-        return sorted(
-            {user for step in self.steps[after:] for user in [*(event[0] for event in step.forgotten), *step.erased]}
-        )
 
     def changed(self, after: int) -> list[int]:
         return sorted(

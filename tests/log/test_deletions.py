@@ -76,7 +76,6 @@ def test_whatever_is_read_is_what_lists_say(
     users = rng.permutation(NUM_USERS)
     for after in range(len(steps) + 1):
         assert log.has_boundary(after) is (after > 0)
-        assert log.users_with_deletions(after).tolist() == oracle.with_deletions(after)
         new = [oracle.history(user, after) for user in users.tolist()]
         assert events_of(log.new_events(users, after), users.tolist()) == new
         if after:
@@ -106,8 +105,6 @@ def test_compaction_changes_nothing_that_is_read(
         if inside:
             with pytest.raises(LogFormatError, match="does not keep apart what came after"):
                 log.new_events(users, after)
-            with pytest.raises(LogFormatError, match="does not keep apart"):
-                log.users_with_deletions(after)
         else:
             new = [oracle.history(user, after) for user in users.tolist()]
             assert events_of(log.new_events(users, after), users.tolist()) == new
@@ -137,7 +134,7 @@ def test_what_is_out_of_order_is_seen_behind_a_deletion(tmp_path: Path) -> None:
 
 
 def test_many_events_at_one_time_are_compared_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vista.log.deleted_rows._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("vista.log.event_keys._ROWS_AT_ONCE", 7)
     events = [(user, item % NUM_ITEMS, 1, item % 2) for user in range(2) for item in range(20)]
     steps = [Step(events=events), Step(forgotten=[(0, 1, 1, 1), (1, 2, 1, 0)])]
     log = write(tmp_path / "log", steps)

@@ -21,12 +21,11 @@ from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
 from vista.log.impressions import merged_columns
 from vista.log.packed_table import Int, PackedTable
-from vista.log.segment import EVENT_COLUMNS, segment_name, superseded_segments
+from vista.log.segment import EVENT_COLUMNS, LOG_FIELDS, QUARANTINE_FILE, segment_name, superseded_segments
 from vista.log.segment_writer import TableWriter, locked_log, staged_folder, write_manifest
 
 RUN_EVENTS = 1 << 20
 """Events that are read and written at once, some 40 bytes of memory each; a longer history makes a run of its own."""
-QUARANTINE = "quarantine.csv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +126,10 @@ def _write(folder: Path, log: EventLog, blanked: Int, run_events: int) -> bool:
     np.save(folder / "changed.npy", _last_changes(log))
     quarantine_removed = _join_quarantines(folder, log)
     newest = log.manifests[-1]
-    same = ("num_users", "num_items", "id_types", "actions", "tasks", "has_time", "timestamp", "has_rating")
     rows = {"events": log.num_events, "impressions": sum(table.num_rows for table in tables)}
     write_manifest(
         folder,
-        {name: newest[name] for name in same}
+        {name: newest[name] for name in LOG_FIELDS}
         | {
             "first_segment": 1,
             "last_segment": log.last_segment,
@@ -180,11 +178,11 @@ def _last_changes(log: EventLog) -> Int:
 
 def _join_quarantines(folder: Path, log: EventLog) -> bool:
     """One quarantine.csv of all, or none where users were erased; returns whether rows were left out."""
-    files = [file for segment in log.segments if (file := segment.path / QUARANTINE).is_file()]
+    files = [file for segment in log.segments if (file := segment.path / QUARANTINE_FILE).is_file()]
     if any(len(segment.erased) for segment in log.segments):
         return bool(files)
     for number, file in enumerate(files):
-        with file.open("rb") as source, (folder / QUARANTINE).open("ab") as target:
+        with file.open("rb") as source, (folder / QUARANTINE_FILE).open("ab") as target:
             if number:
                 source.readline()
             shutil.copyfileobj(source, target)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vista.config import SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError, UnknownUserError
-from vista.log.deleted_rows import EventKeys, equal_events
+from vista.log.event_keys import EventKeys, equal_events
 from vista.log.event_log import EventLog
 from vista.log.frames import to_polars
 from vista.log.ingest.parts import ORDER, read_part
@@ -25,7 +25,7 @@ from vista.log.ingest.rules import TIME_UNITS
 from vista.log.ingest.sources import Source, column_names, frame_source, open_sources
 from vista.log.packed_table import Int
 from vista.log.polars_extra import pl
-from vista.log.segment import EVENT_COLUMNS, FORGOTTEN_COLUMNS, segment_name
+from vista.log.segment import EVENT_COLUMNS, FORGOTTEN_COLUMNS, LOG_FIELDS, segment_name
 from vista.log.segment_writer import TableWriter, locked_log, staged_folder, write_manifest
 
 _NAMED_ROWS = 3
@@ -151,10 +151,10 @@ def _forget(path: Path, source: Source) -> DeletionReport:
         number = log.last_segment + 1
         with staged_folder(path / segment_name(number)) as folder:
             rows = _read(log, source, folder)
-            found = _matches(log, _event_keys(log, rows), rows, source)
-            write_deletions(folder, log, found, np.empty(0, np.int64))
-    num_events = sum(len(equal_events(segment.events, found)[1]) for segment in log.segments)
-    return DeletionReport(path, number, len(np.unique(found.user)), num_events, 0)
+            forgotten = _matches(log, _event_keys(log, rows), rows, source)
+            write_deletions(folder, log, forgotten, np.empty(0, np.int64))
+    num_events = sum(len(equal_events(segment.events, forgotten)[1]) for segment in log.segments)
+    return DeletionReport(path, number, len(np.unique(forgotten.user)), num_events, 0)
 
 
 def _read(log: EventLog, source: Source, folder: Path) -> pl.DataFrame:
@@ -236,10 +236,9 @@ def write_deletions(folder: Path, log: EventLog, forgotten: EventKeys | None, er
         writer.close()
     if len(erased):
         np.save(folder / "erased.npy", erased)
-    same = ("num_users", "num_items", "id_types", "actions", "tasks", "has_time", "timestamp", "has_rating")
     write_manifest(
         folder,
-        {name: newest[name] for name in same}
+        {name: newest[name] for name in LOG_FIELDS}
         | {
             "first_segment": number,
             "last_segment": number,

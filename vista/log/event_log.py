@@ -6,21 +6,18 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.config.choices import OnBadRows
 from vista.errors import LogFormatError, UnknownUserError
 from vista.log.deleted_rows import obey_deletions
 from vista.log.histories import Histories, slice_merged, take_range
 from vista.log.impressions import Impressions, read_impressions
 from vista.log.packed_table import PackedTable
-from vista.log.segment import Segment, read_segments
-from vista.log.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from vista.config.choices import OnBadRows
+from vista.log.segment import Segment, read_segments, read_vocabularies
 
 
 class EventLog:
@@ -32,8 +29,7 @@ class EventLog:
     def __init__(self, path: Path, segments: Sequence[Segment]) -> None:
         newest = segments[-1].manifest
         self.path = path
-        self.users = Vocabulary.concatenated([segment.new_users for segment in segments])
-        self.items = Vocabulary.concatenated([segment.new_items for segment in segments])
+        self.users, self.items = read_vocabularies(segments)
         self.actions: list[str] = list(newest["actions"])
         self.has_time: bool = newest["has_time"]
         self.has_rating: bool = newest["has_rating"]
@@ -46,11 +42,6 @@ class EventLog:
         self._tables = _filled(self.segments)
         self._lengths: NDArray[np.int64] | None = None
         self._impressions: Impressions | None = None
-        if (self.num_users, self.num_items) != (newest["num_users"], newest["num_items"]):
-            raise LogFormatError(
-                f"{path}: vocabularies hold {self.num_users} users and {self.num_items} items, the manifest of "
-                f"{segments[-1].path.name} says {newest['num_users']} and {newest['num_items']}; prepare the log anew"
-            )
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, last_segment: int | None = None) -> EventLog:
@@ -105,6 +96,7 @@ class EventLog:
         Raises:
             DataError: naming row, column, value and remedy.
         """
+        # Imported here because ingest loads Polars, which no reader of a log needs.
         from vista.log.ingest.prepare import prepare_frames
 
         prepare_frames(
@@ -171,24 +163,15 @@ class EventLog:
 
     def time_range(self) -> tuple[int, int] | None:
         """Oldest and newest time (ms, or ordinals) of all events; None without events."""
-        found = []
+        ranges = []
         for events in (segment.events for segment in self.segments):
             has = np.flatnonzero(np.diff(events.offsets))
             if len(has):
                 times = events.columns["timestamp"]
                 first = times[events.places(events.offsets[has])]
                 last = times[events.places(events.offsets[has + 1] - 1)]
-                found.append((int(first.min()), int(last.max())))
-        return (min(first for first, _ in found), max(last for _, last in found)) if found else None
-
-    def next_ordinals(self) -> NDArray[np.int64]:
-        """In a log without times: one more than the last ordinal of each user, int64 [num_users]."""
-        following = np.zeros(self.num_users, np.int64)
-        for events in (segment.events for segment in self.segments):
-            has = np.flatnonzero(np.diff(events.offsets))
-            last = events.columns["timestamp"][events.places(events.offsets[has + 1] - 1)]
-            following[events.users[has]] = np.maximum(following[events.users[has]], last + 1)
-        return following
+                ranges.append((int(first.min()), int(last.max())))
+        return (min(first for first, _ in ranges), max(last for _, last in ranges)) if ranges else None
 
     @property
     def impressions(self) -> Impressions | None:
@@ -260,22 +243,6 @@ class EventLog:
         for segment in self.segments:
             changed[segment.changed_users(after)] = True
         return np.flatnonzero(changed)
-
-    def users_with_deletions(self, after: int) -> NDArray[np.int64]:
-        """Those of `changed_users` from whom segments numbered above `after` delete something; the others only gained.
-
-        Args:
-            after: a number for which `has_boundary` holds, or 0.
-
-        Returns:
-            int64 [U] user rows, ascending.
-
-        Raises:
-            LogFormatError: if the log ends before `after`, or a compacted segment holds what came before and after it.
-        """
-        newer = self._newer_segments(after)
-        forgotten = [segment.forgotten.users for segment in newer if segment.forgotten is not None]
-        return np.unique(np.concatenate([np.empty(0, np.int64), *(s.erased for s in newer), *forgotten]))
 
     def new_events(self, user_rows: Any, after: int) -> Histories:
         """What the segments numbered above `after` brought of several users, without what later ones deleted.

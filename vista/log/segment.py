@@ -11,7 +11,7 @@
         rating.npy      float32 [T]     where the log has ratings
         impressions/                    the same for impressions: users, offsets, item, timestamp, and
             label.npy   uint8 [N, tasks]; mask.npy uint8 [N, tasks]; probability.npy float32 [N, tasks], where known
-        deletions/                      forgotten events: users, offsets, item, timestamp, action (deleted_rows.py)
+        deletions/                      forgotten events: users, offsets, item, timestamp, action (event_keys.py)
         erased.npy      int64 [E]       user rows erased, ascending
         changed.npy     int64 [users]   once compacted: number of the last segment that changed each user, 0 for none
         quarantine.csv                  rows that failed validation, if any
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ IMPRESSION_COLUMNS = {
     "probability": np.float32,
 }
 FORGOTTEN_COLUMNS = {"item": np.int32, "timestamp": np.int64, "action": np.uint8}
+LOG_FIELDS = ("num_users", "num_items", "id_types", "actions", "tasks", "has_time", "timestamp", "has_rating")
+"""Manifest entries that describe the log up to the segment; one without new sources repeats them."""
+QUARANTINE_FILE = "quarantine.csv"
 _NAME = re.compile(r"segment-(\d{6})(?:-(\d{6}))?")
 _REMEDY = "prepare the log anew from its sources"
 
@@ -151,6 +154,24 @@ def read_segments(path: Path, last_segment: int | None = None) -> list[Segment]:
         why = f"it lies inside the compacted {newest.path.name}" if inside else f"the log ends at {newest.last}"
         raise LogFormatError(f"{path}: no segment ends at number {last_segment}: {why}; read the whole log")
     return segments
+
+
+def read_vocabularies(segments: Sequence[Segment]) -> tuple[Vocabulary, Vocabulary]:
+    """The user and item vocabularies of a log with these segments: their new ids end to end.
+
+    Raises:
+        LogFormatError: if the newest manifest counts other numbers of ids.
+    """
+    users = Vocabulary.concatenated([segment.new_users for segment in segments])
+    items = Vocabulary.concatenated([segment.new_items for segment in segments])
+    newest = segments[-1]
+    counts = newest.manifest["num_users"], newest.manifest["num_items"]
+    if (len(users), len(items)) != counts:
+        raise LogFormatError(
+            f"{newest.path.parent}: vocabularies hold {len(users)} users and {len(items)} items, the manifest of "
+            f"{newest.path.name} says {counts[0]} and {counts[1]}; prepare the log anew"
+        )
+    return users, items
 
 
 def find_segments(path: Path) -> list[Path]:

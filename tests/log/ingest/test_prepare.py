@@ -179,8 +179,8 @@ def test_actions_are_added_by_later_segments(tmp_path: Path) -> None:
     assert run(tmp_path / "log", [first], action="kind").warnings == [old]
     warned = run(tmp_path / "log", [later], append=True, action="kind").warnings
     assert warned[1:] == [
-        "the log had no action add so far: models trained before that read actions refuse it; train them anew "
-        "before the next refresh"
+        "the log had no action add so far: models trained before that read actions refuse it; retrain them before "
+        "the next refresh"
     ]
     log = EventLog.open(tmp_path / "log")
     assert log.actions == ["buy", "view", "add"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from vista.errors import DataError
-from vista.log.ingest.packing import ITEM_ROW, USER_ROW
+from vista.log.ingest.distinct_ids import ITEM_ROW, USER_ROW
 from vista.log.ingest.parts import Part
 from vista.log.ingest.sources import Source
 from vista.log.polars_extra import pl
@@ -18,19 +19,27 @@ from vista.log.segment import EVENT_COLUMNS, IMPRESSION_COLUMNS
 NO_ACTION = "event"
 """Name of the action where the source has none."""
 MAX_ACTIONS = 256
-Columns = Mapping[str, tuple[DTypeLike, tuple[int, ...]]]
-"""Name of each column to (dtype, shape of one row)."""
-Values = Callable[[pl.DataFrame], Mapping[str, NDArray[Any]]]
-"""From a sorted block of rows to those columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableColumns:
+    """The columns of a packed table, and how they are made.
+
+    types: name to (dtype, shape of one row), as TableWriter takes them; of_block: from a sorted block of parsed rows to
+    these columns.
+    """
+
+    types: Mapping[str, tuple[DTypeLike, tuple[int, ...]]]
+    of_block: Callable[[pl.DataFrame], Mapping[str, NDArray[Any]]]
 
 
 def actions_of(parts: Sequence[Part], known: Sequence[str]) -> list[str]:
     """Action names by code: those known, then new ones in sorted order."""
-    found = {NO_ACTION}
+    used = {NO_ACTION}
     if "action" in parts[0].source.columns:
         names = pl.concat([part.good().select("action") for part in parts])
-        found = set(names.unique().head(100 * MAX_ACTIONS).collect(engine="streaming")["action"].to_list())
-    actions = [*known, *sorted(found - set(known))]
+        used = set(names.unique().head(100 * MAX_ACTIONS).collect(engine="streaming")["action"].to_list())
+    actions = [*known, *sorted(used - set(known))]
     if len(actions) > MAX_ACTIONS:
         column = parts[0].source.columns["action"]
         raise DataError(
@@ -49,16 +58,22 @@ def time_range(parts: Sequence[Part]) -> tuple[int | None, int | None]:
     return low, high
 
 
-def event_columns(source: Source, actions: Sequence[str], ordinals: NDArray[np.int64]) -> tuple[Columns, Values]:
+def event_columns(
+    source: Source, actions: Sequence[str], next_ordinals: Callable[[], NDArray[np.int64]]
+) -> TableColumns:
     """Columns of the events.
 
     Args:
-        ordinals: int64 [old users] where each one's ordinals go on; only a log without times needs it.
+        source: one of the table's sources; all have the same columns.
+        actions: names by code.
+        next_ordinals: returns int64 [old users], the first ordinal of each one's new events; called only if the source
+            has no times.
     """
+    ordinals = np.empty(0, np.int64) if "timestamp" in source.columns else next_ordinals()
     names = [name for name in EVENT_COLUMNS if name != "rating" or "rating" in source.columns]
     code = {name: number for number, name in enumerate(actions)}
 
-    def values(block: pl.DataFrame) -> Mapping[str, NDArray[Any]]:
+    def of_block(block: pl.DataFrame) -> Mapping[str, NDArray[Any]]:
         out: dict[str, NDArray[Any]] = {"item": block[ITEM_ROW].to_numpy()}
         out |= {name: block[name].to_numpy() for name in ("timestamp", "rating") if name in block.columns}
         if "action" in block.columns:
@@ -69,7 +84,7 @@ def event_columns(source: Source, actions: Sequence[str], ordinals: NDArray[np.i
             out["timestamp"] = _ordinals(block[USER_ROW].to_numpy(), ordinals)
         return out
 
-    return {name: (EVENT_COLUMNS[name], ()) for name in names}, values
+    return TableColumns({name: (EVENT_COLUMNS[name], ()) for name in names}, of_block)
 
 
 def _ordinals(user_rows: NDArray[np.int64], following: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -81,12 +96,12 @@ def _ordinals(user_rows: NDArray[np.int64], following: NDArray[np.int64]) -> NDA
     return np.arange(len(user_rows)) - np.repeat(starts - held, np.diff(starts, append=len(user_rows)))
 
 
-def impression_columns(source: Source, tasks: Sequence[str]) -> tuple[Columns, Values]:
+def impression_columns(source: Source, tasks: Sequence[str]) -> TableColumns:
     """Columns of the impressions: an unknown label is 0 under mask 0, an unknown probability NaN."""
     has_probability = any(name.startswith("probability:") for name in source.columns)
     names = [name for name in IMPRESSION_COLUMNS if name != "probability" or has_probability]
 
-    def values(block: pl.DataFrame) -> Mapping[str, NDArray[Any]]:
+    def of_block(block: pl.DataFrame) -> Mapping[str, NDArray[Any]]:
         labels = [block[f"label:{task}"] for task in tasks]
         out = {
             "item": block[ITEM_ROW].to_numpy(),
@@ -100,4 +115,5 @@ def impression_columns(source: Source, tasks: Sequence[str]) -> tuple[Columns, V
         return out
 
     wide = ("label", "mask", "probability")
-    return {name: (IMPRESSION_COLUMNS[name], (len(tasks),) if name in wide else ()) for name in names}, values
+    types = {name: (IMPRESSION_COLUMNS[name], (len(tasks),) if name in wide else ()) for name in names}
+    return TableColumns(types, of_block)

@@ -9,69 +9,47 @@ than a bucket makes a bucket of its own.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
+from vista.log.ingest.columns import TableColumns
+from vista.log.ingest.distinct_ids import USER_ROW
 from vista.log.ingest.parts import ORDER, Part
-from vista.log.ingest.prepare_report import Stages
+from vista.log.ingest.stage_times import StageTimes
 from vista.log.polars_extra import pl
 from vista.log.segment_writer import TableWriter
-from vista.log.vocabulary import Vocabulary
 
 BUCKET_EVENTS = 1 << 22
 """Rows of a bucket, at most."""
-USER_ROW, ITEM_ROW, BUCKET = "user_row", "item_row", "bucket"
-
-
-def distinct(parts: Sequence[Part]) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """(users with their number of rows, items): columns `user`, `len`; `item`."""
-    everything = pl.concat([part.good().select("user", "item") for part in parts])
-    users, items = pl.collect_all(
-        [everything.group_by("user").len(), everything.select(pl.col("item").unique())], engine="streaming"
-    )
-    return users, items
-
-
-def extended(vocabulary: Vocabulary, frames: Sequence[pl.Series]) -> Vocabulary:
-    """The vocabulary with the ids of several series."""
-    ids = pl.concat(frames, how="vertical").unique() if len(frames) > 1 else frames[0]
-    return vocabulary.extended(ids.to_numpy() if vocabulary.kind == "int" else ids.to_list())
-
-
-def rows_of(vocabulary: Vocabulary, ids: pl.Series, name: str) -> pl.DataFrame:
-    """Columns `ids.name` and `name`: each id with its row (int64 users, int32 items)."""
-    rows = vocabulary.rows(ids.to_numpy() if vocabulary.kind == "int" else ids.to_list())
-    return pl.DataFrame({ids.name: ids, name: rows.astype(np.int32 if name == ITEM_ROW else np.int64)})
+BUCKET = "bucket"
 
 
 def pack(
     parts: Sequence[Part],
     users: pl.DataFrame,
     items: pl.DataFrame,
+    columns: TableColumns,
     target: Path,
     scratch: Path,
-    columns: Mapping[str, tuple[DTypeLike, tuple[int, ...]]],
-    values: Callable[[pl.DataFrame], Mapping[str, NDArray[Any]]],
     *,
-    bucket_events: int = BUCKET_EVENTS,
-    stages: Stages,
-    written: Callable[[int], object] = lambda rows: None,
+    bucket_events: int,
+    times: StageTimes,
+    on_rows_written: Callable[[int], object],
 ) -> int:
     """Write one packed table.
 
     Args:
         parts: of one table.
         users: `user`, `user_row`, `len` of every user of these parts; items: `item`, `item_row`.
+        columns: what to write.
         target: folder of the table.
         scratch: folder for buckets.
-        columns: what to write, see TableWriter.
-        values: from a sorted bucket to those columns.
-        stages: where times are booked.
-        written: called with the number of rows of each bucket written.
+        bucket_events: rows that are sorted at once; it never changes the result.
+        times: receives the seconds of "sort" and "write".
+        on_rows_written: called with the number of rows of each bucket that was written.
 
     Returns:
         The number of users.
@@ -79,7 +57,7 @@ def pack(
     users = users.sort(USER_ROW)
     bucket = _buckets(users["len"].to_numpy(), bucket_events)
     num_rows = sum(part.num_rows for part in parts)
-    writer = TableWriter(target, num_rows, columns)
+    writer = TableWriter(target, num_rows, columns.types)
     keys = users.select("user", USER_ROW, pl.Series(BUCKET, bucket))
     joined = (
         pl.concat([part.good() for part in parts])
@@ -89,10 +67,10 @@ def pack(
     )
     for frame in _in_buckets(joined, int(bucket[-1]) + 1, scratch):
         block = _sorted(frame)
-        stages.lap("sort")
-        writer.append(block[USER_ROW].to_numpy(), values(block))
-        stages.lap("write")
-        written(block.height)
+        times.lap("sort")
+        writer.append(block[USER_ROW].to_numpy(), columns.of_block(block))
+        times.lap("write")
+        on_rows_written(block.height)
     return writer.close()
 
 

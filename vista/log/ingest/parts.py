@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vista.config.choices import OnBadRows
 from vista.errors import DataError
-from vista.log.ingest.rules import BLANK, PROBLEM, Check, parse
+from vista.log.ingest.rules import BLANK, PROBLEM, Rule, parse
 from vista.log.ingest.sources import EXTRA, ROW, Source, unreadable
 from vista.log.polars_extra import pl
 
@@ -48,11 +48,11 @@ def read_part(
     Raises:
         DataError: if the file is unreadable or has no rows; with on_bad_rows=raise, on the first bad row.
     """
-    parsed = parse(source, kinds, table)
+    frame, rules = parse(source, kinds, table)
     file = folder / f"{table}-{number:06d}.arrow"
     order = (pl.lit(number, pl.Int64) * 2**32 + pl.col(ROW).cast(pl.Int64)).alias(ORDER)
     try:
-        parsed.frame.with_columns(order).drop(ROW).sink_ipc(file, maintain_order=False)
+        frame.with_columns(order).drop(ROW).sink_ipc(file, maintain_order=False)
         # value_counts of one byte a row: what is there, without the rows.
         codes = pl.scan_ipc(file).group_by(PROBLEM).agg(pl.len(), pl.col(ORDER).min()).collect(engine="streaming")
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -66,14 +66,14 @@ def read_part(
     quarantine = None
     if bad:
         first = min(order for _, order in bad.values()) % 2**32
-        message = _report(source, parsed.checks, pl.scan_ipc(file), first)
+        message = _report(source, rules, pl.scan_ipc(file), first)
         if on_bad_rows is OnBadRows.error:
             more = f" ({num_bad - 1} more bad rows)" if num_bad > 1 else ""
             raise DataError(f"{message}; on_bad_rows=quarantine sets such rows aside{more}")
         if not num_good:
             raise DataError(f"{message}; not one of {num_bad} rows is good, so nothing would be left")
         quarantine = folder / f"{table}-{number:06d}.csv"
-        _set_aside(source, parsed.checks, table, pl.scan_ipc(file), quarantine)
+        _set_aside(source, rules, table, pl.scan_ipc(file), quarantine)
     return Part(source, file, num_good, num_bad, quarantine)
 
 
@@ -87,34 +87,34 @@ def write_quarantine(parts: Sequence[Part], target: Path) -> None:
                     shutil.copyfileobj(handle, out)
 
 
-def _report(source: Source, checks: Sequence[Check], part: pl.LazyFrame, row: int) -> str:
+def _report(source: Source, rules: Sequence[Rule], part: pl.LazyFrame, row: int) -> str:
     """What is wrong with one row: file, row, column, value, reason, remedy."""
-    found = part.filter(pl.col(ORDER) % 2**32 == row).select(PROBLEM).collect(engine="streaming")
-    check = checks[found[PROBLEM][0] - 1]
-    value = source.frame.filter(pl.col(ROW) == row).select(check.column).collect(engine="streaming")[check.column][0]
+    problem = part.filter(pl.col(ORDER) % 2**32 == row).select(PROBLEM).collect(engine="streaming")
+    rule = rules[problem[PROBLEM][0] - 1]
+    value = source.frame.filter(pl.col(ROW) == row).select(rule.column).collect(engine="streaming")[rule.column][0]
     shown = repr(value) if value is not None else "an empty value"
-    return f"{source.path}: row {row}, {_place(source, check)}: {shown} {check.reason}; {check.remedy}"
+    return f"{source.path}: row {row}, {_place(source, rule)}: {shown} {rule.reason}; {rule.remedy}"
 
 
-def _place(source: Source, check: Check) -> str:
-    if check.column == EXTRA:
+def _place(source: Source, rule: Rule) -> str:
+    if rule.column == EXTRA:
         return "beyond the last column"
-    return f"column {source.columns[check.column]!r}"
+    return f"column {source.columns[rule.column]!r}"
 
 
-def _set_aside(source: Source, checks: Sequence[Check], table: str, part: pl.LazyFrame, target: Path) -> None:
+def _set_aside(source: Source, rules: Sequence[Rule], table: str, part: pl.LazyFrame, target: Path) -> None:
     """Stream a source's bad rows, in their order, into a CSV without a header."""
     bad = part.filter((pl.col(PROBLEM) > 0) & (pl.col(PROBLEM) != BLANK))
     listed = bad.select((pl.col(ORDER) % 2**32).cast(pl.UInt32).alias(ROW), PROBLEM).collect(engine="streaming")
     own = {name: source.columns.get(name, name) for name in source.frame.collect_schema().names() if name != ROW}
     value = pl.lit(None, pl.String)
-    for code, check in enumerate(checks, 1):
-        value = pl.when(pl.col(PROBLEM) == code).then(pl.col(check.column).cast(pl.String)).otherwise(value)
+    for code, rule in enumerate(rules, 1):
+        value = pl.when(pl.col(PROBLEM) == code).then(pl.col(rule.column).cast(pl.String)).otherwise(value)
     table_of_reasons = pl.LazyFrame(
         {
-            PROBLEM: list(range(1, len(checks) + 1)),
-            "column": [source.columns.get(check.column, check.column) for check in checks],
-            "reason": [f"{check.reason}; {check.remedy}" for check in checks],
+            PROBLEM: list(range(1, len(rules) + 1)),
+            "column": [source.columns.get(rule.column, rule.column) for rule in rules],
+            "reason": [f"{rule.reason}; {rule.remedy}" for rule in rules],
         },
         schema_overrides={PROBLEM: pl.UInt8},
     )

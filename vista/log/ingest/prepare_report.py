@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,16 +57,3 @@ class PrepareReport:
         if self.quarantine is not None:
             lines.append(f"{self.num_quarantined:,} bad rows set aside in {self.quarantine}")
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
-
-
-class Stages(dict[str, float]):
-    """Seconds of each stage; `lap` books the time since the last lap."""
-
-    def __init__(self) -> None:
-        super().__init__(dict.fromkeys(("open", "read", "vocabularies", "sort", "write", "sync"), 0.0))
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self[stage] += now - self._last
-        self._last = now

@@ -32,21 +32,13 @@ _ISO_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d", "%Y-%m-%dT%H:%M")
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class Rule:
     """One way for a value to be bad."""
 
     column: str
     bad: pl.Expr
     reason: str
     remedy: str
-
-
-@dataclass(frozen=True, slots=True)
-class Parsed:
-    """A source with typed columns and, in `problem`, 0 or the 1-based index of the first check that a row fails."""
-
-    frame: pl.LazyFrame
-    checks: list[Check]
 
 
 def id_kind(source: Source, column: str, wanted: str) -> str:
@@ -70,7 +62,7 @@ def id_kind(source: Source, column: str, wanted: str) -> str:
     return "int" if first.height and first[column].str.contains(r"^-?(0|[1-9][0-9]{0,18})$")[0] else "str"
 
 
-def parse(source: Source, kinds: Mapping[str, str], table: str) -> Parsed:
+def parse(source: Source, kinds: Mapping[str, str], table: str) -> tuple[pl.LazyFrame, list[Rule]]:
     """Lazily parse and judge every value of a source.
 
     Args:
@@ -78,8 +70,9 @@ def parse(source: Source, kinds: Mapping[str, str], table: str) -> Parsed:
         table: events | impressions, for messages.
 
     Returns:
-        columns as in `sources`, typed: ids int64 or str, timestamp int64 ms, rating float32, action str, sequence
-        int64, labels uint8, probabilities float32, `row`, and `problem` uint8.
+        (the typed rows, the rules). Columns as in `sources`: ids int64 or str, timestamp int64 ms, rating float32,
+        action str, sequence int64, labels uint8, probabilities float32, `row`, and `problem` uint8: 0, BLANK, or the
+        1-based index of the first rule that a row breaks.
 
     Raises:
         ConfigError: if a timestamp has no stated unit.
@@ -87,7 +80,7 @@ def parse(source: Source, kinds: Mapping[str, str], table: str) -> Parsed:
     """
     schema = source.frame.collect_schema()
     typed: dict[str, pl.Expr] = {}
-    checks: list[Check] = []
+    rules: list[Rule] = []
     for column in source.columns:
         dtype = schema[column]
         role = column.split(":")[0]
@@ -99,66 +92,66 @@ def parse(source: Source, kinds: Mapping[str, str], table: str) -> Parsed:
                 f"{source.path}: column {source.columns[column]!r} has type {dtype}, which is no {role}; convert it"
             )
         if role in kinds:
-            typed[column], found = _ids(column, dtype, kinds[role], table)
+            typed[column], of_column = _ids(column, dtype, kinds[role], table)
         elif role == "timestamp":
-            typed[column], found = _timestamp(column, dtype, source, table)
+            typed[column], of_column = _timestamp(column, dtype, source, table)
         elif role == "action":
             typed[column] = pl.col(column).cast(pl.String)
-            found = [Check(column, pl.col(column).is_null(), "is missing", "give every event an action")]
+            of_column = [Rule(column, pl.col(column).is_null(), "is missing", "give every event an action")]
         else:
-            typed[column], found = _number(column, role)
-        checks += found
+            typed[column], of_column = _number(column, role)
+        rules += of_column
     if source.is_text:
         extra = pl.col(EXTRA).is_not_null()
-        checks.insert(0, Check(EXTRA, extra, "is one field too many", "quote text that holds the separator"))
-    if len(checks) >= BLANK:
-        raise ConfigError(f"{table}.labels: {len(checks)} rules for one table, at most {BLANK - 1}; name fewer labels")
+        rules.insert(0, Rule(EXTRA, extra, "is one field too many", "quote text that holds the separator"))
+    if len(rules) >= BLANK:
+        raise ConfigError(f"{table}.labels: {len(rules)} rules for one table, at most {BLANK - 1}; name fewer labels")
     problem = pl.lit(0, pl.UInt8)
-    for code in range(len(checks), 0, -1):
-        problem = pl.when(checks[code - 1].bad).then(pl.lit(code, pl.UInt8)).otherwise(problem)
+    for code in range(len(rules), 0, -1):
+        problem = pl.when(rules[code - 1].bad).then(pl.lit(code, pl.UInt8)).otherwise(problem)
     if source.is_text:
         blank = pl.all_horizontal(pl.col(*source.columns, EXTRA).is_null())
         problem = pl.when(blank).then(pl.lit(BLANK, pl.UInt8)).otherwise(problem)
     columns = [expression.alias(name) for name, expression in typed.items()]
-    return Parsed(source.frame.select(ROW, *columns, problem.alias(PROBLEM)), checks)
+    return source.frame.select(ROW, *columns, problem.alias(PROBLEM)), rules
 
 
-def _ids(column: str, dtype: pl.DataType, kind: str, table: str) -> tuple[pl.Expr, list[Check]]:
+def _ids(column: str, dtype: pl.DataType, kind: str, table: str) -> tuple[pl.Expr, list[Rule]]:
     raw = pl.col(column)
     key = f"{table}.{column}_ids"
-    missing = Check(column, raw.is_null(), "is missing", f"give every row a {column} id")
+    missing = Rule(column, raw.is_null(), "is missing", f"give every row a {column} id")
     if kind == "str":
         text = raw.cast(pl.String)
         return text, [
-            Check(column, text.fill_null("") == "", "is missing", missing.remedy),
-            Check(column, text.str.len_bytes() > MAX_ID_BYTES, "is too long", f"ids hold {MAX_ID_BYTES} bytes at most"),
+            Rule(column, text.fill_null("") == "", "is missing", missing.remedy),
+            Rule(column, text.str.len_bytes() > MAX_ID_BYTES, "is too long", f"ids hold {MAX_ID_BYTES} bytes at most"),
         ]
     if dtype.is_integer():
         number = raw.cast(pl.Int64, strict=False)
-        return number, [missing, Check(column, number.is_null(), "does not fit into int64", f"set {key}=str")]
+        return number, [missing, Rule(column, number.is_null(), "does not fit into int64", f"set {key}=str")]
     if dtype.is_float():
         whole = (raw == raw.floor()) & (raw.abs() < 2.0**53)
         return raw.cast(pl.Int64, strict=False), [
-            Check(column, raw.is_null() | raw.is_nan(), "is missing", missing.remedy),
-            Check(column, whole.not_(), "is not a whole number", "ids are integers or text"),
+            Rule(column, raw.is_null() | raw.is_nan(), "is missing", missing.remedy),
+            Rule(column, whole.not_(), "is not a whole number", "ids are integers or text"),
         ]
     text = raw.cast(pl.String)
     number = text.cast(pl.Int64, strict=False)
     zeros = (text.str.starts_with("0") & (text != "0")) | text.str.starts_with("-0") | text.str.starts_with("+")
     return number, [
-        Check(column, text.fill_null("") == "", "is missing", missing.remedy),
-        Check(column, number.is_null(), "is text where an integer id belongs", f"correct it, or set {key}=str"),
-        Check(column, zeros, "is not written as a plain integer", f"drop leading zeros and signs, or set {key}=str"),
+        Rule(column, text.fill_null("") == "", "is missing", missing.remedy),
+        Rule(column, number.is_null(), "is text where an integer id belongs", f"correct it, or set {key}=str"),
+        Rule(column, zeros, "is not written as a plain integer", f"drop leading zeros and signs, or set {key}=str"),
     ]
 
 
-def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> tuple[pl.Expr, list[Check]]:
+def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> tuple[pl.Expr, list[Rule]]:
     raw, unit = pl.col(column), source.time_unit
     key = f"{table}.time_unit"
     if unit is not None and unit not in TIME_UNITS:
         raise ConfigError(f"{key}: unknown unit {unit!r}; take one of {', '.join(TIME_UNITS)}")
     remedy = f"correct it, or check {key} (it is {unit})"
-    missing = Check(column, raw.is_null(), "is missing", f"give every row a time, or set {table}.timestamp=null")
+    missing = Rule(column, raw.is_null(), "is missing", f"give every row a time, or set {table}.timestamp=null")
     if dtype in (pl.Datetime, pl.Date):
         if unit not in (None, "iso"):
             raise ConfigError(f"{key}={unit}: column {source.columns[column]!r} holds {dtype} already; leave it out")
@@ -177,8 +170,8 @@ def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> t
         zoned = text.str.to_datetime("%+", strict=False, time_unit="ms", time_zone="UTC").dt.timestamp("ms")
         naive = (text.str.to_datetime(f, strict=False, time_unit="ms").dt.timestamp("ms") for f in _ISO_FORMATS)
         ms = pl.coalesce(*naive, zoned)
-        text_check = Check(column, ms.is_null(), "is no ISO 8601 time", "write 2024-05-01T12:00:00Z or 2024-05-01")
-        return ms, [missing, text_check, *_range(column, ms, remedy)]
+        text_rule = Rule(column, ms.is_null(), "is no ISO 8601 time", "write 2024-05-01T12:00:00Z or 2024-05-01")
+        return ms, [missing, text_rule, *_range(column, ms, remedy)]
     factor = _MS_PER_UNIT[unit]
     limit = LATEST_MS / factor  # in the source's unit, so that no scaling can overflow before it is judged
     whole = raw.cast(pl.Int64, strict=False) if not dtype.is_float() else None
@@ -187,47 +180,47 @@ def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> t
         scaled = whole * int(factor) if factor >= 1 else whole // round(1 / factor)
     if dtype.is_integer():
         assert whole is not None and scaled is not None
-        huge = Check(column, whole.is_null(), "is absurd (after 2100)", remedy)
+        huge = Rule(column, whole.is_null(), "is absurd (after 2100)", remedy)
         return scaled, [missing, huge, *_range(column, whole, remedy, limit)]
     real = raw.cast(pl.Float64, strict=False)
     nearest = (real * factor).round(0, mode="half_to_even").cast(pl.Int64, strict=False)
     ms = nearest if scaled is None else pl.coalesce(scaled, nearest)
     return ms, [
         missing,
-        Check(column, real.is_null(), "is text where a time belongs", remedy),
-        Check(column, real.is_nan(), "is not a number", remedy),
+        Rule(column, real.is_null(), "is text where a time belongs", remedy),
+        Rule(column, real.is_nan(), "is not a number", remedy),
         *_range(column, real, remedy, limit),
     ]
 
 
-def _range(column: str, value: pl.Expr, remedy: str, limit: float = LATEST_MS) -> list[Check]:
+def _range(column: str, value: pl.Expr, remedy: str, limit: float = LATEST_MS) -> list[Rule]:
     return [
-        Check(column, value < 0, "is negative (before 1970)", remedy),
-        Check(column, value >= limit, "is absurd (after 2100)", remedy),
+        Rule(column, value < 0, "is negative (before 1970)", remedy),
+        Rule(column, value >= limit, "is absurd (after 2100)", remedy),
     ]
 
 
-def _number(column: str, role: str) -> tuple[pl.Expr, list[Check]]:
+def _number(column: str, role: str) -> tuple[pl.Expr, list[Rule]]:
     raw = pl.col(column)
     name = column.split(":")[-1]
     if role == "sequence":
         number = raw.cast(pl.Int64, strict=False)
         return number, [
-            Check(column, raw.is_null(), "is missing", "give every row a sequence number, or leave the column out"),
-            Check(column, number.is_null(), "is no integer", "correct it, or leave the column out"),
+            Rule(column, raw.is_null(), "is missing", "give every row a sequence number, or leave the column out"),
+            Rule(column, number.is_null(), "is no integer", "correct it, or leave the column out"),
         ]
     real = raw.cast(pl.Float64, strict=False)
     if role == "rating":
         return real.cast(pl.Float32), [
-            Check(column, raw.is_null(), "is missing", "correct it, or set rating=null to leave ratings out"),
-            Check(column, real.is_null(), "is text where a number belongs", "correct it"),
-            Check(column, real.cast(pl.Float32).is_finite().not_(), "is not a finite number", "correct it"),
+            Rule(column, raw.is_null(), "is missing", "correct it, or set rating=null to leave ratings out"),
+            Rule(column, real.is_null(), "is text where a number belongs", "correct it"),
+            Rule(column, real.cast(pl.Float32).is_finite().not_(), "is not a finite number", "correct it"),
         ]
-    text_check = Check(column, real.is_null() & raw.is_not_null(), "is text where a number belongs", "correct it")
+    text_rule = Rule(column, real.is_null() & raw.is_not_null(), "is text where a number belongs", "correct it")
     real = real.fill_nan(None)
     if role == "label":
         bad = (real != 0) & (real != 1)
-        checks = [text_check, Check(column, bad, "is no label", f"write 0, 1 or nothing for {name}")]
-        return pl.when(bad.not_()).then(real).cast(pl.UInt8), checks
+        rules = [text_rule, Rule(column, bad, "is no label", f"write 0, 1 or nothing for {name}")]
+        return pl.when(bad.not_()).then(real).cast(pl.UInt8), rules
     outside = real.is_between(0, 1).not_()
-    return real.cast(pl.Float32), [text_check, Check(column, outside, "is no probability", "it must lie in [0, 1]")]
+    return real.cast(pl.Float32), [text_rule, Rule(column, outside, "is no probability", "it must lie in [0, 1]")]

@@ -1,0 +1,65 @@
+"""Keys that name events: user, item, time and action. NumPy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vista.log.histories import ranges, token_groups
+from vista.log.packed_table import Int, PackedTable
+from vista.log.segment import Segment
+
+_ROWS_AT_ONCE = 1 << 20
+"""Rows at the times of keys that are compared at once: where times are whole days, they are many."""
+
+
+@dataclass(frozen=True, slots=True)
+class EventKeys:
+    """What names events: user and item rows, time (ms, or ordinal) and action code, int64 [N] each.
+
+    action: None stands for every action.
+    """
+
+    user: Int
+    item: Int
+    timestamp: Int
+    action: Int | None
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def select(self, index: Int) -> EventKeys:
+        action = None if self.action is None else self.action[index]
+        return EventKeys(self.user[index], self.item[index], self.timestamp[index], action)
+
+
+def forgotten_events(segment: Segment) -> EventKeys:
+    """The events that a segment's deletion rows name."""
+    table = segment.forgotten
+    if table is None:
+        return EventKeys(*(np.empty(0, np.int64) for _ in range(4)))
+    user = np.repeat(table.users, np.diff(table.offsets))
+    return EventKeys(user, *(table.columns[name].astype(np.int64) for name in ("item", "timestamp", "action")))
+
+
+def equal_events(table: PackedTable, keys: EventKeys) -> tuple[Int, Int]:
+    """Every remaining row of a table that a key names.
+
+    Returns:
+        (which key, which row): int64 [M] each, by key, then by row.
+    """
+    start, count = table.locate(keys.user)
+    here = np.flatnonzero(count)
+    start, stop, times = start[here], start[here] + count[here], keys.timestamp[here]
+    low = table.first_since(start, stop, times)
+    num = table.first_since(low, stop, times + 1) - low
+    pairs = [(here[:0], low[:0])]
+    for part in token_groups(num, _ROWS_AT_ONCE):
+        row, key = ranges(low[part], num[part]), np.repeat(here[part], num[part])
+        place = table.places(row)
+        equal = table.columns["item"][place] == keys.item[key]
+        if keys.action is not None:
+            equal &= table.columns["action"][place] == keys.action[key]
+        pairs.append((key[equal], row[equal]))
+    return np.concatenate([key for key, _ in pairs]), np.concatenate([row for _, row in pairs])

@@ -1,0 +1,100 @@
+"""Whether sources fit each other and the log: checked before any row is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vista.config import SourceConfig
+from vista.errors import ConfigError, DataError, TakenError
+from vista.log.ingest.columns import NO_ACTION
+from vista.log.ingest.existing_log import ExistingLog
+from vista.log.ingest.rules import id_kind
+from vista.log.ingest.sources import Source
+
+
+def check_sources(sources: Mapping[str, Sequence[Source]], log: ExistingLog | None) -> None:
+    """Refuse sources that the log holds already, that differ in their columns, or that do not fit the log.
+
+    Args:
+        sources: by table, "events" and perhaps "impressions".
+        log: the log that is extended; None for a new one.
+
+    Raises:
+        ConfigError: if a table has no times and there are impressions.
+        DataError: naming the file.
+    """
+    for table, files in sources.items():
+        _refuse_repeated_content(table, files, log)
+        _refuse_other_columns(files)
+        if log is not None and table == "events":
+            _refuse_other_events(files[0], log)
+        elif log is not None:
+            _refuse_other_tasks(files[0], log)
+    if "impressions" in sources and any("timestamp" not in files[0].columns for files in sources.values()):
+        raise ConfigError("impressions need times, and events too: name both tables' timestamp columns")
+
+
+def _refuse_repeated_content(table: str, files: Sequence[Source], log: ExistingLog | None) -> None:
+    where_taken: dict[str, str] = {}
+    for manifest in log.manifests if log else []:
+        for entry in manifest["sources"]:
+            if entry["table"] == table:
+                place = f"segment {manifest['last_segment']} holds it already (as {entry['name']})"
+                where_taken[entry["sha256"]] = place
+    for source in files:
+        if source.digest in where_taken:
+            raise TakenError(
+                f"{source.path}: {where_taken[source.digest]}; its rows would count twice, so leave it out"
+            )
+        where_taken[source.digest] = f"has the same content as {source.path}"
+
+
+def _refuse_other_columns(files: Sequence[Source]) -> None:
+    first = files[0]
+    for source in files:
+        if set(source.columns) != set(first.columns):
+            raise DataError(
+                f"{source.path}: has {', '.join(source.columns)}, but {first.path} has "
+                f"{', '.join(first.columns)}; files of one call need the same columns"
+            )
+
+
+def _refuse_other_events(source: Source, log: ExistingLog) -> None:
+    newest = log.manifests[-1]
+    for name, in_log in (("timestamp", newest["has_time"]), ("rating", newest["has_rating"])):
+        if (name in source.columns) != in_log:
+            remedy = f"name its column with events.{name}=…" if in_log else f"leave it out with events.{name}=null"
+            raise DataError(f"{source.path}: the log has {'' if in_log else 'no '}{name}s; {remedy}")
+    if log.actions != [NO_ACTION] and "action" not in source.columns:
+        raise DataError(
+            f"{source.path}: the log has the actions {', '.join(log.actions)}; name their column by events.action=…"
+        )
+
+
+def _refuse_other_tasks(source: Source, log: ExistingLog) -> None:
+    tasks = tasks_of(source)
+    if log.tasks and tasks != log.tasks:
+        raise DataError(f"{source.path}: labels {tasks} differ from the log's {log.tasks}; name the same in that order")
+
+
+def tasks_of(source: Source) -> list[str]:
+    """Names of the labels of an impressions source."""
+    return [name.split(":", 1)[1] for name in source.columns if name.startswith("label:")]
+
+
+def id_kinds(source: Source, config: SourceConfig, log: ExistingLog | None) -> dict[str, str]:
+    """Kinds of ids, "int" or "str", of "user" and "item": the log's, or else as configured or found in `source`.
+
+    Raises:
+        ConfigError: if another kind is configured than the log's.
+    """
+    kinds = {}
+    for name in ("user", "item"):
+        wanted = str(getattr(config, f"{name}_ids").value)
+        if log is None:
+            kinds[name] = id_kind(source, name, wanted)
+            continue
+        kinds[name] = (log.users if name == "user" else log.items).kind
+        if wanted not in ("auto", kinds[name]):
+            raise ConfigError(f"events.{name}_ids={wanted}: the log's {name} ids are {kinds[name]}; leave it out")
+    return kinds
