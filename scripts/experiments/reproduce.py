@@ -54,7 +54,8 @@ from vista.evaluation.protocol import impression_cases, impression_metrics
 from vista.files import replace_text, writable_folder
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
-from vista.log.splits import parse_time, split_until
+from vista.log.splits import split_until
+from vista.log.until import parse_time
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh

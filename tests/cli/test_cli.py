@@ -86,7 +86,7 @@ class TestConf:
         assert compose_config(config.TrainConfig, ["experiment=simulation"]).data.split is Split.time
 
     def test_simulation_experiment_splits_where_the_simulation_does(self) -> None:
-        from vista.log.splits import parse_time
+        from vista.log.until import parse_time
         from vista.simulation.simulate import split_times
 
         data = compose_config(config.TrainConfig, ["experiment=simulation"]).data

@@ -10,7 +10,8 @@ from vista.errors import ConfigError
 from vista.examples import frequency
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
-from vista.log.splits import Until, parse_time, parse_until, visible_counts
+from vista.log.splits import visible_counts
+from vista.log.until import Until, parse_time, parse_until
 
 DAY = 86_400_000
 

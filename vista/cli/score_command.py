@@ -8,7 +8,7 @@ from vista.config import ScoreConfig
 from vista.config.choices import OnMissing
 from vista.device import cpu_settings
 from vista.errors import ConfigError, RecordError
-from vista.log.splits import parse_time
+from vista.log.until import parse_time
 from vista.log.vocabulary import ids_of_words
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.scorer.scorer import Scorer

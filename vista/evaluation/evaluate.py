@@ -35,7 +35,8 @@ from vista.evaluation.recall import RecallReport, measure_recall
 from vista.examples.frequency import item_counts
 from vista.files import replace_text, writable_folder
 from vista.log.event_log import EventLog
-from vista.log.splits import parse_until, split_until, visible_counts
+from vista.log.splits import split_until, visible_counts
+from vista.log.until import parse_until
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel

@@ -21,7 +21,8 @@ from vista.examples.negatives import NegativeSampler
 from vista.log.event_log import EventLog
 from vista.log.gaps import gap_bucket, history_gaps
 from vista.log.histories import ranges, token_groups
-from vista.log.splits import Until, split_until, visible_counts
+from vista.log.splits import split_until, visible_counts
+from vista.log.until import Until
 
 NO_NEGATIVES = np.zeros(0, np.int64), np.zeros(0, np.float32)
 

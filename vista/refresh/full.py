@@ -13,7 +13,8 @@ from vista.config.choices import Codec, Precision, StateDtype
 from vista.device import choose_precision
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
-from vista.log.splits import Until, parse_until, visible_counts
+from vista.log.splits import visible_counts
+from vista.log.until import Until, parse_until
 from vista.model import inference
 from vista.model.state_updates import history_states
 from vista.model.vista_model import VistaModel

@@ -22,7 +22,8 @@ from vista.config.conversion import to_dict
 from vista.errors import ConfigError, LeakageError
 from vista.examples.batch_source import StoredSummaries
 from vista.log.event_log import EventLog
-from vista.log.splits import parse_until, split_until, visible_counts
+from vista.log.splits import split_until, visible_counts
+from vista.log.until import parse_until
 from vista.model.inference import empty_summary
 from vista.model.ranking_model import Schema
 from vista.model.vista_model import STAGE1_KEYS, STAGE1_WEIGHTS, VistaModel
