@@ -21,7 +21,8 @@ import polars as pl
 
 from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser, interleaved
 from vista.config import SimulateConfig
-from vista.simulation.simulate import EVENTS_FILE, IMPRESSIONS_FILE, SimulatedLog, generate, write
+from vista.simulation.simulate import EVENTS_FILE, IMPRESSIONS_FILE, generate, write
+from vista.simulation.simulated_log import SimulatedLog
 
 SHAPES = {
     "400 users of 4,000 events": SimulateConfig(num_users=400, events_per_user=4_000),

@@ -87,7 +87,7 @@ class TestConf:
 
     def test_simulation_experiment_splits_where_the_simulation_does(self) -> None:
         from vista.log.until import parse_time
-        from vista.simulation.simulate import split_times
+        from vista.simulation.period import split_times
 
         data = compose_config(config.TrainConfig, ["experiment=simulation"]).data
         times = [parse_time(text) for text in (data.validation_from, data.test_from) if text]

@@ -14,26 +14,20 @@ import pytest
 
 from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
+from vista.simulation.catalog import NUM_PERIODS, make_catalog
 from vista.simulation.oracle import (
     area_under_curve,
-    format_reference,
-    normalised_entropy,
+    format_oracle_metrics,
+    normalized_entropy,
+    oracle_metrics,
     predict_from_window,
-    reference_metrics,
     window_features,
 )
-from vista.simulation.simulate import SimulatedLog, generate, simulate, split_times
-from vista.simulation.world import (
-    ACTIONS,
-    LOGITS,
-    NUM_PERIODS,
-    TASKS,
-    TopicIndex,
-    affinity,
-    make_catalogue,
-    period,
-    recent_match,
-)
+from vista.simulation.period import period, split_times
+from vista.simulation.simulate import generate, simulate
+from vista.simulation.simulated_log import SimulatedLog
+from vista.simulation.topic_index import TopicIndex
+from vista.simulation.world import ACTIONS, LOGITS, TASKS, affinity, recent_match
 
 pl = pytest.importorskip("polars")
 
@@ -52,7 +46,7 @@ def standard() -> SimulatedLog:
 
 
 def _columns(log: SimulatedLog) -> dict[str, np.ndarray]:
-    names = [name for name in log.__dataclass_fields__ if name not in ("config", "catalogue")]
+    names = [name for name in log.__dataclass_fields__ if name not in ("config", "catalog")]
     return {name: getattr(log, name) for name in names}
 
 
@@ -102,14 +96,14 @@ class TestEvents:
         assert log.impression_timestamp.min() > begin and log.impression_timestamp.max() <= end
         assert log.item.min() >= 0 and log.item.max() < config.num_items
 
-    def test_lives_fill_the_period_in_sessions(self, standard: SimulatedLog) -> None:
+    def test_histories_fill_the_period_in_sessions(self, standard: SimulatedLog) -> None:
         begin, end = period(standard.config)
         first, last = standard.timestamp[standard.offsets[:-1]], standard.timestamp[standard.offsets[1:] - 1]
         assert (first < begin + 0.06 * (end - begin)).all()
         assert (last > end - 0.02 * (end - begin)).all()
         gaps = np.delete(np.diff(standard.timestamp), standard.offsets[1:-1] - 1)
-        assert np.median(gaps) < 60_000, "most events follow one another within a session"
-        assert 0.02 < (gaps > 1_800_000).mean() < 0.06, "about one event in twenty opens a new session"
+        assert np.median(gaps) < 60_000, "most gaps lie within a session"
+        assert 0.02 < (gaps > 1_800_000).mean() < 0.06, "about one event in twenty starts a session"
 
     def test_every_action_and_item_popularity_drifts(self, standard: SimulatedLog) -> None:
         assert np.bincount(standard.action, minlength=len(ACTIONS)).min() > 10_000
@@ -123,8 +117,8 @@ class TestEvents:
         assert near > 0.5 and far < near - 0.2
 
     def test_popularity_within_a_topic_is_steep(self, standard: SimulatedLog) -> None:
-        ranked = standard.catalogue.ranked[0]
-        start = standard.catalogue.topic_start
+        ranked = standard.catalog.ranked[0]
+        start = standard.catalog.topic_start
         begin, end = period(standard.config)
         early = standard.item[standard.timestamp < begin + (end - begin) // NUM_PERIODS]
         counts = np.bincount(early, minlength=standard.config.num_items)[ranked]
@@ -133,13 +127,13 @@ class TestEvents:
 
     def test_slow_interests_return_after_long_absence(self, standard: SimulatedLog) -> None:
         user = int(np.argmax(np.diff(standard.offsets)))
-        topics = standard.catalogue.topic[standard.item[standard.offsets[user] : standard.offsets[user + 1]]]
+        topics = standard.catalog.topic[standard.item[standard.offsets[user] : standard.offsets[user + 1]]]
         absences = []
         for topic in range(standard.config.num_topics):
             places = np.flatnonzero(topics == topic)
             if len(places) > 0.08 * len(topics):
                 absences.append(np.diff(places).max())
-        assert len(absences) >= 3, "a few topics fill a life"
+        assert len(absences) >= 3, "a few topics fill a history"
         assert np.median(absences) > 800
 
 
@@ -156,7 +150,7 @@ class TestImpressions:
 
     def test_probabilities_follow_the_documented_formula(self, small: SimulatedLog) -> None:
         """Recomputed from the events by plain Python; only the table of coefficients is shared."""
-        topics = small.catalogue.topic
+        topics = small.catalog.topic
         for row in range(0, len(small.impression_item), 17):
             user, seen = small.impression_user[row], small.impression_position[row]
             history = topics[small.item[small.offsets[user] : small.offsets[user] + seen]].tolist()
@@ -164,7 +158,7 @@ class TestImpressions:
             share = history.count(wanted) / (len(history) + 20)
             lifetime = np.log(1 + share / 0.02) / np.log(1 + 0.15 / 0.02)
             recent = np.log(1 + history[-32:].count(wanted)) / np.log(33)
-            quality = small.catalogue.quality[small.impression_item[row]]
+            quality = small.catalog.quality[small.impression_item[row]]
             logits = LOGITS @ np.array([1.0, lifetime, recent, quality])
             np.testing.assert_allclose(small.probability[row], 1 / (1 + np.exp(-logits)), rtol=1e-5)
             age = history[::-1].index(wanted) if wanted in history else -1
@@ -185,7 +179,7 @@ class TestImpressions:
     def test_candidates_are_balanced(self, standard: SimulatedLog) -> None:
         late = standard.impression_timestamp >= split_times(standard.config)[1]
         age = standard.decisive_age[late]
-        assert 0.2 < (age > 200).mean() < 0.5, "dormant interests and long gone passing topics"
+        assert 0.2 < (age > 200).mean() < 0.5, "dormant interests and old passing topics"
         assert (age > 1000).mean() > 0.05
         assert 0.1 < (age == -1).mean() < 0.3
         assert (age == 0).mean() > 0.1
@@ -200,37 +194,37 @@ class TestImpressions:
 @pytest.fixture(scope="module")
 def rows(standard: SimulatedLog) -> dict[str, tuple[float, float]]:
     """AUC and NE of the click by predictor."""
-    return {row.predictor: (row.auc, row.ne) for row in reference_metrics(standard)}
+    return {row.predictor: (row.auc, row.ne) for row in oracle_metrics(standard)}
 
 
 class TestOldEventsMatter:
-    """The margins that a model on the whole history can gain over one on the last 200 events."""
+    """How much a model of the whole history can gain over one of the last 200 events."""
 
-    def test_truth_is_far_ahead_of_the_last_200(self, rows: dict[str, tuple[float, float]]) -> None:
-        assert 0.82 < rows["truth"][0] < 0.88
+    def test_the_oracle_is_far_ahead_of_the_last_200(self, rows: dict[str, tuple[float, float]]) -> None:
+        assert 0.82 < rows["oracle"][0] < 0.88
         assert 0.65 < rows["last 200"][0] < 0.73
-        assert rows["truth"][0] - rows["last 200"][0] > 0.12
-        assert rows["last 200"][1] - rows["truth"][1] > 0.15
+        assert rows["oracle"][0] - rows["last 200"][0] > 0.12
+        assert rows["last 200"][1] - rows["oracle"][1] > 0.15
 
     def test_the_last_32_lie_below_the_last_200(self, rows: dict[str, tuple[float, float]]) -> None:
         assert rows["last 200"][0] - rows["last 32"][0] > 0.01
         assert rows["last 32"][1] - rows["last 200"][1] > 0.01
 
-    def test_the_history_holds_all_that_the_truth_knows(self, rows: dict[str, tuple[float, float]]) -> None:
-        assert rows["whole history"] == pytest.approx(rows["truth"], abs=0.003)
+    def test_the_history_holds_all_that_the_oracle_knows(self, rows: dict[str, tuple[float, float]]) -> None:
+        assert rows["whole history"] == pytest.approx(rows["oracle"], abs=0.003)
 
     def test_boosted_trees_cannot_beat_the_reference(self, standard: SimulatedLog) -> None:
-        """The window's predictor is no straw man: a strong learner with the same knowledge gains nothing on it."""
+        """The window's predictor is a fair reference: a strong learner with the same knowledge does not beat it."""
         ensemble = pytest.importorskip("sklearn.ensemble")
         late = standard.impression_timestamp >= split_times(standard.config)[1]
-        index = TopicIndex(standard.catalogue.topic[standard.item])
+        index = TopicIndex(standard.catalog.topic[standard.item])
         item, first = standard.impression_item[late], standard.offsets[standard.impression_user[late]]
-        topic, seen = standard.catalogue.topic[item], standard.impression_position[late]
+        topic, seen = standard.catalog.topic[item], standard.impression_position[late]
         start, stop = np.maximum(first, first + seen - 200), first + seen
         columns = [index.count(topic, np.maximum(start, stop - n), stop) for n in (4, 8, 16, 32, 64, 100, 150, 200)]
-        columns += [index.age(topic, start, stop), seen.clip(max=200), standard.catalogue.quality[item]]
+        columns += [index.age(topic, start, stop), seen.clip(max=200), standard.catalog.quality[item]]
         window = np.stack([index.count(np.full(len(stop), k), start, stop) for k in range(32)])
-        columns += list(np.sort(window, axis=0)[-4:])  # what else the window is about: its four largest topics
+        columns += list(np.sort(window, axis=0)[-4:])  # the counts of the window's four largest topics
         features, labels = np.stack(columns, axis=1), standard.label[late, 0] == 1
         even = standard.impression_user[late] % 2 == 0
         scores = np.empty(len(labels))
@@ -242,15 +236,15 @@ class TestOldEventsMatter:
         assert area_under_curve(labels, scores) < reference + 0.005
 
     def test_like_and_long_view_gain_too(self, standard: SimulatedLog) -> None:
-        table = reference_metrics(standard, windows=(200,), tasks=("like", "long_view"))
+        table = oracle_metrics(standard, windows=(200,), tasks=("like", "long_view"))
         ne = {(row.task, row.predictor): row.ne for row in table}
         for task in ("like", "long_view"):
-            assert ne[task, "last 200"] - ne[task, "truth"] > 0.015
+            assert ne[task, "last 200"] - ne[task, "oracle"] > 0.015
 
     def test_printed_table(self, small: SimulatedLog) -> None:
-        rows = reference_metrics(small, tasks=("click",), impressions="all")
-        printed = format_reference(rows)
-        assert [row.predictor for row in rows] == ["truth", "whole history", "last 200", "last 32"]
+        rows = oracle_metrics(small, tasks=("click",), impressions="all")
+        printed = format_oracle_metrics(rows)
+        assert [row.predictor for row in rows] == ["oracle", "whole history", "last 200", "last 32"]
         assert f"{rows[0].auc:.4f}" in printed and f"{rows[3].ne:.4f}" in printed
 
 
@@ -263,8 +257,8 @@ class TestOracleParts:
 
     def test_entropy_of_the_base_rate_is_one(self) -> None:
         labels = np.array([True, False, False, False])
-        assert normalised_entropy(labels, np.full(4, 0.25)) == pytest.approx(1)
-        assert normalised_entropy(labels, np.array([0.9, 0.1, 0.1, 0.1])) == pytest.approx(
+        assert normalized_entropy(labels, np.full(4, 0.25)) == pytest.approx(1)
+        assert normalized_entropy(labels, np.array([0.9, 0.1, 0.1, 0.1])) == pytest.approx(
             -np.log(0.9) / -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))
         )
 
@@ -281,8 +275,8 @@ class TestOracleParts:
             assert counts[row] == part.count(wanted[row])
             assert ages[row] == (part[::-1].index(wanted[row]) if wanted[row] in part else -1)
 
-    def test_a_window_knows_nothing_of_what_lies_before_it(self, small: SimulatedLog) -> None:
-        """Other items in the older part of every history leave the window's features as they were."""
+    def test_a_window_does_not_depend_on_earlier_events(self, small: SimulatedLog) -> None:
+        """Replacing items in the older part of every history leaves the window's features unchanged."""
         newest = {user: small.impression_position[small.impression_user == user].max() for user in range(12)}
         chosen = small.impression_position == np.array([newest[user] for user in small.impression_user])
         item = small.item.copy()
@@ -299,23 +293,23 @@ class TestOracleParts:
         assert recent_match(np.array([0, 32])) == pytest.approx([0, 1])
 
     def test_topics_are_of_equal_size(self) -> None:
-        catalogue = make_catalogue(replace(SMALL, num_items=333), np.random.SeedSequence(0))
-        sizes = np.bincount(catalogue.topic, minlength=32)
+        catalog = make_catalog(replace(SMALL, num_items=333), np.random.SeedSequence(0))
+        sizes = np.bincount(catalog.topic, minlength=32)
         assert sizes.max() - sizes.min() <= 1
-        for row in catalogue.ranked:
+        for row in catalog.ranked:
             np.testing.assert_array_equal(np.sort(row), np.arange(333))
-            np.testing.assert_array_equal(catalogue.topic[row], np.sort(catalogue.topic))
+            np.testing.assert_array_equal(catalog.topic[row], np.sort(catalog.topic))
 
     def test_bad_arguments(self, small: SimulatedLog) -> None:
         with pytest.raises(ValueError, match="'test' or 'all'"):
-            reference_metrics(small, impressions="train")
+            oracle_metrics(small, impressions="train")
         with pytest.raises(ValueError, match="two users"):
             predict_from_window(small, 32, small.impression_user == 1)
 
-    def test_too_few_users_to_measure_leave_what_was_there(self, tmp_path: Path) -> None:
+    def test_too_few_users_to_measure_leave_existing_files_unchanged(self, tmp_path: Path) -> None:
         (tmp_path / "simulation.json").write_text("mine")
         config = replace(SMALL, out=str(tmp_path), reference=True, num_users=1, impressions_per_user=4)
-        with pytest.raises(ConfigError, match=r"reference=true: .* or leave it out"):
+        with pytest.raises(ConfigError, match=r"reference=true: .*, or leave it out"):
             simulate(config)
         assert (tmp_path / "simulation.json").read_text() == "mine"
 
@@ -337,9 +331,9 @@ class TestFiles:
         np.testing.assert_array_equal(shown["decisive_age"].to_numpy(), small.decisive_age)
         items = pl.read_parquet(tmp_path / "items.parquet")
         assert items["item"].to_list() == list(range(1, 301))
-        np.testing.assert_array_equal(items["topic"].to_numpy(), small.catalogue.topic)
+        np.testing.assert_array_equal(items["topic"].to_numpy(), small.catalog.topic)
         assert (report.num_users, report.num_events, report.num_impressions) == (12, events.height, shown.height)
-        assert "M events/s" in str(report) and "truth" not in str(report)
+        assert "M events/s" in str(report) and "oracle" not in str(report)
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             "events.parquet",
             "impressions.parquet",
@@ -347,9 +341,9 @@ class TestFiles:
             "simulation.json",
         ]
 
-    def test_reference_on_demand(self, tmp_path: Path, small: SimulatedLog) -> None:
+    def test_reference_metrics_on_request(self, tmp_path: Path, small: SimulatedLog) -> None:
         report = simulate(replace(SMALL, out=str(tmp_path), reference=True))
-        assert report.reference == tuple(reference_metrics(small, tasks=TASKS))
+        assert report.reference == tuple(oracle_metrics(small, tasks=TASKS))
         assert f"{report.reference[0].auc:.4f}" in str(report)
 
     def test_a_folder_that_cannot_be_written_is_named(self, tmp_path: Path) -> None:
@@ -380,7 +374,7 @@ def test_bad_configs_name_their_key(key: str, value: float) -> None:
 
 
 def test_a_million_events_a_second() -> None:
-    """The best of three in process time, so that a busy machine does not decide; some five times faster in fact."""
+    """The best of three in process time, so that other load does not matter; usually some five times faster."""
     config = SimulateConfig(num_users=250, events_per_user=4000)
     seconds = []
     for _ in range(3):

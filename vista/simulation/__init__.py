@@ -1,1 +1,1 @@
-"""Simulated lifelong logs with impressions whose click probabilities are known."""
+"""Simulated logs of long histories, with impressions whose label probabilities are known."""

@@ -1,16 +1,16 @@
-"""What can be known about a simulated log: the quality of the truth, and of the best use of a limited memory.
+"""The best possible metrics on a simulated log: those of the oracle, and of predictors that see only the last events.
 
-Three kinds of predictor, all measured on the same impressions and the same drawn labels:
+There are three kinds of predictor, all measured on the same impressions and labels:
 
-- `truth`: the probability that the labels were drawn with. Nothing does better, but for chance.
-- `last N`: an estimate of the best that the last N events before an impression allow. It is told more than a model
-  could know, the events' true topics and the candidate's true topic and quality, and estimates the conditional
-  expectation of the true probability from counts of the topic's events in nested windows up to N.
-- `whole history`: the same with N unlimited: it shows that the log, not a hidden variable, holds what the truth knows.
+- `oracle`: the probability that the labels were drawn from. Nothing does better except by chance.
+- `last N`: an estimate of the best that is possible from the last N events before an impression. It knows more than a
+  model could: the true topics of the events, and the true topic and quality of the candidate. It estimates the
+  conditional expectation of the true probability from counts of the topic's events in nested windows up to N.
+- `whole history`: the same with unlimited N. It shows that the log contains what the oracle knows.
 
-The estimate is a logistic regression on bins of the counts, their products and the quality, fitted to the true
-probabilities rather than to drawn labels (so it has almost no sampling error) of half of the users, and measured on
-the other half; then the halves change places.
+The estimate is a logistic regression on bins of the counts, their products, and the quality. It is fitted to true
+probabilities rather than to drawn labels, so it has almost no sampling error. It is fitted on one half of the users and
+measured on the other half, and vice versa.
 """
 
 from __future__ import annotations
@@ -21,37 +21,39 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.simulation.simulate import SimulatedLog, split_times
-from vista.simulation.world import RECENT_EVENTS, TASKS, TopicIndex, affinity
+from vista.simulation.period import split_times
+from vista.simulation.simulated_log import SimulatedLog
+from vista.simulation.topic_index import TopicIndex
+from vista.simulation.world import RECENT_EVENTS, TASKS, affinity
 
 WINDOWS = (200, 32)
 _NESTED = (8, 16, RECENT_EVENTS, 64, 128)
-"""Windows whose counts a predictor gets beside its own, as far as they are shorter."""
+"""Shorter windows whose counts a predictor uses along with its own."""
 MAX_IMPRESSIONS = 200_000
-"""Impressions that are measured at most, for the sake of memory."""
+"""Maximum number of impressions that are measured, to bound memory."""
 _RIDGE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """Quality of one predictor for one task on one set of impressions."""
+class OracleMetrics:
+    """Metrics of one predictor for one task on one set of impressions."""
 
     predictor: str
-    """truth | whole history | last N"""
+    """oracle | whole history | last N"""
     task: str
     impressions: str
-    """test (the period's last 15 %) | all"""
+    """test (the last 15% of the period) | all"""
     num_impressions: int
-    """With a known label."""
+    """Impressions with a known label."""
     auc: float
     auc_error: float
-    """Standard error of the AUC (Hanley and McNeil 1982)."""
+    """Standard error of the AUC (Hanley and McNeil, 1982)."""
     ne: float
-    """Normalised entropy: log loss over that of the base rate."""
+    """Normalized entropy: log loss divided by the entropy of the base rate."""
 
 
 def area_under_curve(labels: NDArray[np.bool_], scores: NDArray[np.floating]) -> float:
-    """AUC of scores [N] for labels [N]; ties count half; NaN unless both classes are there."""
+    """AUC of scores [N] for labels [N]. Ties count half; NaN unless both classes occur."""
     _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     num_true = int(labels.sum())
@@ -62,14 +64,14 @@ def area_under_curve(labels: NDArray[np.bool_], scores: NDArray[np.floating]) ->
 
 
 def area_error(auc: float, num_true: int, num_false: int) -> float:
-    """Standard error of an AUC by Hanley and McNeil."""
+    """Standard error of an AUC (Hanley and McNeil, 1982)."""
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     spread = auc * (1 - auc) + (num_true - 1) * (q1 - auc**2) + (num_false - 1) * (q2 - auc**2)
     return float(np.sqrt(spread / max(num_true * num_false, 1)))
 
 
-def normalised_entropy(labels: NDArray[np.bool_], probabilities: NDArray[np.floating]) -> float:
-    """Log loss of probabilities [N] over the entropy of the labels' base rate."""
+def normalized_entropy(labels: NDArray[np.bool_], probabilities: NDArray[np.floating]) -> float:
+    """Log loss of probabilities [N], divided by the entropy of the labels' base rate."""
     p = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
     rate = labels.mean()
     entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
@@ -77,10 +79,10 @@ def normalised_entropy(labels: NDArray[np.bool_], probabilities: NDArray[np.floa
 
 
 def window_features(log: SimulatedLog, window: int | None, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """What the last `window` events (None: all) tell of the chosen impressions: regressors [chosen.sum(), F]."""
-    index = TopicIndex(log.catalogue.topic[log.item])
+    """Regressors [chosen.sum(), F] of the chosen impressions, from the last `window` events (None: all events)."""
+    index = TopicIndex(log.catalog.topic[log.item])
     items, position = log.impression_item[chosen], log.impression_position[chosen]
-    topic = log.catalogue.topic[items]
+    topic = log.catalog.topic[items]
     first = log.offsets[log.impression_user[chosen]]
     stop = first + position
     longest = int(position.max(initial=1)) if window is None else window
@@ -93,19 +95,19 @@ def window_features(log: SimulatedLog, window: int | None, chosen: NDArray[np.bo
     smooth = [share, share**2, recent, recent**2, share * recent, np.log1p(seen), np.log1p(seen) * share]
     bins = [np.minimum((2 * np.log2(count + 1)).astype(np.int64), 15) for count in counts]
     cells = [np.eye(16)[code] for code in bins] + [_joint(bins[-1] // 2, bins[min(2, len(bins) - 1)] // 2)]
-    quality = log.catalogue.quality[items].astype(np.float64)
+    quality = log.catalog.quality[items].astype(np.float64)
     mixed = [quality, quality * share, quality * recent]
     constant = np.ones(len(topic))
     return np.concatenate([np.stack([constant, *smooth, *mixed], axis=1), *cells], axis=1)
 
 
 def _joint(left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.float64]:
-    """One-hot cells [N, 64] of two codes in 0..7."""
+    """One-hot cells [N, 64] of pairs of codes in 0..7."""
     return np.asarray(np.eye(64)[left * 8 + right])
 
 
 def fit_probability(features: NDArray[np.float64], probability: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Weights [F] of the logistic regression of features [N, F] nearest to probabilities [N] (Newton, small ridge)."""
+    """Weights [F] of a logistic regression of probabilities [N] on features [N, F] (Newton's method, small ridge)."""
     target = probability.astype(np.float64)
     weights = np.zeros(features.shape[1])
     penalty = _RIDGE * len(features) / features.shape[1] * np.eye(len(weights))
@@ -123,10 +125,10 @@ def fit_probability(features: NDArray[np.float64], probability: NDArray[np.float
 def predict_from_window(
     log: SimulatedLog, window: int | None, chosen: NDArray[np.bool_], task: int = 0
 ) -> NDArray[np.float64]:
-    """Best probabilities [chosen.sum()] of a task from the last `window` events, each user's fitted on other users.
+    """Best estimate [chosen.sum()] of a task's probability from the last `window` events, fitted on other users.
 
     Args:
-        window: newest events that are known; None for all.
+        window: number of newest events that are known; None for all.
         chosen: [N] impressions to fit on and to predict.
         task: index into TASKS.
 
@@ -137,30 +139,30 @@ def predict_from_window(
     target = log.probability[chosen, task]
     half = log.impression_user[chosen] % 2 == 0
     if half.all() or not half.any():
-        raise ValueError("reference predictors need impressions of at least two users, one fits for the other")
+        raise ValueError("reference predictors need impressions of at least two users; simulate more users")
     estimate = np.empty(len(features))
     for fold in (half, ~half):
         estimate[fold] = 1 / (1 + np.exp(-(features[fold] @ fit_probability(features[~fold], target[~fold]))))
     return estimate
 
 
-def reference_metrics(
+def oracle_metrics(
     log: SimulatedLog,
     *,
     windows: Sequence[int] = WINDOWS,
     tasks: Sequence[str] = ("click",),
     impressions: str = "test",
-) -> list[Reference]:
-    """AUC and NE of the truth, of the whole history and of the last events, for each task.
+) -> list[OracleMetrics]:
+    """AUC and NE of the oracle, of the whole history, and of the last events, for each task.
 
     Args:
         windows: numbers of newest events.
         tasks: some of TASKS; like and long_view are measured where their label is known.
-        impressions: "test": those from `split_times(config)[1]` on; or "all". Of more than MAX_IMPRESSIONS, the
-            first users' are taken.
+        impressions: "test" for those from `split_times(config)[1]` on, or "all". Beyond MAX_IMPRESSIONS, only the first
+            users' impressions are used.
 
     Raises:
-        ValueError: for another `impressions`, an unknown task, or a set of impressions without both labels.
+        ValueError: if `impressions` or a task is unknown, or if both labels do not occur.
     """
     if impressions not in ("test", "all"):
         raise ValueError(f"impressions must be 'test' or 'all', got {impressions!r}")
@@ -175,22 +177,22 @@ def reference_metrics(
         num_true = int(labels.sum())
         if num_true == 0 or num_true == len(labels):
             raise ValueError(
-                f"{name}: the {len(labels)} {impressions} impressions need both labels; simulate more users"
+                f"{name}: not both labels occur in the {len(labels)} {impressions} impressions; simulate more users"
             )
-        estimates: list[tuple[str, NDArray[np.floating]]] = [("truth", log.probability[known, task])]
+        estimates: list[tuple[str, NDArray[np.floating]]] = [("oracle", log.probability[known, task])]
         for window in (None, *windows):
             label = "whole history" if window is None else f"last {window}"
             estimates.append((label, predict_from_window(log, window, known, task)))
         for predictor, estimate in estimates:
             auc = area_under_curve(labels, estimate)
             error = area_error(auc, num_true, len(labels) - num_true)
-            ne = normalised_entropy(labels, estimate)
-            rows.append(Reference(predictor, name, impressions, len(labels), auc, error, ne))
+            ne = normalized_entropy(labels, estimate)
+            rows.append(OracleMetrics(predictor, name, impressions, len(labels), auc, error, ne))
     return rows
 
 
-def format_reference(rows: Sequence[Reference]) -> str:
-    """The rows as a table of plain text."""
+def format_oracle_metrics(rows: Sequence[OracleMetrics]) -> str:
+    """The metrics as a plain-text table."""
     lines = [f"{'task':10} {'predictor':14} {'AUC':>7} {'+-':>6} {'NE':>7}   impressions"]
     for row in rows:
         figures = f"{row.auc:7.4f} {row.auc_error:6.4f} {row.ne:7.4f}"
