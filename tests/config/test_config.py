@@ -1,4 +1,4 @@
-"""Configurations made in Python: words of choices are taken, wrong types are refused at once, naming the key."""
+"""Configurations made in Python: names of choices are accepted; wrong types are refused, naming the key."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from vista.errors import ConfigError
 def test_words_are_choices() -> None:
     data = DataConfig(split="time", validation_from="2024-01-01", test_from="2024-02-01")  # type: ignore[arg-type]
     assert data.split is Split.time
-    with pytest.raises(ConfigError, match=r"data\.validation_from: is needed with data\.split=time"):
+    with pytest.raises(ConfigError, match=r"data\.validation_from: is required with data\.split=time"):
         DataConfig(split="time")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"data\.test_from: is read with data\.split=time alone; set that too"):
+    with pytest.raises(ConfigError, match=r"data\.test_from: only applies with data\.split=time; set that"):
         DataConfig(test_from="2024-02-01")
     assert ModelConfig(mixing="bidirectional").mixing is Mixing.bidirectional  # type: ignore[arg-type]
     decaying = ModelConfig(decay="position", decay_horizons=[0, 1, 2, 3])  # type: ignore[arg-type]
     assert decaying.decay is Decay.position
     for bad in (math.nan, -1.0):
-        with pytest.raises(ConfigError, match=r"decay_horizons: needs one horizon >= 0 a head \(4\)"):
+        with pytest.raises(ConfigError, match=r"decay_horizons: needs one horizon >= 0 per head \(4\)"):
             ModelConfig(decay="position", decay_horizons=[0.0, bad, 1.0, 2.0])  # type: ignore[arg-type]
     assert RefreshConfig(codec="float32").codec is Codec.float32  # type: ignore[arg-type]
     assert PrepareConfig(on_bad_rows="raise").on_bad_rows is OnBadRows.error  # type: ignore[attr-defined, arg-type]
@@ -43,8 +43,8 @@ def test_words_are_choices() -> None:
 @pytest.mark.parametrize(
     ("make", "values", "message"),
     [
-        (DataConfig, {"split": "random"}, r"data\.split: 'random' is none of leave-last-out, time"),
-        (ModelConfig, {"mixing": None}, r"model\.mixing: None is none of bidirectional, separable"),
+        (DataConfig, {"split": "random"}, r"data\.split: 'random' is not one of leave-last-out, time"),
+        (ModelConfig, {"mixing": None}, r"model\.mixing: None is not one of bidirectional, separable"),
         (OptimConfig, {"epochs": "2"}, r"optim\.epochs: expected int, got '2'"),
         (OptimConfig, {"epochs": 2.5}, r"optim\.epochs: expected int, got 2\.5"),
         (OptimConfig, {"epochs": True}, r"optim\.epochs: expected int, got True"),
@@ -54,16 +54,16 @@ def test_words_are_choices() -> None:
         (
             ModelConfig,
             {"embedding_rows": 9, "embedding_hashes": 3},
-            r"model\.embedding_hashes: must divide model\.dim=64, got 3; take one of \[1, 2, 4, 8\]",
+            r"model\.embedding_hashes: must divide model\.dim=64, got 3; use one of \[1, 2, 4, 8\]",
         ),
         (OptimConfig, {"logq_strength": 1.5}, r"optim\.logq_strength: must lie in \[0, 1\], got 1\.5"),
         (DataConfig, {"unknown_share": 1.0}, r"data\.unknown_share: must lie in \[0, 1\), got 1\.0"),
         (
             TrainConfig,
             {"data": DataConfig(unknown_share=0.1), "model": ModelConfig(architecture=Architecture.twin)},
-            r"data\.unknown_share: is read by architectures that rank next items; leave it out",
+            r"data\.unknown_share: only applies to architectures that rank next items; leave it out",
         ),
-        (DataConfig, {"frequencies": "guess"}, r"data\.frequencies: 'guess' is none of exact, count_min"),
+        (DataConfig, {"frequencies": "guess"}, r"data\.frequencies: 'guess' is not one of exact, count_min"),
         (TrainConfig, {"model": {"dim": 8}}, r"model: expected ModelConfig, got {'dim': 8}"),
         (TrainConfig, {"resume": 1}, r"resume: expected bool, got 1"),
         (ScoreConfig, {"model": 3}, r"model: expected str, got 3"),
@@ -74,7 +74,11 @@ def test_words_are_choices() -> None:
             r"until: .*leave it out",
         ),
         (SimulateConfig, {"start": "foo"}, r"start: .*write a date such as 2024-01-01"),
-        (SimulateConfig, {"days": float("inf")}, r"days: must be at least 1 .* got inf"),
+        (
+            SimulateConfig,
+            {"days": float("inf")},
+            r"days: must lie in \[1.004, 36500\] with events_per_user=4000, got inf",
+        ),
         (SimulateConfig, {"seed": -1}, r"seed: must be at least 0, got -1"),
     ],
 )

@@ -207,7 +207,7 @@ class TestPolicies:
             assert strict.score([100, 103], ([0, 390, 10], [0, 1, 3])).shape == (3,)
 
     def test_policies_and_tasks_that_do_not_exist(self, served: Served) -> None:
-        with pytest.raises(ValueError, match=r"on_missing: 'ignore' is none of \['empty', 'nan', 'raise'\]"):
+        with pytest.raises(ValueError, match=r"on_missing: 'ignore' is not one of \['empty', 'nan', 'raise'\]"):
             Scorer.open(served.model, served.store, on_missing="ignore")
         with pytest.raises(ValueError, match=r"task: 'buy' is none of this model's \['next'\]"):
             Scorer.open(served.model, served.store, task="buy")

@@ -285,7 +285,7 @@ def test_bfloat16_is_close_and_other_precisions_do_not_exist(served_tasks: Serve
             np.testing.assert_allclose(scores, expected, atol=0.5 if task == "next" else 0.02)
     with Scorer.open(served_tasks.model_dir, served_tasks.store, precision=Precision.auto) as scorer:
         assert scorer.score(users, items).shape == (4, 30)
-    with pytest.raises(ValueError, match=r"precision: 'int8' is none of \['auto', 'bfloat16', 'float32'\]"):
+    with pytest.raises(ValueError, match=r"precision: 'int8' is not one of \['auto', 'bfloat16', 'float32'\]"):
         Scorer.open(served_tasks.model_dir, served_tasks.store, precision="int8")
 
 

@@ -288,10 +288,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"stage": "downstream"}, "base: is needed with stage=downstream"),
-            ({"stage": "downstream", "base": "runs/mine/best"}, "store: is needed with stage=downstream"),
-            ({"base": "runs/mine/best"}, "base: is for stage=downstream; leave it out"),
-            ({"stage": "upstream"}, "stage: 'upstream' is none of joint, downstream"),
+            ({"stage": "downstream"}, "base: is required with stage=downstream"),
+            ({"stage": "downstream", "base": "runs/mine/best"}, "store: is required with stage=downstream"),
+            ({"base": "runs/mine/best"}, "base: only applies with stage=downstream; set that, or leave this out"),
+            ({"stage": "upstream"}, "stage: 'upstream' is not one of joint, downstream"),
             ({"stage": "downstream", "base": "b", "store": "s"}, r"data\.split: stage=downstream needs time"),
         ],
     )

@@ -1,6 +1,6 @@
-"""Every configuration of vista: plain dataclasses with defaults and units. YAML differs from these.
+"""All configurations of vista: plain dataclasses with defaults and units. YAML files list only what differs.
 
-Hydra is used in `vista.config.composition` alone: the command line turns words into these objects once.
+Only `vista.config.composition` uses Hydra: the command line turns its words into these objects once.
 """
 
 from vista.config.data_config import DataConfig

@@ -1,4 +1,4 @@
-"""Checks of configuration values; every error names the key."""
+"""Checks of configuration values. Every error names the key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 from vista.errors import ConfigError
 
 PLAIN: dict[Any, Any] = {bool: bool, str: str, int: numbers.Integral, float: numbers.Real}
-"""What is taken for a field of these types (NumPy's numbers too)."""
+"""Which values a field of these types accepts; NumPy's numbers are among them."""
 
 
 def require(condition: bool, key: str, message: str) -> None:
@@ -20,15 +20,21 @@ def require(condition: bool, key: str, message: str) -> None:
         raise ConfigError(f"{key}: {message}")
 
 
+def require_only_with(is_set: bool, applies: bool, key: str, setting: str) -> None:
+    """Require that a key is set exactly when it applies, which is with a setting such as data.split=time."""
+    require(is_set or not applies, key, f"is required with {setting}")
+    require(applies or not is_set, key, f"only applies with {setting}; set that, or leave this out")
+
+
 def require_counts(config: Any, prefix: str, keys: tuple[str, ...], least: int = 1) -> None:
-    """Whole numbers of at least `least`."""
+    """Require whole numbers of at least `least`."""
     for key in keys:
         value = getattr(config, key)
         require(value >= least, f"{prefix}{key}", f"must be at least {least}, got {value}")
 
 
 def require_finite(config: Any, prefix: str, keys: tuple[str, ...], *, positive: bool = False) -> None:
-    """Finite numbers of at least 0, or above it."""
+    """Require finite numbers of at least 0, or with `positive` above 0."""
     for key in keys:
         value = getattr(config, key)
         good = math.isfinite(value) and (value > 0 if positive else value >= 0)
@@ -36,7 +42,11 @@ def require_finite(config: Any, prefix: str, keys: tuple[str, ...], *, positive:
 
 
 def check_types(config: Any, prefix: str = "") -> None:
-    """Words of choices become the choices that they name; ConfigError for a value of another type than its field's."""
+    """Replace the names of choices by the choices, and plain numbers by those of the field's type.
+
+    Raises:
+        ConfigError: naming the key, if a value has another type than its field.
+    """
     for name, hint in get_type_hints(type(config)).items():
         value, key = getattr(config, name), f"{prefix}{name}"
         if isinstance(hint, type) and issubclass(hint, Enum):
@@ -44,12 +54,12 @@ def check_types(config: Any, prefix: str = "") -> None:
                 setattr(config, name, hint(value))
             except ValueError:
                 known = ", ".join(str(member.value) for member in hint)
-                raise ConfigError(f"{key}: {value!r} is none of {known}") from None
+                raise ConfigError(f"{key}: {value!r} is not one of {known}") from None
         elif hint in PLAIN:
             fits = isinstance(value, PLAIN[hint]) and (hint is bool or not isinstance(value, bool))
             if not fits:
                 raise ConfigError(f"{key}: expected {hint.__name__}, got {value!r}")
             if not isinstance(value, hint):
-                setattr(config, name, hint(value))  # a whole number for a float, or a number of NumPy's
+                setattr(config, name, hint(value))  # an int for a float, or a NumPy number
         elif is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]
             raise ConfigError(f"{key}: expected {hint.__name__}, got {value!r}")  # type: ignore[union-attr]

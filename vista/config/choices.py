@@ -1,4 +1,4 @@
-"""Named choices of the configuration: what a key may be, in the words that users write."""
+"""Choices of the configuration: the values that a key accepts, spelled as users write them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ Choice = TypeVar("Choice", bound=Enum)
 
 
 def choice_of(kind: type[Choice], value: Choice | str, name: str) -> Choice:
-    """A choice, or the one of that value.
+    """The choice itself, or the one with that value.
 
     Raises:
-        ValueError: naming the argument `name` and the values, if there is none.
+        ValueError: naming the argument `name` and the allowed values, if the value is not one of them.
     """
     if isinstance(value, kind):
         return value
     values = sorted({choice.value for choice in kind})
     if value not in values:
-        raise ValueError(f"{name}: {value!r} is none of {values}")
+        raise ValueError(f"{name}: {value!r} is not one of {values}")
     return kind(value)
 
 
 class Architecture(Enum):
-    """Which model: VISTA, or a baseline that reads the raw history at every request (docs/explanation/models.md)."""
+    """Model: vista, or a baseline that reads the raw history at every request."""
 
     vista = "vista"
     sasrec = "sasrec"
@@ -34,48 +34,48 @@ class Architecture(Enum):
 
     @property
     def ranks_only(self) -> bool:
-        """Whether it only ranks candidates: no next items, and each impression reads its own newest events."""
+        """Whether it only ranks candidates: no next-item task, and each impression reads its own newest events."""
         return self in (Architecture.din, Architecture.sim, Architecture.twin)
 
 
 class Stage(Enum):
-    """What is trained."""
+    """What is trained: everything, or only stage 2 over the summaries of a store."""
 
     joint = "joint"
-    """All: item table, stage 1, stage 2 and heads."""
+    """Everything: item table, stage 1, stage 2, and heads."""
     downstream = "downstream"
-    """Stage 2 and heads, over the summaries of a store; the base that made these stays as it is."""
+    """Stage 2 and heads, over the summaries of a store. The base model that made them stays unchanged."""
 
 
 class Mixing(Enum):
-    """How tokens of stage 1 mix."""
+    """How the tokens of stage 1 mix: bidirectional as in the paper, or separable, which allows incremental updates."""
 
     bidirectional = "bidirectional"
-    """History and seeds form one set; all write and all read at every layer (the paper)."""
+    """History and seeds form one set: all tokens write and read at every layer (the paper)."""
     separable = "separable"
-    """Only history writes, only seeds read: states append, merge and forget."""
+    """Only the history writes and only seeds read, so states can append, merge, and forget."""
 
 
 class TargetAttentionKind(Enum):
-    """Layers of stage 2."""
+    """Layers of stage 2: softmax attention, or pointwise attention as in HSTU."""
 
     softmax = "softmax"
-    """Softmax attention and a feed-forward network (the paper)."""
+    """Softmax attention followed by a feed-forward network (the paper)."""
     pointwise = "pointwise"
-    """A sum over tokens of SiLU(score) * value, normed and gated, without a feed-forward network (HSTU)."""
+    """A normalized and gated sum of SiLU(score) * value, without a feed-forward network (HSTU)."""
 
 
 class Search(Enum):
-    """How SIM finds the events of a candidate."""
+    """How SIM finds the events that a candidate attends to."""
 
     soft = "soft"
-    """Those of the largest inner product, which is learnt."""
+    """The events with the largest learned inner product."""
     hard = "hard"
-    """The newest ones of the candidate's category (`data.item_categories`)."""
+    """The newest events of the candidate's category (`data.item_categories`)."""
 
 
 class Activation(Enum):
-    """phi of stage 1: of its queries and keys, and of the state that is read."""
+    """Activation phi of stage 1, applied to its queries, keys, and states."""
 
     silu = "silu"
     """The paper."""
@@ -85,7 +85,7 @@ class Activation(Enum):
 
 
 class Normalization(Enum):
-    """Scale c of the state before its activation: A = phi2(Z * c)."""
+    """Scale c of stage 1's state Z before its activation: none, or by the number of events n."""
 
     none = "none"
     """c = 1 (the paper)."""
@@ -94,25 +94,25 @@ class Normalization(Enum):
 
 
 class Decay(Enum):
-    """What older events lose weight by in separable mixing."""
+    """How older events lose weight in separable mixing: not at all, by age in time, or by age in events."""
 
     none = "none"
     time = "time"
     position = "position"
 
 
-# `raise` and `leave-last-out` are what users write, but no Python names: hence the aliases.
+# Users write `raise` and `leave-last-out`, which are not Python names: hence the aliases.
 OnMissing = Enum("OnMissing", {"empty": "empty", "nan": "nan", "error": "raise", "raise": "raise"})
-"""What an unknown user or item gets: the empty history's summary, NaN scores, or a typed error."""
+"""What an unknown user or item gets: the summary of an empty history, NaN scores, or an error."""
 
 OnBadRows = Enum("OnBadRows", {"error": "raise", "raise": "raise", "quarantine": "quarantine"})
-"""What ingest does with a row that fails validation."""
+"""What ingest does with an invalid row: raise an error and write nothing, or set the row aside in quarantine.csv."""
 
 IdType = Enum("IdType", {"auto": "auto", "integer": "int", "int": "int", "string": "str", "str": "str"})
-"""Ids of users or items in a source."""
+"""Type of the ids of users or items in a source."""
 
 Split = Enum("Split", {"leave_last_out": "leave-last-out", "leave-last-out": "leave-last-out", "time": "time"})
-"""Test labels: a user's last event (validation: the one before it), or what lies after two moments."""
+"""Which labels are test labels: each user's last event (validation: the one before), or all after a given time."""
 
 
 class Counting(Enum):
@@ -120,34 +120,34 @@ class Counting(Enum):
 
     exact = "exact"
     count_min = "count_min"
-    """A count-min sketch of fixed size, learnt in one pass over the events (extra `sketches`)."""
+    """A count-min sketch of fixed size, filled in one pass over the events (needs the extra `sketches`)."""
 
 
 class Precision(Enum):
-    """Arithmetic of training's matrix products."""
+    """Data type of matrix products."""
 
     auto = "auto"
-    """bfloat16 on GPUs and on CPUs with AMX or AMD's avx512_bf16, float32 elsewhere; the choice is logged."""
+    """bfloat16 on GPUs and on CPUs with AMX or avx512_bf16, float32 elsewhere. The choice is logged."""
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
 class Codec(Enum):
-    """How summary rows are stored."""
+    """How the rows of a summary are stored."""
 
     float32 = "float32"
     float16 = "float16"
     int8 = "int8"
-    """FBGEMM byte rows: d uint8 values, then float32 scale and bias."""
+    """FBGEMM 8-bit rows: d uint8 values, then a float32 scale and bias."""
     int4 = "int4"
-    """FBGEMM 4-bit rows: two values a byte, then float16 scale and bias."""
+    """FBGEMM 4-bit rows: two values per byte, then a float16 scale and bias."""
 
 
 class StateDtype(Enum):
-    """How a refresh keeps the states of separable mixing, which an incremental refresh appends to."""
+    """How a refresh stores the states of separable mixing, to which an incremental refresh appends."""
 
     none = "none"
-    """Not at all: users with new events are recomputed in full."""
+    """States are not stored: users with new events are recomputed in full."""
     float32 = "float32"
     float16 = "float16"
-    """Half the bytes, a scale a matrix."""
+    """Half the bytes, with one scale per matrix."""

@@ -1,7 +1,7 @@
-"""From `key=value` words to one config object: Hydra's compose API over conf/, typed by vista/config.py.
+"""From `key=value` words to one config object: Hydra's compose API over conf/, typed by the dataclasses.
 
-Nothing here changes the working directory or makes a run folder. Groups and experiments are composed by Hydra; single
-values are then set one by one, so that an error can name the word that caused it.
+Nothing here changes the working directory or makes a run folder. Hydra composes groups and experiments. Values are then
+set one at a time, so that an error can name the word that caused it.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ ConfigT = TypeVar("ConfigT")
 
 
 class _Written(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML whose every scalar stays the text that is written; merges are flattened as ever."""
+    """YAML that keeps every scalar as the text that is written. Merge keys (<<) work as usual."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}
 
 
 _ELEMENT = re.compile(r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\\.|[^,'"\\])+""")
-"""An element of a list in Hydra's grammar: quoted parts and escaped signs may hold commas."""
+"""A list element in Hydra's grammar: quoted parts and escaped characters may contain commas."""
 
 NAME_OF_SCHEMA: dict[type, str] = {
     SimulateConfig: "simulate",
@@ -82,11 +82,11 @@ NAME_OF_SCHEMA: dict[type, str] = {
     StoreGetConfig: "store get",
     StoreEraseConfig: "store erase",
 }
-"""The command of a schema; its primary config is `config_file_name` of that, in conf/."""
+"""The command of each schema. Its primary config in conf/ is `config_file_name(command)`."""
 
 
 def config_file_name(command: str) -> str:
-    """Name in conf/, without .yaml, of a command's primary config: words are joined by hyphens."""
+    """Name of a command's primary config in conf/, without .yaml: its words joined by hyphens."""
     return command.replace(" ", "-")
 
 
@@ -95,26 +95,26 @@ for _schema, _name in NAME_OF_SCHEMA.items():
 
 
 def conf_dir() -> Path:
-    """The folder of YAML files: inside the package once installed, beside it in a checkout (editable installs too).
+    """The folder of YAML files: inside an installed package, or next to it in a checkout or an editable install.
 
     Raises:
-        ConfigError: if neither is there.
+        ConfigError: if neither exists.
     """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "train.yaml").is_file():
             return folder
-    raise ConfigError(f"no conf/ folder in {package} or beside it; install vista-recsys again")
+    raise ConfigError(f"no conf/ folder in {package} or next to it; reinstall vista-recsys")
 
 
 def groups_of(name: str) -> list[str]:
-    """Groups that a command's defaults list names, such as model and experiment."""
+    """Groups in a command's defaults list, such as model and experiment."""
     defaults = cast(DictConfig, OmegaConf.load(conf_dir() / f"{config_file_name(name)}.yaml")).get("defaults", [])
     return [str(key).split()[-1] for entry in defaults if not isinstance(entry, str) for key in entry]
 
 
 def options_of(group: str) -> dict[str, str]:
-    """Options of a group, with the comment that describes each."""
+    """Options of a group, each with the comment that describes it."""
     options = {}
     for path in sorted((conf_dir() / group).glob("*.yaml"), key=lambda path: path.stem):
         comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
@@ -125,15 +125,15 @@ def options_of(group: str) -> dict[str, str]:
 def compose_config(
     schema: type[ConfigT], overrides: Sequence[str] = (), *, config_file: str | Path | None = None
 ) -> ConfigT:
-    """Make a config object from conf/, a file of the user's, and `key=value` words; later ones win.
+    """Make a config object from conf/, a user's file, and `key=value` words. Later values override earlier ones.
 
     Args:
-        schema: one of the commands' configs, such as TrainConfig.
-        overrides: words of Hydra's grammar: `model.num_seeds=32`, `model=paper`, `experiment=ml-1m`.
-        config_file: YAML of the same keys and groups, such as what `--cfg` prints.
+        schema: the config of a command, such as TrainConfig.
+        overrides: words in Hydra's grammar: `model.num_seeds=32`, `model=paper`, `experiment=ml-1m`.
+        config_file: YAML with the same keys and groups, such as the output of `--cfg`.
 
     Raises:
-        ConfigError: in one line, naming the key: unknown, of a wrong type, unreadable, or against the schema's rules.
+        ConfigError: in one line that names the key, if it is unknown, unreadable, of a wrong type, or breaks a rule.
     """
     name = NAME_OF_SCHEMA[schema]
     keys, groups = ConfigKeys.of(schema), groups_of(name)
@@ -156,7 +156,7 @@ def compose_config(
 
 
 def _compose_groups(name: str, choices: dict[str, str]) -> DictConfig:
-    outer = get_gh_backup()  # a caller may be a Hydra application itself
+    outer = get_gh_backup()  # the caller may be a Hydra application
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), job_name="vista", version_base="1.3"):
@@ -172,16 +172,16 @@ def _first_line(error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """Hydra wraps what went wrong; the innermost error names it."""
+    """Text of the innermost error: Hydra wraps the error that tells what went wrong."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())
 
 
 def _parse(word: str) -> tuple[str, Any, str]:
-    """One `key=value` word -> its key, its value, and that as it is written."""
+    """A `key=value` word -> (key, value, the value as written)."""
     if word.startswith("~"):
-        raise ConfigError(f"cannot read '{word}': a key cannot be deleted, only set; write null for no value")
+        raise ConfigError(f"cannot read '{word}': keys cannot be deleted, only set; use null for no value")
     if "=" not in word:
         raise ConfigError(f"cannot read '{word}': it is not key=value")
     try:
@@ -189,17 +189,19 @@ def _parse(word: str) -> tuple[str, Any, str]:
     except HydraException as error:
         key, _, text = word.partition("=")
         raise ConfigError(
-            f"cannot read '{word}': {_first_line(error)}; quote a value with special signs: \"{key}='{text}'\""
+            f"cannot read '{word}': {_first_line(error)}; quote values with special characters: \"{key}='{text}'\""
         ) from error
     if override.package is not None:
-        raise ConfigError(f"cannot read '{word}': a group goes where the schema has it; write it without @")
+        raise ConfigError(f"cannot read '{word}': groups cannot be moved; write it without @")
     if override.is_sweep_override():
-        raise ConfigError(f"cannot read '{word}': one value a run; a list is written {override.key_or_group}=[a,b]")
+        raise ConfigError(
+            f"cannot read '{word}': sweeps are not supported; a list is written {override.key_or_group}=[a,b]"
+        )
     return override.key_or_group, override.value(), word.partition("=")[2]
 
 
 def _words_of_file(path: str | Path | None) -> list[tuple[str, Any, Any]]:
-    """The keys of a file, their values, and those with every scalar as it is written."""
+    """(key, value, value with every scalar as written) of each top-level key of a file."""
     if path is None:
         return []
     try:
@@ -209,14 +211,14 @@ def _words_of_file(path: str | Path | None) -> list[tuple[str, Any, Any]]:
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not readable as YAML: {_cause(error)}") from error
+        raise ConfigError(f"--config {path}: invalid YAML: {_cause(error)}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path}: holds a list; it must hold keys, as `--cfg` prints them")
+        raise ConfigError(f"--config {path}: holds a list or text; write keys and values, as `--cfg` prints them")
     return [(str(key), value, _inner(written, key)) for key, value in content.items()]
 
 
 def _inner(written: Any, key: Any) -> Any:
-    """What a dict of `_Written` has of a key; None where there is nothing of it."""
+    """The value of a key in a dict of `_Written`; None without one."""
     return written.get(str(key)) if isinstance(written, dict) else None
 
 
@@ -225,7 +227,7 @@ def _option(group: str, option: Any) -> str:
     if option not in known:
         text = value_text(option)
         raise ConfigError(
-            f"{group}: no option '{text}'{_hint(get_close_matches(text, known))}; one of {', '.join(known)}"
+            f"{group}: no option '{text}'{_hint(get_close_matches(text, known))}; use one of {', '.join(known)}"
         )
     return str(option)
 
@@ -237,12 +239,12 @@ def _hint(matches: Sequence[str]) -> str:
 def _leaves(
     key: str, value: Any, written: Any, keys: ConfigKeys, name: str, groups: Sequence[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Single values of a word, whose value may be a dict of them."""
+    """Single keys and values of a word, whose value may be a dict."""
     if key in keys.keys:
         yield key, _as_written(key, value, written) if keys.keys[key].is_text else value
     elif key not in keys.sections:
         matches = [*([] if "." in key else get_close_matches(key, groups, n=1)), *keys.matches(key)]
-        raise ConfigError(f"unknown key '{key}'{_hint(matches)} (vista {name} --help lists all)")
+        raise ConfigError(f"unknown key '{key}'{_hint(matches)} (vista {name} --help lists all keys)")
     elif isinstance(value, dict):
         for inner, inner_value in value.items():
             yield from _leaves(f"{key}.{inner}", inner_value, _inner(written, inner), keys, name, groups)
@@ -250,21 +252,21 @@ def _leaves(
         yield key, None
     else:
         examples = [known for known in keys.keys if known.startswith(f"{key}.")][:3]
-        raise ConfigError(f"{key}: is a group of keys, not a value; set {', '.join(examples)}, ...")
+        raise ConfigError(f"{key}: is a group of keys, not a key; set {', '.join(examples)}, ...")
 
 
 def _as_written(key: str, value: Any, written: Any) -> Any:
-    """Texts as they are written. Hydra and YAML read 1_000, 1e5 and true as something else, and an id is a text."""
+    """Text as written: Hydra and YAML would read ids such as 1_000, 1e5, and true as other values."""
     if isinstance(value, list) and not any(isinstance(one, list | dict) for one in value):
         is_list = isinstance(written, str) and written.strip().startswith("[")
         texts = _ELEMENT.findall(written.strip()[1:-1]) if is_list else written
-        if not isinstance(texts, list) or len(texts) != len(value):  # sort([3,1,2])
+        if not isinstance(texts, list) or len(texts) != len(value):  # a function such as sort([3,1,2])
             texts = [None] * len(value)
         return [_as_written(key, one, text) for one, text in zip(value, texts, strict=True)]
     if not isinstance(value, bool | int | float):
         return value
-    if not isinstance(written, str) or "(" in written:  # one of Hydra's functions, or within a word of several keys
-        raise ConfigError(f"{key}: {value_text(value)} was read as a number or a truth value; put texts in quotes")
+    if not isinstance(written, str) or "(" in written:  # a Hydra function, or a word of several keys
+        raise ConfigError(f"{key}: {value_text(value)} was read as a number or a truth value; put text in quotes")
     return written.strip()
 
 
@@ -272,12 +274,12 @@ def _assign(config: DictConfig, key: str, value: Any, keys: ConfigKeys) -> None:
     section = key.rpartition(".")[0]
     if section and OmegaConf.select(config, section) is None:
         OmegaConf.update(config, section, OmegaConf.structured(keys.sections[section].schema), merge=False)
-    if key in keys.sections:  # null: an optional section that is left out
+    if key in keys.sections:  # null: an optional section is omitted
         OmegaConf.update(config, key, value, merge=False)
         return
     known = keys.keys[key]
     if known.choices and isinstance(value, float) and value != value:
-        value = "nan"  # Hydra's grammar reads the word as a number; here it is a choice (on_missing=nan).
+        value = "nan"  # Hydra reads the word as a number, but here it is a choice (on_missing=nan).
     try:
         OmegaConf.update(config, key, value, merge=True)
     except OmegaConfBaseException as error:

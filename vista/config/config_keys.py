@@ -1,7 +1,7 @@
-"""Configuration dataclasses as text: every key with its type, default and docstring; YAML.
+"""Configuration dataclasses as text: every key with its type, default, and docstring; YAML.
 
-Reads the modules that define the dataclasses, so it needs no Hydra. The command line's help and error messages are made
-from it.
+It reads the source of the modules that define the dataclasses, so it does not need Hydra. Help texts and error messages
+of the command line are made from it.
 """
 
 from __future__ import annotations
@@ -24,44 +24,44 @@ from vista.config.conversion import to_dict
 
 @dataclass(frozen=True, slots=True)
 class ConfigKey:
-    """One value that a user can set."""
+    """A value that users can set."""
 
     name: str
-    """Dotted, as on the command line: model.num_seeds."""
+    """Dotted name, as on the command line: model.num_seeds."""
     type_text: str
-    """As shown to a user: int, str or null, [float, ...], bidirectional|separable."""
+    """Type as shown to users: int, str or null, [float, ...], bidirectional|separable."""
     default: Any
     doc: str
-    """Empty where neither the field nor its enum has a docstring."""
+    """Docstring of the field, or else of its enum; empty if both have none."""
     choices: tuple[str, ...] = ()
-    """Every spelling of an enum that is accepted."""
+    """All accepted spellings of an enum's values."""
 
     @property
     def is_text(self) -> bool:
-        """A str, or a list of them."""
+        """Whether it is a str or a list of str."""
         return self.type_text.removesuffix(" or null") in ("str", "[str, ...]")
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigSection:
-    """A dataclass inside a dataclass: a group of keys with a common prefix."""
+    """A dataclass within a dataclass: a group of keys with a common prefix."""
 
     name: str
     schema: type
     optional: bool
-    """Null unless one of its keys is set."""
+    """Whether it is null unless one of its keys is set."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigKeys:
-    """The keys and sections of one schema, in the order of its fields."""
+    """All keys and sections of a schema, in the order of its fields."""
 
     keys: dict[str, ConfigKey]
     sections: dict[str, ConfigSection]
 
     @classmethod
     def of(cls, schema: type) -> ConfigKeys:
-        """List the keys of a config dataclass, nested ones with their prefix."""
+        """List the keys of a config dataclass, including nested ones with their prefix."""
         listed = cls({}, {})
         listed._add(schema, "")
         return listed
@@ -82,20 +82,20 @@ class ConfigKeys:
             self.keys[name] = ConfigKey(name, type_text(hints[field.name]), _default(field), doc, choices)
 
     def matches(self, name: str) -> list[str]:
-        """Names that a mistyped one may have meant, best first; a missing prefix is forgiven."""
+        """Up to three names that a mistyped name may stand for, best first. The prefix may be missing."""
         names = list(self.keys) if "." in name else [*self.keys, *self.sections]
-        found = get_close_matches(name, names, n=3, cutoff=0.75)
+        matches = get_close_matches(name, names, n=3, cutoff=0.75)
         last = name.rpartition(".")[2]
         by_last: dict[str, list[str]] = {}
         for known in names:
             by_last.setdefault(known.rpartition(".")[2], []).append(known)
         for close in get_close_matches(last, by_last, n=3, cutoff=0.75):
-            found += by_last[close]
-        return list(dict.fromkeys(found))[:3]
+            matches += by_last[close]
+        return list(dict.fromkeys(matches))[:3]
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:
-    """`X | None` -> (X, True); anything else -> (itself, False)."""
+    """`X | None` -> (X, True); any other type -> (itself, False)."""
     if get_origin(hint) in (Union, UnionType):
         inner = [arg for arg in get_args(hint) if arg is not NoneType]
         if len(inner) == 1:
@@ -104,7 +104,7 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
 
 
 def type_text(hint: Any) -> str:
-    """A type as users read it."""
+    """A type as it is shown to users."""
     inner, optional = _without_none(hint)
     if get_origin(inner) is list:
         text = f"[{type_text(get_args(inner)[0])}, ...]"
@@ -116,7 +116,7 @@ def type_text(hint: Any) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value as it is written after `key=`."""
+    """A value as users write it after `key=`."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -135,7 +135,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _docs_of_body(body: list[ast.stmt]) -> dict[str, str]:
-    """Docstrings that follow assignments, by assigned name."""
+    """Docstrings that follow assignments, by the assigned name."""
     docs = {}
     for statement, following in itertools.pairwise(body):
         target = statement.target if isinstance(statement, ast.AnnAssign) else None
@@ -163,7 +163,7 @@ def _docs_of_fields(schema: type) -> dict[str, str]:
 
 
 def _doc_of_enum(enum: type[Enum]) -> str:
-    """The class's own docstring, or the one below `Name = Enum(...)`."""
+    """The docstring of the class, or the one below `Name = Enum(...)`."""
     for statement in _tree_of_module(enum).body:
         if isinstance(statement, ast.ClassDef) and statement.name == enum.__name__:
             return " ".join((ast.get_docstring(statement) or "").split())
@@ -171,6 +171,6 @@ def _doc_of_enum(enum: type[Enum]) -> str:
 
 
 def to_yaml(config: Any) -> str:
-    """A config as YAML that `vista COMMAND --config FILE` reads back to an equal one."""
+    """A config as YAML, from which `vista COMMAND --config FILE` makes an equal one."""
     text: str = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
     return text

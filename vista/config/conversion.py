@@ -1,4 +1,4 @@
-"""Configurations as dictionaries of plain JSON values, and back."""
+"""Configurations to dictionaries of plain JSON values, and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON values; enums by their values."""
+    """A configuration as plain JSON values; enums become their values."""
     return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
 
 
@@ -25,7 +25,11 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """The inverse of `to_dict`; ConfigError for a missing key, or a key or value that `cls` does not know."""
+    """The inverse of `to_dict`.
+
+    Raises:
+        ConfigError: if a key is missing or unknown, or a value is not allowed.
+    """
     hints = get_type_hints(cls)
     if not isinstance(values, dict):
         raise ConfigError(f"{cls.__name__}: expected a table of keys, got {values!r}")

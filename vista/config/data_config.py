@@ -1,67 +1,73 @@
-"""Configuration of the log that is read, its split, and the cutting of batches."""
+"""Configuration of the data: the log, its split, and how batches are made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vista.config.checks import check_types, require, require_counts, require_finite
+from vista.config.checks import check_types, require, require_counts, require_finite, require_only_with
 from vista.config.choices import (
     Counting,
     Split,
 )
 
 PLACES = ("path", "item_categories")
-"""Keys of DataConfig that say where something lies: they may change, and belong into no table."""
+"""Keys of DataConfig that name a path. They may change between runs and are left out of result tables."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Which log is read, how it is split, and how batches are cut from it."""
+    """Which log is read, how it is split, and how batches are made from it."""
 
     path: str = "data/log"
     """Folder of the EventLog."""
     split: Split = Split.leave_last_out
     validation_from: str | None = None
-    """split=time: ISO date or time (UTC), or integer milliseconds; labels from here on are not trained on."""
+    """With split=time: labels from this time on are not used for training. ISO date or time (UTC), or integer
+    milliseconds. null with any other split."""
     test_from: str | None = None
-    """split=time: labels from here on are test labels."""
+    """With split=time: labels from this time on are test labels. Written like validation_from; null with any other
+    split."""
     exclude_seen: bool = True
-    """Whether validation and evaluation leave items of the visible history out of a ranking (but never the label):
-    false where users come back to items."""
+    """Whether validation and evaluation exclude items of the visible history from rankings (never the label). Set it to
+    false if users return to items."""
     item_categories: str | None = None
-    """model.search=hard: Parquet or CSV file with a column `item` of ids and one of categories; read when training
-    starts, and kept in the model."""
+    """With model.search=hard: Parquet or CSV file with a column `item` of ids and a column of categories. It is read
+    when training starts and kept in the model. null with any other search."""
     category_column: str = "category"
-    """Its column of categories."""
+    """Name of the column of categories in item_categories."""
     chunk_len: int = 16384
-    """Longest stretch of one history in one training batch, in events; longer ones are cut into several."""
+    """Maximum length, in events, of a stretch of one history in a training batch. Longer histories are cut into several
+    chunks."""
     tokens_per_batch: int = 8192
-    """Events a batch holds at most (a single longer chunk makes a batch of its own)."""
+    """Maximum number of events in a batch. A longer chunk is a batch by itself."""
     label_spacing: int = 32
-    """W: label positions that share one summary and one tail, hence the spacing of cuts. They see tail_len - W + 1 to
-    tail_len events of the tail. Larger is faster."""
+    """Window length W: the number of label positions that share one summary and one tail. These positions see between
+    tail_len - W + 1 and tail_len events of the tail. Larger is faster."""
     windows_per_chunk: int = 0
-    """Windows of W label positions drawn from a chunk a pass; 0 means all, so every event is a label once."""
+    """Number of windows of label_spacing positions that are drawn from each chunk per epoch. 0 uses all windows, so
+    every event is a label once per epoch."""
     num_cuts: int = 2
-    """Cuts a chunk a pass in bidirectional mixing (separable mixing has one every W events)."""
+    """Number of cuts per chunk and epoch in bidirectional mixing. Separable mixing has a cut every label_spacing
+    events."""
     staleness_events: float = 32.0
-    """Mean extra age of a summary, in events, of the stale part of the windows: exponential, and then rounded up to
-    whole windows of label_spacing."""
+    """Mean extra age, in events, of the summaries that stale windows read. It is drawn from an exponential distribution
+    and rounded up to whole windows."""
     staleness_share: float = 0.25
-    """Share of the windows that read an older summary than their own. For separable mixing: in bidirectional mixing a
-    window reads the newest of the chunk's few cuts, which is stale by itself."""
+    """Share of windows, in [0, 1], that read an older summary than their own. Applies to separable mixing; in
+    bidirectional mixing a window reads the newest of its chunk's few cuts, which is stale anyway."""
     unknown_share: float = 0.0
-    """Share of the events whose item training shows as the unknown one: in histories, neither as a label nor as what is
-    to be reconstructed. It keeps models from learning histories by heart, where passes are many. For vista, sasrec and
-    hstu; refused by the others."""
+    """Share of history events, in [0, 1), whose item is shown as unknown in training; labels and reconstruction targets
+    are not affected. It reduces overfitting over many epochs. Applies to vista, sasrec, and hstu; must be 0 for the
+    others."""
     num_negatives: int = 1024
-    """Negatives of the sampled softmax, shared by a batch."""
+    """Number of negatives of the sampled softmax, shared by all labels of a batch."""
     negative_power: float = 0.0
-    """Negatives are drawn in proportion to frequency ** power; 0 is uniform."""
+    """Negatives are drawn with probability proportional to item frequency to this power. 0 draws uniformly."""
     frequencies: Counting = Counting.exact
-    """What negative_power and optim.logq_strength know of frequencies: exact counts, or a sketch of bounded size."""
+    """How item frequencies are counted for negative_power and optim.logq_strength: exact counts, or a count-min sketch
+    of fixed size."""
     reconstruction_len: int = 64
-    """Events of the window that the decoder reconstructs before a sampled cut."""
+    """Number of events before a sampled cut that the decoder reconstructs."""
 
     def __post_init__(self) -> None:
         check_types(self, "data.")
@@ -69,15 +75,10 @@ class DataConfig:
         require_counts(self, "data.", counts)
         require_counts(self, "data.", ("windows_per_chunk",), least=0)
         require_finite(self, "data.", ("staleness_events", "negative_power"))
-        share = self.staleness_share
-        require(0 <= share <= 1, "data.staleness_share", f"must lie in [0, 1], got {share}")
-        share = self.unknown_share
-        require(0 <= share < 1, "data.unknown_share", f"must lie in [0, 1), got {share}")
-        in_time = self.split is Split.time
-        message = (
-            "is needed with data.split=time"
-            if in_time
-            else "is read with data.split=time alone; set that too, or this to null"
-        )
+        staleness, unknown = self.staleness_share, self.unknown_share
+        require(0 <= staleness <= 1, "data.staleness_share", f"must lie in [0, 1], got {staleness}")
+        require(0 <= unknown < 1, "data.unknown_share", f"must lie in [0, 1), got {unknown}")
         for key in ("validation_from", "test_from"):
-            require((getattr(self, key) is not None) == in_time, f"data.{key}", message)
+            require_only_with(
+                getattr(self, key) is not None, self.split is Split.time, f"data.{key}", "data.split=time"
+            )

@@ -9,39 +9,40 @@ from vista.config.checks import check_types, require, require_counts
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Quality as served: summaries read from the store, scores made by the scorer."""
+    """Evaluation of quality as served: summaries come from the store, scores from the scorer."""
 
     data: str = "data/log"
     """Folder of the EventLog."""
     model: str = "runs/vista/best"
     """Folder of the exported model."""
     store: str = "stores/vista"
-    """Folder of the summary store; a baseline reads the raw history and has none."""
+    """Folder of the summary store. Not used for baselines, which read the raw history."""
     authentication_key_file: str | None = None
-    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     split: str = "test"
-    """test or validation, of the model's own data split."""
+    """Labels that are evaluated: test or validation, according to the data split of the model's training."""
     exclude_seen: bool | None = None
-    """Leave items of the visible history out of the ranking, but never the label; null: as `data.exclude_seen` of the
-    model's training says."""
+    """Whether to exclude items of the visible history from rankings (never the label). null uses `data.exclude_seen`
+    of the model's training."""
     top_k: list[int] = field(default_factory=lambda: [10, 50, 200])
-    """Cut-offs k of HR@k and NDCG@k; the first is also the length of the popularity report's lists."""
+    """Cutoffs k of HR@k and NDCG@k. The first is also the list length of the popularity report."""
     popularity: bool = False
-    """Also report how far the retrieval head's lists follow training popularity."""
+    """Also report how closely the retrieval head's lists follow training popularity."""
     staleness: int = 0
-    """Newest events of each user that the store's summaries lack, of those that the split lets them see; the tail is up
-    to date all the same. Refresh with until=leave-last-N-out, N = 1 + staleness (validation: 2 + staleness), or of a
-    split in time with until=TIME-less-N, N = staleness."""
+    """Number of each user's newest visible events that the store's summaries lack; the tail has them. Refresh with
+    until=leave-last-N-out, where N is 1 + staleness (validation: 2 + staleness), or for a split in time with
+    until=TIME-less-N, where N is staleness. 0 evaluates up-to-date summaries."""
     recall: bool = False
-    """Also report what the stored summaries recall of a user's events, by their age (some seconds)."""
+    """Also report how well the stored summaries recall a user's events, by the age of the event. Takes some seconds."""
     users_per_batch: int = 512
-    """Users ranked in one pass."""
+    """Number of users that are ranked at once."""
     out: str | None = None
-    """JSON file that receives the metrics; replaced if it exists. null prints only."""
+    """JSON file for the metrics; an existing file is replaced. null only prints them."""
     device: str = "auto"
-    """auto | cpu | cuda | cuda:N."""
+    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     num_threads: int = 0
-    """CPU threads; 0 leaves torch's own choice."""
+    """Number of CPU threads. 0 leaves the choice to PyTorch."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -49,5 +50,7 @@ class EvaluateConfig:
         check_types(self)
         require_counts(self, "", ("users_per_batch",))
         require_counts(self, "", ("num_threads", "staleness"), least=0)
-        require(min(self.top_k, default=0) >= 1, "top_k", f"needs numbers of at least 1, got {list(self.top_k)}")
-        require(self.split in ("test", "validation"), "split", f"write test or validation, got {self.split}")
+        require(
+            min(self.top_k, default=0) >= 1, "top_k", f"needs one or more numbers of at least 1, got {list(self.top_k)}"
+        )
+        require(self.split in ("test", "validation"), "split", f"must be test or validation, got {self.split}")

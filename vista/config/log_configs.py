@@ -14,9 +14,10 @@ class LogForgetConfig:
     data: str = "data/log"
     """Folder of the EventLog."""
     events: str = "deletions.csv"
-    """CSV or Parquet file with the columns user, item, timestamp and, if wanted, action; each row names an event."""
+    """CSV or Parquet file with the columns user, item, timestamp, and optionally action. Each row names one event."""
     time_unit: str | None = None
-    """s | ms | us | ns | iso, of its timestamps; null in a log without times, where they count events from 0."""
+    """Unit of the file's timestamps: s, ms, us, ns, or iso. null for Parquet columns of dates and times, and for a log
+    without times, where timestamps are event numbers that start at 0."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -29,7 +30,7 @@ class LogEraseConfig:
     data: str = "data/log"
     """Folder of the EventLog."""
     users: list[str] = field(default_factory=list)
-    """User ids; at least one."""
+    """Ids of the users to delete; at least one."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -37,7 +38,7 @@ class LogEraseConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LogCompactConfig:
-    """Compaction of an EventLog's segments into one, without what was deleted."""
+    """Compaction of an EventLog's segments into one, without deleted rows."""
 
     data: str = "data/log"
     """Folder of the EventLog."""
@@ -48,7 +49,7 @@ class LogCompactConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LogStatsConfig:
-    """What an EventLog holds."""
+    """Contents of an EventLog."""
 
     data: str = "data/log"
     """Folder of the EventLog."""

@@ -18,58 +18,75 @@ from vista.config.choices import (
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """The recommender: stage 1 (Summarizer), stage 2 (TargetAttention), reconstruction and heads."""
+    """The model: stage 1 (Summarizer), stage 2 (TargetAttention), reconstruction decoder, and heads."""
 
     architecture: Architecture = Architecture.vista
+    """Model: vista, or a baseline that reads the raw history at every request. din, sim, and twin only rank
+    candidates."""
     dim: int = 64
-    """Model width M of both stages, and of a summary token."""
+    """Model width M of both stages and of a summary token."""
     num_heads: int = 4
-    """Attention heads H; must divide dim."""
+    """Number of attention heads. It must divide dim."""
     num_seeds: int = 16
-    """Summary tokens K a user. 0 turns stage 1 off: the tail alone."""
+    """Number of summary tokens K per user. 0 disables stage 1, so only the tail is read."""
     num_layers: int = 2
-    """Layers of stage 1, or of SASRec and HSTU."""
+    """Number of layers of stage 1, or of SASRec and HSTU."""
     num_target_layers: int = 2
-    """Layers of stage 2."""
+    """Number of layers of stage 2."""
     target_attention: TargetAttentionKind = TargetAttentionKind.pointwise
+    """Layers of stage 2: softmax attention with a feed-forward network (the paper), or pointwise attention without one
+    (HSTU)."""
     mixing: Mixing = Mixing.separable
+    """How the tokens of stage 1 mix. separable: only history tokens write and only seeds read, so states can be updated
+    incrementally. bidirectional: all tokens write and read at every layer (the paper)."""
     conv_width: int = 3
-    """Width w of the causal depthwise convolution over neighbouring events at the bottom; 1 turns it off."""
+    """Width, in events, of the causal depthwise convolution below the layers of stage 1. 1 disables it."""
     activation: Activation = Activation.silu
+    """Activation phi of stage 1's queries, keys, and states. The paper uses silu; identity is plain linear
+    attention."""
     normalization: Normalization = Normalization.length
+    """Scale of stage 1's state before its activation. none: 1 (the paper). length: 1 / max(n, 1) ** alpha, where n is
+    the number of events and alpha is normalization_alpha."""
     normalization_alpha: float = 1.0
-    """normalization=length: the exponent of n; 1 is the mean, 0 the sum."""
+    """Exponent alpha of normalization=length. 1 gives the mean over events, 0 the sum."""
     decay: Decay = Decay.none
+    """How older events lose weight in separable mixing: not at all (none), by time, or by position, which is the number
+    of newer events."""
     decay_horizons: list[float] = field(default_factory=list)
-    """One horizon tau a head: days (decay=time) or events (decay=position); 0 means that the head forgets nothing."""
+    """One decay horizon tau per head, in days for decay=time or in events for decay=position. With 0, a head does not
+    decay."""
     history_limit: int = 0
-    """Newest events that a summary, or a baseline at a request, sees at most; 0 means all."""
+    """Maximum number of newest events that a summary covers, or that a baseline reads per request. 0 means no limit;
+    sasrec, hstu, and din need one."""
     search: Search = Search.soft
-    """sim: soft, by a learnt product; hard, by category (`data.item_categories`)."""
+    """How sim finds events for a candidate: soft by a learned inner product, hard by category
+    (`data.item_categories`)."""
     search_top_k: int = 100
-    """sim, twin: events of the history that a candidate's search finds, and its attention reads."""
+    """For sim and twin: number of events that the search finds per candidate and that its attention reads."""
     tail_len: int = 32
-    """Newest events that stage 2 reads beside the summary."""
+    """Number of newest events that stage 2 reads in addition to the summary."""
     feed_forward_ratio: float = 2.0
-    """Hidden width of the gated feed-forward blocks over dim: of stage 1, the decoder and softmax layers of stage 2."""
+    """Hidden width of the gated feed-forward blocks, divided by dim: in stage 1, the decoder, and softmax layers of
+    stage 2."""
     dropout: float = 0.2
-    """Share of activations dropped in training."""
+    """Share of activations, in [0, 1), that are dropped in training."""
     temperature: float = 0.05
-    """Divides the cosine of the retrieval head."""
+    """Temperature by which the retrieval head divides its cosines."""
     use_action: bool = True
-    """The kind of action enters the event embedding, where the log has several."""
+    """Add the action to the event embedding, if the log has several actions."""
     use_rating: bool = True
-    """Ratings enter stage 1 only, and only where the log has them."""
+    """Add the rating to the event embedding of stage 1, if the log has ratings."""
     use_time: bool = True
-    """Log-bucketed gaps between events, only where the log has times."""
+    """Add the gap to the previous event, in logarithmic buckets, to the event embedding, if the log has times."""
     num_reconstruction_layers: int = 1
-    """Layers of the causal decoder of the reconstruction loss."""
+    """Number of layers of the causal decoder of the reconstruction loss."""
     stop_gradient: bool = True
-    """Of the reconstruction target; without it embeddings can collapse (there is a test that shows it)."""
+    """Stop the gradient at the reconstruction target. Without this, embeddings can collapse."""
     embedding_rows: int = 0
-    """Rows, each dim / embedding_hashes wide, of one table that items, actions and gaps share; 0: a row a value."""
+    """Number of rows of one hashed table that items, actions, and gaps share; each row is dim / embedding_hashes wide.
+    0 uses separate tables with one row per value."""
     embedding_hashes: int = 2
-    """With embedding_rows: hash functions, hence rows end to end, a value; must divide dim."""
+    """Number of hash functions per value with embedding_rows. It must divide dim."""
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
@@ -81,27 +98,30 @@ class ModelConfig:
         require(
             self.dim % self.num_heads == 0,
             "model.num_heads",
-            f"must divide model.dim={self.dim}, got {self.num_heads}; take one of "
+            f"must divide model.dim={self.dim}, got {self.num_heads}; use one of "
             f"{[h for h in range(1, min(self.dim, 64) + 1) if self.dim % h == 0]}",
         )
         require(
             self.embedding_rows == 0 or self.dim % self.embedding_hashes == 0,
             "model.embedding_hashes",
-            f"must divide model.dim={self.dim}, got {self.embedding_hashes}; take one of "
+            f"must divide model.dim={self.dim}, got {self.embedding_hashes}; use one of "
             f"{[p for p in range(1, 9) if self.dim % p == 0]}",
         )
-        if self.architecture in (Architecture.sasrec, Architecture.hstu, Architecture.din):
-            message = f"{self.architecture.value} reads a bounded number of events; set 200"
-            require(self.history_limit > 0, "model.history_limit", message)
+        require(
+            self.history_limit > 0
+            or self.architecture not in (Architecture.sasrec, Architecture.hstu, Architecture.din),
+            "model.history_limit",
+            f"{self.architecture.value} reads a bounded number of events; set a limit such as 200",
+        )
         require(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), got {self.dropout}")
-        if self.decay is not Decay.none:
-            require(
-                self.mixing is Mixing.separable,
-                "model.decay",
-                "needs model.mixing=separable; set model.decay=none for bidirectional mixing",
-            )
-            require(
-                len(self.decay_horizons) == self.num_heads and all(h >= 0 for h in self.decay_horizons),
-                "model.decay_horizons",
-                f"needs one horizon >= 0 a head ({self.num_heads}), got {list(self.decay_horizons)}",
-            )
+        require(
+            self.decay is Decay.none or self.mixing is Mixing.separable,
+            "model.decay",
+            "needs model.mixing=separable; set model.decay=none for bidirectional mixing",
+        )
+        require(
+            self.decay is Decay.none
+            or (len(self.decay_horizons) == self.num_heads and all(h >= 0 for h in self.decay_horizons)),
+            "model.decay_horizons",
+            f"needs one horizon >= 0 per head ({self.num_heads}), got {list(self.decay_horizons)}",
+        )

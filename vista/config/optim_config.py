@@ -1,4 +1,4 @@
-"""Configuration of optimizer, losses and schedule."""
+"""Configuration of the optimizer, the losses, and the schedule."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ from vista.config.checks import check_types, require, require_counts, require_fi
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW for the network, SparseAdam for the item table, losses and schedule."""
+    """AdamW for the network, SparseAdam for the item table, the losses, and the schedule."""
 
     learning_rate: float = 2e-3
-    """Peak, reached after the warm-up; cosine decay from there."""
+    """Peak learning rate, reached after the warm-up and followed by cosine decay."""
     weight_decay: float = 0.01
-    """Decoupled, as in AdamW; not of the item table."""
+    """Decoupled weight decay (AdamW) of the network. The item table has none."""
     warmup_steps: int = 100
-    """Steps of linear rise to the peak."""
+    """Number of steps over which the learning rate rises linearly to its peak."""
     gradient_clip: float = 1.0
-    """Largest global norm."""
+    """Maximum global norm of the gradient."""
     epochs: int = 10
-    """Passes over the training histories."""
+    """Number of passes over the training histories."""
     next_weight: float = 1.0
-    """lambda_next: sampled softmax over next items."""
+    """Weight of the sampled softmax over next items. 0 does not train next items."""
     logq_strength: float = 1.0
-    """Share of the log popularity that scores may learn: 1 is the plain softmax, 0 takes all of it out of them."""
+    """How much of the items' log popularity the next-item scores learn, in [0, 1]. 1 is the plain softmax; 0 removes
+    popularity from the scores."""
     task_weight: float = 1.0
-    """Weight of each task's binary cross-entropy, where the log has impressions."""
+    """Weight of each task's binary cross-entropy, if the log has impressions. 0 trains no task."""
     tasks: list[str] = field(default_factory=list)
-    """Labelled tasks that are trained, by their names in the log; empty means all."""
+    """Names of the tasks to train, as in the log. Empty means all."""
     reconstruction_weight: float = 0.1
-    """lambda_rec."""
+    """Weight of the reconstruction loss. 0 does not train reconstruction."""
     patience: int = 0
-    """Validations without improvement before training stops; 0 never stops early."""
+    """Number of validations without improvement after which training stops. 0 never stops early."""
     validate_every: int = 1
-    """Epochs between validations, of which the last epoch always has one; 0 never validates."""
+    """Number of epochs between validations; the last epoch always has one. 0 never validates."""
     validation_users: int = 2000
-    """Users a validation ranks at most (the same every time; 0: all), and four times as many impressions."""
+    """Maximum number of users that a validation ranks, the same users every time; impressions are limited to four times
+    as many. 0 means no limit."""
 
     def __post_init__(self) -> None:
         check_types(self, "optim.")
@@ -44,5 +46,5 @@ class OptimConfig:
         require_finite(self, "optim.", ("weight_decay", "next_weight", "task_weight", "reconstruction_weight"))
         counts = ("epochs", "warmup_steps", "patience", "validate_every", "validation_users")
         require_counts(self, "optim.", counts, least=0)
-        require(self.task_weight > 0 or not self.tasks, "optim.tasks", "needs optim.task_weight above 0; set it to 1")
+        require(self.task_weight > 0 or not self.tasks, "optim.tasks", "needs optim.task_weight above 0; set that to 1")
         require(0 <= self.logq_strength <= 1, "optim.logq_strength", f"must lie in [0, 1], got {self.logq_strength}")

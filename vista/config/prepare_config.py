@@ -13,36 +13,39 @@ from vista.config.choices import (
 
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
-    """Where a table's columns are; one `kind` of a known data set, or `table` with names."""
+    """Files of one table and the names of their columns."""
 
     kind: str = "table"
-    """auto (by what lies at the path) | table | ml-1m | ml-latest-small | ml-100k | recbole | npz | simulated"""
+    """Format of the files: table (Parquet, CSV, or TSV with the columns named below), a known data set (ml-1m,
+    ml-latest-small, ml-100k, recbole, npz, simulated), or auto, which recognizes the data set by its file names."""
     paths: list[str] = field(default_factory=list)
-    """Files (Parquet, CSV, or the data set's own); several are read in the order of their names."""
+    """Files or folders to read. Several files are read in the order of their names."""
     user: str = "user"
-    """Column of user ids, integers or strings."""
+    """Column of user ids, integers or text."""
     item: str = "item"
-    """Column of item ids, integers or strings."""
+    """Column of item ids, integers or text."""
     timestamp: str | None = None
-    """Null for a table without times: input order counts then."""
+    """Column of times. null for a table without times, whose events are in input order."""
     time_unit: str | None = None
-    """s | ms | us | ns | iso, of numbers and text; a Parquet column of dates and times needs none."""
+    """Unit of numeric times (s, ms, us, or ns), or iso for ISO 8601 text. null for Parquet columns of dates and
+    times."""
     action: str | None = None
-    """Column of action names, such as click or buy."""
+    """Column of action names, such as click or buy. null if there is only one action."""
     rating: str | None = None
-    """Column of ratings, which are numbers."""
+    """Column of ratings, finite numbers. null reads no ratings."""
     sequence: str | None = None
-    """Column that orders equal timestamps; input order without it."""
+    """Column of integers that orders events with equal timestamps. null orders them as in the input."""
     separator: str = ","
-    """Of CSV files."""
+    """Character that separates the columns of text files, such as ';' or tab."""
     user_ids: IdType = IdType.auto
-    """What user ids are; auto follows the column's type, and in text files the first value."""
+    """Type of user ids: int or str. auto uses the column's type, or in text files the first value."""
     item_ids: IdType = IdType.auto
-    """The same of item ids."""
+    """Type of item ids: int or str. auto uses the column's type, or in text files the first value."""
     labels: list[str] = field(default_factory=list)
-    """Impressions: one 0/1/empty column a task."""
+    """For impressions: the columns of labels, one per task, with the values 0, 1, or empty if unknown."""
     probabilities: list[str] = field(default_factory=list)
-    """Impressions of a simulation: the true probability of each label, in the order of `labels`."""
+    """For simulated impressions: the columns of true label probabilities, in the order of `labels`. Empty reads
+    none."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -53,14 +56,18 @@ class PrepareConfig:
     """Ingest of source tables into an EventLog."""
 
     out: str = "data/log"
-    """Folder that receives the EventLog."""
+    """Folder of the EventLog to make, or with `append` to extend."""
     events: SourceConfig = field(default_factory=SourceConfig)
+    """Files of events."""
     impressions: SourceConfig | None = None
+    """Files of impressions with labels; null if there are none."""
     append: bool = False
-    """Add a segment to an existing log; a source that it holds already is refused."""
+    """Add a segment to an existing log. Sources that the log already contains are refused."""
     on_bad_rows: OnBadRows = OnBadRows.error
+    """What happens to invalid rows: raise writes nothing and reports the first; quarantine sets them aside in
+    quarantine.csv."""
     progress: bool = True
-    """Show a progress bar."""
+    """Show progress bars."""
 
     def __post_init__(self) -> None:
         check_types(self)

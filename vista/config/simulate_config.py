@@ -11,40 +11,41 @@ from vista.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class SimulateConfig:
-    """A simulated lifelong log with impressions whose true label probabilities are known."""
+    """A simulated log of long histories, with impressions whose true label probabilities are known."""
 
     out: str = "data/simulated"
-    """Folder that receives events.parquet, impressions.parquet and items.parquet, which `prepare` reads."""
+    """Folder for events.parquet, impressions.parquet, and items.parquet, which `vista prepare` reads."""
     num_users: int = 400
-    """Users of the log."""
+    """Number of users."""
     events_per_user: int = 4000
-    """Mean length of a history; lengths spread around it."""
+    """Mean number of events per user. Lengths vary around it."""
     num_items: int = 1600
-    """Items of the log."""
+    """Number of items, at least num_topics."""
     num_topics: int = 32
-    """Latent topics, at most 256; every item belongs to one."""
+    """Number of latent topics, at most 256. Every item belongs to one."""
     min_interests: int = 4
-    """Fewest slow interests of a user."""
+    """Minimum number of slow interests per user: topics that return throughout the history."""
     max_interests: int = 6
-    """Most slow interests of a user: topics that return throughout the history."""
+    """Maximum number of slow interests per user, below num_topics."""
     episode_events: int = 450
-    """Mean length of an episode, in events; a user's slow interests take turns, one an episode."""
+    """Mean length of an episode, in events. A user's slow interests take turns, one per episode."""
     session_events: int = 20
     """Mean length of a session, in events."""
     impressions_per_user: int = 300
-    """Labeled impressions per user."""
+    """Number of impressions per user."""
     impressions_per_request: int = 4
-    """Candidates shown at one moment."""
+    """Number of candidates that are shown at the same time."""
     start: str = "2024-01-01"
-    """First day of the simulated period, an ISO date (UTC)."""
+    """First day of the simulated period, an ISO date or time (UTC)."""
     days: float = 730.0
-    """Length of the simulated period; users' lives fill it."""
+    """Length of the simulated period in days. Histories fill it."""
     seed: int = 1
-    """Seed of the random numbers."""
+    """Seed of all random numbers. The same seed gives the same files."""
     num_threads: int = 1
-    """Threads that generate; the bytes do not depend on them."""
+    """Number of threads. It does not change the result."""
     reference: bool = False
-    """Also report the best possible AUC and NE: of the truth, and of the last 200 and 32 events (some seconds)."""
+    """Also report the best possible AUC and NE: those of the oracle, which knows the true probabilities, and those
+    possible from the last 200 and 32 events. Takes some seconds."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -58,7 +59,14 @@ class SimulateConfig:
         topics, items, low, high = self.num_topics, self.num_items, self.min_interests, self.max_interests
         require(topics <= 256, "num_topics", f"must be at most 256, got {topics}")
         require(items >= topics, "num_items", f"must be at least num_topics={topics}, got {items}")
-        message = f"needs 1 <= min_interests <= max_interests < num_topics, got {low}, {high}, {topics}"
-        require(1 <= low <= high < topics, "max_interests", message)
-        message = f"must be at least 1 and one more a million events a user, and at most 36500, got {self.days}"
-        require(1 + self.events_per_user / 1e6 <= self.days <= 36_500, "days", message)
+        require(
+            1 <= low <= high < topics,
+            "max_interests",
+            f"needs 1 <= min_interests <= max_interests < num_topics, got {low}, {high}, {topics}",
+        )
+        fewest_days = 1 + self.events_per_user / 1e6  # room for distinct times in milliseconds
+        require(
+            fewest_days <= self.days <= 36_500,
+            "days",
+            f"must lie in [{fewest_days:g}, 36500] with events_per_user={self.events_per_user}, got {self.days}",
+        )
