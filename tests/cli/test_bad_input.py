@@ -79,8 +79,8 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["model.num_heads=3"], r"model\.num_heads: must divide model\.dim=64, got 3; take one of \[1, 2, 4"),
-            (["model.decay=time"], r"model\.decay_horizons: needs one horizon >= 0 a head \(4\), got \[\]"),
+            (["model.num_heads=3"], r"model\.num_heads: must divide model\.dim=64, got 3; use one of \[1, 2, 4"),
+            (["model.decay=time"], r"model\.decay_horizons: needs one horizon >= 0 per head \(4\), got \[\]"),
             (["checkpoint_every=0"], r"checkpoint_every: must be at least 1, got 0"),
             (["optim.patience=-1"], r"optim\.patience: must be at least 0, got -1"),
             (["optim.gradient_clip=0"], r"optim\.gradient_clip: must be positive and finite, got 0"),
@@ -93,10 +93,13 @@ class TestConfig:
             (["seed=-1"], r"seed: must be at least 0, got -1"),
             (["num_threads=-1"], r"num_threads: must be at least 0, got -1"),
             (["device=tpu"], r"device=tpu: write auto, cpu, cuda or cuda:N"),
-            (["data.split=time"], r"data\.validation_from: is needed with data\.split=time"),
-            (["model.search=hard"], r"model\.search: is SIM's; set model\.architecture=sim"),
-            (["model=sim", "model.search=hard"], r"data\.item_categories: is needed with model\.search=hard"),
-            (["data.item_categories=items.csv"], r"data\.item_categories: is for model\.search=hard; leave it out"),
+            (["data.split=time"], r"data\.validation_from: is required with data\.split=time"),
+            (["model.search=hard"], r"model\.search: only SIM can search by category; set model\.architecture=sim"),
+            (["model=sim", "model.search=hard"], r"data\.item_categories: is required with model\.search=hard"),
+            (
+                ["data.item_categories=items.csv"],
+                r"data\.item_categories: only applies with model\.search=hard; set that, or",
+            ),
         ],
     )
     def test_train(self, served: Served, tmp_path: Path, fails: Fails, words: list[str], message: str) -> None:
@@ -111,8 +114,8 @@ class TestConfig:
         [
             (["refresh", "users_per_batch=0"], "users_per_batch: must be at least 1, got 0"),
             (["refresh", "until=yesterday"], r"until='yesterday': write all, leave-last-out, .* an ISO date .*or time"),
-            (["evaluate", "split=train"], "split: write test or validation, got train"),
-            (["evaluate", "top_k=[]"], r"top_k: needs numbers of at least 1, got \[\]"),
+            (["evaluate", "split=train"], "split: must be test or validation, got train"),
+            (["evaluate", "top_k=[]"], r"top_k: needs one or more numbers of at least 1, got \[\]"),
             (["score", "users=[]"], "users: name at least one"),
             (["score", "users=[100]", "top_k=0"], "top_k: must be at least 1, got 0"),
         ],
@@ -271,7 +274,7 @@ class TestInterrupt:
         words = train_words(copied, f"run_dir={run_dir}")
         with monkeypatch.context() as patch:
             patch.setattr(BatchSource, "batch", batch)
-            assert fails(130, *words) == "interrupted; the same command goes on from here"
+            assert fails(130, *words) == "interrupted; rerun the command to resume"
         assert main(words) == 0
         assert "resuming at step" in (run_dir / "train.log").read_text()
         assert content(run_dir / "best")["model.safetensors"] == content(copied.model_dir)["model.safetensors"]
@@ -289,6 +292,6 @@ class TestInterrupt:
         words = ["refresh", *places, "users_per_batch=4", "progress=false"]
         with monkeypatch.context() as patch:
             patch.setattr(StoreWriter, "put_batch", put_and_interrupt)
-            assert fails(130, *words) == "interrupted; the same command goes on from here"
+            assert fails(130, *words) == "interrupted; rerun the command to resume"
         assert main(words) == 0
         assert "16 users (12 of them by an earlier run)" in capsys.readouterr().out

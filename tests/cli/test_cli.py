@@ -1,4 +1,4 @@
-"""The command line: every file of conf/ composes, errors are one line, help is complete, and any directory will do."""
+"""The command line: every file in conf/ composes, errors are one line, help is complete, any directory works."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,18 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vista import config
-from vista.cli import main as cli
+from vista.cli.command import COMMANDS
+from vista.cli.main import main
 from vista.config.choices import OnBadRows, OnMissing, Split
 from vista.config.composition import NAME_OF_SCHEMA, compose_config, conf_dir, config_file_name, groups_of, options_of
 from vista.config.config_keys import ConfigKeys, to_yaml
 from vista.errors import ConfigError, DataError
+from vista.log.event_log import EventLog
 from vista.log.vocabulary import ids_of_words
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = sorted(cli.COMMANDS)
+NAMES = sorted(COMMANDS)
 EXPERIMENTS = sorted(options_of("experiment"))
 NEEDED = {"time": ["data.validation_from=2024-01-01", "data.test_from=2024-02-01"]}
-"""What an option needs beside itself."""
+"""Words that an option needs in addition."""
 
 
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -38,8 +39,8 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str:
-    """The one line with which the command line refuses."""
-    assert cli.main(words) == code
+    """The line with which the command line refuses."""
+    assert main(words) == code
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
@@ -54,7 +55,7 @@ def stub(
             raise error
         return report
 
-    monkeypatch.setitem(cli.COMMANDS, name, dataclasses.replace(cli.COMMANDS[name], run=act))
+    monkeypatch.setitem(COMMANDS, name, dataclasses.replace(COMMANDS[name], run=act))
 
 
 class TestConf:
@@ -63,8 +64,8 @@ class TestConf:
         assert compose_config(schema) == schema()
 
     def test_every_command_has_its_schema_and_file(self) -> None:
-        assert {command.schema: name for name, command in cli.COMMANDS.items()} == NAME_OF_SCHEMA
-        assert {path.stem for path in conf_dir().glob("*.yaml")} == set(map(config_file_name, COMMANDS))
+        assert {command.schema: name for name, command in COMMANDS.items()} == NAME_OF_SCHEMA
+        assert {path.stem for path in conf_dir().glob("*.yaml")} == set(map(config_file_name, NAMES))
         assert {path.name for path in conf_dir().iterdir() if path.is_dir()} == set(groups_of("train"))
 
     @pytest.mark.parametrize("word", [f"{g}={o}" for g in groups_of("train") for o in options_of(g)])
@@ -73,7 +74,7 @@ class TestConf:
         assert isinstance(compose_config(config.TrainConfig, [word, *NEEDED.get(option, [])]), config.TrainConfig)
         assert len(options_of(group)[option]) > 10
 
-    def test_every_experiment_has_its_own_folders_and_yields_to_words(self) -> None:
+    def test_every_experiment_has_its_own_folders_and_words_override_it(self) -> None:
         composed = [compose_config(config.TrainConfig, ["model.num_seeds=7", f"experiment={e}"]) for e in EXPERIMENTS]
         assert {one.model.num_seeds for one in composed} == {7}
         for folders, default in (
@@ -97,7 +98,7 @@ class TestConf:
         composed = compose_config(config.TrainConfig, ["model.dim=128", "model=paper", "optim=quick"])
         assert (composed.model.dim, composed.model.num_seeds, composed.optim.epochs) == (128, 128, 2)
 
-    def test_names_of_groups_are_paths_where_the_schema_says_so(self) -> None:
+    def test_names_of_groups_are_paths_in_other_commands(self) -> None:
         composed = compose_config(config.RefreshConfig, ["model=runs/x/best", "data=data/x"])
         assert (composed.model, composed.data) == ("runs/x/best", "data/x")
 
@@ -114,7 +115,7 @@ class TestConf:
             (config.ScoreConfig, "on_missing=raise", OnMissing.error),
         ],
     )
-    def test_enum_spellings_that_are_no_python_names(self, schema: type, word: str, expected: object) -> None:
+    def test_enum_spellings_that_are_not_python_names(self, schema: type, word: str, expected: object) -> None:
         value: Any = compose_config(schema, [word])
         for part in word.partition("=")[0].split("."):
             value = getattr(value, part)
@@ -155,7 +156,7 @@ class TestConfigFile:
         ).impressions
         assert shown is not None and shown.user == "cust"
 
-    def test_words_win_over_the_file_and_the_file_over_its_experiment(self, tmp_path: Path) -> None:
+    def test_words_override_the_file_and_the_file_overrides_its_experiment(self, tmp_path: Path) -> None:
         file = tmp_path / "mine.yaml"
         file.write_text("experiment: ml-1m\nmodel: {num_seeds: 9, dim: 32}\n")
         composed = compose_config(config.TrainConfig, ["model.dim=16"], config_file=file)
@@ -164,7 +165,7 @@ class TestConfigFile:
     @pytest.mark.parametrize(
         ("content", "part"),
         [
-            ("model: [1", "not readable as YAML"),
+            ("model: [1", "invalid YAML"),
             ("- a", "holds a list"),
             ("model: {num_seed: 3}", "did you mean model.num_seeds"),
             ("optim: 3", "optim: no option '3'"),
@@ -200,16 +201,16 @@ class TestRefusals:
             ("train data.split=last", ["data.split: expected leave-last-out|time, got last"]),
             ("train experiment=ml-1n", ["experiment: no option 'ml-1n'", "did you mean ml-1m", *EXPERIMENTS]),
             ("train model.num_heads=5", ["model.num_heads: must divide model.dim=64, got 5"]),
-            ("train data=time", ["data.validation_from: is needed"]),
+            ("train data=time", ["data.validation_from: is required"]),
             ("train run_dir=a(b", ["cannot read 'run_dir=a(b'", "run_dir='a(b'"]),
             ("train model.dim", ["cannot read 'model.dim'", "not key=value"]),
-            ("train model.dim=32,64", ["cannot read 'model.dim=32,64'", "one value a run"]),
+            ("train model.dim=32,64", ["cannot read 'model.dim=32,64'", "sweeps are not supported"]),
             ("train ~model.dim", ["cannot read '~model.dim'", "cannot be deleted"]),
             ("train run_dir=${nothing}", ["run_dir: ", "'nothing' not found"]),
             ("train --model.dim=3", ["--model.dim=3", "written without dashes: model.dim=3"]),
             ("prepare events=clicks.csv", ["events: is a group of keys", "events.paths"]),
             ("prepare on_bad_rows=rise", ["on_bad_rows: expected raise|quarantine, got rise", "did you mean raise?"]),
-            ("trian", ["unknown command 'trian'", "did you mean train?", *COMMANDS]),
+            ("trian", ["unknown command 'trian'", "did you mean train?", *NAMES]),
             ("log stat", ["unknown command 'log stat'", "did you mean log stats?"]),
             ("log data=data/x", ["unknown command 'log data=data/x'", "Commands: log "]),
         ],
@@ -222,7 +223,7 @@ class TestRefusals:
         for part in parts:
             assert part in printed
 
-    def test_a_value_with_special_signs_in_quotes(self) -> None:
+    def test_a_value_with_special_characters_in_quotes(self) -> None:
         assert compose_config(config.TrainConfig, ["run_dir='a(b=c'"]).run_dir == "a(b=c"
 
     def test_nothing_runs_when_the_configuration_is_refused(
@@ -235,7 +236,7 @@ class TestRefusals:
 class TestOutcomes:
     def test_report_is_printed(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         stub(monkeypatch, None, report="12 users", name="prepare")
-        assert cli.main(["prepare"]) == 0
+        assert main(["prepare"]) == 0
         assert capsys.readouterr().out == "12 users\n"
 
     def test_typed_error_is_one_line(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,43 +248,44 @@ class TestOutcomes:
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, resumes: bool
     ) -> None:
         stub(monkeypatch, KeyboardInterrupt(), name=name)
-        assert cli.main([name]) == 130
+        assert main([name]) == 130
         line = capsys.readouterr().err
-        assert line.startswith("interrupted") and line.count("\n") == 1 and ("goes on" in line) is resumes
+        assert line.startswith("interrupted") and line.count("\n") == 1 and ("resume" in line) is resumes
 
     @pytest.mark.parametrize("error", [RuntimeError("bug"), ModuleNotFoundError("x", name="x"), OSError("disk")])
-    def test_the_unforeseen_keeps_its_traceback(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def test_unexpected_errors_keep_their_traceback(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         stub(monkeypatch, error)
         with pytest.raises(type(error)):
-            cli.main(["train"])
+            main(["train"])
 
     @pytest.mark.parametrize(
-        ("command", "module", "function"),
+        ("command", "function"),
         [
-            ("simulate", "vista.simulation.simulate", "simulate"),
-            ("prepare", "vista.log.ingest.prepare", "prepare"),
-            ("train", "vista.training.trainer", "train_model"),
-            ("refresh", "vista.refresh", "refresh_from_config"),
-            ("evaluate", "vista.evaluation.evaluate", "evaluate"),
-            ("score", "vista.cli.score_command", "score_from_config"),
-            ("log forget", "vista.cli.log_commands", "log_forget"),
-            ("log erase", "vista.cli.log_commands", "log_erase"),
-            ("log compact", "vista.cli.log_commands", "log_compact"),
-            ("log stats", "vista.cli.log_commands", "log_stats"),
+            ("simulate", "vista.cli.log_commands.simulate"),
+            ("prepare", "vista.cli.log_commands.prepare"),
+            ("evaluate", "vista.cli.train_commands.evaluate"),
+            ("score", "vista.cli.score_command.score_from_config"),
+            ("refresh", "vista.refresh.refresh_from_config"),
+            ("log forget", "vista.cli.log_commands.log_forget"),
+            ("log erase", "vista.cli.log_commands.log_erase"),
+            ("log compact", "vista.cli.log_commands.log_compact"),
+            ("log stats", "vista.cli.log_commands.log_stats"),
         ],
     )
     def test_command_calls_its_function_with_its_config(
-        self, monkeypatch: pytest.MonkeyPatch, command: str, module: str, function: str
+        self, monkeypatch: pytest.MonkeyPatch, command: str, function: str
     ) -> None:
         calls = []
-        fake, fake_log = ModuleType(module), ModuleType("vista.log.event_log")
-        setattr(fake, function, lambda *arguments: calls.append(arguments))
-        fake_log.EventLog = type("EventLog", (), {"open": staticmethod(lambda path: f"log at {path}")})  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "vista.log.event_log", fake_log)
-        monkeypatch.setitem(sys.modules, module, fake)
-        assert cli.main(command.split()) == 0
-        expected = cli.COMMANDS[command].schema()
-        assert calls == [(expected, "log at data/log") if command == "train" else (expected,)]
+        monkeypatch.setattr(function, lambda *arguments: calls.append(arguments))
+        assert main(command.split()) == 0
+        assert calls == [(COMMANDS[command].schema(),)]
+
+    def test_train_opens_its_log(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = []
+        monkeypatch.setattr("vista.cli.train_commands.train_model", lambda *arguments: calls.append(arguments))
+        monkeypatch.setattr(EventLog, "open", lambda path: f"log at {path}")
+        assert main(["train"]) == 0
+        assert calls == [(config.TrainConfig(), "log at data/log")]
 
 
 class TestHelp:
@@ -291,57 +293,57 @@ class TestHelp:
     def _width(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("COLUMNS", "120")
 
-    @pytest.mark.parametrize("name", COMMANDS)
+    @pytest.mark.parametrize("name", NAMES)
     def test_lists_every_key_with_type_and_default(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main([*name.split(), "--help"]) == 0
+        assert main([*name.split(), "--help"]) == 0
         text = capsys.readouterr().out
-        for key in ConfigKeys.of(cli.COMMANDS[name].schema).keys.values():
+        for key in ConfigKeys.of(COMMANDS[name].schema).keys.values():
             if not key.name.startswith("impressions."):
                 assert re.search(rf"^  {re.escape(key.name)}=\S*\s+{re.escape(key.type_text.split()[0])}", text, re.M)
         for group in groups_of(name):
             assert all(f"{group}={option} " in text for option in options_of(group))
-        assert cli.COMMANDS[name].summary in text
+        assert COMMANDS[name].summary in text
 
     def test_shows_docstrings_also_of_enums_and_nested_fields(self, capsys: pytest.CaptureFixture[str]) -> None:
-        cli.main(["train", "--help"])
+        main(["train", "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        assert "model.num_seeds=16 int. Summary tokens K a user." in text
-        assert "model.mixing=separable bidirectional|separable. How tokens of stage 1 mix" in text
-        assert "data.split=leave-last-out leave-last-out|time. Test labels" in text
+        assert "model.num_seeds=16 int. Number of summary tokens K per user." in text
+        assert "model.mixing=separable bidirectional|separable. How the tokens of stage 1 mix" in text
+        assert "data.split=leave-last-out leave-last-out|time. Which labels are test labels" in text
 
-    def test_repeated_section_takes_one_row(self, capsys: pytest.CaptureFixture[str]) -> None:
-        cli.main(["prepare", "--help"])
+    def test_a_repeated_section_takes_one_row(self, capsys: pytest.CaptureFixture[str]) -> None:
+        main(["prepare", "--help"])
         text = capsys.readouterr().out
         assert text.count("impressions.") == 1 and "null unless one is set" in text
 
-    @pytest.mark.parametrize("name", COMMANDS)
+    @pytest.mark.parametrize("name", NAMES)
     def test_examples_compose(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         Path("mine.yaml").write_text("")
-        assert cli.COMMANDS[name].examples
-        for example in cli.COMMANDS[name].examples:
+        assert COMMANDS[name].examples
+        for example in COMMANDS[name].examples:
             assert example.startswith(f"vista {name} ")
-            assert cli.main([*shlex.split(example)[1:], "--cfg"]) == 0
+            assert main([*shlex.split(example)[1:], "--cfg"]) == 0
 
     def test_overview_and_its_example(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main(["--help"]) == 0
+        assert main(["--help"]) == 0
         text = capsys.readouterr().out
-        assert all(f"\n  {name} " in text and command.summary in text for name, command in cli.COMMANDS.items())
+        assert all(f"\n  {name} " in text and command.summary in text for name, command in COMMANDS.items())
         lines = [line.split() for line in text.splitlines() if line.startswith("  vista ")]
-        assert len(lines) == 5 and all(cli.main([*words[1:], "--cfg"]) == 0 for words in lines)
-        assert cli.main([]) == 2
+        assert len(lines) == 5 and all(main([*words[1:], "--cfg"]) == 0 for words in lines)
+        assert main([]) == 2
 
     def test_a_group_lists_its_commands(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert (cli.main(["log"]), cli.main(["log", "--help"])) == (2, 0)
+        assert (main(["log"]), main(["log", "--help"])) == (2, 0)
         text = capsys.readouterr().out
-        for name, command in cli.COMMANDS.items():
+        for name, command in COMMANDS.items():
             assert text.count(f"\n  {name} ") == text.count(command.summary[:40]) == (2 if "log " in name else 0)
 
     def test_every_line_fits_a_narrow_terminal(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setenv("COLUMNS", "80")
-        cli.main(["train", "--help"])
+        main(["train", "--help"])
         body, _, _ = capsys.readouterr().out.partition("Examples:")
         assert max(map(len, body.splitlines()[5:])) <= 80
 
@@ -357,22 +359,22 @@ class TestFromAnotherDirectory:
     @pytest.mark.parametrize("name", ["refresh", "score", "train"])
     def test_scripts_are_the_commands(self, name: str, tmp_path: Path) -> None:
         done = run(sys.executable, f"{REPOSITORY}/scripts/{name}.py", "--cfg", cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (0, to_yaml(cli.COMMANDS[name].schema()))
+        assert (done.returncode, done.stdout) == (0, to_yaml(COMMANDS[name].schema()))
 
     def test_exit_code_and_stderr_of_a_refusal(self, tmp_path: Path) -> None:
         done = run(sys.executable, f"{REPOSITORY}/scripts/train.py", "model.dim=wide", cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == "error: model.dim: expected int, got wide\n"
 
-    def test_closed_pipe_is_no_traceback(self, tmp_path: Path) -> None:
+    def test_a_closed_pipe_gives_no_traceback(self, tmp_path: Path) -> None:
         command = f"{shlex.quote(sys.executable)} -m vista.cli train --help | true; echo ${{PIPESTATUS[0]}}"
         done = run("bash", "-c", command, cwd=tmp_path)
         assert (done.stdout, done.stderr) == ("141\n", "")
 
 
-def test_conf_folder_that_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_conf_folder_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("vista.config.composition.__file__", str(tmp_path / "vista" / "composition.py"))
-    with pytest.raises(ConfigError, match="install vista-recsys again"):
+    with pytest.raises(ConfigError, match="reinstall vista-recsys"):
         conf_dir()
 
 
@@ -381,8 +383,8 @@ def test_on_missing_nan_is_a_choice() -> None:
 
 
 @pytest.mark.parametrize("word", ["1_000", "+5", "-0", "1e5", "true", "012", "nan", "1:30", "0x1F", "u_2", "42"])
-def test_an_id_is_taken_as_it_is_written(word: str, tmp_path: Path) -> None:
-    # Hydra and YAML would read most of these as another number or a truth value: another user.
+def test_an_id_stays_as_it_is_written(word: str, tmp_path: Path) -> None:
+    # Hydra and YAML would read most of these as another number or a truth value, so as another user.
     ids = [word, "a,b", word]
     assert compose_config(config.StoreEraseConfig, [f"users=[{word}, 'a,b',{word}]", "store=s"]).users == ids
     assert compose_config(config.StoreGetConfig, [f"user={word}", "store=s"]).user == word
@@ -409,12 +411,12 @@ def test_an_integer_id_has_one_spelling(word: str) -> None:
         (config.StoreGetConfig, ["store=s", "user=float('1')"], "user: 1.0"),
     ],
 )
-def test_a_number_whose_text_is_not_known_is_refused(schema: type, words: list[str], key: str) -> None:
-    with pytest.raises(ConfigError, match=f"{re.escape(key)} was read as a number .*; put texts in quotes"):
+def test_a_number_whose_text_is_unknown_is_refused(schema: type, words: list[str], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{re.escape(key)} was read as a number .*; put text in quotes"):
         compose_config(schema, words)
 
 
-def test_files_of_all_kinds_are_read_as_they_were(tmp_path: Path) -> None:
+def test_config_files_of_all_kinds(tmp_path: Path) -> None:
     file = tmp_path / "prepare.yaml"
     file.write_text("out: o\nevents: {item: title, <<: {user: 0, timestamp: t}, paths: [a, 1_0]}\n")
     events = compose_config(config.PrepareConfig, config_file=file).events
@@ -422,7 +424,7 @@ def test_files_of_all_kinds_are_read_as_they_were(tmp_path: Path) -> None:
     for text in ("null", "", "# nothing\n"):
         file.write_text(text)
         assert compose_config(config.TrainConfig, config_file=file) == compose_config(config.TrainConfig)
-    for text, message in (("store=s", "key"), ("[1, 2]", "holds a list"), ("a: [1", "not readable as YAML")):
+    for text, message in (("store=s", "key"), ("[1, 2]", "holds a list"), ("a: [1", "invalid YAML")):
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):
             compose_config(config.StoreGetConfig, config_file=file)

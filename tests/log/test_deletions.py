@@ -277,7 +277,7 @@ class TestCommands:
         text = capsys.readouterr().out
         assert "segment 2 deletes 1 events of 1 users" in text and "segment 3 deletes 1 events of 1 users" in text
         assert "3 segment(s)" in text and "2 users, 3 items, 1 events (1970-01-01 00:00:10 to " in text
-        assert "deletions: 1 events and 1 users; 2 rows wait for a compaction" in text
+        assert "deletions: 1 events and 1 users; 2 rows still on disk until a compaction" in text
         assert main(["log", "compact", data]) == 0
         assert main(["log", "compact", data]) == 0
         text = capsys.readouterr().out

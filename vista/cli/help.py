@@ -10,9 +10,9 @@ from vista.config.composition import groups_of, options_of
 from vista.config.config_keys import ConfigKeys, value_text
 
 OPTIONS = (
-    ("--cfg", "print the resolved configuration and stop"),
-    ("--config FILE", "YAML of the same keys, such as --cfg prints; words on the command line win over it"),
-    ("--help", "this text"),
+    ("--cfg", "print the resolved configuration and exit"),
+    ("--config FILE", "YAML file with the same keys, such as the output of --cfg; the command line overrides it"),
+    ("--help", "print this text and exit"),
 )
 
 
@@ -21,7 +21,7 @@ def _width() -> int:
 
 
 def _table(rows: Iterable[tuple[str, str]], column: int) -> str:
-    """Two columns, the second wrapped; a long first cell has a line of its own."""
+    """Two columns, the second wrapped. A long first cell gets a line of its own."""
     lines = []
     for left, right in rows:
         wrapped = textwrap.wrap(right, _width() - column - 2, break_on_hyphens=False) or [""]
@@ -35,18 +35,20 @@ def _table(rows: Iterable[tuple[str, str]], column: int) -> str:
 
 
 def overview(summaries: Mapping[str, str]) -> str:
-    """The text of `vista --help`: commands in the order in which they are used."""
+    """The text of `vista --help`, with commands in the order in which they are typically used."""
     return "\n".join(
         [
             "Usage: vista COMMAND [KEY=VALUE ...]",
             "",
-            "Ranking over whole-life user histories, from a small cached summary a user.",
+            "Sequential recommendation from long user histories, with one small cached summary per user.",
             "",
-            "Commands, in the order in which they are used:",
+            "Commands, in the order of typical use:",
             _table(summaries.items(), 18),
             "",
             "Options:",
-            _table([("--version", "print the version"), ("COMMAND --help", "its keys, groups and examples")], 22),
+            _table(
+                [("--version", "print the version"), ("COMMAND --help", "print its keys, groups, and examples")], 22
+            ),
             "",
             "Example:",
             "  vista simulate out=data/simulated num_users=200",
@@ -55,19 +57,21 @@ def overview(summaries: Mapping[str, str]) -> str:
             "  vista refresh data=data/log model=runs/first/best store=stores/first until=leave-last-out",
             "  vista evaluate data=data/log model=runs/first/best store=stores/first",
             "",
-            "Exit codes: 0 done, 1 error, 2 configuration refused, 130 interrupted.",
+            "Exit codes: 0 success, 1 error, 2 invalid command line or configuration, 130 interrupted.",
         ]
     )
 
 
 def group_help(group: str, summaries: Mapping[str, str]) -> str:
-    """The text of `vista GROUP --help`: its commands."""
+    """The text of `vista GROUP --help`: the commands of the group."""
     usage = f"Usage: vista {group} COMMAND [KEY=VALUE ...]"
-    return "\n".join([usage, "", _table(summaries.items(), 18), "", f"vista {group} COMMAND --help tells its keys."])
+    return "\n".join(
+        [usage, "", _table(summaries.items(), 18), "", f"vista {group} COMMAND --help lists the keys of a command."]
+    )
 
 
 def command_help(name: str, summary: str, schema: type, examples: Sequence[str]) -> str:
-    """The text of `vista COMMAND --help`: options, groups, experiments, every key, and examples."""
+    """The text of `vista COMMAND --help`: options, groups, experiments, all keys, and examples."""
     groups = groups_of(name)
     parts = [
         f"Usage: vista {name} [KEY=VALUE ...]" + (" [GROUP=OPTION ...]" if groups else "") + " [--config FILE] [--cfg]",
@@ -78,17 +82,17 @@ def command_help(name: str, summary: str, schema: type, examples: Sequence[str])
         _table(OPTIONS, 20),
     ]
     for group in groups:
-        title = "Experiments, complete runs by name" if group == "experiment" else f"Group {group}"
+        title = "Experiments (complete runs by name)" if group == "experiment" else f"Group {group}"
         options = options_of(group).items()
         parts += ["", f"{title}:", _table(((f"{group}={option}", doc) for option, doc in options), 32)]
-    parts += ["", "Keys and defaults (a list is written [a,b]; special signs go 'in quotes'):"]
+    parts += ["", "Keys and defaults (write a list as [a,b], and special characters 'in quotes'):"]
     parts += [_table(_key_rows(ConfigKeys.of(schema)), 34)]
     parts += ["", "Examples:", *(f"  {example}" for example in examples)]
     return "\n".join(parts)
 
 
 def _key_rows(listed: ConfigKeys) -> list[tuple[str, str]]:
-    """A row a key; a section of the same schema as an earlier one takes one row in all."""
+    """One row per key. A section with the same schema as an earlier section takes a single row."""
     first_of_schema: dict[type, str] = {}
     repeated = {}
     for section in listed.sections.values():

@@ -1,4 +1,4 @@
-"""The commands `vista log …`: from a config to a report."""
+"""The commands that make and change logs, `vista simulate`, `vista prepare`, and `vista log ...`: config to report."""
 
 from __future__ import annotations
 
@@ -10,37 +10,41 @@ from vista.config import LogCompactConfig, LogEraseConfig, LogForgetConfig, LogS
 from vista.log.compaction import CompactionReport, compact_log
 from vista.log.deletions import DeletionReport, erase_users, forget_file
 from vista.log.event_log import EventLog
+from vista.log.ingest.prepare import prepare
 from vista.log.vocabulary import ids_of_words
+from vista.simulation.simulate import simulate
+
+__all__ = ["log_compact", "log_erase", "log_forget", "log_stats", "prepare", "simulate"]
 
 
 def log_forget(config: LogForgetConfig) -> DeletionReport:
-    """Delete the events that a file names; errors as of `forget_file`."""
+    """Delete the events that a file names. Raises what `forget_file` raises."""
     return forget_file(config.data, config.events, config.time_unit)
 
 
 def log_erase(config: LogEraseConfig) -> DeletionReport:
-    """Delete users; errors as of `erase_users`.
+    """Delete users. Raises what `erase_users` raises.
 
     Raises:
-        ConfigError: no user is named, or an id is text where the log's are integers.
+        ConfigError: if no user is named, or an id is text but the log's ids are integers.
     """
     users = ids_of_words(config.users, "users", EventLog.open(config.data).users.kind)
     return erase_users(config.data, users)
 
 
 def log_compact(config: LogCompactConfig) -> CompactionReport:
-    """Make one segment of many; errors as of `compact_log`."""
+    """Merge all segments into one. Raises what `compact_log` raises."""
     return compact_log(config.data)
 
 
 @dataclass(frozen=True, slots=True)
 class LogStats:
-    """What a log holds.
+    """What a log contains.
 
-    segments: names, oldest first; num_users: those that have an id, with or without events; num_forgotten, num_erased:
-    deletion rows, of events and of users; num_deleted: events and impressions that they delete and that are still on
-    disk; size_bytes: of all files in the segments in force; first and last time: ms, None in an empty log or one
-    without times.
+    segments: names, oldest first; num_users: users with an id, with or without events; num_forgotten, num_erased:
+    deletion rows, of events and of users; num_deleted: deleted events and impressions that are still on disk;
+    size_bytes: of all files of the current segments; first_ms, last_ms: oldest and newest time, None in an empty log or
+    a log without times.
     """
 
     path: Path
@@ -69,13 +73,13 @@ class LogStats:
                 f"{self.num_users:,} users, {self.num_items:,} items, {self.num_events:,} events ({times}), "
                 f"{self.num_impressions:,} impressions",
                 f"deletions: {self.num_forgotten:,} events and {self.num_erased:,} users; {self.num_deleted:,} rows "
-                "wait for a compaction",
+                "still on disk until a compaction",
             ]
         )
 
 
 def log_stats(config: LogStatsConfig) -> LogStats:
-    """What the log holds.
+    """What the log contains.
 
     Raises:
         LogFormatError: if it is missing or damaged.

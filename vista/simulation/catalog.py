@@ -55,7 +55,8 @@ def draw_items(
 ) -> NDArray[np.int32]:
     """Draw an item for each of the topics [T] by popularity at `time`.
 
-    `time` is [T], or [S] with `of_event` [T] as indices into it. Rank r within a topic of n items has probability log((r+2)/(r+1)) / log(n+1): Zipf-like, with exponent near 1.
+    `time` is [T], or [S] with `of_event` [T] as indices into it. Rank r within a topic of n items has probability
+    log((r+2)/(r+1)) / log(n+1): Zipf-like, with exponent near 1.
     """
     begin, end = period(config)
     row = np.clip((time - begin) * NUM_PERIODS // (end - begin), 0, NUM_PERIODS - 1) * config.num_items

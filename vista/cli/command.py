@@ -1,0 +1,215 @@
+"""The table of all commands of `vista`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from vista import config
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command: its config, the function that runs it, a one-line summary, and examples."""
+
+    schema: type
+    run: Callable[[Any], object]
+    """Called with the config. Returns a report to print, or None."""
+    summary: str
+    examples: tuple[str, ...]
+    resumes: bool = False
+    """Whether rerunning the command after an interruption resumes where it stopped."""
+
+
+def _handler(module: str, function: str) -> Callable[[Any], object]:
+    """A function of a module in vista.cli, which is imported when the command runs, so that help stays fast."""
+    return lambda settings: getattr(import_module(f"vista.cli.{module}"), function)(settings)
+
+
+def _refresh(settings: config.RefreshConfig) -> object:
+    from vista.device import keep_freed_memory
+    from vista.refresh import refresh_from_config
+
+    keep_freed_memory()
+    return refresh_from_config(settings)
+
+
+def _watch(settings: config.WatchConfig) -> object:
+    from vista.device import keep_freed_memory
+    from vista.refresh.watch import watch
+
+    keep_freed_memory()
+    return watch(settings)
+
+
+def _store_erase(settings: config.StoreEraseConfig) -> object:
+    from vista.refresh.erasing import erase_from_config
+
+    return erase_from_config(settings)
+
+
+COMMANDS: dict[str, Command] = {
+    "simulate": Command(
+        config.SimulateConfig,
+        _handler("log_commands", "simulate"),
+        "Simulate a log of long histories with labeled impressions, as source files for prepare.",
+        (
+            "vista simulate out=data/simulated",
+            "vista simulate out=data/large num_users=2000 events_per_user=20000",
+            "vista simulate seed=2 impressions_per_user=500",
+        ),
+    ),
+    "prepare": Command(
+        config.PrepareConfig,
+        _handler("log_commands", "prepare"),
+        "Convert source tables (Parquet, CSV, MovieLens, ...) into an EventLog, or append them to one.",
+        (
+            "vista prepare out=data/ml-1m events.kind=auto events.paths=[path/to/ml-1m]",
+            "vista prepare out=data/mine events.paths=[clicks.csv] events.user=customer events.item=product "
+            "events.timestamp=time events.time_unit=s",
+            "vista prepare out=data/mine events.paths=[new.csv] append=true on_bad_rows=quarantine --config mine.yaml",
+        ),
+    ),
+    "train": Command(
+        config.TrainConfig,
+        _handler("train_commands", "train"),
+        "Train a model on an EventLog and export the best one to <run_dir>/best.",
+        (
+            "vista train data.path=data/mine run_dir=runs/mine",
+            "vista train experiment=ml-1m model.num_seeds=32",
+            "vista train model=bidirectional optim=quick optim.learning_rate=1e-3 --cfg",
+        ),
+        resumes=True,
+    ),
+    "refresh": Command(
+        config.RefreshConfig,
+        _refresh,
+        "Write users' summaries into the store: all of them, or what is new.",
+        (
+            "vista refresh data=data/mine model=runs/mine/best store=stores/mine",
+            "vista refresh data=data/mine model=runs/mine/best store=stores/mine incremental=true",
+            "vista refresh data=data/ml-1m model=runs/ml-1m/best store=stores/ml-1m until=leave-last-out",
+            "vista refresh store=stores/exact codec=float32",
+        ),
+        resumes=True,
+    ),
+    "watch": Command(
+        config.WatchConfig,
+        _watch,
+        "Append files as they arrive in a folder, and keep the store up to date.",
+        (
+            "vista watch folder=incoming data=data/mine model=runs/mine/best store=stores/mine events.timestamp=time "
+            "events.time_unit=s",
+            "vista watch data=data/mine model=runs/mine/best store=stores/mine once=true",
+        ),
+        resumes=True,
+    ),
+    "evaluate": Command(
+        config.EvaluateConfig,
+        _handler("train_commands", "evaluate"),
+        "Measure quality as served, with summaries from the store and scores from the scorer.",
+        (
+            "vista evaluate data=data/ml-1m model=runs/ml-1m/best store=stores/ml-1m",
+            "vista evaluate split=validation top_k=[10,100]",
+            "vista evaluate out=metrics.json",
+        ),
+    ),
+    "score": Command(
+        config.ScoreConfig,
+        _handler("score_command", "score_from_config"),
+        "Score candidates for users, or rank the whole catalog.",
+        (
+            "vista score model=runs/ml-1m/best store=stores/ml-1m users=[1,2] top_k=20",
+            "vista score users=[1] candidates=[1193,661,914]",
+            "vista score users=[nobody] on_missing=raise",
+        ),
+    ),
+    "store erase": Command(
+        config.StoreEraseConfig,
+        _store_erase,
+        "Erase users: readers miss them at once, and no later refresh brings them back.",
+        ("vista store erase store=stores/mine users=[101] data=data/mine",),
+    ),
+    "log forget": Command(
+        config.LogForgetConfig,
+        _handler("log_commands", "log_forget"),
+        "Delete the events that a file names from an EventLog. If any is missing, nothing is deleted.",
+        (
+            "vista log forget data=data/mine events=deletions.csv time_unit=s",
+            "vista log forget data=data/mine events=deletions.parquet",
+        ),
+    ),
+    "log erase": Command(
+        config.LogEraseConfig,
+        _handler("log_commands", "log_erase"),
+        "Delete all events and impressions of the given users from an EventLog.",
+        ("vista log erase data=data/mine users=[101,102]",),
+    ),
+    "log compact": Command(
+        config.LogCompactConfig,
+        _handler("log_commands", "log_compact"),
+        "Merge the segments of an EventLog into one and remove deleted data from the disk.",
+        ("vista log compact data=data/mine",),
+    ),
+    "log stats": Command(
+        config.LogStatsConfig,
+        _handler("log_commands", "log_stats"),
+        "Print what an EventLog contains: segments, users, events, deletions, bytes, times.",
+        ("vista log stats data=data/mine",),
+    ),
+    "store stats": Command(
+        config.StoreStatsConfig,
+        _handler("store_commands", "store_stats_command"),
+        "Print what a store contains: generations, the one in service, records, bytes, age, readers.",
+        ("vista store stats store=stores/mine",),
+    ),
+    "store verify": Command(
+        config.StoreVerifyConfig,
+        _handler("store_commands", "store_verify"),
+        "Check the files and every record of a store. Problems are printed, with exit code 1.",
+        ("vista store verify store=stores/mine",),
+    ),
+    "store get": Command(
+        config.StoreGetConfig,
+        _handler("store_commands", "store_get"),
+        "Print one user's record: the events it covers, its tail, and the norms of its summary.",
+        ("vista store get store=stores/mine user=42 model=runs/mine/best",),
+    ),
+    "store rollback": Command(
+        config.StoreRollbackConfig,
+        _handler("store_commands", "store_rollback"),
+        "Verify an earlier generation and serve it again.",
+        ("vista store rollback store=stores/mine", "vista store rollback store=stores/mine to=7"),
+    ),
+    "store compact": Command(
+        config.StoreCompactConfig,
+        _handler("store_commands", "store_compact"),
+        "Rewrite the served generation without removed data, and delete older generations.",
+        ("vista store compact store=stores/mine",),
+    ),
+    "store copy": Command(
+        config.StoreCopyConfig,
+        _handler("store_commands", "store_copy"),
+        "Copy a generation to the store of a serving host, verify it there, and serve it.",
+        (
+            "vista store copy store=stores/mine to=/srv/stores/mine",
+            "vista store copy store=stores/mine to=/srv/stores/mine publish=false",
+        ),
+        resumes=True,
+    ),
+    "store export": Command(
+        config.StoreExportConfig,
+        _handler("store_commands", "store_export"),
+        "Export the served generation to a Parquet file, as readable columns and exact records.",
+        ("vista store export store=stores/mine out=summaries.parquet",),
+    ),
+    "store import": Command(
+        config.StoreImportConfig,
+        _handler("store_commands", "store_import"),
+        "Import an exported Parquet file as a new generation of a store, and serve it.",
+        ("vista store import file=summaries.parquet store=stores/other",),
+    ),
+}
+"""By name, which is one word or two. Two-word commands with the same first word form a group."""
