@@ -216,7 +216,7 @@ class TestStore:
         places = [f"model={copied.model_dir}", f"store={copied.store}", "on_missing=raise"]
         assert "users [999] have no record" in fails(1, "score", *places, "users=[999]")
         assert "items [7]" in fails(1, "score", *places, "users=[100]", "candidates=[0,7]")
-        assert "users: ids are integers here, got bob" in fails(2, "score", *places, "users=[bob]")
+        assert "users: ids must be integers, as in the log, got bob" in fails(2, "score", *places, "users=[bob]")
 
 
 class TestDisk:

@@ -398,7 +398,7 @@ def test_an_id_stays_as_it_is_written(word: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["1_000", "+5", "-0", "012", "٣", " 7", "1e5", str(10**30), ""])
 def test_an_integer_id_has_one_spelling(word: str) -> None:
     assert ids_of_words(["-42", "0", "101"], "users", "int") == [-42, 0, 101]
-    with pytest.raises(ConfigError, match="users: ids are integers here, got "):
+    with pytest.raises(ConfigError, match="users: ids must be integers, as in the log, got "):
         ids_of_words([word], "users", "int")
 
 

@@ -133,7 +133,7 @@ def test_writers_keep_each_other_out(tmp_path: Path) -> None:
     ]
     with locked_log(path):
         for act in acts:
-            with pytest.raises(DataError, match="another process is writing it right now; wait"):
+            with pytest.raises(DataError, match="another process is writing this log; wait"):
                 act()
     assert contents(path) == before
     for act in acts:
@@ -164,7 +164,7 @@ def test_no_byte_of_an_erased_users_id_remains(tmp_path: Path, kind: str) -> Non
         log[gone]
     assert (log.num_users, log.users.num_blank) == (2, 1)
     (blank,) = np.flatnonzero(~log.users.has_ids(np.arange(2))).tolist()
-    with pytest.raises(LookupError, match=f"row {blank} holds no id any more"):
+    with pytest.raises(LookupError, match=f"the id of row {blank} was removed"):
         log.users.ids([0, 1])
     assert blank in log.changed_users(2) and blank not in log.changed_users(3)
     run(path, [write_csv(tmp_path / "c.csv", [(gone, 9, 9)])], append=True)
@@ -199,7 +199,7 @@ def test_quarantined_rows_stay_where_nobody_was_erased(tmp_path: Path) -> None:
     old = [(path / name / "quarantine.csv").read_text().splitlines() for name in OLD[:2]]
     compact_log(path)
     assert (path / "segment-000001-000002" / "quarantine.csv").read_text().splitlines() == [*old[0], old[1][1]]
-    with pytest.raises(DataError, match=r"segment 2 holds it already \(as 1\.csv\)"):
+    with pytest.raises(DataError, match=r"segment 2 already contains it \(as 1\.csv\)"):
         run(path, [tmp_path / "1.csv"], append=True)
 
 
@@ -295,9 +295,9 @@ COUNTS = {"events": {"rows": 9, "users": 3}, "impressions": {"rows": 2, "users":
         (without_changed, r"rows of changed\.npy: the manifest says 5, found None; restore"),
         (manifest_says(counts=COUNTS), r"events: the manifest says 9, found 3; restore the folder"),
         (manifest_says(deletions=2), r"deletions: the manifest says 2, found 0; restore the folder"),
-        (manifest_says(num_users=9), r"changed\.npy: the manifest says 9, found 5|vocabularies hold 5 users"),
+        (manifest_says(num_users=9), r"changed\.npy: the manifest says 9, found 5|vocabularies contain 5 users"),
         (renamed, r"name: the manifest says segment-000001-000004, found segment-000001-000005"),
-        (with_a_user_too_many, r"names user row 77, the manifest says 5 users"),
+        (with_a_user_too_many, r"contains user row 77, but the manifest says 5 users"),
     ],
 )
 def test_a_segment_that_is_not_what_it_says_is_refused(
@@ -316,11 +316,15 @@ def test_segments_that_vanished_or_lie_inside_a_range_are_named(tmp_path: Path) 
     shutil.rmtree(log.path / OLD[3])
     again = EventLog.open(log.path)
     for ask in (again.changed_users, lambda after: again.new_events([0], after)):
-        with pytest.raises(LogFormatError, match=r"ends at segment 3, so 4 is none of its own; .* Restore it, or"):
+        with pytest.raises(
+            LogFormatError, match=r"ends at segment 3, so it has no segment 4; .*, or refresh all users"
+        ):
             ask(4)
     assert not again.has_boundary(4)
     compact_log(log.path)
-    with pytest.raises(LogFormatError, match=r"number 2: it lies inside the compacted segment-000001-000003; read"):
+    with pytest.raises(
+        LogFormatError, match=r"number 2, because it is inside the compacted segment-000001-000003; read"
+    ):
         EventLog.open(log.path, last_segment=2)
-    with pytest.raises(LogFormatError, match="number 7: the log ends at 3"):
+    with pytest.raises(LogFormatError, match="number 7, because the log ends at 3"):
         EventLog.open(log.path, last_segment=7)

@@ -103,7 +103,7 @@ def test_compaction_changes_nothing_that_is_read(
         inside = 0 < after < middle
         assert log.has_boundary(after) is (after >= middle)
         if inside:
-            with pytest.raises(LogFormatError, match="does not keep apart what came after"):
+            with pytest.raises(LogFormatError, match="does not separate events after"):
                 log.new_events(users, after)
         else:
             new = [oracle.history(user, after) for user in users.tolist()]
@@ -198,7 +198,7 @@ def test_a_forgotten_event_that_comes_again_counts(tmp_path: Path) -> None:
         ),
         ({"user": ["ann"], "item": [1], "timestamp": [-1]}, r"row 1, column 'timestamp': -1 is negative"),
         ({"user": ["ann"], "item": [1]}, "column 'timestamp' is missing"),
-        ({"user": [], "item": [], "timestamp": []}, "holds no rows"),
+        ({"user": [], "item": [], "timestamp": []}, "has no rows"),
     ],
 )
 def test_rows_that_match_nothing_are_named_and_nothing_is_done(tmp_path: Path, rows: dict, message: str) -> None:
@@ -219,11 +219,13 @@ def test_what_was_forgotten_already_matches_nothing(tmp_path: Path) -> None:
         forget_events(path, rows)
 
 
-def test_unknown_users_are_named_and_nobody_is_erased(tmp_path: Path) -> None:
+def test_unknown_users_are_named_and_no_user_is_erased(tmp_path: Path) -> None:
     path = tmp_path / "log"
     small_log(path)
     before = contents(path)
-    with pytest.raises(UnknownUserError, match=r"2 of the users are unknown, such as 'dan', 'eve'; nobody was erased"):
+    with pytest.raises(
+        UnknownUserError, match=r"2 of the users are not in the log, such as 'dan', 'eve'; no user was erased"
+    ):
         erase_users(path, ["ann", "dan", "eve"])
     with pytest.raises(ConfigError, match="name at least one"):
         erase_users(path, [])
@@ -281,18 +283,18 @@ class TestCommands:
         assert main(["log", "compact", data]) == 0
         assert main(["log", "compact", data]) == 0
         text = capsys.readouterr().out
-        assert "3 segments are segment-000001-000003 now, 1 events of 1 users; 2 deleted rows and 1 users' ids" in text
-        assert "is all there is, nothing to do" in text
+        assert "merged 3 segments into segment-000001-000003, 1 events of 1 users; removed 2 deleted rows" in text
+        assert "is the only segment, nothing to do" in text
         assert EventLog.open(path)[1].timestamp.tolist() == [10_000]
 
     @pytest.mark.parametrize(
         ("words", "message"),
         [
             (["forget", "events=none.csv"], "none.csv: no such file or folder"),
-            (["forget", "events=a.csv"], "time_unit: say in which unit column 'timestamp' of a.csv counts (s, ms"),
-            (["forget", "events=b.csv", "time_unit=s"], "column 'timestamp' is missing; the file has: user, item;"),
+            (["forget", "events=a.csv"], "time_unit: set the unit of column 'timestamp' of a.csv (s, ms"),
+            (["forget", "events=b.csv", "time_unit=s"], "column 'timestamp' is missing, the file has: user, item;"),
             (["forget", "events=a.csv", "time_unit=ms"], "a.csv: row 1 (user 1, item 2, timestamp 20) match no event"),
-            (["erase", "users=[x]"], "users: ids are integers here, got x"),
+            (["erase", "users=[x]"], "users: ids must be integers, as in the log, got x"),
             (["erase"], "users: name at least one user to erase"),
         ],
     )

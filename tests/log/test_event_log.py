@@ -144,7 +144,7 @@ def test_unknown_users_and_rows(case: tuple[EventLog, list]) -> None:
         log[5]
     with pytest.raises(IndexError, match="user rows must lie in"):
         log.gather([log.num_users])
-    with pytest.raises(TypeError, match="vector of integers"):
+    with pytest.raises(TypeError, match="one-dimensional array of integers"):
         log.gather([0.5])
 
 
@@ -248,12 +248,12 @@ def tear_manifest(folder: Path) -> None:
     ("damage", "message"),
     [
         (truncate, r"item\.npy: expected \d+ bytes, found \d+; the file is truncated: copy it again"),
-        (delete_column, r"timestamp\.npy: missing; prepare the log anew"),
-        (delete_segment, r"segment-000001 is missing, found segment-000002"),
+        (delete_column, r"timestamp\.npy: missing; prepare the log again"),
+        (delete_segment, r"segment-000001 is missing, but segment-000002"),
         (edit_manifest(deletions=3), r"deletions: the manifest says 3, found 0; restore the folder"),
-        (edit_manifest(version=2), r"format version 2, this vista reads 1"),
+        (edit_manifest(version=2), r"format version 2, but this version of vista reads 1"),
         (edit_manifest(format="other"), r"not the manifest of an EventLog"),
-        (tear_manifest, r"manifest\.json: unreadable"),
+        (tear_manifest, r"manifest\.json: cannot be read"),
     ],
 )
 def test_a_damaged_log_is_refused(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
@@ -267,7 +267,7 @@ def test_a_damaged_log_is_refused(tmp_path: Path, damage: Callable[[Path], None]
 def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LogFormatError, match="no such folder; make the log with `vista prepare"):
         EventLog.open(tmp_path / "absent")
-    with pytest.raises(LogFormatError, match="holds no segment"):
+    with pytest.raises(LogFormatError, match="not an EventLog, because it has no segment"):
         EventLog.open(tmp_path)
 
 

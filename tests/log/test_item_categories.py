@@ -41,10 +41,10 @@ def test_categories_may_be_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("item,kind\n10,books\n20,shelf\n10,shelf\n", "items.csv: item 10 has the categories books, shelf; leave one"),
-        ("item,kind\n10,books\nx7,shelf\n", "items.csv: row 2, column 'item': 'x7' is no integer, as items here are"),
-        ("item,kind\n11,books\n", "items.csv: column 'item' has none of the log's items; are these its ids"),
-        ("id,kind\n10,books\n", "items.csv: column 'item' is missing, it has id, kind; rename"),
+        ("item,kind\n10,books\n20,shelf\n10,shelf\n", "items.csv: item 10 has the categories books, shelf; keep one"),
+        ("item,kind\n10,books\nx7,shelf\n", "items.csv: row 2, column 'item': 'x7' is not an integer"),
+        ("item,kind\n11,books\n", "items.csv: column 'item' contains none of the log's items; write the log's ids"),
+        ("id,kind\n10,books\n", "items.csv: column 'item' is missing, the file has: id, kind; name"),
         ("item,category\n10,books\n", "items.csv: column 'kind' is missing, .*data.category_column="),
     ],
 )
@@ -57,11 +57,11 @@ def test_a_wrong_table_is_refused(tmp_path: Path, text: str, message: str) -> No
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"item": [10, 20], "kind": [["a", "b"], ["c"]]}, "column 'kind' is List.*one value an item"),
-        ({"item": [10.0, 20.5], "kind": ["a", "b"]}, "column 'item' is Float64"),
-        ({"item": [10, 20], "kind": [1.0, float("nan")]}, "column 'kind' is Float64"),
-        ({"item": [10, 20], "kind": [b"a", b"\xff"]}, "column 'kind' is Binary"),
-        ({"item": [10, None], "kind": [None, "a"]}, "column 'kind' has no value beside an id"),
+        ({"item": [10, 20], "kind": [["a", "b"], ["c"]]}, "column 'kind' has type List.*one value per item"),
+        ({"item": [10.0, 20.5], "kind": ["a", "b"]}, "column 'item' has type Float64"),
+        ({"item": [10, 20], "kind": [1.0, float("nan")]}, "column 'kind' has type Float64"),
+        ({"item": [10, 20], "kind": [b"a", b"\xff"]}, "column 'kind' has type Binary"),
+        ({"item": [10, None], "kind": [None, "a"]}, "column 'kind' has no values"),
     ],
 )
 def test_columns_of_other_types_are_refused(tmp_path: Path, columns: dict[str, list[object]], message: str) -> None:
@@ -72,7 +72,7 @@ def test_columns_of_other_types_are_refused(tmp_path: Path, columns: dict[str, l
 
 @pytest.mark.parametrize("name", ["items.csv", "items.parquet"])
 def test_an_unreadable_table_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match=f"data.item_categories=.*{name}: unreadable"):
+    with pytest.raises(DataError, match=f"data.item_categories=.*{name}: cannot be read"):
         read_categories(tmp_path / name, "kind", NUMBERS)
     (tmp_path / name).write_bytes(b"\x00\xff\xfe\x80" * 40)
     with pytest.raises(DataError, match=name):

@@ -53,7 +53,7 @@ def test_parsing() -> None:
     assert parse_time("2024-05-01T02:00:00+02:00") == 1_714_521_600_000
     assert parse_time("1714521600000") == parse_time(1_714_521_600_000) == 1_714_521_600_000
     for text in ("2024", "202405", " 1999 "):
-        with pytest.raises(ConfigError, match="is a year or a month; write its first day"):
+        with pytest.raises(ConfigError, match="is a year or a month; write a full date"):
             parse_time(text)
     with pytest.raises(ConfigError, match=r"until='2024': write .* an ISO date"):
         parse_until("2024")

@@ -199,7 +199,7 @@ def test_from_the_command_line(tmp_path: Path, grow: SimpleNamespace) -> None:
     with pytest.raises(ConfigError, match="users: name at least one"):
         erase_from_config(config)
     config.users = ["two"]
-    with pytest.raises(ConfigError, match="ids are integers here"):
+    with pytest.raises(ConfigError, match="ids must be integers"):
         erase_from_config(config)
 
 

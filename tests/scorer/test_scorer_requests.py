@@ -273,9 +273,9 @@ class TestCommand:
         ("changes", "message"),
         [
             ({}, r"users: name at least one"),
-            ({"users": ["nobody"]}, r"users: ids are integers here, got nobody"),
-            ({"users": ["100"], "candidates": ["x"]}, r"candidates: ids are integers here, got x"),
-            ({"users": ["100"], "candidates": [str(10**20)]}, r"candidates: ids are integers here, got 1000"),
+            ({"users": ["nobody"]}, r"users: ids must be integers, as in the log, got nobody"),
+            ({"users": ["100"], "candidates": ["x"]}, r"candidates: ids must be integers, as in the log, got x"),
+            ({"users": ["100"], "candidates": [str(10**20)]}, r"candidates: ids must be integers, .*, got 1000"),
             ({"users": ["100"], "now": "noon"}, r"time 'noon': write an ISO date or time"),
             (
                 {"users": ["100"], "now": "1706140800"},

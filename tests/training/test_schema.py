@@ -84,5 +84,5 @@ class TestSchema:
     def test_a_test_before_the_validation_is_refused(self, event_log: EventLog, tmp_path: Path) -> None:
         config = small_config(event_log, tmp_path, data__validation_from="2021-01-01", data__test_from="2020-10-01")
         config.data.split = Split.time
-        with pytest.raises(ConfigError, match=r"data\.test_from=2020-10-01: lies before validation_from=2021-01-01"):
+        with pytest.raises(ConfigError, match=r"data\.test_from=2020-10-01: is before data\.validation_from=2021-01-01"):
             train(config, event_log)

@@ -105,5 +105,5 @@ def _key_rows(listed: ConfigKeys) -> list[tuple[str, str]]:
         if section_name in repeated:
             rows[f"{section_name}.KEY=VALUE"] = repeated[section_name]
         else:
-            rows[f"{key.name}={value_text(key.default)}"] = f"{key.type_text}. {key.doc}".rstrip(". ")
+            rows[f"{key.name}={value_text(key.default)}"] = f"{key.type_text}. {key.doc}" if key.doc else key.type_text
     return list(rows.items())

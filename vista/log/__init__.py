@@ -1,1 +1,1 @@
-"""The EventLog on disk: memory-mapped segments, append-only vocabularies, deletions, splits."""
+"""The EventLog on disk: memory-mapped segments, append-only vocabularies, deletions, and splits."""

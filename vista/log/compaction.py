@@ -1,7 +1,7 @@
-"""Compaction: many segments become one, without what was deleted; histories, rows and numbers stay as they are.
+"""Compaction: merge all segments into one, without deleted rows. Histories, user rows, and segment numbers stay.
 
-The new folder appears whole, by one rename, and wins over those inside its range from that moment on (segment.py); only
-then are they removed. A kill leaves the old segments, both, or the new one, and the next compaction clears up.
+The new folder appears by one rename and from then on replaces the folders in its range (segment.py). These are removed
+afterwards. If the process is killed, the old segments, both, or the new one remain, and the next compaction cleans up.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ from vista.log.segment import EVENT_COLUMNS, LOG_FIELDS, QUARANTINE_FILE, segmen
 from vista.log.segment_writer import TableWriter, locked_log, staged_folder, write_manifest
 
 RUN_EVENTS = 1 << 20
-"""Events that are read and written at once, some 40 bytes of memory each; a longer history makes a run of its own."""
+"""Events that are read and written at once, about 40 bytes of memory each. A longer history is a run by itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompactionReport:
-    """What a compaction did. dropped: events and impressions that were deleted before and have left the disk now;
-    num_blanked: users whose ids have; quarantine_removed: rows set aside in ingest went too, since users were erased.
+    """What a compaction did.
+
+    num_merged: number of segments before; num_users, num_events: what the log contains; num_dropped: deleted events and
+    impressions that were removed from the disk; num_blanked: erased users whose ids were removed; quarantine_removed:
+    whether quarantined rows were removed too, because they may name erased users.
     """
 
     path: Path
@@ -45,27 +48,28 @@ class CompactionReport:
 
     def __str__(self) -> str:
         if self.num_merged == 1:
-            return f"{self.path}: {self.segment} is all there is, nothing to do"
+            return f"{self.path}: {self.segment} is the only segment, nothing to do"
         lines = [
-            f"{self.path}: {self.num_merged} segments are {self.segment} now, {self.num_events:,} events of "
-            f"{self.num_users:,} users; {self.num_dropped:,} deleted rows and {self.num_blanked:,} users' ids are gone"
+            f"{self.path}: merged {self.num_merged} segments into {self.segment}, {self.num_events:,} events of "
+            f"{self.num_users:,} users; removed {self.num_dropped:,} deleted rows and the ids of {self.num_blanked:,} "
+            "users"
         ]
         if self.quarantine_removed:
-            lines.append("rows that ingest had set aside (quarantine.csv) went too: erased users may stand in them")
+            lines.append("also removed quarantine.csv, which may name erased users")
         return "\n".join(lines)
 
 
 def compact_log(path: str | os.PathLike[str], *, run_events: int = RUN_EVENTS) -> CompactionReport:
-    """Make one segment of all; a log that is one segment already stays as it is.
+    """Merge all segments into one. A log with a single segment stays unchanged.
 
-    Readers that have the log open go on with what they opened. The result depends on the log alone.
+    Readers that have the log open keep reading what they opened. The result depends only on the log.
 
     Args:
         run_events: events that are read at once; it never changes the result.
 
     Raises:
         LogFormatError: if there is no log, or it is damaged.
-        DataError: if another process is writing it, or the disk is full; the log stays as it was.
+        DataError: if another process is writing the log, or the disk is full; the log stays unchanged.
     """
     place = Path(path)
     with locked_log(place):
@@ -92,14 +96,14 @@ def compact_log(path: str | os.PathLike[str], *, run_events: int = RUN_EVENTS) -
 
 
 def _clear_up(path: Path) -> None:
-    """Remove segments that a compaction replaced and what killed writers left; the log must be locked."""
+    """Remove segments that a compaction replaced, and leftovers of killed writers. The log must be locked."""
     for folder in [*superseded_segments(path), *path.glob(".segment-*.tmp")]:
         shutil.rmtree(folder)
     sync(path)
 
 
 def _blankable(log: EventLog) -> Int:
-    """Erased users with nothing left, who still have an id: int64, ascending."""
+    """Rows of erased users who have no rows left but still have an id: int64, ascending."""
     erased = np.unique(np.concatenate([segment.erased for segment in log.segments]))
     left = log.lengths.copy()
     for table in _impression_tables(log):
@@ -116,7 +120,7 @@ def _impression_tables(log: EventLog) -> list[PackedTable]:
 
 
 def _write(folder: Path, log: EventLog, blanked: Int, run_events: int) -> bool:
-    """Write the one segment into a folder; returns whether quarantined rows were left out."""
+    """Write the merged segment into a folder; returns whether quarantined rows were omitted."""
     log.users.without_ids(blanked).save(folder, "new_users")
     log.items.save(folder, "new_items")
     active = {"events": _write_events(folder, log, run_events), "impressions": 0}
@@ -168,7 +172,7 @@ def _write_impressions(folder: Path, num_users: int, tables: list[PackedTable], 
 
 
 def _last_changes(log: EventLog) -> Int:
-    """Number of the last segment that changed each user, 0 for none: int64 [num_users]."""
+    """Number of the last segment that changed each user, or 0: int64 [num_users]."""
     last = np.zeros(log.num_users, np.int64)
     for segment in log.segments:
         users = segment.changed_users(0)
@@ -177,7 +181,7 @@ def _last_changes(log: EventLog) -> Int:
 
 
 def _join_quarantines(folder: Path, log: EventLog) -> bool:
-    """One quarantine.csv of all, or none where users were erased; returns whether rows were left out."""
+    """Join all quarantine.csv files, unless users were erased; returns whether rows were omitted."""
     files = [file for segment in log.segments if (file := segment.path / QUARANTINE_FILE).is_file()]
     if any(len(segment.erased) for segment in log.segments):
         return bool(files)

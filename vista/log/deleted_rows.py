@@ -1,7 +1,7 @@
-"""What deletion rows take away from the segments before them. NumPy only.
+"""How deletion rows take effect on the segments before them. NumPy only.
 
-A forgotten event is gone from every earlier segment, however often it stands there; an erased user loses all events and
-impressions of earlier segments. What comes again in the same or a later segment counts.
+A forgotten event is removed from every earlier segment, however often it occurs there. An erased user loses all events
+and impressions in earlier segments. Rows that are added again in the same or a later segment count.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vista.log.segment import Segment
 
 
 def obey_deletions(segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """The segments, oldest first, each without what later ones delete. Reads the users that are concerned alone."""
+    """The segments, oldest first, without the rows that later segments delete. Reads only the affected users."""
     if not any(segment.num_deletions for segment in segments[1:]):
         return tuple(segments)
     left = []

@@ -1,6 +1,7 @@
-"""Deletion rows of a log: forgotten events and erased users, appended as one small segment, all or nothing.
+"""Deletion rows of a log: forgotten events and erased users, appended atomically as one small segment.
 
-What they name vanishes for all readers at once and from the disk with the next compaction (compaction.py).
+Readers that open the log afterwards no longer see the deleted rows. The next compaction removes them from the disk
+(compaction.py).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _NAMED_ROWS = 3
 
 @dataclass(frozen=True, slots=True)
 class DeletionReport:
-    """What a segment of deletion rows took out of the log; num_users: those who lost an event or were erased."""
+    """What a segment of deletion rows deletes. num_users: users who lost an event or were erased."""
 
     path: Path
     segment: int
@@ -45,20 +46,20 @@ class DeletionReport:
         impressions = f" and {self.num_impressions:,} impressions" if self.num_impressions else ""
         return (
             f"{self.path}: segment {self.segment} deletes {self.num_events:,} events{impressions} of "
-            f"{self.num_users:,} users; their bytes stay on disk until `vista log compact data={self.path}`"
+            f"{self.num_users:,} users; the data stay on disk until `vista log compact data={self.path}`"
         )
 
 
 def forget_events(path: str | os.PathLike[str], events: Any) -> DeletionReport:
-    """Delete single events: every one equal to a row of `events` that the log holds now, however often it does.
+    """Delete single events: all events that currently equal a row of `events`, including repeated ones.
 
     Args:
         events: a pandas or Polars frame, or a mapping of columns, with raw ids: `user`, `item`, `timestamp` (ms or
-            datetimes; the ordinal in a log without times) and, in a log with several actions, mostly `action`. Without
-            `action`, events of every action at that time are meant.
+            datetimes; the ordinal in a log without times), and optionally `action`. Without `action`, events with any
+            action match.
 
     Raises:
-        DataError: naming rows that match no event, or are bad; nothing is deleted then.
+        DataError: naming the rows that match no event or are invalid; nothing is deleted then.
         LogFormatError: if there is no such log.
     """
     names = list(events) if isinstance(events, Mapping) else list(getattr(events, "columns", ()))
@@ -69,57 +70,60 @@ def forget_events(path: str | os.PathLike[str], events: Any) -> DeletionReport:
 
 
 def forget_file(path: str | os.PathLike[str], file: str, time_unit: str | None) -> DeletionReport:
-    """As `forget_events`, from a CSV or Parquet file with those columns.
+    """Delete single events like `forget_events`, from a CSV or Parquet file with the same columns.
 
     Args:
-        time_unit: s | ms | us | ns | iso, of a numeric or text timestamp; None in a log without times.
+        time_unit: unit of numeric or text timestamps, s | ms | us | ns | iso; None in a log without times.
 
     Raises:
         ConfigError: if the timestamps have no unit.
-        DataError: as above, or if the file cannot be read or lacks a column.
+        DataError: like `forget_events`, or if the file cannot be read or lacks a column.
     """
     log = EventLog.open(path)
     if not log.has_time and time_unit is not None:
-        raise ConfigError(f"time_unit={time_unit}: {path} has no times, so `timestamp` counts events; leave it out")
+        raise ConfigError(
+            f"time_unit={time_unit}: {path} has no times, so `timestamp` is an event number; leave time_unit out"
+        )
     if Path(file).is_dir():
-        raise DataError(f"{file}: is a folder; name one CSV or Parquet file")
+        raise DataError(f"{file}: is a folder; name a single CSV or Parquet file")
     names = column_names(Path(file))
     for name in ("user", "item", "timestamp"):
         if names and name not in names:
             raise DataError(
-                f"{file}: column {name!r} is missing; the file has: {', '.join(names)}; name its columns user, item, "
-                "timestamp and, if wanted, action"
+                f"{file}: column {name!r} is missing, the file has: {', '.join(names)}; rename the columns to user, "
+                "item, timestamp, and optionally action"
             )
     (source,) = open_sources(_config([file], "action" in names, time_unit if log.has_time else "ms"))
     if log.has_time and time_unit is None and not source.frame.collect_schema()["timestamp"].is_temporal():
-        raise ConfigError(f"time_unit: say in which unit column 'timestamp' of {file} counts ({', '.join(TIME_UNITS)})")
+        raise ConfigError(f"time_unit: set the unit of column 'timestamp' of {file} ({', '.join(TIME_UNITS)})")
     return _forget(Path(path), source)
 
 
 def rows_to_erase(log: EventLog, user_ids: Sequence[int] | Sequence[str]) -> NDArray[np.int64]:
-    """Rows of users who are to be erased.
+    """Rows of the users to erase.
 
     Raises:
-        UnknownUserError: naming ids that the log does not know.
+        UnknownUserError: naming ids that are not in the log.
     """
     rows = log.users.rows(user_ids)
     if (rows < 0).any():
         unknown = [user_ids[i] for i in np.flatnonzero(rows < 0).tolist()]
         raise UnknownUserError(
-            f"{log.path}: {len(unknown)} of the users are unknown, such as {', '.join(map(repr, unknown[:3]))}; "
-            "nobody was erased: leave them out"
+            f"{log.path}: {len(unknown)} of the users are not in the log, such as {', '.join(map(repr, unknown[:3]))}; "
+            "no user was erased; leave these users out"
         )
     return rows
 
 
 def erase_users(path: str | os.PathLike[str], user_ids: Sequence[int] | Sequence[str]) -> DeletionReport:
-    """Delete users: all events and impressions that the log holds of them now.
+    """Delete users: all their events and impressions that are in the log now.
 
     Args:
         user_ids: raw ids.
 
     Raises:
-        UnknownUserError: naming ids that the log does not know; nobody is erased then.
+        ConfigError: if no user is named.
+        UnknownUserError: naming ids that are not in the log; no user is erased then.
         LogFormatError: if there is no such log.
     """
     if not len(user_ids):
@@ -158,7 +162,7 @@ def _forget(path: Path, source: Source) -> DeletionReport:
 
 
 def _read(log: EventLog, source: Source, folder: Path) -> pl.DataFrame:
-    """Parsed and judged rows of a source, in its order, in memory."""
+    """Parsed and checked rows of a source, in its order, in memory."""
     kinds = {"user": log.users.kind, "item": log.items.kind}
     part = read_part(source, kinds, "events", folder, 0, OnBadRows.error)
     frame = part.good().sort(ORDER).collect()
@@ -167,7 +171,7 @@ def _read(log: EventLog, source: Source, folder: Path) -> pl.DataFrame:
 
 
 def _event_keys(log: EventLog, frame: pl.DataFrame) -> EventKeys:
-    """The rows in the log's codes, -1 for ids and actions that it does not know."""
+    """The rows in the log's codes; -1 for ids and actions that the log does not contain."""
 
     def rows(name: str) -> Int:
         vocabulary = log.users if name == "user" else log.items
@@ -181,10 +185,10 @@ def _event_keys(log: EventLog, frame: pl.DataFrame) -> EventKeys:
 
 
 def _matches(log: EventLog, keys: EventKeys, frame: pl.DataFrame, source: Source) -> EventKeys:
-    """The distinct events of the log that the keys name, by user, time, item and action.
+    """The distinct events of the log that match the keys, sorted by user, time, item, and action.
 
     Raises:
-        DataError: if a key names none.
+        DataError: if a key matches no event.
     """
     pairs = []
     met = np.zeros(len(keys), np.bool_)
@@ -200,7 +204,7 @@ def _matches(log: EventLog, keys: EventKeys, frame: pl.DataFrame, source: Source
         named = (_named(row) for row in missing.head(_NAMED_ROWS).iter_rows(named=True))
         more = f" and {len(missing) - _NAMED_ROWS} more" if len(missing) > _NAMED_ROWS else ""
         raise DataError(
-            f"{source.path}: {', '.join(named)}{more} match no event of {log.path}; nothing was forgotten: correct "
+            f"{source.path}: {', '.join(named)}{more} match no event of {log.path}; no event was deleted; correct "
             "these rows, or leave them out"
         )
     user, timestamp, item, action = np.unique(np.concatenate(pairs), axis=0).T
@@ -213,11 +217,11 @@ def _named(row: Mapping[str, Any]) -> str:
 
 
 def write_deletions(folder: Path, log: EventLog, forgotten: EventKeys | None, erased: Int) -> None:
-    """Write the log's next segment, of deletion rows alone.
+    """Write the log's next segment, which contains only deletion rows.
 
     Args:
-        folder: that becomes the segment.
-        forgotten: by user, time, item and action, each once.
+        folder: the folder that becomes the segment.
+        forgotten: distinct keys, sorted by user, time, item, and action.
         erased: user rows, ascending.
     """
     newest, number = log.manifests[-1], log.last_segment + 1

@@ -1,4 +1,4 @@
-"""Keys that name events: user, item, time and action. NumPy only."""
+"""Keys that name events: user, item, time, and action. NumPy only."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from vista.log.packed_table import Int, PackedTable
 from vista.log.segment import Segment
 
 _ROWS_AT_ONCE = 1 << 20
-"""Rows at the times of keys that are compared at once: where times are whole days, they are many."""
+"""Rows at the times of keys that are compared at once; there are many if times are whole days."""
 
 
 @dataclass(frozen=True, slots=True)
 class EventKeys:
-    """What names events: user and item rows, time (ms, or ordinal) and action code, int64 [N] each.
+    """Keys of events: user and item rows, time (ms, or ordinal), and action code, int64 [N] each.
 
-    action: None stands for every action.
+    action: None matches every action.
     """
 
     user: Int
@@ -35,7 +35,7 @@ class EventKeys:
 
 
 def forgotten_events(segment: Segment) -> EventKeys:
-    """The events that a segment's deletion rows name."""
+    """The keys in a segment's deletion rows."""
     table = segment.forgotten
     if table is None:
         return EventKeys(*(np.empty(0, np.int64) for _ in range(4)))
@@ -44,10 +44,10 @@ def forgotten_events(segment: Segment) -> EventKeys:
 
 
 def equal_events(table: PackedTable, keys: EventKeys) -> tuple[Int, Int]:
-    """Every remaining row of a table that a key names.
+    """All remaining rows of a table that match a key.
 
     Returns:
-        (which key, which row): int64 [M] each, by key, then by row.
+        (index of the key, row): int64 [M] each, by key, then by row.
     """
     start, count = table.locate(keys.user)
     here = np.flatnonzero(count)

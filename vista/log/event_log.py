@@ -1,4 +1,4 @@
-"""EventLog: every user's history, packed, memory-mapped, read with NumPy alone."""
+"""EventLog: all users' histories, packed and memory-mapped, read with NumPy only."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from vista.log.segment import Segment, read_segments, read_vocabularies
 
 
 class EventLog:
-    """A log on disk. Open one with `EventLog.open`, make one with `EventLog.from_frame` or `vista prepare`.
+    """A log on disk. Open one with `EventLog.open`; make one with `EventLog.from_frame` or `vista prepare`.
 
-    Safe to share between threads and with forked or spawned workers (it pickles as its path and last segment).
+    It can be shared between threads and with forked or spawned workers: it pickles as its path and last segment.
     """
 
     def __init__(self, path: Path, segments: Sequence[Segment]) -> None:
@@ -37,7 +37,7 @@ class EventLog:
         self.num_users = len(self.users)
         self.num_items = len(self.items)
         self.segments = obey_deletions(segments)
-        """Oldest first, each without what later ones delete."""
+        """Oldest first, without the rows that later segments delete."""
         self.num_events = sum(segment.events.num_rows for segment in self.segments)
         self._tables = _filled(self.segments)
         self._lengths: NDArray[np.int64] | None = None
@@ -48,11 +48,11 @@ class EventLog:
         """Open a log, memory-mapped.
 
         Args:
-            path: its folder.
+            path: folder of the log.
             last_segment: read only the segments up to this number; None reads all.
 
         Raises:
-            LogFormatError: if it is missing, truncated, of another format, or has no segment that ends there
+            LogFormatError: if the log is missing, truncated, or of another format, or no segment ends at `last_segment`
                 (`has_boundary`).
         """
         return cls(Path(path), read_segments(Path(path), last_segment))
@@ -79,22 +79,24 @@ class EventLog:
         """Write a log from a pandas or Polars frame (or a mapping of columns) and open it.
 
         Args:
-            frame: events, one row each.
-            path: folder to make; with `append` it is extended by a segment.
-            time_unit: s | ms | us | ns | iso; needed with a numeric or text timestamp column.
+            frame: one row per event.
+            path: folder to make, or with `append` the log to extend by a segment.
+            time_unit: s | ms | us | ns | iso; required if the timestamp column is numeric or text.
             user: name of the column of user ids.
             item: name of the column of item ids.
             timestamp: name of the column of times; None makes a log without times, in the order of the frame.
             action: name of the column of actions; None if there is none.
             rating: name of the column of ratings; None if there is none.
             sequence: name of a column that orders events with equal times; None keeps the order of the frame.
-            impressions: a second frame with the same user, item and timestamp columns, and `labels`.
-            labels: one 0/1/missing column a task of the impressions.
-            probabilities: true probabilities, one column a task (simulations).
+            impressions: a second frame with the same user, item, and timestamp columns, and `labels`.
+            labels: columns of the impressions, one per task, with values 0, 1, or missing.
+            probabilities: columns of true label probabilities, one per task (simulations).
             on_bad_rows: raise | quarantine.
+            append: add a segment to an existing log.
 
         Raises:
-            DataError: naming row, column, value and remedy.
+            ConfigError: if arguments contradict each other, or times have no unit.
+            DataError: naming row, column, value, and remedy.
         """
         # Imported here because ingest loads Polars, which no reader of a log needs.
         from vista.log.ingest.prepare import prepare_frames
@@ -135,11 +137,11 @@ class EventLog:
         """The history of one user, by raw id.
 
         Raises:
-            UnknownUserError: if the log does not know the user.
+            UnknownUserError: if the user is not in the log.
         """
         row = int(self.users.rows([user_id])[0])
         if row < 0:
-            raise UnknownUserError(f"user {user_id!r} is not in {self.path}; `user_id in log` tests without an error")
+            raise UnknownUserError(f"user {user_id!r} is not in {self.path}; check with `user_id in log` first")
         return self.slice(row)
 
     def __contains__(self, user_id: int | str) -> bool:
@@ -152,7 +154,7 @@ class EventLog:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Events of every user: int64 [num_users]."""
+        """Number of events per user: int64 [num_users]."""
         if self._lengths is None:
             total = np.zeros(self.num_users, np.int64)
             for segment in self.segments:
@@ -162,7 +164,7 @@ class EventLog:
         return self._lengths
 
     def time_range(self) -> tuple[int, int] | None:
-        """Oldest and newest time (ms, or ordinals) of all events; None without events."""
+        """Oldest and newest time (ms, or ordinal) of all events; None without events."""
         ranges = []
         for events in (segment.events for segment in self.segments):
             has = np.flatnonzero(np.diff(events.offsets))
@@ -175,7 +177,7 @@ class EventLog:
 
     @property
     def impressions(self) -> Impressions | None:
-        """The second table, or None; merged over the segments when first asked for."""
+        """The impressions, or None without any. They are merged over the segments on first use."""
         if self._impressions is None and any(segment.impressions is not None for segment in self.segments):
             self._impressions = read_impressions(self.segments, self.num_users)
         return self._impressions
@@ -185,10 +187,10 @@ class EventLog:
 
         Args:
             user_rows: int [B] rows of `users`.
-            counts: int [B]; only the first counts[b] events of each. None means all.
+            counts: int [B], the number of leading events of each user to return; None returns all.
 
         Returns:
-            B histories; views of the log where it is one segment and the users are whole and consecutive.
+            B histories, without copying if the log has one segment and the users are complete and consecutive.
 
         Raises:
             IndexError: if a row is out of range.
@@ -198,26 +200,26 @@ class EventLog:
         return self.gather_ranges(rows, np.zeros(len(rows), np.int64), stops)
 
     def gather_ranges(self, user_rows: Any, starts: Any, stops: Any) -> Histories:
-        """Events [starts[b], stops[b]) of each of the users `user_rows` [B]; bounds are clipped to the history."""
+        """Events [starts[b], stops[b]) of each user in `user_rows` [B]; bounds are clipped to the history."""
         rows = self._checked_rows(user_rows)
         lengths = self.lengths[rows]
         low = np.clip(np.asarray(starts, np.int64), 0, lengths)
         high = np.clip(np.asarray(stops, np.int64), low, lengths)
         if low.shape != rows.shape or high.shape != rows.shape:
-            raise ValueError(f"starts and stops need shape {rows.shape}, got {low.shape} and {high.shape}")
+            raise ValueError(f"starts and stops must have shape {rows.shape}, got {low.shape} and {high.shape}")
         return take_range(self._tables, rows, low, high)
 
     def has_boundary(self, after: int) -> bool:
-        """Whether the log can be read as it was after segment `after`: `EventLog.open(path, last_segment=after)`.
+        """Whether `EventLog.open(path, last_segment=after)` can read the log as it was after segment `after`.
 
-        False where that number lies inside a compacted range (or the log has none of it).
+        False if that number is inside a compacted range, or not in the log.
         """
         return any(segment.last == after for segment in self.segments)
 
     def sources_digest(self, upto: int) -> str:
-        """SHA-256 over the digests of all sources of the segments numbered up to `upto`: which log this is.
+        """Identity of the log: SHA-256 over the digests of all sources of the segments numbered up to `upto`.
 
-        Deletions and compactions do not change it. Only where `has_boundary(upto)`.
+        Deletions and compactions do not change it. It requires `has_boundary(upto)`.
         """
         digest = hashlib.sha256()
         for segment in self.segments:
@@ -227,10 +229,10 @@ class EventLog:
         return digest.hexdigest()
 
     def changed_users(self, after: int) -> NDArray[np.int64]:
-        """Users with new events or deletions in segments numbered above `after` (0: all with anything).
+        """Users with new events or deletions in segments numbered above `after` (0: in any segment).
 
-        Right inside a compacted range too. Users that have no event left are among them; so are erased ones whose id
-        a compaction has blanked (`users.has_ids`).
+        This also works inside a compacted range. The result includes users without remaining events, and erased users
+        whose ids a compaction has removed (`users.has_ids`).
 
         Returns:
             int64 [U] user rows, ascending.
@@ -245,18 +247,18 @@ class EventLog:
         return np.flatnonzero(changed)
 
     def new_events(self, user_rows: Any, after: int) -> Histories:
-        """What the segments numbered above `after` brought of several users, without what later ones deleted.
+        """Events of several users in segments numbered above `after`, without those that later segments delete.
 
         Args:
             user_rows: int [B] rows of `users`.
-            after: a number for which `has_boundary` holds, or 0. Nothing older is read.
+            after: a number for which `has_boundary` holds, or 0. Older segments are not read.
 
         Returns:
-            B histories, by time, equal times in the order of the segments. They may begin before the newest event that
-            the log held already (late events).
+            B histories, sorted by time; equal times are in the order of the segments. Late events may be older than the
+            newest event in earlier segments.
 
         Raises:
-            LogFormatError: if the log ends before `after`, or a compacted segment holds both older and newer events.
+            LogFormatError: if the log ends before `after`, or a compacted segment contains older and newer events.
         """
         rows = self._checked_rows(user_rows)
         tables = _filled(self._newer_segments(after)) or [self.segments[-1].events.of_users(0, 0)]
@@ -268,20 +270,20 @@ class EventLog:
         mixed = [segment for segment in self.segments if segment.first <= after < segment.last]
         if mixed:
             raise LogFormatError(
-                f"{self.path}: {mixed[0].path.name} does not keep apart what came after segment {after}; "
-                "read whole histories of `changed_users` instead"
+                f"{self.path}: {mixed[0].path.name} was compacted and does not separate events after segment {after}; "
+                "read the whole histories of `changed_users` instead"
             )
         return [segment for segment in self.segments if segment.first > after]
 
     def _check_number(self, after: int) -> None:
         if not 0 <= after <= self.last_segment:
             raise LogFormatError(
-                f"{self.path}: ends at segment {self.last_segment}, so {after} is none of its own; is it another log, "
-                "or has one of its segments been removed? Restore it, or refresh all users from it"
+                f"{self.path}: ends at segment {self.last_segment}, so it has no segment {after}; check that it is the "
+                "right log and that no segment was removed, or refresh all users from it"
             )
 
     def counts_before(self, time: int) -> NDArray[np.int64]:
-        """Events of every user strictly before `time` (ms, or an ordinal): int64 [num_users]."""
+        """Number of events per user strictly before `time` (ms, or an ordinal): int64 [num_users]."""
         total = np.zeros(self.num_users, np.int64)
         for events in (segment.events for segment in self.segments):
             start, stop = events.offsets[:-1], events.offsets[1:]
@@ -289,7 +291,7 @@ class EventLog:
         return total
 
     def slice(self, user_row: SupportsIndex, start: int = 0, stop: int | None = None) -> Histories:
-        """Events [start, stop) of one user (B = 1), bounds as of a list; views wherever one segment holds them."""
+        """Events [start, stop) of one user (B = 1), with bounds like a list's; views if one segment has them all."""
         row = int(self._checked_rows([user_row])[0])
         low, high, _ = slice(start, stop).indices(int(self.lengths[row]))
         return slice_merged(self._tables, row, low, max(low, high))
@@ -297,7 +299,9 @@ class EventLog:
     def _checked_rows(self, user_rows: Any) -> NDArray[np.int64]:
         rows = np.asarray(user_rows)
         if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
-            raise TypeError(f"user_rows must be a vector of integers, got {rows.dtype} of shape {rows.shape}")
+            raise TypeError(
+                f"user_rows must be a one-dimensional array of integers, got {rows.dtype} of shape {rows.shape}"
+            )
         rows = rows.astype(np.int64, copy=False)
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_users):
             raise IndexError(f"user rows must lie in [0, {self.num_users}), got {rows.min()} to {rows.max()}")
@@ -305,7 +309,7 @@ class EventLog:
 
 
 def _filled(segments: Sequence[Segment]) -> list[PackedTable]:
-    """The segments' events, without the tables that hold none where others do (deletion rows alone make a segment)."""
+    """The segments' events without empty tables, but at least one: a segment may have only deletion rows."""
     tables = [segment.events for segment in segments]
     return [table for table in tables if table.num_rows] or tables[:1]
 

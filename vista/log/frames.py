@@ -1,4 +1,4 @@
-"""Frames in memory to Polars, without needing pyarrow: Polars, pandas, or a mapping of columns."""
+"""Conversion of frames in memory (pandas, or a mapping of columns) to Polars, without pyarrow."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from vista.log.polars_extra import pl
 
 
 def to_polars(frame: Any, columns: Iterable[str] | None = None) -> pl.DataFrame:
-    """Columns of a frame as Polars columns; pandas' NaT, NA and None become null, its NaN stays NaN.
+    """Convert columns of a frame to Polars. NaT, NA, and None of pandas become null; NaN stays NaN.
 
     Args:
         frame: a Polars DataFrame or LazyFrame, a pandas DataFrame, or a mapping of name to array or list.
-        columns: those to convert; None takes all.
+        columns: columns to convert; None converts all.
 
     Raises:
-        TypeError: if it is something else.
-        DataError: if a column is missing or mixes types.
+        TypeError: if `frame` is of another type.
+        DataError: if a column is missing or mixes types, or columns differ in length.
     """
     if isinstance(frame, pl.LazyFrame):
         frame = frame.collect()
@@ -32,15 +32,15 @@ def to_polars(frame: Any, columns: Iterable[str] | None = None) -> pl.DataFrame:
     missing = [name for name in columns or () if name not in present]
     if missing:
         named = ", ".join(map(str, present))
-        raise DataError(f"column {missing[0]!r} is missing; the frame has: {named}; name the right one, as in user=…")
+        raise DataError(f"column {missing[0]!r} is missing, the frame has: {named}; name the right one, as in user=...")
     if isinstance(frame, pl.DataFrame):
         return frame.select(wanted)
     for name in wanted:
         if wanted.count(name) > 1:
-            raise DataError(f"column {name!r} comes twice in the frame; drop one")
+            raise DataError(f"column {name!r} occurs twice in the frame; drop one")
     lengths = {name: len(frame[name]) for name in wanted}
     if len(set(lengths.values())) > 1:
-        raise DataError(f"columns differ in length: {lengths}")
+        raise DataError(f"columns differ in length: {lengths}; give every column one value per row")
     return pl.DataFrame([_series(str(name), frame[name], is_pandas) for name in wanted])
 
 

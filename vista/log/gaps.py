@@ -1,4 +1,4 @@
-"""Time between events in log buckets: what event and request embeddings see of time."""
+"""Gaps between events in logarithmic buckets, as event and request embeddings use them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from numpy.typing import NDArray
 
 UNKNOWN_GAP = 0
 NUM_GAPS = 40
-"""Bucket 0 is unknown; bucket 1 + floor(log2(1 + seconds)) otherwise, up to 17,000 years."""
+"""Bucket 0 is an unknown gap; others are 1 + floor(log2(1 + seconds)), up to 17,000 years."""
 YEAR_1971_MS = 31_536_000_000
-"""1971-01-01: seconds taken for milliseconds fall before it, until the year 2969."""
+"""1971-01-01. Seconds that are read as milliseconds are before it, up to the year 2969."""
 LATEST_MS = 4_102_444_800_000
-"""2100-01-01: a later time is absurd."""
+"""2100-01-01. Later times are treated as errors."""
 
 
 def gap_bucket(gap_ms: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Log bucket of a time difference.
+    """Logarithmic bucket of a time difference.
 
     Args:
-        gap_ms: int64, any shape, milliseconds; negative differences count as 0 (equal times in another order).
+        gap_ms: int64, any shape, milliseconds. Negative differences count as 0.
 
     Returns:
         int64 of the same shape in [1, NUM_GAPS).
@@ -28,7 +28,7 @@ def gap_bucket(gap_ms: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def history_gaps(timestamp: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Gap bucket of each packed event to the one before it; a user's first event has an unknown gap.
+    """Bucket of the gap between each packed event and the previous one; unknown for a user's first event.
 
     Args:
         timestamp: int64 [T], milliseconds.

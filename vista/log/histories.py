@@ -1,4 +1,4 @@
-"""Histories packed end to end, and how they are taken out of one or several packed tables. NumPy only."""
+"""Packed histories, and how they are read from one or several packed tables. NumPy only."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vista.log.packed_table import Int, PackedTable
 
 @dataclass(frozen=True, slots=True)
 class Histories:
-    """Histories of B users end to end, oldest event first. Arrays may be read-only views of the log.
+    """Histories of B users, concatenated, oldest event first. Arrays may be read-only views of the log.
 
-    item: int32 [T] item rows of the log; timestamp: int64 [T] milliseconds, or the ordinal in a log without times;
-    action: uint8 [T] codes into `EventLog.actions`; rating: float32 [T], or None where the log has no ratings;
-    offsets: int64 [B + 1].
+    item: int32 [T] item rows of the log; timestamp: int64 [T] milliseconds, or ordinals in a log without times;
+    action: uint8 [T] codes into `EventLog.actions`; rating: float32 [T], or None if the log has no ratings; offsets:
+    int64 [B + 1].
     """
 
     item: NDArray[np.int32]
@@ -37,22 +37,22 @@ class Histories:
 
     @property
     def lengths(self) -> Int:
-        """Events of each user: int64 [B]."""
+        """Number of events per user: int64 [B]."""
         return np.diff(self.offsets)
 
     def slice(self, user: int, start: int = 0, stop: int | None = None) -> Histories:
-        """Events [start, stop) of the `user`-th history here, as views (B = 1). Bounds work like a list's."""
+        """Events [start, stop) of history number `user`, as views (B = 1), with bounds like a list's."""
         begin, end = int(self.offsets[user]), int(self.offsets[user + 1])
         low, high, _ = slice(start, stop).indices(end - begin)
         return self._at(slice(begin + low, begin + max(low, high)), np.array([0, max(high - low, 0)], np.int64))
 
     def select_users(self, begin: int, end: int) -> Histories:
-        """Histories begin .. end-1, as views."""
+        """Histories begin .. end - 1, as views."""
         first, last = int(self.offsets[begin]), int(self.offsets[end])
         return self._at(slice(first, last), self.offsets[begin : end + 1] - first)
 
     def select(self, starts: Int, stops: Int) -> Histories:
-        """Events [starts[b], stops[b]) of each history; itself where those are all."""
+        """Events [starts[b], stops[b]) of each history; returns self if these are all events."""
         counts = stops - starts
         if np.array_equal(counts, self.lengths):
             return self
@@ -60,13 +60,13 @@ class Histories:
         return self._at(ranges(self.offsets[:-1] + starts, counts), offsets)
 
     def _at(self, index: builtins.slice | Int, offsets: Int) -> Histories:
-        """The events at `index` (a slice makes views), under new offsets."""
+        """The events at `index` (views if it is a slice), with new offsets."""
         rating = None if self.rating is None else self.rating[index]
         return Histories(self.item[index], self.timestamp[index], self.action[index], rating, offsets)
 
 
 def ranges(starts: Int | int, counts: Int) -> Int:
-    """The integers starts[b] .. starts[b] + counts[b] - 1 of every b, end to end: int64 [sum of counts]."""
+    """The integers starts[b] .. starts[b] + counts[b] - 1 of all b, concatenated: int64 [sum of counts]."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
     index: Int = np.arange(total, dtype=np.int64) + np.repeat(starts - ends + counts, counts)
@@ -74,7 +74,7 @@ def ranges(starts: Int | int, counts: Int) -> Int:
 
 
 def token_groups(lengths: Int, budget: int) -> Iterator[builtins.slice]:
-    """Runs of histories of at most `budget` events together, or of one longer history: what is worked on at once."""
+    """Split histories into runs with at most `budget` events in total; a longer history is a run by itself."""
     begin, total = 0, 0
     for i, length in enumerate(lengths.tolist()):
         if i > begin and total + length > budget:
@@ -86,7 +86,7 @@ def token_groups(lengths: Int, budget: int) -> Iterator[builtins.slice]:
 
 
 def take(table: PackedTable, starts: Int, counts: Int) -> Histories:
-    """Rows starts[b] .. + counts[b] of a table as B histories: views where they follow one another, else copies."""
+    """Rows starts[b] .. starts[b] + counts[b] - 1 of a table as B histories: views if consecutive, else copies."""
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     filled = np.flatnonzero(counts)
     starts, counts = starts[filled], counts[filled]
@@ -103,7 +103,7 @@ def take(table: PackedTable, starts: Int, counts: Int) -> Histories:
 
 
 def take_range(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> Histories:
-    """Events [low[b], high[b]) of the users `rows` [B] in one or several tables; bounds lie within the histories."""
+    """Events [low[b], high[b]) of the users `rows` [B] in one or several tables; bounds must be within histories."""
     if len(tables) == 1:
         first, _ = tables[0].locate(rows)
         return take(tables[0], first + low, high - low)
@@ -111,9 +111,9 @@ def take_range(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) ->
 
 
 def take_merged(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> Histories:
-    """Events [low[b], high[b]) of the users `rows` [B] in several tables: by time, equal times in the order of tables.
+    """Events [low[b], high[b]) of the users `rows` [B] in several tables, by time; equal times in the order of tables.
 
-    Where a user's tables follow one another in time, only these events are read, else the whole history.
+    If a user's tables follow one another in time, only these events are read; otherwise the whole history.
     """
     located = [table.locate(rows) for table in tables]
     total = np.stack([count for _, count in located])
@@ -132,7 +132,7 @@ def take_merged(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -
 
 
 def _in_order(tables: Sequence[PackedTable], located: Sequence[tuple[Int, Int]]) -> NDArray[np.bool_]:
-    """bool [B]: whether no table has an event of the user older than one in a table before it."""
+    """bool [B]: whether each user's tables follow one another in time."""
     in_order = np.ones(len(located[0][0]), np.bool_)
     newest = np.full(len(in_order), np.iinfo(np.int64).min)
     for table, (start, count) in zip(tables, located, strict=True):
@@ -143,11 +143,11 @@ def _in_order(tables: Sequence[PackedTable], located: Sequence[tuple[Int, Int]])
 
 
 def _by_time(out: Histories) -> Histories:
-    """Each history sorted by time, equal times as they stand; itself where all are."""
+    """Each history sorted by time, keeping the order of equal times; returns the argument if all are sorted."""
     offsets = out.offsets
     falls = np.diff(out.timestamp) < 0
     inner = offsets[1:-1]
-    falls[inner[(inner > 0) & (inner < len(out.timestamp))] - 1] = False  # a user's first event may be older
+    falls[inner[(inner > 0) & (inner < len(out.timestamp))] - 1] = False  # between users, time may fall
     if not falls.any():
         return out
     owner = np.repeat(np.arange(out.num_users), out.lengths)
@@ -155,9 +155,9 @@ def _by_time(out: Histories) -> Histories:
 
 
 def slice_merged(tables: Sequence[PackedTable], row: int, low: int, high: int) -> Histories:
-    """Events [low, high) of one user's merged history; 0 <= low <= high <= its length.
+    """Events [low, high) of one user's merged history, with 0 <= low <= high <= its length.
 
-    Views where one table holds them. Of the rest of the history at most the times are read.
+    They are views if one table has them all. At most the times of the rest of the history are read.
     """
     rows = np.array([row], np.int64)
     located = [(table, *table.locate(rows)) for table in tables]

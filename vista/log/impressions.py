@@ -1,4 +1,4 @@
-"""Impressions: the log's second table, with labels a task, packed by user and sorted by time."""
+"""Impressions: the log's second table, with one label per task, packed by user and sorted by time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vista.log.segment import Segment
 
 @dataclass(frozen=True, slots=True)
 class Impressions:
-    """All impressions of a log, users in the order of their rows. Arrays may be read-only views of the log.
+    """All impressions of a log, in the order of user rows. Arrays may be read-only views of the log.
 
     offsets: int64 [num_users + 1]; item: int32 [N] item rows; timestamp: int64 [N] ms; label: uint8 [N, num_tasks], 0
-    where unknown; mask: uint8 [N, num_tasks], 1 where the label is known; tasks: their names; probability: float32
-    [N, num_tasks] of a simulation's ground truth (NaN where unknown), or None.
+    where unknown; mask: uint8 [N, num_tasks], 1 where the label is known; tasks: names of the tasks; probability:
+    float32 [N, num_tasks] true probabilities of a simulation (NaN where unknown), or None.
     """
 
     offsets: NDArray[np.int64]
@@ -37,9 +37,9 @@ class Impressions:
 
 
 def read_impressions(segments: Sequence[Segment], num_users: int) -> Impressions:
-    """Impressions of a log: views of one segment's files, or several segments' merged in memory by time.
+    """Impressions of a log: views of the files of one segment, or those of several segments merged in memory by time.
 
-    A probability that one segment has and another lacks is NaN in the latter.
+    If only some segments have probabilities, those of the others are NaN.
     """
     tables = [segment.impressions for segment in segments if segment.impressions is not None]
     tasks: list[str] = next(s.manifest["tasks"] for s in reversed(segments) if s.impressions is not None)
@@ -58,10 +58,11 @@ def read_impressions(segments: Sequence[Segment], num_users: int) -> Impressions
 
 
 def merged_columns(tables: Sequence[PackedTable], offsets: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """Columns of users 0..U-1 out of several tables that have lost no rows: by time, equal times in their order.
+    """Merge the columns of users 0 .. U - 1 from several tables, by time; equal times are in the order of tables.
 
     Args:
-        offsets: int64 [U + 1] of all tables' rows together.
+        tables: tables without deleted rows.
+        offsets: int64 [U + 1] of the merged rows.
     """
     if len(tables) == 1:
         return tables[0].columns

@@ -1,4 +1,4 @@
-"""Rows of several users end to end, some of which may have been deleted since they were written. NumPy only."""
+"""Tables of rows packed by user, some of which may have been deleted after they were written. NumPy only."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Int = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class PackedTable:
-    """Rows of several users end to end. Row numbers count what remains; `columns` still hold what was deleted.
+    """Rows of several users, concatenated. Row numbers count remaining rows; `columns` still contain deleted ones.
 
     Args:
         users: int64 [U] user rows, ascending.
-        offsets: int64 [U + 1] where each one's rows start.
-        columns: arrays with one entry a row, deleted ones included.
-        deleted_at: int64 [R] ascending: how many remaining rows come before each deleted one; None where none is.
+        offsets: int64 [U + 1], where each user's rows start.
+        columns: arrays with one entry per row, including deleted rows.
+        deleted_at: int64 [R], ascending: the number of remaining rows before each deleted row; None without any.
     """
 
     users: Int
@@ -36,31 +36,31 @@ class PackedTable:
         return 0 if self.deleted_at is None else len(self.deleted_at)
 
     def locate(self, rows: Int) -> tuple[Int, Int]:
-        """First row and number of rows of each of the users `rows` [B]; both int64 [B]."""
+        """First row and number of rows of each user in `rows` [B]; both int64 [B]."""
         if not len(self.users):
             return np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
         at: Int
         if int(self.users[-1]) == len(self.users) - 1:  # users 0..U-1, all present
-            found = rows < len(self.users)
-            at = np.where(found, rows, 0)
+            present = rows < len(self.users)
+            at = np.where(present, rows, 0)
         else:
             at = np.minimum(np.searchsorted(self.users, rows), len(self.users) - 1).astype(np.int64)
-            found = self.users[at] == rows
-        starts = np.where(found, self.offsets[at], 0)
-        return starts, np.where(found, self.offsets[at + 1] - starts, 0)
+            present = self.users[at] == rows
+        starts = np.where(present, self.offsets[at], 0)
+        return starts, np.where(present, self.offsets[at + 1] - starts, 0)
 
     def counts(self, num_users: int) -> Int:
-        """Rows of every user: int64 [num_users]."""
+        """Number of rows per user: int64 [num_users]."""
         counts = np.zeros(num_users, np.int64)
         counts[self.users] = np.diff(self.offsets)
         return counts
 
     def places(self, rows: Int) -> Int:
-        """Where rows (int64 [N], any order) lie in the columns."""
+        """Indices into the columns of rows (int64 [N], in any order)."""
         return rows if self.deleted_at is None else rows + np.searchsorted(self.deleted_at, rows, side="right")
 
     def span(self, first: int, end: int) -> slice | Int:
-        """Where the rows first .. end-1 lie in the columns: a slice unless deleted rows lie between them."""
+        """Indices into the columns of rows first .. end - 1: a slice unless deleted rows lie between them."""
         if self.deleted_at is None or first == end:
             return slice(first, end)
         low, high = np.searchsorted(self.deleted_at, [first, end - 1], side="right").tolist()
@@ -70,7 +70,7 @@ class PackedTable:
         return np.delete(np.arange(first + low, end + high), gaps)
 
     def first_since(self, low: Int, high: Int, times: Int) -> Int:
-        """The first of the rows low[i] .. high[i]-1 (of one user) at times[i] or later, or high[i]: int64 [N]."""
+        """The first of rows low[i] .. high[i] - 1 (of one user) at times[i] or later, or else high[i]: int64 [N]."""
         column = self.columns["timestamp"]
         low, high = low.copy(), high.copy()
         while (open_ := np.flatnonzero(low < high)).size:  # all binary searches at once
@@ -81,14 +81,14 @@ class PackedTable:
         return low
 
     def without(self, places: Int) -> PackedTable:
-        """This table, which has lost nothing yet, without the rows at `places` (int64, ascending, each once)."""
+        """This table, which has no deleted rows yet, without the rows at `places` (int64, ascending, distinct)."""
         if not len(places):
             return self
         offsets = self.offsets - np.searchsorted(places, self.offsets)
         return replace(self, offsets=offsets, deleted_at=places - np.arange(len(places)))
 
     def of_users(self, begin: int, end: int) -> PackedTable:
-        """What remains of the users begin .. end-1, counted from `begin`; views unless rows were deleted."""
+        """The remaining rows of users begin .. end - 1, renumbered from 0; views unless rows were deleted."""
         low, high = np.searchsorted(self.users, [begin, end]).tolist()
         first = int(self.offsets[low])
         span = self.span(first, int(self.offsets[high]))

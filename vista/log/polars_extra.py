@@ -1,6 +1,6 @@
-"""The one place that imports Polars: for ingest and for a store's exports alone.
+"""The only module that imports Polars, for ingest and for exports of a store.
 
-Readers of a log never come here (a fork after Polars hangs).
+Readers of a log never import it, because a process that forks after Polars was used can hang.
 """
 
 from __future__ import annotations

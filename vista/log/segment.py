@@ -1,24 +1,24 @@
-"""A segment of an EventLog on disk: a folder of `.npy` files and a manifest, written once, never changed.
+"""A segment of an EventLog on disk: a folder of `.npy` files and a manifest, written once and never changed.
 
-    segment-000001/                     or segment-000001-000004/ once compacted
+    segment-000001/                     or segment-000001-000004/ after a compaction
         manifest.json                   format, range, counts, sources, and each file's dtype, shape, bytes
         new_users.ids.npy [+ .offsets]  ids that this segment adds to the user vocabulary; likewise new_items
         users.npy       int64 [U]       user rows with events here, ascending
-        offsets.npy     int64 [U + 1]   where each one's events start
+        offsets.npy     int64 [U + 1]   where each user's events start
         item.npy        int32 [T]       item rows
-        timestamp.npy   int64 [T]       milliseconds, or the ordinal where the log has no times
+        timestamp.npy   int64 [T]       milliseconds, or the ordinal if the log has no times
         action.npy      uint8 [T]       codes into the manifest's `actions`
-        rating.npy      float32 [T]     where the log has ratings
+        rating.npy      float32 [T]     if the log has ratings
         impressions/                    the same for impressions: users, offsets, item, timestamp, and
-            label.npy   uint8 [N, tasks]; mask.npy uint8 [N, tasks]; probability.npy float32 [N, tasks], where known
+            label.npy   uint8 [N, tasks]; mask.npy uint8 [N, tasks]; probability.npy float32 [N, tasks], if known
         deletions/                      forgotten events: users, offsets, item, timestamp, action (event_keys.py)
-        erased.npy      int64 [E]       user rows erased, ascending
-        changed.npy     int64 [users]   once compacted: number of the last segment that changed each user, 0 for none
+        erased.npy      int64 [E]       rows of erased users, ascending
+        changed.npy     int64 [users]   after a compaction: the last segment that changed each user, or 0
         quarantine.csv                  rows that failed validation, if any
 
-A user's events lie together, by time, then sequence, then input order. Vocabularies are the segments' new ids end
-to end, so that renaming one folder publishes everything at once. The manifest's `deletions` counts forgotten events
-and erased users. docs/reference/file-formats.md tells more.
+A user's events are contiguous and sorted by time, then sequence, then input order. A vocabulary is the concatenation of
+the segments' new ids, so that renaming one folder publishes everything at once. The manifest's `deletions` counts
+forgotten events and erased users. docs/reference/file-formats.md has the details.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ IMPRESSION_COLUMNS = {
 }
 FORGOTTEN_COLUMNS = {"item": np.int32, "timestamp": np.int64, "action": np.uint8}
 LOG_FIELDS = ("num_users", "num_items", "id_types", "actions", "tasks", "has_time", "timestamp", "has_rating")
-"""Manifest entries that describe the log up to the segment; one without new sources repeats them."""
+"""Manifest entries that describe the log up to the segment; segments without new sources copy them."""
 QUARANTINE_FILE = "quarantine.csv"
 _NAME = re.compile(r"segment-(\d{6})(?:-(\d{6}))?")
-_REMEDY = "prepare the log anew from its sources"
+_REMEDY = "prepare the log again from its sources"
 
 
 def segment_name(first: int, last: int | None = None) -> str:
@@ -62,7 +62,7 @@ def segment_name(first: int, last: int | None = None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One opened segment; arrays are memory-mapped."""
+    """An open segment. Arrays are memory-mapped."""
 
     path: Path
     first: int
@@ -71,21 +71,21 @@ class Segment:
     events: PackedTable
     impressions: PackedTable | None
     forgotten: PackedTable | None
-    """Events that are deleted from earlier segments."""
+    """Events that this segment deletes from earlier segments."""
     erased: Int
-    """int64 [E] users that are deleted from earlier segments."""
+    """int64 [E] users that this segment deletes from earlier segments."""
     changed: Int | None
-    """int64 [users] of a compacted range: the last segment that changed each user, 0 for none."""
+    """int64 [users], if compacted: the last segment that changed each user, or 0."""
     new_users: Vocabulary
     new_items: Vocabulary
 
     @property
     def num_deletions(self) -> int:
-        """Forgotten events and erased users."""
+        """Number of forgotten events and erased users."""
         return len(self.erased) + (0 if self.forgotten is None else self.forgotten.num_rows)
 
     def changed_users(self, after: int) -> Int:
-        """Users with new events or deletions here in a segment numbered above `after`: int64 [U], ascending."""
+        """Users with new events or deletions here, in segments numbered above `after`: int64 [U], ascending."""
         if self.changed is not None:
             return np.flatnonzero(self.changed > after)
         if self.last <= after:
@@ -98,7 +98,7 @@ def read_segment(path: Path) -> Segment:
     """Open one segment and check every file against its manifest.
 
     Raises:
-        LogFormatError: naming the file, what was expected and found, and what to do.
+        LogFormatError: naming the file, the expected and actual content, and the remedy.
     """
     manifest = _read_manifest(path)
     files = manifest["files"]
@@ -130,7 +130,7 @@ def read_segment(path: Path) -> Segment:
 
 
 def read_segments(path: Path, last_segment: int | None = None) -> list[Segment]:
-    """Open the segments in force, oldest first, up to number `last_segment`.
+    """Open the current segments, oldest first, up to number `last_segment`.
 
     Raises:
         LogFormatError: if one is missing or damaged, or none ends at `last_segment`.
@@ -147,20 +147,20 @@ def read_segments(path: Path, last_segment: int | None = None) -> list[Segment]:
         except LogFormatError:
             if _segment_folders(path) == present:
                 raise
-            # A compaction put its segment in the place of these ones meanwhile.
+            # Meanwhile a compaction replaced these segments; try again.
     if last_segment is not None and segments[-1].last != last_segment:
         newest = segments[-1]
         inside = newest.first <= last_segment < newest.last
-        why = f"it lies inside the compacted {newest.path.name}" if inside else f"the log ends at {newest.last}"
-        raise LogFormatError(f"{path}: no segment ends at number {last_segment}: {why}; read the whole log")
+        why = f"it is inside the compacted {newest.path.name}" if inside else f"the log ends at {newest.last}"
+        raise LogFormatError(f"{path}: no segment ends at number {last_segment}, because {why}; read the whole log")
     return segments
 
 
 def read_vocabularies(segments: Sequence[Segment]) -> tuple[Vocabulary, Vocabulary]:
-    """The user and item vocabularies of a log with these segments: their new ids end to end.
+    """The user and item vocabularies of a log with these segments: the concatenation of their new ids.
 
     Raises:
-        LogFormatError: if the newest manifest counts other numbers of ids.
+        LogFormatError: if the numbers of ids differ from the newest manifest.
     """
     users = Vocabulary.concatenated([segment.new_users for segment in segments])
     items = Vocabulary.concatenated([segment.new_items for segment in segments])
@@ -168,52 +168,51 @@ def read_vocabularies(segments: Sequence[Segment]) -> tuple[Vocabulary, Vocabula
     counts = newest.manifest["num_users"], newest.manifest["num_items"]
     if (len(users), len(items)) != counts:
         raise LogFormatError(
-            f"{newest.path.parent}: vocabularies hold {len(users)} users and {len(items)} items, the manifest of "
-            f"{newest.path.name} says {counts[0]} and {counts[1]}; prepare the log anew"
+            f"{newest.path.parent}: the vocabularies contain {len(users)} users and {len(items)} items, but the "
+            f"manifest of {newest.path.name} says {counts[0]} and {counts[1]}; {_REMEDY}"
         )
     return users, items
 
 
 def find_segments(path: Path) -> list[Path]:
-    """Folders of the segments in force, oldest first: a compacted range replaces those inside it.
+    """Folders of the current segments, oldest first. A compacted range replaces the segments inside it.
 
     Raises:
-        LogFormatError: if `path` is no log, or a segment is missing.
+        LogFormatError: if `path` is not a log, or a segment is missing.
     """
-    found = _segment_folders(path)
     chosen: list[Path] = []
     last = 0
-    for first, end, entry in found:
+    for first, end, entry in _segment_folders(path):
         if end <= last:
             continue
         if first != last + 1:
             raise LogFormatError(
-                f"{path}: {segment_name(last + 1)} is missing, found {entry.name}; restore the whole folder"
+                f"{path}: {segment_name(last + 1)} is missing, but {entry.name} is there; restore the whole folder"
             )
         chosen.append(entry)
         last = end
     if not chosen:
         raise LogFormatError(
-            f"{path}: holds no segment, so it is no EventLog; make one with `vista prepare out={path} …`"
+            f"{path}: not an EventLog, because it has no segment; make one with `vista prepare out={path} ...`"
         )
     return chosen
 
 
 def superseded_segments(path: Path) -> list[Path]:
-    """Folders of segments that a compacted one has replaced, which readers pass over."""
+    """Folders of segments that a compacted segment has replaced; readers ignore them."""
     in_force = set(find_segments(path))
     return [folder for _, _, folder in _segment_folders(path) if folder not in in_force]
 
 
 def _segment_folders(path: Path) -> list[tuple[int, int, Path]]:
-    """(first number, last number, folder) of whatever is named like a segment; a longer range before a shorter one."""
+    """(first number, last number, folder) of all folders named like a segment; longer ranges before shorter ones."""
     if not path.is_dir():
-        raise LogFormatError(f"{path}: no such folder; make the log with `vista prepare out={path} …`")
-    found = []
+        raise LogFormatError(f"{path}: no such folder; make the log with `vista prepare out={path} ...`")
+    folders = []
     for entry in path.iterdir():
         if match := _NAME.fullmatch(entry.name):
-            found.append((int(match[1]), int(match[2] or match[1]), entry))
-    return sorted(found, key=lambda range_: (range_[0], -range_[1]))
+            folders.append((int(match[1]), int(match[2] or match[1]), entry))
+    return sorted(folders, key=lambda range_: (range_[0], -range_[1]))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -221,45 +220,46 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
     except FileNotFoundError:
-        raise LogFormatError(f"{file}: missing; prepare the log anew from its sources") from None
-    except (ValueError, RecursionError, OSError) as error:  # RecursionError: JSON that is nested too deep.
-        raise LogFormatError(f"{file}: unreadable ({error}); prepare the log anew from its sources") from error
+        raise LogFormatError(f"{file}: missing; {_REMEDY}") from None
+    except (ValueError, RecursionError, OSError) as error:  # RecursionError: JSON that is nested too deeply.
+        raise LogFormatError(f"{file}: cannot be read ({error}); {_REMEDY}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise LogFormatError(f"{file}: not the manifest of an EventLog segment; check the path")
     if manifest.get("version") != VERSION:
         raise LogFormatError(
-            f"{file}: format version {manifest.get('version')}, this vista reads {VERSION}; "
-            "install a newer vista, or prepare the log anew"
+            f"{file}: format version {manifest.get('version')}, but this version of vista reads {VERSION}; "
+            f"install a newer vista, or {_REMEDY}"
         )
     return manifest
 
 
 def _check_counts(segment: Segment) -> None:
-    """Refuse a segment whose manifest tells something else than its name and its files."""
+    """Refuse a segment whose manifest does not match its name and its files."""
     manifest, impressions = segment.manifest, segment.impressions
     counts = manifest["counts"]
-    told_and_found = {
+    expected_and_actual = {
         "name": (segment_name(segment.first, segment.last), segment.path.name),
         "events": (counts["events"]["rows"], segment.events.num_rows),
         "impressions": (counts["impressions"]["rows"], 0 if impressions is None else impressions.num_rows),
         "deletions": (manifest["deletions"], segment.num_deletions),
     }
     if segment.last > segment.first:
-        told_and_found["rows of changed.npy"] = (
+        expected_and_actual["rows of changed.npy"] = (
             manifest["num_users"],
             None if segment.changed is None else len(segment.changed),
         )
-    for what, (told, found) in told_and_found.items():
-        if told != found:
+    for what, (expected, actual) in expected_and_actual.items():
+        if expected != actual:
             raise LogFormatError(
-                f"{segment.path}: {what}: the manifest says {told}, found {found}; restore the folder, or {_REMEDY}"
+                f"{segment.path}: {what}: the manifest says {expected}, found {actual}; restore the folder, or "
+                f"{_REMEDY}"
             )
     tables = [segment.events, impressions, segment.forgotten]
     users = [table.users[-1:] for table in tables if table is not None]
     highest = max((int(rows[-1]) for rows in [*users, segment.erased[-1:]] if len(rows)), default=-1)
     if highest >= manifest["num_users"]:
         raise LogFormatError(
-            f"{segment.path}: names user row {highest}, the manifest says {manifest['num_users']} users; "
+            f"{segment.path}: contains user row {highest}, but the manifest says {manifest['num_users']} users; "
             f"restore the folder, or {_REMEDY}"
         )
 
@@ -267,14 +267,13 @@ def _check_counts(segment: Segment) -> None:
 def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     for name, entry in files.items():
         try:
-            found = (path / name).stat().st_size
+            size = (path / name).stat().st_size
         except OSError:
-            raise LogFormatError(f"{path / name}: missing; prepare the log anew from its sources") from None
-        if found != entry["bytes"]:
+            raise LogFormatError(f"{path / name}: missing; {_REMEDY}") from None
+        if size != entry["bytes"]:
             raise LogFormatError(
-                f"{path / name}: expected {entry['bytes']} bytes, found {found}; the file is "
-                f"{'truncated' if found < entry['bytes'] else 'overlong'}: copy it again, "
-                "or prepare the log anew from its sources"
+                f"{path / name}: expected {entry['bytes']} bytes, found {size}; the file is "
+                f"{'truncated' if size < entry['bytes'] else 'too long'}: copy it again, or {_REMEDY}"
             )
 
 
@@ -290,8 +289,8 @@ def _read_table(
     lengths = {len(array) for array in columns.values()}
     if len(offsets) != len(users) + 1 or lengths != {int(offsets[-1])}:
         raise LogFormatError(
-            f"{path / prefix}: {len(users)} users, {len(offsets)} offsets ending at {int(offsets[-1])} and columns of "
-            f"{sorted(lengths)} rows do not fit together; prepare the log anew from its sources"
+            f"{path / prefix}: {len(users)} users, {len(offsets)} offsets that end at {int(offsets[-1])}, and columns "
+            f"of {sorted(lengths)} rows do not match; {_REMEDY}"
         )
     return PackedTable(users, offsets, columns)
 
@@ -299,7 +298,7 @@ def _read_table(
 def _read_column(file: Path, dtype: DTypeLike) -> NDArray[Any]:
     array = load_array(file)
     if array.dtype != dtype:
-        raise LogFormatError(f"{file}: holds {array.dtype}, expected {np.dtype(dtype)}; {_REMEDY}")
+        raise LogFormatError(f"{file}: has type {array.dtype} instead of {np.dtype(dtype)}; {_REMEDY}")
     return array
 
 
@@ -307,10 +306,10 @@ def load_array(path: Path) -> NDArray[Any]:
     """Memory-map a `.npy` file, read-only.
 
     Raises:
-        LogFormatError: if it is damaged.
+        LogFormatError: if the file is damaged.
     """
     try:
         # np.asarray drops the memmap subclass, which is slow to index.
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (ValueError, OSError, EOFError) as error:
-        raise LogFormatError(f"{path}: unreadable ({error}); prepare the log anew from its sources") from error
+        raise LogFormatError(f"{path}: cannot be read ({error}); {_REMEDY}") from error

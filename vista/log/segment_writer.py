@@ -1,4 +1,4 @@
-"""How segments come to be: columns piece by piece, in a folder that becomes a segment whole or not at all."""
+"""Writing of segments: columns in blocks, in a folder that atomically becomes the segment."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from vista.log.segment import FORMAT, VERSION, find_segments
 
 
 class ColumnWriter:
-    """Writes one `.npy` file of known length piece by piece.
+    """Writes a `.npy` file of known length block by block.
 
     Raises:
-        ValueError: on closing, if fewer or more rows came than announced.
+        ValueError: on closing, if more or fewer rows were written than announced.
     """
 
     def __init__(self, path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> None:
@@ -47,11 +47,11 @@ class ColumnWriter:
 
 
 class TableWriter:
-    """Writes the files of a PackedTable; blocks of whole users arrive in ascending order of user row.
+    """Writes the files of a PackedTable from blocks of complete users, in ascending order of user rows.
 
     Args:
-        folder: made if absent.
-        num_rows: of all blocks together.
+        folder: folder of the table; made if it does not exist.
+        num_rows: total number of rows of all blocks.
         columns: name to (dtype, shape of one row).
     """
 
@@ -85,7 +85,7 @@ class TableWriter:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write manifest.json with format, version and the dtype, shape and bytes of each `.npy` file in `folder`."""
+    """Write manifest.json, with the format version and the dtype, shape, and bytes of each `.npy` file in `folder`."""
     files = {}
     for path in sorted(folder.rglob("*.npy")):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -100,13 +100,13 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 @contextmanager
 def locked_log(path: Path) -> Iterator[None]:
-    """Keep every other writer out of an existing log (append, deletions, compaction) while the block runs.
+    """Lock an existing log against other writers (append, deletions, compaction) during a `with` block.
 
-    Readers are not kept out. The lock goes with the process that holds it.
+    Readers are not affected. The lock is released when the process ends.
 
     Raises:
         LogBusyError: if another process is writing the log.
-        LogFormatError: if it is none.
+        LogFormatError: if `path` is not a log.
     """
     find_segments(path)
     handle = os.open(path, os.O_RDONLY)
@@ -114,30 +114,30 @@ def locked_log(path: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise LogBusyError(f"{path}: another process is writing it right now; wait for it to end") from None
+        raise LogBusyError(f"{path}: another process is writing this log; wait until it is done") from None
     finally:
         os.close(handle)
 
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes when it fails.
+    """A temporary folder that becomes `target` when the `with` block ends, or is removed if the block fails.
 
-    Everything in it is fsynced, then it is renamed. One writer at a time: the folder is locked, and what a killed
-    writer left in it is removed.
+    All files are fsynced before the folder is renamed. The folder is locked, so there is one writer at a time, and
+    leftovers of a killed writer are removed.
 
     Raises:
-        LogWriteError: if the place cannot be written.
-        LogBusyError: another writer is at work, or `target` appeared meanwhile.
+        LogWriteError: if the folder cannot be written.
+        LogBusyError: if another process is writing, or `target` appeared meanwhile.
     """
     staging = target.parent / f".{target.name}.tmp"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle = _lock_folder(staging)
     except BlockingIOError:
-        raise LogBusyError(f"{target}: another process is writing it right now; wait for it to end") from None
+        raise LogBusyError(f"{target}: another process is writing it; wait until it is done") from None
     except OSError as error:
-        raise LogWriteError(f"{target}: cannot be written ({error.strerror}); choose another `out`") from error
+        raise LogWriteError(f"{target}: cannot be written ({error.strerror}); choose another folder") from error
     try:
         for leftover in staging.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -150,12 +150,12 @@ def staged_folder(target: Path) -> Iterator[Path]:
             os.rename(staging, target)
         except OSError as error:
             raise LogBusyError(
-                f"{target}: appeared while it was being written ({error.strerror}); try again"
+                f"{target}: was created by another process meanwhile ({error.strerror}); try again"
             ) from error
         sync(target.parent)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise LogWriteError(f"{target}: writing failed ({error}); free disk space, or choose another `out`") from error
+        raise LogWriteError(f"{target}: writing failed ({error}); free disk space, or choose another folder") from error
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -164,7 +164,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 
 def _lock_folder(folder: Path) -> int:
-    """Make and lock `folder`; returns the descriptor that holds the lock."""
+    """Make and lock `folder`; returns the file descriptor that holds the lock."""
     while True:
         folder.mkdir(exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
@@ -175,4 +175,4 @@ def _lock_folder(folder: Path) -> int:
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # its owner renamed or removed it between the two calls
+        os.close(handle)  # its owner renamed or removed the folder between the two calls

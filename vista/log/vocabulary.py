@@ -1,10 +1,10 @@
 """Append-only vocabularies: raw ids (integers or strings) to rows and back. NumPy only.
 
-On disk, beside whatever else a folder holds:
+On disk, in a folder that may have other files:
     integers: `<name>.ids.npy` int64 [N];
-    strings: `<name>.ids.npy` uint8, all ids as UTF-8 end to end, and `<name>.offsets.npy` int64 [N + 1].
-    rows that have lost their id (`without_ids`): `<name>.blank.npy` int64, ascending; 0 or no bytes stand in its place.
-All are memory-mapped on loading. An id keeps its row for ever; a row whose id was taken away is never used again.
+    strings: `<name>.ids.npy` uint8, all ids as concatenated UTF-8, and `<name>.offsets.npy` int64 [N + 1];
+    rows whose id was removed (`without_ids`): `<name>.blank.npy` int64, ascending; their id is 0, or has no bytes.
+All files are memory-mapped on loading. An id keeps its row forever. A row whose id was removed is never reused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from vista.errors import ConfigError, LogFormatError
 
 Ids = Sequence[int] | Sequence[str] | Sequence[int | str] | NDArray[Any]
-"""Raw ids, all integers or all strings."""
+"""Raw ids: all integers, or all strings."""
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 _SMALL_QUERY = 16
@@ -35,9 +35,9 @@ class Vocabulary:
 
     Args:
         kind: "int" (int64 ids) or "str".
-        ids: int64 [N], or uint8 UTF-8 bytes of all ids end to end.
-        offsets: int64 [N + 1] byte positions; strings only.
-        blank: int64, ascending: rows without an id; None where all have one.
+        ids: int64 [N], or for strings the concatenated UTF-8 bytes of all ids, uint8.
+        offsets: int64 [N + 1] byte positions; only for strings.
+        blank: int64, ascending: rows without an id; None if all have one.
     """
 
     __slots__ = ("_ascending", "_blank", "_by_id", "_data", "_offsets", "_order", "_table", "kind")
@@ -52,7 +52,7 @@ class Vocabulary:
         if kind not in ("int", "str"):
             raise ValueError(f"kind must be 'int' or 'str', got {kind!r}")
         if (kind == "str") != (offsets is not None):
-            raise ValueError("offsets belong to string ids, and to them only")
+            raise ValueError("offsets are required for string ids, and only for them")
         self.kind = kind
         self._data = ids
         self._offsets = offsets
@@ -71,18 +71,18 @@ class Vocabulary:
 
     @classmethod
     def from_ids(cls, ids: Ids) -> Vocabulary:
-        """A vocabulary of the distinct `ids`, in sorted order; the kind follows their type."""
+        """A vocabulary of the distinct `ids`, in sorted order. The type of the ids decides the kind."""
         array = np.asarray(ids)
         kind = "int" if array.dtype.kind in "iu" or (array.dtype == object and _all_int(array)) else "str"
         if array.size == 0:
-            raise ValueError("no ids: use Vocabulary.empty(kind)")
+            raise ValueError("ids is empty; use Vocabulary.empty(kind)")
         return cls.empty(kind).extended(ids)
 
     def __len__(self) -> int:
         return len(self._data) if self._offsets is None else len(self._offsets) - 1
 
     def __repr__(self) -> str:
-        blanks = "" if self._blank is None else f", {len(self._blank)} of them blank"
+        blanks = "" if self._blank is None else f", {len(self._blank)} of them removed"
         return f"Vocabulary({self.kind}, {len(self)} ids{blanks})"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -90,7 +90,7 @@ class Vocabulary:
         return Vocabulary, (self.kind, np.array(self._data), offsets, blank)
 
     def has_ids(self, rows: Any) -> NDArray[np.bool_]:
-        """Which rows (int [N]) hold an id: bool [N]; False where it was taken away."""
+        """Which rows (int [N]) have an id: bool [N]; False where it was removed."""
         index = np.atleast_1d(np.asarray(rows, dtype=np.int64))
         if self._blank is None:
             return np.ones(len(index), np.bool_)
@@ -98,13 +98,13 @@ class Vocabulary:
         return np.asarray(self._blank[at] != index)
 
     def _real_rows(self) -> NDArray[np.int64]:
-        """Rows that hold an id."""
+        """Rows that have an id."""
         rows = np.arange(len(self))
         return rows if self._blank is None else np.delete(rows, self._blank)
 
     @property
     def num_blank(self) -> int:
-        """Rows without an id."""
+        """Number of rows whose id was removed."""
         return 0 if self._blank is None else len(self._blank)
 
     def rows(self, ids: Ids) -> NDArray[np.int64]:
@@ -119,21 +119,21 @@ class Vocabulary:
         return self._int_rows(_as_int_ids(ids)) if self.kind == "int" else self._str_rows(_as_str_ids(ids))
 
     def ids(self, rows: Any) -> NDArray[Any]:
-        """Raw ids of rows: int64 [N], or str objects [N].
+        """Raw ids of rows: int64 [N], or an object array [N] of str.
 
         Raises:
-            IndexError: if a row lies outside [0, N).
-            LookupError: if a row holds no id any more (`has_ids`).
+            IndexError: if a row is outside [0, N).
+            LookupError: if the id of a row was removed (`has_ids`).
         """
         index = np.atleast_1d(np.asarray(rows, dtype=np.int64))
         if index.size and (index.min() < 0 or index.max() >= len(self)):
             raise IndexError(f"row {int(index.min() if index.min() < 0 else index.max())} is outside [0, {len(self)})")
         if self._blank is not None and len(gone := index[~self.has_ids(index)]):
-            raise LookupError(f"row {int(gone[0])} holds no id any more: it was erased; has_ids tells which rows do")
+            raise LookupError(f"the id of row {int(gone[0])} was removed; check with has_ids first")
         return self._stored_ids(index)
 
     def _stored_ids(self, index: NDArray[np.int64]) -> NDArray[Any]:
-        """The ids at rows; 0 or "" where a row is blank."""
+        """The ids of rows; 0 or "" where the id was removed."""
         if self._offsets is None:
             return np.asarray(self._data[index])
         out = np.empty(len(index), dtype=object)
@@ -146,7 +146,7 @@ class Vocabulary:
         return out
 
     def extended(self, new_ids: Ids) -> Vocabulary:
-        """This vocabulary with the unknown ones of `new_ids` appended in sorted order; old rows stay.
+        """This vocabulary with the new ones of `new_ids` appended in sorted order. Existing rows stay.
 
         Strings are sorted by their UTF-8 bytes.
         """
@@ -159,7 +159,7 @@ class Vocabulary:
         return self if not encoded else Vocabulary.concatenated([self, _from_bytes(encoded)])
 
     def tail(self, start: int) -> Vocabulary:
-        """The ids from row `start` on, as a vocabulary of its own (what an appended segment stores)."""
+        """The ids from row `start` on, as a separate vocabulary (which an appended segment stores)."""
         blank = None if self._blank is None else self._blank[np.searchsorted(self._blank, start) :] - start
         if self._offsets is None:
             return Vocabulary("int", self._data[start:], None, blank)
@@ -167,7 +167,7 @@ class Vocabulary:
         return Vocabulary("str", self._data[offsets[0] : offsets[-1]], offsets - offsets[0], blank)
 
     def without_ids(self, rows: NDArray[np.int64]) -> Vocabulary:
-        """The same without the ids of `rows`, whose places stay: their ids are unknown from then on."""
+        """This vocabulary without the ids of `rows`. The rows stay, but their ids become unknown."""
         blank = np.union1d(rows, np.empty(0, np.int64) if self._blank is None else self._blank).astype(np.int64)
         if self._offsets is None:
             data = np.array(self._data)
@@ -181,10 +181,10 @@ class Vocabulary:
 
     @staticmethod
     def concatenated(parts: Sequence[Vocabulary]) -> Vocabulary:
-        """Vocabularies of one kind end to end; their ids must be disjoint. One part is returned as it is."""
+        """Concatenate vocabularies of one kind; their ids must be disjoint. A single part is returned unchanged."""
         kinds = {part.kind for part in parts}
         if len(kinds) != 1:
-            raise ValueError(f"cannot join vocabularies of kinds {sorted(kinds)}")
+            raise ValueError(f"cannot concatenate vocabularies of kinds {sorted(kinds)}; they must be of one kind")
         if len(parts) == 1:
             return parts[0]
         data = np.concatenate([part._data for part in parts])
@@ -197,7 +197,7 @@ class Vocabulary:
         return Vocabulary("str", data, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), blank)
 
     def save(self, folder: str | os.PathLike[str], name: str) -> list[Path]:
-        """Write the ids into `folder` under `name`; returns the files. The caller makes it atomic and durable."""
+        """Write the ids into `folder` under `name`; returns the files. It is not atomic or durable by itself."""
         base = Path(folder)
         files = [base / f"{name}.ids.npy"]
         np.save(files[0], np.ascontiguousarray(self._data), allow_pickle=False)
@@ -211,7 +211,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], name: str) -> Vocabulary:
-        """Open what `save` wrote, memory-mapped.
+        """Open a saved vocabulary, memory-mapped.
 
         Raises:
             LogFormatError: if a file is missing, truncated or of another type.
@@ -222,18 +222,20 @@ class Vocabulary:
         blank_path = Path(folder) / f"{name}.blank.npy"
         blank = _load(blank_path) if blank_path.exists() else None
         if blank is not None and blank.dtype != np.int64:
-            raise LogFormatError(f"{blank_path}: holds {blank.dtype}, rows are int64; write the folder anew")
+            raise LogFormatError(f"{blank_path}: has type {blank.dtype} instead of int64; write the folder again")
         if not offsets_path.exists():
             if data.dtype != np.int64:
-                raise LogFormatError(f"{path}: holds {data.dtype}, integer ids are int64; write the folder anew")
+                raise LogFormatError(f"{path}: has type {data.dtype} instead of int64; write the folder again")
             return cls("int", data, None, blank)
         offsets = _load(offsets_path)
         if data.dtype != np.uint8 or offsets.dtype != np.int64 or not len(offsets) or int(offsets[-1]) != len(data):
-            raise LogFormatError(f"{path}: does not fit {offsets_path.name} ({len(data)} bytes); write the folder anew")
+            raise LogFormatError(
+                f"{path}: does not match {offsets_path.name} ({len(data)} bytes); write the folder again"
+            )
         return cls("str", data, offsets, blank)
 
     def digest(self) -> str:
-        """Hex SHA-256 of kind and content, whatever the storage."""
+        """Hex SHA-256 of the kind and the content."""
         sha = hashlib.sha256(f"vista-vocabulary {self.kind} {len(self)}\n".encode())
         for array in (self._offsets, self._data, self._blank):
             if array is not None:
@@ -246,7 +248,7 @@ class Vocabulary:
         return rows if self._blank is None else np.where(self.has_ids(rows), rows, -1)
 
     def _stored_int_rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The row where each id stands, one with an id before a blank one; -1 for none."""
+        """The row that stores each id, preferring rows whose id was not removed; -1 without one."""
         if not len(self) or not len(ids):
             return np.full(len(ids), -1, np.int64)
         if len(ids) <= _SMALL_QUERY and self._table is None and self._is_ascending():
@@ -254,7 +256,7 @@ class Vocabulary:
             return np.where(self._data[at] == ids, at, -1).astype(np.int64)
         low, table = self._lookup_table()
         if table is not None:
-            # Compare before subtracting: int64 extremes must not wrap.
+            # Compare before subtracting, because int64 extremes must not wrap.
             inside = (ids >= low) & (ids <= low + len(table) - 1)
             return np.where(inside, table[np.where(inside, ids - low, 0)], -1)
         if self._order is None and not self._is_ascending():
@@ -272,7 +274,7 @@ class Vocabulary:
         return self._ascending
 
     def _lookup_table(self) -> tuple[int, NDArray[np.int64] | None]:
-        """(lowest id, row of each id from there on), where ids are dense enough for a table; else (0, None)."""
+        """(lowest id, row of each id from there on) if ids are dense enough for a table; else (0, None)."""
         if self._table is None:
             rows = self._real_rows()
             ids = self._data if len(rows) == len(self) else self._data[rows]
@@ -309,10 +311,10 @@ class Vocabulary:
         low, high = 0, len(self)
         while low < high:
             middle = (low + high) // 2
-            found = self._data[offsets[middle] : offsets[middle + 1]].tobytes()
-            if found == name:
+            stored = self._data[offsets[middle] : offsets[middle + 1]].tobytes()
+            if stored == name:
                 return middle
-            low, high = (middle + 1, high) if found < name else (low, middle)
+            low, high = (middle + 1, high) if stored < name else (low, middle)
         return -1
 
 
@@ -330,10 +332,12 @@ def _as_int_ids(ids: Ids) -> NDArray[np.int64]:
         if array.dtype.kind == "u" or array.dtype == object:
             beyond = [x for x in array.tolist() if not -(2**63) <= x < 2**63] if array.dtype.itemsize == 8 else []
             if beyond:
-                raise TypeError(f"id {beyond[0]} does not fit into int64; this vocabulary holds int64 ids")
+                raise TypeError(
+                    f"id {beyond[0]} does not fit into int64, the type of this vocabulary's ids; pass int64 ids"
+                )
         return array.astype(np.int64)
     raise TypeError(
-        f"this vocabulary holds integer ids, got {_describe(array)}; pass int64 ids "
+        f"this vocabulary has integer ids, got {_describe(array)}; pass int64 ids "
         "(convert text with numpy.asarray(ids).astype('int64'))"
     )
 
@@ -346,7 +350,7 @@ def _as_str_ids(ids: Ids) -> list[str]:
     for name in names:
         if not isinstance(name, str):
             raise TypeError(
-                f"this vocabulary holds string ids, got {type(name).__name__} {name!r}; pass strings "
+                f"this vocabulary has string ids, got {type(name).__name__} {name!r}; pass strings "
                 "(convert numbers with [str(i) for i in ids])"
             )
     return names
@@ -368,22 +372,27 @@ def _load(path: Path) -> NDArray[Any]:
         # np.asarray drops the memmap subclass, which is slow to index.
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except FileNotFoundError:
-        raise LogFormatError(f"{path}: missing; write the folder anew") from None
+        raise LogFormatError(f"{path}: missing; write the folder again") from None
     except (ValueError, OSError, EOFError) as error:
-        raise LogFormatError(f"{path}: truncated or not a .npy file ({error}); write the folder anew") from error
+        raise LogFormatError(f"{path}: truncated or not a .npy file ({error}); write the folder again") from error
 
 
 def ids_of_words(words: Sequence[str], name: str, kind: str | None) -> list[Any]:
-    """Ids of a command line as those of a store or vocabulary of a kind ("int", or other than that).
+    """Convert ids from a command line to the kind of ids of a store or vocabulary.
+
+    Args:
+        words: ids as written.
+        name: key that names the ids in an error.
+        kind: "int" for integers; any other value leaves text.
 
     Raises:
-        ConfigError: an id is text where the others are integers.
+        ConfigError: if an id is not an integer but must be one.
     """
     if kind != "int":
         return list(words)
     try:
-        if not all(_INTEGER.fullmatch(word) for word in words):  # int() takes 1_000 and 012 as well
+        if not all(_INTEGER.fullmatch(word) for word in words):  # int() also accepts 1_000 and 012
             raise ValueError
         return list(np.array([int(word) for word in words], np.int64).tolist())
     except (ValueError, OverflowError):
-        raise ConfigError(f"{name}: ids are integers here, got {', '.join(words)}") from None
+        raise ConfigError(f"{name}: ids must be integers, as in the log, got {', '.join(words)}") from None

@@ -175,12 +175,12 @@ def test_a_log_without_times_counts(tmp_path: Path) -> None:
 def test_actions_are_added_by_later_segments(tmp_path: Path) -> None:
     first = write_csv(tmp_path / "a.csv", [(1, 1, 1, "view"), (1, 2, 2, "buy")], "user,item,timestamp,kind")
     later = write_csv(tmp_path / "b.csv", [(1, 3, 3, "add"), (1, 4, 4, "view")], "user,item,timestamp,kind")
-    old = "all times lie before 1971: check events.time_unit (seconds read as milliseconds look so)"
+    old = "all times are before 1971; check events.time_unit, in case seconds were read as milliseconds"
     assert run(tmp_path / "log", [first], action="kind").warnings == [old]
     warned = run(tmp_path / "log", [later], append=True, action="kind").warnings
     assert warned[1:] == [
-        "the log had no action add so far: models trained before that read actions refuse it; retrain them before "
-        "the next refresh"
+        "the log has the new actions add; models that use actions do not know them, so retrain these models before the "
+        "next refresh"
     ]
     log = EventLog.open(tmp_path / "log")
     assert log.actions == ["buy", "view", "add"]
@@ -194,11 +194,11 @@ def test_a_source_counts_once(tmp_path: Path) -> None:
         run(tmp_path / "log", [file, copy])
     run(tmp_path / "log", [file])
     before = fingerprint(tmp_path / "log")
-    with pytest.raises(DataError, match=r"copy\.csv: segment 1 holds it already \(as a\.csv\); its rows would count"):
+    with pytest.raises(DataError, match=r"copy\.csv: segment 1 already contains it \(as a\.csv\); leave it out"):
         run(tmp_path / "log", [copy], append=True)
     frame = {"user": [1], "item": [2], "timestamp": [3]}
     EventLog.from_frame(frame, tmp_path / "other", time_unit="s")
-    with pytest.raises(DataError, match="segment 1 holds it already"):
+    with pytest.raises(DataError, match="segment 1 already contains it"):
         EventLog.from_frame(frame, tmp_path / "other", time_unit="s", append=True)
     assert fingerprint(tmp_path / "log") == before
 
@@ -206,9 +206,9 @@ def test_a_source_counts_once(tmp_path: Path) -> None:
 def test_out_must_be_free_or_a_log(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.csv", [(1, 1, 1)])
     run(tmp_path / "log", [file])
-    with pytest.raises(DataError, match=r"log: exists already; append=true adds these sources to it, another out="):
+    with pytest.raises(DataError, match=r"log: already exists; add these sources to it with append=true"):
         run(tmp_path / "log", [write_csv(tmp_path / "b.csv", [(1, 1, 2)])])
-    with pytest.raises(DataError, match="no log to append to; leave append out"):
+    with pytest.raises(DataError, match="no such log; leave append out"):
         run(tmp_path / "absent", [file], append=True)
     (tmp_path / "empty").mkdir()
     run(tmp_path / "empty", [file])
@@ -223,22 +223,22 @@ def test_out_must_be_free_or_a_log(tmp_path: Path) -> None:
             [(1, 1)],
             {"timestamp": None, "time_unit": None},
             DataError,
-            r"the log has timestamps; name its col",
+            r"the log has timestamps; name their col",
         ),
-        ("user,item,timestamp,stars", [(1, 1, 1, 1)], {"rating": "stars"}, DataError, r"no ratings; leave it out"),
+        ("user,item,timestamp,stars", [(1, 1, 1, 1)], {"rating": "stars"}, DataError, r"no ratings; leave them out"),
         (
             "user,item,timestamp",
             [(1, 1, 5)],
             {"user_ids": IdType("str")},
             ConfigError,
-            r"user ids are int; leave it out",
+            r"user ids of the log are int; leave",
         ),
         (
             "user,item,timestamp",
             [("bob", 1, 5)],
             {},
             DataError,
-            r"row 1, column 'user': 'bob' is text where an integer",
+            r"row 1, column 'user': 'bob' is not an integer",
         ),
         ("user,item,timestamp", [(1, 1, -5)], {}, DataError, r"row 1, column 'timestamp': '-5' is negative"),
     ],
@@ -290,7 +290,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.csv", [(1, 1, 1)])
     with segment_writer.staged_folder(tmp_path / "log") as staging:
-        with pytest.raises(DataError, match="another process is writing it right now"):
+        with pytest.raises(DataError, match="another process is writing it"):
             run(tmp_path / "log", [file])
         (staging / "x").write_text("x")
     assert [path.name for path in (tmp_path / "log").iterdir()] == ["x"]

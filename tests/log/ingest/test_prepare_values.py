@@ -56,9 +56,9 @@ def test_times_become_milliseconds(tmp_path: Path, values: object, unit: str | N
 @pytest.mark.parametrize(
     ("values", "unit", "message"),
     [
-        (pl.Series([MOMENT]).cast(pl.Datetime("ms")), "s", r"holds Datetime.* already; leave it out"),
-        ([5], "iso", r"holds Int64, no ISO text"),
-        ([5], None, r"say in which unit"),
+        (pl.Series([MOMENT]).cast(pl.Datetime("ms")), "s", r"has type Datetime.*; leave events.time_unit out"),
+        ([5], "iso", r"has type Int64, not text"),
+        ([5], None, r"set the unit of"),
     ],
 )
 def test_units_that_do_not_fit_the_column_are_refused(tmp_path: Path, values: object, unit: str, message: str) -> None:
@@ -123,7 +123,7 @@ def test_parquet_integers_can_be_read_as_text(tmp_path: Path) -> None:
 def test_files_of_one_call_need_the_same_columns(tmp_path: Path) -> None:
     for name, header in (("a", "user_id:token\titem_id:token\trating:float"), ("b", "user_id:token\titem_id:token")):
         (tmp_path / f"{name}.inter").write_text(header + "\n1\t2\t3\n"[: None if name == "a" else -3] + "\n")
-    with pytest.raises(DataError, match=r"b\.inter: has user, item, but .*a\.inter has user, item, rating"):
+    with pytest.raises(DataError, match=r"b\.inter: has the columns user, item, but .*a\.inter has user, item, rating"):
         run(tmp_path / "log", [tmp_path], kind="recbole")
 
 
@@ -149,7 +149,7 @@ def test_impressions_from_files(tmp_path: Path) -> None:
     assert log.impressions.probability is None
     config.append = True
     config.events.paths = [str(write_csv(tmp_path / "b.csv", [(1, 10, 9)]))]
-    with pytest.raises(DataError, match=r"seen\.csv: segment 1 holds it already"):
+    with pytest.raises(DataError, match=r"seen\.csv: segment 1 already contains it"):
         prepare(config)
     assert config.impressions is not None
     seen.write_text("who,what,when,click,like\n1,10,7,1,1\n")
@@ -164,7 +164,7 @@ def test_impressions_from_files(tmp_path: Path) -> None:
         ({"labels": []}, r"impressions\.labels: name at least one"),
         ({"timestamp": None}, r"impressions\.timestamp: impressions need times"),
         ({"kind": "ml-1m"}, r"impressions\.kind: ml-1m has no impressions"),
-        ({"probabilities": ["p"], "labels": ["a", "b"]}, r"impressions\.probabilities: name one column a label"),
+        ({"probabilities": ["p"], "labels": ["a", "b"]}, r"impressions\.probabilities: name one column per label"),
     ],
 )
 def test_impressions_need_labels_and_times(tmp_path: Path, change: dict, message: str) -> None:

@@ -87,7 +87,7 @@ def test_kinds_are_recognised(tmp_path: Path) -> None:
         assert detect_kind(folder) == kind
     (tmp_path / "mine.csv").write_text("user,item\n1,2\n")
     assert detect_kind(tmp_path / "mine.csv") == "table"
-    with pytest.raises(DataError, match=r"holds none of ratings\.dat, ratings\.csv, u\.data"):
+    with pytest.raises(DataError, match=r"contains none of ratings\.dat, ratings\.csv, u\.data"):
         detect_kind(tmp_path)
     with pytest.raises(DataError, match="no such file"):
         detect_kind(tmp_path / "absent")
@@ -96,18 +96,23 @@ def test_kinds_are_recognised(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "text", "message"),
     [
-        ("ml-1m", "ratings.dat", "1::2::3::4\n1::2::x::4\n", r"ratings\.dat: row 2, column 'rating': 'x' is text"),
+        (
+            "ml-1m",
+            "ratings.dat",
+            "1::2::3::4\n1::2::x::4\n",
+            r"ratings\.dat: row 2, column 'rating': 'x' is not a number",
+        ),
         ("ml-1m", "ratings.dat", "1::2::3::4\n1:2:3:4\n", r"row 2, beyond the last column: '2' is one field too many"),
         ("ml-1m", "ratings.dat", "1::2::3::4\n1::2::3\n", r"row 2, column 'timestamp': an empty value is missing"),
-        ("ml-100k", "u.data", "1\t2\t3\t4\na\t2\t3\t4\n", r"u\.data: row 2, column 'user': 'a' is text"),
+        ("ml-100k", "u.data", "1\t2\t3\t4\na\t2\t3\t4\n", r"u\.data: row 2, column 'user': 'a' is not an integer id"),
         (
             "ml-latest-small",
             "ratings.csv",
             "userId,rating\n",
-            r"column 'movieId' is missing; the file has: userId, rating",
+            r"column 'movieId' is missing, the file has: userId, rating",
         ),
         ("recbole", "x.inter", "user:token\titem_id:token\n1\t2\n", r"column 'user_id:token' is missing"),
-        ("npz", "events.npz", "no archive", r"events\.npz: not a readable \.npz archive"),
+        ("npz", "events.npz", "no archive", r"events\.npz: not a valid \.npz archive"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, kind: str, name: str, text: str, message: str) -> None:
@@ -120,13 +125,13 @@ def test_bad_files_are_named(tmp_path: Path, kind: str, name: str, text: str, me
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"user": [0]}, r"array 'item' is missing; the file has: user"),
-        ({"user": [0, 1], "item": [0]}, r"arrays differ in length \({'user': 2, 'item': 1}\)"),
+        ({"user": [0]}, r"array 'item' is missing, the file has: user"),
+        ({"user": [0, 1], "item": [0]}, r"the arrays differ in length \({'user': 2, 'item': 1}\)"),
         (
             {"user": [0, 1], "item": [0, 5], "item_raw": [9]},
-            r"row 2, column 'item': 5 is no index into item_raw \(1 ids\)",
+            r"row 2, column 'item': 5 is not an index into item_raw \(1 ids\)",
         ),
-        ({"user": [0.5], "item": [0], "user_raw": [9]}, r"'user' is float64, no index into user_raw"),
+        ({"user": [0.5], "item": [0], "user_raw": [9]}, r"array 'user' has type float64 and cannot index user_raw"),
         ({"user": [0, 1], "item": [0, 0], "time": [5, -5]}, r"row 2, column 'time': -5 is negative"),
     ],
 )
@@ -146,7 +151,7 @@ def test_a_damaged_archive_is_named(tmp_path: Path, kept: float) -> None:
     middle[len(whole) // 4] ^= 0xFF
     for damaged in (whole[: int(len(whole) * kept)], bytes(middle)):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"events\.npz: not a readable \.npz archive"):
+        with pytest.raises(DataError, match=r"events\.npz: not a valid \.npz archive"):
             load([tmp_path], "npz", tmp_path / "log")
 
 
@@ -188,7 +193,7 @@ def test_a_folder_of_tables(tmp_path: Path) -> None:
         pl.DataFrame({"user": [1], "item": [number]}).write_parquet(folder / f"{2 - number}.parquet")
     log = load([folder], "table", tmp_path / "log")
     assert log.items.ids(log[1].item).tolist() == [2, 1, 0]
-    with pytest.raises(DataError, match=r"holds no ratings\.dat, as events\.kind=ml-1m needs"):
+    with pytest.raises(DataError, match=r"has no ratings\.dat, which events\.kind=ml-1m reads"):
         load([folder], "ml-1m", tmp_path / "other")
 
 

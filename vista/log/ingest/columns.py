@@ -1,4 +1,4 @@
-"""What a segment's columns are made of: action codes, ordinals, labels and masks, from sorted rows."""
+"""The columns of a segment, made from sorted rows: action codes, ordinals, labels, and masks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vista.log.polars_extra import pl
 from vista.log.segment import EVENT_COLUMNS, IMPRESSION_COLUMNS
 
 NO_ACTION = "event"
-"""Name of the action where the source has none."""
+"""Name of the action if the source has none."""
 MAX_ACTIONS = 256
 
 
@@ -34,7 +34,7 @@ class TableColumns:
 
 
 def actions_of(parts: Sequence[Part], known: Sequence[str]) -> list[str]:
-    """Action names by code: those known, then new ones in sorted order."""
+    """Action names by code: the known names, then new ones in sorted order."""
     used = {NO_ACTION}
     if "action" in parts[0].source.columns:
         names = pl.concat([part.good().select("action") for part in parts])
@@ -43,14 +43,14 @@ def actions_of(parts: Sequence[Part], known: Sequence[str]) -> list[str]:
     if len(actions) > MAX_ACTIONS:
         column = parts[0].source.columns["action"]
         raise DataError(
-            f"{parts[0].source.path}: column {column!r} brings the log to {len(actions)} different actions, more than "
-            f"{MAX_ACTIONS}; is it the right column? Group rare ones"
+            f"{parts[0].source.path}: with column {column!r} the log would have {len(actions)} actions, but at most "
+            f"{MAX_ACTIONS} are possible; check that it is the right column, or merge rare actions"
         )
     return actions
 
 
 def time_range(parts: Sequence[Part]) -> tuple[int | None, int | None]:
-    """Oldest and newest timestamp (ms) of the parts; None without times."""
+    """Oldest and newest timestamp (ms) of the parts; (None, None) without times."""
     if "timestamp" not in parts[0].source.columns:
         return None, None
     times = pl.concat([part.good().select("timestamp") for part in parts])
@@ -88,7 +88,7 @@ def event_columns(
 
 
 def _ordinals(user_rows: NDArray[np.int64], following: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Place of each event in its user's history, which goes on from `following` (0 for a new user)."""
+    """Ordinal of each event in its user's history, which continues at `following` (0 for a new user)."""
     starts = np.flatnonzero(np.diff(user_rows, prepend=-1))
     users = user_rows[starts]
     held = np.zeros(len(users), np.int64)
@@ -97,7 +97,7 @@ def _ordinals(user_rows: NDArray[np.int64], following: NDArray[np.int64]) -> NDA
 
 
 def impression_columns(source: Source, tasks: Sequence[str]) -> TableColumns:
-    """Columns of the impressions: an unknown label is 0 under mask 0, an unknown probability NaN."""
+    """Columns of the impressions. An unknown label is 0 with mask 0; an unknown probability is NaN."""
     has_probability = any(name.startswith("probability:") for name in source.columns)
     names = [name for name in IMPRESSION_COLUMNS if name != "probability" or has_probability]
 

@@ -1,4 +1,4 @@
-"""What ingest needs to know about the log that it extends. It reads segments, so that EventLog may build on ingest."""
+"""What ingest needs to know about the log that it extends. It does not use EventLog, which builds on ingest."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from vista.log.vocabulary import Vocabulary
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewSegment:
-    """What one run of ingest has put into a segment.
+    """What one run of ingest writes into a segment.
 
-    before: the log without it; parts: by table, "events" and perhaps "impressions"; users, items, actions, tasks: of
+    before: the log without it; parts: by table, "events" and optionally "impressions"; users, items, actions, tasks: of
     the log with this segment; time_range_ms: oldest and newest time of the events, None in a log without times.
     """
 
@@ -35,7 +35,7 @@ class NewSegment:
 
     @property
     def num_bad(self) -> int:
-        """Rows that were set aside, of all tables."""
+        """Number of bad rows in all tables."""
         return sum(part.num_bad for parts in self.parts.values() for part in parts)
 
     def manifest(self, active_users: Mapping[str, int]) -> dict[str, Any]:
@@ -77,15 +77,17 @@ class NewSegment:
         }
 
     def warnings(self) -> list[str]:
-        """What is allowed, but probably a mistake or in need of another step."""
+        """What is allowed, but is probably a mistake or needs another step."""
         warnings = []
         newest = self.time_range_ms[1]
         if newest is not None and newest < YEAR_1971_MS:
-            warnings.append("all times lie before 1971: check events.time_unit (seconds read as milliseconds look so)")
+            warnings.append(
+                "all times are before 1971; check events.time_unit, in case seconds were read as milliseconds"
+            )
         new_actions = self.actions[len(self.before.actions) :]
         if self.before.segments and new_actions:
             warnings.append(
-                f"the log had no action {', '.join(new_actions)} so far: models trained before that read actions "
-                "refuse it; retrain them before the next refresh"
+                f"the log has the new actions {', '.join(new_actions)}; models that use actions do not know them, so "
+                "retrain these models before the next refresh"
             )
         return warnings

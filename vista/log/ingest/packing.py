@@ -1,9 +1,9 @@
 """Second half of ingest: parts on disk become a segment's packed, sorted `.npy` columns.
 
-Out of core: users are cut into buckets of at most `bucket_events` rows, which are sorted one after another. The order
-of rows is total (user, time, sequence, input order), so neither threads nor chunks nor buckets change a byte. Held in
-memory: the distinct ids of the new parts with their rows, and one bucket, some 150 bytes a row; a user with more rows
-than a bucket makes a bucket of its own.
+This works out of core: users are split into buckets of at most `bucket_events` rows, and buckets are sorted one at a
+time. The order of rows is total (user, time, sequence, input order), so threads, chunks, and buckets never change a
+byte. Memory holds the distinct ids of the new parts with their rows, and one bucket with about 150 bytes per row. A
+user with more rows than that is a bucket by itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vista.log.polars_extra import pl
 from vista.log.segment_writer import TableWriter
 
 BUCKET_EVENTS = 1 << 22
-"""Rows of a bucket, at most."""
+"""Default maximum number of rows in a bucket."""
 BUCKET = "bucket"
 
 
@@ -42,8 +42,9 @@ def pack(
     """Write one packed table.
 
     Args:
-        parts: of one table.
-        users: `user`, `user_row`, `len` of every user of these parts; items: `item`, `item_row`.
+        parts: parts of one table.
+        users: columns `user`, `user_row`, and `len` (number of rows) of every user in the parts.
+        items: columns `item` and `item_row` of every item in the parts.
         columns: what to write.
         target: folder of the table.
         scratch: folder for buckets.
@@ -75,17 +76,16 @@ def pack(
 
 
 def _sorted(rows: pl.DataFrame) -> pl.DataFrame:
-    """By user, time, sequence and input order, as far as there are such columns."""
+    """Rows sorted by user, time, sequence, and input order, as far as these columns exist."""
     by = [name for name in (USER_ROW, "timestamp", "sequence", ORDER) if name in rows.columns]
     if "timestamp" not in by:
         return rows.sort(by)
-    user, moment = rows[USER_ROW], rows["timestamp"]
-    first_user, first, span = _least(user), _least(moment), _greatest(moment) - _least(moment) + 1
+    user, time = rows[USER_ROW], rows["timestamp"]
+    first_user, first, span = _least(user), _least(time), _greatest(time) - _least(time) + 1
     if (_greatest(user) - first_user + 1) * span >= 2**63:
         return rows.sort(by)
-    key = (pl.col(USER_ROW) - first_user) * span + (
-        pl.col("timestamp") - first
-    )  # one key instead of two: twice as fast
+    # One key instead of two is twice as fast.
+    key = (pl.col(USER_ROW) - first_user) * span + (pl.col("timestamp") - first)
     return rows.with_columns(key.alias("key")).sort("key", *by[2:]).drop("key")
 
 
@@ -98,7 +98,7 @@ def _greatest(values: pl.Series) -> int:
 
 
 def _buckets(counts: NDArray[np.integer], limit: int) -> NDArray[np.int32]:
-    """Bucket of each user: consecutive users with at most `limit` rows together, or one user with more."""
+    """Bucket of each user: consecutive users with at most `limit` rows in total, or one user with more."""
     ends = np.cumsum(counts, dtype=np.int64)
     bucket = np.zeros(len(counts), np.int32)
     start, number = 0, 0

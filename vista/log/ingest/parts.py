@@ -1,7 +1,7 @@
-"""First half of ingest: sources become parsed, judged parts on disk, streamed; bad rows are reported or set aside.
+"""First half of ingest: sources become parsed and checked parts on disk; bad rows are reported or set aside.
 
-A part is an uncompressed Arrow IPC file in the staging folder, memory-mapped by what follows. Held in memory: Polars'
-streaming buffers, and of bad rows the number and the reason.
+A part is an uncompressed Arrow IPC file in the staging folder, which later stages memory-map. Sources are streamed:
+memory holds only Polars' buffers, and the numbers of bad rows with their reasons.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from vista.log.ingest.sources import EXTRA, ROW, Source, unreadable
 from vista.log.polars_extra import pl
 
 ORDER = "order"
-"""Input order over all parts: the part's number times 2^32, plus the row."""
+"""Column of the input order over all parts: the number of the part times 2^32, plus the row."""
 QUARANTINE_COLUMNS = ("table", "file", "row", "column", "value", "reason", "record")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One source, parsed. file: its good and bad rows; num_rows: good ones; num_bad: bad ones."""
+    """A parsed source.
+
+    file: all its rows, good and bad; num_rows: number of good rows; num_bad: number of bad rows; quarantine: CSV file
+    of the bad rows, or None.
+    """
 
     source: Source
     file: Path
@@ -33,6 +37,7 @@ class Part:
     quarantine: Path | None
 
     def good(self) -> pl.LazyFrame:
+        """The good rows."""
         return pl.scan_ipc(self.file).filter(pl.col(PROBLEM) == 0).drop(PROBLEM)
 
 
@@ -42,18 +47,18 @@ def read_part(
     """Stream one source into `folder`.
 
     Args:
-        kinds: of "user" and "item": int | str.
-        number: of the part among those of its table; it orders equal times.
+        kinds: kinds of ids, "int" or "str", of "user" and "item".
+        number: number of the part within its table, which orders equal times.
 
     Raises:
-        DataError: if the file is unreadable or has no rows; with on_bad_rows=raise, on the first bad row.
+        DataError: if the file cannot be read or has no rows; with on_bad_rows=raise, for the first bad row.
     """
     frame, rules = parse(source, kinds, table)
     file = folder / f"{table}-{number:06d}.arrow"
     order = (pl.lit(number, pl.Int64) * 2**32 + pl.col(ROW).cast(pl.Int64)).alias(ORDER)
     try:
         frame.with_columns(order).drop(ROW).sink_ipc(file, maintain_order=False)
-        # value_counts of one byte a row: what is there, without the rows.
+        # The problem codes that occur, without reading the rows: one byte per row.
         codes = pl.scan_ipc(file).group_by(PROBLEM).agg(pl.len(), pl.col(ORDER).min()).collect(engine="streaming")
     except (pl.exceptions.PolarsError, OSError) as error:
         raise unreadable(source, error) from error
@@ -62,16 +67,16 @@ def read_part(
     bad = {code: entry for code, entry in counts.items() if code not in (0, BLANK)}
     num_bad = sum(count for count, _ in bad.values())
     if not num_good and not num_bad:
-        raise DataError(f"{source.path}: holds no rows; leave it out, or write it again")
+        raise DataError(f"{source.path}: has no rows; leave it out, or write it again")
     quarantine = None
     if bad:
         first = min(order for _, order in bad.values()) % 2**32
         message = _report(source, rules, pl.scan_ipc(file), first)
         if on_bad_rows is OnBadRows.error:
             more = f" ({num_bad - 1} more bad rows)" if num_bad > 1 else ""
-            raise DataError(f"{message}; on_bad_rows=quarantine sets such rows aside{more}")
+            raise DataError(f"{message}; on_bad_rows=quarantine sets bad rows aside instead{more}")
         if not num_good:
-            raise DataError(f"{message}; not one of {num_bad} rows is good, so nothing would be left")
+            raise DataError(f"{message}; the file has no good row (bad rows: {num_bad})")
         quarantine = folder / f"{table}-{number:06d}.csv"
         _set_aside(source, rules, table, pl.scan_ipc(file), quarantine)
     return Part(source, file, num_good, num_bad, quarantine)
@@ -88,7 +93,7 @@ def write_quarantine(parts: Sequence[Part], target: Path) -> None:
 
 
 def _report(source: Source, rules: Sequence[Rule], part: pl.LazyFrame, row: int) -> str:
-    """What is wrong with one row: file, row, column, value, reason, remedy."""
+    """What is wrong with a row: file, row, column, value, reason, and remedy."""
     problem = part.filter(pl.col(ORDER) % 2**32 == row).select(PROBLEM).collect(engine="streaming")
     rule = rules[problem[PROBLEM][0] - 1]
     value = source.frame.filter(pl.col(ROW) == row).select(rule.column).collect(engine="streaming")[rule.column][0]
@@ -103,7 +108,7 @@ def _place(source: Source, rule: Rule) -> str:
 
 
 def _set_aside(source: Source, rules: Sequence[Rule], table: str, part: pl.LazyFrame, target: Path) -> None:
-    """Stream a source's bad rows, in their order, into a CSV without a header."""
+    """Stream a source's bad rows, in input order, into a CSV file without a header."""
     bad = part.filter((pl.col(PROBLEM) > 0) & (pl.col(PROBLEM) != BLANK))
     listed = bad.select((pl.col(ORDER) % 2**32).cast(pl.UInt32).alias(ROW), PROBLEM).collect(engine="streaming")
     own = {name: source.columns.get(name, name) for name in source.frame.collect_schema().names() if name != ROW}

@@ -90,7 +90,7 @@ def prepare_frames(
     run.add("events", config, [frame_source(to_polars(frame, given.values()), config, "events")])
     if impressions is not None:
         if not labels:
-            raise ConfigError("labels: name at least one 0/1 column of the impressions")
+            raise ConfigError("labels: name at least one column of 0/1 labels")
         keys = {name: own for name, own in given.items() if name in ("user", "item", "timestamp")}
         config = SourceConfig(**keys, time_unit=time_unit, labels=list(labels), probabilities=list(probabilities))
         shown = to_polars(impressions, [*keys.values(), *labels, *probabilities])
@@ -120,26 +120,26 @@ class _Run:
         """Refuse to append to nothing, and to overwrite anything."""
         target = self.target
         if self.append and not target.exists():
-            raise DataError(f"{target}: no log to append to; leave append out to make one")
+            raise DataError(f"{target}: no such log; leave append out to make one")
         if not self.append and target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise DataError(
-                f"{target}: exists already; append=true adds these sources to it, another out=… makes another log, "
-                "or remove the folder first"
+                f"{target}: already exists; add these sources to it with append=true, choose another folder, or remove "
+                "this one first"
             )
 
     def add(self, table: str, config: SourceConfig, sources: list[Source]) -> None:
-        """Take the sources of a table: "events" first, then perhaps "impressions"."""
+        """Add the sources of a table: first "events", then optionally "impressions"."""
         self.sources[table], self.configs[table] = sources, config
 
     def ingest(self) -> PrepareReport:
-        """Write the sources as one segment and report it."""
+        """Write the sources as one segment, and report it."""
         with self._locked_log() as log:
             check_sources(self.sources, log)
             kinds = id_kinds(self.sources["events"][0], self.configs["events"], log)
             before = log or ExistingLog.empty(kinds)
             name = segment_name(before.last_segment + 1)
             self.times.lap("open")
-            # A new log appears with its first segment, by the same rename.
+            # A new log appears together with its first segment, by one rename.
             with staged_folder(self.target / name if self.append else self.target) as staging:
                 folder = staging if self.append else staging / name
                 folder.mkdir(exist_ok=True)
@@ -154,7 +154,7 @@ class _Run:
 
     @contextmanager
     def _locked_log(self) -> Iterator[ExistingLog | None]:
-        """The log that is extended, locked against other writers; None for a new log."""
+        """The log to extend, locked against other writers; None for a new log."""
         if not self.append:
             yield None
             return

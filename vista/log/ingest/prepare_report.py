@@ -1,4 +1,4 @@
-"""What an ingest did, and where its time went."""
+"""The report of an ingest."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 class PrepareReport:
     """What `prepare` wrote, and how long each stage took.
 
-    num_users and num_items count the whole log, the other numbers the new segment. first_ms and last_ms: range of the
-    events' times, None in a log without times. stages: seconds of open (with the digests), read (parse and judge),
-    vocabularies, sort (join and sort), write, sync (fsync and rename).
+    num_users and num_items count the whole log, the other numbers only the new segment. first_ms, last_ms: oldest and
+    newest time of the events, None in a log without times. stages: seconds for open (with digests), read (parse and
+    check), vocabularies, sort (join and sort), write, and sync (fsync and rename).
     """
 
     path: Path
@@ -31,16 +31,17 @@ class PrepareReport:
 
     @property
     def seconds(self) -> float:
+        """Total time."""
         return sum(self.stages.values())
 
     @property
     def rows_per_second(self) -> float:
-        """Good rows, events and impressions, over the whole time."""
+        """Good rows (events and impressions) divided by the total time."""
         return (self.num_events + self.num_impressions) / max(self.seconds, 1e-9)
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of each stage in the whole time."""
+        """Share of each stage in the total time."""
         return {stage: seconds / max(self.seconds, 1e-9) for stage, seconds in self.stages.items()}
 
     def __str__(self) -> str:
@@ -50,7 +51,7 @@ class PrepareReport:
             times = f"{days[0]} to {days[1]}"
         lines = [
             f"{self.path}: segment {self.segment} with {self.num_events:,} events ({times}) and "
-            f"{self.num_impressions:,} impressions; the log knows {self.num_users:,} users, {self.num_items:,} items",
+            f"{self.num_impressions:,} impressions; the log has {self.num_users:,} users and {self.num_items:,} items",
             f"{self.seconds:.2f} s, {self.rows_per_second:,.0f} rows/s: "
             + ", ".join(f"{stage} {share:.0%}" for stage, share in self.shares.items()),
         ]

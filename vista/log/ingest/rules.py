@@ -1,15 +1,15 @@
-"""What a source's values must be: each rule parses one column and names what is wrong, row by row.
+"""Rules for the values of a source: columns are parsed, and each rule tells which rows are bad and why.
 
-user, item: int64 or text, one kind for the whole log; floats that are whole. Bad: missing or empty; where ids are
-    integers other text, leading zeros (007 and 7 would be one id), beyond int64; text longer than 500 bytes.
-timestamp: numbers in the stated unit, ISO text with time_unit=iso, dates and datetimes (naive ones are UTC). Bad:
-    missing, text, NaN, before 1970, after 2100.
+user, item: int64 or text, one kind for the whole log; floats must be whole numbers. Bad: missing or empty; for integer
+    ids, other text, leading zeros (007 and 7 would be the same id), or beyond int64; text longer than 500 bytes.
+timestamp: numbers in the given unit, ISO text with time_unit=iso, or dates and datetimes (UTC unless they have a zone).
+    Bad: missing, text, NaN, before 1970, after 2100.
 rating: finite float; sequence: int64. Bad: missing, text, NaN, infinite.
-action: text, or numbers used as names. Bad: missing.
-label:*: 0, 1, or missing (NaN too), which means unknown. probability:*: [0, 1], or missing. Bad: anything else.
+action: text, or numbers that are used as names. Bad: missing.
+label:*: 0, 1, or missing (or NaN), which means unknown. probability:*: in [0, 1], or missing. Bad: anything else.
 
-Integers in us and ns are cut to whole milliseconds. A float timestamp is scaled in float64 and rounded to the nearest
-millisecond. Lines of a text file without any value are skipped, but counted in row numbers.
+Integers in us and ns are truncated to milliseconds. A float timestamp is scaled in float64 and rounded to the nearest
+millisecond. Blank lines of a text file are skipped, but they count in row numbers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ISO_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d", "%Y-%m-%dT%H:%M")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One way for a value to be bad."""
+    """A reason for which a value is bad, and the remedy."""
 
     column: str
     bad: pl.Expr
@@ -42,7 +42,7 @@ class Rule:
 
 
 def id_kind(source: Source, column: str, wanted: str) -> str:
-    """Whether a source's ids are "int" or "str": as configured, or by the column's type, or by a text's first value.
+    """The kind of a source's ids, "int" or "str": as configured, or from the column's type or the first text value.
 
     Args:
         wanted: auto | int | str.
@@ -63,10 +63,10 @@ def id_kind(source: Source, column: str, wanted: str) -> str:
 
 
 def parse(source: Source, kinds: Mapping[str, str], table: str) -> tuple[pl.LazyFrame, list[Rule]]:
-    """Lazily parse and judge every value of a source.
+    """Lazily parse and check all values of a source.
 
     Args:
-        kinds: of "user" and of "item": int | str.
+        kinds: kinds of ids, "int" or "str", of "user" and "item".
         table: events | impressions, for messages.
 
     Returns:
@@ -75,8 +75,8 @@ def parse(source: Source, kinds: Mapping[str, str], table: str) -> tuple[pl.Lazy
         1-based index of the first rule that a row breaks.
 
     Raises:
-        ConfigError: if a timestamp has no stated unit.
-        DataError: if a column's type can never be right.
+        ConfigError: if times have no unit.
+        DataError: if a column has an impossible type.
     """
     schema = source.frame.collect_schema()
     typed: dict[str, pl.Expr] = {}
@@ -89,7 +89,7 @@ def parse(source: Source, kinds: Mapping[str, str], table: str) -> tuple[pl.Lazy
         wrong |= role in ("user", "item", "timestamp", "sequence") and dtype == pl.Boolean
         if wrong:
             raise DataError(
-                f"{source.path}: column {source.columns[column]!r} has type {dtype}, which is no {role}; convert it"
+                f"{source.path}: column {source.columns[column]!r} has type {dtype} and cannot be a {role}; convert it"
             )
         if role in kinds:
             typed[column], of_column = _ids(column, dtype, kinds[role], table)
@@ -103,9 +103,11 @@ def parse(source: Source, kinds: Mapping[str, str], table: str) -> tuple[pl.Lazy
         rules += of_column
     if source.is_text:
         extra = pl.col(EXTRA).is_not_null()
-        rules.insert(0, Rule(EXTRA, extra, "is one field too many", "quote text that holds the separator"))
+        rules.insert(0, Rule(EXTRA, extra, "is one field too many", "quote text that contains the separator"))
     if len(rules) >= BLANK:
-        raise ConfigError(f"{table}.labels: {len(rules)} rules for one table, at most {BLANK - 1}; name fewer labels")
+        raise ConfigError(
+            f"{table}.labels: too many labels ({len(rules)} rules, at most {BLANK - 1} are possible); name fewer"
+        )
     problem = pl.lit(0, pl.UInt8)
     for code in range(len(rules), 0, -1):
         problem = pl.when(rules[code - 1].bad).then(pl.lit(code, pl.UInt8)).otherwise(problem)
@@ -124,7 +126,9 @@ def _ids(column: str, dtype: pl.DataType, kind: str, table: str) -> tuple[pl.Exp
         text = raw.cast(pl.String)
         return text, [
             Rule(column, text.fill_null("") == "", "is missing", missing.remedy),
-            Rule(column, text.str.len_bytes() > MAX_ID_BYTES, "is too long", f"ids hold {MAX_ID_BYTES} bytes at most"),
+            Rule(
+                column, text.str.len_bytes() > MAX_ID_BYTES, "is too long", f"ids may have at most {MAX_ID_BYTES} bytes"
+            ),
         ]
     if dtype.is_integer():
         number = raw.cast(pl.Int64, strict=False)
@@ -133,15 +137,15 @@ def _ids(column: str, dtype: pl.DataType, kind: str, table: str) -> tuple[pl.Exp
         whole = (raw == raw.floor()) & (raw.abs() < 2.0**53)
         return raw.cast(pl.Int64, strict=False), [
             Rule(column, raw.is_null() | raw.is_nan(), "is missing", missing.remedy),
-            Rule(column, whole.not_(), "is not a whole number", "ids are integers or text"),
+            Rule(column, whole.not_(), "is not a whole number", "write integers or text"),
         ]
     text = raw.cast(pl.String)
     number = text.cast(pl.Int64, strict=False)
     zeros = (text.str.starts_with("0") & (text != "0")) | text.str.starts_with("-0") | text.str.starts_with("+")
     return number, [
         Rule(column, text.fill_null("") == "", "is missing", missing.remedy),
-        Rule(column, number.is_null(), "is text where an integer id belongs", f"correct it, or set {key}=str"),
-        Rule(column, zeros, "is not written as a plain integer", f"drop leading zeros and signs, or set {key}=str"),
+        Rule(column, number.is_null(), "is not an integer id", f"correct it, or set {key}=str"),
+        Rule(column, zeros, "is not a plain integer", f"remove leading zeros and signs, or set {key}=str"),
     ]
 
 
@@ -149,45 +153,47 @@ def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> t
     raw, unit = pl.col(column), source.time_unit
     key = f"{table}.time_unit"
     if unit is not None and unit not in TIME_UNITS:
-        raise ConfigError(f"{key}: unknown unit {unit!r}; take one of {', '.join(TIME_UNITS)}")
-    remedy = f"correct it, or check {key} (it is {unit})"
+        raise ConfigError(f"{key}: unknown unit {unit!r}; use one of {', '.join(TIME_UNITS)}")
+    remedy = f"correct it, or check {key} (now {unit})"
     missing = Rule(column, raw.is_null(), "is missing", f"give every row a time, or set {table}.timestamp=null")
     if dtype in (pl.Datetime, pl.Date):
         if unit not in (None, "iso"):
-            raise ConfigError(f"{key}={unit}: column {source.columns[column]!r} holds {dtype} already; leave it out")
-        moment = raw.cast(pl.Datetime("ms")) if dtype == pl.Date else raw
-        ms = moment.dt.timestamp("ms")
+            raise ConfigError(f"{key}={unit}: column {source.columns[column]!r} has type {dtype}; leave {key} out")
+        time = raw.cast(pl.Datetime("ms")) if dtype == pl.Date else raw
+        ms = time.dt.timestamp("ms")
         return ms, [missing, *_range(column, ms, remedy)]
     if unit is None:
         raise ConfigError(
-            f"{key}: say in which unit column {source.columns[column]!r} of {source.path} counts "
-            f"({', '.join(TIME_UNITS)}); seconds taken for milliseconds would corrupt the log in silence"
+            f"{key}: set the unit of column {source.columns[column]!r} of {source.path} ({', '.join(TIME_UNITS)}); "
+            "seconds that are read as milliseconds would silently corrupt the log"
         )
     if unit == "iso" and dtype != pl.String:
-        raise ConfigError(f"{key}=iso: column {source.columns[column]!r} of {source.path} holds {dtype}, no ISO text")
+        raise ConfigError(
+            f"{key}=iso: column {source.columns[column]!r} of {source.path} has type {dtype}, not text; set its unit"
+        )
     if unit == "iso":
         text = raw.str.replace(" ", "T", literal=True)
         zoned = text.str.to_datetime("%+", strict=False, time_unit="ms", time_zone="UTC").dt.timestamp("ms")
         naive = (text.str.to_datetime(f, strict=False, time_unit="ms").dt.timestamp("ms") for f in _ISO_FORMATS)
         ms = pl.coalesce(*naive, zoned)
-        text_rule = Rule(column, ms.is_null(), "is no ISO 8601 time", "write 2024-05-01T12:00:00Z or 2024-05-01")
+        text_rule = Rule(column, ms.is_null(), "is not an ISO 8601 time", "write 2024-05-01T12:00:00Z or 2024-05-01")
         return ms, [missing, text_rule, *_range(column, ms, remedy)]
     factor = _MS_PER_UNIT[unit]
-    limit = LATEST_MS / factor  # in the source's unit, so that no scaling can overflow before it is judged
+    limit = LATEST_MS / factor  # in the source's unit, so that scaling cannot overflow before the check
     whole = raw.cast(pl.Int64, strict=False) if not dtype.is_float() else None
     scaled = None
     if whole is not None:
         scaled = whole * int(factor) if factor >= 1 else whole // round(1 / factor)
     if dtype.is_integer():
         assert whole is not None and scaled is not None
-        huge = Rule(column, whole.is_null(), "is absurd (after 2100)", remedy)
+        huge = Rule(column, whole.is_null(), "is after 2100", remedy)
         return scaled, [missing, huge, *_range(column, whole, remedy, limit)]
     real = raw.cast(pl.Float64, strict=False)
     nearest = (real * factor).round(0, mode="half_to_even").cast(pl.Int64, strict=False)
     ms = nearest if scaled is None else pl.coalesce(scaled, nearest)
     return ms, [
         missing,
-        Rule(column, real.is_null(), "is text where a time belongs", remedy),
+        Rule(column, real.is_null(), "is not a number", remedy),
         Rule(column, real.is_nan(), "is not a number", remedy),
         *_range(column, real, remedy, limit),
     ]
@@ -196,7 +202,7 @@ def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> t
 def _range(column: str, value: pl.Expr, remedy: str, limit: float = LATEST_MS) -> list[Rule]:
     return [
         Rule(column, value < 0, "is negative (before 1970)", remedy),
-        Rule(column, value >= limit, "is absurd (after 2100)", remedy),
+        Rule(column, value >= limit, "is after 2100", remedy),
     ]
 
 
@@ -207,20 +213,20 @@ def _number(column: str, role: str) -> tuple[pl.Expr, list[Rule]]:
         number = raw.cast(pl.Int64, strict=False)
         return number, [
             Rule(column, raw.is_null(), "is missing", "give every row a sequence number, or leave the column out"),
-            Rule(column, number.is_null(), "is no integer", "correct it, or leave the column out"),
+            Rule(column, number.is_null(), "is not an integer", "correct it, or leave the column out"),
         ]
     real = raw.cast(pl.Float64, strict=False)
     if role == "rating":
         return real.cast(pl.Float32), [
             Rule(column, raw.is_null(), "is missing", "correct it, or set rating=null to leave ratings out"),
-            Rule(column, real.is_null(), "is text where a number belongs", "correct it"),
+            Rule(column, real.is_null(), "is not a number", "correct it"),
             Rule(column, real.cast(pl.Float32).is_finite().not_(), "is not a finite number", "correct it"),
         ]
-    text_rule = Rule(column, real.is_null() & raw.is_not_null(), "is text where a number belongs", "correct it")
+    text_rule = Rule(column, real.is_null() & raw.is_not_null(), "is not a number", "correct it")
     real = real.fill_nan(None)
     if role == "label":
         bad = (real != 0) & (real != 1)
-        rules = [text_rule, Rule(column, bad, "is no label", f"write 0, 1 or nothing for {name}")]
+        rules = [text_rule, Rule(column, bad, "is not a label", f"write 0, 1, or nothing for {name}")]
         return pl.when(bad.not_()).then(real).cast(pl.UInt8), rules
     outside = real.is_between(0, 1).not_()
-    return real.cast(pl.Float32), [text_rule, Rule(column, outside, "is no probability", "it must lie in [0, 1]")]
+    return real.cast(pl.Float32), [text_rule, Rule(column, outside, "is not a probability", "write a number in [0, 1]")]

@@ -1,4 +1,4 @@
-"""Whether sources fit each other and the log: checked before any row is read."""
+"""Checks of sources against each other and the log, before any row is read."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vista.log.ingest.sources import Source
 
 
 def check_sources(sources: Mapping[str, Sequence[Source]], log: ExistingLog | None) -> None:
-    """Refuse sources that the log holds already, that differ in their columns, or that do not fit the log.
+    """Refuse sources that the log already contains, that differ in their columns, or that do not match the log.
 
     Args:
-        sources: by table, "events" and perhaps "impressions".
-        log: the log that is extended; None for a new one.
+        sources: by table, "events" and optionally "impressions".
+        log: the log to extend; None for a new one.
 
     Raises:
-        ConfigError: if a table has no times and there are impressions.
+        ConfigError: if there are impressions, but a table has no times.
         DataError: naming the file.
     """
     for table, files in sources.items():
@@ -31,7 +31,7 @@ def check_sources(sources: Mapping[str, Sequence[Source]], log: ExistingLog | No
         elif log is not None:
             _refuse_other_tasks(files[0], log)
     if "impressions" in sources and any("timestamp" not in files[0].columns for files in sources.values()):
-        raise ConfigError("impressions need times, and events too: name both tables' timestamp columns")
+        raise ConfigError("impressions need times, and so do their events; set timestamp for both tables")
 
 
 def _refuse_repeated_content(table: str, files: Sequence[Source], log: ExistingLog | None) -> None:
@@ -39,12 +39,12 @@ def _refuse_repeated_content(table: str, files: Sequence[Source], log: ExistingL
     for manifest in log.manifests if log else []:
         for entry in manifest["sources"]:
             if entry["table"] == table:
-                place = f"segment {manifest['last_segment']} holds it already (as {entry['name']})"
+                place = f"segment {manifest['last_segment']} already contains it (as {entry['name']})"
                 where_taken[entry["sha256"]] = place
     for source in files:
         if source.digest in where_taken:
             raise TakenError(
-                f"{source.path}: {where_taken[source.digest]}; its rows would count twice, so leave it out"
+                f"{source.path}: {where_taken[source.digest]}; leave it out, because its rows would count twice"
             )
         where_taken[source.digest] = f"has the same content as {source.path}"
 
@@ -54,8 +54,8 @@ def _refuse_other_columns(files: Sequence[Source]) -> None:
     for source in files:
         if set(source.columns) != set(first.columns):
             raise DataError(
-                f"{source.path}: has {', '.join(source.columns)}, but {first.path} has "
-                f"{', '.join(first.columns)}; files of one call need the same columns"
+                f"{source.path}: has the columns {', '.join(source.columns)}, but {first.path} has "
+                f"{', '.join(first.columns)}; prepare files with different columns separately"
             )
 
 
@@ -63,18 +63,22 @@ def _refuse_other_events(source: Source, log: ExistingLog) -> None:
     newest = log.manifests[-1]
     for name, in_log in (("timestamp", newest["has_time"]), ("rating", newest["has_rating"])):
         if (name in source.columns) != in_log:
-            remedy = f"name its column with events.{name}=…" if in_log else f"leave it out with events.{name}=null"
+            remedy = (
+                f"name their column with events.{name}=..." if in_log else f"leave them out with events.{name}=null"
+            )
             raise DataError(f"{source.path}: the log has {'' if in_log else 'no '}{name}s; {remedy}")
     if log.actions != [NO_ACTION] and "action" not in source.columns:
         raise DataError(
-            f"{source.path}: the log has the actions {', '.join(log.actions)}; name their column by events.action=…"
+            f"{source.path}: the log has the actions {', '.join(log.actions)}; name their column with events.action=..."
         )
 
 
 def _refuse_other_tasks(source: Source, log: ExistingLog) -> None:
     tasks = tasks_of(source)
     if log.tasks and tasks != log.tasks:
-        raise DataError(f"{source.path}: labels {tasks} differ from the log's {log.tasks}; name the same in that order")
+        raise DataError(
+            f"{source.path}: the labels {tasks} differ from the log's {log.tasks}; name the log's labels in that order"
+        )
 
 
 def tasks_of(source: Source) -> list[str]:
@@ -83,10 +87,10 @@ def tasks_of(source: Source) -> list[str]:
 
 
 def id_kinds(source: Source, config: SourceConfig, log: ExistingLog | None) -> dict[str, str]:
-    """Kinds of ids, "int" or "str", of "user" and "item": the log's, or else as configured or found in `source`.
+    """Kinds of ids, "int" or "str", of "user" and "item": the log's, or else as configured or as in `source`.
 
     Raises:
-        ConfigError: if another kind is configured than the log's.
+        ConfigError: if the configured kind is not that of the log.
     """
     kinds = {}
     for name in ("user", "item"):
@@ -96,5 +100,7 @@ def id_kinds(source: Source, config: SourceConfig, log: ExistingLog | None) -> d
             continue
         kinds[name] = (log.users if name == "user" else log.items).kind
         if wanted not in ("auto", kinds[name]):
-            raise ConfigError(f"events.{name}_ids={wanted}: the log's {name} ids are {kinds[name]}; leave it out")
+            raise ConfigError(
+                f"events.{name}_ids={wanted}: the {name} ids of the log are {kinds[name]}; leave events.{name}_ids out"
+            )
     return kinds

@@ -1,18 +1,18 @@
-"""Readers of source files: every known kind becomes a lazy frame with canonical columns. Nothing is parsed here.
+"""Readers of source files: every supported kind becomes a lazy frame with canonical columns. Values are not parsed.
 
-Canonical columns: `user`, `item`, and where the source has them `timestamp`, `rating`, `action`, `sequence`,
-`label:<task>`, `probability:<task>`; `row` is the 1-based number of the data row (a header does not count). Text files
-come as text, so that one set of rules parses and judges every value (validation.py), with a column `extra` that is null
-unless a line has more fields than the header.
+Canonical columns are `user`, `item`, and, if the source has them, `timestamp`, `rating`, `action`, `sequence`,
+`label:<task>`, and `probability:<task>`. `row` is the 1-based number of the data row, not counting a header. Text files
+are read as text, so that one set of rules parses and checks all values (rules.py). They get a column `extra`, which is
+null unless a line has more fields than the header.
 
 | kind | files | columns |
 |---|---|---|
-| table | Parquet, CSV, TSV (also .gz) | named by the config |
-| ml-1m | ratings.dat, `user::item::rating::timestamp` | seconds, ratings; ml-10m has the same form |
-| ml-latest-small | ratings.csv, `userId,movieId,rating,timestamp` | seconds, ratings; so do ml-20m, -25m, -32m |
+| table | Parquet, CSV, TSV (also .gz) | named in the config |
+| ml-1m | ratings.dat, `user::item::rating::timestamp` | seconds, ratings; ml-10m has the same format |
+| ml-latest-small | ratings.csv, `userId,movieId,rating,timestamp` | seconds, ratings; ml-20m, -25m, -32m too |
 | ml-100k | u.data, tabs: user, item, rating, timestamp | seconds, ratings |
 | recbole | *.inter, tabs, typed header (`user_id:token`) | timestamp in seconds unless `time_unit` says otherwise |
-| npz | events.npz: user, item, user_raw, item_raw [, time in seconds, rating] | read whole into memory |
+| npz | events.npz: user, item, user_raw, item_raw [, time in seconds, rating] | read into memory |
 | simulated | folder of `vista simulate`: events.parquet, impressions.parquet | ms, actions, labels, probabilities |
 """
 
@@ -52,10 +52,11 @@ KINDS = ("auto", "table", *_FILE_OF_KIND)
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One source file or frame, ready to be read.
+    """A source file or frame, ready to be read.
 
-    path: as errors name it; name: as the manifest names it; frame: canonical raw columns; columns: canonical to the
-    source's own column names; is_text: values are strings to parse; time_unit: of numeric and text timestamps.
+    path: name in errors; name: name in the manifest; digest: hex SHA-256; size: bytes; frame: canonical columns with
+    raw values; columns: canonical column names to those of the source; is_text: whether values are text to parse;
+    time_unit: unit of numeric and text timestamps.
     """
 
     path: str
@@ -69,7 +70,7 @@ class Source:
 
 
 def open_sources(config: SourceConfig, table: str = "events") -> list[Source]:
-    """The files that `config` names, in the order of their names.
+    """Open the files that `config` names, in the order of their names.
 
     Args:
         config: kind, paths (files or folders), columns.
@@ -77,61 +78,61 @@ def open_sources(config: SourceConfig, table: str = "events") -> list[Source]:
 
     Raises:
         ConfigError: if the configuration is contradictory.
-        DataError: naming the file: absent, empty, unreadable, or without a needed column.
+        DataError: naming the file, if it is missing, empty, cannot be read, or lacks a column.
     """
     if config.kind not in KINDS:
-        raise ConfigError(f"{table}.kind: unknown kind {config.kind!r}; take one of {', '.join(KINDS)}")
+        raise ConfigError(f"{table}.kind: unknown kind {config.kind!r}; use one of {', '.join(KINDS)}")
     if not config.paths:
         raise ConfigError(f"{table}.paths: name at least one file, such as {table}.paths=[ratings.csv]")
     if config.kind == "auto":
         config = replace(config, kind=detect_kind(config.paths[0]))
     if table == "impressions" and config.kind not in ("table", "simulated"):
-        raise ConfigError(f"{table}.kind: {config.kind} has no impressions; take table or simulated")
+        raise ConfigError(f"{table}.kind: {config.kind} has no impressions; use table or simulated")
     if table == "impressions" and config.kind == "table":
         if not config.labels:
             raise ConfigError("impressions.labels: name at least one column of 0/1 labels")
         if config.timestamp is None:
-            raise ConfigError("impressions.timestamp: impressions need times; name their column")
+            raise ConfigError("impressions.timestamp: impressions need times; name the column of times")
     if config.probabilities and len(config.probabilities) != len(config.labels):
-        raise ConfigError(f"{table}.probabilities: name one column a label, or none")
+        raise ConfigError(f"{table}.probabilities: name one column per label, or none")
     files = _files(config, table)
     return [_open(file, config, table) for file in files]
 
 
 def detect_kind(path: str | Path) -> str:
-    """The kind of source that lies at a path (a file or a data set's folder).
+    """Detect the kind of source at a path, which is a file or the folder of a data set.
 
     Raises:
-        DataError: if nothing known lies there.
+        DataError: if no known file is there.
     """
-    place = Path(path)
+    path = Path(path)
     for kind, pattern in _FILE_OF_KIND.items():
-        if place.is_dir() and any(place.glob(pattern)):
+        if path.is_dir() and any(path.glob(pattern)):
             return kind
-        if place.is_file() and place.match(pattern) and kind != "simulated":
+        if path.is_file() and path.match(pattern) and kind != "simulated":
             return kind
-    if place.is_file():
+    if path.is_file():
         return "table"
-    raise DataError(
-        f"{place}: {'holds none of ' + ', '.join(_FILE_OF_KIND.values()) if place.is_dir() else 'no such file'}; "
-        "for a table of your own name the file, kind=table and its columns"
-    )
+    problem = f"contains none of {', '.join(_FILE_OF_KIND.values())}" if path.is_dir() else "no such file"
+    raise DataError(f"{path}: {problem}; to read a table of your own, name the file, kind=table, and its columns")
 
 
 def column_names(file: Path, separator: str = ",") -> list[str]:
-    """Names of the columns of a Parquet file, or in the header of a text file; none where there is no such file."""
+    """Column names of a Parquet file, or in the header of a text file; empty if there is no such file."""
     if not file.is_file() or file.stat().st_size == 0:
         return []
     if file.suffix in (".parquet", ".pq"):
         try:
             return pl.scan_parquet(file, glob=False).collect_schema().names()
         except (OSError, pl.exceptions.PolarsError) as error:
-            raise DataError(f"{file}: cannot be read as table: {str(error).splitlines()[0]}") from error
+            raise DataError(
+                f"{file}: cannot be read: {str(error).splitlines()[0]}; check that it is a Parquet file"
+            ) from error
     return _header(file, "\t" if file.name.removesuffix(".gz").endswith(".tsv") else separator, '"')
 
 
 def frame_source(frame: pl.DataFrame, config: SourceConfig, table: str) -> Source:
-    """A frame of `to_polars`, which has checked its columns, as a source; its digest is that of the columns used."""
+    """A frame from `to_polars` as a source. The digest is that of the columns used."""
     name = f"<{table} frame>"
     columns = _needed(config)
     used = frame.select(pl.col(own).alias(canonical) for canonical, own in columns.items()).rechunk()
@@ -142,11 +143,13 @@ def frame_source(frame: pl.DataFrame, config: SourceConfig, table: str) -> Sourc
 
 
 def unreadable(source: Source, error: Exception) -> DataError:
-    """A source that the reader gave up on; for text, the first line that is not UTF-8 is named."""
+    """The error for a source that Polars cannot read. For text, it names the first line that is not UTF-8."""
     cause = re.search(r"Original error: ```(.*?)```", str(error), re.DOTALL)
     reason = " ".join((cause[1] if cause else str(error).split("\n\n")[0]).split())
     if "No space left" in reason or "quota exceeded" in reason:
-        return LogWriteError(f"{source.path}: no disk space left for its rows; free some, or choose another `out`")
+        return LogWriteError(
+            f"{source.path}: no disk space left for its rows; free disk space, or choose another folder"
+        )
     if source.is_text and "utf-8" in reason:
         with _binary(Path(source.path)) as handle:
             for number, line in enumerate(handle, 1):
@@ -159,7 +162,7 @@ def unreadable(source: Source, error: Exception) -> DataError:
 
 
 class _Hasher:
-    """A file that keeps the SHA-256 of what is written to it."""
+    """A file that only computes the SHA-256 and the size of what is written to it."""
 
     def __init__(self) -> None:
         self.sha = hashlib.sha256()
@@ -181,16 +184,17 @@ def _files(config: SourceConfig, table: str) -> list[Path]:
             patterns = [_FILE_OF_KIND.get(config.kind, "")]
             if config.kind == "table":
                 patterns = ["*.parquet", "*.csv", "*.csv.gz", "*.tsv"]
-            found = [file for pattern in patterns for file in path.glob(pattern)]
-            if not found:
-                raise DataError(f"{path}: holds no {' or '.join(patterns)}, as {table}.kind={config.kind} needs")
+            matching = [file for pattern in patterns for file in path.glob(pattern)]
+            if not matching:
+                wanted = " or ".join(patterns)
+                raise DataError(f"{path}: has no {wanted}, which {table}.kind={config.kind} reads; check {table}.paths")
         elif path.is_file():
-            found = [path]
+            matching = [path]
         else:
             raise DataError(f"{path}: no such file or folder; check {table}.paths")
         if table == "impressions" and config.kind == "simulated":
-            found = [file.with_name("impressions.parquet") for file in found]
-        files.extend(found)
+            matching = [file.with_name("impressions.parquet") for file in matching]
+        files.extend(matching)
     for file in files:
         if not file.is_file():
             raise DataError(f"{file}: no such file; check {table}.paths")
@@ -205,17 +209,19 @@ def _open(file: Path, config: SourceConfig, table: str) -> Source:
         with file.open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise DataError(f"{file}: cannot be read as {config.kind}: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"{file}: cannot be read as {config.kind}: {str(error).splitlines()[0]}; check {table}.kind"
+        ) from error
     return Source(str(file), file.name, digest, file.stat().st_size, frame, columns, is_text, time_unit)
 
 
 def _scan(file: Path, config: SourceConfig, table: str) -> tuple[pl.LazyFrame, dict[str, str], bool, str | None]:
-    """(canonical frame, names of the columns in the file, whether it is text, unit of time)."""
+    """(canonical frame, names of the columns in the file, whether values are text, unit of time)."""
     if config.kind == "npz":
         return _scan_npz(file)
     if config.kind in ("ml-1m", "ml-100k"):
         fields = list(MOVIELENS_COLUMNS)
-        # `::` is two separators to a reader of single ones: every second field must be empty.
+        # The reader takes `::` for two separators, so every second field must be empty.
         layout = [name for field in fields for name in (field, None)][:-1] if config.kind == "ml-1m" else fields
         separator = ":" if config.kind == "ml-1m" else "\t"
         return _scan_text(file, layout, separator, None, 0), dict(zip(fields, fields, strict=True)), True, "s"
@@ -277,7 +283,7 @@ def _scan_delimited(
     _check_columns(str(file), columns, header, table)
     canonical = {own: name for name, own in columns.items()}
     if len(canonical) < len(columns):
-        raise ConfigError(f"{table}: one column is named twice in {sorted(columns.values())}")
+        raise ConfigError(f"{table}: a column is named twice in {sorted(columns.values())}; name each column once")
     layout = [canonical.get(name, "") for name in header]
     return _scan_text(file, layout, separator, quote, 1), columns, True, config.time_unit
 
@@ -285,7 +291,7 @@ def _scan_delimited(
 def _scan_text(
     file: Path, layout: Sequence[str | None], separator: str, quote: str | None, header_lines: int
 ) -> pl.LazyFrame:
-    """All values as text. `layout` names the fields of a line: "" is not needed, None must be empty."""
+    """Read all values as text. `layout` names the fields of a line: "" skips a field, None requires it to be empty."""
     schema = {f"field_{index}": pl.String for index in range(len(layout) + 1)}
     lazy = pl.scan_csv(
         file,
@@ -311,19 +317,23 @@ def _scan_npz(file: Path) -> tuple[pl.LazyFrame, dict[str, str], bool, str | Non
         with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{file}: not a readable .npz archive ({error}); copy it again") from error
+        raise DataError(f"{file}: not a valid .npz archive ({error}); copy it again") from error
     for name in ("user", "item"):
         if name not in arrays:
-            raise DataError(f"{file}: array {name!r} is missing; the file has: {', '.join(sorted(arrays))}")
+            raise DataError(
+                f"{file}: array {name!r} is missing, the file has: {', '.join(sorted(arrays))}; write the file again"
+            )
         raw = arrays.get(f"{name}_raw")
         if raw is not None:
             rows = arrays[name]
             if rows.dtype.kind not in "iu":
-                raise DataError(f"{file}: {name!r} is {rows.dtype}, no index into {name}_raw; write the file again")
+                raise DataError(
+                    f"{file}: array {name!r} has type {rows.dtype} and cannot index {name}_raw; write the file again"
+                )
             bad = np.flatnonzero((rows < 0) | (rows >= len(raw)))
             if len(bad):
                 raise DataError(
-                    f"{file}: row {bad[0] + 1}, column {name!r}: {rows[bad[0]]} is no index into {name}_raw "
+                    f"{file}: row {bad[0] + 1}, column {name!r}: {rows[bad[0]]} is not an index into {name}_raw "
                     f"({len(raw)} ids); write the file again"
                 )
             arrays[name] = raw[rows]
@@ -331,13 +341,13 @@ def _scan_npz(file: Path) -> tuple[pl.LazyFrame, dict[str, str], bool, str | Non
     columns = {canonical: name for canonical, name in own.items() if name in arrays}
     lengths = {name: len(arrays[name]) for name in columns.values()}
     if len(set(lengths.values())) != 1:
-        raise DataError(f"{file}: arrays differ in length ({lengths}); write the file again")
+        raise DataError(f"{file}: the arrays differ in length ({lengths}); write the file again")
     frame = pl.DataFrame({canonical: arrays[name] for canonical, name in columns.items()})
     return frame.lazy().with_row_index(ROW, 1), columns, False, "s"
 
 
 def _needed(config: SourceConfig) -> dict[str, str]:
-    """Canonical names of the columns that a table config names, each with the table's own."""
+    """The columns that a config names: canonical names to those of the table."""
     single = ("user", "item", "timestamp", "rating", "action", "sequence")
     columns = {name: own for name in single if (own := getattr(config, name)) is not None}
     columns |= {f"label:{own}": own for own in config.labels}
@@ -346,15 +356,19 @@ def _needed(config: SourceConfig) -> dict[str, str]:
 
 
 def _check_columns(path: str, columns: Mapping[str, str], present: Iterable[str], table: str) -> None:
-    there = list(present)
+    names = list(present)
     for canonical, own in columns.items():
-        if there.count(own) != 1:
+        if names.count(own) != 1:
             key = {"label": "labels", "probability": "probabilities"}.get(canonical.split(":")[0], canonical)
             raise DataError(
-                f"{path}: column {own!r} {'is missing' if own not in there else 'comes twice'}; the file has: "
-                f"{', '.join(there)}; name the right one with {table}.{key}=…"
-                + (f", or the separator with {table}.separator=…" if len(there) == 1 else "")
-                + (", or none for a log without times" if canonical == "timestamp" and table == "events" else "")
+                f"{path}: column {own!r} {'is missing' if own not in names else 'occurs twice'}, the file has: "
+                f"{', '.join(names)}; name the right one with {table}.{key}=..."
+                + (f", or set {table}.separator=..." if len(names) == 1 else "")
+                + (
+                    ", or leave it out for a log without times"
+                    if canonical == "timestamp" and table == "events"
+                    else ""
+                )
             )
 
 
@@ -363,7 +377,7 @@ def _binary(file: Path) -> IO[bytes]:
 
 
 def _header(file: Path, separator: str, quote: str | None) -> list[str]:
-    """Names in the first line of a text file."""
+    """Column names in the first line of a text file."""
     try:
         with _binary(file) as handle:
             line = handle.readline().decode("utf-8-sig")
@@ -374,5 +388,5 @@ def _header(file: Path, separator: str, quote: str | None) -> list[str]:
     if quote is not None:
         names = next(csv.reader([line], delimiter=separator, quotechar=quote), [])
     if not any(names):
-        raise DataError(f"{file}: the first line is blank; it must name the columns")
+        raise DataError(f"{file}: the first line is blank; write the column names there")
     return names
