@@ -1,6 +1,6 @@
-"""vista: ranking over whole-life user histories, from a small cached summary a user.
+"""vista: sequential recommendation from long user histories, with one small cached summary per user.
 
-Names load on first use, so `import vista` and `import vista.scorer` stay light.
+Public names are imported on first use, so that `import vista` and `import vista.scorer` stay fast.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MODULE_OF_NAME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for (PEP 562)."""
+    """Import a public name on first use (PEP 562)."""
     if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module 'vista' has no attribute {name!r}; public names: {', '.join(__all__)}")
     value = getattr(import_module(_MODULE_OF_NAME[name]), name)

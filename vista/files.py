@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Atomic, durable writes of files and folders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sync(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file atomically and durably: temporary name, fsync, rename, fsync of the directory."""
+    """Write a small file atomically and durably: temporary name, fsync, rename, fsync of the folder."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     partial.write_text(text, encoding="utf-8")
     sync(partial)
@@ -33,10 +33,10 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def writable_folder(folder: Path, key: str) -> None:
-    """Make a folder if it is not there, and prove that files can be written in it.
+    """Make a folder if it does not exist, and check that files can be written in it.
 
     Raises:
-        ConfigError: if not, in one line that names `key` (the setting that named the folder) and the reason.
+        ConfigError: if they cannot, naming `key` (the setting of the folder) and the reason.
     """
     probe = folder / f".probe.{os.getpid()}.tmp"
     try:
@@ -50,7 +50,7 @@ def writable_folder(folder: Path, key: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left of `replace_text` and `replaced_folder`; no other process may write here."""
+    """Remove leftovers of `replace_text` and `replaced_folder` in killed processes. No other process may write here."""
     for path in folder.iterdir():
         if _PARTIAL_NAME.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -58,10 +58,9 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `folder` when the block ends without an error.
+    """Yield an empty folder that replaces `folder` when the `with` block ends without an error.
 
-    A crash leaves the old folder, the new one, or (between two renames) the old one under `<name>.old`; never a
-    mixture.
+    A crash leaves the old folder, the new one, or (between two renames) the old one as `<name>.old`, never a mixture.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
