@@ -1,4 +1,4 @@
-"""Packaging: lists that miss nothing, a wheel and an editable install that run from anywhere, light imports."""
+"""Packaging: complete package lists, a wheel and an editable install that run from anywhere, fast imports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pyproject() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy to build from, so that building leaves nothing in the checkout."""
+    """A copy of the sources, so that a build leaves nothing in the checkout."""
     copy = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         source = REPOSITORY / name
@@ -58,7 +58,7 @@ def wheel(source_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_installed(site: Path, cwd: Path, code: str) -> str:
-    """Run code against packages installed in `site`, its .pth files obeyed but those of this environment ignored."""
+    """Run code with the packages installed in `site`, using its .pth files but not those of this environment."""
     others = sysconfig.get_path("purelib")
     prelude = f"import site, sys; site.addsitedir({str(site)!r}); sys.path.append({others!r})\n"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -113,7 +113,7 @@ def test_public_names(pyproject: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 class TestInstalled:
-    def test_wheel_holds_conf_kernels_and_typing_marks(self, wheel: Path) -> None:
+    def test_wheel_contains_conf_kernels_and_typing_marks(self, wheel: Path) -> None:
         files = set(zipfile.ZipFile(wheel).namelist())
         conf = {f"vista/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "conf").rglob("*.yaml")}
         assert len(conf) > 10 and conf <= files

@@ -1,6 +1,6 @@
-"""Bad input from the command line: one line that names the culprit, and nothing lost or half written.
+"""Bad input on the command line: one line that names the cause, and no data is lost or half written.
 
-Bad source tables are in tests/data/test_bad_input.py, bad requests in tests/test_scorer.py.
+Bad source tables are tested in tests/log/ingest/test_bad_sources.py, bad requests in tests/scorer.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ Fails = Callable[..., str]
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, but locks and reader tables, which reading touches."""
+    """All files below a folder, except locks and reader tables, which reading changes."""
     files = [path for path in folder.rglob("*") if path.is_file() and "lock" not in path.name]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
-    """Run a command line that must end with the exit code in one line on stderr, and return it."""
+    """Run a command line that must fail with an exit code and one line on stderr, and return the line."""
 
     def run(code: int, *words: str) -> str:
         capsys.readouterr()
@@ -141,7 +141,7 @@ class TestLog:
             assert f"{path}: expected {size} bytes, found {size - 8}; the file is truncated" in line
         assert (content(tmp_path / "run"), content(tmp_path / "store")) == before
 
-    def test_none_at_all(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
+    def test_a_missing_log(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
         line = fails(1, *train_words(copied, f"data.path={tmp_path / 'absent'}"))
         assert str(tmp_path / "absent") in line and not (tmp_path / "absent").exists()
 
@@ -171,17 +171,17 @@ class TestStore:
         places = [f"model={given.model_dir}", f"store={store}"]
         return [["score", *places, "users=[100]"], ["evaluate", *places, f"data={given.log.path}"]]
 
-    def test_truncated(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
+    def test_a_truncated_store(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
         (path,) = copied.store.rglob("summary/data.mdb")
         truncate(path, path.stat().st_size // 2)
         for words in self.words(copied, copied.store):
             assert str(path.parent) in fails(1, *words)
-        # A refresh makes it whole again.
+        # A refresh repairs it.
         assert main(["refresh", *words[1:], "progress=false"]) == 0
         with StoreReader.open(copied.store) as store:
             assert len(store) == copied.log.num_users and store.get_many([100]).found.all()
 
-    def test_foreign(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
+    def test_a_folder_that_is_not_a_store(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
         (tmp_path / "foreign").mkdir()
         (tmp_path / "foreign" / "CURRENT").write_text("not a store\n")
         (tmp_path / "text").write_text("text")
@@ -190,7 +190,7 @@ class TestStore:
                 assert str(tmp_path / place) in fails(1, *words)
         assert content(tmp_path / "foreign") == {"CURRENT": b"not a store\n"} and not (tmp_path / "absent").exists()
 
-    def test_of_another_model(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
+    def test_the_store_of_another_model(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
         model = train(small_config(copied.log, tmp_path / "other", optim__epochs=1, seed=9), copied.log)
         refresh(model, copied.log, tmp_path / "theirs")
         for words in self.words(copied, tmp_path / "theirs"):
@@ -204,12 +204,12 @@ class TestStore:
             times = store.get_many([104]).tail.times.tobytes()
         assert times in data
         flipped = bytes([times[0] ^ 1]) + times[1:]
-        path.write_bytes(data.replace(times, flipped))  # in pages no longer used too
+        path.write_bytes(data.replace(times, flipped))  # also in pages that are no longer used
         score = self.words(copied, copied.store)[0]
         assert "user 104" in fails(1, *score[:-1], "users=[104]")
         assert main([*score[:-1], "users=[103]"]) == 0  # others are served
 
-    def test_that_has_seen_the_labels(self, copied: Served, fails: Fails) -> None:
+    def test_a_store_that_covers_the_labels(self, copied: Served, fails: Fails) -> None:
         assert "`vista refresh until=leave-last-out`" in fails(1, *self.words(copied, copied.store)[1])
 
     def test_unknown_user_and_candidate(self, copied: Served, fails: Fails) -> None:
@@ -220,7 +220,7 @@ class TestStore:
 
 
 class TestDisk:
-    def test_places_that_cannot_be_written(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
+    def test_folders_that_cannot_be_written(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
         (tmp_path / "file").write_text("kept")
         below = tmp_path / "file" / "below"
         places = [f"data={copied.log.path}", f"model={copied.model_dir}"]
@@ -252,7 +252,7 @@ class TestDisk:
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Writing beyond `size` bytes of a file fails, as on a full disk."""
+    """Make writing beyond `size` bytes of a file fail, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -262,7 +262,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 class TestInterrupt:
-    def test_training_goes_on(self, copied: Served, tmp_path: Path, fails: Fails, monkeypatch: Any) -> None:
+    def test_training_resumes(self, copied: Served, tmp_path: Path, fails: Fails, monkeypatch: Any) -> None:
         make = BatchSource.batch
 
         def batch(source: BatchSource, epoch: int, index: int) -> Any:
@@ -279,7 +279,7 @@ class TestInterrupt:
         assert "resuming at step" in (run_dir / "train.log").read_text()
         assert content(run_dir / "best")["model.safetensors"] == content(copied.model_dir)["model.safetensors"]
 
-    def test_refresh_goes_on(self, copied: Served, tmp_path: Path, fails: Fails, monkeypatch: Any, capsys: Any) -> None:
+    def test_refresh_resumes(self, copied: Served, tmp_path: Path, fails: Fails, monkeypatch: Any, capsys: Any) -> None:
         put = StoreWriter.put_batch
 
         def put_and_interrupt(writer: StoreWriter, keys: Any, records: Any, cursor: int, states: Any) -> int:

@@ -33,7 +33,7 @@ NEEDED = {"time": ["data.validation_from=2024-01-01", "data.test_from=2024-02-01
 
 
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command in another directory against this checkout, installed or not."""
+    """Run a command in another directory with this checkout, whether installed or not."""
     path = os.pathsep.join(str(REPOSITORY / folder) for folder in (".", "kernels"))
     return subprocess.run(command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
 
@@ -69,7 +69,7 @@ class TestConf:
         assert {path.name for path in conf_dir().iterdir() if path.is_dir()} == set(groups_of("train"))
 
     @pytest.mark.parametrize("word", [f"{g}={o}" for g in groups_of("train") for o in options_of(g)])
-    def test_every_option_composes_and_says_what_it_is(self, word: str) -> None:
+    def test_every_option_composes_and_is_described(self, word: str) -> None:
         group, _, option = word.partition("=")
         assert isinstance(compose_config(config.TrainConfig, [word, *NEEDED.get(option, [])]), config.TrainConfig)
         assert len(options_of(group)[option]) > 10

@@ -1,4 +1,4 @@
-"""What the tests of ingest share."""
+"""Fixtures of the ingest tests."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A log as plain Python lists, and the same log on disk: what is read must be what the lists say."""
+"""A log as plain Python lists, and the same log on disk: reading must give what the lists contain."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vista.log.vocabulary import Vocabulary
 NUM_USERS, NUM_ITEMS, ACTIONS = 5, 3, ["buy", "view"]
 USER_IDS = [10, 0, 7, -3, 4]
 Event = tuple[int, int, int, int]
-"""User, item, time, action: rows, not ids."""
+"""User, item, time, action, as rows instead of ids."""
 
 
 @dataclass
 class Step:
-    """One segment: events (and impressions, of the same form), forgotten events, or erased users."""
+    """One segment: events (and impressions, in the same form), forgotten events, or erased users."""
 
     events: list[Event] = field(default_factory=list)
     impressions: list[Event] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Step:
 
 
 class Oracle:
-    """What the steps mean."""
+    """The expected content of a log that was written in steps."""
 
     def __init__(self, steps: list[Step]) -> None:
         self.steps = steps
@@ -71,7 +71,7 @@ class Oracle:
 
 
 def write(path: Path, steps: list[Step], present: int = 0) -> EventLog:
-    """Write the steps as the segments of a log that holds the first `present` already.
+    """Write the steps as segments of a log that already contains the first `present` of them.
 
     The first one makes every user, item and action known.
     """
@@ -137,7 +137,7 @@ def _write_table(folder: Path, rows: list[Event], columns: dict) -> int:
 
 
 def events_of(histories: Histories, users: list[int]) -> list[list[Event]]:
-    """Histories as the oracle writes them."""
+    """Histories in the form of the oracle."""
     out = []
     for place, user in enumerate(users):
         one = histories.slice(place)
@@ -148,7 +148,7 @@ def events_of(histories: Histories, users: list[int]) -> list[list[Event]]:
 
 
 def assert_reads_as(log: EventLog, oracle: Oracle, rng: np.random.Generator) -> None:
-    """Every way to read the log says what the oracle says."""
+    """Check that every way to read the log gives what the oracle contains."""
     want = [oracle.history(user) for user in range(NUM_USERS)]
     lengths = np.array([len(rows) for rows in want])
     assert log.lengths.tolist() == lengths.tolist()

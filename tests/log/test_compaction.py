@@ -1,4 +1,4 @@
-"""Compaction: kills at every moment, readers beside it, what leaves the disk, and logs that are not what they say."""
+"""Compaction: kills at every call, concurrent readers, what is removed from the disk, and inconsistent logs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STEPS = [
 OLD = [f"segment-{number:06d}" for number in range(1, 5)]
 NEW = "segment-000001-000004"
 
-# Forks children that compact copies of a log; child n kills itself at its n-th fsync, rename or removal.
+# Forks children that compact copies of a log. Child n kills itself at its n-th fsync, rename, or removal.
 KILLED_AT_EACH_CALL = """
 import os, shutil, signal, sys
 from pathlib import Path
@@ -49,7 +49,7 @@ def child(folder, deadly):
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
         return wrapper
-    os.fsync = lambda file: None  # a kill does not lose what was written
+    os.fsync = lambda file: None  # a killed process does not lose what it wrote
     for name in ("fsync", "rename", "unlink", "rmdir"):
         setattr(os, name, counting(getattr(os, name)))
     compact_log(folder)
@@ -66,7 +66,7 @@ for deadly in range(1, 1000):
 """
 
 
-def test_a_kill_at_any_call_leaves_a_log_and_the_next_compaction_ends_the_work(
+def test_a_kill_at_any_call_leaves_a_log_and_the_next_compaction_finishes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vista.log.segment_writer.sync", lambda path: None)
@@ -90,21 +90,21 @@ def test_a_kill_at_any_call_leaves_a_log_and_the_next_compaction_ends_the_work(
         compact_log(folder)
         assert contents(folder) == done
     assert len(folders) > 50
-    # Old ones alone, both beside each other, the new one beside some old ones, and the new one alone.
+    # Only old segments, all segments, the new one with some old ones, and only the new one.
     assert seen == {(False, 3), (True, 3), (True, 2), (True, 1), (True, 0)}
 
 
-def test_who_has_it_open_reads_on(tmp_path: Path) -> None:
+def test_open_readers_keep_reading(tmp_path: Path) -> None:
     log, rng = write(tmp_path / "log", STEPS), np.random.default_rng(0)
     packed = pickle.dumps(log)
     compact_log(log.path)
     assert [path.name for path in log.path.iterdir()] == [NEW]
     assert_reads_as(log, Oracle(STEPS), rng)
-    assert_reads_as(pickle.loads(packed), Oracle(STEPS), rng)  # as a spawned worker opens it
+    assert_reads_as(pickle.loads(packed), Oracle(STEPS), rng)  # like a spawned worker
 
 
-def test_a_compaction_while_the_log_is_being_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The segments vanish between being listed and being read."""
+def test_a_compaction_while_the_log_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The segments are removed after they are listed and before they are read."""
     write(tmp_path / "log", STEPS)
     read = segment.read_segment
 
@@ -120,7 +120,7 @@ def test_a_compaction_while_the_log_is_being_opened(tmp_path: Path, monkeypatch:
     assert_reads_as(log, Oracle(STEPS), np.random.default_rng(0))
 
 
-def test_writers_keep_each_other_out(tmp_path: Path) -> None:
+def test_writers_exclude_each_other(tmp_path: Path) -> None:
     path = tmp_path / "log"
     run(path, [write_csv(tmp_path / "a.csv", [(1, 1, 1), (2, 2, 2)])])
     more = write_csv(tmp_path / "b.csv", [(1, 3, 3)])
@@ -143,7 +143,7 @@ def test_writers_keep_each_other_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["int", "str"])
 def test_no_byte_of_an_erased_users_id_remains(tmp_path: Path, kind: str) -> None:
-    """In vocabularies, rows set aside, leftovers of killed writers and segments that are passed over."""
+    """Not in vocabularies, quarantined rows, leftovers of killed writers, or superseded segments."""
     gone, kept = (7_205_759_403_792_793_601, 5) if kind == "int" else ("ann-of-green-gables", "bob")
     path = tmp_path / "log"
     needle = np.array([gone]).tobytes() if kind == "int" else gone.encode()
@@ -176,7 +176,7 @@ def test_no_byte_of_an_erased_users_id_remains(tmp_path: Path, kind: str) -> Non
     assert (again.users.rows([gone, kept]).tolist(), again.users.num_blank) == ([2, 1 - blank], 1)
 
 
-def test_an_erased_user_with_something_left_keeps_the_id(tmp_path: Path) -> None:
+def test_an_erased_user_with_later_rows_keeps_the_id(tmp_path: Path) -> None:
     path = tmp_path / "log"
     shown = {"user": [1, 2], "item": [1, 1], "timestamp": [1, 1], "like": [1, 0]}
     events = {"user": [1, 2, 3], "item": [1, 1, 1], "timestamp": [1, 1, 1]}
@@ -191,7 +191,7 @@ def test_an_erased_user_with_something_left_keeps_the_id(tmp_path: Path) -> None
     assert log.impressions is not None and log.impressions.num_impressions == 2
 
 
-def test_quarantined_rows_stay_where_nobody_was_erased(tmp_path: Path) -> None:
+def test_quarantined_rows_stay_if_no_user_was_erased(tmp_path: Path) -> None:
     path = tmp_path / "log"
     for number, append in ((1, False), (2, True)):
         file = write_csv(tmp_path / f"{number}.csv", [(number, 1, 1), (number, number, "x")])
@@ -203,8 +203,8 @@ def test_quarantined_rows_stay_where_nobody_was_erased(tmp_path: Path) -> None:
         run(path, [tmp_path / "1.csv"], append=True)
 
 
-def test_ratings_and_probabilities_come_along(tmp_path: Path) -> None:
-    """A probability that one segment lacks is NaN, before and after; deleted rows are skipped in every column."""
+def test_ratings_and_probabilities_are_kept(tmp_path: Path) -> None:
+    """A probability that a segment lacks is NaN, before and after; deleted rows are skipped in every column."""
     path, rng = tmp_path / "log", np.random.default_rng(0)
     columns = {"rating": "stars", "action": "kind", "time_unit": "ms", "labels": ["like"]}
     for number in range(3):
@@ -300,7 +300,7 @@ COUNTS = {"events": {"rows": 9, "users": 3}, "impressions": {"rows": 2, "users":
         (with_a_user_too_many, r"contains user row 77, but the manifest says 5 users"),
     ],
 )
-def test_a_segment_that_is_not_what_it_says_is_refused(
+def test_a_segment_that_does_not_match_its_manifest_is_refused(
     tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     path = tmp_path / "log"
@@ -311,7 +311,7 @@ def test_a_segment_that_is_not_what_it_says_is_refused(
         EventLog.open(path)
 
 
-def test_segments_that_vanished_or_lie_inside_a_range_are_named(tmp_path: Path) -> None:
+def test_missing_segments_and_those_inside_a_range_are_named(tmp_path: Path) -> None:
     log = write(tmp_path / "log", STEPS)
     shutil.rmtree(log.path / OLD[3])
     again = EventLog.open(log.path)

@@ -1,4 +1,4 @@
-"""Deletion rows: whatever is read equals plain lists, over any order of segments; forgetting and erasing by raw ids."""
+"""Deletion rows: reading equals plain lists for any order of segments; forgetting and erasing by raw ids."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EVENTS = st.tuples(
 
 @st.composite
 def logs(draw: st.DrawFn) -> list[Step]:
-    """Segments of events with ties and repeats, not in the order of time; deletions of what is there between them."""
+    """Segments of events with ties and repeats, not ordered by time, with deletions of existing rows between them."""
     steps = [Step(events=draw(st.lists(EVENTS, max_size=20)), impressions=draw(st.lists(EVENTS, max_size=4)))]
     for kind in draw(st.lists(st.sampled_from(["append", "append", "forget", "erase"]), max_size=5)):
         here: list[Event] = [row for user in range(NUM_USERS) for row in Oracle(steps).history(user)]
@@ -53,7 +53,7 @@ def logs(draw: st.DrawFn) -> list[Step]:
 
 @pytest.fixture(autouse=True)
 def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about durability."""
+    """These tests are not about durability."""
     monkeypatch.setattr("vista.log.segment_writer.sync", lambda path: None)
     monkeypatch.setattr("vista.log.compaction.sync", lambda path: None)
 
@@ -65,10 +65,8 @@ def assert_changes(log: EventLog, oracle: Oracle) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(steps=logs(), seed=st.integers(0, 99))
-def test_whatever_is_read_is_what_lists_say(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[Step], seed: int
-) -> None:
-    """Also as of each earlier segment, and of the new events since it."""
+def test_reading_equals_the_lists(tmp_path_factory: pytest.TempPathFactory, steps: list[Step], seed: int) -> None:
+    """Also as of each earlier segment, and for the new events since then."""
     log, oracle = write(tmp_path_factory.mktemp("oracle") / "log", steps), Oracle(steps)
     rng = np.random.default_rng(seed)
     assert_reads_as(log, oracle, rng)
@@ -84,10 +82,10 @@ def test_whatever_is_read_is_what_lists_say(
 
 @settings(max_examples=25, deadline=None)
 @given(steps=logs(), seed=st.integers(0, 99), data=st.data())
-def test_compaction_changes_nothing_that_is_read(
+def test_compaction_does_not_change_what_is_read(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Step], seed: int, data: st.DataObject
 ) -> None:
-    """At any moment, in runs of any length, and once more later; the numbers of the segments stay."""
+    """After any segment, in runs of any length, and again later; the segment numbers stay."""
     folder = tmp_path_factory.mktemp("compaction")
     rng, oracle = np.random.default_rng(seed), Oracle(steps)
     middle = data.draw(st.integers(1, len(steps)), "compacted after")
@@ -121,7 +119,7 @@ def test_compaction_changes_nothing_that_is_read(
     assert contents(path) == before
 
 
-def test_what_is_out_of_order_is_seen_behind_a_deletion(tmp_path: Path) -> None:
+def test_events_out_of_order_after_a_deletion(tmp_path: Path) -> None:
     """The second segment goes back in time for user 1, whose rows there have moved up by one."""
     steps = [
         Step(events=[(1, 0, 5, 0), (1, 0, 6, 0)]),
@@ -133,7 +131,7 @@ def test_what_is_out_of_order_is_seen_behind_a_deletion(tmp_path: Path) -> None:
     assert log.slice(1, 1, 3).timestamp.tolist() == [3, 5]
 
 
-def test_many_events_at_one_time_are_compared_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_events_at_one_time_are_compared_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vista.log.event_keys._ROWS_AT_ONCE", 7)
     events = [(user, item % NUM_ITEMS, 1, item % 2) for user in range(2) for item in range(20)]
     steps = [Step(events=events), Step(forgotten=[(0, 1, 1, 1), (1, 2, 1, 0)])]
@@ -159,7 +157,7 @@ def rows_of(log: EventLog, user: str) -> list[tuple[int, int, str]]:
     return list(zip(log.items.ids(one.item).tolist(), (one.timestamp // 1000).tolist(), codes, strict=True))
 
 
-def test_an_event_is_named_with_or_without_its_action(tmp_path: Path) -> None:
+def test_an_event_is_deleted_with_or_without_its_action(tmp_path: Path) -> None:
     path = tmp_path / "log"
     small_log(path)
     time = np.array([1000, 3000]) * 1000
@@ -173,7 +171,7 @@ def test_an_event_is_named_with_or_without_its_action(tmp_path: Path) -> None:
     assert EventLog.open(path).lengths.tolist() == [1, 0, 0]
 
 
-def test_a_forgotten_event_that_comes_again_counts(tmp_path: Path) -> None:
+def test_a_forgotten_event_that_is_added_again_counts(tmp_path: Path) -> None:
     path = tmp_path / "log"
     small_log(path)
     forget_events(path, {"user": ["bob"], "item": [1], "timestamp": [1_000_000]})
@@ -201,7 +199,7 @@ def test_a_forgotten_event_that_comes_again_counts(tmp_path: Path) -> None:
         ({"user": [], "item": [], "timestamp": []}, "has no rows"),
     ],
 )
-def test_rows_that_match_nothing_are_named_and_nothing_is_done(tmp_path: Path, rows: dict, message: str) -> None:
+def test_rows_that_match_no_event_are_named_and_nothing_is_deleted(tmp_path: Path, rows: dict, message: str) -> None:
     path = tmp_path / "log"
     small_log(path)
     before = contents(path)
@@ -210,7 +208,7 @@ def test_rows_that_match_nothing_are_named_and_nothing_is_done(tmp_path: Path, r
     assert contents(path) == before
 
 
-def test_what_was_forgotten_already_matches_nothing(tmp_path: Path) -> None:
+def test_a_forgotten_event_matches_no_more(tmp_path: Path) -> None:
     path = tmp_path / "log"
     small_log(path)
     rows = {"user": ["bob"], "item": [1], "timestamp": [1_000_000]}
@@ -234,8 +232,8 @@ def test_unknown_users_are_named_and_no_user_is_erased(tmp_path: Path) -> None:
         erase_users(tmp_path / "none", ["ann"])
 
 
-def test_a_log_without_times_counts_events(tmp_path: Path) -> None:
-    """The ordinal names an event; what is appended goes on after the last that remains."""
+def test_ordinals_in_a_log_without_times(tmp_path: Path) -> None:
+    """Ordinals name events; appended events continue after the last remaining ordinal."""
     path = tmp_path / "log"
     frame = {"user": [1, 1, 1, 2], "item": [5, 6, 7, 5]}
     EventLog.from_frame(frame, path, timestamp=None)
@@ -247,7 +245,7 @@ def test_a_log_without_times_counts_events(tmp_path: Path) -> None:
         forget_events(path, {"user": [1], "item": [8], "timestamp": [2]})
 
 
-def test_users_without_deletions_stay_on_the_fast_path(tmp_path: Path) -> None:
+def test_users_without_deletions_are_read_as_views(tmp_path: Path) -> None:
     path = tmp_path / "log"
     rng = np.random.default_rng(0)
     user, time = np.repeat(np.arange(9), 100), np.tile(np.arange(100), 9)
@@ -259,7 +257,7 @@ def test_users_without_deletions_stay_on_the_fast_path(tmp_path: Path) -> None:
     column = log.segments[0].events.columns["item"]
     for views in (log.gather([0, 1, 2, 3]), log.gather([5, 6]), log.slice(8, 3, 9), log.slice(4, 0, 50)):
         assert views.num_events and np.shares_memory(views.item, column)
-    assert np.shares_memory(log.slice(4, 50, 80).item, column)  # behind the gap
+    assert np.shares_memory(log.slice(4, 50, 80).item, column)  # after the deleted event
     assert log.slice(4).item.tolist() == np.delete(plain, 50).tolist()
 
 

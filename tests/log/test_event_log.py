@@ -1,4 +1,4 @@
-"""EventLog: what is read equals a plain sort of what was written, over one and several segments."""
+"""EventLog: reading equals a plain sort of what was written, with one and several segments."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from vista.log.packed_table import PackedTable
 
 
 def run_python(code: str, folder: Path) -> str:
-    """What `code` prints in a fresh interpreter."""
+    """The output of `code` in a new interpreter."""
     path = os.pathsep.join([str(Path(vista.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -54,7 +54,7 @@ def write(path: Path, frames: list[pl.DataFrame]) -> EventLog:
 
 
 def expected_history(frames: list[pl.DataFrame], user: int) -> pl.DataFrame:
-    """A stable sort by time of the frames one after another."""
+    """A stable sort by time of the concatenated frames."""
     return pl.concat(frames).filter(pl.col("user") == user).sort("timestamp", maintain_order=True)
 
 
@@ -72,7 +72,7 @@ def assert_history(log: EventLog, history: Histories, want: pl.DataFrame) -> Non
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["one segment", "three segments"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[EventLog, list]:
-    """Three segments overlap in time and users; the last brings new users."""
+    """Three segments that overlap in time and users; the last one has new users."""
     frames = [random_frame(1, 300), random_frame(2, 40, 5), random_frame(3, 120, 30)][: request.param]
     return write(tmp_path_factory.mktemp("log") / "log", frames), frames
 
@@ -156,7 +156,7 @@ def test_it_pickles_as_its_path_and_last_segment(case: tuple[EventLog, list]) ->
     assert (copy.last_segment, copy.num_events) == (len(frames), log.num_events)
 
 
-def test_older_segments_alone(tmp_path: Path) -> None:
+def test_reading_only_older_segments(tmp_path: Path) -> None:
     frames = [random_frame(1, 100), random_frame(2, 50, 40)]
     first = write(tmp_path / "log", frames[:1])
     columns = {"action": "kind", "rating": "stars"}
@@ -185,12 +185,12 @@ def test_impressions_over_segments(tmp_path: Path) -> None:
     seen = log.impressions
     assert seen is not None
     assert seen.tasks == ["like"]
-    found = []
+    rows = []
     for user in (100, 101, 999):
         row = int(log.users.rows([user])[0])
         here = slice(int(seen.offsets[row]), int(seen.offsets[row + 1]))
         assert seen.probability is not None
-        found += [
+        rows += [
             (user, int(i), int(t), int(label), int(mask), float(p))
             for i, t, label, mask, p in zip(
                 log.items.ids(seen.item[here]),
@@ -201,7 +201,7 @@ def test_impressions_over_segments(tmp_path: Path) -> None:
                 strict=True,
             )
         ]
-    assert str(found) == str(
+    assert str(rows) == str(
         [
             (100, 4, 5000, 1, 1, float("nan")),
             (100, 2, 6000, 0, 1, 0.25),
@@ -210,7 +210,7 @@ def test_impressions_over_segments(tmp_path: Path) -> None:
             (999, 3, 7000, 0, 0, 1.0),
         ]
     )
-    assert log[999].num_events == 0  # seen in impressions only
+    assert log[999].num_events == 0  # only in impressions
     assert len(seen.offsets) == log.num_users + 1
 
 
@@ -264,7 +264,7 @@ def test_a_damaged_log_is_refused(tmp_path: Path, damage: Callable[[Path], None]
         EventLog.open(folder)
 
 
-def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_log_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LogFormatError, match="no such folder; make the log with `vista prepare"):
         EventLog.open(tmp_path / "absent")
     with pytest.raises(LogFormatError, match="not an EventLog, because it has no segment"):
@@ -310,7 +310,7 @@ def test_without_polars_the_extra_is_named(tmp_path: Path) -> None:
 
 
 def test_short_ranges_of_segments_in_order_read_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Users 1 and 2 go on in the second segment; user 3 has an event there that is older than those of the first."""
+    """Users 1 and 2 continue in the second segment; user 3 has an event there that is older than those in the first."""
     first = {"user": [1] * 50 + [2] * 50 + [3] * 5, "item": range(105), "timestamp": [*range(100), *range(200, 205)]}
     second = {"user": [1] * 9 + [2] * 9 + [3], "item": range(19), "timestamp": [*range(300, 318), 202]}
     log = EventLog.from_frame(first, tmp_path / "log", time_unit="s")
@@ -323,8 +323,8 @@ def test_short_ranges_of_segments_in_order_read_no_more(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(histories, "take", counted)
     low, high = np.array([45, 55, 2]), np.array([55, 57, 5])
-    found = log.gather_ranges(np.arange(3), low, high)
+    ranges = log.gather_ranges(np.arange(3), low, high)
     assert sum(taken) == 10 + 2 + 6
     for user in range(3):
-        assert found.slice(user).timestamp.tolist() == log.slice(user, low[user], high[user]).timestamp.tolist()
-        assert found.slice(user).item.tolist() == log.slice(user, low[user], high[user]).item.tolist()
+        assert ranges.slice(user).timestamp.tolist() == log.slice(user, low[user], high[user]).timestamp.tolist()
+        assert ranges.slice(user).item.tolist() == log.slice(user, low[user], high[user]).item.tolist()

@@ -1,4 +1,4 @@
-"""Categories of items come from a table of any kind, by id, or an error says which row is wrong."""
+"""Categories of items are read from CSV and Parquet by id; an error names the row that is wrong."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vista.log.vocabulary import Vocabulary
 NUMBERS = Vocabulary.from_ids(np.array([30, 10, 20, 40]))
 WORDS = Vocabulary.from_ids(np.array(["c", "a", "b", "d"]))
 KINDS = ["shelf", "books", None, "books"]
-"""Of items 10, 20, 30 and 99, or a, b, c and z: the third has none, and the last is not the model's."""
+"""Categories of items 10, 20, 30, and 99, or a, b, c, and z. The third has none; the last is not in the model."""
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 @pytest.mark.parametrize(("items", "ids"), [(NUMBERS, [10, 20, 30, 99]), (WORDS, ["a", "b", "c", "z"])])
-def test_codes_stand_at_model_rows(tmp_path: Path, items: Vocabulary, ids: list[int | str], suffix: str) -> None:
+def test_codes_are_at_model_rows(tmp_path: Path, items: Vocabulary, ids: list[int | str], suffix: str) -> None:
     table = pl.DataFrame({"item": ids, "kind": KINDS, "price": [1.0, 2.0, 3.0, 4.0]})
-    table = pl.concat([table, table])  # the same twice says nothing new
+    table = pl.concat([table, table])  # repeated rows are allowed
     file = tmp_path / f"items.{suffix}"
     table.write_csv(file) if suffix == "csv" else table.write_parquet(file)
     codes = read_categories(file, "kind", items)

@@ -18,7 +18,7 @@ DAY = 86_400_000
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
-    """Two segments; users 0..9 have 1 to 10 events, one a day."""
+    """Two segments; users 0..9 have 1 to 10 events, one per day."""
     rows = [(user, (user * day) % 7, day * DAY) for user in range(10) for day in range(user + 1)]
     frame = pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row")
     path = tmp_path_factory.mktemp("splits") / "log"
@@ -27,7 +27,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
     return EventLog.from_frame(frame.filter(late), path, time_unit="ms", append=True)
 
 
-def test_leave_out_hides_nothing_of_short_users(log: EventLog) -> None:
+def test_leave_out_hides_nothing_from_short_histories(log: EventLog) -> None:
     assert visible_counts(log, None).tolist() == list(range(1, 11))
     assert visible_counts(log, "leave-last-out").tolist() == [1, 2, 2, 3, 4, 5, 6, 7, 8, 9]
     assert visible_counts(log, "leave-last-two-out").tolist() == [1, 2, 1, 2, 3, 4, 5, 6, 7, 8]
@@ -35,7 +35,7 @@ def test_leave_out_hides_nothing_of_short_users(log: EventLog) -> None:
 
 
 @pytest.mark.parametrize("until", ["1970-01-06", "1970-01-06T00:00:00Z", 5 * DAY, str(5 * DAY), Until(before=5 * DAY)])
-def test_a_time_hides_what_happened_at_it_or_later(log: EventLog, until: object) -> None:
+def test_a_time_hides_events_at_that_time_or_later(log: EventLog, until: object) -> None:
     assert visible_counts(log, until).tolist() == [1, 2, 3, 4, 5, 5, 5, 5, 5, 5]
 
 
@@ -44,7 +44,7 @@ def test_a_time_is_exclusive_to_the_millisecond(log: EventLog) -> None:
     assert visible_counts(log, 0).tolist() == [0] * 10
 
 
-def test_a_time_less_some_hides_the_newest_before_it_too(log: EventLog) -> None:
+def test_a_time_less_n_also_hides_the_newest_events_before_it(log: EventLog) -> None:
     assert visible_counts(log, "1970-01-06-less-2").tolist() == [0, 0, 1, 2, 3, 3, 3, 3, 3, 3]
 
 

@@ -50,7 +50,7 @@ def _check_against_dict(kind: str, batches: tuple[list, list]) -> None:
 def test_rows_without_ids_are_unknown_and_keep_their_places(
     tmp_path_factory: pytest.TempPathFactory, ids: list, more: st.DataObject
 ) -> None:
-    """Taken away twice, stored, joined, cut and extended by the same ids again."""
+    """Ids are removed twice; the result is saved, concatenated, cut, and extended by the same ids again."""
     kind = "str" if ids and isinstance(ids[0], str) else "int"
     vocabulary = Vocabulary.empty(kind).extended(ids)
     names = vocabulary.ids(np.arange(len(vocabulary))).tolist()

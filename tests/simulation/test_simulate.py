@@ -156,10 +156,10 @@ class TestImpressions:
             history = topics[small.item[small.offsets[user] : small.offsets[user] + seen]].tolist()
             wanted = topics[small.impression_item[row]]
             share = history.count(wanted) / (len(history) + 20)
-            lifetime = np.log(1 + share / 0.02) / np.log(1 + 0.15 / 0.02)
+            long_term = np.log(1 + share / 0.02) / np.log(1 + 0.15 / 0.02)
             recent = np.log(1 + history[-32:].count(wanted)) / np.log(33)
             quality = small.catalog.quality[small.impression_item[row]]
-            logits = LOGITS @ np.array([1.0, lifetime, recent, quality])
+            logits = LOGITS @ np.array([1.0, long_term, recent, quality])
             np.testing.assert_allclose(small.probability[row], 1 / (1 + np.exp(-logits)), rtol=1e-5)
             age = history[::-1].index(wanted) if wanted in history else -1
             assert small.decisive_age[row] == age
@@ -210,7 +210,7 @@ class TestOldEventsMatter:
         assert rows["last 200"][0] - rows["last 32"][0] > 0.01
         assert rows["last 32"][1] - rows["last 200"][1] > 0.01
 
-    def test_the_history_holds_all_that_the_oracle_knows(self, rows: dict[str, tuple[float, float]]) -> None:
+    def test_the_whole_history_is_as_good_as_the_oracle(self, rows: dict[str, tuple[float, float]]) -> None:
         assert rows["whole history"] == pytest.approx(rows["oracle"], abs=0.003)
 
     def test_boosted_trees_cannot_beat_the_reference(self, standard: SimulatedLog) -> None:
@@ -373,7 +373,7 @@ def test_bad_configs_name_their_key(key: str, value: float) -> None:
         replace(SimulateConfig(), **{key: value})
 
 
-def test_a_million_events_a_second() -> None:
+def test_a_million_events_per_second() -> None:
     """The best of three in process time, so that other load does not matter; usually some five times faster."""
     config = SimulateConfig(num_users=250, events_per_user=4000)
     seconds = []

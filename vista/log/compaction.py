@@ -1,7 +1,7 @@
 """Compaction: merge all segments into one, without deleted rows. Histories, user rows, and segment numbers stay.
 
 The new folder appears by one rename and from then on replaces the folders in its range (segment.py). These are removed
-afterwards. If the process is killed, the old segments, both, or the new one remain, and the next compaction cleans up.
+afterward. If the process is killed, the old segments, both, or the new one remain, and the next compaction cleans up.
 """
 
 from __future__ import annotations

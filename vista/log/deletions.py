@@ -1,6 +1,6 @@
 """Deletion rows of a log: forgotten events and erased users, appended atomically as one small segment.
 
-Readers that open the log afterwards no longer see the deleted rows. The next compaction removes them from the disk
+Readers that open the log after that no longer see the deleted rows. The next compaction removes them from the disk
 (compaction.py).
 """
 

@@ -33,7 +33,7 @@ AFFINITY_PRIOR = 20
 """Events added to the length of a history before the share is computed."""
 LOGITS = np.array(
     [
-        # bias, lifetime affinity, recent match, quality
+        # bias, long-term affinity, recent match, quality
         [-3.2, 3.6, 1.0, 0.3],  # click
         [-3.0, 3.0, 0.8, 0.5],  # like, of clicked impressions
         [-1.2, 1.8, 1.2, 0.3],  # long_view, of clicked impressions
@@ -54,7 +54,7 @@ REQUEST_DELAY_MS = 60_000
 
 
 def affinity(count: IntArray, num_events: IntArray) -> NDArray[np.float64]:
-    """Lifetime affinity: a log-scaled share of the history, 0 without events of the topic, 1 at AFFINITY_FULL.
+    """Long-term affinity: a log-scaled share of the history, 0 without events of the topic, 1 at AFFINITY_FULL.
 
     Args:
         count: [N] events of the topic so far.
@@ -240,9 +240,9 @@ def _draw_impressions(
     chosen = draw_items(rng, config, catalog, candidate, time)
     index = TopicIndex(events.topic)
     start = offsets[user]
-    lifetime = affinity(index.count(candidate, start, stop), stop - start)
+    long_term = affinity(index.count(candidate, start, stop), stop - start)
     recent = recent_match(index.count(candidate, np.maximum(start, stop - RECENT_EVENTS), stop))
-    features = np.stack([np.ones(len(user)), lifetime, recent, catalog.quality[chosen]], axis=1)
+    features = np.stack([np.ones(len(user)), long_term, recent, catalog.quality[chosen]], axis=1)
     probability = (1 / (1 + np.exp(-(features @ LOGITS.T)))).astype(np.float32)
     label = (rng.random(probability.shape, dtype=np.float32) < probability).astype(np.int8)
     label[:, 1:][label[:, 0] == 0] = -1

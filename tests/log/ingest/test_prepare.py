@@ -1,4 +1,4 @@
-"""Ingest: round trips, append, determinism, atomicity, and what each refuses."""
+"""Ingest: round trips, append, determinism, atomicity, and what is refused."""
 
 import hashlib
 import os
@@ -51,7 +51,7 @@ def test_any_frame_round_trips(
     path = tmp_path_factory.mktemp("round") / "log"
     names = ["user", "item", "timestamp", "step", "kind", "stars"]
     parts = [part for part in (rows[:cut], rows[cut:]) if part]
-    assume(len(parts) < 2 or parts[0] != parts[1])  # the same rows again would be refused as a source taken before
+    assume(len(parts) < 2 or parts[0] != parts[1])  # equal parts would be refused as the same source
     for number, part in enumerate(parts):
         frame = {name: [row[place] for row in part] for place, name in enumerate(names)}
         log = EventLog.from_frame(
@@ -113,7 +113,7 @@ prepare(PrepareConfig(out=out, events=source, progress=False), bucket_events=int
 
 
 def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
-    """Whatever the threads, the chunks of the stream and the buckets of the sort."""
+    """With any number of threads, chunk size of the stream, and bucket size of the sort."""
     rng = np.random.default_rng(1)
     for name in ("one", "two"):
         num = 60_000
@@ -159,7 +159,7 @@ def test_a_sequence_orders_equal_times(tmp_path: Path) -> None:
     assert items_of(EventLog.open(tmp_path / "log"), 1) == [3, 2, 1]
 
 
-def test_a_log_without_times_counts(tmp_path: Path) -> None:
+def test_ordinals_in_a_log_without_times(tmp_path: Path) -> None:
     no_time = {"timestamp": None, "time_unit": None}
     run(tmp_path / "log", [write_csv(tmp_path / "a.csv", [(2, 9), (1, 7), (2, 8)], "user,item")], **no_time)
     run(tmp_path / "log", [write_csv(tmp_path / "b.csv", [(3, 9), (2, 1)], "user,item")], append=True, **no_time)
@@ -203,7 +203,7 @@ def test_a_source_counts_once(tmp_path: Path) -> None:
     assert fingerprint(tmp_path / "log") == before
 
 
-def test_out_must_be_free_or_a_log(tmp_path: Path) -> None:
+def test_out_must_be_new_or_a_log(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.csv", [(1, 1, 1)])
     run(tmp_path / "log", [file])
     with pytest.raises(DataError, match=r"log: already exists; add these sources to it with append=true"):
@@ -243,7 +243,7 @@ def test_out_must_be_free_or_a_log(tmp_path: Path) -> None:
         ("user,item,timestamp", [(1, 1, -5)], {}, DataError, r"row 1, column 'timestamp': '-5' is negative"),
     ],
 )
-def test_an_append_that_does_not_fit_leaves_the_log_as_it_was(
+def test_an_append_that_does_not_match_leaves_the_log_unchanged(
     tmp_path: Path, header: str, rows: list, source: dict, error: type[Exception], message: str
 ) -> None:
     run(tmp_path / "log", [write_csv(tmp_path / "a.csv", [(1, 1, 1)])])
@@ -277,7 +277,7 @@ def test_a_failure_at_the_end_leaves_nothing_behind(
     assert run(tmp_path / "log", [file], append=append).num_events == 1
 
 
-def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     leftover = tmp_path / ".log.tmp"
     (leftover / "segment-000001").mkdir(parents=True)
     (leftover / "segment-000001" / "item.npy").write_bytes(b"half")
@@ -296,7 +296,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "log").iterdir()] == ["x"]
 
 
-def test_the_report_says_where_the_time_went(tmp_path: Path) -> None:
+def test_the_report_has_the_time_of_each_stage(tmp_path: Path) -> None:
     report = run(tmp_path / "log", [write_csv(tmp_path / "a.csv", [(1, 1, 1_600_000_000), (2, 1, 1_700_000_000)])])
     assert (report.segment, report.num_users, report.num_items, report.num_events) == (1, 2, 1, 2)
     assert sum(report.shares.values()) == pytest.approx(1)

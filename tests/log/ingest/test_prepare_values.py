@@ -17,7 +17,7 @@ def items_of(log: EventLog, user: int | str) -> list:
     return log.items.ids(log[user].item).tolist()
 
 
-MOMENT = 1_714_564_800_123  # 2024-05-01T12:00:00.123Z
+TIME_MS = 1_714_564_800_123  # 2024-05-01T12:00:00.123Z
 
 
 @pytest.mark.parametrize(
@@ -25,20 +25,20 @@ MOMENT = 1_714_564_800_123  # 2024-05-01T12:00:00.123Z
     [
         ([1_714_564_800], "s", 1_714_564_800_000),
         (["1714564800"], "s", 1_714_564_800_000),
-        ([1_714_564_800.1234], "s", MOMENT),
-        (["1714564800.1234"], "s", MOMENT),
-        ([MOMENT], "ms", MOMENT),
-        ([float(MOMENT)], "ms", MOMENT),
-        ([MOMENT * 1000 + 999], "us", MOMENT),
-        ([MOMENT * 1_000_000 + 999_999], "ns", MOMENT),
-        (["2024-05-01T12:00:00.123Z"], "iso", MOMENT),
-        (["2024-05-01 12:00:00.123"], "iso", MOMENT),
-        (["2024-05-01T14:00:00.123+02:00"], "iso", MOMENT),
+        ([1_714_564_800.1234], "s", TIME_MS),
+        (["1714564800.1234"], "s", TIME_MS),
+        ([TIME_MS], "ms", TIME_MS),
+        ([float(TIME_MS)], "ms", TIME_MS),
+        ([TIME_MS * 1000 + 999], "us", TIME_MS),
+        ([TIME_MS * 1_000_000 + 999_999], "ns", TIME_MS),
+        (["2024-05-01T12:00:00.123Z"], "iso", TIME_MS),
+        (["2024-05-01 12:00:00.123"], "iso", TIME_MS),
+        (["2024-05-01T14:00:00.123+02:00"], "iso", TIME_MS),
         (["2024-05-01T12:00"], "iso", 1_714_564_800_000),
         (["2024-05-01"], "iso", 1_714_521_600_000),
-        (pl.Series([MOMENT]).cast(pl.Datetime("ms")), None, MOMENT),
-        (pl.Series([MOMENT * 1000 + 999]).cast(pl.Datetime("us")), None, MOMENT),
-        (pl.Series([MOMENT]).cast(pl.Datetime("ms", "Asia/Tokyo")), None, MOMENT),
+        (pl.Series([TIME_MS]).cast(pl.Datetime("ms")), None, TIME_MS),
+        (pl.Series([TIME_MS * 1000 + 999]).cast(pl.Datetime("us")), None, TIME_MS),
+        (pl.Series([TIME_MS]).cast(pl.Datetime("ms", "Asia/Tokyo")), None, TIME_MS),
         (pl.Series(["2024-05-01"]).str.to_date(), None, 1_714_521_600_000),
         ([0], "s", 0),
         ([4_102_444_799], "s", 4_102_444_799_000),
@@ -56,12 +56,14 @@ def test_times_become_milliseconds(tmp_path: Path, values: object, unit: str | N
 @pytest.mark.parametrize(
     ("values", "unit", "message"),
     [
-        (pl.Series([MOMENT]).cast(pl.Datetime("ms")), "s", r"has type Datetime.*; leave events.time_unit out"),
+        (pl.Series([TIME_MS]).cast(pl.Datetime("ms")), "s", r"has type Datetime.*; leave events.time_unit out"),
         ([5], "iso", r"has type Int64, not text"),
         ([5], None, r"set the unit of"),
     ],
 )
-def test_units_that_do_not_fit_the_column_are_refused(tmp_path: Path, values: object, unit: str, message: str) -> None:
+def test_units_that_do_not_match_the_column_are_refused(
+    tmp_path: Path, values: object, unit: str, message: str
+) -> None:
     frame = pl.DataFrame({"user": [1], "item": [1]}).with_columns(pl.Series("timestamp", values))
     with pytest.raises(ConfigError, match=message):
         EventLog.from_frame(frame, tmp_path / "log", time_unit=unit)
@@ -100,14 +102,14 @@ def test_pandas_frames(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "kind"), [("7", "int"), ("-7", "int"), ("007", "str"), ("u7", "str"), ("7.5", "str"), ("0", "int")]
 )
-def test_the_first_value_of_a_text_file_decides_what_ids_are(tmp_path: Path, first: str, kind: str) -> None:
+def test_the_first_value_of_a_text_file_decides_the_kind_of_ids(tmp_path: Path, first: str, kind: str) -> None:
     run(tmp_path / "log", [write_csv(tmp_path / "a.csv", [(first, 1, 1)])])
     log = EventLog.open(tmp_path / "log")
     assert log.users.kind == kind
     assert items_of(log, int(first) if kind == "int" else first) == [1]
 
 
-def test_ids_are_what_the_config_says(tmp_path: Path) -> None:
+def test_the_config_sets_the_kind_of_ids(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.csv", [(7, "01", 1), (7, "1", 2)])
     run(tmp_path / "log", [file], user_ids=IdType("str"), item_ids=IdType("str"))
     assert items_of(EventLog.open(tmp_path / "log"), "7") == ["01", "1"]

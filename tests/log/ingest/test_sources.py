@@ -1,4 +1,4 @@
-"""Readers: MovieLens in each form on small samples, and on the real sets where VISTA_DATA_DIR holds them."""
+"""Readers: MovieLens in each format, on small samples and on the real data sets in VISTA_DATA_DIR."""
 
 import gzip
 from pathlib import Path
@@ -66,7 +66,7 @@ FORMS = {"ml-1m": ratings_dat, "ml-latest-small": ratings_csv, "ml-100k": u_data
 
 @pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("how", ["file", "folder", "auto"])
-def test_every_form_gives_the_same_log(tmp_path: Path, kind: str, how: str) -> None:
+def test_every_format_gives_the_same_log(tmp_path: Path, kind: str, how: str) -> None:
     file = FORMS[kind](tmp_path)
     log = load([file if how == "file" else tmp_path], "auto" if how == "auto" else kind, tmp_path / "log")
     assert (log.num_users, log.num_items, log.num_events) == (2, 4, 4)
@@ -79,7 +79,7 @@ def test_every_form_gives_the_same_log(tmp_path: Path, kind: str, how: str) -> N
     assert log.actions == ["event"]
 
 
-def test_kinds_are_recognised(tmp_path: Path) -> None:
+def test_kinds_are_recognized(tmp_path: Path) -> None:
     for kind, write in FORMS.items():
         folder = tmp_path / kind
         folder.mkdir()
@@ -166,11 +166,11 @@ def test_recbole_may_lack_ratings_and_times_and_have_string_ids(tmp_path: Path) 
     (tmp_path / "x.inter").write_text('user_id:token\titem_id:token\tnote:token_seq\nu1\t"A\tsome words\nu1\tB\t\n')
     log = load([tmp_path], "recbole", tmp_path / "log")
     assert not log.has_time
-    assert log.items.ids(log["u1"].item).tolist() == ['"A', "B"]  # quotes are text in this form
+    assert log.items.ids(log["u1"].item).tolist() == ['"A', "B"]  # quotes are text in this format
 
 
-def test_tables_in_every_dress(tmp_path: Path) -> None:
-    """CSV with a byte order mark and quotes, gzip, TSV, another separator and Parquet are one log."""
+def test_tables_in_every_format(tmp_path: Path) -> None:
+    """CSV with a byte order mark and quotes, gzip, TSV, another separator, and Parquet give the same log."""
     header, rows = ("who", "what", "more"), [("ann", "a,b", 1), ("bob", "c", 2)]
     text = "".join(f'{u},"{i}",{m}\n' for u, i, m in rows)
     (tmp_path / "a.csv").write_text("\ufeff" + ",".join(header) + "\n" + text, encoding="utf-8")
@@ -198,7 +198,7 @@ def test_a_folder_of_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["simulated", "auto"])
-def test_a_simulation_brings_its_impressions(tmp_path: Path, kind: str) -> None:
+def test_a_simulation_includes_its_impressions(tmp_path: Path, kind: str) -> None:
     from vista.simulation.simulate import simulate
 
     simulate(SimulateConfig(out=str(tmp_path / "sim"), num_users=5, events_per_user=60, impressions_per_user=20))
@@ -236,7 +236,7 @@ REAL_SETS = {
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", REAL_SETS)
-def test_real_sets_have_the_published_counts(tmp_path: Path, name: str) -> None:
+def test_real_data_sets_have_the_published_counts(tmp_path: Path, name: str) -> None:
     users, items, events, longest, has_time, has_rating = REAL_SETS[name]
     log = load([real_set(name)], "auto", tmp_path / "log")
     assert (log.num_users, log.num_items, log.num_events) == (users, items, events)
@@ -245,8 +245,8 @@ def test_real_sets_have_the_published_counts(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", REAL_SETS)
-def test_real_sets_equal_their_arrays(tmp_path: Path, name: str) -> None:
-    """The source's own form holds the same events as events.npz, at the same times, up to the order of equal times."""
+def test_real_data_sets_equal_their_arrays(tmp_path: Path, name: str) -> None:
+    """The original format has the same events and times as events.npz, up to the order of equal times."""
     folder = real_set(name)
     log = load([folder], "auto", tmp_path / "log")
     with np.load(folder / "events.npz") as arrays:

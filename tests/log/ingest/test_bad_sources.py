@@ -1,4 +1,4 @@
-"""Every kind of bad source: the error names file, row, column, value and remedy, and nothing is written."""
+"""Bad sources of every kind: the error names file, row, column, value, and remedy, and nothing is written."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ BAD_ROWS = {
 @pytest.mark.parametrize("place", ["first", "last"])
 def test_a_bad_row_is_named_and_nothing_is_written(tmp_path: Path, line: str, place: str) -> None:
     message = next(message for bad, message in BAD_ROWS.values() if bad == line)
-    # Ids are integers by the first value, so a first row with bad text needs it said.
+    # The first value decides that ids are integers, so a bad first row needs an explicit type.
     kinds = {"user_ids": IdType("int"), "item_ids": IdType("int")}
     file = tmp_path / "log.csv"
     file.write_text(HEADER + (line + "\n" + GOOD if place == "first" else GOOD + line + "\n"))
@@ -95,7 +95,7 @@ def test_several_bad_rows_are_counted_and_the_first_is_named(tmp_path: Path) -> 
         ingest(file, tmp_path / "out")
 
 
-def test_a_file_of_bad_rows_alone_is_an_error_even_with_quarantine(tmp_path: Path) -> None:
+def test_a_file_without_good_rows_is_an_error_even_with_quarantine(tmp_path: Path) -> None:
     file = tmp_path / "log.csv"
     file.write_text(HEADER + "1,2,x,3\n")
     with pytest.raises(DataError, match=r"the file has no good row \(bad rows: 1\)"):
@@ -133,7 +133,7 @@ def test_a_bad_file_is_named(tmp_path: Path, content: bytes, message: str) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
 
 
-def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:
     (tmp_path / "log.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(DataError, match=r"log\.parquet: cannot be read as table"):
         ingest(tmp_path / "log.parquet", tmp_path / "out")
@@ -219,14 +219,14 @@ def test_too_many_actions_are_refused(tmp_path: Path) -> None:
         EventLog.from_frame(frame, tmp_path / "log", time_unit="s", action="kind")
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     file = tmp_path / "log.csv"
     file.write_text(HEADER + GOOD)
     with pytest.raises(DataError, match=r"log\.csv/out: cannot be written"):
         ingest(file, file / "out")
 
 
-def test_seconds_read_as_milliseconds_are_pointed_at(tmp_path: Path) -> None:
+def test_seconds_read_as_milliseconds_cause_a_warning(tmp_path: Path) -> None:
     file = tmp_path / "log.csv"
     file.write_text(HEADER + GOOD)
     report = prepare(PrepareConfig(out=str(tmp_path / "out"), events=events(file, time_unit="ms"), progress=False))
@@ -234,7 +234,7 @@ def test_seconds_read_as_milliseconds_are_pointed_at(tmp_path: Path) -> None:
 
 
 def test_append_without_the_logs_actions(tmp_path: Path) -> None:
-    """A day without its action column would bring an action of its own, which trained models do not know."""
+    """A file without the action column would add a new action, which trained models do not know."""
     first, second = tmp_path / "a.csv", tmp_path / "b.csv"
     first.write_text("user,item,time,what\n1,10,1600000000,view\n2,20,1600000001,buy\n")
     second.write_text("user,item,time,what\n1,11,1600000100,view\n")
