@@ -60,7 +60,7 @@ def test_a_record_is_printed(store: Path, served: Served, capsys: pytest.Capture
     newest = served.log.items.ids(np.asarray(history.item[-1:]))[0]
     assert named.splitlines()[-1].split()[0] == str(newest)
     assert "has no record" in said(capsys, "get", f"store={store}", "user=123456789", code=1)
-    assert "user: ids are integers" in said(capsys, "get", f"store={store}", "user=abc", code=2)
+    assert "user: ids must be integers" in said(capsys, "get", f"store={store}", "user=abc", code=2)
     assert "user: name one" in said(capsys, "get", f"store={store}", code=2)
 
 
