@@ -1,4 +1,4 @@
-# `make help` lists the targets. Everything runs in .venv, which `make setup` makes and the other targets make if needed.
+# `make help` lists the targets. Everything runs in .venv: `make setup` creates it, and so do the other targets if needed.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -7,7 +7,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev,data,docs,report,sketches,tensorboard
-# Passed to pip install, such as PIP_OPTIONS="--index-url URL" for an index that has torch's CPU build.
+# Options of pip install, such as PIP_OPTIONS="--index-url URL" for an index with torch's CPU build.
 PIP_OPTIONS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -20,10 +20,15 @@ RUN_BENCHMARKS := failed=0; \
 	for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m scripts.benchmarks.$$name $(BENCH_ARGS) || failed=1; done; \
 	$(BIN)/python -m scripts.benchmarks.bench_summary; exit $$failed
 
-.PHONY: help setup test lint docs demo bench test-gpu test-aot test-faults bench-gpu clean
+# Tests that `make test` leaves out; each group has a target of its own.
+SLOW_GROUPS := gpu or aot or faults or research or docs
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+ON_CPU := CUDA_VISIBLE_DEVICES= $(PYTEST)
 
-help: ## list the targets and variables
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+.PHONY: help setup test test-research test-processors test-gpu test-aot test-faults lint docs demo bench bench-gpu clean
+
+help: ## list targets and variables
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  EXTRAS=$(EXTRAS)  PIP_OPTIONS  PYTEST_ARGS  BENCH_ARGS"
 
@@ -33,11 +38,32 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install $(PIP_OPTIONS) -e '.[$(EXTRAS)]'
 	@touch $@
 
-setup: $(STAMP) ## make the virtual environment with vista and all it needs; say which torch build came
+setup: $(STAMP) ## create the virtual environment, install vista and its tools, and print the torch build
 	@$(BIN)/python scripts/describe_environment.py
 
-test: setup ## run the tests that need no GPU (but test-aot and test-faults), on all cores
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not aot and not faults and not docs" $(PYTEST_ARGS)
+test: setup ## run the fast tests on all cores (a few minutes, no GPU)
+	$(ON_CPU) -n auto --dist worksteal -m "not ($(SLOW_GROUPS))" $(PYTEST_ARGS)
+
+test-research: setup ## run the tests of benchmarks, result tables and documentation pages (some minutes, no GPU)
+	$(ON_CPU) -n auto --dist worksteal -m "(research or docs) and not (gpu or aot)" $(PYTEST_ARGS)
+
+test-processors: setup ## run the tests marked `processor` once per profile in vista_kernels.processor (VISTA_PROCESSOR)
+	@profiles=$$(PYTHONPATH=kernels $(BIN)/python -c 'from vista_kernels.processor import PROFILES; print(*PROFILES)'); \
+	for profile in $$profiles; do \
+		echo "== VISTA_PROCESSOR=$$profile"; \
+		VISTA_PROCESSOR=$$profile $(ON_CPU) -n auto --dist worksteal -m "processor and not ($(SLOW_GROUPS))" $(PYTEST_ARGS); \
+	done
+
+test-gpu: setup ## run the tests that need a GPU
+	@$(BIN)/python scripts/describe_environment.py --require-gpu
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+test-aot: setup ## compile the Triton kernels for every target, width and dtype (some minutes, no GPU)
+	$(PYTEST) -m aot $(PYTEST_ARGS)
+
+test-faults: setup ## repeat each test of tests/faults thousands of times (two cores, up to 2 h; rerun to resume), then write docs/results/faults.md
+	@failed=0; $(PYTEST) -n 2 --dist worksteal -m faults tests/faults $(PYTEST_ARGS) || failed=1; \
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.faults.table || failed=1; exit $$failed
 
 lint: setup ## check format, style and types
 	$(BIN)/ruff format --check .
@@ -47,27 +73,16 @@ lint: setup ## check format, style and types
 docs: setup ## build the documentation site into build/site and check every link
 	$(BIN)/python -m docs.build_site
 
-demo: setup ## run the whole job and write a report; DATA=path/to/ml-1m (or another MovieLens folder) instead of the simulation
+demo: setup ## train, refresh, score and write a report on simulated data, or on DATA=path/to/ml-1m (or another MovieLens folder)
 	$(BIN)/python -m scripts.demo $(if $(DATA),--data "$(DATA)")
 
-bench: setup ## run all benchmarks on the CPU and list the bars met and missed; BENCH_ARGS=--quick for a first look
+bench: setup ## run all benchmarks on the CPU and list the targets met and missed; BENCH_ARGS=--quick for a first look
 	@export CUDA_VISIBLE_DEVICES=; $(RUN_BENCHMARKS)
 
-test-gpu: setup ## run the tests that need a GPU
-	@$(BIN)/python scripts/describe_environment.py --require-gpu
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
-
-test-aot: setup ## compile the Triton kernels for every target, width and dtype (some minutes, no GPU)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m aot $(PYTEST_ARGS)
-
-test-faults: setup ## try each promise of tests/faults thousands of times (two cores, up to 2 h; resumable), write docs/results/faults.md
-	@failed=0; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m faults tests/faults $(PYTEST_ARGS) || failed=1; \
-	PYTHONPATH=.:kernels $(BIN)/python -m tests.faults.table || failed=1; exit $$failed
-
-bench-gpu: setup ## run all benchmarks with the GPU
+bench-gpu: setup ## run all benchmarks on the GPU
 	@$(BIN)/python scripts/describe_environment.py --require-gpu
 	@$(RUN_BENCHMARKS)
 
-clean: ## remove caches and build leftovers; .venv, data, runs and stores stay
+clean: ## remove caches and build files; keep .venv, data, runs and stores
 	rm -rf build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -23,6 +23,7 @@ from scripts.benchmarks.baseline_attention import (
 from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder
 from vista.model import summarizer
 
+pytestmark = pytest.mark.research
 # Several whole items a block, one item a block, two rows of one item a block, one row where a row exceeds the block.
 BLOCKS = (1000, 7 * 11, 2 * 11, 1)
 

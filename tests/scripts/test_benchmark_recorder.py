@@ -23,6 +23,7 @@ from scripts.benchmarks.benchmark_recorder import (
 )
 from vista.errors import DataError
 
+pytestmark = pytest.mark.research
 KEYS = ["bench", "case", "value", "unit", "baseline", "ratio", "bar", "met", "spread", "hardware", "commit"]
 
 

@@ -30,6 +30,7 @@ from vista.log.splits import visible_counts
 from vista.model import inference
 from vista.model.vista_model import VistaModel
 
+pytestmark = pytest.mark.research
 REPOSITORY = Path(__file__).parents[2]
 # Some of the cases that each has to write, as parts of their names.
 CASES = {

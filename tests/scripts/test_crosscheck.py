@@ -29,6 +29,7 @@ from vista.model.baselines.sasrec import SASRec
 from vista.model.baselines.sequence_model import EventVectors
 from vista.model.ranking_model import Schema
 
+pytestmark = pytest.mark.research
 LENGTH = 20
 """One less than the training events kept in these tests: three of LENGTHS have more."""
 

@@ -26,6 +26,7 @@ from vista.log.until import parse_time
 from vista.training import trainer
 from vista.training.downstream import KEPT_KEYS
 
+pytestmark = pytest.mark.research
 SMALL = ("optim.epochs=1", "optim.warmup_steps=2", "model.dim=16")
 SIMULATION = Table(
     "simulation",

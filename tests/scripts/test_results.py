@@ -18,6 +18,7 @@ from scripts.experiments import results
 from scripts.experiments.results import append_result, commit, hardware, main, markdown_table, read_results
 from vista.errors import DataError
 
+pytestmark = pytest.mark.research
 MACHINE = {"cpu": "Test CPU", "cores": 2, "torch": "2.13.0", "gpu": None}
 
 

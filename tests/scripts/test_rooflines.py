@@ -19,6 +19,7 @@ from scripts.benchmarks.rooflines import (
     short_users_roofline,
 )
 
+pytestmark = pytest.mark.research
 SHAPE = (512, 2, 64, torch.bfloat16)
 
 

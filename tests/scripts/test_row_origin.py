@@ -16,6 +16,7 @@ from vista.config import ModelConfig
 from vista.config.choices import Architecture
 from vista.log.event_log import EventLog
 
+pytestmark = pytest.mark.research
 MACHINE: dict[str, Any] = {"cpu": "First CPU", "gpu": None, "cores": 2, "threads": 1, "torch": "2.13.0"}
 
 

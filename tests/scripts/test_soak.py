@@ -19,7 +19,7 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import erase, refresh
 from vista.scorer import Scorer
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.research, pytest.mark.filterwarnings("error")]
 NUM_USERS, NUM_ITEMS = 60, 50
 PREDICT, TAIL, VECTORS = 9, 40, 7
 """Numbers of questions: predict for eight users, score of four with their tails, vectors of sixteen."""
