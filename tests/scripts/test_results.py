@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,14 @@ def test_hardware_fits_a_row_and_matches_this_process() -> None:
     assert machine["numpy"] == np.__version__
 
 
-def git(folder: Path, *arguments: str) -> str:
+def run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
-    done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    done = run_git(folder, *arguments)
+    assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
@@ -197,9 +203,76 @@ def test_seeds_of_another_configuration_are_another_mean() -> None:
         assert "| ml-1m | vista K=16 | 1 | 0.4000 |" in table and "seed 3;" in table
 
 
-def test_the_committed_tables_can_be_read_and_their_markdown_is_made_from_them() -> None:
+def result_tables() -> list[Path]:
+    """The committed files of results; benchmarks and faults have other keys."""
     folder = Path(__file__).parents[2] / "docs" / "results"
-    tables = [path for path in folder.glob("*.jsonl") if not path.name.startswith(("bench_", "faults"))]
+    return [path for path in folder.glob("*.jsonl") if not path.name.startswith(("bench_", "faults"))]
+
+
+def measured_at(row: Mapping[str, Any]) -> str:
+    """The commit that measured a row: "abc1234" of "abc1234+dirty" or "abc1234 (trained at def5678)"."""
+    return str(row["commit"]).split()[0].removesuffix("+dirty")
+
+
+def outdated_replacements(rows: Sequence[Mapping[str, Any]], is_older: Callable[[str, str], bool]) -> list[str]:
+    """Rows that replace a row of the same table, data, model and seed but were measured at an older commit."""
+    replaced: dict[tuple[Any, ...], str] = {}
+    outdated = []
+    for row in rows:
+        key = tuple(row[name] for name in ("table", "data", "model", "seed"))
+        now, before = measured_at(row), replaced.get(key)
+        if before is not None and is_older(now, before):
+            outdated.append(f"{row['table']}, {row['model']}, seed {row['seed']}: {now} replaces {before}")
+        replaced[key] = now
+    return outdated
+
+
+def history(repository: Path, commits: Iterable[str]) -> Callable[[str, str], bool]:
+    """Whether one commit is a strict ancestor of another; the test skips if the checkout lacks a commit's history."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    if run_git(repository, "rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+        pytest.skip("this checkout has no history, or a shallow one")
+    for name in sorted(set(commits)):
+        if run_git(repository, "cat-file", "-e", f"{name}^{{commit}}").returncode:
+            pytest.skip(f"the history of this checkout lacks commit {name}, at which a result was measured")
+
+    def is_older(one: str, other: str) -> bool:
+        done = run_git(repository, "merge-base", "--is-ancestor", one, other)
+        assert done.returncode in (0, 1), done.stderr
+        return one != other and done.returncode == 0
+
+    return is_older
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_an_older_measurement_does_not_replace_a_newer_one(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    commits = []
+    for name in ("first", "second"):
+        git(tmp_path, "commit", "-q", "--allow-empty", "-m", name)
+        commits.append(git(tmp_path, "rev-parse", "--short", "HEAD"))
+    is_older = history(tmp_path, commits)
+    old, new = row(commit=f"{commits[0]}+dirty"), row(commit=f"{commits[1]} (trained at {commits[0]})")
+    assert outdated_replacements([old, new, new, row(commit=commits[0], seed=2)], is_older) == []
+    assert outdated_replacements([new, old], is_older) == [
+        f"ml-1m, vista K=16, seed 1: {commits[0]} replaces {commits[1]}"
+    ]
+    with pytest.raises(pytest.skip.Exception, match="lacks commit 0000000"):
+        history(tmp_path, ["0000000"])
+    git(tmp_path, "clone", "-q", "--depth=1", f"file://{tmp_path}", "shallow")
+    with pytest.raises(pytest.skip.Exception, match="no history"):
+        history(tmp_path / "shallow", commits)
+
+
+def test_no_committed_row_is_replaced_by_an_older_measurement() -> None:
+    tables = {path.name: read_results(path) for path in result_tables()}
+    is_older = history(Path(__file__).parents[2], (measured_at(row) for rows in tables.values() for row in rows))
+    assert [line for rows in tables.values() for line in outdated_replacements(rows, is_older)] == []
+
+
+def test_the_committed_tables_can_be_read_and_their_markdown_is_made_from_them() -> None:
+    tables = result_tables()
     assert tables
     for path in tables:
         assert path.with_suffix(".md").read_text() == markdown_table(read_results(path)), path.name
