@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.demo_report import LatencyRow, Report, write_report
+from scripts.demo_report import DemoLatency, DemoReport, write_report
 from vista import __version__
 from vista.config import PrepareConfig, SimulateConfig, TrainConfig
 from vista.config.choices import Codec
@@ -104,7 +104,7 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
         )
     latency = measure_latency(model, folder / "latency")
 
-    report = Report(
+    report = DemoReport(
         name=folder.name,
         source=source,
         log=log,
@@ -124,7 +124,7 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
     return path
 
 
-def measure_latency(model: VistaModel, folder: Path) -> list[LatencyRow]:
+def measure_latency(model: VistaModel, folder: Path) -> list[DemoLatency]:
     """Median score latency of users of growing history length, interleaved, and the time to summarize each."""
     shutil.rmtree(folder, ignore_errors=True)
     rng = np.random.default_rng(0)
@@ -148,7 +148,7 @@ def measure_latency(model: VistaModel, folder: Path) -> list[LatencyRow]:
                 scorer.score([user], encoded, now=1_800_000_000_000)
                 if turn >= 10:
                     times[length].append(time.perf_counter() - began)
-    return [LatencyRow(n, float(np.median(values)), float(np.percentile(values, 90))) for n, values in times.items()]
+    return [DemoLatency(n, float(np.median(values)), float(np.percentile(values, 90))) for n, values in times.items()]
 
 
 def _prepare(data: Path | None, folder: Path) -> tuple[Path, float]:

@@ -30,7 +30,7 @@ AGE_BOUNDS = (0, 8, 32, 200, 1000, 1 << 40)
 
 
 @dataclass(frozen=True, slots=True)
-class LatencyRow:
+class DemoLatency:
     """Score latency of a user with `length` events, seconds."""
 
     length: int
@@ -39,7 +39,7 @@ class LatencyRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class DemoReport:
     """All that the report shows."""
 
     name: str
@@ -50,7 +50,7 @@ class Report:
     evaluation: Evaluation
     evaluation_float32: Evaluation
     refresh: RefreshReport
-    latency: list[LatencyRow]
+    latency: list[DemoLatency]
     num_candidates: int
     prepare_seconds: float
     train_seconds: float
@@ -58,7 +58,7 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class AgeCurve:
+class DemoAgeCurve:
     """Quality by age of the deciding event: one value a bucket of ages, and the best possible where it is known."""
 
     title: str
@@ -69,7 +69,7 @@ class AgeCurve:
     counts: list[int]
 
 
-def write_report(report: Report, folder: Path) -> Path:
+def write_report(report: DemoReport, folder: Path) -> Path:
     """Write report.png and report.md; returns the latter's path."""
     curve = age_curve(report)
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
@@ -85,7 +85,7 @@ def write_report(report: Report, folder: Path) -> Path:
     return path
 
 
-def age_curve(report: Report) -> AgeCurve:
+def age_curve(report: DemoReport) -> DemoAgeCurve:
     """Quality by age of the event that decides.
 
     Impressions: AUC by events since the user's newest event of the candidate's topic (the simulation knows topics).
@@ -120,7 +120,7 @@ def _auc(label: NDArray[np.float32], score: NDArray[np.float32]) -> float:
     return auc(label, score) if 0 < label.mean() < 1 else float("nan")
 
 
-def _curve(title, unit, age, quality, best) -> AgeCurve:  # type: ignore[no-untyped-def]
+def _curve(title, unit, age, quality, best) -> DemoAgeCurve:  # type: ignore[no-untyped-def]
     labels, values, bests, counts = [], [], [], []
     for low, high in pairwise(AGE_BOUNDS):
         part = (age >= low) & (age < high)
@@ -131,7 +131,7 @@ def _curve(title, unit, age, quality, best) -> AgeCurve:  # type: ignore[no-unty
         values.append(quality(part))
         if best is not None:
             bests.append(best(part))
-    return AgeCurve(title, unit, labels, values, bests or None, counts)
+    return DemoAgeCurve(title, unit, labels, values, bests or None, counts)
 
 
 def _topic_age(log: EventLog, cases: ImpressionCases, items_file: Path) -> Int:
@@ -154,7 +154,7 @@ def _topic_age(log: EventLog, cases: ImpressionCases, items_file: Path) -> Int:
     return age
 
 
-def _similar_age(report: Report, cases: NextItemCases) -> Int:
+def _similar_age(report: DemoReport, cases: NextItemCases) -> Int:
     vectors = inference.item_vectors(report.model).cpu().numpy()
     columns = report.model.rows_of(report.log.items) - 1
     age = np.zeros(len(cases.user), np.int64)
@@ -179,7 +179,7 @@ def _plot_losses(axes: Axes, path: Path) -> None:
         axes.legend(fontsize=8)
 
 
-def _plot_age(axes: Axes, curve: AgeCurve) -> None:
+def _plot_age(axes: Axes, curve: DemoAgeCurve) -> None:
     places = np.arange(len(curve.labels))
     axes.bar(places, curve.values, label="vista, from the int8 store")
     if curve.best is not None:
@@ -191,7 +191,7 @@ def _plot_age(axes: Axes, curve: AgeCurve) -> None:
     axes.legend(fontsize=8)
 
 
-def _plot_latency(axes: Axes, report: Report) -> None:
+def _plot_latency(axes: Axes, report: DemoReport) -> None:
     lengths = [row.length for row in report.latency]
     axes.plot(lengths, [row.median_s * 1e3 for row in report.latency], "o-", label="median")
     axes.plot(lengths, [row.p90_s * 1e3 for row in report.latency], "o:", label="90th percentile")
@@ -205,7 +205,7 @@ def _plot_latency(axes: Axes, report: Report) -> None:
     axes.legend(fontsize=8)
 
 
-def _markdown(report: Report, curve: AgeCurve) -> str:
+def _markdown(report: DemoReport, curve: DemoAgeCurve) -> str:
     evaluation, log = report.evaluation, report.log
     lines = [
         f"# vista demo: {report.name}",

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scripts.benchmarks.attention_workloads import HEAD_DIM, Tokens, check
+from scripts.benchmarks.attention_workloads import HEAD_DIM, AttentionTokens, check
 from scripts.benchmarks.baseline_attention import Attention, fastest_block, hstu, plain_quasi_linear, sdpa
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, interleaved
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder
 from scripts.benchmarks.rooflines import LARGEST_COPY_BYTES, copying
+from scripts.benchmarks.timing import interleaved
 from vista_kernels import quasi_linear_attention
 
 DIMS = (64, 128, 256)
@@ -40,7 +41,7 @@ def bench(recorder: BenchmarkRecorder, device: torch.device) -> None:
 
 def bench_share(recorder: BenchmarkRecorder, users: int, length: int, dim: int, device: torch.device) -> None:
     """QLA forward and backward as a share of the copy bandwidth."""
-    tokens = Tokens([length] * users, dim, torch.bfloat16, device)
+    tokens = AttentionTokens([length] * users, dim, torch.bfloat16, device)
     check(tokens)
     check_repeats(tokens)
     copy = copying(2 * LARGEST_COPY_BYTES, device)
@@ -62,7 +63,7 @@ def bench_share(recorder: BenchmarkRecorder, users: int, length: int, dim: int, 
 
 def bench_baselines(recorder: BenchmarkRecorder, users: int, length: int, dim: int, device: torch.device) -> None:
     """Forward, and forward with backward, against each baseline."""
-    tokens = Tokens([length] * users, dim, torch.bfloat16, device)
+    tokens = AttentionTokens([length] * users, dim, torch.bfloat16, device)
     leaves = tokens.by_user()
     attentions = {"QLA": partial(packed, tokens.offsets, "auto")} | baselines(tokens)
 
@@ -89,7 +90,7 @@ def bench_baselines(recorder: BenchmarkRecorder, users: int, length: int, dim: i
             )
 
 
-def baselines(tokens: Tokens) -> dict[str, Attention]:
+def baselines(tokens: AttentionTokens) -> dict[str, Attention]:
     """Name -> attention over [B, T, H, D]."""
     users = len(tokens.offsets) - 1
     length, heads = len(tokens.q) // users, tokens.q.shape[1]
@@ -119,7 +120,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sdpa(q, k, v)
 
 
-def check_repeats(tokens: Tokens) -> None:
+def check_repeats(tokens: AttentionTokens) -> None:
     """Two runs give the same bits."""
     first, second = ((tokens.forward(), *tokens.backward()()) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 """Largest error that passes as equal, over the largest value."""
 
 
-class Tokens:
+class AttentionTokens:
     """Random q, k, v [T, H, D] of packed users, asking for gradients, and a gradient of the output."""
 
     def __init__(
@@ -60,7 +60,7 @@ class Tokens:
         return [x.detach().to(dtype).view(shape).requires_grad_() for x in (self.q, self.k, self.v)]
 
 
-class Step:
+class AttentionStep:
     """A training step of the bidirectional summarizer on users of equal length."""
 
     def __init__(self, num_users: int, length: int, dim: int) -> None:
@@ -92,7 +92,7 @@ class Step:
         torch.autograd.backward(loss)
 
 
-def check(tokens: Tokens) -> None:
+def check(tokens: AttentionTokens) -> None:
     """QLA of users of equal length, and its gradients, against the formula in float64 on the same tokens."""
     exact = tokens.by_user(torch.float64)
     expected = plain_quasi_linear(*exact)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scripts.benchmarks.benchmark_recorder import interleaved
+from scripts.benchmarks.timing import interleaved
 from vista.model import summarizer
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -28,10 +28,18 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from scripts.benchmarks.attention_workloads import HEAD_DIM, NUM_SEEDS, Step, Tokens, assert_equal, check
+from scripts.benchmarks.attention_workloads import (
+    HEAD_DIM,
+    NUM_SEEDS,
+    AttentionStep,
+    AttentionTokens,
+    assert_equal,
+    check,
+)
 from scripts.benchmarks.baseline_attention import Attention, fastest_block, hstu, plain_hstu, sdpa
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, Timing, benchmark_parser, interleaved
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
 from scripts.benchmarks.rooflines import Roofline, backward_roofline, forward_roofline, short_users_roofline
+from scripts.benchmarks.timing import Timing, interleaved
 from vista.device import keep_freed_memory, resolve_device, set_threads
 
 DIMS = (64, 256)
@@ -40,7 +48,7 @@ LEAST_ROOFLINE_S = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class AttentionSizes:
     """Events and users of the cases."""
 
     lengths: tuple[int, ...] = (1024, 4096, 16_384, 65_536)
@@ -54,7 +62,7 @@ class Sizes:
     rounds: int = 15
 
 
-QUICK = Sizes(
+QUICK = AttentionSizes(
     lengths=(1024,),
     sdpa=(1024, "ratio > 1"),
     steps=((256, "ratio > 1"),),
@@ -85,12 +93,12 @@ def over_roofline(
     )
 
 
-def bench_rooflines(recorder: BenchmarkRecorder, sizes: Sizes) -> None:
+def bench_rooflines(recorder: BenchmarkRecorder, sizes: AttentionSizes) -> None:
     """QLA forward and backward over their rooflines, one sequence."""
     for length in sizes.lengths:
         for dim in DIMS:
             for dtype in DTYPES:
-                tokens = Tokens([length], dim, dtype)
+                tokens = AttentionTokens([length], dim, dtype)
                 check(tokens)
                 shape = (length, dim // HEAD_DIM, HEAD_DIM, dtype)
                 name = f"{length:,} events, d={dim}, {name_of(dtype)}"
@@ -101,13 +109,13 @@ def bench_rooflines(recorder: BenchmarkRecorder, sizes: Sizes) -> None:
                 over_roofline(recorder, f"QLA backward, {name}", tokens.backward(), roofline, 2.5, sizes.rounds)
 
 
-def bench_sdpa(recorder: BenchmarkRecorder, sizes: Sizes) -> None:
+def bench_sdpa(recorder: BenchmarkRecorder, sizes: AttentionSizes) -> None:
     """QLA forward against SDPA's, each in its faster dtype."""
     length, bar = sizes.sdpa
     for dim in DIMS:
         calls: dict[str, Callable[[], object]] = {}
         for dtype in DTYPES:
-            tokens = Tokens([length], dim, dtype)
+            tokens = AttentionTokens([length], dim, dtype)
             calls[f"QLA {name_of(dtype)}"] = tokens.forward
             # [1, H, T, D], its fastest layout
             q, k, v = (x.detach().transpose(1, 2).contiguous() for x in tokens.by_user())
@@ -138,12 +146,12 @@ def fastest_of(timing: Mapping[str, Timing], who: str) -> Timing:
     return min((each for name, each in timing.items() if name.split()[0] == who), key=lambda each: each.median_s)
 
 
-def bench_steps(recorder: BenchmarkRecorder, sizes: Sizes) -> None:
+def bench_steps(recorder: BenchmarkRecorder, sizes: AttentionSizes) -> None:
     """The training step with our attention against that with each baseline's."""
     for dim in DIMS:
         for length, bar in sizes.steps:
             users, heads = sizes.step_tokens // length, dim // HEAD_DIM
-            step = Step(users, length, dim)
+            step = AttentionStep(users, length, dim)
             calls: dict[str, Callable[[], object]] = {}
             for dtype in DTYPES:
                 block = fastest_block(users, length, heads, HEAD_DIM, torch.empty(0, dtype=dtype))
@@ -157,7 +165,7 @@ def bench_steps(recorder: BenchmarkRecorder, sizes: Sizes) -> None:
 
 
 @torch.no_grad()
-def check_baselines(step: Step, dtype: torch.dtype, blocked: Attention) -> None:
+def check_baselines(step: AttentionStep, dtype: torch.dtype, blocked: Attention) -> None:
     """HSTU in blocks is HSTU, and the model with a baseline's attention is another model than ours."""
     q, k, v = (torch.randn(2, 300, 2, HEAD_DIM).to(dtype) for _ in range(3))
     assert_equal("HSTU", blocked(q, k, v), plain_hstu(q.double(), k.double(), v.double()))
@@ -168,12 +176,12 @@ def check_baselines(step: Step, dtype: torch.dtype, blocked: Attention) -> None:
         assert bool(other.isfinite().all()) and not torch.allclose(ours, other, atol=0.1)
 
 
-def bench_short_users(recorder: BenchmarkRecorder, sizes: Sizes) -> None:
+def bench_short_users(recorder: BenchmarkRecorder, sizes: AttentionSizes) -> None:
     """Users of 0 to 50 events, d=64, forward, over a roofline that has their states."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(0, 51, (sizes.num_users,), generator=generator).tolist()
     for dtype in DTYPES:
-        tokens = Tokens(lengths, HEAD_DIM, dtype)
+        tokens = AttentionTokens(lengths, HEAD_DIM, dtype)
         read = partial(tokens.write_and_read, tokens.q.detach(), tokens.offsets)
         assert_equal("read of a state", read(), tokens.forward())
         shape = (sum(lengths), len(lengths), HEAD_DIM, dtype)
@@ -185,13 +193,13 @@ def bench_short_users(recorder: BenchmarkRecorder, sizes: Sizes) -> None:
         over_roofline(recorder, f"accumulate and read, {name}", read, roofline, 2, rounds)
 
 
-def bench_growth(recorder: BenchmarkRecorder, sizes: Sizes) -> None:
+def bench_growth(recorder: BenchmarkRecorder, sizes: AttentionSizes) -> None:
     """Time per event of one long user against that of one a hundredth as long, d=64."""
     for dtype in DTYPES:
         calls: dict[str, Callable[[], object]] = {}
         seeds, seed_offsets = torch.randn(NUM_SEEDS, 1, HEAD_DIM).to(dtype), torch.tensor([0, NUM_SEEDS])
         for length in sizes.growth:
-            tokens = Tokens([length], HEAD_DIM, dtype)
+            tokens = AttentionTokens([length], HEAD_DIM, dtype)
             calls[f"QLA forward {length}"] = tokens.forward
             calls[f"accumulate and read by {NUM_SEEDS} {length}"] = partial(tokens.write_and_read, seeds, seed_offsets)
         timing = interleaved(calls, rounds=sizes.rounds)
@@ -232,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         attention_on_gpu.bench(recorder, device)
     else:
         for bench in (bench_rooflines, bench_sdpa, bench_steps, bench_short_users, bench_growth):
-            bench(recorder, QUICK if options.quick else Sizes())
+            bench(recorder, QUICK if options.quick else AttentionSizes())
     recorder.print_summary()
     return 0
 

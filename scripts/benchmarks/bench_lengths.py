@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser, interleaved
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.timing import interleaved
 from scripts.experiments.serving_cost import NUM_CANDIDATES, history_model_server
 from scripts.experiments.tables import LENGTHS, TABLES, Table, length_case
 from vista.config import PrepareConfig, SimulateConfig, SourceConfig, TrainConfig

@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser, interleaved
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.timing import interleaved
 from scripts.benchmarks.workloads import START_MS, find_ml_1m, lifelong_log, popular_items, untrained
 from vista.config import PrepareConfig, SourceConfig
 from vista.device import keep_freed_memory, set_threads

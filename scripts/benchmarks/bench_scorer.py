@@ -33,16 +33,16 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, Timing, benchmark_parser, interleaved
-from scripts.benchmarks.scorer_worker import Opening, Order, WorkerAnswer
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.scorer_worker import WorkerAnswer, WorkerOpening, WorkerOrder
 from scripts.benchmarks.scorer_workloads import (
     Int,
-    World,
-    idle_torch_bytes,
+    ScorerWorkload,
     recomputed_summaries,
     scorer_roofline,
-    worker,
 )
+from scripts.benchmarks.timing import Timing, interleaved
+from scripts.benchmarks.worker_process import idle_torch_bytes, worker
 from scripts.benchmarks.workloads import TASK, lifelong_log, untrained, untrained_baseline
 from scripts.experiments.serving_cost import history_model_server
 from vista.config.choices import Architecture, Mixing, Precision, TargetAttentionKind
@@ -81,19 +81,19 @@ def check(scorer: Scorer, users: Sequence[int], ids: Int, precision: Precision =
     assert len(users) == 1 or not np.allclose(together[0], together[1], atol=tolerance)
 
 
-def open_scorer(world: World, precision: Precision = Precision.float32) -> Scorer:
+def open_scorer(workload: ScorerWorkload, precision: Precision = Precision.float32) -> Scorer:
     """As a service opens it."""
-    return Scorer.open(world.model_dir, world.store, task=TASK, precision=precision)
+    return Scorer.open(workload.model_dir, workload.store, task=TASK, precision=precision)
 
 
 # History ---------------------------------------------------------------------------------------------------------
 
 
-def bench_history(recorder: BenchmarkRecorder, world: World, lengths: tuple[int, int]) -> None:
+def bench_history(recorder: BenchmarkRecorder, workload: ScorerWorkload, lengths: tuple[int, int]) -> None:
     """A short and a long life (users 1 and 2), and lists of candidates."""
     rounds = 9 if recorder.quick else 41
-    with open_scorer(world) as scorer:
-        ids = world.candidates(NUM_CANDIDATES)
+    with open_scorer(workload) as scorer:
+        ids = workload.candidates(NUM_CANDIDATES)
         check(scorer, [1, 2], ids)
         users = interleaved(
             {"short": partial(scorer.score, [1], ids), "long": partial(scorer.score, [2], ids)},
@@ -102,20 +102,20 @@ def bench_history(recorder: BenchmarkRecorder, world: World, lengths: tuple[int,
             min_sample_s=0.02,
         )
         recorder.add(
-            f"{world}, {NUM_CANDIDATES} candidates: a user of {lengths[1]:,} events against one of {lengths[0]:,}",
+            f"{workload}, {NUM_CANDIDATES} candidates: a user of {lengths[1]:,} events against one of {lengths[0]:,}",
             users["long"].median_s * 1e3,
             "ms",
             baseline=users["short"].median_s * 1e3,
             bar="value <= 1.05 * baseline",
             spread=users["long"].spread_s * 1e3,
         )
-        lists = {count: world.candidates(count) for count in (50, 500, 5000)}
+        lists = {count: workload.candidates(count) for count in (50, 500, 5000)}
         contestants: dict[str, Callable[[], object]] = {
             f"{count} candidates": partial(scorer.score, [2], some) for count, some in lists.items()
         }
         contestants["500 candidates, encoded beforehand"] = partial(scorer.score, [2], scorer.encode(lists[500]))
         for case, timing in interleaved(contestants, rounds=rounds // 2 + 1, warmup=3).items():
-            add_latency(recorder, f"{world}, {case}", timing)
+            add_latency(recorder, f"{workload}, {case}", timing)
 
 
 def add_latency(recorder: BenchmarkRecorder, case: str, timing: Timing) -> None:
@@ -127,14 +127,14 @@ def add_latency(recorder: BenchmarkRecorder, case: str, timing: Timing) -> None:
 # Roofline -----------------------------------------------------------------------------------------------------------
 
 
-def bench_roofline(recorder: BenchmarkRecorder, world: World, precision: Precision) -> None:
+def bench_roofline(recorder: BenchmarkRecorder, workload: ScorerWorkload, precision: Precision) -> None:
     """Calls of several shapes over the time of their matrix products."""
     rounds, first = 9 if recorder.quick else 41, None
-    with open_scorer(world, precision) as scorer:
+    with open_scorer(workload, precision) as scorer:
         for case, (num_users, num_candidates) in CALLS.items():
-            users, ids = world.request(num_users, num_candidates)
+            users, ids = workload.request(num_users, num_candidates)
             check(scorer, users, ids, precision)
-            roofline = scorer_roofline(world.model.config, num_users, num_candidates, precision)
+            roofline = scorer_roofline(workload.model.config, num_users, num_candidates, precision)
             call = partial(scorer.score, users, scorer.encode(ids))
             assert np.allclose(call(), scorer.score(users, ids), atol=TOLERANCE[precision])
             timing = interleaved(
@@ -146,7 +146,7 @@ def bench_roofline(recorder: BenchmarkRecorder, world: World, precision: Precisi
                 else 0.02,  # as long as a call, so that interruptions hit all alike
             )
             seconds, ours = roofline.seconds(timing), timing["ours"]
-            name = f"{world}, {case}, {precision.value}"
+            name = f"{workload}, {case}, {precision.value}"
             print(f"{name}: {roofline.describe(timing)}")
             recorder.add(
                 f"{name}: over the roofline of its matrix products",
@@ -166,11 +166,13 @@ def bench_roofline(recorder: BenchmarkRecorder, world: World, precision: Precisi
 # Layers ----------------------------------------------------------------------------------------------------------
 
 
-def bench_layers(recorder: BenchmarkRecorder, world: World, softmax: World, precision: Precision) -> None:
-    """What the kind of stage 2's layers costs a request; both worlds are of the same log and sizes."""
-    with open_scorer(world, precision) as ours, open_scorer(softmax, precision) as theirs:
+def bench_layers(
+    recorder: BenchmarkRecorder, workload: ScorerWorkload, softmax: ScorerWorkload, precision: Precision
+) -> None:
+    """What the kind of stage 2's layers costs a request; both workloads are of the same log and sizes."""
+    with open_scorer(workload, precision) as ours, open_scorer(softmax, precision) as theirs:
         for case, (num_users, num_candidates) in CALLS.items():
-            users, ids = world.request(num_users, num_candidates)
+            users, ids = workload.request(num_users, num_candidates)
             check(theirs, users, ids, precision)
             calls = {
                 "pointwise": partial(ours.score, users, ours.encode(ids)),
@@ -178,7 +180,7 @@ def bench_layers(recorder: BenchmarkRecorder, world: World, softmax: World, prec
             }
             timing = interleaved(calls, rounds=9 if recorder.quick else 41, warmup=3, min_sample_s=0.02)
             recorder.add(
-                f"{world}, {case}, {precision.value}: pointwise layers against softmax layers",
+                f"{workload}, {case}, {precision.value}: pointwise layers against softmax layers",
                 timing["pointwise"].median_s * 1e3,
                 "ms",
                 baseline=timing["softmax"].median_s * 1e3,
@@ -189,21 +191,21 @@ def bench_layers(recorder: BenchmarkRecorder, world: World, softmax: World, prec
 # Batches ---------------------------------------------------------------------------------------------------------
 
 
-def bench_batches(recorder: BenchmarkRecorder, world: World) -> None:
+def bench_batches(recorder: BenchmarkRecorder, workload: ScorerWorkload) -> None:
     """Calls of several users against a call a user: what docs/guides/serve.md advises with."""
     everyone = list(range(1, 33))
-    with open_scorer(world) as scorer:
+    with open_scorer(workload) as scorer:
         for num_users, count in ((8, 500), (32, 100), (32, 10)):
-            pool, users = scorer.encode(world.candidates(count)), everyone[:num_users]
+            pool, users = scorer.encode(workload.candidates(count)), everyone[:num_users]
             calls: dict[str, Callable[[], object]] = {
                 "one": partial(scorer.score, users, pool),
                 "many": lambda users=users, pool=pool: [scorer.score([user], pool) for user in users],  # type: ignore[misc]
             }
             timing = interleaved(calls, rounds=5 if recorder.quick else 15, warmup=2)
             add_batch(
-                recorder, f"{world}, {num_users} users x {count} candidates: one call against a call a user", timing
+                recorder, f"{workload}, {num_users} users x {count} candidates: one call against a call a user", timing
             )
-        long, short = scorer.encode(world.candidates(500)), scorer.encode(world.candidates(10))
+        long, short = scorer.encode(workload.candidates(500)), scorer.encode(workload.candidates(10))
         values = np.concatenate([long.rows, np.tile(short.rows, 31)])
         ragged = (dataclasses.replace(long, rows=values), np.concatenate([[0], 500 + 10 * np.arange(32)]))
         calls = {
@@ -212,7 +214,7 @@ def bench_batches(recorder: BenchmarkRecorder, world: World) -> None:
         }
         assert np.allclose(scorer.score(everyone, ragged)[:500], scorer.score(everyone[:1], long)[0], atol=1e-4)
         timing = interleaved(calls, rounds=5 if recorder.quick else 15, warmup=2)
-        add_batch(recorder, f"{world}, a user x 500 and 31 x 10, ragged: one call against two", timing)
+        add_batch(recorder, f"{workload}, a user x 500 and 31 x 10, ragged: one call against two", timing)
 
 
 def add_batch(recorder: BenchmarkRecorder, case: str, timing: Mapping[str, Timing]) -> None:
@@ -224,13 +226,13 @@ def add_batch(recorder: BenchmarkRecorder, case: str, timing: Mapping[str, Timin
 # Recompute -------------------------------------------------------------------------------------------------------
 
 
-def bench_recompute(recorder: BenchmarkRecorder, world: World, user: int, precision: Precision) -> None:
+def bench_recompute(recorder: BenchmarkRecorder, workload: ScorerWorkload, user: int, precision: Precision) -> None:
     """A user's stored summary against one that the request makes."""
-    mixing, ids = world.model.config.mixing, world.candidates(NUM_CANDIDATES)
-    with open_scorer(world, precision) as cached, open_scorer(world, precision) as recomputing:
+    mixing, ids = workload.model.config.mixing, workload.candidates(NUM_CANDIDATES)
+    with open_scorer(workload, precision) as cached, open_scorer(workload, precision) as recomputing:
         pool = cached.encode(ids)
         calls = {"cached": partial(cached.score, [user], pool), "recomputed": partial(recomputing.score, [user], pool)}
-        with patch.object(recomputing.store, "get_many", recomputed_summaries(world, precision)):
+        with patch.object(recomputing.store, "get_many", recomputed_summaries(workload, precision)):
             check(recomputing, [user, user - 1], ids, precision)
             stored, made = (call() for call in calls.values())
             assert np.allclose(stored, made, atol=INT8_TOLERANCE + TOLERANCE[precision])
@@ -238,7 +240,7 @@ def bench_recompute(recorder: BenchmarkRecorder, world: World, user: int, precis
             timing = interleaved(calls, rounds=5 if recorder.quick else 15)
     paper = mixing is Mixing.bidirectional and precision is Precision.float32
     recorder.add(
-        f"{world}, {NUM_CANDIDATES} candidates, {world.log.lengths[user - 1]:,} events, {mixing.value}, "
+        f"{workload}, {NUM_CANDIDATES} candidates, {workload.log.lengths[user - 1]:,} events, {mixing.value}, "
         f"{precision.value}: stored against recomputed in the request",
         timing["cached"].median_s * 1e3,
         "ms",
@@ -251,13 +253,13 @@ def bench_recompute(recorder: BenchmarkRecorder, world: World, user: int, precis
 # Baselines ----------------------------------------------------------------------------------------------------------
 
 
-def bench_baselines(recorder: BenchmarkRecorder, world: World, num_lengths: int) -> None:
+def bench_baselines(recorder: BenchmarkRecorder, workload: ScorerWorkload, num_lengths: int) -> None:
     """Users 1, 2, … of rising lengths; baselines read the whole history, and multiply in float32, as ours."""
-    log, ids = world.log, world.candidates(NUM_CANDIDATES)
+    log, ids = workload.log, workload.candidates(NUM_CANDIDATES)
     limit = int(log.lengths[:num_lengths].max())
     servers = {
         which.value: history_model_server(
-            untrained_baseline(log, which, dim=world.model.config.dim, history_limit=limit), log, log.items.rows(ids)
+            untrained_baseline(log, which, dim=workload.model.config.dim, history_limit=limit), log, log.items.rows(ids)
         )
         for which in (Architecture.sasrec, Architecture.hstu)
     }
@@ -265,7 +267,7 @@ def bench_baselines(recorder: BenchmarkRecorder, world: World, num_lengths: int)
         both = torch.cat([serve(np.array([row])) for row in (0, 1)])
         assert both.shape == (2, NUM_CANDIDATES) and both.isfinite().all(), name
         assert not torch.allclose(both[0], both[1], atol=1e-4), name
-    with open_scorer(world) as scorer:
+    with open_scorer(workload) as scorer:
         pool = scorer.encode(ids)
         for row in range(num_lengths):
             contestants: dict[str, Callable[[], object]] = {"ours": partial(scorer.score, [row + 1], pool)}
@@ -273,8 +275,8 @@ def bench_baselines(recorder: BenchmarkRecorder, world: World, num_lengths: int)
             timing = interleaved(contestants, rounds=5 if recorder.quick else 15, warmup=1)
             for name in servers:
                 recorder.add(
-                    f"{world}, {NUM_CANDIDATES} candidates, {log.lengths[row]:,} events: against {name} over the raw "
-                    "history",
+                    f"{workload}, {NUM_CANDIDATES} candidates, {log.lengths[row]:,} events: against {name} over the "
+                    "raw history",
                     timing["ours"].median_s * 1e3,
                     "ms",
                     baseline=timing[name].median_s * 1e3,
@@ -286,28 +288,28 @@ def bench_baselines(recorder: BenchmarkRecorder, world: World, num_lengths: int)
 # Processes -------------------------------------------------------------------------------------------------------
 
 
-def bench_processes(recorder: BenchmarkRecorder, world: World, users: list[int]) -> None:
+def bench_processes(recorder: BenchmarkRecorder, workload: ScorerWorkload, users: list[int]) -> None:
     """Requests a second of two processes against one, and the memory of one."""
-    ids = world.candidates(4 * NUM_CANDIDATES)
-    opening = Opening(str(world.model_dir), str(world.store), TASK, users, ids.tolist(), NUM_CANDIDATES)
-    with open_scorer(world) as scorer:
+    ids = workload.candidates(4 * NUM_CANDIDATES)
+    opening = WorkerOpening(str(workload.model_dir), str(workload.store), TASK, users, ids.tolist(), NUM_CANDIDATES)
+    with open_scorer(workload) as scorer:
         expected = float(scorer.score(users[:1], ids[:NUM_CANDIDATES]).sum())
     seconds, rounds, num_requests = (0.5, 3, 200) if recorder.quick else (5.0, 7, 1_000)
     rates: dict[int, list[float]] = {1: [], 2: []}
     with ExitStack() as stack:
         workers = [stack.enter_context(worker(opening)) for _ in range(2)]
-        first = workers[0].serve(Order(requests=num_requests))
+        first = workers[0].serve(WorkerOrder(requests=num_requests))
         check_answers([first], expected)
         for turn in range(rounds):
             for serving in (workers[turn % 2 : turn % 2 + 1], workers):
-                order = Order(start=time.monotonic() + 0.1, seconds=seconds)
+                order = WorkerOrder(start=time.monotonic() + 0.1, seconds=seconds)
                 for each in serving:
                     each.send(order)
                 answers = [each.answer() for each in serving]
                 check_answers(answers, expected)
                 rates[len(serving)].append(sum(answer.requests / answer.seconds for answer in answers))
     recorder.add(
-        f"{world}, {NUM_CANDIDATES} candidates: two worker processes of one thread each against one",
+        f"{workload}, {NUM_CANDIDATES} candidates: two worker processes of one thread each against one",
         median(rates[2]),
         "requests/s",
         baseline=median(rates[1]),
@@ -316,8 +318,8 @@ def bench_processes(recorder: BenchmarkRecorder, world: World, users: list[int])
         spread=float(np.subtract(*np.percentile(rates[2], [75, 25]))),
     )
     recorder.add(
-        f"{world}, {len(world.log.items):,} items: private memory of a worker after {num_requests:,} requests, beyond "
-        "an idle import of torch",
+        f"{workload}, {len(workload.log.items):,} items: private memory of a worker after {num_requests:,} "
+        "requests, beyond an idle import of torch",
         max(first.private_bytes - idle_torch_bytes(), 0) / 2**20,
         "MiB",
         bar="value < 100",
@@ -353,34 +355,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log = lifelong_log(root / "lives", life, num_items=num_items)
         for dim, num_seeds in models:
             model = untrained(log, dim=dim, num_seeds=num_seeds)
-            bench_history(recorder, World.make(model, log, root / f"lives-{dim}"), life)
+            bench_history(recorder, ScorerWorkload.make(model, log, root / f"lives-{dim}"), life)
         log = lifelong_log(root / "users", [*lengths, *[lengths[2]] * 28], num_items=num_items)
         dim, num_seeds = models[-1]
-        worlds = {
-            mixing: World.make(
+        workloads = {
+            mixing: ScorerWorkload.make(
                 untrained(log, dim=dim, num_seeds=num_seeds, mixing=mixing), log, root / f"users-{mixing.value}"
             )
             for mixing in (Mixing.separable, Mixing.bidirectional)
         }
-        ours = worlds[Mixing.separable]
+        ours = workloads[Mixing.separable]
         for precision in precisions:
             bench_roofline(recorder, ours, precision)
         for dim, num_seeds in models:
-            pair = [
-                World.make(
-                    untrained(log, dim=dim, num_seeds=num_seeds, target_attention=kind),
-                    log,
-                    root / f"users-{dim}-{kind.value}",
-                )
-                for kind in (TargetAttentionKind.pointwise, TargetAttentionKind.softmax)
-            ]
+            pointwise = ours
+            if (dim, num_seeds) != models[-1]:
+                model = untrained(log, dim=dim, num_seeds=num_seeds)
+                pointwise = ScorerWorkload.make(model, log, root / f"users-{dim}-pointwise")
+            model = untrained(log, dim=dim, num_seeds=num_seeds, target_attention=TargetAttentionKind.softmax)
+            softmax = ScorerWorkload.make(model, log, root / f"users-{dim}-softmax")
             for precision in precisions:
-                bench_layers(recorder, pair[0], pair[1], precision)
+                bench_layers(recorder, pointwise, softmax, precision)
         bench_batches(recorder, ours)
         keep_freed_memory()  # from here on: a service does not, but those who read histories are slow without
         for mixing in (Mixing.bidirectional, Mixing.separable):
             for precision in precisions:
-                bench_recompute(recorder, worlds[mixing], len(lengths), precision)
+                bench_recompute(recorder, workloads[mixing], len(lengths), precision)
         bench_baselines(recorder, ours, len(lengths))
         bench_processes(recorder, ours, list(range(1, log.num_users + 1)))
     recorder.print_summary()

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser, interleaved
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.timing import interleaved
 from vista.config import SimulateConfig
 from vista.simulation.simulate import EVENTS_FILE, IMPRESSIONS_FILE, generate, write
 from vista.simulation.simulated_log import SimulatedLog

@@ -28,15 +28,15 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser, interleaved, timing_of
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.raw_lmdb import RawLmdb
 from scripts.benchmarks.refresh_figures import bench_full, bench_incremental
 from scripts.benchmarks.store_workloads import (
     LARGEST_UPDATE,
     RECORDS_PER_READ,
     RECORDS_PER_WRITE,
     SUMMARIZER,
-    RawLmdb,
-    Shape,
+    StoreShape,
     hold_transactions,
     process,
     records_of,
@@ -47,6 +47,7 @@ from scripts.benchmarks.store_workloads import (
     user_values,
     write_store,
 )
+from scripts.benchmarks.timing import interleaved, timing_of
 from scripts.benchmarks.workloads import START_MS
 from vista.config.choices import StateDtype
 from vista.device import keep_freed_memory, set_threads
@@ -55,14 +56,14 @@ from vista.store.layout import read_current, state_path
 from vista.store.lmdb.environment import SharedEnvironment
 from vista.store.updates import StoreUpdate
 
-SHAPES = (Shape(32, 64), Shape(128, 256))
+SHAPES = (StoreShape(32, 64), StoreShape(128, 256))
 """The default model's, and the paper's."""
 WARMUP = 2
 NUM_REWRITES = 20
 HELD_S = 0.1
 
 
-def bench_writes_and_reads(recorder: BenchmarkRecorder, folder: Path, shape: Shape) -> None:
+def bench_writes_and_reads(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) -> None:
     """Both on the same two stores."""
     rounds = 5 if recorder.quick else 31
     num_users = (rounds + WARMUP) * RECORDS_PER_WRITE
@@ -100,7 +101,7 @@ def bench_writes_and_reads(recorder: BenchmarkRecorder, folder: Path, shape: Sha
     assert user_values(served(folder / "ours")) == user_values(folder / "raw")
 
 
-def bench_reads(recorder: BenchmarkRecorder, path: Path, raw: RawLmdb, shape: Shape, num_users: int) -> None:
+def bench_reads(recorder: BenchmarkRecorder, path: Path, raw: RawLmdb, shape: StoreShape, num_users: int) -> None:
     """Batches of records from the page cache, another batch each time."""
     rng = np.random.default_rng(3)
     batches = [rng.choice(num_users, RECORDS_PER_READ, replace=False) + 1 for _ in range(8)]
@@ -147,7 +148,7 @@ def bench_reads(recorder: BenchmarkRecorder, path: Path, raw: RawLmdb, shape: Sh
     )
 
 
-def bench_latency(recorder: BenchmarkRecorder, folder: Path, shape: Shape) -> None:
+def bench_latency(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) -> None:
     """The slowest of a hundred reads, while nothing and while another process writes, in alternation."""
     num_users, turns, seconds = (2_000, 2, 0.3) if recorder.quick else (20_000, 5, 3.0)
     write_store(folder / "store", shape, num_users)
@@ -174,7 +175,7 @@ def bench_latency(recorder: BenchmarkRecorder, folder: Path, shape: Shape) -> No
             )
 
 
-def bench_growth(recorder: BenchmarkRecorder, folder: Path, shape: Shape) -> None:
+def bench_growth(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) -> None:
     """Size of the files after each user was rewritten again and again, under readers."""
     num_users, path = 2_560 if recorder.quick else 25_600, folder / "store"
     write_store(path, shape, num_users, state=StateDtype.float32)
@@ -213,7 +214,7 @@ def bench_growth(recorder: BenchmarkRecorder, folder: Path, shape: Shape) -> Non
         )
 
 
-def bench_many_users(recorder: BenchmarkRecorder, folder: Path, shape: Shape) -> None:
+def bench_many_users(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) -> None:
     """A large store opened by fresh processes, once its pages have left the cache and once they are in it."""
     num_users, num_reads, repeats = (5_000, 500, 1) if recorder.quick else (1_000_000, 10_000, 5)
     path = folder / "store"

@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser, interleaved, timing_of
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
 from scripts.benchmarks.rooflines import activation, matmul_roofline
+from scripts.benchmarks.timing import interleaved, timing_of
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from vista.config.choices import Mixing, Precision
 from vista.device import keep_freed_memory, set_threads
@@ -40,6 +41,7 @@ from vista.log.histories import Histories
 from vista.model import inference
 from vista.model.vista_model import VistaModel
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 GIB = 2**30
 ROOFLINE_ROWS = 4096
 """Rows of the matrix products that the roofline is measured with: cache-sized, as a careful implementation takes
@@ -47,7 +49,7 @@ them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class SummarizerCase:
     """A model, and how it is asked for a summary."""
 
     dim: int
@@ -65,9 +67,10 @@ class Case:
 
 
 CASES = (
-    Case(64, 16, 2, Mixing.separable, Precision.float32, None),  # this project's default; below, the published size
+    # This project's default, then the published size.
+    SummarizerCase(64, 16, 2, Mixing.separable, Precision.float32, None),
     *(
-        Case(256, 128, 3, mixing, precision, bar)
+        SummarizerCase(256, 128, 3, mixing, precision, bar)
         for mixing, bar in ((Mixing.separable, 2.0), (Mixing.bidirectional, 2.5))
         for precision in (Precision.float32, Precision.bfloat16)
     ),
@@ -119,17 +122,17 @@ def summarize(model: VistaModel, history: Histories, item_rows: NDArray[np.int32
 
 def in_fresh_processes(task: dict[str, Any], repeats: int) -> list[dict[str, float]]:
     """`measure` in one new process after the other."""
-    command = [sys.executable, __file__, "--measure", json.dumps(task)]
-    found = []
+    command = [sys.executable, "-m", "scripts.benchmarks.bench_summarizer", "--measure", json.dumps(task)]
+    measured = []
     for _ in range(repeats):
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"error: {' '.join(command)} failed:\n{done.stderr}")
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    return found
+        measured.append(json.loads(done.stdout.splitlines()[-1]))
+    return measured
 
 
-def floor_seconds(case: Case, num_events: int, num_heads: int = 4) -> float:
+def floor_seconds(case: SummarizerCase, num_events: int, num_heads: int = 4) -> float:
     """The least time of one pass over the events with `ModelConfig`'s defaults: matrix products and activations."""
     dim, head_dim, layers = case.dim, case.dim // num_heads, case.num_layers
     precise = case.precision is Precision.float32
@@ -150,7 +153,7 @@ def floor_seconds(case: Case, num_events: int, num_heads: int = 4) -> float:
     return (products + silu.times * interleaved({"silu": silu.call})["silu"].median_s) * num_events / ROOFLINE_ROWS
 
 
-def report(recorder: BenchmarkRecorder, case: Case, log: Path, num_events: int, repeats: int) -> None:
+def report(recorder: BenchmarkRecorder, case: SummarizerCase, log: Path, num_events: int, repeats: int) -> None:
     """All rows of one case."""
     words = {"log": str(log), "mixing": case.mixing.value, "precision": case.precision.value}
     found = in_fresh_processes(dataclasses.asdict(case) | words, repeats)

@@ -35,8 +35,9 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser, timing_of
-from scripts.benchmarks.rectools_process import DIM, HEADS, LAYERS, LENGTH, Pilot, rectools_python
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.rectools_process import DIM, HEADS, LAYERS, LENGTH, RecToolsPilot, rectools_python
+from scripts.benchmarks.timing import timing_of
 from scripts.benchmarks.workloads import find_ml_1m
 from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from vista.config.choices import Architecture
@@ -117,7 +118,7 @@ def run_ours(who: Architecture, log: EventLog, negatives: int, dropout: float) -
 
 
 def compare(
-    recorder: BenchmarkRecorder, pilot: Pilot, log: EventLog, num_labels: int, repeats: int, max_batches: int
+    recorder: BenchmarkRecorder, pilot: RecToolsPilot, log: EventLog, num_labels: int, repeats: int, max_batches: int
 ) -> dict[str, Any]:
     """One case: pilot, epochs in turns, a row for each of ours; returns all that stands behind the rows."""
     setting = pilot.fastest()
@@ -172,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         details = [
             compare(
                 recorder,
-                Pilot(python, data, negatives, dropout, quick=quick),
+                RecToolsPilot(python, data, negatives, dropout, quick=quick),
                 log,
                 num_labels,
                 1 if quick else options.repeats,

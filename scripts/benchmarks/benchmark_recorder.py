@@ -16,19 +16,14 @@ value is compared with, in the same unit; `ratio` is how many times better value
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import os
 import re
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from scripts.experiments.results import commit, describe_hardware, hardware, read_lines
 from vista.errors import DataError
@@ -170,75 +165,6 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     met, missed = (sum(row["met"] is verdict for row in rows) for verdict in (True, False))
     lines.append(f"bars: {met} met, {missed} missed; {len(rows) - met - missed} cases without a bar")
     return "\n".join(lines)
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds a call of one contestant, over the rounds."""
-
-    median_s: float
-    p99_s: float
-    spread_s: float
-    """Interquartile range."""
-    samples_s: tuple[float, ...]
-
-
-def interleaved(
-    contestants: Mapping[str, Callable[[], object]],
-    *,
-    rounds: int = 15,
-    warmup: int = 2,
-    min_sample_s: float = 0.005,
-    max_seconds: float = 60.0,
-    synchronize: Callable[[], object] | None = None,
-) -> dict[str, Timing]:
-    """Time contestants in alternation, so that a busy minute of the machine falls on all of them.
-
-    Each round runs every contestant once, the order reversed from round to round. A contestant that takes less than
-    min_sample_s is called as many times a sample as that needs (so p99 is then of means). The garbage collector rests.
-
-    Args:
-        contestants: name -> call.
-        rounds: samples of each; fewer, but at least 3, once max_seconds have passed.
-        warmup: calls of each beforehand, at least 1, not counted.
-        synchronize: waits for the device, such as torch.cuda.synchronize; called before the clock is read.
-    """
-    wait = synchronize or (lambda: None)
-    calls: dict[str, int] = {}
-    for name, call in contestants.items():
-        fastest = min(_sample(call, 1, wait) for _ in range(warmup))
-        calls[name] = max(1, math.ceil(min_sample_s / max(fastest, 1e-9)))
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
-    order = list(contestants)
-    collecting, start = gc.isenabled(), time.perf_counter()
-    gc.collect()
-    gc.disable()
-    try:
-        for done in range(rounds):
-            if done >= 3 and time.perf_counter() - start > max_seconds:
-                break
-            for name in order:
-                samples[name].append(_sample(contestants[name], calls[name], wait))
-            order.reverse()
-    finally:
-        if collecting:
-            gc.enable()
-    return {name: timing_of(values) for name, values in samples.items()}
-
-
-def timing_of(samples_s: Sequence[float]) -> Timing:
-    """Median, 99th percentile and interquartile range of samples taken otherwise (epochs, say)."""
-    low, median, high, p99 = np.percentile(samples_s, [25, 50, 75, 99]).tolist()
-    return Timing(median, p99, high - low, tuple(samples_s))
-
-
-def _sample(call: Callable[[], object], calls: int, wait: Callable[[], object]) -> float:
-    wait()
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    wait()
-    return (time.perf_counter() - start) / calls
 
 
 def _is_met(bar: str, value: float, ratio: float | None, baseline: float | None) -> bool:

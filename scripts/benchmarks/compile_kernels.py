@@ -53,7 +53,7 @@ H100_BYTES_PER_S, H100_BF16_FLOPS, H100_TF32_FLOPS = 3.35e12, 989e12, 494e12
 
 
 @dataclass(frozen=True)
-class Device:
+class KernelDevice:
     """A device to compile for, and its limits."""
 
     name: str
@@ -77,16 +77,16 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("sm_80", GPUTarget("cuda", 80, 32), 108, 163 << 10, 164 << 10, 65536, 64),
-        Device("sm_90", GPUTarget("cuda", 90, 32), 132, 227 << 10, 228 << 10, 65536, 64),
-        Device("sm_100", GPUTarget("cuda", 100, 32), 148, 227 << 10, 228 << 10, 65536, 64),
-        Device("gfx942", GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 64 << 10, 512, 32),
+        KernelDevice("sm_80", GPUTarget("cuda", 80, 32), 108, 163 << 10, 164 << 10, 65536, 64),
+        KernelDevice("sm_90", GPUTarget("cuda", 90, 32), 132, 227 << 10, 228 << 10, 65536, 64),
+        KernelDevice("sm_100", GPUTarget("cuda", 100, 32), 148, 227 << 10, 228 << 10, 65536, 64),
+        KernelDevice("gfx942", GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 64 << 10, 512, 32),
     )
 }
 
 
 @dataclass(frozen=True)
-class Launch:
+class KernelLaunch:
     """A recorded launch."""
 
     kernel: Any
@@ -96,10 +96,10 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledKernel:
     """What the compilers say of one kernel."""
 
-    device: Device
+    device: KernelDevice
     kernel: str
     variant: str
     """Which of the kernel's constants are on."""
@@ -156,16 +156,16 @@ class Compiled:
         return found
 
 
-def record(device: Device, dtype: torch.dtype, width: int, lengths: tuple[int, ...]) -> list[Launch]:
+def record(device: KernelDevice, dtype: torch.dtype, width: int, lengths: tuple[int, ...]) -> list[KernelLaunch]:
     """Run all functions of the backend once, and return what they would launch on the device."""
-    launches: dict[tuple[object, ...], Launch] = {}
+    launches: dict[tuple[object, ...], KernelLaunch] = {}
 
     def launch(kernel: Any, num_programs: int, *args: object, **flags: Any) -> None:
         options = {name: flags.pop(name) for name in OPTIONS if name in flags}
         types = [str(arg.dtype) for arg in args if isinstance(arg, Tensor)]
         key = (kernel.__name__, *types, *sorted((name, str(value)) for name, value in flags.items()))
         if num_programs:
-            launches.setdefault(key, Launch(kernel, args, flags, options))
+            launches.setdefault(key, KernelLaunch(kernel, args, flags, options))
 
     with (
         mock.patch.object(blocks, "launch", launch),
@@ -175,7 +175,7 @@ def record(device: Device, dtype: torch.dtype, width: int, lengths: tuple[int, .
     return list(launches.values())
 
 
-def compile_launch(device: Device, launch: Launch) -> Compiled:
+def compile_launch(device: KernelDevice, launch: KernelLaunch) -> CompiledKernel:
     """Compile a recorded launch and read registers, spills and shared memory from the result."""
     signature, constants, attributes = _signature(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
@@ -183,7 +183,7 @@ def compile_launch(device: Device, launch: Launch) -> Compiled:
     registers, spills = _amd_usage(done.asm["amdgcn"]) if "amdgcn" in done.asm else _cuda_usage(done.asm["cubin"])
     tokens = next(arg for arg in launch.args if isinstance(arg, Tensor))
     dtype = str(launch.constants.get("DTYPE", _POINTERS[tokens.dtype].removeprefix("*")))
-    return Compiled(
+    return CompiledKernel(
         device,
         launch.kernel.__name__,
         _variant(launch.constants),
@@ -199,7 +199,7 @@ def compile_launch(device: Device, launch: Launch) -> Compiled:
 
 def compile_all(
     devices: list[str], cases: list[tuple[str, int]], lengths: tuple[tuple[int, ...], ...] = (LONG,)
-) -> Iterator[Compiled]:
+) -> Iterator[CompiledKernel]:
     """Compile every kernel for every device and (dtype, width)."""
     for name in devices:
         for dtype, width in cases:
@@ -250,7 +250,7 @@ def _run_all(dtype: torch.dtype, width: int, lengths: tuple[int, ...]) -> None:
     triton_backend.scan_rows(rows, decay, np.array([0, 300]), None, descending=True, decay_after=True)
 
 
-def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict[tuple[int], list[list[object]]]]:
+def _signature(launch: KernelLaunch) -> tuple[dict[str, str], dict[str, object], dict[tuple[int], list[list[object]]]]:
     """Return the types, constants and divisibilities that Triton's JIT would derive from the arguments."""
     signature: dict[str, str] = {}
     constants: dict[str, object] = dict(launch.constants)
@@ -296,7 +296,7 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     return number("vgpr_count"), spills
 
 
-def table(rows: list[Compiled]) -> list[str]:
+def table(rows: list[CompiledKernel]) -> list[str]:
     """Return the lines of a Markdown table."""
     head = "target|kernel|dtype|D = E|block|warps|registers|spilled|shared|occupancy|bytes|operations|H100, ps"
     lines = [f"| {head.replace('|', ' | ')} |", "|" + "---|" * 13]
@@ -326,7 +326,7 @@ bytes at 3.35 TB/s and operations at 989 TFLOP/s (float32: at a third of 494, fo
 """
 
 
-def write(path: Path, rows: list[Compiled], command: str) -> None:
+def write(path: Path, rows: list[CompiledKernel], command: str) -> None:
     """Write the table and what it means to a Markdown file."""
     path.write_text(TEXT.format(command=command, version=triton.__version__) + "\n".join(table(rows)) + "\n")
 

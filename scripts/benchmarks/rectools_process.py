@@ -34,7 +34,7 @@ GATHERED_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
-class Setting:
+class RecToolsSetting:
     """What the pilot may choose; the fields are options of rectools_training.py."""
 
     loss: str
@@ -67,7 +67,7 @@ def rectools_python(folder: Path) -> Path:
     return python
 
 
-def run_rectools(python: Path, data: Path, setting: Setting, max_batches: int) -> dict[str, Any]:
+def run_rectools(python: Path, data: Path, setting: RecToolsSetting, max_batches: int) -> dict[str, Any]:
     """One epoch of RecTools in a process of its own, whole or estimated."""
     return call_rectools(python, data, [*SHAPE, *setting.options(), "--max-batches", str(max_batches)])
 
@@ -83,15 +83,15 @@ def call_rectools(python: Path, data: Path, words: Sequence[str]) -> dict[str, A
     return found
 
 
-class Pilot:
+class RecToolsPilot:
     """Finds the baseline's fastest setting: one property after the other, each time keeping what was fastest."""
 
     def __init__(self, python: Path, data: Path, negatives: int, dropout: float, *, quick: bool) -> None:
         self._python, self._data, self._quick = python, data, quick
-        self._start = Setting("softmax", negatives, dropout, threads=torch.get_num_threads())
-        self.tried: dict[Setting, float] = {}
+        self._start = RecToolsSetting("softmax", negatives, dropout, threads=torch.get_num_threads())
+        self.tried: dict[RecToolsSetting, float] = {}
 
-    def fastest(self) -> Setting:
+    def fastest(self) -> RecToolsSetting:
         """Try settings of some batches each, and return the best."""
         start, negatives = self._start, self._start.n_negatives
         sampled = 2 ** int(np.log2(max(1, min(64, GATHERED_BYTES // (4 * DIM * LENGTH * negatives)))))
@@ -105,16 +105,16 @@ class Pilot:
         self._try([replace(best, threads=1), replace(best, workers=1), replace(best, threads=1, workers=1)])
         return self._best()
 
-    def run(self, setting: Setting, max_batches: int) -> dict[str, Any]:
+    def run(self, setting: RecToolsSetting, max_batches: int) -> dict[str, Any]:
         """One epoch of the baseline, whole (0) or estimated from its first batches; its report."""
         return run_rectools(self._python, self._data, setting, max_batches)
 
-    def _try(self, settings: Iterable[Setting]) -> None:
+    def _try(self, settings: Iterable[RecToolsSetting]) -> None:
         for setting in dict.fromkeys(settings):
             if setting not in self.tried:
                 seconds = self.run(setting, PILOT_BATCHES)["seconds_per_epoch"][0]
                 self.tried[setting] = seconds
                 print(f"        pilot: {seconds:7.1f} s an epoch, {' '.join(setting.options())}", flush=True)
 
-    def _best(self) -> Setting:
+    def _best(self) -> RecToolsSetting:
         return min(self.tried, key=lambda setting: self.tried[setting])

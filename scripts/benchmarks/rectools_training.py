@@ -94,7 +94,7 @@ def read_events(path: Path, prefix: str = "") -> pd.DataFrame:
     return frame
 
 
-class EpochClock:
+class TrainingClock:
     """Wall and CPU seconds of every epoch, and the moments at which its batches ended."""
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ def learning_rate(options: argparse.Namespace, step: int, steps: int) -> float:
     return rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))) if options.decay else rate
 
 
-def build(options: argparse.Namespace, clock: EpochClock) -> SASRecModel | HSTUModel:
+def build(options: argparse.Namespace, clock: TrainingClock) -> SASRecModel | HSTUModel:
     """The model with its trainer."""
 
     def set_rate(trainer: Trainer) -> None:
@@ -202,7 +202,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     seed_everything(options.seed, verbose=False)
-    clock = EpochClock()
+    clock = TrainingClock()
     model = build(options, clock)
     events = read_events(options.data)
     attention = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}.get(options.sdpa)

@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, interleaved
-from scripts.benchmarks.store_workloads import RECORDS_PER_WRITE, RawLmdb, served, user_values
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder
+from scripts.benchmarks.raw_lmdb import RawLmdb
+from scripts.benchmarks.store_workloads import RECORDS_PER_WRITE, served, user_values
+from scripts.benchmarks.timing import interleaved
 from scripts.benchmarks.workloads import ACTIONS, lifelong_log, untrained
 from vista.config.choices import Precision
 from vista.log.event_log import EventLog
@@ -61,7 +63,7 @@ def compare_lengths(
     full_s: dict[int, float] = {}
     num_items = min(NUM_ITEMS, num_users * min(bars))  # as many whatever the length: all of them are hashed
     for length in bars:
-        grown = Grown(folder / str(length), length, num_users, num_items, rounds + WARMUP)
+        grown = RefreshWorkload(folder / str(length), length, num_users, num_items, rounds + WARMUP)
         full_s[length] = grown.full_s
         contestants |= {f"{length} refresh": grown.refresh, f"{length} roofline": grown.roofline}
     timing = interleaved(contestants, rounds=rounds, warmup=WARMUP, min_sample_s=0, max_seconds=math.inf)
@@ -102,7 +104,7 @@ def compare_records(recorder: BenchmarkRecorder, folder: Path) -> None:
     recorder.add("records of users without new events that changed", others, "records", bar="value <= 0")
 
 
-class Grown:
+class RefreshWorkload:
     """A log whose users have got new events, stores that have not seen them, and the roofline of bringing one up to
     it."""
 

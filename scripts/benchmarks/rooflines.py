@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 
-from scripts.benchmarks.benchmark_recorder import Timing, interleaved
+from scripts.benchmarks.timing import Timing, interleaved
 
 CPU = torch.device("cpu")
 LARGEST_COPY_BYTES = 1 << 28
@@ -38,14 +38,14 @@ STATE_ITEM_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class RooflineWork:
     """A call, how many of them the work is worth (not always a whole number), and its form for a reader."""
 
     call: Callable[[], object]
     times: float
     form: str
 
-    def scaled(self, factor: float) -> Work:
+    def scaled(self, factor: float) -> RooflineWork:
         """`factor` times as much of it."""
         return replace(self, times=self.times * factor)
 
@@ -54,9 +54,9 @@ class Work:
 class Roofline:
     """The work that no implementation can leave out."""
 
-    copy: Work
-    products: tuple[Work, ...] = ()
-    activations: tuple[Work, ...] = ()
+    copy: RooflineWork
+    products: tuple[RooflineWork, ...] = ()
+    activations: tuple[RooflineWork, ...] = ()
 
     def calls(self) -> dict[str, Callable[[], object]]:
         """Contestants for `interleaved`, whose timing `seconds` reads."""
@@ -79,7 +79,7 @@ class Roofline:
         forms = ", ".join(work.form for work in self.products)
         return f"roofline in ms: bytes {copy}, products {products} ({forms}), activations {activations}"
 
-    def _works(self) -> tuple[Work, ...]:
+    def _works(self) -> tuple[RooflineWork, ...]:
         return self.copy, *self.products, *self.activations
 
 
@@ -129,15 +129,15 @@ def product_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     return (torch.float32,) if dtype == torch.float32 else (torch.float32, dtype)
 
 
-def copying(num_bytes: int, device: torch.device = CPU) -> Work:
+def copying(num_bytes: int, device: torch.device = CPU) -> RooflineWork:
     """Moving num_bytes, what is read and what is written together: a copy of half as many."""
     half = max(1, num_bytes // 2)
     size = min(half, LARGEST_COPY_BYTES)
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return Work(lambda: target.copy_(source), half / size, "copy")
+    return RooflineWork(lambda: target.copy_(source), half / size, "copy")
 
 
-def activation(kind: Literal["silu", "silu_backward"], num_elements: int) -> Work:
+def activation(kind: Literal["silu", "silu_backward"], num_elements: int) -> RooflineWork:
     """silu, or its derivative times a gradient, of num_elements in the cache; the faster of float32 and bfloat16."""
     return _fastest_activation(kind).scaled(num_elements)
 
@@ -152,7 +152,7 @@ def token_product(
     *,
     chunks: tuple[int, ...] = CHUNKS,
     batches: tuple[int, ...] = (),
-) -> Work:
+) -> RooflineWork:
     """One product of all tokens with D-wide rows: "sum" over them, [D, T] @ [T, D], or "map" of each, [T, D] @ [D, D].
 
     Args:
@@ -176,7 +176,7 @@ def products(
     count: float = 1,
     dtypes: Sequence[torch.dtype] = (torch.float32,),
     batches: Sequence[int] = (1,),
-) -> list[Work]:
+) -> list[RooflineWork]:
     """Forms of `count` products [m, k] @ [k, n]: dtypes, how many a call, and which operands lie transposed."""
     works = []
     for dtype, batch, left_turned, right_turned in itertools.product(dtypes, batches, (False, True), (False, True)):
@@ -188,18 +188,18 @@ def products(
             partial(torch.mm, left[0], right[0], out=out[0]) if batch == 1 else partial(torch.bmm, left, right, out=out)
         )
         form = f"{batch} x [{m}, {k}]{'T' * left_turned} @ [{k}, {n}]{'T' * right_turned} {str(dtype).split('.')[1]}"
-        works.append(Work(call, count / batch, form))
+        works.append(RooflineWork(call, count / batch, form))
     return works
 
 
-def packed_products(m: int, n: int, k: int, *, count: float = 1, dtypes: Sequence[torch.dtype]) -> list[Work]:
+def packed_products(m: int, n: int, k: int, *, count: float = 1, dtypes: Sequence[torch.dtype]) -> list[RooflineWork]:
     """Products [m, k] @ [k, n] with weights, which can be laid out beforehand (`vista.model.frozen_linear`)."""
     works = []
     for dtype in dtypes:
         x, weight = (torch.randn(size, k).to(dtype) for size in (m, n))
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         call = partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")
-        works.append(Work(call, count, f"1 x [{m}, {k}] @ packed [{k}, {n}] {str(dtype).split('.')[1]}"))
+        works.append(RooflineWork(call, count, f"1 x [{m}, {k}] @ packed [{k}, {n}] {str(dtype).split('.')[1]}"))
     return works
 
 
@@ -216,7 +216,7 @@ def matmul_roofline(
     return work.times * interleaved({"product": work.call})["product"].median_s
 
 
-def fastest(works: Sequence[Work]) -> Work:
+def fastest(works: Sequence[RooflineWork]) -> RooflineWork:
     """The one that takes the least time for the whole work, by a short measurement."""
     calls = {str(index): work.call for index, work in enumerate(works)}
     timing = interleaved(calls, rounds=3, warmup=1, min_sample_s=0.001, max_seconds=5)
@@ -231,7 +231,7 @@ def _operand(batch: int, rows: int, columns: int, dtype: torch.dtype, turned: bo
 
 
 @cache
-def _fastest_activation(kind: Literal["silu", "silu_backward"]) -> Work:
+def _fastest_activation(kind: Literal["silu", "silu_backward"]) -> RooflineWork:
     """One element's worth of it."""
     works = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -241,5 +241,5 @@ def _fastest_activation(kind: Literal["silu", "silu_backward"]) -> Work:
             call: Callable[[], object] = partial(torch.ops.aten.silu.out, x, out=out)
         else:
             call = partial(torch.ops.aten.silu_backward.grad_input, torch.ones_like(x), x, grad_input=out)
-        works.append(Work(call, 1 / numel, f"{kind} {dtype}"))
+        works.append(RooflineWork(call, 1 / numel, f"{kind} {dtype}"))
     return fastest(works)

@@ -1,7 +1,7 @@
 """A process of the scorer's benchmark that does nothing but serve: what a ranking service runs several of.
 
 It imports what a service would and no more, so its memory is that of a service. Lines of JSON come in on stdin, one
-answer each goes out on stdout: first what to open (`Opening`), then what to serve (`Order`).
+answer each goes out on stdout: first what to open (`WorkerOpening`), then what to serve (`WorkerOrder`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vista.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class WorkerOpening:
     """Served are `candidates` item ids at a time, for one user after the other."""
 
     model: str
@@ -34,7 +34,7 @@ class Opening:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class WorkerOrder:
     """Serve so many requests, or from `start` on (time.monotonic) for so many seconds, whatever ends first."""
 
     start: float = 0.0
@@ -63,12 +63,12 @@ def private_dirty_bytes(smaps_rollup: str) -> int:
 def main() -> None:
     """Serve until stdin ends."""
     set_threads(1)
-    opening = Opening(**json.loads(sys.stdin.readline()))
+    opening = WorkerOpening(**json.loads(sys.stdin.readline()))
     with Scorer.open(opening.model, opening.store, task=opening.task) as scorer:
         pools = [scorer.encode(part) for part in np.reshape(opening.items, (-1, opening.candidates))]
         work = list(itertools.product(pools, opening.users))
         for line in sys.stdin:
-            order = Order(**json.loads(line))
+            order = WorkerOrder(**json.loads(line))
             time.sleep(max(0.0, order.start - time.monotonic()))
             began, served, first_sum = time.monotonic(), 0, float("nan")
             while served < order.requests and time.monotonic() < began + order.seconds:

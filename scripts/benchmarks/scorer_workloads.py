@@ -5,34 +5,25 @@ Letters: B users, C candidates of each, K summary tokens, L tail length, H heads
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scripts.benchmarks import scorer_worker
 from scripts.benchmarks.rooflines import (
     CHUNKS,
     Roofline,
-    Work,
+    RooflineWork,
     copying,
     fastest,
     packed_products,
     product_dtypes,
     products,
 )
-from scripts.benchmarks.scorer_worker import Opening, Order, WorkerAnswer, private_dirty_bytes
 from vista.config import ModelConfig
 from vista.config.choices import Precision, TargetAttentionKind
 from vista.log.event_log import EventLog
@@ -47,7 +38,7 @@ Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class ScorerWorkload:
     """A model, its folder, the log and the store of all its users."""
 
     model: VistaModel
@@ -56,12 +47,12 @@ class World:
     store: Path
 
     @classmethod
-    def make(cls, model: VistaModel, log: EventLog, folder: Path) -> World:
+    def make(cls, model: VistaModel, log: EventLog, folder: Path) -> ScorerWorkload:
         """Save the model and refresh its store under `folder`."""
-        world = cls(model, log, folder / "model", folder / "store")
-        model.save_pretrained(world.model_dir)
-        print(f"{world}: {refresh(model, log, world.store)}", flush=True)
-        return world
+        workload = cls(model, log, folder / "model", folder / "store")
+        model.save_pretrained(workload.model_dir)
+        print(f"{workload}: {refresh(model, log, workload.store)}", flush=True)
+        return workload
 
     def __str__(self) -> str:
         return f"d={self.model.config.dim}, K={self.model.config.num_seeds}"
@@ -95,14 +86,14 @@ def scorer_roofline(config: ModelConfig, num_users: int, num_candidates: int, pr
     softmax = config.target_attention is TargetAttentionKind.softmax
     seeds, tail, keys = config.num_seeds, config.tail_len, config.num_seeds + config.tail_len
 
-    def attention(rows: int, columns: int) -> list[Work]:
+    def attention(rows: int, columns: int) -> list[RooflineWork]:
         several, batches = num_users * heads, (1, heads, num_users * heads)
         return [
             row_product(rows, columns, head_dim, dtypes, count=several, batches=batches),
             row_product(rows, head_dim, columns, dtypes, count=several, batches=batches),
         ]
 
-    def mixing(rows: int) -> list[Work]:
+    def mixing(rows: int) -> list[RooflineWork]:
         shapes = [(dim, dim), *([(2 * hidden, dim), (dim, hidden)] if softmax else [])]
         return [row_product(rows, n, k, dtypes, weights=True) for n, k in shapes]
 
@@ -125,7 +116,7 @@ def row_product(
     count: int = 1,
     batches: tuple[int, ...] = (1,),
     weights: bool = False,
-) -> Work:
+) -> RooflineWork:
     """`count` products [rows, k] @ [k, n] in the fastest form, all rows at a time or in chunks.
 
     Args:
@@ -143,12 +134,16 @@ def row_product(
 # Without a store -------------------------------------------------------------------------------------------------
 
 
-def recomputed_summaries(world: World, precision: Precision) -> Callable[[Sequence[int]], StoredBatch]:
+def recomputed_summaries(workload: ScorerWorkload, precision: Precision) -> Callable[[Sequence[int]], StoredBatch]:
     """In place of `StoreReader.get_many`: reads whole histories from the memory-mapped log, and summarizes them.
 
     It gives what a store that was refreshed this moment in float32 would, for users who are all in the log.
     """
-    model, log, items = world.model.with_frozen("summarizer", precision), world.log, LogItems.of(world.model, world.log)
+    model, log, items = (
+        workload.model.with_frozen("summarizer", precision),
+        workload.log,
+        LogItems.of(workload.model, workload.log),
+    )
 
     def get_many(user_ids: Sequence[int]) -> StoredBatch:
         histories = items.model_rows(log.gather(log.users.rows(user_ids)))
@@ -165,61 +160,3 @@ def recomputed_summaries(world: World, precision: Precision) -> Callable[[Sequen
         )
 
     return get_many
-
-
-# Processes -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Worker:
-    """A process of scorer_worker.py."""
-
-    stdin: IO[str]
-    stdout: IO[str]
-
-    def send(self, order: Opening | Order) -> None:
-        """Hand it its opening, or an order that `answer` will wait for."""
-        self.stdin.write(json.dumps(dataclasses.asdict(order)) + "\n")
-        self.stdin.flush()
-
-    def answer(self) -> WorkerAnswer:
-        """Of the order sent last.
-
-        Raises:
-            SystemExit: the process has ended.
-        """
-        line = self.stdout.readline()
-        if not line:
-            raise SystemExit("error: a worker process failed; see above")
-        return WorkerAnswer(**json.loads(line))
-
-    def serve(self, order: Order) -> WorkerAnswer:
-        self.send(order)
-        return self.answer()
-
-
-@contextmanager
-def worker(opening: Opening) -> Iterator[Worker]:
-    """A fresh process of one thread that has opened a scorer, until the context ends."""
-    command = [sys.executable, scorer_worker.__file__]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_one_thread()
-    ) as child:
-        assert child.stdin is not None and child.stdout is not None
-        found = Worker(child.stdin, child.stdout)
-        found.send(opening)
-        found.serve(Order(requests=3))
-        yield found
-
-
-def idle_torch_bytes() -> int:
-    """Private memory of a fresh process that has imported torch and nothing else."""
-    command = "import torch; print(open('/proc/self/smaps_rollup').read())"
-    done = subprocess.run(
-        [sys.executable, "-c", command], capture_output=True, text=True, check=True, env=_one_thread()
-    )
-    return private_dirty_bytes(done.stdout)
-
-
-def _one_thread() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -60,7 +60,7 @@ class SoakAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
+class SoakOperation:
     """One of the keeper's, acknowledged and frozen."""
 
     kind: str
@@ -68,7 +68,7 @@ class Operation:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class SoakFailure:
     """What must not happen."""
 
     text: str
@@ -190,7 +190,7 @@ def _ask_forever(stage: SoakStage, scorer: Scorer, thread: int, follows: bool) -
             until, after = stage.begun.value, scorer.store.generation
             stage.said.put(SoakAnswer(thread, question, since, until, (before, after), latency, arrays))
         except Exception:
-            stage.said.put(Failure(f"thread {thread}, question {question}: {traceback.format_exc()}"))
+            stage.said.put(SoakFailure(f"thread {thread}, question {question}: {traceback.format_exc()}"))
 
 
 # The keeper ----------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def keep(stage: SoakStage, pause_s: float) -> None:
         erased = _operate(stage, pause_s)
         _compare_with_one_made_anew(stage, erased)
     except Exception:
-        stage.said.put(Failure(f"keeper: {traceback.format_exc()}"))
+        stage.said.put(SoakFailure(f"keeper: {traceback.format_exc()}"))
 
 
 def _operate(stage: SoakStage, pause_s: float) -> list[int]:
@@ -239,7 +239,7 @@ def _operate(stage: SoakStage, pause_s: float) -> list[int]:
         freeze(stage.store, stage.frozen, number)
         stage.served.value = read_current(stage.store)
         stage.done.value = number
-        stage.said.put(Operation(kind, seconds))
+        stage.said.put(SoakOperation(kind, seconds))
     return erased
 
 

@@ -29,9 +29,9 @@ from scripts.benchmarks.soak_load import (
     OPERATIONS,
     THREADS,
     Arrays,
-    Failure,
-    Operation,
     SoakAnswer,
+    SoakFailure,
+    SoakOperation,
     SoakStage,
     ask,
     copies,
@@ -55,7 +55,7 @@ OPEN_COPIES = 8
 SHOWN_FAILURES = 5
 
 
-class Judge:
+class SoakJudge:
     """Asks questions again, of frozen copies of the store."""
 
     def __init__(self, models: Path, frozen: Path, num_users: int, num_items: int) -> None:
@@ -122,7 +122,7 @@ class Soak:
 
     def __init__(self, stage: SoakStage, pause_s: float) -> None:
         self.stage = stage
-        self.judge = Judge(stage.models, stage.frozen, stage.num_users, stage.num_items)
+        self.judge = SoakJudge(stage.models, stage.frozen, stage.num_users, stage.num_items)
         context = stage.context
         self.workers = [context.Process(target=work, args=(stage, number), daemon=True) for number in range(WORKERS)]
         self.keeper = context.Process(target=keep, args=(stage, pause_s), daemon=True)
@@ -171,10 +171,10 @@ class Soak:
             if not self.judge.is_right(said):
                 states = f"generations {said.generations}, operations {said.since} to {said.until}"
                 self.wrong.append(f"question {said.question} of thread {said.thread}: {states}")
-        elif isinstance(said, Operation):
+        elif isinstance(said, SoakOperation):
             self.operations[said.kind] += 1
             self.judge.forget(WORKERS * THREADS)
-        elif isinstance(said, Failure):
+        elif isinstance(said, SoakFailure):
             self.failures.append(said.text)
 
     def _end_minute(self) -> None:

@@ -16,7 +16,6 @@ from functools import lru_cache
 from itertools import cycle
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import lmdb
@@ -29,7 +28,6 @@ from vista.device import keep_freed_memory, set_threads
 from vista.store import NO_TIMESTAMP, RecordSpec, StoreReader, StoreWriter, Tail, encode_records, user_keys
 from vista.store.format.state_record import StateArrays, StateSpec, encode_states
 from vista.store.layout import environment_path, read_current
-from vista.store.lmdb.data_file import MAP_SIZE_BYTES
 from vista.store.lmdb.environment import SharedEnvironment
 from vista.store.updates import StoreUpdate
 
@@ -49,7 +47,7 @@ Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class StoreShape:
     """K summary tokens of d values, int8."""
 
     num_tokens: int
@@ -116,7 +114,12 @@ def states_of(keys: Sequence[bytes], spec: StateSpec) -> list[bytes]:
 
 
 def write_store(
-    path: Path, shape: Shape, num_users: int, *, state: StateDtype = StateDtype.none, batch: int = RECORDS_PER_WRITE
+    path: Path,
+    shape: StoreShape,
+    num_users: int,
+    *,
+    state: StateDtype = StateDtype.none,
+    batch: int = RECORDS_PER_WRITE,
 ) -> None:
     """A published store of users 1, 2, …"""
     with shape.writer(path, num_users, state) as writer:
@@ -139,33 +142,6 @@ def user_values(folder: Path) -> dict[bytes, bytes]:
 def served(path: Path) -> Path:
     """Environment of the served generation's records."""
     return environment_path(path, read_current(path))
-
-
-class RawLmdb:
-    """LMDB and nothing else: durable, with the options that the store opens it with."""
-
-    def __init__(self, path: Path) -> None:
-        path.mkdir(parents=True)
-        self.environment = lmdb.open(str(path), map_size=MAP_SIZE_BYTES, lib_version=0)
-
-    def put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
-        """One durable transaction."""
-        with self.environment.begin(write=True) as transaction:
-            for key, value in zip(keys, values, strict=True):
-                transaction.put(key, value)
-
-    def copies(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Values copied out in one transaction."""
-        with self.environment.begin() as transaction:
-            return [transaction.get(key) for key in keys]
-
-    def __enter__(self) -> RawLmdb:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.environment.close()
 
 
 @contextmanager

@@ -324,15 +324,8 @@ def _crosscheck(options: argparse.Namespace, python: Path, folder: Path) -> str:
 
 
 def _command(options: argparse.Namespace, data: str, seed: int, *, like: bool) -> str:
-    words = [
-        "python",
-        "scripts/experiments/crosscheck_rectools.py",
-        options.model,
-        "--data",
-        data,
-        "--seeds",
-        str(seed),
-    ]
+    words = ["python", "-m", "scripts.experiments.crosscheck_rectools", options.model]
+    words += ["--data", data, "--seeds", str(seed)]
     words += ["--times"] if options.times else []
     words += ["--like-rectools"] if like else []
     words += words_of({key: getattr(options, key) for key in ("epochs", "learning_rate", "dropout", "batch_users")})

@@ -14,15 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.examples.cuts import Batch
+from vista.config import DataConfig, ModelConfig
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.history_model import next_loss, weighted_losses
-from vista.model.baselines.padded_tiles import PaddedTile, tiles
+from vista.model.baselines.padded_tiles import PaddedTile
 from vista.model.baselines.sasrec import SASRec, SASRecBlock
 from vista.model.baselines.sequence_model import EventVectors
 from vista.model.layers import module_list, split_heads
-from vista.model.ranking_model import UNKNOWN_ITEM, Losses, Schema
+from vista.model.ranking_model import UNKNOWN_ITEM, Schema
 
 
 class LikeRecTools(SASRec):
@@ -37,18 +35,10 @@ class LikeRecTools(SASRec):
         with torch.no_grad():
             self.item_table[UNKNOWN_ITEM] = 0.0
 
-    def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
-        vectors = self.encoder(self.shown_vectors(batch, item_vectors), batch.action, batch.gap, batch.rating)
-        events = EventVectors(vectors, batch.clock, batch.offsets.cpu().numpy())
-        users, labels = [], []
-        for tile in tiles(events.offsets, vectors.device):
-            states, _ = self._encode(events, tile)
-            labelled = tile.valid.clone()
-            labelled[:, 0] = False
-            users.append(self._user(states[:, : labelled.shape[1]][labelled], None))
-            labels.append(batch.item[tile.index][labelled])
-        loss = next_loss(batch, item_vectors, torch.cat(users), torch.cat(labels), self.config.temperature)
-        return weighted_losses(self, batch, optim, loss, None)
+    def _labelled(self, tile: PaddedTile) -> Tensor:
+        labelled = tile.valid.clone()
+        labelled[:, 0] = False
+        return labelled
 
     def _encode(self, events: EventVectors, tile: PaddedTile) -> tuple[Tensor, None]:
         index = tile.index[:, : self.config.history_limit]

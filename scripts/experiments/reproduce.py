@@ -19,13 +19,11 @@ import hashlib
 import json
 import logging
 import math
-import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -33,21 +31,18 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from scripts.benchmarks.workloads import movielens_folder
 from scripts.experiments.results import (
     append_result,
-    changed_settings,
-    hardware,
     markdown_table,
     read_results,
 )
-from scripts.experiments.row_origin import MACHINE, Trained, train_noted
+from scripts.experiments.row_origin import RowOrigin, train_noted
 from scripts.experiments.row_progress import RowProgress
 from scripts.experiments.serving_cost import history_model_latency_ms, scorer_latency_ms, training_speed
-from scripts.experiments.tables import TABLES, Row, Table
+from scripts.experiments.table_run import TableRun, command_of, listing, recorded_config, table_runs, train_config
+from scripts.experiments.tables import TABLES
 from vista.config import PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
-from vista.config.choices import Architecture, Stage
-from vista.config.composition import compose_config
-from vista.config.conversion import to_dict
+from vista.config.choices import Stage
 from vista.device import cpu_settings, keep_freed_memory
-from vista.errors import ConfigError, VistaError
+from vista.errors import VistaError
 from vista.evaluation.counting_baselines import CountingBaseline, evaluate_counting_baseline
 from vista.evaluation.evaluate import Options, evaluate_model, evaluate_scorer
 from vista.evaluation.protocol import impression_cases, impression_metrics
@@ -64,33 +59,10 @@ from vista.simulation.simulate import simulate
 from vista.store.layout import CURRENT
 
 TOP_K = [10, 50, 200]
-UNTRAINED_SEED = 0
-SPLIT = ("split", "validation_from", "test_from", "exclude_seen")
-"""What of a configuration the untrained rows depend on."""
-Line = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One model and seed of a table: its lines that are still to be made."""
-
-    name: str
-    row: Row
-    seed: int
-    config: dict[str, Any]
-    """As lines record it: what must be the same for a line to count as done."""
-    missing: tuple[str, ...]
-    changed: tuple[str, ...]
-    """Why lines that are there do not count: "optim.epochs (12 -> 20)"."""
-    estimate_s: float
-
-    @property
-    def label(self) -> str:
-        return self.name if self.row.untrained else f"{self.name}, seed {self.seed}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, or list, what a table still lacks; returns the exit status."""
+    """TableRun, or list, what a table still lacks; returns the exit status."""
     settings = _arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # --minutes interrupts as Ctrl-C does, which a shell has switched off for what it started with `&`.
@@ -99,9 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         with cpu_settings(settings.threads):
-            runs = _runs(settings, read_results(results) if results.exists() else [])
+            runs = table_runs(settings, read_results(results) if results.exists() else [])
             if settings.list:
-                print(_listing(settings, runs))
+                print(listing(settings, runs))
                 return 0
             writable_folder(settings.results, "--results")
             try:
@@ -135,107 +107,7 @@ def _minutes(text: str) -> float:
     return minutes
 
 
-# What is to be done -------------------------------------------------------------------------------------------------
-
-
-def _runs(settings: argparse.Namespace, lines: Sequence[Line]) -> list[Run]:
-    """Runs of the chosen rows and seeds, done ones too: all models of a seed, then the next seed."""
-    table = TABLES[settings.table]
-    names = list(dict.fromkeys(settings.rows or table.rows))
-    unknown = [name for name in names if name not in table.rows]
-    if unknown:
-        raise ConfigError(
-            f"--rows {unknown[0]}: {settings.table} has no such row; take some of {', '.join(table.rows)}"
-        )
-    newest = {(line["model"], line["seed"]): line for line in lines}
-    machine, runs = hardware(), []
-    for asked in dict.fromkeys(settings.seeds):
-        for name in names:
-            row = table.rows[name]
-            if row.untrained and asked != settings.seeds[0]:
-                continue
-            seed = UNTRAINED_SEED if row.untrained else asked
-            config = _recorded(table, row)
-            missing: list[str] = []
-            changed: dict[str, None] = {}
-            for served in row.served(name):
-                line = newest.get((served, seed))
-                changes = changed_settings(line["config"], config) if line else []
-                changed |= dict.fromkeys(changes)
-                if changes or not line:
-                    missing.append(served)
-            estimate = _estimate_s(name, row, lines, machine)
-            runs.append(Run(name, row, seed, config, tuple(missing), tuple(changed), estimate))
-    return runs
-
-
-def _train_config(table: Table, row: Row) -> TrainConfig:
-    return compose_config(TrainConfig, [f"experiment={table.experiment}", *table.words, *row.words])
-
-
-UNREAD_BY_BASELINES = ("target_attention", "num_target_layers")
-"""Keys of ModelConfig that belong to stage 2, which baselines lack: their lines do not record them."""
-
-
-def _recorded(table: Table, row: Row) -> dict[str, Any]:
-    """What a line says of its configuration. Paths are the machine's, not the experiment's."""
-    config = _train_config(table, row)
-    values = to_dict(config)
-    data = {
-        key: value for key, value in values["data"].items() if key in SPLIT or (not row.untrained and key != "path")
-    }
-    if config.model.architecture.ranks_only or row.untrained == "truth":
-        del data["exclude_seen"]  # it is about next items
-    # A log of another size is another experiment.
-    recorded = {"data": data} | ({} if table.simulation is None else {"simulation": table.simulation})
-    if row.untrained:
-        return recorded
-    model = values["model"]
-    if config.model.architecture is not Architecture.vista:
-        model = {key: value for key, value in model.items() if key not in UNREAD_BY_BASELINES}
-    recorded |= {"model": model, "optim": values["optim"]}
-    if row.base:
-        kept = _recorded(table, table.rows[row.base])
-        flat = {f"{group}.{key}": value for group in kept for key, value in kept[group].items()}
-        recorded["base"] = {"row": row.base, "until": row.until, **flat}
-    return recorded
-
-
-def _estimate_s(name: str, row: Row, lines: Sequence[Line], machine: Line) -> float:
-    """By what the row took before, on such a machine if it can be; else the table's guess."""
-    same = [line for line in lines if line["model"] in row.served(name)]
-    here = [line for line in same if all(line["hardware"].get(key) == machine[key] for key in MACHINE)]
-    return fmean(line["seconds"] for line in here or same) if same else 60 * row.minutes
-
-
-def _listing(settings: argparse.Namespace, runs: Sequence[Run]) -> str:
-    pending = [run for run in runs if run.missing]
-    left = sum(run.estimate_s for run in pending) / 60
-    lines = [f"{settings.table}: {len(runs) - len(pending)} of {len(runs)} runs done, about {left:.0f} minutes left"]
-    for name in dict.fromkeys(run.name for run in runs):
-        own = [run for run in runs if run.name == name]
-        seeds = " ".join(str(run.seed) for run in own if run.missing)
-        state = "done" if not seeds else "to run" if own[0].row.untrained else f"to run with seed {seeds}"
-        lines.append(f"\n{name}: {state}; {own[0].estimate_s / 60:.1f} minutes a run")
-        changed = dict.fromkeys(change for run in own for change in run.changed)
-        lines += [f"  was done with another {', '.join(changed)}"] if changed else []
-        lines.append(f"  {_command(settings, own[0], [run.seed for run in own])}")
-    return "\n".join(lines)
-
-
-def _command(settings: argparse.Namespace, run: Run, seeds: Sequence[int]) -> str:
-    table = TABLES[settings.table]
-    words = ["python", "-m", "scripts.experiments.reproduce", settings.table, "--rows", run.name]
-    words += [] if table.simulation is not None else ["--data", table.data]
-    words += [] if run.row.untrained else ["--seeds", *map(str, seeds)]
-    words += ["--threads", str(settings.threads)] if settings.threads else []
-    return shlex.join(words)
-
-
-# Running ------------------------------------------------------------------------------------------------------------
-
-
-def _run_all(settings: argparse.Namespace, runs: Sequence[Run], results: Path) -> int:
+def _run_all(settings: argparse.Namespace, runs: Sequence[TableRun], results: Path) -> int:
     if not runs:
         print(f"{settings.table}: all runs are done")
         return 0
@@ -257,21 +129,21 @@ def _run_all(settings: argparse.Namespace, runs: Sequence[Run], results: Path) -
 
 
 def _measure(
-    settings: argparse.Namespace, run: Run, log: EventLog, progress: RowProgress
-) -> Iterator[tuple[str, dict[str, float], Trained]]:
+    settings: argparse.Namespace, run: TableRun, log: EventLog, progress: RowProgress
+) -> Iterator[tuple[str, dict[str, float], RowOrigin]]:
     """(name of the line, test metrics, how it was trained) of what a run lacks."""
     folder, config = _placed(settings, run.name, run.seed, log)
     if run.row.untrained == "truth":
-        yield run.name, _truth(log, config), Trained(0.0)
+        yield run.name, _truth(log, config), RowOrigin(0.0)
     elif run.row.untrained:
         found = evaluate_counting_baseline(CountingBaseline(run.row.untrained), log, config.data, top_k=TOP_K)
-        yield run.name, found.metrics, Trained(found.seconds)
+        yield run.name, found.metrics, RowOrigin(found.seconds)
     else:
         if run.row.base:
             config = _downstream_config(settings, run, config, log)
             progress.check()
         model = train_noted(config, log, folder)
-        trained = Trained.read(folder)
+        trained = RowOrigin.read(folder)
         if isinstance(model, HistoryModel):
             progress.check()
             table = TABLES[settings.table]
@@ -293,9 +165,9 @@ def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -
     table = TABLES[settings.table]
     row = table.rows[name]
     # Not by the names of table and row: equal configurations are one run.
-    folder = settings.work / table.data / f"{_digest(_recorded(table, row))}-{seed}"
+    folder = settings.work / table.data / f"{_digest(recorded_config(table, row))}-{seed}"
     config = replace(
-        _train_config(table, row), run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads, progress=False
+        train_config(table, row), run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads, progress=False
     )
     config.data.path = str(log.path)
     if config.data.item_categories is not None:  # a file of the simulation
@@ -303,7 +175,7 @@ def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -
     return folder, config
 
 
-def _downstream_config(settings: argparse.Namespace, run: Run, config: TrainConfig, log: EventLog) -> TrainConfig:
+def _downstream_config(settings: argparse.Namespace, run: TableRun, config: TrainConfig, log: EventLog) -> TrainConfig:
     """The same over its base, which is trained, and its store, which is refreshed, where they are not there yet."""
     folder, base = _placed(settings, run.row.base, run.seed, log)
     model, store = train_noted(base, log, folder), folder / f"until-{run.row.until}"
@@ -314,7 +186,7 @@ def _downstream_config(settings: argparse.Namespace, run: Run, config: TrainConf
 
 
 def _served_metrics(
-    settings: argparse.Namespace, run: Run, log: EventLog, model: VistaModel, folder: Path, progress: RowProgress
+    settings: argparse.Namespace, run: TableRun, log: EventLog, model: VistaModel, folder: Path, progress: RowProgress
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Test metrics of a trained model as it is served: from a store of each codec, through the scorer."""
     table, optim = TABLES[settings.table], run.config["optim"]
@@ -359,7 +231,7 @@ def _truth(log: EventLog, config: TrainConfig) -> dict[str, float]:
 
 
 def _line(
-    settings: argparse.Namespace, run: Run, served: str, metrics: Mapping[str, float], trained: Trained
+    settings: argparse.Namespace, run: TableRun, served: str, metrics: Mapping[str, float], trained: RowOrigin
 ) -> dict[str, Any]:
     return {
         "table": settings.table,
@@ -367,7 +239,7 @@ def _line(
         "model": served,
         "seed": run.seed,
         "metrics": {key: value if math.isfinite(value) else None for key, value in metrics.items()},
-        "command": _command(settings, run, [run.seed]),
+        "command": command_of(settings, run, [run.seed]),
         "config": run.config,
         **trained.fields(),
     }

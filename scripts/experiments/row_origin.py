@@ -26,7 +26,7 @@ ORIGINS = "origins.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class RowOrigin:
     """What it took to make a row's model."""
 
     seconds: float
@@ -37,7 +37,7 @@ class Trained:
     """Metrics of the pass that was kept, the best one on validation."""
 
     @classmethod
-    def read(cls, folder: Path) -> Trained:
+    def read(cls, folder: Path) -> RowOrigin:
         """Of the run in folder/run."""
         rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)

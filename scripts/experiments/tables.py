@@ -9,7 +9,7 @@ from vista.config.choices import Codec
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class TableLine:
     """How one line of a row is served."""
 
     codec: Codec = Codec.int8
@@ -19,7 +19,7 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """A model of a table, and how it is served."""
 
     minutes: float
@@ -38,18 +38,18 @@ class Row:
     untrained: Literal["", "popularity", "transitions", "truth"] = ""
     """A floor, or the simulation's own probabilities: measured once, without training."""
     base: str = ""
-    """Row of the same table and seed whose model is kept as it is: this one is trained with stage=downstream on it."""
+    """Row of the same table and seed whose model stays frozen: this row is trained on it with stage=downstream."""
     until: str = ""
     """What the base's summaries have seen that a downstream model is trained on."""
 
-    def served(self, name: str) -> dict[str, Served]:
+    def served(self, name: str) -> dict[str, TableLine]:
         """Names of its lines in the table -> how each is served."""
         lines = {
-            name if codec is Codec.int8 else f"{name}, {codec.value} store": Served(codec) for codec in self.codecs
+            name if codec is Codec.int8 else f"{name}, {codec.value} store": TableLine(codec) for codec in self.codecs
         }
-        lines |= {f"{name}, tail {length}": Served(tail_len=length) for length in self.tails}
-        lines |= {f"{name}, tail {n} not in the summary": Served(tail_len=n, staleness=n) for n in self.apart}
-        return lines | {f"{name}, {events:,} events old": Served(staleness=events) for events in self.staleness}
+        lines |= {f"{name}, tail {length}": TableLine(tail_len=length) for length in self.tails}
+        lines |= {f"{name}, tail {n} not in the summary": TableLine(tail_len=n, staleness=n) for n in self.apart}
+        return lines | {f"{name}, {events:,} events old": TableLine(staleness=events) for events in self.staleness}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Table:
     """Of conf/experiment: the split, and what all rows have in common."""
     data: str
     """Name of the log: a MovieLens set's folder, or a simulation's."""
-    rows: dict[str, Row]
+    rows: dict[str, TableRow]
     words: tuple[str, ...] = ()
     """Words of `vista train` beyond the experiment, for all rows."""
     simulation: dict[str, Any] | None = None
@@ -82,29 +82,32 @@ K0 = ("model.num_seeds=0",)
 # Stage 2's layers until November 2026. A table that has these words was run with them, and not yet with today's
 # default: its rows compare with one another alone.
 SOFTMAX = ("model.target_attention=softmax",)
-COUNTING_BASELINES = {"popularity": Row(0.1, untrained="popularity"), "transitions": Row(0.1, untrained="transitions")}
-TRUTH = {"truth": Row(0.1, untrained="truth")}
+COUNTING_BASELINES = {
+    "popularity": TableRow(0.1, untrained="popularity"),
+    "transitions": TableRow(0.1, untrained="transitions"),
+}
+TRUTH = {"truth": TableRow(0.1, untrained="truth")}
 
 
-def _movielens(data: str, minutes: float, more: dict[str, Row]) -> Table:
+def _movielens(data: str, minutes: float, more: dict[str, TableRow]) -> Table:
     """`minutes`: of vista itself."""
     rows = {
-        "vista": Row(minutes, codecs=BOTH, tails=TAILS),
-        "tail-only": Row(0.4 * minutes, K0, tails=TAILS),
-        "sasrec": Row(0.7 * minutes, ("model=sasrec",)),
-        "hstu": Row(0.9 * minutes, ("model=hstu",)),
+        "vista": TableRow(minutes, codecs=BOTH, tails=TAILS),
+        "tail-only": TableRow(0.4 * minutes, K0, tails=TAILS),
+        "sasrec": TableRow(0.7 * minutes, ("model=sasrec",)),
+        "hstu": TableRow(0.9 * minutes, ("model=hstu",)),
         **more,
         **COUNTING_BASELINES,
     }
     return Table(data, data, rows, costs=True)
 
 
-def _timeless(minutes: float) -> dict[str, Row]:
+def _timeless(minutes: float) -> dict[str, TableRow]:
     without = "model.use_time=false"
     return {
-        "no-times": Row(minutes, (without,)),
-        "sasrec-no-times": Row(0.7 * minutes, ("model=sasrec", without)),
-        "hstu-no-times": Row(0.9 * minutes, ("model=hstu", without)),
+        "no-times": TableRow(minutes, (without,)),
+        "sasrec-no-times": TableRow(0.7 * minutes, ("model=sasrec", without)),
+        "hstu-no-times": TableRow(0.9 * minutes, ("model=hstu", without)),
     }
 
 
@@ -121,23 +124,23 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
     four_passes = ("optim.epochs=4", "optim.validate_every=1")
     all_labels = ("data.windows_per_chunk=0", "data.label_spacing=32", "model.tail_len=64", *four_passes)
     rows = {
-        "vista": Row(12, codecs=BOTH),
-        "tail-only": Row(7, K0),
+        "vista": TableRow(12, codecs=BOTH),
+        "tail-only": TableRow(7, K0),
         # Every event is a label, as for SASRec and HSTU, and the tail is twice as long.
-        "vista-all-labels": Row(20, all_labels),
-        "sasrec": Row(20, ("model=sasrec", *four_passes)),
-        "hstu": Row(25, ("model=hstu", *four_passes)),
-        "din": Row(10, ("model=din",)),
-        "sim": Row(10, ("model=sim",)),
+        "vista-all-labels": TableRow(20, all_labels),
+        "sasrec": TableRow(20, ("model=sasrec", *four_passes)),
+        "hstu": TableRow(25, ("model=hstu", *four_passes)),
+        "din": TableRow(10, ("model=din",)),
+        "sim": TableRow(10, ("model=sim",)),
         # Given the simulation's own topics, which no other model sees.
-        "sim-hard": Row(
+        "sim-hard": TableRow(
             10, ("model=sim", "model.search=hard", "data.item_categories=items.parquet", "data.category_column=topic")
         ),
-        "twin": Row(8, ("model=twin",)),
+        "twin": TableRow(8, ("model=twin",)),
         # At the rate that the table `tuning` chooses for all three, and about the same minutes.
-        "vista-tuned": Row(16, ("optim.learning_rate=0.004",)),
-        "sim-tuned": Row(16, ("model=sim", f"optim.epochs={7 * lighter}", "optim.learning_rate=0.004")),
-        "twin-tuned": Row(18, ("model=twin", f"optim.epochs={8 * lighter}", "optim.learning_rate=0.004")),
+        "vista-tuned": TableRow(16, ("optim.learning_rate=0.004",)),
+        "sim-tuned": TableRow(16, ("model=sim", f"optim.epochs={7 * lighter}", "optim.learning_rate=0.004")),
+        "twin-tuned": TableRow(18, ("model=twin", f"optim.epochs={8 * lighter}", "optim.learning_rate=0.004")),
     }
     words = (
         f"data.windows_per_chunk={windows}",
@@ -154,7 +157,7 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
 SIMULATION = _simulation("simulation", 1200, 4000)
 
 
-def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, Row]:
+def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, TableRow]:
     """One change a row; `minutes` is vista's own time.
 
     Bidirectional mixing has no convolution: its pair in separable mixing is `no-convolution`.
@@ -183,8 +186,8 @@ def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, Row
         "softmax": (1, SOFTMAX),
         "4-layers": (1.6, ("model.num_target_layers=4",)),
     }
-    rows = {name: Row(share * minutes, words) for name, (share, words) in changes.items()}
-    return {"vista": Row(minutes, codecs=tuple(Codec), staleness=staleness)} | rows
+    rows = {name: TableRow(share * minutes, words) for name, (share, words) in changes.items()}
+    return {"vista": TableRow(minutes, codecs=tuple(Codec), staleness=staleness)} | rows
 
 
 def _downstream() -> Table:
@@ -197,44 +200,48 @@ def _downstream() -> Table:
     # Likes are known of few impressions, so most windows hold no label: the drawn ones are those that do.
     few = ("optim.next_weight=0", "data.windows_per_chunk=20", "optim.epochs=8")
     rows = {
-        "base": Row(12, ("optim.tasks=[click]",)),
-        "joint": Row(12, (tasks,)),
+        "base": TableRow(12, ("optim.tasks=[click]",)),
+        "joint": TableRow(12, (tasks,)),
         # With the clicks, which the base has seen too.
-        "joint-all": Row(12),
-        "downstream": Row(4, (tasks, *few), base="base", until="2025-01-01"),
+        "joint-all": TableRow(12),
+        "downstream": TableRow(4, (tasks, *few), base="base", until="2025-01-01"),
         # The same without a summary of old events: what the task's own tail gives.
-        "tail-only": Row(7, (tasks, *K0)),
+        "tail-only": TableRow(7, (tasks, *K0)),
     }
     return replace(SIMULATION, words=(*SIMULATION.words, *SOFTMAX), rows=rows | TRUTH)
 
 
-def _embeddings() -> dict[str, Row]:
+def _embeddings() -> dict[str, TableRow]:
     """A unified table of as many parameters as a row an item and a row a gap have, and of a share of them."""
     rows = {"unified-1": 3445, "unified-1/2": 1722, "unified-1/4": 860, "unified-1/10": 343}
-    return {"vista": Row(6)} | {name: Row(6, (f"model.embedding_rows={count}",)) for name, count in rows.items()}
-
-
-def _logq_strengths(minutes: float) -> dict[str, Row]:
-    strengths = (0.5, 0.0)
-    return {"vista": Row(minutes)} | {
-        f"logq-{strength:g}": Row(minutes, (f"optim.logq_strength={strength:g}",)) for strength in strengths
+    return {"vista": TableRow(6)} | {
+        name: TableRow(6, (f"model.embedding_rows={count}",)) for name, count in rows.items()
     }
 
 
-def _frequencies(minutes: float) -> dict[str, Row]:
+def _logq_strengths(minutes: float) -> dict[str, TableRow]:
+    strengths = (0.5, 0.0)
+    return {"vista": TableRow(minutes)} | {
+        f"logq-{strength:g}": TableRow(minutes, (f"optim.logq_strength={strength:g}",)) for strength in strengths
+    }
+
+
+def _frequencies(minutes: float) -> dict[str, TableRow]:
     """Negatives drawn by frequency, which is counted or sketched."""
     drawn = ("data.negative_power=1", "data.num_negatives=512")
     return {
-        "drawn-by-frequency": Row(minutes, drawn),
-        "drawn-by-count-min": Row(minutes, (*drawn, "data.frequencies=count_min")),
+        "drawn-by-frequency": TableRow(minutes, drawn),
+        "drawn-by-count-min": TableRow(minutes, (*drawn, "data.frequencies=count_min")),
     }
 
 
-def _trials() -> dict[str, Row]:
+def _trials() -> dict[str, TableRow]:
     """The same trials and about the same minutes for every model; passes are as many as these minutes hold."""
     passes = {"vista": 5, "tail-only": 5, "sasrec": 6, "hstu": 4, "din": 6, "sim": 7, "twin": 8}
     return {
-        f"{model}, rate {rate:g}": Row(4.5, (f"model={model}", f"optim.epochs={count}", f"optim.learning_rate={rate}"))
+        f"{model}, rate {rate:g}": TableRow(
+            4.5, (f"model={model}", f"optim.epochs={count}", f"optim.learning_rate={rate}")
+        )
         for rate in (0.002, 0.001, 0.004)
         for model, count in passes.items()
     }
@@ -242,23 +249,23 @@ def _trials() -> dict[str, Row]:
 
 TWO_SOFTMAX = (*SOFTMAX, "model.num_target_layers=2")
 ML_1M = {
-    "2-layers": Row(20, ("model.num_target_layers=2",)),
-    "hstu-8-layers": Row(35, ("model=hstu", "model.num_layers=8")),
+    "2-layers": TableRow(20, ("model.num_target_layers=2",)),
+    "hstu-8-layers": TableRow(35, ("model=hstu", "model.num_layers=8")),
     # As many parameters as vista, 617,000 (55,000 of them the decoder's, which serves nobody, and 41,000 read by no
     # pass: what events become after the last layer of stage 1, and gaps that this set has not): 617,000 and 619,000.
-    "sasrec-equal": Row(30, ("model=sasrec", "model.dim=116")),
-    "hstu-equal": Row(45, ("model=hstu", "model.num_layers=8", "model.dim=84")),
+    "sasrec-equal": TableRow(30, ("model=sasrec", "model.dim=116")),
+    "hstu-equal": TableRow(45, ("model=hstu", "model.num_layers=8", "model.dim=84")),
     # What the summary's size is worth: over two softmax layers, not eight pointwise ones.
-    "softmax": Row(28, TWO_SOFTMAX, codecs=BOTH, tails=TAILS),
-    "softmax-tail-only": Row(19, (*K0, *TWO_SOFTMAX), tails=TAILS),
-    "softmax-K=4": Row(26, ("model.num_seeds=4", *TWO_SOFTMAX)),
-    "softmax-K=32": Row(35, ("model.num_seeds=32", *TWO_SOFTMAX)),
+    "softmax": TableRow(28, TWO_SOFTMAX, codecs=BOTH, tails=TAILS),
+    "softmax-tail-only": TableRow(19, (*K0, *TWO_SOFTMAX), tails=TAILS),
+    "softmax-K=4": TableRow(26, ("model.num_seeds=4", *TWO_SOFTMAX)),
+    "softmax-K=32": TableRow(35, ("model.num_seeds=32", *TWO_SOFTMAX)),
     # The bytes of 16 int8 rows of 64, spent on 288 more item ids of 4 bytes. In training positions see 161 to 320.
-    "softmax-raw-ids": Row(50, (*K0, *TWO_SOFTMAX, "model.tail_len=320", "data.label_spacing=160")),
+    "softmax-raw-ids": TableRow(50, (*K0, *TWO_SOFTMAX, "model.tail_len=320", "data.label_spacing=160")),
     # Twice as wide. Events of unknown items, so that three times the weights do not learn histories by heart; and tails
     # of 1 to 64 events in training, so that the 32 that it is also served with are no longer than most. Its answer is
     # "tail 32 not in the summary" (docs/research-log.md).
-    "vista-wide": Row(
+    "vista-wide": TableRow(
         85,
         (
             *("model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15"),
@@ -269,10 +276,10 @@ ML_1M = {
         apart=(16, 32),
     ),
     # Its baseline: as wide, as many passes, and the same share of unknown items, over the last 200 events.
-    "hstu-wide": Row(
+    "hstu-wide": TableRow(
         65, ("model=hstu", "model.num_layers=8", "model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15")
     ),
-    "softmax-wide": Row(55, (*TWO_SOFTMAX, "model.dim=128", "model.dropout=0.3"), codecs=BOTH, tails=TAILS),
+    "softmax-wide": TableRow(55, (*TWO_SOFTMAX, "model.dim=128", "model.dropout=0.3"), codecs=BOTH, tails=TAILS),
 }
 TABLES = {
     "ml-1m": _movielens("ml-1m", 36, ML_1M),

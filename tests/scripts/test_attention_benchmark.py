@@ -11,7 +11,7 @@ import torch
 
 from scripts.benchmarks import attention_on_gpu
 from scripts.benchmarks import baseline_attention as baseline_attention
-from scripts.benchmarks.attention_workloads import NUM_LAYERS, Step, Tokens, assert_equal, check
+from scripts.benchmarks.attention_workloads import NUM_LAYERS, AttentionStep, AttentionTokens, assert_equal, check
 from scripts.benchmarks.baseline_attention import (
     attention_replaced,
     fastest_block,
@@ -74,7 +74,7 @@ def test_the_fastest_block_is_one_of_those_tried(monkeypatch: pytest.MonkeyPatch
 def test_the_model_with_a_baseline_uses_it_alone(
     attention: baseline_attention.Attention, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Step(2, 40, 64)
+    step = AttentionStep(2, 40, 64)
     step.model.eval()
     ours = step.summarize(dtype, None)
     calls: list[tuple[int, int]] = []
@@ -101,7 +101,7 @@ def test_the_model_with_a_baseline_uses_it_alone(
 
 def test_the_swap_is_fair_and_undone() -> None:
     """Our own attention, handed in as a baseline is, gives the model's own output; afterwards nothing is replaced."""
-    step = Step(3, 20, 64)
+    step = AttentionStep(3, 20, 64)
     step.model.eval()
     ours = step.summarize(torch.float32, None)
     torch.testing.assert_close(step.summarize(torch.float32, plain_quasi_linear), ours, atol=1e-4, rtol=1e-4)
@@ -111,14 +111,14 @@ def test_the_swap_is_fair_and_undone() -> None:
 
 
 def test_baselines_refuse_ragged_users() -> None:
-    step = Step(2, 20, 64)
+    step = AttentionStep(2, 20, 64)
     step.offsets = torch.tensor([0, 10, 40])
     with pytest.raises(ValueError, match=r"users of equal length, got \[42, 62\]"):
         step.summarize(torch.float32, sdpa)
 
 
 def test_results_are_checked() -> None:
-    tokens = Tokens([30, 30], 128, torch.float32)
+    tokens = AttentionTokens([30, 30], 128, torch.float32)
     check(tokens)
     out = tokens.forward()
     with pytest.raises(AssertionError, match="o: error"):

@@ -14,13 +14,8 @@ import pytest
 
 from scripts.benchmarks import bench_summary
 from scripts.benchmarks import benchmark_recorder as recorder
-from scripts.benchmarks.benchmark_recorder import (
-    BenchmarkRecorder,
-    benchmark_parser,
-    interleaved,
-    read_cases,
-    timing_of,
-)
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser, read_cases
+from scripts.benchmarks.timing import interleaved, timing_of
 from vista.errors import DataError
 
 pytestmark = pytest.mark.research

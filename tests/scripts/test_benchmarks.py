@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scripts.benchmarks import bench_training
 from scripts.benchmarks import rectools_process as baseline
 from scripts.benchmarks.benchmark_recorder import read_cases
-from scripts.benchmarks.rectools_process import Pilot, Setting
+from scripts.benchmarks.rectools_process import RecToolsPilot, RecToolsSetting
 from scripts.benchmarks.scorer_workloads import scorer_roofline
 from scripts.benchmarks.store_workloads import private_bytes
 from scripts.benchmarks.workloads import lifelong_log, untrained
@@ -256,20 +256,20 @@ def test_private_memory_is_told_from_the_page_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("negatives", [1, 64, 1024])
 def test_the_pilot_finds_the_fastest_setting(negatives: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cost(setting: Setting) -> float:
+    def cost(setting: RecToolsSetting) -> float:
         seconds = {"softmax": 9.0, "sampled_softmax": 7.0, "BCE": 8.0}[setting.loss]
         seconds *= {"32-true": 0.5, "bf16-mixed": 1.0}[setting.precision] * (0.9 if setting.workers else 1)
         return seconds * (1 + abs(math.log2(setting.batch_size) - 5)) * (0.8 if setting.threads == 1 else 1)
 
-    tried: list[Setting] = []
+    tried: list[RecToolsSetting] = []
 
-    def run_rectools(python: Path, data: Path, setting: Setting, max_batches: int) -> dict[str, Any]:
+    def run_rectools(python: Path, data: Path, setting: RecToolsSetting, max_batches: int) -> dict[str, Any]:
         assert max_batches == baseline.PILOT_BATCHES
         tried.append(setting)
         return {"seconds_per_epoch": [cost(setting)]}
 
     monkeypatch.setattr(baseline, "run_rectools", run_rectools)
-    pilot = Pilot(Path("python"), Path("data"), negatives, 0.2, quick=False)
+    pilot = RecToolsPilot(Path("python"), Path("data"), negatives, 0.2, quick=False)
     found = pilot.fastest()
     assert len(set(tried)) == len(tried) and found == min(tried, key=cost)
     assert (found.precision, found.workers, found.n_negatives, found.dropout) == ("32-true", 1, negatives, 0.2)

@@ -16,7 +16,8 @@ from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder
 from scripts.experiments import plot_lengths, reproduce
 from scripts.experiments.results import append_result, changed_settings, hardware, markdown_table, read_results
 from scripts.experiments.row_progress import RowProgress
-from scripts.experiments.tables import BOTH, COUNTING_BASELINES, K0, TABLES, TRUTH, Row, Served, Table
+from scripts.experiments.table_run import recorded_config, train_config
+from scripts.experiments.tables import BOTH, COUNTING_BASELINES, K0, TABLES, TRUTH, Table, TableLine, TableRow
 from tests.conftest import ratings_folder
 from vista.config import TrainConfig
 from vista.config.choices import Codec
@@ -32,12 +33,12 @@ SIMULATION = Table(
     "simulation",
     "tiny",
     {
-        "vista": Row(1, codecs=BOTH, tails=(4,), apart=(4,)),
-        "tail-only": Row(1, K0),
-        "last-40": Row(1, (*K0, "model.tail_len=40")),
-        "sasrec": Row(1, ("model=sasrec",)),
-        "din": Row(1, ("model=din",)),
-        "sim-hard": Row(
+        "vista": TableRow(1, codecs=BOTH, tails=(4,), apart=(4,)),
+        "tail-only": TableRow(1, K0),
+        "last-40": TableRow(1, (*K0, "model.tail_len=40")),
+        "sasrec": TableRow(1, ("model=sasrec",)),
+        "din": TableRow(1, ("model=din",)),
+        "sim-hard": TableRow(
             1, ("model=sim", "model.search=hard", "data.item_categories=items.parquet", "data.category_column=topic")
         ),
         **COUNTING_BASELINES,
@@ -48,7 +49,7 @@ SIMULATION = Table(
     costs=True,
     recall=True,
 )
-MOVIELENS = Table("ml-100k", "ml-1m", {"vista": Row(3, SMALL), **COUNTING_BASELINES})
+MOVIELENS = Table("ml-100k", "ml-1m", {"vista": TableRow(3, SMALL), **COUNTING_BASELINES})
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_a_simulated_table(
     assert found["last-40 1"]["config"]["model"]["tail_len"] == 40
     assert all(0 < found[name]["metrics"]["auc/click"] < 1 for name in trained)
     assert found["truth 0"]["metrics"]["ne/click"] < min(found[name]["metrics"]["ne/click"] for name in trained)
-    assert SIMULATION.rows["vista"].served("vista")["vista, tail 4 not in the summary"] == Served(
+    assert SIMULATION.rows["vista"].served("vista")["vista, tail 4 not in the summary"] == TableLine(
         tail_len=4, staleness=4
     )
     quality = [found[f"vista{how} 1"]["metrics"]["ne/click"] for how in ("", ", tail 4", ", tail 4 not in the summary")]
@@ -132,8 +133,8 @@ def test_a_downstream_row_is_trained_over_its_base(
     tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Which is trained first where it is not there; a change of the base is a change of the row."""
-    second = Row(1, ("optim.tasks=[like]", "optim.next_weight=0"), base="base", until="2025-01-01")
-    table = replace(SIMULATION, rows={"base": Row(1, ("optim.tasks=[click]",)), "downstream": second})
+    second = TableRow(1, ("optim.tasks=[like]", "optim.next_weight=0"), base="base", until="2025-01-01")
+    table = replace(SIMULATION, rows={"base": TableRow(1, ("optim.tasks=[click]",)), "downstream": second})
     monkeypatch.setitem(TABLES, "tiny", table)
     assert reproduce.main([*words, "--rows", "downstream"]) == 0
     line = found_lines(tmp_path)["downstream 1"]
@@ -143,7 +144,7 @@ def test_a_downstream_row_is_trained_over_its_base(
     logs = [path.read_text() for path in (tmp_path / "work").rglob("train.log")]
     assert len(logs) == 2 and sum("resuming at step" in text for text in logs) == 1, "the base was trained once"
     capsys.readouterr()
-    monkeypatch.setitem(TABLES, "tiny", replace(table, rows={**table.rows, "base": Row(1, ("optim.tasks=[]",))}))
+    monkeypatch.setitem(TABLES, "tiny", replace(table, rows={**table.rows, "base": TableRow(1, ("optim.tasks=[]",))}))
     assert reproduce.main([*words, "--list"]) == 0
     printed = capsys.readouterr().out
     assert "0 of 2 runs done" in printed and "was done with another base.optim.tasks (['click'] -> [])" in printed
@@ -158,7 +159,7 @@ def test_only_what_lacks_is_run(
     assert found_lines(tmp_path)["vista 2"]["command"].endswith("--rows vista --data ml-1m --seeds 2 --threads 1")
 
     monkeypatch.setitem(
-        TABLES, "tiny", replace(MOVIELENS, rows={"vista": Row(3, SMALL, BOTH, (4,)), **COUNTING_BASELINES})
+        TABLES, "tiny", replace(MOVIELENS, rows={"vista": TableRow(3, SMALL, BOTH, (4,)), **COUNTING_BASELINES})
     )
     assert reproduce.main([*words, "--seeds", "2"]) == 0
     lines = read_results(tmp_path / "results" / "tiny.jsonl")
@@ -186,7 +187,7 @@ def test_the_time_limit_stops_a_run_that_the_next_call_ends(
     tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The figures are those of a run that was not stopped."""
-    long = Row(1, (*SMALL, "optim.epochs=20", "data.tokens_per_batch=200"))
+    long = TableRow(1, (*SMALL, "optim.epochs=20", "data.tokens_per_batch=200"))
     monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={**COUNTING_BASELINES, "vista": long}))
     assert reproduce.main([*words, "--rows", *COUNTING_BASELINES]) == 0
     began, step, steps = time.monotonic(), trainer._Trainer._step, []
@@ -273,9 +274,9 @@ def test_every_row_can_be_composed(name: str) -> None:
     configs = {}
     for row, values in table.rows.items():
         config = compose_config(TrainConfig, [f"experiment={table.experiment}", *table.words, *values.words])
-        configs[row] = reproduce._recorded(table, values)
+        configs[row] = recorded_config(table, values)
         if values.base:
-            base = reproduce._train_config(table, table.rows[values.base]).model
+            base = train_config(table, table.rows[values.base]).model
             assert all(getattr(base, key) == getattr(config.model, key) for key in KEPT_KEYS)
             assert parse_time(values.until) < parse_time(str(config.data.validation_from))
         assert all(length < config.model.tail_len for length in values.tails)
@@ -289,7 +290,7 @@ def test_lengths_are_compared_at_the_same_labels(name: str) -> None:
     """Windows of all users and passes, impressions and events; the passes after which the best one is chosen."""
 
     def spent(table: Table) -> tuple[int, int, int, int]:
-        config, sizes = reproduce._train_config(table, table.rows["vista"]), table.simulation
+        config, sizes = train_config(table, table.rows["vista"]), table.simulation
         assert sizes is not None and config.optim.epochs % config.optim.validate_every == 0
         return (
             sizes["num_users"] * config.data.windows_per_chunk * config.optim.epochs,
@@ -302,12 +303,12 @@ def test_lengths_are_compared_at_the_same_labels(name: str) -> None:
     # A life of 200 events has no fewer than four windows: a quarter more.
     assert windows == (5 * usual / 4 if name == "length-200" else usual) and others == as_usual
     for row in ("sasrec", "hstu", "vista-all-labels"):
-        four_passes = reproduce._train_config(TABLES[name], TABLES[name].rows[row]).optim
+        four_passes = train_config(TABLES[name], TABLES[name].rows[row]).optim
         assert (four_passes.epochs, four_passes.validate_every) == (4, 1)
 
 
 def test_any_setting_that_differs_is_a_change() -> None:
-    now = reproduce._recorded(SIMULATION, SIMULATION.rows["vista"])
+    now = recorded_config(SIMULATION, SIMULATION.rows["vista"])
     assert now["data"]["exclude_seen"] is False
     before = {**now, "data": now["data"] | {"exclude_seen": True}}
     assert changed_settings(before, now) == ["data.exclude_seen (True -> False)"]
@@ -317,10 +318,10 @@ def test_any_setting_that_differs_is_a_change() -> None:
     assert changed_settings({**now, "base": {"row": "vista"}}, now) == ["base.row (vista -> None)"]
     assert "simulation.num_users" in changed_settings(now, {k: v for k, v in now.items() if k != "simulation"})[0]
     assert changed_settings({**now, "seed": 1}, {**now, "seed": 2}) == []
-    assert "target_attention" not in reproduce._recorded(SIMULATION, SIMULATION.rows["sasrec"])["model"]
+    assert "target_attention" not in recorded_config(SIMULATION, SIMULATION.rows["sasrec"])["model"]
     for name in ("din", "sim-hard", "truth"):
-        assert "exclude_seen" not in reproduce._recorded(SIMULATION, SIMULATION.rows[name])["data"]
-    assert reproduce._recorded(SIMULATION, SIMULATION.rows["popularity"])["data"]["exclude_seen"] is False
+        assert "exclude_seen" not in recorded_config(SIMULATION, SIMULATION.rows[name])["data"]
+    assert recorded_config(SIMULATION, SIMULATION.rows["popularity"])["data"]["exclude_seen"] is False
 
 
 def test_progress_corrects_its_estimates_by_what_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from scripts.benchmarks import rooflines as rooflines
-from scripts.benchmarks.benchmark_recorder import interleaved, timing_of
 from scripts.benchmarks.rooflines import (
     Roofline,
-    Work,
+    RooflineWork,
     backward_roofline,
     forward_roofline,
     matmul_roofline,
     products,
     short_users_roofline,
 )
+from scripts.benchmarks.timing import interleaved, timing_of
 
 pytestmark = pytest.mark.research
 SHAPE = (512, 2, 64, torch.bfloat16)
@@ -45,7 +45,7 @@ def test_rooflines_are_measured(roofline: Roofline) -> None:
 
 
 def test_a_floor_by_hand() -> None:
-    copy, product, silu = (Work(lambda: None, times, "") for times in (2.0, 3.0, 0.5))
+    copy, product, silu = (RooflineWork(lambda: None, times, "") for times in (2.0, 3.0, 0.5))
     timing = {f"roofline {index}": timing_of([seconds]) for index, seconds in enumerate([10.0, 4.0, 5.0, 2.0])}
     roofline = Roofline(copy, (product, product.scaled(2)), (silu,))
     assert roofline.parts(timing) == (20.0, 3 * 4 + 6 * 5, 1.0) and roofline.seconds(timing) == 43.0
@@ -54,7 +54,9 @@ def test_a_floor_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_that_cannot_be_left_out(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[int] = []
-    monkeypatch.setattr(rooflines, "copying", lambda num_bytes: moved.append(num_bytes) or Work(lambda: None, 1, ""))
+    monkeypatch.setattr(
+        rooflines, "copying", lambda num_bytes: moved.append(num_bytes) or RooflineWork(lambda: None, 1, "")
+    )
     forward_roofline(300, 1, 64, dtype)
     backward_roofline(300, 1, 64, dtype)
     for passes in (1, 2):

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from scripts.experiments import row_origin
-from scripts.experiments.row_origin import Trained, train_noted
+from scripts.experiments.row_origin import RowOrigin, train_noted
 from tests.conftest import Served, small_config
 from vista.config import ModelConfig
-from vista.config.choices import Architecture
+from vista.config.choices import Architecture, Precision
 from vista.log.event_log import EventLog
 
 pytestmark = pytest.mark.research
@@ -25,15 +25,15 @@ def test_who_trained_and_who_measures(event_log: EventLog, tmp_path: Path, monke
         monkeypatch.setattr(row_origin, "commit", lambda: commit)
         monkeypatch.setattr(row_origin, "hardware", lambda: MACHINE | {"cpu": cpu})
 
-    config = small_config(event_log, tmp_path / "run", optim__epochs=1)
+    config = small_config(event_log, tmp_path / "run", optim__epochs=1, precision=Precision.float32)
     now("aaa", "First CPU")
     train_noted(config, event_log, tmp_path)
-    fields = Trained.read(tmp_path).fields()
+    fields = RowOrigin.read(tmp_path).fields()
     assert fields["commit"] == "aaa" and fields["hardware"] == MACHINE | {"precision": "float32"}
-    assert fields["seconds"] > 0 and Trained.read(tmp_path).validation.keys() == {"hr@10", "ndcg@10"}
+    assert fields["seconds"] > 0 and RowOrigin.read(tmp_path).validation.keys() == {"hr@10", "ndcg@10"}
     now("bbb", "Second CPU")
     train_noted(config, event_log, tmp_path)  # it is done: nobody trains
-    fields = Trained.read(tmp_path).fields()
+    fields = RowOrigin.read(tmp_path).fields()
     assert fields["commit"] == "bbb (trained at aaa)" and fields["hardware"]["cpu"] == "First CPU"
     assert fields["hardware"]["elsewhere"] == ["Second CPU, 2 cores, torch 2.13.0"]
 
@@ -44,7 +44,7 @@ def test_a_run_that_only_ranks_is_judged_by_its_entropy(
     model = ModelConfig(architecture=Architecture.din, dim=16, num_heads=2, history_limit=9)
     config = small_config(impression_log, tmp_path / "run", model=model, data=served_tasks.config.data, optim__epochs=2)
     train_noted(config, impression_log, tmp_path)
-    kept = Trained.read(tmp_path).validation
+    kept = RowOrigin.read(tmp_path).validation
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     entropies = [row["validation"]["ne/click"] for row in rows if "validation" in row]
     assert len(entropies) == 2 and kept["ne/click"] == min(entropies) and "ndcg@10" not in kept
@@ -63,9 +63,9 @@ def test_a_run_that_was_killed_is_named_and_goes_on(
         train_noted(config, event_log, tmp_path)
     monkeypatch.setattr(row_origin, "commit", lambda: "bbb")
     train_noted(config, event_log, tmp_path)
-    assert [origin["commit"] for origin in Trained.read(tmp_path).origins] == ["aaa", "bbb"]
+    assert [origin["commit"] for origin in RowOrigin.read(tmp_path).origins] == ["aaa", "bbb"]
     (tmp_path / "origins.jsonl").unlink()
-    assert Trained.read(tmp_path).origins == ()
+    assert RowOrigin.read(tmp_path).origins == ()
 
 
 def test_a_run_that_was_stopped_names_both(
@@ -89,6 +89,6 @@ def test_a_run_that_was_stopped_names_both(
         train_noted(config, event_log, tmp_path)
     monkeypatch.setattr(row_origin, "commit", lambda: "bbb")
     train_noted(config, event_log, tmp_path)
-    assert [origin["commit"] for origin in Trained.read(tmp_path).origins] == ["aaa", "bbb"]
-    assert Trained.read(tmp_path).fields()["commit"] == "bbb (trained at aaa, bbb)"
-    assert Trained(2.0).fields().keys() == {"commit", "hardware", "seconds"}
+    assert [origin["commit"] for origin in RowOrigin.read(tmp_path).origins] == ["aaa", "bbb"]
+    assert RowOrigin.read(tmp_path).fields()["commit"] == "bbb (trained at aaa, bbb)"
+    assert RowOrigin(2.0).fields().keys() == {"commit", "hardware", "seconds"}

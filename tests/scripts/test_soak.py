@@ -14,7 +14,7 @@ import pytest
 from scripts.benchmarks import soak_scorer
 from scripts.benchmarks.benchmark_recorder import read_cases
 from scripts.benchmarks.soak_load import SoakAnswer, SoakStage, append_events, ask, copies, freeze
-from scripts.benchmarks.soak_scorer import Judge
+from scripts.benchmarks.soak_scorer import SoakJudge
 from vista.model.vista_model import VistaModel
 from vista.refresh import erase, refresh
 from vista.scorer import Scorer
@@ -49,7 +49,7 @@ def answer_of(stage: SoakStage, copy: str, question: int) -> SoakAnswer:
 @pytest.mark.parametrize("question", [PREDICT, TAIL, VECTORS])
 def test_the_judge_takes_one_state_and_no_other(stage: SoakStage, question: int) -> None:
     assert sorted(copies(stage.frozen)) == [(1, 0), (1, 2), (2, 1), (2, 2)]
-    judge = Judge(stage.models, stage.frozen, NUM_USERS, NUM_ITEMS)
+    judge = SoakJudge(stage.models, stage.frozen, NUM_USERS, NUM_ITEMS)
     old, new, erased = (answer_of(stage, copy, question) for copy in ("1-0", "2-1", "2-2"))
     assert all(judge.is_right(answer) for answer in (old, new, erased))
     assert judge.num_changing == 0
@@ -72,7 +72,7 @@ def test_the_judge_forgets_what_nobody_can_ask_for(stage: SoakStage) -> None:
     frozen = stage.frozen.with_name("frozen-too")
     for copy in ("1-0", "1-2", "2-1", "2-2"):
         (frozen / copy).mkdir(parents=True)
-    judge = Judge(stage.models, frozen, NUM_USERS, NUM_ITEMS)
+    judge = SoakJudge(stage.models, frozen, NUM_USERS, NUM_ITEMS)
     first, second = (SoakAnswer(thread, 0, 2, 2, (1, 2), 0.0, []) for thread in (0, 1))
     judge.latest[0] = first
     judge.forget(num_threads=2)

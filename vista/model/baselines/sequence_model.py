@@ -98,9 +98,10 @@ class SequenceModel(HistoryModel):
         for tile in tiles(events.offsets, vectors.device):
             states, memory = self._encode(events, tile)
             if optim.next_weight > 0:
-                gap = self.encoder.gap_vectors(batch.gap[tile.index][tile.valid])
-                users.append(self._user(states[:, : tile.valid.shape[1]][tile.valid], gap))
-                labels.append(batch.item[tile.index][tile.valid])
+                labelled = self._labelled(tile)
+                gap = self.encoder.gap_vectors(batch.gap[tile.index][labelled])
+                users.append(self._user(states[:, : labelled.shape[1]][labelled], gap))
+                labels.append(batch.item[tile.index][labelled])
             if shown is not None and (part := tile.entries(shown.chunk)) is not None:
                 index, valid = part
                 vector = item_vectors[shown.item[index]]
@@ -116,6 +117,10 @@ class SequenceModel(HistoryModel):
         if not logits:
             return weighted_losses(self, batch, optim, loss, None)
         return weighted_losses(self, batch, optim, loss, in_place(torch.cat(logits), torch.cat(places), batch))
+
+    def _labelled(self, tile: PaddedTile) -> Tensor:
+        """Which events of the tile are labels of the next-item loss: bool [n, L]."""
+        return tile.valid
 
     def _encode(self, events: EventVectors, tile: PaddedTile) -> tuple[Tensor, Any]:
         """States [n, L+1, M] before each event and after the last, and the history's memory (None without events).

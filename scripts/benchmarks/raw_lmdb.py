@@ -1,0 +1,38 @@
+"""LMDB without vista's store, as the baseline of the store's benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import lmdb
+
+from vista.store.lmdb.data_file import MAP_SIZE_BYTES
+
+
+class RawLmdb:
+    """LMDB and nothing else: durable, with the options that the store opens it with."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True)
+        self.environment = lmdb.open(str(path), map_size=MAP_SIZE_BYTES, lib_version=0)
+
+    def put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+        """One durable transaction."""
+        with self.environment.begin(write=True) as transaction:
+            for key, value in zip(keys, values, strict=True):
+                transaction.put(key, value)
+
+    def copies(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Values copied out in one transaction."""
+        with self.environment.begin() as transaction:
+            return [transaction.get(key) for key in keys]
+
+    def __enter__(self) -> RawLmdb:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.environment.close()

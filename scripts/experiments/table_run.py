@@ -1,0 +1,135 @@
+"""What a table still lacks: the runs of its rows and seeds, how long they will take, and their commands."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from scripts.experiments.results import changed_settings, hardware
+from scripts.experiments.row_origin import MACHINE
+from scripts.experiments.tables import TABLES, Table, TableRow
+from vista.config import TrainConfig
+from vista.config.choices import Architecture
+from vista.config.composition import compose_config
+from vista.config.conversion import to_dict
+from vista.errors import ConfigError
+
+UNREAD_BY_BASELINES = ("target_attention", "num_target_layers")
+"""Keys of ModelConfig that belong to stage 2, which baselines lack: their lines do not record them."""
+UNTRAINED_SEED = 0
+SPLIT = ("split", "validation_from", "test_from", "exclude_seen")
+"""What of a configuration the untrained rows depend on."""
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TableRun:
+    """One model and seed of a table: its lines that are still to be made."""
+
+    name: str
+    row: TableRow
+    seed: int
+    config: dict[str, Any]
+    """As lines record it: what must be the same for a line to count as done."""
+    missing: tuple[str, ...]
+    changed: tuple[str, ...]
+    """Why lines that are there do not count: "optim.epochs (12 -> 20)"."""
+    estimate_s: float
+
+    @property
+    def label(self) -> str:
+        return self.name if self.row.untrained else f"{self.name}, seed {self.seed}"
+
+
+def table_runs(settings: argparse.Namespace, lines: Sequence[Line]) -> list[TableRun]:
+    """Runs of the chosen rows and seeds, done ones too: all models of a seed, then the next seed."""
+    table = TABLES[settings.table]
+    names = list(dict.fromkeys(settings.rows or table.rows))
+    unknown = [name for name in names if name not in table.rows]
+    if unknown:
+        raise ConfigError(
+            f"--rows {unknown[0]}: {settings.table} has no such row; take some of {', '.join(table.rows)}"
+        )
+    newest = {(line["model"], line["seed"]): line for line in lines}
+    machine, runs = hardware(), []
+    for asked in dict.fromkeys(settings.seeds):
+        for name in names:
+            row = table.rows[name]
+            if row.untrained and asked != settings.seeds[0]:
+                continue
+            seed = UNTRAINED_SEED if row.untrained else asked
+            config = recorded_config(table, row)
+            missing: list[str] = []
+            changed: dict[str, None] = {}
+            for served in row.served(name):
+                line = newest.get((served, seed))
+                changes = changed_settings(line["config"], config) if line else []
+                changed |= dict.fromkeys(changes)
+                if changes or not line:
+                    missing.append(served)
+            estimate = _estimate_s(name, row, lines, machine)
+            runs.append(TableRun(name, row, seed, config, tuple(missing), tuple(changed), estimate))
+    return runs
+
+
+def train_config(table: Table, row: TableRow) -> TrainConfig:
+    return compose_config(TrainConfig, [f"experiment={table.experiment}", *table.words, *row.words])
+
+
+def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
+    """What a line says of its configuration. Paths are the machine's, not the experiment's."""
+    config = train_config(table, row)
+    values = to_dict(config)
+    data = {
+        key: value for key, value in values["data"].items() if key in SPLIT or (not row.untrained and key != "path")
+    }
+    if config.model.architecture.ranks_only or row.untrained == "truth":
+        del data["exclude_seen"]  # it is about next items
+    # A log of another size is another experiment.
+    recorded = {"data": data} | ({} if table.simulation is None else {"simulation": table.simulation})
+    if row.untrained:
+        return recorded
+    model = values["model"]
+    if config.model.architecture is not Architecture.vista:
+        model = {key: value for key, value in model.items() if key not in UNREAD_BY_BASELINES}
+    recorded |= {"model": model, "optim": values["optim"]}
+    if row.base:
+        kept = recorded_config(table, table.rows[row.base])
+        flat = {f"{group}.{key}": value for group in kept for key, value in kept[group].items()}
+        recorded["base"] = {"row": row.base, "until": row.until, **flat}
+    return recorded
+
+
+def _estimate_s(name: str, row: TableRow, lines: Sequence[Line], machine: Line) -> float:
+    """By what the row took before, on such a machine if it can be; else the table's guess."""
+    same = [line for line in lines if line["model"] in row.served(name)]
+    here = [line for line in same if all(line["hardware"].get(key) == machine[key] for key in MACHINE)]
+    return fmean(line["seconds"] for line in here or same) if same else 60 * row.minutes
+
+
+def listing(settings: argparse.Namespace, runs: Sequence[TableRun]) -> str:
+    pending = [run for run in runs if run.missing]
+    left = sum(run.estimate_s for run in pending) / 60
+    lines = [f"{settings.table}: {len(runs) - len(pending)} of {len(runs)} runs done, about {left:.0f} minutes left"]
+    for name in dict.fromkeys(run.name for run in runs):
+        own = [run for run in runs if run.name == name]
+        seeds = " ".join(str(run.seed) for run in own if run.missing)
+        state = "done" if not seeds else "to run" if own[0].row.untrained else f"to run with seed {seeds}"
+        lines.append(f"\n{name}: {state}; {own[0].estimate_s / 60:.1f} minutes a run")
+        changed = dict.fromkeys(change for run in own for change in run.changed)
+        lines += [f"  was done with another {', '.join(changed)}"] if changed else []
+        lines.append(f"  {command_of(settings, own[0], [run.seed for run in own])}")
+    return "\n".join(lines)
+
+
+def command_of(settings: argparse.Namespace, run: TableRun, seeds: Sequence[int]) -> str:
+    table = TABLES[settings.table]
+    words = ["python", "-m", "scripts.experiments.reproduce", settings.table, "--rows", run.name]
+    words += [] if table.simulation is not None else ["--data", table.data]
+    words += [] if run.row.untrained else ["--seeds", *map(str, seeds)]
+    words += ["--threads", str(settings.threads)] if settings.threads else []
+    return shlex.join(words)
