@@ -81,7 +81,7 @@ def write_until_full(say: Say, store: str, filler: str, words: dict[str, Any]) -
 
 
 @promise(
-    "Disk full", fault="a file system of 64 MiB without room left, for writers and for new readers", full=50, short=3
+    "Disk full", fault="a file system of 64 MiB without room left, for writers and for new readers", full=50, short=2
 )
 def test_disk_full(trial: Trial, small_disk: tuple[Nursery, Path]) -> None:
     nursery, disk = small_disk
@@ -126,7 +126,7 @@ def update_until_full(say: Say, store: str, filler: str) -> str:
     return f"{said[-1][0] if said[-1][0] == 'refused' else 'fitted'}, {found}"
 
 
-@promise("Disk full", fault="no room left for an incremental refresh with states", full=50, short=2)
+@promise("Disk full", fault="no room left for an incremental refresh with states", full=50, short=1)
 def test_disk_full_of_updates(trial: Trial, small_disk: tuple[Nursery, Path]) -> None:
     nursery, disk = small_disk
     folder = disk / f"updates-{trial.number}"

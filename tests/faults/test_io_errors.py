@@ -103,7 +103,7 @@ def check_updates_after_power_cut(say: Say, store: str, log: str, image: str, tu
     "Honest fsync failure",
     fault="EIO at the n-th fsync or write of an incremental refresh with states",
     full=200,
-    short=3,
+    short=2,
 )
 def test_io_errors_of_updates(trial: Trial, traced: Nursery) -> None:
     store, log, image = (trial.folder.resolve() / name for name in ("store", "log", "image"))
@@ -122,7 +122,7 @@ def test_io_errors_of_updates(trial: Trial, traced: Nursery) -> None:
     traced.call(updates.check_and_go_on, store, turn, least)
 
 
-@promise("Honest fsync failure", fault="EIO at the n-th fsync, write, create, rename or remove", full=200, short=8)
+@promise("Honest fsync failure", fault="EIO at the n-th fsync, write, create, rename or remove", full=200, short=4)
 def test_io_errors(trial: Trial, traced: Nursery) -> None:
     store, log, image = (trial.folder.resolve() / name for name in ("store", "log", "image"))
     image.mkdir()

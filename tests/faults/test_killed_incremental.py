@@ -84,7 +84,7 @@ def compare(say: Say, store: str, whole: str) -> bool:
     "Refresh resumes",
     fault="kill -9 of `refresh incremental=true`, by phase; the log grows in between",
     full=500,
-    short=6,
+    short=3,
     shares={"within a transaction": 0.3},
 )
 def test_killed_incremental(trial: Trial, nursery: Nursery, base: Path) -> None:

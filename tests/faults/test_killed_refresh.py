@@ -96,7 +96,7 @@ def kill_somewhere(trial: Trial, child: Child) -> None:
     "Refresh resumes",
     fault="kill -9 of `refresh`, by phase",
     full=500,
-    short=6,
+    short=3,
     shares={"between begin and commit": 0.30},
 )
 def test_killed_refresh(

@@ -57,7 +57,7 @@ def check_survivors(nursery: Nursery, store: Path, run: Run, writer: Child) -> N
     "Acknowledged batch survives",
     fault="kill -9 of the writer",
     full=1000,
-    short=10,
+    short=5,
     shares={"between begin and commit": 0.30},
 )
 def test_killed_writer(trial: Trial, nursery: Nursery) -> None:

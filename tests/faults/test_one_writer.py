@@ -31,7 +31,7 @@ def start_at(say: Say, store: str, moment: float, hold_s: float) -> str:
     return ""
 
 
-@promise("One writer", fault="two starters at once, SIGSTOP of the holder", full=100, short=4)
+@promise("One writer", fault="two starters at once, SIGSTOP of the holder", full=100, short=2)
 def test_one_writer(trial: Trial, nursery: Nursery) -> None:
     store = trial.folder / "store"
     moment = time.monotonic() + 0.2

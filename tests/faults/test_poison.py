@@ -25,7 +25,7 @@ from vista.scorer import Scorer, Tail
 from vista.store import NO_TIMESTAMP, RecordSpec, encode_records, user_keys
 from vista.store import Tail as StoredTail
 
-EXAMPLES = 100
+EXAMPLES = 50
 NUMBERS = [0, -1, 1, 2**31, 2**63 - 1, -(2**63), 2**63, 2**64, -(2**70), 1.5, 1e300, float("nan"), float("inf"), None]
 WORDS = ["", "x", "é" * 300, "0", "nan", "\x00", "\ud800", b"bytes", True, (), [1]]
 odd = st.one_of(st.sampled_from(NUMBERS), st.sampled_from(WORDS), st.integers(), st.floats(), st.text(max_size=4))
@@ -48,7 +48,7 @@ def examples(number: int, check: Callable[[Any], None], strategy: st.SearchStrat
 # Summaries -----------------------------------------------------------------------------------------------------------
 
 
-@promise("Poison input", fault="NaN, infinities and extremes in summaries", full=10_000, short=100, each=EXAMPLES)
+@promise("Poison input", fault="NaN, infinities and extremes in summaries", full=10_000, short=50, each=EXAMPLES)
 def test_poisoned_summaries(trial: Trial) -> None:
     extremes = [np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 1e-45, 0.0, -0.0, 1e30, 65504.0, 70000.0]
     value = st.one_of(st.sampled_from(extremes), st.floats(width=32))
@@ -104,7 +104,7 @@ def test_poisoned_summaries(trial: Trial) -> None:
     "Poison input",
     fault="requests: odd users, candidates, tails, times and types",
     full=10_000,
-    short=100,
+    short=50,
     each=EXAMPLES,
 )
 def test_poisoned_requests(trial: Trial, scorer: Scorer) -> None:
@@ -149,7 +149,7 @@ def test_poisoned_requests(trial: Trial, scorer: Scorer) -> None:
     "Poison input",
     fault="rows of a log: odd ids, times, actions, ratings; unsorted, twice, none",
     full=2000,
-    short=100,
+    short=50,
     each=EXAMPLES,
 )
 def test_poisoned_rows(trial: Trial) -> None:

@@ -61,7 +61,7 @@ def whole(
     return result(run_dir)
 
 
-@promise("Trainer resume", fault="kill -9, also during a save", full=50, short=2, shares={"during a save": 0.20})
+@promise("Trainer resume", fault="kill -9, also during a save", full=50, short=1, shares={"during a save": 0.20})
 def test_trainer_resume(
     trial: Trial, nursery: Nursery, traced: Nursery, event_log: EventLog, whole: dict[str, Any]
 ) -> None:

@@ -80,7 +80,7 @@ def test_equals_a_full_refresh(tmp_path: Path, grow: SimpleNamespace, name: str)
     assert refresh_incremental(model, log, store).num_users == 0
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from(["plain", "no reach", "decay by time", "decay by position"]))
 def test_any_sequence_of_changes(
     tmp_path_factory: pytest.TempPathFactory, grow: SimpleNamespace, data: st.DataObject, name: str

@@ -280,7 +280,7 @@ def run(store, codec):
 out = {}
 run(Path(folder, "warm"), Codec.int8)
 for codec in (Codec.int8, Codec.float32):
-    for ending, number, ends in (("kill", signal.SIGKILL, 6), ("interrupt", signal.SIGINT, 3)):
+    for ending, number, ends in (("kill", signal.SIGKILL, 4), ("interrupt", signal.SIGINT, 2)):
         store, codes, resumed = Path(folder, f"{codec.value}-{ending}"), [], []
         for turn in range(ends):
             pipe = os.pipe()

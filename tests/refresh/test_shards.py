@@ -100,7 +100,7 @@ def test_a_divided_and_an_undivided_store_never_share_a_folder(tmp_path: Path, g
         assert len(one) == len(many) == 9
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), decay=st.sampled_from([Decay.none, Decay.time]))
 def test_merged_stores_equal_the_store_of_all_events(
     tmp_path_factory: pytest.TempPathFactory, grow: SimpleNamespace, data: st.DataObject, decay: Decay

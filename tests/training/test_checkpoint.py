@@ -193,7 +193,7 @@ def test_a_kill_at_any_call_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
 def test_kill_nine_during_saves_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     chance = random.Random(0)
     reached = 0
-    for _ in range(5):
+    for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)], env=ENVIRONMENT)
         try:
             give_up = time.monotonic() + 60
@@ -206,7 +206,7 @@ def test_kill_nine_during_saves_leaves_a_whole_checkpoint(tmp_path: Path) -> Non
             process.wait()
         reached += check_sound(tmp_path)
         remove_checkpoints(tmp_path)
-    assert reached >= 5
+    assert reached >= 3
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])

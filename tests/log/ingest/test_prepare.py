@@ -41,7 +41,7 @@ EVENTS = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=EVENTS, cut=st.integers(0, 40), bucket=st.integers(1, 50))
 def test_any_frame_round_trips(
     rows: list[tuple], cut: int, bucket: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
