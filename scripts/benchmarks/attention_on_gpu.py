@@ -1,9 +1,9 @@
-"""The GPU's part of bench_attention.py: QLA's share of the copy bandwidth, and its baselines.
+"""The GPU part of bench_attention.py: QLA's share of the copy bandwidth, and its baselines.
 
-bfloat16, head size 64, from 65,536 packed tokens. A share is the bytes that QLA cannot help moving (4 streams of tokens
-forward, 7 backward) over its time, against the bytes a second of a large copy on the same device. Baselines get the
-same users, of equal length: SDPA (FlashAttention), HSTU's attention in blocks, torch.compile of the formula and of our
-torch backend, and FLA's chunk_linear_attn, causal and without activations, where it is installed.
+All cases use bfloat16 and head size 64, from 65,536 packed tokens. A share compares the bytes per second that QLA must
+move (4 streams of tokens forward, 7 backward) with those of a large copy on the same device. Baselines get the same
+users of equal length: SDPA (FlashAttention), HSTU's attention in blocks, torch.compile of the formula and of our torch
+backend, and FLA's chunk_linear_attn (causal, without activations) if FLA is installed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from vista_kernels import quasi_linear_attention
 
 DIMS = (64, 128, 256)
 BATCHES = ((64, 1024), (1, 65_536), (1, 1 << 20))
-"""Users and events a user, of the shares."""
+"""Users and events per user of the shares."""
 BASELINE_BATCHES = ((64, 1024), (4, 16_384))
 
 
 def bench(recorder: BenchmarkRecorder, device: torch.device) -> None:
-    """All cases."""
+    """Run all cases."""
     for dim in DIMS[:1] if recorder.quick else DIMS:
         for users, length in BATCHES[:1] if recorder.quick else BATCHES:
             bench_share(recorder, users, length, dim, device)
@@ -62,7 +62,7 @@ def bench_share(recorder: BenchmarkRecorder, users: int, length: int, dim: int, 
 
 
 def bench_baselines(recorder: BenchmarkRecorder, users: int, length: int, dim: int, device: torch.device) -> None:
-    """Forward, and forward with backward, against each baseline."""
+    """Compare the forward, and the forward with the backward, with each baseline."""
     tokens = AttentionTokens([length] * users, dim, torch.bfloat16, device)
     leaves = tokens.by_user()
     attentions = {"QLA": partial(packed, tokens.offsets, "auto")} | baselines(tokens)
@@ -91,36 +91,36 @@ def bench_baselines(recorder: BenchmarkRecorder, users: int, length: int, dim: i
 
 
 def baselines(tokens: AttentionTokens) -> dict[str, Attention]:
-    """Name -> attention over [B, T, H, D]."""
+    """Name -> attention over [B, T, H, D], for the users of `tokens`."""
     users = len(tokens.offsets) - 1
     length, heads = len(tokens.q) // users, tokens.q.shape[1]
     block = fastest_block(users, length, heads, HEAD_DIM, tokens.q.detach())
-    found: dict[str, Attention] = {
+    attentions: dict[str, Attention] = {
         "SDPA": flash,
         "HSTU in blocks": partial(hstu, block_scores=block),
         "torch.compile of the formula": torch.compile(plain_quasi_linear),
         "torch.compile of our torch backend": torch.compile(partial(packed, tokens.offsets, "torch")),
     }
     if importlib.util.find_spec("fla") is None:
-        print("        FLA is not installed: its chunk_linear_attn is left out", flush=True)
-        return found
+        print("        FLA is not installed: skipping its chunk_linear_attn", flush=True)
+        return attentions
     chunked = importlib.import_module("fla.ops.linear_attn").chunk_linear_attn
-    return found | {"FLA chunk_linear_attn": lambda q, k, v: chunked(q, k, v, normalize=False)[0]}
+    return attentions | {"FLA chunk_linear_attn": lambda q, k, v: chunked(q, k, v, normalize=False)[0]}
 
 
 def packed(offsets: Tensor, backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """QLA on users of equal length, [B, T, H, D] -> the same."""
+    """QLA on users of equal length, [B, T, H, D] -> [B, T, H, D]."""
     q_T, k_T, v_T = (x.flatten(0, 1) for x in (q, k, v))
     return quasi_linear_attention(q_T, k_T, v_T, offsets, normalization="length", backend=backend).view(q.shape)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SDPA by FlashAttention, or an error."""
+    """SDPA by FlashAttention; raises an error if that is not possible."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return sdpa(q, k, v)
 
 
 def check_repeats(tokens: AttentionTokens) -> None:
-    """Two runs give the same bits."""
+    """Require that two runs give the same bits."""
     first, second = ((tokens.forward(), *tokens.backward()()) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

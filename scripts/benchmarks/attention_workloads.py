@@ -1,4 +1,4 @@
-"""What the benchmark of attention runs on: random tokens, a training step, and checks that results are equal.
+"""Inputs of the attention benchmarks: random tokens, a training step, and checks that results are equal.
 
 Letters: B users, T packed events, H heads, D head dim.
 """
@@ -19,11 +19,11 @@ from vista_kernels import accumulate_state, quasi_linear_attention, read_state
 
 HEAD_DIM, NUM_SEEDS, NUM_LAYERS = 64, 32, 3
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
-"""Largest error that passes as equal, over the largest value."""
+"""Largest error that counts as equal, relative to the largest value."""
 
 
 class AttentionTokens:
-    """Random q, k, v [T, H, D] of packed users, asking for gradients, and a gradient of the output."""
+    """Random q, k, v [T, H, D] of packed users that require gradients, and a gradient of the output."""
 
     def __init__(
         self, lengths: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -35,27 +35,27 @@ class AttentionTokens:
         self.grad = torch.randn(shape).to(device, dtype)
 
     def attend(self) -> Tensor:
-        """QLA, normalised by length."""
+        """QLA, normalized by length."""
         return quasi_linear_attention(self.q, self.k, self.v, self.offsets, normalization="length")
 
     @torch.no_grad()
     def forward(self) -> Tensor:
-        """QLA alone."""
+        """QLA without gradients."""
         return self.attend()
 
     def backward(self) -> Callable[[], tuple[Tensor, ...]]:
-        """A call that does QLA's backward alone."""
+        """A call that runs only QLA's backward."""
         out = self.attend()
         return lambda: torch.autograd.grad(out, (self.q, self.k, self.v), self.grad, retain_graph=True)
 
     @torch.no_grad()
     def write_and_read(self, queries: Tensor, query_offsets: Tensor) -> Tensor:
-        """The separable path: a state from k and v, read by queries."""
+        """The separable path: accumulate a state from k and v, then read it by queries."""
         z, n = accumulate_state(self.k, self.v, self.offsets)
         return read_state(queries, z, n, query_offsets, normalization="length")
 
     def by_user(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """q, k and v [B, T, H, D] of users of equal length, leaves of their own."""
+        """q, k and v [B, T, H, D] of users of equal length, as new leaves."""
         shape = (len(self.offsets) - 1, -1, *self.q.shape[1:])
         return [x.detach().to(dtype).view(shape).requires_grad_() for x in (self.q, self.k, self.v)]
 
@@ -79,13 +79,13 @@ class AttentionStep:
         self.weight = torch.randn(num_users, NUM_SEEDS, dim)  # the plain sum of a layer norm has no gradient
 
     def summarize(self, dtype: torch.dtype, attention: Attention | None) -> Tensor:
-        """Summaries [B, S, M], in bfloat16 under autocast, as the trainer does; None is our attention."""
+        """Summaries [B, S, M], in bfloat16 under autocast, as in the trainer; None stands for our attention."""
         replaced = nullcontext() if attention is None else attention_replaced(attention)
         with replaced, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             return self.model.summarize_set(self.tokens, self.offsets)
 
     def run(self, dtype: torch.dtype, attention: Attention | None) -> None:
-        """Forward and backward, dropout included."""
+        """Forward and backward, with dropout."""
         self.model.zero_grad(set_to_none=True)
         self.tokens.grad = None
         loss = (self.summarize(dtype, attention).float() * self.weight).sum()
@@ -93,7 +93,7 @@ class AttentionStep:
 
 
 def check(tokens: AttentionTokens) -> None:
-    """QLA of users of equal length, and its gradients, against the formula in float64 on the same tokens."""
+    """Compare QLA of users of equal length, and its gradients, with the formula in float64 on the same tokens."""
     exact = tokens.by_user(torch.float64)
     expected = plain_quasi_linear(*exact)
     grads = torch.autograd.grad(expected, exact, tokens.grad.double().view(expected.shape))
@@ -103,7 +103,7 @@ def check(tokens: AttentionTokens) -> None:
 
 
 def assert_equal(name: str, ours: Tensor, expected: Tensor) -> None:
-    """Equal up to the rounding of ours' dtype."""
+    """Require equality up to the rounding of the dtype of `ours`."""
     error = (ours.detach().double() - expected.detach().double().reshape(ours.shape)).abs().max()
     limit = TOLERANCE[ours.dtype] * float(expected.detach().abs().max())
     assert float(error) <= limit, f"{name}: error {float(error)} over {limit}"

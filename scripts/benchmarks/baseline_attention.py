@@ -1,11 +1,11 @@
-"""The attention that ours is compared with, and the same summarizer with a baseline's attention in place of ours.
+"""Baselines of our attention, and our summarizer with a baseline's attention in place of ours.
 
 All take users of equal length: q [B, Q, H, D], k and v [B, T, H, D] -> [B, Q, H, D]. Letters: B users, Q queries,
 T keys, H heads, D head dim, N = B·H.
 
-SDPA is torch's softmax attention, unmasked. HSTU's attention (without its relative bias, which would only slow it) is
-pointwise: o = silu(q kᵀ) v / T. torch has no kernel for it, and a plain formula would write T² numbers, so it is
-computed in blocks of queries, each block's scores in a buffer that all blocks share, and backward computes them again.
+SDPA is torch's softmax attention, unmasked. HSTU's attention is pointwise: o = silu(q kᵀ) v / T; its relative bias,
+which would only slow it down, is left out. torch has no kernel for it and the plain formula writes T² numbers, so we
+compute it in blocks of queries. All blocks share one buffer of scores, and the backward recomputes the scores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vista.model import summarizer
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 BLOCK_SCORES = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
-"""Scores a block of HSTU's attention may hold; `fastest_block` chooses."""
+"""Scores that a block of HSTU's attention may hold; `fastest_block` chooses one of them."""
 PILOT_QUERIES, PILOT_ITEMS = 1024, 8
 
 
@@ -36,7 +36,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def hstu(q: Tensor, k: Tensor, v: Tensor, *, block_scores: int) -> Tensor:
-    """HSTU's attention in blocks of at most block_scores scores (a row of T at least)."""
+    """HSTU's attention in blocks of at most block_scores scores, but at least one row of T."""
     B, _, H, _ = q.shape
     rows = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))
     out: Tensor = _BlockedHSTU.apply(*rows, block_scores)  # type: ignore[no-untyped-call]
@@ -44,22 +44,22 @@ def hstu(q: Tensor, k: Tensor, v: Tensor, *, block_scores: int) -> Tensor:
 
 
 def plain_hstu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same by its formula, with all T² scores."""
+    """HSTU's attention by its formula, with all T² scores at once."""
     scores = F.silu(torch.einsum("bqhd,bthd->bhqt", q, k)) / k.shape[1]
     return torch.einsum("bhqt,bthd->bqhd", scores, v)
 
 
 def plain_quasi_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Our attention by its formula, normalised by length: o = silu(q) silu(silu(k)ᵀ v / T)."""
+    """Our attention by its formula, normalized by length: o = silu(q) silu(silu(k)ᵀ v / T)."""
     state = torch.einsum("bthd,bthe->bhde", F.silu(k), v) / k.shape[1]
     return torch.einsum("bqhd,bhde->bqhe", F.silu(q), F.silu(state))
 
 
 def fastest_block(num_users: int, num_keys: int, num_heads: int, head_dim: int, like: Tensor) -> int:
-    """The block_scores that makes HSTU's forward and backward fastest here, by a short measurement on a part of it.
+    """The block_scores with the fastest forward and backward of HSTU, by a short measurement on a part of the work.
 
     Args:
-        like: gives dtype and device.
+        like: a tensor of the dtype and device to use.
     """
     users = min(num_users, max(1, PILOT_ITEMS // num_heads))
     shape = (users, num_keys, num_heads, head_dim)
@@ -77,10 +77,9 @@ def fastest_block(num_users: int, num_keys: int, num_heads: int, head_dim: int, 
 
 @contextmanager
 def attention_replaced(attention: Attention) -> Iterator[None]:
-    """Within the block every bidirectional `Summarizer` attends with `attention`, the last layer's seeds included.
+    """Make every bidirectional `Summarizer` attend with `attention`, also for the seeds of the last layer.
 
-    There our model writes a state that the seeds read. A baseline has no state: what is handed from the writer to the
-    reader in its place are the keys and values themselves.
+    There our model writes a state that the seeds read. A baseline has no state, so the keys and values take its place.
     """
 
     def quasi_linear_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, **_: Any) -> Tensor:
@@ -112,7 +111,7 @@ def _by_user(x: Tensor, offsets: Tensor) -> Tensor:
 class _BlockedHSTU(torch.autograd.Function):
     """q [N, Q, D], k and v [N, T, D] contiguous -> [N, Q, D].
 
-    Blocks' sums for dk and dv are kept in the tokens' dtype, the fastest way, though not the most precise in bfloat16.
+    The sums of dk and dv over blocks use the tokens' dtype, which is fastest but not most precise in bfloat16.
     """
 
     @staticmethod
@@ -147,7 +146,7 @@ class _BlockedHSTU(torch.autograd.Function):
 
 
 def _blocks(q: Tensor, k: Tensor, block_scores: int) -> Iterator[tuple[slice, slice]]:
-    """Items and query rows of each block: several whole items, or some queries of one."""
+    """Items and query rows of each block: several whole items, or some queries of one item."""
     N, Q, _ = q.shape
     rows = max(1, block_scores // k.shape[1])
     items = max(1, rows // Q)
@@ -157,12 +156,12 @@ def _blocks(q: Tensor, k: Tensor, block_scores: int) -> Iterator[tuple[slice, sl
 
 
 def _buffers(count: int, q: Tensor, k: Tensor, block_scores: int) -> list[Tensor]:
-    """Room for a block's scores, `count` times."""
+    """`count` buffers for the scores of a block."""
     size = min(max(block_scores, k.shape[1]), q.shape[0] * q.shape[1] * k.shape[1])
     return [q.new_empty(size) for _ in range(count)]
 
 
 def _product(buffer: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in the buffer."""
+    """a @ b, written to the buffer."""
     shape = (a.shape[0], a.shape[1], b.shape[2])
     return torch.bmm(a, b, out=buffer[: shape[0] * shape[1] * shape[2]].view(shape))

@@ -1,20 +1,20 @@
-"""Attention against the machine's rooflines and against its baselines, head size 64.
+"""Benchmark attention against the machine's rooflines and against baselines, with head size 64.
 
-On a CPU (`--device cpu`, or auto where torch sees no GPU):
+    python -m scripts.benchmarks.bench_attention
 
-- quasi-linear attention (QLA), forward and backward, over its roofline (rooflines.py: bytes, products, activations at
-their
-  best). Where the roofline is below 1 ms no bar is set, and the case is the microseconds beyond the roofline;
+On a CPU (`--device cpu`, or `auto` if torch sees no GPU):
+
+- quasi-linear attention (QLA), forward and backward, over its roofline (rooflines.py). If the roofline is below 1 ms,
+  there is no bar and the case is the microseconds beyond the roofline;
 - QLA and SDPA at 16,384 events, each in its faster dtype;
-- a training step of the bidirectional summarizer (3 layers, 32 seeds), with QLA, with SDPA and with HSTU's attention
-  (baseline_attention.py), each in its faster dtype, 16,384 events a batch;
+- a training step of the bidirectional summarizer (3 layers, 32 seeds, 16,384 events per batch) with QLA, with SDPA and
+  with HSTU's attention (baseline_attention.py), each in its faster dtype;
 - many short users (0 to 50 events), over their own roofline;
 - time per event at 10^6 events over that at 10^4.
 
-Outputs are fresh tensors, but freed memory is kept for them, as vista's commands do (`vista.device.keep_freed_memory`).
-On a GPU the cases are those of attention_on_gpu.py.
-All contestants of a case, its roofline included, run in alternation in this process; what computes the same is checked
-to give the same before it is timed.
+Outputs are fresh tensors, in memory that the process keeps (`vista.device.keep_freed_memory`), as in vista's commands.
+On a GPU the cases are those of attention_on_gpu.py. All contestants of a case, including its roofline, run in
+alternation in this process. Results that must be equal are compared before they are timed.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ LEAST_ROOFLINE_S = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class AttentionSizes:
-    """Events and users of the cases."""
+    """Numbers of events and users of the cases."""
 
     lengths: tuple[int, ...] = (1024, 4096, 16_384, 65_536)
     sdpa: tuple[int, str] = (16_384, "ratio >= 50")
-    """Events against SDPA, and the bar."""
+    """Events of the comparison with SDPA, and its bar."""
     steps: tuple[tuple[int, str], ...] = ((1024, "ratio > 1"), (4096, "ratio >= 5"), (16_384, "ratio >= 20"))
-    """Events a user of a training step, and the bar."""
+    """Events per user of a training step, and its bar."""
     step_tokens: int = 16_384
     num_users: int = 100_000
     growth: tuple[int, int] = (10_000, 1_000_000)
@@ -76,7 +76,7 @@ QUICK = AttentionSizes(
 def over_roofline(
     recorder: BenchmarkRecorder, case: str, call: Callable[[], object], roofline: Roofline, bar: float, rounds: int
 ) -> None:
-    """Record a call's time against its roofline; below LEAST_ROOFLINE_S the time beyond it, without a bar."""
+    """Record a call's time against its roofline, or the time beyond it if the roofline is below LEAST_ROOFLINE_S."""
     timing = interleaved({"ours": call} | roofline.calls(), rounds=rounds)
     ours, least = timing["ours"], roofline.seconds(timing)
     print(f"        {case}: {1e3 * ours.median_s:.3g} ms; {roofline.describe(timing)}", flush=True)
@@ -94,7 +94,7 @@ def over_roofline(
 
 
 def bench_rooflines(recorder: BenchmarkRecorder, sizes: AttentionSizes) -> None:
-    """QLA forward and backward over their rooflines, one sequence."""
+    """QLA forward and backward of one sequence over their rooflines."""
     for length in sizes.lengths:
         for dim in DIMS:
             for dtype in DTYPES:
@@ -110,14 +110,14 @@ def bench_rooflines(recorder: BenchmarkRecorder, sizes: AttentionSizes) -> None:
 
 
 def bench_sdpa(recorder: BenchmarkRecorder, sizes: AttentionSizes) -> None:
-    """QLA forward against SDPA's, each in its faster dtype."""
+    """QLA forward against SDPA, each in its faster dtype."""
     length, bar = sizes.sdpa
     for dim in DIMS:
         calls: dict[str, Callable[[], object]] = {}
         for dtype in DTYPES:
             tokens = AttentionTokens([length], dim, dtype)
             calls[f"QLA {name_of(dtype)}"] = tokens.forward
-            # [1, H, T, D], its fastest layout
+            # [1, H, T, D], SDPA's fastest layout.
             q, k, v = (x.detach().transpose(1, 2).contiguous() for x in tokens.by_user())
             calls[f"SDPA {name_of(dtype)}"] = partial(F.scaled_dot_product_attention, q, k, v)
         timing = interleaved(calls, rounds=min(sizes.rounds, 5), warmup=1)
@@ -125,7 +125,7 @@ def bench_sdpa(recorder: BenchmarkRecorder, sizes: AttentionSizes) -> None:
 
 
 def against_baselines(recorder: BenchmarkRecorder, case: str, timing: Mapping[str, Timing], bar: str) -> None:
-    """Record our faster dtype against each baseline's; a contestant is called "<who> <dtype>", ours "QLA <dtype>"."""
+    """Record our faster dtype against each baseline's. Contestants are named "<who> <dtype>", ours "QLA <dtype>"."""
     print(
         f"        {case}, ms: " + ", ".join(f"{name} {1e3 * t.median_s:.4g}" for name, t in timing.items()), flush=True
     )
@@ -147,7 +147,7 @@ def fastest_of(timing: Mapping[str, Timing], who: str) -> Timing:
 
 
 def bench_steps(recorder: BenchmarkRecorder, sizes: AttentionSizes) -> None:
-    """The training step with our attention against that with each baseline's."""
+    """The training step with our attention against the step with each baseline's attention."""
     for dim in DIMS:
         for length, bar in sizes.steps:
             users, heads = sizes.step_tokens // length, dim // HEAD_DIM
@@ -166,7 +166,7 @@ def bench_steps(recorder: BenchmarkRecorder, sizes: AttentionSizes) -> None:
 
 @torch.no_grad()
 def check_baselines(step: AttentionStep, dtype: torch.dtype, blocked: Attention) -> None:
-    """HSTU in blocks is HSTU, and the model with a baseline's attention is another model than ours."""
+    """Require that HSTU in blocks equals HSTU, and that the model with a baseline's attention differs from ours."""
     q, k, v = (torch.randn(2, 300, 2, HEAD_DIM).to(dtype) for _ in range(3))
     assert_equal("HSTU", blocked(q, k, v), plain_hstu(q.double(), k.double(), v.double()))
     step.model.eval()
@@ -177,7 +177,7 @@ def check_baselines(step: AttentionStep, dtype: torch.dtype, blocked: Attention)
 
 
 def bench_short_users(recorder: BenchmarkRecorder, sizes: AttentionSizes) -> None:
-    """Users of 0 to 50 events, d=64, forward, over a roofline that has their states."""
+    """Forward of users with 0 to 50 events, d=64, over a roofline that includes their states."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(0, 51, (sizes.num_users,), generator=generator).tolist()
     for dtype in DTYPES:
@@ -194,7 +194,7 @@ def bench_short_users(recorder: BenchmarkRecorder, sizes: AttentionSizes) -> Non
 
 
 def bench_growth(recorder: BenchmarkRecorder, sizes: AttentionSizes) -> None:
-    """Time per event of one long user against that of one a hundredth as long, d=64."""
+    """Time per event of one long user against a user of a hundredth of the length, d=64."""
     for dtype in DTYPES:
         calls: dict[str, Callable[[], object]] = {}
         seeds, seed_offsets = torch.randn(NUM_SEEDS, 1, HEAD_DIM).to(dtype), torch.tensor([0, NUM_SEEDS])
@@ -223,7 +223,7 @@ def name_of(dtype: torch.dtype) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The shared arguments and --device."""
     parser = benchmark_parser("attention", __doc__)
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if available), cpu, cuda or cuda:N")
     return parser.parse_args(arguments)
 
 

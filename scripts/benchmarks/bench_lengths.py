@@ -1,9 +1,12 @@
-"""What a request costs each model of the tables of lengths, in one process: the horizontal axis of their figure.
+"""Benchmark the time per request of each model in the tables of history lengths.
 
-Histories of 200 to 64,000 simulated events, 500 candidates, one thread, float32. VISTA is asked through the scorer from
-an int8 store, baselines read the raw history from the memory-mapped log in the request, and keep nothing of a user
-between requests. Models are those of scripts/experiments/tables.py with random weights, which change no timing; they
-take turns, over the same users. Quality: scripts/experiments/reproduce.py; the figure of both: plot_lengths.py there.
+    python -m scripts.benchmarks.bench_lengths
+
+Histories have 200 to 64,000 simulated events; a request has 500 candidates, on one thread, in float32. VISTA answers
+through the scorer from an int8 store. Baselines read the raw history from the memory-mapped log in each request and
+cache nothing between requests. The models are those of scripts/experiments/tables.py with random weights; they
+alternate over the same users. scripts/experiments/reproduce.py measures their quality, and plot_lengths.py in that
+folder plots both.
 """
 
 from __future__ import annotations
@@ -37,11 +40,11 @@ from vista.training.trainer import schema_of
 NUM_USERS = 24
 OURS = "vista"
 SAME_COST = ("vista-all-labels", "vista-tuned", "sim-tuned", "twin-tuned", "truth")
-"""Rows that are no other model at a request."""
+"""Rows whose requests cost the same as those of another row."""
 
 
 def bench_length(recorder: BenchmarkRecorder, table: Table, length: int, folder: Path) -> None:
-    """All models over users of `length` events on average."""
+    """Time all models over users with `length` events on average."""
     source, num_users = folder / "source", 6 if recorder.quick else NUM_USERS
     simulate(SimulateConfig(out=str(source), num_users=num_users, events_per_user=length, impressions_per_user=20))
     events = SourceConfig(kind="simulated", paths=[str(source)])
@@ -59,18 +62,18 @@ def bench_length(recorder: BenchmarkRecorder, table: Table, length: int, folder:
         for call in contestants.values():
             assert np.isfinite(np.asarray(call())).all()
         timing = interleaved(contestants, rounds=5 if recorder.quick else 25, max_seconds=120)
-    for name, found in timing.items():
+    for name, each in timing.items():
         recorder.add(
             length_case(length, name),
-            found.median_s * 1e3,
+            each.median_s * 1e3,
             "ms",
             baseline=timing[OURS].median_s * 1e3,
-            spread=found.spread_s * 1e3,
+            spread=each.spread_s * 1e3,
         )
 
 
 def untrained_model(config: TrainConfig, log: EventLog, source: Path) -> RankingModel:
-    """A row's model for this log, in eval mode; `source` is the simulation's folder."""
+    """A row's model for this log with random weights, in eval mode; `source` is the simulation's folder."""
     torch.manual_seed(1)
     if config.data.item_categories is not None:
         config.data.item_categories = str(source / config.data.item_categories)
@@ -82,7 +85,7 @@ def untrained_model(config: TrainConfig, log: EventLog, source: Path) -> Ranking
 def request(
     model: RankingModel, log: EventLog, items: np.ndarray, folder: Path, opened: ExitStack
 ) -> Callable[[], object]:
-    """A call that scores the candidates for the next user; the first task."""
+    """A function that scores the first task of all candidates for the next user."""
     rows = cycle(range(log.num_users))
     if isinstance(model, HistoryModel):
         serve = history_model_server(model, log, items)

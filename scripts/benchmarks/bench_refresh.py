@@ -1,16 +1,16 @@
-"""How fast logs come in and summaries go out, with the shares of the stages.
+"""Benchmark the ingest of logs and the full refresh, with the share of each stage.
 
-**Ingest**: `prepare` of generated files into a new EventLog: `ratings.dat` (as of MovieLens-1M), `ratings.csv` (as of
-the newer MovieLens sets) and a Parquet table, everything included: digest of the source, parsing, validation,
-vocabularies, sort, write, fsync and rename. Beside it stands the roofline: Polars reading the same columns into memory
-and nothing else. The files were written just before, so they lie in the page cache.
+    python -m scripts.benchmarks.bench_refresh
 
-**Refresh**: every user's summary and tail (d=64, K=32, tail of 32, int8) into a new store, durable and published,
-from ml-1m where the data set is at hand (--data, or VISTA_DATA_DIR), else from a generated log of its sizes. Weights
-are random, which changes no timing.
+Ingest: `prepare` turns generated files into a new EventLog. The files are `ratings.dat` (as in MovieLens-1M),
+`ratings.csv` (as in the newer MovieLens sets) and a Parquet table. The time includes the digest of the source, parsing,
+validation, vocabularies, sort, write, fsync and rename. The roofline is Polars reading the same columns into memory.
+The files were just written, so they are in the page cache.
 
-The rounds of all sources alternate; a figure is the median round, and the shares of its stages are those of all
-rounds.
+Refresh: write every user's summary and tail (d=64, K=32, tail of 32, int8) to a new store, durable and published. The
+log is ml-1m if available (--data, or VISTA_DATA_DIR), else a generated log of its size. Weights are random.
+
+The rounds of all sources alternate. A result is the median over rounds, and the shares of stages are over all rounds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EVENTS_PER_USER = 150
 
 
 def write_sources(folder: Path, num_events: int) -> dict[str, SourceConfig]:
-    """The same events, in random order, in three forms."""
+    """Write the same events, in random order, in three formats."""
     rng = np.random.default_rng(0)
     frame = pl.DataFrame(
         {
@@ -72,18 +72,18 @@ def write_sources(folder: Path, num_events: int) -> dict[str, SourceConfig]:
 
 
 def read_alone(source: SourceConfig) -> int:
-    """The roofline: the columns of a source in memory, and nothing else."""
+    """The roofline: only read the columns of a source into memory."""
     path = Path(source.paths[0])
     if path.suffix == ".parquet":
         return pl.read_parquet(path).height
-    # Polars splits by one byte: "::" gives empty columns between, which are not parsed.
+    # Polars splits at single bytes: "::" gives empty columns in between, which are skipped.
     if path.suffix == ".dat":
         return pl.read_csv(path, separator=":", has_header=False, columns=[0, 2, 4, 6]).height
     return pl.read_csv(path).height
 
 
 def bench_ingest(recorder: BenchmarkRecorder, folder: Path, num_events: int, rounds: int) -> None:
-    """Events a second of `prepare`, for each form of source."""
+    """Time `prepare` in events per second, for each format."""
     sources = write_sources(folder, num_events)
     number = itertools.count()
     stages: dict[str, list[dict[str, float]]] = {name: [] for name in sources}
@@ -109,7 +109,7 @@ def bench_ingest(recorder: BenchmarkRecorder, folder: Path, num_events: int, rou
 
 
 def bench_refresh(recorder: BenchmarkRecorder, folder: Path, data: Path | None, rounds: int) -> None:
-    """Users a second of a full refresh."""
+    """Time a full refresh in users per second."""
     if data is not None and not recorder.quick:
         source = SourceConfig(kind="npz", paths=[str(data)])
         prepare(PrepareConfig(out=str(folder / "ml-1m"), events=source, progress=False))
@@ -137,14 +137,14 @@ def bench_refresh(recorder: BenchmarkRecorder, folder: Path, data: Path | None, 
 
 
 def mean_shares(parts: list[dict[str, float]]) -> dict[str, float]:
-    """Share of each stage in the sum of all rounds."""
+    """The share of each stage in the sum of all rounds."""
     totals = {stage: sum(part[stage] for part in parts) for stage in parts[0]}
     whole = sum(totals.values())
     return {stage: seconds / whole for stage, seconds in totals.items()}
 
 
 def add_shares(recorder: BenchmarkRecorder, case: str, shares: dict[str, float]) -> None:
-    """One row a stage."""
+    """Record one row per stage."""
     for stage, share in shares.items():
         recorder.add(f"{case}: share of {stage}", 100 * share, "%")
 
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     data = find_ml_1m(options.data)
     if data is None:
-        print("ml-1m is not at hand (set VISTA_DATA_DIR, or --data): refreshing a generated log of its sizes instead")
+        print("ml-1m not found (set VISTA_DATA_DIR, or give --data): refreshing a generated log of its size instead")
     set_threads(0)
     keep_freed_memory()
     recorder = BenchmarkRecorder("refresh", out=options.out, quick=options.quick)

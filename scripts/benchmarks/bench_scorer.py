@@ -1,20 +1,22 @@
-"""What a request costs: against the length of the history, the machine's roofline, and those who read the history.
+"""Benchmark requests against the length of the history, the roofline, and models that read the history.
 
-All is timed that ranking code calls, `scorer.score(users, candidates)`: the store's look-up, checksum and
-dequantisation, and target attention of all candidates over summary and tail. Users are built for real: their events lie
-in an EventLog, a refresh writes their summaries (int8) and tails into a store, a Scorer is opened on it and on the
-model's folder. The weights are random: they change no timing. Nothing is cached between calls.
+    python -m scripts.benchmarks.bench_scorer
 
-- history: users of 10^3 and of 10^6 events, the same candidates; and how long other lists of candidates take. -
-roofline: against the matrix products that no implementation can leave out (scorer_workloads.py), in their fastest forms
-  on this machine, for several numbers of candidates and users, encoded beforehand.
-- layers: pointwise layers, the default, against as many softmax layers with feed-forward networks.
-- recompute: against the same scorer without a store, which reads the history from the log and summarizes it in the
-  request, as the paper would have to without a cache (bidirectional mixing), and as separable mixing would.
-- baselines: against HSTU and SASRec of the same width and depth, which read the whole history in the request.
-- processes: two of one thread against one, and the memory of one.
+A request is `scorer.score(users, candidates)`: the store's look-up, checksum and dequantization, and target attention
+of all candidates over summary and tail. Users are complete: their events are in an EventLog, a refresh writes their
+summaries (int8) and tails to a store, and a Scorer opens the store and the model's folder. Weights are random, and
+nothing is cached between calls.
 
-Contestants take turns, so that a busy minute of the machine falls on all of them.
+- history: users with 10^3 and 10^6 events and the same candidates, and candidate lists of other lengths.
+- roofline: the matrix products that no implementation can avoid (scorer_workloads.py), in their fastest forms on this
+  machine, for several numbers of candidates and users, encoded beforehand.
+- layers: pointwise layers, the default, against equally many softmax layers with feed-forward networks.
+- recompute: the same scorer without a store, which reads the history from the log and summarizes it in the request, with
+  bidirectional mixing (the paper without a cache) and with separable mixing.
+- baselines: HSTU and SASRec of the same width and depth, which read the whole history in the request.
+- processes: two processes of one thread each against one process, and the memory of one process.
+
+Contestants alternate, so that a slow phase of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -58,19 +60,19 @@ CALLS = {
     "5,000 candidates": (1, 5000),
     "32 users x 100 candidates": (32, 100),
 }
-"""(B, C) of the calls that are held against their rooflines; the others' ratios against the first's."""
+"""(B, C) of the calls that are compared with their rooflines; the other ratios are compared with the first."""
 ROOFLINE_BARS = {Precision.float32: 1.5, Precision.bfloat16: 2.5}
 PAPERS_SPEEDUP = 16.7
 TOLERANCE = {Precision.float32: 1e-4, Precision.bfloat16: 2e-2}
-"""Of probabilities: between calls of different shapes."""
+"""Of probabilities, between calls of different shapes."""
 INT8_TOLERANCE = 2e-2
-"""Of probabilities: between int8 summaries and those that were stored; users differ by 0.1."""
+"""Of probabilities, between int8 and float32 summaries; users differ by 0.1."""
 TRAINED_LIMIT = 200
-"""Events that the baselines of docs/results read (conf/model): there is no bar for so few."""
+"""Events that the baselines of docs/results read (conf/model); up to this length there is no bar."""
 
 
 def check(scorer: Scorer, users: Sequence[int], ids: Int, precision: Precision = Precision.float32) -> None:
-    """What was timed is right: probabilities that differ between users and do not depend on the list they come in."""
+    """Require probabilities that differ between users and do not depend on the other candidates of the list."""
     tolerance = TOLERANCE[precision]
     together = scorer.score(users, ids)
     rows = np.broadcast_to(ids, together.shape)
@@ -82,7 +84,7 @@ def check(scorer: Scorer, users: Sequence[int], ids: Int, precision: Precision =
 
 
 def open_scorer(workload: ScorerWorkload, precision: Precision = Precision.float32) -> Scorer:
-    """As a service opens it."""
+    """Open a scorer as a service does."""
     return Scorer.open(workload.model_dir, workload.store, task=TASK, precision=precision)
 
 
@@ -90,7 +92,7 @@ def open_scorer(workload: ScorerWorkload, precision: Precision = Precision.float
 
 
 def bench_history(recorder: BenchmarkRecorder, workload: ScorerWorkload, lengths: tuple[int, int]) -> None:
-    """A short and a long life (users 1 and 2), and lists of candidates."""
+    """Time a short and a long history (users 1 and 2), and lists of candidates."""
     rounds = 9 if recorder.quick else 41
     with open_scorer(workload) as scorer:
         ids = workload.candidates(NUM_CANDIDATES)
@@ -119,7 +121,7 @@ def bench_history(recorder: BenchmarkRecorder, workload: ScorerWorkload, lengths
 
 
 def add_latency(recorder: BenchmarkRecorder, case: str, timing: Timing) -> None:
-    """Median and p99 of one call."""
+    """Record the median and p99 of a call."""
     recorder.add(f"{case}: median", timing.median_s * 1e3, "ms", spread=timing.spread_s * 1e3)
     recorder.add(f"{case}: p99", timing.p99_s * 1e3, "ms")
 
@@ -128,7 +130,7 @@ def add_latency(recorder: BenchmarkRecorder, case: str, timing: Timing) -> None:
 
 
 def bench_roofline(recorder: BenchmarkRecorder, workload: ScorerWorkload, precision: Precision) -> None:
-    """Calls of several shapes over the time of their matrix products."""
+    """Time calls of several shapes over the time of their matrix products."""
     rounds, first = 9 if recorder.quick else 41, None
     with open_scorer(workload, precision) as scorer:
         for case, (num_users, num_candidates) in CALLS.items():
@@ -143,7 +145,7 @@ def bench_roofline(recorder: BenchmarkRecorder, workload: ScorerWorkload, precis
                 warmup=3,
                 min_sample_s=0.005
                 if recorder.quick
-                else 0.02,  # as long as a call, so that interruptions hit all alike
+                else 0.02,  # as long as a call, so that interruptions affect all contestants alike
             )
             seconds, ours = roofline.seconds(timing), timing["ours"]
             name = f"{workload}, {case}, {precision.value}"
@@ -169,7 +171,7 @@ def bench_roofline(recorder: BenchmarkRecorder, workload: ScorerWorkload, precis
 def bench_layers(
     recorder: BenchmarkRecorder, workload: ScorerWorkload, softmax: ScorerWorkload, precision: Precision
 ) -> None:
-    """What the kind of stage 2's layers costs a request; both workloads are of the same log and sizes."""
+    """Compare requests by the kind of stage 2's layers; both workloads have the same log and sizes."""
     with open_scorer(workload, precision) as ours, open_scorer(softmax, precision) as theirs:
         for case, (num_users, num_candidates) in CALLS.items():
             users, ids = workload.request(num_users, num_candidates)
@@ -192,7 +194,7 @@ def bench_layers(
 
 
 def bench_batches(recorder: BenchmarkRecorder, workload: ScorerWorkload) -> None:
-    """Calls of several users against a call a user: what docs/guides/serve.md advises with."""
+    """Time calls with several users against one call per user: the basis of the advice in docs/guides/serve.md."""
     everyone = list(range(1, 33))
     with open_scorer(workload) as scorer:
         for num_users, count in ((8, 500), (32, 100), (32, 10)):
@@ -218,7 +220,7 @@ def bench_batches(recorder: BenchmarkRecorder, workload: ScorerWorkload) -> None
 
 
 def add_batch(recorder: BenchmarkRecorder, case: str, timing: Mapping[str, Timing]) -> None:
-    """One call against several."""
+    """Record one call against several."""
     one, many = timing["one"], timing["many"]
     recorder.add(case, one.median_s * 1e3, "ms", baseline=many.median_s * 1e3, spread=one.spread_s * 1e3)
 
@@ -227,7 +229,7 @@ def add_batch(recorder: BenchmarkRecorder, case: str, timing: Mapping[str, Timin
 
 
 def bench_recompute(recorder: BenchmarkRecorder, workload: ScorerWorkload, user: int, precision: Precision) -> None:
-    """A user's stored summary against one that the request makes."""
+    """Time requests with the stored summary against requests that compute it."""
     mixing, ids = workload.model.config.mixing, workload.candidates(NUM_CANDIDATES)
     with open_scorer(workload, precision) as cached, open_scorer(workload, precision) as recomputing:
         pool = cached.encode(ids)
@@ -254,7 +256,7 @@ def bench_recompute(recorder: BenchmarkRecorder, workload: ScorerWorkload, user:
 
 
 def bench_baselines(recorder: BenchmarkRecorder, workload: ScorerWorkload, num_lengths: int) -> None:
-    """Users 1, 2, … of rising lengths; baselines read the whole history, and multiply in float32, as ours."""
+    """Compare with baselines on users 1, 2, … of rising lengths; all multiply in float32."""
     log, ids = workload.log, workload.candidates(NUM_CANDIDATES)
     limit = int(log.lengths[:num_lengths].max())
     servers = {
@@ -289,7 +291,7 @@ def bench_baselines(recorder: BenchmarkRecorder, workload: ScorerWorkload, num_l
 
 
 def bench_processes(recorder: BenchmarkRecorder, workload: ScorerWorkload, users: list[int]) -> None:
-    """Requests a second of two processes against one, and the memory of one."""
+    """Compare the requests per second of two processes with those of one, and measure the memory of one."""
     ids = workload.candidates(4 * NUM_CANDIDATES)
     opening = WorkerOpening(str(workload.model_dir), str(workload.store), TASK, users, ids.tolist(), NUM_CANDIDATES)
     with open_scorer(workload) as scorer:
@@ -327,7 +329,7 @@ def bench_processes(recorder: BenchmarkRecorder, workload: ScorerWorkload, users
 
 
 def check_answers(answers: Sequence[WorkerAnswer], expected: float) -> None:
-    """The workers scored as this process does."""
+    """Require that the workers' scores equal those of this process."""
     for answer in answers:
         assert answer.requests > 0 and np.isclose(answer.first_sum, expected, rtol=1e-4), (answer, expected)
 
@@ -339,23 +341,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recorder = BenchmarkRecorder("scorer", out=options.out, quick=options.quick)
     quick = options.quick
     models = (SMALL,) if quick else (SMALL, PUBLISHED)
-    life, num_items = ((200, 20_000), 10_000) if quick else ((1_000, 1_000_000), 50_000)
+    histories, num_items = ((200, 20_000), 10_000) if quick else ((1_000, 1_000_000), 50_000)
     lengths = (50, 200, 500, 2_000) if quick else (200, 1_000, 4_000, 16_000)
     precisions = [Precision.float32]
     if choose_precision(Precision.auto, torch.device("cpu")) is Precision.bfloat16:
         precisions.append(Precision.bfloat16)
     else:
         print(
-            "bfloat16: not measured, for this machine multiplies it no faster (no AMX, no AMD's avx512_bf16)",
+            "bfloat16: not measured, since this machine does not multiply it faster (no AMX, no avx512_bf16 by AMD)",
             flush=True,
         )
 
     with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
         root = Path(folder)
-        log = lifelong_log(root / "lives", life, num_items=num_items)
+        log = lifelong_log(root / "histories", histories, num_items=num_items)
         for dim, num_seeds in models:
             model = untrained(log, dim=dim, num_seeds=num_seeds)
-            bench_history(recorder, ScorerWorkload.make(model, log, root / f"lives-{dim}"), life)
+            bench_history(recorder, ScorerWorkload.make(model, log, root / f"histories-{dim}"), histories)
         log = lifelong_log(root / "users", [*lengths, *[lengths[2]] * 28], num_items=num_items)
         dim, num_seeds = models[-1]
         workloads = {
@@ -377,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for precision in precisions:
                 bench_layers(recorder, pointwise, softmax, precision)
         bench_batches(recorder, ours)
-        keep_freed_memory()  # from here on: a service does not, but those who read histories are slow without
+        keep_freed_memory()  # A service does not do this, but models that read histories are slow without it.
         for mixing in (Mixing.bidirectional, Mixing.separable):
             for precision in precisions:
                 bench_recompute(recorder, workloads[mixing], len(lengths), precision)

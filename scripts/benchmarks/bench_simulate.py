@@ -1,9 +1,11 @@
-"""How fast `vista simulate` makes lifelong logs: events a second, generation and writing apart.
+"""Benchmark `vista simulate`: events per second of generation and of writing.
 
-Measured is the whole of it: events and impressions with their true probabilities drawn in memory (`generate`), and
-the Parquet files written (`write`); impressions are not counted as events. Two shapes: the default (400 users of
-4,000 events, 300 impressions each) and four users of a million events. Generation runs on one thread and on all
-cores; the bytes are the same. The bar, at least 10^6 events a second, holds for generation and writing together.
+    python -m scripts.benchmarks.bench_simulate
+
+Generation draws events and impressions with their true probabilities in memory (`generate`); writing produces the
+Parquet files (`write`). Impressions do not count as events. There are two shapes: the default (400 users with 4,000
+events and 300 impressions each) and four users with a million events. Generation runs on one thread and on all cores,
+with the same result. The bar of 10^6 events per second applies to generation and writing together.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ QUICK_SHAPES = {"20 users of 1,000 events": SimulateConfig(num_users=20, events_
 
 
 def check(log: SimulatedLog, config: SimulateConfig, out: Path) -> None:
-    """What was timed is whole: sizes, order in time, and what lies on the disk."""
+    """Require that the timed log is complete: its sizes, its order in time, and the files on disk."""
     assert abs(log.num_events - config.num_users * config.events_per_user) <= config.num_users
     rising = np.diff(log.timestamp) > 0
     rising[log.offsets[1:-1] - 1] = True
@@ -44,7 +46,7 @@ def check(log: SimulatedLog, config: SimulateConfig, out: Path) -> None:
 
 
 def measure(recorder: BenchmarkRecorder, name: str, config: SimulateConfig, folder: Path, rounds: int) -> None:
-    """All cases of one shape."""
+    """Run all cases of one shape."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     log = generate(config)
     contestants: dict[str, Callable[[], object]] = {

@@ -1,15 +1,19 @@
-"""The store beside LMDB alone: writes, reads, growth, and what a refresh costs beyond its bytes and its model.
+"""Benchmark the store against LMDB alone: writes, reads, growth, and refreshes.
 
-Raw LMDB holds the same bytes under the same keys, with the same options and the same batches, on the same disk and in
-the same process; both sides alternate. Where there is no such baseline, the roofline is measured: the bytes copied and
-the numbers written, or the model's functions alone on the same inputs.
+    python -m scripts.benchmarks.bench_store
 
-**Writes**: durable batches of 512 records as a refresh writes them. **Reads**: batches of 256 users from the page
-cache, checked, then also as float32. **Latency**: reads while another process rewrites the store without a pause.
-**Growth**: all users rewritten 20 times in batches of 2 % while two processes hold read transactions of 100 ms.
-**Refresh**: refresh_figures.py. **Many users**: a store of 10^6 users is opened by fresh processes.
+Raw LMDB holds the same bytes under the same keys, with the same options and batches, on the same disk and in the same
+process; both sides alternate. Cases without such a baseline are compared with a roofline: the bytes copied and the
+numbers written, or only the model's functions on the same inputs.
 
-All on one thread a process. --work takes a folder for the files (some 6 GB); they are removed.
+- Writes: durable batches of 512 records, as in a refresh.
+- Reads: batches of 256 users from the page cache, checked, and also decoded to float32.
+- Latency: reads while another process rewrites the store without a pause.
+- Growth: all users rewritten 20 times in batches of 2 % while two processes hold read transactions of 100 ms.
+- Refresh: refresh_figures.py.
+- Many users: fresh processes open a store of 10^6 users.
+
+Every process uses one thread. The files (about 6 GB) go to --work and are removed.
 """
 
 from __future__ import annotations
@@ -57,14 +61,14 @@ from vista.store.lmdb.environment import SharedEnvironment
 from vista.store.updates import StoreUpdate
 
 SHAPES = (StoreShape(32, 64), StoreShape(128, 256))
-"""The default model's, and the paper's."""
+"""The shapes of the default model and of the paper's model."""
 WARMUP = 2
 NUM_REWRITES = 20
 HELD_S = 0.1
 
 
 def bench_writes_and_reads(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) -> None:
-    """Both on the same two stores."""
+    """Time durable writes, then reads, on the same two stores."""
     rounds = 5 if recorder.quick else 31
     num_users = (rounds + WARMUP) * RECORDS_PER_WRITE
     with RawLmdb(folder / "raw") as raw:
@@ -102,7 +106,7 @@ def bench_writes_and_reads(recorder: BenchmarkRecorder, folder: Path, shape: Sto
 
 
 def bench_reads(recorder: BenchmarkRecorder, path: Path, raw: RawLmdb, shape: StoreShape, num_users: int) -> None:
-    """Batches of records from the page cache, another batch each time."""
+    """Time reads from the page cache, of another batch each time."""
     rng = np.random.default_rng(3)
     batches = [rng.choice(num_users, RECORDS_PER_READ, replace=False) + 1 for _ in range(8)]
     keys = [user_keys(users) for users in batches]
@@ -119,7 +123,7 @@ def bench_reads(recorder: BenchmarkRecorder, path: Path, raw: RawLmdb, shape: St
 
         timing = interleaved(
             {
-                # The part of get_many that reads and checks records, rows still quantized.
+                # The part of get_many that reads and checks records, without the conversion to float32.
                 "read": lambda: store._current().read(keys[next(turns["read"])]),
                 "raw": lambda: raw.copies(keys[next(turns["raw"])]),
                 "get_many": lambda: store.get_many(batches[next(turns["get_many"])]),
@@ -149,7 +153,7 @@ def bench_reads(recorder: BenchmarkRecorder, path: Path, raw: RawLmdb, shape: St
 
 
 def bench_latency(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) -> None:
-    """The slowest of a hundred reads, while nothing and while another process writes, in alternation."""
+    """Time the p99 of reads, in alternation with and without another process that writes."""
     num_users, turns, seconds = (2_000, 2, 0.3) if recorder.quick else (20_000, 5, 3.0)
     write_store(folder / "store", shape, num_users)
     writing = multiprocessing.get_context("spawn").Event()
@@ -176,7 +180,7 @@ def bench_latency(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) 
 
 
 def bench_growth(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) -> None:
-    """Size of the files after each user was rewritten again and again, under readers."""
+    """Measure the size of the files after many rewrites of all users, under readers."""
     num_users, path = 2_560 if recorder.quick else 25_600, folder / "store"
     write_store(path, shape, num_users, state=StateDtype.float32)
     files = {"summaries": served(path), "states": state_path(path, read_current(path))}
@@ -215,19 +219,19 @@ def bench_growth(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) -
 
 
 def bench_many_users(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) -> None:
-    """A large store opened by fresh processes, once its pages have left the cache and once they are in it."""
+    """Open a large store in fresh processes, with its pages out of the page cache and then in it."""
     num_users, num_reads, repeats = (5_000, 500, 1) if recorder.quick else (1_000_000, 10_000, 5)
     path = folder / "store"
     start = time.perf_counter()
     write_store(path, shape, num_users, batch=5_000)
     file = served(path) / "data.mdb"
     print(f"{num_users:,} users written in {time.perf_counter() - start:.0f} s: {file.stat().st_size / 2**30:.2f} GiB")
-    found: dict[str, list[tuple[float, int]]] = {"not in the page cache": [], "in the page cache": []}
+    answers_of: dict[str, list[tuple[float, int]]] = {"not in the page cache": [], "in the page cache": []}
     for _ in range(repeats):
         _leave_the_page_cache(file)
-        for answers in found.values():
+        for answers in answers_of.values():
             answers.append(_in_fresh_process(path, num_users, num_reads))
-    for name, answers in found.items():
+    for name, answers in answers_of.items():
         opened = timing_of([seconds for seconds, _ in answers])
         recorder.add(
             f"{shape}: {num_users:,} users {name}: open to first read",
@@ -236,7 +240,7 @@ def bench_many_users(recorder: BenchmarkRecorder, folder: Path, shape: StoreShap
             bar="value < 50",
             spread=opened.spread_s * 1e3,
         )
-    worst = max(added for answers in found.values() for _, added in answers)
+    worst = max(added for answers in answers_of.values() for _, added in answers)
     case = f"{shape}: {num_users:,} users: private memory of a reader after {num_reads:,} reads"
     recorder.add(case, worst / 2**20, "MiB", bar="value < 100")
 
@@ -266,7 +270,9 @@ def _file_bytes(folder: Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     parser = benchmark_parser("store", __doc__)
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="where the files go; default: the system's own")
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="folder for the files; default: the system's temporary folder"
+    )
     options = parser.parse_args(arguments)
     set_threads(1)
     keep_freed_memory()

@@ -1,15 +1,16 @@
-"""A lifelong history into its summary: seconds, and the memory that it takes beyond the log.
+"""Benchmark the summary of a lifelong history: its time, and its memory beyond the log.
 
-A user of 10^6 events lies in an EventLog on disk. A fresh process opens it, touches every page of the user's columns
-(so that the log counts as resident before the clock starts), makes a model with random weights and warms up on 256
-events. Timed is what the refresh does: rows of the log to rows of the model, then `inference.summarize`. Memory is
-the peak resident size of that stretch (VmHWM, reset just before) less the resident size before it: all that
-summarizing adds to log, model and libraries. The worst of the processes counts for memory, the median for time.
+    python -m scripts.benchmarks.bench_summarizer
 
-Beside it stands the roofline of this machine, measured in the same minute: the matrix products of the same shapes alone
-(projections, feed-forward, states) in the same precision or a higher one, plus the activations, in the cache.
-Precision is float32, or bfloat16 as `vista refresh precision=bfloat16` has it. Bidirectional mixing (the paper) keeps
-a history's tokens, [T, d] float32, from layer to layer; separable mixing keeps states only.
+An EventLog on disk holds one user with 10^6 events. A fresh process opens it, touches every page of the user's columns
+so that the log is resident, creates a model with random weights and warms up. It then times what a refresh does: map
+rows of the log to rows of the model and call `inference.summarize`. Memory is the peak resident size meanwhile (VmHWM,
+reset just before) minus the resident size before. The largest memory and the median time of several processes count.
+
+The baseline is the roofline of this machine, measured right after: the matrix products of the same shapes (projections,
+feed-forward, states) in the same or a higher precision, plus the activations, in the cache. Precision is float32, or
+bfloat16 as with `vista refresh precision=bfloat16`. Bidirectional mixing (the paper) keeps a history's tokens,
+[T, d] float32, from layer to layer; separable mixing keeps only states.
 """
 
 from __future__ import annotations
@@ -44,13 +45,12 @@ from vista.model.vista_model import VistaModel
 REPOSITORY = Path(__file__).resolve().parents[2]
 GIB = 2**30
 ROOFLINE_ROWS = 4096
-"""Rows of the matrix products that the roofline is measured with: cache-sized, as a careful implementation takes
-them."""
+"""Rows of the roofline's matrix products: they fit into the cache, as in a careful implementation."""
 
 
 @dataclass(frozen=True, slots=True)
 class SummarizerCase:
-    """A model, and how it is asked for a summary."""
+    """A model and the precision of its summary."""
 
     dim: int
     num_seeds: int
@@ -58,7 +58,7 @@ class SummarizerCase:
     mixing: Mixing
     precision: Precision
     bar: float | None
-    """How many times the roofline it may take."""
+    """Largest allowed time, as a multiple of the roofline."""
 
     def __str__(self) -> str:
         return (
@@ -78,7 +78,7 @@ CASES = (
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The shared arguments, and what the parent hands its processes."""
+    """Parse the shared arguments, and the task that the parent hands to its processes."""
     parser = benchmark_parser("summarizer", __doc__)
     parser.add_argument("--measure", metavar="JSON", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -89,11 +89,11 @@ def memory_gib(field: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024 / GIB
-    raise SystemExit(f"error: /proc/self/status has no {field}; this benchmark needs Linux")
+    raise SystemExit(f"error: /proc/self/status has no {field}; this benchmark requires Linux")
 
 
 def measure(task: dict[str, Any]) -> dict[str, float]:
-    """In the fresh process: summarize the only user of a log."""
+    """Summarize the only user of a log; runs in the fresh process."""
     set_threads(0)
     keep_freed_memory()
     log = EventLog.open(task["log"])
@@ -116,12 +116,12 @@ def measure(task: dict[str, Any]) -> dict[str, float]:
 
 
 def summarize(model: VistaModel, history: Histories, item_rows: NDArray[np.int32]) -> torch.Tensor:
-    """As the refresh does it."""
+    """Summarize as a refresh does."""
     return inference.summarize(model, dataclasses.replace(history, item=item_rows[history.item]))
 
 
 def in_fresh_processes(task: dict[str, Any], repeats: int) -> list[dict[str, float]]:
-    """`measure` in one new process after the other."""
+    """Call `measure` in one new process after the other."""
     command = [sys.executable, "-m", "scripts.benchmarks.bench_summarizer", "--measure", json.dumps(task)]
     measured = []
     for _ in range(repeats):
@@ -132,8 +132,8 @@ def in_fresh_processes(task: dict[str, Any], repeats: int) -> list[dict[str, flo
     return measured
 
 
-def floor_seconds(case: SummarizerCase, num_events: int, num_heads: int = 4) -> float:
-    """The least time of one pass over the events with `ModelConfig`'s defaults: matrix products and activations."""
+def roofline_seconds(case: SummarizerCase, num_events: int, num_heads: int = 4) -> float:
+    """Roofline of one pass over the events with `ModelConfig`'s defaults: matrix products and activations."""
     dim, head_dim, layers = case.dim, case.dim // num_heads, case.num_layers
     precise = case.precision is Precision.float32
     dtypes = (torch.float32,) if precise else (torch.float32, torch.bfloat16)
@@ -154,17 +154,17 @@ def floor_seconds(case: SummarizerCase, num_events: int, num_heads: int = 4) -> 
 
 
 def report(recorder: BenchmarkRecorder, case: SummarizerCase, log: Path, num_events: int, repeats: int) -> None:
-    """All rows of one case."""
+    """Record all rows of one case."""
     words = {"log": str(log), "mixing": case.mixing.value, "precision": case.precision.value}
-    found = in_fresh_processes(dataclasses.asdict(case) | words, repeats)
-    timing = timing_of([each["seconds"] for each in found])
+    measured = in_fresh_processes(dataclasses.asdict(case) | words, repeats)
+    timing = timing_of([each["seconds"] for each in measured])
     name, bar = f"{num_events:,} events, {case}", None if case.bar is None else f"value <= {case.bar} * baseline"
-    roofline = floor_seconds(case, num_events)
+    roofline = roofline_seconds(case, num_events)
     recorder.add(
         f"{name}: time over the roofline", timing.median_s, "s", baseline=roofline, bar=bar, spread=timing.spread_s
     )
     recorder.add(f"{name}: rate", num_events / timing.median_s, "events/s", better="more")
-    memory = max(each["extra_gib"] for each in found)
+    memory = max(each["extra_gib"] for each in measured)
     recorder.add(f"{name}: peak memory beyond the log", memory, "GiB", bar="value < 1")
 
 

@@ -1,4 +1,7 @@
-"""Print the bars that all benchmarks met and missed, from docs/results/bench_*.jsonl."""
+"""Print the targets that the benchmarks met and missed, from docs/results/bench_*.jsonl.
+
+python -m scripts.benchmarks.bench_summary
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from vista.errors import VistaError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the summary; the status is 2 for unreadable files, and with --strict 1 for a missed bar."""
-    parser = argparse.ArgumentParser(prog="bench_summary.py", description=__doc__)
+    """Print the summary; return 2 if a file is unreadable, and with --strict 1 if a bar was missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="default: docs/results/bench_*.jsonl")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 if a bar was missed")
     options = parser.parse_args(arguments)
@@ -23,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VistaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(summary(rows) if rows else "no benchmark results yet; `make bench` makes them")
+    print(summary(rows) if rows else "no benchmark results yet; run `make bench`")
     return int(options.strict and any(row["met"] is False for row in rows))
 
 

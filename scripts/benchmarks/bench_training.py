@@ -1,22 +1,27 @@
-"""An epoch of VISTA and of our SASRec on ml-1m against RecTools' SASRec at its fastest setting, in the same run.
+"""Benchmark an epoch of VISTA and of our SASRec on ml-1m against RecTools' SASRec at its fastest setting.
 
-Equal: the data (each user's newest 201 training events under leave-last-out), the labels of a pass (RecTools' first
-event is an input only, ours labels it too and so has one label more a user), negatives a label, d=64, 2+2 layers, 4
-heads, length 200, dropout, bfloat16 where the processor has it, the machine, and the minute: epochs take turns. Not
-equal: VISTA also trains the reconstruction, and its layers of stage 2 have no feed-forward network; our SASRec drops no
-attention weights; and ours draw their negatives once a batch, where RecTools draws them for every position. RecTools
-may take its softmax over the whole catalogue instead, which is no fewer negatives.
+    python -m scripts.benchmarks.bench_training --data path/to/ml-1m/events.npz
 
-A pilot of some batches finds RecTools' fastest loss, batch size, precision, threads and loader processes, one after
-the other. Precision is 32-true or bf16-mixed, as ours; bf16-true would round weights and optimizer state too. Dropout
-0 lets RecTools take torch's fused attention, so every case comes at its default dropout and at 0, each with its own
-pilot. Ours runs at its defaults on all cores, keeps freed memory as `vista train` does, and is timed from outside:
-`train()` for one epoch, set-up, checkpoint and export included. RecTools is timed from inside: the epoch alone,
-without start, data preparation and model building.
+Equal on both sides are the data (each user's newest 201 training events under leave-last-out), the negatives per label,
+d=64, 2+2 layers, 4 heads, length 200, dropout, bfloat16 if the processor supports it, and the machine; epochs
+alternate. The labels of a pass are equal except for each user's first event: an input only for RecTools, a label too
+for ours. These differ:
 
-RecTools lives in a virtual environment of its own (--rectools-venv or VISTA_RECTOOLS_VENV; made if absent, some GB).
-About 25 minutes on two idle cores; --baseline-batches 60 estimates RecTools' epochs and halves that. The settings
-found, and every sample, go beside --out as <name>_settings.json.
+- VISTA also trains the reconstruction, and its layers of stage 2 have no feed-forward network.
+- Our SASRec has no dropout on attention weights.
+- Ours draw negatives once per batch, RecTools for every position. RecTools may use its softmax over the whole catalog
+  instead, which has at least as many negatives.
+
+A pilot of some batches finds RecTools' fastest loss, batch size, precision, threads and loader processes, one after the
+other. Precision is 32-true or bf16-mixed, as in ours; bf16-true would also round weights and optimizer state. With
+dropout 0 RecTools can use torch's fused attention, so each case runs at the default dropout and at 0, each with a
+pilot. Ours runs with its defaults on all cores, keeps freed memory as `vista train` does, and is timed from outside:
+`train()` for one epoch, with setup, checkpoint and export. RecTools is timed from inside: only the epoch, without
+start, data preparation and construction of the model.
+
+RecTools needs a virtual environment of its own (--rectools-venv or VISTA_RECTOOLS_VENV), which is created if missing
+and takes some GB. The benchmark takes about 25 minutes on two idle cores; --baseline-batches 60 estimates RecTools'
+epochs and halves that. All settings and samples go to <name>_settings.json next to --out.
 """
 
 from __future__ import annotations
@@ -48,32 +53,34 @@ from vista.log.event_log import EventLog
 from vista.training.trainer import train_model
 
 HELD_OUT = 2
-"""Newest events of a user that leave-last-out keeps from training."""
+"""Newest events per user that leave-last-out holds out from training."""
 DEFAULT_DROPOUT = 0.2
 BARS = {Architecture.vista: "ratio >= 5", Architecture.sasrec: "ratio >= 8"}
-"""Ours, and how many times faster than RecTools' SASRec they are to be."""
+"""Our models, and the target for their speedup over RecTools' SASRec."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The shared arguments and this benchmark's own."""
+    """Parse the shared arguments and this benchmark's own."""
     parser = benchmark_parser("training", __doc__)
     parser.add_argument("--data", type=Path, help="ml-1m's events.npz; default: $VISTA_DATA_DIR/ml-1m/events.npz")
     default = Path(os.environ.get("VISTA_RECTOOLS_VENV", "runs/baseline-venv"))
     parser.add_argument("--rectools-venv", type=Path, default=default, help="virtual environment with RecTools")
-    parser.add_argument("--negatives", type=int, nargs="+", default=[64, 1024], help="negatives a label, one case each")
-    parser.add_argument("--repeats", type=int, default=2, help="epochs of each, in alternation")
     parser.add_argument(
-        "--baseline-batches", type=int, default=0, help="estimate RecTools' epochs from so many batches"
+        "--negatives", type=int, nargs="+", default=[64, 1024], help="negatives per label, one case each"
+    )
+    parser.add_argument("--repeats", type=int, default=2, help="epochs of each model, in alternation")
+    parser.add_argument(
+        "--baseline-batches", type=int, default=0, help="estimate RecTools' epochs from this many batches"
     )
     return parser.parse_args(arguments)
 
 
 def write_events(path: Path, folder: Path, max_users: int) -> tuple[EventLog, Path, int]:
-    """The same training events for both: our log, the baseline's npz, and the number of our labels."""
+    """Write the training events for both sides; returns our log, the baseline's npz and the number of our labels."""
     with np.load(path, allow_pickle=False) as arrays:
         missing = {"user", "item", "offsets"} - set(arrays.files)
         if missing:
-            raise SystemExit(f"error: {path}: has no {', '.join(sorted(missing))}; give a packed events.npz")
+            raise SystemExit(f"error: {path}: missing {', '.join(sorted(missing))}; give a packed events.npz")
         user, item, offsets = arrays["user"].astype(np.int64), arrays["item"].astype(np.int64), arrays["offsets"]
     ends = offsets[1:][: max_users or None]
     starts = np.maximum(offsets[:-1][: len(ends)], ends - HELD_OUT - LENGTH - 1)
@@ -86,8 +93,7 @@ def write_events(path: Path, folder: Path, max_users: int) -> tuple[EventLog, Pa
 
 
 def our_config(who: Architecture, log: EventLog, negatives: int, dropout: float, run_dir: str) -> TrainConfig:
-    """One epoch of this project's defaults at the baseline's sizes; every event is a label once, nothing is
-    validated."""
+    """One epoch with our defaults at the baseline's sizes, without validation; every event is a label once."""
     return TrainConfig(
         model=ModelConfig(
             architecture=who,
@@ -107,7 +113,7 @@ def our_config(who: Architecture, log: EventLog, negatives: int, dropout: float,
 
 
 def run_ours(who: Architecture, log: EventLog, negatives: int, dropout: float) -> float:
-    """Seconds of training for one epoch, from the configuration to the exported model."""
+    """Seconds of one epoch of training, from the configuration to the exported model."""
     with tempfile.TemporaryDirectory(prefix="vista-run-") as run_dir:
         config = our_config(who, log, negatives, dropout, run_dir)
         start = time.perf_counter()
@@ -120,20 +126,20 @@ def run_ours(who: Architecture, log: EventLog, negatives: int, dropout: float) -
 def compare(
     recorder: BenchmarkRecorder, pilot: RecToolsPilot, log: EventLog, num_labels: int, repeats: int, max_batches: int
 ) -> dict[str, Any]:
-    """One case: pilot, epochs in turns, a row for each of ours; returns all that stands behind the rows."""
+    """Run one case: the pilot, then alternating epochs; adds a row per model of ours and returns all details."""
     setting = pilot.fastest()
     negatives, dropout = setting.n_negatives, setting.dropout
     ours: dict[Architecture, list[float]] = {who: [] for who in BARS}
     reports: list[dict[str, Any]] = []
     for repeat in range(repeats):
-        # The order turns, so that nobody always comes first.
+        # The order reverses, so that no contestant always runs first.
         turns: list[Architecture | None] = [None, *BARS]
         for who in turns if repeat % 2 == 0 else reversed(turns):
             if who is None:
                 reports.append(pilot.run(setting, max_batches))
             else:
                 ours[who].append(run_ours(who, log, negatives, dropout))
-    assert all(num_labels >= report["positions"] for report in reports), "ours must not have fewer labels"
+    assert all(num_labels >= report["positions"] for report in reports), "ours must have at least as many labels"
     baseline = timing_of([report["seconds_per_epoch"][0] for report in reports])
     rows = []
     for who, bar in BARS.items():
@@ -161,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     path = find_ml_1m(options.data)
     if path is None:
-        print("skipped: ml-1m is not at hand; set VISTA_DATA_DIR, or --data path/to/ml-1m/events.npz")
+        print("skipped: ml-1m not found; set VISTA_DATA_DIR, or give --data path/to/ml-1m/events.npz")
         return 0
     python = rectools_python(options.rectools_venv)
     keep_freed_memory()

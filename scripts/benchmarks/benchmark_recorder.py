@@ -1,4 +1,4 @@
-"""What all benchmarks share: arguments, interleaved timing, and one JSON line a case. (Rooflines: rooflines.py.)
+"""What all benchmarks share: their arguments, and one JSON line per case.
 
     arguments = benchmark_parser("latency", __doc__).parse_args()
     recorder = BenchmarkRecorder("latency", out=arguments.out, quick=arguments.quick)
@@ -8,9 +8,9 @@
                  better="less", bar="value <= 1.05 * baseline", spread=long.spread_s)
     recorder.print_summary()
 
-A line is {bench, case, value, unit, baseline, ratio, bar, met, spread, hardware, commit}: `baseline` is the number that
-value is compared with, in the same unit; `ratio` is how many times better value is than it; `bar` is what was asked,
-`met` whether it was reached (null where nothing was asked); `spread` is in the unit of value.
+A line is {bench, case, value, unit, baseline, ratio, bar, met, spread, hardware, commit}. `baseline` is the number that
+`value` is compared with, in the same unit. `ratio` says how many times better `value` is. `bar` is the target and `met`
+whether it was reached (null without a target). `spread` is in the unit of `value`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ _BAR = re.compile(rf"(value|ratio) (<=|>=|<|>) ({_NUMBER})(?: \* (baseline))?")
 
 
 def benchmark_parser(subject: str, description: str | None) -> argparse.ArgumentParser:
-    """An argument parser with --quick and --out (a Path); a benchmark adds its own arguments to it."""
+    """An argument parser with --quick and --out (a Path), to which a benchmark adds its own arguments."""
     parser = argparse.ArgumentParser(
-        prog=f"bench_{subject}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m scripts.benchmarks.bench_{subject}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help='smaller and shorter; its cases are marked "(quick)"')
+    parser.add_argument("--quick", action="store_true", help='run smaller and fewer cases, marked "(quick)"')
     default = RESULTS / f"bench_{subject}.jsonl"
     parser.add_argument(
         "--out", type=Path, default=default, metavar="FILE", help=f"default: docs/results/{default.name}"
@@ -48,10 +50,10 @@ def benchmark_parser(subject: str, description: str | None) -> argparse.Argument
 
 
 class BenchmarkRecorder:
-    """Writes the cases of one benchmark, each as soon as it is known.
+    """Writes the cases of one benchmark to a file, each as soon as it is measured.
 
-    A new measurement replaces the same case of the same machine in the file (Git keeps the old one); those of other
-    machines and other cases stay. Set torch's threads before making one: its rows state them.
+    A new measurement replaces the same case of the same machine in the file; Git keeps the old one. Other cases and
+    other machines stay. Set torch's threads before you create a recorder, since its rows record them.
     """
 
     def __init__(self, subject: str, *, out: Path, quick: bool = False) -> None:
@@ -74,19 +76,19 @@ class BenchmarkRecorder:
 
         Args:
             case: what was measured; unique within the benchmark.
-            value: the figure, in `unit`.
-            baseline: what it is compared with, in the same unit; gives ratio = baseline / value where less is better,
-                value / baseline where more is.
+            value: the measurement, in `unit`.
+            baseline: the number to compare with, in the same unit. The ratio is baseline / value if less is better,
+                and value / baseline if more is better.
             better: whether less or more of `unit` is better.
-            bar: "value <= 1.5", "ratio >= 2" or "value <= 1.05 * baseline".
-            spread: of value, in `unit` (`Timing.spread_s`, or a standard deviation over seeds).
+            bar: the target: "value <= 1.5", "ratio >= 2" or "value <= 1.05 * baseline".
+            spread: spread of `value`, in `unit` (`Timing.spread_s`, or a standard deviation over seeds).
 
         Raises:
-            ValueError: for a number that is not finite, a bar of another form, or one that needs an absent baseline.
+            ValueError: if a number is not finite, or if the bar has another form or needs a missing baseline.
         """
         for name, number in {"value": value, "baseline": baseline, "spread": spread}.items():
             if number is not None and not math.isfinite(number):
-                raise ValueError(f"{self.bench}, {case}: {name} is {number}, which is no measurement")
+                raise ValueError(f"{self.bench}, {case}: {name} is {number}; measurements are finite")
         ratio = None
         if baseline is not None:
             over, under = (baseline, value) if better == "less" else (value, baseline)
@@ -110,7 +112,7 @@ class BenchmarkRecorder:
         return row
 
     def _write(self, row: dict[str, Any]) -> None:
-        """Put the row in place of its predecessor, through a temporary file and a rename."""
+        """Replace the row's predecessor atomically."""
         rows = read_cases(self.out) if self.out.exists() else []
         place = next((i for i, other in enumerate(rows) if _identity(other) == _identity(row)), len(rows))
         rows[place : place + 1] = [row]
@@ -126,22 +128,26 @@ class BenchmarkRecorder:
         os.replace(file.name, self.out)
 
     def print_summary(self) -> None:
-        """Print the cases of this run with the bars met and missed, and where they were written."""
+        """Print the cases of this run, the targets met and missed, and the path of the file."""
         print(f"\n{summary(self.rows)}\nwritten to {self.out}")
 
 
 def read_cases(path: Path) -> list[dict[str, Any]]:
-    """The rows of a benchmark file; DataError naming file and line if one is no such row."""
+    """The rows of a benchmark file.
+
+    Raises:
+        DataError: if a line is not a benchmark row; names file and line.
+    """
     rows = []
     for number, row in read_lines(path):
         if not {"bench", "case", "value", "unit", "met", "hardware"} <= row.keys():
-            raise DataError(f"{path}, line {number}: is no benchmark case; remove the line and run its benchmark again")
+            raise DataError(f"{path}, line {number}: is not a benchmark case; remove the line and rerun its benchmark")
         rows.append(row)
     return rows
 
 
 def describe(row: Mapping[str, Any]) -> str:
-    """One line for a person: verdict, case, value with spread, baseline, ratio and bar."""
+    """One readable line: verdict, case, value with spread, baseline, ratio and bar."""
     verdict = {True: "met", False: "MISSED", None: "-"}[row["met"]]
     text = f"{verdict:>6}  {row['bench']}: {row['case']}: {_short(row['value'])}"
     if row.get("spread") is not None:
@@ -155,7 +161,7 @@ def describe(row: Mapping[str, Any]) -> str:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Missed bars first, then met ones, then what had no bar; machines as headings; a count at the end."""
+    """A readable summary: per machine the cases that missed their bar, then those that met it, then the others."""
     lines = []
     for machine in dict.fromkeys(describe_hardware(row["hardware"]) for row in rows):
         own = [row for row in rows if describe_hardware(row["hardware"]) == machine]
@@ -170,12 +176,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
 def _is_met(bar: str, value: float, ratio: float | None, baseline: float | None) -> bool:
     match = _BAR.fullmatch(bar)
     if match is None:
-        raise ValueError(f'bar {bar!r}: write it as "value <= 1.5", "ratio >= 2" or "value <= 1.05 * baseline"')
+        raise ValueError(f'bar {bar!r}: expected the form "value <= 1.5", "ratio >= 2" or "value <= 1.05 * baseline"')
     subject, sign, number, times = match.groups()
     left = value if subject == "value" else ratio
     scale = baseline if times else 1.0
     if left is None or scale is None:
-        raise ValueError(f"bar {bar!r}: needs a baseline to compare with (and a value other than 0)")
+        raise ValueError(f"bar {bar!r}: needs a baseline (and a nonzero value)")
     right = float(number) * scale
     return bool({"<=": left <= right, ">=": left >= right, "<": left < right, ">": left > right}[sign])
 

@@ -1,10 +1,10 @@
-"""Compile every Triton kernel for GPUs that need not be present, and list what the compilers say.
+"""Compile every Triton kernel for several GPUs, which need not be present, and list the compilers' statistics.
 
     python -m scripts.benchmarks.compile_kernels                            # D = E = 64, bfloat16, four targets
     python -m scripts.benchmarks.compile_kernels --all --write docs/results/kernels_aot.md
 
-The backend's own functions are run on small CPU tensors with their launches recorded instead of made. So what is
-compiled is what launch code would choose for that target, block sizes and all. Needs Triton, no GPU.
+The backend's functions run on small CPU tensors, and their launches are recorded instead of made. So the compiled
+kernels have the block sizes and other parameters that the backend chooses for each target. Requires Triton but no GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vista_kernels.triton_backend import blocks
 
 HEADS = 4
 LONG, SHORT = (2000, 40), (16,) * 6
-"""Lengths of the recorded batches: one segment in pieces, and short ones."""
+"""Lengths of the recorded batches: one with a segment in pieces, and one with only short segments."""
 WIDTHS = (16, 32, 64, 128)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -46,30 +46,30 @@ _POINTERS = {
     torch.int64: "*i64",
 }
 TOLERATED_SPILLS = 32
-"""Bytes a thread: ptxas itself spills a few, far from its 255 registers, to let one more program run."""
+"""Bytes per thread. ptxas spills a few on its own, far below 255 registers, so that one more program can run."""
 WIDE, WIDE_SPILLS = ("accumulate_bwd_kernel", "causal_kernel"), 512
-"""Kernels known to spill with float32 heads wider than 64, whose operands take three products, and how much."""
+"""Kernels that spill with float32 heads wider than 64, whose operands take three products, and the bytes allowed."""
 H100_BYTES_PER_S, H100_BF16_FLOPS, H100_TF32_FLOPS = 3.35e12, 989e12, 494e12
 
 
 @dataclass(frozen=True)
 class KernelDevice:
-    """A device to compile for, and its limits."""
+    """A GPU to compile for, and its limits."""
 
     name: str
     target: GPUTarget
     processors: int
     shared_limit: int
-    """Bytes of shared memory that one program may have."""
+    """Largest shared memory per program, bytes."""
     shared_total: int
-    """Bytes of a processor."""
+    """Shared memory per processor, bytes."""
     registers: int
-    """Registers of a processor, by lanes (CUDA) or of a lane of one of its four SIMDs (AMD)."""
+    """Registers per processor, counted per lane (CUDA), or per lane of one of its four SIMDs (AMD)."""
     max_warps: int
 
     @property
     def blocks_target(self) -> blocks.Target:
-        """What `blocks.target_of` would return on it."""
+        """The result of `blocks.target_of` on this device."""
         arch = self.target.arch
         return blocks.Target(self.target.backend, arch if isinstance(arch, int) else 0, self.processors)
 
@@ -97,25 +97,25 @@ class KernelLaunch:
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What the compilers say of one kernel."""
+    """The compilers' statistics of one kernel."""
 
     device: KernelDevice
     kernel: str
     variant: str
-    """Which of the kernel's constants are on."""
+    """The kernel's enabled constants, in words."""
     dtype: str
     width: int
     block_t: int
     num_warps: int
     registers: int
     spills: int
-    """Bytes a thread keeps in local memory: spilled registers and stack."""
+    """Local memory per thread, bytes: spilled registers and stack."""
     shared: int
-    """Bytes of shared memory of a program."""
+    """Shared memory per program, bytes."""
 
     @property
     def occupancy(self) -> float:
-        """Share of the processor's warps that can be resident, by registers, shared memory and number of programs."""
+        """Share of the processor's warps that registers, shared memory and number of programs let be resident."""
         device = self.device
         if device.target.backend == "hip":
             per_simd = min(8, device.registers // (-(-max(self.registers, 1) // 8) * 8))
@@ -130,7 +130,7 @@ class CompiledKernel:
 
     @property
     def work(self) -> tuple[float, float] | None:
-        """Bytes moved and operations done for a token and head of D = E; None where the work is not by tokens."""
+        """Bytes and operations per token and head with D = E; None for kernels whose work is not per token."""
         width, size = self.width, 4 if self.dtype == "float32" else 2
         square, by_block = width * width, 4 * self.block_t * width
         known = {
@@ -147,17 +147,17 @@ class CompiledKernel:
 
     @property
     def problems(self) -> list[str]:
-        """What must not be."""
+        """Limits that the kernel exceeds."""
         wide = self.dtype == "float32" and self.width > 64 and self.kernel in WIDE
         limit = WIDE_SPILLS if wide else TOLERATED_SPILLS
-        found = [f"{self.spills} bytes spilled"] if self.spills > limit else []
+        exceeded = [f"{self.spills} bytes spilled"] if self.spills > limit else []
         if self.shared > self.device.shared_limit:
-            found.append(f"{self.shared} bytes of shared memory, limit {self.device.shared_limit}")
-        return found
+            exceeded.append(f"{self.shared} bytes of shared memory, limit {self.device.shared_limit}")
+        return exceeded
 
 
 def record(device: KernelDevice, dtype: torch.dtype, width: int, lengths: tuple[int, ...]) -> list[KernelLaunch]:
-    """Run all functions of the backend once, and return what they would launch on the device."""
+    """Run all functions of the backend once, and return the launches that they would make on the device."""
     launches: dict[tuple[object, ...], KernelLaunch] = {}
 
     def launch(kernel: Any, num_programs: int, *args: object, **flags: Any) -> None:
@@ -209,7 +209,7 @@ def compile_all(
 
 
 def _variant(constants: dict[str, object]) -> str:
-    """Return the constants that set variants of a kernel apart, in words."""
+    """Return the constants that distinguish variants of a kernel, in words."""
     words = [
         word for name, word in (("HAS_WEIGHT", "weight"), ("ADD", "add"), ("HAS_COUNT", "count")) if constants.get(name)
     ]
@@ -242,7 +242,7 @@ def _run_all(dtype: torch.dtype, width: int, lengths: tuple[int, ...]) -> None:
     triton_backend.add_targets_backward(out, q, k, v, starts, "silu", *grads[:3])
     triton_backend.causal_attention(q, k, v, offsets, z, "silu", out)
     triton_backend.causal_attention_backward(out, q, k, v, offsets, z, "silu", grad_z, *grads[:3])
-    whole = np.array([0, lengths[-1]])  # neither pieces nor first states
+    whole = np.array([0, lengths[-1]])  # without pieces and without initial states
     triton_backend.causal_attention_backward(out, q, k, v, whole, None, "silu", grad_z[:1], *grads[:3])
     rows = torch.empty(300, HEADS, width * width)
     decay = torch.empty(300, HEADS)
@@ -251,7 +251,7 @@ def _run_all(dtype: torch.dtype, width: int, lengths: tuple[int, ...]) -> None:
 
 
 def _signature(launch: KernelLaunch) -> tuple[dict[str, str], dict[str, object], dict[tuple[int], list[list[object]]]]:
-    """Return the types, constants and divisibilities that Triton's JIT would derive from the arguments."""
+    """Return the types, constants and divisibility attributes that Triton's JIT would derive from the arguments."""
     signature: dict[str, str] = {}
     constants: dict[str, object] = dict(launch.constants)
     attributes: dict[tuple[int], list[list[object]]] = {}
@@ -271,7 +271,7 @@ def _signature(launch: KernelLaunch) -> tuple[dict[str, str], dict[str, object],
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
-    """Return registers a thread, and bytes of local memory and stack, of a cubin."""
+    """Return the registers per thread and the bytes of local memory and stack of a cubin."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -284,13 +284,13 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
-    """Return vector registers a lane, and spilled registers and private bytes, of AMD assembly."""
+    """Return the vector registers per lane, and the spilled registers plus private bytes, of AMD assembly."""
 
     def number(key: str) -> int:
-        found = re.search(rf"\.{key}:\s+(\d+)", assembly)
-        if found is None:
+        match = re.search(rf"\.{key}:\s+(\d+)", assembly)
+        if match is None:
             raise ValueError(f"the assembly has no .{key}")
-        return int(found[1])
+        return int(match[1])
 
     spills = number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size")
     return number("vgpr_count"), spills
@@ -316,26 +316,28 @@ TEXT = """# Triton kernels, compiled ahead of time
 
 Made by `{command}` with Triton {version}. No GPU was used: these are the compilers' numbers, and nothing was timed.
 
-A row is a kernel with the launch parameters that `triton_backend/blocks.py` chooses for that target. Registers are
-those of a thread; spilled are the bytes of local memory of a thread; shared are the bytes of shared memory of a
-program; occupancy is the share of a processor's warps that registers and shared memory let reside. For sums and scans
-the width is the number of elements of a state. Bytes and operations are those that a token and head need (outputs
-included, states not). The last column is the roofline of an H100 for a token and head, in picoseconds: the larger of
-bytes at 3.35 TB/s and operations at 989 TFLOP/s (float32: at a third of 494, for three products).
+A row is a kernel with the launch parameters that `triton_backend/blocks.py` chooses for the target. Registers and
+spilled bytes are per thread; shared is the bytes of shared memory per program. Occupancy is the share of a processor's
+warps that registers and shared memory let be resident. For sums and scans the width is the number of elements of a
+state. Bytes and operations are per token and head, with outputs but without states. The last column is the roofline of
+an H100 per token and head, in picoseconds: the larger of bytes at 3.35 TB/s and operations at 989 TFLOP/s (float32: at
+a third of 494, for three products).
 
 """
 
 
 def write(path: Path, rows: list[CompiledKernel], command: str) -> None:
-    """Write the table and what it means to a Markdown file."""
+    """Write the table and its legend to a Markdown file."""
     path.write_text(TEXT.format(command=command, version=triton.__version__) + "\n".join(table(rows)) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compile and print the table; return 1 if anything spills or needs too much shared memory."""
+    """Compile and print the table; return 1 if a kernel spills, needs too much shared memory or is not compiled."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--all", action="store_true", help="every width and dtype, and short segments as well")
-    parser.add_argument("--device", choices=list(DEVICES), action="append", help="compile for this one (repeatable)")
+    parser.add_argument("--all", action="store_true", help="compile every width and dtype, also for short segments")
+    parser.add_argument(
+        "--device", choices=list(DEVICES), action="append", help="compile for this device (repeatable; default: all)"
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--width", type=int, default=64, help="D = E")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table to a Markdown file")

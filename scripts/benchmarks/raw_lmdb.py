@@ -12,20 +12,20 @@ from vista.store.lmdb.data_file import MAP_SIZE_BYTES
 
 
 class RawLmdb:
-    """LMDB and nothing else: durable, with the options that the store opens it with."""
+    """A durable LMDB environment with the same options as the store's."""
 
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True)
         self.environment = lmdb.open(str(path), map_size=MAP_SIZE_BYTES, lib_version=0)
 
     def put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
-        """One durable transaction."""
+        """Write all values in one durable transaction."""
         with self.environment.begin(write=True) as transaction:
             for key, value in zip(keys, values, strict=True):
                 transaction.put(key, value)
 
     def copies(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Values copied out in one transaction."""
+        """Copies of the values, read in one transaction."""
         with self.environment.begin() as transaction:
             return [transaction.get(key) for key in keys]
 

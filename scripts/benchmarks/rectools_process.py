@@ -1,4 +1,4 @@
-"""RecTools in its own environment, and the search for the fastest setting of its SASRec (bench_training.py)."""
+"""Runs RecTools in its own environment, and searches the fastest setting of its SASRec for bench_training.py."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ import torch
 
 
 def words_of(options: Mapping[str, Any]) -> list[str]:
-    """Options as words of a command line."""
+    """Options as command-line arguments."""
     return [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
 SCRIPT = Path(__file__).with_name("rectools_training.py")
 LENGTH = 200
-"""Events of a user that RecTools sees; one more where the first counts that only is an input."""
+"""Labels per user of RecTools; its histories have one event more, which is only an input."""
 DIM, HEADS, LAYERS = 64, 4, 2
 SHAPE = words_of({"session_max_len": LENGTH, "n_factors": DIM, "n_blocks": LAYERS, "n_heads": HEADS})
-"""The sizes, as words of rectools_training.py."""
+"""The sizes, as arguments of rectools_training.py."""
 PILOT_BATCHES = 8
-"""Batches of one trial; the first two only warm up."""
+"""Batches per trial; the first two are warm-up."""
 GATHERED_BYTES = 1 << 29
-"""A batch of RecTools gathers [B, 200, negatives, d] vectors; settings beyond this are not tried."""
+"""RecTools gathers [B, 200, negatives, d] vectors per batch; settings beyond this size are not tried."""
 
 
 @dataclass(frozen=True)
 class RecToolsSetting:
-    """What the pilot may choose; the fields are options of rectools_training.py."""
+    """The settings that the pilot chooses; the fields are options of rectools_training.py."""
 
     loss: str
     n_negatives: int
@@ -46,45 +46,49 @@ class RecToolsSetting:
     workers: int = 0
 
     def options(self) -> list[str]:
-        """As words of a command line."""
+        """The setting as command-line arguments."""
         return words_of(dataclasses.asdict(self))
 
 
 def rectools_python(folder: Path) -> Path:
-    """The interpreter of RecTools' environment, which is made if it is not there."""
+    """The interpreter of RecTools' environment, which is created if missing.
+
+    Raises:
+        SystemExit: if RecTools cannot be imported there.
+    """
     python = folder.absolute() / "bin" / "python"
     if not python.exists():
-        print(f"making {folder} with RecTools (torch comes with it: some GB)", flush=True)
+        print(f"creating {folder} with RecTools and torch (some GB)", flush=True)
         venv.create(folder, with_pip=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", "rectools[torch]"], check=False)
     done = subprocess.run([python, "-c", "from rectools.models import SASRecModel"], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise SystemExit(
-            f"error: {python} has no working RecTools ({reason}); `{python} -m pip install 'rectools[torch]'`, or name "
+            f"error: {python} cannot import RecTools ({reason}); run `{python} -m pip install 'rectools[torch]'`, or give "
             "another --rectools-venv"
         )
     return python
 
 
 def run_rectools(python: Path, data: Path, setting: RecToolsSetting, max_batches: int) -> dict[str, Any]:
-    """One epoch of RecTools in a process of its own, whole or estimated."""
+    """Run one epoch of RecTools in its own process, whole (max_batches=0) or estimated from some batches."""
     return call_rectools(python, data, [*SHAPE, *setting.options(), "--max-batches", str(max_batches)])
 
 
 def call_rectools(python: Path, data: Path, words: Sequence[str]) -> dict[str, Any]:
-    """rectools_training.py in a process of its own: what it reports."""
+    """Run rectools_training.py in its own process and return its report."""
     command = [str(python), str(SCRIPT), str(data), *words]
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS")}
     done = subprocess.run(command, cwd=data.parent, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"error: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
 
 
 class RecToolsPilot:
-    """Finds the baseline's fastest setting: one property after the other, each time keeping what was fastest."""
+    """Finds the baseline's fastest setting, one property after the other."""
 
     def __init__(self, python: Path, data: Path, negatives: int, dropout: float, *, quick: bool) -> None:
         self._python, self._data, self._quick = python, data, quick
@@ -92,7 +96,7 @@ class RecToolsPilot:
         self.tried: dict[RecToolsSetting, float] = {}
 
     def fastest(self) -> RecToolsSetting:
-        """Try settings of some batches each, and return the best."""
+        """Try settings with some batches each, and return the fastest."""
         start, negatives = self._start, self._start.n_negatives
         sampled = 2 ** int(np.log2(max(1, min(64, GATHERED_BYTES // (4 * DIM * LENGTH * negatives)))))
         self._try([start, *(replace(start, loss=loss, batch_size=sampled) for loss in ("sampled_softmax", "BCE"))])
@@ -106,7 +110,7 @@ class RecToolsPilot:
         return self._best()
 
     def run(self, setting: RecToolsSetting, max_batches: int) -> dict[str, Any]:
-        """One epoch of the baseline, whole (0) or estimated from its first batches; its report."""
+        """The report of one epoch of the baseline, whole (max_batches=0) or estimated from its first batches."""
         return run_rectools(self._python, self._data, setting, max_batches)
 
     def _try(self, settings: Iterable[RecToolsSetting]) -> None:
@@ -114,7 +118,7 @@ class RecToolsPilot:
             if setting not in self.tried:
                 seconds = self.run(setting, PILOT_BATCHES)["seconds_per_epoch"][0]
                 self.tried[setting] = seconds
-                print(f"        pilot: {seconds:7.1f} s an epoch, {' '.join(setting.options())}", flush=True)
+                print(f"        pilot: {seconds:7.1f} s per epoch, {' '.join(setting.options())}", flush=True)
 
     def _best(self) -> RecToolsSetting:
         return min(self.tried, key=lambda setting: self.tried[setting])

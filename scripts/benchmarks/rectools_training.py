@@ -1,20 +1,20 @@
-"""Train RecTools' SASRec or HSTU for some epochs, print what they cost as one JSON line, and recommend on wish.
+"""Train RecTools' SASRec or HSTU for some epochs, print their cost as one JSON line, and optionally recommend.
 
-Runs in an environment of its own, with RecTools and without vista (RecTools needs numpy<2):
+Runs in its own environment with RecTools and without vista, since RecTools requires numpy<2:
 
-    python -m venv baseline && baseline/bin/pip install "rectools[torch]"
+    python -m venv rectools && rectools/bin/pip install "rectools[torch]"
     rectools/bin/python scripts/benchmarks/rectools_training.py events.npz --epochs 2 --loss softmax
     rectools/bin/python scripts/benchmarks/rectools_training.py events.npz --model HSTU --recommend lists.npz
 
-The data are an npz of three equally long arrays, `user`, `item` and `timestamp` (seconds, or ordinals where only their
-order counts). RecTools keeps each user's last session_max_len + 1 events, the first of which is an input only.
-Preparing the data set and building the model are not timed; loading, shuffling and collating batches are, as in every
-epoch.
+The data are an npz of three arrays of equal length, `user`, `item` and `timestamp` (seconds, or ordinals if only the
+order counts). RecTools keeps each user's last session_max_len + 1 events, the first of which is only an input.
+The time includes loading, shuffling and collating of batches, but not the preparation of the data set and the
+construction of the model.
 
-For --recommend the npz also has `validation_user`, `validation_item`, `validation_timestamp` and the same of `test`:
-one event a user, which comes after all of its events above. The lists are int64 [users, top_k] under `validation` and
-`test`, best first, -1 where there are fewer: without items that the user has met, which for `test` includes the
-validation item. Only the time of an event that is asked for is shown to a model, and only with --relative-time.
+For --recommend the npz also has `validation_user`, `validation_item`, `validation_timestamp` and the same arrays for
+`test`: one event per user, later than all of the user's events above. The lists are int64 [users, top_k] under
+`validation` and `test`, best first, padded with -1. They exclude items of the user's history, which for `test` includes
+the validation item. A model gets only the time of the event to predict, and only with --relative-time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from rectools.metrics import NDCG, HitRate, calc_metrics  # type: ignore[import-
 from rectools.models import HSTUModel, SASRecModel  # type: ignore[import-not-found]
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# The first batches of a cut epoch warm caches up; they are left out of the estimate.
+# The first batches of a shortened epoch are warm-up and are excluded from the estimate.
 WARMUP_BATCHES = 2
 PARTS = ("validation", "test")
 
@@ -54,39 +54,41 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", choices=["SASRec", "HSTU"], default="SASRec")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument(
-        "--max-batches", type=int, default=0, help="cut every epoch after so many batches and estimate it"
+        "--max-batches", type=int, default=0, help="stop every epoch after this many batches and estimate its time"
     )
     parser.add_argument("--session-max-len", type=int, default=200)
     parser.add_argument("--n-factors", type=int, default=64)
     parser.add_argument("--n-blocks", type=int, default=2)
     parser.add_argument("--n-heads", type=int, default=4)
-    parser.add_argument("--dropout", type=float, default=0.2, help="0 lets CPUs take torch's fused attention")
+    parser.add_argument("--dropout", type=float, default=0.2, help="0 lets CPUs use torch's fused attention")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--loss", choices=["softmax", "BCE", "gBCE", "sampled_softmax"], default="softmax")
-    parser.add_argument("--n-negatives", type=int, default=1, help="a position; softmax takes the whole catalogue")
-    parser.add_argument("--distance", choices=["dot", "cosine"], default="dot", help="of a user from an item")
+    parser.add_argument("--n-negatives", type=int, default=1, help="per position; softmax uses the whole catalog")
+    parser.add_argument("--distance", choices=["dot", "cosine"], default="dot", help="similarity of users and items")
     parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits in training")
-    parser.add_argument("--scale-inputs", action="store_true", help="item vectors times sqrt(n_factors), as published")
-    parser.add_argument("--mask-padding", action="store_true", help="SASRec: attend to no padding, as published")
-    parser.add_argument("--relative-time", action="store_true", help="HSTU: the bias by time, which needs real times")
+    parser.add_argument(
+        "--scale-inputs", action="store_true", help="multiply item vectors by sqrt(n_factors), as published"
+    )
+    parser.add_argument("--mask-padding", action="store_true", help="SASRec: do not attend to padding, as published")
+    parser.add_argument("--relative-time", action="store_true", help="HSTU: use the time bias, which needs real times")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--warmup-steps", type=int, default=0, help="of linear rise to --lr")
-    parser.add_argument("--decay", action="store_true", help="cosine from --lr to 1 %% of it at the end")
-    parser.add_argument("--gradient-clip", type=float, default=0.0, help="largest global norm; 0 clips nothing")
+    parser.add_argument("--warmup-steps", type=int, default=0, help="steps of linear warm-up to --lr")
+    parser.add_argument("--decay", action="store_true", help="cosine decay from --lr to 1 %% of it")
+    parser.add_argument("--gradient-clip", type=float, default=0.0, help="largest global norm; 0: no clipping")
     parser.add_argument("--workers", type=int, default=0, help="processes that load batches")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's own choice")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: torch's default")
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed", "bf16-true"], default="32-true")
     parser.add_argument(
-        "--sdpa", choices=["auto", "math", "flash"], default="auto", help="flash needs --dropout 0 on CPUs"
+        "--sdpa", choices=["auto", "math", "flash"], default="auto", help="flash requires --dropout 0 on CPUs"
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--recommend", type=Path, help="npz that receives the lists; see above")
+    parser.add_argument("--recommend", type=Path, help="write the lists to this npz; see above")
     parser.add_argument("--top-k", type=int, default=200, help="length of the lists")
     return parser.parse_args(given)
 
 
 def read_events(path: Path, prefix: str = "") -> pd.DataFrame:
-    """Events of the npz, as RecTools has them; ordinals become seconds."""
+    """Events of the npz as a RecTools frame; ordinals become seconds."""
     with np.load(path, allow_pickle=False) as arrays:
         frame = pd.DataFrame({Columns.User: arrays[f"{prefix}user"], Columns.Item: arrays[f"{prefix}item"]})
         frame[Columns.Datetime] = pd.to_datetime(arrays[f"{prefix}timestamp"], unit="s")
@@ -95,27 +97,27 @@ def read_events(path: Path, prefix: str = "") -> pd.DataFrame:
 
 
 class TrainingClock:
-    """Wall and CPU seconds of every epoch, and the moments at which its batches ended."""
+    """Wall and CPU seconds of every epoch, and the times at which its batches ended."""
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, Any]] = []
 
     def start(self) -> None:
-        """An epoch starts: nothing of it has been loaded yet."""
+        """Note that an epoch starts, before its first batch is loaded."""
         self.epochs.append({"wall": time.perf_counter(), "cpu": _cpu_seconds(), "batches": [], "batch_cpu": []})
 
     def batch(self) -> None:
-        """A batch has been trained on."""
+        """Note that a batch ended."""
         self.epochs[-1]["batches"].append(time.perf_counter())
         self.epochs[-1]["batch_cpu"].append(_cpu_seconds())
 
     def end(self) -> None:
-        """An epoch ends."""
+        """Note that the epoch ended."""
         epoch = self.epochs[-1]
         epoch["wall_s"], epoch["cpu_s"] = time.perf_counter() - epoch["wall"], _cpu_seconds() - epoch["cpu"]
 
     def seconds(self, total_batches: int) -> tuple[list[float], list[float]]:
-        """Wall and CPU seconds of each epoch, scaled up to total_batches where epochs were cut short."""
+        """Wall and CPU seconds of each epoch, scaled up to total_batches if it was shortened."""
         walls, cpus = [], []
         for epoch in self.epochs:
             done = len(epoch["batches"])
@@ -136,7 +138,7 @@ def _cpu_seconds() -> float:
 
 
 def learning_rate(options: argparse.Namespace, step: int, steps: int) -> float:
-    """Of step 0, 1, … of `steps`: constant, but for what the options say."""
+    """The learning rate of step 0, 1, … of `steps`, with the warm-up and decay of the options."""
     rate: float = options.lr * min(1.0, (step + 1) / max(options.warmup_steps, 1))
     return rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))) if options.decay else rate
 
@@ -150,7 +152,7 @@ def build(options: argparse.Namespace, clock: TrainingClock) -> SASRecModel | HS
             group["lr"] = learning_rate(options, trainer.global_step, steps)
 
     def trainer() -> Trainer:
-        # RecTools' own trainer, but for the clock, the learning rate and the arguments.
+        # As RecTools' own trainer, except for the clock, the learning rate and these arguments.
         return Trainer(
             accelerator="cpu",
             devices=1,
@@ -163,7 +165,7 @@ def build(options: argparse.Namespace, clock: TrainingClock) -> SASRecModel | HS
             enable_model_summary=False,
             enable_checkpointing=False,
             logger=False,
-            # Functions, since RecTools copies its trainer deeply, and with it a clock whose methods were given.
+            # Lambdas instead of methods: RecTools deep-copies its trainer, which would also copy the clock.
             callbacks=[
                 LambdaCallback(
                     on_train_epoch_start=lambda *_: clock.start(),
@@ -198,7 +200,7 @@ def build(options: argparse.Namespace, clock: TrainingClock) -> SASRecModel | HS
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
-    """Train, recommend on wish, and return the line to print."""
+    """Train, optionally recommend, and return the report to print."""
     if options.threads:
         torch.set_num_threads(options.threads)
     seed_everything(options.seed, verbose=False)
@@ -236,35 +238,35 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 def recommend(
     model: SASRecModel | HSTUModel, history: pd.DataFrame, options: argparse.Namespace
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
-    """Of each part the lists int64 [users, top_k], users in the order of the npz, and RecTools' own metrics of them."""
+    """Per part the lists int64 [users, top_k], users in the order of the npz, and RecTools' own metrics of them."""
     lists, metrics = {}, {}
-    # With one label a user the best achievable gain is 1, as everybody else has it.
+    # With one label per user the best achievable gain is 1, as in other libraries.
     judges = {"hr@10": HitRate(10), "ndcg@10": NDCG(10, divide_by_achievable=True)}
     for part in PARTS:
         asked = read_events(options.data, f"{part}_")
-        found = model.recommend(
+        recommended = model.recommend(
             asked[Columns.User],
             Dataset.construct(history),
             options.top_k,
             filter_viewed=True,
             on_unsupported_targets="ignore",
-            # RecTools puts its padding in the place of the item.
+            # RecTools replaces the item by its padding.
             context=asked.copy() if model.require_recommend_context else None,
         )
         lists[part] = np.full((len(asked), options.top_k), -1, np.int64)
-        row = pd.Index(asked[Columns.User]).get_indexer(found[Columns.User])
-        lists[part][row, found[Columns.Rank] - 1] = found[Columns.Item]
-        metrics[part] = {name: float(value) for name, value in calc_metrics(judges, found, asked).items()}
+        row = pd.Index(asked[Columns.User]).get_indexer(recommended[Columns.User])
+        lists[part][row, recommended[Columns.Rank] - 1] = recommended[Columns.Item]
+        metrics[part] = {name: float(value) for name, value in calc_metrics(judges, recommended, asked).items()}
         history = pd.concat([history, asked], ignore_index=True)
     return lists, metrics
 
 
 def main() -> None:
     """Entry point."""
-    warnings.filterwarnings("ignore")  # of Lightning, on workers and logging; the line of JSON says what was set
+    warnings.filterwarnings("ignore")  # Lightning warns about workers and logging; the report says what was set
     options = arguments()
     if 0 < options.max_batches <= WARMUP_BATCHES:
-        raise SystemExit(f"--max-batches must be above {WARMUP_BATCHES}, the batches that only warm up")
+        raise SystemExit(f"--max-batches must be above the {WARMUP_BATCHES} batches of warm-up")
     print(json.dumps(train(options)), flush=True)
 
 

@@ -1,9 +1,9 @@
-"""What refreshes cost beyond their bytes and their model, for bench_store.py.
+"""Refreshes against their rooflines, for bench_store.py.
 
-The incremental refresh's roofline is the work that no implementation can leave out: the users' states read and written
-durably by raw LMDB, and the model's own functions on the same inputs: the new events embedded and summed, the sums
-added to the states, the summaries read by the seeds. A full refresh's time without the model stands beside the log's
-columns copied and its records and states written durably by raw LMDB, in the same batches.
+The roofline of an incremental refresh is the work that no implementation can avoid: raw LMDB reads and durably writes
+the users' states, and the model's functions embed and sum the new events, add the sums to the states and let the seeds
+read the summaries. A full refresh's time without the model is compared with a copy of the log's columns and a durable
+write of its records and states by raw LMDB, in the same batches.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from vista.store.format.state_record import decode_states
 from vista.store.layout import read_current, state_path
 
 NUM_NEW = 50
-"""New events of each user."""
+"""New events per user."""
 NUM_ITEMS = 50_000
 WARMUP = 1
 DAY_MS = 86_400_000
 
 
 def bench_incremental(recorder: BenchmarkRecorder, folder: Path) -> None:
-    """Few users whatever the number of their old events, many users, and what becomes of those without new events."""
+    """Incremental refreshes: few users with histories of several lengths, many users, and users without new events."""
     if recorder.quick:
         compare_lengths(recorder, folder / "few", 16, {1_000: None, 10_000: None}, rounds=5)
         compare_lengths(recorder, folder / "many", 64, {1_000: None}, rounds=3)
@@ -54,14 +54,14 @@ def bench_incremental(recorder: BenchmarkRecorder, folder: Path) -> None:
 def compare_lengths(
     recorder: BenchmarkRecorder, folder: Path, num_users: int, bars: dict[int, str | None], rounds: int
 ) -> None:
-    """Incremental refreshes of users with some numbers of old events, each beside its roofline and a full refresh.
+    """Compare incremental refreshes with their rooflines and with full refreshes, by the number of old events.
 
     Args:
-        bars: number of old events -> what is asked of the full refresh's time over the incremental one's.
+        bars: number of old events -> bar for the full refresh's time over the incremental one's.
     """
     contestants: dict[str, Callable[[], object]] = {}
     full_s: dict[int, float] = {}
-    num_items = min(NUM_ITEMS, num_users * min(bars))  # as many whatever the length: all of them are hashed
+    num_items = min(NUM_ITEMS, num_users * min(bars))  # equal for all lengths, since a refresh hashes all items
     for length in bars:
         grown = RefreshWorkload(folder / str(length), length, num_users, num_items, rounds + WARMUP)
         full_s[length] = grown.full_s
@@ -92,7 +92,7 @@ def compare_lengths(
 
 
 def compare_records(recorder: BenchmarkRecorder, folder: Path) -> None:
-    """Records of users without new events, byte by byte."""
+    """Require that an incremental refresh changes no byte of the records of users without new events."""
     log = lifelong_log(folder / "log", [200] * 100, num_items=1_000)
     model = untrained(log, dim=64, num_seeds=32)
     refresh(model, log, folder / "store")
@@ -105,8 +105,7 @@ def compare_records(recorder: BenchmarkRecorder, folder: Path) -> None:
 
 
 class RefreshWorkload:
-    """A log whose users have got new events, stores that have not seen them, and the roofline of bringing one up to
-    it."""
+    """A log with new events, stores without them, and the roofline of updating one store."""
 
     def __init__(self, folder: Path, length: int, num_users: int, num_items: int, num_stores: int) -> None:
         log = lifelong_log(folder / "log", [length] * num_users, num_items=num_items)
@@ -122,12 +121,12 @@ class RefreshWorkload:
         self._prepare_roofline()
 
     def refresh(self) -> None:
-        """The incremental refresh of the next store."""
+        """Refresh the next store incrementally."""
         report = refresh_incremental(self.model, self.log, next(self._stores))
         assert report.counts["appended"] == self.num_users and report.num_events == NUM_NEW * self.num_users
 
     def roofline(self) -> None:
-        """Bytes and model of the same refresh."""
+        """Move the bytes and run the model of the same refresh."""
         self.raw.copies(self.keys)
         summarizer = self.model.summarizer
         assert summarizer is not None
@@ -153,7 +152,7 @@ class RefreshWorkload:
 
 
 def bench_full(recorder: BenchmarkRecorder, folder: Path) -> None:
-    """A full refresh without its model, beside the bytes that it reads and writes."""
+    """Compare a full refresh without its model with the bytes that it reads and writes."""
     num_users, num_events, rounds = (200, 30_000, 3) if recorder.quick else (6_040, 1_000_209, 7)
     weight = np.random.default_rng(0).lognormal(0.0, 1.0, num_users)
     lengths = np.maximum(np.rint(weight / weight.sum() * num_events), 20).astype(np.int64)
@@ -202,7 +201,7 @@ def bench_full(recorder: BenchmarkRecorder, folder: Path) -> None:
 
 
 def append_events(log: EventLog, users: np.ndarray) -> EventLog:
-    """The log with new events of these users, ids, a day after all others."""
+    """Append new events of these user ids to the log, a day after all others."""
     rng, count = np.random.default_rng(5), NUM_NEW * len(users)
     span = log.time_range()
     assert span is not None

@@ -1,14 +1,14 @@
-"""The least time that work can take on this machine: what its bytes, products and activations cost at their best.
+"""Rooflines: the least time that work can take on this machine, from its bytes, products and activations.
 
     roofline = forward_roofline(16_384, 4, 64, torch.bfloat16)
     timing = interleaved({"ours": attend} | roofline.calls())
     print(timing["ours"].median_s / roofline.seconds(timing))
 
 A roofline is the larger of the bytes' time and the matrix products' time, plus the activations' time. It is timed in
-alternation with what it is a roofline of, on the same threads. Bytes move at the speed of a copy of as many, in memory
-that was touched before. Products run at the operator's own shapes, in the fastest of the forms that a short
-measurement tries: chunks of tokens, one head or several at a time, either operand transposed. Activations run in the
-cache. Lower dtypes may compute in float32, the reverse would give other results: `product_dtypes`.
+alternation with the work it bounds, on the same threads. Bytes move at the speed of a copy of the same size, in memory
+that was touched before. Products run at the operator's own shapes, in the fastest form that a short measurement finds:
+chunks of tokens, one or several heads at a time, either operand transposed. Activations run in the cache. Work in a
+lower dtype may compute in float32, but not the reverse, which would give other results (`product_dtypes`).
 
 Letters: T tokens, H heads, D head dim.
 """
@@ -27,43 +27,43 @@ from scripts.benchmarks.timing import Timing, interleaved
 
 CPU = torch.device("cpu")
 LARGEST_COPY_BYTES = 1 << 28
-"""Copies of more are measured at this size, far beyond the caches, and scaled."""
+"""Larger copies are measured at this size, far beyond the caches, and scaled."""
 ACTIVATION_BYTES_PER_THREAD = 128 * 1024
 CHUNKS = (256, 1024, 4096, 16_384)
-"""Tokens a product may take at a time."""
+"""Numbers of tokens to try per product."""
 LARGEST_BATCH_ELEMENTS = 1 << 22
-"""Batched products of larger operands leave the cache and are not tried."""
+"""Batched products with larger operands leave the cache and are not tried."""
 STATE_ITEM_BYTES = 4
 """States are float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class RooflineWork:
-    """A call, how many of them the work is worth (not always a whole number), and its form for a reader."""
+    """A call, how many such calls the work equals (maybe a fraction), and a readable description."""
 
     call: Callable[[], object]
     times: float
     form: str
 
     def scaled(self, factor: float) -> RooflineWork:
-        """`factor` times as much of it."""
+        """`factor` times this work."""
         return replace(self, times=self.times * factor)
 
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """The work that no implementation can leave out."""
+    """The work that no implementation can avoid."""
 
     copy: RooflineWork
     products: tuple[RooflineWork, ...] = ()
     activations: tuple[RooflineWork, ...] = ()
 
     def calls(self) -> dict[str, Callable[[], object]]:
-        """Contestants for `interleaved`, whose timing `seconds` reads."""
+        """Contestants for `interleaved`; `seconds` reads their timing."""
         return {f"roofline {index}": work.call for index, work in enumerate(self._works())}
 
     def seconds(self, timing: Mapping[str, Timing]) -> float:
-        """The larger of bytes and products, plus activations."""
+        """The larger of the times of bytes and products, plus that of activations."""
         copy, products, activations = self.parts(timing)
         return max(copy, products) + activations
 
@@ -84,7 +84,7 @@ class Roofline:
 
 
 def forward_roofline(num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> Roofline:
-    """Of quasi-linear attention over one sequence: q, k, v read, o written; Z = φ(k)ᵀ v, o = φ(q) A."""
+    """Roofline of quasi-linear attention over one sequence: q, k, v read, o written; Z = φ(k)ᵀ v, o = φ(q) A."""
     shape = (num_tokens, num_heads, head_dim, product_dtypes(dtype))
     elements = num_tokens * num_heads * head_dim
     return Roofline(
@@ -95,7 +95,7 @@ def forward_roofline(num_tokens: int, num_heads: int, head_dim: int, dtype: torc
 
 
 def backward_roofline(num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> Roofline:
-    """Of its backward: q, k, v, dO read, dq, dk, dv written; dA = φ(q)ᵀ dO, and dφ(q), dφ(k), dv, a map each."""
+    """Roofline of its backward: q, k, v, dO read, dq, dk, dv written; dA = φ(q)ᵀ dO; maps for dφ(q), dφ(k), dv."""
     shape = (num_tokens, num_heads, head_dim, product_dtypes(dtype))
     elements = num_tokens * num_heads * head_dim
     return Roofline(
@@ -108,10 +108,10 @@ def backward_roofline(num_tokens: int, num_heads: int, head_dim: int, dtype: tor
 def short_users_roofline(
     num_tokens: int, num_users: int, head_dim: int, dtype: torch.dtype, *, state_passes: Literal[0, 2]
 ) -> Roofline:
-    """Of the forward over many short users, one head: each has a state of D² to form, activate and multiply with.
+    """Roofline of the forward over many short users, one head: each forms, activates and multiplies a state of D².
 
     Args:
-        state_passes: 0 where states never leave the cache; 2 where one operator writes them and another reads them.
+        state_passes: 0 if states never leave the cache; 2 if one operator writes them and another reads them.
     """
     mean = max(1, round(num_tokens / num_users))
     elements, state = num_tokens * head_dim, num_users * head_dim * head_dim
@@ -125,12 +125,12 @@ def short_users_roofline(
 
 
 def product_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """Dtypes that an operator on tokens of `dtype` may multiply in without giving up its precision."""
+    """Dtypes in which an operator on tokens of `dtype` may multiply without losing precision."""
     return (torch.float32,) if dtype == torch.float32 else (torch.float32, dtype)
 
 
 def copying(num_bytes: int, device: torch.device = CPU) -> RooflineWork:
-    """Moving num_bytes, what is read and what is written together: a copy of half as many."""
+    """Moving num_bytes, reads and writes together: a copy of half as many."""
     half = max(1, num_bytes // 2)
     size = min(half, LARGEST_COPY_BYTES)
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
@@ -138,7 +138,7 @@ def copying(num_bytes: int, device: torch.device = CPU) -> RooflineWork:
 
 
 def activation(kind: Literal["silu", "silu_backward"], num_elements: int) -> RooflineWork:
-    """silu, or its derivative times a gradient, of num_elements in the cache; the faster of float32 and bfloat16."""
+    """silu, or its derivative times a gradient, of num_elements in the cache, in the faster of float32 and bfloat16."""
     return _fastest_activation(kind).scaled(num_elements)
 
 
@@ -153,12 +153,13 @@ def token_product(
     chunks: tuple[int, ...] = CHUNKS,
     batches: tuple[int, ...] = (),
 ) -> RooflineWork:
-    """One product of all tokens with D-wide rows: "sum" over them, [D, T] @ [T, D], or "map" of each, [T, D] @ [D, D].
+    """A product with D-wide tokens: "sum" over all of them, [D, T] @ [T, D], or "map" of each, [T, D] @ [D, D].
 
     Args:
-        dtypes: those to try.
-        chunks: numbers of tokens to try a product at a time; those beyond num_tokens are left out.
-        batches: products to try a batched call with; by default one head, all heads, and four chunks of all heads.
+        dtypes: dtypes to try.
+        chunks: numbers of tokens per product to try; those above num_tokens are skipped.
+        batches: numbers of products per batched call to try; by default one head, all heads, and four chunks of all
+            heads.
     """
     batches = batches or tuple({1, num_heads, 4 * num_heads})
     tried = []
@@ -177,23 +178,23 @@ def products(
     dtypes: Sequence[torch.dtype] = (torch.float32,),
     batches: Sequence[int] = (1,),
 ) -> list[RooflineWork]:
-    """Forms of `count` products [m, k] @ [k, n]: dtypes, how many a call, and which operands lie transposed."""
+    """Forms of `count` products [m, k] @ [k, n]: dtypes, products per call, and which operands are transposed."""
     works = []
-    for dtype, batch, left_turned, right_turned in itertools.product(dtypes, batches, (False, True), (False, True)):
+    for dtype, batch, left_T, right_T in itertools.product(dtypes, batches, (False, True), (False, True)):
         if batch > max(1, count) or (batch > 1 and batch * (m * k + k * n) > LARGEST_BATCH_ELEMENTS):
             continue
-        left, right = _operand(batch, m, k, dtype, left_turned), _operand(batch, k, n, dtype, right_turned)
+        left, right = _operand(batch, m, k, dtype, left_T), _operand(batch, k, n, dtype, right_T)
         out = torch.empty(batch, m, n, dtype=dtype)
         call = (
             partial(torch.mm, left[0], right[0], out=out[0]) if batch == 1 else partial(torch.bmm, left, right, out=out)
         )
-        form = f"{batch} x [{m}, {k}]{'T' * left_turned} @ [{k}, {n}]{'T' * right_turned} {str(dtype).split('.')[1]}"
+        form = f"{batch} x [{m}, {k}]{'T' * left_T} @ [{k}, {n}]{'T' * right_T} {str(dtype).split('.')[1]}"
         works.append(RooflineWork(call, count / batch, form))
     return works
 
 
 def packed_products(m: int, n: int, k: int, *, count: float = 1, dtypes: Sequence[torch.dtype]) -> list[RooflineWork]:
-    """Products [m, k] @ [k, n] with weights, which can be laid out beforehand (`vista.model.frozen_linear`)."""
+    """Products [m, k] @ [k, n] with weights that are packed beforehand (`vista.model.frozen_linear`)."""
     works = []
     for dtype in dtypes:
         x, weight = (torch.randn(size, k).to(dtype) for size in (m, n))
@@ -206,10 +207,10 @@ def packed_products(m: int, n: int, k: int, *, count: float = 1, dtypes: Sequenc
 def matmul_roofline(
     m: int, n: int, k: int, *, count: int = 1, dtypes: Sequence[torch.dtype] = (torch.float32,), weights: bool = False
 ) -> float:
-    """Seconds of `count` products [m, k] @ [k, n], the least that work of 2·m·n·k·count operations can take here.
+    """Seconds of `count` products [m, k] @ [k, n]: a lower bound for 2·m·n·k·count operations on this machine.
 
     Args:
-        weights: the right matrix is constant.
+        weights: whether the right matrix is constant.
     """
     works = products(m, n, k, count=count, dtypes=dtypes, batches=tuple({1, count}))
     work = fastest([*works, *(packed_products(m, n, k, count=count, dtypes=dtypes) if weights else [])])
@@ -217,22 +218,22 @@ def matmul_roofline(
 
 
 def fastest(works: Sequence[RooflineWork]) -> RooflineWork:
-    """The one that takes the least time for the whole work, by a short measurement."""
+    """The form that takes the least time for the whole work, by a short measurement."""
     calls = {str(index): work.call for index, work in enumerate(works)}
     timing = interleaved(calls, rounds=3, warmup=1, min_sample_s=0.001, max_seconds=5)
     return works[min(range(len(works)), key=lambda index: timing[str(index)].median_s * works[index].times)]
 
 
-def _operand(batch: int, rows: int, columns: int, dtype: torch.dtype, turned: bool) -> torch.Tensor:
-    """[batch, rows, columns], `turned` where memory holds it column by column."""
-    if turned:
+def _operand(batch: int, rows: int, columns: int, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
+    """A random [batch, rows, columns], stored column by column if `transposed`."""
+    if transposed:
         return torch.randn(batch, columns, rows).to(dtype).transpose(1, 2)
     return torch.randn(batch, rows, columns).to(dtype)
 
 
 @cache
 def _fastest_activation(kind: Literal["silu", "silu_backward"]) -> RooflineWork:
-    """One element's worth of it."""
+    """The activation of one element."""
     works = []
     for dtype in (torch.float32, torch.bfloat16):
         numel = ACTIVATION_BYTES_PER_THREAD * torch.get_num_threads() // dtype.itemsize

@@ -1,7 +1,7 @@
-"""A process of the scorer's benchmark that does nothing but serve: what a ranking service runs several of.
+"""A process of the scorer's benchmark that only serves, as a worker of a ranking service does.
 
-It imports what a service would and no more, so its memory is that of a service. Lines of JSON come in on stdin, one
-answer each goes out on stdout: first what to open (`WorkerOpening`), then what to serve (`WorkerOrder`).
+It imports only what a service would, so that its memory is that of a service. It reads lines of JSON from stdin, first
+what to open (`WorkerOpening`), then what to serve (`WorkerOrder`), and writes an answer per order to stdout.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vista.scorer import Scorer
 
 @dataclass(frozen=True, slots=True)
 class WorkerOpening:
-    """Served are `candidates` item ids at a time, for one user after the other."""
+    """What to open; each request scores `candidates` of the items for the next user."""
 
     model: str
     store: str
@@ -35,7 +35,7 @@ class WorkerOpening:
 
 @dataclass(frozen=True, slots=True)
 class WorkerOrder:
-    """Serve so many requests, or from `start` on (time.monotonic) for so many seconds, whatever ends first."""
+    """Serve from `start` (time.monotonic) for some seconds or requests, whichever ends first."""
 
     start: float = 0.0
     seconds: float = float("inf")
@@ -44,7 +44,7 @@ class WorkerOrder:
 
 @dataclass(frozen=True, slots=True)
 class WorkerAnswer:
-    """What was served, the first request's scores added up, and what memory the process has to itself."""
+    """What was served, the sum of the first request's scores, and the private memory of the process."""
 
     requests: int
     seconds: float
@@ -53,11 +53,11 @@ class WorkerAnswer:
 
 
 def private_dirty_bytes(smaps_rollup: str) -> int:
-    """Memory that a process has written and shares with no other, from its /proc/…/smaps_rollup."""
-    found = re.search(r"^Private_Dirty: +(\d+) kB", smaps_rollup, re.MULTILINE)
-    if found is None:
-        raise SystemExit("error: /proc/self/smaps_rollup has no Private_Dirty; this benchmark needs Linux")
-    return 1024 * int(found[1])
+    """Memory that a process has written and does not share, from its /proc/…/smaps_rollup."""
+    match = re.search(r"^Private_Dirty: +(\d+) kB", smaps_rollup, re.MULTILINE)
+    if match is None:
+        raise SystemExit("error: /proc/self/smaps_rollup has no Private_Dirty; this benchmark requires Linux")
+    return 1024 * int(match[1])
 
 
 def main() -> None:

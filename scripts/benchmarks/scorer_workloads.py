@@ -1,4 +1,4 @@
-"""What the scorer's benchmark measures against: the products of a call, a server without a store, worker processes.
+"""Inputs and baselines of the scorer's benchmark: the products of a call, and a server without a store.
 
 Letters: B users, C candidates of each, K summary tokens, L tail length, H heads, D head dim, M model dim.
 """
@@ -39,7 +39,7 @@ Int = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class ScorerWorkload:
-    """A model, its folder, the log and the store of all its users."""
+    """A model, its folder, the log, and the store of all users."""
 
     model: VistaModel
     log: EventLog
@@ -58,12 +58,12 @@ class ScorerWorkload:
         return f"d={self.model.config.dim}, K={self.model.config.num_seeds}"
 
     def candidates(self, *shape: int) -> Int:
-        """Distinct item ids of that shape, spread over the catalogue."""
+        """Distinct item ids of this shape, from the whole catalog."""
         ids = self.log.items.ids(np.arange(self.log.num_items))
         return np.asarray(np.random.default_rng(7).choice(ids, shape, replace=False))
 
     def request(self, num_users: int, num_candidates: int) -> tuple[list[int], Int]:
-        """Users 1, 2, … and their candidates: [B, C], or [C] of one user."""
+        """Users 1, 2, … and their candidates: [B, C], or [C] for one user."""
         ids = self.candidates(num_users, num_candidates)
         return list(range(1, num_users + 1)), ids[0] if num_users == 1 else ids
 
@@ -72,12 +72,12 @@ class ScorerWorkload:
 
 
 def scorer_roofline(config: ModelConfig, num_users: int, num_candidates: int, precision: Precision) -> Roofline:
-    """Of scoring: what is left to multiply when layer 1's projections of all items were made beforehand.
+    """Roofline of scoring, with layer 1's projections of all items computed beforehand.
 
-    Context: each layer's projections of summary and tail together, in all but the last layer (which needs keys and
-    values alone) attention, output projection and, of softmax layers, feed-forward. Candidates: attention over K + L
-    keys and the same of each layer, projections of all layers but the first. Bytes are the candidates' gathered vectors
-    and projections.
+    Context: each layer's projections of summary and tail. All layers but the last, which needs only keys and values,
+    also have attention, an output projection and, in softmax layers, a feed-forward network. Candidates: in each layer
+    attention over K + L keys and the same products, and projections in all layers but the first. Bytes are the
+    candidates' gathered vectors and projections.
     """
     dtype = torch.float32 if precision is Precision.float32 else torch.bfloat16
     dtypes = product_dtypes(dtype)
@@ -117,10 +117,10 @@ def row_product(
     batches: tuple[int, ...] = (1,),
     weights: bool = False,
 ) -> RooflineWork:
-    """`count` products [rows, k] @ [k, n] in the fastest form, all rows at a time or in chunks.
+    """`count` products [rows, k] @ [k, n] in the fastest form, with all rows at once or in chunks.
 
     Args:
-        weights: the right matrix is constant.
+        weights: whether the right matrix is constant.
     """
     tried = []
     for chunk in (rows, *(chunk for chunk in CHUNKS if chunk < rows)):
@@ -135,9 +135,9 @@ def row_product(
 
 
 def recomputed_summaries(workload: ScorerWorkload, precision: Precision) -> Callable[[Sequence[int]], StoredBatch]:
-    """In place of `StoreReader.get_many`: reads whole histories from the memory-mapped log, and summarizes them.
+    """A replacement of `StoreReader.get_many` that summarizes whole histories from the memory-mapped log.
 
-    It gives what a store that was refreshed this moment in float32 would, for users who are all in the log.
+    Its result equals that of a store that was just refreshed in float32. All users must be in the log.
     """
     model, log, items = (
         workload.model.with_frozen("summarizer", precision),

@@ -1,8 +1,8 @@
-"""The processes of the soak: workers that ask a scorer, and a keeper that changes the store under them.
+"""The processes of the soak test: workers that query a scorer, and a keeper that changes the store meanwhile.
 
-The keeper does one operation after the other, and after each it freezes the generations that have changed: copies of
-their records, which nobody writes any more. A question follows from its number, so that the judge (soak_scorer.py) can
-ask the same of a frozen copy, in quiet.
+The keeper runs one operation after the other. After each it freezes the changed generations: it copies their records to
+a place that is never written again. The number of a question determines it, so that the judge (soak_scorer.py) can ask
+the same question of a frozen copy later.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ from vista.store.admin.publish import compact_store
 from vista.store.layout import environment_path, list_generations, read_current, write_current
 
 THREADS = 2
-"""Questions at once of one worker process."""
+"""Concurrent questions per worker process."""
 CALLS_PER_RELOAD = 16
 OPERATIONS = ("full", "erase", "incremental", "compact", "incremental", "model", "erase", "incremental")
-"""Again and again. A full refresh comes with a new event of every user, so that its flip changes every answer; a model
-takes the place of the one before, and is then refreshed with in full."""
+"""The cycle of operations. A full refresh includes a new event of every user, so that publishing it changes every
+answer. "model" replaces the model and then refreshes in full."""
 ERASED_AT_ONCE = 5
 LATER_MS = START_MS + 10**11
-"""When the questions are asked: after all events."""
+"""Time of the requests: after all events."""
 Arrays = list[NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class SoakAnswer:
-    """What a worker got, and what it may have been got from."""
+    """A worker's answer, and the states of the store that may have produced it."""
 
     thread: int
     question: int
     since: int
-    """The last operation that was acknowledged before the call."""
+    """The last operation that ended before the call."""
     until: int
-    """The last operation that was begun before its end."""
+    """The last operation that began before the end of the call."""
     generations: tuple[int, int]
-    """The store's before and after the call."""
+    """The store's generation before and after the call."""
     latency_s: float
     arrays: Arrays
 
 
 @dataclass(frozen=True, slots=True)
 class SoakOperation:
-    """One of the keeper's, acknowledged and frozen."""
+    """A finished operation of the keeper, whose result is frozen."""
 
     kind: str
     seconds: float
@@ -69,25 +69,25 @@ class SoakOperation:
 
 @dataclass(frozen=True, slots=True)
 class SoakFailure:
-    """What must not happen."""
+    """An error in a worker or in the keeper."""
 
     text: str
 
 
 class SoakStage:
-    """Where the soak runs, and what its processes share."""
+    """The folders and the shared state of the soak test's processes."""
 
     def __init__(self, folder: Path, num_users: int, num_items: int) -> None:
-        """Make a log, an untrained model and its store, and freeze that as operation 0."""
+        """Create a log, an untrained model and its store, and freeze it as operation 0."""
         self.num_users, self.num_items = num_users, num_items
         self.log, self.model, self.store, self.frozen, self.models = (
             folder / name for name in ("log", "model", "store", "frozen", "models")
         )
         self.context = multiprocessing.get_context("spawn")
-        # Only the keeper writes them, so they need no lock: operations begun and done, generation served by the latter.
+        # Operations begun and ended, and the generation in service. Only the keeper writes them, so they need no lock.
         self.begun, self.done, self.served = (self.context.Value("q", 0, lock=False) for _ in range(3))
         self.said = self.context.Queue(maxsize=256)
-        """Answers, operations and failures; workers wait where the judge does not follow."""
+        """Answers, operations and failures; workers wait if the judge is too slow."""
         self.stop = self.context.Event()
         log = lifelong_log(self.log, [40] * num_users, num_items=num_items)
         refresh(self.new_model(log, seed=0), log, self.store)
@@ -95,7 +95,7 @@ class SoakStage:
         freeze(self.store, self.frozen, 0)
 
     def new_model(self, log: EventLog, seed: int) -> VistaModel:
-        """Put a model into the folder that is served, and another of it to `models/<its summarizer>`."""
+        """Save a new model to the folder in service, and a copy to `models/<its summarizer id>`."""
         model = untrained(log, dim=64, num_seeds=16, seed=seed)
         model.save_pretrained(self.model)
         model.save_pretrained(self.models / model.summarizer_id().hex())
@@ -103,7 +103,7 @@ class SoakStage:
 
 
 def freeze(store: Path, frozen: Path, operation: int) -> None:
-    """Copy each generation whose records differ from its last copy to `frozen/<generation>-<operation>`, a store."""
+    """Copy each generation that changed since its last copy to a store `frozen/<generation>-<operation>`."""
     for generation in list_generations(store):
         records = environment_path(store, generation) / "data.mdb"
         mark = f"{records.stat().st_mtime_ns}"
@@ -119,13 +119,13 @@ def freeze(store: Path, frozen: Path, operation: int) -> None:
 
 
 def copies(frozen: Path) -> list[tuple[int, int]]:
-    """(generation, operation after which it was copied) of all frozen copies."""
+    """All frozen copies as (generation, operation after which it was copied)."""
     names = [path.name.split("-") for path in frozen.iterdir()] if frozen.is_dir() else []
     return [(int(generation), int(operation)) for generation, operation in names]
 
 
 def ask(scorer: Scorer, question: int, num_users: int, num_items: int) -> Arrays:
-    """Ask a question: score, predict, rank, explain or user_vectors, for users some of whom are unknown."""
+    """Ask a question: score, predict, rank, explain or user_vectors, also for some unknown users."""
     rng = np.random.default_rng(question)
 
     def users(size: int) -> NDArray[np.int64]:
@@ -160,9 +160,9 @@ def ask(scorer: Scorer, question: int, num_users: int, num_items: int) -> Arrays
 
 
 def work(stage: SoakStage, worker: int) -> None:
-    """A serving process: threads that ask until the stage stops; the first of them follows the store as well."""
+    """A serving process: its threads ask until the stage stops, and the first thread also reloads the store."""
     set_threads(1)
-    logging.getLogger("vista").setLevel(logging.ERROR)  # That a new model has no summaries yet is said at each reload.
+    logging.getLogger("vista").setLevel(logging.ERROR)  # Each reload warns if a new model has no summaries yet.
     with Scorer.open(stage.model, stage.store, on_missing="nan", task="click") as scorer:
         threads = [
             threading.Thread(target=_ask_forever, args=(stage, scorer, THREADS * worker + own, own == 0))
@@ -174,15 +174,15 @@ def work(stage: SoakStage, worker: int) -> None:
             thread.join()
 
 
-def _ask_forever(stage: SoakStage, scorer: Scorer, thread: int, follows: bool) -> None:
+def _ask_forever(stage: SoakStage, scorer: Scorer, thread: int, reloads: bool) -> None:
     for question in count(thread * 10**9):
         if stage.stop.is_set():
             return
         try:
-            if follows and question % CALLS_PER_RELOAD == 0:
+            if reloads and question % CALLS_PER_RELOAD == 0:
                 served = stage.served.value
                 scorer.reload()
-                assert scorer.store.generation >= served, f"gen-{served} was published, but reload did not follow"
+                assert scorer.store.generation >= served, f"gen-{served} is published, but reload did not open it"
             since, before = stage.done.value, scorer.store.generation
             began = time.perf_counter()
             arrays = ask(scorer, question, stage.num_users, stage.num_items)
@@ -197,11 +197,11 @@ def _ask_forever(stage: SoakStage, scorer: Scorer, thread: int, follows: bool) -
 
 
 def keep(stage: SoakStage, pause_s: float) -> None:
-    """Change the store until the stage stops; at the end, compare it with one that is made anew."""
+    """Change the store until the stage stops, then compare it with a rebuilt store."""
     set_threads(1)
     try:
         erased = _operate(stage, pause_s)
-        _compare_with_one_made_anew(stage, erased)
+        _compare_with_rebuilt(stage, erased)
     except Exception:
         stage.said.put(SoakFailure(f"keeper: {traceback.format_exc()}"))
 
@@ -224,18 +224,18 @@ def _operate(stage: SoakStage, pause_s: float) -> list[int]:
             model = stage.new_model(log, seed=number) if kind == "model" else model
             refresh(model, log, stage.store)
         elif kind == "incremental":
-            # In one transaction, so that what lies between two operations is no state of its own.
+            # In one transaction, so that there are no states between two operations.
             refresh_incremental(model, log, stage.store, users_per_batch=stage.num_users)
         elif kind == "erase":
-            gone = rng.choice(everyone, ERASED_AT_ONCE, replace=False).tolist()
-            erase(stage.store, gone)
-            erased += gone
+            users = rng.choice(everyone, ERASED_AT_ONCE, replace=False).tolist()
+            erase(stage.store, users)
+            erased += users
         else:
             compact_store(stage.store)
         seconds = time.perf_counter() - began
         with StoreReader.open(stage.store) as store:
-            assert not store.get_many(erased).found.any(), f"erased users are served after {kind}"
-            assert len(store) == stage.num_users - len(set(erased)), f"{len(store)} users are left after {kind}"
+            assert not store.get_many(erased).found.any(), f"the store serves erased users after {kind}"
+            assert len(store) == stage.num_users - len(set(erased)), f"the store holds {len(store)} users after {kind}"
         freeze(stage.store, stage.frozen, number)
         stage.served.value = read_current(stage.store)
         stage.done.value = number
@@ -244,7 +244,7 @@ def _operate(stage: SoakStage, pause_s: float) -> list[int]:
 
 
 def append_events(stage: SoakStage, operation: int, users: NDArray[np.int64], rng: np.random.Generator) -> EventLog:
-    """One new event of each of some users."""
+    """Append one new event per user."""
     events = {
         "user": users,
         "item": rng.integers(1, stage.num_items + 1, len(users)),
@@ -254,18 +254,18 @@ def append_events(stage: SoakStage, operation: int, users: NDArray[np.int64], rn
     return EventLog.from_frame(events, stage.log, time_unit="ms", action="action", append=True)
 
 
-def _compare_with_one_made_anew(stage: SoakStage, erased: list[int]) -> None:
-    """All that was done in place equals one refresh of the whole log, but for the erased users."""
-    anew = stage.store.with_name("anew")
+def _compare_with_rebuilt(stage: SoakStage, erased: list[int]) -> None:
+    """Require that the store equals one refresh of the whole log, except for the erased users."""
+    rebuilt = stage.store.with_name("rebuilt")
     model, log = VistaModel.from_pretrained(stage.model), EventLog.open(stage.log)
     refresh_incremental(model, log, stage.store)
-    refresh(model, log, anew)
+    refresh(model, log, rebuilt)
     users = np.setdiff1d(1 + np.arange(stage.num_users), erased)
-    with StoreReader.open(stage.store) as store, StoreReader.open(anew) as other:
-        found, expected = store.get_many(users), other.get_many(users)
-    assert found.found.all() and expected.found.all()
-    assert (found.history_digest == expected.history_digest).all(), "another history than the log's"
-    assert (found.tail.items == expected.tail.items).all() and (found.tail.times == expected.tail.times).all()
-    # int8: what float32 rounds otherwise may fall on the next step.
+    with StoreReader.open(stage.store) as store, StoreReader.open(rebuilt) as other:
+        actual, expected = store.get_many(users), other.get_many(users)
+    assert actual.found.all() and expected.found.all()
+    assert (actual.history_digest == expected.history_digest).all(), "a history differs from the log's"
+    assert (actual.tail.items == expected.tail.items).all() and (actual.tail.times == expected.tail.times).all()
+    # int8: a different rounding in float32 may move a value to the next step.
     step = (expected.summary.max(-1) - expected.summary.min(-1)) / 255
-    assert (np.abs(found.summary - expected.summary).max(-1) <= 1.5 * step + 1e-5).all(), "another summary"
+    assert (np.abs(actual.summary - expected.summary).max(-1) <= 1.5 * step + 1e-5).all(), "a summary differs"

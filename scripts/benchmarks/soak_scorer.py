@@ -1,10 +1,10 @@
-"""The scorer under load: minutes of questions while its store is refreshed, flipped, erased from and compacted.
+"""Soak test of the scorer: requests under load while its store is refreshed, published, erased from and compacted.
 
-Two worker processes of two threads each score, predict, rank, explain and ask for user vectors without a pause, and
-reload. A keeper appends events to the log and refreshes incrementally and in full, erases users, compacts, and puts a
-new model in the old one's place. This process is the judge: it asks every question again, in quiet, of frozen copies of
-the store. An answer is right if it equals that of one copy, which was served while the question was asked: another is
-wrong, be it too old, of an erased user, or half of one generation and half of the next. Once a minute it prints a line.
+Two worker processes with two threads each score, predict, rank, explain, get user vectors and reload without a pause.
+A keeper appends events to the log, refreshes incrementally and in full, erases users, compacts the store and replaces
+the model. This process is the judge: it asks every question again of frozen copies of the store. An answer is right if
+it equals that of one copy that was in service during the call. An answer that is too old, contains an erased user or
+mixes two generations is wrong. The judge prints a line per minute.
 
     python -m scripts.benchmarks.soak_scorer --minutes 10
 """
@@ -45,28 +45,28 @@ from vista.store import StoreReader
 
 WORKERS = 2
 WARMUP_S = 120.0
-"""Memory is judged after it."""
+"""Memory is judged after this time."""
 GROWTH_MIB = 16.0
-"""Bound of what a worker's private memory grows by after the warm-up."""
+"""Largest allowed growth of a worker's private memory after the warm-up."""
 TOLERANCE = 2e-5
-"""Of an answer: that of the tests for scores of the same user in other company."""
+"""Of an answer: the tests' tolerance for scores of the same user in different batches."""
 HANGS_S = 120.0
 OPEN_COPIES = 8
 SHOWN_FAILURES = 5
 
 
 class SoakJudge:
-    """Asks questions again, of frozen copies of the store."""
+    """Asks questions again of frozen copies of the store."""
 
     def __init__(self, models: Path, frozen: Path, num_users: int, num_items: int) -> None:
         self._models, self._frozen, self._sizes = models, frozen, (num_users, num_items)
         self._opened: OrderedDict[tuple[int, int], Scorer] = OrderedDict()
         self.latest: dict[int, SoakAnswer] = {}
         self.num_changing = 0
-        """Answers that an operation changed while they were asked for."""
+        """Answers that an operation changed during the call."""
 
     def is_right(self, answer: SoakAnswer) -> bool:
-        """Whether one state of the store that was served during the call gives this answer, as a whole."""
+        """Whether a single state of the store that was in service during the call gives this answer."""
         expected = [self._ask(state, answer.question) for state in self._states(answer)]
         same = [_equal(answer.arrays, arrays) for arrays in expected]
         self.num_changing += not all(_equal(expected[0], arrays) for arrays in expected[1:])
@@ -74,7 +74,7 @@ class SoakJudge:
         return any(same)
 
     def forget(self, num_threads: int) -> None:
-        """Remove the copies that no later answer of the threads can be about."""
+        """Remove the copies that no later answer of the threads can come from."""
         if len(self.latest) < num_threads:
             return
         since = min(answer.since for answer in self.latest.values())
@@ -89,7 +89,7 @@ class SoakJudge:
                 shutil.rmtree(self._frozen / f"{generation}-{operation}")
 
     def _states(self, answer: SoakAnswer) -> list[tuple[int, int]]:
-        """Copies of the generations that were open: the last one before the call, and those that were made within."""
+        """Copies of the generations that were open: the last one before the call, and those made during the call."""
         known = copies(self._frozen)
         states = []
         for generation in range(answer.generations[0], answer.generations[1] + 1):
@@ -110,15 +110,15 @@ class SoakJudge:
         return ask(self._opened[state], question, *self._sizes)
 
 
-def _equal(found: Arrays, expected: Arrays) -> bool:
-    return len(found) == len(expected) and all(
+def _equal(actual: Arrays, expected: Arrays) -> bool:
+    return len(actual) == len(expected) and all(
         a.shape == b.shape and np.allclose(a, b, rtol=0, atol=TOLERANCE, equal_nan=True)
-        for a, b in zip(found, expected, strict=True)
+        for a, b in zip(actual, expected, strict=True)
     )
 
 
 class Soak:
-    """What has happened so far, and the processes to which it happens."""
+    """The processes, and what they reported so far."""
 
     def __init__(self, stage: SoakStage, pause_s: float) -> None:
         self.stage = stage
@@ -131,12 +131,12 @@ class Soak:
         self.wrong: list[str] = []
         self.operations: Counter[str] = Counter()
         self.latencies_s: list[list[float]] = [[]]
-        """By minute."""
+        """Per minute."""
         self.memory_mib: list[list[float]] = []
-        """By minute, of each worker."""
+        """Per minute and worker."""
 
     def run(self, seconds: float, minute_s: float) -> None:
-        """Start all; judge for some seconds from the first answer on, and until each operation was done; stop all."""
+        """Run all processes until `seconds` after the first answer and until each operation ran, and judge answers."""
         for process in self.processes:
             process.start()
         self._take(timeout_s=HANGS_S)
@@ -163,9 +163,9 @@ class Soak:
         if isinstance(said, SoakAnswer):
             self.latencies_s[-1].append(said.latency_s)
             deadline = time.monotonic() + HANGS_S
-            while self.stage.done.value < said.until:  # Its last copy is still being made.
+            while self.stage.done.value < said.until:  # Its last copy is not finished.
                 if not self.keeper.is_alive() or time.monotonic() > deadline:
-                    self.failures.append(f"the keeper did not end operation {said.until}")
+                    self.failures.append(f"the keeper did not finish operation {said.until}")
                     return
                 time.sleep(0.005)
             if not self.judge.is_right(said):
@@ -194,19 +194,17 @@ class Soak:
         self.latencies_s.append([])
 
     def growth_mib(self, warm_minutes: int) -> float:
-        """By how much the private memory of a worker that lives has grown since the warm-up, at most."""
+        """Largest growth of a running worker's private memory since the warm-up."""
         sizes = np.array(self.memory_mib)
         return float(np.nanmax(sizes[-1] - sizes[min(warm_minutes, len(sizes)) - 1]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the soak; the status is 1 if anything failed, was wrong or grew."""
-    parser = argparse.ArgumentParser(
-        prog="soak_scorer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run the soak test; return 1 if anything failed, was wrong or grew."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--users", type=int, default=2000)
-    parser.add_argument("--pause", type=float, default=1.0, metavar="SECONDS", help="between two operations")
+    parser.add_argument("--pause", type=float, default=1.0, metavar="SECONDS", help="pause between operations")
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_soak.jsonl", metavar="FILE")
     options = parser.parse_args(arguments)
     set_threads(1)
@@ -221,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(soak: Soak, minutes: float, minute_s: float, out: Path) -> bool:
-    """Record the figures; whether all bars were met."""
+    """Record the measurements; returns whether all bars were met."""
     recorder = BenchmarkRecorder("soak", out=out)
     case = f"{minutes:g} minutes, {WORKERS} processes x {THREADS} threads"
     latencies = [1e3 * np.percentile(own, 99) for own in soak.latencies_s if own]

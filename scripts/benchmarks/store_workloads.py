@@ -1,6 +1,6 @@
-"""What the store's benchmark works on: records as a refresh writes them, raw LMDB beside them, processes around them.
+"""Inputs of the store's benchmarks: records as a refresh writes them, and processes that read and write them.
 
-Processes are spawned, so that none inherits a reader's slot, a thread pool or a warm cache of the parent's.
+Processes are spawned, so that they do not inherit a reader slot, a thread pool or a warm cache from the parent.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ TAIL_LEN = 32
 STATE_SHAPE = (2, 4, 16)
 """Layers, heads and head dim of the default model."""
 RECORDS_PER_WRITE = 512
-"""Users of one durable transaction: what a refresh takes by default."""
+"""Users per durable transaction: the default of a refresh."""
 RECORDS_PER_READ = 256
 LARGEST_UPDATE = 0.02
-"""Share of a generation that one batch rewrites: what the bound of the file's size is promised for."""
+"""Share of a generation that one batch rewrites; the bound on the file's size holds up to this share."""
 
 Batch = tuple[list[bytes], list[bytes]]
 """Keys and values."""
@@ -48,7 +48,7 @@ Int = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class StoreShape:
-    """K summary tokens of d values, int8."""
+    """K summary tokens of d int8 values."""
 
     num_tokens: int
     dim: int
@@ -78,7 +78,7 @@ def _noise(num_users: int, num_tokens: int, dim: int) -> NDArray[np.float32]:
 
 
 def records_of(users: Int, spec: RecordSpec) -> Batch:
-    """Keys and records of some users: a random summary and a full tail each."""
+    """Keys and records of some users, each with a random summary and a full tail."""
     count, keys = len(users), user_keys(users)
     shift = (users % 997).astype(np.float32)[:, None, None] / np.float32(997)
     events = np.arange(TAIL_LEN * count)
@@ -101,7 +101,7 @@ def records_of(users: Int, spec: RecordSpec) -> Batch:
 
 
 def states_of(keys: Sequence[bytes], spec: StateSpec) -> list[bytes]:
-    """A random state of each user."""
+    """A random state per user."""
     count, heads = len(keys), spec.num_heads
     shape = (count, spec.num_layers, heads, spec.head_dim, spec.head_dim)
     rng = np.random.default_rng(1)
@@ -121,7 +121,7 @@ def write_store(
     state: StateDtype = StateDtype.none,
     batch: int = RECORDS_PER_WRITE,
 ) -> None:
-    """A published store of users 1, 2, …"""
+    """Write and publish a store of users 1, 2, …"""
     with shape.writer(path, num_users, state) as writer:
         for first in range(writer.cursor, num_users, batch):
             keys, records = records_of(np.arange(first, min(first + batch, num_users)) + 1, writer.spec)
@@ -131,7 +131,7 @@ def write_store(
 
 
 def user_values(folder: Path) -> dict[bytes, bytes]:
-    """All users' values in an LMDB environment that this process has not open, in the order of the keys."""
+    """All users' values in an LMDB environment, by key; this process must not have it open."""
     with (
         lmdb.open(str(folder), readonly=True, lib_version=0) as environment,
         environment.begin() as transaction,
@@ -140,16 +140,18 @@ def user_values(folder: Path) -> dict[bytes, bytes]:
 
 
 def served(path: Path) -> Path:
-    """Environment of the served generation's records."""
+    """LMDB environment of the current generation's records."""
     return environment_path(path, read_current(path))
 
 
 @contextmanager
 def process(function: Any, *arguments: Any) -> Iterator[None]:
-    """Run a function of this module in a process of its own, which ends with the context: its last argument is set.
+    """Run a function of this module in its own process until the context ends.
+
+    The function receives two more arguments: the event `ready`, which it sets, and `done`, which asks it to return.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: if the function fails.
     """
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
@@ -168,7 +170,7 @@ def process(function: Any, *arguments: Any) -> Iterator[None]:
 
 
 def rewrite(path: Path, writing: Event, ready: Event, done: Event) -> None:
-    """Write what an incremental refresh writes, batch after batch without a pause, while `writing` is set."""
+    """Write batches as an incremental refresh does, without a pause, while `writing` is set."""
     set_threads(1)
     with StoreUpdate.open(path, summarizer_id=SUMMARIZER, applied_segment=1, created_at=START_MS) as update:
         users = np.arange(update.manifest.count) + 1
@@ -185,7 +187,7 @@ def rewrite(path: Path, writing: Event, ready: Event, done: Event) -> None:
 
 
 def hold_transactions(path: Path, seconds: float, ready: Event, done: Event) -> None:
-    """Hold read transactions open again and again."""
+    """Hold read transactions open, one after the other."""
     environment = SharedEnvironment.acquire(served(path))
     ready.set()
     while not done.is_set():
@@ -194,16 +196,16 @@ def hold_transactions(path: Path, seconds: float, ready: Event, done: Event) -> 
 
 
 def report_reader(path: Path, num_users: int, num_reads: int, answer: Any) -> None:
-    """Seconds from opening a store to the first record, and bytes that it and the reads after it have added."""
+    """Answer with the seconds from opening a store to its first record, and the private memory that all reads add."""
     set_threads(1)
     keep_freed_memory()
     before = private_bytes(Path("/proc/self/smaps").read_text())
     users = np.random.default_rng(2).integers(1, num_users + 1, num_reads)
     start = time.perf_counter()
     with StoreReader.open(path, summarizer_id=SUMMARIZER) as store:
-        found = store.get_many(users[:1])
+        first = store.get_many(users[:1])
         first_read_s = time.perf_counter() - start
-        assert found.found.all() and np.isfinite(found.summary).all()
+        assert first.found.all() and np.isfinite(first.summary).all()
         for user in users:
             assert store.get_many([int(user)]).found.all()
         after = private_bytes(Path("/proc/self/smaps").read_text())
@@ -211,9 +213,9 @@ def report_reader(path: Path, num_users: int, num_reads: int, answer: Any) -> No
 
 
 def private_bytes(smaps: str) -> int:
-    """Private memory of a process, from its /proc/…/smaps; pages of mapped LMDB files are the page cache's.
+    """Private memory of a process, from its /proc/…/smaps, without the mapped pages of LMDB files.
 
-    A page of a shared file counts as private as long as one process alone maps it, hence file by file.
+    The kernel counts a file's page as private while only one process maps it, although it belongs to the page cache.
     """
     total, counted = 0, False
     for line in smaps.splitlines():

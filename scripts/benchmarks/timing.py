@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds a call of one contestant, over the rounds."""
+    """Seconds per call of one contestant, over the rounds."""
 
     median_s: float
     p99_s: float
@@ -31,16 +31,16 @@ def interleaved(
     max_seconds: float = 60.0,
     synchronize: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
-    """Time contestants in alternation, so that a busy minute of the machine falls on all of them.
+    """Time contestants in alternation, so that a slow phase of the machine affects all of them.
 
-    Each round runs every contestant once, the order reversed from round to round. A contestant that takes less than
-    min_sample_s is called as many times a sample as that needs (so p99 is then of means). The garbage collector rests.
+    Each round runs every contestant once and reverses the order of the previous round. A contestant faster than
+    min_sample_s is called several times per sample, so its p99 is one of means. The garbage collector is off meanwhile.
 
     Args:
         contestants: name -> call.
-        rounds: samples of each; fewer, but at least 3, once max_seconds have passed.
-        warmup: calls of each beforehand, at least 1, not counted.
-        synchronize: waits for the device, such as torch.cuda.synchronize; called before the clock is read.
+        rounds: samples per contestant; fewer, but at least 3, once max_seconds have passed.
+        warmup: uncounted calls of each contestant beforehand, at least 1.
+        synchronize: waits for the device, such as torch.cuda.synchronize; called before each reading of the clock.
     """
     wait = synchronize or (lambda: None)
     calls: dict[str, int] = {}
@@ -66,7 +66,7 @@ def interleaved(
 
 
 def timing_of(samples_s: Sequence[float]) -> Timing:
-    """Median, 99th percentile and interquartile range of samples taken otherwise (epochs, say)."""
+    """Median, 99th percentile and interquartile range of samples that were taken elsewhere, such as epochs."""
     low, median, high, p99 = np.percentile(samples_s, [25, 50, 75, 99]).tolist()
     return Timing(median, p99, high - low, tuple(samples_s))
 

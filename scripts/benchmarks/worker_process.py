@@ -20,21 +20,21 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, slots=True)
 class WorkerProcess:
-    """A process of scorer_worker.py."""
+    """A running process of scorer_worker.py."""
 
     stdin: IO[str]
     stdout: IO[str]
 
     def send(self, order: WorkerOpening | WorkerOrder) -> None:
-        """Hand it its opening, or an order that `answer` will wait for."""
+        """Send its opening, or an order whose result `answer` returns."""
         self.stdin.write(json.dumps(dataclasses.asdict(order)) + "\n")
         self.stdin.flush()
 
     def answer(self) -> WorkerAnswer:
-        """Of the order sent last.
+        """Wait for the answer to the last order.
 
         Raises:
-            SystemExit: the process has ended.
+            SystemExit: if the process has ended.
         """
         line = self.stdout.readline()
         if not line:
@@ -42,13 +42,14 @@ class WorkerProcess:
         return WorkerAnswer(**json.loads(line))
 
     def serve(self, order: WorkerOrder) -> WorkerAnswer:
+        """Send an order and wait for its answer."""
         self.send(order)
         return self.answer()
 
 
 @contextmanager
 def worker(opening: WorkerOpening) -> Iterator[WorkerProcess]:
-    """A fresh process of one thread that has opened a scorer, until the context ends."""
+    """A fresh process of one thread that has opened a scorer; it ends with the context."""
     command = [sys.executable, "-m", "scripts.benchmarks.scorer_worker"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=_one_thread()
@@ -61,7 +62,7 @@ def worker(opening: WorkerOpening) -> Iterator[WorkerProcess]:
 
 
 def idle_torch_bytes() -> int:
-    """Private memory of a fresh process that has imported torch and nothing else."""
+    """Private memory of a fresh process that only imported torch."""
     command = "import torch; print(open('/proc/self/smaps_rollup').read())"
     done = subprocess.run(
         [sys.executable, "-c", command], capture_output=True, text=True, check=True, env=_one_thread()

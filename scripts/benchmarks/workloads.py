@@ -1,6 +1,6 @@
-"""What the benchmarks run on: generated logs, ml-1m where it is at hand, and models with random weights.
+"""Inputs of the benchmarks: generated logs, ml-1m if available, and models with random weights.
 
-Time does not depend on what the weights are, so no benchmark but that of training trains a model.
+Timings do not depend on the values of the weights, so only the training benchmark trains a model.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ MEAN_GAP_MS = 60_000.0
 
 
 def popular_items(rng: np.random.Generator, num_events: int, num_items: int) -> NDArray[np.int64]:
-    """int64 [num_events] in [0, num_items), the r-th most popular item about r times rarer than the first (Zipf)."""
+    """int64 [num_events] in [0, num_items) by Zipf's law: the r-th most popular item is r times rarer than the 1st."""
     cumulative = np.cumsum(1.0 / np.arange(1, num_items + 1))
     drawn: NDArray[np.int64] = np.searchsorted(cumulative, rng.random(num_events) * cumulative[-1])
     return np.minimum(drawn, num_items - 1)
 
 
 def lifelong_log(folder: Path, lengths: Sequence[int], *, num_items: int = 50_000, seed: int = 0) -> EventLog:
-    """A log of users 1, 2, … with `lengths` events, written and opened as any other: times and four actions."""
+    """Write and open a log with times and four actions, in which users 1, 2, … have `lengths` events."""
     import polars as pl
 
     rng = np.random.default_rng(seed)
     counts = np.asarray(lengths, np.int64)
     total = int(counts.sum())
-    # Every item comes once at least, so that the vocabulary does not depend on the lengths.
+    # Every item occurs at least once, so that the vocabulary does not depend on the lengths.
     item = np.concatenate(
         [rng.permutation(num_items)[:total], popular_items(rng, max(total - num_items, 0), num_items)]
     )
     gap = rng.exponential(MEAN_GAP_MS, total).astype(np.int64) + 1
     time = np.cumsum(gap)
     first = np.cumsum(counts) - counts
-    time -= np.repeat(time[np.minimum(first, max(total - 1, 0))], counts)  # each life from the start
+    time -= np.repeat(time[np.minimum(first, max(total - 1, 0))], counts)  # every history starts at START_MS
     frame = pl.DataFrame(
         {
             "user": np.repeat(np.arange(1, len(counts) + 1), counts),
@@ -71,8 +71,10 @@ def untrained(
     tail_len: int = 32,
     seed: int = 1,
 ) -> VistaModel:
-    """A model for this log with one labelled task, in eval mode; bidirectional mixing comes as in the paper, without
-    convolution."""
+    """A model for this log with one labeled task and random weights, in eval mode.
+
+    Bidirectional mixing has no convolution, as in the paper.
+    """
     torch.manual_seed(seed)
     config = ModelConfig(
         dim=dim,
@@ -87,7 +89,7 @@ def untrained(
 
 
 def untrained_baseline(log: EventLog, architecture: Architecture, *, dim: int, history_limit: int) -> HistoryModel:
-    """A baseline of two layers and one labelled task for this log, in eval mode."""
+    """A baseline for this log with two layers, one labeled task and random weights, in eval mode."""
     torch.manual_seed(1)
     config = ModelConfig(architecture=architecture, dim=dim, history_limit=history_limit)
     schema = Schema(list(log.actions), log.has_time, None, [TASK])
@@ -97,10 +99,10 @@ def untrained_baseline(log: EventLog, architecture: Architecture, *, dim: int, h
 
 
 def find_ml_1m(given: Path | None) -> Path | None:
-    """ml-1m's events.npz: the path given, or that in the folder that VISTA_DATA_DIR names, or None where there is none.
+    """Path of ml-1m's events.npz: the given one, else the one under VISTA_DATA_DIR, or None if neither exists.
 
     Raises:
-        SystemExit: if a path was given and is no file.
+        SystemExit: if `given` is not a file.
     """
     if given is not None:
         if not given.is_file():
@@ -112,16 +114,16 @@ def find_ml_1m(given: Path | None) -> Path | None:
 
 
 def movielens_folder(given: Path | None, name: str) -> Path:
-    """The folder of a MovieLens set: the one given, or `name` in the folder that VISTA_DATA_DIR names.
+    """The folder of a MovieLens set: the given one, else `name` under VISTA_DATA_DIR.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if the folder does not exist.
     """
     root = os.environ.get("VISTA_DATA_DIR")
     folder = given or (Path(root) / name if root else None)
     if folder is None or not folder.exists():
         raise ConfigError(
-            f"--data: {'is needed' if folder is None else f'{folder} is not there'}; give the folder of {name}, or set "
-            "VISTA_DATA_DIR to the folder of all sets (the README says where to get them)"
+            f"--data: {'missing' if folder is None else f'{folder} does not exist'}; give the folder of {name}, or set "
+            "VISTA_DATA_DIR to the folder of all data sets (the README says where to get them)"
         )
     return folder

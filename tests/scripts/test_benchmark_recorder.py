@@ -60,7 +60,7 @@ def test_bars(tmp_path: Path, bar: str, value: float, baseline: float | None, me
 
 def test_bad_cases_are_refused(tmp_path: Path) -> None:
     bench = BenchmarkRecorder("x", out=tmp_path / "f")
-    with pytest.raises(ValueError, match="write it as"):
+    with pytest.raises(ValueError, match="expected the form"):
         bench.add("c", 1.0, "s", bar="2x faster")
     with pytest.raises(ValueError, match="needs a baseline"):
         bench.add("c", 1.0, "s", bar="ratio >= 2")
@@ -70,7 +70,7 @@ def test_bad_cases_are_refused(tmp_path: Path) -> None:
         bench.add("c", 1.0, "s", spread=math.nan)
     assert not bench.out.exists()
     bench.out.write_text('{"bench": "x"}\n')
-    with pytest.raises(DataError, match="line 1: is no benchmark case"):
+    with pytest.raises(DataError, match="line 1: is not a benchmark case"):
         bench.add("c", 1.0, "s")
 
 

@@ -215,13 +215,13 @@ def test_training_against_the_real_baseline(tmp_path: Path) -> None:
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     done = run("training", out)
-    assert done.returncode == 0 and "skipped: ml-1m is not at hand; set VISTA_DATA_DIR" in done.stdout
+    assert done.returncode == 0 and "skipped: ml-1m not found; set VISTA_DATA_DIR" in done.stdout
     done = run("training", out, "--data", "absent.npz")
     assert done.returncode == 1 and done.stderr.startswith("error: --data absent.npz: no such file")
     np.savez(tmp_path / "events.npz", user=np.zeros(3))
     environment = fake_environment(tmp_path / "baseline", {})
     done = run("training", out, "--data", str(tmp_path / "events.npz"), "--rectools-venv", str(environment))
-    assert done.returncode == 1 and "has no item, offsets" in done.stderr
+    assert done.returncode == 1 and "missing item, offsets" in done.stderr
     assert not out.exists()
 
 

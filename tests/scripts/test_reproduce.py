@@ -259,9 +259,9 @@ def test_bad_words_are_refused(words: list[str], capsys: pytest.CaptureFixture[s
     assert "--rows sasrek: tiny has no such row; take some of vista, popularity" in capsys.readouterr().err
     words[2] += "-absent"
     assert reproduce.main(words) == 1
-    assert "ml-1m-absent is not there; give the folder of ml-1m, or set VISTA_DATA_DIR" in capsys.readouterr().err
+    assert "ml-1m-absent does not exist; give the folder of ml-1m, or set VISTA_DATA_DIR" in capsys.readouterr().err
     assert reproduce.main([words[0], *words[3:]]) == 1
-    assert "--data: is needed; give the folder of ml-1m" in capsys.readouterr().err
+    assert "--data: missing; give the folder of ml-1m" in capsys.readouterr().err
     for minutes in ("0", "nan", "inf"):
         with pytest.raises(SystemExit):
             reproduce.main([*words, "--minutes", minutes])
