@@ -19,7 +19,7 @@ def start_at(say: Say, store: str, moment: float, hold_s: float) -> str:
     while time.monotonic() < moment:
         pass
     try:
-        with oracle.within(1.0):
+        with oracle.within(10.0):
             writer = RUN.open_writer(store)
     except StoreLockedError as error:
         say("refused")
