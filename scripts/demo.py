@@ -1,9 +1,9 @@
-"""The whole job in one run: log -> EventLog -> training -> store -> scores and quality, ending in a report.
+"""Run the whole pipeline, from a log to a store, scores and metrics, and write a report.
 
-    make demo                          simulates a lifelong log with labelled impressions
-    make demo DATA=path/to/ml-1m       the same on MovieLens (ml-1m, ml-1m-half, ml-latest-small, ml-100k)
+    make demo                          simulates a lifelong log with labeled impressions
+    make demo DATA=path/to/ml-1m       uses MovieLens (ml-1m, ml-1m-half, ml-latest-small, ml-100k)
 
-Everything lands in demo/<name>: log/, run/, stores, report.md, report.png.
+All files go to demo/<name>: log/, run/, the stores, report.md and report.png.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ from vista.simulation.simulate import simulate
 from vista.training.trainer import train
 
 TRAINED_EVENTS = 1_600_000
-"""Events that the demo's training reads on MovieLens, over all epochs: what fits into its minutes on two cores."""
+"""Events that training reads on MovieLens over all epochs, so that the demo takes some minutes on two cores."""
 DEMO_USERS, DEMO_EVENTS = 300, 2_000
 HISTORY_LENGTHS = (100, 1_000, 10_000, 100_000)
 NUM_CANDIDATES = 500
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the demo; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of a MovieLens set; without it a log is simulated")
+    parser.add_argument("--data", type=Path, help="folder of a MovieLens set; default: simulate a log")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all files; default: demo")
     parser.add_argument(
-        "--out", type=Path, default=Path("demo"), help="folder that receives everything (default: demo)"
+        "overrides", nargs="*", metavar="KEY=VALUE", help="arguments of `vista train`, such as optim.epochs=1"
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of `vista train`, such as optim.epochs=1")
     settings = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -67,12 +68,12 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
     experiment = "experiment=demo-movielens" if data else "experiment=demo"
     words = [f"data.path={folder / 'log'}", f"run_dir={folder / 'run'}", *overrides]
     config = compose_config(TrainConfig, [experiment, *words])
-    _start_anew_if_other(folder, data, config)
+    _clear_if_other(folder, data, config)
     _say(1, "prepare the log")
     source, prepare_seconds = _prepare(data, folder)
     log = EventLog.open(folder / "log")
     print(log)
-    if data:  # as many passes as fit into some minutes; a word of the user's comes later and wins
+    if data:  # as many epochs as take some minutes; the user's overrides come later and win
         epochs = int(np.clip(TRAINED_EVENTS // max(log.num_events, 1), 1, 12))
         config = compose_config(TrainConfig, [experiment, f"optim.epochs={epochs}", *words])
 
@@ -81,7 +82,7 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
     model = train(config, log)
     train_seconds = time.perf_counter() - train_began
 
-    _say(3, "refresh the store: what test labels may see, and everything for serving")
+    _say(3, "refresh the stores: one without test labels, one with all events for serving")
     limit = split_until(config.data, "test")
     tested = refresh(model, log, folder / "store-test", until=limit, progress=True)
     exact = refresh(model, log, folder / "store-float32", until=limit, codec=Codec.float32)
@@ -125,7 +126,7 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
 
 
 def measure_latency(model: VistaModel, folder: Path) -> list[DemoLatency]:
-    """Median score latency of users of growing history length, interleaved, and the time to summarize each."""
+    """Score latency of users with growing history lengths, measured in alternation."""
     shutil.rmtree(folder, ignore_errors=True)
     rng = np.random.default_rng(0)
     ids = model.items.ids(np.arange(len(model.items)))
@@ -152,7 +153,7 @@ def measure_latency(model: VistaModel, folder: Path) -> list[DemoLatency]:
 
 
 def _prepare(data: Path | None, folder: Path) -> tuple[Path, float]:
-    """Make folder/log, unless it lies there, so that a repeated demo resumes; returns its source, and seconds."""
+    """Create folder/log unless it exists, so that a repeated demo resumes; returns its source and the seconds."""
     began = time.perf_counter()
     source = data or folder / "source"
     if not (folder / "log").exists():
@@ -163,14 +164,14 @@ def _prepare(data: Path | None, folder: Path) -> tuple[Path, float]:
     return source, time.perf_counter() - began
 
 
-def _start_anew_if_other(folder: Path, data: Path | None, config: TrainConfig) -> None:
-    """A repeated demo resumes; one of other data, settings or version starts in an empty folder."""
+def _clear_if_other(folder: Path, data: Path | None, config: TrainConfig) -> None:
+    """Empty the folder if its demo had other data, settings or another version, so that only the same demo resumes."""
     mark = folder / "demo.json"
     mine, theirs = folder.resolve(), data.resolve() if data else None
     if theirs is not None and (mine == theirs or mine in theirs.parents or theirs in mine.parents):
-        raise ConfigError(f"--out: the demo would work in {folder}, where the data of --data are; name another folder")
+        raise ConfigError(f"--out: {folder} overlaps with the folder of --data; choose another folder")
     if not mark.exists() and folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"--out: {folder} holds files that are not the demo's; name another folder, or remove it")
+        raise ConfigError(f"--out: {folder} holds files that are not the demo's; choose another folder, or remove it")
     source = [str(data.resolve()), TRAINED_EVENTS] if data else [DEMO_USERS, DEMO_EVENTS]
     trained = without_places(to_dict(config)) | {"seed": config.seed}
     asked = json.dumps({"data": source, "train": trained, "version": __version__})

@@ -1,4 +1,4 @@
-"""The demo's report: report.md with the figures, report.png with the three plots."""
+"""The demo's report: report.md with the numbers, and report.png with three plots."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class DemoLatency:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """All that the report shows."""
+    """The contents of the report."""
 
     name: str
     source: Path
@@ -59,7 +59,7 @@ class DemoReport:
 
 @dataclass(frozen=True, slots=True)
 class DemoAgeCurve:
-    """Quality by age of the deciding event: one value a bucket of ages, and the best possible where it is known."""
+    """Quality by the age of the most relevant event: a value per bucket of ages, and the oracle's if it is known."""
 
     title: str
     unit: str
@@ -70,7 +70,7 @@ class DemoAgeCurve:
 
 
 def write_report(report: DemoReport, folder: Path) -> Path:
-    """Write report.png and report.md; returns the latter's path."""
+    """Write report.png and report.md; returns the path of report.md."""
     curve = age_curve(report)
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
     _plot_losses(axes[0], report.run_dir / "metrics.jsonl")
@@ -86,22 +86,22 @@ def write_report(report: DemoReport, folder: Path) -> Path:
 
 
 def age_curve(report: DemoReport) -> DemoAgeCurve:
-    """Quality by age of the event that decides.
+    """Quality by the age of the most relevant event.
 
-    Impressions: AUC by events since the user's newest event of the candidate's topic (the simulation knows topics).
-    Without impressions: NDCG@10 by events since the one whose item is most like the label's, by the model's vectors.
+    With impressions: AUC by the number of events since the user's newest event with the candidate's topic. Without
+    impressions: NDCG@10 by the number of events since the one whose item vector is most similar to the label's.
     """
     evaluation = report.evaluation
     if evaluation.impressions is not None and evaluation.probabilities is not None:
         cases = evaluation.impressions
         age = _topic_age(report.log, cases, report.source / "items.parquet")
-        truth = None if cases.probability is None else cases.probability[:, 0]
+        oracle = None if cases.probability is None else cases.probability[:, 0]
         return _curve(
             f"AUC of {cases.tasks[0]}, test impressions",
             "events since the newest event of the candidate's topic",
             age,
             lambda part: _auc(cases.label[part, 0], evaluation.probabilities[part, 0]),
-            None if truth is None else (lambda part: _auc(cases.label[part, 0], truth[part])),
+            None if oracle is None else (lambda part: _auc(cases.label[part, 0], oracle[part])),
         )
     assert evaluation.ranks is not None
     ranks = evaluation.ranks
@@ -109,7 +109,7 @@ def age_curve(report: DemoReport) -> DemoAgeCurve:
     age = _similar_age(report, next_item_cases(report.log, seen))
     return _curve(
         "NDCG@10, test items",
-        "events since the history's event most like the label (cosine of item vectors)",
+        "events since the event most similar to the label (cosine of item vectors)",
         age,
         lambda part: ndcg(ranks[part], 10),
         None,
@@ -149,8 +149,8 @@ def _topic_age(log: EventLog, cases: ImpressionCases, items_file: Path) -> Int:
         key = np.sort(events * width + np.arange(len(events)))
         wanted = topic[cases.item[chosen]]
         at = np.searchsorted(key, wanted * width + cases.seen[chosen]) - 1
-        found = (at >= 0) & (key[np.maximum(at, 0)] // width == wanted)
-        age[chosen] = np.where(found, cases.seen[chosen] - 1 - key[np.maximum(at, 0)] % width, -1)
+        has_event = (at >= 0) & (key[np.maximum(at, 0)] // width == wanted)
+        age[chosen] = np.where(has_event, cases.seen[chosen] - 1 - key[np.maximum(at, 0)] % width, -1)
     return age
 
 
@@ -174,7 +174,7 @@ def _plot_losses(axes: Axes, path: Path) -> None:
         axes.plot(
             [row["step"] for row in steps if name in row], values / values[0], label=f"{name} (from {values[0]:.2f})"
         )
-    axes.set(title="losses over their first value", xlabel="step", yscale="log")
+    axes.set(title="losses relative to their first value", xlabel="step", yscale="log")
     if steps:
         axes.legend(fontsize=8)
 

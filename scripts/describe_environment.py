@@ -1,4 +1,7 @@
-"""Say which torch build is installed and whether there is a C++ compiler; with --require-gpu, fail without a GPU."""
+"""Print the torch build and the C++ compiler; with --require-gpu, fail without a GPU.
+
+python scripts/describe_environment.py
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ COMPILERS = ("c++", "g++", "clang++")
 
 
 def torch_text() -> str:
-    """The torch build, read from its version file: importing torch would take a second."""
+    """The torch build, read from its version file, since importing torch takes a second."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return "torch is not installed"
@@ -30,12 +33,12 @@ def torch_text() -> str:
 
 
 def compiler_text() -> str:
-    """The C++ compiler, which this version does not need (torch.compile would)."""
+    """The C++ compiler, which only torch.compile would need."""
     for name in (os.environ.get("CXX", ""), *COMPILERS):
         path = shutil.which(name) if name else None
         if path:
             return f"C++ compiler: {path}"
-    return f"no C++ compiler ({', '.join(COMPILERS)}): none is needed by this version"
+    return f"no C++ compiler ({', '.join(COMPILERS)}), which vista does not need"
 
 
 def gpu_text() -> str | None:
@@ -47,11 +50,11 @@ def gpu_text() -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the description; return 1 if a required GPU is missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--require-gpu", action="store_true")
     if parser.parse_args(argv).require_gpu:
         gpu = gpu_text()
-        print(f"GPU: {gpu}" if gpu else "there is no GPU that torch can use on this machine: nothing was run")
+        print(f"GPU: {gpu}" if gpu else "error: torch finds no GPU on this machine; nothing was run")
         return 0 if gpu else 1
     print(f"Python {platform.python_version()}; {torch_text()}; {compiler_text()}")
     return 0

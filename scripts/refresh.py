@@ -1,4 +1,4 @@
-"""`vista refresh` for those who launch from a checkout: python scripts/refresh.py [KEY=VALUE ...]."""
+"""Run `vista refresh` from a checkout: python scripts/refresh.py [KEY=VALUE ...]."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`vista score` for those who launch from a checkout: python scripts/score.py [KEY=VALUE ...]."""
+"""Run `vista score` from a checkout: python scripts/score.py [KEY=VALUE ...]."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`vista train` for those who launch from a checkout: python scripts/train.py [KEY=VALUE ...]."""
+"""Run `vista train` from a checkout: python scripts/train.py [KEY=VALUE ...]."""
 
 import sys
 

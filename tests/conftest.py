@@ -1,4 +1,4 @@
-"""Small logs, and a small trained model with its store, made once a session. Tests must not change them."""
+"""Small logs and small trained models with their stores, made once per session. Tests must not change them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer, Tail
 
-# Tests interrupt as Ctrl-C does, which a shell has switched off for what it started with `&`.
+# Tests interrupt processes as Ctrl-C does, but a shell makes background jobs ignore that signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DAY = 86_400_000
 START = 1_600_000_000_000
 """Time of the first event of the small logs, ms."""
 LENGTHS = [12, 1, 25, 2, 40, 3, 9, 7, 30, 18, 4, 22, 5, 16, 11, 28]
-"""Events of each user of the small logs: one and two are too few for leave-last-out."""
+"""Events per user of the small logs; users with one or two events are too short for leave-last-out."""
 
 
 def ratings_folder(folder: Path) -> Path:
-    """A folder in ml-1m's form: 30 users with 40 ratings each."""
+    """A folder in ml-1m's format: 30 users with 40 ratings each."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     users, times = np.repeat(np.arange(1, 31), 40), 978_300_000 + np.tile(np.arange(40) * 60, 30)
@@ -44,27 +44,27 @@ def ratings_folder(folder: Path) -> Path:
 
 
 def real_set(name: str) -> Path:
-    """Folder of a MovieLens set; the test that needs it skips where it is absent."""
+    """Folder of a data set; the test is skipped if it is missing."""
     root = os.environ.get("VISTA_DATA_DIR")
     if not root:
-        pytest.skip("VISTA_DATA_DIR is not set: it names the folder of the real data sets")
+        pytest.skip("VISTA_DATA_DIR is not set; it names the folder of the data sets")
     if not Path(root, name).is_dir():
-        pytest.skip(f"VISTA_DATA_DIR={root} holds no {name}")
+        pytest.skip(f"VISTA_DATA_DIR={root} does not contain {name}")
     return Path(root, name)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Sums of floats depend on the number of threads, and tests compare bits with processes of their own."""
+    """Use one thread: sums of floats depend on it, and tests compare bits with those of other processes."""
     torch.set_num_threads(1)
 
 
 def small_frame(seed: int = 0) -> dict[str, Any]:
-    """Users 100, 101, … with LENGTHS events over items 0, 10, …, 390; no two events of a user are the same."""
+    """Users 100, 101, … with LENGTHS events over items 0, 10, …, 390; the events of a user all differ."""
     rng = np.random.default_rng(seed)
     lengths = np.array(LENGTHS)
     user = np.repeat(np.arange(len(lengths)), lengths)
-    # Users walk through the items at their own pace, so that there is something to learn.
+    # Users step through the items at different speeds, so that a model can learn something.
     step = np.concatenate([np.arange(n) for n in lengths])
     item = (user * 7 + step * (1 + user % 3) + rng.integers(0, 3, len(user))) % 40
     gaps = rng.integers(60_000, 3 * DAY, len(user))
@@ -79,7 +79,7 @@ def small_frame(seed: int = 0) -> dict[str, Any]:
 
 
 def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainConfig:
-    """A training run of a second; `changes` are keys with two underscores for a dot, such as optim__epochs=1."""
+    """A training run of about a second. `changes` are keys with two underscores for a dot, such as optim__epochs=1."""
     config = TrainConfig(
         model=ModelConfig(dim=16, num_heads=2, num_seeds=3, num_layers=2, num_target_layers=2, tail_len=6, dropout=0.1),
         data=DataConfig(
@@ -99,7 +99,7 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
 
 
 def run_python(code: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter of one thread, from a checkout or an installed package alike."""
+    """Run code in a fresh interpreter with one thread, from a checkout or with an installed package."""
     root = Path(vista.__file__).parents[1]
     path = os.pathsep.join([str(root), str(root / "kernels"), str(Path(__file__).parent)])
     return subprocess.run(
@@ -113,7 +113,7 @@ def run_python(code: str, *arguments: str, timeout: float = 240) -> subprocess.C
 
 @dataclass(frozen=True)
 class Served:
-    """A model and what its store may have seen."""
+    """A model with three stores, which differ in the events they cover."""
 
     log: EventLog
     config: TrainConfig
@@ -124,11 +124,11 @@ class Served:
     exact_store: Path
     """until=all, float32."""
     test_store: Path
-    """Before the test labels, float32."""
+    """Events before the test labels, float32."""
 
 
 def serve(log: EventLog, config: TrainConfig, folder: Path) -> Served:
-    """Train, and refresh both stores."""
+    """Train a model and refresh its three stores."""
     from vista.config.choices import Codec
     from vista.log.splits import split_until
     from vista.refresh import refresh
@@ -144,14 +144,14 @@ def serve(log: EventLog, config: TrainConfig, folder: Path) -> Served:
 
 @pytest.fixture(scope="session")
 def event_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
-    """Times, ratings, two actions, integer ids."""
+    """A log with times, ratings, two actions and integer ids."""
     folder = tmp_path_factory.mktemp("event-log")
     return EventLog.from_frame(small_frame(), folder / "log", time_unit="ms", action="action", rating="rating")
 
 
 @pytest.fixture(scope="session")
 def order_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
-    """The same without times, actions and ratings, under string ids."""
+    """The same events with string ids, without times, actions and ratings."""
     frame = small_frame()
     named = {"user": [f"u{user}" for user in frame["user"]], "item": [f"i{item}" for item in frame["item"]]}
     return EventLog.from_frame(named, tmp_path_factory.mktemp("order-log") / "log", timestamp=None)
@@ -159,7 +159,7 @@ def order_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
 
 @pytest.fixture(scope="session")
 def impression_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
-    """A simulated log with impressions of three tasks."""
+    """A simulated log with impressions for three tasks."""
     from vista.log.ingest.prepare import prepare
     from vista.simulation.simulate import simulate
 
@@ -184,14 +184,14 @@ def impression_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
 
 @pytest.fixture(scope="session")
 def served(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """Leave-last-out, the next item alone."""
+    """A model of the next item, split by leave-last-out."""
     folder = tmp_path_factory.mktemp("served")
     return serve(event_log, small_config(event_log, folder / "run"), folder)
 
 
 @pytest.fixture(scope="session")
 def served_tasks(impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """Split in time, three labelled tasks and the next item."""
+    """A model of three labeled tasks and the next item, split in time."""
     folder = tmp_path_factory.mktemp("served-tasks")
     times = np.sort(np.asarray(impression_log.impressions.timestamp))  # type: ignore[union-attr]
     config = small_config(
@@ -207,20 +207,20 @@ def served_tasks(impression_log: EventLog, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def scorer(served: Served) -> Iterator[Scorer]:
-    """Of `served`, int8."""
+    """A scorer of `served` with the int8 store."""
     with Scorer.open(served.model_dir, served.store) as opened:
         yield opened
 
 
 @pytest.fixture(scope="session")
 def task_scorer(served_tasks: Served) -> Iterator[Scorer]:
-    """Of `served_tasks`, int8."""
+    """A scorer of `served_tasks` with the int8 store."""
     with Scorer.open(served_tasks.model_dir, served_tasks.store) as opened:
         yield opened
 
 
 def tail_of(events: list[tuple[int, list[tuple[int, int, int]]]]) -> Tail:
-    """From (user, [(item, time, action), …]) in the order of the request."""
+    """A tail from (user, [(item, time, action), …]), in the order of the request."""
     lengths = [len(rows) for _, rows in events]
     rows = [row for _, rows in events for row in rows]
     columns = np.array(rows, np.int64).reshape(-1, 3).T
@@ -229,12 +229,12 @@ def tail_of(events: list[tuple[int, list[tuple[int, int, int]]]]) -> Tail:
 
 USERS = [103, 100, 115, 108, 101]
 ITEMS = [0, 390, 10, 200, 50, 60]
-"""Users and items that the scorer's tests ask for."""
+"""Users and items of the requests in the scorer's tests."""
 
 
 @pytest.fixture
 def no_warnings() -> Iterator[None]:
-    """Such as torch's on arrays that cannot be written."""
+    """Turn warnings into errors, such as torch's about read-only arrays."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield

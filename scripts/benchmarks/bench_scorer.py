@@ -11,8 +11,8 @@ nothing is cached between calls.
 - roofline: the matrix products that no implementation can avoid (scorer_workloads.py), in their fastest forms on this
   machine, for several numbers of candidates and users, encoded beforehand.
 - layers: pointwise layers, the default, against equally many softmax layers with feed-forward networks.
-- recompute: the same scorer without a store, which reads the history from the log and summarizes it in the request, with
-  bidirectional mixing (the paper without a cache) and with separable mixing.
+- recompute: the same scorer without a store, which reads and summarizes the history in the request, with bidirectional
+  mixing (the paper without a cache) and with separable mixing.
 - baselines: HSTU and SASRec of the same width and depth, which read the whole history in the request.
 - processes: two processes of one thread each against one process, and the memory of one process.
 

@@ -65,8 +65,8 @@ def rectools_python(folder: Path) -> Path:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise SystemExit(
-            f"error: {python} cannot import RecTools ({reason}); run `{python} -m pip install 'rectools[torch]'`, or give "
-            "another --rectools-venv"
+            f"error: {python} cannot import RecTools ({reason}); run `{python} -m pip install 'rectools[torch]'`, or "
+            "give another --rectools-venv"
         )
     return python
 

@@ -1,24 +1,24 @@
-"""SASRec or HSTU of this project against RecTools' of the same name: do both, of one recipe, come out alike?
+"""Cross-check our SASRec and HSTU with RecTools' models of the same name, trained by the same recipe.
 
     python -m scripts.experiments.crosscheck_rectools SASRec --data ml-100k --seeds 1 2 3
     python -m scripts.experiments.crosscheck_rectools HSTU --data ml-100k --seeds 1 2 3 --times
     python -m scripts.experiments.crosscheck_rectools SASRec --data ml-100k --seeds 1 2 3 --like-rectools
 
-Equal: the events (each user's newest 201 training events, and the two held out), sizes, dropout, the full softmax over
-cosines divided by one temperature, Adam with its rates, clipping, passes, and about the number of users a batch; the
-last pass counts, none is chosen. Both rank all items that the user has not met, for the validation label and then, with
-the validation event in the history, for the test label. vista's functions judge both; RecTools' own must find the same
-in its lists.
+Equal on both sides are the events (each user's newest 201 training events and the two held-out ones), sizes, dropout,
+the full softmax over cosines divided by one temperature, Adam and its learning rates, clipping, passes, and roughly the
+number of users per batch. The last pass is evaluated. Both rank all items that are not in the user's history, for the
+validation label and then, with the validation event in the history, for the test label. vista's functions compute the
+metrics of both; RecTools' own metrics of its lists must be equal.
 
-Not equal, since these are what an implementation decides: initial values, where positions count from, where dropout
-lies, padding and biases. RecTools' first event of a user is an input only, ours is a label too. --like-rectools makes
-ours decide as RecTools does (like_rectools.py), so that what is left between the two is the harness alone. With --times
-HSTU gets the log's own times (RecTools as a bias by the time up to each next event, ours as a bias between events and
-embeddings of the gaps); without, either sees no more than the order.
+Each implementation keeps its own initial values, origin of positions, place of dropout, padding and biases. A user's
+first event is only an input for RecTools, and a label too for ours. With --like-rectools ours follows RecTools in all
+of this (like_rectools.py), so that only the harness differs. With --times HSTU gets the times of the log (RecTools as a
+bias by the time until the next event, ours as a bias between events and as embeddings of the gaps); without it, both
+get only the order.
 
-Validation figures are for choosing --epochs; they stand in the rows beside the test's. Rows go to
-docs/results/crosscheck-<set>.jsonl and its Markdown; those that are there of the same command are not run again.
-RecTools lives in an environment of its own (--rectools-venv or VISTA_RECTOOLS_VENV; made if absent, some GB).
+Use the validation metrics to choose --epochs; the rows hold them next to the test metrics. Rows go to
+docs/results/crosscheck-<set>.jsonl and its Markdown table. Rows of the same command are not run again. RecTools needs a
+virtual environment of its own (--rectools-venv or VISTA_RECTOOLS_VENV), which is created if missing and takes some GB.
 """
 
 from __future__ import annotations
@@ -67,36 +67,40 @@ from vista.model.ranking_model import CLASSES
 from vista.training.trainer import train_model
 
 HELD_OUT = 2
-"""Newest events of a user that leave-last-out keeps from training."""
+"""Newest events per user that leave-last-out holds out from training."""
 PARTS = {"validation": ("leave-last-two-out", "leave-last-out"), "test": ("leave-last-out", "all")}
-"""What lies before the labels of a part, and what ends with them."""
+"""Part -> (`until` before its labels, `until` with its labels)."""
 TOP_K = [10, 50, 200]
-JUDGED = ("hr@10", "ndcg@10")
+COMPARED = ("hr@10", "ndcg@10")
 WARMUP_STEPS, GRADIENT_CLIP, TEMPERATURE = 100, 1.0, 0.05
 Int = NDArray[np.int64]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["SASRec", "HSTU"])
     parser.add_argument("--data", type=Path, required=True, help="folder of a MovieLens set, or its name there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--times", action="store_true", help="HSTU: with times, where the set has them")
-    parser.add_argument("--like-rectools", action="store_true", help="SASRec: ours starts and trains as RecTools' does")
+    parser.add_argument("--times", action="store_true", help="HSTU: use the times of the data set")
+    parser.add_argument(
+        "--like-rectools", action="store_true", help="SASRec: ours is initialized and trained as RecTools' is"
+    )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--dropout", type=float, default=0.2)
-    parser.add_argument("--batch-users", type=int, default=8, help="of RecTools; ours as many on average, by events")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of either")
+    parser.add_argument(
+        "--batch-users", type=int, default=8, help="users per batch of RecTools; ours has as many on average"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each side")
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of the tables")
     default = Path(os.environ.get("VISTA_RECTOOLS_VENV", "runs/baseline-venv"))
     parser.add_argument("--rectools-venv", type=Path, default=default, help="virtual environment with RecTools")
     options = parser.parse_args(arguments)
     if options.times and options.model != "HSTU":
-        parser.error("--times: RecTools' SASRec knows no times; leave it out")
+        parser.error("--times: RecTools' SASRec does not use times; remove the option")
     if options.like_rectools and options.model != "SASRec":
-        parser.error("--like-rectools: is there for SASRec alone; leave it out")
+        parser.error("--like-rectools: only SASRec supports it; remove the option")
     return options
 
 
@@ -104,9 +108,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def cut_log(log: EventLog, folder: Path) -> EventLog:
-    """A log of each user's newest LENGTH + 1 training events and the two held out, without ratings and actions.
+    """A log of each user's newest LENGTH + 1 training events and two held-out events, without ratings and actions.
 
-    So no history is cut in two, and at its last label the model reads LENGTH events, as RecTools does.
+    So no history is split, and for its last label the model reads LENGTH events, as RecTools does.
     """
     users = np.arange(log.num_users)
     events = log.gather_ranges(users, np.maximum(log.lengths - HELD_OUT - LENGTH - 1, 0), log.lengths)
@@ -121,7 +125,7 @@ def cut_log(log: EventLog, folder: Path) -> EventLog:
 
 
 def cases_of(log: EventLog) -> dict[str, NextItemCases]:
-    """The labels of both parts, as vista's own evaluation asks for them."""
+    """The labels of both parts, as in vista's evaluation."""
     return {
         part: next_item_cases(log, visible_counts(log, before), visible_counts(log, end))
         for part, (before, end) in PARTS.items()
@@ -129,13 +133,13 @@ def cases_of(log: EventLog) -> dict[str, NextItemCases]:
 
 
 def write_split(log: EventLog, path: Path, *, times: bool) -> dict[str, NextItemCases]:
-    """The split of a log as baseline_rectools.py reads it, users and items by row; returns the labels.
+    """Write the split of a log for rectools_training.py, with users and items by row; returns the labels.
 
     Args:
-        times: seconds of the events; otherwise ordinals, so that the log's order is kept however sorted.
+        times: write the events' times in seconds; otherwise ordinals, which keep the log's order.
 
     Raises:
-        DataError: if a user met a label's item before: RecTools would leave it out of the list.
+        DataError: if an event repeats an item of its user, which RecTools would exclude from its lists.
     """
     cases = cases_of(log)
     clock = np.arange(log.num_events, dtype=np.int64)
@@ -148,21 +152,21 @@ def write_split(log: EventLog, path: Path, *, times: bool) -> dict[str, NextItem
     user = np.repeat(np.arange(log.num_users), log.lengths)
     trained = np.arange(log.num_events) - first[user] < seen[user]
     arrays = {"user": user[trained], "item": item[trained], "timestamp": clock[trained]}
-    for part, found in cases.items():
-        at = first[found.user] + found.seen
-        arrays |= {f"{part}_user": found.user, f"{part}_item": found.item, f"{part}_timestamp": clock[at]}
+    for part, each in cases.items():
+        at = first[each.user] + each.seen
+        arrays |= {f"{part}_user": each.user, f"{part}_item": each.item, f"{part}_timestamp": clock[at]}
     pairs = np.unique(user * log.num_items + item)
     if len(pairs) < log.num_events:
         raise DataError(
-            f"{log.path}: {log.num_events - len(pairs)} events repeat an item that their user has met, which RecTools "
-            "never recommends; take a set where users meet an item once"
+            f"{log.path}: {log.num_events - len(pairs)} events repeat an item of their user, which RecTools never "
+            "recommends; use a data set without repeated items"
         )
     np.savez(path, **arrays)
     return cases
 
 
 def label_ranks(lists: Int, label: Int) -> Int:
-    """0-based rank int64 [N] of each label int64 [N] in its list int64 [N, k]; k where it is not in it."""
+    """0-based rank int64 [N] of each label int64 [N] in its list int64 [N, k]; k if the list lacks the label."""
     hit = lists == label[:, None]
     ranks: Int = np.where(hit.any(1), hit.argmax(1), lists.shape[1])
     return ranks
@@ -172,7 +176,7 @@ def label_ranks(lists: Int, label: Int) -> Int:
 
 
 def our_config(options: argparse.Namespace, log: EventLog, seed: int, run_dir: Path) -> TrainConfig:
-    """The recipe; the softmax is over the whole catalogue, and the last pass is the one exported."""
+    """The shared recipe: softmax over the whole catalog, and export of the last pass."""
     trained = int(visible_counts(log, "leave-last-two-out").sum())
     return TrainConfig(
         model=ModelConfig(
@@ -208,20 +212,20 @@ def our_config(options: argparse.Namespace, log: EventLog, seed: int, run_dir: P
 
 
 def run_ours(config: TrainConfig, log: EventLog) -> tuple[dict[str, float], dict[str, Any], float]:
-    """Metrics, configuration, and seconds of training."""
+    """Train and evaluate ours; returns metrics, configuration and seconds of training."""
     began = time.perf_counter()
     model = train_model(config, log)
     seconds = time.perf_counter() - began
     assert isinstance(model, HistoryModel)
     with cpu_settings(config.num_threads):
-        found = {part: evaluate_model(model, log, part, top_k=TOP_K).metrics for part in PARTS}
-    return joined(found), without_places(to_dict(config)), seconds
+        metrics = {part: evaluate_model(model, log, part, top_k=TOP_K).metrics for part in PARTS}
+    return joined(metrics), without_places(to_dict(config)), seconds
 
 
 def run_theirs(
     options: argparse.Namespace, python: Path, data: Path, cases: Mapping[str, NextItemCases], seed: int
 ) -> tuple[dict[str, float], dict[str, Any], float]:
-    """The same of RecTools."""
+    """Train and evaluate RecTools; returns metrics, configuration and seconds of training."""
     lists = data.with_name(f"lists-{seed}.npz")
     settings = {
         "model": options.model,
@@ -242,28 +246,28 @@ def run_theirs(
     flags = ["--decay", "--scale-inputs", "--mask-padding", *(["--relative-time"] if options.times else [])]
     report = call_rectools(python, data, [*SHAPE, *words_of(settings), *flags])
     with np.load(lists, allow_pickle=False) as arrays:
-        found = {part: ranking_metrics(label_ranks(arrays[part], each.item), TOP_K) for part, each in cases.items()}
+        own = {part: ranking_metrics(label_ranks(arrays[part], each.item), TOP_K) for part, each in cases.items()}
     for part, metrics in report["metrics"].items():
-        if any(abs(found[part][name] - value) > 1e-9 for name, value in metrics.items()):
-            raise DataError(f"RecTools finds {metrics} in its {part} lists, vista {found[part]}: they ask differently")
+        if any(abs(own[part][name] - value) > 1e-9 for name, value in metrics.items()):
+            raise DataError(f"{part} metrics of the same lists differ: RecTools {metrics}, vista {own[part]}")
     config = {key: report[key] for key in ("settings", "versions", "parameters", "items")}
-    return joined(found), config, sum(report["seconds_per_epoch"])
+    return joined(own), config, sum(report["seconds_per_epoch"])
 
 
-def joined(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of the test, and the judged ones of the validation under names of their own."""
-    return {**found["test"], **{f"validation {name}": found["validation"][name] for name in JUDGED}}
+def joined(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """All test metrics, and the compared validation metrics as "validation <name>"."""
+    return {**metrics["test"], **{f"validation {name}": metrics["validation"][name] for name in COMPARED}}
 
 
 def comparison(ours: Sequence[Mapping[str, float]], theirs: Sequence[Mapping[str, float]]) -> str:
-    """Means, spreads, and whether the ranges over seeds meet."""
+    """Means and spreads of both sides, and whether their ranges over seeds overlap."""
     lines = []
-    for name in [*JUDGED, *(f"validation {name}" for name in JUDGED)]:
+    for name in [*COMPARED, *(f"validation {name}" for name in COMPARED)]:
         own, other = ([row[name] for row in rows] for rows in (ours, theirs))
-        meet = max(min(own), min(other)) <= min(max(own), max(other))
+        overlap = max(min(own), min(other)) <= min(max(own), max(other))
         lines.append(
             f"{name:<20} ours {_spread(own)}, RecTools {_spread(other)}: {fmean(own) / fmean(other) - 1:+.1%}, "
-            f"ranges {'meet' if meet else 'do not meet'}"
+            f"ranges {'overlap' if overlap else 'do not overlap'}"
         )
     return "\n".join(lines)
 
@@ -297,15 +301,15 @@ def _crosscheck(options: argparse.Namespace, python: Path, folder: Path) -> str:
     theirs, ours = f"{name}, RecTools", f"{name}, like RecTools" if options.like_rectools else name
     results = options.results / f"crosscheck-{source.name}.jsonl"
     rows = read_results(results) if results.exists() else []
-    there = {(row["model"], row["command"]): row["metrics"] for row in rows}
+    done = {(row["model"], row["command"]): row["metrics"] for row in rows}
     if options.like_rectools:
         CLASSES[Architecture.sasrec] = "like_rectools", "LikeRecTools"
-    found: dict[str, list[dict[str, float]]] = {ours: [], theirs: []}
+    metrics_of: dict[str, list[dict[str, float]]] = {ours: [], theirs: []}
     for seed in options.seeds:
         config = our_config(options, log, seed, folder / f"run-{seed}")
-        for model in found:
+        for model in metrics_of:
             command = _command(options, source.name, seed, like=options.like_rectools and model == ours)
-            metrics = there.get((model, command))
+            metrics = done.get((model, command))
             if metrics is None:
                 run = (
                     run_ours(config, log)
@@ -314,13 +318,13 @@ def _crosscheck(options: argparse.Namespace, python: Path, folder: Path) -> str:
                 )
                 metrics = run[0]
                 append_result(results, _line(options, source.name, model, seed, command, *run))
-            found[model].append(metrics)
+            metrics_of[model].append(metrics)
             print(
                 f"{model}, seed {seed}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()),
                 flush=True,
             )
     replace_text(results.with_suffix(".md"), markdown_table(read_results(results)))
-    return comparison(*found.values())
+    return comparison(*metrics_of.values())
 
 
 def _command(options: argparse.Namespace, data: str, seed: int, *, like: bool) -> str:

@@ -1,11 +1,11 @@
-"""Our SASRec with what RecTools decides otherwise, so that a cross-check shows what each harness adds, not each model.
+"""Our SASRec with RecTools' choices, so that a cross-check compares the two harnesses instead of the two models.
 
-- Parameters of two dimensions and more start by Xavier's normal rule, attention's biases at 0.
+- Parameters with two or more dimensions start by Xavier's normal rule, the biases of attention at 0.
 - Positions count from the newest input.
-- Attention's weights are dropped out, not its output.
-- A user's first event is an input only.
+- Dropout is on the attention weights, not on the output of attention.
+- A user's first event is only an input, not a label.
 
-Of the log's whole histories (crosscheck_rectools.py cuts them), next items alone.
+It supports only next items, on whole histories; crosscheck_rectools.py cuts the log beforehand.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class LikeRecTools(SASRec):
         start = self.start.expand(n, 1, -1)
         if length == 0:
             return start, None
-        inputs = tile.valid.sum(1, keepdim=True) - int(self.training)  # in training the newest event is a label alone
+        inputs = tile.valid.sum(1, keepdim=True) - int(self.training)  # in training the newest event is only a label
         place = (inputs - 1 - torch.arange(length)).clamp(0, self.config.history_limit - 1)
         x = self.dropout(events.vectors[index] * self.config.dim**0.5 + self.position[place])
         states, _ = self.states(x, events.time[index])

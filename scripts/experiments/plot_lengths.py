@@ -1,9 +1,9 @@
-"""Draw quality against the cost of a request, one panel a length of history, from the files of docs/results.
+"""Plot quality against the cost of a request, one panel per history length, from the files of docs/results.
 
     python -m scripts.experiments.plot_lengths
 
-A point is a model: milliseconds of one request of 500 candidates (bench_lengths.jsonl, all models in one process), and
-the AUC of a click in the table of that length, mean over seeds. The line is the simulation's own probabilities.
+A point is a model: milliseconds of a request with 500 candidates (bench_lengths.jsonl, all models in one process), and
+the mean AUC of clicks over seeds in the table of that length. The line is the oracle, the true click probability.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ STYLES = {
     "sim-hard": ("SIM, hard search", "X", "tab:green"),
     "twin": ("TWIN", "^", "tab:purple"),
 }
-"""Row of the tables -> its name in the legend, marker and colour."""
+"""Row of the tables -> its name in the legend, marker and color."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw what the files have; returns the exit status."""
+    """Plot the models in the files; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/lengths.png"))
     settings = parser.parse_args(arguments)
     if not (settings.results / COSTS).exists():
         print(
-            f"error: {settings.results / COSTS} is not there; run scripts/benchmarks/bench_lengths.py", file=sys.stderr
+            f"error: {settings.results / COSTS} does not exist; run scripts.benchmarks.bench_lengths", file=sys.stderr
         )
         return 1
     cases = read_cases(settings.results / COSTS)
     costs = {row["case"]: row["value"] for row in cases if row["hardware"] == cases[-1]["hardware"]}  # of one run
     files = {table: settings.results / f"{table}.jsonl" for table in LENGTHS}
     qualities = {table: qualities_of(read_results(path)) for table, path in files.items() if path.exists()}
-    points = {table: points_of(LENGTHS[table], found, costs) for table, found in qualities.items()}
+    points = {table: points_of(LENGTHS[table], models, costs) for table, models in qualities.items()}
     drawn = [table for table, models in points.items() if models]
     if not drawn:
         print(
-            f"error: no row in {settings.results} has {QUALITY}; run scripts/experiments/reproduce.py length-1k",
+            f"error: no row in {settings.results} has {QUALITY}; run scripts.experiments.reproduce length-1k",
             file=sys.stderr,
         )
         return 1
@@ -68,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             axis.scatter(cost, quality, marker=marker, color=color, s=140 if name == "vista" else 50, label=label)
         if TRUTH in qualities[table]:
             axis.axhline(qualities[table][TRUTH], linestyle=":", color="black", label="best possible")
-        axis.set(xscale="log", xlabel="ms a request", title=f"{LENGTHS[table]:,} events")
+        axis.set(xscale="log", xlabel="ms per request", title=f"{LENGTHS[table]:,} events")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("AUC of a click")
+    axes[0][0].set_ylabel("AUC of clicks")
     legend = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(list(legend.values()), list(legend), loc="lower center", ncols=min(len(legend), 5), frameon=False)
-    figure.suptitle("Quality against the cost of a request of 500 candidates, by length of history")
+    figure.suptitle("Quality against the cost of a request with 500 candidates, by history length")
     figure.tight_layout(rect=(0, 0.14, 1, 1))
     figure.savefig(settings.out, dpi=120)
     print(settings.out)
@@ -81,16 +81,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def qualities_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Model -> mean AUC of a click, as the table has it."""
-    found = {name: [row["metrics"].get(QUALITY) for row in group] for (_, _, name), group in newest_rows(rows).items()}
-    known = {name: [value for value in values if value is not None] for name, values in found.items()}
+    """Model -> mean AUC of clicks, as in the table."""
+    values_of = {
+        name: [row["metrics"].get(QUALITY) for row in group] for (_, _, name), group in newest_rows(rows).items()
+    }
+    known = {name: [value for value in values if value is not None] for name, values in values_of.items()}
     return {name: fmean(values) for name, values in known.items() if values}
 
 
 def points_of(
     length: int, qualities: Mapping[str, float], costs: Mapping[str, float]
 ) -> dict[str, tuple[float, float]]:
-    """Model -> (milliseconds of a request, AUC), of those that have both; of its row `…-tuned` where there is one."""
+    """Model -> (milliseconds of a request, AUC) for models with both; the AUC is that of row `…-tuned` if it exists."""
     cases = {name: length_case(length, name) for name in STYLES}
     best = {name: qualities.get(f"{name}-tuned", qualities.get(name)) for name in STYLES}
     return {

@@ -1,15 +1,14 @@
-"""Rerun a table of docs/results, or some of its rows: train, refresh a store, evaluate through the scorer.
+"""Reproduce a table of docs/results, or some of its rows: train, refresh a store, evaluate through the scorer.
 
-A baseline has no store: it is evaluated from the raw history, right up to each label.
+A baseline has no store; it is evaluated on the raw history up to each label.
 
     python -m scripts.experiments.reproduce ml-1m --list
     python -m scripts.experiments.reproduce ml-1m --data path/to/ml-1m --seeds 1 2 3
     python -m scripts.experiments.reproduce simulation --rows vista tail-only --minutes 30
 
-Every model and seed adds lines to docs/results/<table>.jsonl, from which docs/results/<table>.md is written at the end.
-What is there, from the same configuration, is not run again; a run that was stopped goes on where it stopped. The
-exit status is 0 if all is there, 1 after an error, and 130 if the time or the user's patience ran out before.
-What the tables hold: scripts/experiments/tables.py.
+Every model and seed adds lines to docs/results/<table>.jsonl; at the end docs/results/<table>.md is written from it.
+Lines that exist with the same configuration are not run again, and a stopped run resumes. The exit status is 0 if all
+lines exist, 1 after an error, and 130 after the time limit or Ctrl-C. scripts/experiments/tables.py defines the tables.
 """
 
 from __future__ import annotations
@@ -62,10 +61,10 @@ TOP_K = [10, 50, 200]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """TableRun, or list, what a table still lacks; returns the exit status."""
+    """Run or list the missing lines of a table; returns the exit status."""
     settings = _arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # --minutes interrupts as Ctrl-C does, which a shell has switched off for what it started with `&`.
+    # --minutes interrupts as Ctrl-C does, but a shell makes background jobs ignore that signal.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     results = Path(settings.results) / f"{settings.table}.jsonl"
     keep_freed_memory()
@@ -89,21 +88,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=sorted(TABLES), metavar="TABLE", help=", ".join(TABLES))
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="models of the table; default: all")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="rows of the table; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--data", type=Path, help="folder of the MovieLens set; default: $VISTA_DATA_DIR/<set>")
-    parser.add_argument("--work", type=Path, default=Path("runs/tables"), help="folder of logs, runs and stores")
-    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of the tables")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--minutes", type=_minutes, help="stop after this time, as Ctrl-C does; the next call goes on")
-    parser.add_argument("--list", action="store_true", help="say what is done and how long the rest will take")
+    parser.add_argument("--work", type=Path, default=Path("runs/tables"), help="folder for logs, runs and stores")
+    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of the result files")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--minutes", type=_minutes, help="stop after this time, as Ctrl-C does; rerun to resume")
+    parser.add_argument("--list", action="store_true", help="list finished and missing lines and the estimated time")
     return parser.parse_args(arguments)
 
 
 def _minutes(text: str) -> float:
     minutes = float(text)
     if not 0 < minutes < math.inf:
-        raise argparse.ArgumentTypeError(f"needs a positive number of minutes, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a positive number of minutes, got {text}")
     return minutes
 
 
@@ -123,7 +122,7 @@ def _run_all(settings: argparse.Namespace, runs: Sequence[TableRun], results: Pa
                             metrics = kept | metrics
                         append_result(results, _line(settings, run, served, metrics, trained))
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "stopped; the same command resumes it")
+        print(str(interrupt) or "stopped; rerun the command to resume")
         return 130
     return 0
 
@@ -131,13 +130,13 @@ def _run_all(settings: argparse.Namespace, runs: Sequence[TableRun], results: Pa
 def _measure(
     settings: argparse.Namespace, run: TableRun, log: EventLog, progress: RowProgress
 ) -> Iterator[tuple[str, dict[str, float], RowOrigin]]:
-    """(name of the line, test metrics, how it was trained) of what a run lacks."""
+    """Measure the missing lines of a run: (name of the line, test metrics, origin of the model)."""
     folder, config = _placed(settings, run.name, run.seed, log)
     if run.row.untrained == "truth":
-        yield run.name, _truth(log, config), RowOrigin(0.0)
+        yield run.name, _oracle_metrics(log, config), RowOrigin(0.0)
     elif run.row.untrained:
-        found = evaluate_counting_baseline(CountingBaseline(run.row.untrained), log, config.data, top_k=TOP_K)
-        yield run.name, found.metrics, RowOrigin(found.seconds)
+        evaluation = evaluate_counting_baseline(CountingBaseline(run.row.untrained), log, config.data, top_k=TOP_K)
+        yield run.name, evaluation.metrics, RowOrigin(evaluation.seconds)
     else:
         if run.row.base:
             config = _downstream_config(settings, run, config, log)
@@ -161,10 +160,10 @@ def _measure(
 
 
 def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -> tuple[Path, TrainConfig]:
-    """Folder of a row and seed, and how it is trained there."""
+    """Folder of a row and seed, and the configuration of its training there."""
     table = TABLES[settings.table]
     row = table.rows[name]
-    # Not by the names of table and row: equal configurations are one run.
+    # Named by the configuration instead of table and row, so that equal configurations share a run.
     folder = settings.work / table.data / f"{_digest(recorded_config(table, row))}-{seed}"
     config = replace(
         train_config(table, row), run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads, progress=False
@@ -176,11 +175,11 @@ def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -
 
 
 def _downstream_config(settings: argparse.Namespace, run: TableRun, config: TrainConfig, log: EventLog) -> TrainConfig:
-    """The same over its base, which is trained, and its store, which is refreshed, where they are not there yet."""
+    """The configuration on top of the base; trains the base and refreshes its store if they are missing."""
     folder, base = _placed(settings, run.row.base, run.seed, log)
     model, store = train_noted(base, log, folder), folder / f"until-{run.row.until}"
     assert isinstance(model, VistaModel)
-    if not (store / CURRENT).exists():  # another generation would be another run
+    if not (store / CURRENT).exists():  # another generation would make it another run
         refresh(model, log, store, until=run.row.until)
     return replace(config, stage=Stage.downstream, base=str(folder / "run" / "best"), store=str(store))
 
@@ -188,7 +187,7 @@ def _downstream_config(settings: argparse.Namespace, run: TableRun, config: Trai
 def _served_metrics(
     settings: argparse.Namespace, run: TableRun, log: EventLog, model: VistaModel, folder: Path, progress: RowProgress
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """Test metrics of a trained model as it is served: from a store of each codec, through the scorer."""
+    """Test metrics of a trained model through the scorer, from a store of each codec."""
     table, optim = TABLES[settings.table], run.config["optim"]
     served = {name: how for name, how in run.row.served(run.name).items() if name in run.missing}
     refreshed: dict[Path, float] = {}
@@ -207,7 +206,7 @@ def _served_metrics(
             options: Options = {
                 "top_k": TOP_K,
                 "popularity": table.popularity,
-                # Without its loss the decoder that is asked was never trained.
+                # Recall asks the decoder, which is trained only by its loss.
                 "recall": table.recall and model.summarizer is not None and optim["reconstruction_weight"] > 0,
                 "staleness": how.staleness,
             }
@@ -217,13 +216,13 @@ def _served_metrics(
                     "train events/s": training_speed(folder / "run" / "metrics.jsonl"),
                     "refresh ms/user": 1e3 * refreshed[store],
                 }
-                if not how.staleness:  # a request that brings its own tail costs more than the ones that are timed
+                if not how.staleness:  # the timed requests do not bring their own tail
                     metrics["request ms"] = scorer_latency_ms(scorer, log)
             yield name, metrics
 
 
-def _truth(log: EventLog, config: TrainConfig) -> dict[str, float]:
-    """The best possible figures: the simulation's own probabilities."""
+def _oracle_metrics(log: EventLog, config: TrainConfig) -> dict[str, float]:
+    """The best possible metrics: those of the simulation's true probabilities."""
     assert config.data.test_from is not None
     cases = impression_cases(log, parse_time(config.data.test_from), None)
     assert cases.probability is not None
@@ -246,9 +245,9 @@ def _line(
 
 
 def _log(settings: argparse.Namespace) -> EventLog:
-    """The table's EventLog; made if it is not there."""
+    """The table's EventLog, which is created if missing."""
     table = TABLES[settings.table]
-    # A simulation of another size under the same name is another log.
+    # Simulations of different sizes may share a name but not a log.
     name = table.data if table.simulation is None else f"{table.data}-{_digest(table.simulation)}"
     path = settings.work / "logs" / name
     if not path.exists():
@@ -262,7 +261,7 @@ def _log(settings: argparse.Namespace) -> EventLog:
 
 
 def _source(log: Path) -> Path:
-    """Folder of the simulation that a log was made of."""
+    """Folder of the simulation from which a log was made."""
     return log.with_name(f"{log.name}-source")
 
 

@@ -1,7 +1,9 @@
-"""Results: one JSON line a run in docs/results/<table>.jsonl, and the Markdown table made from them.
+"""Results: one JSON line per run in docs/results/<table>.jsonl, and a Markdown table of these lines.
 
-A row is {table, data, model, seed, metrics: {"ndcg@10": …}, command, config, commit, hardware, seconds}, no more and no
-less. `python -m scripts.experiments.results docs/results/ml-1m.jsonl` prints the table.
+    python -m scripts.experiments.results docs/results/ml-1m.jsonl      # prints the table
+
+A row has exactly the keys {table, data, model, seed, metrics: {"ndcg@10": …}, command, config, commit, hardware,
+seconds}.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
     "seconds": (int, float),
 }
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
-# What a number depends on; docs/results changes with every result, and must not make the next one dirty.
+# Files that a result depends on. docs/results is not one of them: it changes with every result.
 _SOURCES = ("vista", "kernels", "conf", "scripts", "pyproject.toml")
 
 _LEGEND = (
@@ -44,12 +46,12 @@ _LEGEND = (
 
 
 def append_result(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
-    """Append one result as one JSON line, durably: the line is whole on the disk when this returns.
+    """Append one result as one JSON line, durably: the line is on the disk when this returns.
 
     Args:
-        path: docs/results/<table>.jsonl; made with its folder if absent.
+        path: docs/results/<table>.jsonl; created with its folder if missing.
         row: {table, data, model, seed, metrics, command, config, commit, hardware, seconds}. `metrics` maps names to
-            finite numbers, or to None where a metric is undefined; `seconds` is the time that the run took.
+            finite numbers, or to None if a metric is undefined. `seconds` is the time of the run.
 
     Raises:
         DataError: if a key is missing, unknown or of another type, or a number is not finite; names the key.
@@ -61,12 +63,12 @@ def append_result(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
     with target.open("ab+", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a crash left the line before unfinished
+            if file.read(1) != b"\n":  # a crash left the previous line unfinished
                 line = b"\n" + line
         written = file.write(line)
         if written != len(line):
             raise OSError(
-                f"{target}: only {written} of {len(line)} bytes could be written; free space and append again"
+                f"{target}: only {written} of {len(line)} bytes were written; free disk space and append again"
             )
         os.fsync(file.fileno())
 
@@ -75,7 +77,7 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All rows of a file, in its order, validated.
 
     Raises:
-        DataError: if the file is absent, or a line is no result; names file, line and remedy.
+        DataError: if the file is missing or a line is not a result; names file, line and remedy.
     """
     rows = read_lines(path)
     for number, row in rows:
@@ -87,12 +89,12 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
-    """(1-based line number, object) of every line that is not empty; errors as `read_results`."""
+    """(1-based line number, object) of every nonempty line; errors as in `read_results`."""
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}); results are written there by `vista evaluate`"
+            f"{path}: cannot be read ({error.strerror}); run scripts.experiments.reproduce to write it"
         ) from error
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -102,10 +104,10 @@ def read_lines(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]
             row = json.loads(line)
         except ValueError as error:
             raise DataError(
-                f"{path}, line {number}: is no JSON ({error}); remove the line and run that case again"
+                f"{path}, line {number}: is not JSON ({error}); remove the line and rerun its case"
             ) from error
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: is no JSON object; remove the line")
+            raise DataError(f"{path}, line {number}: is not a JSON object; remove the line")
         rows.append((number, row))
     return rows
 
@@ -114,34 +116,40 @@ def validate_result(row: Mapping[str, Any]) -> None:
     """Raise DataError unless the row has exactly the keys and types of a result."""
     missing, unknown = _TYPE_OF_KEY.keys() - row.keys(), row.keys() - _TYPE_OF_KEY.keys()
     if missing or unknown:
-        raise DataError(f"result: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; see vista/results.py")
+        raise DataError(
+            f"result: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; give exactly the keys of a row"
+        )
     for key, expected in _TYPE_OF_KEY.items():
         if not isinstance(row[key], expected) or isinstance(row[key], bool):
-            raise DataError(f"result: {key} is a {type(row[key]).__name__}, which it must not be; see vista/results.py")
+            raise DataError(
+                f"result: {key} is a {type(row[key]).__name__}; give a value of type {_type_name(expected)}"
+            )
     for key in ("table", "data", "model", "command", "commit"):
         if not row[key] or "\n" in row[key]:
             raise DataError(f"result: {key} must be one line of text, got {row[key]!r}")
     if not (math.isfinite(row["seconds"]) and row["seconds"] >= 0):
         raise DataError(f"result: seconds must be a finite number >= 0, got {row['seconds']}")
     if not row["metrics"]:
-        raise DataError("result: metrics is empty; there is nothing to record")
+        raise DataError("result: metrics is empty; give at least one metric")
     for name, value in row["metrics"].items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (value is None or (number and math.isfinite(value))):
-            raise DataError(
-                f"result: metrics[{name!r}] is {value!r}; give a finite number, or None where it is undefined"
-            )
+            raise DataError(f"result: metrics[{name!r}] is {value!r}; give a finite number, or None if it is undefined")
     try:
         json.dumps(row, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DataError(f"result: cannot be written as JSON ({error})") from error
 
 
-def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Results as Markdown: a line for each data and model, metrics as mean ± sample standard deviation over seeds.
+def _type_name(expected: type | tuple[type, ...]) -> str:
+    return expected.__name__ if isinstance(expected, type) else " or ".join(one.__name__ for one in expected)
 
-    The rows are `newest_rows`. The commands, commits and machines stand below, a line for the models that share them,
-    so that every number can be made again. Data and models keep the order in which they first appear.
+
+def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Results as Markdown: a line per data and model, with metrics as mean ± sample standard deviation over seeds.
+
+    The rows are those of `newest_rows`. Commands, commits and machines follow the table, so that every number can be
+    reproduced; models with the same ones share a line. Data and models keep the order of their first row.
     """
     newest = newest_rows(rows)
     parts = []
@@ -161,10 +169,10 @@ def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def newest_rows(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
-    """(table, data, model) -> the rows that its mean is of, one a seed.
+    """(table, data, model) -> the rows of its mean, one per seed.
 
-    Of several rows of the same seed the last one counts, and of seeds those that have the configuration of the model's
-    last row: what was tuned since would be another mean.
+    A later row replaces an earlier row of the same seed. Seeds whose configuration differs from the model's last row do
+    not count.
     """
     newest: dict[tuple[str, str, str], dict[int, Mapping[str, Any]]] = {}
     for row in rows:
@@ -176,13 +184,13 @@ def newest_rows(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str],
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between the configurations of two rows: "optim.epochs (12 -> 20)"; seeds aside."""
+    """Differences between the configurations of two rows except for seeds, such as "optim.epochs (12 -> 20)"."""
     old, new = _flat(before), _flat(now)
     return [f"{key} ({old.get(key)} -> {new.get(key)})" for key in old | new if old.get(key) != new.get(key)]
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim.epochs": 12, ...} without seeds."""
+    """The configuration with dotted keys and without seeds: {"optim.epochs": 12, ...}."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if key != "seed":
@@ -191,11 +199,11 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _origins(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Where the numbers come from: a line for all models of the same commands, seeds, commits and machines."""
+    """The origin of the numbers: one line for all models with the same commands, seeds, commits and machines."""
     models: dict[tuple[str, str], list[str]] = {}
     for (data, model), group in groups.items():
         seeds = " ".join(str(row["seed"]) for row in group)
-        # Commands that differ in the seed alone are one.
+        # Join commands that differ only in the seed.
         commands = dict.fromkeys(
             re.sub(rf"--seeds {row['seed']}\b", f"--seeds {seeds}", row["command"]) for row in group
         )
@@ -223,9 +231,9 @@ def _mean_and_spread(values: Sequence[float | None]) -> str:
 
 
 def describe_hardware(machine: Mapping[str, Any]) -> str:
-    """One short phrase for a row's `hardware`: processor or accelerator, cores, torch, precision of training."""
+    """A short description of a row's `hardware`: processor or GPU, cores, torch, precision of training."""
     name = machine.get("gpu") or machine.get("cpu") or "unknown machine"
-    # The widest vector unit: of one name there are processors that differ tenfold in their matrix products.
+    # The widest vector unit: processors of one name can differ tenfold in the speed of matrix products.
     vectors = "" if machine.get("gpu") else "".join(f" ({flag})" for flag in machine.get("flags", [])[-1:])
     precision = f", trained in {machine['precision']}" if "precision" in machine else ""
     elsewhere = f", partly on {'; '.join(machine['elsewhere'])}" if "elsewhere" in machine else ""
@@ -235,14 +243,14 @@ def describe_hardware(machine: Mapping[str, Any]) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine and the numeric set-up of this process, as it goes into a result.
+    """The machine and the numeric setup of this process, as recorded in a result.
 
     Returns:
-        {cpu, cores (those this process may use), flags (vector units), memory_gib, gpu (or None), platform, python,
-        torch, numpy, threads (of torch)}; rows of reproduce.py add precision (of training), and elsewhere, the other
-        machines that trained or measured.
+        {cpu, cores (available to this process), flags (vector units), memory_gib, gpu (or None), platform, python,
+        torch, numpy, threads (of torch)}. Rows of reproduce.py add precision (of training) and elsewhere (other
+        machines that trained or measured).
     """
-    import numpy  # here, so that printing a table needs neither
+    import numpy  # imported here, so that printing a table needs neither numpy nor torch
     import torch
 
     information = _cpu_information()
@@ -262,7 +270,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _cpu_information() -> dict[str, str]:
-    """The first processor's fields of /proc/cpuinfo; Arm calls its flags "Features"."""
+    """The first processor's fields of /proc/cpuinfo; on Arm the flags are called "Features"."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -273,14 +281,14 @@ def _cpu_information() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Short hash of the checkout that this file lies in, "+dirty" if its sources differ from it.
+    """Short hash of this file's checkout, with "+dirty" if its sources were changed.
 
-    Sources are the package, kernels, conf and scripts, files not yet tracked included. Outside a checkout: "v" and the
+    Sources are the package, kernels, conf and scripts, including untracked files. Outside a checkout: "v" and the
     version of the installed package.
     """
     file = Path(__file__).resolve()
     root = file.parents[2]
-    # This file may lie inside somebody else's repository: only a tracked one counts.
+    # This file may lie inside another repository, so it counts only if it is tracked.
     if _git(root, "ls-files", "--error-unmatch", str(file.relative_to(root))) is not None:
         short = _git(root, "rev-parse", "--short", "HEAD")
         changes = _git(root, "status", "--porcelain", "--", *_SOURCES)
@@ -301,9 +309,9 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the Markdown table of one or several result files; returns the exit status."""
+    """Print the Markdown tables of result files; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.experiments.results", description="Markdown tables of result files."
+        prog="python -m scripts.experiments.results", description="Print the Markdown tables of result files."
     )
     parser.add_argument("files", nargs="+", help="docs/results/<table>.jsonl")
     files: list[str] = parser.parse_args(arguments).files

@@ -1,7 +1,7 @@
-"""Where a row's model comes from: seconds, commits and machines of the processes that trained it.
+"""The origin of a row's model: seconds, commits and machines of the processes that trained it.
 
-The model may be older than the call that measures it: equal configurations of several tables are one run, a stopped run
-goes on, and more lines can be asked of a model that is there.
+The model may be older than the measurement: tables with equal configurations share a run, a stopped run resumes, and a
+later call may measure more lines of the same model.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from vista.model.ranking_model import RankingModel
 from vista.training.trainer import train_model
 
 MACHINE = ("cpu", "gpu", "cores", "threads")
-"""What of a row's hardware its time depends on."""
+"""Keys of a row's hardware that its time depends on."""
 ORIGINS = "origins.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
 class RowOrigin:
-    """What it took to make a row's model."""
+    """How a row's model was trained."""
 
     seconds: float
-    """Of training and validation, in all processes of a run that was stopped and resumed; or of counting."""
+    """Time of training and validation over all processes of the run, or of counting for a counting baseline."""
     origins: tuple[Mapping[str, Any], ...] = ()
-    """{commit, hardware} of these processes; none of a floor, or where they were older than this note."""
+    """{commit, hardware} of these processes; empty for counting baselines and for runs without the file."""
     validation: Mapping[str, float] = field(default_factory=dict)
-    """Metrics of the pass that was kept, the best one on validation."""
+    """Validation metrics of the exported pass, the best one."""
 
     @classmethod
     def read(cls, folder: Path) -> RowOrigin:
-        """Of the run in folder/run."""
+        """Read the origin of the run in folder/run."""
         rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
-        found = [row["validation"] for row in rows if "validation" in row]
-        validated = [{name: value for name, value in each.items() if value is not None} for each in found]
+        passes = [row["validation"] for row in rows if "validation" in row]
+        validated = [{name: value for name, value in each.items() if value is not None} for each in passes]
         kept: Mapping[str, float] = min(validated, key=_badness, default={})
         return cls(seconds, tuple(map(json.loads, _text(folder / ORIGINS).splitlines())), kept)
 
     def fields(self) -> dict[str, Any]:
         """commit, hardware and seconds of a line that this process measures.
 
-        The machine is the one whose seconds these are; others that took part are named under "elsewhere".
+        The hardware is that of the last training process; other machines are listed under "elsewhere".
         """
         measured, at = hardware(), commit()
         commits = list(dict.fromkeys(origin["commit"] for origin in self.origins))
@@ -65,22 +65,22 @@ class RowOrigin:
 
 
 def train_noted(config: TrainConfig, log: EventLog, folder: Path) -> RankingModel:
-    """Train in folder/run, go on, or read what is done; folder/origins.jsonl notes who took part."""
+    """Train or resume in folder/run, or load the finished model; folder/origins.jsonl records each training process."""
     metrics, origins = folder / "run" / "metrics.jsonl", folder / ORIGINS
     trained, known = _text(metrics), _text(origins)
     precision = choose_precision(config.precision, resolve_device(config.device)).value
     origin = {"commit": commit(), "hardware": hardware() | {"precision": precision}}
-    # Before training, so that one which is killed is named too.
+    # Written before training, so that a killed process is recorded too.
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(origins, known + json.dumps(origin) + "\n")
     model = train_model(config, log)
-    if _text(metrics) == trained:  # it had been trained to the end
+    if _text(metrics) == trained:  # the model was already finished
         replace_text(origins, known)
     return model
 
 
 def _badness(validation: Mapping[str, float]) -> float:
-    """By what the trainer chooses: NE of the first task, or NDCG@10 where there is none."""
+    """Smaller is better, as `vista.training.validation` chooses: NE of the first task, or else NDCG@10."""
     entropies = [value for name, value in validation.items() if name.startswith("ne/")]
     return entropies[0] if entropies else -validation["ndcg@10"]
 

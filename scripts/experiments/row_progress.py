@@ -1,4 +1,4 @@
-"""One progress bar over runs of very different lengths, with the time left by their estimates, and a limit of time."""
+"""A progress bar over runs of very different lengths, with an estimate of the time left and an optional time limit."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from types import TracebackType
 from tqdm import tqdm
 
 TERMINAL_S, FILE_S = 1.0, 60.0
-"""Seconds between two drawings: a log file is not to be filled with bars."""
+"""Seconds between two drawings of the bar, on a terminal and in a log file."""
 
 
 class RowProgress:
-    """A bar in estimated seconds. It moves while a run goes on, and corrects estimates by the runs that have ended.
+    """A bar in estimated seconds. It moves during a run, and corrects the estimates by the finished runs.
 
     with RowProgress([60, 1200], limit_s=600) as progress:
         for name in ("popularity, seed 0", "vista, seed 1"):
@@ -28,8 +28,8 @@ class RowProgress:
     def __init__(self, estimates_s: Sequence[float], limit_s: float | None = None) -> None:
         """
         Args:
-            estimates_s: of each run, in the order in which they will run.
-            limit_s: interrupt the main thread, as Ctrl-C does, this long after the start; None: never.
+            estimates_s: estimate per run, in the order of the runs.
+            limit_s: interrupt the main thread, as Ctrl-C does, this long after the start; None for no limit.
         """
         self._estimates = [max(estimate, 1e-3) for estimate in estimates_s]
         self._finished = 0
@@ -54,10 +54,10 @@ class RowProgress:
 
     @contextmanager
     def run(self, name: str) -> Iterator[None]:
-        """The next run, from its start to its end.
+        """Enclose the next run.
 
         Raises:
-            KeyboardInterrupt: if the limit has passed already.
+            KeyboardInterrupt: if the limit has already passed.
         """
         self.check()
         self._bar.set_description(f"{self._finished + 1} of {len(self._estimates)}: {name}", refresh=False)
@@ -69,19 +69,19 @@ class RowProgress:
         self._finished += 1
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if the limit has passed: what was interrupted may have ended instead of stopping."""
+        """Raise KeyboardInterrupt if the limit has passed, since an interrupted step may have finished anyway."""
         if self.expired:
-            raise KeyboardInterrupt("stopped at the limit of time; the same command resumes it")
+            raise KeyboardInterrupt("stopped at the time limit; rerun the command to resume")
 
     def left_s(self) -> float:
-        """Estimated seconds to the end of all runs."""
+        """Estimated seconds until all runs end."""
         pace = self._pace()
         elapsed = 0.0 if self._run_began is None else time.monotonic() - self._run_began
         running, waiting = self._estimates[self._finished : self._finished + 1], self._estimates[self._finished + 1 :]
         return max(pace * sum(running) - elapsed, 0.0) + pace * sum(waiting)
 
     def _pace(self) -> float:
-        """Measured over estimated seconds of the runs that have ended."""
+        """Measured over estimated seconds of the finished runs."""
         return self._measured / sum(self._estimates[: self._finished]) if self._finished else 1.0
 
     def _draw(self) -> None:

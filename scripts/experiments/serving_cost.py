@@ -1,7 +1,7 @@
-"""What a model costs: milliseconds of one request of 500 candidates, and what was spent on training.
+"""Costs of a model: the time of a request with 500 candidates, and the speed of training.
 
-VISTA is asked through the scorer, from its store; a baseline reads the user's raw history from the log in the request.
-One user a request, the same users and candidates for all, one after the other on the threads that are set.
+VISTA answers through the scorer, from its store. A baseline reads the user's raw history from the log in the request.
+Requests have one user each and run one after the other; all models get the same users and candidates.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ Int = NDArray[np.int64]
 
 
 def scorer_latency_ms(scorer: Scorer, log: EventLog) -> float:
-    """Median over requests; the first task, or the next item where there is no task."""
+    """Median over requests, for the first task, or for the next item if there is no task."""
     users, items = _workload(log)
     candidates, ids = scorer.encode(log.items.ids(items)), log.users.ids(users)
     return _median_ms(lambda request: scorer.score(ids[request : request + 1], candidates))
 
 
 def history_model_latency_ms(model: HistoryModel, log: EventLog) -> float:
-    """Median over requests, the history's look-up in the memory-mapped log included."""
+    """Median over requests, including the lookup of the history in the memory-mapped log."""
     users, items = _workload(log)
     ask = history_model_server(model, log, items)
     return _median_ms(lambda request: ask(users[request : request + 1]))
 
 
 def history_model_server(model: HistoryModel, log: EventLog, items: Int) -> Callable[[Int], Tensor]:
-    """A baseline's scores [B, C] for users int64 [B] from all their events, as a function.
+    """A function from users int64 [B] to a baseline's scores [B, C] from all their events.
 
     Args:
-        items: int64 [C] candidates; they and the users are rows of the log.
+        items: int64 [C] candidates. Users and items are rows of the log.
     """
     rows = model.rows_of(log.items)
     candidates = torch.from_numpy(rows[items]).to(model.device)
@@ -63,7 +63,7 @@ def history_model_server(model: HistoryModel, log: EventLog, items: Int) -> Call
 
 
 def training_speed(metrics: Path) -> float:
-    """Median of the events a second that a run's metrics.jsonl has noted; NaN where it was too short for a note."""
+    """Median of the events per second in a run's metrics.jsonl; NaN if the run was too short to record any."""
     rows = (json.loads(line) for line in metrics.read_text().splitlines())
     noted = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
     return statistics.median(noted) if noted else float("nan")

@@ -1,4 +1,4 @@
-"""What a table still lacks: the runs of its rows and seeds, how long they will take, and their commands."""
+"""The runs that a table still needs: their rows and seeds, estimated times, and commands."""
 
 from __future__ import annotations
 
@@ -19,41 +19,44 @@ from vista.config.conversion import to_dict
 from vista.errors import ConfigError
 
 UNREAD_BY_BASELINES = ("target_attention", "num_target_layers")
-"""Keys of ModelConfig that belong to stage 2, which baselines lack: their lines do not record them."""
+"""Keys of ModelConfig for stage 2, which baselines do not have; their lines do not record these keys."""
 UNTRAINED_SEED = 0
 SPLIT = ("split", "validation_from", "test_from", "exclude_seen")
-"""What of a configuration the untrained rows depend on."""
+"""Keys of DataConfig that the untrained rows depend on."""
 Line = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class TableRun:
-    """One model and seed of a table: its lines that are still to be made."""
+    """One model and seed of a table, with its lines that are still missing."""
 
     name: str
     row: TableRow
     seed: int
     config: dict[str, Any]
-    """As lines record it: what must be the same for a line to count as done."""
+    """The recorded configuration: a line counts as done only if it has the same one."""
     missing: tuple[str, ...]
     changed: tuple[str, ...]
-    """Why lines that are there do not count: "optim.epochs (12 -> 20)"."""
+    """Why existing lines do not count, such as "optim.epochs (12 -> 20)"."""
     estimate_s: float
 
     @property
     def label(self) -> str:
+        """Name and seed, for the progress bar."""
         return self.name if self.row.untrained else f"{self.name}, seed {self.seed}"
 
 
 def table_runs(settings: argparse.Namespace, lines: Sequence[Line]) -> list[TableRun]:
-    """Runs of the chosen rows and seeds, done ones too: all models of a seed, then the next seed."""
+    """Runs of the chosen rows and seeds, also finished ones: all models of a seed, then the next seed.
+
+    Raises:
+        ConfigError: if the table lacks one of the rows.
+    """
     table = TABLES[settings.table]
     names = list(dict.fromkeys(settings.rows or table.rows))
     unknown = [name for name in names if name not in table.rows]
     if unknown:
-        raise ConfigError(
-            f"--rows {unknown[0]}: {settings.table} has no such row; take some of {', '.join(table.rows)}"
-        )
+        raise ConfigError(f"--rows {unknown[0]}: {settings.table} has no such row; choose from {', '.join(table.rows)}")
     newest = {(line["model"], line["seed"]): line for line in lines}
     machine, runs = hardware(), []
     for asked in dict.fromkeys(settings.seeds):
@@ -77,19 +80,20 @@ def table_runs(settings: argparse.Namespace, lines: Sequence[Line]) -> list[Tabl
 
 
 def train_config(table: Table, row: TableRow) -> TrainConfig:
+    """The training configuration of a row."""
     return compose_config(TrainConfig, [f"experiment={table.experiment}", *table.words, *row.words])
 
 
 def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
-    """What a line says of its configuration. Paths are the machine's, not the experiment's."""
+    """The configuration as a line records it, without paths, which belong to the machine."""
     config = train_config(table, row)
     values = to_dict(config)
     data = {
         key: value for key, value in values["data"].items() if key in SPLIT or (not row.untrained and key != "path")
     }
     if config.model.architecture.ranks_only or row.untrained == "truth":
-        del data["exclude_seen"]  # it is about next items
-    # A log of another size is another experiment.
+        del data["exclude_seen"]  # it applies only to next items
+    # The log's size is part of the experiment.
     recorded = {"data": data} | ({} if table.simulation is None else {"simulation": table.simulation})
     if row.untrained:
         return recorded
@@ -105,13 +109,14 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
 
 
 def _estimate_s(name: str, row: TableRow, lines: Sequence[Line], machine: Line) -> float:
-    """By what the row took before, on such a machine if it can be; else the table's guess."""
-    same = [line for line in lines if line["model"] in row.served(name)]
-    here = [line for line in same if all(line["hardware"].get(key) == machine[key] for key in MACHINE)]
-    return fmean(line["seconds"] for line in here or same) if same else 60 * row.minutes
+    """The mean time of the row's earlier lines, preferably on this kind of machine, or else the table's estimate."""
+    earlier = [line for line in lines if line["model"] in row.served(name)]
+    here = [line for line in earlier if all(line["hardware"].get(key) == machine[key] for key in MACHINE)]
+    return fmean(line["seconds"] for line in here or earlier) if earlier else 60 * row.minutes
 
 
 def listing(settings: argparse.Namespace, runs: Sequence[TableRun]) -> str:
+    """A readable list of the runs: their states, estimated times and commands."""
     pending = [run for run in runs if run.missing]
     left = sum(run.estimate_s for run in pending) / 60
     lines = [f"{settings.table}: {len(runs) - len(pending)} of {len(runs)} runs done, about {left:.0f} minutes left"]
@@ -119,14 +124,15 @@ def listing(settings: argparse.Namespace, runs: Sequence[TableRun]) -> str:
         own = [run for run in runs if run.name == name]
         seeds = " ".join(str(run.seed) for run in own if run.missing)
         state = "done" if not seeds else "to run" if own[0].row.untrained else f"to run with seed {seeds}"
-        lines.append(f"\n{name}: {state}; {own[0].estimate_s / 60:.1f} minutes a run")
+        lines.append(f"\n{name}: {state}; {own[0].estimate_s / 60:.1f} minutes per run")
         changed = dict.fromkeys(change for run in own for change in run.changed)
-        lines += [f"  was done with another {', '.join(changed)}"] if changed else []
+        lines += [f"  was run with another {', '.join(changed)}"] if changed else []
         lines.append(f"  {command_of(settings, own[0], [run.seed for run in own])}")
     return "\n".join(lines)
 
 
 def command_of(settings: argparse.Namespace, run: TableRun, seeds: Sequence[int]) -> str:
+    """The command that reproduces a run, for some seeds."""
     table = TABLES[settings.table]
     words = ["python", "-m", "scripts.experiments.reproduce", settings.table, "--rows", run.name]
     words += [] if table.simulation is not None else ["--data", table.data]

@@ -1,4 +1,4 @@
-"""What the tables of docs/results hold, as data; `scripts/experiments/reproduce.py` runs it."""
+"""The definitions of the tables in docs/results; scripts/experiments/reproduce.py runs them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class TableLine:
 
     codec: Codec = Codec.int8
     tail_len: int | None = None
-    """None: the model's own."""
+    """None for the model's own tail length."""
     staleness: int = 0
 
 
@@ -23,27 +23,27 @@ class TableRow:
     """A model of a table, and how it is served."""
 
     minutes: float
-    """Of one seed on one thread: a guess, until a row that was run says better."""
+    """Estimated time of one seed on one thread, used until the row was run."""
     words: tuple[str, ...] = ()
-    """Words of `vista train` beyond the table's."""
+    """Arguments of `vista train` in addition to the table's."""
     codecs: tuple[Codec, ...] = (Codec.int8,)
-    """Stores that it is served from."""
+    """Codecs of the stores that serve it."""
     tails: tuple[int, ...] = ()
-    """Shorter tails that the same weights are also served with (`VistaModel.with_tail`), from the int8 store."""
+    """Shorter tails with which the same weights are also served (`VistaModel.with_tail`), from the int8 store."""
     staleness: tuple[int, ...] = ()
-    """The same weights with summaries that lack so many events before each label, from an int8 store."""
+    """Also serve the same weights with summaries that lack this many events before each label, from an int8 store."""
     apart: tuple[int, ...] = ()
-    """Tails that the same weights are also served with beside summaries that end so many events before the split's
-    labels, from an int8 store. Of leave-last-out that is where the tail begins, so that no event is told twice."""
+    """Tails with which the same weights are also served, with summaries that end this many events before the split's
+    labels, from an int8 store. With leave-last-out the tail begins there, so that no event is in both."""
     untrained: Literal["", "popularity", "transitions", "truth"] = ""
-    """A floor, or the simulation's own probabilities: measured once, without training."""
+    """A counting baseline, or the simulation's true probabilities ("truth"): measured once, without training."""
     base: str = ""
     """Row of the same table and seed whose model stays frozen: this row is trained on it with stage=downstream."""
     until: str = ""
-    """What the base's summaries have seen that a downstream model is trained on."""
+    """`until` of the base's summaries on which a downstream model is trained."""
 
     def served(self, name: str) -> dict[str, TableLine]:
-        """Names of its lines in the table -> how each is served."""
+        """Names of the row's lines in the table -> how each line is served."""
         lines = {
             name if codec is Codec.int8 else f"{name}, {codec.value} store": TableLine(codec) for codec in self.codecs
         }
@@ -57,30 +57,30 @@ class Table:
     """Models over one log and one split."""
 
     experiment: str
-    """Of conf/experiment: the split, and what all rows have in common."""
+    """File of conf/experiment: the split and the settings that all rows share."""
     data: str
-    """Name of the log: a MovieLens set's folder, or a simulation's."""
+    """Name of the log: the folder of a MovieLens set or of a simulation."""
     rows: dict[str, TableRow]
     words: tuple[str, ...] = ()
-    """Words of `vista train` beyond the experiment, for all rows."""
+    """Arguments of `vista train` for all rows, in addition to the experiment."""
     simulation: dict[str, Any] | None = None
-    """Keys of `vista simulate` that make the log; None: a MovieLens set."""
+    """Arguments of `vista simulate` that create the log; None for a MovieLens set."""
     popularity: bool = False
-    """With the report on popularity (`vista.evaluation.popularity`)."""
+    """Whether to report popularity (`vista.evaluation.popularity`)."""
     costs: bool = False
-    """With events a second in training, seconds of refresh a user, and milliseconds of a request (serving_cost.py)."""
+    """Whether to report events per second of training, refresh time per user and time per request (serving_cost.py)."""
     recall: bool = False
-    """With what summaries remember (`vista.evaluation.recall`)."""
+    """Whether to report the recall of the summaries (`vista.evaluation.recall`)."""
     validation: bool = False
-    """With the validation of the pass that was kept, by which one row is chosen before another."""
+    """Whether to report the validation metrics of the exported pass, by which a row is chosen."""
 
 
 BOTH = (Codec.int8, Codec.float32)
 TAILS = (2, 4, 8, 16)
 AGES = (10, 100, 1000)
 K0 = ("model.num_seeds=0",)
-# Stage 2's layers until November 2026. A table that has these words was run with them, and not yet with today's
-# default: its rows compare with one another alone.
+# The default layers of stage 2 until November 2026. A table with this setting was not rerun with today's default, so
+# its rows can only be compared with one another.
 SOFTMAX = ("model.target_attention=softmax",)
 COUNTING_BASELINES = {
     "popularity": TableRow(0.1, untrained="popularity"),
@@ -90,7 +90,7 @@ TRUTH = {"truth": TableRow(0.1, untrained="truth")}
 
 
 def _movielens(data: str, minutes: float, more: dict[str, TableRow]) -> Table:
-    """`minutes`: of vista itself."""
+    """`minutes` is the estimated time of the row `vista`."""
     rows = {
         "vista": TableRow(minutes, codecs=BOTH, tails=TAILS),
         "tail-only": TableRow(0.4 * minutes, K0, tails=TAILS),
@@ -112,12 +112,12 @@ def _timeless(minutes: float) -> dict[str, TableRow]:
 
 
 def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
-    """A log of some 4.8M events and 360,000 impressions, whatever the length of its histories.
+    """A log of about 4.8M events and 360,000 impressions, for any history length.
 
-    The age of the summaries that training shows is kept in proportion; so are the windows of a life in which a model
-    that reads all of it has its labels. It takes a step a life, so few, long lives show the same windows in more,
-    lighter passes: 75 steps a pass, at 64,000 events, are too few. SASRec and HSTU take every event of a chunk as a
-    label.
+    The age of the summaries in training is proportional to the length, and so is the number of windows per history in
+    which a model that reads the whole history has its labels. Such a model takes one step per history. So few long
+    histories show the same windows in more passes of fewer windows: 75 steps per pass, at 64,000 events, are too few.
+    SASRec and HSTU use every event of a chunk as a label.
     """
     lighter = {16_000: 4, 64_000: 8}.get(events_per_user, 1)
     windows = max(4, events_per_user * 64 // 4000) // lighter
@@ -126,18 +126,18 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
     rows = {
         "vista": TableRow(12, codecs=BOTH),
         "tail-only": TableRow(7, K0),
-        # Every event is a label, as for SASRec and HSTU, and the tail is twice as long.
+        # Every event is a label, as in SASRec and HSTU, and the tail is twice as long.
         "vista-all-labels": TableRow(20, all_labels),
         "sasrec": TableRow(20, ("model=sasrec", *four_passes)),
         "hstu": TableRow(25, ("model=hstu", *four_passes)),
         "din": TableRow(10, ("model=din",)),
         "sim": TableRow(10, ("model=sim",)),
-        # Given the simulation's own topics, which no other model sees.
+        # Uses the simulation's true topics, which no other model gets.
         "sim-hard": TableRow(
             10, ("model=sim", "model.search=hard", "data.item_categories=items.parquet", "data.category_column=topic")
         ),
         "twin": TableRow(8, ("model=twin",)),
-        # At the rate that the table `tuning` chooses for all three, and about the same minutes.
+        # With the learning rate that the table `tuning` chooses for all three, and about equal training times.
         "vista-tuned": TableRow(16, ("optim.learning_rate=0.004",)),
         "sim-tuned": TableRow(16, ("model=sim", f"optim.epochs={7 * lighter}", "optim.learning_rate=0.004")),
         "twin-tuned": TableRow(18, ("model=twin", f"optim.epochs={8 * lighter}", "optim.learning_rate=0.004")),
@@ -147,20 +147,20 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
         f"optim.epochs={4 * lighter}",
         f"optim.validate_every={lighter}",
         f"data.staleness_events={events_per_user * 300 // 4000}",
-        f"data.chunk_len={max(16_384, 4 * events_per_user)}",  # whole lives, which spread around their mean
+        f"data.chunk_len={max(16_384, 4 * events_per_user)}",  # whole histories, whose lengths spread around the mean
     )
     sizes = {"num_users": num_users, "events_per_user": events_per_user, "impressions_per_user": 360_000 // num_users}
     return Table("simulation", data, rows | TRUTH, words, sizes, costs=True)
 
 
-# Thrice the default users: with 400, NE stands still far from the truth's, however many passes.
+# Three times the default number of users: with 400, NE stays far from the oracle's after any number of passes.
 SIMULATION = _simulation("simulation", 1200, 4000)
 
 
 def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, TableRow]:
-    """One change a row; `minutes` is vista's own time.
+    """One change per row; `minutes` is the estimated time of the row `vista`.
 
-    Bidirectional mixing has no convolution: its pair in separable mixing is `no-convolution`.
+    Bidirectional mixing has no convolution: compare it with `no-convolution`.
     """
     horizons = "model.decay_horizons"
     changes: dict[str, tuple[float, tuple[str, ...]]] = {
@@ -191,28 +191,28 @@ def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, Tab
 
 
 def _downstream() -> Table:
-    """A second task, over the summaries of a model that was trained on clicks alone, against training all for it.
+    """A second task on the frozen summaries of a model for clicks, against a model trained for both tasks.
 
-    The log and split are those of the table `simulation`. The downstream row has a bit more than a quarter of the joint
-    row's labels: those after its store.
+    The log and split are those of the table `simulation`. The downstream row has slightly more than a quarter of the
+    joint row's labels: those after its store.
     """
     tasks = "optim.tasks=[like,long_view]"
-    # Likes are known of few impressions, so most windows hold no label: the drawn ones are those that do.
+    # Likes are known for few impressions, so most windows have no label; training draws those that do.
     few = ("optim.next_weight=0", "data.windows_per_chunk=20", "optim.epochs=8")
     rows = {
         "base": TableRow(12, ("optim.tasks=[click]",)),
         "joint": TableRow(12, (tasks,)),
-        # With the clicks, which the base has seen too.
+        # Also trained on clicks, as the base is.
         "joint-all": TableRow(12),
         "downstream": TableRow(4, (tasks, *few), base="base", until="2025-01-01"),
-        # The same without a summary of old events: what the task's own tail gives.
+        # Without a summary of old events: the quality that the tail alone gives.
         "tail-only": TableRow(7, (tasks, *K0)),
     }
     return replace(SIMULATION, words=(*SIMULATION.words, *SOFTMAX), rows=rows | TRUTH)
 
 
 def _embeddings() -> dict[str, TableRow]:
-    """A unified table of as many parameters as a row an item and a row a gap have, and of a share of them."""
+    """Unified tables with as many parameters as one row per item and per gap, and with fractions of them."""
     rows = {"unified-1": 3445, "unified-1/2": 1722, "unified-1/4": 860, "unified-1/10": 343}
     return {"vista": TableRow(6)} | {
         name: TableRow(6, (f"model.embedding_rows={count}",)) for name, count in rows.items()
@@ -227,7 +227,7 @@ def _logq_strengths(minutes: float) -> dict[str, TableRow]:
 
 
 def _frequencies(minutes: float) -> dict[str, TableRow]:
-    """Negatives drawn by frequency, which is counted or sketched."""
+    """Negatives drawn by frequency, which is counted exactly or by a sketch."""
     drawn = ("data.negative_power=1", "data.num_negatives=512")
     return {
         "drawn-by-frequency": TableRow(minutes, drawn),
@@ -236,7 +236,7 @@ def _frequencies(minutes: float) -> dict[str, TableRow]:
 
 
 def _trials() -> dict[str, TableRow]:
-    """The same trials and about the same minutes for every model; passes are as many as these minutes hold."""
+    """The same trials and about the same training time for every model, which determines the number of passes."""
     passes = {"vista": 5, "tail-only": 5, "sasrec": 6, "hstu": 4, "din": 6, "sim": 7, "twin": 8}
     return {
         f"{model}, rate {rate:g}": TableRow(
@@ -251,16 +251,17 @@ TWO_SOFTMAX = (*SOFTMAX, "model.num_target_layers=2")
 ML_1M = {
     "2-layers": TableRow(20, ("model.num_target_layers=2",)),
     "hstu-8-layers": TableRow(35, ("model=hstu", "model.num_layers=8")),
-    # As many parameters as vista, 617,000 (55,000 of them the decoder's, which serves nobody, and 41,000 read by no
-    # pass: what events become after the last layer of stage 1, and gaps that this set has not): 617,000 and 619,000.
+    # About as many parameters as vista's 617,000: 617,000 and 619,000. Of vista's, 55,000 belong to the decoder, which
+    # is not used in serving, and 41,000 are never read: those of events after the last layer of stage 1, and of gaps
+    # that this data set does not have.
     "sasrec-equal": TableRow(30, ("model=sasrec", "model.dim=116")),
     "hstu-equal": TableRow(45, ("model=hstu", "model.num_layers=8", "model.dim=84")),
-    # What the summary's size is worth: over two softmax layers, not eight pointwise ones.
+    # The value of the summary's size, with two softmax layers instead of eight pointwise ones.
     "softmax": TableRow(28, TWO_SOFTMAX, codecs=BOTH, tails=TAILS),
     "softmax-tail-only": TableRow(19, (*K0, *TWO_SOFTMAX), tails=TAILS),
     "softmax-K=4": TableRow(26, ("model.num_seeds=4", *TWO_SOFTMAX)),
     "softmax-K=32": TableRow(35, ("model.num_seeds=32", *TWO_SOFTMAX)),
-    # The bytes of 16 int8 rows of 64, spent on 288 more item ids of 4 bytes. In training positions see 161 to 320.
+    # Spends the bytes of 16 int8 rows of 64 on 288 more item ids of 4 bytes. In training, positions see 161 to 320.
     "softmax-raw-ids": TableRow(50, (*K0, *TWO_SOFTMAX, "model.tail_len=320", "data.label_spacing=160")),
     # Twice as wide. Events of unknown items, so that three times the weights do not learn histories by heart; and tails
     # of 1 to 64 events in training, so that the 32 that it is also served with are no longer than most. Its answer is
@@ -275,7 +276,7 @@ ML_1M = {
         tails=(2, 4, 8, 16, 32),
         apart=(16, 32),
     ),
-    # Its baseline: as wide, as many passes, and the same share of unknown items, over the last 200 events.
+    # Its baseline: the same width, passes and share of unknown items, over the last 200 events.
     "hstu-wide": TableRow(
         65, ("model=hstu", "model.num_layers=8", "model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15")
     ),
@@ -287,7 +288,7 @@ TABLES = {
     "ml-100k": _movielens("ml-100k", 6, _timeless(6)),
     "ml-latest-small": _movielens("ml-latest-small", 7, _timeless(7)),
     "simulation": SIMULATION,
-    # The same world, shorter and longer lives; 4,000 events are the table `simulation`.
+    # The same simulation with shorter and longer histories; the table `simulation` has 4,000 events.
     "length-200": _simulation("simulation-200", 24_000, 200),
     "length-1k": _simulation("simulation-1k", 4800, 1000),
     "length-16k": _simulation("simulation-16k", 300, 16_000),
@@ -300,7 +301,7 @@ TABLES = {
     "ablations-ml-100k": Table("ml-100k", "ml-100k", _ablations(6, AGES), recall=True),
     # Half the passes of the table ml-1m-half.
     "ablations-ml-1m-half": Table("ml-1m-half", "ml-1m-half", _ablations(8.5, AGES), ("optim.epochs=10",), recall=True),
-    # Half the lives and three passes, so that a run takes some five minutes.
+    # Half the events per history and three passes, so that a run takes about five minutes.
     "ablations-simulation": Table(
         "simulation",
         "simulation-2k",
@@ -319,12 +320,12 @@ TABLES = {
         validation=True,
     ),
 }
-"""By name: docs/results/<name>.jsonl and <name>.md."""
+"""Name -> table; results are in docs/results/<name>.jsonl and <name>.md."""
 
 LENGTHS = {"length-200": 200, "length-1k": 1_000, "simulation": 4_000, "length-16k": 16_000, "length-64k": 64_000}
-"""The tables of one world -> mean events of a history."""
+"""The tables of one simulation -> mean events per history."""
 
 
 def length_case(length: int, row: str) -> str:
-    """What bench_lengths.py calls a row's request; plot_lengths.py finds it by that."""
+    """Case of bench_lengths.py for a row's request; plot_lengths.py finds it by this name."""
     return f"{length:,} events: {row}"

@@ -1,4 +1,4 @@
-"""Nurseries, one a kind and session, and the repetitions of a promise."""
+"""Nurseries, one per kind and session, and the repetitions of a promise."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from vista.training.trainer import schema_of
 
 
 def require_linux() -> None:
-    """Skip elsewhere: /proc, prctl and mount namespaces are Linux's."""
+    """Skip the test on other systems, which lack /proc, prctl and mount namespaces."""
     if sys.platform != "linux":
-        pytest.skip("faults are injected by means of Linux")
+        pytest.skip("fault injection requires Linux")
 
 
 @pytest.fixture
 def trials(request: pytest.FixtureRequest, tmp_path: Path) -> Trials:
-    """Of the form that `harness.promise` asks for."""
+    """The repetitions of the short or the full form, as `harness.promise` parametrizes."""
     promise: Promise
     promise, wanted = request.param
     if wanted < promise.full:
         return Trials(promise, wanted, tmp_path / "notes.jsonl", tmp_path)
     notes, scratch = work_folder() / f"{promise.name}.jsonl", work_folder() / "scratch" / promise.name
     wanted = promise.each * math.ceil(share() * wanted / promise.each)
-    return Trials(promise, wanted, notes, scratch, goes_on=True)
+    return Trials(promise, wanted, notes, scratch, keeps_going=True)
 
 
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
-    """A plain one."""
+    """A nursery without a preloaded library."""
     require_linux()
     with Nursery() as started:
         yield started
@@ -47,7 +47,7 @@ def nursery() -> Iterator[Nursery]:
 
 @pytest.fixture(scope="session")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    """One whose children can have their system calls written down, failed or answered with SIGKILL (`preload`)."""
+    """A nursery whose children can record their system calls, or get errors or SIGKILL from them (`preload`)."""
     require_linux()
     if shutil.which("cc") is None:
         pytest.skip("no C compiler (cc): system calls cannot be intercepted")
@@ -57,7 +57,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 @pytest.fixture(scope="session")
 def model_dir(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model: what a refresh stores does not depend on training."""
+    """An untrained model; refreshes do not depend on training."""
     folder = tmp_path_factory.mktemp("model")
     config = small_config(event_log, "unused")
     VistaModel(config.model, schema_of(event_log, config), event_log.items, config.data).save_pretrained(folder / "m")

@@ -1,14 +1,13 @@
-"""What a disk may hold after a power cut, from the log of system calls up to it.
+"""Possible contents of a disk after a power cut, from the log of system calls before it.
 
-The model is a strict reading of POSIX, in the manner of SQLite's test6.c and ALICE (OSDI 2014):
+The model is a strict reading of POSIX, as in SQLite's test6.c and ALICE (OSDI 2014):
 
-- a write since the file's last fsync, fdatasync or O_DSYNC write reaches the disk in any subset of its sectors of 512
-  bytes: lost, torn and reordered; a sector itself is whole or not at all;
-- a truncation since then may be lost;
-- names (files created, renamed, removed) of one folder reach the disk in their order, up to any point since the
-  folder's last fsync, whatever became of other folders and of the files' content;
-- a failed fsync leaves the pages clean (fsyncgate): what it should have written never reaches the disk, whatever
-  later ones say.
+- A write since the file's last fsync, fdatasync or O_DSYNC write reaches the disk in any subset of its 512-byte
+  sectors: lost, torn or reordered. A single sector is atomic.
+- A truncation since then may be lost.
+- Changes of names in a folder (files created, renamed, removed) reach the disk in order, up to any point since the
+  folder's last fsync, independent of other folders and of the files' contents.
+- A failed fsync leaves the pages clean (fsyncgate): their data never reach the disk, even if a later fsync succeeds.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SECTOR_BYTES = 512
 
 @dataclass
 class File:
-    """Durable bytes, and (offset, data) of the writes beyond; data of None is a truncation."""
+    """Durable bytes, and pending writes as (offset, data); data of None is a truncation."""
 
     durable: bytearray = field(default_factory=bytearray)
     pending: list[tuple[int, bytes | None]] = field(default_factory=list)
@@ -36,7 +35,7 @@ class File:
         self.pending = []
 
     def image(self, chance: random.Random) -> bytes:
-        """One of the contents that a power cut may leave."""
+        """A content that a power cut may leave."""
         content = bytearray(self.durable)
         share = chance.choice([0.0, 0.1, 0.5, 0.9, 1.0])
         for place, data in self.pending:
@@ -52,12 +51,12 @@ class File:
 
 @dataclass
 class Folder:
-    """Entries now, durable ones, and the changes between: (name, what it names from then on)."""
+    """Current entries, durable entries, and the pending changes as (name, its new entry)."""
 
     entries: dict[str, File | Folder] = field(default_factory=dict)
     durable: dict[str, File | Folder] = field(default_factory=dict)
     pending: list[list[tuple[str, File | Folder | None]]] = field(default_factory=list)
-    """Changes that happen at once (a rename is two) lie in one list."""
+    """Each list is one atomic change; a rename has two parts."""
 
     def change(self, *changes: tuple[str, File | Folder | None]) -> None:
         _change(self.entries, changes)
@@ -70,14 +69,14 @@ class Folder:
 
 
 class Disk:
-    """Follows a log below one folder, which is there and durable at first."""
+    """Replays a log of calls below one folder, which exists and is durable at first."""
 
     def __init__(self, root: Path) -> None:
         self.root = Folder()
         self._prefix = PurePosixPath(root)
 
     def take(self, calls: Iterable[Call]) -> None:
-        """Follow some calls."""
+        """Replay calls."""
         for call in calls:
             self._take(call)
 
@@ -92,7 +91,7 @@ class Disk:
                 self._folder(path.parent).change((path.name, None))
             case "r":
                 other = PurePosixPath(call.other)
-                assert other.parent == path.parent, "renames across folders are not modelled"
+                assert other.parent == path.parent, "renames across folders are not modeled"
                 folder = self._folder(path.parent)
                 folder.change((other.name, folder.entries[path.name]), (path.name, None))
             case "w" | "t":
@@ -103,14 +102,14 @@ class Disk:
                 else:
                     file.pending.append((call.offset, call.data if call.name == "w" else None))
             case "s":
-                found = self._find(path)
-                if call.failed and isinstance(found, File):
-                    found.pending = []
-                elif not call.failed and found is not None:
-                    found.sync()
+                entry = self._find(path)
+                if call.failed and isinstance(entry, File):
+                    entry.pending = []
+                elif not call.failed and entry is not None:
+                    entry.sync()
 
     def tear(self, call: Call) -> None:
-        """Take a call that the power cut interrupts: a synchronous write is not durable yet, a sync is not done."""
+        """Replay a call that the power cut interrupts: a synchronous write is not durable yet, a sync has no effect."""
         if call.name in "wt" and call.synchronous:
             path = PurePosixPath(call.path)
             file = self._folder(path.parent).entries[path.name]
@@ -120,22 +119,22 @@ class Disk:
             self._take(call)
 
     def write_image(self, target: Path, chance: random.Random) -> None:
-        """Write one of the states that a power cut may leave into an empty folder."""
+        """Write a state that a power cut may leave to an empty folder."""
         _write(self.root, target, chance)
 
     def _folder(self, path: PurePosixPath) -> Folder:
-        found = self._find(path)
-        assert isinstance(found, Folder), path
-        return found
+        folder = self._find(path)
+        assert isinstance(folder, Folder), path
+        return folder
 
     def _find(self, path: PurePosixPath) -> File | Folder | None:
-        """None for what lies above the root (its name is durable) or has no name any more."""
+        """The entry of a path; None for paths above the root, whose names are durable, and for removed names."""
         if path != self._prefix and self._prefix not in path.parents:
             return None
-        found: File | Folder | None = self.root
+        entry: File | Folder | None = self.root
         for name in path.relative_to(self._prefix).parts:
-            found = found.entries.get(name) if isinstance(found, Folder) else None
-        return found
+            entry = entry.entries.get(name) if isinstance(entry, Folder) else None
+        return entry
 
 
 def _write(folder: Folder, target: Path, chance: random.Random) -> None:

@@ -1,16 +1,15 @@
-"""Promises of docs and reliability tests: one repetition is written once, and runs a few times or thousands of times.
+"""Promises: reliability tests that run a few times in `make test` and thousands of times in `make test-faults`.
 
-A promise is a test function of one repetition, in a file of its own:
+A promise is a test function of one repetition, in its own file:
 
     @promise("Acknowledged batch survives", fault="kill -9 of the writer", full=1000, short=10)
     def test_killed_writer(trial: Trial, nursery: Nursery) -> None:
-        ...  # `trial.random` decides, `trial.folder` is empty, `trial.count("…")` says what happened
+        ...  # draw from `trial.random`, work in the empty `trial.folder`, record events with `trial.count("…")`
 
-It becomes two tests: the short form, which `make test` runs (short=0: none), and the full one under the mark `faults`,
-which `make test-faults` runs. The full form notes every repetition in a file of the work folder (VISTA_FAULTS_DIR, by
-default .faults/ in the checkout), so that a suite that was ended goes on, and `python -m tests.faults.table` makes the
-table.
-What was noted under another commit does not count.
+It becomes two tests: the short form, which `make test` runs (short=0 for none), and the full form with the marker
+`faults`, which `make test-faults` runs. The full form records every repetition in a file of the work folder
+(VISTA_FAULTS_DIR, by default .faults/ in the checkout), so that an interrupted suite resumes and
+`python -m tests.faults.table` can write the table. Repetitions of another commit do not count.
 """
 
 from __future__ import annotations
@@ -33,23 +32,23 @@ import pytest
 from scripts.experiments.results import commit, hardware
 
 MAX_FAILURES = 5
-"""Failed repetitions after which the full form of a promise stops."""
+"""The full form of a promise stops after this many failed repetitions."""
 
 
 @dataclass(frozen=True)
 class Promise:
-    """What is promised, against which fault, and how often it is tried."""
+    """A promise, the fault that it withstands, and the number of repetitions."""
 
     name: str
-    """Of the test function, and of the file of its repetitions."""
+    """Name of the test function, and of the file with its repetitions."""
     text: str
     fault: str
     full: int
     short: int
     each: int
-    """Repetitions of one call of the function, where a process for each would take too long."""
+    """Repetitions per call of the function, if a process for each would take too long."""
     shares: Mapping[str, float] = field(default_factory=dict)
-    """Least share of what `Trial.count` counted, by name: a fault that never struck proves nothing."""
+    """Event of `Trial.count` -> its least share: a fault that never strikes proves nothing."""
 
 
 @dataclass
@@ -57,20 +56,20 @@ class Trial:
     """One repetition."""
 
     number: int
-    """0, 1, …: the same number is the same repetition, in the short form and in the full one."""
+    """0, 1, …; a number means the same repetition in the short and in the full form."""
     random: random.Random
     folder: Path
-    """Empty; kept where the repetition fails."""
+    """Empty at first; kept if the repetition fails."""
     counts: Counter[str] = field(default_factory=Counter)
 
     def count(self, what: str, times: int = 1) -> None:
-        """Note what happened: a phase in which a kill fell, how a damage was noticed."""
+        """Count an event, such as the phase of a kill or the way damage was noticed."""
         self.counts[what] += times
 
 
 @dataclass
 class Record:
-    """What is known of a promise's repetitions."""
+    """The recorded repetitions of a promise."""
 
     header: dict[str, Any]
     done: set[int] = field(default_factory=set)
@@ -80,7 +79,7 @@ class Record:
     skipped: str = ""
 
     def take(self, row: Mapping[str, Any]) -> None:
-        """One noted repetition, or the reason why there are none."""
+        """Add a recorded repetition, or the reason why there are none."""
         if "skipped" in row:
             self.skipped = row["skipped"]
             return
@@ -93,13 +92,13 @@ class Record:
 
 
 PROMISES: list[Promise] = []
-"""All that were imported, in order."""
+"""All imported promises, in order."""
 
 
 def promise(
     text: str, *, fault: str, full: int, short: int, each: int = 1, shares: Mapping[str, float] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function of one repetition two tests; see the top of this file."""
+    """Turn a function of one repetition into two tests; see the top of this file."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         this = Promise(function.__name__.removeprefix("test_"), text, fault, full, short, each, shares or {})
@@ -126,12 +125,12 @@ def promise(
 
 
 class Trials:
-    """The repetitions of a promise: runs those that are not noted yet, notes each, and fails if any ever failed."""
+    """Runs the repetitions of a promise that are not recorded yet, records each, and fails if any ever failed."""
 
-    def __init__(self, promise: Promise, wanted: int, notes: Path, scratch: Path, *, goes_on: bool = False) -> None:
-        """`wanted` repetitions, noted in `notes`; `goes_on`: after a failure too, up to MAX_FAILURES."""
+    def __init__(self, promise: Promise, wanted: int, notes: Path, scratch: Path, *, keeps_going: bool = False) -> None:
+        """Run `wanted` repetitions, recorded in `notes`; with `keeps_going` also after failures, up to MAX_FAILURES."""
         self._promise, self._wanted, self._notes, self._scratch = promise, wanted, notes, scratch
-        self._goes_on = goes_on
+        self._keeps_going = keeps_going
         notes.parent.mkdir(parents=True, exist_ok=True)
         header = {"promise": promise.name, "commit": commit(), "hardware": hardware()}
         record = read_record(notes)
@@ -141,7 +140,7 @@ class Trials:
         self.record = record
 
     def run(self, repetition: Callable[[Trial], None]) -> None:
-        """All that are left."""
+        """Run all remaining repetitions."""
         record = self.record
         for trial in self._left():
             began, failure = time.perf_counter(), ""
@@ -152,7 +151,7 @@ class Trials:
                 raise
             except Exception as error:
                 failure = f"{type(error).__name__}: {error}"[:2000]
-                if not self._goes_on:
+                if not self._keeps_going:
                     raise
             self._note(
                 {
@@ -183,22 +182,22 @@ class Trials:
     def _note(self, row: dict[str, Any]) -> None:
         self.record.take(row)
         with self._notes.open("a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps(row))  # A kill may have cut the line before.
+            file.write("\n" + json.dumps(row))  # A kill may have truncated the previous line.
 
 
 def missed_shares(promise: Promise, record: Record) -> str:
-    """Which of `Promise.shares` were not reached; empty if all were."""
+    """The entries of `Promise.shares` that were not reached, as text; empty if all were."""
     total = max(sum(record.counts.values()), 1)
-    found = {what: record.counts[what] / total for what in promise.shares}
+    reached = {what: record.counts[what] / total for what in promise.shares}
     return "; ".join(
-        f"{what}: {found[what]:.0%} instead of {least:.0%}"
+        f"{what}: {reached[what]:.0%} instead of {least:.0%}"
         for what, least in promise.shares.items()
-        if found[what] < least
+        if reached[what] < least
     )
 
 
 def read_record(notes: Path) -> Record | None:
-    """What a file of repetitions holds; None where there is none. A last line that was cut off is left out."""
+    """Read a file of repetitions, without truncated lines; None if the file is missing or empty."""
     if not notes.exists():
         return None
     rows = []
@@ -216,10 +215,10 @@ def read_record(notes: Path) -> Record | None:
 
 
 def work_folder() -> Path:
-    """Where the full forms note their repetitions."""
+    """Folder in which the full forms record their repetitions."""
     return Path(os.environ.get("VISTA_FAULTS_DIR") or Path(__file__).parents[2] / ".faults")
 
 
 def share() -> float:
-    """Share of the full forms' repetitions to run (VISTA_FAULTS_SHARE): for a first look, a later run does the rest."""
+    """Share of the full repetitions to run (VISTA_FAULTS_SHARE), for a first look; a later run does the rest."""
     return float(os.environ.get("VISTA_FAULTS_SHARE") or 1)

@@ -1,8 +1,9 @@
-"""Processes to end: a nursery imports vista once and forks a child for each job, so that no fault reaches the tests.
+"""A nursery imports vista once and forks a child per job, so that faults do not reach the tests' own process.
 
-A job is a function of a module, called as `function(say, *arguments)`: `say(value)` sends a message, at once and whole,
-so that what was said before a SIGKILL is heard. The nursery itself runs `python -m tests.faults.nursery`, under a
-preloaded library or within a mount namespace where a test asks for it. Children die with it, and it with the tests.
+A job is a function of a module, called as `function(say, *arguments)`. `say(value)` sends a message immediately and
+atomically, so that the test receives all messages from before a SIGKILL. The nursery runs
+`python -m tests.faults.nursery`, optionally with a preloaded library or in a mount namespace. Its children end with it,
+and it ends with the tests.
 """
 
 from __future__ import annotations
@@ -32,24 +33,24 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Child:
-    """One job's process, as the tests see it."""
+    """The process of a job, as seen by the tests."""
 
     nursery: Nursery
     job: int
     pid: int = 0
     messages: list[Any] = field(default_factory=list)
-    """What it said, oldest first; `hear` gives them out one by one."""
+    """Its messages, oldest first; `hear` returns them one by one."""
     exit_code: int | None = None
-    """Once it ended: 0, 1 after an exception, -9 after SIGKILL."""
+    """After its end: 0, 1 after an exception, -9 after SIGKILL."""
     returned: Any = None
     raised: str = ""
     """Type and text of the exception that ended it."""
     typed: bool = False
-    """Whether that was a VistaError."""
+    """Whether that exception was a VistaError."""
     _heard: int = 0
 
     def hear(self, timeout_s: float = TIMEOUT_S) -> Any:
-        """Its next message, or None if it ended without another."""
+        """Wait for its next message; None if it ended without another one."""
         self.nursery.pump(lambda: len(self.messages) > self._heard or self.exit_code is not None, timeout_s)
         if len(self.messages) == self._heard:
             return None
@@ -57,9 +58,9 @@ class Child:
         return self.messages[self._heard - 1]
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal; a child that has ended is left alone."""
+        """Send a signal, unless the child has ended."""
         if self.exit_code is None:
-            with suppress(ProcessLookupError):  # It ended, and that was not heard yet.
+            with suppress(ProcessLookupError):  # It ended, but its last message was not read yet.
                 os.kill(self.pid, number)
 
     def end(self, timeout_s: float = TIMEOUT_S) -> Child:
@@ -68,7 +69,7 @@ class Child:
         return self
 
     def result(self, timeout_s: float = TIMEOUT_S) -> Any:
-        """What the function returned; AssertionError with its words if it raised or was killed by a signal."""
+        """The function's return value; AssertionError with its message if it raised or was killed by a signal."""
         self.end(timeout_s)
         if self.exit_code != 0:
             raise AssertionError(self.raised or f"the child ended with {self.exit_code}")
@@ -82,8 +83,8 @@ class Nursery:
         """Start it.
 
         Args:
-            prefix: words before the command, such as those of `unshare`.
-            environment: variables, such as LD_PRELOAD.
+            prefix: command line before the nursery's, such as `unshare --mount`.
+            environment: additional variables, such as LD_PRELOAD.
         """
         root = Path(vista.__file__).parents[1]
         path = os.pathsep.join(map(str, (Path(__file__).parents[2], root, root / "kernels")))
@@ -110,23 +111,23 @@ class Nursery:
         return child
 
     def imports(self, module: str) -> None:
-        """Import a module that most jobs to come would import: once, instead of in each child."""
+        """Import a module once in the nursery, instead of in each child."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"imports": module}).encode() + b"\n")
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What the function returns in a child; AssertionError if it raises there."""
+        """Call the function in a child and return its result; AssertionError if it raises."""
         return self.start(function, *arguments).result()
 
     def pump(self, ready: Callable[[], bool], timeout_s: float) -> None:
-        """Take in messages until `ready`."""
+        """Read messages until `ready`."""
         deadline = time.monotonic() + timeout_s
         while not ready():
             if not self.listen(max(deadline - time.monotonic(), 0)):
-                raise AssertionError(f"a child hangs: nothing was heard of it for {timeout_s:g} s")
+                raise AssertionError(f"a child hangs: no message for {timeout_s:g} s")
 
     def listen(self, timeout_s: float = 0.0) -> bool:
-        """Take in what has been said; False if nothing is, within the time."""
+        """Read pending messages; False if there are none within the time."""
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], timeout_s)[0]:
             return False
@@ -151,7 +152,7 @@ class Nursery:
                     setattr(child, name, value)
 
     def close(self) -> None:
-        """End it and all that it forked."""
+        """Kill the nursery and its children."""
         for child in self._children.values():
             child.kill()
         self._process.kill()
@@ -165,13 +166,13 @@ class Nursery:
 
 
 def die_with_parent() -> None:
-    """End this process when its parent ends, however that ends."""
+    """End this process when its parent ends in any way."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _tell(job: int, **message: Any) -> None:
     line = json.dumps({"job": job, **message}).encode() + b"\n"
-    assert len(line) <= select.PIPE_BUF, "only a short message is written whole"
+    assert len(line) <= select.PIPE_BUF, "only short messages are written atomically"
     os.write(1, line)
 
 
@@ -179,8 +180,8 @@ def _run(job: int, module: str, function: str, arguments: list[Any]) -> int:
     from vista.errors import VistaError
 
     try:
-        found = getattr(importlib.import_module(module), function)
-        _tell(job, returned=found(lambda value: _tell(job, said=value), *arguments))
+        job_function = getattr(importlib.import_module(module), function)
+        _tell(job, returned=job_function(lambda value: _tell(job, said=value), *arguments))
         return 0
     except BaseException as error:
         _tell(job, raised=f"{type(error).__name__}: {error}"[:3000], typed=isinstance(error, VistaError))
@@ -188,7 +189,7 @@ def _run(job: int, module: str, function: str, arguments: list[Any]) -> int:
 
 
 def main() -> None:
-    """Fork a child for each line of standard input."""
+    """Fork a child per line of standard input."""
     import torch
 
     import vista.refresh
@@ -202,7 +203,7 @@ def main() -> None:
     starting = False
 
     def reap(*_: object) -> None:
-        # A child may end before it is noted. Blocking the signal is not enough: Python may call this late, for another.
+        # A child may end before its pid is recorded. Blocking the signal would not help: Python may call this late.
         while not starting:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)

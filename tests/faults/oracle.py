@@ -1,6 +1,6 @@
-"""The oracle: every byte of a store follows from its run, and so does what may be read of it after a fault.
+"""The oracle: the run determines every byte of a store, and what may be read from it after a fault.
 
-Functions that take `say` are jobs of a nursery; AssertionErrors of the others are findings.
+Functions that take `say` are jobs of a nursery. An AssertionError of the others means that a promise is broken.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CREATED_AT = 1_700_000_000_000
 
 @dataclass(frozen=True)
 class Run:
-    """What a writer writes: users 0 … total − 1, whose values follow from user and salt."""
+    """What a writer writes: users 0 … total − 1, whose values depend only on user and salt."""
 
     salt: int = 0
     total: int = 48
@@ -43,16 +43,16 @@ class Run:
 
     @staticmethod
     def of(words: dict[str, Any]) -> Run:
-        """From `vars()` of one, which is how jobs get it."""
+        """A run from its `words`."""
         return Run(**words)
 
     @property
     def words(self) -> dict[str, Any]:
-        """For a job's arguments."""
+        """The run as an argument of a job."""
         return dataclasses.asdict(self)
 
     def open_writer(self, store: str | Path, **options: Any) -> StoreWriter:
-        """The one writer of the run, resumed where it was begun; with other options of `StoreWriter.open`."""
+        """Open or resume the run's writer, with further options of `StoreWriter.open`."""
         return StoreWriter.open(
             store,
             summarizer_id=SUMMARIZER,
@@ -73,14 +73,14 @@ class Run:
         return values.astype(np.float32)
 
     def tail(self, users: range) -> Tail:
-        """User u has (u + salt) % 5 events, at most 4."""
+        """Tails: user u has (u + salt) % 5 events, at most 4."""
         lengths = np.minimum((np.array(users) + self.salt) % 5, 4)
         owner = np.repeat(np.array(users), lengths)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return Tail(owner.astype(np.int32), owner.astype(np.int64) * 1000 + self.salt, owner.astype(np.uint8), offsets)
 
     def records(self, users: range, spec: RecordSpec) -> tuple[list[bytes], list[bytes]]:
-        """(keys, records) of these users."""
+        """Keys and records of these users."""
         keys = user_keys(list(users))
         counts = np.array(users, np.int64) + self.salt
         return keys, encode_records(
@@ -94,13 +94,13 @@ class Run:
         )
 
     def batches(self, begin: int) -> Iterator[range]:
-        """Of the users from `begin`."""
+        """Batches of users from `begin`."""
         for first in range(begin, self.total, self.batch):
             yield range(first, min(first + self.batch, self.total))
 
 
 def write(say: Say, store: str, words: dict[str, Any]) -> int:
-    """Write or resume a run and publish it; says ["begin", n] before a batch and ["ack", n] after it, n its last user.
+    """Write or resume a run and publish it. Says ["begin", n] before and ["ack", n] after a batch that ends at user n.
 
     Returns:
         The generation.
@@ -119,12 +119,12 @@ def write(say: Say, store: str, words: dict[str, Any]) -> int:
 
 
 def acknowledged(messages: list[Any]) -> int:
-    """Users that a writer acknowledged, from what it said; -1 if it did not even open."""
+    """Users that a writer acknowledged, from its messages; -1 if it did not open."""
     return max((number for what, number in messages if what in ("open", "ack")), default=-1)
 
 
 def unpublished(say: Say, store: str, words: dict[str, Any], generation: int, least: int) -> int:
-    """Check an unfinished generation: whole batches from the first on, at least the acknowledged ones, exact bytes.
+    """Check an unfinished generation: exact bytes of whole batches from the first, including all acknowledged ones.
 
     Returns:
         Its cursor.
@@ -133,20 +133,20 @@ def unpublished(say: Say, store: str, words: dict[str, Any], generation: int, le
     folder = environment_path(Path(store), generation)
     environment = open_environment(folder, readonly=True)
     with environment.begin() as transaction:
-        found = dict(transaction.cursor())
+        stored = dict(transaction.cursor())
     environment.close()
-    manifest = Manifest.from_bytes(found.pop(MANIFEST_KEY), folder)
-    cursor = int(found.pop(CURSOR_KEY))
-    found.pop(b"!complete", None)
+    manifest = Manifest.from_bytes(stored.pop(MANIFEST_KEY), folder)
+    cursor = int(stored.pop(CURSOR_KEY))
+    stored.pop(b"!complete", None)
     assert cursor >= least, f"{least} users were acknowledged, the cursor is {cursor}"
     assert cursor == run.total or cursor % run.batch == 0, f"half a batch: {cursor}"
     keys, records = run.records(range(cursor), manifest.spec()) if cursor else ([], [])
-    assert found == dict(zip(keys, records, strict=True)), "the records differ from those that were written"
+    assert stored == dict(zip(keys, records, strict=True)), "the records differ from those that were written"
     return cursor
 
 
 def published(say: Say, store: str, words: dict[str, Any], generation: int | None = None) -> int:
-    """Check that CURRENT's generation holds the whole run, exactly; returns its number."""
+    """Check that CURRENT's generation equals the whole run; returns its number."""
     run = Run.of(words)
     with StoreReader.open(store, summarizer_id=SUMMARIZER) as opened:
         assert generation is None or opened.generation == generation, (opened.generation, generation)
@@ -158,13 +158,13 @@ def published(say: Say, store: str, words: dict[str, Any], generation: int | Non
 
 
 def differences(batch: StoredBatch, run: Run, users: range, spec: RecordSpec) -> list[int]:
-    """Users among `users` whose record was found and differs in a bit from what was written."""
+    """Users whose result differs in a bit from what was written, or from a miss."""
     expected = expected_batch(run, spec)
     wrong = []
     for row, user in enumerate(users):
         if not batch.found[row]:
             if batch.summary[row].any() or batch.event_count[row] or batch.history_digest[row]:
-                wrong.append(user)  # A miss says nothing.
+                wrong.append(user)  # A miss must be empty.
             continue
         if not 0 <= user < run.total or fields(batch, row) != fields(expected, user):
             wrong.append(user)
@@ -172,7 +172,7 @@ def differences(batch: StoredBatch, run: Run, users: range, spec: RecordSpec) ->
 
 
 def fields(batch: StoredBatch, row: int) -> tuple[Any, ...]:
-    """All that a batch says of one user, as bytes and integers."""
+    """All fields of one user in a batch, as bytes and integers."""
     tail = slice(batch.tail.offsets[row], batch.tail.offsets[row + 1])
     return (
         batch.summary[row].tobytes(),
@@ -190,7 +190,7 @@ _expected: dict[tuple[Run, RecordSpec], StoredBatch] = {}
 
 
 def expected_batch(run: Run, spec: RecordSpec) -> StoredBatch:
-    """All users of a run as a reader must see them, by the format's plain decoder instead of the reader's own."""
+    """All users of a run as a reader must return them, decoded by the reference decoder of the format."""
     if (run, spec) not in _expected:
         _, records = run.records(range(run.total), spec)
         decoded = [decode_record_reference(record) for record in records]
@@ -214,7 +214,7 @@ def expected_batch(run: Run, spec: RecordSpec) -> StoredBatch:
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """AssertionError if the block takes longer."""
+    """Raise AssertionError if the block takes longer."""
     began = time.monotonic()
     yield
     taken = time.monotonic() - began
@@ -222,7 +222,7 @@ def within(seconds: float) -> Iterator[None]:
 
 
 def is_unpublished(store: str | Path) -> bool:
-    """Whether nothing is published, and a reader is told so."""
+    """Whether nothing is published and a reader gets an error that says so."""
     try:
         StoreReader.open(store).close()
     except StoreError as error:
@@ -232,7 +232,7 @@ def is_unpublished(store: str | Path) -> bool:
 
 
 def read_everything(store: str | Path) -> int:
-    """Read all records of a store of unknown content; how many."""
+    """Read all records of a store with unknown content; returns their number."""
     with StoreReader.open(store) as opened:
         users = np.array(list(opened.keys()))
         return int(opened.get_many(users).found.sum())

@@ -1,8 +1,8 @@
-/* Stands between a process and its file system calls (LD_PRELOAD): writes them down with their data, makes the n-th fail,
- * or kills the process at it. Passive until preload.py arms it; calls outside of `root` pass untouched, and so do those on
- * LMDB's reader table, which is memory that processes share rather than a file.
+/* Intercepts a process's file system calls (LD_PRELOAD): logs them with their data, lets the n-th fail, or kills the
+ * process at it. It does nothing until preload.py arms it. Calls outside of `root` are not touched, and neither are those
+ * on LMDB's reader table, which is memory shared by processes rather than a file.
  *
- * A line of the log is a struct record, then path, second path and data. Offsets and sizes are bytes.
+ * An entry of the log is a struct record, then path, second path and data. Offsets and sizes are in bytes.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -50,7 +50,7 @@ void faults_watch(const char *watched, const char *path) {
         log_descriptor = syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_APPEND, 0600);
 }
 
-/* Calls of the armed kinds that were made so far. */
+/* Calls of the armed kinds so far. */
 long faults_count(long number) { return number - countdown; }
 
 #define REAL(name) ({ static typeof(&name) real; if (!real) real = (typeof(&name))dlsym(RTLD_NEXT, #name); real; })
@@ -87,7 +87,7 @@ static int path_at(int folder, const char *name, char *path) {
     return inside(path);
 }
 
-/* Count a call; the errno with which it shall fail, or 0. */
+/* Count a call; returns the errno with which it must fail, or 0. */
 static int strike(unsigned kinds) {
     int error = 0;
     pthread_mutex_lock(&mutex);
@@ -126,7 +126,7 @@ static void note(char call, unsigned flags, int64_t offset, const char *path, co
 
 static unsigned how(int descriptor) { return fcntl(descriptor, F_GETFL) & O_DSYNC ? SYNCHRONOUS : 0; }
 
-/* Body of a call on a descriptor: `done` is its value where it is made, `line` notes it. */
+/* Body of a call on a descriptor: `done` is its result if it is made, `line` logs it. */
 #define ON_DESCRIPTOR(kinds, call, line, failure)                                                                      \
     char path[PATH_MAX];                                                                                               \
     if (!path_of(descriptor, path))                                                                                    \

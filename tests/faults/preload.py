@@ -1,4 +1,4 @@
-"""The preloaded library of `preload.c`, from the test's side and from within a child of the nursery `traced`."""
+"""Interface to the library of `preload.c`, for tests and for children of the nursery `traced`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 WRITES, SYNCS, NAMES = 1, 2, 4
-"""Kinds of calls: writes and truncations; fsync, fdatasync and writes that are synchronous; creating, renaming and
-removing files and folders."""
+"""Kinds of calls: writes and truncations; fsync, fdatasync and synchronous writes; creating, renaming and removing
+files and folders."""
 FOREVER = 1 << 40
 
 _RECORD = struct.Struct("<IIqQQQ")
@@ -22,7 +22,7 @@ _SYNCHRONOUS, _FAILED = 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One system call of the log."""
+    """A system call in the log."""
 
     name: str
     """w(rite), t(runcate), s(ync), c(reate), m(kdir), r(ename), u(nlink, rmdir)."""
@@ -30,16 +30,16 @@ class Call:
     other: str
     """The new name of a renamed file."""
     offset: int
-    """Where a write begins; the size after a truncation."""
+    """Start of a write, or the size after a truncation."""
     data: bytes
     synchronous: bool
-    """A write that is durable when it returns (O_DSYNC)."""
+    """Whether a write is durable when it returns (O_DSYNC)."""
     failed: bool
-    """A sync that was answered with an error."""
+    """Whether a sync returned an error."""
 
 
 def compiled(folder: Path) -> Path:
-    """The library, compiled."""
+    """Compile the library and return its path."""
     library = folder / "faults.so"
     source = Path(__file__).with_name("preload.c")
     words = ["cc", *shlex.split(os.environ.get("CFLAGS", "")), "-O1", "-shared", "-fPIC", "-o", str(library)]
@@ -49,17 +49,17 @@ def compiled(folder: Path) -> Path:
 
 
 def watch(folder: str, log: str = "") -> None:
-    """In a child: let the library see calls below `folder`, and write them to `log`."""
+    """In a child: let the library follow calls below `folder`, and write them to `log`."""
     ctypes.CDLL(None).faults_watch(os.fsencode(folder), os.fsencode(log))
 
 
 def fail_at(kinds: int, number: int, error: int, times: int = 1) -> None:
-    """In a child: answer the `number`-th call from now (1 is the next) with errno `error`, and `times - 1` after it."""
+    """In a child: fail the `number`-th call from now (1 is the next) and `times - 1` more with errno `error`."""
     ctypes.CDLL(None).faults_arm(kinds, ctypes.c_long(number), error, ctypes.c_long(times))
 
 
 def kill_at(kinds: int, number: int, signal_number: int) -> None:
-    """In a child: end this process right before the `number`-th call from now."""
+    """In a child: kill this process right before the `number`-th call from now."""
     fail_at(kinds, number, -signal_number)
 
 
@@ -71,7 +71,7 @@ def calls_since(number: int) -> int:
 
 
 def read_log(path: Path) -> Iterator[Call]:
-    """All calls of a log, in their order."""
+    """All calls of a log, in order."""
     block = path.read_bytes()
     place = 0
     while place < len(block):

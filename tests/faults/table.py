@@ -1,6 +1,8 @@
-"""`python -m tests.faults.table`: the promises and what became of them, from the noted repetitions, into docs/results.
+"""Write the promises and their outcomes to docs/results/faults.jsonl and faults.md, from the recorded repetitions.
 
-Writes faults.jsonl, one object a promise and fault, and faults.md. Repetitions that were left out count as not done.
+    python -m tests.faults.table
+
+faults.jsonl has one object per promise and fault. Missing repetitions count as not done.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def import_promises() -> list[Promise]:
 
 
 def row_of(promise: Promise, folder: Path) -> dict[str, Any]:
-    """What is known of one."""
+    """The row of a promise, from its recorded repetitions."""
     record = read_record(folder / f"{promise.name}.jsonl")
     row: dict[str, Any] = {"promise": promise.text, "fault": promise.fault, "wanted": promise.full, "repetitions": 0}
     if record is None:
@@ -63,7 +65,7 @@ def row_of(promise: Promise, folder: Path) -> dict[str, Any]:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table, and where it comes from."""
+    """The Markdown table with the commits and machines of its numbers."""
     lines = []
     for row in rows:
         done, wanted = row["repetitions"], row["wanted"]
@@ -80,7 +82,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Write both files; 1 unless all that ran held."""
+    """Write both files; returns 1 if a promise failed."""
     rows = [row_of(promise, work_folder()) for promise in import_promises()]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_text(RESULTS / "faults.jsonl", lines)

@@ -1,4 +1,4 @@
-"""An age limit: what is older, or dated in the future, is served only to those who set none."""
+"""Records that are older than an age limit, or dated in the future, are misses for scorers with the limit."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MAX_AGE_S = 3600
 
 
 def served(say: Say, log: str, model_dir: str, store: str, shift_ms: int) -> list[bool]:
-    """Refresh by a clock that is off, score with an age limit by the true one; which of three users got scores."""
+    """Refresh with a shifted clock, then score with an age limit; returns which of three users got scores."""
     model = VistaModel.from_pretrained(model_dir)
     refresh(model, EventLog.open(log), store, created_at=time.time_ns() // 1_000_000 + shift_ms)
     with Scorer.open(model, store, on_missing="nan") as scorer:
         assert np.isfinite(scorer.score([100, 101, 102], [0])).all()
     with Scorer.open(model, store, on_missing="nan", max_age_s=MAX_AGE_S) as scorer:
-        return [bool(found) for found in np.isfinite(scorer.score([100, 101, 102], [0]))[:, 0]]
+        return [bool(scored) for scored in np.isfinite(scorer.score([100, 101, 102], [0]))[:, 0]]
 
 
 @promise(
@@ -43,6 +43,6 @@ def test_age(trial: Trial, nursery: Nursery, event_log: EventLog, model_dir: Pat
         shift = edge + margin_ms if inside else edge - margin_ms
     else:
         shift = edge - 1 if inside else edge + trial.random.randint(60_000, 10**12)
-    found = nursery.call(served, event_log.path, model_dir, trial.folder / "store", shift)
-    assert found == [inside] * 3, (what, shift, found)
+    scored = nursery.call(served, event_log.path, model_dir, trial.folder / "store", shift)
+    assert scored == [inside] * 3, (what, shift, scored)
     trial.count(f"{what}: {'served' if inside else 'not served'}")

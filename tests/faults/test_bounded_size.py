@@ -1,4 +1,4 @@
-"""A generation that is rewritten in place stays small, though readers hold transactions and are killed in them."""
+"""A generation rewritten in place stays small while readers hold transactions and are killed in them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vista.store.lmdb.data_file import committed_size
 from vista.store.lmdb.environment import SharedEnvironment
 
 RUN = Run(total=1000, batch=20, dim=300)
-"""Batches of 2 %, one each PACE_S: a write as fast as it can be would make a small store grow by half in 100 ms."""
+"""Batches of 2 %, one per PACE_S. Writing at full speed would make a small store grow by half in 100 ms."""
 PACE_S = 0.02
 MOST_TIMES_LIVE = 1.5
 LONGEST_READ_S = 0.1
@@ -32,7 +32,7 @@ def read_slowly(say: Say, store: str, generation: int, seed: int) -> None:
 
 
 def rewrite(say: Say, store: str, rewrites: int) -> float:
-    """Write all users, then rewrite them again and again in place; says "rewrite" after each of these.
+    """Write all users, then rewrite them repeatedly in place; says "rewrite" after each time.
 
     Returns:
         The largest size of the file, as a multiple of its size after the first writing.

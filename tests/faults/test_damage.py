@@ -1,4 +1,4 @@
-"""A reader of damaged files gets a miss or a typed error, never a wrong byte; what could end it, `verify` refuses."""
+"""Readers of damaged files return misses or typed errors, never wrong bytes; `verify` refuses what could crash them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vista.store import StoreReader, user_keys
 from vista.store.layout import environment_path
 
 RUNS = [Run(salt=1, total=400, batch=50), Run(salt=2, total=100, batch=20, dim=300), Run(salt=3, dim=3000)]
-"""Records within a page, and of several pages; enough users for branch pages."""
+"""Records within a page and of several pages, with enough users for branch pages."""
 PAGE_BYTES = 4096
 FLIPS, CUTS, PART = 50, 10, 16
 
 
 @pytest.fixture(scope="module")
 def stores(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A published store of each run; not to be changed."""
+    """A published store per run. Tests must not change them."""
     folder = tmp_path_factory.mktemp("whole")
     for number, run in enumerate(RUNS):
         nursery.call(oracle.write, folder / f"store-{number}", run.words)
@@ -33,13 +33,13 @@ def stores(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> list[P
 
 
 def read_all(store: str, run: Run) -> str:
-    """Ask for the list of users, for all records at once and for a few at a time.
+    """Read the list of users, all records at once, and a few records at a time.
 
     Returns:
-        The worst that came of it.
+        The worst outcome.
 
     Raises:
-        AssertionError: something else than what was written was read.
+        AssertionError: if a reader returned other bytes than were written.
     """
     outcomes = {0: "unharmed"}
     users = range(run.total)
@@ -66,7 +66,7 @@ def read_all(store: str, run: Run) -> str:
 
 
 def read_flipped(say: Say, store: str, words: dict[str, Any], flips: list[tuple[int, int]]) -> None:
-    """Read with one bit flipped, and flip it back, again and again; says what came of each."""
+    """For each bit: flip it, read, flip it back, and say the outcome."""
     path, run = environment_path(Path(store), 1) / "data.mdb", Run.of(words)
     for place, bit in flips:
         flip(path, place, bit)
@@ -84,7 +84,7 @@ def flip(path: Path, place: int, bit: int) -> None:
 
 
 def places(trial: Trial, path: Path) -> list[tuple[int, int]]:
-    """Bits all over a file: a third in its meta pages, a third in the heads of pages, where the pointers are."""
+    """Random bits of a file: a third in its meta pages, a third in the heads of pages, where the pointers are."""
     size = path.stat().st_size
     choose = trial.random.randrange
     return [
@@ -113,7 +113,7 @@ def test_flipped_bits(trial: Trial, nursery: Nursery, stores: list[Path]) -> Non
         if reader.exit_code == 0:
             return
         assert not reader.raised, f"run {number}, (byte, bit) {flips[done]}: {reader.raised}"
-        # LMDB follows damaged page numbers: only what `lmdb.verify` refuses may end a reader that opened it unasked.
+        # LMDB follows damaged page numbers. Only files that `lmdb.verify` refuses may crash a reader.
         assert nursery.call(problems, data.parent), f"run {number}, (byte, bit) {flips[done]}: {reader.exit_code}"
         trial.count("would end the process, refused by verify")
         shutil.copy(environment_path(stores[number], 1) / "data.mdb", data)
@@ -121,7 +121,7 @@ def test_flipped_bits(trial: Trial, nursery: Nursery, stores: list[Path]) -> Non
 
 
 def problems(say: Say, folder: str) -> int:
-    """What `lmdb.verify` finds in an environment, without opening it."""
+    """The number of problems that `lmdb.verify` finds in an environment, without opening it."""
     try:
         return len(lmdb.verify.verify(folder))  # type: ignore[no-untyped-call]
     except lmdb.verify.VerifyError:
@@ -129,7 +129,7 @@ def problems(say: Say, folder: str) -> int:
 
 
 def read_cut(say: Say, store: str, words: dict[str, Any], sizes: list[int]) -> None:
-    """Read with the file cut to each size, from the largest to the smallest; says what came of each."""
+    """Truncate the file to each size, from the largest to the smallest, read, and say the outcome."""
     for size in sizes:
         with (environment_path(Path(store), 1) / "data.mdb").open("r+b") as file:
             file.truncate(size)
@@ -145,7 +145,7 @@ def test_truncation(trial: Trial, nursery: Nursery, stores: list[Path]) -> None:
     sizes = sorted([size - 1, *(trial.random.randrange(size) for _ in range(CUTS - 1))], reverse=True)
     reader = nursery.start(read_cut, store, RUNS[number].words, sizes)
     reader.result()
-    # Where the last pages were free ones, nothing is missing without them.
+    # If the last pages were free, nothing is missing.
     assert set(reader.messages) <= {"StoreError on opening", "unharmed"} and len(reader.messages) == CUTS
     assert reader.messages[-1] == "StoreError on opening", reader.messages
     for outcome in reader.messages:

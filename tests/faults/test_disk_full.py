@@ -1,4 +1,4 @@
-"""On a full disk the writer stops by a typed error, readers old and new go on, and space alone lets the run resume."""
+"""On a full disk the writer stops with a typed error, readers keep working, and the run resumes once there is space."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from vista.store.layout import environment_path
 
 SIZE_BYTES = 64 << 20
 BEFORE, RUN = Run(salt=1, total=64), Run(salt=2, total=64, batch=16, dim=6000)
-"""What is served; and what fills the disk, 1.5 MB of it."""
+"""The published run, and the run that fills the disk (1.5 MB)."""
 HEAD_DIM = 80
-"""Of states that take 51 KB a user, 1.6 MB in all."""
+"""Of states with 51 KB per user, 1.6 MB in total."""
 
 
 @pytest.fixture(scope="module")
 def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Nursery, Path]]:
-    """A nursery whose children see a file system of 64 MiB in a folder; it ends with them."""
+    """A nursery whose children see a file system of 64 MiB in a folder, in their own mount namespace."""
     require_linux()
     folder = tmp_path_factory.mktemp("disk")
     words = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
     mount = f"mount -t tmpfs -o size={SIZE_BYTES} tmpfs {folder}"
     if shutil.which("unshare") is None:
-        pytest.skip("no `unshare`: a small file system cannot be mounted aside")
+        pytest.skip("no `unshare`: cannot mount a small file system")
     tried = subprocess.run([*words, "sh", "-c", mount], capture_output=True, text=True)
     if tried.returncode != 0:
-        pytest.skip(f"a small file system cannot be mounted aside: {tried.stderr.strip()}")
+        pytest.skip(f"cannot mount a small file system: {tried.stderr.strip()}")
     with Nursery([*words, "sh", "-c", f'{mount} && exec "$@"', "sh"]) as started:
         yield started, folder
 
 
 def fill(say: Say, path: str, left: int) -> int:
-    """Fill the disk up to `left` bytes; returns what is free then."""
+    """Fill the disk except for `left` bytes; returns the free bytes."""
     free = os.statvfs(Path(path).parent).f_bavail * os.statvfs(Path(path).parent).f_frsize
     with open(path, "wb") as file:
         os.posix_fallocate(file.fileno(), 0, max(free - left, 1))
@@ -53,7 +53,7 @@ def fill(say: Say, path: str, left: int) -> int:
 
 
 def serve(say: Say, store: str) -> None:
-    """Read all users again and again until there is a file `stop` beside the store."""
+    """Read all users repeatedly until a file `stop` exists next to the store."""
     with StoreReader.open(store) as opened:
         say("serves")
         while not Path(store).with_name("stop").exists():
@@ -67,7 +67,7 @@ def oracle_check(opened: StoreReader) -> None:
 
 
 def write_until_full(say: Say, store: str, filler: str, words: dict[str, Any]) -> int:
-    """Write until the disk is full; then free it and go on in the same process; says ["ack", n] and ["refused", text].
+    """Write until the disk is full, free it and continue in the same process; says ["ack", n] and ["refused", text].
 
     Returns:
         The generation.
@@ -92,7 +92,7 @@ def test_disk_full(trial: Trial, small_disk: tuple[Nursery, Path]) -> None:
     free = nursery.call(fill, filler, left)
     reader = nursery.start(serve, store)
     assert reader.hear() == "serves", reader.raised or reader.exit_code
-    if trial.random.random() < 0.5:  # As a store that was copied here, whose reader table nobody made yet.
+    if trial.random.random() < 0.5:  # As for a copied store, whose reader table does not exist yet.
         nursery.call(remove_lock, store)
     opened = nursery.start(oracle.published, store, BEFORE.words, 1).end()
     assert opened.exit_code == 0 or (opened.typed and "free some space" in opened.raised), (
@@ -109,10 +109,10 @@ def test_disk_full(trial: Trial, small_disk: tuple[Nursery, Path]) -> None:
 
 
 def update_until_full(say: Say, store: str, filler: str) -> str:
-    """Turn 1 until the disk is full; check what is there; then free the disk and go on.
+    """Run turn 1 until the disk is full, check the store, then free the disk and continue.
 
     Returns:
-        Whether it was refused, and what was there.
+        Whether it was refused, and the outcome of the check.
     """
     said: list[Any] = []
     try:
@@ -120,10 +120,10 @@ def update_until_full(say: Say, store: str, filler: str) -> str:
     except StoreError as error:
         said.append(["refused", str(error), 0])
         assert "cannot be written" in str(error), error
-    found = updates.check(say, store, *updates.acknowledged(said))
+    outcome = updates.check(say, store, *updates.acknowledged(said))
     os.unlink(filler)
-    updates.check_and_go_on(say, store, *updates.acknowledged(said))
-    return f"{said[-1][0] if said[-1][0] == 'refused' else 'fitted'}, {found}"
+    updates.check_and_continue(say, store, *updates.acknowledged(said))
+    return f"{said[-1][0] if said[-1][0] == 'refused' else 'fitted'}, {outcome}"
 
 
 @promise("Disk full", fault="no room left for an incremental refresh with states", full=50, short=1)
@@ -139,23 +139,23 @@ def test_disk_full_of_updates(trial: Trial, small_disk: tuple[Nursery, Path]) ->
 
 
 def make(say: Say, path: str) -> None:
-    """Make a folder."""
+    """Create a folder."""
     os.mkdir(path)
 
 
 def prepare(say: Say, folder: str) -> None:
-    """A store of BEFORE in a new folder."""
+    """Publish BEFORE in a new folder."""
     os.mkdir(folder)
     oracle.write(lambda _: None, f"{folder}/store", BEFORE.words)
 
 
 def remove_lock(say: Say, store: str) -> None:
-    """Remove the served generation's reader table."""
+    """Remove the current generation's reader table."""
     os.unlink(environment_path(Path(store), 1) / "lock.mdb")
 
 
 def touch(say: Say, path: str) -> None:
-    """Make an empty file."""
+    """Create an empty file."""
     Path(path).touch()
 
 

@@ -1,4 +1,4 @@
-"""Erased users: missed at once, brought back by no refresh, and no byte of them left after compaction."""
+"""Erased users are misses at once, no refresh brings them back, and compaction leaves none of their bytes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ DAY = 86_400_000
 
 
 def name(user: int) -> str:
-    """Easy to search for, and in no other name."""
+    """A name that is easy to search for and is not part of another name."""
     return f"erasure-marker-{user:03d}-"
 
 
 def frame(turn: int) -> dict[str, Any]:
-    """Two events of each user, later by turn."""
+    """Two events per user, later in later turns."""
     rng = np.random.default_rng(turn)
     return {
         "user": np.repeat(np.array([name(user) for user in range(NUM_USERS)]), 2),
@@ -50,7 +50,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def keep_refreshing(say: Say, folder: str, model_dir: str, turns: int, kind: str) -> None:
-    """Refresh again and again, in full or what is new; says when a turn ends."""
+    """Refresh repeatedly, in full or incrementally; says when a turn ends."""
     model = VistaModel.from_pretrained(model_dir)
     for turn in range(1, turns + 1):
         log = EventLog.from_frame(frame(turn), Path(folder, "log"), time_unit="ms", append=True)
@@ -71,7 +71,7 @@ def test_erasures(trial: Trial, nursery: Nursery, model_dir: Path) -> None:
             erase(store, [name(user)])
             opened.reload()
             assert not opened.get_many([name(user)]).found.any(), "an erased user was still served"
-            while nursery.listen():  # whether it has ended
+            while nursery.listen():  # learn whether it has ended
                 pass
             trial.count(f"erased beside a refresh ({kind})" if child.exit_code is None else "erased after it")
             if trial.random.random() < 0.3:
@@ -86,4 +86,4 @@ def test_erasures(trial: Trial, nursery: Nursery, model_dir: Path) -> None:
     files = [path for path in store.rglob("*") if path.is_file()]
     data = b"\0".join(path.read_bytes() for path in files)
     assert name(left[0]).encode() in data
-    assert not [user for user in users if name(user).encode() in data], "bytes of an erased user are left"
+    assert not [user for user in users if name(user).encode() in data], "the file still holds bytes of an erased user"

@@ -1,4 +1,4 @@
-"""Generations flip at once: readers that follow CURRENT see no mixture and miss no user, wherever the writer dies."""
+"""Publishing is atomic: readers that follow CURRENT see no mixture and miss no user, wherever the writer dies."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from vista.store.layout import read_current
 
 TOTAL, BATCH, FLIPS = 96, 32, 5
 MOST_CALLS = 26
-"""More system calls than publishing makes: at some numbers nobody is killed."""
+"""More system calls than publishing makes, so that sometimes no process is killed."""
 
 
 def run_of(number: int) -> Run:
-    """Every flip replaces all values."""
+    """The run of a generation; every generation has other values."""
     return Run(salt=number, total=TOTAL, batch=BATCH)
 
 
 def follow(say: Say, store: str) -> list[int]:
-    """Read all users and follow CURRENT until there is a file `stop` beside the store.
+    """Read all users and follow CURRENT until a file `stop` exists next to the store.
 
     Returns:
         Reads, and generations seen.
@@ -48,13 +48,13 @@ def follow(say: Say, store: str) -> list[int]:
             wrong = oracle.differences(batch, run_of(salts.pop()), users, opened.manifest.spec())
             assert not wrong, f"generation {opened.generation}: users {wrong[:5]}"
             reads += 1
-            time.sleep(0.001)  # Two readers that never rest would starve the writer where cores are few.
+            time.sleep(0.001)  # Two readers without a pause would starve the writer on few cores.
             generations.add(opened.generation)
     return [reads, len(generations)]
 
 
 def publish(say: Say, store: str, words: dict[str, Any], kill_at: int) -> int:
-    """Write a run and publish it; die right before the n-th system call of publishing (0: live)."""
+    """Write a run and publish it; die right before the n-th system call of publishing (0: do not die)."""
     run = Run.of(words)
     preload.watch(store)
     with run.open_writer(store) as writer:

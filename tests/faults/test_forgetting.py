@@ -1,4 +1,4 @@
-"""Append and forget for thousands of rounds: the state stays within the stated drift of one made anew in float64."""
+"""After thousands of appends and forgets, the state stays within the stated drift of a float64 recomputation."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vista.model.vista_model import VistaModel
 
 HOUR = 3_600_000
 MAX_DRIFT = 1e-3
-"""||Z - Z'|| / ||Z'||, a layer and head: float32 through sums of which up to 99.9 % have left."""
+"""||Z - Z'|| / ||Z'|| per layer and head, in float32, with up to 99.9 % of the summed events removed."""
 
 
 def make_model() -> VistaModel:
-    """With decay, convolution and gaps: a reach of three events."""
+    """A model with decay, convolution and gaps, which reaches three events back."""
     torch.manual_seed(0)
     config = ModelConfig(
         dim=16, num_heads=2, num_seeds=3, tail_len=5, conv_width=3, decay=Decay.time, decay_horizons=[2.0, 30.0]
@@ -30,7 +30,7 @@ def make_model() -> VistaModel:
 
 
 def history_of(events: list[tuple[int, int]]) -> Histories:
-    """(time, item) pairs as one history."""
+    """A history from (time, item) pairs."""
     item = np.array([item for _, item in events], np.int32)
     time = np.array([time for time, _ in events], np.int64)
     return Histories(item, time, np.zeros(len(item), np.uint8), None, np.array([0, len(item)], np.int64))
@@ -44,7 +44,7 @@ def exact_z(model: VistaModel, history: Histories) -> torch.Tensor:
 
 
 def rounds(say: Say, seed: int, count: int) -> list[float]:
-    """Append a few events, forget a few, `count` times; the drift seen every hundred rounds, and at the end."""
+    """Append and forget a few events, `count` times; returns the drift, checked every hundred rounds and at the end."""
     rng, model = np.random.default_rng(seed), make_model()
     assert model.summarizer is not None
     now, events = 1_600_000_000_000, []
@@ -82,7 +82,7 @@ def test_forgetting_on_one_state(trial: Trial, nursery: Nursery) -> None:
 
 
 def run_rounds(trial: Trial, nursery: Nursery, count: int) -> None:
-    """Rounds on one state, in a child; its drift is counted by magnitude."""
+    """Run rounds on one state in a child, and count its drift by magnitude."""
     drift, _ = nursery.start(rounds, trial.number, count).result(timeout_s=1800)
     assert drift <= MAX_DRIFT, f"drifted by {drift:.2e}"
     trial.count(f"drift below 1e{int(np.ceil(np.log10(max(drift, 1e-9))))}", count)

@@ -1,4 +1,4 @@
-"""The harness itself: it resumes, it notices what it must, and its disk model loses what was not synced."""
+"""The harness resumes, notices failures, and its disk model loses data that were not synced."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vista.errors import StoreError
 PROMISE = Promise("name", "text", "fault", full=6, short=2, each=1, shares={"even": 0.5})
 
 
-def test_a_suite_that_was_ended_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_an_interrupted_suite_resumes(tmp_path: Path) -> None:
     ran: list[int] = []
 
     def interrupted(trial: Trial) -> None:
@@ -37,7 +37,7 @@ def test_a_suite_that_was_ended_goes_on_where_it_stopped(tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         trials().run(interrupted)
     with (tmp_path / "notes").open("a") as file:
-        file.write('\n{"trial": 3, "seco')  # As a kill leaves it.
+        file.write('\n{"trial": 3, "seco')  # Truncated by a kill.
     trials().run(interrupted)
     assert ran == [0, 1, 2, 3, 3, 4, 5]
     trials().run(interrupted)
@@ -55,7 +55,7 @@ def test_a_failed_repetition_stays_noted_and_another_commits_do_not_count(tmp_pa
     notes = tmp_path / "notes"
     for _ in range(2):
         with pytest.raises(AssertionError, match="1 of 6 calls failed: 1: AssertionError: broken"):
-            Trials(PROMISE, 6, notes, tmp_path / "scratch", goes_on=True).run(fails_once)
+            Trials(PROMISE, 6, notes, tmp_path / "scratch", keeps_going=True).run(fails_once)
     header, *rows = notes.read_text().splitlines()
     assert len(rows) == 6
     notes.write_text("\n".join([json.dumps({**json.loads(header), "commit": "another"}), *rows]))
@@ -63,7 +63,7 @@ def test_a_failed_repetition_stays_noted_and_another_commits_do_not_count(tmp_pa
 
 
 def leave(say: Say, how: str) -> None:
-    """End in one of the ways that a job may end."""
+    """End in one of the possible ways."""
     import ctypes
 
     say("began")
@@ -80,7 +80,7 @@ def test_how_a_child_ended_is_told_apart(nursery: Nursery, how: str, code: int, 
 
 
 def unsynced_writer(say: Say, *arguments: Any) -> None:
-    """A writer whose LMDB does not sync: what the images must show."""
+    """A writer whose LMDB does not sync, which the images must reveal."""
     lmdb.open = partial(lmdb.open, sync=False)  # type: ignore[assignment]
     traced_writer(say, *arguments)
 
@@ -106,13 +106,13 @@ def test_the_disk_loses_tears_and_keeps_what_it_may(tmp_path: Path) -> None:
     disk.take(calls(("c", "x", b""), ("w", "x", first), ("s", "x", b""), ("s", ".", b"")))
     disk.take([Call("s", "/r", "", 0, b"", False, False)])
     disk.take(calls(("w", "x", second), ("c", "y", b""), ("r", "y", b"z")))
-    found, names = set(), set()
+    contents, names = set(), set()
     for seed in range(200):
         image = tmp_path / str(seed)
         image.mkdir()
         disk.write_image(image, random.Random(seed))
-        found.add((image / "x").read_bytes())
+        contents.add((image / "x").read_bytes())
         names.add(tuple(sorted(path.name for path in image.iterdir())))
     halves = {left * 512 + right * 512 for left in (b"a", b"b") for right in (b"a", b"b")}
-    assert found == halves
+    assert contents == halves
     assert names == {("x",), ("x", "y"), ("x", "z")}

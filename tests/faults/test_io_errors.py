@@ -1,4 +1,4 @@
-"""A write or fsync that fails is said, stops the writer, and is never acknowledged: not now, not after a power cut."""
+"""A failed write or fsync raises an error, stops the writer, and is never acknowledged, also not after a power cut."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ KINDS = {
     "create, rename or remove": preload.NAMES,
 }
 MOST_CALLS = {"fsync": 21, "write": 22, "create, rename or remove": 10}
-"""Somewhat more than a run makes, so that now and then nothing fails."""
+"""Slightly more than a run makes, so that sometimes nothing fails."""
 MOST_UPDATE_CALLS = {"fsync": 40, "write": 60}
 ATTEMPTS = 3
 
 
 def endure(say: Say, store: str, runs: list[dict[str, Any]], log: str, fault: list[int], stubborn: bool) -> int:
-    """Publish the first run; then meet a fault in the second, open the writer anew and go on, three times at most.
+    """Publish the first run, meet a fault in the second one, then reopen the writer and resume, at most three times.
 
     Args:
         say: ["ack", n], ["published", generation] and ["refused", text].
@@ -66,7 +66,7 @@ def endure(say: Say, store: str, runs: list[dict[str, Any]], log: str, fault: li
 
 
 def check_after_power_cut(say: Say, store: str, log: str, image: str, runs: list[dict[str, Any]], least: int) -> str:
-    """Check a disk image of the end of the log: what was acknowledged is on it."""
+    """Check that a disk image of the end of the log holds everything acknowledged."""
     disk = Disk(Path(store))
     disk.take(preload.read_log(Path(log)))
     disk.write_image(Path(image), random.Random(least))
@@ -74,7 +74,7 @@ def check_after_power_cut(say: Say, store: str, log: str, image: str, runs: list
 
 
 def endure_updates(say: Say, store: str, log: str, fault: list[int]) -> int:
-    """Publish turn 0; then meet a fault in turn 1, and go on, three times at most; says as `update`, and "refused".
+    """Publish turn 0, meet a fault in turn 1, and resume, at most three times; says as `update`, and "refused".
 
     Returns:
         Calls of these kinds that were made.
@@ -92,11 +92,11 @@ def endure_updates(say: Say, store: str, log: str, fault: list[int]) -> int:
 
 
 def check_updates_after_power_cut(say: Say, store: str, log: str, image: str, turn: int, least: int) -> str:
-    """Check a disk image of the end of the log: what was acknowledged is on it."""
+    """Check that a disk image of the end of the log holds everything acknowledged."""
     disk = Disk(Path(store))
     disk.take(preload.read_log(Path(log)))
     disk.write_image(Path(image), random.Random(least))
-    return updates.check_and_go_on(say, image, turn, least)
+    return updates.check_and_continue(say, image, turn, least)
 
 
 @promise(
@@ -115,11 +115,11 @@ def test_io_errors_of_updates(trial: Trial, traced: Nursery) -> None:
     writer = traced.start(endure_updates, store, log, fault)
     made = writer.result()
     refused = any(what == "refused" for what, *_ in writer.messages)
-    assert refused or made < number, f"the {number}-th {kind} failed, and nobody said so"
+    assert refused or made < number, f"the {number}-th {kind} failed without an error"
     trial.count(f"{kind}: refused" if refused else "no such call")
     turn, least = updates.acknowledged(writer.messages)
     traced.call(check_updates_after_power_cut, store, log, image, turn, least)
-    traced.call(updates.check_and_go_on, store, turn, least)
+    traced.call(updates.check_and_continue, store, turn, least)
 
 
 @promise("Honest fsync failure", fault="EIO at the n-th fsync, write, create, rename or remove", full=200, short=4)
@@ -138,7 +138,7 @@ def test_io_errors(trial: Trial, traced: Nursery) -> None:
     writer = traced.start(endure, store, runs, log, fault, trial.random.random() < 0.5)
     made = writer.result()
     refused = [text for what, text in writer.messages if what == "refused"]
-    assert bool(refused) or made < number, f"the {number}-th {kind} failed, and nobody said so"
+    assert bool(refused) or made < number, f"the {number}-th {kind} failed without an error"
     trial.count(f"{kind}: refused" if refused else "no such call")
     was_published = ["published", 2] in writer.messages
     least = 0 if was_published else max(oracle.acknowledged(writer.messages), 0)

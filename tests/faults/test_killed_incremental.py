@@ -1,4 +1,4 @@
-"""An incremental refresh that is killed anywhere goes on, and no user gets an event twice or not at all."""
+"""A killed incremental refresh resumes, and every user gets every event exactly once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMES = StateArrays.__slots__
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """log/ of three segments, model/, store/ that has seen the first, and whole/, a full refresh of all three."""
+    """log/ with three segments, model/, store/ that covers the first segment, and whole/, a full refresh of all."""
     folder = tmp_path_factory.mktemp("incremental")
     columns: dict[str, Any] = {"time_unit": "ms", "action": "action", "rating": "rating"}
     frame = small_frame()
@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "model")
     refresh(model, log, folder / "store", codec=Codec.float32, created_at=1)
     for turn in (1, 2):
-        own = np.arange(len(frame["user"])) % (turn + 2) == 0  # some are new, some of them late
+        own = np.arange(len(frame["user"])) % (turn + 2) == 0  # some events are new, some of these late
         later = {name: values[own] for name, values in frame.items()}
         later["timestamp"] = later["timestamp"] + turn * 40 * DAY + 7
         log = EventLog.from_frame(later, folder / "log", append=True, **columns)
@@ -48,8 +48,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def go_on(say: Say, folder: str, store: str, last_segment: int) -> dict[str, int]:
-    """Refresh; says "begin" and "done" around each transaction. Returns the users by what became of them."""
+def refresh_segments(say: Say, folder: str, store: str, last_segment: int) -> dict[str, int]:
+    """Refresh up to a segment; says "begin" and "done" around each transaction. Returns the counts of the report."""
     write = SharedEnvironment.write
 
     def write_and_tell(environment: SharedEnvironment, function: Any) -> Any:
@@ -65,15 +65,15 @@ def go_on(say: Say, folder: str, store: str, last_segment: int) -> dict[str, int
 
 
 def compare(say: Say, store: str, whole: str) -> bool:
-    """Whether both hold the same events of the same users, and summaries within rounding."""
+    """Require the same events of the same users, and equal summaries up to rounding."""
     with StoreReader.open(store) as opened, StoreReader.open(whole) as expected:
         users = list(expected.keys())
         assert list(opened.keys()) == users and len(opened) == len(users)
-        found, wanted = opened.get_many(users), expected.get_many(users)
+        actual, wanted = opened.get_many(users), expected.get_many(users)
         for name in ("event_count", "last_event_ts", "history_digest"):
-            assert getattr(found, name).tolist() == getattr(wanted, name).tolist(), name
-        assert found.tail.times.tolist() == wanted.tail.times.tolist()
-        np.testing.assert_allclose(found.summary, wanted.summary, atol=1e-4)
+            assert getattr(actual, name).tolist() == getattr(wanted, name).tolist(), name
+        assert actual.tail.times.tolist() == wanted.tail.times.tolist()
+        np.testing.assert_allclose(actual.summary, wanted.summary, atol=1e-4)
         states, wanted_states = opened.states(users), expected.states(users)
         assert states is not None and wanted_states is not None
         assert states[1].history_digest.tolist() == wanted_states[1].history_digest.tolist()
@@ -92,7 +92,7 @@ def test_killed_incremental(trial: Trial, nursery: Nursery, base: Path) -> None:
     shutil.copytree(base / "store", store)
     last = trial.random.choice([2, 3])
     for _ in range(trial.random.choice([1, 1, 2, 4])):
-        child = nursery.start(go_on, base, store, last)
+        child = nursery.start(refresh_segments, base, store, last)
         in_transaction = trial.random.random() < 0.5
         least = trial.random.randrange(1, 36)
         for number in count(1):
@@ -107,7 +107,7 @@ def test_killed_incremental(trial: Trial, nursery: Nursery, base: Path) -> None:
         where = {"begin": "within a transaction", "done": "between transactions"}.get(ended, "before the first")
         trial.count("after the end" if child.exit_code == 0 else where)
         last = 3
-    nursery.call(go_on, base, store, 3)
+    nursery.call(refresh_segments, base, store, 3)
     assert nursery.call(compare, store, base / "whole")
-    again = nursery.call(go_on, base, store, 3)
+    again = nursery.call(refresh_segments, base, store, 3)
     assert not any(again.get(name) for name in ("appended", "exchanged", "recomputed")), again

@@ -1,4 +1,4 @@
-"""A refresh that is killed anywhere resumes to the generation of an uninterrupted one, digest for digest."""
+"""A killed refresh resumes to the same generation as an uninterrupted one, with equal digests."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run_refresh(say: Say, log: str, model: str, store: str, codec: str) -> int:
 
 
 def contents(say: Say, store: str) -> list[Any]:
-    """The served generation: number, records' digest, and all that readers get, hashed."""
+    """The current generation: its number, the digest of its records, and a hash of all that readers return."""
     import hashlib
 
     with StoreReader.open(store) as opened:
@@ -66,16 +66,16 @@ def contents(say: Say, store: str) -> list[Any]:
 def whole(
     event_log: EventLog, model_dir: Path, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[Any]]:
-    """What uninterrupted refreshes leave, by codec."""
-    folder, found = tmp_path_factory.mktemp("whole"), {}
+    """Contents of uninterrupted refreshes, by codec."""
+    folder, expected = tmp_path_factory.mktemp("whole"), {}
     for codec in Codec:
         nursery.call(run_refresh, event_log.path, model_dir, folder / codec.value, codec.value)
-        found[codec.value] = nursery.call(contents, folder / codec.value)
-    return found
+        expected[codec.value] = nursery.call(contents, folder / codec.value)
+    return expected
 
 
 def kill_somewhere(trial: Trial, child: Child) -> None:
-    """Kill a refresh, most often between begin and commit, and count where it died."""
+    """Kill a refresh, usually between begin and commit, and count its phase."""
     batch = trial.random.randrange(NUM_BATCHES)
     wanted = trial.random.choice(["begin"] * 7 + ["ack", "publish", "start"])
     seen = 0

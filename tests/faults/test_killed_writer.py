@@ -1,4 +1,4 @@
-"""Acknowledged batches survive kill -9 of the writer, wherever it falls."""
+"""Acknowledged batches survive kill -9 of the writer at any time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PHASES = {"open": "between batches", "begin": "between begin and commit", "ack":
 
 
 def run_of(trial: Trial) -> Run:
-    """Records within a page, and of several pages."""
+    """A run with records within a page or of several pages."""
     return Run(salt=trial.number % 7, num_tokens=2, dim=trial.random.choice([16, 16, 3000]))
 
 
 def kill_somewhere(trial: Trial, writer: Child) -> str:
-    """Kill a writer at a random moment after a random message, most often as a batch begins.
+    """Kill a writer at a random time after a random message, usually as a batch begins.
 
     Returns:
         The phase in which it died.
@@ -31,7 +31,7 @@ def kill_somewhere(trial: Trial, writer: Child) -> str:
             skip -= 1
             if skip < 0 or wanted in ("open", "publish", "published"):
                 break
-    if wanted != "open":  # Else at once: often before the first batch.
+    if wanted != "open":  # Else immediately, often before the first batch.
         time.sleep(trial.random.choice([0, trial.random.uniform(0, 0.001), trial.random.uniform(0, 0.004)]))
     writer.kill()
     writer.end()
@@ -43,7 +43,7 @@ def kill_somewhere(trial: Trial, writer: Child) -> str:
 
 
 def check_survivors(nursery: Nursery, store: Path, run: Run, writer: Child) -> None:
-    """What a killed writer acknowledged is there, to the byte, and nothing half."""
+    """Require that the store holds exactly whole batches, including all acknowledged ones."""
     if (store / "CURRENT").exists():
         nursery.call(oracle.published, store, run.words, 1)
         return

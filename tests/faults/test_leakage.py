@@ -1,4 +1,4 @@
-"""Records that have seen a label's event are refused by evaluation, whichever way they came to see it."""
+"""Evaluation refuses records that cover a label's event, for whatever reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vista.store.tombstones import Tombstones
 
 
 def evaluated(say: Say, log_path: str, model_dir: str, store: str, until: str, user: int, more: int) -> str:
-    """Refresh `until`, make one record say that it has seen `more` events, and evaluate; what that came to."""
+    """Refresh `until`, let one record claim `more` events, and evaluate; returns "evaluated" or the error."""
     import numpy as np
 
     model, log = VistaModel.from_pretrained(model_dir), EventLog.open(log_path)
@@ -51,11 +51,11 @@ def test_leakage(trial: Trial, nursery: Nursery, served: Served) -> None:
     users = [100 + row for row in range(log.num_users) if log.lengths[row] >= 3]
     user, more = trial.random.choice(users), trial.random.randint(1, 3) if kind == "one record" else 0
     until = "all" if kind == "whole store" else "leave-last-out"
-    found = nursery.call(evaluated, log.path, served.model_dir, trial.folder / "store", until, user, more)
+    outcome = nursery.call(evaluated, log.path, served.model_dir, trial.folder / "store", until, user, more)
     if kind == "none":
-        assert found == "evaluated"
+        assert outcome == "evaluated"
     elif kind == "whole store":
-        assert found.startswith("LeakageError"), found
+        assert outcome.startswith("LeakageError"), outcome
     else:
-        assert found.startswith("LeakageError") and f"user {user}" in found, found
-    trial.count(f"{kind}: {found.split(':')[0]}")
+        assert outcome.startswith("LeakageError") and f"user {user}" in outcome, outcome
+    trial.count(f"{kind}: {outcome.split(':')[0]}")

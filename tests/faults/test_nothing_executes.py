@@ -1,4 +1,4 @@
-"""Nothing that vista reads executes anything or takes its word for a size: files are swapped for hostile ones."""
+"""Hostile files execute no code, and the sizes that they claim are not trusted."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from vista.scorer import Scorer
 from vista.training.trainer import train
 
 MOST_BYTES = 512 << 20
-"""Of memory beyond what the process held before."""
+"""Largest growth of the process's memory."""
 
 
 class Payload:
-    """Unpickles by making a file."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, canary: str) -> None:
         self.canary = canary
@@ -42,14 +42,14 @@ class Payload:
 
 
 def torch_file(canary: str) -> bytes:
-    """As torch.save writes it."""
+    """A file written by torch.save."""
     buffer = io.BytesIO()
     torch.save({"weights": torch.zeros(3), "payload": Payload(canary)}, buffer)
     return buffer.getvalue()
 
 
 def npy(canary: str) -> bytes:
-    """An object array, which NumPy unpickles where it is allowed to."""
+    """An object array, which NumPy unpickles if allowed."""
     import numpy as np
 
     buffer = io.BytesIO()
@@ -58,7 +58,7 @@ def npy(canary: str) -> bytes:
 
 
 def zipped(canary: str) -> bytes:
-    """A zip file of pickles under torch's names."""
+    """A zip file with pickles under torch's names."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name in ("archive/data.pkl", "data.pkl", "constants.pkl"):
@@ -72,7 +72,7 @@ def header(size: int, text: bytes = b"{}") -> Callable[[str], bytes]:
 
 
 def tensors(entry: dict[str, Any], data: bytes = b"") -> Callable[[str], bytes]:
-    """A safetensors file of one entry."""
+    """A safetensors file with one entry."""
     text = json.dumps({"x": entry}).encode()
     return lambda canary: struct.pack("<Q", len(text)) + text + data
 
@@ -83,7 +83,7 @@ USERS = {
     "run/": ["checkpoint"],
     "store/": ["store", "scorer"],
 }
-"""Who reads the files of a folder."""
+"""Folder -> functions that read its files."""
 HOSTILE: dict[str, Callable[[str], bytes]] = {
     **{f"pickle of protocol {n}": lambda canary, n=n: pickle.dumps(Payload(canary), n) for n in range(6)},  # type: ignore[misc]
     "torch.save": torch_file,
@@ -110,10 +110,10 @@ HOSTILE: dict[str, Callable[[str], bytes]] = {
 
 
 @pytest.fixture(scope="module")
-def world(served: Served, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A log, a trained model with its checkpoints, and its store; not to be changed."""
-    nursery.imports("torch._dynamo")  # As optimizers do.
-    folder = tmp_path_factory.mktemp("world") / "world"
+def files_of_all_kinds(served: Served, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log, a trained model with its checkpoints, and its store. Tests must not change them."""
+    nursery.imports("torch._dynamo")  # Optimizers import it.
+    folder = tmp_path_factory.mktemp("files") / "files"
     for name, source in (("log", served.log.path), ("run", served.config.run_dir), ("store", served.store)):
         shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.lock", "lock.mdb", "train.log"))
     return folder
@@ -145,7 +145,7 @@ def use(say: Say, folder: str, names: list[str]) -> int:
 
 
 def peak_bytes() -> int:
-    """Largest memory that this process held."""
+    """Peak memory of this process, bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -155,8 +155,8 @@ def peak_bytes() -> int:
     full=400,
     short=6,
 )
-def test_nothing_executes(trial: Trial, nursery: Nursery, world: Path) -> None:
-    copy, canary = shutil.copytree(world, trial.folder / "world"), trial.folder / "canary"
+def test_nothing_executes(trial: Trial, nursery: Nursery, files_of_all_kinds: Path) -> None:
+    copy, canary = shutil.copytree(files_of_all_kinds, trial.folder / "files"), trial.folder / "canary"
     files = sorted(path for path in copy.rglob("*") if path.is_file())
     victim = files[trial.random.randrange(len(files))]
     what = trial.random.choice(sorted(HOSTILE))
@@ -173,7 +173,7 @@ def test_nothing_executes(trial: Trial, nursery: Nursery, world: Path) -> None:
 
 
 def test_the_payloads_would_execute(tmp_path: Path) -> None:
-    """A canary that nothing could set would prove nothing."""
+    """A canary that no payload can set would prove nothing."""
     canary = tmp_path / "canary"
     pickle.loads(HOSTILE["pickle of protocol 4"](str(canary)))
     assert canary.is_dir()

@@ -1,4 +1,4 @@
-"""One writer a store: of two that start at once one is refused by a typed error, at once, even if the holder sleeps."""
+"""One writer per store: a second writer gets a typed error immediately, even if the first one is stopped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RUN = Run()
 
 
 def start_at(say: Say, store: str, moment: float, hold_s: float) -> str:
-    """Open the writer at a moment of the monotonic clock, put a batch and hold the lock."""
+    """Open the writer at a time of the monotonic clock, put a batch and hold the lock."""
     while time.monotonic() < moment:
         pass
     try:

@@ -1,4 +1,4 @@
-"""Poisoned input is refused by a typed error or leads to the documented result, and harms nobody else of its batch."""
+"""Poisoned input raises a typed error or gives the documented result, and does not affect others in its batch."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ odd = st.one_of(st.sampled_from(NUMBERS), st.sampled_from(WORDS), st.integers(),
 
 
 def mostly(usual: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Something odd now and then."""
+    """The usual strategy, and sometimes the odd one."""
     return st.integers(0, 7).flatmap(lambda dice: usual if dice else odd)
 
 
 def examples(number: int, check: Callable[[Any], None], strategy: st.SearchStrategy[Any]) -> None:
-    """Run a check on EXAMPLES examples, the same ones for a number."""
+    """Run a check on EXAMPLES examples, which depend only on the number."""
     test = given(strategy)(check)
     everything = list(HealthCheck)
     seed(number)(
@@ -72,7 +72,7 @@ def test_poisoned_summaries(trial: Trial) -> None:
             assert codec is not Codec.float32 or not np.isfinite(summary[user]).all()
             trial.count("refused")
             return
-        assert np.isfinite(summary).all(), "a value that is not finite was written"
+        assert np.isfinite(summary).all(), "a non-finite value was written"
         clean = encode_records(user_keys([0, 1, 2]), np.ones_like(summary), StoredTail.empty(3), **arguments)
         for other in {0, 1, 2} - {user}:
             assert records[other] == clean[other]
@@ -86,7 +86,7 @@ def test_poisoned_summaries(trial: Trial) -> None:
             bound = {
                 Codec.float16: np.abs(exact) * 2.0**-11 + 2.0**-25,
                 Codec.int8: 1.01 * span / 255 + 1e-6,
-                # Half a step, and the rounding of scale and bias to float16.
+                # Half a step plus the rounding of scale and bias to float16.
                 Codec.int4: 0.51 * span / 15 + 2.0**-10 * (low + span) + 15 * 2.0**-25,
             }[codec]
             assert (np.abs(decoded.astype(np.float64) - exact) <= bound).all(), (codec, exact, decoded)
@@ -153,7 +153,7 @@ def test_poisoned_requests(trial: Trial, scorer: Scorer) -> None:
     each=EXAMPLES,
 )
 def test_poisoned_rows(trial: Trial) -> None:
-    """Users 1 and 2 are healthy; what comes after them is not."""
+    """Users 1 and 2 are healthy; the other rows are odd."""
     row = st.tuples(
         st.one_of(st.integers(3, 5), st.sampled_from([0, -1, 2**63 - 1, -(2**63)])),
         st.one_of(st.integers(0, 9), st.sampled_from([-1, 2**63 - 1])),
@@ -196,10 +196,10 @@ def test_poisoned_rows(trial: Trial) -> None:
 
 
 def giant(say: Say, model: str, folder: str, num_events: int, num_candidates: int) -> list[int]:
-    """Prepare, refresh and score a user of very many events beside a small one; then very many candidates.
+    """Prepare, refresh and score a user with very many events and a small one, then very many candidates.
 
     Returns:
-        Bytes of memory at its peak beyond those at first; bytes of the log.
+        Growth of peak memory, bytes; size of the log, bytes.
     """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rng = np.random.default_rng(0)

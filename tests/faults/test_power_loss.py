@@ -20,13 +20,13 @@ IMAGES = 50
 
 
 def runs_of(number: int) -> list[Run]:
-    """Generations that a traced writer writes one after the other; the last one it leaves unfinished."""
+    """Generations that a traced writer writes one after the other, the last one unfinished."""
     dims = random.Random(number).sample((16, 300, 3000), 3)
     return [Run(salt=number % 5 + place, total=32, batch=8, dim=dim) for place, dim in enumerate(dims)]
 
 
 def traced_writer(say: Say, folder: str, runs: list[dict[str, Any]], log: str) -> None:
-    """Write the runs into folder/store; lines of folder/acknowledged, in the same log, say run and users done."""
+    """Write the runs to folder/store; lines of folder/acknowledged, in the same log, record run and users."""
     preload.watch(folder, log)
     store = Path(folder) / "store"
     with (Path(folder) / ACKNOWLEDGED).open("wb", buffering=0) as file:
@@ -43,7 +43,7 @@ def traced_writer(say: Say, folder: str, runs: list[dict[str, Any]], log: str) -
 
 
 def check_images(say: Say, folder: str, log: str, runs: list[dict[str, Any]], scratch: str, seed: int) -> None:
-    """Make images of cuts anywhere in the log and check each; says what a reader found in it."""
+    """Make images of power cuts anywhere in the log and check each; says what a reader got from it."""
     calls, chance = list(preload.read_log(Path(log))), random.Random(seed)
     assert calls, "an empty log"
     for number, cut in enumerate(sorted(chance.choices(range(len(calls)), k=IMAGES))):
@@ -61,15 +61,15 @@ def check_images(say: Say, folder: str, log: str, runs: list[dict[str, Any]], sc
 
 
 def check_image(say: Say, store: Path, runs: list[dict[str, Any]], place: int, least: int) -> str:
-    """Check what a power cut left while run `place` had acknowledged `least` users, all runs before being published.
+    """Check what a power cut left while run `place` had acknowledged `least` users and all earlier runs were published.
 
     Returns:
-        What a reader found.
+        What a reader got.
     """
     run = Run.of(runs[place])
     if oracle.is_unpublished(store):
-        assert place == 0, "a published generation is gone"
-        found = "nothing published"
+        assert place == 0, "a published generation was lost"
+        outcome = "nothing published"
     else:
         with StoreReader.open(store) as opened:
             served = opened.generation
@@ -77,23 +77,23 @@ def check_image(say: Say, store: Path, runs: list[dict[str, Any]], place: int, l
         assert served == place or (served, least) == (place + 1, run.total), (served, place, least)
         if served == place + 1:
             return "the new generation"
-        found = "the generation before"
+        outcome = "the generation before"
     with run.open_writer(store) as writer:
         assert least <= writer.cursor <= least + run.batch, f"{least} acknowledged, the cursor is {writer.cursor}"
     oracle.write(lambda _: None, str(store), runs[place])
     oracle.published(say, str(store), runs[place])
-    return found
+    return outcome
 
 
 def acknowledged(folder: str, calls: list[Call]) -> tuple[int, int]:
-    """(The first run that is not acknowledged as published, users of it that were acknowledged)."""
+    """(First run that is not acknowledged as published, its acknowledged users)."""
     lines = b"".join(call.data for call in calls if call.name == "w" and call.path == f"{folder}/{ACKNOWLEDGED}")
     place, least = map(int, lines.splitlines()[-1].split()) if lines else (0, 0)
     return place, least
 
 
 def traced_updates(say: Say, folder: str, log: str) -> None:
-    """Publish turn 0, then two turns of updates; lines of folder/acknowledged say turn and users done."""
+    """Publish turn 0, then run two turns; lines of folder/acknowledged record turn and acknowledged users."""
     preload.watch(folder, log)
     store = f"{folder}/store"
     with (Path(folder) / ACKNOWLEDGED).open("wb", buffering=0) as file:
@@ -104,7 +104,7 @@ def traced_updates(say: Say, folder: str, log: str) -> None:
 
 
 def check_update_images(say: Say, folder: str, log: str, scratch: str, seed: int) -> None:
-    """Images of cuts after turn 0; says what was found in each. Every sixteenth goes on."""
+    """Check images of power cuts after turn 0 and say each outcome; every sixteenth also resumes."""
     calls, chance = list(preload.read_log(Path(log))), random.Random(seed)
     begin = next(place for place, call in enumerate(calls) if call.path == f"{folder}/{ACKNOWLEDGED}" and call.data)
     for number, cut in enumerate(sorted(chance.choices(range(begin + 1, len(calls)), k=IMAGES))):
@@ -114,7 +114,7 @@ def check_update_images(say: Say, folder: str, log: str, scratch: str, seed: int
         disk.tear(calls[cut])
         image.mkdir()
         disk.write_image(image, chance)
-        look = updates.check if number % 16 else updates.check_and_go_on
+        look = updates.check if number % 16 else updates.check_and_continue
         try:
             say(look(say, f"{image}/store", turn, least))
         except Exception as error:
@@ -135,8 +135,8 @@ def test_power_loss_of_updates(trial: Trial, traced: Nursery) -> None:
     traced.call(traced_updates, folder, log)
     checker = traced.start(check_update_images, folder, log, trial.folder, trial.number)
     checker.result(timeout_s=600)
-    for found in checker.messages:
-        trial.count(found)
+    for outcome in checker.messages:
+        trial.count(outcome)
 
 
 @promise(
@@ -149,5 +149,5 @@ def test_power_loss(trial: Trial, traced: Nursery) -> None:
     traced.call(traced_writer, folder, words, log)
     checker = traced.start(check_images, folder, log, words, trial.folder, trial.number)
     checker.result(timeout_s=600)
-    for found in checker.messages:
-        trial.count(found)
+    for outcome in checker.messages:
+        trial.count(outcome)

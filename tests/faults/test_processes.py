@@ -1,4 +1,4 @@
-"""Readers live with fork, spawn and threads: every process opens its own, nothing is misread, and no slot is lost."""
+"""Readers work with fork, spawn and threads: each process opens the store itself, reads right, and frees its slot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUM_THREADS = 8
 
 
 def check(opened: StoreReader, times: int = 1) -> int:
-    """Read all users exactly, some times; returns this process."""
+    """Read and compare all users, `times` times; returns the process id."""
     users = range(RUN.total)
     for _ in range(times):
         batch = opened.get_many(users)
@@ -33,15 +33,15 @@ def check(opened: StoreReader, times: int = 1) -> int:
 
 
 def read_forever(opened: StoreReader) -> None:
-    """Until killed."""
+    """Check until killed."""
     while True:
         check(opened)
 
 
 def parent(say: Say, store: str, spawn: bool) -> None:
-    """Read in 8 threads, and meanwhile in forked and spawned children, nested ones and a killed one.
+    """Read in 8 threads, and meanwhile in forked, spawned, nested and killed children.
 
-    Says "alone" when all children have ended, and stays until there is a file `stop` beside the store.
+    Says "alone" when all children have ended, and runs until a file `stop` exists next to the store.
     """
     fork, stop = multiprocessing.get_context("fork"), threading.Event()
 
@@ -77,7 +77,7 @@ def parent(say: Say, store: str, spawn: bool) -> None:
 
 
 def nested(opened: StoreReader) -> None:
-    """Read in this process and in one that it forks."""
+    """Read in this process and in a forked one."""
     check(opened)
     child = multiprocessing.get_context("fork").Process(target=check, args=(opened, 3))
     child.start()
@@ -86,7 +86,7 @@ def nested(opened: StoreReader) -> None:
 
 
 def taken_slots(say: Say, store: str) -> list[int]:
-    """Process of each taken slot of the reader table, after the check that a writer makes before each batch."""
+    """Process of each used slot of the reader table, after the check that a writer makes before each batch."""
     environment = open_environment(environment_path(Path(store), 1), readonly=False)
     environment.reader_check()
     lines = environment.readers().splitlines()[1:]
@@ -101,7 +101,7 @@ def test_processes(trial: Trial, nursery: Nursery) -> None:
     reader = nursery.start(parent, store, trial.number % 5 == 4)
     assert reader.hear(timeout_s=150) == "alone", reader.end().raised
     slots = nursery.call(taken_slots, store)
-    assert slots == [], f"slots of processes {slots} are taken, though nobody reads; {reader.pid} is left"
+    assert slots == [], f"slots of processes {slots} are in use without a reader; {reader.pid} still runs"
     (trial.folder / "stop").touch()
     reader.result()
     trial.count("with spawn" if trial.number % 5 == 4 else "with fork")

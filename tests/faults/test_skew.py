@@ -1,4 +1,4 @@
-"""No skew: a record or a store of another summarizer, schema, codec or format is refused, whichever field tells."""
+"""No skew: readers refuse records and stores of another summarizer, schema, codec or format, by any of their fields."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ CHECKED = (
     *("magic", "format_version", "header_length", "flags", "codec", "tokens", "dim", "scale_dtype", "payload_length"),
     *("generation", "summarizer_id", "key_hash", "tail_length", "reserved"),
 )
-"""Fields of a record's header that a reader knows better; the others say what the refresh saw, and may differ."""
+"""Header fields that a reader checks against its own; the others describe the refreshed history and may differ."""
 DATA = ("created_at", "last_event_ts", "event_count", "applied_segment", "history_digest")
 
 
 def with_flipped(record: bytes, field: str, bit: int) -> bytes:
-    """The record with one bit of a field flipped, under a checksum that fits: a foreign record, not a damaged one."""
+    """The record with one flipped bit and a valid checksum: a foreign record, not a damaged one."""
     assert HEADER.fields is not None
     offset = HEADER.fields[field][1]
     changed = bytearray(record)
@@ -43,7 +43,7 @@ def with_flipped(record: bytes, field: str, bit: int) -> bytes:
 
 
 def replace(store: str, key: bytes, value: bytes) -> None:
-    """Put a value past the writer."""
+    """Put a value without the writer."""
     environment = open_environment(environment_path(Path(store), 1), readonly=False)
     with environment.begin(write=True) as transaction:
         transaction.put(key, value)
@@ -51,7 +51,7 @@ def replace(store: str, key: bytes, value: bytes) -> None:
 
 
 def foreign_records(say: Say, store: str, field: str, bits: list[int]) -> int:
-    """Flip each bit of the field in user 3's record and read it, alone and among others; returns refusals."""
+    """Flip each bit of a field in user 3's record and read it, alone and with others; returns the refusals."""
     (key,), refused = user_keys([3]), 0
     environment = open_environment(environment_path(Path(store), 1), readonly=True)
     with environment.begin() as transaction:
@@ -98,7 +98,7 @@ MANIFEST_FIELDS: dict[str, Callable[[Trial], Any]] = {
 
 
 def foreign_manifest(say: Say, store: str, changes: dict[str, Any]) -> str:
-    """Open and read a store whose manifest says something else; returns the refusal."""
+    """Open and read a store with another value in its manifest; returns the refusal."""
     environment = open_environment(environment_path(Path(store), 1), readonly=True)
     with environment.begin() as transaction:
         whole = bytes(transaction.get(MANIFEST_KEY, b""))

@@ -1,4 +1,4 @@
-"""A run that is killed anywhere, also while it saves, ends in the same bits as one that was not."""
+"""A run that is killed at any time, also during a save, gives the same bits as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIMED = ("tokens_per_s", "epoch_seconds", "seconds")
 
 
 def train(say: Say, log: str, run_dir: str, kill_at: int = 0) -> None:
-    """One run, or the rest of it; die right before the n-th system call of all saves (0: live)."""
+    """Start or resume a run; die right before the n-th system call of all saves (0: do not die)."""
     trainer.METRICS_EVERY = 1
     if kill_at:
         preload.watch(f"{run_dir}/checkpoints")
@@ -36,26 +36,26 @@ def train(say: Say, log: str, run_dir: str, kill_at: int = 0) -> None:
 
 
 def result(run_dir: Path) -> dict[str, Any]:
-    """All that a run ends in, times apart, by name."""
+    """The results of a run by name, without times."""
     newest = latest_checkpoint(run_dir / "checkpoints")
     assert newest is not None
     tensors, state = load_checkpoint(newest)
     state["run"]["progress"].pop("seconds")
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    found: dict[str, Any] = {f"checkpoint {name}": tensor for name, tensor in tensors.items()}
-    found["step"], found["state"] = newest.name, state
-    found["export"] = (run_dir / "best" / "model.safetensors").read_bytes()
-    found["metrics"] = [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
-    return found
+    results: dict[str, Any] = {f"checkpoint {name}": tensor for name, tensor in tensors.items()}
+    results["step"], results["state"] = newest.name, state
+    results["export"] = (run_dir / "best" / "model.safetensors").read_bytes()
+    results["metrics"] = [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
+    return results
 
 
 @pytest.fixture(scope="module")
 def whole(
     event_log: EventLog, nursery: Nursery, traced: Nursery, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """What an uninterrupted run ends in."""
+    """The results of an uninterrupted run."""
     for one in (nursery, traced):
-        one.imports("torch._dynamo")  # As optimizers do.
+        one.imports("torch._dynamo")  # Optimizers import it.
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     nursery.call(train, event_log.path, run_dir)
     return result(run_dir)
@@ -80,8 +80,8 @@ def test_trainer_resume(
             trial.count("after the end" if child.exit_code == 0 else "at any moment")
         assert child.exit_code in (0, -9), child.raised
     nursery.call(train, event_log.path, run_dir)
-    found = result(run_dir)
-    assert found.keys() == whole.keys()
-    for name, value in found.items():
+    results = result(run_dir)
+    assert results.keys() == whole.keys()
+    for name, value in results.items():
         same = torch.equal(value, whole[name]) if isinstance(value, torch.Tensor) else value == whole[name]
         assert same, f"{name} differs"

@@ -1,7 +1,7 @@
-"""The oracle of updates in place: which record and state each user has after every transaction of every turn.
+"""The oracle of updates in place: the record and state of each user after every transaction of every turn.
 
-Turn t of an update removes some users, gives some a new record and state, and leaves the rest; which, and what, follows
-from user and turn. Turn 0 is the generation as it was published. Functions that take `say` are jobs of a nursery.
+Turn t of an update removes some users, gives others a new record and state, and keeps the rest, depending only on user
+and turn. Turn 0 is the generation as published. Functions that take `say` are jobs of a nursery.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from vista.store.updates import StoreUpdate
 TOTAL, BATCH = 32, 8
 REMOVED, PUT, KEPT = range(3)
 STEPS = 5
-"""Of a batch: nothing is done; records removed; states removed; states put; records put."""
+"""Steps of a batch: nothing done; records removed; states removed; states put; records put."""
 
 
 def role(user: int, turn: int) -> int:
-    """What becomes of a user in a turn."""
+    """The change of a user in a turn."""
     return REMOVED if (user + turn) % 5 == 0 else PUT if (7 * user + turn) % 3 else KEPT
 
 
 def version(user: int, turn: int) -> int | None:
-    """The turn that a user's record and state are of after a turn; None if there are none."""
+    """The turn of a user's record and state after a turn; None if the user has none."""
     if turn == 0:
         return 0
     what = role(user, turn)
@@ -46,20 +46,20 @@ def version(user: int, turn: int) -> int | None:
 
 
 def batches() -> Iterator[range]:
-    """Users 0 … TOTAL - 1, as each turn takes them."""
+    """Batches of users 0 … TOTAL - 1, as in each turn."""
     for first in range(0, TOTAL, BATCH):
         yield range(first, first + BATCH)
 
 
 def records(users: list[int], spec: RecordSpec, turn: int) -> list[bytes]:
-    """What the users' records are in a turn."""
+    """The users' records of a turn."""
     run = Run(salt=turn, num_tokens=spec.num_tokens, dim=spec.dim)
     at_turn = dataclasses.replace(spec, created_at=CREATED_AT + turn, applied_segment=turn)
     return run.records(users, at_turn)[1]  # type: ignore[arg-type]
 
 
 def states(users: list[int], spec: StateSpec, turn: int) -> list[bytes]:
-    """What the users' states are in a turn."""
+    """The users' states of a turn."""
     count, L, H, D = len(users), spec.num_layers, spec.num_heads, spec.head_dim
     place = np.arange(L * H * D * D, dtype=np.float64).reshape(L, H, D, D)
     z = np.cos(place * 0.3 + np.array(users, np.float64)[:, None, None, None, None] + 10.0 * turn).astype(np.float32)
@@ -70,7 +70,7 @@ def states(users: list[int], spec: StateSpec, turn: int) -> list[bytes]:
 
 
 def publish(say: Say, store: str, head_dim: int) -> None:
-    """Turn 0."""
+    """Publish turn 0."""
     run = Run(total=TOTAL, batch=BATCH)
     with run.open_writer(store, state_dtype=StateDtype.float32, state_shape=(1, 2, head_dim)) as writer:
         assert writer.state_spec is not None
@@ -81,7 +81,7 @@ def publish(say: Say, store: str, head_dim: int) -> None:
 
 
 def update(say: Say, store: str, turn: int) -> None:
-    """One turn, or what is left of it; says ["ack", turn, n] after a batch and ["ack", turn + 1, 0] at the end."""
+    """Run or resume one turn; says ["ack", turn, n] after a batch and ["ack", turn + 1, 0] at the end."""
     with StoreUpdate.open(
         store, summarizer_id=SUMMARIZER, applied_segment=turn, created_at=CREATED_AT + turn
     ) as writer:
@@ -100,40 +100,40 @@ def update(say: Say, store: str, turn: int) -> None:
 
 
 def check(say: Say, store: str, turn: int, least: int) -> str:
-    """Check every record and state, byte for byte, of a store of which turn `turn` has acknowledged `least` users.
+    """Check every byte of the records and states of a store after `turn` has acknowledged `least` users.
 
     Returns:
-        What became of the batch that had not been acknowledged.
+        How far the next batch, which was not acknowledged, had got.
     """
     report = verify_store(store)
     assert not report.num_problems, report
-    found = _held(environment_path(Path(store), 1)), _held(state_path(Path(store), 1))
+    held = _held(environment_path(Path(store), 1)), _held(state_path(Path(store), 1))
     with StoreReader.open(store) as opened:
         manifest = opened.manifest
         read = opened.get_many(range(TOTAL)).found.tolist()
-        assert read == [key in found[0] for key in user_keys(range(TOTAL))] and sum(read) == len(opened)
+        assert read == [key in held[0] for key in user_keys(range(TOTAL))] and sum(read) == len(opened)
     assert manifest.applied_segment in (turn - 1, turn), manifest
     spec, state_spec = manifest.spec(), manifest.state_spec()
     assert state_spec is not None
     for step in range(STEPS):
-        if found == _expected(turn, least, step, spec, state_spec):
+        if held == _expected(turn, least, step, spec, state_spec):
             if step == 0:
                 return "as acknowledged"
             return "one step further" if step < STEPS - 1 else "one batch further"
     raise AssertionError(f"turn {turn}, {least} users acknowledged: no step of the next batch leaves such a store")
 
 
-def check_and_go_on(say: Say, store: str, turn: int, least: int) -> str:
-    """As `check`; then the turn is ended, and one more made."""
-    found = check(say, store, turn, least)
+def check_and_continue(say: Say, store: str, turn: int, least: int) -> str:
+    """Run `check`, then finish the turn and run one more."""
+    outcome = check(say, store, turn, least)
     for number in (turn, turn + 1):
         update(lambda _: None, store, number)
         assert check(say, store, number + 1, 0) == "as acknowledged"
-    return found
+    return outcome
 
 
 def acknowledged(messages: list[Any]) -> tuple[int, int]:
-    """(The turn that is under way, users that it acknowledged), of what `update` said; (1, 0) at first."""
+    """(Current turn, users that it acknowledged), from the messages of `update`; (1, 0) at first."""
     turns = [(turn, users) for what, turn, users in messages if what == "ack"]
     return max(turns, default=(1, 0))
 
@@ -145,7 +145,7 @@ def _held(folder: Path) -> dict[bytes, bytes]:
 
 @cache
 def _one(made: Any, user: int, spec: RecordSpec | StateSpec, turn: int) -> bytes:
-    """One user's record, or state."""
+    """One user's record or state."""
     (value,) = made([user], spec, turn)
     return bytes(value)
 
@@ -153,7 +153,7 @@ def _one(made: Any, user: int, spec: RecordSpec | StateSpec, turn: int) -> bytes
 def _expected(
     turn: int, least: int, step: int, spec: RecordSpec, state_spec: StateSpec
 ) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
-    """Records and states when a step of the batch after the first `least` users is done."""
+    """Records and states after a step of the batch that follows the first `least` users."""
     held: tuple[dict[bytes, bytes], dict[bytes, bytes]] = {}, {}
     for user in range(TOTAL):
         before, after, what = version(user, turn - 1), version(user, turn), role(user, turn)

@@ -1,5 +1,4 @@
-"""The baselines of the attention benchmark compute what they should, and the model that is timed with them uses
-them."""
+"""The attention benchmark's baselines are correct, and the model timed with a baseline really uses it."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder
 from vista.model import summarizer
 
 pytestmark = pytest.mark.research
-# Several whole items a block, one item a block, two rows of one item a block, one row where a row exceeds the block.
+# Per block: several whole items, one item, two rows of one item, and one row that exceeds the block.
 BLOCKS = (1000, 7 * 11, 2 * 11, 1)
 
 
@@ -49,7 +48,7 @@ def test_gradients_of_hstu_in_blocks(block_scores: int) -> None:
     assert torch.autograd.gradcheck(partial(hstu, block_scores=block_scores), random(3, 5, 5))
 
 
-def test_hstu_keeps_no_score_of_all() -> None:
+def test_hstu_never_holds_all_scores() -> None:
     sizes = []
 
     class Watch(torch.overrides.TorchFunctionMode):
@@ -71,7 +70,7 @@ def test_the_fastest_block_is_one_of_those_tried(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("attention", [sdpa, partial(hstu, block_scores=500)], ids=["SDPA", "HSTU"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_model_with_a_baseline_uses_it_alone(
+def test_the_model_with_a_baseline_uses_only_that(
     attention: baseline_attention.Attention, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = AttentionStep(2, 40, 64)
@@ -90,7 +89,7 @@ def test_the_model_with_a_baseline_uses_it_alone(
     for name in ("quasi_linear_attention", "accumulate_state", "read_state"):
         monkeypatch.setattr(summarizer, name, forbidden)
     baseline = step.summarize(dtype, counted)
-    # Events and seeds of a layer; at the last layer the seeds alone read.
+    # Events and seeds per layer; in the last layer only the seeds read.
     assert calls == [(72, 72)] * (NUM_LAYERS - 1) + [(32, 72)]
     assert baseline.shape == ours.shape and not torch.allclose(baseline, ours, atol=0.1)
     with pytest.raises(AssertionError, match="our attention was called"):
@@ -99,8 +98,8 @@ def test_the_model_with_a_baseline_uses_it_alone(
     assert step.tokens.grad is not None and float(step.tokens.grad.abs().max()) > 0
 
 
-def test_the_swap_is_fair_and_undone() -> None:
-    """Our own attention, handed in as a baseline is, gives the model's own output; afterwards nothing is replaced."""
+def test_the_replacement_is_exact_and_undone() -> None:
+    """Our attention in place of a baseline gives the model's own output; afterwards nothing stays replaced."""
     step = AttentionStep(3, 20, 64)
     step.model.eval()
     ours = step.summarize(torch.float32, None)
@@ -126,7 +125,7 @@ def test_results_are_checked() -> None:
 
 
 def test_the_gpu_part_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its cases at a small size on the CPU, with nothing to wait for and nothing compiled."""
+    """Its cases run in a small size on the CPU, without synchronization and compilation."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setattr(attention_on_gpu, "LARGEST_COPY_BYTES", 1 << 16)

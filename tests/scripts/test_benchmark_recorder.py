@@ -119,7 +119,7 @@ def test_the_summary_of_all_files(
     assert "bench_z.jsonl, line 1" in capsys.readouterr().err
 
 
-def test_contestants_alternate_and_the_order_turns() -> None:
+def test_contestants_alternate_in_reversing_order() -> None:
     seen: list[str] = []
 
     def contestant(name: str) -> Any:
@@ -134,7 +134,7 @@ def test_contestants_alternate_and_the_order_turns() -> None:
     assert gc.isenabled() and [len(timing.samples_s) for timing in times.values()] == [4, 4]
 
 
-def test_fast_calls_are_repeated_and_slow_benchmarks_cut_short() -> None:
+def test_fast_calls_are_repeated_and_slow_benchmarks_shortened() -> None:
     counts = {"fast": 0, "slow": 0}
 
     def fast() -> None:
@@ -145,7 +145,7 @@ def test_fast_calls_are_repeated_and_slow_benchmarks_cut_short() -> None:
         time.sleep(0.02)
 
     times = interleaved({"fast": fast, "slow": slow}, rounds=50, warmup=1, min_sample_s=0.001, max_seconds=0.01)
-    assert counts["slow"] == 4 and counts["fast"] > 100  # the warm-up, and three rounds at least
+    assert counts["slow"] == 4 and counts["fast"] > 100  # the warm-up and the minimum of three rounds
     assert times["slow"].median_s >= 0.02 and times["fast"].median_s < 0.001
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks run with --quick, measure what they say, and write rows; of their figures only memory is judged."""
+"""The benchmarks run with --quick, measure what they claim, and write rows; only memory is compared with its bar."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from vista.model.vista_model import VistaModel
 
 pytestmark = pytest.mark.research
 REPOSITORY = Path(__file__).parents[2]
-# Some of the cases that each has to write, as parts of their names.
+# Parts of names of cases that each benchmark must write.
 CASES = {
     "attention": [
         "QLA forward, 1,024 events, d=64, float32",
@@ -90,7 +90,7 @@ CASES = {
 
 
 def run(subject: str, out: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m scripts.benchmarks.bench_<subject> --quick --out <out>` on one thread, without data sets and GPUs."""
+    """Run `python -m scripts.benchmarks.bench_<subject> --quick --out <out>` on one thread without data and GPU."""
     path = os.pathsep.join(str(REPOSITORY / folder) for folder in (".", "kernels"))
     settings = {key: value for key, value in os.environ.items() if key not in ("VISTA_DATA_DIR", "VISTA_RECTOOLS_VENV")}
     settings |= {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -104,7 +104,7 @@ def run(subject: str, out: Path, *words: str, **environment: str) -> subprocess.
 
 
 def write_histories(path: Path, lengths: list[int]) -> Path:
-    """A packed events.npz."""
+    """Write a packed events.npz."""
     rng = np.random.default_rng(0)
     total = sum(lengths)
     np.savez(
@@ -117,7 +117,7 @@ def write_histories(path: Path, lengths: list[int]) -> Path:
 
 
 def fake_environment(folder: Path, report: dict[str, Any]) -> Path:
-    """A "virtual environment" whose interpreter notes its arguments and answers every question with one report."""
+    """A fake virtual environment whose interpreter records its arguments and always prints the same report."""
     python = folder / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f"#!/bin/sh\necho \"$*\" >> {folder}/calls\necho '{json.dumps(report)}'\n")
@@ -148,7 +148,7 @@ def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", TargetAttentionKind)
-def test_the_scorers_floor_counts_what_the_model_multiplies(tmp_path: Path, kind: TargetAttentionKind) -> None:
+def test_the_scorers_roofline_counts_what_the_model_multiplies(tmp_path: Path, kind: TargetAttentionKind) -> None:
     log = lifelong_log(tmp_path / "log", [9, 40], num_items=49)
     usual = untrained(log, dim=16, num_seeds=6, tail_len=5)
     model = VistaModel(replace(usual.config, target_attention=kind), usual.schema, log.items, usual.data).eval()
@@ -162,7 +162,7 @@ def test_the_scorers_floor_counts_what_the_model_multiplies(tmp_path: Path, kind
         events = model.encoder(model.item_vectors(item), action, gap)
         attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
         with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-            # In two passes: the one of a request multiplies what it then masks, the summary with the tail.
+            # In two passes: a request in one pass also multiplies the masked pairs of summary and tail.
             context = stage.encode_context(stage.encode_summary(summary), events, torch.from_numpy(tail.valid))
             stage.query(vectors, projections, None, torch.full((1,), 5), context)
     counted = 0.0
@@ -173,7 +173,7 @@ def test_the_scorers_floor_counts_what_the_model_multiplies(tmp_path: Path, kind
 
 
 def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    """Of its two products."""
+    """Operations of the two products of attention."""
     return 2 * math.prod(query[:-1]) * key[-2] * (key[-1] + value[-1])
 
 
@@ -190,7 +190,7 @@ def test_training_is_compared_with_the_baseline(tmp_path: Path) -> None:
         assert row["case"] == f"ml-1m epoch of {who}, 16 negatives a label, dropout 0.2 (quick)"
         assert row["baseline"] == 40.0 and row["ratio"] == pytest.approx(40.0 / row["value"])
     (detail,) = json.loads((tmp_path / "out_settings.json").read_text())
-    # 28, 10, 201 and 3 training events; the baseline's first event of each is an input only, which the fake forgets.
+    # 28, 10, 201 and 3 training events. The fake ignores that RecTools' first event per user is only an input.
     assert detail["our_labels"] == 28 + 10 + 201 + 3 and all(
         config["data"]["num_negatives"] == 16 for config in detail["our_config"].values()
     )
@@ -241,7 +241,7 @@ def test_both_sides_train_on_the_same_events(tmp_path: Path) -> None:
         assert (np.diff(arrays["timestamp"]) > 0).all()
 
 
-def test_private_memory_is_told_from_the_page_cache(tmp_path: Path) -> None:
+def test_private_memory_excludes_the_page_cache(tmp_path: Path) -> None:
     size = 32 << 20
     (tmp_path / "data.mdb").write_bytes(bytes(size))
     smaps = Path("/proc/self/smaps")
@@ -249,7 +249,7 @@ def test_private_memory_is_told_from_the_page_cache(tmp_path: Path) -> None:
     with (tmp_path / "data.mdb").open("rb") as file, mmap(file.fileno(), 0, prot=PROT_READ) as mapped:
         assert not np.frombuffer(mapped, np.uint8).any()
         assert private_bytes(smaps.read_text()) - before < size // 4
-    with mmap(-1, size) as own:  # no array: that may lie in memory which the process had already
+    with mmap(-1, size) as own:  # not an array, which could reuse memory of the process
         own.write(b"\1" * size)
         assert private_bytes(smaps.read_text()) - before > size * 3 // 4
 
@@ -275,5 +275,5 @@ def test_the_pilot_finds_the_fastest_setting(negatives: int, monkeypatch: pytest
     assert (found.precision, found.workers, found.n_negatives, found.dropout) == ("32-true", 1, negatives, 0.2)
     gathered = [s.batch_size * 200 * negatives * 64 * 4 for s in tried if s.loss != "softmax"]
     assert max(gathered) <= 2 * baseline.GATHERED_BYTES
-    if negatives < 1024:  # there the batches of sampled losses are too small to be fast, and softmax wins
+    if negatives < 1024:  # else batches of sampled losses are too small to be fast, and softmax wins
         assert (found.loss, found.batch_size) == ("sampled_softmax", 32)

@@ -1,4 +1,4 @@
-"""The cross-check with RecTools: both sides get the same split, and lists are judged as scores are."""
+"""The cross-check with RecTools: both sides get the same split, and lists are evaluated as scores are."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from vista.model.ranking_model import Schema
 
 pytestmark = pytest.mark.research
 LENGTH = 20
-"""One less than the training events kept in these tests: three of LENGTHS have more."""
+"""Inputs per user in these tests; three users of LENGTHS have more training events."""
 
 
 def make_log(folder: Path, *, times: bool) -> EventLog:
-    """Users with LENGTHS events, no item twice."""
+    """Users with LENGTHS events and without repeated items."""
     frame = small_frame()
     frame["item"] = np.concatenate([np.random.default_rng(n).permutation(40)[:n] for n in LENGTHS])
     if times:
@@ -77,13 +77,13 @@ def test_the_baseline_gets_the_split_of_the_log(log: EventLog, tmp_path: Path, t
         assert (np.diff(clock) > 0).all() and clock.dtype == np.int64
         if times and log.has_time:
             assert clock.tolist() == (np.asarray(log.slice(user).timestamp) // 1000).tolist()
-    for part, found in cases.items():
-        assert found.item.tolist() == split[f"{part}_item"].tolist()
+    for part, each in cases.items():
+        assert each.item.tolist() == split[f"{part}_item"].tolist()
 
 
 def test_a_repeated_item_is_refused(tmp_path: Path) -> None:
     log = EventLog.from_frame({"user": [1, 1, 1, 2], "item": [5, 6, 5, 5]}, tmp_path / "log", timestamp=None)
-    with pytest.raises(DataError, match="1 events repeat an item"):
+    with pytest.raises(DataError, match="1 events repeat an item of their user"):
         crosscheck.write_split(log, tmp_path / "baseline.npz", times=False)
 
 
@@ -98,25 +98,25 @@ def test_ranks_in_lists_are_ranks_of_scores() -> None:
     assert (expected < 12).any() and (expected[:5] == 12).any()
 
 
-def test_the_comparison_says_whether_ranges_meet() -> None:
+def test_the_comparison_says_whether_ranges_overlap() -> None:
     def rows(*values: float) -> list[dict[str, float]]:
         return [dict.fromkeys(["hr@10", "ndcg@10", "validation hr@10", "validation ndcg@10"], each) for each in values]
 
     lines = crosscheck.comparison(rows(0.2, 0.3), rows(0.3, 0.45)).splitlines()
     assert len(lines) == 4
-    assert lines[0].split(maxsplit=1)[1] == "ours 0.2500 ± 0.0707, RecTools 0.3750 ± 0.1061: -33.3%, ranges meet"
-    assert crosscheck.comparison(rows(0.2, 0.3), rows(0.31)).endswith("RecTools 0.3100: -19.4%, ranges do not meet")
+    assert lines[0].split(maxsplit=1)[1] == "ours 0.2500 ± 0.0707, RecTools 0.3750 ± 0.1061: -33.3%, ranges overlap"
+    assert crosscheck.comparison(rows(0.2, 0.3), rows(0.31)).endswith("RecTools 0.3100: -19.4%, ranges do not overlap")
 
 
-def test_bad_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         crosscheck.parse(["SASRec", "--data", "ml-100k", "--times"])
-    assert "RecTools' SASRec knows no times" in capsys.readouterr().err
+    assert "RecTools' SASRec does not use times" in capsys.readouterr().err
 
 
 @pytest.fixture
 def environment() -> Path:
-    """RecTools' virtual environment; the test skips without it."""
+    """RecTools' virtual environment; the test is skipped without it."""
     folder = os.environ.get("VISTA_RECTOOLS_VENV")
     if not folder:
         pytest.skip("VISTA_RECTOOLS_VENV names no virtual environment with RecTools")
@@ -132,11 +132,11 @@ def test_lists_of_the_real_baseline(environment: Path, tmp_path: Path, model: st
     words += ["--relative-time"] if times else ["--mask-padding"]
     report = call_rectools(environment / "bin" / "python", tmp_path / "baseline.npz", [*words, "--top-k", "40"])
     with np.load(tmp_path / "lists.npz", allow_pickle=False) as arrays:
-        for part, found in cases.items():
-            lists, ranks = arrays[part], crosscheck.label_ranks(arrays[part], found.item)
-            assert lists.shape == (len(found.user), 40)
-            for row, user in enumerate(found.user):
-                seen = log.slice(int(user), 0, int(found.seen[row])).item
+        for part, each in cases.items():
+            lists, ranks = arrays[part], crosscheck.label_ranks(arrays[part], each.item)
+            assert lists.shape == (len(each.user), 40)
+            for row, user in enumerate(each.user):
+                seen = log.slice(int(user), 0, int(each.seen[row])).item
                 listed = lists[row][lists[row] >= 0]
                 assert len(set(listed.tolist())) == len(listed) and not np.isin(listed, seen).any()
             assert report["metrics"][part]["hr@10"] == pytest.approx((ranks < 10).mean())
@@ -150,7 +150,7 @@ def test_the_whole_cross_check(
     words = ["HSTU", "--data", str(data), "--seeds", "1", "2", "--epochs", "1", "--rectools-venv", str(environment)]
     words += ["--results", str(tmp_path / "results"), "--times"]
     assert crosscheck.main(words) == 1
-    assert "repeat an item that their user has met" in capsys.readouterr().err
+    assert "repeat an item of their user" in capsys.readouterr().err
     rng = np.random.default_rng(0)
     rows = [(user, item, 60 * n) for user in range(1, 31) for n, item in enumerate(rng.permutation(80)[:30])]
     (data / "ratings.dat").write_text("".join(f"{user}::{item}::3::{978_300_000 + at}\n" for user, item, at in rows))
@@ -169,8 +169,8 @@ def test_the_whole_cross_check(
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_ours_like_rectools_is_sasrec_but_for_where_positions_count_from(tmp_path: Path, training: bool) -> None:
-    """Without dropout; in training the newest event is a label alone, so it takes no position."""
+def test_ours_like_rectools_equals_sasrec_with_reversed_positions(tmp_path: Path, training: bool) -> None:
+    """Without dropout. In training the newest event is only a label, so it has no position."""
     log = make_log(tmp_path / "log", times=False)
     config = ModelConfig(architecture=Architecture.sasrec, dim=16, num_heads=2, history_limit=LENGTH, dropout=0.0)
     parts = (config, Schema(list(log.actions), False, None, []), log.items, DataConfig())
@@ -193,8 +193,8 @@ def test_ours_like_rectools_is_sasrec_but_for_where_positions_count_from(tmp_pat
             torch.testing.assert_close(states[row, : inputs + 1], expected[0], rtol=1e-5, atol=1e-6)
 
 
-def test_ours_like_rectools_starts_and_is_trained_as_it_is(tmp_path: Path) -> None:
-    """All labels but a user's first, each of the state after the events before it; attention's biases start at 0."""
+def test_ours_like_rectools_is_initialized_and_trained_like_rectools(tmp_path: Path) -> None:
+    """All events but each user's first are labels, predicted from the events before; biases of attention start at 0."""
     log = make_log(tmp_path / "log", times=False)
     options = crosscheck.parse(["SASRec", "--data", "tiny", "--batch-users", "4", "--dropout", "0"])
     config = crosscheck.our_config(options, log, 1, tmp_path / "run")
@@ -204,7 +204,7 @@ def test_ours_like_rectools_starts_and_is_trained_as_it_is(tmp_path: Path) -> No
         assert block.up.bias.any()
     batch = BatchSource(log, model.rows_of(log.items), config).batch(0, 0)
     vectors = model.item_vectors(batch.rows)
-    found = model.losses(batch, vectors, config.optim).total
+    loss = model.losses(batch, vectors, config.optim).total
     assert len(batch.negatives) == log.num_items, "the whole catalogue"
     logits = torch.nn.functional.normalize(vectors, dim=-1)[batch.negatives].t() / config.model.temperature
     losses = []
@@ -215,9 +215,9 @@ def test_ours_like_rectools_starts_and_is_trained_as_it_is(tmp_path: Path) -> No
         users = torch.nn.functional.normalize(states[0], dim=-1)
         columns = torch.searchsorted(batch.negatives, batch.item[start + 1 : stop])
         losses.append(torch.nn.functional.cross_entropy(users @ logits, columns, reduction="none"))
-    torch.testing.assert_close(found, torch.cat(losses).mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, torch.cat(losses).mean(), rtol=1e-5, atol=1e-6)
 
 
 def embedded(model: LikeRecTools, histories: Histories) -> EventVectors:
-    """Embedded as a request's, items as rows of the model."""
+    """Embed histories as for a request, with items as rows of the model."""
     return model.embed(dataclasses.replace(histories, item=(histories.item + 1).astype(np.int32)))

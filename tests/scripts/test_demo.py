@@ -1,4 +1,4 @@
-"""The demo runs from end to end, on little."""
+"""The demo runs from end to end on a small log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMALL = ["optim.epochs=1", "optim.warmup_steps=2", "model.dim=16", "progress=fal
 
 
 @pytest.fixture(autouse=True)
-def little(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "DEMO_USERS": 24,
         "DEMO_EVENTS": 200,
@@ -31,7 +31,7 @@ def test_on_the_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "auc" in text.lower() and report.with_suffix(".png").stat().st_size > 10_000
     capsys.readouterr()
     assert demo.run(None, tmp_path, [*SMALL, "data.tokens_per_batch=400"]) == report
-    assert "generated in" not in capsys.readouterr().out, "a repeated demo uses the log that is there"
+    assert "generated in" not in capsys.readouterr().out, "a repeated demo reuses the log"
 
 
 def test_on_movielens(tmp_path: Path) -> None:
@@ -40,9 +40,9 @@ def test_on_movielens(tmp_path: Path) -> None:
     assert "ndcg@10" in report.read_text() and report.parent == tmp_path / "demo" / "ml-1m"
 
 
-def test_nothing_that_is_not_the_demos_is_removed(tmp_path: Path) -> None:
+def test_files_of_others_are_not_removed(tmp_path: Path) -> None:
     data = ratings_folder(tmp_path / "sets" / "ml-1m")
-    with pytest.raises(ConfigError, match=r"--out: the demo would work in .*ml-1m, where the data of --data are"):
+    with pytest.raises(ConfigError, match=r"--out: .*ml-1m overlaps with the folder of --data"):
         demo.run(data, tmp_path / "sets", SMALL)
     (tmp_path / "out" / "simulation").mkdir(parents=True)
     (tmp_path / "out" / "simulation" / "mine.txt").write_text("mine")
@@ -51,12 +51,12 @@ def test_nothing_that_is_not_the_demos_is_removed(tmp_path: Path) -> None:
     assert (data / "ratings.dat").exists() and (tmp_path / "out" / "simulation" / "mine.txt").exists()
 
 
-def test_another_configuration_starts_anew(tmp_path: Path) -> None:
-    """Wherever the difference comes from: a word, a default, or a file of conf/."""
+def test_another_configuration_starts_from_nothing(tmp_path: Path) -> None:
+    """The difference may come from an override, a default, or a file of conf/."""
     folder = tmp_path / "simulation"
-    demo._start_anew_if_other(folder, None, TrainConfig())
+    demo._clear_if_other(folder, None, TrainConfig())
     (folder / "log").mkdir()
-    demo._start_anew_if_other(folder, None, TrainConfig())
+    demo._clear_if_other(folder, None, TrainConfig())
     assert (folder / "log").exists()
-    demo._start_anew_if_other(folder, None, TrainConfig(model=ModelConfig(dropout=0.25)))
+    demo._clear_if_other(folder, None, TrainConfig(model=ModelConfig(dropout=0.25)))
     assert not (folder / "log").exists()

@@ -1,4 +1,4 @@
-"""Tables are run, resumed, listed and stopped, on little."""
+"""Small tables are run, resumed, listed and stopped."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ MOVIELENS = Table("ml-100k", "ml-1m", {"vista": TableRow(3, SMALL), **COUNTING_B
 
 @pytest.fixture
 def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Of the command, for a table "tiny" over ratings."""
+    """Arguments of the command for a table "tiny" over ratings."""
     monkeypatch.setitem(TABLES, "tiny", MOVIELENS)
     monkeypatch.delenv("VISTA_DATA_DIR", raising=False)
     data = ratings_folder(tmp_path / "sets" / "ml-1m")
@@ -62,18 +62,18 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["tiny", "--data", str(data), *folders, "--threads", "1"]
 
 
-def found_lines(tmp_path: Path) -> dict[str, dict[str, Any]]:
+def lines_of(tmp_path: Path) -> dict[str, dict[str, Any]]:
     return {f"{line['model']} {line['seed']}": line for line in read_results(tmp_path / "results" / "tiny.jsonl")}
 
 
 def test_a_simulated_table(
     tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All kinds of rows; what is there is not run again."""
+    """All kinds of rows are run; existing lines are not run again."""
     monkeypatch.setitem(TABLES, "tiny", SIMULATION)
     assert reproduce.main(words) == 0
     assert "9 of 9: truth" in capsys.readouterr().err
-    found = found_lines(tmp_path)
+    lines = lines_of(tmp_path)
     trained = [
         "vista 1",
         "vista, float32 store 1",
@@ -85,30 +85,30 @@ def test_a_simulated_table(
         "din 1",
         "sim-hard 1",
     ]
-    assert list(found) == [*trained, "popularity 0", "transitions 0", "truth 0"]
-    assert found["last-40 1"]["config"]["model"]["tail_len"] == 40
-    assert all(0 < found[name]["metrics"]["auc/click"] < 1 for name in trained)
-    assert found["truth 0"]["metrics"]["ne/click"] < min(found[name]["metrics"]["ne/click"] for name in trained)
+    assert list(lines) == [*trained, "popularity 0", "transitions 0", "truth 0"]
+    assert lines["last-40 1"]["config"]["model"]["tail_len"] == 40
+    assert all(0 < lines[name]["metrics"]["auc/click"] < 1 for name in trained)
+    assert lines["truth 0"]["metrics"]["ne/click"] < min(lines[name]["metrics"]["ne/click"] for name in trained)
     assert SIMULATION.rows["vista"].served("vista")["vista, tail 4 not in the summary"] == TableLine(
         tail_len=4, staleness=4
     )
-    quality = [found[f"vista{how} 1"]["metrics"]["ne/click"] for how in ("", ", tail 4", ", tail 4 not in the summary")]
+    quality = [lines[f"vista{how} 1"]["metrics"]["ne/click"] for how in ("", ", tail 4", ", tail 4 not in the summary")]
     assert len(set(quality)) == 3
-    assert found["popularity 0"]["metrics"].keys() == {f"{name}@{k}" for name in ("hr", "ndcg") for k in (10, 50, 200)}
+    assert lines["popularity 0"]["metrics"].keys() == {f"{name}@{k}" for name in ("hr", "ndcg") for k in (10, 50, 200)}
     assert (
-        found["vista 1"]["command"] == "python -m scripts.experiments.reproduce tiny --rows vista --seeds 1 --threads 1"
+        lines["vista 1"]["command"] == "python -m scripts.experiments.reproduce tiny --rows vista --seeds 1 --threads 1"
     )
-    assert found["truth 0"]["command"] == "python -m scripts.experiments.reproduce tiny --rows truth --threads 1"
-    assert found["vista 1"]["config"]["simulation"] == SIMULATION.simulation
-    assert "ndcg@10" in found["sasrec 1"]["metrics"] and "ndcg@10" not in found["din 1"]["metrics"]
-    costs = {name: found[name]["metrics"] for name in ("vista 1", "sasrec 1", "din 1")}
+    assert lines["truth 0"]["command"] == "python -m scripts.experiments.reproduce tiny --rows truth --threads 1"
+    assert lines["vista 1"]["config"]["simulation"] == SIMULATION.simulation
+    assert "ndcg@10" in lines["sasrec 1"]["metrics"] and "ndcg@10" not in lines["din 1"]["metrics"]
+    costs = {name: lines[name]["metrics"] for name in ("vista 1", "sasrec 1", "din 1")}
     assert all(metrics["request ms"] > 0 for metrics in costs.values())
     assert costs["vista 1"]["refresh ms/user"] > 0 and "refresh ms/user" not in costs["din 1"]
-    assert str(tmp_path) not in json.dumps(found)
+    assert str(tmp_path) not in json.dumps(lines)
     monkeypatch.setattr(plot_lengths, "LENGTHS", {"tiny": 200, "length-1k": 1_000})
     drawn = ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "lengths.png")]
     assert plot_lengths.main(drawn) == 1
-    assert "bench_lengths.jsonl is not there; run scripts/benchmarks/bench_lengths.py" in capsys.readouterr().err
+    assert "bench_lengths.jsonl does not exist; run scripts.benchmarks.bench_lengths" in capsys.readouterr().err
     recorder = BenchmarkRecorder("lengths", out=tmp_path / "results" / "bench_lengths.jsonl")
     measured = {
         f"200 events: {name}": recorder.add(f"200 events: {name}", 7.0, "ms")["value"] for name in ("vista", "din")
@@ -132,12 +132,12 @@ def test_a_simulated_table(
 def test_a_downstream_row_is_trained_over_its_base(
     tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Which is trained first where it is not there; a change of the base is a change of the row."""
+    """The base is trained first if it is missing; a change of the base is a change of the row."""
     second = TableRow(1, ("optim.tasks=[like]", "optim.next_weight=0"), base="base", until="2025-01-01")
     table = replace(SIMULATION, rows={"base": TableRow(1, ("optim.tasks=[click]",)), "downstream": second})
     monkeypatch.setitem(TABLES, "tiny", table)
     assert reproduce.main([*words, "--rows", "downstream"]) == 0
-    line = found_lines(tmp_path)["downstream 1"]
+    line = lines_of(tmp_path)["downstream 1"]
     assert 0 < line["metrics"]["auc/like"] < 1 and "auc/click" not in line["metrics"]
     assert line["config"]["base"]["row"] == "base" and line["config"]["base"]["optim.tasks"] == ["click"]
     assert reproduce.main([*words, "--rows", "base"]) == 0
@@ -147,16 +147,16 @@ def test_a_downstream_row_is_trained_over_its_base(
     monkeypatch.setitem(TABLES, "tiny", replace(table, rows={**table.rows, "base": TableRow(1, ("optim.tasks=[]",))}))
     assert reproduce.main([*words, "--list"]) == 0
     printed = capsys.readouterr().out
-    assert "0 of 2 runs done" in printed and "was done with another base.optim.tasks (['click'] -> [])" in printed
+    assert "0 of 2 runs done" in printed and "was run with another base.optim.tasks (['click'] -> [])" in printed
 
 
-def test_only_what_lacks_is_run(
+def test_only_missing_lines_are_run(
     tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rows and seeds that are asked for; then another served tail; then another configuration."""
+    """First the chosen rows and seeds, then another served tail, then another configuration."""
     assert reproduce.main([*words, "--rows", "vista", "--seeds", "2"]) == 0
-    assert list(found_lines(tmp_path)) == ["vista 2"]
-    assert found_lines(tmp_path)["vista 2"]["command"].endswith("--rows vista --data ml-1m --seeds 2 --threads 1")
+    assert list(lines_of(tmp_path)) == ["vista 2"]
+    assert lines_of(tmp_path)["vista 2"]["command"].endswith("--rows vista --data ml-1m --seeds 2 --threads 1")
 
     monkeypatch.setitem(
         TABLES, "tiny", replace(MOVIELENS, rows={"vista": TableRow(3, SMALL, BOTH, (4,)), **COUNTING_BASELINES})
@@ -176,24 +176,24 @@ def test_only_what_lacks_is_run(
     capsys.readouterr()
     assert reproduce.main([*words, "--seeds", "2", "--list"]) == 0
     printed = capsys.readouterr().out
-    assert "tiny: 2 of 3 runs done" in printed and "was done with another model.num_heads (4 -> 2)" in printed
+    assert "tiny: 2 of 3 runs done" in printed and "was run with another model.num_heads (4 -> 2)" in printed
     assert reproduce.main([*words, "--seeds", "2"]) == 0
     again = read_results(tmp_path / "results" / "tiny.jsonl")
     assert again[:5] == lines and [line["model"] for line in again[5:]] == ["vista"]
     assert again[5]["config"]["model"]["num_heads"] == 2
 
 
-def test_the_time_limit_stops_a_run_that_the_next_call_ends(
+def test_the_time_limit_stops_a_run_that_the_next_call_finishes(
     tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The figures are those of a run that was not stopped."""
+    """The metrics equal those of an uninterrupted run."""
     long = TableRow(1, (*SMALL, "optim.epochs=20", "data.tokens_per_batch=200"))
     monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={**COUNTING_BASELINES, "vista": long}))
     assert reproduce.main([*words, "--rows", *COUNTING_BASELINES]) == 0
     began, step, steps = time.monotonic(), trainer._Trainer._step, []
 
     def stepping(run: Any, *arguments: Any) -> Any:
-        if len(steps) == 3:  # and so its half an hour is over
+        if len(steps) == 3:  # half an hour has passed
             time.sleep(1.0)
         steps.append(1)
         return step(run, *arguments)
@@ -204,14 +204,14 @@ def test_the_time_limit_stops_a_run_that_the_next_call_ends(
         late = SimpleNamespace(monotonic=lambda: began + (3600.0 if len(steps) >= 3 else 0.0))
         patch.setattr("scripts.experiments.row_progress.time", late)
         assert reproduce.main([*words, "--minutes", "30"]) == 130
-    assert "; the same command resumes it" in capsys.readouterr().out
-    assert list(found_lines(tmp_path)) == ["popularity 0", "transitions 0"]
+    assert "; rerun the command to resume" in capsys.readouterr().out
+    assert list(lines_of(tmp_path)) == ["popularity 0", "transitions 0"]
     assert "transitions" in (tmp_path / "results" / "tiny.md").read_text()
     (checkpoints,) = (tmp_path / "work").rglob("checkpoints")
     assert list(checkpoints.glob("step-*"))
     assert reproduce.main(words) == 0
     assert "resuming at step" in (checkpoints.parent / "train.log").read_text()
-    stopped = found_lines(tmp_path)["vista 1"]
+    stopped = lines_of(tmp_path)["vista 1"]
     whole = [str(tmp_path / "whole") if word == str(tmp_path / "work") else word for word in words]
     whole[whole.index("--results") + 1] = str(tmp_path / "results" / "whole")
     assert reproduce.main([*whole, "--rows", "vista"]) == 0
@@ -219,10 +219,10 @@ def test_the_time_limit_stops_a_run_that_the_next_call_ends(
     assert line["metrics"] == stopped["metrics"] and line["config"] == stopped["config"]
 
 
-def test_estimates_come_from_rows_of_such_a_machine(
+def test_estimates_prefer_rows_of_the_same_machine(
     tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """First the table's guess, then rows of any machine, then those of this one; nothing is run or written."""
+    """First the table's estimate, then rows of any machine, then rows of this machine; nothing is run or written."""
 
     def listing() -> str:
         assert reproduce.main([*words, "--list", "--seeds", "1", "2"]) == 0
@@ -243,20 +243,20 @@ def test_estimates_come_from_rows_of_such_a_machine(
         "seconds": 600,
     }
     append_result(tmp_path / "results" / "tiny.jsonl", line)
-    assert "vista: to run with seed 1 2; 10.0 minutes a run" in listing()
+    assert "vista: to run with seed 1 2; 10.0 minutes per run" in listing()
     append_result(tmp_path / "results" / "tiny.jsonl", line | {"hardware": hardware() | {"threads": 1}, "seconds": 120})
     printed = listing()
     assert "tiny: 0 of 4 runs done, about 4 minutes left" in printed
     assert (
-        "vista: to run with seed 1 2; 2.0 minutes a run\n  python -m scripts.experiments.reproduce tiny --rows vista"
+        "vista: to run with seed 1 2; 2.0 minutes per run\n  python -m scripts.experiments.reproduce tiny --rows vista"
         in printed
     )
-    assert "popularity: to run; 0.1 minutes a run" in printed
+    assert "popularity: to run; 0.1 minutes per run" in printed
 
 
-def test_bad_words_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce.main([*words, "--rows", "vista", "sasrek"]) == 1
-    assert "--rows sasrek: tiny has no such row; take some of vista, popularity" in capsys.readouterr().err
+    assert "--rows sasrek: tiny has no such row; choose from vista, popularity" in capsys.readouterr().err
     words[2] += "-absent"
     assert reproduce.main(words) == 1
     assert "ml-1m-absent does not exist; give the folder of ml-1m, or set VISTA_DATA_DIR" in capsys.readouterr().err
@@ -265,7 +265,7 @@ def test_bad_words_are_refused(words: list[str], capsys: pytest.CaptureFixture[s
     for minutes in ("0", "nan", "inf"):
         with pytest.raises(SystemExit):
             reproduce.main([*words, "--minutes", minutes])
-        assert "needs a positive number of minutes" in capsys.readouterr().err
+        assert "expected a positive number of minutes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -287,7 +287,7 @@ def test_every_row_can_be_composed(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["length-200", "length-1k", "length-16k", "length-64k"])
 def test_lengths_are_compared_at_the_same_labels(name: str) -> None:
-    """Windows of all users and passes, impressions and events; the passes after which the best one is chosen."""
+    """Tables have equal numbers of windows, impressions, events, and validated passes."""
 
     def spent(table: Table) -> tuple[int, int, int, int]:
         config, sizes = train_config(table, table.rows["vista"]), table.simulation
@@ -300,7 +300,7 @@ def test_lengths_are_compared_at_the_same_labels(name: str) -> None:
         )
 
     (windows, *others), (usual, *as_usual) = spent(TABLES[name]), spent(TABLES["simulation"])
-    # A life of 200 events has no fewer than four windows: a quarter more.
+    # A history of 200 events has at least four windows: a quarter more.
     assert windows == (5 * usual / 4 if name == "length-200" else usual) and others == as_usual
     for row in ("sasrec", "hstu", "vista-all-labels"):
         four_passes = train_config(TABLES[name], TABLES[name].rows[row]).optim
@@ -312,7 +312,7 @@ def test_any_setting_that_differs_is_a_change() -> None:
     assert now["data"]["exclude_seen"] is False
     before = {**now, "data": now["data"] | {"exclude_seen": True}}
     assert changed_settings(before, now) == ["data.exclude_seen (True -> False)"]
-    # What a table or row no longer sets is a change as well.
+    # A setting that a table or row no longer has is a change too.
     wider = {**now, "simulation": now["simulation"] | {"max_interests": 9}}
     assert changed_settings(wider, now) == ["simulation.max_interests (9 -> None)"]
     assert changed_settings({**now, "base": {"row": "vista"}}, now) == ["base.row (vista -> None)"]
@@ -324,7 +324,7 @@ def test_any_setting_that_differs_is_a_change() -> None:
     assert recorded_config(SIMULATION, SIMULATION.rows["popularity"])["data"]["exclude_seen"] is False
 
 
-def test_progress_corrects_its_estimates_by_what_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_corrects_its_estimates_by_finished_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("scripts.experiments.row_progress.time", SimpleNamespace(monotonic=lambda: now))
     with RowProgress([10.0, 100.0, 200.0]) as progress:
@@ -343,12 +343,12 @@ def test_progress_interrupts_at_its_limit() -> None:
         while time.monotonic() < end:
             time.sleep(0.01)
     assert progress.expired
-    with pytest.raises(KeyboardInterrupt, match="stopped at the limit of time"), progress.run("second"):
+    with pytest.raises(KeyboardInterrupt, match="stopped at the time limit"), progress.run("second"):
         pass
 
 
-def test_unified_embeddings_have_the_share_of_parameters_that_they_are_called_by() -> None:
-    """ml-100k: 1,682 items and the unknown one, and the gaps; it has one action."""
+def test_unified_embeddings_have_the_share_of_parameters_in_their_names() -> None:
+    """ml-100k has 1,682 items, the unknown item, the gaps, and one action."""
     for name, row in TABLES["embeddings"].rows.items():
         model = compose_config(TrainConfig, ["experiment=ml-100k", *row.words]).model
         if name != "vista":

@@ -1,4 +1,4 @@
-"""Result files, the tables made from them, and what is said of machine and commit."""
+"""Result files, their Markdown tables, and the records of machine and commit."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_line_cut_by_a_crash_is_closed_and_then_named(tmp_path: Path) -> None:
     append_result(path, row())
     path.write_bytes(path.read_bytes() + b'{"table": "ml-')
     append_result(path, row(seed=2))
-    with pytest.raises(DataError, match=r"t\.jsonl, line 2: is no JSON .*remove the line"):
+    with pytest.raises(DataError, match=r"t\.jsonl, line 2: is not JSON .*remove the line"):
         read_results(path)
     lines = path.read_text().split("\n")
     path.write_text("\n".join([lines[0], "", lines[2], ""]))
@@ -61,8 +61,8 @@ def test_a_line_cut_by_a_crash_is_closed_and_then_named(tmp_path: Path) -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"extra": 1}, r"unknown keys \['extra'\]"),
-    ({"seed": "1"}, "seed is a str"),
-    ({"seed": True}, "seed is a bool"),
+    ({"seed": "1"}, "seed is a str; give a value of type int"),
+    ({"seed": True}, "seed is a bool; give a value of type int"),
     ({"metrics": {}}, "metrics is empty"),
     ({"metrics": {"auc": math.nan}}, r"metrics\['auc'\] is nan"),
     ({"metrics": {"auc": math.inf}}, r"metrics\['auc'\] is inf"),
@@ -95,10 +95,10 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         read_results(tmp_path / "absent.jsonl")
     (tmp_path / "t.jsonl").write_bytes(b"[1]\n")
-    with pytest.raises(DataError, match="line 1: is no JSON object"):
+    with pytest.raises(DataError, match="line 1: is not a JSON object"):
         read_results(tmp_path / "t.jsonl")
     (tmp_path / "t.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(DataError, match="line 1: is no JSON"):
+    with pytest.raises(DataError, match="line 1: is not JSON"):
         read_results(tmp_path / "t.jsonl")
 
 
@@ -125,7 +125,7 @@ def test_the_table_shows_mean_and_spread_over_seeds() -> None:
 
 
 def test_models_of_the_same_origin_share_a_line() -> None:
-    """Seeds of a command are joined; other commands, commits and machines of a model stand beside the first."""
+    """Seeds of a command are joined; other commands, commits and machines of a model are listed after the first."""
     command = "run t --rows a --seeds "
     rows = [row(model=model, seed=seed, command=f"{command}{seed}") for model in ("a", "a, tail 2") for seed in (1, 12)]
     rows += [row(model="a|b", seed=1, command="run t --rows b --seeds 1")]
@@ -169,7 +169,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_commit_tells_sources_from_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_distinguishes_sources_from_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = tmp_path / "scripts" / "experiments" / "results.py"
     module.parent.mkdir(parents=True)
     (tmp_path / "vista").mkdir()
@@ -271,7 +271,7 @@ def test_no_committed_row_is_replaced_by_an_older_measurement() -> None:
     assert [line for rows in tables.values() for line in outdated_replacements(rows, is_older)] == []
 
 
-def test_the_committed_tables_can_be_read_and_their_markdown_is_made_from_them() -> None:
+def test_the_committed_markdown_matches_the_committed_rows() -> None:
     tables = result_tables()
     assert tables
     for path in tables:

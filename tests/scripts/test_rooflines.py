@@ -1,4 +1,4 @@
-"""Rooflines are positive, grow with the work, and are put together as they say."""
+"""Rooflines are positive, grow with the work, and combine their parts as documented."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from scripts.benchmarks import rooflines as rooflines
+from scripts.benchmarks import rooflines
 from scripts.benchmarks.rooflines import (
     Roofline,
     RooflineWork,
@@ -44,7 +44,7 @@ def test_rooflines_are_measured(roofline: Roofline) -> None:
     assert "products" in roofline.describe(timing)
 
 
-def test_a_floor_by_hand() -> None:
+def test_a_roofline_by_hand() -> None:
     copy, product, silu = (RooflineWork(lambda: None, times, "") for times in (2.0, 3.0, 0.5))
     timing = {f"roofline {index}": timing_of([seconds]) for index, seconds in enumerate([10.0, 4.0, 5.0, 2.0])}
     roofline = Roofline(copy, (product, product.scaled(2)), (silu,))
@@ -52,7 +52,7 @@ def test_a_floor_by_hand() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_that_cannot_be_left_out(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_that_must_move(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[int] = []
     monkeypatch.setattr(
         rooflines, "copying", lambda num_bytes: moved.append(num_bytes) or RooflineWork(lambda: None, 1, "")
@@ -67,11 +67,11 @@ def test_bytes_that_cannot_be_left_out(dtype: torch.dtype, monkeypatch: pytest.M
 
 def test_products_do_what_they_count() -> None:
     tried = products(3, 4, 5, count=8, dtypes=(torch.float32, torch.bfloat16), batches=(1, 4, 16))
-    assert len(tried) == 2 * 2 * 4 and {work.times for work in tried} == {8, 2}  # 16 at a time are more than there are
+    assert len(tried) == 2 * 2 * 4 and {work.times for work in tried} == {8, 2}  # there are fewer than 16 products
     assert {tuple(work.call().shape) for work in tried} == {(3, 4), (4, 3, 4)}  # type: ignore[attr-defined]
     assert len({work.form for work in tried}) == len(tried)
 
 
-def test_float32_is_not_given_up() -> None:
+def test_float32_products_stay_in_float32() -> None:
     assert rooflines.product_dtypes(torch.float32) == (torch.float32,)
     assert rooflines.product_dtypes(torch.bfloat16) == (torch.float32, torch.bfloat16)

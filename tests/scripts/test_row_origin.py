@@ -1,4 +1,4 @@
-"""Lines say by which commits and machines a model was trained, whoever measures it."""
+"""Lines record the commits and machines that trained a model, also if others measure it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def test_who_trained_and_who_measures(event_log: EventLog, tmp_path: Path, monke
     assert fields["commit"] == "aaa" and fields["hardware"] == MACHINE | {"precision": "float32"}
     assert fields["seconds"] > 0 and RowOrigin.read(tmp_path).validation.keys() == {"hr@10", "ndcg@10"}
     now("bbb", "Second CPU")
-    train_noted(config, event_log, tmp_path)  # it is done: nobody trains
+    train_noted(config, event_log, tmp_path)  # finished: nothing is trained
     fields = RowOrigin.read(tmp_path).fields()
     assert fields["commit"] == "bbb (trained at aaa)" and fields["hardware"]["cpu"] == "First CPU"
     assert fields["hardware"]["elsewhere"] == ["Second CPU, 2 cores, torch 2.13.0"]
 
 
-def test_a_run_that_only_ranks_is_judged_by_its_entropy(
+def test_a_run_that_only_ranks_is_chosen_by_its_entropy(
     impression_log: EventLog, served_tasks: Served, tmp_path: Path
 ) -> None:
     model = ModelConfig(architecture=Architecture.din, dim=16, num_heads=2, history_limit=9)
@@ -50,10 +50,10 @@ def test_a_run_that_only_ranks_is_judged_by_its_entropy(
     assert len(entropies) == 2 and kept["ne/click"] == min(entropies) and "ndcg@10" not in kept
 
 
-def test_a_run_that_was_killed_is_named_and_goes_on(
+def test_a_killed_run_is_recorded_and_resumes(
     event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the kill cut its last line of metrics off, or where its notes are older than this one."""
+    """Also if the kill truncated its last line of metrics, or if the file of origins is missing."""
     config = small_config(event_log, tmp_path / "run", optim__epochs=1)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 20, "epoch": 0}\n{"step": 4')
@@ -68,7 +68,7 @@ def test_a_run_that_was_killed_is_named_and_goes_on(
     assert RowOrigin.read(tmp_path).origins == ()
 
 
-def test_a_run_that_was_stopped_names_both(
+def test_a_stopped_run_records_both_processes(
     event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vista.training import trainer

@@ -1,4 +1,4 @@
-"""The soak in short, and that its judge notices what it is there to notice."""
+"""A short soak test, and the errors that its judge must notice."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from vista.scorer import Scorer
 pytestmark = [pytest.mark.research, pytest.mark.filterwarnings("error")]
 NUM_USERS, NUM_ITEMS = 60, 50
 PREDICT, TAIL, VECTORS = 9, 40, 7
-"""Numbers of questions: predict for eight users, score of four with their tails, vectors of sixteen."""
+"""Questions: predict for eight users, score four users with their tails, vectors of sixteen users."""
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> SoakStage:
-    """Operation 1 is a full refresh with a new event of each user, 2 an erasure of half of the users."""
+    """Operation 1 is a full refresh with a new event per user, operation 2 an erasure of half of the users."""
     stage = SoakStage(tmp_path_factory.mktemp("soak"), NUM_USERS, NUM_ITEMS)
     everyone = 1 + np.arange(NUM_USERS)
     log = append_events(stage, 1, everyone, np.random.default_rng(0))
@@ -39,7 +39,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> SoakStage:
 
 
 def answer_of(stage: SoakStage, copy: str, question: int) -> SoakAnswer:
-    """What a scorer of a copy answers, as if it had been asked while that one was served."""
+    """The answer of a scorer of a copy, as if that copy had been in service during the call."""
     generation, operation = map(int, copy.split("-"))
     with Scorer.open(stage.model, stage.frozen / copy, on_missing="nan", task="click") as scorer:
         arrays = ask(scorer, question, NUM_USERS, NUM_ITEMS)
@@ -47,28 +47,28 @@ def answer_of(stage: SoakStage, copy: str, question: int) -> SoakAnswer:
 
 
 @pytest.mark.parametrize("question", [PREDICT, TAIL, VECTORS])
-def test_the_judge_takes_one_state_and_no_other(stage: SoakStage, question: int) -> None:
+def test_the_judge_accepts_only_states_in_service(stage: SoakStage, question: int) -> None:
     assert sorted(copies(stage.frozen)) == [(1, 0), (1, 2), (2, 1), (2, 2)]
     judge = SoakJudge(stage.models, stage.frozen, NUM_USERS, NUM_ITEMS)
     old, new, erased = (answer_of(stage, copy, question) for copy in ("1-0", "2-1", "2-2"))
     assert all(judge.is_right(answer) for answer in (old, new, erased))
     assert judge.num_changing == 0
-    # Of another generation than the open one; of the one before, or after, a reload within the call.
+    # An answer of a generation that was not open is wrong. With a reload during the call, both generations are right.
     assert not judge.is_right(replace(old, generations=(2, 2), since=1, until=1))
     assert not judge.is_right(replace(new, generations=(1, 1)))
     assert judge.is_right(replace(old, generations=(1, 2), since=0, until=1))
     assert judge.is_right(replace(new, generations=(1, 2), since=0, until=1))
-    # An erased user must be missing once the erasure was acknowledged, and may be while it lasts.
+    # An erased user must be missing after the erasure, and may be missing during it.
     assert not judge.is_right(replace(new, since=2, until=2))
     assert judge.is_right(replace(new, since=1, until=2)) and judge.is_right(replace(erased, since=1, until=2))
     assert judge.num_changing == 4
-    # Half of one state and half of another.
+    # Half of one state and half of another is wrong.
     for other in (old, erased):
         mixed = [np.concatenate([a[:2], b[2:]]) for a, b in zip(new.arrays, other.arrays, strict=True)]
         assert not judge.is_right(replace(new, arrays=mixed, generations=(1, 2), since=0, until=2))
 
 
-def test_the_judge_forgets_what_nobody_can_ask_for(stage: SoakStage) -> None:
+def test_the_judge_removes_copies_that_no_answer_can_need(stage: SoakStage) -> None:
     frozen = stage.frozen.with_name("frozen-too")
     for copy in ("1-0", "1-2", "2-1", "2-2"):
         (frozen / copy).mkdir(parents=True)
