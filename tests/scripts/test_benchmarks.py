@@ -126,6 +126,7 @@ def fake_environment(folder: Path, report: dict[str, Any]) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("subject", CASES)
 def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"

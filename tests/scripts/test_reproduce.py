@@ -204,7 +204,7 @@ def test_the_time_limit_stops_a_run_that_the_next_call_finishes(
         late = SimpleNamespace(monotonic=lambda: began + (3600.0 if len(steps) >= 3 else 0.0))
         patch.setattr("scripts.experiments.row_progress.time", late)
         assert reproduce.main([*words, "--minutes", "30"]) == 130
-    assert "; rerun the command to resume" in capsys.readouterr().out
+    assert "stopped at step 3; " in capsys.readouterr().out
     assert list(lines_of(tmp_path)) == ["popularity 0", "transitions 0"]
     assert "transitions" in (tmp_path / "results" / "tiny.md").read_text()
     (checkpoints,) = (tmp_path / "work").rglob("checkpoints")
