@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vista_kernels import accumulate_state
-from vista_kernels.torch_backend import precision, short_segments
+from vista_kernels.processor import VARIABLE
+from vista_kernels.torch_backend import short_segments
 
 from .conftest import OPERATORS, Inputs
 from .test_operators import check_against_oracle
@@ -45,7 +46,8 @@ def short_inputs(dtype: torch.dtype, weight: str, width: int = 64) -> Inputs:
     return inputs
 
 
-@pytest.mark.parametrize("multiplies", [True, False], ids=["bfloat16-products", "widened"])
+@pytest.mark.processor
+@pytest.mark.parametrize("profile", ["bfloat16", "float32"])
 @pytest.mark.parametrize("weight", ["none", "tokens", "heads"])
 @pytest.mark.parametrize("normalization", ["none", "length"])
 @pytest.mark.parametrize("dtype", UNITS, ids=str)
@@ -54,11 +56,11 @@ def test_short_segments_agree_with_the_oracle(
     dtype: torch.dtype,
     normalization: str,
     weight: str,
-    multiplies: bool,
+    profile: str,
     calls: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda kind: multiplies)
+    monkeypatch.setenv(VARIABLE, profile)
     inputs = short_inputs(dtype, weight) | {"normalization": normalization}
     check_against_oracle(QLA, inputs, UNITS[dtype])
     assert calls.count("_tiles") == calls.count("_long_state") == 2  # forward and backward
@@ -95,10 +97,11 @@ def test_poison_in_a_short_segment_stays_there(calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize("length", [257, 5000])
-@pytest.mark.parametrize("multiplies", [True, False], ids=["bfloat16-products", "widened"])
-def test_sums_of_bfloat16_tokens_stay_exact(length: int, multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.processor
+@pytest.mark.parametrize("profile", ["bfloat16", "float32"])
+def test_sums_of_bfloat16_tokens_stay_exact(length: int, profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum that were held in bfloat16 would stop at 256."""
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda kind: multiplies)
+    monkeypatch.setenv(VARIABLE, profile)
     ones = torch.ones(length, 2, 3, dtype=torch.bfloat16)
     z, n = accumulate_state(ones, ones, torch.tensor([0, length]), activation="identity")
     assert z.dtype == n.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Frozen linear maps are the maps that they were, in whatever layout."""
+"""Frozen linear maps compute what the maps they were made from compute, packed or not."""
 
 from __future__ import annotations
 
@@ -12,24 +12,32 @@ import torch.nn.functional as F
 from torch import nn
 
 from vista.config.choices import Precision, TargetAttentionKind
-from vista.device import choose_precision
 from vista.model import frozen_linear as frozen_module
 from vista.model import inference
-from vista.model.frozen_linear import FrozenLinear, frozen, packs
+from vista.model.frozen_linear import FrozenLinear, frozen
 from vista.model.layers import FeedForward, linear_parts
-from vista_kernels.torch_backend.precision import multiplies_bfloat16, product_dtype
+from vista_kernels.processor import PROFILES, VARIABLE, Processor, processor
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.processor
 UNIT = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7}
 """Of the largest output: rounding of inputs, weights and result."""
 
 
 @pytest.fixture(params=[True, False], ids=["packed", "plain"])
 def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Either layout, on every processor: oneDNN takes packed weights on all of them, if not always as fast."""
-    if request.param and not torch.backends.mkldnn.is_available():
+    """Weights packed in every dtype that this processor can pack, and in none."""
+    packable = {dtype for profile in PROFILES for dtype in packed_dtypes(profile, monkeypatch)}
+    forced = Processor("forced", True, tuple(packable) if request.param else ())
+    if request.param and not packable:
         pytest.skip("torch without oneDNN")
-    monkeypatch.setattr(frozen_module, "packs", lambda dtype, device: request.param)
+    monkeypatch.setattr(frozen_module, "processor", lambda: forced)
+
+
+def packed_dtypes(profile: str, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.dtype, ...]:
+    """Return what a forced profile packs here: oneDNN does not take bfloat16 on every processor."""
+    with monkeypatch.context() as patch:
+        patch.setenv(VARIABLE, profile)
+        return processor().packed_dtypes
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
@@ -120,10 +128,12 @@ def test_a_model_with_a_frozen_stage_is_the_model(
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
-def test_a_packed_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
-    if not packs(dtype, CPU):
+def test_a_packed_row_does_not_depend_on_the_others(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)  # a forced profile does not promise this of other hardware
+    if dtype not in processor().packed_dtypes:
         pytest.skip("not packed on this processor")
     one, x = FrozenLinear(linear(64, 96), dtype), torch.randn(100, 64)
+    assert one.packs
     with torch.inference_mode():
         every = one(x)
         for count in (1, 2, 3, 7, 50, 99):
@@ -131,30 +141,11 @@ def test_a_packed_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
             assert torch.equal(one(x[-count:].contiguous()), every[-count:])
 
 
-@pytest.mark.parametrize(
-    ("name", "flags", "chosen"),
-    [
-        ("AMD EPYC", {"avx512_f"}, {torch.float32}),
-        ("AMD EPYC", {"avx512_f", "avx512_bf16"}, {torch.float32, torch.bfloat16}),
-        ("AMD EPYC", set(), set()),
-        ("Intel(R) Xeon(R)", {"avx512_f", "avx512_bf16", "amx_tile"}, {torch.bfloat16}),
-        ("Intel(R) Xeon(R)", {"avx512_f", "amx_tile"}, {torch.bfloat16}),
-        ("Intel Xeon", {"avx512_f", "avx512_bf16"}, set()),
-    ],
-)
-def test_what_is_packed_follows_the_processor(
-    name: str, flags: set[str], chosen: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+def test_weights_are_packed_as_the_processor_likes(
+    dtype: torch.dtype, profile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, **dict.fromkeys(flags, True)})
-    packs.cache_clear()
-    multiplies_bfloat16.cache_clear()
-    try:
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            assert packs(dtype, CPU) is (dtype in chosen)
-        precision = Precision.bfloat16 if torch.bfloat16 in chosen else Precision.float32
-        assert choose_precision(Precision.auto, CPU) is precision
-        assert product_dtype(torch.ones(1, dtype=torch.bfloat16)) == getattr(torch, precision.value)
-    finally:
-        packs.cache_clear()
-        multiplies_bfloat16.cache_clear()
-    assert not packs(torch.float32, torch.device("meta"))
+    monkeypatch.setenv(VARIABLE, profile)
+    assert FrozenLinear(linear(4, 4), dtype).packs is (dtype in packed_dtypes(profile, monkeypatch))
+    assert not FrozenLinear(linear(4, 4).to("meta"), dtype).packs

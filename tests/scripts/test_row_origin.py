@@ -1,4 +1,4 @@
-"""Lines say by which commits and machines a model was trained, whoever measures it."""
+"""A row of results names the commits and machines that trained the model, whoever measures it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from tests.conftest import Served, small_config
 from vista.config import ModelConfig
 from vista.config.choices import Architecture
 from vista.log.event_log import EventLog
+from vista_kernels.processor import VARIABLE
 
 MACHINE: dict[str, Any] = {"cpu": "First CPU", "gpu": None, "cores": 2, "threads": 1, "torch": "2.13.0"}
 
 
-def test_who_trained_and_who_measures(event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.processor
+@pytest.mark.parametrize(("profile", "precision"), [("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_who_trained_and_who_measures(
+    profile: str, precision: str, event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, profile)
+
     def now(commit: str, cpu: str) -> None:
         monkeypatch.setattr(row_origin, "commit", lambda: commit)
         monkeypatch.setattr(row_origin, "hardware", lambda: MACHINE | {"cpu": cpu})
@@ -28,16 +35,16 @@ def test_who_trained_and_who_measures(event_log: EventLog, tmp_path: Path, monke
     now("aaa", "First CPU")
     train_noted(config, event_log, tmp_path)
     fields = Trained.read(tmp_path).fields()
-    assert fields["commit"] == "aaa" and fields["hardware"] == MACHINE | {"precision": "float32"}
+    assert fields["commit"] == "aaa" and fields["hardware"] == MACHINE | {"precision": precision}
     assert fields["seconds"] > 0 and Trained.read(tmp_path).validation.keys() == {"hr@10", "ndcg@10"}
     now("bbb", "Second CPU")
-    train_noted(config, event_log, tmp_path)  # it is done: nobody trains
+    train_noted(config, event_log, tmp_path)  # the run is done: nothing is trained
     fields = Trained.read(tmp_path).fields()
     assert fields["commit"] == "bbb (trained at aaa)" and fields["hardware"]["cpu"] == "First CPU"
     assert fields["hardware"]["elsewhere"] == ["Second CPU, 2 cores, torch 2.13.0"]
 
 
-def test_a_run_that_only_ranks_is_judged_by_its_entropy(
+def test_a_ranking_run_keeps_the_epoch_of_least_entropy(
     impression_log: EventLog, served_tasks: Served, tmp_path: Path
 ) -> None:
     model = ModelConfig(architecture=Architecture.din, dim=16, num_heads=2, history_limit=9)
@@ -49,10 +56,10 @@ def test_a_run_that_only_ranks_is_judged_by_its_entropy(
     assert len(entropies) == 2 and kept["ne/click"] == min(entropies) and "ndcg@10" not in kept
 
 
-def test_a_run_that_was_killed_is_named_and_goes_on(
+def test_a_killed_run_is_named_and_resumes(
     event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the kill cut its last line of metrics off, or where its notes are older than this one."""
+    """Even if the kill cut off its last line of metrics, or the run is older than the file of origins."""
     config = small_config(event_log, tmp_path / "run", optim__epochs=1)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 20, "epoch": 0}\n{"step": 4')
@@ -67,7 +74,7 @@ def test_a_run_that_was_killed_is_named_and_goes_on(
     assert Trained.read(tmp_path).origins == ()
 
 
-def test_a_run_that_was_stopped_names_both(
+def test_an_interrupted_run_names_both_commits(
     event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vista.training import trainer
