@@ -12,7 +12,7 @@ import torch
 
 from vista.config.choices import Precision
 from vista.errors import ConfigError
-from vista_kernels.launch import choose_backend
+from vista_kernels.backend import choose_backend
 from vista_kernels.processor import ProcessorError, multiplies_bfloat16, processor
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,8 @@ so backward is one pass from the front (dQ) and one from the back (dK, dV), and 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,9 +26,9 @@ from vista_kernels.arguments import (
     check_state,
     check_tokens,
     host_offsets,
-    state_dtype,
 )
-from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
+from vista_kernels.backend import choose_backend, load_backend, needs_dispatch
+from vista_kernels.state_layout import empty_state, state_dtype
 
 
 def causal_linear_attention(
@@ -74,7 +76,7 @@ def _causal(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, initial_z: Tensor | None, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     host = host_offsets(offsets, q.shape[0])
-    out, final = _empty_outputs(q, v, offsets)
+    out, final = _empty_outputs(k, v, offsets)
     final.zero_() if initial_z is None else final.copy_(initial_z)
     load_backend(backend).causal_attention(q, k, v, host, final, activation, out)
     return out, final
@@ -84,10 +86,8 @@ _causal_op = torch.library.custom_op("vista_kernels::causal_linear_attention", m
 
 
 @_causal_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, initial_z: Tensor | None, activation: str, backend: str
-) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(q, v, offsets)
+def _(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(k, v, offsets)
 
 
 @torch.library.custom_op("vista_kernels::causal_linear_attention_backward", mutates_args=())
@@ -104,25 +104,16 @@ def _causal_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dq, dk, dv and d initial_z."""
     host = host_offsets(offsets, q.shape[0])
-    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     grad_initial = grad_final.clone(memory_format=torch.contiguous_format)
-    load_backend(backend).causal_attention_backward(
-        grad_out, q, k, v, host, initial_z, activation, grad_initial, grad_q, grad_k, grad_v
-    )
-    return grad_q, grad_k, grad_v, grad_initial
+    run = load_backend(backend).causal_attention_backward
+    run(grad_out, q, k, v, host, initial_z, activation, grad_initial, *grads)
+    return *grads, grad_initial
 
 
 @_causal_backward_op.register_fake
 def _(
-    grad_out: Tensor,
-    grad_final: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    initial_z: Tensor | None,
-    activation: str,
-    backend: str,
+    grad_out: Tensor, grad_final: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_final.new_empty(grad_final.shape)
 
@@ -134,16 +125,13 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_out, grad_final):  # type: ignore[no-untyped-def]
-    q, k, v, offsets, initial_z = ctx.saved_tensors
-    grad_q, grad_k, grad_v, grad_initial = _causal_backward_op(
-        grad_out, grad_final, q, k, v, offsets, initial_z, *ctx.options
-    )
-    return grad_q, grad_k, grad_v, None, None if initial_z is None else grad_initial, None, None
+    *tensors, initial_z = ctx.saved_tensors
+    *grads, grad_initial = _causal_backward_op(grad_out, grad_final, *tensors, initial_z, *ctx.options)
+    return *grads, None, None if initial_z is None else grad_initial, None, None
 
 
 _causal_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _empty_outputs(q: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (offsets.shape[0] - 1, q.shape[1], q.shape[2], v.shape[2])
-    return v.new_empty(v.shape), v.new_empty(shape, dtype=state_dtype(v.dtype))
+def _empty_outputs(k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), empty_state(k, v, offsets.shape[0] - 1)[0]

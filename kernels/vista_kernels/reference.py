@@ -142,7 +142,7 @@ def causal_linear_attention(
     return _stack(outputs, v, (v.shape[1], v.shape[2])), _stack(states, v, (k.shape[1], k.shape[2], v.shape[2]))
 
 
-def target_attention(
+def candidate_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -53,7 +53,8 @@ def test_forcing_a_profile(profile: str, monkeypatch: pytest.MonkeyPatch, caplog
     module._processor.cache_clear()
     monkeypatch.setenv(VARIABLE, profile)
     with caplog.at_level(logging.INFO, logger="vista_kernels"):
-        forced = [processor() for _ in range(3)][0]
+        forced = processor()
+        assert processor() is forced
     assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
         f"processor: {profile} (forced by VISTA_PROCESSOR)"
     ]
@@ -96,4 +97,3 @@ def test_nobody_else_asks_what_the_processor_can_do() -> None:
     sources = [path for folder in ("vista", "kernels") for path in (REPOSITORY / folder).rglob("*.py")]
     asking = {path.name for path in sources if any(question in path.read_text() for question in QUESTIONS)}
     assert len(sources) > 100 and asking == {"processor.py"}
-

@@ -8,8 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_counts, scan_states
-from vista_kernels.torch_backend import scan
+from vista_kernels import (
+    accumulate_state,
+    quasi_linear_attention,
+    read_state,
+    scan_counts,
+    scan_states,
+    torch_backend,
+)
+from vista_kernels import backend as backends
+
+from .conftest import resized
 
 
 def offsets_of(lengths: list[int]) -> Tensor:
@@ -103,10 +112,9 @@ def test_long_scan_equals_short_steps(lengths: list[int], monkeypatch: pytest.Mo
         states, counts = scan_states(z, n, decay, offsets_of(lengths), initial_z=initial)
         return states, counts, *torch.autograd.grad(states, (z, initial), cotangent)
 
-    monkeypatch.setattr(scan, "LONGEST", 10**6)
+    monkeypatch.setitem(backends._LOADED, "torch", resized(torch_backend, max_uncut=10**6))
     expected = run()
-    monkeypatch.setattr(scan, "LONGEST", 4)
-    monkeypatch.setattr(scan, "WINDOW_ELEMENTS", 200)
+    monkeypatch.setitem(backends._LOADED, "torch", resized(torch_backend, max_uncut=4, window_elements=200))
     torch.testing.assert_close(run(), expected)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vista_kernels.arguments import state_dtype
 from vista_kernels.processor import multiplies_bfloat16
+from vista_kernels.state_layout import state_dtype
 
 
 def product_dtype(tokens: Tensor) -> torch.dtype:
