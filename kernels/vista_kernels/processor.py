@@ -19,7 +19,7 @@ bfloat16   AMD's AVX-512 with bfloat16 (Zen 4 and later) yes                floa
 amx        Intel's AMX (Sapphire Rapids and later)       yes                bfloat16
 =========  ============================================  =================  ===================
 
-Unset or empty means: detect. Forcing changes choices, not the hardware. Results are as correct as on a machine of that
+Unset or empty means: detect. The variable is read once per process, at the first use. Forcing changes choices, not the hardware. Results are as correct as on a machine of that
 kind, but they can be slow: a processor without bfloat16 instructions emulates them. Results are not bit-identical to
 those of such a machine, since torch's libraries still choose their instructions themselves. Weights are packed only
 where oneDNN can multiply them at all.
@@ -63,13 +63,27 @@ PROFILES = {
 """The values of VISTA_PROCESSOR."""
 
 
+@cache
 def processor() -> Processor:
-    """Return the profile that VISTA_PROCESSOR names, or what torch says of this processor. Logged once.
+    """Return the profile that VISTA_PROCESSOR names, or what torch says of this processor. Asked and logged once.
 
     Raises:
         ProcessorError: if VISTA_PROCESSOR is not one of `PROFILES`.
     """
-    return _processor(os.environ.get(VARIABLE, ""))
+    profile = os.environ.get(VARIABLE, "")
+    if profile and profile not in PROFILES:
+        raise ProcessorError(
+            f"{VARIABLE}={profile}: not a processor profile; set one of {', '.join(PROFILES)}, or unset it"
+        )
+    if profile:
+        chosen = replace(PROFILES[profile], name=f"{profile} (forced by {VARIABLE})")
+    else:
+        chosen = detect(torch.cpu.get_capabilities())
+    chosen = replace(chosen, packed_dtypes=tuple(filter(_can_pack, chosen.packed_dtypes)))
+    packed = ", ".join(str(dtype).removeprefix("torch.") for dtype in chosen.packed_dtypes) or "none"
+    products = "bfloat16" if chosen.multiplies_bfloat16 else "float32"
+    _LOG.info("processor: %s; products of bfloat16 tokens in %s; packed weights: %s", chosen.name, products, packed)
+    return chosen
 
 
 def multiplies_bfloat16(device_type: str) -> bool:
@@ -103,23 +117,6 @@ def detect(capabilities: Mapping[str, object]) -> Processor:
     packed = [torch.float32] if is_amd and capabilities.get("avx512_f") else []
     packed += [torch.bfloat16] if fast_bfloat16 else []
     return Processor(f"{name}, {fast_bfloat16 or 'no fast bfloat16'}", bool(fast_bfloat16), tuple(packed))
-
-
-@cache
-def _processor(profile: str) -> Processor:
-    if profile and profile not in PROFILES:
-        raise ProcessorError(
-            f"{VARIABLE}={profile}: not a processor profile; set one of {', '.join(PROFILES)}, or unset it"
-        )
-    if profile:
-        chosen = replace(PROFILES[profile], name=f"{profile} (forced by {VARIABLE})")
-    else:
-        chosen = detect(torch.cpu.get_capabilities())
-    chosen = replace(chosen, packed_dtypes=tuple(filter(_can_pack, chosen.packed_dtypes)))
-    packed = ", ".join(str(dtype).removeprefix("torch.") for dtype in chosen.packed_dtypes) or "none"
-    products = "bfloat16" if chosen.multiplies_bfloat16 else "float32"
-    _LOG.info("processor: %s; products of bfloat16 tokens in %s; packed weights: %s", chosen.name, products, packed)
-    return chosen
 
 
 def _can_pack(dtype: torch.dtype) -> bool:

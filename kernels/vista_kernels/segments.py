@@ -22,7 +22,7 @@ class Segments:
     @classmethod
     def from_offsets(cls, offsets: IntArray) -> Segments:
         """Return the segments that lie end to end between offsets [B+1]."""
-        return cls(offsets[:-1], np.diff(offsets))
+        return cls(offsets[:-1], offsets[1:] - offsets[:-1])  # np.diff takes several microseconds longer
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -12,7 +12,7 @@ from torch import Tensor
 from vista_kernels import candidate_attention, reference
 from vista_kernels.candidate_attention import attend_directly, attend_in_portions
 from vista_kernels.candidate_tokens import CandidateTokens, check_candidates
-from vista_kernels.processor import PROFILES, VARIABLE
+from vista_kernels.processor import PROFILES
 
 from .test_operators import _Recorder, err
 
@@ -140,8 +140,8 @@ def test_direct_products_error(bias: str) -> None:
 
 @pytest.mark.processor
 @pytest.mark.parametrize("profile", PROFILES)
-def test_the_processor_chooses_the_form(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, profile)
+def test_the_processor_chooses_the_form(profile: str, force_processor: Callable[[str], None]) -> None:
+    force_processor(profile)
     for dtype in (torch.bfloat16, torch.float32):
         inputs = make((2, 70, 33), dtype)
         chosen = directly if dtype == torch.bfloat16 and profile != "float32" else in_portions

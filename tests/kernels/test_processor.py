@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import vista_kernels
-from vista_kernels import processor as module
-from vista_kernels.processor import PROFILES, VARIABLE, ProcessorError, detect, multiplies_bfloat16, processor
+from vista_kernels.processor import PROFILES, ProcessorError, detect, multiplies_bfloat16, processor
 from vista_kernels.torch_backend.precision import product_dtype
 
 pytestmark = pytest.mark.processor
@@ -49,9 +49,10 @@ def test_profiles_are_machines_that_exist() -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_forcing_a_profile(profile: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    module._processor.cache_clear()
-    monkeypatch.setenv(VARIABLE, profile)
+def test_forcing_a_profile(
+    profile: str, force_processor: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    force_processor(profile)
     with caplog.at_level(logging.INFO, logger="vista_kernels"):
         forced = processor()
         assert processor() is forced
@@ -69,21 +70,19 @@ def test_forcing_a_profile(profile: str, monkeypatch: pytest.MonkeyPatch, caplog
     assert product_dtype(torch.ones(1, dtype=torch.float64)) == torch.float64
 
 
-def test_other_devices_do_not_depend_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_devices_do_not_depend_on_the_processor(force_processor: Callable[[str], None]) -> None:
     for profile in PROFILES:
-        monkeypatch.setenv(VARIABLE, profile)
+        force_processor(profile)
         assert multiplies_bfloat16("cuda") and not multiplies_bfloat16("mps")
 
 
-def test_an_empty_variable_forces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
-    detected = processor()
-    monkeypatch.setenv(VARIABLE, "")
-    assert processor() == detected and detected.name == detect(torch.cpu.get_capabilities()).name
+def test_an_empty_variable_forces_nothing(force_processor: Callable[[str], None]) -> None:
+    force_processor("")
+    assert processor().name == detect(torch.cpu.get_capabilities()).name
 
 
-def test_a_wrong_value_names_the_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "avx1024")
+def test_a_wrong_value_names_the_profiles(force_processor: Callable[[str], None]) -> None:
+    force_processor("avx1024")
     for call in (processor, lambda: vista_kernels.accumulate_state(*[torch.ones(1, 1, 1).bfloat16()] * 2, OFFSETS)):
         with pytest.raises(
             ProcessorError,

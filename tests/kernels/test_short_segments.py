@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from vista_kernels import accumulate_state
-from vista_kernels.processor import VARIABLE
 from vista_kernels.torch_backend import short_segments
 
 from .conftest import OPERATORS, Inputs
@@ -58,9 +58,9 @@ def test_short_segments_agree_with_the_oracle(
     weight: str,
     profile: str,
     calls: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    force_processor: Callable[[str], None],
 ) -> None:
-    monkeypatch.setenv(VARIABLE, profile)
+    force_processor(profile)
     inputs = short_inputs(dtype, weight) | {"normalization": normalization}
     check_against_oracle(QLA, inputs, UNITS[dtype])
     assert calls.count("_tiles") == calls.count("_long_state") == 2  # forward and backward
@@ -99,9 +99,9 @@ def test_poison_in_a_short_segment_stays_there(calls: list[str]) -> None:
 @pytest.mark.parametrize("length", [257, 5000])
 @pytest.mark.processor
 @pytest.mark.parametrize("profile", ["bfloat16", "float32"])
-def test_sums_of_bfloat16_tokens_stay_exact(length: int, profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_of_bfloat16_tokens_stay_exact(length: int, profile: str, force_processor: Callable[[str], None]) -> None:
     """A sum that were held in bfloat16 would stop at 256."""
-    monkeypatch.setenv(VARIABLE, profile)
+    force_processor(profile)
     ones = torch.ones(length, 2, 3, dtype=torch.bfloat16)
     z, n = accumulate_state(ones, ones, torch.tensor([0, length]), activation="identity")
     assert z.dtype == n.dtype == torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from vista.model import frozen_linear as frozen_module
 from vista.model import inference
 from vista.model.frozen_linear import FrozenLinear, frozen
 from vista.model.layers import FeedForward, linear_parts
-from vista_kernels.processor import PROFILES, VARIABLE, Processor, processor
+from vista_kernels.processor import PROFILES, Processor, processor
 
 pytestmark = pytest.mark.processor
 UNIT = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7}
@@ -24,20 +25,16 @@ UNIT = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7}
 
 
 @pytest.fixture(params=[True, False], ids=["packed", "plain"])
-def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def packed(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, force_processor: Callable[[str], None]
+) -> None:
     """Weights packed in every dtype that this processor can pack, and in none."""
-    packable = {dtype for profile in PROFILES for dtype in packed_dtypes(profile, monkeypatch)}
-    forced = Processor("forced", True, tuple(packable) if request.param else ())
+    force_processor("bfloat16")
+    packable = processor().packed_dtypes
     if request.param and not packable:
         pytest.skip("torch without oneDNN")
+    forced = Processor("forced", True, packable if request.param else ())
     monkeypatch.setattr(frozen_module, "processor", lambda: forced)
-
-
-def packed_dtypes(profile: str, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.dtype, ...]:
-    """Return what a forced profile packs here: oneDNN does not take bfloat16 on every processor."""
-    with monkeypatch.context() as patch:
-        patch.setenv(VARIABLE, profile)
-        return processor().packed_dtypes
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
@@ -128,8 +125,8 @@ def test_a_model_with_a_frozen_stage_is_the_model(
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
-def test_a_packed_row_does_not_depend_on_the_others(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)  # a forced profile does not promise this of other hardware
+def test_a_packed_row_does_not_depend_on_the_others(dtype: torch.dtype, force_processor: Callable[[str], None]) -> None:
+    force_processor("")  # a forced profile does not promise this of other hardware
     if dtype not in processor().packed_dtypes:
         pytest.skip("not packed on this processor")
     one, x = FrozenLinear(linear(64, 96), dtype), torch.randn(100, 64)
@@ -143,9 +140,9 @@ def test_a_packed_row_does_not_depend_on_the_others(dtype: torch.dtype, monkeypa
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
-def test_weights_are_packed_as_the_processor_likes(
-    dtype: torch.dtype, profile: str, monkeypatch: pytest.MonkeyPatch
+def test_weights_are_packed_where_that_is_faster(
+    dtype: torch.dtype, profile: str, force_processor: Callable[[str], None]
 ) -> None:
-    monkeypatch.setenv(VARIABLE, profile)
-    assert FrozenLinear(linear(4, 4), dtype).packs is (dtype in packed_dtypes(profile, monkeypatch))
+    force_processor(profile)
+    assert FrozenLinear(linear(4, 4), dtype).packs is (dtype in processor().packed_dtypes)
     assert not FrozenLinear(linear(4, 4).to("meta"), dtype).packs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from tests.conftest import Served, small_config
 from vista.config import ModelConfig
 from vista.config.choices import Architecture
 from vista.log.event_log import EventLog
-from vista_kernels.processor import VARIABLE
 
 MACHINE: dict[str, Any] = {"cpu": "First CPU", "gpu": None, "cores": 2, "threads": 1, "torch": "2.13.0"}
 
@@ -23,9 +23,14 @@ MACHINE: dict[str, Any] = {"cpu": "First CPU", "gpu": None, "cores": 2, "threads
 @pytest.mark.processor
 @pytest.mark.parametrize(("profile", "precision"), [("float32", "float32"), ("bfloat16", "bfloat16")])
 def test_who_trained_and_who_measures(
-    profile: str, precision: str, event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    profile: str,
+    precision: str,
+    event_log: EventLog,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    force_processor: Callable[[str], None],
 ) -> None:
-    monkeypatch.setenv(VARIABLE, profile)
+    force_processor(profile)
 
     def now(commit: str, cpu: str) -> None:
         monkeypatch.setattr(row_origin, "commit", lambda: commit)

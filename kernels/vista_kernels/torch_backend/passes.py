@@ -49,7 +49,9 @@ def accumulate(
         states = window.states("states", z) if fresh and window.is_first else None
         for tile in window.tiles:
             w = tile.weight(weight, z.dtype)  # without weights, what hides the padding, if any
-            keys = _weighted_keys(tile, activation, k, w, dtype if weight is None else z.dtype)
+            # Weighted keys are computed in the states' dtype and rounded once.
+            keys = scaled("first", tile.activated("first", activation, k, dtype if weight is None else z.dtype), w)
+            keys = converted("keys", keys, dtype) if keys.dtype != dtype else keys
             add_product(z, states, tile, keys.transpose(2, 3), tile.heads("second", v, dtype))
             if weight is not None and w is not None:
                 _add_rows(n, tile, w.sum(2).squeeze(2))
@@ -176,12 +178,6 @@ def finish(part: Tensor, result: Tensor, factor: Tensor | None = None) -> None:
     part = part.transpose(1, 2)
     if result.data_ptr() != part.data_ptr():
         part.copy_(result)
-
-
-def _weighted_keys(tile: Tile, activation: str, k: Tensor, w: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return w phi(k) [n, H, L, D], computed in `dtype` and rounded once to that of products."""
-    keys = scaled("first", tile.activated("first", activation, k, dtype), w)
-    return converted("keys", keys, product_dtype(k)) if keys.dtype != product_dtype(k) else keys
 
 
 def _rounded_sum(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
