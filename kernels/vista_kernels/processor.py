@@ -7,7 +7,7 @@ Three choices depend on the processor:
 - vista packs the weights of frozen linear maps for oneDNN, or leaves them to torch.
 
 The answers follow from the processor's name and instruction sets, never from timing. So all processes on one kind of
-machine make the same choices, and a resumed run makes those of the first one.
+machine make the same choices, and so does a run that is resumed there.
 
 Set the environment variable VISTA_PROCESSOR to one of these profiles to force the answers:
 
