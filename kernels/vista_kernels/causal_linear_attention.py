@@ -1,14 +1,14 @@
 """Causal linear attention without softmax: o_t = phi(q_t) Z_t with Z_t = initial_z + sum_{s <= t} phi(k_s) v_s^T.
 
 Layout: tokens packed as [T, H, D], sequences end to end, offsets int64 [B+1]. Sequences are cut into pieces. With Z the
-state before a piece, and the piece's tokens as rows of Q = phi(q), K = phi(k), V and dO::
+state before a piece, and its tokens as the rows of Q = phi(q), K = phi(k), V and dO::
 
     O  = tril(Q K^T) V + Q Z                     Z' = Z + K^T V
     dQ = tril(dO V^T) K + dO Z^T
     dK = tril(dO V^T)^T Q + V R^T                R  = gradient of the state after the piece
     dV = tril(Q K^T)^T dO + K R                  R' = R + Q^T dO
 
-so backward is one pass from the front (dQ) and one from the back (dK, dV), and stores nothing. Sums are float32
+So backward is one pass from the front (dQ) and one from the back (dK, dV), and stores nothing. Sums are float32
 (float64 for float64 tokens).
 """
 
@@ -41,20 +41,21 @@ def causal_linear_attention(
     activation: str = "silu",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Let every token read the tokens of its sequence up to and with itself.
+    """Let every token read the tokens of its sequence up to and including itself.
 
     Args:
         q: [T, H, D] queries, float64, float32, bfloat16 or float16.
         k: [T, H, D] keys, of q's dtype and device.
-        v: [T, H, E] values, likewise.
-        offsets: [B+1] int64 where sequences begin; 0 first, T last. On q's device or the CPU (fastest on the CPU).
+        v: [T, H, E] values, of q's dtype and device.
+        offsets: [B+1] int64, where sequences begin; 0 first, T last. On q's device or the CPU (fastest on the CPU).
         initial_z: [B, H, D, E] state before each sequence, float32 (float64 for float64 tokens); None is zero.
         activation: phi, of queries and keys: "silu", "relu" or "identity".
         backend: "auto", "torch", "triton" or "reference".
 
     Returns:
         (o [T, H, E] of v's dtype, the state after each sequence [B, H, D, E]: float32, or float64 for float64 tokens).
-        The state is `accumulate_state`'s Z with the same activation. All but offsets get gradients, through both.
+        The state is Z of `accumulate_state` with the same activation. All tensors but offsets get gradients, through
+        both results.
 
     Raises:
         ValueError: naming the argument and the shapes, if shapes, dtypes, devices or offsets do not fit.

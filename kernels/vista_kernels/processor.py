@@ -19,10 +19,12 @@ bfloat16   AMD's AVX-512 with bfloat16 (Zen 4 and later) yes                floa
 amx        Intel's AMX (Sapphire Rapids and later)       yes                bfloat16
 =========  ============================================  =================  ===================
 
-Unset or empty means: detect. The variable is read once per process, at the first use. Forcing changes choices, not the hardware. Results are as correct as on a machine of that
-kind, but they can be slow: a processor without bfloat16 instructions emulates them. Results are not bit-identical to
-those of such a machine, since torch's libraries still choose their instructions themselves. Weights are packed only
-where oneDNN can multiply them at all.
+If it is unset or empty, the processor is detected. The variable is read once per process, at the first use.
+
+Forcing changes choices, not the hardware. Results are as correct as on a machine of that kind, but they can be slow:
+a processor without bfloat16 instructions emulates them. Results are not bit-identical to those of such a machine,
+because torch's libraries still choose their instructions. Weights are packed only where oneDNN can multiply them at
+all.
 """
 
 from __future__ import annotations

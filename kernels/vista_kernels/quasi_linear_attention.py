@@ -1,6 +1,6 @@
-"""Quasi-linear attention: bidirectional linear attention with an activated state; targets read but never write.
+"""Quasi-linear attention: bidirectional linear attention with an activated state. Targets read but never write.
 
-Per sequence and head, S the writing tokens (all but the last num_targets), w a weight (1 unless given)::
+Per sequence and head, with S the writing tokens (all but the last num_targets) and w a weight (1 unless given)::
 
     Z   = sum_{s in S} w_s phi1(k_s) v_s^T    n = sum_{s in S} w_s    A = phi2(Z c)    c = 1, or 1 / max(n, 1)^alpha
     o_s = phi1(q_s) A                                     s in S
@@ -55,7 +55,7 @@ def quasi_linear_attention(
     state_activation: str = "silu",
     backend: str = "auto",
 ) -> Tensor:
-    """Let every token read all writing tokens of its sequence, earlier and later ones and itself (bidirectional).
+    """Let every token read all writing tokens of its sequence: earlier ones, later ones and itself.
 
     The last num_targets[b] tokens of sequence b are targets: they read the writing tokens and themselves, write
     nothing, and do not see one another.
@@ -63,10 +63,10 @@ def quasi_linear_attention(
     Args:
         q: [T, H, D] queries, float64, float32, bfloat16 or float16.
         k: [T, H, D] keys, of q's dtype and device.
-        v: [T, H, E] values, likewise.
-        offsets: [B+1] int64 where sequences begin; 0 first, T last. On q's device or the CPU (fastest on the CPU).
-        num_targets: [B] int64, best on the CPU; how many targets a sequence ends with. None: there are none.
-        weight: [T] or [T, H] float weights of the writing tokens (targets' are not read). No gradient.
+        v: [T, H, E] values, of q's dtype and device.
+        offsets: [B+1] int64, where sequences begin; 0 first, T last. On q's device or the CPU (fastest on the CPU).
+        num_targets: [B] int64, how many targets each sequence ends with; best on the CPU. None means no targets.
+        weight: [T] or [T, H] float weights of the writing tokens. Those of targets are not read. No gradient.
         normalization: "none" (c = 1) or "length" (c = 1 / max(n, 1)^alpha).
         alpha: the exponent of "length".
         activation: phi1, of queries and keys: "silu", "relu" or "identity".
@@ -205,14 +205,14 @@ def _check_num_targets(num_targets: Tensor | None, offsets: Tensor) -> None:
         return
     if num_targets.dim() != 1 or num_targets.shape[0] != offsets.shape[0] - 1:
         raise ValueError(
-            f"num_targets must be [B], one a sequence of offsets {list(offsets.shape)}, got {list(num_targets.shape)}"
+            f"num_targets must be [B], one per sequence of offsets {list(offsets.shape)}, got {list(num_targets.shape)}"
         )
     if num_targets.dtype != torch.int64:
         raise ValueError(f"num_targets must be int64, got {num_targets.dtype}")
 
 
 def _num_kept(k: Tensor, offsets: Tensor, num_targets: Tensor | None, backend: str) -> int:
-    """Return how many states the operator keeps for backward: all, or none where they would outweigh the tokens."""
+    """Return how many states the operator keeps for backward: all, or none if they would outweigh the tokens."""
     num_segments = offsets.shape[0] - 1
     short = num_segments * k.shape[2] > k.shape[0]
     return 0 if backend == "torch" and num_targets is None and short else num_segments

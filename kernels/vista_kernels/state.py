@@ -1,12 +1,13 @@
 """Additive states of linear attention: writing tokens into them, and reading them with queries.
 
-Per segment (user, or block of a user's events) and head, with w_s a weight (1 unless given)::
+Per segment (a user, or a block of a user's events) and head, with w_s a weight (1 unless given)::
 
     accumulate_state:  Z = sum_s w_s phi(k_s) v_s^T  [D, E]     n = sum_s w_s
     read_state:        A = phi2(Z c)   o = phi1(q) A            c = 1, or 1 / max(n, 1)^alpha
 
-`scan_states` turns the states of blocks into the states at block ends. Layout: tokens packed as [T, H, D], segments end
-to end, offsets int64 [B+1]. States are float32 (float64 for float64 tokens). Backward recomputes activations.
+`scan_states` turns the states of blocks into the states at the ends of blocks. Layout: tokens packed as [T, H, D],
+segments end to end, offsets int64 [B+1]. States are float32 (float64 for float64 tokens). Backward computes activations
+again.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def accumulate_state(
     Args:
         k: [T, H, D] keys, float64, float32, bfloat16 or float16.
         v: [T, H, E] values, of k's dtype and device.
-        offsets: [B+1] int64 where segments begin; 0 first, T last. On k's device or the CPU (fastest on the CPU).
-        weight: [T] or [T, H] float; carries decay, -1 forgets a token. No gradient.
+        offsets: [B+1] int64, where segments begin; 0 first, T last. On k's device or the CPU (fastest on the CPU).
+        weight: [T] or [T, H] float, such as a decay; -1 forgets a token. No gradient.
         initial_z: [B, H, D, E] state to add to; None is zero.
         initial_n: [B, H] weight sum to add to; None is zero. No gradient.
         activation: phi, "silu", "relu" or "identity".

@@ -1,4 +1,4 @@
-"""Every operator as a table row (inputs, fast path, oracle), so that one test covers them all."""
+"""Every operator as a row of a table (inputs, fast path, oracle), so that one test covers them all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if not torch.cuda.is_available():
-    # Triton reads this when it is imported, which nothing above does: kernels then run in its interpreter.
+    # Triton reads this when it is imported, which nothing above does. Its kernels then run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import vista_kernels

@@ -124,4 +124,4 @@ def test_backend_is_logged_once(caplog: pytest.LogCaptureFixture, operators: dic
     with caplog.at_level(logging.INFO, logger="vista_kernels"):
         for _ in range(3):
             vista_kernels.accumulate_state(**inputs)
-    assert [record.getMessage() for record in caplog.records] == ["backend torch for cpu tensors (asked for: auto)"]
+    assert [record.getMessage() for record in caplog.records] == ["backend torch for cpu tensors (requested: auto)"]

@@ -1,4 +1,4 @@
-"""Candidate attention: its error and gradients, what it hides, and that no candidate and no request sees another."""
+"""Candidate attention: error, gradients, hidden tokens, and that no candidate or request sees another."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BIASES: dict[str, tuple[int, ...] | None] = {
     "keys": (1, 0, 0, 1),
     "all": (1,) * 4,
 }
-"""Which axes of [B, H, Q, C] a bias has."""
+"""Whether a bias has each axis of [B, H, Q, C]."""
 SHAPES = {
     "one": (1, 1, 1),
     "no-requests": (0, 3, 4),
@@ -38,7 +38,7 @@ TOKENS = ("q", "k", "v", "own_k", "own_v")
 def make(
     shape: tuple[int, int, int], dtype: torch.dtype, bias: str = "learned", *, mask: bool = True, width: int = 8
 ) -> Inputs:
-    """Random inputs for (B, Q, C), two heads; values are 6 wide."""
+    """Return random inputs for (B, Q, C), with two heads and values of width 6."""
     (batch, queries, context), heads = shape, 2
     generator = torch.Generator().manual_seed(0)
 
@@ -60,7 +60,7 @@ def make(
 
 
 def gradients(run: Callable[..., Tensor], inputs: Inputs) -> dict[str, Tensor]:
-    """The output and the gradients of a fixed random functional of it, by name."""
+    """Return the output and the gradients of a fixed random functional of it, by name."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items() if x.is_floating_point()}
     out = run(**inputs | leaves)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -74,13 +74,13 @@ def check_against_oracle(run: Callable[..., Tensor], inputs: Inputs, unit: float
 
     exact = gradients(reference.candidate_attention, inputs)
     actual, plain = gradients(run, inputs), gradients(rounded, inputs)
-    # A score's gradient is a difference of larger terms, and is held to their rounding.
+    # The gradient of a score is a difference of larger terms, whose rounding bounds its error.
     largest = max((float(x.abs().max()) for x in exact.values() if x.numel()), default=0.0)
-    for name, truth in exact.items():
-        assert actual[name].shape == truth.shape
-        direct = name in ("out", "v", "own_v") and truth.numel()
-        scale = float(truth.abs().max()) if direct else largest
-        assert err(actual[name], truth) <= 2 * err(plain[name], truth) + 4 * unit * scale, name
+    for name, expected in exact.items():
+        assert actual[name].shape == expected.shape
+        is_sum = name in ("out", "v", "own_v") and expected.numel()
+        scale = float(expected.abs().max()) if is_sum else largest
+        assert err(actual[name], expected) <= 2 * err(plain[name], expected) + 4 * unit * scale, name
 
 
 def run_form(form: Callable[..., Tensor], inputs: Inputs, **sizes: int) -> Tensor:
@@ -156,7 +156,7 @@ def test_gradcheck(bias: str, attend: Callable[..., Tensor]) -> None:
     leaves = [inputs[name].requires_grad_() for name in names]
     constants = {"scale": 0.7, "context_mask": inputs["context_mask"]}
     assert torch.autograd.gradcheck(lambda *x: attend(**dict(zip(names, x, strict=True)), **constants), leaves)
-    if "bias" in inputs:  # and as a constant
+    if "bias" in inputs:  # the bias as a constant, too
         inputs["bias"] = inputs["bias"].detach()
         fixed = {name: inputs.pop(name) for name in ("bias", "context_mask")}
         names = list(inputs)
@@ -178,6 +178,7 @@ def test_opcheck(bias: str) -> None:
         torch.library.opcheck(getattr(torch.ops.vista_kernels, name).default, args)
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiles_as_one_graph(dtype: torch.dtype) -> None:
     inputs = make((2, 5, 4), dtype)
@@ -190,6 +191,7 @@ def test_compiles_as_one_graph(dtype: torch.dtype) -> None:
         torch.testing.assert_close(compiled(**inputs), candidate_attention(**inputs), **tolerance)
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("how", ["-1e9", "-inf", "mask", "no context"])
 def test_hidden_context_leaves_the_candidate_itself(
@@ -217,6 +219,7 @@ def test_partly_hidden_by_infinity() -> None:
     assert not gradients(candidate_attention, inputs)["k"][:, :, 4:].any()
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_poisoned_candidate_changes_no_other(dtype: torch.dtype, attend: Callable[..., Tensor]) -> None:
     inputs = make((2, 70, 33), dtype, "none")
@@ -234,6 +237,7 @@ def test_poisoned_candidate_changes_no_other(dtype: torch.dtype, attend: Callabl
         assert bool(after["out"][:, :, i].isnan().all())
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_poison_stays_in_its_request(dtype: torch.dtype, attend: Callable[..., Tensor]) -> None:
     inputs = make((3, 7, 9), dtype, "all")
@@ -250,7 +254,7 @@ def test_poison_stays_in_its_request(dtype: torch.dtype, attend: Callable[..., T
 
 @pytest.mark.parametrize(("dtype", "units"), [(torch.float32, 8), (torch.float64, 8)], ids=str)
 def test_candidates_alone_equal_candidates_in_a_list(dtype: torch.dtype, units: int) -> None:
-    """Products of other shapes round differently; 8 units of the largest value bound it."""
+    """Products of other shapes round differently, by at most 8 units of the largest value."""
     inputs = make((2, 70, 33), dtype, "keys")
     whole = candidate_attention(**inputs)
     for i in range(70):
@@ -282,7 +286,7 @@ def test_strided_and_expanded_inputs() -> None:
 
 
 def test_under_autocast() -> None:
-    """Autocast lowers nothing within: its caller chose the tokens' dtype."""
+    """Autocast changes no dtype inside the operator: the caller chose the dtype of the tokens."""
     inputs = make((3, 7, 9), torch.float32)
     expected = gradients(candidate_attention, inputs)
     with torch.autocast("cpu", torch.bfloat16):

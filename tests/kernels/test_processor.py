@@ -33,9 +33,9 @@ OFFSETS = torch.tensor([0, 1])
     ],
 )
 def test_detection(name: str | None, flags: set[str], fast: bool, packed: tuple[torch.dtype, ...]) -> None:
-    found = detect(({"cpu_name": name} if name else {}) | dict.fromkeys(flags, True))
-    assert found.multiplies_bfloat16 is fast and found.packed_dtypes == packed
-    assert (name or "unknown") in found.name
+    detected = detect(({"cpu_name": name} if name else {}) | dict.fromkeys(flags, True))
+    assert detected.multiplies_bfloat16 is fast and detected.packed_dtypes == packed
+    assert (name or "unknown") in detected.name
 
 
 def test_profiles_are_machines_that_exist() -> None:

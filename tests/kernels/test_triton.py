@@ -1,4 +1,4 @@
-"""The Triton backend alone: shapes and dtypes, how work is shared out, equal bits, and what it refuses.
+"""The Triton backend alone: shapes and dtypes, how it shares out work, equal bits, and what it refuses.
 
 Kernels run in Triton's interpreter where there is no GPU. Gradients are compared with the float64 oracle: gradcheck
 needs float64, which the backend does not take.
@@ -107,7 +107,7 @@ def test_widths_and_blocks(width: int, value_width: int, lengths: list[int]) -> 
 
 
 def test_pieces_equal_whole_and_repeat_bit_for_bit(triton_operator: Operator, request: pytest.FixtureRequest) -> None:
-    """A segment over many items gives what one item gives, the same bits every time."""
+    """A segment of many items gives the result of one item, with the same bits every time."""
     inputs = triton_operator.make([70, 2], torch.float32)
     whole = triton_operator.gradients(triton_operator.fast, inputs)
     request.getfixturevalue("small_windows")
@@ -134,7 +134,7 @@ def test_scan_in_pieces_of_pieces() -> None:
 
 @pytest.mark.parametrize("size", [1e7, 1e-9], ids=str)
 def test_float16_states_beyond_float16(size: float) -> None:
-    """States that float16 cannot hold are read exactly as far as float16 products go, and so are their gradients."""
+    """States beyond the range of float16 lose no more precision than float16 products do, nor do their gradients."""
     q = normal(5, 1, 4, dtype=torch.float16).requires_grad_()
     z = (normal(1, 1, 4, 4, seed=1) * size).requires_grad_()
     n = torch.full((1, 1), size, device=DEVICE)
@@ -147,13 +147,13 @@ def test_float16_states_beyond_float16(size: float) -> None:
 
     exact = vista_kernels.reference.read_state(q.cpu(), z.cpu(), n.cpu(), offsets_of([5]), **options)
     out = run(q, z, n, "triton")
-    floor = 2.0**-24  # float16's smallest number
-    assert err(out.cpu(), exact) <= max(2.0**-9 * float(exact.abs().max()), floor)
+    smallest = 2.0**-24  # the smallest float16 number
+    assert err(out.cpu(), exact) <= max(2.0**-9 * float(exact.abs().max()), smallest)
     key, value = q.detach(), normal(5, 1, 4, seed=3, dtype=torch.float16).requires_grad_()
     written, _ = vista_kernels.accumulate_state(key, value, offsets_of([5]), backend="triton")
     (grad,) = torch.autograd.grad(written, value, torch.full_like(written, min(size, 1e3)))
     expected = torch.nn.functional.silu(key.float()).sum(2, keepdim=True) * min(size, 1e3)
-    assert err(grad, expected.expand_as(grad)) <= max(2.0**-9 * float(expected.abs().max()), floor)
+    assert err(grad, expected.expand_as(grad)) <= max(2.0**-9 * float(expected.abs().max()), smallest)
 
 
 def test_tiny_weights_do_not_vanish_in_float16() -> None:
@@ -200,7 +200,7 @@ def test_every_token_is_in_one_item(lengths: list[int], num_heads: int) -> None:
 
 
 def test_work_is_shared_out_evenly() -> None:
-    """Many short users are few programs each of like size; one long user fills the device."""
+    """Many short users are a few programs of similar size. One long user fills the device."""
     short = np.full(100_000, 16)
     work = plan_work(Segments(np.cumsum(short) - short, short), num_heads=4, num_processors=132)
     sizes = 16 * (work.items[:, 1] - work.items[:, 0])
@@ -233,7 +233,7 @@ def test_refusals() -> None:
         blocks.check_tokens(Accelerator("cuda", 90, 132), k=far)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="of the CPU")
+@pytest.mark.skipif(DEVICE == "cuda", reason="about CPUs")
 def test_refusals_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     k = normal(3, 1, 4)
     with pytest.raises(ValueError, match=r"k is bfloat16, whose products Triton's interpreter gets wrong"):
@@ -244,7 +244,7 @@ def test_refusals_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_triton() -> None:
-    """Triton is loaded only when asked for, and its absence is an error that names the backend and what to install."""
+    """Triton is loaded on request only. Without it, an error names the backend and what to install."""
     code = """
 import sys, vista, vista.scorer, vista_kernels
 assert "triton" not in sys.modules

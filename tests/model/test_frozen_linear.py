@@ -21,7 +21,7 @@ from vista_kernels.processor import PROFILES, Processor, processor
 
 pytestmark = pytest.mark.processor
 UNIT = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7}
-"""Of the largest output: rounding of inputs, weights and result."""
+"""Rounding of inputs, weights and result, relative to the largest output."""
 
 
 @pytest.fixture(params=[True, False], ids=["packed", "plain"])
@@ -50,9 +50,9 @@ def test_a_frozen_map_is_the_map(dtype: torch.dtype, bias: bool) -> None:
     for shape in ((3, 24), (2, 5, 24), (0, 24), (1, 1, 24)):
         x = torch.randn(shape)
         with torch.inference_mode():
-            found, expected = FrozenLinear(one, dtype)(x), one(x)
-        assert found.dtype is dtype and found.shape == expected.shape
-        torch.testing.assert_close(found.float(), expected, rtol=0, atol=8 * UNIT[dtype])
+            actual, expected = FrozenLinear(one, dtype)(x), one(x)
+        assert actual.dtype is dtype and actual.shape == expected.shape
+        torch.testing.assert_close(actual.float(), expected, rtol=0, atol=8 * UNIT[dtype])
 
 
 @pytest.mark.usefixtures("packed")
@@ -63,10 +63,10 @@ def test_parts_are_those_of_the_whole(dtype: torch.dtype) -> None:
         x = torch.randn(shape)
         with torch.inference_mode():
             whole = F.linear(x, one.weight).chunk(4, -1)
-            found = linear_parts(x, FrozenLinear(one, dtype), 4, first)
+            actual = linear_parts(x, FrozenLinear(one, dtype), 4, first)
             trained = linear_parts(x, one, 4, first)
-        assert len(found) == len(trained) == 4 - first
-        for part, other, expected in zip(found, trained, whole[first:], strict=True):
+        assert len(actual) == len(trained) == 4 - first
+        for part, other, expected in zip(actual, trained, whole[first:], strict=True):
             assert part.shape == expected.shape
             torch.testing.assert_close(part.float(), expected, rtol=0, atol=8 * UNIT[dtype])
             torch.testing.assert_close(other, expected)
@@ -95,7 +95,7 @@ def test_training_does_not_reach_a_frozen_copy() -> None:
 def test_a_model_with_a_frozen_stage_is_the_model(
     make: SimpleNamespace, seeds: int, kind: TargetAttentionKind, precision: Precision
 ) -> None:
-    """Summaries, contexts, users and candidates; with histories shorter than the tail, and one without an event."""
+    """Summaries, contexts, users and candidates, for histories shorter than the tail and one without events."""
     model = make.model(num_seeds=seeds, target_attention=kind).eval()
     histories = make.histories([3, 0, 40, 7], 2)
     tail = inference.pad_tail(
@@ -104,9 +104,9 @@ def test_a_model_with_a_frozen_stage_is_the_model(
     candidates = torch.from_numpy(np.random.default_rng(1).integers(1, make.num_items, (4, 6)))
     small = precision is Precision.float32
 
-    def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
         atol = (1e-5 if small else 3e-2) * float(expected.abs().max())
-        torch.testing.assert_close(found.float(), expected, rtol=0, atol=atol)
+        torch.testing.assert_close(actual.float(), expected, rtol=0, atol=atol)
 
     summary = inference.summarize(model, histories)
     if seeds:
@@ -118,10 +118,10 @@ def test_a_model_with_a_frozen_stage_is_the_model(
     assert not isinstance(model.target_attention.query_gap, FrozenLinear)
     asked = [(one, inference.request_context(one, summary, tail)) for one in (model, other)]
     gap = inference.request_gap(model, tail.last_time + 3_600_000, tail)
-    (expected, found) = (inference.user_vectors(one, context, gap) for one, context in asked)
-    close(found, expected)
-    (expected, found) = (inference.candidate_logits(one, context, gap, candidates) for one, context in asked)
-    close(found, expected)
+    (expected, actual) = (inference.user_vectors(one, context, gap) for one, context in asked)
+    close(actual, expected)
+    (expected, actual) = (inference.candidate_logits(one, context, gap, candidates) for one, context in asked)
+    close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
