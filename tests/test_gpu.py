@@ -70,7 +70,7 @@ def test_operators_on_the_gpu_agree_with_the_oracle(
     plain = operator.gradients(rounded, inputs)
     for ours, theirs, precise in zip(sum(fast, ()), sum(plain, ()), sum(exact, ()), strict=True):
         assert ours.shape == precise.shape
-        assert err(ours, precise) <= 2 * err(theirs, precise) + 4 * UNITS[dtype] * float(best.abs().max())
+        assert err(ours, precise) <= 2 * err(theirs, precise) + 4 * UNITS[dtype] * float(precise.abs().max())
 
 
 @pytest.mark.parametrize("lengths", [[20_000], [5, 0, 17, 16] * 200], ids=["one-long", "many-short"])
