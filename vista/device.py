@@ -21,7 +21,7 @@ SMALLEST_DENORMAL = 5e-324
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 KEPT_BYTES = 1 << 30
-LARGEST_HEEDED_BYTES = (32 << 20) - (64 << 10)
+LARGEST_ADAPTED_BYTES = (32 << 20) - (64 << 10)
 """Just under the largest block that glibc's thresholds adapt to (DEFAULT_MMAP_THRESHOLD_MAX)."""
 
 
@@ -81,7 +81,7 @@ def reuse_freed_memory() -> None:
     request pays a page fault for every 4 KB of its buffers. Unlike `keep_freed_memory`, this suits a process that
     belongs to the caller.
     """
-    torch.empty(LARGEST_HEEDED_BYTES, dtype=torch.uint8)
+    torch.empty(LARGEST_ADAPTED_BYTES, dtype=torch.uint8)
 
 
 @contextmanager

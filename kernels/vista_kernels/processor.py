@@ -81,7 +81,7 @@ def processor() -> Processor:
         chosen = replace(PROFILES[profile], name=f"{profile} (forced by {VARIABLE})")
     else:
         chosen = detect(torch.cpu.get_capabilities())
-    chosen = replace(chosen, packed_dtypes=tuple(filter(_can_pack, chosen.packed_dtypes)))
+    chosen = replace(chosen, packed_dtypes=tuple(filter(can_pack, chosen.packed_dtypes)))
     packed = ", ".join(str(dtype).removeprefix("torch.") for dtype in chosen.packed_dtypes) or "none"
     products = "bfloat16" if chosen.multiplies_bfloat16 else "float32"
     _LOG.info("processor: %s; products of bfloat16 tokens in %s; packed weights: %s", chosen.name, products, packed)
@@ -121,8 +121,8 @@ def detect(capabilities: Mapping[str, object]) -> Processor:
     return Processor(f"{name}, {fast_bfloat16 or 'no fast bfloat16'}", bool(fast_bfloat16), tuple(packed))
 
 
-def _can_pack(dtype: torch.dtype) -> bool:
-    """Return whether this build of torch on this processor takes packed weights."""
+def can_pack(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN multiplies packed weights of a dtype at all, in this build of torch on this processor."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 
 from scripts.benchmarks.benchmark_recorder import Timing, interleaved
+from vista_kernels.processor import can_pack
 
 CPU = torch.device("cpu")
 LARGEST_COPY_BYTES = 1 << 28
@@ -195,7 +196,7 @@ def products(
 def packed_products(m: int, n: int, k: int, *, count: float = 1, dtypes: Sequence[torch.dtype]) -> list[Work]:
     """Products [m, k] @ [k, n] with weights, which can be laid out beforehand (`vista.model.frozen_linear`)."""
     works = []
-    for dtype in dtypes:
+    for dtype in filter(can_pack, dtypes):
         x, weight = (torch.randn(size, k).to(dtype) for size in (m, n))
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         call = partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")
