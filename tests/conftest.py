@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from vista.config.choices import Split
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer, Tail
+from vista_kernels.processor import VARIABLE, processor
 
 # Tests interrupt processes as Ctrl-C does, but a shell makes background jobs ignore that signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,6 +58,19 @@ def real_set(name: str) -> Path:
 def one_thread() -> None:
     """Use one thread: sums of floats depend on it, and tests compare bits with those of other processes."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def force_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Force a processor profile for the rest of a test; "" detects the processor."""
+
+    def force(profile: str) -> None:
+        monkeypatch.setenv(VARIABLE, profile)
+        processor.cache_clear()
+
+    yield force
+    monkeypatch.undo()
+    processor.cache_clear()
 
 
 def small_frame(seed: int = 0) -> dict[str, Any]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from vista.config.choices import Precision
-from vista.device import choose_precision, cpu_settings, resolve_device
+from vista.device import announce, choose_precision, cpu_settings, resolve_device
 from vista.errors import ConfigError
+from vista_kernels.processor import PROFILES, processor
 
 
 def denormals_live() -> bool:
@@ -42,13 +45,36 @@ def test_devices() -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_precision() -> None:
+@pytest.mark.processor
+def test_precision(force_processor: Callable[[str], None]) -> None:
     cpu = torch.device("cpu")
     assert choose_precision(Precision.float32, cpu) is Precision.float32
     assert choose_precision(Precision.bfloat16, cpu) is Precision.bfloat16
-    assert choose_precision(Precision.auto, torch.device("cuda")) is Precision.bfloat16
-    assert choose_precision(Precision.auto, cpu) in (Precision.float32, Precision.bfloat16)
-    assert choose_precision(Precision.auto, torch.device("mps")) is Precision.float32
+    expected = Precision.bfloat16 if processor().multiplies_bfloat16 else Precision.float32
+    assert choose_precision(Precision.auto, cpu) is expected
+    for profile, forced in PROFILES.items():
+        force_processor(profile)
+        expected = Precision.bfloat16 if forced.multiplies_bfloat16 else Precision.float32
+        assert choose_precision(Precision.auto, cpu) is expected
+        assert choose_precision(Precision.auto, torch.device("cuda")) is Precision.bfloat16
+        assert choose_precision(Precision.auto, torch.device("mps")) is Precision.float32
+
+
+def test_a_wrong_processor_is_an_error_of_the_configuration(force_processor: Callable[[str], None]) -> None:
+    force_processor("abacus")
+    with pytest.raises(ConfigError, match="VISTA_PROCESSOR=abacus: not a processor profile; set one of float32"):
+        resolve_device("cpu")
+
+
+def test_the_device_is_logged_with_its_processor(
+    force_processor: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    force_processor("amx")
+    with caplog.at_level(logging.INFO, logger="vista.device"):
+        announce(torch.device("cpu"))
+    (message,) = (record.getMessage() for record in caplog.records)
+    threads = torch.get_num_threads()
+    assert message == f"device cpu: amx (forced by VISTA_PROCESSOR), {threads} threads; kernels: torch"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc for it")

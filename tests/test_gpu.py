@@ -1,4 +1,4 @@
-"""What must hold on a GPU: the operators agree with the oracle, and a model trains, refreshes and scores there."""
+"""On a GPU the operators agree with the oracle, and a model trains, refreshes and scores."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ pytestmark = [
 ]
 
 
-# float32 products are three TF32 products there, which keep 22 bits (2^-24 holds but for the longest chain of them:
-# quasi-linear attention 3 wide with random weights, by a simulation on a CPU).
+# float32 products are three TF32 products on a GPU, which keep 22 bits. By a simulation on a CPU, 2^-24 would hold too,
+# except for the longest chain of them: quasi-linear attention of width 3 with random weights.
 UNITS = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 LONGER = [*RAGGED, 1000, 0]
 """The longest of these is cut into pieces."""
 
 
 def on_gpu(inputs: Inputs) -> Inputs:
-    """Move all but the offsets, which the host reads."""
+    """Move all tensors but the offsets, which the host reads."""
     return {
         k: x.cuda() if isinstance(x, Tensor) and k not in ("offsets", "num_targets") else x for k, x in inputs.items()
     }
@@ -43,7 +43,7 @@ def on_gpu(inputs: Inputs) -> Inputs:
 def gradients(
     name: str, run: Callable[[Inputs], tuple[Tensor, ...]], inputs: Inputs
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return outputs and gradients of `Operator.gradients`, whose random functional is drawn on the CPU."""
+    """Return outputs and gradients of `Operator.gradients`, with the random functional drawn on the CPU."""
 
     def run_there(inputs: Inputs) -> tuple[Tensor, ...]:
         return tuple(x.cpu() for x in run(on_gpu(inputs)))
@@ -57,7 +57,7 @@ def gradients(
 def test_operators_on_the_gpu_agree_with_the_oracle(
     name: str, dtype: torch.dtype, width: int, value_width: int
 ) -> None:
-    """The bar of the CPU: err <= 2 err(oracle run in float32 and rounded to the output's dtype) + 4 units."""
+    """The bound of the CPU: err <= 2 err(oracle run in float32 and rounded to the output's dtype) + 4 units."""
     operator = replace(OPERATORS[name], backend="auto")
     inputs = operator.make(LONGER if width == 3 else RAGGED, dtype, width=width, value_width=value_width)
     exact = operator.gradients(operator.oracle, inputs)
@@ -68,9 +68,9 @@ def test_operators_on_the_gpu_agree_with_the_oracle(
         return tuple(a.to(b.dtype) for a, b in zip(outputs, fast[0], strict=True))
 
     plain = operator.gradients(rounded, inputs)
-    for ours, theirs, truth in zip(sum(fast, ()), sum(plain, ()), sum(exact, ()), strict=True):
-        assert ours.shape == truth.shape
-        assert err(ours, truth) <= 2 * err(theirs, truth) + 4 * UNITS[dtype] * float(truth.abs().max())
+    for ours, theirs, precise in zip(sum(fast, ()), sum(plain, ()), sum(exact, ()), strict=True):
+        assert ours.shape == precise.shape
+        assert err(ours, precise) <= 2 * err(theirs, precise) + 4 * UNITS[dtype] * float(precise.abs().max())
 
 
 @pytest.mark.parametrize("lengths", [[20_000], [5, 0, 17, 16] * 200], ids=["one-long", "many-short"])

@@ -1,4 +1,4 @@
-"""Which device and how many threads: chosen in one place, and logged."""
+"""Which device, how many threads and which precision: chosen in one place, and logged."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 from vista.config.choices import Precision
 from vista.errors import ConfigError
-from vista_kernels.launch import choose_backend
-from vista_kernels.torch_backend.precision import multiplies_bfloat16
+from vista_kernels.backend import choose_backend
+from vista_kernels.processor import ProcessorError, multiplies_bfloat16, processor
 
 logger = logging.getLogger(__name__)
 DEVICES = ("cpu", "cuda")
@@ -21,16 +21,22 @@ SMALLEST_DENORMAL = 5e-324
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 KEPT_BYTES = 1 << 30
-LARGEST_HEEDED_BYTES = (32 << 20) - (64 << 10)
+LARGEST_ADAPTED_BYTES = (32 << 20) - (64 << 10)
 """Just under the largest block that glibc's thresholds adapt to (DEFAULT_MMAP_THRESHOLD_MAX)."""
 
 
 def resolve_device(name: str) -> torch.device:
-    """auto | cpu | cuda | cuda:N -> torch.device. (Not Apple's mps: decay is reckoned in float64, which it lacks.)
+    """Return the device that `auto`, `cpu`, `cuda` or `cuda:N` names.
+
+    Apple's mps is not supported: decay is computed in float64, which it lacks.
 
     Raises:
-        ConfigError: if it is none of these, or torch cannot use it here.
+        ConfigError: if the name is not one of these, torch cannot use the device, or VISTA_PROCESSOR is not a profile.
     """
+    try:
+        processor()
+    except ProcessorError as error:
+        raise ConfigError(str(error)) from None
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.partition(":")[0] not in DEVICES:
@@ -45,9 +51,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def set_threads(num_threads: int) -> None:
-    """Set torch's CPU threads (0 leaves torch's own choice), and flush denormal numbers to zero, in this process.
+    """Set the number of torch's CPU threads in this process, and flush denormal numbers to zero.
 
-    Weights that decay towards zero leave denormals behind, on which CPUs calculate many times slower.
+    `num_threads` of 0 leaves the number to torch. Weights that decay towards zero become denormal numbers, which CPUs
+    compute with many times slower.
     """
     if num_threads > 0:
         torch.set_num_threads(num_threads)
@@ -55,29 +62,31 @@ def set_threads(num_threads: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next tensor, in this process, for good (elsewhere: does nothing).
+    """Let glibc keep freed memory for later tensors, for the rest of this process. Without glibc this does nothing.
 
-    By default it hands large blocks back, and the next tensor of that size pays a page fault for every 4 KB: a quarter
-    of the time of attention with outputs of 64 MB. So this is for processes of vista's own: commands and benchmarks.
+    By default glibc returns large blocks to the system, and the next tensor of that size pays a page fault for every
+    4 KB: a quarter of the time of attention with outputs of 64 MB. Only vista's own processes (commands and
+    benchmarks) call this.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or not (mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)):
-        logger.debug("the C library hands freed memory back: large tensors pay page faults each time")
+        logger.debug("the C library returns freed memory to the system: each large tensor pays page faults")
 
 
 def reuse_freed_memory() -> None:
-    """Let glibc keep some 64 MB of freed memory for the next tensors (elsewhere: does nothing).
+    """Let glibc keep about 64 MB of freed memory for later tensors. Without glibc this does nothing.
 
-    It hands large blocks back to the system until it has seen one as large freed, and then keeps twice as much. Here it
-    sees the largest one that it heeds; its pages are never touched. A process of the caller's own may well have that
-    (`keep_freed_memory` is another matter), and without it a request pays a page fault for every 4 KB of its buffers.
+    glibc returns large blocks to the system until a block of that size has been freed once; from then on it keeps
+    twice as much. This frees the largest block that glibc adapts to, whose pages are never touched. Without it, a
+    request pays a page fault for every 4 KB of its buffers. Unlike `keep_freed_memory`, this suits a process that
+    belongs to the caller.
     """
-    torch.empty(LARGEST_HEEDED_BYTES, dtype=torch.uint8)
+    torch.empty(LARGEST_ADAPTED_BYTES, dtype=torch.uint8)
 
 
 @contextmanager
 def cpu_settings(num_threads: int) -> Iterator[None]:
-    """`set_threads` for a block: afterwards all is as before, for the process belongs to the caller."""
+    """Apply `set_threads` to a block, and restore the settings afterwards, since the process belongs to the caller."""
     threads = torch.get_num_threads()
     flushing = bool(torch.tensor([SMALLEST_DENORMAL], dtype=torch.float64).mul(1.0) == 0)
     set_threads(num_threads)
@@ -89,9 +98,9 @@ def cpu_settings(num_threads: int) -> Iterator[None]:
 
 
 def choose_precision(asked: Precision, device: torch.device) -> Precision:
-    """Precision of training's matrix products; `auto` looks at what the device can do, and logs it.
+    """Return the precision of matrix products, and log it if it was left open.
 
-    bfloat16 on GPUs and on CPUs that multiply it faster (`vista_kernels.torch_backend.precision`).
+    `auto` is bfloat16 on GPUs and on processors that multiply it faster (`vista_kernels.processor`), else float32.
     """
     if asked is not Precision.auto:
         return asked
@@ -101,15 +110,15 @@ def choose_precision(asked: Precision, device: torch.device) -> Precision:
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Matrix products in bfloat16 for a block, if that is the precision; sums, norms and residuals stay float32."""
+    """Run a block's matrix products in bfloat16, if that is the precision. Sums, norms and residuals stay float32."""
     return torch.autocast(device.type, torch.bfloat16) if precision is Precision.bfloat16 else nullcontext()
 
 
 def announce(device: torch.device) -> None:
-    """Log the device, what it can do, and what the kernels run on there."""
+    """Log the device, what it can do, and the backend of the kernels there."""
     backend = choose_backend("auto", device)
     if device.type == "cuda":
         logger.info("device %s: %s; kernels: %s", device, torch.cuda.get_device_name(device), backend)
     else:
-        capability = torch.backends.cpu.get_cpu_capability()
-        logger.info("device %s: %d threads, %s; kernels: %s", device, torch.get_num_threads(), capability, backend)
+        threads = torch.get_num_threads()
+        logger.info("device %s: %s, %d threads; kernels: %s", device, processor().name, threads, backend)

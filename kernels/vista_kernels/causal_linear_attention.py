@@ -1,18 +1,20 @@
 """Causal linear attention without softmax: o_t = phi(q_t) Z_t with Z_t = initial_z + sum_{s <= t} phi(k_s) v_s^T.
 
 Layout: tokens packed as [T, H, D], sequences end to end, offsets int64 [B+1]. Sequences are cut into pieces. With Z the
-state before a piece, and the piece's tokens as rows of Q = phi(q), K = phi(k), V and dO::
+state before a piece, and its tokens as the rows of Q = phi(q), K = phi(k), V and dO::
 
     O  = tril(Q K^T) V + Q Z                     Z' = Z + K^T V
     dQ = tril(dO V^T) K + dO Z^T
     dK = tril(dO V^T)^T Q + V R^T                R  = gradient of the state after the piece
     dV = tril(Q K^T)^T dO + K R                  R' = R + Q^T dO
 
-so backward is one pass from the front (dQ) and one from the back (dK, dV), and stores nothing. Sums are float32
+So backward is one pass from the front (dQ) and one from the back (dK, dV), and stores nothing. Sums are float32
 (float64 for float64 tokens).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +26,9 @@ from vista_kernels.arguments import (
     check_state,
     check_tokens,
     host_offsets,
-    state_dtype,
 )
-from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
+from vista_kernels.backend import choose_backend, load_backend, needs_dispatch
+from vista_kernels.state_layout import empty_state, state_dtype
 
 
 def causal_linear_attention(
@@ -39,20 +41,21 @@ def causal_linear_attention(
     activation: str = "silu",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Let every token read the tokens of its sequence up to and with itself.
+    """Let every token read the tokens of its sequence up to and including itself.
 
     Args:
         q: [T, H, D] queries, float64, float32, bfloat16 or float16.
         k: [T, H, D] keys, of q's dtype and device.
-        v: [T, H, E] values, likewise.
-        offsets: [B+1] int64 where sequences begin; 0 first, T last. On q's device or the CPU (fastest on the CPU).
+        v: [T, H, E] values, of q's dtype and device.
+        offsets: [B+1] int64, where sequences begin; 0 first, T last. On q's device or the CPU (fastest on the CPU).
         initial_z: [B, H, D, E] state before each sequence, float32 (float64 for float64 tokens); None is zero.
         activation: phi, of queries and keys: "silu", "relu" or "identity".
         backend: "auto", "torch", "triton" or "reference".
 
     Returns:
         (o [T, H, E] of v's dtype, the state after each sequence [B, H, D, E]: float32, or float64 for float64 tokens).
-        The state is `accumulate_state`'s Z with the same activation. All but offsets get gradients, through both.
+        The state is Z of `accumulate_state` with the same activation. All tensors but offsets get gradients, through
+        both results.
 
     Raises:
         ValueError: naming the argument and the shapes, if shapes, dtypes, devices or offsets do not fit.
@@ -74,7 +77,7 @@ def _causal(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, initial_z: Tensor | None, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     host = host_offsets(offsets, q.shape[0])
-    out, final = _empty_outputs(q, v, offsets)
+    out, final = _empty_outputs(k, v, offsets)
     final.zero_() if initial_z is None else final.copy_(initial_z)
     load_backend(backend).causal_attention(q, k, v, host, final, activation, out)
     return out, final
@@ -84,10 +87,8 @@ _causal_op = torch.library.custom_op("vista_kernels::causal_linear_attention", m
 
 
 @_causal_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, initial_z: Tensor | None, activation: str, backend: str
-) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(q, v, offsets)
+def _(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(k, v, offsets)
 
 
 @torch.library.custom_op("vista_kernels::causal_linear_attention_backward", mutates_args=())
@@ -104,25 +105,16 @@ def _causal_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dq, dk, dv and d initial_z."""
     host = host_offsets(offsets, q.shape[0])
-    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     grad_initial = grad_final.clone(memory_format=torch.contiguous_format)
-    load_backend(backend).causal_attention_backward(
-        grad_out, q, k, v, host, initial_z, activation, grad_initial, grad_q, grad_k, grad_v
-    )
-    return grad_q, grad_k, grad_v, grad_initial
+    run = load_backend(backend).causal_attention_backward
+    run(grad_out, q, k, v, host, initial_z, activation, grad_initial, *grads)
+    return *grads, grad_initial
 
 
 @_causal_backward_op.register_fake
 def _(
-    grad_out: Tensor,
-    grad_final: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    initial_z: Tensor | None,
-    activation: str,
-    backend: str,
+    grad_out: Tensor, grad_final: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_final.new_empty(grad_final.shape)
 
@@ -134,16 +126,13 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_out, grad_final):  # type: ignore[no-untyped-def]
-    q, k, v, offsets, initial_z = ctx.saved_tensors
-    grad_q, grad_k, grad_v, grad_initial = _causal_backward_op(
-        grad_out, grad_final, q, k, v, offsets, initial_z, *ctx.options
-    )
-    return grad_q, grad_k, grad_v, None, None if initial_z is None else grad_initial, None, None
+    *tensors, initial_z = ctx.saved_tensors
+    *grads, grad_initial = _causal_backward_op(grad_out, grad_final, *tensors, initial_z, *ctx.options)
+    return *grads, None, None if initial_z is None else grad_initial, None, None
 
 
 _causal_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _empty_outputs(q: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (offsets.shape[0] - 1, q.shape[1], q.shape[2], v.shape[2])
-    return v.new_empty(v.shape), v.new_empty(shape, dtype=state_dtype(v.dtype))
+def _empty_outputs(k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), empty_state(k, v, offsets.shape[0] - 1)[0]

@@ -1,6 +1,6 @@
-"""Quasi-linear attention: bidirectional linear attention with an activated state; targets read but never write.
+"""Quasi-linear attention: bidirectional linear attention with an activated state. Targets read but never write.
 
-Per sequence and head, S the writing tokens (all but the last num_targets), w a weight (1 unless given)::
+Per sequence and head, with S the writing tokens (all but the last num_targets) and w a weight (1 unless given)::
 
     Z   = sum_{s in S} w_s phi1(k_s) v_s^T    n = sum_{s in S} w_s    A = phi2(Z c)    c = 1, or 1 / max(n, 1)^alpha
     o_s = phi1(q_s) A                                     s in S
@@ -19,6 +19,8 @@ tokens).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,7 +28,6 @@ from torch import Tensor
 from vista_kernels import reference
 from vista_kernels.arguments import (
     NORMALIZATIONS,
-    IntArray,
     check_activation,
     check_choice,
     check_offsets,
@@ -34,8 +35,10 @@ from vista_kernels.arguments import (
     check_weight,
     host_offsets,
 )
-from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
-from vista_kernels.state_layout import empty_state, length_scale
+from vista_kernels.backend import choose_backend, load_backend, needs_dispatch
+from vista_kernels.read_settings import ReadSettings
+from vista_kernels.segments import IntArray, Segments
+from vista_kernels.state_layout import empty_state
 
 
 def quasi_linear_attention(
@@ -52,7 +55,7 @@ def quasi_linear_attention(
     state_activation: str = "silu",
     backend: str = "auto",
 ) -> Tensor:
-    """Let every token read all writing tokens of its sequence, earlier and later ones and itself (bidirectional).
+    """Let every token read all writing tokens of its sequence: earlier ones, later ones and itself.
 
     The last num_targets[b] tokens of sequence b are targets: they read the writing tokens and themselves, write
     nothing, and do not see one another.
@@ -60,10 +63,10 @@ def quasi_linear_attention(
     Args:
         q: [T, H, D] queries, float64, float32, bfloat16 or float16.
         k: [T, H, D] keys, of q's dtype and device.
-        v: [T, H, E] values, likewise.
-        offsets: [B+1] int64 where sequences begin; 0 first, T last. On q's device or the CPU (fastest on the CPU).
-        num_targets: [B] int64, best on the CPU; how many targets a sequence ends with. None: there are none.
-        weight: [T] or [T, H] float weights of the writing tokens (targets' are not read). No gradient.
+        v: [T, H, E] values, of q's dtype and device.
+        offsets: [B+1] int64, where sequences begin; 0 first, T last. On q's device or the CPU (fastest on the CPU).
+        num_targets: [B] int64, how many targets each sequence ends with; best on the CPU. None means no targets.
+        weight: [T] or [T, H] float weights of the writing tokens. Those of targets are not read. No gradient.
         normalization: "none" (c = 1) or "length" (c = 1 / max(n, 1)^alpha).
         alpha: the exponent of "length".
         activation: phi1, of queries and keys: "silu", "relu" or "identity".
@@ -98,9 +101,9 @@ def quasi_linear_attention(
             activation=activation,
             state_activation=state_activation,
         ).to(v.dtype)
-    options = (normalization, alpha, activation, state_activation, chosen)
+    exponent = 0.0 if normalization == "none" else alpha
     run = _qla_op if needs_dispatch(q, k, v) else _attend
-    out: Tensor = run(q, k, v, offsets, num_targets, weight, *options)[0]
+    out: Tensor = run(q, k, v, offsets, num_targets, weight, activation, state_activation, exponent, chosen)[0]
     return out
 
 
@@ -111,25 +114,24 @@ def _attend(
     offsets: Tensor,
     num_targets: Tensor | None,
     weight: Tensor | None,
-    normalization: str,
-    alpha: float,
     activation: str,
     state_activation: str,
+    exponent: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return o, and Z and n, which backward reads (without rows if it is to form them again)."""
-    starts, lengths, writers = _spans(offsets, num_targets, q.shape[0])
+    """Return o, and Z and n for backward (without rows if backward computes them again)."""
+    segments, writers = _segments(offsets, num_targets, q.shape[0])
+    settings = ReadSettings(activation, state_activation, exponent)
     run = load_backend(backend)
     z, n = empty_state(k, v, _num_kept(k, offsets, num_targets, backend))
     out = v.new_empty(v.shape)
-    if len(z) < len(starts):
-        options = normalization, alpha, activation, state_activation
-        run.attend_short(q, k, v, starts, lengths, weight, *options, out)
+    if len(z) < len(segments):
+        run.attend_short(q, k, v, segments, weight, settings, out)
         return out, z, n
-    run.accumulate(k, v, starts, writers, weight, z, n.zero_(), activation)
-    run.read(q, z, length_scale(n, normalization, alpha), starts, lengths, activation, state_activation, out)
+    run.accumulate(k, v, writers, weight, z, n.zero_(), activation)
+    run.read(q, z, n, segments, settings, out)
     if num_targets is not None:
-        run.add_targets(q, k, v, _targets(starts, lengths, writers), activation, out)
+        run.add_targets(q, k, v, _targets(segments, writers), activation, out)
     return out, z, n
 
 
@@ -138,19 +140,9 @@ _qla_op = torch.library.custom_op("vista_kernels::quasi_linear_attention", mutat
 
 @_qla_op.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    num_targets: Tensor | None,
-    weight: Tensor | None,
-    normalization: str,
-    alpha: float,
-    activation: str,
-    state_activation: str,
-    backend: str,
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, num_targets: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return v.new_empty(v.shape), *empty_state(k, v, _num_kept(k, offsets, num_targets, backend))
+    return v.new_empty(v.shape), *empty_state(k, v, _num_kept(k, offsets, num_targets, backend=options[-1]))
 
 
 @torch.library.custom_op("vista_kernels::quasi_linear_attention_backward", mutates_args=())
@@ -159,66 +151,50 @@ def _qla_backward_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    z: Tensor,
-    n: Tensor,
     offsets: Tensor,
     num_targets: Tensor | None,
     weight: Tensor | None,
-    normalization: str,
-    alpha: float,
+    z: Tensor,
+    n: Tensor,
     activation: str,
     state_activation: str,
+    exponent: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    starts, lengths, writers = _spans(offsets, num_targets, q.shape[0])
+    """Return dq, dk and dv."""
+    segments, writers = _segments(offsets, num_targets, q.shape[0])
+    settings = ReadSettings(activation, state_activation, exponent)
     run = load_backend(backend)
-    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    if len(z) < len(starts):
-        options = normalization, alpha, activation, state_activation
-        run.attend_short_backward(grad_out, q, k, v, starts, lengths, weight, *options, grad_q, grad_k, grad_v)
-        return grad_q, grad_k, grad_v
-    scale, grad_z = length_scale(n, normalization, alpha), z.new_empty(z.shape)
-    run.read_backward(grad_out, q, z, scale, starts, lengths, activation, state_activation, grad_q, grad_z)
-    # First the writers' rows of grad_k and grad_v, then the targets'.
-    run.accumulate_backward(grad_z, k, v, starts, writers, weight, activation, grad_k, grad_v)
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grad_q, grad_k, grad_v = grads
+    if len(z) < len(segments):
+        run.attend_short_backward(grad_out, q, k, v, segments, weight, settings, *grads)
+        return grads
+    grad_z = z.new_empty(z.shape)
+    run.read_backward(grad_out, q, z, n, segments, settings, grad_q, grad_z)
+    # First the writers' rows of grad_k and grad_v, then those of the targets.
+    run.accumulate_backward(grad_z, k, v, writers, weight, activation, grad_k, grad_v)
     if num_targets is not None:
-        tokens = _targets(starts, lengths, writers)
-        run.add_targets_backward(grad_out, q, k, v, tokens, activation, grad_q, grad_k, grad_v)
-    return grad_q, grad_k, grad_v
+        run.add_targets_backward(grad_out, q, k, v, _targets(segments, writers), activation, *grads)
+    return grads
 
 
 @_qla_backward_op.register_fake
-def _(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    z: Tensor,
-    n: Tensor,
-    offsets: Tensor,
-    num_targets: Tensor | None,
-    weight: Tensor | None,
-    normalization: str,
-    alpha: float,
-    activation: str,
-    state_activation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, offsets, num_targets, weight, *options = inputs
-    _, z, n = output
-    ctx.save_for_backward(q, k, v, z, n, offsets, num_targets, weight)
-    ctx.options = options
-    ctx.set_materialize_grads(False)  # z has no gradient, and zeros for it would be as large as all states
+    tensors, ctx.options = inputs[:6], inputs[6:]
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)  # Z has no gradient, and zeros for it would be as large as all states
 
 
 def _backward(ctx, grad_out, grad_z, grad_n):  # type: ignore[no-untyped-def]
+    no_gradients = [None] * (len(ctx.needs_input_grad) - 3)
     if grad_out is None:
-        return (None,) * 11
-    return *_qla_backward_op(grad_out, *ctx.saved_tensors, *ctx.options), *[None] * 8
+        return None, None, None, *no_gradients
+    return *_qla_backward_op(grad_out, *ctx.saved_tensors, *ctx.options), *no_gradients
 
 
 _qla_op.register_autograd(_backward, setup_context=_setup_context)
@@ -229,38 +205,37 @@ def _check_num_targets(num_targets: Tensor | None, offsets: Tensor) -> None:
         return
     if num_targets.dim() != 1 or num_targets.shape[0] != offsets.shape[0] - 1:
         raise ValueError(
-            f"num_targets must be [B], one a sequence of offsets {list(offsets.shape)}, got {list(num_targets.shape)}"
+            f"num_targets must be [B], one per sequence of offsets {list(offsets.shape)}, got {list(num_targets.shape)}"
         )
     if num_targets.dtype != torch.int64:
         raise ValueError(f"num_targets must be int64, got {num_targets.dtype}")
 
 
 def _num_kept(k: Tensor, offsets: Tensor, num_targets: Tensor | None, backend: str) -> int:
-    """Return how many states the operator keeps for backward: all, or none where they would outweigh the tokens."""
+    """Return how many states the operator keeps for backward: all, or none if they would outweigh the tokens."""
     num_segments = offsets.shape[0] - 1
     short = num_segments * k.shape[2] > k.shape[0]
     return 0 if backend == "torch" and num_targets is None and short else num_segments
 
 
-def _spans(offsets: Tensor, num_targets: Tensor | None, total: int) -> tuple[IntArray, IntArray, IntArray]:
-    """Return each sequence's first token, its length, and how many of its tokens write."""
-    host = host_offsets(offsets, total)
-    lengths = np.diff(host)
+def _segments(offsets: Tensor, num_targets: Tensor | None, total: int) -> tuple[Segments, Segments]:
+    """Return the sequences, and the part of each that writes."""
+    segments = Segments.from_offsets(host_offsets(offsets, total))
     if num_targets is None:
-        return host[:-1], lengths, lengths
+        return segments, segments
     targets: IntArray = num_targets.numpy(force=True)
-    wrong = np.flatnonzero((targets < 0) | (targets > lengths))
+    wrong = np.flatnonzero((targets < 0) | (targets > segments.lengths))
     if len(wrong):
         b = int(wrong[0])
         raise ValueError(
-            f"num_targets must lie in 0..length: sequence {b} has {lengths[b]} tokens, {targets[b]} targets"
+            f"num_targets must lie in 0..length: sequence {b} has {segments.lengths[b]} tokens, {targets[b]} targets"
         )
-    return host[:-1], lengths, lengths - targets
+    return segments, Segments(segments.starts, segments.lengths - targets)
 
 
-def _targets(starts: IntArray, lengths: IntArray, writers: IntArray) -> IntArray:
+def _targets(segments: Segments, writers: Segments) -> IntArray:
     """Return the token numbers of the targets."""
-    counts = lengths - writers
+    counts = segments.lengths - writers.lengths
     before = np.concatenate([[0], np.cumsum(counts)])
-    tokens: IntArray = np.arange(before[-1]) + np.repeat(starts + writers - before[:-1], counts)
+    tokens: IntArray = np.arange(before[-1]) + np.repeat(segments.starts + writers.lengths - before[:-1], counts)
     return tokens

@@ -1,7 +1,7 @@
-"""The oracle: every operator as a plain loop over events, in float64 unless told otherwise.
+"""The oracle: every operator as a plain loop over events, in float64 by default.
 
-Nothing here is shared with the fast paths, activations included. Autograd differentiates it. Shapes as in the public
-functions of the same names; results are of `dtype`.
+It shares no code with the fast paths, not even the activations. Autograd differentiates it. Shapes are those of the
+public functions of the same names; results have `dtype`.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def causal_linear_attention(
     return _stack(outputs, v, (v.shape[1], v.shape[2])), _stack(states, v, (k.shape[1], k.shape[2], v.shape[2]))
 
 
-def target_attention(
+def candidate_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -155,7 +155,7 @@ def target_attention(
     scale: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Return o [B, H, Q, E]: each candidate's softmax over the context's tokens and itself."""
+    """Return o [B, H, Q, E]: the softmax of each candidate over the context and itself."""
     batch, heads, num_queries, width = q.shape
     q, k, v, own_k, own_v = (x.to(dtype) for x in (q, k, v, own_k, own_v))
     scale = width**-0.5 if scale is None else scale

@@ -6,12 +6,15 @@ Backward is the reverse scan G_i = g_i + exp(log_decay_{i+1}) G_{i+1}: dz = G, a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vista_kernels import reference
-from vista_kernels.arguments import check_offsets, check_state, host_offsets, state_dtype
-from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
+from vista_kernels.arguments import check_offsets, check_state, host_offsets
+from vista_kernels.backend import choose_backend, load_backend, needs_dispatch
+from vista_kernels.state_layout import state_dtype
 
 
 def scan_states(
@@ -31,8 +34,8 @@ def scan_states(
     Args:
         z: [N, H, D, E] float32 (or float64) contributions, sequences end to end.
         n: [N, H] contributions to the weight sum, of z's dtype.
-        log_decay: [N, H] of z's dtype, at most 0, -inf allowed; what row i does to the state before it. No gradient.
-        offsets: [B+1] int64 rows where sequences begin; 0 first, N last.
+        log_decay: [N, H] of z's dtype, at most 0, may be -inf: the decay of the state before row i. No gradient.
+        offsets: [B+1] int64, the rows where sequences begin; 0 first, N last.
         initial_z: [B, H, D, E] state before each sequence's first row; None is zero.
         initial_n: [B, H] weight sum before it; None is zero.
         backend: "auto", "torch", "triton" or "reference".
@@ -61,9 +64,9 @@ def scan_states(
 def scan_counts(
     n: Tensor, log_decay: Tensor, offsets: Tensor, *, initial_n: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Return only the weight sums [N, H] that `scan_states` would: n_i = exp(log_decay_i) n_{i-1} + (n's row i).
+    """Return only the weight sums [N, H] of `scan_states`: n_i = exp(log_decay_i) n_{i-1} + (row i of n).
 
-    Arguments and errors as there. There is no gradient.
+    Arguments and errors are those of `scan_states`. There is no gradient.
     """
     _check_scan(n, log_decay, offsets, initial_n, "n", n)
     empty = n.new_empty((*n.shape, 0, 0))
@@ -107,15 +110,7 @@ _scan_op = torch.library.custom_op("vista_kernels::scan_states", mutates_args=()
 
 
 @_scan_op.register_fake
-def _(
-    z: Tensor,
-    n: Tensor,
-    log_decay: Tensor,
-    offsets: Tensor,
-    initial_z: Tensor | None,
-    initial_n: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(z: Tensor, n: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape), n.new_empty(n.shape)
 
 

@@ -1,15 +1,18 @@
 """Additive states of linear attention: writing tokens into them, and reading them with queries.
 
-Per segment (user, or block of a user's events) and head, with w_s a weight (1 unless given)::
+Per segment (a user, or a block of a user's events) and head, with w_s a weight (1 unless given)::
 
     accumulate_state:  Z = sum_s w_s phi(k_s) v_s^T  [D, E]     n = sum_s w_s
     read_state:        A = phi2(Z c)   o = phi1(q) A            c = 1, or 1 / max(n, 1)^alpha
 
-`scan_states` turns the states of blocks into the states at block ends. Layout: tokens packed as [T, H, D], segments end
-to end, offsets int64 [B+1]. States are float32 (float64 for float64 tokens). Backward recomputes activations.
+`scan_states` turns the states of blocks into the states at the ends of blocks. Layout: tokens packed as [T, H, D],
+segments end to end, offsets int64 [B+1]. States are float32 (float64 for float64 tokens). Backward computes activations
+again.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +27,11 @@ from vista_kernels.arguments import (
     check_tokens,
     check_weight,
     host_offsets,
-    state_dtype,
 )
-from vista_kernels.launch import choose_backend, load_backend, needs_dispatch
-from vista_kernels.scan import scan_counts, scan_states
-from vista_kernels.state_layout import empty_state, length_scale
-
-__all__ = ["accumulate_state", "read_state", "scan_counts", "scan_states"]
+from vista_kernels.backend import choose_backend, load_backend, needs_dispatch
+from vista_kernels.read_settings import ReadSettings
+from vista_kernels.segments import Segments
+from vista_kernels.state_layout import empty_state, state_dtype
 
 
 def accumulate_state(
@@ -49,8 +50,8 @@ def accumulate_state(
     Args:
         k: [T, H, D] keys, float64, float32, bfloat16 or float16.
         v: [T, H, E] values, of k's dtype and device.
-        offsets: [B+1] int64 where segments begin; 0 first, T last. On k's device or the CPU (fastest on the CPU).
-        weight: [T] or [T, H] float; carries decay, -1 forgets a token. No gradient.
+        offsets: [B+1] int64, where segments begin; 0 first, T last. On k's device or the CPU (fastest on the CPU).
+        weight: [T] or [T, H] float, such as a decay; -1 forgets a token. No gradient.
         initial_z: [B, H, D, E] state to add to; None is zero.
         initial_n: [B, H] weight sum to add to; None is zero. No gradient.
         activation: phi, "silu", "relu" or "identity".
@@ -136,8 +137,9 @@ def read_state(
             activation=activation,
             state_activation=state_activation,
         ).to(q.dtype)
+    exponent = 0.0 if normalization == "none" else alpha
     run = _read_op if needs_dispatch(q, z) else _read
-    out: Tensor = run(q, z, n, offsets, normalization, alpha, activation, state_activation, chosen)
+    out: Tensor = run(q, z, n, offsets, activation, state_activation, exponent, chosen)
     return out
 
 
@@ -151,13 +153,12 @@ def _accumulate(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    host = host_offsets(offsets, k.shape[0])
-    z, n = empty_state(k, v, len(host) - 1)
+    segments = Segments.from_offsets(host_offsets(offsets, k.shape[0]))
+    z, n = empty_state(k, v, len(segments))
     n.zero_() if initial_n is None else n.copy_(initial_n)
     if initial_z is not None:
         z.copy_(initial_z)
-    lengths = host[1:] - host[:-1]
-    load_backend(backend).accumulate(k, v, host[:-1], lengths, weight, z, n, activation, fresh=initial_z is None)
+    load_backend(backend).accumulate(k, v, segments, weight, z, n, activation, fresh=initial_z is None)
     return z, n
 
 
@@ -165,16 +166,7 @@ _accumulate_op = torch.library.custom_op("vista_kernels::accumulate_state", muta
 
 
 @_accumulate_op.register_fake
-def _(
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    weight: Tensor | None,
-    initial_z: Tensor | None,
-    initial_n: Tensor | None,
-    activation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(k: Tensor, v: Tensor, offsets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return empty_state(k, v, offsets.shape[0] - 1)
 
 
@@ -182,18 +174,15 @@ def _(
 def _accumulate_backward_op(
     grad_z: Tensor, k: Tensor, v: Tensor, offsets: Tensor, weight: Tensor | None, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    host = host_offsets(offsets, k.shape[0])
-    grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
-    load_backend(backend).accumulate_backward(
-        grad_z.contiguous(), k, v, host[:-1], host[1:] - host[:-1], weight, activation, grad_k, grad_v
-    )
-    return grad_k, grad_v
+    """Return dk and dv."""
+    segments = Segments.from_offsets(host_offsets(offsets, k.shape[0]))
+    grads = k.new_empty(k.shape), v.new_empty(v.shape)
+    load_backend(backend).accumulate_backward(grad_z.contiguous(), k, v, segments, weight, activation, *grads)
+    return grads
 
 
 @_accumulate_backward_op.register_fake
-def _(
-    grad_z: Tensor, k: Tensor, v: Tensor, offsets: Tensor, weight: Tensor | None, activation: str, backend: str
-) -> tuple[Tensor, Tensor]:
+def _(grad_z: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -204,9 +193,8 @@ def _accumulate_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-d
 
 
 def _accumulate_backward(ctx, grad_z, grad_n):  # type: ignore[no-untyped-def]
-    k, v, offsets, weight = ctx.saved_tensors
-    grad_k, grad_v = _accumulate_backward_op(grad_z, k, v, offsets, weight, *ctx.options)
-    return grad_k, grad_v, None, None, grad_z if ctx.has_initial else None, None, None, None
+    grads = _accumulate_backward_op(grad_z, *ctx.saved_tensors, *ctx.options)
+    return *grads, None, None, grad_z if ctx.has_initial else None, None, None, None
 
 
 _accumulate_op.register_autograd(_accumulate_backward, setup_context=_accumulate_setup)
@@ -217,17 +205,14 @@ def _read(
     z: Tensor,
     n: Tensor,
     offsets: Tensor,
-    normalization: str,
-    alpha: float,
     activation: str,
     state_activation: str,
+    exponent: float,
     backend: str,
 ) -> Tensor:
-    host = host_offsets(offsets, q.shape[0])
-    scale = length_scale(n, normalization, alpha)
+    segments = Segments.from_offsets(host_offsets(offsets, q.shape[0]))
     out = q.new_empty((q.shape[0], q.shape[1], z.shape[3]))
-    lengths = host[1:] - host[:-1]
-    load_backend(backend).read(q, z, scale, host[:-1], lengths, activation, state_activation, out)
+    load_backend(backend).read(q, z, n, segments, ReadSettings(activation, state_activation, exponent), out)
     return out
 
 
@@ -235,17 +220,7 @@ _read_op = torch.library.custom_op("vista_kernels::read_state", mutates_args=())
 
 
 @_read_op.register_fake
-def _(
-    q: Tensor,
-    z: Tensor,
-    n: Tensor,
-    offsets: Tensor,
-    normalization: str,
-    alpha: float,
-    activation: str,
-    state_activation: str,
-    backend: str,
-) -> Tensor:
+def _(q: Tensor, z: Tensor, *_: Any) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], z.shape[3]))
 
 
@@ -256,35 +231,21 @@ def _read_backward_op(
     z: Tensor,
     n: Tensor,
     offsets: Tensor,
-    normalization: str,
-    alpha: float,
     activation: str,
     state_activation: str,
+    exponent: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    host = host_offsets(offsets, q.shape[0])
-    scale = length_scale(n, normalization, alpha)
-    grad_q, grad_z = q.new_empty(q.shape), z.new_empty(z.shape)
-    lengths = host[1:] - host[:-1]
-    load_backend(backend).read_backward(
-        grad_out, q, z, scale, host[:-1], lengths, activation, state_activation, grad_q, grad_z
-    )
-    return grad_q, grad_z
+    """Return dq and dz."""
+    segments = Segments.from_offsets(host_offsets(offsets, q.shape[0]))
+    settings = ReadSettings(activation, state_activation, exponent)
+    grads = q.new_empty(q.shape), z.new_empty(z.shape)
+    load_backend(backend).read_backward(grad_out, q, z, n, segments, settings, *grads)
+    return grads
 
 
 @_read_backward_op.register_fake
-def _(
-    grad_out: Tensor,
-    q: Tensor,
-    z: Tensor,
-    n: Tensor,
-    offsets: Tensor,
-    normalization: str,
-    alpha: float,
-    activation: str,
-    state_activation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(grad_out: Tensor, q: Tensor, z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), z.new_empty(z.shape)
 
 
@@ -294,8 +255,8 @@ def _read_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _read_backward(ctx, grad_out):  # type: ignore[no-untyped-def]
-    grad_q, grad_z = _read_backward_op(grad_out, *ctx.saved_tensors, *ctx.options)
-    return grad_q, grad_z, *[None] * 7
+    grads = _read_backward_op(grad_out, *ctx.saved_tensors, *ctx.options)
+    return *grads, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 _read_op.register_autograd(_read_backward, setup_context=_read_setup)

@@ -31,7 +31,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vista_kernels import triton_backend
-from vista_kernels.triton_backend import blocks
+from vista_kernels.read_settings import ReadSettings
+from vista_kernels.segments import Segments
+from vista_kernels.triton_backend import accelerator, blocks
+from vista_kernels.triton_backend.accelerator import Accelerator
 
 HEADS = 4
 LONG, SHORT = (2000, 40), (16,) * 6
@@ -68,10 +71,10 @@ class KernelDevice:
     max_warps: int
 
     @property
-    def blocks_target(self) -> blocks.Target:
-        """The result of `blocks.target_of` on this device."""
+    def accelerator(self) -> Accelerator:
+        """What `accelerator_of` would return on it."""
         arch = self.target.arch
-        return blocks.Target(self.target.backend, arch if isinstance(arch, int) else 0, self.processors)
+        return Accelerator(self.target.backend, arch if isinstance(arch, int) else 0, self.processors)
 
 
 DEVICES = {
@@ -169,7 +172,7 @@ def record(device: KernelDevice, dtype: torch.dtype, width: int, lengths: tuple[
 
     with (
         mock.patch.object(blocks, "launch", launch),
-        mock.patch.object(blocks, "target_of", lambda x: device.blocks_target),
+        mock.patch.object(accelerator, "accelerator_of", lambda x: device.accelerator),
     ):
         _run_all(dtype, width, lengths)
     return list(launches.values())
@@ -229,17 +232,17 @@ def _run_all(dtype: torch.dtype, width: int, lengths: tuple[int, ...]) -> None:
     """Call every function of the backend on empty tensors."""
     total, batch = sum(lengths), len(lengths)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    starts, sizes = offsets[:-1], np.diff(offsets)
+    segments, settings = Segments.from_offsets(offsets), ReadSettings("silu", "silu", 0.5)
     q, k, v, out, *grads = (torch.empty(total, HEADS, width, dtype=dtype) for _ in range(8))
     z, grad_z = (torch.empty(batch, HEADS, width, width) for _ in range(2))
-    n, weight, scale = torch.empty(batch, HEADS), torch.empty(total, HEADS), torch.empty(batch, HEADS)
+    n, weight = torch.empty(batch, HEADS), torch.empty(total, HEADS)
     for w in (weight, None):
-        triton_backend.accumulate(k, v, starts, sizes, w, z, n, "silu", fresh=w is None)
-        triton_backend.accumulate_backward(grad_z, k, v, starts, sizes, w, "silu", grads[0], grads[1])
-    triton_backend.read(q, z, scale, starts, sizes, "silu", "silu", out)
-    triton_backend.read_backward(out, q, z, scale, starts, sizes, "silu", "silu", grads[0], grad_z)
-    triton_backend.add_targets(q, k, v, starts, "silu", out)
-    triton_backend.add_targets_backward(out, q, k, v, starts, "silu", *grads[:3])
+        triton_backend.accumulate(k, v, segments, w, z, n, "silu", fresh=w is None)
+        triton_backend.accumulate_backward(grad_z, k, v, segments, w, "silu", grads[0], grads[1])
+    triton_backend.read(q, z, n, segments, settings, out)
+    triton_backend.read_backward(out, q, z, n, segments, settings, grads[0], grad_z)
+    triton_backend.add_targets(q, k, v, segments.starts, "silu", out)
+    triton_backend.add_targets_backward(out, q, k, v, segments.starts, "silu", *grads[:3])
     triton_backend.causal_attention(q, k, v, offsets, z, "silu", out)
     triton_backend.causal_attention_backward(out, q, k, v, offsets, z, "silu", grad_z, *grads[:3])
     whole = np.array([0, lengths[-1]])  # without pieces and without initial states

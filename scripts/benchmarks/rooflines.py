@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 
 from scripts.benchmarks.timing import Timing, interleaved
+from vista_kernels.processor import can_pack
 
 CPU = torch.device("cpu")
 LARGEST_COPY_BYTES = 1 << 28
@@ -196,7 +197,7 @@ def products(
 def packed_products(m: int, n: int, k: int, *, count: float = 1, dtypes: Sequence[torch.dtype]) -> list[RooflineWork]:
     """Products [m, k] @ [k, n] with weights that are packed beforehand (`vista.model.frozen_linear`)."""
     works = []
-    for dtype in dtypes:
+    for dtype in filter(can_pack, dtypes):
         x, weight = (torch.randn(size, k).to(dtype) for size in (m, n))
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         call = partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")

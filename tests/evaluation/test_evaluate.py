@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from vista.config import EvaluateConfig
 from vista.config.choices import Codec, Split
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.evaluate import Evaluation, evaluate, evaluate_scorer
-from vista.evaluation.protocol import LAST_RANK
+from vista.evaluation.protocol import LAST_RANK, ImpressionCases, impression_metrics
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.model import inference
@@ -220,10 +221,20 @@ class TestImpressions:
         }
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("kind", ["served", "served_tasks"])
 def test_validation_in_training_equals_evaluation_from_the_store(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Impressions of one item at nearly one time tie but for rounding, so an AUC has a range: ties lost to ties won."""
+    ranges: dict[str, tuple[float, float]] = {}
+
+    def metrics(cases: ImpressionCases, probability: np.ndarray) -> dict[str, float]:
+        lost, won = (impression_metrics(cases, probability.round(5) + sign * 2e-5 * cases.label) for sign in (-1, 1))
+        ranges.update({name: (lost[name], won[name]) for name in lost if "auc/" in name})
+        return impression_metrics(cases, probability)
+
+    monkeypatch.setattr(sys.modules["vista.evaluation.evaluate"], "impression_metrics", metrics)
     given: Served = request.getfixturevalue(kind)
     until = split_until(given.config.data, "validation")
     refresh(given.model, given.log, tmp_path / "store", until=until, codec=Codec.float32)
@@ -235,9 +246,8 @@ def test_validation_in_training_equals_evaluation_from_the_store(
     expected = best(history, key=lambda row: row[key])
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        # Near ties of a hardly trained model fall either way.
-        tolerance = 2e-3 if name.startswith("gauc/") else 1e-3 if name.startswith("auc/") else 1e-4
-        assert found[name] == pytest.approx(value, abs=tolerance), name
+        low, high = ranges.get(name, (found[name] - 1e-4, found[name] + 1e-4))
+        assert low <= value <= high and high - low < 0.05, name
 
 
 def test_seen_items_stay_in_where_training_was_told_so(served: Served, tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
-"""Every operator as a table row (inputs, fast path, oracle), so that one test covers them all."""
+"""Every operator as a row of a table (inputs, fast path, oracle), so that one test covers them all."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
+from inspect import signature
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +16,13 @@ import torch
 from torch import Tensor
 
 if not torch.cuda.is_available():
-    # Triton reads this when it is imported, which nothing above does: kernels then run in its interpreter.
+    # Triton reads this when it is imported, which nothing above does. Its kernels then run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import vista_kernels
-from vista_kernels import reference
-from vista_kernels.torch_backend import passes, scan, segments, targets, workspace
+from vista_kernels import backend as backends
+from vista_kernels import reference, torch_backend
+from vista_kernels.torch_backend import workspace
 
 Inputs = dict[str, Any]
 HEADS, WIDTH, VALUE_WIDTH = 2, 3, 4
@@ -189,23 +193,32 @@ def operators() -> dict[str, Operator]:
     return OPERATORS
 
 
+def resized(module: ModuleType, **sizes: object) -> SimpleNamespace:
+    """Return a backend whose functions get other sizes than their defaults."""
+    functions = {name: getattr(module, name) for name in module.__all__}
+    parameters = {name: signature(function).parameters for name, function in functions.items()}
+    assert set(sizes) <= set().union(*parameters.values())
+    return SimpleNamespace(
+        **{
+            name: partial(function, **{size: value for size, value in sizes.items() if size in parameters[name]})
+            for name, function in functions.items()
+        }
+    )
+
+
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shrink windows to 256 tokens (65 make a segment long), so that small inputs cross every border.
+    """Shrink windows to 256 tokens (segments are long from 65 tokens on), so that small inputs cross every border.
 
-    Items of the Triton backend likewise: pieces of 32 tokens, of segments from 49 on.
+    Likewise the items of the Triton backend: segments of 49 tokens or more are cut into pieces of 32.
     """
-    for module in (segments, passes, scan, targets):
-        monkeypatch.setattr(module, "WINDOW_ELEMENTS", 1024)
+    monkeypatch.setitem(backends._LOADED, "torch", resized(torch_backend, window_elements=1024))
     if HAS_TRITON:
-        from vista_kernels.triton_backend import pieces
-        from vista_kernels.triton_backend import scan as triton_scan
+        from vista_kernels import triton_backend
+        from vista_kernels.triton_backend.item_sizes import ItemSizes
 
-        for name, value in {"MIN_ITEM": 64, "MAX_ITEM": 64, "MIN_PIECE": 32, "ALIGNMENT": 16}.items():
-            monkeypatch.setattr(pieces, name, value)
-        monkeypatch.setattr(pieces, "PROGRAMS_PER_PROCESSOR", 1000)
-        monkeypatch.setattr(triton_scan, "PROGRAMS_PER_PROCESSOR", 1000)
-        monkeypatch.setattr(triton_scan, "LONGEST", 24)
+        sizes = ItemSizes(programs_per_processor=1000, min_item=64, max_item=64, min_piece=32, alignment=16)
+        monkeypatch.setitem(backends._LOADED, "triton", resized(triton_backend, sizes=sizes, max_uncut=24))
 
 
 @pytest.fixture

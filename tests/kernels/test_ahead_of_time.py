@@ -1,6 +1,6 @@
-"""Every Triton kernel compiles for GPUs of NVIDIA and AMD, within their shared memory and the spills it may have.
+"""Every Triton kernel compiles for GPUs of NVIDIA and AMD, within their shared memory and the spills allowed.
 
-This runs `scripts.benchmarks.compile_kernels` in a process of its own: this one may have Triton set to its interpreter.
+This runs `scripts.benchmarks.compile_kernels` in another process, because Triton may use its interpreter in this one.
 """
 
 from __future__ import annotations

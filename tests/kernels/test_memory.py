@@ -14,19 +14,19 @@ from vista_kernels import accumulate_state, causal_linear_attention, quasi_linea
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 WIDTH, NUM_TOKENS = 16, 1_000_000
 ROW_BYTES = 4 * WIDTH
-"""Of a token in one tensor: what no operator may hold of all tokens."""
+"""Bytes of a token in one tensor. No operator may hold as much for every token."""
 
-pytestmark = pytest.mark.skipif(not RESET.exists(), reason="no peak of resident memory is to be had here")
+pytestmark = pytest.mark.skipif(not RESET.exists(), reason="this system does not report peak memory")
 
 
 def resident(key: str) -> int:
-    """Bytes resident now (VmRSS), or at the peak since the last reset (VmHWM)."""
+    """Return the bytes resident now (VmRSS), or at the peak since the last reset (VmHWM)."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key))
     return 1024 * int(line.split()[1])
 
 
 def extra_bytes(operator: Callable[..., Tensor], length: int) -> int:
-    """Peak bytes of forward beyond its output, or of backward beyond the gradients, whichever is more."""
+    """Return the peak bytes of forward beyond its output or of backward beyond the gradients, whichever is more."""
     offsets = torch.arange(0, NUM_TOKENS + 1, length)
     q, k, v = (torch.randn(NUM_TOKENS, 1, WIDTH).requires_grad_() for _ in range(3))
     RESET.write_text("5")
@@ -42,19 +42,19 @@ def extra_bytes(operator: Callable[..., Tensor], length: int) -> int:
 
 
 def states(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
-    """States of the segments; q takes no part."""
+    """Return the states of the segments; q is not used."""
     return accumulate_state(k, v, offsets)[0]
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
-    """Outputs alone."""
+    """Return the outputs alone."""
     return causal_linear_attention(q, k, v, offsets)[0]
 
 
 @pytest.mark.parametrize("length", [NUM_TOKENS, 50], ids=["one-user", "short-users"])
 @pytest.mark.parametrize("operator", [quasi_linear_attention, causal, states])
 def test_no_temporary_holds_all_tokens(operator: Callable[..., Tensor], length: int) -> None:
-    extra_bytes(operator, length)  # fills the buffers that are kept
-    # Short segments have indices, a few numbers a token; one segment has none.
+    extra_bytes(operator, length)  # allocates the buffers that are kept
+    # Short segments have indices, a few numbers per token; a single segment has none.
     limit = ROW_BYTES * 3 // 4 if length < NUM_TOKENS else 4
     assert extra_bytes(operator, length) < limit * NUM_TOKENS

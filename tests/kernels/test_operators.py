@@ -1,4 +1,4 @@
-"""What holds for every operator: its error, its gradients, its registration, and that segments are independent."""
+"""Properties of every operator: error, gradients, registration, and independent segments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .conftest import needs_triton
 if TYPE_CHECKING:
     from .conftest import Inputs, Operator
 
-# A piece of causal_linear_attention is 32 tokens here; small windows hold 256 tokens, and a segment is long from 65.
+# Pieces of causal_linear_attention are 32 tokens here. Small windows hold 256 tokens, and segments are long from 65 on.
 LENGTHS = {
     "no-segments": [],
     "no-tokens": [0, 0],
@@ -37,8 +37,8 @@ LENGTHS = {
 }
 RAGGED = LENGTHS["ragged"]
 ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-# Triton's interpreter takes a millisecond a line. Blocks are of 16 tokens or, in some kernels and for longer segments,
-# 32; small windows cut segments from 49 on into pieces of 32.
+# Triton's interpreter takes a millisecond per line. Blocks are 16 tokens, or 32 in some kernels for longer segments.
+# Small windows cut segments of 49 tokens or more into pieces of 32.
 TRITON_LENGTHS = {
     "no-segments": [],
     "no-tokens": [0, 0],
@@ -63,7 +63,7 @@ def err(actual: Tensor, expected: Tensor) -> float:
 
 
 def check_against_oracle(operator: Operator, inputs: Inputs, unit: float) -> None:
-    """Require err(fast) <= 2 err(oracle run in the kernel's dtype) + floor, outputs and gradients alike."""
+    """Require err(fast) <= 2 err(oracle run in the kernel's dtype) + slack, of outputs and gradients."""
     exact, exact_grads = operator.gradients(operator.oracle, inputs)
     fast, fast_grads = operator.gradients(operator.fast, inputs)
 
@@ -72,19 +72,20 @@ def check_against_oracle(operator: Operator, inputs: Inputs, unit: float) -> Non
         return tuple(a.to(b.dtype) for a, b in zip(outputs, fast, strict=True))
 
     plain, plain_grads = operator.gradients(rounded, inputs)
-    for ours, theirs, truth in zip(fast + fast_grads, plain + plain_grads, exact + exact_grads, strict=True):
-        assert ours.shape == truth.shape
-        floor = 4 * unit * float(truth.abs().max()) if truth.numel() else 0.0
-        assert err(ours, truth) <= 2 * err(theirs, truth) + floor
+    for ours, theirs, precise in zip(fast + fast_grads, plain + plain_grads, exact + exact_grads, strict=True):
+        assert ours.shape == precise.shape
+        slack = 4 * unit * float(precise.abs().max()) if precise.numel() else 0.0
+        assert err(ours, precise) <= 2 * err(theirs, precise) + slack
 
 
 @each_backend(LENGTHS, TRITON_LENGTHS)
 @pytest.mark.usefixtures("small_windows")
 def test_float32_error(operator: Operator, lengths: list[int]) -> None:
-    # Twice the rounding unit: the order of a sum is the processor's, and an Intel Xeon without AMX needs 1.99 of them.
+    # Twice the rounding unit: processors add in different orders, and an Intel Xeon without AMX needs 1.99 units.
     check_against_oracle(operator, operator.make(lengths, torch.float32), unit=2.0**-23)
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_error(operator: Operator, dtype: torch.dtype) -> None:
     triton = operator.backend == "triton"
@@ -162,7 +163,7 @@ def test_opcheck(operator: Operator, optional: bool) -> None:
 
 
 class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-    """Keeps the arguments with which operators of vista_kernels are called."""
+    """Keeps the arguments of calls to the operators of vista_kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,7 +249,7 @@ def test_empty_segments_change_nothing(operator: Operator) -> None:
 
 
 def test_strided_inputs(operator: Operator) -> None:
-    """Parts of one fused projection give what contiguous tensors give."""
+    """Parts of one fused projection give the same results as contiguous tensors."""
     inputs = operator.make(RAGGED if operator.backend == "torch" else [3, 0, 19], torch.float32)
     fused = dict(inputs)
     for name in operator.packed:
@@ -262,7 +263,7 @@ def test_strided_inputs(operator: Operator) -> None:
 
 
 def test_compiles_as_one_graph(operator: Operator) -> None:
-    torch._dynamo.reset()  # it counts the compilations of `fast`, whichever operator they were for
+    torch._dynamo.reset()  # it counts the compilations of `fast` for all operators together
     inputs = operator.make([0, 3, 5, 1], torch.float32)
     compiled = torch.compile(operator.fast, backend="aot_eager", fullgraph=True)
     expected, expected_grads = operator.gradients(operator.fast, inputs)
@@ -272,7 +273,7 @@ def test_compiles_as_one_graph(operator: Operator) -> None:
 
 
 def test_after_inference_mode(torch_operator: Operator) -> None:
-    """Buffers made in inference mode serve training afterwards."""
+    """Training can use buffers that were made in inference mode."""
     inputs = torch_operator.make(RAGGED, torch.float32)
     results: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
 

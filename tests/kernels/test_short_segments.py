@@ -1,7 +1,8 @@
-"""What the torch backend chooses by itself: to keep no states of short segments, and products in bfloat16."""
+"""What the torch backend chooses by itself: to keep no states of short segments, and to multiply in bfloat16."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,34 +10,34 @@ import torch
 from torch import Tensor
 
 from vista_kernels import accumulate_state
-from vista_kernels.torch_backend import precision, short_segments
+from vista_kernels.torch_backend import short_segments
 
 from .conftest import OPERATORS, Inputs
 from .test_operators import check_against_oracle
 
 LENGTHS = [200, 3, 3, 0, 5, 1, 30, 31, 4]
-"""The first is a long one where windows are small."""
+"""The first segment is a long one in small windows."""
 UNITS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 QLA = OPERATORS["quasi_linear_attention"]
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What ran, so that a test knows that it tests these functions."""
-    found: list[str] = []
+    """Return the names of the functions that ran, so that a test can assert that they did."""
+    names: list[str] = []
     for name in ("_tiles", "_long_state"):
         plain = getattr(short_segments, name)
 
         def counted(*args: Any, name: str = name, plain: Any = plain) -> Any:
-            found.append(name)
+            names.append(name)
             return plain(*args)
 
         monkeypatch.setattr(short_segments, name, counted)
-    return found
+    return names
 
 
 def short_inputs(dtype: torch.dtype, weight: str, width: int = 64) -> Inputs:
-    """Without targets, and with more numbers in a state than in a segment."""
+    """Return inputs without targets, whose states hold more numbers than the segments."""
     inputs = QLA.make(LENGTHS, dtype, width=width, value_width=6) | {"num_targets": None}
     if weight == "none":
         inputs["weight"] = None
@@ -45,7 +46,8 @@ def short_inputs(dtype: torch.dtype, weight: str, width: int = 64) -> Inputs:
     return inputs
 
 
-@pytest.mark.parametrize("multiplies", [True, False], ids=["bfloat16-products", "widened"])
+@pytest.mark.processor
+@pytest.mark.parametrize("profile", ["bfloat16", "float32"])
 @pytest.mark.parametrize("weight", ["none", "tokens", "heads"])
 @pytest.mark.parametrize("normalization", ["none", "length"])
 @pytest.mark.parametrize("dtype", UNITS, ids=str)
@@ -54,11 +56,11 @@ def test_short_segments_agree_with_the_oracle(
     dtype: torch.dtype,
     normalization: str,
     weight: str,
-    multiplies: bool,
+    profile: str,
     calls: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    force_processor: Callable[[str], None],
 ) -> None:
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda kind: multiplies)
+    force_processor(profile)
     inputs = short_inputs(dtype, weight) | {"normalization": normalization}
     check_against_oracle(QLA, inputs, UNITS[dtype])
     assert calls.count("_tiles") == calls.count("_long_state") == 2  # forward and backward
@@ -95,10 +97,11 @@ def test_poison_in_a_short_segment_stays_there(calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize("length", [257, 5000])
-@pytest.mark.parametrize("multiplies", [True, False], ids=["bfloat16-products", "widened"])
-def test_sums_of_bfloat16_tokens_stay_exact(length: int, multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sum that were held in bfloat16 would stop at 256."""
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda kind: multiplies)
+@pytest.mark.processor
+@pytest.mark.parametrize("profile", ["bfloat16", "float32"])
+def test_sums_of_bfloat16_tokens_stay_exact(length: int, profile: str, force_processor: Callable[[str], None]) -> None:
+    """A sum held in bfloat16 would stop at 256."""
+    force_processor(profile)
     ones = torch.ones(length, 2, 3, dtype=torch.bfloat16)
     z, n = accumulate_state(ones, ones, torch.tensor([0, length]), activation="identity")
     assert z.dtype == n.dtype == torch.float32

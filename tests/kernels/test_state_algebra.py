@@ -8,8 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_counts, scan_states
-from vista_kernels.torch_backend import scan
+from vista_kernels import (
+    accumulate_state,
+    quasi_linear_attention,
+    read_state,
+    scan_counts,
+    scan_states,
+    torch_backend,
+)
+from vista_kernels import backend as backends
+
+from .conftest import resized
 
 
 def offsets_of(lengths: list[int]) -> Tensor:
@@ -40,7 +49,7 @@ def test_split_and_resume_equals_whole(lengths: list[int], share: float, seed: i
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), seed=st.integers(0, 2**16))
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_weight_minus_one_forgets(lengths: list[int], seed: int) -> None:
-    """Adding the last token of each segment once more with weight -1 equals never having seen it."""
+    """Adding the last token of each segment again with weight -1 equals leaving it out."""
     _, k, v = tokens(sum(lengths), seed=seed)
     offsets = offsets_of(lengths)
     z, n = accumulate_state(k, v, offsets)
@@ -103,15 +112,14 @@ def test_long_scan_equals_short_steps(lengths: list[int], monkeypatch: pytest.Mo
         states, counts = scan_states(z, n, decay, offsets_of(lengths), initial_z=initial)
         return states, counts, *torch.autograd.grad(states, (z, initial), cotangent)
 
-    monkeypatch.setattr(scan, "LONGEST", 10**6)
+    monkeypatch.setitem(backends._LOADED, "torch", resized(torch_backend, max_uncut=10**6))
     expected = run()
-    monkeypatch.setattr(scan, "LONGEST", 4)
-    monkeypatch.setattr(scan, "WINDOW_ELEMENTS", 200)
+    monkeypatch.setitem(backends._LOADED, "torch", resized(torch_backend, max_uncut=4, window_elements=200))
     torch.testing.assert_close(run(), expected)
 
 
 def test_scan_forgets_exactly_and_never_overflows(backend: str) -> None:
-    """-inf drops all that came before; enormous decays over enormous values leave no NaN, inf or cancellation."""
+    """-inf drops everything before it; huge decays of huge values leave no NaN, inf or cancellation."""
     z = torch.tensor([1e30, 1e30, 3.0, 5.0, 7.0])[:, None, None, None]
     decay = torch.tensor([0.0, -1e30, -torch.inf, -1e-3, 0.0])[:, None]
     states, counts = scan_states(z, z[:, :, 0, 0], decay, torch.tensor([0, 5]), backend=backend)
@@ -147,7 +155,7 @@ def test_accumulate_and_read_compose_to_attention() -> None:
 
 
 def test_long_and_short_users_at_full_window_size() -> None:
-    """Windows of their real size, a user of several windows among short ones, against one dense product a user."""
+    """Windows of full size, with a user of several windows among short ones, against one dense product per user."""
     lengths = [3, 150_000, 0, 40_000, 7, 9]
     q, k, v = (x.float() for x in tokens(sum(lengths)))
     offsets = offsets_of(lengths)

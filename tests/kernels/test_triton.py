@@ -1,4 +1,4 @@
-"""The Triton backend alone: shapes and dtypes, how work is shared out, equal bits, and what it refuses.
+"""The Triton backend alone: shapes and dtypes, how it shares out work, equal bits, and what it refuses.
 
 Kernels run in Triton's interpreter where there is no GPU. Gradients are compared with the float64 oracle: gradcheck
 needs float64, which the backend does not take.
@@ -26,7 +26,11 @@ from .test_operators import check_against_oracle, err
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from vista_kernels import triton_backend
-from vista_kernels.triton_backend import blocks, pieces, scan
+from vista_kernels.segments import Segments
+from vista_kernels.triton_backend import accelerator, blocks
+from vista_kernels.triton_backend.accelerator import Accelerator
+from vista_kernels.triton_backend.item_sizes import ItemSizes
+from vista_kernels.triton_backend.work_plan import plan_work
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -103,7 +107,7 @@ def test_widths_and_blocks(width: int, value_width: int, lengths: list[int]) -> 
 
 
 def test_pieces_equal_whole_and_repeat_bit_for_bit(triton_operator: Operator, request: pytest.FixtureRequest) -> None:
-    """A segment over many items gives what one item gives, the same bits every time."""
+    """A segment of many items gives the result of one item, with the same bits every time."""
     inputs = triton_operator.make([70, 2], torch.float32)
     whole = triton_operator.gradients(triton_operator.fast, inputs)
     request.getfixturevalue("small_windows")
@@ -113,9 +117,8 @@ def test_pieces_equal_whole_and_repeat_bit_for_bit(triton_operator: Operator, re
         assert torch.equal(b, c)
 
 
-def test_scan_in_pieces_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "LONGEST", 3)
-    monkeypatch.setattr(scan, "PROGRAMS_PER_PROCESSOR", 1000)
+def test_scan_in_pieces_of_pieces() -> None:
+    small = {"max_uncut": 3, "sizes": ItemSizes(programs_per_processor=1000)}
     offsets = np.array([0, 40, 40, 41, 60])
     x, initial = normal(60, 1, 3), normal(4, 1, 3, seed=1)
     decay = normal(60, 1, seed=2).abs().neg().exp()
@@ -123,7 +126,7 @@ def test_scan_in_pieces_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for descending, after in ((False, False), (True, True)):
         for use in (decay, None):
             flags = {"descending": descending, "decay_after": after}
-            actual = triton_backend.scan_rows(x, use, offsets, initial, **flags)
+            actual = triton_backend.scan_rows(x, use, offsets, initial, **flags, **small)
             on_cpu = (x.cpu(), None if use is None else use.cpu(), offsets, initial.cpu())
             for a, b in zip(actual, torch_scan_rows(*on_cpu, **flags), strict=True):
                 torch.testing.assert_close(a.cpu(), b)
@@ -131,7 +134,7 @@ def test_scan_in_pieces_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("size", [1e7, 1e-9], ids=str)
 def test_float16_states_beyond_float16(size: float) -> None:
-    """States that float16 cannot hold are read exactly as far as float16 products go, and so are their gradients."""
+    """States beyond the range of float16 lose no more precision than float16 products do, nor do their gradients."""
     q = normal(5, 1, 4, dtype=torch.float16).requires_grad_()
     z = (normal(1, 1, 4, 4, seed=1) * size).requires_grad_()
     n = torch.full((1, 1), size, device=DEVICE)
@@ -144,13 +147,13 @@ def test_float16_states_beyond_float16(size: float) -> None:
 
     exact = vista_kernels.reference.read_state(q.cpu(), z.cpu(), n.cpu(), offsets_of([5]), **options)
     out = run(q, z, n, "triton")
-    floor = 2.0**-24  # float16's smallest number
-    assert err(out.cpu(), exact) <= max(2.0**-9 * float(exact.abs().max()), floor)
+    smallest = 2.0**-24  # the smallest float16 number
+    assert err(out.cpu(), exact) <= max(2.0**-9 * float(exact.abs().max()), smallest)
     key, value = q.detach(), normal(5, 1, 4, seed=3, dtype=torch.float16).requires_grad_()
     written, _ = vista_kernels.accumulate_state(key, value, offsets_of([5]), backend="triton")
     (grad,) = torch.autograd.grad(written, value, torch.full_like(written, min(size, 1e3)))
     expected = torch.nn.functional.silu(key.float()).sum(2, keepdim=True) * min(size, 1e3)
-    assert err(grad, expected.expand_as(grad)) <= max(2.0**-9 * float(expected.abs().max()), floor)
+    assert err(grad, expected.expand_as(grad)) <= max(2.0**-9 * float(expected.abs().max()), smallest)
 
 
 def test_tiny_weights_do_not_vanish_in_float16() -> None:
@@ -177,37 +180,37 @@ PLANS = {
 def test_every_token_is_in_one_item(lengths: list[int], num_heads: int) -> None:
     sizes = np.array(lengths, dtype=np.int64)
     starts = np.cumsum(sizes) - sizes + 7 * np.arange(len(sizes))  # with gaps of 7 tokens
-    cut = pieces.plan(starts, sizes, num_heads=num_heads, num_processors=132)
-    first_segment, last_segment, _, _, slot = cut.items.T
+    work = plan_work(Segments(starts, sizes), num_heads=num_heads, num_processors=132)
+    first_segment, last_segment, _, _, slot = work.items.T
     whole = np.flatnonzero(slot < 0)
-    in_pieces = set(cut.sums[:, 0].tolist())
+    in_pieces = set(work.sums[:, 0].tolist())
     covered = [b for i in whole for b in range(first_segment[i], last_segment[i])]
     assert sorted([*covered, *in_pieces]) == list(range(len(sizes)))
-    for segment, first, count in cut.sums.tolist():
-        rows = cut.items[first : first + count]
+    for segment, first, count in work.sums.tolist():
+        rows = work.items[first : first + count]
         assert (rows[:, 0] == segment).all()
         assert (rows[:, 4] == np.arange(first, first + count)).all()
         assert rows[0, 2] == starts[segment]
         assert rows[-1, 3] == starts[segment] + sizes[segment]
         assert (rows[1:, 2] == rows[:-1, 3]).all()
         assert (rows[:, 2] < rows[:, 3]).all()
-    assert cut.num_slots == cut.sums[:, 2].sum()
-    again = pieces.plan(starts, sizes, num_heads=num_heads, num_processors=132)
-    assert all(np.array_equal(a, b) for a, b in zip(cut.arrays, again.arrays, strict=True))
+    assert work.num_slots == work.sums[:, 2].sum()
+    again = plan_work(Segments(starts, sizes), num_heads=num_heads, num_processors=132)
+    assert all(np.array_equal(a, b) for a, b in zip(work.arrays, again.arrays, strict=True))
 
 
 def test_work_is_shared_out_evenly() -> None:
-    """Many short users are few programs each of like size; one long user fills the device."""
+    """Many short users are a few programs of similar size. One long user fills the device."""
     short = np.full(100_000, 16)
-    cut = pieces.plan(np.cumsum(short) - short, short, num_heads=4, num_processors=132)
-    sizes = 16 * (cut.items[:, 1] - cut.items[:, 0])
-    assert len(cut.items) * 4 < 100_000 // 10
+    work = plan_work(Segments(np.cumsum(short) - short, short), num_heads=4, num_processors=132)
+    sizes = 16 * (work.items[:, 1] - work.items[:, 0])
+    assert len(work.items) * 4 < 100_000 // 10
     assert sizes[:-1].min() >= 0.9 * sizes.max()
     long = np.array([10**6])
     for num_heads in (1, 4):
-        cut = pieces.plan(np.array([0]), long, num_heads=num_heads, num_processors=132)
-        sizes = cut.items[:, 3] - cut.items[:, 2]
-        assert len(cut.items) * num_heads >= 4 * 132
+        work = plan_work(Segments(np.array([0]), long), num_heads=num_heads, num_processors=132)
+        sizes = work.items[:, 3] - work.items[:, 2]
+        assert len(work.items) * num_heads >= 4 * 132
         assert sizes[:-1].min() >= 0.9 * sizes.max()
         assert sizes.max() >= 512
 
@@ -227,26 +230,26 @@ def test_refusals() -> None:
         )
     far = torch.empty(1, device="meta").as_strided((2, 1, 4), (2**31, 1, 1))
     with pytest.raises(ValueError, match=r"k \[2, 1, 4\] has strides \(2147483648, 1, 1\), too wide for 'triton'"):
-        blocks.check_tokens(blocks.Target("cuda", 90, 132), k=far)
+        blocks.check_tokens(Accelerator("cuda", 90, 132), k=far)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="of the CPU")
+@pytest.mark.skipif(DEVICE == "cuda", reason="about CPUs")
 def test_refusals_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     k = normal(3, 1, 4)
     with pytest.raises(ValueError, match=r"k is bfloat16, whose products Triton's interpreter gets wrong"):
         vista_kernels.accumulate_state(k.bfloat16(), k.bfloat16(), offsets_of([3]), backend="triton")
-    monkeypatch.setattr(blocks, "INTERPRETED", False)
+    monkeypatch.setattr(accelerator, "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"needs tensors on a GPU, got cpu; .* set TRITON_INTERPRET=1"):
         vista_kernels.accumulate_state(k, k, offsets_of([3]), backend="triton")
 
 
 def test_without_triton() -> None:
-    """Triton is loaded only when asked for, and its absence is an error that names the backend and what to install."""
+    """Triton is loaded on request only. Without it, an error names the backend and what to install."""
     code = """
 import sys, vista, vista.scorer, vista_kernels
 assert "triton" not in sys.modules
 sys.modules["triton"] = None
-from vista_kernels.launch import load_backend
+from vista_kernels.backend import load_backend
 try:
     load_backend("triton")
 except ValueError as error:

@@ -1,4 +1,4 @@
-"""Who sees whom: causal order, and targets that see the history and themselves only."""
+"""Which tokens see which: causal order, and targets that see only the history and themselves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .conftest import needs_triton
 
 
 def cuts(torch: list[int], triton: list[int]) -> pytest.MarkDecorator:
-    """Parametrize a test by backend and place of a cut: few for Triton, whose interpreter is slow."""
+    """Parametrize a test by backend and place of a cut, with few cuts for Triton, whose interpreter is slow."""
     cases = [pytest.param("torch", cut, id=f"torch-{cut}") for cut in torch]
     cases += [pytest.param("triton", cut, id=f"triton-{cut}", marks=needs_triton) for cut in triton]
     return pytest.mark.parametrize(("backend", "cut"), cases, indirect=["backend"])

@@ -1,8 +1,9 @@
-"""Frozen linear maps are the maps that they were, in whatever layout."""
+"""Frozen linear maps compute what the maps they were made from compute, packed or not."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,24 +13,28 @@ import torch.nn.functional as F
 from torch import nn
 
 from vista.config.choices import Precision, TargetAttentionKind
-from vista.device import choose_precision
 from vista.model import frozen_linear as frozen_module
 from vista.model import inference
-from vista.model.frozen_linear import FrozenLinear, frozen, packs
+from vista.model.frozen_linear import FrozenLinear, frozen
 from vista.model.layers import FeedForward, linear_parts
-from vista_kernels.torch_backend.precision import multiplies_bfloat16, product_dtype
+from vista_kernels.processor import PROFILES, Processor, processor
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.processor
 UNIT = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7}
-"""Of the largest output: rounding of inputs, weights and result."""
+"""Rounding of inputs, weights and result, relative to the largest output."""
 
 
 @pytest.fixture(params=[True, False], ids=["packed", "plain"])
-def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Either layout, on every processor: oneDNN takes packed weights on all of them, if not always as fast."""
-    if request.param and not torch.backends.mkldnn.is_available():
+def packed(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, force_processor: Callable[[str], None]
+) -> None:
+    """Weights packed in every dtype that this processor can pack, and in none."""
+    force_processor("bfloat16")
+    packable = processor().packed_dtypes
+    if request.param and not packable:
         pytest.skip("torch without oneDNN")
-    monkeypatch.setattr(frozen_module, "packs", lambda dtype, device: request.param)
+    forced = Processor("forced", True, packable if request.param else ())
+    monkeypatch.setattr(frozen_module, "processor", lambda: forced)
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
@@ -45,9 +50,9 @@ def test_a_frozen_map_is_the_map(dtype: torch.dtype, bias: bool) -> None:
     for shape in ((3, 24), (2, 5, 24), (0, 24), (1, 1, 24)):
         x = torch.randn(shape)
         with torch.inference_mode():
-            found, expected = FrozenLinear(one, dtype)(x), one(x)
-        assert found.dtype is dtype and found.shape == expected.shape
-        torch.testing.assert_close(found.float(), expected, rtol=0, atol=8 * UNIT[dtype])
+            actual, expected = FrozenLinear(one, dtype)(x), one(x)
+        assert actual.dtype is dtype and actual.shape == expected.shape
+        torch.testing.assert_close(actual.float(), expected, rtol=0, atol=8 * UNIT[dtype])
 
 
 @pytest.mark.usefixtures("packed")
@@ -58,10 +63,10 @@ def test_parts_are_those_of_the_whole(dtype: torch.dtype) -> None:
         x = torch.randn(shape)
         with torch.inference_mode():
             whole = F.linear(x, one.weight).chunk(4, -1)
-            found = linear_parts(x, FrozenLinear(one, dtype), 4, first)
+            actual = linear_parts(x, FrozenLinear(one, dtype), 4, first)
             trained = linear_parts(x, one, 4, first)
-        assert len(found) == len(trained) == 4 - first
-        for part, other, expected in zip(found, trained, whole[first:], strict=True):
+        assert len(actual) == len(trained) == 4 - first
+        for part, other, expected in zip(actual, trained, whole[first:], strict=True):
             assert part.shape == expected.shape
             torch.testing.assert_close(part.float(), expected, rtol=0, atol=8 * UNIT[dtype])
             torch.testing.assert_close(other, expected)
@@ -90,7 +95,7 @@ def test_training_does_not_reach_a_frozen_copy() -> None:
 def test_a_model_with_a_frozen_stage_is_the_model(
     make: SimpleNamespace, seeds: int, kind: TargetAttentionKind, precision: Precision
 ) -> None:
-    """Summaries, contexts, users and candidates; with histories shorter than the tail, and one without an event."""
+    """Summaries, contexts, users and candidates, for histories shorter than the tail and one without events."""
     model = make.model(num_seeds=seeds, target_attention=kind).eval()
     histories = make.histories([3, 0, 40, 7], 2)
     tail = inference.pad_tail(
@@ -99,9 +104,9 @@ def test_a_model_with_a_frozen_stage_is_the_model(
     candidates = torch.from_numpy(np.random.default_rng(1).integers(1, make.num_items, (4, 6)))
     small = precision is Precision.float32
 
-    def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
         atol = (1e-5 if small else 3e-2) * float(expected.abs().max())
-        torch.testing.assert_close(found.float(), expected, rtol=0, atol=atol)
+        torch.testing.assert_close(actual.float(), expected, rtol=0, atol=atol)
 
     summary = inference.summarize(model, histories)
     if seeds:
@@ -113,17 +118,19 @@ def test_a_model_with_a_frozen_stage_is_the_model(
     assert not isinstance(model.target_attention.query_gap, FrozenLinear)
     asked = [(one, inference.request_context(one, summary, tail)) for one in (model, other)]
     gap = inference.request_gap(model, tail.last_time + 3_600_000, tail)
-    (expected, found) = (inference.user_vectors(one, context, gap) for one, context in asked)
-    close(found, expected)
-    (expected, found) = (inference.candidate_logits(one, context, gap, candidates) for one, context in asked)
-    close(found, expected)
+    (expected, actual) = (inference.user_vectors(one, context, gap) for one, context in asked)
+    close(actual, expected)
+    (expected, actual) = (inference.candidate_logits(one, context, gap, candidates) for one, context in asked)
+    close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
-def test_a_packed_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
-    if not packs(dtype, CPU):
+def test_a_packed_row_does_not_depend_on_the_others(dtype: torch.dtype, force_processor: Callable[[str], None]) -> None:
+    force_processor("")  # a forced profile does not promise this of other hardware
+    if dtype not in processor().packed_dtypes:
         pytest.skip("not packed on this processor")
     one, x = FrozenLinear(linear(64, 96), dtype), torch.randn(100, 64)
+    assert one.packs
     with torch.inference_mode():
         every = one(x)
         for count in (1, 2, 3, 7, 50, 99):
@@ -131,30 +138,11 @@ def test_a_packed_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
             assert torch.equal(one(x[-count:].contiguous()), every[-count:])
 
 
-@pytest.mark.parametrize(
-    ("name", "flags", "chosen"),
-    [
-        ("AMD EPYC", {"avx512_f"}, {torch.float32}),
-        ("AMD EPYC", {"avx512_f", "avx512_bf16"}, {torch.float32, torch.bfloat16}),
-        ("AMD EPYC", set(), set()),
-        ("Intel(R) Xeon(R)", {"avx512_f", "avx512_bf16", "amx_tile"}, {torch.bfloat16}),
-        ("Intel(R) Xeon(R)", {"avx512_f", "amx_tile"}, {torch.bfloat16}),
-        ("Intel Xeon", {"avx512_f", "avx512_bf16"}, set()),
-    ],
-)
-def test_what_is_packed_follows_the_processor(
-    name: str, flags: set[str], chosen: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+def test_weights_are_packed_where_that_is_faster(
+    dtype: torch.dtype, profile: str, force_processor: Callable[[str], None]
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, **dict.fromkeys(flags, True)})
-    packs.cache_clear()
-    multiplies_bfloat16.cache_clear()
-    try:
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            assert packs(dtype, CPU) is (dtype in chosen)
-        precision = Precision.bfloat16 if torch.bfloat16 in chosen else Precision.float32
-        assert choose_precision(Precision.auto, CPU) is precision
-        assert product_dtype(torch.ones(1, dtype=torch.bfloat16)) == getattr(torch, precision.value)
-    finally:
-        packs.cache_clear()
-        multiplies_bfloat16.cache_clear()
-    assert not packs(torch.float32, torch.device("meta"))
+    force_processor(profile)
+    assert FrozenLinear(linear(4, 4), dtype).packs is (dtype in processor().packed_dtypes)
+    assert not FrozenLinear(linear(4, 4).to("meta"), dtype).packs

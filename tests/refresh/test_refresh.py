@@ -145,6 +145,7 @@ def test_a_model_left_in_training_mode_drops_nothing(event_log: EventLog, tmp_pa
     assert_store_holds(tmp_path / "store", model, event_log, event_log.lengths, atol=1e-5)
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("mixing", ["bidirectional", "separable"])
 def test_bfloat16_products_change_summaries_little(event_log: EventLog, tmp_path: Path, mixing: str) -> None:
     model = new_model(event_log, mixing=ModelConfig().mixing.__class__(mixing))

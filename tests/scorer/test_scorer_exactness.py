@@ -13,16 +13,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import nn
 
 from tests.conftest import DAY, small_config
 from vista.config.choices import TargetAttentionKind
 from vista.log.event_log import EventLog
+from vista.model.frozen_linear import FrozenLinear
 from vista.model.inference import ROW_TILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
 from vista.training.trainer import schema_of
 
+pytestmark = pytest.mark.processor
 TOLERANCE = 2e-5
 """Where products do not keep to rows: some units of float32's rounding of values around 1."""
 DIM = 32
@@ -30,14 +33,19 @@ DIM = 32
 
 @cache
 def products_keep_to_rows() -> bool:
-    """Whether a row of a product has the same bits in whole tiles of any number of rows; the last: the task head's."""
+    """Whether a row of a product has the same bits in whole tiles of any number of rows; the last: the task head's.
+
+    Both torch's products and those of frozen maps, whose weights the processor may have packed.
+    """
     torch.manual_seed(0)
     for inner, outer in ((DIM, 4 * DIM), (DIM, DIM), (2 * DIM, DIM), (DIM, 3)):
-        weight, rows = torch.randn(outer, inner), torch.randn(1024, inner)
-        whole = rows @ weight.t()
-        counts = (1, 2, 3, 5, 13, 64, 127)
-        if not all(torch.equal(rows[: ROW_TILE * n] @ weight.t(), whole[: ROW_TILE * n]) for n in counts):
-            return False
+        linear, rows = nn.Linear(inner, outer, bias=False), torch.randn(1024, inner)
+        with torch.no_grad():
+            for multiply in (linear, FrozenLinear(linear, torch.float32)):
+                whole = multiply(rows)
+                counts = (1, 2, 3, 5, 13, 64, 127)
+                if not all(torch.equal(multiply(rows[: ROW_TILE * n]), whole[: ROW_TILE * n]) for n in counts):
+                    return False
     return True
 
 

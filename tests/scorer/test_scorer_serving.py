@@ -276,6 +276,7 @@ class TestItemProjections:
             np.testing.assert_array_equal(scorer.score([user], items), task_scorer.score([user], items))
 
 
+@pytest.mark.processor
 def test_bfloat16_is_close_and_other_precisions_do_not_exist(served_tasks: Served, task_scorer: Scorer) -> None:
     users, items = list(task_scorer.store.keys())[:4], task_scorer.model.items.ids(np.arange(30))
     with Scorer.open(served_tasks.model_dir, served_tasks.store, precision="bfloat16") as scorer:

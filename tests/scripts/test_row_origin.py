@@ -1,9 +1,10 @@
-"""Lines record the commits and machines that trained a model, also if others measure it."""
+"""A row of results names the commits and machines that trained the model, whoever measures it."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,18 @@ pytestmark = pytest.mark.research
 MACHINE: dict[str, Any] = {"cpu": "First CPU", "gpu": None, "cores": 2, "threads": 1, "torch": "2.13.0"}
 
 
-def test_who_trained_and_who_measures(event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.processor
+@pytest.mark.parametrize(("profile", "precision"), [("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_who_trained_and_who_measures(
+    profile: str,
+    precision: str,
+    event_log: EventLog,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    force_processor: Callable[[str], None],
+) -> None:
+    force_processor(profile)
+
     def now(commit: str, cpu: str) -> None:
         monkeypatch.setattr(row_origin, "commit", lambda: commit)
         monkeypatch.setattr(row_origin, "hardware", lambda: MACHINE | {"cpu": cpu})
@@ -29,16 +41,16 @@ def test_who_trained_and_who_measures(event_log: EventLog, tmp_path: Path, monke
     now("aaa", "First CPU")
     train_noted(config, event_log, tmp_path)
     fields = RowOrigin.read(tmp_path).fields()
-    assert fields["commit"] == "aaa" and fields["hardware"] == MACHINE | {"precision": "float32"}
+    assert fields["commit"] == "aaa" and fields["hardware"] == MACHINE | {"precision": precision}
     assert fields["seconds"] > 0 and RowOrigin.read(tmp_path).validation.keys() == {"hr@10", "ndcg@10"}
     now("bbb", "Second CPU")
-    train_noted(config, event_log, tmp_path)  # finished: nothing is trained
+    train_noted(config, event_log, tmp_path)  # the run is done: nothing is trained
     fields = RowOrigin.read(tmp_path).fields()
     assert fields["commit"] == "bbb (trained at aaa)" and fields["hardware"]["cpu"] == "First CPU"
     assert fields["hardware"]["elsewhere"] == ["Second CPU, 2 cores, torch 2.13.0"]
 
 
-def test_a_run_that_only_ranks_is_chosen_by_its_entropy(
+def test_a_ranking_run_keeps_the_epoch_of_least_entropy(
     impression_log: EventLog, served_tasks: Served, tmp_path: Path
 ) -> None:
     model = ModelConfig(architecture=Architecture.din, dim=16, num_heads=2, history_limit=9)
@@ -50,10 +62,10 @@ def test_a_run_that_only_ranks_is_chosen_by_its_entropy(
     assert len(entropies) == 2 and kept["ne/click"] == min(entropies) and "ndcg@10" not in kept
 
 
-def test_a_killed_run_is_recorded_and_resumes(
+def test_a_killed_run_is_named_and_resumes(
     event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if the kill truncated its last line of metrics, or if the file of origins is missing."""
+    """Even if the kill cut off its last line of metrics, or the run is older than the file of origins."""
     config = small_config(event_log, tmp_path / "run", optim__epochs=1)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 20, "epoch": 0}\n{"step": 4')
@@ -68,7 +80,7 @@ def test_a_killed_run_is_recorded_and_resumes(
     assert RowOrigin.read(tmp_path).origins == ()
 
 
-def test_a_stopped_run_records_both_processes(
+def test_an_interrupted_run_names_both_commits(
     event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vista.training import trainer

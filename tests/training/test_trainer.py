@@ -143,6 +143,7 @@ def test_each_step_has_one_line_in_metrics(uninterrupted: Path) -> None:
     assert all(row["loss"] > 0 and row["gradient_norm"] > 0 for row in rows if "validation" not in row)
 
 
+@pytest.mark.processor
 def test_interrupt_leaves_a_checkpoint_of_that_very_step(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

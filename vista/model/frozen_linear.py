@@ -1,4 +1,4 @@
-"""Linear maps whose weights no longer change: converted once, and laid out as the processor multiplies them best.
+"""Linear maps with constant weights: converted once, and laid out as the processor multiplies them fastest.
 
 Letters: N inputs, O outputs.
 """
@@ -6,27 +6,26 @@ Letters: N inputs, O outputs.
 from __future__ import annotations
 
 import copy
-import logging
-from functools import cache
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vista_kernels.torch_backend.precision import multiplies_bfloat16
+from vista_kernels.processor import processor
 
-logger = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def frozen(module: Module, dtype: torch.dtype) -> Module:
-    """A copy of a module for inference, in eval mode, whose linear maps multiply in `dtype`; no parameter is shared.
+    """Return a copy of a module for inference, in eval mode, whose linear maps multiply in `dtype`.
+
+    The copy shares no parameter with the module.
 
     Args:
         dtype: float32 or bfloat16.
     """
-    other = copy.copy(module)  # deepcopy takes 5 ms, of a refresh of few users a sixth
+    other = copy.copy(module)  # deepcopy takes 5 ms, a sixth of a refresh of few users
     other._parameters = {
         name: None if own is None else nn.Parameter(own.detach().clone(), requires_grad=False)
         for name, own in module._parameters.items()
@@ -41,14 +40,15 @@ def frozen(module: Module, dtype: torch.dtype) -> Module:
 
 
 class FrozenLinear(nn.Module):
-    """What an `nn.Linear` was when this was made: takes inputs of any dtype, gives `dtype`."""
+    """A copy of an `nn.Linear` whose weights never change. Inputs may have any dtype; outputs have `dtype`."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = linear.weight.detach().to(dtype, copy=True)
         """[O, N]."""
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype, copy=True)
-        self.packs = packs(dtype, self.weight.device)
+        self.packs = self.weight.device.type == "cpu" and dtype in processor().packed_dtypes
+        """oneDNN multiplies packed weights. A row of the result then has the same bits whatever the other rows are."""
         self._packed: dict[tuple[int, int], Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,21 +56,25 @@ class FrozenLinear(nn.Module):
         return self._rows(x.to(self.weight.dtype), 0, len(self.weight))
 
     def parts(self, x: Tensor, count: int, first: int) -> tuple[Tensor, ...]:
-        """x [..., N] -> the parts `first` … `count` - 1 of `count` equal parts of [..., O], of a map without bias."""
+        """Cut the outputs [..., O] into `count` equal parts and return those from `first` on. The map has no bias.
+
+        Args:
+            x: [..., N] inputs.
+        """
         x, size = x.to(self.weight.dtype), len(self.weight) // count
         if self.packs:
             return tuple(self._rows(x, part * size, size) for part in range(first, count))
         if x.device.type != "cpu":
             return self._rows(x, first * size, (count - first) * size).chunk(count - first, -1)
-        # One batched product: two threads take [500, 256] @ [256, 1024] in 1.4 ms, and 1.8 ms as one matrix, which MKL
-        # divides among them worse.
+        # One batched product: two threads take [500, 256] @ [256, 1024] in 1.4 ms. As one matrix it takes 1.8 ms,
+        # because MKL divides that less evenly between threads.
         weights = self.weight[first * size :].view(count - first, size, -1)
         rows = x.reshape(-1, x.shape[-1]).expand(count - first, -1, -1)
         products = torch.bmm(rows, weights.transpose(1, 2))
         return products.view(count - first, *x.shape[:-1], size).unbind(0)
 
     def _rows(self, x: Tensor, begin: int, size: int) -> Tensor:
-        """Some of the outputs."""
+        """Return outputs `begin` to `begin + size` - 1."""
         end = begin + size
         weight, bias = self.weight[begin:end], None if self.bias is None else self.bias[begin:end]
         if not self.packs:
@@ -79,25 +83,3 @@ class FrozenLinear(nn.Module):
             self._packed[begin, end] = torch.ops.mkldnn._reorder_linear_weight(weight)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed[begin, end], bias, "none", [], "")
         return product
-
-
-@cache
-def packs(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether matrices are laid out beforehand for oneDNN. By what the processor is, not by timing: so all processes
-    that serve a model give the same bits.
-
-    On AMD's processors with AVX-512, torch's MKL multiplies float32 with half of it: a packed product took 0.43 of
-    the time (EPYC of Zen 5, [504, 256] @ [256, 1024] on one thread, torch 2.13); of bfloat16, which oneDNN multiplies
-    in any case, 0.95, and 0.85 for few rows. A row's bits do not depend on the other rows.
-    """
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    found = torch.cpu.get_capabilities()
-    if dtype == torch.bfloat16:
-        chosen = multiplies_bfloat16(device.type)
-    else:
-        chosen = dtype == torch.float32 and bool(found.get("avx512_f")) and "AMD" in str(found.get("cpu_name"))
-    logger.info(
-        "linear maps in %s on %s: %s", dtype, found.get("cpu_name"), "packed by oneDNN" if chosen else "torch's"
-    )
-    return chosen

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vista.config import ModelConfig
 from vista.config.choices import TargetAttentionKind
 from vista.model.layers import Dropout, FeedForward, GatedOutput, linear_parts, norm, split_heads
-from vista_kernels import target_attention
+from vista_kernels import candidate_attention
 
 MASKED = -1e9
 """Additive mask; finite, so that a row with nothing to see stays finite."""
@@ -120,7 +120,7 @@ class SoftmaxLayer(TargetLayer):
     ) -> Tensor:
         query, gate, own_key, own_value = own
         query, own_key, own_value = self.heads(query), self.heads(own_key), self.heads(own_value)
-        heads = target_attention(
+        heads = candidate_attention(
             query, key, value, own_key, own_value, bias=bias, own_bias=self.bias[:, 0], context_mask=context_mask
         )
         return self.mix(x, heads, gate)

@@ -1,4 +1,4 @@
-"""The backend of torch's own operators, made for CPUs: the functions of `launch.Backend`."""
+"""The backend of torch's own operators, made for CPUs: the functions of `Backend`."""
 
 from vista_kernels.torch_backend.causal import causal_attention, causal_attention_backward
 from vista_kernels.torch_backend.passes import accumulate, accumulate_backward, read, read_backward

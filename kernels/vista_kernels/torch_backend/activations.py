@@ -1,4 +1,4 @@
-"""Activations of the fast paths and their derivatives, each one fused ATen operator."""
+"""Derivatives of activations, each a fused ATen operator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Causal linear attention of the torch backend: pieces of some dozens of tokens, whose states are scanned.
+"""Causal linear attention of the torch backend: pieces of a few dozen tokens, whose states are scanned.
 
 Backward is one pass from the front (dQ) and one from the back (dK, dV); formulas in `causal_linear_attention.py`.
 """
@@ -12,32 +12,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vista_kernels.arguments import IntArray
-from vista_kernels.state_layout import cut_segments
+from vista_kernels.segments import IntArray, cut_segments
 from vista_kernels.torch_backend.activations import activate_gradient_
-from vista_kernels.torch_backend.passes import add_product, finish, tile_rows
+from vista_kernels.torch_backend.passes import add_product, finish
 from vista_kernels.torch_backend.precision import product_dtype
 from vista_kernels.torch_backend.scan import entering_carry, scan_rows
-from vista_kernels.torch_backend.segments import Window, place, plan
+from vista_kernels.torch_backend.window import WINDOW_ELEMENTS, Window, plan_windows
 from vista_kernels.torch_backend.workspace import activated, converted, multiplied, scaled, scratch
 
 PIECE_NARROW, PIECE_WIDE = 32, 64
-"""Tokens of a piece, at most, for heads up to 32 wide and for wider ones (by measurement)."""
+"""Most tokens of a piece, for heads up to 32 wide and for wider ones (as measured)."""
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, offsets: IntArray, carry: Tensor, activation: str, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: IntArray,
+    carry: Tensor,
+    activation: str,
+    out: Tensor,
+    *,
+    window_elements: int = WINDOW_ELEMENTS,
 ) -> None:
-    """Write o_t = phi(q_t) Z_t, and move carry [B, H, D, E] from the state before a sequence to that after it."""
+    """Write o_t = phi(q_t) Z_t, and turn carry [B, H, D, E] from the state before a sequence into that after it."""
     dtype = product_dtype(q)
-    for part in _parts(offsets, q, v):
+    for part in _parts(offsets, q, v, window_elements):
         before = part.scan(_totals(part, k, v, activation, carry.dtype), carry, descending=False)
         buffer = part.window.buffer("out", out)
         for tile in part.window.tiles:
             query = tile.activated("phi_q", activation, q, dtype)
             keys = tile.activated("phi_k", activation, k, dtype)
-            states = converted("rows", tile_rows(before, tile), dtype)
-            _write_sum(place(tile, buffer), (_scores(query, keys), tile.heads("v", v, dtype)), (query, states))
+            states = converted("rows", tile.states_of(before), dtype)
+            _write_sum(tile.in_buffer(buffer), (_scores(query, keys), tile.heads("v", v, dtype)), (query, states))
         part.window.store(out, buffer)
 
 
@@ -53,19 +60,21 @@ def causal_attention_backward(
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
+    *,
+    window_elements: int = WINDOW_ELEMENTS,
 ) -> None:
-    """Write dq, dk and dv, and move grad_carry from the gradient of the last states to that of the first ones."""
+    """Write dq, dk and dv, and turn grad_carry from the gradient of the last states into that of the first."""
     carry = torch.zeros_like(grad_carry) if initial_z is None else initial_z.clone()
-    for part in _parts(offsets, q, v):
+    for part in _parts(offsets, q, v, window_elements):
         _backward_from_front(part, grad_out, q, k, v, carry, activation, grad_q)
-    for part in _parts(offsets, q, v, descending=True):
+    for part in _parts(offsets, q, v, window_elements, descending=True):
         _backward_from_back(part, grad_out, q, k, v, grad_carry, activation, grad_k, grad_v)
 
 
 class _Part:
     """One window of pieces, and the sequences [first, last) that they belong to."""
 
-    def __init__(self, window: Window, piece_offsets: IntArray) -> None:
+    def __init__(self, window: Window, piece_offsets: IntArray, window_elements: int) -> None:
         first_piece = window.rows.start
         self.num = sum(tile.num for tile in window.tiles)
         tiles = tuple(replace(tile, rows=_shifted(tile.rows, first_piece)) for tile in window.tiles)
@@ -74,11 +83,19 @@ class _Part:
         last = int(np.searchsorted(piece_offsets, first_piece + self.num, side="left"))
         self.sequences = slice(first, last)
         self.offsets: IntArray = np.clip(piece_offsets[first : last + 1] - first_piece, 0, self.num)
+        self.window_elements = window_elements
 
     def scan(self, totals: Tensor, carry: Tensor, *, descending: bool) -> Tensor:
         """Return the state that enters each piece, and move `carry` [B, H, D, E] past this part, in place."""
         initial = carry[self.sequences].flatten(2)
-        states, last = scan_rows(totals.flatten(2), None, self.offsets, initial, descending=descending)
+        states, last = scan_rows(
+            totals.flatten(2),
+            None,
+            self.offsets,
+            initial,
+            descending=descending,
+            window_elements=self.window_elements,
+        )
         entering = entering_carry(states, self.offsets, initial, descending=descending).view(totals.shape)
         carry[self.sequences] = last.view(len(last), *carry.shape[1:])
         return entering
@@ -93,9 +110,9 @@ def _backward_from_front(
     for tile in part.window.tiles:
         grad, value = tile.heads("grad", grad_out, dtype), tile.heads("v", v, dtype)
         keys = tile.activated("phi_k", activation, k, dtype)
-        states = converted("rows", tile_rows(before, tile), dtype)
+        states = converted("rows", tile.states_of(before), dtype)
         products = (_scores(grad, value), keys), (grad, states.transpose(2, 3))
-        _write_sum(place(tile, buffer), *products, activation, tile.heads("q", q, dtype))
+        _write_sum(tile.in_buffer(buffer), *products, activation, tile.heads("q", q, dtype))
     part.window.store(grad_q, buffer)
 
 
@@ -114,15 +131,15 @@ def _backward_from_back(
     after = part.scan(_totals(part, q, grad_out, activation, carry.dtype), carry, descending=True)
     buffer_k, buffer_v = part.window.buffer("grad_k", grad_k), part.window.buffer("grad_v", grad_v)
     for tile in part.window.tiles:
-        # A token's gradient sums over the tokens after it, so copies at padding must hold no gradient.
+        # A token's gradient sums over the tokens after it, so the copies at padding must hold no gradient.
         grad = scaled("masked", tile.heads("grad", grad_out, dtype), tile.padding(dtype))
         value, raw = tile.heads("v", v, dtype), tile.heads("k", k, dtype)
         query = tile.activated("phi_q", activation, q, dtype)
         keys = activated("phi_k", activation, raw)
-        rows = converted("rows", tile_rows(after, tile), dtype)
+        rows = converted("rows", tile.states_of(after), dtype)
         products = (_scores(grad, value).transpose(2, 3), query), (value, rows.transpose(2, 3))
-        _write_sum(place(tile, buffer_k), *products, activation, raw)
-        _write_sum(place(tile, buffer_v), (_scores(query, keys).transpose(2, 3), grad), (keys, rows))
+        _write_sum(tile.in_buffer(buffer_k), *products, activation, raw)
+        _write_sum(tile.in_buffer(buffer_v), (_scores(query, keys).transpose(2, 3), grad), (keys, rows))
     part.window.store(grad_k, buffer_k)
     part.window.store(grad_v, buffer_v)
 
@@ -139,21 +156,23 @@ def _totals(part: _Part, k: Tensor, v: Tensor, activation: str, dtype: torch.dty
     return totals
 
 
-def _parts(offsets: IntArray, q: Tensor, v: Tensor, *, descending: bool = False) -> Iterator[_Part]:
-    """Cut the sequences into pieces, and these into windows; the longest sequence is cut evenly."""
+def _parts(
+    offsets: IntArray, q: Tensor, v: Tensor, window_elements: int, *, descending: bool = False
+) -> Iterator[_Part]:
+    """Cut the sequences into pieces, and these into windows. The longest sequence is cut evenly."""
     heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
     limit = PIECE_NARROW if width <= 32 else PIECE_WIDE
     longest = max(1, int(np.diff(offsets).max(initial=1)))
-    piece_offsets, starts, sizes = cut_segments(offsets, -(-longest // -(-longest // limit)))
-    for window in plan(
-        starts,
-        sizes,
+    piece_offsets, pieces = cut_segments(offsets, -(-longest // -(-longest // limit)))
+    for window in plan_windows(
+        pieces,
         token_elements=heads * max(width, value_width, limit),
         state_elements=heads * width * value_width,
         device=q.device,
         descending=descending,
+        window_elements=window_elements,
     ):
-        yield _Part(window, piece_offsets)
+        yield _Part(window, piece_offsets, window_elements)
 
 
 def _scores(a: Tensor, b: Tensor) -> Tensor:
@@ -170,7 +189,7 @@ def _write_sum(
     activation: str = "identity",
     raw: Tensor | None = None,
 ) -> None:
-    """Write the sum of two products [n, H, L, E] to part [n, L, H, E]; given raw, times phi'(raw)."""
+    """Write the sum of two products [n, H, L, E], times phi'(raw) if raw is given, to part [n, L, H, E]."""
     result = multiplied(part, *first)
     result.flatten(0, 1).baddbmm_(*(x.flatten(0, 1) for x in second))
     if raw is not None:

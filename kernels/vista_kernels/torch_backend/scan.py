@@ -1,8 +1,8 @@
 """The scan of the torch backend: all sequences side by side, row after row.
 
 One step handles the i-th row of all sequences at once. Long sequences are cut into pieces: the pieces' totals are
-scanned first, and each piece then starts from the state before it. Decays are only ever multiplied as exp of
-non-positive numbers, so -inf (forget all that came before) is exact and nothing overflows.
+scanned first, and each piece then starts from the state before it. Decays are multiplied as exp of non-positive
+numbers only, so -inf (forget all that came before) is exact and nothing overflows.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vista_kernels.arguments import IntArray
-from vista_kernels.state_layout import cut_segments
-from vista_kernels.torch_backend.segments import WINDOW_ELEMENTS
+from vista_kernels.segments import IntArray, Segments, cut_segments
+from vista_kernels.torch_backend.window import WINDOW_ELEMENTS
 from vista_kernels.torch_backend.workspace import scratch
 
-LONGEST = 128
-"""Longer sequences are cut into pieces, at most this long."""
+MAX_UNCUT = 128
+"""Longer sequences are cut into pieces, of at most this many rows."""
 
 
 def scan_rows(
@@ -30,38 +29,45 @@ def scan_rows(
     *,
     descending: bool = False,
     decay_after: bool = False,
+    max_uncut: int = MAX_UNCUT,
+    window_elements: int = WINDOW_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
-    """Scan the rows x [N, H, F] of every sequence, a carry c [H, F] passing from row to row.
+    """Scan the rows x [N, H, F] of every sequence, as `Backend.scan_rows` says.
 
-    With s_i the result of row i, s_i = x_i + decay_i c and then c = s_i; with `decay_after`, s_i = x_i + c and then
-    c = decay_i s_i. Decay [N, H] lies in [0, 1]; None is 1. `descending` visits each sequence from its last row to its
-    first. So descending with decay_after is the gradient of the plain scan.
-
-    Returns:
-        The results [N, H, F], and the last carry of each sequence [B, H, F] (`initial`, or zero, where it is empty).
+    Args:
+        max_uncut: rows of the longest sequence that is not cut into pieces.
+        window_elements: numbers of the rows that are scanned side by side.
     """
-    lengths = np.diff(offsets)
+    segments = Segments.from_offsets(offsets)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     flags = (descending, decay_after)
-    longest = int(lengths.max(initial=0))
-    if longest <= LONGEST:
-        return out, _scan_pieces(x, decay, offsets[:-1], lengths, initial, flags, out)
+    longest = int(segments.lengths.max(initial=0))
+    if longest <= max_uncut:
+        return out, _scan_pieces(x, decay, segments, initial, flags, out, window_elements)
     # A piece is affine in the carry that enters it: scan the pieces' totals and decays, then each piece from its carry.
-    piece_offsets, starts, sizes = cut_segments(offsets, min(LONGEST, max(16, math.isqrt(longest))))
-    totals = _scan_pieces(x, decay, starts, sizes, None, flags, None)
+    piece_offsets, pieces = cut_segments(offsets, min(max_uncut, max(16, math.isqrt(longest))))
+    totals = _scan_pieces(x, decay, pieces, None, flags, None, window_elements)
     piece_decay = None
     if decay is not None:
-        ones = decay.new_ones((len(starts), decay.shape[1], 1))
+        ones = decay.new_ones((len(pieces), decay.shape[1], 1))
         zeros = decay.new_zeros(1, 1, 1).expand(*decay.shape, 1)
-        piece_decay = _scan_pieces(zeros, decay, starts, sizes, ones, flags, None).squeeze(2)
-    carried, last = scan_rows(totals, piece_decay, piece_offsets, initial, descending=descending)
+        piece_decay = _scan_pieces(zeros, decay, pieces, ones, flags, None, window_elements).squeeze(2)
+    carried, last = scan_rows(
+        totals,
+        piece_decay,
+        piece_offsets,
+        initial,
+        descending=descending,
+        max_uncut=max_uncut,
+        window_elements=window_elements,
+    )
     entering = entering_carry(carried, piece_offsets, initial, descending=descending)
-    _scan_pieces(x, decay, starts, sizes, entering, flags, out)
+    _scan_pieces(x, decay, pieces, entering, flags, out, window_elements)
     return out, last
 
 
 def entering_carry(carried: Tensor, offsets: IntArray, initial: Tensor | None, *, descending: bool) -> Tensor:
-    """Return the carry that enters each row: the result of its neighbour, or the sequence's initial one."""
+    """Return the carry that enters each row: the result of its neighbor, or the sequence's initial one."""
     filled = np.flatnonzero(np.diff(offsets))
     border = (offsets[1:] - 1 if descending else offsets[:-1])[filled]
     entering = carried.roll(-1 if descending else 1, 0)
@@ -75,23 +81,23 @@ def entering_carry(carried: Tensor, offsets: IntArray, initial: Tensor | None, *
 def _scan_pieces(
     x: Tensor,
     decay: Tensor | None,
-    starts: IntArray,
-    lengths: IntArray,
+    pieces: Segments,
     initial: Tensor | None,
     flags: tuple[bool, bool],
     out: Tensor | None,
+    window_elements: int,
 ) -> Tensor:
-    """Scan each piece on its own and return the last carries [P, H, F]; pieces lie end to end, in order."""
-    last = x.new_zeros((len(starts), *x.shape[1:])) if initial is None else initial.clone()
-    filled = np.flatnonzero(lengths)
-    ends = np.cumsum(lengths[filled])
-    max_rows = WINDOW_ELEMENTS // max(1, x.shape[1] * x.shape[2])
+    """Scan each piece on its own and return the last carries [P, H, F]. The pieces lie end to end, in order."""
+    last = x.new_zeros((len(pieces), *x.shape[1:])) if initial is None else initial.clone()
+    filled = np.flatnonzero(pieces.lengths)
+    ends = np.cumsum(pieces.lengths[filled])
+    max_rows = window_elements // max(1, x.shape[1] * x.shape[2])
     first = 0
     while first < len(filled):
-        done = int(ends[first] - lengths[filled[first]])
+        done = int(ends[first] - pieces.lengths[filled[first]])
         stop = max(int(np.searchsorted(ends, done + max_rows, side="right")), first + 1)
         members = filled[first:stop]
-        _scan_group(x, decay, starts[members], lengths[members], members, flags, out, last)
+        _scan_group(x, decay, pieces[members], members, flags, out, last)
         first = stop
     return last
 
@@ -99,19 +105,19 @@ def _scan_pieces(
 def _scan_group(
     x: Tensor,
     decay: Tensor | None,
-    starts: IntArray,
-    lengths: IntArray,
+    pieces: Segments,
     members: IntArray,
     flags: tuple[bool, bool],
     out: Tensor | None,
     last: Tensor,
 ) -> None:
-    """Scan neighbouring pieces (none empty), row after row, all side by side; `last` holds and receives their carries.
+    """Scan neighboring pieces (none empty), row after row, all side by side. `last` holds and receives their carries.
 
     The rows are first brought into the order in which they are visited, longest piece first, so that a step is one
     operation on a slice: rows 0 of all pieces, then rows 1 of those that have one, and so on.
     """
     descending, decay_after = flags
+    starts, lengths = pieces.starts, pieces.lengths
     order = np.argsort(-lengths, kind="stable")
     sizes, steps = lengths[order], np.arange(lengths.max())
     rows = (starts + lengths - 1)[order, None] - steps if descending else starts[order, None] + steps

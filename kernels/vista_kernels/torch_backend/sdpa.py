@@ -1,4 +1,4 @@
-"""The pieces of target attention: torch's SDPA with its log-sum-exp, scores, masks, and portions that stay in cache.
+"""Parts of candidate attention: torch's SDPA with its log-sum-exp, scores, masks, and portions that stay in cache.
 
 Letters: n requests of a portion, H heads, r candidates of a portion, C context tokens, D and E widths.
 """
@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vista_kernels.arguments import state_dtype
+from vista_kernels.state_layout import state_dtype
 from vista_kernels.torch_backend.workspace import scratch
 
-PORTION_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Scores and queries that a portion may hold: 2 MB of float32 on a CPU."""
+PORTION_ELEMENTS, PORTION_ELEMENTS_ON_GPU = 1 << 19, 1 << 26
+"""Numbers of scores and queries that a portion may hold: 2 MB of float32 on a CPU."""
 
 DIRECT_SCORES = 1 << 24
-"""Up to this many scores, products in bfloat16 on a CPU outweigh what portions save."""
+"""Up to this many scores, bfloat16 products on a CPU save more time than portions do."""
 
 BUFFERED_SCORES = 1 << 20
-"""Up to this many scores of direct products are held in buffers, 10 MB a thread."""
+"""Up to this many scores, direct products use buffers: 10 MB per thread."""
 
 HIDDEN = -1e9
 """Added to the scores of tokens outside a `context_mask`."""
@@ -37,7 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         return q.new_zeros((*shape[:3], width)), q.new_full(shape[:3], -torch.inf, dtype=state_dtype(q.dtype))
     expanded = None if mask is None else mask.expand(shape)
     if q.device.type == "cpu":
-        padded = max(q.shape[3], width)  # it takes one width for keys and values
+        padded = max(q.shape[3], width)  # it takes keys and values of one width
         q, k, v = (x if x.shape[3] == padded else F.pad(x, (0, padded - x.shape[3])) for x in (q, k, v))
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=expanded, scale=scale)
     elif q.dtype == torch.float64:
@@ -45,13 +45,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         lse = s.logsumexp(-1)
         o = torch.bmm(exp(s.sub_(lse[..., None])).flatten(0, 1), v.flatten(0, 1)).view(*shape[:3], width)
     else:
-        # It wants widths of 8, and a mask whose rows begin at multiples of 8.
+        # It takes widths that are multiples of 8, and a mask whose rows begin at multiples of 8.
         q, k, v = (F.pad(x, (0, -x.shape[3] % 8)) if x.shape[3] % 8 else x for x in (q, k, v))
         if expanded is not None and shape[3] % 8:
             expanded = F.pad(expanded, (0, -shape[3] % 8))[..., : shape[3]]
         o, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, expanded, True, scale=scale)
         lse = lse[..., : shape[2]]
-    # What SDPA returns where -inf hides the whole context is its own affair (on a CPU zeros, and 0 for the log).
+    # What SDPA returns where -inf hides the whole context is undefined (on a CPU it is zeros, and 0 for the log).
     if mask is not None and (q.device.type != "cpu" or bool((lse == 0).any())):
         hidden = (mask.amax(-1) == -torch.inf).expand(shape[:3])
         o, lse = o.masked_fill(hidden[..., None], 0), lse.masked_fill(hidden, -torch.inf)
@@ -60,7 +60,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 
 def scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Return scale q k^T + mask [n, H, r, C] in a buffer, for k [n H, C, D]."""
-    result = scratch("target.scores", (*q.shape[:3], k.shape[1]), q.dtype, q.device)
+    result = scratch("candidates.scores", (*q.shape[:3], k.shape[1]), q.dtype, q.device)
     if mask is not None:
         result.copy_(mask)
     flat = result.flatten(0, 1)
@@ -76,9 +76,9 @@ def direct_weights(
     Both are of q's dtype; scores are summed and exponentiated in float32. `added` is broadcastable to [n, H, r, C].
     """
     context = k.shape[2]
-    products = scratch("target.products", (*q.shape[:3], context), q.dtype, q.device)
+    products = scratch("candidates.products", (*q.shape[:3], context), q.dtype, q.device)
     torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out=products.flatten(0, 1))
-    every = scratch("target.scores", (*q.shape[:3], context + 1), torch.float32, q.device)
+    every = scratch("candidates.scores", (*q.shape[:3], context + 1), torch.float32, q.device)
     torch.add(added, products, alpha=scale, out=every[..., :context])
     every[..., context] = own_scores(q, own_k, own_bias, (slice(None),) * 3, scale)
     weights = torch.softmax(every, -1, out=like("weights", every, torch.float32))
@@ -93,7 +93,7 @@ def own_scores(q: Tensor, own_k: Tensor, own_bias: Tensor | None, part: Part, sc
 
 
 def exp(x: Tensor) -> Tensor:
-    """Return exp(x) in place, 0 below exp(-86): where exp underflows, MKL's takes twenty times as long."""
+    """Return exp(x) in place, 0 below exp(-86): MKL takes twenty times as long where exp underflows."""
     return torch.threshold_(x.clamp_(min=-86).exp_(), 1e-37, 0)
 
 
@@ -106,7 +106,7 @@ def mask(bias: Tensor | None, context_mask: Tensor | None, part: Part, dtype: to
     if added is None:
         return hidden
     shape = (hidden.shape[0], *added.shape[1:3], hidden.shape[3])
-    return torch.add(added, hidden, out=scratch("target.mask", shape, dtype, added.device))
+    return torch.add(added, hidden, out=scratch("candidates.mask", shape, dtype, added.device))
 
 
 def part_of(x: Tensor, part: Part) -> Tensor:
@@ -115,33 +115,33 @@ def part_of(x: Tensor, part: Part) -> Tensor:
     return x[rows if x.shape[0] > 1 else slice(None), heads, queries if x.shape[2] > 1 else slice(None)]
 
 
-def row_portions(q: Tensor, k: Tensor) -> Iterator[slice]:
+def row_portions(q: Tensor, k: Tensor, portion_elements: int) -> Iterator[slice]:
     """Return ranges of requests, of one request at least."""
-    step = max(1, _limit(q, k) // max(1, q.shape[2]))
+    step = max(1, _max_candidates(q, k, portion_elements) // max(1, q.shape[2]))
     return (slice(start, start + step) for start in range(0, q.shape[0], step))
 
 
-def query_portions(rows: slice, q: Tensor, k: Tensor) -> Iterator[Part]:
-    """Return the portions of a range of requests: more than one only where a single request is too large."""
-    step = max(1, _limit(q, k))
+def query_portions(rows: slice, q: Tensor, k: Tensor, portion_elements: int) -> Iterator[Part]:
+    """Return the portions of a range of requests: more than one only if a single request is too large."""
+    step = max(1, _max_candidates(q, k, portion_elements))
     return ((rows, slice(None), slice(start, start + step)) for start in range(0, q.shape[2], step))
 
 
-def _limit(q: Tensor, k: Tensor) -> int:
+def _max_candidates(q: Tensor, k: Tensor, portion_elements: int) -> int:
     """Return how many candidates a portion may have."""
-    return PORTION_ELEMENTS.get(q.device.type, 1 << 26) // max(1, q.shape[1] * (k.shape[2] + q.shape[3]))
+    return portion_elements // max(1, q.shape[1] * (k.shape[2] + q.shape[3]))
 
 
 def widened(slot: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in `dtype`: x itself where it is so already, else in a buffer."""
+    """Return x in `dtype`: x itself if it has that dtype, else in a buffer."""
     return x if x.dtype == dtype else like(slot, x, dtype).copy_(x)
 
 
 def accumulator(slot: str, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return zeros to sum a gradient in: itself, or a buffer where it is of a lower dtype."""
+    """Return zeros to sum a gradient in: the gradient itself, or a buffer if its dtype is lower."""
     return (grad if grad.dtype == dtype else like(slot, grad, dtype)).zero_()
 
 
 def like(slot: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised buffer of x's shape, valid until the same slot is asked for again."""
-    return scratch(f"target.{slot}", tuple(x.shape), dtype, x.device)
+    """Return an uninitialized buffer of x's shape, valid until the next call for the same slot."""
+    return scratch(f"candidates.{slot}", tuple(x.shape), dtype, x.device)

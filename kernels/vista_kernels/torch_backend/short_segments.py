@@ -1,8 +1,8 @@
 """Quasi-linear attention of many short segments, tile by tile: their states are never all in memory.
 
-A state holds D numbers for each number of a value, so where segments have fewer tokens than that, states would be most
-of the bytes moved. Here a tile's states are formed, read and dropped; backward forms them again. There are no targets.
-Shapes: tiles [n, H, L, D], states [n, H, D, E]; formulas in `quasi_linear_attention.py`.
+A state holds D numbers for each number of a value. So where segments have fewer than D tokens, most of the bytes moved
+would be states. Here a tile's states are computed, read and dropped, and backward computes them again. There are no
+targets. Shapes: tiles [n, H, L, D], states [n, H, D, E]; formulas in `quasi_linear_attention.py`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vista_kernels.arguments import IntArray, state_dtype
-from vista_kernels.state_layout import empty_state, length_scale
+from vista_kernels.read_settings import ReadSettings
+from vista_kernels.segments import Segments
+from vista_kernels.state_layout import empty_state, state_dtype
 from vista_kernels.torch_backend import passes
 from vista_kernels.torch_backend.activations import activate_gradient_
 from vista_kernels.torch_backend.precision import product_dtype
-from vista_kernels.torch_backend.segments import (
+from vista_kernels.torch_backend.tile import Tile
+from vista_kernels.torch_backend.window import (
     PADDING_LIMIT,
-    Tile,
+    WINDOW_ELEMENTS,
     is_long,
     max_segments,
     max_window_tokens,
@@ -29,32 +31,30 @@ from vista_kernels.torch_backend.segments import (
 from vista_kernels.torch_backend.workspace import activated, batched, converted, put_rows, scaled, scratch
 
 SLACK_TOKENS = 512
-"""Padding that costs less than one more tile would."""
+"""Tokens of padding that cost less than another tile."""
 
 
 def attend_short(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    starts: IntArray,
-    lengths: IntArray,
+    segments: Segments,
     weight: Tensor | None,
-    normalization: str,
-    alpha: float,
-    activation: str,
-    state_activation: str,
+    settings: ReadSettings,
     out: Tensor,
+    *,
+    window_elements: int = WINDOW_ELEMENTS,
 ) -> None:
     """Write o_s = phi1(q_s) phi2(Z c) of all tokens."""
-    dtype = product_dtype(q)
-    for tile in _tiles(starts, lengths, q, v):
-        factor = _key_factor(tile, weight, lengths, normalization, alpha, k)
+    dtype, activation = product_dtype(q), settings.activation
+    for tile in _tiles(segments, q, v, window_elements):
+        factor = _key_factor(tile, weight, segments, settings, k)
         state = _state(_scaled_keys(activation, tile.heads("k", k, dtype), factor), tile.heads("v", v, dtype))
-        rows = activated("rows", state_activation, state)
+        rows = activated("rows", settings.state_activation, state)
         _put(out, tile, _product("result", tile.activated("phi_q", activation, q, dtype), rows))
-    for b in _long_segments(lengths, q, v):
-        z, scale = _long_state(k, v, starts[b], lengths[b], weight, normalization, alpha, activation)
-        passes.read(q, z, scale, starts[b], lengths[b], activation, state_activation, out)
+    for one in _long_segments(segments, q, v, window_elements):
+        z, n = _long_state(k, v, one, weight, activation, window_elements)
+        passes.read(q, z, n, one, settings, out, window_elements=window_elements)
 
 
 def attend_short_backward(
@@ -62,25 +62,23 @@ def attend_short_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    starts: IntArray,
-    lengths: IntArray,
+    segments: Segments,
     weight: Tensor | None,
-    normalization: str,
-    alpha: float,
-    activation: str,
-    state_activation: str,
+    settings: ReadSettings,
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
+    *,
+    window_elements: int = WINDOW_ELEMENTS,
 ) -> None:
     """Write dq, dk and dv of all tokens."""
-    dtype = product_dtype(q)
-    for tile in _tiles(starts, lengths, q, v):
-        factor = _key_factor(tile, weight, lengths, normalization, alpha, k)
+    dtype, activation = product_dtype(q), settings.activation
+    for tile in _tiles(segments, q, v, window_elements):
+        factor = _key_factor(tile, weight, segments, settings, k)
         raw, values = tile.heads("k", k, dtype), tile.heads("v", v, dtype)
         keys = _scaled_keys(activation, raw, factor)
         state = _state(keys, values)
-        rows = activated("rows", state_activation, state)
+        rows = activated("rows", settings.state_activation, state)
         raw_query, grad = tile.heads("q", q, dtype), tile.heads("grad", grad_out, dtype)
         grad_query = _product("result", grad, rows.transpose(2, 3))
         activate_gradient_(activation, raw_query, grad_query)
@@ -88,25 +86,26 @@ def attend_short_backward(
         # Copies at padding read nothing.
         query = scaled("phi_q", activated("phi_q", activation, raw_query), tile.padding(dtype))
         grad_state = _product("grad state", query.transpose(2, 3), grad)
-        activate_gradient_(state_activation, state, grad_state)
+        activate_gradient_(settings.state_activation, state, grad_state)
         _put(grad_v, tile, _product("result", keys, grad_state))
         grad_keys = _product("result", values, grad_state.transpose(2, 3))
         activate_gradient_(activation, raw, grad_keys)
         _put(grad_k, tile, scaled("weighted", grad_keys, factor))
-    for b in _long_segments(lengths, q, v):
-        z, scale = _long_state(k, v, starts[b], lengths[b], weight, normalization, alpha, activation)
-        grad_z = torch.empty_like(z)
-        options = activation, state_activation
-        passes.read_backward(grad_out, q, z, scale, starts[b], lengths[b], *options, grad_q, grad_z)
-        passes.accumulate_backward(grad_z, k, v, starts[b], lengths[b], weight, activation, grad_k, grad_v)
+    for one in _long_segments(segments, q, v, window_elements):
+        z, n = _long_state(k, v, one, weight, activation, window_elements)
+        grad_z, size = torch.empty_like(z), {"window_elements": window_elements}
+        passes.read_backward(grad_out, q, z, n, one, settings, grad_q, grad_z, **size)
+        passes.accumulate_backward(grad_z, k, v, one, weight, activation, grad_k, grad_v, **size)
 
 
-def _tiles(starts: IntArray, lengths: IntArray, q: Tensor, v: Tensor) -> Iterator[Tile]:
-    """Tiles of short segments of like length, wherever these lie, so that little is padded: the shortest first."""
+def _tiles(segments: Segments, q: Tensor, v: Tensor, window_elements: int) -> Iterator[Tile]:
+    """Yield tiles of short segments of similar length, wherever they lie, so that little is padded; shortest first."""
     heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
     token_elements = heads * max(width, value_width)
-    max_rows, max_tokens = max_segments(token_elements * min(width, value_width)), max_window_tokens(token_elements)
-    short = np.flatnonzero((lengths > 0) & ~is_long(lengths, token_elements))
+    max_rows = max_segments(token_elements * min(width, value_width), window_elements)
+    max_tokens = max_window_tokens(token_elements, window_elements)
+    lengths = segments.lengths
+    short = np.flatnonzero((lengths > 0) & ~is_long(lengths, token_elements, window_elements))
     order = short[np.argsort(lengths[short], kind="stable")]
     sizes = lengths[order]
     first = 0
@@ -115,7 +114,7 @@ def _tiles(starts: IntArray, lengths: IntArray, q: Tensor, v: Tensor) -> Iterato
         padded = longest * np.arange(1, len(longest) + 1)
         fits = (padded <= PADDING_LIMIT * np.cumsum(longest) + SLACK_TOKENS) & (padded <= max_tokens)
         last = first + max(1, len(fits) if fits.all() else int(np.argmin(fits)))
-        yield pack_tile(starts, lengths, np.sort(order[first:last]), q.device)
+        yield pack_tile(segments, np.sort(order[first:last]), q.device)
         first = last
 
 
@@ -133,47 +132,42 @@ def _put(out: Tensor, tile: Tile, result: Tensor) -> None:
         put_rows(out, tile.index[valid], rows[valid])
 
 
-def _long_segments(lengths: IntArray, q: Tensor, v: Tensor) -> Iterator[slice]:
-    for b in np.flatnonzero(is_long(lengths, q.shape[1] * max(q.shape[2], v.shape[2]))).tolist():
-        yield slice(b, b + 1)
+def _long_segments(segments: Segments, q: Tensor, v: Tensor, window_elements: int) -> Iterator[Segments]:
+    """Yield the long segments, one at a time."""
+    token_elements = q.shape[1] * max(q.shape[2], v.shape[2])
+    for b in np.flatnonzero(is_long(segments.lengths, token_elements, window_elements)).tolist():
+        yield segments[b : b + 1]
 
 
 def _long_state(
-    k: Tensor,
-    v: Tensor,
-    starts: IntArray,
-    lengths: IntArray,
-    weight: Tensor | None,
-    normalization: str,
-    alpha: float,
-    activation: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Return Z [1, H, D, E] and c [1, H] of one segment."""
+    k: Tensor, v: Tensor, one: Segments, weight: Tensor | None, activation: str, window_elements: int
+) -> tuple[Tensor, Tensor]:
+    """Return Z [1, H, D, E] and n [1, H] of one segment."""
     z, n = empty_state(k, v, 1)
-    passes.accumulate(k, v, starts, lengths, weight, z, n.zero_(), activation)
-    return z, length_scale(n, normalization, alpha)
+    passes.accumulate(k, v, one, weight, z, n.zero_(), activation, window_elements=window_elements)
+    return z, n
 
 
 def _key_factor(
-    tile: Tile, weight: Tensor | None, lengths: IntArray, normalization: str, alpha: float, k: Tensor
+    tile: Tile, weight: Tensor | None, segments: Segments, settings: ReadSettings, k: Tensor
 ) -> Tensor | None:
-    """Return w c [n, H or 1, L or 1, 1], 0 at padding: a key has fewer numbers to scale than a state."""
-    if normalization == "none" and weight is None:
+    """Return w c [n, H or 1, L or 1, 1], 0 at padding. Keys are scaled, because they have fewer numbers than states."""
+    if not settings.exponent and weight is None:
         return tile.padding(product_dtype(k))
     dtype = state_dtype(k.dtype)
     w = tile.weight(weight, dtype)
-    if normalization == "none":
+    if not settings.exponent:
         return w
     if weight is None or w is None:
-        n = passes.tile_rows(torch.from_numpy(lengths).to(k.device), tile).to(dtype).view(-1, 1, 1, 1)
+        n = tile.states_of(torch.from_numpy(segments.lengths).to(k.device)).to(dtype).view(-1, 1, 1, 1)
     else:
         n = w.sum(2, keepdim=True)
-    c = length_scale(n, normalization, alpha)
+    c = settings.scale(n)
     return c if w is None or c is None else c * w
 
 
 def _scaled_keys(activation: str, raw: Tensor, factor: Tensor | None) -> Tensor:
-    """Return phi(raw) factor [n, H, L, D], reckoned in the factor's dtype and rounded once."""
+    """Return phi(raw) factor [n, H, L, D], computed in the factor's dtype and rounded once."""
     wide = raw if factor is None else converted("keys wide", raw, factor.dtype)
     return converted("keys", scaled("phi_k", activated("phi_k", activation, wide), factor), raw.dtype)
 

@@ -1,8 +1,8 @@
 """Buffers that the CPU passes reuse, so that hot loops never touch fresh memory.
 
-A fresh buffer of some megabytes costs a page fault for every 4 KB, often more time than the arithmetic done in it.
-Each thread keeps one buffer a slot, as large as the largest use so far; windows bound that to a few megabytes. On other
-devices the caching allocator does this already.
+A fresh buffer of a few megabytes costs a page fault for every 4 KB, which often takes longer than the arithmetic in it.
+Each thread keeps one buffer per slot, as large as its largest use so far; windows bound that to a few megabytes. On
+other devices torch's caching allocator does this already.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SLOTS = threading.local()
 
 
 def scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised tensor, valid until the same thread asks for the same slot again."""
+    """Return an uninitialized tensor, valid until the same thread asks for the same slot again."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     size = math.prod(shape)
@@ -28,7 +28,7 @@ def scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     held: dict[tuple[str, torch.dtype], Tensor] = _SLOTS.__dict__.setdefault("held", {})
     buffer = held.get(key)
     if buffer is None or buffer.numel() < size:
-        # Not an inference tensor even if made in inference mode: it outlives that mode.
+        # Never an inference tensor, because the buffer outlives inference mode.
         with torch.inference_mode(False):
             buffer = held[key] = torch.empty(size, dtype=dtype)
     return buffer[:size].view(shape)
@@ -51,7 +51,7 @@ def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> None:
 
 
 def converted(slot: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x, contiguous and in `dtype`: x itself where it is so already, else in the slot."""
+    """Return x, contiguous and in `dtype`: x itself if it is that already, else a copy in the slot."""
     if x.dtype == dtype and x.is_contiguous():
         return x
     return scratch(slot, tuple(x.shape), dtype, x.device).copy_(x)
@@ -64,7 +64,7 @@ def activate(name: str, x: Tensor, out: Tensor) -> Tensor:
 
 
 def activated(slot: str, name: str, x: Tensor) -> Tensor:
-    """Return phi(x) of [n, H, L, D] in the slot, laid out as x; for `identity` x itself."""
+    """Return phi(x) of [n, H, L, D] in the slot, laid out as x; x itself for `identity`."""
     return x if name == "identity" else activate(name, x, _like(slot, x))
 
 
@@ -76,10 +76,10 @@ def scaled(slot: str, x: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def multiplied(part: Tensor, a: Tensor, b: Tensor, slot: str = "product") -> Tensor:
-    """Return a @ b of [n, H, L, D] and [n, H, D, E]: in `part` [n, L, H, E] where that is free, else in the slot."""
+    """Return a @ b of [n, H, L, D] and [n, H, D, E]: in `part` [n, L, H, E] if its layout allows, else in the slot."""
     out = part.transpose(1, 2)
     if out.dtype == a.dtype and a.shape[0] == 1 and not a.is_contiguous():
-        for head in range(a.shape[1]):  # a batched product is several times slower into a strided result
+        for head in range(a.shape[1]):  # a batched product into a strided result is several times slower
             torch.mm(a[0, head], b[0, head], out=out[0, head])
         return out
     if not out.is_contiguous() or out.dtype != a.dtype:
@@ -91,14 +91,14 @@ def multiplied(part: Tensor, a: Tensor, b: Tensor, slot: str = "product") -> Ten
 def batched(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Write a @ b of [n, H, I, J] and [n, H, J, K] to contiguous out."""
     left, right, result = a.flatten(0, 1), b.flatten(0, 1), out.flatten(0, 1)
-    if len(result) == 1:  # there bmm would copy bfloat16 operands
+    if len(result) == 1:  # bmm would copy bfloat16 operands here
         torch.mm(left[0], right[0], out=result[0])
     else:
         torch.bmm(left, right, out=result)
 
 
 def _like(slot: str, x: Tensor) -> Tensor:
-    """A slot's tensor for a function of x [n, H, L, D], laid out as x is: else torch's silu would not be vectorised."""
+    """Return the slot's tensor for a function of x [n, H, L, D], laid out as x: else torch's silu is not vectorized."""
     if x.is_contiguous():
         return scratch(slot, tuple(x.shape), x.dtype, x.device)
     n, heads, length, width = x.shape

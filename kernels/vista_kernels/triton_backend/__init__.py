@@ -1,6 +1,6 @@
-"""The backend of Triton kernels, for GPUs of NVIDIA and AMD: the functions of `launch.Backend`.
+"""The Triton backend, for GPUs of NVIDIA and AMD: the functions of `Backend`.
 
-`pieces.py` shares the tokens out to programs, `blocks.py` chooses block sizes; then one file a kernel family.
+`work_plan.py` shares the tokens out to programs and `blocks.py` chooses block sizes. Each kernel family has a file.
 """
 
 from vista_kernels.triton_backend.accumulate import accumulate, accumulate_backward

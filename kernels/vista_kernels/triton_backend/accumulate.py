@@ -1,11 +1,11 @@
-"""Writes tokens into states, and the backward of that.
+"""Writing tokens into states, and its backward.
 
     Z_b = sum_s w_s phi(k_s) v_s^T  [D, E]        n_b = sum_s w_s
     dk_s = phi'(k_s) * w_s (v_s dZ_b^T)           dv_s = w_s (phi(k_s) dZ_b)
 
-Tokens [T, H, D or E] of any strides, states [B, H, D, E] and counts [B, H] float32 and dense. A program takes one item
-of `pieces.py` and one head, and holds the state in registers: keys and values are read once in each direction. Sums are
-float32; operands of products are rounded to the tokens' dtype.
+Tokens [T, H, D or E] of any strides, states [B, H, D, E] and weight sums [B, H] float32 and contiguous. A program takes
+one item of `work_plan.py` and one head, and holds the state in registers, so each direction reads keys and values once.
+Sums are float32; operands of products are rounded to the tokens' dtype.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vista_kernels.arguments import IntArray
-from vista_kernels.triton_backend import blocks, pieces, sums
+from vista_kernels.segments import Segments
+from vista_kernels.triton_backend import accelerator, blocks, sums
+from vista_kernels.triton_backend.item_sizes import ITEM_SIZES, ItemSizes
 from vista_kernels.triton_backend.tile_access import (
     activate,
     activated,
@@ -26,6 +27,7 @@ from vista_kernels.triton_backend.tile_access import (
     store_state,
     store_tokens,
 )
+from vista_kernels.triton_backend.work_plan import plan_work
 
 
 @triton.jit
@@ -155,7 +157,7 @@ def accumulate_bwd_kernel(
             if HAS_WEIGHT:
                 b_w = tl.load(w_ptr + first * stride_wt + i * stride_wt, mask=m_t, other=0.0).to(tl.float32)
             b_dv = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-            # Where registers do not hold dZ, its rows are taken BLOCK_D at a time, and read again for every block.
+            # If dZ does not fit the registers, its rows are read BLOCK_D at a time, again for every block of tokens.
             for first_d in tl.static_range(0, D, BLOCK_D):
                 c = first_d + d
                 if BLOCK_D < D:
@@ -173,23 +175,23 @@ def accumulate_bwd_kernel(
 def accumulate(
     k: Tensor,
     v: Tensor,
-    starts: IntArray,
-    lengths: IntArray,
+    segments: Segments,
     weight: Tensor | None,
     z: Tensor,
     n: Tensor,
     activation: str,
     *,
     fresh: bool = True,
+    sizes: ItemSizes = ITEM_SIZES,
 ) -> None:
     """Add sum_s w_s phi(k_s) v_s^T of each segment to z and sum_s w_s to n, in place; `fresh` takes z as zero."""
-    target = blocks.target_of(k)
-    blocks.check_tokens(target, k=k, v=v)
+    device = accelerator.accelerator_of(k)
+    blocks.check_tokens(device, k=k, v=v)
     num_heads, width, value_width = z.shape[1:]
-    cut = pieces.plan(starts, lengths, num_heads=num_heads, num_processors=target.num_processors)
-    chosen = blocks.choose("accumulate_fwd", target, k.dtype, width, value_width, cut.mean_length)
-    first, size, items, ranges = blocks.to_device(cut.arrays, k.device)
-    part, part_n = sums.new_parts(cut, z)
+    work = plan_work(segments, num_heads=num_heads, num_processors=device.num_processors, sizes=sizes)
+    chosen = blocks.choose("accumulate_fwd", device, k.dtype, width, value_width, work.mean_length)
+    starts, lengths, items, ranges = blocks.to_device(work.arrays, k.device)
+    part, part_n = sums.new_parts(work, z)
     blocks.launch(
         accumulate_fwd_kernel,
         len(items) * num_heads * -(-value_width // chosen.part),
@@ -200,8 +202,8 @@ def accumulate(
         n,
         part,
         part_n,
-        first,
-        size,
+        starts,
+        lengths,
         items,
         num_heads,
         *k.stride(),
@@ -224,20 +226,21 @@ def accumulate_backward(
     grad_z: Tensor,
     k: Tensor,
     v: Tensor,
-    starts: IntArray,
-    lengths: IntArray,
+    segments: Segments,
     weight: Tensor | None,
     activation: str,
     grad_k: Tensor,
     grad_v: Tensor,
+    *,
+    sizes: ItemSizes = ITEM_SIZES,
 ) -> None:
     """Write dk = phi'(k) * w v dZ^T and dv = w phi(k) dZ of the segments' tokens."""
-    target = blocks.target_of(k)
-    blocks.check_tokens(target, k=k, v=v)
+    device = accelerator.accelerator_of(k)
+    blocks.check_tokens(device, k=k, v=v)
     num_heads, width, value_width = grad_z.shape[1:]
-    cut = pieces.plan(starts, lengths, num_heads=num_heads, num_processors=target.num_processors)
-    chosen = blocks.choose("accumulate_bwd", target, k.dtype, value_width, width, cut.mean_length)
-    first, size, items, _ = blocks.to_device(cut.arrays, k.device)
+    work = plan_work(segments, num_heads=num_heads, num_processors=device.num_processors, sizes=sizes)
+    chosen = blocks.choose("accumulate_bwd", device, k.dtype, value_width, width, work.mean_length)
+    starts, lengths, items, _ = blocks.to_device(work.arrays, k.device)
     blocks.launch(
         accumulate_bwd_kernel,
         len(items) * num_heads,
@@ -247,8 +250,8 @@ def accumulate_backward(
         k if weight is None else weight,
         grad_k,
         grad_v,
-        first,
-        size,
+        starts,
+        lengths,
         items,
         num_heads,
         *k.stride(),

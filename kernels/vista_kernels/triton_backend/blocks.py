@@ -1,17 +1,15 @@
-"""Which device a kernel runs on, the block sizes it gets there, and its launch. Plain Python: no autotuning.
+"""Block sizes and launches of kernels. Plain Python, without autotuning.
 
 Autotuning would need a GPU, would make results depend on timing, and would measure in the middle of a training step.
-The tables below are chosen so that every kernel compiles without register spills and within the shared memory of each
-device (`python -m scripts.benchmarks.compile_kernels` lists them); they have not been tuned on a GPU.
+The tables below let every kernel compile without register spills and within the shared memory of each device
+(`python -m scripts.benchmarks.compile_kernels` lists both). They have not been tuned on a GPU.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,17 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vista_kernels.arguments import IntArray
+from vista_kernels.segments import IntArray
+from vista_kernels.triton_backend.accelerator import Accelerator
 
 MAX_WIDTH = 128
-"""Widest head: keys and values of one head's tokens, and its state, are held in registers."""
+"""Widest head: registers hold the keys and values of one head's tokens, and its state."""
 MAX_BLOCK_T = 64
-"""Most tokens of a block. Inside one, addresses are counted in 32 bits (its first token's in 64)."""
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-"""Whether Triton was told, before its import, to run kernels in its interpreter."""
+"""Most tokens of a block. Inside a block, addresses are 32-bit offsets from its first token."""
 _Row = tuple[int, int, int, int | None]
-# By kernel and `whole` (32 stands for less as well): longest block of tokens, block of the other width, warps, and the
-# registers that a thread may use on capability 9.0, where the compiler takes more than it needs.
+# By kernel and `whole` (32 stands for smaller widths too): longest block of tokens, block of the other width, warps,
+# and the registers that a thread may use on capability 9.0, where the compiler takes more than it needs.
 _SHORT: dict[str, dict[int, _Row]] = {
     "accumulate_fwd": {32: (64, 64, 4, None), 64: (64, 64, 4, 168), 128: (32, 64, 8, None)},
     "accumulate_bwd": {32: (64, 64, 4, None), 64: (32, 64, 8, None), 128: (16, 64, 8, None)},
@@ -49,23 +46,6 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """What the choice of blocks depends on."""
-
-    kind: str
-    """"cuda", "hip" or "interpreter"."""
-    capability: int
-    """80 for compute capability 8.0; 0 where there is none."""
-    num_processors: int
-    """Streaming multiprocessors or compute units."""
-
-    @property
-    def precision(self) -> str:
-        """How float32 tiles are multiplied: nearly as exact as float32, on tensor cores where there are some."""
-        return "tf32x3" if self.kind == "cuda" else "ieee"
-
-
-@dataclass(frozen=True, slots=True)
 class Blocks:
     """Block sizes and launch options of one kernel."""
 
@@ -73,7 +53,7 @@ class Blocks:
     whole: int
     """Block of the head's width that a program holds whole."""
     part: int
-    """Block of the other width; several programs (or steps) share it where it is wide."""
+    """Block of the other width. Several programs (or steps) share a wide one."""
     dtype: torch.dtype
     precision: str
     num_warps: int
@@ -92,30 +72,14 @@ class Blocks:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
-def target_of(x: Tensor) -> Target:
-    """Return the target that runs kernels on this tensor.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if x.device.type == "cuda":
-        return _device_target(x.device)
-    if not INTERPRETED or x.device.type != "cpu":
-        raise ValueError(
-            f"backend 'triton' needs tensors on a GPU, got {x.device}; on a CPU it runs only in Triton's interpreter, "
-            "slowly and for tests: set TRITON_INTERPRET=1 before the first import"
-        )
-    return Target("interpreter", 0, 1)
-
-
-def check_tokens(target: Target, **tokens: Tensor) -> None:
+def check_tokens(device: Accelerator, **tokens: Tensor) -> None:
     """Check that the named token tensors [T, H, width] have dtypes and widths that the kernels take."""
     for name, x in tokens.items():
         if x.dtype not in _DTYPES:
             raise ValueError(
                 f"{name} is {x.dtype}: backend 'triton' takes float32, bfloat16 and float16; use backend='torch'"
             )
-        if x.dtype == torch.bfloat16 and target.kind == "interpreter":
+        if x.dtype == torch.bfloat16 and device.kind == "interpreter":
             raise ValueError(
                 f"{name} is bfloat16, whose products Triton's interpreter gets wrong; use a GPU or float16"
             )
@@ -132,32 +96,32 @@ def padded(width: int) -> int:
     return max(16, int(triton.next_power_of_2(width)))
 
 
-def choose(kernel: str, target: Target, dtype: torch.dtype, whole: int, part: int, mean_length: float) -> Blocks:
+def choose(kernel: str, device: Accelerator, dtype: torch.dtype, whole: int, part: int, mean_length: float) -> Blocks:
     """Choose the blocks of a kernel over tokens, for heads of width `whole` by `part` and segments of that mean length.
 
-    A block no longer than the usual segment wastes no products on padding; a longer one has more bytes in flight.
+    A block as short as the usual segment wastes no products on padding. A longer one has more bytes in flight.
     """
     block_whole = padded(whole)
     table = _FLOAT32 if dtype == torch.float32 else _SHORT
     longest, block_part, num_warps, max_registers = table[kernel][max(32, block_whole)]
-    if target.kind == "hip" and block_whole > 64:
-        longest, block_part = 16, 32  # a program has 64 KB of shared memory there
+    if device.kind == "hip" and block_whole > 64:
+        longest, block_part = 16, 32  # a program has 64 KB of shared memory on AMD
     if whole % 16 or part % 16:
-        longest = 16  # rows that are not aligned are loaded number by number, which takes many registers
-    if target.capability != 90:
+        longest = 16  # unaligned rows are loaded number by number, which takes many registers
+    if device.capability != 90:
         max_registers = None
     block_t = max(16, min(longest, int(triton.next_power_of_2(max(1, round(mean_length))))))
     block_part = min(padded(part), block_part)
-    # Steps over the other width load parts of the state, and must not hold those of the next block of tokens as well.
+    # Steps over the other width load parts of the state, and must not hold parts for the next block of tokens as well.
     num_stages = 1 if kernel == "accumulate_bwd" and block_part < part else 2
-    return Blocks(block_t, block_whole, block_part, dtype, target.precision, num_warps, num_stages, max_registers)
+    return Blocks(block_t, block_whole, block_part, dtype, device.precision, num_warps, num_stages, max_registers)
 
 
 def launch(kernel: Any, num_programs: int, *args: object, **constants: Any) -> None:
-    """Run a kernel on a grid of one axis; nothing is launched for no programs.
+    """Run a kernel on a grid of one axis, unless there are no programs.
 
-    One axis holds 2^31 - 1 programs, the others 65535. Heads vary fastest, so that programs that run together read
-    neighbouring addresses.
+    The first axis holds 2^31 - 1 programs, the others 65535. Heads vary fastest, so that programs that run together
+    read neighboring addresses.
     """
     if num_programs >= 2**31:
         raise ValueError(f"{kernel.__name__}: {num_programs} programs are more than a grid holds; split the batch")
@@ -171,15 +135,7 @@ def to_device(arrays: Sequence[IntArray], device: torch.device) -> list[Tensor]:
     """Copy int64 arrays to a device, all in one transfer, and return them as tensors of their shapes."""
     flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
     if device.type == "cuda":
-        flat = flat.pin_memory()  # from pageable memory the host would wait for the copy, and so for the GPU
+        flat = flat.pin_memory()  # from pageable memory the host would wait for the copy, and thus for the GPU
     flat = flat.to(device, non_blocking=True)
     parts = flat.split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
-
-
-@cache
-def _device_target(device: torch.device) -> Target:
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return Target("hip", 0, properties.multi_processor_count)
-    return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)

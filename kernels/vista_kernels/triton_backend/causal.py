@@ -1,7 +1,7 @@
 """Causal linear attention, o_t = phi(q_t) Z_t with Z_t = Z_0 + sum_{s <= t} phi(k_s) v_s^T, and its backward.
 
-All four results have one form, and one kernel. A program walks tokens in blocks, carrying a state S in registers; with
-a block's tokens as rows of A, B and C::
+All four results have the same form, and share a kernel. A program walks tokens in blocks and carries a state S in
+registers. With a block's tokens as rows of A, B and C::
 
     Y = tril(A B^T) C + A S        then  S <- S + B^T C
 
@@ -10,13 +10,15 @@ a block's tokens as rows of A, B and C::
     dK: A, B, C = V, dO, phi(Q)            S = R^T    from the back     dk = phi'(k) * dK
     dV: A, B, C = phi(K), phi(Q), dO       S = R      from the back
 
-where Z is the state before a block, R the gradient of the state after it, and from the back tril becomes triu. Columns
-of C, S and Y are independent, so that several programs may share them. The state that enters a piece of a long sequence
+where Z is the state before a block and R the gradient of the state after it. From the back, tril becomes triu. Columns
+of C, S and Y are independent, so several programs may share them. The state that enters a piece of a long sequence
 comes from the pieces' totals (`accumulate.py`) and a scan of them (`scan.py`). Tokens [T, H, D or E] of any strides,
 states [B, H, D, E] float32. Sums are float32; operands of products have the tokens' dtype.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,10 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vista_kernels.arguments import IntArray
-from vista_kernels.triton_backend import blocks, pieces
+from vista_kernels.segments import IntArray, Segments
+from vista_kernels.triton_backend import accelerator, blocks
 from vista_kernels.triton_backend.accumulate import accumulate
-from vista_kernels.triton_backend.pieces import Plan
+from vista_kernels.triton_backend.item_sizes import ITEM_SIZES, ItemSizes
 from vista_kernels.triton_backend.scan import scan
 from vista_kernels.triton_backend.tile_access import (
     activated,
@@ -39,6 +41,7 @@ from vista_kernels.triton_backend.tile_access import (
     store_state,
     store_tokens,
 )
+from vista_kernels.triton_backend.work_plan import NO_LIMIT, WorkPlan, plan_work
 
 
 @triton.jit
@@ -83,7 +86,7 @@ def causal_kernel(
     STORE_CARRY: tl.constexpr,
     FROM_BACK: tl.constexpr,
 ):
-    """x is what Y is multiplied by phi' of; without any, ACTIVATION_X is "identity" and x is not read."""
+    """Y is multiplied by phi'(x), unless ACTIVATION_X is "identity"; x is not read then."""
     num_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
     block = program % num_blocks
@@ -133,15 +136,23 @@ def causal_kernel(
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, offsets: IntArray, carry: Tensor, activation: str, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: IntArray,
+    carry: Tensor,
+    activation: str,
+    out: Tensor,
+    *,
+    sizes: ItemSizes = ITEM_SIZES,
 ) -> None:
-    """Write o_t = phi(q_t) Z_t, and move carry [B, H, D, E] from the state before a sequence to that after it."""
-    blocks.check_tokens(blocks.target_of(q), q=q, k=k, v=v)
-    cut = _cut_sequences(q, offsets)
-    entering = _enter_pieces(cut, k, v, carry, activation, descending=False)
+    """Write o_t = phi(q_t) Z_t, and turn carry [B, H, D, E] from the state before a sequence into that after it."""
+    blocks.check_tokens(accelerator.accelerator_of(q), q=q, k=k, v=v)
+    work = _plan(q, offsets, sizes)
+    entering = _enter_pieces(work, k, v, carry, activation, descending=False, sizes=sizes)
     active = (activation, activation, "identity", "identity")
-    on_device = blocks.to_device(cut.arrays, q.device)
-    _run(cut, on_device, (q, k, v, None), active, carry, entering, out, store_carry=True)
+    on_device = blocks.to_device(work.arrays, q.device)
+    _run(work, on_device, (q, k, v, None), active, carry, entering, out, store_carry=True)
 
 
 def causal_attention_backward(
@@ -156,52 +167,55 @@ def causal_attention_backward(
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
+    *,
+    sizes: ItemSizes = ITEM_SIZES,
 ) -> None:
-    """Write dq, dk and dv, and move grad_carry from the gradient of the last states to that of the first ones."""
-    blocks.check_tokens(blocks.target_of(q), q=q, k=k, v=v, grad_out=grad_out)
-    cut = _cut_sequences(q, offsets)
-    on_device = blocks.to_device(cut.arrays, q.device)
+    """Write dq, dk and dv, and turn grad_carry from the gradient of the last states into that of the first."""
+    blocks.check_tokens(accelerator.accelerator_of(q), q=q, k=k, v=v, grad_out=grad_out)
+    work = _plan(q, offsets, sizes)
+    on_device = blocks.to_device(work.arrays, q.device)
     carry = None if initial_z is None else initial_z.clone(memory_format=torch.contiguous_format)
-    entering = _enter_pieces(cut, k, v, carry, activation, descending=False)
+    entering = _enter_pieces(work, k, v, carry, activation, descending=False, sizes=sizes)
     last = ("identity", "identity", activation, activation)
-    _run(cut, on_device, (grad_out, v, k, q), last, carry, entering, grad_q, transposed=True)
-    entering = _enter_pieces(cut, q, grad_out, grad_carry, activation, descending=True)
-    _run(cut, on_device, (v, grad_out, q, k), last, grad_carry, entering, grad_k, transposed=True, from_back=True)
-    # Last, for it moves the carries of whole sequences.
+    _run(work, on_device, (grad_out, v, k, q), last, carry, entering, grad_q, transposed=True)
+    entering = _enter_pieces(work, q, grad_out, grad_carry, activation, descending=True, sizes=sizes)
+    _run(work, on_device, (v, grad_out, q, k), last, grad_carry, entering, grad_k, transposed=True, from_back=True)
+    # Last, because it moves the carries of whole sequences.
     first = (activation, activation, "identity", "identity")
-    _run(cut, on_device, (k, q, grad_out, None), first, grad_carry, entering, grad_v, from_back=True, store_carry=True)
+    _run(work, on_device, (k, q, grad_out, None), first, grad_carry, entering, grad_v, from_back=True, store_carry=True)
 
 
-def _cut_sequences(q: Tensor, offsets: IntArray) -> Plan:
-    """Cut sequences into items; into pieces only where there are too few, as these tokens are read twice."""
-    return pieces.plan(
-        offsets[:-1],
-        np.diff(offsets),
+def _plan(q: Tensor, offsets: IntArray, sizes: ItemSizes) -> WorkPlan:
+    """Cut sequences into items: into pieces only if there are too few of them, because pieces are read twice."""
+    return plan_work(
+        Segments.from_offsets(offsets),
         num_heads=q.shape[1],
-        num_processors=blocks.target_of(q).num_processors,
-        max_item=pieces.NO_LIMIT,
+        num_processors=accelerator.accelerator_of(q).num_processors,
+        sizes=replace(sizes, max_item=NO_LIMIT),
     )
 
 
 def _enter_pieces(
-    cut: Plan, k: Tensor, v: Tensor, carry: Tensor | None, activation: str, *, descending: bool
+    work: WorkPlan, k: Tensor, v: Tensor, carry: Tensor | None, activation: str, *, descending: bool, sizes: ItemSizes
 ) -> Tensor | None:
-    """Return the states [slots, H, D, E] that enter the pieces (None without any), and move their sequences' carries.
+    """Return the states [slots, H, D, E] that enter the pieces (None if there are no pieces).
 
-    `descending` visits pieces from the last one, for the gradient of states. Whole sequences' carries stay.
+    The carries of the sequences in pieces are moved past them; those of whole sequences stay. `descending` visits
+    pieces from the last one, for the gradient of states.
     """
-    if not cut.num_slots:
+    if not work.num_slots:
         return None
-    first_token, last_token = cut.items[: cut.num_slots, 2], cut.items[: cut.num_slots, 3]
-    shape = (cut.num_slots, k.shape[1], k.shape[2], v.shape[2])
+    first_token, last_token = work.items[: work.num_slots, 2], work.items[: work.num_slots, 3]
+    shape = (work.num_slots, k.shape[1], k.shape[2], v.shape[2])
     totals = k.new_empty(shape, dtype=torch.float32)
     counts = totals.new_zeros(shape[:2])  # not used
-    accumulate(k, v, first_token, last_token - first_token, None, totals, counts, activation)
-    (sequences,) = blocks.to_device([cut.sums[:, 0]], k.device)
+    pieces = Segments(first_token, last_token - first_token)
+    accumulate(k, v, pieces, None, totals, counts, activation, sizes=sizes)
+    (sequences,) = blocks.to_device([work.sums[:, 0]], k.device)
     initial = None if carry is None else carry.index_select(0, sequences).flatten(2)
-    ends = np.append(cut.sums[:, 1], cut.num_slots)
+    ends = np.append(work.sums[:, 1], work.num_slots)
     entering, last = scan(
-        totals.flatten(2), None, ends, initial, descending=descending, decay_after=False, store="entering"
+        totals.flatten(2), None, ends, initial, descending=descending, decay_after=False, store="entering", sizes=sizes
     )
     if carry is not None:
         carry.index_copy_(0, sequences, last.view(-1, *carry.shape[1:]))
@@ -209,7 +223,7 @@ def _enter_pieces(
 
 
 def _run(
-    cut: Plan,
+    work: WorkPlan,
     on_device: list[Tensor],
     tokens: tuple[Tensor, Tensor, Tensor, Tensor | None],
     active: tuple[str, str, str, str],
@@ -228,8 +242,9 @@ def _run(
     a, b, c, x = tokens
     x = a if x is None else x
     num_heads, width, part_width = a.shape[1], a.shape[2], c.shape[2]
-    chosen = blocks.choose("causal", blocks.target_of(a), a.dtype, width, part_width, cut.mean_length)
-    first, size, items, _ = on_device
+    device = accelerator.accelerator_of(a)
+    chosen = blocks.choose("causal", device, a.dtype, width, part_width, work.mean_length)
+    starts, lengths, items, _ = on_device
     states = [state for state in (carry, entering) if state is not None]
     state = states[0] if states else a.new_empty(1, dtype=torch.float32)  # not read, but its type is compiled in
     blocks.launch(
@@ -242,8 +257,8 @@ def _run(
         state if carry is None else carry,
         state if entering is None else entering,
         out,
-        first,
-        size,
+        starts,
+        lengths,
         items,
         num_heads,
         *a.stride(),

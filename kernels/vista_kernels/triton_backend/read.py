@@ -1,11 +1,11 @@
-"""Reads states with queries, and the backward of that.
+"""Reading states with queries, and its backward.
 
     A_b = phi2(Z_b c_b)  [D, E]        o_t = phi1(q_t) A_b
     dq_t = phi1'(q_t) * (dO_t A_b^T)   dZ_b = phi2'(Z_b c_b) c_b * sum_t phi1(q_t)^T dO_t
 
-Tokens [N, H, D or E] of any strides, states [B, H, D, E] and scales c [B, H] float32 and dense. A program takes one
-item of `pieces.py` and one head, and holds the state in registers; backward is one pass that writes dq and sums dZ.
-Sums are float32; operands of products are rounded to the tokens' dtype.
+Tokens [N, H, D or E] of any strides, states [B, H, D, E] and scales c [B, H] float32 and contiguous. A program takes
+one item of `work_plan.py` and one head, and holds the state in registers. Backward is one pass that writes dq and sums
+dZ. Sums are float32; operands of products are rounded to the tokens' dtype.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vista_kernels.arguments import IntArray
-from vista_kernels.triton_backend import blocks, pieces, sums
+from vista_kernels.read_settings import ReadSettings
+from vista_kernels.segments import Segments
+from vista_kernels.triton_backend import accelerator, blocks, sums
+from vista_kernels.triton_backend.item_sizes import ITEM_SIZES, ItemSizes
 from vista_kernels.triton_backend.tile_access import (
     activate,
     activated,
@@ -26,6 +28,7 @@ from vista_kernels.triton_backend.tile_access import (
     store_state,
     store_tokens,
 )
+from vista_kernels.triton_backend.work_plan import plan_work
 
 
 @triton.jit
@@ -74,8 +77,8 @@ def read_fwd_kernel(
     STATE_ACTIVATION: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
-    # Programs count blocks of A's columns first, then heads, then items: five numbers each, first and last segment,
-    # first and last token, slot (pieces.py). A piece of a long segment has token limits, a run of segments has none.
+    # Programs count blocks of A's columns first, then heads, then items. An item is five numbers (work_plan.py): first
+    # and last segment, first and last token, slot. A piece of a long segment has token limits, a run of segments none.
     num_blocks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     program = tl.program_id(0)
     block = program % num_blocks
@@ -127,7 +130,7 @@ def read_bwd_kernel(
     STATE_ACTIVATION: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
-    # Here blocks split the rows of A: a column of dq needs all of E, as in forward a column of o needs all of D.
+    # Here blocks split the rows of A: a column of dq needs all of E, just as a column of o needs all of D in forward.
     num_blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0)
     block = program % num_blocks
@@ -166,30 +169,30 @@ def read_bwd_kernel(
 def read(
     q: Tensor,
     z: Tensor,
-    scale: Tensor | None,
-    starts: IntArray,
-    lengths: IntArray,
-    activation: str,
-    state_activation: str,
+    n: Tensor,
+    segments: Segments,
+    settings: ReadSettings,
     out: Tensor,
+    *,
+    sizes: ItemSizes = ITEM_SIZES,
 ) -> None:
-    """Write o = phi1(q) phi2(z * c) of the segments' queries; scale is c [B, H], or None for 1."""
-    target = blocks.target_of(q)
-    blocks.check_tokens(target, q=q, out=out)
+    """Write o = phi1(q) phi2(z * c) of the segments' queries."""
+    device = accelerator.accelerator_of(q)
+    blocks.check_tokens(device, q=q, out=out)
     num_heads, width, value_width = z.shape[1:]
-    cut = pieces.plan(starts, lengths, num_heads=num_heads, num_processors=target.num_processors)
-    chosen = blocks.choose("read_fwd", target, q.dtype, width, value_width, cut.mean_length)
-    first, size, items, _ = blocks.to_device(cut.arrays, q.device)
-    z = z.contiguous()
+    work = plan_work(segments, num_heads=num_heads, num_processors=device.num_processors, sizes=sizes)
+    chosen = blocks.choose("read_fwd", device, q.dtype, width, value_width, work.mean_length)
+    starts, lengths, items, _ = blocks.to_device(work.arrays, q.device)
+    z, scale = z.contiguous(), settings.scale(n.contiguous())
     blocks.launch(
         read_fwd_kernel,
         len(items) * num_heads * -(-value_width // chosen.part),
         q,
         z,
-        z if scale is None else scale.contiguous(),
+        z if scale is None else scale,
         out,
-        first,
-        size,
+        starts,
+        lengths,
         items,
         num_heads,
         *q.stride(),
@@ -198,8 +201,8 @@ def read(
         BLOCK_D=chosen.whole,
         BLOCK_E=chosen.part,
         **chosen.constants,
-        ACTIVATION=activation,
-        STATE_ACTIVATION=state_activation,
+        ACTIVATION=settings.activation,
+        STATE_ACTIVATION=settings.state_activation,
         HAS_SCALE=scale is not None,
         **chosen.options,
     )
@@ -209,23 +212,23 @@ def read_backward(
     grad_out: Tensor,
     q: Tensor,
     z: Tensor,
-    scale: Tensor | None,
-    starts: IntArray,
-    lengths: IntArray,
-    activation: str,
-    state_activation: str,
+    n: Tensor,
+    segments: Segments,
+    settings: ReadSettings,
     grad_q: Tensor,
     grad_z: Tensor,
+    *,
+    sizes: ItemSizes = ITEM_SIZES,
 ) -> None:
     """Write dq, and dz = phi2'(z * c) * c * sum phi1(q)^T dO."""
-    target = blocks.target_of(q)
-    blocks.check_tokens(target, q=q, grad_out=grad_out)
+    device = accelerator.accelerator_of(q)
+    blocks.check_tokens(device, q=q, grad_out=grad_out)
     num_heads, width, value_width = z.shape[1:]
-    cut = pieces.plan(starts, lengths, num_heads=num_heads, num_processors=target.num_processors)
-    chosen = blocks.choose("read_bwd", target, q.dtype, value_width, width, cut.mean_length)
-    first, size, items, ranges = blocks.to_device(cut.arrays, q.device)
-    part, _ = sums.new_parts(cut, z)
-    z, scale = z.contiguous(), None if scale is None else scale.contiguous()
+    work = plan_work(segments, num_heads=num_heads, num_processors=device.num_processors, sizes=sizes)
+    chosen = blocks.choose("read_bwd", device, q.dtype, value_width, width, work.mean_length)
+    starts, lengths, items, ranges = blocks.to_device(work.arrays, q.device)
+    part, _ = sums.new_parts(work, z)
+    z, scale = z.contiguous(), settings.scale(n.contiguous())
     blocks.launch(
         read_bwd_kernel,
         len(items) * num_heads * -(-width // chosen.part),
@@ -236,8 +239,8 @@ def read_backward(
         grad_q,
         grad_z,
         part,
-        first,
-        size,
+        starts,
+        lengths,
         items,
         num_heads,
         *grad_out.stride(),
@@ -247,9 +250,9 @@ def read_backward(
         BLOCK_D=chosen.part,
         BLOCK_E=chosen.whole,
         **chosen.constants,
-        ACTIVATION=activation,
-        STATE_ACTIVATION=state_activation,
+        ACTIVATION=settings.activation,
+        STATE_ACTIVATION=settings.state_activation,
         HAS_SCALE=scale is not None,
         **chosen.options,
     )
-    sums.write_state_gradient(part, ranges, grad_z, z, scale, state_activation)
+    sums.write_state_gradient(part, ranges, grad_z, z, scale, settings.state_activation)

@@ -1,10 +1,10 @@
-"""The scan of rows: a carry passes from row to row of every sequence, decaying (see `launch.Backend.scan_rows`).
+"""The scan of rows: a decaying carry passes from row to row of every sequence (see `Backend.scan_rows`).
 
     s_i = x_i + a_i c, then c = s_i;      with DECAY_AFTER  s_i = x_i + c, then c = a_i s_i
 
 Rows x [N, H, F] of any strides, decays a [N, H], carries c [P, H, F], all float32. A program takes one sequence (or
-piece of one), one head and BLOCK_F elements, row after row: the sums run in the order of the formula, a decay of 0
-forgets exactly, and nothing overflows. Where sequences are too few to fill the device, long ones are cut into pieces:
+piece of one), one head and BLOCK_F elements, row after row. So sums run in the order of the formula, a decay of 0
+forgets exactly, and nothing overflows. If sequences are too few to fill the device, long ones are cut into pieces:
 first the pieces' totals and products of decays, then a scan of those, then each piece from the carry that enters it.
 """
 
@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vista_kernels.arguments import IntArray
-from vista_kernels.state_layout import cut_segments
-from vista_kernels.triton_backend import blocks
-from vista_kernels.triton_backend.pieces import PROGRAMS_PER_PROCESSOR
+from vista_kernels.segments import IntArray, Segments, cut_segments
+from vista_kernels.triton_backend import accelerator, blocks
+from vista_kernels.triton_backend.item_sizes import ITEM_SIZES, ItemSizes
 
-LONGEST = 128
-"""Longer sequences are cut into pieces, at most this long, if there are few."""
+MAX_UNCUT = 128
+"""Longer sequences are cut into pieces, of at most this many rows, if there are few sequences."""
 BLOCK_F = 128
 
 
@@ -72,7 +70,7 @@ def scan_rows_kernel(
     if HAS_INITIAL:
         b_c = tl.load(initial_ptr + carry_row + f, mask=m_f, other=0.0)
     product = tl.full([], 1.0, tl.float32)
-    # Every row is loaded one step ahead, for the carry makes the steps wait for each other.
+    # Every row is loaded one step ahead, because the carry makes the steps wait for each other.
     b_x = tl.load(x_ptr + i * stride_xn + f * stride_xf, mask=f < tl.where(length > 0, F, 0), other=0.0)
     for done in range(length):
         following = i + step
@@ -107,9 +105,12 @@ def scan_rows(
     *,
     descending: bool = False,
     decay_after: bool = False,
+    max_uncut: int = MAX_UNCUT,
+    sizes: ItemSizes = ITEM_SIZES,
 ) -> tuple[Tensor, Tensor]:
-    """Scan the rows of every sequence; see `launch.Backend.scan_rows`."""
-    return scan(x, decay, offsets, initial, descending=descending, decay_after=decay_after, store="rows")
+    """Scan the rows of every sequence, as `Backend.scan_rows` says."""
+    flags = {"descending": descending, "decay_after": decay_after}
+    return scan(x, decay, offsets, initial, **flags, store="rows", max_uncut=max_uncut, sizes=sizes)
 
 
 def scan(
@@ -121,61 +122,67 @@ def scan(
     descending: bool,
     decay_after: bool,
     store: str,
+    max_uncut: int = MAX_UNCUT,
+    sizes: ItemSizes = ITEM_SIZES,
 ) -> tuple[Tensor, Tensor]:
     """Scan rows [N, H, F]; return the results ("rows") or the carries before them ("entering"), and the last carries.
+
+    Args:
+        max_uncut: rows of the longest sequence that is never cut into pieces.
 
     Raises:
         ValueError: if x is not float32.
     """
-    target = blocks.target_of(x)
+    device = accelerator.accelerator_of(x)
     if x.dtype != torch.float32:
         raise ValueError(f"states are {x.dtype}: backend 'triton' scans float32; use backend='torch'")
-    lengths = np.diff(offsets)
+    segments = Segments.from_offsets(offsets)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     flags = {"DESCENDING": descending, "DECAY_AFTER": decay_after}
-    longest = int(lengths.max(initial=0))
-    programs = len(lengths) * x.shape[1] * -(-x.shape[2] // BLOCK_F)
-    if longest <= LONGEST or programs >= PROGRAMS_PER_PROCESSOR * target.num_processors:
-        last, _ = _scan_pieces(x, decay, offsets[:-1], lengths, initial, out, STORE=store, **flags)
+    longest = int(segments.lengths.max(initial=0))
+    programs = len(segments) * x.shape[1] * -(-x.shape[2] // BLOCK_F)
+    if longest <= max_uncut or programs >= sizes.programs_per_processor * device.num_processors:
+        last, _ = _scan_pieces(x, decay, segments, initial, out, STORE=store, **flags)
         return out, last
-    size = min(LONGEST, max(16, math.isqrt(longest)))
-    piece_offsets, starts, sizes = cut_segments(offsets, size)
-    totals, products = _scan_pieces(x, decay, starts, sizes, None, out, STORE="totals", **flags)
+    piece_offsets, pieces = cut_segments(offsets, min(max_uncut, max(16, math.isqrt(longest))))
+    totals, products = _scan_pieces(x, decay, pieces, None, out, STORE="totals", **flags)
     # The carry that leaves a piece is its total + its product of decays * the one that enters, before or after alike.
     product = None if decay is None else products
     entering, last = scan(
-        totals, product, piece_offsets, initial, descending=descending, decay_after=False, store="entering"
+        totals,
+        product,
+        piece_offsets,
+        initial,
+        descending=descending,
+        decay_after=False,
+        store="entering",
+        max_uncut=max_uncut,
+        sizes=sizes,
     )
-    _scan_pieces(x, decay, starts, sizes, entering, out, STORE=store, **flags)
+    _scan_pieces(x, decay, pieces, entering, out, STORE=store, **flags)
     return out, last
 
 
 def _scan_pieces(
-    x: Tensor,
-    decay: Tensor | None,
-    starts: IntArray,
-    lengths: IntArray,
-    initial: Tensor | None,
-    out: Tensor,
-    **flags: object,
+    x: Tensor, decay: Tensor | None, pieces: Segments, initial: Tensor | None, out: Tensor, **flags: object
 ) -> tuple[Tensor, Tensor]:
     """Scan each piece on its own; return the last carries [P, H, F] and the products of decays [P, H]."""
     num_heads, num_elements = x.shape[1:]
-    last = x.new_empty((len(starts), num_heads, num_elements))
-    product = x.new_empty((len(starts), num_heads))
-    first, size = blocks.to_device([starts, lengths], x.device)
+    last = x.new_empty((len(pieces), num_heads, num_elements))
+    product = x.new_empty((len(pieces), num_heads))
+    starts, lengths = blocks.to_device([pieces.starts, pieces.lengths], x.device)
     block_f = min(BLOCK_F, max(16, triton.next_power_of_2(num_elements)))
     blocks.launch(
         scan_rows_kernel,
-        len(starts) * num_heads * -(-num_elements // block_f),
+        len(pieces) * num_heads * -(-num_elements // block_f),
         x,
         x if decay is None else decay,
         x if initial is None else initial.contiguous(),
         out,
         last,
         product,
-        first,
-        size,
+        starts,
+        lengths,
         num_heads,
         *x.stride(),
         *((0, 0) if decay is None else decay.stride()),

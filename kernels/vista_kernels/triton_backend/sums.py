@@ -1,6 +1,6 @@
-"""Adds the partial states of long segments, in the order of their pieces: the second stage of the reductions.
+"""Adding the partial states of long segments in the order of their pieces: the second stage of the reductions.
 
-    z_b (+)= f * sum_p part_p [D, E]      n_b += sum_p part_n_p      f = 1, or phi2'(z_b c_b) c_b in reading's backward
+    z_b (+)= f * sum_p part_p [D, E]      n_b += sum_p part_n_p      f = 1, or phi2'(z_b c_b) c_b in read's backward
 
 Partial states are [num_slots, H, D * E] float32. A program adds one block of one segment's and head's state.
 """
@@ -13,12 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vista_kernels.triton_backend import blocks
-from vista_kernels.triton_backend.pieces import Plan
 from vista_kernels.triton_backend.tile_access import activation_gradient
+from vista_kernels.triton_backend.work_plan import WorkPlan
 
-BLOCK_F = 256
-BLOCK_P = 16
-"""Partial states that are read at once, and elements of each."""
+BLOCK_F, BLOCK_P = 256, 16
+"""Elements of a partial state, and partial states, that are read at once."""
 
 
 @triton.jit
@@ -73,15 +72,15 @@ def sum_parts_kernel(
             tl.store(n_ptr + row, tl.load(n_ptr + row) + tl.sum(b_n, 0))
 
 
-def new_parts(cut: Plan, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the uninitialised workspace for a batch's partial states [slots, H, D, E] and counts [slots, H]."""
+def new_parts(work: WorkPlan, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return uninitialized workspace for a batch's partial states [slots, H, D, E] and weight sums [slots, H]."""
     num_heads = z.shape[1]
-    part = torch.empty((cut.num_slots, *z.shape[1:]), dtype=torch.float32, device=z.device)
-    return part, torch.empty((cut.num_slots, num_heads), dtype=torch.float32, device=z.device)
+    part = torch.empty((work.num_slots, *z.shape[1:]), dtype=torch.float32, device=z.device)
+    return part, torch.empty((work.num_slots, num_heads), dtype=torch.float32, device=z.device)
 
 
 def add_parts(part: Tensor, part_n: Tensor, sums: Tensor, z: Tensor, n: Tensor, *, fresh: bool) -> None:
-    """Write (or add, unless fresh) each long segment's sum of partial states to z, and add that of its counts to n."""
+    """Write (or add, unless fresh) each long segment's sum of partial states to z; add its partial weight sums to n."""
     _launch(part, part_n, sums, z, n, z, None, ADD=not fresh, HAS_COUNT=True, HAS_FACTOR=False, STATE_ACTIVATION="")
 
 

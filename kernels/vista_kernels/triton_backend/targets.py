@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vista_kernels.arguments import IntArray
-from vista_kernels.triton_backend import blocks
+from vista_kernels.segments import IntArray
+from vista_kernels.triton_backend import accelerator, blocks
 from vista_kernels.triton_backend.tile_access import activate, activation_gradient, load_tokens, store_tokens
 
 BLOCK_T = 16
@@ -114,7 +114,7 @@ def targets_bwd_kernel(
 
 def add_targets(q: Tensor, k: Tensor, v: Tensor, tokens: IntArray, activation: str, out: Tensor) -> None:
     """Add (phi(q_t) . phi(k_t)) v_t to the rows `tokens` of out."""
-    blocks.check_tokens(blocks.target_of(q), q=q, k=k, v=v)
+    blocks.check_tokens(accelerator.accelerator_of(q), q=q, k=k, v=v)
     strides = (*q.stride(), *k.stride(), *v.stride())
     _launch(targets_fwd_kernel, tokens, (q, k, v, out), strides, q, v, activation)
 
@@ -130,8 +130,8 @@ def add_targets_backward(
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> None:
-    """Add that term's dq to the rows `tokens` of grad_q, and write its dk and dv there."""
-    blocks.check_tokens(blocks.target_of(q), q=q, k=k, v=v)
+    """Add dq of that term to the rows `tokens` of grad_q, and write its dk and dv to theirs."""
+    blocks.check_tokens(accelerator.accelerator_of(q), q=q, k=k, v=v)
     strides = (*grad_out.stride(), *q.stride(), *k.stride(), *v.stride())
     _launch(targets_bwd_kernel, tokens, (grad_out, q, k, v, grad_q, grad_k, grad_v), strides, q, v, activation)
 

@@ -1,9 +1,9 @@
 """What all kernels share: loads and stores of tiles, activations, and operands of matrix products.
 
-A tile holds BLOCK_T tokens of one head, [BLOCK_T, BLOCK_C], or one state, [BLOCK_D, BLOCK_E]; a width that is no power
-of two, or below 16, is padded. Padding is loaded as 0, and all activations map 0 to 0, so that it adds nothing. Token
-numbers are int64, so that no address overflows. Names: `b_x` is a tile or a state in registers, `m_t` a mask of tokens;
-i, d and e number a block's tokens and a state's rows and columns.
+A tile holds BLOCK_T tokens of one head, [BLOCK_T, BLOCK_C], or one state, [BLOCK_D, BLOCK_E]. A width that is not a
+power of two, or is below 16, is padded. Padding is loaded as 0 and all activations map 0 to 0, so it adds nothing.
+Token numbers are int64, so no address overflows. Names: `b_x` is a tile or a state in registers, `m_t` a mask of
+tokens; i, d and e number a block's tokens and a state's rows and columns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def load_tokens(ptr, i, m_t, c, stride_t, stride_c, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Load columns c of rows i of one head's tokens, [BLOCK_T, BLOCK_C]; 0 where m_t is false."""
+    """Load columns c of rows i of one head's tokens, [BLOCK_T, BLOCK_C]; 0 where m_t is False."""
     m = m_t[:, None]
     if WIDTH % BLOCK_C != 0:
         m = m & (c < WIDTH)[None, :]
@@ -23,7 +23,7 @@ def load_tokens(ptr, i, m_t, c, stride_t, stride_c, WIDTH: tl.constexpr, BLOCK_C
 
 @triton.jit
 def store_tokens(ptr, tile, i, m_t, c, stride_t, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Store to columns c of rows i of one head's tokens; outputs lie densely."""
+    """Store to columns c of rows i of one head's tokens; outputs are contiguous."""
     m = m_t[:, None]
     if WIDTH % BLOCK_C != 0:
         m = m & (c < WIDTH)[None, :]
@@ -115,8 +115,8 @@ def power_of_two_below(x):
 def operand(x, DTYPE: tl.constexpr):
     """Round a float32 tile to the dtype in which it is multiplied; return it and the factor to multiply the product by.
 
-    float16 ends at 65504, and a state sums up to 10^6 tokens. So there the tile is divided by a power of two, which
-    rounds nothing, and brings its largest value to between 128 and 256.
+    float16 ends at 65504, and a state may sum 10^6 tokens. So a float16 tile is divided by a power of two, which rounds
+    nothing and brings its largest value to between 128 and 256.
     """
     if tl.float16 == DTYPE:
         factor = power_of_two_below(tl.max(tl.max(tl.abs(x), 1), 0)) * 0.0078125
@@ -127,7 +127,7 @@ def operand(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def row_operand(x, DTYPE: tl.constexpr):
-    """`operand` with a factor [rows, 1] of its own for every row, so that no row sees another."""
+    """Like `operand`, but with one factor per row [rows, 1], so that no row depends on another."""
     if tl.float16 == DTYPE:
         factor = power_of_two_below(tl.max(tl.abs(x), 1, keep_dims=True)) * 0.0078125
         return (x * (1 / factor)).to(DTYPE), factor

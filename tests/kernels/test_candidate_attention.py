@@ -1,4 +1,4 @@
-"""Target attention: its error and gradients, what it hides, and that no candidate and no request sees another."""
+"""Candidate attention: error, gradients, hidden tokens, and that no candidate or request sees another."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vista_kernels import reference, target_attention
-from vista_kernels.target_attention import _direct
-from vista_kernels.torch_backend import sdpa
+from vista_kernels import candidate_attention, reference
+from vista_kernels.candidate_attention import attend_directly, attend_in_portions
+from vista_kernels.candidate_tokens import CandidateTokens, check_candidates
+from vista_kernels.processor import PROFILES
 
 from .test_operators import _Recorder, err
 
@@ -22,7 +23,7 @@ BIASES: dict[str, tuple[int, ...] | None] = {
     "keys": (1, 0, 0, 1),
     "all": (1,) * 4,
 }
-"""Which axes of [B, H, Q, C] a bias has."""
+"""Whether a bias has each axis of [B, H, Q, C]."""
 SHAPES = {
     "one": (1, 1, 1),
     "no-requests": (0, 3, 4),
@@ -37,7 +38,7 @@ TOKENS = ("q", "k", "v", "own_k", "own_v")
 def make(
     shape: tuple[int, int, int], dtype: torch.dtype, bias: str = "learned", *, mask: bool = True, width: int = 8
 ) -> Inputs:
-    """Random inputs for (B, Q, C), two heads; values are 6 wide."""
+    """Return random inputs for (B, Q, C), with two heads and values of width 6."""
     (batch, queries, context), heads = shape, 2
     generator = torch.Generator().manual_seed(0)
 
@@ -59,7 +60,7 @@ def make(
 
 
 def gradients(run: Callable[..., Tensor], inputs: Inputs) -> dict[str, Tensor]:
-    """The output and the gradients of a fixed random functional of it, by name."""
+    """Return the output and the gradients of a fixed random functional of it, by name."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items() if x.is_floating_point()}
     out = run(**inputs | leaves)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -69,78 +70,100 @@ def gradients(run: Callable[..., Tensor], inputs: Inputs) -> dict[str, Tensor]:
 
 def check_against_oracle(run: Callable[..., Tensor], inputs: Inputs, unit: float) -> None:
     def rounded(**arguments: Any) -> Tensor:
-        return reference.target_attention(**arguments, dtype=torch.float32).to(inputs["q"].dtype)
+        return reference.candidate_attention(**arguments, dtype=torch.float32).to(inputs["q"].dtype)
 
-    exact = gradients(reference.target_attention, inputs)
+    exact = gradients(reference.candidate_attention, inputs)
     actual, plain = gradients(run, inputs), gradients(rounded, inputs)
-    # A score's gradient is a difference of larger terms, and is held to their rounding.
+    # The gradient of a score is a difference of larger terms, whose rounding bounds its error.
     largest = max((float(x.abs().max()) for x in exact.values() if x.numel()), default=0.0)
-    for name, truth in exact.items():
-        assert actual[name].shape == truth.shape
-        direct = name in ("out", "v", "own_v") and truth.numel()
-        scale = float(truth.abs().max()) if direct else largest
-        assert err(actual[name], truth) <= 2 * err(plain[name], truth) + 4 * unit * scale, name
+    for name, expected in exact.items():
+        assert actual[name].shape == expected.shape
+        is_sum = name in ("out", "v", "own_v") and expected.numel()
+        scale = float(expected.abs().max()) if is_sum else largest
+        assert err(actual[name], expected) <= 2 * err(plain[name], expected) + 4 * unit * scale, name
 
 
-@pytest.fixture(params=[64, 1 << 19], ids=["small-portions", "one-portion"])
-def portions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Portions of a few candidates, and as they are."""
-    monkeypatch.setitem(sdpa.PORTION_ELEMENTS, "cpu", request.param)
+def run_form(form: Callable[..., Tensor], inputs: Inputs, **sizes: int) -> Tensor:
+    """Run one form of the operator as the public function would."""
+    tokens, mask = CandidateTokens(*(inputs[name] for name in TOKENS)), inputs.get("context_mask")
+    bias, own_bias = check_candidates(tokens, inputs.get("bias"), inputs.get("own_bias"), mask)
+    return form(tokens, bias, own_bias, mask, inputs.get("scale", tokens.q.shape[3] ** -0.5), **sizes)
+
+
+def in_portions(**inputs: Any) -> Tensor:
+    """In portions of the usual size, also where products would be direct."""
+    return run_form(attend_in_portions, inputs)
+
+
+def in_small_portions(**inputs: Any) -> Tensor:
+    """In portions of a few candidates."""
+    return run_form(attend_in_portions, inputs, portion_elements=64)
+
+
+def directly(**inputs: Any) -> Tensor:
+    """By products in the tokens' dtype, also where the processor does not prefer them."""
+    return run_form(attend_directly, inputs)
+
+
+@pytest.fixture(params=[candidate_attention, in_small_portions], ids=["one-portion", "small-portions"])
+def attend(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """The public function, which chooses a form, and small portions."""
+    form: Callable[..., Tensor] = request.param
+    return form
 
 
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.usefixtures("portions")
-def test_float32_error(shape: tuple[int, int, int], bias: str) -> None:
-    check_against_oracle(target_attention, make(shape, torch.float32, bias, mask=bias != "keys"), 2.0**-24)
+def test_float32_error(shape: tuple[int, int, int], bias: str, attend: Callable[..., Tensor]) -> None:
+    check_against_oracle(attend, make(shape, torch.float32, bias, mask=bias != "keys"), 2.0**-24)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.usefixtures("portions")
-def test_low_precision_error(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdpa, "DIRECT_SCORES", -1)
+@pytest.mark.parametrize("run", [in_portions, in_small_portions])
+def test_low_precision_error(dtype: torch.dtype, run: Callable[..., Tensor]) -> None:
     unit = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-12
     for shape in SHAPES.values():
-        check_against_oracle(target_attention, make(shape, dtype), unit)
+        check_against_oracle(run, make(shape, dtype), unit)
 
 
 @pytest.mark.parametrize("bias", BIASES)
 def test_direct_products_error(bias: str) -> None:
-    """The form that bfloat16 takes on CPUs which multiply it; without gradients in buffers, and so the same."""
-
-    def run(bias: Tensor | None = None, own_bias: Tensor | None = None, **arguments: Any) -> Tensor:
-        own_bias = None if own_bias is None else own_bias[None, :, None]
-        mask = arguments.get("context_mask")
-        return _direct(*(arguments[name] for name in TOKENS), bias, own_bias, mask, arguments["q"].shape[3] ** -0.5)
-
+    """The form of bfloat16 on CPUs that multiply it fast, with gradients and, in buffers, without."""
     for shape in SHAPES.values():
-        arguments = make(shape, torch.bfloat16, bias)
-        check_against_oracle(run, arguments, 2.0**-9)
-        expected = run(**arguments)
+        inputs = make(shape, torch.bfloat16, bias)
+        check_against_oracle(directly, inputs, 2.0**-9)
+        expected = directly(**inputs)
         with torch.no_grad():
-            found = run(**arguments)
-        torch.testing.assert_close(found, expected, rtol=2.0**-7, atol=2.0**-7)
+            actual = directly(**inputs)
+        torch.testing.assert_close(actual, expected, rtol=2.0**-7, atol=2.0**-7)
+
+
+@pytest.mark.processor
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_processor_chooses_the_form(profile: str, force_processor: Callable[[str], None]) -> None:
+    force_processor(profile)
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = make((2, 70, 33), dtype)
+        chosen = directly if dtype == torch.bfloat16 and profile != "float32" else in_portions
+        assert torch.equal(candidate_attention(**inputs), chosen(**inputs))
+        check_against_oracle(candidate_attention, inputs, 2.0**-9 if dtype == torch.bfloat16 else 2.0**-24)
 
 
 @pytest.mark.parametrize("bias", BIASES)
-def test_gradcheck(bias: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradcheck(bias: str) -> None:
     """In portions of a few candidates; the other tests compare gradients in one portion with the oracle."""
-    monkeypatch.setitem(sdpa.PORTION_ELEMENTS, "cpu", 64)
+    attend = in_small_portions
     inputs = make((2, 3, 4), torch.float64, bias, width=3)
     names = [name for name, x in inputs.items() if x.is_floating_point()]
     leaves = [inputs[name].requires_grad_() for name in names]
     constants = {"scale": 0.7, "context_mask": inputs["context_mask"]}
-    assert torch.autograd.gradcheck(
-        lambda *x: target_attention(**dict(zip(names, x, strict=True)), **constants), leaves
-    )
-    if "bias" in inputs:  # and as a constant
+    assert torch.autograd.gradcheck(lambda *x: attend(**dict(zip(names, x, strict=True)), **constants), leaves)
+    if "bias" in inputs:  # the bias as a constant, too
         inputs["bias"] = inputs["bias"].detach()
         fixed = {name: inputs.pop(name) for name in ("bias", "context_mask")}
         names = list(inputs)
         leaves = list(inputs.values())
-        assert torch.autograd.gradcheck(
-            lambda *x: target_attention(**dict(zip(names, x, strict=True)), **fixed), leaves
-        )
+        assert torch.autograd.gradcheck(lambda *x: attend(**dict(zip(names, x, strict=True)), **fixed), leaves)
 
 
 @pytest.mark.parametrize("bias", BIASES)
@@ -149,36 +172,39 @@ def test_opcheck(bias: str) -> None:
     inputs = make((2, 3, 4), torch.float32, bias, mask=bias != "all")
     recorder = _Recorder()
     with recorder:
-        gradients(target_attention, inputs)
-    assert sorted(recorder.calls) == ["target_attention", "target_attention_backward"]
+        gradients(candidate_attention, inputs)
+    assert sorted(recorder.calls) == ["candidate_attention", "candidate_attention_backward"]
     for name, args in recorder.calls.items():
         if not name.endswith("_backward"):
             args = [a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
         torch.library.opcheck(getattr(torch.ops.vista_kernels, name).default, args)
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiles_as_one_graph(dtype: torch.dtype) -> None:
     inputs = make((2, 5, 4), dtype)
-    compiled = torch.compile(target_attention, backend="aot_eager", fullgraph=True)
-    expected, actual = gradients(target_attention, inputs), gradients(compiled, inputs)
+    compiled = torch.compile(candidate_attention, backend="aot_eager", fullgraph=True)
+    expected, actual = gradients(candidate_attention, inputs), gradients(compiled, inputs)
     tolerance = {} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
     for name, x in expected.items():
         torch.testing.assert_close(actual[name], x, **tolerance)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(**inputs), target_attention(**inputs), **tolerance)
+        torch.testing.assert_close(compiled(**inputs), candidate_attention(**inputs), **tolerance)
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("how", ["-1e9", "-inf", "mask", "no context"])
-@pytest.mark.usefixtures("portions")
-def test_hidden_context_leaves_the_candidate_itself(dtype: torch.dtype, how: str) -> None:
+def test_hidden_context_leaves_the_candidate_itself(
+    dtype: torch.dtype, how: str, attend: Callable[..., Tensor]
+) -> None:
     inputs = make((3, 7, 0 if how == "no context" else 9), dtype, "all", mask=False)
     if how == "mask":
         inputs["context_mask"] = torch.arange(3)[:, None].expand(3, 9) != 1
     elif how != "no context":
         inputs["bias"][1] = float(how)
-    results = gradients(target_attention, inputs)
+    results = gradients(attend, inputs)
     hidden = slice(None) if how == "no context" else 1
     assert torch.equal(results["out"][hidden], inputs["own_v"][hidden])
     assert all(bool(x.isfinite().all()) for x in results.values())
@@ -191,21 +217,21 @@ def test_partly_hidden_by_infinity() -> None:
     inputs = make((2, 5, 9), torch.float32, "all", mask=False)
     inputs["bias"][:, :, :, 4:] = -torch.inf
     shorter = inputs | {name: inputs[name][:, :, :4] for name in ("k", "v")} | {"bias": inputs["bias"][..., :4]}
-    torch.testing.assert_close(target_attention(**inputs), target_attention(**shorter))
-    assert not gradients(target_attention, inputs)["k"][:, :, 4:].any()
+    torch.testing.assert_close(candidate_attention(**inputs), candidate_attention(**shorter))
+    assert not gradients(candidate_attention, inputs)["k"][:, :, 4:].any()
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("portions")
-def test_poisoned_candidate_changes_no_other(dtype: torch.dtype) -> None:
+def test_poisoned_candidate_changes_no_other(dtype: torch.dtype, attend: Callable[..., Tensor]) -> None:
     inputs = make((2, 70, 33), dtype, "none")
     inputs["bias"] = torch.zeros(2, 70, 33)
-    before = gradients(target_attention, inputs)
+    before = gradients(attend, inputs)
     for i in (0, 31, 69):
         poisoned = inputs | {name: inputs[name].clone() for name in ("q", "own_k", "own_v")}
         for name in ("q", "own_k", "own_v"):
             poisoned[name][:, :, i] = torch.nan
-        after = gradients(target_attention, poisoned)
+        after = gradients(attend, poisoned)
         others = torch.arange(70) != i
         for name in ("out", "q", "own_k", "own_v"):
             assert torch.equal(before[name][:, :, others], after[name][:, :, others])
@@ -213,16 +239,16 @@ def test_poisoned_candidate_changes_no_other(dtype: torch.dtype) -> None:
         assert bool(after["out"][:, :, i].isnan().all())
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("portions")
-def test_poison_stays_in_its_request(dtype: torch.dtype) -> None:
+def test_poison_stays_in_its_request(dtype: torch.dtype, attend: Callable[..., Tensor]) -> None:
     inputs = make((3, 7, 9), dtype, "all")
-    before = gradients(target_attention, inputs)
+    before = gradients(attend, inputs)
     for value in (torch.nan, torch.inf):
         poisoned = {name: x.clone() for name, x in inputs.items()}
         for name in (*TOKENS, "bias"):
             poisoned[name][1] = value
-        after = gradients(target_attention, poisoned)
+        after = gradients(attend, poisoned)
         for name in ("out", *TOKENS, "bias"):
             assert torch.equal(before[name][[0, 2]], after[name][[0, 2]])
         assert bool(after["out"][1].isnan().any())
@@ -230,21 +256,21 @@ def test_poison_stays_in_its_request(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("dtype", "units"), [(torch.float32, 8), (torch.float64, 8)], ids=str)
 def test_candidates_alone_equal_candidates_in_a_list(dtype: torch.dtype, units: int) -> None:
-    """Products of other shapes round differently; 8 units of the largest value bound it."""
+    """Products of other shapes round differently, by at most 8 units of the largest value."""
     inputs = make((2, 70, 33), dtype, "keys")
-    whole = target_attention(**inputs)
+    whole = candidate_attention(**inputs)
     for i in range(70):
         one = inputs | {name: inputs[name][:, :, i : i + 1] for name in ("q", "own_k", "own_v")}
-        assert err(target_attention(**one), whole[:, :, i : i + 1]) <= units * torch.finfo(dtype).eps / 2 * float(
+        assert err(candidate_attention(**one), whole[:, :, i : i + 1]) <= units * torch.finfo(dtype).eps / 2 * float(
             whole.abs().max()
         )
 
 
 def test_no_uninitialised_memory(poisoned_memory: Callable[[], None]) -> None:
     inputs = make((3, 7, 9), torch.float32)
-    first = gradients(target_attention, inputs)
+    first = gradients(candidate_attention, inputs)
     poisoned_memory()
-    second = gradients(target_attention, inputs)
+    second = gradients(candidate_attention, inputs)
     for name, x in first.items():
         assert bool(x.isfinite().all())
         assert torch.equal(x, second[name])
@@ -252,38 +278,38 @@ def test_no_uninitialised_memory(poisoned_memory: Callable[[], None]) -> None:
 
 def test_strided_and_expanded_inputs() -> None:
     inputs = make((3, 7, 9), torch.float32)
-    expected = gradients(target_attention, inputs)
+    expected = gradients(candidate_attention, inputs)
     strided = inputs | {name: inputs[name].transpose(1, 2).contiguous().transpose(1, 2) for name in TOKENS}
-    for name, x in gradients(target_attention, strided).items():
+    for name, x in gradients(candidate_attention, strided).items():
         torch.testing.assert_close(x, expected[name])
     same = inputs | {"q": inputs["q"][:1, :, :1].expand(3, 2, 7, 8)}
     copied = same | {"q": same["q"].contiguous()}
-    torch.testing.assert_close(target_attention(**same), target_attention(**copied))
+    torch.testing.assert_close(candidate_attention(**same), candidate_attention(**copied))
 
 
 def test_under_autocast() -> None:
-    """Autocast lowers nothing within: its caller chose the tokens' dtype."""
+    """Autocast changes no dtype inside the operator: the caller chose the dtype of the tokens."""
     inputs = make((3, 7, 9), torch.float32)
-    expected = gradients(target_attention, inputs)
+    expected = gradients(candidate_attention, inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        actual = gradients(target_attention, inputs)
+        actual = gradients(candidate_attention, inputs)
     for name, x in expected.items():
         assert torch.equal(actual[name], x)
 
 
 def test_without_gradients_the_same_bits() -> None:
     inputs = make((3, 7, 9), torch.float32)
-    expected = gradients(target_attention, inputs)["out"]
+    expected = gradients(candidate_attention, inputs)["out"]
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            assert torch.equal(target_attention(**inputs), expected)
+            assert torch.equal(candidate_attention(**inputs), expected)
 
 
 def test_reference_backend() -> None:
     inputs = make((3, 7, 9), torch.float32)
-    out = target_attention(**inputs, backend="reference")
+    out = candidate_attention(**inputs, backend="reference")
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, target_attention(**inputs))
+    torch.testing.assert_close(out, candidate_attention(**inputs))
 
 
 @pytest.mark.gpu
@@ -293,8 +319,8 @@ def test_reference_backend() -> None:
 def test_on_a_gpu(dtype: torch.dtype, bias: str) -> None:
     for shape in SHAPES.values():
         inputs = make(shape, dtype, bias)
-        expected = gradients(target_attention, inputs)
-        actual = gradients(target_attention, {name: x.cuda() for name, x in inputs.items()})
+        expected = gradients(candidate_attention, inputs)
+        actual = gradients(candidate_attention, {name: x.cuda() for name, x in inputs.items()})
         for name, x in expected.items():
             tolerance = 1e-9 if dtype == torch.float64 else 1e-4 if dtype == torch.float32 else 3e-2
             torch.testing.assert_close(actual[name].cpu(), x, rtol=tolerance, atol=tolerance)

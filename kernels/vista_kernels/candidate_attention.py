@@ -1,37 +1,44 @@
-"""Attention of candidates to a context that they share, and each to itself; no candidate sees another.
+"""Attention of candidates to a context that they share and to themselves. No candidate sees another.
 
 Per request and head, for candidate i, with C context tokens::
 
     s_ij = scale q_i . k_j + bias_ij        e_i = scale q_i . own_k_i + own_bias_i
     o_i  = sum_j exp(s_ij - L_i) v_j + exp(e_i - L_i) own_v_i          L_i = log(sum_j exp(s_ij) + exp(e_i))
 
-Forward is torch's SDPA over the context, which gives its log-sum-exp, and one term merged into it. Backward needs the
-merged L alone (delta is summed again): with p = exp(s - L) and delta_i = dO_i . o_i::
+Forward is torch's SDPA over the context, which returns its log-sum-exp, with one term merged into it. Backward reads
+the merged L and computes delta again: with p = exp(s - L) and delta_i = dO_i . o_i::
 
     dS_ij = p_ij (dO_i . v_j - delta_i)     dE_i = exp(e_i - L_i) (dO_i . own_v_i - delta_i)     dbias = dS
     dq = scale (dS k + dE own_k)            dk = scale dS^T q        dv = p^T dO
 
-SDPA's own backward on a CPU gives no gradient of a bias, so dS is computed here, in portions of requests and candidates
-that stay in cache (torch_backend/sdpa.py). bfloat16 on a CPU that multiplies it takes plain products and one softmax
-instead, and torch's own backward of these, up to `sdpa.DIRECT_SCORES`: portions, widened, lost there. Layout:
-[B, H, N, D]. Sums are float32 (float64 for float64); lower dtypes are widened.
+On a CPU SDPA's own backward returns no gradient of a bias. So dS is computed here, in portions of requests and
+candidates that fit the cache (torch_backend/sdpa.py). Where a CPU multiplies bfloat16 faster than float32, up to
+`sdpa.DIRECT_SCORES` bfloat16 scores are plain products with one softmax and torch's own backward: that beats portions
+widened to float32.
+
+Layout: [B, H, N, D]. Sums are float32 (float64 for float64 tokens).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vista_kernels import reference
-from vista_kernels.arguments import check_candidates, state_dtype
-from vista_kernels.launch import choose_backend, needs_dispatch
+from vista_kernels.backend import choose_backend, needs_dispatch
+from vista_kernels.candidate_tokens import CandidateTokens, check_candidates
+from vista_kernels.state_layout import state_dtype
 from vista_kernels.torch_backend import sdpa
 from vista_kernels.torch_backend.precision import product_dtype
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of the tokens, bias and own_bias; the last two are empty where there is no bias."""
 
-def target_attention(
+
+def candidate_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -46,7 +53,7 @@ def target_attention(
 ) -> Tensor:
     """Let every candidate attend to its request's context and to itself: o = softmax([q k^T, q . own_k]) [v; own_v].
 
-    A candidate with nothing to see in the context, or with C = 0, returns own_v.
+    A candidate that sees no context token, or has none (C = 0), returns own_v.
 
     Args:
         q: [B, H, Q, D] queries of the candidates, float64, float32, bfloat16 or float16.
@@ -54,10 +61,10 @@ def target_attention(
         v: [B, H, C, E] values of the context.
         own_k: [B, H, Q, D] keys of the candidates.
         own_v: [B, H, Q, E] values of the candidates.
-        bias: float, broadcastable to [B, H, Q, C], added to the scaled scores; -inf hides.
+        bias: float, broadcastable to [B, H, Q, C], added to the scaled scores; -inf hides a token.
         own_bias: float [H], or broadcastable to [B, H, Q], added to the candidates' own scores.
-        context_mask: bool [B, C]; False hides a token from all candidates. None: all are seen.
-        scale: of the scores; None is 1 / sqrt(D).
+        context_mask: bool [B, C]; False hides a token from all candidates. None hides no token.
+        scale: factor of the scores; None is 1 / sqrt(D).
         backend: "auto", "torch" or "reference".
 
     Returns:
@@ -66,47 +73,43 @@ def target_attention(
     Raises:
         ValueError: naming the argument and the shapes, if shapes, dtypes or devices do not fit, or for "triton".
     """
-    bias, own_bias = check_candidates(q, k, v, own_k, own_v, bias, own_bias, context_mask)
+    tokens = CandidateTokens(q, k, v, own_k, own_v)
+    bias, own_bias = check_candidates(tokens, bias, own_bias, context_mask)
     if scale is None:
         scale = q.shape[3] ** -0.5 if q.shape[3] else 1.0
     if not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
-    chosen = choose_backend(backend, q.device, sdpa=True)
-    if chosen == "reference":
-        return reference.target_attention(
-            q, k, v, own_k, own_v, bias=bias, own_bias=own_bias, context_mask=context_mask, scale=scale
+    if choose_backend(backend, q.device, sdpa=True) == "reference":
+        return reference.candidate_attention(
+            *tokens, bias=bias, own_bias=own_bias, context_mask=context_mask, scale=scale
         ).to(v.dtype)
-    if _is_direct(q, k):
-        return _direct(q, k, v, own_k, own_v, bias, own_bias, context_mask, scale)
-    arguments = (q, k, v, own_k, own_v, bias, own_bias, context_mask, scale)
-    run = _target_op if needs_dispatch(*arguments) else _forward
-    out: Tensor = run(*arguments)[0]
-    return out
+    if is_direct(tokens):
+        return attend_directly(tokens, bias, own_bias, context_mask, scale)
+    return attend_in_portions(tokens, bias, own_bias, context_mask, scale)
 
 
-def _is_direct(q: Tensor, k: Tensor) -> bool:
+def is_direct(tokens: CandidateTokens) -> bool:
+    """Return whether `attend_directly` is the faster form."""
+    q = tokens.q
     if q.device.type != "cpu" or torch.compiler.is_compiling() or product_dtype(q) != torch.bfloat16:
         return False
-    return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= sdpa.DIRECT_SCORES
+    return tokens.num_scores <= sdpa.DIRECT_SCORES
 
 
-def _direct(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    own_k: Tensor,
-    own_v: Tensor,
+def attend_directly(
+    tokens: CandidateTokens,
     bias: Tensor | None,
     own_bias: Tensor | None,
     context_mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Return o by products in q's dtype and a float32 softmax: in buffers, or kept for torch's own backward."""
+    """Return o by products in the tokens' dtype and a float32 softmax, differentiated by torch."""
+    q, k, v, own_k, own_v = tokens
     added = torch.zeros((), device=q.device) if bias is None else bias.float()
     if context_mask is not None:
         added = added + torch.where(context_mask, 0.0, sdpa.HIDDEN)[:, None, None]
-    k = k.contiguous()  # as a view of all heads' tokens its transpose would be copied, at several times the cost
-    if torch.is_grad_enabled() or q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > sdpa.BUFFERED_SCORES:
+    k = k.contiguous()  # torch would copy the transpose of a view of all heads' tokens, at several times the cost
+    if torch.is_grad_enabled() or tokens.num_scores > sdpa.BUFFERED_SCORES:
         own = (q.float() * own_k).sum(-1) * scale
         own = own if own_bias is None else own + own_bias
         scores = torch.add(added, q @ k.transpose(-1, -2), alpha=scale)
@@ -114,6 +117,24 @@ def _direct(
         return weights[..., :-1] @ v + weights[..., -1:] * own_v
     weights, share = sdpa.direct_weights(q, k, own_k, added, own_bias, scale)
     return torch.addcmul(torch.matmul(weights, v), share, own_v)
+
+
+def attend_in_portions(
+    tokens: CandidateTokens,
+    bias: Tensor | None,
+    own_bias: Tensor | None,
+    context_mask: Tensor | None,
+    scale: float,
+    portion_elements: int | None = None,
+) -> Tensor:
+    """Return o by SDPA over portions of at most `portion_elements` scores and queries (None: by device)."""
+    if portion_elements is None:
+        on_cpu = tokens.q.device.type == "cpu"
+        portion_elements = sdpa.PORTION_ELEMENTS if on_cpu else sdpa.PORTION_ELEMENTS_ON_GPU
+    arguments = (*tokens, bias, own_bias, context_mask, scale, portion_elements)
+    run = _candidate_op if needs_dispatch(*arguments) else _forward
+    out: Tensor = run(*arguments)[0]
+    return out
 
 
 def _forward(
@@ -126,14 +147,15 @@ def _forward(
     own_bias: Tensor | None,
     context_mask: Tensor | None,
     scale: float,
+    portion_elements: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return o, and L [B, H, Q], which backward reads."""
+    """Return o, and L [B, H, Q] for backward."""
     out, lse = _empty_like(own_v), q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
-    # SDPA on a GPU takes 16-bit tokens at their best; on a CPU without AMX it is slower on them than widened.
+    # SDPA on a GPU is fastest on 16-bit tokens. On a CPU without AMX it is slower on them than on widened ones.
     work = state_dtype(q.dtype) if q.device.type == "cpu" else q.dtype
-    for rows in sdpa.row_portions(q, k):
+    for rows in sdpa.row_portions(q, k, portion_elements):
         k_n, v_n = sdpa.widened("k", k[rows], work), sdpa.widened("v", v[rows], work)
-        for part in sdpa.query_portions(rows, q, k):
+        for part in sdpa.query_portions(rows, q, k, portion_elements):
             q_n = sdpa.widened("q", q[part], work)
             o, context = sdpa.attend(q_n, k_n, v_n, sdpa.mask(bias, context_mask, part, work), scale)
             own = sdpa.own_scores(q_n, own_k[part], own_bias, part, scale)
@@ -146,50 +168,41 @@ def _forward(
     return out, lse
 
 
-_target_op = torch.library.custom_op("vista_kernels::target_attention", _forward, mutates_args=())
+_candidate_op = torch.library.custom_op("vista_kernels::candidate_attention", _forward, mutates_args=())
 
 
-@_target_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    own_k: Tensor,
-    own_v: Tensor,
-    bias: Tensor | None,
-    own_bias: Tensor | None,
-    context_mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+@_candidate_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty_like(own_v), q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
 
 
-@torch.library.custom_op("vista_kernels::target_attention_backward", mutates_args=())
-def _target_backward_op(
+@torch.library.custom_op("vista_kernels::candidate_attention_backward", mutates_args=())
+def _candidate_backward_op(
     grad_out: Tensor,
+    lse: Tensor,
+    learned_bias: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     own_k: Tensor,
     own_v: Tensor,
-    lse: Tensor,
     bias: Tensor | None,
     own_bias: Tensor | None,
     context_mask: Tensor | None,
     scale: float,
-    learned_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv, down_k, down_v, dbias and down_bias (empty where there is none)."""
+    portion_elements: int,
+) -> Gradients:
     work = state_dtype(q.dtype)
-    grads = _empty_gradients(q, k, v, own_k, own_v, bias if learned_bias else None, own_bias)
+    tokens = CandidateTokens(q, k, v, own_k, own_v)
+    grads = _empty_gradients(tokens, bias if learned_bias else None, own_bias)
     grad_q, grad_k, grad_v, grad_own_k, grad_own_v = grads[:5]
     grad_bias, grad_own_bias = (x.zero_() if x.dtype == work else x.new_zeros(x.shape, dtype=work) for x in grads[5:])
-    for rows in sdpa.row_portions(q, k):
+    for rows in sdpa.row_portions(q, k, portion_elements):
         k_n, v_n = (sdpa.widened(name, x[rows], work).flatten(0, 1) for name, x in (("k", k), ("v", v)))
         dk, dv = (sdpa.accumulator(name, x[rows], work).flatten(0, 1) for name, x in (("dk", grad_k), ("dv", grad_v)))
-        for part in sdpa.query_portions(rows, q, k):
+        for part in sdpa.query_portions(rows, q, k, portion_elements):
             q_n, do, own_k_n, own_v_n = (
-                sdpa.like(name, x[part], work).copy_(x[part])  # copies, which are written over below
+                sdpa.like(name, x[part], work).copy_(x[part])  # copies, which are overwritten below
                 for name, x in (("q", q), ("do", grad_out), ("own_k", own_k), ("own_v", own_v))
             )
             p = sdpa.scores(q_n, k_n, sdpa.mask(bias, context_mask, part, work), scale)
@@ -224,47 +237,35 @@ def _target_backward_op(
     return *grads[:5], grad_bias.to(grads[5].dtype), grad_own_bias.to(grads[6].dtype)
 
 
-@_target_backward_op.register_fake
-def _(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    own_k: Tensor,
-    own_v: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    own_bias: Tensor | None,
-    context_mask: Tensor | None,
-    scale: float,
-    learned_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_gradients(q, k, v, own_k, own_v, bias if learned_bias else None, own_bias)
+@_candidate_backward_op.register_fake
+def _(grad_out: Tensor, lse: Tensor, learned_bias: bool, *arguments: Any) -> Gradients:
+    bias, own_bias = arguments[5:7]
+    return _empty_gradients(CandidateTokens(*arguments[:5]), bias if learned_bias else None, own_bias)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, bias, own_bias, context_mask, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, output[1], bias, own_bias, context_mask)
+    *tensors, ctx.scale, ctx.portion_elements = inputs
+    ctx.save_for_backward(output[1], *tensors)
 
 
 def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
-    learned_bias = ctx.needs_input_grad[5]
-    *grads, bias, own_bias = _target_backward_op(grad_out, *ctx.saved_tensors, ctx.scale, learned_bias)
-    has_own_bias = ctx.saved_tensors[7] is not None
-    return *grads, bias if learned_bias else None, own_bias if has_own_bias else None, None, None
+    lse, *tensors = ctx.saved_tensors
+    learned_bias, has_own_bias = ctx.needs_input_grad[5], tensors[6] is not None
+    settings = ctx.scale, ctx.portion_elements
+    *grads, bias, own_bias = _candidate_backward_op(grad_out, lse, learned_bias, *tensors, *settings)
+    return *grads, bias if learned_bias else None, own_bias if has_own_bias else None, None, None, None
 
 
-_target_op.register_autograd(_backward, setup_context=_setup_context)
+_candidate_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    """Return an uninitialised [B, H, N, E] whose memory is [B, N, H, E], the layout of projections."""
+    """Return an uninitialized [B, H, N, E] whose memory is [B, N, H, E], the layout of projections."""
     return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
 
 
-def _empty_gradients(
-    q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor, bias: Tensor | None, own_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    added = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, own_bias))
-    tokens = _empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape), _empty_like(own_k), _empty_like(own_v)
-    return *tokens, *added  # type: ignore[return-value]
+def _empty_gradients(tokens: CandidateTokens, bias: Tensor | None, own_bias: Tensor | None) -> Gradients:
+    q, k, v, own_k, own_v = tokens
+    grads = _empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape), _empty_like(own_k), _empty_like(own_v)
+    grad_bias, grad_own_bias = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, own_bias))
+    return *grads, grad_bias, grad_own_bias

@@ -1,7 +1,7 @@
-"""The one place that chooses a backend; the choice is logged once for each backend and kind of device.
+"""What a backend is, and the only place that chooses one.
 
-A backend is a package of this one with the functions of `Backend`. The public operators validate, make their outputs,
-and call these functions, so that shapes, autograd and torch.compile are the same whatever runs.
+A backend is a subpackage `<name>_backend` with the functions of `Backend`. The public operators check their arguments,
+make the outputs and call these functions. So shapes, autograd and torch.compile do not depend on the backend.
 """
 
 from __future__ import annotations
@@ -14,27 +14,29 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from vista_kernels.arguments import IntArray
+from vista_kernels.read_settings import ReadSettings
+from vista_kernels.segments import IntArray, Segments
 
 BACKENDS = ("torch", "triton", "reference")
 """What an operator can run on; `auto` chooses among them by device."""
 
+_LOADED: dict[str, Backend] = {}
 _LOG = logging.getLogger("vista_kernels")
 
 
 class Backend(Protocol):
-    """What a backend implements. Tokens [T, H, D or E], states [B, H, D, E], counts [B, H]; segments by start, length.
+    """The functions of a backend. Tokens are [T, H, D or E], states [B, H, D, E] and weight sums [B, H].
 
-    Tokens are float64, float32, bfloat16 or float16 and may have any strides; states are float32 (float64 for float64
-    tokens), as are all sums. Outputs are given, contiguous and uninitialised unless said otherwise.
+    Tokens are float64, float32, bfloat16 or float16, of any strides. States and all sums are float32, or float64 for
+    float64 tokens. Outputs are allocated by the caller: contiguous, and uninitialized unless said otherwise. Sizes of
+    blocks and windows are keyword arguments of the implementations, with defaults.
     """
 
     def accumulate(
         self,
         k: Tensor,
         v: Tensor,
-        starts: IntArray,
-        lengths: IntArray,
+        segments: Segments,
         weight: Tensor | None,
         z: Tensor,
         n: Tensor,
@@ -49,8 +51,7 @@ class Backend(Protocol):
         grad_z: Tensor,
         k: Tensor,
         v: Tensor,
-        starts: IntArray,
-        lengths: IntArray,
+        segments: Segments,
         weight: Tensor | None,
         activation: str,
         grad_k: Tensor,
@@ -58,29 +59,17 @@ class Backend(Protocol):
     ) -> None:
         """Write dk = phi'(k) * w v dZ^T and dv = w phi(k) dZ of the segments' tokens."""
 
-    def read(
-        self,
-        q: Tensor,
-        z: Tensor,
-        scale: Tensor | None,
-        starts: IntArray,
-        lengths: IntArray,
-        activation: str,
-        state_activation: str,
-        out: Tensor,
-    ) -> None:
-        """Write o = phi1(q) phi2(z * c) of the segments' queries; scale is c [B, H], or None for 1."""
+    def read(self, q: Tensor, z: Tensor, n: Tensor, segments: Segments, settings: ReadSettings, out: Tensor) -> None:
+        """Write o = phi1(q) phi2(z * c) of the segments' queries."""
 
     def read_backward(
         self,
         grad_out: Tensor,
         q: Tensor,
         z: Tensor,
-        scale: Tensor | None,
-        starts: IntArray,
-        lengths: IntArray,
-        activation: str,
-        state_activation: str,
+        n: Tensor,
+        segments: Segments,
+        settings: ReadSettings,
         grad_q: Tensor,
         grad_z: Tensor,
     ) -> None:
@@ -91,16 +80,12 @@ class Backend(Protocol):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        starts: IntArray,
-        lengths: IntArray,
+        segments: Segments,
         weight: Tensor | None,
-        normalization: str,
-        alpha: float,
-        activation: str,
-        state_activation: str,
+        settings: ReadSettings,
         out: Tensor,
     ) -> None:
-        """Accumulate and read in one, keeping no states: asked of the torch backend for short segments only."""
+        """Accumulate and read in one pass that keeps no states. Only the torch backend has it, for short segments."""
 
     def attend_short_backward(
         self,
@@ -108,13 +93,9 @@ class Backend(Protocol):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        starts: IntArray,
-        lengths: IntArray,
+        segments: Segments,
         weight: Tensor | None,
-        normalization: str,
-        alpha: float,
-        activation: str,
-        state_activation: str,
+        settings: ReadSettings,
         grad_q: Tensor,
         grad_k: Tensor,
         grad_v: Tensor,
@@ -136,7 +117,7 @@ class Backend(Protocol):
         grad_k: Tensor,
         grad_v: Tensor,
     ) -> None:
-        """Add that term's dq to the rows `tokens` of grad_q, and write its dk and dv there."""
+        """Add dq of `add_targets` to the rows `tokens` of grad_q, and write its dk and dv to theirs."""
 
     def scan_rows(
         self,
@@ -148,11 +129,11 @@ class Backend(Protocol):
         descending: bool = False,
         decay_after: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Scan the rows x [N, H, F] of every sequence, a carry c [H, F] passing from row to row.
+        """Scan the rows x [N, H, F] of every sequence. A carry c [H, F] passes from row to row.
 
-        With s_i the result of row i, s_i = x_i + decay_i c and then c = s_i; with `decay_after`, s_i = x_i + c and then
+        The result of row i is s_i = x_i + decay_i c, and then c = s_i. With `decay_after` it is s_i = x_i + c, and then
         c = decay_i s_i. Decay [N, H] lies in [0, 1]; None is 1. `descending` visits each sequence from its last row to
-        its first. So descending with decay_after is the gradient of the plain scan.
+        its first. So a descending scan with `decay_after` is the gradient of the plain scan.
 
         Returns:
             The results [N, H, F], and each sequence's last carry [B, H, F] (`initial`, or zero, where it is empty).
@@ -161,7 +142,7 @@ class Backend(Protocol):
     def causal_attention(
         self, q: Tensor, k: Tensor, v: Tensor, offsets: IntArray, carry: Tensor, activation: str, out: Tensor
     ) -> None:
-        """Write o_t = phi(q_t) Z_t, and move carry [B, H, D, E] from the state before a sequence to that after it."""
+        """Write o_t = phi(q_t) Z_t, and turn carry [B, H, D, E] from the state before a sequence into that after it."""
 
     def causal_attention_backward(
         self,
@@ -177,13 +158,13 @@ class Backend(Protocol):
         grad_k: Tensor,
         grad_v: Tensor,
     ) -> None:
-        """Write dq, dk and dv, and move grad_carry from the gradient of the last states to that of the first ones."""
+        """Write dq, dk and dv, and turn grad_carry from the gradient of the last states into that of the first."""
 
 
 def choose_backend(backend: str, device: torch.device, *, sdpa: bool = False) -> str:
-    """Return the backend that runs tensors of `device`; `auto` takes Triton on a GPU and torch elsewhere.
+    """Return the backend for tensors on `device`; `auto` takes Triton on a GPU and torch elsewhere.
 
-    `sdpa` marks an operator that runs on torch's SDPA on every device.
+    The choice is logged once per kind of device. `sdpa` marks an operator that runs on torch's SDPA on every device.
 
     Raises:
         ValueError: if `backend` is neither `auto` nor one of `BACKENDS`, or is "triton" for such an operator.
@@ -191,7 +172,7 @@ def choose_backend(backend: str, device: torch.device, *, sdpa: bool = False) ->
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "triton" and sdpa:
-        raise ValueError("backend 'triton': this operator runs on torch's SDPA on all devices; take 'auto' or 'torch'")
+        raise ValueError("backend 'triton': this operator runs on torch's SDPA on all devices; use 'auto' or 'torch'")
     chosen = ("triton" if device.type == "cuda" and not sdpa else "torch") if backend == "auto" else backend
     if not torch.compiler.is_compiling():
         _announce(backend, chosen, device.type)
@@ -199,33 +180,34 @@ def choose_backend(backend: str, device: torch.device, *, sdpa: bool = False) ->
 
 
 def needs_dispatch(*arguments: object) -> bool:
-    """Say whether autograd, a compiler or a tensor subclass must see an operator: then it is dispatched by torch.
+    """Return whether torch must dispatch an operator, since autograd, a compiler or a tensor subclass must see it.
 
-    Where not, its function is called as it is: the first call of a custom_op imports torch._dynamo, and Triton where
-    there is one, some seconds that serving does not want.
+    Otherwise its function is called directly. The first call of a custom operator imports torch._dynamo, and Triton if
+    it is installed, which takes seconds that a server should not spend.
     """
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     traced = torch.compiler.is_compiling() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
     return traced or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
-@cache
 def load_backend(name: str) -> Backend:
-    """Return the package that implements a backend; imported on first use, so that a CPU never loads Triton.
+    """Return a backend, imported on first use, so that a process on a CPU never loads Triton.
 
     Raises:
         ValueError: if a package that the backend needs is not installed.
     """
-    try:
-        return cast(Backend, importlib.import_module(f"vista_kernels.{name}_backend"))
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise ValueError(
-            f"backend {name!r} needs the package {name}, which is not installed: pip install {name}"
-        ) from error
+    if name not in _LOADED:
+        try:
+            _LOADED[name] = cast(Backend, importlib.import_module(f"vista_kernels.{name}_backend"))
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            raise ValueError(
+                f"backend {name!r} needs the package {name}, which is not installed: pip install {name}"
+            ) from error
+    return _LOADED[name]
 
 
 @cache
 def _announce(asked: str, chosen: str, device_type: str) -> None:
-    _LOG.info("backend %s for %s tensors (asked for: %s)", chosen, device_type, asked)
+    _LOG.info("backend %s for %s tensors (requested: %s)", chosen, device_type, asked)

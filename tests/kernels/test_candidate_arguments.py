@@ -1,13 +1,13 @@
-"""Bad arguments of target attention: a ValueError that names the argument and the shapes."""
+"""Bad arguments of candidate attention: a ValueError that names the argument and the shapes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from vista_kernels import target_attention
+from vista_kernels import candidate_attention
 
-from .test_target_attention import TOKENS, Inputs, make
+from .test_candidate_attention import TOKENS, Inputs, make
 
 ERRORS: list[tuple[Inputs, str]] = [
     ({name: torch.zeros(2, 3, 4)}, rf"{name} must be \[B, H, N, D\], got shape \[2, 3, 4\]") for name in TOKENS
@@ -52,4 +52,4 @@ ERRORS += [
 @pytest.mark.parametrize(("changes", "match"), ERRORS)
 def test_bad_arguments(changes: Inputs, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        target_attention(**make((2, 3, 4), torch.float32) | changes)
+        candidate_attention(**make((2, 3, 4), torch.float32) | changes)
