@@ -53,7 +53,7 @@ from vista.device import keep_freed_memory, set_threads
 from vista.store import StoreReader, user_keys
 from vista.store.layout import read_current, state_path
 from vista.store.lmdb.environment import SharedEnvironment
-from vista.store.updates import StoreUpdate
+from vista.store.update import StoreUpdate
 
 SHAPES = (Shape(32, 64), Shape(128, 256))
 """The default model's, and the paper's."""

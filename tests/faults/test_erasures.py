@@ -15,9 +15,9 @@ from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh, refresh_incremental
 from vista.store import StoreReader
-from vista.store.admin.inspection import verify_store
-from vista.store.admin.publish import compact_store
-from vista.store.updates import erase
+from vista.store.admin.store_compaction import compact_store
+from vista.store.admin.verification import verify_store
+from vista.store.erasure import erase
 from vista.training.trainer import schema_of
 
 NUM_USERS = 60

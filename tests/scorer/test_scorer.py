@@ -164,7 +164,9 @@ class TestPolicies:
         with Scorer.open(served.model, served.store) as empty:
             found = empty.score([100, 999, 103], ITEMS)
             np.testing.assert_allclose(found[[0, 2]], empty.score([100, 103], ITEMS), atol=2e-5)
-            nobody = empty._served.context(empty._request(empty._served, [999], None, None))[0]  # the seeds alone
+            nobody = empty._snapshots.current.context(empty._request(empty._snapshots.current, [999], None, None))[
+                0
+            ]  # the seeds alone
             history = inference.summarize(served.model, served.log.slice(0, 0, 0))
             tail = inference.pad_tail(served.model, *(np.zeros(0, np.int64),) * 3, np.zeros(2, np.int64))
             expected = inference.request_context(served.model, history, tail)
@@ -179,7 +181,7 @@ class TestPolicies:
             assert len(ranking.items) == 0 and ranking.num_dropped == served.log.num_items
         with Scorer.open(served.model, served.store, on_missing=OnMissing.error) as strict:
             with pytest.raises(
-                UnknownUserError, match=r"users \[999, 5\] have no record in .*refresh it .*, or on_missing"
+                UnknownUserError, match=r"users \[999, 5\] have no record in .*refresh the store .*, or pass on_missing"
             ):
                 strict.score([100, 999, 5], ITEMS)
             assert strict.score([100], ITEMS).shape == (1, 6)
@@ -209,7 +211,7 @@ class TestPolicies:
     def test_policies_and_tasks_that_do_not_exist(self, served: Served) -> None:
         with pytest.raises(ValueError, match=r"on_missing: 'ignore' is none of \['empty', 'nan', 'raise'\]"):
             Scorer.open(served.model, served.store, on_missing="ignore")
-        with pytest.raises(ValueError, match=r"task: 'buy' is none of this model's \['next'\]"):
+        with pytest.raises(ValueError, match=r"task: 'buy' is not one of this model's tasks, \['next'\]"):
             Scorer.open(served.model, served.store, task="buy")
 
 
@@ -242,8 +244,8 @@ class TestRanking:
     def test_scores_that_are_not_finite_are_left_out_and_counted(self, served: Served) -> None:
         model = VistaModel.from_pretrained(served.model_dir)
         with Scorer.open(model, served.store) as scorer:
-            assert scorer._served.items.unit is not None
-            scorer._served.items.unit[[3, 9]] = torch.tensor([[np.nan], [np.inf]], dtype=torch.float32)
+            assert scorer._snapshots.current.items.unit is not None
+            scorer._snapshots.current.items.unit[[3, 9]] = torch.tensor([[np.nan], [np.inf]], dtype=torch.float32)
             ranking = scorer.rank(103, top_k=1000)
             assert ranking.num_dropped == 2 and len(ranking.items) == len(model.items) - 2
             assert not set(ranking.items.tolist()) & set(model.items.ids([2, 8]).tolist())
@@ -281,7 +283,7 @@ def test_string_ids(order_log: EventLog, tmp_path: Path) -> None:
         )
         tail = Tail(np.array(["i0", "i70"]), np.array([90, 91]), np.zeros(2, np.uint8), np.array([0, 2]))
         assert np.abs(scorer.score(["u100"], ["i0"], tail=tail) - found[0, 0]).max() > 1e-4
-        with pytest.raises(UserKeyError, match="user 100: the store's user ids are of type str"):
+        with pytest.raises(UserKeyError, match="user 100: the user ids of the store are of type str"):
             scorer.score([100], ["i0"])
 
 

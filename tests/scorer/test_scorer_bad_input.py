@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from tests.conftest import DAY, ITEMS, START, USERS, Served, small_config, tail_of
-from vista.cli.score_command import score_from_config
+from vista.cli.score_command import score_command
 from vista.config import ScoreConfig
 from vista.config.choices import OnMissing
 from vista.errors import RecordError, StoreError, UserKeyError, VistaError
 from vista.refresh import erase, refresh
 from vista.scorer import Scorer, Tail
-from vista.store.admin.publish import compact_store
+from vista.store.admin.store_compaction import compact_store
 from vista.store.format.keys import user_keys
 from vista.store.layout import environment_path
 from vista.store.lmdb.environment import open_environment
@@ -59,7 +59,7 @@ class TestTypes:
     )
     def test_users_that_are_no_list(self, scorer: Scorer, users: Any) -> None:
         for call in (scorer.score, scorer.predict, lambda users, _: scorer.user_vectors(users)):
-            with pytest.raises(TypeError, match="users: needs a list or an array of ids"):
+            with pytest.raises(TypeError, match="users: must be a list or an array of ids"):
                 call(users, ITEMS)
 
     @pytest.mark.parametrize("user", [None, "a", 1.5, True, [100], np.array([100]), 2**63], ids=repr)
@@ -72,7 +72,7 @@ class TestTypes:
         calls: list[Call] = [lambda s: s.score([100], items), lambda s: s.encode(items)]
         calls += [] if items is None else [lambda s: s.rank(100, candidates=items)]
         for call in calls:
-            with pytest.raises((TypeError, ValueError), match="candidates: needs "):
+            with pytest.raises((TypeError, ValueError), match="candidates: must be of shape"):
                 call(scorer)
 
     @pytest.mark.parametrize("items", [["a"], [1.5], [2**64]], ids=repr)
@@ -102,7 +102,7 @@ class TestTypes:
 
     def test_rank_refuses_more_than_one_list(self, scorer: Scorer) -> None:
         for candidates in (([10, 20], [0, 2]), [[10, 20], [30, 40]]):
-            with pytest.raises(ValueError, match=r"candidates: needs \[C\]"):
+            with pytest.raises(ValueError, match=r"candidates: must be of shape \[C\]"):
                 scorer.rank(100, candidates=candidates)
 
     @pytest.mark.parametrize("top_k", [1.5, None], ids=repr)
@@ -113,16 +113,16 @@ class TestTypes:
     @pytest.mark.parametrize(
         ("now", "error", "message"),
         [
-            (True, TypeError, "now: needs integer milliseconds, got bool"),
-            (np.nan, TypeError, "now: needs integer milliseconds, got float64"),
-            ([None], TypeError, "now: needs integer milliseconds, got object"),
-            (datetime.datetime(2024, 1, 1), TypeError, "now: needs integer milliseconds, got object"),
-            (np.datetime64("2024-01-01"), TypeError, "now: needs integer milliseconds, got datetime64"),
-            (2**63, ValueError, "now: 9223372036854775808 is beyond int64"),
-            (2**64, TypeError, "now: needs integer milliseconds, got object"),
-            ([[START]], ValueError, r"now: needs one time, .*got shape \(1, 1\)"),
-            ([[1], [2, 3]], ValueError, "now: rows of different lengths"),
-            ([], ValueError, r"now: needs one time, .*got shape \(0,\)"),
+            (True, TypeError, "now: must hold integer milliseconds, got bool"),
+            (np.nan, TypeError, "now: must hold integer milliseconds, got float64"),
+            ([None], TypeError, "now: must hold integer milliseconds, got object"),
+            (datetime.datetime(2024, 1, 1), TypeError, "now: must hold integer milliseconds, got object"),
+            (np.datetime64("2024-01-01"), TypeError, "now: must hold integer milliseconds, got datetime64"),
+            (2**63, ValueError, "now: 9223372036854775808 does not fit int64"),
+            (2**64, TypeError, "now: must hold integer milliseconds, got object"),
+            ([[START]], ValueError, r"now: must be one time, .*got shape \(1, 1\)"),
+            ([[1], [2, 3]], ValueError, "now: the rows differ in length"),
+            ([], ValueError, r"now: must be one time, .*got shape \(0,\)"),
         ],
         ids=repr,
     )
@@ -288,9 +288,9 @@ class TestOthersOfTheBatch:
             damage_record(tmp_path / "store", USERS[1])
             command = ScoreConfig(model=str(served.model_dir), store=str(tmp_path / "store"), users=[str(USERS[1])])
             with pytest.raises(RecordError):
-                score_from_config(command)
+                score_command(command)
             command.on_missing = OnMissing.nan
-            assert score_from_config(command).endswith(f"user {USERS[1]} (damaged record): ")
+            assert score_command(command).endswith(f"user {USERS[1]} (damaged record): ")
         with Scorer.open(served.model, served.store) as sound:
             expected = sound.score(USERS, ITEMS, now=LATE + DAY)
         with Scorer.open(served.model, tmp_path / "store", on_missing="nan") as scorer:
@@ -315,7 +315,7 @@ class TestOthersOfTheBatch:
 
 def damage_record(store: Path, user: int) -> None:
     """Flip a bit of a user's rows in the generation served."""
-    environment = open_environment(environment_path(store, 1), readonly=False, max_readers=4)
+    environment = open_environment(environment_path(store, 1), readonly=False)
     with environment.begin(write=True) as transaction:
         record = bytearray(transaction.get(user_keys([user])[0]) or b"")
         record[-40] ^= 1
@@ -420,10 +420,10 @@ def test_folders_that_are_no_store_are_neither_opened_nor_written(served: Served
     shutil.copytree(served.model_dir, tmp_path / "model")
     shutil.copytree(served.log.path, tmp_path / "log")
     for folder, message in {
-        "store/gen-1": f"is a part of the store {tmp_path / 'store'}; name that folder",
-        "store/gen-2": "is a part of the store",
-        "log": "is no store, but a log, a model or a run",
-        "model": "is no store, but a log, a model or a run",
+        "store/gen-1": f"is a generation of the store {tmp_path / 'store'}; name that folder",
+        "store/gen-2": "is a generation of the store",
+        "log": "is not a store, but a log, a model or a run",
+        "model": "is not a store, but a log, a model or a run",
     }.items():
         before = sorted(str(path) for path in tmp_path.rglob("*"))
         with pytest.raises(StoreError, match=message):

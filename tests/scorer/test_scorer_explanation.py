@@ -158,7 +158,7 @@ def test_tails_of_requests_and_unknown_items_are_explained(scorer: Scorer, serve
     np.testing.assert_allclose(found.remainder, 0, atol=1e-4)
     nobody = scorer.explain(999, [0, 390])
     assert nobody.tail.shape == (2, 0) and nobody.tail_items == []
-    with pytest.raises(ValueError, match=r"task: 'buy' is none of this model's \['next'\]"):
+    with pytest.raises(ValueError, match=r"task: 'buy' is not one of this model's tasks, \['next'\]"):
         scorer.explain(103, [0], task="buy")
-    with pytest.raises(ValueError, match=r"candidates: needs \[C\], got shape \(1, 1\)"):
+    with pytest.raises(ValueError, match=r"candidates: must be of shape \[C\], got \(1, 1\)"):
         scorer.explain(103, [[0]])

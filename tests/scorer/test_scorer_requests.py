@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import DAY, ITEMS, START, USERS, Served, small_config, tail_of
-from vista.cli.score_command import score_from_config
+from vista.cli.score_command import score_command
 from vista.config import ScoreConfig
 from vista.config.choices import OnMissing
 from vista.errors import (
@@ -117,21 +117,26 @@ class TestFreshTails:
     @pytest.mark.parametrize(
         ("part", "value", "error", "message"),
         [
-            ("times", [np.nan, 2.0], TypeError, r"tail\.times: needs integer milliseconds, got float64"),
-            ("times", [1.0, 2.0], TypeError, r"tail\.times: needs integer milliseconds, got float64"),
-            ("times", [1], ValueError, r"tail\.times: 1 values for 2 items"),
-            ("times", [[1, 2]], ValueError, r"tail\.times: needs one dimension, got shape \(1, 2\)"),
+            ("times", [np.nan, 2.0], TypeError, r"tail\.times: must hold integer milliseconds, got float64"),
+            ("times", [1.0, 2.0], TypeError, r"tail\.times: must hold integer milliseconds, got float64"),
+            ("times", [1], ValueError, r"tail\.times: holds 1 values for 2 items"),
+            ("times", [[1, 2]], ValueError, r"tail\.times: must be one-dimensional, got shape \(1, 2\)"),
             ("items", [np.nan, 1.0], TypeError, r"tail\.items: .*integer ids, got float64"),
             ("items", ["a", "b"], TypeError, r"tail\.items: .*integer ids, got <U1"),
-            ("items", [0], ValueError, r"tail\.times: 2 values for 1 items"),
-            ("actions", [0.0, np.nan], TypeError, r"tail\.actions: needs integers, got float64"),
+            ("items", [0], ValueError, r"tail\.times: holds 2 values for 1 items"),
+            ("actions", [0.0, np.nan], TypeError, r"tail\.actions: must hold integers, got float64"),
             ("actions", [0, 2], ValueError, r"tail\.actions: codes must lie in \[0, 2\), got 0 to 2"),
             ("actions", [-1, 0], ValueError, r"tail\.actions: codes must lie in \[0, 2\), got -1 to 0"),
-            ("actions", [0], ValueError, r"tail\.actions: 1 values for 2 items"),
-            ("offsets", [0, 1], ValueError, r"tail\.offsets: must rise from 0 to 2 in 3 values, got \[0, 1\]"),
-            ("offsets", [0, 2, 1], ValueError, r"tail\.offsets: must rise from 0 to 2"),
-            ("offsets", [0, 3, 2], ValueError, r"tail\.offsets: must rise from 0 to 2"),
-            ("offsets", [0.0, 1.0, 2.0], TypeError, r"tail\.offsets: needs integers"),
+            ("actions", [0], ValueError, r"tail\.actions: holds 1 values for 2 items"),
+            (
+                "offsets",
+                [0, 1],
+                ValueError,
+                r"tail\.offsets: must be 3 values that rise from 0 to 2, got 2 values that start with \[0, 1\]",
+            ),
+            ("offsets", [0, 2, 1], ValueError, r"tail\.offsets: must be 3 values that rise from 0 to 2"),
+            ("offsets", [0, 3, 2], ValueError, r"tail\.offsets: must be 3 values that rise from 0 to 2"),
+            ("offsets", [0.0, 1.0, 2.0], TypeError, r"tail\.offsets: must hold integers"),
         ],
     )
     def test_a_bad_tail_names_its_part(
@@ -145,14 +150,14 @@ class TestFreshTails:
     def test_times_that_are_no_milliseconds(self, scorer: Scorer) -> None:
         """Seconds would fall into 1970, long before the records: all of them older than the stored tail."""
         for time in (START // 1000, -5, 5_000_000_000_000):
-            message = rf"{time} is no time in milliseconds since 1970"
+            message = rf"{time} is not a Unix time in milliseconds"
             with pytest.raises(ValueError, match=r"tail\.times: " + message):
                 scorer.score([100], ITEMS, tail=tail_of([(100, [(10, time, 0)])]))
             with pytest.raises(ValueError, match="now: " + message):
                 scorer.score([100], ITEMS, now=time)
 
     def test_what_is_no_tail(self, scorer: Scorer) -> None:
-        with pytest.raises(TypeError, match=r"tail: needs a Tail\(items, times, actions, offsets\), got a dict"):
+        with pytest.raises(TypeError, match=r"tail: must be a Tail\(items, times, actions, offsets\), got a dict"):
             scorer.score([100], ITEMS, tail={"items": []})  # type: ignore[arg-type]
 
 
@@ -160,23 +165,35 @@ class TestBadRequests:
     @pytest.mark.parametrize(
         ("users", "candidates", "now", "error", "message"),
         [
-            (103, ITEMS, None, TypeError, "users: needs a list or an array of ids, got 103"),
-            ("abc", ITEMS, None, TypeError, "users: needs a list or an array of ids, got 'abc'"),
-            (["abc"], ITEMS, None, UserKeyError, "user 'abc': the store's user ids are of type int"),
+            (103, ITEMS, None, TypeError, "users: must be a list or an array of ids, got 103"),
+            ("abc", ITEMS, None, TypeError, "users: must be a list or an array of ids, got 'abc'"),
+            (["abc"], ITEMS, None, UserKeyError, "user 'abc': the user ids of the store are of type int"),
             ([1.5], ITEMS, None, UserKeyError, "user id 1.5 is a float"),
-            ([100], 10, None, ValueError, r"candidates: needs \[C\] or \[B, C\], got shape \(\)"),
-            ([100], [[[10]]], None, ValueError, r"candidates: needs \[C\] or \[B, C\], got shape \(1, 1, 1\)"),
-            ([100], [[10], [20]], None, ValueError, r"candidates: \(2, 1\) do not fit 1 users"),
-            ([100, 103], [[10], [20, 30]], None, ValueError, "candidates: rows of different lengths"),
+            ([100], 10, None, ValueError, r"candidates: must be of shape \[C\] or \[B, C\], got \(\)"),
+            ([100], [[[10]]], None, ValueError, r"candidates: must be of shape \[C\] or \[B, C\], got \(1, 1, 1\)"),
+            ([100], [[10], [20]], None, ValueError, r"candidates: shape \(2, 1\) does not match 1 users"),
+            ([100, 103], [[10], [20, 30]], None, ValueError, "candidates: the rows differ in length"),
             ([100], ["a"], None, TypeError, "integer ids, got <U1 .*'a'"),
             ([100], [1.0], None, TypeError, "integer ids, got float64"),
-            ([100], (ITEMS, [0, 3]), None, ValueError, r"candidates: offsets must rise from 0 to 6, got 0 … 3"),
-            ([100], (ITEMS, [0.0, 6.0]), None, ValueError, r"candidates: ragged .* need integer offsets \[2\]"),
-            ([100], ([[1], [2]], [0, 2]), None, ValueError, r"candidates: ragged values \[N\] need .*\(2, 1\)"),
-            ([100, 103], (ITEMS, [0, 6]), None, ValueError, r"need integer offsets \[3\], got shape \(6,\)"),
-            ([100], ITEMS, 1.5e12, TypeError, "now: needs integer milliseconds, got float64"),
-            ([100], ITEMS, "2024-01-01", TypeError, "now: needs integer milliseconds, got <U10"),
-            ([100, 103], ITEMS, [START] * 3, ValueError, r"now: needs one time, or one of each of 2 users, .*\(3,\)"),
+            ([100], (ITEMS, [0, 3]), None, ValueError, r"candidates: offsets must rise from 0 to 6, got 0 to 3"),
+            (
+                [100],
+                (ITEMS, [0.0, 6.0]),
+                None,
+                ValueError,
+                r"candidates: must be values \[N\] and integer offsets \[2\]",
+            ),
+            ([100], ([[1], [2]], [0, 2]), None, ValueError, r"candidates: must be values \[N\] and .*\(2, 1\)"),
+            ([100, 103], (ITEMS, [0, 6]), None, ValueError, r"integer offsets \[3\], got values of shape \(6,\)"),
+            ([100], ITEMS, 1.5e12, TypeError, "now: must hold integer milliseconds, got float64"),
+            ([100], ITEMS, "2024-01-01", TypeError, "now: must hold integer milliseconds, got <U10"),
+            (
+                [100, 103],
+                ITEMS,
+                [START] * 3,
+                ValueError,
+                r"now: must be one time, or one for each of 2 users, .*\(3,\)",
+            ),
         ],
     )
     def test_the_argument_is_named(
@@ -206,7 +223,9 @@ class TestBadRequests:
         short.load_state_dict(weights, strict=False)
         assert short.summarizer_id() == served.model.summarizer_id()
         refresh(short, served.log, tmp_path / "store")
-        with pytest.raises(StoreError, match=r"store holds tails of 3 events, the model reads 6; refresh it"):
+        with pytest.raises(
+            StoreError, match=r"store holds tails of 3 events, but the model reads 6; refresh the store"
+        ):
             Scorer.open(served.model, tmp_path / "store")
         # A model that reads less of each tail may share the store of one that reads more.
         with Scorer.open(short, served.store) as scorer, Scorer.open(short, tmp_path / "store") as own:
@@ -257,16 +276,16 @@ class TestCommand:
         return ScoreConfig(model=str(served.model_dir), store=str(served.store), **changes)
 
     def test_scores_and_rankings_as_text(self, served: Served, scorer: Scorer) -> None:
-        lines = score_from_config(self.settings(served, users=["103", "100"], candidates=["0", "390"])).splitlines()
+        lines = score_command(self.settings(served, users=["103", "100"], candidates=["0", "390"])).splitlines()
         scores = scorer.score([103, 100], [0, 390])
         assert lines[0] == "task next, generation 1"
         assert lines[1] == f"user 103: 0 {scores[0, 0]:.4f}, 390 {scores[0, 1]:.4f}" and len(lines) == 3
         moment = {"now": "2024-05-01T12:00"}
-        asked = score_from_config(self.settings(served, users=["103"], candidates=["0"], **moment)).splitlines()
+        asked = score_command(self.settings(served, users=["103"], candidates=["0"], **moment)).splitlines()
         then = scorer.score([103], [0], now=1_714_564_800_000)[0, 0]
         assert asked[1] == f"user 103: 0 {then:.4f}"
         best = scorer.rank(103, top_k=2).items.tolist()
-        words = score_from_config(self.settings(served, users=["103"], top_k=2)).splitlines()[1].split()
+        words = score_command(self.settings(served, users=["103"], top_k=2)).splitlines()[1].split()
         assert [words[2], words[4]] == [str(item) for item in best]
 
     @pytest.mark.parametrize(
@@ -279,19 +298,19 @@ class TestCommand:
             ({"users": ["100"], "now": "noon"}, r"time 'noon': write an ISO date or time"),
             (
                 {"users": ["100"], "now": "1706140800"},
-                r"now: 1706140800 is no time in .* looks like seconds",
+                r"now: 1706140800 is not a Unix time .* looks like seconds",
             ),
         ],
     )
     def test_bad_ids_end_in_a_line(self, served: Served, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
-            score_from_config(self.settings(served, **changes))
+            score_command(self.settings(served, **changes))
 
     def test_unknown_user_by_policy(self, served: Served) -> None:
         with pytest.raises(UnknownUserError, match=r"users \[999\] have no record"):
-            score_from_config(self.settings(served, users=["999"], on_missing=OnMissing.error))
-        assert score_from_config(self.settings(served, users=["999"], top_k=1)).count("user 999 (no record): ") == 1
+            score_command(self.settings(served, users=["999"], on_missing=OnMissing.error))
+        assert score_command(self.settings(served, users=["999"], top_k=1)).count("user 999 (no record): ") == 1
 
     def test_unknown_items_are_marked(self, served: Served) -> None:
-        line = score_from_config(self.settings(served, users=["100"], candidates=["0", "77777"])).splitlines()[1]
+        line = score_command(self.settings(served, users=["100"], candidates=["0", "77777"])).splitlines()[1]
         assert ", 77777 (unknown) 0.0000" in line and "0 (unknown)," not in line

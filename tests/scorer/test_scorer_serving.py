@@ -64,7 +64,7 @@ class TestStats:
         assert stats.latency_ms(0.5) == stats.latency_ms(0.98) == LATENCY_BOUNDS_MS[3]
         assert stats.latency_ms(0.99) == LATENCY_BOUNDS_MS[10] and stats.latency_ms(1) == float("inf")
         for quantile in (0, 1.1):
-            with pytest.raises(ValueError, match="quantile: must lie above 0"):
+            with pytest.raises(ValueError, match=r"quantile: must lie in \(0, 1\]"):
                 stats.latency_ms(quantile)
 
     def test_threads_lose_no_count_and_a_child_starts_from_nothing(self, served: Served) -> None:
@@ -105,7 +105,7 @@ class TestReload:
             second.save_pretrained(tmp_path / "model")
             with caplog.at_level(logging.WARNING):
                 assert not scorer.reload()
-            assert "holds a new model, but the old one is served on" in caplog.text
+            assert "holds a new model, but the old one stays in service" in caplog.text
             np.testing.assert_array_equal(scorer.score(USERS, ITEMS), old)
             refresh(second, event_log, tmp_path / "store")
             assert scorer.reload() and not scorer.reload()
@@ -134,7 +134,7 @@ class TestReload:
         with (
             Scorer.open(models[0], tmp_path / "0") as one,
             Scorer.open(models[1], tmp_path / "1") as two,
-            pytest.raises(ValueError, match="were encoded for another model's items; call encode again"),
+            pytest.raises(ValueError, match="were encoded for another model; call encode again"),
         ):
             two.score(["u100"], one.encode([0, 10]))
 
@@ -195,7 +195,7 @@ class TestReload:
         models[0].save_pretrained(tmp_path / "model")
         with Scorer.open(tmp_path / "model", tmp_path / "store") as scorer:
             old = scorer.store
-            with scorer._use() as served:
+            with scorer._snapshots.use() as served:
                 models[1].save_pretrained(tmp_path / "model")
                 assert scorer.reload() and scorer.store is not old
                 assert served.store is old and len(old.get_many(USERS).found) == 5

@@ -43,25 +43,15 @@ def _train(settings: config.TrainConfig) -> object:
 
 
 def _refresh(settings: config.RefreshConfig) -> object:
-    from vista.device import keep_freed_memory
-    from vista.refresh import refresh_from_config
+    from vista.cli.refresh_commands import refresh_command
 
-    keep_freed_memory()
-    return refresh_from_config(settings)
+    return refresh_command(settings)
 
 
 def _watch(settings: config.WatchConfig) -> object:
-    from vista.device import keep_freed_memory
-    from vista.refresh.watch import watch
+    from vista.cli.refresh_commands import watch_command
 
-    keep_freed_memory()
-    return watch(settings)
-
-
-def _store_erase(settings: config.StoreEraseConfig) -> object:
-    from vista.refresh.erasing import erase_from_config
-
-    return erase_from_config(settings)
+    return watch_command(settings)
 
 
 def _evaluate(settings: config.EvaluateConfig) -> object:
@@ -71,9 +61,9 @@ def _evaluate(settings: config.EvaluateConfig) -> object:
 
 
 def _score(settings: config.ScoreConfig) -> object:
-    from vista.cli.score_command import score_from_config
+    from vista.cli.score_command import score_command
 
-    return score_from_config(settings)
+    return score_command(settings)
 
 
 def _log_forget(settings: config.LogForgetConfig) -> object:
@@ -196,7 +186,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "store erase": Command(
         config.StoreEraseConfig,
-        _store_erase,
+        _of_store("store_erase"),
         "Erase users: readers miss them at once, and no later refresh brings them back.",
         ("vista store erase store=stores/mine users=[101] data=data/mine",),
     ),

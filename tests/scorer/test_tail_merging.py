@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vista.scorer.tails import checked_tail, merge_tails
-from vista.store.stored_batch import Tail
+from vista.scorer.tail_merging import checked_tail, merge_tails
+from vista.store.tail import Tail
 
 Event = tuple[int, int, int]
 """(time, item, action)"""
@@ -70,16 +70,16 @@ GOOD = {"items": [1, 2], "times": [5, 6], "actions": [0, 1], "offsets": [0, 1, 2
 @pytest.mark.parametrize(
     ("part", "value", "error", "message"),
     [
-        ("times", [5.0, float("nan")], TypeError, r"tail\.times: needs integer milliseconds, got float64"),
-        ("actions", [0.5, 1.0], TypeError, r"tail\.actions: needs integers"),
-        ("offsets", [0.0, 1.0, 2.0], TypeError, r"tail\.offsets: needs integers"),
-        ("items", [[1, 2]], ValueError, r"tail\.items: needs one dimension"),
-        ("times", [5], ValueError, r"tail\.times: 1 values for 2 items"),
-        ("actions", [0, 1, 1], ValueError, r"tail\.actions: 3 values for 2 items"),
-        ("offsets", [0, 2], ValueError, r"tail\.offsets: must rise from 0 to 2 in 3 values"),
-        ("offsets", [0, 1, 3], ValueError, r"tail\.offsets: must rise"),
-        ("offsets", [1, 1, 2], ValueError, r"tail\.offsets: must rise"),
-        ("offsets", [0, 2, 1], ValueError, r"tail\.offsets: must rise"),
+        ("times", [5.0, float("nan")], TypeError, r"tail\.times: must hold integer milliseconds, got float64"),
+        ("actions", [0.5, 1.0], TypeError, r"tail\.actions: must hold integers"),
+        ("offsets", [0.0, 1.0, 2.0], TypeError, r"tail\.offsets: must hold integers"),
+        ("items", [[1, 2]], ValueError, r"tail\.items: must be one-dimensional"),
+        ("times", [5], ValueError, r"tail\.times: holds 1 values for 2 items"),
+        ("actions", [0, 1, 1], ValueError, r"tail\.actions: holds 3 values for 2 items"),
+        ("offsets", [0, 2], ValueError, r"tail\.offsets: must be 3 values that rise from 0 to 2"),
+        ("offsets", [0, 1, 3], ValueError, r"tail\.offsets: must be 3 values that rise"),
+        ("offsets", [1, 1, 2], ValueError, r"tail\.offsets: must be 3 values that rise"),
+        ("offsets", [0, 2, 1], ValueError, r"tail\.offsets: must be 3 values that rise"),
     ],
 )
 def test_a_tail_that_does_not_fit_is_named(
@@ -99,5 +99,5 @@ def test_good_tails_come_back_as_arrays() -> None:
     checked_tail(Tail.empty(3), 3)
     strings = GOOD | {"items": np.array(["a", "b"], object)}
     assert checked_tail(Tail(**{name: np.asarray(values) for name, values in strings.items()}), 2).items[1] == "b"
-    with pytest.raises(TypeError, match=r"tail: needs a Tail"):
+    with pytest.raises(TypeError, match=r"tail: must be a Tail"):
         checked_tail(GOOD, 2)  # type: ignore[arg-type]
