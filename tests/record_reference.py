@@ -46,7 +46,7 @@ def decode_record_reference(record: bytes) -> dict[str, Any]:
 
 
 def error_bound(codec: Codec, rows: np.ndarray) -> np.ndarray:
-    """Largest error for rows [..., d] that docs/summary-format.md allows."""
+    """Largest error for rows [..., d] that docs/reference/file-formats.md allows."""
     rows = rows.astype(np.float64)
     least, span = np.abs(rows.min(axis=-1, keepdims=True)), np.ptp(rows, axis=-1, keepdims=True)
     match codec:

@@ -1,4 +1,4 @@
-"""What requests bring: fresh tails that do what a refresh would have stored, and everything that is refused."""
+"""Contents of requests: fresh tails, which act like a refresh, and everything that is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("no_warnings")
 
 @pytest.fixture(scope="module")
 def tail_only(event_log: EventLog) -> VistaModel:
-    """Without summary tokens the tail is all that counts."""
+    """A model without summary tokens, whose scores depend on the tail alone."""
     config = small_config(event_log, "unused", model__num_seeds=0)
     return VistaModel(config.model, schema_of(event_log, config), event_log.items, config.data).eval()
 
@@ -46,7 +46,7 @@ def _rows(log: EventLog, row: int, first: int) -> list[tuple[int, int, int]]:
 
 
 class TestFreshTails:
-    """What a caller brings must do what a refresh would have stored."""
+    """A tail that the caller passes must act like one that a refresh has stored."""
 
     @pytest.mark.parametrize("until", ["leave-last-out", "leave-last-two-out", "long ago"])
     def test_a_fresh_tail_equals_a_refreshed_one(
@@ -63,7 +63,7 @@ class TestFreshTails:
         ):
             expected = refreshed.score(users, ITEMS, now=now)
             assert np.abs(stale.score(users, ITEMS, now=now) - expected).max() > 0.1
-            # Since the refresh only, or the whole tail again: the same.
+            # The events since the refresh, the whole tail, and the whole history give the same scores.
             counts = stale.store.get_many(users).event_count
             newest = np.maximum(event_log.lengths - 6, 0)
             for first in (counts, newest, np.zeros_like(counts)):
@@ -74,13 +74,13 @@ class TestFreshTails:
             ranking = stale.rank(users[4], tail=tail_of([(users[4], _rows(event_log, 4, int(counts[4])))]), now=now)
             assert ranking.items.tolist() == refreshed.rank(users[4], now=now).items.tolist()
 
-    def test_an_empty_tail_equals_none(self, scorer: Scorer) -> None:
+    def test_an_empty_tail_equals_no_tail(self, scorer: Scorer) -> None:
         expected = scorer.score(USERS, ITEMS)
         np.testing.assert_array_equal(scorer.score(USERS, ITEMS, tail=Tail.empty(5)), expected)
         lists: Any = Tail([], [], [], [0] * 6)  # type: ignore[arg-type]
         np.testing.assert_array_equal(scorer.score(USERS, ITEMS, tail=lists), expected)
 
-    def test_what_the_store_has_already_counts_once(self, scorer: Scorer, event_log: EventLog) -> None:
+    def test_events_that_are_stored_already_count_once(self, scorer: Scorer, event_log: EventLog) -> None:
         expected = scorer.score([104], ITEMS)
         stored = _rows(event_log, 4, 34)
         assert len(stored) == 6
@@ -91,25 +91,25 @@ class TestFreshTails:
         other = scorer.score([104], ITEMS, tail=tail_of([(104, [(item, time, 1 - action)])]))
         assert np.abs(other - expected).max() > 1e-3
 
-    def test_older_events_than_the_stored_ones_change_nothing(self, scorer: Scorer, event_log: EventLog) -> None:
+    def test_events_older_than_the_stored_tail_change_nothing(self, scorer: Scorer, event_log: EventLog) -> None:
         tail = tail_of([(104, _rows(event_log, 4, 0)[:20])])
         np.testing.assert_array_equal(scorer.score([104], ITEMS, tail=tail), scorer.score([104], ITEMS))
 
-    def test_each_user_gets_its_own(self, scorer: Scorer) -> None:
+    def test_each_user_has_its_own_tail(self, scorer: Scorer) -> None:
         events = [(103, [(390, START + 900 * DAY, 1)]), (100, []), (115, [(0, START + 900 * DAY, 0)] * 2)]
         users = [user for user, _ in events]
-        found = scorer.score(users, ITEMS, tail=tail_of(events))
+        scores = scorer.score(users, ITEMS, tail=tail_of(events))
         for index, (user, rows) in enumerate(events):
             alone = scorer.score([user], ITEMS, tail=tail_of([(user, rows)]))[0]
-            np.testing.assert_allclose(found[index], alone, atol=2e-5)
-        np.testing.assert_allclose(found[1], scorer.score([100], ITEMS)[0], atol=2e-5)
-        assert np.abs(found[[0, 2]] - scorer.score([103, 115], ITEMS)).min(1).max() > 1e-4
+            np.testing.assert_allclose(scores[index], alone, atol=2e-5)
+        np.testing.assert_allclose(scores[1], scorer.score([100], ITEMS)[0], atol=2e-5)
+        assert np.abs(scores[[0, 2]] - scorer.score([103, 115], ITEMS)).min(1).max() > 1e-4
 
-    def test_an_unknown_item_is_an_event_all_the_same(self, scorer: Scorer) -> None:
-        found = scorer.score([100], ITEMS, tail=tail_of([(100, [(777, START + 900 * DAY, 0)])]))
-        assert np.isfinite(found).all() and np.abs(found - scorer.score([100], ITEMS)).max() > 1e-3
+    def test_an_event_with_an_unknown_item_counts(self, scorer: Scorer) -> None:
+        scores = scorer.score([100], ITEMS, tail=tail_of([(100, [(777, START + 900 * DAY, 0)])]))
+        assert np.isfinite(scores).all() and np.abs(scores - scorer.score([100], ITEMS)).max() > 1e-3
 
-    def test_tensors_are_taken(self, scorer: Scorer) -> None:
+    def test_tails_of_tensors(self, scorer: Scorer) -> None:
         tail = tail_of([(100, [(10, START + 900 * DAY, 1)])])
         tensors: Any = Tail(*(torch.from_numpy(np.array(part)) for part in dataclasses.astuple(tail)))
         np.testing.assert_array_equal(scorer.score([100], ITEMS, tail=tensors), scorer.score([100], ITEMS, tail=tail))
@@ -147,8 +147,8 @@ class TestFreshTails:
         with pytest.raises(error, match=message):
             scorer.score([100, 103], ITEMS, tail=dataclasses.replace(good, **{part: np.array(value)}))
 
-    def test_times_that_are_no_milliseconds(self, scorer: Scorer) -> None:
-        """Seconds would fall into 1970, long before the records: all of them older than the stored tail."""
+    def test_times_that_are_not_in_milliseconds(self, scorer: Scorer) -> None:
+        """Seconds would mean a time in 1970, and so events before the stored tail."""
         for time in (START // 1000, -5, 5_000_000_000_000):
             message = rf"{time} is not a Unix time in milliseconds"
             with pytest.raises(ValueError, match=r"tail\.times: " + message):
@@ -156,7 +156,7 @@ class TestFreshTails:
             with pytest.raises(ValueError, match="now: " + message):
                 scorer.score([100], ITEMS, now=time)
 
-    def test_what_is_no_tail(self, scorer: Scorer) -> None:
+    def test_something_else_than_a_tail(self, scorer: Scorer) -> None:
         with pytest.raises(TypeError, match=r"tail: must be a Tail\(items, times, actions, offsets\), got a dict"):
             scorer.score([100], ITEMS, tail={"items": []})  # type: ignore[arg-type]
 
@@ -203,7 +203,7 @@ class TestBadRequests:
             scorer.score(users, candidates, now=now)
         assert scorer.score([100], [10]).shape == (1, 1)
 
-    def test_a_closed_scorer_says_so(self, served: Served) -> None:
+    def test_a_closed_scorer_raises(self, served: Served) -> None:
         scorer = Scorer.open(served.model, served.store)
         scorer.close()
         scorer.close()
@@ -211,7 +211,9 @@ class TestBadRequests:
             with pytest.raises(StoreError, match=f"the scorer of {served.store} is closed; open another one"):
                 call()
 
-    def test_a_store_of_another_model_is_refused_by_both_names(self, served: Served, tail_only: VistaModel) -> None:
+    def test_a_store_of_another_model_is_refused_and_both_are_named(
+        self, served: Served, tail_only: VistaModel
+    ) -> None:
         ids = (served.model.summarizer_id().hex(), tail_only.summarizer_id().hex())
         with pytest.raises(SummarizerMismatchError, match=f"summarizer {ids[0]}, but the model's is {ids[1]}"):
             Scorer.open(tail_only, served.store)
@@ -227,7 +229,7 @@ class TestBadRequests:
             StoreError, match=r"store holds tails of 3 events, but the model reads 6; refresh the store"
         ):
             Scorer.open(served.model, tmp_path / "store")
-        # A model that reads less of each tail may share the store of one that reads more.
+        # A model that reads fewer events of each tail can share the store of one that reads more.
         with Scorer.open(short, served.store) as scorer, Scorer.open(short, tmp_path / "store") as own:
             np.testing.assert_allclose(scorer.score(USERS, ITEMS), own.score(USERS, ITEMS), atol=2e-5)
         refresh(served.model, served.log, tmp_path / "store")
@@ -240,7 +242,7 @@ class TestBadRequests:
                 np.testing.assert_array_equal(scorer.score(USERS, ITEMS), expected)
                 assert scorer.manifest.generation == 2 and scorer.stats().reloads == 0
 
-    def test_stores_and_models_that_are_none(self, served: Served, tmp_path: Path) -> None:
+    def test_folders_that_are_not_a_store_or_a_model(self, served: Served, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         (tmp_path / "file").write_text("hello")
         for place in ("absent", "empty", "file"):
@@ -302,7 +304,7 @@ class TestCommand:
             ),
         ],
     )
-    def test_bad_ids_end_in_a_line(self, served: Served, changes: dict[str, Any], message: str) -> None:
+    def test_bad_values_end_in_a_one_line_error(self, served: Served, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             score_command(self.settings(served, **changes))
 

@@ -3,12 +3,11 @@
     scorer = Scorer.open("runs/ml-1m/best", "stores/ml-1m")
     scores = scorer.score(users, candidates)
 
-Letters: B users, C candidates, V items of the vocabulary, S seeds, L tail length, M model dim.
+B users, C candidates, V items of the vocabulary, S seeds, L tail length, M model dim.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -44,9 +43,6 @@ from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
 from vista.store.sharded_reader import ShardedReader
 from vista.store.tail import Tail
-
-logger = logging.getLogger(__name__)
-Int = NDArray[np.int64]
 
 
 class Scorer:
@@ -163,11 +159,7 @@ class Scorer:
         return self._recorder.snapshot()
 
     def score(self, users: Ids, candidates: Any, *, tail: Tail | None = None, now: Any = None) -> Any:
-        """Scores of the configured task: `predict(…)[task]` without the work for the other tasks.
-
-        Returns:
-            float32, shaped as in `predict`.
-        """
+        """Scores of the configured task: `predict(…)[task]` without the work for the other tasks."""
         with self._call() as served:
             return self._predict(served, users, candidates, tail, now, [self.task])[self.task]
 
@@ -297,13 +289,14 @@ class Scorer:
         """Contributions of the summary's tokens, the tail's events and the candidate itself to a user's scores.
 
         Always in float32. A user without a record is explained as an empty history, or raises with on_missing="raise".
-        It takes several times as long as `score`, so it is for analysis rather than for every request.
+        It takes several times as long as `score`, so it is not for every request.
 
         Args:
             user: an id as in the log.
             candidates: item ids [C], or a `CandidateSet` of them.
             task: one of `tasks`; by default the scorer's own.
-            tail, now: as in `predict`.
+            tail: as in `predict`.
+            now: as in `predict`.
         """
         with self._call() as served:
             task = task or self.task

@@ -1,4 +1,4 @@
-"""Summary store: one record per user in LMDB, in generations that are published atomically (docs/summary-format.md)."""
+"""Summary store: one record per user in LMDB, published atomically (docs/reference/file-formats.md)."""
 
 from vista.store.format.keys import user_keys
 from vista.store.format.record import encode_records

@@ -1,4 +1,4 @@
-"""Layout of a record's 128-byte header, and what the records of one generation share (docs/summary-format.md)."""
+"""The layout of a record's header, and what all records of a generation share (docs/reference/file-formats.md)."""
 
 from __future__ import annotations
 

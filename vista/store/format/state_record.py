@@ -1,4 +1,4 @@
-"""The bytes of one user's state, from which the summary is read after an update (docs/summary-format.md, "States").
+"""The bytes of one user's state, from which the summary is read (docs/reference/file-formats.md, "States").
 
 N users, L layers, H heads, D head dim. All numbers are little-endian: a header of 120 bytes; n and removed, float32
 [H]; for float16 only, scales float32 [L, H]; z [L, H, D, D].

@@ -1,4 +1,4 @@
-"""LMDB environments shared by all readers and the writer of a process (docs/summary-format.md, "Environment").
+"""LMDB environments shared by all threads of a process (docs/reference/file-formats.md, "LMDB environment").
 
 LMDB allows one environment per file and process, and none across a fork. The registry below ensures the first. The
 gate, which every transaction passes, ensures the second: forks, closes and map changes wait until no transaction is

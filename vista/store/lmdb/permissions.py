@@ -1,4 +1,4 @@
-"""Who may read a store: its owner alone, or a group too, whatever the umask (docs/summary-format.md, "Files").
+"""Who may read a store: its owner alone, or a group too, whatever the umask (docs/reference/file-formats.md, "Files").
 
 A folder's own mode decides, so that a file created in it later, by any command, gets the matching mode.
 """
