@@ -101,8 +101,8 @@ def _make_reader_table(path: Path) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(
-                f"{path}: {error.strerror}; its readers need a table of {_READER_BYTES * MAX_READERS} bytes. Free some "
-                "space and open the store again"
+                f"{path}: {error.strerror}; readers need this table of {_READER_BYTES * MAX_READERS} bytes, so "
+                "free some space and open the store again"
             ) from error
         logger.debug("%s: %s", path, error)  # LMDB meets the same error and reports it.
     finally:
