@@ -26,13 +26,11 @@ def check_log(model: RankingModel, log: EventLog) -> None:
     known = model.schema.actions
     if model.encoder.action is not None and log.actions != known[: len(log.actions)]:
         raise ConfigError(
-            f"{log.path}: the log's actions are {log.actions}, but the model was trained on {known}; train a model "
+            f"{log.path}: its actions are {log.actions}, but the model was trained on {known}; train a model "
             "on this log"
         )
     if model.schema.has_time and not log.has_time and (model.config.use_time or model.config.decay is Decay.time):
-        raise ConfigError(
-            f"{log.path}: the log has no times, which this model reads; train one with model.use_time=false"
-        )
+        raise ConfigError(f"{log.path}: has no times, which this model reads; train one with model.use_time=false")
 
 
 @dataclass(frozen=True, slots=True)
