@@ -30,6 +30,7 @@ API: dict[str, tuple[object, ...]] = {
     "Refresh": (
         refresh.refresh,
         refresh.refresh_incremental,
+        refresh.RefreshOptions,
         refresh.RefreshReport,
         refresh.forget,
         refresh.erase,

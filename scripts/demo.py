@@ -31,7 +31,7 @@ from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.splits import split_until
 from vista.model.vista_model import VistaModel
-from vista.refresh import refresh
+from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.simulation.simulate import simulate
 from vista.training.trainer import train
@@ -84,9 +84,9 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
 
     _say(3, "refresh the stores: one without test labels, one with all events for serving")
     limit = split_until(config.data, "test")
-    tested = refresh(model, log, folder / "store-test", until=limit, progress=True)
-    exact = refresh(model, log, folder / "store-float32", until=limit, codec=Codec.float32)
-    served = refresh(model, log, folder / "store", progress=True)
+    tested = refresh(model, log, folder / "store-test", until=limit, options=RefreshOptions(progress=True))
+    exact = refresh(model, log, folder / "store-float32", until=limit, options=RefreshOptions(codec=Codec.float32))
+    served = refresh(model, log, folder / "store", options=RefreshOptions(progress=True))
     print(tested, exact, served, sep="\n")
 
     _say(4, "evaluate from the store")
@@ -138,7 +138,7 @@ def measure_latency(model: VistaModel, folder: Path) -> list[DemoLatency]:
         "timestamp": 1_700_000_000_000 + 60_000 * np.concatenate([np.arange(n) for n in lengths]),
     }
     log = EventLog.from_frame(events, folder / "log", time_unit="ms", action="action")
-    refresh(model, log, folder / "store", users_per_batch=1)
+    refresh(model, log, folder / "store", options=RefreshOptions(users_per_batch=1))
     candidates = ids[rng.integers(0, len(ids), NUM_CANDIDATES)]
     times: dict[int, list[float]] = {n: [] for n in HISTORY_LENGTHS}
     with Scorer.open(model, folder / "store") as scorer:

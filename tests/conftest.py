@@ -145,13 +145,15 @@ def serve(log: EventLog, config: TrainConfig, folder: Path) -> Served:
     """Train a model and refresh its three stores."""
     from vista.config.choices import Codec
     from vista.log.splits import split_until
-    from vista.refresh import refresh
+    from vista.refresh import RefreshOptions, refresh
     from vista.training.trainer import train
 
     model = train(config, log)
     refresh(model, log, folder / "store")
-    refresh(model, log, folder / "exact", codec=Codec.float32)
-    refresh(model, log, folder / "test", until=split_until(config.data, "test"), codec=Codec.float32)
+    refresh(model, log, folder / "exact", options=RefreshOptions(codec=Codec.float32))
+    refresh(
+        model, log, folder / "test", until=split_until(config.data, "test"), options=RefreshOptions(codec=Codec.float32)
+    )
     folders = (folder / name for name in ("store", "exact", "test"))
     return Served(log, config, model, Path(config.run_dir) / "best", *folders)
 

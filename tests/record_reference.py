@@ -1,4 +1,4 @@
-"""The record's format as a program: a plain NumPy decoder, which shares but the header's fields with the fast path."""
+"""The format of records as a program: a plain NumPy decoder that shares only the header's dtype with the fast path."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from vista.store.format.record import HEADER
+from vista.config.choices import Codec
+from vista.store.format.record_spec import HEADER
 
 
 def decode_record_reference(record: bytes) -> dict[str, Any]:
-    """Plain NumPy decoder of one record, sharing nothing with the fast path: the format's executable description.
+    """Decode one record; the checksum and lengths are not checked.
 
     Returns:
-        Every header field by name, `summary` [K, d] float32, and `items`, `times`, `actions` of the tail. Checksum and
-        lengths are not checked.
+        Every header field by name, `summary` [K, d] float32, and `items`, `times`, `actions` of the tail.
     """
     header = np.frombuffer(record, dtype=HEADER, count=1)[0]
     fields: dict[str, Any] = {name: header[name].item() for name in HEADER.names or () if name != "summarizer_id"}
@@ -43,3 +43,18 @@ def decode_record_reference(record: bytes) -> dict[str, Any]:
         fields[name] = np.frombuffer(record, dtype, length, position)
         position += np.dtype(dtype).itemsize * length
     return fields
+
+
+def error_bound(codec: Codec, rows: np.ndarray) -> np.ndarray:
+    """Largest error for rows [..., d] that docs/reference/file-formats.md allows."""
+    rows = rows.astype(np.float64)
+    least, span = np.abs(rows.min(axis=-1, keepdims=True)), np.ptp(rows, axis=-1, keepdims=True)
+    match codec:
+        case Codec.float32:
+            return np.zeros_like(rows)
+        case Codec.float16:
+            return np.abs(rows) * 2.0**-11 + 2.0**-25
+        case Codec.int8:
+            return span / 510 + np.abs(rows).max(axis=-1, keepdims=True) * 1e-6 + 1e-8
+        case Codec.int4:
+            return np.broadcast_to(span / 30 * 1.001 + least / 1900 + 2.0**-20, rows.shape)

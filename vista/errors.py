@@ -114,14 +114,15 @@ class StoreError(VistaError):
     Remedy: follow the message. Some messages need more than they say:
 
     - `holds no published generation`: run a full `vista refresh`.
-    - `instead of a generation's name`, `which is not there`: run `vista store rollback to=N` with one of the
+    - `instead of the name of a generation`, `which does not exist`: run `vista store rollback to=N` with one of the
       generations that the message lists.
-    - `is truncated`, `structure is damaged`: check the disk, run `vista store rollback`, and refresh in full.
-    - `was made of other sources`: this is another log, or an older copy of it. Use the log that the store was made
+    - `is truncated`, `structure of the database is damaged`: check the disk, run `vista store
+      rollback`, and refresh in full.
+    - `was made from other sources`: this is another log, or an older copy of it. Use the log that the store was made
       from, or refresh in full.
-    - `users were erased here who are still in`: erase these users in the source store too.
+    - `users were erased here, but are still in`: erase these users in the source store too.
     - `reader slots are taken`: run fewer readers, or give some of them a copy of the store (`vista store copy`).
-    - `was removed since this process's parent opened it`: open the store again in the child process.
+    - `was removed after the parent process opened it`: open the store again in the child process.
     """
 
 

@@ -27,7 +27,8 @@ from vista.log.event_log import EventLog
 from vista.model.state_updates import range_states, reach
 from vista.model.summary_state import merge
 from vista.refresh import RefreshReport, refresh, refresh_incremental
-from vista.refresh.encode import LogItems, from_arrays, read_summaries
+from vista.refresh.log_items import LogItems
+from vista.refresh.states import from_arrays, read_summaries
 from vista.store import StoreReader, user_keys
 from vista.store.format.state_record import decode_states
 from vista.store.layout import read_current, state_path

@@ -25,10 +25,10 @@ from scripts.benchmarks.workloads import ACTIONS, START_MS, lifelong_log, untrai
 from vista.device import set_threads
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
-from vista.refresh import erase, refresh, refresh_incremental
+from vista.refresh import RefreshOptions, erase, refresh, refresh_incremental
 from vista.scorer import Scorer, Tail
 from vista.store import StoreReader
-from vista.store.admin.publish import compact_store
+from vista.store.admin.store_compaction import compact_store
 from vista.store.layout import environment_path, list_generations, read_current, write_current
 
 THREADS = 2
@@ -225,7 +225,7 @@ def _operate(stage: SoakStage, pause_s: float) -> list[int]:
             refresh(model, log, stage.store)
         elif kind == "incremental":
             # In one transaction, so that there are no states between two operations.
-            refresh_incremental(model, log, stage.store, users_per_batch=stage.num_users)
+            refresh_incremental(model, log, stage.store, options=RefreshOptions(users_per_batch=stage.num_users))
         elif kind == "erase":
             users = rng.choice(everyone, ERASED_AT_ONCE, replace=False).tolist()
             erase(stage.store, users)

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from scripts.benchmarks.workloads import START_MS
 from vista.config.choices import Codec, StateDtype
 from vista.device import keep_freed_memory, set_threads
-from vista.store import NO_TIMESTAMP, RecordSpec, StoreReader, StoreWriter, Tail, encode_records, user_keys
+from vista.store import NO_TIMESTAMP, Manifest, RecordSpec, StoreReader, StoreWriter, Tail, encode_records, user_keys
 from vista.store.format.state_record import StateArrays, StateSpec, encode_states
 from vista.store.layout import environment_path, read_current
 from vista.store.lmdb.environment import SharedEnvironment
-from vista.store.updates import StoreUpdate
+from vista.store.update import StoreUpdate
 
 SUMMARIZER = hashlib.sha256(b"benchmark").digest()
 TAIL_LEN = 32
@@ -58,18 +58,20 @@ class StoreShape:
 
     def writer(self, path: Path, num_users: int, state: StateDtype = StateDtype.none) -> StoreWriter:
         """A new generation for users 1, 2, …"""
-        return StoreWriter.open(
-            path,
-            summarizer_id=SUMMARIZER,
+        manifest = Manifest(
+            created_at=START_MS,
+            summarizer_id=SUMMARIZER.hex(),
             num_tokens=self.num_tokens,
             dim=self.dim,
-            codec=Codec.int8,
+            codec=Codec.int8.value,
             tail_len=TAIL_LEN,
+            applied_segment=0,
             total_users=num_users,
             run_digest="benchmark",
-            state_dtype=state,
+            state_dtype=state.value,
             state_shape=(0, 0, 0) if state is StateDtype.none else STATE_SHAPE,
         )
+        return StoreWriter.open(path, manifest)
 
 
 @lru_cache(maxsize=2)

@@ -52,7 +52,7 @@ from vista.log.splits import split_until
 from vista.log.until import parse_time
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.vista_model import VistaModel
-from vista.refresh import refresh
+from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.simulation.simulate import simulate
 from vista.store.layout import CURRENT
@@ -198,7 +198,7 @@ def _served_metrics(
         if how.staleness:
             until = replace(until, held_out=until.held_out + how.staleness)
         if store not in refreshed:
-            report = refresh(model, log, store, until=until, codec=how.codec)
+            report = refresh(model, log, store, until=until, options=RefreshOptions(codec=how.codec))
             refreshed[store] = report.seconds / max(report.num_users - report.resumed_at, 1)
             progress.check()
         shown = model if how.tail_len is None else model.with_tail(how.tail_len)

@@ -24,7 +24,7 @@ from vista.errors import CheckpointError, StoreError
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
-from vista.refresh import refresh
+from vista.refresh import RefreshOptions, refresh
 from vista.store import StoreReader, StoreWriter
 from vista.training.checkpoint import TENSOR_FILE, latest_checkpoint
 from vista.training.trainer import schema_of, train
@@ -243,10 +243,10 @@ class TestDisk:
         model = VistaModel(config.model, schema_of(event_log, config), event_log.items, config.data).eval()
         refresh(model, event_log, tmp_path / "store", until="leave-last-out")
         with file_size_limit(80_000), pytest.raises(StoreError, match=r"cannot be written: .*check free space"):
-            refresh(model, event_log, tmp_path / "store", users_per_batch=4)
+            refresh(model, event_log, tmp_path / "store", options=RefreshOptions(users_per_batch=4))
         with StoreReader.open(tmp_path / "store") as store:
             assert store.generation == 1 and store.get_many([100]).found.all()
-        report = refresh(model, event_log, tmp_path / "store", users_per_batch=4)
+        report = refresh(model, event_log, tmp_path / "store", options=RefreshOptions(users_per_batch=4))
         assert report.generation == 2 and 4 <= report.resumed_at < 16
 
 

@@ -1,4 +1,4 @@
-"""`vista store …` as typed: what is printed, exit codes, and one line an error."""
+"""`vista store …` as typed: what is printed, exit codes, and one line per error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
     return printed.err if code else printed.out
 
 
-def test_a_store_through_its_life(store: Path, served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_all_commands_in_turn(store: Path, served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     at = f"store={store}"
     users = served.log.users.ids(np.arange(served.log.num_users))
     assert f"{len(users)} records" in said(capsys, "stats", at)
@@ -41,9 +41,9 @@ def test_a_store_through_its_life(store: Path, served: Served, tmp_path: Path, c
     assert "generation 2 of" in said(capsys, "rollback", at)
     assert "generation 3 of" in said(capsys, "rollback", at, "to=3")
     to = f"to={tmp_path / 'host'}"
-    assert "not served yet" in said(capsys, "copy", at, to, "publish=false")
+    assert "not published yet" in said(capsys, "copy", at, to, "publish=false")
     assert "no published generation" in said(capsys, "verify", f"store={tmp_path / 'host'}", code=1)
-    assert "is served" in said(capsys, "copy", at, to)
+    assert "is published" in said(capsys, "copy", at, to)
     assert "name the folder" in said(capsys, "copy", at, code=2)
     with StoreReader.open(served.store) as first, StoreReader.open(tmp_path / "host") as last:
         assert last.generation == 3
@@ -54,14 +54,14 @@ def test_a_record_is_printed(store: Path, served: Served, capsys: pytest.Capture
     user = served.log.users.ids(np.array([3]))[0]
     history = served.log.gather(np.array([3]), np.array([served.log.slice(3).num_events]))
     text = said(capsys, "get", f"store={store}", f"user={user}")
-    assert f"events seen:       {history.num_events}, the newest at {int(history.timestamp[-1])} (" in text
+    assert f"events covered:    {history.num_events}, the newest at {int(history.timestamp[-1])} (" in text
     assert "  row " in text and "authenticated:     no" in text
     named = said(capsys, "get", f"store={store}", f"user={user}", f"model={served.model_dir}")
     newest = served.log.items.ids(np.asarray(history.item[-1:]))[0]
     assert named.splitlines()[-1].split()[0] == str(newest)
     assert "has no record" in said(capsys, "get", f"store={store}", "user=123456789", code=1)
     assert "user: ids must be integers" in said(capsys, "get", f"store={store}", "user=abc", code=2)
-    assert "user: name one" in said(capsys, "get", f"store={store}", code=2)
+    assert "user: name a user" in said(capsys, "get", f"store={store}", code=2)
 
 
 def test_problems_end_in_exit_code_1(store: Path, capsys: pytest.CaptureFixture[str]):

@@ -24,7 +24,7 @@ from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.model import inference
 from vista.model.vista_model import VistaModel
-from vista.refresh import refresh
+from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.training.trainer import schema_of, train
 
@@ -237,7 +237,7 @@ def test_validation_in_training_equals_evaluation_from_the_store(
     monkeypatch.setattr(sys.modules["vista.evaluation.evaluate"], "impression_metrics", metrics)
     given: Served = request.getfixturevalue(kind)
     until = split_until(given.config.data, "validation")
-    refresh(given.model, given.log, tmp_path / "store", until=until, codec=Codec.float32)
+    refresh(given.model, given.log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
     with Scorer.open(given.model_dir, tmp_path / "store") as scorer:
         found = evaluate_scorer(scorer, given.log, "validation", top_k=[10]).metrics
     lines = (Path(given.config.run_dir) / "metrics.jsonl").read_text().splitlines()
@@ -255,7 +255,9 @@ def test_seen_items_stay_in_where_training_was_told_so(served: Served, tmp_path:
     config = small_config(served.log, tmp_path / "run", data__exclude_seen=False, optim__epochs=1)
     model = train(config, served.log)
     (line,) = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()) if "validation" in row]
-    refresh(model, served.log, tmp_path / "store", until="leave-last-two-out", codec=Codec.float32)
+    refresh(
+        model, served.log, tmp_path / "store", until="leave-last-two-out", options=RefreshOptions(codec=Codec.float32)
+    )
     with Scorer.open(tmp_path / "run" / "best", tmp_path / "store") as scorer:
         kept = evaluate_scorer(scorer, served.log, "validation", top_k=[10])
         asked = evaluate_scorer(scorer, served.log, "validation", top_k=[10], exclude_seen=False)
@@ -289,7 +291,13 @@ class TestLeakage:
 
     def test_summaries_of_a_stated_age(self, served: Served, tmp_path: Path) -> None:
         """They lack three events before each label, which the tail has; any other age is refused."""
-        refresh(served.model, served.log, tmp_path / "old", until="leave-last-4-out", codec=Codec.float32)
+        refresh(
+            served.model,
+            served.log,
+            tmp_path / "old",
+            until="leave-last-4-out",
+            options=RefreshOptions(codec=Codec.float32),
+        )
         seen = visible_counts(served.log, "leave-last-out")
         with Scorer.open(served.model, served.test_store) as fresh, Scorer.open(served.model, tmp_path / "old") as old:
             expected = plain_ranks_from(served, seen, np.maximum(seen - 3, 0))
@@ -306,7 +314,13 @@ class TestLeakage:
         """They lack three events before the test begins. The tail has them."""
         test_from = split_until(served_tasks.config.data, "test").before
         until = f"{test_from}-less-3"
-        report = refresh(served_tasks.model, served_tasks.log, tmp_path / "old", until=until, codec=Codec.float32)
+        report = refresh(
+            served_tasks.model,
+            served_tasks.log,
+            tmp_path / "old",
+            until=until,
+            options=RefreshOptions(codec=Codec.float32),
+        )
         counts = visible_counts(served_tasks.log, until)
         assert counts.tolist() == np.maximum(served_tasks.log.counts_before(test_from) - 3, 0).tolist()
         model, log = served_tasks.model, served_tasks.log

@@ -17,13 +17,13 @@ import numpy as np
 
 from tests.faults.nursery import Say
 from tests.record_reference import decode_record_reference
-from vista.config.choices import Codec
 from vista.errors import StoreError
 from vista.store import StoreReader, StoreWriter, Tail, encode_records, user_keys
 from vista.store.format.keys import CURSOR_KEY, MANIFEST_KEY
-from vista.store.format.record import RecordSpec
-from vista.store.layout import Manifest, environment_path
+from vista.store.format.record_spec import RecordSpec
+from vista.store.layout import environment_path
 from vista.store.lmdb.data_file import open_environment
+from vista.store.manifest import Manifest
 from vista.store.stored_batch import StoredBatch
 
 SUMMARIZER = bytes(range(32))
@@ -52,19 +52,20 @@ class Run:
         return dataclasses.asdict(self)
 
     def open_writer(self, store: str | Path, **options: Any) -> StoreWriter:
-        """Open or resume the run's writer, with further options of `StoreWriter.open`."""
-        return StoreWriter.open(
-            store,
-            summarizer_id=SUMMARIZER,
+        """Open or resume the run's writer, with other fields of the manifest."""
+        manifest = Manifest(
+            summarizer_id=SUMMARIZER.hex(),
             num_tokens=self.num_tokens,
             dim=self.dim,
-            codec=Codec(self.codec),
+            codec=self.codec,
             tail_len=4,
+            applied_segment=0,
             total_users=self.total,
             run_digest=f"log of salt {self.salt}",
             created_at=CREATED_AT + self.salt,
             **options,
         )
+        return StoreWriter.open(store, manifest)
 
     def summary(self, users: range) -> np.ndarray:
         """[B, K, d] float32."""

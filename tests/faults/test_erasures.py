@@ -13,11 +13,11 @@ from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
-from vista.refresh import refresh, refresh_incremental
+from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.store import StoreReader
-from vista.store.admin.inspection import verify_store
-from vista.store.admin.publish import compact_store
-from vista.store.updates import erase
+from vista.store.admin.store_compaction import compact_store
+from vista.store.admin.verification import verify_store
+from vista.store.erasure import erase
 from vista.training.trainer import schema_of
 
 NUM_USERS = 60
@@ -55,7 +55,7 @@ def keep_refreshing(say: Say, folder: str, model_dir: str, turns: int, kind: str
     for turn in range(1, turns + 1):
         log = EventLog.from_frame(frame(turn), Path(folder, "log"), time_unit="ms", append=True)
         run = refresh if kind == "full" else refresh_incremental
-        run(model, log, Path(folder, "store"), users_per_batch=7)
+        run(model, log, Path(folder, "store"), options=RefreshOptions(users_per_batch=7))
         say(turn)
 
 

@@ -17,7 +17,7 @@ from tests.faults.nursery import Nursery, Say
 from vista.config.choices import Codec
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
-from vista.refresh import refresh, refresh_incremental
+from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.store import StoreReader
 from vista.store.format.state_record import StateArrays
 from vista.store.lmdb.environment import SharedEnvironment
@@ -38,13 +38,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = small_config(log, "unused")
     model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
     model.save_pretrained(folder / "model")
-    refresh(model, log, folder / "store", codec=Codec.float32, created_at=1)
+    refresh(model, log, folder / "store", options=RefreshOptions(codec=Codec.float32), created_at=1)
     for turn in (1, 2):
         own = np.arange(len(frame["user"])) % (turn + 2) == 0  # some events are new, some of these late
         later = {name: values[own] for name, values in frame.items()}
         later["timestamp"] = later["timestamp"] + turn * 40 * DAY + 7
         log = EventLog.from_frame(later, folder / "log", append=True, **columns)
-    refresh(model, log, folder / "whole", codec=Codec.float32, created_at=1)
+    refresh(model, log, folder / "whole", options=RefreshOptions(codec=Codec.float32), created_at=1)
     return folder
 
 
@@ -61,7 +61,9 @@ def refresh_segments(say: Say, folder: str, store: str, last_segment: int) -> di
     setattr(SharedEnvironment, "write", write_and_tell)  # noqa: B010
     log = EventLog.open(Path(folder, "log"), last_segment=last_segment)
     model = VistaModel.from_pretrained(Path(folder, "model"))
-    return refresh_incremental(model, log, store, users_per_batch=USERS_PER_BATCH, created_at=2).counts
+    return refresh_incremental(
+        model, log, store, options=RefreshOptions(users_per_batch=USERS_PER_BATCH), created_at=2
+    ).counts
 
 
 def compare(say: Say, store: str, whole: str) -> bool:

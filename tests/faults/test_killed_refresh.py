@@ -14,7 +14,7 @@ from tests.faults.nursery import Child, Nursery, Say
 from vista.config.choices import Codec
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
-from vista.refresh import refresh
+from vista.refresh import RefreshOptions, refresh
 from vista.store import StoreReader, StoreWriter
 
 USERS_PER_BATCH = 2
@@ -45,8 +45,7 @@ def run_refresh(say: Say, log: str, model: str, store: str, codec: str) -> int:
         VistaModel.from_pretrained(model),
         EventLog.open(log),
         store,
-        codec=Codec(codec),
-        users_per_batch=USERS_PER_BATCH,
+        options=RefreshOptions(codec=Codec(codec), users_per_batch=USERS_PER_BATCH),
         created_at=1,
     )
     return report.resumed_at

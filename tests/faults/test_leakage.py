@@ -14,7 +14,8 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.store.format.keys import user_keys
-from vista.store.format.record import HEADER, HEADER_BYTES, seal_record
+from vista.store.format.record import seal_record
+from vista.store.format.record_spec import HEADER, HEADER_BYTES
 from vista.store.generation_files import GenerationFiles
 from vista.store.tombstones import Tombstones
 

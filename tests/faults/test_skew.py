@@ -17,9 +17,10 @@ from tests.faults.oracle import Run
 from vista.errors import RecordError, StoreError
 from vista.store import StoreReader, user_keys
 from vista.store.format.keys import MANIFEST_KEY
-from vista.store.format.record import CHECKSUM_OFFSET, HEADER, HEADER_BYTES
-from vista.store.layout import Manifest, environment_path
+from vista.store.format.record_spec import CHECKSUM_OFFSET, HEADER, HEADER_BYTES
+from vista.store.layout import environment_path
 from vista.store.lmdb.data_file import open_environment
+from vista.store.manifest import Manifest
 
 RUN = Run(total=8)
 VALUES = 10

@@ -17,14 +17,13 @@ import numpy as np
 
 from tests.faults.nursery import Say
 from tests.faults.oracle import CREATED_AT, SUMMARIZER, Run
-from vista.config.choices import StateDtype
 from vista.store import StoreReader, user_keys
-from vista.store.admin.inspection import verify_store
-from vista.store.format.record import RecordSpec
+from vista.store.admin.verification import verify_store
+from vista.store.format.record_spec import RecordSpec
 from vista.store.format.state_record import StateArrays, StateSpec, encode_states
 from vista.store.layout import environment_path, state_path
 from vista.store.lmdb.data_file import open_environment
-from vista.store.updates import StoreUpdate
+from vista.store.update import StoreUpdate
 
 TOTAL, BATCH = 32, 8
 REMOVED, PUT, KEPT = range(3)
@@ -72,7 +71,7 @@ def states(users: list[int], spec: StateSpec, turn: int) -> list[bytes]:
 def publish(say: Say, store: str, head_dim: int) -> None:
     """Publish turn 0."""
     run = Run(total=TOTAL, batch=BATCH)
-    with run.open_writer(store, state_dtype=StateDtype.float32, state_shape=(1, 2, head_dim)) as writer:
+    with run.open_writer(store, state_dtype="float32", state_shape=(1, 2, head_dim)) as writer:
         assert writer.state_spec is not None
         for users in run.batches(writer.cursor):
             own = states(list(users), writer.state_spec, 0)

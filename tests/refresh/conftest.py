@@ -1,4 +1,4 @@
-"""Logs that grow, and models whose states go on."""
+"""Logs that grow, and models whose states can be updated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NUM_ITEMS = 30
 
 
 def model(seed: int = 0, **config: Any) -> VistaModel:
-    """Untrained, but with every parameter away from its start."""
+    """An untrained model with every parameter moved away from its initial value."""
     torch.manual_seed(seed)
     options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
     built = VistaModel(
@@ -39,10 +39,10 @@ def model(seed: int = 0, **config: Any) -> VistaModel:
 
 
 def events(counts: dict[int, int], start: int = START, seed: int = 0, spread: int = 400 * HOUR) -> dict[str, Any]:
-    """A frame of `counts[user]` events of each user, of distinct times after `start`."""
+    """A frame of `counts[user]` events per user, at distinct times after `start`."""
     rng = np.random.default_rng([seed, start])
     user = np.repeat(np.array(list(counts), np.int64), list(counts.values()))
-    time = [start + HOUR * 0 + np.sort(rng.choice(spread, n, replace=False)) for n in counts.values()]
+    time = [start + np.sort(rng.choice(spread, n, replace=False)) for n in counts.values()]
     return {
         "user": user,
         "item": 10 * rng.integers(0, NUM_ITEMS + 2, len(user)),  # the last two are unknown to the model
@@ -53,25 +53,25 @@ def events(counts: dict[int, int], start: int = START, seed: int = 0, spread: in
 
 
 def append(path: Path, frame: dict[str, Any]) -> EventLog:
-    """Make a log of a frame, or add a segment to it."""
+    """Make a log from a frame, or append the frame to it as a segment."""
     return EventLog.from_frame(
         frame, path, time_unit="ms", action="action", rating="rating", append=any(path.glob("segment-*"))
     )
 
 
 def assert_same(path: Path, expected: Path, atol: float) -> None:
-    """Both stores hold the same users, tails, times, counts and digests, and summaries within `atol`."""
+    """Both stores hold the same users, tails, times, counts and digests, and equal summaries within `atol`."""
     with StoreReader.open(path) as store, StoreReader.open(expected) as other:
         users = list(other.keys())
         assert list(store.keys()) == users and len(store) == len(other)
         if not users:
             return
-        found, wanted = store.get_many(users), other.get_many(users)
+        batch, wanted = store.get_many(users), other.get_many(users)
         for name in ("event_count", "last_event_ts", "history_digest"):
-            assert getattr(found, name).tolist() == getattr(wanted, name).tolist(), name
+            assert getattr(batch, name).tolist() == getattr(wanted, name).tolist(), name
         for name in ("items", "times", "actions", "offsets"):
-            assert getattr(found.tail, name).tolist() == getattr(wanted.tail, name).tolist(), name
-        np.testing.assert_allclose(found.summary, wanted.summary, atol=atol)
+            assert getattr(batch.tail, name).tolist() == getattr(wanted.tail, name).tolist(), name
+        np.testing.assert_allclose(batch.summary, wanted.summary, atol=atol)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Erasure: an immediate miss, no resurrection by any writer, and no byte left after compaction."""
+"""Erasure: users are missing at once, no writer brings them back, and compaction removes their last byte."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vista.cli.store_commands import store_erase
 from vista.config import StoreEraseConfig
 from vista.config.choices import Codec, StateDtype
 from vista.errors import ConfigError, StoreError, VistaError
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
-from vista.refresh import erase, refresh, refresh_incremental
-from vista.refresh.erasing import erase_from_config
+from vista.refresh import RefreshOptions, erase, refresh, refresh_incremental
 from vista.store import StoreReader, StoreWriter
-from vista.store.admin.inspection import verify_store
+from vista.store.admin.copying import copy_generation
+from vista.store.admin.generation_builder import GenerationBuilder
 from vista.store.admin.parquet import export_store, import_store
-from vista.store.admin.publish import compact_store, copy_generation, roll_back
-from vista.store.admin.whole_generations import GenerationBuilder
+from vista.store.admin.rollback import roll_back
+from vista.store.admin.store_compaction import compact_store
+from vista.store.admin.verification import verify_store
 from vista.store.lmdb.environment import SharedEnvironment
 
 
@@ -44,19 +46,19 @@ def files_with(folder: Path, marker: bytes) -> list[str]:
 def test_no_byte_is_left_after_compaction(tmp_path: Path, grow: SimpleNamespace, state: StateDtype) -> None:
     model, store = grow.model(), tmp_path / "store"
     log = named_log(tmp_path / "log", grow, 300)
-    refresh(model, log, store, state=state)
-    refresh(model, log, store, state=state)  # two generations hold them
+    refresh(model, log, store, options=RefreshOptions(state=state))
+    refresh(model, log, store, options=RefreshOptions(state=state))  # so that two generations hold the users
     gone = [f"marker-{user:04d}" for user in range(0, 300, 3)]
     with StoreReader.open(store) as opened:
         assert erase(store, gone) == 100
         assert not opened.get_many(gone).found.any() and opened.get_many(["marker-0001"]).found.all()
-    assert files_with(store, b"marker-0003")  # in free pages still
+    assert files_with(store, b"marker-0003")  # still in free pages
     report = compact_store(store)
     assert report.num_records == 200 and not verify_store(store).num_problems
     for user in gone:
         assert files_with(store, user.encode()) == [], user
     assert files_with(store, b"marker-0001")
-    # The generation before went as well, and nothing brings them back.
+    # The previous generation is gone as well, and nothing brings the users back.
     with pytest.raises(StoreError, match="no complete generation before"):
         roll_back(store)
     erase_users(log.path, gone[:50])
@@ -68,22 +70,22 @@ def test_no_byte_is_left_after_compaction(tmp_path: Path, grow: SimpleNamespace,
         assert len(opened) == 200 and not opened.get_many(gone).found.any()
 
 
-def test_a_compacted_store_goes_on(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_a_compacted_store_can_be_updated(tmp_path: Path, grow: SimpleNamespace) -> None:
     model, store = grow.model(), tmp_path / "store"
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(30), 5)))
-    refresh(model, log, store, codec=Codec.float32)
+    refresh(model, log, store, options=RefreshOptions(codec=Codec.float32))
     compact_store(store)
     log = grow.append(tmp_path / "log", grow.events({3: 2, 40: 1}, grow.start + 500 * grow.hour))
     assert refresh_incremental(model, log, store).counts["appended"] == 1
-    refresh(model, log, tmp_path / "expected", codec=Codec.float32)
+    refresh(model, log, tmp_path / "expected", options=RefreshOptions(codec=Codec.float32))
     grow.assert_same(store, tmp_path / "expected", atol=2e-5)
     assert not verify_store(store).num_problems
 
 
-def test_an_erasure_while_a_generation_is_made_is_not_lost(
+def test_an_erasure_during_another_operation_is_not_lost(
     tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between reading the records and the flip, of a compaction, an import, a copy and a refresh in turn."""
+    """Just before the publication by a compaction, a copy, an import and a refresh in turn."""
     model, store = grow.model(), tmp_path / "store"
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 3)))
     refresh(model, log, store)
@@ -115,7 +117,7 @@ def test_an_erasure_while_a_generation_is_made_is_not_lost(
         assert not verify_store(root).num_problems
 
 
-def test_copies_and_imports_bring_no_erased_user_back(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_copies_and_imports_do_not_bring_erased_users_back(tmp_path: Path, grow: SimpleNamespace) -> None:
     model, store, host = grow.model(), tmp_path / "store", tmp_path / "host"
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 3)))
     refresh(model, log, store)
@@ -123,7 +125,7 @@ def test_copies_and_imports_bring_no_erased_user_back(tmp_path: Path, grow: Simp
     copy_generation(store, host)
     erase(host, [4])
     refresh(model, log, store)
-    with pytest.raises(StoreError, match=r"users were erased here who are still in .*store; erase them there"):
+    with pytest.raises(StoreError, match=r"users were erased here, but are still in .*store; erase them there too"):
         copy_generation(store, host)
     with pytest.raises(StoreError, match="holds users who were erased"):
         import_store(tmp_path / "all.parquet", host)
@@ -135,7 +137,7 @@ def test_copies_and_imports_bring_no_erased_user_back(tmp_path: Path, grow: Simp
 
 ERASER = """
 import sys
-from vista.store.updates import erase
+from vista.store.erasure import erase
 for user in range(0, 200, 2):
     erase(sys.argv[1], [user])
     print(user, flush=True)
@@ -144,10 +146,10 @@ for user in range(0, 200, 2):
 
 @pytest.mark.parametrize("kind", ["full", "incremental"])
 def test_erasures_race_a_refresh(tmp_path: Path, grow: SimpleNamespace, kind: str) -> None:
-    """Another process erases 100 users one by one while a refresh writes all 200, again and again."""
+    """Another process erases 100 users one by one while refreshes write all 200 users repeatedly."""
     model, store = grow.model(), tmp_path / "store"
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(200), 2)))
-    refresh(model, log, store, users_per_batch=7)
+    refresh(model, log, store, options=RefreshOptions(users_per_batch=7))
     eraser = subprocess.Popen([sys.executable, "-c", ERASER, str(store)], stdout=subprocess.PIPE, text=True)
     assert eraser.stdout is not None
     misses: list[int] = []
@@ -165,14 +167,14 @@ def test_erasures_race_a_refresh(tmp_path: Path, grow: SimpleNamespace, kind: st
     while watcher.is_alive():
         turn += 1
         if kind == "full":
-            refresh(model, log, store, users_per_batch=7)
+            refresh(model, log, store, options=RefreshOptions(users_per_batch=7))
         else:
             log = grow.append(
                 tmp_path / "log", grow.events(dict.fromkeys(range(200), 1), grow.start + turn * 500 * grow.hour)
             )
-            refresh_incremental(model, log, store, users_per_batch=7)
+            refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=7))
     watcher.join()
-    assert eraser.wait() == 0 and misses == [0] * 100, "an erased user was still served"
+    assert eraser.wait() == 0 and misses == [0] * 100, "an erased user was still found"
     with StoreReader.open(store) as opened:
         assert sorted(opened.keys()) == list(range(1, 200, 2)) and len(opened) == 100
     assert not verify_store(store).num_problems
@@ -182,28 +184,28 @@ def test_from_the_command_line(tmp_path: Path, grow: SimpleNamespace) -> None:
     log = grow.append(tmp_path / "log", grow.events({1: 3, 2: 3}))
     refresh(grow.model(), log, tmp_path / "store")
     config = StoreEraseConfig(store=str(tmp_path / "store"), users=["2"], data=str(log.path))
-    text = erase_from_config(config)
+    text = store_erase(config)
     assert "1 of 1 users had a record" in text and "vista store compact" in text
     assert EventLog.open(log.path).lengths.tolist() == [3, 0]
-    assert "check the ids" not in text
+    assert "Check the ids" not in text
     config.users, config.data = ["1", "11"], None
-    assert "No refresh will write any of the 2: check the ids, of which 1 had none" in erase_from_config(config)
+    assert "Check the ids: 1 users had no record. No refresh will write any of the 2" in store_erase(config)
     refresh(grow.model(), grow.append(tmp_path / "log", grow.events({5: 3})), tmp_path / "store")
     for users, data in ((["5", "77"], log.path), (["5"], tmp_path / "nowhere")):
         config.users, config.data = users, str(data)
         with pytest.raises(VistaError):
-            erase_from_config(config)
+            store_erase(config)
         with StoreReader.open(tmp_path / "store") as store:
             assert store.get_many([5]).found.all()
     config.users, config.data = [], None
     with pytest.raises(ConfigError, match="users: name at least one"):
-        erase_from_config(config)
+        store_erase(config)
     config.users = ["two"]
     with pytest.raises(ConfigError, match="ids must be integers"):
-        erase_from_config(config)
+        store_erase(config)
 
 
-def test_an_id_that_is_named_twice_is_erased_once(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_duplicate_ids_are_erased_once(tmp_path: Path, grow: SimpleNamespace) -> None:
     log = grow.append(tmp_path / "log", grow.events({1: 3, 2: 3, 3: 3}))
     refresh(grow.model(), log, tmp_path / "store")
     assert erase(tmp_path / "store", [2, 2, 2]) == 1
@@ -213,10 +215,10 @@ def test_an_id_that_is_named_twice_is_erased_once(tmp_path: Path, grow: SimpleNa
 
 
 @pytest.mark.parametrize("after", [0, 1])
-def test_an_erasure_that_stopped_half_way_is_completed(
+def test_an_interrupted_erasure_is_completed(
     tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    """After the tombstone, and after the record but before the state: the next refresh or compaction ends it."""
+    """Interrupted after the tombstone, or after the record: the next refresh or compaction completes it."""
     model, write, calls = grow.model(), SharedEnvironment.write, []
     log = grow.append(tmp_path / "log", grow.events({1: 3, 2: 3}))
     for name in ("refreshed", "compacted"):
@@ -243,7 +245,7 @@ def test_an_erasure_that_stopped_half_way_is_completed(
         assert not verify_store(tmp_path / name).num_problems
 
 
-def test_a_copy_that_goes_on_brings_no_erased_user_back(
+def test_a_resumed_copy_does_not_bring_erased_users_back(
     tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, store, host = grow.model(), tmp_path / "store", tmp_path / "host"

@@ -1,4 +1,4 @@
-"""Full refresh: users that fail, and how old a record may be."""
+"""Full refresh: users that fail, the log of a run, and the age limit of records."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 
 from vista.config.choices import Codec, OnMissing
 from vista.errors import RecordError, UnknownUserError
-from vista.refresh import refresh, refresh_incremental
+from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import StoreReader
 from vista.store.stored_batch import CLOCK_SKEW_MS
 
 
 def poisoned(grow: SimpleNamespace, counts: dict[int, int], users: list[int]) -> tuple[object, dict[str, object]]:
-    """A model that has learnt NaN for one item, and events in which only some users met it."""
+    """A model with NaN for one item, and events in which only some users have that item."""
     model, frame = grow.model(), grow.events(counts)
     frame["item"] = np.where(frame["item"] == 0, 10, frame["item"])
     for user in users:
@@ -34,10 +34,10 @@ def test_a_few_failing_users_change_no_others(tmp_path: Path, grow: SimpleNamesp
     counts = dict.fromkeys(range(250), 2)
     model, frame = poisoned(grow, counts, [17, 101])
     log = grow.append(tmp_path / "log", frame)
-    report = refresh(model, log, tmp_path / "store", codec=Codec.float32, users_per_batch=64)
+    report = refresh(model, log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32, users_per_batch=64))
     assert report.counts == {"written": 248, "erased": 0, "failed": 2} and set(report.failures) == {"17", "101"}
-    assert "user 17 failed: the summary of user 17 is refused: row 0 holds NaN or infinity" in str(report)
-    refresh(grow.model(), log, tmp_path / "healthy", codec=Codec.float32)
+    assert "user 17 failed: the summary of user 17 cannot be stored: row 0 holds NaN or infinity" in str(report)
+    refresh(grow.model(), log, tmp_path / "healthy", options=RefreshOptions(codec=Codec.float32))
     others = [user for user in range(250) if user not in (17, 101)]
     with StoreReader.open(tmp_path / "store") as store, StoreReader.open(tmp_path / "healthy") as healthy:
         assert sorted(store.keys()) == others and len(store) == 248
@@ -48,7 +48,7 @@ def test_an_incremental_failure_keeps_the_old_record(tmp_path: Path, grow: Simpl
     counts = dict.fromkeys(range(250), 2)
     model, frame = poisoned(grow, counts, [])
     log = grow.append(tmp_path / "log", frame)
-    refresh(model, log, tmp_path / "store", codec=Codec.float32)
+    refresh(model, log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32))
     model, frame = poisoned(grow, counts, [17])
     frame["timestamp"] = frame["timestamp"] + 500 * grow.hour
     log = grow.append(tmp_path / "log", frame)
@@ -63,14 +63,14 @@ def test_an_incremental_failure_keeps_the_old_record(tmp_path: Path, grow: Simpl
 def test_many_failing_users_stop_the_run(tmp_path: Path, grow: SimpleNamespace) -> None:
     model, frame = poisoned(grow, dict.fromkeys(range(100), 2), list(range(17, 28)))
     log = grow.append(tmp_path / "log", frame)
-    with pytest.raises(RecordError, match=r"11 users failed, the first of them '17': .*NaN or infinity"):
+    with pytest.raises(RecordError, match=r"11 users failed; the first one is '17': .*NaN or infinity"):
         refresh(model, log, tmp_path / "store")
     assert not (tmp_path / "store" / "CURRENT").exists()
 
 
-def test_one_json_line_a_batch(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_one_json_line_per_batch(tmp_path: Path, grow: SimpleNamespace) -> None:
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(10), 3)))
-    refresh(grow.model(), log, tmp_path / "store", users_per_batch=4)
+    refresh(grow.model(), log, tmp_path / "store", options=RefreshOptions(users_per_batch=4))
     path = tmp_path / "store" / "refresh.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["users"] for line in lines] == [4, 8, 10] and lines[-1]["events"] == 30
@@ -85,7 +85,7 @@ NOW = 1_800_000_000_000
     ("age_ms", "served"),
     [(0, True), (59_000, True), (60_000, True), (61_000, False), (-CLOCK_SKEW_MS, True), (-CLOCK_SKEW_MS - 1, False)],
 )
-def test_old_records_are_served_only_on_wish(
+def test_records_beyond_the_age_limit_are_not_used(
     tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, age_ms: int, served: bool
 ) -> None:
     model = grow.model()
@@ -104,7 +104,7 @@ def test_old_records_are_served_only_on_wish(
             scorer.score([1, 2], [10])
 
 
-def test_a_refresh_that_found_nothing_new_makes_all_current(
+def test_a_refresh_without_new_events_makes_all_records_current(
     tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = grow.model()
@@ -116,5 +116,5 @@ def test_a_refresh_that_found_nothing_new_makes_all_current(
         refresh_incremental(model, log, tmp_path / "store")
         assert not scorer.reload()
         assert np.isfinite(scorer.score([1, 2], [10])).all()
-        with pytest.raises(ValueError, match="max_age_s: must be above 0"):
+        with pytest.raises(ValueError, match="max_age_s: must be positive"):
             Scorer.open(model, tmp_path / "store", max_age_s=0)

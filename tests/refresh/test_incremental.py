@@ -1,4 +1,4 @@
-"""Incremental refresh against a full one of the same log: appends, late events, deletions, new users, kills."""
+"""Incremental refreshes compared with full ones: appends, late events, deletions, new users, interruptions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vista.errors import ConfigError, StoreError, SummarizerMismatchError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users, forget_events
 from vista.log.event_log import EventLog
-from vista.refresh import erase, refresh, refresh_incremental
+from vista.refresh import RefreshOptions, erase, refresh, refresh_incremental
 from vista.store import StoreReader, user_keys
-from vista.store.admin.inspection import verify_store
+from vista.store.admin.verification import verify_store
 from vista.store.layout import environment_path
 from vista.store.lmdb.environment import SharedEnvironment
-from vista.store.updates import StoreUpdate
+from vista.store.update import StoreUpdate
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -39,7 +39,8 @@ DRIFT = 5e-4
 
 
 def full(model: Any, log: EventLog, path: Path, **options: Any) -> Path:
-    refresh(model, log, path, codec=Codec.float32, **options)
+    """A full refresh; options as of `RefreshOptions`."""
+    refresh(model, log, path, options=RefreshOptions(codec=Codec.float32, **options))
     return path
 
 
@@ -50,14 +51,14 @@ def test_equals_a_full_refresh(tmp_path: Path, grow: SimpleNamespace, name: str)
     store = full(model, log, tmp_path / "store", users_per_batch=2)
     later = grow.start + 500 * grow.hour
     log = grow.append(tmp_path / "log", grow.events({1: 5, 3: 1, 6: 4}, later))  # appended; 6 is new
-    report = refresh_incremental(model, log, store, users_per_batch=2)
+    report = refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=2))
     assert report.num_users == 3
     if name in ("bidirectional", "a history limit", "no summary"):
         assert report.counts["recomputed"] == 3 and report.num_events == 17 + 31 + 4
     else:
         assert report.counts["appended"] == 2 and report.num_events == 5 + 1 + 4
     grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
-    # Late events of 2 and 5, and forgotten ones of 1 and 3 (one of them the newest).
+    # Late events of users 2 and 5, and forgotten ones of users 1 and 3 (one of them the newest).
     log = grow.append(tmp_path / "log", grow.events({2: 2, 5: 1}, grow.start - 100 * grow.hour))
     gone = {name: log[1].slice(0, 3, 5).__getattribute__(name) for name in ("item", "timestamp")}
     newest = log[3].slice(0, log[3].num_events - 1)
@@ -91,7 +92,7 @@ def test_any_sequence_of_changes(
     log = grow.append(folder / "log", grow.events(data.draw(counts)))
     store = full(model, log, folder / "store")
     for turn in range(data.draw(st.integers(1, 4))):
-        for step in range(data.draw(st.integers(1, 2))):  # a refresh may come after several segments
+        for step in range(data.draw(st.integers(1, 2))):  # a refresh may follow several segments
             change = data.draw(st.sampled_from(["append", "anywhere", "forget", "erase"]))
             if change in ("append", "anywhere"):
                 start = grow.start + ((turn + 1) * 500 * grow.hour if change == "append" else 0)
@@ -109,12 +110,12 @@ def test_any_sequence_of_changes(
                         frame = {"item": log.items.ids(history.item[index]), "timestamp": history.timestamp[index]}
                         forget_events(log.path, {"user": np.full(len(index), user), **frame})
                     log = EventLog.open(log.path)
-        refresh_incremental(model, log, store, users_per_batch=2)
+        refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=2))
         grow.assert_same(store, full(model, log, folder / f"expected-{turn}"), atol=DRIFT)
 
 
-def test_events_that_came_and_went_between_two_refreshes(tmp_path: Path, grow: SimpleNamespace) -> None:
-    """Nothing is left to append, for the only user who has changed."""
+def test_events_appended_and_deleted_between_two_refreshes(tmp_path: Path, grow: SimpleNamespace) -> None:
+    """Nothing is left to append for the only user that has changed."""
     model, later = grow.model(), grow.start + 900 * grow.hour
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 8}))
     store = full(model, log, tmp_path / "store")
@@ -146,7 +147,7 @@ def contents(store: Path, generation: int = 1) -> dict[bytes, bytes]:
         environment.release()
 
 
-def test_readers_see_the_new_records_at_once(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_readers_see_new_records_without_a_reload(tmp_path: Path, grow: SimpleNamespace) -> None:
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
     path = full(model, log, tmp_path / "store")
@@ -160,10 +161,10 @@ def test_readers_see_the_new_records_at_once(tmp_path: Path, grow: SimpleNamespa
 
 
 @pytest.mark.parametrize("broken_at", range(6))
-def test_a_run_that_ends_anywhere_adds_no_event_twice(
+def test_an_interrupted_run_adds_no_event_twice(
     tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, broken_at: int
 ) -> None:
-    """Each of a batch's two transactions fails in turn; then the log grows before the run is taken up again."""
+    """Each of a batch's two transactions fails in turn, and the log grows before the run is resumed."""
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 8, 3: 9}))
     store = full(model, log, tmp_path / "store")
@@ -179,30 +180,30 @@ def test_a_run_that_ends_anywhere_adds_no_event_twice(
     with monkeypatch.context() as patch:
         patch.setattr(SharedEnvironment, "write", failing)
         with pytest.raises(StoreError, match="cannot be written: Input/output error"):
-            refresh_incremental(model, log, store, users_per_batch=1)
+            refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=1))
     log = grow.append(tmp_path / "log", grow.events({2: 1}, grow.start + 1000 * grow.hour))
-    report = refresh_incremental(model, log, store, users_per_batch=1)
+    report = refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=1))
     assert report.num_users == 3
     grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
 
 
 def test_another_log_is_refused(tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that was prepared anew, and one that was restored after a run that did not end, and grew otherwise."""
+    """A log with other events, and one that was restored from a backup after an unfinished run and then diverged."""
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
     store = full(model, log, tmp_path / "store")
     other = grow.append(tmp_path / "other", grow.events({1: 7, 2: 8}))
-    with pytest.raises(StoreError, match="segment 1 that it has seen was made of other sources"):
+    with pytest.raises(StoreError, match=r"covers segment 1, but that segment of .* was made from other sources"):
         refresh_incremental(model, other, store)
     shutil.copytree(tmp_path / "log", tmp_path / "backup")
     log = grow.append(tmp_path / "log", grow.events({1: 2, 2: 2}, grow.start + 500 * grow.hour))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(StoreUpdate, "finish", lambda update: (_ for _ in ()).throw(KeyboardInterrupt))
         refresh_incremental(model, log, store)
-    with pytest.raises(StoreError, match=r"has seen segment 2, but .*backup ends at 1"):
+    with pytest.raises(StoreError, match=r"covers segment 2, but .*backup ends at segment 1"):
         refresh_incremental(model, EventLog.open(tmp_path / "backup"), store)
     grown = grow.append(tmp_path / "backup", grow.events({1: 1}, grow.start + 600 * grow.hour))
-    with pytest.raises(StoreError, match="segment 2 that it has seen was made of other sources"):
+    with pytest.raises(StoreError, match=r"covers segment 2, but that segment of .* was made from other sources"):
         refresh_incremental(model, grown, store)
     compact_log(tmp_path / "log")
     refresh_incremental(model, EventLog.open(tmp_path / "log"), store)
@@ -210,7 +211,7 @@ def test_another_log_is_refused(tmp_path: Path, grow: SimpleNamespace, monkeypat
 
 
 def test_half_precision_states_stay_close(tmp_path: Path, grow: SimpleNamespace) -> None:
-    """Ten appends, each rounded to 11 bits."""
+    """After ten appends, each rounded to 11 bits."""
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 40, 2: 40}))
     store = full(model, log, tmp_path / "store", state=StateDtype.float16)
@@ -229,8 +230,8 @@ def test_without_states_changed_users_are_recomputed(tmp_path: Path, grow: Simpl
     grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
 
 
-def test_a_compacted_log_goes_on(tmp_path: Path, grow: SimpleNamespace) -> None:
-    """A boundary inside what was compacted: only users with changes are recomputed; users without an id go."""
+def test_a_compacted_log(tmp_path: Path, grow: SimpleNamespace) -> None:
+    """Users with changes are recomputed if the store's segment was merged into another; users without an id go."""
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7, 3: 7}))
     store = full(model, log, tmp_path / "store")
@@ -251,7 +252,7 @@ def test_a_compacted_log_goes_on(tmp_path: Path, grow: SimpleNamespace) -> None:
         assert sorted(opened.keys()) == [1, 3] and opened.manifest.applied_segment == log.last_segment
 
 
-def test_erased_users_stay_away(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_erased_users_stay_erased(tmp_path: Path, grow: SimpleNamespace) -> None:
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7, 3: 7}))
     path = full(model, log, tmp_path / "store")
@@ -265,21 +266,23 @@ def test_erased_users_stay_away(tmp_path: Path, grow: SimpleNamespace) -> None:
         assert store.generation == 2 and sorted(store.keys()) == [1, 3] and len(store) == 2
 
 
-def test_what_cannot_go_on_says_so(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_stores_that_cannot_be_updated_are_refused(tmp_path: Path, grow: SimpleNamespace) -> None:
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
     with pytest.raises(StoreError, match="vista refresh"):
         refresh_incremental(model, log, tmp_path / "nowhere")
     refresh(model, log, tmp_path / "past", until="leave-last-out")
-    with pytest.raises(ConfigError, match="was refreshed until=leave-last-out"):
+    with pytest.raises(ConfigError, match="was refreshed with until=leave-last-out and cannot be updated"):
         refresh_incremental(model, log, tmp_path / "past")
     store = full(model, log, tmp_path / "store")
     with pytest.raises(SummarizerMismatchError):
         refresh_incremental(grow.model(seed=1), log, store)
     grow.append(tmp_path / "log", grow.events({1: 2}, grow.start + 500 * grow.hour))
     refresh_incremental(model, EventLog.open(log.path), store)
-    with pytest.raises(StoreError, match=r"has seen segment 2, but .* ends at 1"):
+    with pytest.raises(StoreError, match=r"covers segment 2, but .* ends at segment 1"):
         refresh_incremental(model, log, store)
+    with pytest.raises(ConfigError, match=r"options\.codec: was set by the store's full refresh; leave it out"):
+        refresh_incremental(model, log, store, options=RefreshOptions(codec=Codec.float32))
     with (
         StoreUpdate.open(store, summarizer_id=model.summarizer_id(), applied_segment=2, created_at=0),
         pytest.raises(StoreError, match="is being written"),
@@ -287,9 +290,7 @@ def test_what_cannot_go_on_says_so(tmp_path: Path, grow: SimpleNamespace) -> Non
         refresh_incremental(model, log, store)
 
 
-def test_a_store_that_lacks_as_many_states_as_a_run_puts_up_with_is_sound(
-    tmp_path: Path, grow: SimpleNamespace
-) -> None:
+def test_verification_tolerates_as_many_missing_states_as_a_refresh(tmp_path: Path, grow: SimpleNamespace) -> None:
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(30), 2)))
     refresh(model, log, tmp_path / "store")

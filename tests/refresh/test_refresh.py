@@ -1,7 +1,8 @@
-"""Refresh: what a record holds, splits, codecs, and resumption after a kill or Ctrl-C."""
+"""Full refresh: contents of records, splits, codecs, and resumption after a kill or Ctrl-C."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import START, Served, run_python, small_config, small_frame
-from vista.cli.score_command import score_from_config
+from vista.cli.refresh_commands import refresh_command
+from vista.cli.score_command import score_command
 from vista.config import ModelConfig, RefreshConfig, ScoreConfig
 from vista.config.choices import Codec, Decay, Precision
 from vista.errors import ConfigError, StoreError, StoreLockedError, UserKeyError
@@ -19,22 +21,23 @@ from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
 from vista.model import inference
 from vista.model.vista_model import VistaModel
-from vista.refresh import RefreshReport, refresh, refresh_from_config
-from vista.refresh.refresh_report import STAGES
+from vista.refresh import RefreshOptions, RefreshReport, refresh
+from vista.refresh.refresh_progress import STAGES
 from vista.scorer import Scorer
 from vista.store import NO_TIMESTAMP, StoreReader, StoreWriter
-from vista.store.format.digest import history_digest
+from vista.store.format.digest import event_digests, item_keys
+from vista.store.reader import published_manifest
 from vista.training.trainer import schema_of
 
 
 def new_model(log: EventLog, **changes: object) -> VistaModel:
-    """Untrained: what a refresh stores does not depend on that."""
+    """An untrained model, which is good enough to compare what a refresh stores."""
     config = small_config(log, "unused", **{f"model__{key}": value for key, value in changes.items()})
     return VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
 
 
 def assert_store_holds(path: Path, model: VistaModel, log: EventLog, counts: np.ndarray, atol: float) -> None:
-    """Each record against a recomputation of that user alone."""
+    """Compare each record with a recomputation of that user alone."""
     users = log.users.ids(np.arange(log.num_users))
     with StoreReader.open(path, summarizer_id=model.summarizer_id()) as store:
         assert len(store) == (counts > 0).sum() and set(store.keys()) == set(users[counts > 0].tolist())
@@ -53,7 +56,7 @@ def assert_store_holds(path: Path, model: VistaModel, log: EventLog, counts: np.
                 assert stored.last_event_ts[row] == NO_TIMESTAMP and (stored.summary[row] == 0).all(), user
                 continue
             assert stored.last_event_ts[row] == seen.timestamp[-1]
-            assert stored.history_digest[row] == history_digest(ids, seen.timestamp, seen.action)
+            assert stored.history_digest[row] == event_digests(item_keys(ids), seen.timestamp, seen.action).sum()
             rows = type(seen)(model.item_rows(ids), seen.timestamp, seen.action, seen.rating, seen.offsets)
             expected = inference.summarize(model, rows)[0].numpy()
             np.testing.assert_allclose(stored.summary[row], expected, atol=atol)
@@ -66,11 +69,17 @@ LOST = {Codec.float32: 1e-5, Codec.float16: 0.002, Codec.int8: 0.02, Codec.int4:
 @pytest.mark.parametrize(
     "until", [None, "leave-last-out", "leave-last-two-out", str(START + 20 * 86_400_000), START + 12_345_678]
 )
-def test_records_hold_what_their_user_had_done(
+def test_records_cover_the_visible_events(
     event_log: EventLog, tmp_path: Path, codec: Codec, until: str | int | None
 ) -> None:
     model = new_model(event_log)
-    report = refresh(model, event_log, tmp_path / "s", until=until, codec=codec, users_per_batch=3, tokens_per_batch=20)
+    report = refresh(
+        model,
+        event_log,
+        tmp_path / "s",
+        until=until,
+        options=RefreshOptions(codec=codec, users_per_batch=3, tokens_per_batch=20),
+    )
     counts = visible_counts(event_log, until)
     assert (report.num_users, report.num_events) == ((counts > 0).sum(), counts.sum())
     assert_store_holds(tmp_path / "s", model, event_log, counts, atol=LOST[codec])
@@ -86,8 +95,8 @@ def test_users_without_visible_events_have_no_record(event_log: EventLog, tmp_pa
         assert len(store) == 0 and not store.get_many([100]).found.any()
 
 
-def test_until_survives_the_manifest(event_log: EventLog, tmp_path: Path) -> None:
-    """A time of eight digits would read as a date if it were kept as text."""
+def test_the_manifest_keeps_until(event_log: EventLog, tmp_path: Path) -> None:
+    """A time of eight digits would be read as a date if it were stored as text."""
     frame = {"user": [1, 1, 1], "item": [0, 10, 20], "timestamp": [12_000_000, 12_345_678, 12_500_000]}
     log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms")
     for until, kept in ((12_345_678, 12_345_678), (None, "all"), ("leave-last-out", "leave-last-out")):
@@ -107,21 +116,21 @@ def test_no_summary_tokens(event_log: EventLog, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mixing", ["bidirectional", "separable"])
 def test_string_ids_and_no_times(order_log: EventLog, tmp_path: Path, mixing: str) -> None:
     model = new_model(order_log, mixing=ModelConfig().mixing.__class__(mixing))
-    refresh(model, order_log, tmp_path / "store", codec=Codec.float32, until="leave-last-out")
+    refresh(model, order_log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32), until="leave-last-out")
     assert_store_holds(tmp_path / "store", model, order_log, visible_counts(order_log, "leave-last-out"), atol=1e-5)
     with StoreReader.open(tmp_path / "store") as store, pytest.raises(UserKeyError, match=r"user 1: .*of type str"):
         store.get_many([1])
 
 
-def test_items_that_the_model_never_saw_are_unknown_to_it(event_log: EventLog, tmp_path: Path) -> None:
+def test_items_outside_the_vocabulary_are_unknown_items(event_log: EventLog, tmp_path: Path) -> None:
     model = new_model(event_log)
     frame = {**small_frame(), "item": small_frame()["item"] + 200}
     log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", action="action", rating="rating")
-    refresh(model, log, tmp_path / "store", codec=Codec.float32)
+    refresh(model, log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32))
     assert_store_holds(tmp_path / "store", model, log, log.lengths, atol=1e-5)
 
 
-def test_segments_are_one_log(event_log: EventLog, tmp_path: Path) -> None:
+def test_a_log_of_several_segments(event_log: EventLog, tmp_path: Path) -> None:
     frame = small_frame()
     first = frame["timestamp"] < np.median(frame["timestamp"])
     for part in (first, ~first):
@@ -132,15 +141,17 @@ def test_segments_are_one_log(event_log: EventLog, tmp_path: Path) -> None:
     assert len(log.manifests) == 2
     model = new_model(event_log)
     for until in ("leave-last-out", None):
-        refresh(model, log, tmp_path / "store", until=until, codec=Codec.float32, users_per_batch=5)
+        refresh(
+            model, log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32, users_per_batch=5)
+        )
         assert_store_holds(tmp_path / "store", model, log, visible_counts(log, until), atol=1e-5)
         with StoreReader.open(tmp_path / "store") as store:
             assert store.manifest.applied_segment == 2
 
 
-def test_a_model_left_in_training_mode_drops_nothing(event_log: EventLog, tmp_path: Path) -> None:
+def test_no_dropout_for_a_model_in_training_mode(event_log: EventLog, tmp_path: Path) -> None:
     model = new_model(event_log, dropout=0.5)
-    refresh(model.train(), event_log, tmp_path / "store", codec=Codec.float32)
+    refresh(model.train(), event_log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32))
     assert not model.training
     assert_store_holds(tmp_path / "store", model, event_log, event_log.lengths, atol=1e-5)
 
@@ -151,7 +162,12 @@ def test_bfloat16_products_change_summaries_little(event_log: EventLog, tmp_path
     model = new_model(event_log, mixing=ModelConfig().mixing.__class__(mixing))
     summaries = []
     for precision in (Precision.float32, Precision.bfloat16):
-        refresh(model, event_log, tmp_path / precision.value, codec=Codec.float32, precision=precision)
+        refresh(
+            model,
+            event_log,
+            tmp_path / precision.value,
+            options=RefreshOptions(codec=Codec.float32, precision=precision),
+        )
         with StoreReader.open(tmp_path / precision.value) as store:
             summaries.append(store.get_many(event_log.users.ids(np.arange(16))).summary)
     exact, rounded = summaries
@@ -160,7 +176,9 @@ def test_bfloat16_products_change_summaries_little(event_log: EventLog, tmp_path
 
 
 def test_report(event_log: EventLog, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    report = refresh(new_model(event_log), event_log, tmp_path / "store", users_per_batch=4, progress=True)
+    report = refresh(
+        new_model(event_log), event_log, tmp_path / "store", options=RefreshOptions(users_per_batch=4, progress=True)
+    )
     assert sum(report.shares.values()) == pytest.approx(1) and min(report.shares.values()) >= 0
     assert list(report.shares) == [*STAGES, "other"]
     assert "refresh: 100%" in capfd.readouterr().err
@@ -169,7 +187,7 @@ def test_report(event_log: EventLog, tmp_path: Path, capfd: pytest.CaptureFixtur
     assert "(5 of them by an earlier run)" in str(RefreshReport("s", 2, 16, 5, 100, 1.0, {"read": 1.0}))
 
 
-def test_from_config_leaves_the_same_records(served: Served, tmp_path: Path) -> None:
+def test_the_command_writes_the_same_records(served: Served, tmp_path: Path) -> None:
     config = RefreshConfig(
         data=str(served.log.path),
         model=str(served.model_dir),
@@ -179,27 +197,27 @@ def test_from_config_leaves_the_same_records(served: Served, tmp_path: Path) -> 
         device="cpu",
         progress=False,
     )
-    report = refresh_from_config(config)
-    assert report.generation == 1 and refresh_from_config(config).generation == 2
+    report = refresh_command(config)
+    assert report.generation == 1 and refresh_command(config).generation == 2
     assert_store_holds(
         tmp_path / "store", served.model, served.log, visible_counts(served.log, "leave-last-out"), atol=1e-5
     )
     config.device = "abacus"
     with pytest.raises(ConfigError, match="device=abacus: write auto, cpu, cuda or cuda:N"):
-        refresh_from_config(config)
+        refresh_command(config)
 
 
 def test_a_log_that_the_model_would_misread_is_refused(
     event_log: EventLog, order_log: EventLog, tmp_path: Path
 ) -> None:
     frame = small_frame()
-    frame["action"] = np.where(frame["action"] == "click", "buy", "like")  # code 0 would be another action
+    frame["action"] = np.where(frame["action"] == "click", "buy", "like")  # code 0 is another action
     other = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", action="action", rating="rating")
-    with pytest.raises(ConfigError, match=r"its actions are \['buy', 'like'\], the model was trained on \['click'"):
+    with pytest.raises(ConfigError, match=r"actions are \['buy', 'like'\], but the model was trained on \['click'"):
         refresh(new_model(event_log), other, tmp_path / "store")
     del frame["action"]
     plain = EventLog.from_frame(frame, tmp_path / "plain", time_unit="ms", rating="rating")
-    with pytest.raises(ConfigError, match=r"its actions are \['event'\], the model was trained on \['click'"):
+    with pytest.raises(ConfigError, match=r"actions are \['event'\], but the model was trained on \['click'"):
         refresh(new_model(event_log), plain, tmp_path / "store")
     refresh(new_model(event_log, use_action=False), plain, tmp_path / "store-without-actions")
     timeless = {name: small_frame()[name] for name in ("user", "item", "action")}
@@ -217,19 +235,8 @@ def test_a_log_that_the_model_would_misread_is_refused(
 def test_a_second_writer_is_refused_at_once(event_log: EventLog, tmp_path: Path) -> None:
     model = new_model(event_log)
     refresh(model, event_log, tmp_path / "store")
-    with (
-        StoreWriter.open(
-            tmp_path / "store",
-            summarizer_id=model.summarizer_id(),
-            num_tokens=3,
-            dim=16,
-            codec=Codec.int8,
-            tail_len=6,
-            total_users=1,
-            run_digest="other",
-        ),
-        pytest.raises(StoreLockedError),
-    ):
+    other = dataclasses.replace(published_manifest(tmp_path / "store"), run_digest="other")
+    with StoreWriter.open(tmp_path / "store", other), pytest.raises(StoreLockedError):
         refresh(model, event_log, tmp_path / "store")
     assert refresh(model, event_log, tmp_path / "store").resumed_at == 0
 
@@ -248,14 +255,14 @@ def test_refresh_while_a_scorer_is_open(served: Served, tmp_path: Path) -> None:
         assert scorer.reload() and scorer.store.generation == 4
 
 
-# Forks a refresh again and again and ends it at a random moment after some batches; the last one ends by itself.
+# Forks refreshes and kills or interrupts each at a random time after some batches; a last one finishes undisturbed.
 DRIVER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from vista.config.choices import Codec
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
-from vista.refresh import refresh
+from vista.refresh import RefreshOptions, refresh
 from vista.store import StoreWriter
 
 log_path, model, folder = sys.argv[1:]
@@ -276,7 +283,8 @@ def publish_and_tell(writer):
 StoreWriter.put_batch, StoreWriter.publish = put_and_tell, publish_and_tell
 
 def run(store, codec):
-    return refresh(model, log, store, until="leave-last-out", codec=codec, users_per_batch=1, created_at=1)
+    options = RefreshOptions(codec=codec, users_per_batch=1)
+    return refresh(model, log, store, until="leave-last-out", options=options, created_at=1)
 
 out = {}
 run(Path(folder, "warm"), Codec.int8)
@@ -296,7 +304,7 @@ for codec in (Codec.int8, Codec.float32):
                 finally:
                     os._exit(code)
             os.close(pipe[1])
-            if turn == ends - 1:  # while it publishes
+            if turn == ends - 1:  # during publication
                 while os.read(pipe[0], 1) == b"b":
                     pass
             else:
@@ -314,14 +322,21 @@ print(json.dumps(out))
 """
 
 
-def test_a_refresh_that_is_ended_anywhere_resumes_to_the_same_records(served: Served, tmp_path: Path) -> None:
+def test_an_interrupted_refresh_resumes_to_the_same_records(served: Served, tmp_path: Path) -> None:
     done = run_python(DRIVER, str(served.log.path), str(served.model_dir), str(tmp_path))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert len(report) == 4
     for codec in (Codec.int8, Codec.float32):
         whole = tmp_path / f"whole-{codec.value}"
-        refresh(served.model, served.log, whole, until="leave-last-out", codec=codec, users_per_batch=1, created_at=1)
+        refresh(
+            served.model,
+            served.log,
+            whole,
+            until="leave-last-out",
+            options=RefreshOptions(codec=codec, users_per_batch=1),
+            created_at=1,
+        )
         with StoreReader.open(whole) as store:
             expected = store.manifest
         for ending, code in (("kill", -9), ("interrupt", 130)):
@@ -334,7 +349,7 @@ def test_a_refresh_that_is_ended_anywhere_resumes_to_the_same_records(served: Se
                 assert store.manifest.records_digest == expected.records_digest != ""
 
 
-def test_an_interrupt_between_batches_leaves_what_the_next_run_resumes(
+def test_the_next_run_resumes_after_an_interrupt_between_batches(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put = StoreWriter.put_batch
@@ -350,9 +365,9 @@ def test_an_interrupt_between_batches_leaves_what_the_next_run_resumes(
     with monkeypatch.context() as patch:
         patch.setattr(StoreWriter, "put_batch", put_and_interrupt)
         with pytest.raises(KeyboardInterrupt):
-            refresh(served.model, served.log, tmp_path / "store", users_per_batch=4)
+            refresh(served.model, served.log, tmp_path / "store", options=RefreshOptions(users_per_batch=4))
     assert not (tmp_path / "store" / "CURRENT").exists()
-    report = refresh(served.model, served.log, tmp_path / "store", users_per_batch=4)
+    report = refresh(served.model, served.log, tmp_path / "store", options=RefreshOptions(users_per_batch=4))
     assert (report.resumed_at, report.generation) == (8, 1)
     assert report.num_events == served.log.lengths[8:].sum()
     assert_store_holds(tmp_path / "store", served.model, served.log, served.log.lengths, atol=0.02)
@@ -369,21 +384,22 @@ def test_an_unfinished_refresh_of_another_identity_is_not_resumed(
         put(writer, keys, records, cursor, states)
         raise KeyboardInterrupt
 
-    for options in ({"until": "leave-last-out"}, {"codec": Codec.float32}):
+    exact, int8 = RefreshOptions(codec=Codec.float32, users_per_batch=4), RefreshOptions(users_per_batch=4)
+    for until, options in (("leave-last-out", int8), (None, exact)):
         with monkeypatch.context() as patch:
             patch.setattr(StoreWriter, "put_batch", put_and_fail)
             with pytest.raises(KeyboardInterrupt):
-                refresh(served.model, served.log, tmp_path / "store", users_per_batch=4, **options)
-        assert refresh(served.model, served.log, tmp_path / "store", users_per_batch=4).resumed_at == 0
+                refresh(served.model, served.log, tmp_path / "store", until=until, options=options)
+        assert refresh(served.model, served.log, tmp_path / "store", options=int8).resumed_at == 0
 
 
 def test_a_key_and_a_group_from_the_configuration(served: Served, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("5a" * 32)
     common = {"model": str(served.model_dir), "store": str(tmp_path / "store")}
     keyed = {**common, "authentication_key_file": str(tmp_path / "key")}
-    refresh_from_config(RefreshConfig(data=str(served.log.path), shared_with_group=True, progress=False, **keyed))
+    refresh_command(RefreshConfig(data=str(served.log.path), shared_with_group=True, progress=False, **keyed))
     assert (tmp_path / "store").stat().st_mode & 0o7777 == 0o2750
     user = str(served.log.users.ids(np.array([0]))[0])
-    assert f"user {user}: " in score_from_config(ScoreConfig(users=[user], **keyed))
+    assert f"user {user}: " in score_command(ScoreConfig(users=[user], **keyed))
     with pytest.raises(StoreError, match="authentication key"):
-        score_from_config(ScoreConfig(users=[user], **common))
+        score_command(ScoreConfig(users=[user], **common))

@@ -1,4 +1,4 @@
-"""Several machines: parts of one store read as one, and stores over parts of the events merged into one."""
+"""Several machines: shards of a store read as one, and stores over disjoint events merged into one."""
 
 from __future__ import annotations
 
@@ -15,88 +15,88 @@ from vista.cli.main import main
 from vista.config.choices import Codec, Decay
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
-from vista.refresh import forget, merge, merging, refresh, refresh_incremental
+from vista.refresh import RefreshOptions, forget, merge, merging, refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import StoreReader, user_keys
+from vista.store.admin.copying import copy_generation
 from vista.store.admin.parquet import export_store, import_store
-from vista.store.admin.publish import copy_generation
 from vista.store.layout import environment_path
-from vista.store.shards import Shard, StoreParts, divide, open_store, stores_in
-from vista.store.updates import StoreUpdate
+from vista.store.sharded_reader import ShardedReader, open_store
+from vista.store.shards import Shard, stores_in, users_by_folder
+from vista.store.update import StoreUpdate
 
 
-def test_parts_are_one_store(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_shards_are_read_as_one_store(tmp_path: Path, grow: SimpleNamespace) -> None:
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({user: 1 + user % 9 for user in range(40)}))
     for index in range(3):
-        refresh(model, log, tmp_path / "parts", codec=Codec.float32, shard=Shard(index, 3))
+        refresh(model, log, tmp_path / "sharded", options=RefreshOptions(codec=Codec.float32), shard=Shard(index, 3))
     log = grow.append(tmp_path / "log", grow.events({5: 2, 50: 3, 51: 1}, grow.start + 500 * grow.hour))
     for index in range(3):
-        refresh_incremental(model, log, tmp_path / "parts", shard=Shard(index, 3))
-    refresh(model, log, tmp_path / "whole", codec=Codec.float32)
+        refresh_incremental(model, log, tmp_path / "sharded", shard=Shard(index, 3))
+    refresh(model, log, tmp_path / "whole", options=RefreshOptions(codec=Codec.float32))
     users = [51, 3, 3, 999, 5, *range(40)]
-    with StoreReader.open(tmp_path / "whole") as whole, open_store(tmp_path / "parts") as parts:
-        assert isinstance(parts, StoreParts) and len(parts) == len(whole) == 42
-        assert sorted(parts.keys()) == sorted(whole.keys())
-        found, wanted = parts.get_many(users), whole.get_many(users)
-        assert (
-            found.found.tolist() == wanted.found.tolist() and found.event_count.tolist() == wanted.event_count.tolist()
-        )
-        np.testing.assert_allclose(found.summary, wanted.summary, atol=2e-5)
+    with StoreReader.open(tmp_path / "whole") as whole, open_store(tmp_path / "sharded") as sharded:
+        assert isinstance(sharded, ShardedReader) and len(sharded) == len(whole) == 42
+        assert sorted(sharded.keys()) == sorted(whole.keys())
+        batch, wanted = sharded.get_many(users), whole.get_many(users)
+        for name in ("found", "event_count"):
+            assert getattr(batch, name).tolist() == getattr(wanted, name).tolist(), name
+        np.testing.assert_allclose(batch.summary, wanted.summary, atol=2e-5)
         for name in ("items", "times", "actions", "offsets"):
-            assert getattr(found.tail, name).tolist() == getattr(wanted.tail, name).tolist(), name
-        assert parts.get_many([]).summary.shape == (0, 3, 16) and not parts.reload()
-    with Scorer.open(model, tmp_path / "whole") as one, Scorer.open(model, tmp_path / "parts") as many:
+            assert getattr(batch.tail, name).tolist() == getattr(wanted.tail, name).tolist(), name
+        assert sharded.get_many([]).summary.shape == (0, 3, 16) and not sharded.reload()
+    with Scorer.open(model, tmp_path / "whole") as one, Scorer.open(model, tmp_path / "sharded") as many:
         np.testing.assert_allclose(many.score(users, [0, 10, 20]), one.score(users, [0, 10, 20]), atol=1e-4)
 
 
-def test_what_is_no_whole_set_of_parts_is_refused(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_incomplete_and_inconsistent_shards_are_refused(tmp_path: Path, grow: SimpleNamespace) -> None:
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(9), 3)))
-    refresh(model, log, tmp_path / "parts", shard=Shard.parse("0/2"))
-    with pytest.raises(StoreError, match=r"parts \[1\] of 2 are not there; refresh them with shard=i/2"):
-        open_store(tmp_path / "parts")
-    refresh(model, log, tmp_path / "parts", shard=Shard.parse("1/2"), until="leave-last-out")
+    refresh(model, log, tmp_path / "sharded", shard=Shard.parse("0/2"))
+    with pytest.raises(StoreError, match=r"shards \[1\] of 2 are missing; refresh them with shard=i/2"):
+        open_store(tmp_path / "sharded")
+    refresh(model, log, tmp_path / "sharded", shard=Shard.parse("1/2"), until="leave-last-out")
     with pytest.raises(StoreError, match="until differs"):
-        open_store(tmp_path / "parts")
-    with pytest.raises(ConfigError, match=r"holds parts of \[2\], part-1-of-3 is none of them; name another folder"):
-        refresh(model, log, tmp_path / "parts", shard=Shard.parse("1/3"))
-    (tmp_path / "parts" / "part-1-of-3").mkdir()
-    with pytest.raises(StoreError, match=r"holds parts of \[2, 3\]"):
-        open_store(tmp_path / "parts")
+        open_store(tmp_path / "sharded")
+    with pytest.raises(ConfigError, match=r"with \[2\] shards, to which part-1-of-3 does not belong; name another"):
+        refresh(model, log, tmp_path / "sharded", shard=Shard.parse("1/3"))
+    (tmp_path / "sharded" / "part-1-of-3").mkdir()
+    with pytest.raises(StoreError, match=r"holds shards of stores with \[2, 3\] shards"):
+        open_store(tmp_path / "sharded")
     for text in ("3/3", "1", "-1/2", "a/b"):
         with pytest.raises(ConfigError, match="write i/n"):
             Shard.parse(text)
 
 
-def test_a_divided_and_an_undivided_store_never_share_a_folder(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_a_sharded_and_an_unsharded_store_cannot_share_a_folder(tmp_path: Path, grow: SimpleNamespace) -> None:
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(9), 3)))
-    whole, parts, file = tmp_path / "whole", tmp_path / "parts", tmp_path / "all.parquet"
+    whole, sharded, file = tmp_path / "whole", tmp_path / "sharded", tmp_path / "all.parquet"
     refresh(model, log, whole)
     for index in range(2):
-        refresh(model, log, parts, shard=Shard(index, 2))
+        refresh(model, log, sharded, shard=Shard(index, 2))
     export_store(whole, file)
     for act in (
-        lambda: import_store(file, parts),
-        lambda: copy_generation(whole, parts),
-        lambda: merge(model, [(whole, log)], parts),
+        lambda: import_store(file, sharded),
+        lambda: copy_generation(whole, sharded),
+        lambda: merge(model, [(whole, log)], sharded),
     ):
-        with pytest.raises(ConfigError, match=r"is divided; refresh its parts with shard=i/2, or name another folder"):
+        with pytest.raises(ConfigError, match=r"is sharded; refresh its shards with shard=i/2, or name another folder"):
             act()
     for act in (
         lambda: refresh(model, log, whole, shard=Shard(0, 2)),
         lambda: refresh_incremental(model, log, whole, shard=Shard(0, 2)),
         lambda: import_store(file, whole / "part-0-of-2"),
-        lambda: copy_generation(parts / "part-0-of-2", whole / "part-0-of-2"),
+        lambda: copy_generation(sharded / "part-0-of-2", whole / "part-0-of-2"),
     ):
-        with pytest.raises(ConfigError, match=r"holds an undivided store \(CURRENT\).*name another folder"):
+        with pytest.raises(ConfigError, match=r"holds an unsharded store \(CURRENT\).*name another folder"):
             act()
-    with pytest.raises(ConfigError, match=r"holds parts of \[2\]"):
-        copy_generation(whole, parts / "part-0-of-3")
-    assert sorted(path.name for path in parts.iterdir()) == ["part-0-of-2", "part-1-of-2"]
+    with pytest.raises(ConfigError, match=r"holds shards of a store with \[2\] shards"):
+        copy_generation(whole, sharded / "part-0-of-3")
+    assert sorted(path.name for path in sharded.iterdir()) == ["part-0-of-2", "part-1-of-2"]
     assert not list(whole.glob("part-*"))
-    with open_store(whole) as one, open_store(parts) as many:
+    with open_store(whole) as one, open_store(sharded) as many:
         assert len(one) == len(many) == 9
 
 
@@ -122,22 +122,22 @@ def test_merged_stores_equal_the_store_of_all_events(
         else:
             continue
         frame["action"][owner == part] = rows["action"]
-        refresh(model, log, folder / f"store-{part}", codec=Codec.float32)
+        refresh(model, log, folder / f"store-{part}", options=RefreshOptions(codec=Codec.float32))
         parts.append((folder / f"store-{part}", log))
     log = grow.append(folder / "log", frame)
-    merge(model, parts, folder / "merged", users_per_batch=2)
-    refresh(model, log, folder / "expected", codec=Codec.float32)
+    merge(model, parts, folder / "merged", options=RefreshOptions(users_per_batch=2))
+    refresh(model, log, folder / "expected", options=RefreshOptions(codec=Codec.float32))
     grow.assert_same(folder / "merged", folder / "expected", atol=5e-4)
-    with pytest.raises(ConfigError, match="until=merged"):
+    with pytest.raises(ConfigError, match="was refreshed with until=merged and cannot be updated"):
         refresh_incremental(model, log, folder / "merged")
 
 
-def test_merge_refuses_what_does_not_add_up(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_merge_refuses_outdated_and_incomplete_parts(tmp_path: Path, grow: SimpleNamespace) -> None:
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7}))
     refresh(model, log, tmp_path / "store")
     log = grow.append(tmp_path / "log", grow.events({2: 1}, grow.start + 500 * grow.hour))
-    with pytest.raises(StoreError, match=r"has seen segment 1, but .*log ends at 2.*; refresh that store first"):
+    with pytest.raises(StoreError, match=r"covers segment 1, but .*log ends at segment 2.*; refresh that store first"):
         merge(model, [(tmp_path / "store", log)], tmp_path / "merged")
     other = grow.append(tmp_path / "other", grow.events({1: 6}))
     with pytest.raises(StoreError, match=r"is another log; refresh that store first"):
@@ -145,7 +145,7 @@ def test_merge_refuses_what_does_not_add_up(tmp_path: Path, grow: SimpleNamespac
     refresh_incremental(model, log, tmp_path / "store")
     with StoreUpdate.open(
         tmp_path / "store", summarizer_id=model.summarizer_id(), applied_segment=2, created_at=0
-    ) as update:  # what an incremental refresh does whose summary cannot be stored
+    ) as update:  # as an incremental refresh does if it cannot store the summary
         update.remove_states(user_keys([1]))
     with pytest.raises(StoreError, match=r"has no state of user 1; refresh that store in full"):
         merge(model, [(tmp_path / "store", log)], tmp_path / "merged")
@@ -155,9 +155,11 @@ def test_merge_refuses_what_does_not_add_up(tmp_path: Path, grow: SimpleNamespac
         merge(model, [(tmp_path / "past", log)], tmp_path / "merged")
     with pytest.raises(ConfigError, match="has no states"):
         merge(grow.model(num_seeds=0), [(tmp_path / "past", log)], tmp_path / "merged")
+    with pytest.raises(ConfigError, match=r"options\.codec: is taken from the stores that are merged"):
+        merge(model, [(tmp_path / "store", log)], tmp_path / "merged", options=RefreshOptions(codec=Codec.float32))
 
 
-def test_a_part_that_is_refreshed_while_it_is_merged_is_refused(
+def test_a_part_refreshed_during_a_merge_is_refused(
     tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, check = grow.model(), merging._Part.check
@@ -172,12 +174,12 @@ def test_a_part_that_is_refreshed_while_it_is_merged_is_refused(
             refresh_incremental(model, grown, tmp_path / "store-0")
 
     monkeypatch.setattr(merging._Part, "check", check_and_grow)
-    with pytest.raises(StoreError, match=r"the state of user 2 is not of the events .*and not while it is merged"):
+    with pytest.raises(StoreError, match=r"the state of user 2 covers other events .*do not refresh it during the"):
         merge(model, [(tmp_path / f"store-{part}", log) for part, log in enumerate(logs)], tmp_path / "merged")
     assert not (tmp_path / "merged" / "CURRENT").exists()
 
 
-def test_merged_records_are_authenticated_as_their_parts(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_merged_records_are_authenticated_like_their_parts(tmp_path: Path, grow: SimpleNamespace) -> None:
     model, key, parts = grow.model(), bytes(range(32)), []
     for part, lengths in enumerate(({1: 7, 2: 3}, {1: 4, 3: 2})):
         log = grow.append(tmp_path / f"log-{part}", grow.events(lengths))
@@ -185,18 +187,18 @@ def test_merged_records_are_authenticated_as_their_parts(tmp_path: Path, grow: S
         parts.append((tmp_path / f"store-{part}", log))
     with pytest.raises(StoreError, match="key"):
         merge(model, parts, tmp_path / "merged")
-    merge(model, parts, tmp_path / "merged", key=key, shared_with_group=True)
+    merge(model, parts, tmp_path / "merged", key=key, options=RefreshOptions(shared_with_group=True))
     assert environment_path(tmp_path / "merged", 1).stat().st_mode & 0o7777 == 0o2750
     with StoreReader.open(tmp_path / "merged", key=key) as store:
         assert store.get_many([1, 2, 3]).event_count.tolist() == [11, 3, 2]
 
 
-def test_a_store_of_the_past_forgets_nothing(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_a_store_refreshed_with_until_refuses_to_forget(tmp_path: Path, grow: SimpleNamespace) -> None:
     model, log = grow.model(), grow.append(tmp_path / "log", grow.events({1: 30, 2: 5}))
     refresh(model, log, tmp_path / "past", until="leave-last-out")
     history = log[1].slice(0, 4, 6)
     gone: dict[str, Any] = {"user": [1, 1], "item": log.items.ids(history.item), "timestamp": history.timestamp}
-    with pytest.raises(ConfigError, match="was refreshed until=leave-last-out, so it never goes on"):
+    with pytest.raises(ConfigError, match="was refreshed with until=leave-last-out and cannot be updated"):
         forget(model, log, tmp_path / "past", gone)
     assert EventLog.open(log.path).num_events == 35
 
@@ -204,19 +206,19 @@ def test_a_store_of_the_past_forgets_nothing(tmp_path: Path, grow: SimpleNamespa
 def test_forgotten_events_leave_store_and_log(tmp_path: Path, grow: SimpleNamespace) -> None:
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 30, 2: 5}))
-    refresh(model, log, tmp_path / "store", codec=Codec.float32)
+    refresh(model, log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32))
     history = log[1].slice(0, 4, 6)
     gone: dict[str, Any] = {"user": [1, 1], "item": log.items.ids(history.item), "timestamp": history.timestamp}
     report = forget(model, log, tmp_path / "store", gone)
     assert report.counts["exchanged"] == 1 and report.num_events == 2
-    refresh(model, EventLog.open(log.path), tmp_path / "expected", codec=Codec.float32)
+    refresh(model, EventLog.open(log.path), tmp_path / "expected", options=RefreshOptions(codec=Codec.float32))
     grow.assert_same(tmp_path / "store", tmp_path / "expected", atol=1e-4)
     with StoreReader.open(tmp_path / "store") as store:
         assert store.get_many([1]).event_count.tolist() == [28]
 
 
-def test_commands_do_all_parts(tmp_path: Path, grow: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    model, store, host = grow.model(), tmp_path / "parts", tmp_path / "host"
+def test_commands_handle_all_shards(tmp_path: Path, grow: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    model, store, host = grow.model(), tmp_path / "sharded", tmp_path / "host"
     log = grow.append(tmp_path / "log", grow.events({user: 1 + user % 9 for user in range(40)}))
     for turn in range(2):
         for index in range(3):
@@ -228,7 +230,7 @@ def test_commands_do_all_parts(tmp_path: Path, grow: SimpleNamespace, capsys: py
         out = capsys.readouterr()
         return (out.out or out.err).splitlines()
 
-    assert sum("serves gen-2" in line for line in said("stats")) == 3
+    assert sum("gen-2 is published" in line for line in said("stats")) == 3
     assert [f"{count:,} records" in line for count, line in zip(counts, said("verify"), strict=True)] == [True] * 3
     for user in (0, 17, 39):
         assert f"user {user}" in said("get", f"user={user}")[0]
@@ -239,61 +241,61 @@ def test_commands_do_all_parts(tmp_path: Path, grow: SimpleNamespace, capsys: py
     ]
     assert len(exported) == 3
 
-    # Brought, and served only when all parts are there.
-    assert sum("not served yet" in line for line in said("copy", f"to={host}", "publish=false")) == 3
+    # Shards are copied first, and published once all of them are copied.
+    assert sum("not published yet" in line for line in said("copy", f"to={host}", "publish=false")) == 3
     with pytest.raises(StoreError, match="no published generation"):
         open_store(host)
-    assert sum("is served" in line for line in said("copy", f"to={host}")) == 3
-    with open_store(host) as parts:
-        assert len(parts) == 40 and parts.generation == 2
+    assert sum("is published" in line for line in said("copy", f"to={host}")) == 3
+    with open_store(host) as sharded:
+        assert len(sharded) == 40 and sharded.generation == 2
 
-    # Erased from their own parts.
+    # Users are erased from their own shards.
     gone = [3, 17, 25]
     assert f"{store}: 3 of 3 users had a record" in said("erase", f"users={gone}")[0]
     for path in stores_in(store):
-        assert (path / "tombstones").stat().st_size == 16 * len(dict(divide(store, gone)).get(path, []))
-    assert [report.count("is served") for report in said("compact")] == [1] * 3
-    with open_store(store) as parts:
-        assert len(parts) == 37 and not parts.get_many(gone).found.any()
-    with pytest.raises(StoreError, match=r"belongs to part \d of 3, which is not there"):
-        divide(stores_in(store)[0], list(range(9)))
+        assert (path / "tombstones").stat().st_size == 16 * len(dict(users_by_folder(store, gone)).get(path, []))
+    assert [report.count("is published") for report in said("compact")] == [1] * 3
+    with open_store(store) as sharded:
+        assert len(sharded) == 37 and not sharded.get_many(gone).found.any()
+    with pytest.raises(StoreError, match=r"belongs to shard \d of 3, which is missing"):
+        users_by_folder(stores_in(store)[0], list(range(9)))
 
-    # All parts go back, or none.
+    # Either all shards are rolled back, or none of them.
     for index in range(3):
         refresh(model, log, store, shard=Shard(index, 3))
-    with open_store(store) as parts:
-        assert parts.generation == 4
+    with open_store(store) as sharded:
+        assert sharded.generation == 4
     damaged = environment_path(stores_in(store)[2], 3) / "data.mdb"
     whole = damaged.read_bytes()
     damaged.write_bytes(b"PAR1" * 4000)
-    assert "gen-3 cannot be served" in said("rollback", "to=3", code=1)[0]
+    assert "gen-3 cannot be published" in said("rollback", "to=3", code=1)[0]
     assert "part-2-of-3: 1 problem" in " ".join(said("verify", code=1))
-    with open_store(store) as parts:
-        assert parts.generation == 4
+    with open_store(store) as sharded:
+        assert sharded.generation == 4
     damaged.write_bytes(whole)
-    assert [report.count("is served") for report in said("rollback")] == [1] * 3
-    with open_store(store) as parts:
-        assert parts.generation == 3 and len(parts) == 37
+    assert [report.count("is published") for report in said("rollback")] == [1] * 3
+    with open_store(store) as sharded:
+        assert sharded.generation == 3 and len(sharded) == 37
 
 
-def test_a_part_keeps_to_its_own_users(tmp_path: Path, grow: SimpleNamespace) -> None:
-    """Named by its own folder too; and a divided store is refreshed by parts alone."""
-    model, store = grow.model(), tmp_path / "parts"
+def test_a_shard_holds_only_its_own_users(tmp_path: Path, grow: SimpleNamespace) -> None:
+    """Also if it is named by its own folder; and a sharded store can only be refreshed shard by shard."""
+    model, store = grow.model(), tmp_path / "sharded"
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 3)))
     for index in range(2):
         refresh(model, log, store / f"part-{index}-of-2")
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(30), 1), grow.start + 500 * grow.hour))
     for path in stores_in(store):
         refresh_incremental(model, log, path)
-    with open_store(store) as parts:
-        assert len(parts) == 30 and sorted(parts.keys()) == list(range(30))
+    with open_store(store) as sharded:
+        assert len(sharded) == 30 and sorted(sharded.keys()) == list(range(30))
     for run in (refresh, refresh_incremental):
-        with pytest.raises(ConfigError, match=r"is divided; refresh its parts with shard=i/2"):
+        with pytest.raises(ConfigError, match=r"is sharded; refresh its shards with shard=i/2"):
             run(model, log, store)
-        with pytest.raises(ConfigError, match="is a part itself"):
+        with pytest.raises(ConfigError, match="is the folder of one shard"):
             run(model, log, store / "part-0-of-2", shard=Shard(1, 2))
     history = log[3]
-    with pytest.raises(ConfigError, match=r"is divided; refresh its parts with shard=i/2"):
+    with pytest.raises(ConfigError, match=r"is sharded; refresh its shards with shard=i/2"):
         forget(
             model,
             log,

@@ -1,4 +1,4 @@
-"""Watch: each file exactly once, across kills and bad files; forgetting; parts; merging."""
+"""Watch: each file enters exactly once, across kills, bad files and busy or full disks."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ import numpy as np
 import polars as pl
 import pytest
 
+from vista.cli.refresh_commands import watch_command
 from vista.config import SourceConfig, WatchConfig
 from vista.config.choices import Codec
 from vista.errors import ConfigError, StoreLockedError
 from vista.log.event_log import EventLog
 from vista.log.segment_writer import locked_log
-from vista.refresh import refresh
-from vista.refresh.watch import Watch, watch
+from vista.refresh import RefreshOptions, refresh
+from vista.refresh.watch import Watch
 from vista.store import StoreReader
-from vista.store.shards import Shard, open_store
-from vista.store.updates import StoreUpdate
+from vista.store.sharded_reader import open_store
+from vista.store.shards import Shard
+from vista.store.update import StoreUpdate
 
 
 def arrive(folder: Path, name: str, frame: dict[str, Any], age_s: float = 60) -> Path:
-    """A file that has been there for a while."""
+    """A file that arrived a while ago."""
     path = folder / name
     pl.DataFrame(frame).write_csv(path)
     os.utime(path, (time.time() - age_s,) * 2)
@@ -41,7 +43,7 @@ def watched(tmp_path: Path, grow: SimpleNamespace) -> WatchConfig:
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
     model = grow.model()
     model.save_pretrained(tmp_path / "model")
-    refresh(model, log, tmp_path / "store", codec=Codec.float32)
+    refresh(model, log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32))
     (tmp_path / "incoming").mkdir()
     columns = {"timestamp": "timestamp", "time_unit": "ms", "action": "action", "rating": "rating"}
     paths = {name: str(tmp_path / name) for name in ("model", "store")}
@@ -59,7 +61,7 @@ def watched(tmp_path: Path, grow: SimpleNamespace) -> WatchConfig:
 def expect(config: WatchConfig, grow: SimpleNamespace, tmp_path: Path, num_events: int) -> None:
     log = EventLog.open(config.data)
     assert log.num_events == num_events
-    refresh(grow.model(), log, tmp_path / "expected", codec=Codec.float32)
+    refresh(grow.model(), log, tmp_path / "expected", options=RefreshOptions(codec=Codec.float32))
     grow.assert_same(Path(config.store), tmp_path / "expected", atol=5e-5)
 
 
@@ -71,9 +73,9 @@ def test_each_file_once(tmp_path: Path, grow: SimpleNamespace, watched: WatchCon
     arrive(folder, "b.csv", first)
     arrive(folder, ".hidden.csv", grow.events({1: 1}, later, seed=5))
     arrive(folder, "young.csv", grow.events({2: 1}, later), age_s=0)
-    served = watching.look()
-    assert (served.files, served.refused) == (1, 0) and len(served.refreshes) == 1
-    assert served.lag_s is not None and 60 <= served.lag_s < 120
+    report = watching.look()
+    assert (report.files, report.refused) == (1, 0) and len(report.refreshes) == 1
+    assert report.lag_s is not None and 60 <= report.lag_s < 120
     expect(watched, grow, tmp_path, 20)
     arrive(folder, "again.csv", first)  # the same content under another name
     os.utime(folder / "young.csv", (time.time() - 60,) * 2)
@@ -83,19 +85,19 @@ def test_each_file_once(tmp_path: Path, grow: SimpleNamespace, watched: WatchCon
     assert (again.files, again.refreshes) == (0, [])
 
 
-def test_a_file_of_the_future_is_named_once_and_waits(
+def test_a_file_dated_in_the_future_waits_and_is_reported_once(
     tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     watching = Watch(watched)
     path = arrive(tmp_path / "incoming", "a.csv", grow.events({1: 2}, grow.start + 500 * grow.hour), age_s=-3600)
     for _ in range(2):
         assert watching.look().files == 0
-    assert caplog.text.count("in the future, and waits until then") == 1 and "a.csv" in caplog.text
+    assert caplog.text.count("in the future and waits until then") == 1 and "a.csv" in caplog.text
     os.utime(path, (time.time() - 60,) * 2)
     assert watching.look().files == 1
 
 
-def test_a_bad_file_holds_up_no_other(
+def test_a_bad_file_does_not_hold_up_others(
     tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, later = tmp_path / "incoming", grow.start + 500 * grow.hour
@@ -103,22 +105,24 @@ def test_a_bad_file_holds_up_no_other(
     bad["timestamp"][1] = "soon"
     arrive(folder, "a.csv", bad)
     arrive(folder, "b.csv", grow.events({2: 2}, later))
-    served = watch(watched)
-    assert (served.files, served.refused) == (1, 1)
+    report = watch_command(watched)
+    assert (report.files, report.refused) == (1, 1)
     assert "a.csv" in caplog.text and "soon" in caplog.text
     expect(watched, grow, tmp_path, 16)
     watched.folder = str(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="is no folder"):
-        watch(watched)
+    with pytest.raises(ConfigError, match="is not a folder"):
+        watch_command(watched)
 
 
-def test_a_log_that_others_append_to_is_followed(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:
+def test_a_log_that_other_processes_append_to_is_followed(
+    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig
+) -> None:
     watched.folder = None
     watching = Watch(watched)
     grow.append(tmp_path / "log", grow.events({2: 3}, grow.start + 500 * grow.hour))
-    served = watching.look()
-    assert served.files == 0 and [report.num_users for report in served.refreshes] == [1]
-    assert served.lag_s is not None and 0 <= served.lag_s < 60
+    report = watching.look()
+    assert report.files == 0 and [refreshed.num_users for refreshed in report.refreshes] == [1]
+    assert report.lag_s is not None and 0 <= report.lag_s < 60
     expect(watched, grow, tmp_path, 17)
     log = grow.append(tmp_path / "log", grow.events({2: 3}, grow.start + 900 * grow.hour, seed=4))
     os.utime(log.segments[-1].path / "manifest.json", (time.time() - 600,) * 2)
@@ -127,8 +131,8 @@ def test_a_log_that_others_append_to_is_followed(tmp_path: Path, grow: SimpleNam
     assert lag is not None and 600 <= lag < 660
 
 
-def test_killed_and_started_again(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:
-    """SIGKILL at moments spread over a look: whatever was done, the next one ends with every event once."""
+def test_killed_and_restarted(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:
+    """SIGKILL at times spread over a look: after the next look, every event has entered exactly once."""
     rng, total, folder = np.random.default_rng(0), 14, tmp_path / "incoming"
     words = [f"{key}={getattr(watched, key)}" for key in ("data", "model", "store", "folder")]
     words += ["events.timestamp=timestamp", "events.time_unit=ms", "events.action=action", "events.rating=rating"]
@@ -143,18 +147,18 @@ def test_killed_and_started_again(tmp_path: Path, grow: SimpleNamespace, watched
             time.sleep(0.001)
         time.sleep(2.0 * rng.random() if turn % 2 == 0 else 0.05 * rng.random())
         child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL, "it ended by itself"
+        assert child.wait() == -signal.SIGKILL, "the watch ended by itself"
         assert segment.exists() or turn % 2 == 0
-    watch(watched)
+    watch_command(watched)
     expect(watched, grow, tmp_path, total)
     with StoreReader.open(watched.store) as store:
         assert store.manifest.applied_segment == EventLog.open(watched.data).last_segment
 
 
-def test_busy_moments_lose_no_file(
+def test_no_file_is_lost_while_log_or_store_are_busy(
     tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The log and then the store are being written by others; a file that vanished is no matter."""
+    """Other processes write the log, and then the store; a file that was removed after it was appended is harmless."""
     watching, later = Watch(watched), grow.start + 500 * grow.hour
     arrive(tmp_path / "incoming", "a.csv", grow.events({1: 3}, later))
     with locked_log(Path(watched.data)):
@@ -166,12 +170,12 @@ def test_busy_moments_lose_no_file(
     ):
         watching.look()
     (tmp_path / "incoming" / "a.csv").unlink()
-    served = watching.look()
-    assert served.refreshes and served.lag_s is not None and served.lag_s >= 60
+    report = watching.look()
+    assert report.refreshes and report.lag_s is not None and report.lag_s >= 60
     expect(watched, grow, tmp_path, 17)
 
 
-def test_a_full_disk_loses_no_file(
+def test_no_file_is_lost_on_a_full_disk(
     tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -183,21 +187,27 @@ def test_a_full_disk_loses_no_file(
 
     with monkeypatch.context() as patch:
         patch.setattr("vista.log.segment_writer.sync", full)
-        served = watching.look()
-    assert (served.files, served.refused, served.refreshes) == (0, 0, [])
+        report = watching.look()
+    assert (report.files, report.refused, report.refreshes) == (0, 0, [])
     assert "free disk space" in caplog.text and "the next look tries again" in caplog.text
     assert watching.look().files == 1
     expect(watched, grow, tmp_path, 17)
 
 
-def test_parts_are_watched_as_one(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:
-    watched.store = str(tmp_path / "parts")
+def test_all_shards_are_refreshed(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:
+    watched.store = str(tmp_path / "sharded")
     for index in range(2):
-        refresh(grow.model(), EventLog.open(watched.data), watched.store, codec=Codec.float32, shard=Shard(index, 2))
+        refresh(
+            grow.model(),
+            EventLog.open(watched.data),
+            watched.store,
+            options=RefreshOptions(codec=Codec.float32),
+            shard=Shard(index, 2),
+        )
     arrive(tmp_path / "incoming", "a.csv", grow.events({1: 2, 2: 1, 3: 4, 4: 1}, grow.start + 500 * grow.hour))
-    served = watch(watched)
-    assert len(served.refreshes) == 2 and sum(report.num_users for report in served.refreshes) == 4
-    with open_store(watched.store) as parts:
-        assert sorted(parts.keys()) == [1, 2, 3, 4] and parts.get_many([1, 3]).event_count.tolist() == [9, 4]
-    watched.store = str(tmp_path / "parts" / "part-0-of-2")
-    assert watch(watched).refreshes == []
+    report = watch_command(watched)
+    assert len(report.refreshes) == 2 and sum(refreshed.num_users for refreshed in report.refreshes) == 4
+    with open_store(watched.store) as store:
+        assert sorted(store.keys()) == [1, 2, 3, 4] and store.get_many([1, 3]).event_count.tolist() == [9, 4]
+    watched.store = str(tmp_path / "sharded" / "part-0-of-2")
+    assert watch_command(watched).refreshes == []

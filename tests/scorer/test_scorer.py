@@ -1,4 +1,4 @@
-"""The scorer against the model read directly, in all shapes; policies for the unknown; rankings."""
+"""The scorer compared with the model: all shapes of arguments, policies for unknown ids, rankings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("no_warnings")
 def expected_scores(
     given: Served, users: list[int], items: list[int], now: list[int] | None
 ) -> dict[str, NDArray[np.float32]]:
-    """From the log and the model, a user and a candidate at a time, everything visible."""
+    """Scores computed from the log and the model, one user and one candidate at a time."""
     model, log = given.model, given.log
     scores: dict[str, list[list[float]]] = {task: [] for task in [*model.schema.tasks, "next"]}
     for index, user in enumerate(users):
@@ -60,29 +60,29 @@ def expected_scores(
 
 class TestScores:
     @pytest.mark.parametrize("now", [None, [START + 400 * DAY + 1000 * i for i in range(5)]])
-    def test_next_item_scores_are_the_models(self, scorer: Scorer, served: Served, now: list[int] | None) -> None:
+    def test_next_item_scores_equal_the_models(self, scorer: Scorer, served: Served, now: list[int] | None) -> None:
         expected = expected_scores(served, USERS, ITEMS, now)["next"]
-        found = scorer.score(USERS, ITEMS, now=now)
-        assert found.dtype == np.float32 and (scorer.task, scorer.tasks) == ("next", ["next"])
-        np.testing.assert_allclose(found, expected, atol=0.05)  # int8 summaries
+        scores = scorer.score(USERS, ITEMS, now=now)
+        assert scores.dtype == np.float32 and (scorer.task, scorer.tasks) == ("next", ["next"])
+        np.testing.assert_allclose(scores, expected, atol=0.05)  # int8 summaries
         with Scorer.open(served.model, served.exact_store) as exact:
             np.testing.assert_allclose(exact.score(USERS, ITEMS, now=now), expected, atol=1e-4)
-        assert np.abs(found - found.mean(0)).max() > 0.5  # users differ
+        assert np.abs(scores - scores.mean(0)).max() > 0.5  # The users differ.
 
-    def test_task_scores_are_the_models_probabilities(self, task_scorer: Scorer, served_tasks: Served) -> None:
+    def test_task_scores_equal_the_models_probabilities(self, task_scorer: Scorer, served_tasks: Served) -> None:
         users = served_tasks.log.users.ids(np.arange(5)).tolist()
         items = served_tasks.log.items.ids(np.arange(7)).tolist()
         now = int(served_tasks.log.slice(0).timestamp[-1]) + DAY
         expected = expected_scores(served_tasks, users, items, [now] * 5)
-        found = task_scorer.predict(users, items, now=now)
-        assert list(found) == ["click", "like", "long_view", "next"] == task_scorer.tasks
+        predicted = task_scorer.predict(users, items, now=now)
+        assert list(predicted) == ["click", "like", "long_view", "next"] == task_scorer.tasks
         with Scorer.open(served_tasks.model, served_tasks.exact_store) as exact:
             for task, scores in exact.predict(users, items, now=now).items():
                 np.testing.assert_allclose(scores, expected[task], atol=1e-4)
-                np.testing.assert_allclose(found[task], expected[task], atol=0.05)  # int8 summaries
-        np.testing.assert_array_equal(task_scorer.score(users, items, now=now), found["click"])
+                np.testing.assert_allclose(predicted[task], expected[task], atol=0.05)  # int8 summaries
+        np.testing.assert_array_equal(task_scorer.score(users, items, now=now), predicted["click"])
         with Scorer.open(served_tasks.model, served_tasks.store, task="long_view") as other:
-            np.testing.assert_array_equal(other.score(users, items, now=now), found["long_view"])
+            np.testing.assert_array_equal(other.score(users, items, now=now), predicted["long_view"])
 
     @pytest.mark.parametrize("kind", ["scorer", "task_scorer"])
     def test_all_shapes_agree(self, kind: str, request: pytest.FixtureRequest) -> None:
@@ -95,8 +95,8 @@ class TestScores:
         for task, scores in whole.items():
             assert scores.shape == (3, 6)
 
-            def close(found: Any, expected: Any) -> None:
-                np.testing.assert_allclose(found, expected, atol=2e-5)
+            def close(actual: Any, expected: Any) -> None:
+                np.testing.assert_allclose(actual, expected, atol=2e-5)
 
             close(opened.predict(users, items.tolist())[task], scores)
             close(opened.predict(np.array(users), opened.encode(items))[task], scores)
@@ -115,10 +115,10 @@ class TestScores:
 
     def test_tensors_in_tensors_out(self, scorer: Scorer) -> None:
         expected = scorer.score(USERS, ITEMS)
-        found = scorer.score(torch.tensor(USERS), torch.tensor(ITEMS), now=None)
-        assert isinstance(found, torch.Tensor) and found.dtype == torch.float32
-        np.testing.assert_array_equal(found.numpy(), expected)
-        found += 1  # an ordinary tensor
+        scores = scorer.score(torch.tensor(USERS), torch.tensor(ITEMS), now=None)
+        assert isinstance(scores, torch.Tensor) and scores.dtype == torch.float32
+        np.testing.assert_array_equal(scores.numpy(), expected)
+        scores += 1  # It is an ordinary, writable tensor.
         ragged = scorer.score(USERS, (torch.tensor(ITEMS[:5]), torch.tensor([0, 1, 2, 3, 4, 5])))
         np.testing.assert_allclose(ragged.numpy(), expected[np.arange(5), np.arange(5)], atol=2e-5)
         assert isinstance(scorer.score(torch.tensor(USERS), ITEMS), np.ndarray)
@@ -139,18 +139,18 @@ class TestScores:
                 np.testing.assert_allclose(backwards[task][:, ::-1], scores, atol=2e-5)
                 np.testing.assert_allclose(task_scorer.predict(users, items[7:8])[task], scores[:, 7:8], atol=2e-5)
 
-    def test_now_counts(self, scorer: Scorer) -> None:
+    def test_scores_depend_on_the_time_of_the_request(self, scorer: Scorer) -> None:
         near, far = (scorer.score(USERS, ITEMS, now=START + days * DAY) for days in (300, 20_000))
         assert np.abs(near - far).max() > 1e-3 and np.abs(scorer.score(USERS, ITEMS) - far).max() > 1e-3
 
-    def test_user_and_item_vectors_rank_as_the_scores_do(self, scorer: Scorer, served: Served) -> None:
+    def test_user_and_item_vectors_rank_like_the_scores(self, scorer: Scorer, served: Served) -> None:
         ids, items = scorer.item_vectors()
         users = scorer.user_vectors(USERS)
         assert ids.tolist() == served.log.items.ids(np.arange(served.log.num_items)).tolist()
         np.testing.assert_allclose(np.linalg.norm(users, axis=1), 1, atol=1e-5)
         scores = scorer.score(USERS, ids)
         np.testing.assert_allclose(users @ items.T / scorer.model.config.temperature, scores, atol=1e-4)
-        items[:] = 0  # the caller's own copy
+        items[:] = 0  # The array is the caller's own copy.
         np.testing.assert_array_equal(scorer.score(USERS, ids), scores)
 
     def test_a_history_of_one_event(self, scorer: Scorer, served: Served) -> None:
@@ -162,39 +162,40 @@ class TestScores:
 class TestPolicies:
     def test_unknown_users(self, served: Served, tmp_path: Path) -> None:
         with Scorer.open(served.model, served.store) as empty:
-            found = empty.score([100, 999, 103], ITEMS)
-            np.testing.assert_allclose(found[[0, 2]], empty.score([100, 103], ITEMS), atol=2e-5)
-            nobody = empty._served.context(empty._request(empty._served, [999], None, None))[0]  # the seeds alone
+            scores = empty.score([100, 999, 103], ITEMS)
+            np.testing.assert_allclose(scores[[0, 2]], empty.score([100, 103], ITEMS), atol=2e-5)
+            current = empty._snapshots.current
+            nobody, _ = current.context(empty._request(current, [999], None, None))  # the seeds alone
             history = inference.summarize(served.model, served.log.slice(0, 0, 0))
             tail = inference.pad_tail(served.model, *(np.zeros(0, np.int64),) * 3, np.zeros(2, np.int64))
             expected = inference.request_context(served.model, history, tail)
             torch.testing.assert_close(nobody.values, expected.values)
-            np.testing.assert_allclose(found[1], empty.score([-5], ITEMS)[0], atol=2e-5)
+            np.testing.assert_allclose(scores[1], empty.score([-5], ITEMS)[0], atol=2e-5)
         with Scorer.open(served.model, served.store, on_missing="nan") as nan:
-            found = nan.score([100, 999], ITEMS)
-            assert np.isfinite(found[0]).all() and np.isnan(found[1]).all()
+            scores = nan.score([100, 999], ITEMS)
+            assert np.isfinite(scores[0]).all() and np.isnan(scores[1]).all()
             vectors = nan.user_vectors([100, 999])
             assert np.isfinite(vectors[0]).all() and np.isnan(vectors[1]).all()
             ranking = nan.rank(999)
             assert len(ranking.items) == 0 and ranking.num_dropped == served.log.num_items
         with Scorer.open(served.model, served.store, on_missing=OnMissing.error) as strict:
             with pytest.raises(
-                UnknownUserError, match=r"users \[999, 5\] have no record in .*refresh it .*, or on_missing"
+                UnknownUserError, match=r"users \[999, 5\] have no record in .*refresh the store .*, or pass on_missing"
             ):
                 strict.score([100, 999, 5], ITEMS)
             assert strict.score([100], ITEMS).shape == (1, 6)
 
     def test_unknown_candidates(self, served: Served) -> None:
-        items = [0, 7, 390, -1]  # 7 and -1 are no items
+        items = [0, 7, 390, -1]  # 7 and -1 are not items
         with Scorer.open(served.model, served.store) as empty:
-            found = empty.score([100, 103], items)
-            np.testing.assert_allclose(found[:, [0, 2]], empty.score([100, 103], [0, 390]), atol=2e-5)
-            assert (found[:, [1, 3]] == 0).all()  # neutral: at right angles to every user
+            scores = empty.score([100, 103], items)
+            np.testing.assert_allclose(scores[:, [0, 2]], empty.score([100, 103], [0, 390]), atol=2e-5)
+            assert (scores[:, [1, 3]] == 0).all()  # neutral, because orthogonal to every user
             ranking = empty.rank(100, candidates=[0, 7, 390, -1, 0])
             assert sorted(ranking.items.tolist()) == [0, 390] and ranking.num_dropped == 2
         with Scorer.open(served.model, served.store, on_missing="nan") as nan:
-            found = nan.score([100, 103], items)
-            assert np.isnan(found[:, [1, 3]]).all() and np.isfinite(found[:, [0, 2]]).all()
+            scores = nan.score([100, 103], items)
+            assert np.isnan(scores[:, [1, 3]]).all() and np.isfinite(scores[:, [0, 2]]).all()
             grid = nan.score([100, 103], [[0, 7], [7, 390]])
             assert np.isnan(grid).tolist() == [[False, True], [True, False]]
             ragged = nan.score([100, 103], ([7, 0, 390], [0, 1, 3]))
@@ -203,18 +204,18 @@ class TestPolicies:
             for candidates in (items, [items, items], (items, [0, 2, 4])):
                 with pytest.raises(UnknownItemError, match=r"candidates: items \[7, -1"):
                     strict.score([100, 103], candidates)
-            # Padding of ragged candidates is no unknown item.
+            # Padding of ragged candidates does not count as unknown items.
             assert strict.score([100, 103], ([0, 390, 10], [0, 1, 3])).shape == (3,)
 
-    def test_policies_and_tasks_that_do_not_exist(self, served: Served) -> None:
+    def test_invalid_policies_and_tasks(self, served: Served) -> None:
         with pytest.raises(ValueError, match=r"on_missing: 'ignore' is not one of \['empty', 'nan', 'raise'\]"):
             Scorer.open(served.model, served.store, on_missing="ignore")
-        with pytest.raises(ValueError, match=r"task: 'buy' is none of this model's \['next'\]"):
+        with pytest.raises(ValueError, match=r"task: 'buy' is not one of this model's tasks, \['next'\]"):
             Scorer.open(served.model, served.store, task="buy")
 
 
 class TestRanking:
-    def test_best_of_the_catalogue(self, scorer: Scorer, served: Served) -> None:
+    def test_best_of_the_catalog(self, scorer: Scorer, served: Served) -> None:
         everything = served.log.items.ids(np.arange(served.log.num_items))
         scores = scorer.score([103], everything)[0]
         order = np.argsort(-scores, kind="stable")
@@ -239,11 +240,11 @@ class TestRanking:
         assert scorer.rank(103, candidates=[], top_k=3).items.tolist() == []
         assert scorer.rank(103, candidates=[10], exclude=[10]).items.tolist() == []
 
-    def test_scores_that_are_not_finite_are_left_out_and_counted(self, served: Served) -> None:
+    def test_non_finite_scores_are_left_out_and_counted(self, served: Served) -> None:
         model = VistaModel.from_pretrained(served.model_dir)
         with Scorer.open(model, served.store) as scorer:
-            assert scorer._served.items.unit is not None
-            scorer._served.items.unit[[3, 9]] = torch.tensor([[np.nan], [np.inf]], dtype=torch.float32)
+            assert scorer._snapshots.current.items.unit is not None
+            scorer._snapshots.current.items.unit[[3, 9]] = torch.tensor([[np.nan], [np.inf]], dtype=torch.float32)
             ranking = scorer.rank(103, top_k=1000)
             assert ranking.num_dropped == 2 and len(ranking.items) == len(model.items) - 2
             assert not set(ranking.items.tolist()) & set(model.items.ids([2, 8]).tolist())
@@ -262,7 +263,7 @@ class TestRanking:
             scorer.rank(103, top_k=0)
 
 
-def test_encoded_candidates_are_rows_of_the_model(scorer: Scorer) -> None:
+def test_encoded_candidates_are_model_rows(scorer: Scorer) -> None:
     encoded = scorer.encode(np.array([[0, 390], [7, 10]]))
     assert isinstance(encoded, CandidateSet) and scorer.encode(encoded) is encoded
     assert encoded.rows.tolist() == [[1, 40], [0, 2]]
@@ -273,15 +274,15 @@ def test_string_ids(order_log: EventLog, tmp_path: Path) -> None:
     model = train(config, order_log)
     refresh(model, order_log, tmp_path / "store")
     with Scorer.open(tmp_path / "run" / "best", tmp_path / "store", on_missing="nan") as scorer:
-        found = scorer.score(["u100", "u999"], [["i0", "i10"], ["i0", "i20"]])
-        assert np.isfinite(found[0]).all() and np.isnan(found[1]).all()
+        scores = scorer.score(["u100", "u999"], [["i0", "i10"], ["i0", "i20"]])
+        assert np.isfinite(scores[0]).all() and np.isnan(scores[1]).all()
         assert (
             scorer.rank("u103", top_k=3, exclude=["i0"]).items.tolist()
             == [item for item in scorer.rank("u103", top_k=4).items.tolist() if item != "i0"][:3]
         )
         tail = Tail(np.array(["i0", "i70"]), np.array([90, 91]), np.zeros(2, np.uint8), np.array([0, 2]))
-        assert np.abs(scorer.score(["u100"], ["i0"], tail=tail) - found[0, 0]).max() > 1e-4
-        with pytest.raises(UserKeyError, match="user 100: the store's user ids are of type str"):
+        assert np.abs(scorer.score(["u100"], ["i0"], tail=tail) - scores[0, 0]).max() > 1e-4
+        with pytest.raises(UserKeyError, match="user 100: the user ids of the store are of type str"):
             scorer.score([100], ["i0"])
 
 
@@ -297,7 +298,7 @@ print(json.dumps({"modules": sorted(sys.modules), "scores": scores.tolist(), "it
 """
 
 
-def test_serving_in_a_fresh_process_loads_no_training_library(served: Served, scorer: Scorer) -> None:
+def test_serving_loads_no_training_library(served: Served, scorer: Scorer) -> None:
     import json
 
     done = run_python(LIGHT, str(served.model_dir), str(served.store))

@@ -1,4 +1,4 @@
-"""A score is the same whatever else the call asks for: to the bit, where the machine's matrix products keep to rows."""
+"""A score does not depend on the other pairs of a call, bit for bit if matrix products compute rows independently."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vista.training.trainer import schema_of
 
 pytestmark = pytest.mark.processor
 TOLERANCE = 2e-5
-"""Where products do not keep to rows: some units of float32's rounding of values around 1."""
+"""If products do not compute rows independently: a few float32 rounding errors of values around 1."""
 DIM = 32
 
 
@@ -49,18 +49,18 @@ def products_keep_to_rows() -> bool:
     return True
 
 
-def same(found: Any, expected: Any) -> None:
+def same(actual: Any, expected: Any) -> None:
     if products_keep_to_rows():
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(actual, expected)
     else:
-        np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+        np.testing.assert_allclose(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.fixture(scope="module", params=[(TargetAttentionKind.softmax, 16), (TargetAttentionKind.pointwise, 18)])
 def opened(
     request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scorer]:
-    """Either kind of layers; three tasks and the next item."""
+    """A scorer for each kind of layers, with three tasks and the next item."""
     folder = tmp_path_factory.mktemp("exact")
     kind, tail_len = request.param
     config = small_config(impression_log, "unused", model__dim=DIM, model__num_seeds=16, model__tail_len=tail_len)
@@ -74,7 +74,7 @@ def opened(
 
 @pytest.fixture(scope="module")
 def ids(opened: Scorer) -> tuple[list[Any], NDArray[Any], int]:
-    """All users, all items, a time after all events."""
+    """All users, all items, and a time after all events."""
     users = list(opened.store.keys())
     newest = int(opened.store.get_many(users).last_event_ts.max())
     return users, opened.model.items.ids(np.arange(len(opened.model.items))), newest + DAY
@@ -88,7 +88,7 @@ def whole(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> dict[str,
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_a_score_does_not_depend_on_what_else_is_asked_for(
+def test_a_score_does_not_depend_on_the_other_pairs(
     data: st.DataObject,
     opened: Scorer,
     ids: tuple[list[Any], NDArray[Any], int],
@@ -107,7 +107,7 @@ def test_a_score_does_not_depend_on_what_else_is_asked_for(
     same(opened.score(asked, items[columns], now=now), shared[opened.task])
 
 
-def test_a_ranking_has_the_scores_bits(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> None:
+def test_a_ranking_has_the_bits_of_the_scores(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> None:
     users, items, now = ids
     scores = opened.score(users[3:4], items, now=now)[0]
     for ranking in (
@@ -123,7 +123,7 @@ def test_a_ranking_has_the_scores_bits(opened: Scorer, ids: tuple[list[Any], NDA
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_neither_do_threads_break_that(
+def test_a_score_does_not_depend_on_the_threads(
     num_threads: int, opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]
 ) -> None:
     users, items, now = ids
@@ -132,14 +132,14 @@ def test_neither_do_threads_break_that(
     try:
         expected = opened.predict(users, items, now=now)
         for count in (1, 7, 9, 33):
-            found = opened.predict(users[1:2], items[-count:], now=now)
+            predicted = opened.predict(users[1:2], items[-count:], now=now)
             for task, scores in expected.items():
-                same(found[task][0], scores[1, -count:])
+                same(predicted[task][0], scores[1, -count:])
     finally:
         torch.set_num_threads(before)
 
 
-def test_tails_given_twice_count_once_and_an_empty_one_is_none(
+def test_repeated_events_count_once_and_an_empty_tail_equals_no_tail(
     opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]
 ) -> None:
     users, items, now = ids
@@ -161,7 +161,7 @@ def test_tails_given_twice_count_once_and_an_empty_one_is_none(
         assert np.abs(scores - none[task][:1]).max() > 1e-4
 
 
-def test_item_projections_of_a_file_give_the_bits_of_computed_ones(
+def test_item_projections_from_a_file_have_the_bits_of_computed_ones(
     opened: Scorer, ids: tuple[list[Any], NDArray[Any], int], tmp_path: Path
 ) -> None:
     users, items, now = ids
@@ -173,7 +173,7 @@ def test_item_projections_of_a_file_give_the_bits_of_computed_ones(
 
 @settings(max_examples=20, deadline=None)
 @given(lengths=st.lists(st.integers(0, 40), min_size=12, max_size=12), seed=st.integers(0, 99))
-def test_ragged_lists_have_the_bits_of_full_ones(
+def test_ragged_candidates_have_the_bits_of_full_rows(
     lengths: list[int],
     seed: int,
     opened: Scorer,
@@ -184,12 +184,12 @@ def test_ragged_lists_have_the_bits_of_full_ones(
     rng = np.random.default_rng(seed)
     columns = [rng.integers(0, len(items), length) for length in lengths]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    found = opened.predict(users, (items[np.concatenate(columns)], offsets), now=now)
+    predicted = opened.predict(users, (items[np.concatenate(columns)], offsets), now=now)
     for task, scores in whole.items():
-        same(found[task], np.concatenate([scores[user, chosen] for user, chosen in enumerate(columns)]))
+        same(predicted[task], np.concatenate([scores[user, chosen] for user, chosen in enumerate(columns)]))
 
 
-def test_unknown_items_of_one_moment_are_two_events(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> None:
+def test_two_unknown_items_at_one_time_are_two_events(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> None:
     users, items, now = ids
 
     def tail(*names: int) -> Tail:

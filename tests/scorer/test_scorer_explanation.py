@@ -1,4 +1,4 @@
-"""Shares add up to the score, and each is what its token brings while weights, gates and spreads stand still."""
+"""Contributions add up to the score, and each is what its token adds with weights, gates and norms held fixed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vista.training.trainer import schema_of
 def opened(
     request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scorer]:
-    """Three target layers with biases of their own; three tasks and the next item."""
+    """A scorer with three target layers with different biases, three tasks and the next item."""
     config = small_config(impression_log, "unused", model__num_target_layers=3, model__target_attention=request.param)
     torch.manual_seed(5)
     model = VistaModel(config.model, schema_of(impression_log, config), impression_log.items, config.data).eval()
@@ -42,30 +42,33 @@ def opened(
 
 @pytest.mark.parametrize("task", ["click", "like", "long_view", "next"])
 @pytest.mark.parametrize("with_now", [True, False])
-def test_shares_add_up_to_the_score(opened: Scorer, task: str, with_now: bool) -> None:
+def test_contributions_add_up_to_the_score(opened: Scorer, task: str, with_now: bool) -> None:
     user = list(opened.store.keys())[2]
     now = int(opened.store.get_many([user]).last_event_ts[0]) + DAY if with_now else None
     items = opened.model.items.ids(np.arange(9))
-    found = opened.explain(user, items, task=task, now=now)
+    explanation = opened.explain(user, items, task=task, now=now)
     scores = opened.predict([user], items, now=now)[task][0]
-    value = found.value if task == "next" else 1 / (1 + np.exp(-found.value))
+    value = explanation.value if task == "next" else 1 / (1 + np.exp(-explanation.value))
     np.testing.assert_allclose(value, scores, atol=1e-5)
-    added = found.summary.sum(1) + found.tail.sum(1) + found.own
-    np.testing.assert_allclose(added + found.remainder, found.value, atol=1e-6)
+    added = explanation.summary.sum(1) + explanation.tail.sum(1) + explanation.own
+    np.testing.assert_allclose(added + explanation.remainder, explanation.value, atol=1e-6)
     head = opened.model.task_head
     assert head is not None
     bias = 0.0 if task == "next" else head.bias[opened.model.schema.tasks.index(task)].item()
-    np.testing.assert_allclose(found.remainder, bias, atol=2e-5)
-    assert found.summary.shape == (9, 3) and found.tail.shape == (9, 6)
-    for shares in (found.summary, found.tail, found.own):
+    np.testing.assert_allclose(explanation.remainder, bias, atol=2e-5)
+    assert explanation.summary.shape == (9, 3) and explanation.tail.shape == (9, 6)
+    for shares in (explanation.summary, explanation.tail, explanation.own):
         assert np.abs(shares).max() > 1e-3
     tail = opened.store.get_many([user]).tail
-    assert found.tail_items == opened.model.items.ids(tail.items.astype(np.int64) - 1).tolist()
+    assert explanation.tail_items == opened.model.items.ids(tail.items.astype(np.int64) - 1).tolist()
 
 
 def frozen(model: VistaModel, context: Context, vector: Tensor, task: int) -> Any:
-    """The score as a function of factors on each token's values (summary, then tail) and on the vector: weights, gates
-    and spreads are those of all factors 1. float64, a head at a time."""
+    """The score as a function of factors on each token's values (summary, then tail) and on the vector.
+
+    Weights, gates and standard deviations are held at their values for all factors 1. Computed in float64, one head at
+    a time.
+    """
     stage = model.target_attention
     held: list[Tensor] = []
 
@@ -117,8 +120,8 @@ def frozen(model: VistaModel, context: Context, vector: Tensor, task: int) -> An
 
 
 @torch.no_grad()
-def test_a_share_is_what_is_missing_without_the_token(opened: Scorer, impression_log: EventLog) -> None:
-    """The function is linear, so a share is the difference that leaving the token's values out makes."""
+def test_a_contribution_is_the_difference_without_the_token(opened: Scorer, impression_log: EventLog) -> None:
+    """The function is linear, so a contribution is the difference that leaving out the token's values makes."""
     model = opened.model
     log = impression_log[1]
     rows = model.item_rows(impression_log.items.ids(log.item))
@@ -145,20 +148,20 @@ def test_a_share_is_what_is_missing_without_the_token(opened: Scorer, impression
         without = ones.clone()
         without[token] = 0
         expected.append(whole - run(without, 1.0, False))
-    found = torch.cat([made_of.summary[0], made_of.tail[0]])
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    contributions = torch.cat([made_of.summary[0], made_of.tail[0]])
+    np.testing.assert_allclose(contributions.numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(float(made_of.query[0]), whole - run(ones, 0.0, False), atol=1e-5)
     assert (made_of.tail[0, :2] == 0).all()
 
 
 def test_tails_of_requests_and_unknown_items_are_explained(scorer: Scorer, served: Served) -> None:
     fresh = tail_of([(108, [(777, START + 900 * DAY, 0), (20, START + 901 * DAY, 1)])])
-    found = scorer.explain(108, [0, 390], tail=fresh)
-    assert found.tail_items[-2:] == [None, 20] and found.tail.shape == (2, 6)
-    np.testing.assert_allclose(found.remainder, 0, atol=1e-4)
+    explanation = scorer.explain(108, [0, 390], tail=fresh)
+    assert explanation.tail_items[-2:] == [None, 20] and explanation.tail.shape == (2, 6)
+    np.testing.assert_allclose(explanation.remainder, 0, atol=1e-4)
     nobody = scorer.explain(999, [0, 390])
     assert nobody.tail.shape == (2, 0) and nobody.tail_items == []
-    with pytest.raises(ValueError, match=r"task: 'buy' is none of this model's \['next'\]"):
+    with pytest.raises(ValueError, match=r"task: 'buy' is not one of this model's tasks, \['next'\]"):
         scorer.explain(103, [0], task="buy")
-    with pytest.raises(ValueError, match=r"candidates: needs \[C\], got shape \(1, 1\)"):
+    with pytest.raises(ValueError, match=r"candidates: must be of shape \[C\], got \(1, 1\)"):
         scorer.explain(103, [[0]])

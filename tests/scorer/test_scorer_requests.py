@@ -1,4 +1,4 @@
-"""What requests bring: fresh tails that do what a refresh would have stored, and everything that is refused."""
+"""Contents of requests: fresh tails, which act like a refresh, and everything that is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import DAY, ITEMS, START, USERS, Served, small_config, tail_of
-from vista.cli.score_command import score_from_config
+from vista.cli.score_command import score_command
 from vista.config import ScoreConfig
 from vista.config.choices import OnMissing
 from vista.errors import (
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("no_warnings")
 
 @pytest.fixture(scope="module")
 def tail_only(event_log: EventLog) -> VistaModel:
-    """Without summary tokens the tail is all that counts."""
+    """A model without summary tokens, whose scores depend on the tail alone."""
     config = small_config(event_log, "unused", model__num_seeds=0)
     return VistaModel(config.model, schema_of(event_log, config), event_log.items, config.data).eval()
 
@@ -46,7 +46,7 @@ def _rows(log: EventLog, row: int, first: int) -> list[tuple[int, int, int]]:
 
 
 class TestFreshTails:
-    """What a caller brings must do what a refresh would have stored."""
+    """A tail that the caller passes must act like one that a refresh has stored."""
 
     @pytest.mark.parametrize("until", ["leave-last-out", "leave-last-two-out", "long ago"])
     def test_a_fresh_tail_equals_a_refreshed_one(
@@ -63,7 +63,7 @@ class TestFreshTails:
         ):
             expected = refreshed.score(users, ITEMS, now=now)
             assert np.abs(stale.score(users, ITEMS, now=now) - expected).max() > 0.1
-            # Since the refresh only, or the whole tail again: the same.
+            # The events since the refresh, the whole tail, and the whole history give the same scores.
             counts = stale.store.get_many(users).event_count
             newest = np.maximum(event_log.lengths - 6, 0)
             for first in (counts, newest, np.zeros_like(counts)):
@@ -74,13 +74,13 @@ class TestFreshTails:
             ranking = stale.rank(users[4], tail=tail_of([(users[4], _rows(event_log, 4, int(counts[4])))]), now=now)
             assert ranking.items.tolist() == refreshed.rank(users[4], now=now).items.tolist()
 
-    def test_an_empty_tail_equals_none(self, scorer: Scorer) -> None:
+    def test_an_empty_tail_equals_no_tail(self, scorer: Scorer) -> None:
         expected = scorer.score(USERS, ITEMS)
         np.testing.assert_array_equal(scorer.score(USERS, ITEMS, tail=Tail.empty(5)), expected)
         lists: Any = Tail([], [], [], [0] * 6)  # type: ignore[arg-type]
         np.testing.assert_array_equal(scorer.score(USERS, ITEMS, tail=lists), expected)
 
-    def test_what_the_store_has_already_counts_once(self, scorer: Scorer, event_log: EventLog) -> None:
+    def test_events_that_are_stored_already_count_once(self, scorer: Scorer, event_log: EventLog) -> None:
         expected = scorer.score([104], ITEMS)
         stored = _rows(event_log, 4, 34)
         assert len(stored) == 6
@@ -91,25 +91,25 @@ class TestFreshTails:
         other = scorer.score([104], ITEMS, tail=tail_of([(104, [(item, time, 1 - action)])]))
         assert np.abs(other - expected).max() > 1e-3
 
-    def test_older_events_than_the_stored_ones_change_nothing(self, scorer: Scorer, event_log: EventLog) -> None:
+    def test_events_older_than_the_stored_tail_change_nothing(self, scorer: Scorer, event_log: EventLog) -> None:
         tail = tail_of([(104, _rows(event_log, 4, 0)[:20])])
         np.testing.assert_array_equal(scorer.score([104], ITEMS, tail=tail), scorer.score([104], ITEMS))
 
-    def test_each_user_gets_its_own(self, scorer: Scorer) -> None:
+    def test_each_user_has_its_own_tail(self, scorer: Scorer) -> None:
         events = [(103, [(390, START + 900 * DAY, 1)]), (100, []), (115, [(0, START + 900 * DAY, 0)] * 2)]
         users = [user for user, _ in events]
-        found = scorer.score(users, ITEMS, tail=tail_of(events))
+        scores = scorer.score(users, ITEMS, tail=tail_of(events))
         for index, (user, rows) in enumerate(events):
             alone = scorer.score([user], ITEMS, tail=tail_of([(user, rows)]))[0]
-            np.testing.assert_allclose(found[index], alone, atol=2e-5)
-        np.testing.assert_allclose(found[1], scorer.score([100], ITEMS)[0], atol=2e-5)
-        assert np.abs(found[[0, 2]] - scorer.score([103, 115], ITEMS)).min(1).max() > 1e-4
+            np.testing.assert_allclose(scores[index], alone, atol=2e-5)
+        np.testing.assert_allclose(scores[1], scorer.score([100], ITEMS)[0], atol=2e-5)
+        assert np.abs(scores[[0, 2]] - scorer.score([103, 115], ITEMS)).min(1).max() > 1e-4
 
-    def test_an_unknown_item_is_an_event_all_the_same(self, scorer: Scorer) -> None:
-        found = scorer.score([100], ITEMS, tail=tail_of([(100, [(777, START + 900 * DAY, 0)])]))
-        assert np.isfinite(found).all() and np.abs(found - scorer.score([100], ITEMS)).max() > 1e-3
+    def test_an_event_with_an_unknown_item_counts(self, scorer: Scorer) -> None:
+        scores = scorer.score([100], ITEMS, tail=tail_of([(100, [(777, START + 900 * DAY, 0)])]))
+        assert np.isfinite(scores).all() and np.abs(scores - scorer.score([100], ITEMS)).max() > 1e-3
 
-    def test_tensors_are_taken(self, scorer: Scorer) -> None:
+    def test_tails_of_tensors(self, scorer: Scorer) -> None:
         tail = tail_of([(100, [(10, START + 900 * DAY, 1)])])
         tensors: Any = Tail(*(torch.from_numpy(np.array(part)) for part in dataclasses.astuple(tail)))
         np.testing.assert_array_equal(scorer.score([100], ITEMS, tail=tensors), scorer.score([100], ITEMS, tail=tail))
@@ -117,21 +117,26 @@ class TestFreshTails:
     @pytest.mark.parametrize(
         ("part", "value", "error", "message"),
         [
-            ("times", [np.nan, 2.0], TypeError, r"tail\.times: needs integer milliseconds, got float64"),
-            ("times", [1.0, 2.0], TypeError, r"tail\.times: needs integer milliseconds, got float64"),
-            ("times", [1], ValueError, r"tail\.times: 1 values for 2 items"),
-            ("times", [[1, 2]], ValueError, r"tail\.times: needs one dimension, got shape \(1, 2\)"),
+            ("times", [np.nan, 2.0], TypeError, r"tail\.times: must hold integer milliseconds, got float64"),
+            ("times", [1.0, 2.0], TypeError, r"tail\.times: must hold integer milliseconds, got float64"),
+            ("times", [1], ValueError, r"tail\.times: holds 1 values for 2 items"),
+            ("times", [[1, 2]], ValueError, r"tail\.times: must be one-dimensional, got shape \(1, 2\)"),
             ("items", [np.nan, 1.0], TypeError, r"tail\.items: .*integer ids, got float64"),
             ("items", ["a", "b"], TypeError, r"tail\.items: .*integer ids, got <U1"),
-            ("items", [0], ValueError, r"tail\.times: 2 values for 1 items"),
-            ("actions", [0.0, np.nan], TypeError, r"tail\.actions: needs integers, got float64"),
+            ("items", [0], ValueError, r"tail\.times: holds 2 values for 1 items"),
+            ("actions", [0.0, np.nan], TypeError, r"tail\.actions: must hold integers, got float64"),
             ("actions", [0, 2], ValueError, r"tail\.actions: codes must lie in \[0, 2\), got 0 to 2"),
             ("actions", [-1, 0], ValueError, r"tail\.actions: codes must lie in \[0, 2\), got -1 to 0"),
-            ("actions", [0], ValueError, r"tail\.actions: 1 values for 2 items"),
-            ("offsets", [0, 1], ValueError, r"tail\.offsets: must rise from 0 to 2 in 3 values, got \[0, 1\]"),
-            ("offsets", [0, 2, 1], ValueError, r"tail\.offsets: must rise from 0 to 2"),
-            ("offsets", [0, 3, 2], ValueError, r"tail\.offsets: must rise from 0 to 2"),
-            ("offsets", [0.0, 1.0, 2.0], TypeError, r"tail\.offsets: needs integers"),
+            ("actions", [0], ValueError, r"tail\.actions: holds 1 values for 2 items"),
+            (
+                "offsets",
+                [0, 1],
+                ValueError,
+                r"tail\.offsets: must be 3 values that rise from 0 to 2, got 2 values that start with \[0, 1\]",
+            ),
+            ("offsets", [0, 2, 1], ValueError, r"tail\.offsets: must be 3 values that rise from 0 to 2"),
+            ("offsets", [0, 3, 2], ValueError, r"tail\.offsets: must be 3 values that rise from 0 to 2"),
+            ("offsets", [0.0, 1.0, 2.0], TypeError, r"tail\.offsets: must hold integers"),
         ],
     )
     def test_a_bad_tail_names_its_part(
@@ -142,17 +147,17 @@ class TestFreshTails:
         with pytest.raises(error, match=message):
             scorer.score([100, 103], ITEMS, tail=dataclasses.replace(good, **{part: np.array(value)}))
 
-    def test_times_that_are_no_milliseconds(self, scorer: Scorer) -> None:
-        """Seconds would fall into 1970, long before the records: all of them older than the stored tail."""
+    def test_times_that_are_not_in_milliseconds(self, scorer: Scorer) -> None:
+        """Seconds would mean a time in 1970, and so events before the stored tail."""
         for time in (START // 1000, -5, 5_000_000_000_000):
-            message = rf"{time} is no time in milliseconds since 1970"
+            message = rf"{time} is not a Unix time in milliseconds"
             with pytest.raises(ValueError, match=r"tail\.times: " + message):
                 scorer.score([100], ITEMS, tail=tail_of([(100, [(10, time, 0)])]))
             with pytest.raises(ValueError, match="now: " + message):
                 scorer.score([100], ITEMS, now=time)
 
-    def test_what_is_no_tail(self, scorer: Scorer) -> None:
-        with pytest.raises(TypeError, match=r"tail: needs a Tail\(items, times, actions, offsets\), got a dict"):
+    def test_something_else_than_a_tail(self, scorer: Scorer) -> None:
+        with pytest.raises(TypeError, match=r"tail: must be a Tail\(items, times, actions, offsets\), got a dict"):
             scorer.score([100], ITEMS, tail={"items": []})  # type: ignore[arg-type]
 
 
@@ -160,23 +165,35 @@ class TestBadRequests:
     @pytest.mark.parametrize(
         ("users", "candidates", "now", "error", "message"),
         [
-            (103, ITEMS, None, TypeError, "users: needs a list or an array of ids, got 103"),
-            ("abc", ITEMS, None, TypeError, "users: needs a list or an array of ids, got 'abc'"),
-            (["abc"], ITEMS, None, UserKeyError, "user 'abc': the store's user ids are of type int"),
+            (103, ITEMS, None, TypeError, "users: must be a list or an array of ids, got 103"),
+            ("abc", ITEMS, None, TypeError, "users: must be a list or an array of ids, got 'abc'"),
+            (["abc"], ITEMS, None, UserKeyError, "user 'abc': the user ids of the store are of type int"),
             ([1.5], ITEMS, None, UserKeyError, "user id 1.5 is a float"),
-            ([100], 10, None, ValueError, r"candidates: needs \[C\] or \[B, C\], got shape \(\)"),
-            ([100], [[[10]]], None, ValueError, r"candidates: needs \[C\] or \[B, C\], got shape \(1, 1, 1\)"),
-            ([100], [[10], [20]], None, ValueError, r"candidates: \(2, 1\) do not fit 1 users"),
-            ([100, 103], [[10], [20, 30]], None, ValueError, "candidates: rows of different lengths"),
+            ([100], 10, None, ValueError, r"candidates: must be of shape \[C\] or \[B, C\], got \(\)"),
+            ([100], [[[10]]], None, ValueError, r"candidates: must be of shape \[C\] or \[B, C\], got \(1, 1, 1\)"),
+            ([100], [[10], [20]], None, ValueError, r"candidates: shape \(2, 1\) does not match 1 users"),
+            ([100, 103], [[10], [20, 30]], None, ValueError, "candidates: the rows differ in length"),
             ([100], ["a"], None, TypeError, "integer ids, got <U1 .*'a'"),
             ([100], [1.0], None, TypeError, "integer ids, got float64"),
-            ([100], (ITEMS, [0, 3]), None, ValueError, r"candidates: offsets must rise from 0 to 6, got 0 … 3"),
-            ([100], (ITEMS, [0.0, 6.0]), None, ValueError, r"candidates: ragged .* need integer offsets \[2\]"),
-            ([100], ([[1], [2]], [0, 2]), None, ValueError, r"candidates: ragged values \[N\] need .*\(2, 1\)"),
-            ([100, 103], (ITEMS, [0, 6]), None, ValueError, r"need integer offsets \[3\], got shape \(6,\)"),
-            ([100], ITEMS, 1.5e12, TypeError, "now: needs integer milliseconds, got float64"),
-            ([100], ITEMS, "2024-01-01", TypeError, "now: needs integer milliseconds, got <U10"),
-            ([100, 103], ITEMS, [START] * 3, ValueError, r"now: needs one time, or one of each of 2 users, .*\(3,\)"),
+            ([100], (ITEMS, [0, 3]), None, ValueError, r"candidates: offsets must rise from 0 to 6, got 0 to 3"),
+            (
+                [100],
+                (ITEMS, [0.0, 6.0]),
+                None,
+                ValueError,
+                r"candidates: must be values \[N\] and integer offsets \[2\]",
+            ),
+            ([100], ([[1], [2]], [0, 2]), None, ValueError, r"candidates: must be values \[N\] and .*\(2, 1\)"),
+            ([100, 103], (ITEMS, [0, 6]), None, ValueError, r"integer offsets \[3\], got values of shape \(6,\)"),
+            ([100], ITEMS, 1.5e12, TypeError, "now: must hold integer milliseconds, got float64"),
+            ([100], ITEMS, "2024-01-01", TypeError, "now: must hold integer milliseconds, got <U10"),
+            (
+                [100, 103],
+                ITEMS,
+                [START] * 3,
+                ValueError,
+                r"now: must be one time, or one for each of 2 users, .*\(3,\)",
+            ),
         ],
     )
     def test_the_argument_is_named(
@@ -186,7 +203,7 @@ class TestBadRequests:
             scorer.score(users, candidates, now=now)
         assert scorer.score([100], [10]).shape == (1, 1)
 
-    def test_a_closed_scorer_says_so(self, served: Served) -> None:
+    def test_a_closed_scorer_raises(self, served: Served) -> None:
         scorer = Scorer.open(served.model, served.store)
         scorer.close()
         scorer.close()
@@ -194,7 +211,9 @@ class TestBadRequests:
             with pytest.raises(StoreError, match=f"the scorer of {served.store} is closed; open another one"):
                 call()
 
-    def test_a_store_of_another_model_is_refused_by_both_names(self, served: Served, tail_only: VistaModel) -> None:
+    def test_a_store_of_another_model_is_refused_and_both_are_named(
+        self, served: Served, tail_only: VistaModel
+    ) -> None:
         ids = (served.model.summarizer_id().hex(), tail_only.summarizer_id().hex())
         with pytest.raises(SummarizerMismatchError, match=f"summarizer {ids[0]}, but the model's is {ids[1]}"):
             Scorer.open(tail_only, served.store)
@@ -206,9 +225,11 @@ class TestBadRequests:
         short.load_state_dict(weights, strict=False)
         assert short.summarizer_id() == served.model.summarizer_id()
         refresh(short, served.log, tmp_path / "store")
-        with pytest.raises(StoreError, match=r"store holds tails of 3 events, the model reads 6; refresh it"):
+        with pytest.raises(
+            StoreError, match=r"store holds tails of 3 events, but the model reads 6; refresh the store"
+        ):
             Scorer.open(served.model, tmp_path / "store")
-        # A model that reads less of each tail may share the store of one that reads more.
+        # A model that reads fewer events of each tail can share the store of one that reads more.
         with Scorer.open(short, served.store) as scorer, Scorer.open(short, tmp_path / "store") as own:
             np.testing.assert_allclose(scorer.score(USERS, ITEMS), own.score(USERS, ITEMS), atol=2e-5)
         refresh(served.model, served.log, tmp_path / "store")
@@ -221,7 +242,7 @@ class TestBadRequests:
                 np.testing.assert_array_equal(scorer.score(USERS, ITEMS), expected)
                 assert scorer.manifest.generation == 2 and scorer.stats().reloads == 0
 
-    def test_stores_and_models_that_are_none(self, served: Served, tmp_path: Path) -> None:
+    def test_folders_that_are_not_a_store_or_a_model(self, served: Served, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         (tmp_path / "file").write_text("hello")
         for place in ("absent", "empty", "file"):
@@ -257,16 +278,16 @@ class TestCommand:
         return ScoreConfig(model=str(served.model_dir), store=str(served.store), **changes)
 
     def test_scores_and_rankings_as_text(self, served: Served, scorer: Scorer) -> None:
-        lines = score_from_config(self.settings(served, users=["103", "100"], candidates=["0", "390"])).splitlines()
+        lines = score_command(self.settings(served, users=["103", "100"], candidates=["0", "390"])).splitlines()
         scores = scorer.score([103, 100], [0, 390])
         assert lines[0] == "task next, generation 1"
         assert lines[1] == f"user 103: 0 {scores[0, 0]:.4f}, 390 {scores[0, 1]:.4f}" and len(lines) == 3
         moment = {"now": "2024-05-01T12:00"}
-        asked = score_from_config(self.settings(served, users=["103"], candidates=["0"], **moment)).splitlines()
+        asked = score_command(self.settings(served, users=["103"], candidates=["0"], **moment)).splitlines()
         then = scorer.score([103], [0], now=1_714_564_800_000)[0, 0]
         assert asked[1] == f"user 103: 0 {then:.4f}"
         best = scorer.rank(103, top_k=2).items.tolist()
-        words = score_from_config(self.settings(served, users=["103"], top_k=2)).splitlines()[1].split()
+        words = score_command(self.settings(served, users=["103"], top_k=2)).splitlines()[1].split()
         assert [words[2], words[4]] == [str(item) for item in best]
 
     @pytest.mark.parametrize(
@@ -279,19 +300,19 @@ class TestCommand:
             ({"users": ["100"], "now": "noon"}, r"time 'noon': write an ISO date or time"),
             (
                 {"users": ["100"], "now": "1706140800"},
-                r"now: 1706140800 is no time in .* looks like seconds",
+                r"now: 1706140800 is not a Unix time .* looks like seconds",
             ),
         ],
     )
-    def test_bad_ids_end_in_a_line(self, served: Served, changes: dict[str, Any], message: str) -> None:
+    def test_bad_values_end_in_a_one_line_error(self, served: Served, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
-            score_from_config(self.settings(served, **changes))
+            score_command(self.settings(served, **changes))
 
     def test_unknown_user_by_policy(self, served: Served) -> None:
         with pytest.raises(UnknownUserError, match=r"users \[999\] have no record"):
-            score_from_config(self.settings(served, users=["999"], on_missing=OnMissing.error))
-        assert score_from_config(self.settings(served, users=["999"], top_k=1)).count("user 999 (no record): ") == 1
+            score_command(self.settings(served, users=["999"], on_missing=OnMissing.error))
+        assert score_command(self.settings(served, users=["999"], top_k=1)).count("user 999 (no record): ") == 1
 
     def test_unknown_items_are_marked(self, served: Served) -> None:
-        line = score_from_config(self.settings(served, users=["100"], candidates=["0", "77777"])).splitlines()[1]
+        line = score_command(self.settings(served, users=["100"], candidates=["0", "77777"])).splitlines()[1]
         assert ", 77777 (unknown) 0.0000" in line and "0 (unknown)," not in line

@@ -1,4 +1,4 @@
-"""What a service relies on: counters, models and generations that change between calls, the cost of a call."""
+"""What a service relies on: counters, reloads of models and generations, the cost of a call."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ class TestStats:
     def test_users_candidates_and_calls_are_counted(self, served: Served) -> None:
         with Scorer.open(served.model_dir, served.store) as scorer:
             assert scorer.stats() == ScorerStats()
-            scorer.score([100, 999, 100], [0, 7])  # 999 has no record; 7 is no item
+            scorer.score([100, 999, 100], [0, 7])  # 999 has no record, and 7 is not an item
             scorer.rank(103, top_k=3, candidates=[0, 10, 7])
             scorer.user_vectors([101, 998])
             with pytest.raises(TypeError):
                 scorer.score([100], [0.5])
-            found = scorer.stats()
-            assert (found.calls, found.failed_calls, found.hits, found.misses, found.stale) == (4, 1, 5, 2, 0)
-            assert (found.candidates, found.unknown_candidates, found.dropped) == (6 + 3, 3 + 1, 1)
-            assert sum(found.latency_counts) == 4 and 0 < found.latency_ms(0.5) <= found.latency_ms(1)
+            stats = scorer.stats()
+            assert (stats.calls, stats.failed_calls, stats.hits, stats.misses, stats.stale) == (4, 1, 5, 2, 0)
+            assert (stats.candidates, stats.unknown_candidates, stats.dropped) == (6 + 3, 3 + 1, 1)
+            assert sum(stats.latency_counts) == 4 and 0 < stats.latency_ms(0.5) <= stats.latency_ms(1)
             scorer.score([100], ([0, 7, 390], [0, 3]))
-            assert scorer.stats().unknown_candidates == 5 and scorer.stats().candidates == 12  # no padding among them
+            assert scorer.stats().unknown_candidates == 5 and scorer.stats().candidates == 12  # Padding is not counted.
         with Scorer.open(served.model_dir, served.store, max_age_s=1e-3) as scorer:
             scorer.score([100, 999], ITEMS)
-            found = scorer.stats()
-            assert (found.hits, found.misses, found.stale) == (0, 1, 1)
+            stats = scorer.stats()
+            assert (stats.hits, stats.misses, stats.stale) == (0, 1, 1)
 
     def test_quantiles_of_a_histogram(self) -> None:
         counts = [0] * (len(LATENCY_BOUNDS_MS) + 1)
@@ -64,10 +64,10 @@ class TestStats:
         assert stats.latency_ms(0.5) == stats.latency_ms(0.98) == LATENCY_BOUNDS_MS[3]
         assert stats.latency_ms(0.99) == LATENCY_BOUNDS_MS[10] and stats.latency_ms(1) == float("inf")
         for quantile in (0, 1.1):
-            with pytest.raises(ValueError, match="quantile: must lie above 0"):
+            with pytest.raises(ValueError, match=r"quantile: must lie in \(0, 1\]"):
                 stats.latency_ms(quantile)
 
-    def test_threads_lose_no_count_and_a_child_starts_from_nothing(self, served: Served) -> None:
+    def test_threads_lose_no_count_and_a_forked_child_starts_at_zero(self, served: Served) -> None:
         with Scorer.open(served.model_dir, served.store) as scorer:
             threads = [
                 threading.Thread(target=lambda: [scorer.score([100], [0, 10]) for _ in range(25)]) for _ in range(4)
@@ -89,7 +89,7 @@ class TestStats:
 
 
 class TestReload:
-    def test_a_new_model_is_served_once_its_summaries_are(
+    def test_a_new_model_enters_service_once_its_summaries_are_published(
         self, event_log: EventLog, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         first, second = untrained(event_log, 1), untrained(event_log, 2)
@@ -105,7 +105,7 @@ class TestReload:
             second.save_pretrained(tmp_path / "model")
             with caplog.at_level(logging.WARNING):
                 assert not scorer.reload()
-            assert "holds a new model, but the old one is served on" in caplog.text
+            assert "holds a new model, but the old one stays in service" in caplog.text
             np.testing.assert_array_equal(scorer.score(USERS, ITEMS), old)
             refresh(second, event_log, tmp_path / "store")
             assert scorer.reload() and not scorer.reload()
@@ -113,7 +113,7 @@ class TestReload:
             np.testing.assert_array_equal(scorer.score(USERS, pool), other.score(USERS, ITEMS))  # the same items
             assert scorer.stats().reloads == 1
 
-    def test_stage_two_alone_may_change(self, event_log: EventLog, tmp_path: Path) -> None:
+    def test_a_new_stage_two_for_the_same_summaries(self, event_log: EventLog, tmp_path: Path) -> None:
         model = untrained(event_log, 1)
         model.save_pretrained(tmp_path / "model")
         refresh(model, event_log, tmp_path / "store")
@@ -125,7 +125,7 @@ class TestReload:
             assert scorer.reload()
             assert np.abs(scorer.score(USERS, ITEMS) - old).max() > 1e-3
 
-    def test_a_set_of_another_models_items_is_refused(
+    def test_candidates_encoded_for_another_model_are_refused(
         self, event_log: EventLog, order_log: EventLog, tmp_path: Path
     ) -> None:
         models = [untrained(log, 1) for log in (event_log, order_log)]
@@ -134,11 +134,11 @@ class TestReload:
         with (
             Scorer.open(models[0], tmp_path / "0") as one,
             Scorer.open(models[1], tmp_path / "1") as two,
-            pytest.raises(ValueError, match="were encoded for another model's items; call encode again"),
+            pytest.raises(ValueError, match="were encoded for another model; call encode again"),
         ):
             two.score(["u100"], one.encode([0, 10]))
 
-    def test_what_cannot_be_served_changes_nothing(self, event_log: EventLog, tmp_path: Path) -> None:
+    def test_a_model_that_cannot_be_served_changes_nothing(self, event_log: EventLog, tmp_path: Path) -> None:
         model = untrained(event_log, 1)
         model.save_pretrained(tmp_path / "model")
         refresh(model, event_log, tmp_path / "store")
@@ -156,7 +156,7 @@ class TestReload:
             with pytest.raises(StoreError, match="is closed"):
                 call()
 
-    def test_calls_go_on_while_models_change(self, event_log: EventLog, tmp_path: Path) -> None:
+    def test_calls_continue_while_models_change(self, event_log: EventLog, tmp_path: Path) -> None:
         models = [untrained(event_log, seed) for seed in (1, 2)]
         for model in models:
             refresh(model, event_log, tmp_path / "store")
@@ -171,9 +171,9 @@ class TestReload:
 
             def ask() -> None:
                 while not done.is_set():
-                    found = scorer.score(USERS, ITEMS)
-                    if not any(np.array_equal(found, scores) for scores in expected):
-                        wrong.append(found)
+                    answer = scorer.score(USERS, ITEMS)
+                    if not any(np.array_equal(answer, scores) for scores in expected):
+                        wrong.append(answer)
 
             threads = [threading.Thread(target=ask) for _ in range(3)]
             for thread in threads:
@@ -188,21 +188,21 @@ class TestReload:
                     thread.join()
             assert not wrong and scorer.stats().failed_calls == 0 and scorer.stats().calls > 12
 
-    def test_a_call_that_is_under_way_keeps_its_store_open(self, event_log: EventLog, tmp_path: Path) -> None:
+    def test_a_running_call_keeps_its_store_open(self, event_log: EventLog, tmp_path: Path) -> None:
         models = [untrained(event_log, seed) for seed in (1, 2)]
         for model in models:
             refresh(model, event_log, tmp_path / "store")
         models[0].save_pretrained(tmp_path / "model")
         with Scorer.open(tmp_path / "model", tmp_path / "store") as scorer:
             old = scorer.store
-            with scorer._use() as served:
+            with scorer._snapshots.use() as served:
                 models[1].save_pretrained(tmp_path / "model")
                 assert scorer.reload() and scorer.store is not old
                 assert served.store is old and len(old.get_many(USERS).found) == 5
             with pytest.raises(StoreError, match="is closed"):
                 old.get_many(USERS)
 
-    def test_a_closed_scorer_stays_closed_whatever_reload_was_doing(
+    def test_a_scorer_closed_during_a_reload_stays_closed(
         self, event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         models = [untrained(event_log, seed) for seed in (1, 2)]
@@ -228,7 +228,7 @@ class TestReload:
             with pytest.raises(StoreError, match="is closed"):
                 call()
 
-    def test_a_model_without_the_task_is_not_served_but_new_generations_are(
+    def test_a_model_without_the_task_does_not_block_new_generations(
         self, served_tasks: Served, tmp_path: Path
     ) -> None:
         model, log = served_tasks.model, served_tasks.log
@@ -247,7 +247,9 @@ class TestReload:
 
 
 class TestItemProjections:
-    def test_of_other_weights_or_damaged_ones_are_refused(self, served_tasks: Served, tmp_path: Path) -> None:
+    def test_projections_of_other_weights_and_damaged_ones_are_refused(
+        self, served_tasks: Served, tmp_path: Path
+    ) -> None:
         folder = tmp_path / "model"
         shutil.copytree(served_tasks.model_dir, folder)
         candidate = np.load(folder / CANDIDATE_FILE)
@@ -265,7 +267,7 @@ class TestItemProjections:
             ):
                 Scorer.open(folder, served_tasks.store)
 
-    def test_a_model_without_them_is_served_with_a_warning(
+    def test_a_model_without_projections_is_served_with_a_warning(
         self, served_tasks: Served, task_scorer: Scorer, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         shutil.copytree(served_tasks.model_dir, tmp_path / "model")
@@ -277,7 +279,7 @@ class TestItemProjections:
 
 
 @pytest.mark.processor
-def test_bfloat16_is_close_and_other_precisions_do_not_exist(served_tasks: Served, task_scorer: Scorer) -> None:
+def test_bfloat16_is_close_and_invalid_precisions_are_refused(served_tasks: Served, task_scorer: Scorer) -> None:
     users, items = list(task_scorer.store.keys())[:4], task_scorer.model.items.ids(np.arange(30))
     with Scorer.open(served_tasks.model_dir, served_tasks.store, precision="bfloat16") as scorer:
         for task, scores in scorer.predict(users, items).items():
@@ -290,8 +292,8 @@ def test_bfloat16_is_close_and_other_precisions_do_not_exist(served_tasks: Serve
         Scorer.open(served_tasks.model_dir, served_tasks.store, precision="int8")
 
 
-def test_a_call_costs_the_same_whatever_the_history(event_log: EventLog, tmp_path: Path) -> None:
-    """Operators and bytes that one call takes, counted: of histories of 10^3, 10^5 and 10^6 events."""
+def test_the_cost_of_a_call_does_not_depend_on_the_history(event_log: EventLog, tmp_path: Path) -> None:
+    """Operators and bytes of one call are equal for histories of 10^3, 10^5 and 10^6 events."""
     lengths = {1: 1_000, 2: 100_000, 3: 1_000_000}
     rng = np.random.default_rng(0)
     frame = {
@@ -332,11 +334,11 @@ with Scorer.open(sys.argv[1], sys.argv[2]) as scorer:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library has another allocator")
-def test_buffers_are_kept_from_call_to_call(impression_log: EventLog, tmp_path: Path) -> None:
-    """By page faults: what is handed back to the system and taken again is mapped anew."""
+def test_buffers_are_reused_between_calls(impression_log: EventLog, tmp_path: Path) -> None:
+    """Counted by page faults: memory that is returned to the system must be mapped again."""
     model = untrained(impression_log, 1, model__dim=128)
     model.save_pretrained(tmp_path / "model")
     refresh(model, impression_log, tmp_path / "store")
     done = run_python(BUFFERS, str(tmp_path / "model"), str(tmp_path / "store"))
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 100  # of 4 KB; many times as many without `reuse_freed_memory`
+    assert float(done.stdout) < 100  # pages of 4 KB; many more without `reuse_freed_memory`

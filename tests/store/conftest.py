@@ -1,4 +1,4 @@
-"""Deterministic records: what a user holds follows from the user's number and the run's salt alone."""
+"""Stores with deterministic records: a user's record depends only on the user's number and the run's salt."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vista.config.choices import Codec
 from vista.errors import StoreError
 from vista.store import Manifest, RecordSpec, StoreWriter, Tail, encode_records, user_keys
-from vista.store.updates import StoreUpdate
+from vista.store.update import StoreUpdate
 
 NUM_TOKENS, DIM = 2, 8
 
@@ -26,28 +25,32 @@ def summarizer(name: str = "a") -> bytes:
     return hashlib.sha256(name.encode()).digest()
 
 
-def open_writer(path: Path, **changes: Any) -> StoreWriter:
-    options: dict[str, Any] = {
-        "summarizer_id": summarizer(),
+def open_writer(
+    path: Path, *, key: bytes | None = None, shared_with_group: bool = False, **changes: Any
+) -> StoreWriter:
+    """A writer of a manifest with changed fields."""
+    fields: dict[str, Any] = {
+        "summarizer_id": summarizer().hex(),
         "num_tokens": NUM_TOKENS,
         "dim": DIM,
-        "codec": Codec.int8,
+        "codec": "int8",
         "tail_len": 4,
+        "applied_segment": 0,
         "total_users": 40,
         "run_digest": "log-1",
         "created_at": 1_700_000_000_000,
     }
-    return StoreWriter.open(path, **{**options, **changes})
+    return StoreWriter.open(path, Manifest(**{**fields, **changes}), key=key, shared_with_group=shared_with_group)
 
 
 def summaries(users: range, salt: int = 0) -> np.ndarray:
-    """[B, K, d]; every value of a user's summary is a function of user, salt and place."""
+    """[B, K, d]; every value of a user's summary is a function of user, salt and position."""
     place = np.arange(NUM_TOKENS * DIM, dtype=np.float32).reshape(NUM_TOKENS, DIM)
     return (place + np.array(users, dtype=np.float32)[:, None, None] + 1000 * salt).astype(np.float32)
 
 
 def records_of(users: range, spec: RecordSpec, salt: int = 0) -> tuple[list[bytes], list[bytes]]:
-    """Keys and records; user u has u % 4 tail events."""
+    """Keys and records; the tail of user u holds u % 4 events."""
     lengths = np.array(users) % 4
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tail = Tail(
@@ -74,7 +77,7 @@ def put_users(writer: StoreWriter, users: range, salt: int = 0) -> None:
 
 
 def update(path: Path, users: range, salt: int) -> None:
-    """Replace users of the served generation in place, in batches of four, as an incremental refresh does."""
+    """Replace users of the published generation in place, in batches of four, as an incremental refresh does."""
     with StoreUpdate.open(path, summarizer_id=summarizer(), applied_segment=1, created_at=1_700_000_000_001) as writer:
         for start in range(users.start, users.stop, 4):
             writer.put_batch(*records_of(range(start, min(start + 4, users.stop)), writer.spec, salt))
@@ -91,7 +94,7 @@ def write_store(path: Path, salt: int = 0, **changes: Any) -> Manifest:
 
 @pytest.fixture
 def build() -> SimpleNamespace:
-    """The functions above, for tests that need several of them."""
+    """The functions above."""
     return SimpleNamespace(
         open_writer=open_writer,
         put_users=put_users,
@@ -104,13 +107,13 @@ def build() -> SimpleNamespace:
 
 @dataclass(frozen=True)
 class OtherAccount:
-    """Runs functions in a child of another account."""
+    """Runs functions in a child process of another account."""
 
     user: int = 60_001
     group: int = 60_002
 
     def __call__(self, function: Callable[[], Any]) -> Any:
-        """What the function returns, or the StoreError that it raises."""
+        """The function's result, or the StoreError that it raises."""
         receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
 
         def call() -> None:
@@ -133,9 +136,9 @@ class OtherAccount:
 
 @pytest.fixture
 def as_other_account(tmp_path: Path) -> OtherAccount:
-    """Of a group that may pass through the folders above tmp_path."""
+    """An account whose group can pass through the folders above tmp_path."""
     if os.geteuid() != 0:
-        pytest.skip("only root can be several accounts")
+        pytest.skip("only root can act as another account")
     for folder in (tmp_path, *tmp_path.parents):
         if len(folder.parts) > 2:
             folder.chmod(folder.stat().st_mode | 0o011)

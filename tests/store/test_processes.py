@@ -54,23 +54,29 @@ def in_child(function: Callable[[], Any]) -> Any:
     return result
 
 
-def write_until_killed(path: Path, build: Any, acknowledged: Connection) -> None:
+def write_until_killed(path: Path, build: Any, acknowledged: Connection, max_batches: int) -> None:
+    """Write batches and publish; after `max_batches`, wait to be killed instead.
+
+    Without the limit, a writer on a fast file system (tmpfs, where fsync does nothing) could publish before the kill.
+    """
     with build.open_writer(path, total_users=TOTAL) as writer:
         acknowledged.send(writer.cursor)
-        for start in range(writer.cursor, TOTAL, BATCH):
+        for number, start in enumerate(range(writer.cursor, TOTAL, BATCH)):
+            if number == max_batches:
+                time.sleep(60)
             build.put_users(writer, range(start, min(start + BATCH, TOTAL)))
             acknowledged.send(writer.cursor)
         writer.publish()
 
 
-def kill_after(path: Path, build: Any, batches: int, delay_s: float) -> int:
-    """Kill a writer some batches after it began; the last acknowledged cursor, -1 if there was none."""
+def kill_after(path: Path, build: Any, num_messages: int, delay_s: float, max_batches: int = TOTAL) -> int:
+    """Kill a writer a while after some of its messages; the last acknowledged cursor, -1 if there was none."""
     receiver, sender = _fork.Pipe(duplex=False)
-    child = _fork.Process(target=write_until_killed, args=(path, build, sender))
+    child = _fork.Process(target=write_until_killed, args=(path, build, sender, max_batches))
     child.start()
     sender.close()
     last = -1
-    for _ in range(batches):
+    for _ in range(num_messages):
         assert receiver.poll(20)
         last = receiver.recv()
     time.sleep(delay_s)
@@ -87,8 +93,8 @@ def kill_after(path: Path, build: Any, batches: int, delay_s: float) -> int:
 def test_a_writer_killed_five_times_resumes_to_the_same_bytes(tmp_path, build):
     whole = build.write_store(tmp_path / "whole", total_users=TOTAL)
     killed, chance = tmp_path / "killed", random.Random(0)
-    for batches in (0, 1, 8, 15, 22):  # The first kill falls before or into the creation.
-        last = kill_after(killed, build, batches, chance.uniform(0, 0.003))
+    for num_messages in (0, 1, 8, 15, 22):  # The first kill comes before or during the creation.
+        last = kill_after(killed, build, num_messages, chance.uniform(0, 0.003), max_batches=num_messages + 4)
         assert not (killed / "CURRENT").exists()
         if last >= 0:
             with build.open_writer(killed, total_users=TOTAL, created_at=1) as writer:
@@ -118,7 +124,7 @@ def test_a_writer_killed_while_publishing_leaves_all_or_nothing(tmp_path, build,
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_a_second_writer_is_refused_at_once_and_told_the_first(tmp_path, build, stopped):
+def test_a_second_writer_is_refused_at_once_with_the_process_of_the_first(tmp_path, build, stopped):
     receiver, sender = _fork.Pipe(duplex=False)
 
     def hold() -> None:
@@ -142,7 +148,7 @@ def test_a_second_writer_is_refused_at_once_and_told_the_first(tmp_path, build, 
     build.open_writer(tmp_path).close()
 
 
-def test_a_child_does_not_keep_its_parents_lock(tmp_path, build):
+def test_a_forked_child_does_not_keep_the_lock(tmp_path, build):
     writer = build.open_writer(tmp_path)
     receiver, sender = _fork.Pipe(duplex=False)
 
@@ -161,14 +167,14 @@ def test_a_child_does_not_keep_its_parents_lock(tmp_path, build):
         child.join()
 
 
-def test_a_writer_is_not_used_across_a_fork(tmp_path, build):
+def test_a_writer_cannot_be_used_after_a_fork(tmp_path, build):
     with build.open_writer(tmp_path) as writer:
         with pytest.raises(StoreError, match="before a fork"):
             in_child(lambda: build.put_users(writer, range(16)))
         build.put_users(writer, range(16))
 
 
-def test_forked_readers_read_while_the_parent_goes_on(tmp_path, build):
+def test_forked_children_and_their_parent_can_both_read(tmp_path, build):
     build.write_store(tmp_path)
     with StoreReader.open(tmp_path) as store:
         expected = store.get_many(range(40)).summary
@@ -200,7 +206,7 @@ def test_a_fork_waits_for_reading_threads(tmp_path, build):
                 thread.join()
 
 
-def test_a_child_follows_current_where_its_parents_generation_is_gone(tmp_path, build):
+def test_a_forked_child_follows_current_if_its_parents_generation_was_removed(tmp_path, build):
     build.write_store(tmp_path)
     with StoreReader.open(tmp_path) as store:
         for run in range(2, 4):
@@ -226,14 +232,14 @@ def test_a_pickled_store_opens_in_a_fresh_process(tmp_path, build):
     assert done.stdout.decode().strip() == expected.tobytes().hex(), done.stderr.decode()
 
 
-def test_a_read_only_folder_is_named(tmp_path, build, as_other_account):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path, build, as_other_account):
     error = as_other_account(lambda: build.open_writer(tmp_path / "store"))
     assert isinstance(error, StoreError) and "permissions" in str(error)
 
 
-def test_a_full_disk_is_reported_and_the_run_goes_on_afterwards(tmp_path, build):
+def test_a_full_disk_is_reported_and_the_run_resumes_afterwards(tmp_path, build):
     def limited() -> int:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # pwrite fails beyond.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # so that pwrite fails beyond it
         with build.open_writer(tmp_path, total_users=TOTAL) as writer:
             with pytest.raises(StoreError, match="run the same command again"):
                 for start in range(0, TOTAL, BATCH):
@@ -266,7 +272,7 @@ def test_a_limited_address_space_gets_a_smaller_map(tmp_path, build):
         assert store.get_many(range(40)).found.all()
 
 
-def test_no_address_space_at_all_is_said_so(tmp_path, build):
+def test_a_lack_of_address_space_is_reported(tmp_path, build):
     def limited() -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))

@@ -1,4 +1,4 @@
-"""What is wrong with files is said with a remedy, and the generation that is served stays served."""
+"""Damaged files: each error names a remedy, and the published generation stays in service."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ import xxhash
 
 from vista.errors import RecordError, StoreError, UserKeyError
 from vista.store import StoreReader, user_keys
-from vista.store.admin.inspection import store_stats, verify_store
-from vista.store.admin.publish import compact_store, roll_back
-from vista.store.layout import Manifest, environment_path, read_current
+from vista.store.admin.rollback import roll_back
+from vista.store.admin.store_compaction import compact_store
+from vista.store.admin.store_stats import store_stats
+from vista.store.admin.verification import verify_store
+from vista.store.layout import environment_path, read_current
 from vista.store.lmdb.data_file import open_environment
+from vista.store.manifest import Manifest
 
 
 def flipped(data: bytes) -> bytes:
-    """A bit of the copies of one record that the file holds."""
+    """The file with one bit flipped in each copy of one record."""
     damaged, key = bytearray(data), user_keys([5])[0]
     place = data.find(key)
     while place >= 0:
@@ -32,15 +35,15 @@ def flipped(data: bytes) -> bytes:
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "truncated": lambda data: data[:-4096],
-    "cut in its first page": lambda data: data[:100],
+    "truncated in its first page": lambda data: data[:100],
     "empty": lambda data: b"",
-    "foreign": lambda data: b"PK\3\4" * 3000,
+    "of another program": lambda data: b"PK\3\4" * 3000,
     "executable text": lambda data: b"cos\nsystem\n(S'touch canary'\ntR." * 400,
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_new_generation_leaves_the_served_one(tmp_path, build, kind, monkeypatch):
+def test_a_damaged_new_generation_leaves_the_old_one_in_service(tmp_path, build, kind, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "store"
     build.write_store(root)
@@ -49,30 +52,30 @@ def test_a_damaged_new_generation_leaves_the_served_one(tmp_path, build, kind, m
         data = environment_path(root, 2) / "data.mdb"
         data.write_bytes(DAMAGE[kind](data.read_bytes()))
         for _ in range(2):
-            with pytest.raises(StoreError, match=r"data\.mdb.*(truncated|no LMDB).*refresh the store again"):
+            with pytest.raises(StoreError, match=r"data\.mdb.*(truncated|not an LMDB).*refresh the store again"):
                 store.reload()
         assert store.generation == 1
         np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40)), atol=0.02)
     assert verify_store(root).num_problems == 1
-    roll_back(root)  # is the remedy
+    roll_back(root)  # the remedy
     with StoreReader.open(root) as store:
         assert store.generation == 1 and store.get_many(range(40)).found.all()
     assert build.write_store(root, salt=2, run_digest="log-3").generation == 3
     assert not list(tmp_path.rglob("canary"))
 
 
-def test_a_flipped_record_is_refused_alone(tmp_path, build):
+def test_only_the_damaged_record_is_refused(tmp_path, build):
     build.write_store(tmp_path)
     data = environment_path(tmp_path, 1) / "data.mdb"
     data.write_bytes(flipped(data.read_bytes()))
     with StoreReader.open(tmp_path) as store:
-        with pytest.raises(RecordError, match=r"user 5 .*checksum.*Refresh the store again, or roll CURRENT back"):
+        with pytest.raises(RecordError, match=r"user 5 .*checksum.*Refresh the store again, or publish the previous"):
             store.get_many(range(40))
         others = [user for user in range(40) if user != 5]
         np.testing.assert_allclose(store.get_many(others).summary, build.summaries(range(40))[others], atol=0.02)
 
 
-def test_a_missing_lock_file_is_made_anew(tmp_path, build):
+def test_a_missing_lock_file_is_recreated(tmp_path, build):
     build.write_store(tmp_path)
     lock = environment_path(tmp_path, 1) / "lock.mdb"
     lock.unlink()
@@ -96,7 +99,10 @@ def test_a_lock_that_is_a_folder(tmp_path, build):
 
 def test_ids_that_are_too_long(tmp_path, build):
     build.write_store(tmp_path)
-    with StoreReader.open(tmp_path) as store, pytest.raises(UserKeyError, match="510 bytes, at most 509"):
+    with (
+        StoreReader.open(tmp_path) as store,
+        pytest.raises(UserKeyError, match=r"510 bytes, but .* at most 509"),
+    ):
         store.get_many(["a" * 510])
 
 
@@ -107,12 +113,12 @@ def test_ids_that_are_too_long(tmp_path, build):
         ({"num_tokens": 65_535, "dim": 65_535}, "do not fit a record"),
         ({"summarizer_id": "zz"}, "non-hexadecimal"),
         ({"summarizer_id": "00"}, "32 bytes"),
-        ({"format_version": 2}, "format version 2, this vista reads 1"),
-        ({"dim": "8"}, "foreign"),
+        ({"format_version": 2}, "format version 2, but this version of vista reads 1"),
+        ({"dim": "8"}, "another version of vista, or is damaged"),
         ({"surplus": 1}, "surplus"),
     ],
 )
-def test_a_manifest_that_is_foreign_though_its_checksum_fits(tmp_path, build, change, named):
+def test_an_invalid_manifest_with_a_valid_checksum(tmp_path, build, change, named):
     build.write_store(tmp_path, total_users=1)
     with StoreReader.open(tmp_path) as store:
         fields = json.loads(store.manifest.to_bytes().partition(b"\n")[2]) | change
@@ -128,7 +134,7 @@ def read_only_system(tmp_path: Path, build: Any) -> Iterator[Path]:
     root = tmp_path / "mount"
     root.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "vista", str(root)], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system")
+        pytest.skip("needs permission to mount a file system")
     try:
         for digest in ("log-1", "log-2"):
             build.write_store(root / "store", run_digest=digest)
@@ -138,11 +144,11 @@ def read_only_system(tmp_path: Path, build: Any) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(root)], check=True)
 
 
-def test_a_read_only_file_system_is_served_and_says_why_it_is_not_written(read_only_system, build):
+def test_a_read_only_file_system_can_be_read_and_refuses_writers(read_only_system, build):
     with StoreReader.open(read_only_system) as store:
         assert store.get_many(range(40)).found.all() and not store.reload()
     assert verify_store(read_only_system).num_problems == 0
-    assert store_stats(read_only_system).served == 2
+    assert store_stats(read_only_system).published == 2
     for act in (
         lambda: build.open_writer(read_only_system, run_digest="log-3"),
         lambda: compact_store(read_only_system),
@@ -153,8 +159,8 @@ def test_a_read_only_file_system_is_served_and_says_why_it_is_not_written(read_o
     assert read_current(read_only_system) == 2
 
 
-def test_a_generation_whose_folder_is_gone_is_named(tmp_path):
-    """As that of an old generation is, which a flip removes while an erasure is on its way to it."""
+def test_a_generation_without_a_folder_is_named(tmp_path):
+    """Such as an old generation that a publication removes just before an erasure opens it."""
     for readonly in (False, True):
         with pytest.raises(StoreError, match="gen-3"):
             open_environment(tmp_path / "store" / "gen-3" / "summary", readonly=readonly)

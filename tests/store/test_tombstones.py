@@ -1,4 +1,4 @@
-"""Erasures beside a writer that publishes: neither waits long for the other, and no erased user is served again."""
+"""Erasures while a writer publishes: neither waits long for the other, and no erased user is published again."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ import pytest
 
 import vista
 from vista.errors import StoreLockedError, StoreWriteError
-from vista.store import StoreReader, StoreWriter, user_keys
-from vista.store.admin.inspection import verify_store
-from vista.store.admin.publish import roll_back
+from vista.store import StoreReader, StoreWriter, locks, user_keys
+from vista.store.admin.rollback import roll_back
+from vista.store.admin.verification import verify_store
+from vista.store.erasure import erase
 from vista.store.generation_files import GenerationFiles
 from vista.store.layout import environment_path, read_current
-from vista.store.lmdb import flock, locks
+from vista.store.lmdb import flock
 from vista.store.lmdb.data_file import check_structure
 from vista.store.tombstones import Tombstones
-from vista.store.updates import erase
 
 TOTAL = 40
 
 
 def all_put(build: Any, root: Path) -> StoreWriter:
-    """A writer of a second generation who has written all users."""
+    """A writer of a second generation, with all users written."""
     writer = build.open_writer(root, run_digest="log-2")
     build.put_users(writer, range(TOTAL), salt=1)
     return writer
 
 
-def test_an_erasure_waits_for_no_verification(tmp_path, build, monkeypatch):
-    """While a generation is counted, and while its structure is checked, an erasure goes through at once."""
+def test_an_erasure_does_not_wait_for_checks(tmp_path, build, monkeypatch):
+    """It proceeds at once while the records of a generation are counted, and while its structure is checked."""
     build.write_store(tmp_path)
     users, check, take = list(range(10)), check_structure, StoreWriter._count_records
 
@@ -47,10 +47,10 @@ def test_an_erasure_waits_for_no_verification(tmp_path, build, monkeypatch):
         check(folder)
 
     def count_and_erase(writer: StoreWriter) -> Any:
-        found = take(writer)
+        tally = take(writer)
         if len(users) > 8:
             erase(tmp_path, [users.pop(0)])
-        return found
+        return tally
 
     monkeypatch.setattr(flock, "WAIT_S", 1.0)
     monkeypatch.setattr("vista.store.writer.check_structure", check_and_erase)
@@ -65,9 +65,7 @@ def test_an_erasure_waits_for_no_verification(tmp_path, build, monkeypatch):
     assert verify_store(tmp_path).num_problems == 0
 
 
-def test_users_who_are_erased_without_a_pause_do_not_keep_a_generation_from_being_published(
-    tmp_path, build, monkeypatch
-):
+def test_erasures_without_a_pause_do_not_prevent_a_publication(tmp_path, build, monkeypatch):
     build.write_store(tmp_path)
     monkeypatch.setattr(flock, "WAIT_S", 0.05)
     users, count, sweep = list(range(TOTAL)), StoreWriter._count_records, GenerationFiles.remove_erased
@@ -92,18 +90,18 @@ def test_users_who_are_erased_without_a_pause_do_not_keep_a_generation_from_bein
     monkeypatch.setattr(GenerationFiles, "remove_erased", sweep_and_erase)
     with all_put(build, tmp_path) as writer:
         writer.publish()
-    assert refused and len(users) < TOTAL - 3, "at last they had to wait"
+    assert refused and len(users) < TOTAL - 3, "in the end, erasures had to wait"
     with StoreReader.open(tmp_path) as store:
         assert store.generation == 2 and list(store.keys()) == users
     assert verify_store(tmp_path).num_problems == 0
 
 
-def test_waiting_for_an_erasure_has_an_end(tmp_path, build, monkeypatch):
+def test_waiting_for_an_erasure_has_a_deadline(tmp_path, build, monkeypatch):
     build.write_store(tmp_path)
     monkeypatch.setattr(flock, "WAIT_S", 0.1)
-    refused = rf"process {os.getpid()} has been erasing users or publishing.*wait for it, or end it"
+    refused = rf"process {os.getpid()} has been erasing users or publishing.*wait for it or kill it"
     with StoreReader.open(tmp_path) as store:
-        with locks.erasing(tmp_path):
+        with locks.erasure_lock(tmp_path):
             with all_put(build, tmp_path) as writer, pytest.raises(StoreLockedError, match=refused):
                 writer.publish()
             for action in (lambda: erase(tmp_path, [3]), lambda: roll_back(tmp_path, to=1)):
@@ -116,10 +114,10 @@ def test_waiting_for_an_erasure_has_an_end(tmp_path, build, monkeypatch):
         assert writer.publish().count == TOTAL - 1
 
 
-def test_an_erasure_that_was_killed_after_its_tombstone_is_ended_by_who_publishes(tmp_path, build):
+def test_a_publication_finishes_an_erasure_that_was_killed_after_its_tombstone(tmp_path, build):
     build.write_store(tmp_path)
     with all_put(build, tmp_path) as writer:
-        with locks.erasing(tmp_path):
+        with locks.erasure_lock(tmp_path):
             Tombstones(tmp_path).add(user_keys([7]))
         writer.publish()
     with StoreReader.open(tmp_path) as store:
@@ -130,25 +128,25 @@ def test_an_erasure_that_was_killed_after_its_tombstone_is_ended_by_who_publishe
     assert verify_store(tmp_path).num_problems == 0
 
 
-def test_a_tombstone_that_the_disk_refused_does_not_count_and_a_known_one_is_made_durable(tmp_path, build, monkeypatch):
+def test_failed_tombstones_do_not_count_and_written_ones_are_made_durable(tmp_path, build, monkeypatch):
     build.write_store(tmp_path)
     synced, fsync, polled = [], os.fsync, Tombstones(tmp_path)
 
     def failing(descriptor: int) -> None:
-        assert polled.erased(user_keys([7, 9])) == [True, False]  # by a refresh that runs meanwhile
+        assert polled.erased(user_keys([7, 9])) == [True, False]  # as a concurrent refresh sees it
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
         patch.setattr("vista.store.tombstones.os.fsync", failing)
-        with pytest.raises(StoreWriteError, match="nobody is erased, check the disk and try again"):
+        with pytest.raises(StoreWriteError, match=r"no user was erased\. Check the disk and try again"):
             erase(tmp_path, [7])
     assert Tombstones(tmp_path).erased(user_keys([7])) == [False]
     with StoreReader.open(tmp_path) as store:
         assert store.get_many([7]).found.tolist() == [True]
-    # A kill between write and fsync leaves a digest that is known and perhaps not on the disk: the next one syncs it.
-    with locks.erasing(tmp_path):
+    # A kill between write and fsync leaves a digest that may not be on the disk. The next erasure syncs it.
+    with locks.erasure_lock(tmp_path):
         Tombstones(tmp_path).add(user_keys([9]))
-    assert polled.erased(user_keys([7, 9])) == [False, True], "of the size that it had when it was polled"
+    assert polled.erased(user_keys([7, 9])) == [False, True], "although the file has its earlier size again"
 
     def noted(descriptor: int) -> None:
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
@@ -165,13 +163,13 @@ from pathlib import Path
 from vista.store.lmdb.environment import SharedEnvironment
 environment = SharedEnvironment.acquire(Path(sys.argv[1]), writable=True)
 def stop(transaction):
-    print("within", flush=True)
+    print("inside", flush=True)
     time.sleep(60)
 environment.write(stop)
 """
 
 
-def test_a_writer_that_is_stopped_within_a_batch_keeps_nobody_else_waiting_for_ever(tmp_path, build, monkeypatch):
+def test_a_writer_stopped_within_a_batch_does_not_block_others_forever(tmp_path, build, monkeypatch):
     build.write_store(tmp_path / "store")
     build.write_store(tmp_path / "other")
     monkeypatch.setattr(flock, "WAIT_S", 0.5)
@@ -183,7 +181,7 @@ def test_a_writer_that_is_stopped_within_a_batch_keeps_nobody_else_waiting_for_e
         text=True,
     )
     try:
-        assert child.stdout is not None and child.stdout.readline() == "within\n"
+        assert child.stdout is not None and child.stdout.readline() == "inside\n"
         child.send_signal(signal.SIGSTOP)
         raised = []
 
@@ -207,7 +205,7 @@ def test_a_writer_that_is_stopped_within_a_batch_keeps_nobody_else_waiting_for_e
     assert erase(tmp_path / "store", [3]) == 1
 
 
-def test_an_erasure_goes_on_where_an_old_generation_is_removed_under_it(tmp_path, build, monkeypatch):
+def test_an_erasure_continues_if_an_old_generation_is_removed_meanwhile(tmp_path, build, monkeypatch):
     build.write_store(tmp_path)
     build.write_store(tmp_path, salt=1, run_digest="log-2")
     opened, removed = GenerationFiles.open, []

@@ -24,7 +24,7 @@ from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
 from vista.model.inference import empty_summary
 from vista.model.vista_model import VistaModel
-from vista.refresh import refresh
+from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.store import StoreReader, Tail
 from vista.training import trainer
@@ -279,7 +279,7 @@ def test_another_generation_of_the_store_is_another_run(served_tasks: Served, tm
     refresh(served_tasks.model, served_tasks.log, store, until=until)
     config = downstream_config(served_tasks, store, tmp_path / "run")
     train(config, served_tasks.log)
-    refresh(served_tasks.model, served_tasks.log, store, until=until, codec=Codec.float32)
+    refresh(served_tasks.model, served_tasks.log, store, until=until, options=RefreshOptions(codec=Codec.float32))
     with pytest.raises(ConfigError, match=r"another store's generation \(1 \(\w+\) -> 2 \(\w+\)\)"):
         train(config, served_tasks.log)
 

@@ -28,28 +28,6 @@ def _handler(module: str, function: str) -> Callable[[Any], object]:
     return lambda settings: getattr(import_module(f"vista.cli.{module}"), function)(settings)
 
 
-def _refresh(settings: config.RefreshConfig) -> object:
-    from vista.device import keep_freed_memory
-    from vista.refresh import refresh_from_config
-
-    keep_freed_memory()
-    return refresh_from_config(settings)
-
-
-def _watch(settings: config.WatchConfig) -> object:
-    from vista.device import keep_freed_memory
-    from vista.refresh.watch import watch
-
-    keep_freed_memory()
-    return watch(settings)
-
-
-def _store_erase(settings: config.StoreEraseConfig) -> object:
-    from vista.refresh.erasing import erase_from_config
-
-    return erase_from_config(settings)
-
-
 COMMANDS: dict[str, Command] = {
     "simulate": Command(
         config.SimulateConfig,
@@ -85,7 +63,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "refresh": Command(
         config.RefreshConfig,
-        _refresh,
+        _handler("refresh_commands", "refresh_command"),
         "Write users' summaries into the store: all of them, or what is new.",
         (
             "vista refresh data=data/mine model=runs/mine/best store=stores/mine",
@@ -97,7 +75,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "watch": Command(
         config.WatchConfig,
-        _watch,
+        _handler("refresh_commands", "watch_command"),
         "Append files as they arrive in a folder, and keep the store up to date.",
         (
             "vista watch folder=incoming data=data/mine model=runs/mine/best store=stores/mine events.timestamp=time "
@@ -118,7 +96,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "score": Command(
         config.ScoreConfig,
-        _handler("score_command", "score_from_config"),
+        _handler("score_command", "score_command"),
         "Score candidates for users, or rank the whole catalog.",
         (
             "vista score model=runs/ml-1m/best store=stores/ml-1m users=[1,2] top_k=20",
@@ -128,7 +106,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "store erase": Command(
         config.StoreEraseConfig,
-        _store_erase,
+        _handler("store_commands", "store_erase"),
         "Erase users: readers miss them at once, and no later refresh brings them back.",
         ("vista store erase store=stores/mine users=[101] data=data/mine",),
     ),

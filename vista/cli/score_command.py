@@ -1,4 +1,4 @@
-"""`vista score`."""
+"""The command `vista score`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from vista.scorer.scorer import Scorer
 from vista.store.format.authentication import read_key
 
 
-def score_from_config(config: ScoreConfig) -> str:
-    """`vista score`: a table of users and items as text.
+def score_command(config: ScoreConfig) -> str:
+    """`vista score`: a line of items and scores per user, as text.
 
     Raises:
-        ConfigError: no user is named, `now` is no time or not in milliseconds, or an id is text where the store's or
-            the model's are integers.
+        ConfigError: no user is named, `now` is not a time in milliseconds, or an id is text although the store's or the
+            model's ids are integers.
     """
     if not config.users:
-        raise ConfigError("users: name at least one, such as users=[1,2]")
+        raise ConfigError("users: name at least one user, such as users=[1,2]")
     now = None if config.now is None else parse_time(config.now)
     with (
         cpu_settings(config.num_threads),
@@ -41,21 +41,21 @@ def score_from_config(config: ScoreConfig) -> str:
         known = (scorer.model.item_rows(candidates) != UNKNOWN_ITEM).tolist() if candidates else []
         items = [str(item) if known[i] else f"{item} (unknown)" for i, item in enumerate(candidates)]
         for user in users:
-            name = f"user {user}{_mark(scorer, user)}"
+            name = f"user {user}{_problem(scorer, user)}"
             try:
                 if candidates:
                     pairs = zip(items, scorer.score([user], candidates, now=now)[0].tolist(), strict=True)
                 else:
                     ranking = scorer.rank(user, top_k=config.top_k, now=now)
                     pairs = zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True)
-            except ValueError as error:  # naming the argument, which is a key here
+            except ValueError as error:  # The message names the argument, which has the name of the key.
                 raise ConfigError(str(error)) from error
             lines += [f"{name}: " + ", ".join(f"{item} {score:.4f}" for item, score in pairs)]
         return "\n".join(lines)
 
 
-def _mark(scorer: Scorer, user: Any) -> str:
-    """What is wrong with a user's record, for the line of the user."""
+def _problem(scorer: Scorer, user: Any) -> str:
+    """What is wrong with a user's record, for the user's line."""
     try:
         return "" if scorer.store.get_many([user]).found[0] else " (no record)"
     except RecordError:

@@ -1,8 +1,8 @@
-"""The commands `vista store …`: from a config to a report, of a store or of all its parts that are there."""
+"""The commands `vista store …`, for a store or for all of its shards on this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from vista.config import (
     StoreCompactConfig,
     StoreCopyConfig,
+    StoreEraseConfig,
     StoreExportConfig,
     StoreGetConfig,
     StoreImportConfig,
@@ -21,17 +22,24 @@ from vista.config import (
     StoreVerifyConfig,
 )
 from vista.errors import ConfigError, StoreError, UnknownUserError
+from vista.log.deletions import erase_users, rows_to_erase
+from vista.log.event_log import EventLog
 from vista.log.gaps import LATEST_MS, YEAR_1971_MS
 from vista.log.vocabulary import ids_of_words
 from vista.model.vista_model import VistaModel
-from vista.store.admin.inspection import store_stats, verify_store
-from vista.store.admin.publish import PublishReport, compact_store, copy_generation, roll_back
-from vista.store.admin.whole_generations import GenerationReader, open_generation
+from vista.store.admin.copying import copy_generation
+from vista.store.admin.generation_reader import GenerationReader, open_generation
+from vista.store.admin.publish_report import PublishReport
+from vista.store.admin.rollback import roll_back
+from vista.store.admin.store_compaction import compact_store
+from vista.store.admin.store_stats import store_stats
+from vista.store.admin.verification import verify_store
+from vista.store.erasure import erase
 from vista.store.format.authentication import read_key
 from vista.store.format.keys import user_key
 from vista.store.format.record import RawRecords, decode_rows, read_records
 from vista.store.layout import read_current
-from vista.store.shards import divide, shards_in, stores_in, user_kind
+from vista.store.shards import shards_in, stores_in, user_kind, users_by_folder
 from vista.store.stored_batch import NO_TIMESTAMP
 
 
@@ -44,7 +52,7 @@ def store_verify(config: StoreVerifyConfig) -> str:
     """`vista store verify`.
 
     Raises:
-        StoreError: problems were found; the message lists the first.
+        StoreError: there are problems; the message lists the first ones.
     """
     key = read_key(config.authentication_key_file)
     reports = [verify_store(root, key=key) for root in stores_in(config.store)]
@@ -65,16 +73,17 @@ def store_rollback(config: StoreRollbackConfig) -> str:
 
 
 def store_export(config: StoreExportConfig) -> str:
-    """`vista store export`, of a divided store a file a part; errors as of `export_store`."""
+    """`vista store export`; writes one file per shard of a sharded store. Errors as of `export_store`."""
     from vista.store.admin.parquet import export_store
 
     key, out, stores = read_key(config.authentication_key_file), Path(config.out), stores_in(config.store)
-    divided = bool(shards_in(config.store))
-    files = [out.with_name(f"{out.stem}.{root.name}{out.suffix}") if divided else out for root in stores]
-    done = [export_store(root, file, key=key) for root, file in zip(stores, files, strict=True)]
+    sharded = bool(shards_in(config.store))
+    files = [out.with_name(f"{out.stem}.{root.name}{out.suffix}") if sharded else out for root in stores]
+    reports = [export_store(root, file, key=key) for root, file in zip(stores, files, strict=True)]
     return _lines(
-        f"{one.num_records:,} records of generation {one.generation} in {one.path}: {one.size_bytes:,} bytes"
-        for one in done
+        f"{report.num_records:,} records of generation {report.generation} in {report.path}: "
+        f"{report.size_bytes:,} bytes"
+        for report in reports
     )
 
 
@@ -87,20 +96,20 @@ def store_import(config: StoreImportConfig) -> PublishReport:
 
 
 def store_copy(config: StoreCopyConfig) -> str:
-    """`vista store copy`; parts are published when all have been brought. Errors as of `copy_generation`.
+    """`vista store copy`; shards are published once all are copied. Errors as of `copy_generation`.
 
     Raises:
-        ConfigError: no folder is named.
+        ConfigError: no target folder is named.
     """
     if not config.to:
-        raise ConfigError("to: name the folder of the store that serves, such as to=/srv/stores/mine")
-    key, divided = read_key(config.authentication_key_file), bool(shards_in(config.store))
+        raise ConfigError("to: name the folder of the target store, such as to=/srv/stores/mine")
+    key, sharded = read_key(config.authentication_key_file), bool(shards_in(config.store))
 
     def copy(publish: bool) -> str:
         return _lines(
             copy_generation(
                 root,
-                Path(config.to) / root.name if divided else config.to,
+                Path(config.to) / root.name if sharded else config.to,
                 generation=config.generation,
                 publish=publish,
                 key=key,
@@ -109,21 +118,47 @@ def store_copy(config: StoreCopyConfig) -> str:
             for root in stores_in(config.store)
         )
 
-    brought = copy(publish=False) if divided or not config.publish else ""
-    return copy(publish=True) if config.publish else brought
+    unpublished = copy(publish=False) if sharded or not config.publish else ""
+    return copy(publish=True) if config.publish else unpublished
+
+
+def store_erase(config: StoreEraseConfig) -> str:
+    """`vista store erase`: from the store, from each user's shard if it is sharded, and from the log if one is named.
+
+    Raises:
+        ConfigError: no user is named, or an id is text although the store's ids are integers.
+        StoreError, DataError: as of `erase` and `erase_users`.
+    """
+    if not config.users:
+        raise ConfigError("users: name at least one user, such as users=[101]")
+    users: Sequence[Any] = ids_of_words(config.users, "users", user_kind(config.store))
+    if config.data is not None:
+        rows_to_erase(EventLog.open(config.data), users)  # If the log refuses a user, the store must keep the user.
+    count = sum(erase(root, own) for root, own in users_by_folder(config.store, users))
+    lines = [
+        f"{config.store}: {count} of {len(users)} users had a record; readers miss them from now on. Their bytes stay "
+        f"in free pages until `vista store compact store={config.store}`"
+    ]
+    if count < len(users):
+        lines.append(
+            f"Check the ids: {len(users) - count} users had no record. No refresh will write any of the {len(users)}"
+        )
+    if config.data is not None:
+        lines.append(str(erase_users(config.data, users)))
+    return "\n".join(lines)
 
 
 def store_get(config: StoreGetConfig) -> str:
     """`vista store get`: header fields, the tail, and the summary's shape and norms, as text.
 
     Raises:
-        ConfigError: no user is named, or the id is text where the store's are integers.
+        ConfigError: no user is named, or the id is text although the store's ids are integers.
         UnknownUserError: the user has no record.
         StoreError, RecordError: the store or the record is damaged, or of another key.
     """
     if config.user is None:
-        raise ConfigError("user: name one, such as user=42")
-    ((root, (user,)),) = divide(config.store, ids_of_words([config.user], "user", user_kind(config.store)))
+        raise ConfigError("user: name a user, such as user=42")
+    ((root, (user,)),) = users_by_folder(config.store, ids_of_words([config.user], "user", user_kind(config.store)))
     with open_generation(root, read_current(root), read_key(config.authentication_key_file)) as reader:
         key = user_key(user)
         raw = reader.environment.read(lambda transaction: _read(transaction, key, reader))
@@ -152,13 +187,13 @@ def _record_text(user: int | str, raw: RawRecords, reader: GenerationReader, mod
         "generation": f"{header['generation']}, until {manifest.until or 'the end of the log'}",
         "summarizer": bytes(header["summarizer_id"]).hex(),
         "created at": _time(int(header["created_at"])),
-        "events seen": f"{header['event_count']}, the newest at {_time(int(header['last_event_ts']))}",
+        "events covered": f"{header['event_count']}, the newest at {_time(int(header['last_event_ts']))}",
         "log segment": header["applied_segment"],
         "history digest": f"{header['history_digest']:016x}",
         "authenticated": "yes" if reader.spec.key is not None else "no",
         "summary": f"{summary.shape[0]} x {summary.shape[1]} {manifest.codec}",
         "payload": f"{header['payload_length']} bytes",
-        "norms of its rows": " ".join(f"{norm:.3f}" for norm in norms.tolist()) or "none",
+        "norms of rows": " ".join(f"{norm:.3f}" for norm in norms.tolist()) or "none",
         "tail": f"{len(items)} events, oldest first (item, time, action code)",
     }
     lines = [f"user {user!r}", *(f"  {name + ':':<19}{value}" for name, value in fields.items())]
@@ -170,8 +205,8 @@ def _item_ids(folder: str, raw: RawRecords, reader: GenerationReader) -> list[An
     model = VistaModel.from_pretrained(folder)
     if model.summarizer_id() != reader.spec.summarizer_id:
         raise ConfigError(
-            f"model={folder}: its summarizer is {model.summarizer_id().hex()}, the store's is "
-            f"{reader.manifest.summarizer_id}; their item rows differ"
+            f"model={folder}: the model's summarizer is {model.summarizer_id().hex()}, but the store's is "
+            f"{reader.manifest.summarizer_id}, so their item rows differ; name the model that wrote the store"
         )
     rows = raw.tail.items
     ids = model.items.ids(np.maximum(rows, 1) - 1).tolist() if len(rows) else []
@@ -179,7 +214,7 @@ def _item_ids(folder: str, raw: RawRecords, reader: GenerationReader) -> list[An
 
 
 def _time(moment: int) -> str:
-    """ms as a time; the ordinals of a log without times as they are."""
+    """A time in ms with its date; the ordinal of a log without times as it is."""
     if moment == NO_TIMESTAMP:
         return "none"
     if not YEAR_1971_MS <= moment < LATEST_MS:

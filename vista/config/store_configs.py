@@ -9,7 +9,7 @@ from vista.config.checks import check_types
 
 @dataclass(kw_only=True, slots=True)
 class StoreStatsConfig:
-    """What a store holds, and who reads it."""
+    """Statistics of a store and its generations."""
 
     store: str = "stores/vista"
     """Folder of the summary store."""
@@ -25,7 +25,7 @@ class StoreVerifyConfig:
     store: str = "stores/vista"
     """Folder of the summary store."""
     authentication_key_file: str | None = None
-    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
+    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -33,12 +33,12 @@ class StoreVerifyConfig:
 
 @dataclass(kw_only=True, slots=True)
 class StoreCompactConfig:
-    """Write the served generation anew, without what was removed from it."""
+    """Rewrite the published generation without the bytes of removed records."""
 
     store: str = "stores/vista"
     """Folder of the summary store."""
     authentication_key_file: str | None = None
-    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
+    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -46,14 +46,14 @@ class StoreCompactConfig:
 
 @dataclass(kw_only=True, slots=True)
 class StoreExportConfig:
-    """The served generation as a Parquet file."""
+    """Export the published generation to a Parquet file."""
 
     store: str = "stores/vista"
     """Folder of the summary store."""
     out: str = "summaries.parquet"
-    """The file; replaced if it is there."""
+    """The file; replaced if it exists."""
     authentication_key_file: str | None = None
-    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
+    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -61,16 +61,16 @@ class StoreExportConfig:
 
 @dataclass(kw_only=True, slots=True)
 class StoreImportConfig:
-    """A generation of a store from an exported file."""
+    """Publish an exported file as a new generation of a store."""
 
     file: str = "summaries.parquet"
-    """Of `vista store export`."""
+    """File written by `vista store export`."""
     store: str = "stores/vista"
-    """Folder of the summary store; made if it is not there."""
+    """Folder of the summary store; made if it does not exist."""
     authentication_key_file: str | None = None
-    """Key of the exported records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
+    """File with the exported store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
     shared_with_group: bool = False
-    """Let the group of the store's folder read it (folders 2750, files 0640), instead of this account alone."""
+    """Let the group of the store's folder read the store (folders 2750, files 0640), not only this account."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -78,20 +78,20 @@ class StoreImportConfig:
 
 @dataclass(kw_only=True, slots=True)
 class StoreCopyConfig:
-    """One generation to the store of a serving host."""
+    """Copy one generation to the store of a serving host."""
 
     store: str = "stores/vista"
-    """Folder of the summary store that is copied from."""
+    """Folder of the summary store to copy from."""
     to: str = ""
-    """Folder of the store that serves; made if it is not there."""
+    """Folder of the summary store to copy to; made if it does not exist."""
     generation: int | None = None
-    """Number of the generation; null takes the one served."""
+    """Number of the generation; null copies the published one."""
     publish: bool = True
-    """Serve the copy at once; false only brings and verifies it, and the same command with true publishes it later."""
+    """Publish the copy at once; false only copies and verifies it, until the same command with true publishes it."""
     authentication_key_file: str | None = None
-    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
+    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
     shared_with_group: bool = False
-    """Let the group of the other folder read it (folders 2750, files 0640), instead of this account alone."""
+    """Let the group of the target folder read the copy (folders 2750, files 0640), not only this account."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -99,14 +99,14 @@ class StoreCopyConfig:
 
 @dataclass(kw_only=True, slots=True)
 class StoreRollbackConfig:
-    """Serve a kept generation again."""
+    """Publish an earlier generation again."""
 
     store: str = "stores/vista"
     """Folder of the summary store."""
     to: int | None = None
-    """Number of the generation; null takes the newest one before the one served."""
+    """Number of the generation; null takes the newest one before the published one."""
     authentication_key_file: str | None = None
-    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
+    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -114,16 +114,16 @@ class StoreRollbackConfig:
 
 @dataclass(kw_only=True, slots=True)
 class StoreGetConfig:
-    """One user's record, readably."""
+    """Print one user's record."""
 
     store: str = "stores/vista"
     """Folder of the summary store."""
     user: str | None = None
     """Id as in the log."""
     model: str | None = None
-    """Folder of the exported model, to name the tail's items by their ids in the log; null prints model rows."""
+    """Folder of the exported model, to print the tail's items by their ids in the log; null prints model rows."""
     authentication_key_file: str | None = None
-    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
+    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -131,14 +131,14 @@ class StoreGetConfig:
 
 @dataclass(kw_only=True, slots=True)
 class StoreEraseConfig:
-    """Users out of a store for good."""
+    """Remove users from a store for good."""
 
     store: str = "stores/vista"
     """Folder of the summary store."""
     users: list[str] = field(default_factory=list)
     """User ids; at least one."""
     data: str | None = None
-    """Folder of the EventLog to erase them from as well; null leaves it."""
+    """Folder of the EventLog to erase them from too; null erases them from the store only."""
 
     def __post_init__(self) -> None:
         check_types(self)

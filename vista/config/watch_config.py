@@ -5,35 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vista.config.checks import check_types, require, require_counts
-from vista.config.choices import (
-    OnBadRows,
-)
+from vista.config.choices import OnBadRows
 from vista.config.prepare_config import SourceConfig
 
 
 @dataclass(kw_only=True, slots=True)
 class WatchConfig:
-    """Arriving files, or a growing log, into the served store."""
+    """Bring arriving files, or what is appended to a log, into the store."""
 
     data: str = "data/log"
     """Folder of the EventLog."""
     model: str = "runs/vista/best"
-    """Folder of the exported model, whose full refresh made the store."""
+    """Folder of the exported model whose full refresh made the store."""
     store: str = "stores/vista"
     """Folder of the summary store."""
     folder: str | None = None
     """Folder in which Parquet, CSV or TSV files arrive, by a rename or complete within two seconds of the last change;
-    null follows a log that others append to."""
+    null follows a log to which other processes append."""
     events: SourceConfig = field(default_factory=SourceConfig)
     """Columns of the files; events.paths is not used."""
     on_bad_rows: OnBadRows = OnBadRows.error
-    """raise refuses a file with bad rows as a whole, and goes on with the others; quarantine sets the rows aside."""
+    """raise refuses a file with bad rows and continues with the other files; quarantine sets the bad rows aside."""
     authentication_key_file: str | None = None
-    """Key of the store's records, 32 bytes or 64 hex digits; null takes VISTA_AUTHENTICATION_KEY, or none."""
+    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
     poll_s: float = 5.0
-    """Seconds between two looks."""
+    """Seconds between two looks at folder and log."""
     once: bool = False
-    """Look once and end, as a scheduled job does."""
+    """Look once and exit, as a scheduled job does."""
     device: str = "auto"
     """auto | cpu | cuda | cuda:N."""
     num_threads: int = 0
@@ -44,4 +42,4 @@ class WatchConfig:
     def __post_init__(self) -> None:
         check_types(self)
         require_counts(self, "", ("num_threads",), least=0)
-        require(self.poll_s > 0, "poll_s", f"must be above 0 seconds, got {self.poll_s}")
+        require(self.poll_s > 0, "poll_s", f"must be positive, got {self.poll_s}")

@@ -1,30 +1,31 @@
-"""Batch refresh: users' summaries into a store, in full or for what is new.
+"""Refresh: write users' summaries into a store, in full or for what is new.
 
-    full          every user, into a new generation that is published at once
-    incremental   users with new events, into the served generation: their states take the new events alone
-    forget        events out of a log and of the states of their users, by subtraction
-    erase         users out of a store at once, and for good
-    merge         stores over disjoint events of the same users, made by several machines, into one
+    refresh              every user, into a new generation that is then published
+    refresh_incremental  users with new events, in the published generation: their states receive the new events
+    forget               delete events from a log and subtract their terms from their users' states
+    erase                remove users from a store for good
+    merge                combine stores of the same users over disjoint events, made on several machines
 
-The data's way: EventLog -> rows of the model -> states [L, H, D, D] -> summaries [K, d] -> records -> one durable
-transaction a batch.
+Data flow: EventLog -> rows of the model -> states [L, H, D, D] -> summaries [K, d] -> records -> one durable
+transaction per batch.
 """
 
-from vista.refresh.encode import check_log, refresh_from_config
-from vista.refresh.erasing import forget
+from vista.refresh.forgetting import forget
 from vista.refresh.full import refresh
 from vista.refresh.incremental import refresh_incremental
+from vista.refresh.log_items import check_log
 from vista.refresh.merging import merge
+from vista.refresh.refresh_options import RefreshOptions
 from vista.refresh.refresh_report import RefreshReport
-from vista.store.updates import erase
+from vista.store.erasure import erase
 
 __all__ = [
+    "RefreshOptions",
     "RefreshReport",
     "check_log",
     "erase",
     "forget",
     "merge",
     "refresh",
-    "refresh_from_config",
     "refresh_incremental",
 ]

@@ -1,26 +1,25 @@
-"""Incremental refresh: users with new events, into the served generation, in time that follows the new events.
+"""Incremental refresh: update the published generation in place, in time proportional to the new events.
 
-A user's state takes the terms of what came since its own `applied_segment`: appended in time order, or exchanged where
-events came late or were deleted. The summary is reread from the state. Whatever cannot go on from a state is
-recomputed from the log, and counted as such.
+    changed users -> groups by outcome -> updated states -> summaries -> records -> one durable transaction per batch
+
+A user's state receives the terms of the events that arrived since the state's `applied_segment`. Terms of events that
+came late or were deleted are exchanged. The summary is then read from the state again. Users whose state cannot be
+updated are recomputed from the log.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from vista.config.choices import Decay, Precision
+from vista.config.choices import Precision
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
-from vista.log.histories import token_groups
 from vista.model import inference
 from vista.model.state_updates import (
     forget_events,
@@ -34,17 +33,27 @@ from vista.model.state_updates import (
 from vista.model.summary_state import SummaryState, merge
 from vista.model.vista_model import VistaModel
 from vista.refresh.changes import changed_positions
-from vista.refresh.encode import LogItems, check_log, encode_users, from_arrays, read_summaries, to_arrays
-from vista.refresh.refresh_report import RefreshProgress, RefreshReport
+from vista.refresh.log_items import LogItems, check_log
+from vista.refresh.refresh_options import RefreshOptions
+from vista.refresh.refresh_progress import RefreshProgress
+from vista.refresh.refresh_report import RefreshReport
+from vista.refresh.states import from_arrays, read_summaries, to_arrays
+from vista.refresh.update_plan import Outcome, UpdatePlan, UserGroup
+from vista.refresh.user_records import UserSummaries, encode_users, last_times, stored_tail
 from vista.store.format.keys import user_id, user_keys
 from vista.store.format.state_record import StateArrays, rounded
-from vista.store.layout import Manifest
+from vista.store.manifest import Manifest
 from vista.store.shards import Shard, shard_to_write
-from vista.store.updates import StoreUpdate
+from vista.store.update import StoreUpdate
 
 Int = NDArray[np.int64]
-APPEND, EXCHANGE, RECOMPUTE, REREAD = range(4)
-OUTCOMES = {APPEND: "appended", EXCHANGE: "exchanged", RECOMPUTE: "recomputed", REREAD: "appended"}
+COUNTED_AS = {
+    Outcome.append: "appended",
+    Outcome.exchange: "exchanged",
+    Outcome.recompute: "recomputed",
+    Outcome.reread: "appended",
+}
+"""Under which name of `RefreshReport.counts` an outcome is counted."""
 
 
 def refresh_incremental(
@@ -52,34 +61,35 @@ def refresh_incremental(
     log: EventLog,
     store: str | Path,
     *,
-    tokens_per_batch: int = 65_536,
-    users_per_batch: int = 512,
+    options: RefreshOptions | None = None,
     shard: Shard | None = None,
-    progress: bool = False,
-    created_at: int | None = None,
     key: bytes | None = None,
+    created_at: int | None = None,
 ) -> RefreshReport:
-    """Bring the served generation up to the log: users with events or deletions that it has not seen.
+    """Update the published generation for users with new or deleted events.
 
-    Equals a full refresh within float32 rounding where states are float32. A run that was killed goes on: what a
-    user's state and record have seen is in them. Users without changes keep the bytes of their records.
+    The result equals that of a full refresh, within float32 rounding where states are float32. Users without changes
+    keep the bytes of their records. Call it again to resume an interrupted run: states and records say what they cover.
 
     Args:
-        model: whose full refresh made the store; it is left in eval mode.
-        log: the same log, grown.
-        store: its folder.
-        tokens_per_batch: events summarized at once (a longer history makes a batch of its own).
-        users_per_batch: users of one durable transaction.
-        shard: the part of the store to refresh, `<store>/part-i-of-n`.
-        progress: show a progress bar.
-        created_at: ms, the start of the run that records state; by default now.
-        key: 32 bytes, where the store's records are authenticated.
+        model: the one whose full refresh made the store; it is left in eval mode.
+        log: the same log, with new segments.
+        store: the store's folder.
+        options: tokens_per_batch, users_per_batch and progress; the store's full refresh set the others for good.
+        shard: refresh only this shard, in the folder `<store>/part-i-of-n`.
+        key: 32 bytes, if the store's records are authenticated.
+        created_at: start of the run in ms, which records state; by default now.
 
     Raises:
-        ConfigError: the model cannot read this log, the store was refreshed with `until`, or it is divided and no shard
-            named.
-        StoreError: nothing is published there, it is of another summarizer or a longer log, or cannot be written.
+        ConfigError: the model cannot read this log; the store was refreshed with `until`; the store is sharded and no
+            shard is named; or `options` holds what only a full refresh sets.
+        StoreError: nothing is published there; the store is of another summarizer, or covers a longer log; or it cannot
+            be written.
     """
+    options = options or RefreshOptions()
+    options.require_only(
+        ("tokens_per_batch", "users_per_batch", "progress"), "was set by the store's full refresh; leave it out"
+    )
     check_log(model, log)
     model.eval()
     store, shard = shard_to_write(store, shard)
@@ -87,249 +97,215 @@ def refresh_incremental(
     with StoreUpdate.open(
         store, summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=now, key=key
     ) as update:
-        manifest = update.manifest
-        check_goes_on(manifest, store)
-        _check_same_log(manifest, log, store)
+        check_updatable(update.manifest, store)
+        _check_same_log(update.manifest, log, store)
         update.begin(log.sources_digest(log.last_segment))
-        changed = log.changed_users(manifest.applied_segment)
-        named = log.users.has_ids(changed)
-        gone = 0 if named.all() else _remove_strangers(update, log)
-        changed = changed[named]
-        if shard is not None:
-            changed = changed[shard.holds(user_keys(log.users.ids(changed)))]
-        run = RefreshProgress(store, "incremental", len(changed), 0, progress=progress)
-        run.counts["removed"] += gone
-        frozen = model.with_frozen("summarizer", Precision.float32)
-        work = _Work(frozen, log, LogItems.of(model, log), update, tokens_per_batch, run)
-        for begin in range(0, len(changed), users_per_batch):
-            batch = changed[begin : begin + users_per_batch]
-            work.batch(batch)
+        users, num_removed = _changed_users(update, log, shard)
+        run = RefreshProgress(store, "incremental", len(users), 0, progress=options.progress)
+        run.counts["removed"] += num_removed
+        refresher = _BatchRefresher(model, log, update, options.tokens_per_batch, run)
+        for begin in range(0, len(users), options.users_per_batch):
+            refresher.refresh(users[begin : begin + options.users_per_batch])
         with run.stage("publish"):
             update.finish()
-        return run.report(store, manifest.generation)
+        return run.report(update.manifest.generation)
 
 
-def check_goes_on(manifest: Manifest, store: str | Path) -> None:
-    """Raise ConfigError for a store that has seen a part of its log, by `until`, and is to stay there."""
+def check_updatable(manifest: Manifest, store: str | Path) -> None:
+    """Raise ConfigError for a store that covers only a part of its log, because it was refreshed with `until`."""
     if manifest.until not in (None, "all"):
-        raise ConfigError(f"{store}: was refreshed until={manifest.until}, so it never goes on; refresh it in full")
+        raise ConfigError(
+            f"{store}: was refreshed with until={manifest.until} and cannot be updated; run a full refresh instead"
+        )
 
 
 def _check_same_log(manifest: Manifest, log: EventLog, store: str | Path) -> None:
-    for seen, digest in (
+    for segment, digest in (
         (manifest.applied_segment, manifest.log_digest),
-        (manifest.going_to, manifest.going_to_digest),  # of a run that did not end
+        (manifest.going_to, manifest.going_to_digest),  # of a run that was interrupted
     ):
-        if seen > log.last_segment:
+        if segment > log.last_segment:
             raise StoreError(
-                f"{store}: has seen segment {seen}, but {log.path} ends at {log.last_segment}; restore the log, or "
-                "refresh in full from what there is"
+                f"{store}: covers segment {segment}, but {log.path} ends at segment {log.last_segment}; restore the "
+                "log, or run a full refresh"
             )
-        if digest and log.has_boundary(seen) and log.sources_digest(seen) != digest:
+        if digest and log.has_boundary(segment) and log.sources_digest(segment) != digest:
             raise StoreError(
-                f"{store}: segment {seen} that it has seen was made of other sources than that of {log.path}; "
-                "restore the log, or refresh in full from this one"
+                f"{store}: covers segment {segment}, but that segment of {log.path} was made from other sources; "
+                "restore the log, or run a full refresh"
             )
 
 
-def _remove_strangers(update: StoreUpdate, log: EventLog) -> int:
-    """Remove users whom the log no longer knows: a compaction has blanked their ids. Returns how many there were."""
+def _changed_users(update: StoreUpdate, log: EventLog, shard: Shard | None) -> tuple[Int, int]:
+    """Rows of the users to refresh, and how many users were removed because the log no longer has their ids."""
+    changed = log.changed_users(update.manifest.applied_segment)
+    has_id = log.users.has_ids(changed)  # A compaction blanks the ids of erased users.
+    num_removed = 0 if has_id.all() else _remove_unknown_users(update, log)
+    changed = changed[has_id]
+    if shard is not None:
+        changed = changed[shard.holds(user_keys(log.users.ids(changed)))]
+    return changed, num_removed
+
+
+def _remove_unknown_users(update: StoreUpdate, log: EventLog) -> int:
     count = 0
     for keys in update.key_batches():
         known = log.users.rows([user_id(key) for key in keys]) >= 0
-        count += update.remove([key for key, own in zip(keys, known.tolist(), strict=True) if not own])
+        count += update.remove([key for key, is_known in zip(keys, known.tolist(), strict=True) if not is_known])
     return count
 
 
 @dataclass(frozen=True, slots=True)
-class _Done:
-    """States of some users of a batch, if the generation keeps them, else their summaries."""
+class _UpdatedGroup:
+    """Users of a group after their handler: new states, or new summaries if the generation keeps no states."""
 
-    rows: Int
-    """Places in the batch."""
-    state: SummaryState | None
-    summary: NDArray[np.float32] | None
-    digest: NDArray[np.uint64]
+    outcome: Outcome
+    users: Int
+    """[N] rows of the log."""
+    history_digest: NDArray[np.uint64]
+    """[N]."""
+    num_events: int
+    """Events that were summarized."""
+    state: SummaryState | None = None
+    summary: NDArray[np.float32] | None = None
 
 
-class _Work:
+class _BatchRefresher:
+    """Takes one batch of users at a time from the log into the store."""
+
     def __init__(
-        self, model: VistaModel, log: EventLog, items: LogItems, update: StoreUpdate, budget: int, run: RefreshProgress
+        self, model: VistaModel, log: EventLog, update: StoreUpdate, tokens_per_batch: int, run: RefreshProgress
     ) -> None:
-        self.model, self.log, self.items, self.update, self.run = model, log, items, update, run
-        self.budget = budget
-        self.reach = reach(model)
-        self.view = lru_cache(maxsize=4)(lambda segment: EventLog.open(log.path, last_segment=segment))
-        self.num_events = 0
+        self._log, self._update, self._run = log, update, run
+        self._model = model.with_frozen("summarizer", Precision.float32)
+        self._items = LogItems.of(model, log)
+        self._plan = UpdatePlan(model, log, update, tokens_per_batch, run)
+        self._handlers = {
+            Outcome.reread: self._reread,
+            Outcome.append: self._append,
+            Outcome.exchange: self._exchange,
+            Outcome.recompute: self._recompute,
+        }
 
-    def batch(self, users: Int) -> None:
-        """Refresh some of the log's users, durably."""
-        keys = user_keys(self.log.users.ids(users))
-        lengths = self.log.lengths[users]
-        self.num_events = 0
-        erased = self.update.erased(keys)
-        self.run.counts["erased"] += int(erased.sum())
-        # Erased users too: their erasure may have been killed half-way.
-        gone = np.flatnonzero((lengths == 0) | erased)
-        if len(gone):
-            with self.run.stage("write"):
-                self.run.counts["removed"] += self.update.remove([keys[row] for row in gone.tolist()])
-        with self.run.stage("read"):
-            applied = self.update.applied_segments(keys)
-        current = (applied >= self.update.applied) & (lengths > 0)
-        self.run.counts["unchanged"] += int(current.sum())
-        rows = np.flatnonzero((lengths > 0) & ~erased & ~current)
-        if len(rows):
-            self._refresh(users[rows], [keys[row] for row in rows.tolist()], lengths[rows])
-        self.run.batch(self.update.manifest.generation, len(users), self.num_events)
+    def refresh(self, users: Int) -> None:
+        """Bring users (rows of the log) up to date, durably."""
+        num_users, num_events = len(users), 0
+        users = self._remove_gone(users)
+        users = self._skip_current(users)
+        if len(users):
+            updated = [self._handlers[group.outcome](group) for group in self._plan.groups(users)]
+            for group in updated:
+                self._run.counts[COUNTED_AS[group.outcome]] += len(group.users)
+                num_events += group.num_events
+            self._write(self._summarize(updated))
+        self._run.batch(self._update.manifest.generation, num_users, num_events)
 
-    def _refresh(self, users: Int, keys: list[bytes], lengths: Int) -> None:
-        spec = self.update.state_spec
-        done = list(self._summarized(users, keys, lengths))
-        rows = np.concatenate([part.rows for part in done])
-        digest = np.concatenate([part.digest for part in done])
-        keys, users, lengths = [keys[row] for row in rows.tolist()], users[rows], lengths[rows]
-        with self.run.stage("read"):
-            tail_len = self.model.config.tail_len
-            newest = self.items.model_rows(self.log.gather_ranges(users, lengths - tail_len, lengths))
-        with self.run.stage("encode"):
-            if spec is None:
-                arrays, summary = None, np.concatenate([part.summary for part in done if part.summary is not None])
+    def _keys(self, users: Int) -> list[bytes]:
+        return user_keys(self._log.users.ids(users))
+
+    def _remove_gone(self, users: Int) -> Int:
+        """Remove erased users, and those without events, from the store; the users that remain."""
+        keys = self._keys(users)
+        erased = self._update.erased(keys)
+        self._run.counts["erased"] += int(erased.sum())
+        # An erased user may still have a record, if the erasure was interrupted.
+        gone = (self._log.lengths[users] == 0) | erased
+        if gone.any():
+            with self._run.stage("write"):
+                self._run.counts["removed"] += self._update.remove([keys[row] for row in np.flatnonzero(gone).tolist()])
+        return np.compress(~gone, users)
+
+    def _skip_current(self, users: Int) -> Int:
+        """Users whose records do not cover the log yet."""
+        with self._run.stage("read"):
+            covered = self._update.applied_segments(self._keys(users))
+        behind = covered < self._update.applied_segment
+        self._run.counts["unchanged"] += int((~behind).sum())
+        return np.compress(behind, users)
+
+    def _reread(self, group: UserGroup) -> _UpdatedGroup:
+        assert group.states is not None
+        state = from_arrays(group.states, self._model.device)
+        return _UpdatedGroup(group.outcome, group.users, group.states.history_digest, 0, state)
+
+    def _append(self, group: UserGroup) -> _UpdatedGroup:
+        assert group.states is not None and self._model.summarizer is not None
+        old = self._plan.lengths_at(group.users, group.segment)
+        context = np.minimum(reach(self._model), old)
+        with self._run.stage("read"):
+            history = self._log.gather_ranges(group.users, old - context, self._log.lengths[group.users])
+            new = history.select(context, history.lengths)
+            digest = group.states.history_digest + self._items.digests(new)
+        with self._run.stage("summarize"):
+            history, start = self._items.model_rows(history), old - context
+            if history.num_events > slice_len(self._model) and len(group.users) == 1:
+                terms = long_range_state(self._model, history, int(context[0]), int(start[0]))
             else:
-                parts = [to_arrays(part.state, self.update.applied, part.digest) for part in done if part.state]
-                # As stored, so that a run that is resumed after its states were written reads the same summaries.
-                arrays = rounded(_joined(parts), spec)
-                summary = read_summaries(self.model, from_arrays(arrays, self.model.device))
-            encoded = encode_users(
-                keys,
-                summary,
-                newest,
-                lengths,
-                digest,
-                arrays,
-                tail_len=tail_len,
-                spec=self.update.spec,
-                state_spec=spec,
-                run=self.run,
-            )
-        self.run.check_failures()
-        with self.run.stage("write"):
-            self.update.put_batch(encoded.keys, encoded.records, encoded.states)
-            # Without a state, a user who failed is recomputed from the log at the next event.
-            self.update.remove_states(sorted(set(keys) - set(encoded.keys)))
+                terms = range_states(self._model, history, context, start)
+            state = merge(from_arrays(group.states, self._model.device), terms, self._model.summarizer.decay_rate)
+        return _UpdatedGroup(group.outcome, group.users, digest, new.num_events, state)
 
-    def _summarized(self, users: Int, keys: list[bytes], lengths: Int) -> Iterator[_Done]:
-        """All users of a batch, by how they are brought up to date."""
-        stored = self.update.states(keys)
-        if stored is None:
-            for part in token_groups(lengths, self.budget):
-                yield self._recomputed(np.arange(len(users))[part], users)
-            return
-        places, arrays = stored
-        base = np.full(len(users), -1, np.int64)
-        # A user without changes has an older segment, but has seen all that the generation has.
-        base[places] = np.maximum(arrays.applied_segment, self.update.manifest.applied_segment)
-        slot = np.full(len(users), -1, np.int64)
-        slot[places] = np.arange(len(places))
-        state = from_arrays(arrays, self.model.device)
-        kind = np.full(len(users), RECOMPUTE)
-        kind[base >= self.update.applied] = REREAD
-        for segment in np.unique(base[(base >= 0) & (base < self.update.applied)]).tolist():
-            rows = np.flatnonzero(base == segment)
-            if self.log.has_boundary(segment):
-                kind[rows] = self._kinds(users[rows], segment, arrays.num_events[slot[rows]])
-        for what, name in OUTCOMES.items():
-            self.run.counts[name] += int((kind == what).sum())
-
-        rows = np.flatnonzero(kind == REREAD)
-        if len(rows):
-            yield _Done(rows, state[torch.from_numpy(slot[rows])], None, arrays.history_digest[slot[rows]])
-        rows = np.flatnonzero(kind == RECOMPUTE)
-        for part in token_groups(lengths[rows], self.budget):
-            yield self._recomputed(rows[part], users)
-        for segment in np.unique(base[kind == APPEND]).tolist():
-            rows = np.flatnonzero((kind == APPEND) & (base == segment))
-            old = self._old_lengths(users[rows], segment)
-            for part in token_groups(lengths[rows] - old + self.reach, self.budget):
-                own, at = rows[part], slot[rows[part]]
-                yield self._appended(
-                    own, users[own], old[part], lengths[own], state[torch.from_numpy(at)], arrays.history_digest[at]
-                )
-        for row in np.flatnonzero(kind == EXCHANGE).tolist():
-            one = state[torch.tensor([slot[row]])]
-            yield self._exchanged(row, int(users[row]), int(base[row]), one)
-
-    def _kinds(self, users: Int, segment: int, num_events: Int) -> Int:
-        """How users go on from states that have seen the log up to `segment`."""
-        with self.run.stage("read"):
-            old = self._old_lengths(users, segment)
-            new = self.log.new_events(users, segment)
-            newest = self.view(segment).gather_ranges(np.where(old > 0, users, 0), old - 1, old)
-        in_order = np.ones(len(users), bool)
-        both = np.flatnonzero((old > 0) & (new.lengths > 0))
-        first = new.timestamp[new.offsets[both]]
-        in_order[both] = first >= newest.timestamp[newest.offsets[both]]
-        whole = new.lengths == self.log.lengths[users] - old  # else something was deleted
-        by_position = self.model.config.decay is Decay.position
-        kind = np.where(in_order & whole, APPEND, RECOMPUTE if by_position else EXCHANGE)
-        # A state of other events than the log had then: of another log, or of one that was changed by hand.
-        kind[num_events != old] = RECOMPUTE
-        return kind
-
-    def _old_lengths(self, users: Int, segment: int) -> Int:
-        lengths = self.view(segment).lengths
-        return np.where(users < len(lengths), lengths[np.minimum(users, len(lengths) - 1)], 0)
-
-    def _recomputed(self, rows: Int, users: Int) -> _Done:
-        with self.run.stage("read"):
-            histories = self.log.gather(users[rows])
-            model_rows, digest = self.items.model_rows(histories), self.items.digests(histories)
-        self.num_events += histories.num_events
-        with self.run.stage("summarize"):
-            if self.update.state_spec is None:
-                self.run.counts["recomputed"] += len(rows)
-                return _Done(rows, None, inference.summarize(self.model, model_rows).cpu().numpy(), digest)
-            return _Done(rows, history_states(self.model, model_rows), None, digest)
-
-    def _appended(
-        self, rows: Int, users: Int, old: Int, lengths: Int, state: SummaryState, digest: NDArray[np.uint64]
-    ) -> _Done:
-        context = np.minimum(self.reach, old)
-        with self.run.stage("read"):
-            read = self.log.gather_ranges(users, old - context, lengths)
-            new = read.select(context, read.lengths)
-            digest = digest + self.items.digests(new)
-        self.num_events += new.num_events
-        with self.run.stage("summarize"):
-            model_rows, start = self.items.model_rows(read), old - context
-            if read.num_events > slice_len(self.model) and len(rows) == 1:
-                terms = long_range_state(self.model, model_rows, int(context[0]), int(start[0]))
-            else:
-                terms = range_states(self.model, model_rows, context, start)
-            assert self.model.summarizer is not None
-            return _Done(rows, merge(state, terms, self.model.summarizer.decay_rate), None, digest)
-
-    def _exchanged(self, row: int, user: int, segment: int, state: SummaryState) -> _Done:
-        with self.run.stage("read"):
-            old, new = self.view(segment).slice(user), self.log.slice(user)
-            digest = self.items.digests(new)
+    def _exchange(self, group: UserGroup) -> _UpdatedGroup:
+        """Of one user; recomputed where so many events changed that this is cheaper."""
+        assert group.states is not None
+        user = int(group.users[0])
+        with self._run.stage("read"):
+            old, new = self._plan.log_at(group.segment).slice(user), self._log.slice(user)
+            digest = self._items.digests(new)
             changed = changed_positions(old, new)
-        rows = np.array([row])
-        if changed is None or (sum(map(len, changed)) * 2 * (1 + self.reach) >= new.num_events):
-            self.run.counts[OUTCOMES[EXCHANGE]] -= 1
-            self.run.counts[OUTCOMES[RECOMPUTE]] += 1
-            return replace(self._recomputed(np.array([0]), np.array([user])), rows=rows)
-        gone, late = changed
-        old, new = self.items.model_rows(old), self.items.model_rows(new)
-        self.num_events += len(gone) + len(late)
-        with self.run.stage("summarize"):
-            if len(gone):
-                state = forget_events(self.model, state, old, gone)
+        if changed is None or sum(map(len, changed)) * 2 * (1 + reach(self._model)) >= new.num_events:
+            return self._recompute(UserGroup(Outcome.recompute, group.users))
+        deleted, late = changed
+        old, new = self._items.model_rows(old), self._items.model_rows(new)
+        with self._run.stage("summarize"):
+            state = from_arrays(group.states, self._model.device)
+            if len(deleted):
+                state = forget_events(self._model, state, old, deleted)
             if len(late):
-                state = insert_events(self.model, state, new, late)
-            return _Done(rows, state, None, digest)
+                state = insert_events(self._model, state, new, late)
+        return _UpdatedGroup(group.outcome, group.users, digest, len(deleted) + len(late), state)
+
+    def _recompute(self, group: UserGroup) -> _UpdatedGroup:
+        with self._run.stage("read"):
+            histories = self._log.gather(group.users)
+            model_rows, digest = self._items.model_rows(histories), self._items.digests(histories)
+        state, summary = None, None
+        with self._run.stage("summarize"):
+            if self._update.state_spec is None:
+                summary = inference.summarize(self._model, model_rows).cpu().numpy()
+            else:
+                state = history_states(self._model, model_rows)
+        return _UpdatedGroup(group.outcome, group.users, digest, histories.num_events, state, summary)
+
+    def _summarize(self, updated: Sequence[_UpdatedGroup]) -> UserSummaries:
+        users = np.concatenate([group.users for group in updated])
+        digest = np.concatenate([group.history_digest for group in updated])
+        lengths, tail_len, spec = self._log.lengths[users], self._model.config.tail_len, self._update.state_spec
+        with self._run.stage("read"):
+            newest = self._items.model_rows(self._log.gather_ranges(users, lengths - tail_len, lengths))
+        with self._run.stage("encode"):
+            if spec is None:
+                states = None
+                summary = np.concatenate([group.summary for group in updated if group.summary is not None])
+            else:
+                target = self._update.applied_segment
+                arrays = [to_arrays(group.state, target, group.history_digest) for group in updated if group.state]
+                # Rounded as stored: a resumed run, which rereads these states, then reads the same summaries.
+                states = rounded(_concatenate(arrays), spec)
+                summary = read_summaries(self._model, from_arrays(states, self._model.device))
+            tail = stored_tail(newest, tail_len)
+            return UserSummaries(self._keys(users), summary, tail, last_times(newest), lengths, digest, states)
+
+    def _write(self, users: UserSummaries) -> None:
+        with self._run.stage("encode"):
+            encoded = encode_users(users, self._update, self._run)
+        self._run.check_failures()
+        with self._run.stage("write"):
+            self._update.put_batch(encoded.keys, encoded.records, encoded.states)
+            # Without a state, a user who failed is recomputed from the log at the next event.
+            self._update.remove_states(sorted(set(users.keys) - set(encoded.keys)))
 
 
-def _joined(parts: list[StateArrays]) -> StateArrays:
+def _concatenate(parts: Sequence[StateArrays]) -> StateArrays:
     names = StateArrays.__slots__
     return StateArrays(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))

@@ -1,8 +1,9 @@
-"""Merge: stores over disjoint events of the same users, made on several machines by one model, become one store."""
+"""Merge: combine stores of the same users over disjoint events, made by one model on several machines, into one."""
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,77 +15,79 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.config.choices import Codec, Precision, StateDtype
+from vista.config.choices import Precision
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.model.state_updates import merge_histories
 from vista.model.summary_state import SummaryState
 from vista.model.vista_model import VistaModel
-from vista.refresh.encode import (
-    Encoded,
-    LogItems,
-    check_log,
-    encode_users,
-    from_arrays,
-    has_states,
-    read_summaries,
-    to_arrays,
-)
-from vista.refresh.refresh_report import RefreshProgress, RefreshReport
+from vista.refresh.log_items import LogItems, check_log
+from vista.refresh.refresh_options import RefreshOptions
+from vista.refresh.refresh_progress import RefreshProgress
+from vista.refresh.refresh_report import RefreshReport
+from vista.refresh.states import from_arrays, has_states, read_summaries, to_arrays
+from vista.refresh.user_records import UserSummaries, encode_users, last_times, stored_tail
 from vista.store.format.keys import user_keys
+from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
 from vista.store.shards import check_place
 from vista.store.writer import StoreWriter
 
 MERGED = "merged"
-"""`until` of a merged store: no one log is what it has seen, so no incremental refresh goes on from it."""
+"""`until` of a merged store: it covers several logs, so no incremental refresh can update it."""
 
 
-_Found = tuple[SummaryState, Histories, np.uint64]
-"""State, history (items as model rows) and digest of one user."""
+@dataclass(frozen=True, slots=True)
+class _UserState:
+    """State, history and history digest of one user."""
+
+    state: SummaryState
+    history: Histories
+    """Items as rows of the model."""
+    digest: np.uint64
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A store that is merged, and the log that it was refreshed from."""
+    """A store to merge, and the log that it was refreshed from."""
 
     store: StoreReader
     log: EventLog
     items: LogItems
 
     def check(self) -> None:
-        """Raise StoreError unless the states are of all that the log holds."""
+        """Raise StoreError unless the states cover the whole log."""
         manifest, last = self.store.manifest, self.log.last_segment
         if manifest.state_spec() is None:
             raise StoreError(f"{self.store.path}: keeps no states to merge; refresh it with state=float32")
         if (manifest.applied_segment, manifest.log_digest) != (last, self.log.sources_digest(last)):
             raise StoreError(
-                f"{self.store.path}: has seen segment {manifest.applied_segment}, but {self.log.path} ends at {last}, "
-                "or is another log; refresh that store first"
+                f"{self.store.path}: covers segment {manifest.applied_segment}, but {self.log.path} ends at segment "
+                f"{last}, or is another log; refresh that store first"
             )
 
-    def find(self, model: VistaModel, users: Sequence[Any]) -> dict[Any, _Found]:
-        """What is known of those of some users who have a record here."""
+    def read(self, model: VistaModel, users: Sequence[Any]) -> dict[Any, _UserState]:
+        """States of those users who have a record in this store."""
         states = self.store.states(users)
         assert states is not None  # by `check`
         rows, arrays = states
         with_state = set(rows.tolist())
         without = [user for row, user in enumerate(users) if row not in with_state]
         for user, has_record in zip(without, self.store.get_many(without).found.tolist(), strict=True):
-            if has_record:  # an incremental refresh could not store the user's summary
+            if has_record:  # An incremental refresh could not store the user's summary.
                 raise StoreError(f"{self.store.path}: has no state of user {user!r}; refresh that store in full")
-        found = {}
+        read = {}
         for place, row in enumerate(rows.tolist()):
             user, state = users[row], arrays[place : place + 1]
-            history = self.log[user]
-            if self.items.digests(history)[0] != state.history_digest[0]:  # refreshed meanwhile, in place
+            history, digest = self.log[user], state.history_digest[0]
+            if self.items.digests(history)[0] != digest:  # refreshed in place since it was opened
                 raise StoreError(
-                    f"{self.store.path}: the state of user {user!r} is not of the events that {self.log.path} has; "
-                    "refresh that store first, and not while it is merged"
+                    f"{self.store.path}: the state of user {user!r} covers other events than {self.log.path} holds; "
+                    "refresh that store first, and do not refresh it during the merge"
                 )
-            found[user] = from_arrays(state, model.device), self.items.model_rows(history), state.history_digest[0]
-        return found
+            read[user] = _UserState(from_arrays(state, model.device), self.items.model_rows(history), digest)
+        return read
 
 
 def merge(
@@ -92,37 +95,37 @@ def merge(
     parts: Sequence[tuple[str | Path, EventLog]],
     store: str | Path,
     *,
-    users_per_batch: int = 512,
-    progress: bool = False,
-    created_at: int | None = None,
+    options: RefreshOptions | None = None,
     key: bytes | None = None,
-    shared_with_group: bool = False,
+    created_at: int | None = None,
 ) -> RefreshReport:
-    """Write the summaries of whole histories from the states of their parts into a new generation of `store`.
+    """Combine the states of several stores into summaries of the whole histories, as a new generation of `store`.
 
-    States are added; only the terms of events at the parts' seams are made anew, from the logs. Resumable, like a full
-    refresh.
+    States are added. Only the terms of events at the seams between the parts are recomputed, from the logs. An
+    interrupted merge resumes like a full refresh.
 
     Args:
-        model: whose full or incremental refreshes made the parts.
+        model: the one whose full or incremental refreshes made the parts.
         parts: (store, its log); a user's events in different logs are disjoint.
-        store: folder of the merged store; none of the parts'.
-        users_per_batch: users of one durable transaction.
-        progress: show a progress bar.
-        created_at: ms; by default now.
-        key: 32 bytes, where the parts' records are authenticated; the merged ones are then too.
-        shared_with_group: let the group of the store's folder read it.
+        store: folder of the merged store; it must not be one of the parts.
+        options: users_per_batch, progress and shared_with_group; the parts decide the others.
+        key: 32 bytes, if the parts' records are authenticated; the merged ones then are too.
+        created_at: start of the run in ms, which records state; by default now.
 
     Raises:
-        ConfigError: the model has no states, or decays by position; a log that it cannot read; `store` is divided.
-        StoreError: a part is of another summarizer, keeps no states or is not up to date with its log.
+        ConfigError: the model has no states, decays by position or cannot read a log; `store` is sharded; or `options`
+            holds what the parts decide.
+        StoreError: a part is of another summarizer, keeps no states or does not cover its whole log.
     """
+    options = options or RefreshOptions()
+    options.require_only(
+        ("users_per_batch", "progress", "shared_with_group"), "is taken from the stores that are merged; leave it out"
+    )
     if not has_states(model):
-        raise ConfigError("model: has no states to merge (separable mixing without a history limit has)")
+        raise ConfigError("model: has no states to merge; train one with separable mixing and without a history limit")
     check_place(store)
     model.eval()
     frozen = model.with_frozen("summarizer", Precision.float32)
-    config = model.config
     with ExitStack() as stack:
         opened = []
         for path, log in parts:
@@ -135,81 +138,69 @@ def merge(
         users = sorted(ids, key=lambda user: user_keys([user]))
         first = opened[0].store.manifest
         digest = hashlib.sha256("".join(part.store.manifest.records_digest for part in opened).encode())
-        writer = stack.enter_context(
-            StoreWriter.open(
-                store,
-                summarizer_id=model.summarizer_id(),
-                num_tokens=config.num_seeds,
-                dim=config.dim,
-                codec=Codec(first.codec),
-                tail_len=config.tail_len,
-                until=MERGED,
-                state_dtype=StateDtype(first.state_dtype),
-                state_shape=first.state_shape,
-                total_users=len(users),
-                run_digest=digest.hexdigest(),
-                created_at=created_at,
-                key=key,
-                shared_with_group=shared_with_group,
-            )
+        manifest = Manifest(
+            created_at=time.time_ns() // 1_000_000 if created_at is None else created_at,
+            summarizer_id=model.summarizer_id().hex(),
+            num_tokens=model.config.num_seeds,
+            dim=model.config.dim,
+            codec=first.codec,
+            tail_len=model.config.tail_len,
+            until=MERGED,
+            applied_segment=0,
+            state_dtype=first.state_dtype,
+            state_shape=first.state_shape,
+            total_users=len(users),
+            run_digest=digest.hexdigest(),
         )
-        run = RefreshProgress(store, "merge", len(users), writer.cursor, progress=progress)
+        writer = stack.enter_context(
+            StoreWriter.open(store, manifest, key=key, shared_with_group=options.shared_with_group)
+        )
+        run = RefreshProgress(store, "merge", len(users), writer.cursor, progress=options.progress)
         remaining = iter(users[writer.cursor :])
-        while batch := list(islice(remaining, users_per_batch)):
-            keys = user_keys(batch)
+        while batch := list(islice(remaining, options.users_per_batch)):
             with run.stage("summarize"):
-                found = [part.find(frozen, batch) for part in opened]
-                whole = [_merged(frozen, found, user) for user in batch]
+                read = [part.read(frozen, batch) for part in opened]
+                merged = [_merge_user(frozen, read, user) for user in batch]
             with run.stage("encode"):
-                encoded, num_events = _encoded(frozen, writer, keys, whole, run)
+                summaries = _summarize(frozen, user_keys(batch), merged)
+                encoded = encode_users(summaries, writer, run)
             run.check_failures()
             with run.stage("write"):
                 cursor = writer.cursor + len(batch)
                 written = writer.put_batch(encoded.keys, encoded.records, cursor, encoded.states)
             run.counts["written"] += written
             run.counts["erased"] += len(encoded.keys) - written
-            run.batch(writer.generation, len(batch), num_events)
+            run.batch(writer.generation, len(batch), int(summaries.event_count.sum()))
         with run.stage("publish"):
             writer.publish()
-        return run.report(store, writer.generation)
+        return run.report(writer.generation)
 
 
-def _merged(model: VistaModel, parts: Sequence[dict[Any, _Found]], user: Any) -> _Found:
-    found = [part[user] for part in parts if user in part]
-    if not found:
-        raise StoreError(f"user {user!r} was erased from all parts while they were merged; merge them again")
-    if len(found) == 1:
-        return found[0]
-    state, whole = merge_histories(model, [one[0] for one in found], [one[1] for one in found])
-    return state, whole, np.add.reduce(np.array([one[2] for one in found], np.uint64))
+def _merge_user(model: VistaModel, parts: Sequence[dict[Any, _UserState]], user: Any) -> _UserState:
+    held = [part[user] for part in parts if user in part]
+    if not held:
+        raise StoreError(f"user {user!r} was erased from all parts during the merge; run the merge again")
+    if len(held) == 1:
+        return held[0]
+    state, history = merge_histories(model, [one.state for one in held], [one.history for one in held])
+    return _UserState(state, history, np.add.reduce(np.array([one.digest for one in held], np.uint64)))
 
 
-def _encoded(
-    model: VistaModel,
-    writer: StoreWriter,
-    keys: list[bytes],
-    whole: Sequence[_Found],
-    run: RefreshProgress,
-) -> tuple[Encoded, int]:
-    """A batch, and how many events it stands for."""
+def _summarize(model: VistaModel, keys: list[bytes], users: Sequence[_UserState]) -> UserSummaries:
     names = ("z", "n", "removed", "clock", "num_events")
-    state = SummaryState(*(torch.cat([getattr(one[0], name) for one in whole]) for name in names))
-    digest = np.array([one[2] for one in whole], np.uint64)
+    state = SummaryState(*(torch.cat([getattr(user.state, name) for user in users]) for name in names))
+    digest = np.array([user.digest for user in users], np.uint64)
     tail_len = model.config.tail_len
-    newest = _end_to_end([one[1].slice(0, max(one[1].num_events - tail_len, 0)) for one in whole])
-    encoded = encode_users(
+    newest = _end_to_end([user.history.slice(0, max(user.history.num_events - tail_len, 0)) for user in users])
+    return UserSummaries(
         keys,
         read_summaries(model, state),
-        newest,
+        stored_tail(newest, tail_len),
+        last_times(newest),
         state.num_events.cpu().numpy(),
         digest,
-        to_arrays(state, writer.manifest.applied_segment, digest),
-        tail_len=tail_len,
-        spec=writer.spec,
-        state_spec=writer.state_spec,
-        run=run,
+        to_arrays(state, 0, digest),
     )
-    return encoded, int(state.num_events.sum())
 
 
 def _end_to_end(histories: Sequence[Histories]) -> Histories:

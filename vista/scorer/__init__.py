@@ -1,9 +1,11 @@
 """The scorer: what ranking code calls (`vista.scorer.scorer`)."""
 
 from vista.model.ranking_model import NEXT_TASK
-from vista.scorer.answers import CandidateSet, Explanation, Ranking
+from vista.scorer.candidate_set import CandidateSet
+from vista.scorer.explanation import Explanation
+from vista.scorer.ranking import Ranking
 from vista.scorer.scorer import Scorer
 from vista.scorer.scorer_stats import ScorerStats
-from vista.store.stored_batch import Tail
+from vista.store.tail import Tail
 
 __all__ = ["NEXT_TASK", "CandidateSet", "Explanation", "Ranking", "Scorer", "ScorerStats", "Tail"]

@@ -1,7 +1,4 @@
-"""A request's users read: records by policy, times and tails that callers bring.
-
-Letters: B users.
-"""
+"""Reading the users of a request: their records, and the times and tails that the caller passes. B users."""
 
 from __future__ import annotations
 
@@ -16,11 +13,13 @@ from numpy.typing import NDArray
 from vista.config.choices import OnMissing
 from vista.errors import RecordError, UnknownUserError
 from vista.model import inference
-from vista.scorer.requests import ids_of, impossible_times, no_time, request_times
+from vista.scorer.arguments import ids_of, impossible_times, not_a_time, request_times
+from vista.scorer.request import Request
 from vista.scorer.scorer_stats import StatsRecorder
-from vista.scorer.serving_snapshot import Request, ServingSnapshot
-from vista.scorer.tails import with_fresh_events
-from vista.store.stored_batch import StoredBatch, Tail
+from vista.scorer.serving_snapshot import ServingSnapshot
+from vista.scorer.tail_merging import with_fresh_events
+from vista.store.stored_batch import StoredBatch
+from vista.store.tail import Tail
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +33,16 @@ def read_request(
     max_age_s: float | None,
     recorder: StatsRecorder,
 ) -> Request:
-    """What is known of B users: their records, and what the caller brings. Arguments and errors as of `Scorer`."""
+    """Read the records of B users, and add what the caller passes; arguments and errors as of `Scorer`."""
     ids, model = ids_of(users, "users"), served.model
-    # Before the records: a reload between makes none younger.
+    # Read before the records, so that a reload in between cannot make a record look younger than it is.
     refreshed_at = 0 if max_age_s is None else served.store.manifest.refreshed_at
     stored, bad = _stored(served, ids, on_missing)
     times = request_times(now, len(bad))
     if times is not None and model.schema.has_time:
         wrong = impossible_times(times, stored.last_event_ts)
         if wrong.any() and on_missing is not OnMissing.nan:
-            raise no_time("now", times[wrong][0])
+            raise not_a_time("now", times[wrong][0])
         times, bad = np.where(wrong, np.maximum(stored.last_event_ts, 0), times), bad | wrong
     num_found = int(stored.found.sum())
     if max_age_s is not None:
@@ -55,8 +54,8 @@ def read_request(
         recorder.add(hits=num_hits, stale=num_found - num_hits, misses=len(unknown) - num_found)
         absent = np.asarray(ids)[unknown][:5].tolist()
         raise UnknownUserError(
-            f"users {absent} have no record in {served.store.path}; refresh it (which leaves erased users out), or "
-            "on_missing='empty'"
+            f"users {absent} have no record in {served.store.path}; refresh the store (which leaves out erased users), "
+            "or pass on_missing='empty'"
         )
     merged = stored.tail
     if tail is not None:
@@ -72,7 +71,7 @@ def read_request(
 
 
 def _stored(served: ServingSnapshot, ids: Any, on_missing: OnMissing) -> tuple[StoredBatch, NDArray[np.bool_]]:
-    """Records of B users, and whose is damaged (under on_missing="nan"; otherwise that is an error)."""
+    """Records of B users, and which of them are damaged (with on_missing="nan"; otherwise that is an error)."""
     try:
         stored = served.store.get_many(ids)
         return stored, np.zeros(len(stored.found), np.bool_)
@@ -82,8 +81,8 @@ def _stored(served: ServingSnapshot, ids: Any, on_missing: OnMissing) -> tuple[S
         logger.error("%s", error)
     users = list(ids)
     bad = np.array([_is_damaged(served, user) for user in users])
-    sound = np.flatnonzero(~bad)
-    return served.store.get_many([users[row] for row in sound.tolist()]).spread(sound, len(users)), bad
+    valid = np.flatnonzero(~bad)
+    return served.store.get_many([users[row] for row in valid.tolist()]).spread(valid, len(users)), bad
 
 
 def _is_damaged(served: ServingSnapshot, user: Any) -> bool:

@@ -1,17 +1,15 @@
-"""The scorer: what ranking code calls. Its cost does not depend on how long a user's history is.
+"""The scorer: what ranking code calls. Its cost does not depend on the length of a user's history.
 
     scorer = Scorer.open("runs/ml-1m/best", "stores/ml-1m")
     scores = scorer.score(users, candidates)
 
-Letters: B users, C candidates, V items of the vocabulary, S seeds, L tail length, M model dim.
+B users, C candidates, V items of the vocabulary, S seeds, L tail length, M model dim.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -27,49 +25,42 @@ from torch import Tensor
 
 from vista.config.choices import OnMissing, Precision, choice_of
 from vista.device import reuse_freed_memory
-from vista.errors import StoreError, UnknownItemError, VistaError
+from vista.errors import UnknownItemError
 from vista.log.vocabulary import Ids
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.vista_model import VistaModel
-from vista.scorer.answers import CandidateSet, Explanation, Ranking
+from vista.scorer.arguments import ids_of, item_rows, ragged_offsets, split_ragged
+from vista.scorer.candidate_set import CandidateSet
+from vista.scorer.explanation import Explanation
+from vista.scorer.ranking import Ranking
 from vista.scorer.reading import read_request
-from vista.scorer.requests import (
-    ids_of,
-    item_rows,
-    ragged_offsets,
-    split_ragged,
-)
+from vista.scorer.request import Request
 from vista.scorer.scorer_stats import ScorerStats, StatsRecorder
-from vista.scorer.serving_snapshot import Request, ServingSnapshot
+from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.scorer.serving_source import ServingSource
-from vista.store.layout import Manifest
+from vista.scorer.snapshot_holder import SnapshotHolder
+from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
-from vista.store.shards import StoreParts
-from vista.store.stored_batch import Tail
-
-logger = logging.getLogger(__name__)
-Int = NDArray[np.int64]
+from vista.store.sharded_reader import ShardedReader
+from vista.store.tail import Tail
 
 
 class Scorer:
-    """Scores candidates for users from their stored summaries and tails. Open one a process with `Scorer.open`.
+    """Scores candidates for users from their stored summaries and tails. Open one per process with `Scorer.open`.
 
-    Safe with threads, and after fork. What a call sees of model and store does not change under it.
+    It is safe with threads and after a fork. Each call uses one model and one state of the store throughout.
     """
 
     def __init__(self, source: ServingSource, on_missing: OnMissing, task: str | None, max_age_s: float | None) -> None:
         self.on_missing = on_missing
         self.max_age_s = max_age_s
-        self._source = source
-        self._served = source.open()
-        self._closed = self._inherited = False
-        self._changing = threading.Lock()
+        self._snapshots = SnapshotHolder(source)
         self._recorder = StatsRecorder()
         _scorers.add(self)
         try:
             self.task = task or self.tasks[0]
-            """What `score` and `rank` give."""
-            _require_task(self.task, self._served)
+            """The task that `score` and `rank` use."""
+            _require_task(self.task, self._snapshots.current)
         except BaseException:
             self.close()
             raise
@@ -92,35 +83,33 @@ class Scorer:
         Args:
             model: folder of `save_pretrained`, or a model (which stays on its device).
             store: the store's folder.
-            on_missing: what users without a record and items outside the vocabulary get: "empty" (the empty history's
-                summary; a neutral item), "nan", or "raise". Under "nan" a user whose record is damaged, or whose tail
-                or time is impossible, gets NaN too; otherwise that is an error of the whole call.
-            task: what `score` and `rank` use; by default the first labelled task, or `next` where there is none.
+            on_missing: how to score users without a record and items outside the vocabulary: "empty" (with the summary
+                of an empty history, and as an unknown item), "nan", or "raise". With "nan", users whose record is
+                damaged, or whose tail or time is impossible, get NaN too; otherwise these are errors of the whole call.
+            task: for `score` and `rank`; by default the first labeled task, or `next` if there are none.
             device: auto | cpu | cuda | cuda:N.
-            key: 32 bytes: refuse records that were not written with this key.
-            max_age_s: users whose record, and the last refresh of the store, are older than this have none (`reload`
-                learns of incremental refreshes); None serves records of any age.
-            precision: of matrix products: float32, bfloat16, or auto (bfloat16 where the device multiplies it).
+            key: 32 bytes, to refuse records that were not written with this key.
+            max_age_s: treat records as missing if both they and the last refresh of the store are older than this
+                (`reload` notices incremental refreshes); use None for no limit.
+            precision: of matrix products: float32, bfloat16, or auto (bfloat16 if the device multiplies it natively).
 
         Raises:
             SummarizerMismatchError: the store is of another summarizer.
             StoreError, CheckpointError: missing or damaged; the message has the remedy.
-            ValueError: on_missing, task or precision is none of those that there are; max_age_s is not positive.
+            ValueError: on_missing, task or precision is not one of the allowed values; max_age_s is not positive.
         """
         policy = choice_of(OnMissing, on_missing, "on_missing")
         if max_age_s is not None and not isinstance(max_age_s, (int, float)):
-            raise TypeError(f"max_age_s: needs seconds, got {max_age_s!r}")
+            raise TypeError(f"max_age_s: must be a number of seconds, got {max_age_s!r}")
         if max_age_s is not None and not 0 < max_age_s < math.inf:
-            raise ValueError(f"max_age_s: must be above 0 seconds and finite, got {max_age_s}; None knows no limit")
+            raise ValueError(f"max_age_s: must be positive and finite, got {max_age_s}; use None for no limit")
         source = ServingSource(model, store, device, key, choice_of(Precision, precision, "precision"))
         reuse_freed_memory()
         return cls(source, policy, task, max_age_s)
 
     def close(self) -> None:
-        """Let the store go; closing twice is allowed."""
-        with self._changing:
-            self._closed = True
-            self._served.store.close()
+        """Close the store; closing twice is allowed."""
+        self._snapshots.close()
 
     def __enter__(self) -> Scorer:
         return self
@@ -132,48 +121,36 @@ class Scorer:
 
     @property
     def model(self) -> VistaModel:
-        """The model that is served."""
-        return self._served.model
+        """The model in service."""
+        return self._snapshots.current.model
 
     @property
-    def store(self) -> StoreReader | StoreParts:
-        """The store that is read; a `reload` to another model closes it."""
-        return self._served.store
+    def store(self) -> StoreReader | ShardedReader:
+        """The store in service; a `reload` that moves to another model closes it."""
+        return self._snapshots.current.store
 
     @property
     def manifest(self) -> Manifest:
-        """What the store's generation is: its number, users, and when it was refreshed."""
-        with self._use() as served:
+        """Manifest of the store's generation: its number, its users, when it was refreshed."""
+        with self._snapshots.use() as served:
             return served.store.manifest
 
     @property
     def tasks(self) -> list[str]:
-        """What `predict` gives; `next` is the retrieval head."""
-        return self._served.tasks
+        """The tasks that `predict` scores; `next` is the retrieval head."""
+        return self._snapshots.current.tasks
 
     def reload(self) -> bool:
         """Follow the store to a new generation, and the model's folder to a new model; whether there was one.
 
-        Calls that run meanwhile end with what they began with. A new model is served once a generation of its
-        summarizer is published: until then the old one stays, and a warning is logged.
+        Calls that are running finish with what they started with. A new model enters service once a generation of its
+        summarizer is published; until then the old one stays in service, and a warning is logged.
 
         Raises:
             StoreError, CheckpointError: the new generation or model is damaged, its tails are shorter than the model
-                reads, the new model lacks this scorer's task, or the scorer is closed. What was served is served on.
+                reads, the new model lacks this scorer's task, or the scorer is closed. The old one stays in service.
         """
-        with self._changing:
-            self._require_open()
-            try:
-                opened = self._source.open_newer(self._served, self.task)
-            except VistaError:
-                self.store.reload()  # A model that cannot be served must not keep new generations from being served.
-                raise
-            if opened is None:
-                moved = self.store.reload()
-            else:
-                old, self._served = self._served, opened
-                self._close_unused(old)
-                moved = True
+        moved = self._snapshots.reload(self.task)
         self._recorder.add(reloads=moved)
         return moved
 
@@ -181,14 +158,8 @@ class Scorer:
         """What this scorer has done in this process."""
         return self._recorder.snapshot()
 
-    # Scores ----------------------------------------------------------------------------------------------------------
-
     def score(self, users: Ids, candidates: Any, *, tail: Tail | None = None, now: Any = None) -> Any:
-        """The configured task's score of candidates: `predict(…)[task]`, without the other tasks' work.
-
-        Returns:
-            float32, as `predict`.
-        """
+        """Scores of the configured task: `predict(…)[task]` without the work for the other tasks."""
         with self._call() as served:
             return self._predict(served, users, candidates, tail, now, [self.task])[self.task]
 
@@ -199,19 +170,20 @@ class Scorer:
             users: B ids as in the log.
             candidates: item ids [C] (the same for every user), [B, C], a `CandidateSet`, or ragged: (values [N],
                 offsets int64 [B+1]).
-            tail: events since the refresh, ids as in the log (`Tail(items, times, actions, offsets)`), packed in the
-                order of `users`; merged with the stored tail by time, item and action, the newest tail_len are kept.
-            now: time of the request in ms, one or [B]; None leaves it unknown.
+            tail: events since the refresh, with ids as in the log (`Tail(items, times, actions, offsets)`), packed in
+                the order of `users`. They are merged with the stored tail by time, item and action, and the newest
+                tail_len events are kept.
+            now: time of the request in ms, one or [B]; None if unknown.
 
         Returns:
-            {task: float32 [B, C], or [N] for ragged candidates}; NumPy, or torch if `candidates` are a tensor. A
-            labelled task's score is its probability; that of `next` is the cosine over the temperature, which ranks but
-            is no probability.
+            {task: float32 [B, C], or [N] for ragged candidates}; NumPy arrays, or tensors if `candidates` is a tensor.
+            The score of a labeled task is its probability. That of `next` is the cosine divided by the temperature,
+            which ranks items but is not a probability.
 
         Raises:
-            UnknownUserError, UnknownItemError: by policy "raise".
+            UnknownUserError, UnknownItemError: with on_missing="raise".
             StoreError: the scorer is closed, or a record is damaged.
-            ValueError, TypeError: naming the argument.
+            ValueError, TypeError: an argument is invalid; the message names it.
         """
         with self._call() as served:
             return self._predict(served, users, candidates, tail, now, served.tasks)
@@ -227,19 +199,19 @@ class Scorer:
         tail: Tail | None = None,
         now: int | None = None,
     ) -> Ranking:
-        """The best items of a user; those whose score is not finite, and unknown candidates, are left out and counted.
+        """The best items for a user; unknown candidates and those without a finite score are left out and counted.
 
         Args:
             user: an id as in the log.
-            top_k: items to return at most.
-            candidates: item ids, or None for the whole catalogue.
-            exclude: item ids that must not come.
+            top_k: return at most this many items.
+            candidates: item ids, or None for the whole catalog.
+            exclude: item ids to leave out.
             exclude_tail: leave out the items of the user's tail.
             tail: as in `predict`.
             now: as in `predict`.
         """
         if not isinstance(top_k, (int, np.integer)) or isinstance(top_k, bool):
-            raise TypeError(f"top_k: needs an integer, got {top_k!r}")
+            raise TypeError(f"top_k: must be an integer, got {top_k!r}")
         if top_k < 1:
             raise ValueError(f"top_k: must be at least 1, got {top_k}")
         with self._call() as served:
@@ -251,7 +223,7 @@ class Scorer:
             if candidates is not None:
                 chosen = self._encode(served, candidates).rows
                 if chosen.ndim != 1:
-                    raise ValueError(f"candidates: needs [C], got shape {chosen.shape}")
+                    raise ValueError(f"candidates: must be of shape [C], got {chosen.shape}")
                 num_unknown = int((chosen == UNKNOWN_ITEM).sum())
                 rows = np.unique(chosen)
             left_out[item_rows(served.model, ids_of(exclude, "exclude"), "exclude")] = True
@@ -274,18 +246,18 @@ class Scorer:
             return Ranking(items.ids(rows[best] - 1), scores[best], num_dropped)
 
     def encode(self, candidates: Any) -> CandidateSet:
-        """Look item ids up once, to score them many times: ids [C] or [B, C].
+        """Look item ids [C] or [B, C] up once, to score them many times.
 
-        They are of the model that is served: encode anew after a `reload` that moved to another model.
+        The result belongs to the model in service: encode again after a `reload` that moved to another model.
         """
-        with self._use() as served:
+        with self._snapshots.use() as served:
             return self._encode(served, candidates)
 
     def user_vectors(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
-        """Unit vectors of the retrieval head, float32 [B, M]; their products with `item_vectors` rank the catalogue.
+        """Unit vectors of the retrieval head, float32 [B, M]; their products with `item_vectors` rank the catalog.
 
         Raises:
-            ValueError: the model was trained without a retrieval head; others as `predict`.
+            ValueError: the model was trained without a retrieval head. Others as in `predict`.
         """
         with self._call() as served:
             _require_retrieval(served)
@@ -296,12 +268,12 @@ class Scorer:
             return vectors
 
     def item_vectors(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """(ids [V], unit vectors float32 [V, M]) of the vocabulary, for a nearest-neighbour index.
+        """(ids [V], unit vectors float32 [V, M]) of the vocabulary, for a nearest-neighbor index.
 
         Raises:
             ValueError: the model was trained without a retrieval head.
         """
-        with self._use() as served:
+        with self._snapshots.use() as served:
             vectors = _require_retrieval(served)[UNKNOWN_ITEM + 1 :].cpu().numpy().copy()
             return served.model.items.ids(np.arange(len(served.model.items))), vectors
 
@@ -314,15 +286,15 @@ class Scorer:
         tail: Tail | None = None,
         now: int | None = None,
     ) -> Explanation:
-        """What a user's scores are made of: the summary's tokens, the tail's events, the candidate itself.
+        """Contributions of the summary's tokens, the tail's events and the candidate itself to a user's scores.
 
-        Always in float32; a user without a record is an empty one, or an error under on_missing="raise". Takes several
-        times as long as `score`: for people who look, not for each request.
+        Always in float32. A user without a record is explained as an empty history, or raises with on_missing="raise".
+        It takes several times as long as `score`, so it is not for every request.
 
         Args:
             user: an id as in the log.
             candidates: item ids [C], or a `CandidateSet` of them.
-            task: one of `tasks`; None: the scorer's own.
+            task: one of `tasks`; by default the scorer's own.
             tail: as in `predict`.
             now: as in `predict`.
         """
@@ -331,78 +303,26 @@ class Scorer:
             _require_task(task, served)
             rows = self._encode(served, candidates).rows
             if rows.ndim != 1:
-                raise ValueError(f"candidates: needs [C], got shape {rows.shape}")
+                raise ValueError(f"candidates: must be of shape [C], got {rows.shape}")
             request = self._request(served, [user], tail, now)
-            value, shares = served.shares(request, torch.from_numpy(rows), task)
-            of_tail, own = shares.tail.clone(), shares.query[0]
-            if len(shares.query) > 1:
-                of_tail[:, -1] += shares.query[1]  # The query token of `next` starts from the newest event.
+            explanation = Explanation.of(served, request, torch.from_numpy(rows), task)
             self._recorder.add(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
-            valid = request.tail.valid[0]
-            items = request.tail.item[0][valid]
-            names = served.model.items.ids(np.maximum(items - 1, 0)).tolist()
-            remainder = value - (shares.summary.sum(1) + of_tail[:, valid].sum(1) + own)
-            return Explanation(
-                value.numpy(),
-                shares.summary.numpy(),
-                of_tail[:, valid].numpy(),
-                [name if item != UNKNOWN_ITEM else None for name, item in zip(names, items.tolist(), strict=True)],
-                own.numpy(),
-                remainder.numpy(),
-            )
-
-    # Inside ----------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _use(self) -> Iterator[ServingSnapshot]:
-        """What is served now; its store stays open until the block ends.
-
-        Without a lock, which a fork could leave locked: `calls` is a set, and one operation on it is whole.
-        """
-        self._require_open()
-        call = object()
-        served = self._served
-        served.calls.add(call)
-        while served is not self._served:  # A reload came between the two lines above.
-            self._release(served, call)
-            served = self._served
-            served.calls.add(call)
-        try:
-            yield served
-        finally:
-            self._release(served, call)
-
-    def _release(self, served: ServingSnapshot, call: object) -> None:
-        served.calls.discard(call)
-        if served is not self._served:
-            self._close_unused(served)
-
-    def _close_unused(self, served: ServingSnapshot) -> None:
-        if not served.calls:
-            served.store.close()
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise StoreError(f"the scorer of {self.store.path} is closed; open another one")
-        if self._inherited:  # OpenMP's threads are not forked: a child that asks for them waits for ever.
-            self._inherited = False
-            torch.set_num_threads(1)
-
-    def _after_fork(self) -> None:
-        self._inherited = torch.get_num_threads() > 1
-        self._changing = threading.Lock()
-        self._recorder = StatsRecorder()
+            return explanation
 
     @contextmanager
     def _call(self) -> Iterator[ServingSnapshot]:
-        """`_use`, and the call is counted."""
+        """The snapshot in service, for a call that is counted."""
         began, failed = time.perf_counter(), True
         try:
-            with self._use() as served:
+            with self._snapshots.use() as served:
                 yield served
             failed = False
         finally:
             self._recorder.called(time.perf_counter() - began, failed=failed)
+
+    def _after_fork(self) -> None:
+        self._snapshots.after_fork()
+        self._recorder = StatsRecorder()
 
     def _predict(
         self, served: ServingSnapshot, users: Ids, candidates: Any, tail: Tail | None, now: Any, tasks: list[str]
@@ -417,7 +337,7 @@ class Scorer:
         else:
             if rows.ndim == 2 and len(rows) != len(request):
                 raise ValueError(
-                    f"candidates: {rows.shape} do not fit {len(request)} users; give [C], or one row a user"
+                    f"candidates: shape {rows.shape} does not match {len(request)} users; pass [C], or one row per user"
                 )
             scores = served.scores(request, torch.from_numpy(rows), tasks)
             missing = missing[:, None]
@@ -433,19 +353,20 @@ class Scorer:
     def _encode(self, served: ServingSnapshot, candidates: Any) -> CandidateSet:
         if isinstance(candidates, CandidateSet):
             if candidates.vocabulary != served.vocabulary:
-                raise ValueError("candidates: were encoded for another model's items; call encode again after a reload")
+                raise ValueError("candidates: were encoded for another model; call encode again after a reload")
             return candidates
         try:
             ids = np.asarray(candidates.cpu() if isinstance(candidates, Tensor) else candidates)
         except ValueError:
-            raise ValueError("candidates: rows of different lengths; pass (values, offsets) instead") from None
+            raise ValueError("candidates: the rows differ in length; pass (values, offsets) instead") from None
         if ids.ndim not in (1, 2):
-            raise ValueError(f"candidates: needs [C] or [B, C], got shape {ids.shape}")
+            raise ValueError(f"candidates: must be of shape [C] or [B, C], got {ids.shape}")
         rows = item_rows(served.model, ids.ravel(), "candidates").reshape(ids.shape)
         if self.on_missing is OnMissing.error and (rows == UNKNOWN_ITEM).any():
             unknown = ids[rows == UNKNOWN_ITEM][:5].tolist()
             raise UnknownItemError(
-                f"candidates: items {unknown} are not in the model's vocabulary; train on a newer log"
+                f"candidates: items {unknown} are not in the model's vocabulary; train on a newer log, or pass "
+                "on_missing='empty'"
             )
         return CandidateSet(rows, served.vocabulary)
 
@@ -455,11 +376,11 @@ class Scorer:
 
 def _require_task(task: str, served: ServingSnapshot) -> None:
     if task not in served.tasks:
-        raise ValueError(f"task: {task!r} is none of this model's {served.tasks}")
+        raise ValueError(f"task: {task!r} is not one of this model's tasks, {served.tasks}")
 
 
 def _require_retrieval(served: ServingSnapshot) -> Tensor:
-    """The unit vectors of its items."""
+    """The unit vectors of all items."""
     if served.items.unit is None:
         raise ValueError("this model has no retrieval head; train it with optim.next_weight above 0")
     return served.items.unit

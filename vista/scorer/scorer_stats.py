@@ -1,4 +1,4 @@
-"""Counters of a scorer: who was found, what was unknown, how long calls took."""
+"""Counters of a scorer: users found, candidates unknown, duration of calls."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from dataclasses import dataclass, field
 
 BUCKETS_PER_OCTAVE = 4
 LATENCY_BOUNDS_MS = tuple(0.0625 * 2 ** (step / BUCKETS_PER_OCTAVE) for step in range(20 * BUCKETS_PER_OCTAVE + 1))
-"""Upper bounds of the histogram's buckets, 62.5 µs to 65 s, each 19 % above the one before; a last one is open."""
+"""Upper bounds of the histogram's buckets, 62.5 µs to 65 s, each 19 % above the one before; the last bucket is open."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScorerStats:
-    """What a scorer has done in this process since it was opened (or since the process was forked)."""
+    """What a scorer did in this process since it was opened (or since the process was forked)."""
 
     calls: int = 0
     failed_calls: int = 0
-    """That ended in an error."""
+    """Calls that raised an error."""
     hits: int = 0
-    """Users with a record that was used; users count once for each call that names them."""
+    """Users whose record was used; a user counts once per call."""
     misses: int = 0
     """Users without a record."""
     stale: int = 0
-    """Users whose record was older than max_age_s, so that it was not used."""
+    """Users whose record was older than max_age_s and therefore not used."""
     bad_users: int = 0
-    """Under on_missing="nan": users whose record is damaged, or whose tail or time is impossible."""
+    """With on_missing="nan": users whose record is damaged, or whose tail or time is impossible."""
     candidates: int = 0
-    """Pairs of user and candidate."""
+    """Pairs of a user and a candidate."""
     unknown_candidates: int = 0
     """Pairs whose item the model does not know."""
     dropped: int = 0
-    """Candidates that `rank` left out: unknown ones, and those whose score was not finite."""
+    """Candidates that `rank` left out because they were unknown or their score was not finite."""
     reloads: int = 0
     """Calls of `reload` that moved to another generation or model."""
     latency_counts: tuple[int, ...] = field(default=(0,) * (len(LATENCY_BOUNDS_MS) + 1))
-    """Calls by their time, failed ones too; bucket i ends at LATENCY_BOUNDS_MS[i], the last one is open."""
+    """Calls by duration, including failed ones; bucket i ends at LATENCY_BOUNDS_MS[i], the last one is open."""
 
     def latency_ms(self, quantile: float) -> float:
-        """The time that this share of the calls stayed within, rounded up to its bucket's bound; NaN without a call.
+        """Quantile of the duration of calls, rounded up to its bucket's bound; NaN without calls.
 
         Args:
-            quantile: above 0, at most 1; 0.99 gives the p99.
+            quantile: in (0, 1]; 0.99 gives the p99.
         """
         if not 0 < quantile <= 1:
-            raise ValueError(f"quantile: must lie above 0 and at most at 1, got {quantile}")
+            raise ValueError(f"quantile: must lie in (0, 1], got {quantile}")
         total, seen = sum(self.latency_counts), 0
         for bound, count in zip((*LATENCY_BOUNDS_MS, math.inf), self.latency_counts, strict=True):
             seen += count
@@ -58,7 +58,7 @@ COUNTERS = tuple(name for name in ScorerStats.__dataclass_fields__ if name != "l
 
 
 class StatsRecorder:
-    """Adds up, for all threads of a process."""
+    """Counts for all threads of a process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -80,6 +80,6 @@ class StatsRecorder:
             self._latencies[bucket] += 1
 
     def snapshot(self) -> ScorerStats:
-        """All numbers of one moment."""
+        """All numbers at one point in time."""
         with self._lock:
             return ScorerStats(**self._counts, latency_counts=tuple(self._latencies))

@@ -1,12 +1,11 @@
-"""What one call of the scorer sees: a model, its items and a store, which do not change under it.
+"""What a scorer has in service: a model, its items and a store, which do not change during a call.
 
-Letters: B users, C candidates, V items of the vocabulary, S seeds, L tail length, M model dim.
+B users, C candidates, V items of the vocabulary, S seeds, L tail length, M model dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,55 +22,39 @@ from vista.model.item_projections import ItemProjections
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.target_attention import Context
 from vista.model.vista_model import VistaModel
+from vista.scorer.request import Request
 from vista.store.reader import StoreReader
-from vista.store.shards import StoreParts
+from vista.store.sharded_reader import ShardedReader
 
 Int = NDArray[np.int64]
 Cells = tuple[slice, slice]
-"""Some users and some of their candidates."""
+"""A range of users and a range of their candidates."""
 CONTEXT_TOKENS_PER_PASS = 1024
 PAIRS_PER_PASS = 1024
-"""Users times candidates of one pass through stage 2: what it keeps fits a cache, whatever is asked for."""
+"""Pairs of user and candidate per pass through stage 2, so that its intermediates fit a cache for any request."""
 COSINES_PER_PASS = 65_536
-"""The same for the retrieval head, whose candidates are a product each."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is known of B users at a moment."""
-
-    summary: Tensor
-    """float32 [B, S, M]."""
-    tail: inference.PaddedTail
-    now: Int | None
-    """[B] ms, or unknown."""
-    missing: NDArray[np.bool_]
-    """[B] users of whom nothing is known: their summary is the empty history's."""
-
-    def __len__(self) -> int:
-        return len(self.missing)
-
-    def select(self, users: slice | Int) -> Request:
-        """Some of the users, or all in another order."""
-        now = None if self.now is None else self.now[users]
-        return Request(self.summary[users], self.tail.select(users), now, self.missing[users])
+"""The same for the retrieval head, which computes only one product per candidate."""
 
 
 class ServingSnapshot:
-    """A model and the store of its summaries."""
+    """A model and the store of its summaries.
+
+    Args:
+        model: in eval mode.
+        items: projections of the model's items.
+        store: open; its summaries are of this model.
+        precision: of matrix products.
+        identity: of the model's export (`ServingSource`).
+    """
 
     def __init__(
         self,
         model: VistaModel,
         items: ItemProjections,
-        store: StoreReader | StoreParts,
+        store: StoreReader | ShardedReader,
         precision: Precision,
         identity: tuple[int, ...],
     ) -> None:
-        """
-        Args:
-            identity: of the model's export.
-        """
         self.model = model
         self.items = items
         self.store = store
@@ -80,8 +63,8 @@ class ServingSnapshot:
         self.tasks = [*model.schema.tasks, *([NEXT_TASK] if model.has_retrieval else [])]
         self.empty = inference.empty_summary(model)
         self.calls: set[object] = set()
-        """One for each call that reads this now (`Scorer`)."""
-        # Of weights alone, so once:
+        """A token per call that uses this snapshot (`SnapshotHolder`)."""
+        # What follows depends on the weights alone, so it is computed once.
         self._scoring = model.with_frozen("target_attention", precision)
         self._seen = torch.full((1,), model.config.tail_len, device=model.device)
         stage = model.target_attention
@@ -89,48 +72,48 @@ class ServingSnapshot:
             self._masks, self._biases = stage.request_masks(), stage.query_biases(self._seen)
             gaps = model.encoder.gap_vectors(torch.arange(NUM_GAPS, device=model.device))
             self._moments = None if gaps is None else torch.cat([gaps, stage.query_gap(gaps)], -1)
-            """[NUM_GAPS, 5M] time of a request, as `ItemProjections.candidate` has an item."""
-        # Weights are laid out at their first use: here, so that forked workers share them.
+            """[NUM_GAPS, 5M] projections of the request's time, like those of items in `ItemProjections.candidate`."""
+        # Weights are laid out at their first use. Use them here, so that forked workers share the result.
         none = np.zeros(0, np.int64)
         tail = inference.pad_tail(model, none, none, none, np.zeros(2, np.int64))
         self.scores(Request(self.empty, tail, None, np.ones(1, bool)), torch.zeros(1, dtype=torch.int64), self.tasks)
 
     def context(self, request: Request) -> tuple[Context, Tensor | None]:
-        """Keys and values of a request, and int64 [B, 1] gap buckets of its time (or None)."""
+        """Keys and values of a request, and the gap buckets of its time, int64 [B, 1] or None."""
         context = inference.request_context(self._scoring, request.summary, request.tail, self._masks)
         return context, inference.request_bucket(self.model, request.now, request.tail)
 
     def user_vectors(self, request: Request) -> Tensor:
-        """Unit vectors float32 [B, M] of the retrieval head."""
+        """Unit vectors of the retrieval head, float32 [B, M]."""
         parts = [self._user_vectors(*self.context(part)) for _, part in self._portions(request)]
         return torch.cat(parts) if parts else torch.empty(0, self.model.config.dim, device=self.model.device)
 
     def scores(
         self, request: Request, rows: Tensor | None, tasks: list[str], lengths: Int | None = None
     ) -> dict[str, Tensor]:
-        """{task: float32 [B, C] on the CPU}.
+        """Scores per task, float32 [B, C] on the CPU.
 
-        A pair's score has the same bits whatever else is asked for in the call, where the machine's matrix products
-        keep to rows (`ROW_TILE`).
+        The score of a pair does not depend on the other pairs of the call, bit for bit, if the machine computes rows of
+        a matrix product independently (`ROW_TILE`).
 
         Args:
             request: of B users.
-            rows: int64 model rows, [C] (the same for every user) or [B, C]; None scores the rows 0 … V of all tables.
-            tasks: of `self.tasks`.
-            lengths: [B] candidates of each user that are asked for, ascending; what comes after them has no meaning.
+            rows: int64 model rows, [C] (the same for every user) or [B, C]; None for the rows 0 to V of all tables.
+            tasks: some of `self.tasks`.
+            lengths: [B] number of candidates per user, ascending; later columns are undefined.
         """
         count = len(self.model.items) + 1 if rows is None else rows.shape[-1]
         scores = {task: torch.empty(len(request), count) for task in tasks}
-        labelled = [task for task in tasks if task != NEXT_TASK]
+        labeled = [task for task in tasks if task != NEXT_TASK]
         for users, part in self._portions(request):
             wanted = np.full(len(part), count) if lengths is None else lengths[users]
             context, bucket = self.context(part)
             own = rows if rows is None or rows.ndim == 1 else rows[users]
-            if labelled:
+            if labeled:
                 for cells, logits in self._logits(context, bucket, own, wanted):
-                    # float32's last bit would depend on the place in a vector; that of float64 is rounded away.
+                    # The last bit of a float32 sigmoid depends on the position in a vector; float64 rounds it away.
                     probability = logits.double().sigmoid().float().cpu()
-                    for task in labelled:
+                    for task in labeled:
                         scores[task][users][cells] = probability[..., self.model.schema.tasks.index(task)]
             if NEXT_TASK in tasks:
                 vectors = self._user_vectors(context, bucket) / self.model.config.temperature
@@ -139,9 +122,10 @@ class ServingSnapshot:
         return scores
 
     def ragged_scores(self, request: Request, rows: Int, offsets: Int, tasks: list[str]) -> dict[str, Tensor]:
-        """{task: float32 [N] on the CPU} of rows int64 [N], user b's from offsets[b] to offsets[b + 1].
+        """Scores per task, float32 [N] on the CPU, of rows int64 [N], user b's from offsets[b] to offsets[b + 1].
 
-        Users of like lengths are taken together, so neither time nor memory follow the longest list.
+        Users with similar numbers of candidates are scored together, so that the longest list does not determine time
+        and memory.
         """
         lengths = np.diff(offsets)
         order = np.argsort(lengths, kind="stable")
@@ -152,16 +136,16 @@ class ServingSnapshot:
             place = (offsets[own][:, None] + np.arange(filled.shape[1]))[filled]
             grid = np.full(filled.shape, UNKNOWN_ITEM, np.int64)
             grid[filled] = rows[place]
-            found = self.scores(part, torch.from_numpy(grid), tasks, lengths[own])
-            for task, cells in found.items():
+            part_scores = self.scores(part, torch.from_numpy(grid), tasks, lengths[own])
+            for task, cells in part_scores.items():
                 scores[task][torch.from_numpy(place)] = cells[torch.from_numpy(filled)]
         return scores
 
     @torch.no_grad()
     def shares(self, request: Request, rows: Tensor, task: str) -> tuple[Tensor, Shares]:
-        """Values [C] of a task (logits; for `next`, scores) of one user's candidates [C], and what they are made of.
+        """Values [C] of one user's candidates [C] (logits, or the scores of `next`), and their contributions.
 
-        The query token of `next` has two parts: the request's own, and the newest event.
+        The query token of `next` has two parts: the request's own token, and the newest event.
         """
         model, stage = self.model, self.model.target_attention
         context = inference.request_context(model, request.summary, request.tail)
@@ -186,13 +170,11 @@ class ServingSnapshot:
             def head(out: Tensor) -> Tensor:
                 return F.linear(out, task_head.weight[index : index + 1])[:, 0]
 
-        made_of = attribution.shares(stage, parts, None if gap is None else gap[0], context, head)
-        return value.cpu(), made_of
-
-    # Inside ----------------------------------------------------------------------------------------------------------
+        contributions = attribution.shares(stage, parts, None if gap is None else gap[0], context, head)
+        return value.cpu(), contributions
 
     def _portions(self, request: Request) -> Iterator[tuple[slice, Request]]:
-        """A few users at a time, so that what is kept of them fits a cache."""
+        """The request, a few users at a time, so that their keys and values fit a cache."""
         tokens = self.model.config.num_seeds + self.model.config.tail_len
         step = max(1, CONTEXT_TOKENS_PER_PASS // tokens)
         for first in range(0, len(request), step):
@@ -208,40 +190,43 @@ class ServingSnapshot:
     def _logits(
         self, context: Context, bucket: Tensor | None, rows: Tensor | None, lengths: Int
     ) -> Iterator[tuple[Cells, Tensor]]:
-        """Users and columns, and their logits float32 [users, columns, num_tasks]."""
+        """Ranges of users and columns, and their logits, float32 [users, columns, num_tasks]."""
         model, table, dim = self._scoring, self.items.candidate, self.model.config.dim
         assert table is not None
         moment = None if bucket is None or self._moments is None else self._moments[bucket]
         for users, columns in _parts(lengths, PAIRS_PER_PASS):
             some = context.select(users)
-            found = _take(table, rows, users, columns).expand(len(some.tail), -1, -1)
-            vectors, projections = found[..., :dim], found[..., dim:]
+            items = _take(table, rows, users, columns).expand(len(some.tail), -1, -1)
+            vectors, projections = items[..., :dim], items[..., dim:]
             dtype = some.keys[0].dtype
             if moment is None:
                 projections = projections.to(dtype)
             else:
                 vectors = vectors + moment[users, :, :dim]
                 summed = torch.empty(projections.shape, dtype=dtype, device=model.device)
-                projections = torch.add(projections, moment[users, :, dim:], out=summed)  # and converted, in one pass
+                # Add and convert in one pass.
+                projections = torch.add(projections, moment[users, :, dim:], out=summed)
             logits = model.candidate_logits(vectors, None, self._seen, some, projections, self._biases)
             yield (users, columns), logits[:, : columns.stop - columns.start]
 
     @torch.inference_mode()
     def _cosines(self, vectors: Tensor, rows: Tensor | None, lengths: Int) -> Iterator[tuple[Cells, Tensor]]:
-        """Users and columns, and products float32 [users, columns] of vectors [B, M] with unit vectors."""
+        """Ranges of users and columns, and products float32 [users, columns] of vectors [B, M] with unit vectors."""
         table = self.items.unit
         assert table is not None
         for users, columns in _parts(lengths, COSINES_PER_PASS):
-            found = _take(table, rows, users, columns)
-            # A product a user: in one with the others its bits would depend on how many they are.
-            own = [torch.mv(found if found.ndim == 2 else found[row], user) for row, user in enumerate(vectors[users])]
+            items = _take(table, rows, users, columns)
+            # One product per user, because the bits of a joint product depend on the number of users.
+            own = [torch.mv(items if items.ndim == 2 else items[row], user) for row, user in enumerate(vectors[users])]
             product = torch.stack(own)
             yield (users, columns), product[:, : columns.stop - columns.start]
 
 
 def _parts(lengths: Int, pairs: int) -> Iterator[Cells]:
-    """Rectangles of about so many pairs, in whole tiles of columns, that cover the first lengths[b] columns of user b;
-    lengths ascend, so the users who reach a column are the last ones."""
+    """Rectangles of about `pairs` pairs, in whole tiles of columns, that cover the first lengths[b] columns of user b.
+
+    The lengths ascend, so that the users who have a column are the last ones.
+    """
     start, longest = 0, int(lengths.max(initial=0))
     while start < longest:
         first = int(np.searchsorted(lengths, start, side="right"))
@@ -251,7 +236,7 @@ def _parts(lengths: Int, pairs: int) -> Iterator[Cells]:
 
 
 def _take(table: Tensor, rows: Tensor | None, users: slice, columns: slice) -> Tensor:
-    """Rows of a table, filled up with the unknown item's to whole tiles: [C', width] or [users, C', width]."""
+    """Rows of a table, padded with the unknown item's row to whole tiles: [C', width] or [users, C', width]."""
     count = columns.stop - columns.start
     missing = -count % ROW_TILE
     if rows is None and not missing:
@@ -261,4 +246,4 @@ def _take(table: Tensor, rows: Tensor | None, users: slice, columns: slice) -> T
     else:
         part = rows[columns] if rows.ndim == 1 else rows[users, columns]
     part = F.pad(part.to(table.device), (0, missing), value=UNKNOWN_ITEM)
-    return table.index_select(0, part.flatten()).view(*part.shape, -1)  # table[part] takes four times as long
+    return table.index_select(0, part.flatten()).view(*part.shape, -1)  # four times as fast as table[part]

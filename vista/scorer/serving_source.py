@@ -1,4 +1,4 @@
-"""Where a scorer's model and store come from, and whether there are newer ones."""
+"""Where a scorer's model and store come from, and how newer ones are noticed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vista.errors import CheckpointError, SummarizerMismatchError
 from vista.model.item_projections import ItemProjections
 from vista.model.vista_model import VistaModel
 from vista.scorer.serving_snapshot import ServingSnapshot
-from vista.store.shards import open_store
+from vista.store.sharded_reader import open_store
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ServingSource:
-    """Where a scorer's model and store come from."""
+    """A model and a store, to be opened together."""
 
     model: str | Path | VistaModel
     store: str | Path
@@ -29,7 +29,11 @@ class ServingSource:
     precision: Precision
 
     def open(self) -> ServingSnapshot:
-        """Open both."""
+        """Open both.
+
+        Raises:
+            StoreError, CheckpointError: missing, damaged, or not made for each other.
+        """
         identity = self._identity()
         if isinstance(self.model, VistaModel):
             model, items = self.model.eval(), ItemProjections.of(self.model)
@@ -46,10 +50,14 @@ class ServingSource:
             raise
 
     def open_newer(self, served: ServingSnapshot, task: str) -> ServingSnapshot | None:
-        """Both anew, if another model lies in the folder and its summaries are published; None otherwise.
+        """Open both again if the folder holds another model and its summaries are published; None otherwise.
+
+        Args:
+            served: what is in service.
+            task: which the new model must have.
 
         Raises:
-            StoreError, CheckpointError: they cannot be served, or not for `task`.
+            StoreError, CheckpointError: the new ones cannot be served, or the new model lacks `task`.
         """
         if self._identity() in (served.identity, ()):
             return None
@@ -57,32 +65,33 @@ class ServingSource:
             self._require_summaries()
             opened = self.open()
         except SummarizerMismatchError as error:
-            logger.warning("%s holds a new model, but the old one is served on: %s", self.model, error)
+            logger.warning("%s holds a new model, but the old one stays in service: %s", self.model, error)
             return None
         if task not in opened.tasks:
             opened.store.close()
             raise CheckpointError(
-                f"{self.model} holds a new model without the task {task!r}; open a scorer for another"
+                f"{self.model} holds a new model without the task {task!r}; open a scorer for another task"
             )
         return opened
 
     def _require_summaries(self) -> None:
-        """
+        """Check that the store has a generation of the model in the folder, without reading the model's weights.
+
         Raises:
-            SummarizerMismatchError: the store has no generation of the model in the folder, whose weights are not read.
+            SummarizerMismatchError: it has none.
         """
         try:
             claimed = bytes.fromhex(json.loads((Path(str(self.model)) / "config.json").read_text())["summarizer_id"])
         except (OSError, ValueError, KeyError, TypeError):
-            return  # What opens the model says what is wrong with it.
+            return  # Opening the model reports what is wrong with it.
         open_store(self.store, summarizer_id=claimed, key=self.key).close()
 
     def _identity(self) -> tuple[int, ...]:
-        """Tells one export from another, which takes its folder's place."""
+        """Identifies the export in the folder, which another export may replace; () if there is none."""
         if isinstance(self.model, VistaModel):
             return ()
         try:
-            found = (Path(self.model) / "config.json").stat()
+            status = (Path(self.model) / "config.json").stat()
         except OSError:
-            return ()  # Between the two renames of an export, say.
-        return found.st_dev, found.st_ino, found.st_mtime_ns
+            return ()  # such as between the two renames of an export
+        return status.st_dev, status.st_ino, status.st_mtime_ns

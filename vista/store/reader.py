@@ -1,6 +1,7 @@
-"""Read side of a summary store: many processes and threads, never blocked by the writer, never served a mixture.
+"""Read side of a summary store, for many processes and threads at once.
 
-B users asked for, K summary tokens, d model width.
+The writer never blocks a reader, and a call never mixes generations. B users of a request, K summary tokens, d model
+width.
 """
 
 from __future__ import annotations
@@ -17,24 +18,20 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.errors import StoreError, SummarizerMismatchError, UnfinishedError, UserKeyError
-from vista.store.format.keys import COMPLETE_KEY, INT_PREFIX, MANIFEST_KEY, STR_PREFIX, user_id, user_keys, walk
-from vista.store.format.record import RawRecords, RecordSpec, check_keys, decode_rows, read_records
-from vista.store.format.state_record import StateArrays, read_states
-from vista.store.layout import (
-    Manifest,
-    environment_path,
-    list_generations,
-    missing_generation,
-    read_current,
-    state_path,
-)
-from vista.store.lmdb.data_file import MAX_READERS, REMEDY
+from vista.errors import StoreError, SummarizerMismatchError, UserKeyError
+from vista.store.format.keys import INT_PREFIX, STR_PREFIX, user_id, user_keys
+from vista.store.format.record import RawRecords, check_keys, decode_rows, read_records
+from vista.store.format.record_spec import RecordSpec
+from vista.store.format.state_record import StateArrays, StateSpec, decode_states
+from vista.store.layout import environment_path, list_generations, missing_generation, read_current, state_path
 from vista.store.lmdb.environment import ClosedError, SharedEnvironment, exclusive
-from vista.store.stored_batch import NO_TIMESTAMP, StoredBatch, Tail
+from vista.store.lmdb.transactions import walk
+from vista.store.manifest import Manifest, read_manifest
+from vista.store.stored_batch import NO_TIMESTAMP, StoredBatch
+from vista.store.tail import Tail
 
 _READ_RECORDS = 1024
-"""Records of one read transaction, so that it stays short whatever the batch."""
+"""Most records per read transaction, so that transactions stay short for any batch size."""
 _OPEN_ATTEMPTS = 5
 logger = logging.getLogger(__name__)
 
@@ -50,25 +47,22 @@ class _Generation:
 
         def copy(transaction: lmdb.Transaction[memoryview]) -> tuple[NDArray[np.int64], RawRecords]:
             values = [transaction.get(key) for key in keys]
-            found = [value for value in values if value is not None]
-            if len(found) == len(keys):
-                return np.arange(len(keys)), read_records(found, keys, self.spec)
+            present = [value for value in values if value is not None]
+            if len(present) == len(keys):
+                return np.arange(len(keys)), read_records(present, keys, self.spec)
             rows = [row for row, value in enumerate(values) if value is not None]
-            return np.array(rows, dtype=np.int64), read_records(found, [keys[row] for row in rows], self.spec)
+            return np.array(rows, dtype=np.int64), read_records(present, [keys[row] for row in rows], self.spec)
 
         return self.environment.read(copy)
 
 
 class StoreReader:
-    """One published generation of a store; `reload` follows CURRENT. Safe after fork, with threads, and to pickle."""
+    """One published generation of a store; `reload` follows CURRENT. Safe with threads, after fork, and to pickle."""
 
-    def __init__(
-        self, path: Path, summarizer_id: bytes | None, max_readers: int, key: bytes | None, tail_len: int
-    ) -> None:
+    def __init__(self, path: Path, summarizer_id: bytes | None, key: bytes | None, tail_len: int) -> None:
         self.path = path
         self._wanted = summarizer_id
         self._key = key
-        self._max_readers = max_readers
         self._tail_len = tail_len
         self._opened: _Generation | None = self._open()
 
@@ -78,7 +72,6 @@ class StoreReader:
         path: str | Path,
         *,
         summarizer_id: bytes | None = None,
-        max_readers: int = MAX_READERS,
         key: bytes | None = None,
         tail_len: int = 0,
     ) -> StoreReader:
@@ -86,21 +79,20 @@ class StoreReader:
 
         Args:
             path: the store's folder.
-            summarizer_id: 32 bytes; refuse records of another summarizer. Where CURRENT has another one but a kept
-                generation matches (a rollout in two steps), that one is opened.
-            max_readers: slots of the reader table, if this is its first opener.
-            key: 32 bytes: refuse records that were not written with this key (`authentication.read_key`).
-            tail_len: events of a tail that the model reads: refuse generations of shorter tails.
+            summarizer_id: 32 bytes, to refuse records of another summarizer. If CURRENT names a generation of another
+                one, but an earlier generation matches (a two-step rollout), the matching one is opened.
+            key: 32 bytes, to refuse records that were not written with this key (`authentication.read_key`).
+            tail_len: events of a tail that the model reads, to refuse generations with shorter tails.
 
         Raises:
-            SummarizerMismatchError: no generation is of that summarizer; the message names both.
-            StoreError: missing, unpublished, truncated, foreign, or of another key; the message has the remedy.
+            SummarizerMismatchError: no generation is of that summarizer; the message names both summarizers.
+            StoreError: missing, unpublished, truncated, not a store, or of another key; the message has the remedy.
         """
-        return cls(Path(path).absolute(), summarizer_id, max_readers, key, tail_len)
+        return cls(Path(path).absolute(), summarizer_id, key, tail_len)
 
     @property
     def manifest(self) -> Manifest:
-        """What the opened generation is."""
+        """Manifest of the opened generation."""
         return self._current().manifest
 
     @property
@@ -131,10 +123,10 @@ class StoreReader:
         """Records of a batch of users, all of one generation.
 
         Args:
-            user_ids: B ids as in the log; duplicates and unknown ones are allowed.
+            user_ids: B ids as in the log; duplicates and unknown ids are allowed.
 
         Raises:
-            UserKeyError: an id cannot be a key, or is an integer where the store's are strings (or the reverse).
+            UserKeyError: an id cannot be a key, or is an integer although the store's ids are strings (or vice versa).
             RecordError: a record is corrupt; the message names the user.
             StoreError: the store is closed or cannot be read.
         """
@@ -148,13 +140,13 @@ class StoreReader:
             except ClosedError:
                 if self._opened is opened:
                     raise
-                continue  # Another thread reloaded meanwhile: the whole batch comes from the new generation.
+                continue  # Another thread reloaded meanwhile: read the whole batch from the new generation.
             return _assemble(len(keys), parts, opened.spec)
 
     def states(self, user_ids: Sequence[int] | Sequence[str]) -> tuple[NDArray[np.int64], StateArrays] | None:
-        """Rows of the users that have a state, and these states; None where the generation keeps none.
+        """Rows of the users who have a state, and these states; None if the generation keeps no states.
 
-        Opens the states for the call only: what scores never maps them.
+        The states are open only during the call, so that scorers never map them.
 
         Raises:
             RecordError: a state is damaged; the message names the user.
@@ -163,17 +155,17 @@ class StoreReader:
         spec, keys = manifest.state_spec(), user_keys(user_ids)
         if spec is None:
             return None
-        environment = SharedEnvironment.acquire(state_path(self.path, manifest.generation), self._max_readers)
+        environment = SharedEnvironment.acquire(state_path(self.path, manifest.generation))
         try:
             return read_states(environment, keys, spec)
         finally:
             environment.release()
 
     def keys(self) -> Iterator[int | str]:
-        """User ids of all records of one generation in the order of their keys, read in short transactions.
+        """User ids of all records of one generation, in the order of their keys, read in short transactions.
 
         Raises:
-            RecordError, StoreError: a key or their order is damaged.
+            RecordError, StoreError: a key, or the order of the keys, is damaged.
         """
         environment = self._current().environment
         environment.retain()
@@ -186,11 +178,11 @@ class StoreReader:
     def reload(self) -> bool:
         """Follow CURRENT to another generation; the old one is closed after its last transaction.
 
-        What an incremental refresh writes is read without it; the manifest is reread.
+        Records that an incremental refresh writes are read even without a reload; the manifest is not.
 
         Returns:
-            Whether the generation changed. It does not where CURRENT has moved to another summarizer than the wanted
-            one: the old generation is served on, and a warning logged.
+            Whether the generation changed. If CURRENT names one of another summarizer than requested, it does not: the
+            old generation stays in service, and a warning is logged.
 
         Raises:
             StoreError: CURRENT or its generation is damaged, or the store is closed; the old generation stays open.
@@ -208,7 +200,7 @@ class StoreReader:
         return True
 
     def close(self) -> None:
-        """Let the generation go; closing twice is allowed."""
+        """Close the generation; closing twice is allowed."""
         self._replace(None)
 
     def __enter__(self) -> StoreReader:
@@ -220,7 +212,7 @@ class StoreReader:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_pickled, (self.path, self._wanted, self._max_readers, self._key, self._tail_len)
+        return _open_pickled, (self.path, self._wanted, self._key, self._tail_len)
 
     def _current(self) -> _Generation:
         opened = self._opened
@@ -230,7 +222,7 @@ class StoreReader:
             try:
                 opened.environment.reopen()
             except StoreError:
-                opened = self._open()  # Removed since the parent opened it: this child follows CURRENT.
+                opened = self._open()  # It was removed after the parent opened it: follow CURRENT.
                 self._replace(opened)
         return opened
 
@@ -241,7 +233,7 @@ class StoreReader:
             old.environment.release()
 
     def _reread_manifest(self, opened: _Generation) -> None:
-        """See what an incremental refresh has changed in place."""
+        """Read what an incremental refresh has changed in place."""
         manifest = opened.environment.read(lambda transaction: read_manifest(transaction, self.path))
         with exclusive():
             if self._opened is opened:
@@ -258,29 +250,29 @@ class StoreReader:
                         raise
             elif read_current(self.path) == generation:
                 raise missing_generation(self.path, generation)
-            generation = read_current(self.path)  # A writer flipped twice between the two looks.
+            generation = read_current(self.path)  # CURRENT changed since it was read.
         raise StoreError(f"{self.path}: CURRENT changes faster than its generations can be opened; try again")
 
     def _matching(self, current: int) -> _Generation:
         newest = self._open_generation(current)
         if self._wanted is None or newest.spec.summarizer_id == self._wanted:
             return self._with_tails(newest)
-        found = newest.manifest.summarizer_id
+        current_id = newest.manifest.summarizer_id
         newest.environment.release()
         for generation in reversed([number for number in list_generations(self.path) if number < current]):
             try:
                 older = self._open_generation(generation)
             except StoreError:
-                continue  # Unfinished or damaged: no candidate.
+                continue  # unfinished or damaged
             if older.spec.summarizer_id == self._wanted:
                 logger.warning(
-                    "%s: CURRENT is gen-%d of summarizer %s; serving gen-%d of the wanted %s",
-                    self.path, current, found, generation, self._wanted.hex(),
+                    "%s: CURRENT is gen-%d of summarizer %s; opening gen-%d of the requested %s",
+                    self.path, current, current_id, generation, self._wanted.hex(),
                 )  # fmt: skip
                 return self._with_tails(older)
             older.environment.release()
         raise SummarizerMismatchError(
-            f"{self.path} was written by summarizer {found}, but the model's is {self._wanted.hex()}; open it "
+            f"{self.path} was written by summarizer {current_id}, but the model's is {self._wanted.hex()}; open it "
             "with the model that wrote it, or run `vista refresh` with this model"
         )
 
@@ -290,12 +282,13 @@ class StoreReader:
             return opened
         opened.environment.release()
         raise StoreError(
-            f"{self.path} holds tails of {stored} events, the model reads {self._tail_len}; refresh it with this model"
+            f"{self.path} holds tails of {stored} events, but the model reads {self._tail_len}; refresh the store with "
+            "this model"
         )
 
     def _open_generation(self, generation: int) -> _Generation:
         path = environment_path(self.path, generation)
-        environment = SharedEnvironment.acquire(path, self._max_readers)
+        environment = SharedEnvironment.acquire(path)
         try:
             manifest = environment.read(lambda transaction: read_manifest(transaction, path))
             return _Generation(environment, manifest, manifest.spec(self._key))
@@ -308,16 +301,36 @@ def _open_pickled(*arguments: Any) -> StoreReader:
     return StoreReader(*arguments)
 
 
-def read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Manifest:
-    """Manifest of a complete generation.
+def published_manifest(path: str | Path) -> Manifest:
+    """Manifest of the published generation; no key is needed.
 
     Raises:
-        StoreError: it is not complete, or the manifest is corrupt.
+        StoreError: nothing is published, or it is damaged.
     """
-    value = transaction.get(MANIFEST_KEY)
-    if value is None or transaction.get(COMPLETE_KEY) is None:
-        raise UnfinishedError(f"{path} was never finished; {REMEDY}")
-    return Manifest.from_bytes(bytes(value), path)
+    root = Path(path).absolute()
+    environment = SharedEnvironment.acquire(environment_path(root, read_current(root)))
+    try:
+        return environment.read(lambda transaction: read_manifest(transaction, root))
+    finally:
+        environment.release()
+
+
+def read_states(
+    environment: SharedEnvironment, keys: Sequence[bytes], spec: StateSpec
+) -> tuple[NDArray[np.int64], StateArrays]:
+    """Rows of the keys that have a state, and these states, read in one transaction.
+
+    Raises:
+        RecordError: a state is damaged; the message names the user.
+    """
+
+    def read(transaction: lmdb.Transaction[memoryview]) -> tuple[NDArray[np.int64], StateArrays]:
+        values = [transaction.get(key) for key in keys]
+        rows = [row for row, value in enumerate(values) if value is not None]
+        present = [value for value in values if value is not None]
+        return np.array(rows, np.int64), decode_states(present, [keys[row] for row in rows], spec)
+
+    return environment.read(read)
 
 
 def _require_kind(keys: list[bytes], manifest: Manifest) -> None:
@@ -325,7 +338,7 @@ def _require_kind(keys: list[bytes], manifest: Manifest) -> None:
     if prefix is not None:
         for key in keys:
             if not key.startswith(prefix):
-                raise UserKeyError(f"user {user_id(key)!r}: the store's user ids are of type {manifest.user_kind}")
+                raise UserKeyError(f"user {user_id(key)!r}: the user ids of the store are of type {manifest.user_kind}")
 
 
 def _assemble(num_users: int, parts: list[tuple[NDArray[np.int64], RawRecords]], spec: RecordSpec) -> StoredBatch:
@@ -345,11 +358,11 @@ def _assemble(num_users: int, parts: list[tuple[NDArray[np.int64], RawRecords]],
 
     offsets = np.zeros(num_users + 1, dtype=np.int64)
     np.cumsum(column("tail_length", 0), out=offsets[1:])
-    found = np.zeros(num_users, dtype=np.bool_)
-    found[rows] = True
+    has_record = np.zeros(num_users, dtype=np.bool_)
+    has_record[rows] = True
     tails = [raw.tail for _, raw in parts]
     return StoredBatch(
-        found=found,
+        found=has_record,
         summary=summary,
         tail=Tail(
             _join([tail.items for tail in tails]),

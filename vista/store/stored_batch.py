@@ -1,4 +1,4 @@
-"""What a store is given and gives back for a batch of B users. K summary tokens, d model width."""
+"""What a store returns for a batch of B users. K summary tokens, d model width."""
 
 from __future__ import annotations
 
@@ -8,66 +8,47 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.store.tail import Tail
+
 NO_TIMESTAMP = -(1 << 63)
-"""last_event_ts of a history without events, and every timestamp of a user who was not found."""
+"""last_event_ts of a history without events, and every timestamp of a user without a record."""
 
 CLOCK_SKEW_MS = 300_000
-"""A record dated further ahead was written by a clock that is wrong, so nobody knows its age."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tail:
-    """Last events of B users, packed: users end to end, oldest event first."""
-
-    items: NDArray[np.int32]
-    """[N] item rows of the model's vocabulary (in records), 0 for unknown."""
-    times: NDArray[np.int64]
-    """[N] ms, or the ordinal in a log without times."""
-    actions: NDArray[np.uint8]
-    """[N] action codes."""
-    offsets: NDArray[np.int64]
-    """[B+1]."""
-
-    @staticmethod
-    def empty(num_users: int) -> Tail:
-        """Tails without events."""
-        return Tail(
-            np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.uint8), np.zeros(num_users + 1, np.int64)
-        )
+"""A record dated further ahead was written by a wrong clock, so its age is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredBatch:
-    """Records of B users in the order asked for."""
+    """Records of B users, in the order of the request."""
 
     found: NDArray[np.bool_]
     """[B]; False for users without a record."""
     summary: NDArray[np.float32]
-    """[B, K, d]; zeros where not found."""
+    """[B, K, d]; zeros if not found."""
     tail: Tail
-    """Tails that the refresh saw; empty where not found."""
+    """Tails as of the refresh; empty if not found."""
     event_count: NDArray[np.int64]
-    """[B] events that the summary has seen; 0 where not found."""
+    """[B] events that the summary covers; 0 if not found."""
     last_event_ts: NDArray[np.int64]
-    """[B] ms; NO_TIMESTAMP where not found or without events."""
+    """[B] ms; NO_TIMESTAMP if not found or without events."""
     created_at: NDArray[np.int64]
-    """[B] start of the refresh, ms; NO_TIMESTAMP where not found."""
+    """[B] start of the refresh, ms; NO_TIMESTAMP if not found."""
     history_digest: NDArray[np.uint64]
-    """[B]; 0 where not found."""
+    """[B]; 0 if not found."""
 
     def expired(self, now_ms: int, refreshed_at: int, max_age_ms: int) -> NDArray[np.bool_]:
-        """[B] whether what is known of a user is older than `max_age_ms`, or dated in the future.
+        """Whether each user's record is older than `max_age_ms`, or dated in the future, [B].
 
         Args:
-            now_ms: the time.
-            refreshed_at: of the manifest: a user without new events is as current as the last refresh.
-            max_age_ms: the limit; at it, a record still counts.
+            now_ms: the current time.
+            refreshed_at: of the manifest; a user without new events is as current as the last refresh.
+            max_age_ms: the limit; a record of exactly this age is not expired.
         """
         age = now_ms - np.maximum(self.created_at, refreshed_at)
         return self.found & ((age > max_age_ms) | (age < -CLOCK_SKEW_MS))
 
     def spread(self, rows: NDArray[np.int64], num_users: int) -> StoredBatch:
-        """These records as those of users `rows` (ascending) of a batch of `num_users`, the others not found."""
+        """A batch of `num_users` with these records at `rows` (ascending), and no records elsewhere."""
 
         def column(values: NDArray[Any], missing: int = 0) -> NDArray[Any]:
             spread = np.full((num_users, *values.shape[1:]), missing, values.dtype)
@@ -87,7 +68,7 @@ class StoredBatch:
         )
 
     def without(self, users: NDArray[np.bool_]) -> StoredBatch:
-        """The same as if the marked users [B] had no record."""
+        """The same batch, as if the marked users [B] had no record."""
         if not users.any():
             return self
         lengths = np.diff(self.tail.offsets)

@@ -1,7 +1,7 @@
-"""Erased users: a file of 16-byte digests beside the generations, so that no later refresh brings a user back.
+"""Tombstones: a file with a 16-byte digest per erased user, so that no later refresh brings a user back.
 
-The file holds no id: BLAKE2b-128 of the user's key. Its flock orders erasures and flips, so that no generation is
-published with a user who was erased while it was written.
+The file holds no ids, but BLAKE2b-128 of the users' keys. Its flock orders erasures and publications, so that no
+generation is published with a user who was erased while it was written.
 """
 
 from __future__ import annotations
@@ -15,58 +15,59 @@ from pathlib import Path
 from vista.errors import StoreWriteError
 from vista.files import sync
 from vista.store.layout import TOMBSTONES
-from vista.store.lmdb.locks import erasing
+from vista.store.locks import erasure_lock
 
 _DIGEST_BYTES = 16
 
 
 class Tombstones:
-    """The erased users of one store, reread when the file has changed."""
+    """The erased users of one store; the file is read again whenever it has changed."""
 
     def __init__(self, root: Path) -> None:
         self._path = root / TOMBSTONES
         self._known: set[bytes] = set()
-        self._form: tuple[int, int] | None = None
+        self._version: tuple[int, int] | None = None
+        """Size and modification time of the file that was read."""
 
     def erased(self, keys: Sequence[bytes]) -> list[bool]:
-        """Whether each user is erased, as of now."""
+        """Whether each user is erased at this time."""
         self._reread()
         if not self._known:
             return [False] * len(keys)
         return [_digest(key) in self._known for key in keys]
 
     def add(self, keys: Sequence[bytes]) -> None:
-        """Record erasures durably. Only under `erasing`."""
+        """Record erasures durably; only under `erasure_lock`."""
         self._reread()
         new = [digest for digest in dict.fromkeys(map(_digest, keys)) if digest not in self._known]
         try:
             self._append(new)
         except OSError as error:
             raise StoreWriteError(
-                f"{self._path}: {error.strerror}; nobody is erased, check the disk and try again"
+                f"{self._path}: {error.strerror}; no user was erased. Check the disk and try again"
             ) from error
 
     def _append(self, new: list[bytes]) -> None:
         descriptor = os.open(self._path, os.O_WRONLY)
         end = len(self._known) * _DIGEST_BYTES
         try:
-            # Over a torn end that a crash may have left, never behind it.
+            # Overwrite an incomplete end that a crash may have left, rather than append after it.
             data = b"".join(new)
             if os.pwrite(descriptor, data, end) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            # Without new ones too: who was killed before this line has left digests that are known and not durable.
+            # Even without new digests: a process killed before this line left digests that are known, but not durable.
             os.fsync(descriptor)
             sync(self._path.parent)
         except OSError:
-            # Or they would count now, and, as pages that the kernel takes for written, be lost with the power.
+            # They would count now, but could be lost with a power failure: the kernel considers them written.
             os.ftruncate(descriptor, end)
             raise
         finally:
             os.close(descriptor)
 
     def count(self) -> int:
-        """How many there are, all of whose records are gone from every generation. Not under `erasing`."""
-        with erasing(self._path.parent):
+        """How many users are erased and gone from every generation. Do not call it under `erasure_lock`."""
+        with erasure_lock(self._path.parent):
             return len(self)
 
     def __len__(self) -> int:
@@ -76,18 +77,18 @@ class Tombstones:
     def _reread(self) -> None:
         try:
             status = self._path.stat()
-            form = (status.st_size, status.st_mtime_ns)
-            if form == self._form:
+            version = (status.st_size, status.st_mtime_ns)
+            if version == self._version:
                 return
             data = self._path.read_bytes()
         except FileNotFoundError:
-            self._known, self._form = set(), None
+            self._known, self._version = set(), None
             return
         except OSError as error:
             raise StoreWriteError(f"{self._path}: {error.strerror}; check the disk and permissions") from error
-        whole = len(data) - len(data) % _DIGEST_BYTES
-        self._known = {data[at : at + _DIGEST_BYTES] for at in range(0, whole, _DIGEST_BYTES)}
-        self._form = form
+        complete = len(data) - len(data) % _DIGEST_BYTES
+        self._known = {data[at : at + _DIGEST_BYTES] for at in range(0, complete, _DIGEST_BYTES)}
+        self._version = version
 
 
 def _digest(key: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""A generation brought to another folder: equal, resumable after any kill, and served only when it is whole."""
+"""Copies of generations: equal to the source, resumable after any kill, and published only when complete."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ import pytest
 
 from vista.errors import StoreBusyError, StoreError, StoreLockedError
 from vista.store import StoreReader, user_keys
-from vista.store.admin.inspection import verify_store
+from vista.store.admin.copying import copy_generation
+from vista.store.admin.generation_builder import GenerationBuilder
+from vista.store.admin.generation_reader import GenerationReader, open_generation
 from vista.store.admin.parquet import export_store, import_store
-from vista.store.admin.publish import compact_store, copy_generation
-from vista.store.admin.whole_generations import GenerationBuilder, GenerationReader, open_generation
+from vista.store.admin.store_compaction import compact_store
+from vista.store.admin.verification import verify_store
+from vista.store.erasure import erase
 from vista.store.layout import environment_path, list_generations, read_current
-from vista.store.updates import erase, served_manifest
+from vista.store.reader import published_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 KEY = bytes(range(32))
@@ -28,7 +31,7 @@ KEY = bytes(range(32))
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vista.store.format.keys._WALK_USERS", 7)
+    monkeypatch.setattr("vista.store.lmdb.transactions._WALK_USERS", 7)
 
 
 def records(root: Path, generation: int, key: bytes | None = None) -> list[tuple[bytes, bytes]]:
@@ -37,11 +40,11 @@ def records(root: Path, generation: int, key: bytes | None = None) -> list[tuple
 
 
 @pytest.mark.parametrize("key", [None, KEY])
-def test_a_copy_is_equal_and_served(tmp_path, build, key):
+def test_a_copy_is_equal_and_published(tmp_path, build, key):
     source, target = tmp_path / "source", tmp_path / "host" / "store"
     build.write_store(source, key=key)
     report = copy_generation(source, target, key=key, shared_with_group=True)
-    assert (report.generation, report.num_records, report.num_kept, report.published) == (1, 40, 0, True)
+    assert (report.generation, report.num_records, report.num_resumed, report.published) == (1, 40, 0, True)
     assert records(target, 1, key) == records(source, 1, key)
     assert sorted(path.name for path in target.iterdir()) == ["CURRENT", "LAST", "gen-1", "tombstones", "writer.lock"]
     assert verify_store(target, key=key).num_problems == 0
@@ -50,7 +53,7 @@ def test_a_copy_is_equal_and_served(tmp_path, build, key):
         np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40)), atol=0.02)
 
 
-def test_a_rollout_in_two_steps_keeps_the_generation_before(tmp_path, build):
+def test_a_two_step_rollout_keeps_the_previous_generation(tmp_path, build):
     source, target = tmp_path / "source", tmp_path / "target"
     for salt, digest in enumerate(("log-1", "log-2", "log-3")):
         build.write_store(source, salt=salt, run_digest=digest)
@@ -59,16 +62,16 @@ def test_a_rollout_in_two_steps_keeps_the_generation_before(tmp_path, build):
     assert read_current(target) == 2 and list_generations(target) == [1, 2]
     with StoreReader.open(target) as store:
         report = copy_generation(source, target, publish=False)
-        assert not report.published and "not served yet" in str(report)
+        assert not report.published and "not published yet" in str(report)
         assert not store.reload() and store.generation == 2
         report = copy_generation(source, target)
-        assert report.num_kept == 40 and store.reload() and store.generation == 3
+        assert report.num_resumed == 40 and store.reload() and store.generation == 3
     assert list_generations(target) == [2, 3]
-    assert "is served" in str(copy_generation(source, target, publish=False))
+    assert "is published" in str(copy_generation(source, target, publish=False))
     assert copy_generation(source, target, generation=2).generation == 2 and read_current(target) == 2
 
 
-def test_where_current_is_damaged_no_generation_is_removed(tmp_path, build):
+def test_no_generation_is_removed_if_current_is_damaged(tmp_path, build):
     source, target = tmp_path / "source", tmp_path / "target"
     build.write_store(source)
     export_store(source, tmp_path / "all.parquet")
@@ -107,40 +110,40 @@ def killed_copy(source: Path, target: Path, prepare: Any, *words: Any) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_a_killed_copy_goes_on_where_it_was(tmp_path, build):
+def test_a_killed_copy_resumes(tmp_path, build):
     source, target = tmp_path / "source", tmp_path / "target"
     build.write_store(source)
     for batches in (2, 1):
         assert killed_copy(source, target, put_then_die, batches) == -9
         assert not (target / "CURRENT").exists() and list_generations(target) == []
     report = copy_generation(source, target)
-    assert report.num_kept == 21 and report.num_records == 40
+    assert report.num_resumed == 21 and report.num_records == 40
     assert records(target, 1) == records(source, 1)
 
 
-def test_a_killed_copy_of_what_changed_since_begins_anew(tmp_path, build, caplog):
+def test_a_killed_copy_starts_over_if_the_source_has_changed(tmp_path, build, caplog):
     source, target = tmp_path / "source", tmp_path / "target"
     build.write_store(source)
     assert killed_copy(source, target, put_then_die, 3) == -9
     shutil.rmtree(source)
     build.write_store(source, salt=1)
     report = copy_generation(source, target)
-    assert report.num_kept == 0 and "begins anew" in caplog.text
+    assert report.num_resumed == 0 and "starts over" in caplog.text
     assert records(target, 1) == records(source, 1)
 
 
 @pytest.mark.parametrize("left", [b"", b"PAR1" * 4000])
-def test_a_copy_whose_partial_file_is_no_database_begins_anew(tmp_path, build, caplog, left):
+def test_a_copy_starts_over_if_its_partial_file_is_not_a_database(tmp_path, build, caplog, left):
     source, target = tmp_path / "source", tmp_path / "target"
     build.write_store(source)
     assert killed_copy(source, target, put_then_die, 1) == -9
     (target / ".partial-gen-1" / "summary" / "data.mdb").write_bytes(left)
-    assert copy_generation(source, target).num_kept == 0 and "begins anew" in caplog.text
+    assert copy_generation(source, target).num_resumed == 0 and "starts over" in caplog.text
     assert records(target, 1) == records(source, 1)
 
 
 @pytest.mark.parametrize("call", ["rename", "replace", "fsync"])
-def test_a_copy_killed_at_every_step_leaves_what_was_served(tmp_path, build, call):
+def test_a_copy_killed_at_any_step_keeps_the_published_generation(tmp_path, build, call):
     source, first = tmp_path / "source", tmp_path / "first"
     build.write_store(source)
     copy_generation(source, first)
@@ -191,10 +194,10 @@ def test_a_damaged_source_is_not_copied(tmp_path, build):
     assert copy_generation(source, target).generation == 2
 
 
-def test_what_a_copy_refuses(tmp_path, build):
+def test_invalid_copies_are_refused(tmp_path, build):
     source, target = tmp_path / "source", tmp_path / "target"
     build.write_store(source)
-    with pytest.raises(StoreError, match="is the store itself"):
+    with pytest.raises(StoreError, match="is the source store itself"):
         copy_generation(source, source)
     with pytest.raises(StoreError, match=r"gen-5.*No such file"):
         copy_generation(source, target, generation=5)
@@ -207,24 +210,24 @@ def test_what_a_copy_refuses(tmp_path, build):
         copy_generation(source, tmp_path / "file" / "store")
 
 
-def test_what_was_updated_in_place_is_copied_straight(tmp_path, build):
-    """Under a number of its own there, since nothing that is served changes under its readers in a copy."""
+def test_a_generation_updated_in_place_becomes_a_new_generation_of_the_copy(tmp_path, build):
+    """Because a published generation of a copy never changes under its readers."""
     source, target = tmp_path / "source", tmp_path / "target"
     build.write_store(source)
     copy_generation(source, target)
     build.update(source, range(5, 50), salt=3)
     with StoreReader.open(target) as store:
         report = copy_generation(source, target, publish=False)
-        assert (report.generation, report.num_records, report.num_kept) == (2, 50, 0)
+        assert (report.generation, report.num_records, report.num_resumed) == (2, 50, 0)
         assert not store.reload() and len(store) == 40
         report = copy_generation(source, target)
-        assert (report.generation, report.num_kept) == (2, 50) and store.reload()
+        assert (report.generation, report.num_resumed) == (2, 50) and store.reload()
         np.testing.assert_allclose(store.get_many(range(4)).summary, build.summaries(range(4)), atol=0.02)
         np.testing.assert_allclose(store.get_many(range(5, 50)).summary, build.summaries(range(5, 50), 3), atol=0.02)
         assert store.manifest.refreshed_at == 1_700_000_000_001
-    assert copy_generation(source, target).num_kept == 50 and list_generations(target) == [1, 2]
+    assert copy_generation(source, target).num_resumed == 50 and list_generations(target) == [1, 2]
     assert verify_store(target).num_problems == 0
-    # The source goes on in numbers of its own.
+    # The source's numbers are independent of the copy's.
     build.write_store(source, salt=4, run_digest="log-2")
     assert read_current(source) == 2 and copy_generation(source, target).generation == 3
     assert list_generations(target) == [2, 3] and verify_store(target).num_problems == 0
@@ -232,41 +235,41 @@ def test_what_was_updated_in_place_is_copied_straight(tmp_path, build):
     assert copy_generation(source, target).generation == 3
     for root in (source, target):
         compact_store(root)
-    assert copy_generation(source, target).generation == 4, "the same records, compacted on either side"
+    assert copy_generation(source, target).generation == 4, "the same records, compacted in both stores"
 
 
-def test_a_copy_equals_a_source_that_has_lost_all_users_of_a_kind(tmp_path, build):
+def test_a_source_that_lost_all_users_is_not_copied_twice(tmp_path, build):
     source, target = tmp_path / "source", tmp_path / "target"
     build.write_store(source)
     erase(source, range(40))
     copy_generation(source, target)
-    assert (served_manifest(source).user_kind, served_manifest(target).user_kind) == ("int", None)
+    assert (published_manifest(source).user_kind, published_manifest(target).user_kind) == ("int", None)
     copy_generation(source, target)
     assert list_generations(target) == [1]
 
 
 @pytest.mark.parametrize("key", [None, KEY])
-def test_a_copy_beside_other_generations_of_its_number(tmp_path, build, key):
+def test_a_copy_into_a_store_with_another_generation_of_its_number(tmp_path, build, key):
     source, target = tmp_path / "source", tmp_path / "target"
     build.write_store(source, key=key)
-    build.write_store(target, salt=1, key=key)  # of its own
+    build.write_store(target, salt=1, key=key)
     assert copy_generation(source, target, key=key).generation == 2 and list_generations(target) == [1, 2]
     with StoreReader.open(target, key=key) as store:
         np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40)), atol=0.02)
 
 
-def test_a_killed_copy_under_another_number_goes_on(tmp_path, build):
+def test_a_killed_copy_under_another_number_resumes(tmp_path, build):
     source, target = tmp_path / "source", tmp_path / "target"
     build.write_store(source)
     copy_generation(source, target)
     build.update(source, range(30), salt=3)
     assert killed_copy(source, target, put_then_die, 2) == -9
     report = copy_generation(source, target)
-    assert (report.generation, report.num_kept, report.num_records) == (2, 14, 40)
+    assert (report.generation, report.num_resumed, report.num_records) == (2, 14, 40)
 
 
-def test_what_reads_a_generation_as_a_whole_while_it_is_written(tmp_path, build):
-    """It is right, or says that it is being written; and when it is not, all of it works at once."""
+def test_reading_a_whole_generation_during_writes(tmp_path, build):
+    """It succeeds, or says that the generation is being written; after the writes it always succeeds."""
     source, stop = tmp_path / "source", threading.Event()
     build.write_store(source)
     outcomes: Counter[str] = Counter()
@@ -277,7 +280,7 @@ def test_what_reads_a_generation_as_a_whole_while_it_is_written(tmp_path, build)
             salt += 1
             build.update(source, range(60), salt)
 
-    def look(name: str, function: Any) -> None:
+    def attempt(name: str, function: Any) -> None:
         try:
             report = function()
             assert not getattr(report, "num_problems", 0), report
@@ -290,9 +293,9 @@ def test_what_reads_a_generation_as_a_whole_while_it_is_written(tmp_path, build)
     writer.start()
     try:
         for turn in range(8):
-            look("verified", lambda: verify_store(source))
-            look("exported", lambda: export_store(source, tmp_path / "all.parquet"))
-            look("copied", lambda turn=turn: copy_generation(source, tmp_path / f"copy-{turn}"))
+            attempt("verified", lambda: verify_store(source))
+            attempt("exported", lambda: export_store(source, tmp_path / "all.parquet"))
+            attempt("copied", lambda turn=turn: copy_generation(source, tmp_path / f"copy-{turn}"))
     finally:
         stop.set()
         writer.join()
@@ -304,7 +307,7 @@ def test_what_reads_a_generation_as_a_whole_while_it_is_written(tmp_path, build)
     assert verify_store(source).records == {1: 60}
 
 
-def test_a_generation_that_is_written_once_meanwhile_is_read_again(tmp_path, build, monkeypatch):
+def test_a_generation_written_once_during_a_read_is_read_again(tmp_path, build, monkeypatch):
     source, target, salts = tmp_path / "source", tmp_path / "target", iter(range(1, 9))
     build.write_store(source)
     batches = GenerationReader.raw_batches
@@ -330,19 +333,19 @@ def test_a_generation_that_is_written_once_meanwhile_is_read_again(tmp_path, bui
         lambda: copy_generation(source, tmp_path / "again"),
     ):
         written, salts = [1] * 9, iter(range(1, 9))
-        with pytest.raises(StoreBusyError, match="gen-1 is being written, by a refresh or an erasure; try again"):
+        with pytest.raises(StoreBusyError, match="gen-1 is being written by a refresh or an erasure; try again"):
             function()
     assert not (tmp_path / "again.parquet").exists() and not (tmp_path / "again" / "CURRENT").exists()
 
 
-def test_a_source_that_changes_meanwhile_is_not_published(tmp_path, build, monkeypatch):
+def test_a_copy_of_a_source_that_changes_meanwhile_is_not_published(tmp_path, build, monkeypatch):
     source, target = tmp_path / "source", tmp_path / "target"
     build.write_store(source)
     put = GenerationBuilder.put
     (key,) = user_keys([0])
 
     def put_and_change(builder: GenerationBuilder, keys: Any, held: Any) -> None:
-        """The first record is another user's time by when it is compared: as if an update came between."""
+        """Exchange the first record, as if an update came between the copy and the comparison."""
         put(builder, keys, [records(other, 1)[0][1], *held[1:]] if keys[0] == key else held)
 
     other = tmp_path / "other"

@@ -1,4 +1,4 @@
-"""A store to Parquet and back: readable columns, the same records, and refusals of what is no whole export."""
+"""Export to Parquet and import: readable columns, the same records, and refusal of anything but a complete export."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import xxhash
 from vista.config.choices import Codec
 from vista.errors import RecordError, StoreError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, encode_records, user_keys
-from vista.store.admin.inspection import verify_store
+from vista.store.admin.generation_reader import open_generation
 from vista.store.admin.parquet import FORMAT, export_store, import_store
-from vista.store.admin.whole_generations import open_generation
+from vista.store.admin.verification import verify_store
 from vista.store.layout import list_generations, read_current
 
 KEY = bytes(range(200, 232))
@@ -41,13 +41,13 @@ def mixed_store(root: Path, build: Any, users: list[Any], **options: Any) -> Non
 
 
 @pytest.mark.parametrize("codec", Codec)
-def test_columns_say_what_the_store_holds(tmp_path, build, codec):
-    build.write_store(tmp_path / "store", codec=codec)
+def test_columns_match_the_store(tmp_path, build, codec):
+    build.write_store(tmp_path / "store", codec=codec.value)
     report = export_store(tmp_path / "store", tmp_path / "out.parquet")
     assert (report.num_records, report.generation) == (40, 1)
     assert (tmp_path / "out.parquet").stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "store"]
-    table = pq.read_table(tmp_path / "out.parquet").to_pydict()  # by another reader than the writer's
+    table = pq.read_table(tmp_path / "out.parquet").to_pydict()  # read by another library than the one that wrote it
     with StoreReader.open(tmp_path / "store") as store:
         stored = store.get_many(table["user"])
     assert table["user"] == list(range(40)) and stored.found.all()
@@ -61,8 +61,8 @@ def test_columns_say_what_the_store_holds(tmp_path, build, codec):
 
 @pytest.mark.parametrize("key", [None, KEY], ids=["plain", "keyed"])
 @pytest.mark.parametrize("codec", Codec)
-def test_import_gives_the_same_records_but_for_the_generation(tmp_path, build, codec, key):
-    build.write_store(tmp_path / "store", codec=codec, key=key, until="leave-last-out")
+def test_import_restores_the_records_with_a_new_generation(tmp_path, build, codec, key):
+    build.write_store(tmp_path / "store", codec=codec.value, key=key, until="leave-last-out")
     export_store(tmp_path / "store", tmp_path / "out.parquet", key=key)
     build.write_store(tmp_path / "other", run_digest="log-9")
     report = import_store(tmp_path / "out.parquet", tmp_path / "other", key=key)
@@ -76,7 +76,7 @@ def test_import_gives_the_same_records_but_for_the_generation(tmp_path, build, c
         assert old == new
     with StoreReader.open(tmp_path / "other", key=key) as store:
         assert store.manifest.until == "leave-last-out" and len(store) == 40
-    # Under the same number, every byte is the same.
+    # With the same number, every byte is the same.
     report = import_store(tmp_path / "out.parquet", tmp_path / "new", key=key, shared_with_group=True)
     assert report.generation == 1 and records(tmp_path / "new", key) == before
     assert verify_store(tmp_path / "new", key=key).num_problems == 0
@@ -84,7 +84,7 @@ def test_import_gives_the_same_records_but_for_the_generation(tmp_path, build, c
 
 
 @pytest.mark.parametrize("users", [["é", "x", "10"], [5, "5", "a"], [], [-(1 << 63), 0, (1 << 63) - 1]])
-def test_every_kind_of_user_comes_back(tmp_path, build, users):
+def test_user_ids_of_every_type_are_restored(tmp_path, build, users):
     mixed_store(tmp_path / "store", build, users)
     export_store(tmp_path / "store", tmp_path / "out.parquet")
     import_store(tmp_path / "out.parquet", tmp_path / "new")
@@ -97,7 +97,7 @@ def test_every_kind_of_user_comes_back(tmp_path, build, users):
 
 
 def test_batches_and_row_groups(tmp_path, build, monkeypatch):
-    monkeypatch.setattr("vista.store.format.keys._WALK_USERS", 7)
+    monkeypatch.setattr("vista.store.lmdb.transactions._WALK_USERS", 7)
     monkeypatch.setattr("vista.store.admin.parquet._GROUP_BYTES", 2000)
     build.write_store(tmp_path / "store")
     export_store(tmp_path / "store", tmp_path / "out.parquet")
@@ -109,7 +109,7 @@ def test_batches_and_row_groups(tmp_path, build, monkeypatch):
 def exported(tmp_path: Path, build: Any) -> Path:
     build.write_store(tmp_path / "store", until="leave-last-out")
     export_store(tmp_path / "store", tmp_path / "out.parquet")
-    build.write_store(tmp_path / "served", salt=1)
+    build.write_store(tmp_path / "target", salt=1)
     return tmp_path / "out.parquet"
 
 
@@ -126,7 +126,7 @@ def rewritten(file: Path, frame: pl.DataFrame, about: dict[str, str] | None = No
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda frame: frame.head(39), "it holds 39 records, not the 40"),
+        (lambda frame: frame.head(39), "it holds 39 records, but 40 records, or other ones, were exported"),
         (lambda frame: frame.reverse(), "keys must ascend"),
         (lambda frame: pl.concat([frame, frame]), "keys must ascend"),
         (lambda frame: frame.drop("record"), "record"),
@@ -137,25 +137,25 @@ def rewritten(file: Path, frame: pl.DataFrame, about: dict[str, str] | None = No
         (lambda frame: frame.with_columns(key=pl.col("key").shift(-1).fill_null(b"uiabcdefgh")), "key_hash"),
     ],
 )
-def test_an_edited_export_is_refused_and_what_is_served_stays(tmp_path, build, change, named):
+def test_an_edited_export_is_refused(tmp_path, build, change, named):
     file = exported(tmp_path, build)
     rewritten(file, change(pl.read_parquet(file)))
     with pytest.raises(StoreError, match=named):
-        import_store(file, tmp_path / "served")
-    assert list_generations(tmp_path / "served") == [1] and not list((tmp_path / "served").glob(".*"))
-    with StoreReader.open(tmp_path / "served") as store:
+        import_store(file, tmp_path / "target")
+    assert list_generations(tmp_path / "target") == [1] and not list((tmp_path / "target").glob(".*"))
+    with StoreReader.open(tmp_path / "target") as store:
         assert store.get_many(range(40)).found.all()
-    assert build.write_store(tmp_path / "served", run_digest="log-2").generation == 2
+    assert build.write_store(tmp_path / "target", run_digest="log-2").generation == 2
 
 
-def test_foreign_and_truncated_files_are_refused(tmp_path, build):
+def test_other_and_truncated_files_are_refused(tmp_path, build):
     file = exported(tmp_path, build)
     whole, frame = file.read_bytes(), pl.read_parquet(file)
     file.with_name("whole.parquet").write_bytes(whole)
     for damaged in (b"", b"not Parquet", whole[:-10], whole[: len(whole) // 2], whole[:-200] + bytes(200)):
         file.write_bytes(damaged)
-        with pytest.raises(StoreError, match="no whole export of a store"):
-            import_store(file, tmp_path / "served")
+        with pytest.raises(StoreError, match="is not a complete export of a store"):
+            import_store(file, tmp_path / "target")
     written = pl.read_parquet_metadata(file.with_name("whole.parquet"))["vista"]
     for text in (
         "",
@@ -165,18 +165,18 @@ def test_foreign_and_truncated_files_are_refused(tmp_path, build):
         sealed({"format": 2}),
     ):
         rewritten(file, frame, {"vista": text})
-        with pytest.raises(StoreError, match=r"no whole export of a store: (what it says of itself|it is a 2)"):
-            import_store(file, tmp_path / "served")
+        with pytest.raises(StoreError, match=r"not a complete export of a store: (its metadata are|it is a 2)"):
+            import_store(file, tmp_path / "target")
     rewritten(file, frame, {"vista": sealed({"format": FORMAT, "manifest": {"format_version": 9}})})
     with pytest.raises(StoreError, match="format version 9"):
-        import_store(file, tmp_path / "served")
+        import_store(file, tmp_path / "target")
     rewritten(file, frame, {})
-    with pytest.raises(StoreError, match="no whole export"):
-        import_store(tmp_path / "none.parquet", tmp_path / "served")
-    assert list_generations(tmp_path / "served") == [1]
+    with pytest.raises(StoreError, match="not a complete export"):
+        import_store(tmp_path / "none.parquet", tmp_path / "target")
+    assert list_generations(tmp_path / "target") == [1]
 
 
-def test_flipped_bits_of_an_export_are_never_served(tmp_path, build):
+def test_flipped_bits_of_an_export_are_never_imported(tmp_path, build):
     file = exported(tmp_path, build)
     whole, expected = file.read_bytes(), list(records(tmp_path / "store").values())
     chance, refused = np.random.default_rng(0), 0
@@ -188,12 +188,12 @@ def test_flipped_bits_of_an_export_are_never_served(tmp_path, build):
             import_store(file, tmp_path / f"new-{place}")
         except (StoreError, RecordError):
             refused += 1
-        else:  # in a column that import does not read, or padding
+        else:  # in padding, or in a column that the import does not read
             assert list(records(tmp_path / f"new-{place}").values()) == expected
     assert refused > 5
 
 
-def test_an_export_that_fails_leaves_the_old_file(tmp_path, build):
+def test_a_failed_export_keeps_the_old_file(tmp_path, build):
     file = exported(tmp_path, build)
     whole = file.read_bytes()
     data = next((tmp_path / "store").rglob("data.mdb"))
@@ -203,14 +203,14 @@ def test_an_export_that_fails_leaves_the_old_file(tmp_path, build):
     with pytest.raises(RecordError, match="user 5"):
         export_store(tmp_path / "store", file)
     with pytest.raises(StoreError, match=r"cannot be written"):
-        export_store(tmp_path / "served", tmp_path / "none" / "out.parquet")
+        export_store(tmp_path / "target", tmp_path / "none" / "out.parquet")
     with pytest.raises(StoreError, match=r"cannot be written: .*Not a directory"):
-        export_store(tmp_path / "served", file / "out.parquet")
+        export_store(tmp_path / "target", file / "out.parquet")
     assert file.read_bytes() == whole
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "served", "store"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "store", "target"]
 
 
-def test_a_key_is_needed_to_export_and_import(tmp_path, build):
+def test_export_and_import_of_an_authenticated_store_need_its_key(tmp_path, build):
     build.write_store(tmp_path / "store", key=KEY)
     with pytest.raises(StoreError, match="authentication key"):
         export_store(tmp_path / "store", tmp_path / "out.parquet")

@@ -1,4 +1,4 @@
-"""Codes of records: who lacks the key can neither make, change nor move one."""
+"""Authentication codes: without the key, nobody can make, change or move a record."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from vista.config.choices import Codec
 from vista.errors import ConfigError, RecordError, StoreError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, encode_records, user_keys
 from vista.store.format.authentication import KEY_VARIABLE, key_id, read_key
-from vista.store.format.record import RecordSpec, decode_rows, read_records
+from vista.store.format.record import decode_rows, read_records
+from vista.store.format.record_spec import RecordSpec
 
 KEY, OTHER = bytes(range(32)), bytes(32)
 SPEC = RecordSpec(bytes(32), 7, 2, 4, Codec.int8, key=KEY)
@@ -39,7 +40,7 @@ def with_checksum(record: bytes) -> bytes:
     return record[:120] + xxhash.xxh3_64_intdigest(zeroed).to_bytes(8, "little") + record[128:]
 
 
-def test_a_keyed_record_is_the_plain_one_with_a_flag_and_16_more_bytes():
+def test_an_authenticated_record_differs_by_a_flag_and_16_more_bytes():
     keyed, plain = encode()[0], encode(dataclasses.replace(SPEC, key=None))[0]
     assert len(keyed) == len(plain) + 16
     changed = [place for place in range(120) if keyed[place] != plain[place]]
@@ -51,13 +52,13 @@ def test_a_keyed_record_is_the_plain_one_with_a_flag_and_16_more_bytes():
     assert fields["flags"] == 1 and fields["items"].tolist() == [0, 1] and fields["actions"].tolist() == [1, 1]
 
 
-def test_the_code_is_the_documents():
+def test_the_code_follows_the_documented_format():
     record, user = encode()[1], user_keys(USERS)[1]
     signed = len(user).to_bytes(2, "little") + user + record[:120] + bytes(8) + record[128:-16]
     assert record[-16:] == hashlib.blake2b(signed, digest_size=16, key=KEY, person=b"vista record 1").digest()
 
 
-def test_every_changed_byte_is_noticed_by_whom_knows_the_key():
+def test_every_changed_byte_is_detected_with_the_key():
     records, keys = encode(), user_keys(USERS)
     for place in range(len(records[0])):
         bad = bytearray(records[0])
@@ -69,18 +70,20 @@ def test_every_changed_byte_is_noticed_by_whom_knows_the_key():
 def test_a_record_cannot_be_made_without_the_key_or_moved():
     records, keys = encode(), user_keys(USERS)
     for forged in (encode(dataclasses.replace(SPEC, key=OTHER)), [with_checksum(r[:-16] + bytes(16)) for r in records]):
-        with pytest.raises(RecordError, match=r"user 'a' was not written with this key"):
+        with pytest.raises(
+            RecordError, match=r"user 'a' has a wrong authentication code: it was not written with this"
+        ):
             read_records(forged, keys, SPEC)
     with pytest.raises(RecordError, match=r"user 'a'.*: flags is 0, expected 1"):
         read_records(encode(dataclasses.replace(SPEC, key=None)), keys, SPEC)
-    # To another user, and to another generation, with every check that needs no key made to fit.
+    # Moved to another user, and to another generation, with all fields adapted that need no key.
     moved = bytearray(records[0])
     moved[64:72] = xxhash.xxh3_64_intdigest(keys[1]).to_bytes(8, "little")
-    with pytest.raises(RecordError, match=r"user 'ab' was not written with this key, or was changed or moved"):
+    with pytest.raises(RecordError, match=r"user 'ab' has a wrong authentication code.* was changed or moved since"):
         read_records([records[0], with_checksum(bytes(moved))], keys, SPEC)
     moved = bytearray(records[0])
     moved[24] = 8
-    with pytest.raises(RecordError, match=r"user 'a' was not written with this key, or was changed or moved"):
+    with pytest.raises(RecordError, match=r"user 'a' has a wrong authentication code.* was changed or moved since"):
         read_records([with_checksum(bytes(moved))], keys[:1], dataclasses.replace(SPEC, generation=8))
 
 
@@ -93,7 +96,7 @@ def test_stores_with_and_without_a_key(tmp_path, build, caplog):
             assert again.get_many([3]).found.all()
     with pytest.raises(StoreError, match=rf"authentication key {key_id(KEY)}; pass it: key=… .*{KEY_VARIABLE}"):
         StoreReader.open(tmp_path / "keyed")
-    with pytest.raises(StoreError, match=f"{key_id(KEY)}, the one given is {key_id(OTHER)}"):
+    with pytest.raises(StoreError, match=f"{key_id(KEY)}, but the given key is {key_id(OTHER)}"):
         StoreReader.open(tmp_path / "keyed", key=OTHER)
     with pytest.raises(StoreError, match="written without an authentication key"):
         StoreReader.open(tmp_path / "plain", key=KEY)
@@ -101,7 +104,7 @@ def test_stores_with_and_without_a_key(tmp_path, build, caplog):
         assert text not in caplog.text and text not in repr(SPEC)
 
 
-def test_a_run_is_not_resumed_under_another_key(tmp_path, build):
+def test_a_run_is_not_resumed_with_another_key(tmp_path, build):
     with build.open_writer(tmp_path, key=KEY) as writer:
         build.put_users(writer, range(16))
     with build.open_writer(tmp_path, key=KEY) as writer:

@@ -1,3 +1,5 @@
+"""Keys of users: bytes, order, round trips and refusals."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -11,7 +13,7 @@ from vista.store.format.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY, MAX_
 int64 = st.integers(-(1 << 63), (1 << 63) - 1)
 
 
-def test_bytes_of_keys_are_pinned():
+def test_golden_bytes():
     assert user_key(0).hex() == "7569" + "8000000000000000"
     assert user_key(-1).hex() == "7569" + "7fffffffffffffff"
     assert user_key(258).hex() == "7569" + "8000000000000102"
@@ -19,14 +21,14 @@ def test_bytes_of_keys_are_pinned():
 
 
 @given(st.lists(int64, max_size=20))
-def test_integer_keys_sort_like_their_ids_and_come_back(ids):
+def test_integer_keys_sort_like_their_ids_and_round_trip(ids):
     keys = user_keys(ids)
     assert [user_id(key) for key in sorted(keys)] == sorted(ids)
     assert keys == [user_key(number) for number in ids] == user_keys(np.array(ids, dtype=np.int64))
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=100))
-def test_string_keys_come_back(text):
+def test_string_keys_round_trip(text):
     assert user_id(user_key(text)) == text
 
 
@@ -45,18 +47,18 @@ def test_other_array_types_give_the_same_keys():
     [
         (["a" * (MAX_KEY_BYTES - 1)], "510 bytes"),
         (["é" * 300], "600 bytes"),
-        ([1 << 63], "beyond int64"),
-        ([1, -(1 << 63) - 1], "beyond int64"),
-        (np.array([1 << 63], dtype=np.uint64), "beyond int64"),
+        ([1 << 63], "does not fit int64"),
+        ([1, -(1 << 63) - 1], "does not fit int64"),
+        (np.array([1 << 63], dtype=np.uint64), "does not fit int64"),
         ([1.5], "float"),
         ([True], "bool"),
         ([b"a"], "bytes"),
         ([None], "NoneType"),
         (["\ud800"], "UTF-8"),
-        (np.zeros((1, 1), dtype=np.int64), "one dimension"),
+        (np.zeros((1, 1), dtype=np.int64), "one-dimensional"),
     ],
 )
-def test_what_cannot_be_a_key_is_refused_by_name(ids, named):
+def test_invalid_ids_are_refused(ids, named):
     with pytest.raises(UserKeyError, match=named) as error:
         user_keys(ids)
     assert isinstance(error.value, StoreError)
@@ -67,6 +69,6 @@ def test_longest_key_is_accepted():
 
 
 @pytest.mark.parametrize("key", [b"", b"u", b"ui123", b"!cursor", b"us\xff"])
-def test_what_is_no_key_has_no_user(key):
+def test_other_bytes_have_no_user_id(key):
     with pytest.raises(UserKeyError):
         user_id(key)

@@ -1,4 +1,4 @@
-"""Data files that are truncated, foreign, damaged, or only look so."""
+"""Data files that are truncated, damaged, of other programs, or only look so."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ import pytest
 
 from vista.errors import StoreError, StoreWriteError
 from vista.store import StoreReader
-from vista.store.admin.inspection import verify_store
+from vista.store.admin.verification import verify_store
+from vista.store.erasure import erase
 from vista.store.layout import environment_path
 from vista.store.lmdb.data_file import committed_size
-from vista.store.updates import erase
 
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_store_that_lost_most_of_its_users_at_once_opens(tmp_path, build, monkeypatch, killed):
-    """LMDB takes pages for such a transaction, gives them back and never writes them: the file ends before them."""
+    """LMDB allocates pages for such a transaction, frees them and never writes them, so the file ends before them."""
     build.write_store(tmp_path, total_users=600)
     users, data = np.random.default_rng(0).permutation(600).tolist(), environment_path(tmp_path, 1) / "data.mdb"
     with monkeypatch.context() as patch:
         if killed:
             patch.setattr("vista.store.lmdb.environment.complete_size", lambda folder: None)
         erase(tmp_path, users[:570])
-    found, expected = committed_size(data)
-    assert found < expected if killed else found == expected
+    size, expected = committed_size(data)
+    assert size < expected if killed else size == expected
     with StoreReader.open(tmp_path) as store:
         assert len(store) == 30 and store.get_many(users).found.tolist() == [False] * 570 + [True] * 30
     assert verify_store(tmp_path).num_problems == 0
     erase(tmp_path, users[570:571])
-    found, expected = committed_size(data)
-    assert found == expected
+    size, expected = committed_size(data)
+    assert size == expected
 
 
-def test_lmdb_that_makes_no_lock_file(tmp_path, build, monkeypatch):
-    """As on a file system that is mounted read-only, where it reads without a lock."""
+def test_lmdb_without_a_lock_file(tmp_path, build, monkeypatch):
+    """As on a read-only file system, where LMDB reads without a lock."""
     build.write_store(tmp_path)
     (environment_path(tmp_path, 1) / "lock.mdb").unlink()
     lmdb_open = lmdb.open
-    monkeypatch.setattr("vista.store.lmdb.data_file._make_reader_table", lambda path, max_readers: None)
+    monkeypatch.setattr("vista.store.lmdb.data_file._make_reader_table", lambda path: None)
     monkeypatch.setattr(
         "vista.store.lmdb.data_file.lmdb.open", lambda *a, **options: lmdb_open(*a, **options, lock=False)
     )
@@ -51,7 +51,7 @@ def test_lmdb_that_makes_no_lock_file(tmp_path, build, monkeypatch):
     assert not (environment_path(tmp_path, 1) / "lock.mdb").exists()
 
 
-def test_a_file_that_cannot_be_given_its_size(tmp_path, build, monkeypatch):
+def test_a_file_that_cannot_be_extended(tmp_path, build, monkeypatch):
     build.write_store(tmp_path, total_users=600)
     users = np.random.default_rng(0).permutation(600).tolist()
 
@@ -72,7 +72,7 @@ def test_a_truncated_data_file(tmp_path, build):
     build.write_store(tmp_path)
     data = environment_path(tmp_path, 1) / "data.mdb"
     whole = data.read_bytes()
-    cuts = {len(whole) - 1: "truncated", 8192: "truncated", 4100: "no LMDB", 10: "no LMDB", 0: "no LMDB"}
+    cuts = {len(whole) - 1: "truncated", 8192: "truncated", 4100: "not an LMDB", 10: "not an LMDB", 0: "not an LMDB"}
     for length, named in cuts.items():
         data.write_bytes(whole[:length])
         with pytest.raises(StoreError, match=rf"data\.mdb is {named}.*refresh the store again"):
@@ -82,15 +82,15 @@ def test_a_truncated_data_file(tmp_path, build):
         StoreReader.open(tmp_path)
 
 
-def test_foreign_data_files(tmp_path, build):
+def test_data_files_of_other_programs(tmp_path, build):
     build.write_store(tmp_path)
     folder = environment_path(tmp_path, 1)
     (folder / "data.mdb").write_bytes(b"PAR1" * 5000)
-    with pytest.raises(StoreError, match="no LMDB"):
+    with pytest.raises(StoreError, match="not an LMDB"):
         StoreReader.open(tmp_path)
     shutil.rmtree(folder)
     lmdb.open(str(folder), lib_version=1).close()
-    with pytest.raises(StoreError, match="no LMDB"):
+    with pytest.raises(StoreError, match="not an LMDB"):
         StoreReader.open(tmp_path)
     shutil.rmtree(folder)
     lmdb.open(str(folder), lib_version=0).close()
@@ -98,7 +98,7 @@ def test_foreign_data_files(tmp_path, build):
         StoreReader.open(tmp_path)
 
 
-def test_a_damaged_unfinished_generation_starts_afresh(tmp_path, build):
+def test_a_damaged_unfinished_generation_starts_over(tmp_path, build):
     with build.open_writer(tmp_path) as writer:
         build.put_users(writer, range(16))
     (environment_path(tmp_path, 1) / "data.mdb").write_bytes(b"garbage")

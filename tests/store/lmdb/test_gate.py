@@ -1,4 +1,4 @@
-"""The gate of transactions after a Ctrl-C that struck while a section was left."""
+"""The gate of transactions, after a Ctrl-C while a thread enters or leaves a section."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vista.store.lmdb.environment import _Gate
 
 
 class _Interrupted(_Gate):
-    """Whose condition raises KeyboardInterrupt at its n-th use."""
+    """Its condition raises KeyboardInterrupt at its n-th use."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
@@ -34,11 +34,11 @@ class _Interrupted(_Gate):
 
 @pytest.mark.parametrize("section", ["shared", "exclusive"])
 @pytest.mark.parametrize("at", [1, 2])
-def test_an_interrupt_on_the_way_in_or_out_locks_nobody_out(section: str, at: int) -> None:
+def test_an_interrupt_while_entering_or_leaving_blocks_nobody(section: str, at: int) -> None:
     gate = _Interrupted(at)
     with pytest.raises(KeyboardInterrupt), getattr(gate, section)():
         pass
-    with gate.shared():  # whatever the thread does next ends, and then others go on
+    with gate.shared():  # The thread's next sections end, and then other threads can enter.
         pass
     with gate.exclusive():
         pass

@@ -12,8 +12,11 @@ import pytest
 
 from vista.errors import StoreError
 from vista.store import StoreReader
-from vista.store.admin.inspection import store_stats, verify_store
-from vista.store.admin.publish import compact_store, copy_generation, roll_back
+from vista.store.admin.copying import copy_generation
+from vista.store.admin.rollback import roll_back
+from vista.store.admin.store_compaction import compact_store
+from vista.store.admin.store_stats import store_stats
+from vista.store.admin.verification import verify_store
 from vista.store.layout import environment_path
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -63,19 +66,19 @@ def test_a_store_becomes_shared_and_private_again(tmp_path, build):
     build.open_writer(root, run_digest="log-2", shared_with_group=True).close()
     shared = modes(root)
     assert shared["."] == 0o2750 and shared["CURRENT"] == 0o640 and shared["gen-1/summary/lock.mdb"] == 0o660
-    (environment_path(root, 2) / "lock.mdb").unlink()  # Whoever makes it anew makes it as it was.
+    (environment_path(root, 2) / "lock.mdb").unlink()  # The next reader recreates it with the same mode.
     StoreReader.open(root).close()
     assert modes(root) == shared
     build.open_writer(root, run_digest="log-2").close()
     assert {name: mode for name, mode in modes(root).items() if not name.startswith("gen-3")} == private
 
 
-def test_a_folder_that_holds_something_else_keeps_its_mode(tmp_path, build):
+def test_a_folder_with_other_contents_keeps_its_mode(tmp_path, build):
     tmp_path.chmod(0o755)
     (tmp_path / "notes.txt").write_text("mine")
     build.write_store(tmp_path)
-    found = modes(tmp_path)
-    assert found["."] == 0o755 and found["gen-1"] == 0o700 and found["CURRENT"] == 0o600
+    after = modes(tmp_path)
+    assert after["."] == 0o755 and after["gen-1"] == 0o700 and after["CURRENT"] == 0o600
 
 
 def test_another_account_reads_a_store_of_its_group_and_no_other(tmp_path, build, as_other_account):
@@ -89,9 +92,9 @@ def test_another_account_reads_a_store_of_its_group_and_no_other(tmp_path, build
     two_generations(build, root, shared_with_group=True)
     assert as_other_account(read) == [True]
     (environment_path(root, 2) / "lock.mdb").chmod(0o640)
-    assert "Readers too need write access to lock.mdb" in str(as_other_account(read))
-    (environment_path(root, 2) / "lock.mdb").unlink()  # which it cannot make anew either
-    assert "Readers too need write access to lock.mdb" in str(as_other_account(read))
+    assert "Readers also need write access to lock.mdb" in str(as_other_account(read))
+    (environment_path(root, 2) / "lock.mdb").unlink()  # which it cannot recreate either
+    assert "Readers also need write access to lock.mdb" in str(as_other_account(read))
     build.write_store(root, run_digest="log-3")
     error = as_other_account(read)
     assert isinstance(error, StoreError) and "permission" in str(error).lower()
@@ -116,4 +119,4 @@ def test_another_account_cannot_write_and_is_told_what_to_do(tmp_path, build, as
         )
     assert before == {path: path.stat() for path in before}
     assert as_other_account(lambda: verify_store(root).num_problems) == 0
-    assert "serves gen-2" in as_other_account(lambda: str(store_stats(root)))
+    assert "gen-2 is published" in as_other_account(lambda: str(store_stats(root)))

@@ -1,1 +1,1 @@
-"""What an operator does with a store: publish, roll back, copy, compact, inspect, export, import."""
+"""Operations on stores: statistics, verification, rollback, compaction, copies, Parquet export and import."""

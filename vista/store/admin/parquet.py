@@ -1,7 +1,8 @@
-"""A generation as a Parquet file: for other programs to read, and for a store to be made of it again, bit for bit.
+"""Export of a generation to a Parquet file, and its import, bit for bit.
 
-One row a user, in the order of the keys. `record` and `key` are what the store holds; all other columns say the same
-readably, and are not read again. Needs Polars: import this module only where it is used.
+The file has one row per user, in the order of the keys. `record` and `key` are what the store holds. All other columns
+repeat their contents in readable form for other programs, and the import ignores them. This module needs Polars, so
+import it only where it is used.
 """
 
 from __future__ import annotations
@@ -21,63 +22,53 @@ from numpy.typing import NDArray
 from vista.errors import StoreError
 from vista.files import sync
 from vista.log.polars_extra import pl, register_io_source
-from vista.store.admin.publish import PublishReport, publish_report
-from vista.store.admin.whole_generations import (
-    GenerationBuilder,
-    GenerationReader,
-    Tally,
-    next_number,
-    open_generation,
-    restamp_records,
-    settled,
-)
+from vista.store.admin.generation_builder import GenerationBuilder, next_number, restamp_records
+from vista.store.admin.generation_reader import GenerationReader, open_generation, read_settled
+from vista.store.admin.publish_report import PublishReport
 from vista.store.format.keys import user_id
 from vista.store.format.record import check_records, decode_rows, read_records
-from vista.store.generation_files import flip
-from vista.store.layout import (
-    Manifest,
-    environment_path,
-    kept_beside_a_new_one,
-    read_current,
-    remove_leftovers,
-)
+from vista.store.layout import environment_path, generations_to_keep, read_current, remove_leftovers
 from vista.store.lmdb.data_file import check_structure
-from vista.store.lmdb.locks import locked
 from vista.store.lmdb.permissions import GROUP, PRIVATE
+from vista.store.locks import locked
+from vista.store.manifest import Manifest
+from vista.store.publication import publish_generation
 from vista.store.shards import check_place
 from vista.store.stored_batch import NO_TIMESTAMP
+from vista.store.tally import Tally
 from vista.store.tombstones import Tombstones
 
 FORMAT = "vista store export 1"
 
 _METADATA = "vista"
 _GROUP_BYTES = 1 << 24
-"""Of a row group, about: what writing and reading hold in memory at once."""
+"""Approximate size of a row group, which is what writing and reading hold in memory at once."""
 
 
 def export_store(root: str | Path, out: str | Path, *, key: bytes | None = None) -> PublishReport:
-    """Write the served generation to a Parquet file, which appears whole or not at all.
+    """Write the published generation to a Parquet file, atomically.
 
-    Columns: `user` (int64, or string), `event_count`, `last_event_ts` (null for none), `tail_item` (model rows int32),
-    `tail_time` int64, `tail_action` uint8, `summary` (K * d float32, decoded), `key` and `record` (bytes).
+    Columns: `user` (int64, or string), `event_count`, `last_event_ts` (null without events), `tail_item` (model rows
+    int32), `tail_time` int64, `tail_action` uint8, `summary` (K * d float32, decoded), `key` and `record` (bytes).
 
     Args:
-        out: the file; replaced if it is there. Only this account may read it.
-        key: of an authenticated store.
+        root: the store's folder.
+        out: the file; replaced if it exists. Only this account can read it.
+        key: 32 bytes, if the store's records are authenticated.
 
     Raises:
         StoreBusyError: a refresh writes the generation without a pause.
-        StoreError: nothing is served, a record is damaged, or the file cannot be written.
+        StoreError: nothing is published, a record is damaged, or the file cannot be written.
     """
     root, out = Path(root).absolute(), Path(out).absolute()
     generation = read_current(root)
-    return settled(root, generation, lambda: _export(root, generation, out, key))
+    return read_settled(root, generation, lambda: _export(root, generation, out, key))
 
 
 def _export(root: Path, generation: int, out: Path, key: bytes | None) -> PublishReport:
     check_structure(environment_path(root, generation))
     with open_generation(root, generation, key) as source:
-        tally, written, fault = source.tally(), Tally(), []
+        tally, written, errors = source.tally(), Tally(), []
         schema = _schema(source.manifest.user_kind)
 
         def frames(*_: Any) -> Iterator[pl.DataFrame]:
@@ -85,8 +76,8 @@ def _export(root: Path, generation: int, out: Path, key: bytes | None) -> Publis
                 for keys, records in source.batches():
                     written.add(keys, records)
                     yield _frame(keys, records, source, schema)
-            except StoreError as error:  # Polars would make another error of it.
-                fault.append(error)
+            except StoreError as error:  # Polars would replace it by an error of its own.
+                errors.append(error)
 
         about: dict[str, Any] = {"format": FORMAT, "manifest": dataclasses.asdict(source.manifest)}
         about |= {"count": tally.count, "records_digest": tally.records_digest}
@@ -100,8 +91,8 @@ def _export(root: Path, generation: int, out: Path, key: bytes | None) -> Publis
                 statistics=False,
                 row_group_size=_group_rows(source),
             )
-            if fault:
-                raise fault[0]
+            if errors:
+                raise errors[0]
             if written != tally:
                 raise StoreError(f"{root} was written while it was exported; run the same command again")
             partial.chmod(PRIVATE.file)
@@ -109,7 +100,9 @@ def _export(root: Path, generation: int, out: Path, key: bytes | None) -> Publis
             partial.replace(out)
             sync(out.parent)
         except (OSError, pl.exceptions.PolarsError) as error:
-            raise StoreError(f"{out} cannot be written: {error}; check the path, permissions and free space") from error
+            raise StoreError(
+                f"{out} cannot be written: {error}; check the path, its permissions and the free space"
+            ) from error
         finally:
             with suppress(OSError):
                 partial.unlink()
@@ -119,30 +112,32 @@ def _export(root: Path, generation: int, out: Path, key: bytes | None) -> Publis
 def import_store(
     file: str | Path, root: str | Path, *, key: bytes | None = None, shared_with_group: bool = False
 ) -> PublishReport:
-    """Make a generation of an exported file and publish it; its records are the exported ones, under a new number.
+    """Publish an exported file as a new generation; the records are the exported ones, with a new number.
 
     Args:
         file: of `export_store`.
-        root: the store's folder, made if it is not there. The generation that it served before is kept.
-        key: of the store that was exported, if that is authenticated.
+        root: the store's folder, made if it does not exist. The generation published before is kept.
+        key: 32 bytes, if the exported records are authenticated.
         shared_with_group: let the group of the store's folder read it.
 
     Raises:
-        ConfigError: the folder holds another kind of store, undivided or divided in other parts.
+        ConfigError: the folder holds another kind of store: unsharded, or with another number of shards.
         StoreLockedError: another process writes the store.
-        StoreError: the file is foreign, truncated, was edited, or is of another key; the folder cannot be written.
-        RecordError: a record is damaged; the message names its user. What is served is as before.
+        StoreError: the file is not an export, is truncated, was edited, or is of another key; or the folder cannot be
+            written. The published generation is unchanged.
+        RecordError: a record is damaged; the message names its user. The published generation is unchanged.
     """
     file, root = Path(file).absolute(), Path(root).absolute()
     check_place(root)
     about = _about(file)
     old = Manifest.from_dict(about["manifest"], file)
     old_spec = old.spec(key)
-    modes = GROUP if shared_with_group else PRIVATE
-    with locked(root, modes):
+    permissions = GROUP if shared_with_group else PRIVATE
+    with locked(root, permissions):
         remove_leftovers(root)
-        tombstones, wanted = Tombstones(root), old.without_states()
-        builder = GenerationBuilder(root, dataclasses.replace(wanted, generation=next_number(root)), key, modes)
+        tombstones = Tombstones(root)
+        wanted = dataclasses.replace(old.without_states(), generation=next_number(root))
+        builder = GenerationBuilder(root, wanted, key, permissions)
         read = Tally()
         try:
             for keys, records in _rows(file):
@@ -150,17 +145,20 @@ def import_store(
                 read.add(keys, records)
                 if any(tombstones.erased(keys)):
                     raise StoreError(
-                        f"{file}: holds users who were erased from {root}; export again from a store without"
+                        f"{file}: holds users who were erased from {root}; erase them from the exported store too, and "
+                        "export it again"
                     )
                 builder.put(keys, restamp_records(keys, records, builder.spec))
             if (read.count, read.records_digest) != (about["count"], about["records_digest"]):
-                raise _foreign(file, f"it holds {read.count} records, not the {about['count']} that were exported")
+                raise _not_an_export(
+                    file, f"it holds {read.count} records, but {about['count']} records, or other ones, were exported"
+                )
             manifest = builder.finish()
         except BaseException:
             builder.discard()
             raise
-        flip(root, manifest.generation, kept_beside_a_new_one(root))
-    return publish_report(root, manifest.generation, manifest.count)
+        publish_generation(root, manifest.generation, generations_to_keep(root))
+    return PublishReport.of(root, manifest.generation, manifest.count)
 
 
 def _schema(user_kind: str | None) -> dict[str, Any]:
@@ -193,7 +191,7 @@ def _frame(keys: list[bytes], records: list[bytes], source: GenerationReader, sc
         "key": keys,
         "record": records,
     }
-    # Polars makes arrays of lists of one length: hence the cast.
+    # The cast is needed because Polars turns lists of equal lengths into arrays.
     return pl.DataFrame(
         [pl.Series(name, values, dtype=schema[name]).cast(schema[name]) for name, values in columns.items()]
     )
@@ -213,13 +211,13 @@ def _about(file: Path) -> dict[str, Any]:
     try:
         metadata = pl.read_parquet_metadata(file)
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise _foreign(file, str(error)) from error
+        raise _not_an_export(file, str(error)) from error
     checksum, _, text = metadata.get(_METADATA, "").partition(" ")
     if checksum != _checksum(text):
-        raise _foreign(file, "what it says of itself is missing or damaged")
+        raise _not_an_export(file, "its metadata are missing or damaged")
     about: dict[str, Any] = json.loads(text)
     if about["format"] != FORMAT:
-        raise _foreign(file, f"it is a {about['format']!r}, this vista reads {FORMAT!r}")
+        raise _not_an_export(file, f"it is a {about['format']!r}, but this version of vista reads {FORMAT!r}")
     return about
 
 
@@ -236,13 +234,13 @@ def _rows(file: Path) -> Iterator[tuple[list[bytes], list[bytes]]]:
         for frame in columns.collect_batches(chunk_size=1024, maintain_order=True):
             keys, records = frame["key"].to_list(), frame["record"].to_list()
             if None in keys or None in records:
-                raise _foreign(file, "a key or record is missing")
+                raise _not_an_export(file, "a key or record is missing")
             yield keys, records
     except pl.exceptions.PolarsError as error:
-        raise _foreign(file, str(error)) from error
+        raise _not_an_export(file, str(error)) from error
 
 
-def _foreign(file: Path, reason: str) -> StoreError:
+def _not_an_export(file: Path, reason: str) -> StoreError:
     return StoreError(
-        f"{file} is no whole export of a store: {reason}; make it with `vista store export`, and do not edit it"
+        f"{file} is not a complete export of a store: {reason}; make it with `vista store export`, and do not edit it"
     )

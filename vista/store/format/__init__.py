@@ -1,1 +1,1 @@
-"""Bytes of the store: records, states, codecs, digests, authentication codes, keys."""
+"""The bytes of a store: records, states, codecs, digests, authentication codes, keys."""

@@ -1,6 +1,6 @@
-"""Keyed BLAKE2b codes for stores that cross a trust boundary: who lacks the key cannot make, change or move a record.
+"""Keyed BLAKE2b codes for stores that cross a trust boundary: only holders of the key can make, change or move records.
 
-The key is 32 bytes and never lies in a store; a store holds `key_id`, from which the key cannot be found.
+The key is 32 bytes and is never kept in a store. A store holds `key_id`, from which the key cannot be derived.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from vista.errors import ConfigError
 KEY_BYTES = 32
 CODE_BYTES = 16
 KEY_VARIABLE = "VISTA_AUTHENTICATION_KEY"
-"""Environment variable of the key in 64 hex digits, where no file is named."""
+"""Environment variable with the key in 64 hex digits, read if no file is named."""
 
 _RECORD = b"vista record 1"
 _KEY_ID = b"vista key id 1"
 
 
 def record_code(key: bytes, user_key: bytes, header: bytes, payload: Sequence[bytes | memoryview]) -> bytes:
-    """16 bytes over the user's key behind its length (uint16), the header with a zero checksum, and the payload."""
+    """16 bytes over the length of the user's key (uint16), that key, the header with a zero checksum, the payload."""
     code = hashlib.blake2b(len(user_key).to_bytes(2, "little"), digest_size=CODE_BYTES, key=key, person=_RECORD)
     code.update(user_key)
     code.update(header)
@@ -32,21 +32,24 @@ def record_code(key: bytes, user_key: bytes, header: bytes, payload: Sequence[by
 
 
 def key_id(key: bytes) -> str:
-    """What tells two keys apart without giving either away: 16 hex digits.
+    """Fingerprint of a key, 16 hex digits, which does not reveal the key.
 
     Raises:
-        ValueError: the key has not 32 bytes.
+        ValueError: the key is not 32 bytes long.
     """
     if not isinstance(key, bytes) or len(key) != KEY_BYTES:
-        raise ValueError(f"an authentication key is {KEY_BYTES} bytes")
+        raise ValueError(f"key: an authentication key must be {KEY_BYTES} bytes")
     return hashlib.blake2b(digest_size=8, key=key, person=_KEY_ID).hexdigest()
 
 
 def read_key(path: str | None) -> bytes | None:
-    """The key of a file (32 bytes, or 64 hex digits), else of the environment, else None.
+    """Read the key from a file (32 bytes, or 64 hex digits) or, without a path, from VISTA_AUTHENTICATION_KEY.
+
+    Returns:
+        The key; None without a path if the variable is not set.
 
     Raises:
-        ConfigError: the file or variable cannot be read or holds no key; the message has the remedy, never the key.
+        ConfigError: the file or variable cannot be read, or does not hold a key. The message never holds the key.
     """
     remedy = "write one with `openssl rand -hex 32`"
     if path is None:

@@ -1,6 +1,6 @@
 """How summary rows become bytes: float32, float16, and FBGEMM's int8 and int4 rows (docs/reference/file-formats.md).
 
-N rows, d values a row.
+N rows, d values per row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from vista.config.choices import Codec
 
 CODEC_NUMBERS = {Codec.float32: 0, Codec.int8: 1, Codec.float16: 2, Codec.int4: 3}
 SCALE_DTYPE_NUMBERS = {Codec.float32: 0, Codec.int8: 1, Codec.float16: 0, Codec.int4: 2}
-"""0: rows have no scale; 1: float32 scale and bias; 2: float16 scale and bias."""
+"""0: no scale; 1: float32 scale and bias per row; 2: float16 scale and bias per row."""
 
 
 class RowError(ValueError):
@@ -39,7 +39,7 @@ def row_bytes(codec: Codec, dim: int) -> int:
 
 
 def quantize_rows(rows: NDArray[np.float32], codec: Codec) -> NDArray[np.uint8]:
-    """Rows as they are stored.
+    """Encode rows as they are stored.
 
     Args:
         rows: [N, d] float32, contiguous.
@@ -48,7 +48,7 @@ def quantize_rows(rows: NDArray[np.float32], codec: Codec) -> NDArray[np.uint8]:
         [N, row_bytes(codec, d)] uint8.
 
     Raises:
-        RowError: a value is not finite, or a value, scale or bias overflows the codec's type.
+        RowError: a value is not finite, or a value, scale or bias overflows the type that the codec stores it in.
     """
     _require_finite(rows, "holds NaN or infinity")
     match codec:
@@ -68,9 +68,9 @@ def quantize_rows(rows: NDArray[np.float32], codec: Codec) -> NDArray[np.uint8]:
 
 
 def dequantize_rows(packed: NDArray[np.uint8], codec: Codec, dim: int) -> NDArray[np.float32]:
-    """Rows as float32: [N, row_bytes(codec, d)], contiguous (FBGEMM does not ask) -> [N, d].
+    """Decode stored rows: [N, row_bytes(codec, d)] uint8, contiguous (FBGEMM does not check) -> [N, d] float32.
 
-    int8 and int4 are value = q * scale + bias, rounded once where the processor has fused multiply-add.
+    For int8 and int4, value = q * scale + bias, rounded once if the processor has a fused multiply-add.
     """
     match codec:
         case Codec.float32:
@@ -88,7 +88,7 @@ def dequantize_rows(packed: NDArray[np.uint8], codec: Codec, dim: int) -> NDArra
 
 def _pack_nibbles(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
     dim = rows.shape[1]
-    if dim % 2:  # FBGEMM's rows are even; a copy of the last value changes neither scale nor bias.
+    if dim % 2:  # FBGEMM needs an even number of values; a copy of the last one changes neither scale nor bias.
         rows = np.concatenate([rows, rows[:, -1:]], axis=1)
     packed: NDArray[np.uint8] = torch.ops.quantized.embedding_bag_4bit_prepack(torch.from_numpy(rows)).numpy()
     if dim % 2:

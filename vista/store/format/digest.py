@@ -1,9 +1,9 @@
-"""History digest: the sum mod 2^64 of each event's XXH3-64, so that it grows with an append and shrinks with a removal.
+"""History digest: the sum mod 2^64 of the XXH3-64 of each event, so that events can be added and subtracted.
 
 An event is hashed as 17 little-endian bytes: item key (8), time int64 (8), action uint8 (1). The item key is the raw
-int64 id itself, or XXH3-64 of a string id's UTF-8 bytes: it is made once a vocabulary entry, after which every event
-has the same width and XXH3's branch for 17 to 32 bytes is a handful of NumPy operations (checked against xxhash by
-the tests; https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md).
+int64 id itself, or XXH3-64 of the UTF-8 bytes of a string id. It is computed once per vocabulary entry, so that all
+events have the same width, for which XXH3 (its branch for 17 to 32 bytes) is a handful of NumPy operations. The tests
+check them against xxhash (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 EVENT_BYTES = 17
 
-_CHUNK = 8192  # Events whose temporaries fit the second-level cache.
+_CHUNK = 8192  # events whose temporaries fit the second-level cache
 _PRIME64_1 = 0x9E3779B185EBCA87
 _AVALANCHE = np.uint64(0x165667919E3779F9)
 _SECRET = np.frombuffer(
@@ -28,7 +28,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 
 
 def item_keys(item_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> NDArray[np.uint64]:
-    """8-byte keys of raw item ids: the id's own bits if it is an integer, XXH3-64 of its UTF-8 bytes if a string.
+    """8-byte keys of raw item ids: the bits of an integer id, or XXH3-64 of the UTF-8 bytes of a string id.
 
     Args:
         item_ids: [N] int64, or [N] strings (list or NumPy array).
@@ -37,7 +37,7 @@ def item_keys(item_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> NDArray
         [N] uint64. For a whole log: `item_keys(log.items.ids(all_rows))[event_rows]`.
 
     Raises:
-        TypeError: ids are neither integers nor strings.
+        TypeError: the ids are neither integers nor strings.
     """
     array = np.asarray(item_ids)
     if array.dtype.kind in "iu":
@@ -63,7 +63,7 @@ def event_digests(keys: NDArray[np.uint64], times: NDArray[np.int64], actions: N
         [T] uint64.
 
     Raises:
-        ValueError: lengths differ.
+        ValueError: the lengths differ.
     """
     total = len(keys)
     if len(times) != total or len(actions) != total:
@@ -71,7 +71,7 @@ def event_digests(keys: NDArray[np.uint64], times: NDArray[np.int64], actions: N
     digests = np.empty(total, dtype=np.uint64)
     times_bits = np.ascontiguousarray(times, dtype=np.int64).view(np.uint64)
     action_bits = np.asarray(actions, dtype=np.uint8)
-    with np.errstate(over="ignore"):  # Everything is mod 2^64 by definition.
+    with np.errstate(over="ignore"):  # All arithmetic is mod 2^64 by definition.
         for start in range(0, total, _CHUNK):
             part = slice(start, start + _CHUNK)
             item, time = keys[part], times_bits[part]
@@ -91,7 +91,7 @@ def event_digests(keys: NDArray[np.uint64], times: NDArray[np.int64], actions: N
 def history_digests(
     keys: NDArray[np.uint64], times: NDArray[np.int64], actions: NDArray[np.uint8], offsets: NDArray[np.int64]
 ) -> NDArray[np.uint64]:
-    """Digest of each packed history: sum mod 2^64 of its events' digests (0 for an empty one).
+    """Digest of each packed history: the sum mod 2^64 of its events' digests (0 for an empty history).
 
     Args:
         keys, times, actions: [T] as in `event_digests`, users end to end.
@@ -101,20 +101,12 @@ def history_digests(
         [B] uint64.
     """
     sums = np.zeros(len(keys) + 1, dtype=np.uint64)
-    np.cumsum(event_digests(keys, times, actions), out=sums[1:])  # Wraps, as the definition wants.
+    np.cumsum(event_digests(keys, times, actions), out=sums[1:])  # wraps, as the definition requires
     return sums[offsets[1:]] - sums[offsets[:-1]]
 
 
-def history_digest(
-    item_ids_raw: Sequence[int] | Sequence[str] | NDArray[Any], times: NDArray[np.int64], actions: NDArray[np.uint8]
-) -> int:
-    """Digest of one history from raw item ids; `history_digests` is the batched form with keys made once."""
-    digests = event_digests(item_keys(item_ids_raw), times, actions)
-    return int(digests.sum(dtype=np.uint64))
-
-
 def _fold(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Low word xor high word of the 128-bit product."""
+    """XOR of the low and the high word of the 128-bit product."""
     shift = np.uint64(32)
     a_low, a_high, b_low, b_high = a & _LOW, a >> shift, b & _LOW, b >> shift
     high_low = a_high * b_low

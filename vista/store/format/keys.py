@@ -5,60 +5,48 @@ Integers are big-endian with the sign bit flipped, so that byte order is numeric
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.errors import StoreError, UserKeyError
+from vista.errors import UserKeyError
 
 MAX_KEY_BYTES = 511
-"""LMDB's own limit."""
+"""LMDB's limit."""
 
 INT_PREFIX = b"ui"
 STR_PREFIX = b"us"
 
 KINDS = {INT_PREFIX: "int", STR_PREFIX: "str"}
-"""What ids a key's first two bytes speak of."""
+"""Type of the ids by a key's first two bytes."""
 
 CURSOR_KEY = b"!cursor"
 COMPLETE_KEY = b"!complete"
 MANIFEST_KEY = b"!manifest"
 
 _SIGN_BIT = np.uint64(1 << 63)
-_WALK_USERS = 1024
-_WALK_BYTES = 1 << 23
-
-T = TypeVar("T")
-
-
-class Read(Protocol):
-    """Calls a function within a read transaction."""
-
-    def __call__(self, function: Callable[[lmdb.Transaction[memoryview]], T], /) -> T: ...
 
 
 def user_keys(user_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> list[bytes]:
     """Keys of a batch of users.
 
     Args:
-        user_ids: integers in int64's range, or strings; a list, a tuple or a NumPy array of one dimension.
+        user_ids: integers in the range of int64, or strings; a list, a tuple or a one-dimensional NumPy array.
 
     Returns:
-        One key an id, in the same order.
+        One key per id, in the same order.
 
     Raises:
-        UserKeyError: an id is of another type, out of int64's range, or longer than 509 bytes of UTF-8.
+        UserKeyError: an id is of another type, out of the range of int64, or longer than 509 bytes of UTF-8.
     """
     if isinstance(user_ids, np.ndarray):
         if user_ids.ndim != 1:
-            raise UserKeyError(f"user ids must have one dimension, got shape {user_ids.shape}")
+            raise UserKeyError(f"user ids must be one-dimensional, got shape {user_ids.shape}")
         if user_ids.dtype.kind in "iu":
             if user_ids.dtype == np.uint64 and user_ids.size and int(user_ids.max()) >= 1 << 63:
-                raise UserKeyError(f"user id {int(user_ids.max())} is beyond int64; name such users by strings")
+                raise UserKeyError(f"user id {int(user_ids.max())} does not fit int64; use strings as user ids")
             return _int_keys(user_ids.astype(np.int64))
         user_ids = user_ids.tolist()
     kinds = set(map(type, user_ids))
@@ -66,7 +54,7 @@ def user_keys(user_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> list[by
         try:
             return _int_keys(np.array(user_ids, dtype=np.int64))
         except OverflowError:
-            pass  # The loop below names the id.
+            pass  # The loop below reports the id.
     return [user_key(user) for user in user_ids]
 
 
@@ -76,25 +64,25 @@ def user_key(user_id: int | str) -> bytes:
         try:
             key = STR_PREFIX + user_id.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UserKeyError(f"user id {user_id!r} has no UTF-8 form ({error.reason})") from error
+            raise UserKeyError(f"user id {user_id!r} cannot be encoded as UTF-8 ({error.reason})") from error
         if len(key) > MAX_KEY_BYTES:
             raise UserKeyError(
-                f"user id {user_id[:40]!r}… takes {len(key) - 2} bytes, at most {MAX_KEY_BYTES - 2} fit a key; "
+                f"user id {user_id[:40]!r}… takes {len(key) - 2} bytes, but a key holds at most {MAX_KEY_BYTES - 2}; "
                 "hash such ids to shorter ones before `prepare`"
             )
         return key
     if isinstance(user_id, (int, np.integer)) and not isinstance(user_id, bool):
         if not -(1 << 63) <= int(user_id) < 1 << 63:
-            raise UserKeyError(f"user id {user_id} is beyond int64; name such users by strings")
+            raise UserKeyError(f"user id {user_id} does not fit int64; use strings as user ids")
         return INT_PREFIX + ((int(user_id) + (1 << 63)).to_bytes(8, "big"))
-    raise UserKeyError(f"user id {user_id!r} is a {type(user_id).__name__}; user ids are integers or strings")
+    raise UserKeyError(f"user id {user_id!r} is a {type(user_id).__name__}; user ids must be integers or strings")
 
 
 def user_id(key: bytes) -> int | str:
-    """User of a key.
+    """User id of a key.
 
     Raises:
-        UserKeyError: the bytes are no user key.
+        UserKeyError: the bytes are not a user key.
     """
     if key[:2] == INT_PREFIX and len(key) == 10:
         return int.from_bytes(key[2:], "big") - (1 << 63)
@@ -103,64 +91,18 @@ def user_id(key: bytes) -> int | str:
             return key[2:].decode("utf-8")
         except UnicodeDecodeError:
             pass
-    raise UserKeyError(f"{key!r} is no user key")
+    raise UserKeyError(f"{key!r} is not a user key")
 
 
 def kinds_of(keys: Sequence[bytes]) -> set[str]:
-    """The kinds of ids that keys are of: int, str, or mixed where one is no key."""
+    """Types of the ids that keys stand for: int, str, or mixed for bytes that are not a user key."""
     return {KINDS.get(prefix, "mixed") for prefix in {key[:2] for key in keys}}
 
 
 def common_kind(kinds: Iterable[str | None]) -> str | None:
-    """What ids of several kinds are together: int, str, mixed, or None without any."""
-    found = set(kinds) - {None}
-    return None if not found else found.pop() if len(found) == 1 else "mixed"
-
-
-def walk(
-    read: Read, take: Callable[[list[bytes], list[memoryview]], T], after: bytes = b"u"
-) -> Iterator[tuple[list[bytes], T]]:
-    """All users beyond a key, ascending, some at a time, each time in a short read transaction of its own.
-
-    Args:
-        read: of an environment.
-        take: makes of at most 1,024 keys and their values what is yielded with the keys; the values die with it.
-        after: a key.
-
-    Raises:
-        StoreError: the keys are out of order, so the file is damaged.
-    """
-
-    def some(transaction: lmdb.Transaction[memoryview]) -> tuple[list[bytes], list[T]]:
-        keys: list[bytes] = []
-        values: list[memoryview] = []
-        size, cursor = 0, transaction.cursor()
-        if cursor.set_range(after + b"\0"):
-            for view, value in cursor:
-                key = bytes(view)
-                if not key.startswith(b"u"):
-                    break
-                keys.append(key)
-                values.append(value)
-                size += len(value)
-                if size >= _WALK_BYTES or len(keys) == _WALK_USERS:
-                    break
-        taken = [take(keys, values)] if keys else []
-        if any(key <= before for before, key in pairwise([after, *keys])):
-            raise StoreError("the keys of the store are out of order, so its file is damaged; refresh it again")
-        return keys, taken
-
-    while True:
-        keys, taken = read(some)
-        if not keys:
-            return
-        after = keys[-1]
-        yield keys, taken[0]
-
-
-def copied(keys: list[bytes], values: list[memoryview]) -> list[bytes]:
-    """For `walk`: copies of the values."""
-    return list(map(bytes, values))
+    """Type of the ids of several sets together: int, str, mixed, or None if all are empty."""
+    distinct = set(kinds) - {None}
+    return None if not distinct else distinct.pop() if len(distinct) == 1 else "mixed"
 
 
 def _int_keys(ids: NDArray[np.int64]) -> list[bytes]:

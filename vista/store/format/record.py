@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -16,7 +16,6 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from vista.config.choices import Codec
 from vista.errors import RecordError, UserKeyError
 from vista.store.format.authentication import CODE_BYTES, record_code
 from vista.store.format.codecs import (
@@ -25,111 +24,38 @@ from vista.store.format.codecs import (
     RowError,
     dequantize_rows,
     quantize_rows,
-    row_bytes,
 )
 from vista.store.format.keys import user_id
-from vista.store.stored_batch import Tail
-
-MAX_RECORD_BYTES = 1 << 24
-"""Of one record, header included: refused when written and, before anything is taken from it, when read."""
-
-MAGIC = b"VSUM"
-FORMAT_VERSION = 1
-HEADER_BYTES = 128
-CHECKSUM_OFFSET = 120
-AUTHENTICATED = 1
-"""Bit of the flags: the record ends with a code."""
-TAIL_EVENT_BYTES = 13
-"""Item row int32, time int64, action uint8."""
-
-HEADER = np.dtype(
-    [
-        ("magic", "S4"),
-        ("format_version", "<u2"),
-        ("header_length", "<u2"),
-        ("flags", "<u4"),
-        ("codec", "<u2"),
-        ("tokens", "<u2"),
-        ("dim", "<u2"),
-        ("scale_dtype", "<u2"),
-        ("payload_length", "<u4"),
-        ("generation", "<u8"),
-        ("summarizer_id", "u1", (32,)),
-        ("key_hash", "<u8"),
-        ("created_at", "<i8"),
-        ("last_event_ts", "<i8"),
-        ("event_count", "<i8"),
-        ("applied_segment", "<u8"),
-        ("history_digest", "<u8"),
-        ("tail_length", "<u4"),
-        ("reserved", "<u4"),
-        ("checksum", "<u8"),
-    ]
+from vista.store.format.record_spec import (
+    AUTHENTICATED,
+    CHECKSUM_OFFSET,
+    FORMAT_VERSION,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    MAX_RECORD_BYTES,
+    TAIL_EVENT_BYTES,
+    RecordSpec,
 )
-assert HEADER.itemsize == HEADER_BYTES
+from vista.store.tail import Tail
 
 _KEY_HASH_BYTES = slice(64, 72)
 _SHARED_FIELDS = (
     *("magic", "format_version", "header_length", "flags", "codec", "tokens", "dim", "scale_dtype"),
     *("generation", "summarizer_id", "reserved"),
 )
-"""Equal in all records of a generation; below, where they lie."""
+"""Fields that are equal in all records of a generation; their bytes follow."""
 _SHARED_BYTES = np.r_[0:20, 24:64, 116:120]
 
 
 @dataclass(frozen=True, slots=True)
-class RecordSpec:
-    """What all records of one generation share."""
-
-    summarizer_id: bytes
-    """SHA-256, 32 bytes."""
-    generation: int
-    num_tokens: int
-    """K; 0 where stage 1 is off."""
-    dim: int
-    codec: Codec
-    created_at: int = 0
-    """Start of the refresh in ms; kept on resume. Written, not checked."""
-    applied_segment: int = 0
-    """Newest log segment in the records. Written, not checked."""
-    key: bytes | None = field(default=None, repr=False)
-    """32 bytes: records end with a code that only its holders can make (`vista.store.format.authentication`)."""
-
-    def __post_init__(self) -> None:
-        if len(self.summarizer_id) != 32:
-            raise ValueError(f"summarizer_id must be 32 bytes (SHA-256), got {len(self.summarizer_id)}")
-        if not 0 <= self.num_tokens < 1 << 16 or not 1 <= self.dim < 1 << 16:
-            raise ValueError(f"num_tokens must lie in [0, 65535], dim in [1, 65535]: {self.num_tokens}, {self.dim}")
-        if HEADER_BYTES + self.rows_bytes + self.code_bytes > MAX_RECORD_BYTES:
-            raise ValueError(
-                f"{self.num_tokens} rows of {self.row_bytes} bytes do not fit a record of {MAX_RECORD_BYTES} bytes; "
-                "take fewer tokens, a smaller dim or a smaller codec"
-            )
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one summary row."""
-        return row_bytes(self.codec, self.dim)
-
-    @property
-    def rows_bytes(self) -> int:
-        """R: bytes of all rows of one user."""
-        return self.num_tokens * self.row_bytes
-
-    @property
-    def code_bytes(self) -> int:
-        """Bytes of the authentication code: 16 with a key, 0 without."""
-        return 0 if self.key is None else CODE_BYTES
-
-
-@dataclass(frozen=True, slots=True)
 class RawRecords:
-    """Records copied out of the store and checked, rows still quantized."""
+    """Records copied out of the store and checked, with their rows still quantized."""
 
     headers: NDArray[np.void]
     """[B] of dtype HEADER."""
     rows: NDArray[np.uint8]
-    """All rows' bytes, [B, R]; maybe a view of all that was copied, which `decode_rows` lays end to end."""
+    """Bytes of all rows, [B, R]; possibly a strided view, which `decode_rows` makes contiguous."""
     tail: Tail
 
 
@@ -143,24 +69,24 @@ def encode_records(
     last_event_ts: NDArray[np.int64],
     history_digest: NDArray[np.uint64],
 ) -> list[bytes]:
-    """Records of a batch of users.
+    """Encode the records of a batch of users.
 
     Args:
         keys: B keys from `vista.store.format.keys.user_keys`.
         summary: [B, K, d] float32.
         tail: last events of the B users.
         spec: what the generation's records share (`StoreWriter.spec`).
-        event_count: [B] events that the summary has seen.
-        last_event_ts: [B] time of the newest of them; NO_TIMESTAMP for none.
+        event_count: [B] events that the summary covers.
+        last_event_ts: [B] time of the newest of them; NO_TIMESTAMP without events.
         history_digest: [B] uint64 from `vista.store.format.digest.history_digests`.
 
     Returns:
         B byte strings.
 
     Raises:
-        RecordError: a summary is not finite or overflows the codec, or a record would be larger than MAX_RECORD_BYTES;
-            the message names the user.
-        ValueError: shapes differ.
+        RecordError: a summary is not finite or overflows the codec, or a record would exceed MAX_RECORD_BYTES; the
+            message names the user.
+        ValueError: the shapes do not match.
     """
     num_users = len(keys)
     if summary.shape != (num_users, spec.num_tokens, spec.dim):
@@ -168,15 +94,15 @@ def encode_records(
     if len(tail.offsets) != num_users + 1 or not (
         len(tail.items) == len(tail.times) == len(tail.actions) == tail.offsets[-1]
     ):
-        raise ValueError(f"the tail's arrays do not fit {num_users} users, or one another")
+        raise ValueError(f"tail: the lengths of its arrays do not match each other, or the {num_users} users")
     rows_KD = np.ascontiguousarray(summary, dtype="<f4").reshape(num_users * spec.num_tokens, spec.dim)
     try:
         rows = quantize_rows(rows_KD, spec.codec)
     except RowError as error:
         user, token = user_id(keys[error.row // spec.num_tokens]), error.row % spec.num_tokens
         raise RecordError(
-            f"the summary of user {user!r} is refused: row {token} {error.reason}; nothing of this batch was "
-            "written. Check that user's events and the model's weights"
+            f"the summary of user {user!r} cannot be stored: row {token} {error.reason}; nothing of this batch was "
+            "written. Check the user's events and the model's weights"
         ) from error
 
     offsets = np.asarray(tail.offsets, dtype=np.int64)
@@ -214,7 +140,14 @@ def encode_records(
 
 
 def seal_record(header: bytes, payload: list[bytes | memoryview], user_key: bytes, key: bytes | None) -> bytes:
-    """A record of a header whose checksum is still zero and the payload before its code, both complete otherwise."""
+    """Finish a record: append the authentication code, if there is a key, and fill in the checksum.
+
+    Args:
+        header: complete but for its checksum, which is zero.
+        payload: complete but for the code.
+        user_key: under which the record is stored.
+        key: 32 bytes, if the store is authenticated.
+    """
     if key is not None:
         payload = [*payload, record_code(key, user_key, header, payload)]
     checksum = xxhash.xxh3_64(header)
@@ -224,7 +157,7 @@ def seal_record(header: bytes, payload: list[bytes | memoryview], user_key: byte
 
 
 def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> RawRecords:
-    """Check a batch of stored values and copy them out (the values may die afterwards).
+    """Check a batch of stored values and copy them out; the values need not stay valid afterwards.
 
     Args:
         values: B stored values.
@@ -253,35 +186,34 @@ def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], sp
 def decode_rows(raw: RawRecords, spec: RecordSpec) -> NDArray[np.float32]:
     """Summaries of checked records as [B, K, d] float32."""
     count = len(raw.headers)
-    # Flat in between: of a single record NumPy keeps the stride, which torch refuses.
+    # Flattened in between: for a single record NumPy keeps the stride, which torch refuses.
     rows = np.ascontiguousarray(raw.rows).reshape(-1).reshape(count * spec.num_tokens, spec.row_bytes)
     return dequantize_rows(rows, spec.codec, spec.dim).reshape(count, spec.num_tokens, spec.dim)
 
 
 def sum_of_checksums(records: Sequence[bytes | memoryview]) -> int:
-    """Sum mod 2^64 of the checksums that records carry."""
+    """Sum mod 2^64 of the checksums in the records' headers."""
     checksums = b"".join([record[CHECKSUM_OFFSET:HEADER_BYTES] for record in records])
     return int(np.frombuffer(checksums, "<u8").sum(dtype=np.uint64))
 
 
 def check_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> None:
-    """Check a batch of stored values, as `read_records` does."""
+    """Check a batch of stored values like `read_records`, without returning them."""
     _checked_copies(values, keys, spec)
 
 
 class _Copies:
-    """Records copied end to end, with zeros for their checksums: an operation on all where Python's calls would cost
-    more than the bytes."""
+    """Records copied end to end, with zeros for their checksums, so that NumPy handles the whole batch at once."""
 
     def __init__(self, values: Sequence[bytes | memoryview], lengths: NDArray[np.int64]) -> None:
         self.content = bytearray().join(values)
         self.stops = np.cumsum(lengths)
         self.starts = self.stops - lengths
         self.one_length = len(lengths) > 0 and bool((lengths == lengths[0]).all())
-        """Whether all are of one length: the usual case, where a rectangle is cut out at once."""
+        """Whether all records have the same length: the usual case, in which fields are columns of a matrix."""
         headers = self.cut(np.zeros_like(lengths), np.full_like(lengths, HEADER_BYTES)).reshape(-1).copy()
         self.headers = headers.view(HEADER)
-        """[B], checksums as they were stored."""
+        """[B], with the checksums as stored."""
         if self.one_length:
             self._table()[:, CHECKSUM_OFFSET:HEADER_BYTES] = 0
         else:
@@ -294,7 +226,7 @@ class _Copies:
         return [view[start:stop] for start, stop in zip(self.starts.tolist(), self.stops.tolist(), strict=True)]
 
     def cut(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Bytes first[b] to last[b] of each record b: [B, bytes], a view, where all are of one length; else flat."""
+        """Bytes first[b] to last[b] of each record b: a view [B, bytes] if all have one length, otherwise flat."""
         if self.one_length:
             return self._table()[:, int(first[0]) : int(last[0])]
         view = memoryview(self.content)
@@ -318,7 +250,7 @@ def _checked_copies(values: Sequence[bytes | memoryview], keys: Sequence[bytes],
     template = _template(spec)
     shared = headers.view(np.uint8).reshape(-1, HEADER_BYTES)[:, _SHARED_BYTES]
     alike = bool((shared == np.frombuffer(template.tobytes(), np.uint8)[_SHARED_BYTES]).all())
-    if not alike:  # One comparison for all in the usual case; by name where something differs.
+    if not alike:  # The usual case is one comparison for all; fields are checked by name only to report a difference.
         for field in ("magic", "format_version", "header_length"):
             require(field, template[field])
     require("payload_length", lengths - HEADER_BYTES)
@@ -328,9 +260,9 @@ def _checked_copies(values: Sequence[bytes | memoryview], keys: Sequence[bytes],
         for field in _SHARED_FIELDS:
             if field != "summarizer_id":
                 require(field, template[field])
-        found = [row.tobytes().hex() for row in headers["summarizer_id"]]
-        same = np.array(found) == spec.summarizer_id.hex()
-        _check(same, keys, found, "summarizer_id", spec.summarizer_id.hex())
+        summarizer_ids = [row.tobytes().hex() for row in headers["summarizer_id"]]
+        same = np.array(summarizer_ids) == spec.summarizer_id.hex()
+        _check(same, keys, summarizer_ids, "summarizer_id", spec.summarizer_id.hex())
     require("key_hash", _key_hashes(keys))
     tail_bytes = lengths - HEADER_BYTES - spec.rows_bytes - spec.code_bytes
     require("tail_length", tail_bytes // TAIL_EVENT_BYTES)
@@ -345,20 +277,20 @@ def _check_codes(views: Sequence[memoryview], keys: Sequence[bytes], key: bytes)
         code = record_code(key, user, bytes(view[:HEADER_BYTES]), [view[HEADER_BYTES:-CODE_BYTES]])
         if not hmac.compare_digest(view[-CODE_BYTES:], code):
             raise RecordError(
-                f"the record of {_user_of(user)} was not written with this key, or was changed or moved since: its "
-                "authentication code is wrong. Do not serve it; find out who can write to the store, then refresh it"
+                f"the record of {_user_of(user)} has a wrong authentication code: it was not written with this key, or "
+                "was changed or moved since. Do not serve it; find out who can write to the store, then refresh it"
             )
 
 
 def check_keys(keys: Sequence[bytes], values: Sequence[memoryview]) -> None:
-    """Check keys against the hashes in their records: a key itself has no checksum.
+    """Check keys against the hashes in their records; a key has no checksum of its own.
 
     Raises:
-        RecordError: a key is not the one that the record was written under.
+        RecordError: a record was written under another key.
     """
-    found = np.array([int.from_bytes(value[_KEY_HASH_BYTES], "little") for value in values], dtype=np.uint64)
+    stored = np.array([int.from_bytes(value[_KEY_HASH_BYTES], "little") for value in values], dtype=np.uint64)
     expected = _key_hashes(keys)
-    _check(found == expected, keys, found, "key_hash", expected)
+    _check(stored == expected, keys, stored, "key_hash", expected)
 
 
 def _key_hashes(keys: Sequence[bytes]) -> NDArray[np.uint64]:
@@ -388,8 +320,8 @@ def _require_size(lengths: NDArray[np.int64], keys: Sequence[bytes]) -> None:
     if (lengths > MAX_RECORD_BYTES).any():
         index = int(lengths.argmax())
         raise RecordError(
-            f"the record of {_user_of(keys[index])} would take {lengths[index]} bytes, at most {MAX_RECORD_BYTES} are "
-            "allowed; nothing of this batch was written. Store a shorter tail (model.tail_len), or a smaller codec"
+            f"the record of {_user_of(keys[index])} would take {lengths[index]} bytes, but at most {MAX_RECORD_BYTES} "
+            "are allowed; nothing of this batch was written. Use a shorter tail (model.tail_len) or a smaller codec"
         )
 
 
@@ -397,15 +329,15 @@ def _flat(array: NDArray[Any]) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _check(ok: NDArray[np.bool_], keys: Sequence[bytes], found: Any, field: str, expected: Any) -> None:
+def _check(ok: NDArray[np.bool_], keys: Sequence[bytes], actual: Any, field: str, expected: Any) -> None:
     if ok.all():
         return
     index = int(np.flatnonzero(~ok)[0])
     if isinstance(expected, np.ndarray):
         expected = expected[index]
     raise RecordError(
-        f"the record of {_user_of(keys[index])} is corrupt or of another format: {field} is {found[index]}, expected "
-        f"{expected}. Refresh the store again, or roll CURRENT back to the generation before"
+        f"the record of {_user_of(keys[index])} is corrupt or of another format: {field} is {actual[index]}, expected "
+        f"{expected}. Refresh the store again, or publish the previous generation (`vista store rollback`)"
     )
 
 

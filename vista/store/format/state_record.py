@@ -1,7 +1,7 @@
-"""Records of states, from which summaries are reread after an append (docs/reference/file-formats.md, "States").
+"""The bytes of one user's state, from which the summary is read (docs/reference/file-formats.md, "States").
 
-N users, L layers, H heads, D head dim. Little-endian: a header of 120 bytes; n and removed float32 [H]; float16 only:
-scales float32 [L, H]; z [L, H, D, D].
+N users, L layers, H heads, D head dim. All numbers are little-endian: a header of 120 bytes; n and removed, float32
+[H]; for float16 only, scales float32 [L, H]; z [L, H, D, D].
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lmdb
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from vista.config.choices import StateDtype
 from vista.errors import RecordError
 from vista.store.format.keys import user_id
-from vista.store.lmdb.environment import SharedEnvironment
 
 MAGIC = b"VSTA"
 FORMAT_VERSION = 1
@@ -64,7 +62,7 @@ class StateSpec:
     head_dim: int
     dtype: StateDtype
     created_at: int = 0
-    """Start of the refresh that writes, ms. Written, not checked."""
+    """Start of the refresh in ms. Written, not checked."""
 
     @property
     def payload_bytes(self) -> int:
@@ -75,26 +73,26 @@ class StateSpec:
 
     @property
     def record_bytes(self) -> int:
-        """Bytes a user, without its key."""
+        """Bytes per user, without the key."""
         return HEADER.itemsize + self.payload_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class StateArrays:
-    """States of N users (`vista.model.summary_state`) and which events are in them."""
+    """States of N users (`vista.model.summary_state`), and which events they cover."""
 
     z: NDArray[np.float32]
     """[N, L, H, D, D]."""
     n: NDArray[np.float32]
-    """[N, H] sum of the events' weights."""
+    """[N, H] sums of the events' weights."""
     removed: NDArray[np.float32]
-    """[N, H] weight taken back since the last computation from events."""
+    """[N, H] weight subtracted since the last computation from events."""
     clock: NDArray[np.int64]
-    """[N] the moment that weights are seen from."""
+    """[N] the time to which the weights are decayed."""
     num_events: NDArray[np.int64]
     """[N]."""
     applied_segment: NDArray[np.int64]
-    """[N] newest segment of the log in each."""
+    """[N] newest segment of the log that each state covers."""
     history_digest: NDArray[np.uint64]
     """[N]."""
 
@@ -103,11 +101,11 @@ class StateArrays:
 
 
 def encode_states(keys: Sequence[bytes], states: StateArrays, spec: StateSpec) -> list[bytes]:
-    """State records of N users.
+    """Encode the states of N users.
 
     Args:
         keys: N keys from `vista.store.format.keys.user_keys`.
-        states: of the N users, finite.
+        states: of the N users; all values finite.
         spec: what the generation's states share.
     """
     count = len(keys)
@@ -118,7 +116,7 @@ def encode_states(keys: Sequence[bytes], states: StateArrays, spec: StateSpec) -
         headers[name] = getattr(states, name)
     z, parts = states.z, [headers, states.n, states.removed]
     if spec.dtype is StateDtype.float16:
-        # A scale a matrix: sums over a million events are beyond float16's range, and so are their small beginnings.
+        # One scale per matrix: sums over a million events overflow float16, and those of a few events underflow it.
         scale = np.abs(z).max(axis=(-2, -1), initial=0)
         scaled = z / np.where(scale > 0, scale, 1)[..., None, None]
         parts += [scale, scaled.astype("<f2")]
@@ -128,7 +126,7 @@ def encode_states(keys: Sequence[bytes], states: StateArrays, spec: StateSpec) -
 
 
 def rounded(states: StateArrays, spec: StateSpec) -> StateArrays:
-    """The states as they come back from the store."""
+    """The states as the store returns them after a round trip."""
     if spec.dtype is StateDtype.float32:
         return states
     keys = [b"ui"] * len(states.n)
@@ -136,10 +134,10 @@ def rounded(states: StateArrays, spec: StateSpec) -> StateArrays:
 
 
 def decode_states(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: StateSpec) -> StateArrays:
-    """Check stored states and decode them (the values may die afterwards).
+    """Check and decode stored states; the values need not stay valid afterwards.
 
     Raises:
-        RecordError: one is truncated, corrupt, of another model or generation; the message names the user.
+        RecordError: a state is truncated, corrupt, or of another model or generation; the message names the user.
     """
     size = spec.record_bytes
     _check([len(value) == size for value in values], keys, "length")
@@ -173,7 +171,7 @@ def decode_states(values: Sequence[bytes | memoryview], keys: Sequence[bytes], s
 
 
 def restamp_states(values: Sequence[bytes], generation: int) -> list[bytes]:
-    """Checked states as those of another generation: all but its number and the checksum stays."""
+    """Move checked states to another generation: only its number and the checksum change."""
     if not values:
         return []
     rows = np.stack([np.frombuffer(value, np.uint8) for value in values])
@@ -181,24 +179,6 @@ def restamp_states(values: Sequence[bytes], generation: int) -> list[bytes]:
     headers["generation"], headers["checksum"] = generation, 0
     rows[:, : HEADER.itemsize] = _rows(headers)
     return _sealed(rows)
-
-
-def read_states(
-    environment: SharedEnvironment, keys: Sequence[bytes], spec: StateSpec
-) -> tuple[NDArray[np.int64], StateArrays]:
-    """Rows of the keys that have a state, and these states, read in one transaction.
-
-    Raises:
-        RecordError: as `decode_states`.
-    """
-
-    def read(transaction: lmdb.Transaction[memoryview]) -> tuple[NDArray[np.int64], StateArrays]:
-        values = [transaction.get(key) for key in keys]
-        rows = [row for row, value in enumerate(values) if value is not None]
-        found = [value for value in values if value is not None]
-        return np.array(rows, np.int64), decode_states(found, [keys[row] for row in rows], spec)
-
-    return environment.read(read)
 
 
 def _template(spec: StateSpec) -> np.void:
@@ -213,7 +193,7 @@ def _template(spec: StateSpec) -> np.void:
 
 
 def _sealed(rows: NDArray[np.uint8]) -> list[bytes]:
-    """Records [N, bytes], whose checksums are 0, with their checksums."""
+    """Fill in the checksums of records [N, bytes], which are 0."""
     checksums = np.array([xxhash.xxh3_64_intdigest(row.data) for row in rows], dtype="<u8")
     rows[:, _CHECKSUM_OFFSET : HEADER.itemsize] = _rows(checksums)
     return [row.tobytes() for row in rows]
@@ -229,5 +209,5 @@ def _check(ok: Any, keys: Sequence[bytes], field: str) -> None:
     if len(wrong):
         raise RecordError(
             f"the state of user {user_id(keys[int(wrong[0])])!r} is corrupt or of another format ({field}); run a "
-            "full refresh, which makes all states anew"
+            "full refresh, which recomputes all states"
         )

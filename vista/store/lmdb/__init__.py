@@ -1,1 +1,1 @@
-"""LMDB environments and the files around them: opened safely, locked, checked, with the right modes."""
+"""LMDB environments and their files: opened safely, locked, checked, and with the right permissions."""

@@ -1,4 +1,4 @@
-"""The files of an LMDB environment: opened the one way that is safe, and checked before LMDB sees them."""
+"""The files of an LMDB environment: opened safely, and checked before LMDB sees them."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ import lmdb
 import lmdb.verify
 
 from vista.errors import StoreBusyError, StoreError
-from vista.store.lmdb.permissions import PRIVATE, modes_of, set_mode
+from vista.store.lmdb.permissions import PRIVATE, permissions_of, set_mode
 
 MAP_SIZE_BYTES = 1 << 40
-"""Address space reserved; neither memory nor disk. Reserved once, so that the map never has to grow under readers."""
+"""Reserved address space, which takes neither memory nor disk; large enough that the map never grows under readers."""
 MAX_READERS = 1024
-"""Slots of the reader table: at least processes x threads. The first opener of a generation decides."""
+"""Slots of the reader table, one per reading thread of all processes."""
 ATTEMPTS = 3
-"""Looks at a file as a whole, if it is written meanwhile."""
+"""How often a whole file is checked again if another process writes it during the check."""
 
 _SMALLEST_MAP_BYTES = 1 << 28
 _READER_BYTES = 64
 _READER_TABLE_HEAD_BYTES = 128
 _PAGE_HEADER_BYTES = 16
-_META = struct.Struct("=II16xI92xQQ")  # magic, version, …, page size, …, last page, transaction; host byte order
+_META = struct.Struct("=II16xI92xQQ")  # magic, version, page size, last page, transaction; in the host's byte order
 _META_MAGIC = 0xBEEFC0DE
 _META_VERSION = 1
 
 logger = logging.getLogger(__name__)
 
-REMEDY = "refresh the store again, or write the name of the generation before into CURRENT"
+REMEDY = "refresh the store again, or publish the previous generation (`vista store rollback`)"
 
 
-def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READERS) -> lmdb.Environment:
-    """Open (a writer: or create) the environment in a folder.
+def open_environment(path: Path, *, readonly: bool) -> lmdb.Environment:
+    """Open the environment in a folder; for writing, create it if needed.
 
-    Always synchronous, locked, without writemap, in LMDB 0.9's format. Where the address space is limited (ulimit -v),
-    a smaller map is reserved and its size logged.
+    It is always synchronous, with locks and without writemap, in the format of LMDB 0.9. If the address space is
+    limited (ulimit -v), a smaller map is reserved and its size is logged.
 
     Raises:
-        StoreError: no environment, truncated, foreign, not accessible, no room for the reader table, or no address
-            space; the message has the remedy.
+        StoreError: the environment is missing, truncated, not of LMDB or not accessible, or there is no room for the
+            reader table or in the address space; the message has the remedy.
     """
     if readonly or (path / "data.mdb").exists():
         check_data_file(path / "data.mdb")
-    modes = modes_of(path)
-    made = [(path / name, mode) for name, mode in (("data.mdb", modes.file), ("lock.mdb", modes.lock))]
+    permissions = permissions_of(path)
+    made = [(path / name, mode) for name, mode in (("data.mdb", permissions.file), ("lock.mdb", permissions.lock))]
     made = [(file, mode) for file, mode in made if not file.exists()]
-    _make_reader_table(path / "lock.mdb", max_readers)
+    _make_reader_table(path / "lock.mdb")
     size = MAP_SIZE_BYTES
     while True:
         try:
@@ -60,32 +60,32 @@ def open_environment(path: Path, *, readonly: bool, max_readers: int = MAX_READE
                 readonly=readonly,
                 create=not readonly,
                 mode=PRIVATE.file,
-                max_readers=max_readers,
+                max_readers=MAX_READERS,
                 lib_version=0,
             )
             break
         except lmdb.MemoryError as error:
             if size <= _SMALLEST_MAP_BYTES:
                 raise StoreError(
-                    f"{path}: no address space for a map of {size} bytes; raise the limit (ulimit -v unlimited)"
+                    f"{path}: no address space is left for a map of {size} bytes; raise the limit (ulimit -v unlimited)"
                 ) from error
             size >>= 2
         except lmdb.Error as error:
-            raise StoreError(f"{path}: {error}. Readers too need write access to lock.mdb; {REMEDY}") from error
-        except OSError as error:  # its folder is gone, as that of an old generation is after a flip
+            raise StoreError(f"{path}: {error}. Readers also need write access to lock.mdb; {REMEDY}") from error
+        except OSError as error:  # its folder was removed, as that of an old generation is after a new one is published
             raise StoreError(f"{path}: {error.strerror}; {REMEDY}") from error
-    for file, mode in made:  # LMDB's own mode loses the umask's bits, and a shared lock file needs one of its own.
-        if file.exists():  # On a file system that is read-only LMDB does without lock.mdb.
+    for file, mode in made:  # LMDB applies the umask to its mode, and a shared lock file needs another mode.
+        if file.exists():  # On a read-only file system LMDB works without lock.mdb.
             set_mode(file, mode)
     if size < MAP_SIZE_BYTES:
-        logger.warning("%s: address space is limited (ulimit -v); reserved %d bytes instead of 1 TiB", path, size)
+        logger.warning("%s: the address space is limited (ulimit -v); reserved %d bytes instead of 1 TiB", path, size)
     return environment
 
 
-def _make_reader_table(path: Path, max_readers: int) -> None:
-    """Make lock.mdb with all its blocks where there is none.
+def _make_reader_table(path: Path) -> None:
+    """Make lock.mdb with all its blocks, unless it exists.
 
-    LMDB would make a file of holes and write to it through a map, which on a full disk ends the process (SIGBUS).
+    LMDB would make a sparse file and write to it through a map, which kills the process (SIGBUS) if the disk is full.
 
     Raises:
         StoreError: the disk is full.
@@ -95,42 +95,42 @@ def _make_reader_table(path: Path, max_readers: int) -> None:
         if path.exists():
             return
         with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, PRIVATE.file)) as file:
-            file.write(bytes(_READER_BYTES * max_readers + _READER_TABLE_HEAD_BYTES))
+            file.write(bytes(_READER_BYTES * MAX_READERS + _READER_TABLE_HEAD_BYTES))
         with suppress(FileExistsError):  # Another process was first.
             os.link(partial, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(
-                f"{path}: {error.strerror}, and its readers need a table of {_READER_BYTES * max_readers} bytes; free "
-                "some space and open the store again"
+                f"{path}: {error.strerror}; readers need this table of {_READER_BYTES * MAX_READERS} bytes, so "
+                "free some space and open the store again"
             ) from error
-        logger.debug("%s: %s", path, error)  # LMDB meets the same, and says what it means for it.
+        logger.debug("%s: %s", path, error)  # LMDB meets the same error and reports it.
     finally:
         with suppress(OSError):
             partial.unlink()
 
 
 def check_data_file(path: Path) -> None:
-    """Refuse a data file that LMDB would crash on: it maps what the meta page promises, whatever the file's size.
+    """Refuse a truncated data file: LMDB maps as many pages as the meta page promises, and would crash on it.
 
-    A file that lacks pages which nothing refers to is whole (`complete_size`).
+    A file that only lacks pages at the end that nothing refers to is not truncated (`complete_size`).
 
     Raises:
-        StoreError: missing, foreign or truncated; the message holds the sizes and the remedy.
+        StoreError: missing, truncated, or not of LMDB; the message has the sizes and the remedy.
     """
-    found, expected = committed_size(path)
-    if found < expected and _structural_problems(path.parent):
-        raise StoreError(f"{path} is truncated: {found} bytes, its pages need {expected}; {REMEDY}")
+    size, expected = committed_size(path)
+    if size < expected and _structural_problems(path.parent):
+        raise StoreError(f"{path} is truncated: it has {size} bytes, but its pages need {expected}; {REMEDY}")
 
 
 def committed_size(path: Path) -> tuple[int, int]:
-    """Size of a data file, and the size that its last committed transaction speaks of, in bytes.
+    """Size of a data file, and the size according to its last committed transaction, in bytes.
 
     Raises:
-        StoreError: missing or foreign.
+        StoreError: missing, or not of LMDB.
     """
-    found, expected, _ = _committed(path)
-    return found, expected
+    size, expected, _ = _committed(path)
+    return size, expected
 
 
 def _committed(path: Path) -> tuple[int, int, int]:
@@ -141,37 +141,37 @@ def _committed(path: Path) -> tuple[int, int, int]:
             if metas[0] is not None:
                 file.seek(metas[0][0])
                 metas.append(_read_meta(file.read(_PAGE_HEADER_BYTES + _META.size)))
-            found = os.fstat(file.fileno()).st_size  # Last: a file that is being written grows first.
+            size = os.fstat(file.fileno()).st_size  # last, because a writer grows the file before it commits
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}; {REMEDY}") from error
     valid = [meta for meta in metas if meta is not None]
     if len(valid) < 2:
-        raise StoreError(f"{path} is no LMDB 0.9 data file ({found} bytes); {REMEDY}")
+        raise StoreError(f"{path} is not an LMDB 0.9 data file ({size} bytes); {REMEDY}")
     page_bytes, last_page, transaction = max(valid, key=lambda meta: meta[2])
-    return found, (last_page + 1) * page_bytes, transaction
+    return size, (last_page + 1) * page_bytes, transaction
 
 
 def complete_size(folder: Path) -> None:
-    """Give an environment's file the size that its meta page speaks of, so that readers can tell a truncated one.
+    """Extend an environment's file to the size in its meta page, so that readers can recognize a truncated file.
 
-    LMDB does not write pages at the end that a transaction took and gave back. Nobody else may write meanwhile.
+    LMDB does not write pages at the end that a transaction allocated and freed. Nobody else may write at the same time.
     """
     path = folder / "data.mdb"
-    found, expected = committed_size(path)
-    if found < expected:
+    size, expected = committed_size(path)
+    if size < expected:
         with path.open("r+b") as file:
             file.truncate(expected)
             os.fsync(file.fileno())
 
 
 def check_structure(folder: Path) -> None:
-    """Check every page of an environment's file without handing it to LMDB, which a damaged one may crash.
+    """Check every page of an environment's file without opening it with LMDB, which may crash on a damaged file.
 
-    What another process writes meanwhile makes a bad verdict void, and it is checked again.
+    If another process writes the file during a failed check, the check is repeated.
 
     Raises:
-        StoreError: missing, foreign, truncated or damaged.
-        StoreBusyError: it was written each time.
+        StoreError: missing, truncated, damaged, or not of LMDB.
+        StoreBusyError: the file was written during every check.
     """
     for _ in range(ATTEMPTS):
         transaction = last_transaction(folder)
@@ -180,7 +180,7 @@ def check_structure(folder: Path) -> None:
             problems = _structural_problems(folder)
             if not problems:
                 return
-            raise StoreError(f"{folder}: the database's structure is damaged: {problems[0]}; {REMEDY}")
+            raise StoreError(f"{folder}: the structure of the database is damaged: {problems[0]}; {REMEDY}")
         except StoreError:
             if last_transaction(folder) == transaction:
                 raise
@@ -188,7 +188,7 @@ def check_structure(folder: Path) -> None:
 
 
 def last_transaction(folder: Path) -> int:
-    """Number of an environment's last committed transaction; -1 where its file is missing or foreign."""
+    """Number of an environment's last committed transaction; -1 if its file is missing or not of LMDB."""
     try:
         return _committed(folder / "data.mdb")[2]
     except StoreError:

@@ -1,7 +1,8 @@
-"""LMDB environments, opened the one way that is safe (docs/reference/file-formats.md, "LMDB environment").
+"""LMDB environments shared by all threads of a process (docs/reference/file-formats.md, "LMDB environment").
 
-One environment a file and process: LMDB forbids a second one, and forbids use after fork. Hence the registry below, and
-the gate, which every read transaction passes: a fork, a close and a map change wait until no transaction is open.
+LMDB allows one environment per file and process, and none across a fork. The registry below ensures the first. The
+gate, which every transaction passes, ensures the second: forks, closes and map changes wait until no transaction is
+open.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ from typing import TypeVar
 import lmdb
 
 from vista.errors import StoreError
-from vista.store.lmdb.data_file import MAX_READERS, REMEDY, committed_size, complete_size, open_environment
-from vista.store.lmdb.flock import waited_for
+from vista.store.lmdb.data_file import REMEDY, committed_size, complete_size, open_environment
+from vista.store.lmdb.flock import flocked
 
 T = TypeVar("T")
 
 
 class _Gate:
-    """Many transactions or one exclusive section; held for milliseconds.
+    """Admits many transactions or one exclusive section, each for milliseconds.
 
-    Ctrl-C may strike at any call, those that leave a section too. What a thread has left behind so counts no more when
-    that thread comes for the exclusive section: it is in no other then.
+    Ctrl-C may interrupt any call, including those that leave a section. A thread that asks for the exclusive section is
+    in no other section, so whatever such an interrupt left of that thread is discarded then.
     """
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._active: dict[object, int] = {}
-        """Thread of each transaction, by a token of its own."""
+        """Thread of each open transaction, by a unique token."""
         self._exclusive: int | None = None
         """Thread of the exclusive section."""
 
@@ -80,21 +81,21 @@ class _Gate:
 
 
 class ClosedError(StoreError):
-    """The environment was closed by another thread, which has moved on to another generation or closed the store."""
+    """Another thread closed the environment: it moved to another generation, or closed the store."""
 
 
 _gate = _Gate()
 _registry: dict[tuple[int, int], SharedEnvironment] = {}
-"""By device and inode of the data file: a store may be removed and made anew under readers."""
+"""By device and inode of the data file, because a store may be removed and recreated while readers have it open."""
 
 
 def _after_fork_in_child() -> None:
     global _gate
-    _gate = _Gate()  # The parent's held it for the fork, so no transaction was open.
+    _gate = _Gate()  # The parent held its gate during the fork, so no transaction was open.
 
 
 def exclusive() -> AbstractContextManager[None]:
-    """Section in which no transaction, no fork and no other such section of this process runs: keep it short."""
+    """Section in which no transaction, fork or other such section of this process runs; keep it short."""
     return _gate.exclusive()
 
 
@@ -110,34 +111,30 @@ def _folder_lock(path: Path) -> Iterator[None]:
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}; {REMEDY}") from error
     try:
-        with waited_for(descriptor, path, "has been writing a batch"):
+        with flocked(descriptor, path, "has been writing a batch"):
             yield
     finally:
         os.close(descriptor)
 
 
 class SharedEnvironment:
-    """Environment of one folder, shared by all readers of this process, and by its writer if there is one; counted."""
+    """Reference-counted environment of one folder, shared by all readers of this process and its writer, if any."""
 
-    def __init__(self, path: Path, max_readers: int, writable: bool) -> None:
+    def __init__(self, path: Path, writable: bool) -> None:
         self._path = path
-        self._max_readers = max_readers
         self._references = 0
         self._pid = os.getpid()
         self._writable = writable
-        self._environment: lmdb.Environment | None = open_environment(
-            path, readonly=not writable, max_readers=max_readers
-        )
+        self._environment: lmdb.Environment | None = open_environment(path, readonly=not writable)
         self._identity = _identity(path)
 
     @classmethod
-    def acquire(cls, path: Path, max_readers: int = MAX_READERS, *, writable: bool = False) -> SharedEnvironment:
-        """Open the folder's environment, or share the one that is open.
+    def acquire(cls, path: Path, *, writable: bool = False) -> SharedEnvironment:
+        """Open the folder's environment, or share the one that is open already.
 
         Args:
             path: its folder.
-            max_readers: slots of the reader table, for its first opener.
-            writable: for `write`. An environment that readers have open is reopened: LMDB allows one a process.
+            writable: allow `write`. An environment that readers have open is reopened for it.
 
         Raises:
             StoreError: see `open_environment`.
@@ -145,15 +142,15 @@ class SharedEnvironment:
         with _gate.exclusive():
             shared = _registry.get(_identity(path))
             if shared is None:
-                shared = cls(path, max_readers, writable)
+                shared = cls(path, writable)
                 _registry[shared._identity] = shared
             elif writable and not (shared._writable and not shared.inherited):
                 shared._close()
                 try:
-                    shared._environment = open_environment(path, readonly=False, max_readers=max_readers)
+                    shared._environment = open_environment(path, readonly=False)
                     shared._writable = True
                 except StoreError:  # Readers keep what they had.
-                    shared._environment = open_environment(path, readonly=True, max_readers=max_readers)
+                    shared._environment = open_environment(path, readonly=True)
                     shared._pid = os.getpid()
                     raise
                 shared._pid = os.getpid()
@@ -161,10 +158,10 @@ class SharedEnvironment:
             return shared
 
     def retain(self) -> None:
-        """Count one more reference.
+        """Add a reference.
 
         Raises:
-            ClosedError: the last one was given back meanwhile.
+            ClosedError: the last reference was released meanwhile.
         """
         with _gate.exclusive():
             if self._references == 0:
@@ -172,7 +169,7 @@ class SharedEnvironment:
             self._references += 1
 
     def release(self) -> None:
-        """Give the reference back; the last one closes the environment, after its last transaction."""
+        """Release a reference; the last one closes the environment once no transaction is open."""
         with _gate.exclusive():
             self._references -= 1
             if self._references == 0:
@@ -180,11 +177,11 @@ class SharedEnvironment:
                 self._close()
 
     def is_at(self, path: Path) -> bool:
-        """Whether the folder's data file is the one that is open here."""
+        """Whether the data file in a folder is the one that is open here."""
         return _identity(path) == self._identity
 
     def read(self, function: Callable[[lmdb.Transaction[memoryview]], T]) -> T:
-        """Call a short function within one read transaction. Values are views that die with it: copy them inside.
+        """Call a short function inside a read transaction; values are views that it must copy.
 
         Raises:
             StoreError: the environment cannot be read; the message has the remedy.
@@ -196,47 +193,47 @@ class SharedEnvironment:
                 with _gate.shared(), self._open().begin(buffers=True) as transaction:
                     return function(transaction)
             except lmdb.MapResizedError:
-                # Only where the address space was too small to reserve: another process let its map grow.
+                # Another process grew the map; this happens only if the address space was too small for the full map.
                 with _gate.exclusive():
                     self._open().set_mapsize(0)
             except lmdb.ReadersFullError as error:
                 raise StoreError(
-                    f"{self._path}: all {self._open().max_readers()} reader slots are taken, one a thread that reads; "
-                    "run fewer readers, or give some a copy of their own (`vista store copy`)"
+                    f"{self._path}: all {self._open().max_readers()} reader slots are taken, one per reading thread; "
+                    "run fewer readers, or give some of them a copy of the store (`vista store copy`)"
                 ) from error
             except lmdb.Error as error:
                 raise StoreError(f"{self._path}: {error}; {REMEDY}") from error
 
     def write(self, function: Callable[[lmdb.Transaction[memoryview]], T]) -> T:
-        """Call a short function within one durable write transaction; an exception undoes all of it.
+        """Call a short function inside a durable write transaction; an exception undoes all of it.
 
         Raises:
             lmdb.Error: nothing was written (disk full, input/output error).
-            StoreLockedError: another process stays within a transaction (stopped, say); nothing was written.
-            OSError: it was written, but the file could not be given its size (`complete_size`).
-            StoreError: it was not acquired for writing, or before a fork.
+            StoreLockedError: another process keeps a transaction open, such as a stopped one; nothing was written.
+            OSError: it was written, but the file could not be extended to its size (`complete_size`).
+            StoreError: the environment was not acquired for writing, or was acquired before a fork.
         """
         if not self._writable or self.inherited:
             raise StoreError(f"{self._path} was not opened for writing by this process; open another writer")
-        # LMDB waits for another writer without an end, and within the gate everything else here would wait with it.
+        # LMDB waits for another writer without a limit, and would block the gate for this whole process.
         with _folder_lock(self._path), _gate.shared():
             environment = self._open()
             environment.reader_check()
             with environment.begin(write=True, buffers=True) as transaction:
-                done = function(transaction)
+                result = function(transaction)
             try:
-                found, expected = committed_size(self._path / "data.mdb")
+                size, expected = committed_size(self._path / "data.mdb")
             except StoreError:
                 if self._path.exists():
                     raise
-                return done  # The generation was removed meanwhile.
-            if found < expected:
+                return result  # The generation was removed meanwhile.
+            if size < expected:
                 with environment.begin(write=True):  # keeps other writers out
                     complete_size(self._path)
-            return done
+            return result
 
     def live_bytes(self) -> int:
-        """Bytes of the pages that hold keys and values."""
+        """Bytes of the pages in use."""
         with _gate.shared():
             pages = self._open().stat()
         live: int = pages["psize"] * (pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"])
@@ -249,21 +246,21 @@ class SharedEnvironment:
 
     @property
     def inherited(self) -> bool:
-        """Whether the handle is the parent's, so that this process must open its own."""
+        """Whether the handle is the parent process's, so that this process must open its own."""
         return self._pid != os.getpid()
 
     def reopen(self) -> None:
-        """Open this process's own handle after a fork.
+        """Open a handle of this process after a fork.
 
         Raises:
-            StoreError: see `open_environment`; the generation may have been removed since.
+            StoreError: see `open_environment`; the generation may have been removed since the fork.
         """
         with _gate.exclusive():
             if self.inherited:
-                self._close()  # The inherited handle: with it open, LMDB refuses another.
+                self._close()  # LMDB refuses a second handle while the inherited one is open.
                 if not self.is_at(self._path):
-                    raise StoreError(f"{self._path} was removed since this process's parent opened it; {REMEDY}")
-                self._environment = open_environment(self._path, readonly=True, max_readers=self._max_readers)
+                    raise StoreError(f"{self._path} was removed after the parent process opened it; {REMEDY}")
+                self._environment = open_environment(self._path, readonly=True)
                 self._pid, self._writable = os.getpid(), False
 
     def _close(self) -> None:

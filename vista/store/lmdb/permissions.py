@@ -1,6 +1,6 @@
-"""Who may read a store: its owner alone, or a group too; whatever the umask (docs/reference/file-formats.md, "Files").
+"""Who may read a store: its owner alone, or a group too, whatever the umask (docs/reference/file-formats.md, "Files").
 
-A folder's own mode says which, so that a file made in it later, by whatever command, gets the mode that belongs there.
+A folder's own mode decides, so that a file created in it later, by any command, gets the matching mode.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ _SETGID = 0o2000
 
 
 @dataclass(frozen=True, slots=True)
-class Modes:
-    """Permission bits."""
+class Permissions:
+    """Modes of folders and files."""
 
     folder: int
     file: int
     lock: int
-    """Of lock.mdb: readers register in it, so they write it."""
+    """Of lock.mdb, which readers write to when they register."""
 
 
-PRIVATE = Modes(folder=0o700, file=0o600, lock=0o600)
-GROUP = Modes(folder=0o2750, file=0o640, lock=0o660)
-"""New files take the folder's group: `chgrp` the store's folder once."""
+PRIVATE = Permissions(folder=0o700, file=0o600, lock=0o600)
+GROUP = Permissions(folder=0o2750, file=0o640, lock=0o660)
+"""New files inherit the folder's group: run `chgrp` once on the store's folder."""
 
 
-def modes_of(folder: Path) -> Modes:
-    """What files in a folder of a store should have."""
+def permissions_of(folder: Path) -> Permissions:
+    """What the files in a folder of a store should have."""
     try:
         mode = stat.S_IMODE(folder.stat().st_mode)
     except OSError:
@@ -38,33 +38,33 @@ def modes_of(folder: Path) -> Modes:
 
 
 def set_mode(path: Path, mode: int) -> None:
-    """Give a file or folder a mode if it has another.
+    """Give a file or folder a mode unless it has it already.
 
     Raises:
-        OSError: it has another and belongs to another account.
+        OSError: it has another mode and belongs to another account.
     """
     if stat.S_IMODE(path.stat().st_mode) != mode:
         path.chmod(mode)
 
 
-def make_folder(path: Path, modes: Modes) -> None:
-    """Make one folder; it is never wider than it ends up.
+def make_folder(path: Path, permissions: Permissions) -> None:
+    """Make one folder; its mode is never wider than the final one.
 
     Raises:
-        OSError: it is there already, or cannot be made.
+        OSError: it exists already, or cannot be made.
     """
     path.mkdir(mode=PRIVATE.folder)
-    set_mode(path, modes.folder)
+    set_mode(path, permissions.folder)
 
 
-def set_tree_modes(folder: Path, modes: Modes) -> None:
-    """Give a generation's folder, and all that lies in it, their modes."""
-    set_mode(folder, modes.folder)
+def set_tree_permissions(folder: Path, permissions: Permissions) -> None:
+    """Give a generation's folder and everything in it their modes."""
+    set_mode(folder, permissions.folder)
     for entry in folder.iterdir():
         if entry.is_dir():
-            set_tree_modes(entry, modes)
+            set_tree_permissions(entry, permissions)
         else:
-            set_mode(entry, modes.lock if entry.name == "lock.mdb" else modes.file)
+            set_mode(entry, permissions.lock if entry.name == "lock.mdb" else permissions.file)
 
 
 def is_owner(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Tails that callers bring: what is refused, and the union with the stored ones."""
+"""Tails that callers pass: what is refused, and the union with the stored ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vista.scorer.tails import checked_tail, merge_tails
-from vista.store.stored_batch import Tail
+from vista.scorer.tail_merging import checked_tail, merge_tails
+from vista.store.tail import Tail
 
 Event = tuple[int, int, int]
 """(time, item, action)"""
@@ -39,7 +39,7 @@ def test_union_by_hand() -> None:
         [(9, 1, 0)],
     ]
     assert events_of(merge_tails(stored, fresh, 2)) == [[(2, 7, 0), (3, 8, 0)], [(4, 4, 0)], [(9, 1, 0)]]
-    # A late event goes to its time; if that is older than all that is kept, it goes nowhere.
+    # A late event is sorted in by its time, and dropped if it is older than all events that are kept.
     assert events_of(merge_tails(tail([(5, 1, 0), (7, 2, 0)]), tail([(6, 3, 0)]), 2)) == [[(6, 3, 0), (7, 2, 0)]]
     assert events_of(merge_tails(tail([(5, 1, 0), (7, 2, 0)]), tail([(4, 3, 0)]), 2)) == [[(5, 1, 0), (7, 2, 0)]]
     assert events_of(merge_tails(tail([], []), tail([], []), 3)) == [[], []]
@@ -52,15 +52,15 @@ events = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), st.integers(0,
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(events, events), max_size=4), st.integers(1, 6))
-def test_union_is_that_of_a_loop(users: list[tuple[list[Event], list[Event]]], tail_len: int) -> None:
+def test_union_equals_that_of_a_loop(users: list[tuple[list[Event], list[Event]]], tail_len: int) -> None:
     merged = merge_tails(tail(*(s for s, _ in users)), tail(*(f for _, f in users)), tail_len)
-    for (stored, fresh), found in zip(users, events_of(merged), strict=True):
+    for (stored, fresh), user_events in zip(users, events_of(merged), strict=True):
         union = list(stored)
         for event in fresh:
             if event not in union:
                 union.append(event)
         union.sort(key=lambda event: event[0])
-        assert found == union[-tail_len:]
+        assert user_events == union[-tail_len:]
     assert (merged.items.dtype, merged.times.dtype, merged.actions.dtype) == (np.int32, np.int64, np.uint8)
 
 
@@ -70,19 +70,19 @@ GOOD = {"items": [1, 2], "times": [5, 6], "actions": [0, 1], "offsets": [0, 1, 2
 @pytest.mark.parametrize(
     ("part", "value", "error", "message"),
     [
-        ("times", [5.0, float("nan")], TypeError, r"tail\.times: needs integer milliseconds, got float64"),
-        ("actions", [0.5, 1.0], TypeError, r"tail\.actions: needs integers"),
-        ("offsets", [0.0, 1.0, 2.0], TypeError, r"tail\.offsets: needs integers"),
-        ("items", [[1, 2]], ValueError, r"tail\.items: needs one dimension"),
-        ("times", [5], ValueError, r"tail\.times: 1 values for 2 items"),
-        ("actions", [0, 1, 1], ValueError, r"tail\.actions: 3 values for 2 items"),
-        ("offsets", [0, 2], ValueError, r"tail\.offsets: must rise from 0 to 2 in 3 values"),
-        ("offsets", [0, 1, 3], ValueError, r"tail\.offsets: must rise"),
-        ("offsets", [1, 1, 2], ValueError, r"tail\.offsets: must rise"),
-        ("offsets", [0, 2, 1], ValueError, r"tail\.offsets: must rise"),
+        ("times", [5.0, float("nan")], TypeError, r"tail\.times: must hold integer milliseconds, got float64"),
+        ("actions", [0.5, 1.0], TypeError, r"tail\.actions: must hold integers"),
+        ("offsets", [0.0, 1.0, 2.0], TypeError, r"tail\.offsets: must hold integers"),
+        ("items", [[1, 2]], ValueError, r"tail\.items: must be one-dimensional"),
+        ("times", [5], ValueError, r"tail\.times: holds 1 values for 2 items"),
+        ("actions", [0, 1, 1], ValueError, r"tail\.actions: holds 3 values for 2 items"),
+        ("offsets", [0, 2], ValueError, r"tail\.offsets: must be 3 values that rise from 0 to 2"),
+        ("offsets", [0, 1, 3], ValueError, r"tail\.offsets: must be 3 values that rise"),
+        ("offsets", [1, 1, 2], ValueError, r"tail\.offsets: must be 3 values that rise"),
+        ("offsets", [0, 2, 1], ValueError, r"tail\.offsets: must be 3 values that rise"),
     ],
 )
-def test_a_tail_that_does_not_fit_is_named(
+def test_invalid_parts_of_a_tail_are_named(
     part: str, value: list[object], error: type[Exception], message: str
 ) -> None:
     arrays = {name: np.array(values) for name, values in (GOOD | {part: value}).items()}
@@ -90,14 +90,14 @@ def test_a_tail_that_does_not_fit_is_named(
         checked_tail(Tail(**arrays), 2)
 
 
-def test_good_tails_come_back_as_arrays() -> None:
+def test_valid_tails_become_arrays() -> None:
     for convert in (np.array, torch.tensor, list):
-        found = checked_tail(Tail(**{name: convert(values) for name, values in GOOD.items()}), 2)
-        assert found.times.dtype == found.offsets.dtype == found.actions.dtype == np.int64
+        checked = checked_tail(Tail(**{name: convert(values) for name, values in GOOD.items()}), 2)
+        assert checked.times.dtype == checked.offsets.dtype == checked.actions.dtype == np.int64
         for name, values in GOOD.items():
-            assert getattr(found, name).tolist() == values
+            assert getattr(checked, name).tolist() == values
     checked_tail(Tail.empty(3), 3)
     strings = GOOD | {"items": np.array(["a", "b"], object)}
     assert checked_tail(Tail(**{name: np.asarray(values) for name, values in strings.items()}), 2).items[1] == "b"
-    with pytest.raises(TypeError, match=r"tail: needs a Tail"):
+    with pytest.raises(TypeError, match=r"tail: must be a Tail"):
         checked_tail(GOOD, 2)  # type: ignore[arg-type]

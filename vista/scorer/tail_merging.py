@@ -1,4 +1,4 @@
-"""Tails that callers bring: checked, and merged with the stored ones."""
+"""Tails that callers pass: checked, and merged with the stored ones."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.model.ranking_model import RankingModel
-from vista.scorer.requests import array_of, impossible_times, integers, item_rows, no_time
-from vista.store.stored_batch import StoredBatch, Tail
+from vista.scorer.arguments import array_of, impossible_times, integers, item_rows, not_a_time
+from vista.store.stored_batch import StoredBatch
+from vista.store.tail import Tail
 
 Int = NDArray[Any]
 Bools = NDArray[np.bool_]
 
 
 def checked_tail(tail: Tail, num_users: int) -> Tail:
-    """A caller's tail as NumPy arrays: raw item ids, the rest int64.
+    """Convert a caller's tail to NumPy arrays: raw item ids, and int64 for everything else.
 
     Raises:
-        ValueError, TypeError: naming the part, if it does not fit `num_users` users.
+        ValueError, TypeError: a part of the tail is invalid for `num_users` users; the message names it.
     """
     if not isinstance(tail, Tail):
-        raise TypeError(f"tail: needs a Tail(items, times, actions, offsets), got a {type(tail).__name__}")
+        raise TypeError(f"tail: must be a Tail(items, times, actions, offsets), got a {type(tail).__name__}")
     arrays = {
         "items": array_of(tail.items, "tail.items"),
         "times": integers(tail.times, "tail.times", "integer milliseconds"),
@@ -31,27 +32,34 @@ def checked_tail(tail: Tail, num_users: int) -> Tail:
     }
     for name, array in arrays.items():
         if array.ndim != 1:
-            raise ValueError(f"tail.{name}: needs one dimension, got shape {array.shape}")
+            raise ValueError(f"tail.{name}: must be one-dimensional, got shape {array.shape}")
     count = len(arrays["items"])
     for name in ("times", "actions"):
         if len(arrays[name]) != count:
-            raise ValueError(f"tail.{name}: {len(arrays[name])} values for {count} items")
+            raise ValueError(f"tail.{name}: holds {len(arrays[name])} values for {count} items")
     offsets, actions = arrays["offsets"], arrays["actions"]
     if len(offsets) != num_users + 1 or offsets[0] != 0 or offsets[-1] != count or (np.diff(offsets) < 0).any():
         raise ValueError(
-            f"tail.offsets: must rise from 0 to {count} in {num_users + 1} values, got {offsets.tolist()[:6]} …"
+            f"tail.offsets: must be {num_users + 1} values that rise from 0 to {count}, got {len(offsets)} values that "
+            f"start with {offsets.tolist()[:6]}"
         )
     return Tail(arrays["items"], arrays["times"], actions, offsets)
 
 
 def with_fresh_events(model: RankingModel, stored: StoredBatch, tail: Tail, *, refuse: bool) -> tuple[Tail, Bools]:
-    """The stored tails of a batch and a caller's, whose items are raw ids; and which users' own are impossible.
+    """Merge the stored tails of a batch with a caller's tail, whose items are raw ids.
 
     Args:
-        refuse: raise where an action or a time is impossible; otherwise that user's stored tail stays as it is.
+        model: the model in service.
+        stored: of B users.
+        tail: of the same users.
+        refuse: raise if an action or a time is impossible; otherwise keep that user's stored tail.
+
+    Returns:
+        The merged tails, and which users' events were impossible, [B].
 
     Raises:
-        ValueError, TypeError: naming the part of the tail.
+        ValueError, TypeError: a part of the tail is invalid; the message names it.
     """
     num_users, num_actions = len(stored.found), len(model.schema.actions)
     checked = checked_tail(tail, num_users)
@@ -64,7 +72,7 @@ def with_fresh_events(model: RankingModel, stored: StoredBatch, tail: Tail, *, r
         actions = checked.actions
         raise ValueError(f"tail.actions: codes must lie in [0, {num_actions}), got {actions.min()} to {actions.max()}")
     if refuse and late.any():
-        raise no_time("tail.times", checked.times[late][0])
+        raise not_a_time("tail.times", checked.times[late][0])
     bad = np.zeros(num_users, np.bool_)
     bad[np.repeat(np.arange(num_users), lengths)[no_action | late]] = True
     kept = ~np.repeat(bad, lengths)
@@ -77,14 +85,17 @@ def with_fresh_events(model: RankingModel, stored: StoredBatch, tail: Tail, *, r
 
 
 def merge_tails(stored: Tail, fresh: Tail, tail_len: int, names: Int | None = None) -> Tail:
-    """Union of two packed tails of the same users, oldest first, the newest `tail_len` events kept.
+    """The union of two packed tails of the same users, oldest first, limited to the newest `tail_len` events.
 
-    A fresh event counts once, and not at all where the stored tail holds it (same time, item and action): callers may
-    send what the refresh has seen, or send it twice. Equal times keep their order, stored first.
+    A fresh event counts once, and not at all if the stored tail holds it (same time, item and action), so callers may
+    send events that the refresh covered, or send events twice. Events of equal times keep their order, stored ones
+    first.
 
     Args:
-        stored, fresh: items are model rows.
-        names: [N] that tell the fresh events' items apart, unknown ones too, which share a row; None: the rows do.
+        stored, fresh: with items as model rows.
+        tail_len: events to keep per user.
+        names: [N] numbers that tell the fresh events' items apart, including unknown items, which share a row; None if
+            the rows do.
     """
     num_users = len(stored.offsets) - 1
     user = np.concatenate([np.repeat(np.arange(num_users), np.diff(t.offsets)) for t in (stored, fresh)])
@@ -107,7 +118,7 @@ def merge_tails(stored: Tail, fresh: Tail, tail_len: int, names: Int | None = No
 
 
 def _repeats(user: Int, time: Int, action: Int, item: Int, order: Int) -> Bools:
-    """bool [N]: events whose like (same user, time, action and item) has a smaller `order`."""
+    """Which events repeat one of the same user, time, action and item with a smaller `order`, bool [N]."""
     index = np.lexsort((order, action, item, time, user))
     same = np.zeros(len(user), np.bool_)
     if len(user) > 1:

@@ -1,7 +1,4 @@
-"""What callers of the scorer pass, checked: ids, candidates and times.
-
-Letters: B users, C candidates, N ragged values.
-"""
+"""Checks of what callers pass to the scorer: ids, candidates and times. B users, C candidates, N ragged values."""
 
 from __future__ import annotations
 
@@ -17,40 +14,40 @@ from vista.model.ranking_model import RankingModel
 
 Int = NDArray[np.int64]
 UNITS = {"seconds": 1e3, "microseconds": 1e-3, "nanoseconds": 1e-6}
-"""To milliseconds."""
+"""Factors to milliseconds."""
 
 
 def ids_of(values: Any, name: str) -> Any:
-    """Ids as the store and the vocabulary take them: a sequence or an array."""
+    """Ids in the form that the store and the vocabulary accept: a sequence or an array."""
     if isinstance(values, Tensor):
         return values.cpu().numpy()
     if hasattr(values, "to_numpy"):  # a column of pandas or Polars
         return values.to_numpy()
     if not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, (str, bytes)):
-        raise TypeError(f"{name}: needs a list or an array of ids, got {values!r}")
+        raise TypeError(f"{name}: must be a list or an array of ids, got {values!r}")
     return values
 
 
 def array_of(values: Any, name: str) -> NDArray[Any]:
-    """An argument as an array; ValueError naming it where its rows differ in length."""
+    """Convert an argument to an array; ValueError, with its name, if its rows differ in length."""
     try:
         return np.asarray(values.cpu() if isinstance(values, Tensor) else values)
     except ValueError:
-        raise ValueError(f"{name}: rows of different lengths make no array") from None
+        raise ValueError(f"{name}: the rows differ in length") from None
 
 
 def integers(values: Any, name: str, what: str = "integers") -> Int:
-    """An argument as int64 of any shape; of an empty one the type does not count.
+    """Convert an argument of any shape to int64; an empty one may have any type.
 
     Raises:
-        TypeError: it holds other values than integers; `what` says which are needed.
-        ValueError: one is beyond int64.
+        TypeError: it holds values other than integers; `what` names what it must hold.
+        ValueError: a value does not fit int64.
     """
     array = array_of(values, name)
     if array.size and array.dtype.kind not in "iu":
-        raise TypeError(f"{name}: needs {what}, got {array.dtype}")
+        raise TypeError(f"{name}: must hold {what}, got {array.dtype}")
     if array.dtype == np.uint64 and array.size and int(array.max()) >= 1 << 63:
-        raise ValueError(f"{name}: {array.max()} is beyond int64")
+        raise ValueError(f"{name}: {array.max()} does not fit int64")
     return array.astype(np.int64)
 
 
@@ -58,7 +55,7 @@ def item_rows(model: RankingModel, ids: Any, name: str) -> Int:
     """Model rows int64 [N] of raw ids.
 
     Raises:
-        TypeError: naming the argument, where ids are not of the vocabulary's kind.
+        TypeError: the ids are not of the vocabulary's type; the message names the argument.
     """
     try:
         return model.item_rows(ids)
@@ -67,48 +64,50 @@ def item_rows(model: RankingModel, ids: Any, name: str) -> Int:
 
 
 def request_times(now: Any, num_users: int) -> Int | None:
-    """int64 [B] ms of one time or of [B]; None stays None."""
+    """Times of a request in ms, int64 [B], from one time or [B]; None stays None."""
     if now is None:
         return None
     times = integers(now, "now", "integer milliseconds")
     if times.shape not in ((), (num_users,)):
-        raise ValueError(f"now: needs one time, or one of each of {num_users} users, got shape {times.shape}")
+        raise ValueError(f"now: must be one time, or one for each of {num_users} users, got shape {times.shape}")
     return np.broadcast_to(times, (num_users,))
 
 
 def impossible_times(times: Int, newest: Int) -> NDArray[np.bool_]:
-    """Which times cannot be milliseconds since 1970: negative, after 2100, or before 1971 where the user's own stored
-    events are not.
+    """Which times cannot be Unix times in milliseconds, bool [N].
+
+    They are negative, after 2100, or before 1971 although the user's stored events are later.
 
     Args:
-        times, newest: int64 [N]; `newest` of the same user's stored events.
+        times: int64 [N].
+        newest: int64 [N] times of the newest stored events of the same users.
     """
     return (times < np.where(newest >= YEAR_1971_MS, YEAR_1971_MS, 0)) | (times >= LATEST_MS)
 
 
-def no_time(name: str, time: int) -> ValueError:
+def not_a_time(name: str, time: int) -> ValueError:
     """The error for an impossible time."""
     unit = next((unit for unit, factor in UNITS.items() if YEAR_1971_MS <= time * factor < LATEST_MS), None)
     hint = "" if unit is None else f"; it looks like {unit}"
-    return ValueError(f"{name}: {time} is no time in milliseconds since 1970, as this model's log has them{hint}")
+    return ValueError(f"{name}: {time} is not a Unix time in milliseconds, which this model needs{hint}")
 
 
 def split_ragged(candidates: Any) -> tuple[Any, Any]:
-    """(values, offsets) of ragged candidates; (candidates, None) of others, a tuple of two ids among them."""
+    """(values, offsets) of ragged candidates; (candidates, None) of others, including a tuple of two ids."""
     if isinstance(candidates, tuple) and len(candidates) == 2 and not any(map(np.isscalar, candidates)):
         return candidates
     return candidates, None
 
 
 def ragged_offsets(values: Int, given: Any, num_users: int) -> Int:
-    """Offsets int64 [B+1] of ragged candidates, checked against their values [N]."""
+    """Check the offsets of ragged candidates against their values [N]; returns them as int64 [B+1]."""
     offsets = array_of(given, "candidates: offsets")
     if values.ndim != 1 or offsets.shape != (num_users + 1,) or offsets.dtype.kind not in "iu":
         raise ValueError(
-            f"candidates: ragged values [N] need integer offsets [{num_users + 1}], got shape {values.shape} and "
-            f"{offsets.dtype} {offsets.shape}"
+            f"candidates: must be values [N] and integer offsets [{num_users + 1}], got values of shape {values.shape} "
+            f"and {offsets.dtype} offsets of shape {offsets.shape}"
         )
     offsets = offsets.astype(np.int64)
     if offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
-        raise ValueError(f"candidates: offsets must rise from 0 to {len(values)}, got {offsets[0]} … {offsets[-1]}")
+        raise ValueError(f"candidates: offsets must rise from 0 to {len(values)}, got {offsets[0]} to {offsets[-1]}")
     return offsets

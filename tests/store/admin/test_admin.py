@@ -1,4 +1,4 @@
-"""Statistics, verification, compaction and rollback of real stores, whole and damaged."""
+"""Statistics, verification, compaction and rollback of real stores, intact and damaged."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from tests.record_reference import decode_record_reference
-from vista.config.choices import Codec
 from vista.errors import StoreError, StoreLockedError
 from vista.store import StoreReader, user_keys
-from vista.store.admin.inspection import store_stats, verify_store
-from vista.store.admin.publish import compact_store, roll_back
-from vista.store.admin.whole_generations import open_generation
+from vista.store.admin.generation_reader import open_generation
+from vista.store.admin.rollback import roll_back
+from vista.store.admin.store_compaction import compact_store
+from vista.store.admin.store_stats import store_stats
+from vista.store.admin.verification import verify_store
 from vista.store.layout import environment_path, last_complete, list_generations, read_current
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -37,12 +38,12 @@ def opened(root: Path, generation: int) -> lmdb.Environment:
 
 
 def remove_user(root: Path, user: int) -> bytes:
-    """Remove a record as an erasure does, in place; the bytes that must be nowhere afterwards."""
+    """Remove a record in place as an erasure does, and return its bytes, which must be nowhere afterwards."""
     (key,) = user_keys([user])
     with opened(root, read_current(root)) as environment:
         with environment.begin(write=True) as transaction:
             record = transaction.pop(key)
-        # Later commits take free pages, but not all of them.
+        # Later commits reuse free pages, but not all of them.
         with environment.begin(write=True) as transaction:
             transaction.put(b"!cursor", b"40")
     return record
@@ -71,15 +72,15 @@ def test_stats_of_a_store(tmp_path, build):
         finally:
             other.terminate()
             other.join()
-    assert stats.served == 2
-    found = [(one.number, one.complete, one.num_records, one.num_open) for one in stats.generations]
-    assert found == [(1, True, 40, 0), (2, True, 40, 0), (3, False, 16, 0)]
+    assert stats.published == 2
+    rows = [(one.number, one.complete, one.num_records, one.num_open) for one in stats.generations]
+    assert rows == [(1, True, 40, 0), (2, True, 40, 0), (3, False, 16, 0)]
     for one in stats.generations:
         assert 0 < one.live_bytes <= one.size_bytes + 4096 and one.manifest.dim == 8
     text = str(stats)
     assert (
-        "serves gen-2" in text
-        and "gen-2 (served): 40 records, int8 2 x 8, tails of 4, states none, until leave-last-out" in text
+        "gen-2 is published" in text
+        and "gen-2 (published): 40 records, int8 2 x 8, tails of 4, states none, until leave-last-out" in text
     )
     assert "gen-3 (unfinished): 16 users done" in text and "gen-1 (kept)" in text
 
@@ -91,11 +92,11 @@ def test_stats_of_damaged_and_missing_stores(tmp_path, build):
     (tmp_path / "CURRENT").write_text("nonsense")
     (environment_path(tmp_path, 1) / "data.mdb").write_bytes(b"garbage")
     text = str(store_stats(tmp_path))
-    assert "holds 'nonsense'" in text and "no LMDB" in text and "gen-2 (kept): 40 records" in text
+    assert "holds 'nonsense'" in text and "is not an LMDB" in text and "gen-2 (kept): 40 records" in text
 
 
 @pytest.mark.parametrize("key", [None, KEY])
-def test_a_whole_store_is_verified(tmp_path, build, key):
+def test_an_intact_store_passes_verification(tmp_path, build, key):
     two_generations(build, tmp_path, key=key)
     build.open_writer(tmp_path, run_digest="log-3", key=key).close()
     before = files(tmp_path)
@@ -106,14 +107,14 @@ def test_a_whole_store_is_verified(tmp_path, build, key):
     assert {name for name in before if before[name] != after[name]} <= {f"gen-{n}/summary/lock.mdb" for n in (1, 2, 3)}
 
 
-def test_verify_names_every_damaged_record_and_goes_on(tmp_path, build):
+def test_verification_names_every_damaged_record(tmp_path, build):
     two_generations(build, tmp_path)
     data = environment_path(tmp_path, 2) / "data.mdb"
     flipped = bytearray(data.read_bytes())
     for user in (3, 17, 30):
         record = records(tmp_path)[user_keys([user])[0]]
         place = bytes(flipped).find(record)
-        while place >= 0:  # in old pages too
+        while place >= 0:  # including old pages
             flipped[place + 130] ^= 4
             place = bytes(flipped).find(record)
     data.write_bytes(flipped)
@@ -123,17 +124,17 @@ def test_verify_names_every_damaged_record_and_goes_on(tmp_path, build):
         assert f"gen-2: the record of user {user} is corrupt" in problem and "checksum" in problem
 
 
-def test_verify_finds_what_is_wrong_with_files(tmp_path, build):
+def test_verification_detects_damaged_files(tmp_path, build):
     two_generations(build, tmp_path)
     whole = files(tmp_path)
     data = environment_path(tmp_path, 2) / "data.mdb"
     structure = bytearray(whole["gen-2/summary/data.mdb"])
     for page in range(2, len(structure) // 4096):
-        structure[4096 * page + 12] ^= 0xFF  # where a page's free space begins
+        structure[4096 * page + 12] ^= 0xFF  # the offset of a page's free space
     for damaged, named in (
         (whole["gen-2/summary/data.mdb"][:-4096], "truncated"),
-        (b"PAR1" * 4000, "no LMDB"),
-        (bytes(structure), "structure is damaged"),
+        (b"PAR1" * 4000, "is not an LMDB"),
+        (bytes(structure), "structure of the database is damaged"),
     ):
         data.write_bytes(damaged)
         report = verify_store(tmp_path)
@@ -141,24 +142,27 @@ def test_verify_finds_what_is_wrong_with_files(tmp_path, build):
     data.unlink()
     assert "No such file" in verify_store(tmp_path).problems[0]
     shutil.rmtree(environment_path(tmp_path, 2).parent)
-    assert "names gen-2, which is not there" in verify_store(tmp_path).problems[0]
+    assert "names gen-2, which does not exist" in verify_store(tmp_path).problems[0]
     (tmp_path / "CURRENT").unlink()
     assert "no published generation" in verify_store(tmp_path).problems[0]
     with pytest.raises(StoreError, match="no published generation"):
         verify_store(tmp_path / "none")
 
 
-def test_verify_finds_removed_exchanged_and_foreign_records(tmp_path, build):
+def test_verification_detects_removed_exchanged_and_foreign_records(tmp_path, build):
     build.write_store(tmp_path / "other", salt=1)
-    for change, named in (("remove", "holds 39 records, its manifest says 40"), ("exchange", "not all those that were"),
-                          ("foreign", "key b'zz' is neither a user's")):  # fmt: skip
+    for change, named in (
+        ("remove", "holds 39 records, but its manifest says 40"),
+        ("exchange", "not the ones that were published"),
+        ("foreign", "key b'zz' is neither a user key"),
+    ):
         root = tmp_path / change
         build.write_store(root)
         with opened(root, 1) as environment, environment.begin(write=True) as transaction:
             (key,) = user_keys([7])
             if change == "remove":
                 transaction.delete(key)
-            elif change == "exchange":  # by a sound record of the same user and generation
+            elif change == "exchange":  # for a valid record of the same user and generation
                 transaction.put(key, records(tmp_path / "other")[key])
             else:
                 transaction.put(b"zz", b"x")
@@ -167,8 +171,8 @@ def test_verify_finds_removed_exchanged_and_foreign_records(tmp_path, build):
 
 
 @pytest.mark.parametrize("key", [None, KEY])
-@pytest.mark.parametrize("codec", [Codec.int8, Codec.float16])
-def test_compaction_keeps_every_record_but_its_generation(tmp_path, build, key, codec):
+@pytest.mark.parametrize("codec", ["int8", "float16"])
+def test_compaction_changes_only_the_generation_of_records(tmp_path, build, key, codec):
     two_generations(build, tmp_path, key=key, codec=codec, shared_with_group=True)
     before = records(tmp_path, key=key)
     with StoreReader.open(tmp_path, key=key) as reader:
@@ -192,12 +196,12 @@ def test_compaction_keeps_every_record_but_its_generation(tmp_path, build, key, 
     assert environment_path(tmp_path, 3).stat().st_mode & 0o7777 == 0o2750
 
 
-def test_nothing_of_a_removed_user_is_in_any_file_after_compaction(tmp_path, build):
+def test_no_file_holds_a_removed_user_after_compaction(tmp_path, build):
     two_generations(build, tmp_path)
-    with build.open_writer(tmp_path, run_digest="log-3") as writer:  # An unfinished run holds the user too.
+    with build.open_writer(tmp_path, run_digest="log-3") as writer:  # an unfinished run that holds the user too
         build.put_users(writer, range(16))
     removed = remove_user(tmp_path, 7)
-    marker = removed[64:72]  # the hash of the user's key, which all of the user's records hold
+    marker = removed[64:72]  # the hash of the user's key, which each of the user's records holds
     holding = [name for name, data in files(tmp_path).items() if marker in data]
     assert set(holding) == {f"gen-{number}/summary/data.mdb" for number in (1, 2, 3)}
     compact_store(tmp_path)
@@ -215,7 +219,7 @@ def test_nothing_of_a_removed_user_is_in_any_file_after_compaction(tmp_path, bui
         assert len(store) == 39 and store.get_many([6, 7, 8]).found.tolist() == [True, False, True]
 
 
-def test_compaction_gives_free_pages_back(tmp_path, build):
+def test_compaction_drops_free_pages(tmp_path, build):
     build.write_store(tmp_path, total_users=800)
     with opened(tmp_path, 1) as environment, environment.begin(write=True) as transaction:
         for key in user_keys(list(range(20, 800))):
@@ -225,7 +229,7 @@ def test_compaction_gives_free_pages_back(tmp_path, build):
     after = store_stats(tmp_path).generations[0]
     size = (environment_path(tmp_path, 2) / "data.mdb").stat().st_size
     assert report.num_records == 20 and size < before / 5
-    assert after.live_bytes <= size <= after.live_bytes + 6 * 4096  # two meta pages, and what the last commit replaced
+    assert after.live_bytes <= size <= after.live_bytes + 6 * 4096  # two meta pages, pages freed last
 
 
 def test_a_damaged_or_locked_store_is_not_compacted(tmp_path, build):
@@ -249,7 +253,7 @@ def test_a_damaged_or_locked_store_is_not_compacted(tmp_path, build):
 
 
 @pytest.mark.parametrize("call", ["rename", "replace", "fsync"])
-def test_a_compaction_killed_at_every_step_leaves_a_whole_store(tmp_path, build, call):
+def test_a_compaction_killed_at_any_step_leaves_an_intact_store(tmp_path, build, call):
     """SIGKILL just before the n-th call, for every n, then compaction by another process."""
     two_generations(build, tmp_path / "whole")
     expected = sorted(decode_record_reference(r)["key_hash"] for r in records(tmp_path / "whole").values())
@@ -286,7 +290,7 @@ def test_a_compaction_killed_at_every_step_leaves_a_whole_store(tmp_path, build,
     assert code == 0 and number > 2
 
 
-def test_rollback_serves_the_generation_before_and_forward_again(tmp_path, build):
+def test_rollback_publishes_the_previous_generation_and_a_later_one_again(tmp_path, build):
     two_generations(build, tmp_path)
     with StoreReader.open(tmp_path) as store:
         (report,) = roll_back(tmp_path)
@@ -297,38 +301,38 @@ def test_rollback_serves_the_generation_before_and_forward_again(tmp_path, build
             roll_back(tmp_path)
         assert roll_back(tmp_path, to=2)[0].generation == 2 and store.reload() and store.generation == 2
     roll_back(tmp_path)
-    # The next run is a new generation, under a number that none has had.
+    # The next run writes a new generation with an unused number.
     assert build.write_store(tmp_path, salt=3, run_digest="log-3").generation == 3
     assert list_generations(tmp_path) == [1, 3] and read_current(tmp_path) == 3
 
 
-def test_rollback_refuses_what_is_not_whole(tmp_path, build):
+def test_rollback_refuses_unfinished_missing_and_damaged_generations(tmp_path, build):
     two_generations(build, tmp_path)
     build.open_writer(tmp_path, run_digest="log-3").close()
-    with pytest.raises(StoreError, match=r"gen-3 cannot be served: .*never finished"):
+    with pytest.raises(StoreError, match=r"gen-3 cannot be published: .*never finished"):
         roll_back(tmp_path, to=3)
-    with pytest.raises(StoreError, match=r"gen-9 cannot be served: .*has no gen-9"):
+    with pytest.raises(StoreError, match=r"gen-9 cannot be published: .*has no gen-9"):
         roll_back(tmp_path, to=9)
     data = environment_path(tmp_path, 1) / "data.mdb"
     record = records(tmp_path, 1)[user_keys([5])[0]]
     data.write_bytes(data.read_bytes().replace(record, record[:-1] + bytes([record[-1] ^ 1])))
-    with pytest.raises(StoreError, match=r"gen-1 cannot be served: .*user 5 .*What is served is as before"):
+    with pytest.raises(StoreError, match=r"gen-1 cannot be published: .*user 5 .*generation is unchanged"):
         roll_back(tmp_path)
     assert read_current(tmp_path) == 2
 
 
-def test_rollback_leaves_a_folder_that_is_no_store_as_it_is(tmp_path, build):
+def test_rollback_does_not_touch_a_folder_that_is_not_a_store(tmp_path, build):
     two_generations(build, tmp_path / "store")
     (tmp_path / "other").mkdir()
     for other in ("other", "nowhere"):
         with pytest.raises(StoreError, match="no published generation"):
             roll_back(tmp_path / "store", tmp_path / other)
     assert not list((tmp_path / "other").iterdir()) and read_current(tmp_path / "store") == 2
-    (tmp_path / "store" / "CURRENT").unlink()  # rolling back to a named one mends this
+    (tmp_path / "store" / "CURRENT").unlink()  # Rolling back to a given number repairs this.
     assert roll_back(tmp_path / "store", to=2)[0].generation == read_current(tmp_path / "store") == 2
 
 
-def test_a_key_is_needed_where_the_store_has_one(tmp_path, build):
+def test_an_authenticated_store_needs_its_key(tmp_path, build):
     two_generations(build, tmp_path, key=KEY)
     for act in (compact_store, roll_back):
         with pytest.raises(StoreError, match="authentication key"):

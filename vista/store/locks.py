@@ -1,7 +1,7 @@
-"""Who may change a store: one writer at a time, and one erasure or flip at a time, whichever the process.
+"""Locks of a store: one writer at a time, and one erasure or publication at a time, among all processes.
 
-Both are flocks, which the system releases when their process dies. The writer's is refused at once, since it is held
-for as long as a refresh takes; the other is held for moments, and waited for to a deadline.
+Both are flocks, which the system releases when their process dies. The writer's lock is held for as long as a refresh
+takes, so a second writer is refused at once. The other one is held briefly, so processes wait for it up to a deadline.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from weakref import WeakSet
 import lmdb
 
 from vista.errors import StoreLockedError, StoreWriteError
-from vista.store.layout import TOMBSTONES, WRITER_LOCK, prepare_root, set_store_modes
-from vista.store.lmdb.flock import waited_for
-from vista.store.lmdb.permissions import PRIVATE, Modes, set_mode
+from vista.store.layout import TOMBSTONES, WRITER_LOCK, prepare_root, set_store_permissions
+from vista.store.lmdb.flock import flocked
+from vista.store.lmdb.permissions import PRIVATE, Permissions, set_mode
 
 _held: WeakSet[WriterLock] = WeakSet()
 
@@ -28,17 +28,17 @@ def _release_in_child() -> None:
         lock.release()
 
 
-os.register_at_fork(after_in_child=_release_in_child)  # Else a worker that outlives its killed parent keeps the lock.
+os.register_at_fork(after_in_child=_release_in_child)  # so that a worker does not keep the lock of its killed parent
 
 
 class WriterLock:
-    """The one writer of a store: a non-blocking flock, released by the system when its process dies."""
+    """The lock of the one writer of a store, released by the system when its process dies."""
 
     def __init__(self, root: Path) -> None:
         path = root / WRITER_LOCK
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE.file)
         try:
-            set_mode(path, PRIVATE.file)  # No reader needs it, and who can open it can keep writers out.
+            set_mode(path, PRIVATE.file)  # Readers do not need the file, and whoever can open it can block writers.
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -47,7 +47,7 @@ class WriterLock:
             self.release()
             raise StoreLockedError(
                 f"{root} is being written by {f'process {holder}' if holder else 'another process'}; wait for it, or "
-                "end it: its work is kept and the next refresh goes on from there"
+                "kill it: its work is kept, and the next refresh resumes from there"
             ) from error
         except BaseException:
             self.release()
@@ -55,32 +55,32 @@ class WriterLock:
         _held.add(self)
 
     def release(self) -> None:
-        """Let the next writer in."""
+        """Release the lock; releasing twice is allowed."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
-def lock_store(root: Path, modes: Modes | None = None) -> WriterLock:
+def lock_store(root: Path, permissions: Permissions | None = None) -> WriterLock:
     """Become the one writer of a store.
 
     Args:
         root: the store's folder.
-        modes: make it if it is not there, and give all that lies in it these; None leaves all as it is.
+        permissions: make the folder if it does not exist, and give everything in it these; None changes nothing.
 
     Raises:
-        StoreLockedError: another writer holds the store; the message names its process if known.
-        StoreWriteError: the path cannot be written, or is not there.
+        StoreLockedError: another writer holds the store; the message has its process id if known.
+        StoreWriteError: the path cannot be written, or does not exist.
     """
     try:
-        if modes is not None:
-            prepare_root(root, modes)
+        if permissions is not None:
+            prepare_root(root, permissions)
         lock = WriterLock(root)
     except OSError as error:
         raise cannot_write(root, error) from error
     try:
-        if modes is not None:
-            set_store_modes(root, modes)
+        if permissions is not None:
+            set_store_permissions(root, permissions)
     except OSError as error:
         lock.release()
         raise cannot_write(root, error) from error
@@ -88,9 +88,9 @@ def lock_store(root: Path, modes: Modes | None = None) -> WriterLock:
 
 
 @contextmanager
-def locked(root: Path, modes: Modes | None = None) -> Iterator[None]:
-    """Be the one writer of a store meanwhile, as by `lock_store`; faults of the file system are StoreWriteErrors."""
-    lock = lock_store(root, modes)
+def locked(root: Path, permissions: Permissions | None = None) -> Iterator[None]:
+    """Context of the one writer of a store; as `lock_store`, and errors of the file system become StoreWriteErrors."""
+    lock = lock_store(root, permissions)
     try:
         yield
     except (OSError, lmdb.Error) as error:
@@ -100,20 +100,20 @@ def locked(root: Path, modes: Modes | None = None) -> Iterator[None]:
 
 
 def cannot_write(root: Path, error: Exception) -> StoreWriteError:
-    """What to do about a fault of the file system."""
+    """The error for a failure of the file system, with its remedy."""
     return StoreWriteError(
         f"{root} cannot be written: {error}; check free space, the path, its permissions, and whether it is mounted "
-        "read-only, then run the same command again: what is served is as before, and a refresh goes on after the last "
-        "batch that was written"
+        "read-only, then run the same command again: the published generation is unchanged, and a refresh resumes "
+        "after the last batch that was written"
     )
 
 
 @contextmanager
-def erasing(root: Path) -> Iterator[None]:
-    """Section of an erasure or a flip: one at a time, whichever process.
+def erasure_lock(root: Path) -> Iterator[None]:
+    """Section of an erasure or a publication; one at a time among all processes.
 
     Raises:
-        StoreLockedError: another one did not end within WAIT_S; the message names its process if known.
+        StoreLockedError: another one did not end within WAIT_S; the message has its process id if known.
         StoreWriteError: the file cannot be made.
     """
     try:
@@ -124,7 +124,7 @@ def erasing(root: Path) -> Iterator[None]:
         ) from error
     try:
         set_mode(root / TOMBSTONES, PRIVATE.file)  # whatever the umask
-        with waited_for(descriptor, root / TOMBSTONES, "has been erasing users or publishing"):
+        with flocked(descriptor, root / TOMBSTONES, "has been erasing users or publishing"):
             yield
     finally:
         os.close(descriptor)

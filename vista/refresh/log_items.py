@@ -1,0 +1,58 @@
+"""A log through the eyes of a model: whether the model can read it, and which of the model's rows its items have."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.config.choices import Decay
+from vista.errors import ConfigError
+from vista.log.event_log import EventLog
+from vista.log.histories import Histories
+from vista.model.ranking_model import RankingModel
+from vista.model.vista_model import VistaModel
+from vista.store.format.digest import history_digests, item_keys
+
+
+def check_log(model: RankingModel, log: EventLog) -> None:
+    """Refuse a log whose events the model would misread.
+
+    Raises:
+        ConfigError: the log's action codes differ from the model's, or the model reads times and the log has none.
+    """
+    known = model.schema.actions
+    if model.encoder.action is not None and log.actions != known[: len(log.actions)]:
+        raise ConfigError(
+            f"{log.path}: its actions are {log.actions}, but the model was trained on {known}; train a model "
+            "on this log"
+        )
+    if model.schema.has_time and not log.has_time and (model.config.use_time or model.config.decay is Decay.time):
+        raise ConfigError(f"{log.path}: has no times, which this model reads; train one with model.use_time=false")
+
+
+@dataclass(frozen=True, slots=True)
+class LogItems:
+    """What each item of a log becomes: its row in the model, and its key in history digests."""
+
+    rows: NDArray[np.int32]
+    """[num_items] rows of the model; 0 for items it does not know."""
+    keys: NDArray[np.uint64]
+    """[num_items] keys of `vista.store.format.digest.item_keys`."""
+
+    @classmethod
+    def of(cls, model: VistaModel, log: EventLog) -> LogItems:
+        """Look up all items of a log."""
+        ids = log.items.ids(np.arange(log.num_items))
+        return cls(model.item_rows(ids).astype(np.int32), item_keys(ids))
+
+    def model_rows(self, histories: Histories) -> Histories:
+        """The same histories with items as rows of the model."""
+        return dataclasses.replace(histories, item=self.rows[histories.item])
+
+    def digests(self, histories: Histories) -> NDArray[np.uint64]:
+        """History digests, uint64 [B], of histories whose items are rows of the log."""
+        times, actions = np.asarray(histories.timestamp), np.asarray(histories.action)
+        return history_digests(self.keys[histories.item], times, actions, histories.offsets)

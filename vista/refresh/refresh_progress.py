@@ -1,0 +1,125 @@
+"""Progress of a running refresh: a progress bar, one JSON line per batch, and the numbers of the final report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+from vista.errors import RecordError
+from vista.refresh.refresh_report import RefreshReport
+from vista.store.lmdb.permissions import PRIVATE
+
+logger = logging.getLogger(__name__)
+STAGES = ("read", "summarize", "encode", "write", "publish")
+MAX_FAILED_SHARE, MAX_FAILED_USERS = 0.01, 10
+"""A run stops if more users fail than both limits allow, or if all of them fail."""
+NAMED_FAILURES = 20
+"""A report names at most this many failed users."""
+
+
+class RefreshProgress:
+    """Seconds per stage, users by outcome, a progress bar, and `<store>/refresh.jsonl`, which keeps every run's log.
+
+    Args:
+        store: the store's folder.
+        kind: of the refresh, for the log: full, incremental or merge.
+        total: users that the run covers.
+        done: how many of them an earlier, interrupted run had written.
+        progress: show the bar.
+    """
+
+    def __init__(self, store: str | Path, kind: str, total: int, done: int, *, progress: bool) -> None:
+        self._store = Path(store)
+        self._kind, self._total = kind, total
+        self._began = time.perf_counter()
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._stage, self._entered = "", 0.0
+        self._bar = tqdm(total=total, initial=done, desc="refresh", unit="user", disable=not progress)
+        self._done, self._resumed_at, self.num_events = done, done, 0
+        self.counts: Counter[str] = Counter()
+        self.failures: dict[str, str] = {}
+
+    def stage(self, name: str) -> RefreshProgress:
+        """Context whose time counts toward a stage."""
+        self._stage = name
+        return self
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._seconds[self._stage] += time.perf_counter() - self._entered
+
+    def failed(self, user: object, reason: str) -> None:
+        """Record that one user could not be refreshed."""
+        self.counts["failed"] += 1
+        if len(self.failures) < NAMED_FAILURES:
+            self.failures[str(user)] = reason
+
+    def check_failures(self) -> None:
+        """Stop a run in which more than a few users fail: the cause is then the model or the code, not their events.
+
+        Raises:
+            RecordError: too many users failed; the message has the first one's reason.
+        """
+        failed = self.counts["failed"]
+        if failed == self._total > 0 or failed > max(MAX_FAILED_USERS, MAX_FAILED_SHARE * self._total):
+            user, reason = next(iter(self.failures.items()))
+            raise RecordError(f"{failed} users failed; the first one is {user!r}: {reason}")
+
+    def batch(self, generation: int, num_users: int, num_events: int) -> None:
+        """Record that a batch is durable."""
+        self._done += num_users
+        self.num_events += num_events
+        self._bar.update(num_users)
+        seconds = time.perf_counter() - self._began
+        rate = (self._done - self._resumed_at) / max(seconds, 1e-9)
+        line = {
+            "time_ms": time.time_ns() // 1_000_000,
+            "kind": self._kind,
+            "generation": generation,
+            "users": self._done,
+            "of": self._total,
+            "events": self.num_events,
+            "seconds": round(seconds, 3),
+            "users_per_s": round(rate, 1),
+            "seconds_left": round((self._total - self._done) / max(rate, 1e-9), 1),
+            "stages": {name: round(value, 3) for name, value in self._seconds.items()},
+        }
+        path = self._store / "refresh.jsonl"
+        try:
+            with open(path, "a", opener=_private) as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # The log is optional: the batch is durable without it.
+            logger.warning("%s: %s", path, error.strerror)
+
+    def report(self, generation: int) -> RefreshReport:
+        """End the run."""
+        self._bar.close()
+        seconds = time.perf_counter() - self._began
+        shares = {stage: value / max(seconds, 1e-9) for stage, value in self._seconds.items()}
+        shares["other"] = 1 - sum(shares.values())
+        return RefreshReport(
+            str(self._store),
+            generation,
+            self._total,
+            self._resumed_at,
+            self.num_events,
+            seconds,
+            shares,
+            dict(self.counts),
+            self.failures,
+        )
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, PRIVATE.file)

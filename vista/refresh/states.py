@@ -1,0 +1,50 @@
+"""States on their way between model and store: which models have them, conversion, and the summaries read from them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vista.config.choices import Mixing
+from vista.model.summary_state import SummaryState
+from vista.model.vista_model import VistaModel
+from vista.store.format.state_record import StateArrays
+
+
+def has_states(model: VistaModel) -> bool:
+    """Whether new events can be added to what the model keeps of earlier ones.
+
+    Not with bidirectional mixing, and not with a history limit, where each new event pushes an old one out.
+    """
+    config = model.config
+    return model.summarizer is not None and config.mixing is Mixing.separable and config.history_limit == 0
+
+
+def to_arrays(state: SummaryState, applied_segment: int, history_digest: NDArray[np.uint64]) -> StateArrays:
+    """Convert states of the model to those of the store.
+
+    Args:
+        state: of N users.
+        applied_segment: newest segment of the log that they cover.
+        history_digest: [N].
+    """
+    z, n, removed, clock, num_events = (
+        getattr(state, name).cpu().numpy() for name in ("z", "n", "removed", "clock", "num_events")
+    )
+    applied = np.full(len(n), applied_segment, np.int64)
+    return StateArrays(z, n, removed, clock, num_events, applied, history_digest)
+
+
+def from_arrays(arrays: StateArrays, device: torch.device) -> SummaryState:
+    """Convert states of the store to those of the model, on a device."""
+    columns = (arrays.z, arrays.n, arrays.removed, arrays.clock, arrays.num_events)
+    return SummaryState(*(torch.from_numpy(column).to(device) for column in columns))
+
+
+@torch.inference_mode()
+def read_summaries(model: VistaModel, state: SummaryState) -> NDArray[np.float32]:
+    """Summaries that the seeds read from states, float32 [N, K, d]."""
+    assert model.summarizer is not None
+    summary: NDArray[np.float32] = model.summarizer.read(state.z, state.n).float().cpu().numpy()
+    return summary

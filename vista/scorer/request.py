@@ -1,0 +1,34 @@
+"""The users of a request, as the model reads them. B users, S seeds, M model dim."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vista.model.inference import PaddedTail
+
+Int = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Summaries, tails and times of B users."""
+
+    summary: Tensor
+    """float32 [B, S, M]."""
+    tail: PaddedTail
+    now: Int | None
+    """[B] ms, or None if unknown."""
+    missing: NDArray[np.bool_]
+    """[B] users without a usable record, whose summary is that of an empty history."""
+
+    def __len__(self) -> int:
+        return len(self.missing)
+
+    def select(self, users: slice | Int) -> Request:
+        """Some of the users, or all of them in another order."""
+        now = None if self.now is None else self.now[users]
+        return Request(self.summary[users], self.tail.select(users), now, self.missing[users])
