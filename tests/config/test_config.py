@@ -67,7 +67,7 @@ def test_words_are_choices() -> None:
         (TrainConfig, {"model": {"dim": 8}}, r"model: expected ModelConfig, got {'dim': 8}"),
         (TrainConfig, {"resume": 1}, r"resume: expected bool, got 1"),
         (ScoreConfig, {"model": 3}, r"model: expected str, got 3"),
-        (RefreshConfig, {"incremental": True, "codec": "float16"}, r"codec: is what the store's full refresh made it"),
+        (RefreshConfig, {"incremental": True, "codec": "float16"}, r"codec: was set by the store's full refresh"),
         (
             RefreshConfig,
             {"incremental": True, "until": "leave-last-out"},
