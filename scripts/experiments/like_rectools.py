@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.examples.cuts import Batch
+from vista.examples.batch import Batch
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.history_model import next_loss, weighted_losses
 from vista.model.baselines.padded_tiles import PaddedTile, tiles
@@ -38,15 +38,16 @@ class LikeRecTools(SASRec):
             self.item_table[UNKNOWN_ITEM] = 0.0
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
-        vectors = self.encoder(self.shown_vectors(batch, item_vectors), batch.action, batch.gap, batch.rating)
-        events = EventVectors(vectors, batch.clock, batch.offsets.cpu().numpy())
+        packed = batch.events
+        vectors = self.encoder(self.shown_vectors(packed, item_vectors), packed.action, packed.gap, packed.rating)
+        events = EventVectors(vectors, packed.clock, packed.offsets.cpu().numpy())
         users, labels = [], []
         for tile in tiles(events.offsets, vectors.device):
             states, _ = self._encode(events, tile)
             labelled = tile.valid.clone()
             labelled[:, 0] = False
             users.append(self._user(states[:, : labelled.shape[1]][labelled], None))
-            labels.append(batch.item[tile.index][labelled])
+            labels.append(packed.item[tile.index][labelled])
         loss = next_loss(batch, item_vectors, torch.cat(users), torch.cat(labels), self.config.temperature)
         return weighted_losses(self, batch, optim, loss, None)
 

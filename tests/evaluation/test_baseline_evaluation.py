@@ -112,9 +112,9 @@ def test_what_ranks_no_next_item_draws_no_negatives(served_tasks: Served, tmp_pa
     for name, drawn in (("din", False), ("sasrec", True)):
         config = baseline_config(log, tmp_path, name, data=served_tasks.config.data)
         batch = BatchSource(log, np.arange(log.num_items) + 1, config).batch(0, 0)
-        assert (len(batch.negatives) > 0) is drawn
-        read = {*batch.item.tolist(), *batch.candidate[batch.candidate_mask.any(-1)].tolist()}
-        assert drawn or set(range(len(batch.rows))) - {0} <= read | set(batch.label.flatten().tolist())
+        assert (len(batch.negatives.item) > 0) is drawn
+        read = {*batch.events.item.tolist(), *batch.impressions.item[batch.impressions.mask.any(-1)].tolist()}
+        assert drawn or set(range(len(batch.rows))) - {0} <= read | set(batch.labels.item.flatten().tolist())
 
 
 def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_the_state_after_a_full_window_is_trained(event_log: EventLog, tmp_path:
     for epoch in range(3):
         for index in range(source.num_batches(epoch)):
             batch = source.batch(epoch, index)
-            assert int(batch.offsets.diff().max()) <= LIMIT + 1
+            assert int(batch.events.offsets.diff().max()) <= LIMIT + 1
             loss = model.losses(batch, model.item_vectors(batch.rows), trainer.config.optim).total
             torch.autograd.backward(loss)
     assert isinstance(model, SequenceModel) and model.position.grad is not None
@@ -163,7 +163,9 @@ def test_baselines_read_times_whatever_the_decay(event_log: EventLog, tmp_path: 
     config.model.decay = type(config.model.decay)("position")
     batch = BatchSource(event_log, np.arange(event_log.num_items) + 1, config).batch(0, 0)
     user = int(batch.user[0])
-    assert set(batch.clock[: int(batch.offsets[1])].tolist()) <= set(event_log.slice(user).timestamp.tolist())
+    assert set(batch.events.clock[: int(batch.events.offsets[1])].tolist()) <= set(
+        event_log.slice(user).timestamp.tolist()
+    )
 
 
 def test_a_baseline_has_no_summaries(event_log: EventLog, tmp_path: Path) -> None:

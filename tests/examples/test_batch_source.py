@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from vista.config.choices import Decay, Split
 from vista.errors import ConfigError
+from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource, StoredSummaries, events_before
-from vista.examples.cuts import Batch
 from vista.log.event_log import EventLog
 
 Int = NDArray[np.int64]
@@ -87,7 +87,7 @@ def items(world: World, batch: Batch, rows: torch.Tensor) -> Int:
 
 
 def labels(world: World, batch: Batch) -> Int:
-    return items(world, batch, batch.label)[batch.label.numpy() >= 0]
+    return items(world, batch, batch.labels.item)[batch.labels.item.numpy() >= 0]
 
 
 def whole_pass(made: BatchSource, epoch: int = 0) -> list[Batch]:
@@ -107,7 +107,7 @@ def test_items_that_training_never_shows_are_negatives_too(world: World) -> None
         model=ModelConfig(dim=8, num_heads=2, tail_len=4), data=DataConfig(label_spacing=4, num_negatives=10**6)
     )
     batch = BatchSource(world.log, rows, config).batch(0, 0)
-    assert batch.rows[batch.negatives].tolist() == list(range(1, world.log.num_items + 5))
+    assert batch.rows[batch.negatives.item].tolist() == list(range(1, world.log.num_items + 5))
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.75, 0.0])
@@ -147,9 +147,9 @@ def test_a_pass_labels_every_visible_event_once(world: World, options: dict[str,
         found = np.concatenate([labels(world, batch) for batch in batches])
         np.testing.assert_array_equal(np.sort(found), visible_events(world))
         for batch in batches:
-            lengths = batch.offsets.diff()
+            lengths = batch.events.offsets.diff()
             assert int(lengths.max()) <= limit
-            assert len(batch.item) <= options.get("tokens_per_batch", 64) or len(lengths) == 1
+            assert len(batch.events.item) <= options.get("tokens_per_batch", 64) or len(lengths) == 1
 
 
 def test_hidden_events_are_nowhere(world: World) -> None:
@@ -158,40 +158,40 @@ def test_hidden_events_are_nowhere(world: World) -> None:
     late = np.flatnonzero(world.time >= 1700 * MS)
     for made, unseen in ((source(world), hidden), (time_split(world), late)):
         for batch in whole_pass(made):
-            assert not np.isin(items(world, batch, batch.item), unseen).any()
+            assert not np.isin(items(world, batch, batch.events.item), unseen).any()
             assert not np.isin(labels(world, batch), unseen).any()
 
 
 def test_a_batch_depends_on_seed_epoch_and_index_alone(world: World) -> None:
     made = source(world, unknown_share=0.2)
     forwards = whole_pass(made)
-    assert all(batch.hidden is not None for batch in forwards)
+    assert all(batch.events.hidden is not None for batch in forwards)
     again = source(world, unknown_share=0.2)
     again.batch(1, 0)
     for index in reversed(range(again.num_batches(0))):
         one, two = forwards[index].tensors(), again.batch(0, index).tensors()
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     other = whole_pass(made, 1)
-    assert any(not torch.equal(a.offsets, b.offsets) for a, b in zip(forwards, other, strict=False))
+    assert any(not torch.equal(a.events.offsets, b.events.offsets) for a, b in zip(forwards, other, strict=False))
 
 
 def shown_positions(world: World, batches: list[Batch]) -> dict[int, tuple[int, int, int, int]]:
     """{impressed item: (user row, events it may see in its chunk, the newest of them or -1, its gap)} of a pass."""
     found = {}
     for batch in batches:
-        shown, event = items(world, batch, batch.candidate), items(world, batch, batch.item)
-        W, L = batch.label.shape[1], batch.tail_index.shape[1]
-        start = batch.cut_start[batch.window_cut].numpy()
-        for window, place in np.argwhere(batch.candidate_mask.numpy().any(-1)):
-            seen = L - W + 1 + int(batch.candidate_position[window, place])
-            tail = batch.tail_index[window, : max(seen, 0)].numpy()
+        shown, event = items(world, batch, batch.impressions.item), items(world, batch, batch.events.item)
+        W, L = batch.labels.item.shape[1], batch.windows.tail_index.shape[1]
+        start = batch.cuts.start[batch.windows.cut].numpy()
+        for window, place in np.argwhere(batch.impressions.mask.numpy().any(-1)):
+            seen = L - W + 1 + int(batch.impressions.position[window, place])
+            tail = batch.windows.tail_index[window, : max(seen, 0)].numpy()
             newest = int(tail[-1]) if len(tail) else -1
-            end = int(batch.tail_index[window, -1]) + 1
-            position = end - W + 1 + int(batch.candidate_position[window, place]) - int(start[window]) if end else 0
+            end = int(batch.windows.tail_index[window, -1]) + 1
+            position = end - W + 1 + int(batch.impressions.position[window, place]) - int(start[window]) if end else 0
             item = int(shown[window, place])
             assert item not in found, "an impression is a label once"
-            chunk = np.searchsorted(batch.offsets.numpy(), start[window], side="right") - 1
-            gap = int(batch.candidate_gap[window, place])
+            chunk = np.searchsorted(batch.events.offsets.numpy(), start[window], side="right") - 1
+            gap = int(batch.impressions.gap[window, place])
             user = int(batch.user[min(chunk, len(batch.user) - 1)])  # of a chunk without events: anyone's
             found[item] = (user, position, int(event[newest]) if newest >= 0 else -1, gap)
     return found
@@ -236,26 +236,26 @@ def test_where_a_store_gives_summaries_labels_lie_after_what_it_saw(world: World
     first = np.array([(world.time[owner == user] < since).sum() for user in range(len(LENGTHS))])
     shown = []
     for batch in batches:
-        event, label = items(world, batch, batch.item), items(world, batch, batch.label)
-        W, L = batch.label.shape[1], batch.tail_index.shape[1]
+        event, label = items(world, batch, batch.events.item), items(world, batch, batch.labels.item)
+        W, L = batch.labels.item.shape[1], batch.windows.tail_index.shape[1]
         number = event - world.offsets[owner[event]]
         assert (number >= first[owner[event]] - L).all(), "histories are not read again"
-        assert batch.stored_summary is not None and len(batch.cut_stop) == len(batch.reconstruction_cut) == 0
-        read = batch.stored_summary[batch.window_cut, 0, 0].numpy()
-        impression = items(world, batch, batch.candidate) - len(world.time)
-        questions = [(w, j, label[w, j]) for w, j in np.argwhere(batch.label.numpy() >= 0)]
-        for w, place in np.argwhere(batch.candidate_mask.numpy().any(-1)):
+        assert batch.stored_summary is not None and len(batch.cuts.stop) == len(batch.reconstruction.cut) == 0
+        read = batch.stored_summary[batch.windows.cut, 0, 0].numpy()
+        impression = items(world, batch, batch.impressions.item) - len(world.time)
+        questions = [(w, j, label[w, j]) for w, j in np.argwhere(batch.labels.item.numpy() >= 0)]
+        for w, place in np.argwhere(batch.impressions.mask.numpy().any(-1)):
             found = impression[w, place]
             shown.append(found)
             user = world.shown_user[found]
             before = (
                 (world.time[world.offsets[user] :][: LENGTHS[user]] < world.shown_time[found]).sum() if user < 7 else 0
             )
-            questions.append((w, int(batch.candidate_position[w, place]), (user, before)))
+            questions.append((w, int(batch.impressions.position[w, place]), (user, before)))
         for w, j, asked in questions:
             user, before = asked if isinstance(asked, tuple) else (owner[asked], asked - world.offsets[owner[asked]])
             assert read[w] == where[user]
-            index = batch.tail_index[w, : L - W + 1 + j].numpy()
+            index = batch.windows.tail_index[w, : L - W + 1 + j].numpy()
             newest = world.offsets[min(user, 6)] + np.arange(max(0, before - len(index)), before)
             np.testing.assert_array_equal(event[index[index >= 0]], newest)
     assert sorted(shown) == np.flatnonzero((world.shown_time >= since) & (world.shown_time < 1700 * MS)).tolist()
@@ -286,20 +286,20 @@ def test_leave_last_out_hides_impressions_that_show_the_hidden_events(world: Wor
 def test_features_follow_the_configuration(world: World) -> None:
     made = source(world, chunk_len=10)
     for batch in whole_pass(made):
-        event = items(world, batch, batch.item)
-        first = batch.offsets[:-1].numpy()
+        event = items(world, batch, batch.events.item)
+        first = batch.events.offsets[:-1].numpy()
         seconds = np.diff(world.time[np.minimum(event, len(world.time) - 1)], prepend=0) // MS
         expected = 1 + np.log2(1 + np.maximum(seconds, 0)).astype(int)
-        expected[first[batch.offsets.diff().numpy() > 0]] = 0
-        np.testing.assert_array_equal(batch.gap.numpy(), expected)
+        expected[first[batch.events.offsets.diff().numpy() > 0]] = 0
+        np.testing.assert_array_equal(batch.events.gap.numpy(), expected)
         known = event < len(world.time)
-        np.testing.assert_array_equal(batch.clock.numpy()[known], world.time[event[known]])
-        assert batch.rating is None
+        np.testing.assert_array_equal(batch.events.clock.numpy()[known], world.time[event[known]])
+        assert batch.events.rating is None
     for batch in whole_pass(source(world, model={"use_time": False})):
-        assert not batch.gap.any() and not batch.label_gap.any() and not batch.candidate_gap.any()
+        assert not batch.events.gap.any() and not batch.labels.gap.any() and not batch.impressions.gap.any()
     by_position = {"decay": Decay.position, "decay_horizons": [1.0, 2.0]}
     for batch in whole_pass(source(world, model=by_position)):
-        assert (batch.clock.diff() == 1).all()
+        assert (batch.events.clock.diff() == 1).all()
 
 
 def test_unknown_items_of_the_vocabulary_are_row_0(world: World) -> None:
@@ -308,10 +308,10 @@ def test_unknown_items_of_the_vocabulary_are_row_0(world: World) -> None:
     rows[:5] = 0
     config = TrainConfig(model=ModelConfig(dim=8, num_heads=2), data=DataConfig(tokens_per_batch=4096, num_negatives=8))
     batch = BatchSource(world.log, rows, config).batch(0, 0)
-    assert (batch.rows[batch.item] == 0).sum() == np.isin(np.arange(5), visible_events(world)).sum() > 0
+    assert (batch.rows[batch.events.item] == 0).sum() == np.isin(np.arange(5), visible_events(world)).sum() > 0
     # They are no answer to what comes next, right or wrong.
-    assert batch.label.min() == -1 and not (batch.rows[batch.label[batch.label >= 0]] == 0).any()
-    assert not (batch.rows[batch.negatives] == 0).any()
+    assert batch.labels.item.min() == -1 and not (batch.rows[batch.labels.item[batch.labels.item >= 0]] == 0).any()
+    assert not (batch.rows[batch.negatives.item] == 0).any()
 
 
 def test_events_before(world: World) -> None:

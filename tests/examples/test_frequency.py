@@ -104,7 +104,7 @@ def test_batches_of_a_sketch_can_be_made_again(log: EventLog, monkeypatch: pytes
     one, other, plain = first.batch(1, 2), resumed.batch(1, 2), exact.batch(1, 2)
     for name, tensor in one.tensors().items():
         assert tensor.equal(other.tensors()[name]), name
-    assert not one.negative_log_weight.equal(plain.negative_log_weight), "the estimates are what is drawn from"
+    assert not one.negatives.log_weight.equal(plain.negatives.log_weight), "the estimates are what is drawn from"
 
 
 def test_a_missing_package_is_named(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:

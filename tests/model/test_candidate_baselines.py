@@ -257,21 +257,18 @@ def test_users_without_events_are_scored_by_the_candidate(make: SimpleNamespace,
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("name", "limit"), LIMITED)
-def test_training_at_a_position_is_a_request_after_its_events(
-    make: SimpleNamespace, name: str, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_at_a_position_is_a_request_after_its_events(make: SimpleNamespace, name: str, limit: int) -> None:
     """Losses over a batch are those of requests asked one by one, of windows that begin inside a chunk too."""
-    monkeypatch.setattr("vista.examples.cuts.TIMELESS_SHARE", 0.0)
     model = baseline(make, name, limit=limit)
     packed = make.histories([1, 11, 8, 0, 19], 5)
     chunks, shown_at = make.chunks(packed, 5, impressions=60)
-    batch = make.batch(chunks, make.plan(model), 5)
+    batch = make.batch(chunks, make.plan(model, timeless_share=0.0), 5)
     losses = model.losses(batch, model.item_vectors(batch.rows), OptimConfig(task_weight=0.5))
 
     logits, search = [], []
-    for n, (owner, seen) in enumerate(zip(chunks.impression_chunk, chunks.impression_position, strict=True)):
+    for n, (owner, seen) in enumerate(zip(chunks.impressions.chunk, chunks.impressions.position, strict=True)):
         before = packed.slice(int(owner), 0, int(seen))
-        item = torch.from_numpy(chunks.impression_item[None, n : n + 1])
+        item = torch.from_numpy(chunks.impressions.item[None, n : n + 1])
         logits.append(model.candidate_logits(before, item, shown_at[n : n + 1])[0, 0])
         if isinstance(model, SIM) and model.category is None:
             gap = model.request_gap(before, shown_at[n : n + 1])
@@ -279,7 +276,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
             search.append(sim_search_by_event(model, before, item_of(model, int(item[0, 0])) + 4 * gap[0]))
 
     def means(each: list[Tensor]) -> Tensor:
-        label, mask = torch.from_numpy(chunks.impression_label), torch.from_numpy(chunks.impression_mask)
+        label, mask = torch.from_numpy(chunks.impressions.label), torch.from_numpy(chunks.impressions.mask)
         loss = F.binary_cross_entropy_with_logits(torch.stack(each), label.double(), reduction="none")
         return (loss * mask).sum(0) / mask.sum(0)
 
@@ -312,7 +309,7 @@ def test_a_batch_without_impressions_has_nothing_to_train(make: SimpleNamespace,
     model = baseline(make, name).float()
     chunks, _ = make.chunks(make.histories([5, 12], 7), 7, impressions=3)
     batch = make.batch(chunks, make.plan(model))
-    batch = replace(batch, candidate_mask=torch.zeros_like(batch.candidate_mask))
+    batch = replace(batch, impressions=replace(batch.impressions, mask=torch.zeros_like(batch.impressions.mask)))
     losses = model.losses(batch, model.item_vectors(batch.rows), OptimConfig())
     assert losses.parts == {} and not losses.total.requires_grad
 

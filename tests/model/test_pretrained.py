@@ -120,8 +120,14 @@ DAMAGE = {
     "another format": (edited(lambda d: d.update(format_version=99)), "format 99, this vista reads 3"),
     "not a description": (edited(lambda d: ["a list"]), "format None"),
     "no schema": (edited(lambda d: d.pop("schema") and None), r"config\.json: KeyError\('schema'\)"),
-    "no data": (edited(lambda d: d.update(data=None)), r"config\.json: .*DataConfig: expected a table of keys, got None"),
-    "unknown key": (edited(lambda d: d["model"].update(wings=2)), r"config\.json: .*wings: missing or unknown in ModelConfig"),
+    "no data": (
+        edited(lambda d: d.update(data=None)),
+        r"config\.json: .*DataConfig: expected a table of keys, got None",
+    ),
+    "unknown key": (
+        edited(lambda d: d["model"].update(wings=2)),
+        r"config\.json: .*wings: missing or unknown in ModelConfig",
+    ),
     "unknown schema": (edited(lambda d: d["schema"].update(wings=2)), r"config\.json: TypeError"),
     "contradiction": (
         edited(lambda d: d["model"].update(num_heads=5)),

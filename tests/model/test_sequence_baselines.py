@@ -161,21 +161,22 @@ def test_training_at_a_position_is_a_request_after_its_events(
 
     The first impression, with which others are padded, has seen more events than the smaller tiles hold.
     """
-    monkeypatch.setattr("vista.examples.cuts.TIMELESS_SHARE", 0.0)
     monkeypatch.setattr(tiles, "TILE_TOKENS", tile_tokens)
     model = baseline(make, name)
     packed = make.histories([11, 1, 8, 4], 5)
     chunks, shown_at = make.chunks(packed, 5, impressions=40)
-    late = (chunks.impression_chunk > 0) | (chunks.impression_position > 8)
-    assert not late.all() and chunks.impression_chunk[late][0] == 0
-    parts = [field.name for field in fields(chunks) if field.name.startswith("impression_")]
-    chunks, shown_at = replace(chunks, **{name: getattr(chunks, name)[late] for name in parts}), shown_at[late]
-    batch = make.batch(chunks, make.plan(model), 5)
-    batch = replace(batch, negative_log_weight=batch.negative_log_weight.double())
+    late = (chunks.impressions.chunk > 0) | (chunks.impressions.position > 8)
+    assert not late.all() and chunks.impressions.chunk[late][0] == 0
+    shown = chunks.impressions
+    shown = replace(shown, **{field.name: getattr(shown, field.name)[late] for field in fields(shown)})
+    chunks, shown_at = replace(chunks, impressions=shown), shown_at[late]
+    batch = make.batch(chunks, make.plan(model, timeless_share=0.0), 5)
+    batch = replace(batch, negatives=replace(batch.negatives, log_weight=batch.negatives.log_weight.double()))
     known = np.random.default_rng(0).random(len(packed.item)) >= unknown_share
     with torch.no_grad():
         model.item_table[0] = 0.0  # as it is in every model but this one, whose parameters all matter
-    batch = replace(batch, hidden=torch.from_numpy(~known) if unknown_share else None)
+    hidden = torch.from_numpy(~known) if unknown_share else None
+    batch = replace(batch, events=replace(batch.events, hidden=hidden))
     asked = replace(packed, item=np.where(known, packed.item, 0))
     found = model.losses(batch, model.item_table[batch.rows], OptimConfig())
 
@@ -190,13 +191,13 @@ def test_training_at_a_position_is_a_request_after_its_events(
     torch.testing.assert_close(found.parts["next"], torch.stack(losses).mean())
 
     labelled = {task: [] for task in model.schema.tasks}
-    for n, (owner, seen) in enumerate(zip(chunks.impression_chunk, chunks.impression_position, strict=True)):
+    for n, (owner, seen) in enumerate(zip(chunks.impressions.chunk, chunks.impressions.position, strict=True)):
         before = asked.slice(int(owner), 0, int(seen))
-        item = torch.from_numpy(chunks.impression_item[None, n : n + 1])
+        item = torch.from_numpy(chunks.impressions.item[None, n : n + 1])
         logits = model.candidate_logits(before, item, shown_at[n : n + 1])[0, 0]
         for index, task in enumerate(model.schema.tasks):
-            if chunks.impression_mask[n, index]:
-                label = torch.tensor(chunks.impression_label[n, index]).double()
+            if chunks.impressions.mask[n, index]:
+                label = torch.tensor(chunks.impressions.label[n, index]).double()
                 labelled[task].append(F.binary_cross_entropy_with_logits(logits[index], label))
     for task, each in labelled.items():
         expected = torch.stack(each).mean()

@@ -205,13 +205,14 @@ def test_states_are_those_that_training_reads(make: SimpleNamespace) -> None:
         batch = make.batch(chunks, make.plan(model), 4)
         assert model.summarizer is not None
         with torch.no_grad():
-            gap = batch.gap if model.encoder.gap is not None else batch.gap * 0
-            events = model.encoder(model.item_table[batch.rows][batch.item], batch.action, gap, batch.rating)
+            events = batch.events
+            gap = events.gap if model.encoder.gap is not None else events.gap * 0
+            encoded = model.encoder(model.item_table[batch.rows][events.item], events.action, gap, events.rating)
             position = torch.from_numpy(np.concatenate([np.arange(n) for n in packed.lengths]))
-            tokens = model.summarizer.tokens(events, position)
-            blocks = model.summarizer.segment_states(tokens, batch.clock, batch.segment_offsets)
-            found = model.summarizer.prefix_states(blocks, batch.segment_user_offsets)
-        offsets = batch.segment_offsets.tolist()
+            tokens = model.summarizer.tokens(encoded, position)
+            blocks = model.summarizer.segment_states(tokens, events.clock, batch.cuts.segment_offsets)
+            found = model.summarizer.prefix_states(blocks, batch.cuts.chunk_offsets)
+        offsets = batch.cuts.segment_offsets.tolist()
         owners = np.searchsorted(packed.offsets, offsets[:-1], side="right") - 1
         for row, (owner, stop) in enumerate(zip(owners, offsets[1:], strict=True)):
             whole = incremental.history_states(model, packed.slice(owner, 0, stop - packed.offsets[owner]))

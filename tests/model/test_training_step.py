@@ -62,8 +62,8 @@ def test_a_step_changes_the_rows_of_its_batch_alone(log: EventLog, tmp_path: Pat
         # Rows that earlier batches used have momentum, and still rest.
         assert not changed[~used].any()
         learned = torch.zeros_like(used)
-        learned[batch.rows[batch.item]] = True
-        learned[batch.rows[batch.negatives]] = True
+        learned[batch.rows[batch.events.item]] = True
+        learned[batch.rows[batch.negatives.item]] = True
         assert changed[learned].all()
         assert table.grad is None
 
@@ -130,29 +130,29 @@ def test_an_event_shown_as_unknown_is_one_of_an_unknown_item(make: SimpleNamespa
     hidden = torch.rand(len(chunks.item)) < 0.4
     batch = make.batch(chunks, make.plan(model))
     unknown = make.batch(replace(chunks, item=np.where(hidden.numpy(), 0, chunks.item)), make.plan(model))
-    shown = replace(batch, hidden=hidden)
+    shown = replace(batch, events=replace(batch.events, hidden=hidden))
     for one, other in zip(make.outputs(model, shown), make.outputs(model, unknown), strict=True):
         torch.testing.assert_close(one, other)
     # As labels they are what they are.
-    is_label = batch.label >= 0
+    is_label = batch.labels.item >= 0
     items = F.normalize(model.item_table.detach()[1:], dim=-1)
     scores = make.outputs(model, shown)[0][is_label] @ items.T / model.config.temperature
     with torch.no_grad():
         losses = model.losses(shown, model.item_vectors(shown.rows), OptimConfig())
-    expected = F.cross_entropy(scores, batch.rows[batch.label[is_label]] - 1)
+    expected = F.cross_entropy(scores, batch.rows[batch.labels.item[is_label]] - 1)
     torch.testing.assert_close(losses.parts["next"], expected)
 
     def learnt(**weights: float) -> torch.Tensor:
         """The items that a batch moves that shows none of its events."""
         vectors = model.item_vectors(batch.rows).detach().requires_grad_()
-        every = replace(batch, hidden=torch.ones_like(hidden))
+        every = replace(batch, events=replace(batch.events, hidden=torch.ones_like(hidden)))
         model.losses(every, vectors, OptimConfig(next_weight=0, **weights)).total.backward()
         assert vectors.grad is not None
         return vectors.grad.any(1).nonzero().flatten()
 
     of_tasks, of_reconstruction = learnt(reconstruction_weight=0), learnt(task_weight=0)
-    assert len(of_tasks) and torch.isin(of_tasks, batch.candidate).all(), "nothing reaches what is not shown"
-    assert torch.isin(of_reconstruction, batch.item).sum() > 4, "what is reconstructed are the events themselves"
+    assert len(of_tasks) and torch.isin(of_tasks, batch.impressions.item).all(), "nothing reaches what is not shown"
+    assert torch.isin(of_reconstruction, batch.events.item).sum() > 4, "what is reconstructed are the events themselves"
 
 
 @pytest.mark.parametrize("kind", TargetAttentionKind)

@@ -244,8 +244,8 @@ class TestTraining:
             read = hashed_rows(batch.rows, Feature.item, 2, 4001).flatten()
             used[read] = used[shared] = True
             assert not changed[~used].any() and not table.detach()[0].any()
-            assert changed[read].all() and changed[hashed_rows(batch.gap, Feature.gap, 2, 4001)].all()
-            assert changed[hashed_rows(batch.action, Feature.action, 2, 4001)].all()
+            assert changed[read].all() and changed[hashed_rows(batch.events.gap, Feature.gap, 2, 4001)].all()
+            assert changed[hashed_rows(batch.events.action, Feature.action, 2, 4001)].all()
             assert table.grad is None
 
     def test_the_clipped_norm_counts_a_row_once(self, event_log: EventLog, tmp_path: Path) -> None:

@@ -204,15 +204,15 @@ def test_ours_like_rectools_starts_and_is_trained_as_it_is(tmp_path: Path) -> No
     batch = BatchSource(log, model.rows_of(log.items), config).batch(0, 0)
     vectors = model.item_vectors(batch.rows)
     found = model.losses(batch, vectors, config.optim).total
-    assert len(batch.negatives) == log.num_items, "the whole catalogue"
-    logits = torch.nn.functional.normalize(vectors, dim=-1)[batch.negatives].t() / config.model.temperature
+    assert len(batch.negatives.item) == log.num_items, "the whole catalogue"
+    logits = torch.nn.functional.normalize(vectors, dim=-1)[batch.negatives.item].t() / config.model.temperature
     losses = []
-    for start, stop in itertools.pairwise(batch.offsets.tolist()):
-        x = vectors[batch.item[start : stop - 1]][None] * config.model.dim**0.5
+    for start, stop in itertools.pairwise(batch.events.offsets.tolist()):
+        x = vectors[batch.events.item[start : stop - 1]][None] * config.model.dim**0.5
         x = x + model.position[: stop - start - 1].flip(0)
-        states, _ = model.states(x, batch.clock[None, start : stop - 1])
+        states, _ = model.states(x, batch.events.clock[None, start : stop - 1])
         users = torch.nn.functional.normalize(states[0], dim=-1)
-        columns = torch.searchsorted(batch.negatives, batch.item[start + 1 : stop])
+        columns = torch.searchsorted(batch.negatives.item, batch.events.item[start + 1 : stop])
         losses.append(torch.nn.functional.cross_entropy(users @ logits, columns, reduction="none"))
     torch.testing.assert_close(found, torch.cat(losses).mean(), rtol=1e-5, atol=1e-6)
 

@@ -95,5 +95,5 @@ def test_chunks_may_be_longer_than_what_an_impression_reads(
 ) -> None:
     config = config_of(log, tmp_path, name, history_limit=10)
     source = BatchSource(log, np.arange(log.num_items) + 1, config)
-    lengths = [int(source.batch(0, index).offsets.diff().max()) for index in range(source.num_batches(0))]
+    lengths = [int(source.batch(0, index).events.offsets.diff().max()) for index in range(source.num_batches(0))]
     assert max(lengths) == longest

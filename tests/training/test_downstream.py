@@ -21,6 +21,7 @@ from vista.errors import ConfigError, LeakageError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
+from vista.log.gaps import UNKNOWN_GAP
 from vista.log.splits import visible_counts
 from vista.model.inference import empty_summary
 from vista.model.vista_model import VistaModel
@@ -132,8 +133,8 @@ def read_impressions(source: BatchSource, config: TrainConfig) -> Iterator[tuple
     offset = config.model.tail_len - config.data.label_spacing + 1
     for index in range(source.num_batches(0)):
         batch = source.batch(0, index)
-        for window, place in batch.candidate_mask.any(-1).nonzero().tolist():
-            yield batch, window, place, offset + int(batch.candidate_position[window, place])
+        for window, place in batch.impressions.mask.any(-1).nonzero().tolist():
+            yield batch, window, place, offset + int(batch.impressions.position[window, place])
 
 
 def liked_impressions(log: EventLog, since: int, end: int) -> dict[tuple[int, int], list[int]]:
@@ -153,10 +154,8 @@ def test_training_at_a_position_is_serving_from_the_store(
     liked: tuple[TrainConfig, VistaModel],
     past_store: Path,
     label_spacing: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each impression that sees a whole tail: the scorer's probability from the same record and the events since."""
-    monkeypatch.setattr("vista.examples.cuts.TIMELESS_SHARE", 0.0)
     config, model = liked
     log, since, end = served_tasks.log, past_of(served_tasks), int(str(served_tasks.config.data.validation_from))
     config = replace(config, data=replace(config.data, label_spacing=label_spacing))
@@ -165,15 +164,15 @@ def test_training_at_a_position_is_serving_from_the_store(
     with Downstream.open(config, log) as downstream, Scorer.open(model, past_store) as scorer:
         source = BatchSource(log, np.arange(log.num_items) + 1, config, downstream.summaries)
         for batch, window, place, seen in read_impressions(source, config):
-            if seen < config.model.tail_len:
+            if seen < config.model.tail_len or batch.impressions.gap[window, place] == UNKNOWN_GAP:
                 continue
             with torch.no_grad():
                 vectors = model.item_vectors(batch.rows)
-                events = model.shown_vectors(batch, vectors)
+                events = model.shown_vectors(batch.events, vectors)
                 context = model.window_context(batch, events, model.cut_summaries(batch, events))
                 trained = model.window_logits(batch, vectors, context)[window, place, 0].sigmoid()
-            row = int(batch.user[batch.window_cut[window]])
-            item = int(batch.rows[batch.candidate[window, place]]) - 1
+            row = int(batch.user[batch.windows.cut[window]])
+            item = int(batch.rows[batch.impressions.item[window, place]]) - 1
             if len(shown[row, item]) > 1:
                 continue  # which of them this is cannot be told
             (now,) = shown[row, item]

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from vista.config import OptimConfig, TrainConfig
 from vista.config.choices import Architecture, Counting, Decay
 from vista.errors import ConfigError
-from vista.examples.cuts import Batch, Chunks, CutPlan, Int, cut_batch, decay_clock
+from vista.examples.batch import Batch
+from vista.examples.chunks import ChunkImpressions, Chunks, Int, decay_clock
+from vista.examples.cuts import CutPlan, cut_batch
 from vista.examples.frequency import item_counts, sketched_item_counts
 from vista.examples.negatives import NegativeSampler
 from vista.log.event_log import EventLog
@@ -112,7 +114,6 @@ class BatchSource:
             staleness_share=data.staleness_share,
             unknown_share=data.unknown_share,
             reconstruction_len=data.reconstruction_len,
-            num_tasks=len(tasks),
         )
         self._epoch = -1
         self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
@@ -170,12 +171,14 @@ class BatchSource:
             gap=gap,
             clock=decay_clock(decay, time),
             offsets=histories.offsets,
-            impression_chunk=owner,
-            impression_position=position,
-            impression_item=seen.item[index],
-            impression_gap=np.where(position > 0, seen.gap[index], 0),
-            impression_label=seen.label[index],
-            impression_mask=seen.mask[index],
+            impressions=ChunkImpressions(
+                chunk=owner,
+                position=position,
+                item=seen.item[index],
+                gap=np.where(position > 0, seen.gap[index], 0),
+                label=seen.label[index],
+                mask=seen.mask[index],
+            ),
             lead=lead if self._stored else None,
             summary=self._stored.read(user) if self._stored else None,
         )

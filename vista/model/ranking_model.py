@@ -24,7 +24,7 @@ from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.choices import Architecture
 from vista.config.conversion import from_dict, to_dict
 from vista.errors import CheckpointError, LogFormatError
-from vista.examples.cuts import Batch
+from vista.examples.batch import Batch, BatchEvents
 from vista.files import replaced_folder
 from vista.log.vocabulary import Ids, Vocabulary
 from vista.model.event_encoder import EventEncoder
@@ -107,17 +107,17 @@ class RankingModel(nn.Module):
         return self.item_vectors(torch.arange(UNKNOWN_ITEM + 1, len(self.items) + 1, device=self.device))
 
     @staticmethod
-    def shown_vectors(batch: Batch, item_vectors: Tensor) -> Tensor:
-        """[T, M] vectors of the items of a batch's events, 0 for those that training shows as unknown."""
-        vectors = item_vectors[batch.item]
-        # A row of the table that stood for them would get a gradient, and no longer be 0.
-        return vectors if batch.hidden is None else vectors.masked_fill(batch.hidden.unsqueeze(-1), 0.0)
+    def shown_vectors(events: BatchEvents, item_vectors: Tensor) -> Tensor:
+        """[T, M] vectors of the items of a batch's events; 0 for items that training shows as unknown."""
+        vectors = item_vectors[events.item]
+        # Reading the unknown item's row instead would give that row a gradient, and it must stay 0.
+        return vectors if events.hidden is None else vectors.masked_fill(events.hidden.unsqueeze(-1), 0.0)
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         """All losses of one batch.
 
         Args:
-            batch: from `vista.examples.cuts`.
+            batch: from `vista.examples.batch_source`.
             item_vectors: [R, M] of the items `batch.rows`.
         """
         raise NotImplementedError

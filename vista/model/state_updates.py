@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vista.config.choices import Decay, Mixing
 from vista.errors import ConfigError
-from vista.examples.cuts import decay_clock
+from vista.examples.chunks import decay_clock
 from vista.log.gaps import history_gaps
 from vista.log.histories import Histories, ranges, token_groups
 from vista.model.summarizer import Summarizer

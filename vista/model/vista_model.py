@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.choices import Activation, Mixing, Precision
 from vista.config.conversion import to_dict
-from vista.examples.cuts import Batch
+from vista.examples.batch import Batch
 from vista.log.gaps import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
 from vista.model.frozen_linear import frozen
@@ -73,96 +73,98 @@ class VistaModel(RankingModel):
     # Training -----------------------------------------------------------------------------------------------------
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
-        shown = self.shown_vectors(batch, item_vectors)
-        events = self.encoder(shown, batch.action, batch.gap, batch.rating)
-        summaries = self.cut_summaries(batch, events)
+        events, impressions = batch.events, batch.impressions
+        shown = self.shown_vectors(events, item_vectors)
+        encoded = self.encoder(shown, events.action, events.gap, events.rating)
+        summaries = self.cut_summaries(batch, encoded)
         context = self.window_context(batch, shown, summaries)
         parts: dict[str, Tensor] = {}
         total = item_vectors.new_zeros((), dtype=torch.float32)
         if optim.next_weight > 0:
             parts["next"] = self._next_loss(batch, item_vectors, context)
             total = total + optim.next_weight * parts["next"]
-        if self.task_head is not None and optim.task_weight > 0 and batch.candidate.shape[1]:
-            losses = task_losses(
-                self.window_logits(batch, item_vectors, context), batch.candidate_label, batch.candidate_mask
-            )
+        if self.task_head is not None and optim.task_weight > 0 and impressions.item.shape[1]:
+            logits = self.window_logits(batch, item_vectors, context)
+            losses = task_losses(logits, impressions.label, impressions.mask)
             parts.update(zip(self.schema.tasks, losses, strict=True))
             total = total + optim.task_weight * losses.sum()
-        if self.decoder is not None and optim.reconstruction_weight > 0 and len(batch.reconstruction_cut):
-            parts["reconstruction"] = self._reconstruction(batch, item_vectors, events, summaries)
+        if self.decoder is not None and optim.reconstruction_weight > 0 and len(batch.reconstruction.cut):
+            parts["reconstruction"] = self._reconstruction(batch, item_vectors, encoded, summaries)
             total = total + optim.reconstruction_weight * parts["reconstruction"]
         return Losses(total, parts)
 
-    def cut_summaries(self, batch: Batch, events: Tensor) -> Tensor:
+    def cut_summaries(self, batch: Batch, encoded: Tensor) -> Tensor:
         """[NC, S, M] summaries at the cuts of a batch, from event embeddings [T, M]; or the store's [B, S, M]."""
         if batch.stored_summary is not None:
             return batch.stored_summary
+        events, cuts = batch.events, batch.cuts
         if self.summarizer is None:
-            return events.new_zeros(len(batch.cut_segment), 0, self.config.dim)
+            return encoded.new_zeros(len(cuts.segment), 0, self.config.dim)
         if self.config.mixing is Mixing.bidirectional:
-            index, position, offsets = _gather_ranges(batch.cut_start, batch.cut_stop)
-            return self.summarizer.summarize_set(self.summarizer.tokens(events[index], position), offsets)
-        lengths = batch.offsets.diff()
-        position = torch.arange(len(events), device=events.device)
-        position = position - batch.offsets[:-1].repeat_interleave(lengths)
-        tokens = self.summarizer.tokens(events, position)
-        segments = self.summarizer.segment_states(tokens, batch.clock, batch.segment_offsets)
-        states = self.summarizer.prefix_states(segments, batch.segment_user_offsets)
-        return self.summarizer.read_at(states, batch.cut_segment)
+            index, position, offsets = _gather_ranges(cuts.start, cuts.stop)
+            return self.summarizer.summarize_set(self.summarizer.tokens(encoded[index], position), offsets)
+        position = torch.arange(len(encoded), device=encoded.device)
+        position = position - events.offsets[:-1].repeat_interleave(events.offsets.diff())
+        tokens = self.summarizer.tokens(encoded, position)
+        segments = self.summarizer.segment_states(tokens, events.clock, cuts.segment_offsets)
+        states = self.summarizer.prefix_states(segments, cuts.chunk_offsets)
+        return self.summarizer.read_at(states, cuts.segment)
 
     def window_context(self, batch: Batch, shown: Tensor, summaries: Tensor) -> Context:
         """Keys and values of every window's summary and tail; shown [T, M] from `shown_vectors`."""
-        index = batch.tail_index.clamp(min=0)
-        valid = batch.tail_index >= 0
+        events, windows = batch.events, batch.windows
+        index, valid = windows.tail_index.clamp(min=0), windows.tail_index >= 0
         # The first event that stage 2 sees has an unknown gap, as it has in a stored tail.
         first = valid & ~F.pad(valid[:, :-1], (1, 0))
-        gap = torch.where(first, UNKNOWN_GAP, batch.gap[index]) if len(batch.gap) else index
-        if len(batch.item):
-            tail = self.encoder(shown[index], batch.action[index], gap)
+        if len(events.item):
+            gap = torch.where(first, UNKNOWN_GAP, events.gap[index])
+            tail = self.encoder(shown[index], events.action[index], gap)
         else:
             tail = shown.new_zeros(*index.shape, self.config.dim)
-        encoded = self.target_attention.encode_summary(summaries)
-        windows = [(k.index_select(0, batch.window_cut), v.index_select(0, batch.window_cut)) for k, v in encoded]
-        return self.target_attention.encode_context(windows, tail, valid)
+        by_cut = self.target_attention.encode_summary(summaries)
+        summary = [(key.index_select(0, windows.cut), value.index_select(0, windows.cut)) for key, value in by_cut]
+        return self.target_attention.encode_context(summary, tail, valid)
 
     def window_users(self, batch: Batch, context: Context) -> Tensor:
         """Unit user vectors [NW, W, M] at the positions of the windows, at the times of their labels."""
-        num_positions = batch.label.shape[1]
-        seen = self.config.tail_len - num_positions + 1 + torch.arange(num_positions, device=batch.label.device)
-        gap = self.encoder.gap_vectors(batch.label_gap)
+        labels = batch.labels
+        num_positions = labels.item.shape[1]
+        seen = self.config.tail_len - num_positions + 1 + torch.arange(num_positions, device=labels.item.device)
+        gap = self.encoder.gap_vectors(labels.gap)
         return self.user_vectors(gap, seen.clamp(min=0), context)
 
     def window_logits(self, batch: Batch, item_vectors: Tensor, context: Context) -> Tensor:
         """Task logits [NW, I, num_tasks] of the windows' impressions; item_vectors [R, M]."""
-        seen = self.config.tail_len - batch.label.shape[1] + 1 + batch.candidate_position
-        vectors = item_vectors[batch.candidate]
-        gap = self.encoder.gap_vectors(batch.candidate_gap)
+        seen = self.config.tail_len - batch.labels.item.shape[1] + 1 + batch.impressions.position
+        vectors = item_vectors[batch.impressions.item]
+        gap = self.encoder.gap_vectors(batch.impressions.gap)
         return self.candidate_logits(vectors, gap, seen.clamp(min=0), context)
 
     def _next_loss(self, batch: Batch, item_vectors: Tensor, context: Context) -> Tensor:
         users = self.window_users(batch, context)
-        known = (batch.label >= 0).flatten().nonzero().squeeze(-1)
+        label = batch.labels.item.flatten()
+        known = (label >= 0).nonzero().squeeze(-1)
         unit = F.normalize(item_vectors, dim=-1)
         return sampled_softmax(
             users.flatten(0, 1)[known],
             unit,
-            batch.label.flatten()[known],
-            batch.negatives,
-            batch.negative_log_weight,
+            label[known],
+            batch.negatives.item,
+            batch.negatives.log_weight,
             self.config.temperature,
             batch.logit_adjustment,
         )
 
-    def _reconstruction(self, batch: Batch, item_vectors: Tensor, events: Tensor, summaries: Tensor) -> Tensor:
+    def _reconstruction(self, batch: Batch, item_vectors: Tensor, encoded: Tensor, summaries: Tensor) -> Tensor:
         assert self.decoder is not None
-        start = batch.reconstruction_start
-        index, _, offsets = _gather_ranges(start, start + batch.reconstruction_len)
-        target = events[index]
-        if batch.hidden is not None:  # what is to be reconstructed are the events themselves
-            rating = None if batch.rating is None else batch.rating[index]
-            target = self.encoder(item_vectors[batch.item[index]], batch.action[index], batch.gap[index], rating)
-        age = batch.cut_stop[batch.reconstruction_cut] - start
-        predicted = self.decoder(summaries[batch.reconstruction_cut], target, offsets, age)
+        events, part = batch.events, batch.reconstruction
+        index, _, offsets = _gather_ranges(part.start, part.start + part.length)
+        target = encoded[index]
+        if events.hidden is not None:  # the decoder reconstructs the events themselves, hidden items included
+            rating = None if events.rating is None else events.rating[index]
+            target = self.encoder(item_vectors[events.item[index]], events.action[index], events.gap[index], rating)
+        age = batch.cuts.stop[part.cut] - part.start
+        predicted = self.decoder(summaries[part.cut], target, offsets, age)
         return reconstruction_loss(predicted, target, stop_gradient=self.config.stop_gradient)
 
     # Both ----------------------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from vista.config.train_config import without_places
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
 from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from vista.evaluation.protocol import EVENTS_READ
+from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource, trained_tasks
-from vista.examples.cuts import Batch
 from vista.files import remove_leftovers, replace_text, writable_folder
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
@@ -266,7 +266,7 @@ class _Trainer:
                 row = self._step(batch, (progress.epoch + progress.batch / total) / config.optim.epochs)
                 progress.batch += 1
                 progress.step += 1
-                tokens += len(batch.item)
+                tokens += len(batch.events.item)
                 bar.update()
                 if progress.step % METRICS_EVERY == 0:
                     row["tokens_per_s"] = tokens / (time.perf_counter() - began)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.examples.cuts import Batch
+from vista.examples.batch import Batch
 from vista.log.gaps import NUM_GAPS
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
@@ -152,8 +152,15 @@ class CandidateModel(HistoryModel):
         shown = ShownCandidates.of(batch)
         if len(shown.place) == 0:
             return weighted_losses(self, batch, optim, None, None)
-        clock = self.clock(batch.clock)
-        events = PackedEvents(item_vectors, batch.rows, batch.item, batch.action, batch.rating, clock, batch.offsets)
+        events = PackedEvents(
+            table=item_vectors,
+            rows=batch.rows,
+            item=batch.events.item,
+            action=batch.events.action,
+            rating=batch.events.rating,
+            clock=self.clock(batch.events.clock),
+            offsets=batch.events.offsets,
+        )
         vectors, gap = item_vectors[shown.item], self.encoder.gap_vectors(shown.gap)
         vectors = (vectors if gap is None else vectors + gap) * self.scale
         queries = Queries(vectors, batch.rows[shown.item], shown.chunk, shown.seen)
@@ -161,7 +168,9 @@ class CandidateModel(HistoryModel):
         search = self.search_logits(events, queries)
         if search is None:
             return found
-        losses = task_losses(in_place(search, shown.place, batch), batch.candidate_label, batch.candidate_mask).sum()
+        losses = task_losses(
+            in_place(search, shown.place, batch), batch.impressions.label, batch.impressions.mask
+        ).sum()
         return Losses(found.total + optim.task_weight * losses, {**found.parts, "search_unit": losses})
 
     # Requests ------------------------------------------------------------------------------------------------------

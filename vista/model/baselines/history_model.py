@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vista.config import OptimConfig
 from vista.errors import ConfigError
-from vista.examples.cuts import Batch
+from vista.examples.batch import Batch
 from vista.log.gaps import NUM_GAPS, UNKNOWN_GAP, gap_bucket
 from vista.log.histories import Histories
 from vista.model.losses import sampled_softmax, task_losses
@@ -73,23 +73,24 @@ class ShownCandidates:
 
     @classmethod
     def of(cls, batch: Batch) -> ShownCandidates:
-        place = batch.candidate_mask.any(-1).flatten().nonzero().squeeze(-1)
-        window = place // max(batch.candidate.shape[1], 1)
-        chunk_start = batch.cut_start[batch.window_cut[window]]
+        impressions, tail_index = batch.impressions, batch.windows.tail_index
+        place = impressions.mask.any(-1).flatten().nonzero().squeeze(-1)
+        window = place // max(impressions.item.shape[1], 1)
+        chunk_start = batch.cuts.start[batch.windows.cut[window]]
         # The tail's last W columns are the events before each position of its window.
-        column = batch.tail_index.shape[1] - batch.label.shape[1] + batch.candidate_position.flatten()[place]
-        last = batch.tail_index[window, column]
+        column = tail_index.shape[1] - batch.labels.item.shape[1] + impressions.position.flatten()[place]
+        last = tail_index[window, column]
         seen = torch.where(last >= 0, last + 1 - chunk_start, 0)
         # Chunks without events share a start; which of them it is does not matter, but at the end there must be one.
-        chunk = torch.searchsorted(batch.offsets, chunk_start, right=True) - 1
-        chunk = chunk.clamp(max=len(batch.offsets) - 2)
-        return cls(batch.candidate.flatten()[place], batch.candidate_gap.flatten()[place], chunk, seen, place)
+        chunk = torch.searchsorted(batch.events.offsets, chunk_start, right=True) - 1
+        chunk = chunk.clamp(max=len(batch.events.offsets) - 2)
+        return cls(impressions.item.flatten()[place], impressions.gap.flatten()[place], chunk, seen, place)
 
 
 def in_place(logits: Tensor, place: Tensor, batch: Batch) -> Tensor:
     """Logits [N, num_tasks] at their flat places int64 [N] of the batch's [NW, I, num_tasks]; 0 elsewhere."""
-    flat = logits.new_zeros(batch.candidate.numel(), logits.shape[1]).index_copy(0, place, logits)
-    return flat.view(*batch.candidate.shape, -1)
+    flat = logits.new_zeros(batch.impressions.item.numel(), logits.shape[1]).index_copy(0, place, logits)
+    return flat.view(*batch.impressions.item.shape, -1)
 
 
 def time_bucket(gap_ms: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ def weighted_losses(
         parts["next"] = next_loss
         total = total + optim.next_weight * next_loss
     if logits is not None:
-        losses = task_losses(logits, batch.candidate_label, batch.candidate_mask)
+        losses = task_losses(logits, batch.impressions.label, batch.impressions.mask)
         parts.update(zip(model.schema.tasks, losses, strict=True))
         total = total + optim.task_weight * losses.sum()
     return Losses(total, parts)
@@ -118,5 +119,5 @@ def next_loss(batch: Batch, item_vectors: Tensor, users: Tensor, label: Tensor, 
     """Sampled softmax of unit user vectors [N, M] for their labels int64 [N], as VISTA's."""
     unit = torch.nn.functional.normalize(item_vectors, dim=-1)
     return sampled_softmax(
-        users, unit, label, batch.negatives, batch.negative_log_weight, temperature, batch.logit_adjustment
+        users, unit, label, batch.negatives.item, batch.negatives.log_weight, temperature, batch.logit_adjustment
     )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.examples.cuts import Batch
+from vista.examples.batch import Batch
 from vista.log.gaps import history_gaps
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
@@ -41,8 +41,9 @@ def _encoded_impressions(batch: Batch, limit: int) -> tuple[Batch, ShownCandidat
     late = shown.place[shown.seen > limit]
     if not len(late):
         return batch, shown
-    mask = batch.candidate_mask.flatten(0, 1).index_fill(0, late, False)
-    batch = replace(batch, candidate_mask=mask.view_as(batch.candidate_mask))
+    mask = batch.impressions.mask.flatten(0, 1).index_fill(0, late, False)
+    impressions = replace(batch.impressions, mask=mask.view_as(batch.impressions.mask))
+    batch = replace(batch, impressions=impressions)
     return batch, ShownCandidates.of(batch)
 
 
@@ -89,8 +90,9 @@ class SequenceModel(HistoryModel):
     # Training ------------------------------------------------------------------------------------------------------
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
-        vectors = self.encoder(self.shown_vectors(batch, item_vectors), batch.action, batch.gap, batch.rating)
-        events = EventVectors(vectors, batch.clock, batch.offsets.cpu().numpy())
+        packed = batch.events
+        vectors = self.encoder(self.shown_vectors(packed, item_vectors), packed.action, packed.gap, packed.rating)
+        events = EventVectors(vectors, packed.clock, packed.offsets.cpu().numpy())
         shown = None
         if self.schema.tasks and optim.task_weight > 0:
             batch, shown = _encoded_impressions(batch, self.config.history_limit)
@@ -98,9 +100,9 @@ class SequenceModel(HistoryModel):
         for tile in tiles(events.offsets, vectors.device):
             states, memory = self._encode(events, tile)
             if optim.next_weight > 0:
-                gap = self.encoder.gap_vectors(batch.gap[tile.index][tile.valid])
+                gap = self.encoder.gap_vectors(packed.gap[tile.index][tile.valid])
                 users.append(self._user(states[:, : tile.valid.shape[1]][tile.valid], gap))
-                labels.append(batch.item[tile.index][tile.valid])
+                labels.append(packed.item[tile.index][tile.valid])
             if shown is not None and (part := tile.entries(shown.chunk)) is not None:
                 index, valid = part
                 vector = item_vectors[shown.item[index]]
