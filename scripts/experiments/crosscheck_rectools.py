@@ -49,6 +49,7 @@ from scripts.benchmarks.rectools_process import (
     words_of,
 )
 from scripts.benchmarks.workloads import movielens_folder
+from scripts.experiments.like_rectools import LikeRecTools
 from scripts.experiments.results import append_result, commit, hardware, markdown_table, read_results
 from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, SourceConfig, TrainConfig
 from vista.config.choices import Architecture, Precision
@@ -63,7 +64,7 @@ from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.splits import visible_counts
 from vista.model.baselines.history_model import HistoryModel
-from vista.model.ranking_model import CLASSES
+from vista.model.registry import ARCHITECTURES
 from vista.training.trainer import train_model
 
 HELD_OUT = 2
@@ -299,7 +300,7 @@ def _crosscheck(options: argparse.Namespace, python: Path, folder: Path) -> str:
     rows = read_results(results) if results.exists() else []
     there = {(row["model"], row["command"]): row["metrics"] for row in rows}
     if options.like_rectools:
-        CLASSES[Architecture.sasrec] = "like_rectools", "LikeRecTools"
+        ARCHITECTURES[Architecture.sasrec] = LikeRecTools
     found: dict[str, list[dict[str, float]]] = {ours: [], theirs: []}
     for seed in options.seeds:
         config = our_config(options, log, seed, folder / f"run-{seed}")

@@ -22,7 +22,9 @@ from vista.model.baselines.padded_tiles import PaddedTile, tiles
 from vista.model.baselines.sasrec import SASRec, SASRecBlock
 from vista.model.baselines.sequence_model import EventVectors
 from vista.model.layers import module_list, split_heads
-from vista.model.ranking_model import UNKNOWN_ITEM, Losses, Schema
+from vista.model.losses import Losses
+from vista.model.ranking_model import UNKNOWN_ITEM
+from vista.model.schema import Schema
 
 
 class LikeRecTools(SASRec):

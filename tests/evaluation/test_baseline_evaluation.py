@@ -25,7 +25,7 @@ from vista.model.baselines.history_model import HistoryModel
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.baselines.sim import SIM
 from vista.model.inference import item_vectors
-from vista.model.ranking_model import RankingModel
+from vista.model.registry import load_model
 from vista.training.trainer import _Trainer, train, train_model
 
 LIMIT = 9
@@ -128,7 +128,7 @@ def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) 
     config.data.item_categories, config.data.category_column = str(file), "kind"
     model = train_model(config, log)
     file.unlink()
-    again = RankingModel.from_pretrained(tmp_path / "sim" / "best")
+    again = load_model(tmp_path / "sim" / "best")
     for found in (model, again):
         assert isinstance(found, SIM) and found.category is not None
         rows = found.rows_of(log.items)

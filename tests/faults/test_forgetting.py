@@ -12,7 +12,7 @@ from vista.config.choices import Decay
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
 from vista.model import state_updates as incremental
-from vista.model.ranking_model import Schema
+from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 
 HOUR = 3_600_000

@@ -22,7 +22,7 @@ from vista.log.gaps import gap_bucket, history_gaps
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
-from vista.model.ranking_model import Schema
+from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 
 Int = NDArray[np.int64]

@@ -18,7 +18,8 @@ from vista.model.baselines.hstu import HSTU
 from vista.model.baselines.padded_tiles import tiles
 from vista.model.baselines.sasrec import SASRec
 from vista.model.baselines.sequence_model import EventVectors
-from vista.model.ranking_model import Schema, class_of
+from vista.model.registry import ARCHITECTURES
+from vista.model.schema import Schema
 
 NUM_ITEMS = 50
 HEADS = 2
@@ -43,7 +44,7 @@ def test_states_are_those_of_rectools(name: str, tmp_path: Path) -> None:
         architecture=Architecture(name.lower()), dim=dim, num_heads=HEADS, history_limit=length, dropout=0.0
     )
     items = Vocabulary.from_ids(np.arange(NUM_ITEMS))
-    model = class_of(config.architecture)(config, Schema(["view"], False, None, []), items, DataConfig())
+    model = ARCHITECTURES[config.architecture](config, Schema(["view"], False, None, []), items, DataConfig())
     model = model.double().eval()
     model.item_table.copy_(theirs["item_model.item_net_blocks.0.ids_emb.weight"])
     copied = copy_sasrec(model, theirs) if isinstance(model, SASRec) else copy_hstu(model, theirs)  # type: ignore[arg-type]

@@ -25,7 +25,8 @@ from vista.model.baselines.din import DIN
 from vista.model.baselines.search_model import newest_of_highest
 from vista.model.baselines.sim import SIM
 from vista.model.baselines.twin import TWIN
-from vista.model.ranking_model import RankingModel, Schema, class_of
+from vista.model.registry import ARCHITECTURES, load_model
+from vista.model.schema import Schema
 
 LENGTHS = [0, 1, 9, 4, 0, 7, 12, 30]
 HOUR = 3_600_000
@@ -52,7 +53,7 @@ def baseline(
     )
     items = Vocabulary.from_ids(np.arange(make.num_items) + 100)
     schema = Schema(["view", "click", "buy"], has_time, (1.0, 5.0), ["click", "like"], has_retrieval=False)
-    model = class_of(config.architecture)(config, schema, items, DataConfig()).double().eval()
+    model = ARCHITECTURES[config.architecture](config, schema, items, DataConfig()).double().eval()
     assert isinstance(model, CandidateModel)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -318,7 +319,7 @@ def test_a_batch_without_impressions_has_nothing_to_train(make: SimpleNamespace,
 def test_a_saved_baseline_is_the_same_baseline(make: SimpleNamespace, name: str, tmp_path: Path) -> None:
     model = baseline(make, name).float()
     model.save_pretrained(tmp_path / "model")
-    again = RankingModel.from_pretrained(tmp_path / "model")
+    again = load_model(tmp_path / "model")
     packed, _, candidates = requests(make, LENGTHS, 3)
     assert isinstance(again, CandidateModel) and again.config == model.config and not again.has_retrieval
     assert torch.equal(

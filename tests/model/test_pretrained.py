@@ -117,7 +117,7 @@ DAMAGE = {
     "no config": (without("config.json"), "no readable model"),
     "no vocabulary": (without("items.ids.npy"), r"no readable model .*items\.ids\.npy"),
     "no folder": (shutil.rmtree, "no readable model .*vista train"),
-    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, this vista reads 3"),
+    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, but this version of vista reads 3"),
     "not a description": (edited(lambda d: ["a list"]), "format None"),
     "no schema": (edited(lambda d: d.pop("schema") and None), r"config\.json: KeyError\('schema'\)"),
     "no data": (

@@ -23,7 +23,8 @@ from vista.model.baselines import padded_tiles as tiles
 from vista.model.baselines.hstu import HSTU
 from vista.model.baselines.sasrec import LONGEST_HELD, SASRec, attend_causally
 from vista.model.baselines.sequence_model import SequenceModel
-from vista.model.ranking_model import RankingModel, Schema, class_of
+from vista.model.registry import ARCHITECTURES, load_model
+from vista.model.schema import Schema
 
 LENGTHS = [0, 1, 9, 4, 0, 7, 12]
 LIMIT = 12
@@ -39,7 +40,7 @@ def baseline(
     )
     items = Vocabulary.from_ids(np.arange(make.num_items) + 100)
     schema = Schema(["view", "click", "buy"], has_time, (1.0, 5.0), list(tasks))
-    model = class_of(config.architecture)(config, schema, items, DataConfig()).double().eval()
+    model = ARCHITECTURES[config.architecture](config, schema, items, DataConfig()).double().eval()
     assert isinstance(model, SequenceModel)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -219,7 +220,7 @@ def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
 def test_a_saved_baseline_is_the_same_baseline(make: SimpleNamespace, name: str, tmp_path: object) -> None:
     model = baseline(make, name).float()
     model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
-    again = RankingModel.from_pretrained(tmp_path / "model")  # type: ignore[operator]
+    again = load_model(tmp_path / "model")  # type: ignore[operator]
     packed = make.histories(LENGTHS, 3)
     assert isinstance(again, SequenceModel)
     assert torch.equal(again.user_vectors(packed, None), model.user_vectors(packed, None))

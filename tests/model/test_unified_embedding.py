@@ -17,7 +17,9 @@ from vista.log.event_log import EventLog
 from vista.log.gaps import NUM_GAPS
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
-from vista.model.ranking_model import RankingModel, Schema, class_of
+from vista.model.ranking_model import RankingModel
+from vista.model.registry import ARCHITECTURES
+from vista.model.schema import Schema
 from vista.model.unified_embedding import Feature, hashed_rows, mix64
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
@@ -110,7 +112,7 @@ def built(make: SimpleNamespace, architecture: str, **options: object) -> Rankin
     )
     schema = Schema(["view", "click", "buy"], True, (1.0, 5.0), ["click", "like"])
     items = Vocabulary.from_ids(np.arange(make.num_items) + 100)
-    model = class_of(config.architecture)(config, schema, items, DataConfig()).eval()
+    model = ARCHITECTURES[config.architecture](config, schema, items, DataConfig()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -27,7 +27,7 @@ from vista.log.splits import visible_counts
 from vista.model.baselines.padded_tiles import tiles
 from vista.model.baselines.sasrec import SASRec
 from vista.model.baselines.sequence_model import EventVectors
-from vista.model.ranking_model import Schema
+from vista.model.schema import Schema
 
 LENGTH = 20
 """One less than the training events kept in these tests: three of LENGTHS have more."""

@@ -38,6 +38,7 @@ from vista.log.event_log import EventLog
 from vista.log.splits import parse_until, split_until, visible_counts
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
+from vista.model.registry import load_model
 from vista.model.vista_model import VistaModel
 from vista.refresh import check_log
 from vista.scorer import Scorer
@@ -97,7 +98,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         "progress": config.progress,
     }
     with cpu_settings(config.num_threads):
-        model = RankingModel.from_pretrained(config.model, resolve_device(config.device))
+        model = load_model(config.model, resolve_device(config.device))
         exclude_seen = model.data.exclude_seen if config.exclude_seen is None else config.exclude_seen
         options["exclude_seen"] = exclude_seen
         if isinstance(model, HistoryModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,16 @@ from torch import Tensor
 
 ROWS_PER_TILE = 256
 """Rows of the softmax held at once: 1 MiB at 1,024 negatives, which stays in a core's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Scalar losses of one batch."""
+
+    total: Tensor
+    """The weighted sum that training minimizes."""
+    parts: dict[str, Tensor]
+    """By name: "next", "reconstruction", and one per labelled task."""
 
 
 def sampled_softmax(

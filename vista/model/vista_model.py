@@ -20,16 +20,17 @@ import xxhash
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.config.choices import Activation, Mixing, Precision
+from vista.config.choices import Activation, Architecture, Mixing, Precision
 from vista.config.conversion import to_dict
 from vista.examples.batch import Batch
 from vista.log.gaps import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
 from vista.model.frozen_linear import frozen
 from vista.model.item_projections import save_item_projections
-from vista.model.losses import reconstruction_loss, sampled_softmax, task_losses
-from vista.model.ranking_model import Losses, RankingModel, Schema
+from vista.model.losses import Losses, reconstruction_loss, sampled_softmax, task_losses
+from vista.model.ranking_model import RankingModel
 from vista.model.reconstruction import Decoder
+from vista.model.schema import Schema
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import Context, TargetAttention
 
@@ -57,6 +58,8 @@ STAGE1_WEIGHTS = ("item_table", "encoder.", "summarizer.")
 
 class VistaModel(RankingModel):
     """VISTA."""
+
+    architecture = Architecture.vista
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
@@ -199,6 +202,23 @@ class VistaModel(RankingModel):
         out = stage.query(vectors, own, gap, seen, context, biases)
         logits: Tensor = self.task_head(out)
         return logits
+
+    @torch.inference_mode()
+    def project_items(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What scoring reads of items (`ItemProjections`), float32.
+
+        Args:
+            rows: int64 [N] model rows.
+
+        Returns:
+            (unit vectors [N, M], or None without the retrieval head;
+             [N, 5M] vector, query, gate, key and value of the first layer of stage 2, or None without labelled tasks).
+        """
+        vectors = self.item_vectors(rows).float()
+        unit = F.normalize(vectors, dim=-1) if self.has_retrieval else None
+        if not self.schema.tasks:
+            return unit, None
+        return unit, torch.cat([vectors, self.target_attention.layers[0].project(vectors)], -1)
 
     def with_tail(self, tail_len: int) -> VistaModel:
         """The same model over the newest `tail_len` events beside the summary: cheaper to score, no training needed.

@@ -32,7 +32,9 @@ from vista.examples.batch_source import BatchSource, trained_tasks
 from vista.files import remove_leftovers, replace_text, writable_folder
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
-from vista.model.ranking_model import NEXT_TASK, RankingModel, Schema, class_of
+from vista.model.ranking_model import NEXT_TASK, RankingModel
+from vista.model.registry import ARCHITECTURES, load_model
+from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 from vista.training.checkpoint import (
     latest_checkpoint,
@@ -171,7 +173,7 @@ class _Trainer:
         schema = schema_of(log, config)
         self.model: RankingModel
         if downstream is None:
-            self.model = class_of(config.model.architecture)(config.model, schema, log.items, config.data)
+            self.model = ARCHITECTURES[config.model.architecture](config.model, schema, log.items, config.data)
         else:
             self.model = downstream.model(schema)
         self.model.to(self.device)
@@ -211,7 +213,7 @@ class _Trainer:
             if progress.best is None:
                 self.model.eval().save_pretrained(best)
             logger.info("done: %d steps; model in %s", progress.step, best)
-            return RankingModel.from_pretrained(best, self.device)
+            return load_model(best, self.device)
 
     def _start(self, metrics: MetricsWriter) -> None:
         config = self.config

@@ -30,8 +30,8 @@ from vista.model.baselines.history_model import (
 )
 from vista.model.inference import newest
 from vista.model.layers import Dropout
-from vista.model.losses import task_losses
-from vista.model.ranking_model import Losses, Schema
+from vista.model.losses import Losses, task_losses
+from vista.model.schema import Schema
 
 HIDDEN = (200, 80)
 """Widths of the networks that DIN and SIM were published with."""

@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
+from vista.config.choices import Architecture
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.candidate_model import CandidateModel, FoundEvents, PackedEvents, Queries, age_table
-from vista.model.ranking_model import Schema
+from vista.model.schema import Schema
 
 
 class DIN(CandidateModel):
     """The interest is sum_j a(q, k_j) k_j over the newest events, with a(q, k) a network of [q, k, q - k, q * k]."""
+
+    architecture = Architecture.din
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)

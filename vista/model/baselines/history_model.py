@@ -17,8 +17,8 @@ from vista.errors import ConfigError
 from vista.examples.batch import Batch
 from vista.log.gaps import NUM_GAPS, UNKNOWN_GAP, gap_bucket
 from vista.log.histories import Histories
-from vista.model.losses import sampled_softmax, task_losses
-from vista.model.ranking_model import Losses, RankingModel
+from vista.model.losses import Losses, sampled_softmax, task_losses
+from vista.model.ranking_model import RankingModel
 
 Int = NDArray[np.int64]
 

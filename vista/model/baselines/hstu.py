@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
+from vista.config.choices import Architecture
 from vista.log.gaps import NUM_GAPS
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.history_model import time_bucket
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.layers import Dropout, module_list, norm, split_heads
-from vista.model.ranking_model import Schema
+from vista.model.schema import Schema
 from vista.model.target_layers import MASKED
 
 QUERIES_AT_ONCE = 256
@@ -27,6 +28,8 @@ Memory = list[tuple[Tensor, Tensor]]
 
 class HSTU(SequenceModel):
     """Layers of U * norm(SiLU(Q K^T + bias) V / N): no softmax, no feed-forward network."""
+
+    architecture = Architecture.hstu
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
+from vista.config.choices import Architecture
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.layers import Dropout, module_list, norm, split_heads
-from vista.model.ranking_model import Schema
+from vista.model.schema import Schema
 
 LONGEST_HELD = 1024
 """Events of a history whose scores are all held at once."""
@@ -21,6 +22,8 @@ LONGEST_HELD = 1024
 
 class SASRec(SequenceModel):
     """Blocks of causal softmax attention and a point-wise network of two layers."""
+
+    architecture = Architecture.sasrec
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)

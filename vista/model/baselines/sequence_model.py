@@ -23,7 +23,8 @@ from vista.model.baselines.history_model import HistoryModel, Int, ShownCandidat
 from vista.model.baselines.padded_tiles import PaddedTile, tiles
 from vista.model.inference import newest
 from vista.model.layers import Dropout
-from vista.model.ranking_model import Losses, Schema
+from vista.model.losses import Losses
+from vista.model.schema import Schema
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
-from vista.config.choices import Search
+from vista.config.choices import Architecture, Search
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.candidate_model import PackedEvents, Queries, age_table, network
 from vista.model.baselines.padded_tiles import PaddedTile, tiles
 from vista.model.baselines.search_model import SearchModel, attend
-from vista.model.ranking_model import Schema
+from vista.model.schema import Schema
 
 NO_CATEGORY = 0
 Memory = tuple[Tensor, Tensor]
@@ -30,6 +30,8 @@ class SIM(SearchModel):
 
     Soft: by inner product of projected items, trained by a loss of its own. Hard: events of the candidate's category.
     """
+
+    architecture = Architecture.sim
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
+from vista.config.choices import Architecture
 from vista.log.gaps import NUM_GAPS
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.candidate_model import age_table
 from vista.model.baselines.history_model import time_bucket
 from vista.model.baselines.search_model import SearchModel, attend
-from vista.model.ranking_model import Schema
+from vista.model.schema import Schema
 
 Memory = tuple[Tensor, Tensor, Tensor]
 """Keys and values [U, M], and actions int64 [U]."""
@@ -23,6 +24,8 @@ Memory = tuple[Tensor, Tensor, Tensor]
 
 class TWIN(SearchModel):
     """Scores q . k(item) / sqrt(D) + b(age) + b(action) a head; keys are of items alone, so they could be kept."""
+
+    architecture = Architecture.twin
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
