@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 from vista.config.choices import Mixing, Normalization
 from vista.log.histories import Histories
 from vista.model import inference
-from vista.model import state_updates as incremental
+from vista.model.history_states import embed
 from vista.model.vista_model import VistaModel
 
 
@@ -24,7 +24,7 @@ def formula(model: VistaModel, history: Histories) -> Tensor:
     stage = exact.summarizer
     assert stage is not None
     with torch.no_grad():
-        events, inside, _ = incremental.embed(exact, history)
+        events, inside, _ = embed(exact, history)
         x = torch.cat([stage.tokens(events, inside), stage.seeds])
         for layer in stage.layers:
             h = layer.norm(x)
@@ -55,16 +55,13 @@ def test_summaries_are_the_papers_set_attention(
 
 
 @pytest.mark.parametrize("conv_width", [1, 3])
-def test_a_long_history_is_summarized_slice_by_slice(
-    make: SimpleNamespace, conv_width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_history_is_summarized_slice_by_slice(make: SimpleNamespace, conv_width: int) -> None:
     model = make.model(seed=1, mixing=Mixing.bidirectional, num_layers=3, conv_width=conv_width)
     packed = make.histories([0, 1, 30, 2, 9, 16], 1)
     whole = inference.summarize(model, packed)
-    monkeypatch.setattr(inference, "slice_len", lambda model: 8)
-    sliced = inference.summarize(model, packed)
+    sliced = inference.summarize(model, packed, slice_len=8)
     torch.testing.assert_close(sliced, whole, atol=2e-6, rtol=1e-5)
-    assert not torch.equal(sliced[2], whole[2])  # another order of summation: it was really cut
+    assert not torch.equal(sliced[2], whole[2])  # another order of summation, so it was sliced
 
 
 def permuted(history: Histories, seed: int) -> Histories:

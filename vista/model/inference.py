@@ -17,8 +17,8 @@ from torch import Tensor
 from vista.config.choices import Mixing
 from vista.log.gaps import UNKNOWN_GAP, gap_bucket
 from vista.log.histories import Histories, token_groups
+from vista.model.history_states import default_slice_len, embed, history_states, reach
 from vista.model.ranking_model import RankingModel
-from vista.model.state_updates import embed, history_states, reach, slice_len
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import Context
 from vista.model.vista_model import VistaModel
@@ -37,12 +37,13 @@ def newest(histories: Histories, limit: int) -> Histories:
 
 
 @torch.inference_mode()
-def summarize(model: VistaModel, histories: Histories) -> Tensor:
+def summarize(model: VistaModel, histories: Histories, slice_len: int | None = None) -> Tensor:
     """Summaries of packed histories.
 
     Args:
         model: in eval mode.
         histories: items as model rows (`VistaModel.item_rows`).
+        slice_len: events per pass, which bounds the memory; None takes `default_slice_len`.
 
     Returns:
         float32 [B, S, M]; an empty history gets what the seeds alone give.
@@ -51,10 +52,13 @@ def summarize(model: VistaModel, histories: Histories) -> Tensor:
     if model.summarizer is None:
         return torch.zeros(histories.num_users, 0, model.config.dim, device=model.device)
     if model.config.mixing is Mixing.separable:
-        state = history_states(model, histories)
+        state = history_states(model, histories, slice_len)
         return model.summarizer.read(state.z, state.n).float()
-    groups = token_groups(histories.lengths, slice_len(model))
-    parts = [_summarize_set(model, model.summarizer, histories.select_users(g.start, g.stop)) for g in groups]
+    slice_len = default_slice_len(model) if slice_len is None else slice_len
+    groups = token_groups(histories.lengths, slice_len)
+    parts = [
+        _summarize_set(model, model.summarizer, histories.select_users(g.start, g.stop), slice_len) for g in groups
+    ]
     return torch.cat([torch.empty(0, model.config.num_seeds, model.config.dim, device=model.device), *parts])
 
 
@@ -64,19 +68,19 @@ def empty_summary(model: VistaModel) -> Tensor:
     return summarize(model, Histories(none.astype(np.int32), none, none.astype(np.uint8), None, np.zeros(2, np.int64)))
 
 
-def _summarize_set(model: VistaModel, summarizer: Summarizer, histories: Histories) -> Tensor:
+def _summarize_set(model: VistaModel, summarizer: Summarizer, histories: Histories, slice_len: int) -> Tensor:
     """Bidirectional summaries of some histories, or of one that is longer than a slice."""
-    if histories.num_events <= slice_len(model):
+    if histories.num_events <= slice_len:
         events, position, _ = embed(model, histories)
         offsets = torch.from_numpy(histories.offsets).to(model.device)
         return summarizer.summarize_set(summarizer.tokens(events, position), offsets).float()
     seeds = summarizer.seeds
     tokens = seeds.new_empty(histories.num_events, model.config.dim)
-    for start in range(0, len(tokens), slice_len(model)):
-        stop, context = min(start + slice_len(model), len(tokens)), min(start, reach(model))
+    for start in range(0, len(tokens), slice_len):
+        stop, context = min(start + slice_len, len(tokens)), min(start, reach(model))
         events, position, _ = embed(model, histories.slice(0, start - context, stop))
         tokens[start:stop] = summarizer.tokens(events, position)[context:]
-    return summarizer.summarize_long(tokens, slice_len(model)).float()
+    return summarizer.summarize_long(tokens, slice_len).float()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Letters: N histories, L layers, H heads, D head dim.
 
 A state is what an event set wrote, seen from one moment (`clock`): z = sum_s w_s phi(k_s) v_s^T with
 w_s = exp(-(clock - t_s) / tau). So the state of a union of disjoint events is the sum of their states once both are
-seen from the same moment. What makes states of histories is in `vista.model.state_updates`.
+seen from the same moment. `vista.model.history_states` computes the states of histories.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
 from vista.log.splits import Until, parse_until, visible_counts
 from vista.model import inference
-from vista.model.state_updates import history_states
+from vista.model.history_states import history_states
 from vista.model.vista_model import VistaModel
 from vista.refresh.encode import Encoded, LogItems, check_log, encode_users, has_states, read_summaries, to_arrays
 from vista.refresh.refresh_report import RefreshProgress, RefreshReport

@@ -22,15 +22,8 @@ from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
 from vista.model import inference
-from vista.model.state_updates import (
-    forget_events,
-    history_states,
-    insert_events,
-    long_range_state,
-    range_states,
-    reach,
-    slice_len,
-)
+from vista.model.history_states import default_slice_len, history_states, long_range_state, range_states, reach
+from vista.model.state_updates import forget_events, insert_events
 from vista.model.summary_state import SummaryState, merge
 from vista.model.vista_model import VistaModel
 from vista.refresh.changes import changed_positions
@@ -302,7 +295,7 @@ class _Work:
         self.num_events += new.num_events
         with self.run.stage("summarize"):
             model_rows, start = self.items.model_rows(read), old - context
-            if read.num_events > slice_len(self.model) and len(rows) == 1:
+            if read.num_events > default_slice_len(self.model) and len(rows) == 1:
                 terms = long_range_state(self.model, model_rows, int(context[0]), int(start[0]))
             else:
                 terms = range_states(self.model, model_rows, context, start)
