@@ -51,14 +51,15 @@ from scripts.benchmarks.rectools_process import (
 from scripts.benchmarks.workloads import movielens_folder
 from scripts.experiments.like_rectools import LikeRecTools
 from scripts.experiments.results import append_result, commit, hardware, markdown_table, read_results
-from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, SourceConfig, TrainConfig
+from vista.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, PrepareConfig, SourceConfig, TrainConfig
 from vista.config.choices import Architecture, Precision
 from vista.config.conversion import to_dict
 from vista.config.train_config import without_places
 from vista.device import cpu_settings
 from vista.errors import DataError, VistaError
+from vista.evaluation.cases import NextItemCases, next_item_cases
 from vista.evaluation.evaluate import evaluate_model
-from vista.evaluation.protocol import NextItemCases, next_item_cases, ranking_metrics
+from vista.evaluation.protocol import ranking_metrics
 from vista.files import replace_text
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
@@ -215,8 +216,11 @@ def run_ours(config: TrainConfig, log: EventLog) -> tuple[dict[str, float], dict
     seconds = time.perf_counter() - began
     assert isinstance(model, HistoryModel)
     with cpu_settings(config.num_threads):
-        found = {part: evaluate_model(model, log, part, top_k=TOP_K).metrics for part in PARTS}
-    return joined(found), without_places(to_dict(config)), seconds
+        measured = {
+            part: evaluate_model(model, log, EvaluateConfig(split=part, top_k=TOP_K, progress=False)).metrics
+            for part in PARTS
+        }
+    return joined(measured), without_places(to_dict(config)), seconds
 
 
 def run_theirs(

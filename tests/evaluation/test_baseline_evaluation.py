@@ -14,13 +14,13 @@ from tests.conftest import Served, small_config
 from vista.config import EvaluateConfig, ModelConfig, TrainConfig
 from vista.config.choices import Architecture, Search
 from vista.errors import ConfigError
+from vista.evaluation.cases import impression_cases, next_item_cases, with_tasks
 from vista.evaluation.evaluate import evaluate, evaluate_model
-from vista.evaluation.protocol import with_tasks
 from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
-from vista.log.splits import visible_counts
+from vista.log.splits import split_until, visible_counts
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.baselines.sim import SIM
@@ -50,7 +50,7 @@ def before(log: EventLog, rows: np.ndarray, user: int, seen: int) -> Histories:
 def test_ranks_are_of_the_history_before_the_label(event_log: EventLog, tmp_path: Path, name: str) -> None:
     model = train_model(baseline_config(event_log, tmp_path, name), event_log)
     assert isinstance(model, SequenceModel)
-    found = evaluate_model(model, event_log, "test")
+    found = evaluate_model(model, event_log, EvaluateConfig(top_k=[10]))
     rows = model.rows_of(event_log.items)
     seen, items, expected = visible_counts(event_log, "leave-last-out"), item_vectors(model), []
     for user in np.flatnonzero(seen < event_log.lengths).tolist():
@@ -82,7 +82,7 @@ def test_probabilities_are_of_the_history_before_the_request(served_tasks: Serve
     config = baseline_config(log, tmp_path, name, data=served_tasks.config.data)
     model = train_model(config, log)
     assert isinstance(model, SequenceModel)
-    found = evaluate_model(model, log, "test")
+    found = evaluate_model(model, log, EvaluateConfig())
     assert found.impressions is not None and found.probabilities is not None
     rows = model.rows_of(log.items)
     cases = found.impressions
@@ -98,7 +98,7 @@ def test_tasks_are_found_by_name(served_tasks: Served, tmp_path: Path) -> None:
     log = served_tasks.log
     model = train_model(baseline_config(log, tmp_path, "din", data=served_tasks.config.data), log)
     assert isinstance(model, HistoryModel)
-    found = evaluate_model(model, log, "test")
+    found = evaluate_model(model, log, EvaluateConfig())
     cases, whole = found.impressions, found.probabilities
     assert cases is not None and whole is not None and cases.tasks == ["click", "like", "long_view"]
     answers = RawHistoryAnswers(model, log, model.rows_of(log.items))
@@ -135,7 +135,7 @@ def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) 
         assert np.array_equal(found.category[rows].numpy(), kinds + 1)
         assert found.category[0] == 0
     assert isinstance(again, SIM) and isinstance(model, SIM)
-    assert evaluate_model(again, log, "test").metrics == evaluate_model(model, log, "test").metrics
+    assert evaluate_model(again, log, EvaluateConfig()).metrics == evaluate_model(model, log, EvaluateConfig()).metrics
     assert train_model(config, log).state_dict()["category"].equal(again.category), "done: its checkpoint has them"
 
 
@@ -173,13 +173,13 @@ def test_a_baseline_has_no_summaries(event_log: EventLog, tmp_path: Path) -> Non
         train(baseline_config(event_log, tmp_path, "sasrec"), event_log)
 
 
-def test_answers_are_those_of_one_at_a_time(
-    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = _Trainer(baseline_config(event_log, tmp_path, "sasrec"), event_log)
-    model = trainer.model.eval()
+def test_a_batch_of_cases_equals_one_case_at_a_time(served_tasks: Served, tmp_path: Path) -> None:
+    log = served_tasks.log
+    model = _Trainer(baseline_config(log, tmp_path, "sasrec", data=served_tasks.config.data), log).model.eval()
     assert isinstance(model, SequenceModel)
-    assert trainer.validation is not None
-    whole = trainer.validation(model)
-    monkeypatch.setattr("vista.evaluation.raw_history.EVENTS_EMBEDDED", 1)
-    assert trainer.validation(model) == pytest.approx(whole, rel=1e-6)
+    rows = model.rows_of(log.items)
+    together, alone = (RawHistoryAnswers(model, log, rows, events_per_batch=count) for count in (1 << 16, 1))
+    cases = next_item_cases(log, visible_counts(log, split_until(model.data, "test")))
+    np.testing.assert_allclose(together.next_scores(cases), alone.next_scores(cases), atol=1e-6)
+    shown = impression_cases(log, int(str(served_tasks.config.data.test_from)), None)
+    np.testing.assert_allclose(together.probabilities(shown), alone.probabilities(shown), atol=1e-6)

@@ -17,7 +17,8 @@ from tests.conftest import Served, small_config, small_frame
 from vista.config import EvaluateConfig
 from vista.config.choices import Codec, Split
 from vista.errors import ConfigError, LeakageError
-from vista.evaluation.evaluate import Evaluation, evaluate, evaluate_scorer
+from vista.evaluation.evaluate import evaluate, evaluate_scorer
+from vista.evaluation.evaluation import Evaluation
 from vista.evaluation.protocol import LAST_RANK
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
@@ -87,7 +88,7 @@ class TestNextItems:
             # Users whose vector points the other way rank backwards.
             forward = scorer.user_vectors([1, 2, 3, 5])[:, 0] > 0
             for exclude, up, down in ((True, [1, 0, 4, 0], [0, 3, 0, 2]), (False, [2, 1, 4, 0], [2, 3, 0, 4])):
-                found = evaluate_scorer(scorer, log, "test", exclude_seen=exclude, top_k=[1, 2, 5])
+                found = evaluate_scorer(scorer, log, EvaluateConfig(exclude_seen=exclude, top_k=[1, 2, 5]))
                 ranks = np.where(forward, up, down).tolist()
                 # Labels: 30 (seen 10 20 50), 40 (seen 40 50), 10 (seen 10), 50 (seen 20 30); user 4 is too short.
                 # A label that was seen stays in.
@@ -104,7 +105,9 @@ class TestNextItems:
     ) -> None:
         with Scorer.open(served.model, served.test_store) as scorer:
             found = evaluate_scorer(
-                scorer, served.log, "test", exclude_seen=exclude_seen, top_k=[10], users_per_batch=users_per_batch
+                scorer,
+                served.log,
+                EvaluateConfig(exclude_seen=exclude_seen, top_k=[10], users_per_batch=users_per_batch),
             )
             expected = plain_ranks(scorer, served.log, visible_counts(served.log, "leave-last-out"), exclude_seen)
         assert found.ranks is not None and found.ranks.tolist() == expected
@@ -115,7 +118,7 @@ class TestNextItems:
         model = train(small_config(order_log, tmp_path / "run"), order_log)
         refresh(model, order_log, tmp_path / "store", until="leave-last-out")
         with Scorer.open(model, tmp_path / "store") as scorer:
-            found = evaluate_scorer(scorer, order_log, "test")
+            found = evaluate_scorer(scorer, order_log, EvaluateConfig())
             expected = plain_ranks(scorer, order_log, visible_counts(order_log, "leave-last-out"), True)
         assert found.ranks is not None and found.ranks.tolist() == expected
 
@@ -126,7 +129,7 @@ class TestNextItems:
         log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", action="action", rating="rating")
         refresh(served.model, log, tmp_path / "store", until="leave-last-out")
         with Scorer.open(served.model, tmp_path / "store") as scorer:
-            found = evaluate_scorer(scorer, log, "test")
+            found = evaluate_scorer(scorer, log, EvaluateConfig())
         assert found.ranks is not None and (found.ranks == LAST_RANK).sum() == 2
 
 
@@ -166,7 +169,7 @@ class TestImpressions:
     def test_probabilities_and_metrics_against_a_direct_computation(self, served_tasks: Served) -> None:
         model, log, data = served_tasks.model, served_tasks.log, served_tasks.config.data
         with Scorer.open(model, served_tasks.test_store) as scorer:
-            found = evaluate_scorer(scorer, log, "test", users_per_batch=7)
+            found = evaluate_scorer(scorer, log, EvaluateConfig(users_per_batch=7))
         assert found.probabilities is not None and data.test_from is not None
         direct, label, mask, user = direct_probabilities(served_tasks, log.counts_before(int(data.test_from)))
         assert len(direct) > 50
@@ -199,7 +202,7 @@ class TestImpressions:
 
         monkeypatch.setattr(Scorer, "predict", counted)
         with Scorer.open(served_tasks.model, served_tasks.test_store) as scorer:
-            cases = evaluate_scorer(scorer, served_tasks.log, "test", users_per_batch=7).impressions
+            cases = evaluate_scorer(scorer, served_tasks.log, EvaluateConfig(users_per_batch=7)).impressions
         assert cases is not None
         requests = len(set(zip(cases.user.tolist(), cases.timestamp.tolist(), strict=True)))
         assert sum(asked) == requests < len(cases.user) and max(asked) == 7
@@ -214,7 +217,7 @@ class TestImpressions:
         ).eval()
         refresh(model, log, tmp_path / "store", until=split_until(model.data, "test"))
         with Scorer.open(model, tmp_path / "store") as scorer:
-            found = evaluate_scorer(scorer, log, "test")
+            found = evaluate_scorer(scorer, log, EvaluateConfig())
         assert {name for name in found.metrics if "/" in name} == {
             f"{name}/like" for name in ("auc", "gauc", "ne", "calibration")
         }
@@ -228,7 +231,7 @@ def test_validation_in_training_equals_evaluation_from_the_store(
     until = split_until(given.config.data, "validation")
     refresh(given.model, given.log, tmp_path / "store", until=until, codec=Codec.float32)
     with Scorer.open(given.model_dir, tmp_path / "store") as scorer:
-        found = evaluate_scorer(scorer, given.log, "validation", top_k=[10]).metrics
+        found = evaluate_scorer(scorer, given.log, EvaluateConfig(split="validation", top_k=[10])).metrics
     lines = (Path(given.config.run_dir) / "metrics.jsonl").read_text().splitlines()
     history = [row["validation"] for row in map(json.loads, lines) if "validation" in row]
     key, best = ("ndcg@10", max) if kind == "served" else ("ne/click", min)
@@ -247,9 +250,11 @@ def test_seen_items_stay_in_where_training_was_told_so(served: Served, tmp_path:
     (line,) = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()) if "validation" in row]
     refresh(model, served.log, tmp_path / "store", until="leave-last-two-out", codec=Codec.float32)
     with Scorer.open(tmp_path / "run" / "best", tmp_path / "store") as scorer:
-        kept = evaluate_scorer(scorer, served.log, "validation", top_k=[10])
-        asked = evaluate_scorer(scorer, served.log, "validation", top_k=[10], exclude_seen=False)
-        left_out = evaluate_scorer(scorer, served.log, "validation", top_k=[10], exclude_seen=True)
+        kept = evaluate_scorer(scorer, served.log, EvaluateConfig(split="validation", top_k=[10]))
+        asked = evaluate_scorer(scorer, served.log, EvaluateConfig(split="validation", top_k=[10], exclude_seen=False))
+        left_out = evaluate_scorer(
+            scorer, served.log, EvaluateConfig(split="validation", top_k=[10], exclude_seen=True)
+        )
     assert kept.ranks is not None and asked.ranks is not None and left_out.ranks is not None
     assert kept.ranks.tolist() == asked.ranks.tolist() and (left_out.ranks < kept.ranks).any()
     assert line["validation"] == pytest.approx(kept.metrics, abs=1e-4)
@@ -263,19 +268,19 @@ class TestLeakage:
                 LeakageError, match=r"until=all, but the test labels .* `vista refresh until=leave-last-out`"
             ),
         ):
-            evaluate_scorer(scorer, served.log, "test")
+            evaluate_scorer(scorer, served.log, EvaluateConfig())
         test_from = served_tasks.config.data.test_from
         with (
             Scorer.open(served_tasks.model, served_tasks.store) as scorer,
             pytest.raises(LeakageError, match=f"until=all, but the test labels .* `vista refresh until={test_from}`"),
         ):
-            evaluate_scorer(scorer, served_tasks.log, "test")
+            evaluate_scorer(scorer, served_tasks.log, EvaluateConfig())
 
     @pytest.mark.parametrize("kind", ["served", "served_tasks"])
     def test_a_test_store_is_refused_for_validation(self, kind: str, request: pytest.FixtureRequest) -> None:
         given: Served = request.getfixturevalue(kind)
         with Scorer.open(given.model, given.test_store) as scorer, pytest.raises(LeakageError, match="the validation"):
-            evaluate_scorer(scorer, given.log, "validation")
+            evaluate_scorer(scorer, given.log, EvaluateConfig(split="validation"))
 
     def test_summaries_of_a_stated_age(self, served: Served, tmp_path: Path) -> None:
         """They lack three events before each label, which the tail has; any other age is refused."""
@@ -283,14 +288,14 @@ class TestLeakage:
         seen = visible_counts(served.log, "leave-last-out")
         with Scorer.open(served.model, served.test_store) as fresh, Scorer.open(served.model, tmp_path / "old") as old:
             expected = plain_ranks_from(served, seen, np.maximum(seen - 3, 0))
-            found = evaluate_scorer(old, served.log, "test", staleness=3)
+            found = evaluate_scorer(old, served.log, EvaluateConfig(staleness=3))
             assert found.ranks is not None and found.ranks.tolist() == expected
-            current = evaluate_scorer(fresh, served.log, "test").ranks
+            current = evaluate_scorer(fresh, served.log, EvaluateConfig()).ranks
             assert current is not None and found.ranks.tolist() != current.tolist()
             with pytest.raises(ConfigError, match="until=leave-last-5-out"):
-                evaluate_scorer(old, served.log, "test", staleness=4)
+                evaluate_scorer(old, served.log, EvaluateConfig(staleness=4))
             with pytest.raises(ConfigError, match="labels of this model begin after until=leave-last-out; "):
-                evaluate_scorer(old, served.log, "test")
+                evaluate_scorer(old, served.log, EvaluateConfig())
 
     def test_summaries_of_a_stated_age_of_a_split_in_time(self, served_tasks: Served, tmp_path: Path) -> None:
         """They lack three events before the test begins. The tail has them."""
@@ -303,13 +308,16 @@ class TestLeakage:
         with Scorer.open(model, served_tasks.test_store) as fresh, Scorer.open(model, tmp_path / "old") as old:
             found = old.store.get_many(log.users.ids(np.arange(log.num_users)))
             assert found.event_count[found.found].tolist() == counts[found.found].tolist(), report
-            aged, current = evaluate_scorer(old, log, "test", staleness=3), evaluate_scorer(fresh, log, "test")
+            aged, current = (
+                evaluate_scorer(old, log, EvaluateConfig(staleness=3)),
+                evaluate_scorer(fresh, log, EvaluateConfig()),
+            )
             direct = direct_probabilities(served_tasks, counts)[0]
             assert aged.probabilities is not None and current.probabilities is not None
             np.testing.assert_allclose(aged.probabilities, direct, atol=1e-4)
             assert np.abs(aged.probabilities - current.probabilities).max() > 1e-3
             with pytest.raises(ConfigError, match=f"and staleness=4 asks for until={test_from}-less-4"):
-                evaluate_scorer(old, log, "test", staleness=4)
+                evaluate_scorer(old, log, EvaluateConfig(staleness=4))
 
     @pytest.mark.parametrize("kind", ["served", "served_tasks"])
     def test_a_store_of_an_earlier_split_leaks_nothing_but_is_another_question(
@@ -318,7 +326,7 @@ class TestLeakage:
         given: Served = request.getfixturevalue(kind)
         refresh(given.model, given.log, tmp_path / "store", until=split_until(given.config.data, "validation"))
         with Scorer.open(given.model, tmp_path / "store") as scorer, pytest.raises(ConfigError, match="was refreshed"):
-            evaluate_scorer(scorer, given.log, "test")
+            evaluate_scorer(scorer, given.log, EvaluateConfig())
 
     def test_a_record_that_saw_the_label_is_refused_by_its_count(self, served: Served, tmp_path: Path) -> None:
         """The store was refreshed from a log with one more event of a user, so that leave-last-out shows the label."""
@@ -328,9 +336,9 @@ class TestLeakage:
         log = EventLog.from_frame(more, tmp_path / "log", time_unit="ms", action="action", rating="rating")
         refresh(served.model, log, tmp_path / "store", until="leave-last-out")
         with Scorer.open(served.model, tmp_path / "store") as scorer:
-            assert evaluate_scorer(scorer, log, "test").num_cases == 14
-            with pytest.raises(LeakageError, match=r"user 115: the record .* has seen 28 events, only 27 lie before"):
-                evaluate_scorer(scorer, served.log, "test")
+            assert evaluate_scorer(scorer, log, EvaluateConfig()).num_cases == 14
+            with pytest.raises(LeakageError, match=r"user 115: the record .* covers 28 events, but only 27 lie before"):
+                evaluate_scorer(scorer, served.log, EvaluateConfig())
 
     def test_a_record_that_saw_the_label_is_refused_by_its_time(
         self, served_tasks: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -345,20 +353,16 @@ class TestLeakage:
         tasks_only.load_state_dict(model.state_dict())
         for asked in (model, tasks_only):
             with Scorer.open(asked, tmp_path / "store") as scorer, pytest.raises(LeakageError, match="lie before the"):
-                evaluate_scorer(scorer, served_tasks.log, "test")
+                evaluate_scorer(scorer, served_tasks.log, EvaluateConfig())
 
 
 class TestRefusals:
-    def test_a_part_that_does_not_exist(self, served: Served) -> None:
-        with Scorer.open(served.model, served.test_store) as scorer, pytest.raises(ConfigError, match="split=train"):
-            evaluate_scorer(scorer, served.log, "train")
-
     def test_nothing_to_measure(self, served: Served, tmp_path: Path) -> None:
         frame = {"user": [1, 1, 2], "item": [0, 10, 20], "timestamp": [1, 2, 3], "action": ["click", "like", "like"]}
         log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s", action="action")
         refresh(served.model, log, tmp_path / "store", until="leave-last-out")
         with Scorer.open(served.model, tmp_path / "store") as scorer, pytest.raises(ConfigError, match="no test case"):
-            evaluate_scorer(scorer, log, "test")
+            evaluate_scorer(scorer, log, EvaluateConfig())
 
     def test_a_log_that_the_model_would_misread(self, served: Served, tmp_path: Path) -> None:
         frame = {**small_frame(), "action": np.array(["buy"] * 233)}
@@ -367,7 +371,7 @@ class TestRefusals:
             Scorer.open(served.model, served.test_store) as scorer,
             pytest.raises(ConfigError, match="its actions are"),
         ):
-            evaluate_scorer(scorer, log, "test")
+            evaluate_scorer(scorer, log, EvaluateConfig())
 
 
 class TestResults:

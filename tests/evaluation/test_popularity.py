@@ -13,18 +13,19 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from tests.conftest import Served, small_config
+from vista.config import EvaluateConfig
 from vista.errors import ConfigError
 from vista.evaluation import metrics
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.evaluation.metrics import ranks_of_targets, top_items
 from vista.evaluation.popularity import (
     PopularityReport,
-    Recommendations,
     gini,
     popularity_deciles,
     popularity_report,
     spearman,
 )
+from vista.evaluation.recommended_lists import RecommendedLists
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
@@ -92,7 +93,7 @@ def test_a_label_is_in_the_list_where_its_rank_is_below_k(data: st.DataObject) -
 
 def test_a_report_by_hand() -> None:
     popularity = np.array([10, 10, 10, 70])  # deciles 1, 1, 1 (by their common middle, 15 %) and 6
-    found = Recommendations(4, 2)
+    found = RecommendedLists(4, 2)
     found.add(np.array([[3.0, 2.0, 1.0, 4.0], [1.0, 2.0, 3.0, 4.0]], np.float32), np.array([0, 2]), None)
     found.add(np.array([[1.0, 3.0, 2.0, 4.0]], np.float32), np.array([-1]), (np.array([1]), np.array([0, 1])))
     assert found.counts.tolist() == [1, 0, 2, 3] and found.num_lists == 3
@@ -117,9 +118,11 @@ class TestEvaluation:
         log, seen = served.log, visible_counts(served.log, "leave-last-out")
         with Scorer.open(served.model, served.test_store) as scorer:
             found = evaluate_scorer(
-                scorer, log, "test", exclude_seen=exclude_seen, top_k=[4, 10], users_per_batch=5, popularity=True
+                scorer,
+                log,
+                EvaluateConfig(exclude_seen=exclude_seen, top_k=[4, 10], users_per_batch=5, popularity=True),
             )
-            plain = evaluate_scorer(scorer, log, "test", exclude_seen=exclude_seen, top_k=[4, 10])
+            plain = evaluate_scorer(scorer, log, EvaluateConfig(exclude_seen=exclude_seen, top_k=[4, 10]))
             shown: list[int] = []
             for row in np.flatnonzero(seen < log.lengths).tolist():
                 history = log.slice(row)
@@ -148,7 +151,7 @@ class TestEvaluation:
             Scorer.open(asked, served.test_store) as scorer,
             pytest.raises(ConfigError, match=r"popularity=true: .* retrieval head was not trained"),
         ):
-            evaluate_scorer(scorer, served.log, "test", popularity=True)
+            evaluate_scorer(scorer, served.log, EvaluateConfig(popularity=True))
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +182,7 @@ def report_of(log: EventLog, folder: Path, strength: float, num_negatives: int, 
     model = train(config, log)
     refresh(model, log, folder / "store", until="leave-last-out")
     with Scorer.open(model, folder / "store") as scorer:
-        found = evaluate_scorer(scorer, log, "test", exclude_seen=False, top_k=[5], popularity=True).popularity
+        found = evaluate_scorer(scorer, log, EvaluateConfig(exclude_seen=False, top_k=[5], popularity=True)).popularity
     assert found is not None
     return found
 

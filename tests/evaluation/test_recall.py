@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import Served
+from vista.config import EvaluateConfig
 from vista.errors import ConfigError
 from vista.evaluation import recall
-from vista.evaluation.evaluate import _check, _completed, evaluate_scorer
+from vista.evaluation.evaluate import _check, evaluate_scorer
 from vista.evaluation.recall import AGES, WINDOW, RecallReport, bands, measure_recall
 from vista.log.histories import Histories
 from vista.model.vista_model import VistaModel
@@ -89,11 +90,10 @@ def _embed(model: VistaModel, history: Histories, gap: np.ndarray, item: int, t:
     return model.encoder(model.item_vectors(torch.tensor(item)), action, torch.tensor(int(gap[t])), rating)
 
 
-def test_negatives_are_about_as_popular(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recall, "NEIGHBOURS", 2)
+def test_negatives_are_about_as_popular(served: Served) -> None:
     items = recall._Items(served.model, served.log)
     asked = np.repeat(items.by_popularity, 3)
-    drawn = items.alike(asked, np.random.default_rng(0))
+    drawn = items.alike(asked, np.random.default_rng(0), num_neighbors=2)
     step = np.abs(items.rank[drawn] - items.rank[asked][:, None])
     assert step.min() == 1 and step.max() == 2
 
@@ -155,7 +155,7 @@ def test_own_and_other_are_not_taken_for_each_other(served: Served) -> None:
 
 def test_report_and_refusal(served: Served) -> None:
     with Scorer.open(served.model, served.test_store) as scorer:
-        found = evaluate_scorer(scorer, served.log, "test", recall=True)
+        found = evaluate_scorer(scorer, served.log, EvaluateConfig(recall=True))
     assert isinstance(found.recall, RecallReport)
     assert set(found.recall.metrics()) == {f"recall/{band}" for band in bands()} <= set(found.metrics)
     assert "age in events" in str(found)
@@ -165,4 +165,4 @@ def test_a_model_without_summaries_is_refused(served: Served) -> None:
     config = replace(served.model.config, num_seeds=0)
     model = VistaModel(config, served.model.schema, served.model.items, served.model.data)
     with pytest.raises(ConfigError, match="no summaries"):
-        _check(model, served.log, "test", _completed(model, {"recall": True}))
+        _check(model, served.log, EvaluateConfig(recall=True))

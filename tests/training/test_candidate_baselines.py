@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from vista.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, TrainConfig
 from vista.config.choices import Architecture, Precision, Split
 from vista.evaluation.evaluate import evaluate_model
 from vista.examples.batch_source import BatchSource
@@ -81,7 +81,7 @@ def test_a_baseline_learns_from_the_events_that_it_reads(
 ) -> None:
     model = train_model(config_of(log, tmp_path / "run", name, history_limit=limit), log)
     assert isinstance(model, CandidateModel)
-    found = evaluate_model(model, log, "test")
+    found = evaluate_model(model, log, EvaluateConfig())
     assert found.num_cases == NUM_USERS * 15 and not any(key.startswith(("hr@", "ndcg@")) for key in found.metrics)
     if learns:
         assert found.metrics["auc/click"] > 0.7

@@ -15,7 +15,7 @@ import torch
 
 from tests.conftest import Served
 from tests.training.test_trainer import assert_same_result
-from vista.config import OptimConfig, TrainConfig
+from vista.config import EvaluateConfig, OptimConfig, TrainConfig
 from vista.config.choices import Architecture, Codec, Split, Stage
 from vista.errors import ConfigError, LeakageError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
@@ -123,7 +123,7 @@ def test_the_bases_store_serves_it(served_tasks: Served, liked: tuple[TrainConfi
     export = Path(liked[0].run_dir) / "best"
     with Scorer.open(export, served_tasks.test_store) as scorer:
         assert scorer.tasks == ["like", "next"]
-        found = evaluate_scorer(scorer, served_tasks.log, "test")
+        found = evaluate_scorer(scorer, served_tasks.log, EvaluateConfig())
     assert {name for name in found.metrics if name.startswith("auc")} == {"auc/like"}
     assert "ndcg@10" in found.metrics
 

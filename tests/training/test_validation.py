@@ -16,24 +16,13 @@ from sklearn.metrics import log_loss, roc_auc_score
 from tests.conftest import Served, small_config
 from vista.config.choices import Split
 from vista.errors import NonFiniteLossError
-from vista.evaluation import protocol
-from vista.evaluation.protocol import (
-    LAST_RANK,
-    NextItemCases,
-    impression_cases,
-    impression_metrics,
-    next_item_cases,
-    rank_next_items,
-    ranking_metrics,
-    seen_columns,
-    with_tasks,
-)
+from vista.evaluation.cases import NextItemCases, impression_cases, next_item_cases, with_tasks
+from vista.evaluation.protocol import LAST_RANK, impression_metrics, rank_next_items, ranking_metrics, seen_columns
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.splits import visible_counts
 from vista.model import inference
 from vista.model.vista_model import VistaModel
-from vista.training import validation
 from vista.training.validation import Validation
 
 HOUR = 3_600_000
@@ -128,18 +117,26 @@ def test_hand_computed_ranks(tmp_path: Path) -> None:
     assert found["ndcg@1"] == pytest.approx(3 / 6) and found["ndcg@3"] == pytest.approx((3 * gain[0] + gain[1]) / 6)
 
 
-def test_batches_hold_few_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_hold_few_events(tmp_path: Path) -> None:
     log = hand_log(tmp_path)
     cases = next_item_cases(log, visible_counts(log, 10 * HOUR))
     assert cases.seen.tolist() == [0, 3, 1, 0, 3, 0]
-    monkeypatch.setattr(protocol, "EVENTS_READ", 4)
     batches: list[list[int]] = []
 
     def score(batch: NextItemCases) -> NDArray[np.float32]:
         batches.append(batch.seen.tolist())
         return np.zeros((len(batch.user), 6), np.float32)
 
-    rank_next_items(log, cases, np.arange(6), score, exclude_seen=True, users_per_batch=4, progress=False)
+    rank_next_items(
+        log,
+        cases,
+        np.arange(6),
+        score,
+        exclude_seen=True,
+        users_per_batch=4,
+        progress=False,
+        events_per_batch=4,
+    )
     assert batches == [[0, 3], [1, 0], [3, 0]]
 
 
@@ -254,18 +251,18 @@ class TestValidation:
         assert "\n" not in str(caught.value)
 
 
-def test_a_life_is_summarized_once_a_validation(served_tasks: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For its next items and its impressions together, a few lives at a time."""
+def test_validation_summarizes_each_history_once(served_tasks: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For next items and impressions together, and a few histories at a time."""
     log = served_tasks.log
-    check = Validation(log, served_tasks.model.rows_of(log.items), served_tasks.config)
-    expected = check(served_tasks.model)
-    whole, lives = inference.summarize, []
+    rows = served_tasks.model.rows_of(log.items)
+    expected = Validation(log, rows, served_tasks.config)(served_tasks.model)
+    summarize, summarized = inference.summarize, []
 
     def counted(model: VistaModel, histories: Histories) -> torch.Tensor:
-        lives.append(histories.num_users)
-        return whole(model, histories)
+        summarized.append(histories.num_users)
+        return summarize(model, histories)
 
     monkeypatch.setattr(inference, "summarize", counted)
-    monkeypatch.setattr(validation, "EVENTS_READ", 100)
-    assert check(served_tasks.model) == pytest.approx(expected, rel=1e-5)
-    assert len(lives) > 2 and sum(lives) <= log.num_users
+    validation = Validation(log, rows, served_tasks.config, events_per_batch=100)
+    assert validation(served_tasks.model) == pytest.approx(expected, rel=1e-5)
+    assert len(summarized) > 2 and sum(summarized) <= log.num_users

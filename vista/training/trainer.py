@@ -26,7 +26,7 @@ from vista.config.conversion import to_dict
 from vista.config.train_config import without_places
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
 from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
-from vista.evaluation.protocol import EVENTS_READ
+from vista.evaluation.protocol import EVENTS_PER_BATCH
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource, trained_tasks
 from vista.files import remove_leftovers, replace_text, writable_folder
@@ -132,7 +132,7 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
     rating_range = None
     if log.has_rating and config.model.use_rating:
         low, high = math.inf, -math.inf
-        for users in token_groups(log.lengths, EVENTS_READ):  # not all at once: every column comes along
+        for users in token_groups(log.lengths, EVENTS_PER_BATCH):  # not all at once: every column comes along
             ratings = np.asarray(log.gather(np.arange(users.start, users.stop)).rating)
             low = min(low, float(np.nanmin(ratings, initial=np.inf)))
             high = max(high, float(np.nanmax(ratings, initial=-np.inf)))

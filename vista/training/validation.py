@@ -12,17 +12,8 @@ from numpy.typing import NDArray
 
 from vista.config import TrainConfig
 from vista.errors import NonFiniteLossError
-from vista.evaluation.protocol import (
-    EVENTS_READ,
-    ImpressionCases,
-    NextItemCases,
-    impression_cases,
-    impression_metrics,
-    next_item_cases,
-    rank_next_items,
-    ranking_metrics,
-    with_tasks,
-)
+from vista.evaluation.cases import ImpressionCases, NextItemCases, impression_cases, next_item_cases, with_tasks
+from vista.evaluation.protocol import EVENTS_PER_BATCH, impression_metrics, rank_next_items, ranking_metrics
 from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
@@ -45,8 +36,15 @@ _ContextOf = Callable[[Int, inference.PaddedTail], Context]
 class Validation:
     """Validation metrics of a model; the cases are chosen once."""
 
-    def __init__(self, log: EventLog, item_rows: Int, config: TrainConfig) -> None:
-        self._log, self._item_rows = log, item_rows
+    def __init__(
+        self, log: EventLog, item_rows: Int, config: TrainConfig, *, events_per_batch: int = EVENTS_PER_BATCH
+    ) -> None:
+        """
+        Args:
+            item_rows: int64 [log.num_items], the model row of each of the log's items.
+            events_per_batch: most events of histories that are read at once (a longer history is read alone).
+        """
+        self._log, self._item_rows, self._events_per_batch = log, item_rows, events_per_batch
         self._exclude_seen = config.data.exclude_seen
         optim, limit = config.optim, config.optim.validation_users
         until = split_until(config.data, "validation")
@@ -94,6 +92,7 @@ class Validation:
                 exclude_seen=self._exclude_seen,
                 users_per_batch=CASES_PER_BATCH,
                 progress=False,
+                events_per_batch=self._events_per_batch,
             )
             metrics |= ranking_metrics(ranks, [10])
         if self._impressions is not None:
@@ -123,7 +122,7 @@ class Validation:
 
     def _summaries(self, model: VistaModel, users: Int) -> torch.Tensor:
         """Of many users, a few histories at a time: whole lives may be long."""
-        groups = [users[part] for part in token_groups(self._cut[users], EVENTS_READ)]
+        groups = [users[part] for part in token_groups(self._cut[users], self._events_per_batch)]
         histories = (self._model_rows(self._log.gather(group, self._cut[group])) for group in groups)
         return torch.cat([inference.summarize(model, each) for each in histories])
 
