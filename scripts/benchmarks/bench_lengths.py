@@ -32,7 +32,7 @@ from vista.model.registry import ARCHITECTURES
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.simulation.simulate import simulate
-from vista.training.trainer import schema_of
+from vista.training.log_schema import schema_of
 
 NUM_USERS = 24
 OURS = "vista"

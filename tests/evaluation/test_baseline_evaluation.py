@@ -26,7 +26,7 @@ from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.baselines.sim import SIM
 from vista.model.inference import item_vectors
 from vista.model.registry import load_model
-from vista.training.trainer import _Trainer, train, train_model
+from vista.training.trainer import Trainer, train, train_model
 
 LIMIT = 9
 
@@ -143,7 +143,7 @@ def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) 
 def test_the_state_after_a_full_window_is_trained(event_log: EventLog, tmp_path: Path, name: str) -> None:
     """Which is what most requests are asked of: a chunk holds one event more than is encoded, as a label."""
     assert event_log.lengths.max() > LIMIT + 3
-    trainer = _Trainer(baseline_config(event_log, tmp_path, name), event_log)
+    trainer = Trainer(baseline_config(event_log, tmp_path, name), event_log)
     model, source = trainer.model, trainer.source
     for epoch in range(3):
         for index in range(source.num_batches(epoch)):
@@ -175,7 +175,7 @@ def test_a_baseline_has_no_summaries(event_log: EventLog, tmp_path: Path) -> Non
 
 def test_a_batch_of_cases_equals_one_case_at_a_time(served_tasks: Served, tmp_path: Path) -> None:
     log = served_tasks.log
-    model = _Trainer(baseline_config(log, tmp_path, "sasrec", data=served_tasks.config.data), log).model.eval()
+    model = Trainer(baseline_config(log, tmp_path, "sasrec", data=served_tasks.config.data), log).model.eval()
     assert isinstance(model, SequenceModel)
     rows = model.rows_of(log.items)
     together, alone = (RawHistoryAnswers(model, log, rows, events_per_batch=count) for count in (1 << 16, 1))

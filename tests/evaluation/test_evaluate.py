@@ -26,7 +26,8 @@ from vista.model import inference
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.training.trainer import schema_of, train
+from vista.training.log_schema import schema_of
+from vista.training.trainer import train
 
 
 def plain_ranks(scorer: Scorer, log: EventLog, seen: np.ndarray, exclude_seen: bool) -> list[int]:

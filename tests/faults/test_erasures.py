@@ -18,7 +18,7 @@ from vista.store import StoreReader
 from vista.store.admin.inspection import verify_store
 from vista.store.admin.publish import compact_store
 from vista.store.updates import erase
-from vista.training.trainer import schema_of
+from vista.training.log_schema import schema_of
 
 NUM_USERS = 60
 DAY = 86_400_000

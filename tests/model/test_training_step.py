@@ -18,7 +18,7 @@ from vista.config.choices import Decay, Mixing, Precision, TargetAttentionKind
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
-from vista.training.trainer import _Trainer
+from vista.training.trainer import Trainer
 
 DIM, NUM_ITEMS = 16, 500
 
@@ -30,7 +30,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
     return EventLog.from_frame(frame, tmp_path_factory.mktemp("step") / "log", timestamp=None)
 
 
-def trainer(log: EventLog, run_dir: Path, num_rows: int) -> _Trainer:
+def trainer(log: EventLog, run_dir: Path, num_rows: int) -> Trainer:
     """A trainer whose table has `num_rows` rows, over which the log's items are spread."""
     config = TrainConfig(
         model=ModelConfig(dim=DIM, num_heads=2, num_seeds=4, num_layers=1, num_target_layers=1, tail_len=8),
@@ -41,9 +41,9 @@ def trainer(log: EventLog, run_dir: Path, num_rows: int) -> _Trainer:
         num_threads=1,
         device="cpu",
     )
-    made = _Trainer(config, log)
+    made = Trainer(config, log)
     made.model.item_table = nn.Parameter(torch.randn(num_rows, DIM) * DIM**-0.5)
-    made.table_optimizer = torch.optim.SparseAdam([made.model.item_table], lr=1e-3, betas=(0.9, 0.98))
+    made.optimizers.table = torch.optim.SparseAdam([made.model.item_table], lr=1e-3, betas=(0.9, 0.98))
     made.source = BatchSource(log, 1 + np.arange(log.num_items) * ((num_rows - 1) // log.num_items), config)
     made.model.train()
     return made

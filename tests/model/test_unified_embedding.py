@@ -24,7 +24,7 @@ from vista.model.unified_embedding import Feature, hashed_rows, mix64
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.training.trainer import _Trainer, train
+from vista.training.trainer import Trainer, train
 
 WORD = 2**64
 GAMMA = 0x9E3779B97F4A7C15
@@ -226,9 +226,9 @@ class TestModel:
 
 
 class TestTraining:
-    def trainer(self, log: EventLog, run_dir: Path, **options: object) -> _Trainer:
+    def trainer(self, log: EventLog, run_dir: Path, **options: object) -> Trainer:
         config = small_config(log, run_dir, model__embedding_rows=4001, **options)
-        made = _Trainer(config, log)
+        made = Trainer(config, log)
         made.model.train()
         return made
 

@@ -24,7 +24,7 @@ from vista.refresh.refresh_report import STAGES
 from vista.scorer import Scorer
 from vista.store import NO_TIMESTAMP, StoreReader, StoreWriter
 from vista.store.format.digest import history_digest
-from vista.training.trainer import schema_of
+from vista.training.log_schema import schema_of
 
 
 def new_model(log: EventLog, **changes: object) -> VistaModel:

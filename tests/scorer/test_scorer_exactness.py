@@ -21,7 +21,7 @@ from vista.model.inference import ROW_TILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
-from vista.training.trainer import schema_of
+from vista.training.log_schema import schema_of
 
 TOLERANCE = 2e-5
 """Where products do not keep to rows: some units of float32's rounding of values around 1."""

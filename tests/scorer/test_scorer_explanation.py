@@ -20,7 +20,7 @@ from vista.model.target_layers import PointwiseLayer
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.training.trainer import schema_of
+from vista.training.log_schema import schema_of
 
 
 @pytest.fixture(scope="module", params=TargetAttentionKind)

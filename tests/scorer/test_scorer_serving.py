@@ -27,7 +27,7 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.scorer.scorer_stats import LATENCY_BOUNDS_MS, ScorerStats
-from vista.training.trainer import schema_of
+from vista.training.log_schema import schema_of
 
 
 def untrained(log: EventLog, seed: int, **changes: Any) -> VistaModel:

@@ -72,7 +72,7 @@ def test_a_run_that_was_stopped_names_both(
 ) -> None:
     from vista.training import trainer
 
-    whole, steps = trainer._Trainer._step, []
+    whole, steps = trainer.Trainer._step, []
 
     def stopped(self: Any, *arguments: Any) -> Any:
         steps.append(1)
@@ -81,8 +81,7 @@ def test_a_run_that_was_stopped_names_both(
         return whole(self, *arguments)
 
     config = small_config(event_log, tmp_path / "run", optim__epochs=4, checkpoint_every=1)
-    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
-    monkeypatch.setattr(trainer._Trainer, "_step", stopped)
+    monkeypatch.setattr(trainer.Trainer, "_step", stopped)
     monkeypatch.setattr(row_origin, "commit", lambda: "aaa")
     with pytest.raises(KeyboardInterrupt):
         train_noted(config, event_log, tmp_path)

@@ -28,9 +28,9 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.store import StoreReader, Tail
-from vista.training import trainer
 from vista.training.downstream import KEPT_WEIGHTS, Downstream
-from vista.training.trainer import schema_of, train
+from vista.training.log_schema import schema_of
+from vista.training.trainer import Trainer, train
 
 PAST_SHARE = 0.4
 """Of the impressions lie before the store's `until`; validation begins at 0.6."""
@@ -110,12 +110,12 @@ def test_a_table_that_all_features_share_stays_too(served_tasks: Served, tmp_pat
 def test_frozen_weights_are_in_no_optimizer(served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
     config = downstream_config(served_tasks, past_store, tmp_path)
     with Downstream.open(config, served_tasks.log) as downstream:
-        made = trainer._Trainer(config, served_tasks.log, downstream)
-        updated = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
+        made = Trainer(config, served_tasks.log, downstream)
+        updated = {id(p) for group in made.optimizers.dense.param_groups for p in group["params"]}
         names = {name for name, p in made.model.named_parameters() if id(p) in updated}
         assert names == {name for name, _ in made.model.named_parameters() if not name.startswith(KEPT_WEIGHTS)}
         made._step(made.source.batch(0, 0), 0.0)
-        assert made.model.item_table.grad is None and not made.table_optimizer.state
+        assert made.model.item_table.grad is None and not made.optimizers.table.state
 
 
 def test_the_bases_store_serves_it(served_tasks: Served, liked: tuple[TrainConfig, VistaModel]) -> None:
@@ -252,13 +252,12 @@ class TestLeakage:
 def test_a_run_that_is_stopped_resumes_bitwise_equal(
     served_tasks: Served, past_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
     log, make = served_tasks.log, BatchSource.batch
     whole, stopped = (
         downstream_config(served_tasks, past_store, tmp_path / name, data__tokens_per_batch=100)
         for name in ("whole", "stopped")
     )
-    train(whole, log)
+    train(whole, log, metrics_every=1)
 
     def batch(source: BatchSource, epoch: int, index: int) -> Any:
         if (epoch, index) == (1, 1):
@@ -267,8 +266,8 @@ def test_a_run_that_is_stopped_resumes_bitwise_equal(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(BatchSource, "batch", batch)
-        train(replace(stopped, checkpoint_every=1), log)
-    train(stopped, log)
+        train(replace(stopped, checkpoint_every=1), log, metrics_every=1)
+    train(stopped, log, metrics_every=1)
     assert "resuming at step" in (tmp_path / "stopped" / "train.log").read_text()
     assert_same_result(Path(stopped.run_dir), Path(whole.run_dir))
 

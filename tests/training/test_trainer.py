@@ -23,7 +23,8 @@ from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.training import trainer
 from vista.training.checkpoint import TENSOR_FILE, latest_checkpoint, load_checkpoint
-from vista.training.trainer import schema_of, train
+from vista.training.log_schema import schema_of
+from vista.training.trainer import train
 from vista.training.validation import Validation
 
 
@@ -59,13 +60,14 @@ LONG = {"optim__epochs": 6, "checkpoint_every": 2, "data__unknown_share": 0.2}
 # Forks a trainer again and again, ends it at a random moment after some progress, and reports how each one ended.
 DRIVER = """
 import json, os, random, signal, sys, time
+from functools import partial
 from pathlib import Path
 from tests.conftest import small_config
 from vista.log.event_log import EventLog
 from vista.training import trainer
 
 log, folder = EventLog.open(sys.argv[1]), Path(sys.argv[2])
-trainer.METRICS_EVERY = 1
+train = partial(trainer.train, metrics_every=1)
 chance = random.Random(1)
 
 def steps(run_dir):
@@ -78,7 +80,7 @@ def end_one(config, signal_number):
     if child == 0:
         code = 1
         try:
-            trainer.train(config, log)
+            train(config, log)
             code = 0
         except KeyboardInterrupt:
             code = 130
@@ -95,12 +97,12 @@ def end_one(config, signal_number):
         status = os.waitpid(child, 0)[1]
     return os.waitstatus_to_exitcode(status)
 
-trainer.train(small_config(log, folder / "warm", optim__epochs=1), log)  # lazy imports, once for all forks
+train(small_config(log, folder / "warm", optim__epochs=1), log)  # lazy imports, once for all forks
 codes = {}
 for ending, signal_number, times in (("kill", signal.SIGKILL, 8), ("interrupt", signal.SIGINT, 3)):
     config = small_config(log, folder / ending, **json.loads(sys.argv[3]))
     codes[ending] = [end_one(config, signal_number) for _ in range(times)]
-    trainer.train(config, log)
+    train(config, log)
 print(json.dumps(codes))
 """
 
@@ -118,9 +120,7 @@ def ended(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def uninterrupted(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that DRIVER must end in."""
     run_dir = tmp_path_factory.mktemp("uninterrupted")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "METRICS_EVERY", 1)
-        train(small_config(event_log, run_dir, **LONG), event_log)
+    train(small_config(event_log, run_dir, **LONG), event_log, metrics_every=1)
     return run_dir
 
 
@@ -146,7 +146,6 @@ def test_each_step_has_one_line_in_metrics(uninterrupted: Path) -> None:
 def test_interrupt_leaves_a_checkpoint_of_that_very_step(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
     make = BatchSource.batch
 
     def batch(source: BatchSource, epoch: int, index: int) -> Any:
@@ -157,20 +156,19 @@ def test_interrupt_leaves_a_checkpoint_of_that_very_step(
     config = small_config(event_log, tmp_path, **LONG | {"checkpoint_every": 1000})
     with monkeypatch.context() as patch:
         patch.setattr(BatchSource, "batch", batch)
-        with pytest.raises(KeyboardInterrupt, match=r"stopped at step \d+; the same command resumes it"):
-            train(config, event_log)
+        with pytest.raises(KeyboardInterrupt, match=r"stopped at step \d+; rerun the same command to resume"):
+            train(config, event_log, metrics_every=1)
     newest = latest_checkpoint(tmp_path / "checkpoints")
     progress = load_checkpoint(newest)[1]["run"]["progress"]  # type: ignore[arg-type]
     assert (progress["epoch"], progress["batch"]) == (1, 2)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    train(config, event_log)
+    train(config, event_log, metrics_every=1)
     assert_same_result(tmp_path, uninterrupted)
 
 
 def test_a_crash_between_validation_and_checkpoint_writes_no_line_twice(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
     save = trainer.save_checkpoint
 
     def save_or_crash(folder: Path, step: int, tensors: Any, state: Any) -> Path:
@@ -183,9 +181,9 @@ def test_a_crash_between_validation_and_checkpoint_writes_no_line_twice(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "save_checkpoint", save_or_crash)
         with pytest.raises(SystemExit):
-            train(config, event_log)
+            train(config, event_log, metrics_every=1)
     assert [row["epoch"] for row in metrics(tmp_path) if "validation" in row] == [1, 2]
-    train(config, event_log)
+    train(config, event_log, metrics_every=1)
     assert_same_result(tmp_path, uninterrupted)
 
 
@@ -245,15 +243,14 @@ def test_resume_with_another_config_is_refused(served: Served, key: str, value: 
 def test_resume_on_another_log_is_refused_and_anew_it_starts_from_nothing(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
     other = EventLog.from_frame(small_frame(5), tmp_path / "log", time_unit="ms", action="action", rating="rating")
     run_dir = tmp_path / "run"
     train(small_config(other, run_dir, **LONG), other)
     config = small_config(event_log, run_dir, **LONG)
     with pytest.raises(ConfigError, match=r"another log \("):
-        train(config, event_log)
+        train(config, event_log, metrics_every=1)
     config.resume = False
-    train(config, event_log)
+    train(config, event_log, metrics_every=1)
     assert_same_result(run_dir, uninterrupted)
 
 
@@ -268,7 +265,7 @@ def test_an_export_without_checkpoints_stays_until_it_is_replaced(
         raise RuntimeError("before the first step")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Trainer, "_step", fail)
+        patch.setattr(trainer.Trainer, "_step", fail)
         with pytest.raises(RuntimeError, match="before the first step"):
             train(config, event_log)
         assert VistaModel.from_pretrained(tmp_path / "best").items.digest() == event_log.items.digest()
@@ -279,12 +276,11 @@ def test_an_export_without_checkpoints_stays_until_it_is_replaced(
 def test_a_line_of_metrics_cut_off_by_a_crash_is_dropped(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
     run_dir = shutil.copytree(uninterrupted, tmp_path / "run")
     shutil.rmtree(latest_checkpoint(run_dir / "checkpoints"))  # type: ignore[arg-type]
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')
-    train(small_config(event_log, run_dir, **LONG), event_log)
+    train(small_config(event_log, run_dir, **LONG), event_log, metrics_every=1)
     assert_same_result(run_dir, uninterrupted)
 
 
@@ -312,7 +308,7 @@ def test_an_infinite_rating_in_a_hand_made_log_is_refused(tmp_path: Path) -> Non
     ratings[3] = np.inf
     np.save(path, ratings)
     log = EventLog.open(tmp_path / "log")
-    with pytest.raises(DataError, match=r"ratings reach from 1\.0 to inf; .*model\.use_rating=false"):
+    with pytest.raises(DataError, match=r"ratings range from 1\.0 to inf; .*model\.use_rating=false"):
         train(small_config(log, tmp_path / "run"), log)
     assert schema_of(log, small_config(log, tmp_path, model__use_rating=False)).rating_range is None
 
