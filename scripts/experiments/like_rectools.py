@@ -20,7 +20,7 @@ from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.history_model import next_loss, weighted_losses
 from vista.model.baselines.padded_tiles import PaddedTile, tiles
 from vista.model.baselines.sasrec import SASRec, SASRecBlock
-from vista.model.baselines.sequence_model import EventVectors
+from vista.model.baselines.sequence_model import EmbeddedSequences
 from vista.model.layers import module_list, split_heads
 from vista.model.losses import Losses
 from vista.model.ranking_model import UNKNOWN_ITEM
@@ -42,7 +42,7 @@ class LikeRecTools(SASRec):
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         packed = batch.events
         vectors = self.encoder(self.shown_vectors(packed, item_vectors), packed.action, packed.gap, packed.rating)
-        events = EventVectors(vectors, packed.clock, packed.offsets.cpu().numpy())
+        events = EmbeddedSequences(vectors, packed.clock, packed.offsets.cpu().numpy())
         users, labels = [], []
         for tile in tiles(events.offsets, vectors.device):
             states, _ = self._encode(events, tile)
@@ -53,7 +53,7 @@ class LikeRecTools(SASRec):
         loss = next_loss(batch, item_vectors, torch.cat(users), torch.cat(labels), self.config.temperature)
         return weighted_losses(self, batch, optim, loss, None)
 
-    def _encode(self, events: EventVectors, tile: PaddedTile) -> tuple[Tensor, None]:
+    def _encode(self, events: EmbeddedSequences, tile: PaddedTile) -> tuple[Tensor, None]:
         index = tile.index[:, : self.config.history_limit]
         n, length = index.shape
         start = self.start.expand(n, 1, -1)

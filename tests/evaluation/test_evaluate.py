@@ -23,6 +23,7 @@ from vista.evaluation.protocol import LAST_RANK
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.model import inference
+from vista.model.padded_tail import pad_tail
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
@@ -55,7 +56,7 @@ def plain_ranks_from(served: Served, seen: np.ndarray, summarized: np.ndarray) -
         whole = dataclasses.replace(whole, item=rows[whole.item].astype(np.int32))
         before, known = whole.slice(0, 0, int(seen[user])), whole.slice(0, 0, int(summarized[user]))
         last = before.slice(0, -model.config.tail_len)
-        tail = inference.pad_tail(model, last.item, last.timestamp, last.action, last.offsets)
+        tail = pad_tail(model, last.item, last.timestamp, last.action, last.offsets)
         context = inference.request_context(model, inference.summarize(model, known), tail)
         now = whole.timestamp[seen[user]][None] if log.has_time else None
         vector = inference.user_vectors(model, context, inference.request_gap(model, now, tail))
@@ -154,7 +155,7 @@ def direct_probabilities(given: Served, summarized: np.ndarray) -> tuple[np.ndar
                 continue
             seen = int((times < now).sum())
             tail = summary_inputs(model, log, row, max(seen - 6, 0), seen)
-            padded = inference.pad_tail(model, tail.item, tail.timestamp, tail.action, tail.offsets)
+            padded = pad_tail(model, tail.item, tail.timestamp, tail.action, tail.offsets)
             context = inference.request_context(model, summary, padded)
             gap = inference.request_gap(model, np.array([now]), padded)
             item = model.item_rows(log.items.ids([table.item[index]]))

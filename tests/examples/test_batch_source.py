@@ -17,7 +17,8 @@ from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from vista.config.choices import Decay, Split
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
-from vista.examples.batch_source import BatchSource, StoredSummaries, events_before
+from vista.examples.batch_source import BatchSource, events_before
+from vista.examples.stored_summaries import StoredSummaries
 from vista.log.event_log import EventLog
 
 Int = NDArray[np.int64]

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from vista.config import DataConfig, ModelConfig, TrainConfig
 from vista.errors import MissingDependencyError
-from vista.examples import frequency
 from vista.examples.batch_source import BatchSource
 from vista.examples.frequency import item_counts, sketched_item_counts
 from vista.log.event_log import EventLog
@@ -37,15 +36,12 @@ def some_counts(log: EventLog, seed: int) -> NDArray[np.int64]:
 
 
 @pytest.mark.parametrize("block_events", [1, 5000, 1 << 22])
-def test_exact_counts_are_those_of_a_plain_loop(
-    log: EventLog, block_events: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(frequency, "_BLOCK_EVENTS", block_events)
+def test_exact_counts_are_those_of_a_plain_loop(log: EventLog, block_events: int) -> None:
     counts = some_counts(log, 1)
     expected = np.zeros(NUM_ITEMS, np.int64)
     for row in range(log.num_users):
         np.add.at(expected, log.slice(row, 0, counts[row]).item, 1)
-    np.testing.assert_array_equal(item_counts(log, counts), expected)
+    np.testing.assert_array_equal(item_counts(log, counts, block_events=block_events), expected)
 
 
 @settings(deadline=None, max_examples=25)
@@ -63,10 +59,11 @@ def test_an_estimate_is_never_too_small_and_seldom_beyond_its_bound(
     assert excess.any()
 
 
-def test_blocks_and_repetition_do_not_matter(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = sketched_item_counts(log, relative_error=0.01, confidence=0.9)
-    monkeypatch.setattr(frequency, "_BLOCK_EVENTS", 700)
-    np.testing.assert_array_equal(sketched_item_counts(log, relative_error=0.01, confidence=0.9), whole)
+def test_blocks_do_not_change_the_estimates(log: EventLog) -> None:
+    one_block, many_blocks = (
+        sketched_item_counts(log, relative_error=0.01, confidence=0.9, block_events=count) for count in (1 << 22, 700)
+    )
+    np.testing.assert_array_equal(many_blocks, one_block)
 
 
 def test_the_size_in_use_is_exact_where_its_bound_is_below_an_event_and_logs_it(

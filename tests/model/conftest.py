@@ -21,7 +21,7 @@ from vista.examples.cuts import CutPlan, cut_batch
 from vista.log.gaps import gap_bucket, history_gaps
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
-from vista.model import inference
+from vista.model.padded_tail import PaddedTail, pad_tail
 from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 
@@ -170,11 +170,11 @@ def outputs(model: VistaModel, cut: Batch) -> tuple[Tensor, Tensor]:
         return model.window_users(cut, context), model.window_logits(cut, vectors, context)
 
 
-def tail(model: VistaModel, packed: Histories, lengths: Int | int | None = None) -> inference.PaddedTail:
+def tail(model: VistaModel, packed: Histories, lengths: Int | int | None = None) -> PaddedTail:
     """Padded tails of the newest `lengths` (model.tail_len) events of each history."""
     keep = np.minimum(packed.lengths, model.config.tail_len if lengths is None else lengths)
     last = packed.select(packed.lengths - keep, packed.lengths)
-    return inference.pad_tail(model, last.item, last.timestamp, last.action, last.offsets)
+    return pad_tail(model, last.item, last.timestamp, last.action, last.offsets)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.hstu import HSTU
 from vista.model.baselines.padded_tiles import tiles
 from vista.model.baselines.sasrec import SASRec
-from vista.model.baselines.sequence_model import EventVectors
+from vista.model.baselines.sequence_model import EmbeddedSequences
 from vista.model.registry import ARCHITECTURES
 from vista.model.schema import Schema
 
@@ -55,7 +55,7 @@ def test_states_are_those_of_rectools(name: str, tmp_path: Path) -> None:
         item = x[x > 0]
         # RecTools' positions count from the newest event.
         model.position[: len(item)] = theirs["pos_encoding_layer.pos_emb.weight"][: len(item)].flip(0)
-        events = EventVectors(model.item_table[item], torch.arange(len(item)), np.array([0, len(item)]))
+        events = EmbeddedSequences(model.item_table[item], torch.arange(len(item)), np.array([0, len(item)]))
         (tile,) = tiles(events.offsets, torch.device("cpu"))
         states, _ = model._encode(events, tile)
         torch.testing.assert_close(states[0, 1:], expected[-len(item) :], rtol=1e-12, atol=1e-12)

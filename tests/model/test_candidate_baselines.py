@@ -18,8 +18,6 @@ from vista.errors import ConfigError
 from vista.log.gaps import gap_bucket
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines import candidate_model, search_model
-from vista.model.baselines import padded_tiles as tiles
 from vista.model.baselines.candidate_model import CandidateModel
 from vista.model.baselines.din import DIN
 from vista.model.baselines.search_model import newest_of_highest
@@ -227,17 +225,13 @@ def test_the_highest_scores_are_found_and_of_equal_ones_the_last(count: int) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_neighbours_padding_and_other_candidates_change_nothing(
-    make: SimpleNamespace, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neighbors_padding_and_other_candidates_change_nothing(make: SimpleNamespace, name: str) -> None:
     model = baseline(make, name)
     packed, now, candidates = requests(make, LENGTHS, 5)
     logits = model.candidate_logits(packed, candidates, now)
     torch.testing.assert_close(model.candidate_logits(packed, candidates.flip(1), now), logits.flip(1))
-    for pieces in (1, 16):
-        monkeypatch.setattr(tiles, "TILE_TOKENS", pieces)
-        monkeypatch.setattr(search_model, "SCORES_AT_ONCE", pieces)
-        monkeypatch.setattr(candidate_model, "FOUND_AT_ONCE", pieces)
+    for size in (1, 16):
+        model.tile_tokens = model.scores_at_once = model.found_at_once = size
         torch.testing.assert_close(model.candidate_logits(packed, candidates, now), logits)
     for user in range(packed.num_users):
         alone, at = packed.slice(user), now[user : user + 1]
@@ -328,5 +322,5 @@ def test_a_saved_baseline_is_the_same_baseline(make: SimpleNamespace, name: str,
 
 
 def test_they_have_no_user_vectors(make: SimpleNamespace) -> None:
-    with pytest.raises(ConfigError, match=r"model\.architecture=twin: ranks candidates only"):
+    with pytest.raises(ConfigError, match=r"model\.architecture=twin: only ranks candidates"):
         baseline(make, "twin").user_vectors(make.histories([3]), None)

@@ -8,8 +8,7 @@ import torch
 
 from vista.log.gaps import NUM_GAPS, gap_bucket, history_gaps
 from vista.model.event_encoder import EventEncoder
-from vista.model.layers import Dropout, FeedForward, GatedOutput, split_heads
-from vista.model.summarizer import CausalConvolution
+from vista.model.layers import CausalConvolution, Dropout, FeedForward, GatedOutput, split_heads
 
 
 def test_gap_buckets_by_hand() -> None:

@@ -17,6 +17,7 @@ from vista.model import frozen_linear as frozen_module
 from vista.model import inference
 from vista.model.frozen_linear import FrozenLinear, frozen, packs
 from vista.model.layers import FeedForward, linear_parts
+from vista.model.padded_tail import pad_tail
 from vista_kernels.torch_backend.precision import multiplies_bfloat16, product_dtype
 
 CPU = torch.device("cpu")
@@ -93,9 +94,7 @@ def test_a_model_with_a_frozen_stage_is_the_model(
     """Summaries, contexts, users and candidates; with histories shorter than the tail, and one without an event."""
     model = make.model(num_seeds=seeds, target_attention=kind).eval()
     histories = make.histories([3, 0, 40, 7], 2)
-    tail = inference.pad_tail(
-        model, histories.item, histories.timestamp, histories.action.astype(np.int64), histories.offsets
-    )
+    tail = pad_tail(model, histories.item, histories.timestamp, histories.action.astype(np.int64), histories.offsets)
     candidates = torch.from_numpy(np.random.default_rng(1).integers(1, make.num_items, (4, 6)))
     small = precision is Precision.float32
 

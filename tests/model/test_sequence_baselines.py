@@ -18,9 +18,8 @@ from vista.config.choices import Architecture
 from vista.errors import CheckpointError
 from vista.log.gaps import gap_bucket
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines import hstu
-from vista.model.baselines import padded_tiles as tiles
 from vista.model.baselines.hstu import HSTU
+from vista.model.baselines.padded_tiles import TILE_TOKENS
 from vista.model.baselines.sasrec import LONGEST_HELD, SASRec, attend_causally
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.registry import ARCHITECTURES, load_model
@@ -98,11 +97,9 @@ def hstu_by_event(model: HSTU, x: Tensor, time: np.ndarray) -> Tensor:
 
 @pytest.mark.parametrize("has_time", [True, False])
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-def test_a_user_vector_is_the_published_sum(
-    make: SimpleNamespace, name: str, has_time: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hstu, "QUERIES_AT_ONCE", 5)
+def test_a_user_vector_is_the_published_sum(make: SimpleNamespace, name: str, has_time: bool) -> None:
     model = baseline(make, name, has_time=has_time)
+    model.queries_at_once = 5  # HSTU's, so that a history takes several blocks
     packed = make.histories(LENGTHS, 3)
     now = np.append(packed.timestamp, 0)[np.maximum(packed.offsets[1:] - 1, 0)] + 3 * 3_600_000
     found = model.user_vectors(packed, now)
@@ -132,16 +129,14 @@ def test_weights_from_before_the_gap_was_scaled_are_refused(make: SimpleNamespac
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-def test_neighbours_padding_and_other_candidates_change_nothing(
-    make: SimpleNamespace, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neighbors_padding_and_other_candidates_change_nothing(make: SimpleNamespace, name: str) -> None:
     model = baseline(make, name)
     packed = make.histories([*LENGTHS, 30], 4)
     now = np.append(packed.timestamp, 0)[np.maximum(packed.offsets[1:] - 1, 0)] + 3_600_000
     candidates = torch.from_numpy(np.random.default_rng(0).integers(1, make.num_items, (packed.num_users, 6)))
     users, logits = model.user_vectors(packed, now), model.candidate_logits(packed, candidates, now)
     for tokens in (1, 16):
-        monkeypatch.setattr(tiles, "TILE_TOKENS", tokens)
+        model.tile_tokens = tokens
         torch.testing.assert_close(model.user_vectors(packed, now), users)
     for user in range(packed.num_users):
         alone, at = packed.slice(user), now[user : user + 1]
@@ -153,17 +148,17 @@ def test_neighbours_padding_and_other_candidates_change_nothing(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-@pytest.mark.parametrize("tile_tokens", [10, tiles.TILE_TOKENS])
+@pytest.mark.parametrize("tile_tokens", [10, TILE_TOKENS])
 @pytest.mark.parametrize("unknown_share", [0.0, 0.4])
 def test_training_at_a_position_is_a_request_after_its_events(
-    make: SimpleNamespace, name: str, unknown_share: float, tile_tokens: int, monkeypatch: pytest.MonkeyPatch
+    make: SimpleNamespace, name: str, unknown_share: float, tile_tokens: int
 ) -> None:
     """Losses over a batch are those of requests asked one by one: every label, and every labelled impression.
 
     The first impression, with which others are padded, has seen more events than the smaller tiles hold.
     """
-    monkeypatch.setattr(tiles, "TILE_TOKENS", tile_tokens)
     model = baseline(make, name)
+    model.tile_tokens = tile_tokens
     packed = make.histories([11, 1, 8, 4], 5)
     chunks, shown_at = make.chunks(packed, 5, impressions=40)
     late = (chunks.impressions.chunk > 0) | (chunks.impressions.position > 8)

@@ -25,7 +25,8 @@ from vista.config.choices import Activation, Decay, Mixing, TargetAttentionKind
 from vista.examples.batch import Batch
 from vista.log.histories import Histories
 from vista.model import inference
-from vista.model.target_attention import Context
+from vista.model.padded_tail import PaddedTail, pad_tail
+from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 
 DAY = 86_400_000
@@ -53,14 +54,14 @@ LENGTHS = [0, 1, 2, 23, 7, 0, 12]
 class Answers:
     """What serving gives for B requests."""
 
-    context: Context
+    context: TargetContext
     users: Tensor
     """[B, M]."""
     logits: Tensor
     """[B, C, num_tasks]."""
 
 
-def serve(model: VistaModel, packed: Histories, tail: inference.PaddedTail, candidates: np.ndarray) -> Answers:
+def serve(model: VistaModel, packed: Histories, tail: PaddedTail, candidates: np.ndarray) -> Answers:
     """Requests of the users of `packed`, one day after the tail's newest event, for candidates [B, C]."""
     context = inference.request_context(model, inference.summarize(model, packed), tail)
     gap = inference.request_gap(model, tail.last_time + DAY, tail)
@@ -73,7 +74,7 @@ def serve(model: VistaModel, packed: Histories, tail: inference.PaddedTail, cand
 
 def served_context(
     make: SimpleNamespace, model: VistaModel, packed: Histories, batch: Batch, window: int, owner: int, position: int
-) -> tuple[Context, inference.PaddedTail]:
+) -> tuple[TargetContext, PaddedTail]:
     """What a request reads that sees what a position of a training window sees.
 
     It reads the summary of the events that the window's cut covers, and as its tail the events of the window's tail
@@ -266,7 +267,7 @@ def test_a_summary_covers_the_newest_history_limit_events(make: SimpleNamespace)
 def test_padded_tails_hold_the_newest_events_and_the_gaps_between_them(make: SimpleNamespace) -> None:
     model = make.model(tail_len=3)
     time = np.array([0, 1000, 7000, 7000, 5, 9_000])
-    tail = inference.pad_tail(model, np.arange(1, 7), time, np.array([0, 1, 2, 0, 1, 2]), np.array([0, 4, 4, 6]))
+    tail = pad_tail(model, np.arange(1, 7), time, np.array([0, 1, 2, 0, 1, 2]), np.array([0, 4, 4, 6]))
     np.testing.assert_array_equal(tail.item, [[2, 3, 4], [0, 0, 0], [0, 5, 6]])
     np.testing.assert_array_equal(tail.action, [[1, 2, 0], [0, 0, 0], [0, 1, 2]])
     # 6 s, 0 s and 8.995 s: 1 + floor(log2(1 + s)); the first event's gap is unknown.
@@ -277,14 +278,14 @@ def test_padded_tails_hold_the_newest_events_and_the_gaps_between_them(make: Sim
 
 def test_padded_tails_of_empty_histories_hold_nothing(make: SimpleNamespace) -> None:
     model = make.model(tail_len=3)
-    tail = inference.pad_tail(model, np.zeros(0), np.zeros(0, np.int64), np.zeros(0), np.zeros(3, np.int64))
+    tail = pad_tail(model, np.zeros(0), np.zeros(0, np.int64), np.zeros(0), np.zeros(3, np.int64))
     assert not tail.valid.any() and tail.item.shape == (2, 3)
 
 
 def test_request_gaps_count_from_the_newest_event_of_the_tail(make: SimpleNamespace) -> None:
     model = make.model(tail_len=3)
     time = np.array([7000, 9000])
-    tail = inference.pad_tail(model, np.arange(1, 3), time, np.zeros(2, np.int64), np.array([0, 1, 1, 2]))
+    tail = pad_tail(model, np.arange(1, 3), time, np.zeros(2, np.int64), np.array([0, 1, 1, 2]))
     assert model.encoder.gap is not None
     by_bucket = model.encoder.gap.weight
     without_time = inference.request_gap(model, None, tail)

@@ -26,7 +26,7 @@ from vista.log.histories import Histories
 from vista.log.splits import visible_counts
 from vista.model.baselines.padded_tiles import tiles
 from vista.model.baselines.sasrec import SASRec
-from vista.model.baselines.sequence_model import EventVectors
+from vista.model.baselines.sequence_model import EmbeddedSequences
 from vista.model.schema import Schema
 
 LENGTH = 20
@@ -217,6 +217,6 @@ def test_ours_like_rectools_starts_and_is_trained_as_it_is(tmp_path: Path) -> No
     torch.testing.assert_close(found, torch.cat(losses).mean(), rtol=1e-5, atol=1e-6)
 
 
-def embedded(model: LikeRecTools, histories: Histories) -> EventVectors:
+def embedded(model: LikeRecTools, histories: Histories) -> EmbeddedSequences:
     """Embedded as a request's, items as rows of the model."""
     return model.embed(dataclasses.replace(histories, item=(histories.item + 1).astype(np.int32)))

@@ -55,7 +55,9 @@ class TestSchema:
         config = TrainConfig(model=ModelConfig(architecture=architecture, history_limit=200))
         schema = schema_of(impression_log, config)
         assert (schema.tasks, schema.has_retrieval) == (["click", "like", "long_view"], False)
-        with pytest.raises(ConfigError, match=rf"model\.architecture={architecture.value}: learns only from .* has none;"):
+        with pytest.raises(
+            ConfigError, match=rf"model\.architecture={architecture.value}: learns only from .* has none;"
+        ):
             schema_of(event_log, config)
         config.optim.task_weight = 0
         with pytest.raises(ConfigError, match=r"from labelled impressions, but optim\.task_weight=0; prepare"):

@@ -5,7 +5,6 @@ So a resumed run needs no state of the data but its position, and makes the same
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +19,7 @@ from vista.examples.chunks import ChunkImpressions, Chunks, Int, decay_clock
 from vista.examples.cuts import CutPlan, cut_batch
 from vista.examples.frequency import item_counts, sketched_item_counts
 from vista.examples.negatives import NegativeSampler
+from vista.examples.stored_summaries import StoredSummaries
 from vista.log.event_log import EventLog
 from vista.log.gaps import gap_bucket, history_gaps
 from vista.log.histories import ranges, token_groups
@@ -39,16 +39,6 @@ class _Impressions:
     label: NDArray[np.float32]
     mask: NDArray[np.bool_]
     offsets: Int
-
-
-@dataclass(frozen=True, slots=True)
-class StoredSummaries:
-    """What a store has of a log's users: labels begin where its records end, and histories are not read again."""
-
-    since: int
-    """ms: the records have seen what lies before it."""
-    read: Callable[[Int], NDArray[np.float32]]
-    """User rows int64 [B] -> summaries [B, S, M]."""
 
 
 class BatchSource:

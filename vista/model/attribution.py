@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.model.layers import split_heads
-from vista.model.target_attention import Context, TargetAttention
+from vista.model.target_attention import TargetAttention, TargetContext
 from vista.model.target_layers import MASKED, PointwiseLayer, SoftmaxLayer
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
-    """Shares of C scores of one request, float32."""
+class Attribution:
+    """Attribution of C scores of one request, float32."""
 
     summary: Tensor
     """[C, S]."""
@@ -36,14 +36,14 @@ class Shares:
     """[C] of each part of the query token's vector; the time of the request counts with the first."""
 
 
-def shares(
+def attribute(
     stage: TargetAttention,
     parts: Sequence[Tensor],
     gap: Tensor | None,
-    context: Context,
+    context: TargetContext,
     head: Callable[[Tensor], Tensor],
-) -> Shares:
-    """Shares of the scores of query tokens that see the whole tail.
+) -> Attribution:
+    """Attribution of the scores of query tokens that see the whole tail.
 
     Args:
         parts: [C, M] each, which add up to the query tokens' vectors.
@@ -90,7 +90,7 @@ def shares(
             for weight, gradient, value in zip(weights, gradients[len(sources) :], values, strict=True)
         ]
     ).sum(0)
-    return Shares(of_context[:, : stage.num_seeds], of_context[:, stage.num_seeds :], of_parts)
+    return Attribution(of_context[:, : stage.num_seeds], of_context[:, stage.num_seeds :], of_parts)
 
 
 def _frozen(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def _mixed(layer: SoftmaxLayer | PointwiseLayer, hidden: Tensor, heads: Tensor, 
 
 
 def _attention(
-    stage: TargetAttention, layer: SoftmaxLayer | PointwiseLayer, projected: Tensor, context: Context, index: int
+    stage: TargetAttention, layer: SoftmaxLayer | PointwiseLayer, projected: Tensor, context: TargetContext, index: int
 ) -> Tensor:
     """Weights [H, C, S+L+1] of projections [C, 4M]; the last is the query token's own."""
     is_pointwise = isinstance(layer, PointwiseLayer)

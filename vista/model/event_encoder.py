@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vista.log.gaps import NUM_GAPS
-from vista.model.unified_embedding import Feature, HashedFeature
+from vista.model.unified_embedding import EmbeddingFeature, HashedEmbedding
 
 
 class EventEncoder(nn.Module):
@@ -34,13 +34,13 @@ class EventEncoder(nn.Module):
     ) -> None:
         super().__init__()
 
-        def embedding(feature: Feature, num_values: int) -> nn.Embedding | HashedFeature:
+        def embedding(feature: EmbeddingFeature, num_values: int) -> nn.Embedding | HashedEmbedding:
             if shared is None:
                 return nn.Embedding(num_values, dim)
-            return HashedFeature(shared, feature, num_values, dim // shared.shape[1])
+            return HashedEmbedding(shared, feature, num_values, dim // shared.shape[1])
 
-        self.action = embedding(Feature.action, num_actions) if use_action and num_actions > 1 else None
-        self.gap = embedding(Feature.gap, NUM_GAPS) if use_time else None
+        self.action = embedding(EmbeddingFeature.action, num_actions) if use_action and num_actions > 1 else None
+        self.gap = embedding(EmbeddingFeature.gap, NUM_GAPS) if use_time else None
         self.rating = nn.Parameter(torch.zeros(dim)) if rating_range is not None else None
         self.rating_range = rating_range
         for table in (self.action, self.gap):

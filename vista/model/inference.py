@@ -5,9 +5,6 @@ Letters: B users, T packed events, S seeds, L tail length, C candidates, M model
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,9 +15,10 @@ from vista.config.choices import Mixing
 from vista.log.gaps import UNKNOWN_GAP, gap_bucket
 from vista.log.histories import Histories, token_groups
 from vista.model.history_states import default_slice_len, embed, history_states, reach
+from vista.model.padded_tail import PaddedTail
 from vista.model.ranking_model import RankingModel
 from vista.model.summarizer import Summarizer
-from vista.model.target_attention import Context
+from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 
 Int = NDArray[np.int64]
@@ -83,54 +81,10 @@ def _summarize_set(model: VistaModel, summarizer: Summarizer, histories: Histori
     return summarizer.summarize_long(tokens, slice_len).float()
 
 
-@dataclass(frozen=True, slots=True)
-class PaddedTail:
-    """The newest events of B users, right-aligned: item (model rows), action, gap int64 [B, L]; valid bool [B, L];
-    last_time int64 [B] of the newest event (meaningless where there is none)."""
-
-    item: Int
-    action: Int
-    gap: Int
-    valid: NDArray[np.bool_]
-    last_time: Int
-
-    def select(self, users: slice | Int) -> PaddedTail:
-        """Of some of the users, or of all in another order."""
-        return PaddedTail(
-            self.item[users], self.action[users], self.gap[users], self.valid[users], self.last_time[users]
-        )
-
-
-def pad_tail(model: VistaModel, item: NDArray[Any], time: Int, action: NDArray[Any], offsets: Int) -> PaddedTail:
-    """Right-align packed newest events; of more than tail_len events the newest are taken.
-
-    Args:
-        item: [T] model rows; time: int64 [T] ms; action: [T]; offsets: int64 [B+1].
-    """
-    length = model.config.tail_len
-    index = offsets[1:, None] - length + np.arange(length)
-    valid = index >= offsets[:-1, None]
-    index = np.where(valid, index, 0)
-    if len(item) == 0:
-        zeros = np.zeros(index.shape, np.int64)
-        return PaddedTail(zeros, zeros, zeros, valid, np.zeros(len(index), np.int64))
-    times = time[index]
-    gap = np.zeros(index.shape, np.int64)
-    if model.encoder.gap is not None:
-        known = valid[:, 1:] & valid[:, :-1]
-        gap[:, 1:] = np.where(known, gap_bucket(np.diff(times, axis=1)), UNKNOWN_GAP)
-    last_time = time[np.maximum(offsets[1:] - 1, 0)]
-    return PaddedTail(
-        np.where(valid, item[index], 0).astype(np.int64),
-        np.where(valid, action[index], 0).astype(np.int64),
-        gap,
-        valid,
-        last_time,
-    )
-
-
 @torch.inference_mode()
-def request_context(model: VistaModel, summary: Tensor, tail: PaddedTail, masks: list[Tensor] | None = None) -> Context:
+def request_context(
+    model: VistaModel, summary: Tensor, tail: PaddedTail, masks: list[Tensor] | None = None
+) -> TargetContext:
     """Keys and values that all candidates of a request share: summary [B, S, M] and tail.
 
     `masks`: of `TargetAttention.request_masks`, if they are at hand.
@@ -164,7 +118,7 @@ def request_gap(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tensor 
 
 
 @torch.inference_mode()
-def user_vectors(model: VistaModel, context: Context, gap: Tensor | None) -> Tensor:
+def user_vectors(model: VistaModel, context: TargetContext, gap: Tensor | None) -> Tensor:
     """Unit vectors [B, M] of the retrieval head; they do not depend on the other users, to the bit (`ROW_TILE`)."""
     seen = torch.full((ROW_TILE,), model.config.tail_len, device=model.device)
     gap = None if gap is None else gap.expand(-1, ROW_TILE, -1)
@@ -178,7 +132,7 @@ def item_vectors(model: RankingModel) -> Tensor:
 
 
 @torch.inference_mode()
-def candidate_logits(model: VistaModel, context: Context, gap: Tensor | None, candidates: Tensor) -> Tensor:
+def candidate_logits(model: VistaModel, context: TargetContext, gap: Tensor | None, candidates: Tensor) -> Tensor:
     """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows)."""
     seen = torch.full((1,), model.config.tail_len, device=model.device)
     gap = None if gap is None else gap.expand(-1, candidates.shape[1], -1)

@@ -28,7 +28,7 @@ from vista.model.event_encoder import EventEncoder
 from vista.model.losses import Losses
 from vista.model.model_description import ModelDescription, unreadable_model
 from vista.model.schema import Schema
-from vista.model.unified_embedding import Feature, gather, hashed_rows
+from vista.model.unified_embedding import EmbeddingFeature, gather, hashed_rows
 
 NEXT_TASK = "next"
 """Name of the retrieval head's scores among those of the labelled tasks."""
@@ -74,7 +74,7 @@ class RankingModel(nn.Module):
         config = self.config
         if not config.embedding_rows:
             return F.embedding(rows, self.item_table, sparse=True)
-        hashed = hashed_rows(rows, Feature.item, config.embedding_hashes, config.embedding_rows)
+        hashed = hashed_rows(rows, EmbeddingFeature.item, config.embedding_hashes, config.embedding_rows)
         return gather(self.item_table, torch.where((rows == UNKNOWN_ITEM).unsqueeze(-1), UNKNOWN_ITEM, hashed))
 
     def catalogue_vectors(self) -> Tensor:

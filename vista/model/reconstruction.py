@@ -18,7 +18,7 @@ NUM_AGES = 24
 """Log2 buckets of a window's age in events."""
 
 
-class DecoderLayer(nn.Module):
+class ReconstructionLayer(nn.Module):
     """Causal linear attention with gated output, then feed-forward."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -37,14 +37,14 @@ class DecoderLayer(nn.Module):
         return mixed
 
 
-class Decoder(nn.Module):
+class ReconstructionDecoder(nn.Module):
     """Predicts the events of a window from a summary and the window's earlier events."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.summary_projection = nn.Linear(config.dim, config.dim, bias=False)
         self.start = nn.Embedding(NUM_AGES, config.dim)
-        self.layers = module_list([DecoderLayer(config) for _ in range(config.num_reconstruction_layers)])
+        self.layers = module_list([ReconstructionLayer(config) for _ in range(config.num_reconstruction_layers)])
         self.final = nn.Sequential(norm(config.dim), nn.Linear(config.dim, config.dim, bias=False))
 
     def forward(self, summary: Tensor, event_vectors: Tensor, offsets: Tensor, age: Tensor) -> Tensor:

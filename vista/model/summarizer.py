@@ -10,38 +10,15 @@ layer l alone, so every layer's state is a sum over events, gathered in one pass
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import ModelConfig
 from vista.config.choices import Decay, Mixing
-from vista.model.layers import Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
+from vista.model.layers import CausalConvolution, Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
 from vista.model.summary_state import SummaryState
 from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_states
 
 MS_PER_DAY = 86_400_000.0
-
-
-class CausalConvolution(nn.Module):
-    """Depthwise convolution over an event and the w-1 events before it, within a user, with its residual."""
-
-    def __init__(self, dim: int, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.weight = nn.Parameter(torch.randn(width, dim) * (0.5 / width**0.5))
-
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """x [T, M] packed tokens, position int64 [T] of a token in its history -> [T, M]."""
-        y = x * self.weight[0]
-        for back in range(1, min(self.width, len(x))):
-            shifted = F.pad(x[:-back], (0, 0, back, 0))
-            # Filled, not multiplied by 0: a NaN stays with its own user.
-            if x.device.type == "cpu":  # a fifth of the other's time; on a GPU nonzero would wait for the device
-                shifted = shifted.index_fill(0, (position < back).nonzero().squeeze(-1), 0.0)
-            else:
-                shifted = torch.where((position >= back).unsqueeze(-1), shifted, 0.0)
-            y = y + shifted * self.weight[back]
-        return x + y
 
 
 class SummarizerLayer(nn.Module):

@@ -24,7 +24,7 @@ from vista.model.target_layers import MASKED, TargetLayer, target_layer
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
+class TargetContext:
     """Keys and values of summary and tail, a layer each: [B, H, S+L, D]; tail_valid: bool [B, L]; tail: [B, L, M]."""
 
     keys: list[Tensor]
@@ -33,9 +33,9 @@ class Context:
     tail: Tensor
     """The events' embeddings, right-aligned."""
 
-    def select(self, rows: slice) -> Context:
+    def select(self, rows: slice) -> TargetContext:
         """The context of neighbouring rows, a view."""
-        return Context(
+        return TargetContext(
             [k[rows] for k in self.keys], [v[rows] for v in self.values], self.tail_valid[rows], self.tail[rows]
         )
 
@@ -79,7 +79,7 @@ class TargetAttention(nn.Module):
                 x = layer.attend_context(x, query, gate, *encoded[-1], None)
         return [*encoded, self.layers[-1].keys_values(x)]
 
-    def encode_context(self, summary: list[tuple[Tensor, Tensor]], tail: Tensor, tail_valid: Tensor) -> Context:
+    def encode_context(self, summary: list[tuple[Tensor, Tensor]], tail: Tensor, tail_valid: Tensor) -> TargetContext:
         """Keys and values of the whole context.
 
         Args:
@@ -96,11 +96,11 @@ class TargetAttention(nn.Module):
             x = layer.attend_context(x, query, gate, keys[-1], values[-1], self._tail_mask(layer, tail_valid))
         for of_all, own, of_tail in zip((keys, values), summary[-1], self.layers[-1].keys_values(x), strict=True):
             of_all.append(torch.cat([own, of_tail], 2))
-        return Context(keys, values, tail_valid, tail)
+        return TargetContext(keys, values, tail_valid, tail)
 
     def encode_request(
         self, summary: Tensor, tail: Tensor, tail_valid: Tensor, masks: list[Tensor] | None = None
-    ) -> Context:
+    ) -> TargetContext:
         """`encode_summary` and `encode_context` in one pass, for inference: half the operators.
 
         Args:
@@ -119,7 +119,7 @@ class TargetAttention(nn.Module):
             # A padded event sees the summary; where there is none, all alike or nothing: finite, and nobody reads it.
             x = layer.attend_request(x, query, gate, key, value, mask + padding)
         key, value = self.layers[-1].keys_values(x)
-        return Context([*keys, key], [*values, value], tail_valid, tail)
+        return TargetContext([*keys, key], [*values, value], tail_valid, tail)
 
     def request_masks(self) -> list[Tensor]:
         """Additive masks [H, S+L, S+L] of `encode_request`, of all layers but the last: the same for every request."""
@@ -163,7 +163,7 @@ class TargetAttention(nn.Module):
         projections: Tensor,
         gap: Tensor | None,
         seen: Tensor,
-        context: Context,
+        context: TargetContext,
         biases: list[Tensor] | None = None,
     ) -> Tensor:
         """Query tokens through all layers.

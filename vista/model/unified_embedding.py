@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Feature(IntEnum):
+class EmbeddingFeature(IntEnum):
     """Whose values are hashed."""
 
     item = 1
@@ -35,7 +35,7 @@ def mix64(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def hashed_rows(values: Tensor, feature: Feature, num_hashes: int, num_rows: int) -> Tensor:
+def hashed_rows(values: Tensor, feature: EmbeddingFeature, num_hashes: int, num_rows: int) -> Tensor:
     """Rows int64 [..., P] in 1 ... num_rows of a feature's values int64 [...]; no value hashes to row 0.
 
     Hash function i of feature f takes the value v to 1 + (mix64(v XOR mix64(2^32 f + i)) >> 1) mod num_rows.
@@ -49,12 +49,12 @@ def gather(table: Tensor, rows: Tensor) -> Tensor:
     return F.embedding(rows, table, sparse=True).flatten(-2)
 
 
-class HashedFeature(nn.Module):
+class HashedEmbedding(nn.Module):
     """Stands in for an `nn.Embedding` of few values, over the table that all features share."""
 
     rows: Tensor
 
-    def __init__(self, table: nn.Parameter, feature: Feature, num_values: int, num_hashes: int) -> None:
+    def __init__(self, table: nn.Parameter, feature: EmbeddingFeature, num_values: int, num_hashes: int) -> None:
         super().__init__()
         # In a tuple, out of torch's sight: the parameter is the model's, moves with it and is saved with it, once.
         self._table = (table,)

@@ -29,10 +29,10 @@ from vista.model.frozen_linear import frozen
 from vista.model.item_projections import save_item_projections
 from vista.model.losses import Losses, reconstruction_loss, sampled_softmax, task_losses
 from vista.model.ranking_model import RankingModel
-from vista.model.reconstruction import Decoder
+from vista.model.reconstruction import ReconstructionDecoder
 from vista.model.schema import Schema
 from vista.model.summarizer import Summarizer
-from vista.model.target_attention import Context, TargetAttention
+from vista.model.target_attention import TargetAttention, TargetContext
 
 STAGE1_KEYS = (
     "dim",
@@ -65,7 +65,7 @@ class VistaModel(RankingModel):
         super().__init__(config, schema, items, data)
         dim = config.dim
         self.summarizer = Summarizer(config) if config.num_seeds else None
-        self.decoder = Decoder(config) if config.num_seeds else None
+        self.decoder = ReconstructionDecoder(config) if config.num_seeds else None
         self.target_attention = TargetAttention(config)
         self.request = nn.Parameter(torch.randn(dim) * dim**-0.5 / self.target_attention.scale)
         """The retrieval head's query token, to which the newest event is added."""
@@ -113,7 +113,7 @@ class VistaModel(RankingModel):
         states = self.summarizer.prefix_states(segments, cuts.chunk_offsets)
         return self.summarizer.read_at(states, cuts.segment)
 
-    def window_context(self, batch: Batch, shown: Tensor, summaries: Tensor) -> Context:
+    def window_context(self, batch: Batch, shown: Tensor, summaries: Tensor) -> TargetContext:
         """Keys and values of every window's summary and tail; shown [T, M] from `shown_vectors`."""
         events, windows = batch.events, batch.windows
         index, valid = windows.tail_index.clamp(min=0), windows.tail_index >= 0
@@ -128,7 +128,7 @@ class VistaModel(RankingModel):
         summary = [(key.index_select(0, windows.cut), value.index_select(0, windows.cut)) for key, value in by_cut]
         return self.target_attention.encode_context(summary, tail, valid)
 
-    def window_users(self, batch: Batch, context: Context) -> Tensor:
+    def window_users(self, batch: Batch, context: TargetContext) -> Tensor:
         """Unit user vectors [NW, W, M] at the positions of the windows, at the times of their labels."""
         labels = batch.labels
         num_positions = labels.item.shape[1]
@@ -136,14 +136,14 @@ class VistaModel(RankingModel):
         gap = self.encoder.gap_vectors(labels.gap)
         return self.user_vectors(gap, seen.clamp(min=0), context)
 
-    def window_logits(self, batch: Batch, item_vectors: Tensor, context: Context) -> Tensor:
+    def window_logits(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> Tensor:
         """Task logits [NW, I, num_tasks] of the windows' impressions; item_vectors [R, M]."""
         seen = self.config.tail_len - batch.labels.item.shape[1] + 1 + batch.impressions.position
         vectors = item_vectors[batch.impressions.item]
         gap = self.encoder.gap_vectors(batch.impressions.gap)
         return self.candidate_logits(vectors, gap, seen.clamp(min=0), context)
 
-    def _next_loss(self, batch: Batch, item_vectors: Tensor, context: Context) -> Tensor:
+    def _next_loss(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> Tensor:
         users = self.window_users(batch, context)
         label = batch.labels.item.flatten()
         known = (label >= 0).nonzero().squeeze(-1)
@@ -172,7 +172,7 @@ class VistaModel(RankingModel):
 
     # Both ----------------------------------------------------------------------------------------------------------
 
-    def user_vectors(self, gap: Tensor | None, seen: Tensor, context: Context) -> Tensor:
+    def user_vectors(self, gap: Tensor | None, seen: Tensor, context: TargetContext) -> Tensor:
         """Unit vectors [B, Q, M] of request tokens over contexts of B rows; gap [B, Q, M], seen int64 [Q]."""
         stage = self.target_attention
         # The residual stream leads from an item's vector to where the next one's is sought, with no map between.
@@ -184,7 +184,7 @@ class VistaModel(RankingModel):
         vectors: Tensor,
         gap: Tensor | None,
         seen: Tensor,
-        context: Context,
+        context: TargetContext,
         projections: Tensor | None = None,
         biases: list[Tensor] | None = None,
     ) -> Tensor:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from vista.config.choices import Precision
 from vista.log.gaps import NUM_GAPS
-from vista.model import attribution, inference
-from vista.model.attribution import Shares
+from vista.model import inference
+from vista.model.attribution import Attribution, attribute
 from vista.model.inference import ROW_TILE
 from vista.model.item_projections import ItemProjections
+from vista.model.padded_tail import PaddedTail, pad_tail
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
-from vista.model.target_attention import Context
+from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 from vista.store.reader import StoreReader
 from vista.store.shards import StoreParts
@@ -42,7 +43,7 @@ class Request:
 
     summary: Tensor
     """float32 [B, S, M]."""
-    tail: inference.PaddedTail
+    tail: PaddedTail
     now: Int | None
     """[B] ms, or unknown."""
     missing: NDArray[np.bool_]
@@ -92,10 +93,10 @@ class ServingSnapshot:
             """[NUM_GAPS, 5M] time of a request, as `ItemProjections.candidate` has an item."""
         # Weights are laid out at their first use: here, so that forked workers share them.
         none = np.zeros(0, np.int64)
-        tail = inference.pad_tail(model, none, none, none, np.zeros(2, np.int64))
+        tail = pad_tail(model, none, none, none, np.zeros(2, np.int64))
         self.scores(Request(self.empty, tail, None, np.ones(1, bool)), torch.zeros(1, dtype=torch.int64), self.tasks)
 
-    def context(self, request: Request) -> tuple[Context, Tensor | None]:
+    def context(self, request: Request) -> tuple[TargetContext, Tensor | None]:
         """Keys and values of a request, and int64 [B, 1] gap buckets of its time (or None)."""
         context = inference.request_context(self._scoring, request.summary, request.tail, self._masks)
         return context, inference.request_bucket(self.model, request.now, request.tail)
@@ -158,7 +159,7 @@ class ServingSnapshot:
         return scores
 
     @torch.no_grad()
-    def shares(self, request: Request, rows: Tensor, task: str) -> tuple[Tensor, Shares]:
+    def shares(self, request: Request, rows: Tensor, task: str) -> tuple[Tensor, Attribution]:
         """Values [C] of a task (logits; for `next`, scores) of one user's candidates [C], and what they are made of.
 
         The query token of `next` has two parts: the request's own, and the newest event.
@@ -186,7 +187,7 @@ class ServingSnapshot:
             def head(out: Tensor) -> Tensor:
                 return F.linear(out, task_head.weight[index : index + 1])[:, 0]
 
-        made_of = attribution.shares(stage, parts, None if gap is None else gap[0], context, head)
+        made_of = attribute(stage, parts, None if gap is None else gap[0], context, head)
         return value.cpu(), made_of
 
     # Inside ----------------------------------------------------------------------------------------------------------
@@ -199,14 +200,14 @@ class ServingSnapshot:
             users = slice(first, min(first + step, len(request)))
             yield users, request.select(users)
 
-    def _user_vectors(self, context: Context, bucket: Tensor | None) -> Tensor:
+    def _user_vectors(self, context: TargetContext, bucket: Tensor | None) -> Tensor:
         gap = None if bucket is None else self.model.encoder.gap_vectors(bucket)
         vectors: Tensor = inference.user_vectors(self._scoring, context, gap)
         return vectors
 
     @torch.inference_mode()
     def _logits(
-        self, context: Context, bucket: Tensor | None, rows: Tensor | None, lengths: Int
+        self, context: TargetContext, bucket: Tensor | None, rows: Tensor | None, lengths: Int
     ) -> Iterator[tuple[Cells, Tensor]]:
         """Users and columns, and their logits float32 [users, columns, num_tasks]."""
         model, table, dim = self._scoring, self.items.candidate, self.model.config.dim

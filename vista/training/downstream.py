@@ -20,7 +20,7 @@ from vista.config import TrainConfig
 from vista.config.config_keys import value_text
 from vista.config.conversion import to_dict
 from vista.errors import ConfigError, LeakageError
-from vista.examples.batch_source import StoredSummaries
+from vista.examples.stored_summaries import StoredSummaries
 from vista.log.event_log import EventLog
 from vista.log.splits import parse_until, split_until, visible_counts
 from vista.model.inference import empty_summary

@@ -21,15 +21,16 @@ from vista.log.histories import Histories, token_groups
 from vista.log.splits import split_until, visible_counts
 from vista.model import inference
 from vista.model.baselines.history_model import HistoryModel
+from vista.model.padded_tail import PaddedTail, pad_tail
 from vista.model.ranking_model import RankingModel
-from vista.model.target_attention import Context
+from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 
 Int = NDArray[np.int64]
 Floats = NDArray[np.float32]
 CASES_PER_BATCH = 512
 
-_ContextOf = Callable[[Int, inference.PaddedTail], Context]
+_ContextOf = Callable[[Int, PaddedTail], TargetContext]
 """Of rows of users int64 [B] and their tails."""
 
 
@@ -113,7 +114,7 @@ class Validation:
         )
         summaries = self._summaries(model, users)
 
-        def context(user: Int, tail: inference.PaddedTail) -> Context:
+        def context(user: Int, tail: PaddedTail) -> TargetContext:
             own = torch.from_numpy(np.searchsorted(users, user)).to(model.device)
             return inference.request_context(model, summaries[own], tail)
 
@@ -129,9 +130,9 @@ class Validation:
     def _model_rows(self, histories: Histories) -> Histories:
         return dataclasses.replace(histories, item=self._item_rows[histories.item].astype(np.int32))
 
-    def _tail(self, model: VistaModel, users: Int, seen: Int) -> inference.PaddedTail:
+    def _tail(self, model: VistaModel, users: Int, seen: Int) -> PaddedTail:
         tail = self._log.gather_ranges(users, seen - model.config.tail_len, seen)
-        return inference.pad_tail(
+        return pad_tail(
             model, self._item_rows[tail.item], np.asarray(tail.timestamp), np.asarray(tail.action), tail.offsets
         )
 

@@ -1,7 +1,7 @@
-"""TWIN (Chang et al., KDD 2023, arXiv 2302.02352): the search scores by the very attention that reads what it finds.
+"""TWIN (Chang et al., KDD 2023, arXiv 2302.02352): the search scores events as the attention that reads them does.
 
-Letters: n histories of a tile, L events, C queries a history, N queries, K found events, U events found by any query, H
-heads, D head dim, M model dim.
+Letters: n histories of a tile, L events, C queries per history, N queries, K found events, U events found by any query,
+H heads, D head dim, M model dim.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Memory = tuple[Tensor, Tensor, Tensor]
 
 
 class TWIN(SearchModel):
-    """Scores q . k(item) / sqrt(D) + b(age) + b(action) a head; keys are of items alone, so they could be kept."""
+    """Scores q . k(item) / sqrt(D) + b(age) + b(action) per head. Keys depend on items only, so they could be kept."""
 
     architecture = Architecture.twin
 
@@ -40,7 +40,7 @@ class TWIN(SearchModel):
                 nn.init.zeros_(table.weight)
 
     def search_query(self, query: Tensor) -> Tensor:
-        """Products of the whole width are the sum of all heads'."""
+        """A product over the whole width is the sum over all heads."""
         projected: Tensor = self.query(query) * (self.config.dim // self.config.num_heads) ** -0.5
         return projected
 
