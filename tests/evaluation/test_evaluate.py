@@ -34,14 +34,14 @@ from vista.training.trainer import train
 def plain_ranks(scorer: Scorer, log: EventLog, seen: np.ndarray, exclude_seen: bool) -> list[int]:
     """One user and one list at a time, by the scorer's public methods."""
     ranks = []
-    catalogue, _ = scorer.item_vectors()
+    catalog, _ = scorer.item_vectors()
     for row in np.flatnonzero(seen < log.lengths).tolist():
         history = log.slice(row)
         ids = log.items.ids(history.item).tolist()
         label, before = ids[seen[row]], set(ids[: seen[row]])
         now = int(history.timestamp[seen[row]]) if log.has_time else None
         user = log.users.ids([row])[0]
-        scores = dict(zip(catalogue.tolist(), scorer.score([user], catalogue, now=now)[0].tolist(), strict=True))
+        scores = dict(zip(catalog.tolist(), scorer.score([user], catalog, now=now)[0].tolist(), strict=True))
         others = [item for item in scores if item != label and not (exclude_seen and item in before)]
         ranks.append(sum(scores[item] > scores[label] for item in others))
     return ranks

@@ -209,7 +209,7 @@ BAD = [
     (lambda: ndcg([1], 0), "k: must be at least 1"),
     (lambda: ranks_of_targets(np.array([[1.0, 2.0], [math.nan, 1.0]]), [0, 0]), "row 1 holds NaN"),
     (lambda: ranks_of_targets(np.zeros((2, 3)), [0, 3]), "target: columns must lie in 0..2"),
-    (lambda: ranks_of_targets(np.zeros((2, 3)), [0, 1, 2]), "target: needs one column a row"),
+    (lambda: ranks_of_targets(np.zeros((2, 3)), [0, 1, 2]), "target: needs one column per row"),
     (lambda: ranks_of_targets(np.zeros((2, 3)), [0.0, 1.0]), "target: needs one dimension of integers"),
     (lambda: ranks_of_targets(np.zeros(3), [0]), "scores: needs two dimensions"),
     (lambda: ranks_of_targets(np.zeros((1, 3)), [0], ([-1], [0, 1])), "excluded values: columns must lie"),

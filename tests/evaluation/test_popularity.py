@@ -156,7 +156,7 @@ class TestEvaluation:
 
 @pytest.fixture(scope="module")
 def skewed_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
-    """Each item is followed by its neighbour half of the time, else by one that is drawn by popularity (Zipf)."""
+    """Each item is followed by its neighbor half of the time, else by one that is drawn by popularity (Zipf)."""
     rng = np.random.default_rng(0)
     num_users, length, num_items = 150, 30, 60
     popularity = 1 / np.arange(1, num_items + 1)
@@ -187,7 +187,7 @@ def report_of(log: EventLog, folder: Path, strength: float, num_negatives: int, 
     return found
 
 
-@pytest.mark.parametrize(("num_negatives", "power"), [(1000, 0.0), (30, 1.0)], ids=["whole-catalogue", "sampled"])
+@pytest.mark.parametrize(("num_negatives", "power"), [(1000, 0.0), (30, 1.0)], ids=["whole-catalog", "sampled"])
 def test_without_logq_strength_popularity_leaves_the_lists(
     skewed_log: EventLog, tmp_path: Path, num_negatives: int, power: float
 ) -> None:

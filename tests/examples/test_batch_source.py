@@ -154,7 +154,7 @@ def test_a_pass_labels_every_visible_event_once(world: World, options: dict[str,
 
 
 def test_hidden_events_are_nowhere(world: World) -> None:
-    """Their items may be negatives, as all of the catalogue are, but neither context nor label."""
+    """Their items may be negatives, as all of the catalog are, but neither context nor label."""
     hidden = np.setdiff1d(np.arange(len(world.time)), visible_events(world))
     late = np.flatnonzero(world.time >= 1700 * MS)
     for made, unseen in ((source(world), hidden), (time_split(world), late)):

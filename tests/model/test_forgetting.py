@@ -87,7 +87,7 @@ def test_late_events_equal_recomputation(make: SimpleNamespace, shape: str, late
     assert_equal_within_rounding(found, exact, exact)
 
 
-def test_forgetting_reads_only_the_neighbourhood(make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forgetting_reads_only_the_neighborhood(make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work is proportional to what is forgotten, and each slice is bounded, however long the history is."""
     model = make.model(seed=3)
     history = make.histories([3000], 4)

@@ -146,7 +146,7 @@ def test_an_adjustment_is_added_to_labels_and_negatives(count: int) -> None:
 
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
 def test_free_logits_learn_the_log_popularity_times_the_strength(strength: float) -> None:
-    """Trained with (1 - strength) log p added to them, over the whole catalogue."""
+    """Trained with (1 - strength) log p added to them, over the whole catalog."""
     counts = torch.tensor([1, 2, 4, 8, 16, 32, 64])
     log_p = torch.log(counts / counts.sum()).double()
     label = torch.arange(7).repeat_interleave(counts)
@@ -161,8 +161,8 @@ def test_free_logits_learn_the_log_popularity_times_the_strength(strength: float
         return loss
 
     optimizer.step(closure)  # type: ignore[arg-type]
-    learnt = scores.detach()[:, 0]
-    torch.testing.assert_close(learnt - learnt[-1], strength * (log_p - log_p[-1]), atol=1e-4, rtol=0)
+    learned = scores.detach()[:, 0]
+    torch.testing.assert_close(learned - learned[-1], strength * (log_p - log_p[-1]), atol=1e-4, rtol=0)
 
 
 def test_task_losses_average_over_known_labels() -> None:

@@ -1,4 +1,4 @@
-"""SASRec and HSTU: the published formula, event by event; and neither neighbours nor padding have a say in it."""
+"""SASRec and HSTU: the published formula, event by event; and neither neighbors nor padding have a say in it."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_neighbors_padding_and_other_candidates_change_nothing(make: SimpleNames
 def test_training_at_a_position_is_a_request_after_its_events(
     make: SimpleNamespace, name: str, unknown_share: float, tile_tokens: int
 ) -> None:
-    """Losses over a batch are those of requests asked one by one: every label, and every labelled impression.
+    """Losses over a batch are those of requests asked one by one: every label, and every labeled impression.
 
     The first impression, with which others are padded, has seen more events than the smaller tiles hold.
     """
@@ -186,7 +186,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
             losses.append(F.cross_entropy(scores[None], torch.from_numpy(label.item.astype(np.int64)) - 1))
     torch.testing.assert_close(found.parts["next"], torch.stack(losses).mean())
 
-    labelled = {task: [] for task in model.schema.tasks}
+    labeled = {task: [] for task in model.schema.tasks}
     for n, (owner, seen) in enumerate(zip(chunks.impressions.chunk, chunks.impressions.position, strict=True)):
         before = asked.slice(int(owner), 0, int(seen))
         item = torch.from_numpy(chunks.impressions.item[None, n : n + 1])
@@ -194,8 +194,8 @@ def test_training_at_a_position_is_a_request_after_its_events(
         for index, task in enumerate(model.schema.tasks):
             if chunks.impressions.mask[n, index]:
                 label = torch.tensor(chunks.impressions.label[n, index]).double()
-                labelled[task].append(F.binary_cross_entropy_with_logits(logits[index], label))
-    for task, each in labelled.items():
+                labeled[task].append(F.binary_cross_entropy_with_logits(logits[index], label))
+    for task, each in labeled.items():
         expected = torch.stack(each).mean()
         torch.testing.assert_close(found.parts[task], expected.to(found.parts[task].dtype), rtol=1e-6, atol=1e-6)
 

@@ -107,8 +107,8 @@ def test_training_at_a_position_is_serving_after_its_events(make: SimpleNamespac
     def close(trained: Tensor, served: Tensor) -> None:
         torch.testing.assert_close(trained, served, atol=2e-5, rtol=1e-4)
 
-    labelled = np.argwhere(next_items.position >= 0)
-    for window, column in labelled:
+    labeled = np.argwhere(next_items.position >= 0)
+    for window, column in labeled:
         owner, position = next_items.chunk[window, column], next_items.position[window, column]
         context, tail = served_context(make, model, packed, batch, window, owner, position)
         label_time = packed.timestamp[next_items.number[window, column]]
@@ -123,7 +123,7 @@ def test_training_at_a_position_is_serving_after_its_events(make: SimpleNamespac
         gap = inference.request_gap(model, shown_at[[number]], tail)
         candidate = torch.from_numpy(chunks.impressions.item[[[number]]])
         close(trained_logits[window, place], inference.candidate_logits(model, context, gap, candidate)[0, 0])
-    assert len(labelled) == packed.num_events and len(impressed) == 30
+    assert len(labeled) == packed.num_events and len(impressed) == 30
 
 
 # Independence --------------------------------------------------------------------------------------------------------
@@ -316,5 +316,5 @@ def test_a_model_with_a_shorter_tail_equals_one_whose_tail_is_cut(make: SimpleNa
 def test_a_tail_longer_than_trained_or_empty_is_refused(make: SimpleNamespace) -> None:
     model = make.model()
     for length in (0, model.config.tail_len + 1):
-        with pytest.raises(ValueError, match=r"must lie in 1 … \d+, which was trained"):
+        with pytest.raises(ValueError, match=r"must lie in 1 … \d+, the trained length"):
             model.with_tail(length)

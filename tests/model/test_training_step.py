@@ -142,7 +142,7 @@ def test_an_event_shown_as_unknown_is_one_of_an_unknown_item(make: SimpleNamespa
     expected = F.cross_entropy(scores, batch.rows[batch.labels.item[is_label]] - 1)
     torch.testing.assert_close(losses.parts["next"], expected)
 
-    def learnt(**weights: float) -> torch.Tensor:
+    def learned(**weights: float) -> torch.Tensor:
         """The items that a batch moves that shows none of its events."""
         vectors = model.item_vectors(batch.rows).detach().requires_grad_()
         every = replace(batch, events=replace(batch.events, hidden=torch.ones_like(hidden)))
@@ -150,7 +150,7 @@ def test_an_event_shown_as_unknown_is_one_of_an_unknown_item(make: SimpleNamespa
         assert vectors.grad is not None
         return vectors.grad.any(1).nonzero().flatten()
 
-    of_tasks, of_reconstruction = learnt(reconstruction_weight=0), learnt(task_weight=0)
+    of_tasks, of_reconstruction = learned(reconstruction_weight=0), learned(task_weight=0)
     assert len(of_tasks) and torch.isin(of_tasks, batch.impressions.item).all(), "nothing reaches what is not shown"
     assert torch.isin(of_reconstruction, batch.events.item).sum() > 4, "what is reconstructed are the events themselves"
 

@@ -145,7 +145,7 @@ class TestModel:
 
         items = model.item_vectors(torch.arange(41))
         assert torch.equal(items[1:], torch.stack([vector(value, EmbeddingFeature.item) for value in range(1, 41)]))
-        assert torch.equal(model.catalogue_vectors(), items[1:])
+        assert torch.equal(model.catalog_vectors(), items[1:])
         assert items.shape == (41, 16) and not items[0].any(), "the unknown item"
         codes = torch.tensor([[0, 2], [1, 1]])
         expected = torch.stack([vector(int(code), EmbeddingFeature.action) for code in codes.flatten()]).view(2, 2, 16)
@@ -160,7 +160,7 @@ class TestModel:
         one, other = torch.nonzero(first & ~second).T
         apart = one < other
         assert apart.sum() >= 10
-        vectors = model.catalogue_vectors()
+        vectors = model.catalog_vectors()
         a, b = vectors[one[apart]], vectors[other[apart]]
         assert torch.equal(a[:, :8], b[:, :8]) and (a[:, 8:] != b[:, 8:]).any(1).all()
 

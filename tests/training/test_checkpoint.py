@@ -242,7 +242,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has format 2"):
         load_checkpoint(path)
     file.write_text("[]")
-    with pytest.raises(CheckpointError, match=r"not a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"is not the state of a checkpoint"):
         load_checkpoint(path)
 
 

@@ -84,12 +84,12 @@ def test_the_base_stays_as_it_is(served_tasks: Served, liked: tuple[TrainConfig,
     assert {name.split(".")[0] for name in kept} == {"item_table", "encoder", "summarizer", "decoder"}
     assert all(torch.equal(found[name], base[name]) for name in kept)
     assert model.summarizer_id() == served_tasks.model.summarizer_id()
-    learnt = [name for name in found if not name.startswith(KEPT_WEIGHTS)]
+    learned = [name for name in found if not name.startswith(KEPT_WEIGHTS)]
     torch.manual_seed(config.seed)
     with Downstream.open(config, served_tasks.log) as downstream:
         fresh = downstream.model(schema_of(served_tasks.log, config)).state_dict()
-    moved = [name for name in learnt if not torch.equal(found[name], fresh[name])]
-    assert moved == learnt, "each of the others was trained"
+    moved = [name for name in learned if not torch.equal(found[name], fresh[name])]
+    assert moved == learned, "each of the others was trained"
     assert model.schema.tasks == ["like"] and model.task_head is not None and model.task_head.out_features == 1
 
 

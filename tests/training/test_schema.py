@@ -49,7 +49,7 @@ class TestSchema:
             schema_of(order_log, config)
 
     @pytest.mark.parametrize("architecture", [each for each in Architecture if each.ranks_only])
-    def test_baselines_that_rank_only_need_labelled_impressions(
+    def test_baselines_that_rank_only_need_labeled_impressions(
         self, event_log: EventLog, impression_log: EventLog, architecture: Architecture
     ) -> None:
         config = TrainConfig(model=ModelConfig(architecture=architecture, history_limit=200))
@@ -60,7 +60,7 @@ class TestSchema:
         ):
             schema_of(event_log, config)
         config.optim.task_weight = 0
-        with pytest.raises(ConfigError, match=r"from labelled impressions, but optim\.task_weight=0; prepare"):
+        with pytest.raises(ConfigError, match=r"from labeled impressions, but optim\.task_weight=0; prepare"):
             schema_of(impression_log, config)
 
     def test_some_head_must_be_trained(self, event_log: EventLog) -> None:

@@ -1,4 +1,4 @@
-"""The cases that quality is measured on: next items and labelled impressions, each with the events that come before.
+"""The cases that quality is measured on: next items and labeled impressions, each with the events that come before.
 
 Letters: N cases.
 """

@@ -176,5 +176,5 @@ def _popularity(
     events = item_counts(log, visible_counts(log, split_until(model.data, "train")))
     counts = np.zeros(len(model.items), np.int64)
     np.add.at(counts, columns[columns >= 0], events[columns >= 0])
-    norms = model.catalogue_vectors().detach().float().norm(dim=1).cpu().numpy()
+    norms = model.catalog_vectors().detach().float().norm(dim=1).cpu().numpy()
     return popularity_report(counts, lists, ranks, label, norms)

@@ -1,6 +1,6 @@
 """Does the retrieval head recommend what is popular anyway? Concentration of its lists, and quality by popularity.
 
-Letters: V items of the model, U users' lists, N labelled cases. Popularity is an item's number of training events.
+Letters: V items of the model, U users' lists, N labeled cases. Popularity is an item's number of training events.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class BatchNegatives:
 
 @dataclass(frozen=True, slots=True)
 class BatchImpressions:
-    """Labelled impressions of each window, padded to the window with the most."""
+    """Labeled impressions of each window, padded to the window with the most."""
 
     item: Tensor
     """int64 [NW, I] indices into `Batch.rows`; padding has an empty mask."""

@@ -17,7 +17,7 @@ Int = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class ChunkImpressions:
-    """Labelled impressions of all chunks, sorted by chunk and position."""
+    """Labeled impressions of all chunks, sorted by chunk and position."""
 
     chunk: Int
     """int64 [N]."""

@@ -1,4 +1,4 @@
-"""What refresh, scorer and validation ask of a trained model. No gradients, no padding of histories, NumPy in.
+"""What refresh, scorer and validation compute with a trained model: no gradients, packed histories, NumPy inputs.
 
 Letters: B users, T packed events, S seeds, L tail length, C candidates, M model dim.
 """
@@ -23,12 +23,12 @@ from vista.model.vista_model import VistaModel
 
 Int = NDArray[np.int64]
 ROW_TILE = 8
-"""Matrix products give a row the same bits whatever the other rows, if these are a multiple of this many: a few rows
-left over are taken another way, which adds in another order (MKL on AVX2: up to 3 rows, or 11 with two threads)."""
+"""Matrix products give a row the same bits regardless of the other rows, if the number of rows is a multiple of this.
+Remaining rows take another path, which adds in another order (MKL on AVX2: up to 3 rows, or 11 with two threads)."""
 
 
 def newest(histories: Histories, limit: int) -> Histories:
-    """At most the newest `limit` events of each history; 0 means all."""
+    """At most the newest `limit` events of each history; 0 takes all."""
     if limit == 0 or histories.num_events == 0 or int(histories.lengths.max()) <= limit:
         return histories
     return histories.select(np.maximum(histories.lengths - limit, 0), histories.lengths)
@@ -44,7 +44,7 @@ def summarize(model: VistaModel, histories: Histories, slice_len: int | None = N
         slice_len: events per pass, which bounds the memory; None takes `default_slice_len`.
 
     Returns:
-        float32 [B, S, M]; an empty history gets what the seeds alone give.
+        float32 [B, S, M]; for an empty history, what the seeds alone give.
     """
     histories = newest(histories, model.config.history_limit)
     if model.summarizer is None:
@@ -61,7 +61,7 @@ def summarize(model: VistaModel, histories: Histories, slice_len: int | None = N
 
 
 def empty_summary(model: VistaModel) -> Tensor:
-    """float32 [1, S, M]: what the seeds alone give, for users of whom nothing is known."""
+    """float32 [1, S, M] summary of an empty history, which is also that of unknown users."""
     none = np.zeros(0, np.int64)
     return summarize(model, Histories(none.astype(np.int32), none, none.astype(np.uint8), None, np.zeros(2, np.int64)))
 
@@ -85,9 +85,12 @@ def _summarize_set(model: VistaModel, summarizer: Summarizer, histories: Histori
 def request_context(
     model: VistaModel, summary: Tensor, tail: PaddedTail, masks: list[Tensor] | None = None
 ) -> TargetContext:
-    """Keys and values that all candidates of a request share: summary [B, S, M] and tail.
+    """Keys and values that all candidates of a request share.
 
-    `masks`: of `TargetAttention.request_masks`, if they are at hand.
+    Args:
+        summary: [B, S, M].
+        tail: of the B users.
+        masks: of `TargetAttention.request_masks`; None computes them.
     """
     device = model.device
     vectors = model.item_vectors(torch.from_numpy(tail.item).to(device))
@@ -99,9 +102,10 @@ def request_context(
 
 
 def request_bucket(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tensor | None:
-    """int64 [B, 1] gap bucket of the time from the tail's newest event to the request; unknown without `now` or tail.
+    """int64 [B, 1] log buckets of the time from the tail's newest event to the request; None if times are not used.
 
-    None where the model uses no times.
+    Args:
+        now: int64 [B] ms of the requests. The bucket is UNKNOWN_GAP without it, and for an empty tail.
     """
     if model.encoder.gap is None:
         return None
@@ -119,7 +123,7 @@ def request_gap(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tensor 
 
 @torch.inference_mode()
 def user_vectors(model: VistaModel, context: TargetContext, gap: Tensor | None) -> Tensor:
-    """Unit vectors [B, M] of the retrieval head; they do not depend on the other users, to the bit (`ROW_TILE`)."""
+    """Unit vectors [B, M] of the retrieval head. Their bits do not depend on the other users (`ROW_TILE`)."""
     seen = torch.full((ROW_TILE,), model.config.tail_len, device=model.device)
     gap = None if gap is None else gap.expand(-1, ROW_TILE, -1)
     return model.user_vectors(gap, seen, context)[:, 0]
@@ -127,8 +131,8 @@ def user_vectors(model: VistaModel, context: TargetContext, gap: Tensor | None) 
 
 @torch.inference_mode()
 def item_vectors(model: RankingModel) -> Tensor:
-    """Unit vectors [V, M] of the vocabulary's items, in the order of its rows (the unknown item is left out)."""
-    return F.normalize(model.catalogue_vectors(), dim=-1)
+    """Unit vectors [V, M] of the vocabulary's items, in the order of its rows (without the unknown item)."""
+    return F.normalize(model.catalog_vectors(), dim=-1)
 
 
 @torch.inference_mode()

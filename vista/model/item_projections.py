@@ -46,7 +46,7 @@ class ItemProjections:
     """[1+V, M] unit vectors, multiplied with the retrieval head's user vectors (0 for the unknown item, so that it is
     orthogonal to every user); None without that head."""
     candidate: Tensor | None
-    """[1+V, 5M] vector, then query, gate, key and value of the first layer of stage 2; None without labelled tasks."""
+    """[1+V, 5M] vector, then query, gate, key and value of the first layer of stage 2; None without labeled tasks."""
 
     @classmethod
     def of(cls, model: ItemProjector) -> ItemProjections:
@@ -112,7 +112,7 @@ def _widths(model: ItemProjector) -> list[int | None]:
 
 
 def _fill(tables: Sequence[Tensor | None], model: ItemProjector) -> None:
-    """Write all rows into the tables, on whatever device, some rows at a time."""
+    """Write all rows into the tables, on any device, some rows at a time."""
     count = len(model.items) + 1
     for first in range(0, count, _ROWS_AT_ONCE):
         rows = torch.arange(first, min(first + _ROWS_AT_ONCE, count), device=model.device)

@@ -16,27 +16,34 @@ Int = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class PaddedTail:
-    """The newest events of B users, right-aligned: item (model rows), action, gap int64 [B, L]; valid bool [B, L];
-    last_time int64 [B] of the newest event (meaningless where there is none)."""
+    """The newest events of B users, oldest first, right-aligned."""
 
     item: Int
+    """int64 [B, L] model rows."""
     action: Int
+    """int64 [B, L]."""
     gap: Int
+    """int64 [B, L] log buckets of the time since the event before; unknown for the first event."""
     valid: NDArray[np.bool_]
+    """bool [B, L]: False in the padding."""
     last_time: Int
+    """int64 [B] ms of the newest event; arbitrary if there is none."""
 
     def select(self, users: slice | Int) -> PaddedTail:
-        """Of some of the users, or of all in another order."""
+        """The tails of some users, or of all in another order."""
         return PaddedTail(
             self.item[users], self.action[users], self.gap[users], self.valid[users], self.last_time[users]
         )
 
 
 def pad_tail(model: VistaModel, item: NDArray[Any], time: Int, action: NDArray[Any], offsets: Int) -> PaddedTail:
-    """Right-align packed newest events; of more than tail_len events the newest are taken.
+    """Right-align the newest events of packed histories, at most `tail_len` per user.
 
     Args:
-        item: [T] model rows; time: int64 [T] ms; action: [T]; offsets: int64 [B+1].
+        item: [T] model rows.
+        time: int64 [T] ms.
+        action: [T].
+        offsets: int64 [B+1].
     """
     length = model.config.tail_len
     index = offsets[1:, None] - length + np.arange(length)

@@ -31,7 +31,7 @@ from vista.model.schema import Schema
 from vista.model.unified_embedding import EmbeddingFeature, gather, hashed_rows
 
 NEXT_TASK = "next"
-"""Name of the retrieval head's scores among those of the labelled tasks."""
+"""Name of the retrieval head's scores among those of the labeled tasks."""
 UNKNOWN_ITEM = 0
 """Model row of items that the vocabulary lacks; vocabulary row r is model row r + 1."""
 
@@ -77,7 +77,7 @@ class RankingModel(nn.Module):
         hashed = hashed_rows(rows, EmbeddingFeature.item, config.embedding_hashes, config.embedding_rows)
         return gather(self.item_table, torch.where((rows == UNKNOWN_ITEM).unsqueeze(-1), UNKNOWN_ITEM, hashed))
 
-    def catalogue_vectors(self) -> Tensor:
+    def catalog_vectors(self) -> Tensor:
         """[V, M] vectors of the vocabulary's items, in the order of its rows (without the unknown item)."""
         return self.item_vectors(torch.arange(UNKNOWN_ITEM + 1, len(self.items) + 1, device=self.device))
 

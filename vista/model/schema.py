@@ -14,6 +14,6 @@ class Schema:
     rating_range: tuple[float, float] | None
     """Smallest and largest rating; None if ratings are not used."""
     tasks: list[str]
-    """Labelled tasks that were trained."""
+    """Labeled tasks that were trained."""
     has_retrieval: bool = True
     """Whether the retrieval head was trained on next items."""

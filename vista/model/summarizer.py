@@ -2,9 +2,9 @@
 
 Letters: T packed events, B histories, NC cuts, S seeds, L layers, H heads, D head dim, M model dim.
 
-`separable` mixing: only events write, only seeds read. An event's token at layer l+1 is a function of its token at
-layer l alone, so every layer's state is a sum over events, gathered in one pass: no event ever waits for a read.
-`bidirectional` mixing (the paper): events and seeds are one set; all write and all read at every layer.
+`separable` mixing: only events write and only seeds read. An event's token at layer l+1 depends only on its token at
+layer l, so every layer's state is a sum over events, computed in one pass.
+`bidirectional` mixing (the paper): events and seeds are one set. All write and all read at every layer.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ MS_PER_DAY = 86_400_000.0
 class SummarizerLayer(nn.Module):
     """One layer: key, value, query and gate projections, gated output and feed-forward.
 
-    In separable mixing events use keys, values and the feed-forward only; seeds use queries, gate, output and a
-    feed-forward of their own.
+    In separable mixing, events use only keys, values and the feed-forward block. Seeds use queries, gate, output and a
+    feed-forward block of their own.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -68,7 +68,7 @@ class Summarizer(nn.Module):
         return x
 
     def segment_states(self, tokens: Tensor, clock: Tensor, offsets: Tensor) -> SummaryState:
-        """State of each packed segment by itself (separable mixing), as seen from its last event.
+        """State of each packed segment alone (separable mixing), seen from its last event.
 
         Args:
             tokens: [T, M] from `tokens`.
@@ -91,11 +91,11 @@ class Summarizer(nn.Module):
         return SummaryState(torch.stack(states, 1), n, torch.zeros_like(n), reference, lengths)
 
     def decay_weight(self, age: Tensor) -> Tensor:
-        """Weight exp(-age / tau) of events: int64 [N] ages (differences taken in int64) -> float32 [N, H]."""
+        """Weights exp(-age / tau) of events: int64 [N] ages (differences taken in int64) -> float32 [N, H]."""
         return torch.exp(-(age.unsqueeze(-1).double() * self.decay_rate)).float()
 
     def prefix_states(self, segments: SummaryState, user_offsets: Tensor) -> SummaryState:
-        """States at the end of each segment, counted from the user's first: segments [NS], user_offsets int64 [B+1]."""
+        """States of all events up to the end of each segment: segments [NS], user_offsets int64 [B+1] -> [NS]."""
         starts = user_offsets[:-1][user_offsets.diff() > 0]
         age = torch.zeros_like(segments.clock)
         age[1:] = segments.clock.diff()
@@ -122,7 +122,7 @@ class Summarizer(nn.Module):
         return SummaryState.empty(count, len(self.layers), H, D, device=self.seeds.device)
 
     def read(self, z: Tensor, n: Tensor) -> Tensor:
-        """Let the seeds read states (separable mixing): z [N, L, H, D, D], n [N, H] -> summaries [N, S, M]."""
+        """Summaries [N, S, M] that the seeds read from states (separable mixing), z [N, L, H, D, D] and n [N, H]."""
         count, num_seeds = len(n), len(self.seeds)
         offsets = torch.arange(count + 1, device=n.device) * num_seeds
         x = self.seeds.repeat(count, 1)
@@ -160,7 +160,7 @@ class Summarizer(nn.Module):
                     state_activation=self.config.activation.value,
                 )
             else:
-                # Nothing reads what events would become here: only seeds go on.
+                # Nothing reads the events' tokens of the last layer, so only seeds are computed.
                 x, h = x[seed_slot], h[seed_slot]
                 query, gate = layer.query_gate(h).chunk(2, -1)
                 heads = self._read(layer.heads(query), *self._accumulate(key, value, all_offsets), seed_offsets)
@@ -170,11 +170,11 @@ class Summarizer(nn.Module):
 
     @torch.no_grad()
     def summarize_long(self, tokens: Tensor, slice_len: int) -> Tensor:
-        """Bidirectional mixing of one history, slice by slice, without gradients: `summarize_set` at little memory.
+        """`summarize_set` of one history, slice by slice, without gradients and with little memory.
 
         Args:
-            tokens: [T, M]; they are overwritten layer by layer, and are all that grows with T.
-            slice_len: tokens worked on at once.
+            tokens: [T, M], overwritten layer by layer; nothing else grows with T.
+            slice_len: tokens that are processed at once.
 
         Returns:
             [1, S, M].
@@ -230,7 +230,7 @@ class Summarizer(nn.Module):
 
 
 def _decay_rate(config: ModelConfig) -> Tensor:
-    """float64 [H]: 1 / tau in 1/ms or 1/events; 0 for a head that forgets nothing."""
+    """float64 [H]: 1 / tau in 1/ms or 1/events; 0 for a head without decay."""
     if config.decay is Decay.none:
         return torch.zeros(config.num_heads, dtype=torch.float64)
     unit = MS_PER_DAY if config.decay is Decay.time else 1.0

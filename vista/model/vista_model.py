@@ -1,7 +1,7 @@
 """VISTA: stage 1, decoder, stage 2 and heads.
 
-Letters: T packed events, R item rows of a batch, NC cuts, NW windows, W positions, I impressions a window, S seeds, L
-tail length, M model dim, V items of the vocabulary.
+Letters: T packed events, R item rows of a batch, NC cuts, NW windows, W positions and I impressions per window, S
+seeds, L tail length, Q query tokens, M model dim, V items of the vocabulary.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ STAGE1_KEYS = (
 )
 """Fields of ModelConfig that a summary depends on."""
 STAGE1_WEIGHTS = ("item_table", "encoder.", "summarizer.")
-"""How the names of the weights begin that a summary depends on."""
+"""Prefixes of the names of the weights that a summary depends on."""
 
 
 class VistaModel(RankingModel):
-    """VISTA."""
+    """VISTA: a summarizer of histories, a reconstruction decoder, target attention, and the heads."""
 
     architecture = Architecture.vista
 
@@ -71,7 +71,7 @@ class VistaModel(RankingModel):
         """The retrieval head's query token, to which the newest event is added."""
         self.task_head = nn.Linear(dim, len(schema.tasks)) if schema.tasks else None
         self._identified = b"", b""
-        """Hash of what `summarizer_id` was last computed of, and the id."""
+        """Hash of the inputs that `summarizer_id` was last computed from, and the id."""
 
     # Training -----------------------------------------------------------------------------------------------------
 
@@ -170,12 +170,12 @@ class VistaModel(RankingModel):
         predicted = self.decoder(summaries[part.cut], target, offsets, age)
         return reconstruction_loss(predicted, target, stop_gradient=self.config.stop_gradient)
 
-    # Both ----------------------------------------------------------------------------------------------------------
+    # Training and serving --------------------------------------------------------------------------------------------
 
     def user_vectors(self, gap: Tensor | None, seen: Tensor, context: TargetContext) -> Tensor:
         """Unit vectors [B, Q, M] of request tokens over contexts of B rows; gap [B, Q, M], seen int64 [Q]."""
         stage = self.target_attention
-        # The residual stream leads from an item's vector to where the next one's is sought, with no map between.
+        # The residual stream leads from an item's vector to the next item's, in one space without a projection.
         x = self.request + context.newest(seen)
         return F.normalize(stage.query(x, stage.layers[0].project(x), gap, seen, context), dim=-1)
 
@@ -191,10 +191,12 @@ class VistaModel(RankingModel):
         """Logits [B, C, num_tasks] of candidates.
 
         Args:
-            vectors: [B, C, M]; gap: [B, C, M], or None.
-            seen: int64 [C], [1] or [B, C].
-            projections: of the vectors in layer 1, [B, C, 4M], if they are at hand (`ItemProjections`).
-            biases: `TargetAttention.query_biases` of `seen`, if they are at hand.
+            vectors: [B, C, M] item vectors.
+            gap: [B, C, M] embeddings of the request's gap, or None.
+            seen: int64 [C], [1] or [B, C] tail columns that a candidate sees.
+            context: of the B rows.
+            projections: [B, C, 4M] of the vectors in layer 1 (`ItemProjections`); None computes them.
+            biases: `TargetAttention.query_biases` of `seen`; None computes them.
         """
         assert self.task_head is not None
         stage = self.target_attention
@@ -212,7 +214,7 @@ class VistaModel(RankingModel):
 
         Returns:
             (unit vectors [N, M], or None without the retrieval head;
-             [N, 5M] vector, query, gate, key and value of the first layer of stage 2, or None without labelled tasks).
+             [N, 5M] vector, query, gate, key and value of the first layer of stage 2, or None without labeled tasks).
         """
         vectors = self.item_vectors(rows).float()
         unit = F.normalize(vectors, dim=-1) if self.has_retrieval else None
@@ -221,31 +223,33 @@ class VistaModel(RankingModel):
         return unit, torch.cat([vectors, self.target_attention.layers[0].project(vectors)], -1)
 
     def with_tail(self, tail_len: int) -> VistaModel:
-        """The same model over the newest `tail_len` events beside the summary: cheaper to score, no training needed.
-        The two share their weights.
+        """The same model with a shorter tail: cheaper to score, and no training needed. The two share their weights.
 
-        Training at label_spacing W has shown stage 2 tails of tail_len - W + 1 to tail_len events, so the shorter ones
-        among these are nothing new to it. Summaries do not change, and a store of longer tails serves this model too.
+        Training with label_spacing W shows stage 2 tails of tail_len - W + 1 to tail_len events, so these lengths are
+        trained. Summaries do not change, and a store with longer tails serves this model too.
+
+        Args:
+            tail_len: newest events that stage 2 reads alongside the summary.
 
         Raises:
             ValueError: if `tail_len` is below 1, or longer than what was trained.
         """
         if not 1 <= tail_len <= self.config.tail_len:
-            raise ValueError(f"tail_len={tail_len}: must lie in 1 … {self.config.tail_len}, which was trained")
+            raise ValueError(f"tail_len={tail_len}: must lie in 1 … {self.config.tail_len}, the trained length")
         with torch.random.fork_rng(devices=[]):
             shorter = VistaModel(replace(self.config, tail_len=tail_len), self.schema, self.items, self.data)
         weights = self.state_dict()
         for index in range(len(self.target_attention.layers)):
             name = f"target_attention.layers.{index}.bias"
-            weights[name] = weights[name][:, : tail_len + 1]  # by distance; longer ones do not occur
-        # A unified table is small, and its features hold on to the one that the model was made with.
+            weights[name] = weights[name][:, : tail_len + 1]  # by distance; longer distances do not occur
+        # A unified table is small, and its features refer to the table that the model was built with.
         shorter.load_state_dict(weights, assign=self.config.embedding_rows == 0)
         return shorter.to(self.device).train(self.training)
 
     def with_frozen(self, part: Literal["summarizer", "target_attention"], precision: Precision) -> VistaModel:
-        """The same model, for inference: shares all but one stage, which is `frozen` and multiplies in `precision`.
+        """The same model for inference. It shares everything except one stage, which is `frozen` in `precision`.
 
-        What training changes later does not reach that stage.
+        Later training does not change that stage.
         """
         other = copy.copy(self)
         other._modules = dict(self._modules)
@@ -263,14 +267,14 @@ class VistaModel(RankingModel):
         return super().description() | {"summarizer_id": self.summarizer_id().hex()}
 
     def summarizer_id(self) -> bytes:
-        """SHA-256 over all that a summary depends on: stage 1, event encoder, item table and vocabulary, not stage 2.
+        """SHA-256 over everything that a summary depends on: stage 1, event encoder, item table and vocabulary.
 
-        So downstream models, which freeze all of these, keep it and are checked against it.
+        Downstream models freeze all of these, so they have the id of their base, and stores are checked against it.
         """
         facts = {key: to_dict(self.config)[key] for key in STAGE1_KEYS} | {"schema": asdict(self.schema)}
         for key in ("tasks", "has_retrieval"):
             facts["schema"].pop(key)
-        # Younger keys count where they are used, so that the summaries of other models keep their id.
+        # These count only where they differ from the default, so that the ids of other models stay the same.
         if self.config.activation is not Activation.silu:
             facts["activation"] = self.config.activation.value
         if self.config.embedding_rows:
@@ -280,20 +284,20 @@ class VistaModel(RankingModel):
             if name.startswith(STAGE1_WEIGHTS):
                 parts.append(name.encode() + str(tuple(tensor.shape)).encode())
                 parts.append(tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)
-        # SHA-256 takes thirty times as long as a look whether anything has changed: half a second at 10^6 items.
-        seen = xxhash.xxh3_128()
+        # SHA-256 takes half a second at 10^6 items, 30 times as long as the check whether anything has changed.
+        quick = xxhash.xxh3_128()
         for part in parts:
-            seen.update(part)
-        if self._identified[0] != seen.digest():
+            quick.update(part)
+        if self._identified[0] != quick.digest():
             digest = hashlib.sha256()
             for part in parts:
                 digest.update(part)
-            self._identified = seen.digest(), digest.digest()
+            self._identified = quick.digest(), digest.digest()
         return self._identified[1]
 
 
 def _gather_ranges(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of packed ranges end to end, their positions in their range, and offsets int64 [N+1]."""
+    """Indices of N packed ranges, end to end; positions within their range; and offsets int64 [N+1]."""
     lengths = stop - start
     offsets = F.pad(lengths.cumsum(0), (1, 0))
     position = torch.arange(int(offsets[-1]), device=start.device) - offsets[:-1].repeat_interleave(lengths)

@@ -42,13 +42,13 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
     if model.architecture.ranks_only and not tasks:
         why = "optim.task_weight=0" if log.impressions is not None else f"{log.path} has none"
         raise ConfigError(
-            f"model.architecture={model.architecture.value}: learns only from labelled impressions, but {why}; prepare "
+            f"model.architecture={model.architecture.value}: learns only from labeled impressions, but {why}; prepare "
             "the log with impressions.* and set optim.task_weight=1, or train an architecture that ranks next items, "
             "such as model=sasrec"
         )
     if not config.trains_next and not tasks:
         raise ConfigError(
-            f"optim.next_weight={optim.next_weight:g}: {log.path} has no labelled task either, so no head would be "
+            f"optim.next_weight={optim.next_weight:g}: {log.path} has no labeled task either, so no head would be "
             "trained; set optim.next_weight=1"
         )
     ratings = rating_range(log) if log.has_rating and model.use_rating else None

@@ -1,4 +1,4 @@
-"""Validation during training: the protocol's questions, answered by the model with float32 summaries, no store."""
+"""Validation during training: the protocol's cases, answered by the model with float32 summaries and no store."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ Floats = NDArray[np.float32]
 CASES_PER_BATCH = 512
 
 _ContextOf = Callable[[Int, PaddedTail], TargetContext]
-"""Of rows of users int64 [B] and their tails."""
+"""(rows of users int64 [B], their tails) -> their contexts."""
 
 
 class Validation:
-    """Validation metrics of a model; the cases are chosen once."""
+    """Validation metrics of a model. The cases are chosen once."""
 
     def __init__(
         self, log: EventLog, item_rows: Int, config: TrainConfig, *, events_per_batch: int = EVENTS_PER_BATCH
@@ -61,8 +61,8 @@ class Validation:
             cases = next_item_cases(log, self._cut, stop, max_users=limit)
             self._next = cases if len(cases.user) else None
         self.metric = self._deciding_metric()
-        """What decides which model is best: NE of the first task that has labels of both kinds (smaller is better),
-        else NDCG@10; empty where the log has no case of either."""
+        """The metric that decides which model is best: NE of the first task with labels of both kinds (smaller is
+        better), else NDCG@10; empty if the log has no cases."""
 
     def _deciding_metric(self) -> str:
         if (cases := self._impressions) is not None:
@@ -72,7 +72,7 @@ class Validation:
         return "ndcg@10" if self._next is not None else ""
 
     def better(self, value: float, best: float | None) -> bool:
-        """Whether a value of `metric` is better than the best so far (None: there is none yet)."""
+        """Whether a value of `metric` is better than the best so far; None means that there is no best yet."""
         if best is None:
             return True
         return value < best if self.metric != "ndcg@10" else value > best
@@ -97,8 +97,8 @@ class Validation:
             )
             metrics |= ranking_metrics(ranks, [10])
         if self._impressions is not None:
-            found = self._finite(probabilities(self._impressions), self._impressions.user)
-            metrics |= impression_metrics(self._impressions, found)
+            predicted = self._finite(probabilities(self._impressions), self._impressions.user)
+            metrics |= impression_metrics(self._impressions, predicted)
         model.train(was_training)
         return metrics
 
@@ -122,7 +122,7 @@ class Validation:
         return partial(self._scores, model, context, items), partial(self._probabilities, model, context)
 
     def _summaries(self, model: VistaModel, users: Int) -> torch.Tensor:
-        """Of many users, a few histories at a time: whole lives may be long."""
+        """Summaries of many users, computed for a few at a time because histories may be long."""
         groups = [users[part] for part in token_groups(self._cut[users], self._events_per_batch)]
         histories = (self._model_rows(self._log.gather(group, self._cut[group])) for group in groups)
         return torch.cat([inference.summarize(model, each) for each in histories])
@@ -163,7 +163,7 @@ class Validation:
         if len(bad):
             named = self._log.users.ids(np.unique(bad)[:20]).tolist()
             raise NonFiniteLossError(
-                f"validation: the scores of users {named} are not finite; lower optim.learning_rate, or look at these "
-                "users' features"
+                f"validation: the scores of users {named} are not finite; lower optim.learning_rate, or look at the "
+                "features of these users"
             )
         return scores

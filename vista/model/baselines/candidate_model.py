@@ -2,7 +2,7 @@
 
 The candidates of a batch, or of some requests, are queries over packed histories. `find` names the events that a query
 reads, `interest` makes one vector of them, and a network ranks. So memory grows with the K events that a query finds,
-not with its history. These baselines learn only from labelled impressions. Letters: B histories, T packed events, N
+not with its history. These baselines learn only from labeled impressions. Letters: B histories, T packed events, N
 queries, K found events, U events found by any query, C candidates, M model dim.
 """
 

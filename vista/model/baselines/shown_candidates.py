@@ -1,4 +1,4 @@
-"""The labelled impressions of a batch as one list of candidates.
+"""The labeled impressions of a batch as one list of candidates.
 
 Letters: N candidates, NW windows, I impressions per window.
 """
@@ -29,7 +29,7 @@ class ShownCandidates:
 
     @classmethod
     def of(cls, batch: Batch) -> ShownCandidates:
-        """All labelled impressions of a batch."""
+        """All labeled impressions of a batch."""
         impressions, tail_index = batch.impressions, batch.windows.tail_index
         place = impressions.mask.any(-1).flatten().nonzero().squeeze(-1)
         window = place // max(impressions.item.shape[1], 1)
