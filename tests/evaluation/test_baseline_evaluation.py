@@ -1,4 +1,4 @@
-"""Baselines through the harness: trained by the same trainer, and asked about what came before each label, no more."""
+"""Baselines in the harness: trained by the same trainer, and given only the events before each label."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def before(log: EventLog, rows: np.ndarray, user: int, seen: int) -> Histories:
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-def test_ranks_are_of_the_history_before_the_label(event_log: EventLog, tmp_path: Path, name: str) -> None:
+def test_ranks_come_from_the_history_before_the_label(event_log: EventLog, tmp_path: Path, name: str) -> None:
     model = train_model(baseline_config(event_log, tmp_path, name), event_log)
     assert isinstance(model, SequenceModel)
-    found = evaluate_model(model, event_log, EvaluateConfig(top_k=[10]))
+    evaluation = evaluate_model(model, event_log, EvaluateConfig(top_k=[10]))
     rows = model.rows_of(event_log.items)
     seen, items, expected = visible_counts(event_log, "leave-last-out"), item_vectors(model), []
     for user in np.flatnonzero(seen < event_log.lengths).tolist():
@@ -61,7 +61,7 @@ def test_ranks_are_of_the_history_before_the_label(event_log: EventLog, tmp_path
         target = int(rows[label.item[0]]) - 1
         others = np.setdiff1d(np.arange(len(scores)), [*(history.item - 1), target])
         expected.append(int((scores[others] > scores[target]).sum()))
-    assert found.ranks is not None and found.ranks.tolist() == expected
+    assert evaluation.ranks is not None and evaluation.ranks.tolist() == expected
     run = evaluate(
         EvaluateConfig(
             data=str(event_log.path),
@@ -72,34 +72,36 @@ def test_ranks_are_of_the_history_before_the_label(event_log: EventLog, tmp_path
             progress=False,
         )
     )
-    assert run.metrics == found.metrics
+    assert run.metrics == evaluation.metrics
     assert json.loads((tmp_path / "metrics.json").read_text())["codec"] == "none"
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-def test_probabilities_are_of_the_history_before_the_request(served_tasks: Served, tmp_path: Path, name: str) -> None:
+def test_probabilities_come_from_the_history_before_the_request(
+    served_tasks: Served, tmp_path: Path, name: str
+) -> None:
     log = served_tasks.log
     config = baseline_config(log, tmp_path, name, data=served_tasks.config.data)
     model = train_model(config, log)
     assert isinstance(model, SequenceModel)
-    found = evaluate_model(model, log, EvaluateConfig())
-    assert found.impressions is not None and found.probabilities is not None
+    evaluation = evaluate_model(model, log, EvaluateConfig())
+    assert evaluation.impressions is not None and evaluation.probabilities is not None
     rows = model.rows_of(log.items)
-    cases = found.impressions
+    cases = evaluation.impressions
     for n in range(0, len(cases.user), 5):
         history = before(log, rows, int(cases.user[n]), int(cases.seen[n]))
         candidate = torch.from_numpy(rows[cases.item[n : n + 1]][None])
         logits = model.candidate_logits(history, candidate, cases.timestamp[n : n + 1])
-        np.testing.assert_allclose(found.probabilities[n], logits[0, 0].sigmoid().numpy(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(evaluation.probabilities[n], logits[0, 0].sigmoid().numpy(), rtol=1e-4, atol=1e-6)
 
 
-def test_tasks_are_found_by_name(served_tasks: Served, tmp_path: Path) -> None:
-    """A log of another preparation may hold the model's tasks in another order, or not all of them."""
+def test_tasks_are_matched_by_name(served_tasks: Served, tmp_path: Path) -> None:
+    """Another log may have the model's tasks in another order, or not all of them."""
     log = served_tasks.log
     model = train_model(baseline_config(log, tmp_path, "din", data=served_tasks.config.data), log)
     assert isinstance(model, HistoryModel)
-    found = evaluate_model(model, log, EvaluateConfig())
-    cases, whole = found.impressions, found.probabilities
+    evaluation = evaluate_model(model, log, EvaluateConfig())
+    cases, whole = evaluation.impressions, evaluation.probabilities
     assert cases is not None and whole is not None and cases.tasks == ["click", "like", "long_view"]
     answers = RawHistoryAnswers(model, log, model.rows_of(log.items))
     turned = replace(cases, tasks=cases.tasks[::-1], label=cases.label[:, ::-1], mask=cases.mask[:, ::-1])
@@ -107,7 +109,7 @@ def test_tasks_are_found_by_name(served_tasks: Served, tmp_path: Path) -> None:
     np.testing.assert_array_equal(answers.probabilities(with_tasks(cases, ["like"])), whole[:, 1:2])
 
 
-def test_what_ranks_no_next_item_draws_no_negatives(served_tasks: Served, tmp_path: Path) -> None:
+def test_models_that_only_rank_draw_no_negatives(served_tasks: Served, tmp_path: Path) -> None:
     log = served_tasks.log
     for name, drawn in (("din", False), ("sasrec", True)):
         config = baseline_config(log, tmp_path, name, data=served_tasks.config.data)
@@ -118,7 +120,7 @@ def test_what_ranks_no_next_item_draws_no_negatives(served_tasks: Served, tmp_pa
 
 
 def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) -> None:
-    """They are read where training starts; what is saved needs the file no more."""
+    """They are read when training starts. The saved model does not need the file."""
     log, file = served_tasks.log, tmp_path / "items.csv"
     kinds = np.arange(log.num_items) % 3
     lines = [f"{item},{kind}" for item, kind in zip(log.items.ids(np.arange(log.num_items)), kinds, strict=True)]
@@ -129,19 +131,21 @@ def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) 
     model = train_model(config, log)
     file.unlink()
     again = load_model(tmp_path / "sim" / "best")
-    for found in (model, again):
-        assert isinstance(found, SIM) and found.category is not None
-        rows = found.rows_of(log.items)
-        assert np.array_equal(found.category[rows].numpy(), kinds + 1)
-        assert found.category[0] == 0
+    for each in (model, again):
+        assert isinstance(each, SIM) and each.category is not None
+        rows = each.rows_of(log.items)
+        assert np.array_equal(each.category[rows].numpy(), kinds + 1)
+        assert each.category[0] == 0
     assert isinstance(again, SIM) and isinstance(model, SIM)
     assert evaluate_model(again, log, EvaluateConfig()).metrics == evaluate_model(model, log, EvaluateConfig()).metrics
-    assert train_model(config, log).state_dict()["category"].equal(again.category), "done: its checkpoint has them"
+    assert train_model(config, log).state_dict()["category"].equal(again.category), (
+        "the checkpoint of a finished run has them"
+    )
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-def test_the_state_after_a_full_window_is_trained(event_log: EventLog, tmp_path: Path, name: str) -> None:
-    """Which is what most requests are asked of: a chunk holds one event more than is encoded, as a label."""
+def test_the_state_after_a_full_history_is_trained(event_log: EventLog, tmp_path: Path, name: str) -> None:
+    """Most requests read it. A chunk holds one more event than is encoded, as a label."""
     assert event_log.lengths.max() > LIMIT + 3
     trainer = Trainer(baseline_config(event_log, tmp_path, name), event_log)
     model, source = trainer.model, trainer.source
@@ -155,8 +159,8 @@ def test_the_state_after_a_full_window_is_trained(event_log: EventLog, tmp_path:
     assert bool(model.position.grad.any(1).all())
 
 
-def test_baselines_read_times_whatever_the_decay(event_log: EventLog, tmp_path: Path) -> None:
-    """Decay is of summaries; `experiment=ml-1m` sets it for all models."""
+def test_baselines_read_times_for_any_decay(event_log: EventLog, tmp_path: Path) -> None:
+    """Decay concerns only summaries, but `experiment=ml-1m` sets it for all models."""
     assert event_log.has_time
     config = baseline_config(event_log, tmp_path, "hstu")
     config.model.decay_horizons = [5.0, 40.0]

@@ -1,4 +1,4 @@
-"""Cutting: no label in its own context, every event a label once, staleness as asked for.
+"""Cutting: no label is in its own context, every event is a label once, and staleness follows the plan.
 
 Event i of a packed batch is item i + 1, impression j is item T + 1 + j, and the negatives are beyond both: so what a
 batch holds can be read back.
@@ -67,13 +67,13 @@ def cut(chunks: Chunks, seed: int = 0, **changes: Any) -> Batch:
 
 
 def label_events(batch: Batch) -> Int:
-    """[NW, W] packed event that is each position's label, -1 where there is none."""
+    """[NW, W] packed event that is each position's label, -1 if there is none."""
     rows, label = batch.rows.numpy(), batch.labels.item.numpy()
     return np.where(label >= 0, rows[label] - 1, -1)
 
 
 def shown_impressions(batch: Batch) -> Int:
-    """[NW, I] number of the impression in each place, -1 where there is none."""
+    """[NW, I] number of the impression in each place, -1 if there is none."""
     items = batch.rows.numpy()[batch.impressions.item.numpy()]
     return np.where(items > 0, items - 1 - len(batch.events.item), -1)
 
@@ -119,20 +119,20 @@ def test_no_label_is_in_its_own_context(case: tuple[Chunks, int, dict[str, Any]]
         for event, seen in asked:
             visible = tail[: max(seen, 0)]
             visible = visible[visible >= 0]
-            assert start[window] <= stop[window] <= event, "the summary has seen the label"
-            assert (visible < event).all(), "the tail has seen the label"
-            # And it is the newest there is, of this chunk alone.
+            assert start[window] <= stop[window] <= event, "the summary covers the label"
+            assert (visible < event).all(), "the tail holds the label"
+            # The tail holds the newest events before the label, of this chunk only.
             newest = np.arange(max(start[window], event - max(seen, 0)), event)
             np.testing.assert_array_equal(visible, newest)
 
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
-def test_what_a_cut_reads_is_what_it_says(case: tuple[Chunks, int, dict[str, Any]]) -> None:
+def test_cuts_cover_the_events_that_they_name(case: tuple[Chunks, int, dict[str, Any]]) -> None:
     chunks, seed, options = case
     batch = cut(chunks, seed, **options)
     segment_offsets, bounds = batch.cuts.segment_offsets.numpy(), batch.cuts.chunk_offsets.numpy()
-    # Segments tile the chunks.
+    # Segments cover the chunks without overlap.
     np.testing.assert_array_equal(segment_offsets[bounds], chunks.offsets)
     assert (np.diff(segment_offsets) > 0).all()
     assert np.diff(segment_offsets).max(initial=0) <= batch.labels.item.shape[1]
@@ -152,7 +152,7 @@ def test_what_a_cut_reads_is_what_it_says(case: tuple[Chunks, int, dict[str, Any
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
-def test_everything_is_a_label_exactly_once_in_a_whole_pass(case: tuple[Chunks, int, dict[str, Any]]) -> None:
+def test_every_event_and_impression_is_a_label_once(case: tuple[Chunks, int, dict[str, Any]]) -> None:
     chunks, seed, options = case
     batch = cut(chunks, seed, **{**options, "windows_per_chunk": 0})
     label, shown = label_events(batch), shown_impressions(batch)
@@ -175,16 +175,16 @@ def test_features_travel_with_their_events() -> None:
     label, gap = label_events(batch), batch.labels.gap.numpy()
     known = (label >= 0) & ~np.isin(label, chunks.offsets[:-1])
     timeless = (gap == 0).all(1)
-    assert 0 < timeless.sum() < len(gap), "some requests have no clock, and most have"
+    assert 0 < timeless.sum() < len(gap), "some requests have no time, but most have one"
     np.testing.assert_array_equal(gap[known & ~timeless[:, None]], chunks.gap[label[known & ~timeless[:, None]]])
-    assert not gap[~known].any(), "nothing came before a first event, and padding has no gap"
+    assert not gap[~known].any(), "first events and padding have no gap"
     shown = shown_impressions(batch)
     with_clock = (shown >= 0) & ~timeless[:, None]
     np.testing.assert_array_equal(batch.impressions.gap.numpy()[with_clock], chunks.impressions.gap[shown[with_clock]])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_staleness_has_the_asked_share_and_mean(share: float) -> None:
+def test_staleness_has_the_planned_share_and_mean(share: float) -> None:
     spacing, mean = 4, 40.0
     chunks = coded_chunks([4000, 3999], [])
     batch = cut(chunks, 1, label_spacing=spacing, staleness_events=mean, staleness_share=share)
@@ -194,13 +194,13 @@ def test_staleness_has_the_asked_share_and_mean(share: float) -> None:
     lag = begin[late] - batch.cuts.stop.numpy()[batch.windows.cut.numpy()][late]
     assert (lag >= 0).all()
     assert abs((lag > 0).mean() - share) < 0.05
-    assert ((lag == 0).any()) == (share < 1), "fresh summaries belong to the draw"
+    assert ((lag == 0).any()) == (share < 1), "unless all are stale, some summaries are fresh"
     if share:
         # Rounded up to whole windows, which adds half a window.
         assert lag[lag > 0].mean() == pytest.approx(mean + spacing / 2, rel=0.15)
 
 
-def test_the_asked_share_of_events_is_shown_as_unknown_and_all_else_is_as_without() -> None:
+def test_hiding_a_share_of_events_changes_nothing_else() -> None:
     chunks = coded_chunks([4000, 3999], [(0, 3), (1, 9)])
     without, batch = cut(chunks, 1), cut(chunks, 1, unknown_share=0.2)
     assert without.events.hidden is None and batch.events.hidden is not None
@@ -210,7 +210,7 @@ def test_the_asked_share_of_events_is_shown_as_unknown_and_all_else_is_as_withou
         assert torch.equal(batch.tensors()[name], tensor), name
 
 
-def test_bidirectional_chunks_have_few_cuts_each_as_fresh_as_they_allow() -> None:
+def test_bidirectional_windows_read_the_newest_of_few_cuts() -> None:
     chunks = coded_chunks([400, 300], [])
     batch = cut(chunks, 3, mixing=Mixing.bidirectional, num_cuts=2)
     cuts = list(zip(batch.cuts.start.tolist(), batch.cuts.stop.tolist(), strict=True))
@@ -231,7 +231,7 @@ def test_windows_per_chunk_bounds_the_windows_and_keeps_impressions() -> None:
         assert set(shown[shown >= 0].tolist()) == {0, 1, 2}
 
 
-def test_the_same_generator_cuts_the_same_batch_and_another_a_new_one() -> None:
+def test_the_generator_determines_the_batch() -> None:
     chunks = coded_chunks([50, 60], [(0, 3), (1, 60)])
     one, same, other = (cut(chunks, seed).tensors() for seed in (5, 5, 6))
     assert all(torch.equal(one[name], same[name]) for name in one)

@@ -39,7 +39,7 @@ def model(
     rating_range: tuple[float, float] | None = (1.0, 5.0),
     **config: Any,
 ) -> VistaModel:
-    """A model in eval mode whose every parameter matters: biases and the like do not stay at 0."""
+    """A model in eval mode in which every parameter matters: noise keeps biases and the like from being 0."""
     torch.manual_seed(seed)
     options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
     built = VistaModel(
@@ -55,7 +55,7 @@ def model(
 
 
 def histories(lengths: list[int], seed: int = 0, *, num_items: int = NUM_ITEMS, days: float = 30.0) -> Histories:
-    """Packed histories of model rows; times rise, often by nothing."""
+    """Packed histories of model rows. Times ascend, and a fifth of them repeat."""
     rng = np.random.default_rng(seed)
     total = sum(lengths)
     mean_gap = days * 24 * HOUR / max(max(lengths, default=1), 1)
@@ -74,7 +74,7 @@ def histories(lengths: list[int], seed: int = 0, *, num_items: int = NUM_ITEMS, 
 def chunks(
     packed: Histories, seed: int = 0, *, impressions: int = 0, num_items: int = NUM_ITEMS, decay: Decay = Decay.none
 ) -> tuple[Chunks, Int]:
-    """The whole histories as chunks, with impressions at random positions; and the impressions' times in ms."""
+    """Whole histories as chunks, with impressions at random positions; and the times of the impressions in ms."""
     rng = np.random.default_rng([seed, 1])
     num_users = packed.num_users if packed.num_users else 0
     owner = np.sort(rng.integers(0, max(num_users, 1), impressions if num_users else 0))
@@ -105,7 +105,7 @@ def chunks(
 
 
 def plan(model: VistaModel, **changes: Any) -> CutPlan:
-    """How the model's chunks are cut: every window, no staleness unless asked for."""
+    """How chunks are cut for a model: all windows, and no staleness unless `changes` has some."""
     options = {
         "mixing": model.config.mixing,
         "tail_len": model.config.tail_len,
@@ -121,7 +121,7 @@ def plan(model: VistaModel, **changes: Any) -> CutPlan:
 
 
 def batch(made: Chunks, cut_plan: CutPlan, seed: int = 0, *, num_items: int = NUM_ITEMS) -> Batch:
-    """Cut with all items as negatives."""
+    """A batch with all items as negatives."""
     negatives = np.arange(1, num_items + 1)
     return cut_batch(made, cut_plan, np.random.default_rng(seed), negatives, np.zeros(num_items, np.float32))
 
@@ -132,7 +132,7 @@ class Predictions:
 
     chunk: Int
     position: Int
-    """Events of the chunk that come before; -1 where the batch predicts nothing."""
+    """Events of the chunk that come before; -1 in the padding."""
     number: Int
     """Packed index of the label, or index of the impression."""
 

@@ -1,4 +1,4 @@
-"""With RecTools' weights, SASRec and HSTU compute RecTools' states: the same function, but for what is written here."""
+"""With RecTools' weights, SASRec and HSTU compute RecTools' states. Comments name the differences."""
 
 from __future__ import annotations
 

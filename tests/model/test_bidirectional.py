@@ -1,4 +1,4 @@
-"""Bidirectional mixing: the paper's set attention, against its formula, and what order means to it."""
+"""Bidirectional mixing: the paper's set attention against its formula, and the role of order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vista.model.vista_model import VistaModel
 
 
 def formula(model: VistaModel, history: Histories) -> Tensor:
-    """[S, M] in float64: history and seeds are one set, all write and all read at every layer."""
+    """[S, M] in float64: history and seeds are one set; all write and all read at every layer."""
     exact = copy.deepcopy(model).double()
     stage = exact.summarizer
     assert stage is not None
@@ -75,7 +75,7 @@ def permuted(history: Histories, seed: int) -> Histories:
 
 @pytest.mark.parametrize("mixing", Mixing)
 @pytest.mark.parametrize(("conv_width", "has_time"), [(1, False), (3, False), (1, True)])
-def test_order_matters_through_convolution_and_gaps_alone(
+def test_order_matters_only_through_convolution_and_gaps(
     make: SimpleNamespace, mixing: Mixing, conv_width: int, has_time: bool
 ) -> None:
     model = make.model(seed=2, mixing=mixing, conv_width=conv_width, has_time=has_time)
@@ -88,7 +88,7 @@ def test_order_matters_through_convolution_and_gaps_alone(
 
 
 def test_gradients_are_those_of_the_formula(make: SimpleNamespace) -> None:
-    """The last layer computes the seeds' outputs alone; what it leaves out has no gradient to lose."""
+    """The last layer computes only the seeds' outputs. The outputs it leaves out have no gradient."""
     model = make.model(seed=3, mixing=Mixing.bidirectional, conv_width=1).double()
     stage = model.summarizer
     assert stage is not None
@@ -99,7 +99,7 @@ def test_gradients_are_those_of_the_formula(make: SimpleNamespace) -> None:
     assert all(p.grad is not None and p.grad.any() for p in stage.parameters())
 
 
-def test_events_change_nobody_elses_summary(make: SimpleNamespace) -> None:
+def test_events_do_not_change_summaries_of_other_users(make: SimpleNamespace) -> None:
     model = make.model(seed=4, mixing=Mixing.bidirectional)
     packed = make.histories([8, 8], 5)
     item = packed.item.copy()

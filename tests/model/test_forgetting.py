@@ -1,4 +1,4 @@
-"""Events that leave or come late: the state afterwards is the state of the history as it then is."""
+"""Forgotten and late events: the state afterwards equals the state of the changed history."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def without(history: Histories, gone: list[int]) -> Histories:
     )
 
 
-def assert_equal_within_rounding(found: SummaryState, exact: SummaryState, before: SummaryState) -> None:
-    """float32 rounding of the sums that were subtracted, which the drift rule bounds against what is left."""
-    assert torch.equal(found.clock, exact.clock) and torch.equal(found.num_events, exact.num_events)
+def assert_equal_within_rounding(state: SummaryState, exact: SummaryState, before: SummaryState) -> None:
+    """Equal within float32 rounding of the subtracted sums, which the drift rule bounds relative to the rest."""
+    assert torch.equal(state.clock, exact.clock) and torch.equal(state.num_events, exact.num_events)
     amax = (-1, -2)
     scale = torch.maximum(exact.z.abs().amax(amax), before.z.abs().amax(amax))[..., None, None]
-    assert ((found.z - exact.z).abs() <= 3e-6 * scale).all(), ((found.z - exact.z).abs() / scale).max()
-    assert ((found.n - exact.n).abs() <= 3e-6 * torch.maximum(exact.n, before.n)).all()
+    assert ((state.z - exact.z).abs() <= 3e-6 * scale).all(), ((state.z - exact.z).abs() / scale).max()
+    assert ((state.n - exact.n).abs() <= 3e-6 * torch.maximum(exact.n, before.n)).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -64,12 +64,12 @@ def test_forgetting_equals_recomputation(make: SimpleNamespace, shape: str, gone
     history = make.histories([LENGTH], seed)
     state = history_states(model, history)
     exact = history_states(model, without(history, gone))
-    found = forget_events(model, state, history, gone)
+    left = forget_events(model, state, history, gone)
     assert model.summarizer is not None
     before = state.seen_from(exact.clock, model.summarizer.decay_rate) if len(gone) < LENGTH else state
-    assert_equal_within_rounding(found, exact, before)
+    assert_equal_within_rounding(left, exact, before)
     if len(gone) == LENGTH:
-        assert not any(getattr(found, name).any() for name in ("z", "n", "removed", "clock", "num_events"))
+        assert not any(getattr(left, name).any() for name in ("z", "n", "removed", "clock", "num_events"))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -83,12 +83,12 @@ def test_late_events_equal_recomputation(make: SimpleNamespace, shape: str, late
     history = make.histories([LENGTH], seed)
     state = history_states(model, without(history, late))
     exact = history_states(model, history)
-    found = insert_events(model, state, history, np.array(late, np.int64))
-    assert_equal_within_rounding(found, exact, exact)
+    complete = insert_events(model, state, history, np.array(late, np.int64))
+    assert_equal_within_rounding(complete, exact, exact)
 
 
 def test_forgetting_reads_only_the_neighborhood(make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work is proportional to what is forgotten, and each slice is bounded, however long the history is."""
+    """The work is proportional to the number of forgotten events, not to the length of the history."""
     model = make.model(seed=3)
     history = make.histories([3000], 4)
     state = history_states(model, history)
@@ -109,7 +109,7 @@ def test_forgetting_reads_only_the_neighborhood(make: SimpleNamespace, monkeypat
 def test_forgetting_many_events_takes_passes_of_bounded_size(
     make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stretch longer than one pass, and more single events than one pass takes ranges."""
+    """A stretch longer than one pass, and more single events than ranges per pass."""
     model = make.model(seed=3)
     history = make.histories([20_000], 4)
     state = history_states(model, history)
@@ -129,7 +129,7 @@ def test_forgetting_many_events_takes_passes_of_bounded_size(
 
 @pytest.mark.parametrize(("newest_first", "least"), [(False, 1), (True, 3)])
 def test_repeated_forgetting_keeps_its_digits(make: SimpleNamespace, newest_first: bool, least: int) -> None:
-    """Event after event leaves: the error stays small, since the drift rule recomputes before it grows."""
+    """Events are forgotten until none is left. The error stays small, because the drift rule recomputes in time."""
     model = make.model(seed=4, conv_width=1, decay=Decay.time, decay_horizons=[1.0, 20.0])
     history = make.histories([600], 5)
     state, recomputed = history_states(model, history), 0
@@ -146,7 +146,7 @@ def test_repeated_forgetting_keeps_its_digits(make: SimpleNamespace, newest_firs
         assert not state.needs_recomputation().any()
         exact = history_states(model, history)
         scale = exact.z.abs().amax((-1, -2), keepdim=True)
-        # At most 1000 times a float32's rounding, which the rule allows.
+        # The rule allows 1000 times the rounding of a float32.
         assert ((state.z - exact.z).abs() <= 1e-3 * scale).all()
     assert recomputed >= least
 
@@ -160,13 +160,13 @@ def test_drift_rule() -> None:
     assert not state([0, 0], [0, 0])
     assert not state([0, 0], [1e-30, 0])
     assert not state([998, 998], [1, 1])
-    assert state([1000, 0], [1, 1]) and state([0, 1000], [1, 1]), "any head"
+    assert state([1000, 0], [1, 1]) and state([0, 1000], [1, 1]), "one head is enough"
     assert state([1, 1], [0, 1]) and state([1, 1], [-1e-6, 1]), "rounding can leave a negative weight"
     assert DRIFT_LIMIT == 0.999
 
 
 def test_forgetting_most_of_the_weight_recomputes(make: SimpleNamespace) -> None:
-    """The only event of the last ten thousand horizons leaves: subtraction has nothing left to give back."""
+    """The only event within ten thousand horizons is forgotten, so subtraction leaves no valid digits."""
     model = make.model(seed=5, conv_width=1, has_time=True, decay=Decay.time, decay_horizons=[0.01, 1.0])
     base = make.histories([10], 6)
     times = base.timestamp.copy()
@@ -175,17 +175,17 @@ def test_forgetting_most_of_the_weight_recomputes(make: SimpleNamespace) -> None
     state = history_states(model, history)
     exact = history_states(model, without(history, [9]))
     assert model.summarizer is not None
-    # What subtraction alone gives is finite, wrong, and known to be wrong.
+    # Plain subtraction gives a finite but wrong state, and the drift rule detects it.
     old = range_states(model, history.slice(0, 8, 10), np.array([1]))
     naive = exchange(state, old, model.summarizer.empty_state(1), exact.clock, model.summarizer.decay_rate)
     assert torch.isfinite(naive.z).all() and torch.isfinite(naive.removed).all()
     assert not torch.allclose(naive.z, exact.z, rtol=0.1) and naive.needs_recomputation().all()
-    found = forget_events(model, state, history, [9])
+    left = forget_events(model, state, history, [9])
     for name in ("z", "n", "removed", "clock", "num_events"):
-        assert torch.equal(getattr(found, name), getattr(exact, name))
+        assert torch.equal(getattr(left, name), getattr(exact, name))
 
 
-def test_nothing_forgotten_and_nothing_late_change_no_bit(make: SimpleNamespace) -> None:
+def test_forgetting_or_inserting_no_events_changes_no_bit(make: SimpleNamespace) -> None:
     model = make.model(seed=6, **SHAPES["convolution, gaps and decay"])
     history = make.histories([LENGTH], 7)
     state = history_states(model, history)
@@ -197,7 +197,7 @@ def test_nothing_forgotten_and_nothing_late_change_no_bit(make: SimpleNamespace)
             assert torch.equal(getattr(changed, name), getattr(state, name))
 
 
-def test_decay_by_position_allows_append_only(make: SimpleNamespace) -> None:
+def test_decay_by_position_allows_appending_only(make: SimpleNamespace) -> None:
     model = make.model(seed=7, decay=Decay.position, decay_horizons=[5.0, 9.0])
     history = make.histories([LENGTH], 8)
     state = history_states(model, history)
@@ -209,7 +209,7 @@ def test_decay_by_position_allows_append_only(make: SimpleNamespace) -> None:
         merge_histories(model, [state], [history])
 
 
-def test_bidirectional_summaries_forget_nothing(make: SimpleNamespace) -> None:
+def test_bidirectional_models_refuse_to_forget(make: SimpleNamespace) -> None:
     model = make.model(mixing=Mixing.bidirectional)
     state = make.model().summarizer.empty_state(1)
     with pytest.raises(ConfigError, match="only separable mixing has states"):

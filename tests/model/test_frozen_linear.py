@@ -1,4 +1,4 @@
-"""Frozen linear maps are the maps that they were, in whatever layout."""
+"""Frozen linear maps compute what the original maps computed, in any layout."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from vista_kernels.torch_backend.precision import multiplies_bfloat16, product_d
 
 CPU = torch.device("cpu")
 UNIT = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7}
-"""Of the largest output: rounding of inputs, weights and result."""
+"""Rounding of inputs, weights and results, relative to the largest output."""
 
 
 @pytest.fixture(params=[True, False], ids=["packed", "plain"])
 def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Either layout, on every processor: oneDNN takes packed weights on all of them, if not always as fast."""
+    """Both layouts on every processor: oneDNN accepts packed weights everywhere, though not always as fast."""
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("torch without oneDNN")
     monkeypatch.setattr(frozen_module, "packs", lambda dtype, device: request.param)
@@ -41,28 +41,28 @@ def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
 @pytest.mark.usefixtures("packed")
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_frozen_map_is_the_map(dtype: torch.dtype, bias: bool) -> None:
+def test_a_frozen_map_computes_what_the_map_computes(dtype: torch.dtype, bias: bool) -> None:
     one = linear(24, 40, bias=bias)
     for shape in ((3, 24), (2, 5, 24), (0, 24), (1, 1, 24)):
         x = torch.randn(shape)
         with torch.inference_mode():
-            found, expected = FrozenLinear(one, dtype)(x), one(x)
-        assert found.dtype is dtype and found.shape == expected.shape
-        torch.testing.assert_close(found.float(), expected, rtol=0, atol=8 * UNIT[dtype])
+            output, expected = FrozenLinear(one, dtype)(x), one(x)
+        assert output.dtype is dtype and output.shape == expected.shape
+        torch.testing.assert_close(output.float(), expected, rtol=0, atol=8 * UNIT[dtype])
 
 
 @pytest.mark.usefixtures("packed")
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
-def test_parts_are_those_of_the_whole(dtype: torch.dtype) -> None:
+def test_parts_equal_those_of_the_whole_output(dtype: torch.dtype) -> None:
     one = linear(16, 32)
     for shape, first in itertools.product(((2, 9, 16), (0, 16), (3, 0, 16), (1, 16)), (0, 2, 3)):
         x = torch.randn(shape)
         with torch.inference_mode():
             whole = F.linear(x, one.weight).chunk(4, -1)
-            found = linear_parts(x, FrozenLinear(one, dtype), 4, first)
+            parts = linear_parts(x, FrozenLinear(one, dtype), 4, first)
             trained = linear_parts(x, one, 4, first)
-        assert len(found) == len(trained) == 4 - first
-        for part, other, expected in zip(found, trained, whole[first:], strict=True):
+        assert len(parts) == len(trained) == 4 - first
+        for part, other, expected in zip(parts, trained, whole[first:], strict=True):
             assert part.shape == expected.shape
             torch.testing.assert_close(part.float(), expected, rtol=0, atol=8 * UNIT[dtype])
             torch.testing.assert_close(other, expected)
@@ -88,19 +88,19 @@ def test_training_does_not_reach_a_frozen_copy() -> None:
 @pytest.mark.usefixtures("packed")
 @pytest.mark.parametrize(("seeds", "kind"), [(seeds, kind) for seeds in (0, 5) for kind in TargetAttentionKind])
 @pytest.mark.parametrize("precision", [Precision.float32, Precision.bfloat16])
-def test_a_model_with_a_frozen_stage_is_the_model(
+def test_a_model_with_a_frozen_stage_computes_the_same(
     make: SimpleNamespace, seeds: int, kind: TargetAttentionKind, precision: Precision
 ) -> None:
-    """Summaries, contexts, users and candidates; with histories shorter than the tail, and one without an event."""
+    """Summaries, contexts, users and candidates, with histories shorter than the tail and one without events."""
     model = make.model(num_seeds=seeds, target_attention=kind).eval()
     histories = make.histories([3, 0, 40, 7], 2)
     tail = pad_tail(model, histories.item, histories.timestamp, histories.action.astype(np.int64), histories.offsets)
     candidates = torch.from_numpy(np.random.default_rng(1).integers(1, make.num_items, (4, 6)))
     small = precision is Precision.float32
 
-    def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
         atol = (1e-5 if small else 3e-2) * float(expected.abs().max())
-        torch.testing.assert_close(found.float(), expected, rtol=0, atol=atol)
+        torch.testing.assert_close(actual.float(), expected, rtol=0, atol=atol)
 
     summary = inference.summarize(model, histories)
     if seeds:
@@ -112,10 +112,10 @@ def test_a_model_with_a_frozen_stage_is_the_model(
     assert not isinstance(model.target_attention.query_gap, FrozenLinear)
     asked = [(one, inference.request_context(one, summary, tail)) for one in (model, other)]
     gap = inference.request_gap(model, tail.last_time + 3_600_000, tail)
-    (expected, found) = (inference.user_vectors(one, context, gap) for one, context in asked)
-    close(found, expected)
-    (expected, found) = (inference.candidate_logits(one, context, gap, candidates) for one, context in asked)
-    close(found, expected)
+    (expected, actual) = (inference.user_vectors(one, context, gap) for one, context in asked)
+    close(actual, expected)
+    (expected, actual) = (inference.candidate_logits(one, context, gap, candidates) for one, context in asked)
+    close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
@@ -141,7 +141,7 @@ def test_a_packed_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
         ("Intel Xeon", {"avx512_f", "avx512_bf16"}, set()),
     ],
 )
-def test_what_is_packed_follows_the_processor(
+def test_packing_depends_on_the_processor(
     name: str, flags: set[str], chosen: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, **dict.fromkeys(flags, True)})

@@ -1,4 +1,4 @@
-"""SASRec and HSTU: the published formula, event by event; and neither neighbors nor padding have a say in it."""
+"""SASRec and HSTU: the published formulas, event by event; and independence of neighbors and padding."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LIMIT = 12
 def baseline(
     make: SimpleNamespace, name: str, *, has_time: bool = True, tasks: tuple[str, ...] = ("click", "like")
 ) -> SequenceModel:
-    """A small model in float64 whose every parameter matters."""
+    """A small float64 model in which every parameter matters."""
     torch.manual_seed(1)
     config = ModelConfig(
         architecture=Architecture(name), dim=16, num_heads=2, history_limit=LIMIT, tail_len=5, dropout=0.0
@@ -74,7 +74,7 @@ def sasrec_by_event(model: SASRec, x: Tensor) -> Tensor:
 
 
 def hstu_by_event(model: HSTU, x: Tensor, time: np.ndarray) -> Tensor:
-    """States [L, M] by the publication's sums."""
+    """States [L, M] by the sums of the publication."""
     heads, width = model.config.num_heads, model.config.dim // model.config.num_heads
     for layer in model.layers:
         gate, value, query, key = F.silu(layer.projection(layer.norm(x))).chunk(4, -1)
@@ -102,7 +102,7 @@ def test_a_user_vector_is_the_published_sum(make: SimpleNamespace, name: str, ha
     model.queries_at_once = 5  # HSTU's, so that a history takes several blocks
     packed = make.histories(LENGTHS, 3)
     now = np.append(packed.timestamp, 0)[np.maximum(packed.offsets[1:] - 1, 0)] + 3 * 3_600_000
-    found = model.user_vectors(packed, now)
+    users = model.user_vectors(packed, now)
     gap = model.request_gap(packed, now)
     with torch.no_grad():
         for user, length in enumerate(LENGTHS):
@@ -115,10 +115,10 @@ def test_a_user_vector_is_the_published_sum(make: SimpleNamespace, name: str, ha
                 )
                 state = by_event[-1]
             state = state if gap is None else state + model.config.dim**0.5 * gap[user]
-            torch.testing.assert_close(found[user], F.normalize(state, dim=-1))
+            torch.testing.assert_close(users[user], F.normalize(state, dim=-1))
 
 
-def test_weights_from_before_the_gap_was_scaled_are_refused(make: SimpleNamespace, tmp_path: Path) -> None:
+def test_weights_without_the_gap_scale_are_refused(make: SimpleNamespace, tmp_path: Path) -> None:
     baseline(make, "hstu").save_pretrained(tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     del weights["gap_scale"]
@@ -153,9 +153,9 @@ def test_neighbors_padding_and_other_candidates_change_nothing(make: SimpleNames
 def test_training_at_a_position_is_a_request_after_its_events(
     make: SimpleNamespace, name: str, unknown_share: float, tile_tokens: int
 ) -> None:
-    """Losses over a batch are those of requests asked one by one: every label, and every labeled impression.
+    """Losses of a batch equal those of single requests, for every label and every labeled impression.
 
-    The first impression, with which others are padded, has seen more events than the smaller tiles hold.
+    The first impression, whose index pads others, sees more events than the smaller tiles hold.
     """
     model = baseline(make, name)
     model.tile_tokens = tile_tokens
@@ -170,11 +170,11 @@ def test_training_at_a_position_is_a_request_after_its_events(
     batch = replace(batch, negatives=replace(batch.negatives, log_weight=batch.negatives.log_weight.double()))
     known = np.random.default_rng(0).random(len(packed.item)) >= unknown_share
     with torch.no_grad():
-        model.item_table[0] = 0.0  # as it is in every model but this one, whose parameters all matter
+        model.item_table[0] = 0.0  # as in every real model; here all parameters got noise
     hidden = torch.from_numpy(~known) if unknown_share else None
     batch = replace(batch, events=replace(batch.events, hidden=hidden))
     asked = replace(packed, item=np.where(known, packed.item, 0))
-    found = model.losses(batch, model.item_table[batch.rows], OptimConfig())
+    trained = model.losses(batch, model.item_table[batch.rows], OptimConfig())
 
     items = F.normalize(model.item_table[1:], dim=-1)
     losses = []
@@ -184,7 +184,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
             label = packed.slice(user, seen, seen + 1)
             scores = items @ model.user_vectors(before, label.timestamp)[0] / model.config.temperature
             losses.append(F.cross_entropy(scores[None], torch.from_numpy(label.item.astype(np.int64)) - 1))
-    torch.testing.assert_close(found.parts["next"], torch.stack(losses).mean())
+    torch.testing.assert_close(trained.parts["next"], torch.stack(losses).mean())
 
     labeled = {task: [] for task in model.schema.tasks}
     for n, (owner, seen) in enumerate(zip(chunks.impressions.chunk, chunks.impressions.position, strict=True)):
@@ -197,7 +197,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
                 labeled[task].append(F.binary_cross_entropy_with_logits(logits[index], label))
     for task, each in labeled.items():
         expected = torch.stack(each).mean()
-        torch.testing.assert_close(found.parts[task], expected.to(found.parts[task].dtype), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(trained.parts[task], expected.to(trained.parts[task].dtype), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
@@ -212,7 +212,7 @@ def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-def test_a_saved_baseline_is_the_same_baseline(make: SimpleNamespace, name: str, tmp_path: object) -> None:
+def test_a_baseline_survives_saving_and_loading(make: SimpleNamespace, name: str, tmp_path: object) -> None:
     model = baseline(make, name).float()
     model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
     again = load_model(tmp_path / "model")  # type: ignore[operator]
@@ -226,12 +226,12 @@ def test_sasrecs_attention_is_causal_softmax_attention(length: int) -> None:
     torch.manual_seed(length)
     inputs = [torch.randn(1, 2, length, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     weight = torch.randn(1, 2, length, 4, dtype=torch.float64)
-    found = attend_causally(*inputs)
+    attended = attend_causally(*inputs)
     scores = inputs[0] @ inputs[1].transpose(2, 3) / 2
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     expected = torch.softmax(scores.masked_fill(future, -torch.inf), -1) @ inputs[2]
-    torch.testing.assert_close(found, expected)
-    of_found = torch.autograd.grad((found * weight).sum(), inputs, retain_graph=True)
+    torch.testing.assert_close(attended, expected)
+    gradients = torch.autograd.grad((attended * weight).sum(), inputs, retain_graph=True)
     of_expected = torch.autograd.grad((expected * weight).sum(), inputs)
-    for one, other in zip(of_found, of_expected, strict=True):
+    for one, other in zip(gradients, of_expected, strict=True):
         torch.testing.assert_close(one, other)

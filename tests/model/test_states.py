@@ -1,4 +1,4 @@
-"""States of separable mixing: against a float64 loop over events, and in whatever pieces they are made."""
+"""States of separable mixing: against a float64 loop over events, and computed in parts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHAPES = {
 
 
 def loop(model: VistaModel, history: Histories) -> tuple[Tensor, Tensor]:
-    """(z [L, H, D, D], n [H]) in float64, each event by itself from what it may depend on: it and `reach` before it."""
+    """(z [L, H, D, D], n [H]) in float64, each event computed from itself and the `reach` events before it."""
     exact = copy.deepcopy(model).double()
     layers, heads = exact.summarizer.layers, model.config.num_heads
     z = torch.zeros(len(layers), heads, 8, 8, dtype=torch.float64)
@@ -57,7 +57,7 @@ def loop(model: VistaModel, history: Histories) -> tuple[Tensor, Tensor]:
 
 
 def assert_same(one: SummaryState, other: SummaryState, tolerance: float = 2e-6) -> None:
-    """Equal within rounding: errors are measured against the largest entry of each matrix."""
+    """Equal within rounding, relative to the largest entry of each matrix."""
     assert torch.equal(one.clock, other.clock) and torch.equal(one.num_events, other.num_events)
     scale = other.z.abs().amax((-1, -2), keepdim=True).clamp(min=1e-12)
     assert ((one.z - other.z).abs() <= tolerance * scale + 1e-7).all(), ((one.z - other.z).abs() / scale).max()
@@ -65,7 +65,7 @@ def assert_same(one: SummaryState, other: SummaryState, tolerance: float = 2e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_state_is_the_sum_of_what_each_event_writes_alone(make: SimpleNamespace, shape: str) -> None:
+def test_a_state_is_the_sum_of_the_terms_of_its_events(make: SimpleNamespace, shape: str) -> None:
     model = make.model(seed=1, **SHAPES[shape])
     packed = make.histories([0, 1, 2, 40, 7], 2)
     states = history_states(model, packed)
@@ -79,7 +79,7 @@ def test_a_state_is_the_sum_of_what_each_event_writes_alone(make: SimpleNamespac
 @pytest.mark.parametrize("shape", SHAPES)
 @settings(max_examples=15, deadline=None)
 @given(cuts=st.lists(st.integers(0, 30), max_size=5), seed=st.integers(0, 99))
-def test_appending_in_pieces_equals_the_whole(make: SimpleNamespace, shape: str, cuts: list[int], seed: int) -> None:
+def test_appending_in_parts_equals_one_pass(make: SimpleNamespace, shape: str, cuts: list[int], seed: int) -> None:
     model = make.model(seed=2, **SHAPES[shape])
     history = make.histories([30], seed)
     state = history_states(model, make.histories([0]))
@@ -132,7 +132,7 @@ def test_long_histories_in_slices_equal_one_pass_at_constant_memory(
     assert max(held) <= 16 + reach(model) and len(held) > 40
 
 
-def test_an_empty_history_is_zeros_and_its_summary_what_the_seeds_alone_give(make: SimpleNamespace) -> None:
+def test_an_empty_history_has_a_zero_state_and_the_summary_of_the_seeds_alone(make: SimpleNamespace) -> None:
     model = make.model(seed=5, num_layers=3)
     empty = make.histories([0, 0])
     state = history_states(model, empty)
@@ -142,7 +142,7 @@ def test_an_empty_history_is_zeros_and_its_summary_what_the_seeds_alone_give(mak
     with torch.no_grad():
         x = model.summarizer.seeds
         for layer in model.summarizer.layers:
-            x = layer.seed_feed_forward(x)  # attention adds nothing: there is nothing to read
+            x = layer.seed_feed_forward(x)  # attention reads an empty state and adds nothing
         alone = model.summarizer.final_norm(x)
     summary = inference.summarize(model, empty)
     torch.testing.assert_close(summary, alone.expand(2, -1, -1), atol=1e-6, rtol=1e-5)
@@ -172,7 +172,7 @@ def test_moving_the_clock_is_one_multiplication(make: SimpleNamespace) -> None:
 
 
 def test_time_differences_are_taken_as_integers(make: SimpleNamespace) -> None:
-    """Float32 milliseconds since 1970 would be wrong by minutes: two histories a minute apart must differ so."""
+    """Unix times in ms would be off by minutes in float32. Here gaps of five seconds must count."""
     model = make.model(seed=7, decay=Decay.time, decay_horizons=[1e-4, 1e-3])
     one = make.histories([2], 3)
     times = np.array([1_700_000_000_000, 1_700_000_005_000])
@@ -199,7 +199,7 @@ def test_only_separable_mixing_has_states(make: SimpleNamespace) -> None:
 
 
 def test_states_are_those_that_training_reads(make: SimpleNamespace) -> None:
-    """The states at the cuts of a chunk, by block sums and a scan, are the states of the histories up to the cuts."""
+    """States at the cuts of a chunk, from block sums and a scan, equal the states of the histories up to the cuts."""
     for shape in SHAPES.values():
         model = make.model(seed=9, **shape)
         packed = make.histories([33, 0, 6], 4)
@@ -213,12 +213,12 @@ def test_states_are_those_that_training_reads(make: SimpleNamespace) -> None:
             position = torch.from_numpy(np.concatenate([np.arange(n) for n in packed.lengths]))
             tokens = model.summarizer.tokens(encoded, position)
             blocks = model.summarizer.segment_states(tokens, events.clock, batch.cuts.segment_offsets)
-            found = model.summarizer.prefix_states(blocks, batch.cuts.chunk_offsets)
+            states = model.summarizer.prefix_states(blocks, batch.cuts.chunk_offsets)
         offsets = batch.cuts.segment_offsets.tolist()
         owners = np.searchsorted(packed.offsets, offsets[:-1], side="right") - 1
         for row, (owner, stop) in enumerate(zip(owners, offsets[1:], strict=True)):
             whole = history_states(model, packed.slice(owner, 0, stop - packed.offsets[owner]))
-            assert found.num_events[row] == whole.num_events[0]
+            assert states.num_events[row] == whole.num_events[0]
             scale = whole.z.abs().max()
-            assert (found.z[row] - whole.z[0]).abs().max() < 2e-6 * scale
-            torch.testing.assert_close(found.n[row], whole.n[0], rtol=2e-6, atol=1e-6)
+            assert (states.z[row] - whole.z[0]).abs().max() < 2e-6 * scale
+            torch.testing.assert_close(states.n[row], whole.n[0], rtol=2e-6, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The unified table: which value reads which row, and that a model over it computes and learns what it should."""
+"""The unified table: which value reads which row, and how a model over it computes and learns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vista.training.trainer import Trainer, train
 WORD = 2**64
 GAMMA = 0x9E3779B97F4A7C15
 SHAPES = [(7, 2), (23, 1), (50, 4), (100_003, 1)]
-"""Rows and hash functions: crowded, without end-to-end rows, many, and as good as a row a value."""
+"""(rows, hash functions): many collisions, one hash function, many hash functions, and nearly one row per value."""
 
 
 def mixed(state: int) -> int:
@@ -56,20 +56,20 @@ class TestRows:
         states = torch.tensor(np.array([(1234567 + k * GAMMA) % WORD for k in range(4)], np.uint64).view(np.int64))
         assert mix64(states).numpy().view(np.uint64).tolist() == published
         words = np.random.default_rng(0).integers(0, WORD, 200, np.uint64)
-        found = mix64(torch.from_numpy(words.view(np.int64))).numpy().view(np.uint64)
-        assert found.tolist() == [mixed(word) for word in words.tolist()]
+        mixes = mix64(torch.from_numpy(words.view(np.int64))).numpy().view(np.uint64)
+        assert mixes.tolist() == [mixed(word) for word in words.tolist()]
 
     @pytest.mark.parametrize(("num_rows", "num_hashes"), [*SHAPES, (1, 3)])
-    def test_rows_are_those_of_the_definition(self, num_rows: int, num_hashes: int) -> None:
+    def test_rows_equal_the_definition(self, num_rows: int, num_hashes: int) -> None:
         for feature in EmbeddingFeature:
             values = torch.tensor([[0, 1], [40, 2**31 - 1]])
-            found = hashed_rows(values, feature, num_hashes, num_rows)
-            assert found.shape == (2, 2, num_hashes) and found.dtype == torch.int64
+            rows = hashed_rows(values, feature, num_hashes, num_rows)
+            assert rows.shape == (2, 2, num_hashes) and rows.dtype == torch.int64
             expected = [expected_rows(value, feature, num_hashes, num_rows) for value in values.flatten().tolist()]
-            assert found.flatten(0, 1).tolist() == expected
+            assert rows.flatten(0, 1).tolist() == expected
 
-    def test_rows_stay_what_they_were(self) -> None:
-        """Saved models read their tables by these."""
+    def test_rows_never_change(self) -> None:
+        """Saved models rely on them."""
         assert rows_of(3, EmbeddingFeature.item, 2, 1000).tolist() == [[936, 633], [872, 328], [647, 527]]
         assert rows_of(3, EmbeddingFeature.action, 2, 1000).tolist() == [[777, 362], [79, 322], [977, 743]]
         assert rows_of(3, EmbeddingFeature.gap, 2, 1000).tolist() == [[373, 35], [643, 11], [42, 814]]
@@ -80,23 +80,23 @@ class TestRows:
         assert chi_square_sds(rows, 97).abs().max() < 4.5
 
     def test_hash_functions_are_independent_within_a_feature_and_across(self) -> None:
-        """Pairs of rows of one value fall evenly on 31 x 31 cells."""
+        """Pairs of rows of one value are spread evenly over 31 x 31 cells."""
         columns = torch.cat([rows_of(50_000, feature, 2, 31) - 1 for feature in EmbeddingFeature], 1)
         pairs = [columns[:, i] * 31 + columns[:, j] for i in range(6) for j in range(i)]
         assert chi_square_sds(torch.stack(pairs, 1), 31 * 31).abs().max() < 4.5
 
-    def test_values_collide_as_often_as_chance_has_it(self) -> None:
-        """2,000 values, 997 rows: a pair agrees in one hash with probability 1/997, in both with its square."""
+    def test_values_collide_as_often_as_chance_predicts(self) -> None:
+        """2,000 values over 997 rows: a pair agrees in one hash with probability 1/997, in two with its square."""
         one, other = rows_of(2000, EmbeddingFeature.item, 2, 997).T
         pairs = 2000 * 1999 / 2
         for keys, expected in ((one, pairs / 997), (other, pairs / 997), (one * 997 + other, pairs / 997**2)):
             _, counts = keys.unique(return_counts=True)
-            found = float((counts * (counts - 1) // 2).sum())
-            assert abs(found - expected) < 5 * expected**0.5, (found, expected)
+            collisions = float((counts * (counts - 1) // 2).sum())
+            assert abs(collisions - expected) < 5 * expected**0.5, (collisions, expected)
 
 
 def chi_square_sds(cells: Tensor, num_cells: int) -> Tensor:
-    """How many standard deviations the chi-square of each column int64 [N, C] lies from its mean, for even cells."""
+    """Standard deviations between the chi-square of each column int64 [N, C] and its mean, for even cells."""
     counts = torch.stack([torch.bincount(column, minlength=num_cells) for column in cells.T]).double()
     expected = len(cells) / num_cells
     statistic = ((counts - expected) ** 2 / expected).sum(1)
@@ -104,7 +104,7 @@ def chi_square_sds(cells: Tensor, num_cells: int) -> Tensor:
 
 
 def built(make: SimpleNamespace, architecture: str, **options: object) -> RankingModel:
-    """A small model whose every parameter matters, but for the unknown item."""
+    """A small model in which every parameter matters, except the unknown item's row."""
     torch.manual_seed(1)
     config = ModelConfig(
         architecture=Architecture(architecture),
@@ -121,7 +121,7 @@ def built(make: SimpleNamespace, architecture: str, **options: object) -> Rankin
 
 
 def with_tables(make: SimpleNamespace, unified: RankingModel) -> RankingModel:
-    """The same model with a table row a value, filled with what the unified table gives."""
+    """The same model with one table row per value, filled from the unified table."""
     plain = built(make, unified.config.architecture.value)
     weights = {name: tensor for name, tensor in unified.state_dict().items() if name != "item_table"}
     missing = plain.load_state_dict(weights, strict=False)
@@ -135,7 +135,7 @@ def with_tables(make: SimpleNamespace, unified: RankingModel) -> RankingModel:
 
 
 class TestModel:
-    def test_a_vector_is_the_values_rows_end_to_end(self, make: SimpleNamespace) -> None:
+    def test_a_vector_is_the_concatenation_of_the_values_rows(self, make: SimpleNamespace) -> None:
         model = built(make, "vista", embedding_rows=7, embedding_hashes=4)
         table = model.item_table.detach()
         assert table.shape == (8, 4)
@@ -153,7 +153,7 @@ class TestModel:
         gaps = model.encoder.gap_vectors(torch.arange(NUM_GAPS))
         assert torch.equal(gaps, torch.stack([vector(gap, EmbeddingFeature.gap) for gap in range(NUM_GAPS)]))  # type: ignore[arg-type]
 
-    def test_items_that_share_one_row_differ_by_the_other(self, make: SimpleNamespace) -> None:
+    def test_items_that_share_one_row_differ_in_the_other(self, make: SimpleNamespace) -> None:
         model = built(make, "vista", embedding_rows=20, embedding_hashes=2)
         rows = hashed_rows(torch.arange(1, make.num_items + 1), EmbeddingFeature.item, 2, 20)
         first, second = (rows[:, None] == rows).unbind(-1)
@@ -166,10 +166,10 @@ class TestModel:
 
     @pytest.mark.parametrize("architecture", ["vista", "sasrec"])
     @pytest.mark.parametrize(("num_rows", "num_hashes"), SHAPES)
-    def test_losses_and_gradients_are_those_of_tables_that_share(
+    def test_losses_and_gradients_equal_those_of_tables_that_share(
         self, make: SimpleNamespace, architecture: str, num_rows: int, num_hashes: int
     ) -> None:
-        """A row's gradient is the sum over all that read it: values, hash functions, features."""
+        """The gradient of a row is the sum over all values, hash functions and features that read it."""
         model = built(make, architecture, embedding_rows=num_rows, embedding_hashes=num_hashes)
         plain = with_tables(make, model)
         chunks, _ = make.chunks(make.histories([9, 4, 14], 3), 3, impressions=12)
@@ -232,7 +232,7 @@ class TestTraining:
         made.model.train()
         return made
 
-    def test_a_step_changes_the_rows_that_its_batch_reads_alone(self, event_log: EventLog, tmp_path: Path) -> None:
+    def test_a_step_changes_only_the_rows_that_its_batch_reads(self, event_log: EventLog, tmp_path: Path) -> None:
         made = self.trainer(event_log, tmp_path, data__num_negatives=5)
         table = made.model.item_table
         shared = torch.cat(

@@ -1,4 +1,4 @@
-"""What a model may use of a log, and which logs and splits leave nothing to train on."""
+"""What a model may use of a log, and logs and splits with nothing to train on."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class TestSchema:
         with pytest.raises(DataError, match="no item occurs in training"):
             train(config, event_log)
 
-    def test_a_test_before_the_validation_is_refused(self, event_log: EventLog, tmp_path: Path) -> None:
+    def test_test_labels_before_validation_are_refused(self, event_log: EventLog, tmp_path: Path) -> None:
         config = small_config(event_log, tmp_path, data__validation_from="2021-01-01", data__test_from="2020-10-01")
         config.data.split = Split.time
         with pytest.raises(ConfigError, match=r"data\.test_from=2020-10-01: lies before validation_from=2021-01-01"):

@@ -1,4 +1,4 @@
-"""The trainer: its run folder, bitwise resumption after kills and Ctrl-C, and what it refuses."""
+"""The trainer: its run folder, bit-identical resumption after kills and Ctrl-C, and what it refuses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def result(run_dir: Path) -> tuple[dict[str, torch.Tensor], Any, bytes, list[dict[str, Any]]]:
-    """All that a run ends in, times apart: tensors and state of the last checkpoint, the export, the metrics."""
+    """The result of a run without times: tensors and state of the last checkpoint, the export, and the metrics."""
     newest = latest_checkpoint(run_dir / "checkpoints")
     assert newest is not None
     timed = ("tokens_per_s", "epoch_seconds", "seconds")
@@ -56,8 +56,8 @@ def assert_same_result(run_dir: Path, reference: Path) -> None:
 
 
 LONG = {"optim__epochs": 6, "checkpoint_every": 2, "data__unknown_share": 0.2}
-"""Of the run that is ended anywhere, and must end in the same bits."""
-# Forks a trainer again and again, ends it at a random moment after some progress, and reports how each one ended.
+"""Changes of the run that is killed at any point and must end with the same bits."""
+# Repeatedly forks a trainer, ends it at a random time after some progress, and reports how each one ended.
 DRIVER = """
 import json, os, random, signal, sys, time
 from functools import partial
@@ -88,8 +88,8 @@ def end_one(config, signal_number):
             os._exit(code)
     before, status = steps(run_dir), None
     while status is None and steps(run_dir) == before:
-        pid, found = os.waitpid(child, os.WNOHANG)
-        status = found if pid else None
+        pid, state = os.waitpid(child, os.WNOHANG)
+        status = state if pid else None
         time.sleep(0.001)
     if status is None:
         time.sleep(chance.random() * 0.05)
@@ -109,7 +109,7 @@ print(json.dumps(codes))
 
 @pytest.fixture(scope="module")
 def ended(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
-    """Folder of the runs that DRIVER ended again and again, and the exit codes."""
+    """Folder of the runs that DRIVER ended repeatedly, and the exit codes."""
     folder = tmp_path_factory.mktemp("ended")
     done = run_python(DRIVER, str(event_log.path), str(folder), json.dumps(LONG))
     assert done.returncode == 0, done.stderr
@@ -118,14 +118,14 @@ def ended(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 @pytest.fixture(scope="module")
 def uninterrupted(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that DRIVER must end in."""
+    """An uninterrupted run, whose result DRIVER's runs must equal."""
     run_dir = tmp_path_factory.mktemp("uninterrupted")
     train(small_config(event_log, run_dir, **LONG), event_log, metrics_every=1)
     return run_dir
 
 
 @pytest.mark.parametrize(("ending", "code"), [("kill", -9), ("interrupt", 130)])
-def test_a_run_that_is_ended_anywhere_resumes_bitwise_equal(
+def test_a_run_that_is_ended_anywhere_resumes_bit_identically(
     ended: tuple[Path, dict[str, list[int]]], uninterrupted: Path, ending: str, code: int
 ) -> None:
     folder, codes = ended
@@ -143,7 +143,7 @@ def test_each_step_has_one_line_in_metrics(uninterrupted: Path) -> None:
     assert all(row["loss"] > 0 and row["gradient_norm"] > 0 for row in rows if "validation" not in row)
 
 
-def test_interrupt_leaves_a_checkpoint_of_that_very_step(
+def test_an_interrupt_leaves_a_checkpoint_of_the_current_step(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make = BatchSource.batch
@@ -176,7 +176,7 @@ def test_a_crash_between_validation_and_checkpoint_writes_no_line_twice(
             raise SystemExit
         return save(folder, step, tensors, state)
 
-    # With a checkpoint each step there is one of the epoch's last step, from before its validation.
+    # With a checkpoint per step, there is one of the epoch's last step, from before its validation.
     config = small_config(event_log, tmp_path, **LONG | {"checkpoint_every": 1})
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "save_checkpoint", save_or_crash)
@@ -187,7 +187,7 @@ def test_a_crash_between_validation_and_checkpoint_writes_no_line_twice(
     assert_same_result(tmp_path, uninterrupted)
 
 
-def test_run_folder_holds_all_and_a_finished_run_stays_as_it_is(event_log: EventLog, tmp_path: Path) -> None:
+def test_the_run_folder_is_complete_and_a_finished_run_does_not_change(event_log: EventLog, tmp_path: Path) -> None:
     config = small_config(event_log, tmp_path / "run", tensorboard=True)
     model = train(config, event_log)
     run_dir = tmp_path / "run"
@@ -240,7 +240,7 @@ def test_resume_with_another_config_is_refused(served: Served, key: str, value: 
     assert str(before) == str(result(Path(served.config.run_dir)))
 
 
-def test_resume_on_another_log_is_refused_and_anew_it_starts_from_nothing(
+def test_resuming_on_another_log_is_refused_and_resume_false_starts_over(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = EventLog.from_frame(small_frame(5), tmp_path / "log", time_unit="ms", action="action", rating="rating")
@@ -294,14 +294,14 @@ def test_an_absurd_learning_rate_stops_the_run_and_names_the_users(event_log: Ev
     batch = load_file(saved)
     users = event_log.users.ids(np.unique(batch["user"].numpy())).tolist()
     assert f"its {len(users)} users are {users[:20]}" in str(caught.value)
-    # The batch is the one that the source gives at that step, so that it can be looked into.
+    # The saved batch equals the source's batch of that step, so it can be inspected.
     progress = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))[1]["run"]["progress"]  # type: ignore[arg-type]
     item_rows = np.arange(event_log.num_items) + 1
     expected = BatchSource(event_log, item_rows, config).batch(progress["epoch"], progress["batch"]).tensors()
     assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
 
 
-def test_an_infinite_rating_in_a_hand_made_log_is_refused(tmp_path: Path) -> None:
+def test_infinite_ratings_are_refused(tmp_path: Path) -> None:
     log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", action="action", rating="rating")
     (path,) = (tmp_path / "log").rglob("rating.npy")
     ratings = np.load(path)
@@ -316,19 +316,19 @@ def test_an_infinite_rating_in_a_hand_made_log_is_refused(tmp_path: Path) -> Non
 def test_early_stopping_keeps_the_best(event_log: EventLog, tmp_path: Path) -> None:
     config = small_config(event_log, tmp_path, optim__epochs=30, optim__patience=2, optim__learning_rate=0.05)
     train(config, event_log)
-    found = [(row["epoch"], row["validation"]["ndcg@10"]) for row in metrics(tmp_path) if "validation" in row]
-    best_epoch, best = max(found, key=lambda pair: (pair[1], -pair[0]))
-    assert len(found) == best_epoch + 2 < 30
+    validations = [(row["epoch"], row["validation"]["ndcg@10"]) for row in metrics(tmp_path) if "validation" in row]
+    best_epoch, best = max(validations, key=lambda pair: (pair[1], -pair[0]))
+    assert len(validations) == best_epoch + 2 < 30
     assert "stopping" in (tmp_path / "train.log").read_text()
     validate = Validation(event_log, np.arange(event_log.num_items) + 1, config)
-    assert validate(VistaModel.from_pretrained(tmp_path / "best"))["ndcg@10"] == best != found[-1][1]
-    # Resumed, it has nothing more to do.
+    assert validate(VistaModel.from_pretrained(tmp_path / "best"))["ndcg@10"] == best != validations[-1][1]
+    # A resumed run has nothing left to do.
     before = result(tmp_path)[1:]
     train(config, event_log)
     assert result(tmp_path)[1:] == before
 
 
-def test_the_last_epoch_is_validated_whatever_the_stride(event_log: EventLog, tmp_path: Path) -> None:
+def test_the_last_epoch_is_validated_for_any_validate_every(event_log: EventLog, tmp_path: Path) -> None:
     train(small_config(event_log, tmp_path, optim__validate_every=2, optim__epochs=3), event_log)
     assert [row["epoch"] for row in metrics(tmp_path) if "validation" in row] == [2, 3]
 
@@ -339,7 +339,7 @@ def test_without_validation_the_last_model_is_exported(event_log: EventLog, tmp_
     assert torch.equal(model.item_table, last["state.model.item_table"])
 
 
-def test_a_log_without_a_case_to_validate_on_trains_and_says_so(tmp_path: Path) -> None:
+def test_a_log_without_validation_cases_trains_with_a_warning(tmp_path: Path) -> None:
     frame = {"user": [1, 1, 2, 2], "item": [1, 2, 2, 3], "timestamp": [1, 2, 3, 4]}
     log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s")
     model = train(small_config(log, tmp_path / "run"), log)
@@ -347,7 +347,7 @@ def test_a_log_without_a_case_to_validate_on_trains_and_says_so(tmp_path: Path) 
     assert "no case to validate on" in (tmp_path / "run" / "train.log").read_text()
 
 
-def test_a_truncated_checkpoint_is_named_with_its_remedy(event_log: EventLog, tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_named_with_a_remedy(event_log: EventLog, tmp_path: Path) -> None:
     config = small_config(event_log, tmp_path, optim__epochs=1, checkpoint_every=2)
     train(config, event_log)
     export = (tmp_path / "best" / "model.safetensors").read_bytes()
@@ -363,7 +363,7 @@ def test_a_truncated_checkpoint_is_named_with_its_remedy(event_log: EventLog, tm
 
 
 @pytest.mark.parametrize("place", ["file/run", "file"])
-def test_a_run_folder_that_cannot_be_written_is_named_in_a_line(
+def test_a_run_folder_that_cannot_be_written_is_named_in_one_line(
     event_log: EventLog, tmp_path: Path, place: str
 ) -> None:
     (tmp_path / "file").write_text("")

@@ -351,7 +351,7 @@ def _labels_and_scores(labels: ArrayLike | Tensor, scores: ArrayLike | Tensor, n
     missing = np.flatnonzero(np.isnan(score_N))
     if len(missing):
         raise ValueError(
-            f"{name}: row {missing[0]} is NaN ({len(missing)} in all); leave out such rows, or find out why they are NaN"
+            f"{name}: row {missing[0]} is NaN ({len(missing)} in all); leave out such rows, or fix what makes them NaN"
         )
     return label_N, score_N
 

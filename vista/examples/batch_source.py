@@ -208,7 +208,7 @@ def trained_tasks(log: EventLog, optim: OptimConfig) -> list[str]:
     for name in optim.tasks:
         if name not in offered:
             raise ConfigError(
-                f"optim.tasks: {log.path} has no task {name!r}; choose from {', '.join(offered) or 'none'}"
+                f"optim.tasks: {log.path} has no task {name!r}; its tasks are: {', '.join(offered) or 'none'}"
             )
     if optim.task_weight == 0:
         return []
