@@ -20,7 +20,7 @@ import numpy as np
 
 from scripts.demo_report import DemoLatency, DemoReport, write_report
 from vista import __version__
-from vista.config import PrepareConfig, SimulateConfig, TrainConfig
+from vista.config import EvaluateConfig, PrepareConfig, SimulateConfig, TrainConfig
 from vista.config.choices import Codec
 from vista.config.composition import compose_config
 from vista.config.conversion import to_dict
@@ -91,9 +91,9 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
 
     _say(4, "evaluate from the store")
     with Scorer.open(model, folder / "store-test") as scorer:
-        evaluation = evaluate_scorer(scorer, log, "test", progress=True)
+        evaluation = evaluate_scorer(scorer, log, EvaluateConfig(top_k=[10]))
     with Scorer.open(model, folder / "store-float32") as scorer:
-        evaluation_float32 = evaluate_scorer(scorer, log, "test")
+        evaluation_float32 = evaluate_scorer(scorer, log, EvaluateConfig(top_k=[10], progress=False))
     print(evaluation)
 
     _say(5, "score")

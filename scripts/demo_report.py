@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scripts.experiments.results import describe_hardware, hardware
-from vista.evaluation.evaluate import Evaluation
+from vista.evaluation.cases import ImpressionCases, NextItemCases, next_item_cases
+from vista.evaluation.evaluation import Evaluation
 from vista.evaluation.metrics import auc, ndcg
-from vista.evaluation.protocol import ImpressionCases, NextItemCases, impression_metrics, next_item_cases
+from vista.evaluation.protocol import impression_metrics
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.model import inference

@@ -31,11 +31,12 @@ from vista.device import keep_freed_memory, set_threads
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.model.baselines.history_model import HistoryModel
-from vista.model.ranking_model import RankingModel, class_of
+from vista.model.ranking_model import RankingModel
+from vista.model.registry import ARCHITECTURES
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.simulation.simulate import simulate
-from vista.training.trainer import schema_of
+from vista.training.log_schema import schema_of
 
 NUM_USERS = 24
 OURS = "vista"
@@ -77,7 +78,7 @@ def untrained_model(config: TrainConfig, log: EventLog, source: Path) -> Ranking
     torch.manual_seed(1)
     if config.data.item_categories is not None:
         config.data.item_categories = str(source / config.data.item_categories)
-    made = class_of(config.model.architecture)(config.model, schema_of(log, config), log.items, config.data)
+    made = ARCHITECTURES[config.model.architecture](config.model, schema_of(log, config), log.items, config.data)
     made.read_item_table(config.data)
     return made.eval()
 

@@ -24,7 +24,7 @@ from scripts.benchmarks.timing import interleaved
 from scripts.benchmarks.workloads import ACTIONS, lifelong_log, untrained
 from vista.config.choices import Precision
 from vista.log.event_log import EventLog
-from vista.model.state_updates import range_states, reach
+from vista.model.history_states import range_states, reach
 from vista.model.summary_state import merge
 from vista.refresh import RefreshReport, refresh, refresh_incremental
 from vista.refresh.log_items import LogItems

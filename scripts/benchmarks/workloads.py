@@ -18,7 +18,8 @@ from vista.config.choices import Architecture, Mixing, TargetAttentionKind
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.model.baselines.history_model import HistoryModel
-from vista.model.ranking_model import Schema, class_of
+from vista.model.registry import ARCHITECTURES
+from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 
 TASK = "click"
@@ -93,7 +94,7 @@ def untrained_baseline(log: EventLog, architecture: Architecture, *, dim: int, h
     torch.manual_seed(1)
     config = ModelConfig(architecture=architecture, dim=dim, history_limit=history_limit)
     schema = Schema(list(log.actions), log.has_time, None, [TASK])
-    model = class_of(architecture)(config, schema, log.items, DataConfig()).eval()
+    model = ARCHITECTURES[architecture](config, schema, log.items, DataConfig()).eval()
     assert isinstance(model, HistoryModel)
     return model
 

@@ -49,21 +49,23 @@ from scripts.benchmarks.rectools_process import (
     words_of,
 )
 from scripts.benchmarks.workloads import movielens_folder
+from scripts.experiments.like_rectools import LikeRecTools
 from scripts.experiments.results import append_result, commit, hardware, markdown_table, read_results
-from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, SourceConfig, TrainConfig
+from vista.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, PrepareConfig, SourceConfig, TrainConfig
 from vista.config.choices import Architecture, Precision
 from vista.config.conversion import to_dict
 from vista.config.train_config import without_places
 from vista.device import cpu_settings
 from vista.errors import DataError, VistaError
+from vista.evaluation.cases import NextItemCases, next_item_cases
 from vista.evaluation.evaluate import evaluate_model
-from vista.evaluation.protocol import NextItemCases, next_item_cases, ranking_metrics
+from vista.evaluation.protocol import ranking_metrics
 from vista.files import replace_text
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.splits import visible_counts
 from vista.model.baselines.history_model import HistoryModel
-from vista.model.ranking_model import CLASSES
+from vista.model.registry import ARCHITECTURES
 from vista.training.trainer import train_model
 
 HELD_OUT = 2
@@ -218,7 +220,10 @@ def run_ours(config: TrainConfig, log: EventLog) -> tuple[dict[str, float], dict
     seconds = time.perf_counter() - began
     assert isinstance(model, HistoryModel)
     with cpu_settings(config.num_threads):
-        metrics = {part: evaluate_model(model, log, part, top_k=TOP_K).metrics for part in PARTS}
+        metrics = {
+            part: evaluate_model(model, log, EvaluateConfig(split=part, top_k=TOP_K, progress=False)).metrics
+            for part in PARTS
+        }
     return joined(metrics), without_places(to_dict(config)), seconds
 
 
@@ -303,7 +308,7 @@ def _crosscheck(options: argparse.Namespace, python: Path, folder: Path) -> str:
     rows = read_results(results) if results.exists() else []
     done = {(row["model"], row["command"]): row["metrics"] for row in rows}
     if options.like_rectools:
-        CLASSES[Architecture.sasrec] = "like_rectools", "LikeRecTools"
+        ARCHITECTURES[Architecture.sasrec] = LikeRecTools
     metrics_of: dict[str, list[dict[str, float]]] = {ours: [], theirs: []}
     for seed in options.seeds:
         config = our_config(options, log, seed, folder / f"run-{seed}")

@@ -18,9 +18,10 @@ from vista.config import DataConfig, ModelConfig
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.padded_tiles import PaddedTile
 from vista.model.baselines.sasrec import SASRec, SASRecBlock
-from vista.model.baselines.sequence_model import EventVectors
+from vista.model.baselines.sequence_model import EmbeddedSequences
 from vista.model.layers import module_list, split_heads
-from vista.model.ranking_model import UNKNOWN_ITEM, Schema
+from vista.model.ranking_model import UNKNOWN_ITEM
+from vista.model.schema import Schema
 
 
 class LikeRecTools(SASRec):
@@ -40,7 +41,7 @@ class LikeRecTools(SASRec):
         labelled[:, 0] = False
         return labelled
 
-    def _encode(self, events: EventVectors, tile: PaddedTile) -> tuple[Tensor, None]:
+    def _encode(self, events: EmbeddedSequences, tile: PaddedTile) -> tuple[Tensor, None]:
         index = tile.index[:, : self.config.history_limit]
         n, length = index.shape
         start = self.start.expand(n, 1, -1)

@@ -38,13 +38,14 @@ from scripts.experiments.row_progress import RowProgress
 from scripts.experiments.serving_cost import history_model_latency_ms, scorer_latency_ms, training_speed
 from scripts.experiments.table_run import TableRun, command_of, listing, recorded_config, table_runs, train_config
 from scripts.experiments.tables import TABLES
-from vista.config import PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
+from vista.config import EvaluateConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
 from vista.config.choices import Stage
 from vista.device import cpu_settings, keep_freed_memory
 from vista.errors import VistaError
+from vista.evaluation.cases import impression_cases
 from vista.evaluation.counting_baselines import CountingBaseline, evaluate_counting_baseline
-from vista.evaluation.evaluate import Options, evaluate_model, evaluate_scorer
-from vista.evaluation.protocol import impression_cases, impression_metrics
+from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
+from vista.evaluation.protocol import impression_metrics
 from vista.files import replace_text, writable_folder
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
@@ -146,7 +147,8 @@ def _measure(
         if isinstance(model, HistoryModel):
             progress.check()
             table = TABLES[settings.table]
-            metrics = evaluate_model(model, log, "test", top_k=TOP_K, popularity=table.popularity).metrics
+            asked = EvaluateConfig(top_k=TOP_K, popularity=table.popularity, progress=False)
+            metrics = evaluate_model(model, log, asked).metrics
             if table.costs:
                 metrics |= {
                     "train events/s": training_speed(folder / "run" / "metrics.jsonl"),
@@ -203,14 +205,15 @@ def _served_metrics(
             progress.check()
         shown = model if how.tail_len is None else model.with_tail(how.tail_len)
         with Scorer.open(shown, store) as scorer:
-            options: Options = {
-                "top_k": TOP_K,
-                "popularity": table.popularity,
-                # Recall asks the decoder, which is trained only by its loss.
-                "recall": table.recall and model.summarizer is not None and optim["reconstruction_weight"] > 0,
-                "staleness": how.staleness,
-            }
-            metrics = evaluate_scorer(scorer, log, "test", **options).metrics
+            asked = EvaluateConfig(
+                top_k=TOP_K,
+                popularity=table.popularity,
+                # Recall reads the decoder, which its own loss trains.
+                recall=table.recall and model.summarizer is not None and optim["reconstruction_weight"] > 0,
+                staleness=how.staleness,
+                progress=False,
+            )
+            metrics = evaluate_scorer(scorer, log, asked).metrics
             if table.costs:
                 metrics |= {
                     "train events/s": training_speed(folder / "run" / "metrics.jsonl"),

@@ -27,7 +27,8 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.store import StoreReader, StoreWriter
 from vista.training.checkpoint import TENSOR_FILE, latest_checkpoint
-from vista.training.trainer import schema_of, train
+from vista.training.log_schema import schema_of
+from vista.training.trainer import train
 
 Fails = Callable[..., str]
 

@@ -1,4 +1,4 @@
-"""Baselines through the harness: trained by the same trainer, and asked about what came before each label, no more."""
+"""Baselines in the harness: trained by the same trainer, and given only the events before each label."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tests.conftest import Served, small_config
 from vista.config import EvaluateConfig, ModelConfig, TrainConfig
 from vista.config.choices import Architecture, Search
 from vista.errors import ConfigError
+from vista.evaluation.cases import impression_cases, next_item_cases, with_tasks
 from vista.evaluation.evaluate import evaluate, evaluate_model
-from vista.evaluation.protocol import with_tasks
 from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
-from vista.log.splits import visible_counts
+from vista.log.splits import split_until, visible_counts
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.baselines.sim import SIM
 from vista.model.inference import item_vectors
-from vista.model.ranking_model import RankingModel
-from vista.training.trainer import _Trainer, train, train_model
+from vista.model.registry import load_model
+from vista.training.trainer import Trainer, train, train_model
 
 LIMIT = 9
 
@@ -47,10 +47,10 @@ def before(log: EventLog, rows: np.ndarray, user: int, seen: int) -> Histories:
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-def test_ranks_are_of_the_history_before_the_label(event_log: EventLog, tmp_path: Path, name: str) -> None:
+def test_ranks_come_from_the_history_before_the_label(event_log: EventLog, tmp_path: Path, name: str) -> None:
     model = train_model(baseline_config(event_log, tmp_path, name), event_log)
     assert isinstance(model, SequenceModel)
-    found = evaluate_model(model, event_log, "test")
+    evaluation = evaluate_model(model, event_log, EvaluateConfig(top_k=[10]))
     rows = model.rows_of(event_log.items)
     seen, items, expected = visible_counts(event_log, "leave-last-out"), item_vectors(model), []
     for user in np.flatnonzero(seen < event_log.lengths).tolist():
@@ -61,7 +61,7 @@ def test_ranks_are_of_the_history_before_the_label(event_log: EventLog, tmp_path
         target = int(rows[label.item[0]]) - 1
         others = np.setdiff1d(np.arange(len(scores)), [*(history.item - 1), target])
         expected.append(int((scores[others] > scores[target]).sum()))
-    assert found.ranks is not None and found.ranks.tolist() == expected
+    assert evaluation.ranks is not None and evaluation.ranks.tolist() == expected
     run = evaluate(
         EvaluateConfig(
             data=str(event_log.path),
@@ -72,34 +72,36 @@ def test_ranks_are_of_the_history_before_the_label(event_log: EventLog, tmp_path
             progress=False,
         )
     )
-    assert run.metrics == found.metrics
+    assert run.metrics == evaluation.metrics
     assert json.loads((tmp_path / "metrics.json").read_text())["codec"] == "none"
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-def test_probabilities_are_of_the_history_before_the_request(served_tasks: Served, tmp_path: Path, name: str) -> None:
+def test_probabilities_come_from_the_history_before_the_request(
+    served_tasks: Served, tmp_path: Path, name: str
+) -> None:
     log = served_tasks.log
     config = baseline_config(log, tmp_path, name, data=served_tasks.config.data)
     model = train_model(config, log)
     assert isinstance(model, SequenceModel)
-    found = evaluate_model(model, log, "test")
-    assert found.impressions is not None and found.probabilities is not None
+    evaluation = evaluate_model(model, log, EvaluateConfig())
+    assert evaluation.impressions is not None and evaluation.probabilities is not None
     rows = model.rows_of(log.items)
-    cases = found.impressions
+    cases = evaluation.impressions
     for n in range(0, len(cases.user), 5):
         history = before(log, rows, int(cases.user[n]), int(cases.seen[n]))
         candidate = torch.from_numpy(rows[cases.item[n : n + 1]][None])
         logits = model.candidate_logits(history, candidate, cases.timestamp[n : n + 1])
-        np.testing.assert_allclose(found.probabilities[n], logits[0, 0].sigmoid().numpy(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(evaluation.probabilities[n], logits[0, 0].sigmoid().numpy(), rtol=1e-4, atol=1e-6)
 
 
-def test_tasks_are_found_by_name(served_tasks: Served, tmp_path: Path) -> None:
-    """A log of another preparation may hold the model's tasks in another order, or not all of them."""
+def test_tasks_are_matched_by_name(served_tasks: Served, tmp_path: Path) -> None:
+    """Another log may have the model's tasks in another order, or not all of them."""
     log = served_tasks.log
     model = train_model(baseline_config(log, tmp_path, "din", data=served_tasks.config.data), log)
     assert isinstance(model, HistoryModel)
-    found = evaluate_model(model, log, "test")
-    cases, whole = found.impressions, found.probabilities
+    evaluation = evaluate_model(model, log, EvaluateConfig())
+    cases, whole = evaluation.impressions, evaluation.probabilities
     assert cases is not None and whole is not None and cases.tasks == ["click", "like", "long_view"]
     answers = RawHistoryAnswers(model, log, model.rows_of(log.items))
     turned = replace(cases, tasks=cases.tasks[::-1], label=cases.label[:, ::-1], mask=cases.mask[:, ::-1])
@@ -107,18 +109,18 @@ def test_tasks_are_found_by_name(served_tasks: Served, tmp_path: Path) -> None:
     np.testing.assert_array_equal(answers.probabilities(with_tasks(cases, ["like"])), whole[:, 1:2])
 
 
-def test_what_ranks_no_next_item_draws_no_negatives(served_tasks: Served, tmp_path: Path) -> None:
+def test_models_that_only_rank_draw_no_negatives(served_tasks: Served, tmp_path: Path) -> None:
     log = served_tasks.log
     for name, drawn in (("din", False), ("sasrec", True)):
         config = baseline_config(log, tmp_path, name, data=served_tasks.config.data)
         batch = BatchSource(log, np.arange(log.num_items) + 1, config).batch(0, 0)
-        assert (len(batch.negatives) > 0) is drawn
-        read = {*batch.item.tolist(), *batch.candidate[batch.candidate_mask.any(-1)].tolist()}
-        assert drawn or set(range(len(batch.rows))) - {0} <= read | set(batch.label.flatten().tolist())
+        assert (len(batch.negatives.item) > 0) is drawn
+        read = {*batch.events.item.tolist(), *batch.impressions.item[batch.impressions.mask.any(-1)].tolist()}
+        assert drawn or set(range(len(batch.rows))) - {0} <= read | set(batch.labels.item.flatten().tolist())
 
 
 def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) -> None:
-    """They are read where training starts; what is saved needs the file no more."""
+    """They are read when training starts. The saved model does not need the file."""
     log, file = served_tasks.log, tmp_path / "items.csv"
     kinds = np.arange(log.num_items) % 3
     lines = [f"{item},{kind}" for item, kind in zip(log.items.ids(np.arange(log.num_items)), kinds, strict=True)]
@@ -128,42 +130,46 @@ def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) 
     config.data.item_categories, config.data.category_column = str(file), "kind"
     model = train_model(config, log)
     file.unlink()
-    again = RankingModel.from_pretrained(tmp_path / "sim" / "best")
-    for found in (model, again):
-        assert isinstance(found, SIM) and found.category is not None
-        rows = found.rows_of(log.items)
-        assert np.array_equal(found.category[rows].numpy(), kinds + 1)
-        assert found.category[0] == 0
+    again = load_model(tmp_path / "sim" / "best")
+    for each in (model, again):
+        assert isinstance(each, SIM) and each.category is not None
+        rows = each.rows_of(log.items)
+        assert np.array_equal(each.category[rows].numpy(), kinds + 1)
+        assert each.category[0] == 0
     assert isinstance(again, SIM) and isinstance(model, SIM)
-    assert evaluate_model(again, log, "test").metrics == evaluate_model(model, log, "test").metrics
-    assert train_model(config, log).state_dict()["category"].equal(again.category), "done: its checkpoint has them"
+    assert evaluate_model(again, log, EvaluateConfig()).metrics == evaluate_model(model, log, EvaluateConfig()).metrics
+    assert train_model(config, log).state_dict()["category"].equal(again.category), (
+        "the checkpoint of a finished run has them"
+    )
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-def test_the_state_after_a_full_window_is_trained(event_log: EventLog, tmp_path: Path, name: str) -> None:
-    """Which is what most requests are asked of: a chunk holds one event more than is encoded, as a label."""
+def test_the_state_after_a_full_history_is_trained(event_log: EventLog, tmp_path: Path, name: str) -> None:
+    """Most requests read it. A chunk holds one more event than is encoded, as a label."""
     assert event_log.lengths.max() > LIMIT + 3
-    trainer = _Trainer(baseline_config(event_log, tmp_path, name), event_log)
+    trainer = Trainer(baseline_config(event_log, tmp_path, name), event_log)
     model, source = trainer.model, trainer.source
     for epoch in range(3):
         for index in range(source.num_batches(epoch)):
             batch = source.batch(epoch, index)
-            assert int(batch.offsets.diff().max()) <= LIMIT + 1
+            assert int(batch.events.offsets.diff().max()) <= LIMIT + 1
             loss = model.losses(batch, model.item_vectors(batch.rows), trainer.config.optim).total
             torch.autograd.backward(loss)
     assert isinstance(model, SequenceModel) and model.position.grad is not None
     assert bool(model.position.grad.any(1).all())
 
 
-def test_baselines_read_times_whatever_the_decay(event_log: EventLog, tmp_path: Path) -> None:
-    """Decay is of summaries; `experiment=ml-1m` sets it for all models."""
+def test_baselines_read_times_for_any_decay(event_log: EventLog, tmp_path: Path) -> None:
+    """Decay concerns only summaries, but `experiment=ml-1m` sets it for all models."""
     assert event_log.has_time
     config = baseline_config(event_log, tmp_path, "hstu")
     config.model.decay_horizons = [5.0, 40.0]
     config.model.decay = type(config.model.decay)("position")
     batch = BatchSource(event_log, np.arange(event_log.num_items) + 1, config).batch(0, 0)
     user = int(batch.user[0])
-    assert set(batch.clock[: int(batch.offsets[1])].tolist()) <= set(event_log.slice(user).timestamp.tolist())
+    assert set(batch.events.clock[: int(batch.events.offsets[1])].tolist()) <= set(
+        event_log.slice(user).timestamp.tolist()
+    )
 
 
 def test_a_baseline_has_no_summaries(event_log: EventLog, tmp_path: Path) -> None:
@@ -171,13 +177,13 @@ def test_a_baseline_has_no_summaries(event_log: EventLog, tmp_path: Path) -> Non
         train(baseline_config(event_log, tmp_path, "sasrec"), event_log)
 
 
-def test_answers_are_those_of_one_at_a_time(
-    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = _Trainer(baseline_config(event_log, tmp_path, "sasrec"), event_log)
-    model = trainer.model.eval()
+def test_a_batch_of_cases_equals_one_case_at_a_time(served_tasks: Served, tmp_path: Path) -> None:
+    log = served_tasks.log
+    model = Trainer(baseline_config(log, tmp_path, "sasrec", data=served_tasks.config.data), log).model.eval()
     assert isinstance(model, SequenceModel)
-    assert trainer.validation is not None
-    whole = trainer.validation(model)
-    monkeypatch.setattr("vista.evaluation.raw_history.EVENTS_EMBEDDED", 1)
-    assert trainer.validation(model) == pytest.approx(whole, rel=1e-6)
+    rows = model.rows_of(log.items)
+    together, alone = (RawHistoryAnswers(model, log, rows, events_per_batch=count) for count in (1 << 16, 1))
+    cases = next_item_cases(log, visible_counts(log, split_until(model.data, "test")))
+    np.testing.assert_allclose(together.next_scores(cases), alone.next_scores(cases), atol=1e-6)
+    shown = impression_cases(log, int(str(served_tasks.config.data.test_from)), None)
+    np.testing.assert_allclose(together.probabilities(shown), alone.probabilities(shown), atol=1e-6)

@@ -1,4 +1,4 @@
-"""Popularity and transitions: by hand, against counting without vectors, and against figures of another count."""
+"""Popularity and transitions: by hand, against a plain loop, and against the numbers of another program."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_log(histories: list[list[int]], folder: Path) -> EventLog:
 
 
 def test_ranks_by_hand(tmp_path: Path) -> None:
-    """Last events are labels: what follows them, or comes with them, must not count."""
+    """The last events are labels, which must not be counted."""
     log = make_log([[1, 2, 3], [1, 2, 4], [5, 1, 2], [2, 4, 5, 3]], tmp_path)
     # Visible: 1 2 | 1 2 | 5 1 | 2 4 5. Counts: 1 three, 2 three, 5 two, 4 one, 3 none; labels 3, 4, 2, 3.
     popular = evaluate_counting_baseline(CountingBaseline.popularity, log, DataConfig()).ranks
@@ -66,7 +66,7 @@ def test_counts_agree_with_counting_event_by_event(event_log: EventLog, exclude_
 
 def test_a_split_in_time_without_labels_is_refused(event_log: EventLog) -> None:
     data = DataConfig(split=Split.time, validation_from="2100-01-01", test_from="2100-02-01")
-    with pytest.raises(ConfigError, match="has no test label for a counting baseline to rank"):
+    with pytest.raises(ConfigError, match="has no test label to rank"):
         evaluate_counting_baseline(CountingBaseline.popularity, event_log, data)
 
 
@@ -83,9 +83,9 @@ def test_a_split_in_time_without_labels_is_refused(event_log: EventLog) -> None:
 def test_movielens(
     name: str, popularity: tuple[float, float], transitions: tuple[float, float], tmp_path: Path
 ) -> None:
-    """HR@10 and NDCG@10 that another program counted."""
+    """HR@10 and NDCG@10 equal those of another program."""
     run(tmp_path / "log", [real_set(name)], kind="auto", timestamp=None, time_unit=None)
     log = EventLog.open(tmp_path / "log")
     for baseline, expected in ((CountingBaseline.popularity, popularity), (CountingBaseline.transitions, transitions)):
-        found = evaluate_counting_baseline(baseline, log, DataConfig()).metrics
-        assert (found["hr@10"], found["ndcg@10"]) == pytest.approx(expected, abs=6e-4)
+        values = evaluate_counting_baseline(baseline, log, DataConfig()).metrics
+        assert (values["hr@10"], values["ndcg@10"]) == pytest.approx(expected, abs=6e-4)

@@ -1,4 +1,4 @@
-"""Evaluation from store and scorer: hand-computed ranks, direct recomputation, leakage refused, results appended."""
+"""Evaluation from store and scorer: hand-computed ranks, direct recomputation, leakage checks, and the result file."""
 
 from __future__ import annotations
 
@@ -18,35 +18,39 @@ from tests.conftest import Served, small_config, small_frame
 from vista.config import EvaluateConfig
 from vista.config.choices import Codec, Split
 from vista.errors import ConfigError, LeakageError
-from vista.evaluation.evaluate import Evaluation, evaluate, evaluate_scorer
-from vista.evaluation.protocol import LAST_RANK, ImpressionCases, impression_metrics
+from vista.evaluation.cases import ImpressionCases
+from vista.evaluation.evaluate import evaluate, evaluate_scorer
+from vista.evaluation.evaluation import Evaluation
+from vista.evaluation.protocol import LAST_RANK, impression_metrics
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.model import inference
+from vista.model.padded_tail import pad_tail
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
-from vista.training.trainer import schema_of, train
+from vista.training.log_schema import schema_of
+from vista.training.trainer import train
 
 
 def plain_ranks(scorer: Scorer, log: EventLog, seen: np.ndarray, exclude_seen: bool) -> list[int]:
-    """One user and one list at a time, by the scorer's public methods."""
+    """Ranks from the scorer's public methods, one user and one list at a time."""
     ranks = []
-    catalogue, _ = scorer.item_vectors()
+    catalog, _ = scorer.item_vectors()
     for row in np.flatnonzero(seen < log.lengths).tolist():
         history = log.slice(row)
         ids = log.items.ids(history.item).tolist()
         label, before = ids[seen[row]], set(ids[: seen[row]])
         now = int(history.timestamp[seen[row]]) if log.has_time else None
         user = log.users.ids([row])[0]
-        scores = dict(zip(catalogue.tolist(), scorer.score([user], catalogue, now=now)[0].tolist(), strict=True))
+        scores = dict(zip(catalog.tolist(), scorer.score([user], catalog, now=now)[0].tolist(), strict=True))
         others = [item for item in scores if item != label and not (exclude_seen and item in before)]
         ranks.append(sum(scores[item] > scores[label] for item in others))
     return ranks
 
 
 def plain_ranks_from(served: Served, seen: np.ndarray, summarized: np.ndarray) -> list[int]:
-    """By the model, one user at a time: a summary of the first `summarized` events, and the tail before the label."""
+    """Ranks from the model, one user at a time; summaries cover the first `summarized` events."""
     log, model, ranks = served.log, served.model, []
     rows = model.rows_of(log.items)
     for user in np.flatnonzero(seen < log.lengths).tolist():
@@ -54,7 +58,7 @@ def plain_ranks_from(served: Served, seen: np.ndarray, summarized: np.ndarray) -
         whole = dataclasses.replace(whole, item=rows[whole.item].astype(np.int32))
         before, known = whole.slice(0, 0, int(seen[user])), whole.slice(0, 0, int(summarized[user]))
         last = before.slice(0, -model.config.tail_len)
-        tail = inference.pad_tail(model, last.item, last.timestamp, last.action, last.offsets)
+        tail = pad_tail(model, last.item, last.timestamp, last.action, last.offsets)
         context = inference.request_context(model, inference.summarize(model, known), tail)
         now = whole.timestamp[seen[user]][None] if log.has_time else None
         vector = inference.user_vectors(model, context, inference.request_gap(model, now, tail))
@@ -68,14 +72,14 @@ def plain_ranks_from(served: Served, seen: np.ndarray, summarized: np.ndarray) -
 class TestNextItems:
     @pytest.mark.parametrize("sign", [1.0, -1.0])
     def test_hand_computed(self, tmp_path: Path, sign: float) -> None:
-        """A model that puts items in one order, 50, 40, 30, 20, 10 by the angle of their vectors, or backwards."""
+        """A model that ranks items in one order, 50, 40, 30, 20, 10 by the angle of their vectors, or in reverse."""
         histories = {1: [10, 20, 50, 30], 2: [40, 50, 40, 40], 3: [10, 10, 10], 4: [50, 40], 5: [30, 30, 20, 50]}
         user = np.repeat(list(histories), [len(items) for items in histories.values()])
         items = np.concatenate(list(histories.values()))
         frame = {"user": user, "item": items, "timestamp": 1_600_000_000 + np.arange(len(user))}
         log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s")
         config = small_config(log, "unused")
-        torch.manual_seed(0)  # else a user's vector may lie so near to the edge that the request's time turns it
+        torch.manual_seed(0)  # other seeds may give a user vector so near the edge that the request's time flips it
         model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
         with torch.no_grad():
             model.item_table.zero_()
@@ -85,50 +89,52 @@ class TestNextItems:
             model.target_attention.final_norm.weight[0] = sign
         refresh(model, log, tmp_path / "store", until="leave-last-out")
         with Scorer.open(model, tmp_path / "store") as scorer:
-            # Users whose vector points the other way rank backwards.
+            # Users whose vector points the other way rank in reverse.
             forward = scorer.user_vectors([1, 2, 3, 5])[:, 0] > 0
             for exclude, up, down in ((True, [1, 0, 4, 0], [0, 3, 0, 2]), (False, [2, 1, 4, 0], [2, 3, 0, 4])):
-                found = evaluate_scorer(scorer, log, "test", exclude_seen=exclude, top_k=[1, 2, 5])
+                evaluation = evaluate_scorer(scorer, log, EvaluateConfig(exclude_seen=exclude, top_k=[1, 2, 5]))
                 ranks = np.where(forward, up, down).tolist()
                 # Labels: 30 (seen 10 20 50), 40 (seen 40 50), 10 (seen 10), 50 (seen 20 30); user 4 is too short.
                 # A label that was seen stays in.
-                assert found.ranks is not None and found.ranks.tolist() == ranks and found.num_cases == 4
+                assert evaluation.ranks is not None and evaluation.ranks.tolist() == ranks and evaluation.num_cases == 4
                 for k in (1, 2, 5):
-                    assert found.metrics[f"hr@{k}"] == pytest.approx(sum(rank < k for rank in ranks) / 4)
+                    assert evaluation.metrics[f"hr@{k}"] == pytest.approx(sum(rank < k for rank in ranks) / 4)
                     gains = [1 / math.log2(rank + 2) for rank in ranks if rank < k]
-                    assert found.metrics[f"ndcg@{k}"] == pytest.approx(sum(gains) / 4)
+                    assert evaluation.metrics[f"ndcg@{k}"] == pytest.approx(sum(gains) / 4)
 
     @pytest.mark.parametrize("exclude_seen", [True, False])
     @pytest.mark.parametrize("users_per_batch", [3, 512])
-    def test_ranks_are_those_of_the_scorers_lists(
+    def test_ranks_equal_those_of_the_scorers_lists(
         self, served: Served, exclude_seen: bool, users_per_batch: int
     ) -> None:
         with Scorer.open(served.model, served.test_store) as scorer:
-            found = evaluate_scorer(
-                scorer, served.log, "test", exclude_seen=exclude_seen, top_k=[10], users_per_batch=users_per_batch
+            evaluation = evaluate_scorer(
+                scorer,
+                served.log,
+                EvaluateConfig(exclude_seen=exclude_seen, top_k=[10], users_per_batch=users_per_batch),
             )
             expected = plain_ranks(scorer, served.log, visible_counts(served.log, "leave-last-out"), exclude_seen)
-        assert found.ranks is not None and found.ranks.tolist() == expected
-        assert found.num_cases == 14 == len(expected)
-        assert found.metrics["hr@10"] == pytest.approx(np.mean(np.array(expected) < 10))
+        assert evaluation.ranks is not None and evaluation.ranks.tolist() == expected
+        assert evaluation.num_cases == 14 == len(expected)
+        assert evaluation.metrics["hr@10"] == pytest.approx(np.mean(np.array(expected) < 10))
 
     def test_without_times_and_with_string_ids(self, order_log: EventLog, tmp_path: Path) -> None:
         model = train(small_config(order_log, tmp_path / "run"), order_log)
         refresh(model, order_log, tmp_path / "store", until="leave-last-out")
         with Scorer.open(model, tmp_path / "store") as scorer:
-            found = evaluate_scorer(scorer, order_log, "test")
+            evaluation = evaluate_scorer(scorer, order_log, EvaluateConfig())
             expected = plain_ranks(scorer, order_log, visible_counts(order_log, "leave-last-out"), True)
-        assert found.ranks is not None and found.ranks.tolist() == expected
+        assert evaluation.ranks is not None and evaluation.ranks.tolist() == expected
 
-    def test_items_that_the_model_never_saw_are_in_no_list(self, served: Served, tmp_path: Path) -> None:
+    def test_items_that_the_model_does_not_know_are_in_no_list(self, served: Served, tmp_path: Path) -> None:
         frame = small_frame()
         last = np.flatnonzero(np.append(frame["user"][1:] != frame["user"][:-1], True))
         frame["item"][last[[0, 4]]] = 7777
         log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", action="action", rating="rating")
         refresh(served.model, log, tmp_path / "store", until="leave-last-out")
         with Scorer.open(served.model, tmp_path / "store") as scorer:
-            found = evaluate_scorer(scorer, log, "test")
-        assert found.ranks is not None and (found.ranks == LAST_RANK).sum() == 2
+            evaluation = evaluate_scorer(scorer, log, EvaluateConfig())
+        assert evaluation.ranks is not None and (evaluation.ranks == LAST_RANK).sum() == 2
 
 
 def summary_inputs(model: VistaModel, log: EventLog, row: int, start: int, stop: int) -> Any:
@@ -137,7 +143,7 @@ def summary_inputs(model: VistaModel, log: EventLog, row: int, start: int, stop:
 
 
 def direct_probabilities(given: Served, summarized: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Probabilities, labels, masks and users of all test impressions, one by one, over summaries of so many events."""
+    """Probabilities, labels, masks and users of all test impressions; summaries cover `summarized` events."""
     model, log, data = given.model, given.log, given.config.data
     table = log.impressions
     assert table is not None and data.test_from is not None
@@ -151,7 +157,7 @@ def direct_probabilities(given: Served, summarized: np.ndarray) -> tuple[np.ndar
                 continue
             seen = int((times < now).sum())
             tail = summary_inputs(model, log, row, max(seen - 6, 0), seen)
-            padded = inference.pad_tail(model, tail.item, tail.timestamp, tail.action, tail.offsets)
+            padded = pad_tail(model, tail.item, tail.timestamp, tail.action, tail.offsets)
             context = inference.request_context(model, summary, padded)
             gap = inference.request_gap(model, np.array([now]), padded)
             item = model.item_rows(log.items.ids([table.item[index]]))
@@ -167,29 +173,29 @@ class TestImpressions:
     def test_probabilities_and_metrics_against_a_direct_computation(self, served_tasks: Served) -> None:
         model, log, data = served_tasks.model, served_tasks.log, served_tasks.config.data
         with Scorer.open(model, served_tasks.test_store) as scorer:
-            found = evaluate_scorer(scorer, log, "test", users_per_batch=7)
-        assert found.probabilities is not None and data.test_from is not None
+            evaluation = evaluate_scorer(scorer, log, EvaluateConfig(users_per_batch=7))
+        assert evaluation.probabilities is not None and data.test_from is not None
         direct, label, mask, user = direct_probabilities(served_tasks, log.counts_before(int(data.test_from)))
         assert len(direct) > 50
-        np.testing.assert_allclose(found.probabilities, direct, atol=1e-4)
+        np.testing.assert_allclose(evaluation.probabilities, direct, atol=1e-4)
         for index, task in enumerate(model.schema.tasks):
             known = mask[:, index] == 1
-            # Evaluation's own probabilities: the last bits of others reorder near ties of a hardly trained model.
-            truth, value = label[known, index], found.probabilities[known, index].astype(np.float64)
-            assert found.metrics[f"auc/{task}"] == pytest.approx(roc_auc_score(truth, value), abs=1e-6)
+            # The evaluated probabilities, because the last bits of others reorder near ties of a barely trained model.
+            truth, value = label[known, index], evaluation.probabilities[known, index].astype(np.float64)
+            assert evaluation.metrics[f"auc/{task}"] == pytest.approx(roc_auc_score(truth, value), abs=1e-6)
             base = np.full(len(truth), truth.mean())
-            assert found.metrics[f"ne/{task}"] == pytest.approx(
+            assert evaluation.metrics[f"ne/{task}"] == pytest.approx(
                 log_loss(truth, value) / log_loss(truth, base), rel=1e-5
             )
-            assert found.metrics[f"calibration/{task}"] == pytest.approx(value.mean() / truth.mean(), rel=1e-5)
+            assert evaluation.metrics[f"calibration/{task}"] == pytest.approx(value.mean() / truth.mean(), rel=1e-5)
             groups = [(user[known] == u) for u in np.unique(user)]
             groups = [group for group in groups if len(np.unique(truth[group])) == 2]
             aucs = [roc_auc_score(truth[group], value[group]) for group in groups]
             weighted = np.average(aucs, weights=[group.sum() for group in groups])
-            assert found.metrics[f"gauc/{task}"] == pytest.approx(weighted, abs=1e-6)
-        assert found.num_cases == len(direct) + len(found.ranks)  # type: ignore[arg-type]
+            assert evaluation.metrics[f"gauc/{task}"] == pytest.approx(weighted, abs=1e-6)
+        assert evaluation.num_cases == len(direct) + len(evaluation.ranks)  # type: ignore[arg-type]
 
-    def test_what_was_shown_at_one_moment_is_one_request(
+    def test_impressions_at_one_time_are_one_request(
         self, served_tasks: Served, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         whole, asked = Scorer.predict, []
@@ -200,7 +206,7 @@ class TestImpressions:
 
         monkeypatch.setattr(Scorer, "predict", counted)
         with Scorer.open(served_tasks.model, served_tasks.test_store) as scorer:
-            cases = evaluate_scorer(scorer, served_tasks.log, "test", users_per_batch=7).impressions
+            cases = evaluate_scorer(scorer, served_tasks.log, EvaluateConfig(users_per_batch=7)).impressions
         assert cases is not None
         requests = len(set(zip(cases.user.tolist(), cases.timestamp.tolist(), strict=True)))
         assert sum(asked) == requests < len(cases.user) and max(asked) == 7
@@ -215,8 +221,8 @@ class TestImpressions:
         ).eval()
         refresh(model, log, tmp_path / "store", until=split_until(model.data, "test"))
         with Scorer.open(model, tmp_path / "store") as scorer:
-            found = evaluate_scorer(scorer, log, "test")
-        assert {name for name in found.metrics if "/" in name} == {
+            evaluation = evaluate_scorer(scorer, log, EvaluateConfig())
+        assert {name for name in evaluation.metrics if "/" in name} == {
             f"{name}/like" for name in ("auc", "gauc", "ne", "calibration")
         }
 
@@ -239,19 +245,19 @@ def test_validation_in_training_equals_evaluation_from_the_store(
     until = split_until(given.config.data, "validation")
     refresh(given.model, given.log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
     with Scorer.open(given.model_dir, tmp_path / "store") as scorer:
-        found = evaluate_scorer(scorer, given.log, "validation", top_k=[10]).metrics
+        served = evaluate_scorer(scorer, given.log, EvaluateConfig(split="validation", top_k=[10])).metrics
     lines = (Path(given.config.run_dir) / "metrics.jsonl").read_text().splitlines()
     history = [row["validation"] for row in map(json.loads, lines) if "validation" in row]
     key, best = ("ndcg@10", max) if kind == "served" else ("ne/click", min)
     expected = best(history, key=lambda row: row[key])
-    assert found.keys() == expected.keys()
+    assert served.keys() == expected.keys()
     for name, value in expected.items():
-        low, high = ranges.get(name, (found[name] - 1e-4, found[name] + 1e-4))
+        low, high = ranges.get(name, (served[name] - 1e-4, served[name] + 1e-4))
         assert low <= value <= high and high - low < 0.05, name
 
 
-def test_seen_items_stay_in_where_training_was_told_so(served: Served, tmp_path: Path) -> None:
-    """In training's own validation, and in every evaluation that does not ask for something else."""
+def test_seen_items_stay_in_if_training_kept_them(served: Served, tmp_path: Path) -> None:
+    """In the validation during training, and in every evaluation that does not set exclude_seen."""
     config = small_config(served.log, tmp_path / "run", data__exclude_seen=False, optim__epochs=1)
     model = train(config, served.log)
     (line,) = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()) if "validation" in row]
@@ -259,38 +265,40 @@ def test_seen_items_stay_in_where_training_was_told_so(served: Served, tmp_path:
         model, served.log, tmp_path / "store", until="leave-last-two-out", options=RefreshOptions(codec=Codec.float32)
     )
     with Scorer.open(tmp_path / "run" / "best", tmp_path / "store") as scorer:
-        kept = evaluate_scorer(scorer, served.log, "validation", top_k=[10])
-        asked = evaluate_scorer(scorer, served.log, "validation", top_k=[10], exclude_seen=False)
-        left_out = evaluate_scorer(scorer, served.log, "validation", top_k=[10], exclude_seen=True)
+        kept = evaluate_scorer(scorer, served.log, EvaluateConfig(split="validation", top_k=[10]))
+        asked = evaluate_scorer(scorer, served.log, EvaluateConfig(split="validation", top_k=[10], exclude_seen=False))
+        left_out = evaluate_scorer(
+            scorer, served.log, EvaluateConfig(split="validation", top_k=[10], exclude_seen=True)
+        )
     assert kept.ranks is not None and asked.ranks is not None and left_out.ranks is not None
     assert kept.ranks.tolist() == asked.ranks.tolist() and (left_out.ranks < kept.ranks).any()
     assert line["validation"] == pytest.approx(kept.metrics, abs=1e-4)
 
 
 class TestLeakage:
-    def test_a_store_that_saw_everything_is_refused(self, served: Served, served_tasks: Served) -> None:
+    def test_a_store_that_covers_all_events_is_refused(self, served: Served, served_tasks: Served) -> None:
         with (
             Scorer.open(served.model, served.store) as scorer,
             pytest.raises(
                 LeakageError, match=r"until=all, but the test labels .* `vista refresh until=leave-last-out`"
             ),
         ):
-            evaluate_scorer(scorer, served.log, "test")
+            evaluate_scorer(scorer, served.log, EvaluateConfig())
         test_from = served_tasks.config.data.test_from
         with (
             Scorer.open(served_tasks.model, served_tasks.store) as scorer,
             pytest.raises(LeakageError, match=f"until=all, but the test labels .* `vista refresh until={test_from}`"),
         ):
-            evaluate_scorer(scorer, served_tasks.log, "test")
+            evaluate_scorer(scorer, served_tasks.log, EvaluateConfig())
 
     @pytest.mark.parametrize("kind", ["served", "served_tasks"])
     def test_a_test_store_is_refused_for_validation(self, kind: str, request: pytest.FixtureRequest) -> None:
         given: Served = request.getfixturevalue(kind)
         with Scorer.open(given.model, given.test_store) as scorer, pytest.raises(LeakageError, match="the validation"):
-            evaluate_scorer(scorer, given.log, "validation")
+            evaluate_scorer(scorer, given.log, EvaluateConfig(split="validation"))
 
-    def test_summaries_of_a_stated_age(self, served: Served, tmp_path: Path) -> None:
-        """They lack three events before each label, which the tail has; any other age is refused."""
+    def test_summaries_of_a_given_staleness(self, served: Served, tmp_path: Path) -> None:
+        """They lack three events before each label, which the tail has. Any other staleness is refused."""
         refresh(
             served.model,
             served.log,
@@ -301,16 +309,16 @@ class TestLeakage:
         seen = visible_counts(served.log, "leave-last-out")
         with Scorer.open(served.model, served.test_store) as fresh, Scorer.open(served.model, tmp_path / "old") as old:
             expected = plain_ranks_from(served, seen, np.maximum(seen - 3, 0))
-            found = evaluate_scorer(old, served.log, "test", staleness=3)
-            assert found.ranks is not None and found.ranks.tolist() == expected
-            current = evaluate_scorer(fresh, served.log, "test").ranks
-            assert current is not None and found.ranks.tolist() != current.tolist()
+            aged = evaluate_scorer(old, served.log, EvaluateConfig(staleness=3))
+            assert aged.ranks is not None and aged.ranks.tolist() == expected
+            current = evaluate_scorer(fresh, served.log, EvaluateConfig()).ranks
+            assert current is not None and aged.ranks.tolist() != current.tolist()
             with pytest.raises(ConfigError, match="until=leave-last-5-out"):
-                evaluate_scorer(old, served.log, "test", staleness=4)
+                evaluate_scorer(old, served.log, EvaluateConfig(staleness=4))
             with pytest.raises(ConfigError, match="labels of this model begin after until=leave-last-out; "):
-                evaluate_scorer(old, served.log, "test")
+                evaluate_scorer(old, served.log, EvaluateConfig())
 
-    def test_summaries_of_a_stated_age_of_a_split_in_time(self, served_tasks: Served, tmp_path: Path) -> None:
+    def test_summaries_of_a_given_staleness_with_a_split_in_time(self, served_tasks: Served, tmp_path: Path) -> None:
         """They lack three events before the test begins. The tail has them."""
         test_from = split_until(served_tasks.config.data, "test").before
         until = f"{test_from}-less-3"
@@ -325,26 +333,29 @@ class TestLeakage:
         assert counts.tolist() == np.maximum(served_tasks.log.counts_before(test_from) - 3, 0).tolist()
         model, log = served_tasks.model, served_tasks.log
         with Scorer.open(model, served_tasks.test_store) as fresh, Scorer.open(model, tmp_path / "old") as old:
-            found = old.store.get_many(log.users.ids(np.arange(log.num_users)))
-            assert found.event_count[found.found].tolist() == counts[found.found].tolist(), report
-            aged, current = evaluate_scorer(old, log, "test", staleness=3), evaluate_scorer(fresh, log, "test")
+            stored = old.store.get_many(log.users.ids(np.arange(log.num_users)))
+            assert stored.event_count[stored.found].tolist() == counts[stored.found].tolist(), report
+            aged, current = (
+                evaluate_scorer(old, log, EvaluateConfig(staleness=3)),
+                evaluate_scorer(fresh, log, EvaluateConfig()),
+            )
             direct = direct_probabilities(served_tasks, counts)[0]
             assert aged.probabilities is not None and current.probabilities is not None
             np.testing.assert_allclose(aged.probabilities, direct, atol=1e-4)
             assert np.abs(aged.probabilities - current.probabilities).max() > 1e-3
             with pytest.raises(ConfigError, match=f"and staleness=4 asks for until={test_from}-less-4"):
-                evaluate_scorer(old, log, "test", staleness=4)
+                evaluate_scorer(old, log, EvaluateConfig(staleness=4))
 
     @pytest.mark.parametrize("kind", ["served", "served_tasks"])
-    def test_a_store_of_an_earlier_split_leaks_nothing_but_is_another_question(
+    def test_a_store_of_an_earlier_split_is_refused(
         self, kind: str, request: pytest.FixtureRequest, tmp_path: Path
     ) -> None:
         given: Served = request.getfixturevalue(kind)
         refresh(given.model, given.log, tmp_path / "store", until=split_until(given.config.data, "validation"))
         with Scorer.open(given.model, tmp_path / "store") as scorer, pytest.raises(ConfigError, match="was refreshed"):
-            evaluate_scorer(scorer, given.log, "test")
+            evaluate_scorer(scorer, given.log, EvaluateConfig())
 
-    def test_a_record_that_saw_the_label_is_refused_by_its_count(self, served: Served, tmp_path: Path) -> None:
+    def test_a_record_that_covers_the_label_is_refused_by_its_count(self, served: Served, tmp_path: Path) -> None:
         """The store was refreshed from a log with one more event of a user, so that leave-last-out shows the label."""
         frame = small_frame()
         more = {name: np.append(values, values[-1:]) for name, values in frame.items()}
@@ -352,11 +363,11 @@ class TestLeakage:
         log = EventLog.from_frame(more, tmp_path / "log", time_unit="ms", action="action", rating="rating")
         refresh(served.model, log, tmp_path / "store", until="leave-last-out")
         with Scorer.open(served.model, tmp_path / "store") as scorer:
-            assert evaluate_scorer(scorer, log, "test").num_cases == 14
-            with pytest.raises(LeakageError, match=r"user 115: the record .* has seen 28 events, only 27 lie before"):
-                evaluate_scorer(scorer, served.log, "test")
+            assert evaluate_scorer(scorer, log, EvaluateConfig()).num_cases == 14
+            with pytest.raises(LeakageError, match=r"user 115: the record .* covers 28 events, but only 27 lie before"):
+                evaluate_scorer(scorer, served.log, EvaluateConfig())
 
-    def test_a_record_that_saw_the_label_is_refused_by_its_time(
+    def test_a_record_that_covers_the_label_is_refused_by_its_time(
         self, served_tasks: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         until = split_until(served_tasks.config.data, "test")
@@ -364,25 +375,21 @@ class TestLeakage:
             patch.setattr("vista.refresh.full.visible_counts", lambda log, limit: log.lengths)
             refresh(served_tasks.model, served_tasks.log, tmp_path / "store", until=until)
         model = served_tasks.model
-        schema = dataclasses.replace(model.schema, has_retrieval=False)  # so that impressions are asked first
+        schema = dataclasses.replace(model.schema, has_retrieval=False)  # so that impressions come first
         tasks_only = VistaModel(model.config, schema, model.items, model.data).eval()
         tasks_only.load_state_dict(model.state_dict())
         for asked in (model, tasks_only):
             with Scorer.open(asked, tmp_path / "store") as scorer, pytest.raises(LeakageError, match="lie before the"):
-                evaluate_scorer(scorer, served_tasks.log, "test")
+                evaluate_scorer(scorer, served_tasks.log, EvaluateConfig())
 
 
 class TestRefusals:
-    def test_a_part_that_does_not_exist(self, served: Served) -> None:
-        with Scorer.open(served.model, served.test_store) as scorer, pytest.raises(ConfigError, match="split=train"):
-            evaluate_scorer(scorer, served.log, "train")
-
-    def test_nothing_to_measure(self, served: Served, tmp_path: Path) -> None:
+    def test_a_log_without_cases(self, served: Served, tmp_path: Path) -> None:
         frame = {"user": [1, 1, 2], "item": [0, 10, 20], "timestamp": [1, 2, 3], "action": ["click", "like", "like"]}
         log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s", action="action")
         refresh(served.model, log, tmp_path / "store", until="leave-last-out")
         with Scorer.open(served.model, tmp_path / "store") as scorer, pytest.raises(ConfigError, match="no test case"):
-            evaluate_scorer(scorer, log, "test")
+            evaluate_scorer(scorer, log, EvaluateConfig())
 
     def test_a_log_that_the_model_would_misread(self, served: Served, tmp_path: Path) -> None:
         frame = {**small_frame(), "action": np.array(["buy"] * 233)}
@@ -391,7 +398,7 @@ class TestRefusals:
             Scorer.open(served.model, served.test_store) as scorer,
             pytest.raises(ConfigError, match="its actions are"),
         ):
-            evaluate_scorer(scorer, log, "test")
+            evaluate_scorer(scorer, log, EvaluateConfig())
 
 
 class TestResults:
@@ -410,13 +417,13 @@ class TestResults:
     def written(self, tmp_path: Path) -> dict[str, Any]:
         return json.loads((tmp_path / "metrics.json").read_text())
 
-    def test_a_popularity_report_enters_the_file(self, served: Served, tmp_path: Path) -> None:
+    def test_the_file_includes_the_popularity_report(self, served: Served, tmp_path: Path) -> None:
         result = evaluate(self.settings(served, tmp_path, popularity=True, top_k=[10]))
         metrics = self.written(tmp_path)["metrics"]
         assert {"gini@10", "coverage@10", "popularity/score", "ndcg@10/decile-1"} < metrics.keys()
         assert str(result).count("gini@10") == 0 and "  decile     items   labels  recommended" in str(result)
 
-    def test_the_file_holds_what_was_asked_and_measured(self, served: Served, tmp_path: Path) -> None:
+    def test_the_file_holds_settings_and_metrics(self, served: Served, tmp_path: Path) -> None:
         result = evaluate(self.settings(served, tmp_path, exclude_seen=False))
         assert list(result.metrics) == ["hr@1", "ndcg@1", "hr@10", "ndcg@10"]
         assert self.written(tmp_path) == {
@@ -441,7 +448,7 @@ class TestResults:
         assert text.startswith("14 cases in ") and f"  ndcg@10              {result.metrics['ndcg@10']:.4f}" in text
 
     def test_undefined_metrics_are_null(self, tmp_path: Path) -> None:
-        """Each user clicks always or never: there is an AUC, but none within a user."""
+        """Each user always clicks or never does, so there is an AUC over all users but none within a user."""
         frame = small_frame()
         users = np.unique(frame["user"])
         late = int(frame["timestamp"].max())
@@ -472,7 +479,7 @@ class TestResults:
         metrics = self.written(tmp_path)["metrics"]
         assert metrics["gauc/click"] is None and 0 <= metrics["auc/click"] <= 1
 
-    def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    def test_a_file_that_cannot_be_written_is_refused_at_the_start(
         self, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "file").write_text("")
@@ -481,6 +488,6 @@ class TestResults:
             evaluate(self.settings(served, tmp_path, out=str(tmp_path / "file" / "metrics.json")))
 
 
-def test_evaluation_prints_nothing_undefined_as_a_number() -> None:
+def test_undefined_metrics_print_as_nan() -> None:
     text = str(Evaluation({"auc/click": float("nan")}, 0, 0.1, None, None, None))
     assert text == "0 cases in 0.1 s\n  auc/click            nan"

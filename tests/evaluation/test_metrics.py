@@ -88,7 +88,7 @@ def test_log_loss_equals_scikit_learn(rows: list[tuple[int, float]]) -> None:
     label, probability = (np.array(column) for column in zip(*rows, strict=True))
     assert log_loss(label, probability) == pytest.approx(sk.log_loss(label, probability, labels=[0, 1]), rel=1e-9)
     single = probability.astype(np.float32)
-    # A float32 probability of exactly 0 or 1 costs what its own resolution costs, not what float64's does.
+    # A float32 probability of exactly 0 or 1 is clipped by the resolution of float32, not of float64.
     assert log_loss(label, single) <= -math.log(np.finfo(np.float32).eps) + 1e-6
 
 
@@ -127,7 +127,7 @@ def test_calibration_does_not_depend_on_row_order(rows: list[tuple[int, float]])
     forward, backward = calibration(label, probability, 4), calibration(label[::-1], probability[::-1], 4)
     assert forward.expected_error == pytest.approx(backward.expected_error, abs=1e-12)
     assert forward.bin_counts.sum() == len(rows)
-    # |mean prediction - mean label| can only grow when it is taken bin by bin.
+    # |mean prediction - mean label| can only grow if it is computed per bin.
     assert forward.expected_error >= abs(probability.mean() - label.mean()) - 1e-12
 
 
@@ -174,7 +174,7 @@ def slow_ranks(scores: NDArray[np.float64], target: list[int], excluded: list[li
 
 @settings(deadline=None)
 @given(st.data())
-def test_ranks_equal_a_plain_loop_whatever_the_chunks(data: st.DataObject) -> None:
+def test_ranks_equal_a_plain_loop_for_any_chunk_size(data: st.DataObject) -> None:
     num_rows, num_items = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 8))
     item = st.integers(0, num_items - 1)
     cells = st.lists(st.integers(-2, 2), min_size=num_rows * num_items, max_size=num_rows * num_items)
@@ -191,7 +191,7 @@ def test_ranks_equal_a_plain_loop_whatever_the_chunks(data: st.DataObject) -> No
     np.testing.assert_array_equal(scores, original)
 
 
-def test_a_constant_score_earns_the_middle() -> None:
+def test_a_constant_score_ranks_in_the_middle() -> None:
     assert ranks_of_targets(np.zeros((4, 1001)), [0, 17, 500, 1000]).tolist() == [500] * 4
 
 
@@ -209,7 +209,7 @@ BAD = [
     (lambda: ndcg([1], 0), "k: must be at least 1"),
     (lambda: ranks_of_targets(np.array([[1.0, 2.0], [math.nan, 1.0]]), [0, 0]), "row 1 holds NaN"),
     (lambda: ranks_of_targets(np.zeros((2, 3)), [0, 3]), "target: columns must lie in 0..2"),
-    (lambda: ranks_of_targets(np.zeros((2, 3)), [0, 1, 2]), "target: needs one column a row"),
+    (lambda: ranks_of_targets(np.zeros((2, 3)), [0, 1, 2]), "target: needs one column per row"),
     (lambda: ranks_of_targets(np.zeros((2, 3)), [0.0, 1.0]), "target: needs one dimension of integers"),
     (lambda: ranks_of_targets(np.zeros(3), [0]), "scores: needs two dimensions"),
     (lambda: ranks_of_targets(np.zeros((1, 3)), [0], ([-1], [0, 1])), "excluded values: columns must lie"),

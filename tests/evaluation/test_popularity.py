@@ -1,4 +1,4 @@
-"""Popularity of recommendations: hand-computed figures, SciPy's correlation, and lists that are those of the ranks."""
+"""Popularity of recommendations: hand-computed numbers, SciPy's correlation, and lists that agree with the ranks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from tests.conftest import Served, small_config
+from vista.config import EvaluateConfig
 from vista.errors import ConfigError
 from vista.evaluation import metrics
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.evaluation.metrics import ranks_of_targets, top_items
 from vista.evaluation.popularity import (
     PopularityReport,
-    Recommendations,
     gini,
     popularity_deciles,
     popularity_report,
     spearman,
 )
+from vista.evaluation.recommended_lists import RecommendedLists
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
@@ -43,7 +44,8 @@ def test_gini_by_hand() -> None:
 
 
 def test_deciles_hold_a_tenth_of_the_events_each() -> None:
-    # 100 events: fifty items of one make deciles 0 to 4 together, by their common middle; 0 events are rarest of all.
+    # 100 events: fifty items with one event each share a decile, that of their common middle. Items without events are
+    # rarest.
     popularity = np.array([0] * 3 + [1] * 50 + [10, 11, 14, 15])
     assert popularity_deciles(popularity).tolist() == [0] * 3 + [2] * 50 + [5, 6, 7, 9]
     even = np.random.default_rng(0).permutation(np.arange(1000, 2000))
@@ -64,13 +66,13 @@ def test_spearman_equals_scipy(rows: list[tuple[int, int]]) -> None:
 def test_lists_by_hand() -> None:
     scores = np.array([[0.1, 0.9, 0.5, 0.7], [4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]], np.float32)
     excluded = (np.array([1, 0, 1, 2, 3, 2, 3]), np.array([0, 1, 5, 7]))
-    found = top_items(scores, np.array([2, 0, -1]), 2, excluded)
-    # Row 0 loses its best; row 1 keeps its label alone of all; row 2's label is unknown, so nothing is kept for it.
-    assert [sorted(row.tolist()) for row in found] == [[2, 3], [-1, 0], [0, 1]]
+    top = top_items(scores, np.array([2, 0, -1]), 2, excluded)
+    # Row 0 loses its best item. Row 1 keeps only its label. The label of row 2 is unknown, so no item is kept for it.
+    assert [sorted(row.tolist()) for row in top] == [[2, 3], [-1, 0], [0, 1]]
 
 
 @given(st.data())
-def test_a_label_is_in_the_list_where_its_rank_is_below_k(data: st.DataObject) -> None:
+def test_a_label_is_in_the_list_if_its_rank_is_below_k(data: st.DataObject) -> None:
     num_rows, num_items = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 9))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     scores = rng.permuted(np.tile(np.arange(num_items, dtype=np.float32), (num_rows, 1)), axis=1)
@@ -92,12 +94,12 @@ def test_a_label_is_in_the_list_where_its_rank_is_below_k(data: st.DataObject) -
 
 def test_a_report_by_hand() -> None:
     popularity = np.array([10, 10, 10, 70])  # deciles 1, 1, 1 (by their common middle, 15 %) and 6
-    found = Recommendations(4, 2)
-    found.add(np.array([[3.0, 2.0, 1.0, 4.0], [1.0, 2.0, 3.0, 4.0]], np.float32), np.array([0, 2]), None)
-    found.add(np.array([[1.0, 3.0, 2.0, 4.0]], np.float32), np.array([-1]), (np.array([1]), np.array([0, 1])))
-    assert found.counts.tolist() == [1, 0, 2, 3] and found.num_lists == 3
-    np.testing.assert_allclose(found.mean_scores, [5 / 3, 7 / 3, 2, 4])
-    report = popularity_report(popularity, found, np.array([1, 1, 4]), np.array([0, 2, -1]), np.array([4.0, 3, 2, 1]))
+    lists = RecommendedLists(4, 2)
+    lists.add(np.array([[3.0, 2.0, 1.0, 4.0], [1.0, 2.0, 3.0, 4.0]], np.float32), np.array([0, 2]), None)
+    lists.add(np.array([[1.0, 3.0, 2.0, 4.0]], np.float32), np.array([-1]), (np.array([1]), np.array([0, 1])))
+    assert lists.counts.tolist() == [1, 0, 2, 3] and lists.num_lists == 3
+    np.testing.assert_allclose(lists.mean_scores, [5 / 3, 7 / 3, 2, 4])
+    report = popularity_report(popularity, lists, np.array([1, 1, 4]), np.array([0, 2, -1]), np.array([4.0, 3, 2, 1]))
     assert report.coverage == 0.75
     assert report.gini == pytest.approx(gini(np.array([1, 0, 2, 3])))
     assert report.num_items.tolist() == [0, 3, 0, 0, 0, 0, 1, 0, 0, 0]
@@ -113,13 +115,15 @@ def test_a_report_by_hand() -> None:
 
 class TestEvaluation:
     @pytest.mark.parametrize("exclude_seen", [True, False])
-    def test_counts_are_those_of_the_scorers_lists(self, served: Served, exclude_seen: bool) -> None:
+    def test_counts_equal_those_of_the_scorers_lists(self, served: Served, exclude_seen: bool) -> None:
         log, seen = served.log, visible_counts(served.log, "leave-last-out")
         with Scorer.open(served.model, served.test_store) as scorer:
-            found = evaluate_scorer(
-                scorer, log, "test", exclude_seen=exclude_seen, top_k=[4, 10], users_per_batch=5, popularity=True
+            evaluation = evaluate_scorer(
+                scorer,
+                log,
+                EvaluateConfig(exclude_seen=exclude_seen, top_k=[4, 10], users_per_batch=5, popularity=True),
             )
-            plain = evaluate_scorer(scorer, log, "test", exclude_seen=exclude_seen, top_k=[4, 10])
+            plain = evaluate_scorer(scorer, log, EvaluateConfig(exclude_seen=exclude_seen, top_k=[4, 10]))
             shown: list[int] = []
             for row in np.flatnonzero(seen < log.lengths).tolist():
                 history = log.slice(row)
@@ -127,15 +131,15 @@ class TestEvaluation:
                 before = set(ids[: seen[row]]) - {ids[seen[row]]} if exclude_seen else set()
                 now = int(history.timestamp[seen[row]])
                 shown += scorer.rank(log.users.ids([row])[0], top_k=4, exclude=sorted(before), now=now).items.tolist()
-        report = found.popularity
+        report = evaluation.popularity
         assert report is not None and plain.popularity is None and report.k == 4
         counts = np.zeros(len(served.model.items), np.int64)
         np.add.at(counts, served.model.item_rows(np.array(shown)) - 1, 1)
         assert len(shown) == 4 * 14 and report.gini == pytest.approx(gini(counts))
         assert report.coverage == pytest.approx((counts > 0).mean())
-        assert found.metrics == pytest.approx(plain.metrics | report.metrics(), nan_ok=True)
+        assert evaluation.metrics == pytest.approx(plain.metrics | report.metrics(), nan_ok=True)
         hits = (report.label_share * np.nan_to_num(report.hit_rate)).sum()
-        assert hits == pytest.approx(found.metrics["hr@4"]), "the deciles' quality is that of the whole, taken apart"
+        assert hits == pytest.approx(evaluation.metrics["hr@4"]), "the deciles' quality adds up to the quality of all"
         train_events = item_counts(log, visible_counts(log, "leave-last-two-out"))
         assert report.training_gini == pytest.approx(gini(train_events))
 
@@ -148,12 +152,12 @@ class TestEvaluation:
             Scorer.open(asked, served.test_store) as scorer,
             pytest.raises(ConfigError, match=r"popularity=true: .* retrieval head was not trained"),
         ):
-            evaluate_scorer(scorer, served.log, "test", popularity=True)
+            evaluate_scorer(scorer, served.log, EvaluateConfig(popularity=True))
 
 
 @pytest.fixture(scope="module")
 def skewed_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
-    """Each item is followed by its neighbour half of the time, else by one that is drawn by popularity (Zipf)."""
+    """Half of the time each item is followed by its neighbor, else by an item drawn by popularity (Zipf)."""
     rng = np.random.default_rng(0)
     num_users, length, num_items = 150, 30, 60
     popularity = 1 / np.arange(1, num_items + 1)
@@ -179,20 +183,20 @@ def report_of(log: EventLog, folder: Path, strength: float, num_negatives: int, 
     model = train(config, log)
     refresh(model, log, folder / "store", until="leave-last-out")
     with Scorer.open(model, folder / "store") as scorer:
-        found = evaluate_scorer(scorer, log, "test", exclude_seen=False, top_k=[5], popularity=True).popularity
-    assert found is not None
-    return found
+        report = evaluate_scorer(scorer, log, EvaluateConfig(exclude_seen=False, top_k=[5], popularity=True)).popularity
+    assert report is not None
+    return report
 
 
-@pytest.mark.parametrize(("num_negatives", "power"), [(1000, 0.0), (30, 1.0)], ids=["whole-catalogue", "sampled"])
-def test_without_logq_strength_popularity_leaves_the_lists(
+@pytest.mark.parametrize(("num_negatives", "power"), [(1000, 0.0), (30, 1.0)], ids=["whole-catalog", "sampled"])
+def test_logq_strength_zero_removes_popularity_from_the_lists(
     skewed_log: EventLog, tmp_path: Path, num_negatives: int, power: float
 ) -> None:
     plain = report_of(skewed_log, tmp_path / "plain", 1.0, num_negatives, power)
     remedied = report_of(skewed_log, tmp_path / "remedied", 0.0, num_negatives, power)
     assert plain.num_items[7:].tolist() == [1, 1, 1]
     popular, left = plain.recommended_share[7:].sum(), remedied.recommended_share[7:].sum()
-    assert popular > 0.3, "three of sixty items take much of all lists"
-    assert left < min(popular / 3, 0.15), "5 % is their share of the items"
+    assert popular > 0.3, "three of sixty items take a large share of all lists"
+    assert left < min(popular / 3, 0.15), "they are 5 % of the items"
     assert remedied.score_correlation < plain.score_correlation - 0.2
-    assert plain.ndcg[7:].mean() > remedied.ndcg[7:].mean() + 0.1, "and that is what it costs"
+    assert plain.ndcg[7:].mean() > remedied.ndcg[7:].mean() + 0.1, "quality for popular labels drops"

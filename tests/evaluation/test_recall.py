@@ -1,4 +1,4 @@
-"""The metric "recall": windows lie in their bands, negatives are strangers, and an event is judged as written down."""
+"""The metric "recall": windows lie in their bands, negatives are new to the user, and the decoder judges events."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import Served
+from vista.config import EvaluateConfig
 from vista.errors import ConfigError
 from vista.evaluation import recall
-from vista.evaluation.evaluate import _check, _completed, evaluate_scorer
+from vista.evaluation.evaluate import _check, evaluate_scorer
 from vista.evaluation.recall import AGES, WINDOW, RecallReport, bands, measure_recall
 from vista.log.histories import Histories
 from vista.model.vista_model import VistaModel
@@ -36,8 +37,8 @@ def test_windows_lie_in_their_band(lengths: list[int], band: int, seed: int) -> 
         assert end is None or lengths[row] - start <= end
 
 
-def test_an_event_is_judged_by_the_decoders_distance(served: Served) -> None:
-    """Event by event: the decoder's prediction, the distance to what would have been embedded, the share beaten."""
+def test_shares_equal_a_loop_over_the_decoders_distances(served: Served) -> None:
+    """Event by event: the prediction, its distances to the event and to the negatives, and the share beaten."""
     log, model = served.log, served.model
     users = np.arange(6)
     histories = log.gather(users, log.lengths[users])
@@ -71,39 +72,38 @@ def test_an_event_is_judged_by_the_decoders_distance(served: Served) -> None:
             offsets, age = torch.tensor([0, length]), torch.tensor([len(rows) - start])
             predicted = model.decoder(summary[row : row + 1], events, offsets, age)
             for step in range(length):
-                strangers = [int(i) for i in negatives[place] if i not in set(rows.tolist())]
+                new_items = [int(i) for i in negatives[place] if i not in set(rows.tolist())]
                 own = (predicted[step] - events[step]).square().sum()
                 theirs = [
-                    (predicted[step] - _embed(model, history, gap, i, start + step)).square().sum() for i in strangers
+                    (predicted[step] - _embed(model, history, gap, i, start + step)).square().sum() for i in new_items
                 ]
-                if strangers:
+                if new_items:
                     expected.append(np.mean([float(own < each) + 0.5 * float(own == each) for each in theirs]))
                 place += 1
     np.testing.assert_allclose(shares, expected, atol=0.02)
 
 
 def _embed(model: VistaModel, history: Histories, gap: np.ndarray, item: int, t: int) -> torch.Tensor:
-    """The embedding of event t, had it been of `item`."""
+    """The embedding of event t with another item."""
     rating = None if history.rating is None else torch.tensor(history.rating[t])
     action = torch.tensor(int(history.action[t]))
     return model.encoder(model.item_vectors(torch.tensor(item)), action, torch.tensor(int(gap[t])), rating)
 
 
-def test_negatives_are_about_as_popular(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recall, "NEIGHBOURS", 2)
+def test_negatives_are_about_as_popular(served: Served) -> None:
     items = recall._Items(served.model, served.log)
     asked = np.repeat(items.by_popularity, 3)
-    drawn = items.alike(asked, np.random.default_rng(0))
+    drawn = items.alike(asked, np.random.default_rng(0), num_neighbors=2)
     step = np.abs(items.rank[drawn] - items.rank[asked][:, None])
     assert step.min() == 1 and step.max() == 2
 
 
-def test_the_same_summary_for_all_recalls_nothing(served: Served) -> None:
-    """A store whose records hold one summary: own and other are one question."""
+def test_equal_summaries_recall_nothing(served: Served) -> None:
+    """If all records hold one summary, own and other are the same."""
     with Scorer.open(served.model, served.exact_store) as scorer:
-        found = measure_recall(scorer, served.log, seed=1)
+        report = measure_recall(scorer, served.log, seed=1)
         again = measure_recall(scorer, served.log, seed=1)
-        assert found.num_events[0] > 0 and np.array_equal(found.own, again.own, equal_nan=True)
+        assert report.num_events[0] > 0 and np.array_equal(report.own, again.own, equal_nan=True)
         stored = scorer.store.get_many
 
         def alike(ids: object) -> object:
@@ -116,7 +116,7 @@ def test_the_same_summary_for_all_recalls_nothing(served: Served) -> None:
 
 
 class Recalling(torch.nn.Module):
-    """A decoder that knows a window's events if it is given the summary of their user, and else says nothing."""
+    """A decoder that predicts a window's events exactly from the summary of their user, and else predicts zeros."""
 
     def __init__(self, summaries: torch.Tensor, owners: list[set[bytes]]) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Recalling(torch.nn.Module):
         return out
 
 
-def test_own_and_other_are_not_taken_for_each_other(served: Served) -> None:
+def test_own_and_other_are_not_swapped(served: Served) -> None:
     log, model = served.log, copy.deepcopy(served.model)
     users = np.arange(log.num_users)
     with Scorer.open(model, served.exact_store) as scorer:
@@ -149,20 +149,20 @@ def test_own_and_other_are_not_taken_for_each_other(served: Served) -> None:
                 events = model.encoder(model.item_vectors(rows), action, gap, rating)
             owners.append({event.numpy().tobytes() for event in events})
         model.decoder = Recalling(summaries, owners)  # type: ignore[assignment]
-        found = measure_recall(scorer, log)
-    assert found.own[0] == 1.0 and found.other[0] < 0.9
+        report = measure_recall(scorer, log)
+    assert report.own[0] == 1.0 and report.other[0] < 0.9
 
 
 def test_report_and_refusal(served: Served) -> None:
     with Scorer.open(served.model, served.test_store) as scorer:
-        found = evaluate_scorer(scorer, served.log, "test", recall=True)
-    assert isinstance(found.recall, RecallReport)
-    assert set(found.recall.metrics()) == {f"recall/{band}" for band in bands()} <= set(found.metrics)
-    assert "age in events" in str(found)
+        evaluation = evaluate_scorer(scorer, served.log, EvaluateConfig(recall=True))
+    assert isinstance(evaluation.recall, RecallReport)
+    assert set(evaluation.recall.metrics()) == {f"recall/{band}" for band in bands()} <= set(evaluation.metrics)
+    assert "age in events" in str(evaluation)
 
 
 def test_a_model_without_summaries_is_refused(served: Served) -> None:
     config = replace(served.model.config, num_seeds=0)
     model = VistaModel(config, served.model.schema, served.model.items, served.model.data)
     with pytest.raises(ConfigError, match="no summaries"):
-        _check(model, served.log, "test", _completed(model, {"recall": True}))
+        _check(model, served.log, EvaluateConfig(recall=True))

@@ -1,4 +1,4 @@
-"""Batches from a log: what a pass holds, what it must not hold, and that it can be made again.
+"""Batches from a log: what a pass contains, what it must not contain, and that it is reproducible.
 
 Event i of the log is item i, so a batch can be read back.
 """
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from vista.config.choices import Decay, Split
 from vista.errors import ConfigError
-from vista.examples.batch_source import BatchSource, StoredSummaries, events_before
-from vista.examples.cuts import Batch
+from vista.examples.batch import Batch
+from vista.examples.batch_source import BatchSource, events_before
+from vista.examples.stored_summaries import StoredSummaries
 from vista.log.event_log import EventLog
 
 Int = NDArray[np.int64]
@@ -27,7 +28,7 @@ MS = 1000
 
 @dataclass(frozen=True)
 class World:
-    """A log and what it was made of; impressions [N] hold user row, time and item of each."""
+    """A log and the data that it was made from; `shown_*` [N] are the user, time and item of impressions."""
 
     log: EventLog
     time: Int
@@ -44,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     user = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
     # Seconds from 1000 to 1999, with ties; the last user is the only one with late events.
     time = np.concatenate([np.sort(rng.integers(1000, 1900 if u < 6 else 2000, n)) for u, n in enumerate(LENGTHS)])
-    shown_user = np.sort(rng.integers(0, len(LENGTHS) + 1, 150))  # user 7 has impressions alone
+    shown_user = np.sort(rng.integers(0, len(LENGTHS) + 1, 150))  # user 7 has impressions but no events
     shown_time = np.concatenate([np.sort(rng.integers(990, 2010, n)) for n in np.bincount(shown_user, minlength=8)])
     shown_item = np.arange(150) + len(time)
     log = EventLog.from_frame(
@@ -87,7 +88,7 @@ def items(world: World, batch: Batch, rows: torch.Tensor) -> Int:
 
 
 def labels(world: World, batch: Batch) -> Int:
-    return items(world, batch, batch.label)[batch.label.numpy() >= 0]
+    return items(world, batch, batch.labels.item)[batch.labels.item.numpy() >= 0]
 
 
 def whole_pass(made: BatchSource, epoch: int = 0) -> list[Batch]:
@@ -101,33 +102,33 @@ def visible_events(world: World) -> Int:
 
 
 def test_items_that_training_never_shows_are_negatives_too(world: World) -> None:
-    """Nothing else would keep their random vectors from the top of everybody's list."""
+    """Nothing else would keep their random vectors out of the top of users' lists."""
     rows = np.arange(world.log.num_items) + 5  # the vocabulary has four more items than the log
     config = TrainConfig(
         model=ModelConfig(dim=8, num_heads=2, tail_len=4), data=DataConfig(label_spacing=4, num_negatives=10**6)
     )
     batch = BatchSource(world.log, rows, config).batch(0, 0)
-    assert batch.rows[batch.negatives].tolist() == list(range(1, world.log.num_items + 5))
+    assert batch.rows[batch.negatives.item].tolist() == list(range(1, world.log.num_items + 5))
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.75, 0.0])
 def test_logq_strength_changes_nothing_but_the_adjustment(world: World, strength: float) -> None:
-    rows = np.arange(world.log.num_items) // 3 + 1  # three items of the log are one of the model, of 0 to 3 events
+    rows = np.arange(world.log.num_items) // 3 + 1  # three items of the log share one row of the model
 
     def tensors(optim: OptimConfig) -> dict[str, torch.Tensor]:
         data = DataConfig(tokens_per_batch=64, label_spacing=4, num_negatives=8, negative_power=1.0)
         model = ModelConfig(dim=8, num_heads=2, tail_len=4)
         return BatchSource(world.log, rows, TrainConfig(model=model, data=data, optim=optim)).batch(0, 0).tensors()
 
-    plain, found = tensors(OptimConfig()), tensors(OptimConfig(logq_strength=strength))
-    adjustment = found.pop("logit_adjustment", None)
-    assert found.keys() == plain.keys() and all(found[name].equal(plain[name]) for name in found)
+    plain, adjusted = tensors(OptimConfig()), tensors(OptimConfig(logq_strength=strength))
+    adjustment = adjusted.pop("logit_adjustment", None)
+    assert adjusted.keys() == plain.keys() and all(adjusted[name].equal(plain[name]) for name in adjusted)
     if strength == 1:
         assert adjustment is None
         return
     visible = world.log.items.rows(visible_events(world))  # event i is item i
     events = np.maximum(np.bincount(rows[visible], minlength=rows.max() + 1), 1)
-    used = found["rows"].numpy()
+    used = adjusted["rows"].numpy()
     assert len(np.unique(events[used])) > 2
     expected = (1 - strength) * np.log(events[used] / events[1:].sum())
     assert adjustment is not None and adjustment.dtype == torch.float32
@@ -144,70 +145,70 @@ def test_a_pass_labels_every_visible_event_once(world: World, options: dict[str,
     limit = options.get("chunk_len", options.get("model", {}).get("history_limit", 10**6))
     for epoch in (0, 1):
         batches = whole_pass(made, epoch)
-        found = np.concatenate([labels(world, batch) for batch in batches])
-        np.testing.assert_array_equal(np.sort(found), visible_events(world))
+        labeled = np.concatenate([labels(world, batch) for batch in batches])
+        np.testing.assert_array_equal(np.sort(labeled), visible_events(world))
         for batch in batches:
-            lengths = batch.offsets.diff()
+            lengths = batch.events.offsets.diff()
             assert int(lengths.max()) <= limit
-            assert len(batch.item) <= options.get("tokens_per_batch", 64) or len(lengths) == 1
+            assert len(batch.events.item) <= options.get("tokens_per_batch", 64) or len(lengths) == 1
 
 
 def test_hidden_events_are_nowhere(world: World) -> None:
-    """Their items may be negatives, as all of the catalogue are, but neither context nor label."""
+    """Their items may be negatives, like all items, but neither context nor labels."""
     hidden = np.setdiff1d(np.arange(len(world.time)), visible_events(world))
     late = np.flatnonzero(world.time >= 1700 * MS)
     for made, unseen in ((source(world), hidden), (time_split(world), late)):
         for batch in whole_pass(made):
-            assert not np.isin(items(world, batch, batch.item), unseen).any()
+            assert not np.isin(items(world, batch, batch.events.item), unseen).any()
             assert not np.isin(labels(world, batch), unseen).any()
 
 
-def test_a_batch_depends_on_seed_epoch_and_index_alone(world: World) -> None:
+def test_a_batch_depends_only_on_seed_epoch_and_index(world: World) -> None:
     made = source(world, unknown_share=0.2)
     forwards = whole_pass(made)
-    assert all(batch.hidden is not None for batch in forwards)
+    assert all(batch.events.hidden is not None for batch in forwards)
     again = source(world, unknown_share=0.2)
     again.batch(1, 0)
     for index in reversed(range(again.num_batches(0))):
         one, two = forwards[index].tensors(), again.batch(0, index).tensors()
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     other = whole_pass(made, 1)
-    assert any(not torch.equal(a.offsets, b.offsets) for a, b in zip(forwards, other, strict=False))
+    assert any(not torch.equal(a.events.offsets, b.events.offsets) for a, b in zip(forwards, other, strict=False))
 
 
 def shown_positions(world: World, batches: list[Batch]) -> dict[int, tuple[int, int, int, int]]:
     """{impressed item: (user row, events it may see in its chunk, the newest of them or -1, its gap)} of a pass."""
-    found = {}
+    positions = {}
     for batch in batches:
-        shown, event = items(world, batch, batch.candidate), items(world, batch, batch.item)
-        W, L = batch.label.shape[1], batch.tail_index.shape[1]
-        start = batch.cut_start[batch.window_cut].numpy()
-        for window, place in np.argwhere(batch.candidate_mask.numpy().any(-1)):
-            seen = L - W + 1 + int(batch.candidate_position[window, place])
-            tail = batch.tail_index[window, : max(seen, 0)].numpy()
+        shown, event = items(world, batch, batch.impressions.item), items(world, batch, batch.events.item)
+        W, L = batch.labels.item.shape[1], batch.windows.tail_index.shape[1]
+        start = batch.cuts.start[batch.windows.cut].numpy()
+        for window, place in np.argwhere(batch.impressions.mask.numpy().any(-1)):
+            seen = L - W + 1 + int(batch.impressions.position[window, place])
+            tail = batch.windows.tail_index[window, : max(seen, 0)].numpy()
             newest = int(tail[-1]) if len(tail) else -1
-            end = int(batch.tail_index[window, -1]) + 1
-            position = end - W + 1 + int(batch.candidate_position[window, place]) - int(start[window]) if end else 0
+            end = int(batch.windows.tail_index[window, -1]) + 1
+            position = end - W + 1 + int(batch.impressions.position[window, place]) - int(start[window]) if end else 0
             item = int(shown[window, place])
-            assert item not in found, "an impression is a label once"
-            chunk = np.searchsorted(batch.offsets.numpy(), start[window], side="right") - 1
-            gap = int(batch.candidate_gap[window, place])
-            user = int(batch.user[min(chunk, len(batch.user) - 1)])  # of a chunk without events: anyone's
-            found[item] = (user, position, int(event[newest]) if newest >= 0 else -1, gap)
-    return found
+            assert item not in positions, "an impression is used once"
+            chunk = np.searchsorted(batch.events.offsets.numpy(), start[window], side="right") - 1
+            gap = int(batch.impressions.gap[window, place])
+            user = int(batch.user[min(chunk, len(batch.user) - 1)])  # arbitrary for a chunk without events
+            positions[item] = (user, position, int(event[newest]) if newest >= 0 else -1, gap)
+    return positions
 
 
 @pytest.mark.parametrize("chunk_len", [16384, 16])
-def test_impressions_see_what_came_strictly_before_them(world: World, chunk_len: int) -> None:
+def test_impressions_see_the_events_strictly_before_them(world: World, chunk_len: int) -> None:
     made = time_split(world, chunk_len=chunk_len)
-    found = shown_positions(world, whole_pass(made))
+    positions = shown_positions(world, whole_pass(made))
     expected = np.flatnonzero(world.shown_time < 1700 * MS)
-    assert sorted(found) == (expected + len(world.time)).tolist()
+    assert sorted(positions) == (expected + len(world.time)).tolist()
     gaps = 0
     for number in expected:
         user, time = world.shown_user[number], world.shown_time[number]
         where = world.log.users.rows([user])[0]
-        row, position, newest, gap = found[number + len(world.time)]
+        row, position, newest, gap = positions[number + len(world.time)]
         if user == 7:
             assert (position, newest, gap) == (0, -1, 0), "a user without events before"
             continue
@@ -216,15 +217,15 @@ def test_impressions_see_what_came_strictly_before_them(world: World, chunk_len:
         assert newest == (world.offsets[user] + before.sum() - 1 if before.any() else -1)
         if chunk_len > 100:
             assert position == before.sum()
-        if newest >= 0 and gap:  # some windows do not know the time
+        if newest >= 0 and gap:  # some windows have no time
             gaps += 1
             assert gap == 1 + int(np.log2(1 + (time - world.time[newest]) // MS))
     assert gaps > 40
 
 
 @pytest.mark.parametrize("options", [{}, {"chunk_len": 16}, {"label_spacing": 1}], ids=str)
-def test_where_a_store_gives_summaries_labels_lie_after_what_it_saw(world: World, options: dict[str, Any]) -> None:
-    """And each window reads its own user's, and a tail that may begin before."""
+def test_with_stored_summaries_labels_lie_after_the_covered_events(world: World, options: dict[str, Any]) -> None:
+    """Each window reads the summary of its own user, and a tail that may begin before them."""
     since = 1400 * MS
     stored = StoredSummaries(since, lambda users: np.tile(users[:, None, None].astype(np.float32), (1, 2, 8)))
     made = time_split(world, stored=stored, **options)
@@ -236,26 +237,28 @@ def test_where_a_store_gives_summaries_labels_lie_after_what_it_saw(world: World
     first = np.array([(world.time[owner == user] < since).sum() for user in range(len(LENGTHS))])
     shown = []
     for batch in batches:
-        event, label = items(world, batch, batch.item), items(world, batch, batch.label)
-        W, L = batch.label.shape[1], batch.tail_index.shape[1]
+        event, label = items(world, batch, batch.events.item), items(world, batch, batch.labels.item)
+        W, L = batch.labels.item.shape[1], batch.windows.tail_index.shape[1]
         number = event - world.offsets[owner[event]]
         assert (number >= first[owner[event]] - L).all(), "histories are not read again"
-        assert batch.stored_summary is not None and len(batch.cut_stop) == len(batch.reconstruction_cut) == 0
-        read = batch.stored_summary[batch.window_cut, 0, 0].numpy()
-        impression = items(world, batch, batch.candidate) - len(world.time)
-        questions = [(w, j, label[w, j]) for w, j in np.argwhere(batch.label.numpy() >= 0)]
-        for w, place in np.argwhere(batch.candidate_mask.numpy().any(-1)):
-            found = impression[w, place]
-            shown.append(found)
-            user = world.shown_user[found]
+        assert batch.stored_summary is not None and len(batch.cuts.stop) == len(batch.reconstruction.cut) == 0
+        read = batch.stored_summary[batch.windows.cut, 0, 0].numpy()
+        impression = items(world, batch, batch.impressions.item) - len(world.time)
+        questions = [(w, j, label[w, j]) for w, j in np.argwhere(batch.labels.item.numpy() >= 0)]
+        for w, place in np.argwhere(batch.impressions.mask.numpy().any(-1)):
+            number_shown = impression[w, place]
+            shown.append(number_shown)
+            user = world.shown_user[number_shown]
             before = (
-                (world.time[world.offsets[user] :][: LENGTHS[user]] < world.shown_time[found]).sum() if user < 7 else 0
+                (world.time[world.offsets[user] :][: LENGTHS[user]] < world.shown_time[number_shown]).sum()
+                if user < 7
+                else 0
             )
-            questions.append((w, int(batch.candidate_position[w, place]), (user, before)))
+            questions.append((w, int(batch.impressions.position[w, place]), (user, before)))
         for w, j, asked in questions:
             user, before = asked if isinstance(asked, tuple) else (owner[asked], asked - world.offsets[owner[asked]])
             assert read[w] == where[user]
-            index = batch.tail_index[w, : L - W + 1 + j].numpy()
+            index = batch.windows.tail_index[w, : L - W + 1 + j].numpy()
             newest = world.offsets[min(user, 6)] + np.arange(max(0, before - len(index)), before)
             np.testing.assert_array_equal(event[index[index >= 0]], newest)
     assert sorted(shown) == np.flatnonzero((world.shown_time >= since) & (world.shown_time < 1700 * MS)).tolist()
@@ -268,38 +271,38 @@ def test_a_store_without_a_label_after_it_is_refused(world: World) -> None:
         time_split(world, stored=stored)
 
 
-def test_leave_last_out_hides_impressions_that_show_the_hidden_events(world: World) -> None:
-    """After its last visible event a user is shown what they then take: the label of validation and test."""
-    found = shown_positions(world, whole_pass(source(world)))
+def test_leave_last_out_hides_impressions_of_the_hidden_events(world: World) -> None:
+    """After the last visible event, impressions show items of hidden events, the labels of validation and test."""
+    positions = shown_positions(world, whole_pass(source(world)))
     for number, (user, time) in enumerate(zip(world.shown_user, world.shown_time, strict=True)):
         item = number + len(world.time)
         if user == 7:
-            assert item in found, "nothing of this user is hidden"
+            assert item in positions, "this user has no hidden events"
             continue
         length = LENGTHS[user]
         visible = world.time[world.offsets[user] :][: length - 2 if length >= 3 else length]
         hidden = length >= 3 and time > visible[-1]
-        assert (item in found) == (not hidden)
-    assert len(found) < len(world.shown_user)
+        assert (item in positions) == (not hidden)
+    assert len(positions) < len(world.shown_user)
 
 
 def test_features_follow_the_configuration(world: World) -> None:
     made = source(world, chunk_len=10)
     for batch in whole_pass(made):
-        event = items(world, batch, batch.item)
-        first = batch.offsets[:-1].numpy()
+        event = items(world, batch, batch.events.item)
+        first = batch.events.offsets[:-1].numpy()
         seconds = np.diff(world.time[np.minimum(event, len(world.time) - 1)], prepend=0) // MS
         expected = 1 + np.log2(1 + np.maximum(seconds, 0)).astype(int)
-        expected[first[batch.offsets.diff().numpy() > 0]] = 0
-        np.testing.assert_array_equal(batch.gap.numpy(), expected)
+        expected[first[batch.events.offsets.diff().numpy() > 0]] = 0
+        np.testing.assert_array_equal(batch.events.gap.numpy(), expected)
         known = event < len(world.time)
-        np.testing.assert_array_equal(batch.clock.numpy()[known], world.time[event[known]])
-        assert batch.rating is None
+        np.testing.assert_array_equal(batch.events.clock.numpy()[known], world.time[event[known]])
+        assert batch.events.rating is None
     for batch in whole_pass(source(world, model={"use_time": False})):
-        assert not batch.gap.any() and not batch.label_gap.any() and not batch.candidate_gap.any()
+        assert not batch.events.gap.any() and not batch.labels.gap.any() and not batch.impressions.gap.any()
     by_position = {"decay": Decay.position, "decay_horizons": [1.0, 2.0]}
     for batch in whole_pass(source(world, model=by_position)):
-        assert (batch.clock.diff() == 1).all()
+        assert (batch.events.clock.diff() == 1).all()
 
 
 def test_unknown_items_of_the_vocabulary_are_row_0(world: World) -> None:
@@ -308,15 +311,15 @@ def test_unknown_items_of_the_vocabulary_are_row_0(world: World) -> None:
     rows[:5] = 0
     config = TrainConfig(model=ModelConfig(dim=8, num_heads=2), data=DataConfig(tokens_per_batch=4096, num_negatives=8))
     batch = BatchSource(world.log, rows, config).batch(0, 0)
-    assert (batch.rows[batch.item] == 0).sum() == np.isin(np.arange(5), visible_events(world)).sum() > 0
-    # They are no answer to what comes next, right or wrong.
-    assert batch.label.min() == -1 and not (batch.rows[batch.label[batch.label >= 0]] == 0).any()
-    assert not (batch.rows[batch.negatives] == 0).any()
+    assert (batch.rows[batch.events.item] == 0).sum() == np.isin(np.arange(5), visible_events(world)).sum() > 0
+    # They are neither labels nor negatives.
+    assert batch.labels.item.min() == -1 and not (batch.rows[batch.labels.item[batch.labels.item >= 0]] == 0).any()
+    assert not (batch.rows[batch.negatives.item] == 0).any()
 
 
 def test_events_before(world: World) -> None:
     times = world.time[world.offsets[2] : world.offsets[3]]
     asked = np.concatenate([times, times + 1, [0, 2**60]])
-    found = events_before(world.log, 2, asked, 40)
-    np.testing.assert_array_equal(found, (times[None] < asked[:, None]).sum(1))
+    counts = events_before(world.log, 2, asked, 40)
+    np.testing.assert_array_equal(counts, (times[None] < asked[:, None]).sum(1))
     assert events_before(world.log, 2, np.array([2**60]), 10).tolist() == [10]

@@ -1,4 +1,4 @@
-"""Cutting: no label in its own context, every event a label once, staleness as asked for.
+"""Cutting: no label is in its own context, every event is a label once, and staleness follows the plan.
 
 Event i of a packed batch is item i + 1, impression j is item T + 1 + j, and the negatives are beyond both: so what a
 batch holds can be read back.
@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vista.config.choices import Decay, Mixing
-from vista.examples.cuts import Batch, Chunks, CutPlan, cut_batch, decay_clock
+from vista.examples.batch import Batch
+from vista.examples.chunks import ChunkImpressions, Chunks, decay_clock
+from vista.examples.cuts import CutPlan, cut_batch
 from vista.log.histories import ranges
 
 Int = NDArray[np.int64]
@@ -36,12 +38,14 @@ def coded_chunks(lengths: list[int], impressions: list[tuple[int, int]]) -> Chun
         gap=np.arange(total) % 7 + 1,
         clock=np.arange(total) * 10,
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        impression_chunk=owner,
-        impression_position=position,
-        impression_item=total + 1 + np.arange(shown),
-        impression_gap=np.arange(shown) % 5 + 1,
-        impression_label=(flags % 2).astype(np.float32),
-        impression_mask=flags % 3 > 0,
+        impressions=ChunkImpressions(
+            chunk=owner,
+            position=position,
+            item=total + 1 + np.arange(shown),
+            gap=np.arange(shown) % 5 + 1,
+            label=(flags % 2).astype(np.float32),
+            mask=flags % 3 > 0,
+        ),
     )
 
 
@@ -56,7 +60,6 @@ def cut(chunks: Chunks, seed: int = 0, **changes: Any) -> Batch:
         "staleness_share": 0.3,
         "unknown_share": 0.0,
         "reconstruction_len": 5,
-        "num_tasks": NUM_TASKS,
     }
     negatives = 10_000 + np.arange(3)
     plan = CutPlan(**{**options, **changes})
@@ -64,15 +67,15 @@ def cut(chunks: Chunks, seed: int = 0, **changes: Any) -> Batch:
 
 
 def label_events(batch: Batch) -> Int:
-    """[NW, W] packed event that is each position's label, -1 where there is none."""
-    rows, label = batch.rows.numpy(), batch.label.numpy()
+    """[NW, W] packed event that is each position's label, -1 if there is none."""
+    rows, label = batch.rows.numpy(), batch.labels.item.numpy()
     return np.where(label >= 0, rows[label] - 1, -1)
 
 
 def shown_impressions(batch: Batch) -> Int:
-    """[NW, I] number of the impression in each place, -1 where there is none."""
-    items = batch.rows.numpy()[batch.candidate.numpy()]
-    return np.where(items > 0, items - 1 - len(batch.item), -1)
+    """[NW, I] number of the impression in each place, -1 if there is none."""
+    items = batch.rows.numpy()[batch.impressions.item.numpy()]
+    return np.where(items > 0, items - 1 - len(batch.events.item), -1)
 
 
 @st.composite
@@ -100,37 +103,40 @@ def test_no_label_is_in_its_own_context(case: tuple[Chunks, int, dict[str, Any]]
     chunks, seed, options = case
     batch = cut(chunks, seed, **options)
     label, shown = label_events(batch), shown_impressions(batch)
-    W, L = label.shape[1], batch.tail_index.shape[1]
-    stop, start = batch.cut_stop.numpy()[batch.window_cut.numpy()], batch.cut_start.numpy()[batch.window_cut.numpy()]
-    for window, tail in enumerate(batch.tail_index.numpy()):
+    W, L = label.shape[1], batch.windows.tail_index.shape[1]
+    stop, start = (
+        batch.cuts.stop.numpy()[batch.windows.cut.numpy()],
+        batch.cuts.start.numpy()[batch.windows.cut.numpy()],
+    )
+    for window, tail in enumerate(batch.windows.tail_index.numpy()):
         # (first event that must not be seen, columns of the tail that are seen)
         asked = [(event, L - W + 1 + column) for column, event in enumerate(label[window]) if event >= 0]
         for place, impression in enumerate(shown[window]):
             if impression >= 0:
-                chunk = chunks.impression_chunk[impression]
-                event = chunks.offsets[chunk] + chunks.impression_position[impression]
-                asked.append((event, L - W + 1 + int(batch.candidate_position[window, place])))
+                chunk = chunks.impressions.chunk[impression]
+                event = chunks.offsets[chunk] + chunks.impressions.position[impression]
+                asked.append((event, L - W + 1 + int(batch.impressions.position[window, place])))
         for event, seen in asked:
             visible = tail[: max(seen, 0)]
             visible = visible[visible >= 0]
-            assert start[window] <= stop[window] <= event, "the summary has seen the label"
-            assert (visible < event).all(), "the tail has seen the label"
-            # And it is the newest there is, of this chunk alone.
+            assert start[window] <= stop[window] <= event, "the summary covers the label"
+            assert (visible < event).all(), "the tail holds the label"
+            # The tail holds the newest events before the label, of this chunk only.
             newest = np.arange(max(start[window], event - max(seen, 0)), event)
             np.testing.assert_array_equal(visible, newest)
 
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
-def test_what_a_cut_reads_is_what_it_says(case: tuple[Chunks, int, dict[str, Any]]) -> None:
+def test_cuts_cover_the_events_that_they_name(case: tuple[Chunks, int, dict[str, Any]]) -> None:
     chunks, seed, options = case
     batch = cut(chunks, seed, **options)
-    segment_offsets, bounds = batch.segment_offsets.numpy(), batch.segment_user_offsets.numpy()
-    # Segments tile the chunks.
+    segment_offsets, bounds = batch.cuts.segment_offsets.numpy(), batch.cuts.chunk_offsets.numpy()
+    # Segments cover the chunks without overlap.
     np.testing.assert_array_equal(segment_offsets[bounds], chunks.offsets)
     assert (np.diff(segment_offsets) > 0).all()
-    assert np.diff(segment_offsets).max(initial=0) <= batch.label.shape[1]
-    for segment, start, stop in zip(batch.cut_segment, batch.cut_start, batch.cut_stop, strict=True):
+    assert np.diff(segment_offsets).max(initial=0) <= batch.labels.item.shape[1]
+    for segment, start, stop in zip(batch.cuts.segment, batch.cuts.start, batch.cuts.stop, strict=True):
         assert start in chunks.offsets
         if segment < 0:
             assert start == stop
@@ -138,78 +144,79 @@ def test_what_a_cut_reads_is_what_it_says(case: tuple[Chunks, int, dict[str, Any
             assert segment_offsets[segment + 1] == stop
             owner = np.searchsorted(bounds, int(segment), side="right") - 1
             assert chunks.offsets[owner] == start
-    first, length = batch.reconstruction_start, batch.reconstruction_len
-    read = batch.reconstruction_cut
+    first, length = batch.reconstruction.start, batch.reconstruction.length
+    read = batch.reconstruction.cut
     assert (length > 0).all() and (length <= options.get("reconstruction_len", 5)).all()
-    assert (first >= batch.cut_start[read]).all() and (first + length <= batch.cut_stop[read]).all()
+    assert (first >= batch.cuts.start[read]).all() and (first + length <= batch.cuts.stop[read]).all()
 
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
-def test_everything_is_a_label_exactly_once_in_a_whole_pass(case: tuple[Chunks, int, dict[str, Any]]) -> None:
+def test_every_event_and_impression_is_a_label_once(case: tuple[Chunks, int, dict[str, Any]]) -> None:
     chunks, seed, options = case
     batch = cut(chunks, seed, **{**options, "windows_per_chunk": 0})
     label, shown = label_events(batch), shown_impressions(batch)
     np.testing.assert_array_equal(np.sort(label[label >= 0]), np.arange(len(chunks.item)))
-    np.testing.assert_array_equal(np.sort(shown[shown >= 0]), np.arange(len(chunks.impression_item)))
+    np.testing.assert_array_equal(np.sort(shown[shown >= 0]), np.arange(len(chunks.impressions.item)))
     kept = shown >= 0
-    np.testing.assert_array_equal(batch.candidate_label.numpy()[kept], chunks.impression_label[shown[kept]])
-    np.testing.assert_array_equal(batch.candidate_mask.numpy()[kept], chunks.impression_mask[shown[kept]])
-    assert not batch.candidate_mask.numpy()[~kept].any()
-    np.testing.assert_array_equal(batch.rows.numpy()[batch.negatives.numpy()], 10_000 + np.arange(3))
+    np.testing.assert_array_equal(batch.impressions.label.numpy()[kept], chunks.impressions.label[shown[kept]])
+    np.testing.assert_array_equal(batch.impressions.mask.numpy()[kept], chunks.impressions.mask[shown[kept]])
+    assert not batch.impressions.mask.numpy()[~kept].any()
+    np.testing.assert_array_equal(batch.rows.numpy()[batch.negatives.item.numpy()], 10_000 + np.arange(3))
 
 
 def test_features_travel_with_their_events() -> None:
     chunks = coded_chunks([9, 0, 14], [(0, 0), (0, 9), (2, 5)])
     batch = cut(chunks)
-    np.testing.assert_array_equal(batch.rows.numpy()[batch.item.numpy()], chunks.item)
-    for name in ("user", "action", "rating", "gap", "clock", "offsets"):
-        np.testing.assert_array_equal(getattr(batch, name).numpy(), getattr(chunks, name))
-    label, gap = label_events(batch), batch.label_gap.numpy()
+    np.testing.assert_array_equal(batch.rows.numpy()[batch.events.item.numpy()], chunks.item)
+    np.testing.assert_array_equal(batch.user.numpy(), chunks.user)
+    for name in ("action", "rating", "gap", "clock", "offsets"):
+        np.testing.assert_array_equal(getattr(batch.events, name).numpy(), getattr(chunks, name))
+    label, gap = label_events(batch), batch.labels.gap.numpy()
     known = (label >= 0) & ~np.isin(label, chunks.offsets[:-1])
     timeless = (gap == 0).all(1)
-    assert 0 < timeless.sum() < len(gap), "some requests have no clock, and most have"
+    assert 0 < timeless.sum() < len(gap), "some requests have no time, but most have one"
     np.testing.assert_array_equal(gap[known & ~timeless[:, None]], chunks.gap[label[known & ~timeless[:, None]]])
-    assert not gap[~known].any(), "nothing came before a first event, and padding has no gap"
+    assert not gap[~known].any(), "first events and padding have no gap"
     shown = shown_impressions(batch)
     with_clock = (shown >= 0) & ~timeless[:, None]
-    np.testing.assert_array_equal(batch.candidate_gap.numpy()[with_clock], chunks.impression_gap[shown[with_clock]])
+    np.testing.assert_array_equal(batch.impressions.gap.numpy()[with_clock], chunks.impressions.gap[shown[with_clock]])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_staleness_has_the_asked_share_and_mean(share: float) -> None:
+def test_staleness_has_the_planned_share_and_mean(share: float) -> None:
     spacing, mean = 4, 40.0
     chunks = coded_chunks([4000, 3999], [])
     batch = cut(chunks, 1, label_spacing=spacing, staleness_events=mean, staleness_share=share)
     begin = np.where((label := label_events(batch)) >= 0, label, len(chunks.item)).min(1)
     late = begin >= 500  # an earlier window cannot be that stale
     late &= ~((begin >= 4000) & (begin < 4500))
-    lag = begin[late] - batch.cut_stop.numpy()[batch.window_cut.numpy()][late]
+    lag = begin[late] - batch.cuts.stop.numpy()[batch.windows.cut.numpy()][late]
     assert (lag >= 0).all()
     assert abs((lag > 0).mean() - share) < 0.05
-    assert ((lag == 0).any()) == (share < 1), "fresh summaries belong to the draw"
+    assert ((lag == 0).any()) == (share < 1), "unless all are stale, some summaries are fresh"
     if share:
         # Rounded up to whole windows, which adds half a window.
         assert lag[lag > 0].mean() == pytest.approx(mean + spacing / 2, rel=0.15)
 
 
-def test_the_asked_share_of_events_is_shown_as_unknown_and_all_else_is_as_without() -> None:
+def test_hiding_a_share_of_events_changes_nothing_else() -> None:
     chunks = coded_chunks([4000, 3999], [(0, 3), (1, 9)])
     without, batch = cut(chunks, 1), cut(chunks, 1, unknown_share=0.2)
-    assert without.hidden is None and batch.hidden is not None
-    assert float(batch.hidden.float().mean()) == pytest.approx(0.2, abs=0.02)
-    assert batch.tensors().keys() - without.tensors().keys() == {"hidden"}
+    assert without.events.hidden is None and batch.events.hidden is not None
+    assert float(batch.events.hidden.float().mean()) == pytest.approx(0.2, abs=0.02)
+    assert batch.tensors().keys() - without.tensors().keys() == {"events.hidden"}
     for name, tensor in without.tensors().items():
         assert torch.equal(batch.tensors()[name], tensor), name
 
 
-def test_bidirectional_chunks_have_few_cuts_each_as_fresh_as_they_allow() -> None:
+def test_bidirectional_windows_read_the_newest_of_few_cuts() -> None:
     chunks = coded_chunks([400, 300], [])
     batch = cut(chunks, 3, mixing=Mixing.bidirectional, num_cuts=2)
-    cuts = list(zip(batch.cut_start.tolist(), batch.cut_stop.tolist(), strict=True))
+    cuts = list(zip(batch.cuts.start.tolist(), batch.cuts.stop.tolist(), strict=True))
     assert len(cuts) == len(set(cuts)) <= 2 * (2 + 1)
     begin = np.where((label := label_events(batch)) >= 0, label, len(chunks.item)).min(1)
-    for window, cut_index in enumerate(batch.window_cut.tolist()):
+    for window, cut_index in enumerate(batch.windows.cut.tolist()):
         start, stop = cuts[cut_index]
         assert stop == max(s for c, s in cuts if c == start and s <= begin[window])
 
@@ -218,17 +225,17 @@ def test_windows_per_chunk_bounds_the_windows_and_keeps_impressions() -> None:
     chunks = coded_chunks([400, 5, 300], [(0, 17), (0, 388), (2, 150)])
     for seed in range(20):
         batch = cut(chunks, seed, windows_per_chunk=3)
-        owner = np.searchsorted(batch.cut_start.numpy()[batch.window_cut.numpy()], chunks.offsets[1:])
+        owner = np.searchsorted(batch.cuts.start.numpy()[batch.windows.cut.numpy()], chunks.offsets[1:])
         assert (np.diff(owner, prepend=0) <= 3).all()
         shown = shown_impressions(batch)
         assert set(shown[shown >= 0].tolist()) == {0, 1, 2}
 
 
-def test_the_same_generator_cuts_the_same_batch_and_another_a_new_one() -> None:
+def test_the_generator_determines_the_batch() -> None:
     chunks = coded_chunks([50, 60], [(0, 3), (1, 60)])
     one, same, other = (cut(chunks, seed).tensors() for seed in (5, 5, 6))
     assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not torch.equal(one["segment_offsets"], other["segment_offsets"])
+    assert not torch.equal(one["cuts.segment_offsets"], other["cuts.segment_offsets"])
 
 
 def test_helpers() -> None:

@@ -1,4 +1,4 @@
-"""Frequencies: exact counts against a plain loop, and the count-min sketch against its promised bounds."""
+"""Item frequencies: exact counts against a plain loop, and the count-min sketch against its bounds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from vista.config import DataConfig, ModelConfig, TrainConfig
 from vista.errors import MissingDependencyError
-from vista.examples import frequency
 from vista.examples.batch_source import BatchSource
 from vista.examples.frequency import item_counts, sketched_item_counts
 from vista.log.event_log import EventLog
@@ -24,7 +23,7 @@ NUM_ITEMS = 2000
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
-    """300 users, Zipf-distributed items; the first user met them all, so that row r is item r."""
+    """300 users with Zipf-distributed items; the first user has them all, so that row r is item r."""
     rng = np.random.default_rng(0)
     items = np.concatenate([np.arange(NUM_ITEMS), rng.zipf(1.2, 30_000) % NUM_ITEMS])
     users = np.concatenate([np.zeros(NUM_ITEMS, np.int64), rng.integers(1, 300, 30_000)])
@@ -37,15 +36,12 @@ def some_counts(log: EventLog, seed: int) -> NDArray[np.int64]:
 
 
 @pytest.mark.parametrize("block_events", [1, 5000, 1 << 22])
-def test_exact_counts_are_those_of_a_plain_loop(
-    log: EventLog, block_events: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(frequency, "_BLOCK_EVENTS", block_events)
+def test_exact_counts_equal_a_plain_loop(log: EventLog, block_events: int) -> None:
     counts = some_counts(log, 1)
     expected = np.zeros(NUM_ITEMS, np.int64)
     for row in range(log.num_users):
         np.add.at(expected, log.slice(row, 0, counts[row]).item, 1)
-    np.testing.assert_array_equal(item_counts(log, counts), expected)
+    np.testing.assert_array_equal(item_counts(log, counts, block_events=block_events), expected)
 
 
 @settings(deadline=None, max_examples=25)
@@ -58,23 +54,24 @@ def test_an_estimate_is_never_too_small_and_seldom_beyond_its_bound(
     excess = sketched_item_counts(log, counts, relative_error=relative_error, confidence=confidence) - exact
     assert (excess >= 0).all()
     beyond = (excess > relative_error * exact.sum()).mean()
-    # The bound is Markov's, far from tight; that a sketch of so few counters errs at all shows that it is put to work.
+    # Markov's bound is far from tight. That so few counters err at all shows that the sketch is used.
     assert beyond <= 1 - confidence
     assert excess.any()
 
 
-def test_blocks_and_repetition_do_not_matter(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = sketched_item_counts(log, relative_error=0.01, confidence=0.9)
-    monkeypatch.setattr(frequency, "_BLOCK_EVENTS", 700)
-    np.testing.assert_array_equal(sketched_item_counts(log, relative_error=0.01, confidence=0.9), whole)
+def test_blocks_do_not_change_the_estimates(log: EventLog) -> None:
+    one_block, many_blocks = (
+        sketched_item_counts(log, relative_error=0.01, confidence=0.9, block_events=count) for count in (1 << 22, 700)
+    )
+    np.testing.assert_array_equal(many_blocks, one_block)
 
 
-def test_the_size_in_use_is_exact_where_its_bound_is_below_an_event_and_logs_it(
+def test_the_default_size_is_exact_for_a_small_log_and_is_logged(
     log: EventLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "vista.examples.frequency"):
-        found = sketched_item_counts(log)
-    np.testing.assert_array_equal(found, item_counts(log))
+        estimates = sketched_item_counts(log)
+    np.testing.assert_array_equal(estimates, item_counts(log))
     (line,) = caplog.messages
     assert "32000 events, 7 x 271829 counters (15.2 MB)" in line
     assert "with 99.9 % confidence at most 0.3 events too large" in line
@@ -94,8 +91,8 @@ def source(log: EventLog, frequencies: str) -> BatchSource:
     return BatchSource(log, np.arange(log.num_items) + 1, config)
 
 
-def test_batches_of_a_sketch_can_be_made_again(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batch i of epoch e depends on (seed, e, i) alone: a resumed run draws the same negatives."""
+def test_batches_from_a_sketch_are_reproducible(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run draws the same negatives."""
     coarse = partial(sketched_item_counts, relative_error=0.05, confidence=0.9)
     monkeypatch.setattr("vista.examples.batch_source.sketched_item_counts", coarse)
     first, resumed, exact = source(log, "count_min"), source(log, "count_min"), source(log, "exact")
@@ -104,7 +101,7 @@ def test_batches_of_a_sketch_can_be_made_again(log: EventLog, monkeypatch: pytes
     one, other, plain = first.batch(1, 2), resumed.batch(1, 2), exact.batch(1, 2)
     for name, tensor in one.tensors().items():
         assert tensor.equal(other.tensors()[name]), name
-    assert not one.negative_log_weight.equal(plain.negative_log_weight), "the estimates are what is drawn from"
+    assert not one.negatives.log_weight.equal(plain.negatives.log_weight), "negatives are drawn by the estimates"
 
 
 def test_a_missing_package_is_named(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:

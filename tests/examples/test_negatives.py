@@ -13,7 +13,7 @@ COUNTS = np.array([0, 1, 4, 0, 9, 100, 2, 50, 7, 0, 30], np.int64)
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("num_negatives", [1, 3, 7])
 def test_weights_are_unbiased(power: float, num_negatives: int) -> None:
-    """Each item's expected weight (0 where it is not drawn) is 1: so the weights' sum is the number of items."""
+    """The expected weight of each item (0 if it is not drawn) is 1, so the expected sum is the number of items."""
     sampler = NegativeSampler(COUNTS, num_negatives=num_negatives, power=power)
     rng = np.random.default_rng(0)
     passes = 8000
@@ -32,7 +32,7 @@ def test_weights_are_unbiased(power: float, num_negatives: int) -> None:
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0])
-def test_a_draw_is_distinct_sorted_and_no_more_than_asked(power: float) -> None:
+def test_draws_are_distinct_sorted_and_limited_in_number(power: float) -> None:
     sampler = NegativeSampler(np.arange(2000), num_negatives=300, power=power)
     for seed in range(20):
         items, log_weight = sampler.draw(np.random.default_rng(seed))
@@ -52,7 +52,7 @@ def test_power_draws_in_proportion_to_frequency() -> None:
 
 @pytest.mark.parametrize("power", [0.0, 0.7])
 @pytest.mark.parametrize("num_negatives", [8, 1000])
-def test_enough_negatives_are_the_whole_catalogue_once(power: float, num_negatives: int) -> None:
+def test_enough_negatives_include_every_item_once(power: float, num_negatives: int) -> None:
     sampler = NegativeSampler(COUNTS, num_negatives=num_negatives, power=power)
     items, log_weight = sampler.draw(np.random.default_rng(0))
     np.testing.assert_array_equal(items, np.flatnonzero(COUNTS))
@@ -66,6 +66,6 @@ def test_the_same_generator_draws_the_same() -> None:
     np.testing.assert_array_equal(one[1], two[1])
 
 
-def test_nothing_to_draw_from_is_refused() -> None:
+def test_a_log_without_items_is_refused() -> None:
     with pytest.raises(ValueError, match="no item occurs in training"):
         NegativeSampler(np.zeros(4, np.int64), num_negatives=2, power=0.0)

@@ -16,7 +16,7 @@ from tests.faults.nursery import Nursery
 from tests.faults.preload import compiled
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
-from vista.training.trainer import schema_of
+from vista.training.log_schema import schema_of
 
 
 def require_linux() -> None:

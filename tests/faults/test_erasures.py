@@ -18,7 +18,7 @@ from vista.store import StoreReader
 from vista.store.admin.store_compaction import compact_store
 from vista.store.admin.verification import verify_store
 from vista.store.erasure import erase
-from vista.training.trainer import schema_of
+from vista.training.log_schema import schema_of
 
 NUM_USERS = 60
 DAY = 86_400_000

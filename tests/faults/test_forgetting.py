@@ -11,8 +11,10 @@ from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Decay
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
-from vista.model import state_updates as incremental
-from vista.model.ranking_model import Schema
+from vista.model.history_states import history_states, range_states, reach
+from vista.model.schema import Schema
+from vista.model.state_updates import forget_events
+from vista.model.summary_state import merge
 from vista.model.vista_model import VistaModel
 
 HOUR = 3_600_000
@@ -39,7 +41,7 @@ def history_of(events: list[tuple[int, int]]) -> Histories:
 def exact_z(model: VistaModel, history: Histories) -> torch.Tensor:
     """Z of a history, in float64."""
     double = make_model().double()
-    state = incremental.history_states(double, history)
+    state = history_states(double, history)
     return state.z
 
 
@@ -56,11 +58,12 @@ def rounds(say: Say, seed: int, count: int) -> list[float]:
             now += int(rng.exponential(20 * HOUR)) + 1
             events.append((now, int(rng.integers(1, 51))))
         if new:
-            context = min(incremental.reach(model), len(events) - new)
-            state = incremental.append(model, state, history_of(events[-new - context :]), context)
+            context = min(reach(model), len(events) - new)
+            terms = range_states(model, history_of(events[-new - context :]), np.array([context]))
+            state = merge(state, terms, model.summarizer.decay_rate)
         while len(events) > 40 or (events and rng.random() < 0.5):
             gone = np.sort(rng.choice(len(events), min(len(events), int(rng.integers(1, 4))), replace=False))
-            state = incremental.forget_events(model, state, history_of(events), gone)
+            state = forget_events(model, state, history_of(events), gone)
             events = [event for place, event in enumerate(events) if place not in set(gone.tolist())]
         if number % 100 == 99 and events:
             exact = exact_z(model, history_of(events))

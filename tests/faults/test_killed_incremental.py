@@ -21,7 +21,7 @@ from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.store import StoreReader
 from vista.store.format.state_record import StateArrays
 from vista.store.lmdb.environment import SharedEnvironment
-from vista.training.trainer import schema_of
+from vista.training.log_schema import schema_of
 
 USERS_PER_BATCH = 2
 DAY = 86_400_000

@@ -7,6 +7,7 @@ from pathlib import Path
 from tests.conftest import Served
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
+from vista.config import EvaluateConfig
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
@@ -39,7 +40,7 @@ def evaluated(say: Say, log_path: str, model_dir: str, store: str, until: str, u
         files.close()
     with Scorer.open(model, store) as scorer:
         try:
-            evaluate_scorer(scorer, log, "test")
+            evaluate_scorer(scorer, log, EvaluateConfig())
         except (LeakageError, ConfigError) as error:
             return f"{type(error).__name__}: {error}"
     return "evaluated"

@@ -25,14 +25,13 @@ TIMED = ("tokens_per_s", "epoch_seconds", "seconds")
 
 def train(say: Say, log: str, run_dir: str, kill_at: int = 0) -> None:
     """Start or resume a run; die right before the n-th system call of all saves (0: do not die)."""
-    trainer.METRICS_EVERY = 1
     if kill_at:
         preload.watch(f"{run_dir}/checkpoints")
         preload.kill_at(preload.WRITES | preload.SYNCS | preload.NAMES, kill_at, signal.SIGKILL)
     opened = EventLog.open(log)
     config = small_config(opened, run_dir, optim__epochs=2, checkpoint_every=1)
     say("trains")
-    trainer.train(config, opened)
+    trainer.train(config, opened, metrics_every=1)
 
 
 def result(run_dir: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Decay
-from vista.examples.cuts import Batch, Chunks, CutPlan, cut_batch, decay_clock
+from vista.examples.batch import Batch
+from vista.examples.chunks import ChunkImpressions, Chunks, decay_clock
+from vista.examples.cuts import CutPlan, cut_batch
 from vista.log.gaps import gap_bucket, history_gaps
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
-from vista.model import inference
-from vista.model.ranking_model import Schema
+from vista.model.padded_tail import PaddedTail, pad_tail
+from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 
 Int = NDArray[np.int64]
@@ -36,7 +39,7 @@ def model(
     rating_range: tuple[float, float] | None = (1.0, 5.0),
     **config: Any,
 ) -> VistaModel:
-    """A model in eval mode whose every parameter matters: biases and the like do not stay at 0."""
+    """A model in eval mode in which every parameter matters: noise keeps biases and the like from being 0."""
     torch.manual_seed(seed)
     options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
     built = VistaModel(
@@ -52,7 +55,7 @@ def model(
 
 
 def histories(lengths: list[int], seed: int = 0, *, num_items: int = NUM_ITEMS, days: float = 30.0) -> Histories:
-    """Packed histories of model rows; times rise, often by nothing."""
+    """Packed histories of model rows. Times ascend, and a fifth of them repeat."""
     rng = np.random.default_rng(seed)
     total = sum(lengths)
     mean_gap = days * 24 * HOUR / max(max(lengths, default=1), 1)
@@ -71,7 +74,7 @@ def histories(lengths: list[int], seed: int = 0, *, num_items: int = NUM_ITEMS, 
 def chunks(
     packed: Histories, seed: int = 0, *, impressions: int = 0, num_items: int = NUM_ITEMS, decay: Decay = Decay.none
 ) -> tuple[Chunks, Int]:
-    """The whole histories as chunks, with impressions at random positions; and the impressions' times in ms."""
+    """Whole histories as chunks, with impressions at random positions; and the times of the impressions in ms."""
     rng = np.random.default_rng([seed, 1])
     num_users = packed.num_users if packed.num_users else 0
     owner = np.sort(rng.integers(0, max(num_users, 1), impressions if num_users else 0))
@@ -89,18 +92,20 @@ def chunks(
         gap=history_gaps(packed.timestamp, packed.offsets),
         clock=decay_clock(decay, packed.timestamp),
         offsets=packed.offsets,
-        impression_chunk=owner,
-        impression_position=position,
-        impression_item=rng.integers(1, num_items + 1, len(owner)),
-        impression_gap=np.where(position > 0, gap_bucket(time - last), 0),
-        impression_label=rng.integers(0, 2, (len(owner), len(TASKS))).astype(np.float32),
-        impression_mask=rng.random((len(owner), len(TASKS))) < 0.8,
+        impressions=ChunkImpressions(
+            chunk=owner,
+            position=position,
+            item=rng.integers(1, num_items + 1, len(owner)),
+            gap=np.where(position > 0, gap_bucket(time - last), 0),
+            label=rng.integers(0, 2, (len(owner), len(TASKS))).astype(np.float32),
+            mask=rng.random((len(owner), len(TASKS))) < 0.8,
+        ),
     )
     return made, time
 
 
 def plan(model: VistaModel, **changes: Any) -> CutPlan:
-    """How the model's chunks are cut: every window, no staleness unless asked for."""
+    """How chunks are cut for a model: all windows, and no staleness unless `changes` has some."""
     options = {
         "mixing": model.config.mixing,
         "tail_len": model.config.tail_len,
@@ -111,32 +116,65 @@ def plan(model: VistaModel, **changes: Any) -> CutPlan:
         "staleness_share": 0.0,
         "unknown_share": 0.0,
         "reconstruction_len": 6,
-        "num_tasks": len(TASKS),
     }
     return CutPlan(**{**options, **changes})
 
 
 def batch(made: Chunks, cut_plan: CutPlan, seed: int = 0, *, num_items: int = NUM_ITEMS) -> Batch:
-    """Cut with all items as negatives."""
+    """A batch with all items as negatives."""
     negatives = np.arange(1, num_items + 1)
     return cut_batch(made, cut_plan, np.random.default_rng(seed), negatives, np.zeros(num_items, np.float32))
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Where the predictions of a batch belong: [NW, W] next items, or [NW, I] impressions."""
+
+    chunk: Int
+    position: Int
+    """Events of the chunk that come before; -1 in the padding."""
+    number: Int
+    """Packed index of the label, or index of the impression."""
+
+
+def predictions(made: Chunks, cut_plan: CutPlan, seed: int = 0) -> tuple[Predictions, Predictions]:
+    """What a batch predicts: next items and impressions.
+
+    The draws of `cut_batch` do not depend on items. So a batch whose items are numbers, 1000 + i for event i and
+    2000 + j for impression j, is cut like the batch of the real items, and shows what lies where.
+    """
+    numbers = np.arange(len(made.impressions.item))
+    coded = replace(
+        made, item=1000 + np.arange(len(made.item)), impressions=replace(made.impressions, item=2000 + numbers)
+    )
+    cut = batch(coded, cut_plan, seed)
+    rows = cut.rows.numpy()
+    event = np.where(cut.labels.item.numpy() >= 0, rows[cut.labels.item.numpy()] - 1000, -1)
+    chunk = np.searchsorted(made.offsets, event, side="right") - 1
+    next_items = Predictions(chunk, np.where(event >= 0, event - made.offsets[chunk], -1), event)
+    number = np.maximum(rows[cut.impressions.item.numpy()] - 2000, -1)
+    if number.size == 0:
+        return next_items, Predictions(number, number, number)
+    position = np.where(number >= 0, made.impressions.position[number], -1)
+    return next_items, Predictions(made.impressions.chunk[number], position, number)
 
 
 def outputs(model: VistaModel, cut: Batch) -> tuple[Tensor, Tensor]:
     """(user vectors [NW, W, M], task logits [NW, I, tasks]) as training computes them."""
     with torch.no_grad():
         vectors = model.item_vectors(cut.rows)
-        shown = model.shown_vectors(cut, vectors)
-        events = model.encoder(shown, cut.action, cut.gap, cut.rating)
-        context = model.window_context(cut, shown, model.cut_summaries(cut, events))
+        events = cut.events
+        shown = model.shown_vectors(events, vectors)
+        encoded = model.encoder(shown, events.action, events.gap, events.rating)
+        context = model.window_context(cut, shown, model.cut_summaries(cut, encoded))
         return model.window_users(cut, context), model.window_logits(cut, vectors, context)
 
 
-def tail(model: VistaModel, packed: Histories, lengths: Int | int | None = None) -> inference.PaddedTail:
+def tail(model: VistaModel, packed: Histories, lengths: Int | int | None = None) -> PaddedTail:
     """Padded tails of the newest `lengths` (model.tail_len) events of each history."""
     keep = np.minimum(packed.lengths, model.config.tail_len if lengths is None else lengths)
     last = packed.select(packed.lengths - keep, packed.lengths)
-    return inference.pad_tail(model, last.item, last.timestamp, last.action, last.offsets)
+    return pad_tail(model, last.item, last.timestamp, last.action, last.offsets)
 
 
 @pytest.fixture(scope="session")
@@ -148,6 +186,7 @@ def make() -> SimpleNamespace:
         chunks=chunks,
         plan=plan,
         batch=batch,
+        predictions=predictions,
         outputs=outputs,
         tail=tail,
         num_items=NUM_ITEMS,

@@ -33,8 +33,8 @@ net = model.torch_model.double().eval()
 with torch.no_grad():
     for key, parameter in net.named_parameters():
         if "norm" in key and key.endswith("bias"):
-            continue  # ours have none; they are 0 here
-        # Numbers of float32, in which RecTools' HSTU adds its biases whatever the weights are.
+            continue  # our layers have no biases, so these are 0 here
+        # Float32 numbers, because RecTools' HSTU adds its biases in float32 regardless of the weights.
         parameter.copy_((torch.randn_like(parameter) * 0.2 + ("norm" in key)).float())
     x = np.zeros((3, LENGTH), np.int64)
     for row, length in enumerate((LENGTH, 7, 1)):

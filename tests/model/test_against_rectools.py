@@ -1,4 +1,4 @@
-"""With RecTools' weights, SASRec and HSTU compute RecTools' states: the same function, but for what is written here."""
+"""With RecTools' weights, SASRec and HSTU compute RecTools' states. Comments name the differences."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.hstu import HSTU
 from vista.model.baselines.padded_tiles import tiles
 from vista.model.baselines.sasrec import SASRec
-from vista.model.baselines.sequence_model import EventVectors
-from vista.model.ranking_model import Schema, class_of
+from vista.model.baselines.sequence_model import EmbeddedSequences
+from vista.model.registry import ARCHITECTURES
+from vista.model.schema import Schema
 
 NUM_ITEMS = 50
 HEADS = 2
@@ -43,7 +44,7 @@ def test_states_are_those_of_rectools(name: str, tmp_path: Path) -> None:
         architecture=Architecture(name.lower()), dim=dim, num_heads=HEADS, history_limit=length, dropout=0.0
     )
     items = Vocabulary.from_ids(np.arange(NUM_ITEMS))
-    model = class_of(config.architecture)(config, Schema(["view"], False, None, []), items, DataConfig())
+    model = ARCHITECTURES[config.architecture](config, Schema(["view"], False, None, []), items, DataConfig())
     model = model.double().eval()
     model.item_table.copy_(theirs["item_model.item_net_blocks.0.ids_emb.weight"])
     copied = copy_sasrec(model, theirs) if isinstance(model, SASRec) else copy_hstu(model, theirs)  # type: ignore[arg-type]
@@ -54,7 +55,7 @@ def test_states_are_those_of_rectools(name: str, tmp_path: Path) -> None:
         item = x[x > 0]
         # RecTools' positions count from the newest event.
         model.position[: len(item)] = theirs["pos_encoding_layer.pos_emb.weight"][: len(item)].flip(0)
-        events = EventVectors(model.item_table[item], torch.arange(len(item)), np.array([0, len(item)]))
+        events = EmbeddedSequences(model.item_table[item], torch.arange(len(item)), np.array([0, len(item)]))
         (tile,) = tiles(events.offsets, torch.device("cpu"))
         states, _ = model._encode(events, tile)
         torch.testing.assert_close(states[0, 1:], expected[-len(item) :], rtol=1e-12, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Bidirectional mixing: the paper's set attention, against its formula, and what order means to it."""
+"""Bidirectional mixing: the paper's set attention against its formula, and the role of order."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.nn.functional import silu
 from vista.config.choices import Mixing, Normalization
 from vista.log.histories import Histories
 from vista.model import inference
-from vista.model import state_updates as incremental
+from vista.model.history_states import embed
 from vista.model.vista_model import VistaModel
 
 
 def formula(model: VistaModel, history: Histories) -> Tensor:
-    """[S, M] in float64: history and seeds are one set, all write and all read at every layer."""
+    """[S, M] in float64: history and seeds are one set; all write and all read at every layer."""
     exact = copy.deepcopy(model).double()
     stage = exact.summarizer
     assert stage is not None
     with torch.no_grad():
-        events, inside, _ = incremental.embed(exact, history)
+        events, inside, _ = embed(exact, history)
         x = torch.cat([stage.tokens(events, inside), stage.seeds])
         for layer in stage.layers:
             h = layer.norm(x)
@@ -55,16 +55,13 @@ def test_summaries_are_the_papers_set_attention(
 
 
 @pytest.mark.parametrize("conv_width", [1, 3])
-def test_a_long_history_is_summarized_slice_by_slice(
-    make: SimpleNamespace, conv_width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_history_is_summarized_slice_by_slice(make: SimpleNamespace, conv_width: int) -> None:
     model = make.model(seed=1, mixing=Mixing.bidirectional, num_layers=3, conv_width=conv_width)
     packed = make.histories([0, 1, 30, 2, 9, 16], 1)
     whole = inference.summarize(model, packed)
-    monkeypatch.setattr(inference, "slice_len", lambda model: 8)
-    sliced = inference.summarize(model, packed)
+    sliced = inference.summarize(model, packed, slice_len=8)
     torch.testing.assert_close(sliced, whole, atol=2e-6, rtol=1e-5)
-    assert not torch.equal(sliced[2], whole[2])  # another order of summation: it was really cut
+    assert not torch.equal(sliced[2], whole[2])  # another order of summation, so it was sliced
 
 
 def permuted(history: Histories, seed: int) -> Histories:
@@ -78,7 +75,7 @@ def permuted(history: Histories, seed: int) -> Histories:
 
 @pytest.mark.parametrize("mixing", Mixing)
 @pytest.mark.parametrize(("conv_width", "has_time"), [(1, False), (3, False), (1, True)])
-def test_order_matters_through_convolution_and_gaps_alone(
+def test_order_matters_only_through_convolution_and_gaps(
     make: SimpleNamespace, mixing: Mixing, conv_width: int, has_time: bool
 ) -> None:
     model = make.model(seed=2, mixing=mixing, conv_width=conv_width, has_time=has_time)
@@ -91,7 +88,7 @@ def test_order_matters_through_convolution_and_gaps_alone(
 
 
 def test_gradients_are_those_of_the_formula(make: SimpleNamespace) -> None:
-    """The last layer computes the seeds' outputs alone; what it leaves out has no gradient to lose."""
+    """The last layer computes only the seeds' outputs. The outputs it leaves out have no gradient."""
     model = make.model(seed=3, mixing=Mixing.bidirectional, conv_width=1).double()
     stage = model.summarizer
     assert stage is not None
@@ -102,7 +99,7 @@ def test_gradients_are_those_of_the_formula(make: SimpleNamespace) -> None:
     assert all(p.grad is not None and p.grad.any() for p in stage.parameters())
 
 
-def test_events_change_nobody_elses_summary(make: SimpleNamespace) -> None:
+def test_events_do_not_change_summaries_of_other_users(make: SimpleNamespace) -> None:
     model = make.model(seed=4, mixing=Mixing.bidirectional)
     packed = make.histories([8, 8], 5)
     item = packed.item.copy()

@@ -1,4 +1,4 @@
-"""DIN, SIM and TWIN: the published formulas, event by event; and nothing but its own events has a say in a score."""
+"""DIN, SIM and TWIN: the published formulas, event by event; and a score depends only on its user's events."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from vista.errors import ConfigError
 from vista.log.gaps import gap_bucket
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines import candidate_model, search_model
-from vista.model.baselines import padded_tiles as tiles
 from vista.model.baselines.candidate_model import CandidateModel
 from vista.model.baselines.din import DIN
 from vista.model.baselines.search_model import newest_of_highest
 from vista.model.baselines.sim import SIM
 from vista.model.baselines.twin import TWIN
-from vista.model.ranking_model import RankingModel, Schema, class_of
+from vista.model.registry import ARCHITECTURES, load_model
+from vista.model.schema import Schema
 
 LENGTHS = [0, 1, 9, 4, 0, 7, 12, 30]
 HOUR = 3_600_000
@@ -36,7 +35,7 @@ LIMITED = [("din", 6), ("sim", 0), ("sim", 8), ("sim-hard", 0), ("sim-hard", 8),
 def baseline(
     make: SimpleNamespace, name: str, *, limit: int = 0, top_k: int = 4, has_time: bool = True, embedding_rows: int = 0
 ) -> CandidateModel:
-    """A small model in float64 whose every parameter matters."""
+    """A small float64 model in which every parameter matters."""
     torch.manual_seed(1)
     limit = limit or (6 if name == "din" else 0)
     config = ModelConfig(
@@ -52,7 +51,7 @@ def baseline(
     )
     items = Vocabulary.from_ids(np.arange(make.num_items) + 100)
     schema = Schema(["view", "click", "buy"], has_time, (1.0, 5.0), ["click", "like"], has_retrieval=False)
-    model = class_of(config.architecture)(config, schema, items, DataConfig()).double().eval()
+    model = ARCHITECTURES[config.architecture](config, schema, items, DataConfig()).double().eval()
     assert isinstance(model, CandidateModel)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -70,12 +69,12 @@ def requests(make: SimpleNamespace, lengths: list[int], seed: int) -> tuple[Hist
     return packed, now, torch.from_numpy(rng.integers(0, make.num_items + 1, (len(lengths), 6)))
 
 
-# The formulas, one event after the other ---------------------------------------------------------------------------
+# The formulas, event by event ---------------------------------------------------------------------------------------
 
 
-def age_of(model: CandidateModel, alone: Histories, event: int) -> int:
+def age_of(model: CandidateModel, history: Histories, event: int) -> int:
     """Bucket of the time, or of the number of events, from an event to the newest."""
-    clock = alone.timestamp if model.encoder.gap is not None else 1000 * np.arange(alone.num_events)
+    clock = history.timestamp if model.encoder.gap is not None else 1000 * np.arange(history.num_events)
     return int(gap_bucket(np.array(clock[-1] - clock[event])))
 
 
@@ -84,17 +83,19 @@ def item_of(model: CandidateModel, row: int) -> Tensor:
     return model.item_vectors(torch.tensor(row)) * 4
 
 
-def event_of(model: CandidateModel, alone: Histories, event: int) -> Tensor:
+def event_of(model: CandidateModel, history: Histories, event: int) -> Tensor:
     """[M]: item, action and rating."""
-    assert model.encoder.action is not None and model.encoder.rating is not None and alone.rating is not None
-    vector = item_of(model, int(alone.item[event])) + 4 * model.encoder.action(torch.tensor(alone.action[event]).long())
-    return vector + (float(alone.rating[event]) - 3) / 2 * model.encoder.rating * 4
+    assert model.encoder.action is not None and model.encoder.rating is not None and history.rating is not None
+    vector = item_of(model, int(history.item[event])) + 4 * model.encoder.action(
+        torch.tensor(history.action[event]).long()
+    )
+    return vector + (float(history.rating[event]) - 3) / 2 * model.encoder.rating * 4
 
 
-def din_by_event(model: DIN, alone: Histories, query: Tensor) -> Tensor:
+def din_by_event(model: DIN, history: Histories, query: Tensor) -> Tensor:
     total = torch.zeros_like(query)
-    for event in range(max(0, alone.num_events - model.config.history_limit), alone.num_events):
-        key = event_of(model, alone, event) + model.age.weight[age_of(model, alone, event)]
+    for event in range(max(0, history.num_events - model.config.history_limit), history.num_events):
+        key = event_of(model, history, event) + model.age.weight[age_of(model, history, event)]
         hidden = model.activation(model.activation_in(torch.cat([query, key, query - key, query * key])))
         total = total + model.activation_out(hidden) * key
     return total
@@ -117,69 +118,69 @@ def highest(scores: dict[int, float], count: int) -> list[int]:
     return sorted(scores, key=lambda event: (np.float32(scores[event]), event))[-count:]
 
 
-def visible(model: CandidateModel, alone: Histories) -> range:
+def visible(model: CandidateModel, history: Histories) -> range:
     limit = model.config.history_limit
-    return range(max(0, alone.num_events - limit) if limit else 0, alone.num_events)
+    return range(max(0, history.num_events - limit) if limit else 0, history.num_events)
 
 
-def sim_by_event(model: SIM, alone: Histories, candidate: int, query: Tensor, count: int) -> Tensor:
-    items = [item_of(model, int(row)) for row in alone.item]
+def sim_by_event(model: SIM, history: Histories, candidate: int, query: Tensor, count: int) -> Tensor:
+    items = [item_of(model, int(row)) for row in history.item]
     if model.category is None:
-        scores = {j: float(model.of_candidate(query) @ model.of_event(items[j])) for j in visible(model, alone)}
+        scores = {j: float(model.of_candidate(query) @ model.of_event(items[j])) for j in visible(model, history)}
     else:
-        category = [int(model.category[row]) for row in alone.item]
+        category = [int(model.category[row]) for row in history.item]
         wanted = int(model.category[candidate])
-        scores = {j: 0.0 for j in visible(model, alone) if category[j] == wanted != 0}
+        scores = {j: 0.0 for j in visible(model, history) if category[j] == wanted != 0}
     keys, values = [], []
     for event in highest(scores, count):
-        age = age_of(model, alone, event)
-        keys.append(model.key(event_of(model, alone, event)) + model.age_key.weight[age])
-        values.append(model.value(event_of(model, alone, event)) + model.age_value.weight[age])
+        age = age_of(model, history, event)
+        keys.append(model.key(event_of(model, history, event)) + model.age_key.weight[age])
+        values.append(model.value(event_of(model, history, event)) + model.age_value.weight[age])
     return heads_by_event(model.query(query), keys, values, [torch.zeros(2)] * len(keys))
 
 
-def sim_search_by_event(model: SIM, alone: Histories, query: Tensor) -> Tensor:
+def sim_search_by_event(model: SIM, history: Histories, query: Tensor) -> Tensor:
     """Task logits of the search unit."""
-    seen = visible(model, alone)
+    seen = visible(model, history)
     total = torch.zeros_like(query)
     for event in seen:
-        item = item_of(model, int(alone.item[event]))
+        item = item_of(model, int(history.item[event]))
         total = total + (model.of_candidate(query) @ model.of_event(item)) * item / len(seen)
     logits: Tensor = model.search_network(torch.cat([total, query]))
     return logits
 
 
-def twin_by_event(model: TWIN, alone: Histories, query: Tensor, count: int) -> Tensor:
+def twin_by_event(model: TWIN, history: Histories, query: Tensor, count: int) -> Tensor:
     assert model.action_bias is not None
     keys, values, bias, scores = {}, {}, {}, {}
     projected = model.query(query)
-    for event in visible(model, alone):
-        age, action = age_of(model, alone, event), int(alone.action[event])
-        keys[event] = model.key(item_of(model, int(alone.item[event])))
-        values[event] = model.value(event_of(model, alone, event)) + model.age_value.weight[age]
+    for event in visible(model, history):
+        age, action = age_of(model, history, event), int(history.action[event])
+        keys[event] = model.key(item_of(model, int(history.item[event])))
+        values[event] = model.value(event_of(model, history, event)) + model.age_value.weight[age]
         bias[event] = model.age_bias.weight[age] + model.action_bias.weight[action]
         by_head = [projected[:8] @ keys[event][:8], projected[8:] @ keys[event][8:]]
         scores[event] = float(sum(by_head) / 8**0.5 + bias[event].sum())
-    found = highest(scores, count)
+    picked = highest(scores, count)
     mixed: Tensor = model.out(
-        heads_by_event(projected, *([each[event] for event in found] for each in (keys, values, bias)))
+        heads_by_event(projected, *([each[event] for event in picked] for each in (keys, values, bias)))
     )
     return mixed
 
 
 def logits_by_event(
-    model: CandidateModel, alone: Histories, candidate: int, gap: Tensor | None, count: int | None = None
+    model: CandidateModel, history: Histories, candidate: int, gap: Tensor | None, count: int | None = None
 ) -> Tensor:
-    """Task logits of one candidate of one user; `count` events are found."""
+    """Task logits of one candidate of one user, whose search finds `count` events."""
     query = item_of(model, candidate) if gap is None else item_of(model, candidate) + 4 * gap
     count = model.config.search_top_k if count is None else count
     if isinstance(model, DIN):
-        interest = din_by_event(model, alone, query)
+        interest = din_by_event(model, history, query)
     elif isinstance(model, SIM):
-        interest = sim_by_event(model, alone, candidate, query, count)
+        interest = sim_by_event(model, history, candidate, query, count)
     else:
         assert isinstance(model, TWIN)
-        interest = twin_by_event(model, alone, query, count)
+        interest = twin_by_event(model, history, query, count)
     logits: Tensor = model.network(torch.cat([interest, query, interest * query]))
     return logits
 
@@ -190,14 +191,14 @@ def logits_by_event(
 def test_a_score_is_the_published_formula(
     make: SimpleNamespace, name: str, limit: int, has_time: bool, rows: int
 ) -> None:
-    """Of users without events, of fewer than a search finds, and of more; and over a unified table too."""
+    """For users without events, with fewer than a search finds, and with more; also over a unified table."""
     model = baseline(make, name, limit=limit, has_time=has_time, embedding_rows=rows)
     packed, now, candidates = requests(make, LENGTHS, 3)
-    found, gap = model.candidate_logits(packed, candidates, now), model.request_gap(packed, now)
+    logits, gap = model.candidate_logits(packed, candidates, now), model.request_gap(packed, now)
     for user in range(packed.num_users):
         for column, candidate in enumerate(candidates[user].tolist()):
             expected = logits_by_event(model, packed.slice(user), candidate, None if gap is None else gap[user])
-            torch.testing.assert_close(found[user, column], expected)
+            torch.testing.assert_close(logits[user, column], expected)
 
 
 @torch.no_grad()
@@ -206,37 +207,33 @@ def test_a_search_that_finds_everything_is_attention_over_everything(make: Simpl
     packed, now, candidates = requests(make, LENGTHS, 4)
     full, wide = baseline(make, name, top_k=30), baseline(make, name, top_k=1000)
     few = baseline(make, name, top_k=29)
-    found, gap = full.candidate_logits(packed, candidates, now), full.request_gap(packed, now)
-    torch.testing.assert_close(found, wide.candidate_logits(packed, candidates, now))
+    logits, gap = full.candidate_logits(packed, candidates, now), full.request_gap(packed, now)
+    torch.testing.assert_close(logits, wide.candidate_logits(packed, candidates, now))
     for user in range(packed.num_users):
         expected = logits_by_event(full, packed.slice(user), int(candidates[user, 0]), gap[user], count=10**6)  # type: ignore[index]
-        torch.testing.assert_close(found[user, 0], expected)
+        torch.testing.assert_close(logits[user, 0], expected)
     other = few.candidate_logits(packed, candidates, now)
-    same = (other - found).abs().amax((1, 2)) < 1e-9
+    same = (other - logits).abs().amax((1, 2)) < 1e-9
     assert same.tolist() == [length < 30 for length in LENGTHS]
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_the_highest_scores_are_found_and_of_equal_ones_the_last(count: int) -> None:
+def test_the_highest_scores_are_found_and_the_last_of_equal_ones(count: int) -> None:
     rng = np.random.default_rng(count)
     scores = rng.choice([-np.inf, -1e30, -2.5, -2.5 - 3e-7, -1e-40, 0.0, 1e-40, 2.5, 3e20], (50, 7)).astype(np.float32)
-    found = newest_of_highest(torch.from_numpy(scores), count).sort(-1).values.numpy()
-    for row, places in zip(scores, found, strict=True):
+    highest_places = newest_of_highest(torch.from_numpy(scores), count).sort(-1).values.numpy()
+    for row, places in zip(scores, highest_places, strict=True):
         assert places.tolist() == sorted(highest(dict(enumerate(row.tolist())), count))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_neighbours_padding_and_other_candidates_change_nothing(
-    make: SimpleNamespace, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neighbors_padding_and_other_candidates_change_nothing(make: SimpleNamespace, name: str) -> None:
     model = baseline(make, name)
     packed, now, candidates = requests(make, LENGTHS, 5)
     logits = model.candidate_logits(packed, candidates, now)
     torch.testing.assert_close(model.candidate_logits(packed, candidates.flip(1), now), logits.flip(1))
-    for pieces in (1, 16):
-        monkeypatch.setattr(tiles, "TILE_TOKENS", pieces)
-        monkeypatch.setattr(search_model, "SCORES_AT_ONCE", pieces)
-        monkeypatch.setattr(candidate_model, "FOUND_AT_ONCE", pieces)
+    for size in (1, 16):
+        model.tile_tokens = model.scores_at_once = model.found_at_once = size
         torch.testing.assert_close(model.candidate_logits(packed, candidates, now), logits)
     for user in range(packed.num_users):
         alone, at = packed.slice(user), now[user : user + 1]
@@ -250,28 +247,25 @@ def test_users_without_events_are_scored_by_the_candidate(make: SimpleNamespace,
     model = baseline(make, name)
     packed, now, candidates = requests(make, [0, 0], 6)
     candidates[1] = candidates[0]
-    found = model.candidate_logits(packed, candidates, now)
-    assert found.isfinite().all() and torch.equal(found[0], found[1])
-    assert len(found[0].unique(dim=0)) == len(candidates[0].unique())
+    logits = model.candidate_logits(packed, candidates, now)
+    assert logits.isfinite().all() and torch.equal(logits[0], logits[1])
+    assert len(logits[0].unique(dim=0)) == len(candidates[0].unique())
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("name", "limit"), LIMITED)
-def test_training_at_a_position_is_a_request_after_its_events(
-    make: SimpleNamespace, name: str, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Losses over a batch are those of requests asked one by one, of windows that begin inside a chunk too."""
-    monkeypatch.setattr("vista.examples.cuts.TIMELESS_SHARE", 0.0)
+def test_training_at_a_position_is_a_request_after_its_events(make: SimpleNamespace, name: str, limit: int) -> None:
+    """Losses of a batch equal those of single requests, also for windows that begin inside a chunk."""
     model = baseline(make, name, limit=limit)
     packed = make.histories([1, 11, 8, 0, 19], 5)
     chunks, shown_at = make.chunks(packed, 5, impressions=60)
-    batch = make.batch(chunks, make.plan(model), 5)
+    batch = make.batch(chunks, make.plan(model, timeless_share=0.0), 5)
     losses = model.losses(batch, model.item_vectors(batch.rows), OptimConfig(task_weight=0.5))
 
     logits, search = [], []
-    for n, (owner, seen) in enumerate(zip(chunks.impression_chunk, chunks.impression_position, strict=True)):
+    for n, (owner, seen) in enumerate(zip(chunks.impressions.chunk, chunks.impressions.position, strict=True)):
         before = packed.slice(int(owner), 0, int(seen))
-        item = torch.from_numpy(chunks.impression_item[None, n : n + 1])
+        item = torch.from_numpy(chunks.impressions.item[None, n : n + 1])
         logits.append(model.candidate_logits(before, item, shown_at[n : n + 1])[0, 0])
         if isinstance(model, SIM) and model.category is None:
             gap = model.request_gap(before, shown_at[n : n + 1])
@@ -279,7 +273,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
             search.append(sim_search_by_event(model, before, item_of(model, int(item[0, 0])) + 4 * gap[0]))
 
     def means(each: list[Tensor]) -> Tensor:
-        label, mask = torch.from_numpy(chunks.impression_label), torch.from_numpy(chunks.impression_mask)
+        label, mask = torch.from_numpy(chunks.impressions.label), torch.from_numpy(chunks.impressions.mask)
         loss = F.binary_cross_entropy_with_logits(torch.stack(each), label.double(), reduction="none")
         return (loss * mask).sum(0) / mask.sum(0)
 
@@ -312,16 +306,16 @@ def test_a_batch_without_impressions_has_nothing_to_train(make: SimpleNamespace,
     model = baseline(make, name).float()
     chunks, _ = make.chunks(make.histories([5, 12], 7), 7, impressions=3)
     batch = make.batch(chunks, make.plan(model))
-    batch = replace(batch, candidate_mask=torch.zeros_like(batch.candidate_mask))
+    batch = replace(batch, impressions=replace(batch.impressions, mask=torch.zeros_like(batch.impressions.mask)))
     losses = model.losses(batch, model.item_vectors(batch.rows), OptimConfig())
     assert losses.parts == {} and not losses.total.requires_grad
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_saved_baseline_is_the_same_baseline(make: SimpleNamespace, name: str, tmp_path: Path) -> None:
+def test_a_baseline_survives_saving_and_loading(make: SimpleNamespace, name: str, tmp_path: Path) -> None:
     model = baseline(make, name).float()
     model.save_pretrained(tmp_path / "model")
-    again = RankingModel.from_pretrained(tmp_path / "model")
+    again = load_model(tmp_path / "model")
     packed, _, candidates = requests(make, LENGTHS, 3)
     assert isinstance(again, CandidateModel) and again.config == model.config and not again.has_retrieval
     assert torch.equal(
@@ -330,5 +324,5 @@ def test_a_saved_baseline_is_the_same_baseline(make: SimpleNamespace, name: str,
 
 
 def test_they_have_no_user_vectors(make: SimpleNamespace) -> None:
-    with pytest.raises(ConfigError, match=r"model\.architecture=twin: ranks candidates only"):
+    with pytest.raises(ConfigError, match=r"model\.architecture=twin: only ranks candidates"):
         baseline(make, "twin").user_vectors(make.histories([3]), None)

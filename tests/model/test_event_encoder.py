@@ -8,8 +8,7 @@ import torch
 
 from vista.log.gaps import NUM_GAPS, gap_bucket, history_gaps
 from vista.model.event_encoder import EventEncoder
-from vista.model.layers import Dropout, FeedForward, GatedOutput, split_heads
-from vista.model.summarizer import CausalConvolution
+from vista.model.layers import CausalConvolution, Dropout, FeedForward, GatedOutput, split_heads
 
 
 def test_gap_buckets_by_hand() -> None:
@@ -18,7 +17,7 @@ def test_gap_buckets_by_hand() -> None:
     assert gap_bucket(np.array(ms)).tolist() == [1, 1, 1, 2, 2, 3, 3, 4, 12, 17, NUM_GAPS - 1]
 
 
-def test_history_gaps_start_anew_with_every_user() -> None:
+def test_history_gaps_start_over_with_every_user() -> None:
     times = np.array([0, 1000, 4000, 10**9, 10**9 + 7000, 5])
     gaps = history_gaps(times, np.array([0, 3, 3, 5, 6, 6]))
     assert gaps.tolist() == [0, 2, 3, 0, 4, 0]
@@ -51,8 +50,10 @@ def test_fields_that_a_log_lacks_are_absent() -> None:
     assert torch.equal(bare(items, zeros, zeros, torch.ones(2)), items)
     assert encoder(use_action=False).action is None
     same = encoder(rating_range=(3.0, 3.0))
-    other = torch.tensor([3.0, 4.0])  # came after training, which knew one rating alone
-    assert torch.equal(same(items, zeros, zeros, other), same(items, zeros, zeros)), "all ratings alike"
+    other = torch.tensor([3.0, 4.0])  # ratings after a training that had only one value
+    assert torch.equal(same(items, zeros, zeros, other), same(items, zeros, zeros)), (
+        "a model trained on one rating value ignores ratings"
+    )
 
 
 def test_the_convolution_looks_back_within_its_history() -> None:
@@ -61,14 +62,14 @@ def test_the_convolution_looks_back_within_its_history() -> None:
     x = torch.randn(7, 3)
     position = torch.tensor([0, 1, 2, 3, 0, 0, 1])
     w = made.weight
-    found = made(x, position)
-    torch.testing.assert_close(found[3], x[3] + w[0] * x[3] + w[1] * x[2] + w[2] * x[1])
-    torch.testing.assert_close(found[1], x[1] + w[0] * x[1] + w[1] * x[0])
+    y = made(x, position)
+    torch.testing.assert_close(y[3], x[3] + w[0] * x[3] + w[1] * x[2] + w[2] * x[1])
+    torch.testing.assert_close(y[1], x[1] + w[0] * x[1] + w[1] * x[0])
     for first in (0, 4, 5):
-        torch.testing.assert_close(found[first], x[first] + w[0] * x[first])
-    torch.testing.assert_close(found[6], x[6] + w[0] * x[6] + w[1] * x[5])
+        torch.testing.assert_close(y[first], x[first] + w[0] * x[first])
+    torch.testing.assert_close(y[6], x[6] + w[0] * x[6] + w[1] * x[5])
     assert made(x[:0], position[:0]).shape == (0, 3)
-    torch.testing.assert_close(made(x[:1], position[:1]), found[:1])
+    torch.testing.assert_close(made(x[:1], position[:1]), y[:1])
 
 
 @pytest.mark.parametrize("p", [0.001, 0.2, 0.5, 0.999])
@@ -81,15 +82,15 @@ def test_dropout_drops_its_share_and_keeps_the_mean(p: float) -> None:
     kept = out != 0
     assert abs(float((~kept).float().mean()) - rounded) < 5 * (rounded * (1 - rounded) / 130_000) ** 0.5
     assert out[kept].unique().tolist() == pytest.approx([1 / (1 - rounded)])
-    # Whatever the place: rows and columns alike.
+    # Everywhere: in all rows and columns.
     spread = 6 * (rounded * (1 - rounded) / 1000) ** 0.5 + 1e-3
     assert ((~kept).float().mean(0) - rounded).abs().max() < spread
     out.sum().backward()
     assert torch.equal(x.grad, out.detach())
-    assert not torch.equal(made(x), out), "a new mask every time"
+    assert not torch.equal(made(x), out), "each call draws a new mask"
 
 
-def test_dropout_follows_the_generator_and_rests_in_inference() -> None:
+def test_dropout_follows_the_generator_and_is_off_in_inference() -> None:
     x = torch.randn(3, 5, 7)
     made = Dropout(0.3)
     torch.manual_seed(1)

@@ -17,6 +17,7 @@ from vista.model import frozen_linear as frozen_module
 from vista.model import inference
 from vista.model.frozen_linear import FrozenLinear, frozen
 from vista.model.layers import FeedForward, linear_parts
+from vista.model.padded_tail import pad_tail
 from vista_kernels.processor import PROFILES, Processor, processor
 
 pytestmark = pytest.mark.processor
@@ -45,28 +46,28 @@ def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
 @pytest.mark.usefixtures("packed")
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_frozen_map_is_the_map(dtype: torch.dtype, bias: bool) -> None:
+def test_a_frozen_map_computes_what_the_map_computes(dtype: torch.dtype, bias: bool) -> None:
     one = linear(24, 40, bias=bias)
     for shape in ((3, 24), (2, 5, 24), (0, 24), (1, 1, 24)):
         x = torch.randn(shape)
         with torch.inference_mode():
-            actual, expected = FrozenLinear(one, dtype)(x), one(x)
-        assert actual.dtype is dtype and actual.shape == expected.shape
-        torch.testing.assert_close(actual.float(), expected, rtol=0, atol=8 * UNIT[dtype])
+            output, expected = FrozenLinear(one, dtype)(x), one(x)
+        assert output.dtype is dtype and output.shape == expected.shape
+        torch.testing.assert_close(output.float(), expected, rtol=0, atol=8 * UNIT[dtype])
 
 
 @pytest.mark.usefixtures("packed")
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
-def test_parts_are_those_of_the_whole(dtype: torch.dtype) -> None:
+def test_parts_equal_those_of_the_whole_output(dtype: torch.dtype) -> None:
     one = linear(16, 32)
     for shape, first in itertools.product(((2, 9, 16), (0, 16), (3, 0, 16), (1, 16)), (0, 2, 3)):
         x = torch.randn(shape)
         with torch.inference_mode():
             whole = F.linear(x, one.weight).chunk(4, -1)
-            actual = linear_parts(x, FrozenLinear(one, dtype), 4, first)
+            parts = linear_parts(x, FrozenLinear(one, dtype), 4, first)
             trained = linear_parts(x, one, 4, first)
-        assert len(actual) == len(trained) == 4 - first
-        for part, other, expected in zip(actual, trained, whole[first:], strict=True):
+        assert len(parts) == len(trained) == 4 - first
+        for part, other, expected in zip(parts, trained, whole[first:], strict=True):
             assert part.shape == expected.shape
             torch.testing.assert_close(part.float(), expected, rtol=0, atol=8 * UNIT[dtype])
             torch.testing.assert_close(other, expected)
@@ -92,15 +93,13 @@ def test_training_does_not_reach_a_frozen_copy() -> None:
 @pytest.mark.usefixtures("packed")
 @pytest.mark.parametrize(("seeds", "kind"), [(seeds, kind) for seeds in (0, 5) for kind in TargetAttentionKind])
 @pytest.mark.parametrize("precision", [Precision.float32, Precision.bfloat16])
-def test_a_model_with_a_frozen_stage_is_the_model(
+def test_a_model_with_a_frozen_stage_computes_the_same(
     make: SimpleNamespace, seeds: int, kind: TargetAttentionKind, precision: Precision
 ) -> None:
-    """Summaries, contexts, users and candidates, for histories shorter than the tail and one without events."""
+    """Summaries, contexts, users and candidates, with histories shorter than the tail and one without events."""
     model = make.model(num_seeds=seeds, target_attention=kind).eval()
     histories = make.histories([3, 0, 40, 7], 2)
-    tail = inference.pad_tail(
-        model, histories.item, histories.timestamp, histories.action.astype(np.int64), histories.offsets
-    )
+    tail = pad_tail(model, histories.item, histories.timestamp, histories.action.astype(np.int64), histories.offsets)
     candidates = torch.from_numpy(np.random.default_rng(1).integers(1, make.num_items, (4, 6)))
     small = precision is Precision.float32
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vista.examples.negatives import NegativeSampler
-from vista.model import losses
 from vista.model.losses import sampled_softmax, task_losses
 
 
@@ -35,22 +34,19 @@ def formula(
 
 @pytest.mark.parametrize("count", [1, 7, 256, 257, 600])
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
-def test_sampled_softmax_is_its_formula(count: int, temperature: float) -> None:
+def test_sampled_softmax_equals_its_formula(count: int, temperature: float) -> None:
     user, items, label = problem(count, 40)
     negatives = torch.arange(0, 40, 2)
     log_weight = torch.linspace(-1, 3, 20, dtype=torch.float64)
     leaves = [user.requires_grad_(), items.requires_grad_()]
-    found = sampled_softmax(user, items, label, negatives, log_weight, temperature)
+    loss = sampled_softmax(user, items, label, negatives, log_weight, temperature)
     exact = formula(user, items, label, negatives, log_weight, temperature)
-    torch.testing.assert_close(found, exact)
-    for mine, theirs in zip(
-        torch.autograd.grad(found * 3, leaves), torch.autograd.grad(exact * 3, leaves), strict=True
-    ):
+    torch.testing.assert_close(loss, exact)
+    for mine, theirs in zip(torch.autograd.grad(loss * 3, leaves), torch.autograd.grad(exact * 3, leaves), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_sampled_softmax_passes_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "ROWS_PER_TILE", 3)
+def test_sampled_softmax_passes_gradcheck() -> None:
     user, items, label = problem(8, 9)
     negatives, log_weight = torch.tensor([0, 3, 4, 8]), torch.zeros(4, dtype=torch.float64)
     assert (torch.isin(label, negatives)).any() and not torch.isin(label, negatives).all()
@@ -62,8 +58,8 @@ def test_sampled_softmax_passes_gradcheck(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_with_all_items_it_is_the_exact_softmax() -> None:
     user, items, label = problem(50, 30)
-    found = sampled_softmax(user, items, label, torch.arange(30), torch.zeros(30, dtype=torch.float64), 0.1)
-    torch.testing.assert_close(found, F.cross_entropy(user @ items.t() / 0.1, label))
+    loss = sampled_softmax(user, items, label, torch.arange(30), torch.zeros(30, dtype=torch.float64), 0.1)
+    torch.testing.assert_close(loss, F.cross_entropy(user @ items.t() / 0.1, label))
 
 
 def test_a_row_does_not_push_its_own_positive_away() -> None:
@@ -73,7 +69,7 @@ def test_a_row_does_not_push_its_own_positive_away() -> None:
     shared = sampled_softmax(
         user.expand(2, -1), items, torch.cat([label, (label + 1) % 5]), label, torch.zeros(1, dtype=torch.float64), 0.1
     )
-    assert float(shared) > 0, "to another row it is a negative"
+    assert float(shared) > 0, "it is a negative for another row"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -83,12 +79,12 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     weight = torch.zeros(20)
     exact = formula(rounded[0].double(), rounded[1].double(), label, torch.arange(20), weight, 0.05)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-        found = sampled_softmax(rounded[0], rounded[1], label, torch.arange(20), weight, 0.05)
-    assert found.dtype == torch.float32
-    assert abs(float(found) - float(exact)) < 1e-5 * float(exact)
+        loss = sampled_softmax(rounded[0], rounded[1], label, torch.arange(20), weight, 0.05)
+    assert loss.dtype == torch.float32
+    assert abs(float(loss) - float(exact)) < 1e-5 * float(exact)
 
 
-def test_no_labels_no_loss() -> None:
+def test_without_labels_the_loss_is_zero() -> None:
     user = torch.zeros(0, 4, requires_grad=True)
     loss = sampled_softmax(
         user, torch.randn(3, 4), torch.zeros(0, dtype=torch.int64), torch.arange(3), torch.zeros(3), 1
@@ -109,7 +105,7 @@ def test_large_logits_stay_finite() -> None:
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("power", [0.0, 1.0])
 def test_the_correction_makes_the_sampled_loss_estimate_the_full_one(power: float, strength: float) -> None:
-    """logQ: the sampled denominator is right on average, whatever items are drawn by; without it, it is far off."""
+    """logQ: the sampled denominator is right on average for any distribution of draws, and far off without logQ."""
     user, items, label = problem(40, 300)
     frequency = np.random.default_rng(0).zipf(1.5, 300).clip(max=5000)
     adjustment = (1 - strength) * torch.from_numpy(np.log(frequency / frequency.sum()))
@@ -117,11 +113,11 @@ def test_the_correction_makes_the_sampled_loss_estimate_the_full_one(power: floa
     sampler = NegativeSampler(frequency, num_negatives=120, power=power)
 
     def mean_loss(weight_scale: float) -> float:
-        found = []
+        estimates = []
         for seed in range(200):
             rows, weight = map(torch.from_numpy, sampler.draw(np.random.default_rng(seed)))
-            found.append(float(sampled_softmax(user, items, label, rows, weight * weight_scale, 0.5, adjustment)))
-        return float(np.mean(found))
+            estimates.append(float(sampled_softmax(user, items, label, rows, weight * weight_scale, 0.5, adjustment)))
+        return float(np.mean(estimates))
 
     error = abs(mean_loss(1) - exact)
     assert error < 0.06 * exact
@@ -130,25 +126,25 @@ def test_the_correction_makes_the_sampled_loss_estimate_the_full_one(power: floa
 
 @pytest.mark.parametrize("count", [7, 300])
 def test_an_adjustment_is_added_to_labels_and_negatives(count: int) -> None:
-    """It is one more column of the items, which every user reads with weight 1 and which no gradient reaches."""
+    """It acts like one more column of the items, which all users read with weight 1 and which gets no gradient."""
     user, items, label = problem(count, 40)
     negatives, log_weight = torch.arange(0, 40, 2), torch.linspace(-1, 3, 20, dtype=torch.float64)
     adjustment = torch.linspace(-4, 0, 40, dtype=torch.float64)
     leaves = [user.requires_grad_(), items.requires_grad_()]
-    found = sampled_softmax(user, items, label, negatives, log_weight, 0.5, adjustment)
+    loss = sampled_softmax(user, items, label, negatives, log_weight, 0.5, adjustment)
     wide_user = torch.cat([user, torch.ones(count, 1, dtype=torch.float64)], 1)
     wide_items = torch.cat([items, 0.5 * adjustment[:, None]], 1)
     exact = formula(wide_user, wide_items, label, negatives, log_weight, 0.5)
-    torch.testing.assert_close(found, exact)
-    for mine, theirs in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(exact, leaves), strict=True):
+    torch.testing.assert_close(loss, exact)
+    for mine, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(exact, leaves), strict=True):
         torch.testing.assert_close(mine, theirs)
     shifted = sampled_softmax(user, items, label, negatives, log_weight, 0.5, adjustment + 3)
-    torch.testing.assert_close(shifted, found)  # a constant changes nothing
+    torch.testing.assert_close(shifted, loss)  # a constant changes nothing
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
 def test_free_logits_learn_the_log_popularity_times_the_strength(strength: float) -> None:
-    """Trained with (1 - strength) log p added to them, over the whole catalogue."""
+    """Trained with (1 - strength) log p added to them, over the whole catalog."""
     counts = torch.tensor([1, 2, 4, 8, 16, 32, 64])
     log_p = torch.log(counts / counts.sum()).double()
     label = torch.arange(7).repeat_interleave(counts)
@@ -163,8 +159,8 @@ def test_free_logits_learn_the_log_popularity_times_the_strength(strength: float
         return loss
 
     optimizer.step(closure)  # type: ignore[arg-type]
-    learnt = scores.detach()[:, 0]
-    torch.testing.assert_close(learnt - learnt[-1], strength * (log_p - log_p[-1]), atol=1e-4, rtol=0)
+    learned = scores.detach()[:, 0]
+    torch.testing.assert_close(learned - learned[-1], strength * (log_p - log_p[-1]), atol=1e-4, rtol=0)
 
 
 def test_task_losses_average_over_known_labels() -> None:
@@ -173,22 +169,22 @@ def test_task_losses_average_over_known_labels() -> None:
     label, mask = torch.randint(0, 2, (3, 4, 2)).float(), torch.rand(3, 4, 2) < 0.5
     mask[..., 1] = False
     mask[0, 0, 1] = True
-    found = task_losses(logits, label, mask)
+    losses = task_losses(logits, label, mask)
     for task in range(2):
         known = mask[..., task]
         x, y = logits[..., task][known].double(), label[..., task][known].double()
         exact = -(y * torch.log(torch.sigmoid(x)) + (1 - y) * torch.log(1 - torch.sigmoid(x))).mean()
-        torch.testing.assert_close(found[task].double(), exact, rtol=1e-6, atol=1e-7)
-    found.sum().backward()
+        torch.testing.assert_close(losses[task].double(), exact, rtol=1e-6, atol=1e-7)
+    losses.sum().backward()
     assert logits.grad is not None
     assert not logits.grad[~mask].any() and logits.grad[mask].all()
-    # What is written in unknown places does not matter.
+    # Values in unknown places do not matter.
     with torch.no_grad():
         other = task_losses(logits.masked_fill(~mask, 99.0), torch.where(mask, label, 1 - label), mask)
-    assert torch.equal(other, found)
+    assert torch.equal(other, losses)
 
 
-def test_a_task_without_known_labels_costs_nothing() -> None:
+def test_a_task_without_known_labels_has_zero_loss() -> None:
     logits = torch.randn(2, 3, 2, requires_grad=True)
     mask = torch.zeros(2, 3, 2, dtype=torch.bool)
     loss = task_losses(logits, torch.zeros(2, 3, 2), mask)

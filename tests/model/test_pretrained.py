@@ -1,4 +1,4 @@
-"""Exported models: bitwise round trips, damage that is named, and the identity of a summarizer."""
+"""Exported models: bit-identical round trips, error messages for damage, and the identity of a summarizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vista.model import inference
 from vista.model.vista_model import VistaModel
 
 
-def test_loading_draws_none_of_the_callers_numbers_and_a_shorter_tail_shares_the_weights(
+def test_loading_keeps_the_callers_random_state_and_a_shorter_tail_shares_the_weights(
     make: SimpleNamespace, tmp_path: Path
 ) -> None:
     make.model(seed=1).save_pretrained(tmp_path / "best")
@@ -49,15 +49,15 @@ def test_a_round_trip_keeps_every_bit(make: SimpleNamespace, tmp_path: Path, opt
     model.save_pretrained(tmp_path / "best")
     back = VistaModel.from_pretrained(tmp_path / "best")
     assert (back.config, back.schema, back.data) == (model.config, model.schema, model.data)
-    weights, found = model.state_dict(), back.state_dict()
-    assert weights.keys() == found.keys() and all(torch.equal(weights[name], found[name]) for name in weights)
+    weights, loaded = model.state_dict(), back.state_dict()
+    assert weights.keys() == loaded.keys() and all(torch.equal(weights[name], loaded[name]) for name in weights)
     assert back.summarizer_id() == model.summarizer_id() and not back.training
     with pytest.raises(CheckpointError, match=r"is a run folder; its model is .*best"):
         VistaModel.from_pretrained(tmp_path)
     np.testing.assert_array_equal(back.item_rows([100, 139, 99]), [1, 40, 0])
     packed = make.histories([0, 5, 30], 2)
     assert torch.equal(inference.summarize(back, packed), inference.summarize(model, packed))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best"], "nothing temporary is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best"], "no temporary files are left"
 
 
 def test_a_key_that_config_json_lacks_is_named(make: SimpleNamespace, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_key_that_config_json_lacks_is_named(make: SimpleNamespace, tmp_path: 
         VistaModel.from_pretrained(tmp_path / "best")
 
 
-def test_string_ids_travel(make: SimpleNamespace, tmp_path: Path) -> None:
+def test_string_ids_survive_saving_and_loading(make: SimpleNamespace, tmp_path: Path) -> None:
     made = make.model(num_items=3)
     items = Vocabulary.from_ids(["a", "ß", "c/d"])
     model = VistaModel(made.config, made.schema, items, made.data)
@@ -117,11 +117,17 @@ DAMAGE = {
     "no config": (without("config.json"), "no readable model"),
     "no vocabulary": (without("items.ids.npy"), r"no readable model .*items\.ids\.npy"),
     "no folder": (shutil.rmtree, "no readable model .*vista train"),
-    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, this vista reads 3"),
+    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, but this version of vista reads 3"),
     "not a description": (edited(lambda d: ["a list"]), "format None"),
     "no schema": (edited(lambda d: d.pop("schema") and None), r"config\.json: KeyError\('schema'\)"),
-    "no data": (edited(lambda d: d.update(data=None)), r"config\.json: .*DataConfig: expected a table of keys, got None"),
-    "unknown key": (edited(lambda d: d["model"].update(wings=2)), r"config\.json: .*wings: missing or unknown in ModelConfig"),
+    "no data": (
+        edited(lambda d: d.update(data=None)),
+        r"config\.json: .*DataConfig: expected a table of keys, got None",
+    ),
+    "unknown key": (
+        edited(lambda d: d["model"].update(wings=2)),
+        r"config\.json: .*wings: missing or unknown in ModelConfig",
+    ),
     "unknown schema": (edited(lambda d: d["schema"].update(wings=2)), r"config\.json: TypeError"),
     "contradiction": (
         edited(lambda d: d["model"].update(num_heads=5)),

@@ -1,4 +1,4 @@
-"""Summaries through the store's rows: what int8 and float16 lose is small beside what candidates differ by."""
+"""Quantized summaries: the errors of int8 and float16 are small compared with the differences between candidates."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def test_stored_summaries_change_scores_little(
     lost = cosines - rounded
     assert lost.std() < lost_share * cosines.std() and lost.abs().max() < 10 * lost_share * cosines.std()
     assert codec is Codec.int4 or torch.equal(cosines.argmax(1), rounded.argmax(1))
-    # And the summary matters: without it scores move by far more.
+    # The summary does matter: without it, scores change far more.
     none = inference.request_context(model, torch.zeros_like(summary), tail)
     assert (logits - inference.candidate_logits(model, none, None, candidates)).abs().max() > 0.2 * logits.std()

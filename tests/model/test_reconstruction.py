@@ -20,7 +20,7 @@ STEPS, LAST_STEPS, LR = 150, 20, 1.5e-2
 
 @dataclass(frozen=True)
 class Spread:
-    """Of the items that occur: variance summed over dimensions, and mean distance between unit vectors."""
+    """Over the items that occur: variance summed over dimensions, and mean distance between unit vectors."""
 
     variance: float
     distance: float
@@ -34,8 +34,7 @@ def spread(table: Tensor) -> Spread:
 
 
 def train_alone(make: SimpleNamespace, mixing: Mixing, stop_gradient: bool, seed: int) -> tuple[Spread, Spread, float]:
-    """Spread before and after training the item table, encoder, summarizer and decoder on reconstruction alone, and the
-    mean loss of the last steps."""
+    """Spread before and after training on the reconstruction loss only, and the mean loss of the last steps."""
     small = {"num_layers": 1, "num_target_layers": 1, "tail_len": 1, "conv_width": 1}
     model = make.model(
         seed=seed, num_items=12, tasks=[], rating_range=None, mixing=mixing, stop_gradient=stop_gradient, **small
@@ -47,7 +46,7 @@ def train_alone(make: SimpleNamespace, mixing: Mixing, stop_gradient: bool, seed
     trained = ("item_table", "encoder.", "summarizer.", "decoder.")
     parameters = [p for name, p in model.named_parameters() if name.startswith(trained)]
     optimizer = torch.optim.Adam(parameters, lr=LR, betas=(0.9, 0.98))
-    found = []
+    results = []
     for step in range(STEPS):
         batch = make.batch(chunks, cut, seed * 1000 + step, num_items=12)
         losses = model.losses(batch, model.item_table[batch.rows], ALONE)
@@ -56,8 +55,8 @@ def train_alone(make: SimpleNamespace, mixing: Mixing, stop_gradient: bool, seed
         losses.total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        found.append(float(losses.total.detach()))
-    return before, spread(model.item_table[occurring]), fmean(found[-LAST_STEPS:])
+        results.append(float(losses.total.detach()))
+    return before, spread(model.item_table[occurring]), fmean(results[-LAST_STEPS:])
 
 
 CASES = [(Mixing.separable, 0), (Mixing.bidirectional, 2)]
@@ -67,14 +66,14 @@ CASES = [(Mixing.separable, 0), (Mixing.bidirectional, 2)]
 def test_embeddings_keep_their_spread_with_the_stop_gradient(make: SimpleNamespace, mixing: Mixing, seed: int) -> None:
     before, after, loss = train_alone(make, mixing, True, seed)
     assert after.variance > before.variance and after.distance > 0.9 * before.distance
-    assert loss < after.variance, "and it learns: who knows nothing is wrong by the variance"
+    assert loss < after.variance, "it learns: a constant prediction would have the variance as its loss"
 
 
 @pytest.mark.parametrize(("mixing", "seed"), CASES)
 def test_embeddings_collapse_without_the_stop_gradient(make: SimpleNamespace, mixing: Mixing, seed: int) -> None:
     before, after, loss = train_alone(make, mixing, False, seed)
     assert after.variance < 0.05 * before.variance and after.distance < 0.5 * before.distance
-    assert loss < 0.01, "a loss of nothing, from a table of nothing"
+    assert loss < 0.01, "the loss vanishes because the embeddings do"
 
 
 def test_the_targets_get_no_gradient() -> None:
@@ -89,7 +88,7 @@ def test_the_targets_get_no_gradient() -> None:
 
 
 def test_a_prediction_sees_the_summary_and_the_events_before_it(make: SimpleNamespace) -> None:
-    """Of its own window: not its own event, no later one, no other window."""
+    """Only those of its own window: not its own event, no later one, and no other window."""
     model = make.model(seed=1, num_reconstruction_layers=2)
     assert model.decoder is not None
     offsets, age = torch.tensor([0, 4, 5, 9]), torch.tensor([4, 1, 300])
@@ -124,6 +123,6 @@ def test_windows_of_a_batch_are_reconstructed_as_if_alone(make: SimpleNamespace)
             )
             torch.testing.assert_close(together[begin:end], alone, atol=1e-5, rtol=1e-5)
         older = model.decoder(summary, events, offsets, age * 8)
-        assert not torch.allclose(older[0], together[0], atol=1e-3), "a window's age is known"
+        assert not torch.allclose(older[0], together[0], atol=1e-3), "predictions depend on the age of the window"
         much_older = model.decoder(summary, events, offsets, torch.full_like(age, 2**40))
         assert torch.isfinite(much_older).all()

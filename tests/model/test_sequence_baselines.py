@@ -1,4 +1,4 @@
-"""SASRec and HSTU: the published formula, event by event; and neither neighbours nor padding have a say in it."""
+"""SASRec and HSTU: the published formulas, event by event; and independence of neighbors and padding."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vista.config.choices import Architecture
 from vista.errors import CheckpointError
 from vista.log.gaps import gap_bucket
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines import hstu
-from vista.model.baselines import padded_tiles as tiles
 from vista.model.baselines.hstu import HSTU
+from vista.model.baselines.padded_tiles import TILE_TOKENS
 from vista.model.baselines.sasrec import LONGEST_HELD, SASRec, attend_causally
 from vista.model.baselines.sequence_model import SequenceModel
-from vista.model.ranking_model import RankingModel, Schema, class_of
+from vista.model.registry import ARCHITECTURES, load_model
+from vista.model.schema import Schema
 
 LENGTHS = [0, 1, 9, 4, 0, 7, 12]
 LIMIT = 12
@@ -32,14 +32,14 @@ LIMIT = 12
 def baseline(
     make: SimpleNamespace, name: str, *, has_time: bool = True, tasks: tuple[str, ...] = ("click", "like")
 ) -> SequenceModel:
-    """A small model in float64 whose every parameter matters."""
+    """A small float64 model in which every parameter matters."""
     torch.manual_seed(1)
     config = ModelConfig(
         architecture=Architecture(name), dim=16, num_heads=2, history_limit=LIMIT, tail_len=5, dropout=0.0
     )
     items = Vocabulary.from_ids(np.arange(make.num_items) + 100)
     schema = Schema(["view", "click", "buy"], has_time, (1.0, 5.0), list(tasks))
-    model = class_of(config.architecture)(config, schema, items, DataConfig()).double().eval()
+    model = ARCHITECTURES[config.architecture](config, schema, items, DataConfig()).double().eval()
     assert isinstance(model, SequenceModel)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -74,7 +74,7 @@ def sasrec_by_event(model: SASRec, x: Tensor) -> Tensor:
 
 
 def hstu_by_event(model: HSTU, x: Tensor, time: np.ndarray) -> Tensor:
-    """States [L, M] by the publication's sums."""
+    """States [L, M] by the sums of the publication."""
     heads, width = model.config.num_heads, model.config.dim // model.config.num_heads
     for layer in model.layers:
         gate, value, query, key = F.silu(layer.projection(layer.norm(x))).chunk(4, -1)
@@ -97,14 +97,12 @@ def hstu_by_event(model: HSTU, x: Tensor, time: np.ndarray) -> Tensor:
 
 @pytest.mark.parametrize("has_time", [True, False])
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-def test_a_user_vector_is_the_published_sum(
-    make: SimpleNamespace, name: str, has_time: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hstu, "QUERIES_AT_ONCE", 5)
+def test_a_user_vector_is_the_published_sum(make: SimpleNamespace, name: str, has_time: bool) -> None:
     model = baseline(make, name, has_time=has_time)
+    model.queries_at_once = 5  # HSTU's, so that a history takes several blocks
     packed = make.histories(LENGTHS, 3)
     now = np.append(packed.timestamp, 0)[np.maximum(packed.offsets[1:] - 1, 0)] + 3 * 3_600_000
-    found = model.user_vectors(packed, now)
+    users = model.user_vectors(packed, now)
     gap = model.request_gap(packed, now)
     with torch.no_grad():
         for user, length in enumerate(LENGTHS):
@@ -117,10 +115,10 @@ def test_a_user_vector_is_the_published_sum(
                 )
                 state = by_event[-1]
             state = state if gap is None else state + model.config.dim**0.5 * gap[user]
-            torch.testing.assert_close(found[user], F.normalize(state, dim=-1))
+            torch.testing.assert_close(users[user], F.normalize(state, dim=-1))
 
 
-def test_weights_from_before_the_gap_was_scaled_are_refused(make: SimpleNamespace, tmp_path: Path) -> None:
+def test_weights_without_the_gap_scale_are_refused(make: SimpleNamespace, tmp_path: Path) -> None:
     baseline(make, "hstu").save_pretrained(tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     del weights["gap_scale"]
@@ -131,16 +129,14 @@ def test_weights_from_before_the_gap_was_scaled_are_refused(make: SimpleNamespac
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-def test_neighbours_padding_and_other_candidates_change_nothing(
-    make: SimpleNamespace, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neighbors_padding_and_other_candidates_change_nothing(make: SimpleNamespace, name: str) -> None:
     model = baseline(make, name)
     packed = make.histories([*LENGTHS, 30], 4)
     now = np.append(packed.timestamp, 0)[np.maximum(packed.offsets[1:] - 1, 0)] + 3_600_000
     candidates = torch.from_numpy(np.random.default_rng(0).integers(1, make.num_items, (packed.num_users, 6)))
     users, logits = model.user_vectors(packed, now), model.candidate_logits(packed, candidates, now)
     for tokens in (1, 16):
-        monkeypatch.setattr(tiles, "TILE_TOKENS", tokens)
+        model.tile_tokens = tokens
         torch.testing.assert_close(model.user_vectors(packed, now), users)
     for user in range(packed.num_users):
         alone, at = packed.slice(user), now[user : user + 1]
@@ -152,32 +148,33 @@ def test_neighbours_padding_and_other_candidates_change_nothing(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-@pytest.mark.parametrize("tile_tokens", [10, tiles.TILE_TOKENS])
+@pytest.mark.parametrize("tile_tokens", [10, TILE_TOKENS])
 @pytest.mark.parametrize("unknown_share", [0.0, 0.4])
 def test_training_at_a_position_is_a_request_after_its_events(
-    make: SimpleNamespace, name: str, unknown_share: float, tile_tokens: int, monkeypatch: pytest.MonkeyPatch
+    make: SimpleNamespace, name: str, unknown_share: float, tile_tokens: int
 ) -> None:
-    """Losses over a batch are those of requests asked one by one: every label, and every labelled impression.
+    """Losses of a batch equal those of single requests, for every label and every labeled impression.
 
-    The first impression, with which others are padded, has seen more events than the smaller tiles hold.
+    The first impression, whose index pads others, sees more events than the smaller tiles hold.
     """
-    monkeypatch.setattr("vista.examples.cuts.TIMELESS_SHARE", 0.0)
-    monkeypatch.setattr(tiles, "TILE_TOKENS", tile_tokens)
     model = baseline(make, name)
+    model.tile_tokens = tile_tokens
     packed = make.histories([11, 1, 8, 4], 5)
     chunks, shown_at = make.chunks(packed, 5, impressions=40)
-    late = (chunks.impression_chunk > 0) | (chunks.impression_position > 8)
-    assert not late.all() and chunks.impression_chunk[late][0] == 0
-    parts = [field.name for field in fields(chunks) if field.name.startswith("impression_")]
-    chunks, shown_at = replace(chunks, **{name: getattr(chunks, name)[late] for name in parts}), shown_at[late]
-    batch = make.batch(chunks, make.plan(model), 5)
-    batch = replace(batch, negative_log_weight=batch.negative_log_weight.double())
+    late = (chunks.impressions.chunk > 0) | (chunks.impressions.position > 8)
+    assert not late.all() and chunks.impressions.chunk[late][0] == 0
+    shown = chunks.impressions
+    shown = replace(shown, **{field.name: getattr(shown, field.name)[late] for field in fields(shown)})
+    chunks, shown_at = replace(chunks, impressions=shown), shown_at[late]
+    batch = make.batch(chunks, make.plan(model, timeless_share=0.0), 5)
+    batch = replace(batch, negatives=replace(batch.negatives, log_weight=batch.negatives.log_weight.double()))
     known = np.random.default_rng(0).random(len(packed.item)) >= unknown_share
     with torch.no_grad():
-        model.item_table[0] = 0.0  # as it is in every model but this one, whose parameters all matter
-    batch = replace(batch, hidden=torch.from_numpy(~known) if unknown_share else None)
+        model.item_table[0] = 0.0  # as in every real model; here all parameters got noise
+    hidden = torch.from_numpy(~known) if unknown_share else None
+    batch = replace(batch, events=replace(batch.events, hidden=hidden))
     asked = replace(packed, item=np.where(known, packed.item, 0))
-    found = model.losses(batch, model.item_table[batch.rows], OptimConfig())
+    trained = model.losses(batch, model.item_table[batch.rows], OptimConfig())
 
     items = F.normalize(model.item_table[1:], dim=-1)
     losses = []
@@ -187,20 +184,20 @@ def test_training_at_a_position_is_a_request_after_its_events(
             label = packed.slice(user, seen, seen + 1)
             scores = items @ model.user_vectors(before, label.timestamp)[0] / model.config.temperature
             losses.append(F.cross_entropy(scores[None], torch.from_numpy(label.item.astype(np.int64)) - 1))
-    torch.testing.assert_close(found.parts["next"], torch.stack(losses).mean())
+    torch.testing.assert_close(trained.parts["next"], torch.stack(losses).mean())
 
-    labelled = {task: [] for task in model.schema.tasks}
-    for n, (owner, seen) in enumerate(zip(chunks.impression_chunk, chunks.impression_position, strict=True)):
+    labeled = {task: [] for task in model.schema.tasks}
+    for n, (owner, seen) in enumerate(zip(chunks.impressions.chunk, chunks.impressions.position, strict=True)):
         before = asked.slice(int(owner), 0, int(seen))
-        item = torch.from_numpy(chunks.impression_item[None, n : n + 1])
+        item = torch.from_numpy(chunks.impressions.item[None, n : n + 1])
         logits = model.candidate_logits(before, item, shown_at[n : n + 1])[0, 0]
         for index, task in enumerate(model.schema.tasks):
-            if chunks.impression_mask[n, index]:
-                label = torch.tensor(chunks.impression_label[n, index]).double()
-                labelled[task].append(F.binary_cross_entropy_with_logits(logits[index], label))
-    for task, each in labelled.items():
+            if chunks.impressions.mask[n, index]:
+                label = torch.tensor(chunks.impressions.label[n, index]).double()
+                labeled[task].append(F.binary_cross_entropy_with_logits(logits[index], label))
+    for task, each in labeled.items():
         expected = torch.stack(each).mean()
-        torch.testing.assert_close(found.parts[task], expected.to(found.parts[task].dtype), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(trained.parts[task], expected.to(trained.parts[task].dtype), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
@@ -215,10 +212,10 @@ def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
-def test_a_saved_baseline_is_the_same_baseline(make: SimpleNamespace, name: str, tmp_path: object) -> None:
+def test_a_baseline_survives_saving_and_loading(make: SimpleNamespace, name: str, tmp_path: object) -> None:
     model = baseline(make, name).float()
     model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
-    again = RankingModel.from_pretrained(tmp_path / "model")  # type: ignore[operator]
+    again = load_model(tmp_path / "model")  # type: ignore[operator]
     packed = make.histories(LENGTHS, 3)
     assert isinstance(again, SequenceModel)
     assert torch.equal(again.user_vectors(packed, None), model.user_vectors(packed, None))
@@ -229,12 +226,12 @@ def test_sasrecs_attention_is_causal_softmax_attention(length: int) -> None:
     torch.manual_seed(length)
     inputs = [torch.randn(1, 2, length, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     weight = torch.randn(1, 2, length, 4, dtype=torch.float64)
-    found = attend_causally(*inputs)
+    attended = attend_causally(*inputs)
     scores = inputs[0] @ inputs[1].transpose(2, 3) / 2
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     expected = torch.softmax(scores.masked_fill(future, -torch.inf), -1) @ inputs[2]
-    torch.testing.assert_close(found, expected)
-    of_found = torch.autograd.grad((found * weight).sum(), inputs, retain_graph=True)
+    torch.testing.assert_close(attended, expected)
+    gradients = torch.autograd.grad((attended * weight).sum(), inputs, retain_graph=True)
     of_expected = torch.autograd.grad((expected * weight).sum(), inputs)
-    for one, other in zip(of_found, of_expected, strict=True):
+    for one, other in zip(gradients, of_expected, strict=True):
         torch.testing.assert_close(one, other)

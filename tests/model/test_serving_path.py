@@ -1,8 +1,19 @@
-"""What serving computes is what training computed; and neither neighbours nor padding have a say in it."""
+"""Serving computes what training computed.
+
+Training scores many positions of a history in one pass: a `Batch` holds windows, and each window reads the summary of
+a cut and a tail of events. Serving scores one request: it reads the user's summary, pads the newest events to a tail,
+and asks for the retrieval head's user vector or for logits of candidates. The tests show that
+
+- both give the same numbers for the same events, at every position of a batch;
+- a user's results do not depend on the other users or impressions of a batch, on padding, or on the other candidates;
+- the parts of a request see what they may see: queries the first events of the tail, the summary not the tail, and a
+  summary the newest `history_limit` events;
+- a tail holds the newest events, and a model made for shorter tails equals one whose longer tail is cut.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +22,14 @@ import torch
 from torch import Tensor
 
 from vista.config.choices import Activation, Decay, Mixing, TargetAttentionKind
+from vista.examples.batch import Batch
 from vista.log.histories import Histories
 from vista.model import inference
-from vista.model.target_attention import Context
+from vista.model.padded_tail import PaddedTail, pad_tail
+from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 
+DAY = 86_400_000
 SHAPES = {
     "separable": {"mixing": Mixing.separable},
     "decay by time": {"decay": Decay.time, "decay_horizons": [0.0, 3.0]},
@@ -31,71 +45,88 @@ SHAPES = {
     "softmax, no summary": {"target_attention": TargetAttentionKind.softmax, "num_seeds": 0},
     "no phi, bidirectional": {"activation": Activation.identity, "mixing": Mixing.bidirectional, "num_layers": 3},
 }
+SOME_SHAPES = ["separable", "bidirectional", "no summary", "softmax"]
 LENGTHS = [0, 1, 2, 23, 7, 0, 12]
+"""Events per user: empty histories, some shorter than the tail, some longer."""
 
 
-def ask(
-    model: VistaModel, packed: Histories, tail: inference.PaddedTail, candidates: np.ndarray
-) -> tuple[Context, Tensor, Tensor]:
-    """Context, user vectors [B, M] and task logits [B, C, tasks] of requests a day after the newest event."""
+@dataclass(frozen=True)
+class Answers:
+    """What serving gives for B requests."""
+
+    context: TargetContext
+    users: Tensor
+    """[B, M]."""
+    logits: Tensor
+    """[B, C, num_tasks]."""
+
+
+def serve(model: VistaModel, packed: Histories, tail: PaddedTail, candidates: np.ndarray) -> Answers:
+    """Requests of the users of `packed`, one day after the tail's newest event, for candidates [B, C]."""
     context = inference.request_context(model, inference.summarize(model, packed), tail)
-    gap = inference.request_gap(model, tail.last_time + 86_400_000, tail)
+    gap = inference.request_gap(model, tail.last_time + DAY, tail)
     users = inference.user_vectors(model, context, gap)
-    return context, users, inference.candidate_logits(model, context, gap, torch.from_numpy(candidates))
+    return Answers(context, users, inference.candidate_logits(model, context, gap, torch.from_numpy(candidates)))
+
+
+# Training and serving ------------------------------------------------------------------------------------------------
+
+
+def served_context(
+    make: SimpleNamespace, model: VistaModel, packed: Histories, batch: Batch, window: int, owner: int, position: int
+) -> tuple[TargetContext, PaddedTail]:
+    """What a request reads that sees what a position of a training window sees.
+
+    It reads the summary of the events that the window's cut covers, and as its tail the events of the window's tail
+    that come before the position.
+    """
+    history, start = packed.slice(owner), packed.offsets[owner]
+    cut = batch.windows.cut[window]
+    covered = int(batch.cuts.stop[cut] - batch.cuts.start[cut])
+    in_tail = batch.windows.tail_index[window].numpy()
+    visible = int(((in_tail >= 0) & (in_tail < start + position)).sum())
+    tail = make.tail(model, history.slice(0, position - visible, position))
+    summary = inference.summarize(model, history.slice(0, 0, covered))
+    return inference.request_context(model, summary, tail), tail
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_training_at_a_position_is_serving_after_its_events(
-    make: SimpleNamespace, shape: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every position of every window: the served summary of its cut, the served tail of what it sees, its time."""
-    monkeypatch.setattr("vista.examples.cuts.TIMELESS_SHARE", 0.0)
+def test_training_at_a_position_is_serving_after_its_events(make: SimpleNamespace, shape: str) -> None:
+    """Every next item and every impression of a batch, each compared with a request of its own."""
     model = make.model(seed=3, **SHAPES[shape])
     packed = make.histories([1, 23, 8, 4], 5)
     chunks, shown_at = make.chunks(packed, 5, impressions=30, decay=model.config.decay)
     if model.encoder.gap is None:
-        chunks = replace(chunks, gap=chunks.gap * 0, impression_gap=chunks.impression_gap * 0)
-    batch = make.batch(chunks, make.plan(model, staleness_share=0.3), 5)
-    users, logits = make.outputs(model, batch)
-    width, length = batch.label.shape[1], model.config.tail_len
-    label_time = np.append(packed.timestamp, 0)
-    checked = 0
-    for window, cut in enumerate(batch.window_cut.tolist()):
-        start, stop = int(batch.cut_start[cut]), int(batch.cut_stop[cut])
-        owner = int(np.flatnonzero(packed.offsets == start)[0])
-        history = packed.slice(owner)
-        tail_end = int(batch.tail_index[window, -1]) + 1 - start if batch.tail_index[window, -1] >= 0 else 0
-        questions = [
-            (tail_end - width + 1 + column, column, None) for column in range(width) if batch.label[window, column] >= 0
-        ]
-        known = batch.candidate_mask[window].any(-1)
-        questions += [
-            (tail_end - width + 1 + int(batch.candidate_position[window, place]), None, place)
-            for place in torch.nonzero(known).flatten().tolist()
-        ]
-        for position, column, place in questions:
-            seen = min(position, max(0, length - (tail_end - position)))
-            tail = make.tail(model, history.slice(0, position - seen, position))
-            summary = inference.summarize(model, history.slice(0, 0, stop - start))
-            context = inference.request_context(model, summary, tail)
-            if column is not None:
-                gap = inference.request_gap(model, label_time[[start + position]], tail)
-                served = inference.user_vectors(model, context, gap)[0]
-                trained = users[window, column]
-            else:
-                item = batch.rows[batch.candidate[window, place]]
-                which = np.flatnonzero(
-                    (chunks.impression_chunk == owner)
-                    & (chunks.impression_position == position)
-                    & (chunks.impression_item == int(item))
-                )
-                gaps = {int(chunks.impression_gap[i]): shown_at[i] for i in which}
-                gap = inference.request_gap(model, np.array([gaps[int(batch.candidate_gap[window, place])]]), tail)
-                served = inference.candidate_logits(model, context, gap, item.view(1, 1))[0, 0]
-                trained = logits[window, place]
-            torch.testing.assert_close(trained, served, atol=2e-5, rtol=1e-4)
-            checked += 1
-    assert checked > 40
+        shown = replace(chunks.impressions, gap=chunks.impressions.gap * 0)
+        chunks = replace(chunks, gap=chunks.gap * 0, impressions=shown)
+    plan = make.plan(model, staleness_share=0.3, timeless_share=0.0)
+    batch = make.batch(chunks, plan, 5)
+    trained_users, trained_logits = make.outputs(model, batch)
+    next_items, impressions = make.predictions(chunks, plan, 5)
+
+    def close(trained: Tensor, served: Tensor) -> None:
+        torch.testing.assert_close(trained, served, atol=2e-5, rtol=1e-4)
+
+    labeled = np.argwhere(next_items.position >= 0)
+    for window, column in labeled:
+        owner, position = next_items.chunk[window, column], next_items.position[window, column]
+        context, tail = served_context(make, model, packed, batch, window, owner, position)
+        label_time = packed.timestamp[next_items.number[window, column]]
+        gap = inference.request_gap(model, np.array([label_time]), tail)
+        close(trained_users[window, column], inference.user_vectors(model, context, gap)[0])
+
+    impressed = np.argwhere(impressions.position >= 0)
+    for window, place in impressed:
+        owner, position = impressions.chunk[window, place], impressions.position[window, place]
+        context, tail = served_context(make, model, packed, batch, window, owner, position)
+        number = impressions.number[window, place]
+        gap = inference.request_gap(model, shown_at[[number]], tail)
+        candidate = torch.from_numpy(chunks.impressions.item[[[number]]])
+        close(trained_logits[window, place], inference.candidate_logits(model, context, gap, candidate)[0, 0])
+    assert len(labeled) == packed.num_events and len(impressed) == 30
+
+
+# Independence --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -103,35 +134,31 @@ def test_a_batch_equals_users_one_at_a_time(make: SimpleNamespace, shape: str) -
     model = make.model(seed=4, **SHAPES[shape])
     packed = make.histories(LENGTHS, 6)
     candidates = np.random.default_rng(0).integers(0, make.num_items + 1, (len(LENGTHS), 6))
-    _, users, logits = ask(model, packed, make.tail(model, packed), candidates)
+    together = serve(model, packed, make.tail(model, packed), candidates)
     for row in range(len(LENGTHS)):
-        alone = packed.select_users(row, row + 1)
-        _, user, logit = ask(model, alone, make.tail(model, alone), candidates[row : row + 1])
-        torch.testing.assert_close(users[row], user[0], atol=2e-6, rtol=1e-5)
-        torch.testing.assert_close(logits[row], logit[0], atol=5e-6, rtol=1e-5)
+        own = packed.select_users(row, row + 1)
+        alone = serve(model, own, make.tail(model, own), candidates[row : row + 1])
+        torch.testing.assert_close(together.users[row], alone.users[0], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(together.logits[row], alone.logits[0], atol=5e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", ["separable", "bidirectional", "no summary", "softmax"])
-def test_a_training_batch_equals_its_chunks_one_at_a_time(
-    make: SimpleNamespace, shape: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With W = 1 and no staleness nothing is drawn, so a chunk is cut the same way alone and in company."""
-    monkeypatch.setattr("vista.examples.cuts.TIMELESS_SHARE", 0.0)
+@pytest.mark.parametrize("shape", SOME_SHAPES)
+def test_a_training_batch_equals_its_chunks_one_at_a_time(make: SimpleNamespace, shape: str) -> None:
+    """One position per window, no staleness and all cuts leave nothing to chance: a chunk alone is cut the same way."""
     model = make.model(seed=5, **SHAPES[shape])
     packed = make.histories([0, 9, 3, 14], 7)
-    cut = make.plan(model, label_spacing=1, num_cuts=500)
-    together, _ = make.outputs(model, make.batch(make.chunks(packed, 7)[0], cut))
-    begin = 0
-    for row, length in enumerate(packed.lengths.tolist()):
-        alone, _ = make.outputs(model, make.batch(make.chunks(packed.select_users(row, row + 1), 7)[0], cut))
-        assert len(alone) == length
-        torch.testing.assert_close(together[begin : begin + length], alone, atol=2e-6, rtol=1e-5)
-        begin += length
-    assert begin == len(together)
+    plan = make.plan(model, label_spacing=1, num_cuts=500, timeless_share=0.0)
+    together, _ = make.outputs(model, make.batch(make.chunks(packed, 7)[0], plan))
+    assert len(together) == packed.num_events
+    for row in range(packed.num_users):
+        own = packed.select_users(row, row + 1)
+        alone, _ = make.outputs(model, make.batch(make.chunks(own, 7)[0], plan))
+        windows = slice(packed.offsets[row], packed.offsets[row + 1])
+        torch.testing.assert_close(together[windows], alone, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", ["separable", "bidirectional", "softmax"])
-def test_what_lies_in_padding_changes_no_bit(make: SimpleNamespace, shape: str) -> None:
+def test_values_in_padding_change_no_bit(make: SimpleNamespace, shape: str) -> None:
     model = make.model(seed=6, **SHAPES[shape])
     packed = make.histories(LENGTHS, 8)
     candidates = np.ones((len(LENGTHS), 2), np.int64)
@@ -143,64 +170,66 @@ def test_what_lies_in_padding_changes_no_bit(make: SimpleNamespace, shape: str) 
         gap=np.where(tail.valid, tail.gap, 9),
     )
     assert (junk.item != tail.item).any()
-    one, other = ask(model, packed, tail, candidates), ask(model, packed, junk, candidates)
-    assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
+    clean, padded = serve(model, packed, tail, candidates), serve(model, packed, junk, candidates)
+    assert torch.equal(clean.users, padded.users) and torch.equal(clean.logits, padded.logits)
 
 
-def test_the_width_of_impressions_changes_nothing(make: SimpleNamespace) -> None:
-    """Windows are padded to the fullest one; another user's many impressions are not this user's business."""
+def test_many_impressions_of_one_user_do_not_change_another_users_logits(make: SimpleNamespace) -> None:
+    """Windows are padded to the one with the most impressions."""
     model = make.model(seed=7)
     packed = make.histories([12, 12], 9)
     chunks, _ = make.chunks(packed, 9, impressions=14)
-    _, logits = make.outputs(model, make.batch(chunks, make.plan(model)))
-    crowd = np.searchsorted(chunks.impression_chunk, 1) + np.zeros(30, np.int64)
-
-    def crowded(values: np.ndarray) -> np.ndarray:
-        return np.insert(values, crowd, values[crowd[0]], axis=0)
-
-    names = ("chunk", "position", "item", "gap", "label", "mask")
-    wide = replace(chunks, **{f"impression_{n}": crowded(getattr(chunks, f"impression_{n}")) for n in names})
-    batch = make.batch(wide, make.plan(model))
-    _, wider = make.outputs(model, batch)
-    assert wider.shape[1] > logits.shape[1] + 20
-    first = packed.lengths[0] // 4  # whole windows of the first user
-    torch.testing.assert_close(wider[:first, : logits.shape[1]], logits[:first], atol=2e-6, rtol=1e-5)
+    _, narrow = make.outputs(model, make.batch(chunks, make.plan(model)))
+    shown = chunks.impressions
+    second_users_first = np.searchsorted(shown.chunk, 1)
+    repeats = np.where(np.arange(len(shown.chunk)) == second_users_first, 31, 1)
+    crowded = replace(shown, **{f.name: np.repeat(getattr(shown, f.name), repeats, axis=0) for f in fields(shown)})
+    _, wide = make.outputs(model, make.batch(replace(chunks, impressions=crowded), make.plan(model)))
+    width = narrow.shape[1]
+    assert wide.shape[1] > width + 20
+    windows = packed.lengths[0] // 4  # whole windows of the first user
+    torch.testing.assert_close(wide[:windows, :width], narrow[:windows], atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", ["separable", "bidirectional", "no summary", "softmax"])
+@pytest.mark.parametrize("shape", SOME_SHAPES)
 def test_candidates_do_not_see_one_another(make: SimpleNamespace, shape: str) -> None:
     model = make.model(seed=8, **SHAPES[shape])
     packed = make.histories(LENGTHS, 10)
     tail = make.tail(model, packed)
     rng = np.random.default_rng(1)
     candidates = rng.integers(0, make.num_items + 1, (len(LENGTHS), 30))
-    context, _, logits = ask(model, packed, tail, candidates)
-    gap = inference.request_gap(model, tail.last_time + 86_400_000, tail)
+    answers = serve(model, packed, tail, candidates)
+    gap = inference.request_gap(model, tail.last_time + DAY, tail)
+
+    def logits(candidates: np.ndarray) -> Tensor:
+        return inference.candidate_logits(model, answers.context, gap, torch.from_numpy(candidates))
+
     order = rng.permutation(30)
-    shuffled = inference.candidate_logits(model, context, gap, torch.from_numpy(candidates[:, order]))
-    torch.testing.assert_close(shuffled, logits[:, order], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(logits(candidates[:, order]), answers.logits[:, order], atol=2e-6, rtol=1e-5)
     for count in (1, 7):
-        few = inference.candidate_logits(model, context, gap, torch.from_numpy(candidates[:, :count]))
-        torch.testing.assert_close(few, logits[:, :count], atol=2e-6, rtol=1e-5)
-    # In a list of another make-up, bit for bit.
+        few = logits(candidates[:, :count])
+        torch.testing.assert_close(few, answers.logits[:, :count], atol=2e-6, rtol=1e-5)
+    # Among as many other candidates the result is the same, bit for bit.
     others = candidates.copy()
     others[:, 1:] = rng.integers(0, make.num_items + 1, (len(LENGTHS), 29))
-    assert torch.equal(
-        inference.candidate_logits(model, context, gap, torch.from_numpy(others))[:, 0], logits[:, 0].contiguous()
-    )
+    assert torch.equal(logits(others)[:, 0], answers.logits[:, 0].contiguous())
+
+
+# What the parts of a request see -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seen", [0, 1, 3])
-def test_queries_see_the_first_columns_of_the_tail_alone(make: SimpleNamespace, seen: int) -> None:
-    """Requests are masked like candidates: both see the summary, `seen` tail columns and themselves."""
+def test_queries_see_the_summary_and_only_the_first_columns_of_the_tail(make: SimpleNamespace, seen: int) -> None:
+    """User vectors and candidates alike."""
     model = make.model(seed=9)
     packed = make.histories([9, 2], 11)
     summary, tail = inference.summarize(model, packed), make.tail(model, packed)
     beyond = np.arange(model.config.tail_len) >= seen
     changed = replace(tail, item=np.where(beyond, tail.item % make.num_items + 1, tail.item))
+    before, after = (inference.request_context(model, summary, each) for each in (tail, changed))
+    other_summary = inference.request_context(model, summary + torch.randn(2, 3, 16), tail)
     columns = torch.tensor([seen])
     vectors = model.item_table[torch.tensor([[3], [4]])]
-    before, after = (inference.request_context(model, summary, t) for t in (tail, changed))
     with torch.inference_mode():
         for query in (
             lambda context, columns: model.user_vectors(None, columns, context),
@@ -208,22 +237,22 @@ def test_queries_see_the_first_columns_of_the_tail_alone(make: SimpleNamespace, 
         ):
             assert torch.equal(query(before, columns), query(after, columns))
             assert not torch.equal(query(before, columns + 1), query(after, columns + 1))
-            other = inference.request_context(model, summary + 1.0 * torch.randn(2, 3, 16), tail)
-            assert not torch.allclose(query(before, columns), query(other, columns), atol=1e-3)
+            assert not torch.allclose(query(before, columns), query(other_summary, columns), atol=1e-3)
 
 
 def test_summary_tokens_do_not_see_the_tail(make: SimpleNamespace) -> None:
     model = make.model(seed=10)
+    num_seeds = model.config.num_seeds
     packed = make.histories([9], 12)
     summary, tail = inference.summarize(model, packed), make.tail(model, packed)
     changed = replace(tail, item=tail.item % make.num_items + 1)
-    one, other = (inference.request_context(model, summary, t) for t in (tail, changed))
+    one, other = (inference.request_context(model, summary, each) for each in (tail, changed))
     for before, after in zip(one.keys, other.keys, strict=True):
-        assert torch.equal(before[:, :, :3], after[:, :, :3])
-        assert not torch.equal(before[:, :, 3:], after[:, :, 3:])
+        assert torch.equal(before[:, :, :num_seeds], after[:, :, :num_seeds])
+        assert not torch.equal(before[:, :, num_seeds:], after[:, :, num_seeds:])
 
 
-def test_only_the_newest_history_limit_events_are_summarized(make: SimpleNamespace) -> None:
+def test_a_summary_covers_the_newest_history_limit_events(make: SimpleNamespace) -> None:
     model = make.model(seed=11, history_limit=6)
     packed = make.histories([10, 3, 6], 13)
     newest = packed.select(np.maximum(packed.lengths - 6, 0), packed.lengths)
@@ -232,44 +261,60 @@ def test_only_the_newest_history_limit_events_are_summarized(make: SimpleNamespa
     assert not torch.allclose(inference.summarize(model, packed)[0], inference.summarize(unlimited, packed)[0])
 
 
+# Tails ---------------------------------------------------------------------------------------------------------------
+
+
 def test_padded_tails_hold_the_newest_events_and_the_gaps_between_them(make: SimpleNamespace) -> None:
     model = make.model(tail_len=3)
     time = np.array([0, 1000, 7000, 7000, 5, 9_000])
-    tail = inference.pad_tail(model, np.arange(1, 7), time, np.array([0, 1, 2, 0, 1, 2]), np.array([0, 4, 4, 6]))
+    tail = pad_tail(model, np.arange(1, 7), time, np.array([0, 1, 2, 0, 1, 2]), np.array([0, 4, 4, 6]))
     np.testing.assert_array_equal(tail.item, [[2, 3, 4], [0, 0, 0], [0, 5, 6]])
     np.testing.assert_array_equal(tail.action, [[1, 2, 0], [0, 0, 0], [0, 1, 2]])
     # 6 s, 0 s and 8.995 s: 1 + floor(log2(1 + s)); the first event's gap is unknown.
     np.testing.assert_array_equal(tail.gap, [[0, 3, 1], [0, 0, 0], [0, 0, 4]])
     np.testing.assert_array_equal(tail.valid, [[1, 1, 1], [0, 0, 0], [0, 1, 1]])
     np.testing.assert_array_equal(tail.last_time[[0, 2]], [7000, 9000])
-    empty = inference.pad_tail(model, np.zeros(0), np.zeros(0, np.int64), np.zeros(0), np.zeros(3, np.int64))
-    assert not empty.valid.any() and empty.item.shape == (2, 3)
+
+
+def test_padded_tails_of_empty_histories_hold_nothing(make: SimpleNamespace) -> None:
+    model = make.model(tail_len=3)
+    tail = pad_tail(model, np.zeros(0), np.zeros(0, np.int64), np.zeros(0), np.zeros(3, np.int64))
+    assert not tail.valid.any() and tail.item.shape == (2, 3)
+
+
+def test_request_gaps_count_from_the_newest_event_of_the_tail(make: SimpleNamespace) -> None:
+    model = make.model(tail_len=3)
+    time = np.array([7000, 9000])
+    tail = pad_tail(model, np.arange(1, 3), time, np.zeros(2, np.int64), np.array([0, 1, 1, 2]))
     assert model.encoder.gap is not None
-    unknown = inference.request_gap(model, None, tail)
-    asked = inference.request_gap(model, np.array([8000, 8000, 8000]), tail)
-    assert unknown is not None and asked is not None
-    rows = model.encoder.gap.weight
-    assert torch.equal(unknown[:, 0], rows[[0, 0, 0]])
-    assert torch.equal(asked[:, 0], rows[[2, 0, 1]]), "1 s; no tail; a request before the newest event counts as 0 s"
+    by_bucket = model.encoder.gap.weight
+    without_time = inference.request_gap(model, None, tail)
+    at_8_s = inference.request_gap(model, np.array([8000, 8000, 8000]), tail)
+    assert without_time is not None and at_8_s is not None
+    assert torch.equal(without_time[:, 0], by_bucket[[0, 0, 0]])
+    # 1 s after the newest event; an empty tail; a request before the newest event counts as 0 s after it.
+    assert torch.equal(at_8_s[:, 0], by_bucket[[2, 0, 1]])
 
 
 @pytest.mark.parametrize("shape", ["separable", "no summary", "no times", "softmax"])
-def test_a_shorter_tail_is_what_is_left_of_the_longer(make: SimpleNamespace, shape: str) -> None:
+def test_a_model_with_a_shorter_tail_equals_one_whose_tail_is_cut(make: SimpleNamespace, shape: str) -> None:
     model = make.model(seed=4, **SHAPES[shape])
     packed = make.histories(LENGTHS, 6)
     candidates = np.random.default_rng(0).integers(0, 40, (len(LENGTHS), 5))
     for length in (1, 3, model.config.tail_len):
         shorter = model.with_tail(length)
         tail = make.tail(shorter, packed)
-        columns = ((0, 0), (model.config.tail_len - length, 0))
-        padded = replace(
-            tail, **{name: np.pad(getattr(tail, name), columns) for name in ("item", "action", "gap", "valid")}
-        )
-        _, users, logits = ask(shorter, packed, tail, candidates)
-        _, expected_users, expected_logits = ask(model, packed, padded, candidates)
-        torch.testing.assert_close(users, expected_users, atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=1e-5)
+        padding = ((0, 0), (model.config.tail_len - length, 0))
+        names = ("item", "action", "gap", "valid")
+        padded = replace(tail, **{name: np.pad(getattr(tail, name), padding) for name in names})
+        answers, expected = serve(shorter, packed, tail, candidates), serve(model, packed, padded, candidates)
+        torch.testing.assert_close(answers.users, expected.users, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(answers.logits, expected.logits, atol=1e-5, rtol=1e-5)
         assert shorter.summarizer_id() == model.summarizer_id()
+
+
+def test_a_tail_longer_than_trained_or_empty_is_refused(make: SimpleNamespace) -> None:
+    model = make.model()
     for length in (0, model.config.tail_len + 1):
-        with pytest.raises(ValueError, match=r"must lie in 1 … \d+, which was trained"):
+        with pytest.raises(ValueError, match=r"must lie in 1 … \d+, the trained length"):
             model.with_tail(length)

@@ -1,4 +1,4 @@
-"""States of separable mixing: against a float64 loop over events, and in whatever pieces they are made."""
+"""States of separable mixing: against a float64 loop over events, and computed in parts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from torch.nn.functional import silu
 from vista.config.choices import Decay, Mixing
 from vista.errors import ConfigError
 from vista.log.histories import Histories
+from vista.model import history_states as states_module
 from vista.model import inference
-from vista.model import state_updates as incremental
+from vista.model.history_states import embed, history_states, range_states, reach
 from vista.model.summary_state import SummaryState, merge
 from vista.model.vista_model import VistaModel
 
@@ -33,7 +34,7 @@ SHAPES = {
 
 
 def loop(model: VistaModel, history: Histories) -> tuple[Tensor, Tensor]:
-    """(z [L, H, D, D], n [H]) in float64, each event by itself from what it may depend on: it and `reach` before it."""
+    """(z [L, H, D, D], n [H]) in float64, each event computed from itself and the `reach` events before it."""
     exact = copy.deepcopy(model).double()
     layers, heads = exact.summarizer.layers, model.config.num_heads
     z = torch.zeros(len(layers), heads, 8, 8, dtype=torch.float64)
@@ -43,8 +44,8 @@ def loop(model: VistaModel, history: Histories) -> tuple[Tensor, Tensor]:
     tau = torch.tensor([t * unit if t else np.inf for t in model.config.decay_horizons or [0.0] * heads])
     with torch.no_grad():
         for event in range(history.num_events):
-            near = history.slice(0, max(0, event - incremental.reach(model)), event + 1)
-            vectors, inside, _ = incremental.embed(exact, near)
+            near = history.slice(0, max(0, event - reach(model)), event + 1)
+            vectors, inside, _ = embed(exact, near)
             x = exact.summarizer.tokens(vectors, inside)[-1:]
             weight = torch.exp(-float(times[-1] - times[event]) / tau.double())
             n += weight
@@ -56,7 +57,7 @@ def loop(model: VistaModel, history: Histories) -> tuple[Tensor, Tensor]:
 
 
 def assert_same(one: SummaryState, other: SummaryState, tolerance: float = 2e-6) -> None:
-    """Equal within rounding: errors are measured against the largest entry of each matrix."""
+    """Equal within rounding, relative to the largest entry of each matrix."""
     assert torch.equal(one.clock, other.clock) and torch.equal(one.num_events, other.num_events)
     scale = other.z.abs().amax((-1, -2), keepdim=True).clamp(min=1e-12)
     assert ((one.z - other.z).abs() <= tolerance * scale + 1e-7).all(), ((one.z - other.z).abs() / scale).max()
@@ -64,10 +65,10 @@ def assert_same(one: SummaryState, other: SummaryState, tolerance: float = 2e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_state_is_the_sum_of_what_each_event_writes_alone(make: SimpleNamespace, shape: str) -> None:
+def test_a_state_is_the_sum_of_the_terms_of_its_events(make: SimpleNamespace, shape: str) -> None:
     model = make.model(seed=1, **SHAPES[shape])
     packed = make.histories([0, 1, 2, 40, 7], 2)
-    states = incremental.history_states(model, packed)
+    states = history_states(model, packed)
     for row in range(packed.num_users):
         z, n = loop(model, packed.slice(row))
         torch.testing.assert_close(states.z[row].double(), z, rtol=1e-5, atol=1e-5 * max(1.0, float(z.abs().max())))
@@ -78,15 +79,18 @@ def test_a_state_is_the_sum_of_what_each_event_writes_alone(make: SimpleNamespac
 @pytest.mark.parametrize("shape", SHAPES)
 @settings(max_examples=15, deadline=None)
 @given(cuts=st.lists(st.integers(0, 30), max_size=5), seed=st.integers(0, 99))
-def test_appending_in_pieces_equals_the_whole(make: SimpleNamespace, shape: str, cuts: list[int], seed: int) -> None:
+def test_appending_in_parts_equals_one_pass(make: SimpleNamespace, shape: str, cuts: list[int], seed: int) -> None:
     model = make.model(seed=2, **SHAPES[shape])
     history = make.histories([30], seed)
-    state = incremental.history_states(model, make.histories([0]))
+    state = history_states(model, make.histories([0]))
     bounds = [0, *sorted(cuts), 30]
     for begin, end in pairwise(bounds):
-        context = min(incremental.reach(model), begin)
-        state = incremental.append(model, state, history.slice(0, begin - context, end), context)
-    assert_same(state, incremental.history_states(model, history))
+        context = min(reach(model), begin)
+        new = range_states(
+            model, history.slice(0, begin - context, end), np.array([context]), np.array([begin - context])
+        )
+        state = merge(state, new, model.summarizer.decay_rate)
+    assert_same(state, history_states(model, history))
 
 
 @pytest.mark.parametrize("shape", [name for name in SHAPES if name != "decay by position"])
@@ -95,15 +99,16 @@ def test_appending_in_pieces_equals_the_whole(make: SimpleNamespace, shape: str,
 def test_halves_of_a_history_merge_to_the_whole(make: SimpleNamespace, shape: str, middle: int, seed: int) -> None:
     model = make.model(seed=3, **SHAPES[shape])
     history = make.histories([25], seed)
-    context = min(incremental.reach(model), middle)
-    first = incremental.history_states(model, history.slice(0, 0, middle))
-    second = incremental.range_states(model, history.slice(0, middle - context, 25), np.array([context]))
-    whole = incremental.history_states(model, history)
-    assert_same(incremental.merge_states(model, first, second), whole)
-    assert_same(incremental.merge_states(model, second, first), whole)
+    context = min(reach(model), middle)
+    first = history_states(model, history.slice(0, 0, middle))
+    second = range_states(model, history.slice(0, middle - context, 25), np.array([context]))
+    whole = history_states(model, history)
+    rate = model.summarizer.decay_rate
+    assert_same(merge(first, second, rate), whole)
+    assert_same(merge(second, first, rate), whole)
     if context and 0 < middle < 25:
-        without_context = incremental.history_states(model, history.slice(0, middle, 25))
-        merged = incremental.merge_states(model, first, without_context)
+        without_context = history_states(model, history.slice(0, middle, 25))
+        merged = merge(first, without_context, rate)
         assert (merged.z - whole.z).abs().max() > 1e-4, "the context of the second half matters"
 
 
@@ -113,34 +118,31 @@ def test_long_histories_in_slices_equal_one_pass_at_constant_memory(
 ) -> None:
     model = make.model(seed=4, **SHAPES[shape])
     packed = make.histories([3, 100, 0, 16, 15, 31, 1, 500], 5)
-    whole = incremental.history_states(model, packed)
+    whole = history_states(model, packed)
     summary = inference.summarize(model, packed)
     held: list[int] = []
-    embed = incremental.embed
 
     def counted(model: VistaModel, histories: Histories, start: np.ndarray | None = None) -> tuple[Tensor, ...]:
         held.append(histories.num_events)
         return embed(model, histories, start)
 
-    monkeypatch.setattr(incremental, "embed", counted)
-    monkeypatch.setattr(incremental, "SLICE_LEN", 16)
-    sliced = incremental.history_states(model, packed)
-    assert_same(sliced, whole)
-    torch.testing.assert_close(inference.summarize(model, packed), summary, atol=1e-5, rtol=1e-4)
-    assert max(held) <= 16 + incremental.reach(model) and len(held) > 40
+    monkeypatch.setattr(states_module, "embed", counted)
+    assert_same(history_states(model, packed, slice_len=16), whole)
+    torch.testing.assert_close(inference.summarize(model, packed, slice_len=16), summary, atol=1e-5, rtol=1e-4)
+    assert max(held) <= 16 + reach(model) and len(held) > 40
 
 
-def test_an_empty_history_is_zeros_and_its_summary_what_the_seeds_alone_give(make: SimpleNamespace) -> None:
+def test_an_empty_history_has_a_zero_state_and_the_summary_of_the_seeds_alone(make: SimpleNamespace) -> None:
     model = make.model(seed=5, num_layers=3)
     empty = make.histories([0, 0])
-    state = incremental.history_states(model, empty)
+    state = history_states(model, empty)
     for part in (state.z, state.n, state.removed, state.clock, state.num_events):
         assert len(part) == 2 and not part.any()
     assert model.summarizer is not None
     with torch.no_grad():
         x = model.summarizer.seeds
         for layer in model.summarizer.layers:
-            x = layer.seed_feed_forward(x)  # attention adds nothing: there is nothing to read
+            x = layer.seed_feed_forward(x)  # attention reads an empty state and adds nothing
         alone = model.summarizer.final_norm(x)
     summary = inference.summarize(model, empty)
     torch.testing.assert_close(summary, alone.expand(2, -1, -1), atol=1e-6, rtol=1e-5)
@@ -154,7 +156,7 @@ def test_moving_the_clock_is_one_multiplication(make: SimpleNamespace) -> None:
     assert model.summarizer is not None
     rate = model.summarizer.decay_rate
     history = make.histories([20], 3)
-    state = incremental.history_states(model, history)
+    state = history_states(model, history)
     later = state.clock + 2 * DAY
     moved = state.seen_from(later, rate)
     age = torch.from_numpy(int(later) - history.timestamp).double()
@@ -170,12 +172,12 @@ def test_moving_the_clock_is_one_multiplication(make: SimpleNamespace) -> None:
 
 
 def test_time_differences_are_taken_as_integers(make: SimpleNamespace) -> None:
-    """Float32 milliseconds since 1970 would be wrong by minutes: two histories a minute apart must differ so."""
+    """Unix times in ms would be off by minutes in float32. Here gaps of five seconds must count."""
     model = make.model(seed=7, decay=Decay.time, decay_horizons=[1e-4, 1e-3])
     one = make.histories([2], 3)
     times = np.array([1_700_000_000_000, 1_700_000_005_000])
     history = Histories(one.item, times, one.action, one.rating, one.offsets)
-    n = incremental.history_states(model, history).n[0].double()
+    n = history_states(model, history).n[0].double()
     tau = torch.tensor([1e-4, 1e-3], dtype=torch.float64) * DAY
     torch.testing.assert_close(n, 1 + torch.exp(-5000 / tau), rtol=1e-6, atol=0)
 
@@ -183,7 +185,7 @@ def test_time_differences_are_taken_as_integers(make: SimpleNamespace) -> None:
 def test_merging_with_the_empty_state_changes_nothing(make: SimpleNamespace) -> None:
     model = make.model(seed=8, **SHAPES["decay by time"])
     assert model.summarizer is not None
-    state = incremental.history_states(model, make.histories([12, 0, 3], 1))
+    state = history_states(model, make.histories([12, 0, 3], 1))
     empty = model.summarizer.empty_state(3)
     for merged in (merge(state, empty, model.summarizer.decay_rate), merge(empty, state, model.summarizer.decay_rate)):
         for name in ("z", "n", "removed", "clock", "num_events"):
@@ -193,11 +195,11 @@ def test_merging_with_the_empty_state_changes_nothing(make: SimpleNamespace) -> 
 def test_only_separable_mixing_has_states(make: SimpleNamespace) -> None:
     for options in ({"mixing": Mixing.bidirectional}, {"num_seeds": 0}):
         with pytest.raises(ConfigError, match=r"model\.mixing: only separable mixing has states"):
-            incremental.history_states(make.model(**options), make.histories([3]))
+            history_states(make.model(**options), make.histories([3]))
 
 
 def test_states_are_those_that_training_reads(make: SimpleNamespace) -> None:
-    """The states at the cuts of a chunk, by block sums and a scan, are the states of the histories up to the cuts."""
+    """States at the cuts of a chunk, from block sums and a scan, equal the states of the histories up to the cuts."""
     for shape in SHAPES.values():
         model = make.model(seed=9, **shape)
         packed = make.histories([33, 0, 6], 4)
@@ -205,17 +207,18 @@ def test_states_are_those_that_training_reads(make: SimpleNamespace) -> None:
         batch = make.batch(chunks, make.plan(model), 4)
         assert model.summarizer is not None
         with torch.no_grad():
-            gap = batch.gap if model.encoder.gap is not None else batch.gap * 0
-            events = model.encoder(model.item_table[batch.rows][batch.item], batch.action, gap, batch.rating)
+            events = batch.events
+            gap = events.gap if model.encoder.gap is not None else events.gap * 0
+            encoded = model.encoder(model.item_table[batch.rows][events.item], events.action, gap, events.rating)
             position = torch.from_numpy(np.concatenate([np.arange(n) for n in packed.lengths]))
-            tokens = model.summarizer.tokens(events, position)
-            blocks = model.summarizer.segment_states(tokens, batch.clock, batch.segment_offsets)
-            found = model.summarizer.prefix_states(blocks, batch.segment_user_offsets)
-        offsets = batch.segment_offsets.tolist()
+            tokens = model.summarizer.tokens(encoded, position)
+            blocks = model.summarizer.segment_states(tokens, events.clock, batch.cuts.segment_offsets)
+            states = model.summarizer.prefix_states(blocks, batch.cuts.chunk_offsets)
+        offsets = batch.cuts.segment_offsets.tolist()
         owners = np.searchsorted(packed.offsets, offsets[:-1], side="right") - 1
         for row, (owner, stop) in enumerate(zip(owners, offsets[1:], strict=True)):
-            whole = incremental.history_states(model, packed.slice(owner, 0, stop - packed.offsets[owner]))
-            assert found.num_events[row] == whole.num_events[0]
+            whole = history_states(model, packed.slice(owner, 0, stop - packed.offsets[owner]))
+            assert states.num_events[row] == whole.num_events[0]
             scale = whole.z.abs().max()
-            assert (found.z[row] - whole.z[0]).abs().max() < 2e-6 * scale
-            torch.testing.assert_close(found.n[row], whole.n[0], rtol=2e-6, atol=1e-6)
+            assert (states.z[row] - whole.z[0]).abs().max() < 2e-6 * scale
+            torch.testing.assert_close(states.n[row], whole.n[0], rtol=2e-6, atol=1e-6)

@@ -31,7 +31,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 def expected(layer: PointwiseLayer, x: Tensor, seen: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """One token x [M] that attends to tokens [M] with biases [H], which may be itself."""
+    """The output of one token x [M] that attends to tokens [M] with biases [H]; x may be among them."""
     query, gate = (silu(part) for part in layer.project(x).chunk(4)[:2])
     heads = torch.zeros(HEADS, WIDTH, dtype=torch.float64)
     for token, bias in seen:
@@ -47,32 +47,34 @@ def expected(layer: PointwiseLayer, x: Tensor, seen: list[tuple[Tensor, Tensor]]
 
 @torch.no_grad()
 def test_context_tokens(layer: PointwiseLayer) -> None:
-    """Of the tokens, the last sees two of them under a mask of biases, and the others all, without one."""
+    """Without a mask all tokens see all. With one, the last token sees two of them, and the others see none."""
     x, bias = torch.randn(1, 3, HEADS * WIDTH).double(), torch.randn(HEADS).double()
     query, gate, key, value = layer.parts(x)
     key, value = layer.heads(key), layer.heads(value)
     mask = torch.full((1, HEADS, 3, 3), MASKED).double()
     mask[0, :, 2, :2] = bias[:, None]
     zero = torch.zeros(HEADS).double()
-    found = layer.attend_context(x, query, gate, key, value, None)
+    outputs = layer.attend_context(x, query, gate, key, value, None)
     for row in range(3):
-        torch.testing.assert_close(found[0, row], expected(layer, x[0, row], [(token, zero) for token in x[0]]))
+        torch.testing.assert_close(outputs[0, row], expected(layer, x[0, row], [(token, zero) for token in x[0]]))
     masked = layer.attend_context(x, query, gate, key, value, mask)[0]
     torch.testing.assert_close(masked[2], expected(layer, x[0, 2], [(token, bias) for token in x[0, :2]]))
-    torch.testing.assert_close(masked[:2], x[0, :2])  # who sees nothing stays as it is
+    torch.testing.assert_close(masked[:2], x[0, :2])  # tokens that see nothing stay unchanged
 
 
 @torch.no_grad()
 def test_query_tokens(layer: PointwiseLayer) -> None:
-    """A query sees the context but for what is masked, and itself; not the other queries."""
+    """A query sees the unmasked context and itself, but not the other queries."""
     context, x = torch.randn(1, 5, HEADS * WIDTH).double(), torch.randn(1, 2, HEADS * WIDTH).double()
     key, value = layer.keys_values(context)
     bias = torch.randn(1, HEADS, 1, 5).double()
     seen = torch.tensor([[True, True, False, True, True]])
-    found = layer.attend_query(x, layer.parts(x), key, value, bias, seen)
+    outputs = layer.attend_query(x, layer.parts(x), key, value, bias, seen)
     for row in range(2):
         tokens = [(context[0, place], bias[0, :, 0, place]) for place in (0, 1, 3, 4)]
-        torch.testing.assert_close(found[0, row], expected(layer, x[0, row], [*tokens, (x[0, row], layer.bias[:, 0])]))
+        torch.testing.assert_close(
+            outputs[0, row], expected(layer, x[0, row], [*tokens, (x[0, row], layer.bias[:, 0])])
+        )
 
 
 def test_masked_scores_have_no_gradient_and_no_nan(layer: PointwiseLayer) -> None:

@@ -1,4 +1,4 @@
-"""One step of training: which rows of the item table it touches and what that costs; which losses there are."""
+"""One training step: the rows of the item table it changes, its cost, and its losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vista.config.choices import Decay, Mixing, Precision, TargetAttentionKind
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
-from vista.training.trainer import _Trainer
+from vista.training.trainer import Trainer
 
 DIM, NUM_ITEMS = 16, 500
 
@@ -30,7 +30,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
     return EventLog.from_frame(frame, tmp_path_factory.mktemp("step") / "log", timestamp=None)
 
 
-def trainer(log: EventLog, run_dir: Path, num_rows: int) -> _Trainer:
+def trainer(log: EventLog, run_dir: Path, num_rows: int) -> Trainer:
     """A trainer whose table has `num_rows` rows, over which the log's items are spread."""
     config = TrainConfig(
         model=ModelConfig(dim=DIM, num_heads=2, num_seeds=4, num_layers=1, num_target_layers=1, tail_len=8),
@@ -41,15 +41,15 @@ def trainer(log: EventLog, run_dir: Path, num_rows: int) -> _Trainer:
         num_threads=1,
         device="cpu",
     )
-    made = _Trainer(config, log)
+    made = Trainer(config, log)
     made.model.item_table = nn.Parameter(torch.randn(num_rows, DIM) * DIM**-0.5)
-    made.table_optimizer = torch.optim.SparseAdam([made.model.item_table], lr=1e-3, betas=(0.9, 0.98))
+    made.optimizers.table = torch.optim.SparseAdam([made.model.item_table], lr=1e-3, betas=(0.9, 0.98))
     made.source = BatchSource(log, 1 + np.arange(log.num_items) * ((num_rows - 1) // log.num_items), config)
     made.model.train()
     return made
 
 
-def test_a_step_changes_the_rows_of_its_batch_alone(log: EventLog, tmp_path: Path) -> None:
+def test_a_step_changes_only_the_rows_of_its_batch(log: EventLog, tmp_path: Path) -> None:
     made = trainer(log, tmp_path / "run", 1_000_001)
     table = made.model.item_table
     for index in range(3):
@@ -59,11 +59,11 @@ def test_a_step_changes_the_rows_of_its_batch_alone(log: EventLog, tmp_path: Pat
         changed = (table.detach() != before).any(1)
         used = torch.zeros(len(table), dtype=torch.bool)
         used[batch.rows] = True
-        # Rows that earlier batches used have momentum, and still rest.
+        # Rows of earlier batches have momentum, but do not move.
         assert not changed[~used].any()
         learned = torch.zeros_like(used)
-        learned[batch.rows[batch.item]] = True
-        learned[batch.rows[batch.negatives]] = True
+        learned[batch.rows[batch.events.item]] = True
+        learned[batch.rows[batch.negatives.item]] = True
         assert changed[learned].all()
         assert table.grad is None
 
@@ -77,7 +77,7 @@ def test_the_time_of_a_step_does_not_grow_with_the_table(log: EventLog, tmp_path
             began = time.thread_time()
             one._step(batch, 0.1)
             seconds[rows].append(time.thread_time() - began)
-    # The first step makes the optimizer's state. A pass over 16M numbers and two moments would take 20 ms and more.
+    # The first step allocates the optimizer's state. A pass over 16M numbers and two moments would take over 20 ms.
     small, large = (min(times[1:]) for times in seconds.values())
     assert large < 1.5 * small + 0.003, (small, large)
 
@@ -93,10 +93,10 @@ def test_users_without_events_are_trained_on_their_impressions(make: SimpleNames
     losses.total.backward()
     assert torch.isfinite(losses.total) and float(losses.parts["next"].detach()) == 0.0
     assert model.summarizer is not None and model.summarizer.seeds.grad is not None
-    assert model.summarizer.seeds.grad.any(), "the empty history's summary learns"
+    assert model.summarizer.seeds.grad.any(), "the summary of an empty history is trained"
 
 
-def test_losses_are_those_that_the_configuration_asks_for(make: SimpleNamespace) -> None:
+def test_the_configuration_selects_the_losses(make: SimpleNamespace) -> None:
     model = make.model(num_seeds=0)
     chunks, _ = make.chunks(make.histories([9, 4]), 1, impressions=5)
     batch = make.batch(chunks, make.plan(model))
@@ -105,11 +105,11 @@ def test_losses_are_those_that_the_configuration_asks_for(make: SimpleNamespace)
     def parts(model: object = model, optim: OptimConfig = optim, batch: object = batch) -> dict[str, float]:
         with torch.no_grad():
             losses = model.losses(batch, model.item_table[batch.rows], optim)
-        found = {name: float(value) for name, value in losses.parts.items()}
+        values = {name: float(value) for name, value in losses.parts.items()}
         weights = {"next": optim.next_weight, "reconstruction": optim.reconstruction_weight}
-        expected = sum(value * weights.get(name, optim.task_weight) for name, value in found.items())
+        expected = sum(value * weights.get(name, optim.task_weight) for name, value in values.items())
         assert float(losses.total) == pytest.approx(expected, rel=1e-6)
-        return found
+        return values
 
     assert set(parts()) == {"next", "click", "like"}, "no summary, no reconstruction"
     assert set(parts(optim=replace(optim, next_weight=0.0))) == {"click", "like"}
@@ -122,43 +122,45 @@ def test_losses_are_those_that_the_configuration_asks_for(make: SimpleNamespace)
 
 
 @pytest.mark.parametrize("mixing", Mixing)
-def test_an_event_shown_as_unknown_is_one_of_an_unknown_item(make: SimpleNamespace, mixing: Mixing) -> None:
+def test_an_event_shown_as_unknown_acts_like_an_unknown_item(make: SimpleNamespace, mixing: Mixing) -> None:
     model = make.model(mixing=mixing)
     with torch.no_grad():
-        model.item_table[0] = 0.0  # as it is in every model but this one, whose parameters all matter
+        model.item_table[0] = 0.0  # as in every real model; here all parameters got noise
     chunks, _ = make.chunks(make.histories([20, 14], 2), 2, impressions=12)
     hidden = torch.rand(len(chunks.item)) < 0.4
     batch = make.batch(chunks, make.plan(model))
     unknown = make.batch(replace(chunks, item=np.where(hidden.numpy(), 0, chunks.item)), make.plan(model))
-    shown = replace(batch, hidden=hidden)
+    shown = replace(batch, events=replace(batch.events, hidden=hidden))
     for one, other in zip(make.outputs(model, shown), make.outputs(model, unknown), strict=True):
         torch.testing.assert_close(one, other)
-    # As labels they are what they are.
-    is_label = batch.label >= 0
+    # As labels the items are known.
+    is_label = batch.labels.item >= 0
     items = F.normalize(model.item_table.detach()[1:], dim=-1)
     scores = make.outputs(model, shown)[0][is_label] @ items.T / model.config.temperature
     with torch.no_grad():
         losses = model.losses(shown, model.item_vectors(shown.rows), OptimConfig())
-    expected = F.cross_entropy(scores, batch.rows[batch.label[is_label]] - 1)
+    expected = F.cross_entropy(scores, batch.rows[batch.labels.item[is_label]] - 1)
     torch.testing.assert_close(losses.parts["next"], expected)
 
-    def learnt(**weights: float) -> torch.Tensor:
-        """The items that a batch moves that shows none of its events."""
+    def learned(**weights: float) -> torch.Tensor:
+        """The items that get a gradient from a batch that shows all its events as unknown."""
         vectors = model.item_vectors(batch.rows).detach().requires_grad_()
-        every = replace(batch, hidden=torch.ones_like(hidden))
+        every = replace(batch, events=replace(batch.events, hidden=torch.ones_like(hidden)))
         model.losses(every, vectors, OptimConfig(next_weight=0, **weights)).total.backward()
         assert vectors.grad is not None
         return vectors.grad.any(1).nonzero().flatten()
 
-    of_tasks, of_reconstruction = learnt(reconstruction_weight=0), learnt(task_weight=0)
-    assert len(of_tasks) and torch.isin(of_tasks, batch.candidate).all(), "nothing reaches what is not shown"
-    assert torch.isin(of_reconstruction, batch.item).sum() > 4, "what is reconstructed are the events themselves"
+    of_tasks, of_reconstruction = learned(reconstruction_weight=0), learned(task_weight=0)
+    assert len(of_tasks) and torch.isin(of_tasks, batch.impressions.item).all(), (
+        "hidden items get no gradient from tasks"
+    )
+    assert torch.isin(of_reconstruction, batch.events.item).sum() > 4, "the decoder reconstructs hidden events too"
 
 
 @pytest.mark.parametrize("kind", TargetAttentionKind)
 @pytest.mark.parametrize("mixing", Mixing)
-def test_every_parameter_learns(make: SimpleNamespace, mixing: Mixing, kind: TargetAttentionKind) -> None:
-    """No weight is left out of the graph."""
+def test_every_parameter_gets_a_gradient(make: SimpleNamespace, mixing: Mixing, kind: TargetAttentionKind) -> None:
+    """Except those that a mixing does not use."""
     decay = {"decay": Decay.time, "decay_horizons": [1.0, 9.0]} if mixing is Mixing.separable else {}
     model = make.model(mixing=mixing, target_attention=kind, num_reconstruction_layers=2, **decay).train()
     chunks, _ = make.chunks(make.histories([20, 14], 2), 2, impressions=12)

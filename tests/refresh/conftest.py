@@ -13,7 +13,7 @@ import torch
 from vista.config import DataConfig, ModelConfig
 from vista.log.event_log import EventLog
 from vista.log.vocabulary import Vocabulary
-from vista.model.ranking_model import Schema
+from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 from vista.store import StoreReader
 

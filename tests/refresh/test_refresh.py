@@ -27,7 +27,7 @@ from vista.scorer import Scorer
 from vista.store import NO_TIMESTAMP, StoreReader, StoreWriter
 from vista.store.format.digest import event_digests, item_keys
 from vista.store.reader import published_manifest
-from vista.training.trainer import schema_of
+from vista.training.log_schema import schema_of
 
 
 def new_model(log: EventLog, **changes: object) -> VistaModel:

@@ -21,6 +21,7 @@ from vista.errors import (
 )
 from vista.log.event_log import EventLog
 from vista.model import inference
+from vista.model.padded_tail import pad_tail
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import CandidateSet, Scorer, Tail
@@ -41,7 +42,7 @@ def expected_scores(
         history = log[user]
         rows = model.item_rows(log.items.ids(history.item))
         history = dataclasses.replace(history, item=rows)
-        tail = inference.pad_tail(model, rows, history.timestamp, history.action, history.offsets)
+        tail = pad_tail(model, rows, history.timestamp, history.action, history.offsets)
         context = inference.request_context(model, inference.summarize(model, history), tail)
         gap = inference.request_gap(model, None if now is None else np.array(now[index : index + 1]), tail)
         vector = inference.user_vectors(model, context, gap)[0]
@@ -167,7 +168,7 @@ class TestPolicies:
             current = empty._snapshots.current
             nobody, _ = current.context(empty._request(current, [999], None, None))  # the seeds alone
             history = inference.summarize(served.model, served.log.slice(0, 0, 0))
-            tail = inference.pad_tail(served.model, *(np.zeros(0, np.int64),) * 3, np.zeros(2, np.int64))
+            tail = pad_tail(served.model, *(np.zeros(0, np.int64),) * 3, np.zeros(2, np.int64))
             expected = inference.request_context(served.model, history, tail)
             torch.testing.assert_close(nobody.values, expected.values)
             np.testing.assert_allclose(scores[1], empty.score([-5], ITEMS)[0], atol=2e-5)

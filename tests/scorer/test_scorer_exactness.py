@@ -23,7 +23,7 @@ from vista.model.inference import ROW_TILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
-from vista.training.trainer import schema_of
+from vista.training.log_schema import schema_of
 
 pytestmark = pytest.mark.processor
 TOLERANCE = 2e-5

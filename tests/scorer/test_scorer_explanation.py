@@ -14,13 +14,15 @@ from torch import Tensor
 from tests.conftest import DAY, START, Served, small_config, tail_of
 from vista.config.choices import TargetAttentionKind
 from vista.log.event_log import EventLog
-from vista.model import attribution, inference
-from vista.model.target_attention import Context
+from vista.model import inference
+from vista.model.attribution import attribute
+from vista.model.padded_tail import pad_tail
+from vista.model.target_attention import TargetContext
 from vista.model.target_layers import PointwiseLayer
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.training.trainer import schema_of
+from vista.training.log_schema import schema_of
 
 
 @pytest.fixture(scope="module", params=TargetAttentionKind)
@@ -63,7 +65,7 @@ def test_contributions_add_up_to_the_score(opened: Scorer, task: str, with_now: 
     assert explanation.tail_items == opened.model.items.ids(tail.items.astype(np.int64) - 1).tolist()
 
 
-def frozen(model: VistaModel, context: Context, vector: Tensor, task: int) -> Any:
+def frozen(model: VistaModel, context: TargetContext, vector: Tensor, task: int) -> Any:
     """The score as a function of factors on each token's values (summary, then tail) and on the vector.
 
     Weights, gates and standard deviations are held at their values for all factors 1. Computed in float64, one head at
@@ -125,16 +127,16 @@ def test_a_contribution_is_the_difference_without_the_token(opened: Scorer, impr
     model = opened.model
     log = impression_log[1]
     rows = model.item_rows(impression_log.items.ids(log.item))
-    tail = inference.pad_tail(model, rows[-4:], log.timestamp[-4:], log.action[-4:], np.array([0, 4]))  # two are empty
+    tail = pad_tail(model, rows[-4:], log.timestamp[-4:], log.action[-4:], np.array([0, 4]))  # two are empty
     summary = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(1))
     context = inference.request_context(model, summary, tail)
     vector = model.item_vectors(torch.tensor([7]))
     assert model.task_head is not None
     weight = model.task_head.weight
-    made_of = attribution.shares(model.target_attention, [vector], None, context, lambda out: out @ weight[1])
+    made_of = attribute(model.target_attention, [vector], None, context, lambda out: out @ weight[1])
     double = VistaModel(model.config, model.schema, model.items, model.data).double().eval()
     double.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
-    widened = Context(
+    widened = TargetContext(
         [k.clone().double() for k in context.keys],
         [v.clone().double() for v in context.values],
         context.tail_valid,

@@ -27,7 +27,7 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.scorer.scorer_stats import LATENCY_BOUNDS_MS, ScorerStats
-from vista.training.trainer import schema_of
+from vista.training.log_schema import schema_of
 
 
 def untrained(log: EventLog, seed: int, **changes: Any) -> VistaModel:
@@ -148,7 +148,7 @@ class TestReload:
         assert not scorer.reload()
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "config.json").write_text("{}")
-        with pytest.raises(CheckpointError, match="no readable model"):
+        with pytest.raises(CheckpointError, match="format None"):
             scorer.reload()
         np.testing.assert_array_equal(scorer.score(USERS, ITEMS), expected)
         scorer.close()
@@ -255,7 +255,7 @@ class TestItemProjections:
         candidate = np.load(folder / CANDIDATE_FILE)
         for changed in (candidate + 0.1, candidate[:-1]):
             np.save(folder / CANDIDATE_FILE, changed)
-            with pytest.raises(CheckpointError, match="item projections are of other weights; export the model anew"):
+            with pytest.raises(CheckpointError, match="do not belong to its weights; export"):
                 Scorer.open(folder, served_tasks.store)
         with io.BytesIO() as archive:
             np.savez(archive, np.zeros(3))
@@ -263,7 +263,7 @@ class TestItemProjections:
         for content in (b"", b"no array", zipped, (folder / UNIT_FILE).read_bytes()[:-8]):
             (folder / UNIT_FILE).write_bytes(content)
             with pytest.raises(
-                CheckpointError, match=r"item_unit_vectors\.npy: cannot be mapped .*export the model anew"
+                CheckpointError, match=r"item_unit_vectors\.npy: cannot be mapped .*export the model again"
             ):
                 Scorer.open(folder, served_tasks.store)
 
@@ -274,7 +274,7 @@ class TestItemProjections:
         (tmp_path / "model" / CANDIDATE_FILE).unlink()
         user, items = next(task_scorer.store.keys()), task_scorer.model.items.ids(np.arange(5))
         with caplog.at_level(logging.WARNING), Scorer.open(tmp_path / "model", served_tasks.store) as scorer:
-            assert "has no item projections; computed in memory. Export the model anew" in caplog.text
+            assert "has no item projections; computed in memory. Export the model again" in caplog.text
             np.testing.assert_array_equal(scorer.score([user], items), task_scorer.score([user], items))
 
 

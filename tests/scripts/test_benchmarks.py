@@ -27,7 +27,7 @@ from scripts.benchmarks.store_workloads import private_bytes
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from vista.config.choices import Precision, TargetAttentionKind
 from vista.log.splits import visible_counts
-from vista.model import inference
+from vista.model.padded_tail import pad_tail
 from vista.model.vista_model import VistaModel
 
 pytestmark = pytest.mark.research
@@ -154,7 +154,7 @@ def test_the_scorers_roofline_counts_what_the_model_multiplies(tmp_path: Path, k
     usual = untrained(log, dim=16, num_seeds=6, tail_len=5)
     model = VistaModel(replace(usual.config, target_attention=kind), usual.schema, log.items, usual.data).eval()
     items = torch.arange(1, 8).expand(2, -1)
-    tail = inference.pad_tail(model, np.arange(1, 11), np.arange(10), np.zeros(10), np.array([0, 5, 10]))
+    tail = pad_tail(model, np.arange(1, 11), np.arange(10), np.zeros(10), np.array([0, 5, 10]))
     stage, summary = model.target_attention, torch.randn(2, 6, 16)
     with torch.inference_mode():
         vectors = model.item_vectors(items)

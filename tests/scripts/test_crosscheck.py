@@ -26,8 +26,8 @@ from vista.log.histories import Histories
 from vista.log.splits import visible_counts
 from vista.model.baselines.padded_tiles import tiles
 from vista.model.baselines.sasrec import SASRec
-from vista.model.baselines.sequence_model import EventVectors
-from vista.model.ranking_model import Schema
+from vista.model.baselines.sequence_model import EmbeddedSequences
+from vista.model.schema import Schema
 
 pytestmark = pytest.mark.research
 LENGTH = 20
@@ -205,19 +205,19 @@ def test_ours_like_rectools_is_initialized_and_trained_like_rectools(tmp_path: P
     batch = BatchSource(log, model.rows_of(log.items), config).batch(0, 0)
     vectors = model.item_vectors(batch.rows)
     loss = model.losses(batch, vectors, config.optim).total
-    assert len(batch.negatives) == log.num_items, "the whole catalogue"
-    logits = torch.nn.functional.normalize(vectors, dim=-1)[batch.negatives].t() / config.model.temperature
+    assert len(batch.negatives.item) == log.num_items, "the whole catalog"
+    logits = torch.nn.functional.normalize(vectors, dim=-1)[batch.negatives.item].t() / config.model.temperature
     losses = []
-    for start, stop in itertools.pairwise(batch.offsets.tolist()):
-        x = vectors[batch.item[start : stop - 1]][None] * config.model.dim**0.5
+    for start, stop in itertools.pairwise(batch.events.offsets.tolist()):
+        x = vectors[batch.events.item[start : stop - 1]][None] * config.model.dim**0.5
         x = x + model.position[: stop - start - 1].flip(0)
-        states, _ = model.states(x, batch.clock[None, start : stop - 1])
+        states, _ = model.states(x, batch.events.clock[None, start : stop - 1])
         users = torch.nn.functional.normalize(states[0], dim=-1)
-        columns = torch.searchsorted(batch.negatives, batch.item[start + 1 : stop])
+        columns = torch.searchsorted(batch.negatives.item, batch.events.item[start + 1 : stop])
         losses.append(torch.nn.functional.cross_entropy(users @ logits, columns, reduction="none"))
     torch.testing.assert_close(loss, torch.cat(losses).mean(), rtol=1e-5, atol=1e-6)
 
 
-def embedded(model: LikeRecTools, histories: Histories) -> EventVectors:
+def embedded(model: LikeRecTools, histories: Histories) -> EmbeddedSequences:
     """Embed histories as for a request, with items as rows of the model."""
     return model.embed(dataclasses.replace(histories, item=(histories.item + 1).astype(np.int32)))

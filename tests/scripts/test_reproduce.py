@@ -190,7 +190,7 @@ def test_the_time_limit_stops_a_run_that_the_next_call_finishes(
     long = TableRow(1, (*SMALL, "optim.epochs=20", "data.tokens_per_batch=200"))
     monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={**COUNTING_BASELINES, "vista": long}))
     assert reproduce.main([*words, "--rows", *COUNTING_BASELINES]) == 0
-    began, step, steps = time.monotonic(), trainer._Trainer._step, []
+    began, step, steps = time.monotonic(), trainer.Trainer._step, []
 
     def stepping(run: Any, *arguments: Any) -> Any:
         if len(steps) == 3:  # half an hour has passed
@@ -199,7 +199,7 @@ def test_the_time_limit_stops_a_run_that_the_next_call_finishes(
         return step(run, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Trainer, "_step", stepping)
+        patch.setattr(trainer.Trainer, "_step", stepping)
         patch.setattr("scripts.experiments.row_progress.FILE_S", 0.01)
         late = SimpleNamespace(monotonic=lambda: began + (3600.0 if len(steps) >= 3 else 0.0))
         patch.setattr("scripts.experiments.row_progress.time", late)

@@ -85,7 +85,7 @@ def test_an_interrupted_run_names_both_commits(
 ) -> None:
     from vista.training import trainer
 
-    whole, steps = trainer._Trainer._step, []
+    whole, steps = trainer.Trainer._step, []
 
     def stopped(self: Any, *arguments: Any) -> Any:
         steps.append(1)
@@ -94,8 +94,7 @@ def test_an_interrupted_run_names_both_commits(
         return whole(self, *arguments)
 
     config = small_config(event_log, tmp_path / "run", optim__epochs=4, checkpoint_every=1)
-    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
-    monkeypatch.setattr(trainer._Trainer, "_step", stopped)
+    monkeypatch.setattr(trainer.Trainer, "_step", stopped)
     monkeypatch.setattr(row_origin, "commit", lambda: "aaa")
     with pytest.raises(KeyboardInterrupt):
         train_noted(config, event_log, tmp_path)

@@ -1,4 +1,4 @@
-"""DIN, SIM and TWIN from a log to metrics, by the trainer and the evaluation that all architectures share."""
+"""DIN, SIM and TWIN from a log to metrics, with the shared trainer and evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from vista.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, TrainConfig
 from vista.config.choices import Architecture, Precision, Split
 from vista.evaluation.evaluate import evaluate_model
 from vista.examples.batch_source import BatchSource
@@ -81,19 +81,19 @@ def test_a_baseline_learns_from_the_events_that_it_reads(
 ) -> None:
     model = train_model(config_of(log, tmp_path / "run", name, history_limit=limit), log)
     assert isinstance(model, CandidateModel)
-    found = evaluate_model(model, log, "test")
-    assert found.num_cases == NUM_USERS * 15 and not any(key.startswith(("hr@", "ndcg@")) for key in found.metrics)
+    evaluation = evaluate_model(model, log, EvaluateConfig())
+    assert evaluation.num_cases == NUM_USERS * 15 and not any(
+        key.startswith(("hr@", "ndcg@")) for key in evaluation.metrics
+    )
     if learns:
-        assert found.metrics["auc/click"] > 0.7
+        assert evaluation.metrics["auc/click"] > 0.7
     else:
-        assert found.metrics["auc/click"] < 0.62
+        assert evaluation.metrics["auc/click"] < 0.62
 
 
 @pytest.mark.parametrize(("name", "longest"), [("sasrec", 11), ("din", NUM_EVENTS)])
-def test_chunks_may_be_longer_than_what_an_impression_reads(
-    log: EventLog, tmp_path: Path, name: str, longest: int
-) -> None:
+def test_chunks_may_be_longer_than_history_limit(log: EventLog, tmp_path: Path, name: str, longest: int) -> None:
     config = config_of(log, tmp_path, name, history_limit=10)
     source = BatchSource(log, np.arange(log.num_items) + 1, config)
-    lengths = [int(source.batch(0, index).offsets.diff().max()) for index in range(source.num_batches(0))]
+    lengths = [int(source.batch(0, index).events.offsets.diff().max()) for index in range(source.num_batches(0))]
     assert max(lengths) == longest

@@ -1,4 +1,4 @@
-"""Checkpoints: round trips, kills at every moment of a save, damage, and no pickle."""
+"""Checkpoints: round trips, kills at any point of a save, damage, and no pickle."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     assert loaded["half"].dtype == torch.bfloat16 and loaded["half"].item() == 1.5
     for name in tensors.keys() - {"half"}:
         assert same_bits(loaded[name], tensors[name].detach()), name
-    shutil.rmtree(path)  # what was loaded no longer needs the file
+    shutil.rmtree(path)  # loaded tensors do not depend on the file
     assert loaded["whole"].sum().item() == 66
 
 
@@ -88,7 +88,7 @@ def test_the_newest_two_stay(tmp_path: Path) -> None:
     assert names(save(tmp_path, 100_000_001, keep=1).parent) == ["step-100000001"]
 
 
-def test_a_rewound_run_is_not_overtaken_by_its_old_future(tmp_path: Path) -> None:
+def test_saving_removes_later_steps_of_a_rewound_run(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         save(tmp_path, step)
     save(tmp_path, 15)
@@ -116,8 +116,8 @@ def test_latest_skips_and_clears_unfinished_saves(tmp_path: Path) -> None:
     assert names(tmp_path) == ["notes.txt", "step-00000001", "step-two"]
 
 
-# Forks children that save the same steps; child n kills itself at its n-th fsync, rename or removal, so that together
-# they die at every moment of a save that matters. torch is imported once.
+# Forks children that save the same steps. Child n kills itself at its n-th fsync, rename or removal, so that together
+# they die at every relevant point of a save. torch is imported once.
 KILLED_AT_EACH_CALL = """
 import os, shutil, signal, sys
 import torch
@@ -148,8 +148,8 @@ for deadly in range(1, 1000):
         break
 """
 
-# Saves for ever; the test kills it at a random moment. 4 MB a save, so that most of the time goes to writing.
-SAVE_FOR_EVER = """
+# Saves forever; the test kills it at a random time. 4 MB per save, so that most of the time is spent on writing.
+SAVE_FOREVER = """
 import itertools, sys
 import torch
 from vista.training.checkpoint import save_checkpoint
@@ -174,7 +174,7 @@ def check_sound(folder: Path) -> int:
     return step
 
 
-def test_a_kill_at_any_call_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_a_kill_at_any_call_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     folder, log = tmp_path / "runs", tmp_path / "log"
     command = [sys.executable, "-c", KILLED_AT_EACH_CALL, str(folder), str(log)]
     subprocess.run(command, check=True, timeout=120, env=ENVIRONMENT)
@@ -184,17 +184,17 @@ def test_a_kill_at_any_call_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         finished[f"{deadly:03d}"] = step
     assert len(finished) > 30  # the five saves make at least that many such calls
     for name, step in finished.items():
-        found = check_sound(folder / name)
-        assert found >= step, f"run {name}: step {step} was reported saved, {found} was found"
+        saved_step = check_sound(folder / name)
+        assert saved_step >= step, f"run {name}: step {step} was reported saved, {saved_step} was saved_step"
         save(folder / name, 9)
         assert check_sound(folder / name) == 9
 
 
-def test_kill_nine_during_saves_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_kill_nine_during_saves_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     chance = random.Random(0)
     reached = 0
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)], env=ENVIRONMENT)
+        process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(tmp_path)], env=ENVIRONMENT)
         try:
             give_up = time.monotonic() + 60
             while not any(tmp_path.glob("step-*")):
@@ -227,7 +227,7 @@ def test_damage_is_named_with_a_remedy(tmp_path: Path, name: str, damage: str) -
     assert str(file) in str(error.value)
 
 
-def test_a_changed_value_in_the_state_is_found(tmp_path: Path) -> None:
+def test_a_changed_value_in_the_state_is_detected(tmp_path: Path) -> None:
     path = save(tmp_path, 8)
     file = path / "state.json"
     file.write_text(file.read_text().replace('"epoch": 8', '"epoch": 9'))
@@ -242,7 +242,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has format 2"):
         load_checkpoint(path)
     file.write_text("[]")
-    with pytest.raises(CheckpointError, match=r"not a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"is not the state of a checkpoint"):
         load_checkpoint(path)
 
 

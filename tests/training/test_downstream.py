@@ -1,4 +1,4 @@
-"""Downstream training: what is kept of the base, what is read of the store, and what may not have been seen."""
+"""Downstream training: what it keeps of the base, what it reads from the store, and what it refuses as leakage."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ import torch
 
 from tests.conftest import Served
 from tests.training.test_trainer import assert_same_result
-from vista.config import OptimConfig, TrainConfig
+from vista.config import EvaluateConfig, OptimConfig, TrainConfig
 from vista.config.choices import Architecture, Codec, Split, Stage
 from vista.errors import ConfigError, LeakageError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
+from vista.log.gaps import UNKNOWN_GAP
 from vista.log.splits import visible_counts
 from vista.model.inference import empty_summary
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.store import StoreReader, Tail
-from vista.training import trainer
 from vista.training.downstream import KEPT_WEIGHTS, Downstream
-from vista.training.trainer import schema_of, train
+from vista.training.log_schema import schema_of
+from vista.training.trainer import Trainer, train
 
 PAST_SHARE = 0.4
-"""Of the impressions lie before the store's `until`; validation begins at 0.6."""
+"""Share of the impressions before the store's `until`; validation begins at 0.6."""
 
 
 def past_of(served: Served) -> int:
@@ -42,7 +43,7 @@ def past_of(served: Served) -> int:
 
 @pytest.fixture(scope="module")
 def past_store(served_tasks: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the base `served_tasks`, int8, from before all downstream labels."""
+    """A store of the base `served_tasks`, int8, from before all downstream labels."""
     store = tmp_path_factory.mktemp("downstream") / "past"
     refresh(served_tasks.model, served_tasks.log, store, until=past_of(served_tasks))
     return store
@@ -78,17 +79,17 @@ def liked(
 
 def test_the_base_stays_as_it_is(served_tasks: Served, liked: tuple[TrainConfig, VistaModel]) -> None:
     config, model = liked
-    base, found = served_tasks.model.state_dict(), model.state_dict()
+    base, weights = served_tasks.model.state_dict(), model.state_dict()
     kept = [name for name in base if name.startswith(KEPT_WEIGHTS)]
     assert {name.split(".")[0] for name in kept} == {"item_table", "encoder", "summarizer", "decoder"}
-    assert all(torch.equal(found[name], base[name]) for name in kept)
+    assert all(torch.equal(weights[name], base[name]) for name in kept)
     assert model.summarizer_id() == served_tasks.model.summarizer_id()
-    learnt = [name for name in found if not name.startswith(KEPT_WEIGHTS)]
+    learned = [name for name in weights if not name.startswith(KEPT_WEIGHTS)]
     torch.manual_seed(config.seed)
     with Downstream.open(config, served_tasks.log) as downstream:
         fresh = downstream.model(schema_of(served_tasks.log, config)).state_dict()
-    moved = [name for name in learnt if not torch.equal(found[name], fresh[name])]
-    assert moved == learnt, "each of the others was trained"
+    moved = [name for name in learned if not torch.equal(weights[name], fresh[name])]
+    assert moved == learned, "all other weights were trained"
     assert model.schema.tasks == ["like"] and model.task_head is not None and model.task_head.out_features == 1
 
 
@@ -109,22 +110,22 @@ def test_a_table_that_all_features_share_stays_too(served_tasks: Served, tmp_pat
 def test_frozen_weights_are_in_no_optimizer(served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
     config = downstream_config(served_tasks, past_store, tmp_path)
     with Downstream.open(config, served_tasks.log) as downstream:
-        made = trainer._Trainer(config, served_tasks.log, downstream)
-        updated = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
+        made = Trainer(config, served_tasks.log, downstream)
+        updated = {id(p) for group in made.optimizers.dense.param_groups for p in group["params"]}
         names = {name for name, p in made.model.named_parameters() if id(p) in updated}
         assert names == {name for name, _ in made.model.named_parameters() if not name.startswith(KEPT_WEIGHTS)}
         made._step(made.source.batch(0, 0), 0.0)
-        assert made.model.item_table.grad is None and not made.table_optimizer.state
+        assert made.model.item_table.grad is None and not made.optimizers.table.state
 
 
 def test_the_bases_store_serves_it(served_tasks: Served, liked: tuple[TrainConfig, VistaModel]) -> None:
-    """One refresh serves base and downstream model: scores of its tasks, measured as any model's."""
+    """One refresh serves the base and the downstream model, which is evaluated like any other."""
     export = Path(liked[0].run_dir) / "best"
     with Scorer.open(export, served_tasks.test_store) as scorer:
         assert scorer.tasks == ["like", "next"]
-        found = evaluate_scorer(scorer, served_tasks.log, "test")
-    assert {name for name in found.metrics if name.startswith("auc")} == {"auc/like"}
-    assert "ndcg@10" in found.metrics
+        evaluation = evaluate_scorer(scorer, served_tasks.log, EvaluateConfig())
+    assert {name for name in evaluation.metrics if name.startswith("auc")} == {"auc/like"}
+    assert "ndcg@10" in evaluation.metrics
 
 
 def read_impressions(source: BatchSource, config: TrainConfig) -> Iterator[tuple[Any, int, int, int]]:
@@ -132,8 +133,8 @@ def read_impressions(source: BatchSource, config: TrainConfig) -> Iterator[tuple
     offset = config.model.tail_len - config.data.label_spacing + 1
     for index in range(source.num_batches(0)):
         batch = source.batch(0, index)
-        for window, place in batch.candidate_mask.any(-1).nonzero().tolist():
-            yield batch, window, place, offset + int(batch.candidate_position[window, place])
+        for window, place in batch.impressions.mask.any(-1).nonzero().tolist():
+            yield batch, window, place, offset + int(batch.impressions.position[window, place])
 
 
 def liked_impressions(log: EventLog, since: int, end: int) -> dict[tuple[int, int], list[int]]:
@@ -141,10 +142,10 @@ def liked_impressions(log: EventLog, since: int, end: int) -> dict[tuple[int, in
     table = log.impressions
     assert table is not None
     user = np.repeat(np.arange(log.num_users), np.diff(table.offsets))
-    found = defaultdict(list)
+    shown_at = defaultdict(list)
     for index in np.flatnonzero((table.mask[:, 1] == 1) & (table.timestamp >= since) & (table.timestamp < end)):
-        found[int(user[index]), int(table.item[index])].append(int(table.timestamp[index]))
-    return found
+        shown_at[int(user[index]), int(table.item[index])].append(int(table.timestamp[index]))
+    return shown_at
 
 
 @pytest.mark.parametrize("label_spacing", [1, 4])
@@ -153,10 +154,8 @@ def test_training_at_a_position_is_serving_from_the_store(
     liked: tuple[TrainConfig, VistaModel],
     past_store: Path,
     label_spacing: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each impression that sees a whole tail: the scorer's probability from the same record and the events since."""
-    monkeypatch.setattr("vista.examples.cuts.TIMELESS_SHARE", 0.0)
+    """For impressions with a full tail: the scorer gives the same probability from the record and the events since."""
     config, model = liked
     log, since, end = served_tasks.log, past_of(served_tasks), int(str(served_tasks.config.data.validation_from))
     config = replace(config, data=replace(config.data, label_spacing=label_spacing))
@@ -165,17 +164,17 @@ def test_training_at_a_position_is_serving_from_the_store(
     with Downstream.open(config, log) as downstream, Scorer.open(model, past_store) as scorer:
         source = BatchSource(log, np.arange(log.num_items) + 1, config, downstream.summaries)
         for batch, window, place, seen in read_impressions(source, config):
-            if seen < config.model.tail_len:
+            if seen < config.model.tail_len or batch.impressions.gap[window, place] == UNKNOWN_GAP:
                 continue
             with torch.no_grad():
                 vectors = model.item_vectors(batch.rows)
-                events = model.shown_vectors(batch, vectors)
+                events = model.shown_vectors(batch.events, vectors)
                 context = model.window_context(batch, events, model.cut_summaries(batch, events))
                 trained = model.window_logits(batch, vectors, context)[window, place, 0].sigmoid()
-            row = int(batch.user[batch.window_cut[window]])
-            item = int(batch.rows[batch.candidate[window, place]]) - 1
+            row = int(batch.user[batch.windows.cut[window]])
+            item = int(batch.rows[batch.impressions.item[window, place]]) - 1
             if len(shown[row, item]) > 1:
-                continue  # which of them this is cannot be told
+                continue  # ambiguous: the item was shown several times
             (now,) = shown[row, item]
             history = log.slice(row)
             times = np.asarray(history.timestamp)
@@ -203,15 +202,15 @@ def test_a_user_without_a_record_has_the_empty_historys_summary(
         Downstream.open(downstream_config(served_tasks, tmp_path / "early", tmp_path / "run"), log) as downstream,
         StoreReader.open(tmp_path / "early") as store,
     ):
-        found = downstream.summaries.read(users)
+        summaries = downstream.summaries.read(users)
         records = store.get_many(log.users.ids(users))
     np.testing.assert_array_equal(records.found, ~without)
-    np.testing.assert_array_equal(found[~without], records.summary[~without])
-    np.testing.assert_array_equal(found[without], np.repeat(empty_summary(served_tasks.model).numpy(), 6, 0))
+    np.testing.assert_array_equal(summaries[~without], records.summary[~without])
+    np.testing.assert_array_equal(summaries[without], np.repeat(empty_summary(served_tasks.model).numpy(), 6, 0))
 
 
 class TestLeakage:
-    def test_a_store_that_saw_labels_is_refused(self, served_tasks: Served, tmp_path: Path) -> None:
+    def test_a_store_that_covers_labels_is_refused(self, served_tasks: Served, tmp_path: Path) -> None:
         log = served_tasks.log
         for store, until in (
             (served_tasks.store, "all"),
@@ -220,7 +219,7 @@ class TestLeakage:
             with pytest.raises(LeakageError, match=rf"was refreshed with until={until}, but labels must lie"):
                 train(downstream_config(served_tasks, store, tmp_path / "run"), log)
 
-    def test_a_record_that_saw_more_than_its_store_says_is_refused(
+    def test_a_record_that_covers_more_than_its_store_says_is_refused(
         self, served_tasks: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as patch:
@@ -232,7 +231,7 @@ class TestLeakage:
     def test_a_record_of_more_events_than_the_log_has_is_refused(
         self, served_tasks: Served, past_store: Path, tmp_path: Path
     ) -> None:
-        """Its times are as they should be, but it was made from another log."""
+        """Its times are valid, but it was made from another log."""
         with Downstream.open(downstream_config(served_tasks, past_store, tmp_path), served_tasks.log) as downstream:
             downstream._seen = downstream._seen.copy()
             downstream._seen[3] -= 1
@@ -253,13 +252,12 @@ class TestLeakage:
 def test_a_run_that_is_stopped_resumes_bitwise_equal(
     served_tasks: Served, past_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
     log, make = served_tasks.log, BatchSource.batch
     whole, stopped = (
         downstream_config(served_tasks, past_store, tmp_path / name, data__tokens_per_batch=100)
         for name in ("whole", "stopped")
     )
-    train(whole, log)
+    train(whole, log, metrics_every=1)
 
     def batch(source: BatchSource, epoch: int, index: int) -> Any:
         if (epoch, index) == (1, 1):
@@ -268,8 +266,8 @@ def test_a_run_that_is_stopped_resumes_bitwise_equal(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(BatchSource, "batch", batch)
-        train(replace(stopped, checkpoint_every=1), log)
-    train(stopped, log)
+        train(replace(stopped, checkpoint_every=1), log, metrics_every=1)
+    train(stopped, log, metrics_every=1)
     assert "resuming at step" in (tmp_path / "stopped" / "train.log").read_text()
     assert_same_result(Path(stopped.run_dir), Path(whole.run_dir))
 
@@ -295,7 +293,7 @@ class TestRefusals:
             ({"stage": "downstream", "base": "b", "store": "s"}, r"data\.split: stage=downstream needs time"),
         ],
     )
-    def test_keys_that_do_not_go_together(self, values: dict[str, Any], message: str) -> None:
+    def test_contradictory_keys(self, values: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             TrainConfig(**values)
 
@@ -305,7 +303,7 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=r"model\.architecture: stage=downstream needs vista"):
             replace(config, model=baseline)
 
-    def test_another_stage_1_than_the_bases(self, served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
+    def test_a_stage_1_that_differs_from_the_base(self, served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
         changes = {"model__conv_width": 1, "model__num_seeds": 4, "model__decay_horizons": [1.0, 2.0]}
         config = downstream_config(served_tasks, past_store, tmp_path, **changes, model__num_target_layers=1)
         expected = (
@@ -315,7 +313,7 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=re.escape(expected)):
             train(config, served_tasks.log)
 
-    def test_another_models_store(self, served_tasks: Served, served: Served, tmp_path: Path) -> None:
+    def test_the_store_of_another_model(self, served_tasks: Served, served: Served, tmp_path: Path) -> None:
         with pytest.raises(SummarizerMismatchError):
             train(downstream_config(served_tasks, served.store, tmp_path), served_tasks.log)
 
@@ -327,7 +325,7 @@ class TestRefusals:
 
     def test_tasks(self, served_tasks: Served, event_log: EventLog, tmp_path: Path) -> None:
         for log, has in ((served_tasks.log, "click, like, long_view"), (event_log, "none")):
-            with pytest.raises(ConfigError, match=rf"optim\.tasks: 'share' is no task of .*; it has {has}"):
+            with pytest.raises(ConfigError, match=rf"optim\.tasks: .* has no task 'share'; its tasks are: {has}"):
                 schema_of(log, TrainConfig(optim=OptimConfig(tasks=["share"])))
         with pytest.raises(ConfigError, match=r"optim\.tasks: needs optim\.task_weight above 0"):
             OptimConfig(tasks=["like"], task_weight=0)
@@ -336,7 +334,7 @@ class TestRefusals:
 
 
 def test_a_joint_model_of_chosen_tasks(served_tasks: Served, tmp_path: Path) -> None:
-    """What a downstream model is compared with: trained from scratch on the same labels."""
+    """The comparison for a downstream model: trained from scratch on the same labels."""
     config = replace(
         served_tasks.config,
         optim=replace(served_tasks.config.optim, tasks=["long_view", "like"], next_weight=0.0, epochs=1),

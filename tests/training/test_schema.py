@@ -1,4 +1,4 @@
-"""What a model may use of a log, and which logs and splits leave nothing to train on."""
+"""What a model may use of a log, and logs and splits with nothing to train on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from vista.config.choices import Architecture, Decay, Split
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
-from vista.training import trainer
-from vista.training.trainer import schema_of, train
+from vista.training.log_schema import rating_range, schema_of
+from vista.training.trainer import train
 
 
 class TestSchema:
@@ -36,11 +36,10 @@ class TestSchema:
             return whole(log, users, *rest)
 
         monkeypatch.setattr(EventLog, "gather", gather)
-        monkeypatch.setattr(trainer, "EVENTS_READ", 30)
         ratings = [event_log.slice(user).rating for user in range(event_log.num_users)]
         read.clear()
         low, high = min(each.min() for each in ratings if len(each)), max(each.max() for each in ratings if len(each))
-        assert schema_of(event_log, TrainConfig()).rating_range == (low, high)
+        assert rating_range(event_log, events_per_batch=30) == (low, high)
         assert sum(read) == event_log.num_users and len(read) > 3
 
     def test_decay_by_time_needs_times(self, order_log: EventLog) -> None:
@@ -50,16 +49,18 @@ class TestSchema:
             schema_of(order_log, config)
 
     @pytest.mark.parametrize("architecture", [each for each in Architecture if each.ranks_only])
-    def test_baselines_that_rank_only_need_labelled_impressions(
+    def test_baselines_that_rank_only_need_labeled_impressions(
         self, event_log: EventLog, impression_log: EventLog, architecture: Architecture
     ) -> None:
         config = TrainConfig(model=ModelConfig(architecture=architecture, history_limit=200))
         schema = schema_of(impression_log, config)
         assert (schema.tasks, schema.has_retrieval) == (["click", "like", "long_view"], False)
-        with pytest.raises(ConfigError, match=rf"model\.architecture={architecture.value}: learns from .* has none;"):
+        with pytest.raises(
+            ConfigError, match=rf"model\.architecture={architecture.value}: learns only from .* has none;"
+        ):
             schema_of(event_log, config)
         config.optim.task_weight = 0
-        with pytest.raises(ConfigError, match=r"labelled impressions alone, and optim\.task_weight=0; prepare"):
+        with pytest.raises(ConfigError, match=r"from labeled impressions, but optim\.task_weight=0; prepare"):
             schema_of(impression_log, config)
 
     def test_some_head_must_be_trained(self, event_log: EventLog) -> None:
@@ -67,12 +68,12 @@ class TestSchema:
             schema_of(event_log, TrainConfig(optim=OptimConfig(next_weight=0)))
 
     @pytest.mark.parametrize("name", ["next", "loss", "step", "reconstruction"])
-    def test_a_label_may_not_be_named_as_what_metrics_hold(self, tmp_path: Path, name: str) -> None:
+    def test_a_label_named_like_a_key_of_metrics_is_refused(self, tmp_path: Path, name: str) -> None:
         events = {"user": [1], "item": [1], "timestamp": [1]}
         log = EventLog.from_frame(
             events, tmp_path / "log", time_unit="s", impressions={**events, name: [1]}, labels=[name]
         )
-        with pytest.raises(ConfigError, match=f"no label may be named '{name}'"):
+        with pytest.raises(ConfigError, match=f"a label cannot be named '{name}'"):
             schema_of(log, TrainConfig())
 
     def test_a_split_before_the_first_event_leaves_nothing_to_train(self, event_log: EventLog, tmp_path: Path) -> None:
@@ -81,8 +82,10 @@ class TestSchema:
         with pytest.raises(DataError, match="no item occurs in training"):
             train(config, event_log)
 
-    def test_a_test_before_the_validation_is_refused(self, event_log: EventLog, tmp_path: Path) -> None:
+    def test_test_labels_before_validation_are_refused(self, event_log: EventLog, tmp_path: Path) -> None:
         config = small_config(event_log, tmp_path, data__validation_from="2021-01-01", data__test_from="2020-10-01")
         config.data.split = Split.time
-        with pytest.raises(ConfigError, match=r"data\.test_from=2020-10-01: is before data\.validation_from=2021-01-01"):
+        with pytest.raises(
+            ConfigError, match=r"data\.test_from=2020-10-01: is before data\.validation_from=2021-01-01"
+        ):
             train(config, event_log)

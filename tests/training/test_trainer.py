@@ -1,4 +1,4 @@
-"""The trainer: its run folder, bitwise resumption after kills and Ctrl-C, and what it refuses."""
+"""The trainer: its run folder, bit-identical resumption after kills and Ctrl-C, and what it refuses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.training import trainer
 from vista.training.checkpoint import TENSOR_FILE, latest_checkpoint, load_checkpoint
-from vista.training.trainer import schema_of, train
+from vista.training.log_schema import schema_of
+from vista.training.trainer import train
 from vista.training.validation import Validation
 
 
@@ -32,7 +33,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def result(run_dir: Path) -> tuple[dict[str, torch.Tensor], Any, bytes, list[dict[str, Any]]]:
-    """All that a run ends in, times apart: tensors and state of the last checkpoint, the export, the metrics."""
+    """The result of a run without times: tensors and state of the last checkpoint, the export, and the metrics."""
     newest = latest_checkpoint(run_dir / "checkpoints")
     assert newest is not None
     timed = ("tokens_per_s", "epoch_seconds", "seconds")
@@ -55,17 +56,18 @@ def assert_same_result(run_dir: Path, reference: Path) -> None:
 
 
 LONG = {"optim__epochs": 6, "checkpoint_every": 2, "data__unknown_share": 0.2}
-"""Of the run that is ended anywhere, and must end in the same bits."""
-# Forks a trainer again and again, ends it at a random moment after some progress, and reports how each one ended.
+"""Changes of the run that is killed at any point and must end with the same bits."""
+# Repeatedly forks a trainer, ends it at a random time after some progress, and reports how each one ended.
 DRIVER = """
 import json, os, random, signal, sys, time
+from functools import partial
 from pathlib import Path
 from tests.conftest import small_config
 from vista.log.event_log import EventLog
 from vista.training import trainer
 
 log, folder = EventLog.open(sys.argv[1]), Path(sys.argv[2])
-trainer.METRICS_EVERY = 1
+train = partial(trainer.train, metrics_every=1)
 chance = random.Random(1)
 
 def steps(run_dir):
@@ -78,7 +80,7 @@ def end_one(config, signal_number):
     if child == 0:
         code = 1
         try:
-            trainer.train(config, log)
+            train(config, log)
             code = 0
         except KeyboardInterrupt:
             code = 130
@@ -86,8 +88,8 @@ def end_one(config, signal_number):
             os._exit(code)
     before, status = steps(run_dir), None
     while status is None and steps(run_dir) == before:
-        pid, found = os.waitpid(child, os.WNOHANG)
-        status = found if pid else None
+        pid, state = os.waitpid(child, os.WNOHANG)
+        status = state if pid else None
         time.sleep(0.001)
     if status is None:
         time.sleep(chance.random() * 0.05)
@@ -95,19 +97,19 @@ def end_one(config, signal_number):
         status = os.waitpid(child, 0)[1]
     return os.waitstatus_to_exitcode(status)
 
-trainer.train(small_config(log, folder / "warm", optim__epochs=1), log)  # lazy imports, once for all forks
+train(small_config(log, folder / "warm", optim__epochs=1), log)  # lazy imports, once for all forks
 codes = {}
 for ending, signal_number, times in (("kill", signal.SIGKILL, 4), ("interrupt", signal.SIGINT, 2)):
     config = small_config(log, folder / ending, **json.loads(sys.argv[3]))
     codes[ending] = [end_one(config, signal_number) for _ in range(times)]
-    trainer.train(config, log)
+    train(config, log)
 print(json.dumps(codes))
 """
 
 
 @pytest.fixture(scope="module")
 def ended(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
-    """Folder of the runs that DRIVER ended again and again, and the exit codes."""
+    """Folder of the runs that DRIVER ended repeatedly, and the exit codes."""
     folder = tmp_path_factory.mktemp("ended")
     done = run_python(DRIVER, str(event_log.path), str(folder), json.dumps(LONG))
     assert done.returncode == 0, done.stderr
@@ -116,16 +118,14 @@ def ended(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 @pytest.fixture(scope="module")
 def uninterrupted(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that DRIVER must end in."""
+    """An uninterrupted run, whose result DRIVER's runs must equal."""
     run_dir = tmp_path_factory.mktemp("uninterrupted")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "METRICS_EVERY", 1)
-        train(small_config(event_log, run_dir, **LONG), event_log)
+    train(small_config(event_log, run_dir, **LONG), event_log, metrics_every=1)
     return run_dir
 
 
 @pytest.mark.parametrize(("ending", "code"), [("kill", -9), ("interrupt", 130)])
-def test_a_run_that_is_ended_anywhere_resumes_bitwise_equal(
+def test_a_run_that_is_ended_anywhere_resumes_bit_identically(
     ended: tuple[Path, dict[str, list[int]]], uninterrupted: Path, ending: str, code: int
 ) -> None:
     folder, codes = ended
@@ -144,10 +144,9 @@ def test_each_step_has_one_line_in_metrics(uninterrupted: Path) -> None:
 
 
 @pytest.mark.processor
-def test_interrupt_leaves_a_checkpoint_of_that_very_step(
+def test_an_interrupt_leaves_a_checkpoint_of_the_current_step(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
     make = BatchSource.batch
 
     def batch(source: BatchSource, epoch: int, index: int) -> Any:
@@ -158,20 +157,19 @@ def test_interrupt_leaves_a_checkpoint_of_that_very_step(
     config = small_config(event_log, tmp_path, **LONG | {"checkpoint_every": 1000})
     with monkeypatch.context() as patch:
         patch.setattr(BatchSource, "batch", batch)
-        with pytest.raises(KeyboardInterrupt, match=r"stopped at step \d+; the same command resumes it"):
-            train(config, event_log)
+        with pytest.raises(KeyboardInterrupt, match=r"stopped at step \d+; rerun the same command to resume"):
+            train(config, event_log, metrics_every=1)
     newest = latest_checkpoint(tmp_path / "checkpoints")
     progress = load_checkpoint(newest)[1]["run"]["progress"]  # type: ignore[arg-type]
     assert (progress["epoch"], progress["batch"]) == (1, 2)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    train(config, event_log)
+    train(config, event_log, metrics_every=1)
     assert_same_result(tmp_path, uninterrupted)
 
 
 def test_a_crash_between_validation_and_checkpoint_writes_no_line_twice(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
     save = trainer.save_checkpoint
 
     def save_or_crash(folder: Path, step: int, tensors: Any, state: Any) -> Path:
@@ -179,18 +177,18 @@ def test_a_crash_between_validation_and_checkpoint_writes_no_line_twice(
             raise SystemExit
         return save(folder, step, tensors, state)
 
-    # With a checkpoint each step there is one of the epoch's last step, from before its validation.
+    # With a checkpoint per step, there is one of the epoch's last step, from before its validation.
     config = small_config(event_log, tmp_path, **LONG | {"checkpoint_every": 1})
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "save_checkpoint", save_or_crash)
         with pytest.raises(SystemExit):
-            train(config, event_log)
+            train(config, event_log, metrics_every=1)
     assert [row["epoch"] for row in metrics(tmp_path) if "validation" in row] == [1, 2]
-    train(config, event_log)
+    train(config, event_log, metrics_every=1)
     assert_same_result(tmp_path, uninterrupted)
 
 
-def test_run_folder_holds_all_and_a_finished_run_stays_as_it_is(event_log: EventLog, tmp_path: Path) -> None:
+def test_the_run_folder_is_complete_and_a_finished_run_does_not_change(event_log: EventLog, tmp_path: Path) -> None:
     config = small_config(event_log, tmp_path / "run", tensorboard=True)
     model = train(config, event_log)
     run_dir = tmp_path / "run"
@@ -243,18 +241,17 @@ def test_resume_with_another_config_is_refused(served: Served, key: str, value: 
     assert str(before) == str(result(Path(served.config.run_dir)))
 
 
-def test_resume_on_another_log_is_refused_and_anew_it_starts_from_nothing(
+def test_resuming_on_another_log_is_refused_and_resume_false_starts_over(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
     other = EventLog.from_frame(small_frame(5), tmp_path / "log", time_unit="ms", action="action", rating="rating")
     run_dir = tmp_path / "run"
     train(small_config(other, run_dir, **LONG), other)
     config = small_config(event_log, run_dir, **LONG)
     with pytest.raises(ConfigError, match=r"another log \("):
-        train(config, event_log)
+        train(config, event_log, metrics_every=1)
     config.resume = False
-    train(config, event_log)
+    train(config, event_log, metrics_every=1)
     assert_same_result(run_dir, uninterrupted)
 
 
@@ -269,7 +266,7 @@ def test_an_export_without_checkpoints_stays_until_it_is_replaced(
         raise RuntimeError("before the first step")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Trainer, "_step", fail)
+        patch.setattr(trainer.Trainer, "_step", fail)
         with pytest.raises(RuntimeError, match="before the first step"):
             train(config, event_log)
         assert VistaModel.from_pretrained(tmp_path / "best").items.digest() == event_log.items.digest()
@@ -280,12 +277,11 @@ def test_an_export_without_checkpoints_stays_until_it_is_replaced(
 def test_a_line_of_metrics_cut_off_by_a_crash_is_dropped(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "METRICS_EVERY", 1)
     run_dir = shutil.copytree(uninterrupted, tmp_path / "run")
     shutil.rmtree(latest_checkpoint(run_dir / "checkpoints"))  # type: ignore[arg-type]
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')
-    train(small_config(event_log, run_dir, **LONG), event_log)
+    train(small_config(event_log, run_dir, **LONG), event_log, metrics_every=1)
     assert_same_result(run_dir, uninterrupted)
 
 
@@ -299,21 +295,21 @@ def test_an_absurd_learning_rate_stops_the_run_and_names_the_users(event_log: Ev
     batch = load_file(saved)
     users = event_log.users.ids(np.unique(batch["user"].numpy())).tolist()
     assert f"its {len(users)} users are {users[:20]}" in str(caught.value)
-    # The batch is the one that the source gives at that step, so that it can be looked into.
+    # The saved batch equals the source's batch of that step, so it can be inspected.
     progress = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))[1]["run"]["progress"]  # type: ignore[arg-type]
     item_rows = np.arange(event_log.num_items) + 1
     expected = BatchSource(event_log, item_rows, config).batch(progress["epoch"], progress["batch"]).tensors()
     assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
 
 
-def test_an_infinite_rating_in_a_hand_made_log_is_refused(tmp_path: Path) -> None:
+def test_infinite_ratings_are_refused(tmp_path: Path) -> None:
     log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", action="action", rating="rating")
     (path,) = (tmp_path / "log").rglob("rating.npy")
     ratings = np.load(path)
     ratings[3] = np.inf
     np.save(path, ratings)
     log = EventLog.open(tmp_path / "log")
-    with pytest.raises(DataError, match=r"ratings reach from 1\.0 to inf; .*model\.use_rating=false"):
+    with pytest.raises(DataError, match=r"ratings range from 1\.0 to inf; .*model\.use_rating=false"):
         train(small_config(log, tmp_path / "run"), log)
     assert schema_of(log, small_config(log, tmp_path, model__use_rating=False)).rating_range is None
 
@@ -321,19 +317,19 @@ def test_an_infinite_rating_in_a_hand_made_log_is_refused(tmp_path: Path) -> Non
 def test_early_stopping_keeps_the_best(event_log: EventLog, tmp_path: Path) -> None:
     config = small_config(event_log, tmp_path, optim__epochs=30, optim__patience=2, optim__learning_rate=0.05)
     train(config, event_log)
-    found = [(row["epoch"], row["validation"]["ndcg@10"]) for row in metrics(tmp_path) if "validation" in row]
-    best_epoch, best = max(found, key=lambda pair: (pair[1], -pair[0]))
-    assert len(found) == best_epoch + 2 < 30
+    validations = [(row["epoch"], row["validation"]["ndcg@10"]) for row in metrics(tmp_path) if "validation" in row]
+    best_epoch, best = max(validations, key=lambda pair: (pair[1], -pair[0]))
+    assert len(validations) == best_epoch + 2 < 30
     assert "stopping" in (tmp_path / "train.log").read_text()
     validate = Validation(event_log, np.arange(event_log.num_items) + 1, config)
-    assert validate(VistaModel.from_pretrained(tmp_path / "best"))["ndcg@10"] == best != found[-1][1]
-    # Resumed, it has nothing more to do.
+    assert validate(VistaModel.from_pretrained(tmp_path / "best"))["ndcg@10"] == best != validations[-1][1]
+    # A resumed run has nothing left to do.
     before = result(tmp_path)[1:]
     train(config, event_log)
     assert result(tmp_path)[1:] == before
 
 
-def test_the_last_epoch_is_validated_whatever_the_stride(event_log: EventLog, tmp_path: Path) -> None:
+def test_the_last_epoch_is_validated_for_any_validate_every(event_log: EventLog, tmp_path: Path) -> None:
     train(small_config(event_log, tmp_path, optim__validate_every=2, optim__epochs=3), event_log)
     assert [row["epoch"] for row in metrics(tmp_path) if "validation" in row] == [2, 3]
 
@@ -344,7 +340,7 @@ def test_without_validation_the_last_model_is_exported(event_log: EventLog, tmp_
     assert torch.equal(model.item_table, last["state.model.item_table"])
 
 
-def test_a_log_without_a_case_to_validate_on_trains_and_says_so(tmp_path: Path) -> None:
+def test_a_log_without_validation_cases_trains_with_a_warning(tmp_path: Path) -> None:
     frame = {"user": [1, 1, 2, 2], "item": [1, 2, 2, 3], "timestamp": [1, 2, 3, 4]}
     log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s")
     model = train(small_config(log, tmp_path / "run"), log)
@@ -352,7 +348,7 @@ def test_a_log_without_a_case_to_validate_on_trains_and_says_so(tmp_path: Path) 
     assert "no case to validate on" in (tmp_path / "run" / "train.log").read_text()
 
 
-def test_a_truncated_checkpoint_is_named_with_its_remedy(event_log: EventLog, tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_named_with_a_remedy(event_log: EventLog, tmp_path: Path) -> None:
     config = small_config(event_log, tmp_path, optim__epochs=1, checkpoint_every=2)
     train(config, event_log)
     export = (tmp_path / "best" / "model.safetensors").read_bytes()
@@ -368,7 +364,7 @@ def test_a_truncated_checkpoint_is_named_with_its_remedy(event_log: EventLog, tm
 
 
 @pytest.mark.parametrize("place", ["file/run", "file"])
-def test_a_run_folder_that_cannot_be_written_is_named_in_a_line(
+def test_a_run_folder_that_cannot_be_written_is_named_in_one_line(
     event_log: EventLog, tmp_path: Path, place: str
 ) -> None:
     (tmp_path / "file").write_text("")

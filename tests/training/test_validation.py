@@ -1,4 +1,4 @@
-"""The questions of the protocol against plain loops, and the validation that training does with them."""
+"""The cases of the protocol against plain loops, and the validation during training that uses them."""
 
 from __future__ import annotations
 
@@ -16,31 +16,20 @@ from sklearn.metrics import log_loss, roc_auc_score
 from tests.conftest import Served, small_config
 from vista.config.choices import Split
 from vista.errors import NonFiniteLossError
-from vista.evaluation import protocol
-from vista.evaluation.protocol import (
-    LAST_RANK,
-    NextItemCases,
-    impression_cases,
-    impression_metrics,
-    next_item_cases,
-    rank_next_items,
-    ranking_metrics,
-    seen_columns,
-    with_tasks,
-)
+from vista.evaluation.cases import NextItemCases, impression_cases, next_item_cases, with_tasks
+from vista.evaluation.protocol import LAST_RANK, impression_metrics, rank_next_items, ranking_metrics, seen_columns
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.splits import visible_counts
 from vista.model import inference
 from vista.model.vista_model import VistaModel
-from vista.training import validation
 from vista.training.validation import Validation
 
 HOUR = 3_600_000
 
 
 def hand_log(folder: Path) -> EventLog:
-    """Users 1..6; before hour 10 users 1, 4 and 6 have no event: an empty history first, in the middle and last."""
+    """Users 1..6. Before hour 10 users 1, 4 and 6 have no events: an empty history first, in the middle and last."""
     histories = {
         1: [(11, 5), (12, 6)],
         2: [(1, 1), (2, 2), (3, 1), (11, 3)],
@@ -58,7 +47,7 @@ def hand_log(folder: Path) -> EventLog:
 def test_next_item_cases(tmp_path: Path) -> None:
     log = hand_log(tmp_path)
     last = next_item_cases(log, visible_counts(log, "leave-last-out"))
-    assert log.users.ids(last.user).tolist() == [2, 5]  # three events at least
+    assert log.users.ids(last.user).tolist() == [2, 5]  # users with at least three events
     assert last.seen.tolist() == [3, 4] and log.items.ids(last.item).tolist() == [3, 2]
     two = next_item_cases(log, visible_counts(log, "leave-last-two-out"))
     assert two.seen.tolist() == [2, 3] and log.items.ids(two.item).tolist() == [1, 1]
@@ -81,7 +70,7 @@ def test_the_same_users_are_drawn_every_time(event_log: EventLog) -> None:
 
 
 @pytest.mark.parametrize("until", ["leave-last-out", 10 * HOUR, "all"])
-def test_seen_items_are_counted_to_their_own_user(tmp_path: Path, until: str | int) -> None:
+def test_seen_items_belong_to_their_own_user(tmp_path: Path, until: str | int) -> None:
     log = hand_log(tmp_path)
     seen = visible_counts(log, until)
     everyone = np.arange(log.num_users)
@@ -99,7 +88,7 @@ def test_seen_items_are_counted_to_their_own_user(tmp_path: Path, until: str | i
 def test_hand_computed_ranks(tmp_path: Path) -> None:
     log = hand_log(tmp_path)
     cases = next_item_cases(log, visible_counts(log, 10 * HOUR))
-    # Items 1..6 score 6..1 for everybody; labels are 5 3 4 1 1 2. Seen: - {1 2} {4} - {3 6 5} -.
+    # Items 1..6 score 6..1 for all users; labels are 5 3 4 1 1 2. Seen: - {1 2} {4} - {3 6 5} -.
     line = np.arange(6, 0, -1, dtype=np.float32)
 
     def ranks(exclude_seen: bool, columns: list[int], users_per_batch: int) -> list[int]:
@@ -116,34 +105,42 @@ def test_hand_computed_ranks(tmp_path: Path) -> None:
     known = [0, 1, 2, 3, 4, 5]
     for size in (1, 2, 5, 100):
         assert ranks(False, known, size) == [4, 2, 3, 0, 0, 1]
-        # User 2 has met items 1 and 2, which stood before label 3; user 3 label 4 itself, which stays in.
+        # User 2 has seen items 1 and 2, which ranked before label 3. User 3 has seen label 4 itself, which stays in.
         assert ranks(True, known, size) == [4, 0, 3, 0, 0, 1]
-        # A label that the model does not know (item 1, of users 4 and 5) is in no list, however long.
+        # A label that the model does not know (item 1, of users 4 and 5) is in no list of any length.
         unknown = ranks(True, [-1, 1, 2, 3, 4, 5], size)
         assert unknown == [4, 1, 3, LAST_RANK, LAST_RANK, 1]
         assert ranking_metrics(np.array(unknown), [200])["hr@200"] == pytest.approx(4 / 6)
-    found = ranking_metrics(np.array(ranks(True, known, 2)), [1, 3])
+    values = ranking_metrics(np.array(ranks(True, known, 2)), [1, 3])
     gain = [1 / math.log2(rank + 2) for rank in range(5)]
-    assert found["hr@1"] == pytest.approx(3 / 6) and found["hr@3"] == pytest.approx(4 / 6)
-    assert found["ndcg@1"] == pytest.approx(3 / 6) and found["ndcg@3"] == pytest.approx((3 * gain[0] + gain[1]) / 6)
+    assert values["hr@1"] == pytest.approx(3 / 6) and values["hr@3"] == pytest.approx(4 / 6)
+    assert values["ndcg@1"] == pytest.approx(3 / 6) and values["ndcg@3"] == pytest.approx((3 * gain[0] + gain[1]) / 6)
 
 
-def test_batches_hold_few_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_hold_few_events(tmp_path: Path) -> None:
     log = hand_log(tmp_path)
     cases = next_item_cases(log, visible_counts(log, 10 * HOUR))
     assert cases.seen.tolist() == [0, 3, 1, 0, 3, 0]
-    monkeypatch.setattr(protocol, "EVENTS_READ", 4)
     batches: list[list[int]] = []
 
     def score(batch: NextItemCases) -> NDArray[np.float32]:
         batches.append(batch.seen.tolist())
         return np.zeros((len(batch.user), 6), np.float32)
 
-    rank_next_items(log, cases, np.arange(6), score, exclude_seen=True, users_per_batch=4, progress=False)
+    rank_next_items(
+        log,
+        cases,
+        np.arange(6),
+        score,
+        exclude_seen=True,
+        users_per_batch=4,
+        progress=False,
+        events_per_batch=4,
+    )
     assert batches == [[0, 3], [1, 0], [3, 0]]
 
 
-def test_impressions_see_what_came_strictly_before(tmp_path: Path) -> None:
+def test_impressions_see_the_events_strictly_before(tmp_path: Path) -> None:
     events = {"user": [1, 1, 1, 3], "item": [1, 2, 3, 1], "timestamp": [10, 20, 20, 5]}
     shown = {
         "user": [3, 1, 1, 1, 2, 1],
@@ -179,19 +176,19 @@ def test_impression_metrics_against_scikit_learn(impression_log: EventLog) -> No
     cases = impression_cases(impression_log, 0, None)
     rng = np.random.default_rng(0)
     predicted = rng.uniform(0.01, 0.99, cases.label.shape).astype(np.float32)
-    found = impression_metrics(cases, predicted)
-    assert len(found) == 4 * len(cases.tasks)
+    values = impression_metrics(cases, predicted)
+    assert len(values) == 4 * len(cases.tasks)
     for index, task in enumerate(cases.tasks):
         known = cases.mask[:, index]
         label, value, user = cases.label[known, index], predicted[known, index], cases.user[known]
-        assert found[f"auc/{task}"] == pytest.approx(roc_auc_score(label, value))
+        assert values[f"auc/{task}"] == pytest.approx(roc_auc_score(label, value))
         rate = np.full(len(label), label.mean())
-        assert found[f"ne/{task}"] == pytest.approx(log_loss(label, value) / log_loss(label, rate), rel=1e-5)
-        assert found[f"calibration/{task}"] == pytest.approx(value.astype(float).mean() / label.mean(), rel=1e-5)
+        assert values[f"ne/{task}"] == pytest.approx(log_loss(label, value) / log_loss(label, rate), rel=1e-5)
+        assert values[f"calibration/{task}"] == pytest.approx(value.astype(float).mean() / label.mean(), rel=1e-5)
         groups = [user == u for u in np.unique(user) if len(np.unique(label[user == u])) == 2]
         weights = [g.sum() for g in groups]
         by_user = [roc_auc_score(label[g], value[g]) for g in groups]
-        assert found[f"gauc/{task}"] == pytest.approx(np.average(by_user, weights=weights))
+        assert values[f"gauc/{task}"] == pytest.approx(np.average(by_user, weights=weights))
 
 
 def test_a_task_of_one_class_has_no_metrics(tmp_path: Path) -> None:
@@ -199,12 +196,12 @@ def test_a_task_of_one_class_has_no_metrics(tmp_path: Path) -> None:
     shown = {"user": [1, 1], "item": [1, 2], "timestamp": [3, 4], "click": [1, 1], "buy": [0, 1]}
     log = EventLog.from_frame(events, tmp_path / "log", time_unit="s", impressions=shown, labels=["click", "buy"])
     cases = impression_cases(log, 0, None)
-    found = impression_metrics(cases, np.full((2, 2), 0.5, np.float32))
-    assert sorted(found) == ["auc/buy", "calibration/buy", "gauc/buy", "ne/buy"]
-    # Validation takes the first task that can decide.
+    values = impression_metrics(cases, np.full((2, 2), 0.5, np.float32))
+    assert sorted(values) == ["auc/buy", "calibration/buy", "gauc/buy", "ne/buy"]
+    # Validation uses the first task with labels of both kinds.
     config = small_config(log, tmp_path, data__split=Split.time, data__validation_from="2500", data__test_from="9000")
     assert Validation(log, np.arange(2) + 1, config).metric == "ne/buy"
-    config.data.validation_from = "3500"  # the last impression alone: one class of each task, and no next event
+    config.data.validation_from = "3500"  # only the last impression: one class per task, and no next event
     assert Validation(log, np.arange(2) + 1, config).metric == ""
 
 
@@ -215,14 +212,14 @@ class TestValidation:
     def test_metrics_of_a_split(self, served: Served, served_tasks: Served) -> None:
         next_items = Validation(served.log, self.rows(served.log), served.config)
         assert next_items.metric == "ndcg@10"
-        found = next_items(served.model)
-        assert sorted(found) == ["hr@10", "ndcg@10"] and 0 < found["ndcg@10"] <= found["hr@10"] <= 1
-        assert next_items(served.model) == found
+        values = next_items(served.model)
+        assert sorted(values) == ["hr@10", "ndcg@10"] and 0 < values["ndcg@10"] <= values["hr@10"] <= 1
+        assert next_items(served.model) == values
         tasks = Validation(served_tasks.log, self.rows(served_tasks.log), served_tasks.config)
         assert tasks.metric == "ne/click"
         assert {"ne/click", "auc/like", "ndcg@10"} <= set(tasks(served_tasks.model))
 
-    def test_tasks_that_are_not_trained_are_not_asked_for(self, served_tasks: Served, tmp_path: Path) -> None:
+    def test_tasks_that_are_not_trained_are_not_measured(self, served_tasks: Served, tmp_path: Path) -> None:
         data = served_tasks.config.data
         config = small_config(served_tasks.log, tmp_path, data=data, optim__task_weight=0.0)
         validation = Validation(served_tasks.log, self.rows(served_tasks.log), config)
@@ -235,7 +232,7 @@ class TestValidation:
         low = Validation(served_tasks.log, self.rows(served_tasks.log), served_tasks.config)
         assert low.better(9.0, None) and low.better(0.1, 0.2) and not low.better(0.2, 0.2)
 
-    def test_it_leaves_mode_and_random_state_alone(self, served: Served) -> None:
+    def test_it_keeps_the_mode_and_the_random_state(self, served: Served) -> None:
         model = VistaModel.from_pretrained(served.model_dir)
         validation = Validation(served.log, self.rows(served.log), served.config)
         expected, state = validation(model), torch.get_rng_state()
@@ -254,18 +251,18 @@ class TestValidation:
         assert "\n" not in str(caught.value)
 
 
-def test_a_life_is_summarized_once_a_validation(served_tasks: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For its next items and its impressions together, a few lives at a time."""
+def test_validation_summarizes_each_history_once(served_tasks: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For next items and impressions together, and a few histories at a time."""
     log = served_tasks.log
-    check = Validation(log, served_tasks.model.rows_of(log.items), served_tasks.config)
-    expected = check(served_tasks.model)
-    whole, lives = inference.summarize, []
+    rows = served_tasks.model.rows_of(log.items)
+    expected = Validation(log, rows, served_tasks.config)(served_tasks.model)
+    summarize, summarized = inference.summarize, []
 
     def counted(model: VistaModel, histories: Histories) -> torch.Tensor:
-        lives.append(histories.num_users)
-        return whole(model, histories)
+        summarized.append(histories.num_users)
+        return summarize(model, histories)
 
     monkeypatch.setattr(inference, "summarize", counted)
-    monkeypatch.setattr(validation, "EVENTS_READ", 100)
-    assert check(served_tasks.model) == pytest.approx(expected, rel=1e-5)
-    assert len(lives) > 2 and sum(lives) <= log.num_users
+    validation = Validation(log, rows, served_tasks.config, events_per_batch=100)
+    assert validation(served_tasks.model) == pytest.approx(expected, rel=1e-5)
+    assert len(summarized) > 2 and sum(summarized) <= log.num_users

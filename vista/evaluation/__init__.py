@@ -1,1 +1,1 @@
-"""Quality: the protocol, its metrics, evaluation through store and scorer, and baselines that count."""
+"""Quality: the protocol, its metrics, evaluation through store and scorer, and counting baselines."""

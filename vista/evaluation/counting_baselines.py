@@ -1,8 +1,7 @@
-"""Counting baselines: what counting alone earns, without a model. A recommender that does not beat these has learnt
-nothing.
+"""Counting baselines: the quality of counting, without a model. A model that does not beat them has learned nothing.
 
 - popularity: an item's number of visible events.
-- transitions: how often an item came right after the user's newest one, over all users; popularity settles ties.
+- transitions: how often an item came right after the user's newest one, over all users; popularity breaks ties.
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ from numpy.typing import NDArray
 
 from vista.config import DataConfig
 from vista.errors import ConfigError
-from vista.evaluation.evaluate import Evaluation
-from vista.evaluation.protocol import NextItemCases, next_item_cases, rank_next_items, ranking_metrics
+from vista.evaluation.cases import NextItemCases, next_item_cases
+from vista.evaluation.evaluation import Evaluation
+from vista.evaluation.protocol import rank_next_items, ranking_metrics
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 from vista.log.histories import ranges
@@ -27,7 +27,7 @@ Scores = NDArray[np.float64]
 
 
 class CountingBaseline(Enum):
-    """Which of the two."""
+    """What is counted."""
 
     popularity = "popularity"
     transitions = "transitions"
@@ -36,11 +36,11 @@ class CountingBaseline(Enum):
 def evaluate_counting_baseline(
     baseline: CountingBaseline, log: EventLog, data: DataConfig, *, top_k: list[int] | None = None
 ) -> Evaluation:
-    """Rank the test labels of a log's split by what was counted before them; seen items as `data.exclude_seen` says.
+    """Rank the test labels of a log's split by what was counted before them.
 
     Args:
-        data: the split.
-        top_k: cut-offs of the metrics, by default 10.
+        data: the split, and whether to leave out seen items (`exclude_seen`).
+        top_k: cutoffs of the metrics, by default [10].
 
     Raises:
         ConfigError: if the log has no test label.
@@ -49,7 +49,7 @@ def evaluate_counting_baseline(
     seen = visible_counts(log, split_until(data, "test"))
     cases = next_item_cases(log, seen)
     if not len(cases.user):
-        raise ConfigError(f"{log.path} has no test label for a counting baseline to rank; choose another split")
+        raise ConfigError(f"{log.path} has no test label to rank; choose another split")
     popularity = item_counts(log, seen).astype(np.float64)
     transitions = _Transitions(log, seen, popularity) if baseline is CountingBaseline.transitions else None
     ranks = rank_next_items(
@@ -66,13 +66,13 @@ def evaluate_counting_baseline(
 
 
 class _Transitions:
-    """Counted pairs of neighbouring events: item i was followed by `_next[_offsets[i]:_offsets[i + 1]]`."""
+    """Counted pairs of adjacent events: item i was followed by `_next[_offsets[i]:_offsets[i + 1]]`."""
 
     def __init__(self, log: EventLog, seen: Int, popularity: Scores) -> None:
         """
         Args:
             seen: int64 [num_users] events that may be counted.
-            popularity: float64 [num_items], whole numbers.
+            popularity: float64 [num_items] of integers.
         """
         histories = log.gather(np.arange(log.num_users), seen)
         item = histories.item.astype(np.int64)
@@ -82,13 +82,13 @@ class _Transitions:
         pair, self._times = np.unique(item[later - 1] * log.num_items + item[later], return_counts=True)
         first, self._next = np.divmod(pair, log.num_items)
         self._offsets = np.searchsorted(first, np.arange(log.num_items + 1))
-        # One transition outweighs any popularity; whole numbers, so exact.
+        # One transition outweighs any popularity. Sums of integers, so exact.
         self._weight = popularity.max(initial=0) + 1
         self._popularity = popularity
         self._log = log
 
     def scores(self, cases: NextItemCases) -> Scores:
-        """float64 [n, num_items] after each case's newest visible event; popularity alone where there is none."""
+        """float64 [n, num_items] after each case's newest visible event; only popularity if there is none."""
         newest = self._log.gather_ranges(cases.user, cases.seen - 1, cases.seen)
         row = np.repeat(np.arange(len(cases.user)), newest.lengths)
         begin = self._offsets[newest.item]

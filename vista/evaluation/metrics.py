@@ -1,9 +1,9 @@
-"""Metrics of ranking and calibration, vectorised in NumPy and computed in float64.
+"""Metrics of ranking and calibration, vectorized in NumPy and computed in float64.
 
-Letters: N labelled rows, G groups, B users (rows of a ranking), V items.
+Letters: N labeled rows, G groups, B users (rows of a ranking), V items.
 
-A NaN, a label other than 0 or 1, or a probability outside [0, 1] raises ValueError naming the argument. A metric
-that is undefined for sound input (no rows, only one class) is NaN, so that one odd task does not end an evaluation.
+A NaN, a label other than 0 or 1, or a probability outside [0, 1] raises a ValueError that names the argument. A metric
+that is undefined for valid input (no rows, only one class) is NaN, so that one unusual task does not end an evaluation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 SCORES_PER_CHUNK = 1 << 22
-"""Scores that `ranks_of_targets` compares at once: bounds its temporary memory, whatever B and V."""
+"""Scores that `ranks_of_targets` compares at once, which bounds its temporary memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,23 +27,23 @@ class GroupedAuc:
     """AUC within groups, averaged with the groups' numbers of rows as weights."""
 
     value: float
-    """NaN where no group holds both classes."""
+    """NaN if no group has both classes."""
     num_groups: int
-    """Groups that entered the mean."""
+    """Groups included in the mean."""
     num_left_out: int
     """Groups left out because all their labels are equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """How far predicted probabilities agree with observed frequencies."""
+    """How well predicted probabilities agree with observed frequencies."""
 
     ratio: float
-    """Mean prediction over mean label; 1 is perfect, NaN where no label is 1."""
+    """Mean prediction over mean label; 1 is perfect, NaN if no label is 1."""
     expected_error: float
-    """Expected calibration error: |mean prediction - mean label| a bin, weighted by the bins' rows."""
+    """Expected calibration error: |mean prediction - mean label| per bin, weighted by the bins' rows."""
     bin_predictions: Floats
-    """[bins] mean prediction of each bin that holds rows, ascending."""
+    """[bins] mean prediction of each non-empty bin, ascending."""
     bin_labels: Floats
     """[bins] mean label of each bin."""
     bin_counts: Ints
@@ -51,14 +51,14 @@ class Calibration:
 
 
 def auc(labels: ArrayLike | Tensor, scores: ArrayLike | Tensor) -> float:
-    """Area under the ROC curve, exact: the chance that a positive outscores a negative, ties counting half (mid-ranks).
+    """Exact area under the ROC curve: the chance that a positive outscores a negative, where ties count half.
 
     Args:
         labels: [N] of 0 and 1 (or bool).
-        scores: [N] real numbers of any scale; infinities are ordered as such.
+        scores: [N] real numbers on any scale; infinities are allowed.
 
     Returns:
-        A number in [0, 1]; NaN where one class is absent.
+        A number in [0, 1]; NaN if one class is absent.
 
     Raises:
         ValueError: on NaN scores, labels other than 0 and 1, or lengths that differ.
@@ -69,9 +69,9 @@ def auc(labels: ArrayLike | Tensor, scores: ArrayLike | Tensor) -> float:
 
 
 def gauc(groups: ArrayLike | Tensor, labels: ArrayLike | Tensor, scores: ArrayLike | Tensor) -> GroupedAuc:
-    """AUC within each group (a user, a session), averaged with the groups' rows as weights.
+    """AUC within each group (user or session), averaged with the groups' rows as weights.
 
-    Groups whose labels are all equal have no AUC: they are left out of the mean, and counted.
+    Groups whose labels are all equal have no AUC. They are left out of the mean, and counted.
 
     Args:
         groups: [N] group ids, integers or strings, in any order.
@@ -84,7 +84,7 @@ def gauc(groups: ArrayLike | Tensor, labels: ArrayLike | Tensor, scores: ArrayLi
     label_N, score_N = _labels_and_scores(labels, scores, "scores")
     id_N = _array(groups)
     if id_N.shape != label_N.shape:
-        raise ValueError(f"groups: has shape {id_N.shape}, labels {label_N.shape}; pass one group id a row")
+        raise ValueError(f"groups: has shape {id_N.shape}, labels {label_N.shape}; pass one group id per row")
     unique_ids, group_N = np.unique(id_N, return_inverse=True)
     value_G, count_G = _auc_by_group(group_N, len(unique_ids), label_N, score_N)
     defined_G = ~np.isnan(value_G)
@@ -94,12 +94,12 @@ def gauc(groups: ArrayLike | Tensor, labels: ArrayLike | Tensor, scores: ArrayLi
 
 
 def _auc_by_group(group_N: Ints, num_groups: int, label_N: Floats, score_N: Floats) -> tuple[Floats, Ints]:
-    """AUC (NaN where undefined) and rows of each group; group_N holds 0..num_groups-1."""
+    """AUC (NaN if undefined) and rows of each group; group_N has values 0..num_groups-1."""
     order = np.lexsort((score_N, group_N))
     group_N, label_N, score_N = group_N[order], label_N[order], score_N[order]
     count_G = np.bincount(group_N, minlength=num_groups)
     group_start_G = np.cumsum(count_G) - count_G
-    # Runs of equal scores within a group share the mean of the 1-based ranks that they cover.
+    # Equal scores within a group share the mean of their 1-based ranks.
     is_start_N = np.ones(len(group_N), dtype=bool)
     is_start_N[1:] = (group_N[1:] != group_N[:-1]) | (score_N[1:] != score_N[:-1])
     start_R = np.flatnonzero(is_start_N)
@@ -115,8 +115,8 @@ def _auc_by_group(group_N: Ints, num_groups: int, label_N: Floats, score_N: Floa
 def log_loss(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor) -> float:
     """Mean binary cross-entropy in nats.
 
-    Probabilities are clipped to [eps, 1 - eps], eps being the resolution of their own dtype (as scikit-learn does), so
-    that one float32 sigmoid rounded to 1 does not make the mean infinite.
+    Probabilities are clipped to [eps, 1 - eps], where eps is the resolution of their dtype (as in scikit-learn). So one
+    float32 sigmoid rounded to 1 does not make the mean infinite.
 
     Args:
         labels: [N] of 0 and 1.
@@ -137,8 +137,8 @@ def log_loss(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor) -> f
 def normalized_entropy(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor) -> float:
     """Log loss over the entropy of the labels' own base rate (He et al., ADKDD 2014).
 
-    1 is what the best constant guess earns; less is better.
-    Arguments and errors as `log_loss`; NaN where one class is absent, for its entropy is 0.
+    The best constant prediction has 1; smaller is better. Arguments and errors as in `log_loss`. NaN if one class is
+    absent, because then the entropy is 0.
     """
     loss = log_loss(labels, probabilities)
     label_N = _array(labels).astype(np.float64)
@@ -151,16 +151,16 @@ def normalized_entropy(labels: ArrayLike | Tensor, probabilities: ArrayLike | Te
 def calibration(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor, num_bins: int = 20) -> Calibration:
     """Ratio of mean prediction to mean label, and the expected calibration error over bins of equal mass.
 
-    The bins are cut at quantiles of the predictions: clicks are rare, and bins of equal width would leave nearly all
-    rows in the first. Equal predictions always share a bin, so there may be fewer than num_bins.
+    Bins end at quantiles of the predictions: clicks are rare, and bins of equal width would put nearly all rows into
+    the first. Equal predictions always share a bin, so there may be fewer than num_bins.
 
     Args:
         labels: [N] of 0 and 1.
         probabilities: [N] in [0, 1].
-        num_bins: bins at most.
+        num_bins: largest number of bins.
 
     Raises:
-        ValueError: as `log_loss`, or for num_bins < 1.
+        ValueError: as `log_loss`, or if num_bins < 1.
     """
     if num_bins < 1:
         raise ValueError(f"num_bins: must be at least 1, got {num_bins}")
@@ -181,10 +181,10 @@ def calibration(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor, n
 
 
 def hit_rate(ranks: ArrayLike | Tensor, k: int) -> float:
-    """Share of rows whose one target stands among the first k (HR@k, which is recall@k with one target).
+    """Share of rows whose one target is among the first k (HR@k, which equals recall@k with one target).
 
     Args:
-        ranks: [B] 0-based ranks, as `ranks_of_targets` gives.
+        ranks: [B] 0-based ranks, as from `ranks_of_targets`.
         k: list length, at least 1.
 
     Returns:
@@ -198,9 +198,9 @@ def hit_rate(ranks: ArrayLike | Tensor, k: int) -> float:
 
 
 def ndcg(ranks: ArrayLike | Tensor, k: int) -> float:
-    """Mean of 1 / log2(rank + 2) where the target stands among the first k, 0 elsewhere (NDCG@k with one target).
+    """Mean of 1 / log2(rank + 2) if the target is among the first k, else 0 (NDCG@k with one target).
 
-    Arguments and errors as `hit_rate`.
+    Arguments and errors as in `hit_rate`.
     """
     rank_B = _ranks(ranks, k)
     return float(np.where(rank_B < k, 1 / np.log2(rank_B + 2), 0.0).mean()) if len(rank_B) else float("nan")
@@ -213,27 +213,27 @@ def ranks_of_targets(
 ) -> Ints:
     """0-based rank of each row's target among all items of its row: full ranking, no sampling.
 
-    Ties are settled in the middle: of the other items that score exactly as the target does, half (rounded up, so
-    never in the target's favour) are counted before it. A constant score thus earns the middle, not the top.
+    A target ranks in the middle of its ties: of the other items with exactly its score, half (rounded up) count as
+    before it. So a constant score gives the middle rank, not the top.
 
     Args:
         scores: [B, V] of any float dtype, NumPy or torch on any device; read in chunks of rows, not changed.
         target: [B] integer columns.
-        excluded: (values, offsets): the columns values[offsets[b]:offsets[b+1]] are left out of row b's list; repeats
-            are harmless. The target itself always stays in, even where it is named (a user may meet an item again).
+        excluded: (values, offsets): the columns values[offsets[b]:offsets[b+1]] are left out of row b's list. Repeats
+            are allowed. The target always stays in, even if it is excluded (a user may interact with an item again).
 
     Returns:
         [B] int64.
 
     Raises:
-        ValueError: on NaN scores (named by row), columns out of range, or shapes that do not fit.
+        ValueError: on NaN scores (with the row), columns out of range, or shapes that do not fit.
     """
     if scores.ndim != 2:
         raise ValueError(f"scores: needs two dimensions [B, V], got {scores.ndim}")
     num_rows, num_items = scores.shape
     target_B = _columns(target, "target", num_items)
     if len(target_B) != num_rows:
-        raise ValueError(f"target: needs one column a row, {num_rows}, got {len(target_B)}")
+        raise ValueError(f"target: needs one column per row, {num_rows} in all, got {len(target_B)}")
     excluded_row, excluded_column = _excluded_cells(excluded, target_B, num_items)
     rank_B = np.empty(num_rows, dtype=np.int64)
     step = max(1, SCORES_PER_CHUNK // max(num_items, 1))
@@ -242,7 +242,7 @@ def ranks_of_targets(
         rows = len(chunk)
         invalid = np.flatnonzero(np.isnan(chunk.max(axis=1)))
         if len(invalid):
-            raise ValueError(f"scores: row {start + int(invalid[0])} holds NaN; a ranking of it would mean nothing")
+            raise ValueError(f"scores: row {start + int(invalid[0])} holds NaN and cannot be ranked")
         own = chunk[np.arange(rows), target_B[start : start + rows]]
         before = np.count_nonzero(chunk > own[:, None], axis=1)
         equal = np.count_nonzero(chunk == own[:, None], axis=1) - 1
@@ -261,17 +261,17 @@ def top_items(
     k: int,
     excluded: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None = None,
 ) -> Ints:
-    """The first k items of each row's list, the lists that `ranks_of_targets` ranks the targets in.
+    """The first k items of each row's list, in the lists that `ranks_of_targets` uses.
 
     Args:
         scores: [B, V], without NaN; not changed.
-        target: int64 [B] columns, which stay in even where they are excluded; -1 for none.
+        target: int64 [B] columns, which stay in even if they are excluded; -1 for none.
         k: list length, at least 1.
         excluded: as in `ranks_of_targets`.
 
     Returns:
-        int64 [B, min(k, V)] columns in no order; -1 where a list is shorter. Which of several items with the k-th score
-        come is arbitrary, but the same every time.
+        int64 [B, min(k, V)] columns in no order; -1 if a list is shorter. Ties for the last place are broken
+        arbitrarily, but the same way every time.
     """
     num_rows, num_items = scores.shape
     excluded_row, excluded_column = _excluded_cells(excluded, target, num_items)
@@ -284,15 +284,15 @@ def top_items(
         left_out = np.zeros(chunk.shape, dtype=bool)
         left_out[excluded_row[low:high] - start, excluded_column[low:high]] = True
         chunk[left_out] = -np.inf
-        found = np.argpartition(chunk, num_items - k, axis=1)[:, num_items - k :]
-        top_BK[start : start + step] = np.where(np.take_along_axis(left_out, found, axis=1), -1, found)
+        top = np.argpartition(chunk, num_items - k, axis=1)[:, num_items - k :]
+        top_BK[start : start + step] = np.where(np.take_along_axis(left_out, top, axis=1), -1, top)
     return top_BK
 
 
 def _excluded_cells(
     excluded: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None, target_B: Ints, num_items: int
 ) -> tuple[Ints, Ints]:
-    """Rows (ascending) and columns of the distinct excluded cells, the targets' own cells not among them."""
+    """Rows (ascending) and columns of the distinct excluded cells, without the targets' cells."""
     if excluded is None:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     value = _columns(excluded[0], "excluded values", num_items)
@@ -341,23 +341,23 @@ def _labels_and_scores(labels: ArrayLike | Tensor, scores: ArrayLike | Tensor, n
     label_N, score_N = _array(labels).astype(np.float64), _array(scores).astype(np.float64)
     if label_N.ndim != 1 or label_N.shape != score_N.shape:
         raise ValueError(
-            f"{name}: has shape {score_N.shape}, labels {label_N.shape}; both need one dimension, equally long"
+            f"{name}: has shape {score_N.shape}, labels {label_N.shape}; both need one dimension and the same length"
         )
     odd = np.flatnonzero((label_N != 0) & (label_N != 1))
     if len(odd):
         raise ValueError(
-            f"labels: row {odd[0]} is {label_N[odd[0]]}, only 0 and 1 are labels; leave out rows whose label is unknown"
+            f"labels: row {odd[0]} is {label_N[odd[0]]}, but labels are 0 or 1; leave out rows with unknown labels"
         )
     missing = np.flatnonzero(np.isnan(score_N))
     if len(missing):
         raise ValueError(
-            f"{name}: row {missing[0]} is NaN ({len(missing)} in all); a metric of them would mean nothing"
+            f"{name}: row {missing[0]} is NaN ({len(missing)} in all); leave out such rows, or fix what makes them NaN"
         )
     return label_N, score_N
 
 
 def _labels_and_probabilities(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor) -> tuple[Floats, Floats]:
-    """Checked labels, and probabilities clipped away from 0 and 1 by the resolution of their own dtype."""
+    """Checked labels, and probabilities clipped away from 0 and 1 by the resolution of their dtype."""
     given = _array(probabilities)
     label_N, probability_N = _labels_and_scores(labels, given, "probabilities")
     outside = np.flatnonzero((probability_N < 0) | (probability_N > 1))

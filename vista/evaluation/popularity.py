@@ -1,6 +1,6 @@
 """Does the retrieval head recommend what is popular anyway? Concentration of its lists, and quality by popularity.
 
-Letters: V items of the model, U users' lists, N labelled cases. Popularity is an item's number of training events.
+Letters: V items of the model, U users' lists, N labeled cases. Popularity is an item's number of training events.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.evaluation.metrics import hit_rate, ndcg, top_items
+from vista.evaluation.metrics import hit_rate, ndcg
+from vista.evaluation.recommended_lists import RecommendedLists
 
 NUM_DECILES = 10
 
@@ -18,53 +19,31 @@ Int = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-class Recommendations:
-    """What the lists of length k hold, counted while `protocol.rank_next_items` ranks: `add` is its `observe`."""
-
-    def __init__(self, num_items: int, k: int) -> None:
-        self.k = k
-        self.num_lists = 0
-        self.counts = np.zeros(num_items, np.int64)
-        """int64 [V]: lists that hold the item."""
-        self._score_sum = np.zeros(num_items, np.float64)
-
-    def add(self, scores: NDArray[np.float32], target: Int, excluded: tuple[Int, Int] | None) -> None:
-        """Count one batch: scores [n, V]; target int64 [n] columns of the labels, -1 where unknown; excluded cells."""
-        top = top_items(scores, target, self.k, excluded)
-        self.counts += np.bincount(top[top >= 0], minlength=len(self.counts))
-        self._score_sum += scores.sum(axis=0, dtype=np.float64)
-        self.num_lists += len(scores)
-
-    @property
-    def mean_scores(self) -> Floats:
-        """float64 [V]: an item's score averaged over all users."""
-        return self._score_sum / max(self.num_lists, 1)
-
-
 @dataclass(frozen=True, slots=True)
 class PopularityReport:
     """How popularity enters the lists of length k.
 
-    Deciles are of equal mass: `popularity_deciles`. Arrays have NUM_DECILES entries, from the rarest items on; a decile
-    without labels has NaN quality.
+    Deciles have equal mass: `popularity_deciles`. Arrays have NUM_DECILES entries, from the rarest items to the most
+    popular; a decile without labels has NaN quality.
     """
 
     k: int
     gini: float
-    """Of the items' places in lists; it depends on the number of lists, so compare over the same users."""
+    """Of the items' places in lists. It depends on the number of lists, so compare over the same users."""
     training_gini: float
     """Of the items' training events, to compare with."""
     coverage: float
-    """Share of the model's items that some list holds."""
+    """Share of the model's items that are in at least one list."""
     score_correlation: float
-    """Spearman, over items, of popularity and mean score over users: near 0 where the score carries no popularity."""
+    """Spearman correlation, over items, of popularity and the mean score over users: near 0 if scores do not carry
+    popularity."""
     norm_correlation: float
-    """Spearman, over items, of popularity and the norm of the item's vector (which the cosine divides away)."""
+    """Spearman correlation, over items, of popularity and the norm of the item's vector (cosines ignore the norm)."""
     num_items: Int
     label_share: Floats
-    """Of the cases, those whose label lies in the decile."""
+    """Share of the cases whose label lies in the decile."""
     recommended_share: Floats
-    """Of all places in lists, those that items of the decile take."""
+    """Share of all places in lists that items of the decile take."""
     hit_rate: Floats
     ndcg: Floats
 
@@ -86,8 +65,8 @@ class PopularityReport:
         lines = [
             f"popularity, by lists of {k}: Gini {self.gini:.4f} (training events {self.training_gini:.4f}), coverage "
             f"{self.coverage:.4f}",
-            f"  Spearman of popularity with the mean score {self.score_correlation:+.4f}, with the vectors' norm "
-            f"{self.norm_correlation:+.4f}",
+            f"  Spearman correlation of popularity with the mean score {self.score_correlation:+.4f}, with the norm of "
+            f"the vectors {self.norm_correlation:+.4f}",
             f"  {'decile':>6} {'items':>9} {'labels':>8} {'recommended':>12} {f'hr@{k}':>8} {f'ndcg@{k}':>8}",
         ]
         columns = (self.num_items, self.label_share, self.recommended_share, self.hit_rate, self.ndcg)
@@ -97,38 +76,38 @@ class PopularityReport:
 
 
 def popularity_report(
-    popularity: Int, found: Recommendations, ranks: Int, label: Int, norms: NDArray[np.floating]
+    popularity: Int, lists: RecommendedLists, ranks: Int, label: Int, norms: NDArray[np.floating]
 ) -> PopularityReport:
-    """Put counts and ranks together.
+    """Compute the report from counts and ranks.
 
     Args:
         popularity: int64 [V] training events of each item.
-        found: what the lists held.
+        lists: the items in the lists.
         ranks: int64 [N] 0-based ranks of the labels.
-        label: int64 [N] items of the labels; -1, unknown to the model, counts in the rarest decile.
+        label: int64 [N] items of the labels; -1 (unknown to the model) counts in the rarest decile.
         norms: [V] norms of the items' vectors.
     """
     decile = popularity_deciles(popularity)
     label_decile = np.where(label >= 0, decile[label], 0)
     parts = [ranks[label_decile == d] for d in range(NUM_DECILES)]
-    shown = np.bincount(decile, weights=found.counts, minlength=NUM_DECILES)
+    shown = np.bincount(decile, weights=lists.counts, minlength=NUM_DECILES)
     return PopularityReport(
-        k=found.k,
-        gini=gini(found.counts),
+        k=lists.k,
+        gini=gini(lists.counts),
         training_gini=gini(popularity),
-        coverage=float((found.counts > 0).mean()),
-        score_correlation=spearman(popularity, found.mean_scores),
+        coverage=float((lists.counts > 0).mean()),
+        score_correlation=spearman(popularity, lists.mean_scores),
         norm_correlation=spearman(popularity, norms),
         num_items=np.bincount(decile, minlength=NUM_DECILES),
         label_share=np.array([len(part) for part in parts]) / max(len(ranks), 1),
         recommended_share=shown / max(shown.sum(), 1),
-        hit_rate=np.array([hit_rate(part, found.k) for part in parts]),
-        ndcg=np.array([ndcg(part, found.k) for part in parts]),
+        hit_rate=np.array([hit_rate(part, lists.k) for part in parts]),
+        ndcg=np.array([ndcg(part, lists.k) for part in parts]),
     )
 
 
 def gini(counts: NDArray[np.int64]) -> float:
-    """Gini coefficient of counts [V] >= 0: 0 where all are equal, 1 - 1/V where one item has all, NaN for no counts."""
+    """Gini coefficient of counts [V] >= 0: 0 if all are equal, 1 - 1/V if one item has all, NaN if all are 0."""
     total, size = int(counts.sum()), len(counts)
     if total == 0:
         return float("nan")
@@ -139,9 +118,10 @@ def gini(counts: NDArray[np.int64]) -> float:
 def popularity_deciles(popularity: Int) -> Int:
     """Decile of each item, 0 (rarest) to 9, such that each holds about a tenth of the training events.
 
-    Equal mass, not equal numbers of items: labels fall like events, so every decile's quality rests on about as many of
-    them, where nine deciles of equal numbers of items would share few. Items of equal popularity share a decile, by the
-    middle of their common mass; so one item of more than a tenth of the events leaves deciles empty.
+    Deciles of equal mass rather than equal numbers of items: labels are distributed like events, so the quality of
+    every decile rests on about as many labels, while nine deciles of equal numbers of items would share few. Items of
+    equal popularity share a decile, that of the middle of their common mass. So one item with more than a tenth of the
+    events leaves deciles empty.
     """
     value, inverse, size = np.unique(popularity, return_inverse=True, return_counts=True)
     mass = value * size
@@ -151,7 +131,7 @@ def popularity_deciles(popularity: Int) -> Int:
 
 
 def spearman(one: NDArray[np.number], other: NDArray[np.number]) -> float:
-    """Rank correlation of two vectors [V], ties at their middle ranks; NaN where one is constant."""
+    """Rank correlation of two vectors [V], ties at their middle ranks; NaN if one is constant."""
     first, second = _middle_ranks(one), _middle_ranks(other)
     first, second = first - first.mean(), second - second.mean()
     scale = np.sqrt((first @ first) * (second @ second))

@@ -1,6 +1,6 @@
-"""The protocol's questions, answered by a baseline from the raw history before each label.
+"""The protocol's cases, answered by a baseline from the raw history before each label.
 
-Letters: N cases, V items of the model, M model dim.
+Letters: N cases, B requests, V items of the model.
 """
 
 from __future__ import annotations
@@ -11,27 +11,26 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vista.evaluation.protocol import ImpressionCases, NextItemCases, request_starts
+from vista.evaluation.cases import Floats, ImpressionCases, Int, NextItemCases, request_starts
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.inference import item_vectors
 
-Int = NDArray[np.int64]
-Floats = NDArray[np.float32]
-EVENTS_EMBEDDED = 1 << 16
-"""Events that a model embeds at once (a longer history is read alone)."""
-
 
 class RawHistoryAnswers:
-    """A baseline and the log that it reads at every request."""
+    """A baseline, and the log that it reads at every request."""
 
-    def __init__(self, model: HistoryModel, log: EventLog, item_rows: Int) -> None:
-        """item_rows: int64 [log.num_items], the model row of each of the log's items."""
+    def __init__(self, model: HistoryModel, log: EventLog, item_rows: Int, *, events_per_batch: int = 1 << 16) -> None:
+        """
+        Args:
+            item_rows: int64 [log.num_items], the model row of each of the log's items.
+            events_per_batch: events that the model embeds at once (a longer history is embedded alone).
+        """
         self._model, self._log, self._item_rows = model, log, item_rows
+        self._events_per_batch = events_per_batch
         self._items = item_vectors(model) if model.has_retrieval else None
 
     def next_scores(self, cases: NextItemCases) -> Floats:
@@ -50,14 +49,14 @@ class RawHistoryAnswers:
         return scores
 
     def probabilities(self, cases: ImpressionCases, *, progress: bool = False) -> Floats:
-        """float32 [N, len(cases.tasks)] of impressions; those of one user at one moment share its history."""
+        """float32 [N, len(cases.tasks)]; the impressions of one user at one time share the history."""
         out = np.zeros(cases.label.shape, np.float32)
-        # By name: the log may hold the model's tasks in another order, and not all of them.
+        # By name: the log may have the model's tasks in another order, and not all of them.
         columns = [self._model.schema.tasks.index(task) for task in cases.tasks]
         starts = request_starts(cases)
         requests = [slice(low, high) for low, high in pairwise([*starts.tolist(), len(cases.user)])]
-        shown = np.diff(np.append(starts, len(cases.user)))
-        groups = list(self._groups(cases.seen[starts], shown))
+        num_shown = np.diff(np.append(starts, len(cases.user)))
+        groups = list(self._groups(cases.seen[starts], num_shown))
         for group in tqdm(groups, desc="impressions", unit="batch", disable=not progress, leave=False):
             parts = requests[group]
             first = starts[group]
@@ -66,18 +65,18 @@ class RawHistoryAnswers:
             candidates = torch.from_numpy(self._item_rows[cases.item[index]]).to(self._model.device)
             histories = self.histories(cases.user[first], cases.seen[first])
             logits = self._model.candidate_logits(histories, candidates, cases.timestamp[first])
-            found = logits[..., columns].sigmoid().float().cpu().numpy()
+            predicted = logits[..., columns].sigmoid().float().cpu().numpy()
             for row, part in enumerate(parts):
-                out[part] = found[row, : part.stop - part.start]
+                out[part] = predicted[row, : part.stop - part.start]
         return out
 
     def histories(self, user: Int, seen: Int) -> Histories:
         """What the model reads of the first `seen` events int64 [B] of users int64 [B] (rows of the log)."""
         limit = self._model.config.history_limit
-        found = self._log.gather_ranges(user, np.maximum(seen - limit, 0) if limit else seen * 0, seen)
-        return dataclasses.replace(found, item=self._item_rows[found.item].astype(np.int32))
+        events = self._log.gather_ranges(user, np.maximum(seen - limit, 0) if limit else seen * 0, seen)
+        return dataclasses.replace(events, item=self._item_rows[events.item].astype(np.int32))
 
-    def _groups(self, seen: Int, shown: Int) -> Iterator[slice]:
-        """Requests of EVENTS_EMBEDDED events and candidates together; `shown`: candidates of each."""
+    def _groups(self, seen: Int, num_shown: Int) -> Iterator[slice]:
+        """Requests with about `events_per_batch` events and candidates together; num_shown: candidates of each."""
         limit = self._model.config.history_limit
-        return token_groups((np.minimum(seen, limit) if limit else seen) + shown, EVENTS_EMBEDDED)
+        return token_groups((np.minimum(seen, limit) if limit else seen) + num_shown, self._events_per_batch)

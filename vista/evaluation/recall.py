@@ -1,8 +1,8 @@
-"""What a stored summary recalls: the decoder ranks a user's events among equally popular items the user never met.
+"""What a stored summary recalls: the decoder ranks a user's events among equally popular items new to the user.
 
-The decoder reads a window of events one by one, each time from the summary and the window's earlier events. Those alone
-say much about the next event, so the same is asked with another user's summary: only the difference counts as recall.
-Letters: U users, T events of windows, N negatives, S seeds, M model dim.
+The decoder predicts the events of a window one by one, from the summary and the window's earlier events. The earlier
+events alone say much about the next one, so the decoder is also given another user's summary. Only the difference
+counts as recall. Letters: U users, T events of windows, N negatives, S seeds, M model dim.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer
 
 AGES = (0, 32, 128, 512, 2048, 8192)
-"""Where the bands of age begin, in events before the summary's cut; the last is open."""
+"""Lower ends of the bands of age, in events before the summary's cut; the last band has no upper end."""
 WINDOW = 32
-"""Events of a window at most: one window a user and band."""
+"""Most events in a window; there is one window per user and band."""
 NUM_NEGATIVES = 100
-NEIGHBOURS = 50
-"""Negatives are drawn among so many items that are more popular than the event's, and as many that are less."""
+NUM_NEIGHBORS = 50
+"""Negatives are drawn from this many items that are next more popular than the event's, and as many less popular."""
 USERS_PER_BATCH = 64
 
 Int = NDArray[np.int64]
@@ -39,7 +39,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class RecallReport:
-    """Share of the negatives that a true event beats (0.5 is chance), an entry a band of `AGES`; NaN without events."""
+    """Share of the negatives that a true event beats (0.5 is chance), one entry per band of `AGES`; NaN if empty."""
 
     own: Floats
     """With the user's own summary."""
@@ -48,7 +48,7 @@ class RecallReport:
     num_events: Int
 
     def metrics(self) -> dict[str, float]:
-        """Scalars for a row of results: recall/0-31 …, the difference of the two."""
+        """Scalars for a row of results, "recall/0-31" and so on: the difference of `own` and `other`."""
         return {f"recall/{band}": float(gap) for band, gap in zip(bands(), self.own - self.other, strict=True)}
 
     def __str__(self) -> str:
@@ -59,24 +59,24 @@ class RecallReport:
 
 
 def bands() -> list[str]:
-    """Names of the bands of age: 0-31, …, 8192+."""
+    """Names of the bands of age: "0-31", …, "8192+"."""
     return [*(f"{low}-{high - 1}" for low, high in pairwise(AGES)), f"{AGES[-1]}+"]
 
 
 @torch.inference_mode()
 def measure_recall(scorer: Scorer, log: EventLog, *, max_users: int = 2000, seed: int = 0) -> RecallReport:
-    """Measure the summaries of a scorer's store over the events of `log` that they have seen.
+    """Measure the summaries of a scorer's store over the events of `log` that they cover.
 
     Args:
-        max_users: users with a record and events, drawn at random.
-        seed: of users, windows and negatives.
+        max_users: most users to measure, drawn at random from those with events.
+        seed: draws users, windows and negatives.
 
     Raises:
-        ConfigError: the model has no summary, or no two users have a record.
+        ConfigError: if the model has no summaries, or fewer than two users have a record.
     """
     model = scorer.model
     if model.decoder is None:
-        raise ConfigError("recall: this model has no summaries (model.num_seeds=0)")
+        raise ConfigError("recall: this model has no summaries (model.num_seeds=0); set recall=false")
     rng = np.random.default_rng(seed)
     users = np.flatnonzero(log.lengths > 0)
     users = np.sort(rng.choice(users, min(max_users, len(users)), replace=False))
@@ -91,7 +91,7 @@ def measure_recall(scorer: Scorer, log: EventLog, *, max_users: int = 2000, seed
     for low in range(0, len(users), USERS_PER_BATCH):
         part = slice(low, low + USERS_PER_BATCH)
         histories = log.gather(users[part], count[part])
-        # The last row's other is the first user of all.
+        # The other user of a row is the next one; of the last row, the first.
         summaries = [torch.from_numpy(each[part]).to(model.device) for each in (summary, np.roll(summary, -1, axis=0))]
         for band, (age, end) in enumerate(zip(AGES, (*AGES[1:], None), strict=True)):
             windows = _windows(histories.lengths, age, end, rng)
@@ -104,24 +104,24 @@ def measure_recall(scorer: Scorer, log: EventLog, *, max_users: int = 2000, seed
 
 
 class _Items:
-    """Popularity order of the model's items, and model rows of the log's."""
+    """The model's items in order of popularity, and the model rows of the log's items."""
 
     def __init__(self, model: VistaModel, log: EventLog) -> None:
         self.rows = model.rows_of(log.items)
         counts = np.zeros(len(model.items) + 1, np.int64)
         np.add.at(counts, self.rows, item_counts(log, visible_counts(log, split_until(model.data, "train"))))
         self.by_popularity = np.argsort(-counts[1:], kind="stable") + 1
-        """int64 [V] model rows, the most popular first."""
+        """int64 [V] model rows, most popular first."""
         self.rank = np.empty(len(counts), np.int64)
         self.rank[self.by_popularity] = np.arange(len(self.by_popularity))
 
-    def alike(self, item: Int, rng: np.random.Generator) -> Int:
+    def alike(self, item: Int, rng: np.random.Generator, num_neighbors: int = NUM_NEIGHBORS) -> Int:
         """Model rows int64 [T, N] of items about as popular as `item` int64 [T] (model rows)."""
-        near = min(NEIGHBOURS, max(1, (len(self.by_popularity) - 1) // 2))
+        near = min(num_neighbors, max(1, (len(self.by_popularity) - 1) // 2))
         step = rng.integers(1, near + 1, (len(item), NUM_NEGATIVES)) * rng.choice([-1, 1], (len(item), NUM_NEGATIVES))
         rank = self.rank[item][:, None] + step
         last = len(self.by_popularity) - 1
-        # Beyond an end the step goes the other way.
+        # A step beyond an end goes the other way.
         rank = np.where((rank < 0) | (rank > last), self.rank[item][:, None] - step, rank)
         alike: Int = self.by_popularity[np.clip(rank, 0, last)]
         return alike
@@ -129,7 +129,7 @@ class _Items:
 
 @dataclass(frozen=True, slots=True)
 class _Windows:
-    """Events [start, stop) of the histories `row`, at most one window each: int64 [W]."""
+    """Events [start, stop) of the histories `row`, int64 [W]: at most one window per history."""
 
     row: Int
     start: Int
@@ -156,7 +156,7 @@ def _share_beaten(
 ) -> Floats:
     """Share of its negatives that each event of the windows beats, by summary: float64 [len(summaries), T].
 
-    Left out: events whose item the model does not know, and those whose negatives the user has all met.
+    Leaves out events with an item that the model does not know, and those whose negatives are all in the history.
     """
     assert model.decoder is not None
     lengths = windows.stop - windows.start
@@ -165,8 +165,8 @@ def _share_beaten(
     item = items.rows[histories.item[index]]
     negatives = items.alike(item, rng)
     num_items = len(items.rank)
-    met = np.repeat(np.arange(histories.num_users), histories.lengths) * num_items + items.rows[histories.item]
-    valid = ~np.isin(row[:, None] * num_items + negatives, met) & (item > 0)[:, None]
+    seen = np.repeat(np.arange(histories.num_users), histories.lengths) * num_items + items.rows[histories.item]
+    valid = ~np.isin(row[:, None] * num_items + negatives, seen) & (item > 0)[:, None]
 
     def tensor(values: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(model.device)
@@ -176,8 +176,8 @@ def _share_beaten(
     action, gaps = tensor(histories.action[index].astype(np.int64)), tensor(gap)
     rating = None if histories.rating is None else tensor(histories.rating[index])
     target = model.encoder(model.item_vectors(tensor(item)), action, gaps, rating)
-    # What would have been embedded, had the event been of another item.
-    baselines = model.encoder(
+    # The same events with other items.
+    alternatives = model.encoder(
         model.item_vectors(tensor(negatives)),
         action[:, None],
         gaps[:, None],
@@ -190,7 +190,7 @@ def _share_beaten(
     for summary in summaries:
         predicted = model.decoder(summary[tensor(windows.row)], target, offsets, age)
         own = (predicted - target).square().sum(-1, keepdim=True)
-        theirs = (predicted[:, None] - baselines).square().sum(-1)
+        theirs = (predicted[:, None] - alternatives).square().sum(-1)
         beaten = ((own < theirs).double() + 0.5 * (own == theirs).double()).cpu().numpy()
         shares.append((beaten * valid).sum(1)[judged] / valid.sum(1)[judged])
     return np.stack(shares)

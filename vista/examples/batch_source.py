@@ -1,11 +1,10 @@
-"""Training batches by token budget, made from a log; batch i of epoch e depends on (seed, e, i) alone.
+"""Training batches of bounded size, made from a log. Batch i of epoch e depends only on (seed, e, i).
 
-So a resumed run needs no state of the data but its position, and makes the same batches, bit for bit.
+So a resumed run needs only its position in the data, and makes the same batches, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,9 +14,12 @@ from numpy.typing import NDArray
 from vista.config import OptimConfig, TrainConfig
 from vista.config.choices import Architecture, Counting, Decay
 from vista.errors import ConfigError
-from vista.examples.cuts import Batch, Chunks, CutPlan, Int, cut_batch, decay_clock
+from vista.examples.batch import Batch
+from vista.examples.chunks import ChunkImpressions, Chunks, Int, decay_clock
+from vista.examples.cuts import CutPlan, cut_batch
 from vista.examples.frequency import item_counts, sketched_item_counts
 from vista.examples.negatives import NegativeSampler
+from vista.examples.stored_summaries import StoredSummaries
 from vista.log.event_log import EventLog
 from vista.log.gaps import gap_bucket, history_gaps
 from vista.log.histories import ranges, token_groups
@@ -29,7 +31,7 @@ NO_NEGATIVES = np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 @dataclass(frozen=True, slots=True)
 class _Impressions:
-    """Impressions that training may use, sorted by user row, with the events that came strictly before each."""
+    """Impressions that training may use, sorted by user row; `position` counts the events strictly before each."""
 
     user: Int
     position: Int
@@ -38,16 +40,6 @@ class _Impressions:
     label: NDArray[np.float32]
     mask: NDArray[np.bool_]
     offsets: Int
-
-
-@dataclass(frozen=True, slots=True)
-class StoredSummaries:
-    """What a store has of a log's users: labels begin where its records end, and histories are not read again."""
-
-    since: int
-    """ms: the records have seen what lies before it."""
-    read: Callable[[Int], NDArray[np.float32]]
-    """User rows int64 [B] -> summaries [B, S, M]."""
 
 
 class BatchSource:
@@ -59,10 +51,10 @@ class BatchSource:
         """
         Args:
             item_rows: int64 [log.num_items], the model row of each of the log's items; 0 is the unknown item.
-            stored: whence summaries come; None: they are made from the batch's own events.
+            stored: summaries from a store; None computes them from the batch's own events.
 
         Raises:
-            ConfigError: if `optim.tasks` names what the log lacks, or no label lies after what the store has seen.
+            ConfigError: if `optim.tasks` names a task that the log lacks, or no label lies after the store's records.
         """
         self._log = log
         self._item_rows = item_rows
@@ -72,18 +64,18 @@ class BatchSource:
         frequency = np.zeros(int(item_rows.max(initial=0)) + 1, np.int64)
         count = item_counts if data.frequencies is Counting.exact else sketched_item_counts
         np.add.at(frequency, item_rows, count(log, self.counts))
-        frequency[0] = 0  # the unknown item is no answer, so no wrong one either
+        frequency[0] = 0  # the unknown item is never a label, so it must not be a negative
         if frequency.any():
-            # An item that training never shows is a negative as the rarest are: nothing else would keep its random
-            # vector from the top of everybody's list.
+            # An item without training events is a negative as often as the rarest items. Nothing else would keep its
+            # random vector out of the top of users' lists.
             frequency[1:] = np.maximum(frequency[1:], 1)
         self._sampler = NegativeSampler(frequency, num_negatives=data.num_negatives, power=data.negative_power)
         self._adjustment = _logit_adjustment(frequency, config.optim.logq_strength)
-        # What encodes whole chunks must not see more of one than it may of a history; what ranks alone takes its newest
-        # events before each impression, so its chunks may be longer.
+        # A model that encodes whole chunks must not see more events than `history_limit`. A model that only ranks takes
+        # the newest events before each impression, so its chunks may be longer.
         limit = 0 if model.architecture.ranks_only else model.history_limit
         if limit and model.architecture is not Architecture.vista:
-            limit += 1  # the last is a label alone, so that the state after a full window is trained too
+            limit += 1  # the last event is only a label, so that the state after a full history is trained too
         self._chunk_len = min(data.chunk_len, limit or data.chunk_len)
         self._stored = stored
         self._first = visible_counts(log, Until(before=stored.since)) if stored else np.zeros(log.num_users, np.int64)
@@ -93,11 +85,11 @@ class BatchSource:
         self._impressions = _visible_impressions(
             log, item_rows, self.counts, config, tasks, since=stored.since if stored else None
         )
-        labelled = np.diff(self._impressions.offsets) > 0
+        labeled = np.diff(self._impressions.offsets) > 0
         if stored is None or config.trains_next:
-            labelled |= self.counts > self._first
-        # Users without events count where they have impressions: the empty history's summary is trained on these.
-        self._users = np.flatnonzero(labelled)
+            labeled |= self.counts > self._first
+        # Users without events are included if they have impressions, which train the summary of an empty history.
+        self._users = np.flatnonzero(labeled)
         if stored is not None and not len(self._users):
             raise ConfigError(
                 f"store: was refreshed with until={stored.since}, and no label of {log.path} lies between that and "
@@ -113,13 +105,13 @@ class BatchSource:
             staleness_share=data.staleness_share,
             unknown_share=data.unknown_share,
             reconstruction_len=data.reconstruction_len,
-            num_tasks=len(tasks),
         )
         self._epoch = -1
         self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
         self._batches: list[Int] = []
 
     def num_batches(self, epoch: int) -> int:
+        """Batches of an epoch."""
         self._start_epoch(epoch)
         return len(self._batches)
 
@@ -128,7 +120,7 @@ class BatchSource:
         self._start_epoch(epoch)
         rng = np.random.default_rng([self._config.seed, epoch, index + 1])
         user, start, stop = (part[self._batches[index]] for part in self._chunks)
-        # Rows that no loss reads would still be gathered, and moved by what Adam remembers of them.
+        # Without the next-item loss, negatives would still be gathered, and moved by Adam's momentum.
         negatives, log_weight = self._sampler.draw(rng) if self._config.trains_next else NO_NEGATIVES
         batch = cut_batch(self._pack(user, start, stop), self._plan, rng, negatives, log_weight)
         if self._adjustment is None:
@@ -160,9 +152,8 @@ class BatchSource:
         owner = np.repeat(np.arange(len(user)), high - low)
         position = seen.position[index] - (start - lead)[owner]
         model = self._config.model
-        decay = (
-            model.decay if model.architecture is Architecture.vista else Decay.none
-        )  # baselines read the time itself
+        # Baselines have no decay; they read times.
+        decay = model.decay if model.architecture is Architecture.vista else Decay.none
         return Chunks(
             user=user,
             item=self._item_rows[histories.item],
@@ -171,12 +162,14 @@ class BatchSource:
             gap=gap,
             clock=decay_clock(decay, time),
             offsets=histories.offsets,
-            impression_chunk=owner,
-            impression_position=position,
-            impression_item=seen.item[index],
-            impression_gap=np.where(position > 0, seen.gap[index], 0),
-            impression_label=seen.label[index],
-            impression_mask=seen.mask[index],
+            impressions=ChunkImpressions(
+                chunk=owner,
+                position=position,
+                item=seen.item[index],
+                gap=np.where(position > 0, seen.gap[index], 0),
+                label=seen.label[index],
+                mask=seen.mask[index],
+            ),
             lead=lead if self._stored else None,
             summary=self._stored.read(user) if self._stored else None,
         )
@@ -194,7 +187,7 @@ def _chunk_histories(users: Int, total: Int, limit: int, rng: np.random.Generato
 
 
 def _logit_adjustment(frequency: Int, logq_strength: float) -> NDArray[np.float32] | None:
-    """(1 - strength) * log p of each model row, p its share of the training events; None at strength 1."""
+    """(1 - strength) * log p of each model row, where p is its share of the training events; None at strength 1."""
     if logq_strength == 1:
         return None
     log_share: NDArray[np.float64] = np.log(np.maximum(frequency, 1) / frequency.sum())
@@ -207,7 +200,7 @@ def events_before(log: EventLog, user: int, times: Int, count: int) -> Int:
 
 
 def trained_tasks(log: EventLog, optim: OptimConfig) -> list[str]:
-    """The labelled tasks that a run trains, in the log's order.
+    """The labeled tasks that a run trains, in the log's order.
 
     Raises:
         ConfigError: if `optim.tasks` names one that the log lacks.
@@ -215,7 +208,9 @@ def trained_tasks(log: EventLog, optim: OptimConfig) -> list[str]:
     offered = log.impressions.tasks if log.impressions is not None else []
     for name in optim.tasks:
         if name not in offered:
-            raise ConfigError(f"optim.tasks: {name!r} is no task of {log.path}; it has {', '.join(offered) or 'none'}")
+            raise ConfigError(
+                f"optim.tasks: {log.path} has no task {name!r}; its tasks are: {', '.join(offered) or 'none'}"
+            )
     if optim.task_weight == 0:
         return []
     return [name for name in offered if not optim.tasks or name in optim.tasks]
@@ -224,13 +219,13 @@ def trained_tasks(log: EventLog, optim: OptimConfig) -> list[str]:
 def _visible_impressions(
     log: EventLog, item_rows: Int, counts: Int, config: TrainConfig, tasks: list[str], since: int | None
 ) -> _Impressions:
-    """Those with a known label of `tasks` that training may use, from the moment `since` (ms) on."""
+    """The impressions with a known label of `tasks` that training may use, at or after the time `since` (ms)."""
     table = log.impressions
     if table is None:
         none = np.zeros(0, np.int64)
         empty = np.zeros((0, 0), np.float32)
         return _Impressions(none, none, none, none, empty, empty > 0, np.zeros(log.num_users + 1, np.int64))
-    # What lies between the last visible event and a hidden one may be the hidden label itself, as it was shown.
+    # An impression between the last visible event and a hidden one may show the hidden label itself.
     hides = counts < log.lengths
     until = split_until(config.data, "train")
     timestamp = np.asarray(table.timestamp)
@@ -269,7 +264,7 @@ def _visible_impressions(
 def _position_ranges(seen: _Impressions, user: Int, start: Int, stop: Int, first: Int) -> tuple[Int, Int]:
     """Index ranges of the impressions of each chunk: positions in (start, stop], and `first` in a user's first chunk.
 
-    So an impression between two chunks goes to the earlier one, whose events it may see.
+    So an impression between two chunks belongs to the earlier one, whose events it may see.
     """
     if len(seen.position) == 0:
         return np.zeros(len(user), np.int64), np.zeros(len(user), np.int64)

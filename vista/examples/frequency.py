@@ -12,24 +12,29 @@ from vista.errors import MissingDependencyError
 from vista.log.event_log import EventLog
 
 logger = logging.getLogger(__name__)
-_BLOCK_EVENTS = 1 << 22
+BLOCK_EVENTS = 1 << 22
+"""Events that are read at once (a longer history is read alone)."""
 RELATIVE_ERROR = 1e-5
-"""Share of all events by which count-min overestimates an item at most, at CONFIDENCE."""
+"""Most that count-min overestimates an item, as a share of all events, with probability CONFIDENCE."""
 CONFIDENCE = 0.999
-"""Chance that one item's estimate keeps within RELATIVE_ERROR; both together set the sketch's size, 15 MB."""
+"""Probability that an item's estimate stays within RELATIVE_ERROR. The two set the size of the sketch, 15 MB."""
 _SEED = 9001
 
 
-def item_counts(log: EventLog, counts: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-    """Events of each item among the first counts[u] events of every user u (None: all events).
+def item_counts(
+    log: EventLog, counts: NDArray[np.int64] | None = None, *, block_events: int = BLOCK_EVENTS
+) -> NDArray[np.int64]:
+    """Events of each item among the first counts[u] events of every user u.
 
-    Reads the log in blocks of users of about 4M events; a longer history makes a block of its own.
+    Args:
+        counts: int64 [num_users]; None counts all events.
+        block_events: events that are read at once.
 
     Returns:
         int64 [num_items].
     """
     total = np.zeros(log.num_items, np.int64)
-    for item in _blocks(log, counts):
+    for item in _blocks(log, counts, block_events):
         total += np.bincount(item, minlength=log.num_items)
     return total
 
@@ -40,13 +45,14 @@ def sketched_item_counts(
     *,
     relative_error: float = RELATIVE_ERROR,
     confidence: float = CONFIDENCE,
+    block_events: int = BLOCK_EVENTS,
 ) -> NDArray[np.int64]:
-    """As `item_counts`, from a count-min sketch (Cormode and Muthukrishnan 2005) that sees each block once.
+    """Like `item_counts`, from a count-min sketch (Cormode and Muthukrishnan 2005) that reads each block once.
 
-    An estimate is never too small, and with probability `confidence` too large by at most relative_error times all
-    events. The sketch holds ceil(ln(1 / (1 - confidence))) x ceil(e / relative_error) counters, however many items and
-    events there are. It is linear: neither blocks nor their order matter, and its seed is fixed, so the same log gives
-    the same estimates.
+    An estimate is never too small. With probability `confidence` it is too large by at most relative_error times all
+    events. The sketch holds ceil(ln(1 / (1 - confidence))) x ceil(e / relative_error) counters, regardless of the
+    numbers of items and events. It is linear, so blocks and their order do not matter. Its seed is fixed, so the same
+    log gives the same estimates.
 
     Returns:
         int64 [num_items].
@@ -64,7 +70,7 @@ def sketched_item_counts(
     num_hashes = count_min_sketch.suggest_num_hashes(confidence)
     num_buckets = count_min_sketch.suggest_num_buckets(relative_error)
     sketch = count_min_sketch(num_hashes, num_buckets, _SEED)
-    for item in _blocks(log, counts):
+    for item in _blocks(log, counts, block_events):
         distinct, times = np.unique(item, return_counts=True)
         for row, weight in zip(distinct.tolist(), times.tolist(), strict=True):
             sketch.update(row, weight)
@@ -79,19 +85,19 @@ def sketched_item_counts(
         relative_error * sketch.total_weight,
         relative_error,
     )
-    # Weights are whole numbers far below 2^53, so the float64 sums are exact.
+    # Weights are integers far below 2^53, so their float64 sums are exact.
     return np.fromiter(map(sketch.get_estimate, range(log.num_items)), np.float64, log.num_items).astype(np.int64)
 
 
-def _blocks(log: EventLog, counts: NDArray[np.int64] | None) -> Iterator[NDArray[np.integer]]:
-    """Item rows of the visible events, some users' at a time."""
+def _blocks(log: EventLog, counts: NDArray[np.int64] | None, block_events: int) -> Iterator[NDArray[np.integer]]:
+    """Item rows of the visible events, some users at a time."""
     visible = log.lengths if counts is None else np.asarray(counts, np.int64)
     if visible.shape != (log.num_users,):
-        raise ValueError(f"counts must have one entry a user ({log.num_users}), got shape {visible.shape}")
+        raise ValueError(f"counts must have one entry per user, {log.num_users} in all, got shape {visible.shape}")
     ends = np.cumsum(log.lengths)
     start = 0
     while start < log.num_users:
         base = int(ends[start - 1]) if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, base + _BLOCK_EVENTS, side="right")))
+        stop = max(start + 1, int(np.searchsorted(ends, base + block_events, side="right")))
         yield log.gather(np.arange(start, stop), visible[start:stop]).item
         start = stop

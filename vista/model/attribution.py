@@ -1,11 +1,10 @@
-"""What a score is made of: a share of each summary token, each tail event and the query token itself.
+"""What a score consists of: a share of each summary token, each tail event and the query token itself.
 
-With its attention weights, gates (in pointwise layers the query token's own value is gated too) and the spreads of its
-norms held at what they are, stage 2 is a linear function of what flows through it: the query token's vector, and the
-values of the context in each layer. A linear function is the sum of its gradients times its arguments (Euler), and
-these products are the shares; only the head's bias is nobody's. What attention weights and gates would be without a
-token is not asked: shares say what the score was made of, not what it would be without. A token of a later layer's
-context carries what it took from others.
+If attention weights, gates (in pointwise layers the query token's own value is gated too) and the spreads of norms are
+held fixed, stage 2 is a linear function of its inputs: the query token's vector, and the values of the context in each
+layer. A linear function is the sum of its gradients times its arguments (Euler), and these products are the shares.
+Only the head's bias has no share. Shares say what the score consists of, not what it would be without a token, because
+attention weights and gates would change too. A token in a later layer's context includes what it read from others.
 
 Letters: C queries of one request, S seeds, L tail length, H heads, D head dim, M model dim.
 """
@@ -20,36 +19,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.model.layers import split_heads
-from vista.model.target_attention import Context, TargetAttention
+from vista.model.target_attention import TargetAttention, TargetContext
 from vista.model.target_layers import MASKED, PointwiseLayer, SoftmaxLayer
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
-    """Shares of C scores of one request, float32."""
+class Attribution:
+    """Shares of the C scores of one request, float32."""
 
     summary: Tensor
     """[C, S]."""
     tail: Tensor
-    """[C, L]; 0 where there is no event."""
+    """[C, L]; 0 in the padding."""
     query: list[Tensor]
-    """[C] of each part of the query token's vector; the time of the request counts with the first."""
+    """[C] for each part of the query token's vector; the first one includes the time of the request."""
 
 
-def shares(
+def attribute(
     stage: TargetAttention,
     parts: Sequence[Tensor],
     gap: Tensor | None,
-    context: Context,
+    context: TargetContext,
     head: Callable[[Tensor], Tensor],
-) -> Shares:
-    """Shares of the scores of query tokens that see the whole tail.
+) -> Attribution:
+    """Attribution of the scores of query tokens that see the whole tail.
 
     Args:
-        parts: [C, M] each, which add up to the query tokens' vectors.
+        parts: [C, M] each; their sum is the query tokens' vectors.
         gap: [1, M] embedding of the request's time, or None.
         context: of one request.
-        head: linear but for a bias: [C, M] -> [C] scores.
+        head: a linear function with a bias, [C, M] -> [C] scores.
     """
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.stack([part.clone() for part in parts]).sum(0).requires_grad_()
@@ -57,7 +56,7 @@ def shares(
         hidden, first_value = x * stage.scale, torch.zeros_like(x)
         if gap is not None:
             gaps = gap.clone().expand_as(x).contiguous().requires_grad_()
-            # Layer 1 takes the time beside the norm of the vector (`TargetAttention.query`).
+            # In layer 1 the time does not pass the norm of the vector (`TargetAttention.query`).
             first_value = stage.query_gap(gaps).detach()[:, -x.shape[1] :].requires_grad_()
             sources += [gaps, first_value]
             hidden = (x + gaps) * stage.scale
@@ -90,18 +89,18 @@ def shares(
             for weight, gradient, value in zip(weights, gradients[len(sources) :], values, strict=True)
         ]
     ).sum(0)
-    return Shares(of_context[:, : stage.num_seeds], of_context[:, stage.num_seeds :], of_parts)
+    return Attribution(of_context[:, : stage.num_seeds], of_context[:, stage.num_seeds :], of_parts)
 
 
 def _frozen(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """The norm with its spread held: linear in x, and of the same value."""
-    centred = x - x.mean(-1, keepdim=True)
-    spread = (centred.detach().square().mean(-1, keepdim=True) + norm.eps).sqrt()
-    return centred / spread * norm.weight
+    """The norm with its spread held fixed: linear in x, with the same value."""
+    centered = x - x.mean(-1, keepdim=True)
+    spread = (centered.detach().square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    return centered / spread * norm.weight
 
 
 def _mixed(layer: SoftmaxLayer | PointwiseLayer, hidden: Tensor, heads: Tensor, gate: Tensor) -> Tensor:
-    """The rest of a layer, linear in the residual stream [C, M] and the heads [C, H, D], of the gate's projection."""
+    """The rest of a layer, linear in the residual stream [C, M] and the heads [C, H, D]; gate: its projection."""
     if isinstance(layer, PointwiseLayer):
         linear: Tensor = hidden + layer.out(_frozen(layer.head_norm, heads.flatten(-2)) * F.silu(gate))
         return linear
@@ -113,9 +112,9 @@ def _mixed(layer: SoftmaxLayer | PointwiseLayer, hidden: Tensor, heads: Tensor, 
 
 
 def _attention(
-    stage: TargetAttention, layer: SoftmaxLayer | PointwiseLayer, projected: Tensor, context: Context, index: int
+    stage: TargetAttention, layer: SoftmaxLayer | PointwiseLayer, projected: Tensor, context: TargetContext, index: int
 ) -> Tensor:
-    """Weights [H, C, S+L+1] of projections [C, 4M]; the last is the query token's own."""
+    """Weights [H, C, S+L+1] of query tokens with projections [C, 4M]; the last is of the token itself."""
     is_pointwise = isinstance(layer, PointwiseLayer)
     own = F.silu(projected) if is_pointwise else projected
     query, _, own_key, _ = (split_heads(part, layer.num_heads).transpose(0, 1) for part in own.chunk(4, -1))

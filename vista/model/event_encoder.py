@@ -2,9 +2,8 @@
 
 Letters: T packed events, M model dim, R item rows of a batch.
 
-Every function takes the item vectors as an argument instead of reading the table: the model gathers the rows that a
-batch touches once, for events, labels and negatives alike. That is why a table of 10^6 rows costs a step no more than
-the rows it used.
+Every function takes item vectors as an argument instead of reading the table. The model gathers the rows of a batch
+once, for events, labels and negatives alike, so the cost of a step depends on these rows and not on the table's size.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from vista.log.gaps import NUM_GAPS
-from vista.model.unified_embedding import Feature, HashedFeature
+from vista.model.unified_embedding import EmbeddingFeature, HashedEmbedding
 
 
 class EventEncoder(nn.Module):
-    """Sum of the embeddings of an event's fields; fields that the log lacks are absent.
+    """Sum of the embeddings of an event's fields. Fields that the log lacks are left out.
 
     Actions and gaps have tables of their own, or read `shared`, the table [1 + N, M / P] of all features.
     """
@@ -34,13 +33,13 @@ class EventEncoder(nn.Module):
     ) -> None:
         super().__init__()
 
-        def embedding(feature: Feature, num_values: int) -> nn.Embedding | HashedFeature:
+        def embedding(feature: EmbeddingFeature, num_values: int) -> nn.Embedding | HashedEmbedding:
             if shared is None:
                 return nn.Embedding(num_values, dim)
-            return HashedFeature(shared, feature, num_values, dim // shared.shape[1])
+            return HashedEmbedding(shared, feature, num_values, dim // shared.shape[1])
 
-        self.action = embedding(Feature.action, num_actions) if use_action and num_actions > 1 else None
-        self.gap = embedding(Feature.gap, NUM_GAPS) if use_time else None
+        self.action = embedding(EmbeddingFeature.action, num_actions) if use_action and num_actions > 1 else None
+        self.gap = embedding(EmbeddingFeature.gap, NUM_GAPS) if use_time else None
         self.rating = nn.Parameter(torch.zeros(dim)) if rating_range is not None else None
         self.rating_range = rating_range
         for table in (self.action, self.gap):
@@ -53,10 +52,10 @@ class EventEncoder(nn.Module):
         """Embed events.
 
         Args:
-            item_vectors: [..., M], the vectors of the events' items.
+            item_vectors: [..., M] vectors of the events' items.
             action: int64 [...].
-            gap: int64 [...], buckets of `gap_bucket`; None leaves times out.
-            rating: float32 [...] or None; NaN means that the event has none.
+            gap: int64 [...] buckets of `gap_bucket`; None leaves times out.
+            rating: float32 [...], NaN if an event has none; None leaves ratings out.
 
         Returns:
             [..., M].
@@ -68,10 +67,10 @@ class EventEncoder(nn.Module):
             x = x + self.gap(gap)
         if self.rating is not None and self.rating_range is not None and rating is not None:
             low, high = self.rating_range
-            centred = (rating - (low + high) / 2) * (2 / (high - low) if low < high else 0.0)
-            x = x + torch.nan_to_num(centred, nan=0.0).unsqueeze(-1).to(x.dtype) * self.rating
+            centered = (rating - (low + high) / 2) * (2 / (high - low) if low < high else 0.0)
+            x = x + torch.nan_to_num(centered, nan=0.0).unsqueeze(-1).to(x.dtype) * self.rating
         return x
 
     def gap_vectors(self, gap: Tensor) -> Tensor | None:
-        """[..., M] embeddings of request gaps, or None where times are not used."""
+        """[..., M] embeddings of request gaps; None if the model uses no times."""
         return None if self.gap is None else self.gap(gap)

@@ -1,12 +1,9 @@
-"""What refresh, scorer and validation ask of a trained model. No gradients, no padding of histories, NumPy in.
+"""What refresh, scorer and validation compute with a trained model: no gradients, packed histories, NumPy inputs.
 
 Letters: B users, T packed events, S seeds, L tail length, C candidates, M model dim.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,119 +14,83 @@ from torch import Tensor
 from vista.config.choices import Mixing
 from vista.log.gaps import UNKNOWN_GAP, gap_bucket
 from vista.log.histories import Histories, token_groups
+from vista.model.history_states import default_slice_len, embed, history_states, reach
+from vista.model.padded_tail import PaddedTail
 from vista.model.ranking_model import RankingModel
-from vista.model.state_updates import embed, history_states, reach, slice_len
 from vista.model.summarizer import Summarizer
-from vista.model.target_attention import Context
+from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 
 Int = NDArray[np.int64]
 ROW_TILE = 8
-"""Matrix products give a row the same bits whatever the other rows, if these are a multiple of this many: a few rows
-left over are taken another way, which adds in another order (MKL on AVX2: up to 3 rows, or 11 with two threads)."""
+"""Matrix products give a row the same bits regardless of the other rows, if the number of rows is a multiple of this.
+Remaining rows take another path, which adds in another order (MKL on AVX2: up to 3 rows, or 11 with two threads)."""
 
 
 def newest(histories: Histories, limit: int) -> Histories:
-    """At most the newest `limit` events of each history; 0 means all."""
+    """At most the newest `limit` events of each history; 0 takes all."""
     if limit == 0 or histories.num_events == 0 or int(histories.lengths.max()) <= limit:
         return histories
     return histories.select(np.maximum(histories.lengths - limit, 0), histories.lengths)
 
 
 @torch.inference_mode()
-def summarize(model: VistaModel, histories: Histories) -> Tensor:
+def summarize(model: VistaModel, histories: Histories, slice_len: int | None = None) -> Tensor:
     """Summaries of packed histories.
 
     Args:
         model: in eval mode.
         histories: items as model rows (`VistaModel.item_rows`).
+        slice_len: events per pass, which bounds the memory; None takes `default_slice_len`.
 
     Returns:
-        float32 [B, S, M]; an empty history gets what the seeds alone give.
+        float32 [B, S, M]; for an empty history, what the seeds alone give.
     """
     histories = newest(histories, model.config.history_limit)
     if model.summarizer is None:
         return torch.zeros(histories.num_users, 0, model.config.dim, device=model.device)
     if model.config.mixing is Mixing.separable:
-        state = history_states(model, histories)
+        state = history_states(model, histories, slice_len)
         return model.summarizer.read(state.z, state.n).float()
-    groups = token_groups(histories.lengths, slice_len(model))
-    parts = [_summarize_set(model, model.summarizer, histories.select_users(g.start, g.stop)) for g in groups]
+    slice_len = default_slice_len(model) if slice_len is None else slice_len
+    groups = token_groups(histories.lengths, slice_len)
+    parts = [
+        _summarize_set(model, model.summarizer, histories.select_users(g.start, g.stop), slice_len) for g in groups
+    ]
     return torch.cat([torch.empty(0, model.config.num_seeds, model.config.dim, device=model.device), *parts])
 
 
 def empty_summary(model: VistaModel) -> Tensor:
-    """float32 [1, S, M]: what the seeds alone give, for users of whom nothing is known."""
+    """float32 [1, S, M] summary of an empty history, which is also that of unknown users."""
     none = np.zeros(0, np.int64)
     return summarize(model, Histories(none.astype(np.int32), none, none.astype(np.uint8), None, np.zeros(2, np.int64)))
 
 
-def _summarize_set(model: VistaModel, summarizer: Summarizer, histories: Histories) -> Tensor:
+def _summarize_set(model: VistaModel, summarizer: Summarizer, histories: Histories, slice_len: int) -> Tensor:
     """Bidirectional summaries of some histories, or of one that is longer than a slice."""
-    if histories.num_events <= slice_len(model):
+    if histories.num_events <= slice_len:
         events, position, _ = embed(model, histories)
         offsets = torch.from_numpy(histories.offsets).to(model.device)
         return summarizer.summarize_set(summarizer.tokens(events, position), offsets).float()
     seeds = summarizer.seeds
     tokens = seeds.new_empty(histories.num_events, model.config.dim)
-    for start in range(0, len(tokens), slice_len(model)):
-        stop, context = min(start + slice_len(model), len(tokens)), min(start, reach(model))
+    for start in range(0, len(tokens), slice_len):
+        stop, context = min(start + slice_len, len(tokens)), min(start, reach(model))
         events, position, _ = embed(model, histories.slice(0, start - context, stop))
         tokens[start:stop] = summarizer.tokens(events, position)[context:]
-    return summarizer.summarize_long(tokens, slice_len(model)).float()
-
-
-@dataclass(frozen=True, slots=True)
-class PaddedTail:
-    """The newest events of B users, right-aligned: item (model rows), action, gap int64 [B, L]; valid bool [B, L];
-    last_time int64 [B] of the newest event (meaningless where there is none)."""
-
-    item: Int
-    action: Int
-    gap: Int
-    valid: NDArray[np.bool_]
-    last_time: Int
-
-    def select(self, users: slice | Int) -> PaddedTail:
-        """Of some of the users, or of all in another order."""
-        return PaddedTail(
-            self.item[users], self.action[users], self.gap[users], self.valid[users], self.last_time[users]
-        )
-
-
-def pad_tail(model: VistaModel, item: NDArray[Any], time: Int, action: NDArray[Any], offsets: Int) -> PaddedTail:
-    """Right-align packed newest events; of more than tail_len events the newest are taken.
-
-    Args:
-        item: [T] model rows; time: int64 [T] ms; action: [T]; offsets: int64 [B+1].
-    """
-    length = model.config.tail_len
-    index = offsets[1:, None] - length + np.arange(length)
-    valid = index >= offsets[:-1, None]
-    index = np.where(valid, index, 0)
-    if len(item) == 0:
-        zeros = np.zeros(index.shape, np.int64)
-        return PaddedTail(zeros, zeros, zeros, valid, np.zeros(len(index), np.int64))
-    times = time[index]
-    gap = np.zeros(index.shape, np.int64)
-    if model.encoder.gap is not None:
-        known = valid[:, 1:] & valid[:, :-1]
-        gap[:, 1:] = np.where(known, gap_bucket(np.diff(times, axis=1)), UNKNOWN_GAP)
-    last_time = time[np.maximum(offsets[1:] - 1, 0)]
-    return PaddedTail(
-        np.where(valid, item[index], 0).astype(np.int64),
-        np.where(valid, action[index], 0).astype(np.int64),
-        gap,
-        valid,
-        last_time,
-    )
+    return summarizer.summarize_long(tokens, slice_len).float()
 
 
 @torch.inference_mode()
-def request_context(model: VistaModel, summary: Tensor, tail: PaddedTail, masks: list[Tensor] | None = None) -> Context:
-    """Keys and values that all candidates of a request share: summary [B, S, M] and tail.
+def request_context(
+    model: VistaModel, summary: Tensor, tail: PaddedTail, masks: list[Tensor] | None = None
+) -> TargetContext:
+    """Keys and values that all candidates of a request share.
 
-    `masks`: of `TargetAttention.request_masks`, if they are at hand.
+    Args:
+        summary: [B, S, M].
+        tail: of the B users.
+        masks: of `TargetAttention.request_masks`; None computes them.
     """
     device = model.device
     vectors = model.item_vectors(torch.from_numpy(tail.item).to(device))
@@ -141,9 +102,10 @@ def request_context(model: VistaModel, summary: Tensor, tail: PaddedTail, masks:
 
 
 def request_bucket(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tensor | None:
-    """int64 [B, 1] gap bucket of the time from the tail's newest event to the request; unknown without `now` or tail.
+    """int64 [B, 1] log buckets of the time from the tail's newest event to the request; None if times are not used.
 
-    None where the model uses no times.
+    Args:
+        now: int64 [B] ms of the requests. The bucket is UNKNOWN_GAP without it, and for an empty tail.
     """
     if model.encoder.gap is None:
         return None
@@ -160,8 +122,8 @@ def request_gap(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tensor 
 
 
 @torch.inference_mode()
-def user_vectors(model: VistaModel, context: Context, gap: Tensor | None) -> Tensor:
-    """Unit vectors [B, M] of the retrieval head; they do not depend on the other users, to the bit (`ROW_TILE`)."""
+def user_vectors(model: VistaModel, context: TargetContext, gap: Tensor | None) -> Tensor:
+    """Unit vectors [B, M] of the retrieval head. Their bits do not depend on the other users (`ROW_TILE`)."""
     seen = torch.full((ROW_TILE,), model.config.tail_len, device=model.device)
     gap = None if gap is None else gap.expand(-1, ROW_TILE, -1)
     return model.user_vectors(gap, seen, context)[:, 0]
@@ -169,12 +131,12 @@ def user_vectors(model: VistaModel, context: Context, gap: Tensor | None) -> Ten
 
 @torch.inference_mode()
 def item_vectors(model: RankingModel) -> Tensor:
-    """Unit vectors [V, M] of the vocabulary's items, in the order of its rows (the unknown item is left out)."""
-    return F.normalize(model.catalogue_vectors(), dim=-1)
+    """Unit vectors [V, M] of the vocabulary's items, in the order of its rows (without the unknown item)."""
+    return F.normalize(model.catalog_vectors(), dim=-1)
 
 
 @torch.inference_mode()
-def candidate_logits(model: VistaModel, context: Context, gap: Tensor | None, candidates: Tensor) -> Tensor:
+def candidate_logits(model: VistaModel, context: TargetContext, gap: Tensor | None, candidates: Tensor) -> Tensor:
     """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows)."""
     seen = torch.full((1,), model.config.tail_len, device=model.device)
     gap = None if gap is None else gap.expand(-1, candidates.shape[1], -1)

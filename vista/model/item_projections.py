@@ -1,7 +1,7 @@
-"""What scoring reads of every item, computed once a model and mapped by all processes that serve it.
+"""What scoring reads of every item: computed once per model, and mapped by all processes that serve it.
 
-An item's vector and its projections in stage 2's first layer depend on neither user nor time, so `save_pretrained`
-writes them beside the weights. Letters: V items of the vocabulary, M model dim.
+An item's vector and its projections in the first layer of stage 2 depend on neither user nor time, so `save_pretrained`
+writes them alongside the weights. Letters: V items of the vocabulary, N rows, M model dim.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vista.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from vista.model.vista_model import VistaModel
+from vista.log.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 UNIT_FILE, CANDIDATE_FILE = "item_unit_vectors.npy", "item_projections.npy"
@@ -28,63 +25,79 @@ _ROWS_AT_ONCE = 8192
 _ROWS_COMPARED = 64
 
 
+class ItemProjector(Protocol):
+    """What the tables are computed from: a `VistaModel`."""
+
+    @property
+    def items(self) -> Vocabulary: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def project_items(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The rows int64 [N] of both tables, float32; None for a table that the model does not need."""
+
+
 @dataclass(frozen=True, slots=True)
 class ItemProjections:
-    """Tables of 1 + V rows, as the model's item table; row 0 is the unknown item's. float32."""
+    """Tables of 1 + V rows, in the order of the model's item table; row 0 belongs to the unknown item. float32."""
 
     unit: Tensor | None
-    """[1+V, M] unit vectors, which the retrieval head's users are multiplied with (0 for the unknown item: at right
-    angles to every user); None without that head."""
+    """[1+V, M] unit vectors, multiplied with the retrieval head's user vectors (0 for the unknown item, so that it is
+    orthogonal to every user); None without that head."""
     candidate: Tensor | None
-    """[1+V, 5M] vector, then query, gate, key and value of stage 2's first layer; None without labelled tasks."""
+    """[1+V, 5M] vector, then query, gate, key and value of the first layer of stage 2; None without labeled tasks."""
 
     @classmethod
-    def of(cls, model: VistaModel) -> ItemProjections:
+    def of(cls, model: ItemProjector) -> ItemProjections:
         """Computed in memory, on the model's device."""
         tables = [
-            torch.empty(len(model.items) + 1, width, device=model.device) if width else None for width in _widths(model)
+            None if width is None else torch.empty(len(model.items) + 1, width, device=model.device)
+            for width in _widths(model)
         ]
         _fill(tables, model)
         return cls(*tables)
 
     @classmethod
-    def load(cls, folder: Path, model: VistaModel) -> ItemProjections:
-        """Map those of a folder of `save_pretrained`; on another device than the CPU they are copied there.
+    def load(cls, folder: Path, model: ItemProjector) -> ItemProjections:
+        """Map the tables of a folder of `save_pretrained`; copy them to the model's device if that is not the CPU.
 
-        A folder that an older vista wrote has none: they are computed, in memory of this process, and a warning is
-        logged.
+        If the folder has none, compute them in the memory of this process and log a warning.
 
         Raises:
-            CheckpointError: they are damaged, or of other weights.
+            CheckpointError: if they are damaged, or belong to other weights.
         """
-        names = [
-            name if width else None for name, width in zip((UNIT_FILE, CANDIDATE_FILE), _widths(model), strict=True)
+        widths = _widths(model)
+        paths = [
+            folder / name if width else None for name, width in zip((UNIT_FILE, CANDIDATE_FILE), widths, strict=True)
         ]
-        if any(name and not (folder / name).exists() for name in names):
-            logger.warning("%s: has no item projections; computed in memory. Export the model anew", folder)
+        if any(path is not None and not path.exists() for path in paths):
+            logger.warning("%s: has no item projections; computed in memory. Export the model again", folder)
             return cls.of(model)
-        tables = [None if name is None else _mapped(folder / name).to(model.device) for name in names]
-        found = cls(*tables)
-        found._require(model, folder)
-        return found
+        projections = cls(*(None if path is None else _mapped(path).to(model.device) for path in paths))
+        projections._require(model, folder)
+        return projections
 
-    def _require(self, model: VistaModel, folder: Path) -> None:
+    def _require(self, model: ItemProjector, folder: Path) -> None:
         """Compare rows from all over the tables with what the weights give."""
         count = len(model.items) + 1
         rows = torch.linspace(0, count - 1, min(count, _ROWS_COMPARED), dtype=torch.float64).long().to(model.device)
-        for table, part in zip((self.unit, self.candidate), _projected(model, rows), strict=True):
+        for table, part in zip((self.unit, self.candidate), model.project_items(rows), strict=True):
             if table is None or part is None:
                 continue
             if table.shape != (count, part.shape[1]) or not torch.allclose(table[rows], part, rtol=1e-3, atol=1e-4):
-                raise CheckpointError(f"{folder}: its item projections are of other weights; export the model anew")
+                raise CheckpointError(
+                    f"{folder}: its item projections do not belong to its weights; export the model again"
+                )
 
 
-def save_item_projections(model: VistaModel, folder: Path) -> None:
-    """Write the tables, a portion of rows at a time."""
-    shapes = [(len(model.items) + 1, width) for width in _widths(model)]
+def save_item_projections(model: ItemProjector, folder: Path) -> None:
+    """Write the tables, some rows at a time."""
     files = [
-        np.lib.format.open_memmap(folder / name, "w+", np.float32, shape) if shape[1] else None
-        for name, shape in zip((UNIT_FILE, CANDIDATE_FILE), shapes, strict=True)
+        None
+        if width is None
+        else np.lib.format.open_memmap(folder / name, "w+", np.float32, (len(model.items) + 1, width))
+        for name, width in zip((UNIT_FILE, CANDIDATE_FILE), _widths(model), strict=True)
     ]
     _fill([None if file is None else torch.from_numpy(file) for file in files], model)
     for file in files:
@@ -92,34 +105,25 @@ def save_item_projections(model: VistaModel, folder: Path) -> None:
             file.flush()
 
 
-def _widths(model: VistaModel) -> tuple[int, int]:
-    """Columns of the two tables; 0 for one that the model has no use for."""
-    dim = model.config.dim
-    return dim if model.has_retrieval else 0, 5 * dim if model.schema.tasks else 0
+def _widths(model: ItemProjector) -> list[int | None]:
+    """Columns of the two tables; None for a table that the model does not need."""
+    no_rows = torch.zeros(0, dtype=torch.int64, device=model.device)
+    return [None if part is None else part.shape[1] for part in model.project_items(no_rows)]
 
 
-def _fill(tables: Sequence[Tensor | None], model: VistaModel) -> None:
-    """Write what belongs there into either table, on whatever device, a portion of rows at a time."""
+def _fill(tables: Sequence[Tensor | None], model: ItemProjector) -> None:
+    """Write all rows into the tables, on any device, some rows at a time."""
     count = len(model.items) + 1
     for first in range(0, count, _ROWS_AT_ONCE):
         rows = torch.arange(first, min(first + _ROWS_AT_ONCE, count), device=model.device)
-        for table, part in zip(tables, _projected(model, rows), strict=True):
+        for table, part in zip(tables, model.project_items(rows), strict=True):
             if table is not None and part is not None:
                 table[first : first + len(rows)] = part
 
 
-@torch.inference_mode()
-def _projected(model: VistaModel, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    vectors = model.item_vectors(rows).float()
-    unit = F.normalize(vectors, dim=-1) if model.has_retrieval else None
-    if not model.schema.tasks:
-        return unit, None
-    return unit, torch.cat([vectors, model.target_attention.layers[0].project(vectors)], -1)
-
-
 def _mapped(path: Path) -> Tensor:
     try:
-        # Copy on write: torch wants memory that could be written; none of it is.
+        # Copy-on-write, because torch wants writable memory. Nothing is written.
         return torch.from_numpy(np.lib.format.open_memmap(path, "c"))
-    except (OSError, ValueError, TypeError) as error:  # TypeError: of a type that torch has not
-        raise CheckpointError(f"{path}: cannot be mapped ({error}); export the model anew") from error
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a dtype that torch lacks
+        raise CheckpointError(f"{path}: cannot be mapped ({error}); export the model again") from error

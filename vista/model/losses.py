@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS_PER_TILE = 256
-"""Rows of the softmax held at once: 1 MiB at 1,024 negatives, which stays in a core's cache."""
+"""Rows of the softmax that are held at once: 1 MiB with 1,024 negatives, which stays in a core's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Scalar losses of one batch."""
+
+    total: Tensor
+    """The weighted sum that training minimizes."""
+    parts: dict[str, Tensor]
+    """By name: "next", "reconstruction", and one per labeled task."""
 
 
 def sampled_softmax(
@@ -23,8 +34,8 @@ def sampled_softmax(
 ) -> Tensor:
     """Mean sampled-softmax loss of the next item over shared negatives.
 
-    A negative that equals a row's own positive is masked in that row. With an adjustment a the model of the label is
-    p(i) ~ e^{a_i + s_i}; scores served without it are s_i = log p(i) - a_i, up to a constant (Menon et al. 2021).
+    A negative that equals a row's own positive is masked in that row. With an adjustment a, the label is modeled as
+    p(i) ~ e^{a_i + s_i}. Serving omits a, so scores are s_i = log p(i) - a_i, up to a constant (Menon et al. 2021).
 
     Args:
         user: [N, M] unit vectors.
@@ -33,15 +44,14 @@ def sampled_softmax(
         negatives: int64 [J] distinct sorted rows of item_vectors.
         negative_log_weight: float32 [J], added to the negatives' logits (logQ correction, `NegativeSampler.draw`).
         temperature: divides the cosines.
-        adjustment: float32 [R], added to the logits of a row wherever it stands, as label and as negative; a constant
-            changes nothing.
+        adjustment: float32 [R], added to an item's logits as label and as negative; a constant changes nothing.
 
     Returns:
-        scalar float32; 0 where N = 0.
+        scalar float32; 0 if N = 0.
     """
     if len(label) == 0:
         return user.sum() * 0.0
-    # Cosines over a small temperature need more than bfloat16's three digits.
+    # Cosines divided by a small temperature need more digits than bfloat16 has.
     full = torch.promote_types(user.dtype, torch.float32)
     user, item_vectors = user.to(full), item_vectors.to(full)
     positive = (user * item_vectors[label]).sum(-1) / temperature
@@ -58,7 +68,7 @@ def sampled_softmax(
 
 
 class _SampledSoftmax(torch.autograd.Function):
-    """Loss and its gradients in one sweep over row tiles, so that no [N, J] matrix is ever touched.
+    """Loss and gradients in one pass over tiles of rows, without a whole [N, J] matrix.
 
     user [N, M], positive [N] logits, negatives [J, M], log_weight [J], own int64 [N] (column of a row's own positive,
     or -1).
@@ -118,11 +128,11 @@ def task_losses(logits: Tensor, label: Tensor, mask: Tensor) -> Tensor:
 
 
 def reconstruction_loss(predicted: Tensor, target: Tensor, *, stop_gradient: bool) -> Tensor:
-    """Mean over events of the squared distance between predicted and embedded events (VISTA, eq. of L_rec).
+    """Mean over events of the squared distance between predicted and embedded events (VISTA, L_rec).
 
     Args:
         predicted: [N, M]; target: [N, M] event embeddings.
-        stop_gradient: without it the embeddings can shrink to a point, which makes the loss 0 and the model useless.
+        stop_gradient: if False, the embeddings can shrink to a point, where the loss is 0 and the model useless.
     """
     if len(target) == 0:
         return predicted.sum() * 0.0

@@ -1,8 +1,8 @@
 """Reconstruction of a history from its summary (VISTA, generative reconstruction loss).
 
-A causal decoder without softmax reads the K summary tokens, a start token that carries the age of the window, and then
-the window's events u_1 .. u_{m-1}; its outputs are to match u_1 .. u_m. Letters: NR windows, S seeds, M model dim,
-T tokens.
+A causal decoder without softmax reads the K summary tokens, a start token that carries the age of the window, and the
+window's events u_1 .. u_{m-1}. Its outputs are trained to match u_1 .. u_m. Letters: NR windows, S seeds, M model dim,
+T packed events of windows.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ NUM_AGES = 24
 """Log2 buckets of a window's age in events."""
 
 
-class DecoderLayer(nn.Module):
-    """Causal linear attention with gated output, then feed-forward."""
+class ReconstructionLayer(nn.Module):
+    """Causal linear attention with gated output, then a feed-forward block."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -37,14 +37,14 @@ class DecoderLayer(nn.Module):
         return mixed
 
 
-class Decoder(nn.Module):
+class ReconstructionDecoder(nn.Module):
     """Predicts the events of a window from a summary and the window's earlier events."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.summary_projection = nn.Linear(config.dim, config.dim, bias=False)
         self.start = nn.Embedding(NUM_AGES, config.dim)
-        self.layers = module_list([DecoderLayer(config) for _ in range(config.num_reconstruction_layers)])
+        self.layers = module_list([ReconstructionLayer(config) for _ in range(config.num_reconstruction_layers)])
         self.final = nn.Sequential(norm(config.dim), nn.Linear(config.dim, config.dim, bias=False))
 
     def forward(self, summary: Tensor, event_vectors: Tensor, offsets: Tensor, age: Tensor) -> Tensor:
@@ -53,11 +53,11 @@ class Decoder(nn.Module):
         Args:
             summary: [NR, S, M].
             event_vectors: [T, M] embeddings of the windows' events, packed, oldest first.
-            offsets: int64 [NR+1]; no window is empty.
-            age: int64 [NR] events between the window's first event and the summary's cut.
+            offsets: int64 [NR+1]; no window may be empty.
+            age: int64 [NR] events from the window's first event to the summary's cut.
 
         Returns:
-            [T, M]: at each event its prediction from the summary and the window's events before it.
+            [T, M]: the prediction of each event from the summary and the window's events before it.
         """
         count, num_seeds, dim = summary.shape
         lengths = offsets.diff()
@@ -67,7 +67,7 @@ class Decoder(nn.Module):
         event_slot = event_slot + (window + 1) * num_seeds
         seed_slot = (all_offsets[:-1, None] + torch.arange(num_seeds, device=offsets.device)).flatten()
         bucket = torch.log2(age.clamp(min=1).float()).long().clamp(max=NUM_AGES - 1)
-        # Inputs are the events moved by one: a window opens with its start token in place of the event before it.
+        # Inputs are the events shifted by one. A window's first input is its start token.
         inputs = torch.cat([event_vectors[:1], event_vectors[:-1]]).index_copy(0, offsets[:-1], self.start(bucket))
         x = inputs.new_zeros(int(all_offsets[-1]), dim)
         x = x.index_copy(0, event_slot, inputs)

@@ -2,53 +2,30 @@
 
 Letters: T packed events, B histories, NC cuts, S seeds, L layers, H heads, D head dim, M model dim.
 
-`separable` mixing: only events write, only seeds read. An event's token at layer l+1 is a function of its token at
-layer l alone, so every layer's state is a sum over events, gathered in one pass: no event ever waits for a read.
-`bidirectional` mixing (the paper): events and seeds are one set; all write and all read at every layer.
+`separable` mixing: only events write and only seeds read. An event's token at layer l+1 depends only on its token at
+layer l, so every layer's state is a sum over events, computed in one pass.
+`bidirectional` mixing (the paper): events and seeds are one set. All write and all read at every layer.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import ModelConfig
 from vista.config.choices import Decay, Mixing
-from vista.model.layers import Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
+from vista.model.layers import CausalConvolution, Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
 from vista.model.summary_state import SummaryState
 from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_states
 
 MS_PER_DAY = 86_400_000.0
 
 
-class CausalConvolution(nn.Module):
-    """Depthwise convolution over an event and the w-1 events before it, within a user, with its residual."""
-
-    def __init__(self, dim: int, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.weight = nn.Parameter(torch.randn(width, dim) * (0.5 / width**0.5))
-
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """x [T, M] packed tokens, position int64 [T] of a token in its history -> [T, M]."""
-        y = x * self.weight[0]
-        for back in range(1, min(self.width, len(x))):
-            shifted = F.pad(x[:-back], (0, 0, back, 0))
-            # Filled, not multiplied by 0: a NaN stays with its own user.
-            if x.device.type == "cpu":  # a fifth of the other's time; on a GPU nonzero would wait for the device
-                shifted = shifted.index_fill(0, (position < back).nonzero().squeeze(-1), 0.0)
-            else:
-                shifted = torch.where((position >= back).unsqueeze(-1), shifted, 0.0)
-            y = y + shifted * self.weight[back]
-        return x + y
-
-
 class SummarizerLayer(nn.Module):
     """One layer: key, value, query and gate projections, gated output and feed-forward.
 
-    In separable mixing events use keys, values and the feed-forward only; seeds use queries, gate, output and a
-    feed-forward of their own.
+    In separable mixing, events use only keys, values and the feed-forward block. Seeds use queries, gate, output and a
+    feed-forward block of their own.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -91,7 +68,7 @@ class Summarizer(nn.Module):
         return x
 
     def segment_states(self, tokens: Tensor, clock: Tensor, offsets: Tensor) -> SummaryState:
-        """State of each packed segment by itself (separable mixing), as seen from its last event.
+        """State of each packed segment alone (separable mixing), seen from its last event.
 
         Args:
             tokens: [T, M] from `tokens`.
@@ -114,11 +91,11 @@ class Summarizer(nn.Module):
         return SummaryState(torch.stack(states, 1), n, torch.zeros_like(n), reference, lengths)
 
     def decay_weight(self, age: Tensor) -> Tensor:
-        """Weight exp(-age / tau) of events: int64 [N] ages (differences taken in int64) -> float32 [N, H]."""
+        """Weights exp(-age / tau) of events: int64 [N] ages (differences taken in int64) -> float32 [N, H]."""
         return torch.exp(-(age.unsqueeze(-1).double() * self.decay_rate)).float()
 
     def prefix_states(self, segments: SummaryState, user_offsets: Tensor) -> SummaryState:
-        """States at the end of each segment, counted from the user's first: segments [NS], user_offsets int64 [B+1]."""
+        """States of all events up to the end of each segment: segments [NS], user_offsets int64 [B+1] -> [NS]."""
         starts = user_offsets[:-1][user_offsets.diff() > 0]
         age = torch.zeros_like(segments.clock)
         age[1:] = segments.clock.diff()
@@ -145,7 +122,7 @@ class Summarizer(nn.Module):
         return SummaryState.empty(count, len(self.layers), H, D, device=self.seeds.device)
 
     def read(self, z: Tensor, n: Tensor) -> Tensor:
-        """Let the seeds read states (separable mixing): z [N, L, H, D, D], n [N, H] -> summaries [N, S, M]."""
+        """Summaries [N, S, M] that the seeds read from states (separable mixing), z [N, L, H, D, D] and n [N, H]."""
         count, num_seeds = len(n), len(self.seeds)
         offsets = torch.arange(count + 1, device=n.device) * num_seeds
         x = self.seeds.repeat(count, 1)
@@ -183,7 +160,7 @@ class Summarizer(nn.Module):
                     state_activation=self.config.activation.value,
                 )
             else:
-                # Nothing reads what events would become here: only seeds go on.
+                # Nothing reads the events' tokens of the last layer, so only seeds are computed.
                 x, h = x[seed_slot], h[seed_slot]
                 query, gate = layer.query_gate(h).chunk(2, -1)
                 heads = self._read(layer.heads(query), *self._accumulate(key, value, all_offsets), seed_offsets)
@@ -193,11 +170,11 @@ class Summarizer(nn.Module):
 
     @torch.no_grad()
     def summarize_long(self, tokens: Tensor, slice_len: int) -> Tensor:
-        """Bidirectional mixing of one history, slice by slice, without gradients: `summarize_set` at little memory.
+        """`summarize_set` of one history, slice by slice, without gradients and with little memory.
 
         Args:
-            tokens: [T, M]; they are overwritten layer by layer, and are all that grows with T.
-            slice_len: tokens worked on at once.
+            tokens: [T, M], overwritten layer by layer; nothing else grows with T.
+            slice_len: tokens that are processed at once.
 
         Returns:
             [1, S, M].
@@ -253,7 +230,7 @@ class Summarizer(nn.Module):
 
 
 def _decay_rate(config: ModelConfig) -> Tensor:
-    """float64 [H]: 1 / tau in 1/ms or 1/events; 0 for a head that forgets nothing."""
+    """float64 [H]: 1 / tau in 1/ms or 1/events; 0 for a head without decay."""
     if config.decay is Decay.none:
         return torch.zeros(config.num_heads, dtype=torch.float64)
     unit = MS_PER_DAY if config.decay is Decay.time else 1.0

@@ -2,9 +2,9 @@
 
 Letters: N histories, L layers, H heads, D head dim.
 
-A state is what an event set wrote, seen from one moment (`clock`): z = sum_s w_s phi(k_s) v_s^T with
-w_s = exp(-(clock - t_s) / tau). So the state of a union of disjoint events is the sum of their states once both are
-seen from the same moment. What makes states of histories is in `vista.model.state_updates`.
+A state is what a set of events wrote, seen from one time (`clock`): z = sum_s w_s phi(k_s) v_s^T with
+w_s = exp(-(clock - t_s) / tau). So the state of a union of disjoint sets is the sum of their states, once both are seen
+from the same time. `vista.model.history_states` computes the states of histories.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import torch
 from torch import Tensor
 
 DRIFT_LIMIT = 0.999
-"""A state is to be recomputed when this share of all the weight it ever held, seen from now, was taken back."""
+"""A state must be recomputed if this share of all the weight that it ever held, seen from now, was removed."""
 LARGEST_EXPONENT = 60.0
-"""Of the growth when a state is seen from an earlier moment; a state that would need more is past DRIFT_LIMIT."""
+"""Largest exponent of the growth when a state is seen from an earlier time. Beyond it a state is past DRIFT_LIMIT."""
 
 
 @dataclass(frozen=True, slots=True)
 class SummaryState:
-    """What separable mixing keeps of N histories.
-
-    z: float32 [N, L, H, D, D]; n: float32 [N, H] sum of the events' weights; removed: float32 [N, H] weight taken back
-    since the last computation from events; clock: int64 [N] the moment that weights are seen from, the newest event's
-    (0 for an empty history); num_events: int64 [N].
-    """
+    """The states of N histories (separable mixing)."""
 
     z: Tensor
+    """float32 [N, L, H, D, D]."""
     n: Tensor
+    """float32 [N, H] sum of the events' weights."""
     removed: Tensor
+    """float32 [N, H] weight removed since the state was last computed from events."""
     clock: Tensor
+    """int64 [N] time that weights are seen from, that of the newest event (0 for an empty history)."""
     num_events: Tensor
+    """int64 [N]."""
 
     @classmethod
     def empty(
@@ -42,14 +42,14 @@ class SummaryState:
         """The state of `count` empty histories: zeros."""
         n = torch.zeros(count, num_heads, device=device)
         z = torch.zeros(count, num_layers, num_heads, head_dim, head_dim, device=device)
-        whole = torch.zeros(count, dtype=torch.int64, device=device)
-        return cls(z, n, torch.zeros_like(n), whole, whole.clone())
+        clock = torch.zeros(count, dtype=torch.int64, device=device)
+        return cls(z, n, torch.zeros_like(n), clock, torch.zeros_like(clock))
 
     def __getitem__(self, rows: Tensor | slice) -> SummaryState:
         return SummaryState(self.z[rows], self.n[rows], self.removed[rows], self.clock[rows], self.num_events[rows])
 
     def seen_from(self, clock: Tensor, decay_rate: Tensor) -> SummaryState:
-        """The same events seen from another moment: one multiplication.
+        """The same events seen from another time, by one multiplication.
 
         Args:
             clock: int64 [N].
@@ -63,7 +63,7 @@ class SummaryState:
         )
 
     def total(self) -> SummaryState:
-        """The sum of N states of disjoint events that are all seen from one moment (N = 1 in the result)."""
+        """The sum of N states of disjoint events that are all seen from one time (N = 1 in the result)."""
         return SummaryState(
             self.z.sum(0, keepdim=True),
             self.n.sum(0, keepdim=True),
@@ -73,15 +73,15 @@ class SummaryState:
         )
 
     def needs_recomputation(self) -> Tensor:
-        """bool [N]: so much weight has left, in some head, that subtraction has lost too many digits."""
+        """bool [N]: whether, in some head, so much weight was removed that subtraction has lost too many digits."""
         total: Tensor = self.removed + self.n.clamp(min=0)
         return (self.removed > DRIFT_LIMIT * total).any(-1)
 
 
 def merge(a: SummaryState, b: SummaryState, decay_rate: Tensor) -> SummaryState:
-    """State of the union of disjoint events, seen from the newer of both moments.
+    """State of the union of disjoint events, seen from the later of the two times.
 
-    With a reach r > 0 (convolution, gaps) the terms of `b` must have been computed with the r events before them.
+    With a reach r > 0 (convolution, gaps), the terms of `b` must have been computed with the r events before them.
     """
     clock = torch.where(
         a.num_events == 0, b.clock, torch.where(b.num_events == 0, a.clock, torch.maximum(a.clock, b.clock))
@@ -93,13 +93,13 @@ def merge(a: SummaryState, b: SummaryState, decay_rate: Tensor) -> SummaryState:
 def exchange(
     state: SummaryState, old: SummaryState, new: SummaryState, newest: Tensor, decay_rate: Tensor
 ) -> SummaryState:
-    """Replace some events' terms: how events are forgotten, and how late ones come in.
+    """Replace the terms of some events, to forget events or to insert late ones.
 
     Args:
         state: of the whole history.
-        old: what the forgotten events and the up to r events after them had written (late events: the followers alone).
-        new: what those followers write once the forgotten ones are gone (late events: with the late ones).
-        newest: int64 [N], the newest event afterwards: the moment the result is seen from (0 if none remains).
+        old: terms of the forgotten events and of the up to r events after them (late events: of the latter only).
+        new: terms of those followers without the forgotten events (late events: with them, and of the late events).
+        newest: int64 [N] time of the newest event afterwards, which the result is seen from (0 if none remains).
         decay_rate: float64 [H].
     """
     clock = torch.where(new.num_events > 0, torch.maximum(state.clock, new.clock), state.clock)
@@ -113,7 +113,7 @@ def exchange(
     )
     gone = left.num_events == 0
     left = left.seen_from(torch.where(gone, left.clock, newest), decay_rate)
-    # Not a product with 0: nothing that rounding left behind, infinities included, may stay.
+    # Filled rather than multiplied by 0: rounding may leave infinities behind.
     return SummaryState(
         left.z.masked_fill(gone[:, None, None, None, None], 0),
         left.n.masked_fill(gone[:, None], 0),

@@ -3,10 +3,10 @@
 Letters: B rows (requests, or windows in training), S seeds, L tail length, Q query tokens (requests and candidates),
 H heads, D head dim, M model dim.
 
-Summary tokens attend to one another; tail tokens causally to the tail, and to the summary; a query token to the context
-(summary and tail) and to itself, never to another query. So the context's keys and values are computed once a request,
-and a query's output does not depend on the others. Tail and queries see relative positions by a learned bias a head and
-distance.
+Summary tokens attend to one another. Tail tokens attend to the summary, and causally to the tail. A query token attends
+to the context (summary and tail) and to itself, never to another query. So the context's keys and values are computed
+once per request, and a query's output does not depend on the others. Tail and queries see relative positions by a
+learned bias per head and distance.
 """
 
 from __future__ import annotations
@@ -24,23 +24,26 @@ from vista.model.target_layers import MASKED, TargetLayer, target_layer
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
-    """Keys and values of summary and tail, a layer each: [B, H, S+L, D]; tail_valid: bool [B, L]; tail: [B, L, M]."""
+class TargetContext:
+    """Keys and values of summary and tail, which all queries of a row attend to."""
 
     keys: list[Tensor]
+    """[B, H, S+L, D] for each layer."""
     values: list[Tensor]
+    """[B, H, S+L, D] for each layer."""
     tail_valid: Tensor
+    """bool [B, L]: False in the padding."""
     tail: Tensor
-    """The events' embeddings, right-aligned."""
+    """[B, L, M] embeddings of the events, right-aligned."""
 
-    def select(self, rows: slice) -> Context:
-        """The context of neighbouring rows, a view."""
-        return Context(
+    def select(self, rows: slice) -> TargetContext:
+        """The context of adjacent rows, a view."""
+        return TargetContext(
             [k[rows] for k in self.keys], [v[rows] for v in self.values], self.tail_valid[rows], self.tail[rows]
         )
 
     def newest(self, seen: Tensor) -> Tensor:
-        """[B, Q, M] embeddings of the newest of the first `seen` int64 [Q] columns of the tail; 0 without an event."""
+        """[B, Q, M] embeddings of the newest event in the first `seen` int64 [Q] columns of the tail; 0 without one."""
         column = (seen - 1).clamp(min=0)
         known = self.tail_valid[:, column] & (seen > 0)
         return torch.where(known.unsqueeze(-1), self.tail[:, column], 0.0)
@@ -55,21 +58,21 @@ class TargetAttention(nn.Module):
         self.num_seeds = config.num_seeds
         self.layers = module_list([target_layer(config) for _ in range(config.num_target_layers)])
         self.scale = config.dim**0.5 if config.target_attention is TargetAttentionKind.pointwise else 1.0
-        """Of tail and query tokens, whose vectors start small. Pointwise layers keep HSTU's inputs."""
+        """Factor of tail and query tokens, whose vectors start small; pointwise layers keep HSTU's inputs."""
         self.summary_norm = norm(config.dim)
         self.summary_kind = nn.Parameter(torch.randn(config.num_seeds, config.dim) * 0.02)
         self.query_gap = nn.Linear(config.dim, 4 * config.dim, bias=False)
-        """Gap of the request into layer 1's projections, apart from the item's, which can be computed beforehand."""
+        """Projections of the request's gap in layer 1, apart from the item's, which are precomputed."""
         self.dropout = Dropout(config.dropout)
         self.final_norm = norm(config.dim)
         seen = torch.arange(config.tail_len + 1)[:, None]
         distance = seen - torch.arange(config.tail_len)
         self.register_buffer("distance", distance, persistent=False)
-        """int64 [L+1, L]: from a query that sees the first `seen` columns of the tail to column c; < 1 is not seen."""
+        """int64 [L+1, L] distance from a query that sees the first `seen` tail columns to column c; < 1 is unseen."""
         self.distance: Tensor
 
     def encode_summary(self, summary: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """summary [B, S, M] -> keys and values [B, H, S, D] of its tokens, a layer each."""
+        """summary [B, S, M] -> keys and values [B, H, S, D] of its tokens, for each layer."""
         x = self.dropout(self.summary_norm(summary) + self.summary_kind)
         encoded = []
         for layer in self.layers[:-1]:
@@ -79,7 +82,7 @@ class TargetAttention(nn.Module):
                 x = layer.attend_context(x, query, gate, *encoded[-1], None)
         return [*encoded, self.layers[-1].keys_values(x)]
 
-    def encode_context(self, summary: list[tuple[Tensor, Tensor]], tail: Tensor, tail_valid: Tensor) -> Context:
+    def encode_context(self, summary: list[tuple[Tensor, Tensor]], tail: Tensor, tail_valid: Tensor) -> TargetContext:
         """Keys and values of the whole context.
 
         Args:
@@ -96,16 +99,18 @@ class TargetAttention(nn.Module):
             x = layer.attend_context(x, query, gate, keys[-1], values[-1], self._tail_mask(layer, tail_valid))
         for of_all, own, of_tail in zip((keys, values), summary[-1], self.layers[-1].keys_values(x), strict=True):
             of_all.append(torch.cat([own, of_tail], 2))
-        return Context(keys, values, tail_valid, tail)
+        return TargetContext(keys, values, tail_valid, tail)
 
     def encode_request(
         self, summary: Tensor, tail: Tensor, tail_valid: Tensor, masks: list[Tensor] | None = None
-    ) -> Context:
-        """`encode_summary` and `encode_context` in one pass, for inference: half the operators.
+    ) -> TargetContext:
+        """`encode_summary` and `encode_context` in one pass, for inference, with half the operators.
 
         Args:
-            summary: [B, S, M]; tail: [B, L, M]; tail_valid: bool [B, L].
-            masks: of `request_masks`, if they are at hand.
+            summary: [B, S, M].
+            tail: [B, L, M].
+            tail_valid: bool [B, L].
+            masks: of `request_masks`; None computes them.
         """
         x = torch.cat([self.summary_norm(summary) + self.summary_kind, self._scaled(tail)], 1)
         masks = self.request_masks() if masks is None else masks
@@ -116,13 +121,13 @@ class TargetAttention(nn.Module):
             key, value = layer.heads(key), layer.heads(value)
             keys.append(key)
             values.append(value)
-            # A padded event sees the summary; where there is none, all alike or nothing: finite, and nobody reads it.
+            # A padded event sees the summary, or without one nothing. Its output is finite and never read.
             x = layer.attend_request(x, query, gate, key, value, mask + padding)
         key, value = self.layers[-1].keys_values(x)
-        return Context([*keys, key], [*values, value], tail_valid, tail)
+        return TargetContext([*keys, key], [*values, value], tail_valid, tail)
 
     def request_masks(self) -> list[Tensor]:
-        """Additive masks [H, S+L, S+L] of `encode_request`, of all layers but the last: the same for every request."""
+        """Additive masks [H, S+L, S+L] of `encode_request` for all layers except the last, equal for all requests."""
         everything = torch.ones(1, self.tail_len, dtype=torch.bool, device=self.distance.device)
         # The summary does not see the tail.
         summary = F.pad(self.summary_kind.new_full((self.num_seeds, self.tail_len), MASKED), (self.num_seeds, 0))
@@ -135,21 +140,21 @@ class TargetAttention(nn.Module):
         return x if self.scale == 1 else x * self.scale
 
     def _tail_mask(self, layer: TargetLayer, tail_valid: Tensor) -> Tensor:
-        """Additive mask [B, H, L, S+L] of the tail's tokens: causal, without padding, but each sees itself, so that a
-        padded one stays finite."""
+        """Additive mask [B, H, L, S+L] of the tail's tokens: causal, without padding. Each token sees itself, so that
+        padded ones stay finite."""
         known = tail_valid[:, None, :] | torch.eye(self.tail_len, dtype=torch.bool, device=tail_valid.device)
         causal = self._position_bias(layer, self.distance[:-1], own=True)
-        # Added, not filled in: that goes an element at a time.
+        # Added, because masked_fill is slow on CPUs.
         hidden = torch.where(known, 0.0, MASKED).to(causal.dtype)
         return F.pad(causal, (self.num_seeds, 0)) + F.pad(hidden, (self.num_seeds, 0))[:, None]
 
     def _position_bias(self, layer: TargetLayer, distance: Tensor, *, own: bool) -> Tensor:
-        """[H, rows, L] learned bias by distance, MASKED where a column is not seen (`own`: distance 0 is)."""
+        """[H, rows, L] learned bias by distance, MASKED where a column is not seen (`own`: distance 0 is seen)."""
         bias = layer.bias[:, distance.clamp(min=0)]
         return bias.masked_fill(distance < (0 if own else 1), MASKED)
 
     def query_bias(self, layer: TargetLayer, seen: Tensor) -> Tensor:
-        """Bias [H, Q, S+L] of queries that see the first `seen` int64 [Q] columns ([B, H, Q, S+L] of [B, Q])."""
+        """Bias [H, Q, S+L] of queries that see the first `seen` int64 [Q] columns; [B, H, Q, S+L] for seen [B, Q]."""
         bias = self._position_bias(layer, self.distance, own=False)[:, seen]
         return F.pad(bias if seen.dim() == 1 else bias.transpose(0, 1), (self.num_seeds, 0))
 
@@ -163,21 +168,21 @@ class TargetAttention(nn.Module):
         projections: Tensor,
         gap: Tensor | None,
         seen: Tensor,
-        context: Context,
+        context: TargetContext,
         biases: list[Tensor] | None = None,
     ) -> Tensor:
-        """Query tokens through all layers.
+        """Outputs of query tokens after all layers.
 
         Args:
             x: [B, Q, M] candidates' item vectors, or request tokens.
-            projections: of x in layer 1 (`layers[0].project`), [B, Q, 4M], which may be computed beforehand.
+            projections: [B, Q, 4M] of x in layer 1 (`layers[0].project`), which may be precomputed.
             gap: [B, Q, M] embeddings of the request's gap, or None.
-            seen: int64 [Q] or [B, Q]: how many columns of the tail a query sees (all: L); [1] if all see alike.
+            seen: int64 [Q] or [B, Q] number of tail columns that a query sees (L for all); [1] if all see the same.
             context: of the same B rows.
-            biases: `query_biases` of `seen`, if they are at hand.
+            biases: `query_biases` of `seen`; None computes them.
 
         Returns:
-            [B, Q, M], normed.
+            [B, Q, M], normalized.
         """
         if gap is not None:
             x, projections = x + gap, projections + self.query_gap(gap)

@@ -17,11 +17,11 @@ from vista.model.layers import Dropout, FeedForward, GatedOutput, linear_parts, 
 from vista_kernels import candidate_attention
 
 MASKED = -1e9
-"""Additive mask; finite, so that a row with nothing to see stays finite."""
+"""Additive mask; finite, so that a row that sees nothing stays finite."""
 
 
 class TargetLayer(nn.Module):
-    """Projections and relative bias, shared by all kinds of tokens; a kind adds the attention and what follows it."""
+    """Projections and relative bias, shared by all tokens. A kind of layer adds the attention and what follows it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -36,13 +36,13 @@ class TargetLayer(nn.Module):
     # What a kind adds ------------------------------------------------------------------------------------------------
 
     def activated(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What attention reads of projections."""
+        """Projections as attention reads them."""
         return parts
 
     def attend_context(
         self, x: Tensor, query: Tensor, gate: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """A context layer: tokens x, query, gate [B, N, M] attend to key/value [B, H, K, D] under an additive mask
+        """A context layer: tokens x, query, gate [B, N, M] attend to key and value [B, H, K, D] under an additive mask
         [B, H, N, K]."""
         raise NotImplementedError
 
@@ -52,7 +52,8 @@ class TargetLayer(nn.Module):
         """A query layer.
 
         Args:
-            x: [B, Q, M]; own: its query, gate, key and value, [B, Q, M] each.
+            x: [B, Q, M].
+            own: its query, gate, key and value, [B, Q, M] each.
             key, value: [B, H, S+L, D] of the context.
             bias: additive, broadcastable to [B, H, Q, S+L].
             context_mask: bool [B, S+L]; False where there is no event.
@@ -62,16 +63,16 @@ class TargetLayer(nn.Module):
     # All kinds -------------------------------------------------------------------------------------------------------
 
     def project(self, x: Tensor) -> Tensor:
-        """x [..., M] -> query, gate, key and value end to end, [..., 4M], not yet `activated`."""
+        """x [..., M] -> query, gate, key and value, concatenated, [..., 4M], before `activated`."""
         projected: Tensor = self.projections(self.norm(x))
         return projected
 
     def parts(self, x: Tensor, first: int = 0) -> Sequence[Tensor]:
-        """x [..., M] -> of query, gate, key and value those from `first` on, activated, [..., M] each."""
+        """x [..., M] -> query, gate, key and value from number `first` on, activated, [..., M] each."""
         return self.activated(linear_parts(self.norm(x), self.projections, 4, first))
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, N, M] -> keys and values [B, H, N, D] alone: all that a context needs of the last layer."""
+        """x [B, N, M] -> keys and values [B, H, N, D], which is all that a context needs of the last layer."""
         key, value = self.parts(x, first=2)
         return self.heads(key), self.heads(value)
 
@@ -109,7 +110,7 @@ class SoftmaxLayer(TargetLayer):
     def attend_request(
         self, x: Tensor, query: Tensor, gate: Tensor, key: Tensor, value: Tensor, mask: Tensor
     ) -> Tensor:
-        # Fused attention takes twice as long over bfloat16 on a CPU.
+        # On a CPU fused attention takes twice as long in bfloat16.
         if query.dtype is torch.bfloat16 and query.device.type == "cpu":
             return self.attend_context(x, query, gate, key, value, mask)
         mask, scale = mask.to(query.dtype), self.head_dim**-0.5
@@ -127,7 +128,7 @@ class SoftmaxLayer(TargetLayer):
 
 
 class PointwiseLayer(TargetLayer):
-    """U * norm(SiLU(Q K^T + bias) V), U, Q, K and V after SiLU too (HSTU, Zhai et al., ICML 2024)."""
+    """U * norm(SiLU(Q K^T + bias) V), where U, Q, K and V pass SiLU too (HSTU, Zhai et al., ICML 2024)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -136,13 +137,13 @@ class PointwiseLayer(TargetLayer):
         self.dropout = Dropout(config.dropout)
 
     def activated(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
-        # Part by part: float32's last bit depends on an element's place in a vector, and so on how many rows there are.
+        # Part by part: the last bit depends on an element's place in a vector register, and so on the number of rows.
         return [F.silu(part) for part in parts]
 
     def mix(self, x: Tensor, heads: Tensor, gate: Tensor) -> Tensor:
         """The rest of a layer: residual stream x [B, N, M], sums over tokens [B, H, N, D], gate [B, N, M]."""
-        heads = heads.transpose(1, 2).flatten(2)  # the norm makes a division by their number needless
-        # On a GPU torch norms bfloat16 with bfloat16 weights alone; autocast widens there too.
+        heads = heads.transpose(1, 2).flatten(2)  # no division by their number, because of the norm
+        # On a GPU torch normalizes bfloat16 only with bfloat16 weights; autocast widens the norm there too.
         heads = heads if x.device.type == "cpu" else heads.to(x.dtype)
         update: Tensor = self.out(self.dropout(self.head_norm(heads) * gate))
         return x + update
@@ -166,8 +167,8 @@ class PointwiseLayer(TargetLayer):
 
 
 def _weights(scores: Tensor) -> Tensor:
-    """SiLU of scores; at a request on a CPU by float64: in float32 its last bit depends there on a score's lane in a
-    vector, and so on what else is asked for."""
+    """SiLU of scores. At a request on a CPU it is computed in float64, because in float32 the last bit depends on a
+    score's place in a vector register, and so on the other scores."""
     if torch.is_grad_enabled() or scores.dtype is not torch.float32 or scores.device.type != "cpu":
         return F.silu(scores)
     return F.silu(scores.double()).float()

@@ -1,9 +1,9 @@
 """One table for all categorical features, read by hashes: Unified Embedding (Coleman et al., NeurIPS 2023).
 
-A feature's value reads one row a hash function; its vector is these rows end to end. Values share rows, within a
-feature and across features, and look the same only where all their rows agree.
+Each hash function names one row for a feature's value, and the concatenated rows are its vector. Values share rows,
+within a feature and across features. Two values have the same vector only if all their rows agree.
 
-Saved models rely on which value reads which row: the features' numbers and the hash functions never change.
+Saved models rely on which value reads which row, so the numbers of features and the hash functions never change.
 Letters: N rows that are hashed to, P hash functions, M model dim; a row is M / P wide.
 """
 
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Feature(IntEnum):
-    """Whose values are hashed."""
+class EmbeddingFeature(IntEnum):
+    """The feature whose values are hashed."""
 
     item = 1
     action = 2
@@ -27,7 +27,7 @@ class Feature(IntEnum):
 def mix64(x: Tensor) -> Tensor:
     """SplitMix64 of states int64 [...] (Steele, Lea and Flood, OOPSLA 2014): a bijection of 64-bit words.
 
-    Words are unsigned in the definition; int64 carries the same bits, since sums and products wrap around.
+    The definition uses unsigned words. int64 has the same bits, since sums and products wrap around.
     """
     x = x + _GAMMA
     x = (x ^ _shift_right(x, 30)) * _FIRST
@@ -35,10 +35,10 @@ def mix64(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def hashed_rows(values: Tensor, feature: Feature, num_hashes: int, num_rows: int) -> Tensor:
-    """Rows int64 [..., P] in 1 ... num_rows of a feature's values int64 [...]; no value hashes to row 0.
+def hashed_rows(values: Tensor, feature: EmbeddingFeature, num_hashes: int, num_rows: int) -> Tensor:
+    """Rows int64 [..., P] in 1 … num_rows of a feature's values int64 [...]; no value hashes to row 0.
 
-    Hash function i of feature f takes the value v to 1 + (mix64(v XOR mix64(2^32 f + i)) >> 1) mod num_rows.
+    Hash function i of feature f maps the value v to 1 + (mix64(v XOR mix64(2^32 f + i)) >> 1) mod num_rows.
     """
     keys = mix64((int(feature) << 32) + torch.arange(num_hashes, device=values.device))
     return 1 + _shift_right(mix64(values.unsqueeze(-1) ^ keys), 1) % num_rows
@@ -49,21 +49,21 @@ def gather(table: Tensor, rows: Tensor) -> Tensor:
     return F.embedding(rows, table, sparse=True).flatten(-2)
 
 
-class HashedFeature(nn.Module):
-    """Stands in for an `nn.Embedding` of few values, over the table that all features share."""
+class HashedEmbedding(nn.Module):
+    """In place of an `nn.Embedding` of few values: reads the table that all features share."""
 
     rows: Tensor
 
-    def __init__(self, table: nn.Parameter, feature: Feature, num_values: int, num_hashes: int) -> None:
+    def __init__(self, table: nn.Parameter, feature: EmbeddingFeature, num_values: int, num_hashes: int) -> None:
         super().__init__()
-        # In a tuple, out of torch's sight: the parameter is the model's, moves with it and is saved with it, once.
+        # In a tuple, hidden from torch: the parameter belongs to the model, which moves and saves it once.
         self._table = (table,)
         rows = hashed_rows(torch.arange(num_values), feature, num_hashes, len(table) - 1)
         self.register_buffer("rows", rows, persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
         """[..., M] vectors of values int64 [...]."""
-        # All values first, then each event's: the table's gradient is of these few rows, not of every event's.
+        # All values first, then each event's, so that the table's gradient has these few rows instead of every event's.
         return F.embedding(values, gather(self._table[0], self.rows))
 
 
@@ -76,5 +76,5 @@ _GAMMA, _FIRST, _SECOND = (_signed(word) for word in (0x9E3779B97F4A7C15, 0xBF58
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: zeros come in from the left, where int64's own shift repeats the sign."""
+    """Logical shift: fills with zeros from the left, while the shift of int64 repeats the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,7 +1,7 @@
 """VISTA: stage 1, decoder, stage 2 and heads.
 
-Letters: T packed events, R item rows of a batch, NC cuts, NW windows, W positions, I impressions a window, S seeds, L
-tail length, M model dim, V items of the vocabulary.
+Letters: T packed events, R item rows of a batch, NC cuts, NW windows, W positions and I impressions per window, S
+seeds, L tail length, Q query tokens, M model dim, V items of the vocabulary.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ import xxhash
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.config.choices import Activation, Mixing, Precision
+from vista.config.choices import Activation, Architecture, Mixing, Precision
 from vista.config.conversion import to_dict
-from vista.examples.cuts import Batch
+from vista.examples.batch import Batch
 from vista.log.gaps import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
 from vista.model.frozen_linear import frozen
 from vista.model.item_projections import save_item_projections
-from vista.model.losses import reconstruction_loss, sampled_softmax, task_losses
-from vista.model.ranking_model import Losses, RankingModel, Schema
-from vista.model.reconstruction import Decoder
+from vista.model.losses import Losses, reconstruction_loss, sampled_softmax, task_losses
+from vista.model.ranking_model import RankingModel
+from vista.model.reconstruction import ReconstructionDecoder
+from vista.model.schema import Schema
 from vista.model.summarizer import Summarizer
-from vista.model.target_attention import Context, TargetAttention
+from vista.model.target_attention import TargetAttention, TargetContext
 
 STAGE1_KEYS = (
     "dim",
@@ -52,125 +53,129 @@ STAGE1_KEYS = (
 )
 """Fields of ModelConfig that a summary depends on."""
 STAGE1_WEIGHTS = ("item_table", "encoder.", "summarizer.")
-"""How the names of the weights begin that a summary depends on."""
+"""Prefixes of the names of the weights that a summary depends on."""
 
 
 class VistaModel(RankingModel):
-    """VISTA."""
+    """VISTA: a summarizer of histories, a reconstruction decoder, target attention, and the heads."""
+
+    architecture = Architecture.vista
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
         self.summarizer = Summarizer(config) if config.num_seeds else None
-        self.decoder = Decoder(config) if config.num_seeds else None
+        self.decoder = ReconstructionDecoder(config) if config.num_seeds else None
         self.target_attention = TargetAttention(config)
         self.request = nn.Parameter(torch.randn(dim) * dim**-0.5 / self.target_attention.scale)
         """The retrieval head's query token, to which the newest event is added."""
         self.task_head = nn.Linear(dim, len(schema.tasks)) if schema.tasks else None
         self._identified = b"", b""
-        """Hash of what `summarizer_id` was last computed of, and the id."""
+        """Hash of the inputs that `summarizer_id` was last computed from, and the id."""
 
     # Training -----------------------------------------------------------------------------------------------------
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
-        shown = self.shown_vectors(batch, item_vectors)
-        events = self.encoder(shown, batch.action, batch.gap, batch.rating)
-        summaries = self.cut_summaries(batch, events)
+        events, impressions = batch.events, batch.impressions
+        shown = self.shown_vectors(events, item_vectors)
+        encoded = self.encoder(shown, events.action, events.gap, events.rating)
+        summaries = self.cut_summaries(batch, encoded)
         context = self.window_context(batch, shown, summaries)
         parts: dict[str, Tensor] = {}
         total = item_vectors.new_zeros((), dtype=torch.float32)
         if optim.next_weight > 0:
             parts["next"] = self._next_loss(batch, item_vectors, context)
             total = total + optim.next_weight * parts["next"]
-        if self.task_head is not None and optim.task_weight > 0 and batch.candidate.shape[1]:
-            losses = task_losses(
-                self.window_logits(batch, item_vectors, context), batch.candidate_label, batch.candidate_mask
-            )
+        if self.task_head is not None and optim.task_weight > 0 and impressions.item.shape[1]:
+            logits = self.window_logits(batch, item_vectors, context)
+            losses = task_losses(logits, impressions.label, impressions.mask)
             parts.update(zip(self.schema.tasks, losses, strict=True))
             total = total + optim.task_weight * losses.sum()
-        if self.decoder is not None and optim.reconstruction_weight > 0 and len(batch.reconstruction_cut):
-            parts["reconstruction"] = self._reconstruction(batch, item_vectors, events, summaries)
+        if self.decoder is not None and optim.reconstruction_weight > 0 and len(batch.reconstruction.cut):
+            parts["reconstruction"] = self._reconstruction(batch, item_vectors, encoded, summaries)
             total = total + optim.reconstruction_weight * parts["reconstruction"]
         return Losses(total, parts)
 
-    def cut_summaries(self, batch: Batch, events: Tensor) -> Tensor:
+    def cut_summaries(self, batch: Batch, encoded: Tensor) -> Tensor:
         """[NC, S, M] summaries at the cuts of a batch, from event embeddings [T, M]; or the store's [B, S, M]."""
         if batch.stored_summary is not None:
             return batch.stored_summary
+        events, cuts = batch.events, batch.cuts
         if self.summarizer is None:
-            return events.new_zeros(len(batch.cut_segment), 0, self.config.dim)
+            return encoded.new_zeros(len(cuts.segment), 0, self.config.dim)
         if self.config.mixing is Mixing.bidirectional:
-            index, position, offsets = _gather_ranges(batch.cut_start, batch.cut_stop)
-            return self.summarizer.summarize_set(self.summarizer.tokens(events[index], position), offsets)
-        lengths = batch.offsets.diff()
-        position = torch.arange(len(events), device=events.device)
-        position = position - batch.offsets[:-1].repeat_interleave(lengths)
-        tokens = self.summarizer.tokens(events, position)
-        segments = self.summarizer.segment_states(tokens, batch.clock, batch.segment_offsets)
-        states = self.summarizer.prefix_states(segments, batch.segment_user_offsets)
-        return self.summarizer.read_at(states, batch.cut_segment)
+            index, position, offsets = _gather_ranges(cuts.start, cuts.stop)
+            return self.summarizer.summarize_set(self.summarizer.tokens(encoded[index], position), offsets)
+        position = torch.arange(len(encoded), device=encoded.device)
+        position = position - events.offsets[:-1].repeat_interleave(events.offsets.diff())
+        tokens = self.summarizer.tokens(encoded, position)
+        segments = self.summarizer.segment_states(tokens, events.clock, cuts.segment_offsets)
+        states = self.summarizer.prefix_states(segments, cuts.chunk_offsets)
+        return self.summarizer.read_at(states, cuts.segment)
 
-    def window_context(self, batch: Batch, shown: Tensor, summaries: Tensor) -> Context:
+    def window_context(self, batch: Batch, shown: Tensor, summaries: Tensor) -> TargetContext:
         """Keys and values of every window's summary and tail; shown [T, M] from `shown_vectors`."""
-        index = batch.tail_index.clamp(min=0)
-        valid = batch.tail_index >= 0
+        events, windows = batch.events, batch.windows
+        index, valid = windows.tail_index.clamp(min=0), windows.tail_index >= 0
         # The first event that stage 2 sees has an unknown gap, as it has in a stored tail.
         first = valid & ~F.pad(valid[:, :-1], (1, 0))
-        gap = torch.where(first, UNKNOWN_GAP, batch.gap[index]) if len(batch.gap) else index
-        if len(batch.item):
-            tail = self.encoder(shown[index], batch.action[index], gap)
+        if len(events.item):
+            gap = torch.where(first, UNKNOWN_GAP, events.gap[index])
+            tail = self.encoder(shown[index], events.action[index], gap)
         else:
             tail = shown.new_zeros(*index.shape, self.config.dim)
-        encoded = self.target_attention.encode_summary(summaries)
-        windows = [(k.index_select(0, batch.window_cut), v.index_select(0, batch.window_cut)) for k, v in encoded]
-        return self.target_attention.encode_context(windows, tail, valid)
+        by_cut = self.target_attention.encode_summary(summaries)
+        summary = [(key.index_select(0, windows.cut), value.index_select(0, windows.cut)) for key, value in by_cut]
+        return self.target_attention.encode_context(summary, tail, valid)
 
-    def window_users(self, batch: Batch, context: Context) -> Tensor:
+    def window_users(self, batch: Batch, context: TargetContext) -> Tensor:
         """Unit user vectors [NW, W, M] at the positions of the windows, at the times of their labels."""
-        num_positions = batch.label.shape[1]
-        seen = self.config.tail_len - num_positions + 1 + torch.arange(num_positions, device=batch.label.device)
-        gap = self.encoder.gap_vectors(batch.label_gap)
+        labels = batch.labels
+        num_positions = labels.item.shape[1]
+        seen = self.config.tail_len - num_positions + 1 + torch.arange(num_positions, device=labels.item.device)
+        gap = self.encoder.gap_vectors(labels.gap)
         return self.user_vectors(gap, seen.clamp(min=0), context)
 
-    def window_logits(self, batch: Batch, item_vectors: Tensor, context: Context) -> Tensor:
+    def window_logits(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> Tensor:
         """Task logits [NW, I, num_tasks] of the windows' impressions; item_vectors [R, M]."""
-        seen = self.config.tail_len - batch.label.shape[1] + 1 + batch.candidate_position
-        vectors = item_vectors[batch.candidate]
-        gap = self.encoder.gap_vectors(batch.candidate_gap)
+        seen = self.config.tail_len - batch.labels.item.shape[1] + 1 + batch.impressions.position
+        vectors = item_vectors[batch.impressions.item]
+        gap = self.encoder.gap_vectors(batch.impressions.gap)
         return self.candidate_logits(vectors, gap, seen.clamp(min=0), context)
 
-    def _next_loss(self, batch: Batch, item_vectors: Tensor, context: Context) -> Tensor:
+    def _next_loss(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> Tensor:
         users = self.window_users(batch, context)
-        known = (batch.label >= 0).flatten().nonzero().squeeze(-1)
+        label = batch.labels.item.flatten()
+        known = (label >= 0).nonzero().squeeze(-1)
         unit = F.normalize(item_vectors, dim=-1)
         return sampled_softmax(
             users.flatten(0, 1)[known],
             unit,
-            batch.label.flatten()[known],
-            batch.negatives,
-            batch.negative_log_weight,
+            label[known],
+            batch.negatives.item,
+            batch.negatives.log_weight,
             self.config.temperature,
             batch.logit_adjustment,
         )
 
-    def _reconstruction(self, batch: Batch, item_vectors: Tensor, events: Tensor, summaries: Tensor) -> Tensor:
+    def _reconstruction(self, batch: Batch, item_vectors: Tensor, encoded: Tensor, summaries: Tensor) -> Tensor:
         assert self.decoder is not None
-        start = batch.reconstruction_start
-        index, _, offsets = _gather_ranges(start, start + batch.reconstruction_len)
-        target = events[index]
-        if batch.hidden is not None:  # what is to be reconstructed are the events themselves
-            rating = None if batch.rating is None else batch.rating[index]
-            target = self.encoder(item_vectors[batch.item[index]], batch.action[index], batch.gap[index], rating)
-        age = batch.cut_stop[batch.reconstruction_cut] - start
-        predicted = self.decoder(summaries[batch.reconstruction_cut], target, offsets, age)
+        events, part = batch.events, batch.reconstruction
+        index, _, offsets = _gather_ranges(part.start, part.start + part.length)
+        target = encoded[index]
+        if events.hidden is not None:  # the decoder reconstructs the events themselves, hidden items included
+            rating = None if events.rating is None else events.rating[index]
+            target = self.encoder(item_vectors[events.item[index]], events.action[index], events.gap[index], rating)
+        age = batch.cuts.stop[part.cut] - part.start
+        predicted = self.decoder(summaries[part.cut], target, offsets, age)
         return reconstruction_loss(predicted, target, stop_gradient=self.config.stop_gradient)
 
-    # Both ----------------------------------------------------------------------------------------------------------
+    # Training and serving --------------------------------------------------------------------------------------------
 
-    def user_vectors(self, gap: Tensor | None, seen: Tensor, context: Context) -> Tensor:
+    def user_vectors(self, gap: Tensor | None, seen: Tensor, context: TargetContext) -> Tensor:
         """Unit vectors [B, Q, M] of request tokens over contexts of B rows; gap [B, Q, M], seen int64 [Q]."""
         stage = self.target_attention
-        # The residual stream leads from an item's vector to where the next one's is sought, with no map between.
+        # The residual stream leads from an item's vector to the next item's, in one space without a projection.
         x = self.request + context.newest(seen)
         return F.normalize(stage.query(x, stage.layers[0].project(x), gap, seen, context), dim=-1)
 
@@ -179,17 +184,19 @@ class VistaModel(RankingModel):
         vectors: Tensor,
         gap: Tensor | None,
         seen: Tensor,
-        context: Context,
+        context: TargetContext,
         projections: Tensor | None = None,
         biases: list[Tensor] | None = None,
     ) -> Tensor:
         """Logits [B, C, num_tasks] of candidates.
 
         Args:
-            vectors: [B, C, M]; gap: [B, C, M], or None.
-            seen: int64 [C], [1] or [B, C].
-            projections: of the vectors in layer 1, [B, C, 4M], if they are at hand (`ItemProjections`).
-            biases: `TargetAttention.query_biases` of `seen`, if they are at hand.
+            vectors: [B, C, M] item vectors.
+            gap: [B, C, M] embeddings of the request's gap, or None.
+            seen: int64 [C], [1] or [B, C] tail columns that a candidate sees.
+            context: of the B rows.
+            projections: [B, C, 4M] of the vectors in layer 1 (`ItemProjections`); None computes them.
+            biases: `TargetAttention.query_biases` of `seen`; None computes them.
         """
         assert self.task_head is not None
         stage = self.target_attention
@@ -198,32 +205,51 @@ class VistaModel(RankingModel):
         logits: Tensor = self.task_head(out)
         return logits
 
-    def with_tail(self, tail_len: int) -> VistaModel:
-        """The same model over the newest `tail_len` events beside the summary: cheaper to score, no training needed.
-        The two share their weights.
+    @torch.inference_mode()
+    def project_items(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What scoring reads of items (`ItemProjections`), float32.
 
-        Training at label_spacing W has shown stage 2 tails of tail_len - W + 1 to tail_len events, so the shorter ones
-        among these are nothing new to it. Summaries do not change, and a store of longer tails serves this model too.
+        Args:
+            rows: int64 [N] model rows.
+
+        Returns:
+            (unit vectors [N, M], or None without the retrieval head;
+             [N, 5M] vector, query, gate, key and value of the first layer of stage 2, or None without labeled tasks).
+        """
+        vectors = self.item_vectors(rows).float()
+        unit = F.normalize(vectors, dim=-1) if self.has_retrieval else None
+        if not self.schema.tasks:
+            return unit, None
+        return unit, torch.cat([vectors, self.target_attention.layers[0].project(vectors)], -1)
+
+    def with_tail(self, tail_len: int) -> VistaModel:
+        """The same model with a shorter tail: cheaper to score, and no training needed. The two share their weights.
+
+        Training with label_spacing W shows stage 2 tails of tail_len - W + 1 to tail_len events, so these lengths are
+        trained. Summaries do not change, and a store with longer tails serves this model too.
+
+        Args:
+            tail_len: newest events that stage 2 reads alongside the summary.
 
         Raises:
             ValueError: if `tail_len` is below 1, or longer than what was trained.
         """
         if not 1 <= tail_len <= self.config.tail_len:
-            raise ValueError(f"tail_len={tail_len}: must lie in 1 … {self.config.tail_len}, which was trained")
+            raise ValueError(f"tail_len={tail_len}: must lie in 1 … {self.config.tail_len}, the trained length")
         with torch.random.fork_rng(devices=[]):
             shorter = VistaModel(replace(self.config, tail_len=tail_len), self.schema, self.items, self.data)
         weights = self.state_dict()
         for index in range(len(self.target_attention.layers)):
             name = f"target_attention.layers.{index}.bias"
-            weights[name] = weights[name][:, : tail_len + 1]  # by distance; longer ones do not occur
-        # A unified table is small, and its features hold on to the one that the model was made with.
+            weights[name] = weights[name][:, : tail_len + 1]  # by distance; longer distances do not occur
+        # A unified table is small, and its features refer to the table that the model was built with.
         shorter.load_state_dict(weights, assign=self.config.embedding_rows == 0)
         return shorter.to(self.device).train(self.training)
 
     def with_frozen(self, part: Literal["summarizer", "target_attention"], precision: Precision) -> VistaModel:
-        """The same model, for inference: shares all but one stage, which is `frozen` and multiplies in `precision`.
+        """The same model for inference. It shares everything except one stage, which is `frozen` in `precision`.
 
-        What training changes later does not reach that stage.
+        Later training does not change that stage.
         """
         other = copy.copy(self)
         other._modules = dict(self._modules)
@@ -241,14 +267,14 @@ class VistaModel(RankingModel):
         return super().description() | {"summarizer_id": self.summarizer_id().hex()}
 
     def summarizer_id(self) -> bytes:
-        """SHA-256 over all that a summary depends on: stage 1, event encoder, item table and vocabulary, not stage 2.
+        """SHA-256 over everything that a summary depends on: stage 1, event encoder, item table and vocabulary.
 
-        So downstream models, which freeze all of these, keep it and are checked against it.
+        Downstream models freeze all of these, so they have the id of their base, and stores are checked against it.
         """
         facts = {key: to_dict(self.config)[key] for key in STAGE1_KEYS} | {"schema": asdict(self.schema)}
         for key in ("tasks", "has_retrieval"):
             facts["schema"].pop(key)
-        # Younger keys count where they are used, so that the summaries of other models keep their id.
+        # These count only where they differ from the default, so that the ids of other models stay the same.
         if self.config.activation is not Activation.silu:
             facts["activation"] = self.config.activation.value
         if self.config.embedding_rows:
@@ -258,20 +284,20 @@ class VistaModel(RankingModel):
             if name.startswith(STAGE1_WEIGHTS):
                 parts.append(name.encode() + str(tuple(tensor.shape)).encode())
                 parts.append(tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)
-        # SHA-256 takes thirty times as long as a look whether anything has changed: half a second at 10^6 items.
-        seen = xxhash.xxh3_128()
+        # SHA-256 takes half a second at 10^6 items, 30 times as long as the check whether anything has changed.
+        quick = xxhash.xxh3_128()
         for part in parts:
-            seen.update(part)
-        if self._identified[0] != seen.digest():
+            quick.update(part)
+        if self._identified[0] != quick.digest():
             digest = hashlib.sha256()
             for part in parts:
                 digest.update(part)
-            self._identified = seen.digest(), digest.digest()
+            self._identified = quick.digest(), digest.digest()
         return self._identified[1]
 
 
 def _gather_ranges(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of packed ranges end to end, their positions in their range, and offsets int64 [N+1]."""
+    """Indices of N packed ranges, end to end; positions within their range; and offsets int64 [N+1]."""
     lengths = stop - start
     offsets = F.pad(lengths.cumsum(0), (1, 0))
     position = torch.arange(int(offsets[-1]), device=start.device) - offsets[:-1].repeat_interleave(lengths)

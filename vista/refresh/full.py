@@ -17,7 +17,7 @@ from vista.log.histories import token_groups
 from vista.log.splits import visible_counts
 from vista.log.until import Until, parse_until
 from vista.model import inference
-from vista.model.state_updates import history_states
+from vista.model.history_states import history_states
 from vista.model.vista_model import VistaModel
 from vista.refresh.log_items import LogItems, check_log
 from vista.refresh.refresh_options import RefreshOptions

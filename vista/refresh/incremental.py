@@ -21,15 +21,8 @@ from vista.config.choices import Precision
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.model import inference
-from vista.model.state_updates import (
-    forget_events,
-    history_states,
-    insert_events,
-    long_range_state,
-    range_states,
-    reach,
-    slice_len,
-)
+from vista.model.history_states import default_slice_len, history_states, long_range_state, range_states, reach
+from vista.model.state_updates import forget_events, insert_events
 from vista.model.summary_state import SummaryState, merge
 from vista.model.vista_model import VistaModel
 from vista.refresh.changes import changed_positions
@@ -238,7 +231,7 @@ class _BatchRefresher:
             digest = group.states.history_digest + self._items.digests(new)
         with self._run.stage("summarize"):
             history, start = self._items.model_rows(history), old - context
-            if history.num_events > slice_len(self._model) and len(group.users) == 1:
+            if history.num_events > default_slice_len(self._model) and len(group.users) == 1:
                 terms = long_range_state(self._model, history, int(context[0]), int(start[0]))
             else:
                 terms = range_states(self._model, history, context, start)

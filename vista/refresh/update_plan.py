@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vista.config.choices import Decay
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
-from vista.model.state_updates import reach
+from vista.model.history_states import reach
 from vista.model.vista_model import VistaModel
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.store.format.keys import user_keys

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vista.config.choices import OnMissing
 from vista.errors import RecordError, UnknownUserError
-from vista.model import inference
+from vista.model.padded_tail import pad_tail
 from vista.scorer.arguments import ids_of, impossible_times, not_a_time, request_times
 from vista.scorer.request import Request
 from vista.scorer.scorer_stats import StatsRecorder
@@ -63,7 +63,7 @@ def read_request(
         merged, wrong = with_fresh_events(model, stored, tail, refuse=refuse)
         bad = bad | wrong
     recorder.add(hits=num_hits, stale=num_found - num_hits, misses=len(unknown) - num_found, bad_users=int(bad.sum()))
-    padded = inference.pad_tail(model, merged.items, merged.times, merged.actions, merged.offsets)
+    padded = pad_tail(model, merged.items, merged.times, merged.actions, merged.offsets)
     summary = torch.from_numpy(stored.summary).to(model.device)
     if unknown.any():
         summary[torch.from_numpy(unknown).to(summary.device)] = served.empty

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.model.inference import PaddedTail
+from vista.model.padded_tail import PaddedTail
 
 Int = NDArray[np.int64]
 

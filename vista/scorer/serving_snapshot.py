@@ -15,12 +15,13 @@ from torch import Tensor
 
 from vista.config.choices import Precision
 from vista.log.gaps import NUM_GAPS
-from vista.model import attribution, inference
-from vista.model.attribution import Shares
+from vista.model import inference
+from vista.model.attribution import Attribution, attribute
 from vista.model.inference import ROW_TILE
 from vista.model.item_projections import ItemProjections
+from vista.model.padded_tail import pad_tail
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
-from vista.model.target_attention import Context
+from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 from vista.scorer.request import Request
 from vista.store.reader import StoreReader
@@ -75,10 +76,10 @@ class ServingSnapshot:
             """[NUM_GAPS, 5M] projections of the request's time, like those of items in `ItemProjections.candidate`."""
         # Weights are laid out at their first use. Use them here, so that forked workers share the result.
         none = np.zeros(0, np.int64)
-        tail = inference.pad_tail(model, none, none, none, np.zeros(2, np.int64))
+        tail = pad_tail(model, none, none, none, np.zeros(2, np.int64))
         self.scores(Request(self.empty, tail, None, np.ones(1, bool)), torch.zeros(1, dtype=torch.int64), self.tasks)
 
-    def context(self, request: Request) -> tuple[Context, Tensor | None]:
+    def context(self, request: Request) -> tuple[TargetContext, Tensor | None]:
         """Keys and values of a request, and the gap buckets of its time, int64 [B, 1] or None."""
         context = inference.request_context(self._scoring, request.summary, request.tail, self._masks)
         return context, inference.request_bucket(self.model, request.now, request.tail)
@@ -142,7 +143,7 @@ class ServingSnapshot:
         return scores
 
     @torch.no_grad()
-    def shares(self, request: Request, rows: Tensor, task: str) -> tuple[Tensor, Shares]:
+    def shares(self, request: Request, rows: Tensor, task: str) -> tuple[Tensor, Attribution]:
         """Values [C] of one user's candidates [C] (logits, or the scores of `next`), and their contributions.
 
         The query token of `next` has two parts: the request's own token, and the newest event.
@@ -170,7 +171,7 @@ class ServingSnapshot:
             def head(out: Tensor) -> Tensor:
                 return F.linear(out, task_head.weight[index : index + 1])[:, 0]
 
-        contributions = attribution.shares(stage, parts, None if gap is None else gap[0], context, head)
+        contributions = attribute(stage, parts, None if gap is None else gap[0], context, head)
         return value.cpu(), contributions
 
     def _portions(self, request: Request) -> Iterator[tuple[slice, Request]]:
@@ -181,14 +182,14 @@ class ServingSnapshot:
             users = slice(first, min(first + step, len(request)))
             yield users, request.select(users)
 
-    def _user_vectors(self, context: Context, bucket: Tensor | None) -> Tensor:
+    def _user_vectors(self, context: TargetContext, bucket: Tensor | None) -> Tensor:
         gap = None if bucket is None else self.model.encoder.gap_vectors(bucket)
         vectors: Tensor = inference.user_vectors(self._scoring, context, gap)
         return vectors
 
     @torch.inference_mode()
     def _logits(
-        self, context: Context, bucket: Tensor | None, rows: Tensor | None, lengths: Int
+        self, context: TargetContext, bucket: Tensor | None, rows: Tensor | None, lengths: Int
     ) -> Iterator[tuple[Cells, Tensor]]:
         """Ranges of users and columns, and their logits, float32 [users, columns, num_tasks]."""
         model, table, dim = self._scoring, self.items.candidate, self.model.config.dim

@@ -1,1 +1,1 @@
-"""Training: metrics, checkpoints and the trainer."""
+"""Training: the trainer, its checkpoints, validation and metrics."""

@@ -3,13 +3,14 @@
 A checkpoint is a folder `step-00001234` of two files:
 
 - `tensors.safetensors`: every tensor (model, optimizers, random generators), by name;
-- `state.json`: format version, step, size and SHA-256 of the tensor file, the caller's state, a SHA-256 of all this.
+- `state.json`: format version, step, size and SHA-256 of the tensor file, the caller's state, and a SHA-256 of these.
 
-It is written as `.tmp-step-00001234`, its files and itself fsynced, then renamed, and the parent fsynced: a kill or a
-power cut at any moment leaves either the whole checkpoint or none. One process writes to a folder at a time.
+It is written as `.tmp-step-00001234`; the files and the folder are fsynced, the folder is renamed, and the parent is
+fsynced. So a kill or a power cut at any time leaves either a complete checkpoint or none. Only one process may write to
+a folder at a time.
 
-`pack_state` turns any nested state (an optimizer's `state_dict`, a NumPy generator's `bit_generator.state`) into those
-two forms and `unpack_state` turns it back, bit for bit.
+`pack_state` turns nested state (an optimizer's `state_dict`, a NumPy generator's `bit_generator.state`) into these two
+forms, and `unpack_state` turns it back, bit for bit.
 """
 
 from __future__ import annotations
@@ -45,30 +46,31 @@ _REPLACED = ".replaced-"
 def save_checkpoint(
     folder: str | os.PathLike[str], step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2
 ) -> Path:
-    """Write one checkpoint atomically, then drop what it makes superfluous.
+    """Write one checkpoint atomically, then remove those that are no longer needed.
 
-    The newest `keep` checkpoints stay. Steps beyond this one are removed too: they belong to a run that was rewound,
-    and would otherwise be taken for the newest. Saving a step again replaces it.
+    The newest `keep` checkpoints stay. Later steps are removed too: they belong to a run that was rewound, and would
+    otherwise be taken for the newest. Saving a step again replaces it.
 
     Args:
-        folder: parent of all checkpoints of one run; made if absent.
+        folder: parent of all checkpoints of one run; created if absent.
         step: training steps done, at least 0.
-        tensors: name -> tensor of any device and dtype; tensors that share memory are stored apart.
-        state: what JSON gives back unchanged (no tuples, keys are strings, numbers finite); `pack_state` makes it so.
-        keep: checkpoints to leave in the folder, at least 1.
+        tensors: name -> tensor of any device and dtype; tensors that share memory are stored separately.
+        state: values that JSON returns unchanged (no tuples, string keys, finite numbers), as `pack_state` makes them.
+        keep: checkpoints to keep in the folder, at least 1.
 
     Returns:
         folder/step-00001234.
 
     Raises:
-        ValueError, TypeError: for such a state, a tensor that is none, or a number out of range.
-        CheckpointError: if the disk refuses (full, read-only, not a folder); the checkpoints before stay as they were.
+        ValueError: if a number is out of range or not finite.
+        TypeError: if JSON would change the state, or a value of `tensors` is not a tensor.
+        CheckpointError: if the disk is full, read-only or not a folder; earlier checkpoints stay as they were.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"step must be at least 0 and keep at least 1, got step={step}, keep={keep}")
     body: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "state": dict(state)}
     if json.loads(json.dumps(body, allow_nan=False)) != body:
-        raise TypeError("state: JSON would change it (a tuple, or a key that is no string); put it through pack_state")
+        raise TypeError("state: JSON would change it (a tuple, or a key that is not a string); use pack_state")
     root, final = Path(folder), Path(folder) / f"step-{step:08d}"
     temporary, replaced = root / f"{_UNFINISHED}{final.name}", root / f"{_REPLACED}{final.name}"
     try:
@@ -91,8 +93,8 @@ def save_checkpoint(
         _prune(root, step, keep)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{final}: the checkpoint could not be written ({error}); free space or make the folder writable, then run "
-            "again: training resumes from the checkpoint before"
+            f"{final}: the checkpoint could not be written ({error}); free space or make the folder writable, then "
+            "rerun the command to resume from the checkpoint before"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -103,25 +105,25 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     """Read one checkpoint, after checking both files against their sizes and SHA-256.
 
     Args:
-        path: a folder that `save_checkpoint` returned or `latest_checkpoint` found.
+        path: a folder from `save_checkpoint` or `latest_checkpoint`.
 
     Returns:
-        (tensors on the CPU that no longer depend on the file, the caller's state).
+        (tensors on the CPU, independent of the file; the caller's state).
 
     Raises:
-        CheckpointError: if anything is missing, truncated, modified or of another format; names the file and a remedy.
+        CheckpointError: if a file is missing, truncated, modified or of another format; names the file and a remedy.
     """
     checkpoint = Path(path)
     body = _read_state(checkpoint / STATE_FILE)
     tensor_path = checkpoint / TENSOR_FILE
     expected = body["tensors"]
     try:
-        found = tensor_path.stat().st_size
-        if found != expected["bytes"]:
-            raise _damaged(tensor_path, f"holds {found} bytes instead of {expected['bytes']}")
+        num_bytes = tensor_path.stat().st_size
+        if num_bytes != expected["bytes"]:
+            raise _damaged(tensor_path, f"holds {num_bytes} bytes instead of {expected['bytes']}")
         if _file_digest(tensor_path) != expected["sha256"]:
             raise _damaged(tensor_path, "does not match the SHA-256 in its state.json")
-        # Cloned, for the loaded tensors are views of a memory map of the file.
+        # Cloned, because the loaded tensors are views of a memory map of the file.
         tensors = {name: tensor.clone() for name, tensor in load_file(tensor_path).items()}
     except (OSError, SafetensorError) as error:
         raise _damaged(tensor_path, f"cannot be read ({error})") from error
@@ -130,9 +132,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The finished checkpoint of the highest step, or None; clears away what a killed save left behind.
+    """The complete checkpoint of the highest step, or None. Also removes what a killed save left behind.
 
-    Call it only while no process saves to the folder.
+    No process may save to the folder at the same time.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -143,22 +145,22 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def remove_checkpoints(folder: str | os.PathLike[str]) -> None:
-    """Remove all checkpoints of a folder, finished or not: for a run that starts anew in the folder of another."""
+    """Remove all checkpoints of a folder, complete or not, for a new run in the folder of another."""
     if latest_checkpoint(folder) is not None:
         for path in _steps(Path(folder)).values():
             _remove(path)
 
 
 def pack_state(tree: Any, prefix: str) -> tuple[dict[str, Tensor], Any]:
-    """Split nested state into tensors by name and a skeleton for JSON; `unpack_state` is the exact inverse.
+    """Split nested state into tensors by name and a skeleton for JSON. `unpack_state` is the exact inverse.
 
     Dicts (keys: strings or integers), lists, tuples, tensors, NumPy arrays and scalars, None, bool, int, float
-    (infinite and NaN too) and str may nest freely; that covers `state_dict()` of torch's optimizers and schedulers, and
-    `Generator.bit_generator.state` of NumPy.
+    (including infinities and NaN) and str may nest freely. That covers `state_dict()` of torch's optimizers and
+    schedulers, and `Generator.bit_generator.state` of NumPy.
 
     Args:
         tree: the state.
-        prefix: starts every tensor's name, such as "optimizer.dense".
+        prefix: start of every tensor's name, such as "optimizer.dense".
 
     Raises:
         TypeError: for any other type, naming its place.
@@ -166,7 +168,7 @@ def pack_state(tree: Any, prefix: str) -> tuple[dict[str, Tensor], Any]:
     tensors: dict[str, Tensor] = {}
 
     def pack(value: Any, name: str) -> Any:
-        while name in tensors:  # {"a.b": …} beside {"a": {"b": …}}
+        while name in tensors:  # {"a.b": …} next to {"a": {"b": …}}
             name += "'"
         match value:
             case Tensor():
@@ -190,17 +192,17 @@ def pack_state(tree: Any, prefix: str) -> tuple[dict[str, Tensor], Any]:
             case dict() if all(type(key) in (int, str) for key in value):
                 return {"$dict": [[key, pack(item, f"{name}.{key}")] for key, item in value.items()]}
         raise TypeError(
-            f"{name}: a {type(value).__name__} cannot go into a checkpoint; turn it into numbers or tensors"
+            f"{name}: a {type(value).__name__} cannot be saved in a checkpoint; convert it to numbers or tensors"
         )
 
     return tensors, pack(tree, prefix)
 
 
 def unpack_state(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Put nested state together again from `pack_state`'s skeleton (through JSON) and the tensors by name.
+    """Rebuild nested state from the skeleton of `pack_state` (after JSON) and the tensors by name.
 
     Raises:
-        CheckpointError: if a tensor that the skeleton names is absent.
+        CheckpointError: if a tensor that the skeleton names is missing.
     """
     if isinstance(skeleton, list):
         return [unpack_state(item, tensors) for item in skeleton]
@@ -221,17 +223,17 @@ def unpack_state(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, no two of which share memory (safetensors refuses those), none copied without need."""
+    """Contiguous tensors, no two of which share memory (safetensors refuses those), copied only if necessary."""
     storable: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"tensors[{name!r}] is a {type(tensor).__name__}; put it into state, or through pack_state")
-        whole = tensor.detach().contiguous()
-        if whole.untyped_storage().data_ptr() in taken:
-            whole = whole.clone()
-        taken.add(whole.untyped_storage().data_ptr())
-        storable[name] = whole
+            raise TypeError(f"tensors[{name!r}] is a {type(tensor).__name__}; move it to state, or use pack_state")
+        own = tensor.detach().contiguous()
+        if own.untyped_storage().data_ptr() in taken:
+            own = own.clone()
+        taken.add(own.untyped_storage().data_ptr())
+        storable[name] = own
     return storable
 
 
@@ -241,27 +243,27 @@ def _read_state(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise _damaged(path, f"cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"is no JSON ({error})") from error
+        raise _damaged(path, f"is not valid JSON ({error})") from error
     if not isinstance(body, dict) or "format_version" not in body:
-        raise _damaged(path, "is not a checkpoint's state")
+        raise _damaged(path, "is not the state of a checkpoint")
     if body["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: has format {body['format_version']}, this version of vista reads {FORMAT_VERSION}; "
-            "resume with the version that wrote it"
+            f"{path}: has format {body['format_version']}, but this version of vista reads {FORMAT_VERSION}; resume "
+            "with the version that wrote it"
         )
     if body.pop("sha256", None) != _body_digest(body):
-        raise _damaged(path, "was modified or damaged: its own SHA-256 does not match")
+        raise _damaged(path, "was modified or damaged: its SHA-256 does not match")
     return body
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: {what}; remove the folder {path.parent} to resume from the checkpoint before it, or to start anew"
+        f"{path}: {what}; remove the folder {path.parent} to resume from the checkpoint before it, or to start again"
     )
 
 
 def _recover(root: Path) -> None:
-    """Remove what a killed save left behind, and bring back a checkpoint that it was about to replace."""
+    """Remove what a killed save left behind, and restore a checkpoint that it was about to replace."""
     for leftover in root.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(leftover)
     for replaced in root.glob(f"{_REPLACED}*"):
@@ -280,7 +282,7 @@ def _prune(root: Path, step: int, keep: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint so that a kill half-way leaves none that looks whole."""
+    """Remove a checkpoint so that a kill in between leaves nothing that looks complete."""
     doomed = path.with_name(f"{_UNFINISHED}removed-{path.name}")
     os.rename(path, doomed)
     shutil.rmtree(doomed)

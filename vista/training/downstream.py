@@ -1,9 +1,9 @@
-"""Downstream training: stage 2 and heads anew, over the summaries of a store, on a base that stays as it is.
+"""Downstream training: a new stage 2 and new heads over the summaries of a store. The base model stays as it is.
 
-The paper's downstream models: one summarizer, many models that read what it has stored. A downstream model keeps all
-that `VistaModel.summarizer_id` covers, so the base's stores serve it too. Its labels lie between the store's `until`
-and `data.validation_from`, and training reads the events from the last tail_len before them on, whatever the length of
-a history.
+These are the paper's downstream models: many models read the stored summaries of one summarizer. A downstream model
+keeps everything that `VistaModel.summarizer_id` covers, so the base's stores serve it too. Its labels lie between the
+store's `until` and `data.validation_from`. Training reads these events and the tail_len before them, regardless of the
+length of a history.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from vista.config import TrainConfig
 from vista.config.config_keys import value_text
 from vista.config.conversion import to_dict
 from vista.errors import ConfigError, LeakageError
-from vista.examples.batch_source import StoredSummaries
+from vista.examples.stored_summaries import StoredSummaries
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.log.until import parse_until
 from vista.model.inference import empty_summary
-from vista.model.ranking_model import Schema
+from vista.model.schema import Schema
 from vista.model.vista_model import STAGE1_KEYS, STAGE1_WEIGHTS, VistaModel
 from vista.refresh import check_log
 from vista.store.format.authentication import read_key
@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 KEPT_KEYS = (*STAGE1_KEYS, "activation", "embedding_rows", "embedding_hashes", "num_reconstruction_layers")
 """Fields of ModelConfig that must be the base's."""
 KEPT_WEIGHTS = (*STAGE1_WEIGHTS, "decoder.")
-"""How the names of the weights begin that are the base's. The decoder goes with the summaries that it reads."""
+"""Prefixes of the names of the weights that the base provides. The decoder belongs to the summaries that it reads."""
 
 
 class Downstream:
-    """A base model, and the generation of its store that training reads. A context manager: it closes the store."""
+    """A base model, and the generation of its store that training reads. A context manager that closes the store."""
 
     def __init__(self, config: TrainConfig, log: EventLog, base: VistaModel, store: StoreReader, since: int) -> None:
         self._config, self._log, self._base, self._store, self._since = config, log, base, store, since
@@ -60,22 +60,23 @@ class Downstream:
         """Open the base and the store of a configuration with stage=downstream.
 
         Raises:
-            ConfigError: the configuration or the log is not the base's.
-            LeakageError: the base was trained on, or the store was refreshed with, what `data.validation_from` hides.
-            SummarizerMismatchError: the store is of another summarizer.
-            CheckpointError, StoreError: missing or damaged.
+            ConfigError: if the configuration or the log does not fit the base.
+            LeakageError: if the base was trained on, or the store was refreshed with, events that
+                `data.validation_from` hides.
+            SummarizerMismatchError: if the store was written by another summarizer.
+            CheckpointError, StoreError: if the base or the store is missing or damaged.
         """
         assert config.base is not None and config.store is not None  # TrainConfig has checked
         base = VistaModel.from_pretrained(config.base)
         _check_model(config, base)
         check_log(base, log)
         end = split_until(config.data, "train").before
-        assert end is not None  # so is the split in time
+        assert end is not None  # stage=downstream requires a split in time
         trained = split_until(base.data, "train")
         if trained.before is None or trained.before > end:
             raise LeakageError(
-                f"base={config.base}: was trained on events until {trained}, so on labels that "
-                f"data.validation_from={config.data.validation_from} hides; train it with that data.validation_from, "
+                f"base={config.base}: was trained on events until {trained}, which include labels that "
+                f"data.validation_from={config.data.validation_from} hides; train it with this data.validation_from, "
                 "or an earlier one"
             )
         key = read_key(config.authentication_key_file)
@@ -102,7 +103,7 @@ class Downstream:
         self._store.close()
 
     def model(self, schema: Schema) -> VistaModel:
-        """The model to train: the base's weights frozen, stage 2 and the heads of `schema` anew."""
+        """The model to train: the base's weights, frozen, and a new stage 2 and heads for `schema`."""
         kept = replace(self._base.schema, tasks=schema.tasks, has_retrieval=schema.has_retrieval)
         model = VistaModel(self._config.model, kept, self._base.items, self._config.data)
         weights = {name: value for name, value in self._base.state_dict().items() if name.startswith(KEPT_WEIGHTS)}
@@ -121,10 +122,10 @@ class Downstream:
         }
 
     def _read(self, users: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Summaries [B, S, M] of user rows int64 [B]; a user without a record gets the empty history's.
+        """Summaries [B, S, M] of user rows int64 [B]; users without a record get that of an empty history.
 
         Raises:
-            LeakageError: a record has seen more than the store says, so perhaps a label.
+            LeakageError: if a record covers more than the store says, and so perhaps a label.
         """
         ids = self._log.users.ids(users)
         stored = self._store.get_many(ids)
@@ -132,9 +133,9 @@ class Downstream:
         if late.any():
             first = int(np.flatnonzero(late)[0])
             raise LeakageError(
-                f"user {ids.tolist()[first]!r}: the record in {self._store.path} has seen {stored.event_count[first]} "
+                f"user {ids.tolist()[first]!r}: the record in {self._store.path} covers {stored.event_count[first]} "
                 f"events, the last at {stored.last_event_ts[first]}, but of this log only {self._seen[users[first]]} "
-                f"lie before its until={self._since}; refresh the store from this log"
+                f"events lie before its until={self._since}; refresh the store from this log"
             )
         return np.where(stored.found[:, None, None], stored.summary, self._empty)
 
@@ -145,4 +146,4 @@ def _check_model(config: TrainConfig, base: VistaModel) -> None:
     if changed:
         differences = ", ".join(f"model.{key} ({kept[key]} -> {asked[key]})" for key in changed)
         words = " ".join(f"model.{key}={value_text(kept[key])}" for key in changed)
-        raise ConfigError(f"base={config.base}: stage 1 is kept, but this run has another {differences}; set {words}")
+        raise ConfigError(f"base={config.base}: stage 1 is kept, but this run changes {differences}; set {words}")

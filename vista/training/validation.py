@@ -1,4 +1,4 @@
-"""Validation during training: the protocol's questions, answered by the model with float32 summaries, no store."""
+"""Validation during training: the protocol's cases, answered by the model with float32 summaries and no store."""
 
 from __future__ import annotations
 
@@ -12,17 +12,8 @@ from numpy.typing import NDArray
 
 from vista.config import TrainConfig
 from vista.errors import NonFiniteLossError
-from vista.evaluation.protocol import (
-    EVENTS_READ,
-    ImpressionCases,
-    NextItemCases,
-    impression_cases,
-    impression_metrics,
-    next_item_cases,
-    rank_next_items,
-    ranking_metrics,
-    with_tasks,
-)
+from vista.evaluation.cases import ImpressionCases, NextItemCases, impression_cases, next_item_cases, with_tasks
+from vista.evaluation.protocol import EVENTS_PER_BATCH, impression_metrics, rank_next_items, ranking_metrics
 from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
@@ -30,23 +21,31 @@ from vista.log.histories import Histories, token_groups
 from vista.log.splits import split_until, visible_counts
 from vista.model import inference
 from vista.model.baselines.history_model import HistoryModel
+from vista.model.padded_tail import PaddedTail, pad_tail
 from vista.model.ranking_model import RankingModel
-from vista.model.target_attention import Context
+from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 
 Int = NDArray[np.int64]
 Floats = NDArray[np.float32]
 CASES_PER_BATCH = 512
 
-_ContextOf = Callable[[Int, inference.PaddedTail], Context]
-"""Of rows of users int64 [B] and their tails."""
+_ContextOf = Callable[[Int, PaddedTail], TargetContext]
+"""(rows of users int64 [B], their tails) -> their contexts."""
 
 
 class Validation:
-    """Validation metrics of a model; the cases are chosen once."""
+    """Validation metrics of a model. The cases are chosen once."""
 
-    def __init__(self, log: EventLog, item_rows: Int, config: TrainConfig) -> None:
-        self._log, self._item_rows = log, item_rows
+    def __init__(
+        self, log: EventLog, item_rows: Int, config: TrainConfig, *, events_per_batch: int = EVENTS_PER_BATCH
+    ) -> None:
+        """
+        Args:
+            item_rows: int64 [log.num_items], the model row of each of the log's items.
+            events_per_batch: most events of histories that are read at once (a longer history is read alone).
+        """
+        self._log, self._item_rows, self._events_per_batch = log, item_rows, events_per_batch
         self._exclude_seen = config.data.exclude_seen
         optim, limit = config.optim, config.optim.validation_users
         until = split_until(config.data, "validation")
@@ -62,8 +61,8 @@ class Validation:
             cases = next_item_cases(log, self._cut, stop, max_users=limit)
             self._next = cases if len(cases.user) else None
         self.metric = self._deciding_metric()
-        """What decides which model is best: NE of the first task that has labels of both kinds (smaller is better),
-        else NDCG@10; empty where the log has no case of either."""
+        """The metric that decides which model is best: NE of the first task with labels of both kinds (smaller is
+        better), else NDCG@10; empty if the log has no cases."""
 
     def _deciding_metric(self) -> str:
         if (cases := self._impressions) is not None:
@@ -73,7 +72,7 @@ class Validation:
         return "ndcg@10" if self._next is not None else ""
 
     def better(self, value: float, best: float | None) -> bool:
-        """Whether a value of `metric` is better than the best so far (None: there is none yet)."""
+        """Whether a value of `metric` is better than the best so far; None means that there is no best yet."""
         if best is None:
             return True
         return value < best if self.metric != "ndcg@10" else value > best
@@ -94,11 +93,12 @@ class Validation:
                 exclude_seen=self._exclude_seen,
                 users_per_batch=CASES_PER_BATCH,
                 progress=False,
+                events_per_batch=self._events_per_batch,
             )
             metrics |= ranking_metrics(ranks, [10])
         if self._impressions is not None:
-            found = self._finite(probabilities(self._impressions), self._impressions.user)
-            metrics |= impression_metrics(self._impressions, found)
+            predicted = self._finite(probabilities(self._impressions), self._impressions.user)
+            metrics |= impression_metrics(self._impressions, predicted)
         model.train(was_training)
         return metrics
 
@@ -114,7 +114,7 @@ class Validation:
         )
         summaries = self._summaries(model, users)
 
-        def context(user: Int, tail: inference.PaddedTail) -> Context:
+        def context(user: Int, tail: PaddedTail) -> TargetContext:
             own = torch.from_numpy(np.searchsorted(users, user)).to(model.device)
             return inference.request_context(model, summaries[own], tail)
 
@@ -122,17 +122,17 @@ class Validation:
         return partial(self._scores, model, context, items), partial(self._probabilities, model, context)
 
     def _summaries(self, model: VistaModel, users: Int) -> torch.Tensor:
-        """Of many users, a few histories at a time: whole lives may be long."""
-        groups = [users[part] for part in token_groups(self._cut[users], EVENTS_READ)]
+        """Summaries of many users, computed for a few at a time because histories may be long."""
+        groups = [users[part] for part in token_groups(self._cut[users], self._events_per_batch)]
         histories = (self._model_rows(self._log.gather(group, self._cut[group])) for group in groups)
         return torch.cat([inference.summarize(model, each) for each in histories])
 
     def _model_rows(self, histories: Histories) -> Histories:
         return dataclasses.replace(histories, item=self._item_rows[histories.item].astype(np.int32))
 
-    def _tail(self, model: VistaModel, users: Int, seen: Int) -> inference.PaddedTail:
+    def _tail(self, model: VistaModel, users: Int, seen: Int) -> PaddedTail:
         tail = self._log.gather_ranges(users, seen - model.config.tail_len, seen)
-        return inference.pad_tail(
+        return pad_tail(
             model, self._item_rows[tail.item], np.asarray(tail.timestamp), np.asarray(tail.action), tail.offsets
         )
 
@@ -163,7 +163,7 @@ class Validation:
         if len(bad):
             named = self._log.users.ids(np.unique(bad)[:20]).tolist()
             raise NonFiniteLossError(
-                f"validation: the scores of users {named} are not finite; lower optim.learning_rate, or look at these "
-                "users' features"
+                f"validation: the scores of users {named} are not finite; lower optim.learning_rate, or look at the "
+                "features of these users"
             )
         return scores

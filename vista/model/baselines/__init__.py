@@ -1,1 +1,1 @@
-"""Baselines in the same harness: one file each, trained and measured as VISTA is (docs/explanation/models.md)."""
+"""Baselines, one file each, trained and measured by the same harness as VISTA (docs/explanation/models.md)."""

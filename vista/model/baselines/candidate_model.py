@@ -1,14 +1,13 @@
-"""Baselines in which each candidate picks among the user's raw events before the request: DIN, SIM and TWIN.
+"""Baselines in which each candidate picks events of the user's raw history before the request: DIN, SIM and TWIN.
 
-All candidates of a batch, or of its requests, are queries over packed histories: `find` names the events that a query
-reads, `interest` makes one vector of them, and a network ranks. So nothing holds more of a query than the K events that
-it found. They learn from labelled impressions alone. Letters: B histories, T packed events, R rows of an item table, N
-queries, K found events, C candidates, M model dim.
+The candidates of a batch, or of some requests, are queries over packed histories. `find` names the events that a query
+reads, `interest` makes one vector of them, and a network ranks. So memory grows with the K events that a query finds,
+not with its history. These baselines learn only from labeled impressions. Letters: B histories, T packed events, N
+queries, K found events, U events found by any query, C candidates, M model dim.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,71 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.examples.cuts import Batch
+from vista.examples.batch import Batch
 from vista.log.gaps import NUM_GAPS
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.history_model import (
-    HistoryModel,
-    Int,
-    ShownCandidates,
-    in_place,
-    time_bucket,
-    weighted_losses,
-)
+from vista.model.baselines.history_model import HistoryModel, Int, time_bucket, weighted_losses
+from vista.model.baselines.packed_events import EventQueries, FoundEvents, PackedEvents
+from vista.model.baselines.shown_candidates import ShownCandidates, in_place
 from vista.model.inference import newest
 from vista.model.layers import Dropout
-from vista.model.losses import task_losses
-from vista.model.ranking_model import Losses, Schema
+from vista.model.losses import Losses, task_losses
+from vista.model.schema import Schema
 
 HIDDEN = (200, 80)
 """Widths of the networks that DIN and SIM were published with."""
-FOUND_AT_ONCE = 1 << 16
-"""Found events whose vectors are gathered in one piece."""
-
-
-@dataclass(frozen=True, slots=True)
-class PackedEvents:
-    """Packed histories: item int64 [T] rows of table [R, M], the vectors of items, and of rows int64 [R], the model's;
-    action int64 [T]; rating float32 [T] or None; clock int64 [T] what ages are differences of, ms; offsets int64 [B+1].
-    """
-
-    table: Tensor
-    rows: Tensor
-    item: Tensor
-    action: Tensor
-    rating: Tensor | None
-    clock: Tensor
-    offsets: Tensor
-
-    def newest_clock(self, queries: Queries) -> Tensor:
-        """int64 [N]: the clock of the newest event that each query sees; any number where it sees none."""
-        if len(self.clock) == 0:
-            return torch.zeros_like(queries.seen)
-        return self.clock[(self.offsets[queries.history] + queries.seen - 1).clamp(min=0)]
-
-
-@dataclass(frozen=True, slots=True)
-class Queries:
-    """Candidates that ask: vectors [N, M] and model rows item int64 [N]; history int64 [N], sorted; seen int64 [N] of
-    its events, the oldest ones."""
-
-    vectors: Tensor
-    item: Tensor
-    history: Tensor
-    seen: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class FoundEvents:
-    """Events that queries read: index int64 [N, K] into the packed events; valid bool [N, K]."""
-
-    index: Tensor
-    valid: Tensor
 
 
 class CandidateModel(HistoryModel):
-    """Queries, the network over their interests, losses and requests; an architecture adds how events are picked."""
+    """Queries, the network over their interests, losses and requests. An architecture adds how events are picked."""
+
+    found_at_once: int = 1 << 16
+    """Found events whose vectors are gathered at once."""
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
@@ -88,98 +43,111 @@ class CandidateModel(HistoryModel):
 
     # What an architecture adds -----------------------------------------------------------------------------------
 
-    def find(self, events: PackedEvents, queries: Queries) -> FoundEvents:
+    def find(self, events: PackedEvents, queries: EventQueries) -> FoundEvents:
         """The events that each query reads, of the newest `history_limit` that it sees."""
         raise NotImplementedError
 
     def memory(self, items: Tensor, vectors: Tensor, action: Tensor) -> Any:
-        """What `interest` reads of U events, found by whichever query.
+        """What `interest` reads of the U events that any query found.
 
         Args:
-            items: [U, M] vectors of their items; vectors: [U, M] of all their fields but time; action: int64 [U].
+            items: [U, M] vectors of their items.
+            vectors: [U, M] of all their fields except time.
+            action: int64 [U].
         """
         raise NotImplementedError
 
     def interest(self, query: Tensor, memory: Any, place: Tensor, age: Tensor, valid: Tensor) -> Tensor:
-        """One vector [N, M] of what each query found; 0 where it found nothing.
+        """One vector [N, M] of the events that each query found; 0 if it found none.
 
         Args:
-            query: [N, M]; memory: from `memory`; place: int64 [N, K] rows of it.
+            query: [N, M].
+            memory: from `memory`.
+            place: int64 [N, K] rows of it.
             age: int64 [N, K] log buckets of the time from an event to the newest that the query sees.
             valid: bool [N, K].
         """
         raise NotImplementedError
 
-    def search_logits(self, events: PackedEvents, queries: Queries) -> Tensor | None:
-        """Task logits [N, num_tasks] of a search that is trained by a loss of its own; None without one."""
+    def search_logits(self, events: PackedEvents, queries: EventQueries) -> Tensor | None:
+        """Task logits [N, num_tasks] of a search that is trained by its own loss; None without one."""
         return None
 
-    # Both ----------------------------------------------------------------------------------------------------------
+    # Training and requests -----------------------------------------------------------------------------------------
 
-    def logits(self, events: PackedEvents, queries: Queries) -> Tensor:
+    def logits(self, events: PackedEvents, queries: EventQueries) -> Tensor:
         """Task logits [N, num_tasks]."""
-        found = self.find(events, queries)
-        is_used = torch.zeros(len(events.item), dtype=torch.bool, device=found.index.device)
-        is_used[found.index] = True
+        picked = self.find(events, queries)
+        is_used = torch.zeros(len(events.item), dtype=torch.bool, device=picked.index.device)
+        is_used[picked.index] = True
         used = is_used.nonzero().squeeze(-1)
-        place = (is_used.cumsum(0) - 1)[found.index]
-        age = time_bucket(events.newest_clock(queries)[:, None] - events.clock[found.index])
+        place = (is_used.cumsum(0) - 1)[picked.index]
+        age = time_bucket(events.newest_clock(queries)[:, None] - events.clock[picked.index])
         items, rating = events.table[events.item[used]], None if events.rating is None else events.rating[used]
-        # An event's gap to the one before would depend on where a window begins; ages, per query, do not.
+        # The gap to the event before would depend on where a window begins. Ages depend on the query only.
         vectors = self.encoder(items, events.action[used], None, rating)
         memory = self.memory(items * self.scale, vectors * self.scale, events.action[used])
         parts = [queries.vectors.new_empty(0, len(self.schema.tasks))]
-        step = max(1, FOUND_AT_ONCE // max(1, place.shape[1]))
+        step = max(1, self.found_at_once // max(1, place.shape[1]))
         for low in range(0, len(place), step):
             part = slice(low, low + step)
             query = queries.vectors[part]
-            interest = self.interest(query, memory, place[part], age[part], found.valid[part])
+            interest = self.interest(query, memory, place[part], age[part], picked.valid[part])
             parts.append(self.network(torch.cat([interest, query, interest * query], -1)))
         return torch.cat(parts)
 
     @property
     def scale(self) -> float:
-        """Of item vectors, which start small."""
+        """Factor of item vectors, which start small."""
         return float(self.config.dim**0.5)
 
     def clock(self, time: Tensor) -> Tensor:
-        """int64 [T]: times in ms; without times the order of events, a second each, so that ages count events."""
+        """int64 [T] ms. Without times, events are a second apart, so that ages count events."""
         return time if self.encoder.gap is not None else torch.arange(len(time), device=time.device) * 1000
-
-    # Training ------------------------------------------------------------------------------------------------------
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         shown = ShownCandidates.of(batch)
         if len(shown.place) == 0:
             return weighted_losses(self, batch, optim, None, None)
-        clock = self.clock(batch.clock)
-        events = PackedEvents(item_vectors, batch.rows, batch.item, batch.action, batch.rating, clock, batch.offsets)
+        events = PackedEvents(
+            table=item_vectors,
+            rows=batch.rows,
+            item=batch.events.item,
+            action=batch.events.action,
+            rating=batch.events.rating,
+            clock=self.clock(batch.events.clock),
+            offsets=batch.events.offsets,
+        )
         vectors, gap = item_vectors[shown.item], self.encoder.gap_vectors(shown.gap)
         vectors = (vectors if gap is None else vectors + gap) * self.scale
-        queries = Queries(vectors, batch.rows[shown.item], shown.chunk, shown.seen)
-        found = weighted_losses(self, batch, optim, None, in_place(self.logits(events, queries), shown.place, batch))
+        queries = EventQueries(vectors, batch.rows[shown.item], shown.chunk, shown.seen)
+        losses = weighted_losses(self, batch, optim, None, in_place(self.logits(events, queries), shown.place, batch))
         search = self.search_logits(events, queries)
         if search is None:
-            return found
-        losses = task_losses(in_place(search, shown.place, batch), batch.candidate_label, batch.candidate_mask).sum()
-        return Losses(found.total + optim.task_weight * losses, {**found.parts, "search_unit": losses})
-
-    # Requests ------------------------------------------------------------------------------------------------------
+            return losses
+        impressions = batch.impressions
+        search_loss = task_losses(in_place(search, shown.place, batch), impressions.label, impressions.mask).sum()
+        return Losses(losses.total + optim.task_weight * search_loss, {**losses.parts, "search_unit": search_loss})
 
     @torch.inference_mode()
     def candidate_logits(self, histories: Histories, candidates: Tensor, now: Int | None) -> Tensor:
         histories = newest(histories, self.config.history_limit)
-        rating = None if histories.rating is None else self._tensor(histories.rating)
-        clock = self.clock(self._tensor(np.asarray(histories.timestamp)))
         rows, item = torch.unique(self._tensor(histories.item).long(), return_inverse=True)
-        action, offsets = self._tensor(histories.action).long(), self._tensor(histories.offsets)
-        events = PackedEvents(self.item_vectors(rows), rows, item, action, rating, clock, offsets)
+        events = PackedEvents(
+            table=self.item_vectors(rows),
+            rows=rows,
+            item=item,
+            action=self._tensor(histories.action).long(),
+            rating=None if histories.rating is None else self._tensor(histories.rating),
+            clock=self.clock(self._tensor(np.asarray(histories.timestamp))),
+            offsets=self._tensor(histories.offsets),
+        )
         vectors, gap = self.item_vectors(candidates), self.request_gap(histories, now)
         vectors = (vectors if gap is None else vectors + gap[:, None]) * self.scale
         count = candidates.shape[1]
         history = torch.arange(histories.num_users, device=self.device).repeat_interleave(count)
         seen = events.offsets.diff().repeat_interleave(count)
-        queries = Queries(vectors.flatten(0, 1), candidates.flatten(), history, seen)
+        queries = EventQueries(vectors.flatten(0, 1), candidates.flatten(), history, seen)
         return self.logits(events, queries).view(*candidates.shape, -1)
 
 
@@ -193,7 +161,7 @@ def network(width: int, num_tasks: int, dropout: float) -> nn.Sequential:
 
 
 def age_table(dim: int) -> nn.Embedding:
-    """[NUM_GAPS, dim] by log bucket of an event's age; small, as vectors of items times `scale` are."""
+    """[NUM_GAPS, dim] by log bucket of an event's age. It starts as small as item vectors times `scale`."""
     table = nn.Embedding(NUM_GAPS, dim)
     nn.init.normal_(table.weight, std=0.02 * dim**0.5)
     return table

@@ -1,11 +1,9 @@
-"""What baselines share: they read the raw history at every request, and keep nothing of it between two.
+"""What baselines share: they read the raw history at every request, and keep nothing between requests.
 
 Letters: B users, N impressions, C candidates, M model dim.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,30 +12,37 @@ from torch import Tensor
 
 from vista.config import OptimConfig
 from vista.errors import ConfigError
-from vista.examples.cuts import Batch
+from vista.examples.batch import Batch
 from vista.log.gaps import NUM_GAPS, UNKNOWN_GAP, gap_bucket
 from vista.log.histories import Histories
-from vista.model.losses import sampled_softmax, task_losses
-from vista.model.ranking_model import Losses, RankingModel
+from vista.model.baselines.padded_tiles import TILE_TOKENS
+from vista.model.losses import Losses, sampled_softmax, task_losses
+from vista.model.ranking_model import RankingModel
 
 Int = NDArray[np.int64]
 
 
 class HistoryModel(RankingModel):
-    """A baseline: asked with histories instead of summaries."""
+    """A baseline, whose requests bring histories instead of summaries."""
+
+    tile_tokens: int = TILE_TOKENS
+    """Most tokens in a tile of histories that are encoded or searched at once."""
 
     def user_vectors(self, histories: Histories, now: Int | None) -> Tensor:
         """Unit vectors [B, M] of the retrieval head.
 
         Args:
             histories: items as model rows (`item_rows`).
-            now: int64 [B] ms of the requests; None where unknown.
+            now: int64 [B] ms of the requests; None if unknown.
 
         Raises:
-            ConfigError: of an architecture that ranks candidates only.
+            ConfigError: if the architecture only ranks candidates.
         """
         name = self.config.architecture.value
-        raise ConfigError(f"model.architecture={name}: ranks candidates only, and has no user vectors")
+        raise ConfigError(
+            f"model.architecture={name}: only ranks candidates, without user vectors; train an architecture that ranks "
+            "next items, such as model=sasrec"
+        )
 
     def candidate_logits(self, histories: Histories, candidates: Tensor, now: Int | None) -> Tensor:
         """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows)."""
@@ -57,41 +62,6 @@ class HistoryModel(RankingModel):
         return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(self.device)
 
 
-@dataclass(frozen=True, slots=True)
-class ShownCandidates:
-    """Labelled impressions [N] of a batch, sorted by chunk; all int64."""
-
-    item: Tensor
-    """Rows of `batch.rows`."""
-    gap: Tensor
-    """Buckets of the time from the newest event seen to the request."""
-    chunk: Tensor
-    seen: Tensor
-    """Events of the chunk that came before the request."""
-    place: Tensor
-    """Flat index into the batch's [NW, I]."""
-
-    @classmethod
-    def of(cls, batch: Batch) -> ShownCandidates:
-        place = batch.candidate_mask.any(-1).flatten().nonzero().squeeze(-1)
-        window = place // max(batch.candidate.shape[1], 1)
-        chunk_start = batch.cut_start[batch.window_cut[window]]
-        # The tail's last W columns are the events before each position of its window.
-        column = batch.tail_index.shape[1] - batch.label.shape[1] + batch.candidate_position.flatten()[place]
-        last = batch.tail_index[window, column]
-        seen = torch.where(last >= 0, last + 1 - chunk_start, 0)
-        # Chunks without events share a start; which of them it is does not matter, but at the end there must be one.
-        chunk = torch.searchsorted(batch.offsets, chunk_start, right=True) - 1
-        chunk = chunk.clamp(max=len(batch.offsets) - 2)
-        return cls(batch.candidate.flatten()[place], batch.candidate_gap.flatten()[place], chunk, seen, place)
-
-
-def in_place(logits: Tensor, place: Tensor, batch: Batch) -> Tensor:
-    """Logits [N, num_tasks] at their flat places int64 [N] of the batch's [NW, I, num_tasks]; 0 elsewhere."""
-    flat = logits.new_zeros(batch.candidate.numel(), logits.shape[1]).index_copy(0, place, logits)
-    return flat.view(*batch.candidate.shape, -1)
-
-
 def time_bucket(gap_ms: Tensor) -> Tensor:
     """`vista.log.gaps.gap_bucket` of int64 tensors."""
     seconds = gap_ms.clamp(min=0).to(torch.float64) / 1000
@@ -101,22 +71,27 @@ def time_bucket(gap_ms: Tensor) -> Tensor:
 def weighted_losses(
     model: RankingModel, batch: Batch, optim: OptimConfig, next_loss: Tensor | None, logits: Tensor | None
 ) -> Losses:
-    """Total and parts of what a baseline trains: the next item, and the labels of impressions [NW, I, num_tasks]."""
+    """The losses of a baseline.
+
+    Args:
+        next_loss: of next items, if they are trained.
+        logits: [NW, I, num_tasks] of impressions, if they are trained.
+    """
     parts: dict[str, Tensor] = {}
     total = model.item_table.new_zeros((), dtype=torch.float32)
     if next_loss is not None:
         parts["next"] = next_loss
         total = total + optim.next_weight * next_loss
     if logits is not None:
-        losses = task_losses(logits, batch.candidate_label, batch.candidate_mask)
+        losses = task_losses(logits, batch.impressions.label, batch.impressions.mask)
         parts.update(zip(model.schema.tasks, losses, strict=True))
         total = total + optim.task_weight * losses.sum()
     return Losses(total, parts)
 
 
 def next_loss(batch: Batch, item_vectors: Tensor, users: Tensor, label: Tensor, temperature: float) -> Tensor:
-    """Sampled softmax of unit user vectors [N, M] for their labels int64 [N], as VISTA's."""
+    """Sampled softmax of unit user vectors [N, M] for their labels int64 [N], as in VISTA."""
     unit = torch.nn.functional.normalize(item_vectors, dim=-1)
     return sampled_softmax(
-        users, unit, label, batch.negatives, batch.negative_log_weight, temperature, batch.logit_adjustment
+        users, unit, label, batch.negatives.item, batch.negatives.log_weight, temperature, batch.logit_adjustment
     )

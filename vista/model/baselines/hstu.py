@@ -10,16 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
+from vista.config.choices import Architecture
 from vista.log.gaps import NUM_GAPS
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.history_model import time_bucket
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.layers import Dropout, module_list, norm, split_heads
-from vista.model.ranking_model import Schema
+from vista.model.schema import Schema
 from vista.model.target_layers import MASKED
-
-QUERIES_AT_ONCE = 256
-"""Events of a history that attend at a time: so a long history needs no matrix of all its pairs for every head."""
 
 Memory = list[tuple[Tensor, Tensor]]
 """Keys and values [n, H, L, D] of each layer."""
@@ -27,6 +25,10 @@ Memory = list[tuple[Tensor, Tensor]]
 
 class HSTU(SequenceModel):
     """Layers of U * norm(SiLU(Q K^T + bias) V / N): no softmax, no feed-forward network."""
+
+    architecture = Architecture.hstu
+    queries_at_once: int = 256
+    """Events of a history that attend at once, so that a long history needs no matrix of all pairs for every head."""
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
@@ -38,10 +40,11 @@ class HSTU(SequenceModel):
     def states(self, x: Tensor, time: Tensor) -> tuple[Tensor, tuple[Memory, Tensor]]:
         length = x.shape[1]
         step = torch.arange(length, device=x.device)
-        blocks = [slice(start, min(start + QUERIES_AT_ONCE, length)) for start in range(0, length, QUERIES_AT_ONCE)]
+        size = self.queries_at_once
+        blocks = [slice(start, min(start + size, length)) for start in range(0, length, size)]
         buckets: list[Tensor | None] = [None] * len(blocks)
         if self.encoder.gap is not None:
-            # In a byte each: of a long history they are all that grows with the square of its length.
+            # One byte each: nothing else grows with the square of a history's length.
             gaps = (time[:, rows, None] - time[:, None, : rows.stop] for rows in blocks)
             buckets = [time_bucket(gap).to(torch.uint8) for gap in gaps]
         memory: Memory = []
@@ -60,7 +63,7 @@ class HSTU(SequenceModel):
     def impression_logits(
         self, states: Tensor, memory: tuple[Memory, Tensor] | None, candidates: Tensor, seen: Tensor
     ) -> Tensor:
-        """A candidate goes through the layers as an event after those that it sees, and sees itself."""
+        """A candidate passes through the layers like an event after those that it sees, and also sees itself."""
         assert self.task_head is not None
         length = states.shape[1] - 1
         x = candidates * self.config.dim**0.5
@@ -70,9 +73,9 @@ class HSTU(SequenceModel):
         hidden = distance < 1
         bucket = None
         if time is not None and self.encoder.gap is not None:
-            # The gap to the request is the candidate's own; older events are dated from the newest that it sees.
-            newest = time.gather(1, (seen - 1).clamp(min=0))
-            bucket = time_bucket(newest[:, :, None] - time[:, None])
+            # The candidate carries the gap to the request. Events are dated from the newest that it sees.
+            newest_time = time.gather(1, (seen - 1).clamp(min=0))
+            bucket = time_bucket(newest_time[:, :, None] - time[:, None])
         for layer, held in zip(self.layers, layers, strict=True):
             query, key, value, gate = layer.project(x)
             own_bias = layer.bias(seen.new_zeros(1, 1), seen.new_ones(1, 1, 1))
@@ -107,7 +110,7 @@ class HSTULayer(nn.Module):
         return query, key, value, gate
 
     def bias(self, distance: Tensor, bucket: Tensor | None) -> Tensor:
-        """[n or none, H, Q, L] of distance int64 [n or none, Q, L] and bucket, uint8 or int64 [n, Q, L]."""
+        """Bias [n, H, Q, L] of distance int64 [n, Q, L] and bucket uint8 or int64 [n, Q, L]; n may be missing."""
         bias = _look_up(self.position_bias, distance)
         if self.time_bias is not None and bucket is not None:
             bias = bias + _look_up(self.time_bias, bucket.long())
@@ -115,7 +118,7 @@ class HSTULayer(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
         """[n, H, Q, D] of Q queries over L events; hidden bool [Q, L] or [n, Q, L]."""
-        mask = torch.where(hidden, MASKED, 0.0).to(bias.dtype)  # added: filling in goes an element at a time
+        mask = torch.where(hidden, MASKED, 0.0).to(bias.dtype)  # added, because masked_fill is slow on CPUs
         bias = bias + (mask if hidden.dim() == 2 else mask[:, None])
         return F.silu(query @ key.transpose(2, 3) + bias) @ value / self.limit
 

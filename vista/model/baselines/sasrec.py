@@ -10,17 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
+from vista.config.choices import Architecture
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.layers import Dropout, module_list, norm, split_heads
-from vista.model.ranking_model import Schema
+from vista.model.schema import Schema
 
 LONGEST_HELD = 1024
-"""Events of a history whose scores are all held at once."""
+"""Longest history whose attention scores are all held at once."""
 
 
 class SASRec(SequenceModel):
     """Blocks of causal softmax attention and a point-wise network of two layers."""
+
+    architecture = Architecture.sasrec
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
@@ -40,10 +43,10 @@ class SASRec(SequenceModel):
         return normed, None
 
     def impression_logits(self, states: Tensor, memory: None, candidates: Tensor, seen: Tensor) -> Tensor:
-        """A network over state, candidate and their product: the publication ranks by their inner product alone."""
+        """A network over state, candidate and their product. (The publication ranks by their inner product.)"""
         assert self.task_head is not None
         user = states.gather(1, seen[..., None].expand(-1, -1, states.shape[2]))
-        candidates = candidates * self.config.dim**0.5  # as events enter
+        candidates = candidates * self.config.dim**0.5  # scaled like events
         logits: Tensor = self.task_head(torch.cat([user, candidates, user * candidates], -1))
         return logits
 
@@ -51,8 +54,8 @@ class SASRec(SequenceModel):
 def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention of [n, H, L, D], each position over itself and those before it.
 
-    torch's fused attention takes 5 times as long backward on a CPU, at 200 events and heads of 16, but does not hold
-    [n, H, L, L]: it is for long histories, and for GPUs.
+    On a CPU the backward pass of torch's fused attention takes 5 times as long, at 200 events and heads of 16. But it
+    does not hold [n, H, L, L], so it is used for long histories and on GPUs.
     """
     length = query.shape[2]
     if length > LONGEST_HELD or query.device.type != "cpu":

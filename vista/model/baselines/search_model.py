@@ -1,7 +1,7 @@
-"""Two-stage baselines: a search over the whole history names K events, and attention reads these: SIM and TWIN.
+"""Two-stage baselines: a search over the whole history names K events, and attention reads them: SIM and TWIN.
 
-Letters: n histories of a tile, L events, C queries a history, R distinct items of a tile, N queries, K found events, H
-heads, D head dim, M model dim.
+Letters: n histories of a tile, L events, C queries per history, R distinct items of a tile, N queries, K found events,
+H heads, D head dim, M model dim.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vista.model.baselines.candidate_model import CandidateModel, FoundEvents, PackedEvents, Queries
+from vista.model.baselines.candidate_model import CandidateModel
+from vista.model.baselines.packed_events import EventQueries, FoundEvents, PackedEvents
 from vista.model.baselines.padded_tiles import PaddedTile, tiles
 from vista.model.layers import split_heads
 
-SCORES_AT_ONCE = 1 << 22
-"""Scores of a search that are held at once (those of one query are, however many)."""
-
 
 class SearchModel(CandidateModel):
-    """The search; an architecture adds what it scores by, and the attention."""
+    """The search. An architecture adds what it scores by, and the attention."""
+
+    scores_at_once: int = 1 << 22
+    """Scores of a search that are held at once (those of one query always are)."""
 
     # What an architecture adds -----------------------------------------------------------------------------------
 
@@ -31,17 +32,17 @@ class SearchModel(CandidateModel):
         raise NotImplementedError
 
     def search_bias(self, action: Tensor, age_ms: Tensor) -> Tensor | None:
-        """What is added to scores [n, C, L], of action int64 [n, 1, L] and age int64 [n, C, L]; None: nothing."""
+        """Added to scores [n, C, L], of action int64 [n, 1, L] and age int64 [n, C, L]; None adds nothing."""
         return None
 
     # The search ----------------------------------------------------------------------------------------------------
 
-    def find(self, events: PackedEvents, queries: Queries) -> FoundEvents:
+    def find(self, events: PackedEvents, queries: EventQueries) -> FoundEvents:
         """The events that `search` names, a tile of histories at a time."""
         longest = int(events.offsets.diff().max())
         index = queries.seen.new_zeros(len(queries.seen), min(self.config.search_top_k, longest))
         valid = torch.zeros_like(index, dtype=torch.bool)
-        for tile in tiles(events.offsets.cpu().numpy(), index.device):
+        for tile in tiles(events.offsets.cpu().numpy(), index.device, self.tile_tokens):
             entries = tile.entries(queries.history)
             if entries is None or tile.index.shape[1] == 0:
                 continue
@@ -53,21 +54,27 @@ class SearchModel(CandidateModel):
         return FoundEvents(index, valid)
 
     @torch.no_grad()
-    def search(self, events: PackedEvents, tile: PaddedTile, queries: Queries, row: Tensor) -> tuple[Tensor, Tensor]:
-        """The `search_top_k` events of highest score for the queries at row [n, C] of a tile.
+    def search(
+        self, events: PackedEvents, tile: PaddedTile, queries: EventQueries, row: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The `search_top_k` events with the highest scores.
+
+        Args:
+            row: int64 [n, C] queries of each of the tile's histories.
 
         Returns:
-            their places in the tile's histories, int64 [n, C, k], and whether they are events that a query sees, bool.
+            (places int64 [n, C, k] in the tile's histories, bool [n, C, k]: False for events that the query must not
+            see).
         """
         n, length = tile.index.shape
         count = min(self.config.search_top_k, length)
-        # A score's first part belongs to the item: events of one item have the same one, bit for bit.
+        # The first part of a score depends on the item only, so events of one item share it, bit for bit.
         distinct, place = torch.unique(events.item[tile.index], return_inverse=True)
         newest_clock, places, visible = events.newest_clock(queries), [], []
-        # Under autocast scores of bfloat16 would decide in training, and of float32 in serving.
+        # Under autocast, training would pick events by bfloat16 scores and serving by float32 scores.
         with torch.autocast(row.device.type, enabled=False):
             key = self.search_key(events.table[distinct] * self.scale)
-            for part in torch.split(row, max(1, SCORES_AT_ONCE // (n * max(length, len(distinct)))), 1):
+            for part in torch.split(row, max(1, self.scores_at_once // (n * max(length, len(distinct)))), 1):
                 hidden = self.hidden(queries.seen[part], length)
                 score = (self.search_query(queries.vectors[part]) @ key.t()).gather(2, place[:, None].expand_as(hidden))
                 age = newest_clock[part][..., None] - events.clock[tile.index][:, None]
@@ -78,23 +85,23 @@ class SearchModel(CandidateModel):
         return torch.cat(places, 1), torch.cat(visible, 1)
 
     def hidden(self, seen: Tensor, length: int) -> Tensor:
-        """bool [n, C, L]: later than the `seen` int64 [n, C] first events, or before the newest `history_limit`."""
+        """bool [n, C, L]: events after the first `seen` int64 [n, C], or before the newest `history_limit` of these."""
         step, seen = torch.arange(length, device=seen.device), seen[..., None]
         late = step >= seen
         return late | (step < seen - self.config.history_limit) if self.config.history_limit else late
 
 
 def newest_of_highest(score: Tensor, count: int) -> Tensor:
-    """int64 [..., count]: places of the highest scores [..., L], in float32; of equal ones the last."""
+    """int64 [..., count]: places of the highest scores [..., L], in float32; of equal scores the last ones."""
     bits = score.float().view(torch.int32)
-    # As integers, floats of one sign are in order; negative ones fall where they should rise.
+    # As integers, positive floats have their own order, and negative ones the reverse.
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     unequal = (ordered << 32) | torch.arange(score.shape[-1], device=score.device)
     return unequal.topk(count).indices
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, valid: Tensor, num_heads: int) -> Tensor:
-    """Multi-head target attention [N, M]; 0 where a query found nothing.
+    """Multi-head target attention [N, M]; 0 if a query found no events.
 
     Args:
         query: [N, M]; key, value: [N, K, M]; bias: [N, K, H], added to the scores; valid: bool [N, K].

@@ -1,7 +1,7 @@
 """Baselines that encode a whole history once, causally, so that each position is a training example: SASRec and HSTU.
 
-Histories run in padded tiles [n, L] of like length: padding lies after a history's last event, where a causal model
-cannot see it. Letters: n histories of a tile, L events, C candidates, M model dim.
+Histories are encoded in padded tiles [n, L] of similar length. The padding lies after a history's last event, where a
+causal model cannot see it. Letters: n histories of a tile, L events, C candidates, M model dim.
 """
 
 from __future__ import annotations
@@ -15,34 +15,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.examples.cuts import Batch
+from vista.examples.batch import Batch
 from vista.log.gaps import history_gaps
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.history_model import HistoryModel, Int, ShownCandidates, in_place, next_loss, weighted_losses
+from vista.model.baselines.history_model import HistoryModel, Int, next_loss, weighted_losses
 from vista.model.baselines.padded_tiles import PaddedTile, tiles
+from vista.model.baselines.shown_candidates import ShownCandidates, in_place
 from vista.model.inference import newest
 from vista.model.layers import Dropout
-from vista.model.ranking_model import Losses, Schema
+from vista.model.losses import Losses
+from vista.model.schema import Schema
 
 
 @dataclass(frozen=True, slots=True)
-class EventVectors:
-    """Embedded histories: vectors [T, M]; time int64 [T] ms (or ordinals); offsets int64 [B+1], on the host."""
+class EmbeddedSequences:
+    """Embedded histories."""
 
     vectors: Tensor
+    """[T, M]."""
     time: Tensor
+    """int64 [T] ms, or positions in a log without times."""
     offsets: Int
+    """int64 [B+1], on the host."""
 
 
 def _encoded_impressions(batch: Batch, limit: int) -> tuple[Batch, ShownCandidates]:
-    """Without the labels of what was shown after a chunk of limit + 1 events, the last of which is not encoded."""
+    """Drop the labels of impressions after a chunk of limit + 1 events, because its last event is not encoded."""
     shown = ShownCandidates.of(batch)
     late = shown.place[shown.seen > limit]
     if not len(late):
         return batch, shown
-    mask = batch.candidate_mask.flatten(0, 1).index_fill(0, late, False)
-    batch = replace(batch, candidate_mask=mask.view_as(batch.candidate_mask))
+    mask = batch.impressions.mask.flatten(0, 1).index_fill(0, late, False)
+    impressions = replace(batch.impressions, mask=mask.view_as(batch.impressions.mask))
+    batch = replace(batch, impressions=impressions)
     return batch, ShownCandidates.of(batch)
 
 
@@ -50,7 +56,7 @@ class SequenceModel(HistoryModel):
     """A causal encoder over the newest `history_limit` events, and the heads of retrieval and ranking."""
 
     gap_scale: Tensor
-    """Of the request's gap beside a state: √M, as events and candidates are scaled."""
+    """Factor √M of the request's gap, which is added to a state; events and candidates have the same factor."""
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
@@ -60,7 +66,7 @@ class SequenceModel(HistoryModel):
         """State before the first event."""
         self.dropout = Dropout(config.dropout)
         if self.encoder.gap is not None:
-            # Saved, so that weights which were trained without it are refused.
+            # A buffer, so that weights trained without it do not load.
             self.register_buffer("gap_scale", torch.tensor(dim**0.5))
 
     # What an architecture adds -----------------------------------------------------------------------------------
@@ -72,7 +78,7 @@ class SequenceModel(HistoryModel):
             x: [n, L, M] events, positions added; time: int64 [n, L].
 
         Returns:
-            ([n, L, M], what `impression_logits` reads of the history).
+            ([n, L, M], what `impression_logits` reads of the histories).
         """
         raise NotImplementedError
 
@@ -80,34 +86,36 @@ class SequenceModel(HistoryModel):
         """Task logits [n, C, num_tasks].
 
         Args:
-            states: [n, L+1, M], the first of which is the start.
-            memory: from `states`.
-            candidates: [n, C, M] with their request's gap; seen: int64 [n, C], events that a candidate sees.
+            states: [n, L+1, M], first the start.
+            memory: from `states`; None without events.
+            candidates: [n, C, M], including the gap of their request.
+            seen: int64 [n, C] events that a candidate sees.
         """
         raise NotImplementedError
 
     # Training ------------------------------------------------------------------------------------------------------
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
-        vectors = self.encoder(self.shown_vectors(batch, item_vectors), batch.action, batch.gap, batch.rating)
-        events = EventVectors(vectors, batch.clock, batch.offsets.cpu().numpy())
+        packed = batch.events
+        vectors = self.encoder(self.shown_vectors(packed, item_vectors), packed.action, packed.gap, packed.rating)
+        events = EmbeddedSequences(vectors, packed.clock, packed.offsets.cpu().numpy())
         shown = None
         if self.schema.tasks and optim.task_weight > 0:
             batch, shown = _encoded_impressions(batch, self.config.history_limit)
         users, labels, logits, places = [], [], [], []
-        for tile in tiles(events.offsets, vectors.device):
+        for tile in tiles(events.offsets, vectors.device, self.tile_tokens):
             states, memory = self._encode(events, tile)
             if optim.next_weight > 0:
                 labelled = self._labelled(tile)
-                gap = self.encoder.gap_vectors(batch.gap[tile.index][labelled])
+                gap = self.encoder.gap_vectors(packed.gap[tile.index][labelled])
                 users.append(self._user(states[:, : labelled.shape[1]][labelled], gap))
-                labels.append(batch.item[tile.index][labelled])
+                labels.append(packed.item[tile.index][labelled])
             if shown is not None and (part := tile.entries(shown.chunk)) is not None:
                 index, valid = part
                 vector = item_vectors[shown.item[index]]
                 gap = self.encoder.gap_vectors(shown.gap[index])
                 vector = vector if gap is None else vector + gap
-                # What pads them may have seen more events than the tile holds.
+                # Padding may name an impression that sees more events than the tile has.
                 seen = torch.where(valid, shown.seen[index], 0)
                 logits.append(self.impression_logits(states, memory, vector, seen)[valid])
                 places.append(shown.place[index][valid])
@@ -122,10 +130,10 @@ class SequenceModel(HistoryModel):
         """Which events of the tile are labels of the next-item loss: bool [n, L]."""
         return tile.valid
 
-    def _encode(self, events: EventVectors, tile: PaddedTile) -> tuple[Tensor, Any]:
-        """States [n, L+1, M] before each event and after the last, and the history's memory (None without events).
+    def _encode(self, events: EmbeddedSequences, tile: PaddedTile) -> tuple[Tensor, Any]:
+        """States [n, L+1, M] before each event and after the last, and the histories' memory (None without events).
 
-        L is at most `history_limit`: one event more is a label alone.
+        L is at most `history_limit`. An event beyond it is only a label.
         """
         index = tile.index[:, : self.config.history_limit]
         n, length = index.shape
@@ -137,12 +145,12 @@ class SequenceModel(HistoryModel):
         return torch.cat([start.to(states.dtype), states], 1), memory
 
     def _user(self, states: Tensor, gap: Tensor | None) -> Tensor:
-        # No map between: states lie in the space of item vectors, from which they start.
+        # No projection: states lie in the space of item vectors, where the residual stream starts.
         return F.normalize(states if gap is None else states + self.gap_scale * gap, dim=-1)
 
     # Requests ------------------------------------------------------------------------------------------------------
 
-    def embed(self, histories: Histories) -> EventVectors:
+    def embed(self, histories: Histories) -> EmbeddedSequences:
         """The newest `history_limit` events of each history."""
         histories = newest(histories, self.config.history_limit)
         time = np.asarray(histories.timestamp)
@@ -150,13 +158,13 @@ class SequenceModel(HistoryModel):
         rating = None if histories.rating is None else self._tensor(histories.rating)
         vectors = self.item_vectors(self._tensor(histories.item).long())
         vectors = self.encoder(vectors, self._tensor(histories.action).long(), self._tensor(gap), rating)
-        return EventVectors(vectors, self._tensor(time), histories.offsets)
+        return EmbeddedSequences(vectors, self._tensor(time), histories.offsets)
 
     @torch.inference_mode()
     def user_vectors(self, histories: Histories, now: Int | None) -> Tensor:
         events, gap = self.embed(histories), self.request_gap(histories, now)
         out = events.vectors.new_empty(histories.num_users, self.config.dim)
-        for tile in tiles(events.offsets, self.device):
+        for tile in tiles(events.offsets, self.device, self.tile_tokens):
             states, _ = self._encode(events, tile)
             last = states[torch.arange(len(states)), tile.valid.sum(1)]
             out[tile.rows] = self._user(last, None if gap is None else gap[tile.rows])
@@ -166,7 +174,7 @@ class SequenceModel(HistoryModel):
     def candidate_logits(self, histories: Histories, candidates: Tensor, now: Int | None) -> Tensor:
         events, gap = self.embed(histories), self.request_gap(histories, now)
         out = events.vectors.new_empty(*candidates.shape, len(self.schema.tasks))
-        for tile in tiles(events.offsets, self.device):
+        for tile in tiles(events.offsets, self.device, self.tile_tokens):
             states, memory = self._encode(events, tile)
             vectors = self.item_vectors(candidates[tile.rows])
             vectors = vectors if gap is None else vectors + gap[tile.rows, None]

@@ -1,7 +1,7 @@
 """SIM (Pi et al., CIKM 2020, arXiv 2006.05639), with either of its searches.
 
-Letters: n histories of a tile, L events, C queries a history, R distinct items of a tile, U events found by any query,
-H heads, M model dim, V items of the vocabulary.
+Letters: n histories of a tile, L events, C queries per history, R distinct items of a tile, U events found by any
+query, H heads, M model dim, V items of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
-from vista.config.choices import Search
+from vista.config.choices import Architecture, Search
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.candidate_model import PackedEvents, Queries, age_table, network
+from vista.model.baselines.candidate_model import age_table, network
+from vista.model.baselines.packed_events import EventQueries, PackedEvents
 from vista.model.baselines.padded_tiles import PaddedTile, tiles
 from vista.model.baselines.search_model import SearchModel, attend
-from vista.model.ranking_model import Schema
+from vista.model.schema import Schema
 
 NO_CATEGORY = 0
 Memory = tuple[Tensor, Tensor]
@@ -26,17 +27,20 @@ Memory = tuple[Tensor, Tensor]
 
 
 class SIM(SearchModel):
-    """A search, then multi-head target attention over what it found.
+    """A search, then multi-head target attention over the events that it found.
 
-    Soft: by inner product of projected items, trained by a loss of its own. Hard: events of the candidate's category.
+    Soft search: by inner products of projected items, trained by its own loss. Hard search: events of the candidate's
+    category.
     """
+
+    architecture = Architecture.sim
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
         hard = config.search is Search.hard
         self.register_buffer("category", torch.zeros(1 + len(items)) if hard else None)
-        """[1 + V] codes of the items' categories; float32, as a model's file has all tensors."""
+        """[1 + V] codes of the items' categories; float32, like all tensors in a model's file."""
         self.category: Tensor | None
         if not hard:
             self.of_candidate, self.of_event = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
@@ -47,7 +51,7 @@ class SIM(SearchModel):
 
     def read_item_table(self, data: DataConfig) -> None:
         if self.category is not None:
-            from vista.log.item_categories import read_categories  # imports Polars, which serving does without
+            from vista.log.item_categories import read_categories  # imports Polars, an optional package
 
             assert data.item_categories is not None
             codes = read_categories(Path(data.item_categories), data.category_column, self.items)
@@ -62,10 +66,12 @@ class SIM(SearchModel):
         return projected
 
     @torch.no_grad()
-    def search(self, events: PackedEvents, tile: PaddedTile, queries: Queries, row: Tensor) -> tuple[Tensor, Tensor]:
+    def search(
+        self, events: PackedEvents, tile: PaddedTile, queries: EventQueries, row: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if self.category is None:
             return super().search(events, tile, queries, row)
-        # A history sorted by category and place: what a candidate may find are neighbours there, the newest ones last.
+        # A history sorted by category and place: a candidate's events are adjacent there, the newest last.
         length = tile.index.shape[1]
         step = torch.arange(length, device=row.device)
         listed = (self.category[events.rows[events.item[tile.index]]].long() * length + step).sort(1).values
@@ -73,16 +79,16 @@ class SIM(SearchModel):
         oldest = (seen - (self.config.history_limit or length)).clamp(min=0)
         first, end = (torch.searchsorted(listed, wanted * length + bound) for bound in (oldest, seen))
         rank = end[..., None] - 1 - torch.arange(min(self.config.search_top_k, length), device=row.device)
-        found = (rank >= first[..., None]) & (wanted != NO_CATEGORY)[..., None]
+        is_match = (rank >= first[..., None]) & (wanted != NO_CATEGORY)[..., None]
         places = listed[:, None].expand(-1, row.shape[1], -1).gather(2, rank.clamp(min=0)) % length
-        return places, found
+        return places, is_match
 
-    def search_logits(self, events: PackedEvents, queries: Queries) -> Tensor | None:
-        """A network over the candidate and the mean over all events that it sees of (relevance * item)."""
+    def search_logits(self, events: PackedEvents, queries: EventQueries) -> Tensor | None:
+        """A network over the candidate and the mean of (relevance * item) over all events that it sees."""
         if self.category is not None:
             return None
         places, interests = [], []
-        for tile in tiles(events.offsets.cpu().numpy(), queries.seen.device):
+        for tile in tiles(events.offsets.cpu().numpy(), queries.seen.device, self.tile_tokens):
             entries = tile.entries(queries.history)
             if entries is None or tile.index.shape[1] == 0:
                 continue
@@ -104,6 +110,6 @@ class SIM(SearchModel):
 
     def interest(self, query: Tensor, memory: Memory, place: Tensor, age: Tensor, valid: Tensor) -> Tensor:
         key, value = (F.embedding(place, each) for each in memory)
-        # A matrix times [event, age] is the sum of each one's part.
+        # A matrix times [event, age] is the sum of a matrix times each.
         key, value = key + self.age_key(age), value + self.age_value(age)
         return attend(self.query(query), key, value, None, valid, self.config.num_heads)

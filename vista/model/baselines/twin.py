@@ -1,7 +1,7 @@
-"""TWIN (Chang et al., KDD 2023, arXiv 2302.02352): the search scores by the very attention that reads what it finds.
+"""TWIN (Chang et al., KDD 2023, arXiv 2302.02352): the search scores events as the attention that reads them does.
 
-Letters: n histories of a tile, L events, C queries a history, N queries, K found events, U events found by any query, H
-heads, D head dim, M model dim.
+Letters: n histories of a tile, L events, C queries per history, N queries, K found events, U events found by any query,
+H heads, D head dim, M model dim.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
+from vista.config.choices import Architecture
 from vista.log.gaps import NUM_GAPS
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.candidate_model import age_table
 from vista.model.baselines.history_model import time_bucket
 from vista.model.baselines.search_model import SearchModel, attend
-from vista.model.ranking_model import Schema
+from vista.model.schema import Schema
 
 Memory = tuple[Tensor, Tensor, Tensor]
 """Keys and values [U, M], and actions int64 [U]."""
 
 
 class TWIN(SearchModel):
-    """Scores q . k(item) / sqrt(D) + b(age) + b(action) a head; keys are of items alone, so they could be kept."""
+    """Scores q . k(item) / sqrt(D) + b(age) + b(action) per head. Keys depend on items only, so they could be kept."""
+
+    architecture = Architecture.twin
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
@@ -37,7 +40,7 @@ class TWIN(SearchModel):
                 nn.init.zeros_(table.weight)
 
     def search_query(self, query: Tensor) -> Tensor:
-        """Products of the whole width are the sum of all heads'."""
+        """A product over the whole width is the sum over all heads."""
         projected: Tensor = self.query(query) * (self.config.dim // self.config.num_heads) ** -0.5
         return projected
 

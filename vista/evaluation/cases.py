@@ -1,0 +1,118 @@
+"""The cases that quality is measured on: next items and labeled impressions, each with the events that come before.
+
+Letters: N cases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.examples.batch_source import events_before
+from vista.log.event_log import EventLog
+
+Int = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class NextItemCases:
+    """Next items to rank, one per user."""
+
+    user: Int
+    """int64 [N] rows of the log."""
+    seen: Int
+    """int64 [N] events before the label."""
+    item: Int
+    """int64 [N] labels, rows of the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImpressionCases:
+    """Impressions to predict the labels of."""
+
+    user: Int
+    """int64 [N] rows of the log."""
+    seen: Int
+    """int64 [N] events strictly before the impression."""
+    item: Int
+    """int64 [N] rows of the log."""
+    timestamp: Int
+    """int64 [N] ms."""
+    label: Floats
+    """[N, num_tasks]."""
+    mask: NDArray[np.bool_]
+    """[N, num_tasks]: True where the label is known."""
+    probability: Floats | None
+    """[N, num_tasks] true probabilities of a simulated log."""
+    tasks: list[str]
+
+
+def next_item_cases(log: EventLog, seen: Int, end: Int | None = None, *, max_users: int = 0) -> NextItemCases:
+    """The event after the first `seen` events of every user that has one.
+
+    Args:
+        seen: int64 [num_users].
+        end: int64 [num_users]: only events before it can be labels (in validation, those before the test labels); None
+            allows all events.
+        max_users: draw at most so many users, the same ones at every call; 0 takes all.
+    """
+    users = np.flatnonzero(seen < (log.lengths if end is None else end))
+    if max_users and len(users) > max_users:
+        users = np.sort(np.random.default_rng(0).choice(users, max_users, replace=False))
+    labels = log.gather_ranges(users, seen[users], seen[users] + 1)
+    return NextItemCases(users, seen[users], np.asarray(labels.item).astype(np.int64))
+
+
+def impression_cases(log: EventLog, begin: int, end: int | None, *, max_cases: int = 0) -> ImpressionCases:
+    """Impressions of a log in [begin, end) ms, each with the number of events strictly before it.
+
+    Args:
+        max_cases: draw at most so many impressions, the same ones at every call; 0 takes all.
+
+    Raises:
+        ValueError: if the log has no impressions.
+    """
+    table = log.impressions
+    if table is None:
+        raise ValueError(f"{log.path} has no impressions; prepare it with impressions.*")
+    time = np.asarray(table.timestamp)
+    chosen = np.flatnonzero((time >= begin) & (time < end if end is not None else True))
+    if max_cases and len(chosen) > max_cases:
+        chosen = np.sort(np.random.default_rng(0).choice(chosen, max_cases, replace=False))
+    user = np.searchsorted(table.offsets, chosen, side="right") - 1
+    seen = np.zeros(len(chosen), np.int64)
+    for low, high in pairwise(np.append(np.flatnonzero(np.diff(user, prepend=-1)), len(user)).tolist()):
+        seen[low:high] = events_before(log, int(user[low]), time[chosen[low:high]], int(log.lengths[user[low]]))
+    probability = None if table.probability is None else np.asarray(table.probability)[chosen]
+    return ImpressionCases(
+        user,
+        seen,
+        np.asarray(table.item)[chosen].astype(np.int64),
+        time[chosen],
+        np.asarray(table.label)[chosen].astype(np.float32),
+        np.asarray(table.mask)[chosen].astype(np.bool_),
+        probability,
+        list(table.tasks),
+    )
+
+
+def request_starts(cases: ImpressionCases) -> Int:
+    """int64 [R]: the first impression of each request. A request is what a user was shown at one time."""
+    return np.flatnonzero(np.diff(cases.user, prepend=-1) | np.diff(cases.timestamp, prepend=-1))
+
+
+def with_tasks(cases: ImpressionCases, tasks: list[str]) -> ImpressionCases:
+    """The same impressions, with only those of their tasks that are in `tasks`."""
+    columns = [index for index, task in enumerate(cases.tasks) if task in tasks]
+    probability = None if cases.probability is None else cases.probability[:, columns]
+    return replace(
+        cases,
+        label=cases.label[:, columns],
+        mask=cases.mask[:, columns],
+        probability=probability,
+        tasks=[cases.tasks[index] for index in columns],
+    )

@@ -1,0 +1,95 @@
+"""The protocol's cases, answered by a scorer from its store and the events that came after each record.
+
+Letters: N cases, V items of the model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from tqdm import tqdm
+
+from vista.errors import LeakageError
+from vista.evaluation.cases import Floats, ImpressionCases, Int, NextItemCases, request_starts
+from vista.log.event_log import EventLog
+from vista.scorer import Scorer
+from vista.store import Tail
+
+
+class ScorerAnswers:
+    """A scorer, and the log that its callers would take fresh events from."""
+
+    def __init__(self, scorer: Scorer, log: EventLog, *, requests_per_batch: int) -> None:
+        self._scorer, self._log, self._requests_per_batch = scorer, log, requests_per_batch
+        self._items = scorer.item_vectors()[1] if scorer.model.has_retrieval else np.zeros((0, 0), np.float32)
+
+    def next_scores(self, cases: NextItemCases) -> Floats:
+        """Cosines float32 [N, V] of the users to all items, at the times of the labels.
+
+        Raises:
+            LeakageError: if a record covers a label.
+        """
+        log = self._log
+        # The store holds the events until the refresh; the caller brings newer ones (none with leave-last-out).
+        tail = self._fresh_tail(cases.user, cases.seen, None)
+        label = log.gather_ranges(cases.user, cases.seen, cases.seen + 1)
+        now = np.asarray(label.timestamp) if log.has_time else None
+        users = self._scorer.user_vectors(log.users.ids(cases.user), tail=tail, now=now)
+        scores: Floats = users @ self._items.T
+        return scores
+
+    def probabilities(self, cases: ImpressionCases, *, progress: bool = False) -> Floats:
+        """float32 [N, len(cases.tasks)]; the impressions of one user at one time are one request.
+
+        Raises:
+            LeakageError: if a record covers a label.
+        """
+        log, out = self._log, np.zeros(cases.label.shape, np.float32)
+        starts = request_starts(cases)
+        stops = np.append(starts, len(cases.user))
+        batches = range(0, len(starts), self._requests_per_batch)
+        for low in tqdm(batches, desc="impressions", unit="batch", disable=not progress, leave=False):
+            first = starts[low : low + self._requests_per_batch]
+            offsets = stops[low : low + len(first) + 1]
+            shown = slice(offsets[0], offsets[-1])
+            user, now = cases.user[first], cases.timestamp[first]
+            predicted = self._scorer.predict(
+                log.users.ids(user),
+                (log.items.ids(cases.item[shown]), offsets - offsets[0]),
+                tail=self._fresh_tail(user, cases.seen[first], now),
+                now=now,
+            )
+            for index, task in enumerate(cases.tasks):
+                out[shown, index] = predicted[task]
+        return out
+
+    def _fresh_tail(self, user: Int, seen: Int, label_time: Int | None) -> Tail | None:
+        """The newest events before each label that its record does not cover, with the log's ids; None without any.
+
+        Args:
+            user: int64 [n] rows of the log.
+            seen: int64 [n] events before the label.
+            label_time: int64 [n] of the labels of a split in time, else None.
+
+        Raises:
+            LeakageError: if a record covers a label, by event_count for leave-last-out (equal times are common), and
+                else by time too.
+        """
+        log, store = self._log, self._scorer.store
+        ids = log.users.ids(user)
+        stored = store.get_many(ids)
+        late = stored.event_count > seen
+        if label_time is not None:
+            late |= stored.last_event_ts >= label_time
+        late &= stored.found
+        if late.any():
+            first = int(np.flatnonzero(late)[0])
+            raise LeakageError(
+                f"user {ids.tolist()[first]!r}: the record in {store.path} covers {stored.event_count[first]} events, "
+                f"but only {seen[first]} lie before the label; refresh the store from this log, with the `until` of "
+                "this split"
+            )
+        start = np.maximum(stored.event_count, seen - self._scorer.model.config.tail_len)
+        if (start >= seen).all():
+            return None
+        events = log.gather_ranges(user, np.minimum(start, seen), seen)
+        return Tail(log.items.ids(events.item), np.asarray(events.timestamp), np.asarray(events.action), events.offsets)

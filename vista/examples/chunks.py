@@ -1,0 +1,63 @@
+"""Chunks: packed stretches of users' histories, from which training batches are cut.
+
+Letters: B chunks, T packed events, N impressions, S seeds, M model dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.config.choices import Decay
+
+Int = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkImpressions:
+    """Labeled impressions of all chunks, sorted by chunk and position."""
+
+    chunk: Int
+    """int64 [N]."""
+    position: Int
+    """int64 [N] events of the chunk strictly before the impression."""
+    item: Int
+    """int64 [N] model item rows."""
+    gap: Int
+    """int64 [N] log buckets of the time since the newest event before the impression."""
+    label: NDArray[np.float32]
+    """float32 [N, num_tasks]."""
+    mask: NDArray[np.bool_]
+    """bool [N, num_tasks]: True where a task's label is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Stretches of histories, end to end, oldest event first within a chunk."""
+
+    user: Int
+    """int64 [B] user rows of the log."""
+    item: Int
+    """int64 [T] model item rows; 0 is the unknown item."""
+    action: Int
+    """int64 [T]."""
+    rating: NDArray[np.float32] | None
+    """float32 [T]."""
+    gap: Int
+    """int64 [T] log buckets of the time since the event before."""
+    clock: Int
+    """int64 [T] from `decay_clock`."""
+    offsets: Int
+    """int64 [B+1]."""
+    impressions: ChunkImpressions
+    lead: Int | None = None
+    """int64 [B]: with stored summaries, the first events of each chunk that serve as context only."""
+    summary: NDArray[np.float32] | None = None
+    """float32 [B, S, M] stored summaries; None computes them from the batch's own events."""
+
+
+def decay_clock(decay: Decay, timestamp: Int) -> Int:
+    """int64 [T] that decay is measured by: milliseconds or packed positions. Only differences within a chunk count."""
+    return np.arange(len(timestamp), dtype=np.int64) if decay is Decay.position else timestamp

@@ -1,0 +1,50 @@
+"""The labeled impressions of a batch as one list of candidates.
+
+Letters: N candidates, NW windows, I impressions per window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vista.examples.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class ShownCandidates:
+    """Impressions with at least one known label, sorted by chunk; int64 [N] each."""
+
+    item: Tensor
+    """Indices into `batch.rows`."""
+    gap: Tensor
+    """Log buckets of the time from the newest visible event to the request."""
+    chunk: Tensor
+    seen: Tensor
+    """Events of the chunk before the request."""
+    place: Tensor
+    """Flat index into the batch's [NW, I]."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> ShownCandidates:
+        """All labeled impressions of a batch."""
+        impressions, tail_index = batch.impressions, batch.windows.tail_index
+        place = impressions.mask.any(-1).flatten().nonzero().squeeze(-1)
+        window = place // max(impressions.item.shape[1], 1)
+        chunk_start = batch.cuts.start[batch.windows.cut[window]]
+        # The tail's last W columns are the events before each position of its window.
+        column = tail_index.shape[1] - batch.labels.item.shape[1] + impressions.position.flatten()[place]
+        last = tail_index[window, column]
+        seen = torch.where(last >= 0, last + 1 - chunk_start, 0)
+        # Chunks without events share a start. Any of them will do, but the last chunk must not be exceeded.
+        chunk = torch.searchsorted(batch.events.offsets, chunk_start, right=True) - 1
+        chunk = chunk.clamp(max=len(batch.events.offsets) - 2)
+        return cls(impressions.item.flatten()[place], impressions.gap.flatten()[place], chunk, seen, place)
+
+
+def in_place(logits: Tensor, place: Tensor, batch: Batch) -> Tensor:
+    """Logits [N, num_tasks] at their flat places int64 [N] of the batch's [NW, I, num_tasks]; 0 elsewhere."""
+    flat = logits.new_zeros(batch.impressions.item.numel(), logits.shape[1]).index_copy(0, place, logits)
+    return flat.view(*batch.impressions.item.shape, -1)

@@ -1,0 +1,67 @@
+"""Tails of requests: the newest events of users, right-aligned. Letters: B users, T packed events, L tail length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.log.gaps import UNKNOWN_GAP, gap_bucket
+from vista.model.vista_model import VistaModel
+
+Int = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedTail:
+    """The newest events of B users, oldest first, right-aligned."""
+
+    item: Int
+    """int64 [B, L] model rows."""
+    action: Int
+    """int64 [B, L]."""
+    gap: Int
+    """int64 [B, L] log buckets of the time since the event before; unknown for the first event."""
+    valid: NDArray[np.bool_]
+    """bool [B, L]: False in the padding."""
+    last_time: Int
+    """int64 [B] ms of the newest event; arbitrary if there is none."""
+
+    def select(self, users: slice | Int) -> PaddedTail:
+        """The tails of some users, or of all in another order."""
+        return PaddedTail(
+            self.item[users], self.action[users], self.gap[users], self.valid[users], self.last_time[users]
+        )
+
+
+def pad_tail(model: VistaModel, item: NDArray[Any], time: Int, action: NDArray[Any], offsets: Int) -> PaddedTail:
+    """Right-align the newest events of packed histories, at most `tail_len` per user.
+
+    Args:
+        item: [T] model rows.
+        time: int64 [T] ms.
+        action: [T].
+        offsets: int64 [B+1].
+    """
+    length = model.config.tail_len
+    index = offsets[1:, None] - length + np.arange(length)
+    valid = index >= offsets[:-1, None]
+    index = np.where(valid, index, 0)
+    if len(item) == 0:
+        zeros = np.zeros(index.shape, np.int64)
+        return PaddedTail(zeros, zeros, zeros, valid, np.zeros(len(index), np.int64))
+    times = time[index]
+    gap = np.zeros(index.shape, np.int64)
+    if model.encoder.gap is not None:
+        known = valid[:, 1:] & valid[:, :-1]
+        gap[:, 1:] = np.where(known, gap_bucket(np.diff(times, axis=1)), UNKNOWN_GAP)
+    last_time = time[np.maximum(offsets[1:] - 1, 0)]
+    return PaddedTail(
+        np.where(valid, item[index], 0).astype(np.int64),
+        np.where(valid, action[index], 0).astype(np.int64),
+        gap,
+        valid,
+        last_time,
+    )

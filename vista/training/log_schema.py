@@ -1,0 +1,79 @@
+"""What a training run may use of a log."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from vista.config import TrainConfig
+from vista.config.choices import Decay
+from vista.errors import ConfigError, DataError
+from vista.evaluation.protocol import EVENTS_PER_BATCH
+from vista.examples.batch_source import trained_tasks
+from vista.log.event_log import EventLog
+from vista.log.histories import token_groups
+from vista.model.ranking_model import NEXT_TASK
+from vista.model.schema import Schema
+
+RESERVED_TASKS = {
+    *(NEXT_TASK, "reconstruction", "search_unit", "loss"),
+    *("step", "epoch", "learning_rate", "gradient_norm", "tokens_per_s", "validation", "epoch_seconds", "seconds"),
+}
+"""Names that no task may have: a line of metrics.jsonl has keys of these names, and one per task."""
+
+
+def schema_of(log: EventLog, config: TrainConfig) -> Schema:
+    """What a model may use of a log.
+
+    Raises:
+        ConfigError: if the log lacks what the configuration needs, or nothing would be trained.
+        DataError: if a rating is infinite.
+    """
+    model, optim = config.model, config.optim
+    if model.decay is Decay.time and not log.has_time:
+        raise ConfigError(f"model.decay=time: {log.path} has no times; set model.decay=position or none")
+    tasks = trained_tasks(log, optim)
+    for name in RESERVED_TASKS & set(tasks):
+        raise ConfigError(
+            f"{log.path}: a label cannot be named {name!r}, which names the retrieval head or another key of "
+            "metrics.jsonl; rename the label"
+        )
+    if model.architecture.ranks_only and not tasks:
+        why = "optim.task_weight=0" if log.impressions is not None else f"{log.path} has none"
+        raise ConfigError(
+            f"model.architecture={model.architecture.value}: learns only from labeled impressions, but {why}; prepare "
+            "the log with impressions.* and set optim.task_weight=1, or train an architecture that ranks next items, "
+            "such as model=sasrec"
+        )
+    if not config.trains_next and not tasks:
+        raise ConfigError(
+            f"optim.next_weight={optim.next_weight:g}: {log.path} has no labeled task either, so no head would be "
+            "trained; set optim.next_weight=1"
+        )
+    ratings = rating_range(log) if log.has_rating and model.use_rating else None
+    return Schema(list(log.actions), log.has_time, ratings, tasks, config.trains_next)
+
+
+def rating_range(log: EventLog, *, events_per_batch: int = EVENTS_PER_BATCH) -> tuple[float, float] | None:
+    """Smallest and largest rating of a log; None if all are equal, since nothing can be learned from them.
+
+    Args:
+        events_per_batch: events that are read at once, because every column is read along with the ratings.
+
+    Raises:
+        DataError: if a rating is infinite.
+    """
+    low, high = math.inf, -math.inf
+    for users in token_groups(log.lengths, events_per_batch):
+        ratings = np.asarray(log.gather(np.arange(users.start, users.stop)).rating)
+        low = min(low, float(np.nanmin(ratings, initial=np.inf)))
+        high = max(high, float(np.nanmax(ratings, initial=-np.inf)))
+    if low >= high:
+        return None
+    if not math.isfinite(high - low):
+        raise DataError(
+            f"{log.path}: ratings range from {low} to {high}; prepare the log again from finite ratings, or set "
+            "model.use_rating=false"
+        )
+    return low, high

@@ -1,0 +1,69 @@
+"""The two optimizers of a model: AdamW for dense parameters, sparse Adam for the item table."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vista.config import OptimConfig
+from vista.model.ranking_model import RankingModel
+
+BETAS = (0.9, 0.98)
+FINAL_RATE = 0.01
+"""Share of the learning rate that remains at the end."""
+
+
+class Optimizers:
+    """Updates all parameters of a model that require gradients."""
+
+    def __init__(self, model: RankingModel, optim: OptimConfig) -> None:
+        self._model, self._optim = model, optim
+        self._dense = [p for name, p in model.named_parameters() if p.requires_grad and name != "item_table"]
+        # Matrices of linear maps decay. Norms, biases, embeddings, seeds and position biases do not.
+        linear = (module.weight for module in model.modules() if isinstance(module, nn.Linear))
+        decayed = [weight for weight in linear if weight.requires_grad]
+        is_decayed = {id(p) for p in decayed}
+        plain = [p for p in self._dense if id(p) not in is_decayed]
+        self.dense = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=optim.learning_rate,
+            betas=BETAS,
+        )
+        self.table = torch.optim.SparseAdam([model.item_table], lr=optim.learning_rate, betas=BETAS)
+
+    def schedule(self, step: int, share_done: float) -> float:
+        """Set the learning rate, and return it: linear warm-up, then a cosine down to FINAL_RATE.
+
+        Args:
+            step: steps done.
+            share_done: share of the training that is done.
+        """
+        optim = self._optim
+        warm = min(1.0, (step + 1) / max(optim.warmup_steps, 1))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(share_done, 1.0)))
+        rate = optim.learning_rate * warm * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
+        for group in (*self.dense.param_groups, *self.table.param_groups):
+            group["lr"] = rate
+        return rate
+
+    def backward(self, loss: Tensor) -> float:
+        """Compute the gradient, scale it to a norm of `optim.gradient_clip` at most, and return its norm before."""
+        self.dense.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        used: list[Tensor] = [p for p in self._dense if p.grad is not None]
+        table = self._model.item_table
+        if table.grad is not None:
+            table.grad = table.grad.coalesce()  # a row that was read twice counts once, with the sum
+            # torch computes no norm of sparse tensors: a stand-in shows the same memory as a dense gradient.
+            touched = torch.empty_like(table.grad.values())
+            touched.grad = table.grad.values()
+            used.append(touched)
+        return float(nn.utils.clip_grad_norm_(used, self._optim.gradient_clip))
+
+    def step(self) -> None:
+        """Update the parameters."""
+        self.dense.step()
+        self.table.step()  # type: ignore[no-untyped-call]
+        self._model.item_table.grad = None
