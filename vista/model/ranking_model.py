@@ -140,8 +140,8 @@ class RankingModel(nn.Module):
             "data": to_dict(self.data),
         }
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and the item vocabulary; the folder is there whole or not at all."""
+    def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
+        """Write config.json, model.safetensors, the item vocabulary and, if given, a card as README.md, atomically."""
         folder = Path(folder)
         with replaced_folder(folder) as partial:
             (partial / "config.json").write_text(json.dumps(self.description(), indent=2) + "\n")
@@ -149,6 +149,8 @@ class RankingModel(nn.Module):
             save_file(weights, partial / "model.safetensors")
             self.items.save(partial, "items")
             self.save_serving_tables(partial)
+            if card is not None:
+                (partial / "README.md").write_text(card, encoding="utf-8")
 
     def save_serving_tables(self, folder: Path) -> None:
         """Write what serving reads beside the weights; baselines have none of it."""

@@ -43,6 +43,7 @@ from vista.training.checkpoint import (
     unpack_state,
 )
 from vista.training.downstream import Downstream
+from vista.training.model_card import model_card
 from vista.training.run_folder import MetricsWriter, deferred_interrupt, log_file
 from vista.training.validation import Validation
 
@@ -209,7 +210,8 @@ class _Trainer:
                     self._run_epoch(metrics, interrupted)
             best = self.run_dir / "best"
             if progress.best is None:
-                self.model.eval().save_pretrained(best)
+                self.model.eval()
+                self._export()
             logger.info("done: %d steps; model in %s", progress.step, best)
             return RankingModel.from_pretrained(best, self.device)
 
@@ -343,12 +345,16 @@ class _Trainer:
         )
         if self.validation.better(value, progress.best):
             progress.best, progress.bad_validations = value, 0
-            self.model.save_pretrained(self.run_dir / "best")
+            self._export(progress.history[-1])
         else:
             progress.bad_validations += 1
             progress.stopped = 0 < optim.patience <= progress.bad_validations
             if progress.stopped:
                 logger.info("no better %s in %d validations: stopping", self.validation.metric, optim.patience)
+
+    def _export(self, validated: dict[str, float] | None = None) -> None:
+        """Write the model, with a card, to <run_dir>/best."""
+        self.model.save_pretrained(self.run_dir / "best", card=model_card(self.model, self.config, self.log, validated))
 
     def _refuse(self, batch: Batch, what: str, parts: dict[str, float]) -> NoReturn:
         path = self.run_dir / f"nonfinite-step-{self.progress.step}.safetensors"
