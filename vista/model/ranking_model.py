@@ -110,8 +110,8 @@ class RankingModel(nn.Module):
         """The content of config.json."""
         return ModelDescription(self.config, self.schema, self.data).to_dict()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and the item vocabulary; the folder is replaced atomically."""
+    def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
+        """Write config.json, model.safetensors, the item vocabulary and, if given, a card as README.md, atomically."""
         folder = Path(folder)
         with replaced_folder(folder) as partial:
             (partial / "config.json").write_text(json.dumps(self.description(), indent=2) + "\n")
@@ -119,6 +119,8 @@ class RankingModel(nn.Module):
             save_file(weights, partial / "model.safetensors")
             self.items.save(partial, "items")
             self.save_serving_tables(partial)
+            if card is not None:
+                (partial / "README.md").write_text(card, encoding="utf-8")
 
     def save_serving_tables(self, folder: Path) -> None:
         """Write the tables that serving reads alongside the weights. Baselines have none."""

@@ -42,6 +42,7 @@ from vista.training.checkpoint import (
 from vista.training.downstream import Downstream
 from vista.training.log_schema import schema_of
 from vista.training.metrics_writer import MetricsWriter
+from vista.training.model_card import model_card
 from vista.training.optimizers import Optimizers
 from vista.training.progress import Progress
 from vista.training.run_folder import deferred_interrupt, log_file
@@ -146,7 +147,8 @@ class Trainer:
                     self._run_epoch(metrics, interrupted)
             best = self.run_dir / "best"
             if progress.best is None:
-                self.model.eval().save_pretrained(best)
+                self.model.eval()
+                self._export()
             logger.info("done: %d steps; model in %s", progress.step, best)
             return load_model(best, self.device)
 
@@ -254,12 +256,16 @@ class Trainer:
         logger.info("epoch %d (%.1f s): %s", progress.epoch, seconds, numbers)
         if self.validation.better(value, progress.best):
             progress.best, progress.bad_validations = value, 0
-            self.model.save_pretrained(self.run_dir / "best")
+            self._export(progress.history[-1])
         else:
             progress.bad_validations += 1
             progress.stopped = 0 < optim.patience <= progress.bad_validations
             if progress.stopped:
                 logger.info("%s has not improved in %d validations: stopping", self.validation.metric, optim.patience)
+
+    def _export(self, validated: dict[str, float] | None = None) -> None:
+        """Write the model, with a card, to <run_dir>/best."""
+        self.model.save_pretrained(self.run_dir / "best", card=model_card(self.model, self.config, self.log, validated))
 
     def _refuse(self, batch: Batch, what: str, parts: dict[str, float]) -> NoReturn:
         path = self.run_dir / f"nonfinite-step-{self.progress.step}.safetensors"
