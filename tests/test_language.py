@@ -1,0 +1,77 @@
+"""Docs, docstrings, comments and messages use the field's words, not the phrases that lost readers before."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+FOLDERS = ("vista", "kernels", "scripts", "conf", "docs")
+SUFFIXES = {".py", ".md", ".yaml", ".ipynb", ".toml"}
+UNITS = "events|tokens|bytes|rows|seconds|ms|KB|KiB|MB|MiB|GB|GiB|items|labels|negatives|records|requests|users|passes"
+EACH = (
+    "user|row|request|thread|batch|second|minute|hour|day|item|event|pass|step|core|worker|head|chunk|window|store|part"
+)
+PHRASES = {
+    r"\banew\b": "again",
+    r"\bwhence\b": "from which",
+    r"\bon wish\b": "optional",
+    r"\bbeside\b": "alongside, next to, besides",
+    r"\b(?:go|goes|going|went) on (?!to\b)": "resume, continue",
+    r"\brivals?\b": "baseline",
+    r"\bwhole[- ](?:life|lives)\b|\b(?:long|user's|users'|lifelong|a|each) (?:life|lives)\b(?! in\b)": "history",
+    r"\bthe truth\b": "the oracle",
+    r"\b(?:counting |quality |speed )?floors\b|\b(?:the|its|a) floor\b(?! of the log)": "counting baseline; roofline, lower bound",
+    r"(?<!there )(?<!There )\bis no (?!longer\b|more\b)\w": "is not a",
+    r"\b(?:is|are) none of\b": "is not one of",
+    r"\bknows? no limit\b": "None for no limit",
+    r"\bwhole or not at all\b": "atomically",
+    r"\bserved on\b": "stays in service",
+    r"\bsummar(?:y|ies) ha(?:s|ve) seen\b": "the events that the summary covers",
+    rf"\b(?:{UNITS}) an? (?:{EACH})\b": "per user, per row, ...",
+}
+"""Pattern -> what to write instead."""
+
+
+def texts() -> list[Path]:
+    listed = [path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*") if path.suffix in SUFFIXES]
+    return [*sorted(listed), *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "Makefile"))]
+
+
+@pytest.mark.parametrize("pattern", PHRASES)
+def test_no_phrase_that_loses_readers(pattern: str) -> None:
+    hits = [
+        f"{path.relative_to(REPOSITORY)}:{number}: {line.strip()[:120]}"
+        for path in texts()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(pattern, line)
+    ]
+    assert not hits, f"write {PHRASES[pattern]!r} instead:\n" + "\n".join(hits)
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        "starts anew", "K tokens a user", "2 ms a request", "a rival", "users with whole lives", "the truth", "over its floor",
+        "folder is no store", "'x' is none of ['a']", "goes on where it stopped", "summaries have seen", "is served on",
+    ],
+)  # fmt: skip
+def test_the_patterns_find_what_they_are_for(phrase: str) -> None:
+    assert any(re.search(pattern, phrase) for pattern in PHRASES)
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        "there is no store",
+        "is no longer read",
+        "the class lives in a file",
+        "besides",
+        "1 + floor(log2(1 + s))",
+        "goes on to",
+    ],
+)
+def test_the_patterns_leave_plain_english_alone(phrase: str) -> None:
+    assert not any(re.search(pattern, phrase) for pattern in PHRASES)

@@ -1,0 +1,161 @@
+"""The tree keeps what it promises a newcomer: one name per thing, imports that point one way, no cycles."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+LAYERS = (
+    ("vista.cli",),
+    ("vista.training",),
+    ("vista.evaluation",),
+    ("vista.refresh", "vista.scorer"),
+    ("vista.examples", "vista.model", "vista.store", "vista.simulation"),
+    ("vista.log",),
+    ("vista.device",),
+    ("vista.config", "vista.files"),
+    ("vista.errors", "vista_kernels"),
+)
+"""A module imports from its own package and from the layers below it; `vista` itself only lists the public names."""
+SAME_LAYER = {("vista.model", "vista.examples")}
+BACKENDS = ("torch_backend", "triton_backend")
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (REPOSITORY / folder).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+    return name.removeprefix("kernels.").removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in sources("vista", "kernels")}
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Modules of the project that a file imports, at the top or in a function, except for type checking alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in typing_only or not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            while name and name not in MODULES:
+                name = name.rpartition(".")[0]
+            if name:
+                yield name, node.lineno
+
+
+def package_of(module: str) -> str:
+    return ".".join(module.split(".")[: 1 if module.startswith("vista_kernels") else 2])
+
+
+def test_imports_point_one_way() -> None:
+    level = {package: number for number, layer in enumerate(LAYERS) for package in layer}
+    wrong = []
+    for module, path in MODULES.items():
+        if module == "vista":
+            continue
+        for target, line in imports(path):
+            here, there = package_of(module), package_of(target)
+            allowed = here == there or there == "vista" or level[there] > level[here] or (here, there) in SAME_LAYER
+            if not allowed:
+                wrong.append(f"{path.relative_to(REPOSITORY)}:{line} imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_two_modules_import_each_other_in_a_circle() -> None:
+    """Imports inside functions count too: a lazy import may spare start-up time, but must not hide a cycle."""
+    graph = {module: {target for target, _ in imports(path)} - {module} for module, path in MODULES.items()}
+    graph = {module: {t for t in targets if t != "vista"} for module, targets in graph.items()}
+    done: set[str] = set()
+    trail: list[str] = []
+
+    def visit(module: str) -> None:
+        if module in done:
+            return
+        assert module not in trail, "cycle: " + " -> ".join([*trail[trail.index(module) :], module])
+        trail.append(module)
+        for target in sorted(graph[module]):
+            # A package's __init__ may name its own modules for the public API.
+            if not (MODULES[module].name == "__init__.py" and target.startswith(module + ".")):
+                visit(target)
+        trail.pop()
+        done.add(module)
+
+    for module in graph:
+        visit(module)
+
+
+def test_a_file_name_stands_for_one_thing() -> None:
+    """The torch and the Triton half of an operator share the operator's name; nothing else shares one."""
+    places = defaultdict(set)
+    for path in sources("vista", "kernels", "scripts"):
+        if not path.name.startswith("__"):
+            twin = any(backend in path.parts for backend in BACKENDS) or path.parent.name == "vista_kernels"
+            places[path.name].add("operator" if twin else str(path.relative_to(REPOSITORY)))
+    # scripts/train.py is `vista train` from a checkout: the same thing by the same name.
+    shared = {name: sorted(found) for name, found in places.items() if len(found) > 1}
+    assert not shared, shared
+
+
+def public_classes() -> list[tuple[str, Path]]:
+    return [
+        (node.name, path)
+        for path in sources("vista", "kernels", "scripts")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+
+
+def test_a_class_name_stands_for_one_thing() -> None:
+    places = defaultdict(list)
+    for name, path in public_classes():
+        places[name].append(str(path.relative_to(REPOSITORY)))
+    shared = {name: found for name, found in places.items() if len(found) > 1}
+    assert not shared, shared
+
+
+def share_a_word(name: str, stem: str) -> bool:
+    """StoreWriter and writer, SASRecBlock and sasrec, Evaluation and evaluate: a word, or its first five letters."""
+    parts = [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", name)]
+    stems = [word.removesuffix("s") for word in stem.split("_")]
+    common = any(part.startswith(word[:5]) for part in parts for word in stems if len(word) >= 3)
+    return common or stem.replace("_", "") in name.lower()
+
+
+def test_a_class_that_other_packages_use_lives_in_a_file_of_its_name() -> None:
+    """File and class share a word: StoreWriter in store/writer.py. Errors are in errors.py, enums in choices.py."""
+    home = {name: path for name, path in public_classes() if path.name not in ("errors.py", "choices.py")}
+    lost = set()
+    for path in sources("vista", "scripts"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+                for name in {alias.name for alias in node.names} & home.keys():
+                    if home[name].parent != path.parent and not share_a_word(name, home[name].stem):
+                        lost.add(f"{name} in {home[name].relative_to(REPOSITORY)}")
+    assert not lost, "\n".join(sorted(lost))
+
+
+def test_files_stay_readable() -> None:
+    long = [
+        f"{path.relative_to(REPOSITORY)}: {lines} lines"
+        for path in sources("vista", "kernels", "scripts")
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400
+    ]
+    assert not long, "\n".join(long)
