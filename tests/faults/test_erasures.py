@@ -73,7 +73,7 @@ def test_erasures(trial: Trial, nursery: Nursery, model_dir: Path) -> None:
             assert not opened.get_many([name(user)]).found.any(), "an erased user was still served"
             while nursery.listen():  # learn whether it has ended
                 pass
-            trial.count(f"erased beside a refresh ({kind})" if child.exit_code is None else "erased after it")
+            trial.count(f"erased during a refresh ({kind})" if child.exit_code is None else "erased after it")
             if trial.random.random() < 0.3:
                 child.hear()
     child.result()

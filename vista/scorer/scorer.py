@@ -29,7 +29,7 @@ from vista.errors import UnknownItemError
 from vista.log.vocabulary import Ids
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.vista_model import VistaModel
-from vista.scorer.arguments import ids_of, item_rows, ragged_offsets, split_ragged
+from vista.scorer.request_arguments import ids_of, item_rows, ragged_offsets, split_ragged
 from vista.scorer.candidate_set import CandidateSet
 from vista.scorer.explanation import Explanation
 from vista.scorer.ranking import Ranking

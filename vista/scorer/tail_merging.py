@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.model.ranking_model import RankingModel
-from vista.scorer.arguments import array_of, impossible_times, integers, item_rows, not_a_time
+from vista.scorer.request_arguments import array_of, impossible_times, integers, item_rows, not_a_time
 from vista.store.stored_batch import StoredBatch
 from vista.store.tail import Tail
 

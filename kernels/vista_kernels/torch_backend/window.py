@@ -127,7 +127,7 @@ def is_long(lengths: IntArray, token_elements: int, window_elements: int) -> Boo
 
 
 def max_window_tokens(token_elements: int, window_elements: int) -> int:
-    """Return how many tokens a window holds."""
+    """Return the number of tokens in each window."""
     return max(256, window_elements // max(token_elements, 1))
 
 
