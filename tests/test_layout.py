@@ -141,7 +141,7 @@ def share_a_word(name: str, stem: str) -> bool:
 
 
 def test_a_class_that_other_packages_use_lives_in_a_file_of_its_name() -> None:
-    """File and class share a word: StoreWriter in store/writer.py. errors.py, choices.py and layers.py hold collections."""
+    """File and class share a word: StoreWriter in store/writer.py. COLLECTIONS hold small classes of one kind."""
     home = {
         name: path for name, path in public_classes() if path.name not in COLLECTIONS and not name.endswith("Error")
     }

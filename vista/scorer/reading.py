@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from vista.config.choices import OnMissing
 from vista.errors import RecordError, UnknownUserError
 from vista.model.padded_tail import pad_tail
-from vista.scorer.request_arguments import ids_of, impossible_times, not_a_time, request_times
 from vista.scorer.request import Request
+from vista.scorer.request_arguments import ids_of, impossible_times, not_a_time, request_times
 from vista.scorer.scorer_stats import StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.scorer.tail_merging import with_fresh_events

@@ -29,12 +29,12 @@ from vista.errors import UnknownItemError
 from vista.log.vocabulary import Ids
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.vista_model import VistaModel
-from vista.scorer.request_arguments import ids_of, item_rows, ragged_offsets, split_ragged
 from vista.scorer.candidate_set import CandidateSet
 from vista.scorer.explanation import Explanation
 from vista.scorer.ranking import Ranking
 from vista.scorer.reading import read_request
 from vista.scorer.request import Request
+from vista.scorer.request_arguments import ids_of, item_rows, ragged_offsets, split_ragged
 from vista.scorer.scorer_stats import ScorerStats, StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.scorer.serving_source import ServingSource
