@@ -213,10 +213,10 @@ def _item_ids(folder: str, raw: RawRecords, reader: GenerationReader) -> list[An
     return [item if row else "unknown" for row, item in zip(rows.tolist(), ids, strict=True)]
 
 
-def _time(moment: int) -> str:
+def _time(time_ms: int) -> str:
     """A time in ms with its date; the ordinal of a log without times as it is."""
-    if moment == NO_TIMESTAMP:
+    if time_ms == NO_TIMESTAMP:
         return "none"
-    if not YEAR_1971_MS <= moment < LATEST_MS:
-        return str(moment)
-    return f"{moment} ({datetime.fromtimestamp(moment / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC)"
+    if not YEAR_1971_MS <= time_ms < LATEST_MS:
+        return str(time_ms)
+    return f"{time_ms} ({datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC)"

@@ -1,4 +1,4 @@
-"""Which events of a history went and which came: what turns a state of the old one into a state of the new."""
+"""Differences between two versions of a history: which events were deleted, and which were added."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ Int = NDArray[np.int64]
 
 
 def changed_positions(old: Histories, new: Histories) -> tuple[Int, Int] | None:
-    """(gone, late): rising positions in `old` and in `new` (B = 1) without which both are the same sequence.
+    """Positions of deleted events in `old` and of added events in `new`, without which both are the same sequence.
 
-    Equal events are exchanged together where some of them went. None where the rest is not in one order: events of
-    one moment changed places.
+    If some of several equal events were deleted, all of them count as deleted and the remaining ones as added.
+
+    Args:
+        old: B = 1.
+        new: B = 1.
+
+    Returns:
+        (deleted, added), ascending; None if the other events changed their order, as events of one time can.
     """
     events = np.concatenate([_rows(old), _rows(new)])
     _, kind = np.unique(events, axis=0, return_inverse=True)
@@ -23,14 +29,14 @@ def changed_positions(old: Histories, new: Histories) -> tuple[Int, Int] | None:
     before = np.bincount(in_old, minlength=num_kinds)
     after = np.bincount(in_new, minlength=num_kinds)
     kept = np.where(after >= before, before, 0)
-    gone = np.flatnonzero(_place(in_old) >= kept[in_old])
-    late = np.flatnonzero(_place(in_new) >= kept[in_new])
-    rest = np.delete(in_old, gone), np.delete(in_new, late)
-    return (gone, late) if np.array_equal(*rest) else None
+    deleted = np.flatnonzero(_place(in_old) >= kept[in_old])
+    added = np.flatnonzero(_place(in_new) >= kept[in_new])
+    rest = np.delete(in_old, deleted), np.delete(in_new, added)
+    return (deleted, added) if np.array_equal(*rest) else None
 
 
 def _rows(history: Histories) -> Int:
-    """int64 [T, 3 or 4] events of a history as rows."""
+    """The events of a history as rows, int64 [T, 3 or 4]."""
     columns = [history.item, history.timestamp, history.action]
     if history.rating is not None:
         columns.append(np.asarray(history.rating, np.float32).view(np.int32))
@@ -38,7 +44,7 @@ def _rows(history: Histories) -> Int:
 
 
 def _place(kind: Int) -> Int:
-    """How many equal events come before each."""
+    """How many equal events come before each event."""
     order = np.argsort(kind, kind="stable")
     ordered = kind[order]
     first = np.searchsorted(ordered, ordered)

@@ -31,7 +31,7 @@ from vista.refresh.refresh_options import RefreshOptions
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
 from vista.refresh.states import from_arrays, read_summaries, to_arrays
-from vista.refresh.update_plan import Outcome, UpdatePlan, UserGroup
+from vista.refresh.update_plan import UpdateGroup, UpdateOutcome, UpdatePlan
 from vista.refresh.user_records import UserSummaries, encode_users, last_times, stored_tail
 from vista.store.format.keys import user_id, user_keys
 from vista.store.format.state_record import StateArrays, rounded
@@ -41,10 +41,10 @@ from vista.store.update import StoreUpdate
 
 Int = NDArray[np.int64]
 COUNTED_AS = {
-    Outcome.append: "appended",
-    Outcome.exchange: "exchanged",
-    Outcome.recompute: "recomputed",
-    Outcome.reread: "appended",
+    UpdateOutcome.append: "appended",
+    UpdateOutcome.exchange: "exchanged",
+    UpdateOutcome.recompute: "recomputed",
+    UpdateOutcome.reread: "appended",
 }
 """Under which name of `RefreshReport.counts` an outcome is counted."""
 
@@ -152,7 +152,7 @@ def _remove_unknown_users(update: StoreUpdate, log: EventLog) -> int:
 class _UpdatedGroup:
     """Users of a group after their handler: new states, or new summaries if the generation keeps no states."""
 
-    outcome: Outcome
+    outcome: UpdateOutcome
     users: Int
     """[N] rows of the log."""
     history_digest: NDArray[np.uint64]
@@ -174,10 +174,10 @@ class _BatchRefresher:
         self._items = LogItems.of(model, log)
         self._plan = UpdatePlan(model, log, update, tokens_per_batch, run)
         self._handlers = {
-            Outcome.reread: self._reread,
-            Outcome.append: self._append,
-            Outcome.exchange: self._exchange,
-            Outcome.recompute: self._recompute,
+            UpdateOutcome.reread: self._reread,
+            UpdateOutcome.append: self._append,
+            UpdateOutcome.exchange: self._exchange,
+            UpdateOutcome.recompute: self._recompute,
         }
 
     def refresh(self, users: Int) -> None:
@@ -216,12 +216,12 @@ class _BatchRefresher:
         self._run.counts["unchanged"] += int((~behind).sum())
         return np.compress(behind, users)
 
-    def _reread(self, group: UserGroup) -> _UpdatedGroup:
+    def _reread(self, group: UpdateGroup) -> _UpdatedGroup:
         assert group.states is not None
         state = from_arrays(group.states, self._model.device)
         return _UpdatedGroup(group.outcome, group.users, group.states.history_digest, 0, state)
 
-    def _append(self, group: UserGroup) -> _UpdatedGroup:
+    def _append(self, group: UpdateGroup) -> _UpdatedGroup:
         assert group.states is not None and self._model.summarizer is not None
         old = self._plan.lengths_at(group.users, group.segment)
         context = np.minimum(reach(self._model), old)
@@ -238,7 +238,7 @@ class _BatchRefresher:
             state = merge(from_arrays(group.states, self._model.device), terms, self._model.summarizer.decay_rate)
         return _UpdatedGroup(group.outcome, group.users, digest, new.num_events, state)
 
-    def _exchange(self, group: UserGroup) -> _UpdatedGroup:
+    def _exchange(self, group: UpdateGroup) -> _UpdatedGroup:
         """Of one user; recomputed where so many events changed that this is cheaper."""
         assert group.states is not None
         user = int(group.users[0])
@@ -247,7 +247,7 @@ class _BatchRefresher:
             digest = self._items.digests(new)
             changed = changed_positions(old, new)
         if changed is None or sum(map(len, changed)) * 2 * (1 + reach(self._model)) >= new.num_events:
-            return self._recompute(UserGroup(Outcome.recompute, group.users))
+            return self._recompute(UpdateGroup(UpdateOutcome.recompute, group.users))
         deleted, late = changed
         old, new = self._items.model_rows(old), self._items.model_rows(new)
         with self._run.stage("summarize"):
@@ -258,7 +258,7 @@ class _BatchRefresher:
                 state = insert_events(self._model, state, new, late)
         return _UpdatedGroup(group.outcome, group.users, digest, len(deleted) + len(late), state)
 
-    def _recompute(self, group: UserGroup) -> _UpdatedGroup:
+    def _recompute(self, group: UpdateGroup) -> _UpdatedGroup:
         with self._run.stage("read"):
             histories = self._log.gather(group.users)
             model_rows, digest = self._items.model_rows(histories), self._items.digests(histories)

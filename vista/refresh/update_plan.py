@@ -23,7 +23,7 @@ from vista.store.update import StoreUpdate
 Int = NDArray[np.int64]
 
 
-class Outcome(Enum):
+class UpdateOutcome(Enum):
     """How users are brought up to date."""
 
     reread = "reread"
@@ -37,10 +37,10 @@ class Outcome(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class UserGroup:
+class UpdateGroup:
     """Users of a batch that are updated in the same way and at once."""
 
-    outcome: Outcome
+    outcome: UpdateOutcome
     users: Int
     """[N] rows of the log."""
     segment: int = 0
@@ -67,7 +67,7 @@ class UpdatePlan:
         lengths = self.log_at(segment).lengths
         return np.where(users < len(lengths), lengths[np.minimum(users, len(lengths) - 1)], 0)
 
-    def groups(self, users: Int) -> Iterator[UserGroup]:
+    def groups(self, users: Int) -> Iterator[UpdateGroup]:
         """Groups that together hold each of the users once.
 
         Args:
@@ -77,7 +77,7 @@ class UpdatePlan:
         stored = self._update.states(user_keys(self._log.users.ids(users)))
         if stored is None:  # The generation keeps no states.
             for part in token_groups(lengths, self._tokens_per_batch):
-                yield UserGroup(Outcome.recompute, users[part])
+                yield UpdateGroup(UpdateOutcome.recompute, users[part])
             return
         with_state, states = stored
         state_of = np.full(len(users), -1, np.int64)
@@ -85,28 +85,28 @@ class UpdatePlan:
         covered = np.full(len(users), -1, np.int64)
         # The state of a user without changes names an older segment, but covers all that the generation covers.
         covered[with_state] = np.maximum(states.applied_segment, self._update.manifest.applied_segment)
-        outcome = np.full(len(users), Outcome.recompute, object)
-        outcome[covered >= target] = Outcome.reread
+        outcome = np.full(len(users), UpdateOutcome.recompute, object)
+        outcome[covered >= target] = UpdateOutcome.reread
         for segment in np.unique(covered[(covered >= 0) & (covered < target)]).tolist():
             rows = np.flatnonzero(covered == segment)
             if self._log.has_boundary(segment):
                 outcome[rows] = self._outcomes(users[rows], segment, states.num_events[state_of[rows]])
 
-        rows = np.flatnonzero(outcome == Outcome.reread)
+        rows = np.flatnonzero(outcome == UpdateOutcome.reread)
         if len(rows):
-            yield UserGroup(Outcome.reread, users[rows], target, states[state_of[rows]])
-        rows = np.flatnonzero(outcome == Outcome.recompute)
+            yield UpdateGroup(UpdateOutcome.reread, users[rows], target, states[state_of[rows]])
+        rows = np.flatnonzero(outcome == UpdateOutcome.recompute)
         for part in token_groups(lengths[rows], self._tokens_per_batch):
-            yield UserGroup(Outcome.recompute, users[rows[part]])
-        for segment in np.unique(covered[outcome == Outcome.append]).tolist():
-            rows = np.flatnonzero((outcome == Outcome.append) & (covered == segment))
+            yield UpdateGroup(UpdateOutcome.recompute, users[rows[part]])
+        for segment in np.unique(covered[outcome == UpdateOutcome.append]).tolist():
+            rows = np.flatnonzero((outcome == UpdateOutcome.append) & (covered == segment))
             num_read = lengths[rows] - self.lengths_at(users[rows], segment) + self._reach
             for part in token_groups(num_read, self._tokens_per_batch):
                 own = rows[part]
-                yield UserGroup(Outcome.append, users[own], segment, states[state_of[own]])
-        for row in np.flatnonzero(outcome == Outcome.exchange).tolist():
+                yield UpdateGroup(UpdateOutcome.append, users[own], segment, states[state_of[own]])
+        for row in np.flatnonzero(outcome == UpdateOutcome.exchange).tolist():
             one = slice(state_of[row], state_of[row] + 1)
-            yield UserGroup(Outcome.exchange, users[row : row + 1], int(covered[row]), states[one])
+            yield UpdateGroup(UpdateOutcome.exchange, users[row : row + 1], int(covered[row]), states[one])
 
     def _outcomes(self, users: Int, segment: int, num_events: Int) -> NDArray[np.object_]:
         """Outcomes of users whose states cover the log up to `segment` and hold `num_events` [N] events."""
@@ -119,8 +119,8 @@ class UpdatePlan:
         first = new.timestamp[new.offsets[both]]
         in_order[both] = first >= newest.timestamp[newest.offsets[both]]
         nothing_deleted = new.lengths == self._log.lengths[users] - old
-        outcome = np.full(len(users), Outcome.recompute if self._append_only else Outcome.exchange, object)
-        outcome[in_order & nothing_deleted] = Outcome.append
+        outcome = np.full(len(users), UpdateOutcome.recompute if self._append_only else UpdateOutcome.exchange, object)
+        outcome[in_order & nothing_deleted] = UpdateOutcome.append
         # The state holds other events than the log had then: of another log, or of one that was edited by hand.
-        outcome[num_events != old] = Outcome.recompute
+        outcome[num_events != old] = UpdateOutcome.recompute
         return outcome

@@ -72,7 +72,7 @@ class ServingSnapshot:
         with torch.inference_mode():
             self._masks, self._biases = stage.request_masks(), stage.query_biases(self._seen)
             gaps = model.encoder.gap_vectors(torch.arange(NUM_GAPS, device=model.device))
-            self._moments = None if gaps is None else torch.cat([gaps, stage.query_gap(gaps)], -1)
+            self._time_projections = None if gaps is None else torch.cat([gaps, stage.query_gap(gaps)], -1)
             """[NUM_GAPS, 5M] projections of the request's time, like those of items in `ItemProjections.candidate`."""
         # Weights are laid out at their first use. Use them here, so that forked workers share the result.
         none = np.zeros(0, np.int64)
@@ -194,19 +194,19 @@ class ServingSnapshot:
         """Ranges of users and columns, and their logits, float32 [users, columns, num_tasks]."""
         model, table, dim = self._scoring, self.items.candidate, self.model.config.dim
         assert table is not None
-        moment = None if bucket is None or self._moments is None else self._moments[bucket]
+        projected_time = None if bucket is None or self._time_projections is None else self._time_projections[bucket]
         for users, columns in _parts(lengths, PAIRS_PER_PASS):
             some = context.select(users)
             items = _take(table, rows, users, columns).expand(len(some.tail), -1, -1)
             vectors, projections = items[..., :dim], items[..., dim:]
             dtype = some.keys[0].dtype
-            if moment is None:
+            if projected_time is None:
                 projections = projections.to(dtype)
             else:
-                vectors = vectors + moment[users, :, :dim]
+                vectors = vectors + projected_time[users, :, :dim]
                 summed = torch.empty(projections.shape, dtype=dtype, device=model.device)
                 # Add and convert in one pass.
-                projections = torch.add(projections, moment[users, :, dim:], out=summed)
+                projections = torch.add(projections, projected_time[users, :, dim:], out=summed)
             logits = model.candidate_logits(vectors, None, self._seen, some, projections, self._biases)
             yield (users, columns), logits[:, : columns.stop - columns.start]
 

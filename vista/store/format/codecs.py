@@ -16,7 +16,7 @@ SCALE_DTYPE_NUMBERS = {Codec.float32: 0, Codec.int8: 1, Codec.float16: 0, Codec.
 """0: no scale; 1: float32 scale and bias per row; 2: float16 scale and bias per row."""
 
 
-class RowError(ValueError):
+class CodecError(ValueError):
     """A row cannot be stored."""
 
     def __init__(self, row: int, reason: str) -> None:
@@ -48,7 +48,7 @@ def quantize_rows(rows: NDArray[np.float32], codec: Codec) -> NDArray[np.uint8]:
         [N, row_bytes(codec, d)] uint8.
 
     Raises:
-        RowError: a value is not finite, or a value, scale or bias overflows the type that the codec stores it in.
+        CodecError: a value is not finite, or a value, scale or bias overflows the type that the codec stores it in.
     """
     _require_finite(rows, "holds NaN or infinity")
     match codec:
@@ -103,4 +103,4 @@ def _pack_nibbles(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
 def _require_finite(values: NDArray[np.floating], reason: str) -> None:
     finite = np.isfinite(values)
     if not finite.all():
-        raise RowError(int(np.flatnonzero(~finite.all(axis=1))[0]), reason)
+        raise CodecError(int(np.flatnonzero(~finite.all(axis=1))[0]), reason)

@@ -21,7 +21,7 @@ from vista.store.format.authentication import CODE_BYTES, record_code
 from vista.store.format.codecs import (
     CODEC_NUMBERS,
     SCALE_DTYPE_NUMBERS,
-    RowError,
+    CodecError,
     dequantize_rows,
     quantize_rows,
 )
@@ -98,7 +98,7 @@ def encode_records(
     rows_KD = np.ascontiguousarray(summary, dtype="<f4").reshape(num_users * spec.num_tokens, spec.dim)
     try:
         rows = quantize_rows(rows_KD, spec.codec)
-    except RowError as error:
+    except CodecError as error:
         user, token = user_id(keys[error.row // spec.num_tokens]), error.row % spec.num_tokens
         raise RecordError(
             f"the summary of user {user!r} cannot be stored: row {token} {error.reason}; nothing of this batch was "

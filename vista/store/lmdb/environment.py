@@ -80,7 +80,7 @@ class _Gate:
             self.release()
 
 
-class ClosedError(StoreError):
+class EnvironmentClosedError(StoreError):
     """Another thread closed the environment: it moved to another generation, or closed the store."""
 
 
@@ -161,11 +161,11 @@ class SharedEnvironment:
         """Add a reference.
 
         Raises:
-            ClosedError: the last reference was released meanwhile.
+            EnvironmentClosedError: the last reference was released meanwhile.
         """
         with _gate.exclusive():
             if self._references == 0:
-                raise ClosedError(f"{self._path} is closed; open the store again")
+                raise EnvironmentClosedError(f"{self._path} is closed; open the store again")
             self._references += 1
 
     def release(self) -> None:
@@ -241,7 +241,7 @@ class SharedEnvironment:
 
     def _open(self) -> lmdb.Environment:
         if self._environment is None:
-            raise ClosedError(f"{self._path} is closed; open the store again")
+            raise EnvironmentClosedError(f"{self._path} is closed; open the store again")
         return self._environment
 
     @property
