@@ -36,10 +36,10 @@ class LikeRecTools(SASRec):
         with torch.no_grad():
             self.item_table[UNKNOWN_ITEM] = 0.0
 
-    def _labelled(self, tile: PaddedTile) -> Tensor:
-        labelled = tile.valid.clone()
-        labelled[:, 0] = False
-        return labelled
+    def _labeled(self, tile: PaddedTile) -> Tensor:
+        labeled = tile.valid.clone()
+        labeled[:, 0] = False
+        return labeled
 
     def _encode(self, events: EmbeddedSequences, tile: PaddedTile) -> tuple[Tensor, None]:
         index = tile.index[:, : self.config.history_limit]

@@ -14,7 +14,7 @@ from scripts.experiments import row_origin
 from scripts.experiments.row_origin import RowOrigin, train_noted
 from tests.conftest import Served, small_config
 from vista.config import ModelConfig
-from vista.config.choices import Architecture, Precision
+from vista.config.choices import Architecture
 from vista.log.event_log import EventLog
 
 pytestmark = pytest.mark.research
@@ -37,7 +37,7 @@ def test_who_trained_and_who_measures(
         monkeypatch.setattr(row_origin, "commit", lambda: commit)
         monkeypatch.setattr(row_origin, "hardware", lambda: MACHINE | {"cpu": cpu})
 
-    config = small_config(event_log, tmp_path / "run", optim__epochs=1, precision=Precision.float32)
+    config = small_config(event_log, tmp_path / "run", optim__epochs=1)
     now("aaa", "First CPU")
     train_noted(config, event_log, tmp_path)
     fields = RowOrigin.read(tmp_path).fields()

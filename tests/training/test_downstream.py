@@ -100,7 +100,7 @@ def test_a_table_that_all_features_share_stays_too(served_tasks: Served, tmp_pat
     refresh(base, log, tmp_path / "store", until=past_of(served_tasks))
     changes = {"base": str(tmp_path / "base"), "optim__epochs": 1}
     config = downstream_config(served_tasks, tmp_path / "store", tmp_path / "run", **changes)
-    with pytest.raises(ConfigError, match=r"another model\.embedding_rows \(15 -> 0\)"):
+    with pytest.raises(ConfigError, match=r"changes model\.embedding_rows \(15 -> 0\)"):
         train(config, log)
     model = train(replace(config, model=base.config), log)
     assert torch.equal(model.item_table, base.item_table) and model.summarizer_id() == base.summarizer_id()
@@ -225,7 +225,7 @@ class TestLeakage:
         with monkeypatch.context() as patch:
             patch.setattr("vista.refresh.full.visible_counts", lambda log, limit: log.lengths)
             refresh(served_tasks.model, served_tasks.log, tmp_path / "store", until=past_of(served_tasks))
-        with pytest.raises(LeakageError, match=r"user \d+: the record in .* has seen \d+ events, .* refresh the store"):
+        with pytest.raises(LeakageError, match=r"user \d+: the record in .* covers \d+ events, .* refresh the store"):
             train(downstream_config(served_tasks, tmp_path / "store", tmp_path / "run"), served_tasks.log)
 
     def test_a_record_of_more_events_than_the_log_has_is_refused(
@@ -307,7 +307,7 @@ class TestRefusals:
         changes = {"model__conv_width": 1, "model__num_seeds": 4, "model__decay_horizons": [1.0, 2.0]}
         config = downstream_config(served_tasks, past_store, tmp_path, **changes, model__num_target_layers=1)
         expected = (
-            "has another model.num_seeds (3 -> 4), model.conv_width (3 -> 1), model.decay_horizons ([] -> [1.0, 2.0]); "
+            "changes model.num_seeds (3 -> 4), model.conv_width (3 -> 1), model.decay_horizons ([] -> [1.0, 2.0]); "
             "set model.num_seeds=3 model.conv_width=3 model.decay_horizons=[]"
         )
         with pytest.raises(ConfigError, match=re.escape(expected)):

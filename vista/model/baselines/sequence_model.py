@@ -106,10 +106,10 @@ class SequenceModel(HistoryModel):
         for tile in tiles(events.offsets, vectors.device, self.tile_tokens):
             states, memory = self._encode(events, tile)
             if optim.next_weight > 0:
-                labelled = self._labelled(tile)
-                gap = self.encoder.gap_vectors(packed.gap[tile.index][labelled])
-                users.append(self._user(states[:, : labelled.shape[1]][labelled], gap))
-                labels.append(packed.item[tile.index][labelled])
+                labeled = self._labeled(tile)
+                gap = self.encoder.gap_vectors(packed.gap[tile.index][labeled])
+                users.append(self._user(states[:, : labeled.shape[1]][labeled], gap))
+                labels.append(packed.item[tile.index][labeled])
             if shown is not None and (part := tile.entries(shown.chunk)) is not None:
                 index, valid = part
                 vector = item_vectors[shown.item[index]]
@@ -126,7 +126,7 @@ class SequenceModel(HistoryModel):
             return weighted_losses(self, batch, optim, loss, None)
         return weighted_losses(self, batch, optim, loss, in_place(torch.cat(logits), torch.cat(places), batch))
 
-    def _labelled(self, tile: PaddedTile) -> Tensor:
+    def _labeled(self, tile: PaddedTile) -> Tensor:
         """Which events of the tile are labels of the next-item loss: bool [n, L]."""
         return tile.valid
 
