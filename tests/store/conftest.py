@@ -128,9 +128,9 @@ class OtherAccount:
         child = multiprocessing.get_context("fork").Process(target=call)
         child.start()
         sender.close()
-        assert receiver.poll(20), "the child hangs"
+        assert receiver.poll(60), "the child hangs"
         result = receiver.recv()
-        child.join(20)
+        child.join(60)
         return result
 
 
