@@ -207,7 +207,7 @@ def served(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Ser
 
 @pytest.fixture(scope="session")
 def served_tasks(impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """A model of three labeled tasks and the next item, split in time."""
+    """A model of three labeled tasks and the next item, split by time."""
     folder = tmp_path_factory.mktemp("served-tasks")
     times = np.sort(np.asarray(impression_log.impressions.timestamp))  # type: ignore[union-attr]
     config = small_config(

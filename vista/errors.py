@@ -63,7 +63,7 @@ class MissingDependencyError(VistaError, ImportError):
 
 
 class LogFormatError(VistaError):
-    """An event log is missing, damaged, or of another format.
+    """An event log is missing, damaged, or in another format.
 
     Remedy: check the path. If a file is missing or damaged, restore it from a backup, or prepare the log again from its
     sources.
@@ -93,7 +93,7 @@ class UnknownItemError(VistaError, KeyError):
 class CheckpointError(VistaError):
     """A checkpoint or an exported model is missing, damaged, or does not fit its configuration.
 
-    Remedy: give the path of an exported model, which is `<run_dir>/best`. If the files are damaged, export or train the
+    Remedy: pass the path of an exported model, which is `<run_dir>/best`. If the files are damaged, export or train the
     model again. To train without the old checkpoints, use another `run_dir` or `resume=false`.
     """
 
@@ -143,9 +143,9 @@ class StoreWriteError(StoreError):
 
 
 class StoreBusyError(StoreError):
-    """A command that reads a whole generation found that it changed at every attempt.
+    """A command tried to read a whole generation, but the generation changed during every attempt.
 
-    Remedy: run the command again when the refresh or the erasure has ended. Nothing is wrong with the store.
+    Remedy: run the command again after the refresh or the erasure has ended. Nothing is wrong with the store.
     """
 
 

@@ -43,7 +43,7 @@ def test_categories_may_be_numbers(tmp_path: Path) -> None:
     [
         ("item,kind\n10,books\n20,shelf\n10,shelf\n", "items.csv: item 10 has the categories books, shelf; keep one"),
         ("item,kind\n10,books\nx7,shelf\n", "items.csv: row 2, column 'item': 'x7' is not an integer"),
-        ("item,kind\n11,books\n", "items.csv: column 'item' contains none of the log's items; write the log's ids"),
+        ("item,kind\n11,books\n", "items.csv: column 'item' contains none of the log's items; use the log's ids"),
         ("id,kind\n10,books\n", "items.csv: column 'item' is missing, the file has: id, kind; name"),
         ("item,category\n10,books\n", "items.csv: column 'kind' is missing, .*data.category_column="),
     ],

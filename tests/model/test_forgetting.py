@@ -240,7 +240,7 @@ def test_a_state_of_another_history_is_refused(make: SimpleNamespace) -> None:
     history, longer = make.histories([LENGTH]), make.histories([LENGTH + 1])
     state: SummaryState = history_states(model, history)
     none: NDArray[np.int64] = np.zeros(0, np.int64)
-    with pytest.raises(ValueError, match=r"state: of \[24\] events, but history has 25"):
+    with pytest.raises(ValueError, match=r"state: covers \[24\] events, but history has 25"):
         forget_events(model, state, longer, none)
-    with pytest.raises(ValueError, match=r"state: of \[24\] events, but history has 24 \(late: 1"):
+    with pytest.raises(ValueError, match=r"state: covers \[24\] events, but history has 24 \(late: 1"):
         insert_events(model, state, history, [2])

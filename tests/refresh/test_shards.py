@@ -151,7 +151,7 @@ def test_merge_refuses_outdated_and_incomplete_parts(tmp_path: Path, grow: Simpl
         merge(model, [(tmp_path / "store", log)], tmp_path / "merged")
     assert not (tmp_path / "merged" / "CURRENT").exists()
     refresh(model, log, tmp_path / "past", until="leave-last-out")
-    with pytest.raises(StoreError, match="keeps no states"):
+    with pytest.raises(StoreError, match="has no states"):
         merge(model, [(tmp_path / "past", log)], tmp_path / "merged")
     with pytest.raises(ConfigError, match="has no states"):
         merge(grow.model(num_seeds=0), [(tmp_path / "past", log)], tmp_path / "merged")

@@ -92,7 +92,7 @@ def test_a_file_dated_in_the_future_waits_and_is_reported_once(
     path = arrive(tmp_path / "incoming", "a.csv", grow.events({1: 2}, grow.start + 500 * grow.hour), age_s=-3600)
     for _ in range(2):
         assert watching.look().files == 0
-    assert caplog.text.count("in the future and waits until then") == 1 and "a.csv" in caplog.text
+    assert caplog.text.count("in the future and will be read then") == 1 and "a.csv" in caplog.text
     os.utime(path, (time.time() - 60,) * 2)
     assert watching.look().files == 1
 
@@ -163,7 +163,7 @@ def test_no_file_is_lost_while_log_or_store_are_busy(
     arrive(tmp_path / "incoming", "a.csv", grow.events({1: 3}, later))
     with locked_log(Path(watched.data)):
         assert watching.look().files == 0
-    assert "the next look tries again" in caplog.text
+    assert "the next check will retry" in caplog.text
     with (
         StoreUpdate.open(watched.store, summarizer_id=grow.model().summarizer_id(), applied_segment=1, created_at=0),
         pytest.raises(StoreLockedError),
@@ -189,7 +189,7 @@ def test_no_file_is_lost_on_a_full_disk(
         patch.setattr("vista.log.segment_writer.sync", full)
         report = watching.look()
     assert (report.files, report.refused, report.refreshes) == (0, 0, [])
-    assert "free disk space" in caplog.text and "the next look tries again" in caplog.text
+    assert "free disk space" in caplog.text and "the next check will retry" in caplog.text
     assert watching.look().files == 1
     expect(watched, grow, tmp_path, 17)
 

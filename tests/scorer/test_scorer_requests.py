@@ -209,7 +209,7 @@ class TestBadRequests:
         scorer.close()
         scorer.close()
         for call in (lambda: scorer.score([100], ITEMS), lambda: scorer.rank(100), scorer.reload):
-            with pytest.raises(StoreError, match=f"the scorer of {served.store} is closed; open another one"):
+            with pytest.raises(StoreError, match=f"the scorer of {served.store} is closed; open a new one"):
                 call()
 
     def test_a_store_of_another_model_is_refused_and_both_are_named(

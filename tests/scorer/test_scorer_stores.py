@@ -82,7 +82,7 @@ class TestStoresThatChange:
             lambda s: s.manifest,
         ]
         for call in calls:
-            with pytest.raises(StoreError, match="is closed; open another one"):
+            with pytest.raises(StoreError, match="is closed; open a new one"):
                 call(scorer)
 
     def test_closed_during_calls(self, served: Served) -> None:

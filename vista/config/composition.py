@@ -183,7 +183,7 @@ def _parse(word: str) -> tuple[str, Any, str]:
     if word.startswith("~"):
         raise ConfigError(f"cannot read '{word}': keys cannot be deleted, only set; use null for no value")
     if "=" not in word:
-        raise ConfigError(f"cannot read '{word}': it is not key=value")
+        raise ConfigError(f"cannot read '{word}': write it as key=value")
     try:
         override = OverridesParser.create().parse_override(word)
     except HydraException as error:
@@ -266,7 +266,7 @@ def _as_written(key: str, value: Any, written: Any) -> Any:
     if not isinstance(value, bool | int | float):
         return value
     if not isinstance(written, str) or "(" in written:  # a Hydra function, or a word of several keys
-        raise ConfigError(f"{key}: {value_text(value)} was read as a number or a truth value; put text in quotes")
+        raise ConfigError(f"{key}: {value_text(value)} was read as a number or a boolean; put text in quotes")
     return written.strip()
 
 

@@ -31,7 +31,7 @@ class EvaluateConfig:
     """Also report how closely the retrieval head's lists follow training popularity."""
     staleness: int = 0
     """Number of each user's newest visible events that the store's summaries lack; the tail has them. Refresh with
-    until=leave-last-N-out, where N is 1 + staleness (validation: 2 + staleness), or for a split in time with
+    until=leave-last-N-out, where N is 1 + staleness (validation: 2 + staleness), or for a split by time with
     until=TIME-less-N, where N is staleness. 0 evaluates up-to-date summaries."""
     recall: bool = False
     """Also report how well the stored summaries recall a user's events, by the age of the event. Takes some seconds."""

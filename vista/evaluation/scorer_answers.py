@@ -68,7 +68,7 @@ class ScorerAnswers:
         Args:
             user: int64 [n] rows of the log.
             seen: int64 [n] events before the label.
-            label_time: int64 [n] of the labels of a split in time, else None.
+            label_time: int64 [n] of the labels of a split by time, else None.
 
         Raises:
             LeakageError: if a record covers a label, by event_count for leave-last-out (equal times are common), and

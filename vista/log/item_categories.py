@@ -49,7 +49,7 @@ def read_categories(file: Path, column: str, items: Vocabulary) -> NDArray[np.in
         row = int(bad.arg_true()[0])
         raise DataError(
             f"{file}: row {row + 1}, column 'item': {table['item'][row]!r} is not an integer, but the log's item ids "
-            "are; write the log's ids"
+            "are; use the log's ids"
         )
     named = pl.DataFrame({"item": ids, "category": table[column].cast(pl.String)}).drop_nulls().unique()
     twice = named.filter(named["item"].is_duplicated())
@@ -62,7 +62,7 @@ def read_categories(file: Path, column: str, items: Vocabulary) -> NDArray[np.in
     rows = items.rows(named["item"].to_list())
     logger.info("%s: %d of %d items have a category", file, int((rows >= 0).sum()), len(items))
     if not (rows >= 0).any():
-        raise DataError(f"{file}: column 'item' contains none of the log's items; write the log's ids")
+        raise DataError(f"{file}: column 'item' contains none of the log's items; use the log's ids")
     codes = np.zeros(1 + len(items), np.int64)
     codes[rows[rows >= 0] + 1] = named["category"].rank("dense").to_numpy()[rows >= 0]
     return codes

@@ -1,4 +1,4 @@
-"""Which events of each user are visible: leave-last-out splits and splits in time."""
+"""Which events of each user are visible: leave-last-out splits and splits by time."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def merge_histories(
     summarizer, r = separable_summarizer(model), reach(model)
     for state, part in zip(states, parts, strict=True):
         if state.num_events.tolist() != [part.num_events]:
-            raise ValueError(f"state: of {state.num_events.tolist()} events, but its history has {part.num_events}")
+            raise ValueError(f"state: covers {state.num_events.tolist()} events, but its history has {part.num_events}")
     whole, places = _interleaved(parts)
     clock = clock_after(model, whole)
     total, old = summarizer.empty_state(1), summarizer.empty_state(1)
@@ -183,7 +183,7 @@ def _checked(positions: ArrayLike, name: str, history: Histories, state: Summary
         raise ValueError(f"{name}: positions must ascend within [0, {num_events}), got {marked[:6].tolist()} …")
     if history.num_users != 1 or len(state.num_events) != 1 or expected != num_events:
         raise ValueError(
-            f"state: of {state.num_events.tolist()} events, but history has {num_events} ({name}: {len(marked)} of "
+            f"state: covers {state.num_events.tolist()} events, but history has {num_events} ({name}: {len(marked)} of "
             "them); pass the state of one user and all events of that user"
         )
     return marked

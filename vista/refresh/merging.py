@@ -60,7 +60,7 @@ class _Part:
         """Raise StoreError unless the states cover the whole log."""
         manifest, last = self.store.manifest, self.log.last_segment
         if manifest.state_spec() is None:
-            raise StoreError(f"{self.store.path}: keeps no states to merge; refresh it with state=float32")
+            raise StoreError(f"{self.store.path}: has no states to merge; refresh it with state=float32")
         if (manifest.applied_segment, manifest.log_digest) != (last, self.log.sources_digest(last)):
             raise StoreError(
                 f"{self.store.path}: covers segment {manifest.applied_segment}, but {self.log.path} ends at segment "

@@ -78,7 +78,7 @@ class Watch:
                 files += self._append(path)
                 self._handled.add(version)
             except (LogBusyError, LogWriteError, OSError) as error:
-                logger.warning("%s: %s; the next look tries again", path, error)
+                logger.warning("%s: %s; the next check will retry", path, error)
             except (DataError, ConfigError) as error:
                 self._handled.add(version)
                 refused += 1
@@ -112,7 +112,7 @@ class Watch:
             elif age < -SETTLED_S and path.name not in self._dated_ahead:
                 self._dated_ahead.add(path.name)
                 logger.warning(
-                    "%s: is dated %.0f s in the future and waits until then; `touch` it, or set the clock", path, -age
+                    "%s: is dated %.0f s in the future and will be read then; `touch` it, or set the clock", path, -age
                 )
         for _, _, path, version in sorted(arrived):
             yield path, version

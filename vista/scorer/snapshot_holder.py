@@ -88,7 +88,7 @@ class SnapshotHolder:
 
     def _require_open(self) -> None:
         if self._closed:
-            raise StoreError(f"the scorer of {self.current.store.path} is closed; open another one")
+            raise StoreError(f"the scorer of {self.current.store.path} is closed; open a new one")
         if self._inherited:  # OpenMP's threads are not forked, so a child that waits for them would hang.
             self._inherited = False
             torch.set_num_threads(1)

@@ -204,7 +204,7 @@ class GenerationFiles:
 
     def _write(self, environment: SharedEnvironment, function: Callable[[lmdb.Transaction[memoryview]], Any]) -> Any:
         if self._closed or environment.inherited:
-            raise StoreError(f"{self.path}: the writer is closed, or was opened before a fork; open another one")
+            raise StoreError(f"{self.path}: the writer is closed, or was opened before a fork; open a new one")
         try:
             return environment.write(function)
         except (OSError, lmdb.Error) as error:

@@ -71,7 +71,7 @@ class Downstream:
         _check_model(config, base)
         check_log(base, log)
         end = split_until(config.data, "train").before
-        assert end is not None  # stage=downstream requires a split in time
+        assert end is not None  # stage=downstream requires a split by time
         trained = split_until(base.data, "train")
         if trained.before is None or trained.before > end:
             raise LeakageError(

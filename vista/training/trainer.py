@@ -181,7 +181,7 @@ class Trainer:
         steps = self.config.optim.epochs * self.source.num_batches(0)
         if steps < 2 * self.config.optim.warmup_steps:
             logger.warning(
-                "the whole run is about %d steps, and optim.warmup_steps=%d of them warm up: too few to learn much; "
+                "the run has only about %d steps, of which optim.warmup_steps=%d are warm-up: too few to learn much; "
                 "lower data.tokens_per_batch (to 512, say) and optim.warmup_steps, or raise optim.epochs",
                 steps,
                 self.config.optim.warmup_steps,

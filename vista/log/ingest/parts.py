@@ -76,7 +76,7 @@ def read_part(
             more = f" ({num_bad - 1} more bad rows)" if num_bad > 1 else ""
             raise DataError(f"{message}; on_bad_rows=quarantine sets bad rows aside instead{more}")
         if not num_good:
-            raise DataError(f"{message}; the file has no good row (bad rows: {num_bad})")
+            raise DataError(f"{message}; the file has no valid rows (bad rows: {num_bad})")
         quarantine = folder / f"{table}-{number:06d}.csv"
         _set_aside(source, rules, table, pl.scan_ipc(file), quarantine)
     return Part(source, file, num_good, num_bad, quarantine)

@@ -67,7 +67,7 @@ def open_environment(path: Path, *, readonly: bool) -> lmdb.Environment:
         except lmdb.MemoryError as error:
             if size <= _SMALLEST_MAP_BYTES:
                 raise StoreError(
-                    f"{path}: no address space is left for a map of {size} bytes; raise the limit (ulimit -v unlimited)"
+                    f"{path}: not enough address space to map {size} bytes; raise the limit (ulimit -v unlimited)"
                 ) from error
             size >>= 2
         except lmdb.Error as error:
