@@ -18,7 +18,7 @@ from vista.config.choices import IdType
 from vista.errors import ConfigError, DataError
 from vista.log import segment_writer
 from vista.log.event_log import EventLog
-from vista.log.ingest import prepare as ingest
+from vista.log.ingest.prepare import prepare_frames
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -44,19 +44,19 @@ EVENTS = st.one_of(
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=EVENTS, cut=st.integers(0, 40), bucket=st.integers(1, 50))
 def test_any_frame_round_trips(
-    rows: list[tuple], cut: int, bucket: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    rows: list[tuple], cut: int, bucket: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """One segment or two, any bucket size: histories equal a stable sort by time, then sequence."""
-    monkeypatch.setattr(ingest, "BUCKET_EVENTS", bucket)
     path = tmp_path_factory.mktemp("round") / "log"
     names = ["user", "item", "timestamp", "step", "kind", "stars"]
     parts = [part for part in (rows[:cut], rows[cut:]) if part]
     assume(len(parts) < 2 or parts[0] != parts[1])  # equal parts would be refused as the same source
     for number, part in enumerate(parts):
         frame = {name: [row[place] for row in part] for place, name in enumerate(names)}
-        log = EventLog.from_frame(
-            frame, path, time_unit="s", sequence="step", action="kind", rating="stars", append=number > 0
-        )
+        columns = {name: name for name in ("user", "item", "timestamp")}
+        columns |= {"sequence": "step", "action": "kind", "rating": "stars"}
+        prepare_frames(frame, path, columns=columns, time_unit="s", append=number > 0, bucket_events=bucket)
+    log = EventLog.open(path)
     assert log.num_users == len({row[0] for row in rows})
     assert log.num_items == len({row[1] for row in rows})
     for user in {row[0] for row in rows}:
@@ -266,7 +266,7 @@ def test_a_failure_at_the_end_leaves_nothing_behind(
     def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(ingest, "write_manifest", fail)
+    monkeypatch.setattr("vista.log.ingest.prepare.write_manifest", fail)
     with pytest.raises((KeyboardInterrupt, DataError)) as caught:
         run(tmp_path / "log", [file], append=append)
     if isinstance(failure, OSError):

@@ -77,13 +77,15 @@ def prepare_frames(
     probabilities: Sequence[str] = (),
     on_bad_rows: OnBadRows | str = OnBadRows.error,
     append: bool = False,
+    bucket_events: int = BUCKET_EVENTS,
 ) -> PrepareReport:
     """Ingest frames in memory (pandas, Polars, or a mapping of columns) as `prepare` ingests files.
 
     Args:
         columns: names of the frame's columns: user, item, timestamp, action, rating, sequence.
+        bucket_events: see `prepare`.
     """
-    run = _Run(target=Path(path), append=append, on_bad_rows=OnBadRows(on_bad_rows))
+    run = _Run(target=Path(path), append=append, on_bad_rows=OnBadRows(on_bad_rows), bucket_events=bucket_events)
     run.check_target()
     given: dict[str, Any] = {name: own for name, own in columns.items() if own is not None}
     config = SourceConfig(**given, time_unit=time_unit)
