@@ -1,7 +1,7 @@
 """Compile every Triton kernel for several GPUs, which need not be present, and list the compilers' statistics.
 
     python -m scripts.benchmarks.compile_kernels                            # D = E = 64, bfloat16, four targets
-    python -m scripts.benchmarks.compile_kernels --all --write docs/results/kernels_aot.md
+    python -m scripts.benchmarks.compile_kernels --all --write build/kernels_aot.md
 
 The backend's functions run on small CPU tensors, and their launches are recorded instead of made. So the compiled
 kernels have the block sizes and other parameters that the backend chooses for each target. Requires Triton but no GPU.

@@ -46,7 +46,7 @@ def evaluated(say: Say, log_path: str, model_dir: str, store: str, until: str, u
     return "evaluated"
 
 
-@promise("No leakage", fault="a store, or one record, that has seen a test label", full=100, short=4)
+@promise("No leakage", fault="a store, or one record, that covers a test label", full=100, short=4)
 def test_leakage(trial: Trial, nursery: Nursery, served: Served) -> None:
     log = served.log
     kind = trial.random.choice(["whole store", "one record", "none"])

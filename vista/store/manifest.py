@@ -160,11 +160,11 @@ class Manifest:
                 f"{FORMAT_VERSION}; use the version that wrote it, or refresh the store again"
             )
         try:
-            fields["state_shape"] = tuple(fields.get("state_shape", (0, 0, 0)))
+            fields["state_shape"] = tuple(fields["state_shape"])
             manifest = Manifest(**fields)
             Manifest.spec(dataclasses.replace(manifest, key_id=None))
             manifest.state_spec()
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise StoreError(
                 f"{path}: the manifest was written by another version of vista, or is damaged ({error}); {REMEDY}"
             ) from error

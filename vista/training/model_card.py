@@ -145,6 +145,6 @@ def _limits(model: RankingModel, log: EventLog) -> Iterable[str]:
     if model.schema.has_time and model.config.use_time:
         yield "The model reads times. Pass the time of the request (`now`)."
     if len(log.actions) > 1 and model.config.use_action:
-        yield "A new action type needs a training before the next refresh."
+        yield "Retrain before refreshing if a new action type appears."
     yield "Events that are deleted from the log after training are not removed from the model's weights."
     yield "How far its rankings follow popularity, or differ between groups of users, was not measured here."

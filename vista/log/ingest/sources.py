@@ -252,7 +252,7 @@ def _simulated(file: Path, table: str) -> SourceConfig:
         return SourceConfig(timestamp="timestamp", time_unit="ms", action="action")
     names = pl.scan_parquet(file, glob=False).collect_schema().names()
     tasks = [task for task in SIMULATED_TASKS if task in names]
-    probabilities = [name for task in tasks for name in (f"{task}_probability", f"p_{task}") if name in names]
+    probabilities = [f"{task}_probability" for task in tasks if f"{task}_probability" in names]
     return SourceConfig(timestamp="timestamp", time_unit="ms", labels=tasks, probabilities=probabilities)
 
 
