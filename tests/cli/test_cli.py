@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vista import config
-from vista.cli.command import COMMANDS
+from vista.cli.commands import COMMANDS
 from vista.cli.main import main
 from vista.config.choices import OnBadRows, OnMissing, Split
 from vista.config.composition import NAME_OF_SCHEMA, compose_config, conf_dir, config_file_name, groups_of, options_of
@@ -203,7 +203,7 @@ class TestRefusals:
             ("train model.num_heads=5", ["model.num_heads: must divide model.dim=64, got 5"]),
             ("train data=time", ["data.validation_from: is required"]),
             ("train run_dir=a(b", ["cannot read 'run_dir=a(b'", "run_dir='a(b'"]),
-            ("train model.dim", ["cannot read 'model.dim'", "not key=value"]),
+            ("train model.dim", ["cannot read 'model.dim'", "write it as key=value"]),
             ("train model.dim=32,64", ["cannot read 'model.dim=32,64'", "sweeps are not supported"]),
             ("train ~model.dim", ["cannot read '~model.dim'", "cannot be deleted"]),
             ("train run_dir=${nothing}", ["run_dir: ", "'nothing' not found"]),

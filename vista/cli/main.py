@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from vista import __version__
-from vista.cli.command import COMMANDS
+from vista.cli.commands import COMMANDS
 from vista.errors import ConfigError, VistaError
 
 

@@ -22,7 +22,7 @@ from vista.log.event_keys import EventKeys, equal_events
 from vista.log.event_log import EventLog
 from vista.log.frames import to_polars
 from vista.log.ingest.parts import ORDER, read_part
-from vista.log.ingest.rules import TIME_UNITS
+from vista.log.ingest.row_rules import TIME_UNITS
 from vista.log.ingest.sources import Source, column_names, frame_source, open_sources
 from vista.log.packed_table import Int
 from vista.log.polars_extra import pl

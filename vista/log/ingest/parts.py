@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vista.config.choices import OnBadRows
 from vista.errors import DataError
-from vista.log.ingest.rules import BLANK, PROBLEM, Rule, parse
+from vista.log.ingest.row_rules import BLANK, PROBLEM, Rule, parse
 from vista.log.ingest.sources import EXTRA, ROW, Source, unreadable
 from vista.log.polars_extra import pl
 

@@ -8,7 +8,7 @@ from vista.config import SourceConfig
 from vista.errors import ConfigError, DataError, TakenError
 from vista.log.ingest.columns import NO_ACTION
 from vista.log.ingest.existing_log import ExistingLog
-from vista.log.ingest.rules import id_kind
+from vista.log.ingest.row_rules import id_kind
 from vista.log.ingest.sources import Source
 
 
