@@ -24,7 +24,7 @@ from vista.refresh.refresh_options import RefreshOptions
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
 from vista.refresh.states import has_states, read_summaries, to_arrays
-from vista.refresh.user_records import UserRecords, UserSummaries, encode_users, last_times, stored_tail
+from vista.refresh.user_records import UserRecords, UserSummaries, encode_users, last_times, stored_tail, write_batch
 from vista.store.format.keys import user_keys
 from vista.store.manifest import Manifest
 from vista.store.shards import Shard, shard_to_write
@@ -103,12 +103,7 @@ def refresh(
                 summaries = _summarize(frozen, log, items, batch[part], counts, writer, run)
                 with run.stage("encode"):
                     encoded.extend(encode_users(summaries, writer, run))
-            run.check_failures()
-            with run.stage("write"):
-                written = writer.put_batch(encoded.keys, encoded.records, begin + len(batch), encoded.states)
-            run.counts["written"] += written
-            run.counts["erased"] += len(encoded.keys) - written
-            run.batch(writer.generation, len(batch), int(counts[batch].sum()))
+            write_batch(encoded, writer, run, num_users=len(batch), num_events=int(counts[batch].sum()))
         with run.stage("publish"):
             writer.publish()
         return run.report(writer.generation)

@@ -27,7 +27,7 @@ from vista.refresh.refresh_options import RefreshOptions
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
 from vista.refresh.states import from_arrays, has_states, read_summaries, to_arrays
-from vista.refresh.user_records import UserSummaries, encode_users, last_times, stored_tail
+from vista.refresh.user_records import UserSummaries, encode_users, last_times, stored_tail, write_batch
 from vista.store.format.keys import user_keys
 from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
@@ -164,13 +164,7 @@ def merge(
             with run.stage("encode"):
                 summaries = _summarize(frozen, user_keys(batch), merged)
                 encoded = encode_users(summaries, writer, run)
-            run.check_failures()
-            with run.stage("write"):
-                cursor = writer.cursor + len(batch)
-                written = writer.put_batch(encoded.keys, encoded.records, cursor, encoded.states)
-            run.counts["written"] += written
-            run.counts["erased"] += len(encoded.keys) - written
-            run.batch(writer.generation, len(batch), int(summaries.event_count.sum()))
+            write_batch(encoded, writer, run, num_users=len(batch), num_events=int(summaries.event_count.sum()))
         with run.stage("publish"):
             writer.publish()
         return run.report(writer.generation)

@@ -103,6 +103,26 @@ def encode_users(users: UserSummaries, writer: StoreWriter | StoreUpdate, run: R
     return UserRecords(users.keys, records, states)
 
 
+def write_batch(
+    encoded: UserRecords, writer: StoreWriter, run: RefreshProgress, *, num_users: int, num_events: int
+) -> None:
+    """Write the next batch of a new generation durably, and count its users.
+
+    Args:
+        num_users: users of the batch, also those whose records could not be encoded.
+        num_events: events that were summarized for them.
+
+    Raises:
+        RecordError: too many users failed.
+    """
+    run.check_failures()
+    with run.stage("write"):
+        written = writer.put_batch(encoded.keys, encoded.records, writer.cursor + num_users, encoded.states)
+    run.counts["written"] += written
+    run.counts["erased"] += len(encoded.keys) - written
+    run.batch(writer.generation, num_users, num_events)
+
+
 def stored_tail(newest: Histories, tail_len: int) -> Tail:
     """The last `tail_len` events of histories whose items are rows of the model, in the form of a record."""
     last = newest.select(np.maximum(newest.lengths - tail_len, 0), newest.lengths)
