@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+MAX_MESSAGE = 4_000
+"""Longest message of an error, in characters: a value of a million characters in it must not fill a log."""
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text, or if it is longer than `limit` characters its start and end."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]} … [{len(text) - 2 * (limit // 2)} characters left out] … {text[-(limit // 2) :]}"
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value as a message shows it: its `repr`, shortened."""
+    return shortened(repr(value), limit)
+
 
 class VistaError(Exception):
     """Base of all errors that vista raises on purpose.
 
-    The command line prints one as a single line.
+    The command line prints one as a single line. Its text has at most about `MAX_MESSAGE` characters.
 
     Remedy: read the message. It says what is wrong, where, and what to do. Catch this class to handle all of
     vista's own errors.
     """
+
+    def __str__(self) -> str:
+        return shortened(Exception.__str__(self), MAX_MESSAGE)
 
 
 class ConfigError(VistaError, ValueError):
@@ -77,8 +95,6 @@ class UnknownUserError(VistaError, KeyError):
     `on_missing="nan"`, a scorer accepts unknown users.
     """
 
-    __str__ = Exception.__str__
-
 
 class UnknownItemError(VistaError, KeyError):
     """An item is not in the model's vocabulary and `on_missing` is `raise`.
@@ -86,8 +102,6 @@ class UnknownItemError(VistaError, KeyError):
     Remedy: train on a newer log to add items. With `on_missing="empty"` or `on_missing="nan"`, a scorer accepts unknown
     items.
     """
-
-    __str__ = Exception.__str__
 
 
 class CheckpointError(VistaError):

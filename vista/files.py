@@ -1,46 +1,178 @@
-"""Atomic, durable writes of files and folders."""
+"""Reads with a limit, and atomic, durable writes of files and folders.
+
+A write is durable once its content and its name are on the disk: fsync of the file, then of the folder that holds it.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
+
+import xxhash
 
 from vista.errors import ConfigError
 
 _PARTIAL_NAME = re.compile(r"\..+\.\d+\.tmp")
 
 
+def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600, *, follow: bool = True) -> int:
+    """Open a regular file and return its descriptor. Never waits, as an open of a named pipe would.
+
+    Args:
+        flags: of `os.open`.
+        mode: permissions of the file if it is created.
+        follow: whether the file may be a symbolic link. Its folder may always be one.
+
+    Raises:
+        OSError: it cannot be opened, is not a regular file, or is a symbolic link that must not be followed.
+    """
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags, mode)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow:
+            raise OSError(errno.ELOOP, "is a symbolic link; remove it", str(path)) from None
+        if error.errno == errno.ENXIO:  # a named pipe without a reader, or a socket
+            raise OSError(errno.EINVAL, "is not a regular file", str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return descriptor
+
+
+def read_limited(path: Path, limit: int, *, follow: bool = True) -> bytes:
+    """Read a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: as `open_file`; with EFBIG if the file is larger.
+    """
+    with open(open_file(path, follow=follow), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit + 1) if size <= limit else b""
+    if size > limit or len(content) > limit:
+        raise OSError(errno.EFBIG, f"holds {max(size, len(content))} bytes, at most {limit} are read", str(path))
+    return content
+
+
 def sync(path: Path) -> None:
     """fsync a file or a directory."""
-    handle = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes, mode: int | None = None) -> None:
+    """Write a small file atomically and durably: temporary name, fsync, rename, fsync of the folder.
+
+    A symbolic link of that name is replaced, not followed. All names are relative to the folder as it was opened.
+
+    Args:
+        mode: exact permissions of the file; None for those of a new file under the umask.
+    """
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    partial = f".{path.name}.{os.getpid()}.tmp"
+    try:
+        with suppress(FileNotFoundError):
+            os.unlink(partial, dir_fd=folder)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(partial, flags, 0o666 if mode is None else 0o600, dir_fd=folder), "wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.fsync(folder)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(partial, dir_fd=folder)
+        raise
+    finally:
+        os.close(folder)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file atomically and durably: temporary name, fsync, rename, fsync of the folder."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
+    """`replace_file` for text, as UTF-8."""
+    replace_file(path, text.encode())
+
+
+def make_folders(folder: Path, mode: int = 0o777) -> None:
+    """Make a folder and its missing parents durably: each name is on the disk when this returns.
+
+    Folders that exist are synced too, because a process that was killed may have made them without a sync.
+
+    Args:
+        mode: permissions of new folders, before the umask.
+    """
+    folder = folder.absolute()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        with suppress(FileExistsError):  # another process made it at the same time
+            path.mkdir(mode)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    device = folder.stat().st_dev
+    for path in (folder, *folder.parents):
+        if path.stat().st_dev != device:
+            break
+        with suppress(PermissionError):  # a folder of the system that this account cannot read exists for long
+            sync(path)
+
+
+def remove_folder(folder: Path, removed: Path) -> None:
+    """Remove a folder with all its files, durably under another name first.
+
+    After a crash the folder is complete, or its files are under `removed`, which the next caller must remove.
+
+    Args:
+        removed: a name in the same folder; what has that name is removed too.
+    """
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    sync(folder.parent)  # otherwise the removal of the files could reach the disk before the new name
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+class HashedFile:
+    """A file that is written from start to end, with the XXH3-64 of all bytes so far. NumPy can write arrays to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._hash = xxhash.xxh3_64()
+        self.size = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Write all of `data`."""
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        self._file.write(view)
+        self.size += len(view)
+        return len(view)
+
+    def hexdigest(self) -> str:
+        """XXH3-64 of what was written, 16 hex digits."""
+        return self._hash.hexdigest()
 
 
 def writable_folder(folder: Path, key: str) -> None:
-    """Make a folder if it does not exist, and check that files can be written in it.
+    """Make a folder durably if it does not exist, and check that files can be written in it.
 
     Raises:
         ConfigError: if they cannot, naming `key` (the setting of the folder) and the reason.
     """
     probe = folder / f".probe.{os.getpid()}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
@@ -50,7 +182,7 @@ def writable_folder(folder: Path, key: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove leftovers of `replace_text` and `replaced_folder` in killed processes. No other process may write here."""
+    """Remove leftovers of `replace_file` and `replaced_folder` in killed processes. No other process may write here."""
     for path in folder.iterdir():
         if _PARTIAL_NAME.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -62,7 +194,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     A crash leaves the old folder, the new one, or (between two renames) the old one as `<name>.old`, never a mixture.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(folder.parent)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

@@ -8,10 +8,13 @@ from dataclasses import is_dataclass
 from enum import Enum
 from typing import Any, get_type_hints
 
-from vista.errors import ConfigError
+from vista.errors import ConfigError, shown
 
 PLAIN: dict[Any, Any] = {bool: bool, str: str, int: numbers.Integral, float: numbers.Real}
 """Which values a field of these types accepts; NumPy's numbers are among them."""
+
+LARGEST_COUNT = 2**63 - 1
+"""What fits into int64, as counts are stored and as torch takes them."""
 
 
 def require(condition: bool, key: str, message: str) -> None:
@@ -26,11 +29,12 @@ def require_only_with(is_set: bool, applies: bool, key: str, setting: str) -> No
     require(applies or not is_set, key, f"only applies with {setting}; set that, or leave this out")
 
 
-def require_counts(config: Any, prefix: str, keys: tuple[str, ...], least: int = 1) -> None:
-    """Require whole numbers of at least `least`."""
+def require_counts(config: Any, prefix: str, keys: tuple[str, ...], least: int = 1, most: int = LARGEST_COUNT) -> None:
+    """Require whole numbers from `least` to `most`."""
     for key in keys:
         value = getattr(config, key)
-        require(value >= least, f"{prefix}{key}", f"must be at least {least}, got {value}")
+        require(value >= least, f"{prefix}{key}", f"must be at least {least}, got {shown(value)}")
+        require(value <= most, f"{prefix}{key}", f"must be at most {most}, got {shown(value)}")
 
 
 def require_finite(config: Any, prefix: str, keys: tuple[str, ...], *, positive: bool = False) -> None:
@@ -54,12 +58,12 @@ def check_types(config: Any, prefix: str = "") -> None:
                 setattr(config, name, hint(value))
             except ValueError:
                 known = ", ".join(str(member.value) for member in hint)
-                raise ConfigError(f"{key}: {value!r} is not one of {known}") from None
+                raise ConfigError(f"{key}: {shown(value)} is not one of {known}") from None
         elif hint in PLAIN:
             fits = isinstance(value, PLAIN[hint]) and (hint is bool or not isinstance(value, bool))
             if not fits:
-                raise ConfigError(f"{key}: expected {hint.__name__}, got {value!r}")
+                raise ConfigError(f"{key}: expected {hint.__name__}, got {shown(value)}")
             if not isinstance(value, hint):
                 setattr(config, name, hint(value))  # an int for a float, or a NumPy number
         elif is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]
-            raise ConfigError(f"{key}: expected {hint.__name__}, got {value!r}")  # type: ignore[union-attr]
+            raise ConfigError(f"{key}: expected {hint.__name__}, got {shown(value)}")  # type: ignore[union-attr]

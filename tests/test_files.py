@@ -1,0 +1,164 @@
+"""Reads with a limit, and atomic, durable writes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from vista.errors import DataError, UnknownUserError
+from vista.files import HashedFile, make_folders, open_file, read_limited, remove_folder, replace_file
+from vista.json_fields import check_fields, either, hexadecimal, list_of, one_of, text, whole
+
+
+class TestReads:
+    def test_a_file_at_the_limit_is_read_and_one_above_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        path.write_bytes(b"12345")
+        assert read_limited(path, 5) == b"12345"
+        with pytest.raises(OSError, match="holds 5 bytes, at most 4 are read") as caught:
+            read_limited(path, 4)
+        assert caught.value.errno == errno.EFBIG
+
+    def test_a_sparse_terabyte_costs_nothing(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+        with pytest.raises(OSError, match="at most 64 are read"):
+            read_limited(path, 64)
+
+    @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR | os.O_CREAT])
+    def test_a_named_pipe_is_refused_at_once(self, tmp_path: Path, flags: int) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(OSError, match="is not a regular file"):
+            open_file(tmp_path / "pipe", flags)
+
+    def test_a_folder_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(OSError, match="is not a regular file"):
+            open_file(tmp_path)
+
+    def test_a_link_is_followed_only_where_that_is_allowed(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"1")
+        (tmp_path / "link").symlink_to("file")
+        assert read_limited(tmp_path / "link", 1) == b"1"
+        with pytest.raises(OSError, match="is a symbolic link; remove it"):
+            read_limited(tmp_path / "link", 1, follow=False)
+
+
+class TestReplaceFile:
+    def test_replaces_a_link_and_leaves_its_target(self, tmp_path: Path) -> None:
+        (tmp_path / "victim").write_bytes(b"kept")
+        (tmp_path / "file").symlink_to("victim")
+        replace_file(tmp_path / "file", b"new", 0o640)
+        assert (tmp_path / "victim").read_bytes() == b"kept"
+        assert (tmp_path / "file").read_bytes() == b"new" and not (tmp_path / "file").is_symlink()
+        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+    def test_a_failed_write_leaves_the_old_file_and_nothing_else(self, tmp_path: Path) -> None:
+        (tmp_path / "file").mkdir()
+        with pytest.raises(OSError):
+            replace_file(tmp_path / "file", b"new")
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def test_without_a_mode_the_umask_decides(self, tmp_path: Path) -> None:
+        old = os.umask(0o027)
+        try:
+            replace_file(tmp_path / "file", b"new")
+        finally:
+            os.umask(old)
+        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+
+class TestFolders:
+    def test_makes_all_parents_and_accepts_what_exists(self, tmp_path: Path) -> None:
+        for _ in range(2):
+            make_folders(tmp_path / "a" / "b" / "c")
+        assert (tmp_path / "a" / "b" / "c").is_dir()
+
+    def test_processes_that_make_the_same_folder_do_not_collide(self, tmp_path: Path) -> None:
+        failures: list[OSError] = []
+
+        def make() -> None:
+            try:
+                make_folders(tmp_path / "a" / "b")
+            except OSError as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=make) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+
+    def test_a_file_in_the_way_is_an_error(self, tmp_path: Path) -> None:
+        (tmp_path / "a").write_bytes(b"")
+        for folder in (tmp_path / "a", tmp_path / "a" / "b"):
+            with pytest.raises(NotADirectoryError):
+                make_folders(folder)
+
+    def test_a_folder_is_removed_with_what_an_earlier_removal_left(self, tmp_path: Path) -> None:
+        for name in ("folder", ".removed"):
+            make_folders(tmp_path / name / "sub")
+        remove_folder(tmp_path / "folder", tmp_path / ".removed")
+        assert not list(tmp_path.iterdir())
+
+
+def test_the_hash_of_a_file_covers_all_that_numpy_writes(tmp_path: Path) -> None:
+    rows = np.arange(24, dtype="<i8").reshape(4, 6)
+    with (tmp_path / "rows.npy").open("wb") as file:
+        hashed = HashedFile(file)
+        np.lib.format.write_array(hashed, rows)
+    content = (tmp_path / "rows.npy").read_bytes()
+    assert (hashed.size, hashed.hexdigest()) == (len(content), xxhash.xxh3_64_hexdigest(content))
+    assert np.array_equal(np.load(tmp_path / "rows.npy"), rows)
+
+
+RULES = {
+    "count": whole(1, 9),
+    "name": text(3),
+    "digest": hexadecimal(4),
+    "until": either(one_of(None), whole()),
+    "shape": list_of(whole(), 2),
+}
+FIELDS = {"count": 3, "name": "abc", "digest": "00ff", "until": None, "shape": [1, 2]}
+
+
+def test_fields_that_keep_their_rules_pass() -> None:
+    check_fields(FIELDS, RULES)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("count", value) for value in (0, 10, True, 3.0, "3", None, [3])]
+    + [("name", value) for value in ("abcd", 3, None)]
+    + [("digest", value) for value in ("00f", "00FF", "00ff\n", 255)]
+    + [("until", value) for value in ("", False, -1, 1e3)]
+    + [("shape", value) for value in ([1], [1, 2, 3], (1, 2), [1, -2], {"0": 1})],
+)
+def test_a_field_that_breaks_its_rule_is_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected "):
+        check_fields(FIELDS | {name: value}, RULES)
+
+
+def test_missing_unknown_and_no_fields() -> None:
+    with pytest.raises(ValueError, match="the field 'count' is missing"):
+        check_fields({name: value for name, value in FIELDS.items() if name != "count"}, RULES)
+    with pytest.raises(ValueError, match="the field 'more' is unknown"):
+        check_fields(FIELDS | {"more": 1}, RULES)
+    with pytest.raises(ValueError, match="expected fields, got 3"):
+        check_fields(3, RULES)
+
+
+@pytest.mark.parametrize("error", [DataError, UnknownUserError])
+def test_the_text_of_an_error_is_bounded(error: type[Exception]) -> None:
+    text = str(error(f"user {'x' * 10**6} is unknown"))
+    assert len(text) < 4_100 and text.startswith("user xx") and text.endswith("is unknown")
+    assert "characters left out" in text
+    assert str(error("short")) == "short"

@@ -1,0 +1,76 @@
+"""Rules for fields of JSON files that vista reads again: a damaged or crafted one must not end in a TypeError."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vista.errors import shown
+
+
+@dataclass(frozen=True, slots=True)
+class FieldRule:
+    """What the value of a field must be."""
+
+    expected: str
+    """In words, for the message."""
+    holds: Callable[[Any], bool]
+
+
+def whole(least: int = 0, most: int = 2**62) -> FieldRule:
+    """A whole number in a range, and not a bool."""
+    return FieldRule(
+        f"a whole number from {least} to {most}", lambda value: type(value) is int and least <= value <= most
+    )
+
+
+def text(most: int = 4_096) -> FieldRule:
+    """A string of at most `most` characters."""
+    return FieldRule(f"a text of at most {most} characters", lambda value: type(value) is str and len(value) <= most)
+
+
+def hexadecimal(length: int) -> FieldRule:
+    """A string of `length` lowercase hex digits."""
+    pattern = re.compile(f"[0-9a-f]{{{length}}}")
+    return FieldRule(f"{length} hex digits", lambda value: type(value) is str and pattern.fullmatch(value) is not None)
+
+
+def one_of(*values: object) -> FieldRule:
+    """One of these values, with its type."""
+    known = [(type(value), value) for value in values]
+    return FieldRule(f"one of {', '.join(map(repr, values))}", lambda value: (type(value), value) in known)
+
+
+def either(*rules: FieldRule) -> FieldRule:
+    """A value that keeps at least one of these rules."""
+    return FieldRule(
+        " or ".join(rule.expected for rule in rules), lambda value: any(rule.holds(value) for rule in rules)
+    )
+
+
+def list_of(rule: FieldRule, length: int) -> FieldRule:
+    """A list of `length` values that keep a rule."""
+    return FieldRule(
+        f"a list of {length} times {rule.expected}",
+        lambda value: type(value) is list and len(value) == length and all(rule.holds(entry) for entry in value),
+    )
+
+
+def check_fields(fields: object, rules: Mapping[str, FieldRule]) -> None:
+    """Require a mapping with exactly the fields of `rules`, each of which keeps its rule.
+
+    Raises:
+        ValueError: naming the field, what is expected, and the value.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"expected fields, got {shown(fields)}")
+    for name in rules:
+        if name not in fields:
+            raise ValueError(f"the field {name!r} is missing")
+    for name, value in fields.items():
+        if name not in rules:
+            raise ValueError(f"the field {shown(name)} is unknown")
+        if not rules[name].holds(value):
+            raise ValueError(f"{name}: expected {rules[name].expected}, got {shown(value)}")
