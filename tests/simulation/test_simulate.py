@@ -59,9 +59,8 @@ class TestDeterminism:
             digests.append([hashlib.sha256((tmp_path / run / name).read_bytes()).hexdigest() for name in names])
         assert digests[0] == digests[1]
 
-    def test_threads_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("vista.simulation.simulate.CHUNK_EVENTS", 2000)
-        one, three = (_columns(generate(replace(SMALL, num_threads=n))) for n in (1, 3))
+    def test_threads_change_nothing(self) -> None:
+        one, three = (_columns(generate(replace(SMALL, num_threads=n), chunk_events=2000)) for n in (1, 3))
         for name, values in one.items():
             np.testing.assert_array_equal(values, three[name], err_msg=name)
 

@@ -84,11 +84,11 @@ def update(path: Path, users: range, salt: int) -> None:
         writer.finish()
 
 
-def write_store(path: Path, salt: int = 0, **changes: Any) -> Manifest:
+def write_store(path: Path, salt: int = 0, *, batch: int = 16, **changes: Any) -> Manifest:
     with open_writer(path, **changes) as writer:
         total = writer.manifest.total_users
-        for start in range(writer.cursor, total, 16):
-            put_users(writer, range(start, min(start + 16, total)), salt)
+        for start in range(writer.cursor, total, batch):
+            put_users(writer, range(start, min(start + batch, total)), salt)
         return writer.publish()
 
 

@@ -40,11 +40,10 @@ def test_round_trip(tmp_path, build):
     assert batch.tail.items.tolist() == [3, 3, 3, 39, 39, 39, 3, 3, 3]
 
 
-def test_batches_larger_than_one_transaction_and_empty_ones(tmp_path, build, monkeypatch):
+def test_batches_larger_than_one_transaction_and_empty_ones(tmp_path, build):
     build.write_store(tmp_path, codec="float32")
-    monkeypatch.setattr("vista.store.reader._READ_RECORDS", 7)
     with StoreReader.open(tmp_path) as store:
-        users = np.random.default_rng(0).integers(-5, TOTAL + 5, 50)
+        users = np.random.default_rng(0).integers(-5, TOTAL + 5, 2500)
         batch = store.get_many(users)
         assert batch.found.tolist() == [0 <= user < TOTAL for user in users.tolist()]
         expected = build.summaries(range(TOTAL))[users.clip(0, TOTAL - 1)] * batch.found[:, None, None]
@@ -278,13 +277,16 @@ def test_a_path_that_cannot_be_written(tmp_path, build):
         build.open_writer(tmp_path / "file" / "store")
 
 
-def test_a_full_map_is_reported_and_earlier_batches_stay(tmp_path, build, monkeypatch):
-    monkeypatch.setattr("vista.store.lmdb.data_file.MAP_SIZE_BYTES", 1 << 16)
+def test_a_full_map_is_reported_and_earlier_batches_stay(tmp_path, build):
+    with build.open_writer(tmp_path, total_users=2000):
+        pass
+    # The writer below shares this environment.
+    small = SharedEnvironment.acquire(environment_path(tmp_path, 1), writable=True, map_size_bytes=1 << 16)
     with build.open_writer(tmp_path, total_users=2000) as writer:
         build.put_users(writer, range(16))
         with pytest.raises(StoreError, match=r"MAP_FULL.*run the same command again"):
             build.put_users(writer, range(16, 2000))
-    monkeypatch.undo()
+    small.release()
     with build.open_writer(tmp_path, total_users=2000) as writer:
         assert writer.cursor == 16
 
@@ -332,15 +334,14 @@ def test_a_recreated_store_is_not_mistaken_for_the_removed_one(tmp_path, build):
         np.testing.assert_allclose(old.get_many([5]).summary[0], build.summaries(range(5, 6), 1)[0], atol=0.02)
 
 
-def test_keys_stay_within_one_generation_across_a_reload(tmp_path, build, monkeypatch):
-    monkeypatch.setattr("vista.store.lmdb.transactions._WALK_USERS", 7)
-    build.write_store(tmp_path, total_users=50)
+def test_keys_stay_within_one_generation_across_a_reload(tmp_path, build):
+    build.write_store(tmp_path, total_users=2500, batch=500)
     with StoreReader.open(tmp_path) as store:
         keys = store.keys()
         first = next(keys)
         build.write_store(tmp_path)
         assert store.reload() and len(store) == TOTAL
-        assert [first, *keys] == list(range(50))
+        assert [first, *keys] == list(range(2500))
 
 
 def test_a_damaged_current_leaves_the_open_generation_in_service(tmp_path, build):
@@ -360,10 +361,9 @@ def test_a_current_that_names_an_unfinished_generation(tmp_path, build):
         StoreReader.open(tmp_path)
 
 
-def test_a_map_that_another_writer_grew_is_followed(tmp_path, monkeypatch):
-    monkeypatch.setattr("vista.store.lmdb.data_file.MAP_SIZE_BYTES", 1 << 20)
+def test_a_map_that_another_writer_grew_is_followed(tmp_path):
     lmdb.open(str(tmp_path), map_size=1 << 20, lib_version=0).close()
-    reader = SharedEnvironment.acquire(tmp_path)
+    reader = SharedEnvironment.acquire(tmp_path, map_size_bytes=1 << 20)
 
     def grow() -> None:
         reader.release()

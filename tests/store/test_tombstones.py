@@ -23,8 +23,8 @@ from vista.store.admin.verification import verify_store
 from vista.store.erasure import erase
 from vista.store.generation_files import GenerationFiles
 from vista.store.layout import environment_path, read_current
-from vista.store.lmdb import flock
 from vista.store.lmdb.data_file import check_structure
+from vista.store.publication import publish_generation
 from vista.store.tombstones import Tombstones
 
 TOTAL = 40
@@ -52,7 +52,6 @@ def test_an_erasure_does_not_wait_for_checks(tmp_path, build, monkeypatch):
             erase(tmp_path, [users.pop(0)])
         return tally
 
-    monkeypatch.setattr(flock, "WAIT_S", 1.0)
     monkeypatch.setattr("vista.store.writer.check_structure", check_and_erase)
     monkeypatch.setattr(StoreWriter, "_count_records", count_and_erase)
     with all_put(build, tmp_path) as writer:
@@ -67,13 +66,12 @@ def test_an_erasure_does_not_wait_for_checks(tmp_path, build, monkeypatch):
 
 def test_erasures_without_a_pause_do_not_prevent_a_publication(tmp_path, build, monkeypatch):
     build.write_store(tmp_path)
-    monkeypatch.setattr(flock, "WAIT_S", 0.05)
     users, count, sweep = list(range(TOTAL)), StoreWriter._count_records, GenerationFiles.remove_erased
     refused: list[StoreLockedError] = []
 
     def erase_one() -> None:
         try:
-            erase(tmp_path, [users[0]])
+            erase(tmp_path, [users[0]], wait_s=0.05)
             users.pop(0)
         except StoreLockedError as error:
             refused.append(error)
@@ -96,17 +94,17 @@ def test_erasures_without_a_pause_do_not_prevent_a_publication(tmp_path, build, 
     assert verify_store(tmp_path).num_problems == 0
 
 
-def test_waiting_for_an_erasure_has_a_deadline(tmp_path, build, monkeypatch):
+def test_waiting_for_an_erasure_has_a_deadline(tmp_path, build):
     build.write_store(tmp_path)
-    monkeypatch.setattr(flock, "WAIT_S", 0.1)
     refused = rf"process {os.getpid()} has been erasing users or publishing.*wait for it or kill it"
     with StoreReader.open(tmp_path) as store:
         with locks.erasure_lock(tmp_path):
             with all_put(build, tmp_path) as writer, pytest.raises(StoreLockedError, match=refused):
-                writer.publish()
-            for action in (lambda: erase(tmp_path, [3]), lambda: roll_back(tmp_path, to=1)):
-                with pytest.raises(StoreLockedError, match=refused):
-                    action()
+                writer.publish(wait_s=0.1)
+            with pytest.raises(StoreLockedError, match=refused):
+                erase(tmp_path, [3], wait_s=0.1)
+            with pytest.raises(StoreLockedError, match=refused):
+                publish_generation(tmp_path, 1, (), wait_s=0.1)
             assert store.get_many([3]).found.all()
         assert read_current(tmp_path) == 1 and erase(tmp_path, [3]) == 1
     with build.open_writer(tmp_path, run_digest="log-2") as writer:
@@ -169,10 +167,9 @@ environment.write(stop)
 """
 
 
-def test_a_writer_stopped_within_a_batch_does_not_block_others_forever(tmp_path, build, monkeypatch):
+def test_a_writer_stopped_within_a_batch_does_not_block_others_forever(tmp_path, build):
     build.write_store(tmp_path / "store")
     build.write_store(tmp_path / "other")
-    monkeypatch.setattr(flock, "WAIT_S", 0.5)
     root = Path(vista.__file__).parents[1]
     child = subprocess.Popen(
         [sys.executable, "-c", STOPPED, str(environment_path(tmp_path / "store", 1))],
@@ -187,7 +184,7 @@ def test_a_writer_stopped_within_a_batch_does_not_block_others_forever(tmp_path,
 
         def erase_one() -> None:
             with pytest.raises(StoreLockedError, match=f"process {child.pid} has been writing a batch") as caught:
-                erase(tmp_path / "store", [3])
+                erase(tmp_path / "store", [3], wait_s=0.5)
             raised.append(caught)
 
         thread = threading.Thread(target=erase_one)
@@ -210,8 +207,8 @@ def test_an_erasure_continues_if_an_old_generation_is_removed_meanwhile(tmp_path
     build.write_store(tmp_path, salt=1, run_digest="log-2")
     opened, removed = GenerationFiles.open, []
 
-    def open_and_remove(root: Path, generation: int) -> GenerationFiles:
-        files = opened(root, generation)
+    def open_and_remove(root: Path, generation: int, **options: Any) -> GenerationFiles:
+        files = opened(root, generation, **options)
         if generation == 1:
             shutil.rmtree(root / "gen-1")
             removed.append(generation)

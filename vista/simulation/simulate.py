@@ -49,7 +49,7 @@ EVENTS_FILE, IMPRESSIONS_FILE, ITEMS_FILE, MANIFEST_FILE = (
     "simulation.json",
 )
 CHUNK_EVENTS = 250_000
-"""Events that are drawn at once. Changing it changes what a seed gives."""
+"""Events that are drawn at once."""
 LENGTH_SPREAD = 0.35
 """Standard deviation of the logarithm of a history's length."""
 
@@ -81,13 +81,18 @@ class SimulationReport:
         return f"{text}\n{format_oracle_metrics(self.reference)}" if self.reference else text
 
 
-def generate(config: SimulateConfig) -> SimulatedLog:
-    """Draw a log in memory. The same config gives the same bytes (with one version of NumPy)."""
+def generate(config: SimulateConfig, *, chunk_events: int = CHUNK_EVENTS) -> SimulatedLog:
+    """Draw a log in memory. The same arguments give the same bytes (with one version of NumPy).
+
+    Args:
+        config: what to draw.
+        chunk_events: events that are drawn at once, approximately. Changing it changes what a seed gives.
+    """
     root = np.random.SeedSequence(config.seed)
     catalog_seed, length_seed, chunk_seed = root.spawn(3)
     catalog = make_catalog(config, catalog_seed)
     lengths = _draw_lengths(config, np.random.Generator(np.random.SFC64(length_seed)))
-    users = list(_user_chunks(lengths))
+    users = list(_user_chunks(lengths, chunk_events))
     seeds = chunk_seed.spawn(len(users))
 
     def draw(index: int) -> SimulatedChunk:
@@ -118,10 +123,10 @@ def _draw_lengths(config: SimulateConfig, rng: np.random.Generator) -> NDArray[n
     return np.asarray(np.maximum(np.diff(ends, prepend=0), 1), dtype=np.int64)
 
 
-def _user_chunks(lengths: NDArray[np.int64]) -> Iterator[slice]:
-    """Ranges of consecutive users with about CHUNK_EVENTS events each; a longer history is a range by itself."""
+def _user_chunks(lengths: NDArray[np.int64], chunk_events: int) -> Iterator[slice]:
+    """Ranges of consecutive users with about `chunk_events` events each; a longer history is a range by itself."""
     ends = np.cumsum(lengths)
-    group = (ends - lengths) // CHUNK_EVENTS
+    group = (ends - lengths) // chunk_events
     starts = np.flatnonzero(np.diff(group, prepend=-1))
     for start, stop in zip(starts, np.append(starts[1:], len(lengths)), strict=True):
         yield slice(int(start), int(stop))

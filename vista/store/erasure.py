@@ -10,13 +10,14 @@ from vista.errors import StoreError
 from vista.store.format.keys import user_keys
 from vista.store.generation_files import GenerationFiles
 from vista.store.layout import environment_path, list_generations, published_or_none
+from vista.store.lmdb.flock import WAIT_S
 from vista.store.locks import erasure_lock
 from vista.store.tombstones import Tombstones
 
 logger = logging.getLogger(__name__)
 
 
-def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str]) -> int:
+def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str], *, wait_s: float = WAIT_S) -> int:
     """Erase users: readers miss them at once, and no later refresh of this store brings them back.
 
     A tombstone is written first. Then their records and states are removed from every generation, including one that is
@@ -26,6 +27,7 @@ def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str]) -> int:
     Args:
         path: the store's folder.
         user_ids: ids as in the log; users without a record will not get one either.
+        wait_s: seconds to wait for another erasure, a publication, or a writer's batch to end.
 
     Returns:
         How many of them had a record in the published generation.
@@ -40,13 +42,13 @@ def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str]) -> int:
     if not root.is_dir() or not list_generations(root):
         raise StoreError(f"{root} is not a store; check the path")
     count = 0
-    with erasure_lock(root):
+    with erasure_lock(root, wait_s):
         Tombstones(root).add(keys)
         published = published_or_none(root)
         # The published generation first, because that is the one readers see.
         for generation in sorted(list_generations(root), key=lambda number: number != published):
             try:
-                files = GenerationFiles.open(root, generation)
+                files = GenerationFiles.open(root, generation, wait_s=wait_s)
             except StoreError:
                 if generation == published:
                     raise

@@ -19,6 +19,7 @@ from vista.store.format.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import environment_path, generation_path, state_path
 from vista.store.lmdb.data_file import REMEDY
 from vista.store.lmdb.environment import SharedEnvironment
+from vista.store.lmdb.flock import WAIT_S
 from vista.store.lmdb.permissions import Permissions, make_folder
 from vista.store.lmdb.transactions import walk
 from vista.store.locks import cannot_write
@@ -29,8 +30,11 @@ from vista.store.tombstones import Tombstones
 class GenerationFiles:
     """One generation, open for writing; `manifest` is updated by every transaction."""
 
-    def __init__(self, root: Path, summary: SharedEnvironment, state: SharedEnvironment | None) -> None:
+    def __init__(
+        self, root: Path, summary: SharedEnvironment, state: SharedEnvironment | None, wait_s: float = WAIT_S
+    ) -> None:
         self.path = root
+        self._wait_s = wait_s
         self._closed = False
         self.summary = summary
         self.state = state
@@ -39,8 +43,8 @@ class GenerationFiles:
         self.complete: bool = summary.read(lambda transaction: transaction.get(COMPLETE_KEY) is not None)
 
     @classmethod
-    def open(cls, root: Path, generation: int) -> GenerationFiles:
-        """Open an existing generation.
+    def open(cls, root: Path, generation: int, *, wait_s: float = WAIT_S) -> GenerationFiles:
+        """Open an existing generation; its transactions wait up to `wait_s` seconds for one of another process.
 
         Raises:
             StoreError: missing, truncated, or not of LMDB; the message has the remedy.
@@ -50,7 +54,7 @@ class GenerationFiles:
         try:
             if state_path(root, generation).is_dir():
                 state = SharedEnvironment.acquire(state_path(root, generation), writable=True)
-            return cls(root, summary, state)
+            return cls(root, summary, state, wait_s)
         except BaseException:
             for environment in (summary, state):
                 if environment is not None:
@@ -206,6 +210,6 @@ class GenerationFiles:
         if self._closed or environment.inherited:
             raise StoreError(f"{self.path}: the writer is closed, or was opened before a fork; open a new one")
         try:
-            return environment.write(function)
+            return environment.write(function, self._wait_s)
         except (OSError, lmdb.Error) as error:
             raise cannot_write(self.path, error) from error

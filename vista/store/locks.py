@@ -17,7 +17,7 @@ import lmdb
 
 from vista.errors import StoreLockedError, StoreWriteError
 from vista.store.layout import TOMBSTONES, WRITER_LOCK, prepare_root, set_store_permissions
-from vista.store.lmdb.flock import flocked
+from vista.store.lmdb.flock import WAIT_S, flocked
 from vista.store.lmdb.permissions import PRIVATE, Permissions, set_mode
 
 _held: WeakSet[WriterLock] = WeakSet()
@@ -109,11 +109,11 @@ def cannot_write(root: Path, error: Exception) -> StoreWriteError:
 
 
 @contextmanager
-def erasure_lock(root: Path) -> Iterator[None]:
+def erasure_lock(root: Path, wait_s: float = WAIT_S) -> Iterator[None]:
     """Section of an erasure or a publication; one at a time among all processes.
 
     Raises:
-        StoreLockedError: another one did not end within WAIT_S; the message has its process id if known.
+        StoreLockedError: another one did not end within `wait_s` seconds; the message has its process id if known.
         StoreWriteError: the file cannot be made.
     """
     try:
@@ -124,7 +124,7 @@ def erasure_lock(root: Path) -> Iterator[None]:
         ) from error
     try:
         set_mode(root / TOMBSTONES, PRIVATE.file)  # whatever the umask
-        with flocked(descriptor, root / TOMBSTONES, "has been erasing users or publishing"):
+        with flocked(descriptor, root / TOMBSTONES, "has been erasing users or publishing", wait_s):
             yield
     finally:
         os.close(descriptor)

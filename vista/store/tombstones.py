@@ -15,6 +15,7 @@ from pathlib import Path
 from vista.errors import StoreWriteError
 from vista.files import sync
 from vista.store.layout import TOMBSTONES
+from vista.store.lmdb.flock import WAIT_S
 from vista.store.locks import erasure_lock
 
 _DIGEST_BYTES = 16
@@ -65,9 +66,9 @@ class Tombstones:
         finally:
             os.close(descriptor)
 
-    def count(self) -> int:
+    def count(self, wait_s: float = WAIT_S) -> int:
         """How many users are erased and gone from every generation. Do not call it under `erasure_lock`."""
-        with erasure_lock(self._path.parent):
+        with erasure_lock(self._path.parent, wait_s):
             return len(self)
 
     def __len__(self) -> int:

@@ -31,6 +31,7 @@ from vista.store.layout import (
 )
 from vista.store.lmdb.data_file import check_structure
 from vista.store.lmdb.environment import SharedEnvironment
+from vista.store.lmdb.flock import WAIT_S
 from vista.store.lmdb.permissions import GROUP, PRIVATE, Permissions
 from vista.store.locks import WriterLock, cannot_write, erasure_lock, lock_store
 from vista.store.manifest import Manifest
@@ -135,8 +136,11 @@ class StoreWriter:
         self._cursor, self.manifest = cursor, self._files.manifest
         return written
 
-    def publish(self) -> Manifest:
+    def publish(self, *, wait_s: float = WAIT_S) -> Manifest:
         """Check every record, publish the generation, and remove all others except the one published before.
+
+        Args:
+            wait_s: seconds to wait for an erasure to end.
 
         Raises:
             StoreWriteError: the disk is full or fails; the generation stays, and the same run can resume.
@@ -151,7 +155,7 @@ class StoreWriter:
                 "resume"
             )
         try:
-            self._check_records()
+            self._check_records(wait_s)
             self._files.mark_complete(self.manifest.created_at)
             self.manifest = self._files.manifest
             self._files.close()
@@ -161,7 +165,7 @@ class StoreWriter:
                 check_structure(path)
             for path in (*environments, folder, self.path):
                 sync(path)
-            publish_generation(self.path, self.generation, (self._published,))
+            publish_generation(self.path, self.generation, (self._published,), wait_s=wait_s)
             return self.manifest
         except (StoreWriteError, StoreLockedError, StoreBusyError):
             raise
@@ -188,16 +192,16 @@ class StoreWriter:
     ) -> None:
         self.close()
 
-    def _check_records(self) -> None:
+    def _check_records(self, wait_s: float) -> None:
         """Check every record, and their number; repeated if users are erased meanwhile, as erasures do not wait."""
         for _ in range(ATTEMPTS_BESIDE_ERASURES):
-            num_erased = self._tombstones.count()
+            num_erased = self._tombstones.count(wait_s)
             self._files.remove_erased(self._tombstones)
             tally = self._count_records()
-            with erasure_lock(self.path):
+            with erasure_lock(self.path, wait_s):
                 if len(self._tombstones) == num_erased:
                     return self._compare(tally)
-        with erasure_lock(self.path):  # Users are erased one after the other without a pause.
+        with erasure_lock(self.path, wait_s):  # Users are erased one after the other without a pause.
             self._files.remove_erased(self._tombstones)
             self._compare(self._count_records())
 

@@ -27,11 +27,8 @@ from vista.store.reader import published_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 KEY = bytes(range(32))
-
-
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vista.store.lmdb.transactions._WALK_USERS", 7)
+THREE_BATCHES = {"total_users": 2500, "batch": 500}
+"""Generations are read and copied in batches of 1,024 users."""
 
 
 def records(root: Path, generation: int, key: bytes | None = None) -> list[tuple[bytes, bytes]]:
@@ -112,21 +109,21 @@ def killed_copy(source: Path, target: Path, prepare: Any, *words: Any) -> int:
 
 def test_a_killed_copy_resumes(tmp_path, build):
     source, target = tmp_path / "source", tmp_path / "target"
-    build.write_store(source)
-    for batches in (2, 1):
+    build.write_store(source, **THREE_BATCHES)
+    for batches in (1, 1):
         assert killed_copy(source, target, put_then_die, batches) == -9
         assert not (target / "CURRENT").exists() and list_generations(target) == []
     report = copy_generation(source, target)
-    assert report.num_resumed == 21 and report.num_records == 40
+    assert report.num_resumed == 2048 and report.num_records == 2500
     assert records(target, 1) == records(source, 1)
 
 
 def test_a_killed_copy_starts_over_if_the_source_has_changed(tmp_path, build, caplog):
     source, target = tmp_path / "source", tmp_path / "target"
-    build.write_store(source)
-    assert killed_copy(source, target, put_then_die, 3) == -9
+    build.write_store(source, **THREE_BATCHES)
+    assert killed_copy(source, target, put_then_die, 2) == -9
     shutil.rmtree(source)
-    build.write_store(source, salt=1)
+    build.write_store(source, salt=1, **THREE_BATCHES)
     report = copy_generation(source, target)
     assert report.num_resumed == 0 and "starts over" in caplog.text
     assert records(target, 1) == records(source, 1)
@@ -260,18 +257,18 @@ def test_a_copy_into_a_store_with_another_generation_of_its_number(tmp_path, bui
 
 def test_a_killed_copy_under_another_number_resumes(tmp_path, build):
     source, target = tmp_path / "source", tmp_path / "target"
-    build.write_store(source)
+    build.write_store(source, **THREE_BATCHES)
     copy_generation(source, target)
     build.update(source, range(30), salt=3)
     assert killed_copy(source, target, put_then_die, 2) == -9
     report = copy_generation(source, target)
-    assert (report.generation, report.num_resumed, report.num_records) == (2, 14, 40)
+    assert (report.generation, report.num_resumed, report.num_records) == (2, 2048, 2500)
 
 
 def test_reading_a_whole_generation_during_writes(tmp_path, build):
     """It succeeds, or says that the generation is being written; after the writes it always succeeds."""
     source, stop = tmp_path / "source", threading.Event()
-    build.write_store(source)
+    build.write_store(source, **THREE_BATCHES)
     outcomes: Counter[str] = Counter()
 
     def rewrite() -> None:
@@ -292,24 +289,24 @@ def test_reading_a_whole_generation_during_writes(tmp_path, build):
     writer = threading.Thread(target=rewrite)
     writer.start()
     try:
-        for turn in range(8):
+        for turn in range(4):
             attempt("verified", lambda: verify_store(source))
             attempt("exported", lambda: export_store(source, tmp_path / "all.parquet"))
             attempt("copied", lambda turn=turn: copy_generation(source, tmp_path / f"copy-{turn}"))
     finally:
         stop.set()
         writer.join()
-    assert sum(outcomes.values()) == 24
-    for turn in range(8):
+    assert sum(outcomes.values()) == 12
+    for turn in range(4):
         copy_generation(source, tmp_path / f"copy-{turn}")
-        assert verify_store(tmp_path / f"copy-{turn}").records[read_current(tmp_path / f"copy-{turn}")] == 60
-    assert export_store(source, tmp_path / "all.parquet").num_records == 60
-    assert verify_store(source).records == {1: 60}
+        assert verify_store(tmp_path / f"copy-{turn}").records[read_current(tmp_path / f"copy-{turn}")] == 2500
+    assert export_store(source, tmp_path / "all.parquet").num_records == 2500
+    assert verify_store(source).records == {1: 2500}
 
 
 def test_a_generation_written_once_during_a_read_is_read_again(tmp_path, build, monkeypatch):
     source, target, salts = tmp_path / "source", tmp_path / "target", iter(range(1, 9))
-    build.write_store(source)
+    build.write_store(source, **THREE_BATCHES)
     batches = GenerationReader.raw_batches
 
     def raw_batches(reader: GenerationReader, after: bytes = b"u") -> Any:
@@ -317,15 +314,15 @@ def test_a_generation_written_once_during_a_read_is_read_again(tmp_path, build, 
             yield batch
             if number == 1 and written and reader.path.is_relative_to(source):
                 del written[0]
-                build.update(source, range(45), next(salts))
+                build.update(source, range(2490, 2510), next(salts))
 
     monkeypatch.setattr(GenerationReader, "raw_batches", raw_batches)
     written = [1]
-    assert verify_store(source).records == {1: 45} and not written
+    assert verify_store(source).records == {1: 2510} and not written
     written = [1]
-    assert export_store(source, tmp_path / "all.parquet").num_records == 45 and not written
+    assert export_store(source, tmp_path / "all.parquet").num_records == 2510 and not written
     written = [1]
-    assert copy_generation(source, target).num_records == 45 and not written
+    assert copy_generation(source, target).num_records == 2510 and not written
     assert records(source, 1) == records(target, 1)
     for function in (
         lambda: verify_store(source),

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 REMEDY = "refresh the store again, or publish the previous generation (`vista store rollback`)"
 
 
-def open_environment(path: Path, *, readonly: bool) -> lmdb.Environment:
+def open_environment(path: Path, *, readonly: bool, map_size_bytes: int = MAP_SIZE_BYTES) -> lmdb.Environment:
     """Open the environment in a folder; for writing, create it if needed.
 
     It is always synchronous, with locks and without writemap, in the format of LMDB 0.9. If the address space is
@@ -51,7 +51,7 @@ def open_environment(path: Path, *, readonly: bool) -> lmdb.Environment:
     made = [(path / name, mode) for name, mode in (("data.mdb", permissions.file), ("lock.mdb", permissions.lock))]
     made = [(file, mode) for file, mode in made if not file.exists()]
     _make_reader_table(path / "lock.mdb")
-    size = MAP_SIZE_BYTES
+    size = map_size_bytes
     while True:
         try:
             environment = lmdb.open(
@@ -77,8 +77,10 @@ def open_environment(path: Path, *, readonly: bool) -> lmdb.Environment:
     for file, mode in made:  # LMDB applies the umask to its mode, and a shared lock file needs another mode.
         if file.exists():  # On a read-only file system LMDB works without lock.mdb.
             set_mode(file, mode)
-    if size < MAP_SIZE_BYTES:
-        logger.warning("%s: the address space is limited (ulimit -v); reserved %d bytes instead of 1 TiB", path, size)
+    if size < map_size_bytes:
+        logger.warning(
+            "%s: the address space is limited (ulimit -v); reserved %d bytes instead of %d", path, size, map_size_bytes
+        )
     return environment
 
 

@@ -17,8 +17,8 @@ from typing import TypeVar
 import lmdb
 
 from vista.errors import StoreError
-from vista.store.lmdb.data_file import REMEDY, committed_size, complete_size, open_environment
-from vista.store.lmdb.flock import flocked
+from vista.store.lmdb.data_file import MAP_SIZE_BYTES, REMEDY, committed_size, complete_size, open_environment
+from vista.store.lmdb.flock import WAIT_S, flocked
 
 T = TypeVar("T")
 
@@ -105,13 +105,13 @@ os.register_at_fork(
 
 
 @contextmanager
-def _folder_lock(path: Path) -> Iterator[None]:
+def _folder_lock(path: Path, wait_s: float) -> Iterator[None]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}; {REMEDY}") from error
     try:
-        with flocked(descriptor, path, "has been writing a batch"):
+        with flocked(descriptor, path, "has been writing a batch", wait_s):
             yield
     finally:
         os.close(descriptor)
@@ -120,21 +120,24 @@ def _folder_lock(path: Path) -> Iterator[None]:
 class SharedEnvironment:
     """Reference-counted environment of one folder, shared by all readers of this process and its writer, if any."""
 
-    def __init__(self, path: Path, writable: bool) -> None:
+    def __init__(self, path: Path, writable: bool, map_size_bytes: int) -> None:
         self._path = path
         self._references = 0
         self._pid = os.getpid()
         self._writable = writable
-        self._environment: lmdb.Environment | None = open_environment(path, readonly=not writable)
+        self._environment: lmdb.Environment | None = open_environment(
+            path, readonly=not writable, map_size_bytes=map_size_bytes
+        )
         self._identity = _identity(path)
 
     @classmethod
-    def acquire(cls, path: Path, *, writable: bool = False) -> SharedEnvironment:
+    def acquire(cls, path: Path, *, writable: bool = False, map_size_bytes: int = MAP_SIZE_BYTES) -> SharedEnvironment:
         """Open the folder's environment, or share the one that is open already.
 
         Args:
             path: its folder.
             writable: allow `write`. An environment that readers have open is reopened for it.
+            map_size_bytes: address space to reserve, if it is opened here.
 
         Raises:
             StoreError: see `open_environment`.
@@ -142,7 +145,7 @@ class SharedEnvironment:
         with _gate.exclusive():
             shared = _registry.get(_identity(path))
             if shared is None:
-                shared = cls(path, writable)
+                shared = cls(path, writable, map_size_bytes)
                 _registry[shared._identity] = shared
             elif writable and not (shared._writable and not shared.inherited):
                 shared._close()
@@ -204,19 +207,20 @@ class SharedEnvironment:
             except lmdb.Error as error:
                 raise StoreError(f"{self._path}: {error}; {REMEDY}") from error
 
-    def write(self, function: Callable[[lmdb.Transaction[memoryview]], T]) -> T:
+    def write(self, function: Callable[[lmdb.Transaction[memoryview]], T], wait_s: float = WAIT_S) -> T:
         """Call a short function inside a durable write transaction; an exception undoes all of it.
 
         Raises:
             lmdb.Error: nothing was written (disk full, input/output error).
-            StoreLockedError: another process keeps a transaction open, such as a stopped one; nothing was written.
+            StoreLockedError: another process, such as a stopped one, keeps a transaction open for `wait_s` seconds;
+                nothing was written.
             OSError: it was written, but the file could not be extended to its size (`complete_size`).
             StoreError: the environment was not acquired for writing, or was acquired before a fork.
         """
         if not self._writable or self.inherited:
             raise StoreError(f"{self._path} was not opened for writing by this process; open another writer")
         # LMDB waits for another writer without a limit, and would block the gate for this whole process.
-        with _folder_lock(self._path), _gate.shared():
+        with _folder_lock(self._path, wait_s), _gate.shared():
             environment = self._open()
             environment.reader_check()
             with environment.begin(write=True, buffers=True) as transaction:

@@ -12,22 +12,23 @@ from pathlib import Path
 from vista.errors import StoreLockedError
 
 WAIT_S = 30.0
-"""How long erasures, publications and transactions wait for one another."""
+"""How long erasures, publications and transactions wait for one another by default."""
 _POLL_S = 0.002
 
 
 @contextmanager
-def flocked(descriptor: int, path: Path, activity: str) -> Iterator[None]:
+def flocked(descriptor: int, path: Path, activity: str, wait_s: float = WAIT_S) -> Iterator[None]:
     """Hold the lock of an open file or folder.
 
     Args:
         descriptor: of `path`.
         activity: what a process that holds the lock has been doing, for the message.
+        wait_s: seconds to wait for it.
 
     Raises:
-        StoreLockedError: another process kept the lock for WAIT_S; the message has its process id if known.
+        StoreLockedError: another process kept the lock for that long; the message has its process id if known.
     """
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -37,7 +38,7 @@ def flocked(descriptor: int, path: Path, activity: str) -> Iterator[None]:
                 holders = ", ".join(map(str, sorted(lock_holders(path) or ())))
                 raise StoreLockedError(
                     f"{path}: {f'process {holders}' if holders else 'another process'} {activity} for more than "
-                    f"{WAIT_S:g} s; wait for it or kill it (its work is kept), then run the same command again"
+                    f"{wait_s:g} s; wait for it or kill it (its work is kept), then run the same command again"
                 ) from error
             time.sleep(_POLL_S)
     try:
