@@ -96,11 +96,9 @@ def test_user_ids_of_every_type_are_restored(tmp_path, build, users):
         assert len(store) == len(users)
 
 
-def test_batches_and_row_groups(tmp_path, build, monkeypatch):
-    monkeypatch.setattr("vista.store.lmdb.transactions._WALK_USERS", 7)
-    monkeypatch.setattr("vista.store.admin.parquet._GROUP_BYTES", 2000)
-    build.write_store(tmp_path / "store")
-    export_store(tmp_path / "store", tmp_path / "out.parquet")
+def test_batches_and_row_groups(tmp_path, build):
+    mixed_store(tmp_path / "store", build, list(range(2500)))
+    export_store(tmp_path / "store", tmp_path / "out.parquet", group_bytes=300_000)
     assert pq.ParquetFile(tmp_path / "out.parquet").num_row_groups > 3
     import_store(tmp_path / "out.parquet", tmp_path / "new")
     assert records(tmp_path / "new") == records(tmp_path / "store")

@@ -41,11 +41,13 @@ from vista.store.tombstones import Tombstones
 FORMAT = "vista store export 1"
 
 _METADATA = "vista"
-_GROUP_BYTES = 1 << 24
-"""Approximate size of a row group, which is what writing and reading hold in memory at once."""
+GROUP_BYTES = 1 << 24
+"""Default approximate size of a row group, which is what writing and reading hold in memory at once."""
 
 
-def export_store(root: str | Path, out: str | Path, *, key: bytes | None = None) -> PublishReport:
+def export_store(
+    root: str | Path, out: str | Path, *, key: bytes | None = None, group_bytes: int = GROUP_BYTES
+) -> PublishReport:
     """Write the published generation to a Parquet file, atomically.
 
     Columns: `user` (int64, or string), `event_count`, `last_event_ts` (null without events), `tail_item` (model rows
@@ -55,6 +57,7 @@ def export_store(root: str | Path, out: str | Path, *, key: bytes | None = None)
         root: the store's folder.
         out: the file; replaced if it exists. Only this account can read it.
         key: 32 bytes, if the store's records are authenticated.
+        group_bytes: approximate size of a row group, in bytes.
 
     Raises:
         StoreBusyError: a refresh writes the generation without a pause.
@@ -62,10 +65,10 @@ def export_store(root: str | Path, out: str | Path, *, key: bytes | None = None)
     """
     root, out = Path(root).absolute(), Path(out).absolute()
     generation = read_current(root)
-    return read_settled(root, generation, lambda: _export(root, generation, out, key))
+    return read_settled(root, generation, lambda: _export(root, generation, out, key, group_bytes))
 
 
-def _export(root: Path, generation: int, out: Path, key: bytes | None) -> PublishReport:
+def _export(root: Path, generation: int, out: Path, key: bytes | None, group_bytes: int) -> PublishReport:
     check_structure(environment_path(root, generation))
     with open_generation(root, generation, key) as source:
         tally, written, errors = source.tally(), Tally(), []
@@ -89,7 +92,7 @@ def _export(root: Path, generation: int, out: Path, key: bytes | None) -> Publis
                 partial,
                 metadata={_METADATA: f"{_checksum(text)} {text}"},
                 statistics=False,
-                row_group_size=_group_rows(source),
+                row_group_size=_group_rows(source, group_bytes),
             )
             if errors:
                 raise errors[0]
@@ -201,10 +204,10 @@ def _lists(values: NDArray[Any], bounds: NDArray[np.int64]) -> list[NDArray[Any]
     return np.split(values, bounds)
 
 
-def _group_rows(source: GenerationReader) -> int:
+def _group_rows(source: GenerationReader, group_bytes: int) -> int:
     spec = source.spec
     size = 4 * spec.num_tokens * spec.dim + spec.rows_bytes + 26 * source.manifest.tail_len + 256
-    return max(1, _GROUP_BYTES // size)
+    return max(1, group_bytes // size)
 
 
 def _about(file: Path) -> dict[str, Any]:
