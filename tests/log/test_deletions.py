@@ -28,6 +28,7 @@ from vista.cli.main import main
 from vista.errors import ConfigError, DataError, LogFormatError, UnknownUserError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users, forget_events
+from vista.log.event_keys import EventKeys, equal_events
 from vista.log.event_log import EventLog
 
 EVENTS = st.tuples(
@@ -131,12 +132,19 @@ def test_events_out_of_order_after_a_deletion(tmp_path: Path) -> None:
     assert log.slice(1, 1, 3).timestamp.tolist() == [3, 5]
 
 
-def test_many_events_at_one_time_are_compared_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vista.log.event_keys._ROWS_AT_ONCE", 7)
+@pytest.mark.parametrize("has_action", [True, False])
+def test_many_events_at_one_time_are_compared_in_blocks(tmp_path: Path, has_action: bool) -> None:
     events = [(user, item % NUM_ITEMS, 1, item % 2) for user in range(2) for item in range(20)]
-    steps = [Step(events=events), Step(forgotten=[(0, 1, 1, 1), (1, 2, 1, 0)])]
-    log = write(tmp_path / "log", steps)
-    assert_reads_as(log, Oracle(steps), np.random.default_rng(0))
+    table = write(tmp_path / "log", [Step(events=events)]).segments[0].events
+    user, item, action = np.array([0, 1, 1]), np.array([1, 2, 0]), np.array([1, 0, 1])
+    keys = EventKeys(user, item, np.array([1, 1, 1]), action if has_action else None)
+    owner = np.repeat(table.users, np.diff(table.offsets))
+    matches = (owner == user[:, None]) & (table.columns["item"] == item[:, None])
+    if has_action:
+        matches &= table.columns["action"] == action[:, None]
+    assert matches.any()
+    for found, expected in zip(equal_events(table, keys, rows_at_once=7), np.nonzero(matches), strict=True):
+        assert found.tolist() == expected.tolist()
 
 
 FRAME = {

@@ -10,8 +10,8 @@ from vista.log.histories import ranges, token_groups
 from vista.log.packed_table import Int, PackedTable
 from vista.log.segment import Segment
 
-_ROWS_AT_ONCE = 1 << 20
-"""Rows at the times of keys that are compared at once; there are many if times are whole days."""
+ROWS_AT_ONCE = 1 << 20
+"""Default number of rows that are compared with keys at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,12 @@ def forgotten_events(segment: Segment) -> EventKeys:
     return EventKeys(user, *(table.columns[name].astype(np.int64) for name in ("item", "timestamp", "action")))
 
 
-def equal_events(table: PackedTable, keys: EventKeys) -> tuple[Int, Int]:
+def equal_events(table: PackedTable, keys: EventKeys, *, rows_at_once: int = ROWS_AT_ONCE) -> tuple[Int, Int]:
     """All remaining rows of a table that match a key.
+
+    Args:
+        rows_at_once: rows at the times of keys that are compared at once; there are many if times are whole days. It
+            never changes the result.
 
     Returns:
         (index of the key, row): int64 [M] each, by key, then by row.
@@ -55,7 +59,7 @@ def equal_events(table: PackedTable, keys: EventKeys) -> tuple[Int, Int]:
     low = table.first_since(start, stop, times)
     num = table.first_since(low, stop, times + 1) - low
     pairs = [(here[:0], low[:0])]
-    for part in token_groups(num, _ROWS_AT_ONCE):
+    for part in token_groups(num, rows_at_once):
         row, key = ranges(low[part], num[part]), np.repeat(here[part], num[part])
         place = table.places(row)
         equal = table.columns["item"][place] == keys.item[key]
