@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import fields
 
 from vista.config import RefreshConfig, WatchConfig
 from vista.device import announce, cpu_settings, keep_freed_memory, resolve_device
 from vista.errors import VistaError
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
-from vista.refresh import RefreshOptions, RefreshReport, refresh, refresh_incremental
+from vista.refresh import RefreshReport, refresh, refresh_incremental
 from vista.refresh.watch import Watch
 from vista.refresh.watch_report import WatchReport
 from vista.store.format.authentication import read_key
@@ -27,12 +26,11 @@ def refresh_command(config: RefreshConfig) -> RefreshReport:
         device = resolve_device(config.device)
         announce(device)
         model, log = VistaModel.from_pretrained(config.model, device), EventLog.open(config.data)
-        options = RefreshOptions(**{field.name: getattr(config, field.name) for field in fields(RefreshOptions)})
         shard = None if config.shard is None else Shard.parse(config.shard)
         key = read_key(config.authentication_key_file)
         if config.incremental:
-            return refresh_incremental(model, log, config.store, options=options, shard=shard, key=key)
-        return refresh(model, log, config.store, until=config.until, options=options, shard=shard, key=key)
+            return refresh_incremental(model, log, config.store, options=config, shard=shard, key=key)
+        return refresh(model, log, config.store, until=config.until, options=config, shard=shard, key=key)
 
 
 def watch_command(config: WatchConfig) -> WatchReport:

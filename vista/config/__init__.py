@@ -10,6 +10,7 @@ from vista.config.model_config import ModelConfig
 from vista.config.optim_config import OptimConfig
 from vista.config.prepare_config import PrepareConfig, SourceConfig
 from vista.config.refresh_config import RefreshConfig
+from vista.config.refresh_options import RefreshOptions
 from vista.config.score_config import ScoreConfig
 from vista.config.simulate_config import SimulateConfig
 from vista.config.store_configs import (
@@ -37,6 +38,7 @@ __all__ = [
     "OptimConfig",
     "PrepareConfig",
     "RefreshConfig",
+    "RefreshOptions",
     "ScoreConfig",
     "SimulateConfig",
     "SourceConfig",

@@ -54,7 +54,7 @@ class ConfigSection:
 
 @dataclass(frozen=True, slots=True)
 class ConfigKeys:
-    """All keys and sections of a schema, in the order of its fields."""
+    """All keys and sections of a schema: its own fields in their order, then inherited ones."""
 
     keys: dict[str, ConfigKey]
     sections: dict[str, ConfigSection]
@@ -69,7 +69,8 @@ class ConfigKeys:
     def _add(self, schema: type, prefix: str) -> None:
         hints = get_type_hints(schema)
         docs = _docs_of_fields(schema)
-        for field in dataclasses.fields(schema):
+        place = {name: number for number, name in enumerate(schema.__annotations__)}
+        for field in sorted(dataclasses.fields(schema), key=lambda field: place.get(field.name, len(place))):
             name, inner, optional = prefix + field.name, *_without_none(hints[field.name])
             if dataclasses.is_dataclass(inner):
                 assert isinstance(inner, type)
@@ -156,10 +157,12 @@ def _tree_of_module(schema: type) -> ast.Module:
 
 
 def _docs_of_fields(schema: type) -> dict[str, str]:
-    for statement in _tree_of_module(schema).body:
-        if isinstance(statement, ast.ClassDef) and statement.name == schema.__name__:
-            return _docs_of_body(statement.body)
-    return {}
+    docs: dict[str, str] = {}
+    for cls in reversed(schema.__mro__[:-1]):  # without object
+        for statement in _tree_of_module(cls).body:
+            if isinstance(statement, ast.ClassDef) and statement.name == cls.__name__:
+                docs |= _docs_of_body(statement.body)
+    return docs
 
 
 def _doc_of_enum(enum: type[Enum]) -> str:

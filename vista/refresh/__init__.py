@@ -10,12 +10,12 @@ Data flow: EventLog -> rows of the model -> states [L, H, D, D] -> summaries [K,
 transaction per batch.
 """
 
+from vista.config.refresh_options import RefreshOptions
 from vista.refresh.forgetting import forget
 from vista.refresh.full import refresh
 from vista.refresh.incremental import refresh_incremental
 from vista.refresh.log_items import check_log
 from vista.refresh.merging import merge
-from vista.refresh.refresh_options import RefreshOptions
 from vista.refresh.refresh_report import RefreshReport
 from vista.store.erasure import erase
 

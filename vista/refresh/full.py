@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config.choices import Precision, StateDtype
+from vista.config.refresh_options import RefreshOptions
 from vista.device import choose_precision
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
@@ -20,7 +21,6 @@ from vista.model import inference
 from vista.model.history_states import history_states
 from vista.model.vista_model import VistaModel
 from vista.refresh.log_items import LogItems, check_log
-from vista.refresh.refresh_options import RefreshOptions
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
 from vista.refresh.states import has_states, read_summaries, to_arrays

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config.choices import Precision
+from vista.config.refresh_options import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.model import inference
@@ -27,7 +28,6 @@ from vista.model.summary_state import SummaryState, merge
 from vista.model.vista_model import VistaModel
 from vista.refresh.changes import changed_positions
 from vista.refresh.log_items import LogItems, check_log
-from vista.refresh.refresh_options import RefreshOptions
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
 from vista.refresh.states import from_arrays, read_summaries, to_arrays
@@ -80,9 +80,7 @@ def refresh_incremental(
             be written.
     """
     options = options or RefreshOptions()
-    options.require_only(
-        ("tokens_per_batch", "users_per_batch", "progress"), "was set by the store's full refresh; leave it out"
-    )
+    options.require_only(INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH)
     check_log(model, log)
     model.eval()
     store, shard = shard_to_write(store, shard)

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from vista.config.choices import Precision
+from vista.config.refresh_options import RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
@@ -23,7 +24,6 @@ from vista.model.state_updates import merge_histories
 from vista.model.summary_state import SummaryState
 from vista.model.vista_model import VistaModel
 from vista.refresh.log_items import LogItems, check_log
-from vista.refresh.refresh_options import RefreshOptions
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
 from vista.refresh.states import from_arrays, has_states, read_summaries, to_arrays

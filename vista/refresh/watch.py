@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from vista.config import PrepareConfig, WatchConfig
+from vista.config.refresh_options import RefreshOptions
 from vista.device import resolve_device
 from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, TakenError
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.model.vista_model import VistaModel
 from vista.refresh.incremental import refresh_incremental
-from vista.refresh.refresh_options import RefreshOptions
 from vista.refresh.watch_report import WatchReport
 from vista.store.format.authentication import read_key
 from vista.store.reader import published_manifest
