@@ -1,0 +1,74 @@
+"""What an EventLog contains, for `vista log stats`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vista.log.event_log import EventLog
+
+
+@dataclass(frozen=True, slots=True)
+class LogStats:
+    """What a log contains.
+
+    segments: names, oldest first; num_users: users with an id, with or without events; num_forgotten, num_erased:
+    deletion rows, of events and of users; num_deleted: deleted events and impressions that are still on disk;
+    size_bytes: of all files of the current segments; first_ms, last_ms: oldest and newest time, None in an empty log or
+    a log without times.
+    """
+
+    path: Path
+    segments: list[str]
+    num_users: int
+    num_items: int
+    num_events: int
+    num_impressions: int
+    num_forgotten: int
+    num_erased: int
+    num_deleted: int
+    size_bytes: int
+    first_ms: int | None
+    last_ms: int | None
+
+    @classmethod
+    def of(cls, log: EventLog) -> LogStats:
+        """Count the contents of a log."""
+        first, last = (log.time_range() if log.has_time else None) or (None, None)
+        return cls(
+            log.path,
+            [segment.path.name for segment in log.segments],
+            log.num_users - log.users.num_blank,
+            log.num_items,
+            log.num_events,
+            sum(segment.impressions.num_rows for segment in log.segments if segment.impressions is not None),
+            sum(0 if segment.forgotten is None else segment.forgotten.num_rows for segment in log.segments),
+            sum(len(segment.erased) for segment in log.segments),
+            sum(
+                table.num_deleted
+                for segment in log.segments
+                for table in (segment.events, segment.impressions)
+                if table is not None
+            ),
+            sum(file.stat().st_size for segment in log.segments for file in segment.path.rglob("*") if file.is_file()),
+            first,
+            last,
+        )
+
+    def __str__(self) -> str:
+        times = "order only"
+        if self.first_ms is not None and self.last_ms is not None:
+            times = " to ".join(
+                datetime.fromtimestamp(ms / 1000, UTC).isoformat(" ", "seconds").removesuffix("+00:00")
+                for ms in (self.first_ms, self.last_ms)
+            )
+        return "\n".join(
+            [
+                f"{self.path}: {len(self.segments)} segment(s), {self.size_bytes:,} bytes: {', '.join(self.segments)}",
+                f"{self.num_users:,} users, {self.num_items:,} items, {self.num_events:,} events ({times}), "
+                f"{self.num_impressions:,} impressions",
+                f"deletions: {self.num_forgotten:,} events and {self.num_erased:,} users; {self.num_deleted:,} rows "
+                "still on disk until a compaction",
+            ]
+        )
