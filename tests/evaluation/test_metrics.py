@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
-from vista.evaluation import metrics
 from vista.evaluation.metrics import (
     auc,
     calibration,
@@ -184,10 +183,9 @@ def test_ranks_equal_a_plain_loop_for_any_chunk_size(data: st.DataObject) -> Non
     packed = ([i for seen in excluded for i in seen], np.cumsum([0, *map(len, excluded)]))
     expected = slow_ranks(scores, target, excluded)
     original = scores.copy()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "SCORES_PER_CHUNK", data.draw(st.sampled_from([1, 2 * num_items, 1 << 20])))
-        assert ranks_of_targets(scores, target, packed).tolist() == expected
-        assert ranks_of_targets(torch.from_numpy(scores).bfloat16(), torch.tensor(target), packed).tolist() == expected
+    size = data.draw(st.sampled_from([1, 2 * num_items, 1 << 20]))
+    for given_scores, given_target in ((scores, target), (torch.from_numpy(scores).bfloat16(), torch.tensor(target))):
+        assert ranks_of_targets(given_scores, given_target, packed, scores_per_chunk=size).tolist() == expected
     np.testing.assert_array_equal(scores, original)
 
 

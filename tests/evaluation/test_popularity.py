@@ -15,7 +15,6 @@ from scipy.stats import spearmanr
 from tests.conftest import Served, small_config
 from vista.config import EvaluateConfig
 from vista.errors import ConfigError
-from vista.evaluation import metrics
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.evaluation.metrics import ranks_of_targets, top_items
 from vista.evaluation.popularity import (
@@ -80,9 +79,8 @@ def test_a_label_is_in_the_list_if_its_rank_is_below_k(data: st.DataObject) -> N
     seen = rng.integers(0, num_items + 1, num_rows)
     excluded = (rng.integers(0, num_items, seen.sum()), np.concatenate([[0], np.cumsum(seen)]))
     k = data.draw(st.integers(1, 10))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "SCORES_PER_CHUNK", data.draw(st.sampled_from([1, 2 * num_items, 1 << 20])))
-        lists = top_items(scores, target, k, excluded)
+    size = data.draw(st.sampled_from([1, 2 * num_items, 1 << 20]))
+    lists = top_items(scores, target, k, excluded, scores_per_chunk=size)
     ranks = ranks_of_targets(scores, target, excluded)
     assert ((lists == target[:, None]).any(axis=1) == (ranks < k)).all()
     for row, items in enumerate(lists):

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.conftest import DAY, ITEMS, START, USERS, Served, run_python, small_config, tail_of
-from vista.config.choices import OnMissing
+from vista.config.choices import OnMissing, Precision
 from vista.errors import (
     UnknownItemError,
     UnknownUserError,
@@ -25,7 +25,7 @@ from vista.model.padded_tail import pad_tail
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import CandidateSet, Scorer, Tail
-from vista.scorer import serving_snapshot as served_module
+from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
@@ -132,9 +132,11 @@ class TestScores:
         users = list(task_scorer.store.keys())[:4]
         items = task_scorer.model.items.ids(np.arange(len(task_scorer.model.items)))
         whole = task_scorer.predict(users, items)
-        for pairs in (served_module.PAIRS_PER_PASS, 1, 40):
-            monkeypatch.setattr(served_module, "PAIRS_PER_PASS", pairs)
-            monkeypatch.setattr(served_module, "COSINES_PER_PASS", pairs)
+        held, current = task_scorer._snapshots, task_scorer._snapshots.current
+        parts = (current.model, current.items, current.store, Precision.float32, current.identity)
+        for pairs in (1024, 1, 40):
+            snapshot = ServingSnapshot(*parts, pairs_per_pass=pairs, cosines_per_pass=pairs)
+            monkeypatch.setattr(held, "current", snapshot)
             backwards = task_scorer.predict(users, items[::-1])
             for task, scores in whole.items():
                 np.testing.assert_allclose(backwards[task][:, ::-1], scores, atol=2e-5)

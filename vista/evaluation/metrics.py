@@ -18,9 +18,6 @@ from torch import Tensor, bfloat16
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-SCORES_PER_CHUNK = 1 << 22
-"""Scores that `ranks_of_targets` compares at once, which bounds its temporary memory."""
-
 
 @dataclass(frozen=True, slots=True)
 class GroupedAuc:
@@ -210,6 +207,8 @@ def ranks_of_targets(
     scores: NDArray[Any] | Tensor,
     target: ArrayLike | Tensor,
     excluded: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None = None,
+    *,
+    scores_per_chunk: int = 1 << 22,
 ) -> Ints:
     """0-based rank of each row's target among all items of its row: full ranking, no sampling.
 
@@ -221,6 +220,7 @@ def ranks_of_targets(
         target: [B] integer columns.
         excluded: (values, offsets): the columns values[offsets[b]:offsets[b+1]] are left out of row b's list. Repeats
             are allowed. The target always stays in, even if it is excluded (a user may interact with an item again).
+        scores_per_chunk: number of scores that are compared at once, which bounds the temporary memory.
 
     Returns:
         [B] int64.
@@ -236,7 +236,7 @@ def ranks_of_targets(
         raise ValueError(f"target: needs one column per row, {num_rows} in all, got {len(target_B)}")
     excluded_row, excluded_column = _excluded_cells(excluded, target_B, num_items)
     rank_B = np.empty(num_rows, dtype=np.int64)
-    step = max(1, SCORES_PER_CHUNK // max(num_items, 1))
+    step = max(1, scores_per_chunk // max(num_items, 1))
     for start in range(0, num_rows, step):
         chunk = _array(scores[start : start + step])
         rows = len(chunk)
@@ -260,6 +260,8 @@ def top_items(
     target: Ints,
     k: int,
     excluded: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None = None,
+    *,
+    scores_per_chunk: int = 1 << 22,
 ) -> Ints:
     """The first k items of each row's list, in the lists that `ranks_of_targets` uses.
 
@@ -268,6 +270,7 @@ def top_items(
         target: int64 [B] columns, which stay in even if they are excluded; -1 for none.
         k: list length, at least 1.
         excluded: as in `ranks_of_targets`.
+        scores_per_chunk: as in `ranks_of_targets`.
 
     Returns:
         int64 [B, min(k, V)] columns in no order; -1 if a list is shorter. Ties for the last place are broken
@@ -277,7 +280,7 @@ def top_items(
     excluded_row, excluded_column = _excluded_cells(excluded, target, num_items)
     k = min(k, num_items)
     top_BK = np.empty((num_rows, k), dtype=np.int64)
-    step = max(1, SCORES_PER_CHUNK // max(num_items, 1))
+    step = max(1, scores_per_chunk // max(num_items, 1))
     for start in range(0, num_rows, step):
         chunk = scores[start : start + step].copy()
         low, high = np.searchsorted(excluded_row, [start, start + len(chunk)])

@@ -31,10 +31,6 @@ Int = NDArray[np.int64]
 Cells = tuple[slice, slice]
 """A range of users and a range of their candidates."""
 CONTEXT_TOKENS_PER_PASS = 1024
-PAIRS_PER_PASS = 1024
-"""Pairs of user and candidate per pass through stage 2, so that its intermediates fit a cache for any request."""
-COSINES_PER_PASS = 65_536
-"""The same for the retrieval head, which computes only one product per candidate."""
 
 
 class ServingSnapshot:
@@ -46,6 +42,9 @@ class ServingSnapshot:
         store: open; its summaries are of this model.
         precision: of matrix products.
         identity: of the model's export (`ServingSource`).
+        pairs_per_pass: pairs of user and candidate per pass through stage 2, so that its intermediates fit a cache for
+            any request.
+        cosines_per_pass: the same for the retrieval head, which computes only one product per candidate.
     """
 
     def __init__(
@@ -55,11 +54,16 @@ class ServingSnapshot:
         store: StoreReader | ShardedReader,
         precision: Precision,
         identity: tuple[int, ...],
+        *,
+        pairs_per_pass: int = 1024,
+        cosines_per_pass: int = 65_536,
     ) -> None:
         self.model = model
         self.items = items
         self.store = store
         self.identity = identity
+        self._pairs_per_pass = pairs_per_pass
+        self._cosines_per_pass = cosines_per_pass
         self.vocabulary = model.items.digest()
         self.tasks = [*model.schema.tasks, *([NEXT_TASK] if model.has_retrieval else [])]
         self.empty = inference.empty_summary(model)
@@ -195,7 +199,7 @@ class ServingSnapshot:
         model, table, dim = self._scoring, self.items.candidate, self.model.config.dim
         assert table is not None
         projected_time = None if bucket is None or self._time_projections is None else self._time_projections[bucket]
-        for users, columns in _parts(lengths, PAIRS_PER_PASS):
+        for users, columns in _parts(lengths, self._pairs_per_pass):
             some = context.select(users)
             items = _take(table, rows, users, columns).expand(len(some.tail), -1, -1)
             vectors, projections = items[..., :dim], items[..., dim:]
@@ -215,7 +219,7 @@ class ServingSnapshot:
         """Ranges of users and columns, and products float32 [users, columns] of vectors [B, M] with unit vectors."""
         table = self.items.unit
         assert table is not None
-        for users, columns in _parts(lengths, COSINES_PER_PASS):
+        for users, columns in _parts(lengths, self._cosines_per_pass):
             items = _take(table, rows, users, columns)
             # One product per user, because the bits of a joint product depend on the number of users.
             own = [torch.mv(items if items.ndim == 2 else items[row], user) for row, user in enumerate(vectors[users])]
