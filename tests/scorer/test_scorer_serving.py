@@ -195,10 +195,10 @@ class TestReload:
         models[0].save_pretrained(tmp_path / "model")
         with Scorer.open(tmp_path / "model", tmp_path / "store") as scorer:
             old = scorer.store
-            with scorer._snapshots.use() as served:
+            with scorer._snapshots.use() as snapshot:
                 models[1].save_pretrained(tmp_path / "model")
                 assert scorer.reload() and scorer.store is not old
-                assert served.store is old and len(old.get_many(USERS).found) == 5
+                assert snapshot.store is old and len(old.get_many(USERS).found) == 5
             with pytest.raises(StoreError, match="is closed"):
                 old.get_many(USERS)
 

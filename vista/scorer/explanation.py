@@ -36,22 +36,22 @@ class Explanation:
     """[C] the task's bias, and rounding."""
 
     @classmethod
-    def of(cls, served: ServingSnapshot, request: Request, rows: Tensor, task: str) -> Explanation:
+    def of(cls, snapshot: ServingSnapshot, request: Request, rows: Tensor, task: str) -> Explanation:
         """Explain the scores of candidates for the one user of a request.
 
         Args:
-            served: what is in service.
+            snapshot: what is in service.
             request: of one user.
             rows: model rows of the candidates, int64 [C].
-            task: one of `served.tasks`.
+            task: one of `snapshot.tasks`.
         """
-        value, shares = served.shares(request, rows, task)
+        value, shares = snapshot.shares(request, rows, task)
         tail, own = shares.tail.clone(), shares.query[0]
         if len(shares.query) > 1:
             tail[:, -1] += shares.query[1]  # The query token of `next` starts from the newest event.
         valid = request.tail.valid[0]
         items = request.tail.item[0][valid]
-        ids = served.model.items.ids(np.maximum(items - 1, 0)).tolist()
+        ids = snapshot.model.items.ids(np.maximum(items - 1, 0)).tolist()
         return cls(
             value.numpy(),
             shares.summary.numpy(),

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_request(
-    served: ServingSnapshot,
+    snapshot: ServingSnapshot,
     users: Any,
     tail: Tail | None,
     now: Any,
@@ -34,10 +34,10 @@ def read_request(
     recorder: StatsRecorder,
 ) -> Request:
     """Read the records of B users, and add what the caller passes; arguments and errors as of `Scorer`."""
-    ids, model = ids_of(users, "users"), served.model
+    ids, model = ids_of(users, "users"), snapshot.model
     # Read before the records, so that a reload in between cannot make a record look younger than it is.
-    refreshed_at = 0 if max_age_s is None else served.store.manifest.refreshed_at
-    stored, bad = _stored(served, ids, on_missing)
+    refreshed_at = 0 if max_age_s is None else snapshot.store.manifest.refreshed_at
+    stored, bad = _stored(snapshot, ids, on_missing)
     times = request_times(now, len(bad))
     if times is not None and model.schema.has_time:
         wrong = impossible_times(times, stored.last_event_ts)
@@ -54,7 +54,7 @@ def read_request(
         recorder.add(hits=num_hits, stale=num_found - num_hits, misses=len(unknown) - num_found)
         absent = np.asarray(ids)[unknown][:5].tolist()
         raise UnknownUserError(
-            f"users {absent} have no record in {served.store.path}; refresh the store (which leaves out erased users), "
+            f"users {absent} have no record in {snapshot.store.path}; refresh the store (which leaves out erased users), "
             "or pass on_missing='empty'"
         )
     merged = stored.tail
@@ -66,28 +66,28 @@ def read_request(
     padded = pad_tail(model, merged.items, merged.times, merged.actions, merged.offsets)
     summary = torch.from_numpy(stored.summary).to(model.device)
     if unknown.any():
-        summary[torch.from_numpy(unknown).to(summary.device)] = served.empty
+        summary[torch.from_numpy(unknown).to(summary.device)] = snapshot.empty
     return Request(summary, padded, times, unknown | bad)
 
 
-def _stored(served: ServingSnapshot, ids: Any, on_missing: OnMissing) -> tuple[StoredBatch, NDArray[np.bool_]]:
+def _stored(snapshot: ServingSnapshot, ids: Any, on_missing: OnMissing) -> tuple[StoredBatch, NDArray[np.bool_]]:
     """Records of B users, and which of them are damaged (with on_missing="nan"; otherwise that is an error)."""
     try:
-        stored = served.store.get_many(ids)
+        stored = snapshot.store.get_many(ids)
         return stored, np.zeros(len(stored.found), np.bool_)
     except RecordError as error:
         if on_missing is not OnMissing.nan:
             raise
         logger.error("%s", error)
     users = list(ids)
-    bad = np.array([_is_damaged(served, user) for user in users])
+    bad = np.array([_is_damaged(snapshot, user) for user in users])
     valid = np.flatnonzero(~bad)
-    return served.store.get_many([users[row] for row in valid.tolist()]).spread(valid, len(users)), bad
+    return snapshot.store.get_many([users[row] for row in valid.tolist()]).spread(valid, len(users)), bad
 
 
-def _is_damaged(served: ServingSnapshot, user: Any) -> bool:
+def _is_damaged(snapshot: ServingSnapshot, user: Any) -> bool:
     try:
-        served.store.get_many([user])
+        snapshot.store.get_many([user])
     except RecordError:
         return True
     return False

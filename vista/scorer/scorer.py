@@ -132,8 +132,8 @@ class Scorer:
     @property
     def manifest(self) -> Manifest:
         """Manifest of the store's generation: its number, its users, when it was refreshed."""
-        with self._snapshots.use() as served:
-            return served.store.manifest
+        with self._snapshots.use() as snapshot:
+            return snapshot.store.manifest
 
     @property
     def tasks(self) -> list[str]:
@@ -160,8 +160,8 @@ class Scorer:
 
     def score(self, users: Ids, candidates: Any, *, tail: Tail | None = None, now: Any = None) -> Any:
         """Scores of the configured task: `predict(…)[task]` without the work for the other tasks."""
-        with self._call() as served:
-            return self._predict(served, users, candidates, tail, now, [self.task])[self.task]
+        with self._call() as snapshot:
+            return self._predict(snapshot, users, candidates, tail, now, [self.task])[self.task]
 
     def predict(self, users: Ids, candidates: Any, *, tail: Tail | None = None, now: Any = None) -> dict[str, Any]:
         """Scores of all tasks.
@@ -185,8 +185,8 @@ class Scorer:
             StoreError: the scorer is closed, or a record is damaged.
             ValueError, TypeError: an argument is invalid; the message names it.
         """
-        with self._call() as served:
-            return self._predict(served, users, candidates, tail, now, served.tasks)
+        with self._call() as snapshot:
+            return self._predict(snapshot, users, candidates, tail, now, snapshot.tasks)
 
     def rank(
         self,
@@ -214,23 +214,23 @@ class Scorer:
             raise TypeError(f"top_k: must be an integer, got {top_k!r}")
         if top_k < 1:
             raise ValueError(f"top_k: must be at least 1, got {top_k}")
-        with self._call() as served:
-            items = served.model.items
-            request = self._request(served, [user], tail, now)
+        with self._call() as snapshot:
+            items = snapshot.model.items
+            request = self._request(snapshot, [user], tail, now)
             left_out = np.zeros(len(items) + 1, bool)
             left_out[UNKNOWN_ITEM] = True
             num_unknown, rows = 0, None
             if candidates is not None:
-                chosen = self._encode(served, candidates).rows
+                chosen = self._encode(snapshot, candidates).rows
                 if chosen.ndim != 1:
                     raise ValueError(f"candidates: must be of shape [C], got {chosen.shape}")
                 num_unknown = int((chosen == UNKNOWN_ITEM).sum())
                 rows = np.unique(chosen)
-            left_out[item_rows(served.model, ids_of(exclude, "exclude"), "exclude")] = True
+            left_out[item_rows(snapshot.model, ids_of(exclude, "exclude"), "exclude")] = True
             if exclude_tail:
                 left_out[request.tail.item[request.tail.valid]] = True
             given = None if rows is None else torch.from_numpy(rows)
-            scores = served.scores(request, given, [self.task])[self.task][0].numpy()
+            scores = snapshot.scores(request, given, [self.task])[self.task][0].numpy()
             if self.on_missing is OnMissing.nan and request.missing[0]:
                 scores[:] = np.nan
             kept = ~(left_out if rows is None else left_out[rows])
@@ -250,8 +250,8 @@ class Scorer:
 
         The result belongs to the model in service: encode again after a `reload` that moved to another model.
         """
-        with self._snapshots.use() as served:
-            return self._encode(served, candidates)
+        with self._snapshots.use() as snapshot:
+            return self._encode(snapshot, candidates)
 
     def user_vectors(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
         """Unit vectors of the retrieval head, float32 [B, M]; their products with `item_vectors` rank the catalog.
@@ -259,10 +259,10 @@ class Scorer:
         Raises:
             ValueError: the model was trained without a retrieval head. Others as in `predict`.
         """
-        with self._call() as served:
-            _require_retrieval(served)
-            request = self._request(served, users, tail, now)
-            vectors: NDArray[np.float32] = served.user_vectors(request).cpu().numpy()
+        with self._call() as snapshot:
+            _require_retrieval(snapshot)
+            request = self._request(snapshot, users, tail, now)
+            vectors: NDArray[np.float32] = snapshot.user_vectors(request).cpu().numpy()
             if self.on_missing is OnMissing.nan:
                 vectors[request.missing] = np.nan
             return vectors
@@ -273,9 +273,9 @@ class Scorer:
         Raises:
             ValueError: the model was trained without a retrieval head.
         """
-        with self._snapshots.use() as served:
-            vectors = _require_retrieval(served)[UNKNOWN_ITEM + 1 :].cpu().numpy().copy()
-            return served.model.items.ids(np.arange(len(served.model.items))), vectors
+        with self._snapshots.use() as snapshot:
+            vectors = _require_retrieval(snapshot)[UNKNOWN_ITEM + 1 :].cpu().numpy().copy()
+            return snapshot.model.items.ids(np.arange(len(snapshot.model.items))), vectors
 
     def explain(
         self,
@@ -298,14 +298,14 @@ class Scorer:
             tail: as in `predict`.
             now: as in `predict`.
         """
-        with self._call() as served:
+        with self._call() as snapshot:
             task = task or self.task
-            _require_task(task, served)
-            rows = self._encode(served, candidates).rows
+            _require_task(task, snapshot)
+            rows = self._encode(snapshot, candidates).rows
             if rows.ndim != 1:
                 raise ValueError(f"candidates: must be of shape [C], got {rows.shape}")
-            request = self._request(served, [user], tail, now)
-            explanation = Explanation.of(served, request, torch.from_numpy(rows), task)
+            request = self._request(snapshot, [user], tail, now)
+            explanation = Explanation.of(snapshot, request, torch.from_numpy(rows), task)
             self._recorder.add(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
             return explanation
 
@@ -314,8 +314,8 @@ class Scorer:
         """The snapshot in service, for a call that is counted."""
         began, failed = time.perf_counter(), True
         try:
-            with self._snapshots.use() as served:
-                yield served
+            with self._snapshots.use() as snapshot:
+                yield snapshot
             failed = False
         finally:
             self._recorder.called(time.perf_counter() - began, failed=failed)
@@ -325,21 +325,21 @@ class Scorer:
         self._recorder = StatsRecorder()
 
     def _predict(
-        self, served: ServingSnapshot, users: Ids, candidates: Any, tail: Tail | None, now: Any, tasks: list[str]
+        self, snapshot: ServingSnapshot, users: Ids, candidates: Any, tail: Tail | None, now: Any, tasks: list[str]
     ) -> dict[str, Any]:
         values, given = split_ragged(candidates)
-        request = self._request(served, users, tail, now)
-        rows, missing = self._encode(served, values).rows, request.missing
+        request = self._request(snapshot, users, tail, now)
+        rows, missing = self._encode(snapshot, values).rows, request.missing
         if given is not None:
             offsets = ragged_offsets(rows, given, len(request))
-            scores = served.ragged_scores(request, rows, offsets, tasks)
+            scores = snapshot.ragged_scores(request, rows, offsets, tasks)
             missing = np.repeat(missing, np.diff(offsets))
         else:
             if rows.ndim == 2 and len(rows) != len(request):
                 raise ValueError(
                     f"candidates: shape {rows.shape} does not match {len(request)} users; pass [C], or one row per user"
                 )
-            scores = served.scores(request, torch.from_numpy(rows), tasks)
+            scores = snapshot.scores(request, torch.from_numpy(rows), tasks)
             missing = missing[:, None]
         unknown = np.broadcast_to(rows == UNKNOWN_ITEM, scores[tasks[0]].shape)
         if self.on_missing is OnMissing.nan:
@@ -350,9 +350,9 @@ class Scorer:
             return {task: cells.to(values.device) for task, cells in scores.items()}
         return {task: cells.numpy() for task, cells in scores.items()}
 
-    def _encode(self, served: ServingSnapshot, candidates: Any) -> CandidateSet:
+    def _encode(self, snapshot: ServingSnapshot, candidates: Any) -> CandidateSet:
         if isinstance(candidates, CandidateSet):
-            if candidates.vocabulary != served.vocabulary:
+            if candidates.vocabulary != snapshot.vocabulary:
                 raise ValueError("candidates: were encoded for another model; call encode again after a reload")
             return candidates
         try:
@@ -361,29 +361,29 @@ class Scorer:
             raise ValueError("candidates: the rows differ in length; pass (values, offsets) instead") from None
         if ids.ndim not in (1, 2):
             raise ValueError(f"candidates: must be of shape [C] or [B, C], got {ids.shape}")
-        rows = item_rows(served.model, ids.ravel(), "candidates").reshape(ids.shape)
+        rows = item_rows(snapshot.model, ids.ravel(), "candidates").reshape(ids.shape)
         if self.on_missing is OnMissing.error and (rows == UNKNOWN_ITEM).any():
             unknown = ids[rows == UNKNOWN_ITEM][:5].tolist()
             raise UnknownItemError(
                 f"candidates: items {unknown} are not in the model's vocabulary; train on a newer log, or pass "
                 "on_missing='empty'"
             )
-        return CandidateSet(rows, served.vocabulary)
+        return CandidateSet(rows, snapshot.vocabulary)
 
-    def _request(self, served: ServingSnapshot, users: Ids, tail: Tail | None, now: Any) -> Request:
-        return read_request(served, users, tail, now, self.on_missing, self.max_age_s, self._recorder)
-
-
-def _require_task(task: str, served: ServingSnapshot) -> None:
-    if task not in served.tasks:
-        raise ValueError(f"task: {task!r} is not one of this model's tasks, {served.tasks}")
+    def _request(self, snapshot: ServingSnapshot, users: Ids, tail: Tail | None, now: Any) -> Request:
+        return read_request(snapshot, users, tail, now, self.on_missing, self.max_age_s, self._recorder)
 
 
-def _require_retrieval(served: ServingSnapshot) -> Tensor:
+def _require_task(task: str, snapshot: ServingSnapshot) -> None:
+    if task not in snapshot.tasks:
+        raise ValueError(f"task: {task!r} is not one of this model's tasks, {snapshot.tasks}")
+
+
+def _require_retrieval(snapshot: ServingSnapshot) -> Tensor:
     """The unit vectors of all items."""
-    if served.items.unit is None:
+    if snapshot.items.unit is None:
         raise ValueError("this model has no retrieval head; train it with optim.next_weight above 0")
-    return served.items.unit
+    return snapshot.items.unit
 
 
 _scorers: weakref.WeakSet[Scorer] = weakref.WeakSet()

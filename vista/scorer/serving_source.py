@@ -49,17 +49,17 @@ class ServingSource:
             opened.close()
             raise
 
-    def open_newer(self, served: ServingSnapshot, task: str) -> ServingSnapshot | None:
+    def open_newer(self, snapshot: ServingSnapshot, task: str) -> ServingSnapshot | None:
         """Open both again if the folder holds another model and its summaries are published; None otherwise.
 
         Args:
-            served: what is in service.
+            snapshot: what is in service.
             task: which the new model must have.
 
         Raises:
             StoreError, CheckpointError: the new ones cannot be served, or the new model lacks `task`.
         """
-        if self._identity() in (served.identity, ()):
+        if self._identity() in (snapshot.identity, ()):
             return None
         try:
             self._require_summaries()
