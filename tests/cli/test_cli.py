@@ -19,7 +19,7 @@ from vista import config
 from vista.cli.commands import COMMANDS
 from vista.cli.main import main
 from vista.config.choices import OnBadRows, OnMissing, Split
-from vista.config.composition import NAME_OF_SCHEMA, compose_config, conf_dir, config_file_name, groups_of, options_of
+from vista.config.composition import command_name, compose_config, conf_dir, config_file_name, groups_of, options_of
 from vista.config.config_keys import ConfigKeys, to_yaml
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
@@ -59,12 +59,13 @@ def stub(
 
 
 class TestConf:
-    @pytest.mark.parametrize("schema", NAME_OF_SCHEMA, ids=NAME_OF_SCHEMA.get)
-    def test_without_words_conf_gives_the_dataclass_defaults(self, schema: type) -> None:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_without_words_conf_gives_the_dataclass_defaults(self, name: str) -> None:
+        schema = COMMANDS[name].schema
         assert compose_config(schema) == schema()
 
     def test_every_command_has_its_schema_and_file(self) -> None:
-        assert {command.schema: name for name, command in COMMANDS.items()} == NAME_OF_SCHEMA
+        assert {name: command_name(command.schema) for name, command in COMMANDS.items()} == {n: n for n in NAMES}
         assert {path.stem for path in conf_dir().glob("*.yaml")} == set(map(config_file_name, NAMES))
         assert {path.name for path in conf_dir().iterdir() if path.is_dir()} == set(groups_of("train"))
 

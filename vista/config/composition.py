@@ -23,28 +23,6 @@ from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vista.config import (
-    EvaluateConfig,
-    LogCompactConfig,
-    LogEraseConfig,
-    LogForgetConfig,
-    LogStatsConfig,
-    PrepareConfig,
-    RefreshConfig,
-    ScoreConfig,
-    SimulateConfig,
-    StoreCompactConfig,
-    StoreCopyConfig,
-    StoreEraseConfig,
-    StoreExportConfig,
-    StoreGetConfig,
-    StoreImportConfig,
-    StoreRollbackConfig,
-    StoreStatsConfig,
-    StoreVerifyConfig,
-    TrainConfig,
-    WatchConfig,
-)
 from vista.config.config_keys import ConfigKeys, value_text
 from vista.errors import ConfigError
 
@@ -60,38 +38,15 @@ class _Written(yaml.SafeLoader):  # type: ignore[misc]
 _ELEMENT = re.compile(r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\\.|[^,'"\\])+""")
 """A list element in Hydra's grammar: quoted parts and escaped characters may contain commas."""
 
-NAME_OF_SCHEMA: dict[type, str] = {
-    SimulateConfig: "simulate",
-    PrepareConfig: "prepare",
-    TrainConfig: "train",
-    RefreshConfig: "refresh",
-    EvaluateConfig: "evaluate",
-    ScoreConfig: "score",
-    WatchConfig: "watch",
-    LogForgetConfig: "log forget",
-    LogEraseConfig: "log erase",
-    LogCompactConfig: "log compact",
-    LogStatsConfig: "log stats",
-    StoreStatsConfig: "store stats",
-    StoreVerifyConfig: "store verify",
-    StoreCompactConfig: "store compact",
-    StoreExportConfig: "store export",
-    StoreImportConfig: "store import",
-    StoreCopyConfig: "store copy",
-    StoreRollbackConfig: "store rollback",
-    StoreGetConfig: "store get",
-    StoreEraseConfig: "store erase",
-}
-"""The command of each schema. Its primary config in conf/ is `config_file_name(command)`."""
+
+def command_name(schema: type) -> str:
+    """The command of a schema: the words of its name, so that StoreCopyConfig belongs to `store copy`."""
+    return " ".join(re.findall("[A-Z][a-z]+", schema.__name__.removesuffix("Config"))).lower()
 
 
 def config_file_name(command: str) -> str:
     """Name of a command's primary config in conf/, without .yaml: its words joined by hyphens."""
     return command.replace(" ", "-")
-
-
-for _schema, _name in NAME_OF_SCHEMA.items():
-    ConfigStore.instance().store(name=f"{config_file_name(_name)}_schema", node=_schema, provider="vista")
 
 
 def conf_dir() -> Path:
@@ -135,7 +90,8 @@ def compose_config(
     Raises:
         ConfigError: in one line that names the key, if it is unknown, unreadable, of a wrong type, or breaks a rule.
     """
-    name = NAME_OF_SCHEMA[schema]
+    name = command_name(schema)
+    ConfigStore.instance().store(name=f"{config_file_name(name)}_schema", node=schema, provider="vista")
     keys, groups = ConfigKeys.of(schema), groups_of(name)
     choices: dict[str, str] = {}
     values: dict[str, Any] = {}
