@@ -262,15 +262,15 @@ class TestOutcomes:
     @pytest.mark.parametrize(
         ("command", "function"),
         [
-            ("simulate", "vista.cli.log_commands.simulate"),
-            ("prepare", "vista.cli.log_commands.prepare"),
-            ("evaluate", "vista.cli.train_commands.evaluate"),
-            ("score", "vista.cli.score_command.score_command"),
-            ("refresh", "vista.cli.refresh_commands.refresh_command"),
-            ("log forget", "vista.cli.log_commands.log_forget"),
-            ("log erase", "vista.cli.log_commands.log_erase"),
-            ("log compact", "vista.cli.log_commands.log_compact"),
-            ("log stats", "vista.cli.log_commands.log_stats"),
+            ("simulate", "vista.cli.log_commands.run_simulate"),
+            ("prepare", "vista.cli.log_commands.run_prepare"),
+            ("evaluate", "vista.cli.train_commands.run_evaluate"),
+            ("score", "vista.cli.score_command.run_score"),
+            ("refresh", "vista.cli.refresh_commands.run_refresh"),
+            ("log forget", "vista.cli.log_commands.run_log_forget"),
+            ("log erase", "vista.cli.log_commands.run_log_erase"),
+            ("log compact", "vista.cli.log_commands.run_log_compact"),
+            ("log stats", "vista.cli.log_commands.run_log_stats"),
         ],
     )
     def test_command_calls_its_function_with_its_config(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vista.cli.store_commands import store_erase
+from vista.cli.store_commands import run_store_erase
 from vista.config import StoreEraseConfig
 from vista.config.choices import Codec, StateDtype
 from vista.errors import ConfigError, StoreError, VistaError
@@ -184,25 +184,25 @@ def test_from_the_command_line(tmp_path: Path, grow: SimpleNamespace) -> None:
     log = grow.append(tmp_path / "log", grow.events({1: 3, 2: 3}))
     refresh(grow.model(), log, tmp_path / "store")
     config = StoreEraseConfig(store=str(tmp_path / "store"), users=["2"], data=str(log.path))
-    text = store_erase(config)
+    text = run_store_erase(config)
     assert "1 of 1 users had a record" in text and "vista store compact" in text
     assert EventLog.open(log.path).lengths.tolist() == [3, 0]
     assert "Check the ids" not in text
     config.users, config.data = ["1", "11"], None
-    assert "Check the ids: 1 users had no record. No refresh will write any of the 2" in store_erase(config)
+    assert "Check the ids: 1 users had no record. No refresh will write any of the 2" in run_store_erase(config)
     refresh(grow.model(), grow.append(tmp_path / "log", grow.events({5: 3})), tmp_path / "store")
     for users, data in ((["5", "77"], log.path), (["5"], tmp_path / "nowhere")):
         config.users, config.data = users, str(data)
         with pytest.raises(VistaError):
-            store_erase(config)
+            run_store_erase(config)
         with StoreReader.open(tmp_path / "store") as store:
             assert store.get_many([5]).found.all()
     config.users, config.data = [], None
     with pytest.raises(ConfigError, match="users: name at least one"):
-        store_erase(config)
+        run_store_erase(config)
     config.users = ["two"]
     with pytest.raises(ConfigError, match="ids must be integers"):
-        store_erase(config)
+        run_store_erase(config)
 
 
 def test_duplicate_ids_are_erased_once(tmp_path: Path, grow: SimpleNamespace) -> None:

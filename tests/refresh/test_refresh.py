@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import START, Served, run_python, small_config, small_frame
-from vista.cli.refresh_commands import refresh_command
-from vista.cli.score_command import score_command
+from vista.cli.refresh_commands import run_refresh
+from vista.cli.score_command import run_score
 from vista.config import ModelConfig, RefreshConfig, ScoreConfig
 from vista.config.choices import Codec, Decay, Precision
 from vista.errors import ConfigError, StoreError, StoreLockedError, UserKeyError
@@ -197,14 +197,14 @@ def test_the_command_writes_the_same_records(served: Served, tmp_path: Path) -> 
         device="cpu",
         progress=False,
     )
-    report = refresh_command(config)
-    assert report.generation == 1 and refresh_command(config).generation == 2
+    report = run_refresh(config)
+    assert report.generation == 1 and run_refresh(config).generation == 2
     assert_store_holds(
         tmp_path / "store", served.model, served.log, visible_counts(served.log, "leave-last-out"), atol=1e-5
     )
     config.device = "abacus"
     with pytest.raises(ConfigError, match="device=abacus: write auto, cpu, cuda or cuda:N"):
-        refresh_command(config)
+        run_refresh(config)
 
 
 def test_a_log_that_the_model_would_misread_is_refused(
@@ -397,9 +397,9 @@ def test_a_key_and_a_group_from_the_configuration(served: Served, tmp_path: Path
     (tmp_path / "key").write_text("5a" * 32)
     common = {"model": str(served.model_dir), "store": str(tmp_path / "store")}
     keyed = {**common, "authentication_key_file": str(tmp_path / "key")}
-    refresh_command(RefreshConfig(data=str(served.log.path), shared_with_group=True, progress=False, **keyed))
+    run_refresh(RefreshConfig(data=str(served.log.path), shared_with_group=True, progress=False, **keyed))
     assert (tmp_path / "store").stat().st_mode & 0o7777 == 0o2750
     user = str(served.log.users.ids(np.array([0]))[0])
-    assert f"user {user}: " in score_command(ScoreConfig(users=[user], **keyed))
+    assert f"user {user}: " in run_score(ScoreConfig(users=[user], **keyed))
     with pytest.raises(StoreError, match="authentication key"):
-        score_command(ScoreConfig(users=[user], **common))
+        run_score(ScoreConfig(users=[user], **common))

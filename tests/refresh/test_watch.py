@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from vista.cli.refresh_commands import watch_command
+from vista.cli.refresh_commands import run_watch
 from vista.config import SourceConfig, WatchConfig
 from vista.config.choices import Codec
 from vista.errors import ConfigError, StoreLockedError
@@ -105,13 +105,13 @@ def test_a_bad_file_does_not_hold_up_others(
     bad["timestamp"][1] = "soon"
     arrive(folder, "a.csv", bad)
     arrive(folder, "b.csv", grow.events({2: 2}, later))
-    report = watch_command(watched)
+    report = run_watch(watched)
     assert (report.files, report.refused) == (1, 1)
     assert "a.csv" in caplog.text and "soon" in caplog.text
     expect(watched, grow, tmp_path, 16)
     watched.folder = str(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="is not a folder"):
-        watch_command(watched)
+        run_watch(watched)
 
 
 def test_a_log_that_other_processes_append_to_is_followed(
@@ -149,7 +149,7 @@ def test_killed_and_restarted(tmp_path: Path, grow: SimpleNamespace, watched: Wa
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL, "the watch ended by itself"
         assert segment.exists() or turn % 2 == 0
-    watch_command(watched)
+    run_watch(watched)
     expect(watched, grow, tmp_path, total)
     with StoreReader.open(watched.store) as store:
         assert store.manifest.applied_segment == EventLog.open(watched.data).last_segment
@@ -205,9 +205,9 @@ def test_all_shards_are_refreshed(tmp_path: Path, grow: SimpleNamespace, watched
             shard=Shard(index, 2),
         )
     arrive(tmp_path / "incoming", "a.csv", grow.events({1: 2, 2: 1, 3: 4, 4: 1}, grow.start + 500 * grow.hour))
-    report = watch_command(watched)
+    report = run_watch(watched)
     assert len(report.refreshes) == 2 and sum(refreshed.num_users for refreshed in report.refreshes) == 4
     with open_store(watched.store) as store:
         assert sorted(store.keys()) == [1, 2, 3, 4] and store.get_many([1, 3]).event_count.tolist() == [9, 4]
     watched.store = str(tmp_path / "sharded" / "part-0-of-2")
-    assert watch_command(watched).refreshes == []
+    assert run_watch(watched).refreshes == []

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.conftest import DAY, ITEMS, START, USERS, Served, tail_of
-from vista.cli.score_command import score_command
+from vista.cli.score_command import run_score
 from vista.config import ScoreConfig
 from vista.config.choices import OnMissing
 from vista.errors import RecordError, UserKeyError
@@ -287,9 +287,9 @@ class TestOthersOfTheBatch:
             damage_record(tmp_path / "store", USERS[1])
             command = ScoreConfig(model=str(served.model_dir), store=str(tmp_path / "store"), users=[str(USERS[1])])
             with pytest.raises(RecordError):
-                score_command(command)
+                run_score(command)
             command.on_missing = OnMissing.nan
-            assert score_command(command).endswith(f"user {USERS[1]} (damaged record): ")
+            assert run_score(command).endswith(f"user {USERS[1]} (damaged record): ")
         with Scorer.open(served.model, served.store) as intact:
             expected = intact.score(USERS, ITEMS, now=LATE + DAY)
         with Scorer.open(served.model, tmp_path / "store", on_missing="nan") as scorer:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import DAY, ITEMS, START, USERS, Served, small_config, tail_of
-from vista.cli.score_command import score_command
+from vista.cli.score_command import run_score
 from vista.config import ScoreConfig
 from vista.config.choices import OnMissing
 from vista.errors import (
@@ -279,16 +279,16 @@ class TestCommand:
         return ScoreConfig(model=str(served.model_dir), store=str(served.store), **changes)
 
     def test_scores_and_rankings_as_text(self, served: Served, scorer: Scorer) -> None:
-        lines = score_command(self.settings(served, users=["103", "100"], candidates=["0", "390"])).splitlines()
+        lines = run_score(self.settings(served, users=["103", "100"], candidates=["0", "390"])).splitlines()
         scores = scorer.score([103, 100], [0, 390])
         assert lines[0] == "task next, generation 1"
         assert lines[1] == f"user 103: 0 {scores[0, 0]:.4f}, 390 {scores[0, 1]:.4f}" and len(lines) == 3
         moment = {"now": "2024-05-01T12:00"}
-        asked = score_command(self.settings(served, users=["103"], candidates=["0"], **moment)).splitlines()
+        asked = run_score(self.settings(served, users=["103"], candidates=["0"], **moment)).splitlines()
         then = scorer.score([103], [0], now=1_714_564_800_000)[0, 0]
         assert asked[1] == f"user 103: 0 {then:.4f}"
         best = scorer.rank(103, top_k=2).items.tolist()
-        words = score_command(self.settings(served, users=["103"], top_k=2)).splitlines()[1].split()
+        words = run_score(self.settings(served, users=["103"], top_k=2)).splitlines()[1].split()
         assert [words[2], words[4]] == [str(item) for item in best]
 
     @pytest.mark.parametrize(
@@ -307,13 +307,13 @@ class TestCommand:
     )
     def test_bad_values_end_in_a_one_line_error(self, served: Served, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
-            score_command(self.settings(served, **changes))
+            run_score(self.settings(served, **changes))
 
     def test_unknown_user_by_policy(self, served: Served) -> None:
         with pytest.raises(UnknownUserError, match=r"users \[999\] have no record"):
-            score_command(self.settings(served, users=["999"], on_missing=OnMissing.error))
-        assert score_command(self.settings(served, users=["999"], top_k=1)).count("user 999 (no record): ") == 1
+            run_score(self.settings(served, users=["999"], on_missing=OnMissing.error))
+        assert run_score(self.settings(served, users=["999"], top_k=1)).count("user 999 (no record): ") == 1
 
     def test_unknown_items_are_marked(self, served: Served) -> None:
-        line = score_command(self.settings(served, users=["100"], candidates=["0", "77777"])).splitlines()[1]
+        line = run_score(self.settings(served, users=["100"], candidates=["0", "77777"])).splitlines()[1]
         assert ", 77777 (unknown) 0.0000" in line and "0 (unknown)," not in line

@@ -31,7 +31,7 @@ def _handler(module: str, function: str) -> Callable[[Any], object]:
 COMMANDS: dict[str, Command] = {
     "simulate": Command(
         config.SimulateConfig,
-        _handler("log_commands", "simulate"),
+        _handler("log_commands", "run_simulate"),
         "Simulate a log of long histories with labeled impressions, as source files for prepare.",
         (
             "vista simulate out=data/simulated",
@@ -41,7 +41,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "prepare": Command(
         config.PrepareConfig,
-        _handler("log_commands", "prepare"),
+        _handler("log_commands", "run_prepare"),
         "Convert source tables (Parquet, CSV, MovieLens, ...) into an EventLog, or append them to one.",
         (
             "vista prepare out=data/ml-1m events.kind=auto events.paths=[path/to/ml-1m]",
@@ -52,7 +52,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(
         config.TrainConfig,
-        _handler("train_commands", "train"),
+        _handler("train_commands", "run_train"),
         "Train a model on an EventLog and export the best one to <run_dir>/best.",
         (
             "vista train data.path=data/mine run_dir=runs/mine",
@@ -63,7 +63,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "refresh": Command(
         config.RefreshConfig,
-        _handler("refresh_commands", "refresh_command"),
+        _handler("refresh_commands", "run_refresh"),
         "Write users' summaries into the store: all of them, or what is new.",
         (
             "vista refresh data=data/mine model=runs/mine/best store=stores/mine",
@@ -75,7 +75,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "watch": Command(
         config.WatchConfig,
-        _handler("refresh_commands", "watch_command"),
+        _handler("refresh_commands", "run_watch"),
         "Append files as they arrive in a folder, and keep the store up to date.",
         (
             "vista watch folder=incoming data=data/mine model=runs/mine/best store=stores/mine events.timestamp=time "
@@ -86,7 +86,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command(
         config.EvaluateConfig,
-        _handler("train_commands", "evaluate"),
+        _handler("train_commands", "run_evaluate"),
         "Measure quality as served, with summaries from the store and scores from the scorer.",
         (
             "vista evaluate data=data/ml-1m model=runs/ml-1m/best store=stores/ml-1m",
@@ -96,7 +96,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "score": Command(
         config.ScoreConfig,
-        _handler("score_command", "score_command"),
+        _handler("score_command", "run_score"),
         "Score candidates for users, or rank the whole catalog.",
         (
             "vista score model=runs/ml-1m/best store=stores/ml-1m users=[1,2] top_k=20",
@@ -106,13 +106,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "store erase": Command(
         config.StoreEraseConfig,
-        _handler("store_commands", "store_erase"),
+        _handler("store_commands", "run_store_erase"),
         "Erase users: readers miss them at once, and no later refresh brings them back.",
         ("vista store erase store=stores/mine users=[101] data=data/mine",),
     ),
     "log forget": Command(
         config.LogForgetConfig,
-        _handler("log_commands", "log_forget"),
+        _handler("log_commands", "run_log_forget"),
         "Delete the events that a file names from an EventLog. If any is missing, nothing is deleted.",
         (
             "vista log forget data=data/mine events=deletions.csv time_unit=s",
@@ -121,55 +121,55 @@ COMMANDS: dict[str, Command] = {
     ),
     "log erase": Command(
         config.LogEraseConfig,
-        _handler("log_commands", "log_erase"),
+        _handler("log_commands", "run_log_erase"),
         "Delete all events and impressions of the given users from an EventLog.",
         ("vista log erase data=data/mine users=[101,102]",),
     ),
     "log compact": Command(
         config.LogCompactConfig,
-        _handler("log_commands", "log_compact"),
+        _handler("log_commands", "run_log_compact"),
         "Merge the segments of an EventLog into one and remove deleted data from the disk.",
         ("vista log compact data=data/mine",),
     ),
     "log stats": Command(
         config.LogStatsConfig,
-        _handler("log_commands", "log_stats"),
+        _handler("log_commands", "run_log_stats"),
         "Print what an EventLog contains: segments, users, events, deletions, bytes, times.",
         ("vista log stats data=data/mine",),
     ),
     "store stats": Command(
         config.StoreStatsConfig,
-        _handler("store_commands", "store_stats_command"),
+        _handler("store_commands", "run_store_stats"),
         "Print what a store contains: generations, the one in service, records, bytes, age, readers.",
         ("vista store stats store=stores/mine",),
     ),
     "store verify": Command(
         config.StoreVerifyConfig,
-        _handler("store_commands", "store_verify"),
+        _handler("store_commands", "run_store_verify"),
         "Check the files and every record of a store. Problems are printed, with exit code 1.",
         ("vista store verify store=stores/mine",),
     ),
     "store get": Command(
         config.StoreGetConfig,
-        _handler("store_commands", "store_get"),
+        _handler("store_commands", "run_store_get"),
         "Print one user's record: the events it covers, its tail, and the norms of its summary.",
         ("vista store get store=stores/mine user=42 model=runs/mine/best",),
     ),
     "store rollback": Command(
         config.StoreRollbackConfig,
-        _handler("store_commands", "store_rollback"),
+        _handler("store_commands", "run_store_rollback"),
         "Verify an earlier generation and serve it again.",
         ("vista store rollback store=stores/mine", "vista store rollback store=stores/mine to=7"),
     ),
     "store compact": Command(
         config.StoreCompactConfig,
-        _handler("store_commands", "store_compact"),
+        _handler("store_commands", "run_store_compact"),
         "Rewrite the served generation without removed data, and delete older generations.",
         ("vista store compact store=stores/mine",),
     ),
     "store copy": Command(
         config.StoreCopyConfig,
-        _handler("store_commands", "store_copy"),
+        _handler("store_commands", "run_store_copy"),
         "Copy a generation to the store of a serving host, verify it there, and serve it.",
         (
             "vista store copy store=stores/mine to=/srv/stores/mine",
@@ -179,13 +179,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "store export": Command(
         config.StoreExportConfig,
-        _handler("store_commands", "store_export"),
+        _handler("store_commands", "run_store_export"),
         "Export the served generation to a Parquet file, as readable columns and exact records.",
         ("vista store export store=stores/mine out=summaries.parquet",),
     ),
     "store import": Command(
         config.StoreImportConfig,
-        _handler("store_commands", "store_import"),
+        _handler("store_commands", "run_store_import"),
         "Import an exported Parquet file as a new generation of a store, and serve it.",
         ("vista store import file=summaries.parquet store=stores/other",),
     ),

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from vista.config import LogCompactConfig, LogEraseConfig, LogForgetConfig, LogStatsConfig
+from vista.config import (
+    LogCompactConfig,
+    LogEraseConfig,
+    LogForgetConfig,
+    LogStatsConfig,
+    PrepareConfig,
+    SimulateConfig,
+)
 from vista.log.compaction import CompactionReport, compact_log
 from vista.log.deletions import DeletionReport, erase_users, forget_file
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
+from vista.log.ingest.prepare_report import PrepareReport
 from vista.log.log_stats import LogStats
 from vista.log.vocabulary import ids_of_words
-from vista.simulation.simulate import simulate
-
-__all__ = ["log_compact", "log_erase", "log_forget", "log_stats", "prepare", "simulate"]
+from vista.simulation.simulate import SimulationReport, simulate
 
 
-def log_forget(config: LogForgetConfig) -> DeletionReport:
-    """Delete the events that a file names. Raises what `forget_file` raises."""
+def run_simulate(config: SimulateConfig) -> SimulationReport:
+    """`vista simulate`; errors as of `simulate`."""
+    return simulate(config)
+
+
+def run_prepare(config: PrepareConfig) -> PrepareReport:
+    """`vista prepare`; errors as of `prepare`."""
+    return prepare(config)
+
+
+def run_log_forget(config: LogForgetConfig) -> DeletionReport:
+    """`vista log forget`; errors as of `forget_file`."""
     return forget_file(config.data, config.events, config.time_unit)
 
 
-def log_erase(config: LogEraseConfig) -> DeletionReport:
-    """Delete users. Raises what `erase_users` raises.
+def run_log_erase(config: LogEraseConfig) -> DeletionReport:
+    """`vista log erase`; errors as of `erase_users`.
 
     Raises:
         ConfigError: if no user is named, or an id is text but the log's ids are integers.
@@ -29,13 +45,13 @@ def log_erase(config: LogEraseConfig) -> DeletionReport:
     return erase_users(config.data, users)
 
 
-def log_compact(config: LogCompactConfig) -> CompactionReport:
-    """Merge all segments into one. Raises what `compact_log` raises."""
+def run_log_compact(config: LogCompactConfig) -> CompactionReport:
+    """`vista log compact`; errors as of `compact_log`."""
     return compact_log(config.data)
 
 
-def log_stats(config: LogStatsConfig) -> LogStats:
-    """What the log contains.
+def run_log_stats(config: LogStatsConfig) -> LogStats:
+    """`vista log stats`.
 
     Raises:
         LogFormatError: if it is missing or damaged.

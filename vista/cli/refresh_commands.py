@@ -19,7 +19,7 @@ from vista.store.shards import Shard
 logger = logging.getLogger(__name__)
 
 
-def refresh_command(config: RefreshConfig) -> RefreshReport:
+def run_refresh(config: RefreshConfig) -> RefreshReport:
     """`vista refresh`; errors as of `refresh` and `refresh_incremental`."""
     keep_freed_memory()
     with cpu_settings(config.num_threads):
@@ -33,7 +33,7 @@ def refresh_command(config: RefreshConfig) -> RefreshReport:
         return refresh(model, log, config.store, until=config.until, options=config, shard=shard, key=key)
 
 
-def watch_command(config: WatchConfig) -> WatchReport:
+def run_watch(config: WatchConfig) -> WatchReport:
     """`vista watch`: look every `poll_s` seconds until interrupted, or once.
 
     Raises:

@@ -15,7 +15,7 @@ from vista.scorer.scorer import Scorer
 from vista.store.format.authentication import read_key
 
 
-def score_command(config: ScoreConfig) -> str:
+def run_score(config: ScoreConfig) -> str:
     """`vista score`: a line of items and scores per user, as text.
 
     Raises:

@@ -43,12 +43,12 @@ from vista.store.shards import shards_in, stores_in, user_kind, users_by_folder
 from vista.store.stored_batch import NO_TIMESTAMP
 
 
-def store_stats_command(config: StoreStatsConfig) -> str:
+def run_store_stats(config: StoreStatsConfig) -> str:
     """`vista store stats`; errors as of `store_stats`."""
     return _lines(store_stats(root) for root in stores_in(config.store))
 
 
-def store_verify(config: StoreVerifyConfig) -> str:
+def run_store_verify(config: StoreVerifyConfig) -> str:
     """`vista store verify`.
 
     Raises:
@@ -61,18 +61,18 @@ def store_verify(config: StoreVerifyConfig) -> str:
     return _lines(reports)
 
 
-def store_compact(config: StoreCompactConfig) -> str:
+def run_store_compact(config: StoreCompactConfig) -> str:
     """`vista store compact`; errors as of `compact_store`."""
     key = read_key(config.authentication_key_file)
     return _lines(compact_store(root, key=key) for root in stores_in(config.store))
 
 
-def store_rollback(config: StoreRollbackConfig) -> str:
+def run_store_rollback(config: StoreRollbackConfig) -> str:
     """`vista store rollback`; errors as of `roll_back`."""
     return _lines(roll_back(*stores_in(config.store), to=config.to, key=read_key(config.authentication_key_file)))
 
 
-def store_export(config: StoreExportConfig) -> str:
+def run_store_export(config: StoreExportConfig) -> str:
     """`vista store export`; writes one file per shard of a sharded store. Errors as of `export_store`."""
     from vista.store.admin.parquet import export_store
 
@@ -87,7 +87,7 @@ def store_export(config: StoreExportConfig) -> str:
     )
 
 
-def store_import(config: StoreImportConfig) -> PublishReport:
+def run_store_import(config: StoreImportConfig) -> PublishReport:
     """`vista store import`; errors as of `import_store`."""
     from vista.store.admin.parquet import import_store
 
@@ -95,7 +95,7 @@ def store_import(config: StoreImportConfig) -> PublishReport:
     return import_store(config.file, config.store, key=key, shared_with_group=config.shared_with_group)
 
 
-def store_copy(config: StoreCopyConfig) -> str:
+def run_store_copy(config: StoreCopyConfig) -> str:
     """`vista store copy`; shards are published once all are copied. Errors as of `copy_generation`.
 
     Raises:
@@ -122,7 +122,7 @@ def store_copy(config: StoreCopyConfig) -> str:
     return copy(publish=True) if config.publish else unpublished
 
 
-def store_erase(config: StoreEraseConfig) -> str:
+def run_store_erase(config: StoreEraseConfig) -> str:
     """`vista store erase`: from the store, from each user's shard if it is sharded, and from the log if one is named.
 
     Raises:
@@ -148,7 +148,7 @@ def store_erase(config: StoreEraseConfig) -> str:
     return "\n".join(lines)
 
 
-def store_get(config: StoreGetConfig) -> str:
+def run_store_get(config: StoreGetConfig) -> str:
     """`vista store get`: header fields, the tail, and the summary's shape and norms, as text.
 
     Raises:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from vista.config import TrainConfig
+from vista.config import EvaluateConfig, TrainConfig
 from vista.device import keep_freed_memory
 from vista.evaluation.evaluate import evaluate
+from vista.evaluation.evaluation import Evaluation
 from vista.log.event_log import EventLog
 from vista.training.trainer import train_model
 
-__all__ = ["evaluate", "train"]
 
-
-def train(config: TrainConfig) -> None:
-    """Train a model on the log at `config.data.path`. Raises what `train_model` raises."""
+def run_train(config: TrainConfig) -> None:
+    """`vista train`; errors as of `train_model`."""
     keep_freed_memory()
     train_model(config, EventLog.open(config.data.path))
+
+
+def run_evaluate(config: EvaluateConfig) -> Evaluation:
+    """`vista evaluate`; errors as of `evaluate`."""
+    return evaluate(config)
