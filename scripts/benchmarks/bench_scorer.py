@@ -88,9 +88,6 @@ def open_scorer(workload: ScorerWorkload, precision: Precision = Precision.float
     return Scorer.open(workload.model_dir, workload.store, task=TASK, precision=precision)
 
 
-# History ---------------------------------------------------------------------------------------------------------
-
-
 def bench_history(recorder: BenchmarkRecorder, workload: ScorerWorkload, lengths: tuple[int, int]) -> None:
     """Time a short and a long history (users 1 and 2), and lists of candidates."""
     rounds = 9 if recorder.quick else 41
@@ -124,9 +121,6 @@ def add_latency(recorder: BenchmarkRecorder, case: str, timing: Timing) -> None:
     """Record the median and p99 of a call."""
     recorder.add(f"{case}: median", timing.median_s * 1e3, "ms", spread=timing.spread_s * 1e3)
     recorder.add(f"{case}: p99", timing.p99_s * 1e3, "ms")
-
-
-# Roofline -----------------------------------------------------------------------------------------------------------
 
 
 def bench_roofline(recorder: BenchmarkRecorder, workload: ScorerWorkload, precision: Precision) -> None:
@@ -165,9 +159,6 @@ def bench_roofline(recorder: BenchmarkRecorder, workload: ScorerWorkload, precis
             first = first or ratio
 
 
-# Layers ----------------------------------------------------------------------------------------------------------
-
-
 def bench_layers(
     recorder: BenchmarkRecorder, workload: ScorerWorkload, softmax: ScorerWorkload, precision: Precision
 ) -> None:
@@ -188,9 +179,6 @@ def bench_layers(
                 baseline=timing["softmax"].median_s * 1e3,
                 spread=timing["pointwise"].spread_s * 1e3,
             )
-
-
-# Batches ---------------------------------------------------------------------------------------------------------
 
 
 def bench_batches(recorder: BenchmarkRecorder, workload: ScorerWorkload) -> None:
@@ -225,9 +213,6 @@ def add_batch(recorder: BenchmarkRecorder, case: str, timing: Mapping[str, Timin
     recorder.add(case, one.median_s * 1e3, "ms", baseline=many.median_s * 1e3, spread=one.spread_s * 1e3)
 
 
-# Recompute -------------------------------------------------------------------------------------------------------
-
-
 def bench_recompute(recorder: BenchmarkRecorder, workload: ScorerWorkload, user: int, precision: Precision) -> None:
     """Time requests with the stored summary against requests that compute it."""
     mixing, ids = workload.model.config.mixing, workload.candidates(NUM_CANDIDATES)
@@ -250,9 +235,6 @@ def bench_recompute(recorder: BenchmarkRecorder, workload: ScorerWorkload, user:
         bar=f"ratio >= {PAPERS_SPEEDUP}" if paper else None,
         spread=timing["cached"].spread_s * 1e3,
     )
-
-
-# Baselines ----------------------------------------------------------------------------------------------------------
 
 
 def bench_baselines(recorder: BenchmarkRecorder, workload: ScorerWorkload, num_lengths: int) -> None:
@@ -285,9 +267,6 @@ def bench_baselines(recorder: BenchmarkRecorder, workload: ScorerWorkload, num_l
                     bar="ratio > 1" if log.lengths[row] > TRAINED_LIMIT else None,
                     spread=timing["ours"].spread_s * 1e3,
                 )
-
-
-# Processes -------------------------------------------------------------------------------------------------------
 
 
 def bench_processes(recorder: BenchmarkRecorder, workload: ScorerWorkload, users: list[int]) -> None:

@@ -69,9 +69,6 @@ class ScorerWorkload:
         return list(range(1, num_users + 1)), ids[0] if num_users == 1 else ids
 
 
-# The roofline -------------------------------------------------------------------------------------------------------
-
-
 def scorer_roofline(config: ModelConfig, num_users: int, num_candidates: int, precision: Precision) -> Roofline:
     """Roofline of scoring, with layer 1's projections of all items computed beforehand.
 
@@ -130,9 +127,6 @@ def row_product(
         if weights:
             tried += packed_products(chunk, n, k, count=count * rows / chunk, dtypes=dtypes)
     return fastest(tried)
-
-
-# Without a store -------------------------------------------------------------------------------------------------
 
 
 def recomputed_summaries(workload: ScorerWorkload, precision: Precision) -> Callable[[Sequence[int]], StoredBatch]:

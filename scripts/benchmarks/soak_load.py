@@ -156,9 +156,6 @@ def ask(scorer: Scorer, question: int, num_users: int, num_items: int) -> Arrays
     return [scorer.user_vectors(users(16))]
 
 
-# Workers -------------------------------------------------------------------------------------------------------------
-
-
 def work(stage: SoakStage, worker: int) -> None:
     """A serving process: its threads ask until the stage stops, and the first thread also reloads the store."""
     set_threads(1)
@@ -191,9 +188,6 @@ def _ask_forever(stage: SoakStage, scorer: Scorer, thread: int, reloads: bool) -
             stage.said.put(SoakAnswer(thread, question, since, until, (before, after), latency, arrays))
         except Exception:
             stage.said.put(SoakFailure(f"thread {thread}, question {question}: {traceback.format_exc()}"))
-
-
-# The keeper ----------------------------------------------------------------------------------------------------------
 
 
 def keep(stage: SoakStage, pause_s: float) -> None:

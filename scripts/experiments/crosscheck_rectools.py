@@ -106,9 +106,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-# The same events for both --------------------------------------------------------------------------------------------
-
-
 def cut_log(log: EventLog, folder: Path) -> EventLog:
     """A log of each user's newest LENGTH + 1 training events and two held-out events, without ratings and actions.
 
@@ -172,9 +169,6 @@ def label_ranks(lists: Int, label: Int) -> Int:
     hit = lists == label[:, None]
     ranks: Int = np.where(hit.any(1), hit.argmax(1), lists.shape[1])
     return ranks
-
-
-# Both runs -----------------------------------------------------------------------------------------------------------
 
 
 def our_config(options: argparse.Namespace, log: EventLog, seed: int, run_dir: Path) -> TrainConfig:

@@ -45,9 +45,6 @@ def examples(number: int, check: Callable[[Any], None], strategy: st.SearchStrat
     )()
 
 
-# Summaries -----------------------------------------------------------------------------------------------------------
-
-
 @promise("Poison input", fault="NaN, infinities and extremes in summaries", full=10_000, short=50, each=EXAMPLES)
 def test_poisoned_summaries(trial: Trial) -> None:
     extremes = [np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 1e-45, 0.0, -0.0, 1e30, 65504.0, 70000.0]
@@ -97,9 +94,6 @@ def test_poisoned_summaries(trial: Trial) -> None:
     )
 
 
-# Requests ------------------------------------------------------------------------------------------------------------
-
-
 @promise(
     "Poison input",
     fault="requests: odd users, candidates, tails, times and types",
@@ -140,9 +134,6 @@ def test_poisoned_requests(trial: Trial, scorer: Scorer) -> None:
         assert scorer.predict([103, 100], [0, 390])[scorer.task].tobytes() == healthy.tobytes()
 
     examples(trial.number, check, request)
-
-
-# Logs ----------------------------------------------------------------------------------------------------------------
 
 
 @promise(
@@ -190,9 +181,6 @@ def test_poisoned_rows(trial: Trial) -> None:
             trial.count("quarantined" if histories.num_events < len(good) + len(rows) else "taken")
 
     examples(trial.number, check, st.lists(row, max_size=5))
-
-
-# Size ----------------------------------------------------------------------------------------------------------------
 
 
 def giant(say: Say, model: str, folder: str, num_events: int, num_candidates: int) -> list[int]:

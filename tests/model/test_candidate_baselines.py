@@ -69,9 +69,6 @@ def requests(make: SimpleNamespace, lengths: list[int], seed: int) -> tuple[Hist
     return packed, now, torch.from_numpy(rng.integers(0, make.num_items + 1, (len(lengths), 6)))
 
 
-# The formulas, event by event ---------------------------------------------------------------------------------------
-
-
 def age_of(model: CandidateModel, history: Histories, event: int) -> int:
     """Bucket of the time, or of the number of events, from an event to the newest."""
     clock = history.timestamp if model.encoder.gap is not None else 1000 * np.arange(history.num_events)

@@ -69,9 +69,6 @@ def serve(model: VistaModel, packed: Histories, tail: PaddedTail, candidates: np
     return Answers(context, users, inference.candidate_logits(model, context, gap, torch.from_numpy(candidates)))
 
 
-# Training and serving ------------------------------------------------------------------------------------------------
-
-
 def served_context(
     make: SimpleNamespace, model: VistaModel, packed: Histories, batch: Batch, window: int, owner: int, position: int
 ) -> tuple[TargetContext, PaddedTail]:
@@ -124,9 +121,6 @@ def test_training_at_a_position_is_serving_after_its_events(make: SimpleNamespac
         candidate = torch.from_numpy(chunks.impressions.item[[[number]]])
         close(trained_logits[window, place], inference.candidate_logits(model, context, gap, candidate)[0, 0])
     assert len(labeled) == packed.num_events and len(impressed) == 30
-
-
-# Independence --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -215,9 +209,6 @@ def test_candidates_do_not_see_one_another(make: SimpleNamespace, shape: str) ->
     assert torch.equal(logits(others)[:, 0], answers.logits[:, 0].contiguous())
 
 
-# What the parts of a request see -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("seen", [0, 1, 3])
 def test_queries_see_the_summary_and_only_the_first_columns_of_the_tail(make: SimpleNamespace, seen: int) -> None:
     """User vectors and candidates alike."""
@@ -259,9 +250,6 @@ def test_a_summary_covers_the_newest_history_limit_events(make: SimpleNamespace)
     assert torch.equal(inference.summarize(model, packed), inference.summarize(model, newest))
     unlimited = make.model(seed=11)
     assert not torch.allclose(inference.summarize(model, packed)[0], inference.summarize(unlimited, packed)[0])
-
-
-# Tails ---------------------------------------------------------------------------------------------------------------
 
 
 def test_padded_tails_hold_the_newest_events_and_the_gaps_between_them(make: SimpleNamespace) -> None:

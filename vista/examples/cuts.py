@@ -114,9 +114,6 @@ def cut_batch(
     )
 
 
-# Windows ------------------------------------------------------------------------------------------------------------
-
-
 def _divide(chunks: Chunks, plan: CutPlan, phase: Int) -> _Windows:
     """All windows. They begin at 0, phase, phase + W, … after a chunk's lead, and end before the next one."""
     W, lead = plan.label_spacing, _lead(chunks)
@@ -147,9 +144,6 @@ def _draw_windows(plan: CutPlan, rng: np.random.Generator, windows: _Windows, im
     priority[impression_window] -= 1.0
     order = np.lexsort((priority, windows.chunk))
     return np.sort(order[windows.index < plan.windows_per_chunk])
-
-
-# Summaries ----------------------------------------------------------------------------------------------------------
 
 
 def _draw_boundaries(plan: CutPlan, rng: np.random.Generator, windows: _Windows, num_chunks: int) -> Int:
@@ -215,9 +209,6 @@ def _draw_reconstruction(plan: CutPlan, rng: np.random.Generator, cuts: BatchCut
     room = stop[cut] - start[cut] - length
     offset = (rng.random(len(cut)) * (room + 1)).astype(np.int64)
     return BatchReconstruction(_tensor(cut), _tensor(start[cut] + offset), _tensor(length))
-
-
-# Parts of a batch ---------------------------------------------------------------------------------------------------
 
 
 def _events(chunks: Chunks, item: Int, hidden: NDArray[np.bool_] | None) -> BatchEvents:

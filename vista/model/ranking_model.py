@@ -104,8 +104,6 @@ class RankingModel(nn.Module):
             DataError: if the file that `data` names lacks them.
         """
 
-    # Files -----------------------------------------------------------------------------------------------------------
-
     def description(self) -> dict[str, Any]:
         """The content of config.json."""
         return ModelDescription(self.config, self.schema, self.data).to_dict()

@@ -33,8 +33,6 @@ class TargetLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.num_heads, config.tail_len + 1))
         """[H, L+1] by distance in events; distance 0 is the token itself."""
 
-    # What a kind adds ------------------------------------------------------------------------------------------------
-
     def activated(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
         """Projections as attention reads them."""
         return parts
@@ -59,8 +57,6 @@ class TargetLayer(nn.Module):
             context_mask: bool [B, S+L]; False where there is no event.
         """
         raise NotImplementedError
-
-    # All kinds -------------------------------------------------------------------------------------------------------
 
     def project(self, x: Tensor) -> Tensor:
         """x [..., M] -> query, gate, key and value, concatenated, [..., 4M], before `activated`."""

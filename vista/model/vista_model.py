@@ -73,8 +73,6 @@ class VistaModel(RankingModel):
         self._identified = b"", b""
         """Hash of the inputs that `summarizer_id` was last computed from, and the id."""
 
-    # Training -----------------------------------------------------------------------------------------------------
-
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         events, impressions = batch.events, batch.impressions
         shown = self.shown_vectors(events, item_vectors)
@@ -170,8 +168,6 @@ class VistaModel(RankingModel):
         predicted = self.decoder(summaries[part.cut], target, offsets, age)
         return reconstruction_loss(predicted, target, stop_gradient=self.config.stop_gradient)
 
-    # Training and serving --------------------------------------------------------------------------------------------
-
     def user_vectors(self, gap: Tensor | None, seen: Tensor, context: TargetContext) -> Tensor:
         """Unit vectors [B, Q, M] of request tokens over contexts of B rows; gap [B, Q, M], seen int64 [Q]."""
         stage = self.target_attention
@@ -257,8 +253,6 @@ class VistaModel(RankingModel):
         if (stage := getattr(self, part)) is not None:
             setattr(other, part, frozen(stage, dtype))
         return other
-
-    # Files -----------------------------------------------------------------------------------------------------------
 
     def save_serving_tables(self, folder: Path) -> None:
         save_item_projections(self, folder)

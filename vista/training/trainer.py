@@ -135,8 +135,6 @@ class Trainer:
         self._counted_until = time.perf_counter()
         self.precision = choose_precision(config.precision, self.device)
 
-    # Running ---------------------------------------------------------------------------------------------------------
-
     def run(self) -> RankingModel:
         """Train to the end, from the newest checkpoint if there is one; returns the exported model."""
         config = self.config
@@ -278,8 +276,6 @@ class Trainer:
             f"{len(users)} users are {named}{' …' if len(users) > NAMED_USERS else ''}. Lower optim.learning_rate, or "
             f"look at the features of these users; the last checkpoint is in {self.run_dir / 'checkpoints'}"
         )
-
-    # State -----------------------------------------------------------------------------------------------------------
 
     def _count_seconds(self) -> None:
         now = time.perf_counter()

@@ -41,8 +41,6 @@ class CandidateModel(HistoryModel):
         super().__init__(config, schema, items, data)
         self.network = network(3 * config.dim, len(schema.tasks), config.dropout)
 
-    # What an architecture adds -----------------------------------------------------------------------------------
-
     def find(self, events: PackedEvents, queries: EventQueries) -> FoundEvents:
         """The events that each query reads, of the newest `history_limit` that it sees."""
         raise NotImplementedError
@@ -72,8 +70,6 @@ class CandidateModel(HistoryModel):
     def search_logits(self, events: PackedEvents, queries: EventQueries) -> Tensor | None:
         """Task logits [N, num_tasks] of a search that is trained by its own loss; None without one."""
         return None
-
-    # Training and requests -----------------------------------------------------------------------------------------
 
     def logits(self, events: PackedEvents, queries: EventQueries) -> Tensor:
         """Task logits [N, num_tasks]."""

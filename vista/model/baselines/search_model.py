@@ -21,8 +21,6 @@ class SearchModel(CandidateModel):
     scores_at_once: int = 1 << 22
     """Scores of a search that are held at once (those of one query always are)."""
 
-    # What an architecture adds -----------------------------------------------------------------------------------
-
     def search_query(self, query: Tensor) -> Tensor:
         """[..., M] queries -> [..., M], whose products with keys are scores."""
         raise NotImplementedError
@@ -34,8 +32,6 @@ class SearchModel(CandidateModel):
     def search_bias(self, action: Tensor, age_ms: Tensor) -> Tensor | None:
         """Added to scores [n, C, L], of action int64 [n, 1, L] and age int64 [n, C, L]; None adds nothing."""
         return None
-
-    # The search ----------------------------------------------------------------------------------------------------
 
     def find(self, events: PackedEvents, queries: EventQueries) -> FoundEvents:
         """The events that `search` names, a tile of histories at a time."""

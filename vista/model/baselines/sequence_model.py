@@ -69,8 +69,6 @@ class SequenceModel(HistoryModel):
             # A buffer, so that weights trained without it do not load.
             self.register_buffer("gap_scale", torch.tensor(dim**0.5))
 
-    # What an architecture adds -----------------------------------------------------------------------------------
-
     def states(self, x: Tensor, time: Tensor) -> tuple[Tensor, Any]:
         """Causal states after each event.
 
@@ -92,8 +90,6 @@ class SequenceModel(HistoryModel):
             seen: int64 [n, C] events that a candidate sees.
         """
         raise NotImplementedError
-
-    # Training ------------------------------------------------------------------------------------------------------
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         packed = batch.events
@@ -147,8 +143,6 @@ class SequenceModel(HistoryModel):
     def _user(self, states: Tensor, gap: Tensor | None) -> Tensor:
         # No projection: states lie in the space of item vectors, where the residual stream starts.
         return F.normalize(states if gap is None else states + self.gap_scale * gap, dim=-1)
-
-    # Requests ------------------------------------------------------------------------------------------------------
 
     def embed(self, histories: Histories) -> EmbeddedSequences:
         """The newest `history_limit` events of each history."""
