@@ -105,7 +105,7 @@ def test_hand_computed_ranks(tmp_path: Path) -> None:
     known = [0, 1, 2, 3, 4, 5]
     for size in (1, 2, 5, 100):
         assert ranks(False, known, size) == [4, 2, 3, 0, 0, 1]
-        # User 2 has seen items 1 and 2, which ranked before label 3. User 3 has seen label 4 itself, which stays in.
+        # Items 1 and 2, which ranked before label 3, are in user 2's history. Label 4 is in user 3's own and stays in.
         assert ranks(True, known, size) == [4, 0, 3, 0, 0, 1]
         # A label that the model does not know (item 1, of users 4 and 5) is in no list of any length.
         unknown = ranks(True, [-1, 1, 2, 3, 4, 5], size)
