@@ -25,9 +25,9 @@ def lines_outside_code(text: str) -> Iterator[tuple[int, str]]:
     """Index and text of the lines that are not part of a fenced block."""
     fence = ""
     for index, line in enumerate(text.splitlines()):
-        found = _FENCE.match(line)
-        if found and (not fence or found[1].startswith(fence)):
-            fence = "" if fence else found[1]
+        mark = _FENCE.match(line)
+        if mark and (not fence or mark[1].startswith(fence)):
+            fence = "" if fence else mark[1]
         elif not fence:
             yield index, line
 
