@@ -1,7 +1,7 @@
 """Builds the documentation site into build/site and refuses broken links: `python -m docs.build_site`, or `make docs`.
 
-The pages are put together in build/docs: those of docs/, the generated reference, and kernels/README.md. Files of the
-repository that a page links to become part of the site.
+The pages are put together in build/docs: those of docs/, the generated reference, the notebooks, and kernels/README.md.
+Files of the repository that a page links to become part of the site.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 from docs.check_links import LINK, check_site, check_sources, lines_outside_code, target_of
+from docs.notebook_pages import NOTEBOOKS, notebook_pages, page_of_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES_ELSEWHERE = {"kernels/README.md": "explanation/kernels.md"}
@@ -68,7 +69,7 @@ def stage(root: Path, generated: Mapping[str, str]) -> None:
 def _staged_text(root: Path, page: Path, name: str) -> str:
     """A page as the site needs it: links to where their targets are there, no words for the page tester."""
     text = page.read_text(encoding="utf-8")
-    lines = re.sub(r"^( *```\w+) no-run.*$", r"\1", text, flags=re.M).splitlines()
+    lines = re.sub(r"^( *```\w+) .*$", r"\1", text, flags=re.M).splitlines()
     for index, line in lines_outside_code(text):
         lines[index] = LINK.sub(lambda link: _staged_link(root, page, name, link), line)
     return "".join(f"{line}\n" for line in lines)
@@ -83,6 +84,8 @@ def _staged_link(root: Path, page: Path, name: str, link: re.Match[str]) -> str:
     source = path.relative_to(root.resolve()).as_posix()
     if source.startswith("docs/"):
         there = source.removeprefix("docs/")
+        if there.startswith(f"{NOTEBOOKS}/"):
+            there = page_of_notebook(there)
     elif source in PAGES_ELSEWHERE:
         there = PAGES_ELSEWHERE[source]
     elif not path.exists():
@@ -104,7 +107,7 @@ def build(root: Path, generated: Mapping[str, str]) -> Path:
 
     Args:
         root: folder of the repository, with mkdocs.yml and docs/.
-        generated: text of the pages that are not in docs/, by their path below it.
+        generated: text of the reference pages, which are not in docs/, by their path below it.
 
     Returns:
         The folder of the site, build/site.
@@ -114,6 +117,7 @@ def build(root: Path, generated: Mapping[str, str]) -> Path:
             Python API that was not found, or a docstring that was not understood.
     """
     site = root / "build" / "site"
+    generated = {**generated, **notebook_pages(root)}
     if broken := check_sources(root, {*generated, *PAGES_ELSEWHERE.values()}):
         raise SiteError("\n".join(broken))
     stage(root, generated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from docs.check_links import check_site, check_sources
 from docs.generate_reference import reference_pages
 
 pytest.importorskip("zensical", reason="the extra `docs` is not installed")
+
+
+NOTEBOOK = [
+    {"cell_type": "markdown", "source": ["# One\n", "\n", "[first](../guides/first.md), [this one](one.ipynb)"]},
+    {"cell_type": "code", "source": ["print('links[0](none.ipynb)')"]},
+]
 
 
 def write(root: Path, pages: dict[str, str]) -> None:
@@ -24,7 +31,7 @@ def root(tmp_path: Path) -> Path:
     """A repository with a small site, whose settings are this repository's."""
     settings, _ = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")
     _, extensions = (ROOT / "mkdocs.yml").read_text().split("\nmarkdown_extensions:\n")
-    nav = "nav:\n  - index.md\n  - Guides:\n      - guides/first.md\n      - reference/made.md\n"
+    nav = "nav:\n  - index.md\n  - Guides:\n      - guides/first.md\n      - reference/made.md\n      - notebooks/one.md\n"
     write(
         tmp_path,
         {
@@ -34,7 +41,9 @@ def root(tmp_path: Path) -> Path:
             "kernels/README.md": "# Kernels\n\n## Measured\n\n[top](../docs/index.md), [code](kernel.py)\n",
             "kernels/kernel.py": "",
             "docs/figure.svg": "<svg xmlns='http://www.w3.org/2000/svg'/>",
-            "docs/index.md": "# Home\n\n## A & `B`\n\n[first](guides/first.md#the_end), ![figure](figure.svg)\n",
+            "docs/index.md": "# Home\n\n## A & `B`\n\n[first](guides/first.md#the_end), ![figure](figure.svg) "
+            "[notebook](notebooks/one.ipynb)\n",
+            "docs/notebooks/one.ipynb": json.dumps({"cells": NOTEBOOK}),
             "docs/guides/first.md": "# First\n\n[home](../index.md#a--b) [made](../reference/made.md#part)\n"
             "[small][s] [kernels](../../kernels/README.md#measured) [away](https://example.org)\n\n"
             "[s]: ../../conf/small.yaml\n\n"
@@ -58,6 +67,10 @@ def test_a_site_without_broken_links_is_built(root: Path) -> None:
     assert 'href="../repository/kernels/kernel.py.txt"' in (site / "explanation" / "kernels.html").read_text()
     assert "no-run" not in first and "language-python" in first
     assert not list(site.rglob("*.py"))
+    assert 'href="notebooks/one.html"' in (site / "index.html").read_text()
+    notebook = (site / "notebooks" / "one.html").read_text()
+    assert 'href="../guides/first.html"' in notebook and 'href="one.ipynb"' in notebook and "none.ipynb" in notebook
+    assert (site / "notebooks" / "one.ipynb").is_file()
 
 
 @pytest.mark.parametrize(
