@@ -3,8 +3,9 @@
 - A ```python block is run as written. A ```text block right below it, with only blank lines between, is its stdout.
 - A ```console block has lines `$ command`, each followed by what the command prints. A line that ends in a backslash
   continues on the next one.
+- Decimal numbers in an output may differ where its block says by how much: ```text within 10 %.
 - A block that must not run says why: ```console no-run: needs a GPU. The allowed reasons are in REASONS.
-- Blocks of other languages are not run.
+- Blocks of other languages are not run. Commands of this repository may stand in them only with such a reason.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ REASONS = (
 )
 """Why a block may not be run. `runs until stopped`: a service; a test of its own must run it."""
 
+_COMMAND = re.compile(r"(\$ )?(vista|make|python -m) ")
+_UNTESTED = ("", "bash", "sh", "shell", "zsh")
+"""Languages in which a page must not hide commands from the tests."""
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>[^`]*)$")
 
 
@@ -38,6 +42,8 @@ class Block:
     language: str
     no_run: str | None
     """The reason for not running it."""
+    tolerance: float
+    """By what share of it a decimal number of the output may differ."""
     start: int
     """Index of the block's first line, below the opening fence, in the page's lines."""
     lines: tuple[str, ...]
@@ -67,6 +73,8 @@ class Step:
     shown_start: int = 0
     indent: str = ""
     """Of the shown lines in the page."""
+    tolerance: float = 0.0
+    """By what share of it a decimal number of the shown lines may differ."""
 
     @property
     def fails(self) -> bool:
@@ -82,18 +90,21 @@ def blocks_of(page: Path) -> list[Block]:
     """All fenced blocks of a page, in order.
 
     Raises:
-        PageError: a block is not closed, or `no-run` lacks one of the allowed reasons.
+        PageError: a block is not closed, a word after its language is wrong, or a block that is not run has commands
+            and no reason.
     """
     blocks, opened, content = [], None, []
     for index, line in enumerate(read_lines(page)):
-        found = _FENCE.match(line)
+        fence = _FENCE.match(line)
         if opened is None:
-            if found:
-                opened, content, start = found, [], index + 1
+            if fence:
+                opened, content, start = fence, [], index + 1
             continue
-        if found and found["fence"].startswith(opened["fence"]) and not found["info"].strip():
-            language, no_run = _read_info(opened["info"], f"{page}:{start}")
-            blocks.append(Block(language, no_run, start, tuple(content), opened["indent"]))
+        if fence and fence["fence"].startswith(opened["fence"]) and not fence["info"].strip():
+            language, no_run, tolerance = _read_info(opened["info"], f"{page}:{start}")
+            if language in _UNTESTED and no_run is None and any(_COMMAND.match(line) for line in content):
+                raise PageError(f"{page}:{start}: put these commands into a ```console block, which is tested")
+            blocks.append(Block(language, no_run, tolerance, start, tuple(content), opened["indent"]))
             opened = None
             continue
         content.append(line.removeprefix(opened["indent"]) if line.strip() else "")
@@ -102,14 +113,19 @@ def blocks_of(page: Path) -> list[Block]:
     return blocks
 
 
-def _read_info(info: str, place: str) -> tuple[str, str | None]:
+def _read_info(info: str, place: str) -> tuple[str, str | None, float]:
+    """Language, reason for not running, and tolerance."""
     language, _, rest = info.strip().partition(" ")
-    if "no-run" not in rest:
-        return language, None
-    reason = rest.strip().removeprefix("no-run").removeprefix(":").strip()
+    rest = rest.strip()
+    if not rest:
+        return language, None, 0.0
+    if percent := re.fullmatch(r"within (\d{1,2}) %", rest):
+        return language, None, int(percent[1]) / 100
+    reason = rest.removeprefix("no-run").removeprefix(":").strip()
     if reason not in REASONS:
-        raise PageError(f"{place}: write `no-run: REASON` with one of {', '.join(REASONS)}; got {rest.strip()!r}")
-    return language, reason
+        allowed = f"`no-run: REASON` with one of {', '.join(REASONS)}; or `within 10 %`"
+        raise PageError(f"{place}: write {allowed}; got {rest!r}")
+    return language, reason, 0.0
 
 
 def steps_of(page: Path) -> list[Step]:
@@ -128,8 +144,8 @@ def steps_of(page: Path) -> list[Step]:
             if following is not None and following.language == "text" and following.no_run is None:
                 between = lines[block.stop + 1 : following.start - 1]
                 if not any(line.strip() for line in between):
-                    shown = following.lines
-                    step = Step("python", block.code, block.start, shown, following.start, following.indent)
+                    output = (following.lines, following.start, following.indent, following.tolerance)
+                    step = Step("python", block.code, block.start, *output)
             steps.append(step)
         elif block.language == "console":
             steps += _commands_of(block, page)
@@ -151,5 +167,5 @@ def _commands_of(block: Block, page: Path) -> list[Step]:
             rest.pop()
         shown = tuple(rest) or None
         code, place = "\n".join(command), block.start + start
-        steps.append(Step("console", code, place, shown, block.start + shown_start, block.indent))
+        steps.append(Step("console", code, place, shown, block.start + shown_start, block.indent, block.tolerance))
     return steps

@@ -164,7 +164,7 @@ def check_page(page: Path, folder: Path, *, limit_s: float = TIME_LIMIT_S) -> in
     count = 0
     for step, printed in run_page(page, folder, limit_s=limit_s):
         count += 1
-        if step.shown is not None and not matches(step.shown, printed):
+        if step.shown is not None and not matches(step.shown, printed, step.tolerance):
             difference = "\n".join(difflib.unified_diff(step.shown, printed, "shown", "printed", lineterm=""))
             raise PageFailed(f"{page}:{step.shown_start + 1}: the output is not what the page shows\n{difference}")
     return count

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.matching import matches, updated
+from tests.docs.matching import line_matches, matches, updated
 from tests.docs.page import REASONS, PageError, steps_of
 from tests.docs.run_page import PageFailed, check_page
 from tests.docs.update_output import main
@@ -136,11 +136,14 @@ def test_a_block_with_a_reason_is_not_run(page: Path, folder: Path, reason: str)
 
 
 @pytest.mark.parametrize(
-    "info", ["no-run", "no-run:", "no-run: it is slow", "no-run needs a gpu", "x no-run: needs a GPU"]
+    "info",
+    ["no-run", "no-run:", "no-run: it is slow", "no-run needs a gpu", "x no-run: needs a GPU", "within 0.1", "x"],
 )
 def test_a_block_without_an_allowed_reason_is_refused(page: Path, info: str) -> None:
     page.write_text(f"text\n```python {info}\n1 / 0\n```\n")
-    with pytest.raises(PageError, match=r"page.md:2: write `no-run: REASON` with one of downloads data, "):
+    with pytest.raises(
+        PageError, match=r"page.md:2: write `no-run: REASON` with one of downloads data, .*; or `within 10 %`; got"
+    ):
         steps_of(page)
 
 
@@ -151,6 +154,16 @@ def test_malformed_blocks_are_refused(page: Path) -> None:
     page.write_text("```console\nvista train\n```\n")
     with pytest.raises(PageError, match=r"page.md:2: a console block begins with a line `\$ command`"):
         steps_of(page)
+
+
+@pytest.mark.parametrize("language", ["", "bash", "sh"])
+@pytest.mark.parametrize("command", ["vista train", "$ vista train", "make lint", "python -m scripts.train"])
+def test_commands_are_not_hidden_from_the_tests(page: Path, language: str, command: str) -> None:
+    page.write_text(f"```{language}\ncd folder\n{command}\n```\n")
+    with pytest.raises(PageError, match=r"page.md:1: put these commands into a ```console block"):
+        steps_of(page)
+    page.write_text(f"```bash no-run: needs a scheduler\n{command}\n```\n")
+    assert steps_of(page) == []
 
 
 @pytest.mark.parametrize("text", ["", "# Page\n\nNo blocks.\n", "```yaml\ndim: 8\n```\n"])
@@ -189,6 +202,42 @@ def test_matching(shown: list[str], printed: list[str], same: bool) -> None:
     result = updated(shown, printed)
     assert matches(result, printed)
     assert not same or result == shown
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("auc 0.800", "auc 0.879", True),
+        ("auc 0.800", "auc 0.721", True),
+        ("auc 0.800", "auc 0.881", False),
+        ("auc 0.800", "auc 0.719", False),
+        ("auc 0.800", "auc 0.80", False),
+        ("auc 0.800", "ndcg 0.800", False),
+        ("auc -0.800", "auc 0.800", False),
+        ("step 100", "step 101", False),
+        ("step 100", "step 100.0", False),
+        ("x 9.9, y 2.0", "x 10.1, y 1.9", True),
+        ("x ... 1.0", "x 5.0 1.0", True),
+        ("x ... 1.0 ...", "x 5.0 1.0 7.0", True),
+        ("(... s): 0.5000, 2", "(12.3 s): 0.5100, 2", True),
+        ("0.0", "0.1", False),
+    ],
+)
+def test_a_tolerance_is_for_decimal_numbers(shown: str, printed: str, same: bool) -> None:
+    assert matches([shown], [printed], 0.1) is same
+    assert line_matches(shown, shown, 0.1) and line_matches(shown, shown)
+
+
+def test_a_block_says_its_tolerance(page: Path, folder: Path) -> None:
+    python, console = "```python\nprint(0.52)\n```\n\n```text within 5 %\n0.50\n```\n", "$ echo 0.52\n0.50\n```\n"
+    text = f"{python}\n```console within 5 %\n{console}"
+    page.write_text(text)
+    assert check_page(page, folder) == 2
+    main([str(page)])
+    assert page.read_text() == text
+    page.write_text(text.replace("within 5 %\n$", "within 3 %\n$"))
+    with pytest.raises(PageFailed, match=r"page.md:11: the output"):
+        check_page(page, folder)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def update_page(page: Path, *, limit_s: float = TIME_LIMIT_S) -> bool:
         outputs = [(step, output) for step, output in run_page(page, Path(folder), limit_s=limit_s)]
     for step, printed in reversed(outputs):
         if step.shown is not None:
-            new = [f"{step.indent}{line}".rstrip() for line in updated(step.shown, printed)]
+            new = [f"{step.indent}{line}".rstrip() for line in updated(step.shown, printed, step.tolerance)]
             lines[step.shown_start : step.shown_start + len(step.shown)] = new
     text = "".join(f"{line}\n" for line in lines)
     changed = text != page.read_text(encoding="utf-8")
