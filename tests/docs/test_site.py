@@ -31,7 +31,8 @@ def root(tmp_path: Path) -> Path:
     """A repository with a small site, whose settings are this repository's."""
     settings, _ = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")
     _, extensions = (ROOT / "mkdocs.yml").read_text().split("\nmarkdown_extensions:\n")
-    nav = "nav:\n  - index.md\n  - Guides:\n      - guides/first.md\n      - reference/made.md\n      - notebooks/one.md\n"
+    pages = ("guides/first.md", "reference/made.md", "notebooks/one.md")
+    nav = "nav:\n  - index.md\n  - Guides:\n" + "".join(f"      - {page}\n" for page in pages)
     write(
         tmp_path,
         {
