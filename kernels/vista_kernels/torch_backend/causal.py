@@ -14,11 +14,11 @@ from torch import Tensor
 
 from vista_kernels.segments import IntArray, cut_segments
 from vista_kernels.torch_backend.activations import activate_gradient_
-from vista_kernels.torch_backend.passes import add_product, finish
 from vista_kernels.torch_backend.precision import product_dtype
 from vista_kernels.torch_backend.scan import entering_carry, scan_rows
+from vista_kernels.torch_backend.state_sums import add_product
 from vista_kernels.torch_backend.window import WINDOW_ELEMENTS, Window, plan_windows
-from vista_kernels.torch_backend.workspace import activated, converted, multiplied, scaled, scratch
+from vista_kernels.torch_backend.workspace import activated, converted, finish, multiplied, scaled, scratch
 
 PIECE_NARROW, PIECE_WIDE = 32, 64
 """Most tokens of a piece, for heads up to 32 wide and for wider ones (as measured)."""

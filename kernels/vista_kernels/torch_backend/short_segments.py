@@ -16,9 +16,10 @@ from torch import Tensor
 from vista_kernels.read_settings import ReadSettings
 from vista_kernels.segments import Segments
 from vista_kernels.state_layout import empty_state, state_dtype
-from vista_kernels.torch_backend import passes
+from vista_kernels.torch_backend.accumulate import accumulate, accumulate_backward
 from vista_kernels.torch_backend.activations import activate_gradient_
 from vista_kernels.torch_backend.precision import product_dtype
+from vista_kernels.torch_backend.read import read, read_backward
 from vista_kernels.torch_backend.tile import Tile
 from vista_kernels.torch_backend.window import (
     PADDING_LIMIT,
@@ -54,7 +55,7 @@ def attend_short(
         _put(out, tile, _product("result", tile.activated("phi_q", activation, q, dtype), rows))
     for one in _long_segments(segments, q, v, window_elements):
         z, n = _long_state(k, v, one, weight, activation, window_elements)
-        passes.read(q, z, n, one, settings, out, window_elements=window_elements)
+        read(q, z, n, one, settings, out, window_elements=window_elements)
 
 
 def attend_short_backward(
@@ -94,8 +95,8 @@ def attend_short_backward(
     for one in _long_segments(segments, q, v, window_elements):
         z, n = _long_state(k, v, one, weight, activation, window_elements)
         grad_z, size = torch.empty_like(z), {"window_elements": window_elements}
-        passes.read_backward(grad_out, q, z, n, one, settings, grad_q, grad_z, **size)
-        passes.accumulate_backward(grad_z, k, v, one, weight, activation, grad_k, grad_v, **size)
+        read_backward(grad_out, q, z, n, one, settings, grad_q, grad_z, **size)
+        accumulate_backward(grad_z, k, v, one, weight, activation, grad_k, grad_v, **size)
 
 
 def _tiles(segments: Segments, q: Tensor, v: Tensor, window_elements: int) -> Iterator[Tile]:
@@ -144,7 +145,7 @@ def _long_state(
 ) -> tuple[Tensor, Tensor]:
     """Return Z [1, H, D, E] and n [1, H] of one segment."""
     z, n = empty_state(k, v, 1)
-    passes.accumulate(k, v, one, weight, z, n.zero_(), activation, window_elements=window_elements)
+    accumulate(k, v, one, weight, z, n.zero_(), activation, window_elements=window_elements)
     return z, n
 
 

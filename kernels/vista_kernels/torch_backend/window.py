@@ -121,6 +121,18 @@ def plan_windows(
         yield make()
 
 
+def plan_state_windows(segments: Segments, z: Tensor, window_elements: int) -> Iterator[Window]:
+    """Yield the windows of segments whose states are z [B, H, D, E] and whose tokens are [T, H, D] and [T, H, E]."""
+    heads, width, value_width = z.shape[1:]
+    return plan_windows(
+        segments,
+        token_elements=heads * max(width, value_width),
+        state_elements=heads * width * value_width,
+        device=z.device,
+        window_elements=window_elements,
+    )
+
+
 def is_long(lengths: IntArray, token_elements: int, window_elements: int) -> BoolArray:
     """Return for each segment whether `plan_windows` gives it windows of its own."""
     return lengths > max_window_tokens(token_elements, window_elements) // 4

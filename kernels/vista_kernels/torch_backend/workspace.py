@@ -88,6 +88,15 @@ def multiplied(part: Tensor, a: Tensor, b: Tensor, slot: str = "product") -> Ten
     return out
 
 
+def finish(part: Tensor, result: Tensor, factor: Tensor | None = None) -> None:
+    """Write result [n, H, L, E], times factor, to its place [n, L, H, E], unless it lies there already."""
+    if factor is not None:
+        result.mul_(factor)
+    part = part.transpose(1, 2)
+    if result.data_ptr() != part.data_ptr():
+        part.copy_(result)
+
+
 def batched(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Write a @ b of [n, H, I, J] and [n, H, J, K] to contiguous out."""
     left, right, result = a.flatten(0, 1), b.flatten(0, 1), out.flatten(0, 1)
