@@ -54,8 +54,8 @@ def read_request(
         recorder.add(hits=num_hits, stale=num_found - num_hits, misses=len(unknown) - num_found)
         absent = np.asarray(ids)[unknown][:5].tolist()
         raise UnknownUserError(
-            f"users {absent} have no record in {snapshot.store.path}; refresh the store (which leaves out erased users), "
-            "or pass on_missing='empty'"
+            f"users {absent} have no record in {snapshot.store.path}; refresh the store (which leaves out erased "
+            "users), or pass on_missing='empty'"
         )
     merged = stored.tail
     if tail is not None:
