@@ -14,6 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from vista_kernels.causal_tokens import CausalTokens
 from vista_kernels.read_settings import ReadSettings
 from vista_kernels.segments import IntArray, Segments
 
@@ -139,20 +140,14 @@ class Backend(Protocol):
             The results [N, H, F], and each sequence's last carry [B, H, F] (`initial`, or zero, where it is empty).
         """
 
-    def causal_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, offsets: IntArray, carry: Tensor, activation: str, out: Tensor
-    ) -> None:
+    def causal_attention(self, tokens: CausalTokens, carry: Tensor, out: Tensor) -> None:
         """Write o_t = phi(q_t) Z_t, and turn carry [B, H, D, E] from the state before a sequence into that after it."""
 
     def causal_attention_backward(
         self,
         grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        offsets: IntArray,
+        tokens: CausalTokens,
         initial_z: Tensor | None,
-        activation: str,
         grad_carry: Tensor,
         grad_q: Tensor,
         grad_k: Tensor,

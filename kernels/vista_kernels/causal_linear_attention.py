@@ -28,6 +28,7 @@ from vista_kernels.arguments import (
     host_offsets,
 )
 from vista_kernels.backend import choose_backend, load_backend, needs_dispatch
+from vista_kernels.causal_tokens import CausalTokens
 from vista_kernels.state_layout import empty_state, state_dtype
 
 
@@ -76,10 +77,10 @@ def causal_linear_attention(
 def _causal(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, initial_z: Tensor | None, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    host = host_offsets(offsets, q.shape[0])
+    tokens = CausalTokens(q, k, v, host_offsets(offsets, q.shape[0]), activation)
     out, final = _empty_outputs(k, v, offsets)
     final.zero_() if initial_z is None else final.copy_(initial_z)
-    load_backend(backend).causal_attention(q, k, v, host, final, activation, out)
+    load_backend(backend).causal_attention(tokens, final, out)
     return out, final
 
 
@@ -104,11 +105,10 @@ def _causal_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dq, dk, dv and d initial_z."""
-    host = host_offsets(offsets, q.shape[0])
+    tokens = CausalTokens(q, k, v, host_offsets(offsets, q.shape[0]), activation)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     grad_initial = grad_final.clone(memory_format=torch.contiguous_format)
-    run = load_backend(backend).causal_attention_backward
-    run(grad_out, q, k, v, host, initial_z, activation, grad_initial, *grads)
+    load_backend(backend).causal_attention_backward(grad_out, tokens, initial_z, grad_initial, *grads)
     return *grads, grad_initial
 
 

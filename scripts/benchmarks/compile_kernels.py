@@ -31,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vista_kernels import triton_backend
+from vista_kernels.causal_tokens import CausalTokens
 from vista_kernels.read_settings import ReadSettings
 from vista_kernels.segments import Segments
 from vista_kernels.triton_backend import accelerator, blocks
@@ -243,10 +244,11 @@ def _run_all(dtype: torch.dtype, width: int, lengths: tuple[int, ...]) -> None:
     triton_backend.read_backward(out, q, z, n, segments, settings, grads[0], grad_z)
     triton_backend.add_targets(q, k, v, segments.starts, "silu", out)
     triton_backend.add_targets_backward(out, q, k, v, segments.starts, "silu", *grads[:3])
-    triton_backend.causal_attention(q, k, v, offsets, z, "silu", out)
-    triton_backend.causal_attention_backward(out, q, k, v, offsets, z, "silu", grad_z, *grads[:3])
-    whole = np.array([0, lengths[-1]])  # without pieces and without initial states
-    triton_backend.causal_attention_backward(out, q, k, v, whole, None, "silu", grad_z[:1], *grads[:3])
+    tokens = CausalTokens(q, k, v, offsets, "silu")
+    triton_backend.causal_attention(tokens, z, out)
+    triton_backend.causal_attention_backward(out, tokens, z, grad_z, *grads[:3])
+    whole = tokens._replace(offsets=np.array([0, lengths[-1]]))  # without pieces and without initial states
+    triton_backend.causal_attention_backward(out, whole, None, grad_z[:1], *grads[:3])
     rows = torch.empty(300, HEADS, width * width)
     decay = torch.empty(300, HEADS)
     triton_backend.scan_rows(rows, decay, np.array([0, 300]), None)

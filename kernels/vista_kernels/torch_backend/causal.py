@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vista_kernels.causal_tokens import CausalTokens
 from vista_kernels.segments import IntArray, cut_segments
 from vista_kernels.torch_backend.activations import activate_gradient_
 from vista_kernels.torch_backend.precision import product_dtype
@@ -25,19 +26,12 @@ PIECE_NARROW, PIECE_WIDE = 32, 64
 
 
 def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: IntArray,
-    carry: Tensor,
-    activation: str,
-    out: Tensor,
-    *,
-    window_elements: int = WINDOW_ELEMENTS,
+    tokens: CausalTokens, carry: Tensor, out: Tensor, *, window_elements: int = WINDOW_ELEMENTS
 ) -> None:
     """Write o_t = phi(q_t) Z_t, and turn carry [B, H, D, E] from the state before a sequence into that after it."""
+    q, k, v, _, activation = tokens
     dtype = product_dtype(q)
-    for part in _parts(offsets, q, v, window_elements):
+    for part in _parts(tokens, window_elements):
         before = part.scan(_totals(part, k, v, activation, carry.dtype), carry, descending=False)
         buffer = part.window.buffer("out", out)
         for tile in part.window.tiles:
@@ -50,12 +44,8 @@ def causal_attention(
 
 def causal_attention_backward(
     grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: IntArray,
+    tokens: CausalTokens,
     initial_z: Tensor | None,
-    activation: str,
     grad_carry: Tensor,
     grad_q: Tensor,
     grad_k: Tensor,
@@ -65,10 +55,10 @@ def causal_attention_backward(
 ) -> None:
     """Write dq, dk and dv, and turn grad_carry from the gradient of the last states into that of the first."""
     carry = torch.zeros_like(grad_carry) if initial_z is None else initial_z.clone()
-    for part in _parts(offsets, q, v, window_elements):
-        _backward_from_front(part, grad_out, q, k, v, carry, activation, grad_q)
-    for part in _parts(offsets, q, v, window_elements, descending=True):
-        _backward_from_back(part, grad_out, q, k, v, grad_carry, activation, grad_k, grad_v)
+    for part in _parts(tokens, window_elements):
+        _backward_from_front(part, grad_out, tokens, carry, grad_q)
+    for part in _parts(tokens, window_elements, descending=True):
+        _backward_from_back(part, grad_out, tokens, grad_carry, grad_k, grad_v)
 
 
 class _Part:
@@ -101,9 +91,8 @@ class _Part:
         return entering
 
 
-def _backward_from_front(
-    part: _Part, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, carry: Tensor, activation: str, grad_q: Tensor
-) -> None:
+def _backward_from_front(part: _Part, grad_out: Tensor, tokens: CausalTokens, carry: Tensor, grad_q: Tensor) -> None:
+    q, k, v, _, activation = tokens
     dtype = product_dtype(q)
     before = part.scan(_totals(part, k, v, activation, carry.dtype), carry, descending=False)
     buffer = part.window.buffer("grad_q", grad_q)
@@ -117,16 +106,9 @@ def _backward_from_front(
 
 
 def _backward_from_back(
-    part: _Part,
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    carry: Tensor,
-    activation: str,
-    grad_k: Tensor,
-    grad_v: Tensor,
+    part: _Part, grad_out: Tensor, tokens: CausalTokens, carry: Tensor, grad_k: Tensor, grad_v: Tensor
 ) -> None:
+    q, k, v, _, activation = tokens
     dtype = product_dtype(q)
     after = part.scan(_totals(part, q, grad_out, activation, carry.dtype), carry, descending=True)
     buffer_k, buffer_v = part.window.buffer("grad_k", grad_k), part.window.buffer("grad_v", grad_v)
@@ -156,10 +138,9 @@ def _totals(part: _Part, k: Tensor, v: Tensor, activation: str, dtype: torch.dty
     return totals
 
 
-def _parts(
-    offsets: IntArray, q: Tensor, v: Tensor, window_elements: int, *, descending: bool = False
-) -> Iterator[_Part]:
+def _parts(tokens: CausalTokens, window_elements: int, *, descending: bool = False) -> Iterator[_Part]:
     """Cut the sequences into pieces, and these into windows. The longest sequence is cut evenly."""
+    q, _, v, offsets, _ = tokens
     heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
     limit = PIECE_NARROW if width <= 32 else PIECE_WIDE
     longest = max(1, int(np.diff(offsets).max(initial=1)))

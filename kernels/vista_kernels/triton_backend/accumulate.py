@@ -24,6 +24,7 @@ from vista_kernels.triton_backend.tile_access import (
     load_state,
     load_tokens,
     operand,
+    segment_range,
     store_state,
     store_tokens,
 )
@@ -73,9 +74,7 @@ def accumulate_fwd_kernel(
     w_ptr += h * stride_wh
     i, d, e = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), block * BLOCK_E + tl.arange(0, BLOCK_E)
     for segment in range(tl.load(items_ptr), tl.load(items_ptr + 1)):
-        begin = tl.load(starts_ptr + segment)
-        end = tl.minimum(begin + tl.load(lengths_ptr + segment), last_token)
-        begin = tl.maximum(begin, first_token)
+        begin, end = segment_range(starts_ptr, lengths_ptr, segment, first_token, last_token)
         b_z = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
         b_n = tl.zeros([BLOCK_T], tl.float32)
         for first in range(begin, end, BLOCK_T):
@@ -144,9 +143,7 @@ def accumulate_bwd_kernel(
     w_ptr += h * stride_wh
     i, d, e = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     for segment in range(tl.load(items_ptr), tl.load(items_ptr + 1)):
-        begin = tl.load(starts_ptr + segment)
-        end = tl.minimum(begin + tl.load(lengths_ptr + segment), last_token)
-        begin = tl.maximum(begin, first_token)
+        begin, end = segment_range(starts_ptr, lengths_ptr, segment, first_token, last_token)
         state_ptr = grad_z_ptr + (segment * num_heads + h) * (D * E)
         b_state = load_state(state_ptr, d, e, D, E, BLOCK_D, BLOCK_E, E, 1)
         b_dz, factor = operand(b_state, DTYPE)

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vista_kernels.causal_tokens import CausalTokens
 from vista_kernels.segments import IntArray, Segments
 from vista_kernels.triton_backend import accelerator, blocks
 from vista_kernels.triton_backend.accumulate import accumulate
@@ -38,10 +39,22 @@ from vista_kernels.triton_backend.tile_access import (
     load_tokens,
     operand,
     row_operand,
+    segment_range,
     store_state,
     store_tokens,
 )
 from vista_kernels.triton_backend.work_plan import NO_LIMIT, WorkPlan, plan_work
+
+
+@triton.jit
+def read_block(b_a, b_b, b_c, b_state, i, DTYPE: tl.constexpr, PRECISION: tl.constexpr, FROM_BACK: tl.constexpr):
+    """Return tril(A B^T) C + A S [BLOCK_T, BLOCK_C] of a block of tokens; triu if FROM_BACK."""
+    b_s = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
+    is_seen = i[:, None] <= i[None, :] if FROM_BACK else i[:, None] >= i[None, :]
+    b_s, row_factor = row_operand(tl.where(is_seen, b_s, 0.0), DTYPE)
+    b_y = tl.dot(b_s, b_c, input_precision=PRECISION) * row_factor
+    b_s, factor = operand(b_state, DTYPE)
+    return b_y + tl.dot(b_a, b_s, input_precision=PRECISION) * factor
 
 
 @triton.jit
@@ -99,9 +112,7 @@ def causal_kernel(
     x_ptr += h * stride_xh
     i, a, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_A), block * BLOCK_C + tl.arange(0, BLOCK_C)
     for segment in range(tl.load(items_ptr), tl.load(items_ptr + 1)):
-        begin = tl.load(starts_ptr + segment)
-        end = tl.minimum(begin + tl.load(lengths_ptr + segment), last_token)
-        begin = tl.maximum(begin, first_token)
+        begin, end = segment_range(starts_ptr, lengths_ptr, segment, first_token, last_token)
         carry = carry_ptr + (segment * num_heads + h) * (A * C)
         if slot >= 0:
             entering = entering_ptr + (slot * num_heads + h) * (A * C)
@@ -119,12 +130,7 @@ def causal_kernel(
             b_c = load_tokens(c_ptr + first * stride_ct, i, m_t, c, stride_ct, stride_cc, C, BLOCK_C)
             b_a, b_b = activated(b_a, ACTIVATION_A, DTYPE), activated(b_b, ACTIVATION_B, DTYPE)
             b_c = activated(b_c, ACTIVATION_C, DTYPE)
-            b_s = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
-            is_seen = i[:, None] <= i[None, :] if FROM_BACK else i[:, None] >= i[None, :]
-            b_s, row_factor = row_operand(tl.where(is_seen, b_s, 0.0), DTYPE)
-            b_y = tl.dot(b_s, b_c, input_precision=PRECISION) * row_factor
-            b_s, factor = operand(b_state, DTYPE)
-            b_y += tl.dot(b_a, b_s, input_precision=PRECISION) * factor
+            b_y = read_block(b_a, b_b, b_c, b_state, i, DTYPE, PRECISION, FROM_BACK)
             if ACTIVATION_X != "identity":
                 b_x = load_tokens(x_ptr + first * stride_xt, i, m_t, c, stride_xt, stride_xc, C, BLOCK_C)
                 b_y *= activation_gradient(b_x.to(tl.float32), ACTIVATION_X)
@@ -135,18 +141,9 @@ def causal_kernel(
                 store_state(carry, b_state, a, c, A, C, BLOCK_A, BLOCK_C, STRIDE_SA, STRIDE_SC)
 
 
-def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: IntArray,
-    carry: Tensor,
-    activation: str,
-    out: Tensor,
-    *,
-    sizes: ItemSizes = ITEM_SIZES,
-) -> None:
+def causal_attention(tokens: CausalTokens, carry: Tensor, out: Tensor, *, sizes: ItemSizes = ITEM_SIZES) -> None:
     """Write o_t = phi(q_t) Z_t, and turn carry [B, H, D, E] from the state before a sequence into that after it."""
+    q, k, v, offsets, activation = tokens
     blocks.check_tokens(accelerator.accelerator_of(q), q=q, k=k, v=v)
     work = _plan(q, offsets, sizes)
     entering = _enter_pieces(work, k, v, carry, activation, descending=False, sizes=sizes)
@@ -157,12 +154,8 @@ def causal_attention(
 
 def causal_attention_backward(
     grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: IntArray,
+    tokens: CausalTokens,
     initial_z: Tensor | None,
-    activation: str,
     grad_carry: Tensor,
     grad_q: Tensor,
     grad_k: Tensor,
@@ -171,6 +164,7 @@ def causal_attention_backward(
     sizes: ItemSizes = ITEM_SIZES,
 ) -> None:
     """Write dq, dk and dv, and turn grad_carry from the gradient of the last states into that of the first."""
+    q, k, v, offsets, activation = tokens
     blocks.check_tokens(accelerator.accelerator_of(q), q=q, k=k, v=v, grad_out=grad_out)
     work = _plan(q, offsets, sizes)
     on_device = blocks.to_device(work.arrays, q.device)

@@ -25,6 +25,7 @@ from vista_kernels.triton_backend.tile_access import (
     load_state,
     load_tokens,
     operand,
+    segment_range,
     store_state,
     store_tokens,
 )
@@ -88,9 +89,7 @@ def read_fwd_kernel(
     q_ptr += h * stride_qh
     i, d, e = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), block * BLOCK_E + tl.arange(0, BLOCK_E)
     for segment in range(tl.load(items_ptr), tl.load(items_ptr + 1)):
-        begin = tl.load(starts_ptr + segment)
-        end = tl.minimum(begin + tl.load(lengths_ptr + segment), last_token)
-        begin = tl.maximum(begin, first_token)
+        begin, end = segment_range(starts_ptr, lengths_ptr, segment, first_token, last_token)
         b_z, _ = load_scaled_state(z_ptr, scale_ptr, segment * num_heads + h, d, e, D, E, BLOCK_D, BLOCK_E, HAS_SCALE)
         b_a, factor = operand(activate(b_z, STATE_ACTIVATION), DTYPE)
         for first in range(begin, end, BLOCK_T):
@@ -141,9 +140,7 @@ def read_bwd_kernel(
     q_ptr += h * stride_qh
     i, d, e = tl.arange(0, BLOCK_T), block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     for segment in range(tl.load(items_ptr), tl.load(items_ptr + 1)):
-        begin = tl.load(starts_ptr + segment)
-        end = tl.minimum(begin + tl.load(lengths_ptr + segment), last_token)
-        begin = tl.maximum(begin, first_token)
+        begin, end = segment_range(starts_ptr, lengths_ptr, segment, first_token, last_token)
         row = segment * num_heads + h
         b_z, _ = load_scaled_state(z_ptr, scale_ptr, row, d, e, D, E, BLOCK_D, BLOCK_E, HAS_SCALE)
         b_a, factor = operand(activate(b_z, STATE_ACTIVATION), DTYPE)

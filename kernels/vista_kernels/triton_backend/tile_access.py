@@ -1,4 +1,4 @@
-"""What all kernels share: loads and stores of tiles, activations, and operands of matrix products.
+"""What all kernels share: limits of segments, loads and stores of tiles, activations, and operands of products.
 
 A tile holds BLOCK_T tokens of one head, [BLOCK_T, BLOCK_C], or one state, [BLOCK_D, BLOCK_E]. A width that is not a
 power of two, or is below 16, is padded. Padding is loaded as 0 and all activations map 0 to 0, so it adds nothing.
@@ -10,6 +10,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def segment_range(starts_ptr, lengths_ptr, segment, first_token, last_token):
+    """Return the first and last (excluded) token of a segment within the token limits of an item (work_plan.py)."""
+    begin = tl.load(starts_ptr + segment)
+    end = tl.minimum(begin + tl.load(lengths_ptr + segment), last_token)
+    return tl.maximum(begin, first_token), end
 
 
 @triton.jit
