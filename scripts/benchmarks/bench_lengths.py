@@ -40,7 +40,7 @@ from vista.training.log_schema import schema_of
 
 NUM_USERS = 24
 OURS = "vista"
-SAME_COST = ("vista-all-labels", "vista-tuned", "sim-tuned", "twin-tuned", "truth")
+SAME_COST = ("vista-all-labels", "vista-tuned", "sim-tuned", "twin-tuned", "oracle")
 """Rows whose requests cost the same as those of another row."""
 
 

@@ -24,7 +24,7 @@ from scripts.experiments.tables import LENGTHS, length_case
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COSTS, QUALITY, TRUTH = "bench_lengths.jsonl", "auc/click", "truth"
+COSTS, QUALITY, ORACLE = "bench_lengths.jsonl", "auc/click", "oracle"
 STYLES = {
     "vista": ("VISTA", "*", "tab:red"),
     "tail-only": ("last 32 events (K = 0)", "v", "tab:gray"),
@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, (cost, quality) in points[table].items():
             label, marker, color = STYLES[name]
             axis.scatter(cost, quality, marker=marker, color=color, s=140 if name == "vista" else 50, label=label)
-        if TRUTH in qualities[table]:
-            axis.axhline(qualities[table][TRUTH], linestyle=":", color="black", label="best possible")
+        if ORACLE in qualities[table]:
+            axis.axhline(qualities[table][ORACLE], linestyle=":", color="black", label="best possible")
         axis.set(xscale="log", xlabel="ms per request", title=f"{LENGTHS[table]:,} events")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("AUC of clicks")

@@ -133,7 +133,7 @@ def _measure(
 ) -> Iterator[tuple[str, dict[str, float], RowOrigin]]:
     """Measure the missing lines of a run: (name of the line, test metrics, origin of the model)."""
     folder, config = _placed(settings, run.name, run.seed, log)
-    if run.row.untrained == "truth":
+    if run.row.untrained == "oracle":
         yield run.name, _oracle_metrics(log, config), RowOrigin(0.0)
     elif run.row.untrained:
         evaluation = evaluate_counting_baseline(CountingBaseline(run.row.untrained), log, config.data, top_k=TOP_K)

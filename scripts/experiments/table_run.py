@@ -91,7 +91,7 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
     data = {
         key: value for key, value in values["data"].items() if key in SPLIT or (not row.untrained and key != "path")
     }
-    if config.model.architecture.ranks_only or row.untrained == "truth":
+    if config.model.architecture.ranks_only or row.untrained == "oracle":
         del data["exclude_seen"]  # it applies only to next items
     # The log's size is part of the experiment.
     recorded = {"data": data} | ({} if table.simulation is None else {"simulation": table.simulation})

@@ -35,8 +35,8 @@ class TableRow:
     apart: tuple[int, ...] = ()
     """Tails with which the same weights are also served, with summaries that end this many events before the split's
     labels, from an int8 store. With leave-last-out the tail begins there, so that no event is in both."""
-    untrained: Literal["", "popularity", "transitions", "truth"] = ""
-    """A counting baseline, or the simulation's true probabilities ("truth"): measured once, without training."""
+    untrained: Literal["", "popularity", "transitions", "oracle"] = ""
+    """A counting baseline, or the true probabilities of the simulation ("oracle"): measured once, without training."""
     base: str = ""
     """Row of the same table and seed whose model stays frozen: this row is trained on it with stage=downstream."""
     until: str = ""
@@ -86,7 +86,7 @@ COUNTING_BASELINES = {
     "popularity": TableRow(0.1, untrained="popularity"),
     "transitions": TableRow(0.1, untrained="transitions"),
 }
-TRUTH = {"truth": TableRow(0.1, untrained="truth")}
+ORACLE = {"oracle": TableRow(0.1, untrained="oracle")}
 
 
 def _movielens(data: str, minutes: float, more: dict[str, TableRow]) -> Table:
@@ -150,7 +150,7 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
         f"data.chunk_len={max(16_384, 4 * events_per_user)}",  # whole histories, whose lengths spread around the mean
     )
     sizes = {"num_users": num_users, "events_per_user": events_per_user, "impressions_per_user": 360_000 // num_users}
-    return Table("simulation", data, rows | TRUTH, words, sizes, costs=True)
+    return Table("simulation", data, rows | ORACLE, words, sizes, costs=True)
 
 
 # Three times the default number of users: with 400, NE stays far from the oracle's after any number of passes.
@@ -208,7 +208,7 @@ def _downstream() -> Table:
         # Without a summary of old events: the quality that the tail alone gives.
         "tail-only": TableRow(7, (tasks, *K0)),
     }
-    return replace(SIMULATION, words=(*SIMULATION.words, *SOFTMAX), rows=rows | TRUTH)
+    return replace(SIMULATION, words=(*SIMULATION.words, *SOFTMAX), rows=rows | ORACLE)
 
 
 def _embeddings() -> dict[str, TableRow]:
@@ -305,7 +305,7 @@ TABLES = {
     "ablations-simulation": Table(
         "simulation",
         "simulation-2k",
-        _ablations(4.5, AGES) | TRUTH,
+        _ablations(4.5, AGES) | ORACLE,
         ("data.windows_per_chunk=32", "data.staleness_events=150", "optim.epochs=3"),
         {"num_users": 1200, "events_per_user": 2000},
         recall=True,
@@ -314,7 +314,7 @@ TABLES = {
     "tuning": Table(
         "simulation",
         "simulation-2k-600",
-        _trials() | TRUTH,
+        _trials() | ORACLE,
         ("data.windows_per_chunk=32", "data.staleness_events=150", "optim.validate_every=1"),
         {"num_users": 600, "events_per_user": 2000},
         validation=True,

@@ -17,7 +17,7 @@ from scripts.experiments import plot_lengths, reproduce
 from scripts.experiments.results import append_result, changed_settings, hardware, markdown_table, read_results
 from scripts.experiments.row_progress import RowProgress
 from scripts.experiments.table_run import recorded_config, train_config
-from scripts.experiments.tables import BOTH, COUNTING_BASELINES, K0, TABLES, TRUTH, Table, TableLine, TableRow
+from scripts.experiments.tables import BOTH, COUNTING_BASELINES, K0, TABLES, ORACLE, Table, TableLine, TableRow
 from tests.conftest import ratings_folder
 from vista.config import TrainConfig
 from vista.config.choices import Codec
@@ -42,7 +42,7 @@ SIMULATION = Table(
             1, ("model=sim", "model.search=hard", "data.item_categories=items.parquet", "data.category_column=topic")
         ),
         **COUNTING_BASELINES,
-        **TRUTH,
+        **ORACLE,
     },
     SMALL,
     {"num_users": 24, "events_per_user": 200},
@@ -72,7 +72,7 @@ def test_a_simulated_table(
     """All kinds of rows are run; existing lines are not run again."""
     monkeypatch.setitem(TABLES, "tiny", SIMULATION)
     assert reproduce.main(words) == 0
-    assert "9 of 9: truth" in capsys.readouterr().err
+    assert "9 of 9: oracle" in capsys.readouterr().err
     lines = lines_of(tmp_path)
     trained = [
         "vista 1",
@@ -85,10 +85,10 @@ def test_a_simulated_table(
         "din 1",
         "sim-hard 1",
     ]
-    assert list(lines) == [*trained, "popularity 0", "transitions 0", "truth 0"]
+    assert list(lines) == [*trained, "popularity 0", "transitions 0", "oracle 0"]
     assert lines["last-40 1"]["config"]["model"]["tail_len"] == 40
     assert all(0 < lines[name]["metrics"]["auc/click"] < 1 for name in trained)
-    assert lines["truth 0"]["metrics"]["ne/click"] < min(lines[name]["metrics"]["ne/click"] for name in trained)
+    assert lines["oracle 0"]["metrics"]["ne/click"] < min(lines[name]["metrics"]["ne/click"] for name in trained)
     assert SIMULATION.rows["vista"].served("vista")["vista, tail 4 not in the summary"] == TableLine(
         tail_len=4, staleness=4
     )
@@ -98,7 +98,7 @@ def test_a_simulated_table(
     assert (
         lines["vista 1"]["command"] == "python -m scripts.experiments.reproduce tiny --rows vista --seeds 1 --threads 1"
     )
-    assert lines["truth 0"]["command"] == "python -m scripts.experiments.reproduce tiny --rows truth --threads 1"
+    assert lines["oracle 0"]["command"] == "python -m scripts.experiments.reproduce tiny --rows oracle --threads 1"
     assert lines["vista 1"]["config"]["simulation"] == SIMULATION.simulation
     assert "ndcg@10" in lines["sasrec 1"]["metrics"] and "ndcg@10" not in lines["din 1"]["metrics"]
     costs = {name: lines[name]["metrics"] for name in ("vista 1", "sasrec 1", "din 1")}
@@ -319,7 +319,7 @@ def test_any_setting_that_differs_is_a_change() -> None:
     assert "simulation.num_users" in changed_settings(now, {k: v for k, v in now.items() if k != "simulation"})[0]
     assert changed_settings({**now, "seed": 1}, {**now, "seed": 2}) == []
     assert "target_attention" not in recorded_config(SIMULATION, SIMULATION.rows["sasrec"])["model"]
-    for name in ("din", "sim-hard", "truth"):
+    for name in ("din", "sim-hard", "oracle"):
         assert "exclude_seen" not in recorded_config(SIMULATION, SIMULATION.rows[name])["data"]
     assert recorded_config(SIMULATION, SIMULATION.rows["popularity"])["data"]["exclude_seen"] is False
 
