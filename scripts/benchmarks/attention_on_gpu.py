@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,36 +19,51 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scripts.benchmarks.attention_workloads import HEAD_DIM, AttentionTokens, check
-from scripts.benchmarks.baseline_attention import Attention, fastest_block, hstu, plain_quasi_linear, sdpa
+from scripts.benchmarks.baseline_attention import BLOCK_SCORES, Attention, fastest_block, hstu, plain_quasi_linear, sdpa
 from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder
 from scripts.benchmarks.rooflines import LARGEST_COPY_BYTES, copying
 from scripts.benchmarks.timing import interleaved
 from vista_kernels import quasi_linear_attention
 
-DIMS = (64, 128, 256)
-BATCHES = ((64, 1024), (1, 65_536), (1, 1 << 20))
-"""Users and events per user of the shares."""
-BASELINE_BATCHES = ((64, 1024), (4, 16_384))
+
+@dataclass(frozen=True, slots=True)
+class AttentionSizesOnGpu:
+    """Sizes of the cases."""
+
+    dims: tuple[int, ...] = (64, 128, 256)
+    batches: tuple[tuple[int, int], ...] = ((64, 1024), (1, 65_536), (1, 1 << 20))
+    """Users and events per user of the shares."""
+    baseline_batches: tuple[tuple[int, int], ...] = ((64, 1024), (4, 16_384))
+    """Users and events per user of the comparisons with baselines."""
+    block_scores: tuple[int, ...] = BLOCK_SCORES
+    """Sizes of HSTU's blocks to try."""
+    copy_bytes: int = LARGEST_COPY_BYTES
+    """Bytes that the copy reads, and writes."""
 
 
-def bench(recorder: BenchmarkRecorder, device: torch.device) -> None:
+QUICK = AttentionSizesOnGpu(dims=(64,), batches=((64, 1024),), baseline_batches=((64, 1024),))
+
+
+def bench(recorder: BenchmarkRecorder, device: torch.device, sizes: AttentionSizesOnGpu) -> None:
     """Run all cases."""
-    for dim in DIMS[:1] if recorder.quick else DIMS:
-        for users, length in BATCHES[:1] if recorder.quick else BATCHES:
-            bench_share(recorder, users, length, dim, device)
-        for users, length in BASELINE_BATCHES[:1] if recorder.quick else BASELINE_BATCHES:
-            bench_baselines(recorder, users, length, dim, device)
+    for dim in sizes.dims:
+        for users, length in sizes.batches:
+            bench_share(recorder, users, length, dim, device, sizes.copy_bytes)
+        for users, length in sizes.baseline_batches:
+            bench_baselines(recorder, users, length, dim, device, sizes.block_scores)
 
 
-def bench_share(recorder: BenchmarkRecorder, users: int, length: int, dim: int, device: torch.device) -> None:
+def bench_share(
+    recorder: BenchmarkRecorder, users: int, length: int, dim: int, device: torch.device, copy_bytes: int
+) -> None:
     """QLA forward and backward as a share of the copy bandwidth."""
     tokens = AttentionTokens([length] * users, dim, torch.bfloat16, device)
     check(tokens)
     check_repeats(tokens)
-    copy = copying(2 * LARGEST_COPY_BYTES, device)
+    copy = copying(2 * copy_bytes, device)
     calls: dict[str, Callable[[], object]] = {"forward": tokens.forward, "backward": tokens.backward()}
     timing = interleaved(calls | {"copy": copy.call}, synchronize=torch.cuda.synchronize)
-    bandwidth = 2 * LARGEST_COPY_BYTES / (copy.times * timing["copy"].median_s)
+    bandwidth = 2 * copy_bytes / (copy.times * timing["copy"].median_s)
     for name, streams, bar in (("forward", 4, 80), ("backward", 7, 70)):
         each = timing[name]
         share = 100 * streams * tokens.q.numel() * tokens.q.itemsize / each.median_s / bandwidth
@@ -61,11 +77,18 @@ def bench_share(recorder: BenchmarkRecorder, users: int, length: int, dim: int, 
         )
 
 
-def bench_baselines(recorder: BenchmarkRecorder, users: int, length: int, dim: int, device: torch.device) -> None:
+def bench_baselines(
+    recorder: BenchmarkRecorder,
+    users: int,
+    length: int,
+    dim: int,
+    device: torch.device,
+    block_scores: Sequence[int],
+) -> None:
     """Compare the forward, and the forward with the backward, with each baseline."""
     tokens = AttentionTokens([length] * users, dim, torch.bfloat16, device)
     leaves = tokens.by_user()
-    attentions = {"QLA": partial(packed, tokens.offsets, "auto")} | baselines(tokens)
+    attentions = {"QLA": partial(packed, tokens.offsets, "auto")} | baselines(tokens, block_scores)
 
     @torch.no_grad()
     def forward(attention: Attention) -> Tensor:
@@ -90,11 +113,11 @@ def bench_baselines(recorder: BenchmarkRecorder, users: int, length: int, dim: i
             )
 
 
-def baselines(tokens: AttentionTokens) -> dict[str, Attention]:
+def baselines(tokens: AttentionTokens, block_scores: Sequence[int]) -> dict[str, Attention]:
     """Name -> attention over [B, T, H, D], for the users of `tokens`."""
     users = len(tokens.offsets) - 1
     length, heads = len(tokens.q) // users, tokens.q.shape[1]
-    block = fastest_block(users, length, heads, HEAD_DIM, tokens.q.detach())
+    block = fastest_block(users, length, heads, HEAD_DIM, tokens.q.detach(), block_scores=block_scores)
     attentions: dict[str, Attention] = {
         "SDPA": flash,
         "HSTU in blocks": partial(hstu, block_scores=block),

@@ -10,7 +10,7 @@ compute it in blocks of queries. All blocks share one buffer of scores, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -55,22 +55,31 @@ def plain_quasi_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bqhd,bhde->bqhe", F.silu(q), F.silu(state))
 
 
-def fastest_block(num_users: int, num_keys: int, num_heads: int, head_dim: int, like: Tensor) -> int:
+def fastest_block(
+    num_users: int,
+    num_keys: int,
+    num_heads: int,
+    head_dim: int,
+    like: Tensor,
+    *,
+    block_scores: Sequence[int] = BLOCK_SCORES,
+) -> int:
     """The block_scores with the fastest forward and backward of HSTU, by a short measurement on a part of the work.
 
     Args:
         like: a tensor of the dtype and device to use.
+        block_scores: the sizes to try.
     """
     users = min(num_users, max(1, PILOT_ITEMS // num_heads))
     shape = (users, num_keys, num_heads, head_dim)
     k, v = (torch.randn(shape).to(like).requires_grad_() for _ in range(2))
     q = k.detach()[:, :PILOT_QUERIES].clone().requires_grad_()
 
-    def step(block_scores: int) -> object:
-        return torch.autograd.grad(hstu(q, k, v, block_scores=block_scores).sum(), (q, k, v))
+    def step(scores: int) -> object:
+        return torch.autograd.grad(hstu(q, k, v, block_scores=scores).sum(), (q, k, v))
 
     wait = torch.cuda.synchronize if like.is_cuda else None
-    calls = {str(scores): partial(step, scores) for scores in BLOCK_SCORES}
+    calls = {str(scores): partial(step, scores) for scores in block_scores}
     timing = interleaved(calls, rounds=3, warmup=1, max_seconds=10, synchronize=wait)
     return int(min(timing, key=lambda scores: timing[scores].median_s))
 

@@ -237,7 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         from scripts.benchmarks import attention_on_gpu
 
-        attention_on_gpu.bench(recorder, device)
+        sizes_on_gpu = attention_on_gpu.QUICK if options.quick else attention_on_gpu.AttentionSizesOnGpu()
+        attention_on_gpu.bench(recorder, device, sizes_on_gpu)
     else:
         for bench in (bench_rooflines, bench_sdpa, bench_steps, bench_short_users, bench_growth):
             bench(recorder, QUICK if options.quick else AttentionSizes())

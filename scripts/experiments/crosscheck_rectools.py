@@ -106,13 +106,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def cut_log(log: EventLog, folder: Path) -> EventLog:
-    """A log of each user's newest LENGTH + 1 training events and two held-out events, without ratings and actions.
+def cut_log(log: EventLog, folder: Path, *, length: int = LENGTH) -> EventLog:
+    """A log of each user's newest length + 1 training events and two held-out events, without ratings and actions.
 
-    So no history is split, and for its last label the model reads LENGTH events, as RecTools does.
+    So no history is split, and for its last label the model reads `length` events, as RecTools does.
     """
     users = np.arange(log.num_users)
-    events = log.gather_ranges(users, np.maximum(log.lengths - HELD_OUT - LENGTH - 1, 0), log.lengths)
+    events = log.gather_ranges(users, np.maximum(log.lengths - HELD_OUT - length - 1, 0), log.lengths)
     frame = {
         "user": log.users.ids(np.repeat(users, events.lengths)),
         "item": log.items.ids(np.asarray(events.item)),

@@ -38,8 +38,8 @@ STYLES = {
 """Row of the tables -> its name in the legend, marker and color."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Plot the models in the files; returns the exit status."""
+def main(arguments: Sequence[str] | None = None, *, lengths: Mapping[str, int] = LENGTHS) -> int:
+    """Plot the models in the files of these tables (name -> events per user); returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/lengths.png"))
@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     cases = read_cases(settings.results / COSTS)
     costs = {row["case"]: row["value"] for row in cases if row["hardware"] == cases[-1]["hardware"]}  # of one run
-    files = {table: settings.results / f"{table}.jsonl" for table in LENGTHS}
+    files = {table: settings.results / f"{table}.jsonl" for table in lengths}
     qualities = {table: qualities_of(read_results(path)) for table, path in files.items() if path.exists()}
-    points = {table: points_of(LENGTHS[table], models, costs) for table, models in qualities.items()}
+    points = {table: points_of(lengths[table], models, costs) for table, models in qualities.items()}
     drawn = [table for table, models in points.items() if models]
     if not drawn:
         print(
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             axis.scatter(cost, quality, marker=marker, color=color, s=140 if name == "vista" else 50, label=label)
         if ORACLE in qualities[table]:
             axis.axhline(qualities[table][ORACLE], linestyle=":", color="black", label="best possible")
-        axis.set(xscale="log", xlabel="ms per request", title=f"{LENGTHS[table]:,} events")
+        axis.set(xscale="log", xlabel="ms per request", title=f"{lengths[table]:,} events")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("AUC of clicks")
     legend = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from scripts.benchmarks import attention_on_gpu
-from scripts.benchmarks import baseline_attention as baseline_attention
+from scripts.benchmarks.attention_on_gpu import AttentionSizesOnGpu
 from scripts.benchmarks.attention_workloads import NUM_LAYERS, AttentionStep, AttentionTokens, assert_equal, check
 from scripts.benchmarks.baseline_attention import (
+    Attention,
     attention_replaced,
     fastest_block,
     hstu,
@@ -63,15 +64,15 @@ def test_hstu_never_holds_all_scores() -> None:
     assert max(sizes) == 4096
 
 
-def test_the_fastest_block_is_one_of_those_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baseline_attention, "BLOCK_SCORES", (64, 128))
-    assert fastest_block(2, 32, 2, 4, torch.empty(0, dtype=torch.bfloat16)) in (64, 128)
+def test_the_fastest_block_is_one_of_those_tried() -> None:
+    like = torch.empty(0, dtype=torch.bfloat16)
+    assert fastest_block(2, 32, 2, 4, like, block_scores=(64, 128)) in (64, 128)
 
 
 @pytest.mark.parametrize("attention", [sdpa, partial(hstu, block_scores=500)], ids=["SDPA", "HSTU"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_with_a_baseline_uses_only_that(
-    attention: baseline_attention.Attention, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    attention: Attention, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = AttentionStep(2, 40, 64)
     step.model.eval()
@@ -128,13 +129,15 @@ def test_the_gpu_part_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Its cases run in a small size on the CPU, without synchronization and compilation."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    monkeypatch.setattr(attention_on_gpu, "LARGEST_COPY_BYTES", 1 << 16)
-    monkeypatch.setattr(attention_on_gpu, "DIMS", (128,))
-    monkeypatch.setattr(attention_on_gpu, "BATCHES", ((2, 40), (1, 80)))
-    monkeypatch.setattr(attention_on_gpu, "BASELINE_BATCHES", ((2, 40),))
-    monkeypatch.setattr(baseline_attention, "BLOCK_SCORES", (1 << 12,))
     recorder = BenchmarkRecorder("attention", out=tmp_path / "out.jsonl")
-    attention_on_gpu.bench(recorder, torch.device("cpu"))
+    sizes = AttentionSizesOnGpu(
+        dims=(128,),
+        batches=((2, 40), (1, 80)),
+        baseline_batches=((2, 40),),
+        block_scores=(1 << 12,),
+        copy_bytes=1 << 16,
+    )
+    attention_on_gpu.bench(recorder, torch.device("cpu"), sizes)
     cases = {row["case"] for row in recorder.rows}
     assert "QLA backward, 1 x 80 events, d=128, bfloat16: share of the copy bandwidth" in cases
     assert "QLA forward and backward, 2 x 40 events, d=128, bfloat16, against HSTU in blocks" in cases

@@ -48,9 +48,8 @@ def log(request: pytest.FixtureRequest, tmp_path: Path) -> EventLog:
     return make_log(tmp_path / "log", times=request.param)
 
 
-def test_both_sides_get_the_newest_events(log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crosscheck, "LENGTH", LENGTH)
-    cut = crosscheck.cut_log(log, tmp_path / "cut")
+def test_both_sides_get_the_newest_events(log: EventLog, tmp_path: Path) -> None:
+    cut = crosscheck.cut_log(log, tmp_path / "cut", length=LENGTH)
     assert cut.has_time == log.has_time and not cut.has_rating
     assert cut.lengths.max() == LENGTH + 3 and visible_counts(cut, "leave-last-two-out").max() == LENGTH + 1
     for user in range(log.num_users):

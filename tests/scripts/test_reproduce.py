@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from scripts.experiments import plot_lengths, reproduce
 from scripts.experiments.results import append_result, changed_settings, hardware, markdown_table, read_results
 from scripts.experiments.row_progress import RowProgress
 from scripts.experiments.table_run import recorded_config, train_config
-from scripts.experiments.tables import BOTH, COUNTING_BASELINES, K0, TABLES, ORACLE, Table, TableLine, TableRow
+from scripts.experiments.tables import BOTH, COUNTING_BASELINES, K0, ORACLE, TABLES, Table, TableLine, TableRow
 from tests.conftest import ratings_folder
 from vista.config import TrainConfig
 from vista.config.choices import Codec
@@ -105,15 +106,15 @@ def test_a_simulated_table(
     assert all(metrics["request ms"] > 0 for metrics in costs.values())
     assert costs["vista 1"]["refresh ms/user"] > 0 and "refresh ms/user" not in costs["din 1"]
     assert str(tmp_path) not in json.dumps(lines)
-    monkeypatch.setattr(plot_lengths, "LENGTHS", {"tiny": 200, "length-1k": 1_000})
+    plot = partial(plot_lengths.main, lengths={"tiny": 200, "length-1k": 1_000})
     drawn = ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "lengths.png")]
-    assert plot_lengths.main(drawn) == 1
+    assert plot(drawn) == 1
     assert "bench_lengths.jsonl does not exist; run scripts.benchmarks.bench_lengths" in capsys.readouterr().err
     recorder = BenchmarkRecorder("lengths", out=tmp_path / "results" / "bench_lengths.jsonl")
     measured = {
         f"200 events: {name}": recorder.add(f"200 events: {name}", 7.0, "ms")["value"] for name in ("vista", "din")
     }
-    assert plot_lengths.main(drawn) == 0 and (tmp_path / "lengths.png").stat().st_size > 10_000
+    assert plot(drawn) == 0 and (tmp_path / "lengths.png").stat().st_size > 10_000
     qualities = plot_lengths.qualities_of(read_results(tmp_path / "results" / "tiny.jsonl"))
     points = plot_lengths.points_of(200, qualities, measured)
     assert points.keys() == {"vista", "din"} and points["din"] == (7.0, costs["din 1"]["auc/click"])
