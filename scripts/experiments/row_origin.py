@@ -41,10 +41,9 @@ class RowOrigin:
         """Read the origin of the run in folder/run."""
         rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
-        passes = [row["validation"] for row in rows if "validation" in row]
-        validated = [{name: value for name, value in each.items() if value is not None} for each in passes]
-        kept: Mapping[str, float] = min(validated, key=_badness, default={})
-        return cls(seconds, tuple(map(json.loads, _text(folder / ORIGINS).splitlines())), kept)
+        best = next((row["validation"] for row in reversed(rows) if row.get("is_best")), {})
+        defined = {name: value for name, value in best.items() if value is not None}
+        return cls(seconds, tuple(map(json.loads, _text(folder / ORIGINS).splitlines())), defined)
 
     def fields(self) -> dict[str, Any]:
         """commit, hardware and seconds of a line that this process measures.
@@ -77,12 +76,6 @@ def train_noted(config: TrainConfig, log: EventLog, folder: Path) -> RankingMode
     if _text(metrics) == trained:  # the model was already finished
         replace_text(origins, known)
     return model
-
-
-def _badness(validation: Mapping[str, float]) -> float:
-    """Smaller is better, as `vista.training.validation` chooses: NE of the first task, or else NDCG@10."""
-    entropies = [value for name, value in validation.items() if name.startswith("ne/")]
-    return entropies[0] if entropies else -validation["ndcg@10"]
 
 
 def _text(path: Path) -> str:

@@ -271,10 +271,10 @@ def test_the_pilot_finds_the_fastest_setting(negatives: int, monkeypatch: pytest
 
     monkeypatch.setattr(baseline, "run_rectools", run_rectools)
     pilot = RecToolsPilot(Path("python"), Path("data"), negatives, 0.2, quick=False)
-    found = pilot.fastest()
-    assert len(set(tried)) == len(tried) and found == min(tried, key=cost)
-    assert (found.precision, found.workers, found.n_negatives, found.dropout) == ("32-true", 1, negatives, 0.2)
+    chosen = pilot.fastest()
+    assert len(set(tried)) == len(tried) and chosen == min(tried, key=cost)
+    assert (chosen.precision, chosen.workers, chosen.n_negatives, chosen.dropout) == ("32-true", 1, negatives, 0.2)
     gathered = [s.batch_size * 200 * negatives * 64 * 4 for s in tried if s.loss != "softmax"]
     assert max(gathered) <= 2 * baseline.GATHERED_BYTES
     if negatives < 1024:  # else batches of sampled losses are too small to be fast, and softmax wins
-        assert (found.loss, found.batch_size) == ("sampled_softmax", 32)
+        assert (chosen.loss, chosen.batch_size) == ("sampled_softmax", 32)

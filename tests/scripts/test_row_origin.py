@@ -21,7 +21,6 @@ pytestmark = pytest.mark.research
 MACHINE: dict[str, Any] = {"cpu": "First CPU", "gpu": None, "cores": 2, "threads": 1, "torch": "2.13.0"}
 
 
-@pytest.mark.processor
 @pytest.mark.parametrize(("profile", "precision"), [("float32", "float32"), ("bfloat16", "bfloat16")])
 def test_who_trained_and_who_measures(
     profile: str,

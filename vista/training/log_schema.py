@@ -18,7 +18,8 @@ from vista.model.schema import Schema
 
 RESERVED_TASKS = {
     *(NEXT_TASK, "reconstruction", "search_unit", "loss"),
-    *("step", "epoch", "learning_rate", "gradient_norm", "tokens_per_s", "validation", "epoch_seconds", "seconds"),
+    *("step", "epoch", "learning_rate", "gradient_norm", "tokens_per_s", "validation", "is_best"),
+    *("epoch_seconds", "seconds"),
 }
 """Names that no task may have: a line of metrics.jsonl has keys of these names, and one per task."""
 

@@ -16,8 +16,8 @@ from vista.files import replace_text
 class MetricsWriter:
     """metrics.jsonl of a run, one JSON object per line, and optional TensorBoard events.
 
-    Rows of training hold {step, epoch, loss, …}, rows of validation {step, epoch, validation: {…}, epoch_seconds, …}.
-    Undefined numbers are null.
+    Rows of training hold {step, epoch, loss, …}, rows of validation {step, epoch, validation: {…}, is_best, …}. The
+    last validation with is_best was exported. Undefined numbers are null.
     """
 
     def __init__(self, run_dir: Path, *, tensorboard: bool) -> None:

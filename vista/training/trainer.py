@@ -246,13 +246,15 @@ class Trainer:
             return
         measured = self.validation(self.model)
         value = measured[self.validation.metric]
+        is_best = self.validation.better(value, progress.best)
         progress.history.append({"epoch": progress.epoch, "step": progress.step, **measured})
         self._count_seconds()
         times = {"epoch_seconds": seconds, "seconds": progress.seconds}
-        metrics.write({"step": progress.step, "epoch": progress.epoch, "validation": measured, **times})
+        row = {"step": progress.step, "epoch": progress.epoch, "validation": measured, "is_best": is_best}
+        metrics.write({**row, **times})
         numbers = ", ".join(f"{name} {number:.4f}" for name, number in measured.items())
         logger.info("epoch %d (%.1f s): %s", progress.epoch, seconds, numbers)
-        if self.validation.better(value, progress.best):
+        if is_best:
             progress.best, progress.bad_validations = value, 0
             self._export(progress.history[-1])
         else:
