@@ -19,7 +19,7 @@ import xxhash
 
 from vista.errors import ConfigError
 
-_PARTIAL_NAME = re.compile(r"\..+\.\d+\.tmp")
+_PARTIAL_NAME = re.compile(r"\.(.+)\.\d+\.tmp")
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600, *, follow: bool = True) -> int:
@@ -181,11 +181,17 @@ def writable_folder(folder: Path, key: str) -> None:
         ) from None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove leftovers of `replace_file` and `replaced_folder` in killed processes. No other process may write here."""
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Remove leftovers of `replace_file` and `replaced_folder` in killed processes.
+
+    Args:
+        folder: no other process may write these names in it.
+        names: of files and folders; without any, the leftovers of all names.
+    """
     for path in folder.iterdir():
-        if _PARTIAL_NAME.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        match = _PARTIAL_NAME.fullmatch(path.name)
+        if match is not None and (not names or match[1] in names):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextmanager

@@ -224,11 +224,11 @@ def test_an_interrupted_erasure_is_completed(
     for name in ("refreshed", "compacted"):
         refresh(model, log, tmp_path / name)
 
-        def failing(environment: SharedEnvironment, function: Any) -> Any:
+        def failing(environment: SharedEnvironment, function: Any, wait_s: float) -> Any:
             calls.append(environment)
             if len(calls) == after + 1:
                 raise KeyboardInterrupt
-            return write(environment, function)
+            return write(environment, function, wait_s)
 
         calls.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -98,7 +98,7 @@ def test_two_generations_are_kept_and_an_open_reader_outlives_its_files(tmp_path
         build.write_store(tmp_path, salt=run, run_digest=f"log-{run}")
         stores.append(StoreReader.open(tmp_path))
     assert list_generations(tmp_path) == [3, 4]
-    names = ["CURRENT", "LAST", "gen-3", "gen-4", "tombstones", "writer.lock"]
+    names = ["CURRENT", "LAST", "erase.lock", "gen-3", "gen-4", "writer.lock"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     for run, store in enumerate(stores):
         expected = build.summaries(range(TOTAL), run)

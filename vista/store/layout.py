@@ -3,7 +3,8 @@
 store/CURRENT            "gen-7": the generation that readers open
 store/LAST               "gen-8": numbers up to this one are never used again, even after their folders are removed
 store/writer.lock        locked (flock) by the one writer; holds its process id
-store/tombstones         digests of erased users
+store/erase.lock         locked (flock) by an erasure or a publication, briefly
+store/tombstones         digests of erased users, if there are any
 store/gen-7/summary/     LMDB environment: data.mdb, lock.mdb
 store/gen-7/state/       another one, which only refreshes open: the states, if the store keeps any
 store/gen-8/summary/     an unfinished run: without `!complete`; `!cursor` says where to resume
@@ -17,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from vista.errors import StoreError
-from vista.files import sync
+from vista.files import make_folders, sync
 from vista.store.lmdb.permissions import (
     PRIVATE,
     Permissions,
@@ -31,6 +32,7 @@ from vista.store.lmdb.permissions import (
 CURRENT = "CURRENT"
 LAST = "LAST"
 WRITER_LOCK = "writer.lock"
+ERASURE_LOCK = "erase.lock"
 TOMBSTONES = "tombstones"
 
 REMOVED_PREFIX = ".removed-"
@@ -183,9 +185,11 @@ def prepare_root(root: Path, permissions: Permissions) -> None:
     """
     if is_generation(root) or is_other_folder(root):
         raise StoreError(f"{root} {_why_not_published(root)}")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):  # It existed, or another writer is starting at the same time.
-        make_folder(root, permissions)
+    if not root.exists():
+        make_folders(root.parent)
+        with suppress(FileExistsError):  # Another writer is starting at the same time.
+            make_folder(root, permissions)
+    make_folders(root)  # Or a killed process made it, and a parent, without a sync.
     if is_owner(root) and ((root / WRITER_LOCK).exists() or not any(root.iterdir())):
         set_mode(root, permissions.folder)
 

@@ -16,9 +16,9 @@ from weakref import WeakSet
 import lmdb
 
 from vista.errors import StoreLockedError, StoreWriteError
-from vista.store.layout import TOMBSTONES, WRITER_LOCK, prepare_root, set_store_permissions
+from vista.store.layout import ERASURE_LOCK, WRITER_LOCK, prepare_root, set_store_permissions
 from vista.store.lmdb.flock import WAIT_S, flocked
-from vista.store.lmdb.permissions import PRIVATE, Permissions, set_mode
+from vista.store.lmdb.permissions import Permissions, open_private
 
 _held: WeakSet[WriterLock] = WeakSet()
 
@@ -35,10 +35,9 @@ class WriterLock:
     """The lock of the one writer of a store, released by the system when its process dies."""
 
     def __init__(self, root: Path) -> None:
-        path = root / WRITER_LOCK
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE.file)
+        # Readers do not need the file, and whoever can open it can block writers.
+        self._descriptor = open_private(root / WRITER_LOCK, os.O_RDWR)
         try:
-            set_mode(path, PRIVATE.file)  # Readers do not need the file, and whoever can open it can block writers.
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -116,15 +115,13 @@ def erasure_lock(root: Path, wait_s: float = WAIT_S) -> Iterator[None]:
         StoreLockedError: another one did not end within `wait_s` seconds; the message has its process id if known.
         StoreWriteError: the file cannot be made.
     """
+    path = root / ERASURE_LOCK
     try:
-        descriptor = os.open(root / TOMBSTONES, os.O_RDWR | os.O_CREAT, PRIVATE.file)
+        descriptor = open_private(path, os.O_RDWR)
     except OSError as error:
-        raise StoreWriteError(
-            f"{root / TOMBSTONES}: {error.strerror}; check the path, permissions and free space"
-        ) from error
+        raise StoreWriteError(f"{path}: {error.strerror}; check the path, permissions and free space") from error
     try:
-        set_mode(root / TOMBSTONES, PRIVATE.file)  # whatever the umask
-        with flocked(descriptor, root / TOMBSTONES, "has been erasing users or publishing", wait_s):
+        with flocked(descriptor, path, "has been erasing users or publishing", wait_s):
             yield
     finally:
         os.close(descriptor)

@@ -1,70 +1,86 @@
 """Tombstones: a file with a 16-byte digest per erased user, so that no later refresh brings a user back.
 
-The file holds no ids, but BLAKE2b-128 of the users' keys. Its flock orders erasures and publications, so that no
-generation is published with a user who was erased while it was written.
+The file holds no ids, but BLAKE2b-128 of the users' keys (docs/reference/file-formats.md, "Tombstones"). It is replaced
+atomically. A damaged file is an error wherever it is read: to guess which users it names could bring one back.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
+import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
 
 from vista.errors import StoreWriteError
-from vista.files import sync
+from vista.files import open_file, read_limited, remove_leftovers, replace_file
 from vista.store.layout import TOMBSTONES
 from vista.store.lmdb.flock import WAIT_S
+from vista.store.lmdb.permissions import PRIVATE
 from vista.store.locks import erasure_lock
 
+FORMAT_VERSION = 1
+MAX_BYTES = 1 << 30
+"""A larger file, of more than 67 million users, is refused."""
+
+_HEAD = struct.Struct("<4sHHQ")  # magic, version, 0, count
+_MAGIC = b"VTMB"
 _DIGEST_BYTES = 16
+_CHECKSUM_BYTES = 8
+_DIGEST = np.dtype(f"S{_DIGEST_BYTES}")
 
 
 class Tombstones:
-    """The erased users of one store; the file is read again whenever it has changed."""
+    """The erased users of one store; the file is read again whenever it has changed.
+
+    Every method raises a StoreWriteError if the file is damaged or cannot be read.
+    """
 
     def __init__(self, root: Path) -> None:
         self._path = root / TOMBSTONES
-        self._known: set[bytes] = set()
-        self._version: tuple[int, int] | None = None
-        """Size and modification time of the file that was read."""
+        self._known: NDArray[Any] = np.empty(0, _DIGEST)
+        """Digests, ascending and distinct."""
+        self._version: tuple[int, int, int] | None = None
+        """Inode, size and modification time of the file that was read."""
 
     def erased(self, keys: Sequence[bytes]) -> list[bool]:
         """Whether each user is erased at this time."""
         self._reread()
-        if not self._known:
+        if not len(self._known):
             return [False] * len(keys)
-        return [_digest(key) in self._known for key in keys]
+        return self._holds(_digests(keys)).tolist()
 
     def add(self, keys: Sequence[bytes]) -> None:
-        """Record erasures durably; only under `erasure_lock`."""
+        """Record erasures durably; only under `erasure_lock`.
+
+        Raises:
+            StoreWriteError: the disk failed, or what it holds afterwards is not what was written.
+        """
         self._reread()
-        new = [digest for digest in dict.fromkeys(map(_digest, keys)) if digest not in self._known]
+        new = _digests(keys)
         try:
-            self._append(new)
+            remove_leftovers(self._path.parent, TOMBSTONES)
+            # Even without new digests: a process that was killed may have left a file that is not durable.
+            replace_file(self._path, packed(np.union1d(self._known, new)), PRIVATE.file)
+            with open(open_file(self._path, follow=False), "rb") as file:
+                # So that the next line reads what the disk holds, and not the page cache.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._version = None
+            self._reread()
         except OSError as error:
             raise StoreWriteError(
-                f"{self._path}: {error.strerror}; no user was erased. Check the disk and try again"
+                f"{self._path}: {error.strerror}; it is not certain that these users are erased: check the disk, then "
+                "erase them again"
             ) from error
-
-    def _append(self, new: list[bytes]) -> None:
-        descriptor = os.open(self._path, os.O_WRONLY)
-        end = len(self._known) * _DIGEST_BYTES
-        try:
-            # Overwrite an incomplete end that a crash may have left, rather than append after it.
-            data = b"".join(new)
-            if os.pwrite(descriptor, data, end) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            # Even without new digests: a process killed before this line left digests that are known, but not durable.
-            os.fsync(descriptor)
-            sync(self._path.parent)
-        except OSError:
-            # They would count now, but could be lost with a power failure: the kernel considers them written.
-            os.ftruncate(descriptor, end)
-            raise
-        finally:
-            os.close(descriptor)
+        if not self._holds(new).all():
+            raise StoreWriteError(
+                f"{self._path}: lacks some of these users after it was written; check the disk, then erase them again"
+            )
 
     def count(self, wait_s: float = WAIT_S) -> int:
         """How many users are erased and gone from every generation. Do not call it under `erasure_lock`."""
@@ -75,22 +91,58 @@ class Tombstones:
         self._reread()
         return len(self._known)
 
+    def _holds(self, digests: NDArray[Any]) -> NDArray[np.bool_]:
+        place = np.searchsorted(self._known, digests)
+        found: NDArray[np.bool_] = place < len(self._known)
+        found[found] = self._known[place[found]] == digests[found]
+        return found
+
     def _reread(self) -> None:
         try:
-            status = self._path.stat()
-            version = (status.st_size, status.st_mtime_ns)
+            status = self._path.lstat()
+            version = (status.st_ino, status.st_size, status.st_mtime_ns)
             if version == self._version:
                 return
-            data = self._path.read_bytes()
+            data = read_limited(self._path, MAX_BYTES, follow=False)
         except FileNotFoundError:
-            self._known, self._version = set(), None
+            self._known, self._version = np.empty(0, _DIGEST), None
             return
         except OSError as error:
             raise StoreWriteError(f"{self._path}: {error.strerror}; check the disk and permissions") from error
-        complete = len(data) - len(data) % _DIGEST_BYTES
-        self._known = {data[at : at + _DIGEST_BYTES] for at in range(0, complete, _DIGEST_BYTES)}
-        self._version = version
+        try:
+            self._known, self._version = unpacked(data), version
+        except ValueError as error:
+            raise StoreWriteError(
+                f"{self._path} is damaged ({error}): put back a copy of it, or move it away and erase again everyone "
+                "who was ever erased; until then, nothing is written to this store"
+            ) from None
 
 
-def _digest(key: bytes) -> bytes:
-    return hashlib.blake2b(key, digest_size=_DIGEST_BYTES).digest()
+def _digests(keys: Sequence[bytes]) -> NDArray[Any]:
+    return np.array([hashlib.blake2b(key, digest_size=_DIGEST_BYTES).digest() for key in keys], _DIGEST)
+
+
+def packed(digests: NDArray[Any]) -> bytes:
+    """The file of ascending, distinct digests."""
+    content = _HEAD.pack(_MAGIC, FORMAT_VERSION, 0, len(digests)) + digests.tobytes()
+    return content + xxhash.xxh3_64_intdigest(content).to_bytes(_CHECKSUM_BYTES, "little")
+
+
+def unpacked(data: bytes) -> NDArray[Any]:
+    """The digests in a file; ValueError says what is wrong with it."""
+    content, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
+    if len(content) < _HEAD.size:
+        raise ValueError(f"it holds {len(data)} bytes, fewer than a header")
+    magic, version, zero, count = _HEAD.unpack_from(content)
+    if magic != _MAGIC:
+        raise ValueError("it does not begin with VTMB")
+    if (version, zero) != (FORMAT_VERSION, 0):
+        raise ValueError(f"it has format version {version}, and this version of vista reads {FORMAT_VERSION}")
+    if len(content) != _HEAD.size + _DIGEST_BYTES * count:
+        raise ValueError(f"it holds {len(data)} bytes, which do not fit its {count} users")
+    if xxhash.xxh3_64_intdigest(content).to_bytes(_CHECKSUM_BYTES, "little") != checksum:
+        raise ValueError("its checksum does not match")
+    digests = np.frombuffer(content, _DIGEST, offset=_HEAD.size)
+    if not (digests[:-1] < digests[1:]).all():
+        raise ValueError("its digests are not in ascending order")
+    return digests

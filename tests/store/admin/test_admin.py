@@ -210,9 +210,9 @@ def test_no_file_holds_a_removed_user_after_compaction(tmp_path, build):
     assert sorted(left) == [
         "CURRENT",
         "LAST",
+        "erase.lock",
         "gen-4/summary/data.mdb",
         "gen-4/summary/lock.mdb",
-        "tombstones",
         "writer.lock",
     ]
     with StoreReader.open(tmp_path) as store:

@@ -43,7 +43,7 @@ def test_a_copy_is_equal_and_published(tmp_path, build, key):
     report = copy_generation(source, target, key=key, shared_with_group=True)
     assert (report.generation, report.num_records, report.num_resumed, report.published) == (1, 40, 0, True)
     assert records(target, 1, key) == records(source, 1, key)
-    assert sorted(path.name for path in target.iterdir()) == ["CURRENT", "LAST", "gen-1", "tombstones", "writer.lock"]
+    assert sorted(path.name for path in target.iterdir()) == ["CURRENT", "LAST", "erase.lock", "gen-1", "writer.lock"]
     assert verify_store(target, key=key).num_problems == 0
     assert environment_path(target, 1).stat().st_mode & 0o7777 == 0o2750
     with StoreReader.open(target, summarizer_id=build.summarizer(), key=key) as store:

@@ -48,7 +48,7 @@ def test_a_store_is_private(tmp_path, build, umask):
     root = tmp_path / "store"
     two_generations(build, root)
     assert modes(root) == dict.fromkeys(FOLDERS, 0o700) | dict.fromkeys(
-        FILES | LOCKS | {"tombstones", "writer.lock"}, 0o600
+        FILES | LOCKS | {"erase.lock", "writer.lock"}, 0o600
     )
 
 
@@ -56,7 +56,7 @@ def test_a_store_for_a_group(tmp_path, build, umask):
     root = tmp_path / "store"
     two_generations(build, root, shared_with_group=True)
     expected = dict.fromkeys(FOLDERS, 0o2750) | dict.fromkeys(FILES, 0o640) | dict.fromkeys(LOCKS, 0o660)
-    assert modes(root) == expected | {"tombstones": 0o600, "writer.lock": 0o600}
+    assert modes(root) == expected | {"erase.lock": 0o600, "writer.lock": 0o600}
 
 
 def test_a_store_becomes_shared_and_private_again(tmp_path, build):
@@ -105,7 +105,12 @@ def test_another_account_cannot_write_and_is_told_what_to_do(tmp_path, build, as
     root.mkdir()
     os.chown(root, -1, as_other_account.group)
     two_generations(build, root, shared_with_group=True)
-    before = {path: path.stat() for path in root.rglob("*") if path.name != "lock.mdb"}
+
+    def forms() -> dict[Path, tuple[int, ...]]:
+        paths = [path for path in root.rglob("*") if path.name != "lock.mdb"]
+        return {path: (path.stat().st_mode, path.stat().st_size, path.stat().st_ctime_ns) for path in paths}
+
+    before = forms()
     for act in (
         lambda: build.open_writer(root, run_digest="log-3"),
         lambda: build.open_writer(root, run_digest="log-3", shared_with_group=True),
@@ -117,6 +122,6 @@ def test_another_account_cannot_write_and_is_told_what_to_do(tmp_path, build, as
         assert isinstance(error, StoreError) and "cannot be written" in str(error) and "permissions" in str(error), (
             error
         )
-    assert before == {path: path.stat() for path in before}
+    assert before == forms()
     assert as_other_account(lambda: verify_store(root).num_problems) == 0
     assert "gen-2 is published" in as_other_account(lambda: str(store_stats(root)))

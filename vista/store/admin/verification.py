@@ -1,7 +1,8 @@
-"""Verification of a store: CURRENT, manifests, the structure of the files, and every record."""
+"""Verification of a store: CURRENT, tombstones, manifests, the structure of the files, and every record."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from vista.store.admin.generation_reader import GenerationReader, open_generatio
 from vista.store.format.record import check_records
 from vista.store.layout import (
     CURRENT,
+    TOMBSTONES,
     environment_path,
     environments_of,
     generation_path,
@@ -18,6 +20,7 @@ from vista.store.layout import (
 )
 from vista.store.lmdb.data_file import check_structure
 from vista.store.tally import Tally
+from vista.store.tombstones import Tombstones
 
 _LISTED = 20
 
@@ -58,7 +61,7 @@ class VerificationReport:
 
 
 def verify_store(root: str | Path, *, key: bytes | None = None) -> VerificationReport:
-    """Check CURRENT and every complete generation; nothing is changed, and readers can continue.
+    """Check CURRENT, the tombstones and every complete generation; nothing is changed, and readers can continue.
 
     The structure of each file is checked before LMDB opens it. Then each record is checked: length, format, checksum,
     user, generation and, with a key, its authentication code.
@@ -80,6 +83,11 @@ def verify_store(root: str | Path, *, key: bytes | None = None) -> VerificationR
         published = read_current(root)
     except StoreError as error:
         report.add(str(error))
+    if os.access(root / TOMBSTONES, os.R_OK):  # They are the owner's alone: another account cannot check them.
+        try:
+            len(Tombstones(root))
+        except StoreError as error:
+            report.add(str(error))
     generations = list_generations(root)
     if published is not None and published not in generations:
         report.add(f"{root / CURRENT} names gen-{published}, which does not exist")

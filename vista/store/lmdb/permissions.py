@@ -10,6 +10,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from vista.files import open_file
+
 _SETGID = 0o2000
 
 
@@ -45,6 +47,25 @@ def set_mode(path: Path, mode: int) -> None:
     """
     if stat.S_IMODE(path.stat().st_mode) != mode:
         path.chmod(mode)
+
+
+def open_private(path: Path, flags: int) -> int:
+    """Open a file of a store that is its owner's alone, whatever the umask, and make it if it does not exist.
+
+    Args:
+        flags: of `os.open`, without O_CREAT.
+
+    Raises:
+        OSError: it cannot be opened, is a symbolic link or not a regular file, or belongs to another account.
+    """
+    descriptor = open_file(path, flags | os.O_CREAT, PRIVATE.file, follow=False)
+    try:
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) != PRIVATE.file:
+            os.fchmod(descriptor, PRIVATE.file)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def make_folder(path: Path, permissions: Permissions) -> None:
