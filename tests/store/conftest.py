@@ -98,6 +98,7 @@ def build() -> SimpleNamespace:
     return SimpleNamespace(
         open_writer=open_writer,
         put_users=put_users,
+        records_of=records_of,
         update=update,
         summaries=summaries,
         summarizer=summarizer,

@@ -63,7 +63,7 @@ class GenerationFiles:
 
     @classmethod
     def create(cls, root: Path, manifest: Manifest, permissions: Permissions) -> GenerationFiles:
-        """Make an empty generation."""
+        """Make an empty generation. All its folders are on the disk before its manifest says what they hold."""
         folder = generation_path(root, manifest.generation)
         make_folder(folder, permissions)
         has_states = manifest.state_spec() is not None
@@ -71,15 +71,25 @@ class GenerationFiles:
         for path in paths:
             make_folder(path, permissions)
         opened = [SharedEnvironment.acquire(path, writable=True) for path in paths]
+        for path in (*paths, folder, root):
+            sync(path)
 
         def put_first(transaction: lmdb.Transaction[memoryview]) -> None:
             transaction.put(MANIFEST_KEY, manifest.to_bytes())
             transaction.put(CURSOR_KEY, b"0")
 
         opened[0].write(put_first)
-        for path in (*paths, folder, root, root.parent):
-            sync(path)
         return cls(root, opened[0], opened[1] if has_states else None)
+
+    def require_states(self) -> None:
+        """Refuse a generation that lost its states; to erase users from it, it may stay open.
+
+        Raises:
+            StoreError: its manifest names states, but there are none.
+        """
+        if self.state is None and self.manifest.state_spec() is not None:
+            path = state_path(self.path, self.manifest.generation)
+            raise StoreError(f"{path}: the states that its manifest names are missing; run a full refresh")
 
     def put(
         self,

@@ -50,7 +50,7 @@ class StoreUpdate:
         manifest = files.manifest
         self.spec = dataclasses.replace(manifest.spec(key), created_at=created_at, applied_segment=applied_segment)
         """What each new record must hold."""
-        state_spec = None if files.state is None else manifest.state_spec()
+        state_spec = manifest.state_spec()
         self.state_spec = None if state_spec is None else dataclasses.replace(state_spec, created_at=created_at)
         """What each new state must hold; None if the generation keeps no states."""
 
@@ -70,7 +70,7 @@ class StoreUpdate:
         Raises:
             StoreLockedError: another writer holds the store.
             SummarizerMismatchError: the generation is of another summarizer.
-            StoreError: nothing is published there, or it cannot be written.
+            StoreError: nothing is published there, its states are missing, or it cannot be written.
         """
         root = Path(path).absolute()
         read_current(root)  # first, so that no lock file is made in a folder that is not a store
@@ -87,6 +87,7 @@ class StoreUpdate:
                         f"{root} was written by summarizer {files.manifest.summarizer_id}, but the model's is "
                         f"{summarizer_id.hex()}; run a full `vista refresh` with this model"
                     )
+                files.require_states()
                 return cls(root, lock, files, created_at, applied_segment, key)
             except BaseException:
                 files.close()

@@ -255,6 +255,11 @@ def _resume_or_create(root: Path, wanted: Manifest, published: int, permissions:
     for generation in reversed([number for number in list_generations(root) if number > published]):
         try:
             files = GenerationFiles.open(root, generation)
+            try:
+                files.require_states()
+            except StoreError:
+                files.close()
+                raise
         except StoreError as error:
             logger.warning("%s; it is unfinished and starts over", error)
             remove_generation(root, generation)
