@@ -12,7 +12,8 @@ import pytest
 
 from vista.errors import StoreError, StoreLockedError, SummarizerMismatchError, UserKeyError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, encode_records, user_keys
-from vista.store.layout import environment_path, last_complete, list_generations, read_current
+from vista.store.admin.rollback import roll_back
+from vista.store.layout import environment_path, last_complete, list_generations, pointer_to, read_current
 from vista.store.lmdb.environment import SharedEnvironment
 
 TOTAL = 40
@@ -204,7 +205,7 @@ def test_a_finished_run_that_was_not_published_is_published_without_repeating_it
 def test_the_number_of_a_complete_generation_is_not_used_again(tmp_path, build):
     build.write_store(tmp_path)
     build.write_store(tmp_path, salt=1, run_digest="log-2")
-    (tmp_path / "CURRENT").write_text("gen-1\n")
+    (tmp_path / "CURRENT").write_bytes(pointer_to(1))
     store = StoreReader.open(tmp_path)
     assert build.write_store(tmp_path, salt=2, run_digest="log-3").generation == 3
     assert store.reload() and store.generation == 3
@@ -214,7 +215,7 @@ def test_the_number_of_a_complete_generation_is_not_used_again(tmp_path, build):
 def test_the_number_of_a_complete_generation_is_not_used_again_after_its_folder_is_removed(tmp_path, build):
     build.write_store(tmp_path)
     build.write_store(tmp_path, salt=1, run_digest="log-2")
-    (tmp_path / "CURRENT").write_text("gen-1\n")
+    (tmp_path / "CURRENT").write_bytes(pointer_to(1))
     for digest in ("log-3", "log-4"):  # The first removes gen-2, the second what the first has written.
         with build.open_writer(tmp_path, run_digest=digest) as writer:
             assert writer.generation == 3
@@ -302,24 +303,38 @@ def test_a_missing_store(tmp_path, build):
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
-    [("gen-9\n", "names gen-9, which does not exist"), ("", "holds ''"), ("gen-x", "holds 'gen-x'"), ("\xff", "holds")],
+    ("content", "named"),
+    [
+        (pointer_to(9), "names gen-9, which does not exist"),
+        (b"", "holds ''"),
+        (b"gen-1\n", "holds 'gen-1' instead of the name of a generation and its checksum"),
+        (pointer_to(1).replace(b"gen-1", b"gen-2"), "instead of the name"),
+        (pointer_to(1).replace(b"gen-1", b"gen-01"), "instead of the name"),
+        (pointer_to(1)[:-1], "instead of the name"),
+        (pointer_to(10**18), "instead of the name"),
+        (pointer_to(1).upper(), "instead of the name"),
+        ("gen-\N{SUPERSCRIPT TWO}".encode(), "instead of the name"),
+        (b"gen-" + b"1" * 5000, "CURRENT: holds 5004 bytes, at most 64 are read"),
+    ],
 )
-def test_a_current_that_names_no_generation(tmp_path, build, text, named):
+def test_a_current_that_names_no_generation(tmp_path, build, content, named):
     build.write_store(tmp_path)
-    (tmp_path / "CURRENT").write_text(text)
+    (tmp_path / "CURRENT").write_bytes(content)
     with pytest.raises(StoreError, match=named) as error:
         StoreReader.open(tmp_path)
-    assert "existing generations: gen-1" in str(error.value)
+    assert "existing generations: gen-1; publish one of them with `vista store rollback" in str(error.value)
+    roll_back(tmp_path, to=1)
+    with StoreReader.open(tmp_path) as store:
+        assert store.generation == 1
 
 
-@pytest.mark.parametrize("text", ["gen-9\n", "nonsense"])
-def test_a_refresh_repairs_a_current_that_names_no_generation(tmp_path, build, text, caplog):
+@pytest.mark.parametrize("content", [pointer_to(9), b"nonsense"])
+def test_a_refresh_repairs_a_current_that_names_no_generation(tmp_path, build, content, caplog):
     build.write_store(tmp_path)
-    (tmp_path / "CURRENT").write_text(text)
+    (tmp_path / "CURRENT").write_bytes(content)
     assert build.write_store(tmp_path, salt=1, run_digest="log-2").generation == 2
     assert list_generations(tmp_path) == [1, 2] and read_current(tmp_path) == 2
-    assert text.strip() in caplog.text
+    assert content.split()[0].decode() in caplog.text
 
 
 def test_a_recreated_store_is_not_mistaken_for_the_removed_one(tmp_path, build):
@@ -347,7 +362,7 @@ def test_keys_stay_within_one_generation_across_a_reload(tmp_path, build):
 def test_a_damaged_current_leaves_the_open_generation_in_service(tmp_path, build):
     build.write_store(tmp_path)
     with StoreReader.open(tmp_path) as store:
-        (tmp_path / "CURRENT").write_text("gen-9")
+        (tmp_path / "CURRENT").write_bytes(pointer_to(9))
         with pytest.raises(StoreError, match="gen-9"):
             store.reload()
         assert store.get_many([1]).found.all()
@@ -356,7 +371,7 @@ def test_a_damaged_current_leaves_the_open_generation_in_service(tmp_path, build
 def test_a_current_that_names_an_unfinished_generation(tmp_path, build):
     with build.open_writer(tmp_path) as writer:
         build.put_users(writer, range(16))
-    (tmp_path / "CURRENT").write_text("gen-1\n")
+    (tmp_path / "CURRENT").write_bytes(pointer_to(1))
     with pytest.raises(StoreError, match="never finished"):
         StoreReader.open(tmp_path)
 

@@ -111,8 +111,8 @@ def test_ids_that_are_too_long(tmp_path, build):
     [
         ({"codec": "pickle"}, "pickle"),
         ({"num_tokens": 65_535, "dim": 65_535}, "do not fit a record"),
-        ({"summarizer_id": "zz"}, "non-hexadecimal"),
-        ({"summarizer_id": "00"}, "32 bytes"),
+        ({"summarizer_id": "zz" * 32}, "summarizer_id: expected 64 hex digits"),
+        ({"summarizer_id": "00"}, "summarizer_id: expected 64 hex digits"),
         ({"format_version": 2}, "format version 2, but this version of vista reads 1"),
         ({"dim": "8"}, "another version of vista, or is damaged"),
         ({"surplus": 1}, "surplus"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from vista.errors import RecordError
 from vista.refresh.refresh_report import RefreshReport
-from vista.store.lmdb.permissions import PRIVATE
+from vista.store.lmdb.permissions import open_private
 
 logger = logging.getLogger(__name__)
 STAGES = ("read", "summarize", "encode", "write", "publish")
@@ -97,7 +96,7 @@ class RefreshProgress:
         }
         path = self._store / "refresh.jsonl"
         try:
-            with open(path, "a", opener=_private) as file:
+            with open(path, "a", opener=lambda _, flags: open_private(path, flags)) as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:  # The log is optional: the batch is durable without it.
             logger.warning("%s: %s", path, error.strerror)
@@ -119,7 +118,3 @@ class RefreshProgress:
             dict(self.counts),
             self.failures,
         )
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, PRIVATE.file)

@@ -23,7 +23,7 @@ from vista.store.lmdb.flock import WAIT_S
 from vista.store.lmdb.permissions import Permissions, make_folder
 from vista.store.lmdb.transactions import walk
 from vista.store.locks import cannot_write
-from vista.store.manifest import Manifest
+from vista.store.manifest import Manifest, read_cursor
 from vista.store.tombstones import Tombstones
 
 
@@ -193,6 +193,14 @@ class GenerationFiles:
     def read_manifest(self) -> Manifest:
         """The manifest as it is stored now."""
         return self.summary.read(self._manifest_in)
+
+    def read_cursor(self) -> int:
+        """Users done, in the run's fixed order.
+
+        Raises:
+            StoreError: it is not a number up to the users of the run.
+        """
+        return self.summary.read(lambda transaction: read_cursor(transaction, self.manifest, self.path))
 
     def close(self) -> None:
         """Close the environments; closing twice is allowed."""

@@ -1,7 +1,7 @@
 """Files of a store: generations, each a complete set of records, and CURRENT, which names the published one.
 
-store/CURRENT            "gen-7": the generation that readers open
-store/LAST               "gen-8": numbers up to this one are never used again, even after their folders are removed
+store/CURRENT            "gen-7" and its checksum: the generation that readers open
+store/LAST               likewise "gen-8": numbers up to it are never used again, even after their folders are removed
 store/writer.lock        locked (flock) by the one writer; holds its process id
 store/erase.lock         locked (flock) by an erasure or a publication, briefly
 store/tombstones         digests of erased users, if there are any
@@ -13,14 +13,17 @@ store/gen-8/summary/     an unfinished run: without `!complete`; `!cursor` says 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from vista.errors import StoreError
-from vista.files import make_folders, sync
+import xxhash
+
+from vista.errors import StoreError, StoreWriteError, shown
+from vista.files import make_folders, read_limited, remove_folder, replace_file
+from vista.files import remove_leftovers as remove_partial_files
 from vista.store.lmdb.permissions import (
-    PRIVATE,
     Permissions,
     is_owner,
     make_folder,
@@ -39,7 +42,12 @@ REMOVED_PREFIX = ".removed-"
 PARTIAL_PREFIX = ".partial-"
 """Of a generation that is built from existing records, until it is complete and verified."""
 
+MAX_GENERATION = 10**18 - 1
+
 _PREFIX = "gen-"
+_NAME = re.compile(rf"{_PREFIX}([1-9][0-9]{{0,17}})")
+_POINTER_BYTES = 64
+"""CURRENT and LAST are shorter."""
 
 
 def generation_path(root: Path, generation: int) -> Path:
@@ -65,8 +73,33 @@ def environments_of(root: Path, generation: int) -> list[Path]:
 
 def list_generations(root: Path) -> list[int]:
     """Numbers of all generation folders, finished or not, ascending."""
-    names = [entry.name.removeprefix(_PREFIX) for entry in root.iterdir() if entry.name.startswith(_PREFIX)]
-    return sorted(int(name) for name in names if name.isdecimal())
+    return sorted(number for entry in root.iterdir() if (number := _number_of(entry)) is not None)
+
+
+def entries_like_generations(root: Path) -> list[str]:
+    """Names of entries that look like generations but are ignored, such as a folder `gen-007` or a file `gen-9`."""
+    return sorted(
+        entry.name for entry in root.iterdir() if entry.name.startswith(_PREFIX) and _number_of(entry) is None
+    )
+
+
+def next_number(root: Path, least: int = 1) -> int:
+    """A generation number above all existing ones, above all that were ever complete, and not below `least`.
+
+    Raises:
+        StoreError: a folder has the highest number that there is.
+    """
+    number = max(least, *(found + 1 for found in (last_complete(root), *list_generations(root))))
+    while os.path.lexists(generation_path(root, number)):  # by something that is not a generation
+        number += 1
+    if number > MAX_GENERATION:
+        raise StoreError(f"{root}: there is no number above gen-{number - 1}; make a new store in another folder")
+    return number
+
+
+def _number_of(entry: Path) -> int | None:
+    match = _NAME.fullmatch(entry.name)
+    return int(match[1]) if match is not None and entry.is_dir() and not entry.is_symlink() else None
 
 
 def read_current(root: Path) -> int:
@@ -76,17 +109,15 @@ def read_current(root: Path) -> int:
         StoreError: nothing is published there, or CURRENT is damaged.
     """
     try:
-        text = (root / CURRENT).read_text(encoding="ascii", errors="replace").strip()
+        return _read_pointer(root / CURRENT)
     except FileNotFoundError as error:
         raise StoreError(f"{root} {_why_not_published(root)}") from error
-    except OSError as error:
+    except (PermissionError, NotADirectoryError) as error:
         raise StoreError(f"{root / CURRENT}: {error.strerror}; check the path and its permissions") from error
-    number = text.removeprefix(_PREFIX)
-    if not text.startswith(_PREFIX) or not number.isdecimal():
-        raise StoreError(
-            f"{root / CURRENT} holds {text[:40]!r} instead of the name of a generation; {_remedy_for_current(root)}"
-        )
-    return int(number)
+    except OSError as error:
+        raise StoreError(f"{root / CURRENT}: {error.strerror}; {_remedy_for_current(root)}") from error
+    except ValueError as error:
+        raise StoreError(f"{root / CURRENT} {error}; {_remedy_for_current(root)}") from None
 
 
 def published_or_none(root: Path) -> int | None:
@@ -112,22 +143,33 @@ def missing_generation(root: Path, generation: int) -> StoreError:
 def write_current(root: Path, generation: int) -> None:
     """Publish a generation atomically and durably: readers that open or reload from now on get it."""
     record_complete(root, generation)
-    _write_name(root, CURRENT, generation)
+    _write_pointer(root / CURRENT, generation)
 
 
 def last_complete(root: Path) -> int:
-    """The highest generation number that was ever complete; 0 if there was none."""
+    """The highest generation number that was ever complete; 0 if there was none.
+
+    Raises:
+        StoreWriteError: LAST cannot be read, or is damaged.
+    """
     try:
-        number = (root / LAST).read_text(encoding="ascii", errors="replace").strip().removeprefix(_PREFIX)
-    except OSError:
+        return _read_pointer(root / LAST)
+    except FileNotFoundError:
         return 0
-    return int(number) if number.isdecimal() else 0
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    except ValueError as error:
+        reason = str(error)
+    newest = max(list_generations(root), default=0)
+    raise StoreWriteError(
+        f"{root / LAST} {reason}; remove it, and numbering continues after gen-{newest}, the newest generation there"
+    )
 
 
 def record_complete(root: Path, generation: int) -> None:
     """Include a generation in `last_complete`, durably; call it before publishing or removing the generation."""
     if generation > last_complete(root):
-        _write_name(root, LAST, generation)
+        _write_pointer(root / LAST, generation)
 
 
 def remove_leftovers(root: Path, except_for: str = "") -> None:
@@ -142,17 +184,25 @@ def remove_leftovers(root: Path, except_for: str = "") -> None:
                 shutil.rmtree(entry, ignore_errors=True)
 
 
-def _write_name(root: Path, name: str, generation: int) -> None:
-    temporary = root / f"{name}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE.file)
-    try:
-        os.fchmod(descriptor, permissions_of(generation_path(root, generation)).file)
-        os.write(descriptor, f"{_PREFIX}{generation}\n".encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(temporary, root / name)
-    sync(root)
+def pointer_to(generation: int) -> bytes:
+    """What CURRENT or LAST holds: the name of a generation, its XXH3-64 in hex, and a newline."""
+    name = f"{_PREFIX}{generation}"
+    return f"{name} {xxhash.xxh3_64_hexdigest(name.encode())}\n".encode()
+
+
+def _write_pointer(path: Path, generation: int) -> None:
+    remove_partial_files(path.parent, path.name)  # of killed processes; only the holder of the writer's lock comes here
+    mode = permissions_of(generation_path(path.parent, generation)).file
+    replace_file(path, pointer_to(generation), mode)
+
+
+def _read_pointer(path: Path) -> int:
+    content = read_limited(path, _POINTER_BYTES, follow=False)
+    match = _NAME.fullmatch(content.partition(b" ")[0].decode("ascii", errors="replace"))
+    if match is None or content != pointer_to(int(match[1])):
+        text = shown(content.decode("ascii", errors="replace").strip(), 40)
+        raise ValueError(f"holds {text} instead of the name of a generation and its checksum")
+    return int(match[1])
 
 
 def _why_not_published(root: Path) -> str:
@@ -180,11 +230,15 @@ def prepare_root(root: Path, permissions: Permissions) -> None:
     """Make the store's folder if it does not exist. A folder with other contents keeps its mode.
 
     Raises:
-        StoreError: it is a generation of another store, or the folder of a log, a model or a run.
+        StoreError: it is a generation of another store, lies in another store, or is the folder of a log, a model or a
+            run.
         OSError: it cannot be made, or belongs to another account.
     """
     if is_generation(root) or is_other_folder(root):
         raise StoreError(f"{root} {_why_not_published(root)}")
+    for parent in root.resolve().parents:
+        if _is_store(parent):
+            raise StoreError(f"{root} lies in the store {parent}, which would remove it; name a folder outside of it")
     if not root.exists():
         make_folders(root.parent)
         with suppress(FileExistsError):  # Another writer is starting at the same time.
@@ -194,30 +248,37 @@ def prepare_root(root: Path, permissions: Permissions) -> None:
         set_mode(root, permissions.folder)
 
 
+def _is_store(folder: Path) -> bool:
+    if (folder / WRITER_LOCK).exists():
+        return True
+    try:
+        return bool(_read_pointer(folder / CURRENT))
+    except (OSError, ValueError):
+        return False
+
+
 def set_store_permissions(root: Path, permissions: Permissions) -> None:
     """Give all files of a store their modes; only under the lock.
 
     Raises:
         OSError: a file belongs to another account.
     """
-    for name in (CURRENT, LAST):
-        if (root / name).exists():
-            set_mode(root / name, permissions.file)
+    for path in (root / CURRENT, root / LAST):
+        if path.exists() and not path.is_symlink():
+            set_mode(path, permissions.file)
     for generation in list_generations(root):
         set_tree_permissions(generation_path(root, generation), permissions)
 
 
 def remove_generation(root: Path, generation: int) -> None:
-    """Remove a generation's folder. If killed halfway, it leaves a name that does not look like a generation.
+    """Remove a generation's folder. A crash leaves all of it, or a name that does not look like a generation.
 
     Readers that have it open keep their files until they close them.
     """
-    removed = root / f"{REMOVED_PREFIX}{generation}"
-    shutil.rmtree(removed, ignore_errors=True)
-    os.rename(generation_path(root, generation), removed)
-    shutil.rmtree(removed, ignore_errors=True)
+    remove_folder(generation_path(root, generation), root / f"{REMOVED_PREFIX}{generation}")
 
 
 def _remedy_for_current(root: Path) -> str:
     names = ", ".join(f"{_PREFIX}{number}" for number in list_generations(root)) or "none"
-    return f"existing generations: {names}. Write the name of one into {CURRENT}, or refresh the store again"
+    remedy = f"publish one of them with `vista store rollback store={root} to=N`, or refresh the store again"
+    return f"existing generations: {names}; {remedy}"

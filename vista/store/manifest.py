@@ -13,12 +13,14 @@ import lmdb
 import xxhash
 
 from vista.config.choices import Codec, StateDtype
-from vista.errors import StoreError, UnfinishedError
+from vista.errors import StoreError, UnfinishedError, shown
+from vista.json_fields import check_fields, either, hexadecimal, list_of, one_of, text, whole
 from vista.store.format.authentication import key_id
-from vista.store.format.keys import COMPLETE_KEY, MANIFEST_KEY, common_kind, kinds_of
+from vista.store.format.keys import COMPLETE_KEY, CURSOR_KEY, KINDS, MANIFEST_KEY, common_kind, kinds_of
 from vista.store.format.record import sum_of_checksums
-from vista.store.format.record_spec import FORMAT_VERSION, RecordSpec
+from vista.store.format.record_spec import FORMAT_VERSION, MAX_RECORD_BYTES, RecordSpec
 from vista.store.format.state_record import StateSpec
+from vista.store.layout import MAX_GENERATION
 from vista.store.lmdb.data_file import REMEDY
 
 NOT_IDENTITY = (
@@ -26,6 +28,34 @@ NOT_IDENTITY = (
     *("count", "user_kind", "records_digest"),
 )
 """Fields of a manifest that may differ between two runs of the same refresh."""
+
+_MOST_MS = 253_402_300_799_999
+"""End of the year 9999, the last that can be shown."""
+_RULES = {
+    "generation": whole(1, MAX_GENERATION),
+    "created_at": whole(0, _MOST_MS),
+    "summarizer_id": hexadecimal(64),
+    "num_tokens": whole(0, 65_535),
+    "dim": whole(1, 65_535),
+    "codec": one_of(*(codec.value for codec in Codec)),
+    "tail_len": whole(0, MAX_RECORD_BYTES),
+    "until": either(text(), whole(-(2**63), 2**63 - 1), one_of(None)),
+    "applied_segment": whole(),
+    "total_users": whole(),
+    "run_digest": text(),
+    "key_id": either(hexadecimal(16), one_of(None)),
+    "format_version": one_of(FORMAT_VERSION),
+    "state_dtype": one_of(*(dtype.value for dtype in StateDtype)),
+    "state_shape": list_of(whole(0, 65_535), 3),
+    "log_digest": text(),
+    "going_to": whole(),
+    "going_to_digest": text(),
+    "refreshed_at": whole(0, _MOST_MS),
+    "count": whole(),
+    "user_kind": one_of(*KINDS.values(), "mixed", None),
+    "records_digest": hexadecimal(16),
+}
+"""Rules of the fields as JSON."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +162,8 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """JSON after its own XXH3-64 in hex, so that a flipped bit is detected."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
-        return xxhash.xxh3_64_hexdigest(text).encode() + b"\n" + text
+        content = json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
+        return xxhash.xxh3_64_hexdigest(content).encode() + b"\n" + content
 
     @staticmethod
     def from_bytes(value: bytes, path: Path) -> Manifest:
@@ -142,29 +172,35 @@ class Manifest:
         Raises:
             StoreError: corrupt, or of another format version.
         """
-        checksum, _, text = value.partition(b"\n")
-        if checksum.decode(errors="replace") != xxhash.xxh3_64_hexdigest(text):
+        checksum, _, content = value.partition(b"\n")
+        if checksum.decode(errors="replace") != xxhash.xxh3_64_hexdigest(content):
             raise StoreError(f"{path}: the manifest is corrupt; {REMEDY}")
-        return Manifest.from_dict(json.loads(text), path)
+        try:
+            fields = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise StoreError(f"{path}: the manifest is corrupt ({error}); {REMEDY}") from None
+        return Manifest.from_dict(fields, path)
 
     @staticmethod
-    def from_dict(fields: dict[str, Any], path: Path) -> Manifest:
+    def from_dict(fields: object, path: Path) -> Manifest:
         """Check the fields of a manifest that is stored outside of a generation, such as in an export.
 
         Raises:
             StoreError: of another format version, or not a manifest.
         """
-        if fields.get("format_version") != FORMAT_VERSION:
+        version = fields.get("format_version") if isinstance(fields, dict) else None
+        if version != FORMAT_VERSION:
             raise StoreError(
-                f"{path}: has format version {fields.get('format_version')}, but this version of vista reads "
-                f"{FORMAT_VERSION}; use the version that wrote it, or refresh the store again"
+                f"{path}: has format version {shown(version)}, but this version of vista reads {FORMAT_VERSION}; use "
+                "the version that wrote it, or refresh the store again"
             )
         try:
-            fields["state_shape"] = tuple(fields["state_shape"])
-            manifest = Manifest(**fields)
+            check_fields(fields, _RULES)
+            assert isinstance(fields, dict)
+            manifest = Manifest(**{**fields, "state_shape": tuple(fields["state_shape"])})
             Manifest.spec(dataclasses.replace(manifest, key_id=None))
             manifest.state_spec()
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise StoreError(
                 f"{path}: the manifest was written by another version of vista, or is damaged ({error}); {REMEDY}"
             ) from error
@@ -182,6 +218,18 @@ def read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Mani
     if value is None or transaction.get(COMPLETE_KEY) is None:
         raise UnfinishedError(f"{path} was never finished; {REMEDY}")
     return Manifest.from_bytes(bytes(value), path)
+
+
+def read_cursor(transaction: lmdb.Transaction[memoryview], manifest: Manifest, path: Path) -> int:
+    """Users that the run of a generation has done; `path` names it in errors.
+
+    Raises:
+        StoreError: it is not a number up to the users of the run.
+    """
+    value = bytes(transaction.get(CURSOR_KEY, b"0"))
+    if len(value) > 19 or not value.isdigit() or int(value) > manifest.total_users:
+        raise StoreError(f"{path}: the cursor {shown(value, 40)} is corrupt; {REMEDY}")
+    return int(value)
 
 
 def _key_error(generation: int, written: str | None, given: str | None) -> StoreError:

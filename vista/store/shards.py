@@ -19,12 +19,13 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from vista.errors import ConfigError, StoreError
+from vista.errors import ConfigError, StoreError, shortened
 from vista.store.format.keys import common_kind, user_keys
 from vista.store.layout import CURRENT
 from vista.store.reader import published_manifest
 
-_NAME = re.compile(r"part-(\d+)-of-(\d+)")
+MAX_SHARDS = 65_536
+_NUMBER = "(0|[1-9][0-9]{0,4})"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,9 +42,23 @@ class Shard:
         Raises:
             ConfigError: the text has another form.
         """
-        match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
-        if match is None or int(match[1]) >= int(match[2]):
-            raise ConfigError(f"shard={text}: write i/n with i from 0 to n-1, such as 0/4")
+        shard = cls._matching(f"{_NUMBER}/{_NUMBER}", text.strip())
+        if shard is None:
+            raise ConfigError(
+                f"shard={shortened(text, 80)}: write i/n with i from 0 to n-1 and n at most {MAX_SHARDS}, such as 0/4"
+            )
+        return shard
+
+    @classmethod
+    def named(cls, name: str) -> Shard | None:
+        """The shard whose folder has this name; None for any other name."""
+        return cls._matching(f"part-{_NUMBER}-of-{_NUMBER}", name)
+
+    @classmethod
+    def _matching(cls, pattern: str, text: str) -> Shard | None:
+        match = re.fullmatch(pattern, text)
+        if match is None or not int(match[1]) < int(match[2]) <= MAX_SHARDS:
+            return None
         return cls(int(match[1]), int(match[2]))
 
     def path(self, store: str | Path) -> Path:
@@ -75,8 +90,8 @@ def shards_in(store: str | Path) -> list[Shard]:
 
 
 def _shards_at(root: Path) -> list[Shard]:
-    matches = [match for match in map(_NAME.fullmatch, (entry.name for entry in root.iterdir())) if match]
-    return sorted((Shard(int(match[1]), int(match[2])) for match in matches), key=lambda shard: shard.index)
+    shards = [shard for entry in root.iterdir() if (shard := Shard.named(entry.name)) is not None and entry.is_dir()]
+    return sorted(shards, key=lambda shard: shard.index)
 
 
 def stores_in(store: str | Path) -> list[Path]:
@@ -91,9 +106,8 @@ def shard_to_write(store: str | Path, shard: Shard | None) -> tuple[Path, Shard 
         ConfigError: `store` is the folder of a shard, and `shard` is another one; or as of `check_place`.
     """
     root = Path(store).absolute()
-    named = _NAME.fullmatch(root.name)
-    if named is not None:
-        own = Shard(int(named[1]), int(named[2]))
+    own = Shard.named(root.name)
+    if own is not None:
         if shard not in (None, own):
             raise ConfigError(f"store={store}: is the folder of one shard; name the folder above it")
         path, shard = root, own
@@ -110,7 +124,7 @@ def check_place(path: str | Path) -> None:
         ConfigError: an unsharded store and shards, or shards of different counts, would share a folder.
     """
     path = Path(path).absolute()
-    named = _NAME.fullmatch(path.name)
+    named = Shard.named(path.name)
     root = path.parent if named else path
     counts = sorted({shard.count for shard in _shards_at(root)}) if root.is_dir() else []
     if (root / CURRENT).exists() and (named or counts):
@@ -120,7 +134,7 @@ def check_place(path: str | Path) -> None:
         )
     if counts and named is None:
         raise ConfigError(f"{root}: is sharded; refresh its shards with shard=i/{counts[0]}, or name another folder")
-    if named and counts not in ([], [int(named[2])]):
+    if named and counts not in ([], [named.count]):
         raise ConfigError(
             f"{root}: holds shards of a store with {counts} shards, to which {path.name} does not belong; name another "
             "folder"
@@ -139,9 +153,9 @@ def users_by_folder(store: str | Path, users: Sequence[int] | Sequence[str]) -> 
         StoreError: the shard of a user is missing; the message names it.
     """
     root, shards = Path(store).absolute(), shards_in(store)
-    named = _NAME.fullmatch(root.name)
-    if named is not None:  # one shard
-        root, shards = root.parent, [Shard(int(named[1]), int(named[2]))]
+    named = Shard.named(root.name)
+    if named is not None:
+        root, shards = root.parent, [named]
     if not shards:
         return [(root, list(users))]
     owner = shards_of(user_keys(users), shards[0].count)

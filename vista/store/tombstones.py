@@ -53,7 +53,8 @@ class Tombstones:
         self._reread()
         if not len(self._known):
             return [False] * len(keys)
-        return self._holds(_digests(keys)).tolist()
+        erased: list[bool] = self._holds(_digests(keys)).tolist()
+        return erased
 
     def add(self, keys: Sequence[bytes]) -> None:
         """Record erasures durably; only under `erasure_lock`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,9 +22,9 @@ from vista.store.layout import (
     environment_path,
     environments_of,
     generation_path,
-    last_complete,
     list_generations,
     missing_generation,
+    next_number,
     read_current,
     record_complete,
     remove_generation,
@@ -60,7 +61,7 @@ class StoreWriter:
         self.state_spec = self.manifest.state_spec()
         """What each state must hold; None if the generation keeps no states."""
         self._tombstones = Tombstones(root)
-        self._cursor = files.summary.read(lambda transaction: int(bytes(transaction.get(CURSOR_KEY, b"0"))))
+        self._cursor = files.read_cursor()
 
     @classmethod
     def open(
@@ -222,7 +223,7 @@ class StoreWriter:
 
 def _published(root: Path) -> int:
     """The generation that CURRENT names, 0 for none; if CURRENT is damaged, the newest complete one."""
-    if not (root / CURRENT).exists():
+    if not os.path.lexists(root / CURRENT):
         return 0
     try:
         current = read_current(root)
@@ -257,6 +258,7 @@ def _resume_or_create(root: Path, wanted: Manifest, published: int, permissions:
             files = GenerationFiles.open(root, generation)
             try:
                 files.require_states()
+                files.read_cursor()
             except StoreError:
                 files.close()
                 raise
@@ -273,8 +275,7 @@ def _resume_or_create(root: Path, wanted: Manifest, published: int, permissions:
             "%s: the unfinished gen-%d belongs to another run; it is removed, and a new one starts", root, generation
         )
         remove_generation(root, generation)
-    number = max(published, last_complete(root)) + 1
-    return GenerationFiles.create(root, dataclasses.replace(wanted, generation=number), permissions)
+    return GenerationFiles.create(root, dataclasses.replace(wanted, generation=next_number(root)), permissions)
 
 
 def _num_entries(transaction: lmdb.Transaction[memoryview]) -> int:

@@ -265,11 +265,11 @@ def test_a_compaction_killed_at_any_step_leaves_an_intact_store(tmp_path, build,
         if pid == 0:
             calls = [0]
 
-            def dying(*words: Any, calls: list[int] = calls, number: int = number) -> Any:
+            def dying(*words: Any, calls: list[int] = calls, number: int = number, **options: Any) -> Any:
                 calls[0] += 1
                 if calls[0] == number:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return original(*words)
+                return original(*words, **options)
 
             setattr(os, call, dying)
             code = 1

@@ -150,11 +150,11 @@ def test_a_copy_killed_at_any_step_keeps_the_published_generation(tmp_path, buil
     def die_at(number: int) -> None:
         count = [0]
 
-        def dying(*words: Any) -> Any:
+        def dying(*words: Any, **options: Any) -> Any:
             count[0] += 1
             if count[0] == number:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return original(*words)
+            return original(*words, **options)
 
         setattr(os, call, dying)
 

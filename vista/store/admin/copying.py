@@ -10,7 +10,7 @@ from pathlib import Path
 import lmdb
 
 from vista.errors import StoreError
-from vista.store.admin.generation_builder import GenerationBuilder, next_number, restamp_records
+from vista.store.admin.generation_builder import GenerationBuilder, restamp_records
 from vista.store.admin.generation_reader import Batch, GenerationReader, open_generation, read_settled
 from vista.store.admin.publish_report import PublishReport
 from vista.store.format.record_spec import RecordSpec
@@ -19,6 +19,7 @@ from vista.store.layout import (
     environment_path,
     generations_to_keep,
     list_generations,
+    next_number,
     published_or_none,
     read_current,
     remove_leftovers,
@@ -90,7 +91,7 @@ def _copy(root: Path, number: int, to: Path, key: bytes | None, permissions: Per
         for existing in reversed(list_generations(to)):
             if _is_equal(source, to, existing, key):
                 return PublishReport.of(to, existing, manifest.count, num_resumed=manifest.count)
-        wanted = dataclasses.replace(manifest, generation=max(number, next_number(to)))
+        wanted = dataclasses.replace(manifest, generation=next_number(to, least=number))
         remove_leftovers(to, except_for=f"{PARTIAL_PREFIX}gen-{wanted.generation}")
         builder = _resume_or_start(source, to, wanted, key, permissions)
         num_resumed = builder.tally.count

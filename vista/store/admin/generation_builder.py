@@ -22,7 +22,7 @@ from vista.store.admin.generation_reader import Batch
 from vista.store.format.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
 from vista.store.format.record import seal_record
 from vista.store.format.record_spec import HEADER, HEADER_BYTES, RecordSpec
-from vista.store.layout import PARTIAL_PREFIX, generation_path, last_complete, list_generations, record_complete
+from vista.store.layout import PARTIAL_PREFIX, generation_path, record_complete
 from vista.store.lmdb.data_file import check_structure, complete_size, open_environment
 from vista.store.lmdb.permissions import Permissions, make_folder
 from vista.store.lmdb.transactions import copied, walk
@@ -140,11 +140,6 @@ class GenerationBuilder:
         """Remove what was built."""
         self.close()
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def next_number(root: Path) -> int:
-    """A generation number above all existing ones, and above all that were ever complete."""
-    return max([last_complete(root), *list_generations(root)], default=0) + 1
 
 
 def restamp_records(keys: Sequence[bytes], records: Sequence[bytes], spec: RecordSpec) -> list[bytes]:

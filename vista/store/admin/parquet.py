@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from vista.errors import StoreError
 from vista.files import sync
 from vista.log.polars_extra import pl, register_io_source
-from vista.store.admin.generation_builder import GenerationBuilder, next_number, restamp_records
+from vista.store.admin.generation_builder import GenerationBuilder, restamp_records
 from vista.store.admin.generation_reader import GenerationReader, open_generation, read_settled
 from vista.store.admin.publish_report import PublishReport
 from vista.store.format.keys import user_id
 from vista.store.format.record import check_records, decode_rows, read_records
-from vista.store.layout import environment_path, generations_to_keep, read_current, remove_leftovers
+from vista.store.layout import environment_path, generations_to_keep, next_number, read_current, remove_leftovers
 from vista.store.lmdb.data_file import check_structure
 from vista.store.lmdb.permissions import GROUP, PRIVATE
 from vista.store.locks import locked

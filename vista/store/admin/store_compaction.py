@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from vista.store.admin.generation_builder import GenerationBuilder, next_number, restamp_records
+from vista.store.admin.generation_builder import GenerationBuilder, restamp_records
 from vista.store.admin.generation_reader import GenerationReader, open_generation
 from vista.store.admin.publish_report import PublishReport
 from vista.store.format.state_record import restamp_states
-from vista.store.layout import environments_of, generation_path, read_current, remove_leftovers
+from vista.store.layout import environments_of, generation_path, next_number, read_current, remove_leftovers
 from vista.store.lmdb.data_file import check_structure
 from vista.store.lmdb.permissions import permissions_of
 from vista.store.locks import locked

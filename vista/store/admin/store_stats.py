@@ -11,11 +11,11 @@ from pathlib import Path
 import lmdb
 
 from vista.errors import StoreError, UnfinishedError
-from vista.store.format.keys import CURSOR_KEY, MANIFEST_KEY
+from vista.store.format.keys import MANIFEST_KEY
 from vista.store.layout import environment_path, generation_path, list_generations, read_current
 from vista.store.lmdb.environment import SharedEnvironment
 from vista.store.lmdb.flock import lock_holders
-from vista.store.manifest import Manifest, read_manifest
+from vista.store.manifest import Manifest, read_cursor, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,4 +123,5 @@ def _progress(transaction: lmdb.Transaction[memoryview], path: Path) -> tuple[Ma
         value = transaction.get(MANIFEST_KEY)
         if value is None:
             raise
-        return Manifest.from_bytes(bytes(value), path), False, int(bytes(transaction.get(CURSOR_KEY) or b"0"))
+        manifest = Manifest.from_bytes(bytes(value), path)
+        return manifest, False, read_cursor(transaction, manifest, path)

@@ -12,9 +12,11 @@ from vista.store.format.record import check_records
 from vista.store.layout import (
     CURRENT,
     TOMBSTONES,
+    entries_like_generations,
     environment_path,
     environments_of,
     generation_path,
+    last_complete,
     list_generations,
     read_current,
 )
@@ -61,7 +63,7 @@ class VerificationReport:
 
 
 def verify_store(root: str | Path, *, key: bytes | None = None) -> VerificationReport:
-    """Check CURRENT, the tombstones and every complete generation; nothing is changed, and readers can continue.
+    """Check CURRENT, LAST, the tombstones and every complete generation; nothing is changed, and readers can continue.
 
     The structure of each file is checked before LMDB opens it. Then each record is checked: length, format, checksum,
     user, generation and, with a key, its authentication code.
@@ -83,11 +85,17 @@ def verify_store(root: str | Path, *, key: bytes | None = None) -> VerificationR
         published = read_current(root)
     except StoreError as error:
         report.add(str(error))
+    try:
+        last_complete(root)
+    except StoreError as error:
+        report.add(str(error))
     if os.access(root / TOMBSTONES, os.R_OK):  # They are the owner's alone: another account cannot check them.
         try:
             len(Tombstones(root))
         except StoreError as error:
             report.add(str(error))
+    for name in entries_like_generations(root):
+        report.add(f"{root / name} is ignored, because it is not the folder of a generation; rename or remove it")
     generations = list_generations(root)
     if published is not None and published not in generations:
         report.add(f"{root / CURRENT} names gen-{published}, which does not exist")

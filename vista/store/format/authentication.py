@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vista.errors import ConfigError
+from vista.files import read_limited
 
 KEY_BYTES = 32
 CODE_BYTES = 16
+_MOST_KEY_FILE_BYTES = 1024
 KEY_VARIABLE = "VISTA_AUTHENTICATION_KEY"
 """Environment variable with the key in 64 hex digits, read if no file is named."""
 
@@ -56,8 +58,7 @@ def read_key(path: str | None) -> bytes | None:
         text = os.environ.get(KEY_VARIABLE)
         return None if text is None else _parse(text.encode(), KEY_VARIABLE, remedy)
     try:
-        with Path(path).open("rb") as file:
-            held = file.read(1024)
+        held = read_limited(Path(path), _MOST_KEY_FILE_BYTES)
     except OSError as error:
         raise ConfigError(f"authentication_key_file: {path}: {error.strerror}; {remedy}") from error
     return _parse(held, f"authentication_key_file: {path}", remedy)

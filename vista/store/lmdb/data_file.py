@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ import lmdb
 import lmdb.verify
 
 from vista.errors import StoreBusyError, StoreError
+from vista.files import open_file
 from vista.store.lmdb.permissions import PRIVATE, permissions_of, set_mode
 
 MAP_SIZE_BYTES = 1 << 40
@@ -45,6 +47,8 @@ def open_environment(path: Path, *, readonly: bool, map_size_bytes: int = MAP_SI
         StoreError: the environment is missing, truncated, not of LMDB or not accessible, or there is no room for the
             reader table or in the address space; the message has the remedy.
     """
+    for name in ("data.mdb", "lock.mdb"):
+        _require_regular(path / name)
     if readonly or (path / "data.mdb").exists():
         check_data_file(path / "data.mdb")
     permissions = permissions_of(path)
@@ -82,6 +86,17 @@ def open_environment(path: Path, *, readonly: bool, map_size_bytes: int = MAP_SI
             "%s: the address space is limited (ulimit -v); reserved %d bytes instead of %d", path, size, map_size_bytes
         )
     return environment
+
+
+def _require_regular(path: Path) -> None:
+    """Refuse a named pipe, for which LMDB would wait without end, and a link, which may lead out of the store.
+
+    Raises:
+        StoreError: the path exists and is not a regular file.
+    """
+    with suppress(OSError):  # It is missing, or LMDB meets the same error and reports it.
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise StoreError(f"{path} is not a regular file; {REMEDY}")
 
 
 def _make_reader_table(path: Path) -> None:
@@ -138,7 +153,7 @@ def committed_size(path: Path) -> tuple[int, int]:
 def _committed(path: Path) -> tuple[int, int, int]:
     """As `committed_size`, and the number of that transaction."""
     try:
-        with path.open("rb") as file:
+        with open(open_file(path, follow=False), "rb") as file:
             metas = [_read_meta(file.read(_PAGE_HEADER_BYTES + _META.size))]
             if metas[0] is not None:
                 file.seek(metas[0][0])

@@ -82,6 +82,8 @@ def set_tree_permissions(folder: Path, permissions: Permissions) -> None:
     """Give a generation's folder and everything in it their modes."""
     set_mode(folder, permissions.folder)
     for entry in folder.iterdir():
+        if entry.is_symlink():
+            continue  # Its target is not a part of the store.
         if entry.is_dir():
             set_tree_permissions(entry, permissions)
         else:
