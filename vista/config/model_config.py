@@ -15,6 +15,9 @@ from vista.config.choices import (
     TargetAttentionKind,
 )
 
+LARGEST_DIM = 2**16 - 1
+"""The header of a record holds the shape of a summary as two uint16."""
+
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
@@ -90,11 +93,22 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
-        counts = ("dim", "num_heads", "num_layers", "num_target_layers", "conv_width", "tail_len", "search_top_k")
-        require_counts(self, "model.", (*counts, "num_reconstruction_layers", "embedding_hashes"))
-        require_counts(self, "model.", ("num_seeds", "history_limit", "embedding_rows"), least=0)
+        require_counts(self, "model.", ("dim",), most=LARGEST_DIM)
+        require_counts(self, "model.", ("num_seeds",), least=0, most=LARGEST_DIM)
+        require_counts(self, "model.", ("num_heads", "embedding_hashes"), most=self.dim)
+        layers = ("num_layers", "num_target_layers", "num_reconstruction_layers")
+        require_counts(self, "model.", layers, most=64)
+        require_counts(self, "model.", ("conv_width",), most=1024)
+        require_counts(self, "model.", ("tail_len",), most=4096)
+        require_counts(self, "model.", ("search_top_k",), most=2**20)
+        require_counts(self, "model.", ("history_limit", "embedding_rows"), least=0, most=2**31 - 1)
         require_finite(self, "model.", ("normalization_alpha",))
         require_finite(self, "model.", ("feed_forward_ratio", "temperature"), positive=True)
+        require(
+            self.feed_forward_ratio <= 64,
+            "model.feed_forward_ratio",
+            f"must be at most 64, got {self.feed_forward_ratio}",
+        )
         require(
             self.dim % self.num_heads == 0,
             "model.num_heads",

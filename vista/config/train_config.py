@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vista.config.checks import check_types, require, require_counts, require_only_with
+from vista.config.checks import MOST_THREADS, check_types, require, require_counts, require_only_with
 from vista.config.choices import (
     Architecture,
     Counting,
@@ -61,7 +61,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         require_counts(self, "", ("checkpoint_every",))
-        require_counts(self, "", ("seed", "num_threads"), least=0)
+        require_counts(self, "", ("seed",), least=0)
+        require_counts(self, "", ("num_threads",), least=0, most=MOST_THREADS)
         self._check_search()
         self._check_data()
         self._check_stage()

@@ -6,8 +6,10 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from vista.errors import ConfigError
+from vista.errors import ConfigError, shown
 
+MOST_MS = 10**18 - 1
+"""Numbers have at most 18 digits, so that all arithmetic with them fits int64."""
 _HELD_OUT = {1: "leave-last-out", 2: "leave-last-two-out"}
 
 
@@ -35,18 +37,23 @@ def parse_time(text: str | int) -> int:
         ConfigError: if `text` is neither.
     """
     if isinstance(text, int):
+        if abs(text) > MOST_MS:
+            raise ConfigError(f"time {shown(text)}: has more than 18 digits; write milliseconds since 1970")
         return text
     if re.fullmatch(
         r"(19|20)\d\d(0[1-9]|1[0-2])?", text.strip()
     ):  # as milliseconds, these would be the first minutes of 1970
-        raise ConfigError(f"time {text!r}: is a year or a month; write a full date, such as 2024-05-01")
-    if re.fullmatch(r"[+-]?\d+", text.strip()) and not re.fullmatch(r"\d{8}", text.strip()):
+        raise ConfigError(f"time {shown(text)}: is a year or a month; write a full date, such as 2024-05-01")
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()) and not re.fullmatch(r"[0-9]{8}", text.strip()):
         return int(text)
     try:
+        if re.fullmatch(r"[0-9]{19,}", text.strip()):  # fromisoformat takes the ninth digit for a separator
+            raise ValueError
         time = datetime.fromisoformat(text.strip())
     except ValueError:
         raise ConfigError(
-            f"time {text!r}: write an ISO date or time (2024-05-01, 2024-05-01T12:00:00Z) or milliseconds"
+            f"time {shown(text)}: write an ISO date or time (2024-05-01, 2024-05-01T12:00:00Z) or milliseconds "
+            "of at most 18 digits"
         ) from None
     time = time.replace(tzinfo=UTC) if time.tzinfo is None else time
     return (time - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
@@ -63,19 +70,19 @@ def parse_until(text: str | int | None) -> Until:
     if text is None or text == "all":
         return Until()
     if isinstance(text, int):
-        return Until(before=text)
-    if named := re.fullmatch(r"leave-last-(?:(\d+)-|(two)-)?out", text):
+        return Until(before=parse_time(text))
+    if named := re.fullmatch(r"leave-last-(?:([0-9]{1,18})-|(two)-)?out", text):
         number, two = named.groups()
         held_out = 2 if two else int(number or 1)
         if held_out:
             return Until(held_out=held_out)
-    in_time = re.fullmatch(r"(.*?)(?:-less-(\d+))?", text, re.DOTALL)
+    in_time = re.fullmatch(r"(.*?)(?:-less-([0-9]{1,18}))?", text, re.DOTALL)
     assert in_time is not None  # the pattern matches any text
     time, hidden = in_time.groups()
     try:
         return Until(int(hidden or 0), parse_time(time))
     except ConfigError:
         raise ConfigError(
-            f"until={text!r}: write all, leave-last-out, leave-last-N-out, an ISO date (2024-05-01) or time, "
+            f"until={shown(text)}: write all, leave-last-out, leave-last-N-out, an ISO date (2024-05-01) or time, "
             "milliseconds, or TIME-less-N"
         ) from None

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from vista.config.checks import require
+
+MOST_ACTIONS = 256
+"""Codes of actions are uint8."""
+MOST_TASKS = 64
+MOST_NAME_BYTES = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,3 +25,27 @@ class Schema:
     """Labeled tasks that were trained."""
     has_retrieval: bool = True
     """Whether the retrieval head was trained on next items."""
+
+    def __post_init__(self) -> None:
+        for key, most in (("actions", MOST_ACTIONS), ("tasks", MOST_TASKS)):
+            names = getattr(self, key)
+            require(
+                type(names) is list and all(type(name) is str for name in names), f"schema.{key}", "must list texts"
+            )
+            require(len(names) <= most, f"schema.{key}", f"at most {most} are possible, got {len(names)}")
+            require(
+                all(len(name.encode("utf-8", "surrogatepass")) <= MOST_NAME_BYTES for name in names),
+                f"schema.{key}",
+                f"a name has at most {MOST_NAME_BYTES} bytes",
+            )
+        for key in ("has_time", "has_retrieval"):
+            require(type(getattr(self, key)) is bool, f"schema.{key}", "must be true or false")
+        if self.rating_range is not None:
+            ratings = self.rating_range
+            require(
+                type(ratings) is tuple
+                and len(ratings) == 2
+                and all(type(rating) in (int, float) and math.isfinite(rating) for rating in ratings),
+                "schema.rating_range",
+                "must be two finite numbers",
+            )
