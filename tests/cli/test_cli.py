@@ -429,8 +429,3 @@ def test_config_files_of_all_kinds(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):
             compose_config(config.StoreGetConfig, config_file=file)
-    read, write = os.pipe()
-    os.write(write, b"store: s\nuser: 1_0\n")
-    os.close(write)
-    assert compose_config(config.StoreGetConfig, config_file=f"/dev/fd/{read}").user == "1_0"
-    os.close(read)

@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -24,9 +25,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vista.config.config_keys import ConfigKeys, value_text
-from vista.errors import ConfigError
+from vista.config.interpolations import check_value
+from vista.config.yaml_size import MOST_LEVELS, check_size
+from vista.errors import ConfigError, shown
+from vista.files import read_limited
 
 ConfigT = TypeVar("ConfigT")
+
+
+MOST_YAML_BYTES = 1 << 20
+MOST_WORD = 1 << 17
+"""Characters of a `key=value` word; Linux passes at most as many bytes."""
+MOST_COMMAS = 4_096
+"""Of a word, whose parser takes time that grows with the square of the number of values."""
 
 
 class _Written(yaml.SafeLoader):  # type: ignore[misc]
@@ -107,6 +118,8 @@ def compose_config(
         _assign(config, key, value, keys)
     try:
         return cast(ConfigT, OmegaConf.to_object(config))
+    except RecursionError as error:
+        raise ConfigError(f"{name}: a value refers to itself; write the values instead of ${{...}}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{getattr(error, 'full_key', None) or name}: {_first_line(error)}") from error
 
@@ -136,13 +149,20 @@ def _cause(error: BaseException) -> str:
 
 def _parse(word: str) -> tuple[str, Any, str]:
     """A `key=value` word -> (key, value, the value as written)."""
+    if len(word) > MOST_WORD:
+        raise ConfigError(f"cannot read {shown(word)}: has {len(word)} characters, at most {MOST_WORD} are read")
     if word.startswith("~"):
         raise ConfigError(f"cannot read '{word}': keys cannot be deleted, only set; use null for no value")
+    if word.count(",") > MOST_COMMAS or _levels(word) > MOST_LEVELS:
+        raise ConfigError(
+            f"cannot read {shown(word)}: more than {MOST_COMMAS} values or {MOST_LEVELS} levels; write them into a "
+            "file for --config"
+        )
     if "=" not in word:
         raise ConfigError(f"cannot read '{word}': write it as key=value")
     try:
         override = OverridesParser.create().parse_override(word)
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits
         key, _, text = word.partition("=")
         raise ConfigError(
             f"cannot read '{word}': {_first_line(error)}; quote values with special characters: \"{key}='{text}'\""
@@ -156,17 +176,24 @@ def _parse(word: str) -> tuple[str, Any, str]:
     return override.key_or_group, override.value(), word.partition("=")[2]
 
 
+def _levels(word: str) -> int:
+    """Most brackets that are open at once."""
+    steps = (1 if letter in "[({" else -1 for letter in word if letter in "[](){}")
+    return max(accumulate(steps), default=0)
+
+
 def _words_of_file(path: str | Path | None) -> list[tuple[str, Any, Any]]:
     """(key, value, value with every scalar as written) of each top-level key of a file."""
     if path is None:
         return []
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_limited(Path(path), MOST_YAML_BYTES).decode("utf-8-sig")
+        check_size(text)
         content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
         written = yaml.load(text, _Written)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path}: invalid YAML: {_cause(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: holds a list or text; write keys and values, as `--cfg` prints them")
@@ -197,7 +224,9 @@ def _leaves(
 ) -> Iterator[tuple[str, Any]]:
     """Single keys and values of a word, whose value may be a dict."""
     if key in keys.keys:
-        yield key, _as_written(key, value, written) if keys.keys[key].is_text else value
+        value = _as_written(key, value, written) if keys.keys[key].is_text else value
+        check_value(key, value)
+        yield key, value
     elif key not in keys.sections:
         matches = [*([] if "." in key else get_close_matches(key, groups, n=1)), *keys.matches(key)]
         raise ConfigError(f"unknown key '{key}'{_hint(matches)} (vista {name} --help lists all keys)")
