@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.conftest import sign_model
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.choices import Architecture
 from vista.errors import CheckpointError
@@ -123,6 +124,7 @@ def test_weights_without_the_gap_scale_are_refused(make: SimpleNamespace, tmp_pa
     weights = load_file(tmp_path / "model" / "model.safetensors")
     del weights["gap_scale"]
     save_file(weights, tmp_path / "model" / "model.safetensors")
+    sign_model(tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"(?s)does not fit its config.json.*gap_scale"):
         HSTU.from_pretrained(tmp_path / "model")
     assert "gap_scale" not in baseline(make, "hstu", has_time=False).state_dict()

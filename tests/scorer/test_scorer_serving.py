@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ITEMS, USERS, Served, run_python, small_config
+from tests.conftest import ITEMS, USERS, Served, run_python, sign_model, small_config
 from vista.config.choices import Precision
 from vista.errors import CheckpointError, StoreError
 from vista.log.event_log import EventLog
@@ -255,6 +255,9 @@ class TestItemProjections:
         candidate = np.load(folder / CANDIDATE_FILE)
         for changed in (candidate + 0.1, candidate[:-1]):
             np.save(folder / CANDIDATE_FILE, changed)
+            with pytest.raises(CheckpointError, match=r"item_projections\.npy: (its content|holds \d+ bytes)"):
+                Scorer.open(folder, served_tasks.store)
+            sign_model(folder)
             with pytest.raises(CheckpointError, match="do not belong to its weights; export"):
                 Scorer.open(folder, served_tasks.store)
         with io.BytesIO() as archive:
@@ -262,20 +265,17 @@ class TestItemProjections:
             zipped = archive.getvalue()
         for content in (b"", b"no array", zipped, (folder / UNIT_FILE).read_bytes()[:-8]):
             (folder / UNIT_FILE).write_bytes(content)
+            sign_model(folder)
             with pytest.raises(
                 CheckpointError, match=r"item_unit_vectors\.npy: cannot be mapped .*export the model again"
             ):
                 Scorer.open(folder, served_tasks.store)
 
-    def test_a_model_without_projections_is_served_with_a_warning(
-        self, served_tasks: Served, task_scorer: Scorer, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_missing_projections_are_named(self, served_tasks: Served, tmp_path: Path) -> None:
         shutil.copytree(served_tasks.model_dir, tmp_path / "model")
         (tmp_path / "model" / CANDIDATE_FILE).unlink()
-        user, items = next(task_scorer.store.keys()), task_scorer.model.items.ids(np.arange(5))
-        with caplog.at_level(logging.WARNING), Scorer.open(tmp_path / "model", served_tasks.store) as scorer:
-            assert "has no item projections; computed in memory. Export the model again" in caplog.text
-            np.testing.assert_array_equal(scorer.score([user], items), task_scorer.score([user], items))
+        with pytest.raises(CheckpointError, match=r"no readable model .*item_projections\.npy"):
+            Scorer.open(tmp_path / "model", served_tasks.store)
 
 
 @pytest.mark.processor

@@ -6,11 +6,11 @@ writes them alongside the weights. Letters: V items of the vocabulary, N rows, M
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from vista.errors import CheckpointError
 from vista.log.vocabulary import Vocabulary
+from vista.model.model_description import ModelDescription
 
-logger = logging.getLogger(__name__)
 UNIT_FILE, CANDIDATE_FILE = "item_unit_vectors.npy", "item_projections.npy"
 _ROWS_AT_ONCE = 8192
 _ROWS_COMPARED = 64
@@ -55,25 +55,24 @@ class ItemProjections:
             None if width is None else torch.empty(len(model.items) + 1, width, device=model.device)
             for width in _widths(model)
         ]
-        _fill(tables, model)
+        for first, parts in _blocks(model):
+            for table, part in zip(tables, parts, strict=True):
+                if table is not None and part is not None:
+                    table[first : first + len(part)] = part
         return cls(*tables)
 
     @classmethod
     def load(cls, folder: Path, model: ItemProjector) -> ItemProjections:
         """Map the tables of a folder of `save_pretrained`; copy them to the model's device if that is not the CPU.
 
-        If the folder has none, compute them in the memory of this process and log a warning.
-
         Raises:
-            CheckpointError: if they are damaged, or belong to other weights.
+            CheckpointError: if they are missing or damaged, or belong to other weights.
         """
-        widths = _widths(model)
         paths = [
-            folder / name if width else None for name, width in zip((UNIT_FILE, CANDIDATE_FILE), widths, strict=True)
+            None if width is None else folder / name
+            for name, width in zip((UNIT_FILE, CANDIDATE_FILE), _widths(model), strict=True)
         ]
-        if any(path is not None and not path.exists() for path in paths):
-            logger.warning("%s: has no item projections; computed in memory. Export the model again", folder)
-            return cls.of(model)
+        ModelDescription.read(folder).check_files(folder, *(path.name for path in paths if path is not None))
         projections = cls(*(None if path is None else _mapped(path).to(model.device) for path in paths))
         projections._require(model, folder)
         return projections
@@ -92,17 +91,24 @@ class ItemProjections:
 
 
 def save_item_projections(model: ItemProjector, folder: Path) -> None:
-    """Write the tables, some rows at a time."""
-    files = [
-        None
-        if width is None
-        else np.lib.format.open_memmap(folder / name, "w+", np.float32, (len(model.items) + 1, width))
-        for name, width in zip((UNIT_FILE, CANDIDATE_FILE), _widths(model), strict=True)
-    ]
-    _fill([None if file is None else torch.from_numpy(file) for file in files], model)
-    for file in files:
-        if file is not None:
-            file.flush()
+    """Write the tables, some rows at a time.
+
+    They are not filled through a memory map, because the system ends a process that writes to one on a full disk.
+    """
+    with ExitStack() as files:
+        tables: list[IO[bytes] | None] = []
+        for name, width in zip((UNIT_FILE, CANDIDATE_FILE), _widths(model), strict=True):
+            if width is None:
+                tables.append(None)
+                continue
+            file = files.enter_context(open(folder / name, "wb"))
+            tables.append(file)
+            header = {"descr": "<f4", "fortran_order": False, "shape": (len(model.items) + 1, width)}
+            np.lib.format.write_array_header_1_0(file, header)
+        for _, parts in _blocks(model):
+            for table, part in zip(tables, parts, strict=True):
+                if table is not None and part is not None:
+                    table.write(part.cpu().contiguous().numpy().astype("<f4", copy=False).data)
 
 
 def _widths(model: ItemProjector) -> list[int | None]:
@@ -111,14 +117,11 @@ def _widths(model: ItemProjector) -> list[int | None]:
     return [None if part is None else part.shape[1] for part in model.project_items(no_rows)]
 
 
-def _fill(tables: Sequence[Tensor | None], model: ItemProjector) -> None:
-    """Write all rows into the tables, on any device, some rows at a time."""
+def _blocks(model: ItemProjector) -> Iterator[tuple[int, tuple[Tensor | None, Tensor | None]]]:
+    """All rows of both tables, in order, some at a time: (first row, what `project_items` gives)."""
     count = len(model.items) + 1
     for first in range(0, count, _ROWS_AT_ONCE):
-        rows = torch.arange(first, min(first + _ROWS_AT_ONCE, count), device=model.device)
-        for table, part in zip(tables, model.project_items(rows), strict=True):
-            if table is not None and part is not None:
-                table[first : first + len(rows)] = part
+        yield first, model.project_items(torch.arange(first, min(first + _ROWS_AT_ONCE, count), device=model.device))
 
 
 def _mapped(path: Path) -> Tensor:

@@ -1,18 +1,59 @@
-"""config.json of a saved model: what to build before the weights are loaded."""
+"""config.json of a saved model: what to build before the weights are loaded, and the digests of all files."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+import re
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from vista.config import DataConfig, ModelConfig
 from vista.config.conversion import from_dict, to_dict
 from vista.errors import CheckpointError
+from vista.files import open_file, read_limited
+from vista.json_fields import FieldRule, check_fields, either, hexadecimal, one_of, whole
 from vista.model.schema import Schema
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+CONFIG_FILE = "config.json"
+MOST_BYTES = 16 << 20
+"""Of config.json."""
+_FILE_NAME = re.compile(r"[a-z][a-z0-9_.]*\.(npy|safetensors)")
+_TABLE = FieldRule("a table of keys", lambda value: type(value) is dict)
+_RULES = {
+    "format_version": whole(),
+    "model": _TABLE,
+    "schema": _TABLE,
+    "data": _TABLE,
+    "summarizer_id": either(one_of(None), hexadecimal(64)),
+    "files": FieldRule(
+        "a table of files",
+        lambda value: type(value) is dict and all(_FILE_NAME.fullmatch(name) is not None for name in value),
+    ),
+    "checksum": hexadecimal(16),
+}
+_FILE_RULES = {"bytes": whole(), "xxh3": hexadecimal(16)}
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """What a file of a model holds: its size, and the XXH3-64 of its content as 16 hex digits."""
+
+    bytes: int
+    xxh3: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """Read a regular file. Raises OSError."""
+        digest = xxhash.xxh3_64()
+        with open(open_file(path), "rb", buffering=0) as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+            return cls(file.tell(), digest.hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +63,24 @@ class ModelDescription:
     config: ModelConfig
     schema: Schema
     data: DataConfig
+    summarizer_id: str | None = None
+    """64 hex digits; None for a baseline."""
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    """By name: those of the folder that loading needs. Empty if the model is not saved."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {
+    def write(self, folder: Path) -> None:
+        """Write config.json into a folder, with the entries of its .npy and .safetensors files."""
+        files = {path.name: FileEntry.of(path) for path in folder.iterdir() if _FILE_NAME.fullmatch(path.name)}
+        fields = {
             "format_version": FORMAT_VERSION,
             "model": to_dict(self.config),
             "schema": asdict(self.schema),
             "data": to_dict(self.data),
+            "summarizer_id": self.summarizer_id,
+            "files": {name: asdict(files[name]) for name in sorted(files)},
         }
+        text = json.dumps(fields | {"checksum": checksum_of(fields)}, indent=2)
+        (folder / CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> ModelDescription:
@@ -39,27 +89,70 @@ class ModelDescription:
         Raises:
             CheckpointError: if the folder has no config.json, or one that is damaged or of another format.
         """
-        if not (folder / "config.json").exists() and (folder / "best" / "config.json").exists():
+        path = folder / CONFIG_FILE
+        if not path.exists() and (folder / "best" / CONFIG_FILE).exists():
             raise CheckpointError(f"{folder}: is a run folder; its model is {folder / 'best'}")
         try:
-            description = json.loads((folder / "config.json").read_text())
+            fields = json.loads(read_limited(path, MOST_BYTES))
         except (OSError, ValueError, RecursionError) as error:
             raise unreadable_model(folder, error) from error
-        version = description.get("format_version") if isinstance(description, dict) else None
+        version = fields.get("format_version") if isinstance(fields, dict) else None
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"{folder}: format {version}, but this version of vista reads {FORMAT_VERSION}; export the model again"
             )
         try:
-            schema = Schema(**description["schema"])
-            if schema.rating_range is not None:
-                low, high = schema.rating_range
-                schema = replace(schema, rating_range=(low, high))
-            config = from_dict(ModelConfig, description["model"])
-            data = from_dict(DataConfig, description["data"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder}/config.json: {error!r}; export the model again") from error
-        return cls(config, schema, data)
+            check_fields(fields, _RULES)
+            if checksum_of(fields) != fields["checksum"]:
+                raise ValueError("its checksum does not match; the file is damaged or was edited")
+            for entry in fields["files"].values():
+                check_fields(entry, _FILE_RULES)
+            return cls(
+                from_dict(ModelConfig, fields["model"]),
+                _schema(fields["schema"]),
+                from_dict(DataConfig, fields["data"]),
+                fields["summarizer_id"],
+                {name: FileEntry(**entry) for name, entry in fields["files"].items()},
+            )
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: {error}; export the model again") from error
+
+    def check_files(self, folder: Path, *patterns: str) -> None:
+        """Compare the files of a folder whose names match a pattern, such as `items.*`, with their entries.
+
+        Raises:
+            CheckpointError: if a file is missing, was not saved with the model, or has other content.
+        """
+        names = {*self.files, *(path.name for path in folder.iterdir())}
+        for name in sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)):
+            path = folder / name
+            if name not in self.files:
+                raise CheckpointError(f"{path}: does not belong to the model; remove it, or export the model again")
+            try:
+                size, entry = path.stat().st_size, self.files[name]
+                found = FileEntry.of(path) if size == entry.bytes else None
+            except OSError as error:
+                raise unreadable_model(folder, error) from error
+            if found is None:
+                raise CheckpointError(
+                    f"{path}: holds {size} bytes instead of {entry.bytes}; copy the model again, or export it again"
+                )
+            if found != entry:
+                raise CheckpointError(
+                    f"{path}: its content is not what was exported (XXH3 {found.xxh3} instead of {entry.xxh3}); copy "
+                    "the model again, or export it again"
+                )
+
+
+def checksum_of(fields: dict[str, Any]) -> str:
+    """XXH3-64 of the fields of config.json except the checksum, as JSON with sorted keys and no spaces; in hex."""
+    told = {name: value for name, value in fields.items() if name != "checksum"}
+    return xxhash.xxh3_64_hexdigest(json.dumps(told, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _schema(fields: dict[str, Any]) -> Schema:
+    ratings = fields.get("rating_range")
+    return Schema(**fields | {"rating_range": tuple(ratings) if isinstance(ratings, list) else ratings})
 
 
 def unreadable_model(folder: Path, error: Exception) -> CheckpointError:

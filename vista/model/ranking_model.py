@@ -6,9 +6,9 @@ dim, V items of the vocabulary; N rows and P hash functions of a unified table.
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -24,12 +24,16 @@ from vista.errors import CheckpointError, LogFormatError
 from vista.examples.batch import Batch, BatchEvents
 from vista.files import replaced_folder
 from vista.log.vocabulary import Ids, Vocabulary
+from vista.model.allocation_limit import AllocationLimit, AllocationLimitError
 from vista.model.event_encoder import EventEncoder
 from vista.model.losses import Losses
 from vista.model.model_description import ModelDescription, unreadable_model
 from vista.model.schema import Schema
 from vista.model.unified_embedding import EmbeddingFeature, gather, hashed_rows
 
+WEIGHTS_FILE = "model.safetensors"
+_SPARE_VALUES = 1 << 22
+"""What building a small model may allocate in addition, such as temporary tensors: 16 MiB."""
 NEXT_TASK = "next"
 """Name of the retrieval head's scores among those of the labeled tasks."""
 UNKNOWN_ITEM = 0
@@ -104,21 +108,31 @@ class RankingModel(nn.Module):
             DataError: if the file that `data` names lacks them.
         """
 
-    def description(self) -> dict[str, Any]:
-        """The content of config.json."""
-        return ModelDescription(self.config, self.schema, self.data).to_dict()
+    def description(self) -> ModelDescription:
+        """What config.json says about the model."""
+        return ModelDescription(self.config, self.schema, self.data)
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
-        """Write config.json, model.safetensors, the item vocabulary and, if given, a card as README.md, atomically."""
+        """Write config.json, model.safetensors, the item vocabulary and, if given, a card as README.md, atomically.
+
+        Raises:
+            CheckpointError: if they cannot be written, for example because the disk is full.
+        """
         folder = Path(folder)
-        with replaced_folder(folder) as partial:
-            (partial / "config.json").write_text(json.dumps(self.description(), indent=2) + "\n")
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-            save_file(weights, partial / "model.safetensors")
-            self.items.save(partial, "items")
-            self.save_serving_tables(partial)
-            if card is not None:
-                (partial / "README.md").write_text(card, encoding="utf-8")
+        try:
+            with replaced_folder(folder) as partial:
+                weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+                save_file(weights, partial / WEIGHTS_FILE)
+                self.items.save(partial, "items")
+                self.save_serving_tables(partial)
+                self.description().write(partial)
+                if card is not None:
+                    (partial / "README.md").write_text(card, encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder}: the model could not be written ({error}); free space or correct the permissions, then try "
+                "again"
+            ) from error
 
     def save_serving_tables(self, folder: Path) -> None:
         """Write the tables that serving reads alongside the weights. Baselines have none."""
@@ -128,7 +142,8 @@ class RankingModel(nn.Module):
         """Read a folder of `save_pretrained`, in eval mode. No code from the folder is executed.
 
         Raises:
-            CheckpointError: if the folder is missing, truncated, of another format, or of another architecture.
+            CheckpointError: if the folder is missing, damaged, of another format, or of another architecture; if its
+                config.json asks for a larger model than its weights are; or if a weight is not finite.
         """
         folder = Path(folder)
         saved = ModelDescription.read(folder)
@@ -138,20 +153,28 @@ class RankingModel(nn.Module):
                 f"{cls.architecture.value}"
             )
         try:
-            weights = load_file(folder / "model.safetensors")
+            saved.check_files(folder, WEIGHTS_FILE, "items.*")
+            weights = load_file(folder / WEIGHTS_FILE)
             items = Vocabulary.load(folder, "items")
         except (OSError, ValueError, SafetensorError, LogFormatError) as error:
             raise unreadable_model(folder, error) from error
-        # The drawn weights are replaced at once, so the caller's random state must not advance.
-        with torch.random.fork_rng(devices=[]):
-            model = cls(saved.config, saved.schema, items, saved.data)
+        _require_finite(weights, folder)
+        num_values = sum(weight.numel() for weight in weights.values())
         try:
+            # The drawn weights are replaced at once, so the caller's random state must not advance.
+            with torch.random.fork_rng(devices=[]), AllocationLimit(4 * num_values + _SPARE_VALUES):
+                model = cls(saved.config, saved.schema, items, saved.data)
             # Assigned, not copied: a table of one row per item stays mapped from the file, shared by all processes.
             # (A unified table is small, and its features refer to the table that the model was built with.)
             weights = {name: weight.float() for name, weight in weights.items()}
             model.load_state_dict(weights, assign=saved.config.embedding_rows == 0)
+        except AllocationLimitError:
+            raise CheckpointError(
+                f"{folder}/{WEIGHTS_FILE} does not fit its config.json, which asks for far more than its {num_values} "
+                "values; export the model again"
+            ) from None
         except RuntimeError as error:
-            raise CheckpointError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
+            raise CheckpointError(f"{folder}/{WEIGHTS_FILE} does not fit its config.json: {error}") from error
         return model.to(device).eval()
 
     def item_rows(self, ids: Ids) -> NDArray[np.int64]:
@@ -170,3 +193,12 @@ class RankingModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.item_table.device
+
+
+def _require_finite(weights: dict[str, Tensor], folder: Path) -> None:
+    for name, weight in weights.items():
+        bounds = weight.aminmax() if weight.is_floating_point() and weight.numel() else ()  # NaN if any value is
+        if not all(math.isfinite(bound.item()) for bound in bounds):
+            raise CheckpointError(
+                f"{folder}/{WEIGHTS_FILE}: {name} is not finite; export an earlier checkpoint, or train the model again"
+            )

@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from vista.log.vocabulary import Vocabulary
 from vista.model.frozen_linear import frozen
 from vista.model.item_projections import save_item_projections
 from vista.model.losses import Losses, reconstruction_loss, sampled_softmax, task_losses
+from vista.model.model_description import ModelDescription
 from vista.model.ranking_model import RankingModel
 from vista.model.reconstruction import ReconstructionDecoder
 from vista.model.schema import Schema
@@ -257,8 +258,8 @@ class VistaModel(RankingModel):
     def save_serving_tables(self, folder: Path) -> None:
         save_item_projections(self, folder)
 
-    def description(self) -> dict[str, Any]:
-        return super().description() | {"summarizer_id": self.summarizer_id().hex()}
+    def description(self) -> ModelDescription:
+        return replace(super().description(), summarizer_id=self.summarizer_id().hex())
 
     def summarizer_id(self) -> bytes:
         """SHA-256 over everything that a summary depends on: stage 1, event encoder, item table and vocabulary.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from vista.config.choices import Precision
 from vista.device import choose_precision, resolve_device
 from vista.errors import CheckpointError, SummarizerMismatchError
 from vista.model.item_projections import ItemProjections
+from vista.model.model_description import CONFIG_FILE, ModelDescription
 from vista.model.vista_model import VistaModel
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.sharded_reader import open_store
@@ -81,17 +81,18 @@ class ServingSource:
             SummarizerMismatchError: it has none.
         """
         try:
-            claimed = bytes.fromhex(json.loads((Path(str(self.model)) / "config.json").read_text())["summarizer_id"])
-        except (OSError, ValueError, KeyError, TypeError):
+            claimed = ModelDescription.read(Path(str(self.model))).summarizer_id
+        except CheckpointError:
             return  # Opening the model reports what is wrong with it.
-        open_store(self.store, summarizer_id=claimed, key=self.key).close()
+        if claimed is not None:
+            open_store(self.store, summarizer_id=bytes.fromhex(claimed), key=self.key).close()
 
     def _identity(self) -> tuple[int, ...]:
         """Identifies the export in the folder, which another export may replace; () if there is none."""
         if isinstance(self.model, VistaModel):
             return ()
         try:
-            status = (Path(self.model) / "config.json").stat()
+            status = (Path(self.model) / CONFIG_FILE).stat()
         except OSError:
             return ()  # such as between the two renames of an export
         return status.st_dev, status.st_ino, status.st_mtime_ns
