@@ -17,7 +17,8 @@ LAYERS = (
     ("vista.examples", "vista.model", "vista.store", "vista.simulation"),
     ("vista.log",),
     ("vista.device",),
-    ("vista.config", "vista.files", "vista.json_fields"),
+    ("vista.config",),
+    ("vista.files", "vista.json_fields"),
     ("vista.errors", "vista_kernels"),
 )
 """A module imports from its own package and from the layers below it; `vista` itself only lists the public names."""
