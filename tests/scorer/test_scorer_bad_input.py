@@ -320,3 +320,41 @@ def damage_record(store: Path, user: int) -> None:
         record[-40] ^= 1
         transaction.put(user_keys([user])[0], bytes(record))
     environment.close()
+
+
+class TestLongRequests:
+    """Requests that are too long are refused before anything is read or converted."""
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda s: s.score(range((1 << 24) + 1), ITEMS), "users: holds 16,777,217, at most 16,777,216 per call"),
+            (lambda s: s.user_vectors(range(10**18)), "users: holds 1,000,000,000,000,000,000, at most"),
+            (lambda s: s.score([100], range((1 << 24) + 1)), "candidates: holds 16,777,217, at most"),
+            (lambda s: s.encode(np.broadcast_to(np.int64(10), (1 << 13, 1 << 12))), "candidates: holds 33,554,432, at"),
+            (lambda s: s.rank(100, candidates=range(1 << 25)), "candidates: holds 33,554,432, at most"),
+            (lambda s: s.rank(100, exclude=range(1 << 25)), "exclude: holds 33,554,432, at most"),
+            (
+                lambda s: s.score([100] * 1025, np.broadcast_to(np.int64(10), 1 << 18)),
+                "candidates: with all users: holds 268,697,600, at most 268,435,456 per call",
+            ),
+            (
+                lambda s: s.score([100], ITEMS, tail=good_tail(items=range((1 << 20) + 1), times=range((1 << 20) + 1))),
+                "tail.items: holds 1,048,577, at most 1,048,576 per call; make several calls",
+            ),
+        ],
+    )
+    def test_refusals(self, scorer: Scorer, call: Call, message: str) -> None:
+        scorer.score([100], ITEMS)
+        began = time.process_time()
+        with pytest.raises(ValueError, match=message):
+            call(scorer)
+        assert time.process_time() - began < 1
+
+    def test_a_tail_of_the_largest_size(self, scorer: Scorer) -> None:
+        count = 1 << 20
+        items = np.where(np.arange(count) % 2, 10, 20)
+        times = START + 100 * DAY + np.arange(count)
+        whole = Tail(items, times, np.zeros(count, np.int64), np.array([0, count]))
+        last = Tail(items[-50:], times[-50:], np.zeros(50, np.int64), np.array([0, 50]))
+        np.testing.assert_array_equal(scorer.score([100], ITEMS, tail=whole), scorer.score([100], ITEMS, tail=last))

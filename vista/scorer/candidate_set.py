@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+
+from vista.config.choices import OnMissing
+from vista.errors import UnknownItemError
+from vista.model.ranking_model import UNKNOWN_ITEM
+from vista.scorer.request_arguments import MOST_IDS, item_rows, length_of, require_most
+from vista.scorer.serving_snapshot import ServingSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,3 +24,33 @@ class CandidateSet:
     """Model rows, [C] (the same for every user) or [B, C]."""
     vocabulary: str
     """Digest of the item vocabulary that the rows refer to."""
+
+    @classmethod
+    def of(cls, snapshot: ServingSnapshot, candidates: Any, on_missing: OnMissing) -> CandidateSet:
+        """Look item ids [C] or [B, C] up in the vocabulary in service; a `CandidateSet` of it is returned as it is.
+
+        Raises:
+            UnknownItemError: an id is unknown, and `on_missing` is "raise".
+            ValueError, TypeError: the ids are not integers or strings as in the log, have another shape, or are too
+                many; or the set was encoded for another vocabulary.
+        """
+        if isinstance(candidates, CandidateSet):
+            if candidates.vocabulary != snapshot.vocabulary:
+                raise ValueError("candidates: were encoded for another model; call encode again after a reload")
+            return candidates
+        require_most(length_of(candidates), MOST_IDS, "candidates")
+        try:
+            ids = np.asarray(candidates.cpu() if isinstance(candidates, Tensor) else candidates)
+        except ValueError:
+            raise ValueError("candidates: the rows differ in length; pass (values, offsets) instead") from None
+        if ids.ndim not in (1, 2):
+            raise ValueError(f"candidates: must be of shape [C] or [B, C], got {ids.shape}")
+        require_most(ids.size, MOST_IDS, "candidates")
+        rows = item_rows(snapshot.model, ids.ravel(), "candidates").reshape(ids.shape)
+        if on_missing is OnMissing.error and (rows == UNKNOWN_ITEM).any():
+            unknown = ids[rows == UNKNOWN_ITEM][:5].tolist()
+            raise UnknownItemError(
+                f"candidates: items {unknown} are not in the model's vocabulary; train on a newer log, or pass "
+                "on_missing='empty'"
+            )
+        return cls(rows, snapshot.vocabulary)

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from vista.config.choices import OnMissing, Precision, choice_of
 from vista.device import reuse_freed_memory
-from vista.errors import UnknownItemError
 from vista.log.vocabulary import Ids
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.vista_model import VistaModel
@@ -34,7 +33,7 @@ from vista.scorer.explanation import Explanation
 from vista.scorer.ranking import Ranking
 from vista.scorer.reading import read_request
 from vista.scorer.request import Request
-from vista.scorer.request_arguments import ids_of, item_rows, ragged_offsets, split_ragged
+from vista.scorer.request_arguments import MOST_SCORES, ids_of, item_rows, ragged_offsets, require_most, split_ragged
 from vista.scorer.scorer_stats import ScorerStats, StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.scorer.serving_source import ServingSource
@@ -60,7 +59,7 @@ class Scorer:
         try:
             self.task = task or self.tasks[0]
             """The task that `score` and `rank` use."""
-            _require_task(self.task, self._snapshots.current)
+            self._snapshots.current.require_task(self.task)
         except BaseException:
             self.close()
             raise
@@ -183,7 +182,7 @@ class Scorer:
         Raises:
             UnknownUserError, UnknownItemError: with on_missing="raise".
             StoreError: the scorer is closed, or a record is damaged.
-            ValueError, TypeError: an argument is invalid; the message names it.
+            ValueError, TypeError: an argument is invalid or too long; the message names it.
         """
         with self._call() as snapshot:
             return self._predict(snapshot, users, candidates, tail, now, snapshot.tasks)
@@ -221,7 +220,7 @@ class Scorer:
             left_out[UNKNOWN_ITEM] = True
             num_unknown, rows = 0, None
             if candidates is not None:
-                chosen = self._encode(snapshot, candidates).rows
+                chosen = CandidateSet.of(snapshot, candidates, self.on_missing).rows
                 if chosen.ndim != 1:
                     raise ValueError(f"candidates: must be of shape [C], got {chosen.shape}")
                 num_unknown = int((chosen == UNKNOWN_ITEM).sum())
@@ -251,7 +250,7 @@ class Scorer:
         The result belongs to the model in service: encode again after a `reload` that moved to another model.
         """
         with self._snapshots.use() as snapshot:
-            return self._encode(snapshot, candidates)
+            return CandidateSet.of(snapshot, candidates, self.on_missing)
 
     def user_vectors(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
         """Unit vectors of the retrieval head, float32 [B, M]; their products with `item_vectors` rank the catalog.
@@ -260,7 +259,7 @@ class Scorer:
             ValueError: the model was trained without a retrieval head. Others as in `predict`.
         """
         with self._call() as snapshot:
-            _require_retrieval(snapshot)
+            snapshot.unit_vectors()
             request = self._request(snapshot, users, tail, now)
             vectors: NDArray[np.float32] = snapshot.user_vectors(request).cpu().numpy()
             if self.on_missing is OnMissing.nan:
@@ -274,7 +273,7 @@ class Scorer:
             ValueError: the model was trained without a retrieval head.
         """
         with self._snapshots.use() as snapshot:
-            vectors = _require_retrieval(snapshot)[UNKNOWN_ITEM + 1 :].cpu().numpy().copy()
+            vectors = snapshot.unit_vectors()[UNKNOWN_ITEM + 1 :].cpu().numpy().copy()
             return snapshot.model.items.ids(np.arange(len(snapshot.model.items))), vectors
 
     def explain(
@@ -300,8 +299,8 @@ class Scorer:
         """
         with self._call() as snapshot:
             task = task or self.task
-            _require_task(task, snapshot)
-            rows = self._encode(snapshot, candidates).rows
+            snapshot.require_task(task)
+            rows = CandidateSet.of(snapshot, candidates, self.on_missing).rows
             if rows.ndim != 1:
                 raise ValueError(f"candidates: must be of shape [C], got {rows.shape}")
             request = self._request(snapshot, [user], tail, now)
@@ -329,7 +328,7 @@ class Scorer:
     ) -> dict[str, Any]:
         values, given = split_ragged(candidates)
         request = self._request(snapshot, users, tail, now)
-        rows, missing = self._encode(snapshot, values).rows, request.missing
+        rows, missing = CandidateSet.of(snapshot, values, self.on_missing).rows, request.missing
         if given is not None:
             offsets = ragged_offsets(rows, given, len(request))
             scores = snapshot.ragged_scores(request, rows, offsets, tasks)
@@ -339,6 +338,7 @@ class Scorer:
                 raise ValueError(
                     f"candidates: shape {rows.shape} does not match {len(request)} users; pass [C], or one row per user"
                 )
+            require_most(len(request) * rows.shape[-1], MOST_SCORES, "candidates: with all users")
             scores = snapshot.scores(request, torch.from_numpy(rows), tasks)
             missing = missing[:, None]
         unknown = np.broadcast_to(rows == UNKNOWN_ITEM, scores[tasks[0]].shape)
@@ -350,40 +350,8 @@ class Scorer:
             return {task: cells.to(values.device) for task, cells in scores.items()}
         return {task: cells.numpy() for task, cells in scores.items()}
 
-    def _encode(self, snapshot: ServingSnapshot, candidates: Any) -> CandidateSet:
-        if isinstance(candidates, CandidateSet):
-            if candidates.vocabulary != snapshot.vocabulary:
-                raise ValueError("candidates: were encoded for another model; call encode again after a reload")
-            return candidates
-        try:
-            ids = np.asarray(candidates.cpu() if isinstance(candidates, Tensor) else candidates)
-        except ValueError:
-            raise ValueError("candidates: the rows differ in length; pass (values, offsets) instead") from None
-        if ids.ndim not in (1, 2):
-            raise ValueError(f"candidates: must be of shape [C] or [B, C], got {ids.shape}")
-        rows = item_rows(snapshot.model, ids.ravel(), "candidates").reshape(ids.shape)
-        if self.on_missing is OnMissing.error and (rows == UNKNOWN_ITEM).any():
-            unknown = ids[rows == UNKNOWN_ITEM][:5].tolist()
-            raise UnknownItemError(
-                f"candidates: items {unknown} are not in the model's vocabulary; train on a newer log, or pass "
-                "on_missing='empty'"
-            )
-        return CandidateSet(rows, snapshot.vocabulary)
-
     def _request(self, snapshot: ServingSnapshot, users: Ids, tail: Tail | None, now: Any) -> Request:
         return read_request(snapshot, users, tail, now, self.on_missing, self.max_age_s, self._recorder)
-
-
-def _require_task(task: str, snapshot: ServingSnapshot) -> None:
-    if task not in snapshot.tasks:
-        raise ValueError(f"task: {task!r} is not one of this model's tasks, {snapshot.tasks}")
-
-
-def _require_retrieval(snapshot: ServingSnapshot) -> Tensor:
-    """The unit vectors of all items."""
-    if snapshot.items.unit is None:
-        raise ValueError("this model has no retrieval head; train it with optim.next_weight above 0")
-    return snapshot.items.unit
 
 
 _scorers: weakref.WeakSet[Scorer] = weakref.WeakSet()

@@ -83,6 +83,17 @@ class ServingSnapshot:
         tail = pad_tail(model, none, none, none, np.zeros(2, np.int64))
         self.scores(Request(self.empty, tail, None, np.ones(1, bool)), torch.zeros(1, dtype=torch.int64), self.tasks)
 
+    def require_task(self, task: str) -> None:
+        """Raise ValueError if the model lacks a task."""
+        if task not in self.tasks:
+            raise ValueError(f"task: {task!r} is not one of this model's tasks, {self.tasks}")
+
+    def unit_vectors(self) -> Tensor:
+        """Unit vectors of all items, [1 + V, M]; ValueError without the retrieval head."""
+        if self.items.unit is None:
+            raise ValueError("this model has no retrieval head; train it with optim.next_weight above 0")
+        return self.items.unit
+
     def context(self, request: Request) -> tuple[TargetContext, Tensor | None]:
         """Keys and values of a request, and the gap buckets of its time, int64 [B, 1] or None."""
         context = inference.request_context(self._scoring, request.summary, request.tail, self._masks)

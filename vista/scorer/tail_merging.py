@@ -8,7 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.model.ranking_model import RankingModel
-from vista.scorer.request_arguments import array_of, impossible_times, integers, item_rows, not_a_time
+from vista.scorer.request_arguments import (
+    MOST_TAIL_EVENTS,
+    array_of,
+    impossible_times,
+    integers,
+    item_rows,
+    length_of,
+    not_a_time,
+    require_most,
+)
 from vista.store.stored_batch import StoredBatch
 from vista.store.tail import Tail
 
@@ -24,6 +33,7 @@ def checked_tail(tail: Tail, num_users: int) -> Tail:
     """
     if not isinstance(tail, Tail):
         raise TypeError(f"tail: must be a Tail(items, times, actions, offsets), got a {type(tail).__name__}")
+    require_most(length_of(tail.items), MOST_TAIL_EVENTS, "tail.items")
     arrays = {
         "items": array_of(tail.items, "tail.items"),
         "times": integers(tail.times, "tail.times", "integer milliseconds"),
