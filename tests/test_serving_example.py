@@ -102,6 +102,7 @@ def test_the_service(served: Served, service: int, tmp_path: Path) -> None:
         in_a_row = in_a_row + 1 if watched["generation"] == 2 else 0
     np.testing.assert_allclose(fetch(service, {"user": 103, "items": ITEMS})[1]["scores"], expected, atol=2e-5)
     assert 0 <= watched["age_s"] < TIMEOUT_S * 10 and watched["calls"] > 0 and watched["p99_ms"] > 0
+    assert watched["failed_reloads"] == 0
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.vista_model import VistaModel
 from vista.scorer.candidate_set import CandidateSet
 from vista.scorer.explanation import Explanation
+from vista.scorer.follower import Follower
 from vista.scorer.ranking import Ranking
 from vista.scorer.reading import read_request
 from vista.scorer.request import Request
@@ -55,6 +57,7 @@ class Scorer:
         self.max_age_s = max_age_s
         self._snapshots = SnapshotHolder(source)
         self._recorder = StatsRecorder()
+        self._follower: Follower | None = None
         _scorers.add(self)
         try:
             self.task = task or self.tasks[0]
@@ -107,7 +110,8 @@ class Scorer:
         return cls(source, policy, task, max_age_s)
 
     def close(self) -> None:
-        """Close the store; closing twice is allowed."""
+        """Close the store and end `follow`; closing twice is allowed."""
+        self._stop_following()
         self._snapshots.close()
 
     def __enter__(self) -> Scorer:
@@ -149,9 +153,29 @@ class Scorer:
             StoreError, CheckpointError: the new generation or model is damaged, its tails are shorter than the model
                 reads, the new model lacks this scorer's task, or the scorer is closed. The old one stays in service.
         """
-        moved = self._snapshots.reload(self.task)
-        self._recorder.add(reloads=moved)
+        try:
+            moved = self._snapshots.reload(self.task)
+        except BaseException as error:
+            self._recorder.failed_to_reload(error)
+            raise
+        self._recorder.reloaded(moved=moved)
         return moved
+
+    def follow(self, every_s: float = 30.0) -> None:
+        """Call `reload` every `every_s` seconds in a daemon thread, until `close`.
+
+        An error is logged and counted (`stats`), and the next call tries again. Threads do not survive a fork: call
+        `follow` in each worker. A second call replaces the first.
+
+        Raises:
+            StoreError: the scorer is closed.
+            ValueError: every_s is not positive or too large.
+        """
+        if not 0 < every_s <= threading.TIMEOUT_MAX:
+            raise ValueError(f"every_s: must be positive and at most {threading.TIMEOUT_MAX:.0f}, got {every_s}")
+        with self._snapshots.use():  # checks that the scorer is open
+            self._stop_following()
+            self._follower = Follower(self, every_s)
 
     def stats(self) -> ScorerStats:
         """What this scorer has done in this process."""
@@ -322,6 +346,12 @@ class Scorer:
     def _after_fork(self) -> None:
         self._snapshots.after_fork()
         self._recorder = StatsRecorder()
+        self._follower = None
+
+    def _stop_following(self) -> None:
+        follower, self._follower = self._follower, None
+        if follower is not None:
+            follower.stop()
 
     def _predict(
         self, snapshot: ServingSnapshot, users: Ids, candidates: Any, tail: Tail | None, now: Any, tasks: list[str]

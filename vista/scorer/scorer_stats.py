@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 import threading
+import time
 from dataclasses import dataclass, field
 
 BUCKETS_PER_OCTAVE = 4
@@ -35,6 +36,12 @@ class ScorerStats:
     """Candidates that `rank` left out because they were unknown or their score was not finite."""
     reloads: int = 0
     """Calls of `reload` that moved to another generation or model."""
+    failed_reloads: int = 0
+    """Calls of `reload` that raised an error."""
+    last_reload_error: str | None = None
+    """Of the newest call of `reload`; None if it succeeded."""
+    followed_at: int = 0
+    """When `reload` last succeeded, ms since 1970; 0 if never."""
     latency_counts: tuple[int, ...] = field(default=(0,) * (len(LATENCY_BOUNDS_MS) + 1))
     """Calls by duration, including failed ones; bucket i ends at LATENCY_BOUNDS_MS[i], the last one is open."""
 
@@ -54,7 +61,11 @@ class ScorerStats:
         return math.nan
 
 
-COUNTERS = tuple(name for name in ScorerStats.__dataclass_fields__ if name != "latency_counts")
+COUNTERS = tuple(
+    name
+    for name in ScorerStats.__dataclass_fields__
+    if name not in ("last_reload_error", "followed_at", "latency_counts")
+)
 
 
 class StatsRecorder:
@@ -64,6 +75,8 @@ class StatsRecorder:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(COUNTERS, 0)
         self._latencies = [0] * (len(LATENCY_BOUNDS_MS) + 1)
+        self._reload_error: str | None = None
+        self._followed_at = 0
 
     def add(self, **counts: int) -> None:
         """Add to counters by name."""
@@ -79,7 +92,24 @@ class StatsRecorder:
             self._counts["failed_calls"] += failed
             self._latencies[bucket] += 1
 
+    def reloaded(self, *, moved: bool) -> None:
+        """Count a call of `reload` that succeeded."""
+        with self._lock:
+            self._counts["reloads"] += moved
+            self._reload_error, self._followed_at = None, time.time_ns() // 1_000_000
+
+    def failed_to_reload(self, error: BaseException) -> None:
+        """Count a call of `reload` that raised an error."""
+        with self._lock:
+            self._counts["failed_reloads"] += 1
+            self._reload_error = f"{type(error).__name__}: {error}"
+
     def snapshot(self) -> ScorerStats:
         """All numbers at one point in time."""
         with self._lock:
-            return ScorerStats(**self._counts, latency_counts=tuple(self._latencies))
+            return ScorerStats(
+                **self._counts,
+                last_reload_error=self._reload_error,
+                followed_at=self._followed_at,
+                latency_counts=tuple(self._latencies),
+            )
