@@ -263,7 +263,7 @@ class TestOutcomes:
         ("command", "function"),
         [
             ("simulate", "vista.cli.log_commands.run_simulate"),
-            ("prepare", "vista.cli.log_commands.run_prepare"),
+            ("prepare", "vista.cli.prepare_command.run_prepare"),
             ("evaluate", "vista.cli.train_commands.run_evaluate"),
             ("score", "vista.cli.score_command.run_score"),
             ("refresh", "vista.cli.refresh_commands.run_refresh"),

@@ -1,12 +1,17 @@
 """Fixtures of the ingest tests."""
 
+import atexit
 from pathlib import Path
 
 from vista.config import PrepareConfig, SourceConfig
 from vista.config.choices import OnBadRows
 from vista.log.ingest.prepare import prepare
 from vista.log.ingest.prepare_report import PrepareReport
+from vista.log.ingest.source_parser import SourceParser
 
+PARSER = SourceParser()
+"""Shared by the tests, because its start takes longer than most of them."""
+atexit.register(PARSER.close)
 COLUMNS = {"timestamp": "timestamp", "time_unit": "s"}
 
 
@@ -15,7 +20,8 @@ def run(
 ) -> PrepareReport:
     config = SourceConfig(paths=[str(path) for path in paths], **(COLUMNS | source))
     bad_rows = OnBadRows(on_bad_rows)
-    return prepare(PrepareConfig(out=str(out), events=config, append=append, on_bad_rows=bad_rows, progress=False))
+    settings = PrepareConfig(out=str(out), events=config, append=append, on_bad_rows=bad_rows, progress=False)
+    return prepare(settings, parser=PARSER)
 
 
 def write_csv(path: Path, rows: list[tuple], header: str = "user,item,timestamp") -> Path:

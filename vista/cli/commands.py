@@ -41,7 +41,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "prepare": Command(
         config.PrepareConfig,
-        _handler("log_commands", "run_prepare"),
+        _handler("prepare_command", "run_prepare"),
         "Convert source tables (Parquet, CSV, MovieLens, ...) into an EventLog, or append them to one.",
         (
             "vista prepare out=data/ml-1m events.kind=auto events.paths=[path/to/ml-1m]",

@@ -1,4 +1,4 @@
-"""The commands that make and change logs, `vista simulate`, `vista prepare`, and `vista log ...`: config to report."""
+"""The commands `vista simulate` and `vista log ...`: config to report."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from vista.config import (
     LogEraseConfig,
     LogForgetConfig,
     LogStatsConfig,
-    PrepareConfig,
     SimulateConfig,
 )
 from vista.log.compaction import CompactionReport, compact_log
 from vista.log.deletions import DeletionReport, erase_users, forget_file
 from vista.log.event_log import EventLog
-from vista.log.ingest.prepare import prepare
-from vista.log.ingest.prepare_report import PrepareReport
 from vista.log.log_stats import LogStats
 from vista.log.vocabulary import ids_of_words
 from vista.simulation.simulate import SimulationReport, simulate
@@ -23,11 +20,6 @@ from vista.simulation.simulate import SimulationReport, simulate
 def run_simulate(config: SimulateConfig) -> SimulationReport:
     """`vista simulate`; errors as of `simulate`."""
     return simulate(config)
-
-
-def run_prepare(config: PrepareConfig) -> PrepareReport:
-    """`vista prepare`; errors as of `prepare`."""
-    return prepare(config)
 
 
 def run_log_forget(config: LogForgetConfig) -> DeletionReport:

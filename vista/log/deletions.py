@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 
 from vista.config import SourceConfig
 from vista.config.choices import OnBadRows
-from vista.errors import ConfigError, DataError, UnknownUserError
+from vista.errors import ConfigError, DataError, UnknownUserError, shown
 from vista.log.event_keys import EventKeys, equal_events
 from vista.log.event_log import EventLog
 from vista.log.frames import to_polars
 from vista.log.ingest.parts import ORDER, read_part
 from vista.log.ingest.row_rules import TIME_UNITS
-from vista.log.ingest.sources import Source, column_names, frame_source, open_sources
+from vista.log.ingest.scanned_source import frame_source
+from vista.log.ingest.source_parser import SourceParser
+from vista.log.ingest.sources import Source, open_sources
 from vista.log.packed_table import Int
 from vista.log.polars_extra import pl
 from vista.log.segment import EVENT_COLUMNS, FORGOTTEN_COLUMNS, LOG_FIELDS, segment_name
@@ -86,17 +88,21 @@ def forget_file(path: str | os.PathLike[str], file: str, time_unit: str | None) 
         )
     if Path(file).is_dir():
         raise DataError(f"{file}: is a folder; name a single CSV or Parquet file")
-    names = column_names(Path(file))
-    for name in ("user", "item", "timestamp"):
-        if names and name not in names:
-            raise DataError(
-                f"{file}: column {name!r} is missing, the file has: {', '.join(names)}; rename the columns to user, "
-                "item, timestamp, and optionally action"
-            )
-    (source,) = open_sources(_config([file], "action" in names, time_unit if log.has_time else "ms"))
-    if log.has_time and time_unit is None and not source.frame.collect_schema()["timestamp"].is_temporal():
-        raise ConfigError(f"time_unit: set the unit of column 'timestamp' of {file} ({', '.join(TIME_UNITS)})")
-    return _forget(Path(path), source)
+    if not Path(file).is_file():
+        raise DataError(f"{file}: no such file or folder; check the path")
+    with SourceParser() as parser:
+        types, _ = parser.call("column_types", file)
+        for name in ("user", "item", "timestamp"):
+            if name not in types:
+                raise DataError(
+                    f"{file}: column {name!r} is missing, the file has: {', '.join(types)}; rename the columns to "
+                    "user, item, timestamp, and optionally action"
+                )
+        if log.has_time and time_unit is None and not types["timestamp"].startswith("Date"):
+            raise ConfigError(f"time_unit: set the unit of column 'timestamp' of {file} ({', '.join(TIME_UNITS)})")
+        config = _config([file], "action" in types, time_unit if log.has_time else "ms")
+        (source,) = open_sources(config, "events", parser)
+        return _forget(Path(path), source)
 
 
 def rows_to_erase(log: EventLog, user_ids: Sequence[int] | Sequence[str]) -> NDArray[np.int64]:
@@ -212,7 +218,7 @@ def _matches(log: EventLog, keys: EventKeys, frame: pl.DataFrame, source: Source
 
 
 def _named(row: Mapping[str, Any]) -> str:
-    values = ", ".join(f"{name} {row[name]!r}" for name in ("user", "item", "timestamp", "action") if name in row)
+    values = ", ".join(f"{name} {shown(row[name])}" for name in ("user", "item", "timestamp", "action") if name in row)
     return f"row {row[ORDER] % 2**32} ({values})"
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vista.errors import DataError
+from vista.log.ingest.source_parser import SourceParser
 from vista.log.polars_extra import pl
 from vista.log.vocabulary import Vocabulary
 
@@ -26,39 +28,11 @@ def read_categories(file: Path, column: str, items: Vocabulary) -> NDArray[np.in
     Raises:
         DataError: naming file, column, row, and remedy, if the file is invalid or contains no item of the model.
     """
-    try:
-        table = pl.read_csv(file, infer_schema=False) if file.suffix == ".csv" else pl.read_parquet(file, glob=False)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(
-            f"data.item_categories={file}: cannot be read ({reason}); name a Parquet or CSV file"
-        ) from error
-    for name in ("item", column):
-        if name not in table.columns:
-            raise DataError(
-                f"{file}: column {name!r} is missing, the file has: {', '.join(table.columns)}; name the column of ids "
-                "item, and set the column of categories with data.category_column=..."
-            )
-        kind = table[name].dtype
-        if not (kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Boolean)):
-            raise DataError(f"{file}: column {name!r} has type {kind}; write integers or text, one value per item")
-    wanted = pl.Int64 if items.kind == "int" else pl.String
-    ids = table["item"].cast(wanted, strict=False)
-    bad = table["item"].is_not_null() & ids.is_null()
-    if bad.any():
-        row = int(bad.arg_true()[0])
-        raise DataError(
-            f"{file}: row {row + 1}, column 'item': {table['item'][row]!r} is not an integer, but the log's item ids "
-            "are; use the log's ids"
-        )
-    named = pl.DataFrame({"item": ids, "category": table[column].cast(pl.String)}).drop_nulls().unique()
-    twice = named.filter(named["item"].is_duplicated())
-    if len(twice):
-        item = twice["item"].min()
-        categories = sorted(twice.filter(pl.col("item") == item)["category"])
-        raise DataError(f"{file}: item {item!r} has the categories {', '.join(categories)}; keep one")
-    if not len(named):
-        raise DataError(f"{file}: column {column!r} has no values; set another column with data.category_column=...")
+    if not file.is_file():
+        raise DataError(f"data.item_categories={file}: cannot be read (no such file); name a Parquet or CSV file")
+    with SourceParser() as parser:
+        _, content = parser.call("category_table", file, column=column, kind=items.kind)
+    named = pl.read_ipc(BytesIO(content))
     rows = items.rows(named["item"].to_list())
     logger.info("%s: %d of %d items have a category", file, int((rows >= 0).sum()), len(items))
     if not (rows >= 0).any():

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from tests.log.conftest import PARSER
 from vista.config import PrepareConfig, SourceConfig
 from vista.config.choices import IdType, OnBadRows
 from vista.errors import ConfigError, DataError
@@ -23,7 +24,8 @@ def events(path: Path, **options: object) -> SourceConfig:
 
 def ingest(path: Path, out: Path, on_bad_rows: str = "raise", **options: object) -> None:
     prepare(
-        PrepareConfig(out=str(out), events=events(path, **options), on_bad_rows=OnBadRows(on_bad_rows), progress=False)
+        PrepareConfig(out=str(out), events=events(path, **options), on_bad_rows=OnBadRows(on_bad_rows), progress=False),
+        parser=PARSER,
     )
 
 
@@ -73,7 +75,8 @@ def test_bad_rows_are_set_aside_with_reasons(tmp_path: Path) -> None:
     report = prepare(
         PrepareConfig(
             out=str(tmp_path / "out"), events=events(file), on_bad_rows=OnBadRows("quarantine"), progress=False
-        )
+        ),
+        parser=PARSER,
     )
     assert (report.num_events, report.num_quarantined) == (3, len(lines))
     assert str(report.quarantine) in str(report)
@@ -162,7 +165,7 @@ def test_a_contradictory_config_is_refused(tmp_path: Path, options: dict, messag
     for key, value in options.items():
         setattr(config, key, value)
     with pytest.raises(ConfigError, match=message):
-        prepare(PrepareConfig(out=str(tmp_path / "out"), events=config, progress=False))
+        prepare(PrepareConfig(out=str(tmp_path / "out"), events=config, progress=False), parser=PARSER)
     assert not (tmp_path / "out").exists()
 
 
@@ -173,7 +176,11 @@ def test_a_contradictory_config_is_refused(tmp_path: Path, options: dict, messag
         ("user", [2.0, None], r"row 2, column 'user': an empty value is missing"),
         ("user", [[1], [2]], r"column 'user' has type List\(Int64\) and cannot be a user"),
         ("user", ["a", ""], r"row 2, column 'user': '' is missing"),
-        ("user", ["a", "b" * 501], r"row 2, column 'user': 'b+' is too long; ids may have at most 500 bytes"),
+        (
+            "user",
+            ["a", "b" * 501],
+            r"row 2, column 'user': 'b+ … .423 characters left out. … b+' is too long; ids may have at most 500 bytes",
+        ),
         ("user", pl.Series([1, 2**63], dtype=pl.UInt64), r"row 2, column 'user': 9223372036854775808 does not fit"),
         ("timestamp", [1.0, float("nan")], r"row 2, column 'timestamp': nan is not a number"),
         ("timestamp", [1.0, float("inf")], r"row 2, column 'timestamp': inf is after 2100"),
@@ -229,7 +236,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_seconds_read_as_milliseconds_cause_a_warning(tmp_path: Path) -> None:
     file = tmp_path / "log.csv"
     file.write_text(HEADER + GOOD)
-    report = prepare(PrepareConfig(out=str(tmp_path / "out"), events=events(file, time_unit="ms"), progress=False))
+    report = prepare(
+        PrepareConfig(out=str(tmp_path / "out"), events=events(file, time_unit="ms"), progress=False), parser=PARSER
+    )
     assert "all times are before 1971; check events.time_unit" in str(report)
 
 
@@ -241,10 +250,10 @@ def test_append_without_the_logs_actions(tmp_path: Path) -> None:
     source = {"timestamp": "time", "time_unit": "s"}
     out = str(tmp_path / "log")
     events = SourceConfig(paths=[str(first)], action="what", **source)  # type: ignore[arg-type]
-    prepare(PrepareConfig(out=out, events=events, progress=False))
+    prepare(PrepareConfig(out=out, events=events, progress=False), parser=PARSER)
     later = SourceConfig(paths=[str(second)], **source)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"b\.csv: the log has the actions buy, view.*events\.action"):
-        prepare(PrepareConfig(out=out, events=later, append=True, progress=False))
+        prepare(PrepareConfig(out=out, events=later, append=True, progress=False), parser=PARSER)
     assert EventLog.open(out).num_events == 2
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tests.log.conftest import COLUMNS, run, write_csv
+from tests.log.conftest import COLUMNS, PARSER, run, write_csv
 from vista.config import PrepareConfig, SourceConfig
 from vista.config.choices import IdType
 from vista.errors import ConfigError, DataError
@@ -140,7 +140,7 @@ def test_impressions_from_files(tmp_path: Path) -> None:
         ),
         progress=False,
     )
-    assert prepare(config).num_impressions == 3
+    assert prepare(config, parser=PARSER).num_impressions == 3
     log = EventLog.open(tmp_path / "log")
     assert log.impressions is not None
     assert log.impressions.tasks == ["click", "like"]
@@ -152,12 +152,12 @@ def test_impressions_from_files(tmp_path: Path) -> None:
     config.append = True
     config.events.paths = [str(write_csv(tmp_path / "b.csv", [(1, 10, 9)]))]
     with pytest.raises(DataError, match=r"seen\.csv: segment 1 already contains it"):
-        prepare(config)
+        prepare(config, parser=PARSER)
     assert config.impressions is not None
     seen.write_text("who,what,when,click,like\n1,10,7,1,1\n")
     config.impressions.labels = ["like"]
     with pytest.raises(DataError, match=r"labels \['like'\] differ from the log's \['click', 'like'\]"):
-        prepare(config)
+        prepare(config, parser=PARSER)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_impressions_need_labels_and_times(tmp_path: Path, change: dict, message
         progress=False,
     )
     with pytest.raises(ConfigError, match=message):
-        prepare(config)
+        prepare(config, parser=PARSER)
 
 
 def test_impressions_need_a_log_with_times(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from tests.conftest import real_set
+from tests.log.conftest import PARSER
 from vista.config import PrepareConfig, SimulateConfig, SourceConfig
 from vista.errors import DataError
 from vista.log.event_log import EventLog
@@ -57,7 +58,7 @@ def npz(folder: Path) -> Path:
 
 def load(paths: list[Path], kind: str, out: Path) -> EventLog:
     source = SourceConfig(kind=kind, paths=[str(path) for path in paths])
-    prepare(PrepareConfig(out=str(out), events=source, progress=False))
+    prepare(PrepareConfig(out=str(out), events=source, progress=False), parser=PARSER)
     return EventLog.open(out)
 
 
@@ -180,7 +181,7 @@ def test_tables_in_every_format(tmp_path: Path) -> None:
     pl.DataFrame(rows, schema=header, orient="row").write_parquet(tmp_path / "e.parquet")
     for name, separator in (("a.csv", ","), ("b.csv.gz", ","), ("c.tsv", ","), ("d.txt", "|"), ("e.parquet", ",")):
         source = SourceConfig(paths=[str(tmp_path / name)], user="who", item="what", separator=separator)
-        prepare(PrepareConfig(out=str(tmp_path / f"log-{name}"), events=source, progress=False))
+        prepare(PrepareConfig(out=str(tmp_path / f"log-{name}"), events=source, progress=False), parser=PARSER)
         log = EventLog.open(tmp_path / f"log-{name}")
         assert log.users.ids([0, 1]).tolist() == ["ann", "bob"]
         assert log.items.ids(log["ann"].item).tolist() == ["a,b"]

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
+from tests.log.conftest import PARSER
 from vista.config.choices import Codec
 from vista.errors import RecordError, StoreError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, encode_records, user_keys
@@ -153,7 +154,7 @@ def test_other_and_truncated_files_are_refused(tmp_path, build):
     for damaged in (b"", b"not Parquet", whole[:-10], whole[: len(whole) // 2], whole[:-200] + bytes(200)):
         file.write_bytes(damaged)
         with pytest.raises(StoreError, match="is not a complete export of a store"):
-            import_store(file, tmp_path / "target")
+            import_store(file, tmp_path / "target", parser=PARSER)
     written = pl.read_parquet_metadata(file.with_name("whole.parquet"))["vista"]
     for text in (
         "",
@@ -164,10 +165,10 @@ def test_other_and_truncated_files_are_refused(tmp_path, build):
     ):
         rewritten(file, frame, {"vista": text})
         with pytest.raises(StoreError, match=r"not a complete export of a store: (its metadata are|it is a 2)"):
-            import_store(file, tmp_path / "target")
+            import_store(file, tmp_path / "target", parser=PARSER)
     rewritten(file, frame, {"vista": sealed({"format": FORMAT, "manifest": {"format_version": 9}})})
     with pytest.raises(StoreError, match="format version 9"):
-        import_store(file, tmp_path / "target")
+        import_store(file, tmp_path / "target", parser=PARSER)
     rewritten(file, frame, {})
     with pytest.raises(StoreError, match="not a complete export"):
         import_store(tmp_path / "none.parquet", tmp_path / "target")
@@ -183,7 +184,7 @@ def test_flipped_bits_of_an_export_are_never_imported(tmp_path, build):
         flipped[place] ^= 1 << int(chance.integers(8))
         file.write_bytes(flipped)
         try:
-            import_store(file, tmp_path / f"new-{place}")
+            import_store(file, tmp_path / f"new-{place}", parser=PARSER)
         except (StoreError, RecordError):
             refused += 1
         else:  # in padding, or in a column that the import does not read

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vista.config.choices import OnBadRows
-from vista.errors import DataError
+from vista.errors import DataError, shown
 from vista.log.ingest.row_rules import BLANK, PROBLEM, Rule, parse
-from vista.log.ingest.sources import EXTRA, ROW, Source, unreadable
+from vista.log.ingest.scanned_source import EXTRA, ROW, ScannedSource, unreadable
+from vista.log.ingest.sources import FileSource, Source
 from vista.log.polars_extra import pl
 
 ORDER = "order"
@@ -44,7 +45,7 @@ class Part:
 def read_part(
     source: Source, kinds: Mapping[str, str], table: str, folder: Path, number: int, on_bad_rows: OnBadRows
 ) -> Part:
-    """Stream one source into `folder`.
+    """Stream one source into `folder`; a file is read by its parser.
 
     Args:
         kinds: kinds of ids, "int" or "str", of "user" and "item".
@@ -53,6 +54,19 @@ def read_part(
     Raises:
         DataError: if the file cannot be read or has no rows; with on_bad_rows=raise, for the first bad row.
     """
+    if isinstance(source, FileSource):
+        result, _ = source.parser.call(
+            "read_part",
+            source.path,
+            kinds=dict(kinds),
+            table=table,
+            folder=str(folder.absolute()),
+            number=number,
+            on_bad_rows=on_bad_rows.value,
+        )
+        quarantine = None if result["quarantine"] is None else Path(result["quarantine"])
+        return Part(source, Path(result["file"]), result["num_rows"], result["num_bad"], quarantine)
+    assert isinstance(source, ScannedSource)
     frame, rules = parse(source, kinds, table)
     file = folder / f"{table}-{number:06d}.arrow"
     order = (pl.lit(number, pl.Int64) * 2**32 + pl.col(ROW).cast(pl.Int64)).alias(ORDER)
@@ -92,13 +106,13 @@ def write_quarantine(parts: Sequence[Part], target: Path) -> None:
                     shutil.copyfileobj(handle, out)
 
 
-def _report(source: Source, rules: Sequence[Rule], part: pl.LazyFrame, row: int) -> str:
+def _report(source: ScannedSource, rules: Sequence[Rule], part: pl.LazyFrame, row: int) -> str:
     """What is wrong with a row: file, row, column, value, reason, and remedy."""
     problem = part.filter(pl.col(ORDER) % 2**32 == row).select(PROBLEM).collect(engine="streaming")
     rule = rules[problem[PROBLEM][0] - 1]
     value = source.frame.filter(pl.col(ROW) == row).select(rule.column).collect(engine="streaming")[rule.column][0]
-    shown = repr(value) if value is not None else "an empty value"
-    return f"{source.path}: row {row}, {_place(source, rule)}: {shown} {rule.reason}; {rule.remedy}"
+    given = shown(value) if value is not None else "an empty value"
+    return f"{source.path}: row {row}, {_place(source, rule)}: {given} {rule.reason}; {rule.remedy}"
 
 
 def _place(source: Source, rule: Rule) -> str:
@@ -107,7 +121,7 @@ def _place(source: Source, rule: Rule) -> str:
     return f"column {source.columns[rule.column]!r}"
 
 
-def _set_aside(source: Source, rules: Sequence[Rule], table: str, part: pl.LazyFrame, target: Path) -> None:
+def _set_aside(source: ScannedSource, rules: Sequence[Rule], table: str, part: pl.LazyFrame, target: Path) -> None:
     """Stream a source's bad rows, in input order, into a CSV file without a header."""
     bad = part.filter((pl.col(PROBLEM) > 0) & (pl.col(PROBLEM) != BLANK))
     listed = bad.select((pl.col(ORDER) % 2**32).cast(pl.UInt32).alias(ROW), PROBLEM).collect(engine="streaming")
@@ -129,12 +143,18 @@ def _set_aside(source: Source, rules: Sequence[Rule], table: str, part: pl.LazyF
         .sort(ROW)
         .select(
             pl.lit(table).alias("table"),
-            pl.lit(source.path).alias("file"),
+            _as_text(pl.lit(source.path)).alias("file"),
             ROW,
-            "column",
-            value.alias("value"),
+            _as_text(pl.col("column")).alias("column"),
+            _as_text(value).alias("value"),
             "reason",
             pl.struct(pl.col(name).alias(alias) for name, alias in own.items()).struct.json_encode().alias("record"),
         )
         .sink_csv(target, include_header=False)
     )
+
+
+def _as_text(cell: pl.Expr) -> pl.Expr:
+    """A cell that no spreadsheet takes for a formula: one that begins like a formula gets a leading apostrophe."""
+    is_formula = cell.str.contains(r"^[=+\-@\t\r]") & ~cell.str.contains(r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
+    return pl.when(is_formula).then(pl.concat_str(pl.lit("'"), cell)).otherwise(cell)

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ from vista.log.ingest.new_segment import NewSegment
 from vista.log.ingest.packing import BUCKET_EVENTS, pack
 from vista.log.ingest.parts import Part, read_part, write_quarantine
 from vista.log.ingest.prepare_report import PrepareReport
+from vista.log.ingest.scanned_source import frame_source
 from vista.log.ingest.source_checks import check_sources, id_kinds, tasks_of
-from vista.log.ingest.sources import Source, frame_source, open_sources
+from vista.log.ingest.source_parser import SourceParser
+from vista.log.ingest.sources import Source, open_sources
 from vista.log.ingest.stage_times import StageTimes
 from vista.log.segment import QUARANTINE_FILE, segment_name
 from vista.log.segment_writer import locked_log, staged_folder, write_manifest
@@ -40,11 +42,14 @@ __all__ = ["PrepareReport", "prepare", "prepare_frames"]
 _LOG = logging.getLogger("vista.prepare")
 
 
-def prepare(config: PrepareConfig, *, bucket_events: int = BUCKET_EVENTS) -> PrepareReport:
+def prepare(
+    config: PrepareConfig, *, bucket_events: int = BUCKET_EVENTS, parser: SourceParser | None = None
+) -> PrepareReport:
     """Ingest source files into a new EventLog, or with `append` into a new segment of an existing one.
 
     Args:
         bucket_events: rows that are sorted at once, about 150 bytes of memory each; it never changes the result.
+        parser: reads the files, and stays open for other calls; None starts one, which takes about half a second.
 
     Raises:
         ConfigError: if the configuration is contradictory, or a timestamp has no unit.
@@ -58,12 +63,13 @@ def prepare(config: PrepareConfig, *, bucket_events: int = BUCKET_EVENTS) -> Pre
         progress=config.progress,
     )
     run.check_target()
-    run.add("events", config.events, open_sources(config.events, "events"))
-    if config.impressions is not None:
-        run.add("impressions", config.impressions, open_sources(config.impressions, "impressions"))
-    elif _is_simulated_with_impressions(config.events, run.sources["events"][0]):
-        run.add("impressions", config.events, open_sources(config.events, "impressions"))
-    return run.ingest()
+    with SourceParser() if parser is None else nullcontext(parser) as files:
+        run.add("events", config.events, open_sources(config.events, "events", files))
+        if config.impressions is not None:
+            run.add("impressions", config.impressions, open_sources(config.impressions, "impressions", files))
+        elif _is_simulated_with_impressions(config.events, run.sources["events"][0]):
+            run.add("impressions", config.events, open_sources(config.events, "impressions", files))
+        return run.ingest()
 
 
 def prepare_frames(
@@ -129,9 +135,9 @@ class _Run:
                 "this one first"
             )
 
-    def add(self, table: str, config: SourceConfig, sources: list[Source]) -> None:
+    def add(self, table: str, config: SourceConfig, sources: Sequence[Source]) -> None:
         """Add the sources of a table: first "events", then optionally "impressions"."""
-        self.sources[table], self.configs[table] = sources, config
+        self.sources[table], self.configs[table] = list(sources), config
 
     def ingest(self) -> PrepareReport:
         """Write the sources as one segment, and report it."""

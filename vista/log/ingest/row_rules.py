@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from vista.errors import ConfigError, DataError
 from vista.log.gaps import LATEST_MS
-from vista.log.ingest.sources import EXTRA, ROW, Source, unreadable
+from vista.log.ingest.scanned_source import EXTRA, ROW, ScannedSource, unreadable
+from vista.log.ingest.sources import FileSource, Source
 from vista.log.polars_extra import pl
 
 MAX_ID_BYTES = 500
@@ -49,6 +50,10 @@ def id_kind(source: Source, column: str, wanted: str) -> str:
     """
     if wanted != "auto":
         return wanted
+    if isinstance(source, FileSource):
+        kind: str = source.parser.call("id_kind", source.path, table=source.table, column=column)[0]
+        return kind
+    assert isinstance(source, ScannedSource)
     dtype = source.frame.collect_schema()[column]
     if dtype.is_integer() or dtype.is_float():
         return "int"
@@ -62,7 +67,7 @@ def id_kind(source: Source, column: str, wanted: str) -> str:
     return "int" if first.height and first[column].str.contains(r"^-?(0|[1-9][0-9]{0,18})$")[0] else "str"
 
 
-def parse(source: Source, kinds: Mapping[str, str], table: str) -> tuple[pl.LazyFrame, list[Rule]]:
+def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[pl.LazyFrame, list[Rule]]:
     """Lazily parse and check all values of a source.
 
     Args:

@@ -11,7 +11,8 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from vista.errors import StoreError
+from vista.errors import DataError, StoreError, shown
 from vista.files import sync
+from vista.log.ingest.source_parser import SourceParser
 from vista.log.polars_extra import pl, register_io_source
 from vista.store.admin.generation_builder import GenerationBuilder, restamp_records
 from vista.store.admin.generation_reader import GenerationReader, open_generation, read_settled
@@ -29,7 +31,7 @@ from vista.store.format.keys import user_id
 from vista.store.format.record import check_records, decode_rows, read_records
 from vista.store.layout import environment_path, generations_to_keep, next_number, read_current, remove_leftovers
 from vista.store.lmdb.data_file import check_structure
-from vista.store.lmdb.permissions import GROUP, PRIVATE
+from vista.store.lmdb.permissions import GROUP, PRIVATE, Permissions
 from vista.store.locks import locked
 from vista.store.manifest import Manifest
 from vista.store.publication import publish_generation
@@ -41,6 +43,7 @@ from vista.store.tombstones import Tombstones
 FORMAT = "vista store export 1"
 
 _METADATA = "vista"
+_BATCH_ROWS = 1024
 GROUP_BYTES = 1 << 24
 """Default approximate size of a row group, which is what writing and reading hold in memory at once."""
 
@@ -113,7 +116,12 @@ def _export(root: Path, generation: int, out: Path, key: bytes | None, group_byt
 
 
 def import_store(
-    file: str | Path, root: str | Path, *, key: bytes | None = None, shared_with_group: bool = False
+    file: str | Path,
+    root: str | Path,
+    *,
+    key: bytes | None = None,
+    shared_with_group: bool = False,
+    parser: SourceParser | None = None,
 ) -> PublishReport:
     """Publish an exported file as a new generation; the records are the exported ones, with a new number.
 
@@ -122,6 +130,7 @@ def import_store(
         root: the store's folder, made if it does not exist. The generation published before is kept.
         key: 32 bytes, if the exported records are authenticated.
         shared_with_group: let the group of the store's folder read it.
+        parser: reads the file, and stays open for other calls; None starts one.
 
     Raises:
         ConfigError: the folder holds another kind of store: unsharded, or with another number of shards.
@@ -132,10 +141,14 @@ def import_store(
     """
     file, root = Path(file).absolute(), Path(root).absolute()
     check_place(root)
-    about = _about(file)
+    with SourceParser() if parser is None else nullcontext(parser) as reader:
+        return _import(file, root, key, GROUP if shared_with_group else PRIVATE, reader)
+
+
+def _import(file: Path, root: Path, key: bytes | None, permissions: Permissions, parser: SourceParser) -> PublishReport:
+    about = _about(file, parser)
     old = Manifest.from_dict(about["manifest"], file)
     old_spec = old.spec(key)
-    permissions = GROUP if shared_with_group else PRIVATE
     with locked(root, permissions):
         remove_leftovers(root)
         tombstones = Tombstones(root)
@@ -143,7 +156,7 @@ def import_store(
         builder = GenerationBuilder(root, wanted, key, permissions)
         read = Tally()
         try:
-            for keys, records in _rows(file):
+            for keys, records in _rows(file, parser):
                 check_records(records, keys, old_spec)
                 read.add(keys, records)
                 if any(tombstones.erased(keys)):
@@ -152,9 +165,11 @@ def import_store(
                         "export it again"
                     )
                 builder.put(keys, restamp_records(keys, records, builder.spec))
-            if (read.count, read.records_digest) != (about["count"], about["records_digest"]):
+            exported = about.get("count"), about.get("records_digest")
+            if (read.count, read.records_digest) != exported:
                 raise _not_an_export(
-                    file, f"it holds {read.count} records, but {about['count']} records, or other ones, were exported"
+                    file,
+                    f"it holds {read.count} records, but {shown(exported[0])} records, or other ones, were exported",
                 )
             manifest = builder.finish()
         except BaseException:
@@ -210,17 +225,15 @@ def _group_rows(source: GenerationReader, group_bytes: int) -> int:
     return max(1, group_bytes // size)
 
 
-def _about(file: Path) -> dict[str, Any]:
-    try:
-        metadata = pl.read_parquet_metadata(file)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise _not_an_export(file, str(error)) from error
-    checksum, _, text = metadata.get(_METADATA, "").partition(" ")
+def _about(file: Path, parser: SourceParser) -> dict[str, Any]:
+    checksum, _, text = _call(parser, "metadata", file)[0].get(_METADATA, "").partition(" ")
     if checksum != _checksum(text):
         raise _not_an_export(file, "its metadata are missing or damaged")
     about: dict[str, Any] = json.loads(text)
-    if about["format"] != FORMAT:
-        raise _not_an_export(file, f"it is a {about['format']!r}, but this version of vista reads {FORMAT!r}")
+    if about.get("format") != FORMAT:
+        raise _not_an_export(file, f"it is a {shown(about.get('format'))}, but this version of vista reads {FORMAT!r}")
+    if not isinstance(about.get("manifest"), dict):
+        raise _not_an_export(file, "its metadata have no manifest")
     return about
 
 
@@ -229,18 +242,22 @@ def _checksum(text: str) -> str:
     return digest
 
 
-def _rows(file: Path) -> Iterator[tuple[list[bytes], list[bytes]]]:
+def _rows(file: Path, parser: SourceParser) -> Iterator[tuple[list[bytes], list[bytes]]]:
+    _call(parser, "open_batches", file, columns=["key", "record"], rows=_BATCH_ROWS)
+    while content := _call(parser, "next_batch", file)[1]:
+        frame = pl.read_ipc(BytesIO(content))
+        keys, records = frame["key"].to_list(), frame["record"].to_list()
+        if None in keys or None in records:
+            raise _not_an_export(file, "a key or record is missing")
+        yield keys, records
+
+
+def _call(parser: SourceParser, task: str, file: Path, **arguments: Any) -> tuple[Any, bytes]:
+    """`SourceParser.call` of a file that may not be an export."""
     try:
-        columns = pl.scan_parquet(file, glob=False).select(
-            pl.col("key").cast(pl.Binary).alias("key"), pl.col("record").cast(pl.Binary).alias("record")
-        )
-        for frame in columns.collect_batches(chunk_size=1024, maintain_order=True):
-            keys, records = frame["key"].to_list(), frame["record"].to_list()
-            if None in keys or None in records:
-                raise _not_an_export(file, "a key or record is missing")
-            yield keys, records
-    except pl.exceptions.PolarsError as error:
-        raise _not_an_export(file, str(error)) from error
+        return parser.call(task, file, **arguments)
+    except DataError as error:
+        raise _not_an_export(file, str(error).removeprefix(f"{file}: ")) from error
 
 
 def _not_an_export(file: Path, reason: str) -> StoreError:

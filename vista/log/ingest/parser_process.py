@@ -1,0 +1,153 @@
+"""The process that parses source files for a `SourceParser`: it reads requests from stdin and replies on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+from vista.config import SourceConfig
+from vista.config.choices import OnBadRows
+from vista.errors import ConfigError, DataError, LogWriteError, VistaError
+from vista.log.category_table import category_table
+from vista.log.ingest.parts import read_part
+from vista.log.ingest.row_rules import id_kind
+from vista.log.ingest.scanned_source import ScannedSource
+from vista.log.ingest.source_formats import column_types, scan_source
+from vista.log.polars_extra import pl
+
+_Version = tuple[int, int, int]
+
+
+class ParserProcess:
+    """The tasks, and the files that are open between them.
+
+    Each task is a method of a path and JSON arguments. It returns a JSON result, or bytes.
+    """
+
+    def __init__(self) -> None:
+        self._sources: dict[tuple[str, str], tuple[ScannedSource, _Version]] = {}
+        """By table and path."""
+        self._batches: Iterator[pl.DataFrame] = iter(())
+
+    def open_source(self, path: str, config: Mapping[str, Any], table: str, max_bytes: int) -> dict[str, Any]:
+        """Open a source file; returns the fields of a Source."""
+        version = _version(path)
+        source = scan_source(Path(path), SourceConfig(**config), table, max_bytes)
+        self._sources[table, path] = source, version
+        return source.described()
+
+    def id_kind(self, path: str, table: str, column: str) -> str:
+        """`row_rules.id_kind` of an open source."""
+        return id_kind(self._sources[table, path][0], column, "auto")
+
+    def read_part(
+        self, path: str, kinds: Mapping[str, str], table: str, folder: str, number: int, on_bad_rows: str
+    ) -> dict[str, Any]:
+        """`parts.read_part` of an open source, which is closed then; returns the fields of the Part."""
+        source, version = self._sources.pop((table, path))
+        part = read_part(source, kinds, table, Path(folder), number, OnBadRows(on_bad_rows))
+        if _version(path) != version:
+            raise DataError(f"{path}: changed while it was read; wait until its writer is done, then try again")
+        return {
+            "file": str(part.file),
+            "num_rows": part.num_rows,
+            "num_bad": part.num_bad,
+            "quarantine": None if part.quarantine is None else str(part.quarantine),
+        }
+
+    def column_types(self, path: str) -> dict[str, str]:
+        """`source_formats.column_types`."""
+        return column_types(Path(path))
+
+    def category_table(self, path: str, column: str, kind: str) -> bytes:
+        """`category_table`, as an Arrow IPC file."""
+        return _ipc(category_table(Path(path), column, kind))
+
+    def metadata(self, path: str) -> dict[str, str]:
+        """The metadata of a Parquet file."""
+        return pl.read_parquet_metadata(path)
+
+    def open_batches(self, path: str, columns: list[str], rows: int) -> None:
+        """Begin to read binary columns of a Parquet file in batches of `rows` rows, in their order."""
+        chosen = pl.scan_parquet(path, glob=False).select(pl.col(name).cast(pl.Binary) for name in columns)
+        self._batches = chosen.collect_batches(chunk_size=rows, maintain_order=True)
+
+    def next_batch(self, path: str) -> bytes:
+        """The next batch as an Arrow IPC file; empty after the last one."""
+        batch = next(self._batches, None)
+        return b"" if batch is None else _ipc(batch)
+
+
+def main() -> None:
+    """Serve requests until stdin ends, or until a library panics, whose state is unknown then.
+
+    Interrupts are left to the parent, which ends this process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # so that nothing else can write between the replies
+    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(requests,), daemon=True).start()
+    process = ParserProcess()
+    while _serve(process, json.loads(requests.get()), replies):
+        pass
+
+
+def _receive(requests: queue.SimpleQueue[bytes]) -> None:
+    """Queue the requests. If the parent ends, end this process at once: another one may soon write the same files."""
+    for line in sys.stdin.buffer:
+        requests.put(line)
+    os._exit(0)
+
+
+def _serve(process: ParserProcess, request: Mapping[str, Any], replies: IO[bytes]) -> bool:
+    """Perform one task and write the reply; False after an error that is not vista's own."""
+    path, payload, expected = request["path"], b"", True
+    reply: dict[str, Any]
+    try:
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit = request["memory_bytes"] if hard == resource.RLIM_INFINITY else min(request["memory_bytes"], hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+        os.chdir(request["folder"])
+        result = getattr(process, request["task"])(path, **request["arguments"])
+        if isinstance(result, bytes):
+            payload, reply = result, {"result": None, "payload_bytes": len(result)}
+        else:
+            reply = {"result": result}
+    except (ConfigError, DataError, LogWriteError) as error:
+        reply = {"error": [type(error).__name__, str(error)]}
+    except pl.exceptions.PolarsError as error:
+        reply = {"error": [DataError.__name__, f"{path}: cannot be read: {_first_line(error)}; write the file again"]}
+    except BaseException as error:  # Polars' panics are no Exceptions
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reply = {"error": [DataError.__name__, f"{path}: cannot be read: {reason}; write the file again"]}
+        expected = isinstance(error, VistaError)
+    replies.write(json.dumps(reply).encode() + b"\n" + payload)
+    replies.flush()
+    return expected
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:500]
+
+
+def _version(path: str) -> _Version:
+    """What changes if the file is written or replaced: inode, size and modification time (ns)."""
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _ipc(frame: pl.DataFrame) -> bytes:
+    buffer = BytesIO()
+    frame.write_ipc(buffer)
+    return buffer.getvalue()

@@ -1,0 +1,189 @@
+"""A child process that parses source files: a damaged file can end the process that parses it, or fill its memory.
+
+The child runs `parser_process`. Requests and replies are lines of JSON; a reply may be followed by raw bytes. This
+module imports neither NumPy nor Polars, so that a command can start the child before it imports them itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import IO, Any
+
+from vista import errors
+from vista.errors import DataError, shortened
+
+MEMORY_BYTES = 768 << 20
+"""Memory that the parsing of any file may take."""
+THREAD_BYTES = 128 << 20
+"""Memory in addition to that, per processor."""
+BYTES_PER_BYTE = 16
+"""Memory in addition to that, per byte of the file."""
+TIMEOUT_S = 30.0
+"""Time that a request may take, plus one second per `BYTES_PER_S` of the file."""
+BYTES_PER_S = 1_000_000
+_NOISE = (" ", "note:", "stack backtrace", "skipping backtrace")
+"""How lines of a backtrace begin."""
+_REASON = 500
+"""Characters of the child's last words in a message."""
+_CODE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from vista.log.ingest.parser_process import main; main()"
+)
+
+
+class SourceParser:
+    """Parses source files in a child process, which starts with the first call, and again after it has ended.
+
+    Use it in a `with` block: the child ends with the block. It also ends when this process ends.
+
+    Args:
+        timeout_s: seconds that a call may take, in addition to one second per megabyte of its file.
+    """
+
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._child: subprocess.Popen[bytes] | None = None
+        self._stderr: IO[bytes] | None = None
+        self._received = b""
+
+    def __enter__(self) -> SourceParser:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the child if it does not run; does not wait until it is ready."""
+        if self._child is not None and self._child.poll() is None:
+            return
+        self.close()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, closed by `close`
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", _CODE, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            bufsize=0,
+        )
+
+    def close(self) -> None:
+        """End the child. The next call starts another one."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+            for pipe in (self._child.stdin, self._child.stdout, self._stderr):
+                if pipe is not None:
+                    pipe.close()
+        self._child, self._received = None, b""
+
+    def call(self, task: str, path: str | os.PathLike[str], **arguments: Any) -> tuple[Any, bytes]:
+        """Let the child perform a task on a file.
+
+        Args:
+            task: name of a method of `ParserProcess`.
+            arguments: of the method, as JSON has them.
+
+        Returns:
+            (the result, as JSON has it; raw bytes, empty for most tasks).
+
+        Raises:
+            DataError, ConfigError, LogWriteError: as the task raises them. A DataError also if the parser panics,
+                crashes, needs more memory than `memory_limit`, or takes too long.
+        """
+        path = os.fspath(path)
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+        timeout_s, memory_bytes = self._timeout_s + size / BYTES_PER_S, memory_limit(size)
+        request = {
+            "task": task,
+            "path": path,
+            "folder": os.getcwd(),
+            "memory_bytes": memory_bytes,
+            "arguments": arguments,
+        }
+        try:
+            self.start()
+            reply, payload = self._exchange(json.dumps(request).encode() + b"\n", time.monotonic() + timeout_s)
+        except EOFError:
+            raise DataError(
+                f"{path}: cannot be read: the parser {self._how_it_ended()}; the file is damaged, or needs more than "
+                f"{memory_bytes >> 20:,} MiB of memory: write it again, with smaller row groups if it is Parquet"
+            ) from None
+        except TimeoutError:
+            raise DataError(
+                f"{path}: was not read within {timeout_s:.0f} s; the file is damaged, or the disk is too slow: write "
+                "the file again, or split it"
+            ) from None
+        except BaseException:
+            self.close()  # the reply is still to come, and must not be taken for that of another call
+            raise
+        if "error" in reply:
+            name, text = reply["error"]
+            raise getattr(errors, name)(text)
+        return reply["result"], payload
+
+    def _exchange(self, request: bytes, deadline: float) -> tuple[dict[str, Any], bytes]:
+        """Send a request and receive the reply; the child is still alive afterwards.
+
+        Raises:
+            EOFError: the child has ended.
+            TimeoutError: the deadline is over; the child was ended.
+        """
+        assert self._child is not None and self._child.stdin is not None
+        try:
+            view = memoryview(request)
+            while view:
+                view = view[self._child.stdin.write(view) :]
+        except BrokenPipeError:
+            raise EOFError from None
+        while b"\n" not in self._received:
+            self._receive(deadline)
+        line, _, self._received = self._received.partition(b"\n")
+        reply: dict[str, Any] = json.loads(line)
+        wanted = reply.get("payload_bytes", 0)
+        parts, have = [self._received], len(self._received)
+        while have < wanted:
+            self._received = b""
+            self._receive(deadline)
+            parts.append(self._received)
+            have += len(self._received)
+        self._received = b""
+        return reply, b"".join(parts)
+
+    def _receive(self, deadline: float) -> None:
+        """Add what the child has written to `_received`."""
+        assert self._child is not None and self._child.stdout is not None
+        descriptor = self._child.stdout.fileno()
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            self.close()
+            raise TimeoutError
+        content = os.read(descriptor, 1 << 20)
+        if not content:
+            raise EOFError
+        self._received += content
+
+    def _how_it_ended(self) -> str:
+        """How the child ended, with the last telling line that it wrote to stderr."""
+        assert self._child is not None and self._stderr is not None
+        code = self._child.wait()
+        self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - 4096))
+        lines = self._stderr.read().decode(errors="replace").splitlines()
+        telling = [line for line in lines if line and not line.startswith(_NOISE)]
+        words = shortened(telling[-1], _REASON) if telling else "without a message"
+        self.close()
+        return f"{f'was ended by {signal.Signals(-code).name}' if code < 0 else f'exited with code {code}'} ({words})"
+
+
+def memory_limit(file_bytes: int) -> int:
+    """Memory in bytes that parsing a file of this size may take."""
+    return MEMORY_BYTES + THREAD_BYTES * len(os.sched_getaffinity(0)) + BYTES_PER_BYTE * file_bytes
