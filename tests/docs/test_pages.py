@@ -13,7 +13,7 @@ from tests.docs.run_page import ROOT, TIME_LIMIT_S, check_page
 
 README = ROOT / "README.md"
 README_CPU_LIMIT_S = 120
-"""Its example is to take less than a minute on an idle laptop. CPU time hardly depends on what else the machine does."""
+"""Its example takes less than a minute on an idle laptop. CPU time hardly depends on what else the machine does."""
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 RUN = [
     page

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ import pytest
 
 from vista.cli.refresh_commands import run_watch
 from vista.config import SourceConfig, WatchConfig
-from vista.config.choices import Codec
+from vista.config.choices import Arrival, Codec, OnBadRows
 from vista.errors import ConfigError, StoreLockedError
 from vista.log.event_log import EventLog
 from vista.log.segment_writer import locked_log
@@ -31,11 +33,19 @@ from vista.store.update import StoreUpdate
 
 
 def arrive(folder: Path, name: str, frame: dict[str, Any], age_s: float = 60) -> Path:
-    """A file that arrived a while ago."""
+    """A complete file that arrived a while ago, with its marker."""
     path = folder / name
     pl.DataFrame(frame).write_csv(path)
-    os.utime(path, (time.time() - age_s,) * 2)
+    mark(path, age_s)
     return path
+
+
+def mark(path: Path, age_s: float = 60) -> None:
+    """Say that a file was complete some seconds ago."""
+    marker = path.with_name(path.name + ".done")
+    marker.touch()
+    for file in (path, marker):
+        os.utime(file, (time.time() - age_s,) * 2)
 
 
 @pytest.fixture
@@ -72,28 +82,71 @@ def test_each_file_once(tmp_path: Path, grow: SimpleNamespace, watched: WatchCon
     first = grow.events({1: 2, 3: 4}, later)
     arrive(folder, "b.csv", first)
     arrive(folder, ".hidden.csv", grow.events({1: 1}, later, seed=5))
-    arrive(folder, "young.csv", grow.events({2: 1}, later), age_s=0)
+    arrive(folder, "young.csv", grow.events({2: 1}, later)).with_name("young.csv.done").unlink()
     report = watching.look()
     assert (report.files, report.refused) == (1, 0) and len(report.refreshes) == 1
     assert report.lag_s is not None and 60 <= report.lag_s < 120
     expect(watched, grow, tmp_path, 20)
     arrive(folder, "again.csv", first)  # the same content under another name
-    os.utime(folder / "young.csv", (time.time() - 60,) * 2)
+    mark(folder / "young.csv")
     assert watching.look().files == 1
     expect(watched, grow, tmp_path, 21)
     again = Watch(watched).look()  # as after a restart
     assert (again.files, again.refreshes) == (0, [])
 
 
-def test_a_file_dated_in_the_future_waits_and_is_reported_once(
+def test_a_file_waits_for_its_marker_and_is_reported_once(
     tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
+    watching, later = Watch(watched), grow.start + 500 * grow.hour
+    path = arrive(tmp_path / "incoming", "a.csv", grow.events({1: 2}, later), age_s=50)
+    marker = path.with_name("a.csv.done")
+    marker.unlink()
+    for age_s, warnings in ((50, 0), (70, 1), (80, 1)):
+        os.utime(path, (time.time() - age_s,) * 2)
+        assert watching.look().files == 0
+        assert caplog.text.count("a.csv: waits for a.csv.done; create that when the file is complete") == warnings
+    mark(path)
+    os.utime(path, (time.time() - 30,) * 2)  # its writer went on after the marker
+    restarted = Watch(watched)
+    for _ in range(2):
+        assert restarted.look().files == 0
+    assert caplog.text.count("a.csv: is newer than a.csv.done; `touch` that when the file is complete again") == 1
+    marker.touch()
+    assert restarted.look().files == 1
+    expect(watched, grow, tmp_path, 16)
+
+
+def test_a_writer_that_pauses(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:
+    """With a marker, each row enters once. Without one, the rows before a pause enter twice, as the setting says."""
+    folder, later = tmp_path / "incoming", grow.start + 500 * grow.hour
+    events = grow.events({1: 6}, later)
+    begun = {name: values[:4] for name, values in events.items()}
+    for arrival, num_events in (("done", 20), ("pause", 20 + 4 + 6)):
+        watched.arrival = Arrival(arrival)
+        watching, name = Watch(watched), f"{arrival}.csv"
+        path = arrive(folder, name, begun)
+        path.with_name(f"{name}.done").unlink()
+        assert watching.look().files == (arrival == "pause")
+        arrive(folder, name, events)
+        assert watching.look().files == 1
+        assert EventLog.open(watched.data).num_events == num_events
+        events = grow.events({2: 6}, later, seed=8)
+        begun = {name: values[:4] for name, values in events.items()}
+
+
+def test_a_pause_is_measured_and_a_file_dated_in_the_future_is_reported_once(
+    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched.arrival, watched.settle_s = Arrival.pause, 100.0
     watching = Watch(watched)
     path = arrive(tmp_path / "incoming", "a.csv", grow.events({1: 2}, grow.start + 500 * grow.hour), age_s=-3600)
     for _ in range(2):
         assert watching.look().files == 0
     assert caplog.text.count("in the future and will be read then") == 1 and "a.csv" in caplog.text
     os.utime(path, (time.time() - 60,) * 2)
+    assert watching.look().files == 0
+    os.utime(path, (time.time() - 120,) * 2)
     assert watching.look().files == 1
 
 
@@ -104,14 +157,55 @@ def test_a_bad_file_does_not_hold_up_others(
     bad = {name: [str(value) for value in values] for name, values in grow.events({1: 3}, later, seed=3).items()}
     bad["timestamp"][1] = "soon"
     arrive(folder, "a.csv", bad)
-    arrive(folder, "b.csv", grow.events({2: 2}, later))
+    (folder / "b.parquet").write_bytes(b"PAR1" + bytes(range(256)) + b"\xff\xff\xff\x7fPAR1")
+    mark(folder / "b.parquet")
+    arrive(folder, "c.csv", grow.events({2: 2}, later))
     report = run_watch(watched)
-    assert (report.files, report.refused) == (1, 1)
+    assert (report.files, report.refused) == (1, 2)
     assert "a.csv" in caplog.text and "soon" in caplog.text
     expect(watched, grow, tmp_path, 16)
     watched.folder = str(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="is not a folder"):
         run_watch(watched)
+
+
+def test_a_refused_file_is_listed_until_something_changes(
+    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig
+) -> None:
+    folder, later = tmp_path / "incoming", grow.start + 500 * grow.hour
+    bad = {name: [str(value) for value in values] for name, values in grow.events({1: 3}, later).items()}
+    bad["timestamp"][1] = "soon"
+    path = arrive(folder, "a.csv", bad)
+    entry = folder / "refused" / "a.csv.json"
+
+    def refused(config: WatchConfig = watched) -> int:
+        return Watch(config).look().refused  # as after a restart
+
+    assert refused() == 1 and "soon" in json.loads(entry.read_text())["reason"]
+    assert json.loads(entry.read_text())["size"] == path.stat().st_size
+    assert refused() == 0
+    entry.unlink()
+    assert refused() == 1
+    entry.write_bytes(b"{")
+    assert refused() == 1 and refused() == 0
+    mark(path, 30)
+    assert refused() == 1
+    report = Watch(replace(watched, on_bad_rows=OnBadRows.quarantine)).look()
+    assert (report.files, report.refused) == (1, 0)
+    assert path.exists() and path.with_name("a.csv.done").exists()
+
+
+def test_a_list_of_refused_files_that_cannot_be_written(
+    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "incoming"
+    (folder / "refused").write_text("in the way")
+    (folder / "a.csv").write_text("no columns\n")
+    mark(folder / "a.csv")
+    watching = Watch(watched)
+    assert watching.look().refused == 1 and "will be tried again after a restart" in caplog.text
+    assert watching.look().refused == 0
+    assert Watch(watched).look().refused == 1
 
 
 def test_a_log_that_other_processes_append_to_is_followed(

@@ -101,6 +101,16 @@ class Decay(Enum):
     position = "position"
 
 
+class Arrival(Enum):
+    """How a watch tells that a file in its folder is complete."""
+
+    done = "done"
+    """There is a file with the suffix .done next to it, such as day.csv.done for day.csv, which is not older."""
+    pause = "pause"
+    """The file has not changed for `settle_s`. If its writer pauses longer, it is taken twice: first the part that was
+    there, then the complete file. The rows of that part then count twice."""
+
+
 # Users write `raise` and `leave-last-out`, which are not Python names: hence the aliases.
 OnMissing = Enum("OnMissing", {"empty": "empty", "nan": "nan", "error": "raise", "raise": "raise"})
 """What an unknown user or item gets: the summary of an empty history, NaN scores, or an error."""

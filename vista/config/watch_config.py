@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vista.config.checks import MOST_THREADS, check_types, require, require_counts
-from vista.config.choices import OnBadRows
+from vista.config.checks import MOST_THREADS, check_types, require, require_counts, require_finite
+from vista.config.choices import Arrival, OnBadRows
 from vista.config.prepare_config import SourceConfig
 
 
@@ -20,8 +20,14 @@ class WatchConfig:
     store: str = "stores/vista"
     """Folder of the summary store."""
     folder: str | None = None
-    """Folder in which Parquet, CSV or TSV files arrive, by a rename or complete within two seconds of the last change;
-    null follows a log to which other processes append."""
+    """Folder in which Parquet, CSV or TSV files arrive; null follows a log to which other processes append. Files that
+    cannot be read are listed in its folder `refused`, with the reason."""
+    arrival: Arrival = Arrival.done
+    """How the watch tells that a file is complete. done: its writer creates an empty file with the suffix .done next to
+    it, such as day.csv.done. pause: the file has not changed for settle_s; if its writer pauses longer, the rows before
+    the pause count twice."""
+    settle_s: float = 2.0
+    """Seconds without a change after which a file is complete; only for arrival=pause."""
     events: SourceConfig = field(default_factory=SourceConfig)
     """Columns of the files; events.paths is not used."""
     on_bad_rows: OnBadRows = OnBadRows.error
@@ -42,4 +48,5 @@ class WatchConfig:
     def __post_init__(self) -> None:
         check_types(self)
         require_counts(self, "", ("num_threads",), least=0, most=MOST_THREADS)
+        require_finite(self, "", ("settle_s",))
         require(self.poll_s > 0, "poll_s", f"must be positive, got {self.poll_s}")

@@ -2,26 +2,30 @@
 
     file -> segment of the log (prepare, append) -> incremental refresh -> the published generation
 
-Each file's content enters once: the log remembers its digest, and users' states remember the newest segment that they
-cover. So a watch can be killed and restarted at any time.
+Each complete file enters once: the log remembers its digest, and users' states remember the newest segment that they
+cover. So a watch can be killed and restarted at any time. A file that cannot be read is listed in `<folder>/refused`
+with the reason, and does not hold up the others.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from vista.config import PrepareConfig, WatchConfig
+from vista.config.choices import Arrival
 from vista.config.refresh_options import RefreshOptions
 from vista.device import resolve_device
 from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, TakenError
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
+from vista.log.ingest.source_parser import SourceParser
+from vista.log.ingest.sources import plain_settings
 from vista.model.vista_model import VistaModel
 from vista.refresh.incremental import refresh_incremental
+from vista.refresh.refused_files import FileVersion, RefusedFiles
 from vista.refresh.watch_report import WatchReport
 from vista.store.format.authentication import read_key
 from vista.store.reader import published_manifest
@@ -29,11 +33,10 @@ from vista.store.shards import stores_in
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".parquet", ".csv", ".tsv")
-SETTLED_S = 2.0
-"""A file that changed more recently may be incomplete."""
-
-Version = tuple[str, int, int]
-"""Name, size and modification time (ns) of a file."""
+MARKER_SUFFIX = ".done"
+"""Suffix of the empty file that says that a file is complete: day.csv.done for day.csv."""
+_PATIENCE_S = 60.0
+"""A file that has waited longer for its marker is named in the log."""
 
 
 class Watch:
@@ -55,10 +58,12 @@ class Watch:
             )
         self.model = VistaModel.from_pretrained(config.model, resolve_device(config.device))
         self._key = read_key(config.authentication_key_file)
-        self._handled: set[Version] = set()
-        """Files that are in the log, or that cannot be read."""
-        self._dated_ahead: set[str] = set()
-        """Names that were warned about."""
+        self._taken: set[FileVersion] = set()
+        """Files that are in the log."""
+        settings = plain_settings(config.events) | {"paths": [], "on_bad_rows": config.on_bad_rows.value}
+        self._refused = RefusedFiles(self.folder or Path(), settings)
+        self._waited_for: set[str] = set()
+        """Names of files that were warned about."""
         self._waiting: list[float] = []
         """Arrival times of files that are in the log but not yet published."""
 
@@ -73,68 +78,97 @@ class Watch:
                 next look resumes.
         """
         files, refused = 0, 0
-        for path, version in self._arrived():
-            try:
-                files += self._append(path)
-                self._handled.add(version)
-            except (LogBusyError, LogWriteError, OSError) as error:
-                logger.warning("%s: %s; the next check will retry", path, error)
-            except (DataError, ConfigError) as error:
-                self._handled.add(version)
-                refused += 1
-                logger.error("%s", error)
+        arrived = self._arrived()
+        with SourceParser() as parser:
+            for arrived_at, path, version in arrived:
+                try:
+                    files += self._append(path, arrived_at, parser)
+                    self._taken.add(version)
+                except (LogBusyError, LogWriteError, OSError) as error:
+                    logger.warning("%s: %s; the next check will retry", path, error)
+                except (DataError, ConfigError) as error:
+                    if not path.exists() or FileVersion.of(path) != version:
+                        logger.warning("%s: changed while it was read (%s); the next check will retry", path, error)
+                        continue
+                    self._refused.add(version, str(error))
+                    refused += 1
+                    logger.error("%s", error)
         log = EventLog.open(self.config.data)
-        reports, arrived = [], list(self._waiting)
+        reports, since = [], list(self._waiting)
         options = RefreshOptions(progress=self.config.progress)
         for root in stores_in(self.config.store):
             covered = published_manifest(root).applied_segment
             if covered < log.last_segment:
-                arrived.append(_written_at(log, covered))
+                since.append(_written_at(log, covered))
                 reports.append(refresh_incremental(self.model, log, root, options=options, key=self._key))
         if not reports:
             return WatchReport(files, refused, [], None)
         self._waiting.clear()
-        return WatchReport(files, refused, reports, time.time() - min(arrived))
+        return WatchReport(files, refused, reports, time.time() - min(since))
 
-    def _arrived(self) -> Iterator[tuple[Path, Version]]:
-        """Files that have settled and were not handled in this version, oldest first."""
+    def _arrived(self) -> list[tuple[float, Path, FileVersion]]:
+        """Time of arrival (s), path and version of each complete file that is not taken or refused, oldest first."""
         arrived = []
         for path in self.folder.iterdir() if self.folder is not None else ():
             if path.suffix not in SUFFIXES or path.name.startswith("."):
                 continue
             try:
-                status = path.stat()
+                version = FileVersion.of(path)
             except FileNotFoundError:
                 continue  # renamed or removed since the folder was listed
-            version, age = (path.name, status.st_size, status.st_mtime_ns), time.time() - status.st_mtime
-            if version not in self._handled and age > SETTLED_S:
-                arrived.append((status.st_mtime, path.name, path, version))
-            elif age < -SETTLED_S and path.name not in self._dated_ahead:
-                self._dated_ahead.add(path.name)
-                logger.warning(
-                    "%s: is dated %.0f s in the future and will be read then; `touch` it, or set the clock", path, -age
-                )
-        for _, _, path, version in sorted(arrived):
-            yield path, version
+            if version in self._taken:
+                continue
+            arrived_at = self._complete_since(path, version)
+            if arrived_at is not None and version not in self._refused:
+                arrived.append((arrived_at, path, version))
+        return sorted(arrived, key=lambda entry: (entry[0], entry[1].name))
 
-    def _append(self, path: Path) -> bool:
-        """Append a file to the log; False if the log already holds its content."""
-        changed_at = path.stat().st_mtime
-        config = self.config
-        events = replace(config.events, paths=[str(path)])
-        try:
-            prepare(
-                PrepareConfig(
-                    out=config.data,
-                    events=events,
-                    append=True,
-                    on_bad_rows=config.on_bad_rows,
-                    progress=config.progress,
-                )
+    def _complete_since(self, path: Path, version: FileVersion) -> float | None:
+        """Time in seconds when the file was completed; None if it is not complete."""
+        if self.config.arrival is Arrival.done:
+            return self._marked_since(path, version)
+        age = time.time() - version.mtime_ns / 1e9
+        if age < -self.config.settle_s:
+            self._warn_once(
+                path, f"is dated {-age:.0f} s in the future and will be read then; `touch` it, or set the clock"
             )
+        return version.mtime_ns / 1e9 if age > self.config.settle_s else None
+
+    def _marked_since(self, path: Path, version: FileVersion) -> float | None:
+        marker = path.with_name(path.name + MARKER_SUFFIX)
+        try:
+            marked_ns = marker.stat().st_mtime_ns
+        except FileNotFoundError:
+            if time.time() - version.mtime_ns / 1e9 > _PATIENCE_S:
+                self._warn_once(
+                    path, f"waits for {marker.name}; create that when the file is complete, or set arrival=pause"
+                )
+            return None
+        if marked_ns < version.mtime_ns:
+            self._warn_once(path, f"is newer than {marker.name}; `touch` that when the file is complete again")
+            return None
+        return marked_ns / 1e9
+
+    def _warn_once(self, path: Path, problem: str) -> None:
+        if path.name not in self._waited_for:
+            self._waited_for.add(path.name)
+            logger.warning("%s: %s", path, problem)
+
+    def _append(self, path: Path, arrived_at: float, parser: SourceParser) -> bool:
+        """Append a file to the log; False if the log already holds its content."""
+        config = self.config
+        settings = PrepareConfig(
+            out=config.data,
+            events=replace(config.events, paths=[str(path)]),
+            append=True,
+            on_bad_rows=config.on_bad_rows,
+            progress=config.progress,
+        )
+        try:
+            prepare(settings, parser=parser)
         except TakenError:
             return False
-        self._waiting.append(changed_at)
+        self._waiting.append(arrived_at)
         return True
 
 

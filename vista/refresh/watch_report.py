@@ -14,7 +14,7 @@ class WatchReport:
     files: int
     """Files appended to the log."""
     refused: int
-    """Files with rows that cannot be read; they are logged, and tried again only after they change."""
+    """Files that cannot be read; they are listed in `<folder>/refused`, and tried again only after they change."""
     refreshes: list[RefreshReport]
     """One per store or shard that was updated; empty if nothing was new."""
     lag_s: float | None

@@ -186,4 +186,5 @@ class SourceParser:
 
 def memory_limit(file_bytes: int) -> int:
     """Memory in bytes that parsing a file of this size may take."""
-    return MEMORY_BYTES + THREAD_BYTES * len(os.sched_getaffinity(0)) + BYTES_PER_BYTE * file_bytes
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return MEMORY_BYTES + THREAD_BYTES * processors + BYTES_PER_BYTE * file_bytes

@@ -11,7 +11,7 @@ import gzip
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from vista.config import SourceConfig
 from vista.errors import ConfigError, DataError
@@ -133,13 +133,15 @@ def _files(config: SourceConfig, table: str) -> list[Path]:
 
 
 def _open(file: Path, config: SourceConfig, table: str, parser: SourceParser) -> FileSource:
-    settings = {
-        field.name: value.value if isinstance(value := getattr(config, field.name), Enum) else value
-        for field in fields(config)
-    }
     max_bytes = memory_limit(file.stat().st_size) // _NPZ_SHARE
-    known, _ = parser.call("open_source", file, config=settings, table=table, max_bytes=max_bytes)
+    known, _ = parser.call("open_source", file, config=plain_settings(config), table=table, max_bytes=max_bytes)
     return FileSource(**known, parser=parser, table=table)
+
+
+def plain_settings(config: SourceConfig) -> dict[str, Any]:
+    """The settings by name, as JSON has them."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
 
 def needed_columns(config: SourceConfig) -> dict[str, str]:

@@ -1,0 +1,76 @@
+"""The files that a watch has refused, and why: one small JSON file for each, in `<folder>/refused`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vista.files import make_folders, read_limited, replace_file
+
+logger = logging.getLogger(__name__)
+_MAX_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class FileVersion:
+    """A file's name, size in bytes and modification time in ns."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileVersion:
+        """The current version of a file."""
+        status = path.stat()
+        return cls(path.name, status.st_size, status.st_mtime_ns)
+
+
+class RefusedFiles:
+    """The list of one folder. It outlives the process, so that a restart does not try a refused file again.
+
+    A file is tried again after it or the settings have changed, or after somebody deleted its entry.
+
+    Args:
+        folder: the folder that is watched.
+        settings: how its files are read, as JSON has it.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self._folder = folder / "refused"
+        self._settings = dict(settings)
+        self._unwritten: set[FileVersion] = set()
+        """Refused files whose entries could not be written."""
+
+    def __contains__(self, version: FileVersion) -> bool:
+        if version in self._unwritten:
+            return True
+        try:
+            entry = json.loads(read_limited(self._entry(version), _MAX_BYTES))
+        except (OSError, ValueError, RecursionError):
+            return False  # no entry, or a damaged one: the file is tried again, and its entry is written again
+        return isinstance(entry, dict) and all(entry.get(key) == value for key, value in self._key(version).items())
+
+    def add(self, version: FileVersion, reason: str) -> None:
+        """Remember a file that was refused."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        entry = {"reason": reason, "refused_at": now} | self._key(version)
+        try:
+            make_folders(self._folder)
+            replace_file(self._entry(version), json.dumps(entry, indent=2).encode())
+        except OSError as error:
+            self._unwritten.add(version)
+            logger.warning(
+                "%s: cannot be written (%s); the file will be tried again after a restart", self._entry(version), error
+            )
+
+    def _entry(self, version: FileVersion) -> Path:
+        return self._folder / f"{version.name}.json"
+
+    def _key(self, version: FileVersion) -> dict[str, Any]:
+        return {"size": version.size, "mtime_ns": version.mtime_ns, "settings": self._settings}
