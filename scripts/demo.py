@@ -20,7 +20,7 @@ import numpy as np
 
 from scripts.demo_report import DemoLatency, DemoReport, write_report
 from vista import __version__
-from vista.config import EvaluateConfig, PrepareConfig, SimulateConfig, TrainConfig
+from vista.config import EvaluateConfig, PrepareConfig, SimulateConfig, SourceColumns, TrainConfig
 from vista.config.choices import Codec
 from vista.config.composition import compose_config
 from vista.config.conversion import to_dict
@@ -137,7 +137,7 @@ def measure_latency(model: VistaModel, folder: Path) -> list[DemoLatency]:
         "action": np.array(model.schema.actions)[np.arange(lengths.sum()) % len(model.schema.actions)],
         "timestamp": 1_700_000_000_000 + 60_000 * np.concatenate([np.arange(n) for n in lengths]),
     }
-    log = EventLog.from_frame(events, folder / "log", time_unit="ms", action="action")
+    log = EventLog.from_frame(events, folder / "log", time_unit="ms", columns=SourceColumns(action="action"))
     refresh(model, log, folder / "store", options=RefreshOptions(users_per_batch=1))
     candidates = ids[rng.integers(0, len(ids), NUM_CANDIDATES)]
     times: dict[int, list[float]] = {n: [] for n in HISTORY_LENGTHS}

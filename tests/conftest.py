@@ -19,7 +19,16 @@ import pytest
 import torch
 
 import vista
-from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
+from vista.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    PrepareConfig,
+    SimulateConfig,
+    SourceColumns,
+    SourceConfig,
+    TrainConfig,
+)
 from vista.config.choices import Split
 from vista.log.event_log import EventLog
 from vista.model.model_description import FileEntry, checksum_of
@@ -165,7 +174,9 @@ def serve(log: EventLog, config: TrainConfig, folder: Path) -> Served:
 def event_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
     """A log with times, ratings, two actions and integer ids."""
     folder = tmp_path_factory.mktemp("event-log")
-    return EventLog.from_frame(small_frame(), folder / "log", time_unit="ms", action="action", rating="rating")
+    return EventLog.from_frame(
+        small_frame(), folder / "log", time_unit="ms", columns=SourceColumns(action="action", rating="rating")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -173,7 +184,9 @@ def order_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
     """The same events with string ids, without times, actions and ratings."""
     frame = small_frame()
     named = {"user": [f"u{user}" for user in frame["user"]], "item": [f"i{item}" for item in frame["item"]]}
-    return EventLog.from_frame(named, tmp_path_factory.mktemp("order-log") / "log", timestamp=None)
+    return EventLog.from_frame(
+        named, tmp_path_factory.mktemp("order-log") / "log", columns=SourceColumns(timestamp=None)
+    )
 
 
 @pytest.fixture(scope="session")

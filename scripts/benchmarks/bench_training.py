@@ -44,7 +44,7 @@ from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_p
 from scripts.benchmarks.rectools_process import DIM, HEADS, LAYERS, LENGTH, RecToolsPilot, rectools_python
 from scripts.benchmarks.timing import timing_of
 from scripts.benchmarks.workloads import find_ml_1m
-from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.choices import Architecture
 from vista.config.conversion import to_dict
 from vista.config.train_config import without_places
@@ -85,7 +85,9 @@ def write_events(path: Path, folder: Path, max_users: int) -> tuple[EventLog, Pa
     ends = offsets[1:][: max_users or None]
     starts = np.maximum(offsets[:-1][: len(ends)], ends - HELD_OUT - LENGTH - 1)
     kept = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
-    log = EventLog.from_frame({"user": user[kept], "item": item[kept]}, folder / "log", timestamp=None)
+    log = EventLog.from_frame(
+        {"user": user[kept], "item": item[kept]}, folder / "log", columns=SourceColumns(timestamp=None)
+    )
     trained = np.concatenate([np.arange(start, end - HELD_OUT) for start, end in zip(starts, ends, strict=True)])
     baseline = folder / "baseline.npz"
     np.savez(baseline, user=user[trained], item=item[trained], timestamp=np.arange(len(trained)))

@@ -22,6 +22,7 @@ from scripts.benchmarks.raw_lmdb import RawLmdb
 from scripts.benchmarks.store_workloads import RECORDS_PER_WRITE, served, user_values
 from scripts.benchmarks.timing import interleaved
 from scripts.benchmarks.workloads import ACTIONS, lifelong_log, untrained
+from vista.config import SourceColumns
 from vista.config.choices import Precision
 from vista.log.event_log import EventLog
 from vista.model.history_states import range_states, reach
@@ -212,4 +213,4 @@ def append_events(log: EventLog, users: np.ndarray) -> EventLog:
         "timestamp": span[1] + DAY_MS + np.arange(count),
         "action": np.array(ACTIONS)[rng.integers(0, len(ACTIONS), count)],
     }
-    return EventLog.from_frame(frame, log.path, time_unit="ms", action="action", append=True)
+    return EventLog.from_frame(frame, log.path, time_unit="ms", columns=SourceColumns(action="action"), append=True)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scripts.benchmarks.workloads import ACTIONS, START_MS, lifelong_log, untrained
+from vista.config import SourceColumns
 from vista.device import set_threads
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
@@ -245,7 +246,7 @@ def append_events(stage: SoakStage, operation: int, users: NDArray[np.int64], rn
         "timestamp": np.full(len(users), START_MS + 10**10 + operation * 60_000),
         "action": rng.choice(ACTIONS, len(users)).tolist(),
     }
-    return EventLog.from_frame(events, stage.log, time_unit="ms", action="action", append=True)
+    return EventLog.from_frame(events, stage.log, time_unit="ms", columns=SourceColumns(action="action"), append=True)
 
 
 def _compare_with_rebuilt(stage: SoakStage, erased: list[int]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.config import DataConfig, ModelConfig
+from vista.config import DataConfig, ModelConfig, SourceColumns
 from vista.config.choices import Architecture, Mixing, TargetAttentionKind
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
@@ -58,7 +58,7 @@ def lifelong_log(folder: Path, lengths: Sequence[int], *, num_items: int = 50_00
             "action": pl.Series(ACTIONS).gather(rng.integers(0, len(ACTIONS), total)),
         }
     )
-    return EventLog.from_frame(frame, folder, time_unit="ms", action="action")
+    return EventLog.from_frame(frame, folder, time_unit="ms", columns=SourceColumns(action="action"))
 
 
 def untrained(

@@ -51,7 +51,16 @@ from scripts.benchmarks.rectools_process import (
 from scripts.benchmarks.workloads import movielens_folder
 from scripts.experiments.like_rectools import LikeRecTools
 from scripts.experiments.results import append_result, commit, hardware, markdown_table, read_results
-from vista.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, PrepareConfig, SourceConfig, TrainConfig
+from vista.config import (
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    OptimConfig,
+    PrepareConfig,
+    SourceColumns,
+    SourceConfig,
+    TrainConfig,
+)
 from vista.config.choices import Architecture, Precision
 from vista.config.conversion import to_dict
 from vista.config.train_config import without_places
@@ -120,7 +129,7 @@ def cut_log(log: EventLog, folder: Path, *, length: int = LENGTH) -> EventLog:
     }
     if log.has_time:
         return EventLog.from_frame(frame, folder, time_unit="ms")
-    return EventLog.from_frame(frame, folder, timestamp=None)
+    return EventLog.from_frame(frame, folder, columns=SourceColumns(timestamp=None))
 
 
 def cases_of(log: EventLog) -> dict[str, NextItemCases]:

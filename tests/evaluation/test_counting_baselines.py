@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import real_set
 from tests.log.conftest import run
-from vista.config import DataConfig
+from vista.config import DataConfig, SourceColumns
 from vista.config.choices import Split
 from vista.errors import ConfigError
 from vista.evaluation.counting_baselines import CountingBaseline, evaluate_counting_baseline
@@ -22,7 +22,7 @@ from vista.log.splits import visible_counts
 def make_log(histories: list[list[int]], folder: Path) -> EventLog:
     user = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
     frame = {"user": user, "item": np.concatenate(histories)}
-    return EventLog.from_frame(frame, folder / "log", timestamp=None)
+    return EventLog.from_frame(frame, folder / "log", columns=SourceColumns(timestamp=None))
 
 
 def test_ranks_by_hand(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
 from tests.conftest import Served, small_config, small_frame
-from vista.config import EvaluateConfig
+from vista.config import EvaluateConfig, SourceColumns
 from vista.config.choices import Codec, Split
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.cases import ImpressionCases
@@ -130,7 +130,9 @@ class TestNextItems:
         frame = small_frame()
         last = np.flatnonzero(np.append(frame["user"][1:] != frame["user"][:-1], True))
         frame["item"][last[[0, 4]]] = 7777
-        log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", action="action", rating="rating")
+        log = EventLog.from_frame(
+            frame, tmp_path / "log", time_unit="ms", columns=SourceColumns(action="action", rating="rating")
+        )
         refresh(served.model, log, tmp_path / "store", until="leave-last-out")
         with Scorer.open(served.model, tmp_path / "store") as scorer:
             evaluation = evaluate_scorer(scorer, log, EvaluateConfig())
@@ -360,7 +362,9 @@ class TestLeakage:
         frame = small_frame()
         more = {name: np.append(values, values[-1:]) for name, values in frame.items()}
         more["timestamp"][-1] += 1  # of the last user, 115
-        log = EventLog.from_frame(more, tmp_path / "log", time_unit="ms", action="action", rating="rating")
+        log = EventLog.from_frame(
+            more, tmp_path / "log", time_unit="ms", columns=SourceColumns(action="action", rating="rating")
+        )
         refresh(served.model, log, tmp_path / "store", until="leave-last-out")
         with Scorer.open(served.model, tmp_path / "store") as scorer:
             assert evaluate_scorer(scorer, log, EvaluateConfig()).num_cases == 14
@@ -386,14 +390,14 @@ class TestLeakage:
 class TestRefusals:
     def test_a_log_without_cases(self, served: Served, tmp_path: Path) -> None:
         frame = {"user": [1, 1, 2], "item": [0, 10, 20], "timestamp": [1, 2, 3], "action": ["click", "like", "like"]}
-        log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s", action="action")
+        log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s", columns=SourceColumns(action="action"))
         refresh(served.model, log, tmp_path / "store", until="leave-last-out")
         with Scorer.open(served.model, tmp_path / "store") as scorer, pytest.raises(ConfigError, match="no test case"):
             evaluate_scorer(scorer, log, EvaluateConfig())
 
     def test_a_log_that_the_model_would_misread(self, served: Served, tmp_path: Path) -> None:
         frame = {**small_frame(), "action": np.array(["buy"] * 233)}
-        log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", action="action")
+        log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", columns=SourceColumns(action="action"))
         with (
             Scorer.open(served.model, served.test_store) as scorer,
             pytest.raises(ConfigError, match="its actions are"),
@@ -459,7 +463,11 @@ class TestResults:
             "click": np.repeat(users % 2, 2),
         }
         log = EventLog.from_frame(
-            frame, tmp_path / "log", time_unit="ms", action="action", impressions=shown, labels=["click"]
+            frame,
+            tmp_path / "log",
+            time_unit="ms",
+            columns=SourceColumns(action="action", labels=["click"]),
+            impressions=shown,
         )
         config = small_config(
             log,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from tests.conftest import Served, small_config
-from vista.config import EvaluateConfig
+from vista.config import EvaluateConfig, SourceColumns
 from vista.errors import ConfigError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.evaluation.metrics import ranks_of_targets, top_items
@@ -164,7 +164,7 @@ def skewed_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
         follow = rng.random(num_users) < 0.5
         items[follow, step] = (items[follow, step - 1] + num_items // 2) % num_items
     frame = {"user": np.repeat(np.arange(num_users), length), "item": items.ravel()}
-    return EventLog.from_frame(frame, tmp_path_factory.mktemp("skewed") / "log", timestamp=None)
+    return EventLog.from_frame(frame, tmp_path_factory.mktemp("skewed") / "log", columns=SourceColumns(timestamp=None))
 
 
 def report_of(log: EventLog, folder: Path, strength: float, num_negatives: int, power: float) -> PopularityReport:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.choices import Decay, Split
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
@@ -62,7 +62,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             "timestamp": shown_time,
             "click": rng.integers(0, 2, 150),
         },
-        labels=["click"],
+        columns=SourceColumns(labels=["click"]),
     )
     return World(log, time * MS, offsets, shown_user, shown_time * MS, shown_item)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vista.config import DataConfig, ModelConfig, TrainConfig
+from vista.config import DataConfig, ModelConfig, SourceColumns, TrainConfig
 from vista.errors import MissingDependencyError
 from vista.examples.batch_source import BatchSource
 from vista.examples.frequency import item_counts, sketched_item_counts
@@ -28,7 +28,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
     items = np.concatenate([np.arange(NUM_ITEMS), rng.zipf(1.2, 30_000) % NUM_ITEMS])
     users = np.concatenate([np.zeros(NUM_ITEMS, np.int64), rng.integers(1, 300, 30_000)])
     folder = tmp_path_factory.mktemp("frequency") / "log"
-    return EventLog.from_frame({"user": users, "item": items}, folder, timestamp=None)
+    return EventLog.from_frame({"user": users, "item": items}, folder, columns=SourceColumns(timestamp=None))
 
 
 def some_counts(log: EventLog, seed: int) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import small_config, small_frame
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
+from vista.config import SourceColumns
 from vista.config.choices import Codec
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
@@ -32,9 +33,9 @@ NAMES = StateArrays.__slots__
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """log/ with three segments, model/, store/ that covers the first segment, and whole/, a full refresh of all."""
     folder = tmp_path_factory.mktemp("incremental")
-    columns: dict[str, Any] = {"time_unit": "ms", "action": "action", "rating": "rating"}
+    columns = SourceColumns(action="action", rating="rating")
     frame = small_frame()
-    log = EventLog.from_frame(frame, folder / "log", **columns)
+    log = EventLog.from_frame(frame, folder / "log", time_unit="ms", columns=columns)
     config = small_config(log, "unused")
     model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
     model.save_pretrained(folder / "model")
@@ -43,7 +44,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         own = np.arange(len(frame["user"])) % (turn + 2) == 0  # some events are new, some of these late
         later = {name: values[own] for name, values in frame.items()}
         later["timestamp"] = later["timestamp"] + turn * 40 * DAY + 7
-        log = EventLog.from_frame(later, folder / "log", append=True, **columns)
+        log = EventLog.from_frame(later, folder / "log", time_unit="ms", columns=columns, append=True)
     refresh(model, log, folder / "whole", options=RefreshOptions(codec=Codec.float32), created_at=1)
     return folder
 

@@ -16,6 +16,7 @@ from tests.conftest import DAY, START, Served
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.record_reference import decode_record_reference
+from vista.config import SourceColumns
 from vista.config.choices import Codec
 from vista.errors import RecordError, VistaError
 from vista.log.event_log import EventLog
@@ -162,7 +163,11 @@ def test_poisoned_rows(trial: Trial) -> None:
             frame = {name: list(values) for name, values in columns.items()}
             try:
                 log = EventLog.from_frame(
-                    frame, f"{folder}/log", time_unit="ms", action="action", rating="rating", on_bad_rows="quarantine"
+                    frame,
+                    f"{folder}/log",
+                    time_unit="ms",
+                    columns=SourceColumns(action="action", rating="rating"),
+                    on_bad_rows="quarantine",
                 )
             except VistaError as error:
                 assert str(error)
@@ -197,7 +202,7 @@ def giant(say: Say, model: str, folder: str, num_events: int, num_candidates: in
         "timestamp": START + np.arange(num_events + 3) * 1000,
         "action": np.full(num_events + 3, "click"),
     }
-    log = EventLog.from_frame(frame, f"{folder}/log", time_unit="ms", action="action")
+    log = EventLog.from_frame(frame, f"{folder}/log", time_unit="ms", columns=SourceColumns(action="action"))
     loaded = VistaModel.from_pretrained(model)
     refresh(loaded, log, f"{folder}/store")
     with Scorer.open(loaded, f"{folder}/store") as scorer:

@@ -17,6 +17,7 @@ import pytest
 
 from tests.log.conftest import run, write_csv
 from tests.log.log_oracle import Oracle, Step, assert_reads_as, contents, write
+from vista.config import SourceColumns
 from vista.errors import DataError, LogFormatError, UnknownUserError
 from vista.log import segment
 from vista.log.compaction import compact_log
@@ -183,7 +184,9 @@ def test_an_erased_user_with_later_rows_keeps_the_id(tmp_path: Path) -> None:
     EventLog.from_frame(events, path, time_unit="s")
     erase_users(path, [1, 2, 3])
     more = {"user": [1], "item": [2], "timestamp": [2]}
-    EventLog.from_frame(more, path, time_unit="s", append=True, impressions=shown, labels=["like"])
+    EventLog.from_frame(
+        more, path, time_unit="s", append=True, impressions=shown, columns=SourceColumns(labels=["like"])
+    )
     compact_log(path)
     log = EventLog.open(path)
     assert log.users.rows([1, 2, 3]).tolist() == [0, 1, -1]
@@ -206,7 +209,6 @@ def test_quarantined_rows_stay_if_no_user_was_erased(tmp_path: Path) -> None:
 def test_ratings_and_probabilities_are_kept(tmp_path: Path) -> None:
     """A probability that a segment lacks is NaN, before and after; deleted rows are skipped in every column."""
     path, rng = tmp_path / "log", np.random.default_rng(0)
-    columns = {"rating": "stars", "action": "kind", "time_unit": "ms", "labels": ["like"]}
     for number in range(3):
         time = rng.integers(0, 90, 200)
         events = {"user": rng.integers(0, 9, 200), "item": rng.integers(0, 20, 200), "timestamp": time}
@@ -214,7 +216,14 @@ def test_ratings_and_probabilities_are_kept(tmp_path: Path) -> None:
         shown |= {"p": rng.random(50)} if number == 1 else {}
         events |= {"stars": rng.random(200).astype(np.float32), "kind": rng.choice(["buy", "view"], 200)}
         EventLog.from_frame(
-            events, path, append=number > 0, impressions=shown, probabilities=["p"] if number == 1 else [], **columns
+            events,
+            path,
+            append=number > 0,
+            impressions=shown,
+            time_unit="ms",
+            columns=SourceColumns(
+                rating="stars", action="kind", labels=["like"], probabilities=["p"] if number == 1 else []
+            ),
         )
         if number == 1:
             forget_events(path, {name: events[name][:20] for name in ("user", "item", "timestamp")})

@@ -25,6 +25,7 @@ from tests.log.log_oracle import (
     write,
 )
 from vista.cli.main import main
+from vista.config import SourceColumns
 from vista.errors import ConfigError, DataError, LogFormatError, UnknownUserError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users, forget_events
@@ -156,7 +157,7 @@ FRAME = {
 
 
 def small_log(path: Path) -> EventLog:
-    return EventLog.from_frame(FRAME, path, time_unit="s", action="kind")
+    return EventLog.from_frame(FRAME, path, time_unit="s", columns=SourceColumns(action="kind"))
 
 
 def rows_of(log: EventLog, user: str) -> list[tuple[int, int, str]]:
@@ -184,7 +185,7 @@ def test_a_forgotten_event_that_is_added_again_counts(tmp_path: Path) -> None:
     small_log(path)
     forget_events(path, {"user": ["bob"], "item": [1], "timestamp": [1_000_000]})
     again = {**{name: values[2:3] for name, values in FRAME.items()}}
-    log = EventLog.from_frame(again, path, time_unit="s", action="kind", append=True)
+    log = EventLog.from_frame(again, path, time_unit="s", columns=SourceColumns(action="kind"), append=True)
     assert rows_of(log, "bob") == [(1, 1000, "view")]
     erase_users(path, ["bob"])
     assert rows_of(EventLog.open(path), "bob") == []
@@ -244,9 +245,11 @@ def test_ordinals_in_a_log_without_times(tmp_path: Path) -> None:
     """Ordinals name events; appended events continue after the last remaining ordinal."""
     path = tmp_path / "log"
     frame = {"user": [1, 1, 1, 2], "item": [5, 6, 7, 5]}
-    EventLog.from_frame(frame, path, timestamp=None)
+    EventLog.from_frame(frame, path, columns=SourceColumns(timestamp=None))
     forget_events(path, {"user": [1], "item": [6], "timestamp": [1]})
-    log = EventLog.from_frame({"user": [2, 1, 3], "item": [6, 8, 5]}, path, timestamp=None, append=True)
+    log = EventLog.from_frame(
+        {"user": [2, 1, 3], "item": [6, 8, 5]}, path, columns=SourceColumns(timestamp=None), append=True
+    )
     assert (log.items.ids(log[1].item).tolist(), log[1].timestamp.tolist()) == ([5, 7, 8], [0, 2, 3])
     assert (log[2].timestamp.tolist(), log[3].timestamp.tolist()) == ([0, 1], [0])
     with pytest.raises(DataError, match="match no event"):

@@ -14,6 +14,7 @@ import polars as pl
 import pytest
 
 import vista
+from vista.config import SourceColumns
 from vista.errors import LogFormatError, UnknownUserError
 from vista.log import histories
 from vista.log.event_log import EventLog
@@ -49,7 +50,9 @@ def random_frame(seed: int, num_events: int, num_users: int = 20) -> pl.DataFram
 
 def write(path: Path, frames: list[pl.DataFrame]) -> EventLog:
     for number, frame in enumerate(frames):
-        log = EventLog.from_frame(frame, path, time_unit="s", action="kind", rating="stars", append=number > 0)
+        log = EventLog.from_frame(
+            frame, path, time_unit="s", columns=SourceColumns(action="kind", rating="stars"), append=number > 0
+        )
     return log
 
 
@@ -159,8 +162,8 @@ def test_it_pickles_as_its_path_and_last_segment(case: tuple[EventLog, list]) ->
 def test_reading_only_older_segments(tmp_path: Path) -> None:
     frames = [random_frame(1, 100), random_frame(2, 50, 40)]
     first = write(tmp_path / "log", frames[:1])
-    columns = {"action": "kind", "rating": "stars"}
-    EventLog.from_frame(frames[1], tmp_path / "log", time_unit="s", append=True, **columns)
+    columns = SourceColumns(action="kind", rating="stars")
+    EventLog.from_frame(frames[1], tmp_path / "log", time_unit="s", columns=columns, append=True)
     again = EventLog.open(tmp_path / "log", last_segment=1)
     assert (again.num_users, again.num_events) == (first.num_users, 100)
     with pytest.raises(LogFormatError, match="no segment ends at number 7"):
@@ -179,9 +182,12 @@ def test_impressions_over_segments(tmp_path: Path) -> None:
         }
     )
     second = pl.DataFrame({"user": [100, 101], "item": [4, 777], "timestamp": [5, 9], "like": [1, 1]})
-    common = {"time_unit": "s", "labels": ["like"]}
-    EventLog.from_frame(events, tmp_path / "log", impressions=first, probabilities=["p"], **common)
-    log = EventLog.from_frame(events.head(3), tmp_path / "log", impressions=second, append=True, **common)
+    known = SourceColumns(labels=["like"], probabilities=["p"])
+    EventLog.from_frame(events, tmp_path / "log", time_unit="s", columns=known, impressions=first)
+    columns = SourceColumns(labels=["like"])
+    log = EventLog.from_frame(
+        events.head(3), tmp_path / "log", time_unit="s", columns=columns, impressions=second, append=True
+    )
     seen = log.impressions
     assert seen is not None
     assert seen.tasks == ["like"]
@@ -303,7 +309,7 @@ def test_without_polars_the_extra_is_named(tmp_path: Path) -> None:
         "import sys; sys.modules['polars'] = None\n"
         "from vista.log.event_log import EventLog\n"
         "from vista.errors import VistaError\n"
-        "try: EventLog.from_frame({'user': [1], 'item': [1]}, 'x', timestamp=None)\n"
+        "try: EventLog.from_frame({'user': [1], 'item': [1]}, 'x', time_unit='s')\n"
         "except VistaError as error: print(error)"
     )
     assert "pip install 'vista-recsys[data]'" in run_python(code, tmp_path)

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from vista.config import SourceColumns
 from vista.errors import ConfigError
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
@@ -70,7 +71,7 @@ def test_parsing() -> None:
 
 
 def test_a_time_needs_a_log_with_times(tmp_path: Path) -> None:
-    log = EventLog.from_frame({"user": [1, 1], "item": [1, 2]}, tmp_path / "log", timestamp=None)
+    log = EventLog.from_frame({"user": [1, 1], "item": [1, 2]}, tmp_path / "log", columns=SourceColumns(timestamp=None))
     with pytest.raises(ConfigError, match="has no times; use leave-last-out"):
         visible_counts(log, "2024-01-01")
     assert visible_counts(log, "leave-last-out").tolist() == [2]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.choices import Decay, Mixing, Precision, TargetAttentionKind
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
@@ -27,7 +27,7 @@ DIM, NUM_ITEMS = 16, 500
 def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
     rng = np.random.default_rng(0)
     frame = {"user": np.repeat(np.arange(60), 40), "item": rng.integers(0, NUM_ITEMS, 2400)}
-    return EventLog.from_frame(frame, tmp_path_factory.mktemp("step") / "log", timestamp=None)
+    return EventLog.from_frame(frame, tmp_path_factory.mktemp("step") / "log", columns=SourceColumns(timestamp=None))
 
 
 def trainer(log: EventLog, run_dir: Path, num_rows: int) -> Trainer:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vista.config import DataConfig, ModelConfig
+from vista.config import DataConfig, ModelConfig, SourceColumns
 from vista.log.event_log import EventLog
 from vista.log.vocabulary import Vocabulary
 from vista.model.schema import Schema
@@ -55,7 +55,11 @@ def events(counts: dict[int, int], start: int = START, seed: int = 0, spread: in
 def append(path: Path, frame: dict[str, Any]) -> EventLog:
     """Make a log from a frame, or append the frame to it as a segment."""
     return EventLog.from_frame(
-        frame, path, time_unit="ms", action="action", rating="rating", append=any(path.glob("segment-*"))
+        frame,
+        path,
+        time_unit="ms",
+        columns=SourceColumns(action="action", rating="rating"),
+        append=any(path.glob("segment-*")),
     )
 
 

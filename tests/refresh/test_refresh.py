@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import START, Served, run_python, small_config, small_frame
 from vista.cli.refresh_commands import run_refresh
 from vista.cli.score_command import run_score
-from vista.config import ModelConfig, RefreshConfig, ScoreConfig
+from vista.config import ModelConfig, RefreshConfig, ScoreConfig, SourceColumns
 from vista.config.choices import Codec, Decay, Precision
 from vista.errors import ConfigError, StoreError, StoreLockedError, UserKeyError
 from vista.log.event_log import EventLog
@@ -125,7 +125,9 @@ def test_string_ids_and_no_times(order_log: EventLog, tmp_path: Path, mixing: st
 def test_items_outside_the_vocabulary_are_unknown_items(event_log: EventLog, tmp_path: Path) -> None:
     model = new_model(event_log)
     frame = {**small_frame(), "item": small_frame()["item"] + 200}
-    log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", action="action", rating="rating")
+    log = EventLog.from_frame(
+        frame, tmp_path / "log", time_unit="ms", columns=SourceColumns(action="action", rating="rating")
+    )
     refresh(model, log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32))
     assert_store_holds(tmp_path / "store", model, log, log.lengths, atol=1e-5)
 
@@ -136,7 +138,11 @@ def test_a_log_of_several_segments(event_log: EventLog, tmp_path: Path) -> None:
     for part in (first, ~first):
         rows = {name: values[part] for name, values in frame.items()}
         log = EventLog.from_frame(
-            rows, tmp_path / "log", time_unit="ms", action="action", rating="rating", append=part is not first
+            rows,
+            tmp_path / "log",
+            time_unit="ms",
+            columns=SourceColumns(action="action", rating="rating"),
+            append=part is not first,
         )
     assert len(log.manifests) == 2
     model = new_model(event_log)
@@ -212,16 +218,18 @@ def test_a_log_that_the_model_would_misread_is_refused(
 ) -> None:
     frame = small_frame()
     frame["action"] = np.where(frame["action"] == "click", "buy", "like")  # code 0 is another action
-    other = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", action="action", rating="rating")
+    other = EventLog.from_frame(
+        frame, tmp_path / "log", time_unit="ms", columns=SourceColumns(action="action", rating="rating")
+    )
     with pytest.raises(ConfigError, match=r"actions are \['buy', 'like'\], but the model was trained on \['click'"):
         refresh(new_model(event_log), other, tmp_path / "store")
     del frame["action"]
-    plain = EventLog.from_frame(frame, tmp_path / "plain", time_unit="ms", rating="rating")
+    plain = EventLog.from_frame(frame, tmp_path / "plain", time_unit="ms", columns=SourceColumns(rating="rating"))
     with pytest.raises(ConfigError, match=r"actions are \['event'\], but the model was trained on \['click'"):
         refresh(new_model(event_log), plain, tmp_path / "store")
     refresh(new_model(event_log, use_action=False), plain, tmp_path / "store-without-actions")
     timeless = {name: small_frame()[name] for name in ("user", "item", "action")}
-    log = EventLog.from_frame(timeless, tmp_path / "timeless", timestamp=None, action="action")
+    log = EventLog.from_frame(timeless, tmp_path / "timeless", columns=SourceColumns(timestamp=None, action="action"))
     decaying = new_model(event_log, use_time=False, decay=Decay.time, decay_horizons=[1.0, 0.0])
     for model in (new_model(event_log), decaying):
         with pytest.raises(ConfigError, match="has no times, which this model reads"):

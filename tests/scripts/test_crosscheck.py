@@ -16,7 +16,7 @@ from scripts.experiments import crosscheck_rectools as crosscheck
 from scripts.experiments.like_rectools import LikeRecTools
 from scripts.experiments.results import read_results
 from tests.conftest import LENGTHS, ratings_folder, small_frame
-from vista.config import DataConfig, ModelConfig
+from vista.config import DataConfig, ModelConfig, SourceColumns
 from vista.config.choices import Architecture
 from vista.errors import DataError
 from vista.evaluation.metrics import ranks_of_targets
@@ -40,7 +40,7 @@ def make_log(folder: Path, *, times: bool) -> EventLog:
     frame["item"] = np.concatenate([np.random.default_rng(n).permutation(40)[:n] for n in LENGTHS])
     if times:
         return EventLog.from_frame(frame, folder, time_unit="ms")
-    return EventLog.from_frame(frame, folder, timestamp=None)
+    return EventLog.from_frame(frame, folder, columns=SourceColumns(timestamp=None))
 
 
 @pytest.fixture(params=[True, False], ids=["times", "order"])
@@ -81,7 +81,9 @@ def test_the_baseline_gets_the_split_of_the_log(log: EventLog, tmp_path: Path, t
 
 
 def test_a_repeated_item_is_refused(tmp_path: Path) -> None:
-    log = EventLog.from_frame({"user": [1, 1, 1, 2], "item": [5, 6, 5, 5]}, tmp_path / "log", timestamp=None)
+    log = EventLog.from_frame(
+        {"user": [1, 1, 1, 2], "item": [5, 6, 5, 5]}, tmp_path / "log", columns=SourceColumns(timestamp=None)
+    )
     with pytest.raises(DataError, match="1 events repeat an item of their user"):
         crosscheck.write_split(log, tmp_path / "baseline.npz", times=False)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vista.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, TrainConfig
+from vista.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.choices import Architecture, Precision, Split
 from vista.evaluation.evaluate import evaluate_model
 from vista.examples.batch_source import BatchSource
@@ -44,7 +44,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
         tmp_path_factory.mktemp("groups") / "log",
         time_unit="s",
         impressions={**columns(shown, 10_000_000 + NUM_EVENTS), "click": clicked.ravel().astype(int)},
-        labels=["click"],
+        columns=SourceColumns(labels=["click"]),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from vista.config import ModelConfig, OptimConfig, TrainConfig
+from vista.config import ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.choices import Architecture, Decay, Split
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
@@ -71,7 +71,11 @@ class TestSchema:
     def test_a_label_named_like_a_key_of_metrics_is_refused(self, tmp_path: Path, name: str) -> None:
         events = {"user": [1], "item": [1], "timestamp": [1]}
         log = EventLog.from_frame(
-            events, tmp_path / "log", time_unit="s", impressions={**events, name: [1]}, labels=[name]
+            events,
+            tmp_path / "log",
+            time_unit="s",
+            impressions={**events, name: [1]},
+            columns=SourceColumns(labels=[name]),
         )
         with pytest.raises(ConfigError, match=f"a label cannot be named '{name}'"):
             schema_of(log, TrainConfig())

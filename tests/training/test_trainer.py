@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import Served, run_python, small_config, small_frame
+from vista.config import SourceColumns
 from vista.config.config_keys import to_yaml
 from vista.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, NonFiniteLossError
 from vista.examples.batch_source import BatchSource
@@ -244,7 +245,9 @@ def test_resume_with_another_config_is_refused(served: Served, key: str, value: 
 def test_resuming_on_another_log_is_refused_and_resume_false_starts_over(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = EventLog.from_frame(small_frame(5), tmp_path / "log", time_unit="ms", action="action", rating="rating")
+    other = EventLog.from_frame(
+        small_frame(5), tmp_path / "log", time_unit="ms", columns=SourceColumns(action="action", rating="rating")
+    )
     run_dir = tmp_path / "run"
     train(small_config(other, run_dir, **LONG), other)
     config = small_config(event_log, run_dir, **LONG)
@@ -303,7 +306,9 @@ def test_an_absurd_learning_rate_stops_the_run_and_names_the_users(event_log: Ev
 
 
 def test_infinite_ratings_are_refused(tmp_path: Path) -> None:
-    log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", action="action", rating="rating")
+    log = EventLog.from_frame(
+        small_frame(), tmp_path / "log", time_unit="ms", columns=SourceColumns(action="action", rating="rating")
+    )
     (path,) = (tmp_path / "log").rglob("rating.npy")
     ratings = np.load(path)
     ratings[3] = np.inf

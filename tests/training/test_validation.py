@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import log_loss, roc_auc_score
 
 from tests.conftest import Served, small_config
+from vista.config import SourceColumns
 from vista.config.choices import Split
 from vista.errors import NonFiniteLossError
 from vista.evaluation.cases import NextItemCases, impression_cases, next_item_cases, with_tasks
@@ -149,7 +150,9 @@ def test_impressions_see_the_events_strictly_before(tmp_path: Path) -> None:
         "click": [1, 0, 1, None, 0, 1],
         "buy": [None, 1, 0, 0, 1, 1],
     }
-    log = EventLog.from_frame(events, tmp_path / "log", time_unit="s", impressions=shown, labels=["click", "buy"])
+    log = EventLog.from_frame(
+        events, tmp_path / "log", time_unit="s", impressions=shown, columns=SourceColumns(labels=["click", "buy"])
+    )
     cases = impression_cases(log, 6_000, 30_000)
     named = log.users.ids(cases.user).tolist()
     assert list(zip(named, (cases.timestamp // 1000).tolist(), cases.seen.tolist(), strict=True)) == [
@@ -194,7 +197,9 @@ def test_impression_metrics_against_scikit_learn(impression_log: EventLog) -> No
 def test_a_task_of_one_class_has_no_metrics(tmp_path: Path) -> None:
     events = {"user": [1, 1], "item": [1, 2], "timestamp": [1, 2]}
     shown = {"user": [1, 1], "item": [1, 2], "timestamp": [3, 4], "click": [1, 1], "buy": [0, 1]}
-    log = EventLog.from_frame(events, tmp_path / "log", time_unit="s", impressions=shown, labels=["click", "buy"])
+    log = EventLog.from_frame(
+        events, tmp_path / "log", time_unit="s", impressions=shown, columns=SourceColumns(labels=["click", "buy"])
+    )
     cases = impression_cases(log, 0, None)
     values = impression_metrics(cases, np.full((2, 2), 0.5, np.float32))
     assert sorted(values) == ["auc/buy", "calibration/buy", "gauc/buy", "ne/buy"]

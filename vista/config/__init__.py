@@ -13,6 +13,7 @@ from vista.config.refresh_config import RefreshConfig
 from vista.config.refresh_options import RefreshOptions
 from vista.config.score_config import ScoreConfig
 from vista.config.simulate_config import SimulateConfig
+from vista.config.source_columns import SourceColumns
 from vista.config.store_configs import (
     StoreCompactConfig,
     StoreCopyConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "RefreshOptions",
     "ScoreConfig",
     "SimulateConfig",
+    "SourceColumns",
     "SourceConfig",
     "StoreCompactConfig",
     "StoreCopyConfig",

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vista.config.checks import check_types
-from vista.config.choices import (
-    IdType,
-    OnBadRows,
-)
+from vista.config.choices import IdType, OnBadRows
+from vista.config.source_columns import SourceColumns
 
 
 @dataclass(kw_only=True, slots=True)
-class SourceConfig:
+class SourceConfig(SourceColumns):
     """Files of one table and the names of their columns."""
 
     kind: str = "table"
@@ -20,35 +18,17 @@ class SourceConfig:
     ml-latest-small, ml-100k, recbole, npz, simulated), or auto, which recognizes the data set by its file names."""
     paths: list[str] = field(default_factory=list)
     """Files or folders to read. Several files are read in the order of their names."""
-    user: str = "user"
-    """Column of user ids, integers or text."""
-    item: str = "item"
-    """Column of item ids, integers or text."""
     timestamp: str | None = None
     """Column of times. null for a table without times, whose events are in input order."""
     time_unit: str | None = None
     """Unit of numeric times (s, ms, us, or ns), or iso for ISO 8601 text. null for Parquet columns of dates and
     times."""
-    action: str | None = None
-    """Column of action names, such as click or buy. null if there is only one action."""
-    rating: str | None = None
-    """Column of ratings, finite numbers. null reads no ratings."""
-    sequence: str | None = None
-    """Column of integers that orders events with equal timestamps. null orders them as in the input."""
     separator: str = ","
     """Character that separates the columns of text files, such as ';' or tab."""
     user_ids: IdType = IdType.auto
     """Type of user ids: int or str. auto uses the column's type, or in text files the first value."""
     item_ids: IdType = IdType.auto
     """Type of item ids: int or str. auto uses the column's type, or in text files the first value."""
-    labels: list[str] = field(default_factory=list)
-    """For impressions: the columns of labels, one per task, with the values 0, 1, or empty if unknown."""
-    probabilities: list[str] = field(default_factory=list)
-    """For simulated impressions: the columns of true label probabilities, in the order of `labels`. Empty reads
-    none."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config.choices import OnBadRows
+from vista.config.source_columns import SourceColumns
 from vista.errors import LogFormatError, UnknownUserError
 from vista.log.deleted_rows import obey_deletions
 from vista.log.histories import Histories, slice_merged, take_range
@@ -64,15 +65,8 @@ class EventLog:
         path: str | os.PathLike[str],
         *,
         time_unit: str | None = None,
-        user: str = "user",
-        item: str = "item",
-        timestamp: str | None = "timestamp",
-        action: str | None = None,
-        rating: str | None = None,
-        sequence: str | None = None,
+        columns: SourceColumns | None = None,
         impressions: Any = None,
-        labels: Sequence[str] = (),
-        probabilities: Sequence[str] = (),
         on_bad_rows: OnBadRows | str = "raise",
         append: bool = False,
     ) -> EventLog:
@@ -82,15 +76,9 @@ class EventLog:
             frame: one row per event.
             path: folder to make, or with `append` the log to extend by a segment.
             time_unit: s | ms | us | ns | iso; required if the timestamp column is numeric or text.
-            user: name of the column of user ids.
-            item: name of the column of item ids.
-            timestamp: name of the column of times; None makes a log without times, in the order of the frame.
-            action: name of the column of actions; None if there is none.
-            rating: name of the column of ratings; None if there is none.
-            sequence: name of a column that orders events with equal times; None keeps the order of the frame.
-            impressions: a second frame with the same user, item, and timestamp columns, and `labels`.
-            labels: columns of the impressions, one per task, with values 0, 1, or missing.
-            probabilities: columns of true label probabilities, one per task (simulations).
+            columns: names of the columns; by default user, item, and timestamp. A log whose columns have no `timestamp`
+                (None) is ordered as the frame.
+            impressions: a second frame with the same user, item, and timestamp columns, and the labels in `columns`.
             on_bad_rows: raise | quarantine.
             append: add a segment to an existing log.
 
@@ -105,17 +93,8 @@ class EventLog:
             frame,
             path,
             time_unit=time_unit,
-            columns={
-                "user": user,
-                "item": item,
-                "timestamp": timestamp,
-                "action": action,
-                "rating": rating,
-                "sequence": sequence,
-            },
+            columns=columns or SourceColumns(),
             impressions=impressions,
-            labels=labels,
-            probabilities=probabilities,
             on_bad_rows=on_bad_rows,
             append=append,
         )

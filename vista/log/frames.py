@@ -32,7 +32,10 @@ def to_polars(frame: Any, columns: Iterable[str] | None = None) -> pl.DataFrame:
     missing = [name for name in columns or () if name not in present]
     if missing:
         named = ", ".join(map(str, present))
-        raise DataError(f"column {missing[0]!r} is missing, the frame has: {named}; name the right one, as in user=...")
+        raise DataError(
+            f"column {missing[0]!r} is missing, the frame has: {named}; name the right one, as in "
+            "SourceColumns(user=...)"
+        )
     if isinstance(frame, pl.DataFrame):
         return frame.select(wanted)
     for name in wanted:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
+
+import numpy as np
 
 from vista.log.event_log import EventLog
 
@@ -59,10 +60,8 @@ class LogStats:
     def __str__(self) -> str:
         times = "order only"
         if self.first_ms is not None and self.last_ms is not None:
-            times = " to ".join(
-                datetime.fromtimestamp(ms / 1000, UTC).isoformat(" ", "seconds").removesuffix("+00:00")
-                for ms in (self.first_ms, self.last_ms)
-            )
+            seconds = (np.datetime64(ms // 1000, "s") for ms in (self.first_ms, self.last_ms))  # years of any length
+            times = " to ".join(str(second).replace("T", " ") for second in seconds)
         return "\n".join(
             [
                 f"{self.path}: {len(self.segments)} segment(s), {self.size_bytes:,} bytes: {', '.join(self.segments)}",

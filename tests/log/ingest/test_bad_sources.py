@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from tests.log.conftest import PARSER
-from vista.config import PrepareConfig, SourceConfig
+from vista.config import PrepareConfig, SourceColumns, SourceConfig
 from vista.config.choices import IdType, OnBadRows
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
@@ -197,7 +197,12 @@ def test_a_bad_frame_is_named(tmp_path: Path, column: str, values: object, messa
         {"user": [1, 2], "item": [3, 4], "timestamp": [5, 6], "stars": [1.0, 2.0], "step": [1, 2], "kind": ["a", "b"]}
     ).with_columns(pl.Series(column, values))
     with pytest.raises(DataError, match=r"<events frame>: " + message):
-        EventLog.from_frame(frame, tmp_path / "log", time_unit="s", rating="stars", sequence="step", action="kind")
+        EventLog.from_frame(
+            frame,
+            tmp_path / "log",
+            time_unit="s",
+            columns=SourceColumns(rating="stars", sequence="step", action="kind"),
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -215,7 +220,11 @@ def test_bad_impressions_are_named(tmp_path: Path, column: str, values: list, me
     shown = pl.DataFrame({**events_, "like": [0, 1], "p": [0.5, 0.5]}).with_columns(pl.Series(column, values))
     with pytest.raises(DataError, match=r"<impressions frame>: " + message):
         EventLog.from_frame(
-            events_, tmp_path / "log", time_unit="s", impressions=shown, labels=["like"], probabilities=["p"]
+            events_,
+            tmp_path / "log",
+            time_unit="s",
+            impressions=shown,
+            columns=SourceColumns(labels=["like"], probabilities=["p"]),
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -223,7 +232,7 @@ def test_bad_impressions_are_named(tmp_path: Path, column: str, values: list, me
 def test_too_many_actions_are_refused(tmp_path: Path) -> None:
     frame = {"user": [1] * 300, "item": range(300), "timestamp": range(300), "kind": [str(i) for i in range(300)]}
     with pytest.raises(DataError, match=r"with column 'kind' the log would have 300 actions, but at most 256"):
-        EventLog.from_frame(frame, tmp_path / "log", time_unit="s", action="kind")
+        EventLog.from_frame(frame, tmp_path / "log", time_unit="s", columns=SourceColumns(action="kind"))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -261,6 +270,8 @@ def test_a_missing_column_of_a_frame_is_named(tmp_path: Path) -> None:
     frame = {"cust": [1], "sku": [2], "ts": [3]}
     for made in (frame, pl.DataFrame(frame)):
         with pytest.raises(
-            DataError, match=r"column 'user' is missing, the frame has: cust, sku, ts; .* as in user=\.\.\."
+            DataError, match=r"column 'user' is missing, the frame has: cust, sku, ts; .* as in SourceColumns\(user="
         ):
-            EventLog.from_frame(made, tmp_path / "log", time_unit="s", item="sku", timestamp="ts")
+            EventLog.from_frame(
+                made, tmp_path / "log", time_unit="s", columns=SourceColumns(item="sku", timestamp="ts")
+            )

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import vista
 from tests.log.conftest import run, write_csv
+from vista.config import SourceColumns
 from vista.config.choices import IdType
 from vista.errors import ConfigError, DataError
 from vista.log import segment_writer
@@ -53,8 +54,7 @@ def test_any_frame_round_trips(
     assume(len(parts) < 2 or parts[0] != parts[1])  # equal parts would be refused as the same source
     for number, part in enumerate(parts):
         frame = {name: [row[place] for row in part] for place, name in enumerate(names)}
-        columns = {name: name for name in ("user", "item", "timestamp")}
-        columns |= {"sequence": "step", "action": "kind", "rating": "stars"}
+        columns = SourceColumns(sequence="step", action="kind", rating="stars")
         prepare_frames(frame, path, columns=columns, time_unit="s", append=number > 0, bucket_events=bucket)
     log = EventLog.open(path)
     assert log.num_users == len({row[0] for row in rows})

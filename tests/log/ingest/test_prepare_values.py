@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from tests.log.conftest import COLUMNS, PARSER, run, write_csv
-from vista.config import PrepareConfig, SourceConfig
+from vista.config import PrepareConfig, SourceColumns, SourceConfig
 from vista.config.choices import IdType
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
@@ -83,7 +83,7 @@ def test_pandas_frames(tmp_path: Path) -> None:
         },
         index=[7, 7, 7],
     )
-    log = EventLog.from_frame(frame, tmp_path / "log", action="kind", rating="stars")
+    log = EventLog.from_frame(frame, tmp_path / "log", columns=SourceColumns(action="kind", rating="stars"))
     assert items_of(log, "b") == [1, 3]
     assert log["b"].timestamp.tolist() == [1_714_521_600_000 - 9 * 3_600_000, 1_714_608_000_000 - 9 * 3_600_000]
     assert [log.actions[code] for code in log["b"].action] == ["buy", "view"]
@@ -91,10 +91,10 @@ def test_pandas_frames(tmp_path: Path) -> None:
     assert log["b"].rating.tolist() == [3.5, 1.0]
     frame["item"] = pandas.array([3, None, 1], dtype="Int64")
     with pytest.raises(DataError, match="row 2, column 'item': an empty value is missing"):
-        EventLog.from_frame(frame, tmp_path / "bad", action="kind")
+        EventLog.from_frame(frame, tmp_path / "bad", columns=SourceColumns(action="kind"))
     frame["item"] = [3, "x", 1]
     with pytest.raises(DataError, match="column 'item' mixes types"):
-        EventLog.from_frame(frame, tmp_path / "bad", action="kind")
+        EventLog.from_frame(frame, tmp_path / "bad", columns=SourceColumns(action="kind"))
     with pytest.raises(TypeError, match="pandas or Polars DataFrame or a mapping"):
         EventLog.from_frame([1, 2], tmp_path / "bad")
 
@@ -185,4 +185,6 @@ def test_impressions_need_labels_and_times(tmp_path: Path, change: dict, message
 def test_impressions_need_a_log_with_times(tmp_path: Path) -> None:
     frame = {"user": [1], "item": [1], "click": [1]}
     with pytest.raises(ConfigError, match="impressions need times"):
-        EventLog.from_frame(frame, tmp_path / "log", timestamp=None, impressions=frame, labels=["click"])
+        EventLog.from_frame(
+            frame, tmp_path / "log", columns=SourceColumns(timestamp=None, labels=["click"]), impressions=frame
+        )

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vista.config import PrepareConfig, SourceConfig
+from vista.config import PrepareConfig, SourceColumns, SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError
 from vista.log.frames import to_polars
@@ -76,11 +76,9 @@ def prepare_frames(
     frame: Any,
     path: str | os.PathLike[str],
     *,
-    columns: Mapping[str, str | None],
+    columns: SourceColumns,
     time_unit: str | None = None,
     impressions: Any = None,
-    labels: Sequence[str] = (),
-    probabilities: Sequence[str] = (),
     on_bad_rows: OnBadRows | str = OnBadRows.error,
     append: bool = False,
     bucket_events: int = BUCKET_EVENTS,
@@ -88,21 +86,22 @@ def prepare_frames(
     """Ingest frames in memory (pandas, Polars, or a mapping of columns) as `prepare` ingests files.
 
     Args:
-        columns: names of the frame's columns: user, item, timestamp, action, rating, sequence.
+        columns: names of the frames' columns.
         bucket_events: see `prepare`.
     """
     run = _Run(target=Path(path), append=append, on_bad_rows=OnBadRows(on_bad_rows), bucket_events=bucket_events)
     run.check_target()
-    given: dict[str, Any] = {name: own for name, own in columns.items() if own is not None}
-    config = SourceConfig(**given, time_unit=time_unit)
-    run.add("events", config, [frame_source(to_polars(frame, given.values()), config, "events")])
+    keys: dict[str, Any] = {name: getattr(columns, name) for name in ("user", "item", "timestamp")}
+    rest: dict[str, Any] = {name: getattr(columns, name) for name in ("action", "rating", "sequence")}
+    config = SourceConfig(**keys, **rest, time_unit=time_unit)
+    names = [name for name in (*keys.values(), *rest.values()) if name is not None]
+    run.add("events", config, [frame_source(to_polars(frame, names), config, "events")])
     if impressions is not None:
-        if not labels:
-            raise ConfigError("labels: name at least one column of 0/1 labels")
-        keys = {name: own for name, own in given.items() if name in ("user", "item", "timestamp")}
-        config = SourceConfig(**keys, time_unit=time_unit, labels=list(labels), probabilities=list(probabilities))
-        shown = to_polars(impressions, [*keys.values(), *labels, *probabilities])
-        run.add("impressions", config, [frame_source(shown, config, "impressions")])
+        if not columns.labels:
+            raise ConfigError("columns.labels: name at least one column of 0/1 labels")
+        config = SourceConfig(**keys, time_unit=time_unit, labels=columns.labels, probabilities=columns.probabilities)
+        names = [name for name in (*keys.values(), *columns.labels, *columns.probabilities) if name is not None]
+        run.add("impressions", config, [frame_source(to_polars(impressions, names), config, "impressions")])
     return run.ingest()
 
 
