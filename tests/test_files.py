@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,14 @@ class TestReads:
             file.truncate(1 << 40)
         with pytest.raises(OSError, match="at most 64 are read"):
             read_limited(path, 64)
+
+    def test_a_high_limit_allocates_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"12345")
+        tracemalloc.start()
+        assert read_limited(tmp_path / "file", 1 << 30) == b"12345"
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1 << 20
 
     @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR | os.O_CREAT])
     def test_a_named_pipe_is_refused_at_once(self, tmp_path: Path, flags: int) -> None:

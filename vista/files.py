@@ -56,7 +56,9 @@ def read_limited(path: Path, limit: int, *, follow: bool = True) -> bytes:
     """
     with open(open_file(path, follow=follow), "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(limit + 1) if size <= limit else b""
+        content = file.read(size + 1) if size <= limit else b""  # Python allocates at once what it is asked to read
+        if len(content) > size:  # the file is growing
+            content += file.read(limit + 1 - len(content))
     if size > limit or len(content) > limit:
         raise OSError(errno.EFBIG, f"holds {max(size, len(content))} bytes, at most {limit} are read", str(path))
     return content
