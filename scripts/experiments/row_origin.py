@@ -41,7 +41,7 @@ class RowOrigin:
         """Read the origin of the run in folder/run."""
         rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
-        best = next((row["validation"] for row in reversed(rows) if row.get("is_best")), {})
+        best: Mapping[str, float | None] = next((row["validation"] for row in reversed(rows) if row.get("is_best")), {})
         defined = {name: value for name, value in best.items() if value is not None}
         return cls(seconds, tuple(map(json.loads, _text(folder / ORIGINS).splitlines())), defined)
 
