@@ -107,7 +107,7 @@ def test_a_file_waits_for_its_marker_and_is_reported_once(
         assert watching.look().files == 0
         assert caplog.text.count("a.csv: waits for a.csv.done; create that when the file is complete") == warnings
     mark(path)
-    os.utime(path, (time.time() - 30,) * 2)  # its writer went on after the marker
+    os.utime(path, (time.time() - 30,) * 2)  # its writer continued after the marker
     restarted = Watch(watched)
     for _ in range(2):
         assert restarted.look().files == 0
