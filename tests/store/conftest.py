@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,8 @@ def build() -> SimpleNamespace:
 class OtherAccount:
     """Runs functions in a child process of another account."""
 
+    folder: Path
+    """An empty folder that this account can pass through. Other pytest runs make the folders of tmp_path private."""
     user: int = 60_001
     group: int = 60_002
 
@@ -136,11 +139,10 @@ class OtherAccount:
 
 
 @pytest.fixture
-def as_other_account(tmp_path: Path) -> OtherAccount:
-    """An account whose group can pass through the folders above tmp_path."""
+def as_other_account() -> Iterator[OtherAccount]:
+    """An account other than that of the tests."""
     if os.geteuid() != 0:
         pytest.skip("only root can act as another account")
-    for folder in (tmp_path, *tmp_path.parents):
-        if len(folder.parts) > 2:
-            folder.chmod(folder.stat().st_mode | 0o011)
-    return OtherAccount()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)
+        yield OtherAccount(Path(folder))

@@ -232,8 +232,8 @@ def test_a_pickled_store_opens_in_a_fresh_process(tmp_path, build):
     assert done.stdout.decode().strip() == expected.tobytes().hex(), done.stderr.decode()
 
 
-def test_a_folder_that_cannot_be_written_is_reported(tmp_path, build, as_other_account):
-    error = as_other_account(lambda: build.open_writer(tmp_path / "store"))
+def test_a_folder_that_cannot_be_written_is_reported(build, as_other_account):
+    error = as_other_account(lambda: build.open_writer(as_other_account.folder / "store"))
     assert isinstance(error, StoreError) and "permissions" in str(error)
 
 

@@ -81,12 +81,12 @@ def test_a_folder_with_other_contents_keeps_its_mode(tmp_path, build):
     assert after["."] == 0o755 and after["gen-1"] == 0o700 and after["CURRENT"] == 0o600
 
 
-def test_another_account_reads_a_store_of_its_group_and_no_other(tmp_path, build, as_other_account):
+def test_another_account_reads_a_store_of_its_group_and_no_other(build, as_other_account):
     def read() -> Any:
         with StoreReader.open(root) as store:
             return store.get_many([3]).found.tolist()
 
-    root = tmp_path / "store"
+    root = as_other_account.folder / "store"
     root.mkdir()
     os.chown(root, -1, as_other_account.group)
     two_generations(build, root, shared_with_group=True)
@@ -100,8 +100,8 @@ def test_another_account_reads_a_store_of_its_group_and_no_other(tmp_path, build
     assert isinstance(error, StoreError) and "permission" in str(error).lower()
 
 
-def test_another_account_cannot_write_and_is_told_what_to_do(tmp_path, build, as_other_account):
-    root = tmp_path / "store"
+def test_another_account_cannot_write_and_is_told_what_to_do(build, as_other_account):
+    root = as_other_account.folder / "store"
     root.mkdir()
     os.chown(root, -1, as_other_account.group)
     two_generations(build, root, shared_with_group=True)
@@ -116,7 +116,7 @@ def test_another_account_cannot_write_and_is_told_what_to_do(tmp_path, build, as
         lambda: build.open_writer(root, run_digest="log-3", shared_with_group=True),
         lambda: compact_store(root),
         lambda: roll_back(root),
-        lambda: copy_generation(root, tmp_path / "target"),
+        lambda: copy_generation(root, as_other_account.folder / "target"),
     ):
         error = as_other_account(act)
         assert isinstance(error, StoreError) and "cannot be written" in str(error) and "permissions" in str(error), (

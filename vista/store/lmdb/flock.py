@@ -51,7 +51,7 @@ def lock_holders(path: Path) -> set[int] | None:
     """Processes on this machine that hold a lock on a file; None if the system does not tell."""
     try:
         status = path.stat()
-        lines = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
+        lines = [line.split() for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines()]
     except OSError:
         return None
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
