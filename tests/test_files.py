@@ -118,6 +118,20 @@ class TestFolders:
         remove_folder(tmp_path / "folder", tmp_path / ".removed")
         assert not list(tmp_path.iterdir())
 
+    def test_the_name_is_durable_before_any_file_is_removed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        steps: list[str] = []
+        fsync, unlink, rename = os.fsync, os.unlink, os.rename
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (steps.append("sync"), fsync(descriptor)))
+        monkeypatch.setattr(os, "unlink", lambda *a, **b: (steps.append("unlink"), unlink(*a, **b)))
+        monkeypatch.setattr(os, "rename", lambda *a: (steps.append("rename"), rename(*a)))
+        for name in ("folder", "left"):  # `left` is that of a killed removal
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "file").write_bytes(b"")
+        remove_folder(tmp_path / "folder", tmp_path / "left")
+        assert steps == ["sync", "unlink", "rename", "sync", "unlink"]
+
 
 def test_the_hash_of_a_file_covers_all_that_numpy_writes(tmp_path: Path) -> None:
     rows = np.arange(24, dtype="<i8").reshape(4, 6)

@@ -139,10 +139,19 @@ def remove_folder(folder: Path, removed: Path) -> None:
     Args:
         removed: a name in the same folder; what has that name is removed too.
     """
-    shutil.rmtree(removed, ignore_errors=True)
+    remove_renamed(removed)
     folder.rename(removed)
-    sync(folder.parent)  # otherwise the removal of the files could reach the disk before the new name
-    shutil.rmtree(removed, ignore_errors=True)
+    remove_renamed(removed)
+
+
+def remove_renamed(folder: Path) -> None:
+    """Remove a folder that was renamed for its removal, perhaps by a process that was killed before it synced the name.
+
+    Otherwise the removal of the files could reach the disk before the new name, and leave the old name without files.
+    """
+    if folder.exists():
+        sync(folder.parent)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class HashedFile:
@@ -213,7 +222,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         sync(partial)
         old = folder.with_name(f"{folder.name}.old")
         if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            remove_renamed(old)
             folder.rename(old)
         partial.rename(folder)
         sync(folder.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -314,6 +315,21 @@ class TestOracleParts:
 
 
 class TestFiles:
+    def test_all_files_and_new_folders_are_durable_when_it_returns(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out, fsync, synced = tmp_path / "new" / "sim", os.fsync, []
+
+        def note(descriptor: int) -> None:
+            synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", note)
+        simulate(replace(SMALL, out=str(out)))
+        assert {out / f"{name}.parquet.tmp" for name in ("events", "impressions", "items")} <= set(synced)
+        assert {tmp_path, tmp_path / "new", out} <= set(synced)
+        assert synced[-2].name.startswith(".simulation.json.") and synced[-1] == out
+
     def test_layout(self, tmp_path: Path, small: SimulatedLog) -> None:
         report = simulate(replace(SMALL, out=str(tmp_path)))
         events = pl.read_parquet(tmp_path / "events.parquet")

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
+from vista.files import make_folders, replace_text, sync
 from vista.simulation.catalog import Catalog, make_catalog
 from vista.simulation.oracle import OracleMetrics, format_oracle_metrics, oracle_metrics
 from vista.simulation.period import split_times
@@ -170,8 +171,8 @@ def simulate(config: SimulateConfig) -> SimulationReport:
 
 
 def write(log: SimulatedLog, out: Path) -> None:
-    """Write the four files of a simulation, each of them atomically, the manifest last."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write the four files of a simulation durably, each of them atomically, the manifest last."""
+    make_folders(out)
     (out / MANIFEST_FILE).unlink(missing_ok=True)
     for name, frame in (
         (EVENTS_FILE, _events_frame(log)),
@@ -179,6 +180,7 @@ def write(log: SimulatedLog, out: Path) -> None:
         (ITEMS_FILE, _items_frame(log.catalog)),
     ):
         frame.write_parquet(out / f"{name}.tmp", compression="zstd", compression_level=1)
+        sync(out / f"{name}.tmp")
         os.replace(out / f"{name}.tmp", out / name)
     validation_from, test_from = split_times(log.config)
     manifest = {
@@ -188,8 +190,7 @@ def write(log: SimulatedLog, out: Path) -> None:
         "tasks": list(TASKS),
         "actions": list(ACTIONS),
     }
-    (out / f"{MANIFEST_FILE}.tmp").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    os.replace(out / f"{MANIFEST_FILE}.tmp", out / MANIFEST_FILE)
+    replace_text(out / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
 
 
 def _events_frame(log: SimulatedLog) -> pl.DataFrame:

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
 import xxhash
 
 from vista.errors import StoreError, StoreWriteError, shown
-from vista.files import make_folders, read_limited, remove_folder, replace_file
+from vista.files import make_folders, read_limited, remove_folder, remove_renamed, replace_file
 from vista.files import remove_leftovers as remove_partial_files
 from vista.store.lmdb.permissions import (
     Permissions,
@@ -181,7 +180,7 @@ def remove_leftovers(root: Path, except_for: str = "") -> None:
     for prefix in (REMOVED_PREFIX, PARTIAL_PREFIX):
         for entry in root.glob(f"{prefix}*"):
             if entry.name != except_for:
-                shutil.rmtree(entry, ignore_errors=True)
+                remove_renamed(entry)
 
 
 def pointer_to(generation: int) -> bytes:
