@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import pickle
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -190,6 +192,45 @@ def test_a_kill_at_any_call_leaves_a_complete_checkpoint(tmp_path: Path) -> None
         assert check_sound(folder / name) == 9
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_no_file_is_removed_before_the_name_of_its_folder_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """Otherwise a power cut could leave a checkpoint without its files."""
+    folder, pending, num_removed = tmp_path / "new" / "checkpoints", set(), 0
+    save(folder, 1, keep=9)
+    save(folder, 2, keep=9)
+    if killed:  # after a rename, which may not be durable
+        (folder / "step-00000001").rename(folder / ".replaced-step-00000001")
+        save(tmp_path / "other", 1).rename(folder / "step-00000001")
+        (folder / "step-00000002").rename(folder / ".tmp-removed-step-00000002")
+        pending = {".replaced-step-00000001", ".tmp-removed-step-00000002"}
+    rename, unlink, fsync = os.rename, os.unlink, os.fsync
+
+    def note_rename(old: Path, new: Path) -> None:
+        rename(old, new)
+        pending.add(Path(new).name)
+
+    def note_unlink(name: str, *, dir_fd: int | None = None) -> None:
+        nonlocal num_removed
+        if dir_fd is not None:
+            num_removed += 1
+            assert Path(os.readlink(f"/proc/self/fd/{dir_fd}")).name not in pending
+        unlink(name, dir_fd=dir_fd)
+
+    def note_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(folder):
+            pending.clear()
+
+    monkeypatch.setattr(os, "rename", note_rename)
+    monkeypatch.setattr(os, "unlink", note_unlink)
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    for step in (3, 4, 4, 2):
+        save(folder, step, keep=1)
+    assert num_removed >= 8 and names(folder) == ["step-00000002"]
+
+
 def test_kill_nine_during_saves_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     chance = random.Random(0)
     reached = 0
@@ -246,6 +287,43 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tensors": {}},
+        {"tensors": {"bytes": "x", "sha256": "0" * 64}},
+        {"tensors": None},
+        {"state": 7},
+        {"step": "1"},
+        {"step": math.nan},
+        {"format_version": True},
+        {"surplus": 1},
+    ],
+)
+def test_odd_fields_with_a_valid_digest_are_typed_errors(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = save(tmp_path, 8)
+    body = json.loads((path / "state.json").read_text()) | change
+    del body["sha256"]
+    body["sha256"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (path / "state.json").write_text(json.dumps(body))
+    with pytest.raises(CheckpointError, match="remove the folder"):
+        load_checkpoint(path)
+
+
+def test_a_named_pipe_or_a_huge_file_is_refused_at_once(tmp_path: Path) -> None:
+    path = save(tmp_path, 8)
+    with (path / "state.json").open("ab") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match="at most 67108864 are read"):
+        load_checkpoint(path)
+    for name in ("state.json", "tensors.safetensors"):
+        path = save(tmp_path, 8)
+        (path / name).unlink()
+        os.mkfifo(path / name)
+        with pytest.raises(CheckpointError, match=r"is not a regular file|holds 0 bytes"):
+            load_checkpoint(path)
+
+
 class Malicious:
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -278,7 +356,8 @@ def test_a_failing_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch
     save(tmp_path, 1)
 
     def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"step-00000002: .*No space left.*free space"):

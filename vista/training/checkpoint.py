@@ -6,8 +6,8 @@ A checkpoint is a folder `step-00001234` of two files:
 - `state.json`: format version, step, size and SHA-256 of the tensor file, the caller's state, and a SHA-256 of these.
 
 It is written as `.tmp-step-00001234`; the files and the folder are fsynced, the folder is renamed, and the parent is
-fsynced. So a kill or a power cut at any time leaves either a complete checkpoint or none. Only one process may write to
-a folder at a time.
+fsynced. It is removed in the opposite order: renamed, the parent fsynced, the files removed. So a kill or a power cut
+at any time leaves either a complete checkpoint or none. Only one process may write to a folder at a time.
 
 `pack_state` turns nested state (an optimizer's `state_dict`, a NumPy generator's `bit_generator.state`) into these two
 forms, and `unpack_state` turns it back, bit for bit.
@@ -32,13 +32,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vista.errors import CheckpointError
-from vista.files import sync
+from vista.files import make_folders, read_limited, remove_folder, remove_renamed, sync
+from vista.json_fields import FieldRule, check_fields, hexadecimal, one_of, whole
 
 FORMAT_VERSION = 1
 TENSOR_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
+_MAX_STATE_BYTES = 1 << 26
+_FIELDS = FieldRule("fields", lambda value: isinstance(value, dict))
 _UNFINISHED = ".tmp-"
 _REPLACED = ".replaced-"
 
@@ -74,7 +77,7 @@ def save_checkpoint(
     root, final = Path(folder), Path(folder) / f"step-{step:08d}"
     temporary, replaced = root / f"{_UNFINISHED}{final.name}", root / f"{_REPLACED}{final.name}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folders(root)
         _recover(root)
         temporary.mkdir()
         tensor_path, state_path = temporary / TENSOR_FILE, temporary / STATE_FILE
@@ -88,8 +91,7 @@ def save_checkpoint(
             os.rename(final, replaced)
         os.rename(temporary, final)
         sync(root)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        remove_renamed(replaced)
         _prune(root, step, keep)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -239,7 +241,7 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        body = json.loads(path.read_bytes())
+        body = json.loads(read_limited(path, _MAX_STATE_BYTES))
     except OSError as error:
         raise _damaged(path, f"cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -251,8 +253,14 @@ def _read_state(path: Path) -> dict[str, Any]:
             f"{path}: has format {body['format_version']}, but this version of vista reads {FORMAT_VERSION}; resume "
             "with the version that wrote it"
         )
-    if body.pop("sha256", None) != _body_digest(body):
-        raise _damaged(path, "was modified or damaged: its SHA-256 does not match")
+    try:
+        if body.pop("sha256", None) != _body_digest(body):
+            raise _damaged(path, "was modified or damaged: its SHA-256 does not match")
+        rules = {"format_version": one_of(FORMAT_VERSION), "step": whole(), "state": _FIELDS, "tensors": _FIELDS}
+        check_fields(body, rules)
+        check_fields(body["tensors"], {"bytes": whole(), "sha256": hexadecimal(64)})
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"is not the state of a checkpoint ({error})") from error
     return body
 
 
@@ -265,11 +273,11 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 def _recover(root: Path) -> None:
     """Remove what a killed save left behind, and restore a checkpoint that it was about to replace."""
     for leftover in root.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(leftover)
+        remove_renamed(leftover)
     for replaced in root.glob(f"{_REPLACED}*"):
         original = root / replaced.name.removeprefix(_REPLACED)
         if original.exists():
-            shutil.rmtree(replaced)
+            remove_renamed(replaced)
         else:
             os.rename(replaced, original)
 
@@ -282,10 +290,8 @@ def _prune(root: Path, step: int, keep: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint so that a kill in between leaves nothing that looks complete."""
-    doomed = path.with_name(f"{_UNFINISHED}removed-{path.name}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    """Remove a checkpoint; a kill or a power cut in between leaves all of it, or nothing that looks like one."""
+    remove_folder(path, path.with_name(f"{_UNFINISHED}removed-{path.name}"))
 
 
 def _steps(root: Path) -> dict[int, Path]:
