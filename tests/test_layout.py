@@ -156,6 +156,29 @@ def test_a_class_that_other_packages_use_lives_in_a_file_of_its_name() -> None:
     assert not lost, "\n".join(sorted(lost))
 
 
+FOLDER_MAKERS = ("vista/files.py", "vista/store/lmdb/permissions.py")
+STAGING_FOLDERS = {
+    "vista/log/ingest/prepare.py": {"folder", "scratch"},
+    "vista/log/segment_writer.py": {"folder", "segment.folder / prefix", "target.parent"},
+    "vista/training/checkpoint.py": {"temporary"},
+}
+"""Folders that other modules make inside of a temporary folder, which is synced as a whole before it gets its name."""
+
+
+def test_folders_are_made_durably() -> None:
+    """By `make_folders`, or by `make_folder` in a store: after a power cut, a folder's name must be on the disk."""
+    wrong = []
+    for path in sources("vista"):
+        place = str(path.relative_to(REPOSITORY))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                folder = ast.unparse(node.func.value)
+                allowed = place in FOLDER_MAKERS or folder in STAGING_FOLDERS.get(place, ())
+                if node.func.attr in ("mkdir", "makedirs") and not allowed:
+                    wrong.append(f"{place}:{node.lineno} makes {folder}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_files_stay_readable() -> None:
     long = [
         f"{path.relative_to(REPOSITORY)}: {lines} lines"
