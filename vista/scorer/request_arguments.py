@@ -23,10 +23,10 @@ MOST_TAIL_EVENTS = 1 << 20
 """Events in the tail of one call. Merging them takes up to 200 MB."""
 
 
-def require_most(count: int, most: int, name: str) -> None:
+def require_most(count: int, most: int, name: str, unit: str = "ids") -> None:
     """Refuse an argument that is too long; ValueError."""
     if count > most:
-        raise ValueError(f"{name}: holds {count:,}, at most {most:,} per call; make several calls")
+        raise ValueError(f"{name}: {count:,} {unit}, at most {most:,} per call; make several calls")
 
 
 def length_of(values: Any) -> int:

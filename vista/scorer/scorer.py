@@ -368,7 +368,7 @@ class Scorer:
                 raise ValueError(
                     f"candidates: shape {rows.shape} does not match {len(request)} users; pass [C], or one row per user"
                 )
-            require_most(len(request) * rows.shape[-1], MOST_SCORES, "candidates: with all users")
+            require_most(len(request) * rows.shape[-1], MOST_SCORES, "candidates", "pairs of a user and a candidate")
             scores = snapshot.scores(request, torch.from_numpy(rows), tasks)
             missing = missing[:, None]
         unknown = np.broadcast_to(rows == UNKNOWN_ITEM, scores[tasks[0]].shape)
