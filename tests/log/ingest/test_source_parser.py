@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import subprocess
@@ -117,23 +118,38 @@ def test_a_script_without_a_main_guard(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
-def npz_bomb(folder: Path, num_bytes: int) -> Path:
+def test_a_small_file_cannot_take_much_disk_space(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv.gz"
+    file.write_bytes(gzip.compress(b"user,item\n" + b"1,2\n" * 500_000))
+    assert file.stat().st_size < 10_000
+    config = SourceConfig(paths=[str(file)])
+    with SourceParser(rows_bytes=1 << 20) as parser:
+        (source,) = open_sources(config, "events", parser)
+        with pytest.raises(DataError, match=r"a\.csv\.gz: has too many rows for a file of its size"):
+            read_part(source, {"user": "int", "item": "int"}, "events", tmp_path, 0, OnBadRows.error)
+    run(tmp_path / "log", [file], timestamp=None, time_unit=None)
+    assert EventLog.open(tmp_path / "log").num_events == 500_000
+
+
+@pytest.mark.parametrize(
+    ("shape", "declared_bytes", "message"),
+    [
+        (2, 1 << 40, r"its arrays hold 2,199,023,255,552 bytes, but at most"),
+        (1 << 40, None, r"cannot be read: MemoryError: Unable to allocate 8\.00 TiB"),
+    ],
+)
+def test_arrays_of_a_small_file_cannot_take_much_memory(
+    tmp_path: Path, shape: int, declared_bytes: int | None, message: str
+) -> None:
+    """The directory of the archive, or the header of an array, speaks of terabytes."""
     header = BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (num_bytes // 8,)})
-    with zipfile.ZipFile(folder / "events.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in ("user", "item"):
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                member.write(header.getvalue())
-                for _ in range(num_bytes >> 20):
-                    member.write(bytes(1 << 20))
-    return folder / "events.npz"
-
-
-def test_a_small_file_cannot_take_much_memory(tmp_path: Path) -> None:
-    file = npz_bomb(tmp_path, 512 << 20)
-    assert file.stat().st_size < 4 << 20
-    with pytest.raises(DataError, match=r"events\.npz: its arrays hold 1,073,\d+,\d+ bytes, but at most"):
-        run(tmp_path / "log", [file], kind="npz", timestamp=None, time_unit=None)
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (shape,)})
+    with zipfile.ZipFile(tmp_path / "events.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("user.npy", "item.npy"):
+            archive.writestr(name, header.getvalue() + bytes(16))
+            archive.getinfo(name).file_size = declared_bytes or archive.getinfo(name).file_size
+    with pytest.raises(DataError, match=rf"events\.npz: {message}"):
+        run(tmp_path / "log", [tmp_path / "events.npz"], kind="npz", timestamp=None, time_unit=None)
 
 
 def test_a_small_parquet_file_cannot_take_much_memory(tmp_path: Path) -> None:

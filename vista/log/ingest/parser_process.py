@@ -115,9 +115,8 @@ def _serve(process: ParserProcess, request: Mapping[str, Any], replies: IO[bytes
     path, payload, expected = request["path"], b"", True
     reply: dict[str, Any]
     try:
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        limit = request["memory_bytes"] if hard == resource.RLIM_INFINITY else min(request["memory_bytes"], hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+        _limit(resource.RLIMIT_DATA, request["memory_bytes"])
+        _limit(resource.RLIMIT_FSIZE, request["rows_bytes"])
         os.chdir(request["folder"])
         result = getattr(process, request["task"])(path, **request["arguments"])
         if isinstance(result, bytes):
@@ -135,6 +134,11 @@ def _serve(process: ParserProcess, request: Mapping[str, Any], replies: IO[bytes
     replies.write(json.dumps(reply).encode() + b"\n" + payload)
     replies.flush()
     return expected
+
+
+def _limit(resource_kind: int, wanted: int) -> None:
+    hard = resource.getrlimit(resource_kind)[1]
+    resource.setrlimit(resource_kind, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def _first_line(error: BaseException) -> str:

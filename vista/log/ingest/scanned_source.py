@@ -57,6 +57,8 @@ def unreadable(source: Source, error: Exception) -> DataError:
         return LogWriteError(
             f"{source.path}: no disk space left for its rows; free disk space, or choose another folder"
         )
+    if "File too large" in reason:
+        return DataError(f"{source.path}: has too many rows for a file of its size; write it again, or split it")
     if source.is_text and "utf-8" in reason:
         with open_binary(Path(source.path)) as handle:
             for number, line in enumerate(handle, 1):

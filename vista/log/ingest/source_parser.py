@@ -25,6 +25,10 @@ THREAD_BYTES = 128 << 20
 """Memory in addition to that, per processor."""
 BYTES_PER_BYTE = 16
 """Memory in addition to that, per byte of the file."""
+ROWS_BYTES = 1 << 30
+"""Disk space that the rows of any file may take."""
+ROWS_BYTES_PER_BYTE = 256
+"""Disk space in addition to that, per byte of the file."""
 TIMEOUT_S = 30.0
 """Time that a request may take, plus one second per `BYTES_PER_S` of the file."""
 BYTES_PER_S = 1_000_000
@@ -40,14 +44,15 @@ _CODE = (
 class SourceParser:
     """Parses source files in a child process, which starts with the first call, and again after it has ended.
 
-    Use it in a `with` block: the child ends with the block. It also ends when this process ends.
+    It serves one call at a time. Use it in a `with` block: the child ends with the block, or with this process.
 
     Args:
         timeout_s: seconds that a call may take, in addition to one second per megabyte of its file.
+        rows_bytes: disk space that the rows of a file may take, in addition to `ROWS_BYTES_PER_BYTE`.
     """
 
-    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, *, timeout_s: float = TIMEOUT_S, rows_bytes: int = ROWS_BYTES) -> None:
+        self._timeout_s, self._rows_bytes = timeout_s, rows_bytes
         self._child: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
         self._received = b""
@@ -107,6 +112,7 @@ class SourceParser:
             "path": path,
             "folder": os.getcwd(),
             "memory_bytes": memory_bytes,
+            "rows_bytes": self._rows_bytes + ROWS_BYTES_PER_BYTE * size,
             "arguments": arguments,
         }
         try:
