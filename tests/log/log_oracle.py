@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from vista.log.deletions import write_deletions
 from vista.log.event_keys import EventKeys
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
-from vista.log.segment import EVENT_COLUMNS, IMPRESSION_COLUMNS, segment_name
-from vista.log.segment_writer import TableWriter, write_manifest
+from vista.log.segment import segment_name
+from vista.log.segment_files import EVENT_COLUMNS, IMPRESSION_COLUMNS
+from vista.log.segment_manifest import manifest_bytes
+from vista.log.segment_writer import SegmentWriter, TableWriter
 from vista.log.vocabulary import Vocabulary
 
 NUM_USERS, NUM_ITEMS, ACTIONS = 5, 3, ["buy", "view"]
@@ -84,7 +87,7 @@ def write(path: Path, steps: list[Step], present: int = 0) -> EventLog:
             assert log is not None
             keys = np.unique([(u, t, i, a) for u, i, t, a in step.forgotten], axis=0) if step.forgotten else None
             forgotten = None if keys is None else EventKeys(keys[:, 0], keys[:, 2], keys[:, 1], keys[:, 3])
-            write_deletions(folder, log, forgotten, np.unique(np.array(step.erased, np.int64)))
+            write_deletions(SegmentWriter(folder), log, forgotten, np.unique(np.array(step.erased, np.int64)))
         else:
             _write_events(folder, step, number)
         log = EventLog.open(path)
@@ -97,16 +100,33 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
+def edit_manifest(segment: Path, **values: object) -> None:
+    """Change fields of a segment's manifest, which gets the right checksum for them."""
+    file = segment / "manifest.json"
+    fields = json.loads(file.read_text()) | values
+    del fields["checksum"]
+    file.write_bytes(manifest_bytes(fields))
+
+
+def replace_array(segment: Path, name: str, values: np.ndarray) -> None:
+    """Write an array into a segment, which lists it with the right checksum."""
+    files = json.loads((segment / "manifest.json").read_text())["files"]
+    writer = SegmentWriter(segment)
+    writer.save(name, values)
+    edit_manifest(segment, files=files | writer.entries)
+
+
 def _write_events(folder: Path, step: Step, number: int) -> None:
     users, items = Vocabulary("int", np.array(USER_IDS)), Vocabulary("int", np.arange(100, 100 + NUM_ITEMS))
-    users.tail(0 if number == 1 else NUM_USERS).save(folder, "new_users")
-    items.tail(0 if number == 1 else NUM_ITEMS).save(folder, "new_items")
+    segment = SegmentWriter(folder)
+    segment.save_vocabulary("new_users", users.tail(0 if number == 1 else NUM_USERS))
+    segment.save_vocabulary("new_items", items.tail(0 if number == 1 else NUM_ITEMS))
     names = ("item", "timestamp", "action")
-    active = {"events": _write_table(folder, step.events, {name: (EVENT_COLUMNS[name], ()) for name in names})}
+    active = {"events": _write_table(segment, "", step.events, {name: (EVENT_COLUMNS[name], ()) for name in names})}
     wide = {"item": (), "timestamp": (), "label": (1,), "mask": (1,)}
     if step.impressions:
         columns = {name: (IMPRESSION_COLUMNS[name], shape) for name, shape in wide.items()}
-        active["impressions"] = _write_table(folder / "impressions", step.impressions, columns)
+        active["impressions"] = _write_table(segment, "impressions/", step.impressions, columns)
     rows = {"events": len(step.events), "impressions": len(step.impressions)}
     manifest = {
         "first_segment": number,
@@ -122,13 +142,22 @@ def _write_events(folder: Path, step: Step, number: int) -> None:
         "counts": {name: {"rows": count, "users": active.get(name, 0)} for name, count in rows.items()},
         "deletions": 0,
         "quarantined": 0,
-        "sources": [{"table": "events", "name": f"{number}.csv", "sha256": str(number)}],
+        "sources": [
+            {
+                "table": "events",
+                "name": f"{number}.csv",
+                "bytes": 0,
+                "sha256": f"{number:064x}",
+                "rows": len(step.events),
+                "bad_rows": 0,
+            }
+        ],
     }
-    write_manifest(folder, manifest)
+    segment.write_manifest(manifest)
 
 
-def _write_table(folder: Path, rows: list[Event], columns: dict) -> int:
-    writer = TableWriter(folder, len(rows), columns)
+def _write_table(segment: SegmentWriter, prefix: str, rows: list[Event], columns: dict) -> int:
+    writer = TableWriter(segment, prefix, len(rows), columns)
     user, item, time, last = np.array(sorted(rows, key=lambda row: (row[0], row[2])), np.int64).reshape(-1, 4).T
     label = last[:, None]
     values = {"item": item, "timestamp": time, "action": last, "label": label, "mask": np.ones_like(label)}

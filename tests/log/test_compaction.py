@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.log.conftest import run, write_csv
-from tests.log.log_oracle import Oracle, Step, assert_reads_as, contents, write
+from tests.log.log_oracle import Oracle, Step, assert_reads_as, contents, edit_manifest, replace_array, write
 from vista.config import SourceColumns
 from vista.errors import DataError, LogFormatError, UnknownUserError
 from vista.log import segment
@@ -261,11 +261,7 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
 
 
 def manifest_says(**values: object) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        file = folder / NEW / "manifest.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-    return edit
+    return lambda folder: edit_manifest(folder / NEW, **values)
 
 
 def shrink(name: str) -> Callable[[Path], None]:
@@ -277,10 +273,8 @@ def shrink(name: str) -> Callable[[Path], None]:
 
 
 def without_changed(folder: Path) -> None:
-    file = folder / NEW / "manifest.json"
-    manifest = json.loads(file.read_text())
-    del manifest["files"]["changed.npy"]
-    file.write_text(json.dumps(manifest))
+    files = json.loads((folder / NEW / "manifest.json").read_text())["files"]
+    edit_manifest(folder / NEW, files={name: entry for name, entry in files.items() if name != "changed.npy"})
 
 
 def renamed(folder: Path) -> None:
@@ -288,9 +282,8 @@ def renamed(folder: Path) -> None:
 
 
 def with_a_user_too_many(folder: Path) -> None:
-    file = folder / NEW / "users.npy"
-    users = np.load(file)
-    np.save(file, np.append(users[:-1], 77))
+    users = np.load(folder / NEW / "users.npy")
+    replace_array(folder / NEW, "users.npy", np.append(users[:-1], 77))
 
 
 COUNTS = {"events": {"rows": 9, "users": 3}, "impressions": {"rows": 2, "users": 2}}

@@ -1,6 +1,5 @@
 """EventLog: reading equals a plain sort of what was written, with one and several segments."""
 
-import json
 import os
 import pickle
 import shutil
@@ -14,6 +13,7 @@ import polars as pl
 import pytest
 
 import vista
+from tests.log.log_oracle import edit_manifest, replace_array
 from vista.config import SourceColumns
 from vista.errors import LogFormatError, UnknownUserError
 from vista.log import histories
@@ -237,12 +237,8 @@ def delete_segment(folder: Path) -> None:
     shutil.rmtree(folder / "segment-000001")
 
 
-def edit_manifest(**values: object) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        file = folder / "segment-000001" / "manifest.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-    return edit
+def manifest_says(**values: object) -> Callable[[Path], None]:
+    return lambda folder: edit_manifest(folder / "segment-000001", **values)
 
 
 def tear_manifest(folder: Path) -> None:
@@ -256,9 +252,9 @@ def tear_manifest(folder: Path) -> None:
         (truncate, r"item\.npy: expected \d+ bytes, found \d+; the file is truncated: copy it again"),
         (delete_column, r"timestamp\.npy: missing; prepare the log again"),
         (delete_segment, r"segment-000001 is missing, but segment-000002"),
-        (edit_manifest(deletions=3), r"deletions: the manifest says 3, found 0; restore the folder"),
-        (edit_manifest(version=2), r"format version 2, but this version of vista reads 1"),
-        (edit_manifest(format="other"), r"not the manifest of an EventLog"),
+        (manifest_says(deletions=3), r"deletions: the manifest says 3, found 0; restore the folder"),
+        (manifest_says(version=3), r"format version 3, but this version of vista reads 2"),
+        (manifest_says(format="other"), r"not the manifest of an EventLog"),
         (tear_manifest, r"manifest\.json: cannot be read"),
     ],
 )
@@ -283,11 +279,8 @@ def test_a_compacted_range_replaces_its_segments(tmp_path: Path) -> None:
     log = write(tmp_path / "log", frames)
     compacted = tmp_path / "log" / "segment-000001-000002"
     shutil.copytree(tmp_path / "whole" / "segment-000001", compacted)
-    file = compacted / "manifest.json"
-    np.save(compacted / "changed.npy", np.full(log.num_users, 2))
-    entry = {"changed.npy": {"bytes": (compacted / "changed.npy").stat().st_size}}
-    manifest = json.loads(file.read_text())
-    file.write_text(json.dumps(manifest | {"last_segment": 2, "files": manifest["files"] | entry}))
+    replace_array(compacted, "changed.npy", np.full(log.num_users, 2))
+    edit_manifest(compacted, last_segment=2)
     again = EventLog.open(tmp_path / "log")
     assert (again.last_segment, again.num_events, len(again.manifests)) == (2, log.num_events, 1)
     assert again[100].timestamp.tolist() == whole[100].timestamp.tolist() == log[100].timestamp.tolist()

@@ -131,6 +131,12 @@ COMMANDS: dict[str, Command] = {
         "Merge the segments of an EventLog into one and remove deleted data from the disk.",
         ("vista log compact data=data/mine",),
     ),
+    "log verify": Command(
+        config.LogVerifyConfig,
+        _handler("log_commands", "run_log_verify"),
+        "Check every byte of an EventLog. Damaged files are listed, with exit code 1.",
+        ("vista log verify data=data/mine",),
+    ),
     "log stats": Command(
         config.LogStatsConfig,
         _handler("log_commands", "run_log_stats"),

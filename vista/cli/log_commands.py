@@ -7,12 +7,15 @@ from vista.config import (
     LogEraseConfig,
     LogForgetConfig,
     LogStatsConfig,
+    LogVerifyConfig,
     SimulateConfig,
 )
+from vista.errors import LogFormatError
 from vista.log.compaction import CompactionReport, compact_log
 from vista.log.deletions import DeletionReport, erase_users, forget_file
 from vista.log.event_log import EventLog
 from vista.log.log_stats import LogStats
+from vista.log.log_verification import LogVerification, verify_log
 from vista.log.vocabulary import ids_of_words
 from vista.simulation.simulate import SimulationReport, simulate
 
@@ -42,10 +45,24 @@ def run_log_compact(config: LogCompactConfig) -> CompactionReport:
     return compact_log(config.data)
 
 
+def run_log_verify(config: LogVerifyConfig) -> LogVerification:
+    """`vista log verify`.
+
+    Raises:
+        LogFormatError: naming every damaged file.
+    """
+    report = verify_log(config.data)
+    if report.damaged:
+        raise LogFormatError(str(report))
+    return report
+
+
 def run_log_stats(config: LogStatsConfig) -> LogStats:
     """`vista log stats`.
 
     Raises:
         LogFormatError: if it is missing or damaged.
     """
-    return LogStats.of(EventLog.open(config.data))
+    log = EventLog.open(config.data)
+    log.verify(newer_than=log.last_segment)
+    return LogStats.of(log)

@@ -5,7 +5,13 @@ Only `vista.config.composition` uses Hydra: the command line turns its words int
 
 from vista.config.data_config import DataConfig
 from vista.config.evaluate_config import EvaluateConfig
-from vista.config.log_configs import LogCompactConfig, LogEraseConfig, LogForgetConfig, LogStatsConfig
+from vista.config.log_configs import (
+    LogCompactConfig,
+    LogEraseConfig,
+    LogForgetConfig,
+    LogStatsConfig,
+    LogVerifyConfig,
+)
 from vista.config.model_config import ModelConfig
 from vista.config.optim_config import OptimConfig
 from vista.config.prepare_config import PrepareConfig, SourceConfig
@@ -35,6 +41,7 @@ __all__ = [
     "LogEraseConfig",
     "LogForgetConfig",
     "LogStatsConfig",
+    "LogVerifyConfig",
     "ModelConfig",
     "OptimConfig",
     "PrepareConfig",

@@ -35,6 +35,8 @@ class EvaluateConfig:
     until=TIME-less-N, where N is staleness. 0 evaluates up-to-date summaries."""
     recall: bool = False
     """Also report how well the stored summaries recall a user's events, by the age of the event. Takes some seconds."""
+    verify_log: bool = True
+    """Check first that no byte of the log's files has changed since it was written."""
     users_per_batch: int = 512
     """Number of users that are ranked at once."""
     out: str | None = None

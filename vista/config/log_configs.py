@@ -48,6 +48,17 @@ class LogCompactConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class LogVerifyConfig:
+    """Check of an EventLog's files."""
+
+    data: str = "data/log"
+    """Folder of the EventLog."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
 class LogStatsConfig:
     """Contents of an EventLog."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from vista.config.checks import check_types, require, require_counts
 from vista.config.choices import Codec, Precision, StateDtype
 
-INCREMENTAL_OPTIONS = ("tokens_per_batch", "users_per_batch", "progress")
+INCREMENTAL_OPTIONS = ("tokens_per_batch", "users_per_batch", "verify_log", "progress")
 """The options that an incremental refresh can choose."""
 SET_BY_FULL_REFRESH = "was set by the store's full refresh; leave it out"
 
@@ -29,6 +29,9 @@ class RefreshOptions:
     """Number of events that are read and summarized at once. A longer history forms a batch of its own."""
     users_per_batch: int = 512
     """Number of users per durable transaction."""
+    verify_log: bool = True
+    """Check first that no byte of the log's files has changed since it was written: of all files, or of the new
+    segments in an incremental refresh."""
     progress: bool = False
     """Show a progress bar."""
 

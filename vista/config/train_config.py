@@ -53,6 +53,8 @@ class TrainConfig:
     """Number of steps between checkpoints. A checkpoint is also written after each epoch."""
     resume: bool = True
     """Resume from the newest checkpoint in run_dir, if there is one."""
+    verify_log: bool = True
+    """Check first that no byte of the log's files has changed since it was written."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the extra `tensorboard`)."""
     progress: bool = True

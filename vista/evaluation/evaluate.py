@@ -43,10 +43,13 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     Raises:
         LeakageError: if the store, or a record, covers a label's event.
         ConfigError: if the store was refreshed for another split, or there is nothing to measure.
+        LogFormatError: if a file of the log is damaged.
     """
     if config.out is not None:
         writable_folder(Path(config.out).absolute().parent, "out")
     log = EventLog.open(config.data)
+    if config.verify_log:
+        log.verify()
     with cpu_settings(config.num_threads):
         model = load_model(config.model, resolve_device(config.device))
         if isinstance(model, HistoryModel):

@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from vista.errors import LogWriteError
 from vista.files import sync
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
 from vista.log.impressions import merged_columns
 from vista.log.packed_table import Int, PackedTable
-from vista.log.segment import EVENT_COLUMNS, LOG_FIELDS, QUARANTINE_FILE, segment_name, superseded_segments
-from vista.log.segment_writer import TableWriter, locked_log, staged_folder, write_manifest
+from vista.log.segment import segment_name, superseded_segments
+from vista.log.segment_files import EVENT_COLUMNS
+from vista.log.segment_manifest import LOG_FIELDS, QUARANTINE_FILE
+from vista.log.segment_writer import SegmentWriter, TableWriter, locked_log, staged_folder
 
 RUN_EVENTS = 1 << 20
 """Events that are read and written at once, about 40 bytes of memory each. A longer history is a run by itself."""
@@ -68,7 +71,7 @@ def compact_log(path: str | os.PathLike[str], *, run_events: int = RUN_EVENTS) -
         run_events: events that are read at once; it never changes the result.
 
     Raises:
-        LogFormatError: if there is no log, or it is damaged.
+        LogFormatError: if there is no log, or a file of it is damaged.
         DataError: if another process is writing the log, or the disk is full; the log stays unchanged.
     """
     place = Path(path)
@@ -78,8 +81,9 @@ def compact_log(path: str | os.PathLike[str], *, run_events: int = RUN_EVENTS) -
         blanked = _blankable(log)
         merged = len(log.segments)
         if merged > 1:
+            log.verify()  # otherwise the merged segment would make damage look intact
             with staged_folder(place / segment_name(1, log.last_segment)) as folder:
-                quarantine_removed = _write(folder, log, blanked, run_events)
+                quarantine_removed = _write(SegmentWriter(folder), log, blanked, run_events)
             _clear_up(place)
         else:
             quarantine_removed = False
@@ -97,9 +101,15 @@ def compact_log(path: str | os.PathLike[str], *, run_events: int = RUN_EVENTS) -
 
 def _clear_up(path: Path) -> None:
     """Remove segments that a compaction replaced, and leftovers of killed writers. The log must be locked."""
-    for folder in [*superseded_segments(path), *path.glob(".segment-*.tmp")]:
-        shutil.rmtree(folder)
-    sync(path)
+    try:
+        for folder in [*superseded_segments(path), *path.glob(".segment-*.tmp")]:
+            shutil.rmtree(folder)
+        sync(path)
+    except OSError as error:
+        raise LogWriteError(
+            f"{path}: segments that a compaction replaced cannot be removed ({error}); remove the obstacle, and run "
+            "the compaction again"
+        ) from error
 
 
 def _blankable(log: EventLog) -> Int:
@@ -119,20 +129,19 @@ def _impression_tables(log: EventLog) -> list[PackedTable]:
     return [segment.impressions for segment in log.segments if segment.impressions is not None]
 
 
-def _write(folder: Path, log: EventLog, blanked: Int, run_events: int) -> bool:
-    """Write the merged segment into a folder; returns whether quarantined rows were omitted."""
-    log.users.without_ids(blanked).save(folder, "new_users")
-    log.items.save(folder, "new_items")
-    active = {"events": _write_events(folder, log, run_events), "impressions": 0}
+def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int) -> bool:
+    """Write the merged segment; returns whether quarantined rows were omitted."""
+    segment.save_vocabulary("new_users", log.users.without_ids(blanked))
+    segment.save_vocabulary("new_items", log.items)
+    active = {"events": _write_events(segment, log, run_events), "impressions": 0}
     tables = _impression_tables(log)
     if tables:
-        active["impressions"] = _write_impressions(folder / "impressions", log.num_users, tables, run_events)
-    np.save(folder / "changed.npy", _last_changes(log))
-    quarantine_removed = _join_quarantines(folder, log)
+        active["impressions"] = _write_impressions(segment, log.num_users, tables, run_events)
+    segment.save("changed.npy", _last_changes(log))
+    quarantine_removed = _join_quarantines(segment.folder, log)
     newest = log.manifests[-1]
     rows = {"events": log.num_events, "impressions": sum(table.num_rows for table in tables)}
-    write_manifest(
-        folder,
+    segment.write_manifest(
         {name: newest[name] for name in LOG_FIELDS}
         | {
             "first_segment": 1,
@@ -141,14 +150,14 @@ def _write(folder: Path, log: EventLog, blanked: Int, run_events: int) -> bool:
             "deletions": 0,
             "quarantined": sum(manifest["quarantined"] for manifest in log.manifests),
             "sources": [source for manifest in log.manifests for source in manifest["sources"]],
-        },
+        }
     )
     return quarantine_removed
 
 
-def _write_events(folder: Path, log: EventLog, run_events: int) -> int:
+def _write_events(segment: SegmentWriter, log: EventLog, run_events: int) -> int:
     names = [name for name in EVENT_COLUMNS if name != "rating" or log.has_rating]
-    writer = TableWriter(folder, log.num_events, {name: (EVENT_COLUMNS[name], ()) for name in names})
+    writer = TableWriter(segment, "", log.num_events, {name: (EVENT_COLUMNS[name], ()) for name in names})
     for run in token_groups(log.lengths, run_events):
         users = np.arange(run.start, run.stop)
         histories = log.gather(users)
@@ -156,12 +165,12 @@ def _write_events(folder: Path, log: EventLog, run_events: int) -> int:
     return writer.close()
 
 
-def _write_impressions(folder: Path, num_users: int, tables: list[PackedTable], run_rows: int) -> int:
+def _write_impressions(segment: SegmentWriter, num_users: int, tables: list[PackedTable], run_rows: int) -> int:
     counts = sum((table.counts(num_users) for table in tables), np.zeros(num_users, np.int64))
     columns: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {}
     for table in tables:
         columns |= {name: (column.dtype, column.shape[1:]) for name, column in table.columns.items()}
-    writer = TableWriter(folder, int(counts.sum()), columns)
+    writer = TableWriter(segment, "impressions/", int(counts.sum()), columns)
     for run in token_groups(counts, run_rows):
         offsets = np.concatenate([[0], np.cumsum(counts[run])]).astype(np.int64)
         block: Mapping[str, NDArray[Any]] = merged_columns(

@@ -18,9 +18,15 @@ from vista.log.segment import Segment
 
 
 def obey_deletions(segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """The segments, oldest first, without the rows that later segments delete. Reads only the affected users."""
+    """The segments, oldest first, without the rows that later segments delete. Reads only the affected users.
+
+    Raises:
+        LogFormatError: if there are deletions, and the ids, offsets, or deletions of a segment are damaged.
+    """
     if not any(segment.num_deletions for segment in segments[1:]):
         return tuple(segments)
+    for segment in segments:
+        segment.files.verify(large=False)
     left = []
     forgotten: list[EventKeys] = []
     erased = np.empty(0, np.int64)

@@ -28,8 +28,10 @@ from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import Source, open_sources
 from vista.log.packed_table import Int
 from vista.log.polars_extra import pl
-from vista.log.segment import EVENT_COLUMNS, FORGOTTEN_COLUMNS, LOG_FIELDS, segment_name
-from vista.log.segment_writer import TableWriter, locked_log, staged_folder, write_manifest
+from vista.log.segment import segment_name
+from vista.log.segment_files import EVENT_COLUMNS, FORGOTTEN_COLUMNS
+from vista.log.segment_manifest import LOG_FIELDS
+from vista.log.segment_writer import SegmentWriter, TableWriter, locked_log, staged_folder
 
 _NAMED_ROWS = 3
 
@@ -62,7 +64,7 @@ def forget_events(path: str | os.PathLike[str], events: Any) -> DeletionReport:
 
     Raises:
         DataError: naming the rows that match no event or are invalid; nothing is deleted then.
-        LogFormatError: if there is no such log.
+        LogFormatError: if there is no such log, or its ids are damaged.
     """
     names = list(events) if isinstance(events, Mapping) else list(getattr(events, "columns", ()))
     columns = ["user", "item", "timestamp", *(["action"] if "action" in names else [])]
@@ -130,17 +132,18 @@ def erase_users(path: str | os.PathLike[str], user_ids: Sequence[int] | Sequence
     Raises:
         ConfigError: if no user is named.
         UnknownUserError: naming ids that are not in the log; no user is erased then.
-        LogFormatError: if there is no such log.
+        LogFormatError: if there is no such log, or its ids are damaged.
     """
     if not len(user_ids):
         raise ConfigError("users: name at least one user to erase")
     with locked_log(Path(path)):
         log = EventLog.open(path)
+        log.verify(newer_than=log.last_segment)
         erased = np.unique(rows_to_erase(log, user_ids))
         impressions = [segment.impressions for segment in log.segments if segment.impressions is not None]
         number = log.last_segment + 1
         with staged_folder(log.path / segment_name(number)) as folder:
-            write_deletions(folder, log, None, erased)
+            write_deletions(SegmentWriter(folder), log, None, erased)
     return DeletionReport(
         log.path,
         number,
@@ -158,11 +161,12 @@ def _config(paths: list[str], has_action: bool, time_unit: str | None) -> Source
 def _forget(path: Path, source: Source) -> DeletionReport:
     with locked_log(path):
         log = EventLog.open(path)
+        log.verify(newer_than=log.last_segment)
         number = log.last_segment + 1
         with staged_folder(path / segment_name(number)) as folder:
             rows = _read(log, source, folder)
             forgotten = _matches(log, _event_keys(log, rows), rows, source)
-            write_deletions(folder, log, forgotten, np.empty(0, np.int64))
+            write_deletions(SegmentWriter(folder), log, forgotten, np.empty(0, np.int64))
     num_events = sum(len(equal_events(segment.events, forgotten)[1]) for segment in log.segments)
     return DeletionReport(path, number, len(np.unique(forgotten.user)), num_events, 0)
 
@@ -222,32 +226,30 @@ def _named(row: Mapping[str, Any]) -> str:
     return f"row {row[ORDER] % 2**32} ({values})"
 
 
-def write_deletions(folder: Path, log: EventLog, forgotten: EventKeys | None, erased: Int) -> None:
+def write_deletions(segment: SegmentWriter, log: EventLog, forgotten: EventKeys | None, erased: Int) -> None:
     """Write the log's next segment, which contains only deletion rows.
 
     Args:
-        folder: the folder that becomes the segment.
+        segment: the writer of the new segment.
         forgotten: distinct keys, sorted by user, time, item, and action.
         erased: user rows, ascending.
     """
     newest, number = log.manifests[-1], log.last_segment + 1
-    log.users.tail(log.num_users).save(folder, "new_users")
-    log.items.tail(log.num_items).save(folder, "new_items")
+    segment.save_vocabulary("new_users", log.users.tail(log.num_users))
+    segment.save_vocabulary("new_items", log.items.tail(log.num_items))
     names = [name for name in EVENT_COLUMNS if name != "rating" or log.has_rating]
-    TableWriter(folder, 0, {name: (EVENT_COLUMNS[name], ()) for name in names}).close()
+    TableWriter(segment, "", 0, {name: (EVENT_COLUMNS[name], ()) for name in names}).close()
     num_forgotten = 0
     if forgotten is not None:
         num_forgotten = len(forgotten)
         columns: dict[str, NDArray[Any]] = {name: getattr(forgotten, name) for name in FORGOTTEN_COLUMNS}
-        writer = TableWriter(
-            folder / "deletions", num_forgotten, {name: (dtype, ()) for name, dtype in FORGOTTEN_COLUMNS.items()}
-        )
+        types = {name: (dtype, ()) for name, dtype in FORGOTTEN_COLUMNS.items()}
+        writer = TableWriter(segment, "deletions/", num_forgotten, types)
         writer.append(forgotten.user, columns)
         writer.close()
     if len(erased):
-        np.save(folder / "erased.npy", erased)
-    write_manifest(
-        folder,
+        segment.save("erased.npy", erased)
+    segment.write_manifest(
         {name: newest[name] for name in LOG_FIELDS}
         | {
             "first_segment": number,
@@ -256,5 +258,5 @@ def write_deletions(folder: Path, log: EventLog, forgotten: EventKeys | None, er
             "deletions": num_forgotten + len(erased),
             "quarantined": 0,
             "sources": [],
-        },
+        }
     )

@@ -1,7 +1,7 @@
 """A segment of an EventLog on disk: a folder of `.npy` files and a manifest, written once and never changed.
 
     segment-000001/                     or segment-000001-000004/ after a compaction
-        manifest.json                   format, range, counts, sources, and each file's dtype, shape, bytes
+        manifest.json                   format, range, counts, sources, and each file's dtype, shape, bytes, XXH3-64
         new_users.ids.npy [+ .offsets]  ids that this segment adds to the user vocabulary; likewise new_items
         users.npy       int64 [U]       user rows with events here, ascending
         offsets.npy     int64 [U + 1]   where each user's events start
@@ -23,36 +23,21 @@ forgotten events and erased users. docs/reference/file-formats.md has the detail
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
 from vista.errors import LogFormatError
 from vista.log.packed_table import Int, PackedTable
+from vista.log.segment_files import EVENT_COLUMNS, FORGOTTEN_COLUMNS, IMPRESSION_COLUMNS, SegmentFiles
+from vista.log.segment_manifest import REMEDY, read_manifest
 from vista.log.vocabulary import Vocabulary
 
-FORMAT = "vista-event-log"
-VERSION = 1
-EVENT_COLUMNS = {"item": np.int32, "timestamp": np.int64, "action": np.uint8, "rating": np.float32}
-IMPRESSION_COLUMNS = {
-    "item": np.int32,
-    "timestamp": np.int64,
-    "label": np.uint8,
-    "mask": np.uint8,
-    "probability": np.float32,
-}
-FORGOTTEN_COLUMNS = {"item": np.int32, "timestamp": np.int64, "action": np.uint8}
-LOG_FIELDS = ("num_users", "num_items", "id_types", "actions", "tasks", "has_time", "timestamp", "has_rating")
-"""Manifest entries that describe the log up to the segment; segments without new sources copy them."""
-QUARANTINE_FILE = "quarantine.csv"
 _NAME = re.compile(r"segment-(\d{6})(?:-(\d{6}))?")
-_REMEDY = "prepare the log again from its sources"
 
 
 def segment_name(first: int, last: int | None = None) -> str:
@@ -68,6 +53,7 @@ class Segment:
     first: int
     last: int
     manifest: dict[str, Any]
+    files: SegmentFiles
     events: PackedTable
     impressions: PackedTable | None
     forgotten: PackedTable | None
@@ -95,38 +81,38 @@ class Segment:
 
 
 def read_segment(path: Path) -> Segment:
-    """Open one segment and check every file against its manifest.
+    """Open one segment and check the size and the type of every file against its manifest.
 
     Raises:
         LogFormatError: naming the file, the expected and actual content, and the remedy.
     """
-    manifest = _read_manifest(path)
-    files = manifest["files"]
-    _check_files(path, files)
+    manifest = read_manifest(path)
+    files = SegmentFiles(path, manifest["files"])
+    try:
+        segment = _segment(path, manifest, files)
+        _check_counts(segment)
+    except LogFormatError:
+        files.verify()  # names the damaged file, if the reason is one
+        raise
+    return segment
 
-    def table(prefix: str, known: Mapping[str, DTypeLike]) -> PackedTable | None:
-        return _read_table(path, files, prefix, known) if f"{prefix}users.npy" in files else None
 
-    def rows(name: str) -> Int | None:
-        return _read_column(path / name, np.int64) if name in files else None
-
-    events = _read_table(path, files, "", EVENT_COLUMNS)
-    erased = rows("erased.npy")
-    segment = Segment(
+def _segment(path: Path, manifest: dict[str, Any], files: SegmentFiles) -> Segment:
+    erased, kinds = files.rows("erased.npy"), manifest["id_types"]
+    return Segment(
         path,
         manifest["first_segment"],
         manifest["last_segment"],
         manifest,
-        events,
-        table("impressions/", IMPRESSION_COLUMNS),
-        table("deletions/", FORGOTTEN_COLUMNS),
+        files,
+        files.table("", EVENT_COLUMNS),
+        files.table("impressions/", IMPRESSION_COLUMNS) if "impressions/users.npy" in files else None,
+        files.table("deletions/", FORGOTTEN_COLUMNS) if "deletions/users.npy" in files else None,
         np.empty(0, np.int64) if erased is None else erased,
-        rows("changed.npy"),
-        Vocabulary.load(path, "new_users"),
-        Vocabulary.load(path, "new_items"),
+        files.rows("changed.npy"),
+        files.vocabulary("new_users", kinds["users"]),
+        files.vocabulary("new_items", kinds["items"]),
     )
-    _check_counts(segment)
-    return segment
 
 
 def read_segments(path: Path, last_segment: int | None = None) -> list[Segment]:
@@ -169,7 +155,7 @@ def read_vocabularies(segments: Sequence[Segment]) -> tuple[Vocabulary, Vocabula
     if (len(users), len(items)) != counts:
         raise LogFormatError(
             f"{newest.path.parent}: the vocabularies contain {len(users)} users and {len(items)} items, but the "
-            f"manifest of {newest.path.name} says {counts[0]} and {counts[1]}; {_REMEDY}"
+            f"manifest of {newest.path.name} says {counts[0]} and {counts[1]}; {REMEDY}"
         )
     return users, items
 
@@ -209,28 +195,14 @@ def _segment_folders(path: Path) -> list[tuple[int, int, Path]]:
     if not path.is_dir():
         raise LogFormatError(f"{path}: no such folder; make the log with `vista prepare out={path} ...`")
     folders = []
-    for entry in path.iterdir():
+    try:
+        entries = list(path.iterdir())
+    except OSError as error:
+        raise LogFormatError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from error
+    for entry in entries:
         if match := _NAME.fullmatch(entry.name):
             folders.append((int(match[1]), int(match[2] or match[1]), entry))
     return sorted(folders, key=lambda range_: (range_[0], -range_[1]))
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / "manifest.json"
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise LogFormatError(f"{file}: missing; {_REMEDY}") from None
-    except (ValueError, RecursionError, OSError) as error:  # RecursionError: JSON that is nested too deeply.
-        raise LogFormatError(f"{file}: cannot be read ({error}); {_REMEDY}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise LogFormatError(f"{file}: not the manifest of an EventLog segment; check the path")
-    if manifest.get("version") != VERSION:
-        raise LogFormatError(
-            f"{file}: format version {manifest.get('version')}, but this version of vista reads {VERSION}; "
-            f"install a newer vista, or {_REMEDY}"
-        )
-    return manifest
 
 
 def _check_counts(segment: Segment) -> None:
@@ -242,7 +214,10 @@ def _check_counts(segment: Segment) -> None:
         "events": (counts["events"]["rows"], segment.events.num_rows),
         "impressions": (counts["impressions"]["rows"], 0 if impressions is None else impressions.num_rows),
         "deletions": (manifest["deletions"], segment.num_deletions),
+        "ratings": (manifest["has_rating"], "rating" in segment.events.columns),
     }
+    if impressions is not None:
+        expected_and_actual["columns of labels"] = (len(manifest["tasks"]), impressions.columns["label"].shape[1])
     if segment.last > segment.first:
         expected_and_actual["rows of changed.npy"] = (
             manifest["num_users"],
@@ -251,8 +226,7 @@ def _check_counts(segment: Segment) -> None:
     for what, (expected, actual) in expected_and_actual.items():
         if expected != actual:
             raise LogFormatError(
-                f"{segment.path}: {what}: the manifest says {expected}, found {actual}; restore the folder, or "
-                f"{_REMEDY}"
+                f"{segment.path}: {what}: the manifest says {expected}, found {actual}; restore the folder, or {REMEDY}"
             )
     tables = [segment.events, impressions, segment.forgotten]
     users = [table.users[-1:] for table in tables if table is not None]
@@ -260,56 +234,5 @@ def _check_counts(segment: Segment) -> None:
     if highest >= manifest["num_users"]:
         raise LogFormatError(
             f"{segment.path}: contains user row {highest}, but the manifest says {manifest['num_users']} users; "
-            f"restore the folder, or {_REMEDY}"
+            f"restore the folder, or {REMEDY}"
         )
-
-
-def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    for name, entry in files.items():
-        try:
-            size = (path / name).stat().st_size
-        except OSError:
-            raise LogFormatError(f"{path / name}: missing; {_REMEDY}") from None
-        if size != entry["bytes"]:
-            raise LogFormatError(
-                f"{path / name}: expected {entry['bytes']} bytes, found {size}; the file is "
-                f"{'truncated' if size < entry['bytes'] else 'too long'}: copy it again, or {_REMEDY}"
-            )
-
-
-def _read_table(
-    path: Path, files: Mapping[str, Mapping[str, Any]], prefix: str, known: Mapping[str, DTypeLike]
-) -> PackedTable:
-    users, offsets = (_read_column(path / f"{prefix}{name}.npy", np.int64) for name in ("users", "offsets"))
-    columns = {
-        name: _read_column(path / f"{prefix}{name}.npy", dtype)
-        for name, dtype in known.items()
-        if f"{prefix}{name}.npy" in files
-    }
-    lengths = {len(array) for array in columns.values()}
-    if len(offsets) != len(users) + 1 or lengths != {int(offsets[-1])}:
-        raise LogFormatError(
-            f"{path / prefix}: {len(users)} users, {len(offsets)} offsets that end at {int(offsets[-1])}, and columns "
-            f"of {sorted(lengths)} rows do not match; {_REMEDY}"
-        )
-    return PackedTable(users, offsets, columns)
-
-
-def _read_column(file: Path, dtype: DTypeLike) -> NDArray[Any]:
-    array = load_array(file)
-    if array.dtype != dtype:
-        raise LogFormatError(f"{file}: has type {array.dtype} instead of {np.dtype(dtype)}; {_REMEDY}")
-    return array
-
-
-def load_array(path: Path) -> NDArray[Any]:
-    """Memory-map a `.npy` file, read-only.
-
-    Raises:
-        LogFormatError: if the file is damaged.
-    """
-    try:
-        # np.asarray drops the memmap subclass, which is slow to index.
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (ValueError, OSError, EOFError) as error:
-        raise LogFormatError(f"{path}: cannot be read ({error}); {_REMEDY}") from error

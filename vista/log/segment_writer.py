@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import json
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,56 +12,83 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import DTypeLike, NDArray
 
 from vista.errors import LogBusyError, LogWriteError
-from vista.files import sync
-from vista.log.segment import FORMAT, VERSION, find_segments
+from vista.files import make_folders, sync
+from vista.log.array_file import ArrayWriter
+from vista.log.segment import find_segments
+from vista.log.segment_manifest import MANIFEST_FILE, QUARANTINE_FILE, manifest_bytes
+from vista.log.vocabulary import Vocabulary
 
 
-class ColumnWriter:
-    """Writes a `.npy` file of known length block by block.
+class SegmentWriter:
+    """Writes the files of a segment into a folder, and notes what the manifest says about each."""
 
-    Raises:
-        ValueError: on closing, if more or fewer rows were written than announced.
-    """
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._arrays: dict[str, ArrayWriter] = {}
 
-    def __init__(self, path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> None:
-        self._file = path.open("wb")
-        self._dtype = np.dtype(dtype)
-        self._shape = shape
-        self._rows = 0
-        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, header)
+    def array(self, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> ArrayWriter:
+        """Begin a `.npy` file, which the caller fills and closes."""
+        self._arrays[name] = ArrayWriter(self.folder / name, dtype, shape)
+        return self._arrays[name]
 
-    def append(self, values: NDArray[Any]) -> None:
-        if values.shape[1:] != self._shape[1:]:
-            raise ValueError(f"{self._file.name}: rows have shape {values.shape[1:]}, expected {self._shape[1:]}")
-        self._rows += len(values)
-        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data)
+    def save(self, name: str, values: NDArray[Any]) -> None:
+        """Write a `.npy` file at once."""
+        array = self.array(name, values.dtype, values.shape)
+        array.append(values)
+        array.close()
 
-    def close(self) -> None:
-        self._file.close()
-        if self._rows != self._shape[0]:
-            raise ValueError(f"{self._file.name}: {self._rows} rows written, {self._shape[0]} announced")
+    def save_vocabulary(self, name: str, vocabulary: Vocabulary) -> None:
+        """Write the files of a vocabulary."""
+        for ending, values in vocabulary.arrays().items():
+            self.save(f"{name}.{ending}.npy", values)
+
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """What the manifest says about the `.npy` files, by name."""
+        return {name: array.entry for name, array in self._arrays.items()}
+
+    def write_manifest(self, fields: Mapping[str, Any]) -> None:
+        """Write the manifest, after all other files. quarantine.csv is listed too if the folder has one.
+
+        Args:
+            fields: all fields except `format`, `version`, `files`, and `checksum`.
+        """
+        files = self.entries
+        quarantine = self.folder / QUARANTINE_FILE
+        if quarantine.exists():
+            with quarantine.open("rb") as file:
+                xxh3 = hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
+            files[QUARANTINE_FILE] = {"bytes": quarantine.stat().st_size, "xxh3": xxh3}
+        (self.folder / MANIFEST_FILE).write_bytes(manifest_bytes({**fields, "files": files}))
 
 
 class TableWriter:
     """Writes the files of a PackedTable from blocks of complete users, in ascending order of user rows.
 
     Args:
-        folder: folder of the table; made if it does not exist.
+        segment: the segment with the table.
+        prefix: folder of the table in the segment, such as "impressions/"; empty for events.
         num_rows: total number of rows of all blocks.
         columns: name to (dtype, shape of one row).
     """
 
-    def __init__(self, folder: Path, num_rows: int, columns: Mapping[str, tuple[DTypeLike, tuple[int, ...]]]) -> None:
-        folder.mkdir(exist_ok=True)
-        self._folder = folder
+    def __init__(
+        self,
+        segment: SegmentWriter,
+        prefix: str,
+        num_rows: int,
+        columns: Mapping[str, tuple[DTypeLike, tuple[int, ...]]],
+    ) -> None:
+        (segment.folder / prefix).mkdir(exist_ok=True)
+        self._segment, self._prefix = segment, prefix
         self._users: list[NDArray[np.int64]] = []
         self._counts: list[NDArray[np.int64]] = []
         self._columns = {
-            name: ColumnWriter(folder / f"{name}.npy", dtype, (num_rows, *shape))
+            name: segment.array(f"{prefix}{name}.npy", dtype, (num_rows, *shape))
             for name, (dtype, shape) in columns.items()
         }
 
@@ -79,23 +106,9 @@ class TableWriter:
             writer.close()
         users = np.concatenate([np.empty(0, np.int64), *self._users])
         offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.empty(0, np.int64), *self._counts]))])
-        np.save(self._folder / "users.npy", users)
-        np.save(self._folder / "offsets.npy", offsets.astype(np.int64))
+        self._segment.save(f"{self._prefix}users.npy", users)
+        self._segment.save(f"{self._prefix}offsets.npy", offsets.astype(np.int64))
         return len(users)
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write manifest.json, with the format version and the dtype, shape, and bytes of each `.npy` file in `folder`."""
-    files = {}
-    for path in sorted(folder.rglob("*.npy")):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        files[path.relative_to(folder).as_posix()] = {
-            "dtype": array.dtype.str,
-            "shape": list(array.shape),
-            "bytes": path.stat().st_size,
-        }
-    whole = {"format": FORMAT, "version": VERSION, **manifest, "files": files}
-    (folder / "manifest.json").write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
 
 
 @contextmanager
@@ -112,6 +125,7 @@ def locked_log(path: Path) -> Iterator[None]:
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        sync(path)  # A writer that was killed may have renamed a segment without this.
         yield
     except BlockingIOError:
         raise LogBusyError(f"{path}: another process is writing this log; wait until it is done") from None
@@ -132,7 +146,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     """
     staging = target.parent / f".{target.name}.tmp"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(target.parent)
         handle = _lock_folder(staging)
     except BlockingIOError:
         raise LogBusyError(f"{target}: another process is writing it; wait until it is done") from None

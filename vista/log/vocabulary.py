@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.errors import ConfigError, LogFormatError
+from vista.log.array_file import map_array
 
 Ids = Sequence[int] | Sequence[str] | Sequence[int | str] | NDArray[Any]
 """Raw ids: all integers, or all strings."""
@@ -196,17 +197,37 @@ class Vocabulary:
         sizes = np.concatenate([np.diff(part._offsets) for part in parts if part._offsets is not None])
         return Vocabulary("str", data, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), blank)
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays to store, by the ending of their file's name: ids, offsets (of strings), and blank (if any)."""
+        arrays = {"ids": self._data, "offsets": self._offsets, "blank": self._blank}
+        return {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
+
+    @classmethod
+    def of_arrays(
+        cls, ids: NDArray[Any], offsets: NDArray[Any] | None, blank: NDArray[Any] | None, path: Path, remedy: str
+    ) -> Vocabulary:
+        """A vocabulary from stored arrays.
+
+        Args:
+            path: where they are stored, without an ending, for an error; remedy: what to do then.
+
+        Raises:
+            LogFormatError: if they do not match.
+        """
+        for ending, array in (("ids", ids), ("offsets", offsets), ("blank", blank)):
+            expected = np.uint8 if ending == "ids" and offsets is not None else np.int64
+            if array is not None and (array.dtype != expected or array.ndim != 1):
+                raise LogFormatError(f"{path}.{ending}.npy: is not an array of {np.dtype(expected)}; {remedy}")
+        if offsets is not None and (not len(offsets) or int(offsets[-1]) != len(ids)):
+            raise LogFormatError(f"{path}.ids.npy: does not match {path.name}.offsets.npy ({len(ids)} bytes); {remedy}")
+        return cls("int" if offsets is None else "str", ids, offsets, blank)
+
     def save(self, folder: str | os.PathLike[str], name: str) -> list[Path]:
         """Write the ids into `folder` under `name`; returns the files. It is not atomic or durable by itself."""
-        base = Path(folder)
-        files = [base / f"{name}.ids.npy"]
-        np.save(files[0], np.ascontiguousarray(self._data), allow_pickle=False)
-        if self._offsets is not None:
-            files.append(base / f"{name}.offsets.npy")
-            np.save(files[1], np.ascontiguousarray(self._offsets), allow_pickle=False)
-        if self._blank is not None:
-            files.append(base / f"{name}.blank.npy")
-            np.save(files[-1], np.ascontiguousarray(self._blank), allow_pickle=False)
+        files = []
+        for ending, array in self.arrays().items():
+            files.append(Path(folder) / f"{name}.{ending}.npy")
+            np.save(files[-1], array, allow_pickle=False)
         return files
 
     @classmethod
@@ -216,23 +237,11 @@ class Vocabulary:
         Raises:
             LogFormatError: if a file is missing, truncated or of another type.
         """
-        path = Path(folder) / f"{name}.ids.npy"
-        offsets_path = Path(folder) / f"{name}.offsets.npy"
-        data = _load(path)
-        blank_path = Path(folder) / f"{name}.blank.npy"
-        blank = _load(blank_path) if blank_path.exists() else None
-        if blank is not None and blank.dtype != np.int64:
-            raise LogFormatError(f"{blank_path}: has type {blank.dtype} instead of int64; write the folder again")
-        if not offsets_path.exists():
-            if data.dtype != np.int64:
-                raise LogFormatError(f"{path}: has type {data.dtype} instead of int64; write the folder again")
-            return cls("int", data, None, blank)
-        offsets = _load(offsets_path)
-        if data.dtype != np.uint8 or offsets.dtype != np.int64 or not len(offsets) or int(offsets[-1]) != len(data):
-            raise LogFormatError(
-                f"{path}: does not match {offsets_path.name} ({len(data)} bytes); write the folder again"
-            )
-        return cls("str", data, offsets, blank)
+        path, remedy = Path(folder) / name, "write the folder again"
+        paths = [path.with_name(f"{name}.{ending}.npy") for ending in ("ids", "offsets", "blank")]
+        ids = map_array(paths[0], remedy)
+        offsets, blank = (map_array(file, remedy) if file.exists() else None for file in paths[1:])
+        return cls.of_arrays(ids, offsets, blank, path, remedy)
 
     def digest(self) -> str:
         """Hex SHA-256 of the kind and the content."""
@@ -365,16 +374,6 @@ def _from_bytes(encoded: list[bytes]) -> Vocabulary:
     sizes = np.fromiter((len(name) for name in encoded), np.int64, len(encoded))
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     return Vocabulary("str", np.frombuffer(b"".join(encoded), np.uint8), offsets)
-
-
-def _load(path: Path) -> NDArray[Any]:
-    try:
-        # np.asarray drops the memmap subclass, which is slow to index.
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except FileNotFoundError:
-        raise LogFormatError(f"{path}: missing; write the folder again") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise LogFormatError(f"{path}: truncated or not a .npy file ({error}); write the folder again") from error
 
 
 def ids_of_words(words: Sequence[str], name: str, kind: str | None) -> list[Any]:

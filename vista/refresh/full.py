@@ -64,11 +64,14 @@ def refresh(
     Raises:
         ConfigError: the model cannot read this log, `until` is not valid for it, or the store is sharded and no shard
             is named.
+        LogFormatError: a file of the log is damaged.
         StoreLockedError, StoreError, RecordError: the previous generation stays in service.
     """
     options = options or RefreshOptions()
     limit = until if isinstance(until, Until) else parse_until(until)
     check_log(model, log)
+    if options.verify_log:
+        log.verify()
     store, shard = shard_to_write(store, shard)
     model.eval()
     precision = choose_precision(options.precision, model.device)

@@ -68,7 +68,7 @@ def refresh_incremental(
         model: the one whose full refresh made the store; it is left in eval mode.
         log: the same log, with new segments.
         store: the store's folder.
-        options: tokens_per_batch, users_per_batch and progress; the store's full refresh set the others for good.
+        options: tokens_per_batch, users_per_batch, verify_log, and progress; the full refresh set the others for good.
         shard: refresh only this shard, in the folder `<store>/part-i-of-n`.
         key: 32 bytes, if the store's records are authenticated.
         created_at: start of the run in ms, which records state; by default now.
@@ -76,6 +76,7 @@ def refresh_incremental(
     Raises:
         ConfigError: the model cannot read this log; the store was refreshed with `until`; the store is sharded and no
             shard is named; or `options` holds what only a full refresh sets.
+        LogFormatError: a file of the log with new events, ids or deletions is damaged.
         StoreError: nothing is published there; the store is of another summarizer, or covers a longer log; or it cannot
             be written.
     """
@@ -90,6 +91,8 @@ def refresh_incremental(
     ) as update:
         check_updatable(update.manifest, store)
         _check_same_log(update.manifest, log, store)
+        if options.verify_log:
+            log.verify(newer_than=update.manifest.applied_segment)
         update.begin(log.sources_digest(log.last_segment))
         users, num_removed = _changed_users(update, log, shard)
         run = RefreshProgress(store, "incremental", len(users), 0, progress=options.progress)

@@ -108,18 +108,20 @@ def merge(
         model: the one whose full or incremental refreshes made the parts.
         parts: (store, its log); a user's events in different logs are disjoint.
         store: folder of the merged store; it must not be one of the parts.
-        options: users_per_batch, progress and shared_with_group; the parts decide the others.
+        options: users_per_batch, verify_log, progress, and shared_with_group; the parts decide the others.
         key: 32 bytes, if the parts' records are authenticated; the merged ones then are too.
         created_at: start of the run in ms, which records state; by default now.
 
     Raises:
         ConfigError: the model has no states, decays by position or cannot read a log; `store` is sharded; or `options`
             holds what the parts decide.
+        LogFormatError: a file of a log is damaged.
         StoreError: a part is of another summarizer, keeps no states or does not cover its whole log.
     """
     options = options or RefreshOptions()
     options.require_only(
-        ("users_per_batch", "progress", "shared_with_group"), "is taken from the stores that are merged; leave it out"
+        ("users_per_batch", "verify_log", "progress", "shared_with_group"),
+        "is taken from the stores that are merged; leave it out",
     )
     if not has_states(model):
         raise ConfigError("model: has no states to merge; train one with separable mixing and without a history limit")
@@ -130,6 +132,8 @@ def merge(
         opened = []
         for path, log in parts:
             check_log(model, log)
+            if options.verify_log:
+                log.verify()
             opened_store = stack.enter_context(StoreReader.open(path, summarizer_id=model.summarizer_id(), key=key))
             part = _Part(opened_store, log, LogItems.of(model, log))
             part.check()

@@ -87,11 +87,14 @@ def train_model(
     Raises:
         ConfigError: if `run_dir` holds a run of another configuration or log, or cannot be written, or the log lacks
             what the configuration needs.
+        LogFormatError: if a file of the log is damaged.
         LeakageError: if stage=downstream, and the base or the store covers the labels.
         CheckpointError: if the newest checkpoint is damaged; the message has the remedy.
         NonFiniteLossError: if a loss or gradient is NaN or infinite; the batch is saved and its users are named.
     """
     log = EventLog.open(config.data.path) if log is None else log
+    if config.verify_log:
+        log.verify()
     writable_folder(Path(config.run_dir), "run_dir")
     with log_file(Path(config.run_dir) / "train.log"), cpu_settings(config.num_threads):
         if config.stage is Stage.joint:

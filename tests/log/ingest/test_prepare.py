@@ -266,7 +266,7 @@ def test_a_failure_at_the_end_leaves_nothing_behind(
     def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr("vista.log.ingest.prepare.write_manifest", fail)
+    monkeypatch.setattr(segment_writer.SegmentWriter, "write_manifest", fail)
     with pytest.raises((KeyboardInterrupt, DataError)) as caught:
         run(tmp_path / "log", [file], append=append)
     if isinstance(failure, OSError):

@@ -14,7 +14,7 @@ from vista.log.ingest.distinct_ids import ITEM_ROW, USER_ROW
 from vista.log.ingest.parts import Part
 from vista.log.ingest.sources import Source
 from vista.log.polars_extra import pl
-from vista.log.segment import EVENT_COLUMNS, IMPRESSION_COLUMNS
+from vista.log.segment_files import EVENT_COLUMNS, IMPRESSION_COLUMNS
 
 NO_ACTION = "event"
 """Name of the action if the source has none."""

@@ -34,6 +34,8 @@ class ExistingLog:
             LogFormatError: if it is missing or damaged.
         """
         segments = read_segments(path)
+        for segment in segments:
+            segment.files.verify(large=False)  # A damaged id would be added to the log as a new one.
         return cls(obey_deletions(segments), *read_vocabularies(segments))
 
     @classmethod

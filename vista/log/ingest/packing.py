@@ -32,7 +32,7 @@ def pack(
     users: pl.DataFrame,
     items: pl.DataFrame,
     columns: TableColumns,
-    target: Path,
+    writer: TableWriter,
     scratch: Path,
     *,
     bucket_events: int,
@@ -45,8 +45,8 @@ def pack(
         parts: parts of one table.
         users: columns `user`, `user_row`, and `len` (number of rows) of every user in the parts.
         items: columns `item` and `item_row` of every item in the parts.
-        columns: what to write.
-        target: folder of the table.
+        columns: how to make the columns of the table.
+        writer: of the table.
         scratch: folder for buckets.
         bucket_events: rows that are sorted at once; it never changes the result.
         times: receives the seconds of "sort" and "write".
@@ -57,8 +57,6 @@ def pack(
     """
     users = users.sort(USER_ROW)
     bucket = _buckets(users["len"].to_numpy(), bucket_events)
-    num_rows = sum(part.num_rows for part in parts)
-    writer = TableWriter(target, num_rows, columns.types)
     keys = users.select("user", USER_ROW, pl.Series(BUCKET, bucket))
     joined = (
         pl.concat([part.good() for part in parts])

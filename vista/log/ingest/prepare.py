@@ -35,8 +35,9 @@ from vista.log.ingest.source_checks import check_sources, id_kinds, tasks_of
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import Source, open_sources
 from vista.log.ingest.stage_times import StageTimes
-from vista.log.segment import QUARANTINE_FILE, segment_name
-from vista.log.segment_writer import locked_log, staged_folder, write_manifest
+from vista.log.segment import segment_name
+from vista.log.segment_manifest import QUARANTINE_FILE
+from vista.log.segment_writer import SegmentWriter, TableWriter, locked_log, staged_folder
 
 __all__ = ["PrepareReport", "prepare", "prepare_frames"]
 _LOG = logging.getLogger("vista.prepare")
@@ -196,17 +197,18 @@ class _Run:
             tasks=tasks_of(parts["impressions"][0].source) if "impressions" in parts else before.tasks,
             time_range_ms=time_range(parts["events"]),
         )
-        segment.users.tail(len(before.users)).save(folder, "new_users")
-        segment.items.tail(len(before.items)).save(folder, "new_items")
+        writer = SegmentWriter(folder)
+        writer.save_vocabulary("new_users", segment.users.tail(len(before.users)))
+        writer.save_vocabulary("new_items", segment.items.tail(len(before.items)))
         self.times.lap("vocabularies")
-        active_users = self._pack_tables(segment, ids, folder, scratch)
+        active_users = self._pack_tables(segment, ids, writer, scratch)
         if segment.num_bad:
             write_quarantine([part for of_table in parts.values() for part in of_table], folder / QUARANTINE_FILE)
-        write_manifest(folder, segment.manifest(active_users))
+        writer.write_manifest(segment.manifest(active_users))
         return segment
 
     def _pack_tables(
-        self, segment: NewSegment, ids: Mapping[str, DistinctIds], folder: Path, scratch: Path
+        self, segment: NewSegment, ids: Mapping[str, DistinctIds], writer: SegmentWriter, scratch: Path
     ) -> dict[str, int]:
         """Write the packed tables; returns the number of users with rows in each."""
         num_rows = sum(segment.num_rows(table) for table in segment.parts)
@@ -222,7 +224,9 @@ class _Run:
                     ids[table].user_rows(segment.users),
                     ids[table].item_rows(segment.items),
                     columns,
-                    folder if table == "events" else folder / table,
+                    TableWriter(
+                        writer, "" if table == "events" else f"{table}/", segment.num_rows(table), columns.types
+                    ),
                     scratch,
                     bucket_events=self.bucket_events,
                     times=self.times,

@@ -1,0 +1,70 @@
+"""Check of all files of an EventLog, also if they are too damaged to open it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vista.errors import LogFormatError
+from vista.log.event_log import EventLog
+from vista.log.segment import find_segments
+from vista.log.segment_files import SegmentFile
+from vista.log.segment_manifest import MANIFEST_FILE, REMEDY, read_manifest
+
+
+@dataclass(frozen=True, slots=True)
+class LogVerification:
+    """What a check of a log found.
+
+    num_files, num_bytes: of the intact files that manifests list; damaged: the other files, and damaged manifests,
+    relative to the log's folder.
+    """
+
+    path: Path
+    num_files: int
+    num_bytes: int
+    damaged: list[str]
+
+    def __str__(self) -> str:
+        if not self.damaged:
+            return f"{self.path}: {self.num_files:,} files with {self.num_bytes:,} bytes are as they were written"
+        return (
+            f"{self.path}: {len(self.damaged)} damaged or missing file(s): {', '.join(self.damaged)}; "
+            f"restore them from a copy, or {REMEDY}"
+        )
+
+
+def verify_log(path: str | os.PathLike[str]) -> LogVerification:
+    """Compare every file of a log with its manifest.
+
+    Raises:
+        LogFormatError: if there is no log, a segment is missing, or manifests contradict each other.
+    """
+    place = Path(path)
+    while True:
+        folders = find_segments(place)
+        report = _verify(place, folders)
+        if report.damaged and find_segments(place) != folders:
+            continue  # Meanwhile a compaction replaced these segments; check the new one.
+        if not report.damaged:
+            EventLog.open(place)
+        return report
+
+
+def _verify(path: Path, folders: Sequence[Path]) -> LogVerification:
+    damaged: list[str] = []
+    sizes: list[int] = []
+    for folder in folders:
+        try:
+            entries = read_manifest(folder)["files"]
+        except LogFormatError:
+            damaged.append(f"{folder.name}/{MANIFEST_FILE}")
+            continue
+        for name, entry in entries.items():
+            try:
+                sizes.append(SegmentFile.open(folder / name, entry).verify())
+            except LogFormatError:
+                damaged.append(f"{folder.name}/{name}")
+    return LogVerification(path, len(sizes), sum(sizes), damaged)

@@ -1,0 +1,136 @@
+"""The manifest of a segment: a JSON file with a checksum, every field of which is checked before it is used."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from vista.errors import LogFormatError, shown
+from vista.files import read_limited
+from vista.json_fields import FieldRule, check_fields, either, hexadecimal, list_of, one_of, text, whole
+
+FORMAT = "vista-event-log"
+VERSION = 2
+MANIFEST_FILE = "manifest.json"
+QUARANTINE_FILE = "quarantine.csv"
+LOG_FIELDS = ("num_users", "num_items", "id_types", "actions", "tasks", "has_time", "timestamp", "has_rating")
+"""Entries that describe the log up to the segment; segments without new sources copy them."""
+REMEDY = "prepare the log again from its sources"
+_LARGEST = 64 << 20
+"""Bytes of a manifest that are read."""
+_MOST_ACTIONS = 256
+"""Codes of actions are uint8."""
+_ARRAY_NAME = re.compile(r"(?:(?:impressions|deletions)/)?[a-z_]+(?:\.(?:ids|offsets|blank))?\.npy")
+
+
+def _fields(rules: Mapping[str, FieldRule]) -> FieldRule:
+    return FieldRule(f"the fields {', '.join(rules)}", lambda value: _passes(check_fields, value, rules))
+
+
+def _list(rule: FieldRule, most: int | None = None) -> FieldRule:
+    """A list of any length, or of at most `most`."""
+    return FieldRule(
+        f"a list of {rule.expected}",
+        lambda value: (
+            type(value) is list and (most is None or len(value) <= most) and all(rule.holds(entry) for entry in value)
+        ),
+    )
+
+
+def _passes(check: Callable[..., None], *arguments: object) -> bool:
+    try:
+        check(*arguments)
+    except ValueError:
+        return False
+    return True
+
+
+_SEGMENT, _FLAG, _ID_KIND = whole(1, 999_999), one_of(True, False), one_of("int", "str")
+_COUNTS = _fields({"rows": whole(), "users": whole()})
+_SOURCE = {
+    "table": one_of("events", "impressions"),
+    "name": text(),
+    "bytes": whole(),
+    "sha256": hexadecimal(64),
+    "rows": whole(),
+    "bad_rows": whole(),
+}
+_RULES = {
+    "format": one_of(FORMAT),
+    "version": one_of(VERSION),
+    "checksum": hexadecimal(16),
+    "first_segment": _SEGMENT,
+    "last_segment": _SEGMENT,
+    "num_users": whole(),
+    "num_items": whole(),
+    "id_types": _fields({"users": _ID_KIND, "items": _ID_KIND}),
+    "actions": _list(text(), _MOST_ACTIONS),
+    "tasks": _list(text()),
+    "has_time": _FLAG,
+    "timestamp": text(),
+    "has_rating": _FLAG,
+    "counts": _fields({"events": _COUNTS, "impressions": _COUNTS}),
+    "deletions": whole(),
+    "quarantined": whole(),
+    "sources": _list(_fields(_SOURCE)),
+    "files": FieldRule("a mapping of file names", lambda value: type(value) is dict),
+}
+_FILE = {"bytes": whole(), "xxh3": hexadecimal(16)}
+_ARRAY_FILE = {**_FILE, "dtype": text(8), "shape": either(list_of(whole(), 1), list_of(whole(), 2))}
+
+
+def manifest_bytes(fields: Mapping[str, Any]) -> bytes:
+    """The content of manifest.json: these fields with the format, its version, and the checksum of all."""
+    content = {"format": FORMAT, "version": VERSION, **fields}
+    checksum = xxhash.xxh3_64_hexdigest(_serialized(content))
+    return _serialized(content | {"checksum": checksum})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check the manifest of a segment.
+
+    Raises:
+        LogFormatError: if it is missing, damaged, or of another format; the message names the file and the remedy.
+    """
+    file = folder / MANIFEST_FILE
+    try:
+        content = read_limited(file, _LARGEST)
+        manifest = json.loads(content)
+    except FileNotFoundError:
+        raise LogFormatError(f"{file}: missing; {REMEDY}") from None
+    except (ValueError, OSError, RecursionError, MemoryError) as error:  # JSON that is nested too deeply, or too large
+        raise LogFormatError(f"{file}: cannot be read ({error}); restore it from a copy, or {REMEDY}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise LogFormatError(f"{file}: not the manifest of an EventLog segment; check the path")
+    if manifest.get("version") != VERSION:
+        raise LogFormatError(
+            f"{file}: format version {shown(manifest.get('version'))}, but this version of vista reads {VERSION}; "
+            f"install a matching vista, or {REMEDY}"
+        )
+    try:
+        check_fields(manifest, _RULES)
+        for name, entry in manifest["files"].items():
+            _check_file(name, entry)
+    except ValueError as error:
+        raise LogFormatError(f"{file}: is damaged ({error}); restore it from a copy, or {REMEDY}") from error
+    if content != manifest_bytes({name: value for name, value in manifest.items() if name != "checksum"}):
+        raise LogFormatError(f"{file}: is damaged (its checksum is wrong); restore it from a copy, or {REMEDY}")
+    return manifest
+
+
+def _check_file(name: str, entry: object) -> None:
+    if name != QUARANTINE_FILE and not _ARRAY_NAME.fullmatch(name):
+        raise ValueError(f"files: {shown(name)} is not a file of a segment")
+    try:
+        check_fields(entry, _FILE if name == QUARANTINE_FILE else _ARRAY_FILE)
+    except ValueError as error:
+        raise ValueError(f"files: {name}: {error}") from None
+
+
+def _serialized(fields: Mapping[str, Any]) -> bytes:
+    return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
