@@ -23,6 +23,7 @@ from vista.config import SourceConfig, WatchConfig
 from vista.config.choices import Arrival, Codec, OnBadRows
 from vista.errors import ConfigError, StoreLockedError
 from vista.log.event_log import EventLog
+from vista.log.ingest.source_parser import SourceParser
 from vista.log.segment_writer import locked_log
 from vista.refresh import RefreshOptions, refresh
 from vista.refresh.watch import Watch
@@ -193,6 +194,29 @@ def test_a_refused_file_is_listed_until_something_changes(
     report = Watch(replace(watched, on_bad_rows=OnBadRows.quarantine)).look()
     assert (report.files, report.refused) == (1, 0)
     assert path.exists() and path.with_name("a.csv.done").exists()
+
+
+def test_a_file_that_changes_while_it_is_read_is_tried_again(
+    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    events = grow.events({1: 4}, grow.start + 500 * grow.hour)
+    path = arrive(tmp_path / "incoming", "a.csv", {name: values[:2] for name, values in events.items()})
+
+    def call(parser: SourceParser, task: str, file: Path, **arguments: Any) -> tuple[Any, bytes]:
+        if task == "read_part":
+            arrive(tmp_path / "incoming", "a.csv", events, age_s=30)
+        return unchanged(parser, task, file, **arguments)
+
+    unchanged = SourceParser.call
+    watching = Watch(watched)
+    with monkeypatch.context() as patch:
+        patch.setattr(SourceParser, "call", call)
+        report = watching.look()
+    assert (report.files, report.refused) == (0, 0) and not (tmp_path / "incoming" / "refused").exists()
+    assert "a.csv: changed while it was read" in caplog.text and "the next check will retry" in caplog.text
+    assert watching.look().files == 1 and path.exists()
+    expect(watched, grow, tmp_path, 18)
 
 
 def test_a_list_of_refused_files_that_cannot_be_written(

@@ -81,13 +81,15 @@ class Watch:
         arrived = self._arrived()
         with SourceParser() as parser:
             for arrived_at, path, version in arrived:
+                if _changed(path, version):
+                    continue  # while other files were appended; the next look tells whether it is complete
                 try:
                     files += self._append(path, arrived_at, parser)
                     self._taken.add(version)
                 except (LogBusyError, LogWriteError, OSError) as error:
                     logger.warning("%s: %s; the next check will retry", path, error)
                 except (DataError, ConfigError) as error:
-                    if not path.exists() or FileVersion.of(path) != version:
+                    if _changed(path, version):
                         logger.warning("%s: changed while it was read (%s); the next check will retry", path, error)
                         continue
                     self._refused.add(version, str(error))
@@ -169,6 +171,13 @@ class Watch:
         except TakenError:
             return False
         self._waiting.append(arrived_at)
+        return True
+
+
+def _changed(path: Path, version: FileVersion) -> bool:
+    try:
+        return FileVersion.of(path) != version
+    except FileNotFoundError:
         return True
 
 
