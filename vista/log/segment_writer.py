@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,18 +119,23 @@ def locked_log(path: Path) -> Iterator[None]:
 
     Raises:
         LogBusyError: if another process is writing the log.
+        LogWriteError: if the folder cannot be locked or synced.
         LogFormatError: if `path` is not a log.
     """
     find_segments(path)
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        sync(path)  # A writer that was killed may have renamed a segment without this.
+    with ExitStack() as stack:
+        try:
+            handle = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            sync(path)  # A writer that was killed may have renamed a segment without this.
+        except BlockingIOError:
+            raise LogBusyError(f"{path}: another process is writing this log; wait until it is done") from None
+        except OSError as error:
+            raise LogWriteError(
+                f"{path}: cannot be written ({error}); free disk space, or correct its permissions"
+            ) from error
         yield
-    except BlockingIOError:
-        raise LogBusyError(f"{path}: another process is writing this log; wait until it is done") from None
-    finally:
-        os.close(handle)
 
 
 @contextmanager
