@@ -19,10 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import sign_model
+from vista.config import ModelConfig
 from vista.config.choices import Decay, Mixing
 from vista.errors import CheckpointError
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
+from vista.model.registry import ARCHITECTURES, load_model
 from vista.model.vista_model import VistaModel
 
 
@@ -223,6 +225,29 @@ def test_a_config_that_asks_for_more_than_the_weights_hold(
         VistaModel.from_pretrained(tmp_path / "best")
     assert time.process_time() - began < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tail_len": 4096},
+        {"tail_len": 4096, "target_attention": "softmax"},
+        {"num_seeds": 4096},
+        {"conv_width": 1024},
+        {"num_layers": 64, "num_target_layers": 64, "num_reconstruction_layers": 64},
+        {"embedding_rows": 100_000},
+        {"architecture": "sasrec", "history_limit": 10_000},
+        {"architecture": "hstu", "history_limit": 10_000},
+    ],
+    ids=str,
+)
+def test_small_models_with_one_large_size_are_loaded(make: SimpleNamespace, tmp_path: Path, sizes: Any) -> None:
+    like = make.model()
+    config = ModelConfig(dim=8, num_heads=1, **sizes)
+    model = ARCHITECTURES[config.architecture](config, like.schema, like.items, like.data)
+    model.save_pretrained(tmp_path / "best")
+    weights, loaded = model.state_dict(), load_model(tmp_path / "best").state_dict()
+    assert all(torch.equal(weights[name], loaded[name]) for name in weights)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
