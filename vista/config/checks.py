@@ -16,7 +16,7 @@ PLAIN: dict[Any, Any] = {bool: bool, str: str, int: numbers.Integral, float: num
 LARGEST_COUNT = 2**63 - 1
 """What fits into int64, as counts are stored and as torch takes them."""
 
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 
 
 def require(condition: bool, key: str, message: str) -> None:

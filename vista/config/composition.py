@@ -26,17 +26,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vista.config.config_keys import ConfigKeys, value_text
 from vista.config.interpolations import check_value
-from vista.config.yaml_size import MOST_LEVELS, check_size
+from vista.config.yaml_size import MAX_LEVELS, check_size
 from vista.errors import ConfigError, shown
 from vista.files import read_limited
 
 ConfigT = TypeVar("ConfigT")
 
 
-MOST_YAML_BYTES = 1 << 20
-MOST_WORD = 1 << 17
+MAX_YAML_BYTES = 1 << 20
+MAX_WORD = 1 << 17
 """Characters of a `key=value` word; Linux passes at most as many bytes."""
-MOST_COMMAS = 4_096
+MAX_COMMAS = 4_096
 """Of a word, whose parser takes time that grows with the square of the number of values."""
 
 
@@ -149,13 +149,13 @@ def _cause(error: BaseException) -> str:
 
 def _parse(word: str) -> tuple[str, Any, str]:
     """A `key=value` word -> (key, value, the value as written)."""
-    if len(word) > MOST_WORD:
-        raise ConfigError(f"cannot read {shown(word)}: has {len(word)} characters, at most {MOST_WORD} are read")
+    if len(word) > MAX_WORD:
+        raise ConfigError(f"cannot read {shown(word)}: has {len(word)} characters, at most {MAX_WORD} are read")
     if word.startswith("~"):
         raise ConfigError(f"cannot read '{word}': keys cannot be deleted, only set; use null for no value")
-    if word.count(",") > MOST_COMMAS or _levels(word) > MOST_LEVELS:
+    if word.count(",") > MAX_COMMAS or _levels(word) > MAX_LEVELS:
         raise ConfigError(
-            f"cannot read {shown(word)}: more than {MOST_COMMAS} values or {MOST_LEVELS} levels; write them into a "
+            f"cannot read {shown(word)}: more than {MAX_COMMAS} values or {MAX_LEVELS} levels; write them into a "
             "file for --config"
         )
     if "=" not in word:
@@ -187,7 +187,7 @@ def _words_of_file(path: str | Path | None) -> list[tuple[str, Any, Any]]:
     if path is None:
         return []
     try:
-        text = read_limited(Path(path), MOST_YAML_BYTES).decode("utf-8-sig")
+        text = read_limited(Path(path), MAX_YAML_BYTES).decode("utf-8-sig")
         check_size(text)
         content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
         written = yaml.load(text, _Written)

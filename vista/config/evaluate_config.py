@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vista.config.checks import MOST_THREADS, check_types, require, require_counts
+from vista.config.checks import MAX_THREADS, check_types, require, require_counts
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,7 +52,7 @@ class EvaluateConfig:
         check_types(self)
         require_counts(self, "", ("users_per_batch",))
         require_counts(self, "", ("staleness",), least=0)
-        require_counts(self, "", ("num_threads",), least=0, most=MOST_THREADS)
+        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
         require(
             min(self.top_k, default=0) >= 1, "top_k", f"needs one or more numbers of at least 1, got {list(self.top_k)}"
         )

@@ -15,7 +15,7 @@ from vista.config.choices import (
     TargetAttentionKind,
 )
 
-LARGEST_DIM = 2**16 - 1
+MAX_DIM = 2**16 - 1
 """The header of a record holds the shape of a summary as two uint16."""
 
 
@@ -93,8 +93,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
-        require_counts(self, "model.", ("dim",), most=LARGEST_DIM)
-        require_counts(self, "model.", ("num_seeds",), least=0, most=LARGEST_DIM)
+        require_counts(self, "model.", ("dim",), most=MAX_DIM)
+        require_counts(self, "model.", ("num_seeds",), least=0, most=MAX_DIM)
         require_counts(self, "model.", ("num_heads", "embedding_hashes"), most=self.dim)
         layers = ("num_layers", "num_target_layers", "num_reconstruction_layers")
         require_counts(self, "model.", layers, most=64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vista.config.checks import MOST_THREADS, require, require_counts
+from vista.config.checks import MAX_THREADS, require, require_counts
 from vista.config.refresh_options import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, RefreshOptions
 
 
@@ -36,7 +36,7 @@ class RefreshConfig(RefreshOptions):
 
     def __post_init__(self) -> None:
         RefreshOptions.__post_init__(self)  # super() does not work in a dataclass with slots
-        require_counts(self, "", ("num_threads",), least=0, most=MOST_THREADS)
+        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
         if self.incremental:
             reason = f"{SET_BY_FULL_REFRESH} with incremental=true"
             require(self.until is None, "until", reason)

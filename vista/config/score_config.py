@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vista.config.checks import MOST_THREADS, check_types, require_counts
+from vista.config.checks import MAX_THREADS, check_types, require_counts
 from vista.config.choices import OnMissing
 
 
@@ -35,4 +35,4 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         check_types(self)
         require_counts(self, "", ("top_k",))
-        require_counts(self, "", ("num_threads",), least=0, most=MOST_THREADS)
+        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)

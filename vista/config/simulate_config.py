@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from vista.config.checks import MOST_THREADS, check_types, require, require_counts
+from vista.config.checks import MAX_THREADS, check_types, require, require_counts
 from vista.errors import ConfigError
 
 
@@ -51,7 +51,7 @@ class SimulateConfig:
         check_types(self)
         counts = ("num_users", "events_per_user", "num_items", "num_topics", "episode_events", "session_events")
         require_counts(self, "", (*counts, "impressions_per_user", "impressions_per_request"))
-        require_counts(self, "", ("num_threads",), most=MOST_THREADS)
+        require_counts(self, "", ("num_threads",), most=MAX_THREADS)
         require_counts(self, "", ("seed",), least=0)
         try:
             datetime.fromisoformat(self.start)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vista.config.checks import MOST_THREADS, check_types, require, require_counts, require_only_with
+from vista.config.checks import MAX_THREADS, check_types, require, require_counts, require_only_with
 from vista.config.choices import (
     Architecture,
     Counting,
@@ -64,7 +64,7 @@ class TrainConfig:
         check_types(self)
         require_counts(self, "", ("checkpoint_every",))
         require_counts(self, "", ("seed",), least=0)
-        require_counts(self, "", ("num_threads",), least=0, most=MOST_THREADS)
+        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
         self._check_search()
         self._check_data()
         self._check_stage()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vista.config.checks import MOST_THREADS, check_types, require, require_counts, require_finite
+from vista.config.checks import MAX_THREADS, check_types, require, require_counts, require_finite
 from vista.config.choices import Arrival, OnBadRows
 from vista.config.prepare_config import SourceConfig
 
@@ -47,6 +47,6 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_counts(self, "", ("num_threads",), least=0, most=MOST_THREADS)
+        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
         require_finite(self, "", ("settle_s",))
         require(self.poll_s > 0, "poll_s", f"must be positive, got {self.poll_s}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-MOST_VALUES, MOST_LEVELS = 10_000, 50
+MAX_VALUES, MAX_LEVELS = 10_000, 50
 """Of a document, with every alias replaced by what it stands for."""
 
 
@@ -41,8 +41,8 @@ def check_size(text: str) -> None:
         total = open_nodes[-1][1]
         if not isinstance(event, yaml.CollectionStartEvent):
             total[:] = total[0] + own[0], max(total[1], own[1])
-        if total[0] > MOST_VALUES or len(open_nodes) + total[1] > MOST_LEVELS:
+        if total[0] > MAX_VALUES or len(open_nodes) + total[1] > MAX_LEVELS:
             raise yaml.YAMLError(
-                f"line {event.start_mark.line + 1}: more than {MOST_VALUES} values or {MOST_LEVELS} levels, counting "
+                f"line {event.start_mark.line + 1}: more than {MAX_VALUES} values or {MAX_LEVELS} levels, counting "
                 "each alias as what it stands for"
             )

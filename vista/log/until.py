@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 from vista.errors import ConfigError, shown
 
-MOST_MS = 10**18 - 1
+MAX_MS = 10**18 - 1
 """Numbers have at most 18 digits, so that all arithmetic with them fits int64."""
 _HELD_OUT = {1: "leave-last-out", 2: "leave-last-two-out"}
 
@@ -37,7 +37,7 @@ def parse_time(text: str | int) -> int:
         ConfigError: if `text` is neither.
     """
     if isinstance(text, int):
-        if abs(text) > MOST_MS:
+        if abs(text) > MAX_MS:
             raise ConfigError(f"time {shown(text)}: has more than 18 digits; write milliseconds since 1970")
         return text
     if re.fullmatch(

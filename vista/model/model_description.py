@@ -20,7 +20,7 @@ from vista.model.schema import Schema
 
 FORMAT_VERSION = 4
 CONFIG_FILE = "config.json"
-MOST_BYTES = 16 << 20
+MAX_BYTES = 16 << 20
 """Of config.json."""
 _FILE_NAME = re.compile(r"[a-z][a-z0-9_.]*\.(npy|safetensors)")
 _TABLE = FieldRule("a table of keys", lambda value: type(value) is dict)
@@ -93,7 +93,7 @@ class ModelDescription:
         if not path.exists() and (folder / "best" / CONFIG_FILE).exists():
             raise CheckpointError(f"{folder}: is a run folder; its model is {folder / 'best'}")
         try:
-            fields = json.loads(read_limited(path, MOST_BYTES))
+            fields = json.loads(read_limited(path, MAX_BYTES))
         except (OSError, ValueError, RecursionError) as error:
             raise unreadable_model(folder, error) from error
         version = fields.get("format_version") if isinstance(fields, dict) else None

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from vista.config.checks import require
 
-MOST_ACTIONS = 256
+MAX_ACTIONS = 256
 """Codes of actions are uint8."""
-MOST_TASKS = 64
-MOST_NAME_BYTES = 500
+MAX_TASKS = 64
+MAX_NAME_BYTES = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +27,16 @@ class Schema:
     """Whether the retrieval head was trained on next items."""
 
     def __post_init__(self) -> None:
-        for key, most in (("actions", MOST_ACTIONS), ("tasks", MOST_TASKS)):
+        for key, most in (("actions", MAX_ACTIONS), ("tasks", MAX_TASKS)):
             names = getattr(self, key)
             require(
                 type(names) is list and all(type(name) is str for name in names), f"schema.{key}", "must list texts"
             )
             require(len(names) <= most, f"schema.{key}", f"at most {most} are possible, got {len(names)}")
             require(
-                all(len(name.encode("utf-8", "surrogatepass")) <= MOST_NAME_BYTES for name in names),
+                all(len(name.encode("utf-8", "surrogatepass")) <= MAX_NAME_BYTES for name in names),
                 f"schema.{key}",
-                f"a name has at most {MOST_NAME_BYTES} bytes",
+                f"a name has at most {MAX_NAME_BYTES} bytes",
             )
         for key in ("has_time", "has_retrieval"):
             require(type(getattr(self, key)) is bool, f"schema.{key}", "must be true or false")

@@ -12,7 +12,7 @@ from torch import Tensor
 from vista.config.choices import OnMissing
 from vista.errors import UnknownItemError
 from vista.model.ranking_model import UNKNOWN_ITEM
-from vista.scorer.request_arguments import MOST_IDS, item_rows, length_of, require_most
+from vista.scorer.request_arguments import MAX_IDS, item_rows, length_of, require_most
 from vista.scorer.serving_snapshot import ServingSnapshot
 
 
@@ -38,14 +38,14 @@ class CandidateSet:
             if candidates.vocabulary != snapshot.vocabulary:
                 raise ValueError("candidates: were encoded for another model; call encode again after a reload")
             return candidates
-        require_most(length_of(candidates), MOST_IDS, "candidates")
+        require_most(length_of(candidates), MAX_IDS, "candidates")
         try:
             ids = np.asarray(candidates.cpu() if isinstance(candidates, Tensor) else candidates)
         except ValueError:
             raise ValueError("candidates: the rows differ in length; pass (values, offsets) instead") from None
         if ids.ndim not in (1, 2):
             raise ValueError(f"candidates: must be of shape [C] or [B, C], got {ids.shape}")
-        require_most(ids.size, MOST_IDS, "candidates")
+        require_most(ids.size, MAX_IDS, "candidates")
         rows = item_rows(snapshot.model, ids.ravel(), "candidates").reshape(ids.shape)
         if on_missing is OnMissing.error and (rows == UNKNOWN_ITEM).any():
             unknown = ids[rows == UNKNOWN_ITEM][:5].tolist()

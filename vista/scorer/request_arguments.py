@@ -15,11 +15,11 @@ from vista.model.ranking_model import RankingModel
 Int = NDArray[np.int64]
 UNITS = {"seconds": 1e3, "microseconds": 1e-3, "nanoseconds": 1e-6}
 """Factors to milliseconds."""
-MOST_IDS = 1 << 24
+MAX_IDS = 1 << 24
 """Users, and candidates, of one call."""
-MOST_SCORES = 1 << 28
+MAX_SCORES = 1 << 28
 """Pairs of a user and a candidate of one call; their scores take 1 GiB per task."""
-MOST_TAIL_EVENTS = 1 << 20
+MAX_TAIL_EVENTS = 1 << 20
 """Events in the tail of one call. Merging them takes up to 200 MB."""
 
 
@@ -38,7 +38,7 @@ def length_of(values: Any) -> int:
 
 def ids_of(values: Any, name: str) -> Any:
     """Ids in the form that the store and the vocabulary accept: a sequence or an array."""
-    require_most(length_of(values), MOST_IDS, name)
+    require_most(length_of(values), MAX_IDS, name)
     if isinstance(values, Tensor):
         return values.cpu().numpy()
     if hasattr(values, "to_numpy"):  # a column of pandas or Polars

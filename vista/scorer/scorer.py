@@ -35,7 +35,7 @@ from vista.scorer.follower import Follower
 from vista.scorer.ranking import Ranking
 from vista.scorer.reading import read_request
 from vista.scorer.request import Request
-from vista.scorer.request_arguments import MOST_SCORES, ids_of, item_rows, ragged_offsets, require_most, split_ragged
+from vista.scorer.request_arguments import MAX_SCORES, ids_of, item_rows, ragged_offsets, require_most, split_ragged
 from vista.scorer.scorer_stats import ScorerStats, StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.scorer.serving_source import ServingSource
@@ -368,7 +368,7 @@ class Scorer:
                 raise ValueError(
                     f"candidates: shape {rows.shape} does not match {len(request)} users; pass [C], or one row per user"
                 )
-            require_most(len(request) * rows.shape[-1], MOST_SCORES, "candidates", "pairs of a user and a candidate")
+            require_most(len(request) * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
             scores = snapshot.scores(request, torch.from_numpy(rows), tasks)
             missing = missing[:, None]
         unknown = np.broadcast_to(rows == UNKNOWN_ITEM, scores[tasks[0]].shape)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from vista.model.ranking_model import RankingModel
 from vista.scorer.request_arguments import (
-    MOST_TAIL_EVENTS,
+    MAX_TAIL_EVENTS,
     array_of,
     impossible_times,
     integers,
@@ -33,7 +33,7 @@ def checked_tail(tail: Tail, num_users: int) -> Tail:
     """
     if not isinstance(tail, Tail):
         raise TypeError(f"tail: must be a Tail(items, times, actions, offsets), got a {type(tail).__name__}")
-    require_most(length_of(tail.items), MOST_TAIL_EVENTS, "tail.items", "events")
+    require_most(length_of(tail.items), MAX_TAIL_EVENTS, "tail.items", "events")
     arrays = {
         "items": array_of(tail.items, "tail.items"),
         "times": integers(tail.times, "tail.times", "integer milliseconds"),
