@@ -171,11 +171,11 @@ def test_an_interrupted_run_adds_no_event_twice(
     log = grow.append(tmp_path / "log", grow.events({1: 4, 2: 3, 3: 2}, grow.start + 500 * grow.hour))
     write, done = SharedEnvironment.write, []
 
-    def failing(environment: SharedEnvironment, function: Any) -> Any:
+    def failing(environment: SharedEnvironment, *arguments: Any) -> Any:
         done.append(environment)
         if len(done) == broken_at + 1:
             raise lmdb.Error("Input/output error")
-        return write(environment, function)
+        return write(environment, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(SharedEnvironment, "write", failing)

@@ -153,7 +153,7 @@ def test_arrays_of_a_small_file_cannot_take_much_memory(
 
 
 def test_a_small_parquet_file_cannot_take_much_memory(tmp_path: Path) -> None:
-    """One row group of equal values: 1 KB that takes gigabytes. The parser dies; the next file is read."""
+    """One row group of equal values: 1 KB that takes gigabytes. However the parser ends, the next file is read."""
     ids = pl.repeat(7, BOMB_ROWS, dtype=pl.Int64, eager=True)
     frame = pl.DataFrame({"user": ids, "item": ids, "timestamp": ids, "rating": ids})
     frame.write_parquet(tmp_path / "a.parquet", row_group_size=BOMB_ROWS, statistics=False, data_page_size=1 << 30)
@@ -162,7 +162,7 @@ def test_a_small_parquet_file_cannot_take_much_memory(tmp_path: Path) -> None:
     needed = memory_limit(size) // (8 * len(frame.columns))
     if needed > BOMB_ROWS:
         pytest.skip("the limit grows with the number of processors")
-    with pytest.raises(DataError, match=r"a\.parquet: cannot be read: the parser was ended by SIGABRT \(memory alloc"):
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read: .*needs more than [\d,]+ MiB of memory"):
         run(tmp_path / "log", [tmp_path / "a.parquet"], rating="rating")
     run(tmp_path / "log", [write_csv(tmp_path / "a.csv", ROWS)])
 

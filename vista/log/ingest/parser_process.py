@@ -127,6 +127,8 @@ def _serve(process: ParserProcess, request: Mapping[str, Any], replies: IO[bytes
         reply = {"error": [type(error).__name__, str(error)]}
     except pl.exceptions.PolarsError as error:
         reply = {"error": [DataError.__name__, f"{path}: cannot be read: {_first_line(error)}; write the file again"]}
+    except MemoryError:
+        sys.exit("out of memory")  # the parent knows the limit, and starts another child
     except BaseException as error:  # Polars' panics are not Exceptions
         reason = f"{type(error).__name__}: {_first_line(error)}"
         reply = {"error": [DataError.__name__, f"{path}: cannot be read: {reason}; write the file again"]}

@@ -32,7 +32,7 @@ ROWS_BYTES_PER_BYTE = 256
 TIMEOUT_S = 30.0
 """Time that a request may take, plus one second per `BYTES_PER_S` of the file."""
 BYTES_PER_S = 1_000_000
-_NOISE = (" ", "note:", "stack backtrace", "skipping backtrace")
+_NOISE = (" ", "note:", "stack backtrace", "skipping backtrace", "Current thread", "Thread 0x", "Extension modules")
 """How lines of a backtrace begin."""
 _REASON = 500
 """Characters of the child's last words in a message."""
