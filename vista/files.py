@@ -149,7 +149,9 @@ def remove_renamed(folder: Path) -> None:
 
     Otherwise the removal of the files could reach the disk before the new name, and leave the old name without files.
     """
-    if folder.exists():
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         sync(folder.parent)
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -179,6 +179,15 @@ class TestLinks:
         build.open_writer(tmp_path / "store", shared_with_group=True, run_digest="log-2").close()
         assert (tmp_path / "victim").stat().st_mode & 0o777 == 0o644
 
+    def test_a_copy_is_never_built_outside_of_the_store(self, tmp_path: Path, build: Any) -> None:
+        build.write_store(tmp_path / "source")
+        for folder in (tmp_path / "to", tmp_path / "victim"):
+            folder.mkdir()
+        for name in (".partial-gen-1", ".partial-gen-7", ".removed-3"):
+            (tmp_path / "to" / name).symlink_to(tmp_path / "victim")
+        assert copy_generation(tmp_path / "source", tmp_path / "to").generation == 1
+        assert not list((tmp_path / "victim").iterdir()) and not list((tmp_path / "to").glob(".*"))
+
 
 class TestNamedPipes:
     @pytest.mark.parametrize(

@@ -64,10 +64,15 @@ class Tombstones:
         """
         self._reread()
         new = _digests(keys)
+        content = packed(np.union1d(self._known, new))
+        if len(content) > MAX_BYTES:
+            raise StoreWriteError(
+                f"{self._path}: would exceed {MAX_BYTES} bytes, so no user was erased; refresh a new store instead"
+            )
         try:
             remove_leftovers(self._path.parent, TOMBSTONES)
             # Even without new digests: a process that was killed may have left a file that is not durable.
-            replace_file(self._path, packed(np.union1d(self._known, new)), PRIVATE.file)
+            replace_file(self._path, content, PRIVATE.file)
             with open(open_file(self._path, follow=False), "rb") as file:
                 # So that the next line reads what the disk holds, and not the page cache.
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

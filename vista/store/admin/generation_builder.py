@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +16,7 @@ import lmdb
 import numpy as np
 
 from vista.errors import StoreError
-from vista.files import sync
+from vista.files import remove_renamed, sync
 from vista.store.admin.generation_reader import Batch
 from vista.store.format.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
 from vista.store.format.record import seal_record
@@ -46,8 +45,8 @@ class GenerationBuilder:
         """Of the last record; only larger keys can be added."""
         self.path = root / f"{PARTIAL_PREFIX}gen-{manifest.generation}"
         self.folder = self.path / "summary"
-        if not resume:
-            shutil.rmtree(self.path, ignore_errors=True)
+        if not resume or self.path.is_symlink():
+            remove_renamed(self.path)
         if not self.path.exists():
             make_folder(self.path, permissions)
         if not self.folder.exists():
@@ -139,7 +138,7 @@ class GenerationBuilder:
     def discard(self) -> None:
         """Remove what was built."""
         self.close()
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_renamed(self.path)
 
 
 def restamp_records(keys: Sequence[bytes], records: Sequence[bytes], spec: RecordSpec) -> list[bytes]:
