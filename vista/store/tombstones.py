@@ -63,8 +63,9 @@ class Tombstones:
             StoreWriteError: the disk failed, or what it holds afterwards is not what was written.
         """
         self._reread()
-        new = _digests(keys)
-        content = packed(np.union1d(self._known, new))
+        asked = np.unique(_digests(keys))
+        new = asked[~self._holds(asked)]
+        content = packed(np.insert(self._known, np.searchsorted(self._known, new), new))
         if len(content) > MAX_BYTES:
             raise StoreWriteError(
                 f"{self._path}: would exceed {MAX_BYTES} bytes, so no user was erased; refresh a new store instead"
@@ -83,7 +84,7 @@ class Tombstones:
                 f"{self._path}: {error.strerror}; it is not certain that these users are erased: check the disk, then "
                 "erase them again"
             ) from error
-        if not self._holds(new).all():
+        if not self._holds(asked).all():
             raise StoreWriteError(
                 f"{self._path}: lacks some of these users after it was written; check the disk, then erase them again"
             )
