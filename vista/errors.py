@@ -83,8 +83,8 @@ class MissingDependencyError(VistaError, ImportError):
 class LogFormatError(VistaError):
     """An event log is missing, damaged, or in another format.
 
-    Remedy: check the path. If a file is missing or damaged, restore it from a backup, or prepare the log again from its
-    sources.
+    Remedy: check the path. `vista log verify` lists all damaged files. Restore them from a backup, or prepare the log
+    again from its sources.
     """
 
 

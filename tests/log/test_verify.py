@@ -17,7 +17,7 @@ from tests.log.conftest import run, write_csv
 from tests.log.log_oracle import contents, edit_manifest
 from vista.cli.main import main
 from vista.config import EvaluateConfig, SourceColumns
-from vista.errors import LogFormatError
+from vista.errors import DataError, LogFormatError
 from vista.evaluation.evaluate import evaluate
 from vista.log.array_file import map_array
 from vista.log.compaction import compact_log
@@ -139,6 +139,22 @@ def test_only_new_segments_are_read_in_full(log_folder: Path) -> None:
     flip(log_folder / "segment-000002" / "timestamp.npy", -1)
     with pytest.raises(LogFormatError, match=r"segment-000002/timestamp\.npy"):
         EventLog.open(log_folder).verify(newer_than=1)
+
+
+def test_a_log_of_many_small_segments_keeps_no_file_open(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    run(path, [write_csv(tmp_path / "a.csv", [(1, 1, 1), (2, 2, 2)])])
+    before = len(os.listdir("/proc/self/fd"))
+    log = EventLog.open(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert log[1].timestamp.tolist() == [1000]
+
+
+def test_a_manifest_that_no_reader_accepts_is_not_written(tmp_path: Path) -> None:
+    frame = {"user": [1], "item": [1], "timestamp": [1], "kind": ["k" * 5000]}
+    with pytest.raises(DataError, match=r"a log cannot hold this \(actions: expected a list of a text of at most 4096"):
+        EventLog.from_frame(frame, tmp_path / "log", time_unit="s", columns=SourceColumns(action="kind"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_open_log_can_be_verified_after_a_compaction(log_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
@@ -16,6 +17,8 @@ from vista.errors import LogFormatError
 from vista.files import HashedFile, open_file
 
 Content = mmap.mmap | bytes
+_SMALL = 1 << 16
+"""Up to this size in bytes a file is read instead: a mapping keeps its file open, and small segments may be many."""
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00(?P<size>[\x00-\xff]{2})\{'descr': '(?P<dtype>\|[biu]1|<[iuf][248])', 'fortran_order': False, "
     rb"'shape': \((?P<rows>\d{1,18}),(?: (?P<width>\d{1,18}))?\), \} *\n"
@@ -83,12 +86,16 @@ def map_file(path: Path, remedy: str, size: int | None = None) -> Content:
                     f"{path}: expected {size} bytes, found {actual}; the file is "
                     f"{'truncated' if actual < size else 'too long'}: copy it again, or {remedy}"
                 )
-            return mmap.mmap(descriptor, actual, access=mmap.ACCESS_READ) if actual else b""
+            if actual <= _SMALL:
+                return os.pread(descriptor, actual, 0)
+            return mmap.mmap(descriptor, actual, access=mmap.ACCESS_READ)
         finally:
             os.close(descriptor)
     except FileNotFoundError:
         raise LogFormatError(f"{path}: missing; {remedy}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name, or the file is shrinking
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            remedy = "raise the limit of open files (ulimit -n), then run `vista log compact`"
         raise LogFormatError(f"{path}: cannot be read ({error}); {remedy}") from error
 
 

@@ -191,7 +191,7 @@ def _last_changes(log: EventLog) -> Int:
 
 def _join_quarantines(folder: Path, log: EventLog) -> bool:
     """Join all quarantine.csv files, unless users were erased; returns whether rows were omitted."""
-    files = [file for segment in log.segments if (file := segment.path / QUARANTINE_FILE).is_file()]
+    files = [segment.path / QUARANTINE_FILE for segment in log.segments if QUARANTINE_FILE in segment.files]
     if any(len(segment.erased) for segment in log.segments):
         return bool(files)
     for number, file in enumerate(files):

@@ -113,14 +113,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"install a matching vista, or {REMEDY}"
         )
     try:
-        check_fields(manifest, _RULES)
-        for name, entry in manifest["files"].items():
-            _check_file(name, entry)
+        check_manifest(manifest, content)
     except ValueError as error:
         raise LogFormatError(f"{file}: is damaged ({error}); restore it from a copy, or {REMEDY}") from error
-    if content != manifest_bytes({name: value for name, value in manifest.items() if name != "checksum"}):
-        raise LogFormatError(f"{file}: is damaged (its checksum is wrong); restore it from a copy, or {REMEDY}")
     return manifest
+
+
+def check_manifest(manifest: Mapping[str, Any], content: bytes) -> None:
+    """Check all fields of a manifest, and its checksum.
+
+    Args:
+        content: the file that holds it.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if len(content) > _LARGEST:
+        raise ValueError(f"it holds {len(content)} bytes, at most {_LARGEST} are read")
+    check_fields(manifest, _RULES)
+    for name, entry in manifest["files"].items():
+        _check_file(name, entry)
+    if content != manifest_bytes({name: value for name, value in manifest.items() if name != "checksum"}):
+        raise ValueError("its checksum is wrong")
 
 
 def _check_file(name: str, entry: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,11 +16,11 @@ import numpy as np
 import xxhash
 from numpy.typing import DTypeLike, NDArray
 
-from vista.errors import LogBusyError, LogWriteError
+from vista.errors import DataError, LogBusyError, LogWriteError
 from vista.files import make_folders, sync
 from vista.log.array_file import ArrayWriter
 from vista.log.segment import find_segments
-from vista.log.segment_manifest import MANIFEST_FILE, QUARANTINE_FILE, manifest_bytes
+from vista.log.segment_manifest import MANIFEST_FILE, QUARANTINE_FILE, check_manifest, manifest_bytes
 from vista.log.vocabulary import Vocabulary
 
 
@@ -56,6 +57,9 @@ class SegmentWriter:
 
         Args:
             fields: all fields except `format`, `version`, `files`, and `checksum`.
+
+        Raises:
+            DataError: if no reader would accept the manifest, for example because of the name of an action.
         """
         files = self.entries
         quarantine = self.folder / QUARANTINE_FILE
@@ -63,7 +67,14 @@ class SegmentWriter:
             with quarantine.open("rb") as file:
                 xxh3 = hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
             files[QUARANTINE_FILE] = {"bytes": quarantine.stat().st_size, "xxh3": xxh3}
-        (self.folder / MANIFEST_FILE).write_bytes(manifest_bytes({**fields, "files": files}))
+        content = manifest_bytes({**fields, "files": files})
+        try:
+            check_manifest(json.loads(content), content)
+        except ValueError as error:
+            raise DataError(
+                f"{self.folder}: a log cannot hold this ({error}); change the source, such as names"
+            ) from error
+        (self.folder / MANIFEST_FILE).write_bytes(content)
 
 
 class TableWriter:
