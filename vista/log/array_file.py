@@ -17,7 +17,7 @@ from vista.errors import LogFormatError
 from vista.files import HashedFile, open_file
 
 Content = mmap.mmap | bytes
-_SMALL = 1 << 16
+_SMALL_BYTES = 1 << 16
 """Up to this size in bytes a file is read instead: a mapping keeps its file open, and small segments may be many."""
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00(?P<size>[\x00-\xff]{2})\{'descr': '(?P<dtype>\|[biu]1|<[iuf][248])', 'fortran_order': False, "
@@ -86,7 +86,7 @@ def map_file(path: Path, remedy: str, size: int | None = None) -> Content:
                     f"{path}: expected {size} bytes, found {actual}; the file is "
                     f"{'truncated' if actual < size else 'too long'}: copy it again, or {remedy}"
                 )
-            if actual <= _SMALL:
+            if actual <= _SMALL_BYTES:
                 return os.pread(descriptor, actual, 0)
             return mmap.mmap(descriptor, actual, access=mmap.ACCESS_READ)
         finally:

@@ -21,9 +21,9 @@ QUARANTINE_FILE = "quarantine.csv"
 LOG_FIELDS = ("num_users", "num_items", "id_types", "actions", "tasks", "has_time", "timestamp", "has_rating")
 """Entries that describe the log up to the segment; segments without new sources copy them."""
 REMEDY = "prepare the log again from its sources"
-_LARGEST = 64 << 20
+_MAX_BYTES = 64 << 20
 """Bytes of a manifest that are read."""
-_MOST_ACTIONS = 256
+_MAX_ACTIONS = 256
 """Codes of actions are uint8."""
 _ARRAY_NAME = re.compile(r"(?:(?:impressions|deletions)/)?[a-z_]+(?:\.(?:ids|offsets|blank))?\.npy")
 
@@ -69,7 +69,7 @@ _RULES = {
     "num_users": whole(),
     "num_items": whole(),
     "id_types": _fields({"users": _ID_KIND, "items": _ID_KIND}),
-    "actions": _list(text(), _MOST_ACTIONS),
+    "actions": _list(text(), _MAX_ACTIONS),
     "tasks": _list(text()),
     "has_time": _FLAG,
     "timestamp": text(),
@@ -99,12 +99,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     file = folder / MANIFEST_FILE
     try:
-        content = read_limited(file, _LARGEST)
+        content = read_limited(file, _MAX_BYTES)
         manifest = json.loads(content)
     except FileNotFoundError:
         raise LogFormatError(f"{file}: missing; {REMEDY}") from None
     except (ValueError, OSError, RecursionError, MemoryError) as error:  # JSON that is nested too deeply, or too large
-        raise LogFormatError(f"{file}: cannot be read ({error}); restore it from a copy, or {REMEDY}") from error
+        reason = str(error) or "it needs too much memory"
+        raise LogFormatError(f"{file}: cannot be read ({reason}); restore it from a copy, or {REMEDY}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise LogFormatError(f"{file}: not the manifest of an EventLog segment; check the path")
     if manifest.get("version") != VERSION:
@@ -128,8 +129,8 @@ def check_manifest(manifest: Mapping[str, Any], content: bytes) -> None:
     Raises:
         ValueError: naming the field.
     """
-    if len(content) > _LARGEST:
-        raise ValueError(f"it holds {len(content)} bytes, at most {_LARGEST} are read")
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"it holds {len(content)} bytes, at most {_MAX_BYTES} are read")
     check_fields(manifest, _RULES)
     for name, entry in manifest["files"].items():
         _check_file(name, entry)
