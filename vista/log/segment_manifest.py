@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,14 @@ _ARRAY_NAME = re.compile(r"(?:(?:impressions|deletions)/)?[a-z_]+(?:\.(?:ids|off
 
 
 def _fields(rules: Mapping[str, FieldRule]) -> FieldRule:
-    return FieldRule(f"the fields {', '.join(rules)}", lambda value: _passes(check_fields, value, rules))
+    def holds(value: Any) -> bool:
+        try:
+            check_fields(value, rules)
+        except ValueError:
+            return False
+        return True
+
+    return FieldRule(f"the fields {', '.join(rules)}", holds)
 
 
 def _list(rule: FieldRule, most: int | None = None) -> FieldRule:
@@ -40,14 +47,6 @@ def _list(rule: FieldRule, most: int | None = None) -> FieldRule:
             type(value) is list and (most is None or len(value) <= most) and all(rule.holds(entry) for entry in value)
         ),
     )
-
-
-def _passes(check: Callable[..., None], *arguments: object) -> bool:
-    try:
-        check(*arguments)
-    except ValueError:
-        return False
-    return True
 
 
 _SEGMENT, _FLAG, _ID_KIND = whole(1, 999_999), one_of(True, False), one_of("int", "str")
