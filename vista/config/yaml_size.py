@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import yaml
 
 MAX_VALUES, MAX_LEVELS = 10_000, 50
 """Of a document, with every alias replaced by what it stands for."""
+
+
+@dataclass(eq=False, slots=True)
+class _Node:
+    """Values and levels of a list, a mapping or a scalar, including itself."""
+
+    values: int = 1
+    levels: int = 1
+
+    def add(self, child: _Node) -> None:
+        self.values += child.values
+        self.levels = max(self.levels, child.levels + 1)
 
 
 def check_size(text: str) -> None:
@@ -14,35 +28,30 @@ def check_size(text: str) -> None:
     Raises:
         yaml.YAMLError: it is, or the text is not YAML.
     """
-    sizes: dict[str, tuple[int, int] | None] = {}
-    """(values, levels) of each anchor; None until its end."""
-    document: tuple[str | None, list[int]] = (None, [0, 0])
-    open_nodes = [document]
+    anchors: dict[str, _Node] = {}
+    open_nodes = [_Node()]  # the document, and the lists and mappings that have begun
     for event in yaml.parse(text, yaml.SafeLoader):
-        anchor, own = None, (1, 1)
+        line = event.start_mark.line + 1
         if isinstance(event, yaml.CollectionStartEvent):
-            open_nodes.append((event.anchor, [1, 0]))
-            if event.anchor:
-                sizes[event.anchor] = None
+            node = _Node()
+            open_nodes.append(node)
         elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, (values, levels) = open_nodes.pop()
-            own = values, levels + 1
+            node = open_nodes.pop()
+            open_nodes[-1].add(node)
         elif isinstance(event, yaml.ScalarEvent):
-            anchor = event.anchor
+            node = _Node()
+            open_nodes[-1].add(node)
         elif isinstance(event, yaml.AliasEvent):
-            known = sizes.get(event.anchor, own)
-            if known is None:
-                raise yaml.YAMLError(f"line {event.start_mark.line + 1}: *{event.anchor} contains itself")
-            own = known
+            node = anchors.get(event.anchor, _Node())  # building the document names an anchor that is missing
+            if node in open_nodes:
+                raise yaml.YAMLError(f"line {line}: *{event.anchor} contains itself")
+            open_nodes[-1].add(node)
         else:
             continue
-        if anchor:
-            sizes[anchor] = own
-        total = open_nodes[-1][1]
-        if not isinstance(event, yaml.CollectionStartEvent):
-            total[:] = total[0] + own[0], max(total[1], own[1])
-        if total[0] > MAX_VALUES or len(open_nodes) + total[1] > MAX_LEVELS:
+        if isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent) and event.anchor:
+            anchors[event.anchor] = node
+        if open_nodes[-1].values > MAX_VALUES or len(open_nodes) + open_nodes[-1].levels - 1 > MAX_LEVELS:
             raise yaml.YAMLError(
-                f"line {event.start_mark.line + 1}: more than {MAX_VALUES} values or {MAX_LEVELS} levels, counting "
-                "each alias as what it stands for"
+                f"line {line}: more than {MAX_VALUES} values or {MAX_LEVELS} levels, counting each alias as what it "
+                "stands for"
             )
