@@ -2,7 +2,7 @@
 
 Exit codes: 0 success; 1 an error that vista raises on purpose; 2 an invalid command line or configuration; 130
 interrupted. Each of these errors is one line on stderr; unexpected errors keep their traceback. The commands are listed
-in command.py.
+in commands.py.
 """
 
 from __future__ import annotations
