@@ -135,7 +135,7 @@ def test_a_small_file_cannot_take_much_disk_space(tmp_path: Path) -> None:
     ("shape", "declared_bytes", "message"),
     [
         (2, 1 << 40, r"its arrays hold 2,199,023,255,552 bytes, but at most"),
-        (1 << 40, None, r"cannot be read: MemoryError: Unable to allocate 8\.00 TiB"),
+        (1 << 40, None, r"cannot be read: the parser exited with code 1 \(MemoryError: Unable to allocate 8\.00 TiB"),
     ],
 )
 def test_arrays_of_a_small_file_cannot_take_much_memory(

@@ -88,10 +88,7 @@ class ParserProcess:
 
 
 def main() -> None:
-    """Serve requests until stdin ends, or until a library panics, whose state is unknown then.
-
-    Interrupts are left to the parent, which ends this process.
-    """
+    """Serve requests until stdin ends. Interrupts are left to the parent, which ends this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies = os.fdopen(os.dup(1), "wb")
@@ -99,8 +96,8 @@ def main() -> None:
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(requests,), daemon=True).start()
     process = ParserProcess()
-    while _serve(process, json.loads(requests.get()), replies):
-        pass
+    while True:
+        _serve(process, json.loads(requests.get()), replies)
 
 
 def _receive(requests: queue.SimpleQueue[bytes]) -> None:
@@ -110,9 +107,9 @@ def _receive(requests: queue.SimpleQueue[bytes]) -> None:
     os._exit(0)
 
 
-def _serve(process: ParserProcess, request: Mapping[str, Any], replies: IO[bytes]) -> bool:
-    """Perform one task and write the reply; False after an error that is not vista's own."""
-    path, payload, expected = request["path"], b"", True
+def _serve(process: ParserProcess, request: Mapping[str, Any], replies: IO[bytes]) -> None:
+    """Perform one task and write the reply. `panicked` in it says that the state of a library is unknown now."""
+    path, payload = request["path"], b""
     reply: dict[str, Any]
     try:
         _limit(resource.RLIMIT_DATA, request["memory_bytes"])
@@ -127,15 +124,15 @@ def _serve(process: ParserProcess, request: Mapping[str, Any], replies: IO[bytes
         reply = {"error": [type(error).__name__, str(error)]}
     except pl.exceptions.PolarsError as error:
         reply = {"error": [DataError.__name__, f"{path}: cannot be read: {_first_line(error)}; write the file again"]}
-    except MemoryError:
-        sys.exit("out of memory")  # the parent knows the limit, and starts another child
+    except MemoryError as error:
+        print("MemoryError:", _first_line(error), file=sys.stderr, flush=True)
+        os._exit(1)  # the parent knows the limit, and starts another child
     except BaseException as error:  # Polars' panics are not Exceptions
         reason = f"{type(error).__name__}: {_first_line(error)}"
-        reply = {"error": [DataError.__name__, f"{path}: cannot be read: {reason}; write the file again"]}
-        expected = isinstance(error, VistaError)
+        text = f"{path}: cannot be read: {reason}; write the file again"
+        reply = {"error": [DataError.__name__, text], "panicked": not isinstance(error, VistaError)}
     replies.write(json.dumps(reply).encode() + b"\n" + payload)
     replies.flush()
-    return expected
 
 
 def _limit(resource_kind: int, wanted: int) -> None:

@@ -131,6 +131,8 @@ class SourceParser:
         except BaseException:
             self.close()  # the reply is still to come, and must not be taken for that of another call
             raise
+        if reply.get("panicked"):
+            self.close()
         if "error" in reply:
             name, text = reply["error"]
             raise getattr(errors, name)(text)
