@@ -22,6 +22,7 @@ RUN = [
 ]
 
 
+@pytest.mark.docs
 @pytest.mark.timeout(TIME_LIMIT_S + 60)
 def test_readme(tmp_path: Path) -> None:
     before = _cpu_of_children_s()

@@ -53,9 +53,9 @@ def refresh_segments(say: Say, folder: str, store: str, last_segment: int) -> di
     """Refresh up to a segment; says "begin" and "done" around each transaction. Returns the counts of the report."""
     write = SharedEnvironment.write
 
-    def write_and_tell(environment: SharedEnvironment, function: Any) -> Any:
+    def write_and_tell(environment: SharedEnvironment, *arguments: Any) -> Any:
         say("begin")
-        written = write(environment, function)
+        written = write(environment, *arguments)
         say("done")
         return written
 
