@@ -106,13 +106,13 @@ def test_a_file_waits_for_its_marker_and_is_reported_once(
     for age_s, warnings in ((50, 0), (70, 1), (80, 1)):
         os.utime(path, (time.time() - age_s,) * 2)
         assert watching.look().files == 0
-        assert caplog.text.count("a.csv: waits for a.csv.done; create that when the file is complete") == warnings
+        assert caplog.text.count("a.csv: is waiting for a.csv.done; create it when the file is complete") == warnings
     mark(path)
     os.utime(path, (time.time() - 30,) * 2)  # its writer continued after the marker
     restarted = Watch(watched)
     for _ in range(2):
         assert restarted.look().files == 0
-    assert caplog.text.count("a.csv: is newer than a.csv.done; `touch` that when the file is complete again") == 1
+    assert caplog.text.count("a.csv: is newer than a.csv.done; `touch` the marker when the file is complete again") == 1
     marker.touch()
     assert restarted.look().files == 1
     expect(watched, grow, tmp_path, 16)
@@ -227,7 +227,7 @@ def test_a_list_of_refused_files_that_cannot_be_written(
     (folder / "a.csv").write_text("no columns\n")
     mark(folder / "a.csv")
     watching = Watch(watched)
-    assert watching.look().refused == 1 and "will be tried again after a restart" in caplog.text
+    assert watching.look().refused == 1 and "will be retried after a restart" in caplog.text
     assert watching.look().refused == 0
     assert Watch(watched).look().refused == 1
 

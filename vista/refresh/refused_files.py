@@ -32,13 +32,13 @@ class FileVersion:
 
 
 class RefusedFiles:
-    """The list of one folder. It outlives the process, so that a restart does not try a refused file again.
+    """The refused files of one folder. The list outlives the process, so a restart does not retry a refused file.
 
-    A file is tried again after it or the settings have changed, or after somebody deleted its entry.
+    A file is retried after the file or the settings have changed, or after its entry was deleted.
 
     Args:
         folder: the folder that is watched.
-        settings: how its files are read, as JSON has it.
+        settings: how its files are read, as JSON values.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -53,7 +53,7 @@ class RefusedFiles:
         try:
             entry = json.loads(read_limited(self._entry(version), _MAX_BYTES))
         except (OSError, ValueError, RecursionError):
-            return False  # no entry, or a damaged one: the file is tried again, and its entry is written again
+            return False  # no entry, or a damaged one: the file is retried, and its entry is rewritten
         return isinstance(entry, dict) and all(entry.get(key) == value for key, value in self._key(version).items())
 
     def add(self, version: FileVersion, reason: str) -> None:
@@ -66,7 +66,7 @@ class RefusedFiles:
         except OSError as error:
             self._unwritten.add(version)
             logger.warning(
-                "%s: cannot be written (%s); the file will be tried again after a restart", self._entry(version), error
+                "%s: cannot be written (%s); the file will be retried after a restart", self._entry(version), error
             )
 
     def _entry(self, version: FileVersion) -> Path:

@@ -36,14 +36,14 @@ SUFFIXES = (".parquet", ".csv", ".tsv")
 MARKER_SUFFIX = ".done"
 """Suffix of the empty file that says that a file is complete: day.csv.done for day.csv."""
 _PATIENCE_S = 60.0
-"""A file that has waited longer for its marker is named in the log."""
+"""A file that has waited longer than this for its marker is reported in the log, once."""
 
 
 class Watch:
     """Watches one folder and one log for one store, or for those of its shards that are on this machine.
 
     Args:
-        config: as of `vista watch`; `poll_s` and `once` are not used here.
+        config: the settings of `vista watch`; `poll_s` and `once` are not used here.
 
     Raises:
         ConfigError, CheckpointError: the folder or the model does not exist.
@@ -54,35 +54,34 @@ class Watch:
         self.folder = None if config.folder is None else Path(config.folder)
         if self.folder is not None and not self.folder.is_dir():
             raise ConfigError(
-                f"folder={config.folder}: is not a folder; create it, or omit the key to follow the log alone"
+                f"folder={config.folder}: is not a folder; create it, or omit the key to follow only the log"
             )
         self.model = VistaModel.from_pretrained(config.model, resolve_device(config.device))
         self._key = read_key(config.authentication_key_file)
         self._taken: set[FileVersion] = set()
-        """Files that are in the log."""
+        """Files that are already in the log."""
         settings = plain_settings(config.events) | {"paths": [], "on_bad_rows": config.on_bad_rows.value}
         self._refused = RefusedFiles(self.folder or Path(), settings)
         self._waited_for: set[str] = set()
-        """Names of files that were warned about."""
+        """Names of files that a warning was logged for."""
         self._waiting: list[float] = []
         """Arrival times of files that are in the log but not yet published."""
 
     def look(self) -> WatchReport:
         """Append the files that have arrived to the log, and refresh each store that does not cover the log.
 
-        A file that cannot be appended for a temporary reason (another writer, a full disk) is tried again by the next
-        look.
+        A file that cannot be appended for a temporary reason (another writer, a full disk) is retried by the next look.
 
         Raises:
-            VistaError, OSError: log, model or store cannot be read or written at the moment. Nothing is lost, and the
-                next look resumes.
+            VistaError, OSError: the log, the model, or the store cannot be read or written at the moment. Nothing is
+                lost, and the next look resumes.
         """
         files, refused = 0, 0
         arrived = self._arrived()
         with SourceParser() as parser:
             for arrived_at, path, version in arrived:
                 if _changed(path, version):
-                    continue  # while other files were appended; the next look tells whether it is complete
+                    continue  # while other files were appended; the next look checks whether it is complete
                 try:
                     files += self._append(path, arrived_at, parser)
                     self._taken.add(version)
@@ -132,7 +131,7 @@ class Watch:
         age = time.time() - version.mtime_ns / 1e9
         if age < -self.config.settle_s:
             self._warn_once(
-                path, f"is dated {-age:.0f} s in the future and will be read then; `touch` it, or set the clock"
+                path, f"is dated {-age:.0f} s in the future and will be read then; `touch` it, or correct the clock"
             )
         return version.mtime_ns / 1e9 if age > self.config.settle_s else None
 
@@ -143,11 +142,11 @@ class Watch:
         except FileNotFoundError:
             if time.time() - version.mtime_ns / 1e9 > _PATIENCE_S:
                 self._warn_once(
-                    path, f"waits for {marker.name}; create that when the file is complete, or set arrival=pause"
+                    path, f"is waiting for {marker.name}; create it when the file is complete, or set arrival=pause"
                 )
             return None
         if marked_ns < version.mtime_ns:
-            self._warn_once(path, f"is newer than {marker.name}; `touch` that when the file is complete again")
+            self._warn_once(path, f"is newer than {marker.name}; `touch` the marker when the file is complete again")
             return None
         return marked_ns / 1e9
 

@@ -67,7 +67,7 @@ def test_a_child_that_dies_in_a_call_is_reported(tmp_path: Path, parser: SourceP
     parser.call("column_types", file)
     child_of(parser).send_signal(signal.SIGSTOP)
     threading.Timer(0.3, child_of(parser).kill).start()
-    with pytest.raises(DataError, match=r"a\.csv: cannot be read: the parser was ended by SIGKILL"):
+    with pytest.raises(DataError, match=r"a\.csv: cannot be read: the parser was killed by SIGKILL"):
         parser.call("column_types", file)
     assert parser.call("column_types", file)[0]
 
@@ -79,7 +79,7 @@ def test_a_child_that_hangs_is_ended(tmp_path: Path) -> None:
         parser._timeout_s = 0.2
         child = child_of(parser)
         child.send_signal(signal.SIGSTOP)
-        with pytest.raises(DataError, match=r"a\.csv: was not read within 0 s"):
+        with pytest.raises(DataError, match=r"a\.csv: could not be read within 0 s"):
             parser.call("column_types", file)
         assert child.poll() == -signal.SIGKILL
 

@@ -28,9 +28,9 @@ _Version = tuple[int, int, int]
 
 
 class ParserProcess:
-    """The tasks, and the files that are open between them.
+    """The tasks, and the files that stay open between them.
 
-    Each task is a method of a path and JSON arguments. It returns a JSON result, or bytes.
+    Each task is a method that takes a path and JSON arguments, and returns a JSON result or bytes.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class ParserProcess:
     def read_part(
         self, path: str, kinds: Mapping[str, str], table: str, folder: str, number: int, on_bad_rows: str
     ) -> dict[str, Any]:
-        """`parts.read_part` of an open source, which is closed then; returns the fields of the Part."""
+        """`parts.read_part` of an open source, which is then closed; returns the fields of the Part."""
         source, version = self._sources.pop((table, path))
         part = read_part(source, kinds, table, Path(folder), number, OnBadRows(on_bad_rows))
         if _version(path) != version:
@@ -77,7 +77,7 @@ class ParserProcess:
         return pl.read_parquet_metadata(path)
 
     def open_batches(self, path: str, columns: list[str], rows: int) -> None:
-        """Begin to read binary columns of a Parquet file in batches of `rows` rows, in their order."""
+        """Start reading binary columns of a Parquet file in batches of `rows` rows, in the file's order."""
         chosen = pl.scan_parquet(path, glob=False).select(pl.col(name).cast(pl.Binary) for name in columns)
         self._batches = chosen.collect_batches(chunk_size=rows, maintain_order=True)
 
@@ -101,14 +101,14 @@ def main() -> None:
 
 
 def _receive(requests: queue.SimpleQueue[bytes]) -> None:
-    """Queue the requests. If the parent ends, end this process at once: another one may soon write the same files."""
+    """Queue the requests. If the parent ends, exit at once: another process may soon write the same files."""
     for line in sys.stdin.buffer:
         requests.put(line)
     os._exit(0)
 
 
 def _serve(process: ParserProcess, request: Mapping[str, Any], replies: IO[bytes]) -> None:
-    """Perform one task and write the reply. `panicked` in it says that the state of a library is unknown now."""
+    """Run one task and write the reply. `panicked` in the reply means that a library may be in an unknown state."""
     path, payload = request["path"], b""
     reply: dict[str, Any]
     try:
@@ -145,7 +145,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _version(path: str) -> _Version:
-    """What changes if the file is written or replaced: inode, size and modification time (ns)."""
+    """What changes when the file is written or replaced: inode, size, and modification time (ns)."""
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns
 

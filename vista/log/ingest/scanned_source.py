@@ -1,4 +1,4 @@
-"""A source whose rows this process can parse: a frame in memory, or in the parser's process a file."""
+"""A source whose rows this process can parse: a frame in memory or, in the parser process, a file."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class ScannedSource(Source):
     frame: pl.LazyFrame
 
     def described(self) -> dict[str, Any]:
-        """The fields of a Source, which JSON can hold."""
+        """The fields of a Source, as JSON values."""
         return {field.name: getattr(self, field.name) for field in fields(Source)}
 
 
 def frame_source(frame: pl.DataFrame, config: SourceConfig, table: str) -> ScannedSource:
-    """A frame from `to_polars` as a source. The digest is that of the columns used."""
+    """A frame from `to_polars` as a source. Its digest covers the columns that are used."""
     name = f"<{table} frame>"
     columns = needed_columns(config)
     used = frame.select(pl.col(own).alias(canonical) for canonical, own in columns.items()).rechunk()

@@ -1,4 +1,4 @@
-"""A child process that parses source files: a damaged file can end the process that parses it, or fill its memory.
+"""A child process that parses source files: a damaged file can crash the process that parses it, or exhaust its memory.
 
 The child runs `parser_process`. Requests and replies are lines of JSON; a reply may be followed by raw bytes. This
 module imports neither NumPy nor Polars, so that a command can start the child before it imports them itself.
@@ -20,29 +20,29 @@ from vista import errors
 from vista.errors import DataError, shortened
 
 MEMORY_BYTES = 768 << 20
-"""Memory that the parsing of any file may take."""
+"""Memory that parsing a file of any size may take."""
 THREAD_BYTES = 128 << 20
-"""Memory in addition to that, per processor."""
+"""Additional memory per processor."""
 BYTES_PER_BYTE = 16
-"""Memory in addition to that, per byte of the file."""
+"""Additional memory per byte of the file."""
 ROWS_BYTES = 1 << 30
-"""Disk space that the rows of any file may take."""
+"""Disk space that the rows of a file of any size may take."""
 ROWS_BYTES_PER_BYTE = 256
-"""Disk space in addition to that, per byte of the file."""
+"""Additional disk space per byte of the file."""
 TIMEOUT_S = 30.0
 """Time that a request may take, plus one second per `BYTES_PER_S` of the file."""
 BYTES_PER_S = 1_000_000
 _NOISE = (" ", "note:", "stack backtrace", "skipping backtrace", "Current thread", "Thread 0x", "Extension modules")
-"""How lines of a backtrace begin."""
+"""Prefixes of the lines of a backtrace."""
 _REASON = 500
-"""Characters of the child's last words in a message."""
+"""Most characters of the child's stderr that an error message quotes."""
 _CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from vista.log.ingest.parser_process import main; main()"
 )
 
 
 class SourceParser:
-    """Parses source files in a child process, which starts with the first call, and again after it has ended.
+    """Parses source files in a child process, which starts at the first call and restarts after it has ended.
 
     It serves one call at a time. Use it in a `with` block: the child ends with the block, or with this process.
 
@@ -64,7 +64,7 @@ class SourceParser:
         self.close()
 
     def start(self) -> None:
-        """Start the child if it does not run; does not wait until it is ready."""
+        """Start the child if it is not running, without waiting until it is ready."""
         if self._child is not None and self._child.poll() is None:
             return
         self.close()
@@ -78,7 +78,7 @@ class SourceParser:
         )
 
     def close(self) -> None:
-        """End the child. The next call starts another one."""
+        """End the child. The next call starts a new one."""
         if self._child is not None:
             self._child.kill()
             self._child.wait()
@@ -88,17 +88,18 @@ class SourceParser:
         self._child, self._received = None, b""
 
     def call(self, task: str, path: str | os.PathLike[str], **arguments: Any) -> tuple[Any, bytes]:
-        """Let the child perform a task on a file.
+        """Have the child run a task on a file.
 
         Args:
             task: name of a method of `ParserProcess`.
-            arguments: of the method, as JSON has them.
+            path: the file.
+            arguments: arguments of the method, as JSON values.
 
         Returns:
-            (the result, as JSON has it; raw bytes, empty for most tasks).
+            (the result, as a JSON value; raw bytes, empty for most tasks).
 
         Raises:
-            DataError, ConfigError, LogWriteError: as the task raises them. A DataError also if the parser panics,
+            DataError, ConfigError, LogWriteError: if the task raises one. Also a DataError if the parser panics,
                 crashes, needs more memory than `memory_limit`, or takes too long.
         """
         path = os.fspath(path)
@@ -125,11 +126,11 @@ class SourceParser:
             ) from None
         except TimeoutError:
             raise DataError(
-                f"{path}: was not read within {timeout_s:.0f} s; the file is damaged, or the disk is too slow: write "
-                "the file again, or split it"
+                f"{path}: could not be read within {timeout_s:.0f} s; the file is damaged, or the disk is too slow: "
+                "write the file again, or split it"
             ) from None
         except BaseException:
-            self.close()  # the reply is still to come, and must not be taken for that of another call
+            self.close()  # the reply may still arrive, and must not be mistaken for that of another call
             raise
         if reply.get("panicked"):
             self.close()
@@ -143,7 +144,7 @@ class SourceParser:
 
         Raises:
             EOFError: the child has ended.
-            TimeoutError: the deadline is over; the child was ended.
+            TimeoutError: the deadline has passed; the child was killed.
         """
         assert self._child is not None and self._child.stdin is not None
         try:
@@ -167,7 +168,7 @@ class SourceParser:
         return reply, b"".join(parts)
 
     def _receive(self, deadline: float) -> None:
-        """Add what the child has written to `_received`."""
+        """Append what the child has written to `_received`."""
         assert self._child is not None and self._child.stdout is not None
         descriptor = self._child.stdout.fileno()
         poll = select.poll()
@@ -181,7 +182,7 @@ class SourceParser:
         self._received += content
 
     def _how_it_ended(self) -> str:
-        """How the child ended, with the last telling line that it wrote to stderr."""
+        """How the child ended, with the last informative line that it wrote to stderr."""
         assert self._child is not None and self._stderr is not None
         code = self._child.wait()
         self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - 4096))
@@ -189,7 +190,7 @@ class SourceParser:
         telling = [line for line in lines if line and not line.startswith(_NOISE)]
         words = shortened(telling[-1], _REASON) if telling else "without a message"
         self.close()
-        return f"{f'was ended by {signal.Signals(-code).name}' if code < 0 else f'exited with code {code}'} ({words})"
+        return f"{f'was killed by {signal.Signals(-code).name}' if code < 0 else f'exited with code {code}'} ({words})"
 
 
 def memory_limit(file_bytes: int) -> int:
