@@ -152,7 +152,7 @@ class StoreWriteError(StoreError):
 
     What the store held stays in service.
 
-    Remedy: free space or correct the permissions, then run the same command again to resume.
+    Remedy: free space or correct the permissions, then rerun the command to resume.
     """
 
 

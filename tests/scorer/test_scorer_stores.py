@@ -119,7 +119,7 @@ def test_folders_that_are_not_a_store_are_neither_opened_nor_written(served: Ser
     shutil.copytree(served.model_dir, tmp_path / "model")
     shutil.copytree(served.log.path, tmp_path / "log")
     for folder, message in {
-        "store/gen-1": f"is a generation of the store {tmp_path / 'store'}; name that folder",
+        "store/gen-1": f"is a generation of the store {tmp_path / 'store'}; pass that folder instead",
         "store/gen-2": "is a generation of the store",
         "log": "is not a store, but a log, a model or a run",
         "model": "is not a store, but a log, a model or a run",

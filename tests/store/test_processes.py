@@ -241,7 +241,7 @@ def test_a_full_disk_is_reported_and_the_run_resumes_afterwards(tmp_path, build)
     def limited() -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # so that pwrite fails beyond it
         with build.open_writer(tmp_path, total_users=TOTAL) as writer:
-            with pytest.raises(StoreError, match="run the same command again"):
+            with pytest.raises(StoreError, match="rerun the command"):
                 for start in range(0, TOTAL, BATCH):
                     build.put_users(writer, range(start, start + BATCH))
             return writer.cursor

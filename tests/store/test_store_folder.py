@@ -109,12 +109,12 @@ class TestNesting:
         build.write_store(tmp_path / "source")
         build.write_store(tmp_path / "store")
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(StoreError, match=r"lies in the store .* outside of it|is a generation of the store"):
+        with pytest.raises(StoreError, match=r"is inside the store .* outside of it|is a generation of the store"):
             copy_generation(tmp_path / "source", tmp_path / "store" / inside)
-        with pytest.raises(StoreError, match=r"lies in the store .* outside of it|is a generation of the store"):
+        with pytest.raises(StoreError, match=r"is inside the store .* outside of it|is a generation of the store"):
             build.open_writer(tmp_path / "store" / inside)
         (tmp_path / "link").symlink_to(tmp_path / "store")
-        with pytest.raises(StoreError, match=r"lies in the store .* outside of it|is a generation of the store"):
+        with pytest.raises(StoreError, match=r"is inside the store .* outside of it|is a generation of the store"):
             build.open_writer(tmp_path / "link" / inside)
         (tmp_path / "link").unlink()
         assert sorted(tmp_path.rglob("*")) == before
@@ -122,7 +122,7 @@ class TestNesting:
     def test_a_store_without_its_lock_counts_too(self, tmp_path: Path, build: Any) -> None:
         build.write_store(tmp_path / "store")
         (tmp_path / "store" / "writer.lock").unlink()
-        with pytest.raises(StoreError, match="lies in the store"):
+        with pytest.raises(StoreError, match="is inside the store"):
             build.open_writer(tmp_path / "store" / "x")
 
     def test_a_link_to_a_store_is_that_store(self, tmp_path: Path, build: Any) -> None:

@@ -135,7 +135,7 @@ def test_a_failed_erasure_is_reported_and_can_be_repeated(tmp_path, build, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing)
-        with pytest.raises(StoreWriteError, match=r"not certain that these users are erased: check the disk"):
+        with pytest.raises(StoreWriteError, match=r"these users may not have been erased: check the disk"):
             erase(tmp_path, [7])
     assert polled.erased(user_keys([7])) == [False]
     with StoreReader.open(tmp_path) as store:
@@ -160,7 +160,7 @@ def test_an_erasure_that_the_disk_did_not_keep_is_reported(tmp_path, build, monk
     erase(tmp_path, [1])
     written = (tmp_path / "tombstones").read_bytes()
     monkeypatch.setattr("vista.store.tombstones.replace_file", lambda *_: None)
-    with pytest.raises(StoreWriteError, match="lacks some of these users after it was written"):
+    with pytest.raises(StoreWriteError, match="some of these users are missing from it after the write"):
         erase(tmp_path, [1, 2])
     assert (tmp_path / "tombstones").read_bytes() == written
 

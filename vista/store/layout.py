@@ -1,13 +1,13 @@
 """Files of a store: generations, each a complete set of records, and CURRENT, which names the published one.
 
 store/CURRENT            "gen-7" and its checksum: the generation that readers open
-store/LAST               likewise "gen-8": numbers up to it are never used again, even after their folders are removed
+store/LAST               the same for "gen-8": numbers up to 8 are never reused, even after their folders are removed
 store/writer.lock        locked (flock) by the one writer; holds its process id
 store/erase.lock         locked (flock) by an erasure or a publication, briefly
 store/tombstones         digests of erased users, if there are any
 store/gen-7/summary/     LMDB environment: data.mdb, lock.mdb
-store/gen-7/state/       another one, which only refreshes open: the states, if the store keeps any
-store/gen-8/summary/     an unfinished run: without `!complete`; `!cursor` says where to resume
+store/gen-7/state/       LMDB environment of the states, if the store keeps any; only refreshes open it
+store/gen-8/summary/     an unfinished run: it has no `!complete`, and `!cursor` says where to resume
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TOMBSTONES = "tombstones"
 
 REMOVED_PREFIX = ".removed-"
 PARTIAL_PREFIX = ".partial-"
-"""Of a generation that is built from existing records, until it is complete and verified."""
+"""Prefix of a generation that is built from existing records, until it is complete and verified."""
 
 MAX_GENERATION = 10**18 - 1
 
@@ -86,13 +86,13 @@ def next_number(root: Path, least: int = 1) -> int:
     """A generation number above all existing ones, above all that were ever complete, and not below `least`.
 
     Raises:
-        StoreError: a folder has the highest number that there is.
+        StoreError: a folder already has the highest number.
     """
     number = max(least, *(found + 1 for found in (last_complete(root), *list_generations(root))))
     while os.path.lexists(generation_path(root, number)):  # by something that is not a generation
         number += 1
     if number > MAX_GENERATION:
-        raise StoreError(f"{root}: there is no number above gen-{number - 1}; make a new store in another folder")
+        raise StoreError(f"{root}: there is no number above gen-{number - 1}; create a new store in another folder")
     return number
 
 
@@ -120,7 +120,7 @@ def read_current(root: Path) -> int:
 
 
 def published_or_none(root: Path) -> int | None:
-    """As `read_current`, but None if nothing is published or CURRENT is damaged."""
+    """Like `read_current`, but None if nothing is published or CURRENT is damaged."""
     try:
         return read_current(root)
     except StoreError:
@@ -128,7 +128,7 @@ def published_or_none(root: Path) -> int | None:
 
 
 def generations_to_keep(root: Path) -> list[int]:
-    """What stays when a new generation is published: the published one, or all of them if CURRENT is unreadable."""
+    """What stays when a new generation is published: the current one, or all of them if CURRENT is unreadable."""
     published = published_or_none(root)
     return list_generations(root) if published is None else [published]
 
@@ -207,9 +207,9 @@ def _read_pointer(path: Path) -> int:
 def _why_not_published(root: Path) -> str:
     """Why a folder has no CURRENT, and what to do about it."""
     if is_generation(root):
-        return f"is a generation of the store {root.parent}; name that folder"
+        return f"is a generation of the store {root.parent}; pass that folder instead"
     if is_other_folder(root):
-        return "is not a store, but a log, a model or a run; name the store's folder"
+        return "is not a store, but a log, a model or a run; pass the store's folder"
     return f"holds no published generation; run `vista refresh store={root}` first"
 
 
@@ -229,20 +229,22 @@ def prepare_root(root: Path, permissions: Permissions) -> None:
     """Make the store's folder if it does not exist. A folder with other contents keeps its mode.
 
     Raises:
-        StoreError: it is a generation of another store, lies in another store, or is the folder of a log, a model or a
-            run.
+        StoreError: it is a generation of another store, is inside another store, or is the folder of a log, a model or
+            a run.
         OSError: it cannot be made, or belongs to another account.
     """
     if is_generation(root) or is_other_folder(root):
         raise StoreError(f"{root} {_why_not_published(root)}")
     for parent in root.resolve().parents:
         if _is_store(parent):
-            raise StoreError(f"{root} lies in the store {parent}, which would remove it; name a folder outside of it")
+            raise StoreError(
+                f"{root} is inside the store {parent}, which would remove it; choose a folder outside of it"
+            )
     if not root.exists():
         make_folders(root.parent)
-        with suppress(FileExistsError):  # Another writer is starting at the same time.
+        with suppress(FileExistsError):  # Another writer may be starting at the same time.
             make_folder(root, permissions)
-    make_folders(root)  # Or a killed process made it, and a parent, without a sync.
+    make_folders(root)  # A killed process may have made it, or a parent, without a sync.
     if is_owner(root) and ((root / WRITER_LOCK).exists() or not any(root.iterdir())):
         set_mode(root, permissions.folder)
 

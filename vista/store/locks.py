@@ -1,7 +1,7 @@
 """Locks of a store: one writer at a time, and one erasure or publication at a time, among all processes.
 
 Both are flocks, which the system releases when their process dies. The writer's lock is held for as long as a refresh
-takes, so a second writer is refused at once. The other one is held briefly, so processes wait for it up to a deadline.
+takes, so a second writer is refused at once. The other lock is held briefly, so processes wait for it up to a deadline.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def lock_store(root: Path, permissions: Permissions | None = None) -> WriterLock
 
     Args:
         root: the store's folder.
-        permissions: make the folder if it does not exist, and give everything in it these; None changes nothing.
+        permissions: make the folder if it does not exist, and set these on everything in it; None changes nothing.
 
     Raises:
         StoreLockedError: another writer holds the store; the message has its process id if known.
@@ -88,7 +88,7 @@ def lock_store(root: Path, permissions: Permissions | None = None) -> WriterLock
 
 @contextmanager
 def locked(root: Path, permissions: Permissions | None = None) -> Iterator[None]:
-    """Context of the one writer of a store; as `lock_store`, and errors of the file system become StoreWriteErrors."""
+    """Context of the one writer of a store. Like `lock_store`, but file system errors become StoreWriteErrors."""
     lock = lock_store(root, permissions)
     try:
         yield
@@ -99,17 +99,17 @@ def locked(root: Path, permissions: Permissions | None = None) -> Iterator[None]
 
 
 def cannot_write(root: Path, error: Exception) -> StoreWriteError:
-    """The error for a failure of the file system, with its remedy."""
+    """The error for a failure of the file system, with a remedy."""
     return StoreWriteError(
         f"{root} cannot be written: {error}; check free space, the path, its permissions, and whether it is mounted "
-        "read-only, then run the same command again: the published generation is unchanged, and a refresh resumes "
+        "read-only, then rerun the command: the published generation is unchanged, and a refresh resumes "
         "after the last batch that was written"
     )
 
 
 @contextmanager
 def erasure_lock(root: Path, wait_s: float = WAIT_S) -> Iterator[None]:
-    """Section of an erasure or a publication; one at a time among all processes.
+    """Context of an erasure or a publication; one at a time among all processes.
 
     Raises:
         StoreLockedError: another one did not end within `wait_s` seconds; the message has its process id if known.

@@ -1,7 +1,7 @@
 """Tombstones: a file with a 16-byte digest per erased user, so that no later refresh brings a user back.
 
-The file holds no ids, but BLAKE2b-128 of the users' keys (docs/reference/file-formats.md, "Tombstones"). It is replaced
-atomically. A damaged file is an error wherever it is read: to guess which users it names could bring one back.
+The file holds BLAKE2b-128 digests of the users' keys, not ids (docs/reference/file-formats.md, "Tombstones"). It is
+replaced atomically. A damaged file is an error wherever it is read: guessing which users it lists could bring one back.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vista.store.locks import erasure_lock
 
 FORMAT_VERSION = 1
 MAX_BYTES = 1 << 30
-"""A larger file, of more than 67 million users, is refused."""
+"""A larger file, which would list more than 67 million users, is refused."""
 
 _HEAD = struct.Struct("<4sHHQ")  # magic, version, 0, count
 _MAGIC = b"VTMB"
@@ -49,7 +49,7 @@ class Tombstones:
         """Inode, size and modification time of the file that was read."""
 
     def erased(self, keys: Sequence[bytes]) -> list[bool]:
-        """Whether each user is erased at this time."""
+        """Whether each user is erased at the time of the call."""
         self._reread()
         if not len(self._known):
             return [False] * len(keys)
@@ -60,7 +60,7 @@ class Tombstones:
         """Record erasures durably; only under `erasure_lock`.
 
         Raises:
-            StoreWriteError: the disk failed, or what it holds afterwards is not what was written.
+            StoreWriteError: the disk failed, or does not hold what was written.
         """
         self._reread()
         asked = np.unique(_digests(keys))
@@ -81,12 +81,13 @@ class Tombstones:
             self._reread()
         except OSError as error:
             raise StoreWriteError(
-                f"{self._path}: {error.strerror}; it is not certain that these users are erased: check the disk, then "
+                f"{self._path}: {error.strerror}; these users may not have been erased: check the disk, then "
                 "erase them again"
             ) from error
         if not self._holds(asked).all():
             raise StoreWriteError(
-                f"{self._path}: lacks some of these users after it was written; check the disk, then erase them again"
+                f"{self._path}: some of these users are missing from it after the write; check the disk, then "
+                "erase them again"
             )
 
     def count(self, wait_s: float = WAIT_S) -> int:
@@ -120,8 +121,8 @@ class Tombstones:
             self._known, self._version = unpacked(data), version
         except ValueError as error:
             raise StoreWriteError(
-                f"{self._path} is damaged ({error}): put back a copy of it, or move it away and erase again everyone "
-                "who was ever erased; until then, nothing is written to this store"
+                f"{self._path} is damaged ({error}): restore it from a copy, or move it away and erase again every "
+                "user who was ever erased; until then, nothing is written to this store"
             ) from None
 
 
@@ -136,7 +137,7 @@ def packed(digests: NDArray[Any]) -> bytes:
 
 
 def unpacked(data: bytes) -> NDArray[Any]:
-    """The digests in a file; ValueError says what is wrong with it."""
+    """The digests in a file; raises a ValueError that says what is wrong with it."""
     content, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
     if len(content) < _HEAD.size:
         raise ValueError(f"it holds {len(data)} bytes, fewer than a header")
@@ -144,9 +145,9 @@ def unpacked(data: bytes) -> NDArray[Any]:
     if magic != _MAGIC:
         raise ValueError("it does not begin with VTMB")
     if (version, zero) != (FORMAT_VERSION, 0):
-        raise ValueError(f"it has format version {version}, and this version of vista reads {FORMAT_VERSION}")
+        raise ValueError(f"it has format version {version}, but this version of vista reads {FORMAT_VERSION}")
     if len(content) != _HEAD.size + _DIGEST_BYTES * count:
-        raise ValueError(f"it holds {len(data)} bytes, which do not fit its {count} users")
+        raise ValueError(f"it holds {len(data)} bytes, which does not match its count of {count} users")
     if xxhash.xxh3_64_intdigest(content).to_bytes(_CHECKSUM_BYTES, "little") != checksum:
         raise ValueError("its checksum does not match")
     digests = np.frombuffer(content, _DIGEST, offset=_HEAD.size)

@@ -104,7 +104,7 @@ def _copy(root: Path, number: int, to: Path, key: bytes | None, permissions: Per
                     )
                 builder.put(keys, records)
             if not _same(_restamped(source, builder.spec), builder.held_batches()):
-                raise StoreError(f"{root} was written while it was copied; run the same command again")
+                raise StoreError(f"{root} was written while it was copied; rerun the command")
             builder.finish()
         finally:
             builder.close()

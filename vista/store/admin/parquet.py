@@ -100,7 +100,7 @@ def _export(root: Path, generation: int, out: Path, key: bytes | None, group_byt
             if errors:
                 raise errors[0]
             if written != tally:
-                raise StoreError(f"{root} was written while it was exported; run the same command again")
+                raise StoreError(f"{root} was written while it was exported; rerun the command")
             partial.chmod(PRIVATE.file)
             sync(partial)
             partial.replace(out)

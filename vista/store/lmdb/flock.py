@@ -38,7 +38,7 @@ def flocked(descriptor: int, path: Path, activity: str, wait_s: float = WAIT_S) 
                 holders = ", ".join(map(str, sorted(lock_holders(path) or ())))
                 raise StoreLockedError(
                     f"{path}: {f'process {holders}' if holders else 'another process'} {activity} for more than "
-                    f"{wait_s:g} s; wait for it or kill it (its work is kept), then run the same command again"
+                    f"{wait_s:g} s; wait for it or kill it (its work is kept), then rerun the command"
                 ) from error
             time.sleep(_POLL_S)
     try:
