@@ -72,7 +72,9 @@ def test_a_store_that_disappears_and_returns(served: Served, store: Path, caplog
         wait_for(lambda: scorer.stats().reloads == 1)
         assert scorer.stats().last_reload_error is None
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert warnings == [f"reload failed, what was in service stays in service: {error}"], "once, not at every call"
+    assert warnings == [f"reload failed; the previous model and store stay in service: {error}"], (
+        "once, not at every call"
+    )
     assert caplog.records[-1].message == "reload works again"
 
 

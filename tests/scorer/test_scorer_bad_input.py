@@ -328,19 +328,22 @@ class TestLongRequests:
     @pytest.mark.parametrize(
         ("call", "message"),
         [
-            (lambda s: s.score(range((1 << 24) + 1), ITEMS), "users: 16,777,217 ids, at most 16,777,216 per call"),
-            (lambda s: s.user_vectors(range(10**18)), "users: 1,000,000,000,000,000,000 ids, at most"),
-            (lambda s: s.score([100], range((1 << 24) + 1)), "candidates: 16,777,217 ids, at most"),
-            (lambda s: s.encode(np.broadcast_to(np.int64(10), (1 << 13, 1 << 12))), "candidates: 33,554,432 ids, at"),
-            (lambda s: s.rank(100, candidates=range(1 << 25)), "candidates: 33,554,432 ids, at most"),
-            (lambda s: s.rank(100, exclude=range(1 << 25)), "exclude: 33,554,432 ids, at most"),
+            (lambda s: s.score(range((1 << 24) + 1), ITEMS), "users: 16,777,217 ids, but at most 16,777,216 per call"),
+            (lambda s: s.user_vectors(range(10**18)), "users: 1,000,000,000,000,000,000 ids, but at most"),
+            (lambda s: s.score([100], range((1 << 24) + 1)), "candidates: 16,777,217 ids, but at most"),
+            (
+                lambda s: s.encode(np.broadcast_to(np.int64(10), (1 << 13, 1 << 12))),
+                "candidates: 33,554,432 ids, but at",
+            ),
+            (lambda s: s.rank(100, candidates=range(1 << 25)), "candidates: 33,554,432 ids, but at most"),
+            (lambda s: s.rank(100, exclude=range(1 << 25)), "exclude: 33,554,432 ids, but at most"),
             (
                 lambda s: s.score([100] * 1025, np.broadcast_to(np.int64(10), 1 << 18)),
-                "candidates: 268,697,600 pairs of a user and a candidate, at most 268,435,456 per call",
+                "candidates: 268,697,600 pairs of a user and a candidate, but at most 268,435,456 per call",
             ),
             (
                 lambda s: s.score([100], ITEMS, tail=good_tail(items=range((1 << 20) + 1), times=range((1 << 20) + 1))),
-                "tail.items: 1,048,577 events, at most 1,048,576 per call; make several calls",
+                "tail.items: 1,048,577 events, but at most 1,048,576 per call; make several calls",
             ),
         ],
     )

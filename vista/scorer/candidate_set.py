@@ -27,12 +27,12 @@ class CandidateSet:
 
     @classmethod
     def of(cls, snapshot: ServingSnapshot, candidates: Any, on_missing: OnMissing) -> CandidateSet:
-        """Look item ids [C] or [B, C] up in the vocabulary in service; a `CandidateSet` of it is returned as it is.
+        """Look up item ids [C] or [B, C] in the vocabulary in service; a `CandidateSet` of it is returned as it is.
 
         Raises:
             UnknownItemError: an id is unknown, and `on_missing` is "raise".
-            ValueError, TypeError: the ids are not integers or strings as in the log, have another shape, or are too
-                many; or the set was encoded for another vocabulary.
+            ValueError, TypeError: the ids are not integers or strings as in the log, have the wrong shape, or are too
+                many, or the set was encoded for another vocabulary.
         """
         if isinstance(candidates, CandidateSet):
             if candidates.vocabulary != snapshot.vocabulary:

@@ -1,4 +1,4 @@
-"""A thread that calls `reload` of a scorer again and again."""
+"""A thread that calls a scorer's `reload` at regular intervals."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Reloads(Protocol):
 
 
 class Follower:
-    """Calls `reload` every `every_s` seconds in a daemon thread, until `stop` or the end of the scorer.
+    """Calls `reload` every `every_s` seconds in a daemon thread, until `stop` is called or the scorer is gone.
 
-    The scorer counts errors. Each error that differs from the one before is logged once.
+    The scorer counts errors. An error is logged only if it differs from the previous one.
 
     Args:
         scorer: only a weak reference is kept, so that the thread does not keep the scorer alive.
@@ -33,7 +33,7 @@ class Follower:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, and wait for a reload that is running."""
+        """End the thread, and wait for a running reload to finish."""
         self._stopped.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -47,12 +47,12 @@ def _follow(reference: weakref.ref[Reloads], stopped: threading.Event, every_s: 
             return
         try:
             scorer.reload()
-        except Exception as error:  # The thread must survive whatever a store and a disk can do.
+        except Exception as error:  # The thread must survive any error of the store or the disk.
             if stopped.is_set():
                 return
             text = f"{type(error).__name__}: {error}"
             if text != problem:
-                logger.warning("reload failed, what was in service stays in service: %s", text)
+                logger.warning("reload failed; the previous model and store stay in service: %s", text)
             problem = text
         else:
             if problem:

@@ -1,4 +1,4 @@
-"""Reading the users of a request: their records, and the times and tails that the caller passes. B users."""
+"""Reads what a request needs: users' records, and the times and tails that the caller passes. B users."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_request(
     max_age_s: float | None,
     recorder: StatsRecorder,
 ) -> Request:
-    """Read the records of B users, and add what the caller passes; arguments and errors as of `Scorer`."""
+    """Read the records of B users, and add what the caller passes; arguments and errors are those of `Scorer`."""
     ids, model = ids_of(users, "users"), snapshot.model
     # Read before the records, so that a reload in between cannot make a record look younger than it is.
     refreshed_at = 0 if max_age_s is None else snapshot.store.manifest.refreshed_at

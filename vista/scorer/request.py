@@ -1,4 +1,4 @@
-"""The users of a request, as the model reads them. B users, S seeds, M model dim."""
+"""A request, as the model reads it. B users, S seeds, M model dim."""
 
 from __future__ import annotations
 

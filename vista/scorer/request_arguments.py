@@ -16,21 +16,21 @@ Int = NDArray[np.int64]
 UNITS = {"seconds": 1e3, "microseconds": 1e-3, "nanoseconds": 1e-6}
 """Factors to milliseconds."""
 MAX_IDS = 1 << 24
-"""Users, and candidates, of one call."""
+"""Most users, and most candidates, per call."""
 MAX_SCORES = 1 << 28
-"""Pairs of a user and a candidate of one call; their scores take 1 GiB per task."""
+"""Most pairs of a user and a candidate per call; their scores take 1 GiB per task."""
 MAX_TAIL_EVENTS = 1 << 20
-"""Events in the tail of one call. Merging them takes up to 200 MB."""
+"""Most events in the tail of a call. Merging them takes up to 200 MB."""
 
 
 def require_most(count: int, most: int, name: str, unit: str = "ids") -> None:
-    """Refuse an argument that is too long; ValueError."""
+    """Raise a ValueError if an argument is too long."""
     if count > most:
-        raise ValueError(f"{name}: {count:,} {unit}, at most {most:,} per call; make several calls")
+        raise ValueError(f"{name}: {count:,} {unit}, but at most {most:,} per call; make several calls")
 
 
 def length_of(values: Any) -> int:
-    """Length of an argument before it is converted; 0 if it has none, so that the conversion must judge it."""
+    """Length of an argument before it is converted; 0 if it has none, which leaves its check to the conversion."""
     if not hasattr(values, "__len__") or getattr(values, "ndim", 1) == 0:
         return 0
     return len(values)
@@ -49,7 +49,7 @@ def ids_of(values: Any, name: str) -> Any:
 
 
 def array_of(values: Any, name: str) -> NDArray[Any]:
-    """Convert an argument to an array; ValueError, with its name, if its rows differ in length."""
+    """Convert an argument to an array; a ValueError names it if its rows differ in length."""
     try:
         return np.asarray(values.cpu() if isinstance(values, Tensor) else values)
     except ValueError:
@@ -60,7 +60,7 @@ def integers(values: Any, name: str, what: str = "integers") -> Int:
     """Convert an argument of any shape to int64; an empty one may have any type.
 
     Raises:
-        TypeError: it holds values other than integers; `what` names what it must hold.
+        TypeError: it holds values other than integers; `what` says what it must hold.
         ValueError: a value does not fit int64.
     """
     array = array_of(values, name)

@@ -49,7 +49,7 @@ from vista.store.tail import Tail
 class Scorer:
     """Scores candidates for users from their stored summaries and tails. Open one per process with `Scorer.open`.
 
-    It is safe with threads and after a fork. Each call uses one model and one state of the store throughout.
+    It is thread-safe, and works after a fork. Each call uses one model and one state of the store throughout.
     """
 
     def __init__(self, source: ServingSource, on_missing: OnMissing, task: str | None, max_age_s: float | None) -> None:
@@ -87,7 +87,8 @@ class Scorer:
             store: the store's folder.
             on_missing: how to score users without a record and items outside the vocabulary: "empty" (with the summary
                 of an empty history, and as an unknown item), "nan", or "raise". With "nan", users whose record is
-                damaged, or whose tail or time is impossible, get NaN too; otherwise these are errors of the whole call.
+                damaged, or whose tail or time is impossible, also get NaN; otherwise, one of these fails the whole
+                call.
             task: for `score` and `rank`; by default the first labeled task, or `next` if there are none.
             device: auto | cpu | cuda | cuda:N.
             key: 32 bytes, to refuse records that were not written with this key.
@@ -96,8 +97,8 @@ class Scorer:
             precision: of matrix products: float32, bfloat16, or auto (bfloat16 if the device multiplies it natively).
 
         Raises:
-            SummarizerMismatchError: the store is of another summarizer.
-            StoreError, CheckpointError: missing or damaged; the message has the remedy.
+            SummarizerMismatchError: another summarizer wrote the store.
+            StoreError, CheckpointError: the store or the model is missing or damaged; the message says what to do.
             ValueError: on_missing, task or precision is not one of the allowed values; max_age_s is not positive.
         """
         policy = choice_of(OnMissing, on_missing, "on_missing")
@@ -144,10 +145,10 @@ class Scorer:
         return self._snapshots.current.tasks
 
     def reload(self) -> bool:
-        """Follow the store to a new generation, and the model's folder to a new model; whether there was one.
+        """Move to a new generation of the store or a new model in the model's folder; returns whether there was one.
 
-        Calls that are running finish with what they started with. A new model enters service once a generation of its
-        summarizer is published; until then the old one stays in service, and a warning is logged.
+        Calls that are running finish with what they started with. A new model goes into service once a generation of
+        its summarizer is published; until then, the old one stays in service, and a warning is logged.
 
         Raises:
             StoreError, CheckpointError: the new generation or model is damaged, its tails are shorter than the model
@@ -269,9 +270,9 @@ class Scorer:
             return Ranking(items.ids(rows[best] - 1), scores[best], num_dropped)
 
     def encode(self, candidates: Any) -> CandidateSet:
-        """Look item ids [C] or [B, C] up once, to score them many times.
+        """Look up item ids [C] or [B, C] once, to score them many times.
 
-        The result belongs to the model in service: encode again after a `reload` that moved to another model.
+        The result belongs to the model in service: encode again after a `reload` that moves to another model.
         """
         with self._snapshots.use() as snapshot:
             return CandidateSet.of(snapshot, candidates, self.on_missing)
@@ -312,7 +313,7 @@ class Scorer:
         """Contributions of the summary's tokens, the tail's events and the candidate itself to a user's scores.
 
         Always in float32. A user without a record is explained as an empty history, or raises with on_missing="raise".
-        It takes several times as long as `score`, so it is not for every request.
+        It takes several times as long as `score`, so do not call it for every request.
 
         Args:
             user: an id as in the log.
@@ -334,7 +335,7 @@ class Scorer:
 
     @contextmanager
     def _call(self) -> Iterator[ServingSnapshot]:
-        """The snapshot in service, for a call that is counted."""
+        """The snapshot in service, for one call, which is counted and timed."""
         began, failed = time.perf_counter(), True
         try:
             with self._snapshots.use() as snapshot:

@@ -15,7 +15,7 @@ LATENCY_BOUNDS_MS = tuple(0.0625 * 2 ** (step / BUCKETS_PER_OCTAVE) for step in 
 
 @dataclass(frozen=True, slots=True)
 class ScorerStats:
-    """What a scorer did in this process since it was opened (or since the process was forked)."""
+    """What a scorer has done in this process since it was opened (or since the process was forked)."""
 
     calls: int = 0
     failed_calls: int = 0
@@ -39,7 +39,7 @@ class ScorerStats:
     failed_reloads: int = 0
     """Calls of `reload` that raised an error."""
     last_reload_error: str | None = None
-    """Of the newest call of `reload`; None if it succeeded."""
+    """Error of the last call of `reload`; None if that call succeeded."""
     followed_at: int = 0
     """When `reload` last succeeded, ms since 1970; 0 if never."""
     latency_counts: tuple[int, ...] = field(default=(0,) * (len(LATENCY_BOUNDS_MS) + 1))

@@ -1,4 +1,4 @@
-"""What a scorer has in service: a model, its items and a store, which do not change during a call.
+"""What a scorer has in service: a model, its items, and a store, none of which change during a call.
 
 B users, C candidates, V items of the vocabulary, S seeds, L tail length, M model dim.
 """

@@ -1,4 +1,4 @@
-"""Where a scorer's model and store come from, and how newer ones are noticed."""
+"""Where a scorer's model and store come from, and how newer ones are detected."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ServingSource:
         """Open both.
 
         Raises:
-            StoreError, CheckpointError: missing, damaged, or not made for each other.
+            StoreError, CheckpointError: the model or the store is missing or damaged, or they do not match.
         """
         identity = self._identity()
         if isinstance(self.model, VistaModel):
@@ -54,7 +54,7 @@ class ServingSource:
 
         Args:
             snapshot: what is in service.
-            task: which the new model must have.
+            task: a task that the new model must have.
 
         Raises:
             StoreError, CheckpointError: the new ones cannot be served, or the new model lacks `task`.
@@ -78,7 +78,7 @@ class ServingSource:
         """Check that the store has a generation of the model in the folder, without reading the model's weights.
 
         Raises:
-            SummarizerMismatchError: it has none.
+            SummarizerMismatchError: the store has no such generation.
         """
         try:
             claimed = ModelDescription.read(Path(str(self.model))).summarizer_id

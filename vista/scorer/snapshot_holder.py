@@ -1,4 +1,4 @@
-"""Holds what a scorer serves: calls run on one snapshot each, while reloads exchange it; safe after a fork."""
+"""Holds what a scorer serves: each call runs on one snapshot, and reloads replace it; safe after a fork."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vista.scorer.serving_source import ServingSource
 
 
 class SnapshotHolder:
-    """The snapshot in service, its replacement and its end."""
+    """Holds the snapshot in service, replaces it, and closes it."""
 
     def __init__(self, source: ServingSource) -> None:
         self._source = source
@@ -45,10 +45,10 @@ class SnapshotHolder:
             self._release(snapshot, call)
 
     def reload(self, task: str) -> bool:
-        """Follow the store to a new generation, and the model's folder to a new model; whether there was one.
+        """Move to a new generation of the store or a new model in the model's folder; returns whether there was one.
 
         Args:
-            task: which a new model must have.
+            task: a task that a new model must have.
 
         Raises:
             StoreError, CheckpointError: the new one cannot be served; the old one stays in service.

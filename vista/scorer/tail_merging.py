@@ -1,4 +1,4 @@
-"""Tails that callers pass: checked, and merged with the stored ones."""
+"""Checks the tails that callers pass, and merges them with the stored ones."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def merge_tails(stored: Tail, fresh: Tail, tail_len: int, names: Int | None = No
     """The union of two packed tails of the same users, oldest first, limited to the newest `tail_len` events.
 
     A fresh event counts once, and not at all if the stored tail holds it (same time, item and action), so callers may
-    send events that the refresh covered, or send events twice. Events of equal times keep their order, stored ones
+    send events that the refresh covered, or send events twice. Events with equal times keep their order, stored ones
     first.
 
     Args:
@@ -128,7 +128,7 @@ def merge_tails(stored: Tail, fresh: Tail, tail_len: int, names: Int | None = No
 
 
 def _repeats(user: Int, time: Int, action: Int, item: Int, order: Int) -> Bools:
-    """Which events repeat one of the same user, time, action and item with a smaller `order`, bool [N]."""
+    """Which events repeat an event of the same user, time, action and item with a smaller `order`, bool [N]."""
     index = np.lexsort((order, action, item, time, user))
     same = np.zeros(len(user), np.bool_)
     if len(user) > 1:
