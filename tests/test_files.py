@@ -23,7 +23,7 @@ class TestReads:
         path = tmp_path / "file"
         path.write_bytes(b"12345")
         assert read_limited(path, 5) == b"12345"
-        with pytest.raises(OSError, match="holds 5 bytes, at most 4 are read") as caught:
+        with pytest.raises(OSError, match="holds 5 bytes, but at most 4 are read") as caught:
             read_limited(path, 4)
         assert caught.value.errno == errno.EFBIG
 
@@ -175,7 +175,7 @@ def test_missing_unknown_and_no_fields() -> None:
         check_fields({name: value for name, value in FIELDS.items() if name != "count"}, RULES)
     with pytest.raises(ValueError, match="the field 'more' is unknown"):
         check_fields(FIELDS | {"more": 1}, RULES)
-    with pytest.raises(ValueError, match="expected fields, got 3"):
+    with pytest.raises(ValueError, match="expected a mapping of fields, got 3"):
         check_fields(3, RULES)
 
 

@@ -23,10 +23,10 @@ _PARTIAL_NAME = re.compile(r"\.(.+)\.\d+\.tmp")
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600, *, follow: bool = True) -> int:
-    """Open a regular file and return its descriptor. Never waits, as an open of a named pipe would.
+    """Open a regular file and return its descriptor. Unlike opening a named pipe, this never waits.
 
     Args:
-        flags: of `os.open`.
+        flags: as for `os.open`.
         mode: permissions of the file if it is created.
         follow: whether the file may be a symbolic link. Its folder may always be one.
 
@@ -52,15 +52,15 @@ def read_limited(path: Path, limit: int, *, follow: bool = True) -> bytes:
     """Read a regular file of at most `limit` bytes.
 
     Raises:
-        OSError: as `open_file`; with EFBIG if the file is larger.
+        OSError: as for `open_file`; with EFBIG if the file is larger.
     """
     with open(open_file(path, follow=follow), "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(size + 1) if size <= limit else b""  # Python allocates at once what it is asked to read
+        content = file.read(size + 1) if size <= limit else b""  # Python allocates up front what it is asked to read
         if len(content) > size:  # the file is growing
             content += file.read(limit + 1 - len(content))
     if size > limit or len(content) > limit:
-        raise OSError(errno.EFBIG, f"holds {max(size, len(content))} bytes, at most {limit} are read", str(path))
+        raise OSError(errno.EFBIG, f"holds {max(size, len(content))} bytes, but at most {limit} are read", str(path))
     return content
 
 
@@ -76,10 +76,10 @@ def sync(path: Path) -> None:
 def replace_file(path: Path, content: bytes, mode: int | None = None) -> None:
     """Write a small file atomically and durably: temporary name, fsync, rename, fsync of the folder.
 
-    A symbolic link of that name is replaced, not followed. All names are relative to the folder as it was opened.
+    A symbolic link of that name is replaced, not followed. All names are resolved in the folder that was opened first.
 
     Args:
-        mode: exact permissions of the file; None for those of a new file under the umask.
+        mode: exact permissions of the file; None for the default of a new file under the umask.
     """
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     partial = f".{path.name}.{os.getpid()}.tmp"
@@ -111,7 +111,7 @@ def replace_text(path: Path, text: str) -> None:
 def make_folders(folder: Path, mode: int = 0o777) -> None:
     """Make a folder and its missing parents durably: each name is on the disk when this returns.
 
-    Folders that exist are synced too, because a process that was killed may have made them without a sync.
+    Existing folders are synced too, because a process that was killed may have made them without a sync.
 
     Args:
         mode: permissions of new folders, before the umask.
@@ -127,17 +127,17 @@ def make_folders(folder: Path, mode: int = 0o777) -> None:
     for path in (folder, *folder.parents):
         if path.stat().st_dev != device:
             break
-        with suppress(PermissionError):  # a folder of the system that this account cannot read exists for long
+        with suppress(PermissionError):  # a system folder that this account cannot read is not new
             sync(path)
 
 
 def remove_folder(folder: Path, removed: Path) -> None:
-    """Remove a folder with all its files, durably under another name first.
+    """Remove a folder with all its files, after durably renaming it.
 
     After a crash the folder is complete, or its files are under `removed`, which the next caller must remove.
 
     Args:
-        removed: a name in the same folder; what has that name is removed too.
+        removed: a path in the same parent folder; anything that already has that name is removed too.
     """
     remove_renamed(removed)
     folder.rename(removed)
@@ -145,9 +145,10 @@ def remove_folder(folder: Path, removed: Path) -> None:
 
 
 def remove_renamed(folder: Path) -> None:
-    """Remove a folder that was renamed for its removal, perhaps by a process that was killed before it synced the name.
+    """Remove a folder that was renamed for removal, perhaps by a process that was killed before it synced the new name.
 
-    Otherwise the removal of the files could reach the disk before the new name, and leave the old name without files.
+    The parent is synced first. Otherwise, the removal of the files could reach the disk before the new name does, and
+    leave the old name without files.
     """
     if folder.is_symlink():
         folder.unlink()
@@ -173,7 +174,7 @@ class HashedFile:
         return len(view)
 
     def hexdigest(self) -> str:
-        """XXH3-64 of what was written, 16 hex digits."""
+        """XXH3-64 of what was written, as 16 hex digits."""
         return self._hash.hexdigest()
 
 
@@ -181,7 +182,7 @@ def writable_folder(folder: Path, key: str) -> None:
     """Make a folder durably if it does not exist, and check that files can be written in it.
 
     Raises:
-        ConfigError: if they cannot, naming `key` (the setting of the folder) and the reason.
+        ConfigError: they cannot; the message names `key` (the setting of the folder) and the reason.
     """
     probe = folder / f".probe.{os.getpid()}.tmp"
     try:
@@ -195,11 +196,11 @@ def writable_folder(folder: Path, key: str) -> None:
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:
-    """Remove leftovers of `replace_file` and `replaced_folder` in killed processes.
+    """Remove what `replace_file` and `replaced_folder` left behind in killed processes.
 
     Args:
         folder: no other process may write these names in it.
-        names: of files and folders; without any, the leftovers of all names.
+        names: of files and folders; if none are given, the leftovers of all names are removed.
     """
     for path in folder.iterdir():
         match = _PARTIAL_NAME.fullmatch(path.name)

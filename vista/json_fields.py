@@ -1,4 +1,4 @@
-"""Rules for fields of JSON files that vista reads again: a damaged or crafted one must not end in a TypeError."""
+"""Rules for fields of JSON files that vista reads back: a damaged or crafted file must not cause a TypeError."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class FieldRule:
     """What the value of a field must be."""
 
     expected: str
-    """In words, for the message."""
+    """In words, for the error message."""
     holds: Callable[[Any], bool]
 
 
@@ -28,7 +28,7 @@ def whole(least: int = 0, most: int = 2**62) -> FieldRule:
 
 def text(most: int = 4_096) -> FieldRule:
     """A string of at most `most` characters."""
-    return FieldRule(f"a text of at most {most} characters", lambda value: type(value) is str and len(value) <= most)
+    return FieldRule(f"a string of at most {most} characters", lambda value: type(value) is str and len(value) <= most)
 
 
 def hexadecimal(length: int) -> FieldRule:
@@ -44,28 +44,28 @@ def one_of(*values: object) -> FieldRule:
 
 
 def either(*rules: FieldRule) -> FieldRule:
-    """A value that keeps at least one of these rules."""
+    """A value that satisfies at least one of these rules."""
     return FieldRule(
         " or ".join(rule.expected for rule in rules), lambda value: any(rule.holds(value) for rule in rules)
     )
 
 
 def list_of(rule: FieldRule, length: int) -> FieldRule:
-    """A list of `length` values that keep a rule."""
+    """A list of `length` values that each satisfy a rule."""
     return FieldRule(
-        f"a list of {length} times {rule.expected}",
+        f"a list of length {length} in which each entry is {rule.expected}",
         lambda value: type(value) is list and len(value) == length and all(rule.holds(entry) for entry in value),
     )
 
 
 def check_fields(fields: object, rules: Mapping[str, FieldRule]) -> None:
-    """Require a mapping with exactly the fields of `rules`, each of which keeps its rule.
+    """Require a mapping with exactly the fields of `rules`, each of which satisfies its rule.
 
     Raises:
-        ValueError: naming the field, what is expected, and the value.
+        ValueError: the message names the field, what is expected, and the value.
     """
     if not isinstance(fields, dict):
-        raise ValueError(f"expected fields, got {shown(fields)}")
+        raise ValueError(f"expected a mapping of fields, got {shown(fields)}")
     for name in rules:
         if name not in fields:
             raise ValueError(f"the field {name!r} is missing")

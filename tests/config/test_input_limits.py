@@ -54,7 +54,7 @@ CHAIN = "a0: &a0 [1]\n" + "".join(f"a{step}: &a{step} [*a{step - 1}]\n" for step
         ("a: *b", "undefined alias"),
         ("model: {dim: " + "1" * 10_000 + "}\n", "invalid YAML: Exceeds the limit (4300 digits)"),
         ("model: {dim: 0x" + "f" * 10_000 + "}\n", "model.dim: holds an integer of more than 64 bits"),
-        ("run_dir: '" + "x" * (1 << 20) + "'\n", "bytes, at most 1048576 are read"),
+        ("run_dir: '" + "x" * (1 << 20) + "'\n", "bytes, but at most 1048576 are read"),
         ("run_dir: ${oc.env:HOME}\n", "run_dir: configurations may not call the resolver oc.env; write the value"),
         ("data: {path: '${oc.env:HOME}'}\n", "data.path: configurations may not call the resolver oc.env"),
         ("run_dir: ${data.path}${data.path}\n", "run_dir: at most one reference such as ${run_dir} is possible, got 2"),
@@ -87,11 +87,11 @@ def test_a_file_of_the_largest_size_is_read(tmp_path: Path) -> None:
         ("store='a${oc.decode:1}b'", "store: configurations may not call the resolver oc.decode"),
         ("store='${a.${oc.env:HOME}}'", "store: configurations may not call the resolver oc.env"),
         ("store=${store}", "Recursive interpolation"),
-        ("store=" + "[" * 20_000, "more than 4096 values or 50 levels; write them into a file for --config"),
+        ("store=" + "[" * 20_000, "more than 4096 values or 50 levels; put them in a --config file"),
         ("store={" + "a:{" * 3_000, "more than 4096 values or 50 levels"),
         ("store=[" + "1," * 4_097 + "1]", "more than 4096 values or 50 levels"),
         ("store=" + "1" * 5_000, "cannot read 'store=1"),
-        ("store=" + "x" * 200_000, "has 200006 characters, at most 131072 are read"),
+        ("store=" + "x" * 200_000, "has 200006 characters, but at most 131072 are read"),
     ],
 )
 def test_words(refused: Refused, word: str, message: str) -> None:

@@ -152,7 +152,10 @@ def test_a_log_of_many_small_segments_keeps_no_file_open(tmp_path: Path) -> None
 
 def test_a_manifest_that_no_reader_accepts_is_not_written(tmp_path: Path) -> None:
     frame = {"user": [1], "item": [1], "timestamp": [1], "kind": ["k" * 5000]}
-    with pytest.raises(DataError, match=r"a log cannot hold this \(actions: expected a list of a text of at most 4096"):
+    with pytest.raises(
+        DataError,
+        match=r"a log cannot hold this \(actions: expected a list in which each entry is a string of at most 4096",
+    ):
         EventLog.from_frame(frame, tmp_path / "log", time_unit="s", columns=SourceColumns(action="kind"))
     assert list(tmp_path.iterdir()) == []
 

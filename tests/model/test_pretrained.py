@@ -146,7 +146,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "piped weights": (piped("model.safetensors"), r"model\.safetensors: holds 0 bytes"),
     "a huge config": (
         lambda folder: os.truncate(folder / "config.json", 1 << 31),
-        "no readable model .*holds 2147483648 bytes, at most 16777216 are read",
+        "no readable model .*holds 2147483648 bytes, but at most 16777216 are read",
     ),
     "a nested config": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "no readable model"),
     "a file elsewhere": (edited(lambda d: d["files"].update({"../x.npy": {}})), "files: expected a table of files"),

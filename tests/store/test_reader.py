@@ -285,7 +285,7 @@ def test_a_full_map_is_reported_and_earlier_batches_stay(tmp_path, build):
     small = SharedEnvironment.acquire(environment_path(tmp_path, 1), writable=True, map_size_bytes=1 << 16)
     with build.open_writer(tmp_path, total_users=2000) as writer:
         build.put_users(writer, range(16))
-        with pytest.raises(StoreError, match=r"MAP_FULL.*run the same command again"):
+        with pytest.raises(StoreError, match=r"MAP_FULL.*rerun the command"):
             build.put_users(writer, range(16, 2000))
     small.release()
     with build.open_writer(tmp_path, total_users=2000) as writer:
@@ -314,7 +314,7 @@ def test_a_missing_store(tmp_path, build):
         (pointer_to(10**18), "instead of the name"),
         (pointer_to(1).upper(), "instead of the name"),
         ("gen-\N{SUPERSCRIPT TWO}".encode(), "instead of the name"),
-        (b"gen-" + b"1" * 5000, "CURRENT: holds 5004 bytes, at most 64 are read"),
+        (b"gen-" + b"1" * 5000, "CURRENT: holds 5004 bytes, but at most 64 are read"),
     ],
 )
 def test_a_current_that_names_no_generation(tmp_path, build, content, named):

@@ -35,13 +35,13 @@ ConfigT = TypeVar("ConfigT")
 
 MAX_YAML_BYTES = 1 << 20
 MAX_WORD = 1 << 17
-"""Characters of a `key=value` word; Linux passes at most as many bytes."""
+"""Most characters of a `key=value` word; Linux passes at most this many bytes."""
 MAX_COMMAS = 4_096
-"""Of a word, whose parser takes time that grows with the square of the number of values."""
+"""Most commas of a word, because parsing takes time that grows with the square of the number of values."""
 
 
 class _Written(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML that keeps every scalar as the text that is written. Merge keys (<<) work as usual."""
+    """A YAML loader that keeps every scalar as written, as text. Merge keys (<<) work as usual."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}
 
@@ -99,7 +99,7 @@ def compose_config(
         config_file: YAML with the same keys and groups, such as the output of `--cfg`.
 
     Raises:
-        ConfigError: in one line that names the key, if it is unknown, unreadable, of a wrong type, or breaks a rule.
+        ConfigError: a key is unknown, unreadable, of the wrong type, or breaks a rule; one line that names the key.
     """
     name = command_name(schema)
     ConfigStore.instance().store(name=f"{config_file_name(name)}_schema", node=schema, provider="vista")
@@ -141,7 +141,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """Text of the innermost error: Hydra wraps the error that tells what went wrong."""
+    """Text of the innermost error: Hydra wraps the error that says what went wrong."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())
@@ -150,13 +150,13 @@ def _cause(error: BaseException) -> str:
 def _parse(word: str) -> tuple[str, Any, str]:
     """A `key=value` word -> (key, value, the value as written)."""
     if len(word) > MAX_WORD:
-        raise ConfigError(f"cannot read {shown(word)}: has {len(word)} characters, at most {MAX_WORD} are read")
+        raise ConfigError(f"cannot read {shown(word)}: has {len(word)} characters, but at most {MAX_WORD} are read")
     if word.startswith("~"):
-        raise ConfigError(f"cannot read '{word}': keys cannot be deleted, only set; use null for no value")
+        raise ConfigError(f"cannot read '{word}': keys cannot be deleted; set the key to null instead")
     if word.count(",") > MAX_COMMAS or _levels(word) > MAX_LEVELS:
         raise ConfigError(
-            f"cannot read {shown(word)}: more than {MAX_COMMAS} values or {MAX_LEVELS} levels; write them into a "
-            "file for --config"
+            f"cannot read {shown(word)}: more than {MAX_COMMAS} values or {MAX_LEVELS} levels; put them in a "
+            "--config file"
         )
     if "=" not in word:
         raise ConfigError(f"cannot read '{word}': write it as key=value")
@@ -171,13 +171,13 @@ def _parse(word: str) -> tuple[str, Any, str]:
         raise ConfigError(f"cannot read '{word}': groups cannot be moved; write it without @")
     if override.is_sweep_override():
         raise ConfigError(
-            f"cannot read '{word}': sweeps are not supported; a list is written {override.key_or_group}=[a,b]"
+            f"cannot read '{word}': sweeps are not supported; write a list as {override.key_or_group}=[a,b]"
         )
     return override.key_or_group, override.value(), word.partition("=")[2]
 
 
 def _levels(word: str) -> int:
-    """Most brackets that are open at once."""
+    """The most brackets that are open at once."""
     steps = (1 if letter in "[({" else -1 for letter in word if letter in "[](){}")
     return max(accumulate(steps), default=0)
 
@@ -201,7 +201,7 @@ def _words_of_file(path: str | Path | None) -> list[tuple[str, Any, Any]]:
 
 
 def _inner(written: Any, key: Any) -> Any:
-    """The value of a key in a dict of `_Written`; None without one."""
+    """The value of a key in a dict of `_Written`; None if there is none."""
     return written.get(str(key)) if isinstance(written, dict) else None
 
 
@@ -222,7 +222,7 @@ def _hint(matches: Sequence[str]) -> str:
 def _leaves(
     key: str, value: Any, written: Any, keys: ConfigKeys, name: str, groups: Sequence[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Single keys and values of a word, whose value may be a dict."""
+    """The single keys and values of a word, whose value may be a dict."""
     if key in keys.keys:
         value = _as_written(key, value, written) if keys.keys[key].is_text else value
         check_value(key, value)
@@ -270,5 +270,5 @@ def _assign(config: DictConfig, key: str, value: Any, keys: ConfigKeys) -> None:
     except OmegaConfBaseException as error:
         hint = _hint(get_close_matches(str(value), known.choices))
         if known.type_text.startswith("[") and not isinstance(value, list):
-            hint = f"; a list is written {key}=[{value_text(value)}]"
+            hint = f"; write a list as {key}=[{value_text(value)}]"
         raise ConfigError(f"{key}: expected {known.type_text}, got {value_text(value)}{hint}") from error

@@ -1,4 +1,4 @@
-"""Check of all files of an EventLog, also if they are too damaged to open it."""
+"""Check of all files of an EventLog, even if they are too damaged to open it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vista.log.segment_manifest import MANIFEST_FILE, REMEDY, read_manifest
 class LogVerification:
     """What a check of a log found.
 
-    num_files, num_bytes: of the intact files that manifests list; damaged: the other files, and damaged manifests,
-    relative to the log's folder.
+    num_files, num_bytes: of the intact files that manifests list; damaged: the other listed files, and damaged
+    manifests, relative to the log's folder.
     """
 
     path: Path
@@ -29,7 +29,7 @@ class LogVerification:
 
     def __str__(self) -> str:
         if not self.damaged:
-            return f"{self.path}: {self.num_files:,} files with {self.num_bytes:,} bytes are as they were written"
+            return f"{self.path}: {self.num_files:,} files with {self.num_bytes:,} bytes are intact"
         return (
             f"{self.path}: {len(self.damaged)} damaged or missing file(s): {', '.join(self.damaged)}; "
             f"restore them from a copy, or {REMEDY}"
@@ -40,14 +40,14 @@ def verify_log(path: str | os.PathLike[str]) -> LogVerification:
     """Compare every file of a log with its manifest.
 
     Raises:
-        LogFormatError: if there is no log, a segment is missing, or manifests contradict each other.
+        LogFormatError: there is no log, a segment is missing, or manifests contradict each other.
     """
     place = Path(path)
     while True:
         folders = find_segments(place)
         report = _verify(place, folders)
         if report.damaged and find_segments(place) != folders:
-            continue  # Meanwhile a compaction replaced these segments; check the new one.
+            continue  # A compaction has replaced these segments in the meantime; check the new one.
         if not report.damaged:
             EventLog.open(place)
         return report

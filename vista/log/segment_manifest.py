@@ -1,4 +1,4 @@
-"""The manifest of a segment: a JSON file with a checksum, every field of which is checked before it is used."""
+"""The manifest of a segment: a JSON file with a checksum. Every field is checked before it is used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOG_FIELDS = ("num_users", "num_items", "id_types", "actions", "tasks", "has_tim
 """Entries that describe the log up to the segment; segments without new sources copy them."""
 REMEDY = "prepare the log again from its sources"
 _MAX_BYTES = 64 << 20
-"""Bytes of a manifest that are read."""
+"""A larger manifest is not read."""
 _MAX_ACTIONS = 256
 """Codes of actions are uint8."""
 _ARRAY_NAME = re.compile(r"(?:(?:impressions|deletions)/)?[a-z_]+(?:\.(?:ids|offsets|blank))?\.npy")
@@ -36,13 +36,13 @@ def _fields(rules: Mapping[str, FieldRule]) -> FieldRule:
             return False
         return True
 
-    return FieldRule(f"the fields {', '.join(rules)}", holds)
+    return FieldRule(f"a mapping with the fields {', '.join(rules)}", holds)
 
 
 def _list(rule: FieldRule, most: int | None = None) -> FieldRule:
     """A list of any length, or of at most `most`."""
     return FieldRule(
-        f"a list of {rule.expected}",
+        f"a list in which each entry is {rule.expected}",
         lambda value: (
             type(value) is list and (most is None or len(value) <= most) and all(rule.holds(entry) for entry in value)
         ),
@@ -84,7 +84,7 @@ _ARRAY_FILE = {**_FILE, "dtype": text(8), "shape": either(list_of(whole(), 1), l
 
 
 def manifest_bytes(fields: Mapping[str, Any]) -> bytes:
-    """The content of manifest.json: these fields with the format, its version, and the checksum of all."""
+    """The content of manifest.json: these fields, the format, its version, and a checksum of them all."""
     content = {"format": FORMAT, "version": VERSION, **fields}
     checksum = xxhash.xxh3_64_hexdigest(_serialized(content))
     return _serialized(content | {"checksum": checksum})
@@ -94,7 +94,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read and check the manifest of a segment.
 
     Raises:
-        LogFormatError: if it is missing, damaged, or of another format; the message names the file and the remedy.
+        LogFormatError: it is missing, damaged, or of another format; the message names the file and the remedy.
     """
     file = folder / MANIFEST_FILE
     try:
@@ -129,12 +129,12 @@ def check_manifest(manifest: Mapping[str, Any], content: bytes) -> None:
         ValueError: naming the field.
     """
     if len(content) > _MAX_BYTES:
-        raise ValueError(f"it holds {len(content)} bytes, at most {_MAX_BYTES} are read")
+        raise ValueError(f"it holds {len(content)} bytes, but at most {_MAX_BYTES} are read")
     check_fields(manifest, _RULES)
     for name, entry in manifest["files"].items():
         _check_file(name, entry)
     if content != manifest_bytes({name: value for name, value in manifest.items() if name != "checksum"}):
-        raise ValueError("its checksum is wrong")
+        raise ValueError("its checksum does not match")
 
 
 def _check_file(name: str, entry: object) -> None:

@@ -1,4 +1,4 @@
-"""A limit on what building a model allocates, for models whose sizes come from a file."""
+"""A limit on the memory that building a model allocates, for models whose sizes come from a file."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ FACTORIES = {
     *(torch.arange, torch.linspace),
 }
 SIZED_BY_VALUES = {torch.arange, torch.linspace}
-"""Their arguments are numbers, the largest of which bounds their size."""
+"""Their arguments are numbers, and the largest one bounds the size of the result."""
 
 
 class AllocationLimitError(MemoryError):
-    """More would be allocated than is allowed."""
+    """An allocation would exceed the limit."""
 
 
 class AllocationLimit(TorchFunctionMode):
-    """In a `with` block, torch's factories make tensors of at most `elements` elements in all.
+    """In a `with` block, torch's factories make tensors of at most `elements` elements in total.
 
     Raises:
         AllocationLimitError: before the tensor that would exceed the limit is made.
@@ -44,7 +44,7 @@ class AllocationLimit(TorchFunctionMode):
 
 
 def _size(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """Number of elements of a factory's result, or a bound."""
+    """The number of elements of a factory's result, or an upper bound."""
     if func in SIZED_BY_VALUES:
         return max((math.ceil(abs(value)) for value in args if isinstance(value, int | float)), default=0)
     size = kwargs.get("size", args)
