@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from vista.config import OptimConfig, TrainConfig
-from vista.config.choices import Architecture, Counting, Decay
+from vista.config.choices import Architecture, Decay
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
 from vista.examples.chunks import ChunkImpressions, Chunks, Int, decay_clock
 from vista.examples.cuts import CutPlan, cut_batch
-from vista.examples.frequency import item_counts, sketched_item_counts
+from vista.examples.frequency import item_frequency
 from vista.examples.negatives import NegativeSampler
 from vista.examples.stored_summaries import StoredSummaries
 from vista.log.event_log import EventLog
@@ -59,53 +59,28 @@ class BatchSource:
         self._log = log
         self._item_rows = item_rows
         self._config = config
-        data, model = config.data, config.model
-        self.counts = visible_counts(log, split_until(config.data, "train"))
-        frequency = np.zeros(int(item_rows.max(initial=0)) + 1, np.int64)
-        count = item_counts if data.frequencies is Counting.exact else sketched_item_counts
-        np.add.at(frequency, item_rows, count(log, self.counts))
-        frequency[0] = 0  # the unknown item is never a label, so it must not be a negative
-        if frequency.any():
-            # An item without training events is a negative as often as the rarest items. Nothing else would keep its
-            # random vector out of the top of users' lists.
-            frequency[1:] = np.maximum(frequency[1:], 1)
-        self._sampler = NegativeSampler(frequency, num_negatives=data.num_negatives, power=data.negative_power)
-        self._adjustment = _logit_adjustment(frequency, config.optim.logq_strength)
-        # A model that encodes whole chunks must not see more events than `history_limit`. A model that only ranks takes
-        # the newest events before each impression, so its chunks may be longer.
-        limit = 0 if model.architecture.ranks_only else model.history_limit
-        if limit and model.architecture is not Architecture.vista:
-            limit += 1  # the last event is only a label, so that the state after a full history is trained too
-        self._chunk_len = min(data.chunk_len, limit or data.chunk_len)
         self._stored = stored
-        self._first = visible_counts(log, Until(before=stored.since)) if stored else np.zeros(log.num_users, np.int64)
+        since = stored.since if stored else None
+        self.counts = visible_counts(log, split_until(config.data, "train"))
+        self._first = visible_counts(log, Until(before=since)) if stored else np.zeros(log.num_users, np.int64)
         """int64 [num_users]: events before a user's first label."""
-        self._lead = model.tail_len if stored else 0
-        tasks = trained_tasks(log, config.optim)
-        self._impressions = _visible_impressions(
-            log, item_rows, self.counts, config, tasks, since=stored.since if stored else None
+        self._lead = config.model.tail_len if stored else 0
+        frequency = item_frequency(log, item_rows, self.counts, config.data.frequencies)
+        self._sampler = NegativeSampler(
+            frequency, num_negatives=config.data.num_negatives, power=config.data.negative_power
         )
-        labeled = np.diff(self._impressions.offsets) > 0
-        if stored is None or config.trains_next:
-            labeled |= self.counts > self._first
-        # Users without events are included if they have impressions, which train the summary of an empty history.
-        self._users = np.flatnonzero(labeled)
+        self._adjustment = _logit_adjustment(frequency, config.optim.logq_strength)
+        tasks = trained_tasks(log, config.optim)
+        self._impressions = _visible_impressions(log, item_rows, self.counts, config, tasks, since)
+        trains_events = stored is None or config.trains_next
+        self._users = _labeled_users(self._impressions, self.counts - self._first if trains_events else None)
         if stored is not None and not len(self._users):
             raise ConfigError(
-                f"store: was refreshed with until={stored.since}, and no label of {log.path} lies between that and "
-                f"data.validation_from={data.validation_from}; refresh it with an earlier until"
+                f"store: was refreshed with until={since}, and no label of {log.path} lies between that and "
+                f"data.validation_from={config.data.validation_from}; refresh it with an earlier until"
             )
-        self._plan = CutPlan(
-            mixing=model.mixing,
-            tail_len=model.tail_len,
-            label_spacing=data.label_spacing,
-            windows_per_chunk=data.windows_per_chunk,
-            num_cuts=data.num_cuts,
-            staleness_events=data.staleness_events,
-            staleness_share=data.staleness_share,
-            unknown_share=data.unknown_share,
-            reconstruction_len=data.reconstruction_len,
-        )
+        self._plan = CutPlan.of(config)
+        self._chunk_len = chunk_len(config)
         self._epoch = -1
         self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
         self._batches: list[Int] = []
@@ -173,6 +148,27 @@ class BatchSource:
             lead=lead if self._stored else None,
             summary=self._stored.read(user) if self._stored else None,
         )
+
+
+def chunk_len(config: TrainConfig) -> int:
+    """Maximum number of events per chunk: `data.chunk_len`, or fewer if the model encodes whole chunks."""
+    model = config.model
+    # Only a model that encodes whole chunks is bounded by `history_limit`. A model that only ranks takes the newest
+    # events before each impression, so its chunks may be longer.
+    if model.architecture.ranks_only or not model.history_limit:
+        return config.data.chunk_len
+    # The last event of a baseline's chunk is only a label, so that the state after a full history is trained too.
+    only_label = int(model.architecture is not Architecture.vista)
+    return min(config.data.chunk_len, model.history_limit + only_label)
+
+
+def _labeled_users(impressions: _Impressions, num_labels: Int | None) -> Int:
+    """Rows of the users with impressions, or with events that are labels (None: events are not labels)."""
+    # Users without events are included if they have impressions, which train the summary of an empty history.
+    labeled = np.diff(impressions.offsets) > 0
+    if num_labels is not None:
+        labeled |= num_labels > 0
+    return np.flatnonzero(labeled)
 
 
 def _chunk_histories(users: Int, total: Int, limit: int, rng: np.random.Generator) -> tuple[Int, Int, Int]:

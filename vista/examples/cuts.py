@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vista.config import TrainConfig
 from vista.config.choices import Mixing
 from vista.examples.batch import (
     Batch,
@@ -51,6 +52,22 @@ class CutPlan:
     reconstruction_len: int
     timeless_share: float = 0.1
     """Share of windows whose requests have no time, because callers of the scorer may not pass one."""
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> CutPlan:
+        """The plan of a training run."""
+        data, model = config.data, config.model
+        return cls(
+            mixing=model.mixing,
+            tail_len=model.tail_len,
+            label_spacing=data.label_spacing,
+            windows_per_chunk=data.windows_per_chunk,
+            num_cuts=data.num_cuts,
+            staleness_events=data.staleness_events,
+            staleness_share=data.staleness_share,
+            unknown_share=data.unknown_share,
+            reconstruction_len=data.reconstruction_len,
+        )
 
 
 @dataclass(frozen=True, slots=True)

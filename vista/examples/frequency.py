@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.config.choices import Counting
 from vista.errors import MissingDependencyError
 from vista.log.event_log import EventLog
 
@@ -19,6 +20,30 @@ RELATIVE_ERROR = 1e-5
 CONFIDENCE = 0.999
 """Probability that an item's estimate stays within RELATIVE_ERROR. The two set the size of the sketch, 15 MB."""
 _SEED = 9001
+
+
+def item_frequency(
+    log: EventLog, item_rows: NDArray[np.int64], counts: NDArray[np.int64], counting: Counting
+) -> NDArray[np.int64]:
+    """Training events of each model row, as negatives are drawn by them.
+
+    Args:
+        item_rows: int64 [num_items], the model row of each of the log's items; 0 is the unknown item.
+        counts: int64 [num_users], visible events per user.
+        counting: exactly, or by a count-min sketch.
+
+    Returns:
+        int64 [largest row + 1].
+    """
+    frequency = np.zeros(int(item_rows.max(initial=0)) + 1, np.int64)
+    count = item_counts if counting is Counting.exact else sketched_item_counts
+    np.add.at(frequency, item_rows, count(log, counts))
+    frequency[0] = 0  # the unknown item is never a label, so it must not be a negative
+    if frequency.any():
+        # An item without training events is a negative as often as the rarest items. Nothing else would keep its
+        # random vector out of the top of users' lists.
+        frequency[1:] = np.maximum(frequency[1:], 1)
+    return frequency
 
 
 def item_counts(
