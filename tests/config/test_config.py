@@ -54,7 +54,7 @@ def test_words_are_choices() -> None:
         (
             ModelConfig,
             {"embedding_rows": 9, "embedding_hashes": 3},
-            r"model\.embedding_hashes: must divide model\.dim=64, got 3; use one of \[1, 2, 4, 8\]",
+            r"model\.embedding_hashes: must divide model\.dim=64, got 3; use one of \[1, 2, 4, 8, 16, 32, 64\]",
         ),
         (OptimConfig, {"logq_strength": 1.5}, r"optim\.logq_strength: must lie in \[0, 1\], got 1\.5"),
         (DataConfig, {"unknown_share": 1.0}, r"data\.unknown_share: must lie in \[0, 1\), got 1\.0"),

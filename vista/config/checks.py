@@ -39,12 +39,23 @@ def require_counts(config: Any, prefix: str, keys: tuple[str, ...], least: int =
         require(value <= most, f"{prefix}{key}", f"must be at most {most}, got {shown(value)}")
 
 
-def require_finite(config: Any, prefix: str, keys: tuple[str, ...], *, positive: bool = False) -> None:
-    """Require finite numbers of at least 0, or with `positive` above 0."""
+def require_share(config: Any, prefix: str, keys: tuple[str, ...], *, below_one: bool = False) -> None:
+    """Require numbers in [0, 1], or with `below_one` in [0, 1)."""
+    for key in keys:
+        value = getattr(config, key)
+        good = 0 <= value <= 1 and not (below_one and value == 1)
+        require(good, f"{prefix}{key}", f"must lie in [0, 1{')' if below_one else ']'}, got {value}")
+
+
+def require_finite(
+    config: Any, prefix: str, keys: tuple[str, ...], *, positive: bool = False, most: float = math.inf
+) -> None:
+    """Require finite numbers of at least 0, or with `positive` above 0, and of at most `most`."""
     for key in keys:
         value = getattr(config, key)
         good = math.isfinite(value) and (value > 0 if positive else value >= 0)
         require(good, f"{prefix}{key}", f"must be {'positive' if positive else 'at least 0'} and finite, got {value}")
+        require(value <= most, f"{prefix}{key}", f"must be at most {most:g}, got {value}")
 
 
 def check_types(config: Any, prefix: str = "") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vista.config.checks import check_types, require, require_counts, require_finite, require_only_with
+from vista.config.checks import check_types, require_counts, require_finite, require_only_with, require_share
 from vista.config.choices import (
     Counting,
     Split,
@@ -75,9 +75,8 @@ class DataConfig:
         require_counts(self, "data.", counts)
         require_counts(self, "data.", ("windows_per_chunk",), least=0)
         require_finite(self, "data.", ("staleness_events", "negative_power"))
-        staleness, unknown = self.staleness_share, self.unknown_share
-        require(0 <= staleness <= 1, "data.staleness_share", f"must lie in [0, 1], got {staleness}")
-        require(0 <= unknown < 1, "data.unknown_share", f"must lie in [0, 1), got {unknown}")
+        require_share(self, "data.", ("staleness_share",))
+        require_share(self, "data.", ("unknown_share",), below_one=True)
         for key in ("validation_from", "test_from"):
             require_only_with(
                 getattr(self, key) is not None, self.split is Split.time, f"data.{key}", "data.split=time"

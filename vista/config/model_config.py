@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vista.config.checks import check_types, require, require_counts, require_finite
+from vista.config.checks import check_types, require, require_counts, require_finite, require_share
 from vista.config.choices import (
     Activation,
     Architecture,
@@ -103,39 +103,41 @@ class ModelConfig:
         require_counts(self, "model.", ("search_top_k",), most=2**20)
         require_counts(self, "model.", ("history_limit", "embedding_rows"), least=0, most=2**31 - 1)
         require_finite(self, "model.", ("normalization_alpha",))
-        require_finite(self, "model.", ("feed_forward_ratio", "temperature"), positive=True)
+        require_finite(self, "model.", ("temperature",), positive=True)
+        require_finite(self, "model.", ("feed_forward_ratio",), positive=True, most=64)
+        require_share(self, "model.", ("dropout",), below_one=True)
+        self._check_divisor_of_dim("num_heads")
+        if self.embedding_rows:
+            self._check_divisor_of_dim("embedding_hashes")
+        self._check_history_limit()
+        if self.decay is not Decay.none:
+            self._check_decay()
+
+    def _check_divisor_of_dim(self, key: str) -> None:
+        value = getattr(self, key)
+        divisors = [number for number in range(1, min(self.dim, 64) + 1) if self.dim % number == 0]
         require(
-            self.feed_forward_ratio <= 64,
-            "model.feed_forward_ratio",
-            f"must be at most 64, got {self.feed_forward_ratio}",
+            self.dim % value == 0,
+            f"model.{key}",
+            f"must divide model.dim={self.dim}, got {value}; use one of {divisors}",
         )
+
+    def _check_history_limit(self) -> None:
+        needs_limit = self.architecture in (Architecture.sasrec, Architecture.hstu, Architecture.din)
         require(
-            self.dim % self.num_heads == 0,
-            "model.num_heads",
-            f"must divide model.dim={self.dim}, got {self.num_heads}; use one of "
-            f"{[h for h in range(1, min(self.dim, 64) + 1) if self.dim % h == 0]}",
-        )
-        require(
-            self.embedding_rows == 0 or self.dim % self.embedding_hashes == 0,
-            "model.embedding_hashes",
-            f"must divide model.dim={self.dim}, got {self.embedding_hashes}; use one of "
-            f"{[p for p in range(1, 9) if self.dim % p == 0]}",
-        )
-        require(
-            self.history_limit > 0
-            or self.architecture not in (Architecture.sasrec, Architecture.hstu, Architecture.din),
+            self.history_limit > 0 or not needs_limit,
             "model.history_limit",
             f"{self.architecture.value} reads a bounded number of events; set a limit such as 200",
         )
-        require(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), got {self.dropout}")
+
+    def _check_decay(self) -> None:
         require(
-            self.decay is Decay.none or self.mixing is Mixing.separable,
+            self.mixing is Mixing.separable,
             "model.decay",
             "needs model.mixing=separable; set model.decay=none for bidirectional mixing",
         )
         require(
-            self.decay is Decay.none
-            or (len(self.decay_horizons) == self.num_heads and all(h >= 0 for h in self.decay_horizons)),
+            len(self.decay_horizons) == self.num_heads and all(horizon >= 0 for horizon in self.decay_horizons),
             "model.decay_horizons",
             f"needs one horizon >= 0 per head ({self.num_heads}), got {list(self.decay_horizons)}",
         )

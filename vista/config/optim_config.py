@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vista.config.checks import check_types, require, require_counts, require_finite
+from vista.config.checks import check_types, require, require_counts, require_finite, require_share
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,4 +47,4 @@ class OptimConfig:
         counts = ("epochs", "warmup_steps", "patience", "validate_every", "validation_users")
         require_counts(self, "optim.", counts, least=0)
         require(self.task_weight > 0 or not self.tasks, "optim.tasks", "needs optim.task_weight above 0; set that to 1")
-        require(0 <= self.logq_strength <= 1, "optim.logq_strength", f"must lie in [0, 1], got {self.logq_strength}")
+        require_share(self, "optim.", ("logq_strength",))
