@@ -140,6 +140,13 @@ class StoreError(VistaError):
     """
 
 
+class StoreClosedError(StoreError):
+    """A store, or one of its generations, was closed.
+
+    Remedy: open the store again.
+    """
+
+
 class UnfinishedError(StoreError):
     """A generation of a store was never finished, so no reader opens it.
 

@@ -18,13 +18,13 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.errors import StoreError, SummarizerMismatchError, UserKeyError
+from vista.errors import StoreClosedError, StoreError, SummarizerMismatchError, UserKeyError
 from vista.store.format.keys import INT_PREFIX, STR_PREFIX, user_id, user_keys
 from vista.store.format.record import RawRecords, check_keys, decode_rows, read_records
 from vista.store.format.record_spec import RecordSpec
 from vista.store.format.state_record import StateArrays, StateSpec, decode_states
 from vista.store.layout import environment_path, list_generations, missing_generation, read_current, state_path
-from vista.store.lmdb.environment import EnvironmentClosedError, SharedEnvironment, exclusive
+from vista.store.lmdb.environment import SharedEnvironment, exclusive
 from vista.store.lmdb.transactions import walk
 from vista.store.manifest import Manifest, read_manifest
 from vista.store.stored_batch import NO_TIMESTAMP, StoredBatch
@@ -137,7 +137,7 @@ class StoreReader:
             try:
                 firsts = range(0, max(len(keys), 1), _READ_RECORDS)
                 parts = [opened.read(keys[first : first + _READ_RECORDS]) for first in firsts]
-            except EnvironmentClosedError:
+            except StoreClosedError:
                 if self._opened is opened:
                     raise
                 continue  # Another thread reloaded meanwhile: read the whole batch from the new generation.

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import lmdb
 
-from vista.errors import StoreError
+from vista.errors import StoreClosedError, StoreError
 from vista.store.lmdb.data_file import MAP_SIZE_BYTES, REMEDY, committed_size, complete_size, open_environment
 from vista.store.lmdb.flock import WAIT_S, flocked
 
@@ -78,10 +78,6 @@ class _Gate:
             yield
         finally:
             self.release()
-
-
-class EnvironmentClosedError(StoreError):
-    """Another thread closed the environment: it moved to another generation, or closed the store."""
 
 
 _gate = _Gate()
@@ -164,11 +160,11 @@ class SharedEnvironment:
         """Add a reference.
 
         Raises:
-            EnvironmentClosedError: the last reference was released meanwhile.
+            StoreClosedError: the last reference was released meanwhile.
         """
         with _gate.exclusive():
             if self._references == 0:
-                raise EnvironmentClosedError(f"{self._path} is closed; open the store again")
+                raise StoreClosedError(f"{self._path} is closed; open the store again")
             self._references += 1
 
     def release(self) -> None:
@@ -245,7 +241,7 @@ class SharedEnvironment:
 
     def _open(self) -> lmdb.Environment:
         if self._environment is None:
-            raise EnvironmentClosedError(f"{self._path} is closed; open the store again")
+            raise StoreClosedError(f"{self._path} is closed; open the store again")
         return self._environment
 
     @property
