@@ -17,10 +17,11 @@ from vista.log.event_log import EventLog
 from vista.log.gaps import NUM_GAPS
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
+from vista.model.embedding_feature import EmbeddingFeature
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import ARCHITECTURES
 from vista.model.schema import Schema
-from vista.model.unified_embedding import EmbeddingFeature, hashed_rows, mix64
+from vista.model.unified_embedding import hashed_rows, mix64
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer

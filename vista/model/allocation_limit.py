@@ -17,20 +17,17 @@ SIZED_BY_VALUES = {torch.arange, torch.linspace}
 """Their arguments are numbers, and the largest one bounds the size of the result."""
 
 
-class AllocationLimitError(MemoryError):
-    """An allocation would exceed the limit."""
-
-
 class AllocationLimit(TorchFunctionMode):
     """In a `with` block, torch's factories make tensors of at most `elements` elements in total.
 
     Raises:
-        AllocationLimitError: before the tensor that would exceed the limit is made.
+        `error`, before the tensor that would exceed the limit is made.
     """
 
-    def __init__(self, elements: int) -> None:
+    def __init__(self, elements: int, error: Exception) -> None:
         super().__init__()
         self._left = elements
+        self._error = error
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -39,7 +36,7 @@ class AllocationLimit(TorchFunctionMode):
         if func in FACTORIES:
             self._left -= _size(func, args, kwargs)
             if self._left < 0:
-                raise AllocationLimitError
+                raise self._error
         return func(*args, **kwargs)
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vista.log.gaps import NUM_GAPS
-from vista.model.unified_embedding import EmbeddingFeature, HashedEmbedding
+from vista.model.embedding_feature import EmbeddingFeature
+from vista.model.unified_embedding import HashedEmbedding
 
 
 class EventEncoder(nn.Module):

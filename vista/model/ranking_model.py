@@ -24,12 +24,13 @@ from vista.errors import CheckpointError, LogFormatError
 from vista.examples.batch import Batch, BatchEvents
 from vista.files import replaced_folder
 from vista.log.vocabulary import Ids, Vocabulary
-from vista.model.allocation_limit import AllocationLimit, AllocationLimitError
+from vista.model.allocation_limit import AllocationLimit
+from vista.model.embedding_feature import EmbeddingFeature
 from vista.model.event_encoder import EventEncoder
 from vista.model.losses import Losses
 from vista.model.model_description import ModelDescription, unreadable_model
 from vista.model.schema import Schema
-from vista.model.unified_embedding import EmbeddingFeature, gather, hashed_rows
+from vista.model.unified_embedding import gather, hashed_rows
 
 WEIGHTS_FILE = "model.safetensors"
 _SPARE_VALUES = 1 << 22
@@ -160,19 +161,18 @@ class RankingModel(nn.Module):
             raise unreadable_model(folder, error) from error
         _require_finite(weights, folder)
         num_values = sum(weight.numel() for weight in weights.values())
+        too_large = CheckpointError(
+            f"{folder}/{WEIGHTS_FILE} does not fit its config.json, which asks for far more than its {num_values} "
+            "values; export the model again"
+        )
         try:
             # The drawn weights are replaced at once, so the caller's random state must not advance.
-            with torch.random.fork_rng(devices=[]), AllocationLimit(4 * num_values + _SPARE_VALUES):
+            with torch.random.fork_rng(devices=[]), AllocationLimit(4 * num_values + _SPARE_VALUES, too_large):
                 model = cls(saved.config, saved.schema, items, saved.data)
             # Assigned, not copied: a table of one row per item stays mapped from the file, shared by all processes.
             # (A unified table is small, and its features refer to the table that the model was built with.)
             weights = {name: weight.float() for name, weight in weights.items()}
             model.load_state_dict(weights, assign=saved.config.embedding_rows == 0)
-        except AllocationLimitError:
-            raise CheckpointError(
-                f"{folder}/{WEIGHTS_FILE} does not fit its config.json, which asks for far more than its {num_values} "
-                "values; export the model again"
-            ) from None
         except RuntimeError as error:
             raise CheckpointError(f"{folder}/{WEIGHTS_FILE} does not fit its config.json: {error}") from error
         return model.to(device).eval()

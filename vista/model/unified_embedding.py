@@ -9,19 +9,11 @@ Letters: N rows that are hashed to, P hash functions, M model dim; a row is M / 
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class EmbeddingFeature(IntEnum):
-    """The feature whose values are hashed."""
-
-    item = 1
-    action = 2
-    gap = 3
+from vista.model.embedding_feature import EmbeddingFeature
 
 
 def mix64(x: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Architecture
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.candidate_model import CandidateModel, age_table
-from vista.model.baselines.packed_events import EventQueries, FoundEvents, PackedEvents
+from vista.model.baselines.event_queries import EventQueries
+from vista.model.baselines.found_events import FoundEvents
+from vista.model.baselines.packed_events import PackedEvents
 from vista.model.schema import Schema
 
 

@@ -1,7 +1,4 @@
-"""Packed histories, and the queries of candidates for their events.
-
-Letters: B histories, T packed events, R rows of an item table, N queries, K found events, M model dim.
-"""
+"""Packed histories. Letters: B histories, T packed events, R rows of an item table, N queries, M model dim."""
 
 from __future__ import annotations
 
@@ -10,19 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class EventQueries:
-    """Candidates that read events."""
-
-    vectors: Tensor
-    """[N, M]."""
-    item: Tensor
-    """int64 [N] model rows."""
-    history: Tensor
-    """int64 [N], sorted."""
-    seen: Tensor
-    """int64 [N]: how many events of its history a query sees, oldest first."""
+from vista.model.baselines.event_queries import EventQueries
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +34,3 @@ class PackedEvents:
         if len(self.clock) == 0:
             return torch.zeros_like(queries.seen)
         return self.clock[(self.offsets[queries.history] + queries.seen - 1).clamp(min=0)]
-
-
-@dataclass(frozen=True, slots=True)
-class FoundEvents:
-    """The events that queries read."""
-
-    index: Tensor
-    """int64 [N, K] packed events."""
-    valid: Tensor
-    """bool [N, K]: False where a query found fewer than K events."""

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from vista.model.baselines.candidate_model import CandidateModel
-from vista.model.baselines.packed_events import EventQueries, FoundEvents, PackedEvents
+from vista.model.baselines.event_queries import EventQueries
+from vista.model.baselines.found_events import FoundEvents
+from vista.model.baselines.packed_events import PackedEvents
 from vista.model.baselines.padded_tiles import PaddedTile, tiles
 from vista.model.layers import split_heads
 

@@ -16,7 +16,8 @@ from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Architecture, Search
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.candidate_model import age_table, network
-from vista.model.baselines.packed_events import EventQueries, PackedEvents
+from vista.model.baselines.event_queries import EventQueries
+from vista.model.baselines.packed_events import PackedEvents
 from vista.model.baselines.padded_tiles import PaddedTile, tiles
 from vista.model.baselines.search_model import SearchModel, attend
 from vista.model.schema import Schema
