@@ -10,7 +10,7 @@ from typing import Protocol
 logger = logging.getLogger(__name__)
 
 
-class Reloads(Protocol):
+class _Reloadable(Protocol):
     """What is followed: a `Scorer`."""
 
     def reload(self) -> bool: ...
@@ -26,7 +26,7 @@ class Follower:
         every_s: seconds between two calls.
     """
 
-    def __init__(self, scorer: Reloads, every_s: float) -> None:
+    def __init__(self, scorer: _Reloadable, every_s: float) -> None:
         self._stopped = threading.Event()
         parts = weakref.ref(scorer), self._stopped, every_s
         self._thread = threading.Thread(target=_follow, args=parts, name="vista-follow", daemon=True)
@@ -39,7 +39,7 @@ class Follower:
             self._thread.join()
 
 
-def _follow(reference: weakref.ref[Reloads], stopped: threading.Event, every_s: float) -> None:
+def _follow(reference: weakref.ref[_Reloadable], stopped: threading.Event, every_s: float) -> None:
     problem = ""
     while not stopped.wait(every_s):
         scorer = reference()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vista.config.choices import OnBadRows
 from vista.errors import DataError, shown
-from vista.log.ingest.row_rules import BLANK, PROBLEM, Rule, parse
+from vista.log.ingest.row_rules import BLANK, PROBLEM, RowRule, parse
 from vista.log.ingest.scanned_source import EXTRA, ROW, ScannedSource, unreadable
 from vista.log.ingest.sources import FileSource, Source
 from vista.log.polars_extra import pl
@@ -106,7 +106,7 @@ def write_quarantine(parts: Sequence[Part], target: Path) -> None:
                     shutil.copyfileobj(handle, out)
 
 
-def _report(source: ScannedSource, rules: Sequence[Rule], part: pl.LazyFrame, row: int) -> str:
+def _report(source: ScannedSource, rules: Sequence[RowRule], part: pl.LazyFrame, row: int) -> str:
     """What is wrong with a row: file, row, column, value, reason, and remedy."""
     problem = part.filter(pl.col(ORDER) % 2**32 == row).select(PROBLEM).collect(engine="streaming")
     rule = rules[problem[PROBLEM][0] - 1]
@@ -115,13 +115,13 @@ def _report(source: ScannedSource, rules: Sequence[Rule], part: pl.LazyFrame, ro
     return f"{source.path}: row {row}, {_place(source, rule)}: {given} {rule.reason}; {rule.remedy}"
 
 
-def _place(source: Source, rule: Rule) -> str:
+def _place(source: Source, rule: RowRule) -> str:
     if rule.column == EXTRA:
         return "beyond the last column"
     return f"column {source.columns[rule.column]!r}"
 
 
-def _set_aside(source: ScannedSource, rules: Sequence[Rule], table: str, part: pl.LazyFrame, target: Path) -> None:
+def _set_aside(source: ScannedSource, rules: Sequence[RowRule], table: str, part: pl.LazyFrame, target: Path) -> None:
     """Stream a source's bad rows, in input order, into a CSV file without a header."""
     bad = part.filter((pl.col(PROBLEM) > 0) & (pl.col(PROBLEM) != BLANK))
     listed = bad.select((pl.col(ORDER) % 2**32).cast(pl.UInt32).alias(ROW), PROBLEM).collect(engine="streaming")

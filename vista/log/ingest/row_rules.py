@@ -33,7 +33,7 @@ _ISO_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d", "%Y-%m-%dT%H:%M")
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class RowRule:
     """A reason for which a value is bad, and the remedy."""
 
     column: str
@@ -67,7 +67,7 @@ def id_kind(source: Source, column: str, wanted: str) -> str:
     return "int" if first.height and first[column].str.contains(r"^-?(0|[1-9][0-9]{0,18})$")[0] else "str"
 
 
-def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[pl.LazyFrame, list[Rule]]:
+def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[pl.LazyFrame, list[RowRule]]:
     """Lazily parse and check all values of a source.
 
     Args:
@@ -85,7 +85,7 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
     """
     schema = source.frame.collect_schema()
     typed: dict[str, pl.Expr] = {}
-    rules: list[Rule] = []
+    rules: list[RowRule] = []
     for column in source.columns:
         dtype = schema[column]
         role = column.split(":")[0]
@@ -102,13 +102,13 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
             typed[column], of_column = _timestamp(column, dtype, source, table)
         elif role == "action":
             typed[column] = pl.col(column).cast(pl.String)
-            of_column = [Rule(column, pl.col(column).is_null(), "is missing", "give every event an action")]
+            of_column = [RowRule(column, pl.col(column).is_null(), "is missing", "give every event an action")]
         else:
             typed[column], of_column = _number(column, role)
         rules += of_column
     if source.is_text:
         extra = pl.col(EXTRA).is_not_null()
-        rules.insert(0, Rule(EXTRA, extra, "is one field too many", "quote text that contains the separator"))
+        rules.insert(0, RowRule(EXTRA, extra, "is one field too many", "quote text that contains the separator"))
     if len(rules) >= BLANK:
         raise ConfigError(
             f"{table}.labels: too many labels ({len(rules)} rules, at most {BLANK - 1} are possible); name fewer"
@@ -123,44 +123,44 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
     return source.frame.select(ROW, *columns, problem.alias(PROBLEM)), rules
 
 
-def _ids(column: str, dtype: pl.DataType, kind: str, table: str) -> tuple[pl.Expr, list[Rule]]:
+def _ids(column: str, dtype: pl.DataType, kind: str, table: str) -> tuple[pl.Expr, list[RowRule]]:
     raw = pl.col(column)
     key = f"{table}.{column}_ids"
-    missing = Rule(column, raw.is_null(), "is missing", f"give every row a {column} id")
+    missing = RowRule(column, raw.is_null(), "is missing", f"give every row a {column} id")
     if kind == "str":
         text = raw.cast(pl.String)
         return text, [
-            Rule(column, text.fill_null("") == "", "is missing", missing.remedy),
-            Rule(
+            RowRule(column, text.fill_null("") == "", "is missing", missing.remedy),
+            RowRule(
                 column, text.str.len_bytes() > MAX_ID_BYTES, "is too long", f"ids may have at most {MAX_ID_BYTES} bytes"
             ),
         ]
     if dtype.is_integer():
         number = raw.cast(pl.Int64, strict=False)
-        return number, [missing, Rule(column, number.is_null(), "does not fit into int64", f"set {key}=str")]
+        return number, [missing, RowRule(column, number.is_null(), "does not fit into int64", f"set {key}=str")]
     if dtype.is_float():
         whole = (raw == raw.floor()) & (raw.abs() < 2.0**53)
         return raw.cast(pl.Int64, strict=False), [
-            Rule(column, raw.is_null() | raw.is_nan(), "is missing", missing.remedy),
-            Rule(column, whole.not_(), "is not a whole number", "write integers or text"),
+            RowRule(column, raw.is_null() | raw.is_nan(), "is missing", missing.remedy),
+            RowRule(column, whole.not_(), "is not a whole number", "write integers or text"),
         ]
     text = raw.cast(pl.String)
     number = text.cast(pl.Int64, strict=False)
     zeros = (text.str.starts_with("0") & (text != "0")) | text.str.starts_with("-0") | text.str.starts_with("+")
     return number, [
-        Rule(column, text.fill_null("") == "", "is missing", missing.remedy),
-        Rule(column, number.is_null(), "is not an integer id", f"correct it, or set {key}=str"),
-        Rule(column, zeros, "is not a plain integer", f"remove leading zeros and signs, or set {key}=str"),
+        RowRule(column, text.fill_null("") == "", "is missing", missing.remedy),
+        RowRule(column, number.is_null(), "is not an integer id", f"correct it, or set {key}=str"),
+        RowRule(column, zeros, "is not a plain integer", f"remove leading zeros and signs, or set {key}=str"),
     ]
 
 
-def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> tuple[pl.Expr, list[Rule]]:
+def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> tuple[pl.Expr, list[RowRule]]:
     raw, unit = pl.col(column), source.time_unit
     key = f"{table}.time_unit"
     if unit is not None and unit not in TIME_UNITS:
         raise ConfigError(f"{key}: unknown unit {unit!r}; use one of {', '.join(TIME_UNITS)}")
     remedy = f"correct it, or check {key} (now {unit})"
-    missing = Rule(column, raw.is_null(), "is missing", f"give every row a time, or set {table}.timestamp=null")
+    missing = RowRule(column, raw.is_null(), "is missing", f"give every row a time, or set {table}.timestamp=null")
     if dtype in (pl.Datetime, pl.Date):
         if unit not in (None, "iso"):
             raise ConfigError(f"{key}={unit}: column {source.columns[column]!r} has type {dtype}; leave {key} out")
@@ -181,7 +181,7 @@ def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> t
         zoned = text.str.to_datetime("%+", strict=False, time_unit="ms", time_zone="UTC").dt.timestamp("ms")
         naive = (text.str.to_datetime(f, strict=False, time_unit="ms").dt.timestamp("ms") for f in _ISO_FORMATS)
         ms = pl.coalesce(*naive, zoned)
-        text_rule = Rule(column, ms.is_null(), "is not an ISO 8601 time", "write 2024-05-01T12:00:00Z or 2024-05-01")
+        text_rule = RowRule(column, ms.is_null(), "is not an ISO 8601 time", "write 2024-05-01T12:00:00Z or 2024-05-01")
         return ms, [missing, text_rule, *_range(column, ms, remedy)]
     factor = _MS_PER_UNIT[unit]
     limit = LATEST_MS / factor  # in the source's unit, so that scaling cannot overflow before the check
@@ -191,47 +191,50 @@ def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> t
         scaled = whole * int(factor) if factor >= 1 else whole // round(1 / factor)
     if dtype.is_integer():
         assert whole is not None and scaled is not None
-        huge = Rule(column, whole.is_null(), "is after 2100", remedy)
+        huge = RowRule(column, whole.is_null(), "is after 2100", remedy)
         return scaled, [missing, huge, *_range(column, whole, remedy, limit)]
     real = raw.cast(pl.Float64, strict=False)
     nearest = (real * factor).round(0, mode="half_to_even").cast(pl.Int64, strict=False)
     ms = nearest if scaled is None else pl.coalesce(scaled, nearest)
     return ms, [
         missing,
-        Rule(column, real.is_null(), "is not a number", remedy),
-        Rule(column, real.is_nan(), "is not a number", remedy),
+        RowRule(column, real.is_null(), "is not a number", remedy),
+        RowRule(column, real.is_nan(), "is not a number", remedy),
         *_range(column, real, remedy, limit),
     ]
 
 
-def _range(column: str, value: pl.Expr, remedy: str, limit: float = LATEST_MS) -> list[Rule]:
+def _range(column: str, value: pl.Expr, remedy: str, limit: float = LATEST_MS) -> list[RowRule]:
     return [
-        Rule(column, value < 0, "is negative (before 1970)", remedy),
-        Rule(column, value >= limit, "is after 2100", remedy),
+        RowRule(column, value < 0, "is negative (before 1970)", remedy),
+        RowRule(column, value >= limit, "is after 2100", remedy),
     ]
 
 
-def _number(column: str, role: str) -> tuple[pl.Expr, list[Rule]]:
+def _number(column: str, role: str) -> tuple[pl.Expr, list[RowRule]]:
     raw = pl.col(column)
     name = column.split(":")[-1]
     if role == "sequence":
         number = raw.cast(pl.Int64, strict=False)
         return number, [
-            Rule(column, raw.is_null(), "is missing", "give every row a sequence number, or leave the column out"),
-            Rule(column, number.is_null(), "is not an integer", "correct it, or leave the column out"),
+            RowRule(column, raw.is_null(), "is missing", "give every row a sequence number, or leave the column out"),
+            RowRule(column, number.is_null(), "is not an integer", "correct it, or leave the column out"),
         ]
     real = raw.cast(pl.Float64, strict=False)
     if role == "rating":
         return real.cast(pl.Float32), [
-            Rule(column, raw.is_null(), "is missing", "correct it, or set rating=null to leave ratings out"),
-            Rule(column, real.is_null(), "is not a number", "correct it"),
-            Rule(column, real.cast(pl.Float32).is_finite().not_(), "is not a finite number", "correct it"),
+            RowRule(column, raw.is_null(), "is missing", "correct it, or set rating=null to leave ratings out"),
+            RowRule(column, real.is_null(), "is not a number", "correct it"),
+            RowRule(column, real.cast(pl.Float32).is_finite().not_(), "is not a finite number", "correct it"),
         ]
-    text_rule = Rule(column, real.is_null() & raw.is_not_null(), "is not a number", "correct it")
+    text_rule = RowRule(column, real.is_null() & raw.is_not_null(), "is not a number", "correct it")
     real = real.fill_nan(None)
     if role == "label":
         bad = (real != 0) & (real != 1)
-        rules = [text_rule, Rule(column, bad, "is not a label", f"write 0, 1, or nothing for {name}")]
+        rules = [text_rule, RowRule(column, bad, "is not a label", f"write 0, 1, or nothing for {name}")]
         return pl.when(bad.not_()).then(real).cast(pl.UInt8), rules
     outside = real.is_between(0, 1).not_()
-    return real.cast(pl.Float32), [text_rule, Rule(column, outside, "is not a probability", "write a number in [0, 1]")]
+    return real.cast(pl.Float32), [
+        text_rule,
+        RowRule(column, outside, "is not a probability", "write a number in [0, 1]"),
+    ]
