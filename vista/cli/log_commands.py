@@ -17,7 +17,8 @@ from vista.log.event_log import EventLog
 from vista.log.log_stats import LogStats
 from vista.log.log_verification import LogVerification, verify_log
 from vista.log.vocabulary import ids_of_words
-from vista.simulation.simulate import SimulationReport, simulate
+from vista.simulation.simulate import simulate
+from vista.simulation.simulation_report import SimulationReport
 
 
 def run_simulate(config: SimulateConfig) -> SimulationReport:

@@ -24,7 +24,6 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,9 +34,10 @@ from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
 from vista.files import make_folders, replace_text, sync
 from vista.simulation.catalog import Catalog, make_catalog
-from vista.simulation.oracle import OracleMetrics, format_oracle_metrics, oracle_metrics
+from vista.simulation.oracle import OracleMetrics, oracle_metrics
 from vista.simulation.period import split_times
 from vista.simulation.simulated_log import SimulatedChunk, SimulatedLog
+from vista.simulation.simulation_report import SimulationReport
 from vista.simulation.world import ACTIONS, TASKS, make_chunk
 
 if TYPE_CHECKING:
@@ -53,33 +53,6 @@ CHUNK_EVENTS = 250_000
 """Events that are drawn at once."""
 LENGTH_SPREAD = 0.35
 """Standard deviation of the logarithm of a history's length."""
-
-
-@dataclass(frozen=True, slots=True)
-class SimulationReport:
-    """What a simulation wrote, and how long it took."""
-
-    out: Path
-    num_users: int
-    num_events: int
-    num_impressions: int
-    validation_from: int
-    """Suggested split, ms: labels from this time on are validation labels."""
-    test_from: int
-    """Suggested split, ms: labels from this time on are test labels."""
-    generate_s: float
-    write_s: float
-    reference: tuple[OracleMetrics, ...] = ()
-    """The best possible metrics, if the config asks for them."""
-
-    def __str__(self) -> str:
-        rate = self.num_events / max(self.generate_s, 1e-9)
-        text = (
-            f"{self.out}: {self.num_users} users, {self.num_events} events, {self.num_impressions} impressions; "
-            f"generated in {self.generate_s:.2f} s ({rate / 1e6:.2f}M events/s), written in {self.write_s:.2f} s "
-            f"(together {self.num_events / max(self.generate_s + self.write_s, 1e-9) / 1e6:.2f}M events/s)"
-        )
-        return f"{text}\n{format_oracle_metrics(self.reference)}" if self.reference else text
 
 
 def generate(config: SimulateConfig, *, chunk_events: int = CHUNK_EVENTS) -> SimulatedLog:
