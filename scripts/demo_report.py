@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from scripts.experiments.results import describe_hardware, hardware
 from vista.evaluation.cases import ImpressionCases, NextItemCases, next_item_cases
-from vista.evaluation.evaluation import Evaluation
+from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.metrics import auc, ndcg
 from vista.evaluation.protocol import impression_metrics
 from vista.log.event_log import EventLog
@@ -48,8 +48,8 @@ class DemoReport:
     log: EventLog
     model: VistaModel
     run_dir: Path
-    evaluation: Evaluation
-    evaluation_float32: Evaluation
+    evaluation: EvaluationReport
+    evaluation_float32: EvaluationReport
     refresh: RefreshReport
     latency: list[DemoLatency]
     num_candidates: int

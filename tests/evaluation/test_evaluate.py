@@ -20,7 +20,7 @@ from vista.config.choices import Codec, Split
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.cases import ImpressionCases
 from vista.evaluation.evaluate import evaluate, evaluate_scorer
-from vista.evaluation.evaluation import Evaluation
+from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.protocol import LAST_RANK, impression_metrics
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
@@ -497,5 +497,5 @@ class TestResults:
 
 
 def test_undefined_metrics_print_as_nan() -> None:
-    text = str(Evaluation({"auc/click": float("nan")}, 0, 0.1, None, None, None))
+    text = str(EvaluationReport({"auc/click": float("nan")}, 0, 0.1, None, None, None))
     assert text == "0 cases in 0.1 s\n  auc/click            nan"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vista.config import EvaluateConfig, TrainConfig
 from vista.device import keep_freed_memory
 from vista.evaluation.evaluate import evaluate
-from vista.evaluation.evaluation import Evaluation
+from vista.evaluation.evaluation_report import EvaluationReport
 from vista.log.event_log import EventLog
 from vista.training.trainer import train_model
 
@@ -16,6 +16,6 @@ def run_train(config: TrainConfig) -> None:
     train_model(config, EventLog.open(config.data.path))
 
 
-def run_evaluate(config: EvaluateConfig) -> Evaluation:
+def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     """`vista evaluate`; errors as of `evaluate`."""
     return evaluate(config)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from vista.config import DataConfig
 from vista.errors import ConfigError
 from vista.evaluation.cases import NextItemCases, next_item_cases
-from vista.evaluation.evaluation import Evaluation
+from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.protocol import rank_next_items, ranking_metrics
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
@@ -35,7 +35,7 @@ class CountingBaseline(Enum):
 
 def evaluate_counting_baseline(
     baseline: CountingBaseline, log: EventLog, data: DataConfig, *, top_k: list[int] | None = None
-) -> Evaluation:
+) -> EvaluationReport:
     """Rank the test labels of a log's split by what was counted before them.
 
     Args:
@@ -62,7 +62,7 @@ def evaluate_counting_baseline(
         progress=False,
     )
     metrics = ranking_metrics(ranks, top_k or [10])
-    return Evaluation(metrics, len(ranks), time.perf_counter() - began, ranks, None, None)
+    return EvaluationReport(metrics, len(ranks), time.perf_counter() - began, ranks, None, None)
 
 
 class _Transitions:

@@ -13,7 +13,7 @@ from vista.config import EvaluateConfig
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.cases import Int, impression_cases, next_item_cases, with_tasks
-from vista.evaluation.evaluation import Evaluation
+from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.popularity import PopularityReport, popularity_report
 from vista.evaluation.protocol import impression_metrics, rank_next_items, ranking_metrics
 from vista.evaluation.raw_history import RawHistoryAnswers
@@ -37,7 +37,7 @@ NO_STORE = "none"
 """Written in place of a codec for a baseline."""
 
 
-def evaluate(config: EvaluateConfig) -> Evaluation:
+def evaluate(config: EvaluateConfig) -> EvaluationReport:
     """`vista evaluate`: measure, and write the result as JSON to `out` if it is set.
 
     Raises:
@@ -66,7 +66,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     return result
 
 
-def evaluate_scorer(scorer: Scorer, log: EventLog, config: EvaluateConfig) -> Evaluation:
+def evaluate_scorer(scorer: Scorer, log: EventLog, config: EvaluateConfig) -> EvaluationReport:
     """Measure a scorer on a part of its model's split of `log`.
 
     Args:
@@ -86,7 +86,7 @@ def evaluate_scorer(scorer: Scorer, log: EventLog, config: EvaluateConfig) -> Ev
     return replace(evaluation, metrics=evaluation.metrics | recall.metrics(), recall=recall)
 
 
-def evaluate_model(model: HistoryModel, log: EventLog, config: EvaluateConfig) -> Evaluation:
+def evaluate_model(model: HistoryModel, log: EventLog, config: EvaluateConfig) -> EvaluationReport:
     """Measure a baseline on a part of its split of `log`. It reads the raw history up to each label.
 
     Args:
@@ -132,7 +132,7 @@ def _check_store(scorer: Scorer, config: EvaluateConfig) -> None:
 
 def _measure(
     model: RankingModel, log: EventLog, config: EvaluateConfig, answers: ScorerAnswers | RawHistoryAnswers
-) -> Evaluation:
+) -> EvaluationReport:
     """Ask all cases and compute the metrics."""
     began = time.perf_counter()
     is_validation = config.split == "validation"
@@ -170,7 +170,7 @@ def _measure(
             f"{log.path} has no {config.split} case for this model: no label after {until}, and no impression of its "
             "tasks; choose another split"
         )
-    return Evaluation(metrics, num_cases, time.perf_counter() - began, ranks, impressions, probabilities, report)
+    return EvaluationReport(metrics, num_cases, time.perf_counter() - began, ranks, impressions, probabilities, report)
 
 
 def _popularity(

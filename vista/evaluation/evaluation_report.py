@@ -12,7 +12,7 @@ from vista.evaluation.recall import RecallReport
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class EvaluationReport:
     """Metrics, and the cases that they were computed from, for reports."""
 
     metrics: dict[str, float]
