@@ -134,18 +134,14 @@ def test_a_class_name_stands_for_one_thing() -> None:
 
 
 def share_a_word(name: str, stem: str) -> bool:
-    """StoreWriter and writer, SASRecBlock and sasrec, Evaluation and evaluate: a word, or its first five letters."""
-    parts = [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", name)]
-    stems = [word.removesuffix("s") for word in stem.split("_")]
-    common = any(part.startswith(word[:5]) for part in parts for word in stems if len(word) >= 3)
-    return common or stem.replace("_", "") in name.lower()
+    """StoreWriter and writer, RowRule and row_rules, SASRecBlock and sasrec: a word, in singular or plural."""
+    parts = {part.lower().removesuffix("s") for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", name)}
+    return stem in name.lower() or not parts.isdisjoint(word.removesuffix("s") for word in stem.split("_"))
 
 
 def test_a_class_that_other_packages_use_lives_in_a_file_of_its_name() -> None:
     """File and class share a word: StoreWriter in store/writer.py. COLLECTIONS hold small classes of one kind."""
-    home = {
-        name: path for name, path in public_classes() if path.name not in COLLECTIONS and not name.endswith("Error")
-    }
+    home = {name: path for name, path in public_classes() if path.name not in COLLECTIONS}
     lost = set()
     for path in sources("vista", "scripts"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
