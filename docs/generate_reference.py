@@ -14,8 +14,8 @@ from pathlib import Path
 
 import vista
 from vista import errors, refresh, scorer, store
-from vista.cli.commands import COMMANDS
-from vista.cli.help import OPTIONS
+from vista.cli.command_table import COMMANDS
+from vista.cli.help_pages import OPTIONS
 from vista.config.composition import conf_dir, groups_of, options_of
 from vista.config.config_keys import ConfigKey, ConfigKeys, value_text
 from vista.config.data_config import DataConfig

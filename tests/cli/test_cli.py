@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vista import config
-from vista.cli.commands import COMMANDS
+from vista.cli.command_table import COMMANDS
 from vista.cli.main import main
 from vista.config.choices import OnBadRows, OnMissing, Split
 from vista.config.composition import command_name, compose_config, conf_dir, config_file_name, groups_of, options_of

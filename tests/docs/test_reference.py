@@ -11,7 +11,7 @@ import pytest
 import vista
 from docs.generate_reference import MEMBERS, error_classes, main, reference_pages
 from vista import errors
-from vista.cli.commands import COMMANDS
+from vista.cli.command_table import COMMANDS
 from vista.config.composition import conf_dir, groups_of, options_of
 from vista.config.config_keys import ConfigKeys, value_text
 

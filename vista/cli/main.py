@@ -2,7 +2,7 @@
 
 Exit codes: 0 success; 1 an error that vista raises on purpose; 2 an invalid command line or configuration; 130
 interrupted. Each of these errors is one line on stderr; unexpected errors keep their traceback. The commands are listed
-in commands.py.
+in command_table.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from vista import __version__
-from vista.cli.commands import COMMANDS
+from vista.cli.command_table import COMMANDS
 from vista.errors import ConfigError, VistaError
 
 
@@ -36,7 +36,7 @@ def _run_command(name: str, words: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_intermixed_args(words)
     if arguments.help:
-        from vista.cli.help import command_help
+        from vista.cli.help_pages import command_help
 
         print(command_help(name, command.summary, command.schema, command.examples))
         return
@@ -69,13 +69,13 @@ def _dispatch(words: Sequence[str]) -> int:
         print(f"vista {__version__}")
         return 0
     if first in (None, "--help", "-h", "help"):
-        from vista.cli.help import overview
+        from vista.cli.help_pages import overview
 
         print(overview({name: command.summary for name, command in COMMANDS.items()}))
         return 2 if first is None else 0
     group = {name: command.summary for name, command in COMMANDS.items() if name.startswith(f"{first} ")}
     if group and second in (None, "--help", "-h", "help"):
-        from vista.cli.help import group_help
+        from vista.cli.help_pages import group_help
 
         print(group_help(first, group))
         return 2 if second is None else 0
