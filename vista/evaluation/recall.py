@@ -94,7 +94,7 @@ def measure_recall(scorer: Scorer, log: EventLog, *, max_users: int = 2000, seed
         # The other user of a row is the next one; of the last row, the first.
         summaries = [torch.from_numpy(each[part]).to(model.device) for each in (summary, np.roll(summary, -1, axis=0))]
         for band, (age, end) in enumerate(zip(AGES, (*AGES[1:], None), strict=True)):
-            windows = _windows(histories.lengths, age, end, rng)
+            windows = _random_windows(histories.lengths, age, end, rng)
             if len(windows.row):
                 won = _share_beaten(model, items, histories, windows, summaries, rng)
                 totals[:, band] += [*won.sum(1), won.shape[1]]
@@ -128,7 +128,7 @@ class _Items:
 
 
 @dataclass(frozen=True, slots=True)
-class _Windows:
+class _HistoryWindows:
     """Events [start, stop) of the histories `row`, int64 [W]: at most one window per history."""
 
     row: Int
@@ -136,21 +136,21 @@ class _Windows:
     stop: Int
 
 
-def _windows(lengths: Int, age: int, end: int | None, rng: np.random.Generator) -> _Windows:
+def _random_windows(lengths: Int, age: int, end: int | None, rng: np.random.Generator) -> _HistoryWindows:
     """A random window of each history that reaches into the band [age, end) of events before its end."""
     rows = np.flatnonzero(lengths > age)
     stop = lengths[rows] - age
     begin = np.maximum(lengths[rows] - end, 0) if end is not None else stop * 0
     size = np.minimum(stop - begin, WINDOW)
     start = begin + (rng.random(len(rows)) * (stop - begin - size + 1)).astype(np.int64)
-    return _Windows(rows, start, start + size)
+    return _HistoryWindows(rows, start, start + size)
 
 
 def _share_beaten(
     model: VistaModel,
     items: _Items,
     histories: Histories,
-    windows: _Windows,
+    windows: _HistoryWindows,
     summaries: list[Tensor],
     rng: np.random.Generator,
 ) -> Floats:

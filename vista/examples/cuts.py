@@ -71,7 +71,7 @@ class CutPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Windows:
+class _ChunkWindows:
     """Windows, sorted by chunk and position."""
 
     chunk: Int
@@ -83,8 +83,8 @@ class _Windows:
     end: Int
     """int64 [NW] last position."""
 
-    def select(self, rows: Int) -> _Windows:
-        return _Windows(self.chunk[rows], self.index[rows], self.begin[rows], self.end[rows])
+    def select(self, rows: Int) -> _ChunkWindows:
+        return _ChunkWindows(self.chunk[rows], self.index[rows], self.begin[rows], self.end[rows])
 
 
 def cut_batch(
@@ -131,7 +131,7 @@ def cut_batch(
     )
 
 
-def _divide(chunks: Chunks, plan: CutPlan, phase: Int) -> _Windows:
+def _divide(chunks: Chunks, plan: CutPlan, phase: Int) -> _ChunkWindows:
     """All windows. They begin at 0, phase, phase + W, … after a chunk's lead, and end before the next one."""
     W, lead = plan.label_spacing, _lead(chunks)
     # A position after the last event has no next item, but impressions may lie there.
@@ -141,10 +141,10 @@ def _divide(chunks: Chunks, plan: CutPlan, phase: Int) -> _Windows:
     index = ranges(0, num_windows)
     begin = np.where(index == 0, 0, phase[chunk] + (index - 1) * W)
     end = np.minimum(np.where(index == 0, phase[chunk] - 1, begin + W - 1), num_positions[chunk] - 1)
-    return _Windows(chunk, index, begin + lead[chunk], end + lead[chunk])
+    return _ChunkWindows(chunk, index, begin + lead[chunk], end + lead[chunk])
 
 
-def _windows_of_impressions(chunks: Chunks, plan: CutPlan, phase: Int, windows: _Windows) -> Int:
+def _windows_of_impressions(chunks: Chunks, plan: CutPlan, phase: Int, windows: _ChunkWindows) -> Int:
     """int64 [N]: the window, of all windows, that each impression's position lies in."""
     owner, position = chunks.impressions.chunk, chunks.impressions.position
     second = (_lead(chunks) + phase)[owner]  # where the chunk's second window begins
@@ -152,7 +152,7 @@ def _windows_of_impressions(chunks: Chunks, plan: CutPlan, phase: Int, windows: 
     return np.searchsorted(windows.chunk, owner) + index
 
 
-def _draw_windows(plan: CutPlan, rng: np.random.Generator, windows: _Windows, impression_window: Int) -> Int:
+def _draw_windows(plan: CutPlan, rng: np.random.Generator, windows: _ChunkWindows, impression_window: Int) -> Int:
     """Sorted indices of the windows to keep: all, or `windows_per_chunk` drawn ones, those with impressions first."""
     num_windows = len(windows.chunk)
     if plan.windows_per_chunk == 0 or num_windows == 0 or windows.index.max() < plan.windows_per_chunk:
@@ -163,7 +163,7 @@ def _draw_windows(plan: CutPlan, rng: np.random.Generator, windows: _Windows, im
     return np.sort(order[windows.index < plan.windows_per_chunk])
 
 
-def _draw_boundaries(plan: CutPlan, rng: np.random.Generator, windows: _Windows, num_chunks: int) -> Int:
+def _draw_boundaries(plan: CutPlan, rng: np.random.Generator, windows: _ChunkWindows, num_chunks: int) -> Int:
     """int64 [NW]: the window at whose boundary each window's summary is cut, the same window or an earlier one."""
     num_windows = len(windows.chunk)
     extra = np.ceil(rng.exponential(max(plan.staleness_events, 1e-9), num_windows) / plan.label_spacing)
@@ -180,7 +180,9 @@ def _draw_boundaries(plan: CutPlan, rng: np.random.Generator, windows: _Windows,
     return np.maximum.accumulate(np.where(is_cut, row, 0))
 
 
-def _place_cuts(chunks: Chunks, plan: CutPlan, phase: Int, windows: _Windows, boundary: Int) -> tuple[BatchCuts, Int]:
+def _place_cuts(
+    chunks: Chunks, plan: CutPlan, phase: Int, windows: _ChunkWindows, boundary: Int
+) -> tuple[BatchCuts, Int]:
     """The cuts that kept windows read, sorted by chunk and position; and int64 [NW], the cut that each one reads.
 
     Args:
@@ -240,12 +242,14 @@ def _events(chunks: Chunks, item: Int, hidden: NDArray[np.bool_] | None) -> Batc
     )
 
 
-def _tail_index(chunks: Chunks, plan: CutPlan, windows: _Windows) -> Tensor:
+def _tail_index(chunks: Chunks, plan: CutPlan, windows: _ChunkWindows) -> Tensor:
     place = (windows.end - plan.tail_len)[:, None] + np.arange(plan.tail_len)
     return _tensor(np.where(place >= 0, chunks.offsets[:-1][windows.chunk][:, None] + place, -1))
 
 
-def _labels(chunks: Chunks, plan: CutPlan, windows: _Windows, item: Int, is_timeless: NDArray[np.bool_]) -> BatchLabels:
+def _labels(
+    chunks: Chunks, plan: CutPlan, windows: _ChunkWindows, item: Int, is_timeless: NDArray[np.bool_]
+) -> BatchLabels:
     """item: int64 [T] indices into the batch's rows; is_timeless: bool [NW]."""
     chunk = windows.chunk
     position = (windows.end - plan.label_spacing + 1)[:, None] + np.arange(plan.label_spacing)
@@ -273,7 +277,7 @@ def _impressions_by_window(keep: Int, impression_window: Int, num_windows: int) 
 
 
 def _impressions(
-    chunks: Chunks, plan: CutPlan, windows: _Windows, impression: Int, item: Int, is_timeless: NDArray[np.bool_]
+    chunks: Chunks, plan: CutPlan, windows: _ChunkWindows, impression: Int, item: Int, is_timeless: NDArray[np.bool_]
 ) -> BatchImpressions:
     """impression: int64 [NW, I], -1 pads; item: int64 [NW, I] indices into the batch's rows; is_timeless: bool [NW]."""
     shown, is_shown = chunks.impressions, impression >= 0
