@@ -11,7 +11,7 @@ from vista.errors import LogFormatError
 from vista.log.event_log import EventLog
 from vista.log.segment import find_segments
 from vista.log.segment_files import SegmentFile
-from vista.log.segment_manifest import MANIFEST_FILE, REMEDY, read_manifest
+from vista.log.segment_manifest import MANIFEST_FILE, REMEDY, read_segment_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def _verify(path: Path, folders: Sequence[Path]) -> LogVerification:
     sizes: list[int] = []
     for folder in folders:
         try:
-            entries = read_manifest(folder)["files"]
+            entries = read_segment_manifest(folder)["files"]
         except LogFormatError:
             damaged.append(f"{folder.name}/{MANIFEST_FILE}")
             continue

@@ -34,7 +34,7 @@ import numpy as np
 from vista.errors import LogFormatError
 from vista.log.packed_table import Int, PackedTable
 from vista.log.segment_files import EVENT_COLUMNS, FORGOTTEN_COLUMNS, IMPRESSION_COLUMNS, SegmentFiles
-from vista.log.segment_manifest import REMEDY, read_manifest
+from vista.log.segment_manifest import REMEDY, read_segment_manifest
 from vista.log.vocabulary import Vocabulary
 
 _NAME = re.compile(r"segment-(\d{6})(?:-(\d{6}))?")
@@ -86,7 +86,7 @@ def read_segment(path: Path) -> Segment:
     Raises:
         LogFormatError: naming the file, the expected and actual content, and the remedy.
     """
-    manifest = read_manifest(path)
+    manifest = read_segment_manifest(path)
     files = SegmentFiles(path, manifest["files"])
     try:
         segment = _segment(path, manifest, files)

@@ -90,7 +90,7 @@ def manifest_bytes(fields: Mapping[str, Any]) -> bytes:
     return _serialized(content | {"checksum": checksum})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_segment_manifest(folder: Path) -> dict[str, Any]:
     """Read and check the manifest of a segment.
 
     Raises:

@@ -20,8 +20,7 @@ from pathlib import Path
 import xxhash
 
 from vista.errors import StoreError, StoreWriteError, shown
-from vista.files import make_folders, read_limited, remove_folder, remove_renamed, replace_file
-from vista.files import remove_leftovers as remove_partial_files
+from vista.files import make_folders, read_limited, remove_folder, remove_leftovers, remove_renamed, replace_file
 from vista.store.lmdb.permissions import (
     Permissions,
     is_owner,
@@ -171,7 +170,7 @@ def record_complete(root: Path, generation: int) -> None:
         _write_pointer(root / LAST, generation)
 
 
-def remove_leftovers(root: Path, except_for: str = "") -> None:
+def remove_store_leftovers(root: Path, except_for: str = "") -> None:
     """Remove the folders that killed processes left of generations being removed or copied; only under the lock.
 
     Args:
@@ -190,7 +189,7 @@ def pointer_to(generation: int) -> bytes:
 
 
 def _write_pointer(path: Path, generation: int) -> None:
-    remove_partial_files(path.parent, path.name)  # of killed processes; only the holder of the writer's lock comes here
+    remove_leftovers(path.parent, path.name)  # of killed processes; only the holder of the writer's lock comes here
     mode = permissions_of(generation_path(path.parent, generation)).file
     replace_file(path, pointer_to(generation), mode)
 

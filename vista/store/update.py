@@ -15,7 +15,7 @@ from vista.errors import SummarizerMismatchError
 from vista.store.format.record_spec import HEADER, HEADER_BYTES
 from vista.store.format.state_record import StateArrays
 from vista.store.generation_files import GenerationFiles
-from vista.store.layout import generation_path, missing_generation, read_current, remove_leftovers
+from vista.store.layout import generation_path, missing_generation, read_current, remove_store_leftovers
 from vista.store.lmdb.transactions import walk
 from vista.store.locks import WriterLock, lock_store
 from vista.store.manifest import Manifest
@@ -76,7 +76,7 @@ class StoreUpdate:
         read_current(root)  # first, so that no lock file is made in a folder that is not a store
         lock = lock_store(root)
         try:
-            remove_leftovers(root)
+            remove_store_leftovers(root)
             generation = read_current(root)
             if not generation_path(root, generation).is_dir():
                 raise missing_generation(root, generation)

@@ -28,7 +28,7 @@ from vista.store.layout import (
     read_current,
     record_complete,
     remove_generation,
-    remove_leftovers,
+    remove_store_leftovers,
 )
 from vista.store.lmdb.data_file import check_structure
 from vista.store.lmdb.environment import SharedEnvironment
@@ -89,7 +89,7 @@ class StoreWriter:
         permissions = GROUP if shared_with_group else PRIVATE
         lock = lock_store(root, permissions)
         try:
-            remove_leftovers(root)
+            remove_store_leftovers(root)
             published = _published(root)
             wanted = dataclasses.replace(manifest, key_id=None if key is None else key_id(key))
             files = _resume_or_create(root, wanted, published, permissions)

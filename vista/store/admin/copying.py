@@ -22,7 +22,7 @@ from vista.store.layout import (
     next_number,
     published_or_none,
     read_current,
-    remove_leftovers,
+    remove_store_leftovers,
 )
 from vista.store.lmdb.data_file import check_structure
 from vista.store.lmdb.permissions import GROUP, PRIVATE, Permissions
@@ -92,7 +92,7 @@ def _copy(root: Path, number: int, to: Path, key: bytes | None, permissions: Per
             if _is_equal(source, to, existing, key):
                 return PublishReport.of(to, existing, manifest.count, num_resumed=manifest.count)
         wanted = dataclasses.replace(manifest, generation=next_number(to, least=number))
-        remove_leftovers(to, except_for=f"{PARTIAL_PREFIX}gen-{wanted.generation}")
+        remove_store_leftovers(to, except_for=f"{PARTIAL_PREFIX}gen-{wanted.generation}")
         builder = _resume_or_start(source, to, wanted, key, permissions)
         num_resumed = builder.tally.count
         try:

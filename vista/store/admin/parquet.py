@@ -29,7 +29,7 @@ from vista.store.admin.generation_reader import GenerationReader, open_generatio
 from vista.store.admin.publish_report import PublishReport
 from vista.store.format.keys import user_id
 from vista.store.format.record import check_records, decode_rows, read_records
-from vista.store.layout import environment_path, generations_to_keep, next_number, read_current, remove_leftovers
+from vista.store.layout import environment_path, generations_to_keep, next_number, read_current, remove_store_leftovers
 from vista.store.lmdb.data_file import check_structure
 from vista.store.lmdb.permissions import GROUP, PRIVATE, Permissions
 from vista.store.locks import locked
@@ -150,7 +150,7 @@ def _import(file: Path, root: Path, key: bytes | None, permissions: Permissions,
     old = Manifest.from_dict(about["manifest"], file)
     old_spec = old.spec(key)
     with locked(root, permissions):
-        remove_leftovers(root)
+        remove_store_leftovers(root)
         tombstones = Tombstones(root)
         wanted = dataclasses.replace(old.without_states(), generation=next_number(root))
         builder = GenerationBuilder(root, wanted, key, permissions)

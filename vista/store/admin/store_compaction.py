@@ -9,7 +9,7 @@ from vista.store.admin.generation_builder import GenerationBuilder, restamp_reco
 from vista.store.admin.generation_reader import GenerationReader, open_generation
 from vista.store.admin.publish_report import PublishReport
 from vista.store.format.state_record import restamp_states
-from vista.store.layout import environments_of, generation_path, next_number, read_current, remove_leftovers
+from vista.store.layout import environments_of, generation_path, next_number, read_current, remove_store_leftovers
 from vista.store.lmdb.data_file import check_structure
 from vista.store.lmdb.permissions import permissions_of
 from vista.store.locks import locked
@@ -38,7 +38,7 @@ def compact_store(root: str | Path, *, key: bytes | None = None) -> PublishRepor
     read_current(root)  # first, so that no lock file is made in a folder that is not a store
     with locked(root):
         current = read_current(root)
-        remove_leftovers(root)
+        remove_store_leftovers(root)
         for environment in environments_of(root, current):
             check_structure(environment)
         with open_generation(root, current, key) as source:
