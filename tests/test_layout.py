@@ -111,8 +111,17 @@ def test_a_file_name_stands_for_one_thing() -> None:
         if not path.name.startswith("__"):
             twin = any(backend in path.parts for backend in BACKENDS) or path.parent.name == "vista_kernels"
             places[path.name].add("operator" if twin else str(path.relative_to(REPOSITORY)))
-    # scripts/train.py is `vista train` from a checkout: the same thing by the same name.
-    shared = {name: sorted(found) for name, found in places.items() if len(found) > 1}
+    shared = {name: sorted(paths) for name, paths in places.items() if len(paths) > 1}
+    assert not shared, shared
+
+
+def test_a_test_file_name_stands_for_one_thing() -> None:
+    """Names of test files tell them apart in reports of failures."""
+    places = defaultdict(list)
+    for path in sources("tests"):
+        if path.name != "conftest.py":
+            places[path.name].append(str(path.relative_to(REPOSITORY)))
+    shared = {name: paths for name, paths in places.items() if len(paths) > 1}
     assert not shared, shared
 
 
@@ -129,7 +138,7 @@ def test_a_class_name_stands_for_one_thing() -> None:
     places = defaultdict(list)
     for name, path in public_classes():
         places[name].append(str(path.relative_to(REPOSITORY)))
-    shared = {name: found for name, found in places.items() if len(found) > 1}
+    shared = {name: paths for name, paths in places.items() if len(paths) > 1}
     assert not shared, shared
 
 
