@@ -144,8 +144,8 @@ def test_many_events_at_one_time_are_compared_in_blocks(tmp_path: Path, has_acti
     if has_action:
         matches &= table.columns["action"] == action[:, None]
     assert matches.any()
-    for found, expected in zip(equal_events(table, keys, rows_at_once=7), np.nonzero(matches), strict=True):
-        assert found.tolist() == expected.tolist()
+    for actual, expected in zip(equal_events(table, keys, rows_at_once=7), np.nonzero(matches), strict=True):
+        assert actual.tolist() == expected.tolist()
 
 
 FRAME = {

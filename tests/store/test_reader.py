@@ -35,7 +35,7 @@ def test_round_trip(tmp_path, build):
         np.testing.assert_allclose(batch.summary[row], wanted, atol=0.02)
     assert batch.event_count.tolist() == [3, 0, 0, 39, 3, 0]
     assert batch.last_event_ts.tolist() == [8, NO_TIMESTAMP, 5, 44, 8, NO_TIMESTAMP]
-    assert batch.created_at.tolist() == [1_700_000_000_000 if found else NO_TIMESTAMP for found in batch.found.tolist()]
+    assert batch.created_at.tolist() == np.where(batch.found, 1_700_000_000_000, NO_TIMESTAMP).tolist()
     assert batch.history_digest.tolist() == [3, 0, 0, 39, 3, 0]
     assert batch.tail.offsets.tolist() == [0, 3, 3, 3, 6, 9, 9]
     assert batch.tail.items.tolist() == [3, 3, 3, 39, 39, 39, 3, 3, 3]

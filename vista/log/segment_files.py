@@ -76,10 +76,10 @@ class SegmentFile:
         Raises:
             LogFormatError: if a byte has changed.
         """
-        found = xxhash.xxh3_64_hexdigest(self.content)
-        if found != self.entry["xxh3"]:
+        digest = xxhash.xxh3_64_hexdigest(self.content)
+        if digest != self.entry["xxh3"]:
             raise LogFormatError(
-                f"{self.path}: its content has changed since it was written (XXH3-64 {found}, the manifest says "
+                f"{self.path}: its content has changed since it was written (XXH3-64 {digest}, the manifest says "
                 f"{self.entry['xxh3']}); restore the file from a copy, or {REMEDY}"
             )
         return len(self.content)

@@ -130,16 +130,16 @@ class ModelDescription:
                 raise CheckpointError(f"{path}: does not belong to the model; remove it, or export the model again")
             try:
                 size, entry = path.stat().st_size, self.files[name]
-                found = FileEntry.of(path) if size == entry.bytes else None
+                actual = FileEntry.of(path) if size == entry.bytes else None
             except OSError as error:
                 raise unreadable_model(folder, error) from error
-            if found is None:
+            if actual is None:
                 raise CheckpointError(
                     f"{path}: holds {size} bytes instead of {entry.bytes}; copy the model again, or export it again"
                 )
-            if found != entry:
+            if actual != entry:
                 raise CheckpointError(
-                    f"{path}: its content is not what was exported (XXH3 {found.xxh3} instead of {entry.xxh3}); copy "
+                    f"{path}: its content is not what was exported (XXH3 {actual.xxh3} instead of {entry.xxh3}); copy "
                     "the model again, or export it again"
                 )
 

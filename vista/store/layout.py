@@ -87,7 +87,7 @@ def next_number(root: Path, least: int = 1) -> int:
     Raises:
         StoreError: a folder already has the highest number.
     """
-    number = max(least, *(found + 1 for found in (last_complete(root), *list_generations(root))))
+    number = max(least, *(number + 1 for number in (last_complete(root), *list_generations(root))))
     while os.path.lexists(generation_path(root, number)):  # by something that is not a generation
         number += 1
     if number > MAX_GENERATION:

@@ -101,9 +101,9 @@ class Tombstones:
 
     def _holds(self, digests: NDArray[Any]) -> NDArray[np.bool_]:
         place = np.searchsorted(self._known, digests)
-        found: NDArray[np.bool_] = place < len(self._known)
-        found[found] = self._known[place[found]] == digests[found]
-        return found
+        held: NDArray[np.bool_] = place < len(self._known)
+        held[held] = self._known[place[held]] == digests[held]
+        return held
 
     def _reread(self) -> None:
         try:
