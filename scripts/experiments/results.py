@@ -2,8 +2,8 @@
 
     python -m scripts.experiments.results docs/results/ml-1m.jsonl      # prints the table
 
-A row has exactly the keys {table, data, model, seed, metrics: {"ndcg@10": …}, command, config, commit, hardware,
-seconds}.
+A row has the keys {table, data, model, seed, metrics: {"ndcg@10": …}, command, config, commit, hardware, seconds}. It
+has also {completed: date} if settings that it had left to a default were written into its config on that date.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ _TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
     "seconds": (int, float),
 }
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+_OPTIONAL = {"completed"}
+"""ISO date on which settings that the row had left to a default were written into its config."""
 # Files that a result depends on. docs/results is not one of them: it changes with every result.
 _SOURCES = ("vista", "kernels", "conf", "scripts", "pyproject.toml")
 
@@ -113,8 +115,8 @@ def read_lines(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]
 
 
 def validate_result(row: Mapping[str, Any]) -> None:
-    """Raise DataError unless the row has exactly the keys and types of a result."""
-    missing, unknown = _TYPE_OF_KEY.keys() - row.keys(), row.keys() - _TYPE_OF_KEY.keys()
+    """Raise DataError unless the row has the keys and types of a result, and no other key than `completed`."""
+    missing, unknown = _TYPE_OF_KEY.keys() - row.keys(), row.keys() - _TYPE_OF_KEY.keys() - _OPTIONAL
     if missing or unknown:
         raise DataError(
             f"result: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; give exactly the keys of a row"
@@ -127,6 +129,8 @@ def validate_result(row: Mapping[str, Any]) -> None:
     for key in ("table", "data", "model", "command", "commit"):
         if not row[key] or "\n" in row[key]:
             raise DataError(f"result: {key} must be one line of text, got {row[key]!r}")
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", str(row.get("completed", "2026-01-01"))):
+        raise DataError(f"result: completed must be a date such as 2026-11-27, got {row['completed']!r}")
     if not (math.isfinite(row["seconds"]) and row["seconds"] >= 0):
         raise DataError(f"result: seconds must be a finite number >= 0, got {row['seconds']}")
     if not row["metrics"]:

@@ -41,10 +41,11 @@ def row(**changes: Any) -> dict[str, Any]:
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "docs" / "results" / "ml-1m.jsonl"
     rows = [row(), row(seed=2, metrics={"auc": None, "ne": 0.9}), row(model="line\u2028 and ünïcode", seconds=3)]
+    rows.append(row(seed=3, completed="2026-11-27"))
     for each in rows:
         append_result(path, each)
     assert read_results(path) == rows
-    assert path.read_bytes().count(b"\n") == 3
+    assert path.read_bytes().count(b"\n") == 4
 
 
 def test_a_line_cut_by_a_crash_is_closed_and_then_named(tmp_path: Path) -> None:
@@ -69,6 +70,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"metrics": {"auc": "0.5"}}, r"metrics\['auc'\] is '0.5'"),
     ({"metrics": {"auc": True}}, r"metrics\['auc'\] is True"),
     ({"seconds": -1.0}, "seconds must be"),
+    ({"completed": "last week"}, "completed must be a date"),
+    ({"completed": None}, "completed must be a date"),
     ({"seconds": math.nan}, "seconds must be"),
     ({"model": ""}, "model must be one line"),
     ({"command": "a\nb"}, "command must be one line"),
