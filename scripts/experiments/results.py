@@ -36,7 +36,6 @@ _TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
     "hardware": dict,
     "seconds": (int, float),
 }
-_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
 _OPTIONAL = {"completed"}
 """ISO date on which settings that the row had left to a default were written into its config."""
 # Files that a result depends on. docs/results is not one of them: it changes with every result.
@@ -236,8 +235,8 @@ def _mean_and_spread(values: Sequence[float | None]) -> str:
 
 def describe_hardware(machine: Mapping[str, Any]) -> str:
     """A short description of a row's `hardware`: processor or GPU, cores, torch, precision of training."""
-    name = machine.get("gpu") or machine.get("cpu") or "unknown machine"
-    # The widest vector unit: processors of one name can differ tenfold in the speed of matrix products.
+    name = machine.get("gpu") or machine.get("processor") or machine.get("cpu") or "unknown machine"
+    # Older rows have no profile of the processor but its vector units, of which the last one is the widest.
     vectors = "" if machine.get("gpu") else "".join(f" ({flag})" for flag in machine.get("flags", [])[-1:])
     precision = f", trained in {machine['precision']}" if "precision" in machine else ""
     elsewhere = f", partly on {'; '.join(machine['elsewhere'])}" if "elsewhere" in machine else ""
@@ -250,19 +249,23 @@ def hardware() -> dict[str, Any]:
     """The machine and the numeric setup of this process, as recorded in a result.
 
     Returns:
-        {cpu, cores (available to this process), flags (vector units), memory_gib, gpu (or None), platform, python,
-        torch, numpy, threads (of torch)}. Rows of reproduce.py add precision (of training) and elsewhere (other
-        machines that trained or measured).
+        {cpu, cores (available to this process), processor (the profile that vista_kernels.processor chose), memory_gib,
+        gpu (or None), platform, python, torch, numpy, threads (of torch)}. Rows of reproduce.py add precision (of
+        training) and elsewhere (other machines that trained or measured).
+
+    Raises:
+        ProcessorError: if VISTA_PROCESSOR is not a profile.
     """
     import numpy  # imported here, so that printing a table needs neither numpy nor torch
     import torch
 
-    information = _cpu_information()
+    from vista_kernels.processor import processor
+
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     return {
-        "cpu": information.get("model name") or platform.processor() or platform.machine(),
+        "cpu": _cpu_name() or platform.processor() or platform.machine(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "flags": [flag for flag in _CPU_FLAGS if flag in information.get("flags", "").split()],
+        "processor": processor().name,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": f"{platform.system()} {platform.machine()}",
@@ -273,15 +276,14 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def _cpu_information() -> dict[str, str]:
-    """The first processor's fields of /proc/cpuinfo; on Arm the flags are called "Features"."""
+def _cpu_name() -> str:
+    """The first processor's name in /proc/cpuinfo; "" where there is none, as on Arm."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return {}
-    fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
-    information = {key.strip(): value.strip() for key, value in fields.items()}
-    return information | {"flags": information.get("flags") or information.get("Features", "")}
+        return ""
+    name = re.search(r"^model name\s*:(.*)$", text, flags=re.M)
+    return name[1].strip() if name else ""
 
 
 def commit() -> str:

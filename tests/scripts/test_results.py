@@ -16,8 +16,17 @@ import pytest
 
 import vista
 from scripts.experiments import results
-from scripts.experiments.results import append_result, commit, hardware, main, markdown_table, read_results
+from scripts.experiments.results import (
+    append_result,
+    commit,
+    describe_hardware,
+    hardware,
+    main,
+    markdown_table,
+    read_results,
+)
 from vista.errors import DataError
+from vista_kernels.processor import processor
 
 pytestmark = pytest.mark.research
 MACHINE = {"cpu": "Test CPU", "cores": 2, "torch": "2.13.0", "gpu": None}
@@ -158,6 +167,15 @@ def test_hardware_fits_a_row_and_matches_this_process() -> None:
     assert json.loads(json.dumps(machine)) == machine
     assert machine["cpu"] and machine["cores"] >= 1 and machine["memory_gib"] > 0 and machine["threads"] >= 1
     assert machine["numpy"] == np.__version__
+    assert machine["processor"] == processor().name
+
+
+def test_a_machine_is_described_by_its_gpu_or_its_processor() -> None:
+    new = {"cpu": "Test CPU", "processor": "Test CPU, AMX", "cores": 2, "torch": "2.13.0"}
+    old = MACHINE | {"flags": ["avx2", "avx512_bf16"]}
+    assert describe_hardware(new) == "Test CPU, AMX, 2 cores, torch 2.13.0"
+    assert describe_hardware(old) == "Test CPU (avx512_bf16), 2 cores, torch 2.13.0"
+    assert describe_hardware(new | {"gpu": "Test GPU"}) == "Test GPU, 2 cores, torch 2.13.0"
 
 
 def run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
