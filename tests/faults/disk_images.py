@@ -8,12 +8,15 @@ The model is a strict reading of POSIX, as in SQLite's test6.c and ALICE (OSDI 2
 - Changes of names in a folder (files created, renamed, removed) reach the disk in order, up to any point since the
   folder's last fsync, independent of other folders and of the files' contents.
 - A failed fsync leaves the pages clean (fsyncgate): their data never reach the disk, even if a later fsync succeeds.
+
+What a folder holds before the first call is durable. A model that differs from the real files would prove nothing, so a
+sync checks the size of its file, and `unseen` compares everything at the end.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -33,6 +36,20 @@ class File:
         for place, data in self.pending:
             _apply(self.durable, place, data)
         self.pending = []
+
+    def size(self) -> int:
+        """The size that a process sees, bytes."""
+        size = len(self.durable)
+        for place, data in self.pending:
+            size = place if data is None else max(size, place + len(data))
+        return size
+
+    def content(self) -> bytearray:
+        """What a process reads."""
+        content = bytearray(self.durable)
+        for place, data in self.pending:
+            _apply(content, place, data)
+        return content
 
     def image(self, chance: random.Random) -> bytes:
         """A content that a power cut may leave."""
@@ -69,10 +86,16 @@ class Folder:
 
 
 class Disk:
-    """Replays a log of calls below one folder, which exists and is durable at first."""
+    """Replays a log of calls below one folder, which exists at first."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = Folder()
+    def __init__(self, root: Path, before: Path | None = None) -> None:
+        """Make a model of a folder.
+
+        Args:
+            root: its path in the log.
+            before: a copy of what it held before the first call; None if it was empty.
+        """
+        self.root = Folder() if before is None else _loaded(before)
         self._prefix = PurePosixPath(root)
 
     def take(self, calls: Iterable[Call]) -> None:
@@ -103,6 +126,9 @@ class Disk:
                     file.pending.append((call.offset, call.data if call.name == "w" else None))
             case "s":
                 entry = self._find(path)
+                if isinstance(entry, File):
+                    seen = entry.size()
+                    assert seen == call.offset, f"{path} has {call.offset} bytes, and {seen} of them were seen"
                 if call.failed and isinstance(entry, File):
                     entry.pending = []
                 elif not call.failed and entry is not None:
@@ -122,6 +148,15 @@ class Disk:
         """Write a state that a power cut may leave to an empty folder."""
         _write(self.root, target, chance)
 
+    def not_durable(self) -> list[str]:
+        """Names and contents that a power cut may undo, below the root."""
+        return sorted(_not_durable(self.root, PurePosixPath()))
+
+    def unseen(self, folder: Path) -> list[str]:
+        """Paths whose content or existence differs between the model and the real folder."""
+        model, real = dict(_contents(self.root, PurePosixPath())), dict(_contents(_loaded(folder), PurePosixPath()))
+        return sorted(path for path in model.keys() | real.keys() if model.get(path) != real.get(path))
+
     def _folder(self, path: PurePosixPath) -> Folder:
         folder = self._find(path)
         assert isinstance(folder, Folder), path
@@ -135,6 +170,38 @@ class Disk:
         for name in path.relative_to(self._prefix).parts:
             entry = entry.entries.get(name) if isinstance(entry, Folder) else None
         return entry
+
+
+def _loaded(path: Path) -> Folder:
+    """All that is durable in a real folder, without reader tables."""
+    folder = Folder()
+    for entry in sorted(path.iterdir()):
+        if "lock.mdb" in entry.name:
+            continue
+        folder.entries[entry.name] = _loaded(entry) if entry.is_dir() else File(bytearray(entry.read_bytes()))
+    folder.durable = dict(folder.entries)
+    return folder
+
+
+def _contents(folder: Folder, above: PurePosixPath) -> Iterator[tuple[str, bytes]]:
+    """Path and content of all files; folders have a slash at the end and no content."""
+    for name, entry in folder.entries.items():
+        if isinstance(entry, Folder):
+            yield f"{above / name}/", b""
+            yield from _contents(entry, above / name)
+        else:
+            yield str(above / name), bytes(entry.content())
+
+
+def _not_durable(folder: Folder, above: PurePosixPath) -> Iterator[str]:
+    for name in folder.entries.keys() | folder.durable.keys():
+        entry = folder.entries.get(name)
+        if folder.durable.get(name) is not entry:
+            yield f"the name {above / name}" if entry is not None else f"the removal of {above / name}"
+        if isinstance(entry, Folder):
+            yield from _not_durable(entry, above / name)
+        elif entry is not None and entry.pending:
+            yield f"the content of {above / name}"
 
 
 def _write(folder: Folder, target: Path, chance: random.Random) -> None:

@@ -7,7 +7,8 @@ A promise is a test function of one repetition, in its own file:
         ...  # draw from `trial.random`, work in the empty `trial.folder`, record events with `trial.count("…")`
 
 It becomes two tests: the short form, which `make test` runs (short=0 for none), and the full form with the marker
-`faults`, which `make test-faults` runs. The full form records every repetition in a file of the work folder
+`faults`, which `make test-faults` runs. `kinds` makes such a pair for each of several operations or formats. The full
+form records every repetition in a file of the work folder
 (VISTA_FAULTS_DIR, by default .faults/ in the checkout), so that an interrupted suite resumes and
 `python -m tests.faults.table` can write the table. Repetitions of another commit do not count.
 """
@@ -21,7 +22,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -47,6 +48,10 @@ class Promise:
     short: int
     each: int
     """Repetitions per call of the function, if a process for each would take too long."""
+    test: str = ""
+    """What pytest runs for the full form, from the root of the checkout."""
+    kind: str = ""
+    """One of `kinds`; empty without them."""
     shares: Mapping[str, float] = field(default_factory=dict)
     """Event of `Trial.count` -> its least share: a fault that never strikes proves nothing."""
 
@@ -60,11 +65,21 @@ class Trial:
     random: random.Random
     folder: Path
     """Empty at first; kept if the repetition fails."""
+    promise: Promise
+    numbers: Sequence[int]
+    """Numbers of its `Promise.each` repetitions over all calls, or the single one of them to reproduce."""
+    broken: int | None = None
+    """The first of these numbers that failed, where the test knows it."""
     counts: Counter[str] = field(default_factory=Counter)
 
     def count(self, what: str, times: int = 1) -> None:
         """Count an event, such as the phase of a kill or the way damage was noticed."""
         self.counts[what] += times
+
+    def to_reproduce(self) -> str:
+        """The command that runs the failed repetition alone."""
+        number = self.numbers[0] if self.broken is None else self.broken
+        return f"VISTA_FAULTS_ITEM={number} python -m pytest -m faults '{self.promise.test}'"
 
 
 @dataclass
@@ -96,14 +111,38 @@ PROMISES: list[Promise] = []
 
 
 def promise(
-    text: str, *, fault: str, full: int, short: int, each: int = 1, shares: Mapping[str, float] | None = None
+    text: str,
+    *,
+    fault: str,
+    full: int,
+    short: int,
+    each: int = 1,
+    kinds: Iterable[str] = ("",),
+    shares: Mapping[str, float] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Turn a function of one repetition into two tests; see the top of this file."""
+    """Turn a function of one repetition into two tests per kind; see the top of this file.
+
+    Args:
+        fault: may contain `{kind}`.
+        kinds: `Trial.kind` of each promise.
+    """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        this = Promise(function.__name__.removeprefix("test_"), text, fault, full, short, each, shares or {})
         assert full % each == short % each == 0
-        PROMISES.append(this)
+        name, file = function.__name__, Path(function.__code__.co_filename).name
+        forms = []
+        for kind in kinds:
+            start = f"{kind}-" if kind else ""
+            this = Promise(
+                "-".join(filter(None, (name.removeprefix("test_"), kind.replace(" ", "-")))),
+                text, fault.format(kind=kind), full, short, each,
+                f"tests/faults/{file}::{name}[{start}x{full}]", kind, shares or {},
+            )  # fmt: skip
+            PROMISES.append(this)
+            if short:
+                forms.append(pytest.param((this, short), id=f"{start}x{short}"))
+            long_marks = [pytest.mark.faults, pytest.mark.timeout(0)]
+            forms.append(pytest.param((this, full), id=f"{start}x{full}", marks=long_marks))
 
         @wraps(function)
         def test(trials: Trials, **fixtures: Any) -> None:
@@ -114,10 +153,6 @@ def promise(
             for name, parameter in inspect.signature(function).parameters.items()
         ]
         test.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        forms = [
-            *([pytest.param((this, short), id=f"x{short}")] if short else []),
-            pytest.param((this, full), id=f"x{full}", marks=[pytest.mark.faults, pytest.mark.timeout(0)]),
-        ]
         parametrized: Callable[..., None] = pytest.mark.parametrize("trials", forms, indirect=True)(test)
         return parametrized
 
@@ -150,7 +185,8 @@ class Trials:
                 self._note({"skipped": str(reason)})
                 raise
             except Exception as error:
-                failure = f"{type(error).__name__}: {error}"[:2000]
+                failure = f"{type(error).__name__}: {error}"[:2000] + f"; to reproduce: {trial.to_reproduce()}"
+                error.add_note(f"to reproduce: {trial.to_reproduce()}")
                 if not self._keeps_going:
                     raise
             self._note(
@@ -172,12 +208,14 @@ class Trials:
         assert not missed or self._promise.each * len(record.done) < self._promise.full, missed
 
     def _left(self) -> Iterator[Trial]:
-        for number in range(self._wanted // self._promise.each):
+        promise, item = self._promise, single_item()
+        for number in range(self._wanted // promise.each) if item is None else [item // promise.each]:
             if number not in self.record.done:
                 folder = self._scratch / f"trial-{number}"
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
-                yield Trial(number, random.Random(f"{self._promise.name} {number}"), folder)
+                numbers = range(promise.each * number, promise.each * (number + 1)) if item is None else [item]
+                yield Trial(number, random.Random(f"{promise.name} {number}"), folder, promise, numbers)
 
     def _note(self, row: dict[str, Any]) -> None:
         self.record.take(row)
@@ -217,6 +255,11 @@ def read_record(notes: Path) -> Record | None:
 def work_folder() -> Path:
     """Folder in which the full forms record their repetitions."""
     return Path(os.environ.get("VISTA_FAULTS_DIR") or Path(__file__).parents[2] / ".faults")
+
+
+def single_item() -> int | None:
+    """The number of the single repetition to run (VISTA_FAULTS_ITEM), to reproduce a failure; None for all."""
+    return int(os.environ["VISTA_FAULTS_ITEM"]) if os.environ.get("VISTA_FAULTS_ITEM") else None
 
 
 def share() -> float:

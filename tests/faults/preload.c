@@ -2,7 +2,9 @@
  * process at it. It does nothing until preload.py arms it. Calls outside of `root` are not touched, and neither are those
  * on LMDB's reader table, which is memory shared by processes rather than a file.
  *
- * An entry of the log is a struct record, then path, second path and data. Offsets and sizes are in bytes.
+ * An entry of the log is a struct record, then path, second path and data. Offsets and sizes are in bytes. A sync's
+ * offset is the size of the file (-1 for a folder): a write that was not seen shows there. A rename by a raw system call
+ * shows when the file is next used under its new name. Calls that the log cannot describe end the process.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -16,6 +18,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -52,6 +56,12 @@ void faults_watch(const char *watched, const char *path) {
 
 /* Calls of the armed kinds so far. */
 long faults_count(long number) { return number - countdown; }
+
+/* End the process at a call that the log cannot describe. */
+static void refuse(const char *call, const char *path) {
+    fprintf(stderr, "tests/faults/preload.c: %s of %s cannot be logged\n", call, path);
+    abort();
+}
 
 #define REAL(name) ({ static typeof(&name) real; if (!real) real = (typeof(&name))dlsym(RTLD_NEXT, #name); real; })
 
@@ -124,6 +134,62 @@ static void note(char call, unsigned flags, int64_t offset, const char *path, co
     errno = saved;
 }
 
+/* Last known paths of the files that were created. */
+static struct known {
+    ino_t inode;
+    char *path;
+} *files;
+static size_t num_files;
+
+static void remember(ino_t inode, const char *path) {
+    pthread_mutex_lock(&mutex);
+    size_t place = 0;
+    while (place < num_files && files[place].inode != inode)
+        place++;
+    if (place == num_files) {
+        files = realloc(files, ++num_files * sizeof *files);
+        files[place].path = NULL;
+    }
+    free(files[place].path);
+    files[place] = (struct known){inode, strdup(path)};
+    pthread_mutex_unlock(&mutex);
+}
+
+/* A file or folder has another name: correct the paths of what was known under the old one. */
+static void move(const char *path, const char *other) {
+    size_t length = strlen(path);
+    pthread_mutex_lock(&mutex);
+    for (size_t place = 0; place < num_files; place++) {
+        char *old = files[place].path, moved[2 * PATH_MAX];
+        if (strncmp(old, path, length) || (old[length] && old[length] != '/'))
+            continue;
+        snprintf(moved, sizeof moved, "%s%s", other, old + length);
+        free(old);
+        files[place].path = strdup(moved);
+    }
+    pthread_mutex_unlock(&mutex);
+}
+
+/* Log the rename of a file by a call that was not seen. Returns the file's size, or -1 for a folder. */
+static int64_t catch_up(int descriptor, const char *path) {
+    struct stat status;
+    if (fstat(descriptor, &status))
+        return -1;
+    if (!S_ISREG(status.st_mode))
+        return -1;
+    char before[PATH_MAX] = "";
+    pthread_mutex_lock(&mutex);
+    for (size_t place = 0; place < num_files; place++)
+        if (files[place].inode == status.st_ino)
+            snprintf(before, sizeof before, "%s", files[place].path);
+    pthread_mutex_unlock(&mutex);
+    if (*before && strcmp(before, path) && status.st_nlink) {
+        move(before, path);
+        note('r', 0, 0, before, path, 0, 0);
+    }
+    return status.st_size;
+}
+
 static unsigned how(int descriptor) { return fcntl(descriptor, F_GETFL) & O_DSYNC ? SYNCHRONOUS : 0; }
 
 /* Body of a call on a descriptor: `done` is its result if it is made, `line` logs it. */
@@ -131,6 +197,8 @@ static unsigned how(int descriptor) { return fcntl(descriptor, F_GETFL) & O_DSYN
     char path[PATH_MAX];                                                                                               \
     if (!path_of(descriptor, path))                                                                                    \
         return call;                                                                                                   \
+    int64_t file_size = catch_up(descriptor, path);                                                                    \
+    (void)file_size;                                                                                                   \
     int error = strike(kinds);                                                                                         \
     if (error) {                                                                                                       \
         failure;                                                                                                       \
@@ -191,12 +259,13 @@ int ftruncate(int descriptor, off_t size) {
 int ftruncate64(int descriptor, off64_t size) { return ftruncate(descriptor, size); }
 
 int fsync(int descriptor) {
-    ON_DESCRIPTOR(SYNCS, REAL(fsync)(descriptor), note('s', 0, 0, path, "", 0, 0), note('s', FAILED, 0, path, "", 0, 0))
+    ON_DESCRIPTOR(SYNCS, REAL(fsync)(descriptor), note('s', 0, file_size, path, "", 0, 0),
+                  note('s', FAILED, file_size, path, "", 0, 0))
 }
 
 int fdatasync(int descriptor) {
-    ON_DESCRIPTOR(SYNCS, REAL(fdatasync)(descriptor), note('s', 0, 0, path, "", 0, 0),
-                  note('s', FAILED, 0, path, "", 0, 0))
+    ON_DESCRIPTOR(SYNCS, REAL(fdatasync)(descriptor), note('s', 0, file_size, path, "", 0, 0),
+                  note('s', FAILED, file_size, path, "", 0, 0))
 }
 
 int openat(int folder, const char *name, int flags, ...) {
@@ -205,8 +274,10 @@ int openat(int folder, const char *name, int flags, ...) {
     mode_t mode = flags & (O_CREAT | __O_TMPFILE) ? va_arg(rest, mode_t) : 0;
     va_end(rest);
     char path[PATH_MAX];
-    if (!(flags & (O_CREAT | O_TRUNC)) || !path_at(folder, name, path))
+    if (!(flags & (O_CREAT | O_TRUNC | __O_TMPFILE)) || !path_at(folder, name, path))
         return REAL(openat)(folder, name, flags, mode);
+    if ((flags & O_TMPFILE) == O_TMPFILE)
+        refuse("open with O_TMPFILE", path);
     int is_new = faccessat(folder, name, F_OK, 0) != 0;
     int error = strike(NAMES);
     if (error) {
@@ -214,8 +285,11 @@ int openat(int folder, const char *name, int flags, ...) {
         return -1;
     }
     int descriptor = REAL(openat)(folder, name, flags, mode);
-    if (descriptor >= 0 && is_new)
+    struct stat status;
+    if (descriptor >= 0 && is_new && !fstat(descriptor, &status)) {
+        remember(status.st_ino, path);
         note('c', 0, 0, path, "", 0, 0);
+    }
     else if (descriptor >= 0 && flags & O_TRUNC)
         note('t', 0, 0, path, "", 0, 0);
     return descriptor;
@@ -260,6 +334,7 @@ int rmdir(const char *name) { return unlinkat(AT_FDCWD, name, AT_REMOVEDIR); }
 static void note_rename(const char *path, int folder, const char *name) {
     char other[PATH_MAX];
     path_at(folder, name, other);
+    move(path, other);
     note('r', 0, 0, path, other, 0, 0);
 }
 
@@ -267,3 +342,52 @@ int renameat(int from, const char *name, int to, const char *other) {
     ON_NAME(from, name, REAL(renameat)(from, name, to, other), note_rename(path, to, other))
 }
 int rename(const char *name, const char *other) { return renameat(AT_FDCWD, name, AT_FDCWD, other); }
+
+#define REFUSE(call, folder, name)                                                                                     \
+    char path[PATH_MAX];                                                                                               \
+    if (path_at(folder, name, path))                                                                                   \
+        refuse(call, path);
+
+#define REFUSE_DESCRIPTOR(call, descriptor)                                                                            \
+    char path[PATH_MAX];                                                                                               \
+    if (path_of(descriptor, path))                                                                                     \
+        refuse(call, path);
+
+int renameat2(int from, const char *name, int to, const char *other, unsigned flags) {
+    REFUSE("renameat2", from, name)
+    return REAL(renameat2)(from, name, to, other, flags);
+}
+
+int linkat(int from, const char *name, int to, const char *other, int flags) {
+    REFUSE("link", to, other)
+    return REAL(linkat)(from, name, to, other, flags);
+}
+int link(const char *name, const char *other) { return linkat(AT_FDCWD, name, AT_FDCWD, other, 0); }
+
+int truncate(const char *name, off_t size) {
+    REFUSE("truncate", AT_FDCWD, name)
+    return REAL(truncate)(name, size);
+}
+int truncate64(const char *name, off64_t size) { return truncate(name, size); }
+
+ssize_t copy_file_range(int from, off64_t *from_offset, int to, off64_t *offset, size_t size, unsigned flags) {
+    REFUSE_DESCRIPTOR("copy_file_range", to)
+    return REAL(copy_file_range)(from, from_offset, to, offset, size, flags);
+}
+
+ssize_t sendfile(int to, int from, off_t *offset, size_t size) {
+    REFUSE_DESCRIPTOR("sendfile", to)
+    return REAL(sendfile)(to, from, offset, size);
+}
+ssize_t sendfile64(int to, int from, off64_t *offset, size_t size) { return sendfile(to, from, offset, size); }
+
+/* Not by REAL, whose dlsym may need memory. */
+void *mmap(void *place, size_t size, int protection, int flags, int descriptor, off_t offset) {
+    char path[PATH_MAX];
+    if (descriptor >= 0 && (flags & MAP_TYPE) != MAP_PRIVATE && protection & PROT_WRITE && path_of(descriptor, path))
+        refuse("a shared writable map", path);
+    return (void *)syscall(SYS_mmap, place, size, protection, flags, descriptor, offset);
+}
+void *mmap64(void *place, size_t size, int protection, int flags, int descriptor, off64_t offset) {
+    return mmap(place, size, protection, flags, descriptor, offset);
+}

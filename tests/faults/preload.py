@@ -30,7 +30,7 @@ class Call:
     other: str
     """The new name of a renamed file."""
     offset: int
-    """Start of a write, or the size after a truncation."""
+    """Start of a write; the size after a truncation; the size of a synced file, or -1 for a synced folder."""
     data: bytes
     synchronous: bool
     """Whether a write is durable when it returns (O_DSYNC)."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 import random
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import lmdb
 import pytest
 
+from tests.faults import preload
 from tests.faults.disk_images import Disk
 from tests.faults.harness import Promise, Trial, Trials, missed_shares, read_record
 from tests.faults.nursery import Nursery, Say
@@ -100,11 +103,14 @@ def calls(*words: tuple[str, str, bytes]) -> list[Call]:
     ]
 
 
+def synced(path: str, size: int) -> Call:
+    return Call("s", f"/r/{path}", "", size, b"", synchronous=False, failed=False)
+
+
 def test_the_disk_loses_tears_and_keeps_what_it_may(tmp_path: Path) -> None:
     disk = Disk(Path("/r"))
     first, second = b"a" * 1024, b"b" * 1024
-    disk.take(calls(("c", "x", b""), ("w", "x", first), ("s", "x", b""), ("s", ".", b"")))
-    disk.take([Call("s", "/r", "", 0, b"", False, False)])
+    disk.take([*calls(("c", "x", b""), ("w", "x", first)), synced("x", 1024), synced("", -1)])
     disk.take(calls(("w", "x", second), ("c", "y", b""), ("r", "y", b"z")))
     contents, names = set(), set()
     for seed in range(200):
@@ -116,3 +122,70 @@ def test_the_disk_loses_tears_and_keeps_what_it_may(tmp_path: Path) -> None:
     halves = {left * 512 + right * 512 for left in (b"a", b"b") for right in (b"a", b"b")}
     assert contents == halves
     assert names == {("x",), ("x", "y"), ("x", "z")}
+
+
+def test_a_write_that_was_not_seen_is_noticed(tmp_path: Path) -> None:
+    disk = Disk(Path("/r"))
+    disk.take(calls(("c", "x", b""), ("w", "x", b"seen")))
+    with pytest.raises(AssertionError, match=r"x has 9 bytes, and 4 of them were seen"):
+        disk.take([synced("x", 9)])
+    (tmp_path / "x").write_bytes(b"sEen")
+    (tmp_path / "y").mkdir()
+    assert disk.unseen(tmp_path) == ["x", "y/"]
+
+
+def test_what_exists_at_first_is_durable(tmp_path: Path) -> None:
+    before, image = tmp_path / "before", tmp_path / "image"
+    for folder in (before / "inner", image):
+        folder.mkdir(parents=True)
+    (before / "inner" / "x").write_bytes(b"old")
+    disk = Disk(Path("/r"), before)
+    assert not disk.not_durable()
+    disk.take(calls(("c", "y", b""), ("w", "inner/x", b"new"), ("m", "z", b""), ("u", "inner/x", b"")))
+    assert disk.not_durable() == ["the name y", "the name z", "the removal of inner/x"]
+    disk = Disk(Path("/r"), before)
+    disk.write_image(image, random.Random(0))
+    assert (image / "inner" / "x").read_bytes() == b"old"
+
+
+def unlogged(say: Say, folder: str, log: str, how: str) -> None:
+    """Change a watched folder by a call that needs care."""
+    import ctypes
+    import mmap
+    import os
+
+    preload.watch(folder, log)
+    path, other = f"{folder}/x", f"{folder}/y"
+    with open(path, "wb", buffering=0) as file:
+        file.write(bytes(4096))
+    match how:
+        case "raw rename":
+            ctypes.CDLL(None).syscall(82, path.encode(), other.encode())  # SYS_rename
+            with open(other, "rb") as file:
+                os.fsync(file.fileno())
+        case "link":
+            os.link(path, other)
+        case "truncate":
+            os.truncate(path, 9)
+        case "copy":
+            os.sendfile(os.open(other, os.O_WRONLY | os.O_CREAT), os.open(path, os.O_RDONLY), 0, 9)
+        case "map":
+            with open(path, "r+b") as file:
+                mmap.mmap(file.fileno(), 0)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of system calls")
+def test_a_raw_rename_is_logged(tmp_path: Path, traced: Nursery) -> None:
+    folder, log = tmp_path.resolve() / "disk", tmp_path / "log"
+    folder.mkdir()
+    traced.call(unlogged, folder, log, "raw rename")
+    disk = Disk(folder)
+    disk.take(preload.read_log(log))
+    assert not disk.unseen(folder)
+
+
+@pytest.mark.parametrize("how", ["link", "truncate", "copy", "map"])
+def test_calls_that_cannot_be_logged_end_the_process(tmp_path: Path, traced: Nursery, how: str) -> None:
+    folder = tmp_path.resolve() / "disk"
+    folder.mkdir()
+    assert traced.start(unlogged, folder, tmp_path / "log", how).end().exit_code == -signal.SIGABRT

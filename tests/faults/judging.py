@@ -1,0 +1,51 @@
+"""Outcomes of many small faults in child processes, for tests that try the same thing with thousands of faults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tests.faults.harness import Trial
+from tests.faults.nursery import Nursery
+
+LOST, STUCK, UNTYPED, SIGNAL, DIFFERENT, MEMORY, TIME = (
+    *("lost", "stuck", "untyped", "signal", "silently different", "over 1 GiB", "over 10 s"),
+)
+BROKEN = (LOST, STUCK, UNTYPED, SIGNAL, DIFFERENT, MEMORY, TIME)
+"""Outcomes that break a promise: what was acknowledged is lost; the command cannot be repeated; an exception that is
+neither a VistaError nor documented; the process was ended by a signal; a wrong answer; and the two limits."""
+MAX_TEXT = 1_500
+
+
+def outcomes(
+    nursery: Nursery, job: Callable[..., None], *arguments: Any, numbers: list[int], timeout_s: float
+) -> Iterator[tuple[int, str, str]]:
+    """Call `job(say, *arguments, numbers)` in a child. It says [outcome, text] for each number.
+
+    Where the child is ended by a signal, another one does the rest.
+
+    Yields:
+        Number, outcome and text.
+    """
+    left = list(numbers)
+    while left:
+        child = nursery.start(job, *arguments, left).end(timeout_s)
+        assert not child.raised, child.raised
+        for outcome, text in child.messages:
+            yield left.pop(0), outcome, text
+        if child.exit_code == 0:
+            assert not left, f"no outcome of {left}"
+        elif left:
+            alarm = child.exit_code == -14
+            yield left.pop(0), TIME if alarm else SIGNAL, "" if alarm else f"signal {-child.exit_code}"  # type: ignore[operator]
+
+
+def judge(trial: Trial, judged: Iterator[tuple[int, str, str]]) -> None:
+    """Count all outcomes of a trial, and fail if any of them breaks a promise."""
+    failures = []
+    for number, outcome, text in judged:
+        trial.count(outcome)
+        if outcome in BROKEN:
+            failures.append(f"{number} {outcome}: {text}")
+            trial.broken = number if trial.broken is None else trial.broken
+    assert not failures, f"{len(failures)} of {len(trial.numbers)}: " + "; ".join(failures)
