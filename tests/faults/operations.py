@@ -1,0 +1,346 @@
+"""The operations that write, each with what it promises once it has returned.
+
+All of them work on a copy of a small world: log/, model/ and store/ in one folder. They run in children, because other
+processes than the one that wrote must find everything on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.conftest import DAY, LENGTHS, small_config, small_frame
+from vista.config import SimulateConfig, SourceConfig, WatchConfig
+from vista.config.choices import Codec
+from vista.log.compaction import compact_log
+from vista.log.deletions import erase_users, forget_events
+from vista.log.event_log import EventLog
+from vista.model.vista_model import VistaModel
+from vista.refresh import RefreshOptions, refresh, refresh_incremental
+from vista.store import StoreReader, user_keys
+from vista.store.admin.copying import copy_generation
+from vista.store.admin.rollback import roll_back
+from vista.store.admin.store_compaction import compact_store
+from vista.store.admin.verification import verify_store
+from vista.store.erasure import erase
+from vista.store.layout import list_generations
+from vista.store.shards import Shard
+from vista.store.tombstones import Tombstones
+from vista.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+
+USERS = range(100, 100 + len(LENGTHS))
+COLUMNS: dict[str, Any] = {"time_unit": "ms", "action": "action", "rating": "rating"}
+ERASED_BEFORE = range(900, 940)
+"""Users without records who were erased before the operation."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation on a folder."""
+
+    run: Callable[[Path], None]
+    holds: Callable[[Path], None]
+    """AssertionError or VistaError if the folder is not as the operation promises once it has returned."""
+    before: Callable[[Path], None] = lambda folder: None
+    """What another process did earlier."""
+    repeated: str = ""
+    """Part of the VistaError by which the operation refuses to be repeated; empty if it must not refuse."""
+    store: str = "store"
+    """The store that it writes."""
+
+
+def log_of(folder: Path) -> EventLog:
+    return EventLog.open(folder / "log")
+
+
+def model_of(folder: Path) -> VistaModel:
+    return VistaModel.from_pretrained(folder / "model")
+
+
+def later_frame() -> dict[str, Any]:
+    """More events of the same users."""
+    frame = small_frame(seed=1)
+    return frame | {"timestamp": frame["timestamp"] + 400 * DAY}
+
+
+def served_users(store: Path) -> list[int]:
+    """All users with a readable record in the published generation."""
+    with StoreReader.open(store) as opened:
+        users = list(map(int, opened.keys()))
+        assert not users or opened.get_many(users).found.all(), "a listed user is not found"
+        return users
+
+
+# Stores --------------------------------------------------------------------------------------------------------------
+
+
+def refresh_full(folder: Path, store: str = "store", **options: Any) -> None:
+    refresh(model_of(folder), log_of(folder), folder / store, options=RefreshOptions(codec=Codec.float16), **options)
+
+
+def holds_everyone(folder: Path, store: str = "store") -> None:
+    with StoreReader.open(folder / store) as opened:
+        assert opened.manifest.codec == "float16", "the generation before is served"
+    assert served_users(folder / store) == list(USERS)
+
+
+def holds_shard(folder: Path) -> None:
+    users = served_users(folder / "sharded" / "part-0-of-2")
+    assert users and set(users) < set(USERS), users
+
+
+def append(folder: Path) -> None:
+    EventLog.from_frame(later_frame(), folder / "log", append=True, **COLUMNS)
+
+
+def holds_all_events(folder: Path) -> None:
+    with StoreReader.open(folder / "store") as opened:
+        counts = opened.get_many(list(USERS)).event_count
+    assert counts.tolist() == [2 * length for length in LENGTHS], counts
+
+
+def erase_before(folder: Path) -> None:
+    erase(folder / "store", list(ERASED_BEFORE))
+
+
+def erasure(count: int) -> Operation:
+    """Erase as many users, most of whom have no record."""
+    users = range(101, 101 + count)
+
+    def holds(folder: Path) -> None:
+        assert not set(served_users(folder / "store")) & set(users), "erased users are served"
+        everyone = [*ERASED_BEFORE, *users]
+        erased = Tombstones(folder / "store").erased(user_keys(everyone))
+        assert all(erased), f"{len(everyone) - sum(erased)} of {len(everyone)} erased users may come back"
+
+    return Operation(lambda folder: erase(folder / "store", list(users)) and None, holds, before=erase_before)
+
+
+def holds_copy(folder: Path) -> None:
+    assert served_users(folder / "served" / "copy") == list(USERS)
+
+
+def export(folder: Path) -> None:
+    from vista.store.admin.parquet import export_store
+
+    export_store(folder / "store", folder / "exported.parquet")
+
+
+def import_to(folder: Path, store: str) -> None:
+    from vista.store.admin.parquet import import_store
+
+    import_store(folder / "exported.parquet", folder / store)
+
+
+def holds_export(folder: Path) -> None:
+    import_to(folder, "check")
+    assert served_users(folder / "check") == list(USERS)
+
+
+def compact(folder: Path) -> None:
+    compact_store(folder / "store")
+
+
+def compact_before(folder: Path) -> None:
+    refresh_full(folder)
+    erase(folder / "store", [101])
+
+
+def holds_compacted(folder: Path) -> None:
+    assert served_users(folder / "store") == [user for user in USERS if user != 101]
+    generations = list_generations(folder / "store")
+    assert len(generations) == 1 and generations[0] > 2, generations
+
+
+def holds_rolled_back(folder: Path) -> None:
+    with StoreReader.open(folder / "store") as opened:
+        assert opened.generation == 1, opened.generation
+    assert served_users(folder / "store") == list(USERS)
+
+
+# Logs ----------------------------------------------------------------------------------------------------------------
+
+
+def num_events(log: EventLog) -> int:
+    """Events of the log, all of which must be readable."""
+    count = log.gather(np.arange(log.num_users)).num_events
+    assert count == log.num_events, (count, log.num_events)
+    return count
+
+
+def holds_appended(folder: Path) -> None:
+    log = log_of(folder)
+    assert log.last_segment == 2 and num_events(log) == 2 * sum(LENGTHS), log
+
+
+def new_log(folder: Path) -> None:
+    EventLog.from_frame(later_frame(), folder / "logs" / "deep" / "log", **COLUMNS)
+
+
+def holds_new_log(folder: Path) -> None:
+    assert num_events(EventLog.open(folder / "logs" / "deep" / "log")) == sum(LENGTHS)
+
+
+def holds_log_erased(folder: Path) -> None:
+    assert num_events(log_of(folder)) == sum(LENGTHS[2:])
+
+
+def first_event() -> dict[str, list[int]]:
+    frame = small_frame()
+    return {name: [int(frame[name][0])] for name in ("user", "item", "timestamp")}
+
+
+def holds_forgotten(folder: Path) -> None:
+    assert num_events(log_of(folder)) == sum(LENGTHS) - 1
+
+
+def log_compact_before(folder: Path) -> None:
+    append(folder)
+    erase_users(folder / "log", [100])
+
+
+def holds_log_compacted(folder: Path) -> None:
+    log = log_of(folder)
+    assert len(log.segments) == 1 and num_events(log) == 2 * sum(LENGTHS[1:]), log
+
+
+# Both ----------------------------------------------------------------------------------------------------------------
+
+
+def watch_before(folder: Path) -> None:
+    import polars as pl
+
+    (folder / "in").mkdir()
+    pl.DataFrame(later_frame()).write_csv(folder / "in" / "day.csv")
+    (folder / "in" / "day.csv.done").touch()
+
+
+def watch_once(folder: Path) -> None:
+    from vista.refresh.watch import Watch
+
+    os.utime(folder / "in" / "day.csv", (1.7e9, 1.7e9))  # it settled long ago
+    events = SourceConfig(timestamp="timestamp", time_unit="ms", action="action", rating="rating")
+    data, model, store, incoming = (str(folder / name) for name in ("log", "model", "store", "in"))
+    watched = Watch(WatchConfig(data=data, model=model, store=store, folder=incoming, events=events, once=True))
+    watched.look()
+
+
+def holds_watched(folder: Path) -> None:
+    holds_appended(folder)
+    holds_all_events(folder)
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(folder: Path) -> None:
+    for step in (5, 6, 7):
+        save_checkpoint(folder / "run" / "checkpoints", step, {"a": torch.full((1000,), float(step))}, {})
+
+
+def holds_checkpoints(folder: Path) -> None:
+    assert latest_checkpoint(folder / "run" / "checkpoints") == folder / "run" / "checkpoints" / "step-00000007"
+    whole_checkpoints(folder)
+
+
+def whole_checkpoints(folder: Path) -> None:
+    """Each checkpoint that has its name is complete, whether or not it was acknowledged."""
+    for path in (folder / "run" / "checkpoints").glob("step-*"):
+        tensors, _ = load_checkpoint(path)
+        assert (tensors["a"] == float(path.name.removeprefix("step-"))).all()
+
+
+def train_small(folder: Path) -> None:
+    from vista.training.trainer import train
+
+    train(small_config(log_of(folder), folder / "runs" / "new", optim__epochs=1))
+
+
+def holds_trained(folder: Path) -> None:
+    VistaModel.from_pretrained(folder / "runs" / "new" / "best")
+
+
+def simulate_small(folder: Path) -> None:
+    from vista.simulation.simulate import simulate
+
+    few: dict[str, Any] = {"num_users": 6, "events_per_user": 20, "num_items": 40, "num_topics": 8, "days": 200}
+    more: dict[str, Any] = {"episode_events": 10, "session_events": 5, "impressions_per_user": 10}
+    simulate(SimulateConfig(out=str(folder / "simulated" / "new"), **few, **more))
+
+
+def holds_simulated(folder: Path) -> None:
+    from vista.config import PrepareConfig
+    from vista.log.ingest.prepare import prepare
+
+    source = SourceConfig(kind="simulated", paths=[str(folder / "simulated" / "new")])
+    prepare(PrepareConfig(out=str(folder / "check"), events=source, progress=False))
+
+
+OPERATIONS: dict[str, Operation] = {
+    "a full refresh": Operation(refresh_full, holds_everyone),
+    "a full refresh into a new store": Operation(
+        lambda folder: refresh_full(folder, "new/deep/store"),
+        lambda folder: holds_everyone(folder, "new/deep/store"),
+        store="new/deep/store",
+    ),
+    "a refresh of a shard": Operation(
+        lambda folder: refresh_full(folder, "sharded", shard=Shard(0, 2)), holds_shard, store="sharded/part-0-of-2"
+    ),
+    "an incremental refresh": Operation(
+        lambda folder: refresh_incremental(model_of(folder), log_of(folder), folder / "store") and None,
+        holds_all_events,
+        before=append,
+    ),
+    "an erasure of 5": erasure(5),
+    "an erasure of 40": erasure(40),
+    "an erasure of 400": erasure(400),
+    "a copy": Operation(
+        lambda folder: copy_generation(folder / "store", folder / "served" / "copy") and None,
+        holds_copy,
+        store="served/copy",
+    ),
+    "an export": Operation(export, holds_export),
+    "an import": Operation(
+        lambda folder: import_to(folder, "imported/store"),
+        lambda folder: served_users(folder / "imported" / "store") and None,
+        before=export,
+        store="imported/store",
+    ),
+    "a compaction": Operation(compact, holds_compacted, before=compact_before),
+    "a rollback": Operation(
+        lambda folder: roll_back(folder / "store") and None,
+        holds_rolled_back,
+        before=refresh_full,
+        repeated="no complete generation before",
+    ),
+    "an append": Operation(append, holds_appended, repeated="holds it already"),
+    "a new log": Operation(new_log, holds_new_log, repeated="exists already"),
+    "an erasure from a log": Operation(
+        lambda folder: erase_users(folder / "log", [100, 101]) and None, holds_log_erased
+    ),
+    "a deletion of events": Operation(
+        lambda folder: forget_events(folder / "log", first_event()) and None,
+        holds_forgotten,
+        repeated="match no event",
+    ),
+    "a compaction of a log": Operation(
+        lambda folder: compact_log(folder / "log") and None, holds_log_compacted, before=log_compact_before
+    ),
+    "a look of watch": Operation(watch_once, holds_watched, before=watch_before),
+    "three checkpoints": Operation(checkpoints, holds_checkpoints),
+    "a training run": Operation(train_small, holds_trained),
+    "a simulation": Operation(simulate_small, holds_simulated),
+}
+"""By name, as in "a power cut during NAME"."""
+
+
+def verified(store: Path) -> None:
+    """Require that `vista store verify` finds no problem."""
+    report = verify_store(store)
+    assert not report.num_problems, f"verify finds {report.problems[:2]}"
