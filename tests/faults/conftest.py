@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import small_config
+from tests.conftest import small_config, small_frame
 from tests.faults.harness import Promise, Trials, share, single_item, work_folder
 from tests.faults.nursery import Nursery
+from tests.faults.operations import COLUMNS
 from tests.faults.preload import compiled
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
+from vista.refresh import refresh
 from vista.training.log_schema import schema_of
 
 
@@ -62,3 +64,13 @@ def model_dir(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> 
     config = small_config(event_log, "unused")
     VistaModel(config.model, schema_of(event_log, config), event_log.items, config.data).save_pretrained(folder / "m")
     return folder / "m"
+
+
+@pytest.fixture(scope="session")
+def world(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """log/, model/ and store/ of a small world. Tests must not change them."""
+    folder = tmp_path_factory.mktemp("world")
+    log = EventLog.from_frame(small_frame(), folder / "log", **COLUMNS)
+    shutil.copytree(model_dir, folder / "model")
+    refresh(VistaModel.from_pretrained(folder / "model"), log, folder / "store")
+    return folder

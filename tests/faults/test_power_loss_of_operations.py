@@ -17,14 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import small_frame
 from tests.faults import preload
 from tests.faults.disk_images import Disk
 from tests.faults.harness import Trial, promise
 from tests.faults.judging import LOST, MAX_TEXT, STUCK, UNTYPED, judge, outcomes
 from tests.faults.nursery import Nursery, Say
 from tests.faults.operations import (
-    COLUMNS,
     OPERATIONS,
     USERS,
     Operation,
@@ -35,9 +33,6 @@ from tests.faults.operations import (
 )
 from tests.faults.preload import Call
 from vista.errors import VistaError
-from vista.log.event_log import EventLog
-from vista.model.vista_model import VistaModel
-from vista.refresh import refresh
 
 IMAGES = 2
 FULL = 500
@@ -66,16 +61,6 @@ def run_traced(say: Say, folder: str, name: str, log: str) -> None:
     logging.disable(logging.CRITICAL)
     preload.watch(folder, log)
     OPERATIONS[name].run(Path(folder))
-
-
-@pytest.fixture(scope="module")
-def world(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """log/, model/ and store/."""
-    folder = tmp_path_factory.mktemp("world")
-    log = EventLog.from_frame(small_frame(), folder / "log", **COLUMNS)
-    shutil.copytree(model_dir, folder / "model")
-    refresh(VistaModel.from_pretrained(folder / "model"), log, folder / "store")
-    return folder
 
 
 @pytest.fixture(scope="module")
