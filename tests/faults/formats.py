@@ -1,0 +1,223 @@
+"""The file formats that vista reads: how to make a small example of each, and how to read one for an answer.
+
+`make` and `read` run in children. Answers are strings; two examples with the same contents have the same answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.conftest import small_frame
+from tests.faults import operations
+from tests.faults.operations import USERS, served_users
+from vista.config import PrepareConfig, SourceConfig, TrainConfig
+from vista.config.composition import compose_config
+from vista.config.config_keys import to_yaml
+from vista.log.event_log import EventLog
+from vista.log.ingest.prepare import prepare
+from vista.model.vista_model import VistaModel
+from vista.refresh import refresh
+from vista.scorer import Scorer
+from vista.store import StoreReader, user_keys
+from vista.store.erasure import erase
+from vista.store.tombstones import Tombstones
+from vista.training.checkpoint import latest_checkpoint, load_checkpoint
+
+Make = Callable[[Path], None]
+Read = Callable[[Path, Path], str]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format, as files in a folder that starts as a copy of the world."""
+
+    files: tuple[str, ...]
+    """Patterns of the files to damage, relative to the folder."""
+    read: Read
+    """Called with the folder and with an undamaged world; returns the answer."""
+    make: Make = lambda folder: None
+    checked: bool = True
+    """Whether the format has a checksum, so that another answer than of the undamaged files is an error."""
+
+
+def digest(parts: Iterable[Any]) -> str:
+    """A digest of arrays and other values."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+    return state.hexdigest()
+
+
+@cache
+def loaded_model(world: Path) -> VistaModel:
+    """The undamaged model of a world."""
+    return operations.model_of(world)
+
+
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+def source(name: str, write: Callable[[Path], None], **columns: Any) -> Format:
+    """A format of source files."""
+
+    def read(folder: Path, world: Path) -> str:
+        events = SourceConfig(paths=[str(folder / name)], **columns)
+        prepare(PrepareConfig(out=str(folder / "made"), events=events, progress=False))
+        log = EventLog.open(folder / "made")
+        return f"{log.num_users} users, {operations.num_events(log)} events"
+
+    return Format((name,), read, lambda folder: write(folder / name), checked=False)
+
+
+def frame() -> Any:
+    import polars as pl
+
+    return pl.DataFrame(small_frame())
+
+
+def write_npz(path: Path) -> None:
+    columns = small_frame()
+    arrays: dict[str, Any] = {"time": columns["timestamp"] // 1000, "rating": columns["rating"]}
+    for name in ("user", "item"):
+        arrays[f"{name}_raw"], arrays[name] = np.unique(columns[name], return_inverse=True)
+    np.savez_compressed(path, **arrays)
+
+
+# Stores --------------------------------------------------------------------------------------------------------------
+
+
+def store_digest(store: Path) -> str:
+    with StoreReader.open(store) as opened:
+        users = list(opened.keys())
+        batch = opened.get_many(users)
+        tail = batch.tail
+        return digest(
+            [users, batch.found, batch.summary, batch.event_count, batch.last_event_ts, tail.items, tail.times]
+        )
+
+
+def read_export(folder: Path, world: Path) -> str:
+    operations.import_to(folder, "imported")
+    return store_digest(folder / "imported")
+
+
+def make_two_generations(folder: Path) -> None:
+    erase(folder / "store", [101, *operations.ERASED_BEFORE])
+    operations.refresh_full(folder)
+
+
+def read_small_files(folder: Path, world: Path) -> str:
+    """The published generation, the erased users, and the number of the next generation."""
+    with StoreReader.open(folder / "store") as opened:
+        served = opened.generation
+    users = served_users(folder / "store")
+    erased = Tombstones(folder / "store").erased(user_keys([*USERS, *operations.ERASED_BEFORE]))
+    report = refresh(loaded_model(world), operations.log_of(world), folder / "store")
+    return f"{served}, {report.generation}, {sum(erased)}, {users}, {served_users(folder / 'store')}"
+
+
+# Logs, models, runs --------------------------------------------------------------------------------------------------
+
+
+def make_log(folder: Path) -> None:
+    operations.append(folder)
+    operations.OPERATIONS["a deletion of events"].run(folder)
+
+
+def read_log(folder: Path, world: Path) -> str:
+    refresh(loaded_model(world), operations.log_of(folder), folder / "made")
+    return store_digest(folder / "made")
+
+
+def read_model(folder: Path, world: Path) -> str:
+    with Scorer.open(folder / "model", world / "store") as scorer:
+        scores = scorer.predict(list(USERS[:3]), [0, 10, 390])
+        return digest([*scores.items(), *scorer.item_vectors()])
+
+
+def read_checkpoint(folder: Path, world: Path) -> str:
+    newest = latest_checkpoint(folder / "run" / "checkpoints")
+    assert newest is not None
+    tensors, state = load_checkpoint(newest)
+    return digest([newest.name, state, *(part for name in sorted(tensors) for part in (name, tensors[name].numpy()))])
+
+
+def make_yaml(folder: Path) -> None:
+    (folder / "train.yaml").write_text(to_yaml(TrainConfig(run_dir="runs/mine")))
+
+
+FORMATS: dict[str, Format] = {
+    "Parquet sources": source(
+        "day.parquet", lambda path: frame().write_parquet(path), timestamp="timestamp", time_unit="ms", action="action"
+    ),
+    "CSV sources": source(
+        "day.csv", lambda path: frame().write_csv(path), timestamp="timestamp", time_unit="ms", rating="rating"
+    ),
+    "CSV sources with gzip": source(
+        "day.csv.gz",
+        lambda path: frame().write_csv(path, compression="gzip"),
+        timestamp="timestamp",
+        time_unit="ms",
+        rating="rating",
+    ),
+    "npz sources": source("events.npz", write_npz, kind="npz"),
+    "exports": Format(("exported.parquet",), read_export, operations.export),
+    "event logs": Format(("log/**/*",), read_log, make_log),
+    "models": Format(("model/*",), read_model),
+    "CURRENT, LAST and tombstones": Format(
+        ("store/CURRENT", "store/LAST", "store/tombstones"), read_small_files, make_two_generations
+    ),
+    "YAML": Format(
+        ("train.yaml",),
+        lambda folder, world: to_yaml(compose_config(TrainConfig, [], config_file=str(folder / "train.yaml"))),
+        make_yaml,
+        checked=False,
+    ),
+    "checkpoints": Format(("run/checkpoints/step-00000007/*",), read_checkpoint, operations.checkpoints),
+}
+"""By name, as in "damaged NAME"."""
+
+
+NUMBERS = [0, 1, 0x7FFF_FFFF, 0xFFFF_FFFF, 2**63 - 1, 2**64 - 1]
+
+
+def mutated(data: bytes, chance: random.Random) -> tuple[str, bytes]:
+    """A damaged copy of a file's bytes, and in words what was done."""
+    content, size = bytearray(data), len(data)
+    at = chance.choice(
+        [chance.randrange(size), chance.randrange(min(size, 64)), size - 1 - chance.randrange(min(size, 512))]
+    )
+    length = min(chance.choice([1, 2, 4, 8, 16, 100, 512]), size - at)
+    other = chance.randrange(size)
+    piece = data[other : other + length]
+    what = chance.choice(["flip", "flip", "set", "cut", "drop", "double", "splice", "zero", "step", "number", "number"])
+    match what:
+        case "flip":
+            content[at] ^= 1 << chance.randrange(8)
+        case "set":
+            content[at] = chance.choice([0, 255, 127, 128])
+        case "cut":
+            del content[at:]
+        case "drop":
+            del content[at : at + length]
+        case "double":
+            content[at:at] = data[at : at + length]
+        case "splice":
+            content[at : at + len(piece)] = piece
+        case "zero":
+            content[at : at + length] = bytes(length)
+        case "step":
+            content[at] = (content[at] + chance.choice([-1, 1])) % 256
+        case "number":
+            width = chance.choice([4, 8])
+            number = chance.choice(NUMBERS) & (1 << 8 * width) - 1
+            content[at : at + width] = number.to_bytes(width, "little")
+    return f"{what} at {at} of {size}, {length} bytes", bytes(content)
