@@ -1,0 +1,227 @@
+"""Calls of the public API with one hostile argument each, and the errors that their docstrings promise."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.conftest import small_frame
+from tests.faults.operations import COLUMNS, log_of, model_of
+from vista import EventLog, Scorer, StoreReader, VistaModel
+from vista.refresh import RefreshOptions, erase, forget, merge, refresh, refresh_incremental
+from vista.scorer import Tail
+
+LONG = "x" * 100_000
+PATHS: list[Any] = ["", "/", "/dev/null", "/nowhere/at/all", "/etc/passwd", LONG, "a\0b", "\ud800", Path("..")]
+INTS: list[Any] = [-1, 0, 2**31, 2**63 - 1, 2**63, 10**18, 10**30, -(10**30)]
+WORDS: list[Any] = ["", "x", "all", "-1", "1" * 5000, LONG, "\0", "\ud800", "leave-last-0-out", "2024-13-45", "١٢"]
+FLOATS: list[Any] = [0.0, -1.0, float("nan"), float("inf"), 1e308]
+KEYS: list[Any] = [b"", b"short", bytes(32), bytes(10**5)]
+IDS: list[Any] = [
+    *([], [0], [-1], [10**18], [10**30], ["x"], [""], [LONG], ["\0"], ["\ud800"], [1, "a"], [None], [1.5]),
+    *([float("nan")], [True], [b"x"], [[1], [2, 3]], np.array([1.5]), np.array([[1, 2]]), np.array([], object), "abc"),
+    *(range(3), np.array(["2020-01-01"], "datetime64[D]"), np.array([2**63], np.uint64)),
+]
+ROWS: list[Any] = [*([], [-1], [16], [2**31], [2**63 - 1], [10**30], [0.5], ["x"], [[0]]), np.array([True])]
+FRAMES: list[Any] = [
+    *({}, {"user": []}, {"user": [], "item": [], "timestamp": []}, {"user": [1], "item": [1, 2], "timestamp": [1]}),
+    {"user": [None], "item": [1], "timestamp": [1]},
+    {"user": [[1]], "item": [1], "timestamp": [1]},
+    {"user": [10**30], "item": [1], "timestamp": [1]},
+    {"user": [1.5], "item": [1], "timestamp": [1]},
+    {"user": [LONG], "item": ["\0"], "timestamp": [1]},
+    {"user": [1], "item": [1], "timestamp": ["2020-01-01"]},
+    {"user": [1], "item": [1], "timestamp": [float("nan")]},
+    {"user": [1], "item": [1], "timestamp": [2**63 - 1]},
+    {"user": [1, "a"], "item": [1, 2], "timestamp": [1, 2]},
+]
+TAILS: list[Any] = [
+    Tail(*(np.zeros(2, kind) for kind in (np.int64, np.int64, np.uint8)), np.array(offsets, np.int64))
+    for offsets in ([0, 2], [0, 3], [2, 0], [0], [], [0, 1, 2], [-1, 2])
+] + [
+    Tail(np.array([0]), np.array([2**62]), np.array([0]), np.array([0, 1])),
+    Tail(np.array([0]), np.array([0.5]), np.array([0]), np.array([0, 1])),
+    Tail(np.array([0]), np.array([0]), np.array([300]), np.array([0, 1])),
+    Tail(np.array([[0]]), np.array([0]), np.array([0]), np.array([0, 1])),
+    Tail(*(np.zeros(10**7, kind) for kind in (np.int64, np.int64, np.uint8)), np.array([0, 10**7])),
+]
+TIMES: list[Any] = [
+    -1,
+    0,
+    2**62,
+    2**63,
+    10**30,
+    float("nan"),
+    "now",
+    "2024-01-01",
+    [1],
+    [[1]],
+    [None],
+    np.array([1, 2]),
+]
+
+
+@dataclass(frozen=True)
+class ApiCall:
+    """A public function, hostile values of one argument, and a call with such a value in a copy of the world."""
+
+    function: Callable[..., Any]
+    values: Sequence[Any]
+    call: Callable[[Path, Any], Any]
+
+
+def scored(call: Callable[[Scorer, Any], Any]) -> Callable[[Path, Any], Any]:
+    """A call of a scorer."""
+
+    def run(folder: Path, value: Any) -> None:
+        with Scorer.open(model_of(folder), folder / "store") as scorer:
+            call(scorer, value)
+
+    return run
+
+
+def opened(call: Callable[[StoreReader, Any], Any]) -> Callable[[Path, Any], Any]:
+    """A call of a store's reader."""
+
+    def run(folder: Path, value: Any) -> None:
+        with StoreReader.open(folder / "store") as store:
+            call(store, value)
+
+    return run
+
+
+def logged(call: Callable[[EventLog, Any], Any]) -> Callable[[Path, Any], Any]:
+    """A call of a log."""
+    return lambda folder, value: call(log_of(folder), value)
+
+
+def from_frame(name: str) -> Callable[[Path, Any], Any]:
+    """Make a log with another value of an argument."""
+    return lambda folder, value: EventLog.from_frame(small_frame(), folder / "made", **COLUMNS | {name: value})
+
+
+def refreshed(**names: str) -> Callable[[Path, Any], Any]:
+    """A full refresh with another value of an argument or of an option."""
+    return lambda folder, value: refresh(
+        model_of(folder),
+        log_of(folder),
+        folder / "store",
+        **{name: value if not option else RefreshOptions(**{option: value}) for name, option in names.items()},
+    )
+
+
+def open_scorer(name: str) -> Callable[[Path, Any], Any]:
+    """Open a scorer with another value of an argument."""
+
+    def run(folder: Path, value: Any) -> None:
+        arguments = {"model": folder / "model", "store": folder / "store", name: value}
+        Scorer.open(**arguments).close()
+
+    return run
+
+
+API_CALLS: dict[str, ApiCall] = {
+    "EventLog.open(path)": ApiCall(EventLog.open, PATHS, lambda folder, value: EventLog.open(value)),
+    "EventLog.open(last_segment)": ApiCall(
+        EventLog.open, INTS, lambda folder, value: EventLog.open(folder / "log", last_segment=value)
+    ),
+    "EventLog.from_frame(frame)": ApiCall(
+        EventLog.from_frame, FRAMES, lambda folder, value: EventLog.from_frame(value, folder / "made", time_unit="ms")
+    ),
+    **{
+        f"EventLog.from_frame({name})": ApiCall(EventLog.from_frame, WORDS, from_frame(name))
+        for name in ("time_unit", "user", "timestamp", "action", "on_bad_rows")
+    },
+    "EventLog[user]": ApiCall(
+        EventLog.__getitem__, [1, -1, 10**18, 10**30, -(10**30), *WORDS], logged(lambda log, value: log[value])
+    ),
+    "EventLog.gather(user_rows)": ApiCall(EventLog.gather, ROWS, logged(lambda log, value: log.gather(value))),
+    "EventLog.gather(counts)": ApiCall(EventLog.gather, ROWS, logged(lambda log, value: log.gather([0], value))),
+    "EventLog.slice(user_row)": ApiCall(EventLog.slice, INTS, logged(lambda log, value: log.slice(value))),
+    "EventLog.slice(stop)": ApiCall(EventLog.slice, INTS, logged(lambda log, value: log.slice(0, 0, value))),
+    "EventLog.changed_users(after)": ApiCall(
+        EventLog.changed_users, INTS, logged(lambda log, value: log.changed_users(value))
+    ),
+    "EventLog.new_events(after)": ApiCall(
+        EventLog.new_events, INTS, logged(lambda log, value: log.new_events([0], value))
+    ),
+    "VistaModel.from_pretrained(path)": ApiCall(
+        VistaModel.from_pretrained, PATHS, lambda folder, value: VistaModel.from_pretrained(value)
+    ),
+    "VistaModel.with_tail(tail_len)": ApiCall(
+        VistaModel.with_tail, INTS, lambda folder, value: model_of(folder).with_tail(value)
+    ),
+    "refresh(until)": ApiCall(refresh, [*WORDS, *INTS], refreshed(until="")),
+    "refresh(created_at)": ApiCall(refresh, INTS, refreshed(created_at="")),
+    "refresh(options.users_per_batch)": ApiCall(RefreshOptions, INTS, refreshed(options="users_per_batch")),
+    "refresh_incremental(created_at)": ApiCall(
+        refresh_incremental,
+        INTS,
+        lambda folder, value: refresh_incremental(model_of(folder), log_of(folder), folder / "store", created_at=value),
+    ),
+    "forget(events)": ApiCall(
+        forget,
+        FRAMES,
+        lambda folder, value: forget(model_of(folder), log_of(folder), folder / "store", value),
+    ),
+    "erase(user_ids)": ApiCall(erase, IDS, lambda folder, value: erase(folder / "store", value)),
+    "merge(store of a part)": ApiCall(
+        merge, PATHS, lambda folder, value: merge(model_of(folder), [(value, log_of(folder))], folder / "merged")
+    ),
+    "Scorer.open(model)": ApiCall(Scorer.open, PATHS, open_scorer("model")),
+    "Scorer.open(store)": ApiCall(Scorer.open, PATHS, open_scorer("store")),
+    "Scorer.open(on_missing)": ApiCall(Scorer.open, WORDS, open_scorer("on_missing")),
+    "Scorer.open(task)": ApiCall(Scorer.open, WORDS, open_scorer("task")),
+    "Scorer.open(device)": ApiCall(Scorer.open, WORDS, open_scorer("device")),
+    "Scorer.open(key)": ApiCall(Scorer.open, KEYS, open_scorer("key")),
+    "Scorer.open(max_age_s)": ApiCall(Scorer.open, FLOATS, open_scorer("max_age_s")),
+    "Scorer.open(precision)": ApiCall(Scorer.open, WORDS, open_scorer("precision")),
+    "Scorer.predict(users)": ApiCall(Scorer.predict, IDS, scored(lambda scorer, value: scorer.predict(value, [0]))),
+    "Scorer.predict(candidates)": ApiCall(
+        Scorer.predict, IDS, scored(lambda scorer, value: scorer.predict([100], value))
+    ),
+    "Scorer.predict(tail)": ApiCall(
+        Scorer.predict, TAILS, scored(lambda scorer, value: scorer.predict([100], [0], tail=value))
+    ),
+    "Scorer.predict(now)": ApiCall(
+        Scorer.predict, TIMES, scored(lambda scorer, value: scorer.predict([100], [0], now=value))
+    ),
+    "Scorer.rank(top_k)": ApiCall(Scorer.rank, INTS, scored(lambda scorer, value: scorer.rank(100, top_k=value))),
+    "Scorer.encode(candidates)": ApiCall(Scorer.encode, IDS, scored(lambda scorer, value: scorer.encode(value))),
+    "Scorer.user_vectors(users)": ApiCall(
+        Scorer.user_vectors, IDS, scored(lambda scorer, value: scorer.user_vectors(value))
+    ),
+    "StoreReader.open(path)": ApiCall(StoreReader.open, PATHS, lambda folder, value: StoreReader.open(value).close()),
+    "StoreReader.open(summarizer_id)": ApiCall(
+        StoreReader.open, KEYS, lambda folder, value: StoreReader.open(folder / "store", summarizer_id=value).close()
+    ),
+    "StoreReader.get_many(user_ids)": ApiCall(
+        StoreReader.get_many, IDS, opened(lambda store, value: store.get_many(value))
+    ),
+    "StoreReader.states(user_ids)": ApiCall(StoreReader.states, IDS, opened(lambda store, value: store.states(value))),
+}
+"""By what is called and which argument is hostile. Values have a type that the annotation of the argument allows."""
+
+
+def documented(function: Callable[..., Any]) -> tuple[type[Exception], ...]:
+    """The built-in exceptions that the `Raises` of a docstring names, directly or as those of other `functions`."""
+    names: set[str] = set()
+    seen, left = set(), [function]
+    while left:
+        one = left.pop()
+        seen.add(one.__qualname__)
+        raises = (inspect.getdoc(one) or "").partition("Raises:")[2]
+        names |= set(re.findall(r"\b[A-Z]\w*Error\b", raises))
+        scope = vars(sys.modules[one.__module__])
+        owner = scope.get(one.__qualname__.partition(".")[0])
+        others = (getattr(owner, other, None) or scope.get(other) for other in re.findall(r"`(\w+)`", raises))
+        left += [other for other in others if inspect.isroutine(other) and other.__qualname__ not in seen]
+    return tuple(getattr(builtins, name) for name in sorted(names) if hasattr(builtins, name))
