@@ -16,6 +16,7 @@ import numpy as np
 from tests.conftest import small_frame
 from tests.faults.operations import COLUMNS, log_of, model_of
 from vista import EventLog, Scorer, StoreReader, VistaModel
+from vista.config import SourceColumns
 from vista.refresh import RefreshOptions, erase, forget, merge, refresh, refresh_incremental
 from vista.scorer import Tail
 
@@ -108,6 +109,13 @@ def from_frame(name: str) -> Callable[[Path, Any], Any]:
     return lambda folder, value: EventLog.from_frame(small_frame(), folder / "made", **COLUMNS | {name: value})
 
 
+def from_columns(name: str) -> Callable[[Path, Any], Any]:
+    """Make a log with another name of a column."""
+    return lambda folder, value: EventLog.from_frame(
+        small_frame(), folder / "made", time_unit="ms", columns=SourceColumns(**{name: value})
+    )
+
+
 def refreshed(**names: str) -> Callable[[Path, Any], Any]:
     """A full refresh with another value of an argument or of an option."""
     return lambda folder, value: refresh(
@@ -138,7 +146,11 @@ API_CALLS: dict[str, ApiCall] = {
     ),
     **{
         f"EventLog.from_frame({name})": ApiCall(EventLog.from_frame, WORDS, from_frame(name))
-        for name in ("time_unit", "user", "timestamp", "action", "on_bad_rows")
+        for name in ("time_unit", "on_bad_rows")
+    },
+    **{
+        f"EventLog.from_frame(columns.{name})": ApiCall(EventLog.from_frame, WORDS, from_columns(name))
+        for name in ("user", "timestamp", "action", "sequence")
     },
     "EventLog[user]": ApiCall(
         EventLog.__getitem__, [1, -1, 10**18, 10**30, -(10**30), *WORDS], logged(lambda log, value: log[value])

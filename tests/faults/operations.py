@@ -6,7 +6,6 @@ processes than the one that wrote must find everything on the disk.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,12 @@ import numpy as np
 import torch
 
 from tests.conftest import DAY, LENGTHS, small_config, small_frame
-from vista.config import SimulateConfig, SourceConfig, WatchConfig
+from vista.config import SimulateConfig, SourceColumns, SourceConfig, WatchConfig
 from vista.config.choices import Codec
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users, forget_events
 from vista.log.event_log import EventLog
+from vista.log.ingest.source_parser import SourceParser
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.store import StoreReader, user_keys
@@ -35,7 +35,7 @@ from vista.store.tombstones import Tombstones
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 
 USERS = range(100, 100 + len(LENGTHS))
-COLUMNS: dict[str, Any] = {"time_unit": "ms", "action": "action", "rating": "rating"}
+COLUMNS: dict[str, Any] = {"time_unit": "ms", "columns": SourceColumns(action="action", rating="rating")}
 ERASED_BEFORE = range(900, 940)
 """Users without records who were erased before the operation."""
 
@@ -132,10 +132,10 @@ def export(folder: Path) -> None:
     export_store(folder / "store", folder / "exported.parquet")
 
 
-def import_to(folder: Path, store: str) -> None:
+def import_to(folder: Path, store: str, parser: SourceParser | None = None) -> None:
     from vista.store.admin.parquet import import_store
 
-    import_store(folder / "exported.parquet", folder / store)
+    import_store(folder / "exported.parquet", folder / store, parser=parser)
 
 
 def holds_export(folder: Path) -> None:
@@ -224,7 +224,6 @@ def watch_before(folder: Path) -> None:
 def watch_once(folder: Path) -> None:
     from vista.refresh.watch import Watch
 
-    os.utime(folder / "in" / "day.csv", (1.7e9, 1.7e9))  # it settled long ago
     events = SourceConfig(timestamp="timestamp", time_unit="ms", action="action", rating="rating")
     data, model, store, incoming = (str(folder / name) for name in ("log", "model", "store", "in"))
     watched = Watch(WatchConfig(data=data, model=model, store=store, folder=incoming, events=events, once=True))
