@@ -23,7 +23,6 @@ from vista.config.composition import compose_config
 from vista.config.config_keys import to_yaml
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
-from vista.log.ingest.source_parser import SourceParser
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
@@ -66,18 +65,12 @@ def loaded_model(world: Path) -> VistaModel:
 # Sources -------------------------------------------------------------------------------------------------------------
 
 
-@cache
-def parser() -> SourceParser:
-    """The parser of this process, which ends with it."""
-    return SourceParser()
-
-
 def source(name: str, write: Callable[[Path], None], **columns: Any) -> Format:
     """A format of source files."""
 
     def read(folder: Path, world: Path) -> str:
         events = SourceConfig(paths=[str(folder / name)], **columns)
-        prepare(PrepareConfig(out=str(folder / "made"), events=events, progress=False), parser=parser())
+        prepare(PrepareConfig(out=str(folder / "made"), events=events, progress=False), parser=operations.parser())
         log = EventLog.open(folder / "made")
         return f"{log.num_users} users, {operations.num_events(log)} events"
 
@@ -112,7 +105,7 @@ def store_digest(store: Path) -> str:
 
 
 def read_export(folder: Path, world: Path) -> str:
-    operations.import_to(folder, "imported", parser())
+    operations.import_to(folder, "imported")
     return store_digest(folder / "imported")
 
 

@@ -6,8 +6,10 @@ processes than the one that wrote must find everything on the disk.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,12 @@ class Operation:
     """Part of the VistaError by which the operation refuses to be repeated; empty if it must not refuse."""
     store: str = "store"
     """The store that it writes."""
+
+
+@cache
+def parser() -> SourceParser:
+    """The parser of this process, which ends with it."""
+    return SourceParser()
 
 
 def log_of(folder: Path) -> EventLog:
@@ -132,10 +140,10 @@ def export(folder: Path) -> None:
     export_store(folder / "store", folder / "exported.parquet")
 
 
-def import_to(folder: Path, store: str, parser: SourceParser | None = None) -> None:
+def import_to(folder: Path, store: str) -> None:
     from vista.store.admin.parquet import import_store
 
-    import_store(folder / "exported.parquet", folder / store, parser=parser)
+    import_store(folder / "exported.parquet", folder / store, parser=parser())
 
 
 def holds_export(folder: Path) -> None:
@@ -277,8 +285,9 @@ def holds_simulated(folder: Path) -> None:
     from vista.config import PrepareConfig
     from vista.log.ingest.prepare import prepare
 
+    shutil.rmtree(folder / "check", ignore_errors=True)
     source = SourceConfig(kind="simulated", paths=[str(folder / "simulated" / "new")])
-    prepare(PrepareConfig(out=str(folder / "check"), events=source, progress=False))
+    prepare(PrepareConfig(out=str(folder / "check"), events=source, progress=False), parser=parser())
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -318,7 +327,7 @@ OPERATIONS: dict[str, Operation] = {
         before=refresh_full,
         repeated="no complete generation before",
     ),
-    "an append": Operation(append, holds_appended, repeated="holds it already"),
+    "an append": Operation(append, holds_appended, repeated="already contains it"),
     "a new log": Operation(new_log, holds_new_log, repeated="exists already"),
     "an erasure from a log": Operation(
         lambda folder: erase_users(folder / "log", [100, 101]) and None, holds_log_erased
