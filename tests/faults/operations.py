@@ -328,7 +328,7 @@ OPERATIONS: dict[str, Operation] = {
         repeated="no complete generation before",
     ),
     "an append": Operation(append, holds_appended, repeated="already contains it"),
-    "a new log": Operation(new_log, holds_new_log, repeated="exists already"),
+    "a new log": Operation(new_log, holds_new_log, repeated="already exists"),
     "an erasure from a log": Operation(
         lambda folder: erase_users(folder / "log", [100, 101]) and None, holds_log_erased
     ),

@@ -173,9 +173,7 @@ static void move(const char *path, const char *other) {
 /* Log the rename of a file by a call that was not seen. Returns the file's size, or -1 for a folder. */
 static int64_t catch_up(int descriptor, const char *path) {
     struct stat status;
-    if (fstat(descriptor, &status))
-        return -1;
-    if (!S_ISREG(status.st_mode))
+    if (fstat(descriptor, &status) || !S_ISREG(status.st_mode))
         return -1;
     char before[PATH_MAX] = "";
     pthread_mutex_lock(&mutex);
@@ -250,6 +248,19 @@ ssize_t pwritev64(int descriptor, const struct iovec *parts, int num_parts, off6
 ssize_t writev(int descriptor, const struct iovec *parts, int num_parts) {
     ON_DESCRIPTOR(WRITE_KINDS, REAL(writev)(descriptor, parts, num_parts),
                   note_vector(descriptor, parts, lseek(descriptor, 0, SEEK_CUR) - done, path, done), )
+}
+
+/* C's buffered files, by which NumPy writes arrays. Their own calls of write are not seen. */
+size_t fwrite(const void *data, size_t size, size_t count, FILE *file) {
+    char path[PATH_MAX];
+    int descriptor = fileno(file);
+    if (!path_of(descriptor, path))
+        return REAL(fwrite)(data, size, count, file);
+    errno = strike(WRITES);
+    size_t done = errno ? 0 : REAL(fwrite)(data, size, count, file) * size;
+    if (done)
+        note('w', how(descriptor), ftello(file) - done, path, "", data, done);
+    return size ? done / size : 0;
 }
 
 int ftruncate(int descriptor, off_t size) {
@@ -352,11 +363,6 @@ int rename(const char *name, const char *other) { return renameat(AT_FDCWD, name
     char path[PATH_MAX];                                                                                               \
     if (path_of(descriptor, path))                                                                                     \
         refuse(call, path);
-
-int renameat2(int from, const char *name, int to, const char *other, unsigned flags) {
-    REFUSE("renameat2", from, name)
-    return REAL(renameat2)(from, name, to, other, flags);
-}
 
 int linkat(int from, const char *name, int to, const char *other, int flags) {
     REFUSE("link", to, other)

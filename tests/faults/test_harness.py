@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
+import numpy as np
 import pytest
 
 from tests.faults import preload
@@ -159,6 +160,10 @@ def unlogged(say: Say, folder: str, log: str, how: str) -> None:
     with open(path, "wb", buffering=0) as file:
         file.write(bytes(4096))
     match how:
+        case "buffered":
+            np.save(other, np.arange(10**5))
+            with open(f"{other}.npy", "rb") as file:
+                os.fsync(file.fileno())
         case "raw rename":
             ctypes.CDLL(None).syscall(82, path.encode(), other.encode())  # SYS_rename
             with open(other, "rb") as file:
@@ -175,10 +180,11 @@ def unlogged(say: Say, folder: str, log: str, how: str) -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of system calls")
-def test_a_raw_rename_is_logged(tmp_path: Path, traced: Nursery) -> None:
+@pytest.mark.parametrize("how", ["raw rename", "buffered"])
+def test_raw_renames_and_buffered_writes_are_logged(tmp_path: Path, traced: Nursery, how: str) -> None:
     folder, log = tmp_path.resolve() / "disk", tmp_path / "log"
     folder.mkdir()
-    traced.call(unlogged, folder, log, "raw rename")
+    traced.call(unlogged, folder, log, how)
     disk = Disk(folder)
     disk.take(preload.read_log(log))
     assert not disk.unseen(folder)
