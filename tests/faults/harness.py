@@ -52,6 +52,8 @@ class Promise:
     """What pytest runs for the full form, from the root of the checkout."""
     kind: str = ""
     """One of `kinds`; empty without them."""
+    judged: bool = False
+    """Whether each repetition has an outcome of its own (`judging`)."""
     shares: Mapping[str, float] = field(default_factory=dict)
     """Event of `Trial.count` -> its least share: a fault that never strikes proves nothing."""
 
@@ -118,13 +120,15 @@ def promise(
     short: int,
     each: int = 1,
     kinds: Iterable[str] = ("",),
+    judged: bool = False,
     shares: Mapping[str, float] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Turn a function of one repetition into two tests per kind; see the top of this file.
 
     Args:
         fault: may contain `{kind}`.
-        kinds: `Trial.kind` of each promise.
+        kinds: what `Promise.kind` is, for one promise each.
+        judged: whether the test uses `judging.judge`.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -136,7 +140,7 @@ def promise(
             this = Promise(
                 "-".join(filter(None, (name.removeprefix("test_"), kind.replace(" ", "-")))),
                 text, fault.format(kind=kind), full, short, each,
-                f"tests/faults/{file}::{name}[{start}x{full}]", kind, shares or {},
+                f"tests/faults/{file}::{name}[{start}x{full}]", kind, judged, shares or {},
             )  # fmt: skip
             PROMISES.append(this)
             if short:

@@ -10,23 +10,35 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts.experiments.results import describe_hardware
 from tests.faults.harness import PROMISES, Promise, missed_shares, read_record, work_folder
+from tests.faults.judging import BROKEN
 from vista.files import replace_text
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 HEAD = """# Promises under faults
 
 Made by `make test-faults`. Faults come from outside of vista: signals, a small file system, a preloaded library that
-writes down system calls or makes one fail, bits flipped in files. A repetition passes only if what was acknowledged is
-read byte for byte, and everything else is a miss or a typed error. The last column counts what happened.
+writes down system calls or makes one fail, changed bytes in files, hostile arguments. A repetition passes only if what
+was acknowledged is read byte for byte, and everything else is a miss or a typed error.
+
+{summary}
+All promises; the last column counts what happened:
 
 | promise | fault | repetitions | outcome | what happened |
 |---|---|---:|---|---|
+"""
+
+
+SUMMARY = f"""Repetitions that broke a promise, by kind:
+
+| promise | repetitions | {" | ".join(BROKEN)} |
+|---|---:|{"---:|" * len(BROKEN)}
 """
 
 
@@ -41,6 +53,7 @@ def row_of(promise: Promise, folder: Path) -> dict[str, Any]:
     """The row of a promise, from its recorded repetitions."""
     record = read_record(folder / f"{promise.name}.jsonl")
     row: dict[str, Any] = {"promise": promise.text, "fault": promise.fault, "wanted": promise.full, "repetitions": 0}
+    row["judged"] = promise.judged
     if record is None:
         return row | {"outcome": "not run"}
     done = promise.each * len(record.done)
@@ -78,7 +91,18 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     machines = "; ".join(dict.fromkeys(describe_hardware(row["hardware"]) for row in ran))
     seconds = sum(row["seconds"] for row in ran)
     origin = f"Commit {commits}; {machines}; {seconds / 60:.0f} minutes of all processes together.\n" if ran else ""
-    return HEAD + "\n".join(lines) + "\n\n" + origin
+    return HEAD.format(summary=summary(rows)) + "\n".join(lines) + "\n\n" + origin
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of the promises whose repetitions are judged one by one (`judging`)."""
+    lines = []
+    for promise in dict.fromkeys(row["promise"] for row in rows if row["judged"]):
+        own = [row for row in rows if row["promise"] == promise]
+        counts: Counter[str] = sum((Counter(row.get("counts", {})) for row in own), Counter())
+        cells = [promise, f"{sum(row['repetitions'] for row in own):,}", *(f"{counts[what]:,}" for what in BROKEN)]
+        lines.append("| " + " | ".join(cells) + " |\n")
+    return SUMMARY + "".join(lines)
 
 
 def main() -> int:

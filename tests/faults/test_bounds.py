@@ -166,6 +166,7 @@ def use_unbounded(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
 @promise(
     "Resources are bounded",
     fault="a pipe, a terabyte, a link, or a bomb in place of a file",
+    judged=True,
     full=len(CASES),
     short=NUM_SHORT,
 )

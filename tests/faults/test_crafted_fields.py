@@ -191,6 +191,7 @@ def use_once(use: Callable[[Path], Any], folder: Path) -> tuple[str, str]:
 @promise(
     "Errors are typed or documented",
     fault="an odd value in a JSON file with a checksum that fits",
+    judged=True,
     full=4000,
     short=MANIFESTS,
     each=MANIFESTS,

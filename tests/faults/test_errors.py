@@ -84,6 +84,7 @@ def make_call(one: ApiCall, value: Any, folder: Path) -> tuple[str, str]:
 @promise(
     "Errors are typed or documented",
     fault="a hostile argument of a public function",
+    judged=True,
     full=CALLS * math.ceil(len(HOSTILE_CALLS) / CALLS),
     short=CALLS,
     each=CALLS,
@@ -288,6 +289,7 @@ def call_commands(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
 @promise(
     "Errors are typed or documented",
     fault="a hostile word on the command line",
+    judged=True,
     full=200 * len(COMMANDS),
     short=2 * len(COMMANDS),
     each=len(COMMANDS),

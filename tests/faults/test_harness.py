@@ -19,6 +19,7 @@ from tests.faults.disk_images import Disk
 from tests.faults.harness import Promise, Trial, Trials, missed_shares, read_record
 from tests.faults.nursery import Nursery, Say
 from tests.faults.preload import Call
+from tests.faults.table import summary
 from tests.faults.test_power_loss import check_images, runs_of, traced_writer
 from vista.errors import StoreError
 
@@ -195,3 +196,16 @@ def test_calls_that_cannot_be_logged_end_the_process(tmp_path: Path, traced: Nur
     folder = tmp_path.resolve() / "disk"
     folder.mkdir()
     assert traced.start(unlogged, folder, tmp_path / "log", how).end().exit_code == -signal.SIGABRT
+
+
+def test_the_summary_adds_up_the_outcomes_of_judged_promises() -> None:
+    rows = [
+        {"promise": "a", "judged": True, "repetitions": 1000, "counts": {"held": 998, "lost": 2}},
+        {"promise": "a", "judged": True, "repetitions": 500, "counts": {"held": 498, "lost": 1, "untyped": 1}},
+        {"promise": "b", "judged": True, "repetitions": 0},
+        {"promise": "c", "judged": False, "repetitions": 9},
+    ]
+    assert summary(rows).splitlines()[-2:] == [
+        "| a | 1,500 | 3 | 0 | 1 | 0 | 0 | 0 | 0 |",
+        "| b | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 |",
+    ]

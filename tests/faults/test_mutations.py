@@ -94,6 +94,7 @@ def read_once(name: str, folder: Path, world: Path, expected: str) -> tuple[str,
 @promise(
     "Damaged files are refused or read right",
     fault="changed bytes in {kind}",
+    judged=True,
     full=2000,
     short=MUTATIONS,
     each=MUTATIONS,

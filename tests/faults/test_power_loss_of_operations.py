@@ -175,6 +175,7 @@ def reopen(operation: Operation, folder: Path) -> None:
 @promise(
     "Operations survive a power cut",
     fault="power cut during {kind}: disk images from a write log",
+    judged=True,
     full=FULL,
     short=IMAGES,
     each=IMAGES,

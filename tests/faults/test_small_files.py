@@ -175,6 +175,7 @@ def check(file: SmallFile, folder: Path, answers: list[Any], whole: bool) -> tup
 @promise(
     "Small files are old or new",
     fault="each sector of {kind} old, new or zero; the file cut; leftovers",
+    judged=True,
     full=500,
     short=IMAGES,
     each=IMAGES,
