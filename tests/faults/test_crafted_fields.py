@@ -152,7 +152,7 @@ def use_crafted(say: Say, world: str, scratch: str, numbers: list[int]) -> None:
     warnings.simplefilter("ignore")
     limit_resources()
     whole = Path(scratch, "whole")
-    shutil.copytree(world, whole)
+    shutil.copytree(world, whole, dirs_exist_ok=True)  # another child may have died
     operations.checkpoints(whole)
     for number in numbers:
         chance = random.Random(number)
