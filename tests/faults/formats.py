@@ -62,9 +62,6 @@ def loaded_model(world: Path) -> VistaModel:
     return operations.model_of(world)
 
 
-# Sources -------------------------------------------------------------------------------------------------------------
-
-
 def source(name: str, write: Callable[[Path], None], **columns: Any) -> Format:
     """A format of source files."""
 
@@ -89,9 +86,6 @@ def write_npz(path: Path) -> None:
     for name in ("user", "item"):
         arrays[f"{name}_raw"], arrays[name] = np.unique(columns[name], return_inverse=True)
     np.savez_compressed(path, **arrays)
-
-
-# Stores --------------------------------------------------------------------------------------------------------------
 
 
 def store_digest(store: Path) -> str:
@@ -122,9 +116,6 @@ def read_small_files(folder: Path, world: Path) -> str:
     erased = Tombstones(folder / "store").erased(user_keys([*USERS, *operations.ERASED_BEFORE]))
     report = refresh(loaded_model(world), operations.log_of(world), folder / "store")
     return f"{served}, {report.generation}, {sum(erased)}, {users}, {served_users(folder / 'store')}"
-
-
-# Logs, models, runs --------------------------------------------------------------------------------------------------
 
 
 def make_log(folder: Path) -> None:

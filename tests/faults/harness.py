@@ -8,9 +8,9 @@ A promise is a test function of one repetition, in its own file:
 
 It becomes two tests: the short form, which `make test` runs (short=0 for none), and the full form with the marker
 `faults`, which `make test-faults` runs. `kinds` makes such a pair for each of several operations or formats. The full
-form records every repetition in a file of the work folder
-(VISTA_FAULTS_DIR, by default .faults/ in the checkout), so that an interrupted suite resumes and
-`python -m tests.faults.table` can write the table. Repetitions of another commit do not count.
+form records every repetition in a file of the work folder (VISTA_FAULTS_DIR, by default .faults/ in the checkout), so
+that an interrupted suite resumes and `python -m tests.faults.table` can write the table. Repetitions of another commit
+do not count. A failure ends with the command that repeats it alone: VISTA_FAULTS_ITEM names the repetition.
 """
 
 from __future__ import annotations

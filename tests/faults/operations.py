@@ -85,9 +85,6 @@ def served_users(store: Path) -> list[int]:
         return users
 
 
-# Stores --------------------------------------------------------------------------------------------------------------
-
-
 def refresh_full(folder: Path, store: str = "store", **options: Any) -> None:
     refresh(model_of(folder), log_of(folder), folder / store, options=RefreshOptions(codec=Codec.float16), **options)
 
@@ -172,9 +169,6 @@ def holds_rolled_back(folder: Path) -> None:
     assert served_users(folder / "store") == list(USERS)
 
 
-# Logs ----------------------------------------------------------------------------------------------------------------
-
-
 def num_events(log: EventLog) -> int:
     """Events of the log, all of which must be readable."""
     count = log.gather(np.arange(log.num_users)).num_events
@@ -218,9 +212,6 @@ def holds_log_compacted(folder: Path) -> None:
     assert len(log.segments) == 1 and num_events(log) == 2 * sum(LENGTHS[1:]), log
 
 
-# Both ----------------------------------------------------------------------------------------------------------------
-
-
 def watch_before(folder: Path) -> None:
     import polars as pl
 
@@ -241,9 +232,6 @@ def watch_once(folder: Path) -> None:
 def holds_watched(folder: Path) -> None:
     holds_appended(folder)
     holds_all_events(folder)
-
-
-# Training ------------------------------------------------------------------------------------------------------------
 
 
 def checkpoints(folder: Path) -> None:

@@ -53,9 +53,6 @@ def copies(world: str, scratch: str, numbers: list[int]) -> Iterator[tuple[int, 
         shutil.rmtree(folder)
 
 
-# The Python API ------------------------------------------------------------------------------------------------------
-
-
 def call_api(say: Say, world: str, scratch: str, numbers: list[int]) -> None:
     """Make some of HOSTILE_CALLS; says [outcome, text] of each."""
     for number, folder in copies(world, scratch, numbers):
@@ -114,8 +111,6 @@ def test_documented_errors_are_read_from_docstrings() -> None:
     assert documented(main) == ()
     assert documented(raises_two) == (KeyError, TypeError, ValueError)
 
-
-# The command line ----------------------------------------------------------------------------------------------------
 
 HOSTILE_VALUES = [
     *("", "-1", "0", "1", "nan", "inf", "-inf", "1e400", "1" * 5000, str(10**18), str(10**30), "1_000", "0x10", "null"),

@@ -65,7 +65,7 @@ def run_traced(say: Say, folder: str, name: str, log: str) -> None:
 
 @pytest.fixture(scope="module")
 def trace_of(traced: Nursery, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trace]:
-    """The trace of an operation, which is made once."""
+    """The trace of an operation, which is made once. Everything must be durable when the operation returns."""
     traced.imports("torch._dynamo")  # Optimizers import it.
     traces: dict[str, Trace] = {}
 
@@ -80,6 +80,8 @@ def trace_of(traced: Nursery, world: Path, tmp_path_factory: pytest.TempPathFact
             disk = Disk(made.folder, made.before)
             disk.take(preload.read_log(made.log))
             assert not (unseen := disk.unseen(made.folder)), f"{name}: calls on {unseen} were not logged"
+            left = [change for change in disk.not_durable() if not change.endswith(NOT_PROMISED) and "/." not in change]
+            assert not left, f"a power cut after {name} may undo {left}"
             traces[name] = made
         return traces[name]
 
@@ -186,12 +188,3 @@ def test_power_loss_of_operations(trial: Trial, traced: Nursery, trace_of: Calla
     trace = trace_of(name)
     arguments = name, trace.before, trace.folder, trace.log, trial.folder, trial.promise.name
     judge(trial, outcomes(traced, check_images, *arguments, numbers=list(trial.numbers), timeout_s=300))
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_everything_is_durable_when_an_operation_returns(name: str, trace_of: Callable[[str], Trace]) -> None:
-    trace = trace_of(name)
-    disk = Disk(trace.folder, trace.before)
-    disk.take(preload.read_log(trace.log))
-    left = [change for change in disk.not_durable() if not change.endswith(NOT_PROMISED) and "/." not in change]
-    assert not left, f"a power cut after {name} may undo {left}"
