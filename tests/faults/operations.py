@@ -160,7 +160,7 @@ def compact_before(folder: Path) -> None:
 def holds_compacted(folder: Path) -> None:
     assert served_users(folder / "store") == [user for user in USERS if user != 101]
     generations = list_generations(folder / "store")
-    assert len(generations) == 1 and generations[0] > 2, generations
+    assert min(generations) > 2, f"{generations}: an old generation is left"
 
 
 def holds_rolled_back(folder: Path) -> None:

@@ -47,9 +47,17 @@ void faults_arm(unsigned kinds, long number, int error, long times) {
     armed_kinds = kinds, countdown = number, armed_error = error, num_failing = times;
 }
 
+/* Last known paths of the files that were created. */
+static struct known {
+    ino_t inode;
+    char *path;
+} *files;
+static size_t num_files;
+
 /* Watch `watched`; write the log to `path` unless it is empty. */
 void faults_watch(const char *watched, const char *path) {
     snprintf(root, sizeof root, "%s", watched);
+    num_files = 0;
     if (*path)
         log_descriptor = syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_APPEND, 0600);
 }
@@ -133,13 +141,6 @@ static void note(char call, unsigned flags, int64_t offset, const char *path, co
     free(line);
     errno = saved;
 }
-
-/* Last known paths of the files that were created. */
-static struct known {
-    ino_t inode;
-    char *path;
-} *files;
-static size_t num_files;
 
 static void remember(ino_t inode, const char *path) {
     pthread_mutex_lock(&mutex);
