@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,8 +37,8 @@ def outcomes(
         if child.exit_code == 0:
             assert not left, f"no outcome of {left}"
         elif left:
-            alarm = child.exit_code == -14
-            yield left.pop(0), TIME if alarm else SIGNAL, "" if alarm else f"signal {-child.exit_code}"  # type: ignore[operator]
+            timed_out = child.exit_code == -signal.SIGALRM
+            yield left.pop(0), TIME if timed_out else SIGNAL, f"exit code {child.exit_code}"
 
 
 def judge(trial: Trial, judged: Iterator[tuple[int, str, str]]) -> None:
