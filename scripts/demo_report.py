@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scripts.experiments.results import describe_hardware, hardware
+from vista.arrays import Int
 from vista.evaluation.cases import ImpressionCases, NextItemCases, next_item_cases
 from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.metrics import auc, ndcg
@@ -26,7 +27,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-Int = NDArray[np.int64]
 AGE_BOUNDS = (0, 8, 32, 200, 1000, 1 << 40)
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("vista.log",),
     ("vista.device",),
     ("vista.config",),
-    ("vista.files", "vista.json_fields"),
+    ("vista.files", "vista.json_fields", "vista.arrays"),
     ("vista.errors", "vista_kernels"),
 )
 """A module imports from its own package and from the layers below it; `vista` itself only lists the public names."""

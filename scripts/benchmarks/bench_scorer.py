@@ -38,7 +38,6 @@ import torch
 from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
 from scripts.benchmarks.scorer_worker import WorkerAnswer, WorkerOpening, WorkerOrder
 from scripts.benchmarks.scorer_workloads import (
-    Int,
     ScorerWorkload,
     recomputed_summaries,
     scorer_roofline,
@@ -47,6 +46,7 @@ from scripts.benchmarks.timing import Timing, interleaved
 from scripts.benchmarks.worker_process import idle_torch_bytes, worker
 from scripts.benchmarks.workloads import TASK, lifelong_log, untrained, untrained_baseline
 from scripts.experiments.serving_cost import history_model_server
+from vista.arrays import Int
 from vista.config.choices import Architecture, Mixing, Precision, TargetAttentionKind
 from vista.device import choose_precision, keep_freed_memory, set_threads
 from vista.scorer import Scorer

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from scripts.benchmarks.rooflines import (
     CHUNKS,
@@ -24,6 +23,7 @@ from scripts.benchmarks.rooflines import (
     product_dtypes,
     products,
 )
+from vista.arrays import Int
 from vista.config import ModelConfig
 from vista.config.choices import Precision, TargetAttentionKind
 from vista.log.event_log import EventLog
@@ -34,8 +34,6 @@ from vista.refresh.log_items import LogItems
 from vista.refresh.user_records import last_times, stored_tail
 from vista.store import NO_TIMESTAMP
 from vista.store.stored_batch import StoredBatch
-
-Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

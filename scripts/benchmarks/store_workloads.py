@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scripts.benchmarks.workloads import START_MS
+from vista.arrays import Int
 from vista.config.choices import Codec, StateDtype
 from vista.device import keep_freed_memory, set_threads
 from vista.store import NO_TIMESTAMP, Manifest, RecordSpec, StoreReader, StoreWriter, Tail, encode_records, user_keys
@@ -43,7 +44,6 @@ LARGEST_UPDATE = 0.02
 
 Batch = tuple[list[bytes], list[bytes]]
 """Keys and values."""
-Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from scripts.benchmarks.rectools_process import (
     DIM,
@@ -51,6 +50,7 @@ from scripts.benchmarks.rectools_process import (
 from scripts.benchmarks.workloads import movielens_folder
 from scripts.experiments.like_rectools import LikeRecTools
 from scripts.experiments.results import append_result, commit, hardware, markdown_table, read_results
+from vista.arrays import Int
 from vista.config import (
     DataConfig,
     EvaluateConfig,
@@ -84,7 +84,6 @@ PARTS = {"validation": ("leave-last-two-out", "leave-last-out"), "test": ("leave
 TOP_K = [10, 50, 200]
 COMPARED = ("hr@10", "ndcg@10")
 WARMUP_STEPS, GRADIENT_CLIP, TEMPERATURE = 100, 1.0, 0.05
-Int = NDArray[np.int64]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

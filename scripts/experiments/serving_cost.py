@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from vista.arrays import Int
 from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.log.event_log import EventLog
 from vista.model.baselines.history_model import HistoryModel
@@ -24,8 +24,6 @@ from vista.model.inference import item_vectors
 from vista.scorer import Scorer
 
 NUM_CANDIDATES, NUM_REQUESTS, WARM_UP = 500, 60, 10
-
-Int = NDArray[np.int64]
 
 
 def scorer_latency_ms(scorer: Scorer, log: EventLog) -> float:

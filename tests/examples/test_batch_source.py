@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.choices import Decay, Split
 from vista.errors import ConfigError
@@ -21,7 +21,6 @@ from vista.examples.batch_source import BatchSource, events_before
 from vista.examples.stored_summaries import StoredSummaries
 from vista.log.event_log import EventLog
 
-Int = NDArray[np.int64]
 LENGTHS = [5, 1, 40, 2, 3, 17, 90]
 MS = 1000
 

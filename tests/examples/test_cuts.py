@@ -13,15 +13,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.config.choices import Decay, Mixing
 from vista.examples.batch import Batch
 from vista.examples.chunks import ChunkImpressions, Chunks, decay_clock
 from vista.examples.cuts import CutPlan, cut_batch
 from vista.log.histories import ranges
 
-Int = NDArray[np.int64]
 NUM_TASKS = 2
 
 

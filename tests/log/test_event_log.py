@@ -14,11 +14,12 @@ import pytest
 
 import vista
 from tests.log.log_oracle import edit_manifest, replace_array
+from vista.arrays import Int
 from vista.config import SourceColumns
 from vista.errors import LogFormatError, UnknownUserError
 from vista.log import histories
 from vista.log.event_log import EventLog
-from vista.log.histories import Histories, Int, take
+from vista.log.histories import Histories, take
 from vista.log.packed_table import PackedTable
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Decay
 from vista.examples.batch import Batch
@@ -25,7 +25,6 @@ from vista.model.padded_tail import PaddedTail, pad_tail
 from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 
-Int = NDArray[np.int64]
 ACTIONS, TASKS, NUM_ITEMS = ["view", "click", "buy"], ["click", "like"], 40
 HOUR = 3_600_000
 

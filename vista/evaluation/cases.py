@@ -11,10 +11,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.examples.batch_source import events_before
 from vista.log.event_log import EventLog
 
-Int = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 

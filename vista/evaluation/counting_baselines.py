@@ -12,6 +12,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.config import DataConfig
 from vista.errors import ConfigError
 from vista.evaluation.cases import NextItemCases, next_item_cases
@@ -22,7 +23,6 @@ from vista.log.event_log import EventLog
 from vista.log.histories import ranges
 from vista.log.splits import split_until, visible_counts
 
-Int = NDArray[np.int64]
 Scores = NDArray[np.float64]
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from vista.arrays import Int
 from vista.config import EvaluateConfig
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
-from vista.evaluation.cases import Int, impression_cases, next_item_cases, with_tasks
+from vista.evaluation.cases import impression_cases, next_item_cases, with_tasks
 from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.popularity import PopularityReport, popularity_report
 from vista.evaluation.protocol import impression_metrics, rank_next_items, ranking_metrics

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from vista.evaluation.cases import Floats, ImpressionCases, Int
+from vista.arrays import Int
+from vista.evaluation.cases import Floats, ImpressionCases
 from vista.evaluation.popularity import PopularityReport
 from vista.evaluation.recall import RecallReport
 

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, bfloat16
 
+from vista.arrays import Int
+
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Calibration:
     """[bins] mean prediction of each non-empty bin, ascending."""
     bin_labels: Floats
     """[bins] mean label of each bin."""
-    bin_counts: Ints
+    bin_counts: Int
     """[bins] rows of each bin."""
 
 
@@ -90,7 +91,7 @@ def gauc(groups: ArrayLike | Tensor, labels: ArrayLike | Tensor, scores: ArrayLi
     return GroupedAuc(value, int(defined_G.sum()), int((~defined_G).sum()))
 
 
-def _auc_by_group(group_N: Ints, num_groups: int, label_N: Floats, score_N: Floats) -> tuple[Floats, Ints]:
+def _auc_by_group(group_N: Int, num_groups: int, label_N: Floats, score_N: Floats) -> tuple[Floats, Int]:
     """AUC (NaN if undefined) and rows of each group; group_N has values 0..num_groups-1."""
     order = np.lexsort((score_N, group_N))
     group_N, label_N, score_N = group_N[order], label_N[order], score_N[order]
@@ -209,7 +210,7 @@ def ranks_of_targets(
     excluded: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None = None,
     *,
     scores_per_chunk: int = 1 << 22,
-) -> Ints:
+) -> Int:
     """0-based rank of each row's target among all items of its row: full ranking, no sampling.
 
     A target ranks in the middle of its ties: of the other items with exactly its score, half (rounded up) count as
@@ -257,12 +258,12 @@ def ranks_of_targets(
 
 def top_items(
     scores: NDArray[np.floating],
-    target: Ints,
+    target: Int,
     k: int,
     excluded: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None = None,
     *,
     scores_per_chunk: int = 1 << 22,
-) -> Ints:
+) -> Int:
     """The first k items of each row's list, in the lists that `ranks_of_targets` uses.
 
     Args:
@@ -293,8 +294,8 @@ def top_items(
 
 
 def _excluded_cells(
-    excluded: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None, target_B: Ints, num_items: int
-) -> tuple[Ints, Ints]:
+    excluded: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None, target_B: Int, num_items: int
+) -> tuple[Int, Int]:
     """Rows (ascending) and columns of the distinct excluded cells, without the targets' cells."""
     if excluded is None:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
@@ -322,7 +323,7 @@ def _array(values: ArrayLike | Tensor) -> NDArray[Any]:
     return np.asarray(values)
 
 
-def _columns(values: ArrayLike | Tensor, name: str, num_items: int) -> Ints:
+def _columns(values: ArrayLike | Tensor, name: str, num_items: int) -> Int:
     columns = _array(values)
     if columns.ndim != 1 or (columns.size and columns.dtype.kind not in "iu"):
         raise ValueError(f"{name}: needs one dimension of integers, got {columns.ndim} of {columns.dtype}")

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.evaluation.metrics import hit_rate, ndcg
 from vista.evaluation.recommended_lists import RecommendedLists
 
 NUM_DECILES = 10
 
-Int = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 

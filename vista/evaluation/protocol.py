@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vista.evaluation.cases import Floats, ImpressionCases, Int, NextItemCases
+from vista.arrays import Int
+from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases
 from vista.evaluation.metrics import auc, calibration, gauc, hit_rate, ndcg, normalized_entropy, ranks_of_targets
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vista.evaluation.cases import Floats, ImpressionCases, Int, NextItemCases, request_starts
+from vista.arrays import Int
+from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases, request_starts
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
 from vista.model.baselines.history_model import HistoryModel

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.evaluation.metrics import top_items
-
-Int = NDArray[np.int64]
 
 
 class RecommendedLists:

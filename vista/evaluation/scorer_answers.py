@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 from tqdm import tqdm
 
+from vista.arrays import Int
 from vista.errors import LeakageError
-from vista.evaluation.cases import Floats, ImpressionCases, Int, NextItemCases, request_starts
+from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases, request_starts
 from vista.log.event_log import EventLog
 from vista.scorer import Scorer
 from vista.store import Tail

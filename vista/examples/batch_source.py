@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.config import OptimConfig, TrainConfig
 from vista.config.choices import Architecture, Decay
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
-from vista.examples.chunks import ChunkImpressions, Chunks, Int, decay_clock
+from vista.examples.chunks import ChunkImpressions, Chunks, decay_clock
 from vista.examples.cuts import CutPlan, cut_batch
 from vista.examples.frequency import item_frequency
 from vista.examples.negatives import NegativeSampler

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.config.choices import Decay
-
-Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vista.arrays import Int
 from vista.config import TrainConfig
 from vista.config.choices import Mixing
 from vista.examples.batch import (
@@ -33,7 +34,7 @@ from vista.examples.batch import (
     BatchReconstruction,
     BatchWindows,
 )
-from vista.examples.chunks import Chunks, Int
+from vista.examples.chunks import Chunks
 from vista.log.histories import ranges
 
 

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from vista.arrays import Int
 from vista.errors import LogWriteError
 from vista.files import sync
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
 from vista.log.impressions import merged_columns
-from vista.log.packed_table import Int, PackedTable
+from vista.log.packed_table import PackedTable
 from vista.log.segment import segment_name, superseded_segments
 from vista.log.segment_files import EVENT_COLUMNS
 from vista.log.segment_manifest import LOG_FIELDS, QUARANTINE_FILE

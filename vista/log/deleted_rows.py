@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from vista.arrays import Int
 from vista.log.event_keys import EventKeys, equal_events, forgotten_events
 from vista.log.histories import ranges
-from vista.log.packed_table import Int, PackedTable
+from vista.log.packed_table import PackedTable
 from vista.log.segment import Segment
 
 

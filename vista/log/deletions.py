@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.config import SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError, UnknownUserError, shown
@@ -26,7 +27,6 @@ from vista.log.ingest.row_rules import TIME_UNITS
 from vista.log.ingest.scanned_source import frame_source
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import Source, open_sources
-from vista.log.packed_table import Int
 from vista.log.polars_extra import pl
 from vista.log.segment import segment_name
 from vista.log.segment_files import EVENT_COLUMNS, FORGOTTEN_COLUMNS

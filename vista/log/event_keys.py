@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vista.arrays import Int
 from vista.log.histories import ranges, token_groups
-from vista.log.packed_table import Int, PackedTable
+from vista.log.packed_table import PackedTable
 from vista.log.segment import Segment
 
 ROWS_AT_ONCE = 1 << 20

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.log.packed_table import Int, PackedTable
+from vista.arrays import Int
+from vista.log.packed_table import PackedTable
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Int = NDArray[np.int64]
+from vista.arrays import Int
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,9 @@ from typing import Any
 
 import numpy as np
 
+from vista.arrays import Int
 from vista.errors import LogFormatError
-from vista.log.packed_table import Int, PackedTable
+from vista.log.packed_table import PackedTable
 from vista.log.segment_files import EVENT_COLUMNS, FORGOTTEN_COLUMNS, IMPRESSION_COLUMNS, SegmentFiles
 from vista.log.segment_manifest import REMEDY, read_segment_manifest
 from vista.log.vocabulary import Vocabulary

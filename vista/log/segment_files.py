@@ -11,9 +11,10 @@ import numpy as np
 import xxhash
 from numpy.typing import DTypeLike, NDArray
 
+from vista.arrays import Int
 from vista.errors import LogFormatError
 from vista.log.array_file import Content, array_in, map_file
-from vista.log.packed_table import Int, PackedTable
+from vista.log.packed_table import PackedTable
 from vista.log.segment_manifest import MANIFEST_FILE, QUARANTINE_FILE, REMEDY
 from vista.log.vocabulary import Vocabulary
 

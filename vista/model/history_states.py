@@ -10,9 +10,9 @@ from dataclasses import fields, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from vista.arrays import Int
 from vista.config.choices import Decay, Mixing
 from vista.errors import ConfigError
 from vista.examples.chunks import decay_clock
@@ -22,7 +22,6 @@ from vista.model.summarizer import Summarizer
 from vista.model.summary_state import SummaryState, merge
 from vista.model.vista_model import VistaModel
 
-Int = NDArray[np.int64]
 SLICE_LEN = 8192
 """Most events in one pass over a long history; they bound the memory that a pass takes."""
 SLICE_ELEMENTS = 1 << 19

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
+from vista.arrays import Int
 from vista.config.choices import Mixing
 from vista.log.gaps import UNKNOWN_GAP, gap_bucket
 from vista.log.histories import Histories, token_groups
@@ -21,7 +21,6 @@ from vista.model.summarizer import Summarizer
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 
-Int = NDArray[np.int64]
 ROW_TILE = 8
 """Matrix products give a row the same bits regardless of the other rows, if the number of rows is a multiple of this.
 Remaining rows take another path, which adds in another order (MKL on AVX2: up to 3 rows, or 11 with two threads)."""

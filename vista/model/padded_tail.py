@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.log.gaps import UNKNOWN_GAP, gap_bucket
 from vista.model.vista_model import VistaModel
-
-Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from vista.arrays import Int
 from vista.config.choices import Decay
 from vista.errors import ConfigError
 from vista.log.histories import Histories
 from vista.model.history_states import (
-    Int,
     clock_after,
     history_states,
     pick_events,

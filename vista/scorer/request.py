@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vista.arrays import Int
 from vista.model.padded_tail import PaddedTail
-
-Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

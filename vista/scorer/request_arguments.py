@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vista.arrays import Int
 from vista.log.gaps import LATEST_MS, YEAR_1971_MS
 from vista.model.ranking_model import RankingModel
 
-Int = NDArray[np.int64]
 UNITS = {"seconds": 1e3, "microseconds": 1e-3, "nanoseconds": 1e-6}
 """Factors to milliseconds."""
 MAX_IDS = 1 << 24

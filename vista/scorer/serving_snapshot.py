@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
+from vista.arrays import Int
 from vista.config.choices import Precision
 from vista.log.gaps import NUM_GAPS
 from vista.model import inference
@@ -27,7 +27,6 @@ from vista.scorer.request import Request
 from vista.store.reader import StoreReader
 from vista.store.sharded_reader import ShardedReader
 
-Int = NDArray[np.int64]
 Cells = tuple[slice, slice]
 """A range of users and a range of their candidates."""
 CONTEXT_TOKENS_PER_PASS = 1024

@@ -21,7 +21,7 @@ from vista.scorer.request_arguments import (
 from vista.store.stored_batch import StoredBatch
 from vista.store.tail import Tail
 
-Int = NDArray[Any]
+Integers = NDArray[Any]
 Bools = NDArray[np.bool_]
 
 
@@ -94,7 +94,7 @@ def with_fresh_events(model: RankingModel, stored: StoredBatch, tail: Tail, *, r
     return merge_tails(stored.tail, fresh, model.config.tail_len, names), bad
 
 
-def merge_tails(stored: Tail, fresh: Tail, tail_len: int, names: Int | None = None) -> Tail:
+def merge_tails(stored: Tail, fresh: Tail, tail_len: int, names: Integers | None = None) -> Tail:
     """The union of two packed tails of the same users, oldest first, limited to the newest `tail_len` events.
 
     A fresh event counts once, and not at all if the stored tail holds it (same time, item and action), so callers may
@@ -127,7 +127,7 @@ def merge_tails(stored: Tail, fresh: Tail, tail_len: int, names: Int | None = No
     return Tail(item[order], time[order], action[order], offsets)
 
 
-def _repeats(user: Int, time: Int, action: Int, item: Int, order: Int) -> Bools:
+def _repeats(user: Integers, time: Integers, action: Integers, item: Integers, order: Integers) -> Bools:
     """Which events repeat an event of the same user, time, action and item with a smaller `order`, bool [N]."""
     index = np.lexsort((order, action, item, time, user))
     same = np.zeros(len(user), np.bool_)

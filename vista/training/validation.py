@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.config import TrainConfig
 from vista.errors import NonFiniteLossError
 from vista.evaluation.cases import ImpressionCases, NextItemCases, impression_cases, next_item_cases, with_tasks
@@ -26,7 +27,6 @@ from vista.model.ranking_model import RankingModel
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 
-Int = NDArray[np.int64]
 Floats = NDArray[np.float32]
 CASES_PER_BATCH = 512
 

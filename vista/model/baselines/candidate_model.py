@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.examples.batch import Batch
 from vista.log.gaps import NUM_GAPS
@@ -21,7 +22,7 @@ from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.event_queries import EventQueries
 from vista.model.baselines.found_events import FoundEvents
-from vista.model.baselines.history_model import HistoryModel, Int, time_bucket, weighted_losses
+from vista.model.baselines.history_model import HistoryModel, time_bucket, weighted_losses
 from vista.model.baselines.packed_events import PackedEvents
 from vista.model.baselines.shown_candidates import ShownCandidates, in_place
 from vista.model.inference import newest

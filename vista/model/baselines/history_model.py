@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vista.arrays import Int
 from vista.config import OptimConfig
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
@@ -18,8 +19,6 @@ from vista.log.histories import Histories
 from vista.model.baselines.padded_tiles import TILE_TOKENS
 from vista.model.losses import Losses, sampled_softmax, task_losses
 from vista.model.ranking_model import RankingModel
-
-Int = NDArray[np.int64]
 
 
 class HistoryModel(RankingModel):

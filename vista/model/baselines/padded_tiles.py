@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Int = NDArray[np.int64]
+from vista.arrays import Int
+
 TILE_TOKENS = 2048
 """Most tokens in a tile (a longer history is a tile of its own), so that a tile stays in the cache."""
 

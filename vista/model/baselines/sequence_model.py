@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.examples.batch import Batch
 from vista.log.gaps import history_gaps
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.history_model import HistoryModel, Int, next_loss, weighted_losses
+from vista.model.baselines.history_model import HistoryModel, next_loss, weighted_losses
 from vista.model.baselines.padded_tiles import PaddedTile, tiles
 from vista.model.baselines.shown_candidates import ShownCandidates, in_place
 from vista.model.inference import newest
