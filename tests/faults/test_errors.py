@@ -27,7 +27,7 @@ from tests.faults.harness import Trial, promise
 from tests.faults.judging import MAX_TEXT, MEMORY, UNTYPED, judge, outcomes
 from tests.faults.nursery import Nursery, Say
 from tests.faults.test_mutations import MOST_SECONDS, limit_resources
-from vista.cli.commands import COMMANDS
+from vista.cli.command_table import COMMANDS
 from vista.cli.main import main
 from vista.config.config_keys import ConfigKeys, to_yaml
 from vista.errors import VistaError, shortened, shown

@@ -249,7 +249,7 @@ def prepare_root(root: Path, permissions: Permissions) -> None:
 
 
 def _is_store(folder: Path) -> bool:
-    if (folder / WRITER_LOCK).exists():
+    if (folder / WRITER_LOCK).exists() and list_generations(folder):
         return True
     try:
         return bool(_read_pointer(folder / CURRENT))
