@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.log.histories import Histories
-
-Int = NDArray[np.int64]
 
 
 def changed_positions(old: Histories, new: Histories) -> tuple[Int, Int] | None:

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.config.choices import Precision, StateDtype
 from vista.config.refresh_options import RefreshOptions
 from vista.device import choose_precision
@@ -29,8 +29,6 @@ from vista.store.format.keys import user_keys
 from vista.store.manifest import Manifest
 from vista.store.shards import Shard, shard_to_write
 from vista.store.writer import StoreWriter
-
-Int = NDArray[np.int64]
 
 
 def refresh(

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.config.choices import Precision
 from vista.config.refresh_options import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, RefreshOptions
 from vista.errors import ConfigError, StoreError
@@ -39,7 +40,6 @@ from vista.store.manifest import Manifest
 from vista.store.shards import Shard, shard_to_write
 from vista.store.update import StoreUpdate
 
-Int = NDArray[np.int64]
 COUNTED_AS = {
     UpdateOutcome.append: "appended",
     UpdateOutcome.exchange: "exchanged",

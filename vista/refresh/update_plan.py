@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.config.choices import Decay
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
@@ -19,8 +20,6 @@ from vista.refresh.refresh_progress import RefreshProgress
 from vista.store.format.keys import user_keys
 from vista.store.format.state_record import StateArrays
 from vista.store.update import StoreUpdate
-
-Int = NDArray[np.int64]
 
 
 class UpdateOutcome(Enum):

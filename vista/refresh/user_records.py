@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.errors import RecordError
 from vista.log.histories import Histories
 from vista.refresh.refresh_progress import RefreshProgress
@@ -17,8 +18,6 @@ from vista.store.stored_batch import NO_TIMESTAMP
 from vista.store.tail import Tail
 from vista.store.update import StoreUpdate
 from vista.store.writer import StoreWriter
-
-Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
