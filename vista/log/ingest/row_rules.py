@@ -155,56 +155,87 @@ def _ids(column: str, dtype: pl.DataType, kind: str, table: str) -> tuple[pl.Exp
 
 
 def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> tuple[pl.Expr, list[RowRule]]:
-    raw, unit = pl.col(column), source.time_unit
-    key = f"{table}.time_unit"
+    unit = _time_unit(column, dtype, source, table)
+    remedy = f"correct it, or check {table}.time_unit (now {source.time_unit})"
+    if dtype in (pl.Datetime, pl.Date):
+        ms, rules = _datetime(column, dtype, remedy)
+    elif unit == "iso":
+        ms, rules = _iso_text(column, remedy)
+    elif dtype.is_integer():
+        ms, rules = _whole_time(column, _MS_PER_UNIT[unit], remedy)
+    else:
+        ms, rules = _real_time(column, dtype, _MS_PER_UNIT[unit], remedy)
+    missing = RowRule(
+        column, pl.col(column).is_null(), "is missing", f"give every row a time, or set {table}.timestamp=null"
+    )
+    return ms, [missing, *rules]
+
+
+def _time_unit(column: str, dtype: pl.DataType, source: Source, table: str) -> str:
+    """The unit of a column of times; dates and datetimes have "iso".
+
+    Raises:
+        ConfigError: if no unit is set or it does not fit the column's type.
+    """
+    key, unit, name = f"{table}.time_unit", source.time_unit, source.columns[column]
     if unit is not None and unit not in TIME_UNITS:
         raise ConfigError(f"{key}: unknown unit {unit!r}; use one of {', '.join(TIME_UNITS)}")
-    remedy = f"correct it, or check {key} (now {unit})"
-    missing = RowRule(column, raw.is_null(), "is missing", f"give every row a time, or set {table}.timestamp=null")
     if dtype in (pl.Datetime, pl.Date):
         if unit not in (None, "iso"):
-            raise ConfigError(f"{key}={unit}: column {source.columns[column]!r} has type {dtype}; leave {key} out")
-        time = raw.cast(pl.Datetime("ms")) if dtype == pl.Date else raw
-        ms = time.dt.timestamp("ms")
-        return ms, [missing, *_range(column, ms, remedy)]
+            raise ConfigError(f"{key}={unit}: column {name!r} has type {dtype}; leave {key} out")
+        return "iso"
     if unit is None:
         raise ConfigError(
-            f"{key}: set the unit of column {source.columns[column]!r} of {source.path} ({', '.join(TIME_UNITS)}); "
+            f"{key}: set the unit of column {name!r} of {source.path} ({', '.join(TIME_UNITS)}); "
             "seconds that are read as milliseconds would silently corrupt the log"
         )
     if unit == "iso" and dtype != pl.String:
-        raise ConfigError(
-            f"{key}=iso: column {source.columns[column]!r} of {source.path} has type {dtype}, not text; set its unit"
-        )
-    if unit == "iso":
-        text = raw.str.replace(" ", "T", literal=True)
-        zoned = text.str.to_datetime("%+", strict=False, time_unit="ms", time_zone="UTC").dt.timestamp("ms")
-        naive = (text.str.to_datetime(f, strict=False, time_unit="ms").dt.timestamp("ms") for f in _ISO_FORMATS)
-        ms = pl.coalesce(*naive, zoned)
-        text_rule = RowRule(column, ms.is_null(), "is not an ISO 8601 time", "write 2024-05-01T12:00:00Z or 2024-05-01")
-        return ms, [missing, text_rule, *_range(column, ms, remedy)]
-    factor = _MS_PER_UNIT[unit]
-    limit = LATEST_MS / factor  # in the source's unit, so that scaling cannot overflow before the check
-    whole = raw.cast(pl.Int64, strict=False) if not dtype.is_float() else None
-    scaled = None
-    if whole is not None:
-        scaled = whole * int(factor) if factor >= 1 else whole // round(1 / factor)
-    if dtype.is_integer():
-        assert whole is not None and scaled is not None
-        huge = RowRule(column, whole.is_null(), "is after 2100", remedy)
-        return scaled, [missing, huge, *_range(column, whole, remedy, limit)]
+        raise ConfigError(f"{key}=iso: column {name!r} of {source.path} has type {dtype}, not text; set its unit")
+    return unit
+
+
+def _datetime(column: str, dtype: pl.DataType, remedy: str) -> tuple[pl.Expr, list[RowRule]]:
+    raw = pl.col(column)
+    ms = (raw.cast(pl.Datetime("ms")) if dtype == pl.Date else raw).dt.timestamp("ms")
+    return ms, _range(column, ms, remedy)
+
+
+def _iso_text(column: str, remedy: str) -> tuple[pl.Expr, list[RowRule]]:
+    text = pl.col(column).str.replace(" ", "T", literal=True)
+    zoned = text.str.to_datetime("%+", strict=False, time_unit="ms", time_zone="UTC").dt.timestamp("ms")
+    naive = (text.str.to_datetime(f, strict=False, time_unit="ms").dt.timestamp("ms") for f in _ISO_FORMATS)
+    ms = pl.coalesce(*naive, zoned)
+    text_rule = RowRule(column, ms.is_null(), "is not an ISO 8601 time", "write 2024-05-01T12:00:00Z or 2024-05-01")
+    return ms, [text_rule, *_range(column, ms, remedy)]
+
+
+def _whole_time(column: str, factor: float, remedy: str) -> tuple[pl.Expr, list[RowRule]]:
+    whole = pl.col(column).cast(pl.Int64, strict=False)
+    huge = RowRule(column, whole.is_null(), "is after 2100", remedy)
+    return _scaled(whole, factor), [huge, *_range(column, whole, remedy, LATEST_MS / factor)]
+
+
+def _real_time(column: str, dtype: pl.DataType, factor: float, remedy: str) -> tuple[pl.Expr, list[RowRule]]:
+    """Floats, or text of numbers: its integers are scaled as integers, exactly."""
+    raw = pl.col(column)
     real = raw.cast(pl.Float64, strict=False)
-    nearest = (real * factor).round(0, mode="half_to_even").cast(pl.Int64, strict=False)
-    ms = nearest if scaled is None else pl.coalesce(scaled, nearest)
+    ms = (real * factor).round(0, mode="half_to_even").cast(pl.Int64, strict=False)
+    if not dtype.is_float():
+        ms = pl.coalesce(_scaled(raw.cast(pl.Int64, strict=False), factor), ms)
     return ms, [
-        missing,
         RowRule(column, real.is_null(), "is not a number", remedy),
         RowRule(column, real.is_nan(), "is not a number", remedy),
-        *_range(column, real, remedy, limit),
+        *_range(column, real, remedy, LATEST_MS / factor),
     ]
 
 
+def _scaled(whole: pl.Expr, factor: float) -> pl.Expr:
+    """Integers as milliseconds, truncated."""
+    return whole * int(factor) if factor >= 1 else whole // round(1 / factor)
+
+
 def _range(column: str, value: pl.Expr, remedy: str, limit: float = LATEST_MS) -> list[RowRule]:
+    """Rules for a time. `limit` is in the source's unit, so that scaling cannot overflow before the check."""
     return [
         RowRule(column, value < 0, "is negative (before 1970)", remedy),
         RowRule(column, value >= limit, "is after 2100", remedy),
