@@ -1,6 +1,6 @@
 """`vista prepare`: source tables become one segment of an EventLog, out of core and atomically.
 
-    sources -> parts, parsed and checked (parts.py) -> vocabularies -> packed tables (packing.py) -> manifest -> report
+    sources -> parts, parsed and checked (parts.py) -> vocabularies -> packed tables (packer.py) -> manifest -> report
 
 Everything is written into a folder next to the log, fsynced, and renamed into place: a run that fails leaves what was
 there unchanged. The same files give the same bytes, whatever the number of threads, chunks or buckets.
@@ -27,7 +27,7 @@ from vista.log.ingest.columns import actions_of, event_columns, impression_colum
 from vista.log.ingest.distinct_ids import DistinctIds, extended
 from vista.log.ingest.existing_log import ExistingLog
 from vista.log.ingest.new_segment import NewSegment
-from vista.log.ingest.packing import BUCKET_EVENTS, pack
+from vista.log.ingest.packer import BUCKET_EVENTS, Packer
 from vista.log.ingest.parts import Part, read_part, write_quarantine
 from vista.log.ingest.prepare_report import PrepareReport
 from vista.log.ingest.scanned_source import frame_source
@@ -214,23 +214,22 @@ class _Run:
         num_rows = sum(segment.num_rows(table) for table in segment.parts)
         active_users = {}
         with tqdm(total=num_rows, desc="write", unit="row", unit_scale=True, disable=not self.progress) as bar:
+            packer = Packer(
+                scratch=scratch, bucket_events=self.bucket_events, times=self.times, on_rows_written=bar.update
+            )
             for table, parts in segment.parts.items():
                 if table == "events":
                     columns = event_columns(parts[0].source, segment.actions, segment.before.next_ordinals)
+                    prefix = ""
                 else:
                     columns = impression_columns(parts[0].source, segment.tasks)
-                active_users[table] = pack(
+                    prefix = "impressions/"
+                active_users[table] = packer.pack(
                     parts,
                     ids[table].user_rows(segment.users),
                     ids[table].item_rows(segment.items),
                     columns,
-                    TableWriter(
-                        writer, "" if table == "events" else f"{table}/", segment.num_rows(table), columns.types
-                    ),
-                    scratch,
-                    bucket_events=self.bucket_events,
-                    times=self.times,
-                    on_rows_written=bar.update,
+                    TableWriter(writer, prefix, segment.num_rows(table), columns.types),
                 )
         return active_users
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,50 +28,55 @@ BUCKET_EVENTS = 1 << 22
 BUCKET = "bucket"
 
 
-def pack(
-    parts: Sequence[Part],
-    users: pl.DataFrame,
-    items: pl.DataFrame,
-    columns: TableColumns,
-    writer: TableWriter,
-    scratch: Path,
-    *,
-    bucket_events: int,
-    times: StageTimes,
-    on_rows_written: Callable[[int], object],
-) -> int:
-    """Write one packed table.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packer:
+    """Sorts and writes the packed tables of a segment."""
 
-    Args:
-        parts: parts of one table.
-        users: columns `user`, `user_row`, and `len` (number of rows) of every user in the parts.
-        items: columns `item` and `item_row` of every item in the parts.
-        columns: how to make the columns of the table.
-        writer: of the table.
-        scratch: folder for buckets.
-        bucket_events: rows that are sorted at once; it never changes the result.
-        times: receives the seconds of "sort" and "write".
-        on_rows_written: called with the number of rows of each bucket that was written.
+    scratch: Path
+    """Folder for buckets."""
+    bucket_events: int
+    """Rows that are sorted at once; it never changes the result."""
+    times: StageTimes
+    """Receives the seconds of "sort" and "write"."""
+    on_rows_written: Callable[[int], object]
+    """Called with the number of rows of each bucket that was written."""
 
-    Returns:
-        The number of users.
-    """
-    users = users.sort(USER_ROW)
-    bucket = _buckets(users["len"].to_numpy(), bucket_events)
-    keys = users.select("user", USER_ROW, pl.Series(BUCKET, bucket))
-    joined = (
-        pl.concat([part.good() for part in parts])
-        .join(keys.lazy(), on="user", how="inner", maintain_order="none")
-        .join(items.lazy(), on="item", how="inner", maintain_order="none")
-        .drop("user", "item")
-    )
-    for frame in _in_buckets(joined, int(bucket[-1]) + 1, scratch):
-        block = _sorted(frame)
-        times.lap("sort")
-        writer.append(block[USER_ROW].to_numpy(), columns.of_block(block))
-        times.lap("write")
-        on_rows_written(block.height)
-    return writer.close()
+    def pack(
+        self,
+        parts: Sequence[Part],
+        users: pl.DataFrame,
+        items: pl.DataFrame,
+        columns: TableColumns,
+        writer: TableWriter,
+    ) -> int:
+        """Write one packed table.
+
+        Args:
+            parts: parts of one table.
+            users: columns `user`, `user_row`, and `len` (number of rows) of every user in the parts.
+            items: columns `item` and `item_row` of every item in the parts.
+            columns: how to make the columns of the table.
+            writer: of the table.
+
+        Returns:
+            The number of users.
+        """
+        users = users.sort(USER_ROW)
+        bucket = _buckets(users["len"].to_numpy(), self.bucket_events)
+        keys = users.select("user", USER_ROW, pl.Series(BUCKET, bucket))
+        joined = (
+            pl.concat([part.good() for part in parts])
+            .join(keys.lazy(), on="user", how="inner", maintain_order="none")
+            .join(items.lazy(), on="item", how="inner", maintain_order="none")
+            .drop("user", "item")
+        )
+        for frame in _in_buckets(joined, int(bucket[-1]) + 1, self.scratch):
+            block = _sorted(frame)
+            self.times.lap("sort")
+            writer.append(block[USER_ROW].to_numpy(), columns.of_block(block))
+            self.times.lap("write")
+            self.on_rows_written(block.height)
+        return writer.close()
 
 
 def _sorted(rows: pl.DataFrame) -> pl.DataFrame:
