@@ -18,7 +18,14 @@ from vista.config import SourceColumns
 from vista.config.choices import Split
 from vista.errors import NonFiniteLossError
 from vista.evaluation.cases import NextItemCases, impression_cases, next_item_cases, with_tasks
-from vista.evaluation.protocol import LAST_RANK, impression_metrics, rank_next_items, ranking_metrics, seen_columns
+from vista.evaluation.protocol import (
+    LAST_RANK,
+    case_batches,
+    impression_metrics,
+    rank_next_items,
+    ranking_metrics,
+    seen_columns,
+)
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.splits import visible_counts
@@ -98,9 +105,8 @@ def test_hand_computed_ranks(tmp_path: Path) -> None:
             cases,
             np.array(columns),
             lambda batch: np.tile(line, (len(batch.user), 1)),
+            case_batches(cases, log.num_items, users_per_batch),
             exclude_seen=exclude_seen,
-            users_per_batch=users_per_batch,
-            progress=False,
         ).tolist()
 
     known = [0, 1, 2, 3, 4, 5]
@@ -133,10 +139,8 @@ def test_batches_hold_few_events(tmp_path: Path) -> None:
         cases,
         np.arange(6),
         score,
+        case_batches(cases, log.num_items, users_per_batch=4, events_per_batch=4),
         exclude_seen=True,
-        users_per_batch=4,
-        progress=False,
-        events_per_batch=4,
     )
     assert batches == [[0, 3], [1, 0], [3, 0]]
 

@@ -17,7 +17,7 @@ from vista.config import DataConfig
 from vista.errors import ConfigError
 from vista.evaluation.cases import NextItemCases, next_item_cases
 from vista.evaluation.evaluation_report import EvaluationReport
-from vista.evaluation.protocol import rank_next_items, ranking_metrics
+from vista.evaluation.protocol import case_batches, rank_next_items, ranking_metrics
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 from vista.log.histories import ranges
@@ -57,9 +57,8 @@ def evaluate_counting_baseline(
         cases,
         np.arange(log.num_items),
         lambda batch: transitions.scores(batch) if transitions else np.tile(popularity, (len(batch.user), 1)),
+        case_batches(cases, log.num_items, users_per_batch=512),
         exclude_seen=data.exclude_seen,
-        users_per_batch=512,
-        progress=False,
     )
     metrics = ranking_metrics(ranks, top_k or [10])
     return EvaluationReport(metrics, len(ranks), time.perf_counter() - began, ranks, None, None)

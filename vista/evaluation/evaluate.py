@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from vista.arrays import Int
 from vista.config import EvaluateConfig
@@ -16,7 +17,7 @@ from vista.errors import ConfigError, LeakageError
 from vista.evaluation.cases import impression_cases, next_item_cases, with_tasks
 from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.popularity import PopularityReport, popularity_report
-from vista.evaluation.protocol import impression_metrics, rank_next_items, ranking_metrics
+from vista.evaluation.protocol import case_batches, impression_metrics, rank_next_items, ranking_metrics
 from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.evaluation.recall import measure_recall
 from vista.evaluation.recommended_lists import RecommendedLists
@@ -145,14 +146,14 @@ def _measure(
         columns = model.rows_of(log.items) - 1
         cases = next_item_cases(log, visible_counts(log, until), visible_counts(log, test) if is_validation else None)
         lists = RecommendedLists(len(model.items), config.top_k[0]) if config.popularity else None
+        batches = case_batches(cases, log.num_items, config.users_per_batch)
         ranks = rank_next_items(
             log,
             cases,
             columns,
             answers.next_scores,
+            tqdm(batches, desc="ranking", unit="batch", disable=not config.progress, leave=False),
             exclude_seen=_exclude_seen(model, config),
-            users_per_batch=config.users_per_batch,
-            progress=config.progress,
             observe=lists.add if lists is not None else None,
         )
         metrics |= ranking_metrics(ranks, list(config.top_k))

@@ -6,12 +6,11 @@ Letters: N cases, V items of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from vista.arrays import Int
 from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases
@@ -32,12 +31,10 @@ def rank_next_items(
     cases: NextItemCases,
     item_columns: Int,
     score: Callable[[NextItemCases], NDArray[np.floating[Any]]],
+    batches: Iterable[slice],
     *,
     exclude_seen: bool,
-    users_per_batch: int,
-    progress: bool,
     observe: Callable[[Floats, Int, tuple[Int, Int] | None], None] | None = None,
-    events_per_batch: int = EVENTS_PER_BATCH,
 ) -> Int:
     """0-based rank of each case's label among all items of the model.
 
@@ -45,21 +42,16 @@ def rank_next_items(
         item_columns: int64 [log.num_items], the column of each of the log's items in the output of `score`; -1 where
             the model does not know the item, whose labels then get LAST_RANK.
         score: some cases -> [n, V] of any float dtype.
+        batches: which cases `score` is called with at a time, by `case_batches`; they cover all cases.
         exclude_seen: leave the user's earlier items out of the list (never the label).
-        users_per_batch: most users that `score` is called with.
         observe: called with each batch's scores [n, V], the labels' columns [n] (-1 unknown) and excluded cells, to
             count lists in the same pass (`RecommendedLists.add`).
-        events_per_batch: most events in the histories of a batch.
 
     Returns:
         int64 [N].
     """
     ranks = np.zeros(len(cases.user), np.int64)
-    users_per_batch = min(users_per_batch, max(1, SCORES_PER_BATCH // max(len(item_columns), 1)))
-    # A case weighs at least a batch's fair share, so that neither users nor events of a batch become too many.
-    weight = np.maximum(cases.seen, events_per_batch // users_per_batch)
-    groups = list(token_groups(weight, events_per_batch))
-    for part in tqdm(groups, desc="ranking", unit="batch", disable=not progress, leave=False):
+    for part in batches:
         batch = NextItemCases(cases.user[part], cases.seen[part], cases.item[part])
         scores = score(batch)
         target = item_columns[batch.item]
@@ -69,6 +61,22 @@ def rank_next_items(
         if observe is not None:
             observe(scores, target, excluded)
     return ranks
+
+
+def case_batches(
+    cases: NextItemCases, num_items: int, users_per_batch: int, events_per_batch: int = EVENTS_PER_BATCH
+) -> list[slice]:
+    """Consecutive cases that fit into one batch, by their users, scores, and events.
+
+    Args:
+        num_items: number of items of the log, which bounds the users by SCORES_PER_BATCH.
+        users_per_batch: most users of a batch.
+        events_per_batch: most events in the histories of a batch (a longer history is a batch by itself).
+    """
+    users_per_batch = min(users_per_batch, max(1, SCORES_PER_BATCH // max(num_items, 1)))
+    # A case weighs at least a batch's fair share, so that neither users nor events of a batch become too many.
+    weight = np.maximum(cases.seen, events_per_batch // users_per_batch)
+    return list(token_groups(weight, events_per_batch))
 
 
 def seen_columns(log: EventLog, cases: NextItemCases, item_columns: Int) -> tuple[Int, Int]:

@@ -14,7 +14,13 @@ from vista.arrays import Int
 from vista.config import TrainConfig
 from vista.errors import NonFiniteLossError
 from vista.evaluation.cases import ImpressionCases, NextItemCases, impression_cases, next_item_cases, with_tasks
-from vista.evaluation.protocol import EVENTS_PER_BATCH, impression_metrics, rank_next_items, ranking_metrics
+from vista.evaluation.protocol import (
+    EVENTS_PER_BATCH,
+    case_batches,
+    impression_metrics,
+    rank_next_items,
+    ranking_metrics,
+)
 from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
@@ -90,10 +96,8 @@ class Validation:
                 self._next,
                 columns,
                 lambda cases: self._finite(next_scores(cases), cases.user),
+                case_batches(self._next, self._log.num_items, CASES_PER_BATCH, self._events_per_batch),
                 exclude_seen=self._exclude_seen,
-                users_per_batch=CASES_PER_BATCH,
-                progress=False,
-                events_per_batch=self._events_per_batch,
             )
             metrics |= ranking_metrics(ranks, [10])
         if self._impressions is not None:
