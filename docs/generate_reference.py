@@ -54,6 +54,13 @@ MEMBERS: dict[object, list[str]] = {
     vista.VistaModel: ["from_pretrained", "save_pretrained", "with_tail", "summarizer_id"],
 }
 """Members to document, where it is not all public ones."""
+UNIT_OF_SUFFIX = {"_s": "s", "_ms": "ms", "_bytes": "bytes"}
+"""Units that the end of a key's name says."""
+_COUNTED = re.compile(
+    r"(?:\b[Nn]umber of|\bin) (?:[\w'-]+ ){0,4}?((?:candidate|cut|day|epoch|event|function|head|impression|interest|"
+    r"item|layer|negative|position|row|step|thread|token|topic|user|validation|window)s)\b"
+)
+"""How the docstring of a number says its unit: "Number of newest events", "Mean length, in events"."""
 
 
 def reference_pages() -> dict[str, str]:
@@ -126,8 +133,20 @@ def _key_tables(listed: ConfigKeys, command: str) -> Iterator[str]:
 
 
 def _key_table(keys: list[ConfigKey]) -> str:
-    rows = ((f"`{key.name}`", _type(key), f"`{value_text(key.default)}`", _text(key.doc)) for key in keys)
-    return _table(("Key", "Type", "Default", "Meaning"), rows)
+    rows = ((f"`{key.name}`", _type(key), unit_of(key), f"`{value_text(key.default)}`", _text(key.doc)) for key in keys)
+    return _table(("Key", "Type", "Unit", "Default", "Meaning"), rows)
+
+
+def unit_of(key: ConfigKey) -> str:
+    """The unit of a number or a time, by the name of its key or else by its docstring; – if it has none."""
+    if re.search(r"\b(int|float)\b", key.type_text) and not key.choices:
+        for suffix, unit in UNIT_OF_SUFFIX.items():
+            if key.name.endswith(suffix):
+                return unit
+        return " or ".join(dict.fromkeys(_COUNTED.findall(key.doc.partition(". ")[0]))) or "–"
+    if "(UTC)" in key.doc:
+        return "UTC, or ms since 1970" if "milliseconds" in key.doc else "UTC"
+    return "–"
 
 
 def _type(key: ConfigKey) -> str:

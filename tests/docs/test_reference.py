@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 
 import vista
-from docs.generate_reference import MEMBERS, error_classes, main, reference_pages
+from docs.generate_reference import MEMBERS, error_classes, main, reference_pages, unit_of
 from vista import errors
 from vista.cli.command_table import COMMANDS
 from vista.config.composition import conf_dir, groups_of, options_of
 from vista.config.config_keys import ConfigKeys, value_text
 
 PAGES = reference_pages()
+NO_UNIT_IN_MODEL = ("dim", "normalization_alpha", "feed_forward_ratio", "dropout", "temperature")
+NO_UNIT_IN_DATA = ("staleness_share", "unknown_share", "negative_power")
+NO_UNIT_IN_OPTIM = (
+    *("learning_rate", "weight_decay", "gradient_clip", "logq_strength"),
+    *("next_weight", "task_weight", "reconstruction_weight"),
+)
 
 
 def test_the_pages_can_be_read_without_the_site(tmp_path: Path) -> None:
@@ -32,12 +38,26 @@ def test_every_command_and_key_is_documented(name: str) -> None:
     section = config.split(f"\n## {name}\n")[1].split("\n## ")[0]
     keys = ConfigKeys.of(COMMANDS[name].schema)
     for key in keys.keys.values():
-        row = re.search(rf"^\| `{re.escape(key.name)}` \| (.+) \| `(.*)` \| (.+) \|$", section, flags=re.M)
+        row = re.search(rf"^\| `{re.escape(key.name)}` \| (.+) \| (.+) \| `(.*)` \| (.+) \|$", section, flags=re.M)
         if row is None:  # a section of the same schema as an earlier one
             own = section.split(f"\n### {name} {key.name.rpartition('.')[0]}\n")[1]
             assert re.match(r"\nThe same keys as `\w+`\.", own), key.name
         else:
-            assert row[2] == value_text(key.default) and row[3].strip()
+            assert row[3] == value_text(key.default) and row[2] == unit_of(key) and row[4].strip()
+
+
+def test_every_number_has_a_unit_or_none_on_purpose() -> None:
+    keys = [key for command in COMMANDS.values() for key in ConfigKeys.of(command.schema).keys.values()]
+    numbers = [key for key in keys if re.search(r"\b(int|float)\b", key.type_text) and not key.choices]
+    without = {key.name for key in numbers if unit_of(key) == "–"}
+    assert without == {f"model.{name}" for name in NO_UNIT_IN_MODEL} | {f"data.{name}" for name in NO_UNIT_IN_DATA} | {
+        *(f"optim.{name}" for name in NO_UNIT_IN_OPTIM),
+        *("seed", "generation", "to"),
+    }
+    units = {key.name: unit_of(key) for key in keys}
+    assert units["poll_s"] == "s" and units["days"] == "days" and units["model.tail_len"] == "events"
+    assert units["model.decay_horizons"] == "days or events" and units["now"] == "UTC, or ms since 1970"
+    assert units["device"] == "–"
 
 
 def test_every_option_of_conf_is_documented() -> None:

@@ -21,12 +21,14 @@ class DataConfig:
     path: str = "data/log"
     """Folder of the EventLog."""
     split: Split = Split.leave_last_out
+    """Which labels are test labels: each user's last event, with the one before for validation (leave-last-out), or all
+    from a given time on (time)."""
     validation_from: str | None = None
     """With split=time: labels from this time on are not used for training. ISO date or time (UTC), or integer
     milliseconds. null with any other split."""
     test_from: str | None = None
-    """With split=time: labels from this time on are test labels. Written like validation_from; null with any other
-    split."""
+    """With split=time: labels from this time on are test labels. ISO date or time (UTC), or integer milliseconds. null
+    with any other split."""
     exclude_seen: bool = True
     """Whether validation and evaluation exclude items of the visible history from rankings (never the label). Set it to
     false if users return to items."""

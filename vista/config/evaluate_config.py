@@ -26,7 +26,7 @@ class EvaluateConfig:
     """Whether to exclude items of the visible history from rankings (never the label). null uses `data.exclude_seen`
     of the model's training."""
     top_k: list[int] = field(default_factory=lambda: [10, 50, 200])
-    """Cutoffs k of HR@k and NDCG@k. The first is also the list length of the popularity report."""
+    """Cutoffs k of HR@k and NDCG@k, in items. The first is also the list length of the popularity report."""
     popularity: bool = False
     """Also report how closely the retrieval head's lists follow training popularity."""
     staleness: int = 0
@@ -40,7 +40,7 @@ class EvaluateConfig:
     users_per_batch: int = 512
     """Number of users that are ranked at once."""
     out: str | None = None
-    """JSON file for the metrics; an existing file is replaced. null only prints them."""
+    """JSON file for the metrics. An existing file is replaced. null only prints them."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     num_threads: int = 0

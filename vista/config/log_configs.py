@@ -30,7 +30,7 @@ class LogEraseConfig:
     data: str = "data/log"
     """Folder of the EventLog."""
     users: list[str] = field(default_factory=list)
-    """Ids of the users to delete; at least one."""
+    """Ids of the users to delete, at least one."""
 
     def __post_init__(self) -> None:
         check_types(self)

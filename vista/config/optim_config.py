@@ -20,7 +20,7 @@ class OptimConfig:
     gradient_clip: float = 1.0
     """Maximum global norm of the gradient."""
     epochs: int = 10
-    """Number of passes over the training histories."""
+    """Number of epochs, which are passes over the training histories."""
     next_weight: float = 1.0
     """Weight of the sampled softmax over next items. 0 does not train next items."""
     logq_strength: float = 1.0

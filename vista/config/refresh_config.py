@@ -19,18 +19,22 @@ class RefreshConfig(RefreshOptions):
     store: str = "stores/vista"
     """Folder of the summary store."""
     authentication_key_file: str | None = None
-    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     incremental: bool = False
-    """Update only users with new events, in the published generation; the format stays that of the full refresh."""
+    """Update only the users with new events, in the published generation. The format of the store stays as the full
+    refresh set it."""
     until: str | None = None
-    """Events that summaries may cover: null (all), leave-last-out, leave-last-N-out, an ISO time (UTC), or ms; a time
-    can be followed by -less-N, which hides the newest N of each user's events before it."""
+    """Events that summaries may cover: all (null), all but each user's last (leave-last-out) or last N
+    (leave-last-N-out), or those before a time, which is an ISO date or time (UTC) or integer milliseconds. TIME-less-N
+    also hides the newest N of each user's events before that time."""
     shard: str | None = None
-    """i/n: refresh only the users of shard i of n, in <store>/part-i-of-n, so that machines can share the work."""
+    """Written i/n: refresh only the users of shard i of n, into <store>/part-i-of-n, so that several machines can share
+    the work. null refreshes all users."""
     device: str = "auto"
-    """auto | cpu | cuda | cuda:N."""
+    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     num_threads: int = 0
-    """CPU threads; 0 leaves torch's own choice."""
+    """Number of CPU threads. 0 leaves the choice to PyTorch."""
     progress: bool = True
     """Show a progress bar."""
 

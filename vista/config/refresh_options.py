@@ -18,6 +18,8 @@ class RefreshOptions:
     """What a refresh writes and how it batches its work. Choices may be given as words, such as codec="float32"."""
 
     codec: Codec = Codec.int8
+    """How the values of a summary are stored: float32, float16, or as quantized rows of 8 bits (int8) or 4 bits
+    (int4)."""
     state: StateDtype = StateDtype.float32
     """How states are stored for incremental refreshes: float32, float16, or none."""
     precision: Precision = Precision.float32

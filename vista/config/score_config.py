@@ -17,20 +17,23 @@ class ScoreConfig:
     store: str = "stores/vista"
     """Folder of the summary store."""
     authentication_key_file: str | None = None
-    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     users: list[str] = field(default_factory=list)
-    """User ids; at least one."""
+    """Ids of the users, at least one."""
     candidates: list[str] = field(default_factory=list)
-    """Item ids; empty ranks the whole catalog."""
+    """Ids of the items to score. Empty ranks the whole catalog."""
     top_k: int = 10
-    """Items to list per user if no candidates are given."""
+    """Number of items to list per user if no candidates are given."""
     now: str | None = None
-    """Time of the request, an ISO date or time (UTC) or ms; null if unknown."""
+    """Time of the request: ISO date or time (UTC), or integer milliseconds. null if it is unknown."""
     on_missing: OnMissing = OnMissing.empty
+    """What an unknown user or item gets: the summary of an empty history (empty), NaN scores (nan), or an error
+    (raise)."""
     device: str = "auto"
-    """auto | cpu | cuda | cuda:N."""
+    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     num_threads: int = 0
-    """CPU threads; 0 leaves torch's own choice."""
+    """Number of CPU threads. 0 leaves the choice to PyTorch."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -25,7 +25,8 @@ class StoreVerifyConfig:
     store: str = "stores/vista"
     """Folder of the summary store."""
     authentication_key_file: str | None = None
-    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -38,7 +39,8 @@ class StoreCompactConfig:
     store: str = "stores/vista"
     """Folder of the summary store."""
     authentication_key_file: str | None = None
-    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -53,7 +55,8 @@ class StoreExportConfig:
     out: str = "summaries.parquet"
     """The file; replaced if it exists."""
     authentication_key_file: str | None = None
-    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -68,7 +71,8 @@ class StoreImportConfig:
     store: str = "stores/vista"
     """Folder of the summary store; made if it does not exist."""
     authentication_key_file: str | None = None
-    """File with the exported store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
+    """File with the key that authenticated the exported records: 32 bytes, or 64 hex digits. null uses the environment
+    variable VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     shared_with_group: bool = False
     """Let the group of the store's folder read the store (folders 2750, files 0640), not only this account."""
 
@@ -89,7 +93,8 @@ class StoreCopyConfig:
     publish: bool = True
     """Publish the copy at once; false only copies and verifies it, until the same command with true publishes it."""
     authentication_key_file: str | None = None
-    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     shared_with_group: bool = False
     """Let the group of the target folder read the copy (folders 2750, files 0640), not only this account."""
 
@@ -106,7 +111,8 @@ class StoreRollbackConfig:
     to: int | None = None
     """Number of the generation; null takes the newest one before the published one."""
     authentication_key_file: str | None = None
-    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -123,7 +129,8 @@ class StoreGetConfig:
     model: str | None = None
     """Folder of the exported model, to print the tail's items by their ids in the log; null prints model rows."""
     authentication_key_file: str | None = None
-    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -136,7 +143,7 @@ class StoreEraseConfig:
     store: str = "stores/vista"
     """Folder of the summary store."""
     users: list[str] = field(default_factory=list)
-    """User ids; at least one."""
+    """Ids of the users to erase, at least one."""
     data: str | None = None
     """Folder of the EventLog to erase them from too; null erases them from the store only."""
 

@@ -20,28 +20,30 @@ class WatchConfig:
     store: str = "stores/vista"
     """Folder of the summary store."""
     folder: str | None = None
-    """Folder in which Parquet, CSV or TSV files arrive; null follows a log to which other processes append. Files that
-    cannot be read are listed in its folder `refused`, with the reason."""
+    """Folder in which Parquet, CSV, or TSV files arrive. Files that cannot be read are listed in its folder `refused`,
+    with the reason. null follows a log to which other processes append."""
     arrival: Arrival = Arrival.done
     """How the watch tells that a file is complete. done: its writer creates an empty file with the suffix .done next to
     it, such as day.csv.done. pause: the file has not changed for settle_s; if its writer pauses longer, the rows before
     the pause count twice."""
     settle_s: float = 2.0
-    """Seconds without a change after which a file is complete; only for arrival=pause."""
+    """With arrival=pause: number of seconds without a change after which a file is complete."""
     events: SourceConfig = field(default_factory=SourceConfig)
-    """Columns of the files; events.paths is not used."""
+    """Columns of the files. events.paths is not used."""
     on_bad_rows: OnBadRows = OnBadRows.error
-    """raise refuses a file with bad rows and continues with the other files; quarantine sets the bad rows aside."""
+    """What happens to invalid rows: raise refuses the file and continues with the other files; quarantine sets the rows
+    aside."""
     authentication_key_file: str | None = None
-    """File with the store's key, 32 bytes or 64 hex digits; null reads VISTA_AUTHENTICATION_KEY if set."""
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     poll_s: float = 5.0
-    """Seconds between two looks at folder and log."""
+    """Number of seconds between two checks of the folder or the log."""
     once: bool = False
-    """Look once and exit, as a scheduled job does."""
+    """Check once and exit, as a scheduled job does."""
     device: str = "auto"
-    """auto | cpu | cuda | cuda:N."""
+    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     num_threads: int = 0
-    """CPU threads; 0 leaves torch's own choice."""
+    """Number of CPU threads. 0 leaves the choice to PyTorch."""
     progress: bool = False
     """Show a progress bar."""
 
