@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import shlex
@@ -243,6 +244,13 @@ class TestOutcomes:
     def test_typed_error_is_one_line(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         stub(monkeypatch, DataError("clicks.csv: row 3,\n  column item: 'x'"))
         assert refusal(capsys, "train", code=1) == "error: clicks.csv: row 3, column item: 'x'\n"
+
+    def test_error_of_a_file_is_one_line(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stub(monkeypatch, OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300))
+        line = refusal(capsys, "train", code=1)
+        assert line.startswith("error: xxx") and line.endswith("File name too long; check the path and the disk\n")
 
     @pytest.mark.parametrize(("name", "resumes"), [("train", True), ("refresh", True), ("prepare", False)])
     def test_interrupt(

@@ -1,8 +1,8 @@
 """The command line: `vista COMMAND [KEY=VALUE ...]`, where a command is one word or two (`vista log stats`).
 
-Exit codes: 0 success; 1 an error that vista raises on purpose; 2 an invalid command line or configuration; 130
-interrupted. Each of these errors is one line on stderr; unexpected errors keep their traceback. The commands are listed
-in command_table.py.
+Exit codes: 0 success; 1 an error that vista raises on purpose, or one of a file; 2 an invalid command line or
+configuration; 130 interrupted. Each of these errors is one line on stderr; unexpected errors keep their traceback. The
+commands are listed in command_table.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from vista import __version__
 from vista.cli.command_table import COMMANDS
-from vista.errors import ConfigError, VistaError
+from vista.errors import ConfigError, VistaError, shortened
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,6 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # such as a name that is too long for the file system
+        if error.filename is None:
+            raise
+        return _fail(f"error: {shortened(str(error.filename), 200)}: {error.strerror}; check the path and the disk", 1)
 
 
 if __name__ == "__main__":

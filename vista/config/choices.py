@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import TypeVar
 
+from vista.errors import shown
+
 Choice = TypeVar("Choice", bound=Enum)
 
 
@@ -18,7 +20,7 @@ def choice_of(kind: type[Choice], value: Choice | str, name: str) -> Choice:
         return value
     values = sorted({choice.value for choice in kind})
     if value not in values:
-        raise ValueError(f"{name}: {value!r} is not one of {values}")
+        raise ValueError(f"{name}: {shown(value)} is not one of {values}")
     return kind(value)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vista.config.choices import OnBadRows
 from vista.config.source_columns import SourceColumns
-from vista.errors import LogFormatError, UnknownUserError
+from vista.errors import LogFormatError, UnknownUserError, shown
 from vista.log.deleted_rows import obey_deletions
 from vista.log.histories import Histories, slice_merged, take_range
 from vista.log.impressions import Impressions, read_impressions
@@ -55,6 +55,7 @@ class EventLog:
         Raises:
             LogFormatError: if the log is missing, truncated, or of another format, or no segment ends at `last_segment`
                 (`has_boundary`).
+            OSError, ValueError: if the system does not accept the path: it is too long or has a null character.
         """
         return cls(Path(path), read_segments(Path(path), last_segment))
 
@@ -85,6 +86,7 @@ class EventLog:
         Raises:
             ConfigError: if arguments contradict each other, or times have no unit.
             DataError: naming row, column, value, and remedy.
+            ValueError: if `on_bad_rows` is not one of the allowed values.
         """
         # Imported here because ingest loads Polars, which no reader of a log needs.
         from vista.log.ingest.prepare import prepare_frames
@@ -132,10 +134,11 @@ class EventLog:
 
         Raises:
             UnknownUserError: if the user is not in the log.
+            TypeError: if the log's ids are of the other type, or the id is beyond int64.
         """
         row = int(self.users.rows([user_id])[0])
         if row < 0:
-            raise UnknownUserError(f"user {user_id!r} is not in {self.path}; check with `user_id in log` first")
+            raise UnknownUserError(f"user {shown(user_id)} is not in {self.path}; check with `user_id in log` first")
         return self.slice(row)
 
     def __contains__(self, user_id: int | str) -> bool:
@@ -188,9 +191,12 @@ class EventLog:
 
         Raises:
             IndexError: if a row is out of range.
+            TypeError, ValueError: if rows or counts are not integers, or differ in shape.
         """
         rows = self._checked_rows(user_rows)
-        stops = self.lengths[rows] if counts is None else np.asarray(counts, np.int64)
+        stops = self.lengths[rows] if counts is None else np.asarray(counts)
+        if stops.size and stops.dtype.kind not in "iu":
+            raise TypeError(f"counts must be integers, got {stops.dtype}")
         return self.gather_ranges(rows, np.zeros(len(rows), np.int64), stops)
 
     def gather_ranges(self, user_rows: Any, starts: Any, stops: Any) -> Histories:
@@ -285,7 +291,12 @@ class EventLog:
         return total
 
     def slice(self, user_row: SupportsIndex, start: int = 0, stop: int | None = None) -> Histories:
-        """Events [start, stop) of one user (B = 1), with bounds like a list's; views if one segment has them all."""
+        """Events [start, stop) of one user (B = 1), with bounds like a list's; views if one segment has them all.
+
+        Raises:
+            IndexError: if the row is out of range.
+            TypeError: if the row is beyond int64.
+        """
         row = int(self._checked_rows([user_row])[0])
         low, high, _ = slice(start, stop).indices(int(self.lengths[row]))
         return slice_merged(self._tables, row, low, max(low, high))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.errors import ConfigError, LogFormatError
+from vista.errors import ConfigError, LogFormatError, shown
 from vista.log.array_file import map_array
 
 Ids = Sequence[int] | Sequence[str] | Sequence[int | str] | NDArray[Any]
@@ -367,7 +367,7 @@ def _as_str_ids(ids: Ids) -> list[str]:
 
 def _describe(array: NDArray[Any]) -> str:
     first = array.ravel()[0]
-    return f"{type(first).__name__} {first!r}" if array.dtype == object else f"{array.dtype} {first!r}"
+    return f"{type(first).__name__ if array.dtype == object else array.dtype} {shown(first)}"
 
 
 def _from_bytes(encoded: list[bytes]) -> Vocabulary:

@@ -145,6 +145,7 @@ class RankingModel(nn.Module):
         Raises:
             CheckpointError: if the folder is missing, damaged, of another format, or of another architecture; if its
                 config.json asks for a larger model than its weights are; or if a weight is not finite.
+            OSError: if the system does not accept the path, because it is too long.
         """
         folder = Path(folder)
         saved = ModelDescription.read(folder)

@@ -99,6 +99,7 @@ class Scorer:
         Raises:
             SummarizerMismatchError: another summarizer wrote the store.
             StoreError, CheckpointError: the store or the model is missing or damaged; the message says what to do.
+            OSError: the system does not accept a path, because it is too long.
             ValueError: on_missing, task or precision is not one of the allowed values; max_age_s is not positive.
         """
         policy = choice_of(OnMissing, on_missing, "on_missing")
@@ -233,6 +234,9 @@ class Scorer:
             exclude_tail: leave out the items of the user's tail.
             tail: as in `predict`.
             now: as in `predict`.
+
+        Raises:
+            ValueError: `top_k` is below 1. Others as in `predict`.
         """
         if not isinstance(top_k, (int, np.integer)) or isinstance(top_k, bool):
             raise TypeError(f"top_k: must be an integer, got {top_k!r}")
@@ -273,6 +277,10 @@ class Scorer:
         """Look up item ids [C] or [B, C] once, to score them many times.
 
         The result belongs to the model in service: encode again after a `reload` that moves to another model.
+
+        Raises:
+            UnknownItemError: with on_missing="raise".
+            ValueError, TypeError: the ids are of another type or shape; the message says which.
         """
         with self._snapshots.use() as snapshot:
             return CandidateSet.of(snapshot, candidates, self.on_missing)

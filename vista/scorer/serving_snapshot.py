@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.config.choices import Precision
+from vista.errors import shown
 from vista.log.gaps import NUM_GAPS
 from vista.model import inference
 from vista.model.attribution import Attribution, attribute
@@ -85,7 +86,7 @@ class ServingSnapshot:
     def require_task(self, task: str) -> None:
         """Raise ValueError if the model lacks a task."""
         if task not in self.tasks:
-            raise ValueError(f"task: {task!r} is not one of this model's tasks, {self.tasks}")
+            raise ValueError(f"task: {shown(task)} is not one of this model's tasks, {self.tasks}")
 
     def unit_vectors(self) -> Tensor:
         """Unit vectors of all items, [1 + V, M]; ValueError without the retrieval head."""

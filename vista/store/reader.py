@@ -87,6 +87,7 @@ class StoreReader:
         Raises:
             SummarizerMismatchError: no generation is of that summarizer; the message names both summarizers.
             StoreError: missing, unpublished, truncated, not a store, or of another key; the message has the remedy.
+            OSError, ValueError: the system does not accept the path: it is too long or has a null character.
         """
         return cls(Path(path).absolute(), summarizer_id, key, tail_len)
 

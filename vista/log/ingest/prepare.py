@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vista.config import PrepareConfig, SourceColumns, SourceConfig
-from vista.config.choices import OnBadRows
+from vista.config.choices import OnBadRows, choice_of
 from vista.errors import ConfigError, DataError
 from vista.log.frames import to_polars
 from vista.log.ingest.columns import actions_of, event_columns, impression_columns, time_range
@@ -90,7 +90,12 @@ def prepare_frames(
         columns: names of the frames' columns.
         bucket_events: see `prepare`.
     """
-    run = _Run(target=Path(path), append=append, on_bad_rows=OnBadRows(on_bad_rows), bucket_events=bucket_events)
+    run = _Run(
+        target=Path(path),
+        append=append,
+        on_bad_rows=choice_of(OnBadRows, on_bad_rows, "on_bad_rows"),
+        bucket_events=bucket_events,
+    )
     run.check_target()
     keys: dict[str, Any] = {name: getattr(columns, name) for name in ("user", "item", "timestamp")}
     rest: dict[str, Any] = {name: getattr(columns, name) for name in ("action", "rating", "sequence")}
