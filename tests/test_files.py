@@ -75,6 +75,14 @@ class TestReplaceFile:
             replace_file(tmp_path / "file", b"new")
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
+    @pytest.mark.parametrize("link", [False, True])
+    def test_a_pipe_or_device_is_not_replaced(self, tmp_path: Path, link: bool) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "link").symlink_to("pipe")
+        with pytest.raises(OSError, match="is not a regular file"):
+            replace_file(tmp_path / ("link" if link else "pipe"), b"new")
+        assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and (tmp_path / "link").is_symlink()
+
     def test_without_a_mode_the_umask_decides(self, tmp_path: Path) -> None:
         old = os.umask(0o027)
         try:

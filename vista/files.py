@@ -73,6 +73,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_replaceable(path: Path) -> None:
+    """Require that a path names a regular file, or nothing yet. To replace /dev/null by a file would break the system.
+
+    Raises:
+        OSError: it is, or leads to, a device, a pipe, a socket or a folder.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+
+
 def replace_file(path: Path, content: bytes, mode: int | None = None) -> None:
     """Write a small file atomically and durably: temporary name, fsync, rename, fsync of the folder.
 
@@ -193,6 +207,15 @@ def writable_folder(folder: Path, key: str) -> None:
         raise ConfigError(
             f"{key}={folder}: cannot be written ({error.strerror}); choose another folder, or make this one writable"
         ) from None
+
+
+def writable_file(path: Path, key: str) -> None:
+    """As `writable_folder` for the folder of a file that will be written, which must not be a device or a folder."""
+    writable_folder(path.absolute().parent, key)
+    try:
+        check_replaceable(path)
+    except OSError as error:
+        raise ConfigError(f"{key}={path}: {error.strerror}; name a file") from None
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:

@@ -494,6 +494,8 @@ class TestResults:
         monkeypatch.setattr("vista.evaluation.evaluate.evaluate_scorer", lambda *_, **__: pytest.fail("evaluated"))
         with pytest.raises(ConfigError, match=r"out=.*: cannot be written"):
             evaluate(self.settings(served, tmp_path, out=str(tmp_path / "file" / "metrics.json")))
+        with pytest.raises(ConfigError, match=r"out=.*: is not a regular file; name a file"):
+            evaluate(self.settings(served, tmp_path, out=str(tmp_path)))
 
 
 def test_undefined_metrics_print_as_nan() -> None:

@@ -23,7 +23,7 @@ from vista.evaluation.recall import measure_recall
 from vista.evaluation.recommended_lists import RecommendedLists
 from vista.evaluation.scorer_answers import ScorerAnswers
 from vista.examples.frequency import item_counts
-from vista.files import replace_text, writable_folder
+from vista.files import replace_text, writable_file
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.log.until import parse_until
@@ -48,7 +48,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
         LogFormatError: if a file of the log is damaged.
     """
     if config.out is not None:
-        writable_folder(Path(config.out).absolute().parent, "out")
+        writable_file(Path(config.out), "out")
     log = EventLog.open(config.data)
     if config.verify_log:
         log.verify()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,9 @@ def test_a_failed_export_keeps_the_old_file(tmp_path, build):
         export_store(tmp_path / "target", tmp_path / "none" / "out.parquet")
     with pytest.raises(StoreError, match=r"cannot be written: .*Not a directory"):
         export_store(tmp_path / "target", file / "out.parquet")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StoreError, match=r"cannot be written: .*is not a regular file"):
+        export_store(tmp_path / "target", tmp_path / "pipe")
     assert file.read_bytes() == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "store", "target"]
 

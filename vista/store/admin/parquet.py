@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from vista.errors import DataError, StoreError, shown
-from vista.files import sync
+from vista.files import check_replaceable, sync
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.polars_extra import pl, register_io_source
 from vista.store.admin.generation_builder import GenerationBuilder, restamp_records
@@ -90,6 +90,7 @@ def _export(root: Path, generation: int, out: Path, key: bytes | None, group_byt
         text = json.dumps(about)
         partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         try:
+            check_replaceable(out)
             os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE.file))
             register_io_source(frames, schema=schema).sink_parquet(
                 partial,
