@@ -26,7 +26,17 @@ from scripts.benchmarks.workloads import START_MS
 from vista.arrays import Int
 from vista.config.choices import Codec, StateDtype
 from vista.device import keep_freed_memory, set_threads
-from vista.store import NO_TIMESTAMP, Manifest, RecordSpec, StoreReader, StoreWriter, Tail, encode_records, user_keys
+from vista.store import (
+    NO_TIMESTAMP,
+    Manifest,
+    RecordSpec,
+    StoreReader,
+    StoreWriter,
+    Tail,
+    UserSummaries,
+    encode_records,
+    user_keys,
+)
 from vista.store.format.state_record import StateArrays, StateSpec, encode_states
 from vista.store.layout import environment_path, read_current
 from vista.store.lmdb.environment import SharedEnvironment
@@ -90,16 +100,15 @@ def records_of(users: Int, spec: RecordSpec) -> Batch:
         (events % 4).astype(np.uint8),
         TAIL_LEN * np.arange(count + 1),
     )
-    records = encode_records(
-        keys,
-        _noise(count, spec.num_tokens, spec.dim) + shift,
-        tail,
-        spec=spec,
+    summaries = UserSummaries(
+        keys=keys,
+        summary=_noise(count, spec.num_tokens, spec.dim) + shift,
+        tail=tail,
         event_count=users + TAIL_LEN,
         last_event_ts=np.full(count, NO_TIMESTAMP),
         history_digest=users.astype(np.uint64),
     )
-    return keys, records
+    return keys, encode_records(summaries, spec)
 
 
 def states_of(keys: Sequence[bytes], spec: StateSpec) -> list[bytes]:

@@ -18,7 +18,7 @@ import numpy as np
 from tests.faults.nursery import Say
 from tests.record_reference import decode_record_reference
 from vista.errors import StoreError
-from vista.store import StoreReader, StoreWriter, Tail, encode_records, user_keys
+from vista.store import StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
 from vista.store.format.keys import CURSOR_KEY, MANIFEST_KEY
 from vista.store.format.record_spec import RecordSpec
 from vista.store.layout import environment_path
@@ -84,15 +84,15 @@ class Run:
         """Keys and records of these users."""
         keys = user_keys(list(users))
         counts = np.array(users, np.int64) + self.salt
-        return keys, encode_records(
-            keys,
-            self.summary(users),
-            self.tail(users),
-            spec=spec,
+        summaries = UserSummaries(
+            keys=keys,
+            summary=self.summary(users),
+            tail=self.tail(users),
             event_count=counts,
             last_event_ts=counts + 5,
             history_digest=counts.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15),
         )
+        return keys, encode_records(summaries, spec)
 
     def batches(self, begin: int) -> Iterator[range]:
         """Batches of users from `begin`."""

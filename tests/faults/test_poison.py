@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
-from vista.store import NO_TIMESTAMP, RecordSpec, encode_records, user_keys
+from vista.store import NO_TIMESTAMP, RecordSpec, UserSummaries, encode_records, user_keys
 from vista.store import Tail as StoredTail
 
 EXAMPLES = 50
@@ -56,14 +57,16 @@ def test_poisoned_summaries(trial: Trial) -> None:
         spec = RecordSpec(bytes(32), 1, 2, 4, codec)
         summary = np.ones((3, 2, 4), np.float32)
         summary[user].flat[: len(values)] = values
-        arguments: dict[str, Any] = {
-            "spec": spec,
-            "event_count": np.ones(3, np.int64),
-            "last_event_ts": np.full(3, NO_TIMESTAMP),
-            "history_digest": np.zeros(3, np.uint64),
-        }
+        users = UserSummaries(
+            keys=user_keys([0, 1, 2]),
+            summary=summary,
+            tail=StoredTail.empty(3),
+            event_count=np.ones(3, np.int64),
+            last_event_ts=np.full(3, NO_TIMESTAMP),
+            history_digest=np.zeros(3, np.uint64),
+        )
         try:
-            records = encode_records(user_keys([0, 1, 2]), summary, StoredTail.empty(3), **arguments)
+            records = encode_records(users, spec)
         except RecordError as error:
             assert f"user {user}" in str(error)
             # Narrower numbers, or the scales of quantized rows, may overflow.
@@ -71,7 +74,7 @@ def test_poisoned_summaries(trial: Trial) -> None:
             trial.count("refused")
             return
         assert np.isfinite(summary).all(), "a non-finite value was written"
-        clean = encode_records(user_keys([0, 1, 2]), np.ones_like(summary), StoredTail.empty(3), **arguments)
+        clean = encode_records(dataclasses.replace(users, summary=np.ones_like(summary)), spec)
         for other in {0, 1, 2} - {user}:
             assert records[other] == clean[other]
         decoded = decode_record_reference(records[user])["summary"]

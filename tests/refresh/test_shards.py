@@ -163,7 +163,7 @@ def test_merge_refuses_outdated_and_incomplete_parts(tmp_path: Path, grow: Simpl
 def test_a_part_refreshed_during_a_merge_is_refused(
     tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, check = grow.model(), merging._Part.check
+    model, check = grow.model(), merging._MergeSource.check
     logs = [grow.append(tmp_path / f"log-{part}", grow.events({1: 7 - part, part + 2: 4})) for part in range(2)]
     for part, log in enumerate(logs):
         refresh(model, log, tmp_path / f"store-{part}")
@@ -174,8 +174,8 @@ def test_a_part_refreshed_during_a_merge_is_refused(
             grown = grow.append(tmp_path / "log-0", grow.events({2: 5}, grow.start + 500 * grow.hour))
             refresh_incremental(model, grown, tmp_path / "store-0")
 
-    monkeypatch.setattr(merging._Part, "check", check_and_grow)
-    with pytest.raises(StoreError, match=r"the state of user 2 covers other events .*do not refresh it during the"):
+    monkeypatch.setattr(merging._MergeSource, "check", check_and_grow)
+    with pytest.raises(StoreError, match=r"user 2 does not cover the events in .*do not refresh it during the merge"):
         merge(model, [(tmp_path / f"store-{part}", log) for part, log in enumerate(logs)], tmp_path / "merged")
     assert not (tmp_path / "merged" / "CURRENT").exists()
 

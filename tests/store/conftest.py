@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from vista.errors import StoreError
-from vista.store import Manifest, RecordSpec, StoreWriter, Tail, encode_records, user_keys
+from vista.store import Manifest, RecordSpec, StoreWriter, Tail, UserSummaries, encode_records, user_keys
 from vista.store.update import StoreUpdate
 
 NUM_TOKENS, DIM = 2, 8
@@ -62,13 +62,15 @@ def records_of(users: range, spec: RecordSpec, salt: int = 0) -> tuple[list[byte
     )
     keys = user_keys(list(users))
     return keys, encode_records(
-        keys,
-        summaries(users, salt),
-        tail,
-        spec=spec,
-        event_count=np.array(users, dtype=np.int64),
-        last_event_ts=np.array(users, dtype=np.int64) + 5,
-        history_digest=np.array(users, dtype=np.uint64),
+        UserSummaries(
+            keys=keys,
+            summary=summaries(users, salt),
+            tail=tail,
+            event_count=np.array(users, dtype=np.int64),
+            last_event_ts=np.array(users, dtype=np.int64) + 5,
+            history_digest=np.array(users, dtype=np.uint64),
+        ),
+        spec,
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vista.errors import StoreError, StoreLockedError, SummarizerMismatchError, UserKeyError
-from vista.store import NO_TIMESTAMP, StoreReader, Tail, encode_records, user_keys
+from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
 from vista.store.admin.rollback import roll_back
 from vista.store.layout import environment_path, last_complete, list_generations, pointer_to, read_current
 from vista.store.lmdb.environment import SharedEnvironment
@@ -61,11 +61,11 @@ def test_batches_larger_than_one_transaction_and_empty_ones(tmp_path, build):
 
 def test_string_ids_and_ids_of_the_wrong_type(tmp_path, build):
     with build.open_writer(tmp_path, total_users=1, num_tokens=0) as writer:
-        record = encode_records(
-            user_keys(["é"]), np.zeros((1, 0, 8), np.float32), Tail.empty(1), spec=writer.spec,
+        users = UserSummaries(
+            keys=user_keys(["é"]), summary=np.zeros((1, 0, 8), np.float32), tail=Tail.empty(1),
             event_count=np.array([0]), last_event_ts=np.array([NO_TIMESTAMP]), history_digest=np.zeros(1, np.uint64),
         )  # fmt: skip
-        writer.put_batch(user_keys(["é"]), record, 1)
+        writer.put_batch(users.keys, encode_records(users, writer.spec), 1)
         assert writer.publish().user_kind == "str"
     with StoreReader.open(tmp_path) as store:
         batch = store.get_many(["é", "x"])

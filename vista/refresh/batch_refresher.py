@@ -32,10 +32,11 @@ from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.states import from_arrays, read_summaries, to_arrays
 from vista.refresh.update_groups import AppendGroup, ExchangeGroup, RecomputeGroup, RereadGroup, UpdateGroup
 from vista.refresh.update_plan import UpdatePlan
-from vista.refresh.user_records import UserSummaries, encode_users, last_times, stored_tail
+from vista.refresh.user_records import encode_users, last_times, stored_tail
 from vista.store.format.keys import user_keys
 from vista.store.format.state_record import StateArrays, rounded
 from vista.store.update import StoreUpdate
+from vista.store.user_summaries import UserSummaries
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +181,15 @@ class BatchRefresher:
                 # Rounded as stored: a resumed run, which rereads these states, then reads the same summaries.
                 states = rounded(_concatenate(arrays), spec)
                 summary = read_summaries(self._model, from_arrays(states, self._model.device))
-            tail = stored_tail(newest, tail_len)
-            return UserSummaries(self._keys(users), summary, tail, last_times(newest), lengths, digest, states)
+            return UserSummaries(
+                keys=self._keys(users),
+                summary=summary,
+                tail=stored_tail(newest, tail_len),
+                event_count=lengths,
+                last_event_ts=last_times(newest),
+                history_digest=digest,
+                states=states,
+            )
 
     def _write(self, users: UserSummaries) -> None:
         with self._run.stage("encode"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,14 @@ from vista.model import inference
 from vista.model.history_states import history_states
 from vista.model.vista_model import VistaModel
 from vista.refresh.log_items import LogItems, check_log
+from vista.refresh.new_generation import new_manifest, write_generation
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
 from vista.refresh.states import has_states, read_summaries, to_arrays
-from vista.refresh.user_records import UserRecords, UserSummaries, encode_users, last_times, stored_tail, write_batch
+from vista.refresh.user_records import UserRecords, encode_users, last_times, stored_tail
 from vista.store.format.keys import user_keys
-from vista.store.manifest import Manifest
 from vista.store.shards import Shard, shard_to_write
+from vista.store.user_summaries import UserSummaries
 from vista.store.writer import StoreWriter
 
 
@@ -77,62 +78,65 @@ def refresh(
     users = np.flatnonzero(counts)
     if shard is not None:
         users = users[shard.holds(user_keys(log.users.ids(users)))]
-    items, frozen = LogItems.of(model, log), model.with_frozen("summarizer", precision)
-    config = model.config
-    keep_states = has_states(model) and limit == Until()
-    manifest = Manifest(
-        created_at=time.time_ns() // 1_000_000 if created_at is None else created_at,
-        summarizer_id=model.summarizer_id().hex(),
-        num_tokens=config.num_seeds,
-        dim=config.dim,
-        codec=options.codec.value,
-        tail_len=config.tail_len,
+    manifest = new_manifest(
+        model,
+        codec=options.codec,
+        state=options.state if has_states(model) and limit == Until() else StateDtype.none,
         until=str(limit) if limit.held_out or limit.before is None else limit.before,
         applied_segment=log.last_segment,
         log_digest=log.sources_digest(log.last_segment),
-        state_dtype=(options.state if keep_states else StateDtype.none).value,
-        state_shape=(config.num_layers, config.num_heads, config.dim // config.num_heads) if keep_states else (0, 0, 0),
         total_users=len(users),
         run_digest=_run_digest(log, counts, precision, shard),
+        created_at=created_at,
     )
-    with StoreWriter.open(store, manifest, key=key, shared_with_group=options.shared_with_group) as writer:
-        run = RefreshProgress(store, "full", len(users), writer.cursor, progress=options.progress)
-        for begin in range(writer.cursor, len(users), options.users_per_batch):
-            batch = users[begin : begin + options.users_per_batch]
-            encoded = UserRecords.empty()
-            for part in token_groups(counts[batch], options.tokens_per_batch):
-                summaries = _summarize(frozen, log, items, batch[part], counts, writer, run)
-                with run.stage("encode"):
-                    encoded.extend(encode_users(summaries, writer, run))
-            write_batch(encoded, writer, run, num_users=len(batch), num_events=int(counts[batch].sum()))
-        with run.stage("publish"):
-            writer.publish()
-        return run.report(writer.generation)
+    frozen = model.with_frozen("summarizer", precision)
+    batches = _FullBatches(frozen, log, LogItems.of(model, log), users, counts, options.tokens_per_batch)
+    return write_generation(store, manifest, "full", batches.encode, options=options, key=key)
 
 
-def _summarize(
-    model: VistaModel,
-    log: EventLog,
-    items: LogItems,
-    users: Int,
-    counts: Int,
-    writer: StoreWriter,
-    run: RefreshProgress,
-) -> UserSummaries:
-    """Summaries of users (rows of the log), each of the user's first counts[user] events."""
-    with run.stage("read"):
-        histories = log.gather(users, counts[users])
-        model_rows, digests = items.model_rows(histories), items.digests(histories)
-    arrays = None
-    with run.stage("summarize"):
-        if writer.state_spec is None:
-            summary = inference.summarize(model, model_rows).cpu().numpy()
-        else:
-            states = history_states(model, model_rows)
-            summary, arrays = read_summaries(model, states), to_arrays(states, log.last_segment, digests)
-    with run.stage("encode"):
-        keys, tail = user_keys(log.users.ids(users)), stored_tail(model_rows, model.config.tail_len)
-        return UserSummaries(keys, summary, tail, last_times(model_rows), histories.lengths, digests, arrays)
+@dataclass(frozen=True, slots=True)
+class _FullBatches:
+    """Makes the records of one batch of users after the other from the log."""
+
+    model: VistaModel
+    log: EventLog
+    items: LogItems
+    users: Int
+    """Rows of the log: all users of the run, in its fixed order."""
+    counts: Int
+    """How many of its first events are summarized for each row of the log."""
+    tokens_per_batch: int
+
+    def encode(self, batch: slice, writer: StoreWriter, run: RefreshProgress) -> tuple[UserRecords, int]:
+        """The records of a slice of the users, and the number of events that were summarized."""
+        users, encoded = self.users[batch], UserRecords.empty()
+        for part in token_groups(self.counts[users], self.tokens_per_batch):
+            summaries = self._summarize(users[part], writer, run)
+            with run.stage("encode"):
+                encoded.extend(encode_users(summaries, writer, run))
+        return encoded, int(self.counts[users].sum())
+
+    def _summarize(self, users: Int, writer: StoreWriter, run: RefreshProgress) -> UserSummaries:
+        with run.stage("read"):
+            histories = self.log.gather(users, self.counts[users])
+            model_rows, digests = self.items.model_rows(histories), self.items.digests(histories)
+        arrays = None
+        with run.stage("summarize"):
+            if writer.state_spec is None:
+                summary = inference.summarize(self.model, model_rows).cpu().numpy()
+            else:
+                states = history_states(self.model, model_rows)
+                summary, arrays = read_summaries(self.model, states), to_arrays(states, self.log.last_segment, digests)
+        with run.stage("encode"):
+            return UserSummaries(
+                keys=user_keys(self.log.users.ids(users)),
+                summary=summary,
+                tail=stored_tail(model_rows, self.model.config.tail_len),
+                event_count=histories.lengths,
+                last_event_ts=last_times(model_rows),
+                history_digest=digests,
+                states=arrays,
+            )
 
 
 def _run_digest(log: EventLog, counts: Int, precision: Precision, shard: Shard | None) -> str:

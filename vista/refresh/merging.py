@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.config.choices import Precision
+from vista.config.choices import Codec, Precision, StateDtype
 from vista.config.refresh_options import RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
@@ -24,14 +23,15 @@ from vista.model.state_updates import merge_histories
 from vista.model.summary_state import SummaryState
 from vista.model.vista_model import VistaModel
 from vista.refresh.log_items import LogItems, check_log
+from vista.refresh.new_generation import new_manifest, write_generation
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
 from vista.refresh.states import from_arrays, has_states, read_summaries, to_arrays
-from vista.refresh.user_records import UserSummaries, encode_users, last_times, stored_tail, write_batch
+from vista.refresh.user_records import UserRecords, encode_users, last_times, stored_tail
 from vista.store.format.keys import user_keys
-from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
 from vista.store.shards import check_place
+from vista.store.user_summaries import UserSummaries
 from vista.store.writer import StoreWriter
 
 MERGED = "merged"
@@ -49,7 +49,7 @@ class _UserState:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _MergeSource:
     """A store to merge, and the log that it was refreshed from."""
 
     store: StoreReader
@@ -83,7 +83,7 @@ class _Part:
             history, digest = self.log[user], state.history_digest[0]
             if self.items.digests(history)[0] != digest:  # refreshed in place since it was opened
                 raise StoreError(
-                    f"{self.store.path}: the state of user {user!r} covers other events than {self.log.path} holds; "
+                    f"{self.store.path}: the state of user {user!r} does not cover the events in {self.log.path}; "
                     "refresh that store first, and do not refresh it during the merge"
                 )
             read[user] = _UserState(from_arrays(state, model.device), self.items.model_rows(history), digest)
@@ -128,51 +128,59 @@ def merge(
         raise ConfigError("model: has no states to merge; train one with separable mixing and without a history limit")
     check_place(store)
     model.eval()
-    frozen = model.with_frozen("summarizer", Precision.float32)
     with ExitStack() as stack:
-        opened = []
-        for path, log in parts:
-            check_log(model, log)
-            if options.verify_log:
-                log.verify()
-            opened_store = stack.enter_context(StoreReader.open(path, summarizer_id=model.summarizer_id(), key=key))
-            part = _Part(opened_store, log, LogItems.of(model, log))
-            part.check()
-            opened.append(part)
-        ids: set[Any] = set().union(*(part.store.keys() for part in opened))
+        sources = [_open_source(stack, model, path, log, options.verify_log, key) for path, log in parts]
+        ids: set[Any] = set().union(*(source.store.keys() for source in sources))
         users = sorted(ids, key=lambda user: user_keys([user]))
-        first = opened[0].store.manifest
-        digest = hashlib.sha256("".join(part.store.manifest.records_digest for part in opened).encode())
-        manifest = Manifest(
-            created_at=time.time_ns() // 1_000_000 if created_at is None else created_at,
-            summarizer_id=model.summarizer_id().hex(),
-            num_tokens=model.config.num_seeds,
-            dim=model.config.dim,
-            codec=first.codec,
-            tail_len=model.config.tail_len,
+        first = sources[0].store.manifest
+        manifest = new_manifest(
+            model,
+            codec=Codec(first.codec),
+            state=StateDtype(first.state_dtype),
             until=MERGED,
             applied_segment=0,
-            state_dtype=first.state_dtype,
-            state_shape=first.state_shape,
+            log_digest="",
             total_users=len(users),
-            run_digest=digest.hexdigest(),
+            run_digest=_run_digest(sources),
+            created_at=created_at,
         )
-        writer = stack.enter_context(
-            StoreWriter.open(store, manifest, key=key, shared_with_group=options.shared_with_group)
-        )
-        run = RefreshProgress(store, "merge", len(users), writer.cursor, progress=options.progress)
-        remaining = iter(users[writer.cursor :])
-        while batch := list(islice(remaining, options.users_per_batch)):
-            with run.stage("summarize"):
-                read = [part.read(frozen, batch) for part in opened]
-                merged = [_merge_user(frozen, read, user) for user in batch]
-            with run.stage("encode"):
-                summaries = _summarize(frozen, user_keys(batch), merged)
-                encoded = encode_users(summaries, writer, run)
-            write_batch(encoded, writer, run, num_users=len(batch), num_events=int(summaries.event_count.sum()))
-        with run.stage("publish"):
-            writer.publish()
-        return run.report(writer.generation)
+        encode_batch = partial(_encode_batch, model.with_frozen("summarizer", Precision.float32), sources, users)
+        return write_generation(store, manifest, "merge", encode_batch, options=options, key=key)
+
+
+def _open_source(
+    stack: ExitStack, model: VistaModel, path: str | Path, log: EventLog, verify_log: bool, key: bytes | None
+) -> _MergeSource:
+    check_log(model, log)
+    if verify_log:
+        log.verify()
+    store = stack.enter_context(StoreReader.open(path, summarizer_id=model.summarizer_id(), key=key))
+    source = _MergeSource(store, log, LogItems.of(model, log))
+    source.check()
+    return source
+
+
+def _run_digest(sources: Sequence[_MergeSource]) -> str:
+    """Digest of the records that are merged; a cursor is valid only for a run with the same digest."""
+    return hashlib.sha256("".join(source.store.manifest.records_digest for source in sources).encode()).hexdigest()
+
+
+def _encode_batch(
+    model: VistaModel,
+    sources: Sequence[_MergeSource],
+    all_users: Sequence[Any],
+    batch: slice,
+    writer: StoreWriter,
+    run: RefreshProgress,
+) -> tuple[UserRecords, int]:
+    """The records of a slice of the users, and the number of events that they cover."""
+    users = all_users[batch]
+    with run.stage("summarize"):
+        read = [source.read(model, users) for source in sources]
+        merged = [_merge_user(model, read, user) for user in users]
+    with run.stage("encode"):
+        summaries = _summarize(model, user_keys(users), merged)
+        return encode_users(summaries, writer, run), int(summaries.event_count.sum())
 
 
 def _merge_user(model: VistaModel, parts: Sequence[dict[Any, _UserState]], user: Any) -> _UserState:
@@ -192,13 +200,13 @@ def _summarize(model: VistaModel, keys: list[bytes], users: Sequence[_UserState]
     tail_len = model.config.tail_len
     newest = _end_to_end([user.history.slice(0, max(user.history.num_events - tail_len, 0)) for user in users])
     return UserSummaries(
-        keys,
-        read_summaries(model, state),
-        stored_tail(newest, tail_len),
-        last_times(newest),
-        state.num_events.cpu().numpy(),
-        digest,
-        to_arrays(state, 0, digest),
+        keys=keys,
+        summary=read_summaries(model, state),
+        tail=stored_tail(newest, tail_len),
+        event_count=state.num_events.cpu().numpy(),
+        last_event_ts=last_times(newest),
+        history_digest=digest,
+        states=to_arrays(state, 0, digest),
     )
 
 

@@ -7,6 +7,7 @@ from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
 from vista.store.stored_batch import NO_TIMESTAMP, StoredBatch
 from vista.store.tail import Tail
+from vista.store.user_summaries import UserSummaries
 from vista.store.writer import StoreWriter
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "StoreWriter",
     "StoredBatch",
     "Tail",
+    "UserSummaries",
     "encode_records",
     "user_keys",
 ]

@@ -18,7 +18,7 @@ from tests.log.conftest import PARSER
 from tests.log.ingest.source_mutations import mutated
 from vista.config.choices import Codec
 from vista.errors import RecordError, StoreError
-from vista.store import NO_TIMESTAMP, StoreReader, Tail, encode_records, user_keys
+from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
 from vista.store.admin.generation_reader import open_generation
 from vista.store.admin.parquet import FORMAT, export_store, import_store
 from vista.store.admin.verification import verify_store
@@ -35,12 +35,12 @@ def records(root: Path, key: bytes | None = None) -> dict[bytes, bytes]:
 def mixed_store(root: Path, build: Any, users: list[Any], **options: Any) -> None:
     with build.open_writer(root, total_users=len(users), **options) as writer:
         keys = user_keys(users)
-        encoded = encode_records(
-            keys, build.summaries(range(len(users))), Tail.empty(len(users)), spec=writer.spec,
+        summaries = UserSummaries(
+            keys=keys, summary=build.summaries(range(len(users))), tail=Tail.empty(len(users)),
             event_count=np.zeros(len(users), np.int64), last_event_ts=np.full(len(users), NO_TIMESTAMP),
             history_digest=np.zeros(len(users), np.uint64),
         )  # fmt: skip
-        writer.put_batch(keys, encoded, len(users))
+        writer.put_batch(keys, encode_records(summaries, writer.spec), len(users))
         writer.publish()
 
 

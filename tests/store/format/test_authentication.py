@@ -13,7 +13,7 @@ import xxhash
 from tests.record_reference import decode_record_reference
 from vista.config.choices import Codec
 from vista.errors import ConfigError, RecordError, StoreError
-from vista.store import NO_TIMESTAMP, StoreReader, Tail, encode_records, user_keys
+from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
 from vista.store.format.authentication import KEY_VARIABLE, key_id, read_key
 from vista.store.format.record import decode_rows, read_records
 from vista.store.format.record_spec import RecordSpec
@@ -28,11 +28,12 @@ def encode(spec: RecordSpec = SPEC, tail_events: int = 2) -> list[bytes]:
         np.arange(tail_events, dtype=np.int32), np.arange(tail_events), np.ones(tail_events, np.uint8),
         np.array([0, tail_events, tail_events]),
     )  # fmt: skip
-    return encode_records(
-        user_keys(USERS), np.arange(16, dtype=np.float32).reshape(2, 2, 4), tail, spec=spec,
+    summaries = UserSummaries(
+        keys=user_keys(USERS), summary=np.arange(16, dtype=np.float32).reshape(2, 2, 4), tail=tail,
         event_count=np.array([2, 0]), last_event_ts=np.array([1, NO_TIMESTAMP]),
         history_digest=np.array([3, 0], dtype=np.uint64),
     )  # fmt: skip
+    return encode_records(summaries, spec)
 
 
 def with_checksum(record: bytes) -> bytes:

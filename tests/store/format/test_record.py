@@ -18,6 +18,7 @@ from vista.store.format.record import decode_rows, encode_records, read_records
 from vista.store.format.record_spec import HEADER, HEADER_BYTES, MAX_RECORD_BYTES, RecordSpec
 from vista.store.stored_batch import NO_TIMESTAMP
 from vista.store.tail import Tail
+from vista.store.user_summaries import UserSummaries
 
 SPEC = RecordSpec(bytes(range(32)), 7, 2, 4, Codec.int8, created_at=1_700_000_000_123, applied_segment=3)
 USERS = [42, -5]
@@ -95,15 +96,15 @@ GOLDEN = {
 
 
 def encode(spec: RecordSpec = SPEC, summary: np.ndarray = SUMMARY, tail: Tail = TAIL) -> list[bytes]:
-    return encode_records(
-        user_keys(USERS),
-        summary,
-        tail,
-        spec=spec,
+    users = UserSummaries(
+        keys=user_keys(USERS),
+        summary=summary,
+        tail=tail,
         event_count=np.array([2, 0]),
         last_event_ts=np.array([1 << 40, NO_TIMESTAMP]),
         history_digest=np.array([0x0123456789ABCDEF, 0], dtype=np.uint64),
     )
+    return encode_records(users, spec)
 
 
 def with_checksum(record: bytearray) -> bytes:
@@ -185,9 +186,10 @@ def test_round_trip_agrees_with_the_reference(data, codec, shape):
     digests = data.draw(hnp.arrays(np.uint64, num_users))
     spec = RecordSpec(bytes(32), 1, num_tokens, dim, codec)
     keys = user_keys([f"user {number}" for number in range(num_users)])
-    records = encode_records(
-        keys, summary, tail, spec=spec, event_count=counts, last_event_ts=counts, history_digest=digests
+    users = UserSummaries(
+        keys=keys, summary=summary, tail=tail, event_count=counts, last_event_ts=counts, history_digest=digests
     )
+    records = encode_records(users, spec)
     raw = read_records(records, keys, spec)
     decoded = decode_rows(raw, spec)
     for name in ("items", "times", "actions", "offsets"):
@@ -345,9 +347,11 @@ def test_tails_are_aligned_arrays_of_their_own(count, alike):
         np.zeros(count, np.int64),
     )
     summary = np.random.default_rng(0).standard_normal((count, spec.num_tokens, spec.dim)).astype(np.float32)
-    records = encode_records(
-        keys, summary, tail, spec=spec, event_count=zeros, last_event_ts=zeros, history_digest=zeros.astype(np.uint64)
+    digests = zeros.astype(np.uint64)
+    users = UserSummaries(
+        keys=keys, summary=summary, tail=tail, event_count=zeros, last_event_ts=zeros, history_digest=digests
     )
+    records = encode_records(users, spec)
     raw = read_records(records, keys, spec)
     assert raw.rows.shape == (count, spec.rows_bytes) and decode_rows(raw, spec).shape == summary.shape
     for name in ("items", "times", "actions", "offsets"):

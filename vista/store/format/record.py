@@ -38,6 +38,7 @@ from vista.store.format.record_spec import (
     RecordSpec,
 )
 from vista.store.tail import Tail
+from vista.store.user_summaries import UserSummaries
 
 _KEY_HASH_BYTES = slice(64, 72)
 _SHARED_FIELDS = (
@@ -59,26 +60,12 @@ class RawRecords:
     tail: Tail
 
 
-def encode_records(
-    keys: Sequence[bytes],
-    summary: NDArray[np.float32],
-    tail: Tail,
-    *,
-    spec: RecordSpec,
-    event_count: NDArray[np.int64],
-    last_event_ts: NDArray[np.int64],
-    history_digest: NDArray[np.uint64],
-) -> list[bytes]:
-    """Encode the records of a batch of users.
+def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
+    """Encode the records of a batch of B users.
 
     Args:
-        keys: B keys from `vista.store.format.keys.user_keys`.
-        summary: [B, K, d] float32.
-        tail: last events of the B users.
+        users: what the records hold; the states are not part of it.
         spec: what the generation's records share (`StoreWriter.spec`).
-        event_count: [B] events that the summary covers.
-        last_event_ts: [B] time of the newest of them; NO_TIMESTAMP without events.
-        history_digest: [B] uint64 from `vista.store.format.digest.history_digests`.
 
     Returns:
         B byte strings.
@@ -88,14 +75,14 @@ def encode_records(
             message names the user.
         ValueError: the shapes do not match.
     """
-    num_users = len(keys)
-    if summary.shape != (num_users, spec.num_tokens, spec.dim):
-        raise ValueError(f"summary must be {(num_users, spec.num_tokens, spec.dim)}, got {summary.shape}")
+    keys, tail, num_users = users.keys, users.tail, len(users)
+    if users.summary.shape != (num_users, spec.num_tokens, spec.dim):
+        raise ValueError(f"summary must be {(num_users, spec.num_tokens, spec.dim)}, got {users.summary.shape}")
     if len(tail.offsets) != num_users + 1 or not (
         len(tail.items) == len(tail.times) == len(tail.actions) == tail.offsets[-1]
     ):
         raise ValueError(f"tail: the lengths of its arrays do not match each other, or the {num_users} users")
-    rows_KD = np.ascontiguousarray(summary, dtype="<f4").reshape(num_users * spec.num_tokens, spec.dim)
+    rows_KD = np.ascontiguousarray(users.summary, dtype="<f4").reshape(num_users * spec.num_tokens, spec.dim)
     try:
         rows = quantize_rows(rows_KD, spec.codec)
     except CodecError as error:
@@ -113,10 +100,10 @@ def encode_records(
     headers["payload_length"] = payload_length
     headers["key_hash"] = _key_hashes(keys)
     headers["created_at"] = spec.created_at
-    headers["last_event_ts"] = last_event_ts
-    headers["event_count"] = event_count
+    headers["last_event_ts"] = users.last_event_ts
+    headers["event_count"] = users.event_count
     headers["applied_segment"] = spec.applied_segment
-    headers["history_digest"] = history_digest
+    headers["history_digest"] = users.history_digest
     headers["tail_length"] = tail_length
 
     header_bytes, summary_bytes = headers.tobytes(), _flat(rows)

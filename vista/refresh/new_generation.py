@@ -1,0 +1,98 @@
+"""A new generation of a store: its manifest, and the loop that fills and publishes it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from vista.config.choices import Codec, StateDtype
+from vista.config.refresh_options import RefreshOptions
+from vista.model.vista_model import VistaModel
+from vista.refresh.refresh_progress import RefreshProgress
+from vista.refresh.refresh_report import RefreshReport
+from vista.refresh.user_records import UserRecords
+from vista.store.manifest import Manifest
+from vista.store.writer import StoreWriter
+
+EncodeBatch = Callable[[slice, StoreWriter, RefreshProgress], tuple[UserRecords, int]]
+"""From a slice of the run's users to their records, and the number of events that were summarized for them."""
+
+
+def new_manifest(
+    model: VistaModel,
+    *,
+    codec: Codec,
+    state: StateDtype,
+    until: str | int | None,
+    applied_segment: int,
+    log_digest: str,
+    total_users: int,
+    run_digest: str,
+    created_at: int | None,
+) -> Manifest:
+    """The manifest of a generation that a model's summaries will fill.
+
+    Args:
+        model: the one that makes the summaries.
+        state: how states are stored; `StateDtype.none` to keep no states.
+        created_at: start of the run in ms; None for now.
+
+    The other arguments are those of `Manifest`.
+    """
+    config = model.config
+    shape = (config.num_layers, config.num_heads, config.dim // config.num_heads)
+    return Manifest(
+        created_at=time.time_ns() // 1_000_000 if created_at is None else created_at,
+        summarizer_id=model.summarizer_id().hex(),
+        num_tokens=config.num_seeds,
+        dim=config.dim,
+        codec=codec.value,
+        tail_len=config.tail_len,
+        until=until,
+        applied_segment=applied_segment,
+        log_digest=log_digest,
+        state_dtype=state.value,
+        state_shape=(0, 0, 0) if state is StateDtype.none else shape,
+        total_users=total_users,
+        run_digest=run_digest,
+    )
+
+
+def write_generation(
+    store: str | Path,
+    manifest: Manifest,
+    kind: str,
+    encode_batch: EncodeBatch,
+    *,
+    options: RefreshOptions,
+    key: bytes | None,
+) -> RefreshReport:
+    """Fill a new generation batch by batch, each of them durably, and publish it; an interrupted run is resumed.
+
+    Args:
+        store: the store's folder.
+        manifest: what the generation will be.
+        kind: of the refresh, for its log: full or merge.
+        encode_batch: makes the records of up to `options.users_per_batch` of the run's users.
+        options: users_per_batch, progress, and shared_with_group.
+        key: 32 bytes, to authenticate the records with.
+
+    Raises:
+        StoreLockedError, StoreError: the previous generation stays in service.
+        RecordError: too many users failed; the previous generation stays in service.
+    """
+    with StoreWriter.open(store, manifest, key=key, shared_with_group=options.shared_with_group) as writer:
+        run = RefreshProgress(store, kind, manifest.total_users, writer.cursor, progress=options.progress)
+        for begin in range(writer.cursor, manifest.total_users, options.users_per_batch):
+            end = min(begin + options.users_per_batch, manifest.total_users)
+            encoded, num_events = encode_batch(slice(begin, end), writer, run)
+            run.check_failures()
+            with run.stage("write"):
+                written = writer.put_batch(encoded.keys, encoded.records, end, encoded.states)
+            run.counts["written"] += written
+            run.counts["erased"] += len(encoded.keys) - written
+            run.batch(writer.generation, end - begin, num_events)
+        with run.stage("publish"):
+            writer.publish()
+        return run.report(writer.generation)
