@@ -5,30 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from vista.files import make_folders, read_limited, replace_file
+from vista.refresh.file_version import FileVersion
 
 logger = logging.getLogger(__name__)
 _MAX_BYTES = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class FileVersion:
-    """A file's name, size in bytes and modification time in ns."""
-
-    name: str
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileVersion:
-        """The current version of a file."""
-        status = path.stat()
-        return cls(path.name, status.st_size, status.st_mtime_ns)
 
 
 class RefusedFiles:

@@ -24,8 +24,9 @@ from vista.log.ingest.prepare import prepare
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import plain_settings
 from vista.model.vista_model import VistaModel
+from vista.refresh.file_version import FileVersion
 from vista.refresh.incremental import refresh_incremental
-from vista.refresh.refused_files import FileVersion, RefusedFiles
+from vista.refresh.refused_files import RefusedFiles
 from vista.refresh.watch_report import WatchReport
 from vista.store.format.authentication import read_key
 from vista.store.reader import published_manifest
