@@ -26,7 +26,7 @@ from vista.config import SourceColumns
 from vista.config.choices import Precision
 from vista.log.event_log import EventLog
 from vista.model.history_states import range_states, reach
-from vista.model.summary_state import merge
+from vista.model.summary_state import merge_states
 from vista.refresh import RefreshReport, refresh, refresh_incremental
 from vista.refresh.log_items import LogItems
 from vista.refresh.states import from_arrays, read_summaries
@@ -133,7 +133,7 @@ class RefreshWorkload:
         summarizer = self.model.summarizer
         assert summarizer is not None
         with torch.inference_mode():
-            state = merge(self.state, range_states(self.frozen, self.rows, self.context), summarizer.decay_rate)
+            state = merge_states(self.state, range_states(self.frozen, self.rows, self.context), summarizer.decay_rate)
             read_summaries(self.frozen, state)
         self.raw.put(self.keys, self.states)
 

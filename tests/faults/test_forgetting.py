@@ -13,8 +13,8 @@ from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
 from vista.model.history_states import history_states, range_states, reach
 from vista.model.schema import Schema
-from vista.model.state_updates import forget_events
-from vista.model.summary_state import merge
+from vista.model.state_updates import remove_events
+from vista.model.summary_state import merge_states
 from vista.model.vista_model import VistaModel
 
 HOUR = 3_600_000
@@ -60,10 +60,10 @@ def rounds(say: Say, seed: int, count: int) -> list[float]:
         if new:
             context = min(reach(model), len(events) - new)
             terms = range_states(model, history_of(events[-new - context :]), np.array([context]))
-            state = merge(state, terms, model.summarizer.decay_rate)
+            state = merge_states(state, terms, model.summarizer.decay_rate)
         while len(events) > 40 or (events and rng.random() < 0.5):
             gone = np.sort(rng.choice(len(events), min(len(events), int(rng.integers(1, 4))), replace=False))
-            state = forget_events(model, state, history_of(events), gone)
+            state = remove_events(model, state, history_of(events), gone)
             events = [event for place, event in enumerate(events) if place not in set(gone.tolist())]
         if number % 100 == 99 and events:
             exact = exact_z(model, history_of(events))

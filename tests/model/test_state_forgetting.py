@@ -16,7 +16,7 @@ from vista.errors import ConfigError
 from vista.log.histories import Histories
 from vista.model import history_states as states_module
 from vista.model.history_states import RANGES_PER_PASS, SLICE_LEN, embed, history_states, range_states, reach
-from vista.model.state_updates import forget_events, insert_events, merge_histories
+from vista.model.state_updates import insert_events, merge_histories, remove_events
 from vista.model.summary_state import DRIFT_LIMIT, SummaryState, exchange
 
 DAY = 86_400_000
@@ -64,7 +64,7 @@ def test_forgetting_equals_recomputation(make: SimpleNamespace, shape: str, gone
     history = make.histories([LENGTH], seed)
     state = history_states(model, history)
     exact = history_states(model, without(history, gone))
-    left = forget_events(model, state, history, gone)
+    left = remove_events(model, state, history, gone)
     assert model.summarizer is not None
     before = state.seen_from(exact.clock, model.summarizer.decay_rate) if len(gone) < LENGTH else state
     assert_equal_within_rounding(left, exact, before)
@@ -101,7 +101,7 @@ def test_forgetting_reads_only_the_neighborhood(make: SimpleNamespace, monkeypat
         return embed(model, histories, start)
 
     monkeypatch.setattr(states_module, "embed", counted)
-    left = forget_events(model, state, history, [100, 2000])
+    left = remove_events(model, state, history, [100, 2000])
     assert sum(held) == 2 * (1 + 2 * r) + 2 * (2 * r)
     assert_equal_within_rounding(left, history_states(model, without(history, [100, 2000])), state)
 
@@ -122,7 +122,7 @@ def test_forgetting_many_events_takes_passes_of_bounded_size(
     monkeypatch.setattr(states_module, "embed", counted)
     stretch, single = list(range(500, 500 + SLICE_LEN + 100)), list(range(10_000, 20_000, 20))
     assert len(single) > RANGES_PER_PASS
-    left = forget_events(model, state, history, stretch + single)
+    left = remove_events(model, state, history, stretch + single)
     assert len(held) > 4 and max(held) <= SLICE_LEN + reach(model)
     assert_equal_within_rounding(left, history_states(model, without(history, stretch + single)), state)
 
@@ -140,7 +140,7 @@ def test_repeated_forgetting_keeps_its_digits(make: SimpleNamespace, newest_firs
         if newest_first:
             gone = np.arange(history.num_events - count, history.num_events)
         removed = state.removed
-        state = forget_events(model, state, history, gone)
+        state = remove_events(model, state, history, gone)
         history = without(history, gone.tolist())
         recomputed += bool(removed.any() and not state.removed.any())
         assert not state.needs_recomputation().any()
@@ -180,7 +180,7 @@ def test_forgetting_most_of_the_weight_recomputes(make: SimpleNamespace) -> None
     naive = exchange(state, old, model.summarizer.empty_state(1), exact.clock, model.summarizer.decay_rate)
     assert torch.isfinite(naive.z).all() and torch.isfinite(naive.removed).all()
     assert not torch.allclose(naive.z, exact.z, rtol=0.1) and naive.needs_recomputation().all()
-    left = forget_events(model, state, history, [9])
+    left = remove_events(model, state, history, [9])
     for name in ("z", "n", "removed", "clock", "num_events"):
         assert torch.equal(getattr(left, name), getattr(exact, name))
 
@@ -190,7 +190,7 @@ def test_forgetting_or_inserting_no_events_changes_no_bit(make: SimpleNamespace)
     history = make.histories([LENGTH], 7)
     state = history_states(model, history)
     for changed in (
-        forget_events(model, state, history, []),
+        remove_events(model, state, history, []),
         insert_events(model, state, history, []),
     ):
         for name in ("z", "n", "removed", "clock", "num_events"):
@@ -202,7 +202,7 @@ def test_decay_by_position_allows_appending_only(make: SimpleNamespace) -> None:
     history = make.histories([LENGTH], 8)
     state = history_states(model, history)
     with pytest.raises(ConfigError, match=r"model\.decay=position: forgetting events .* appending only"):
-        forget_events(model, state, history, [3])
+        remove_events(model, state, history, [3])
     with pytest.raises(ConfigError, match=r"model\.decay=position: late events"):
         insert_events(model, state, history, [3])
     with pytest.raises(ConfigError, match=r"model\.decay=position: merging states"):
@@ -213,7 +213,7 @@ def test_bidirectional_models_refuse_to_forget(make: SimpleNamespace) -> None:
     model = make.model(mixing=Mixing.bidirectional)
     state = make.model().summarizer.empty_state(1)
     with pytest.raises(ConfigError, match="only separable mixing has states"):
-        forget_events(model, state, make.histories([0]), [])
+        remove_events(model, state, make.histories([0]), [])
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_bad_positions_are_refused(make: SimpleNamespace, gone: list[object], me
     history = make.histories([LENGTH])
     state = history_states(model, history)
     with pytest.raises(ValueError, match=f"gone: .*{message}"):
-        forget_events(model, state, history, np.array(gone))
+        remove_events(model, state, history, np.array(gone))
 
 
 def test_a_state_of_another_history_is_refused(make: SimpleNamespace) -> None:
@@ -241,6 +241,6 @@ def test_a_state_of_another_history_is_refused(make: SimpleNamespace) -> None:
     state: SummaryState = history_states(model, history)
     none: NDArray[np.int64] = np.zeros(0, np.int64)
     with pytest.raises(ValueError, match=r"state: covers \[24\] events, but history has 25"):
-        forget_events(model, state, longer, none)
+        remove_events(model, state, longer, none)
     with pytest.raises(ValueError, match=r"state: covers \[24\] events, but history has 24 \(late: 1"):
         insert_events(model, state, history, [2])

@@ -20,7 +20,7 @@ from vista.log.histories import Histories
 from vista.model import history_states as states_module
 from vista.model import inference
 from vista.model.history_states import embed, history_states, range_states, reach
-from vista.model.summary_state import SummaryState, merge
+from vista.model.summary_state import SummaryState, merge_states
 from vista.model.vista_model import VistaModel
 
 DAY = 86_400_000
@@ -89,7 +89,7 @@ def test_appending_in_parts_equals_one_pass(make: SimpleNamespace, shape: str, c
         new = range_states(
             model, history.slice(0, begin - context, end), np.array([context]), np.array([begin - context])
         )
-        state = merge(state, new, model.summarizer.decay_rate)
+        state = merge_states(state, new, model.summarizer.decay_rate)
     assert_same(state, history_states(model, history))
 
 
@@ -104,11 +104,11 @@ def test_halves_of_a_history_merge_to_the_whole(make: SimpleNamespace, shape: st
     second = range_states(model, history.slice(0, middle - context, 25), np.array([context]))
     whole = history_states(model, history)
     rate = model.summarizer.decay_rate
-    assert_same(merge(first, second, rate), whole)
-    assert_same(merge(second, first, rate), whole)
+    assert_same(merge_states(first, second, rate), whole)
+    assert_same(merge_states(second, first, rate), whole)
     if context and 0 < middle < 25:
         without_context = history_states(model, history.slice(0, middle, 25))
-        merged = merge(first, without_context, rate)
+        merged = merge_states(first, without_context, rate)
         assert (merged.z - whole.z).abs().max() > 1e-4, "the context of the second half matters"
 
 
@@ -187,7 +187,10 @@ def test_merging_with_the_empty_state_changes_nothing(make: SimpleNamespace) -> 
     assert model.summarizer is not None
     state = history_states(model, make.histories([12, 0, 3], 1))
     empty = model.summarizer.empty_state(3)
-    for merged in (merge(state, empty, model.summarizer.decay_rate), merge(empty, state, model.summarizer.decay_rate)):
+    for merged in (
+        merge_states(state, empty, model.summarizer.decay_rate),
+        merge_states(empty, state, model.summarizer.decay_rate),
+    ):
         for name in ("z", "n", "removed", "clock", "num_events"):
             assert torch.equal(getattr(merged, name), getattr(state, name))
 

@@ -19,7 +19,7 @@ from vista.examples.chunks import decay_clock
 from vista.log.gaps import history_gaps
 from vista.log.histories import Histories, ranges, token_groups
 from vista.model.summarizer import Summarizer
-from vista.model.summary_state import SummaryState, merge
+from vista.model.summary_state import SummaryState, merge_states
 from vista.model.vista_model import VistaModel
 
 SLICE_LEN = 8192
@@ -145,7 +145,7 @@ def sum_of_ranges(
         part = pick_events(history, ranges(first, count), np.concatenate([[0], np.cumsum(count)]).astype(np.int64))
         terms = range_states(model, part, context[begin:end], first)
         terms = terms.seen_from(clock.expand(end - begin), summarizer.decay_rate).total()
-        total = merge(total, terms, summarizer.decay_rate)
+        total = merge_states(total, terms, summarizer.decay_rate)
         begin = end
     return total
 

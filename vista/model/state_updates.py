@@ -1,7 +1,7 @@
-"""States that are merged, or changed by forgotten or late events, without recomputing the whole history.
+"""States that are merged, or changed by removed or late events, without recomputing the whole history.
 
 An event that leaves or comes late changes its own term and those of up to r = `reach` events after it. Only these are
-embedded, with the r events before them. (New events at the end are added: `range_states`, then `summary_state.merge`.)
+embedded, with the r events before them. (New events at the end are added with `range_states` and `merge_states`.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vista.model.history_states import (
     separable_summarizer,
     sum_of_ranges,
 )
-from vista.model.summary_state import SummaryState, exchange, merge
+from vista.model.summary_state import SummaryState, exchange, merge_states
 from vista.model.vista_model import VistaModel
 
 _Ranges = tuple[Histories, Int, Int]
@@ -62,19 +62,19 @@ def merge_histories(
     total, old = summarizer.empty_state(1), summarizer.empty_state(1)
     moved = np.zeros(whole.num_events, np.bool_)
     for state, part, place in zip(states, parts, places, strict=True):
-        total = merge(total, state, summarizer.decay_rate)
+        total = merge_states(total, state, summarizer.decay_rate)
         own = np.arange(part.num_events)
         before = np.minimum(r, own)
         moved_here = (place - place[own - before] != before) | ((before < r) & (place != own))
         moved[place[moved_here]] = True
-        old = merge(old, sum_of_ranges(model, part, *_runs(moved_here), clock), summarizer.decay_rate)
+        old = merge_states(old, sum_of_ranges(model, part, *_runs(moved_here), clock), summarizer.decay_rate)
     new = sum_of_ranges(model, whole, *_runs(moved), clock)
     changed = exchange(total, old, new, clock, summarizer.decay_rate)
     return (history_states(model, whole) if bool(changed.needs_recomputation()[0]) else changed), whole
 
 
 @torch.inference_mode()
-def forget_events(model: VistaModel, state: SummaryState, history: Histories, gone: ArrayLike) -> SummaryState:
+def remove_events(model: VistaModel, state: SummaryState, history: Histories, gone: ArrayLike) -> SummaryState:
     """The state of a history as if some of its events had never happened.
 
     It is recomputed from the remaining events if subtraction would lose too many digits
@@ -83,7 +83,7 @@ def forget_events(model: VistaModel, state: SummaryState, history: Histories, go
     Args:
         model: in eval mode.
         state: of `history` (N = 1).
-        history: B = 1, all events that the state covers, including those to forget; items as model rows.
+        history: B = 1, all events that the state covers, including those to remove; items as model rows.
         gone: int [G] ascending positions in `history`.
 
     Raises:

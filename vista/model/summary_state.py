@@ -78,7 +78,7 @@ class SummaryState:
         return (self.removed > DRIFT_LIMIT * total).any(-1)
 
 
-def merge(a: SummaryState, b: SummaryState, decay_rate: Tensor) -> SummaryState:
+def merge_states(a: SummaryState, b: SummaryState, decay_rate: Tensor) -> SummaryState:
     """State of the union of disjoint events, seen from the later of the two times.
 
     With a reach r > 0 (convolution, gaps), the terms of `b` must have been computed with the r events before them.

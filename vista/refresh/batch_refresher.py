@@ -23,8 +23,8 @@ from vista.model.history_states import (
     reach,
     separable_summarizer,
 )
-from vista.model.state_updates import forget_events, insert_events
-from vista.model.summary_state import SummaryState, merge
+from vista.model.state_updates import insert_events, remove_events
+from vista.model.summary_state import SummaryState, merge_states
 from vista.model.vista_model import VistaModel
 from vista.refresh.changes import changed_positions
 from vista.refresh.log_items import LogItems
@@ -131,7 +131,7 @@ class BatchRefresher:
             else:
                 terms = range_states(self._model, history, context, start)
             decay_rate = separable_summarizer(self._model).decay_rate
-            state = merge(from_arrays(group.states, self._model.device), terms, decay_rate)
+            state = merge_states(from_arrays(group.states, self._model.device), terms, decay_rate)
         return _UpdatedGroup("appended", group.users, digest, new.num_events, state)
 
     def _exchange(self, group: ExchangeGroup) -> _UpdatedGroup:
@@ -148,7 +148,7 @@ class BatchRefresher:
         with self._run.stage("summarize"):
             state = from_arrays(group.states, self._model.device)
             if len(deleted):
-                state = forget_events(self._model, state, old, deleted)
+                state = remove_events(self._model, state, old, deleted)
             if len(late):
                 state = insert_events(self._model, state, new, late)
         return _UpdatedGroup("exchanged", group.users, digest, len(deleted) + len(late), state)
