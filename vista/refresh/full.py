@@ -96,7 +96,7 @@ def refresh(
 
 @dataclass(frozen=True, slots=True)
 class _FullBatches:
-    """Makes the records of one batch of users after the other from the log."""
+    """Encodes the users of a full refresh, one batch at a time."""
 
     model: VistaModel
     log: EventLog
@@ -104,7 +104,7 @@ class _FullBatches:
     users: Int
     """Rows of the log: all users of the run, in its fixed order."""
     counts: Int
-    """How many of its first events are summarized for each row of the log."""
+    """How many events are summarized for each row of the log, oldest first."""
     tokens_per_batch: int
 
     def encode(self, batch: slice, writer: StoreWriter, run: RefreshProgress) -> tuple[UserRecords, int]:

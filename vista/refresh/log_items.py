@@ -1,4 +1,4 @@
-"""A log through the eyes of a model: whether the model can read it, and which of the model's rows its items have."""
+"""How a model reads a log: whether it can read it at all, and which row of the model each item has."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class _UserState:
 
     state: SummaryState
     history: Histories
-    """Items as rows of the model."""
+    """B = 1, with items as rows of the model."""
     digest: np.uint64
 
 

@@ -16,7 +16,7 @@ from vista.store.manifest import Manifest
 from vista.store.writer import StoreWriter
 
 EncodeBatch = Callable[[slice, StoreWriter, RefreshProgress], tuple[UserRecords, int]]
-"""From a slice of the run's users to their records, and the number of events that were summarized for them."""
+"""Encodes a slice of the run's users; returns their records and the number of events that were summarized."""
 
 
 def new_manifest(
@@ -68,12 +68,12 @@ def write_generation(
     options: RefreshOptions,
     key: bytes | None,
 ) -> RefreshReport:
-    """Fill a new generation batch by batch, each of them durably, and publish it; an interrupted run is resumed.
+    """Fill a new generation in durable batches and publish it; an interrupted run resumes.
 
     Args:
         store: the store's folder.
         manifest: what the generation will be.
-        kind: of the refresh, for its log: full or merge.
+        kind: kind of the refresh in its log, full or merge.
         encode_batch: makes the records of up to `options.users_per_batch` of the run's users.
         options: users_per_batch, progress, and shared_with_group.
         key: 32 bytes, to authenticate the records with.

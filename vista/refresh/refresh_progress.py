@@ -28,8 +28,8 @@ class RefreshProgress:
 
     Args:
         store: the store's folder.
-        kind: of the refresh, for the log: full, incremental or merge.
-        total: users that the run covers.
+        kind: kind of the refresh in the log: full, incremental or merge.
+        total: how many users the run covers.
         done: how many of them an earlier, interrupted run had written.
         progress: show the bar.
     """

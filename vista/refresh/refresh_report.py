@@ -14,7 +14,7 @@ class RefreshReport:
     num_users: int
     """Users that the run covers: all users with events, or those with changes."""
     resumed_at: int
-    """How many of them an earlier, interrupted run had already written."""
+    """How many of these users an earlier, interrupted run had already written."""
     num_events: int
     """Events summarized in this run."""
     seconds: float

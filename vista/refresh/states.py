@@ -15,7 +15,8 @@ from vista.store.format.state_record import StateArrays
 def has_states(model: VistaModel) -> bool:
     """Whether new events can be added to what the model keeps of earlier ones.
 
-    Not with bidirectional mixing, and not with a history limit, where each new event pushes an old one out.
+    Models with bidirectional mixing have no states. Neither do models with a history limit, because each new event
+    pushes an old one out.
     """
     config = model.config
     return model.summarizer is not None and config.mixing is Mixing.separable and config.history_limit == 0
@@ -25,9 +26,9 @@ def to_arrays(state: SummaryState, applied_segment: int, history_digest: NDArray
     """Convert states of the model to those of the store.
 
     Args:
-        state: of N users.
+        state: the states of N users.
         applied_segment: newest segment of the log that they cover.
-        history_digest: [N].
+        history_digest: [N] digests of the whole histories.
     """
     z, n, removed, clock, num_events = (
         getattr(state, name).cpu().numpy() for name in ("z", "n", "removed", "clock", "num_events")

@@ -1,4 +1,4 @@
-"""From the summaries of a batch of users to the bytes that the store keeps."""
+"""The bytes that the store keeps for a batch of users, encoded from their summaries."""
 
 from __future__ import annotations
 

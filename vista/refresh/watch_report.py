@@ -16,9 +16,9 @@ class WatchReport:
     refused: int
     """Files that cannot be read; they are listed in `<folder>/refused`, and tried again only after they change."""
     refreshes: list[RefreshReport]
-    """One per store or shard that was updated; empty if nothing was new."""
+    """One report per store or shard that was updated; empty if nothing was new."""
     lag_s: float | None
-    """From the arrival of the oldest file (or segment that another process appended) until everything was published."""
+    """Seconds from the arrival of the oldest file, or of a segment of another process, until all was published."""
 
     def __str__(self) -> str:
         lag = "" if self.lag_s is None else f", {self.lag_s:.1f} s after it arrived"
