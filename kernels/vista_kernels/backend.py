@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from vista_kernels.causal_tokens import CausalTokens
-from vista_kernels.read_settings import ReadSettings
+from vista_kernels.qla_tokens import QlaTokens
 from vista_kernels.segments import IntArray, Segments
+from vista_kernels.state_queries import StateQueries
+from vista_kernels.state_tokens import StateTokens
 
 BACKENDS = ("torch", "triton", "reference")
 """What an operator can run on; `auto` chooses among them by device."""
@@ -33,92 +35,36 @@ class Backend(Protocol):
     blocks and windows are keyword arguments of the implementations, with defaults.
     """
 
-    def accumulate(
-        self,
-        k: Tensor,
-        v: Tensor,
-        segments: Segments,
-        weight: Tensor | None,
-        z: Tensor,
-        n: Tensor,
-        activation: str,
-        *,
-        fresh: bool = True,
-    ) -> None:
+    def accumulate(self, tokens: StateTokens, z: Tensor, n: Tensor, *, fresh: bool = True) -> None:
         """Add sum_s w_s phi(k_s) v_s^T of each segment to z and sum_s w_s to n, in place; `fresh` takes z as zero."""
 
-    def accumulate_backward(
-        self,
-        grad_z: Tensor,
-        k: Tensor,
-        v: Tensor,
-        segments: Segments,
-        weight: Tensor | None,
-        activation: str,
-        grad_k: Tensor,
-        grad_v: Tensor,
-    ) -> None:
+    def accumulate_backward(self, grad_z: Tensor, tokens: StateTokens, grad_k: Tensor, grad_v: Tensor) -> None:
         """Write dk = phi'(k) * w v dZ^T and dv = w phi(k) dZ of the segments' tokens."""
 
-    def read(self, q: Tensor, z: Tensor, n: Tensor, segments: Segments, settings: ReadSettings, out: Tensor) -> None:
+    def read(self, queries: StateQueries, out: Tensor) -> None:
         """Write o = phi1(q) phi2(z * c) of the segments' queries."""
 
-    def read_backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        z: Tensor,
-        n: Tensor,
-        segments: Segments,
-        settings: ReadSettings,
-        grad_q: Tensor,
-        grad_z: Tensor,
-    ) -> None:
+    def read_backward(self, grad_out: Tensor, queries: StateQueries, grad_q: Tensor, grad_z: Tensor) -> None:
         """Write dq, and dz = phi2'(z * c) * c * sum phi1(q)^T dO."""
 
-    def attend_short(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        segments: Segments,
-        weight: Tensor | None,
-        settings: ReadSettings,
-        out: Tensor,
-    ) -> None:
-        """Accumulate and read in one pass that keeps no states. Only the torch backend has it, for short segments."""
+    def attend_short(self, tokens: QlaTokens, segments: Segments, out: Tensor) -> None:
+        """Accumulate and read the sequences `segments` in one pass that keeps no states.
+
+        Only the torch backend has it, for short segments. There are no targets.
+        """
 
     def attend_short_backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        segments: Segments,
-        weight: Tensor | None,
-        settings: ReadSettings,
-        grad_q: Tensor,
-        grad_k: Tensor,
-        grad_v: Tensor,
+        self, grad_out: Tensor, tokens: QlaTokens, segments: Segments, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
     ) -> None:
         """Write dq, dk and dv of `attend_short`."""
 
-    def add_targets(self, q: Tensor, k: Tensor, v: Tensor, tokens: IntArray, activation: str, out: Tensor) -> None:
-        """Add (phi(q_t) . phi(k_t)) v_t to the rows `tokens` of out."""
+    def add_targets(self, tokens: QlaTokens, rows: IntArray, out: Tensor) -> None:
+        """Add (phi(q_t) . phi(k_t)) v_t of the tokens `rows` to out."""
 
     def add_targets_backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tokens: IntArray,
-        activation: str,
-        grad_q: Tensor,
-        grad_k: Tensor,
-        grad_v: Tensor,
+        self, grad_out: Tensor, tokens: QlaTokens, rows: IntArray, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
     ) -> None:
-        """Add dq of `add_targets` to the rows `tokens` of grad_q, and write its dk and dv to theirs."""
+        """Add dq of `add_targets` to the rows `rows` of grad_q, and write its dk and dv to theirs."""
 
     def scan_rows(
         self,

@@ -36,9 +36,10 @@ from vista_kernels.arguments import (
     host_offsets,
 )
 from vista_kernels.backend import choose_backend, load_backend, needs_dispatch
-from vista_kernels.read_settings import ReadSettings
+from vista_kernels.qla_tokens import QLA_SCHEMA, QlaTokens
 from vista_kernels.segments import IntArray, Segments
 from vista_kernels.state_layout import empty_state
+from vista_kernels.state_queries import StateQueries
 
 
 def quasi_linear_attention(
@@ -88,100 +89,73 @@ def quasi_linear_attention(
     check_activation("state_activation", state_activation)
     weight = None if weight is None else weight.detach()
     chosen = choose_backend(backend, q.device)
+    tokens = QlaTokens(q, k, v, offsets, num_targets, weight, normalization, alpha, activation, state_activation)
     if chosen == "reference":
-        return reference.quasi_linear_attention(
-            q,
-            k,
-            v,
-            offsets,
-            num_targets=num_targets,
-            weight=weight,
-            normalization=normalization,
-            alpha=alpha,
-            activation=activation,
-            state_activation=state_activation,
-        ).to(v.dtype)
-    exponent = 0.0 if normalization == "none" else alpha
-    run = _qla_op if needs_dispatch(q, k, v) else _attend
-    out: Tensor = run(q, k, v, offsets, num_targets, weight, activation, state_activation, exponent, chosen)[0]
-    return out
+        return reference.quasi_linear_attention(tokens).to(v.dtype)
+    return (_qla_op(*tokens, chosen) if needs_dispatch(q, k, v) else _attend(tokens, chosen))[0]
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    num_targets: Tensor | None,
-    weight: Tensor | None,
-    activation: str,
-    state_activation: str,
-    exponent: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "vista_kernels::quasi_linear_attention",
+    mutates_args=(),
+    schema=f"({QLA_SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def _qla_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tokens, backend = arguments
+    return _attend(QlaTokens(*tokens), backend)
+
+
+def _attend(tokens: QlaTokens, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return o, and Z and n for backward (without rows if backward computes them again)."""
-    segments, writers = _segments(offsets, num_targets, q.shape[0])
-    settings = ReadSettings(activation, state_activation, exponent)
+    segments, writers = _segments(tokens)
     run = load_backend(backend)
-    z, n = empty_state(k, v, _num_kept(k, offsets, num_targets, backend))
-    out = v.new_empty(v.shape)
+    z, n = empty_state(tokens.k, tokens.v, _num_kept(tokens, backend))
+    out = tokens.v.new_empty(tokens.v.shape)
     if len(z) < len(segments):
-        run.attend_short(q, k, v, segments, weight, settings, out)
+        run.attend_short(tokens, segments, out)
         return out, z, n
-    run.accumulate(k, v, writers, weight, z, n.zero_(), activation)
-    run.read(q, z, n, segments, settings, out)
-    if num_targets is not None:
-        run.add_targets(q, k, v, _targets(segments, writers), activation, out)
+    run.accumulate(tokens.writing(writers), z, n.zero_())
+    run.read(StateQueries(tokens.q, z, n, segments, tokens.settings), out)
+    if tokens.num_targets is not None:
+        run.add_targets(tokens, _targets(segments, writers), out)
     return out, z, n
 
 
-_qla_op = torch.library.custom_op("vista_kernels::quasi_linear_attention", mutates_args=())(_attend)
-
-
 @_qla_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, num_targets: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return v.new_empty(v.shape), *empty_state(k, v, _num_kept(k, offsets, num_targets, backend=options[-1]))
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *fields, backend = arguments
+    tokens = QlaTokens(*fields)
+    return tokens.v.new_empty(tokens.v.shape), *empty_state(tokens.k, tokens.v, _num_kept(tokens, backend))
 
 
-@torch.library.custom_op("vista_kernels::quasi_linear_attention_backward", mutates_args=())
-def _qla_backward_op(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    num_targets: Tensor | None,
-    weight: Tensor | None,
-    z: Tensor,
-    n: Tensor,
-    activation: str,
-    state_activation: str,
-    exponent: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "vista_kernels::quasi_linear_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor z, Tensor n, {QLA_SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def _qla_backward_op(grad_out: Tensor, z: Tensor, n: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv."""
-    segments, writers = _segments(offsets, num_targets, q.shape[0])
-    settings = ReadSettings(activation, state_activation, exponent)
+    *fields, backend = arguments
+    tokens = QlaTokens(*fields)
+    segments, writers = _segments(tokens)
     run = load_backend(backend)
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grads = _empty_gradients(tokens)
     grad_q, grad_k, grad_v = grads
     if len(z) < len(segments):
-        run.attend_short_backward(grad_out, q, k, v, segments, weight, settings, *grads)
+        run.attend_short_backward(grad_out, tokens, segments, *grads)
         return grads
     grad_z = z.new_empty(z.shape)
-    run.read_backward(grad_out, q, z, n, segments, settings, grad_q, grad_z)
+    run.read_backward(grad_out, StateQueries(tokens.q, z, n, segments, tokens.settings), grad_q, grad_z)
     # First the writers' rows of grad_k and grad_v, then those of the targets.
-    run.accumulate_backward(grad_z, k, v, writers, weight, activation, grad_k, grad_v)
-    if num_targets is not None:
-        run.add_targets_backward(grad_out, q, k, v, _targets(segments, writers), activation, *grads)
+    run.accumulate_backward(grad_z, tokens.writing(writers), grad_k, grad_v)
+    if tokens.num_targets is not None:
+        run.add_targets_backward(grad_out, tokens, _targets(segments, writers), *grads)
     return grads
 
 
 @_qla_backward_op.register_fake
-def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(grad_out: Tensor, z: Tensor, n: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(QlaTokens(*arguments[:-1]))
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -194,7 +168,8 @@ def _backward(ctx, grad_out, grad_z, grad_n):  # type: ignore[no-untyped-def]
     no_gradients = [None] * (len(ctx.needs_input_grad) - 3)
     if grad_out is None:
         return None, None, None, *no_gradients
-    return *_qla_backward_op(grad_out, *ctx.saved_tensors, *ctx.options), *no_gradients
+    *tensors, z, n = ctx.saved_tensors
+    return *_qla_backward_op(grad_out, z, n, *tensors, *ctx.options), *no_gradients
 
 
 _qla_op.register_autograd(_backward, setup_context=_setup_context)
@@ -211,19 +186,24 @@ def _check_num_targets(num_targets: Tensor | None, offsets: Tensor) -> None:
         raise ValueError(f"num_targets must be int64, got {num_targets.dtype}")
 
 
-def _num_kept(k: Tensor, offsets: Tensor, num_targets: Tensor | None, backend: str) -> int:
+def _empty_gradients(tokens: QlaTokens) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = tokens[:3]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _num_kept(tokens: QlaTokens, backend: str) -> int:
     """Return how many states the operator keeps for backward: all, or none if they would outweigh the tokens."""
-    num_segments = offsets.shape[0] - 1
-    short = num_segments * k.shape[2] > k.shape[0]
-    return 0 if backend == "torch" and num_targets is None and short else num_segments
+    num_segments = tokens.offsets.shape[0] - 1
+    short = num_segments * tokens.k.shape[2] > tokens.k.shape[0]
+    return 0 if backend == "torch" and tokens.num_targets is None and short else num_segments
 
 
-def _segments(offsets: Tensor, num_targets: Tensor | None, total: int) -> tuple[Segments, Segments]:
+def _segments(tokens: QlaTokens) -> tuple[Segments, Segments]:
     """Return the sequences, and the part of each that writes."""
-    segments = Segments.from_offsets(host_offsets(offsets, total))
-    if num_targets is None:
+    segments = Segments.from_offsets(host_offsets(tokens.offsets, tokens.q.shape[0]))
+    if tokens.num_targets is None:
         return segments, segments
-    targets: IntArray = num_targets.numpy(force=True)
+    targets: IntArray = tokens.num_targets.numpy(force=True)
     wrong = np.flatnonzero((targets < 0) | (targets > segments.lengths))
     if len(wrong):
         b = int(wrong[0])

@@ -17,6 +17,11 @@ class ReadSettings(NamedTuple):
     exponent: float
     """0 for c = 1."""
 
+    @classmethod
+    def of(cls, normalization: str, alpha: float, activation: str, state_activation: str) -> ReadSettings:
+        """Return the settings of the public functions' arguments of these names."""
+        return cls(activation, state_activation, 0.0 if normalization == "none" else alpha)
+
     def scale(self, n: Tensor) -> Tensor | None:
         """Return c, of the shape of the weight sums n. None stands for 1."""
         return n.clamp(min=1).pow(-self.exponent) if self.exponent else None

@@ -1,7 +1,7 @@
 """The oracle: every operator as a plain loop over events, in float64 by default.
 
-It shares no code with the fast paths, not even the activations. Autograd differentiates it. Shapes are those of the
-public functions of the same names; results have `dtype`.
+It shares no code with the fast paths, not even the activations. Autograd differentiates it. Arguments and shapes are
+those of the public functions of the same names, in a tuple where there are many; results have `dtype`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from vista_kernels.qla_tokens import QlaTokens
 
 
 def accumulate_state(
@@ -85,21 +87,9 @@ def read_state(
     return _stack(outputs, q, (q.shape[1], z.shape[3]))
 
 
-def quasi_linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    *,
-    num_targets: Tensor | None = None,
-    weight: Tensor | None = None,
-    normalization: str = "none",
-    alpha: float = 1.0,
-    activation: str = "silu",
-    state_activation: str = "silu",
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
+def quasi_linear_attention(tokens: QlaTokens, *, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return o [T, H, E]; the last num_targets[b] tokens of a sequence read the others and themselves, never write."""
+    q, k, v, offsets, num_targets, weight, normalization, alpha, activation, state_activation = tokens
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     outputs = []
     for b, (start, stop) in enumerate(_segments(offsets)):

@@ -32,6 +32,8 @@ from vista_kernels.backend import choose_backend, load_backend, needs_dispatch
 from vista_kernels.read_settings import ReadSettings
 from vista_kernels.segments import Segments
 from vista_kernels.state_layout import empty_state, state_dtype
+from vista_kernels.state_queries import StateQueries
+from vista_kernels.state_tokens import StateTokens
 
 
 def accumulate_state(
@@ -137,9 +139,8 @@ def read_state(
             activation=activation,
             state_activation=state_activation,
         ).to(q.dtype)
-    exponent = 0.0 if normalization == "none" else alpha
     run = _read_op if needs_dispatch(q, z) else _read
-    out: Tensor = run(q, z, n, offsets, activation, state_activation, exponent, chosen)
+    out: Tensor = run(q, z, n, offsets, *ReadSettings.of(normalization, alpha, activation, state_activation), chosen)
     return out
 
 
@@ -158,7 +159,8 @@ def _accumulate(
     n.zero_() if initial_n is None else n.copy_(initial_n)
     if initial_z is not None:
         z.copy_(initial_z)
-    load_backend(backend).accumulate(k, v, segments, weight, z, n, activation, fresh=initial_z is None)
+    tokens = StateTokens(k, v, segments, weight, activation)
+    load_backend(backend).accumulate(tokens, z, n, fresh=initial_z is None)
     return z, n
 
 
@@ -175,9 +177,9 @@ def _accumulate_backward_op(
     grad_z: Tensor, k: Tensor, v: Tensor, offsets: Tensor, weight: Tensor | None, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Return dk and dv."""
-    segments = Segments.from_offsets(host_offsets(offsets, k.shape[0]))
+    tokens = StateTokens(k, v, Segments.from_offsets(host_offsets(offsets, k.shape[0])), weight, activation)
     grads = k.new_empty(k.shape), v.new_empty(v.shape)
-    load_backend(backend).accumulate_backward(grad_z.contiguous(), k, v, segments, weight, activation, *grads)
+    load_backend(backend).accumulate_backward(grad_z.contiguous(), tokens, *grads)
     return grads
 
 
@@ -212,7 +214,8 @@ def _read(
 ) -> Tensor:
     segments = Segments.from_offsets(host_offsets(offsets, q.shape[0]))
     out = q.new_empty((q.shape[0], q.shape[1], z.shape[3]))
-    load_backend(backend).read(q, z, n, segments, ReadSettings(activation, state_activation, exponent), out)
+    queries = StateQueries(q, z, n, segments, ReadSettings(activation, state_activation, exponent))
+    load_backend(backend).read(queries, out)
     return out
 
 
@@ -238,9 +241,9 @@ def _read_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """Return dq and dz."""
     segments = Segments.from_offsets(host_offsets(offsets, q.shape[0]))
-    settings = ReadSettings(activation, state_activation, exponent)
+    queries = StateQueries(q, z, n, segments, ReadSettings(activation, state_activation, exponent))
     grads = q.new_empty(q.shape), z.new_empty(z.shape)
-    load_backend(backend).read_backward(grad_out, q, z, n, segments, settings, *grads)
+    load_backend(backend).read_backward(grad_out, queries, *grads)
     return grads
 
 

@@ -32,8 +32,11 @@ from triton.compiler import ASTSource
 
 from vista_kernels import triton_backend
 from vista_kernels.causal_tokens import CausalTokens
+from vista_kernels.qla_tokens import QlaTokens
 from vista_kernels.read_settings import ReadSettings
 from vista_kernels.segments import Segments
+from vista_kernels.state_queries import StateQueries
+from vista_kernels.state_tokens import StateTokens
 from vista_kernels.triton_backend import accelerator, blocks
 from vista_kernels.triton_backend.accelerator import Accelerator
 
@@ -233,17 +236,20 @@ def _run_all(dtype: torch.dtype, width: int, lengths: tuple[int, ...]) -> None:
     """Call every function of the backend on empty tensors."""
     total, batch = sum(lengths), len(lengths)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    segments, settings = Segments.from_offsets(offsets), ReadSettings("silu", "silu", 0.5)
+    segments = Segments.from_offsets(offsets)
     q, k, v, out, *grads = (torch.empty(total, HEADS, width, dtype=dtype) for _ in range(8))
     z, grad_z = (torch.empty(batch, HEADS, width, width) for _ in range(2))
     n, weight = torch.empty(batch, HEADS), torch.empty(total, HEADS)
     for w in (weight, None):
-        triton_backend.accumulate(k, v, segments, w, z, n, "silu", fresh=w is None)
-        triton_backend.accumulate_backward(grad_z, k, v, segments, w, "silu", grads[0], grads[1])
-    triton_backend.read(q, z, n, segments, settings, out)
-    triton_backend.read_backward(out, q, z, n, segments, settings, grads[0], grad_z)
-    triton_backend.add_targets(q, k, v, segments.starts, "silu", out)
-    triton_backend.add_targets_backward(out, q, k, v, segments.starts, "silu", *grads[:3])
+        written = StateTokens(k, v, segments, w, "silu")
+        triton_backend.accumulate(written, z, n, fresh=w is None)
+        triton_backend.accumulate_backward(grad_z, written, grads[0], grads[1])
+    queries = StateQueries(q, z, n, segments, ReadSettings("silu", "silu", 0.5))
+    triton_backend.read(queries, out)
+    triton_backend.read_backward(out, queries, grads[0], grad_z)
+    attending = QlaTokens(q, k, v, torch.from_numpy(offsets))
+    triton_backend.add_targets(attending, segments.starts, out)
+    triton_backend.add_targets_backward(out, attending, segments.starts, *grads[:3])
     tokens = CausalTokens(q, k, v, offsets, "silu")
     triton_backend.causal_attention(tokens, z, out)
     triton_backend.causal_attention_backward(out, tokens, z, grad_z, *grads[:3])

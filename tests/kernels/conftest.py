@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 import vista_kernels
 from vista_kernels import backend as backends
 from vista_kernels import reference, torch_backend
+from vista_kernels.qla_tokens import QlaTokens
 from vista_kernels.torch_backend import workspace
 
 Inputs = dict[str, Any]
@@ -45,6 +46,8 @@ class Operator:
     leaves: tuple[str, ...]
     results: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    bundle: Callable[..., tuple[Any, ...]] | None = None
+    """The tuple in which the oracle takes its arguments, if it does."""
     backend: str = "torch"
 
     @property
@@ -94,7 +97,8 @@ class Operator:
 
     def oracle(self, inputs: Inputs, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
         """Run the loop over events in `dtype`."""
-        return _as_tuple(getattr(reference, self.name)(**inputs, dtype=dtype))
+        run = getattr(reference, self.name)
+        return _as_tuple(run(**inputs, dtype=dtype) if self.bundle is None else run(self.bundle(**inputs), dtype=dtype))
 
     def gradients(
         self, run: Callable[[Inputs], tuple[Tensor, ...]], inputs: Inputs, seed: int = 1
@@ -156,6 +160,7 @@ OPERATORS = {
             leaves=("q", "k", "v"),
             results=("tokens",),
             options={"normalization": "length", "alpha": 0.5},
+            bundle=QlaTokens,
         ),
         Operator(
             "causal_linear_attention",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vista_kernels.segments import Segments
+from vista_kernels.state_tokens import StateTokens
 from vista_kernels.torch_backend.activations import activate_gradient_
 from vista_kernels.torch_backend.precision import product_dtype
 from vista_kernels.torch_backend.state_sums import add_product, add_rows, clear_empty
@@ -19,21 +19,13 @@ from vista_kernels.torch_backend.workspace import activated, converted, finish, 
 
 
 def accumulate(
-    k: Tensor,
-    v: Tensor,
-    segments: Segments,
-    weight: Tensor | None,
-    z: Tensor,
-    n: Tensor,
-    activation: str,
-    *,
-    fresh: bool = True,
-    window_elements: int = WINDOW_ELEMENTS,
+    tokens: StateTokens, z: Tensor, n: Tensor, *, fresh: bool = True, window_elements: int = WINDOW_ELEMENTS
 ) -> None:
     """Add sum_s w_s phi(k_s) v_s^T of each segment to z [B, H, D, E] and sum_s w_s to n [B, H], in place.
 
     `fresh` takes z as zero, whatever its memory holds.
     """
+    k, v, segments, weight, activation = tokens
     dtype = product_dtype(k)
     if weight is None:
         n += torch.from_numpy(segments.lengths).to(device=n.device, dtype=n.dtype).unsqueeze(1)
@@ -56,17 +48,14 @@ def accumulate(
 
 def accumulate_backward(
     grad_z: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: Segments,
-    weight: Tensor | None,
-    activation: str,
+    tokens: StateTokens,
     grad_k: Tensor,
     grad_v: Tensor,
     *,
     window_elements: int = WINDOW_ELEMENTS,
 ) -> None:
     """Write dk = phi'(k) * w v dZ^T and dv = w phi(k) dZ of the segments' tokens to grad_k and grad_v."""
+    k, v, segments, weight, activation = tokens
     dtype = product_dtype(k)
     for window in plan_state_windows(segments, grad_z, window_elements):
         buffer_k, buffer_v = window.buffer("grad_k", grad_k), window.buffer("grad_v", grad_v)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vista_kernels.read_settings import ReadSettings
-from vista_kernels.segments import Segments
+from vista_kernels.state_queries import StateQueries
 from vista_kernels.torch_backend.activations import activate_gradient_
 from vista_kernels.torch_backend.precision import product_dtype
 from vista_kernels.torch_backend.state_sums import add_product, clear_empty
@@ -15,17 +15,9 @@ from vista_kernels.torch_backend.window import WINDOW_ELEMENTS, plan_state_windo
 from vista_kernels.torch_backend.workspace import activated, converted, finish, multiplied, scaled
 
 
-def read(
-    q: Tensor,
-    z: Tensor,
-    n: Tensor,
-    segments: Segments,
-    settings: ReadSettings,
-    out: Tensor,
-    *,
-    window_elements: int = WINDOW_ELEMENTS,
-) -> None:
+def read(queries: StateQueries, out: Tensor, *, window_elements: int = WINDOW_ELEMENTS) -> None:
     """Write o = phi1(q) phi2(z * c) of the segments' queries to out [N, H, E]."""
+    q, z, n, segments, settings = queries
     dtype, scale = product_dtype(q), settings.scale(n)
     for window in plan_state_windows(segments, z, window_elements):
         buffer = window.buffer("out", out)
@@ -38,17 +30,14 @@ def read(
 
 def read_backward(
     grad_out: Tensor,
-    q: Tensor,
-    z: Tensor,
-    n: Tensor,
-    segments: Segments,
-    settings: ReadSettings,
+    queries: StateQueries,
     grad_q: Tensor,
     grad_z: Tensor,
     *,
     window_elements: int = WINDOW_ELEMENTS,
 ) -> None:
     """Write dq to grad_q, and dz = phi2'(z * c) * c * sum phi1(q)^T dO to grad_z."""
+    q, z, n, segments, settings = queries
     dtype, scale, activation = product_dtype(q), settings.scale(n), settings.activation
     for window in plan_state_windows(segments, z, window_elements):
         states = window.states("states", grad_z) if window.is_first else None

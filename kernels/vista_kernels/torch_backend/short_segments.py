@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vista_kernels.read_settings import ReadSettings
+from vista_kernels.qla_tokens import QlaTokens
 from vista_kernels.segments import Segments
 from vista_kernels.state_layout import empty_state, state_dtype
+from vista_kernels.state_queries import StateQueries
 from vista_kernels.torch_backend.accumulate import accumulate, accumulate_backward
 from vista_kernels.torch_backend.activations import activate_gradient_
 from vista_kernels.torch_backend.precision import product_dtype
@@ -35,37 +36,24 @@ SLACK_TOKENS = 512
 """Tokens of padding that cost less than another tile."""
 
 
-def attend_short(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: Segments,
-    weight: Tensor | None,
-    settings: ReadSettings,
-    out: Tensor,
-    *,
-    window_elements: int = WINDOW_ELEMENTS,
-) -> None:
+def attend_short(tokens: QlaTokens, segments: Segments, out: Tensor, *, window_elements: int = WINDOW_ELEMENTS) -> None:
     """Write o_s = phi1(q_s) phi2(Z c) of all tokens."""
-    dtype, activation = product_dtype(q), settings.activation
+    q, k, v = tokens[:3]
+    dtype, activation, settings = product_dtype(q), tokens.activation, tokens.settings
     for tile in _tiles(segments, q, v, window_elements):
-        factor = _key_factor(tile, weight, segments, settings, k)
+        factor = _key_factor(tile, tokens, segments)
         state = _state(_scaled_keys(activation, tile.heads("k", k, dtype), factor), tile.heads("v", v, dtype))
         rows = activated("rows", settings.state_activation, state)
         _put(out, tile, _product("result", tile.activated("phi_q", activation, q, dtype), rows))
     for one in _long_segments(segments, q, v, window_elements):
-        z, n = _long_state(k, v, one, weight, activation, window_elements)
-        read(q, z, n, one, settings, out, window_elements=window_elements)
+        z, n = _long_state(tokens, one, window_elements)
+        read(StateQueries(q, z, n, one, settings), out, window_elements=window_elements)
 
 
 def attend_short_backward(
     grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    tokens: QlaTokens,
     segments: Segments,
-    weight: Tensor | None,
-    settings: ReadSettings,
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
@@ -73,9 +61,10 @@ def attend_short_backward(
     window_elements: int = WINDOW_ELEMENTS,
 ) -> None:
     """Write dq, dk and dv of all tokens."""
-    dtype, activation = product_dtype(q), settings.activation
+    q, k, v = tokens[:3]
+    dtype, activation, settings = product_dtype(q), tokens.activation, tokens.settings
     for tile in _tiles(segments, q, v, window_elements):
-        factor = _key_factor(tile, weight, segments, settings, k)
+        factor = _key_factor(tile, tokens, segments)
         raw, values = tile.heads("k", k, dtype), tile.heads("v", v, dtype)
         keys = _scaled_keys(activation, raw, factor)
         state = _state(keys, values)
@@ -93,10 +82,10 @@ def attend_short_backward(
         activate_gradient_(activation, raw, grad_keys)
         _put(grad_k, tile, scaled("weighted", grad_keys, factor))
     for one in _long_segments(segments, q, v, window_elements):
-        z, n = _long_state(k, v, one, weight, activation, window_elements)
+        z, n = _long_state(tokens, one, window_elements)
         grad_z, size = torch.empty_like(z), {"window_elements": window_elements}
-        read_backward(grad_out, q, z, n, one, settings, grad_q, grad_z, **size)
-        accumulate_backward(grad_z, k, v, one, weight, activation, grad_k, grad_v, **size)
+        read_backward(grad_out, StateQueries(q, z, n, one, settings), grad_q, grad_z, **size)
+        accumulate_backward(grad_z, tokens.writing(one), grad_k, grad_v, **size)
 
 
 def _tiles(segments: Segments, q: Tensor, v: Tensor, window_elements: int) -> Iterator[Tile]:
@@ -140,19 +129,16 @@ def _long_segments(segments: Segments, q: Tensor, v: Tensor, window_elements: in
         yield segments[b : b + 1]
 
 
-def _long_state(
-    k: Tensor, v: Tensor, one: Segments, weight: Tensor | None, activation: str, window_elements: int
-) -> tuple[Tensor, Tensor]:
+def _long_state(tokens: QlaTokens, one: Segments, window_elements: int) -> tuple[Tensor, Tensor]:
     """Return Z [1, H, D, E] and n [1, H] of one segment."""
-    z, n = empty_state(k, v, 1)
-    accumulate(k, v, one, weight, z, n.zero_(), activation, window_elements=window_elements)
+    z, n = empty_state(tokens.k, tokens.v, 1)
+    accumulate(tokens.writing(one), z, n.zero_(), window_elements=window_elements)
     return z, n
 
 
-def _key_factor(
-    tile: Tile, weight: Tensor | None, segments: Segments, settings: ReadSettings, k: Tensor
-) -> Tensor | None:
+def _key_factor(tile: Tile, tokens: QlaTokens, segments: Segments) -> Tensor | None:
     """Return w c [n, H or 1, L or 1, 1], 0 at padding. Keys are scaled, because they have fewer numbers than states."""
+    k, weight, settings = tokens.k, tokens.weight, tokens.settings
     if not settings.exponent and weight is None:
         return tile.padding(product_dtype(k))
     dtype = state_dtype(k.dtype)

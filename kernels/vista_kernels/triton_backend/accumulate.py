@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vista_kernels.segments import Segments
+from vista_kernels.state_tokens import StateTokens
 from vista_kernels.triton_backend import accelerator, blocks, sums
 from vista_kernels.triton_backend.item_sizes import ITEM_SIZES, ItemSizes
 from vista_kernels.triton_backend.tile_access import (
@@ -169,19 +169,9 @@ def accumulate_bwd_kernel(
             store_tokens(grad_v_ptr + (first * num_heads + h) * E, b_dv, i, m_t, e, num_heads * E, E, BLOCK_E)
 
 
-def accumulate(
-    k: Tensor,
-    v: Tensor,
-    segments: Segments,
-    weight: Tensor | None,
-    z: Tensor,
-    n: Tensor,
-    activation: str,
-    *,
-    fresh: bool = True,
-    sizes: ItemSizes = ITEM_SIZES,
-) -> None:
+def accumulate(tokens: StateTokens, z: Tensor, n: Tensor, *, fresh: bool = True, sizes: ItemSizes = ITEM_SIZES) -> None:
     """Add sum_s w_s phi(k_s) v_s^T of each segment to z and sum_s w_s to n, in place; `fresh` takes z as zero."""
+    k, v, segments, weight, activation = tokens
     device = accelerator.accelerator_of(k)
     blocks.check_tokens(device, k=k, v=v)
     num_heads, width, value_width = z.shape[1:]
@@ -221,17 +211,14 @@ def accumulate(
 
 def accumulate_backward(
     grad_z: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: Segments,
-    weight: Tensor | None,
-    activation: str,
+    tokens: StateTokens,
     grad_k: Tensor,
     grad_v: Tensor,
     *,
     sizes: ItemSizes = ITEM_SIZES,
 ) -> None:
     """Write dk = phi'(k) * w v dZ^T and dv = w phi(k) dZ of the segments' tokens."""
+    k, v, segments, weight, activation = tokens
     device = accelerator.accelerator_of(k)
     blocks.check_tokens(device, k=k, v=v)
     num_heads, width, value_width = grad_z.shape[1:]

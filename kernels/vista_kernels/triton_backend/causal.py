@@ -28,6 +28,7 @@ from torch import Tensor
 
 from vista_kernels.causal_tokens import CausalTokens
 from vista_kernels.segments import IntArray, Segments
+from vista_kernels.state_tokens import StateTokens
 from vista_kernels.triton_backend import accelerator, blocks
 from vista_kernels.triton_backend.accumulate import accumulate
 from vista_kernels.triton_backend.item_sizes import ITEM_SIZES, ItemSizes
@@ -204,7 +205,7 @@ def _enter_pieces(
     totals = k.new_empty(shape, dtype=torch.float32)
     counts = totals.new_zeros(shape[:2])  # not used
     pieces = Segments(first_token, last_token - first_token)
-    accumulate(k, v, pieces, None, totals, counts, activation, sizes=sizes)
+    accumulate(StateTokens(k, v, pieces, None, activation), totals, counts, sizes=sizes)
     (sequences,) = blocks.to_device([work.sums[:, 0]], k.device)
     initial = None if carry is None else carry.index_select(0, sequences).flatten(2)
     ends = np.append(work.sums[:, 1], work.num_slots)

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vista_kernels.read_settings import ReadSettings
-from vista_kernels.segments import Segments
+from vista_kernels.state_queries import StateQueries
 from vista_kernels.triton_backend import accelerator, blocks, sums
 from vista_kernels.triton_backend.item_sizes import ITEM_SIZES, ItemSizes
 from vista_kernels.triton_backend.tile_access import (
@@ -163,17 +162,9 @@ def read_bwd_kernel(
             store_state(grad_z_ptr + row * (D * E), b_dz, d, e, D, E, BLOCK_D, BLOCK_E, E, 1)
 
 
-def read(
-    q: Tensor,
-    z: Tensor,
-    n: Tensor,
-    segments: Segments,
-    settings: ReadSettings,
-    out: Tensor,
-    *,
-    sizes: ItemSizes = ITEM_SIZES,
-) -> None:
+def read(queries: StateQueries, out: Tensor, *, sizes: ItemSizes = ITEM_SIZES) -> None:
     """Write o = phi1(q) phi2(z * c) of the segments' queries."""
+    q, z, n, segments, settings = queries
     device = accelerator.accelerator_of(q)
     blocks.check_tokens(device, q=q, out=out)
     num_heads, width, value_width = z.shape[1:]
@@ -207,17 +198,14 @@ def read(
 
 def read_backward(
     grad_out: Tensor,
-    q: Tensor,
-    z: Tensor,
-    n: Tensor,
-    segments: Segments,
-    settings: ReadSettings,
+    queries: StateQueries,
     grad_q: Tensor,
     grad_z: Tensor,
     *,
     sizes: ItemSizes = ITEM_SIZES,
 ) -> None:
     """Write dq, and dz = phi2'(z * c) * c * sum phi1(q)^T dO."""
+    q, z, n, segments, settings = queries
     device = accelerator.accelerator_of(q)
     blocks.check_tokens(device, q=q, grad_out=grad_out)
     num_heads, width, value_width = z.shape[1:]

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vista_kernels.qla_tokens import QlaTokens
 from vista_kernels.segments import IntArray
 from vista_kernels.triton_backend import accelerator, blocks
 from vista_kernels.triton_backend.tile_access import activate, activation_gradient, load_tokens, store_tokens
@@ -112,54 +113,40 @@ def targets_bwd_kernel(
     store_tokens(grad_v_ptr + h * E, agreement * b_do, t, m_t, e, num_heads * E, E, BLOCK_E)
 
 
-def add_targets(q: Tensor, k: Tensor, v: Tensor, tokens: IntArray, activation: str, out: Tensor) -> None:
-    """Add (phi(q_t) . phi(k_t)) v_t to the rows `tokens` of out."""
-    blocks.check_tokens(accelerator.accelerator_of(q), q=q, k=k, v=v)
-    strides = (*q.stride(), *k.stride(), *v.stride())
-    _launch(targets_fwd_kernel, tokens, (q, k, v, out), strides, q, v, activation)
+def add_targets(tokens: QlaTokens, rows: IntArray, out: Tensor) -> None:
+    """Add (phi(q_t) . phi(k_t)) v_t of the tokens `rows` to out."""
+    _launch(targets_fwd_kernel, tokens, rows, tokens[:3], (out,))
 
 
 def add_targets_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: IntArray,
-    activation: str,
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
+    grad_out: Tensor, tokens: QlaTokens, rows: IntArray, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
 ) -> None:
-    """Add dq of that term to the rows `tokens` of grad_q, and write its dk and dv to theirs."""
-    blocks.check_tokens(accelerator.accelerator_of(q), q=q, k=k, v=v)
-    strides = (*grad_out.stride(), *q.stride(), *k.stride(), *v.stride())
-    _launch(targets_bwd_kernel, tokens, (grad_out, q, k, v, grad_q, grad_k, grad_v), strides, q, v, activation)
+    """Add dq of that term to the rows `rows` of grad_q, and write its dk and dv to theirs."""
+    _launch(targets_bwd_kernel, tokens, rows, (grad_out, *tokens[:3]), (grad_q, grad_k, grad_v))
 
 
 def _launch(
-    kernel: Any,
-    tokens: IntArray,
-    tensors: tuple[Tensor, ...],
-    strides: tuple[int, ...],
-    q: Tensor,
-    v: Tensor,
-    activation: str,
+    kernel: Any, tokens: QlaTokens, rows: IntArray, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
 ) -> None:
+    """Launch a kernel, which takes inputs of any strides and contiguous outputs."""
+    q, k, v = tokens[:3]
+    blocks.check_tokens(accelerator.accelerator_of(q), q=q, k=k, v=v)
     num_heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
-    (rows,) = blocks.to_device([tokens], q.device)
+    (rows_on_device,) = blocks.to_device([rows], q.device)
     blocks.launch(
         kernel,
-        -(-len(tokens) // BLOCK_T) * num_heads,
-        *tensors,
-        rows,
-        len(tokens),
+        -(-len(rows) // BLOCK_T) * num_heads,
+        *inputs,
+        *outputs,
+        rows_on_device,
+        len(rows),
         num_heads,
-        *strides,
+        *(stride for x in inputs for stride in x.stride()),
         D=width,
         E=value_width,
         BLOCK_D=blocks.padded(width),
         BLOCK_E=blocks.padded(value_width),
         BLOCK_T=BLOCK_T,
-        ACTIVATION=activation,
+        ACTIVATION=tokens.activation,
         num_warps=4,
     )
