@@ -21,7 +21,6 @@ Layout: [B, H, N, D]. Sums are float32 (float64 for float64 tokens).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from vista_kernels import reference
 from vista_kernels.backend import choose_backend, needs_dispatch
-from vista_kernels.candidate_tokens import CandidateTokens, check_candidates
+from vista_kernels.candidate_tokens import CANDIDATE_SCHEMA, CandidateTokens, check_candidates
 from vista_kernels.state_layout import state_dtype
 from vista_kernels.torch_backend import sdpa
 from vista_kernels.torch_backend.precision import product_dtype
@@ -73,19 +72,10 @@ def candidate_attention(
     Raises:
         ValueError: naming the argument and the shapes, if shapes, dtypes or devices do not fit, or for "triton".
     """
-    tokens = CandidateTokens(q, k, v, own_k, own_v)
-    bias, own_bias = check_candidates(tokens, bias, own_bias, context_mask)
-    if scale is None:
-        scale = q.shape[3] ** -0.5 if q.shape[3] else 1.0
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    tokens = check_candidates(CandidateTokens(q, k, v, own_k, own_v, bias, own_bias, context_mask, scale))
     if choose_backend(backend, q.device, sdpa=True) == "reference":
-        return reference.candidate_attention(
-            *tokens, bias=bias, own_bias=own_bias, context_mask=context_mask, scale=scale
-        ).to(v.dtype)
-    if is_direct(tokens):
-        return attend_directly(tokens, bias, own_bias, context_mask, scale)
-    return attend_in_portions(tokens, bias, own_bias, context_mask, scale)
+        return reference.candidate_attention(tokens).to(v.dtype)
+    return attend_directly(tokens) if is_direct(tokens) else attend_in_portions(tokens)
 
 
 def is_direct(tokens: CandidateTokens) -> bool:
@@ -96,15 +86,10 @@ def is_direct(tokens: CandidateTokens) -> bool:
     return tokens.num_scores <= sdpa.DIRECT_SCORES
 
 
-def attend_directly(
-    tokens: CandidateTokens,
-    bias: Tensor | None,
-    own_bias: Tensor | None,
-    context_mask: Tensor | None,
-    scale: float,
-) -> Tensor:
+def attend_directly(tokens: CandidateTokens) -> Tensor:
     """Return o by products in the tokens' dtype and a float32 softmax, differentiated by torch."""
-    q, k, v, own_k, own_v = tokens
+    q, k, v, own_k, own_v, bias, own_bias, context_mask, _ = tokens
+    scale = tokens.factor
     added = torch.zeros((), device=q.device) if bias is None else bias.float()
     if context_mask is not None:
         added = added + torch.where(context_mask, 0.0, sdpa.HIDDEN)[:, None, None]
@@ -119,38 +104,21 @@ def attend_directly(
     return torch.addcmul(torch.matmul(weights, v), share, own_v)
 
 
-def attend_in_portions(
-    tokens: CandidateTokens,
-    bias: Tensor | None,
-    own_bias: Tensor | None,
-    context_mask: Tensor | None,
-    scale: float,
-    portion_elements: int | None = None,
-) -> Tensor:
+def attend_in_portions(tokens: CandidateTokens, portion_elements: int | None = None) -> Tensor:
     """Return o by SDPA over portions of at most `portion_elements` scores and queries (None: by device)."""
     if portion_elements is None:
         on_cpu = tokens.q.device.type == "cpu"
         portion_elements = sdpa.PORTION_ELEMENTS if on_cpu else sdpa.PORTION_ELEMENTS_ON_GPU
-    arguments = (*tokens, bias, own_bias, context_mask, scale, portion_elements)
-    run = _candidate_op if needs_dispatch(*arguments) else _forward
-    out: Tensor = run(*arguments)[0]
-    return out
+    if needs_dispatch(*tokens):
+        return _candidate_op(*tokens, portion_elements)[0]
+    return _attend(tokens, portion_elements)[0]
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    own_k: Tensor,
-    own_v: Tensor,
-    bias: Tensor | None,
-    own_bias: Tensor | None,
-    context_mask: Tensor | None,
-    scale: float,
-    portion_elements: int,
-) -> tuple[Tensor, Tensor]:
+def _attend(tokens: CandidateTokens, portion_elements: int) -> tuple[Tensor, Tensor]:
     """Return o, and L [B, H, Q] for backward."""
-    out, lse = _empty_like(own_v), q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
+    q, k, v, own_k, own_v, bias, own_bias, context_mask, _ = tokens
+    scale = tokens.factor
+    out, lse = _empty_outputs(tokens)
     # SDPA on a GPU is fastest on 16-bit tokens. On a CPU without AMX it is slower on them than on widened ones.
     work = state_dtype(q.dtype) if q.device.type == "cpu" else q.dtype
     for rows in sdpa.row_portions(q, k, portion_elements):
@@ -168,33 +136,34 @@ def _forward(
     return out, lse
 
 
-_candidate_op = torch.library.custom_op("vista_kernels::candidate_attention", _forward, mutates_args=())
+@torch.library.custom_op(
+    "vista_kernels::candidate_attention",
+    mutates_args=(),
+    schema=f"({CANDIDATE_SCHEMA}, int portion_elements) -> (Tensor, Tensor)",
+)
+def _candidate_op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *fields, portion_elements = arguments
+    return _attend(CandidateTokens(*fields), portion_elements)
 
 
 @_candidate_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_like(own_v), q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(CandidateTokens(*arguments[:-1]))
 
 
-@torch.library.custom_op("vista_kernels::candidate_attention_backward", mutates_args=())
-def _candidate_backward_op(
-    grad_out: Tensor,
-    lse: Tensor,
-    learned_bias: bool,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    own_k: Tensor,
-    own_v: Tensor,
-    bias: Tensor | None,
-    own_bias: Tensor | None,
-    context_mask: Tensor | None,
-    scale: float,
-    portion_elements: int,
-) -> Gradients:
+@torch.library.custom_op(
+    "vista_kernels::candidate_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor lse, bool learned_bias, {CANDIDATE_SCHEMA}, int portion_elements) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _candidate_backward_op(grad_out: Tensor, lse: Tensor, learned_bias: bool, *arguments: Any) -> Gradients:
+    *fields, portion_elements = arguments
+    tokens = CandidateTokens(*fields)
+    q, k, v, own_k, own_v, bias, own_bias, context_mask, _ = tokens
+    scale = tokens.factor
     work = state_dtype(q.dtype)
-    tokens = CandidateTokens(q, k, v, own_k, own_v)
-    grads = _empty_gradients(tokens, bias if learned_bias else None, own_bias)
+    grads = _empty_gradients(tokens, learned_bias)
     grad_q, grad_k, grad_v, grad_own_k, grad_own_v = grads[:5]
     grad_bias, grad_own_bias = (x.zero_() if x.dtype == work else x.new_zeros(x.shape, dtype=work) for x in grads[5:])
     for rows in sdpa.row_portions(q, k, portion_elements):
@@ -239,8 +208,7 @@ def _candidate_backward_op(
 
 @_candidate_backward_op.register_fake
 def _(grad_out: Tensor, lse: Tensor, learned_bias: bool, *arguments: Any) -> Gradients:
-    bias, own_bias = arguments[5:7]
-    return _empty_gradients(CandidateTokens(*arguments[:5]), bias if learned_bias else None, own_bias)
+    return _empty_gradients(CandidateTokens(*arguments[:-1]), learned_bias)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -264,8 +232,14 @@ def _empty_like(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
 
 
-def _empty_gradients(tokens: CandidateTokens, bias: Tensor | None, own_bias: Tensor | None) -> Gradients:
-    q, k, v, own_k, own_v = tokens
+def _empty_outputs(tokens: CandidateTokens) -> tuple[Tensor, Tensor]:
+    q = tokens.q
+    return _empty_like(tokens.own_v), q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
+
+
+def _empty_gradients(tokens: CandidateTokens, learned_bias: bool) -> Gradients:
+    q, k, v, own_k, own_v, bias, own_bias, _, _ = tokens
     grads = _empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape), _empty_like(own_k), _empty_like(own_v)
-    grad_bias, grad_own_bias = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, own_bias))
+    biases = bias if learned_bias else None, own_bias
+    grad_bias, grad_own_bias = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in biases)
     return *grads, grad_bias, grad_own_bias

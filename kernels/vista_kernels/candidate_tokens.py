@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from vista_kernels.arguments import check_alike, check_float
 
 
 class CandidateTokens(NamedTuple):
-    """Candidates, and the context that they share."""
+    """Candidates, the context that they share, and what changes their scores."""
 
     q: Tensor
     """[B, H, Q, D] queries of the candidates."""
@@ -23,6 +24,19 @@ class CandidateTokens(NamedTuple):
     """[B, H, Q, D] keys of the candidates."""
     own_v: Tensor
     """[B, H, Q, E] values of the candidates."""
+    bias: Tensor | None = None
+    """Float, broadcastable to [B, H, Q, C], added to the scaled scores; of 4 axes once it is checked."""
+    own_bias: Tensor | None = None
+    """Float [H], or broadcastable to [B, H, Q], added to the candidates' own scores; of 3 axes once it is checked."""
+    context_mask: Tensor | None = None
+    """Bool [B, C]; False hides a token from all candidates."""
+    scale: float | None = None
+    """Factor of the scores; None is 1 / sqrt(D)."""
+
+    @property
+    def factor(self) -> float:
+        """The number that scores are multiplied by."""
+        return float(max(1, self.q.shape[3]) ** -0.5) if self.scale is None else self.scale
 
     @property
     def num_scores(self) -> int:
@@ -30,15 +44,17 @@ class CandidateTokens(NamedTuple):
         return self.q.shape[0] * self.q.shape[1] * self.q.shape[2] * self.k.shape[2]
 
 
-def check_candidates(
-    tokens: CandidateTokens, bias: Tensor | None, own_bias: Tensor | None, context_mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Check the tensors of `candidate_attention`. Return bias with 4 axes and own_bias with 3, broadcastable.
+CANDIDATE_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor own_k, Tensor own_v, "
+    "Tensor? bias, Tensor? own_bias, Tensor? context_mask, float? scale"
+)
+"""The fields of `CandidateTokens`, as torch.library takes them: the operators have no tuples."""
 
-    An own_bias of one axis is [H].
-    """
-    q, k, v, own_k, own_v = tokens
-    for name, x in zip(tokens._fields, tokens, strict=True):
+
+def check_candidates(tokens: CandidateTokens) -> CandidateTokens:
+    """Check the arguments of `candidate_attention`. Return them with a bias of 4 axes and an own_bias of 3."""
+    q, k, v, own_k, own_v, bias, own_bias, context_mask, scale = tokens
+    for name, x in (("q", q), ("k", k), ("v", v), ("own_k", own_k), ("own_v", own_v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [B, H, N, D], got shape {list(x.shape)}")
         check_float(name, x)
@@ -63,9 +79,11 @@ def check_candidates(
         if own_bias.shape[0] != heads:
             raise ValueError(f"own_bias of one axis must be [H] of q {list(q.shape)}, got shape {list(own_bias.shape)}")
         own_bias = own_bias[:, None]
-    return (
-        _broadcastable("bias", bias, (batch, heads, num_queries, num_context), q),
-        _broadcastable("own_bias", own_bias, (batch, heads, num_queries), q),
+    if scale is not None and (not isinstance(scale, (int, float)) or not math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    return tokens._replace(
+        bias=_broadcastable("bias", bias, (batch, heads, num_queries, num_context), q),
+        own_bias=_broadcastable("own_bias", own_bias, (batch, heads, num_queries), q),
     )
 
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from vista_kernels.candidate_tokens import CandidateTokens
 from vista_kernels.qla_tokens import QlaTokens
 
 
@@ -132,23 +133,13 @@ def causal_linear_attention(
     return _stack(outputs, v, (v.shape[1], v.shape[2])), _stack(states, v, (k.shape[1], k.shape[2], v.shape[2]))
 
 
-def candidate_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    own_k: Tensor,
-    own_v: Tensor,
-    *,
-    bias: Tensor | None = None,
-    own_bias: Tensor | None = None,
-    context_mask: Tensor | None = None,
-    scale: float | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
+def candidate_attention(tokens: CandidateTokens, *, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return o [B, H, Q, E]: the softmax of each candidate over the context and itself."""
+    q, k, v, own_k, own_v, bias, own_bias, context_mask, scale = tokens
     batch, heads, num_queries, width = q.shape
     q, k, v, own_k, own_v = (x.to(dtype) for x in (q, k, v, own_k, own_v))
-    scale = width**-0.5 if scale is None else scale
+    if scale is None:
+        scale = width**-0.5 if width else 1.0
     bias = q.new_zeros(()) if bias is None else bias.to(dtype)
     bias = bias.expand(batch, heads, num_queries, k.shape[2])
     own_bias = q.new_zeros(heads) if own_bias is None else own_bias.to(dtype)

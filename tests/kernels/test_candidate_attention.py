@@ -68,11 +68,16 @@ def gradients(run: Callable[..., Tensor], inputs: Inputs) -> dict[str, Tensor]:
     return {"out": out.detach()} | dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
 
 
+def oracle(*, dtype: torch.dtype = torch.float64, **inputs: Any) -> Tensor:
+    """Run the loop over candidates in `dtype`."""
+    return reference.candidate_attention(CandidateTokens(**inputs), dtype=dtype)
+
+
 def check_against_oracle(run: Callable[..., Tensor], inputs: Inputs, unit: float) -> None:
     def rounded(**arguments: Any) -> Tensor:
-        return reference.candidate_attention(**arguments, dtype=torch.float32).to(inputs["q"].dtype)
+        return oracle(**arguments, dtype=torch.float32).to(inputs["q"].dtype)
 
-    exact = gradients(reference.candidate_attention, inputs)
+    exact = gradients(oracle, inputs)
     actual, plain = gradients(run, inputs), gradients(rounded, inputs)
     # The gradient of a score is a difference of larger terms, whose rounding bounds its error.
     largest = max((float(x.abs().max()) for x in exact.values() if x.numel()), default=0.0)
@@ -85,9 +90,7 @@ def check_against_oracle(run: Callable[..., Tensor], inputs: Inputs, unit: float
 
 def run_form(form: Callable[..., Tensor], inputs: Inputs, **sizes: int) -> Tensor:
     """Run one form of the operator as the public function would."""
-    tokens, mask = CandidateTokens(*(inputs[name] for name in TOKENS)), inputs.get("context_mask")
-    bias, own_bias = check_candidates(tokens, inputs.get("bias"), inputs.get("own_bias"), mask)
-    return form(tokens, bias, own_bias, mask, inputs.get("scale", tokens.q.shape[3] ** -0.5), **sizes)
+    return form(check_candidates(CandidateTokens(**inputs)), **sizes)
 
 
 def in_portions(**inputs: Any) -> Tensor:
