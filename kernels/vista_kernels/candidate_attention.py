@@ -11,10 +11,8 @@ the merged L and computes delta again: with p = exp(s - L) and delta_i = dO_i . 
     dS_ij = p_ij (dO_i . v_j - delta_i)     dE_i = exp(e_i - L_i) (dO_i . own_v_i - delta_i)     dbias = dS
     dq = scale (dS k + dE own_k)            dk = scale dS^T q        dv = p^T dO
 
-On a CPU SDPA's own backward returns no gradient of a bias. So dS is computed here, in portions of requests and
-candidates that fit the cache (torch_backend/sdpa.py). Where a CPU multiplies bfloat16 faster than float32, up to
-`sdpa.DIRECT_SCORES` bfloat16 scores are plain products with one softmax and torch's own backward: that beats portions
-widened to float32.
+The computation is in torch_backend: `candidate_portions.py` has these passes, and `direct_candidates.py` plain products
+for bfloat16 on CPUs.
 
 Layout: [B, H, N, D]. Sums are float32 (float64 for float64 tokens).
 """
@@ -28,13 +26,15 @@ from torch import Tensor
 
 from vista_kernels import reference
 from vista_kernels.backend import choose_backend, needs_dispatch
+from vista_kernels.candidate_gradients import CandidateGradients
 from vista_kernels.candidate_tokens import CANDIDATE_SCHEMA, CandidateTokens, check_candidates
 from vista_kernels.state_layout import state_dtype
-from vista_kernels.torch_backend import sdpa
-from vista_kernels.torch_backend.precision import product_dtype
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Of the tokens, bias and own_bias; the last two are empty where there is no bias."""
+from vista_kernels.torch_backend.candidate_portions import (
+    attend_portions,
+    attend_portions_backward,
+    default_portion,
+)
+from vista_kernels.torch_backend.direct_candidates import attend_directly, is_direct
 
 
 def candidate_attention(
@@ -78,61 +78,19 @@ def candidate_attention(
     return attend_directly(tokens) if is_direct(tokens) else attend_in_portions(tokens)
 
 
-def is_direct(tokens: CandidateTokens) -> bool:
-    """Return whether `attend_directly` is the faster form."""
-    q = tokens.q
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or product_dtype(q) != torch.bfloat16:
-        return False
-    return tokens.num_scores <= sdpa.DIRECT_SCORES
-
-
-def attend_directly(tokens: CandidateTokens) -> Tensor:
-    """Return o by products in the tokens' dtype and a float32 softmax, differentiated by torch."""
-    q, k, v, own_k, own_v, bias, own_bias, context_mask, _ = tokens
-    scale = tokens.factor
-    added = torch.zeros((), device=q.device) if bias is None else bias.float()
-    if context_mask is not None:
-        added = added + torch.where(context_mask, 0.0, sdpa.HIDDEN)[:, None, None]
-    k = k.contiguous()  # torch would copy the transpose of a view of all heads' tokens, at several times the cost
-    if torch.is_grad_enabled() or tokens.num_scores > sdpa.BUFFERED_SCORES:
-        own = (q.float() * own_k).sum(-1) * scale
-        own = own if own_bias is None else own + own_bias
-        scores = torch.add(added, q @ k.transpose(-1, -2), alpha=scale)
-        weights = torch.softmax(torch.cat([scores, own[..., None]], -1), -1).to(v.dtype)
-        return weights[..., :-1] @ v + weights[..., -1:] * own_v
-    weights, share = sdpa.direct_weights(q, k, own_k, added, own_bias, scale)
-    return torch.addcmul(torch.matmul(weights, v), share, own_v)
-
-
 def attend_in_portions(tokens: CandidateTokens, portion_elements: int | None = None) -> Tensor:
     """Return o by SDPA over portions of at most `portion_elements` scores and queries (None: by device)."""
     if portion_elements is None:
-        on_cpu = tokens.q.device.type == "cpu"
-        portion_elements = sdpa.PORTION_ELEMENTS if on_cpu else sdpa.PORTION_ELEMENTS_ON_GPU
-    if needs_dispatch(*tokens):
-        return _candidate_op(*tokens, portion_elements)[0]
-    return _attend(tokens, portion_elements)[0]
+        portion_elements = default_portion(tokens.q.device)
+    dispatched = needs_dispatch(*tokens)
+    out, _ = _candidate_op(*tokens, portion_elements) if dispatched else _attend(tokens, portion_elements)
+    return out
 
 
 def _attend(tokens: CandidateTokens, portion_elements: int) -> tuple[Tensor, Tensor]:
     """Return o, and L [B, H, Q] for backward."""
-    q, k, v, own_k, own_v, bias, own_bias, context_mask, _ = tokens
-    scale = tokens.factor
     out, lse = _empty_outputs(tokens)
-    # SDPA on a GPU is fastest on 16-bit tokens. On a CPU without AMX it is slower on them than on widened ones.
-    work = state_dtype(q.dtype) if q.device.type == "cpu" else q.dtype
-    for rows in sdpa.row_portions(q, k, portion_elements):
-        k_n, v_n = sdpa.widened("k", k[rows], work), sdpa.widened("v", v[rows], work)
-        for part in sdpa.query_portions(rows, q, k, portion_elements):
-            q_n = sdpa.widened("q", q[part], work)
-            o, context = sdpa.attend(q_n, k_n, v_n, sdpa.mask(bias, context_mask, part, work), scale)
-            own = sdpa.own_scores(q_n, own_k[part], own_bias, part, scale)
-            torch.logaddexp(context, own, out=lse[part])
-            share = own.sub_(lse[part]).exp_()[..., None]
-            if out.dtype == work == share.dtype:
-                torch.lerp(o, own_v[part], share, out=out[part])
-            else:
-                out[part] = o.to(share.dtype).lerp_(own_v[part].to(share.dtype), share)
+    attend_portions(tokens, portion_elements, out, lse)
     return out, lse
 
 
@@ -157,58 +115,18 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     schema=f"(Tensor grad_out, Tensor lse, bool learned_bias, {CANDIDATE_SCHEMA}, int portion_elements) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _candidate_backward_op(grad_out: Tensor, lse: Tensor, learned_bias: bool, *arguments: Any) -> Gradients:
+def _candidate_backward_op(grad_out: Tensor, lse: Tensor, learned_bias: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    """Return the gradients of the tokens and the biases, empty for a bias that has none."""
     *fields, portion_elements = arguments
     tokens = CandidateTokens(*fields)
-    q, k, v, own_k, own_v, bias, own_bias, context_mask, _ = tokens
-    scale = tokens.factor
-    work = state_dtype(q.dtype)
     grads = _empty_gradients(tokens, learned_bias)
-    grad_q, grad_k, grad_v, grad_own_k, grad_own_v = grads[:5]
-    grad_bias, grad_own_bias = (x.zero_() if x.dtype == work else x.new_zeros(x.shape, dtype=work) for x in grads[5:])
-    for rows in sdpa.row_portions(q, k, portion_elements):
-        k_n, v_n = (sdpa.widened(name, x[rows], work).flatten(0, 1) for name, x in (("k", k), ("v", v)))
-        dk, dv = (sdpa.accumulator(name, x[rows], work).flatten(0, 1) for name, x in (("dk", grad_k), ("dv", grad_v)))
-        for part in sdpa.query_portions(rows, q, k, portion_elements):
-            q_n, do, own_k_n, own_v_n = (
-                sdpa.like(name, x[part], work).copy_(x[part])  # copies, which are overwritten below
-                for name, x in (("q", q), ("do", grad_out), ("own_k", own_k), ("own_v", own_v))
-            )
-            p = sdpa.scores(q_n, k_n, sdpa.mask(bias, context_mask, part, work), scale)
-            sdpa.exp(p.sub_(lse[part][..., None]))
-            own = sdpa.exp(sdpa.own_scores(q_n, own_k_n, own_bias, part, scale).sub_(lse[part]))
-            total = p.sum(-1).add_(own)[..., None]
-            do.div_(total)
-            q_f, do_f, p_f = q_n.flatten(0, 1), do.flatten(0, 1), p.flatten(0, 1)
-            torch.baddbmm(dv, p_f.transpose(1, 2), do_f, out=dv)
-            ds_f = torch.bmm(do_f, v_n.transpose(1, 2), out=sdpa.like("ds", p_f, work)).mul_(p_f)
-            ds = ds_f.view_as(p)
-            de = torch.mul(do, own_v_n, out=own_v_n).sum(-1).mul_(own)
-            delta = ds.sum(-1).add_(de).div_(total[..., 0])
-            ds.addcmul_(p, delta[..., None], value=-1)
-            de.addcmul_(own, delta, value=-1)
-            if learned_bias:
-                share = sdpa.part_of(grad_bias, part)
-                share += ds.sum_to_size(share.shape)
-            torch.baddbmm(dk, ds_f.transpose(1, 2), q_f, alpha=scale, out=dk)
-            if own_bias is not None:
-                share = sdpa.part_of(grad_own_bias, part)
-                share += de.sum_to_size(share.shape)
-            grad_own_v[part] = do.mul_(own[..., None])
-            de = de.mul_(scale)[..., None]
-            dq = own_k_n.mul_(de).flatten(0, 1)
-            torch.baddbmm(dq, ds_f, k_n, alpha=scale, out=dq)
-            grad_q[part] = dq.view_as(q_n)
-            grad_own_k[part] = q_n.mul_(de)
-        for grad, total in ((grad_k, dk), (grad_v, dv)):
-            if grad.dtype != work:
-                grad[rows] = total.view_as(grad[rows])
-    return *grads[:5], grad_bias.to(grads[5].dtype), grad_own_bias.to(grads[6].dtype)
+    attend_portions_backward(grad_out, lse, tokens, portion_elements, grads)
+    return _without_none(grads)
 
 
 @_candidate_backward_op.register_fake
-def _(grad_out: Tensor, lse: Tensor, learned_bias: bool, *arguments: Any) -> Gradients:
-    return _empty_gradients(CandidateTokens(*arguments[:-1]), learned_bias)
+def _(grad_out: Tensor, lse: Tensor, learned_bias: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    return _without_none(_empty_gradients(CandidateTokens(*arguments[:-1]), learned_bias))
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -237,9 +155,19 @@ def _empty_outputs(tokens: CandidateTokens) -> tuple[Tensor, Tensor]:
     return _empty_like(tokens.own_v), q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
 
 
-def _empty_gradients(tokens: CandidateTokens, learned_bias: bool) -> Gradients:
+def _empty_gradients(tokens: CandidateTokens, learned_bias: bool) -> CandidateGradients:
     q, k, v, own_k, own_v, bias, own_bias, _, _ = tokens
-    grads = _empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape), _empty_like(own_k), _empty_like(own_v)
-    biases = bias if learned_bias else None, own_bias
-    grad_bias, grad_own_bias = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in biases)
-    return *grads, grad_bias, grad_own_bias
+    return CandidateGradients(
+        _empty_like(q),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        _empty_like(own_k),
+        _empty_like(own_v),
+        bias.new_empty(bias.shape) if bias is not None and learned_bias else None,
+        None if own_bias is None else own_bias.new_empty(own_bias.shape),
+    )
+
+
+def _without_none(grads: CandidateGradients) -> tuple[Tensor, ...]:
+    """Return the gradients as an operator does: empty tensors in place of None."""
+    return tuple(grads.q.new_empty(0) if x is None else x for x in grads)

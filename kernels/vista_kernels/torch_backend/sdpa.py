@@ -14,15 +14,6 @@ from torch import Tensor
 from vista_kernels.state_layout import state_dtype
 from vista_kernels.torch_backend.workspace import scratch
 
-PORTION_ELEMENTS, PORTION_ELEMENTS_ON_GPU = 1 << 19, 1 << 26
-"""Numbers of scores and queries that a portion may hold: 2 MB of float32 on a CPU."""
-
-DIRECT_SCORES = 1 << 24
-"""Up to this many scores, bfloat16 products on a CPU save more time than portions do."""
-
-BUFFERED_SCORES = 1 << 20
-"""Up to this many scores, direct products use buffers: 10 MB per thread."""
-
 HIDDEN = -1e9
 """Added to the scores of tokens outside a `context_mask`."""
 
@@ -66,23 +57,6 @@ def scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     flat = result.flatten(0, 1)
     torch.baddbmm(flat, q.flatten(0, 1), k.transpose(1, 2), beta=float(mask is not None), alpha=scale, out=flat)
     return result
-
-
-def direct_weights(
-    q: Tensor, k: Tensor, own_k: Tensor, added: Tensor, own_bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return softmax weights of the context [n, H, r, C], in a buffer, and of the candidate itself [n, H, r, 1].
-
-    Both are of q's dtype; scores are summed and exponentiated in float32. `added` is broadcastable to [n, H, r, C].
-    """
-    context = k.shape[2]
-    products = scratch("candidates.products", (*q.shape[:3], context), q.dtype, q.device)
-    torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out=products.flatten(0, 1))
-    every = scratch("candidates.scores", (*q.shape[:3], context + 1), torch.float32, q.device)
-    torch.add(added, products, alpha=scale, out=every[..., :context])
-    every[..., context] = own_scores(q, own_k, own_bias, (slice(None),) * 3, scale)
-    weights = torch.softmax(every, -1, out=like("weights", every, torch.float32))
-    return products.copy_(weights[..., :context]), weights[..., context:].to(q.dtype)
 
 
 def own_scores(q: Tensor, own_k: Tensor, own_bias: Tensor | None, part: Part, scale: float) -> Tensor:
