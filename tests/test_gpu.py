@@ -30,7 +30,7 @@ pytestmark = [
 # except for the longest chain of them: quasi-linear attention of width 3 with random weights.
 UNITS = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 LONGER = [*RAGGED, 1000, 0]
-"""The longest of these is cut into pieces."""
+"""The longest of these is cut into chunks."""
 
 
 def on_gpu(inputs: Inputs) -> Inputs:

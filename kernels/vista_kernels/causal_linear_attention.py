@@ -1,11 +1,11 @@
 """Causal linear attention without softmax: o_t = phi(q_t) Z_t with Z_t = initial_z + sum_{s <= t} phi(k_s) v_s^T.
 
-Layout: tokens packed as [T, H, D], sequences end to end, offsets int64 [B+1]. Sequences are cut into pieces. With Z the
-state before a piece, and its tokens as the rows of Q = phi(q), K = phi(k), V and dO::
+Layout: tokens packed as [T, H, D], sequences end to end, offsets int64 [B+1]. Sequences are cut into chunks. With Z the
+state before a chunk, and its tokens as the rows of Q = phi(q), K = phi(k), V and dO::
 
     O  = tril(Q K^T) V + Q Z                     Z' = Z + K^T V
     dQ = tril(dO V^T) K + dO Z^T
-    dK = tril(dO V^T)^T Q + V R^T                R  = gradient of the state after the piece
+    dK = tril(dO V^T)^T Q + V R^T                R  = gradient of the state after the chunk
     dV = tril(Q K^T)^T dO + K R                  R' = R + Q^T dO
 
 So backward is one pass from the front (dQ) and one from the back (dK, dV), and stores nothing. Sums are float32

@@ -32,9 +32,9 @@ class Segments:
 
 
 def cut_segments(offsets: IntArray, size: int) -> tuple[IntArray, Segments]:
-    """Cut segments [B] into pieces of at most `size` rows: return each segment's first piece [B+1], and the pieces."""
+    """Cut segments [B] into chunks of at most `size` rows: return each segment's first chunk [B+1], and the chunks."""
     counts = -(-np.diff(offsets) // size)
-    piece_offsets = np.concatenate([[0], np.cumsum(counts)])
-    within = np.arange(piece_offsets[-1]) - np.repeat(piece_offsets[:-1], counts)
+    chunk_offsets = np.concatenate([[0], np.cumsum(counts)])
+    within = np.arange(chunk_offsets[-1]) - np.repeat(chunk_offsets[:-1], counts)
     starts = np.repeat(offsets[:-1], counts) + within * size
-    return piece_offsets, Segments(starts, np.minimum(size, np.repeat(offsets[1:], counts) - starts))
+    return chunk_offsets, Segments(starts, np.minimum(size, np.repeat(offsets[1:], counts) - starts))

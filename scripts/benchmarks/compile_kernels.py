@@ -42,7 +42,7 @@ from vista_kernels.triton_backend.accelerator import Accelerator
 
 HEADS = 4
 LONG, SHORT = (2000, 40), (16,) * 6
-"""Lengths of the recorded batches: one with a segment in pieces, and one with only short segments."""
+"""Lengths of the recorded batches: one with a segment in chunks, and one with only short segments."""
 WIDTHS = (16, 32, 64, 128)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -253,7 +253,7 @@ def _run_all(dtype: torch.dtype, width: int, lengths: tuple[int, ...]) -> None:
     tokens = CausalTokens(q, k, v, offsets, "silu")
     triton_backend.causal_attention(tokens, z, out)
     triton_backend.causal_attention_backward(out, tokens, z, grad_z, *grads[:3])
-    whole = tokens._replace(offsets=np.array([0, lengths[-1]]))  # without pieces and without initial states
+    whole = tokens._replace(offsets=np.array([0, lengths[-1]]))  # without chunks and without initial states
     triton_backend.causal_attention_backward(out, whole, None, grad_z[:1], *grads[:3])
     rows = torch.empty(300, HEADS, width * width)
     decay = torch.empty(300, HEADS)

@@ -215,14 +215,14 @@ def resized(module: ModuleType, **sizes: object) -> SimpleNamespace:
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shrink windows to 256 tokens (segments are long from 65 tokens on), so that small inputs cross every border.
 
-    Likewise the items of the Triton backend: segments of 49 tokens or more are cut into pieces of 32.
+    Likewise the items of the Triton backend: segments of 49 tokens or more are cut into chunks of 32.
     """
     monkeypatch.setitem(backends._LOADED, "torch", resized(torch_backend, window_elements=1024))
     if HAS_TRITON:
         from vista_kernels import triton_backend
         from vista_kernels.triton_backend.item_sizes import ItemSizes
 
-        sizes = ItemSizes(programs_per_processor=1000, min_item=64, max_item=64, min_piece=32, alignment=16)
+        sizes = ItemSizes(programs_per_processor=1000, min_item=64, max_item=64, min_chunk=32, alignment=16)
         monkeypatch.setitem(backends._LOADED, "triton", resized(triton_backend, sizes=sizes, max_uncut=24))
 
 

@@ -17,14 +17,14 @@ from .conftest import needs_triton
 if TYPE_CHECKING:
     from .conftest import Inputs, Operator
 
-# Pieces of causal_linear_attention are 32 tokens here. Small windows hold 256 tokens, and segments are long from 65 on.
+# Chunks of causal_linear_attention are 32 tokens here. Small windows hold 256 tokens, and segments are long from 65 on.
 LENGTHS = {
     "no-segments": [],
     "no-tokens": [0, 0],
     "one": [1],
-    "piece-1": [31],
-    "piece": [32],
-    "piece+1": [33],
+    "chunk-1": [31],
+    "chunk": [32],
+    "chunk+1": [33],
     "block-1": [63],
     "block": [64],
     "block+1": [65],
@@ -38,14 +38,14 @@ LENGTHS = {
 RAGGED = LENGTHS["ragged"]
 ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 # Triton's interpreter takes a millisecond per line. Blocks are 16 tokens, or 32 in some kernels for longer segments.
-# Small windows cut segments of 49 tokens or more into pieces of 32.
+# Small windows cut segments of 49 tokens or more into chunks of 32.
 TRITON_LENGTHS = {
     "no-segments": [],
     "no-tokens": [0, 0],
     "one": [1],
     "block+1": [17],
-    "piece-1": [48],
-    "pieces-among-short": [0, 1, 5, 53, 3, 0],
+    "chunk-1": [48],
+    "chunks-among-short": [0, 1, 5, 53, 3, 0],
 }
 
 
@@ -91,7 +91,7 @@ def test_low_precision_error(operator: Operator, dtype: torch.dtype) -> None:
     triton = operator.backend == "triton"
     if triton and dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter gets bfloat16 products wrong; test_gpu.py has this case")
-    inputs = operator.make(TRITON_LENGTHS["pieces-among-short"] if triton else RAGGED, dtype)
+    inputs = operator.make(TRITON_LENGTHS["chunks-among-short"] if triton else RAGGED, dtype)
     unit = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-12
     check_against_oracle(operator, inputs, unit)
 
@@ -183,7 +183,7 @@ def _is_leaf(arg: object, operator: Operator, inputs: Inputs) -> bool:
 
 @pytest.mark.usefixtures("small_windows")
 def test_batch_equals_segments_alone(operator: Operator) -> None:
-    lengths = RAGGED if operator.backend == "torch" else TRITON_LENGTHS["pieces-among-short"]
+    lengths = RAGGED if operator.backend == "torch" else TRITON_LENGTHS["chunks-among-short"]
     inputs = operator.make(lengths, operator.widest)
     outputs = operator.fast(inputs)
     tolerance = 1e-10 if operator.widest == torch.float64 else 1e-4
@@ -224,7 +224,7 @@ def test_poison_stays_in_its_segment(operator: Operator, lengths: list[int]) -> 
 
 @each_backend(
     {"ragged": RAGGED, "equal": [16] * 9, "long": [0, 257, 2]},
-    {"pieces-among-short": TRITON_LENGTHS["pieces-among-short"]},
+    {"chunks-among-short": TRITON_LENGTHS["chunks-among-short"]},
 )
 @pytest.mark.usefixtures("small_windows")
 def test_no_uninitialised_memory(operator: Operator, lengths: list[int], poisoned_memory: Callable[[], None]) -> None:

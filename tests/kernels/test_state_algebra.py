@@ -98,7 +98,7 @@ def test_blocks_and_scan_equal_direct_weights(block: int) -> None:
 
 @pytest.mark.parametrize("lengths", [[100], [129, 0, 3, 300], [1000, 2]], ids=str)
 def test_long_scan_equals_short_steps(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cutting sequences into pieces, recursively, changes nothing; nor does cutting the batch into groups."""
+    """Cutting sequences into chunks, recursively, changes nothing; nor does cutting the batch into groups."""
     generator = torch.Generator().manual_seed(0)
     total = sum(lengths)
     z = torch.randn(total, 2, 3, 3, generator=generator, dtype=torch.float64, requires_grad=True)

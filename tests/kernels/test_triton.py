@@ -106,7 +106,7 @@ def test_widths_and_blocks(width: int, value_width: int, lengths: list[int]) -> 
         assert err(a, b) <= 1e-5 * float(b.abs().max())
 
 
-def test_pieces_equal_whole_and_repeat_bit_for_bit(triton_operator: Operator, request: pytest.FixtureRequest) -> None:
+def test_chunks_equal_whole_and_repeat_bit_for_bit(triton_operator: Operator, request: pytest.FixtureRequest) -> None:
     """A segment of many items gives the result of one item, with the same bits every time."""
     inputs = triton_operator.make([70, 2], torch.float32)
     whole = triton_operator.gradients(triton_operator.fast, inputs)
@@ -117,7 +117,7 @@ def test_pieces_equal_whole_and_repeat_bit_for_bit(triton_operator: Operator, re
         assert torch.equal(b, c)
 
 
-def test_scan_in_pieces_of_pieces() -> None:
+def test_scan_in_chunks_of_chunks() -> None:
     small = {"max_uncut": 3, "sizes": ItemSizes(programs_per_processor=1000)}
     offsets = np.array([0, 40, 40, 41, 60])
     x, initial = normal(60, 1, 3), normal(4, 1, 3, seed=1)
@@ -183,9 +183,9 @@ def test_every_token_is_in_one_item(lengths: list[int], num_heads: int) -> None:
     work = plan_work(Segments(starts, sizes), num_heads=num_heads, num_processors=132)
     first_segment, last_segment, _, _, slot = work.items.T
     whole = np.flatnonzero(slot < 0)
-    in_pieces = set(work.sums[:, 0].tolist())
+    in_chunks = set(work.sums[:, 0].tolist())
     covered = [b for i in whole for b in range(first_segment[i], last_segment[i])]
-    assert sorted([*covered, *in_pieces]) == list(range(len(sizes)))
+    assert sorted([*covered, *in_chunks]) == list(range(len(sizes)))
     for segment, first, count in work.sums.tolist():
         rows = work.items[first : first + count]
         assert (rows[:, 0] == segment).all()

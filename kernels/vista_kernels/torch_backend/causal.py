@@ -1,4 +1,4 @@
-"""Causal linear attention of the torch backend: pieces of a few dozen tokens, whose states are scanned.
+"""Causal linear attention of the torch backend: chunks of a few dozen tokens, whose states are scanned.
 
 Backward is one pass from the front (dQ) and one from the back (dK, dV); formulas in `causal_linear_attention.py`.
 """
@@ -21,8 +21,8 @@ from vista_kernels.torch_backend.state_sums import add_product
 from vista_kernels.torch_backend.window import WINDOW_ELEMENTS, Window, plan_windows
 from vista_kernels.torch_backend.workspace import activated, converted, finish, multiplied, scaled, scratch
 
-PIECE_NARROW, PIECE_WIDE = 32, 64
-"""Most tokens of a piece, for heads up to 32 wide and for wider ones (as measured)."""
+CHUNK_NARROW, CHUNK_WIDE = 32, 64
+"""Most tokens of a chunk, for heads up to 32 wide and for wider ones (as measured)."""
 
 
 def causal_attention(
@@ -62,21 +62,21 @@ def causal_attention_backward(
 
 
 class _Part:
-    """One window of pieces, and the sequences [first, last) that they belong to."""
+    """One window of chunks, and the sequences [first, last) that they belong to."""
 
-    def __init__(self, window: Window, piece_offsets: IntArray, window_elements: int) -> None:
-        first_piece = window.rows.start
+    def __init__(self, window: Window, chunk_offsets: IntArray, window_elements: int) -> None:
+        first_chunk = window.rows.start
         self.num = sum(tile.num for tile in window.tiles)
-        tiles = tuple(replace(tile, rows=_shifted(tile.rows, first_piece)) for tile in window.tiles)
+        tiles = tuple(replace(tile, rows=_shifted(tile.rows, first_chunk)) for tile in window.tiles)
         self.window = replace(window, tiles=tiles, rows=slice(0, self.num))
-        first = int(np.searchsorted(piece_offsets, first_piece, side="right")) - 1
-        last = int(np.searchsorted(piece_offsets, first_piece + self.num, side="left"))
+        first = int(np.searchsorted(chunk_offsets, first_chunk, side="right")) - 1
+        last = int(np.searchsorted(chunk_offsets, first_chunk + self.num, side="left"))
         self.sequences = slice(first, last)
-        self.offsets: IntArray = np.clip(piece_offsets[first : last + 1] - first_piece, 0, self.num)
+        self.offsets: IntArray = np.clip(chunk_offsets[first : last + 1] - first_chunk, 0, self.num)
         self.window_elements = window_elements
 
     def scan(self, totals: Tensor, carry: Tensor, *, descending: bool) -> Tensor:
-        """Return the state that enters each piece, and move `carry` [B, H, D, E] past this part, in place."""
+        """Return the state that enters each chunk, and move `carry` [B, H, D, E] past this part, in place."""
         initial = carry[self.sequences].flatten(2)
         states, last = scan_rows(
             totals.flatten(2),
@@ -127,7 +127,7 @@ def _backward_from_back(
 
 
 def _totals(part: _Part, k: Tensor, v: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
-    """Return phi(K)^T V of every piece [P, H, D, E] in `dtype`."""
+    """Return phi(K)^T V of every chunk [P, H, D, E] in `dtype`."""
     totals = scratch("totals", (part.num, k.shape[1], k.shape[2], v.shape[2]), dtype, k.device)
     states = part.window.states("states", totals)
     for tile in part.window.tiles:
@@ -139,21 +139,21 @@ def _totals(part: _Part, k: Tensor, v: Tensor, activation: str, dtype: torch.dty
 
 
 def _parts(tokens: CausalTokens, window_elements: int, *, descending: bool = False) -> Iterator[_Part]:
-    """Cut the sequences into pieces, and these into windows. The longest sequence is cut evenly."""
+    """Cut the sequences into chunks, and these into windows. The longest sequence is cut evenly."""
     q, _, v, offsets, _ = tokens
     heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
-    limit = PIECE_NARROW if width <= 32 else PIECE_WIDE
+    limit = CHUNK_NARROW if width <= 32 else CHUNK_WIDE
     longest = max(1, int(np.diff(offsets).max(initial=1)))
-    piece_offsets, pieces = cut_segments(offsets, -(-longest // -(-longest // limit)))
+    chunk_offsets, chunks = cut_segments(offsets, -(-longest // -(-longest // limit)))
     for window in plan_windows(
-        pieces,
+        chunks,
         token_elements=heads * max(width, value_width, limit),
         state_elements=heads * width * value_width,
         device=q.device,
         descending=descending,
         window_elements=window_elements,
     ):
-        yield _Part(window, piece_offsets, window_elements)
+        yield _Part(window, chunk_offsets, window_elements)
 
 
 def _scores(a: Tensor, b: Tensor) -> Tensor:

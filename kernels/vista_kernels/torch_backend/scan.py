@@ -1,7 +1,7 @@
 """The scan of the torch backend: all sequences side by side, row after row.
 
-One step handles the i-th row of all sequences at once. Long sequences are cut into pieces: the pieces' totals are
-scanned first, and each piece then starts from the state before it. Decays are multiplied as exp of non-positive
+One step handles the i-th row of all sequences at once. Long sequences are cut into chunks: the chunks' totals are
+scanned first, and each chunk then starts from the state before it. Decays are multiplied as exp of non-positive
 numbers only, so -inf (forget all that came before) is exact and nothing overflows.
 """
 
@@ -18,7 +18,7 @@ from vista_kernels.torch_backend.window import WINDOW_ELEMENTS
 from vista_kernels.torch_backend.workspace import scratch
 
 MAX_UNCUT = 128
-"""Longer sequences are cut into pieces, of at most this many rows."""
+"""Longer sequences are cut into chunks, of at most this many rows."""
 
 
 def scan_rows(
@@ -35,7 +35,7 @@ def scan_rows(
     """Scan the rows x [N, H, F] of every sequence, as `Backend.scan_rows` says.
 
     Args:
-        max_uncut: rows of the longest sequence that is not cut into pieces.
+        max_uncut: rows of the longest sequence that is not cut into chunks.
         window_elements: numbers of the rows that are scanned side by side.
     """
     segments = Segments.from_offsets(offsets)
@@ -43,26 +43,26 @@ def scan_rows(
     flags = (descending, decay_after)
     longest = int(segments.lengths.max(initial=0))
     if longest <= max_uncut:
-        return out, _scan_pieces(x, decay, segments, initial, flags, out, window_elements)
-    # A piece is affine in the carry that enters it: scan the pieces' totals and decays, then each piece from its carry.
-    piece_offsets, pieces = cut_segments(offsets, min(max_uncut, max(16, math.isqrt(longest))))
-    totals = _scan_pieces(x, decay, pieces, None, flags, None, window_elements)
-    piece_decay = None
+        return out, _scan_chunks(x, decay, segments, initial, flags, out, window_elements)
+    # A chunk is affine in the carry that enters it: scan the chunks' totals and decays, then each chunk from its carry.
+    chunk_offsets, chunks = cut_segments(offsets, min(max_uncut, max(16, math.isqrt(longest))))
+    totals = _scan_chunks(x, decay, chunks, None, flags, None, window_elements)
+    chunk_decay = None
     if decay is not None:
-        ones = decay.new_ones((len(pieces), decay.shape[1], 1))
+        ones = decay.new_ones((len(chunks), decay.shape[1], 1))
         zeros = decay.new_zeros(1, 1, 1).expand(*decay.shape, 1)
-        piece_decay = _scan_pieces(zeros, decay, pieces, ones, flags, None, window_elements).squeeze(2)
+        chunk_decay = _scan_chunks(zeros, decay, chunks, ones, flags, None, window_elements).squeeze(2)
     carried, last = scan_rows(
         totals,
-        piece_decay,
-        piece_offsets,
+        chunk_decay,
+        chunk_offsets,
         initial,
         descending=descending,
         max_uncut=max_uncut,
         window_elements=window_elements,
     )
-    entering = entering_carry(carried, piece_offsets, initial, descending=descending)
-    _scan_pieces(x, decay, pieces, entering, flags, out, window_elements)
+    entering = entering_carry(carried, chunk_offsets, initial, descending=descending)
+    _scan_chunks(x, decay, chunks, entering, flags, out, window_elements)
     return out, last
 
 
@@ -78,26 +78,26 @@ def entering_carry(carried: Tensor, offsets: IntArray, initial: Tensor | None, *
     return entering
 
 
-def _scan_pieces(
+def _scan_chunks(
     x: Tensor,
     decay: Tensor | None,
-    pieces: Segments,
+    chunks: Segments,
     initial: Tensor | None,
     flags: tuple[bool, bool],
     out: Tensor | None,
     window_elements: int,
 ) -> Tensor:
-    """Scan each piece on its own and return the last carries [P, H, F]. The pieces lie end to end, in order."""
-    last = x.new_zeros((len(pieces), *x.shape[1:])) if initial is None else initial.clone()
-    filled = np.flatnonzero(pieces.lengths)
-    ends = np.cumsum(pieces.lengths[filled])
+    """Scan each chunk on its own and return the last carries [P, H, F]. The chunks lie end to end, in order."""
+    last = x.new_zeros((len(chunks), *x.shape[1:])) if initial is None else initial.clone()
+    filled = np.flatnonzero(chunks.lengths)
+    ends = np.cumsum(chunks.lengths[filled])
     max_rows = window_elements // max(1, x.shape[1] * x.shape[2])
     first = 0
     while first < len(filled):
-        done = int(ends[first] - pieces.lengths[filled[first]])
+        done = int(ends[first] - chunks.lengths[filled[first]])
         stop = max(int(np.searchsorted(ends, done + max_rows, side="right")), first + 1)
         members = filled[first:stop]
-        _scan_group(x, decay, pieces[members], members, flags, out, last)
+        _scan_group(x, decay, chunks[members], members, flags, out, last)
         first = stop
     return last
 
@@ -105,19 +105,19 @@ def _scan_pieces(
 def _scan_group(
     x: Tensor,
     decay: Tensor | None,
-    pieces: Segments,
+    chunks: Segments,
     members: IntArray,
     flags: tuple[bool, bool],
     out: Tensor | None,
     last: Tensor,
 ) -> None:
-    """Scan neighboring pieces (none empty), row after row, all side by side. `last` holds and receives their carries.
+    """Scan neighboring chunks (none empty), row after row, all side by side. `last` holds and receives their carries.
 
-    The rows are first brought into the order in which they are visited, longest piece first, so that a step is one
-    operation on a slice: rows 0 of all pieces, then rows 1 of those that have one, and so on.
+    The rows are first brought into the order in which they are visited, longest chunk first, so that a step is one
+    operation on a slice: rows 0 of all chunks, then rows 1 of those that have one, and so on.
     """
     descending, decay_after = flags
-    starts, lengths = pieces.starts, pieces.lengths
+    starts, lengths = chunks.starts, chunks.lengths
     order = np.argsort(-lengths, kind="stable")
     sizes, steps = lengths[order], np.arange(lengths.max())
     rows = (starts + lengths - 1)[order, None] - steps if descending else starts[order, None] + steps
@@ -137,7 +137,7 @@ def _scan_group(
         _add_carry(visited[end:following], visited[begin : begin + num], used)
         begin, end = end, following
     places = np.empty_like(order)
-    places[order] = bounds[sizes - 1] + np.arange(len(order))  # of each piece's last visited row
+    places[order] = bounds[sizes - 1] + np.arange(len(order))  # of each chunk's last visited row
     index = torch.from_numpy(places).to(x.device)
     carry = visited.index_select(0, index)
     last[torch.from_numpy(members).to(x.device)] = (

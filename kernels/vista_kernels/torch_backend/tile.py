@@ -12,7 +12,7 @@ from vista_kernels.torch_backend.workspace import activate, converted, gathered,
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """n segments (or pieces of them) padded to L tokens each, and where they lie.
+    """n segments (or chunks of them) padded to L tokens each, and where they lie.
 
     Padding repeats a token of the same segment and has weight 0, so that nothing, NaN included, crosses segments.
     """

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vista_kernels.state_tokens import StateTokens
-from vista_kernels.triton_backend import accelerator, blocks, sums
+from vista_kernels.triton_backend import accelerator, blocks, state_sums
 from vista_kernels.triton_backend.item_sizes import ITEM_SIZES, ItemSizes
 from vista_kernels.triton_backend.tile_access import (
     activate,
@@ -178,7 +178,7 @@ def accumulate(tokens: StateTokens, z: Tensor, n: Tensor, *, fresh: bool = True,
     work = plan_work(segments, num_heads=num_heads, num_processors=device.num_processors, sizes=sizes)
     chosen = blocks.choose("accumulate_fwd", device, k.dtype, width, value_width, work.mean_length)
     starts, lengths, items, ranges = blocks.to_device(work.arrays, k.device)
-    part, part_n = sums.new_parts(work, z)
+    part, part_n = state_sums.new_parts(work, z)
     blocks.launch(
         accumulate_fwd_kernel,
         len(items) * num_heads * -(-value_width // chosen.part),
@@ -206,7 +206,7 @@ def accumulate(tokens: StateTokens, z: Tensor, n: Tensor, *, fresh: bool = True,
         ADD=not fresh,
         **chosen.options,
     )
-    sums.add_parts(part, part_n, ranges, z, n, fresh=fresh)
+    state_sums.add_parts(part, part_n, ranges, z, n, fresh=fresh)
 
 
 def accumulate_backward(

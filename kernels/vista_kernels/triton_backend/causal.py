@@ -11,8 +11,8 @@ registers. With a block's tokens as rows of A, B and C::
     dV: A, B, C = phi(K), phi(Q), dO       S = R      from the back
 
 where Z is the state before a block and R the gradient of the state after it. From the back, tril becomes triu. Columns
-of C, S and Y are independent, so several programs may share them. The state that enters a piece of a long sequence
-comes from the pieces' totals (`accumulate.py`) and a scan of them (`scan.py`). Tokens [T, H, D or E] of any strides,
+of C, S and Y are independent, so several programs may share them. The state that enters a chunk of a long sequence
+comes from the chunks' totals (`accumulate.py`) and a scan of them (`scan.py`). Tokens [T, H, D or E] of any strides,
 states [B, H, D, E] float32. Sums are float32; operands of products have the tokens' dtype.
 """
 
@@ -147,7 +147,7 @@ def causal_attention(tokens: CausalTokens, carry: Tensor, out: Tensor, *, sizes:
     q, k, v, offsets, activation = tokens
     blocks.check_tokens(accelerator.accelerator_of(q), q=q, k=k, v=v)
     work = _plan(q, offsets, sizes)
-    entering = _enter_pieces(work, k, v, carry, activation, descending=False, sizes=sizes)
+    entering = _enter_chunks(work, k, v, carry, activation, descending=False, sizes=sizes)
     active = (activation, activation, "identity", "identity")
     on_device = blocks.to_device(work.arrays, q.device)
     _run(work, on_device, (q, k, v, None), active, carry, entering, out, store_carry=True)
@@ -170,10 +170,10 @@ def causal_attention_backward(
     work = _plan(q, offsets, sizes)
     on_device = blocks.to_device(work.arrays, q.device)
     carry = None if initial_z is None else initial_z.clone(memory_format=torch.contiguous_format)
-    entering = _enter_pieces(work, k, v, carry, activation, descending=False, sizes=sizes)
+    entering = _enter_chunks(work, k, v, carry, activation, descending=False, sizes=sizes)
     last = ("identity", "identity", activation, activation)
     _run(work, on_device, (grad_out, v, k, q), last, carry, entering, grad_q, transposed=True)
-    entering = _enter_pieces(work, q, grad_out, grad_carry, activation, descending=True, sizes=sizes)
+    entering = _enter_chunks(work, q, grad_out, grad_carry, activation, descending=True, sizes=sizes)
     _run(work, on_device, (v, grad_out, q, k), last, grad_carry, entering, grad_k, transposed=True, from_back=True)
     # Last, because it moves the carries of whole sequences.
     first = (activation, activation, "identity", "identity")
@@ -181,7 +181,7 @@ def causal_attention_backward(
 
 
 def _plan(q: Tensor, offsets: IntArray, sizes: ItemSizes) -> WorkPlan:
-    """Cut sequences into items: into pieces only if there are too few of them, because pieces are read twice."""
+    """Cut sequences into items: into chunks only if there are too few of them, because chunks are read twice."""
     return plan_work(
         Segments.from_offsets(offsets),
         num_heads=q.shape[1],
@@ -190,13 +190,13 @@ def _plan(q: Tensor, offsets: IntArray, sizes: ItemSizes) -> WorkPlan:
     )
 
 
-def _enter_pieces(
+def _enter_chunks(
     work: WorkPlan, k: Tensor, v: Tensor, carry: Tensor | None, activation: str, *, descending: bool, sizes: ItemSizes
 ) -> Tensor | None:
-    """Return the states [slots, H, D, E] that enter the pieces (None if there are no pieces).
+    """Return the states [slots, H, D, E] that enter the chunks (None if there are no chunks).
 
-    The carries of the sequences in pieces are moved past them; those of whole sequences stay. `descending` visits
-    pieces from the last one, for the gradient of states.
+    The carries of the sequences in chunks are moved past them; those of whole sequences stay. `descending` visits
+    chunks from the last one, for the gradient of states.
     """
     if not work.num_slots:
         return None
@@ -204,8 +204,8 @@ def _enter_pieces(
     shape = (work.num_slots, k.shape[1], k.shape[2], v.shape[2])
     totals = k.new_empty(shape, dtype=torch.float32)
     counts = totals.new_zeros(shape[:2])  # not used
-    pieces = Segments(first_token, last_token - first_token)
-    accumulate(StateTokens(k, v, pieces, None, activation), totals, counts, sizes=sizes)
+    chunks = Segments(first_token, last_token - first_token)
+    accumulate(StateTokens(k, v, chunks, None, activation), totals, counts, sizes=sizes)
     (sequences,) = blocks.to_device([work.sums[:, 0]], k.device)
     initial = None if carry is None else carry.index_select(0, sequences).flatten(2)
     ends = np.append(work.sums[:, 1], work.num_slots)

@@ -15,10 +15,10 @@ class ItemSizes:
     """Least tokens of an item. Between the bounds an item is as small as fills the device."""
     max_item: int = 4096
     """Most tokens of an item, roughly."""
-    min_piece: int = 512
-    """Least tokens of a piece of a long segment (half as many after rounding), since each piece writes a state."""
+    min_chunk: int = 512
+    """Least tokens of a chunk of a long segment (half as many after rounding), since each chunk writes a state."""
     alignment: int = 64
-    """Pieces are multiples of this, so that all their blocks but the last are full."""
+    """Chunks are multiples of this, so that all their blocks but the last are full."""
 
 
 ITEM_SIZES = ItemSizes()

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vista_kernels.state_queries import StateQueries
-from vista_kernels.triton_backend import accelerator, blocks, sums
+from vista_kernels.triton_backend import accelerator, blocks, state_sums
 from vista_kernels.triton_backend.item_sizes import ITEM_SIZES, ItemSizes
 from vista_kernels.triton_backend.tile_access import (
     activate,
@@ -78,7 +78,7 @@ def read_fwd_kernel(
     HAS_SCALE: tl.constexpr,
 ):
     # Programs count blocks of A's columns first, then heads, then items. An item is five numbers (work_plan.py): first
-    # and last segment, first and last token, slot. A piece of a long segment has token limits, a run of segments none.
+    # and last segment, first and last token, slot. A chunk of a long segment has token limits, a run of segments none.
     num_blocks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     program = tl.program_id(0)
     block = program % num_blocks
@@ -212,7 +212,7 @@ def read_backward(
     work = plan_work(segments, num_heads=num_heads, num_processors=device.num_processors, sizes=sizes)
     chosen = blocks.choose("read_bwd", device, q.dtype, value_width, width, work.mean_length)
     starts, lengths, items, ranges = blocks.to_device(work.arrays, q.device)
-    part, _ = sums.new_parts(work, z)
+    part, _ = state_sums.new_parts(work, z)
     z, scale = z.contiguous(), settings.scale(n.contiguous())
     blocks.launch(
         read_bwd_kernel,
@@ -240,4 +240,4 @@ def read_backward(
         HAS_SCALE=scale is not None,
         **chosen.options,
     )
-    sums.write_state_gradient(part, ranges, grad_z, z, scale, settings.state_activation)
+    state_sums.write_state_gradient(part, ranges, grad_z, z, scale, settings.state_activation)

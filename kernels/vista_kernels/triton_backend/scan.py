@@ -3,9 +3,9 @@
     s_i = x_i + a_i c, then c = s_i;      with DECAY_AFTER  s_i = x_i + c, then c = a_i s_i
 
 Rows x [N, H, F] of any strides, decays a [N, H], carries c [P, H, F], all float32. A program takes one sequence (or
-piece of one), one head and BLOCK_F elements, row after row. So sums run in the order of the formula, a decay of 0
-forgets exactly, and nothing overflows. If sequences are too few to fill the device, long ones are cut into pieces:
-first the pieces' totals and products of decays, then a scan of those, then each piece from the carry that enters it.
+chunk of one), one head and BLOCK_F elements, row after row. So sums run in the order of the formula, a decay of 0
+forgets exactly, and nothing overflows. If sequences are too few to fill the device, long ones are cut into chunks:
+first the chunks' totals and products of decays, then a scan of those, then each chunk from the carry that enters it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vista_kernels.triton_backend import accelerator, blocks
 from vista_kernels.triton_backend.item_sizes import ITEM_SIZES, ItemSizes
 
 MAX_UNCUT = 128
-"""Longer sequences are cut into pieces, of at most this many rows, if there are few sequences."""
+"""Longer sequences are cut into chunks, of at most this many rows, if there are few sequences."""
 BLOCK_F = 128
 
 
@@ -55,15 +55,15 @@ def scan_rows_kernel(
     num_blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     block = program % num_blocks
     h = (program // num_blocks % num_heads).to(tl.int64)
-    piece = (program // num_blocks // num_heads).to(tl.int64)
-    length = tl.load(lengths_ptr + piece)
-    i = tl.load(starts_ptr + piece)
+    chunk = (program // num_blocks // num_heads).to(tl.int64)
+    length = tl.load(lengths_ptr + chunk)
+    i = tl.load(starts_ptr + chunk)
     step: tl.constexpr = -1 if DESCENDING else 1
     if DESCENDING:
         i += length - 1
     f = (block * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
     m_f = f < F
-    carry_row = (piece * num_heads + h) * F
+    carry_row = (chunk * num_heads + h) * F
     x_ptr += h * stride_xh
     decay_ptr += h * stride_ah
     b_c = tl.zeros([BLOCK_F], tl.float32)
@@ -94,7 +94,7 @@ def scan_rows_kernel(
     tl.store(last_ptr + carry_row + f, b_c, mask=m_f)
     if STORE == "totals" and HAS_DECAY:
         if block == 0:
-            tl.store(product_ptr + piece * num_heads + h, product)
+            tl.store(product_ptr + chunk * num_heads + h, product)
 
 
 def scan_rows(
@@ -128,7 +128,7 @@ def scan(
     """Scan rows [N, H, F]; return the results ("rows") or the carries before them ("entering"), and the last carries.
 
     Args:
-        max_uncut: rows of the longest sequence that is never cut into pieces.
+        max_uncut: rows of the longest sequence that is never cut into chunks.
 
     Raises:
         ValueError: if x is not float32.
@@ -142,16 +142,16 @@ def scan(
     longest = int(segments.lengths.max(initial=0))
     programs = len(segments) * x.shape[1] * -(-x.shape[2] // BLOCK_F)
     if longest <= max_uncut or programs >= sizes.programs_per_processor * device.num_processors:
-        last, _ = _scan_pieces(x, decay, segments, initial, out, STORE=store, **flags)
+        last, _ = _scan_chunks(x, decay, segments, initial, out, STORE=store, **flags)
         return out, last
-    piece_offsets, pieces = cut_segments(offsets, min(max_uncut, max(16, math.isqrt(longest))))
-    totals, products = _scan_pieces(x, decay, pieces, None, out, STORE="totals", **flags)
-    # The carry that leaves a piece is its total + its product of decays * the one that enters, before or after alike.
+    chunk_offsets, chunks = cut_segments(offsets, min(max_uncut, max(16, math.isqrt(longest))))
+    totals, products = _scan_chunks(x, decay, chunks, None, out, STORE="totals", **flags)
+    # The carry that leaves a chunk is its total + its product of decays * the one that enters, before or after alike.
     product = None if decay is None else products
     entering, last = scan(
         totals,
         product,
-        piece_offsets,
+        chunk_offsets,
         initial,
         descending=descending,
         decay_after=False,
@@ -159,22 +159,22 @@ def scan(
         max_uncut=max_uncut,
         sizes=sizes,
     )
-    _scan_pieces(x, decay, pieces, entering, out, STORE=store, **flags)
+    _scan_chunks(x, decay, chunks, entering, out, STORE=store, **flags)
     return out, last
 
 
-def _scan_pieces(
-    x: Tensor, decay: Tensor | None, pieces: Segments, initial: Tensor | None, out: Tensor, **flags: object
+def _scan_chunks(
+    x: Tensor, decay: Tensor | None, chunks: Segments, initial: Tensor | None, out: Tensor, **flags: object
 ) -> tuple[Tensor, Tensor]:
-    """Scan each piece on its own; return the last carries [P, H, F] and the products of decays [P, H]."""
+    """Scan each chunk on its own; return the last carries [P, H, F] and the products of decays [P, H]."""
     num_heads, num_elements = x.shape[1:]
-    last = x.new_empty((len(pieces), num_heads, num_elements))
-    product = x.new_empty((len(pieces), num_heads))
-    starts, lengths = blocks.to_device([pieces.starts, pieces.lengths], x.device)
+    last = x.new_empty((len(chunks), num_heads, num_elements))
+    product = x.new_empty((len(chunks), num_heads))
+    starts, lengths = blocks.to_device([chunks.starts, chunks.lengths], x.device)
     block_f = min(BLOCK_F, max(16, triton.next_power_of_2(num_elements)))
     blocks.launch(
         scan_rows_kernel,
-        len(pieces) * num_heads * -(-num_elements // block_f),
+        len(chunks) * num_heads * -(-num_elements // block_f),
         x,
         x if decay is None else decay,
         x if initial is None else initial.contiguous(),

@@ -1,12 +1,12 @@
 """Shares the tokens of a packed batch out to the programs of a grid, on the host.
 
-An *item* is what one program does for one head: either a run of whole segments, or one piece of a long segment. So many
+An *item* is what one program does for one head: either a run of whole segments, or one chunk of a long segment. So many
 short users share a program, and one long user still fills the device. All kernels walk an item in the same way::
 
     for segment in [first_segment, last_segment):
         tokens max(start, first_token) to min(start + length, last_token)
 
-where whole segments have no token limits. A piece has a *slot* of the workspace for its partial state (-1: none), and
+where whole segments have no token limits. A chunk has a *slot* of the workspace for its partial state (-1: none), and
 another kernel adds the partial states of a segment in order. So no result depends on which program ends first: on one
 kind of device, equal inputs give equal bits.
 """
@@ -34,7 +34,7 @@ class WorkPlan:
     items: IntArray
     """[I, 5] first segment, last segment (excluded), first token, last token (excluded), slot or -1."""
     sums: IntArray
-    """[L, 3] of each segment in pieces: the segment, its first slot, its number of slots."""
+    """[L, 3] of each segment in chunks: the segment, its first slot, its number of slots."""
     num_slots: int
 
     @cached_property
@@ -55,21 +55,21 @@ def plan_work(segments: Segments, *, num_heads: int, num_processors: int, sizes:
     costs = segments.lengths + SEGMENT_COST
     size = int(costs.sum()) * num_heads // (sizes.programs_per_processor * num_processors)
     size = max(sizes.min_item, min(size, sizes.max_item))
-    piece = max(size, sizes.min_piece)
-    long = segments.lengths > piece + piece // 2
-    pieces, sums = _pieces(segments, np.flatnonzero(long), piece, sizes.alignment)
-    items = np.concatenate([pieces, _runs(costs, np.flatnonzero(~long), size)])
-    return WorkPlan(segments, items, sums, len(pieces))
+    chunk = max(size, sizes.min_chunk)
+    long = segments.lengths > chunk + chunk // 2
+    chunks, sums = _chunks(segments, np.flatnonzero(long), chunk, sizes.alignment)
+    items = np.concatenate([chunks, _runs(costs, np.flatnonzero(~long), size)])
+    return WorkPlan(segments, items, sums, len(chunks))
 
 
 def _cut_evenly(lengths: IntArray, size: int, alignment: int) -> tuple[IntArray, IntArray]:
-    """Return each segment's number of pieces of about `size` tokens, and their size. The last one may be shorter."""
+    """Return each segment's number of chunks of about `size` tokens, and their size. The last one may be shorter."""
     counts = np.maximum(-(-lengths // size), 1)
     sizes = (lengths + counts * alignment - 1) // (counts * alignment) * alignment
     return -(-lengths // np.maximum(sizes, 1)), sizes
 
 
-def _pieces(segments: Segments, long: IntArray, size: int, alignment: int) -> tuple[IntArray, IntArray]:
+def _chunks(segments: Segments, long: IntArray, size: int, alignment: int) -> tuple[IntArray, IntArray]:
     """Return the items and the sums of the long segments."""
     starts, lengths = segments.starts, segments.lengths
     counts, sizes = _cut_evenly(lengths[long], size, alignment)

@@ -1,4 +1,4 @@
-"""Adding the partial states of long segments in the order of their pieces: the second stage of the reductions.
+"""Adding the partial states of long segments in the order of their chunks: the second stage of the reductions.
 
     z_b (+)= f * sum_p part_p [D, E]      n_b += sum_p part_n_p      f = 1, or phi2'(z_b c_b) c_b in read's backward
 
