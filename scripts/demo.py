@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 
 from scripts.demo_report import DemoLatency, DemoReport, write_report
-from vista import __version__
 from vista.config import EvaluateConfig, PrepareConfig, SimulateConfig, SourceColumns, TrainConfig
 from vista.config.choices import Codec
 from vista.config.composition import compose_config
@@ -35,6 +34,7 @@ from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.simulation.simulate import simulate
 from vista.training.trainer import train
+from vista.version import __version__
 
 TRAINED_EVENTS = 1_600_000
 """Events that training reads on MovieLens over all epochs, so that the demo takes some minutes on two cores."""

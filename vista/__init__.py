@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vista.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from vista.config import TrainConfig
     from vista.log.event_log import EventLog
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
     from vista.scorer import Scorer
     from vista.store.reader import StoreReader
     from vista.training.trainer import train
-
-__version__ = "0.1.0"
 
 __all__ = ["EventLog", "Scorer", "StoreReader", "TrainConfig", "VistaModel", "train"]
 

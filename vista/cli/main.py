@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from vista import __version__
 from vista.cli.command_table import COMMANDS
 from vista.errors import ConfigError, VistaError, shortened
+from vista.version import __version__
 
 
 class _Parser(argparse.ArgumentParser):

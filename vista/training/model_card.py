@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
-from vista import __version__
 from vista.config.choices import Architecture, Split, Stage
 from vista.config.train_config import TrainConfig
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
+from vista.version import __version__
 
 _TEMPLATE = """# Model card: {architecture}
 

@@ -1,0 +1,3 @@
+"""The version of vista."""
+
+__version__ = "0.1.0"
