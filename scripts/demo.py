@@ -14,6 +14,7 @@ import logging
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,19 @@ from vista.version import __version__
 
 TRAINED_EVENTS = 1_600_000
 """Events that training reads on MovieLens over all epochs, so that the demo takes some minutes on two cores."""
-DEMO_USERS, DEMO_EVENTS = 300, 2_000
-HISTORY_LENGTHS = (100, 1_000, 10_000, 100_000)
-NUM_CANDIDATES = 500
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSizes:
+    """Sizes of the simulated log and of the measurement of latency."""
+
+    num_users: int = 300
+    events_per_user: int = 2_000
+    history_lengths: tuple[int, ...] = (100, 1_000, 10_000, 100_000)
+    num_candidates: int = 500
+
+
+FULL_SIZES = DemoSizes()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,16 +72,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
+def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = FULL_SIZES) -> Path:
     """Run the demo and return the report's path."""
     began = time.perf_counter()
     folder = out / (data.resolve().name if data else "simulation")
     experiment = "experiment=demo-movielens" if data else "experiment=demo"
     words = [f"data.path={folder / 'log'}", f"run_dir={folder / 'run'}", *overrides]
     config = compose_config(TrainConfig, [experiment, *words])
-    _clear_if_other(folder, data, config)
+    _clear_if_other(folder, data, config, sizes)
     _say(1, "prepare the log")
-    source, prepare_seconds = _prepare(data, folder)
+    source, prepare_seconds = _prepare(data, folder, sizes)
     log = EventLog.open(folder / "log")
     print(log)
     if data:  # as many epochs as take some minutes; the user's overrides come later and win
@@ -103,7 +114,7 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
         print(
             f"user {user}: " + ", ".join(f"{i} ({s:.3f})" for i, s in zip(ranking.items, ranking.scores, strict=True))
         )
-    latency = measure_latency(model, folder / "latency")
+    latency = measure_latency(model, folder / "latency", sizes)
 
     report = DemoReport(
         name=folder.name,
@@ -115,7 +126,7 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
         evaluation_float32=evaluation_float32,
         refresh=served,
         latency=latency,
-        num_candidates=NUM_CANDIDATES,
+        num_candidates=sizes.num_candidates,
         prepare_seconds=prepare_seconds,
         train_seconds=train_seconds,
         seconds=time.perf_counter() - began,
@@ -125,12 +136,12 @@ def run(data: Path | None, out: Path, overrides: list[str]) -> Path:
     return path
 
 
-def measure_latency(model: VistaModel, folder: Path) -> list[DemoLatency]:
+def measure_latency(model: VistaModel, folder: Path, sizes: DemoSizes) -> list[DemoLatency]:
     """Score latency of users with growing history lengths, measured in alternation."""
     shutil.rmtree(folder, ignore_errors=True)
     rng = np.random.default_rng(0)
     ids = model.items.ids(np.arange(len(model.items)))
-    lengths = np.array(HISTORY_LENGTHS)
+    lengths = np.array(sizes.history_lengths)
     events = {
         "user": np.repeat(np.arange(len(lengths)), lengths),
         "item": ids[rng.integers(0, len(ids), lengths.sum())],
@@ -139,12 +150,12 @@ def measure_latency(model: VistaModel, folder: Path) -> list[DemoLatency]:
     }
     log = EventLog.from_frame(events, folder / "log", time_unit="ms", columns=SourceColumns(action="action"))
     refresh(model, log, folder / "store", options=RefreshOptions(users_per_batch=1))
-    candidates = ids[rng.integers(0, len(ids), NUM_CANDIDATES)]
-    times: dict[int, list[float]] = {n: [] for n in HISTORY_LENGTHS}
+    candidates = ids[rng.integers(0, len(ids), sizes.num_candidates)]
+    times: dict[int, list[float]] = {n: [] for n in sizes.history_lengths}
     with Scorer.open(model, folder / "store") as scorer:
         encoded = scorer.encode(candidates)
         for turn in range(60):
-            for user, length in enumerate(HISTORY_LENGTHS):
+            for user, length in enumerate(sizes.history_lengths):
                 began = time.perf_counter()
                 scorer.score([user], encoded, now=1_800_000_000_000)
                 if turn >= 10:
@@ -152,19 +163,22 @@ def measure_latency(model: VistaModel, folder: Path) -> list[DemoLatency]:
     return [DemoLatency(n, float(np.median(values)), float(np.percentile(values, 90))) for n, values in times.items()]
 
 
-def _prepare(data: Path | None, folder: Path) -> tuple[Path, float]:
+def _prepare(data: Path | None, folder: Path, sizes: DemoSizes) -> tuple[Path, float]:
     """Create folder/log unless it exists, so that a repeated demo resumes; returns its source and the seconds."""
     began = time.perf_counter()
     source = data or folder / "source"
     if not (folder / "log").exists():
         if data is None:
-            print(simulate(SimulateConfig(out=str(source), num_users=DEMO_USERS, events_per_user=DEMO_EVENTS)))
+            simulation = SimulateConfig(
+                out=str(source), num_users=sizes.num_users, events_per_user=sizes.events_per_user
+            )
+            print(simulate(simulation))
         events = ["events.kind=auto" if data else "events.kind=simulated", f"events.paths=[{source}]"]
         print(prepare(compose_config(PrepareConfig, [f"out={folder / 'log'}", *events])))
     return source, time.perf_counter() - began
 
 
-def _clear_if_other(folder: Path, data: Path | None, config: TrainConfig) -> None:
+def _clear_if_other(folder: Path, data: Path | None, config: TrainConfig, sizes: DemoSizes) -> None:
     """Empty the folder if its demo had other data, settings or another version, so that only the same demo resumes."""
     mark = folder / "demo.json"
     mine, theirs = folder.resolve(), data.resolve() if data else None
@@ -172,7 +186,7 @@ def _clear_if_other(folder: Path, data: Path | None, config: TrainConfig) -> Non
         raise ConfigError(f"--out: {folder} overlaps with the folder of --data; choose another folder")
     if not mark.exists() and folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--out: {folder} holds files that are not the demo's; choose another folder, or remove it")
-    source = [str(data.resolve()), TRAINED_EVENTS] if data else [DEMO_USERS, DEMO_EVENTS]
+    source = [str(data.resolve()), TRAINED_EVENTS] if data else [sizes.num_users, sizes.events_per_user]
     trained = without_places(to_dict(config)) | {"seed": config.seed}
     asked = json.dumps({"data": source, "train": trained, "version": __version__})
     if mark.exists() and mark.read_text() != asked:

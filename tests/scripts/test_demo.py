@@ -12,51 +12,41 @@ from vista.config import ModelConfig, TrainConfig
 from vista.errors import ConfigError
 
 SMALL = ["optim.epochs=1", "optim.warmup_steps=2", "model.dim=16", "progress=false", "num_threads=1"]
-
-
-@pytest.fixture(autouse=True)
-def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "DEMO_USERS": 24,
-        "DEMO_EVENTS": 200,
-        "HISTORY_LENGTHS": (10, 100),
-        "NUM_CANDIDATES": 20,
-    }.items():
-        monkeypatch.setattr(demo, name, value)
+SIZES = demo.DemoSizes(num_users=24, events_per_user=200, history_lengths=(10, 100), num_candidates=20)
 
 
 def test_on_the_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = demo.run(None, tmp_path, [*SMALL, "data.tokens_per_batch=400"])
+    report = demo.run(None, tmp_path, [*SMALL, "data.tokens_per_batch=400"], SIZES)
     text = report.read_text()
     assert "auc" in text.lower() and report.with_suffix(".png").stat().st_size > 10_000
     capsys.readouterr()
-    assert demo.run(None, tmp_path, [*SMALL, "data.tokens_per_batch=400"]) == report
+    assert demo.run(None, tmp_path, [*SMALL, "data.tokens_per_batch=400"], SIZES) == report
     assert "generated in" not in capsys.readouterr().out, "a repeated demo reuses the log"
 
 
 def test_on_movielens(tmp_path: Path) -> None:
     data = ratings_folder(tmp_path / "ml-1m")
-    report = demo.run(data, tmp_path / "demo", SMALL)
+    report = demo.run(data, tmp_path / "demo", SMALL, SIZES)
     assert "ndcg@10" in report.read_text() and report.parent == tmp_path / "demo" / "ml-1m"
 
 
 def test_files_of_others_are_not_removed(tmp_path: Path) -> None:
     data = ratings_folder(tmp_path / "sets" / "ml-1m")
     with pytest.raises(ConfigError, match=r"--out: .*ml-1m overlaps with the folder of --data"):
-        demo.run(data, tmp_path / "sets", SMALL)
+        demo.run(data, tmp_path / "sets", SMALL, SIZES)
     (tmp_path / "out" / "simulation").mkdir(parents=True)
     (tmp_path / "out" / "simulation" / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"--out: .*simulation holds files that are not the demo's"):
-        demo.run(None, tmp_path / "out", SMALL)
+        demo.run(None, tmp_path / "out", SMALL, SIZES)
     assert (data / "ratings.dat").exists() and (tmp_path / "out" / "simulation" / "mine.txt").exists()
 
 
 def test_another_configuration_starts_from_nothing(tmp_path: Path) -> None:
     """The difference may come from an override, a default, or a file of conf/."""
     folder = tmp_path / "simulation"
-    demo._clear_if_other(folder, None, TrainConfig())
+    demo._clear_if_other(folder, None, TrainConfig(), SIZES)
     (folder / "log").mkdir()
-    demo._clear_if_other(folder, None, TrainConfig())
+    demo._clear_if_other(folder, None, TrainConfig(), SIZES)
     assert (folder / "log").exists()
-    demo._clear_if_other(folder, None, TrainConfig(model=ModelConfig(dropout=0.25)))
+    demo._clear_if_other(folder, None, TrainConfig(model=ModelConfig(dropout=0.25)), SIZES)
     assert not (folder / "log").exists()
