@@ -20,7 +20,7 @@ import logging
 import math
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,16 @@ from vista.store.layout import CURRENT
 TOP_K = [10, 50, 200]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run or list the missing lines of a table; returns the exit status."""
+def main(
+    arguments: Sequence[str] | None = None,
+    progress_of: Callable[[Sequence[float], float | None], RowProgress] = RowProgress,
+) -> int:
+    """Run or list the missing lines of a table; returns the exit status.
+
+    Args:
+        arguments: words of the command line; None for this process's own.
+        progress_of: makes the progress bar from the estimates and the limit in seconds.
+    """
     settings = _arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # --minutes interrupts as Ctrl-C does, but a shell makes background jobs ignore that signal.
@@ -77,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 0
             writable_folder(settings.results, "--results")
             try:
-                return _run_all(settings, [run for run in runs if run.missing], results)
+                return _run_all(settings, [run for run in runs if run.missing], results, progress_of)
             finally:
                 if results.exists():
                     replace_text(results.with_suffix(".md"), markdown_table(read_results(results)))
@@ -107,13 +115,18 @@ def _minutes(text: str) -> float:
     return minutes
 
 
-def _run_all(settings: argparse.Namespace, runs: Sequence[TableRun], results: Path) -> int:
+def _run_all(
+    settings: argparse.Namespace,
+    runs: Sequence[TableRun],
+    results: Path,
+    progress_of: Callable[[Sequence[float], float | None], RowProgress],
+) -> int:
     if not runs:
         print(f"{settings.table}: all runs are done")
         return 0
     limit_s = None if settings.minutes is None else 60 * settings.minutes
     try:
-        with logging_redirect_tqdm(), RowProgress([run.estimate_s for run in runs], limit_s) as progress:
+        with logging_redirect_tqdm(), progress_of([run.estimate_s for run in runs], limit_s) as progress:
             log = _log(settings)
             for run in runs:
                 with progress.run(run.label):

@@ -6,7 +6,7 @@ import _thread
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -25,17 +25,28 @@ class RowProgress:
                 ...
     """
 
-    def __init__(self, estimates_s: Sequence[float], limit_s: float | None = None) -> None:
+    def __init__(
+        self,
+        estimates_s: Sequence[float],
+        limit_s: float | None = None,
+        *,
+        every_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """
         Args:
             estimates_s: estimate per run, in the order of the runs.
             limit_s: interrupt the main thread, as Ctrl-C does, this long after the start; None for no limit.
+            every_s: seconds between two drawings of the bar; None chooses TERMINAL_S or FILE_S.
+            clock: the time in seconds.
         """
         self._estimates = [max(estimate, 1e-3) for estimate in estimates_s]
         self._finished = 0
         self._measured = 0.0
         self._run_began: float | None = None
-        self._deadline = None if limit_s is None else time.monotonic() + limit_s
+        self._now = clock
+        self._every_s = every_s or (TERMINAL_S if sys.stderr.isatty() else FILE_S)
+        self._deadline = None if limit_s is None else clock() + limit_s
         self.expired = False
         """Whether the limit has passed."""
         self._ended = threading.Event()
@@ -61,10 +72,10 @@ class RowProgress:
         """
         self.check()
         self._bar.set_description(f"{self._finished + 1} of {len(self._estimates)}: {name}", refresh=False)
-        self._run_began = time.monotonic()
+        self._run_began = self._now()
         self._draw()
         yield
-        self._measured += time.monotonic() - self._run_began
+        self._measured += self._now() - self._run_began
         self._run_began = None
         self._finished += 1
 
@@ -76,7 +87,7 @@ class RowProgress:
     def left_s(self) -> float:
         """Estimated seconds until all runs end."""
         pace = self._pace()
-        elapsed = 0.0 if self._run_began is None else time.monotonic() - self._run_began
+        elapsed = 0.0 if self._run_began is None else self._now() - self._run_began
         running, waiting = self._estimates[self._finished : self._finished + 1], self._estimates[self._finished + 1 :]
         return max(pace * sum(running) - elapsed, 0.0) + pace * sum(waiting)
 
@@ -91,12 +102,13 @@ class RowProgress:
         self._bar.refresh()
 
     def _tick(self) -> None:
-        every = TERMINAL_S if sys.stderr.isatty() else FILE_S
         while True:
-            wait = every if self._deadline is None else min(every, max(self._deadline - time.monotonic(), 0.0))
+            wait = self._every_s
+            if self._deadline is not None:
+                wait = min(wait, max(self._deadline - self._now(), 0.0))
             if self._ended.wait(wait):
                 return
-            if self._deadline is not None and time.monotonic() >= self._deadline:
+            if self._deadline is not None and self._now() >= self._deadline:
                 self._deadline, self.expired = None, True
                 _thread.interrupt_main()
             self._draw()

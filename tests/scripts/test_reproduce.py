@@ -8,7 +8,6 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,7 +190,7 @@ def test_the_time_limit_stops_a_run_that_the_next_call_finishes(
     long = TableRow(1, (*SMALL, "optim.epochs=20", "data.tokens_per_batch=200"))
     monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={**COUNTING_BASELINES, "vista": long}))
     assert reproduce.main([*words, "--rows", *COUNTING_BASELINES]) == 0
-    began, step, steps = time.monotonic(), trainer.Trainer._step, []
+    step, steps = trainer.Trainer._step, []
 
     def stepping(run: Any, *arguments: Any) -> Any:
         if len(steps) == 3:  # half an hour has passed
@@ -201,10 +200,8 @@ def test_the_time_limit_stops_a_run_that_the_next_call_finishes(
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "_step", stepping)
-        patch.setattr("scripts.experiments.row_progress.FILE_S", 0.01)
-        late = SimpleNamespace(monotonic=lambda: began + (3600.0 if len(steps) >= 3 else 0.0))
-        patch.setattr("scripts.experiments.row_progress.time", late)
-        assert reproduce.main([*words, "--minutes", "30"]) == 130
+        progress_of = partial(RowProgress, every_s=0.01, clock=lambda: 3600.0 if len(steps) >= 3 else 0.0)
+        assert reproduce.main([*words, "--minutes", "30"], progress_of) == 130
     assert "stopped at step 3; " in capsys.readouterr().out
     assert list(lines_of(tmp_path)) == ["popularity 0", "transitions 0"]
     assert "transitions" in (tmp_path / "results" / "tiny.md").read_text()
@@ -325,10 +322,9 @@ def test_any_setting_that_differs_is_a_change() -> None:
     assert recorded_config(SIMULATION, SIMULATION.rows["popularity"])["data"]["exclude_seen"] is False
 
 
-def test_progress_corrects_its_estimates_by_finished_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_corrects_its_estimates_by_finished_runs() -> None:
     now = 100.0
-    monkeypatch.setattr("scripts.experiments.row_progress.time", SimpleNamespace(monotonic=lambda: now))
-    with RowProgress([10.0, 100.0, 200.0]) as progress:
+    with RowProgress([10.0, 100.0, 200.0], clock=lambda: now) as progress:
         assert progress.left_s() == 310
         with progress.run("first"):
             now += 20
