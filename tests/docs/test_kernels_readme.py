@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.docs.page import steps_of
-from tests.docs.run_page import ROOT
+from tests.docs.run_page import ROOT, check_page
+
+PAGE = ROOT / "kernels" / "README.md"
 
 
-def test_kernels_readme_and_its_code() -> None:
-    page = ROOT / "kernels" / "README.md"
-    assert "MEASURED" not in page.read_text()
-    (step,) = steps_of(page)
+def test_the_page_runs_and_prints_what_it_shows(tmp_path: Path) -> None:
+    assert check_page(PAGE, tmp_path) == 1
+
+
+def test_the_code_computes_what_the_page_says() -> None:
+    (step,) = steps_of(PAGE)
     names: dict[str, Any] = {}
-    exec(compile(step.code, str(page), "exec"), names)
+    exec(compile(step.code, str(PAGE), "exec"), names)
     k, v, time = (names[name][:5] for name in ("k", "v", "time"))
     weight = torch.exp(-(40 - time)[:, None] / names["tau"]).float()
     weight[3] = 0
