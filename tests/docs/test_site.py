@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,14 @@ pytest.importorskip("zensical", reason="the extra `docs` is not installed")
 
 NOTEBOOK = [
     {"cell_type": "markdown", "source": ["# One\n", "\n", "[first](../guides/first.md), [this one](one.ipynb)"]},
-    {"cell_type": "code", "source": ["print('links[0](none.ipynb)')"]},
+    {
+        "cell_type": "code",
+        "source": ["print('links[0](none.ipynb)')"],
+        "outputs": [
+            {"output_type": "stream", "name": "stdout", "text": ["printed\n", "[0](none.ipynb)\n"]},
+            {"output_type": "execute_result", "data": {"text/plain": ["a result"]}},
+        ],
+    },
 ]
 
 
@@ -71,6 +79,7 @@ def test_a_site_without_broken_links_is_built(root: Path) -> None:
     assert 'href="notebooks/one.html"' in (site / "index.html").read_text()
     notebook = (site / "notebooks" / "one.html").read_text()
     assert 'href="../guides/first.html"' in notebook and 'href="one.ipynb"' in notebook and "none.ipynb" in notebook
+    assert "printed\n[0](none.ipynb)\na result\n" in re.sub(r"<[^>]+>", "", notebook)
     assert (site / "notebooks" / "one.ipynb").is_file()
 
 

@@ -1,7 +1,8 @@
-"""Rewrites the outputs that pages show: `python -m tests.docs.update_output README.md docs/guides/train.md`.
+"""Rewrites the outputs that pages and notebooks show: `python -m tests.docs.update_output README.md docs/index.md`.
 
 Lines that still match stay, those with `...` too. Only an output that is shown already is updated: write an empty
-```text block below a python block, or a line `?` below a command, to have it filled in.
+```text block below a python block, or a line `?` below a command, to have it filled in. A
+notebook (`docs/notebooks/own-log.ipynb`) gets new outputs if one of them has changed.
 """
 
 from __future__ import annotations
@@ -37,9 +38,15 @@ def update_page(page: Path, *, limit_s: float = TIME_LIMIT_S) -> bool:
 
 
 def main(names: Sequence[str]) -> None:
-    """Update each page and say what became of it."""
+    """Update each page or notebook and say what became of it."""
     for name in names:
-        print(f"{name}: {'updated' if update_page(Path(name)) else 'unchanged'}")
+        if name.endswith(".ipynb"):
+            from tests.docs.run_notebook import update_notebook  # needs the extra `docs`
+
+            changed = update_notebook(Path(name))
+        else:
+            changed = update_page(Path(name))
+        print(f"{name}: {'updated' if changed else 'unchanged'}")
 
 
 if __name__ == "__main__":
