@@ -94,7 +94,11 @@ def replace_file(path: Path, content: bytes, mode: int | None = None) -> None:
 
     Args:
         mode: exact permissions of the file; None for the default of a new file under the umask.
+
+    Raises:
+        OSError: it cannot be written, or the name belongs to something other than a regular file.
     """
+    check_replaceable(path)
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     partial = f".{path.name}.{os.getpid()}.tmp"
     try:

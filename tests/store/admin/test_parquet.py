@@ -207,8 +207,9 @@ def test_a_failed_export_keeps_the_old_file(tmp_path, build):
     with pytest.raises(StoreError, match=r"cannot be written: .*Not a directory"):
         export_store(tmp_path / "target", file / "out.parquet")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(StoreError, match=r"cannot be written: .*is not a regular file"):
+    with pytest.raises(StoreError, match="is not a regular file"):
         export_store(tmp_path / "target", tmp_path / "pipe")
+    (tmp_path / "pipe").unlink()
     assert file.read_bytes() == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "store", "target"]
 
