@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from vista.config.choices import Mixing
+from vista.model.history_states import separable_summarizer
 from vista.model.summary_state import SummaryState
 from vista.model.vista_model import VistaModel
 from vista.store.format.state_record import StateArrays
@@ -46,6 +47,5 @@ def from_arrays(arrays: StateArrays, device: torch.device) -> SummaryState:
 @torch.inference_mode()
 def read_summaries(model: VistaModel, state: SummaryState) -> NDArray[np.float32]:
     """Summaries that the seeds read from states, float32 [N, K, d]."""
-    assert model.summarizer is not None
-    summary: NDArray[np.float32] = model.summarizer.read(state.z, state.n).float().cpu().numpy()
+    summary: NDArray[np.float32] = separable_summarizer(model).read(state.z, state.n).float().cpu().numpy()
     return summary
