@@ -78,9 +78,8 @@ class ConfigKeys:
                 self._add(inner, f"{name}.")
                 continue
             is_enum = isinstance(inner, type) and issubclass(inner, Enum)
-            doc = docs.get(field.name) or (_doc_of_enum(inner) if is_enum else "")
             choices = tuple(inner.__members__) if is_enum else ()
-            self.keys[name] = ConfigKey(name, type_text(hints[field.name]), _default(field), doc, choices)
+            self.keys[name] = ConfigKey(name, type_text(hints[field.name]), _default(field), docs[field.name], choices)
 
     def matches(self, name: str) -> list[str]:
         """Up to three names that a mistyped name may stand for, best first. The prefix may be missing."""
@@ -163,14 +162,6 @@ def _docs_of_fields(schema: type) -> dict[str, str]:
             if isinstance(statement, ast.ClassDef) and statement.name == cls.__name__:
                 docs |= _docs_of_body(statement.body)
     return docs
-
-
-def _doc_of_enum(enum: type[Enum]) -> str:
-    """The docstring of the class, or the one below `Name = Enum(...)`."""
-    for statement in _tree_of_module(enum).body:
-        if isinstance(statement, ast.ClassDef) and statement.name == enum.__name__:
-            return " ".join((ast.get_docstring(statement) or "").split())
-    return _docs_of_body(_tree_of_module(enum).body).get(enum.__name__, "")
 
 
 def to_yaml(config: Any) -> str:
