@@ -21,6 +21,7 @@ from vista_kernels.triton_backend.tile_access import (
     activate,
     activated,
     activation_gradient,
+    load_item,
     load_state,
     load_tokens,
     operand,
@@ -63,17 +64,12 @@ def accumulate_fwd_kernel(
     HAS_WEIGHT: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    num_blocks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    program = tl.program_id(0)
-    block = program % num_blocks
-    h = (program // num_blocks % num_heads).to(tl.int64)
-    items_ptr += (program // num_blocks // num_heads).to(tl.int64) * 5
-    first_token, last_token, slot = tl.load(items_ptr + 2), tl.load(items_ptr + 3), tl.load(items_ptr + 4)
+    block, h, first_segment, last_segment, first_token, last_token, slot = load_item(items_ptr, num_heads, E, BLOCK_E)
     k_ptr += h * stride_kh
     v_ptr += h * stride_vh
     w_ptr += h * stride_wh
     i, d, e = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), block * BLOCK_E + tl.arange(0, BLOCK_E)
-    for segment in range(tl.load(items_ptr), tl.load(items_ptr + 1)):
+    for segment in range(first_segment, last_segment):
         begin, end = segment_range(starts_ptr, lengths_ptr, segment, first_token, last_token)
         b_z = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
         b_n = tl.zeros([BLOCK_T], tl.float32)
@@ -134,15 +130,12 @@ def accumulate_bwd_kernel(
     ACTIVATION: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    h = (program % num_heads).to(tl.int64)
-    items_ptr += (program // num_heads).to(tl.int64) * 5
-    first_token, last_token = tl.load(items_ptr + 2), tl.load(items_ptr + 3)
+    _block, h, first_segment, last_segment, first_token, last_token, _slot = load_item(items_ptr, num_heads, 1, 1)
     k_ptr += h * stride_kh
     v_ptr += h * stride_vh
     w_ptr += h * stride_wh
     i, d, e = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    for segment in range(tl.load(items_ptr), tl.load(items_ptr + 1)):
+    for segment in range(first_segment, last_segment):
         begin, end = segment_range(starts_ptr, lengths_ptr, segment, first_token, last_token)
         state_ptr = grad_z_ptr + (segment * num_heads + h) * (D * E)
         b_state = load_state(state_ptr, d, e, D, E, BLOCK_D, BLOCK_E, E, 1)

@@ -36,6 +36,7 @@ from vista_kernels.triton_backend.scan import scan
 from vista_kernels.triton_backend.tile_access import (
     activated,
     activation_gradient,
+    load_item,
     load_state,
     load_tokens,
     operand,
@@ -101,18 +102,13 @@ def causal_kernel(
     FROM_BACK: tl.constexpr,
 ):
     """Y is multiplied by phi'(x), unless ACTIVATION_X is "identity"; x is not read then."""
-    num_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    program = tl.program_id(0)
-    block = program % num_blocks
-    h = (program // num_blocks % num_heads).to(tl.int64)
-    items_ptr += (program // num_blocks // num_heads).to(tl.int64) * 5
-    first_token, last_token, slot = tl.load(items_ptr + 2), tl.load(items_ptr + 3), tl.load(items_ptr + 4)
+    block, h, first_segment, last_segment, first_token, last_token, slot = load_item(items_ptr, num_heads, C, BLOCK_C)
     a_ptr += h * stride_ah
     b_ptr += h * stride_bh
     c_ptr += h * stride_ch
     x_ptr += h * stride_xh
     i, a, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_A), block * BLOCK_C + tl.arange(0, BLOCK_C)
-    for segment in range(tl.load(items_ptr), tl.load(items_ptr + 1)):
+    for segment in range(first_segment, last_segment):
         begin, end = segment_range(starts_ptr, lengths_ptr, segment, first_token, last_token)
         carry = carry_ptr + (segment * num_heads + h) * (A * C)
         if slot >= 0:

@@ -21,6 +21,7 @@ from vista_kernels.triton_backend.tile_access import (
     activate,
     activated,
     activation_gradient,
+    load_item,
     load_state,
     load_tokens,
     operand,
@@ -77,17 +78,10 @@ def read_fwd_kernel(
     STATE_ACTIVATION: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
-    # Programs count blocks of A's columns first, then heads, then items. An item is five numbers (work_plan.py): first
-    # and last segment, first and last token, slot. A chunk of a long segment has token limits, a run of segments none.
-    num_blocks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    program = tl.program_id(0)
-    block = program % num_blocks
-    h = (program // num_blocks % num_heads).to(tl.int64)
-    items_ptr += (program // num_blocks // num_heads).to(tl.int64) * 5
-    first_token, last_token = tl.load(items_ptr + 2), tl.load(items_ptr + 3)
+    block, h, first_segment, last_segment, first_token, last_token, _slot = load_item(items_ptr, num_heads, E, BLOCK_E)
     q_ptr += h * stride_qh
     i, d, e = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), block * BLOCK_E + tl.arange(0, BLOCK_E)
-    for segment in range(tl.load(items_ptr), tl.load(items_ptr + 1)):
+    for segment in range(first_segment, last_segment):
         begin, end = segment_range(starts_ptr, lengths_ptr, segment, first_token, last_token)
         b_z, _ = load_scaled_state(z_ptr, scale_ptr, segment * num_heads + h, d, e, D, E, BLOCK_D, BLOCK_E, HAS_SCALE)
         b_a, factor = operand(activate(b_z, STATE_ACTIVATION), DTYPE)
@@ -129,16 +123,11 @@ def read_bwd_kernel(
     HAS_SCALE: tl.constexpr,
 ):
     # Here blocks split the rows of A: a column of dq needs all of E, just as a column of o needs all of D in forward.
-    num_blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    program = tl.program_id(0)
-    block = program % num_blocks
-    h = (program // num_blocks % num_heads).to(tl.int64)
-    items_ptr += (program // num_blocks // num_heads).to(tl.int64) * 5
-    first_token, last_token, slot = tl.load(items_ptr + 2), tl.load(items_ptr + 3), tl.load(items_ptr + 4)
+    block, h, first_segment, last_segment, first_token, last_token, slot = load_item(items_ptr, num_heads, D, BLOCK_D)
     grad_out_ptr += h * stride_oh
     q_ptr += h * stride_qh
     i, d, e = tl.arange(0, BLOCK_T), block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    for segment in range(tl.load(items_ptr), tl.load(items_ptr + 1)):
+    for segment in range(first_segment, last_segment):
         begin, end = segment_range(starts_ptr, lengths_ptr, segment, first_token, last_token)
         row = segment * num_heads + h
         b_z, _ = load_scaled_state(z_ptr, scale_ptr, row, d, e, D, E, BLOCK_D, BLOCK_E, HAS_SCALE)

@@ -1,4 +1,4 @@
-"""What all kernels share: limits of segments, loads and stores of tiles, activations, and operands of products.
+"""What all kernels share: items and segments, loads and stores of tiles, activations, and operands of products.
 
 A tile holds BLOCK_T tokens of one head, [BLOCK_T, BLOCK_C], or one state, [BLOCK_D, BLOCK_E]. A width that is not a
 power of two, or is below 16, is padded. Padding is loaded as 0 and all activations map 0 to 0, so it adds nothing.
@@ -10,6 +10,22 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def load_item(items_ptr, num_heads, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Return what a program works on: a block of BLOCK columns of WIDTH, a head, and the five numbers of an item.
+
+    Programs count blocks first, then heads, then items. The numbers are first and last segment, first and last token,
+    and slot (work_plan.py). A chunk of a long segment has token limits; a run of segments has none.
+    """
+    num_blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    block = program % num_blocks
+    h = (program // num_blocks % num_heads).to(tl.int64)
+    items_ptr += (program // num_blocks // num_heads).to(tl.int64) * 5
+    first_token, last_token, slot = tl.load(items_ptr + 2), tl.load(items_ptr + 3), tl.load(items_ptr + 4)
+    return block, h, tl.load(items_ptr), tl.load(items_ptr + 1), first_token, last_token, slot
 
 
 @triton.jit
