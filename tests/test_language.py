@@ -33,7 +33,6 @@ PHRASES = {
     r"\bha(?:s|ve) seen\b": "covers, contains: the events that the summary covers",
     r"\bneeds? a training\b": "retrain",
     r"\bin the same bits\b": "the result is bit-identical",
-    r"\bworlds\b": "settings",
     r"\b(?:an? row|a record|a token) an? (?:item|user|event)\b": "one row per item",
     r"^ *# .*-{4,} *$": "no banner: files of one subject need no headings",
     rf"\b(?:{UNITS}) an? (?:{EACH})\b": "per user, per row, ...",

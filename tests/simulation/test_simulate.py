@@ -16,22 +16,23 @@ import pytest
 from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
 from vista.simulation.catalog import NUM_PERIODS, make_catalog
+from vista.simulation.event_stream import ACTIONS
 from vista.simulation.oracle import (
     area_under_curve,
     format_oracle_metrics,
     normalized_entropy,
     oracle_metrics,
     predict_from_window,
-    window_features,
 )
 from vista.simulation.period import period, split_times
 from vista.simulation.simulate import generate, simulate
 from vista.simulation.simulated_log import SimulatedLog
 from vista.simulation.topic_index import TopicIndex
-from vista.simulation.world import ACTIONS, LOGITS, TASKS, affinity, recent_match
+from vista.simulation.worlds.share import LOGITS, ShareWorld, affinity, recent_match
 
 pl = pytest.importorskip("polars")
 
+TASKS = ShareWorld.tasks
 SMALL = SimulateConfig(num_users=12, events_per_user=900, num_items=300, impressions_per_user=50, seed=3)
 
 
@@ -213,6 +214,9 @@ class TestOldEventsMatter:
     def test_the_whole_history_is_as_good_as_the_oracle(self, rows: dict[str, tuple[float, float]]) -> None:
         assert rows["whole history"] == pytest.approx(rows["oracle"], abs=0.003)
 
+    def test_a_mean_of_vectors_is_as_good_as_the_oracle(self, rows: dict[str, tuple[float, float]]) -> None:
+        assert rows["pooled"][0] == pytest.approx(rows["oracle"][0], abs=0.005)
+
     def test_boosted_trees_cannot_beat_the_reference(self, standard: SimulatedLog) -> None:
         """The window's predictor is a fair reference: a strong learner with the same knowledge does not beat it."""
         ensemble = pytest.importorskip("sklearn.ensemble")
@@ -236,15 +240,16 @@ class TestOldEventsMatter:
         assert area_under_curve(labels, scores) < reference + 0.005
 
     def test_like_and_long_view_gain_too(self, standard: SimulatedLog) -> None:
-        table = oracle_metrics(standard, windows=(200,), tasks=("like", "long_view"))
+        table = oracle_metrics(standard, tasks=("like", "long_view"))
         ne = {(row.task, row.predictor): row.ne for row in table}
         for task in ("like", "long_view"):
             assert ne[task, "last 200"] - ne[task, "oracle"] > 0.015
 
     def test_printed_table(self, small: SimulatedLog) -> None:
-        rows = oracle_metrics(small, tasks=("click",), impressions="all")
+        rows = oracle_metrics(small)
         printed = format_oracle_metrics(rows)
-        assert [row.predictor for row in rows] == ["oracle", "whole history", "last 200", "last 32"]
+        predictors = ["oracle", "whole history", "last 2000", "last 200", "last 32", "pooled"]
+        assert [row.predictor for row in rows] == predictors
         assert f"{rows[0].auc:.4f}" in printed and f"{rows[3].ne:.4f}" in printed
 
 
@@ -275,18 +280,6 @@ class TestOracleParts:
             assert counts[row] == part.count(wanted[row])
             assert ages[row] == (part[::-1].index(wanted[row]) if wanted[row] in part else -1)
 
-    def test_a_window_does_not_depend_on_earlier_events(self, small: SimulatedLog) -> None:
-        """Replacing items in the older part of every history leaves the window's features unchanged."""
-        newest = {user: small.impression_position[small.impression_user == user].max() for user in range(12)}
-        chosen = small.impression_position == np.array([newest[user] for user in small.impression_user])
-        item = small.item.copy()
-        for user, seen in newest.items():
-            first = small.offsets[user]
-            item[first : first + max(seen - 100, 0)] = 0
-        changed = replace(small, item=item)
-        np.testing.assert_array_equal(window_features(changed, 100, chosen), window_features(small, 100, chosen))
-        assert not np.array_equal(window_features(changed, None, chosen), window_features(small, None, chosen))
-
     def test_transformations(self) -> None:
         assert affinity(np.array([0]), np.array([500]))[0] == 0
         assert affinity(np.array([150]), np.array([980]))[0] == pytest.approx(1)
@@ -301,10 +294,13 @@ class TestOracleParts:
             np.testing.assert_array_equal(catalog.topic[row], np.sort(catalog.topic))
 
     def test_bad_arguments(self, small: SimulatedLog) -> None:
-        with pytest.raises(ValueError, match="'test' or 'all'"):
-            oracle_metrics(small, impressions="train")
+        early = small.impression_timestamp < split_times(SMALL)[1]
+        late = {name: values[~early] for name, values in _columns(small).items() if len(values) == len(early)}
+        with pytest.raises(ValueError, match="no impression precedes the test part"):
+            oracle_metrics(replace(small, **late))
         with pytest.raises(ValueError, match="two users"):
-            predict_from_window(small, 32, small.impression_user == 1)
+            alone = generate(replace(SMALL, num_users=1))
+            predict_from_window(alone, 32, alone.impression_user == 0)
 
     def test_too_few_users_to_measure_leave_existing_files_unchanged(self, tmp_path: Path) -> None:
         (tmp_path / "simulation.json").write_text("mine")
@@ -376,6 +372,7 @@ class TestFiles:
     [
         ("num_users", 0),
         ("num_topics", 257),
+        ("world", "weather"),
         ("num_items", 31),
         ("max_interests", 32),
         ("min_interests", 7),

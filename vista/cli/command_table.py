@@ -37,6 +37,7 @@ COMMANDS: dict[str, Command] = {
             "vista simulate out=data/simulated",
             "vista simulate out=data/large num_users=2000 events_per_user=20000",
             "vista simulate seed=2 impressions_per_user=500",
+            "vista simulate world=returns out=data/returns num_users=100 reference=true",
         ),
     ),
     "prepare": Command(

@@ -40,6 +40,23 @@ class Architecture(Enum):
         return self in (Architecture.din, Architecture.sim, Architecture.twin)
 
 
+class WorldName(Enum):
+    """What decides a click in the simulation."""
+
+    share = "share"
+    """How much of the user's whole history is about the candidate's topic."""
+    returns = "returns"
+    """Whether the candidate, which the user has had before, is due again."""
+    sequence = "sequence"
+    """Whether the candidate followed the newest event's item the last time that it occurred."""
+    conjunction = "conjunction"
+    """Whether the user has been interested in the candidate's topic and in its partner topic."""
+    seasons = "seasons"
+    """What the user did at this time of earlier years, and on this day of earlier weeks."""
+    drift = "drift"
+    """The user's events of the candidate's topic, where each reversal turns all earlier tastes around."""
+
+
 class Stage(Enum):
     """What is trained: everything, or only stage 2 over the summaries of a store."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from vista.config.checks import MAX_THREADS, check_types, require, require_counts
+from vista.config.choices import WorldName
 from vista.errors import ConfigError
 
 
@@ -15,6 +16,8 @@ class SimulateConfig:
 
     out: str = "data/simulated"
     """Folder for events.parquet, impressions.parquet, and items.parquet, which `vista prepare` reads."""
+    world: WorldName = WorldName.share
+    """What decides a click (docs/explanation/simulation.md). Only share has the tasks like and long_view."""
     num_users: int = 400
     """Number of users."""
     events_per_user: int = 4000
@@ -44,8 +47,9 @@ class SimulateConfig:
     num_threads: int = 1
     """Number of threads. It does not change the result."""
     reference: bool = False
-    """Also report the best possible AUC and NE: those of the oracle, which knows the true probabilities, and those
-    possible from the last 200 and 32 events. Takes some seconds."""
+    """Also report the best possible AUC and NE: those of the oracle, which knows the true probabilities, those possible
+    from the last 2,000, 200, and 32 events, and those of the best linear function of pooled vectors. Takes some
+    seconds."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -65,6 +69,12 @@ class SimulateConfig:
             "max_interests",
             f"needs 1 <= min_interests <= max_interests < num_topics, got {low}, {high}, {topics}",
         )
+        if self.world != WorldName.share:
+            taken = 2 * high if self.world == WorldName.conjunction else high
+            message = (
+                f"must be at least {taken + 2} with world={self.world.value} and max_interests={high}, got {topics}"
+            )
+            require(topics >= taken + 2, "num_topics", message)
         fewest_days = 1 + self.events_per_user / 1e6  # room for distinct times in milliseconds
         require(
             fewest_days <= self.days <= 36_500,

@@ -11,7 +11,8 @@
 Ids are int64 and start at 1. Timestamps are int64 ms and strictly increase within a user's events. Actions are the
 strings of `ACTIONS`. The probabilities of an impression depend on the user's events strictly before its timestamp. An
 impression is not an event: clicks are not fed back into the history. Like and long_view are known only if the
-impression was clicked, and null otherwise; their probabilities, given a click, are there for every impression.
+impression was clicked, and null otherwise; their probabilities, given a click, are there for every impression. Only the
+world `share` has them; the other worlds have clicks alone.
 `decisive_age` is the number of the user's events since the newest event of the candidate's topic, or -1 if the user has
 no such event.
 """
@@ -34,11 +35,12 @@ from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
 from vista.files import make_folders, replace_text, sync
 from vista.simulation.catalog import Catalog, make_catalog
+from vista.simulation.event_stream import ACTIONS
 from vista.simulation.oracle import OracleMetrics, oracle_metrics
 from vista.simulation.period import split_times
 from vista.simulation.simulated_log import SimulatedChunk, SimulatedLog
 from vista.simulation.simulation_report import SimulationReport
-from vista.simulation.world import ACTIONS, TASKS, make_chunk
+from vista.simulation.world_table import WORLDS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -70,7 +72,7 @@ def generate(config: SimulateConfig, *, chunk_events: int = CHUNK_EVENTS) -> Sim
     seeds = chunk_seed.spawn(len(users))
 
     def draw(index: int) -> SimulatedChunk:
-        return make_chunk(config, catalog, lengths[users[index]], seeds[index])
+        return WORLDS[config.world].make_chunk(config, catalog, lengths[users[index]], seeds[index])
 
     if config.num_threads > 1:
         with ThreadPoolExecutor(config.num_threads) as pool:
@@ -119,7 +121,7 @@ def simulate(config: SimulateConfig) -> SimulationReport:
     reference: tuple[OracleMetrics, ...] = ()
     if config.reference:
         try:
-            reference = tuple(oracle_metrics(log, tasks=TASKS))
+            reference = tuple(oracle_metrics(log, tasks=WORLDS[config.world].tasks))
         except ValueError as error:
             raise ConfigError(f"reference=true: {error}, or leave it out") from error
     out = Path(config.out)
@@ -157,10 +159,10 @@ def write(log: SimulatedLog, out: Path) -> None:
         os.replace(out / f"{name}.tmp", out / name)
     validation_from, test_from = split_times(log.config)
     manifest = {
-        "config": dataclasses.asdict(log.config),
+        "config": dataclasses.asdict(log.config) | {"world": log.config.world.value},
         "validation_from": validation_from,
         "test_from": test_from,
-        "tasks": list(TASKS),
+        "tasks": list(WORLDS[log.config.world].tasks),
         "actions": list(ACTIONS),
     }
     replace_text(out / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
@@ -188,10 +190,11 @@ def _impressions_frame(log: SimulatedLog) -> pl.DataFrame:
         "item": pl.Series(log.impression_item.astype(np.int64) + 1),
         "timestamp": pl.Series(log.impression_timestamp),
     }
-    for index, task in enumerate(TASKS):
+    tasks = WORLDS[log.config.world].tasks
+    for index, task in enumerate(tasks):
         known = pl.Series(log.label[:, index])
         columns[task] = known.set(known < 0, None)
-    for index, task in enumerate(TASKS):
+    for index, task in enumerate(tasks):
         columns[f"{task}_probability"] = pl.Series(np.ascontiguousarray(log.probability[:, index]))
     columns["decisive_age"] = pl.Series(log.decisive_age)
     return pl.DataFrame(columns)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from vista.config import SimulateConfig
 from vista.simulation.catalog import Catalog
+from vista.simulation.queries import Queries
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class SimulatedChunk:
     impression_position: NDArray[np.int64]
     """[N] number of the user's events strictly before the impression."""
     label: NDArray[np.int8]
-    """[N, tasks] 0, 1, or -1 where unknown; the tasks are `TASKS`."""
+    """[N, tasks] 0, 1, or -1 where unknown; the tasks are those of the world."""
     probability: NDArray[np.float32]
     """[N, tasks] true probability of label 1; that of like and long_view is given a click."""
     decisive_age: NDArray[np.int64]
@@ -45,6 +46,13 @@ class SimulatedLog(SimulatedChunk):
     """[num_users + 1] where each user's events start."""
     impression_user: NDArray[np.int64]
     """[N] user rows, which are ids less 1."""
+
+    def queries(self, chosen: NDArray[np.bool_], window: int | None = None) -> Queries:
+        """The chosen impressions [N], with the user's last `window` events before each of them; None for all."""
+        first = self.offsets[self.impression_user[chosen]]
+        stop = first + self.impression_position[chosen]
+        start = first if window is None else np.maximum(first, stop - window)
+        return Queries(self.impression_item[chosen], self.impression_timestamp[chosen], start, stop)
 
     @property
     def num_events(self) -> int:

@@ -1,0 +1,63 @@
+"""Logistic regressions of true probabilities, on features as they are or on bins of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+
+_RIDGE = 1e-4
+_NUM_BINS = 12
+_NUM_JOINT_BINS = 6
+_NUM_JOINT = 4
+"""Number of features, from the first on, whose interactions in pairs count."""
+
+
+def fit_probability(features: NDArray[np.float64], probability: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Weights [F] of a logistic regression of probabilities [N] on features [N, F] (Newton's method, small ridge)."""
+    target = probability.astype(np.float64)
+    weights = np.zeros(features.shape[1])
+    penalty = _RIDGE * len(features) / features.shape[1] * np.eye(len(weights))
+    for _ in range(12):
+        estimate = 1 / (1 + np.exp(-(features @ weights)))
+        gradient = features.T @ (target - estimate) - penalty @ weights
+        curvature = (features * (estimate * (1 - estimate))[:, None]).T @ features + penalty
+        step = np.linalg.solve(curvature, gradient)
+        weights += step
+        if np.abs(step).max() < 1e-6:
+            break
+    return weights
+
+
+def predict_probability(features: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Probabilities [N] of a logistic regression with weights [F] for features [N, F]."""
+    return np.asarray(1 / (1 + np.exp(-(features @ weights))))
+
+
+def binned_features(raw: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Regressors [N, F] that let a logistic regression follow any smooth function of `raw`.
+
+    They are a constant, the features and their squares, bins of each feature, and joint bins of each two of the first
+    four features.
+
+    Args:
+        raw: [N, R] features, those whose interactions matter most first.
+    """
+    columns = [np.ones((len(raw), 1)), raw, raw**2]
+    columns += [_cells(_bins(raw[:, index], _NUM_BINS)) for index in range(raw.shape[1])]
+    for left, right in itertools.combinations(range(min(_NUM_JOINT, raw.shape[1])), 2):
+        cell = _bins(raw[:, left], _NUM_JOINT_BINS) * _NUM_JOINT_BINS + _bins(raw[:, right], _NUM_JOINT_BINS)
+        columns.append(_cells(cell))
+    return np.concatenate(columns, axis=1)
+
+
+def _bins(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Bin of each value, 0..count-1; the edges are quantiles of the distinct values."""
+    edges = np.unique(np.quantile(np.unique(values), np.arange(1, count) / count))
+    return np.searchsorted(edges, values, side="right")
+
+
+def _cells(code: NDArray[np.int64]) -> NDArray[np.float64]:
+    """One-hot columns for the codes that occur."""
+    return np.asarray(code[:, None] == np.unique(code), dtype=np.float64)

@@ -1,0 +1,1 @@
+"""The settings of the simulation: how events come about, and what decides a click."""
