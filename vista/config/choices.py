@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import TypeVar
 
-from vista.errors import shown
+from vista.errors import ConfigError, shown
 
 Choice = TypeVar("Choice", bound=Enum)
 
@@ -14,13 +14,13 @@ def choice_of(kind: type[Choice], value: Choice | str, name: str) -> Choice:
     """The choice itself, or the one with that value.
 
     Raises:
-        ValueError: naming the argument `name` and the allowed values, if the value is not one of them.
+        ConfigError: naming the argument `name` and the allowed values, if the value is not one of them.
     """
     if isinstance(value, kind):
         return value
     values = sorted({choice.value for choice in kind})
     if value not in values:
-        raise ValueError(f"{name}: {shown(value)} is not one of {values}")
+        raise ConfigError(f"{name}: {shown(value)} is not one of {values}")
     return kind(value)
 
 
