@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from vista.errors import DataError, UnknownUserError
-from vista.files import HashedFile, make_folders, open_file, read_limited, remove_folder, replace_file
+from vista.errors import DataError, StoreError, UnknownUserError
+from vista.files import HashedFile, checked_path, make_folders, open_file, read_limited, remove_folder, replace_file
 from vista.json_fields import check_fields, either, hexadecimal, list_of, one_of, text, whole
 
 
@@ -58,6 +58,29 @@ class TestReads:
         assert read_limited(tmp_path / "link", 1) == b"1"
         with pytest.raises(OSError, match="is a symbolic link; remove it"):
             read_limited(tmp_path / "link", 1, follow=False)
+
+    @pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+    def test_what_cannot_be_a_path_cannot_be_opened(self, path: str) -> None:
+        with pytest.raises(OSError, match="cannot be a path"):
+            open_file(Path(path))
+
+
+class TestCheckedPath:
+    @pytest.mark.parametrize(
+        "path", ["x" * 300, "x" * 250, "x/" * 3000, "x/" * 2000, "a\0b", "\ud800"], ids=lambda path: repr(path[:6])
+    )
+    def test_a_path_that_the_system_does_not_accept_is_a_typed_error(self, path: str) -> None:
+        with pytest.raises(StoreError, match="cannot be a path") as caught:
+            checked_path(path, StoreError)
+        assert len(str(caught.value)) < 250
+
+    @pytest.mark.parametrize("path", ["", ".", "/", "missing/folder", "x" * 180, "é", "/dev/null"])
+    def test_other_paths_are_returned(self, path: str) -> None:
+        assert checked_path(path, StoreError) == Path(path)
+
+    def test_a_link_that_refers_to_itself_is_left_to_the_caller(self, tmp_path: Path) -> None:
+        (tmp_path / "loop").symlink_to("loop")
+        assert checked_path(tmp_path / "loop" / "x", StoreError) == tmp_path / "loop" / "x"
 
 
 class TestReplaceFile:

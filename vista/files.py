@@ -17,9 +17,29 @@ from typing import IO
 
 import xxhash
 
-from vista.errors import ConfigError
+from vista.errors import ConfigError, VistaError, shown
 
 _PARTIAL_NAME = re.compile(r"\.(.+)\.\d+\.tmp")
+_LONGEST_NAME = "-" * 64
+"""Vista gives no file a longer name, and a temporary name is not longer than the path's own by more than this."""
+
+
+def checked_path(path: str | os.PathLike[str], error: type[VistaError]) -> Path:
+    """The path of a folder, whether it exists or not, or of a file that is replaced atomically.
+
+    Raises:
+        error: the system accepts no such path: it is too long, cannot be encoded, or has a null character.
+    """
+    try:
+        os.lstat(f"{os.fspath(path)}{_LONGEST_NAME}/{_LONGEST_NAME}")
+        return Path(path)
+    except OSError as cause:
+        if cause.errno != errno.ENAMETOOLONG:
+            return Path(path)  # The caller knows what it needs from a path that does not exist.
+        reason = "it is too long"
+    except ValueError as cause:
+        reason = str(cause)
+    raise error(f"{shown(os.fspath(path))}: cannot be a path ({reason}); choose another one")
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600, *, follow: bool = True) -> int:
@@ -42,6 +62,8 @@ def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600, *, follow
         if error.errno == errno.ENXIO:  # a named pipe without a reader, or a socket
             raise OSError(errno.EINVAL, "is not a regular file", str(path)) from None
         raise
+    except ValueError as error:  # a null character, or one that cannot be encoded
+        raise OSError(errno.EINVAL, f"cannot be a path ({error})", str(path)) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
@@ -202,6 +224,7 @@ def writable_folder(folder: Path, key: str) -> None:
     Raises:
         ConfigError: they cannot; the message names `key` (the setting of the folder) and the reason.
     """
+    folder = checked_path(folder, ConfigError)
     probe = folder / f".probe.{os.getpid()}.tmp"
     try:
         make_folders(folder)
@@ -215,7 +238,7 @@ def writable_folder(folder: Path, key: str) -> None:
 
 def writable_file(path: Path, key: str) -> None:
     """As `writable_folder` for the folder of a file that will be written, which must not be a device or a folder."""
-    writable_folder(path.absolute().parent, key)
+    writable_folder(checked_path(path, ConfigError).absolute().parent, key)
     try:
         check_replaceable(path)
     except OSError as error:

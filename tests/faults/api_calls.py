@@ -21,7 +21,18 @@ from vista.refresh import RefreshOptions, erase, forget, merge, refresh, refresh
 from vista.scorer import Tail
 
 LONG = "x" * 100_000
-PATHS: list[Any] = ["", "/", "/dev/null", "/nowhere/at/all", "/etc/passwd", "x" * 1000, "a\0b", "\ud800", Path("..")]
+PATHS: list[Any] = [
+    "",
+    "/",
+    "/dev/null",
+    "/nowhere/at/all",
+    "/etc/passwd",
+    "x" * 5000,
+    "x" * 250,
+    "a\0b",
+    "\ud800",
+    Path(".."),
+]
 INTS: list[Any] = [-1, 0, 2**31, 2**63 - 1, 2**63, 10**18, 10**30, -(10**30)]
 WORDS: list[Any] = ["", "x", "all", "-1", "1" * 5000, LONG, "\0", "\ud800", "leave-last-0-out", "2024-13-45", "١٢"]
 FLOATS: list[Any] = [0.0, -1.0, float("nan"), float("inf"), 1e308]

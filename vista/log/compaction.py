@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from vista.arrays import Int
-from vista.errors import LogWriteError
-from vista.files import sync
+from vista.errors import LogFormatError, LogWriteError
+from vista.files import checked_path, sync
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
 from vista.log.impressions import merged_columns
@@ -75,7 +75,7 @@ def compact_log(path: str | os.PathLike[str], *, run_events: int = RUN_EVENTS) -
         LogFormatError: if there is no log, or a file of it is damaged.
         DataError: if another process is writing the log, or the disk is full; the log stays unchanged.
     """
-    place = Path(path)
+    place = checked_path(path, LogFormatError)
     with locked_log(place):
         log = EventLog.open(place)
         _clear_up(place)

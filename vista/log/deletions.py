@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from vista.arrays import Int
 from vista.config import SourceConfig
 from vista.config.choices import OnBadRows
-from vista.errors import ConfigError, DataError, UnknownUserError, shown
+from vista.errors import ConfigError, DataError, LogFormatError, UnknownUserError, shown
+from vista.files import checked_path
 from vista.log.event_keys import EventKeys, equal_events
 from vista.log.event_log import EventLog
 from vista.log.frames import to_polars
@@ -70,7 +71,7 @@ def forget_events(path: str | os.PathLike[str], events: Any) -> DeletionReport:
     columns = ["user", "item", "timestamp", *(["action"] if "action" in names else [])]
     frame = to_polars(events, columns)
     config = _config([], "action" in names, None if frame["timestamp"].dtype.is_temporal() else "ms")
-    return _forget(Path(path), frame_source(frame, config, "events"))
+    return _forget(checked_path(path, LogFormatError), frame_source(frame, config, "events"))
 
 
 def forget_file(path: str | os.PathLike[str], file: str, time_unit: str | None) -> DeletionReport:
@@ -88,7 +89,7 @@ def forget_file(path: str | os.PathLike[str], file: str, time_unit: str | None) 
         raise ConfigError(
             f"time_unit={time_unit}: {path} has no times, so `timestamp` is an event number; leave time_unit out"
         )
-    if Path(file).is_dir():
+    if checked_path(file, DataError).is_dir():
         raise DataError(f"{file}: is a folder; name a single CSV or Parquet file")
     if not Path(file).is_file():
         raise DataError(f"{file}: no such file or folder; check the path")
@@ -136,7 +137,7 @@ def erase_users(path: str | os.PathLike[str], user_ids: Sequence[int] | Sequence
     """
     if not len(user_ids):
         raise ConfigError("users: name at least one user to erase")
-    with locked_log(Path(path)):
+    with locked_log(checked_path(path, LogFormatError)):
         log = EventLog.open(path)
         log.verify(newer_than=log.last_segment)
         erased = np.unique(rows_to_erase(log, user_ids))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from vista.config.choices import OnBadRows
 from vista.config.source_columns import SourceColumns
 from vista.errors import LogFormatError, UnknownUserError, shown
+from vista.files import checked_path
 from vista.log.deleted_rows import obey_deletions
 from vista.log.histories import Histories, slice_merged, take_range
 from vista.log.impressions import Impressions, read_impressions
@@ -55,9 +56,9 @@ class EventLog:
         Raises:
             LogFormatError: if the log is missing, truncated, or of another format, or no segment ends at `last_segment`
                 (`has_boundary`).
-            OSError, ValueError: if the system does not accept the path: it is too long or has a null character.
         """
-        return cls(Path(path), read_segments(Path(path), last_segment))
+        folder = checked_path(path, LogFormatError)
+        return cls(folder, read_segments(folder, last_segment))
 
     @classmethod
     def from_frame(
@@ -84,9 +85,8 @@ class EventLog:
             append: add a segment to an existing log.
 
         Raises:
-            ConfigError: if arguments contradict each other, or times have no unit.
+            ConfigError: if arguments contradict each other, `on_bad_rows` is unknown, or times have no unit.
             DataError: naming row, column, value, and remedy.
-            ValueError: if `on_bad_rows` is not one of the allowed values.
         """
         # Imported here because ingest loads Polars, which no reader of a log needs.
         from vista.log.ingest.prepare import prepare_frames

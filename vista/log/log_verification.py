@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vista.errors import LogFormatError
+from vista.files import checked_path
 from vista.log.event_log import EventLog
 from vista.log.segment import find_segments
 from vista.log.segment_files import SegmentFile
@@ -42,7 +43,7 @@ def verify_log(path: str | os.PathLike[str]) -> LogVerification:
     Raises:
         LogFormatError: there is no log, a segment is missing, or manifests contradict each other.
     """
-    place = Path(path)
+    place = checked_path(path, LogFormatError)
     while True:
         folders = find_segments(place)
         report = _verify(place, folders)

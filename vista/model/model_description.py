@@ -14,7 +14,7 @@ import xxhash
 from vista.config import DataConfig, ModelConfig
 from vista.config.conversion import from_dict, to_dict
 from vista.errors import CheckpointError
-from vista.files import open_file, read_limited
+from vista.files import checked_path, open_file, read_limited
 from vista.json_fields import FieldRule, check_fields, either, hexadecimal, one_of, whole
 from vista.model.schema import Schema
 
@@ -89,7 +89,7 @@ class ModelDescription:
         Raises:
             CheckpointError: if the folder has no config.json, or one that is damaged or of another format.
         """
-        path = folder / CONFIG_FILE
+        path = checked_path(folder, CheckpointError) / CONFIG_FILE
         if not path.exists() and (folder / "best" / CONFIG_FILE).exists():
             raise CheckpointError(f"{folder}: is a run folder; its model is {folder / 'best'}")
         try:

@@ -22,7 +22,7 @@ from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.choices import Architecture
 from vista.errors import CheckpointError, LogFormatError
 from vista.examples.batch import Batch, BatchEvents
-from vista.files import replaced_folder
+from vista.files import checked_path, replaced_folder
 from vista.log.vocabulary import Ids, Vocabulary
 from vista.model.allocation_limit import AllocationLimit
 from vista.model.embedding_feature import EmbeddingFeature
@@ -119,7 +119,7 @@ class RankingModel(nn.Module):
         Raises:
             CheckpointError: if they cannot be written, for example because the disk is full.
         """
-        folder = Path(folder)
+        folder = checked_path(folder, CheckpointError)
         try:
             with replaced_folder(folder) as partial:
                 weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -145,7 +145,6 @@ class RankingModel(nn.Module):
         Raises:
             CheckpointError: if the folder is missing, damaged, of another format, or of another architecture; if its
                 config.json asks for a larger model than its weights are; or if a weight is not finite.
-            OSError: if the system does not accept the path, because it is too long.
         """
         folder = Path(folder)
         saved = ModelDescription.read(folder)

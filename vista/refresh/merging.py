@@ -117,7 +117,6 @@ def merge(
             holds what the parts decide.
         LogFormatError: a file of a log is damaged.
         StoreError: a part is of another summarizer, keeps no states or does not cover its whole log.
-        OSError, ValueError: the system does not accept the path of a part: it is too long or has a null character.
     """
     options = options or RefreshOptions()
     options.require_only(

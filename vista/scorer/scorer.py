@@ -99,7 +99,6 @@ class Scorer:
         Raises:
             SummarizerMismatchError: another summarizer wrote the store.
             StoreError, CheckpointError: the store or the model is missing or damaged; the message says what to do.
-            OSError: the system does not accept a path, because it is too long.
             ValueError: on_missing, task or precision is not one of the allowed values; max_age_s is not positive.
         """
         policy = choice_of(OnMissing, on_missing, "on_missing")

@@ -9,6 +9,7 @@ from pathlib import Path
 from vista.config.choices import Precision
 from vista.device import choose_precision, resolve_device
 from vista.errors import CheckpointError, SummarizerMismatchError
+from vista.files import checked_path
 from vista.model.item_projections import ItemProjections
 from vista.model.model_description import CONFIG_FILE, ModelDescription
 from vista.model.vista_model import VistaModel
@@ -92,7 +93,7 @@ class ServingSource:
         if isinstance(self.model, VistaModel):
             return ()
         try:
-            status = (Path(self.model) / CONFIG_FILE).stat()
+            status = (checked_path(self.model, CheckpointError) / CONFIG_FILE).stat()
         except OSError:
             return ()  # such as between the two renames of an export
         return status.st_dev, status.st_ino, status.st_mtime_ns

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
-from vista.files import make_folders, replace_text, sync
+from vista.files import checked_path, make_folders, replace_text, sync
 from vista.simulation.catalog import Catalog, make_catalog
 from vista.simulation.event_stream import ACTIONS
 from vista.simulation.oracle import OracleMetrics, oracle_metrics
@@ -115,6 +115,7 @@ def simulate(config: SimulateConfig) -> SimulationReport:
         DataError: if the folder cannot be written.
         ConfigError: if `config.reference` is set and there are too few test impressions to measure it.
     """
+    out = checked_path(config.out, ConfigError)
     begin = time.perf_counter()
     log = generate(config)
     generate_s = time.perf_counter() - begin
@@ -124,7 +125,6 @@ def simulate(config: SimulateConfig) -> SimulationReport:
             reference = tuple(oracle_metrics(log, tasks=WORLDS[config.world].tasks))
         except ValueError as error:
             raise ConfigError(f"reference=true: {error}, or leave it out") from error
-    out = Path(config.out)
     begin = time.perf_counter()
     try:
         write(log, out)

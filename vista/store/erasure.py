@@ -9,7 +9,7 @@ from pathlib import Path
 from vista.errors import StoreError
 from vista.store.format.keys import user_keys
 from vista.store.generation_files import GenerationFiles
-from vista.store.layout import environment_path, list_generations, published_or_none
+from vista.store.layout import environment_path, list_generations, published_or_none, store_path
 from vista.store.lmdb.flock import WAIT_S
 from vista.store.locks import erasure_lock
 from vista.store.tombstones import Tombstones
@@ -38,7 +38,7 @@ def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str], *, wait_s: 
             again, as after a kill. Until then, whatever publishes a generation, an incremental refresh that visits the
             user, or a compaction removes what is left.
     """
-    root, keys = Path(path).absolute(), list(dict.fromkeys(user_keys(user_ids)))
+    root, keys = store_path(path), list(dict.fromkeys(user_keys(user_ids)))
     if not root.is_dir() or not list_generations(root):
         raise StoreError(f"{root} is not a store; check the path")
     count = 0

@@ -20,7 +20,15 @@ from pathlib import Path
 import xxhash
 
 from vista.errors import StoreError, StoreWriteError, shown
-from vista.files import make_folders, read_limited, remove_folder, remove_leftovers, remove_renamed, replace_file
+from vista.files import (
+    checked_path,
+    make_folders,
+    read_limited,
+    remove_folder,
+    remove_leftovers,
+    remove_renamed,
+    replace_file,
+)
 from vista.store.lmdb.permissions import (
     Permissions,
     is_owner,
@@ -46,6 +54,15 @@ _PREFIX = "gen-"
 _NAME = re.compile(rf"{_PREFIX}([1-9][0-9]{{0,17}})")
 _POINTER_BYTES = 64
 """CURRENT and LAST are shorter."""
+
+
+def store_path(path: str | os.PathLike[str]) -> Path:
+    """Absolute path of a store, whether it exists or not.
+
+    Raises:
+        StoreError: the system accepts no such path.
+    """
+    return checked_path(path, StoreError).absolute()
 
 
 def generation_path(root: Path, generation: int) -> Path:

@@ -23,7 +23,14 @@ from vista.store.format.keys import INT_PREFIX, STR_PREFIX, user_id, user_keys
 from vista.store.format.record import RawRecords, check_keys, decode_rows, read_records
 from vista.store.format.record_spec import RecordSpec
 from vista.store.format.state_record import StateArrays, StateSpec, decode_states
-from vista.store.layout import environment_path, list_generations, missing_generation, read_current, state_path
+from vista.store.layout import (
+    environment_path,
+    list_generations,
+    missing_generation,
+    read_current,
+    state_path,
+    store_path,
+)
 from vista.store.lmdb.environment import SharedEnvironment, exclusive
 from vista.store.lmdb.transactions import walk
 from vista.store.manifest import Manifest, read_manifest
@@ -87,9 +94,8 @@ class StoreReader:
         Raises:
             SummarizerMismatchError: no generation is of that summarizer; the message names both summarizers.
             StoreError: missing, unpublished, truncated, not a store, or of another key; the message has the remedy.
-            OSError, ValueError: the system does not accept the path: it is too long or has a null character.
         """
-        return cls(Path(path).absolute(), summarizer_id, key, tail_len)
+        return cls(store_path(path), summarizer_id, key, tail_len)
 
     @property
     def manifest(self) -> Manifest:
@@ -308,7 +314,7 @@ def published_manifest(path: str | Path) -> Manifest:
     Raises:
         StoreError: nothing is published, or it is damaged.
     """
-    root = Path(path).absolute()
+    root = store_path(path)
     environment = SharedEnvironment.acquire(environment_path(root, read_current(root)))
     try:
         return environment.read(lambda transaction: read_manifest(transaction, root))

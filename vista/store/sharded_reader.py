@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from vista.errors import StoreError
 from vista.log.histories import ranges
 from vista.store.format.keys import common_kind, user_keys
+from vista.store.layout import store_path
 from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
 from vista.store.shards import Shard, shards_in, shards_of
@@ -26,7 +27,7 @@ def open_store(
     path: str | Path, *, summarizer_id: bytes | None = None, key: bytes | None = None, tail_len: int = 0
 ) -> StoreReader | ShardedReader:
     """Open a store, sharded or not; arguments and errors as of `StoreReader.open`."""
-    root = Path(path)
+    root = store_path(path)
     if shards_in(root):
         return ShardedReader.open(root, summarizer_id=summarizer_id, key=key, tail_len=tail_len)
     return StoreReader.open(root, summarizer_id=summarizer_id, key=key, tail_len=tail_len)
@@ -48,7 +49,7 @@ class ShardedReader:
         Raises:
             StoreError: a shard is missing, or the shards are of different counts; and as `StoreReader.open`.
         """
-        root = Path(path).absolute()
+        root = store_path(path)
         shards = shards_in(root)
         if not shards:
             raise StoreError(f"{root} holds no shards; check the path")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from vista.errors import ConfigError, StoreError, shortened
 from vista.store.format.keys import common_kind, user_keys
-from vista.store.layout import CURRENT
+from vista.store.layout import CURRENT, store_path
 from vista.store.reader import published_manifest
 
 MAX_SHARDS = 65_536
@@ -77,7 +77,7 @@ def shards_in(store: str | Path) -> list[Shard]:
     Raises:
         StoreError: there are shards of different counts.
     """
-    root = Path(store)
+    root = store_path(store)
     if (root / CURRENT).exists() or not root.is_dir():
         return []
     shards = _shards_at(root)
@@ -105,7 +105,7 @@ def shard_to_write(store: str | Path, shard: Shard | None) -> tuple[Path, Shard 
     Raises:
         ConfigError: `store` is the folder of a shard, and `shard` is another one; or as of `check_place`.
     """
-    root = Path(store).absolute()
+    root = store_path(store)
     own = Shard.named(root.name)
     if own is not None:
         if shard not in (None, own):
@@ -123,7 +123,7 @@ def check_place(path: str | Path) -> None:
     Raises:
         ConfigError: an unsharded store and shards, or shards of different counts, would share a folder.
     """
-    path = Path(path).absolute()
+    path = store_path(path)
     named = Shard.named(path.name)
     root = path.parent if named else path
     counts = sorted({shard.count for shard in _shards_at(root)}) if root.is_dir() else []
@@ -152,7 +152,7 @@ def users_by_folder(store: str | Path, users: Sequence[int] | Sequence[str]) -> 
     Raises:
         StoreError: the shard of a user is missing; the message names it.
     """
-    root, shards = Path(store).absolute(), shards_in(store)
+    root, shards = store_path(store), shards_in(store)
     named = Shard.named(root.name)
     if named is not None:
         root, shards = root.parent, [named]

@@ -15,7 +15,7 @@ from vista.errors import SummarizerMismatchError
 from vista.store.format.record_spec import HEADER, HEADER_BYTES
 from vista.store.format.state_record import StateArrays
 from vista.store.generation_files import GenerationFiles
-from vista.store.layout import generation_path, missing_generation, read_current, remove_store_leftovers
+from vista.store.layout import generation_path, missing_generation, read_current, remove_store_leftovers, store_path
 from vista.store.lmdb.transactions import walk
 from vista.store.locks import WriterLock, lock_store
 from vista.store.manifest import Manifest
@@ -72,7 +72,7 @@ class StoreUpdate:
             SummarizerMismatchError: the generation is of another summarizer.
             StoreError: nothing is published there, its states are missing, or it cannot be written.
         """
-        root = Path(path).absolute()
+        root = store_path(path)
         read_current(root)  # first, so that no lock file is made in a folder that is not a store
         lock = lock_store(root)
         try:

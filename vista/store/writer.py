@@ -29,6 +29,7 @@ from vista.store.layout import (
     record_complete,
     remove_generation,
     remove_store_leftovers,
+    store_path,
 )
 from vista.store.lmdb.data_file import check_structure
 from vista.store.lmdb.environment import SharedEnvironment
@@ -85,7 +86,7 @@ class StoreWriter:
             StoreLockedError: another writer holds the store; the message has its process id if known.
             StoreError: the path cannot be written; the message has the remedy.
         """
-        root = Path(path).absolute()
+        root = store_path(path)
         permissions = GROUP if shared_with_group else PRIVATE
         lock = lock_store(root, permissions)
         try:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from vista.config import PrepareConfig, SourceColumns, SourceConfig
 from vista.config.choices import OnBadRows, choice_of
 from vista.errors import ConfigError, DataError
+from vista.files import checked_path
 from vista.log.frames import to_polars
 from vista.log.ingest.columns import actions_of, event_columns, impression_columns, time_range
 from vista.log.ingest.distinct_ids import DistinctIds, extended
@@ -57,7 +58,7 @@ def prepare(
         DataError: naming file, row, column, value and remedy; nothing is written then.
     """
     run = _Run(
-        target=Path(config.out),
+        target=checked_path(config.out, ConfigError),
         append=config.append,
         on_bad_rows=config.on_bad_rows,
         bucket_events=bucket_events,
@@ -91,7 +92,7 @@ def prepare_frames(
         bucket_events: see `prepare`.
     """
     run = _Run(
-        target=Path(path),
+        target=checked_path(path, ConfigError),
         append=append,
         on_bad_rows=choice_of(OnBadRows, on_bad_rows, "on_bad_rows"),
         bucket_events=bucket_events,

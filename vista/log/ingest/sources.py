@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 
 from vista.config import SourceConfig
 from vista.errors import ConfigError, DataError
+from vista.files import checked_path
 from vista.log.ingest.source_parser import SourceParser, memory_limit
 
 _FILE_OF_KIND = {
@@ -94,7 +95,7 @@ def detect_kind(path: str | Path) -> str:
     Raises:
         DataError: if no known file is there.
     """
-    path = Path(path)
+    path = checked_path(path, DataError)
     for kind, pattern in _FILE_OF_KIND.items():
         if path.is_dir() and any(path.glob(pattern)):
             return kind

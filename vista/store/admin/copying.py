@@ -23,6 +23,7 @@ from vista.store.layout import (
     published_or_none,
     read_current,
     remove_store_leftovers,
+    store_path,
 )
 from vista.store.lmdb.data_file import check_structure
 from vista.store.lmdb.permissions import GROUP, PRIVATE, Permissions
@@ -68,7 +69,7 @@ def copy_generation(
         StoreError: the source is damaged or holds users who were erased in the target, or the target cannot be written.
             The target's published generation is unchanged.
     """
-    root, to = Path(root).absolute(), Path(to).absolute()
+    root, to = store_path(root), store_path(to)
     if root.resolve() == to.resolve():
         raise StoreError(f"to={to} is the source store itself; name another folder")
     number = read_current(root) if generation is None else generation

@@ -29,7 +29,14 @@ from vista.store.admin.generation_reader import GenerationReader, open_generatio
 from vista.store.admin.publish_report import PublishReport
 from vista.store.format.keys import user_id
 from vista.store.format.record import check_records, decode_rows, read_records
-from vista.store.layout import environment_path, generations_to_keep, next_number, read_current, remove_store_leftovers
+from vista.store.layout import (
+    environment_path,
+    generations_to_keep,
+    next_number,
+    read_current,
+    remove_store_leftovers,
+    store_path,
+)
 from vista.store.lmdb.data_file import check_structure
 from vista.store.lmdb.permissions import GROUP, PRIVATE, Permissions
 from vista.store.locks import locked
@@ -66,7 +73,7 @@ def export_store(
         StoreBusyError: a refresh writes the generation without a pause.
         StoreError: nothing is published, a record is damaged, or the file cannot be written.
     """
-    root, out = Path(root).absolute(), Path(out).absolute()
+    root, out = store_path(root), store_path(out)
     generation = read_current(root)
     return read_settled(root, generation, lambda: _export(root, generation, out, key, group_bytes))
 
@@ -140,7 +147,7 @@ def import_store(
             written. The published generation is unchanged.
         RecordError: a record is damaged; the message names its user. The published generation is unchanged.
     """
-    file, root = Path(file).absolute(), Path(root).absolute()
+    file, root = store_path(file), store_path(root)
     check_place(root)
     with SourceParser() if parser is None else nullcontext(parser) as reader:
         return _import(file, root, key, GROUP if shared_with_group else PRIVATE, reader)

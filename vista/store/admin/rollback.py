@@ -9,7 +9,7 @@ from vista.errors import StoreError, UnfinishedError
 from vista.store.admin.generation_reader import open_generation
 from vista.store.admin.publish_report import PublishReport
 from vista.store.admin.verification import verify_generation
-from vista.store.layout import list_generations, read_current
+from vista.store.layout import list_generations, read_current, store_path
 from vista.store.locks import locked
 from vista.store.publication import publish_generation
 
@@ -31,7 +31,7 @@ def roll_back(*stores: str | Path, to: int | None = None, key: bytes | None = No
         StoreError: there is no such generation, or it is not complete or is damaged. The published generation is
             unchanged.
     """
-    roots = [Path(root).absolute() for root in stores]
+    roots = [store_path(root) for root in stores]
     for root in roots:
         if not root.is_dir() or not list_generations(root):
             read_current(root)  # raises, so that no lock file is made in a folder that is not a store

@@ -9,7 +9,14 @@ from vista.store.admin.generation_builder import GenerationBuilder, restamp_reco
 from vista.store.admin.generation_reader import GenerationReader, open_generation
 from vista.store.admin.publish_report import PublishReport
 from vista.store.format.state_record import restamp_states
-from vista.store.layout import environments_of, generation_path, next_number, read_current, remove_store_leftovers
+from vista.store.layout import (
+    environments_of,
+    generation_path,
+    next_number,
+    read_current,
+    remove_store_leftovers,
+    store_path,
+)
 from vista.store.lmdb.data_file import check_structure
 from vista.store.lmdb.permissions import permissions_of
 from vista.store.locks import locked
@@ -34,7 +41,7 @@ def compact_store(root: str | Path, *, key: bytes | None = None) -> PublishRepor
         StoreError: nothing is published, it is damaged, or the folder cannot be written. The published generation is
             unchanged.
     """
-    root = Path(root).absolute()
+    root = store_path(root)
     read_current(root)  # first, so that no lock file is made in a folder that is not a store
     with locked(root):
         current = read_current(root)

@@ -12,7 +12,7 @@ import lmdb
 
 from vista.errors import StoreError, UnfinishedError
 from vista.store.format.keys import MANIFEST_KEY
-from vista.store.layout import environment_path, generation_path, list_generations, read_current
+from vista.store.layout import environment_path, generation_path, list_generations, read_current, store_path
 from vista.store.lmdb.environment import SharedEnvironment
 from vista.store.lmdb.flock import lock_holders
 from vista.store.manifest import Manifest, read_cursor, read_manifest
@@ -79,7 +79,7 @@ def store_stats(root: str | Path) -> StoreStats:
     Raises:
         StoreError: there is no store.
     """
-    root = Path(root).absolute()
+    root = store_path(root)
     published, problem = None, ""
     try:
         published = read_current(root)

@@ -19,6 +19,7 @@ from vista.store.layout import (
     last_complete,
     list_generations,
     read_current,
+    store_path,
 )
 from vista.store.lmdb.data_file import check_structure
 from vista.store.tally import Tally
@@ -76,7 +77,7 @@ def verify_store(root: str | Path, *, key: bytes | None = None) -> VerificationR
         StoreBusyError: a refresh writes the published generation without a pause.
         StoreError: there is no store, or it is of another key. All other problems are in the report.
     """
-    root = Path(root).absolute()
+    root = store_path(root)
     report = VerificationReport(root)
     if not root.is_dir():
         read_current(root)
