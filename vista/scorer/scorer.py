@@ -231,8 +231,7 @@ class Scorer:
             candidates: item ids, or None for the whole catalog.
             exclude: item ids to leave out.
             exclude_tail: leave out the items of the user's tail.
-            tail: as in `predict`.
-            now: as in `predict`.
+            tail, now: as in `predict`.
 
         Raises:
             ValueError: `top_k` is below 1. Others as in `predict`.
@@ -278,8 +277,7 @@ class Scorer:
         The result belongs to the model in service: encode again after a `reload` that moves to another model.
 
         Raises:
-            UnknownItemError: with on_missing="raise".
-            ValueError, TypeError: the ids are of another type or shape; the message says which.
+            UnknownItemError, ValueError, TypeError: as in `predict`.
         """
         with self._snapshots.use() as snapshot:
             return CandidateSet.of(snapshot, candidates, self.on_missing)
@@ -326,8 +324,7 @@ class Scorer:
             user: an id as in the log.
             candidates: item ids [C], or a `CandidateSet` of them.
             task: one of `tasks`; by default the scorer's own.
-            tail: as in `predict`.
-            now: as in `predict`.
+            tail, now: as in `predict`.
         """
         with self._call() as snapshot:
             task = task or self.task
