@@ -30,7 +30,7 @@ from vista.scorer import Scorer
 )
 def test_windows_lie_in_their_band(lengths: list[int], band: int, seed: int) -> None:
     end = AGES[band + 1] if band + 1 < len(AGES) else None
-    windows = recall._windows(np.array(lengths), AGES[band], end, np.random.default_rng(seed))
+    windows = recall._random_windows(np.array(lengths), AGES[band], end, np.random.default_rng(seed))
     assert windows.row.tolist() == [row for row, length in enumerate(lengths) if length > AGES[band]]
     for row, start, stop in zip(windows.row, windows.start, windows.stop, strict=True):
         assert 0 <= start < stop <= lengths[row] - AGES[band] and stop - start <= WINDOW
@@ -43,7 +43,7 @@ def test_shares_equal_a_loop_over_the_decoders_distances(served: Served) -> None
     users = np.arange(6)
     histories = log.gather(users, log.lengths[users])
     items = recall._Items(model, log)
-    windows = recall._windows(histories.lengths, 0, 32, np.random.default_rng(3))
+    windows = recall._random_windows(histories.lengths, 0, 32, np.random.default_rng(3))
     with Scorer.open(model, served.exact_store) as scorer:
         summary = torch.from_numpy(scorer.store.get_many(log.users.ids(users)).summary)
     shares = recall._share_beaten(model, items, histories, windows, [summary], np.random.default_rng(4))[0]

@@ -94,7 +94,7 @@ def source(log: EventLog, frequencies: str) -> BatchSource:
 def test_batches_from_a_sketch_are_reproducible(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed run draws the same negatives."""
     coarse = partial(sketched_item_counts, relative_error=0.05, confidence=0.9)
-    monkeypatch.setattr("vista.examples.batch_source.sketched_item_counts", coarse)
+    monkeypatch.setattr("vista.examples.frequency.sketched_item_counts", coarse)
     first, resumed, exact = source(log, "count_min"), source(log, "count_min"), source(log, "exact")
     for _ in range(3):
         first.batch(0, 0)

@@ -26,9 +26,8 @@ def compile_kernels(*words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "device", ["sm_90", *(pytest.param(name, marks=pytest.mark.research) for name in ("sm_80", "sm_100", "gfx942"))]
-)
+@pytest.mark.research
+@pytest.mark.parametrize("device", DEVICES)
 def test_compiles(device: str) -> None:
     lines = compile_kernels("--device", device).splitlines()
     assert len(lines) > 15

@@ -15,6 +15,7 @@ SMALL = ["optim.epochs=1", "optim.warmup_steps=2", "model.dim=16", "progress=fal
 SIZES = demo.DemoSizes(num_users=24, events_per_user=200, history_lengths=(10, 100), num_candidates=20)
 
 
+@pytest.mark.research
 def test_on_the_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = demo.run(None, tmp_path, [*SMALL, "data.tokens_per_batch=400"], SIZES)
     text = report.read_text()
@@ -24,6 +25,7 @@ def test_on_the_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "generated in" not in capsys.readouterr().out, "a repeated demo reuses the log"
 
 
+@pytest.mark.research
 def test_on_movielens(tmp_path: Path) -> None:
     data = ratings_folder(tmp_path / "ml-1m")
     report = demo.run(data, tmp_path / "demo", SMALL, SIZES)
