@@ -14,7 +14,16 @@ import pytest
 import xxhash
 
 from vista.errors import DataError, StoreError, UnknownUserError
-from vista.files import HashedFile, checked_path, make_folders, open_file, read_limited, remove_folder, replace_file
+from vista.files import (
+    HashedFile,
+    checked_path,
+    make_folders,
+    open_file,
+    read_limited,
+    remove_folder,
+    replace_file,
+    replaced_folder,
+)
 from vista.json_fields import check_fields, either, hexadecimal, list_of, one_of, text, whole
 
 
@@ -81,6 +90,12 @@ class TestCheckedPath:
     def test_a_link_that_refers_to_itself_is_left_to_the_caller(self, tmp_path: Path) -> None:
         (tmp_path / "loop").symlink_to("loop")
         assert checked_path(tmp_path / "loop" / "x", StoreError) == tmp_path / "loop" / "x"
+
+
+@pytest.mark.parametrize("folder", ["", ".", "..", "/"])
+def test_only_a_folder_with_a_name_can_be_replaced(folder: str) -> None:
+    with pytest.raises(OSError, match="by its name only"), replaced_folder(Path(folder)):
+        pytest.fail("replaced")
 
 
 class TestReplaceFile:

@@ -264,6 +264,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     A crash leaves the old folder, the new one, or (between two renames) the old one as `<name>.old`, never a mixture.
     """
+    if folder.name in ("", ".."):
+        raise OSError(errno.EINVAL, "a folder can be replaced by its name only", str(folder))
     make_folders(folder.parent)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from tests.conftest import small_frame
-from tests.faults.operations import COLUMNS, log_of, model_of
-from vista import EventLog, Scorer, StoreReader, VistaModel
+from tests.conftest import small_config, small_frame
+from tests.faults.operations import COLUMNS, first_event, log_of, model_of
+from vista import EventLog, Scorer, StoreReader, VistaModel, train
 from vista.config import SourceColumns
 from vista.refresh import RefreshOptions, erase, forget, merge, refresh, refresh_incremental
 from vista.scorer import Tail
@@ -33,6 +33,8 @@ PATHS: list[Any] = [
     "\ud800",
     Path(".."),
 ]
+NEW_PATHS: list[Any] = ["", "x" * 5000, "x" * 250, "a\0b", "\ud800", "store", "store/CURRENT", "store/CURRENT/x"]
+"""Paths in the working directory, a copy of the world, for calls that write."""
 INTS: list[Any] = [-1, 0, 2**31, 2**63 - 1, 2**63, 10**18, 10**30, -(10**30)]
 WORDS: list[Any] = ["", "x", "all", "-1", "1" * 5000, LONG, "\0", "\ud800", "leave-last-0-out", "2024-13-45", "١٢"]
 FLOATS: list[Any] = [0.0, -1.0, float("nan"), float("inf"), 1e308]
@@ -221,6 +223,63 @@ API_CALLS: dict[str, ApiCall] = {
     "Scorer.encode(candidates)": ApiCall(Scorer.encode, IDS, scored(lambda scorer, value: scorer.encode(value))),
     "Scorer.user_vectors(users)": ApiCall(
         Scorer.user_vectors, IDS, scored(lambda scorer, value: scorer.user_vectors(value))
+    ),
+    "Scorer.explain(user)": ApiCall(
+        Scorer.explain, [*INTS, *WORDS], scored(lambda scorer, value: scorer.explain(value, [0]))
+    ),
+    "Scorer.explain(candidates)": ApiCall(
+        Scorer.explain, IDS, scored(lambda scorer, value: scorer.explain(100, value))
+    ),
+    "Scorer.explain(task)": ApiCall(
+        Scorer.explain, WORDS, scored(lambda scorer, value: scorer.explain(100, [0], task=value))
+    ),
+    "Scorer.explain(now)": ApiCall(
+        Scorer.explain, TIMES, scored(lambda scorer, value: scorer.explain(100, [0], now=value))
+    ),
+    "Scorer.rank(user)": ApiCall(Scorer.rank, [*INTS, *WORDS], scored(lambda scorer, value: scorer.rank(value))),
+    "Scorer.follow(every_s)": ApiCall(Scorer.follow, FLOATS, scored(lambda scorer, value: scorer.follow(value))),
+    "EventLog.__contains__": ApiCall(EventLog.__contains__, [*INTS, *WORDS], logged(lambda log, value: value in log)),
+    "EventLog.gather_ranges(starts)": ApiCall(
+        EventLog.gather_ranges, ROWS, logged(lambda log, value: log.gather_ranges([0], value, [1]))
+    ),
+    "EventLog.gather_ranges(stops)": ApiCall(
+        EventLog.gather_ranges, ROWS, logged(lambda log, value: log.gather_ranges([0], [0], value))
+    ),
+    "EventLog.counts_before(time)": ApiCall(
+        EventLog.counts_before, INTS, logged(lambda log, value: log.counts_before(value))
+    ),
+    "EventLog.has_boundary(after)": ApiCall(
+        EventLog.has_boundary, INTS, logged(lambda log, value: log.has_boundary(value))
+    ),
+    "EventLog.from_frame(path)": ApiCall(
+        EventLog.from_frame,
+        NEW_PATHS,
+        lambda folder, value: EventLog.from_frame(small_frame(), value, **COLUMNS),
+    ),
+    "VistaModel.save_pretrained(folder)": ApiCall(
+        VistaModel.save_pretrained, NEW_PATHS, lambda folder, value: model_of(folder).save_pretrained(value)
+    ),
+    "refresh(store)": ApiCall(
+        refresh, NEW_PATHS, lambda folder, value: refresh(model_of(folder), log_of(folder), value)
+    ),
+    "refresh_incremental(store)": ApiCall(
+        refresh_incremental,
+        NEW_PATHS,
+        lambda folder, value: refresh_incremental(model_of(folder), log_of(folder), value),
+    ),
+    "forget(store)": ApiCall(
+        forget, NEW_PATHS, lambda folder, value: forget(model_of(folder), log_of(folder), value, first_event())
+    ),
+    "erase(path)": ApiCall(erase, NEW_PATHS, lambda folder, value: erase(value, [101])),
+    "merge(store)": ApiCall(
+        merge,
+        NEW_PATHS,
+        lambda folder, value: merge(model_of(folder), [(folder / "store", log_of(folder))], value),
+    ),
+    "train(config.run_dir)": ApiCall(
+        train,
+        NEW_PATHS,
+        lambda folder, value: train(small_config(log_of(folder), value, optim__epochs=1)),
     ),
     "StoreReader.open(path)": ApiCall(StoreReader.open, PATHS, lambda folder, value: StoreReader.open(value).close()),
     "StoreReader.open(summarizer_id)": ApiCall(

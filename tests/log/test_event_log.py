@@ -150,6 +150,12 @@ def test_unknown_users_and_rows(case: tuple[EventLog, list]) -> None:
         log.gather([log.num_users])
     with pytest.raises(TypeError, match="one-dimensional array of integers"):
         log.gather([0.5])
+    for bounds in ([0.5], ["x"], [True], [2**63], [10**30]):
+        with pytest.raises(TypeError, match="must be int64"):
+            log.gather([0], bounds)
+    for bounds in ([], [1, 2], [[1]], 1):
+        with pytest.raises(ValueError, match="must have shape"):
+            log.gather_ranges([0], [0], bounds)
 
 
 def test_it_pickles_as_its_path_and_last_segment(case: tuple[EventLog, list]) -> None:

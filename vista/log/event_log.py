@@ -142,6 +142,11 @@ class EventLog:
         return self.slice(row)
 
     def __contains__(self, user_id: int | str) -> bool:
+        """Whether the log has a user, by raw id.
+
+        Raises:
+            TypeError: as in `__getitem__`.
+        """
         return int(self.users.rows([user_id])[0]) >= 0
 
     @property
@@ -191,22 +196,23 @@ class EventLog:
 
         Raises:
             IndexError: if a row is out of range.
-            TypeError, ValueError: if rows or counts are not integers, or differ in shape.
+            TypeError, ValueError: if rows or counts are not int64 numbers, or differ in shape.
         """
         rows = self._checked_rows(user_rows)
-        stops = self.lengths[rows] if counts is None else np.asarray(counts)
-        if stops.size and stops.dtype.kind not in "iu":
-            raise TypeError(f"counts must be integers, got {stops.dtype}")
+        stops = self.lengths[rows] if counts is None else counts
         return self.gather_ranges(rows, np.zeros(len(rows), np.int64), stops)
 
     def gather_ranges(self, user_rows: Any, starts: Any, stops: Any) -> Histories:
-        """Events [starts[b], stops[b]) of each user in `user_rows` [B]; bounds are clipped to the history."""
+        """Events [starts[b], stops[b]) of each user in `user_rows` [B]; bounds are clipped to the history.
+
+        Raises:
+            IndexError, TypeError, ValueError: as in `gather`.
+        """
         rows = self._checked_rows(user_rows)
+        low, high = _bounds(starts, rows.shape), _bounds(stops, rows.shape)
         lengths = self.lengths[rows]
-        low = np.clip(np.asarray(starts, np.int64), 0, lengths)
-        high = np.clip(np.asarray(stops, np.int64), low, lengths)
-        if low.shape != rows.shape or high.shape != rows.shape:
-            raise ValueError(f"starts and stops must have shape {rows.shape}, got {low.shape} and {high.shape}")
+        low = np.clip(low, 0, lengths)
+        high = np.clip(high, low, lengths)
         return take_range(self._tables, rows, low, high)
 
     def has_boundary(self, after: int) -> bool:
@@ -311,6 +317,16 @@ class EventLog:
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_users):
             raise IndexError(f"user rows must lie in [0, {self.num_users}), got {rows.min()} to {rows.max()}")
         return rows
+
+
+def _bounds(values: Any, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Checked starts or stops of ranges of events."""
+    bounds = np.asarray(values)
+    if bounds.shape != shape:
+        raise ValueError(f"starts, stops and counts must have shape {shape}, got {bounds.shape}")
+    if bounds.size and (bounds.dtype.kind not in "iu" or bounds.dtype == np.uint64):
+        raise TypeError(f"starts, stops and counts must be int64, got {bounds.dtype}")
+    return bounds.astype(np.int64)
 
 
 def _filled(segments: Sequence[Segment]) -> list[PackedTable]:

@@ -87,8 +87,7 @@ class Scorer:
             store: the store's folder.
             on_missing: how to score users without a record and items outside the vocabulary: "empty" (with the summary
                 of an empty history, and as an unknown item), "nan", or "raise". With "nan", users whose record is
-                damaged, or whose tail or time is impossible, also get NaN; otherwise, one of these fails the whole
-                call.
+                damaged, or whose tail or time is impossible, also get NaN; otherwise, one of these fails the call.
             task: for `score` and `rank`; by default the first labeled task, or `next` if there are none.
             device: auto | cpu | cuda | cuda:N.
             key: 32 bytes, to refuse records that were not written with this key.
@@ -97,8 +96,7 @@ class Scorer:
             precision: of matrix products: float32, bfloat16, or auto (bfloat16 if the device multiplies it natively).
 
         Raises:
-            SummarizerMismatchError: another summarizer wrote the store.
-            StoreError, CheckpointError: the store or the model is missing or damaged; the message says what to do.
+            StoreError, CheckpointError: the store or the model is missing or damaged, or the two do not match.
             ValueError: on_missing, task or precision is not one of the allowed values; max_age_s is not positive.
         """
         policy = choice_of(OnMissing, on_missing, "on_missing")
@@ -317,14 +315,16 @@ class Scorer:
     ) -> Explanation:
         """Contributions of the summary's tokens, the tail's events and the candidate itself to a user's scores.
 
-        Always in float32. A user without a record is explained as an empty history, or raises with on_missing="raise".
-        It takes several times as long as `score`, so do not call it for every request.
+        Always in float32, and several times slower than `score`. Users without a record have an empty history.
 
         Args:
             user: an id as in the log.
             candidates: item ids [C], or a `CandidateSet` of them.
             task: one of `tasks`; by default the scorer's own.
             tail, now: as in `predict`.
+
+        Raises:
+            UnknownUserError: with on_missing="raise". Others as in `predict`.
         """
         with self._call() as snapshot:
             task = task or self.task
