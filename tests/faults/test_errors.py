@@ -87,6 +87,7 @@ def make_call(one: ApiCall, value: Any, folder: Path) -> tuple[str, str]:
     each=CALLS,
 )
 def test_hostile_arguments(trial: Trial, nursery: Nursery, world: Path) -> None:
+    nursery.imports("torch._dynamo")  # Optimizers import it.
     judge(trial, outcomes(nursery, call_api, world, trial.folder, numbers=list(trial.numbers), timeout_s=300))
 
 
