@@ -49,8 +49,8 @@ def test_a_new_generation_is_followed_until_close(served: Served, store: Path) -
     assert abs(scorer.stats().followed_at - 1000 * time.time()) < 1000 * TIMEOUT_S
     before = scorer.manifest.generation
     refresh(served.model, served.log, store)
-    wait_for(lambda: scorer.manifest.generation == before + 1)
-    assert scorer.stats().reloads == 1 and scorer.stats().failed_reloads == 0
+    wait_for(lambda: scorer.stats().reloads == 1)
+    assert scorer.manifest.generation == before + 1 and scorer.stats().failed_reloads == 0
     scorer.close()
     assert followers() == 0
     scorer.close()
