@@ -111,7 +111,7 @@ def test_public_names(pyproject: dict[str, Any]) -> None:
         _ = vista.Scorrer
 
 
-@pytest.mark.slow
+@pytest.mark.research
 class TestInstalled:
     def test_wheel_contains_conf_kernels_and_typing_marks(self, wheel: Path) -> None:
         files = set(zipfile.ZipFile(wheel).namelist())

@@ -24,6 +24,8 @@ from tests.docs.page import blocks_of
 from vista.refresh import refresh
 from vista.scorer import Scorer
 
+pytestmark = pytest.mark.research
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "guides" / "serve.md"
 TIMEOUT_S = 60
 

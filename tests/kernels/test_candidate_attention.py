@@ -169,6 +169,7 @@ def test_gradcheck(bias: str) -> None:
         assert torch.autograd.gradcheck(lambda *x: attend(**dict(zip(names, x, strict=True)), **fixed), leaves)
 
 
+@pytest.mark.research
 @pytest.mark.parametrize("bias", BIASES)
 def test_opcheck(bias: str) -> None:
     """Run opcheck on the operator and, through recorded calls, on its backward."""
@@ -183,6 +184,7 @@ def test_opcheck(bias: str) -> None:
         torch.library.opcheck(getattr(torch.ops.vista_kernels, name).default, args)
 
 
+@pytest.mark.research
 @pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiles_as_one_graph(dtype: torch.dtype) -> None:

@@ -139,6 +139,7 @@ def test_constants_get_no_gradient(operator: Operator) -> None:
     assert not any(output.requires_grad for output in operator.fast(inputs))
 
 
+@pytest.mark.research
 @pytest.mark.parametrize("optional", [True, False], ids=["all-arguments", "fewest-arguments"])
 def test_opcheck(operator: Operator, optional: bool) -> None:
     """Run opcheck on the operator and, through recorded calls, on its backward.
@@ -262,6 +263,7 @@ def test_strided_inputs(operator: Operator) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.research
 def test_compiles_as_one_graph(operator: Operator) -> None:
     torch._dynamo.reset()  # it counts the compilations of `fast` for all operators together
     inputs = operator.make([0, 3, 5, 1], torch.float32)

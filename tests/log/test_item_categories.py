@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
+from tests.log.conftest import PARSER
 from vista.errors import DataError
 from vista.log.item_categories import read_categories
 from vista.log.vocabulary import Vocabulary
@@ -16,6 +18,12 @@ NUMBERS = Vocabulary.from_ids(np.array([30, 10, 20, 40]))
 WORDS = Vocabulary.from_ids(np.array(["c", "a", "b", "d"]))
 KINDS = ["shelf", "books", None, "books"]
 """Categories of items 10, 20, 30, and 99, or a, b, c, and z. The third has none; the last is not in the model."""
+
+
+@pytest.fixture(autouse=True)
+def shared_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One child process for all tests; to start one takes half a second."""
+    monkeypatch.setattr("vista.log.item_categories.SourceParser", lambda: nullcontext(PARSER))
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])

@@ -85,6 +85,15 @@ def test_string_ids_survive_saving_and_loading(make: SimpleNamespace, tmp_path: 
     assert back.summarizer_id() == model.summarizer_id()
 
 
+def test_a_folder_with_something_else_is_not_replaced(make: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="holds something other than a model"):
+        make.model().save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "empty").mkdir()
+    make.model().save_pretrained(tmp_path / "empty")
+
+
 def test_saving_again_replaces_the_folder(make: SimpleNamespace, tmp_path: Path) -> None:
     make.model(seed=1).save_pretrained(tmp_path / "best")
     other = make.model(seed=2)

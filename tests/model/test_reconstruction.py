@@ -62,6 +62,7 @@ def train_alone(make: SimpleNamespace, mixing: Mixing, stop_gradient: bool, seed
 CASES = [(Mixing.separable, 0), (Mixing.bidirectional, 2)]
 
 
+@pytest.mark.research
 @pytest.mark.parametrize(("mixing", "seed"), CASES)
 def test_embeddings_keep_their_spread_with_the_stop_gradient(make: SimpleNamespace, mixing: Mixing, seed: int) -> None:
     before, after, loss = train_alone(make, mixing, True, seed)
@@ -69,6 +70,7 @@ def test_embeddings_keep_their_spread_with_the_stop_gradient(make: SimpleNamespa
     assert loss < after.variance, "it learns: a constant prediction would have the variance as its loss"
 
 
+@pytest.mark.research
 @pytest.mark.parametrize(("mixing", "seed"), CASES)
 def test_embeddings_collapse_without_the_stop_gradient(make: SimpleNamespace, mixing: Mixing, seed: int) -> None:
     before, after, loss = train_alone(make, mixing, False, seed)

@@ -198,6 +198,7 @@ def rows(standard: SimulatedLog) -> dict[str, tuple[float, float]]:
     return {row.predictor: (row.auc, row.ne) for row in oracle_metrics(standard)}
 
 
+@pytest.mark.research
 class TestOldEventsMatter:
     """How much a model of the whole history can gain over one of the last 200 events."""
 

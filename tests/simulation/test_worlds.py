@@ -250,6 +250,7 @@ class TestLogs:
         assert '"world": "drift"' in (tmp_path / "simulation.json").read_text()
 
 
+@pytest.mark.research
 class TestCalibration:
     """What a summary must hold: neither the last 2,000 events nor pooled vectors come close to the oracle."""
 

@@ -72,6 +72,7 @@ def config_of(log: EventLog, run_dir: Path, name: str, **model: Any) -> TrainCon
     )
 
 
+@pytest.mark.research
 @pytest.mark.parametrize(
     ("name", "limit", "learns"),
     [("din", NUM_EVENTS, True), ("din", NUM_EVENTS // 2, False), ("sim", 0, True), ("twin", 0, True)],

@@ -28,7 +28,7 @@ from vista.model.allocation_limit import AllocationLimit
 from vista.model.embedding_feature import EmbeddingFeature
 from vista.model.event_encoder import EventEncoder
 from vista.model.losses import Losses
-from vista.model.model_description import ModelDescription, unreadable_model
+from vista.model.model_description import CONFIG_FILE, ModelDescription, unreadable_model
 from vista.model.schema import Schema
 from vista.model.unified_embedding import gather, hashed_rows
 
@@ -116,11 +116,19 @@ class RankingModel(nn.Module):
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
         """Write config.json, model.safetensors, the item vocabulary and, if given, a card as README.md, atomically.
 
+        A model in the folder is replaced.
+
         Raises:
-            CheckpointError: if they cannot be written, for example because the disk is full.
+            CheckpointError: if they cannot be written, for example because the disk is full, or if the folder holds
+                something other than a model.
         """
         folder = checked_path(folder, CheckpointError)
         try:
+            if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+                raise CheckpointError(
+                    f"{folder}: holds something other than a model, and would be replaced; name another folder, or "
+                    "remove this one"
+                )
             with replaced_folder(folder) as partial:
                 weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
                 save_file(weights, partial / WEIGHTS_FILE)

@@ -69,7 +69,7 @@ def test_import_restores_the_records_with_a_new_generation(tmp_path, build, code
     build.write_store(tmp_path / "store", codec=codec.value, key=key, until="leave-last-out")
     export_store(tmp_path / "store", tmp_path / "out.parquet", key=key)
     build.write_store(tmp_path / "other", run_digest="log-9")
-    report = import_store(tmp_path / "out.parquet", tmp_path / "other", key=key)
+    report = import_store(tmp_path / "out.parquet", tmp_path / "other", key=key, parser=PARSER)
     assert report.generation == 2 and list_generations(tmp_path / "other") == [1, 2]
     before, after = records(tmp_path / "store", key), records(tmp_path / "other", key)
     assert list(before) == list(after)
@@ -81,7 +81,7 @@ def test_import_restores_the_records_with_a_new_generation(tmp_path, build, code
     with StoreReader.open(tmp_path / "other", key=key) as store:
         assert store.manifest.until == "leave-last-out" and len(store) == 40
     # With the same number, every byte is the same.
-    report = import_store(tmp_path / "out.parquet", tmp_path / "new", key=key, shared_with_group=True)
+    report = import_store(tmp_path / "out.parquet", tmp_path / "new", key=key, shared_with_group=True, parser=PARSER)
     assert report.generation == 1 and records(tmp_path / "new", key) == before
     assert verify_store(tmp_path / "new", key=key).num_problems == 0
     assert (tmp_path / "new").stat().st_mode & 0o7777 == 0o2750
@@ -91,7 +91,7 @@ def test_import_restores_the_records_with_a_new_generation(tmp_path, build, code
 def test_user_ids_of_every_type_are_restored(tmp_path, build, users):
     mixed_store(tmp_path / "store", build, users)
     export_store(tmp_path / "store", tmp_path / "out.parquet")
-    import_store(tmp_path / "out.parquet", tmp_path / "new")
+    import_store(tmp_path / "out.parquet", tmp_path / "new", parser=PARSER)
     assert records(tmp_path / "new") == records(tmp_path / "store")
     frame = pl.read_parquet(tmp_path / "out.parquet")
     assert sorted(map(str, frame["user"].to_list())) == sorted(map(str, users))
@@ -104,7 +104,7 @@ def test_batches_and_row_groups(tmp_path, build):
     mixed_store(tmp_path / "store", build, list(range(2500)))
     export_store(tmp_path / "store", tmp_path / "out.parquet", group_bytes=300_000)
     assert pq.ParquetFile(tmp_path / "out.parquet").num_row_groups > 3
-    import_store(tmp_path / "out.parquet", tmp_path / "new")
+    import_store(tmp_path / "out.parquet", tmp_path / "new", parser=PARSER)
     assert records(tmp_path / "new") == records(tmp_path / "store")
 
 
@@ -143,7 +143,7 @@ def test_an_edited_export_is_refused(tmp_path, build, change, named):
     file = exported(tmp_path, build)
     rewritten(file, change(pl.read_parquet(file)))
     with pytest.raises(StoreError, match=named):
-        import_store(file, tmp_path / "target")
+        import_store(file, tmp_path / "target", parser=PARSER)
     assert list_generations(tmp_path / "target") == [1] and not list((tmp_path / "target").glob(".*"))
     with StoreReader.open(tmp_path / "target") as store:
         assert store.get_many(range(40)).found.all()
@@ -174,7 +174,7 @@ def test_other_and_truncated_files_are_refused(tmp_path, build):
         import_store(file, tmp_path / "target", parser=PARSER)
     rewritten(file, frame, {})
     with pytest.raises(StoreError, match="not a complete export"):
-        import_store(tmp_path / "none.parquet", tmp_path / "target")
+        import_store(tmp_path / "none.parquet", tmp_path / "target", parser=PARSER)
     assert list_generations(tmp_path / "target") == [1]
 
 
@@ -221,5 +221,5 @@ def test_export_and_import_of_an_authenticated_store_need_its_key(tmp_path, buil
     export_store(tmp_path / "store", tmp_path / "out.parquet", key=KEY)
     for key in (None, bytes(32)):
         with pytest.raises(StoreError, match="authentication key"):
-            import_store(tmp_path / "out.parquet", tmp_path / "new", key=key)
+            import_store(tmp_path / "out.parquet", tmp_path / "new", key=key, parser=PARSER)
     assert KEY not in (tmp_path / "out.parquet").read_bytes()
