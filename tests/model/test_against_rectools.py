@@ -25,7 +25,6 @@ NUM_ITEMS = 50
 HEADS = 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SASRec", "HSTU"])
 @torch.inference_mode()
 def test_states_are_those_of_rectools(name: str, tmp_path: Path) -> None:

@@ -177,7 +177,6 @@ class TestSizes:
         ranking = scorer.rank(103, candidates=np.resize(few, 10**6), top_k=10**6)
         assert ranking.items.tolist() == [ITEMS[i] for i in np.argsort(-expected[:-1])]
 
-    @pytest.mark.slow
     def test_many_candidates_of_a_task(self, task_scorer: Scorer) -> None:
         user, items = next(task_scorer.store.keys()), task_scorer.model.items.ids(np.arange(7))
         expected = task_scorer.predict([user], items)

@@ -125,7 +125,6 @@ def fake_environment(folder: Path, report: dict[str, Any]) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("subject", CASES)
 def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> None:
@@ -178,7 +177,6 @@ def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: A
     return 2 * math.prod(query[:-1]) * key[-2] * (key[-1] + value[-1])
 
 
-@pytest.mark.slow
 def test_training_is_compared_with_the_baseline(tmp_path: Path) -> None:
     data = write_histories(tmp_path / "events.npz", [30, 12, 250, 5])
     report = {"seconds_per_epoch": [40.0], "positions": 235, "users": 4}
@@ -200,7 +198,6 @@ def test_training_is_compared_with_the_baseline(tmp_path: Path) -> None:
     assert "--max-batches 0" in calls[-1]
 
 
-@pytest.mark.slow
 def test_training_against_the_real_baseline(tmp_path: Path) -> None:
     environment = os.environ.get("VISTA_RECTOOLS_VENV")
     if not environment:
@@ -212,7 +209,6 @@ def test_training_against_the_real_baseline(tmp_path: Path) -> None:
     assert [row["baseline"] > 0 for row in read_cases(out)] == [True, True]
 
 
-@pytest.mark.slow
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     done = run("training", out)
