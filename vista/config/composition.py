@@ -108,7 +108,7 @@ def compose_config(
     values: dict[str, Any] = {}
     for key, value, written in [*_words_of_file(config_file), *(_parse(word) for word in overrides)]:
         if key in groups and not isinstance(value, dict):
-            choices[key] = _option(key, value)
+            choices[key] = _option(key, value, keys)
             continue
         for leaf, leaf_value in _leaves(key, value, written, keys, name, groups):
             values.pop(leaf, None)
@@ -205,12 +205,13 @@ def _inner(written: Any, key: Any) -> Any:
     return written.get(str(key)) if isinstance(written, dict) else None
 
 
-def _option(group: str, option: Any) -> str:
+def _option(group: str, option: Any, keys: ConfigKeys) -> str:
     known = list(options_of(group))
     if option not in known:
         text = value_text(option)
+        path = f", or give a path as {group}.path=..." if f"{group}.path" in keys.keys else ""
         raise ConfigError(
-            f"{group}: no option '{text}'{_hint(get_close_matches(text, known))}; use one of {', '.join(known)}"
+            f"{group}: no option '{text}'{_hint(get_close_matches(text, known))}; use one of {', '.join(known)}{path}"
         )
     return str(option)
 
@@ -228,7 +229,8 @@ def _leaves(
         check_value(key, value)
         yield key, value
     elif key not in keys.sections:
-        matches = [*([] if "." in key else get_close_matches(key, groups, n=1)), *keys.matches(key)]
+        shorter = [key.partition(".")[0]] if key.partition(".")[0] in keys.keys else []  # data for data.path
+        matches = [*([] if "." in key else get_close_matches(key, groups, n=1)), *keys.matches(key), *shorter]
         raise ConfigError(f"unknown key '{key}'{_hint(matches)} (vista {name} --help lists all keys)")
     elif isinstance(value, dict):
         for inner, inner_value in value.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +13,11 @@ from vista.config.choices import Decay
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
-from vista.model.ranking_model import RankingModel
+from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.vista_model import VistaModel
 from vista.store.format.digest import history_digests, item_keys
+
+logger = logging.getLogger(__name__)
 
 
 def check_log(model: RankingModel, log: EventLog) -> None:
@@ -44,9 +47,19 @@ class LogItems:
 
     @classmethod
     def of(cls, model: VistaModel, log: EventLog) -> LogItems:
-        """Look up all items of a log."""
+        """Look up all items of a log. Warns if the model knows fewer than half of them."""
         ids = log.items.ids(np.arange(log.num_items))
-        return cls(model.item_rows(ids).astype(np.int32), item_keys(ids))
+        rows = model.item_rows(ids).astype(np.int32)
+        known = int(np.count_nonzero(rows != UNKNOWN_ITEM))
+        if 2 * known < log.num_items:
+            logger.warning(
+                "%s: the model knows only %d of %d items, and summarizes the others as one unknown item; train a model "
+                "on this log",
+                log.path,
+                known,
+                log.num_items,
+            )
+        return cls(rows, item_keys(ids))
 
     def model_rows(self, histories: Histories) -> Histories:
         """The same histories with items as rows of the model."""

@@ -90,7 +90,7 @@ def test_pandas_frames(tmp_path: Path) -> None:
     assert log["b"].rating is not None
     assert log["b"].rating.tolist() == [3.5, 1.0]
     frame["item"] = pandas.array([3, None, 1], dtype="Int64")
-    with pytest.raises(DataError, match="row 2, column 'item': an empty value is missing"):
+    with pytest.raises(DataError, match="row 2, column 'item': the value is missing"):
         EventLog.from_frame(frame, tmp_path / "bad", columns=SourceColumns(action="kind"))
     frame["item"] = [3, "x", 1]
     with pytest.raises(DataError, match="column 'item' mixes types"):

@@ -104,7 +104,7 @@ def test_kinds_are_recognized(tmp_path: Path) -> None:
             r"ratings\.dat: row 2, column 'rating': 'x' is not a number",
         ),
         ("ml-1m", "ratings.dat", "1::2::3::4\n1:2:3:4\n", r"row 2, beyond the last column: '2' is one field too many"),
-        ("ml-1m", "ratings.dat", "1::2::3::4\n1::2::3\n", r"row 2, column 'timestamp': an empty value is missing"),
+        ("ml-1m", "ratings.dat", "1::2::3::4\n1::2::3\n", r"row 2, column 'timestamp': the value is missing"),
         ("ml-100k", "u.data", "1\t2\t3\t4\na\t2\t3\t4\n", r"u\.data: row 2, column 'user': 'a' is not an integer id"),
         (
             "ml-latest-small",

@@ -198,7 +198,7 @@ def test_invalid_copies_are_refused(tmp_path, build):
         copy_generation(source, source)
     with pytest.raises(StoreError, match=r"gen-5.*No such file"):
         copy_generation(source, target, generation=5)
-    with pytest.raises(StoreError, match="no published generation"):
+    with pytest.raises(StoreError, match="none does not exist"):
         copy_generation(tmp_path / "none", target)
     with build.open_writer(target), pytest.raises(StoreLockedError, match=f"process {os.getpid()}"):
         copy_generation(source, target)

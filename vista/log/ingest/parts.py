@@ -87,7 +87,7 @@ def read_part(
         first = min(order for _, order in bad.values()) % 2**32
         message = _report(source, rules, pl.scan_ipc(file), first)
         if on_bad_rows is OnBadRows.error:
-            more = f" ({num_bad - 1} more bad rows)" if num_bad > 1 else ""
+            more = f" (bad rows: {num_bad})" if num_bad > 1 else ""
             raise DataError(f"{message}; on_bad_rows=quarantine sets bad rows aside instead{more}")
         if not num_good:
             raise DataError(f"{message}; the file has no valid rows (bad rows: {num_bad})")
@@ -111,7 +111,7 @@ def _report(source: ScannedSource, rules: Sequence[RowRule], part: pl.LazyFrame,
     problem = part.filter(pl.col(ORDER) % 2**32 == row).select(PROBLEM).collect(engine="streaming")
     rule = rules[problem[PROBLEM][0] - 1]
     value = source.frame.filter(pl.col(ROW) == row).select(rule.column).collect(engine="streaming")[rule.column][0]
-    given = shown(value) if value is not None else "an empty value"
+    given = shown(value) if value is not None else "the value"
     return f"{source.path}: row {row}, {_place(source, rule)}: {given} {rule.reason}; {rule.remedy}"
 
 
