@@ -325,7 +325,7 @@ def test_rollback_does_not_touch_a_folder_that_is_not_a_store(tmp_path, build):
     two_generations(build, tmp_path / "store")
     (tmp_path / "other").mkdir()
     for other in ("other", "nowhere"):
-        with pytest.raises(StoreError, match="no published generation|does not exist"):
+        with pytest.raises(StoreError, match=r"no published generation|does not exist"):
             roll_back(tmp_path / "store", tmp_path / other)
     assert not list((tmp_path / "other").iterdir()) and read_current(tmp_path / "store") == 2
     (tmp_path / "store" / "CURRENT").unlink()  # Rolling back to a given number repairs this.
