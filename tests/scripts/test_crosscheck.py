@@ -124,7 +124,6 @@ def environment() -> Path:
     return Path(folder)
 
 
-@pytest.mark.research
 @pytest.mark.parametrize(("model", "times"), [("SASRec", False), ("HSTU", False), ("HSTU", True)])
 def test_lists_of_the_real_baseline(environment: Path, tmp_path: Path, model: str, times: bool) -> None:
     log = make_log(tmp_path / "log", times=times)
@@ -143,7 +142,6 @@ def test_lists_of_the_real_baseline(environment: Path, tmp_path: Path, model: st
             assert report["metrics"][part]["hr@10"] == pytest.approx((ranks < 10).mean())
 
 
-@pytest.mark.research
 def test_the_whole_cross_check(
     environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,7 +88,6 @@ def test_the_judge_removes_copies_that_no_answer_can_need(stage: SoakStage) -> N
     assert copies(frozen) == [(2, 2)]
 
 
-@pytest.mark.research
 def test_a_short_soak(tmp_path: Path) -> None:
     out, root = tmp_path / "out.jsonl", Path(soak_scorer.__file__).parents[2]
     done = subprocess.run(
