@@ -222,12 +222,12 @@ def _read_pointer(path: Path) -> int:
 
 def _why_not_published(root: Path) -> str:
     """Why a folder has no CURRENT, and what to do about it."""
-    if not root.exists():
-        return "does not exist; check the path. A store is made by `vista refresh`"
     if is_generation(root):
         return f"is a generation of the store {root.parent}; pass that folder instead"
     if is_other_folder(root):
         return "is not a store, but a log, a model or a run; pass the store's folder"
+    if not root.exists():
+        return "does not exist, so it holds no published generation; check the path, or run `vista refresh` first"
     return f"holds no published generation; run `vista refresh store={root}` first"
 
 
