@@ -229,7 +229,7 @@ class Scorer:
             candidates: item ids, or None for the whole catalog.
             exclude: item ids to leave out.
             exclude_tail: leave out the items of the user's tail.
-            tail, now: as in `predict`.
+            tail: as in `predict`, like `now`.
 
         Raises:
             ValueError: `top_k` is below 1. Others as in `predict`.
@@ -321,7 +321,7 @@ class Scorer:
             user: an id as in the log.
             candidates: item ids [C], or a `CandidateSet` of them.
             task: one of `tasks`; by default the scorer's own.
-            tail, now: as in `predict`.
+            tail: as in `predict`, like `now`.
 
         Raises:
             UnknownUserError: with on_missing="raise". Others as in `predict`.
