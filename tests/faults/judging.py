@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.faults.harness import Trial
 from tests.faults.nursery import Nursery
+from vista.errors import VistaError, shortened
 
 LOST, STUCK, UNTYPED, SIGNAL, DIFFERENT, MEMORY, TIME = (
     *("lost", "stuck", "untyped", "signal", "silently different", "over 1 GiB", "over 10 s"),
@@ -16,6 +17,8 @@ BROKEN = (LOST, STUCK, UNTYPED, SIGNAL, DIFFERENT, MEMORY, TIME)
 """Outcomes that break a promise: what was acknowledged is lost; the command cannot be repeated; an exception that is
 neither a VistaError nor documented; the process was ended by a signal; a wrong answer; and the two limits."""
 MAX_TEXT = 1_500
+MAX_MESSAGE = 10_000
+"""Characters of the message of an exception."""
 
 
 def outcomes(
@@ -39,6 +42,28 @@ def outcomes(
         elif left:
             timed_out = child.exit_code == -signal.SIGALRM
             yield left.pop(0), TIME if timed_out else SIGNAL, f"exit code {child.exit_code}"
+
+
+def attempt(action: Callable[[], Any], *documented: type[BaseException]) -> tuple[str | None, str, Any]:
+    """Do something that a fault may make fail.
+
+    Args:
+        documented: exceptions that are allowed besides VistaError.
+
+    Returns:
+        The outcome, None if nothing was raised; a text if it breaks a promise; and what the action returned.
+    """
+    try:
+        return None, "", action()
+    except (VistaError, *documented) as error:
+        length = len(str(error))
+        if length < MAX_MESSAGE:
+            return "refused", "", None
+        return UNTYPED, f"a message of {length} characters", None
+    except MemoryError as error:
+        return MEMORY, str(error), None
+    except BaseException as error:  # Panics of Rust derive from BaseException
+        return UNTYPED, f"{type(error).__module__}.{type(error).__name__}: {shortened(str(error), 300)}", None
 
 
 def judge(trial: Trial, judged: Iterator[tuple[int, str, str]]) -> None:

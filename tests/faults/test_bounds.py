@@ -16,13 +16,12 @@ from typing import Any
 
 from tests.faults import bombs, operations
 from tests.faults.harness import Trial, promise
-from tests.faults.judging import DIFFERENT, MAX_TEXT, MEMORY, UNTYPED, judge, outcomes
+from tests.faults.judging import DIFFERENT, MAX_TEXT, attempt, judge, outcomes
 from tests.faults.nursery import Nursery, Say
 from tests.faults.operations import OPERATIONS
 from tests.faults.test_mutations import MOST_SECONDS, limit_resources
 from vista.config import PrepareConfig, SourceConfig, TrainConfig
 from vista.config.composition import compose_config
-from vista.errors import VistaError
 from vista.log.ingest.prepare import prepare
 from vista.store.format.authentication import read_key
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
@@ -149,20 +148,12 @@ def use_unbounded(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
         shutil.copytree(whole, folder)
         change(folder)
         signal.alarm(MOST_SECONDS)
-        outcome, text = "read", ""
-        try:
-            read(folder)
-        except VistaError:
-            outcome = "refused"
-        except MemoryError as error:
-            outcome, text = MEMORY, str(error)
-        except BaseException as error:
-            outcome, text = UNTYPED, f"{type(error).__name__}: {error}"
+        outcome, text, _ = attempt(partial(read, folder))
         signal.alarm(0)
         victim = folder / "victim"
         if victim.exists() and (victim.read_bytes() != b"precious" or victim.stat().st_mode & 0o777 != 0o644):
             outcome, text = DIFFERENT, "a file outside of the store was changed"
-        say([outcome, f"{what}: {text}"[:MAX_TEXT]])
+        say([outcome or "read", f"{what}: {text}"[:MAX_TEXT]])
 
 
 @promise(

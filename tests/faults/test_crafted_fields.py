@@ -22,12 +22,12 @@ import xxhash
 
 from tests.faults import operations
 from tests.faults.harness import Trial, promise
-from tests.faults.judging import MAX_TEXT, MEMORY, UNTYPED, judge, outcomes
+from tests.faults.judging import MAX_TEXT, attempt, judge, outcomes
 from tests.faults.nursery import Nursery, Say
 from tests.faults.operations import OPERATIONS, USERS
 from tests.faults.test_mutations import MOST_SECONDS, limit_resources
 from tests.faults.test_skew import replace
-from vista.errors import VistaError, shown
+from vista.errors import shown
 from vista.log.log_verification import verify_log
 from vista.log.segment_manifest import manifest_bytes
 from vista.model.model_description import checksum_of
@@ -177,15 +177,8 @@ def use_crafted(say: Say, world: str, scratch: str, numbers: list[int]) -> None:
 
 def use_once(use: Callable[[Path], Any], folder: Path) -> tuple[str, str]:
     """Use a crafted file; returns the outcome, and a text if it breaks the promise."""
-    try:
-        use(folder)
-    except VistaError:
-        return "refused", ""
-    except MemoryError as error:
-        return MEMORY, str(error)
-    except BaseException as error:
-        return UNTYPED, f"{type(error).__name__}: {error}"
-    return "used", ""
+    outcome, text, _ = attempt(lambda: use(folder))
+    return outcome or "used", text
 
 
 @promise(

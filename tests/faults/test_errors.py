@@ -24,15 +24,14 @@ from tests.conftest import small_config
 from tests.faults import operations
 from tests.faults.api_calls import API_CALLS, ApiCall, documented
 from tests.faults.harness import Trial, promise
-from tests.faults.judging import MAX_TEXT, MEMORY, UNTYPED, judge, outcomes
+from tests.faults.judging import MAX_MESSAGE, MAX_TEXT, UNTYPED, attempt, judge, outcomes
 from tests.faults.nursery import Nursery, Say
 from tests.faults.test_mutations import MOST_SECONDS, limit_resources
 from vista.cli.command_table import COMMANDS
 from vista.cli.main import main
 from vista.config.config_keys import ConfigKeys, to_yaml
-from vista.errors import VistaError, shortened, shown
+from vista.errors import shortened, shown
 
-MOST_CHARACTERS = 10_000
 """Of a message: hostile values must not fill a log."""
 HOSTILE_CALLS = [(name, place) for name, one in API_CALLS.items() for place in range(len(one.values))]
 random.Random(0).shuffle(HOSTILE_CALLS)
@@ -66,16 +65,8 @@ def call_api(say: Say, world: str, scratch: str, numbers: list[int]) -> None:
 
 def make_call(one: ApiCall, value: Any, folder: Path) -> tuple[str, str]:
     """Make a hostile call; returns the outcome, and a text if it breaks the promise."""
-    try:
-        one.call(folder, value)
-    except (VistaError, *documented(one.function)) as error:
-        length = len(str(error))
-        return ("refused", "") if length < MOST_CHARACTERS else (UNTYPED, f"a message of {length} characters")
-    except MemoryError as error:
-        return MEMORY, str(error)
-    except BaseException as error:
-        return UNTYPED, f"{type(error).__name__}: {shortened(str(error), 300)}"
-    return "returned", ""
+    outcome, text, _ = attempt(lambda: one.call(folder, value), *documented(one.function))
+    return outcome or "returned", text
 
 
 @promise(
@@ -246,7 +237,7 @@ def call_commands(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
         signal.alarm(0)
         fine = code in ((0, 1, 2, 130) if is_hostile else (0,)) and "Traceback" not in text
         told = f"{command} with {shown(word)}: exit code {code}, {shortened(text, 300)}"
-        say([f"exit code {code}" if fine and len(text) < MOST_CHARACTERS else UNTYPED, told])
+        say([f"exit code {code}" if fine and len(text) < MAX_MESSAGE else UNTYPED, told])
 
 
 @promise(

@@ -17,9 +17,8 @@ import pytest
 
 from tests.faults.formats import FORMATS, mutated
 from tests.faults.harness import Trial, promise
-from tests.faults.judging import DIFFERENT, MAX_TEXT, MEMORY, UNTYPED, judge, outcomes
+from tests.faults.judging import DIFFERENT, MAX_TEXT, attempt, judge, outcomes
 from tests.faults.nursery import Nursery, Say
-from vista.errors import VistaError
 
 MUTATIONS = 10
 MOST_BYTES, MOST_SECONDS = 1 << 30, 10
@@ -78,14 +77,9 @@ def read_damaged(say: Say, name: str, whole: str, world: str, scratch: str, numb
 
 def read_once(name: str, folder: Path, world: Path, expected: str) -> tuple[str, str]:
     """Read damaged files; returns the outcome, and a text if it breaks the promise."""
-    try:
-        answer = FORMATS[name].read(folder, world)
-    except VistaError:
-        return "refused", ""
-    except MemoryError:
-        return MEMORY, "MemoryError"
-    except BaseException as error:  # Panics of Rust derive from BaseException
-        return UNTYPED, f"{type(error).__module__}.{type(error).__name__}: {error}"
+    outcome, text, answer = attempt(lambda: FORMATS[name].read(folder, world))
+    if outcome is not None:
+        return outcome, text
     if answer == expected:
         return "equal", ""
     return (DIFFERENT, answer) if FORMATS[name].checked else ("taken", "")
