@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.simulation.boosted_trees import cross_fitted_scores
 from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
 from vista.simulation.catalog import NUM_PERIODS, make_catalog
@@ -220,7 +221,6 @@ class TestOldEventsMatter:
 
     def test_boosted_trees_cannot_beat_the_reference(self, standard: SimulatedLog) -> None:
         """The window's predictor is a fair reference: a strong learner with the same knowledge does not beat it."""
-        ensemble = pytest.importorskip("sklearn.ensemble")
         late = standard.impression_timestamp >= split_times(standard.config)[1]
         index = TopicIndex(standard.catalog.topic[standard.item])
         item, first = standard.impression_item[late], standard.offsets[standard.impression_user[late]]
@@ -231,12 +231,7 @@ class TestOldEventsMatter:
         window = np.stack([index.count(np.full(len(stop), k), start, stop) for k in range(32)])
         columns += list(np.sort(window, axis=0)[-4:])  # the counts of the window's four largest topics
         features, labels = np.stack(columns, axis=1), standard.label[late, 0] == 1
-        even = standard.impression_user[late] % 2 == 0
-        scores = np.empty(len(labels))
-        for fold in (even, ~even):
-            model = ensemble.HistGradientBoostingRegressor(max_iter=60, learning_rate=0.1, random_state=0)
-            model.fit(features[~fold], standard.probability[late, 0][~fold])
-            scores[fold] = model.predict(features[fold])
+        scores = cross_fitted_scores(features, standard, late)
         reference = area_under_curve(labels, predict_from_window(standard, 200, late))
         assert area_under_curve(labels, scores) < reference + 0.005
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.simulation.boosted_trees import cross_fitted_scores
 from vista.config import SimulateConfig
 from vista.config.choices import WorldName
 from vista.errors import ConfigError
@@ -265,15 +266,8 @@ class TestCalibration:
     @pytest.mark.parametrize("name", CLICK_WORLDS)
     def test_boosted_trees_cannot_beat_the_last_2000(self, name: WorldName) -> None:
         """The reference is fair: a strong learner with the same signals and hints does not beat it."""
-        ensemble = pytest.importorskip("sklearn.ensemble")
         log = standard(name)
         late = log.impression_timestamp >= split_times(log.config)[1]
-        known, labels = features(log, 2000, late), log.label[late, 0] == 1
-        even = log.impression_user[late] % 2 == 0
-        scores = np.empty(len(labels))
-        for fold in (even, ~even):
-            model = ensemble.HistGradientBoostingRegressor(max_iter=60, learning_rate=0.1, random_state=0)
-            model.fit(known[~fold], log.probability[late, 0][~fold])
-            scores[fold] = model.predict(known[fold])
+        labels, scores = log.label[late, 0] == 1, cross_fitted_scores(features(log, 2000, late), log, late)
         reference = area_under_curve(labels, predict_from_window(log, 2000, late))
         assert area_under_curve(labels, scores) < reference + 0.01
