@@ -194,7 +194,7 @@ RULES = {
     "name": text(3),
     "digest": hexadecimal(4),
     "until": either(one_of(None), whole()),
-    "shape": list_of(whole(), 2),
+    "shape": list_of(whole(), 2, 2),
 }
 FIELDS = {"count": 3, "name": "abc", "digest": "00ff", "until": None, "shape": [1, 2]}
 

@@ -19,6 +19,10 @@ class FieldRule:
     holds: Callable[[Any], bool]
 
 
+TABLE = FieldRule("a table of keys", lambda value: type(value) is dict)
+"""A mapping; its fields are checked on their own."""
+
+
 def whole(least: int = 0, most: int = 2**62) -> FieldRule:
     """A whole number in a range, and not a bool."""
     return FieldRule(
@@ -50,11 +54,17 @@ def either(*rules: FieldRule) -> FieldRule:
     )
 
 
-def list_of(rule: FieldRule, length: int) -> FieldRule:
-    """A list of `length` values that each satisfy a rule."""
+def list_of(rule: FieldRule, least: int = 0, most: int | None = None) -> FieldRule:
+    """A list of at least `least` and at most `most` values that each satisfy a rule; None for no limit."""
+    size = f" of length {least}" if least == most else ""
     return FieldRule(
-        f"a list of length {length} in which each entry is {rule.expected}",
-        lambda value: type(value) is list and len(value) == length and all(rule.holds(entry) for entry in value),
+        f"a list{size} in which each entry is {rule.expected}",
+        lambda value: (
+            type(value) is list
+            and least <= len(value)
+            and (most is None or len(value) <= most)
+            and all(rule.holds(entry) for entry in value)
+        ),
     )
 
 

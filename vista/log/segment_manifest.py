@@ -12,7 +12,7 @@ import xxhash
 
 from vista.errors import LogFormatError, shown
 from vista.files import read_limited
-from vista.json_fields import FieldRule, check_fields, either, hexadecimal, list_of, one_of, text, whole
+from vista.json_fields import TABLE, FieldRule, check_fields, hexadecimal, list_of, one_of, text, whole
 
 FORMAT = "vista-event-log"
 VERSION = 2
@@ -39,16 +39,6 @@ def _fields(rules: Mapping[str, FieldRule]) -> FieldRule:
     return FieldRule(f"a mapping with the fields {', '.join(rules)}", holds)
 
 
-def _list(rule: FieldRule, most: int | None = None) -> FieldRule:
-    """A list of any length, or of at most `most`."""
-    return FieldRule(
-        f"a list in which each entry is {rule.expected}",
-        lambda value: (
-            type(value) is list and (most is None or len(value) <= most) and all(rule.holds(entry) for entry in value)
-        ),
-    )
-
-
 _SEGMENT, _FLAG, _ID_KIND = whole(1, 999_999), one_of(True, False), one_of("int", "str")
 _COUNTS = _fields({"rows": whole(), "users": whole()})
 _SOURCE = {
@@ -68,19 +58,19 @@ _RULES = {
     "num_users": whole(),
     "num_items": whole(),
     "id_types": _fields({"users": _ID_KIND, "items": _ID_KIND}),
-    "actions": _list(text(), _MAX_ACTIONS),
-    "tasks": _list(text()),
+    "actions": list_of(text(), most=_MAX_ACTIONS),
+    "tasks": list_of(text()),
     "has_time": _FLAG,
     "timestamp": text(),
     "has_rating": _FLAG,
     "counts": _fields({"events": _COUNTS, "impressions": _COUNTS}),
     "deletions": whole(),
     "quarantined": whole(),
-    "sources": _list(_fields(_SOURCE)),
-    "files": FieldRule("a mapping of file names", lambda value: type(value) is dict),
+    "sources": list_of(_fields(_SOURCE)),
+    "files": TABLE,
 }
 _FILE = {"bytes": whole(), "xxh3": hexadecimal(16)}
-_ARRAY_FILE = {**_FILE, "dtype": text(8), "shape": either(list_of(whole(), 1), list_of(whole(), 2))}
+_ARRAY_FILE = {**_FILE, "dtype": text(8), "shape": list_of(whole(), 1, 2)}
 
 
 def manifest_bytes(fields: Mapping[str, Any]) -> bytes:

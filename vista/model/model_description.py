@@ -15,7 +15,7 @@ from vista.config import DataConfig, ModelConfig
 from vista.config.conversion import from_dict, to_dict
 from vista.errors import CheckpointError
 from vista.files import checked_path, open_file, read_limited
-from vista.json_fields import FieldRule, check_fields, either, hexadecimal, one_of, whole
+from vista.json_fields import TABLE, FieldRule, check_fields, either, hexadecimal, one_of, whole
 from vista.model.schema import Schema
 
 FORMAT_VERSION = 4
@@ -23,12 +23,11 @@ CONFIG_FILE = "config.json"
 MAX_BYTES = 16 << 20
 """Of config.json."""
 _FILE_NAME = re.compile(r"[a-z][a-z0-9_.]*\.(npy|safetensors)")
-_TABLE = FieldRule("a table of keys", lambda value: type(value) is dict)
 _RULES = {
     "format_version": whole(),
-    "model": _TABLE,
-    "schema": _TABLE,
-    "data": _TABLE,
+    "model": TABLE,
+    "schema": TABLE,
+    "data": TABLE,
     "summarizer_id": either(one_of(None), hexadecimal(64)),
     "files": FieldRule(
         "a table of files",

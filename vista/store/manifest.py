@@ -46,7 +46,7 @@ _RULES = {
     "key_id": either(hexadecimal(16), one_of(None)),
     "format_version": one_of(FORMAT_VERSION),
     "state_dtype": one_of(*(dtype.value for dtype in StateDtype)),
-    "state_shape": list_of(whole(0, 65_535), 3),
+    "state_shape": list_of(whole(0, 65_535), 3, 3),
     "log_digest": text(),
     "going_to": whole(),
     "going_to_digest": text(),

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from vista.errors import CheckpointError
 from vista.files import make_folders, read_limited, remove_folder, remove_renamed, sync
-from vista.json_fields import FieldRule, check_fields, hexadecimal, one_of, whole
+from vista.json_fields import TABLE, check_fields, hexadecimal, one_of, whole
 
 FORMAT_VERSION = 1
 TENSOR_FILE = "tensors.safetensors"
@@ -41,7 +41,6 @@ STATE_FILE = "state.json"
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _MAX_STATE_BYTES = 1 << 26
-_FIELDS = FieldRule("fields", lambda value: isinstance(value, dict))
 _UNFINISHED = ".tmp-"
 _REPLACED = ".replaced-"
 
@@ -256,7 +255,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         if body.pop("sha256", None) != _body_digest(body):
             raise _damaged(path, "was modified or damaged: its SHA-256 does not match")
-        rules = {"format_version": one_of(FORMAT_VERSION), "step": whole(), "state": _FIELDS, "tensors": _FIELDS}
+        rules = {"format_version": one_of(FORMAT_VERSION), "step": whole(), "state": TABLE, "tensors": TABLE}
         check_fields(body, rules)
         check_fields(body["tensors"], {"bytes": whole(), "sha256": hexadecimal(64)})
     except (ValueError, RecursionError) as error:
