@@ -23,6 +23,7 @@ from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import plain_settings
+from vista.log.segment_manifest import MANIFEST_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh.file_version import FileVersion
 from vista.refresh.incremental import refresh_incremental
@@ -184,4 +185,4 @@ def _changed(path: Path, version: FileVersion) -> bool:
 def _written_at(log: EventLog, after: int) -> float:
     """Time in seconds when the oldest segment after segment `after` was written."""
     segment = next(segment for segment in log.segments if segment.last > after)
-    return (segment.path / "manifest.json").stat().st_mtime
+    return (segment.path / MANIFEST_FILE).stat().st_mtime
