@@ -43,7 +43,28 @@ def test_words_are_choices() -> None:
 @pytest.mark.parametrize(
     ("make", "values", "message"),
     [
-        (DataConfig, {"split": "random"}, r"data\.split: 'random' is not one of leave-last-out, time"),
+        (DataConfig, {"split": "random"}, r"data\.split: 'random' is not one of leave-last-out, time, share"),
+        (
+            DataConfig,
+            {"split": "share", "test_share": 0.1},
+            r"data\.validation_share: is required with data\.split=share",
+        ),
+        (DataConfig, {"test_share": 0.1}, r"data\.test_share: only applies with data\.split=share"),
+        (
+            DataConfig,
+            {"split": "share", "test_share": 1, "validation_share": 0.1},
+            r"data\.test_share: must be a number in \(0, 1\), got 1",
+        ),
+        (
+            DataConfig,
+            {"split": "share", "test_share": 0.1, "validation_share": "0.1"},
+            r"data\.validation_share: must be a number in \(0, 1\), got '0\.1'",
+        ),
+        (
+            DataConfig,
+            {"split": "share", "test_share": 0.5, "validation_share": 0.5},
+            r"data\.test_share: must leave events to train on, but both shares sum to 1",
+        ),
         (ModelConfig, {"mixing": None}, r"model\.mixing: None is not one of bidirectional, separable"),
         (OptimConfig, {"epochs": "2"}, r"optim\.epochs: expected int, got '2'"),
         (OptimConfig, {"epochs": 2.5}, r"optim\.epochs: expected int, got 2\.5"),

@@ -1,16 +1,21 @@
 """Visible counts and item frequencies against plain loops."""
 
+import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from vista.config import SourceColumns
+from vista.config import DataConfig, SourceColumns
+from vista.config.choices import Split
 from vista.errors import ConfigError
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
-from vista.log.splits import visible_counts
+from vista.log.splits import MIN_EVENTS, split_until, visible_counts
 from vista.log.until import Until, parse_time, parse_until
 
 DAY = 86_400_000
@@ -48,6 +53,31 @@ def test_a_time_less_n_also_hides_the_newest_events_before_it(log: EventLog) -> 
     assert visible_counts(log, "1970-01-06-less-2").tolist() == [0, 0, 1, 2, 3, 3, 3, 3, 3, 3]
 
 
+def test_a_share_hides_the_newest_events_rounded_up(log: EventLog) -> None:
+    """Of 10 events, 10 % are one event exactly; of 9, they are part of one."""
+    assert visible_counts(log, "leave-last-10-percent-out").tolist() == [1, 2, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert visible_counts(log, "leave-last-30-percent-out").tolist() == [1, 2, 2, 2, 3, 4, 4, 5, 6, 7]
+    assert visible_counts(log, "leave-last-90-percent-out").tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert visible_counts(log, "leave-last-30-percent-out-less-2").tolist() == [1, 2, 0, 0, 1, 2, 2, 3, 4, 5]
+
+
+def test_the_parts_of_a_share_split_do_not_overlap(log: EventLog) -> None:
+    data = DataConfig(split=Split.share, test_share=0.1, validation_share=0.2)
+    train, validation, test = (split_until(data, part) for part in ("train", "validation", "test"))
+    assert (str(train), str(test)) == ("leave-last-30-percent-out", "leave-last-10-percent-out")
+    assert train == validation
+    exact = [
+        math.floor(Fraction(length) * Fraction(7, 10)) if length >= MIN_EVENTS else length for length in log.lengths
+    ]
+    assert visible_counts(log, train).tolist() == exact
+
+
+@given(st.floats(1e-6, 1, exclude_max=True))
+def test_the_text_of_a_share_keeps_all_its_digits(share: float) -> None:
+    for until in (Until(held_share=share), Until(3, held_share=share)):
+        assert parse_until(str(until)) == until
+
+
 def test_parsing() -> None:
     assert parse_time("2024-05-01") == 1_714_521_600_000
     assert parse_time("2024-05-01T02:00:00+02:00") == 1_714_521_600_000
@@ -65,7 +95,8 @@ def test_parsing() -> None:
     assert parse_until("5-less-3") == parse_until(str(Until(3, 5))) == Until(held_out=3, before=5)
     assert parse_until("all") == parse_until(None) == Until()
     assert [str(parse_until(text)) for text in (None, "leave-last-out", "5")] == ["all", "leave-last-out", "5"]
-    for text in ("yesterday", "5-less-", "5-less--1", "less-5", ""):
+    assert parse_until("leave-last-12.5-percent-out-less-3") == Until(held_out=3, held_share=0.125)
+    for text in ("yesterday", "5-less-", "5-less--1", "less-5", "", "leave-last-0-percent-out"):
         with pytest.raises(ConfigError, match=f"until='{text}': write all, leave-last-out, .*TIME-less-N"):
             parse_until(text)
 

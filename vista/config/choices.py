@@ -140,8 +140,11 @@ OnBadRows = Enum("OnBadRows", {"error": "raise", "raise": "raise", "quarantine":
 IdType = Enum("IdType", {"auto": "auto", "integer": "int", "int": "int", "string": "str", "str": "str"})
 """Type of the ids of users or items in a source."""
 
-Split = Enum("Split", {"leave_last_out": "leave-last-out", "leave-last-out": "leave-last-out", "time": "time"})
-"""Which labels are test labels: each user's last event (validation: the one before), or all after a given time."""
+Split = Enum(
+    "Split", {"leave_last_out": "leave-last-out", "leave-last-out": "leave-last-out", "time": "time", "share": "share"}
+)
+"""Which labels are test labels: each user's last event (validation: the one before), all after a given time, or the
+last share of each user's events (validation: the share before)."""
 
 
 class Counting(Enum):

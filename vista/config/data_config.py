@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vista.config.checks import check_types, require_counts, require_finite, require_only_with, require_share
-from vista.config.choices import (
-    Counting,
-    Split,
-)
+from vista.config.checks import check_types, require, require_counts, require_finite, require_only_with, require_share
+from vista.config.choices import Counting, Split
+from vista.errors import shown
 
 PLACES = ("path", "item_categories")
 """Keys of DataConfig that name a path. They may change between runs and are left out of result tables."""
@@ -21,14 +19,21 @@ class DataConfig:
     path: str = "data/log"
     """Folder of the EventLog."""
     split: Split = Split.leave_last_out
-    """Which labels are test labels: each user's last event, with the one before for validation (leave-last-out), or all
-    from a given time on (time)."""
+    """Which labels are test labels: each user's last event, with the one before for validation (leave-last-out), all
+    from a given time on (time), or the last share of each user's events, with the share before it for validation
+    (share)."""
     validation_from: str | None = None
     """With split=time: labels from this time on are not used for training. ISO date or time (UTC), or integer
     milliseconds. null with any other split."""
     test_from: str | None = None
     """With split=time: labels from this time on are test labels. ISO date or time (UTC), or integer milliseconds. null
     with any other split."""
+    validation_share: float | None = None
+    """With split=share: share of each user's events, in (0, 1), that are validation labels. They come just before the
+    test labels. null with any other split."""
+    test_share: float | None = None
+    """With split=share: share of each user's events, in (0, 1), that are test labels: the newest ones, rounded up to
+    whole events. null with any other split."""
     exclude_seen: bool = True
     """Whether validation and evaluation exclude items of the visible history from rankings (never the label). Set it to
     false if users return to items."""
@@ -83,3 +88,15 @@ class DataConfig:
             require_only_with(
                 getattr(self, key) is not None, self.split is Split.time, f"data.{key}", "data.split=time"
             )
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        total = 0.0
+        for key in ("validation_share", "test_share"):
+            share = getattr(self, key)
+            require_only_with(share is not None, self.split is Split.share, f"data.{key}", "data.split=share")
+            if share is not None:
+                number = isinstance(share, (int, float)) and not isinstance(share, bool)
+                require(number and 0 < share < 1, f"data.{key}", f"must be a number in (0, 1), got {shown(share)}")
+                total += share
+        require(total < 1, "data.test_share", f"must leave events to train on, but both shares sum to {total:g}")

@@ -25,9 +25,10 @@ class RefreshConfig(RefreshOptions):
     """Update only the users with new events, in the published generation. The format of the store stays as the full
     refresh set it."""
     until: str | None = None
-    """Events that summaries may cover: all (null), all but each user's last (leave-last-out) or last N
-    (leave-last-N-out), or those before a time, which is an ISO date or time (UTC) or integer milliseconds. TIME-less-N
-    also hides the newest N of each user's events before that time."""
+    """Events that summaries may cover: all (null), all but each user's last (leave-last-out), last N (leave-last-N-out)
+    or last P percent (leave-last-P-percent-out), or those before a time, which is an ISO date or time (UTC) or integer
+    milliseconds. TIME-less-N also hides the newest N of each user's events before that time, and
+    leave-last-P-percent-out-less-N those before the last P percent."""
     shard: str | None = None
     """Written i/n: refresh only the users of shard i of n, into <store>/part-i-of-n, so that several machines can share
     the work. null refreshes all users."""

@@ -121,7 +121,7 @@ def _check_store(scorer: Scorer, config: EvaluateConfig) -> None:
         return
     labels = f"the {config.split} labels of this model begin after until={limit}"
     remedy = f"run `vista refresh until={asked}` into a store of its own"
-    leaks = stored.held_out < limit.held_out
+    leaks = stored.held_share < limit.held_share if limit.held_share else stored.held_out < limit.held_out
     if limit.before is not None:
         leaks = stored.before is None or stored.before > limit.before
     if leaks:

@@ -1,4 +1,4 @@
-"""Which events of each user are visible: leave-last-out splits and splits by time."""
+"""Which events of each user are visible: leave-last-out splits, splits by share, and splits by time."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ MIN_EVENTS = 3
 def visible_counts(log: EventLog, until: Until | str | int | None) -> NDArray[np.int64]:
     """Number of leading events of each user that are visible.
 
-    leave-last-out hides each user's last event, leave-last-N-out the last N. Users with fewer than MIN_EVENTS events
-    are not used for validation and testing, so none of their events are hidden. A time hides the events at this time
-    or later; a time less N also hides the last N events before it.
+    leave-last-out hides each user's last event, leave-last-N-out the last N, and leave-last-P-percent-out the last P
+    percent, rounded up. Users with fewer than MIN_EVENTS events are not used for validation and testing, so none of
+    their events are hidden. A time hides the events at this time or later; a time less N also hides the last N events
+    before it.
 
     Returns:
         int64 [num_users].
@@ -34,14 +35,16 @@ def visible_counts(log: EventLog, until: Until | str | int | None) -> NDArray[np
             raise ConfigError(f"until={limit.before}: {log.path} has no times; use leave-last-out instead")
         return np.maximum(log.counts_before(limit.before) - limit.held_out, 0)
     lengths = log.lengths
-    return np.where(lengths >= MIN_EVENTS, np.maximum(lengths - limit.held_out, 0), lengths)
+    # 1 - 0.9 is a little below 0.1: without rounding, one event of 10 would become none.
+    kept = np.floor(np.round(lengths * (1 - limit.held_share), 6)).astype(np.int64) if limit.held_share else lengths
+    return np.where(lengths >= MIN_EVENTS, np.maximum(kept - limit.held_out, 0), lengths)
 
 
 def split_until(data: DataConfig, part: str) -> Until:
     """The events that are visible to a part of a split: those before its labels.
 
     Args:
-        data: configuration of the split, leave-last-out or in time.
+        data: configuration of the split.
         part: "train" for the events that training uses, "validation" or "test" for those that summaries may cover.
 
     Raises:
@@ -56,4 +59,10 @@ def split_until(data: DataConfig, part: str) -> Until:
                 "time"
             )
         return Until(before=test if part == "test" else validation)
+    if data.split is Split.share:
+        assert data.validation_share is not None and data.test_share is not None  # DataConfig has checked
+        # In binary, 0.1 + 0.2 is not 0.3, and the text of `until` shows all digits.
+        return Until(
+            held_share=data.test_share if part == "test" else round(data.test_share + data.validation_share, 12)
+        )
     return Until(held_out=1 if part == "test" else 2)

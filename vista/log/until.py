@@ -1,10 +1,11 @@
-"""The configuration key `until`: which events are visible, by time or by the number of newest events to hide."""
+"""The configuration key `until`: which events are visible, by time or by how many of the newest ones are hidden."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 
 from vista.errors import ConfigError, shown
 
@@ -17,17 +18,25 @@ _HELD_OUT = {1: "leave-last-out", 2: "leave-last-two-out"}
 class Until:
     """Which events are visible.
 
-    before: only events strictly before this time (ms); None for all. held_out: number of newest events before that time
-    that are hidden, per user; without a time, only of users with at least MIN_EVENTS events.
+    before: only events strictly before this time (ms); None for all. held_share: share in [0, 1) of each user's newest
+    events that is hidden, rounded up to whole events; 0 with a time. held_out: number of newest events of the rest that
+    are hidden, per user. Without a time, nothing is hidden from users with fewer than MIN_EVENTS events.
     """
 
     held_out: int = 0
     before: int | None = None
+    held_share: float = 0.0
 
     def __str__(self) -> str:
-        if self.before is not None:
-            return f"{self.before}-less-{self.held_out}" if self.held_out else str(self.before)
-        return _HELD_OUT.get(self.held_out, f"leave-last-{self.held_out}-out") if self.held_out else "all"
+        if self.before is None and not self.held_share:
+            return _HELD_OUT.get(self.held_out, f"leave-last-{self.held_out}-out") if self.held_out else "all"
+        rest = f"leave-last-{_percent(self.held_share)}-percent-out" if self.before is None else str(self.before)
+        return f"{rest}-less-{self.held_out}" if self.held_out else rest
+
+
+def _percent(share: float) -> str:
+    """A share in percent, with all its digits: 0.1 -> "10", 0.125 -> "12.5"."""
+    return f"{Decimal(repr(share)).scaleb(2).normalize():f}"
 
 
 def parse_time(text: str | int) -> int:
@@ -60,9 +69,9 @@ def parse_time(text: str | int) -> int:
 
 
 def parse_until(text: str | int | None) -> Until:
-    """Parse `until`: None or "all", "leave-last-out", "leave-last-N-out", an ISO time (UTC), or milliseconds.
+    """Parse `until`: None or "all", "leave-last-[N-]out", "leave-last-P-percent-out", an ISO time (UTC), or ms.
 
-    A time may be followed by "-less-N", which also hides each user's newest N events before it.
+    A time or a percentage may be followed by "-less-N", which also hides each user's newest N events before it.
 
     Raises:
         ConfigError: if `text` has another form.
@@ -76,6 +85,10 @@ def parse_until(text: str | int | None) -> Until:
         held_out = 2 if two else int(number or 1)
         if held_out:
             return Until(held_out=held_out)
+    if shared := re.fullmatch(r"leave-last-([0-9]{1,2}(?:\.[0-9]{1,20})?)-percent-out(?:-less-([0-9]{1,18}))?", text):
+        share = float(Decimal(shared[1]).scaleb(-2))
+        if 0 < share < 1:
+            return Until(int(shared[2] or 0), held_share=share)
     in_time = re.fullmatch(r"(.*?)(?:-less-([0-9]{1,18}))?", text, re.DOTALL)
     assert in_time is not None  # the pattern matches any text
     time, hidden = in_time.groups()
@@ -83,6 +96,6 @@ def parse_until(text: str | int | None) -> Until:
         return Until(int(hidden or 0), parse_time(time))
     except ConfigError:
         raise ConfigError(
-            f"until={shown(text)}: write all, leave-last-out, leave-last-N-out, an ISO date (2024-05-01) or time, "
-            "milliseconds, or TIME-less-N"
+            f"until={shown(text)}: write all, leave-last-out, leave-last-N-out, leave-last-P-percent-out, an ISO date "
+            "(2024-05-01) or time, milliseconds, or TIME-less-N"
         ) from None

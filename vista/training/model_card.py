@@ -114,6 +114,12 @@ def _held_out(config: TrainConfig) -> str:
             f"Labels from {data.validation_from} on are not trained on: those before {data.test_from} are for "
             "validation, later ones for the test."
         )
+    if data.split is Split.share:
+        assert data.test_share is not None and data.validation_share is not None  # DataConfig has checked
+        return (
+            f"The last {100 * data.test_share:g} % of each user's events are held out for the test, and the "
+            f"{100 * data.validation_share:g} % before them for validation."
+        )
     return "The last event of each user is held out for the test, and the event before it for validation."
 
 
