@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from vista.arrays import Int
 from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases
 from vista.evaluation.metrics import auc, calibration, gauc, hit_rate, ndcg, normalized_entropy, ranks_of_targets
+from vista.evaluation.window_cases import WindowCases
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
 
@@ -64,7 +65,7 @@ def rank_next_items(
 
 
 def case_batches(
-    cases: NextItemCases, num_items: int, users_per_batch: int, events_per_batch: int = EVENTS_PER_BATCH
+    cases: NextItemCases | WindowCases, num_items: int, users_per_batch: int, events_per_batch: int = EVENTS_PER_BATCH
 ) -> list[slice]:
     """Consecutive cases that fit into one batch, by their users, scores, and events.
 
@@ -79,8 +80,8 @@ def case_batches(
     return list(token_groups(weight, events_per_batch))
 
 
-def seen_columns(log: EventLog, cases: NextItemCases, item_columns: Int) -> tuple[Int, Int]:
-    """(columns of the items in each user's history before the label, repeats included; offsets int64 [N+1])."""
+def seen_columns(log: EventLog, cases: NextItemCases | WindowCases, item_columns: Int) -> tuple[Int, Int]:
+    """(columns of the items in each user's history before the question, repeats included; offsets int64 [N+1])."""
     history = log.gather(cases.user, cases.seen)
     columns = item_columns[history.item]
     known = columns >= 0

@@ -1,0 +1,137 @@
+"""What users do in a window after a question: the next N events, or the next days.
+
+Letters: N cases, L labels of all cases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.arrays import Int
+from vista.log.event_log import EventLog
+from vista.log.histories import Histories, token_groups
+
+DAY_MS = 86_400_000
+EVENTS_PER_BATCH = 1 << 22
+"""Most events of histories that are read at once (a longer history is read alone)."""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowCases:
+    """One question per user, with the distinct items of the window that follows."""
+
+    user: Int
+    """int64 [N] rows of the log."""
+    seen: Int
+    """int64 [N] events before the question."""
+    now: Int | None
+    """int64 [N] times of the questions (ms), or None if the split gives no time."""
+    item: Int
+    """int64 [L] labels: rows of the log, distinct and ascending per case."""
+    is_new: NDArray[np.bool_]
+    """bool [L]: the item is not among the events before the question."""
+    offsets: Int
+    """int64 [N + 1]: the labels of case n are item[offsets[n]:offsets[n + 1]]."""
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def part(self, cases: slice) -> WindowCases:
+        """Consecutive cases."""
+        low, high, _ = cases.indices(len(self))
+        labels = slice(self.offsets[low], self.offsets[high])
+        now = None if self.now is None else self.now[low:high]
+        offsets = self.offsets[low : high + 1] - self.offsets[low]
+        return WindowCases(
+            self.user[low:high], self.seen[low:high], now, self.item[labels], self.is_new[labels], offsets
+        )
+
+    def digest(self, log: EventLog) -> str:
+        """SHA-256 of the questions and labels, by the ids of users and items: equal for copies of one log."""
+        digest = hashlib.sha256()
+        for ids in (log.users.ids(self.user), log.items.ids(self.item)):
+            digest.update("\0".join(map(str, ids.tolist())).encode())
+        for numbers in (self.seen, self.offsets, self.now if self.now is not None else np.zeros(0, np.int64)):
+            digest.update(numbers.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def window_cases(
+    log: EventLog,
+    seen: Int,
+    end: Int | None,
+    *,
+    horizon_events: int = 0,
+    horizon_days: float = 0,
+    now: int | None = None,
+    min_seen: int = 50,
+    min_after: int = 20,
+) -> WindowCases:
+    """Ask every user with enough events what follows the first `seen` events.
+
+    All items of the window are labels, also those that a model does not know.
+
+    Args:
+        seen: int64 [num_users], events before the question (`visible_counts`).
+        end: int64 [num_users], where windows stop at the latest (in validation, at the test labels); None for the end
+            of the log.
+        horizon_events: length of the window in events, or 0.
+        horizon_days: length of the window in days, or 0. The window begins at `now`, or without it at the time of the
+            newest event before the question. Exactly one of the two lengths is above 0.
+        now: time of the question in ms; None asks each user just after the newest event before it.
+        min_seen: fewest events before the question.
+        min_after: fewest events between the question and `end`.
+
+    Raises:
+        ValueError: if not exactly one length is positive, days are asked of a log without times, or a least number of
+            events is below 1.
+    """
+    if min(min_seen, min_after) < 1:
+        raise ValueError(f"min_seen={min_seen}, min_after={min_after}: must be at least 1")
+    if (horizon_events > 0) == (horizon_days > 0):
+        raise ValueError(
+            f"horizon_events={horizon_events}, horizon_days={horizon_days}: set exactly one of them above 0"
+        )
+    if horizon_days > 0 and not log.has_time:
+        raise ValueError(f"horizon_days={horizon_days}: {log.path} has no times; set horizon_events instead")
+    stop = log.lengths if end is None else end
+    user = np.flatnonzero((seen >= min_seen) & (stop - seen >= min_after))
+    high = np.minimum(seen + horizon_events, stop) if horizon_events else stop
+    item, is_new, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)], [np.zeros(0, np.int64)]
+    for part in token_groups(high[user], EVENTS_PER_BATCH):
+        rows = user[part]
+        before = log.gather(rows, seen[rows])
+        after = log.gather_ranges(rows, seen[rows], high[rows])
+        if horizon_days:
+            begin = np.full(len(rows), now) if now is not None else before.timestamp[before.offsets[1:] - 1]
+            after = _until(after, begin + math.ceil(horizon_days * DAY_MS))
+        keys = _distinct(after, log.num_items)
+        owner, own = np.divmod(keys, log.num_items)
+        item.append(own)
+        is_new.append(~np.isin(keys, _distinct(before, log.num_items), assume_unique=True))
+        lengths.append(np.bincount(owner, minlength=len(rows)))
+    return WindowCases(
+        user,
+        seen[user],
+        None if now is None else np.full(len(user), now, np.int64),
+        np.concatenate(item),
+        np.concatenate(is_new),
+        np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64),
+    )
+
+
+def _until(events: Histories, end: Int) -> Histories:
+    """The leading events of each history strictly before a time, int64 [B]."""
+    early = np.concatenate([[0], np.cumsum(events.timestamp < np.repeat(end, events.lengths))])
+    return events.select(np.zeros(events.num_users, np.int64), np.diff(early[events.offsets]))
+
+
+def _distinct(events: Histories, num_items: int) -> Int:
+    """int64: number of the history times num_items plus item, ascending, each once."""
+    owner = np.repeat(np.arange(events.num_users), events.lengths)
+    return np.unique(owner * num_items + events.item)
