@@ -16,6 +16,7 @@ LAYERS = (
     ("vista.evaluation",),
     ("vista.refresh", "vista.scorer"),
     ("vista.examples", "vista.model", "vista.store", "vista.simulation"),
+    ("vista.counters",),
     ("vista.log",),
     ("vista.device",),
     ("vista.config",),

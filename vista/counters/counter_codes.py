@@ -1,0 +1,168 @@
+"""Counters quantized to 6 bits per value: what a record stores, and what the model reads in training and in serving.
+
+N users, E counted keys of all users together, F values per key (`CounterSpec`), T new events.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.arrays import Int
+from vista.counters.counter_spec import CounterSpec
+from vista.log.histories import ranges
+
+CODE_BITS = 6
+MAX_CODE = 2**CODE_BITS - 1
+
+_SECONDS_PER_DAY = 86_400
+
+
+def code_scales(spec: CounterSpec) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Resolution ε and largest value c_max of each column of `spec`: float64 [F] each.
+
+    =====================  =======  ===================
+    column                 ε        c_max
+    =====================  =======  ===================
+    count                  0.5      10,000
+    sums over days         0.05     1,000
+    sums over events       0.05     τ, the largest sum
+    age, in seconds        600      3,650 days
+    age, in events         1        1,000,000
+    =====================  =======  ===================
+    """
+    days, events = len(spec.days), len(spec.events)
+    age = (600.0, 3_650.0 * _SECONDS_PER_DAY) if spec.has_time else (1.0, 1e6)
+    resolution = np.array([0.5, *[0.05] * (days + events), age[0]])
+    largest = np.array([10_000.0, *[1_000.0] * days, *spec.events, age[1]])
+    return resolution, largest
+
+
+def encode_values(spec: CounterSpec, values: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Quantize values [E, F] of at least 0 on a logarithmic scale: uint8 [E, F] from 0 to 63.
+
+    code = round(63 · ln(1 + c/ε) / ln(1 + c_max/ε)), at most 63, with ε and c_max from `code_scales`. A count of at
+    least 1 has a code of at least 7, so count code 0 marks an absent key.
+    """
+    resolution, largest = code_scales(spec)
+    levels = np.rint(np.log1p(values / resolution) * (MAX_CODE / np.log1p(largest / resolution)))
+    codes: NDArray[np.uint8] = np.minimum(levels, MAX_CODE).astype(np.uint8)
+    return codes
+
+
+def decode_values(spec: CounterSpec, codes: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Values of codes [E, F]: float64 [E, F]; counts are rounded to whole numbers.
+
+    Encoding the result gives the codes again, so advancing by no time and no events changes nothing.
+    """
+    resolution, largest = code_scales(spec)
+    levels = resolution * np.expm1(np.arange(MAX_CODE + 1)[:, None] * (np.log1p(largest / resolution) / MAX_CODE))
+    levels[:, 0] = np.rint(levels[:, 0])
+    values: NDArray[np.float64] = levels[codes, np.arange(spec.num_columns)]
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class CounterCodes:
+    """Quantized counters of N users for one field, packed: users end to end, keys ascending per user."""
+
+    spec: CounterSpec
+    key: NDArray[np.int32]
+    """[E] item rows of the model, or category codes; at least 1."""
+    codes: NDArray[np.uint8]
+    """[E, F], from `encode_values`. codes / 63 is a logarithmic feature from 0 to 1."""
+    offsets: Int
+    """[N + 1]."""
+    clock: Int
+    """[N] the time to which sums and ages refer, ms: that of the newest event. Unused for users without keys."""
+
+    @staticmethod
+    def empty(spec: CounterSpec, num_users: int) -> CounterCodes:
+        """Counters of users without events."""
+        return CounterCodes(
+            spec,
+            np.zeros(0, np.int32),
+            np.zeros((0, spec.num_columns), np.uint8),
+            np.zeros(num_users + 1, np.int64),
+            np.zeros(num_users, np.int64),
+        )
+
+    @property
+    def owner(self) -> Int:
+        """User of each key, 0 .. N - 1: int64 [E]."""
+        return np.repeat(np.arange(len(self.clock)), np.diff(self.offsets))
+
+    def values(self) -> NDArray[np.float64]:
+        """The decoded values, float64 [E, F], in the units of `CounterSpec`."""
+        return decode_values(self.spec, self.codes)
+
+    def advanced(self, now: Int | None, key: Int, time: Int, offsets: Int) -> CounterCodes:
+        """The counters as of a request: decayed to `now`, with the events since then added.
+
+        Decodes, adds, and encodes again. Always advance what was stored, with all new events at once: each call
+        rounds. A user may have up to `spec.keys` + T keys afterwards.
+
+        Args:
+            now: int64 [N] request times in ms; an event after it has age 0. None for the time of the newest event.
+            key: int [T] keys of the new events, oldest first per user. Key 0 is not counted, but it is an event.
+            time: int64 [T] their times in ms; ignored without times.
+            offsets: int64 [N + 1] of the users in key and time.
+        """
+        spec, counts = self.spec, np.diff(offsets)
+        owner, new_owner = self.owner, np.repeat(np.arange(len(counts)), counts)
+        if now is None:
+            now = self.clock.copy()
+            np.maximum.at(now, new_owner, time)
+        old = self.values()
+        elapsed, passed = np.maximum(now[owner] - self.clock[owner], 0), counts[owner]
+        old[:, 1:-1] *= spec.decay(elapsed, passed)
+        old[:, -1] += spec.age(elapsed, passed)
+
+        known = np.flatnonzero(key)
+        elapsed, passed = np.maximum(now[new_owner] - time, 0), offsets[1:][new_owner] - 1 - np.arange(len(key))
+        new = np.column_stack([np.ones(len(key)), spec.decay(elapsed, passed), spec.age(elapsed, passed)])[known]
+
+        cells, place = np.unique(
+            np.concatenate([_cells(owner, self.key), _cells(new_owner[known], key[known])]), return_inverse=True
+        )
+        added = np.concatenate([old, new])
+        values = np.full((len(cells), spec.num_columns), np.inf)
+        for column in range(spec.num_columns - 1):
+            values[:, column] = np.bincount(place, added[:, column], len(cells))
+        np.minimum.at(values[:, -1], place, added[:, -1])
+        bounds = np.searchsorted(cells, _cells(np.arange(len(counts) + 1), 0))
+        return CounterCodes(spec, cells.astype(np.uint32).astype(np.int32), encode_values(spec, values), bounds, now)
+
+    def lookup(self, user: Int, key: Int) -> NDArray[np.uint8]:
+        """Codes of n pairs of user (0 .. N - 1) and key: uint8 [n, F]; zeros where the user has no such key."""
+        found = np.zeros((len(key), self.spec.num_columns), np.uint8)
+        cells, wanted = _cells(self.owner, self.key), _cells(user, key)
+        place = np.searchsorted(cells, wanted)
+        inside = np.flatnonzero(place < len(cells))
+        inside = inside[cells[place[inside]] == wanted[inside]]
+        found[inside] = self.codes[place[inside]]
+        return found
+
+    def padded(self) -> tuple[Int, NDArray[np.uint8]]:
+        """Keys int64 [N, S], with -1 as padding, and codes uint8 [N, S, F], with zeros; S is the most keys per user."""
+        counts = np.diff(self.offsets)
+        filled = np.arange(counts.max(initial=0)) < counts[:, None]
+        key = np.full(filled.shape, -1, np.int64)
+        key[filled] = self.key
+        codes = np.zeros((*filled.shape, self.spec.num_columns), np.uint8)
+        codes[filled] = self.codes
+        return key, codes
+
+    def select(self, users: Int) -> CounterCodes:
+        """Counters of these users, in this order; a user may appear several times."""
+        counts = np.diff(self.offsets)[users]
+        index = ranges(self.offsets[users], counts)
+        bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return CounterCodes(self.spec, self.key[index], self.codes[index], bounds, self.clock[users])
+
+
+def _cells(user: Int, key: NDArray[np.int32] | Int | int) -> Int:
+    """Pairs of user and key as one number that sorts like the pair: int64 [n]."""
+    return (user << 32) + key
