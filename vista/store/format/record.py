@@ -9,14 +9,13 @@ import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from vista.errors import RecordError, UserKeyError
+from vista.errors import RecordError
 from vista.store.format.authentication import CODE_BYTES, record_code
 from vista.store.format.codecs import (
     CODEC_NUMBERS,
@@ -25,6 +24,8 @@ from vista.store.format.codecs import (
     dequantize_rows,
     quantize_rows,
 )
+from vista.store.format.field_checks import check_field, user_of
+from vista.store.format.joined_records import JoinedRecords
 from vista.store.format.keys import user_id
 from vista.store.format.record_spec import (
     AUTHENTICATED,
@@ -34,9 +35,9 @@ from vista.store.format.record_spec import (
     HEADER_BYTES,
     MAGIC,
     MAX_RECORD_BYTES,
-    TAIL_EVENT_BYTES,
     RecordSpec,
 )
+from vista.store.format.tail_section import TAIL_EVENT_BYTES, check_tail, encode_tails, read_tails
 from vista.store.tail import Tail
 from vista.store.user_summaries import UserSummaries
 
@@ -78,10 +79,7 @@ def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
     keys, tail, num_users = users.keys, users.tail, len(users)
     if users.summary.shape != (num_users, spec.num_tokens, spec.dim):
         raise ValueError(f"summary must be {(num_users, spec.num_tokens, spec.dim)}, got {users.summary.shape}")
-    if len(tail.offsets) != num_users + 1 or not (
-        len(tail.items) == len(tail.times) == len(tail.actions) == tail.offsets[-1]
-    ):
-        raise ValueError(f"tail: the lengths of its arrays do not match each other, or the {num_users} users")
+    check_tail(tail, num_users)
     rows_KD = np.ascontiguousarray(users.summary, dtype="<f4").reshape(num_users * spec.num_tokens, spec.dim)
     try:
         rows = quantize_rows(rows_KD, spec.codec)
@@ -92,8 +90,7 @@ def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
             "written. Check the user's events and the model's weights"
         ) from error
 
-    offsets = np.asarray(tail.offsets, dtype=np.int64)
-    tail_length = np.diff(offsets)
+    tail_length = np.diff(np.asarray(tail.offsets, dtype=np.int64))
     payload_length = spec.rows_bytes + TAIL_EVENT_BYTES * tail_length + spec.code_bytes
     _require_size(HEADER_BYTES + payload_length, keys)
     headers = np.full(num_users, _template(spec))
@@ -106,27 +103,17 @@ def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
     headers["history_digest"] = users.history_digest
     headers["tail_length"] = tail_length
 
-    header_bytes, summary_bytes = headers.tobytes(), _flat(rows)
-    item_bytes = _flat(np.ascontiguousarray(tail.items, dtype="<i4"))
-    time_bytes = _flat(np.ascontiguousarray(tail.times, dtype="<i8"))
-    action_bytes = _flat(np.ascontiguousarray(tail.actions, dtype=np.uint8))
+    header_bytes, summary_bytes = headers.tobytes(), rows.reshape(-1).view(np.uint8).data
     size = spec.rows_bytes
-    bounds = offsets.tolist()
     records = []
-    for index in range(num_users):
-        first, last = bounds[index], bounds[index + 1]
+    for index, tail_parts in enumerate(encode_tails(tail)):
         header = header_bytes[HEADER_BYTES * index : HEADER_BYTES * (index + 1)]
-        payload: list[bytes | memoryview] = [
-            summary_bytes[size * index : size * (index + 1)],
-            item_bytes[4 * first : 4 * last],
-            time_bytes[8 * first : 8 * last],
-            action_bytes[first:last],
-        ]
+        payload = [summary_bytes[size * index : size * (index + 1)], *tail_parts]
         records.append(seal_record(header, payload, keys[index], spec.key))
     return records
 
 
-def seal_record(header: bytes, payload: list[bytes | memoryview], user_key: bytes, key: bytes | None) -> bytes:
+def seal_record(header: bytes, payload: Sequence[bytes | memoryview], user_key: bytes, key: bytes | None) -> bytes:
     """Finish a record: append the authentication code, if there is a key, and fill in the checksum.
 
     Args:
@@ -158,16 +145,11 @@ def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], sp
     copies = _checked_copies(values, keys, spec)
     first = HEADER_BYTES + spec.rows_bytes
     lengths = copies.headers["tail_length"].astype(np.int64)
-    offsets = np.zeros(len(values) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    items, times, actions = (
-        np.array(copies.cut(first + start * lengths, first + stop * lengths)).reshape(-1)
-        for start, stop in pairwise((0, 4, 12, TAIL_EVENT_BYTES))
-    )
+    tail = read_tails(copies, first, lengths)
     rows = copies.cut(np.full_like(lengths, HEADER_BYTES), np.full_like(lengths, first)).reshape(
         len(values), spec.rows_bytes
     )
-    return RawRecords(copies.headers, rows, Tail(items.view("<i4"), times.view("<i8"), actions, offsets))
+    return RawRecords(copies.headers, rows, tail)
 
 
 def decode_rows(raw: RawRecords, spec: RecordSpec) -> NDArray[np.float32]:
@@ -189,50 +171,15 @@ def check_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], s
     _checked_copies(values, keys, spec)
 
 
-class _Copies:
-    """Records copied end to end, with zeros for their checksums, so that NumPy handles the whole batch at once."""
-
-    def __init__(self, values: Sequence[bytes | memoryview], lengths: NDArray[np.int64]) -> None:
-        self.content = bytearray().join(values)
-        self.stops = np.cumsum(lengths)
-        self.starts = self.stops - lengths
-        self.one_length = len(lengths) > 0 and bool((lengths == lengths[0]).all())
-        """Whether all records have the same length: the usual case, in which fields are columns of a matrix."""
-        headers = self.cut(np.zeros_like(lengths), np.full_like(lengths, HEADER_BYTES)).reshape(-1).copy()
-        self.headers = headers.view(HEADER)
-        """[B], with the checksums as stored."""
-        if self.one_length:
-            self._table()[:, CHECKSUM_OFFSET:HEADER_BYTES] = 0
-        else:
-            places = self.starts[:, None] + np.arange(CHECKSUM_OFFSET, HEADER_BYTES)
-            np.frombuffer(self.content, np.uint8)[places] = 0
-
-    def views(self) -> list[memoryview]:
-        """Of each record."""
-        view = memoryview(self.content)
-        return [view[start:stop] for start, stop in zip(self.starts.tolist(), self.stops.tolist(), strict=True)]
-
-    def cut(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Bytes first[b] to last[b] of each record b: a view [B, bytes] if all have one length, otherwise flat."""
-        if self.one_length:
-            return self._table()[:, int(first[0]) : int(last[0])]
-        view = memoryview(self.content)
-        bounds = zip((self.starts + first).tolist(), (self.starts + last).tolist(), strict=True)
-        return np.frombuffer(bytearray().join([view[start:stop] for start, stop in bounds]), np.uint8)
-
-    def _table(self) -> NDArray[np.uint8]:
-        return np.frombuffer(self.content, np.uint8).reshape(len(self.starts), -1)
-
-
-def _checked_copies(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> _Copies:
+def _checked_copies(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> JoinedRecords:
     lengths = np.fromiter(map(len, values), dtype=np.int64, count=len(values))
-    _check(lengths >= HEADER_BYTES, keys, lengths, "length", f"at least {HEADER_BYTES} bytes")
-    _check(lengths <= MAX_RECORD_BYTES, keys, lengths, "length", f"at most {MAX_RECORD_BYTES} bytes")
-    copies = _Copies(values, lengths)
+    check_field(lengths >= HEADER_BYTES, keys, lengths, "length", f"at least {HEADER_BYTES} bytes")
+    check_field(lengths <= MAX_RECORD_BYTES, keys, lengths, "length", f"at most {MAX_RECORD_BYTES} bytes")
+    copies = JoinedRecords(values, lengths)
     headers = copies.headers
 
     def require(field: str, expected: Any) -> None:
-        _check(headers[field] == expected, keys, headers[field], field, expected)
+        check_field(headers[field] == expected, keys, headers[field], field, expected)
 
     template = _template(spec)
     shared = headers.view(np.uint8).reshape(-1, HEADER_BYTES)[:, _SHARED_BYTES]
@@ -249,11 +196,11 @@ def _checked_copies(values: Sequence[bytes | memoryview], keys: Sequence[bytes],
                 require(field, template[field])
         summarizer_ids = [row.tobytes().hex() for row in headers["summarizer_id"]]
         same = np.array(summarizer_ids) == spec.summarizer_id.hex()
-        _check(same, keys, summarizer_ids, "summarizer_id", spec.summarizer_id.hex())
+        check_field(same, keys, summarizer_ids, "summarizer_id", spec.summarizer_id.hex())
     require("key_hash", _key_hashes(keys))
     tail_bytes = lengths - HEADER_BYTES - spec.rows_bytes - spec.code_bytes
     require("tail_length", tail_bytes // TAIL_EVENT_BYTES)
-    _check(tail_bytes % TAIL_EVENT_BYTES == 0, keys, lengths, "length", "whole tail events")
+    check_field(tail_bytes % TAIL_EVENT_BYTES == 0, keys, lengths, "length", "whole tail events")
     if spec.key is not None:
         _check_codes(views, keys, spec.key)
     return copies
@@ -264,7 +211,7 @@ def _check_codes(views: Sequence[memoryview], keys: Sequence[bytes], key: bytes)
         code = record_code(key, user, bytes(view[:HEADER_BYTES]), [view[HEADER_BYTES:-CODE_BYTES]])
         if not hmac.compare_digest(view[-CODE_BYTES:], code):
             raise RecordError(
-                f"the record of {_user_of(user)} has a wrong authentication code: it was not written with this key, or "
+                f"the record of {user_of(user)} has a wrong authentication code: it was not written with this key, or "
                 "was changed or moved since. Do not serve it; find out who can write to the store, then refresh it"
             )
 
@@ -277,7 +224,7 @@ def check_keys(keys: Sequence[bytes], values: Sequence[memoryview]) -> None:
     """
     stored = np.array([int.from_bytes(value[_KEY_HASH_BYTES], "little") for value in values], dtype=np.uint64)
     expected = _key_hashes(keys)
-    _check(stored == expected, keys, stored, "key_hash", expected)
+    check_field(stored == expected, keys, stored, "key_hash", expected)
 
 
 def _key_hashes(keys: Sequence[bytes]) -> NDArray[np.uint64]:
@@ -307,29 +254,6 @@ def _require_size(lengths: NDArray[np.int64], keys: Sequence[bytes]) -> None:
     if (lengths > MAX_RECORD_BYTES).any():
         index = int(lengths.argmax())
         raise RecordError(
-            f"the record of {_user_of(keys[index])} would take {lengths[index]} bytes, but at most {MAX_RECORD_BYTES} "
+            f"the record of {user_of(keys[index])} would take {lengths[index]} bytes, but at most {MAX_RECORD_BYTES} "
             "are allowed; nothing of this batch was written. Use a shorter tail (model.tail_len) or a smaller codec"
         )
-
-
-def _flat(array: NDArray[Any]) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data
-
-
-def _check(ok: NDArray[np.bool_], keys: Sequence[bytes], actual: Any, field: str, expected: Any) -> None:
-    if ok.all():
-        return
-    index = int(np.flatnonzero(~ok)[0])
-    if isinstance(expected, np.ndarray):
-        expected = expected[index]
-    raise RecordError(
-        f"the record of {_user_of(keys[index])} is corrupt or of another format: {field} is {actual[index]}, expected "
-        f"{expected}. Refresh the store again, or publish the previous generation (`vista store rollback`)"
-    )
-
-
-def _user_of(key: bytes) -> str:
-    try:
-        return f"user {user_id(key)!r}"
-    except UserKeyError:
-        return f"key {key!r}"

@@ -19,8 +19,6 @@ HEADER_BYTES = 128
 CHECKSUM_OFFSET = 120
 AUTHENTICATED = 1
 """Bit of the flags: the record ends with an authentication code."""
-TAIL_EVENT_BYTES = 13
-"""Item row int32, time int64, action uint8."""
 
 HEADER = np.dtype(
     [
