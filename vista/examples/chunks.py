@@ -56,6 +56,11 @@ class Chunks:
     summary: NDArray[np.float32] | None = None
     """float32 [B, S, M] stored summaries; None computes them from the batch's own events."""
 
+    @property
+    def num_context(self) -> Int:
+        """int64 [B] first events of each chunk that serve as context only."""
+        return np.zeros(len(self.offsets) - 1, np.int64) if self.lead is None else self.lead
+
 
 def decay_clock(decay: Decay, timestamp: Int) -> Int:
     """int64 [T] that decay is measured by: milliseconds or packed positions. Only differences within a chunk count."""

@@ -35,6 +35,7 @@ from vista.examples.batch import (
     BatchWindows,
 )
 from vista.examples.chunks import Chunks
+from vista.examples.windows import ChunkWindows, divide_chunks, draw_windows, windows_of_impressions
 from vista.log.histories import ranges
 
 
@@ -71,23 +72,6 @@ class CutPlan:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _ChunkWindows:
-    """Windows, sorted by chunk and position."""
-
-    chunk: Int
-    """int64 [NW]."""
-    index: Int
-    """int64 [NW] number of the window within its chunk."""
-    begin: Int
-    """int64 [NW] first position, in events of the chunk seen. It is a boundary: a place where a summary may be cut."""
-    end: Int
-    """int64 [NW] last position."""
-
-    def select(self, rows: Int) -> _ChunkWindows:
-        return _ChunkWindows(self.chunk[rows], self.index[rows], self.begin[rows], self.end[rows])
-
-
 def cut_batch(
     chunks: Chunks, plan: CutPlan, rng: np.random.Generator, negatives: Int, negative_log_weight: NDArray[np.float32]
 ) -> Batch:
@@ -101,9 +85,9 @@ def cut_batch(
         negatives: int64 [J] model item rows, shared by the batch; negative_log_weight: float32 [J].
     """
     phase = rng.integers(1, plan.label_spacing + 1, len(chunks.offsets) - 1)
-    all_windows = _divide(chunks, plan, phase)
-    impression_window = _windows_of_impressions(chunks, plan, phase, all_windows)
-    keep = _draw_windows(plan, rng, all_windows, impression_window)
+    all_windows = divide_chunks(chunks, plan.label_spacing, phase)
+    impression_window = windows_of_impressions(chunks, plan.label_spacing, phase, all_windows)
+    keep = draw_windows(plan.windows_per_chunk, rng, all_windows, impression_window)
     windows = all_windows.select(keep)
     if chunks.summary is None:
         boundary = _draw_boundaries(plan, rng, all_windows, num_chunks=len(phase))
@@ -132,39 +116,7 @@ def cut_batch(
     )
 
 
-def _divide(chunks: Chunks, plan: CutPlan, phase: Int) -> _ChunkWindows:
-    """All windows. They begin at 0, phase, phase + W, … after a chunk's lead, and end before the next one."""
-    W, lead = plan.label_spacing, _lead(chunks)
-    # A position after the last event has no next item, but impressions may lie there.
-    num_positions = np.diff(chunks.offsets) - lead + (1 if len(chunks.impressions.chunk) else 0)
-    num_windows = np.where(num_positions > 0, 1 + np.maximum(0, -(-(num_positions - phase) // W)), 0)
-    chunk = np.repeat(np.arange(len(phase)), num_windows)
-    index = ranges(0, num_windows)
-    begin = np.where(index == 0, 0, phase[chunk] + (index - 1) * W)
-    end = np.minimum(np.where(index == 0, phase[chunk] - 1, begin + W - 1), num_positions[chunk] - 1)
-    return _ChunkWindows(chunk, index, begin + lead[chunk], end + lead[chunk])
-
-
-def _windows_of_impressions(chunks: Chunks, plan: CutPlan, phase: Int, windows: _ChunkWindows) -> Int:
-    """int64 [N]: the window, of all windows, that each impression's position lies in."""
-    owner, position = chunks.impressions.chunk, chunks.impressions.position
-    second = (_lead(chunks) + phase)[owner]  # where the chunk's second window begins
-    index = np.where(position < second, 0, 1 + (position - second) // plan.label_spacing)
-    return np.searchsorted(windows.chunk, owner) + index
-
-
-def _draw_windows(plan: CutPlan, rng: np.random.Generator, windows: _ChunkWindows, impression_window: Int) -> Int:
-    """Sorted indices of the windows to keep: all, or `windows_per_chunk` drawn ones, those with impressions first."""
-    num_windows = len(windows.chunk)
-    if plan.windows_per_chunk == 0 or num_windows == 0 or windows.index.max() < plan.windows_per_chunk:
-        return np.arange(num_windows)
-    priority = rng.random(num_windows)
-    priority[impression_window] -= 1.0
-    order = np.lexsort((priority, windows.chunk))
-    return np.sort(order[windows.index < plan.windows_per_chunk])
-
-
-def _draw_boundaries(plan: CutPlan, rng: np.random.Generator, windows: _ChunkWindows, num_chunks: int) -> Int:
+def _draw_boundaries(plan: CutPlan, rng: np.random.Generator, windows: ChunkWindows, num_chunks: int) -> Int:
     """int64 [NW]: the window at whose boundary each window's summary is cut, the same window or an earlier one."""
     num_windows = len(windows.chunk)
     extra = np.ceil(rng.exponential(max(plan.staleness_events, 1e-9), num_windows) / plan.label_spacing)
@@ -182,7 +134,7 @@ def _draw_boundaries(plan: CutPlan, rng: np.random.Generator, windows: _ChunkWin
 
 
 def _place_cuts(
-    chunks: Chunks, plan: CutPlan, phase: Int, windows: _ChunkWindows, boundary: Int
+    chunks: Chunks, plan: CutPlan, phase: Int, windows: ChunkWindows, boundary: Int
 ) -> tuple[BatchCuts, Int]:
     """The cuts that kept windows read, sorted by chunk and position; and int64 [NW], the cut that each one reads.
 
@@ -243,13 +195,13 @@ def _events(chunks: Chunks, item: Int, hidden: NDArray[np.bool_] | None) -> Batc
     )
 
 
-def _tail_index(chunks: Chunks, plan: CutPlan, windows: _ChunkWindows) -> Tensor:
+def _tail_index(chunks: Chunks, plan: CutPlan, windows: ChunkWindows) -> Tensor:
     place = (windows.end - plan.tail_len)[:, None] + np.arange(plan.tail_len)
     return _tensor(np.where(place >= 0, chunks.offsets[:-1][windows.chunk][:, None] + place, -1))
 
 
 def _labels(
-    chunks: Chunks, plan: CutPlan, windows: _ChunkWindows, item: Int, is_timeless: NDArray[np.bool_]
+    chunks: Chunks, plan: CutPlan, windows: ChunkWindows, item: Int, is_timeless: NDArray[np.bool_]
 ) -> BatchLabels:
     """item: int64 [T] indices into the batch's rows; is_timeless: bool [NW]."""
     chunk = windows.chunk
@@ -278,7 +230,7 @@ def _impressions_by_window(keep: Int, impression_window: Int, num_windows: int) 
 
 
 def _impressions(
-    chunks: Chunks, plan: CutPlan, windows: _ChunkWindows, impression: Int, item: Int, is_timeless: NDArray[np.bool_]
+    chunks: Chunks, plan: CutPlan, windows: ChunkWindows, impression: Int, item: Int, is_timeless: NDArray[np.bool_]
 ) -> BatchImpressions:
     """impression: int64 [NW, I], -1 pads; item: int64 [NW, I] indices into the batch's rows; is_timeless: bool [NW]."""
     shown, is_shown = chunks.impressions, impression >= 0
@@ -290,10 +242,6 @@ def _impressions(
         label=_tensor(np.where(is_shown[..., None], shown.label[impression], np.float32(0))),
         mask=_tensor(shown.mask[impression] & is_shown[..., None]),
     )
-
-
-def _lead(chunks: Chunks) -> Int:
-    return np.zeros(len(chunks.offsets) - 1, np.int64) if chunks.lead is None else chunks.lead
 
 
 def _take(values: Int, index: Int) -> Int:

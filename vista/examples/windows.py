@@ -1,0 +1,66 @@
+"""Windows: the label positions of chunks, divided into runs that share one summary and one tail.
+
+A chunk's label positions p = 0..P-1 (p events of the chunk seen) are divided into windows [b, e] of at most W of them.
+Letters: B chunks, N impressions, NW windows, W positions per window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vista.arrays import Int
+from vista.examples.chunks import Chunks
+from vista.log.histories import ranges
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkWindows:
+    """Windows, sorted by chunk and position."""
+
+    chunk: Int
+    """int64 [NW]."""
+    index: Int
+    """int64 [NW] number of the window within its chunk."""
+    begin: Int
+    """int64 [NW] first position, in events of the chunk seen. It is a boundary: a place where a summary may be cut."""
+    end: Int
+    """int64 [NW] last position."""
+
+    def select(self, rows: Int) -> ChunkWindows:
+        return ChunkWindows(self.chunk[rows], self.index[rows], self.begin[rows], self.end[rows])
+
+
+def divide_chunks(chunks: Chunks, label_spacing: int, phase: Int) -> ChunkWindows:
+    """All windows. They begin at 0, phase, phase + W, … after a chunk's lead, and end before the next one."""
+    W, lead = label_spacing, chunks.num_context
+    # A position after the last event has no next item, but impressions may lie there.
+    num_positions = np.diff(chunks.offsets) - lead + (1 if len(chunks.impressions.chunk) else 0)
+    num_windows = np.where(num_positions > 0, 1 + np.maximum(0, -(-(num_positions - phase) // W)), 0)
+    chunk = np.repeat(np.arange(len(phase)), num_windows)
+    index = ranges(0, num_windows)
+    begin = np.where(index == 0, 0, phase[chunk] + (index - 1) * W)
+    end = np.minimum(np.where(index == 0, phase[chunk] - 1, begin + W - 1), num_positions[chunk] - 1)
+    return ChunkWindows(chunk, index, begin + lead[chunk], end + lead[chunk])
+
+
+def windows_of_impressions(chunks: Chunks, label_spacing: int, phase: Int, windows: ChunkWindows) -> Int:
+    """int64 [N]: the window, of all windows, that each impression's position lies in."""
+    owner, position = chunks.impressions.chunk, chunks.impressions.position
+    second = (chunks.num_context + phase)[owner]  # where the chunk's second window begins
+    index = np.where(position < second, 0, 1 + (position - second) // label_spacing)
+    return np.searchsorted(windows.chunk, owner) + index
+
+
+def draw_windows(
+    windows_per_chunk: int, rng: np.random.Generator, windows: ChunkWindows, impression_window: Int
+) -> Int:
+    """Sorted indices of the windows to keep: all, or `windows_per_chunk` drawn ones, those with impressions first."""
+    num_windows = len(windows.chunk)
+    if windows_per_chunk == 0 or num_windows == 0 or windows.index.max() < windows_per_chunk:
+        return np.arange(num_windows)
+    priority = rng.random(num_windows)
+    priority[impression_window] -= 1.0
+    order = np.lexsort((priority, windows.chunk))
+    return np.sort(order[windows.index < windows_per_chunk])
