@@ -4,7 +4,7 @@
 
 Histories have 200 to 64,000 simulated events; a request has 500 candidates, on one thread, in float32. VISTA answers
 through the scorer from an int8 store. Baselines read the raw history from the memory-mapped log in each request and
-cache nothing between requests. The models are those of scripts/experiments/tables.py with random weights; they
+cache nothing between requests. The models are those of scripts/experiments/tables with random weights; they
 alternate over the same users. scripts/experiments/reproduce.py measures their quality, and plot_lengths.py in that
 folder plots both.
 """
@@ -24,7 +24,9 @@ import torch
 from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
 from scripts.benchmarks.timing import interleaved
 from scripts.experiments.serving_cost import NUM_CANDIDATES, history_model_server
-from scripts.experiments.tables import LENGTHS, TABLES, Table, length_case
+from scripts.experiments.tables import TABLES
+from scripts.experiments.tables.simulation_tables import LENGTHS, length_case
+from scripts.experiments.tables.table import Table
 from vista.config import PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
 from vista.config.composition import compose_config
 from vista.device import keep_freed_memory, set_threads

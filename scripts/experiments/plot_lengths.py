@@ -19,7 +19,7 @@ import matplotlib
 
 from scripts.benchmarks.benchmark_recorder import read_cases
 from scripts.experiments.results import newest_rows, read_results
-from scripts.experiments.tables import LENGTHS, length_case
+from scripts.experiments.tables.simulation_tables import LENGTHS, length_case
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -8,7 +8,7 @@ A baseline has no store; it is evaluated on the raw history up to each label.
 
 Every model and seed adds lines to docs/results/<table>.jsonl; at the end docs/results/<table>.md is written from it.
 Lines that exist with the same configuration are not run again, and a stopped run resumes. The exit status is 0 if all
-lines exist, 1 after an error, and 130 after the time limit or Ctrl-C. scripts/experiments/tables.py defines the tables.
+lines exist, 1 after an error, and 130 after the time limit or Ctrl-C. scripts/experiments/tables defines the tables.
 """
 
 from __future__ import annotations

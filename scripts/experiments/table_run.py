@@ -11,7 +11,9 @@ from typing import Any
 
 from scripts.experiments.results import changed_settings, hardware
 from scripts.experiments.row_origin import MACHINE
-from scripts.experiments.tables import TABLES, Table, TableRow
+from scripts.experiments.tables import TABLES
+from scripts.experiments.tables.table import Table
+from scripts.experiments.tables.table_row import TableRow
 from vista.config import TrainConfig
 from vista.config.choices import Architecture
 from vista.config.composition import compose_config

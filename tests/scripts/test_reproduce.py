@@ -17,7 +17,9 @@ from scripts.experiments import plot_lengths, reproduce
 from scripts.experiments.results import append_result, changed_settings, hardware, markdown_table, read_results
 from scripts.experiments.row_progress import RowProgress
 from scripts.experiments.table_run import recorded_config, train_config
-from scripts.experiments.tables import BOTH, COUNTING_BASELINES, K0, ORACLE, TABLES, Table, TableLine, TableRow
+from scripts.experiments.tables import TABLES
+from scripts.experiments.tables.table import Table
+from scripts.experiments.tables.table_row import BOTH, COUNTING_BASELINES, K0, ORACLE, TableLine, TableRow
 from tests.conftest import ratings_folder
 from vista.config import TrainConfig
 from vista.config.choices import Codec

@@ -1,0 +1,158 @@
+"""Clicks of the simulation: history lengths, trials, a second task, and one change per row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from scripts.experiments.tables.table import Table
+from scripts.experiments.tables.table_row import AGES, BOTH, K0, ORACLE, SOFTMAX, TableRow
+from vista.config.choices import Codec
+
+
+def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
+    """A log of about 4.8M events and 360,000 impressions, for any history length.
+
+    The age of the summaries in training is proportional to the length, and so is the number of windows per history in
+    which a model that reads the whole history has its labels. Such a model takes one step per history. So few long
+    histories show the same windows in more passes of fewer windows: 75 steps per pass, at 64,000 events, are too few.
+    SASRec and HSTU use every event of a chunk as a label.
+    """
+    lighter = {16_000: 4, 64_000: 8}.get(events_per_user, 1)
+    windows = max(4, events_per_user * 64 // 4000) // lighter
+    four_passes = ("optim.epochs=4", "optim.validate_every=1")
+    all_labels = ("data.windows_per_chunk=0", "data.label_spacing=32", "model.tail_len=64", *four_passes)
+    rows = {
+        "vista": TableRow(12, codecs=BOTH),
+        "tail-only": TableRow(7, K0),
+        # Every event is a label, as in SASRec and HSTU, and the tail is twice as long.
+        "vista-all-labels": TableRow(20, all_labels),
+        "sasrec": TableRow(20, ("model=sasrec", *four_passes)),
+        "hstu": TableRow(25, ("model=hstu", *four_passes)),
+        "din": TableRow(10, ("model=din",)),
+        "sim": TableRow(10, ("model=sim",)),
+        # Uses the simulation's true topics, which no other model gets.
+        "sim-hard": TableRow(
+            10, ("model=sim", "model.search=hard", "data.item_categories=items.parquet", "data.category_column=topic")
+        ),
+        "twin": TableRow(8, ("model=twin",)),
+        # With the learning rate that the table `tuning` chooses for all three, and about equal training times.
+        "vista-tuned": TableRow(16, ("optim.learning_rate=0.004",)),
+        "sim-tuned": TableRow(16, ("model=sim", f"optim.epochs={7 * lighter}", "optim.learning_rate=0.004")),
+        "twin-tuned": TableRow(18, ("model=twin", f"optim.epochs={8 * lighter}", "optim.learning_rate=0.004")),
+    }
+    words = (
+        f"data.windows_per_chunk={windows}",
+        f"optim.epochs={4 * lighter}",
+        f"optim.validate_every={lighter}",
+        f"data.staleness_events={events_per_user * 300 // 4000}",
+        f"data.chunk_len={max(16_384, 4 * events_per_user)}",  # whole histories, whose lengths spread around the mean
+    )
+    sizes = {"num_users": num_users, "events_per_user": events_per_user, "impressions_per_user": 360_000 // num_users}
+    return Table("simulation", data, rows | ORACLE, words, sizes, costs=True)
+
+
+# Three times the default number of users: with 400, NE stays far from the oracle's after any number of passes.
+SIMULATION = _simulation("simulation", 1200, 4000)
+
+
+def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, TableRow]:
+    """One change per row; `minutes` is the estimated time of the row `vista`.
+
+    Bidirectional mixing has no convolution: compare it with `no-convolution`.
+    """
+    horizons = "model.decay_horizons"
+    changes: dict[str, tuple[float, tuple[str, ...]]] = {
+        "tail-only": (0.4, K0),
+        "K=4": (0.9, ("model.num_seeds=4",)),
+        "K=32": (1.3, ("model.num_seeds=32",)),
+        "no-reconstruction": (0.8, ("optim.reconstruction_weight=0",)),
+        "reconstruction-0.2": (1, ("optim.reconstruction_weight=0.2",)),
+        "reconstruction-1": (1, ("optim.reconstruction_weight=1",)),
+        "bidirectional": (1.5, ("model=bidirectional",)),
+        "bidirectional-1-cut": (1.2, ("model=bidirectional", "data.num_cuts=1")),
+        "bidirectional-4-cuts": (2, ("model=bidirectional", "data.num_cuts=4")),
+        "1-window": (0.5, ("data.windows_per_chunk=1",)),
+        "cuts-every-8": (1.8, ("data.label_spacing=8",)),
+        "decay-position": (1, ("model.decay=position", f"{horizons}=[0,256,64,16]")),
+        "decay-time": (1, ("model.decay=time", f"{horizons}=[0,365,90,30]")),
+        "no-convolution": (0.95, ("model.conv_width=1",)),
+        "convolution-5": (1.05, ("model.conv_width=5",)),
+        "phi-relu": (1, ("model.activation=relu",)),
+        "phi-identity": (1, ("model.activation=identity",)),
+        "no-normalization": (1, ("model.normalization=none",)),
+        "normalization-0.5": (1, ("model.normalization_alpha=0.5",)),
+        "softmax": (1, SOFTMAX),
+        "4-layers": (1.6, ("model.num_target_layers=4",)),
+    }
+    rows = {name: TableRow(share * minutes, words) for name, (share, words) in changes.items()}
+    return {"vista": TableRow(minutes, codecs=tuple(Codec), staleness=staleness)} | rows
+
+
+def _downstream() -> Table:
+    """A second task on the frozen summaries of a model for clicks, against a model trained for both tasks.
+
+    The log and split are those of the table `simulation`. The downstream row has slightly more than a quarter of the
+    joint row's labels: those after its store.
+    """
+    tasks = "optim.tasks=[like,long_view]"
+    # Likes are known for few impressions, so most windows have no label; training draws those that do.
+    few = ("optim.next_weight=0", "data.windows_per_chunk=20", "optim.epochs=8")
+    rows = {
+        "base": TableRow(12, ("optim.tasks=[click]",)),
+        "joint": TableRow(12, (tasks,)),
+        # Also trained on clicks, as the base is.
+        "joint-all": TableRow(12),
+        "downstream": TableRow(4, (tasks, *few), base="base", until="2025-01-01"),
+        # Without a summary of old events: the quality that the tail alone gives.
+        "tail-only": TableRow(7, (tasks, *K0)),
+    }
+    return replace(SIMULATION, words=(*SIMULATION.words, *SOFTMAX), rows=rows | ORACLE)
+
+
+def _trials() -> dict[str, TableRow]:
+    """The same trials and about the same training time for every model, which determines the number of passes."""
+    passes = {"vista": 5, "tail-only": 5, "sasrec": 6, "hstu": 4, "din": 6, "sim": 7, "twin": 8}
+    return {
+        f"{model}, rate {rate:g}": TableRow(
+            4.5, (f"model={model}", f"optim.epochs={count}", f"optim.learning_rate={rate}")
+        )
+        for rate in (0.002, 0.001, 0.004)
+        for model, count in passes.items()
+    }
+
+
+TABLES = {
+    "simulation": SIMULATION,
+    # The same simulation with shorter and longer histories; the table `simulation` has 4,000 events.
+    "length-200": _simulation("simulation-200", 24_000, 200),
+    "length-1k": _simulation("simulation-1k", 4800, 1000),
+    "length-16k": _simulation("simulation-16k", 300, 16_000),
+    "length-64k": _simulation("simulation-64k", 75, 64_000),
+    "downstream": _downstream(),
+    # Half the events per history and three passes, so that a run takes about five minutes.
+    "ablations-simulation": Table(
+        "simulation",
+        "simulation-2k",
+        _ablations(4.5, AGES) | ORACLE,
+        ("data.windows_per_chunk=32", "data.staleness_events=150", "optim.epochs=3"),
+        {"num_users": 1200, "events_per_user": 2000},
+        recall=True,
+    ),
+    # A quarter of the events of the table `simulation`.
+    "tuning": Table(
+        "simulation",
+        "simulation-2k-600",
+        _trials() | ORACLE,
+        ("data.windows_per_chunk=32", "data.staleness_events=150", "optim.validate_every=1"),
+        {"num_users": 600, "events_per_user": 2000},
+        validation=True,
+    ),
+}
+
+LENGTHS = {"length-200": 200, "length-1k": 1_000, "simulation": 4_000, "length-16k": 16_000, "length-64k": 64_000}
+"""The tables of one simulation -> mean events per history."""
+
+
+def length_case(length: int, row: str) -> str:
+    """Case of bench_lengths.py for a row's request; plot_lengths.py finds it by this name."""
+    return f"{length:,} events: {row}"

@@ -1,0 +1,66 @@
+"""A row of a table: a model, and how it is served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vista.config.choices import Codec
+
+
+@dataclass(frozen=True, slots=True)
+class TableLine:
+    """How one line of a row is served."""
+
+    codec: Codec = Codec.int8
+    tail_len: int | None = None
+    """None for the model's own tail length."""
+    staleness: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """A model of a table, and how it is served."""
+
+    minutes: float
+    """Estimated time of one seed on one thread, used until the row was run."""
+    words: tuple[str, ...] = ()
+    """Arguments of `vista train` in addition to the table's."""
+    codecs: tuple[Codec, ...] = (Codec.int8,)
+    """Codecs of the stores that serve it."""
+    tails: tuple[int, ...] = ()
+    """Shorter tails with which the same weights are also served (`VistaModel.with_tail`), from the int8 store."""
+    staleness: tuple[int, ...] = ()
+    """Also serve the same weights with summaries that lack this many events before each label, from an int8 store."""
+    apart: tuple[int, ...] = ()
+    """Tails with which the same weights are also served, with summaries that end this many events before the split's
+    labels, from an int8 store. With leave-last-out the tail begins there, so that no event is in both."""
+    untrained: Literal["", "popularity", "transitions", "oracle"] = ""
+    """A counting baseline, or the true probabilities of the simulation ("oracle"): measured once, without training."""
+    base: str = ""
+    """Row of the same table and seed whose model stays frozen: this row is trained on it with stage=downstream."""
+    until: str = ""
+    """`until` of the base's summaries on which a downstream model is trained."""
+
+    def served(self, name: str) -> dict[str, TableLine]:
+        """Names of the row's lines in the table -> how each line is served."""
+        lines = {
+            name if codec is Codec.int8 else f"{name}, {codec.value} store": TableLine(codec) for codec in self.codecs
+        }
+        lines |= {f"{name}, tail {length}": TableLine(tail_len=length) for length in self.tails}
+        lines |= {f"{name}, tail {n} not in the summary": TableLine(tail_len=n, staleness=n) for n in self.apart}
+        return lines | {f"{name}, {events:,} events old": TableLine(staleness=events) for events in self.staleness}
+
+
+BOTH = (Codec.int8, Codec.float32)
+TAILS = (2, 4, 8, 16)
+AGES = (10, 100, 1000)
+K0 = ("model.num_seeds=0",)
+# The default layers of stage 2 until November 2026. A table with this setting was not rerun with today's default, so
+# its rows can only be compared with one another.
+SOFTMAX = ("model.target_attention=softmax",)
+COUNTING_BASELINES = {
+    "popularity": TableRow(0.1, untrained="popularity"),
+    "transitions": TableRow(0.1, untrained="transitions"),
+}
+ORACLE = {"oracle": TableRow(0.1, untrained="oracle")}
