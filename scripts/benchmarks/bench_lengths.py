@@ -24,11 +24,11 @@ import torch
 from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
 from scripts.benchmarks.timing import interleaved
 from scripts.experiments.serving_cost import NUM_CANDIDATES, history_model_server
+from scripts.experiments.table_run import train_config
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.simulation_tables import LENGTHS, length_case
 from scripts.experiments.tables.table import Table
 from vista.config import PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
-from vista.config.composition import compose_config
 from vista.device import keep_freed_memory, set_threads
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
@@ -59,8 +59,7 @@ def bench_length(recorder: BenchmarkRecorder, table: Table, length: int, folder:
         for name, row in table.rows.items():
             if name in SAME_COST:
                 continue
-            words = [f"experiment={table.experiment}", *table.words, *row.words]
-            model = untrained_model(compose_config(TrainConfig, words), log, source)
+            model = untrained_model(train_config(table, row), log, source)
             contestants[name] = request(model, log, items, folder / name, opened)
         for call in contestants.values():
             assert np.isfinite(np.asarray(call())).all()

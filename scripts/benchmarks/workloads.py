@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from vista.config import DataConfig, ModelConfig, SourceColumns
 from vista.config.choices import Architecture, Mixing, TargetAttentionKind
-from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.registry import ARCHITECTURES
@@ -112,19 +111,3 @@ def find_ml_1m(given: Path | None) -> Path | None:
     folder = os.environ.get("VISTA_DATA_DIR")
     path = Path(folder) / "ml-1m" / "events.npz" if folder else None
     return path if path is not None and path.is_file() else None
-
-
-def movielens_folder(given: Path | None, name: str) -> Path:
-    """The folder of a MovieLens set: the given one, else `name` under VISTA_DATA_DIR.
-
-    Raises:
-        ConfigError: if the folder does not exist.
-    """
-    root = os.environ.get("VISTA_DATA_DIR")
-    folder = given or (Path(root) / name if root else None)
-    if folder is None or not folder.exists():
-        raise ConfigError(
-            f"--data: {'missing' if folder is None else f'{folder} does not exist'}; give the folder of {name}, or set "
-            "VISTA_DATA_DIR to the folder of all data sets (the README says where to get them)"
-        )
-    return folder

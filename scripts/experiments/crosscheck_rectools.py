@@ -47,9 +47,9 @@ from scripts.benchmarks.rectools_process import (
     rectools_python,
     words_of,
 )
-from scripts.benchmarks.workloads import movielens_folder
 from scripts.experiments.like_rectools import LikeRecTools
 from scripts.experiments.results import append_result, commit, hardware, markdown_table, read_results
+from scripts.experiments.sets import set_folder
 from vista.arrays import Int
 from vista.config import (
     DataConfig,
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _crosscheck(options: argparse.Namespace, python: Path, folder: Path) -> str:
-    source = movielens_folder(options.data if options.data.exists() else None, options.data.name)
+    source = set_folder(options.data.name, options.data if options.data.exists() else None)
     prepare(
         PrepareConfig(out=str(folder / "whole"), events=SourceConfig(kind="auto", paths=[str(source)]), progress=False)
     )

@@ -27,7 +27,6 @@ from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from scripts.benchmarks.workloads import movielens_folder
 from scripts.experiments.results import (
     append_result,
     markdown_table,
@@ -36,6 +35,7 @@ from scripts.experiments.results import (
 from scripts.experiments.row_origin import RowOrigin, train_noted
 from scripts.experiments.row_progress import RowProgress
 from scripts.experiments.serving_cost import history_model_latency_ms, scorer_latency_ms, training_speed
+from scripts.experiments.sets import prepare_set, set_folder, source_folder
 from scripts.experiments.table_run import TableRun, command_of, listing, recorded_config, table_runs, train_config
 from scripts.experiments.tables import TABLES
 from vista.config import EvaluateConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
@@ -99,7 +99,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("table", choices=sorted(TABLES), metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="rows of the table; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--data", type=Path, help="folder of the MovieLens set; default: $VISTA_DATA_DIR/<set>")
+    parser.add_argument("--data", type=Path, help="folder of the data set; default: $VISTA_DATA_DIR/<set>")
     parser.add_argument("--work", type=Path, default=Path("runs/tables"), help="folder for logs, runs and stores")
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of the result files")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
@@ -184,8 +184,8 @@ def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -
         train_config(table, row), run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads, progress=False
     )
     config.data.path = str(log.path)
-    if config.data.item_categories is not None:  # a file of the simulation
-        config.data.item_categories = str(_source(log.path) / config.data.item_categories)
+    if config.data.item_categories is not None:
+        config.data.item_categories = str(source_folder(log.path) / config.data.item_categories)
     return folder, config
 
 
@@ -267,18 +267,14 @@ def _log(settings: argparse.Namespace) -> EventLog:
     name = table.data if table.simulation is None else f"{table.data}-{_digest(table.simulation)}"
     path = settings.work / "logs" / name
     if not path.exists():
-        if table.simulation is not None:
-            source, kind = _source(path), "simulated"
-            simulate(SimulateConfig(out=str(source), **table.simulation))
+        if table.simulation is None:
+            prepare_set(table.data, set_folder(table.data, settings.data), path)
         else:
-            source, kind = movielens_folder(settings.data, table.data), "auto"
-        prepare(PrepareConfig(out=str(path), events=SourceConfig(kind=kind, paths=[str(source)]), progress=False))
+            source = source_folder(path)
+            simulate(SimulateConfig(out=str(source), **table.simulation))
+            events = SourceConfig(kind="simulated", paths=[str(source)])
+            prepare(PrepareConfig(out=str(path), events=events, progress=False))
     return EventLog.open(path)
-
-
-def _source(log: Path) -> Path:
-    """Folder of the simulation from which a log was made."""
-    return log.with_name(f"{log.name}-source")
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from scripts.experiments.results import changed_settings, hardware
 from scripts.experiments.row_origin import MACHINE
+from scripts.experiments.sets import SETS
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import Table
 from scripts.experiments.tables.table_row import TableRow
@@ -83,7 +84,9 @@ def table_runs(settings: argparse.Namespace, lines: Sequence[Line]) -> list[Tabl
 
 def train_config(table: Table, row: TableRow) -> TrainConfig:
     """The training configuration of a row."""
-    return compose_config(TrainConfig, [f"experiment={table.experiment}", *table.words, *row.words])
+    words = [f"experiment={table.experiment}"] if table.experiment else []
+    words += SETS[table.data].words if table.simulation is None else ()
+    return compose_config(TrainConfig, [*words, *table.words, *row.words])
 
 
 def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def test_every_row_can_be_composed(name: str) -> None:
     table = TABLES[name]
     configs = {}
     for row, values in table.rows.items():
-        config = compose_config(TrainConfig, [f"experiment={table.experiment}", *table.words, *values.words])
+        config = train_config(table, values)
         configs[row] = recorded_config(table, values)
         if values.base:
             base = train_config(table, table.rows[values.base]).model

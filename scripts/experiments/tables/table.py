@@ -13,14 +13,14 @@ class Table:
     """Models over one log and one split."""
 
     experiment: str
-    """File of conf/experiment: the split and the settings that all rows share."""
+    """File of conf/experiment with the settings that all rows share; "" for the defaults."""
     data: str
-    """Name of the log: the folder of a MovieLens set or of a simulation."""
+    """Name of the log: a data set of sets.py, whose split applies, or a simulation."""
     rows: dict[str, TableRow]
     words: tuple[str, ...] = ()
     """Arguments of `vista train` for all rows, in addition to the experiment."""
     simulation: dict[str, Any] | None = None
-    """Arguments of `vista simulate` that create the log; None for a MovieLens set."""
+    """Arguments of `vista simulate` that create the log; None for a data set."""
     popularity: bool = False
     """Whether to report popularity (`vista.evaluation.popularity`)."""
     costs: bool = False

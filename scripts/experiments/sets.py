@@ -1,0 +1,131 @@
+"""The data sets of the experiments: how each becomes a log, how it is split, and which categories its items have.
+
+    python -m scripts.experiments.sets complete-journey --out data/complete-journey
+
+The sets are read from the folder that VISTA_DATA_DIR names. The command prints the arguments of `vista train` for the
+log that it made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vista.config import PrepareConfig, SourceConfig
+from vista.errors import ConfigError, VistaError
+from vista.files import writable_folder
+from vista.log.ingest.prepare import prepare
+from vista.log.polars_extra import pl
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """A folder of the shared data."""
+
+    words: tuple[str, ...] = ()
+    """Arguments of `vista train`: the split, and whether users return to items; leave-last-out without returns if
+    empty."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Keys of SourceConfig that name the columns of events.parquet; empty for a set that vista recognizes."""
+    items: str = ""
+    """File of the set from which the item table is made; "" for a set without categories."""
+    item: str = "item"
+    """Column of item ids in that file."""
+    categories: tuple[str, ...] = ()
+    """Columns of the item table."""
+
+
+SECONDS = {"timestamp": "timestamp", "time_unit": "s"}
+RETURNS = "data.exclude_seen=false"
+SETS = {
+    "ml-1m": DataSet(),
+    "ml-1m-half": DataSet(),
+    "ml-100k": DataSet(),
+    "ml-latest-small": DataSet(),
+    # Baskets of a year. The order inside a basket is shuffled, so the question is asked at a time, for all users.
+    "complete-journey": DataSet(
+        words=("data=time", "data.validation_from=2017-10-01", "data.test_from=2017-11-01", RETURNS),
+        columns={"user": "household_id", "item": "product_id", **SECONDS},
+        items="products.parquet",
+        item="product_id",
+        categories=("product_type", "product_category"),
+    ),
+    # Developer activity: which package a maintainer touches next, of 13 collections, from 2002 to 2026.
+    "dev-packages": DataSet(words=(RETURNS,), columns=SECONDS, items="events.parquet", categories=("collection",)),
+}
+"""Name of the folder -> data set."""
+
+
+def set_folder(name: str, given: Path | None = None) -> Path:
+    """The folder of a data set: the given one, else `name` under VISTA_DATA_DIR.
+
+    Raises:
+        ConfigError: if the folder does not exist.
+    """
+    root = os.environ.get("VISTA_DATA_DIR")
+    folder = given or (Path(root) / name if root else None)
+    if folder is None or not folder.exists():
+        raise ConfigError(
+            f"--data: {'missing' if folder is None else f'{folder} does not exist'}; give the folder of {name}, or set "
+            "VISTA_DATA_DIR to the folder of all data sets (the README says where to get them)"
+        )
+    return folder
+
+
+def source_folder(log: Path) -> Path:
+    """Folder next to a log with the files that belong to it: its simulation, or its table of items (items.parquet)."""
+    return log.with_name(f"{log.name}-source")
+
+
+def prepare_set(name: str, folder: Path, out: Path) -> None:
+    """Make the log of a set, and its table of items with the columns `item` and the categories if it has any.
+
+    Args:
+        name: key of SETS.
+        folder: the files of the set.
+        out: folder of the log; the table of items is items.parquet in `source_folder(out)`.
+
+    Raises:
+        ConfigError, DataError: if a file is missing or has other columns.
+    """
+    data = SETS[name]
+    if data.items:
+        target = source_folder(out)
+        writable_folder(target, "out")
+        try:
+            rows = pl.read_parquet(folder / data.items, columns=[data.item, *data.categories])
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise ConfigError(f"{folder / data.items}: cannot be read ({error}); give the folder of {name}") from error
+        rows.rename({data.item: "item"}).unique().sort("item").write_parquet(target / "items.parquet")
+    events = (
+        SourceConfig(paths=[str(folder / "events.parquet")], **data.columns)
+        if data.columns
+        else SourceConfig(kind="auto", paths=[str(folder)])
+    )
+    prepare(PrepareConfig(out=str(out), events=events, progress=False))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prepare the log of a set; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=SETS, metavar="SET", help=", ".join(SETS))
+    parser.add_argument("--data", type=Path, help="folder of the set; default: $VISTA_DATA_DIR/<set>")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the log to make")
+    options = parser.parse_args(arguments)
+    try:
+        prepare_set(options.name, set_folder(options.name, options.data), options.out)
+    except VistaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(shlex.join(["vista", "train", f"data.path={options.out}", *SETS[options.name].words]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
