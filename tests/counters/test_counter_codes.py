@@ -8,16 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.counters.counter_histories import DAY, SPECS, packed
 from vista.counters.counter_codes import MAX_CODE, CounterCodes, code_scales, decode_values, encode_values
 from vista.counters.counter_spec import CounterSpec
-
-DAY = 86_400_000
-SPECS = [
-    CounterSpec(),
-    CounterSpec(days=(7.0, 90.0), events=(32.0,)),
-    CounterSpec(days=(), events=(200.0,), has_time=False),
-    CounterSpec(days=(), events=()),
-]
 
 
 def stored(spec: CounterSpec, users: list[dict[int, list[float]]], clock: int = 0) -> CounterCodes:
@@ -26,12 +19,6 @@ def stored(spec: CounterSpec, users: list[dict[int, list[float]]], clock: int = 
     keys = np.array([key for user in users for key in sorted(user)], np.int32)
     offsets = np.cumsum([0, *map(len, users)])
     return CounterCodes(spec, keys, encode_values(spec, values), offsets, np.full(len(users), clock))
-
-
-def events(users: list[list[tuple[int, int]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keys, times, and offsets of (key, time) pairs per user."""
-    flat = np.array([event for user in users for event in user], np.int64).reshape(-1, 2)
-    return flat[:, 0], flat[:, 1], np.cumsum([0, *map(len, users)])
 
 
 def as_dicts(codes: CounterCodes) -> list[dict[int, list[float]]]:
@@ -82,7 +69,7 @@ def test_a_request_without_time_or_events_changes_nothing() -> None:
     spec = CounterSpec()
     codes = stored(spec, [{3: [4, 1.5, 2.5, 700], 9: [1, 0.1, 0.3, 86_400]}, {}], clock=DAY)
     for now in (None, np.array([DAY, DAY]), np.array([0, 0])):
-        advanced = codes.advanced(now, *events([[], []]))
+        advanced = codes.advanced(now, *packed([[], []]))
         assert (advanced.codes == codes.codes).all()
         assert advanced.key.tolist() == [3, 9]
         assert advanced.offsets.tolist() == [0, 2, 2]
@@ -91,7 +78,7 @@ def test_a_request_without_time_or_events_changes_nothing() -> None:
 def test_a_request_decays_ages_and_adds_by_hand() -> None:
     spec = CounterSpec(days=(10.0,), events=(20.0,))
     codes = stored(spec, [{3: [4, 2, 3, DAY / 1_000]}], clock=0)
-    advanced = codes.advanced(np.array([10 * DAY]), *events([[(5, 5 * DAY), (0, 5 * DAY), (3, 11 * DAY)]]))
+    advanced = codes.advanced(np.array([10 * DAY]), *packed([[(5, 5 * DAY), (0, 5 * DAY), (3, 11 * DAY)]]))
     old, (three, five) = codes.values()[0], advanced.values()
     # An event after the request has age 0. Half of a quantization step is about 11 %.
     expected = [5, old[1] * math.exp(-10 / 10) + 1, old[2] * math.exp(-3 / 20) + 1, 0]
@@ -112,7 +99,7 @@ def test_advancing_equals_a_loop_over_keys(spec: CounterSpec, new: list, data: s
     users = [data.draw(st.dictionaries(st.integers(1, 6), row, max_size=4)) for _ in new]
     now = data.draw(st.none() | st.integers(0, 60 * DAY).map(lambda at: np.full(len(new), at)))
     codes = stored(spec, users, clock=DAY)
-    advanced = codes.advanced(now, *events(new))
+    advanced = codes.advanced(now, *packed(new))
 
     half_lives, days = spec.half_lives.tolist(), len(spec.days)
     for index, (before, after, fresh) in enumerate(zip(as_dicts(codes), as_dicts(advanced), new, strict=True)):
@@ -146,12 +133,12 @@ def test_users_do_not_affect_one_another(users: list, new: list) -> None:
     spec, count = CounterSpec(), min(len(users), len(new))
     new = [sorted(user, key=lambda event: event[1]) for user in new[:count]]
     codes = CounterCodes.empty(spec, count).advanced(
-        None, *events([sorted(user, key=lambda event: event[1]) for user in users[:count]])
+        None, *packed([sorted(user, key=lambda event: event[1]) for user in users[:count]])
     )
-    together = codes.advanced(None, *events(new))
+    together = codes.advanced(None, *packed(new))
     for index in range(count):
         one = np.array([index])
-        alone = codes.select(one).advanced(None, *events(new[index : index + 1]))
+        alone = codes.select(one).advanced(None, *packed(new[index : index + 1]))
         for name in ("key", "codes", "clock"):
             np.testing.assert_array_equal(getattr(together.select(one), name), getattr(alone, name))
 
