@@ -2,8 +2,12 @@
 
     python -m scripts.experiments.results docs/results/ml-1m.jsonl      # prints the table
 
-A row has the keys {table, data, model, seed, metrics: {"ndcg@10": …}, command, config, commit, hardware, seconds}. It
-has also {completed: date} if settings that it had left to a default were written into its config on that date.
+A row has the keys {table, data, model, seed, metrics: {"ndcg@10": …}, command, config, commit, hardware, seconds}, and
+may have three more:
+
+- completed: the date on which settings that it had left to a default were written into its config;
+- errors: {metric: standard error over users}, where the metrics are means over users;
+- seeds: all seeds, if the row is a mean over several; `seed` is then the first.
 """
 
 from __future__ import annotations
@@ -36,14 +40,13 @@ _TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
     "hardware": dict,
     "seconds": (int, float),
 }
-_OPTIONAL = {"completed"}
-"""ISO date on which settings that the row had left to a default were written into its config."""
+_OPTIONAL = {"completed": str, "errors": dict, "seeds": list}
 # Files that a result depends on. docs/results is not one of them: it changes with every result.
 _SOURCES = ("vista", "kernels", "conf", "scripts", "pyproject.toml")
 
-_LEGEND = (
-    "Mean ± sample standard deviation over seeds; – where a metric is undefined. A command is as its commit has it."
-)
+_OVER_SEEDS = "Mean ± sample standard deviation over seeds"
+_OVER_USERS = "Mean over seeds ± standard error over users"
+_LEGEND = "; – where a metric is undefined. A command is as its commit has it."
 
 
 def append_result(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
@@ -114,13 +117,13 @@ def read_lines(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]
 
 
 def validate_result(row: Mapping[str, Any]) -> None:
-    """Raise DataError unless the row has the keys and types of a result, and no other key than `completed`."""
-    missing, unknown = _TYPE_OF_KEY.keys() - row.keys(), row.keys() - _TYPE_OF_KEY.keys() - _OPTIONAL
+    """Raise DataError unless the row has the keys and types of a result, and no unknown key."""
+    missing, unknown = _TYPE_OF_KEY.keys() - row.keys(), row.keys() - _TYPE_OF_KEY.keys() - _OPTIONAL.keys()
     if missing or unknown:
         raise DataError(
             f"result: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; give exactly the keys of a row"
         )
-    for key, expected in _TYPE_OF_KEY.items():
+    for key, expected in {**_TYPE_OF_KEY, **{key: kind for key, kind in _OPTIONAL.items() if key in row}}.items():
         if not isinstance(row[key], expected) or isinstance(row[key], bool):
             raise DataError(
                 f"result: {key} is a {type(row[key]).__name__}; give a value of type {_type_name(expected)}"
@@ -134,10 +137,11 @@ def validate_result(row: Mapping[str, Any]) -> None:
         raise DataError(f"result: seconds must be a finite number >= 0, got {row['seconds']}")
     if not row["metrics"]:
         raise DataError("result: metrics is empty; give at least one metric")
-    for name, value in row["metrics"].items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (value is None or (number and math.isfinite(value))):
-            raise DataError(f"result: metrics[{name!r}] is {value!r}; give a finite number, or None if it is undefined")
+    for key in ("metrics", "errors"):
+        for name, value in row.get(key, {}).items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (value is None or (number and math.isfinite(value))):
+                raise DataError(f"result: {key}[{name!r}] is {value!r}; give a finite number, or None if undefined")
     try:
         json.dumps(row, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -149,7 +153,8 @@ def _type_name(expected: type | tuple[type, ...]) -> str:
 
 
 def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Results as Markdown: a line per data and model, with metrics as mean ± sample standard deviation over seeds.
+    """Results as Markdown: a line per data and model, with metrics as mean ± sample standard deviation over seeds, or ±
+    standard error over users if the rows have `errors`.
 
     The rows are those of `newest_rows`. Commands, commits and machines follow the table, so that every number can be
     reproduced; models with the same ones share a line. Data and models keep the order of their first row.
@@ -161,11 +166,13 @@ def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
         metrics = list(dict.fromkeys(name for group in groups.values() for row in group for name in row["metrics"]))
         lines = [f"# {table}", "", _line(["data", "model", "seeds", *metrics, "seconds"])]
         lines.append(_line(["---", "---", "---:", *("---:" for _ in metrics), "---:"]))
+        over_users = any("errors" in row for group in groups.values() for row in group)
+        spread = _mean_over_users if over_users else _mean_over_seeds
         for (data, model), group in groups.items():
-            numbers = [_mean_and_spread([row["metrics"].get(name) for row in group]) for name in metrics]
+            numbers = [spread(group, name) for name in metrics]
             seconds = f"{fmean(row['seconds'] for row in group):.0f}"
-            lines.append(_line([data, model, str(len(group)), *numbers, seconds]))
-        lines += ["", _LEGEND, ""]
+            lines.append(_line([data, model, str(len(_seeds(group))), *numbers, seconds]))
+        lines += ["", (_OVER_USERS if over_users else _OVER_SEEDS) + _LEGEND, ""]
         lines += _origins(groups)
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
@@ -205,10 +212,13 @@ def _origins(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> l
     """The origin of the numbers: one line for all models with the same commands, seeds, commits and machines."""
     models: dict[tuple[str, str], list[str]] = {}
     for (data, model), group in groups.items():
-        seeds = " ".join(str(row["seed"]) for row in group)
+        seeds = " ".join(map(str, _seeds(group)))
         # Join commands that differ only in the seed.
         commands = dict.fromkeys(
-            re.sub(rf"--seeds {row['seed']}\b", f"--seeds {seeds}", row["command"]) for row in group
+            row["command"]
+            if "seeds" in row
+            else re.sub(rf"--seeds {row['seed']}\b", f"--seeds {seeds}", row["command"])
+            for row in group
         )
         commits = dict.fromkeys(row["commit"] for row in group)
         machines = dict.fromkeys(describe_hardware(row["hardware"]) for row in group)
@@ -225,12 +235,24 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _mean_and_spread(values: Sequence[float | None]) -> str:
-    numbers = [value for value in values if value is not None]
-    if not numbers:
-        return "–"
-    mean = f"{fmean(numbers):.4f}"
+def _seeds(group: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [seed for row in group for seed in row.get("seeds", [row["seed"]])]
+
+
+def _defined(group: Sequence[Mapping[str, Any]], key: str, metric: str) -> list[float]:
+    return [row[key][metric] for row in group if row.get(key, {}).get(metric) is not None]
+
+
+def _mean_over_seeds(group: Sequence[Mapping[str, Any]], metric: str) -> str:
+    numbers = _defined(group, "metrics", metric)
+    mean = f"{fmean(numbers):.4f}" if numbers else "–"
     return f"{mean} ± {stdev(numbers):.4f}" if len(numbers) > 1 else mean
+
+
+def _mean_over_users(group: Sequence[Mapping[str, Any]], metric: str) -> str:
+    numbers, errors = _defined(group, "metrics", metric), _defined(group, "errors", metric)
+    mean = f"{fmean(numbers):.4f}" if numbers else "–"
+    return f"{mean} ± {fmean(errors):.4f}" if errors else mean
 
 
 def describe_hardware(machine: Mapping[str, Any]) -> str:

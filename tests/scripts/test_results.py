@@ -80,7 +80,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"metrics": {"auc": True}}, r"metrics\['auc'\] is True"),
     ({"seconds": -1.0}, "seconds must be"),
     ({"completed": "last week"}, "completed must be a date"),
-    ({"completed": None}, "completed must be a date"),
+    ({"completed": None}, "completed is a NoneType; give a value of type str"),
+    ({"errors": [0.1]}, "errors is a list; give a value of type dict"),
+    ({"errors": {"hr@10": math.nan}}, r"errors\['hr@10'\] is nan"),
+    ({"seeds": 3}, "seeds is a int; give a value of type list"),
     ({"seconds": math.nan}, "seconds must be"),
     ({"model": ""}, "model must be one line"),
     ({"command": "a\nb"}, "command must be one line"),
@@ -134,6 +137,20 @@ def test_the_table_shows_mean_and_spread_over_seeds() -> None:
     assert "0.9" not in first
     assert "| simulated | vista K=16 | 1 | 0.7500 |" in second
     assert markdown_table([]) == ""
+
+
+def test_rows_with_errors_over_users_show_these() -> None:
+    """A row that is a mean over seeds counts as all of them."""
+    rows = [
+        row(metrics={"p@10": 0.3, "seen": 1.0}, errors={"p@10": 0.01}),
+        row(metrics={"p@10": 0.5, "seen": 2.0}, errors={"p@10": 0.03}, seed=2),
+        row(model="a − b", metrics={"p@10": -0.1}, errors={"p@10": 0.02}, seeds=[1, 2], command="run --seeds 1 2"),
+    ]
+    lines = markdown_table(rows).splitlines()
+    assert lines[4] == "| ml-1m | vista K=16 | 2 | 0.4000 ± 0.0200 | 1.5000 | 12 |"
+    assert lines[5] == "| ml-1m | a − b | 2 | -0.1000 ± 0.0200 | – | 12 |"
+    assert lines[7].startswith("Mean over seeds ± standard error over users; –")
+    assert lines[-1].startswith("- ml-1m, a − b: `run --seeds 1 2` (seed 1 2;")
 
 
 def test_models_of_the_same_origin_share_a_line() -> None:
