@@ -57,7 +57,9 @@ SETS = {
         categories=("product_type", "product_category"),
     ),
     # Developer activity: which package a maintainer touches next, of 13 collections, from 2002 to 2026.
-    "dev-packages": DataSet(words=(RETURNS,), columns=SECONDS, items="events.parquet", categories=("collection",)),
+    "dev-packages": DataSet(
+        words=("data=share", RETURNS), columns=SECONDS, items="events.parquet", categories=("collection",)
+    ),
 }
 """Name of the folder -> data set."""
 

@@ -24,7 +24,7 @@ from vista.errors import ConfigError
 UNREAD_BY_BASELINES = ("target_attention", "num_target_layers")
 """Keys of ModelConfig for stage 2, which baselines do not have; their lines do not record these keys."""
 UNTRAINED_SEED = 0
-SPLIT = ("split", "validation_from", "test_from", "exclude_seen")
+SPLIT = ("split", "validation_from", "test_from", "validation_share", "test_share", "exclude_seen")
 """Keys of DataConfig that the untrained rows depend on."""
 Line = Mapping[str, Any]
 
