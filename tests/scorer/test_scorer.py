@@ -156,6 +156,20 @@ class TestScores:
         items[:] = 0  # The array is the caller's own copy.
         np.testing.assert_array_equal(scorer.score(USERS, ids), scores)
 
+    def test_catalog_scores_are_products_of_the_vectors(self, scorer: Scorer) -> None:
+        now = START + 300 * DAY
+        scores = scorer.catalog_scores(USERS, now=now)
+        _, items = scorer.item_vectors()
+        np.testing.assert_array_equal(scores, scorer.user_vectors(USERS, now=now) @ items.T)
+        assert scores.dtype == np.float32 and (scores != scorer.catalog_scores(USERS)).any()
+
+    def test_catalog_scores_of_too_many_users_are_refused(
+        self, scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("vista.scorer.scorer.MAX_SCORES", 100)
+        with pytest.raises(ValueError, match=r"users: \d+ pairs of a user and an item, but at most 100 per call"):
+            scorer.catalog_scores(USERS)
+
     def test_a_history_of_one_event(self, scorer: Scorer, served: Served) -> None:
         assert served.log[101].num_events == 1
         expected = expected_scores(served, [101], ITEMS, None)["next"]
@@ -179,6 +193,8 @@ class TestPolicies:
             assert np.isfinite(scores[0]).all() and np.isnan(scores[1]).all()
             vectors = nan.user_vectors([100, 999])
             assert np.isfinite(vectors[0]).all() and np.isnan(vectors[1]).all()
+            catalog = nan.catalog_scores([100, 999])
+            assert np.isfinite(catalog[0]).all() and np.isnan(catalog[1]).all()
             ranking = nan.rank(999)
             assert len(ranking.items) == 0 and ranking.num_dropped == served.log.num_items
         with Scorer.open(served.model, served.store, on_missing=OnMissing.error) as strict:

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vista.config.choices import OnMissing, Precision, choice_of
 from vista.device import reuse_freed_memory
@@ -32,10 +31,11 @@ from vista.model.vista_model import VistaModel
 from vista.scorer.candidate_set import CandidateSet
 from vista.scorer.explanation import Explanation
 from vista.scorer.follower import Follower
+from vista.scorer.prediction import predict
 from vista.scorer.ranking import Ranking
 from vista.scorer.reading import read_request
 from vista.scorer.request import Request
-from vista.scorer.request_arguments import MAX_SCORES, ids_of, item_rows, ragged_offsets, require_most, split_ragged
+from vista.scorer.request_arguments import MAX_SCORES, ids_of, item_rows, require_most
 from vista.scorer.scorer_stats import ScorerStats, StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.scorer.serving_source import ServingSource
@@ -304,6 +304,25 @@ class Scorer:
             vectors = snapshot.unit_vectors()[UNKNOWN_ITEM + 1 :].cpu().numpy().copy()
             return snapshot.model.items.ids(np.arange(len(snapshot.model.items))), vectors
 
+    def catalog_scores(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
+        """Scores float32 [B, V] that rank the whole catalog for each user, in the order of `item_vectors`.
+
+        They are cosines of the retrieval head. For a few items, or for scores on the scale of `predict`, use `predict`.
+
+        Raises:
+            ValueError: the model was trained without a retrieval head, or there are too many scores; make several
+                calls. Others as in `predict`.
+        """
+        with self._call() as snapshot:
+            request = self._request(snapshot, users, tail, now)
+            num_items = len(snapshot.model.items)
+            require_most(len(request) * num_items, MAX_SCORES, "users", "pairs of a user and an item")
+            scores = snapshot.catalog_scores(request)
+            if self.on_missing is OnMissing.nan:
+                scores[request.missing] = np.nan
+            self._recorder.add(candidates=scores.size)
+            return scores
+
     def explain(
         self,
         user: int | str,
@@ -361,29 +380,8 @@ class Scorer:
     def _predict(
         self, snapshot: ServingSnapshot, users: Ids, candidates: Any, tail: Tail | None, now: Any, tasks: list[str]
     ) -> dict[str, Any]:
-        values, given = split_ragged(candidates)
         request = self._request(snapshot, users, tail, now)
-        rows, missing = CandidateSet.of(snapshot, values, self.on_missing).rows, request.missing
-        if given is not None:
-            offsets = ragged_offsets(rows, given, len(request))
-            scores = snapshot.ragged_scores(request, rows, offsets, tasks)
-            missing = np.repeat(missing, np.diff(offsets))
-        else:
-            if rows.ndim == 2 and len(rows) != len(request):
-                raise ValueError(
-                    f"candidates: shape {rows.shape} does not match {len(request)} users; pass [C], or one row per user"
-                )
-            require_most(len(request) * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
-            scores = snapshot.scores(request, torch.from_numpy(rows), tasks)
-            missing = missing[:, None]
-        unknown = np.broadcast_to(rows == UNKNOWN_ITEM, scores[tasks[0]].shape)
-        if self.on_missing is OnMissing.nan:
-            nobody = torch.from_numpy(missing | unknown)
-            scores = {task: cells.masked_fill(nobody, float("nan")) for task, cells in scores.items()}
-        self._recorder.add(candidates=unknown.size, unknown_candidates=int(unknown.sum()))
-        if isinstance(values, Tensor):
-            return {task: cells.to(values.device) for task, cells in scores.items()}
-        return {task: cells.numpy() for task, cells in scores.items()}
+        return predict(snapshot, request, candidates, tasks, self.on_missing, self._recorder)
 
     def _request(self, snapshot: ServingSnapshot, users: Ids, tail: Tail | None, now: Any) -> Request:
         return read_request(snapshot, users, tail, now, self.on_missing, self.max_age_s, self._recorder)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
@@ -103,6 +104,12 @@ class ServingSnapshot:
         """Unit vectors of the retrieval head, float32 [B, M]."""
         parts = [self._user_vectors(*self.context(part)) for _, part in self._portions(request)]
         return torch.cat(parts) if parts else torch.empty(0, self.model.config.dim, device=self.model.device)
+
+    def catalog_scores(self, request: Request) -> NDArray[np.float32]:
+        """Cosines of the users with all items, float32 [B, V]; ValueError without the retrieval head."""
+        items = self.unit_vectors()[UNKNOWN_ITEM + 1 :].cpu().numpy()
+        scores: NDArray[np.float32] = self.user_vectors(request).cpu().numpy() @ items.T
+        return scores
 
     def scores(
         self, request: Request, rows: Tensor | None, tasks: list[str], lengths: Int | None = None
