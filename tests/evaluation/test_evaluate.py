@@ -429,6 +429,8 @@ class TestResults:
 
     def test_the_file_holds_settings_and_metrics(self, served: Served, tmp_path: Path) -> None:
         result = evaluate(self.settings(served, tmp_path, exclude_seen=False))
+        assert result.per_user is not None
+        assert {name: values.mean() for name, values in result.per_user.values.items()} == pytest.approx(result.metrics)
         assert list(result.metrics) == ["hr@1", "ndcg@1", "hr@10", "ndcg@10"]
         assert self.written(tmp_path) == {
             "data": str(served.log.path),
@@ -436,9 +438,13 @@ class TestResults:
             "split": "test",
             "top_k": [1, 10],
             "staleness": 0,
+            "target": "next",
             "exclude_seen": False,
             "codec": "float32",
             "metrics": result.metrics,
+            "standard_errors": pytest.approx(
+                {name: np.std(value, ddof=1) / math.sqrt(14) for name, value in result.per_user.values.items()}
+            ),
             "num_cases": 14,
             "seconds": result.seconds,
         }

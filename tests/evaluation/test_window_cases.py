@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vista.config import SourceColumns
+from vista.evaluation.cases_digest import cases_digest
 from vista.evaluation.window_cases import DAY_MS, WindowCases, window_cases
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
@@ -102,15 +103,18 @@ def test_parts_are_the_same_cases(log: EventLog) -> None:
 
 
 def test_the_digest_tells_questions_apart(log: EventLog) -> None:
+    def digest(cases: WindowCases) -> str:
+        return cases_digest(log, cases.user, cases.item, cases.seen, cases.now, cases.offsets)
+
     base = ask(log, 4 * DAY_MS, horizon_events=4)
-    assert base.digest(log) == ask(log, 4 * DAY_MS, horizon_events=4).digest(log)
+    assert digest(base) == digest(ask(log, 4 * DAY_MS, horizon_events=4))
     others = [
         ask(log, 4 * DAY_MS, horizon_events=2),
         ask(log, 5 * DAY_MS, horizon_events=4),
         ask(log, 4 * DAY_MS, horizon_events=4, now=4 * DAY_MS),
         base.part(slice(0, 1)),
     ]
-    assert len({base.digest(log), *(other.digest(log) for other in others)}) == 5
+    assert len({digest(base), *map(digest, others)}) == 5
 
 
 @settings(max_examples=50, deadline=None)

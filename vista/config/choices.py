@@ -147,6 +147,15 @@ Split = Enum(
 last share of each user's events (validation: the share before)."""
 
 
+class Target(Enum):
+    """What an evaluation asks about each user."""
+
+    next = "next"
+    """The very next event."""
+    window = "window"
+    """The items of the next events or days."""
+
+
 class Counting(Enum):
     """How item frequencies are counted."""
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vista.config.checks import MAX_THREADS, check_types, require, require_counts
+from vista.config.checks import MAX_THREADS, check_types, require, require_counts, require_finite
+from vista.config.choices import Target
+
+MAX_DAYS = 100_000
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,17 +25,30 @@ class EvaluateConfig:
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     split: str = "test"
     """Labels that are evaluated: test or validation, according to the data split of the model's training."""
+    target: Target = Target.next
+    """What is asked about each user: the very next event and the impressions (next), or the distinct items of the next
+    events or days (window), separately for items that the user had before (returns) and for new ones."""
+    horizon_events: list[int] = field(default_factory=lambda: [50, 200])
+    """With target=window: lengths of the windows, in events."""
+    horizon_days: float = 0.0
+    """With target=window: length of the window, in days. It replaces horizon_events; 0 uses these."""
+    min_seen: int = 50
+    """With target=window: least number of events before the question. Users with fewer are not asked."""
+    min_after: int = 20
+    """With target=window: least number of events after the question, in the window or beyond it. Users with fewer are
+    not asked."""
     exclude_seen: bool | None = None
-    """Whether to exclude items of the visible history from rankings (never the label). null uses `data.exclude_seen`
-    of the model's training."""
+    """With target=next: whether to exclude items of the visible history from rankings (never the label). null uses
+    `data.exclude_seen` of the model's training."""
     top_k: list[int] = field(default_factory=lambda: [10, 50, 200])
-    """Cutoffs k of HR@k and NDCG@k, in items. The first is also the list length of the popularity report."""
+    """Cutoffs k of the metrics, in items. The first is also the list length of the popularity report."""
     popularity: bool = False
     """Also report how closely the retrieval head's lists follow training popularity."""
     staleness: int = 0
     """Number of each user's newest visible events that the store's summaries lack; the tail has them. Refresh with
-    until=leave-last-N-out, where N is 1 + staleness (validation: 2 + staleness), or for a split by time with
-    until=TIME-less-N, where N is staleness. 0 evaluates up-to-date summaries."""
+    until=leave-last-N-out, where N is 1 + staleness (validation: 2 + staleness), or for another split with
+    until=TIME-less-N or until=leave-last-P-percent-out-less-N, where N is staleness. 0 evaluates up-to-date
+    summaries."""
     recall: bool = False
     """Also report how well the stored summaries recall a user's events, by the age of the event. Takes some seconds."""
     verify_log: bool = True
@@ -40,7 +56,8 @@ class EvaluateConfig:
     users_per_batch: int = 512
     """Number of users that are ranked at once."""
     out: str | None = None
-    """JSON file for the metrics. An existing file is replaced. null only prints them."""
+    """JSON file for the metrics. An existing file is replaced. The metrics of each user are written to <out>.npz, which
+    `vista compare` reads. null only prints the metrics."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     num_threads: int = 0
@@ -51,9 +68,19 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check_types(self)
         require_counts(self, "", ("users_per_batch",))
+        require_counts(self, "", ("min_seen", "min_after"))
         require_counts(self, "", ("staleness",), least=0)
+        require_finite(self, "", ("horizon_days",), most=MAX_DAYS)
         require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
         require(
             min(self.top_k, default=0) >= 1, "top_k", f"needs one or more numbers of at least 1, got {list(self.top_k)}"
         )
+        require(
+            min(self.horizon_events, default=0) >= 1,
+            "horizon_events",
+            f"needs one or more numbers of at least 1, got {list(self.horizon_events)}",
+        )
+        if self.target is Target.window:
+            require(self.exclude_seen is None, "exclude_seen", "only applies with target=next")
+            require(not self.popularity, "popularity", "only applies with target=next")
         require(self.split in ("test", "validation"), "split", f"must be test or validation, got {self.split}")

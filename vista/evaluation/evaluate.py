@@ -6,22 +6,27 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from vista.arrays import Int
 from vista.config import EvaluateConfig
+from vista.config.choices import Target
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.cases import impression_cases, next_item_cases, with_tasks
+from vista.evaluation.cases_digest import cases_digest
 from vista.evaluation.evaluation_report import EvaluationReport
+from vista.evaluation.per_user_metrics import PerUserMetrics, per_user_path
 from vista.evaluation.popularity import PopularityReport, popularity_report
-from vista.evaluation.protocol import case_batches, impression_metrics, rank_next_items, ranking_metrics
+from vista.evaluation.protocol import case_batches, impression_metrics, rank_next_items, ranking_metrics, ranking_values
 from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.evaluation.recall import measure_recall
 from vista.evaluation.recommended_lists import RecommendedLists
 from vista.evaluation.scorer_answers import ScorerAnswers
+from vista.evaluation.window_evaluation import measure_windows
 from vista.examples.frequency import item_counts
 from vista.files import replace_text, writable_file
 from vista.log.event_log import EventLog
@@ -49,6 +54,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
     """
     if config.out is not None:
         writable_file(Path(config.out), "out")
+        writable_file(per_user_path(config.out), "out")
     log = EventLog.open(config.data)
     if config.verify_log:
         log.verify()
@@ -62,9 +68,19 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
                 result = evaluate_scorer(scorer, log, config)
                 codec = scorer.store.manifest.codec
     if config.out is not None:
-        asked = {name: getattr(config, name) for name in ("data", "model", "split", "top_k", "staleness")}
-        asked |= {"exclude_seen": _exclude_seen(model, config), "codec": codec}
+        asked: dict[str, Any] = {
+            name: getattr(config, name) for name in ("data", "model", "split", "top_k", "staleness")
+        }
+        asked |= {"codec": codec, "target": config.target.value}
+        if config.target is Target.window:
+            asked |= {
+                name: getattr(config, name) for name in ("horizon_events", "horizon_days", "min_seen", "min_after")
+            }
+        else:
+            asked |= {"exclude_seen": _exclude_seen(model, config)}
         replace_text(Path(config.out), json.dumps(asked | result.to_dict(), indent=2) + "\n")
+        if result.per_user is not None:
+            result.per_user.save(per_user_path(config.out))
     return result
 
 
@@ -108,6 +124,10 @@ def _exclude_seen(model: RankingModel, config: EvaluateConfig) -> bool:
 def _check(model: RankingModel, log: EventLog, config: EvaluateConfig) -> None:
     if config.popularity and not model.has_retrieval:
         raise ConfigError("popularity=true: this model's retrieval head was not trained; set popularity=false")
+    if config.target is Target.window and not model.has_retrieval:
+        raise ConfigError(
+            "target=window: this model's retrieval head was not trained; train it with optim.next_weight above 0"
+        )
     if config.recall and not (isinstance(model, VistaModel) and model.decoder is not None):
         raise ConfigError("recall=true: this model has no summaries; set recall=false")
     check_log(model, log)
@@ -136,11 +156,13 @@ def _measure(
     model: RankingModel, log: EventLog, config: EvaluateConfig, answers: ScorerAnswers | RawHistoryAnswers
 ) -> EvaluationReport:
     """Ask all cases and compute the metrics."""
+    if config.target is Target.window:
+        return measure_windows(model, log, config, answers.window_scores)
     began = time.perf_counter()
     is_validation = config.split == "validation"
     until, test = split_until(model.data, config.split), split_until(model.data, "test")
     metrics: dict[str, float] = {}
-    ranks = impressions = probabilities = report = None
+    ranks = impressions = probabilities = report = per_user = None
     num_cases = 0
     if model.has_retrieval:
         columns = model.rows_of(log.items) - 1
@@ -157,6 +179,13 @@ def _measure(
             observe=lists.add if lists is not None else None,
         )
         metrics |= ranking_metrics(ranks, list(config.top_k))
+        question = {
+            "target": config.target.value,
+            "split": config.split,
+            "exclude_seen": _exclude_seen(model, config),
+            "cases": [cases_digest(log, cases.user, cases.item, cases.seen)],
+        }
+        per_user = PerUserMetrics(log.users.ids(cases.user), ranking_values(ranks, list(config.top_k)), question)
         if lists is not None:
             report = _popularity(model, log, columns, lists, ranks, columns[cases.item])
             metrics |= report.metrics()
@@ -172,7 +201,8 @@ def _measure(
             f"{log.path} has no {config.split} case for this model: no label after {until}, and no impression of its "
             "tasks; choose another split"
         )
-    return EvaluationReport(metrics, num_cases, time.perf_counter() - began, ranks, impressions, probabilities, report)
+    seconds = time.perf_counter() - began
+    return EvaluationReport(metrics, num_cases, seconds, ranks, impressions, probabilities, report, per_user=per_user)
 
 
 def _popularity(

@@ -8,8 +8,10 @@ from typing import Any
 
 from vista.arrays import Int
 from vista.evaluation.cases import Floats, ImpressionCases
+from vista.evaluation.per_user_metrics import PerUserMetrics
 from vista.evaluation.popularity import PopularityReport
 from vista.evaluation.recall import RecallReport
+from vista.evaluation.window_report import WindowReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +26,27 @@ class EvaluationReport:
     probabilities: Floats | None
     popularity: PopularityReport | None = None
     recall: RecallReport | None = None
+    per_user: PerUserMetrics | None = None
+    windows: WindowReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values: metrics (null where undefined), num_cases, seconds."""
-        metrics = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
-        return {"metrics": metrics, "num_cases": self.num_cases, "seconds": self.seconds}
+        """JSON values: metrics (null where undefined), standard errors over users, num_cases, seconds."""
+        errors = {} if self.per_user is None else self.per_user.standard_errors()
+        return {
+            "metrics": _finite(self.metrics),
+            "standard_errors": _finite(errors),
+            "num_cases": self.num_cases,
+            "seconds": self.seconds,
+        }
 
     def __str__(self) -> str:
         # Reports print their own numbers, as tables.
-        reports = [report for report in (self.popularity, self.recall) if report is not None]
+        reports = [report for report in (self.windows, self.popularity, self.recall) if report is not None]
         hidden = {name for report in reports for name in report.metrics()}
         lines = [f"{self.num_cases} cases in {self.seconds:.1f} s"]
         lines += [f"  {name:<20} {value:.4f}" for name, value in self.metrics.items() if name not in hidden]
         return "\n".join([*lines, *map(str, reports)])
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

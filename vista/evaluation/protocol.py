@@ -95,6 +95,15 @@ def ranking_metrics(ranks: Int, top_k: list[int]) -> dict[str, float]:
     return {f"{name}@{k}": metric(ranks, k) for k in top_k for name, metric in (("hr", hit_rate), ("ndcg", ndcg))}
 
 
+def ranking_values(ranks: Int, top_k: list[int]) -> dict[str, NDArray[np.float64]]:
+    """The values float64 [N] whose means are `ranking_metrics`."""
+    values: dict[str, NDArray[np.float64]] = {}
+    for k in top_k:
+        values[f"hr@{k}"] = (ranks < k).astype(np.float64)
+        values[f"ndcg@{k}"] = np.where(ranks < k, 1 / np.log2(ranks + 2), 0.0)
+    return values
+
+
 def impression_metrics(cases: ImpressionCases, probability: Floats) -> dict[str, float]:
     """AUC, GAUC, NE and calibration of each task with labels of both kinds; probability: float32 [N, num_tasks]."""
     metrics: dict[str, float] = {}

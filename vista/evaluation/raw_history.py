@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from vista.arrays import Int
 from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases, request_starts
+from vista.evaluation.window_cases import WindowCases
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
 from vista.model.baselines.history_model import HistoryModel
@@ -39,11 +40,16 @@ class RawHistoryAnswers:
         now = None
         if self._log.has_time:
             now = np.asarray(self._log.gather_ranges(cases.user, cases.seen, cases.seen + 1).timestamp)
+        return self._catalog_scores(cases.user, cases.seen, now)
+
+    def window_scores(self, cases: WindowCases) -> Floats:
+        """Cosines float32 [N, V] of the users of some cases to all items, at the times of the questions."""
+        return self._catalog_scores(cases.user, cases.seen, cases.now)
+
+    def _catalog_scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
         users = [
-            self._model.user_vectors(
-                self.histories(cases.user[part], cases.seen[part]), None if now is None else now[part]
-            )
-            for part in self._groups(cases.seen, np.ones_like(cases.seen))
+            self._model.user_vectors(self.histories(user[part], seen[part]), None if now is None else now[part])
+            for part in self._groups(seen, np.ones_like(seen))
         ]
         assert self._items is not None
         scores: Floats = (torch.cat(users) @ self._items.t()).float().cpu().numpy()

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from vista.arrays import Int
 from vista.errors import LeakageError
 from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases, request_starts
+from vista.evaluation.window_cases import WindowCases
 from vista.log.event_log import EventLog
 from vista.scorer import Scorer
 from vista.store import Tail
@@ -21,7 +22,6 @@ class ScorerAnswers:
 
     def __init__(self, scorer: Scorer, log: EventLog, *, requests_per_batch: int) -> None:
         self._scorer, self._log, self._requests_per_batch = scorer, log, requests_per_batch
-        self._items = scorer.item_vectors()[1] if scorer.model.has_retrieval else np.zeros((0, 0), np.float32)
 
     def next_scores(self, cases: NextItemCases) -> Floats:
         """Cosines float32 [N, V] of the users to all items, at the times of the labels.
@@ -34,9 +34,16 @@ class ScorerAnswers:
         tail = self._fresh_tail(cases.user, cases.seen, None)
         label = log.gather_ranges(cases.user, cases.seen, cases.seen + 1)
         now = np.asarray(label.timestamp) if log.has_time else None
-        users = self._scorer.user_vectors(log.users.ids(cases.user), tail=tail, now=now)
-        scores: Floats = users @ self._items.T
-        return scores
+        return self._scorer.catalog_scores(log.users.ids(cases.user), tail=tail, now=now)
+
+    def window_scores(self, cases: WindowCases) -> Floats:
+        """Scores float32 [N, V] of all items, at the times of the questions.
+
+        Raises:
+            LeakageError: if a record covers an event after the question.
+        """
+        tail = self._fresh_tail(cases.user, cases.seen, cases.now)
+        return self._scorer.catalog_scores(self._log.users.ids(cases.user), tail=tail, now=cases.now)
 
     def probabilities(self, cases: ImpressionCases, *, progress: bool = False) -> Floats:
         """float32 [N, len(cases.tasks)]; the impressions of one user at one time are one request.

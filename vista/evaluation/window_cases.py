@@ -5,7 +5,6 @@ Letters: N cases, L labels of all cases.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -50,15 +49,6 @@ class WindowCases:
         return WindowCases(
             self.user[low:high], self.seen[low:high], now, self.item[labels], self.is_new[labels], offsets
         )
-
-    def digest(self, log: EventLog) -> str:
-        """SHA-256 of the questions and labels, by the ids of users and items: equal for copies of one log."""
-        digest = hashlib.sha256()
-        for ids in (log.users.ids(self.user), log.items.ids(self.item)):
-            digest.update("\0".join(map(str, ids.tolist())).encode())
-        for numbers in (self.seen, self.offsets, self.now if self.now is not None else np.zeros(0, np.int64)):
-            digest.update(numbers.astype("<i8").tobytes())
-        return digest.hexdigest()
 
 
 def window_cases(

@@ -1,0 +1,240 @@
+"""Evaluation over windows, from a store and from raw histories: against a plain loop, leakage, and the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import Served, small_config
+from vista.config import EvaluateConfig
+from vista.config.choices import Codec, Split, Target
+from vista.errors import ConfigError, LeakageError
+from vista.evaluation.cases import Floats
+from vista.evaluation.evaluate import evaluate, evaluate_model, evaluate_scorer
+from vista.evaluation.evaluation_report import EvaluationReport
+from vista.evaluation.per_user_metrics import PerUserMetrics
+from vista.log.event_log import EventLog
+from vista.log.splits import split_until, visible_counts
+from vista.model.baselines.sequence_model import SequenceModel
+from vista.model.inference import item_vectors
+from vista.refresh import RefreshOptions, refresh
+from vista.scorer import Scorer
+from vista.training.trainer import train, train_model
+
+DAY_MS = 86_400_000
+ASKED: dict[str, Any] = {
+    "target": Target.window,
+    "horizon_events": [3, 8],
+    "min_seen": 5,
+    "min_after": 2,
+    "top_k": [4],
+    "progress": False,
+}
+
+
+def plain_precision(
+    log: EventLog, seen: np.ndarray, end: np.ndarray, scores: dict[int, Floats], horizon: int
+) -> dict[str, list[float]]:
+    """Precision@4 of all, returning and new items, one user and one list at a time; scores by log row."""
+    values: dict[str, list[float]] = {"": [], ":returns": [], ":new": []}
+    for user, own in scores.items():
+        history = log.slice(user).item.tolist()
+        had, window = set(history[: seen[user]]), set(history[seen[user] : min(seen[user] + horizon, end[user])])
+        for kind, shown in (("", None), (":returns", True), (":new", False)):
+            listed = [item for item in range(log.num_items) if shown is None or (item in had) == shown]
+            labels = [item for item in window if item in listed]
+            best = sorted(listed, key=lambda item: -own[item])[:4]
+            values[kind].append(sum(item in labels for item in best) / 4 if labels else float("nan"))
+    return values
+
+
+def assert_same(evaluation: EvaluationReport, want: dict[str, list[float]], window: str) -> None:
+    assert evaluation.per_user is not None
+    for kind, values in want.items():
+        np.testing.assert_allclose(evaluation.per_user.values[f"precision@4{kind}/{window}"], values, atol=1e-9)
+        mean = evaluation.metrics[f"precision@4{kind}/{window}"]
+        assert mean == pytest.approx(np.nanmean(values))
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_store_against_a_loop(
+    served_tasks: Served, tmp_path: Path, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a split in time, every question is asked when the labels begin, not when the next event happens."""
+    log, data = served_tasks.log, served_tasks.config.data
+    until = split_until(data, split)
+    seen = visible_counts(log, until)
+    end = visible_counts(log, split_until(data, "test")) if split == "validation" else log.lengths
+    refresh(served_tasks.model, log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
+    times: list[int] = []
+    whole = Scorer.catalog_scores
+
+    def noted(scorer: Scorer, users: Any, *, tail: Any = None, now: Any = None) -> Floats:
+        times.extend(now.tolist())
+        return whole(scorer, users, tail=tail, now=now)
+
+    with Scorer.open(served_tasks.model, tmp_path / "store") as scorer:
+        users = np.flatnonzero((seen >= 5) & (end - seen >= 2))
+        ids = log.users.ids(users)
+        catalog = scorer.item_vectors()[0]
+        assert catalog.tolist() == log.items.ids(np.arange(log.num_items)).tolist()
+        scored = scorer.predict(ids, catalog, now=until.before)["next"]
+        monkeypatch.setattr(Scorer, "catalog_scores", noted)
+        evaluation = evaluate_scorer(scorer, log, EvaluateConfig(**ASKED, split=split, users_per_batch=5))
+    assert set(times) == {until.before} and evaluation.num_cases == len(users) == len(times) > 5
+    for horizon in (3, 8):
+        want = plain_precision(log, seen, end, dict(zip(users.tolist(), scored, strict=True)), horizon)
+        assert_same(evaluation, want, f"{horizon}-events")
+
+
+def test_days(served_tasks: Served) -> None:
+    """The items of the first days after the question; others than the next events."""
+    log, until = served_tasks.log, split_until(served_tasks.config.data, "test")
+    assert until.before is not None
+    with Scorer.open(served_tasks.model, served_tasks.test_store) as scorer:
+        config = EvaluateConfig(**ASKED, horizon_days=20)
+        evaluation = evaluate_scorer(scorer, log, config)
+    assert {name.rpartition("/")[2] for name in evaluation.metrics} == {"20-days"}
+    assert evaluation.per_user is not None
+    seen, late = log.counts_before(until.before), log.counts_before(until.before + 20 * DAY_MS)
+    users = log.users.rows(evaluation.per_user.users.tolist())
+    has_labels = ~np.isnan(evaluation.per_user.values["precision@4/20-days"])
+    assert has_labels.tolist() == (late > seen)[users].tolist() and has_labels.any()
+
+
+def test_a_baseline_against_a_loop(event_log: EventLog, tmp_path: Path) -> None:
+    """It reads the raw history before the question. A split by share has no time of the question."""
+    config = small_config(
+        event_log, tmp_path / "run", data__split=Split.share, data__test_share=0.2, data__validation_share=0.1
+    )
+    config.model = dataclasses.replace(config.model, architecture="sasrec", history_limit=9)  # type: ignore[arg-type]
+    model = train_model(config, event_log)
+    assert isinstance(model, SequenceModel)
+    evaluation = evaluate_model(model, event_log, EvaluateConfig(**ASKED))
+    seen = visible_counts(event_log, "leave-last-20-percent-out")
+    users = np.flatnonzero((seen >= 5) & (event_log.lengths - seen >= 2))
+    rows, items, scores = model.rows_of(event_log.items), item_vectors(model), {}
+    assert rows.tolist() == list(range(1, event_log.num_items + 1))
+    for user in users.tolist():
+        history = event_log.gather(np.array([user]), seen[[user]])
+        history = dataclasses.replace(history, item=rows[history.item].astype(np.int32))
+        scores[user] = (items @ model.user_vectors(history, None)[0]).numpy()
+    assert evaluation.num_cases == len(users) > 3
+    for horizon in (3, 8):
+        assert_same(
+            evaluation, plain_precision(event_log, seen, event_log.lengths, scores, horizon), f"{horizon}-events"
+        )
+
+
+@pytest.fixture(scope="module")
+def shared(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """A model of a split by share, with a store for its test, and in other folders a stale one and one too new."""
+    folder = tmp_path_factory.mktemp("shared")
+    shares = {"data__split": Split.share, "data__test_share": 0.2, "data__validation_share": 0.1}
+    config = small_config(event_log, folder / "run", **shares, optim__epochs=1)
+    model = train(config, event_log)
+    refresh(model, event_log, folder / "store", until="leave-last-20-percent-out")
+    refresh(model, event_log, folder / "stale", until="leave-last-20-percent-out-less-3")
+    refresh(model, event_log, folder / "late", until="leave-last-10-percent-out")
+    return Served(event_log, config, model, folder / "run" / "best", folder / "store", folder, folder)
+
+
+class TestShare:
+    """Leakage with a split that holds out a share of each history."""
+
+    def test_records_cover_nothing_after_the_question(self, shared: Served) -> None:
+        seen = visible_counts(shared.log, "leave-last-20-percent-out")
+        with Scorer.open(shared.model, shared.store) as scorer:
+            evaluation = evaluate_scorer(scorer, shared.log, EvaluateConfig(**ASKED))
+            stored = scorer.store.get_many(shared.log.users.ids(np.arange(shared.log.num_users)))
+            assert stored.event_count[stored.found].tolist() == seen[stored.found].tolist()
+        assert evaluation.num_cases > 3
+
+    def test_stale_summaries_with_their_tails(self, shared: Served) -> None:
+        with Scorer.open(shared.model, shared.exact_store / "stale") as scorer:
+            assert evaluate_scorer(scorer, shared.log, EvaluateConfig(**ASKED, staleness=3)).num_cases > 3
+            with pytest.raises(ConfigError, match="begin after until=leave-last-20-percent-out; "):
+                evaluate_scorer(scorer, shared.log, EvaluateConfig(**ASKED))
+
+    @pytest.mark.parametrize("split", ["test", "validation"])
+    def test_a_store_that_covers_labels_is_refused(self, shared: Served, split: str) -> None:
+        remedy = {"test": "leave-last-20-percent-out", "validation": "leave-last-30-percent-out"}[split]
+        with (
+            Scorer.open(shared.model, shared.exact_store / "late") as scorer,
+            pytest.raises(
+                LeakageError, match=f"until=leave-last-10-percent-out, but .* `vista refresh until={remedy}`"
+            ),
+        ):
+            evaluate_scorer(scorer, shared.log, EvaluateConfig(**ASKED, split=split))
+
+
+def test_users_without_enough_events_are_an_error(served: Served) -> None:
+    with (
+        Scorer.open(served.model, served.test_store) as scorer,
+        pytest.raises(
+            ConfigError, match=r"no user has min_seen=5 events until leave-last-out and min_after=2 later .*data=share"
+        ),
+    ):
+        evaluate_scorer(scorer, served.log, EvaluateConfig(**ASKED))
+
+
+def test_a_log_without_times_has_no_days(order_log: EventLog, tmp_path: Path) -> None:
+    model = train(small_config(order_log, tmp_path / "run", optim__epochs=1), order_log)
+    refresh(model, order_log, tmp_path / "store", until="leave-last-out")
+    with (
+        Scorer.open(model, tmp_path / "store") as scorer,
+        pytest.raises(ConfigError, match="has no times; set horizon"),
+    ):
+        evaluate_scorer(scorer, order_log, EvaluateConfig(**ASKED, horizon_days=2))
+
+
+def test_a_model_without_a_retrieval_head_is_refused(
+    impression_log: EventLog, tmp_path: Path, served_tasks: Served
+) -> None:
+    config = small_config(impression_log, tmp_path / "run", optim__epochs=1, optim__next_weight=0.0)
+    config.data = served_tasks.config.data
+    model = train(config, impression_log)
+    refresh(model, impression_log, tmp_path / "store", until=split_until(config.data, "test"))
+    with (
+        Scorer.open(model, tmp_path / "store") as scorer,
+        pytest.raises(ConfigError, match="target=window: this model's"),
+    ):
+        evaluate_scorer(scorer, impression_log, EvaluateConfig(**ASKED))
+
+
+def test_the_files_and_the_table(served_tasks: Served, tmp_path: Path) -> None:
+    out = tmp_path / "metrics.json"
+    config = EvaluateConfig(
+        **ASKED,
+        data=str(served_tasks.log.path),
+        model=str(served_tasks.model_dir),
+        store=str(served_tasks.test_store),
+        out=str(out),
+        device="cpu",
+        num_threads=1,
+    )
+    result = evaluate(config)
+    assert result.per_user is not None
+    written = json.loads(out.read_text())
+    assert written["target"] == "window" and written["horizon_events"] == [3, 8] and written["min_seen"] == 5
+    assert written["metrics"] == result.metrics and "exclude_seen" not in written
+    per_user = PerUserMetrics.load(Path(f"{out}.npz"))
+    assert per_user.question == result.per_user.question
+    assert per_user.users.tolist() == result.per_user.users.tolist()
+    assert per_user.values.keys() == result.metrics.keys() == written["standard_errors"].keys()
+    for name, values in per_user.values.items():
+        np.testing.assert_array_equal(values, result.per_user.values[name])
+        known = values[~np.isnan(values)]
+        assert written["standard_errors"][name] == pytest.approx(known.std(ddof=1) / len(known) ** 0.5)
+    lines = str(result).splitlines()
+    assert [line for line in lines if line.startswith("next")] == [
+        "next 3 events                      all           returns               new",
+        "next 8 events                      all           returns               new",
+    ]
+    mean, error = (f"{written[key]['precision@4:new/3-events']:.4f}" for key in ("metrics", "standard_errors"))
+    assert lines[3].startswith("  precision@4 ") and lines[3].endswith(f" {mean} ± {error}")

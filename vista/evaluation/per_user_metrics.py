@@ -1,0 +1,78 @@
+"""Metrics of every user, and the file that keeps them for a paired comparison."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.errors import ConfigError
+from vista.files import read_limited, replace_file
+
+Floats = NDArray[np.float64]
+MAX_FILE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class PerUserMetrics:
+    """Metrics of N users, all of one question."""
+
+    users: NDArray[Any]
+    """[N] ids as in the log."""
+    values: dict[str, Floats]
+    """{metric: float64 [N]}; NaN where a user has no label that the metric needs."""
+    question: dict[str, Any]
+    """What was asked, as JSON values. Two evaluations can be compared if all of it is equal."""
+
+    def standard_errors(self) -> dict[str, float]:
+        """{metric: standard error of its mean over users}."""
+        return {name: mean_and_error(values)[1] for name, values in self.values.items()}
+
+    def save(self, path: Path) -> None:
+        """Write them as an .npz file of four arrays: users, names, values [metrics, N], and the question as JSON."""
+        out = io.BytesIO()
+        np.savez(
+            out,
+            users=np.array(self.users.tolist()),
+            names=np.array(list(self.values)),
+            values=np.stack(list(self.values.values())),
+            question=np.array(json.dumps(self.question)),
+        )
+        replace_file(path, out.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> PerUserMetrics:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: the file is missing, damaged, or of another kind.
+        """
+        try:
+            with np.load(io.BytesIO(read_limited(path, MAX_FILE_BYTES)), allow_pickle=False) as file:
+                users, names, values = file["users"], file["names"].tolist(), file["values"]
+                question = json.loads(str(file["question"]))
+            if values.shape != (len(names), len(users)) or values.dtype != np.float64 or not isinstance(question, dict):
+                raise ValueError(f"values of shape {values.shape} for {len(names)} metrics of {len(users)} users")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); run `vista evaluate` with `out`") from None
+        except (ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"{path}: does not hold metrics per user ({error}); run `vista evaluate` again") from None
+        return cls(users, dict(zip(names, values, strict=True)), question)
+
+
+def per_user_path(out: str | Path) -> Path:
+    """The file of the metrics per user of an evaluation whose `out` is given."""
+    return Path(f"{out}.npz")
+
+
+def mean_and_error(values: Floats) -> tuple[float, float]:
+    """Mean over the users that have a value, and its standard error; NaN without enough users."""
+    known = values[~np.isnan(values)]
+    mean = float(known.mean()) if len(known) else float("nan")
+    return mean, float(known.std(ddof=1) / np.sqrt(len(known))) if len(known) > 1 else float("nan")

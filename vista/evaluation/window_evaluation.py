@@ -1,0 +1,100 @@
+"""Quality over the window that follows a question: what users do in the next events or days."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vista.config import EvaluateConfig
+from vista.errors import ConfigError
+from vista.evaluation.cases import Floats
+from vista.evaluation.cases_digest import cases_digest
+from vista.evaluation.evaluation_report import EvaluationReport
+from vista.evaluation.per_user_metrics import PerUserMetrics
+from vista.evaluation.protocol import case_batches, seen_columns
+from vista.evaluation.window_cases import WindowCases, window_cases
+from vista.evaluation.window_metrics import window_metrics
+from vista.evaluation.window_report import WindowReport
+from vista.log.event_log import EventLog
+from vista.log.splits import split_until, visible_counts
+from vista.model.ranking_model import RankingModel
+
+
+def split_windows(log: EventLog, model: RankingModel, config: EvaluateConfig) -> dict[str, WindowCases]:
+    """The cases of a part of the model's split, by length of the window: the same users and questions in all.
+
+    With split=time, the question is asked when the labels begin. Other splits give no time: each user is asked just
+    after the newest visible event. In validation, windows stop before the test labels.
+
+    Raises:
+        ConfigError: no user has enough events, or days are asked of a log without times.
+    """
+    limit = split_until(model.data, config.split)
+    seen = visible_counts(log, limit)
+    end = visible_counts(log, split_until(model.data, "test")) if config.split == "validation" else None
+    lengths: dict[str, dict[str, Any]] = {f"{n} events": {"horizon_events": n} for n in config.horizon_events}
+    if config.horizon_days:
+        if not log.has_time:
+            raise ConfigError(f"horizon_days={config.horizon_days:g}: {log.path} has no times; set horizon_events")
+        lengths = {f"{config.horizon_days:g} days": {"horizon_days": config.horizon_days}}
+    cases = {
+        name: window_cases(
+            log, seen, end, now=limit.before, min_seen=config.min_seen, min_after=config.min_after, **length
+        )
+        for name, length in lengths.items()
+    }
+    if not len(next(iter(cases.values()))):
+        raise ConfigError(
+            f"{log.path}: no user has min_seen={config.min_seen} events until {limit} and min_after={config.min_after} "
+            f"later events that are {config.split} labels; lower these, or train with data=time or data=share, which "
+            "hold out more than one event"
+        )
+    return cases
+
+
+def measure_windows(
+    model: RankingModel, log: EventLog, config: EvaluateConfig, score: Callable[[WindowCases], Floats]
+) -> EvaluationReport:
+    """Ask all cases of `split_windows`, and compute the metrics of each user.
+
+    Args:
+        score: some cases -> [n, V] scores of the model's items.
+
+    Raises:
+        ConfigError: as `split_windows`.
+    """
+    began = time.perf_counter()
+    cases = split_windows(log, model, config)
+    first = next(iter(cases.values()))
+    columns = model.rows_of(log.items) - 1
+    parts: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
+    batches = case_batches(first, log.num_items, config.users_per_batch)
+    for batch in tqdm(batches, desc="ranking", unit="batch", disable=not config.progress, leave=False):
+        some = first.part(batch)
+        scores, had = score(some), seen_columns(log, some, columns)
+        for name, each in cases.items():
+            parts[name].append(window_metrics(scores, each.part(batch), columns, had, config.top_k))
+    report = WindowReport(
+        {
+            name: {metric: np.concatenate([part[metric] for part in own]) for metric in own[0]}
+            for name, own in parts.items()
+        }
+    )
+    question = {
+        "target": config.target.value,
+        "split": config.split,
+        "horizon": list(cases),
+        "min_seen": config.min_seen,
+        "min_after": config.min_after,
+        "cases": [
+            cases_digest(log, each.user, each.item, each.seen, each.now, each.offsets) for each in cases.values()
+        ],
+    }
+    per_user = PerUserMetrics(log.users.ids(first.user), report.per_user(), question)
+    return EvaluationReport(
+        report.metrics(), len(first), time.perf_counter() - began, None, None, None, per_user=per_user, windows=report
+    )

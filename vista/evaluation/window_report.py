@@ -1,0 +1,46 @@
+"""Quality over windows, as a table with standard errors over users."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.evaluation.per_user_metrics import mean_and_error
+from vista.evaluation.window_metrics import KINDS
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class WindowReport:
+    """Metrics of N users over windows of one or several lengths."""
+
+    windows: dict[str, dict[str, Floats]]
+    """{"50 events": {"precision@10:new": float64 [N], …}, …}"""
+
+    def per_user(self) -> dict[str, Floats]:
+        """{"precision@10:new/50-events": float64 [N], …}"""
+        return {
+            f"{name}/{window.replace(' ', '-')}": values
+            for window, metrics in self.windows.items()
+            for name, values in metrics.items()
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the users who have labels of the kind, by the names of `per_user`."""
+        return {name: mean_and_error(values)[0] for name, values in self.per_user().items()}
+
+    def __str__(self) -> str:
+        lines = []
+        for window, metrics in self.windows.items():
+            names = [name for name in metrics if ":" not in name]
+            head = f"next {window}"
+            lines.append(f"{head:<20}" + "".join(f"{kind[1:] or 'all':>18}" for kind in KINDS).rstrip())
+            counts = [np.count_nonzero(~np.isnan(metrics[names[0] + kind])) for kind in KINDS]
+            lines.append(f"  {'users':<18}" + "".join(f"{count:>18}" for count in counts))
+            for name in names:
+                cells = ["{:.4f} ± {:.4f}".format(*mean_and_error(metrics[name + kind])) for kind in KINDS]
+                lines.append(f"  {name:<18}" + "".join(f"{cell:>18}" for cell in cells))
+        return "\n".join(lines)
