@@ -200,10 +200,16 @@ class TestRefusals:
             ("train model.decay_horizons=3", ["expected [float, ...]", "model.decay_horizons=[3]"]),
             ("train model={dim: wide}", ["model.dim: expected int, got wide"]),
             ("train model.mixing=seperable", ["expected bidirectional|separable", "did you mean separable?"]),
-            ("train data.split=last", ["data.split: expected leave-last-out|time, got last"]),
+            ("train data.split=last", ["data.split: expected leave-last-out|time|share, got last"]),
             ("train experiment=ml-1n", ["experiment: no option 'ml-1n'", "did you mean ml-1m", *EXPERIMENTS]),
             ("train model.num_heads=5", ["model.num_heads: must divide model.dim=64, got 5"]),
             ("train data=time", ["data.validation_from: is required"]),
+            ("train data.split=share", ["data.validation_share: is required with data.split=share"]),
+            ("evaluate horizon_events=50", ["write a list as horizon_events=[50]"]),
+            ("evaluate horizon_events=[]", ["horizon_events: needs one or more numbers of at least 1"]),
+            ("evaluate min_seen=0", ["min_seen: must be at least 1, got 0"]),
+            ("evaluate horizon_days=-1", ["horizon_days: must be at least 0"]),
+            ("compare a=[metrics.json]", ["b: name at least one file that `vista evaluate` wrote"]),
             ("train run_dir=a(b", ["cannot read 'run_dir=a(b'", "run_dir='a(b'"]),
             ("train model.dim", ["cannot read 'model.dim'", "write it as key=value"]),
             ("train model.dim=32,64", ["cannot read 'model.dim=32,64'", "sweeps are not supported"]),
@@ -318,7 +324,7 @@ class TestHelp:
         text = " ".join(capsys.readouterr().out.split())
         assert "model.num_seeds=16 int. Number of summary tokens K per user." in text
         assert "model.mixing=separable bidirectional|separable. How the tokens of stage 1 mix" in text
-        assert "data.split=leave-last-out leave-last-out|time. Which labels are test labels" in text
+        assert "data.split=leave-last-out leave-last-out|time|share. Which labels are test labels" in text
 
     def test_a_repeated_section_takes_one_row(self, capsys: pytest.CaptureFixture[str]) -> None:
         main(["prepare", "--help"])

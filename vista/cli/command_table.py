@@ -92,7 +92,16 @@ COMMANDS: dict[str, Command] = {
         (
             "vista evaluate data=data/ml-1m model=runs/ml-1m/best store=stores/ml-1m",
             "vista evaluate split=validation top_k=[10,100]",
-            "vista evaluate out=metrics.json",
+            "vista evaluate target=window horizon_events=[50] out=metrics.json",
+        ),
+    ),
+    "compare": Command(
+        config.CompareConfig,
+        _handler("train_commands", "run_compare"),
+        "Compare two evaluated models, user by user, with a paired test.",
+        (
+            "vista compare a=[vista.json] b=[hstu.json]",
+            "vista compare a=[vista-1.json,vista-2.json] b=[hstu-1.json,hstu-2.json]",
         ),
     ),
     "score": Command(

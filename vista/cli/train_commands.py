@@ -1,9 +1,11 @@
-"""The commands `vista train` and `vista evaluate`."""
+"""The commands `vista train`, `vista evaluate`, and `vista compare`."""
 
 from __future__ import annotations
 
-from vista.config import EvaluateConfig, TrainConfig
+from vista.config import CompareConfig, EvaluateConfig, TrainConfig
 from vista.device import keep_freed_memory
+from vista.evaluation.compare import compare
+from vista.evaluation.comparison import Comparison
 from vista.evaluation.evaluate import evaluate
 from vista.evaluation.evaluation_report import EvaluationReport
 from vista.log.event_log import EventLog
@@ -19,3 +21,8 @@ def run_train(config: TrainConfig) -> None:
 def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
     """`vista evaluate`; errors as of `evaluate`."""
     return evaluate(config)
+
+
+def run_compare(config: CompareConfig) -> Comparison:
+    """`vista compare`; errors as of `compare`."""
+    return compare(config)

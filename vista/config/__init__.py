@@ -3,6 +3,7 @@
 Only `vista.config.composition` uses Hydra: the command line turns its words into these objects once.
 """
 
+from vista.config.compare_config import CompareConfig
 from vista.config.data_config import DataConfig
 from vista.config.evaluate_config import EvaluateConfig
 from vista.config.log_configs import (
@@ -35,6 +36,7 @@ from vista.config.train_config import TrainConfig
 from vista.config.watch_config import WatchConfig
 
 __all__ = [
+    "CompareConfig",
     "DataConfig",
     "EvaluateConfig",
     "LogCompactConfig",
