@@ -68,6 +68,7 @@ def test_words_are_choices() -> None:
             {"split": "share", "test_share": 0.5, "validation_share": 0.5},
             r"data\.test_share: must leave events to train on, but both shares sum to 1",
         ),
+        (DataConfig, {"validation_from": 5}, r"data\.validation_from: expected str, got 5"),
         (ModelConfig, {"mixing": None}, r"model\.mixing: None is not one of bidirectional, separable"),
         (OptimConfig, {"epochs": "2"}, r"optim\.epochs: expected int, got '2'"),
         (OptimConfig, {"epochs": 2.5}, r"optim\.epochs: expected int, got 2\.5"),

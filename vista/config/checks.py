@@ -6,7 +6,8 @@ import math
 import numbers
 from dataclasses import is_dataclass
 from enum import Enum
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from vista.errors import ConfigError, shown
 
@@ -17,6 +18,15 @@ LARGEST_COUNT = 2**63 - 1
 """What fits into int64, as counts are stored and as torch takes them."""
 
 MAX_THREADS = 1024
+
+
+def without_none(hint: Any) -> tuple[Any, bool]:
+    """`X | None` -> (X, True); any other type -> (itself, False)."""
+    if get_origin(hint) in (Union, UnionType):
+        inner = [arg for arg in get_args(hint) if arg is not NoneType]
+        if len(inner) == 1:
+            return inner[0], True
+    return hint, False
 
 
 def require(condition: bool, key: str, message: str) -> None:
@@ -32,9 +42,11 @@ def require_only_with(is_set: bool, applies: bool, key: str, setting: str) -> No
 
 
 def require_counts(config: Any, prefix: str, keys: tuple[str, ...], least: int = 1, most: int = LARGEST_COUNT) -> None:
-    """Require whole numbers from `least` to `most`."""
+    """Require whole numbers from `least` to `most`, or null where a key allows it."""
     for key in keys:
         value = getattr(config, key)
+        if value is None:
+            continue
         require(value >= least, f"{prefix}{key}", f"must be at least {least}, got {shown(value)}")
         require(value <= most, f"{prefix}{key}", f"must be at most {most}, got {shown(value)}")
 
@@ -50,9 +62,11 @@ def require_share(config: Any, prefix: str, keys: tuple[str, ...], *, below_one:
 def require_finite(
     config: Any, prefix: str, keys: tuple[str, ...], *, positive: bool = False, most: float = math.inf
 ) -> None:
-    """Require finite numbers of at least 0, or with `positive` above 0, and of at most `most`."""
+    """Require finite numbers of at least 0, or with `positive` above 0, and of at most `most`; or null."""
     for key in keys:
         value = getattr(config, key)
+        if value is None:
+            continue
         good = math.isfinite(value) and (value > 0 if positive else value >= 0)
         require(good, f"{prefix}{key}", f"must be {'positive' if positive else 'at least 0'} and finite, got {value}")
         require(value <= most, f"{prefix}{key}", f"must be at most {most:g}, got {value}")
@@ -64,8 +78,11 @@ def check_types(config: Any, prefix: str = "") -> None:
     Raises:
         ConfigError: naming the key, if a value has another type than its field.
     """
-    for name, hint in get_type_hints(type(config)).items():
+    for name, annotation in get_type_hints(type(config)).items():
         value, key = getattr(config, name), f"{prefix}{name}"
+        hint, optional = without_none(annotation)
+        if value is None and optional:
+            continue
         if isinstance(hint, type) and issubclass(hint, Enum):
             try:
                 setattr(config, name, hint(value))

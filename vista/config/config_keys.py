@@ -14,11 +14,11 @@ import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from vista.config.checks import without_none
 from vista.config.conversion import to_dict
 
 
@@ -71,7 +71,7 @@ class ConfigKeys:
         docs = _docs_of_fields(schema)
         place = {name: number for number, name in enumerate(schema.__annotations__)}
         for field in sorted(dataclasses.fields(schema), key=lambda field: place.get(field.name, len(place))):
-            name, inner, optional = prefix + field.name, *_without_none(hints[field.name])
+            name, inner, optional = prefix + field.name, *without_none(hints[field.name])
             if dataclasses.is_dataclass(inner):
                 assert isinstance(inner, type)
                 self.sections[name] = ConfigSection(name, inner, optional)
@@ -94,18 +94,9 @@ class ConfigKeys:
         return list(dict.fromkeys(matches))[:3]
 
 
-def _without_none(hint: Any) -> tuple[Any, bool]:
-    """`X | None` -> (X, True); any other type -> (itself, False)."""
-    if get_origin(hint) in (Union, UnionType):
-        inner = [arg for arg in get_args(hint) if arg is not NoneType]
-        if len(inner) == 1:
-            return inner[0], True
-    return hint, False
-
-
 def type_text(hint: Any) -> str:
     """A type as it is shown to users."""
-    inner, optional = _without_none(hint)
+    inner, optional = without_none(hint)
     if get_origin(inner) is list:
         text = f"[{type_text(get_args(inner)[0])}, ...]"
     elif issubclass(inner, Enum):
