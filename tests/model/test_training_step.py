@@ -18,6 +18,7 @@ from vista.config.choices import Decay, Mixing, Precision, TargetAttentionKind
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
+from vista.training.optimizers import Optimizers
 from vista.training.trainer import Trainer
 
 DIM, NUM_ITEMS = 16, 500
@@ -43,7 +44,7 @@ def trainer(log: EventLog, run_dir: Path, num_rows: int) -> Trainer:
     )
     made = Trainer(config, log)
     made.model.item_table = nn.Parameter(torch.randn(num_rows, DIM) * DIM**-0.5)
-    made.optimizers.table = torch.optim.SparseAdam([made.model.item_table], lr=1e-3, betas=(0.9, 0.98))
+    made.optimizers = Optimizers(made.model, config.optim)
     made.source = BatchSource(log, 1 + np.arange(log.num_items) * ((num_rows - 1) // log.num_items), config)
     made.model.train()
     return made

@@ -15,6 +15,8 @@ class OptimConfig:
     """Peak learning rate, reached after the warm-up and followed by cosine decay."""
     weight_decay: float = 0.01
     """Decoupled weight decay (AdamW) of the network. The item table has none."""
+    table_rate: float = 1.0
+    """Learning rate of the item table, as a multiple of the network's. 0 keeps the table as it is before training."""
     warmup_steps: int = 100
     """Number of steps over which the learning rate rises linearly to its peak."""
     gradient_clip: float = 1.0
@@ -43,7 +45,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_types(self, "optim.")
         require_finite(self, "optim.", ("learning_rate", "gradient_clip"), positive=True)
-        require_finite(self, "optim.", ("weight_decay", "next_weight", "task_weight", "reconstruction_weight"))
+        weights = ("next_weight", "task_weight", "reconstruction_weight")
+        require_finite(self, "optim.", ("weight_decay", "table_rate", *weights))
         counts = ("epochs", "warmup_steps", "patience", "validate_every", "validation_users")
         require_counts(self, "optim.", counts, least=0)
         require(self.task_weight > 0 or not self.tasks, "optim.tasks", "needs optim.task_weight above 0; set that to 1")

@@ -13,6 +13,8 @@ from vista.model.ranking_model import RankingModel
 BETAS = (0.9, 0.98)
 FINAL_RATE = 0.01
 """Share of the learning rate that remains at the end."""
+FACTOR = "rate_factor"
+"""Key of a parameter group: its learning rate as a multiple of the network's."""
 
 
 class Optimizers:
@@ -27,25 +29,29 @@ class Optimizers:
         is_decayed = {id(p) for p in decayed}
         plain = [p for p in self._dense if id(p) not in is_decayed]
         self.dense = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            [
+                {"params": decayed, "weight_decay": optim.weight_decay, FACTOR: 1.0},
+                {"params": plain, "weight_decay": 0.0, FACTOR: 1.0},
+            ],
             lr=optim.learning_rate,
             betas=BETAS,
         )
-        self.table = torch.optim.SparseAdam([model.item_table], lr=optim.learning_rate, betas=BETAS)
+        self.table = torch.optim.SparseAdam(
+            [{"params": [model.item_table], FACTOR: optim.table_rate}], lr=optim.learning_rate, betas=BETAS
+        )
 
     def schedule(self, step: int, share_done: float) -> float:
-        """Set the learning rate, and return it: linear warm-up, then a cosine down to FINAL_RATE.
+        """Set the learning rates, and return the network's: linear warm-up, then a cosine down to FINAL_RATE.
 
         Args:
             step: steps done.
             share_done: share of the training that is done.
         """
-        optim = self._optim
-        warm = min(1.0, (step + 1) / max(optim.warmup_steps, 1))
+        warm = min(1.0, (step + 1) / max(self._optim.warmup_steps, 1))
         cosine = 0.5 * (1 + math.cos(math.pi * min(share_done, 1.0)))
-        rate = optim.learning_rate * warm * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
+        rate = self._optim.learning_rate * warm * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
         for group in (*self.dense.param_groups, *self.table.param_groups):
-            group["lr"] = rate
+            group["lr"] = rate * group[FACTOR]
         return rate
 
     def backward(self, loss: Tensor) -> float:

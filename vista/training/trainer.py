@@ -130,6 +130,8 @@ class Trainer:
         else:
             self.model = downstream.model(schema)
         self.model.to(self.device)
+        if config.optim.table_rate == 0:
+            self.model.item_table.requires_grad_(False)
         item_rows = self.model.rows_of(log.items)
         self.source = BatchSource(log, item_rows, config, downstream.summaries if downstream is not None else None)
         self.validation = _validation(log, item_rows, config)
