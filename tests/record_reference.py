@@ -7,14 +7,20 @@ from typing import Any
 import numpy as np
 
 from vista.config.choices import Codec
+from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.record_spec import HEADER
 
 
-def decode_record_reference(record: bytes) -> dict[str, Any]:
+def decode_record_reference(record: bytes, counters: CounterLayout | None = None) -> dict[str, Any]:
     """Decode one record; the checksum and lengths are not checked.
 
+    Args:
+        record: the stored value.
+        counters: how the record's counters are stored.
+
     Returns:
-        Every header field by name, `summary` [K, d] float32, and `items`, `times`, `actions` of the tail.
+        Every header field by name; `summary` [K, d] float32; `items`, `times`, `actions` of the tail; and `counters`, a
+        dict from keys to lists of codes for each field.
     """
     header = np.frombuffer(record, dtype=HEADER, count=1)[0]
     fields: dict[str, Any] = {name: header[name].item() for name in HEADER.names or () if name != "summarizer_id"}
@@ -39,9 +45,22 @@ def decode_record_reference(record: bytes) -> dict[str, Any]:
             summary[token] = values * scale + bias  # The float64 product is exact: one rounding, to float32.
             position += dim + 8
     fields["summary"] = summary
-    for name, dtype in (("items", "<i4"), ("times", "<i8"), ("actions", "u1")):
+    fields["counters"] = []
+    for key_bytes in counters.key_bytes if counters else ():
+        size, position = int.from_bytes(record[position : position + 2], "little"), position + 2
+        held = {}
+        for _ in range(size):
+            key, position = int.from_bytes(record[position : position + key_bytes], "little"), position + key_bytes
+            bits = int.from_bytes(record[position : position + counters.code_bytes], "little")
+            held[key] = [bits >> 6 * column & 63 for column in range(counters.spec.num_columns)]
+            position += counters.code_bytes
+        fields["counters"].append(held)
+    short_times = fields["flags"] & 2
+    for name, dtype in (("items", "<i4"), ("times", "<u4" if short_times else "<i8"), ("actions", "u1")):
         fields[name] = np.frombuffer(record, dtype, length, position)
         position += np.dtype(dtype).itemsize * length
+    if short_times:
+        fields["times"] = fields["last_event_ts"] - fields["times"].astype(np.int64)
     return fields
 
 

@@ -26,7 +26,7 @@ RUN = Run(total=8)
 VALUES = 10
 CHECKED = (
     *("magic", "format_version", "header_length", "flags", "codec", "tokens", "dim", "scale_dtype", "payload_length"),
-    *("generation", "summarizer_id", "key_hash", "tail_length", "reserved"),
+    *("generation", "summarizer_id", "key_hash", "tail_length", "counters_length"),
 )
 """Header fields that a reader checks against its own; the others describe the refreshed history and may differ."""
 DATA = ("created_at", "last_event_ts", "event_count", "applied_segment", "history_digest")
@@ -94,7 +94,7 @@ MANIFEST_FIELDS: dict[str, Callable[[Trial], Any]] = {
     "dim": lambda trial: trial.random.choice([8, 15, 17, 32]),
     "codec": lambda trial: "float32",
     "generation": lambda trial: trial.random.randrange(2, 9),
-    "format_version": lambda trial: trial.random.choice([0, 2, 9]),
+    "format_version": lambda trial: trial.random.choice([0, 1, 9]),
 }
 
 

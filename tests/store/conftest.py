@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vista.counters.counter_codes import CounterCodes
+from vista.counters.counter_spec import CounterSpec
 from vista.errors import StoreError
 from vista.store import Manifest, RecordSpec, StoreWriter, Tail, UserSummaries, encode_records, user_keys
+from vista.store.format.counter_layout import CounterLayout
 from vista.store.update import StoreUpdate
 
 NUM_TOKENS, DIM = 2, 8
+COUNTERS = CounterLayout.of(CounterSpec(("item", "genre"), (4, 2)), [60_000, 20])
 
 
 def summarizer(name: str = "a") -> bytes:
@@ -50,6 +54,18 @@ def summaries(users: range, salt: int = 0) -> np.ndarray:
     return (place + np.array(users, dtype=np.float32)[:, None, None] + 1000 * salt).astype(np.float32)
 
 
+def counters(users: range, layout: CounterLayout, salt: int = 0) -> tuple[CounterCodes, ...]:
+    """Counters of user u with u % 5 items, at most 4, and u % 3 genres."""
+    fields = []
+    for lengths in (np.minimum(np.array(users) % 5, 4), np.array(users) % 3):
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+        codes = (place[:, None] + np.arange(layout.spec.num_columns) + salt) % 64
+        clock = np.array(users, np.int64) + 5
+        fields.append(CounterCodes(layout.spec, (1 + place).astype(np.int32), codes.astype(np.uint8), offsets, clock))
+    return tuple(fields)
+
+
 def records_of(users: range, spec: RecordSpec, salt: int = 0) -> tuple[list[bytes], list[bytes]]:
     """Keys and records; the tail of user u holds u % 4 events."""
     lengths = np.array(users) % 4
@@ -69,6 +85,7 @@ def records_of(users: range, spec: RecordSpec, salt: int = 0) -> tuple[list[byte
             event_count=np.array(users, dtype=np.int64),
             last_event_ts=np.array(users, dtype=np.int64) + 5,
             history_digest=np.array(users, dtype=np.uint64),
+            counters=() if spec.counters is None else counters(users, spec.counters, salt),
         ),
         spec,
     )
@@ -103,6 +120,8 @@ def build() -> SimpleNamespace:
         put_users=put_users,
         records_of=records_of,
         update=update,
+        counters=counters,
+        layout=COUNTERS,
         summaries=summaries,
         summarizer=summarizer,
         write_store=write_store,

@@ -394,3 +394,32 @@ def test_a_map_that_another_writer_grew_is_followed(tmp_path):
     assert child.exitcode == 0
     assert reader.read(lambda transaction: len(transaction.get(b"999"))) == 4000
     reader.release()
+
+
+def test_counters_of_batches_with_gaps_and_repetitions(tmp_path, build):
+    """Users without a record have no counters; users are read in parts of 1,024."""
+    build.write_store(tmp_path, counters=build.layout.to_dict())
+    users = [*range(-3, 43), 7, 7, *([5] * 2000), -1, 8]
+    with StoreReader.open(tmp_path) as store:
+        batch = store.get_many(users)
+        assert store.get_many([]).counters[0].offsets.tolist() == [0]
+    written = build.counters(range(40), build.layout)
+    for read, expected in zip(batch.counters, written, strict=True):
+        assert read.spec == build.layout.spec and len(read.clock) == len(users)
+        for row, user in enumerate(users):
+            one = read.select(np.array([row]))
+            known = 0 <= user < 40
+            assert one.key.tolist() == (expected.select(np.array([user])).key.tolist() if known else [])
+            assert one.codes.tolist() == (expected.select(np.array([user])).codes.tolist() if known else [])
+            assert one.clock.tolist() == [user + 5 if known else 0]
+
+
+def test_counters_of_spread_and_removed_users(tmp_path, build):
+    build.write_store(tmp_path, counters=build.layout.to_dict())
+    with StoreReader.open(tmp_path) as store:
+        batch = store.get_many([2, 3, 4])
+    spread = batch.spread(np.array([0, 2, 5]), 6).counters[0]
+    assert np.diff(spread.offsets).tolist() == [2, 0, 3, 0, 0, 4] and spread.clock.tolist() == [7, 0, 8, 0, 0, 9]
+    left = batch.without(np.array([False, True, False])).counters[0]
+    assert np.diff(left.offsets).tolist() == [2, 0, 4] and left.clock.tolist() == [7, 0, 9]
+    np.testing.assert_array_equal(left.codes, batch.counters[0].select(np.array([0, 2])).codes)

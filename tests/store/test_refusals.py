@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from vista.counters.counter_spec import CounterSpec
 from vista.errors import RecordError, StoreError, UserKeyError
 from vista.store import StoreReader, user_keys
 from vista.store.admin.rollback import roll_back
@@ -113,9 +114,11 @@ def test_ids_that_are_too_long(tmp_path, build):
         ({"num_tokens": 65_535, "dim": 65_535}, "do not fit a record"),
         ({"summarizer_id": "zz" * 32}, "summarizer_id: expected 64 hex digits"),
         ({"summarizer_id": "00"}, "summarizer_id: expected 64 hex digits"),
-        ({"format_version": 2}, "format version 2, but this version of vista reads 1"),
+        ({"format_version": 1}, "format version 1, but this version of vista reads 2"),
         ({"dim": "8"}, "another version of vista, or is damaged"),
         ({"surplus": 1}, "surplus"),
+        ({"counters": {"key_bytes": [2]}}, "the field 'spec' is missing"),
+        ({"counters": {"spec": CounterSpec().to_dict(), "key_bytes": []}}, "key_bytes: expected 1 to 4"),
     ],
 )
 def test_an_invalid_manifest_with_a_valid_checksum(tmp_path, build, change, named):

@@ -194,11 +194,18 @@ def _record_text(user: int | str, raw: RawRecords, reader: GenerationReader, mod
         "summary": f"{summary.shape[0]} x {summary.shape[1]} {manifest.codec}",
         "payload": f"{header['payload_length']} bytes",
         "norms of rows": " ".join(f"{norm:.3f}" for norm in norms.tolist()) or "none",
+        **({"counted keys": _counted(raw)} if raw.counters else {}),
         "tail": f"{len(items)} events, oldest first (item, time, action code)",
     }
     lines = [f"user {user!r}", *(f"  {name + ':':<19}{value}" for name, value in fields.items())]
     events = zip(items, raw.tail.times.tolist(), raw.tail.actions.tolist(), strict=True)
     return "\n".join([*lines, *(f"    {item}  {_time(time)}  {action}" for item, time, action in events)])
+
+
+def _counted(raw: RawRecords) -> str:
+    """Number of counted keys per field, of one record."""
+    spec = raw.counters[0].spec
+    return ", ".join(f"{len(one.key)} ({field})" for field, one in zip(spec.fields, raw.counters, strict=True))
 
 
 def _item_ids(folder: str, raw: RawRecords, reader: GenerationReader) -> list[Any]:

@@ -14,8 +14,9 @@ import xxhash
 
 from vista.config.choices import Codec, StateDtype
 from vista.errors import StoreError, UnfinishedError, shown
-from vista.json_fields import check_fields, either, hexadecimal, list_of, one_of, text, whole
+from vista.json_fields import TABLE, check_fields, either, hexadecimal, list_of, one_of, text, whole
 from vista.store.format.authentication import key_id
+from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.keys import COMPLETE_KEY, CURSOR_KEY, KINDS, MANIFEST_KEY, common_kind, kinds_of
 from vista.store.format.record import sum_of_checksums
 from vista.store.format.record_spec import FORMAT_VERSION, MAX_RECORD_BYTES, RecordSpec
@@ -47,6 +48,7 @@ _RULES = {
     "format_version": one_of(FORMAT_VERSION),
     "state_dtype": one_of(*(dtype.value for dtype in StateDtype)),
     "state_shape": list_of(whole(0, 65_535), 3, 3),
+    "counters": either(TABLE, one_of(None)),
     "log_digest": text(),
     "going_to": whole(),
     "going_to_digest": text(),
@@ -93,6 +95,8 @@ class Manifest:
     state_dtype: str = StateDtype.none.value
     state_shape: tuple[int, int, int] = (0, 0, 0)
     """Layers, heads and head dim of a state."""
+    counters: dict[str, Any] | None = None
+    """How counters are stored, from `CounterLayout.to_dict`; None if the generation has no counters."""
     log_digest: str = ""
     """Digest of the log's sources up to `applied_segment` (`EventLog.sources_digest`); another log is refused."""
     going_to: int = 0
@@ -135,6 +139,7 @@ class Manifest:
             codec=Codec(self.codec),
             created_at=self.created_at,
             applied_segment=self.applied_segment,
+            counters=None if self.counters is None else CounterLayout.from_dict(self.counters),
             key=key,
         )
 

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.errors import StoreClosedError, StoreError, SummarizerMismatchError, UserKeyError
+from vista.store.batch_assembly import assembled
 from vista.store.format.keys import INT_PREFIX, STR_PREFIX, user_id, user_keys
-from vista.store.format.record import RawRecords, check_keys, decode_rows, read_records
+from vista.store.format.record import RawRecords, check_keys, read_records
 from vista.store.format.record_spec import RecordSpec
 from vista.store.format.state_record import StateArrays, StateSpec, decode_states
 from vista.store.layout import (
@@ -34,8 +35,7 @@ from vista.store.layout import (
 from vista.store.lmdb.environment import SharedEnvironment, exclusive
 from vista.store.lmdb.transactions import walk
 from vista.store.manifest import Manifest, read_manifest
-from vista.store.stored_batch import NO_TIMESTAMP, StoredBatch
-from vista.store.tail import Tail
+from vista.store.stored_batch import StoredBatch
 
 _READ_RECORDS = 1024
 """Most records per read transaction, so that transactions stay short for any batch size."""
@@ -49,16 +49,17 @@ class _Generation:
     manifest: Manifest
     spec: RecordSpec
 
-    def read(self, keys: list[bytes]) -> tuple[NDArray[np.int64], RawRecords]:
-        """Positions of the keys that have a record, and their records."""
+    def read(self, all_keys: list[bytes], first: int) -> tuple[NDArray[np.int64], RawRecords]:
+        """Positions of the keys that have a record, and their records, of _READ_RECORDS keys from `first`."""
+        keys = all_keys[first : first + _READ_RECORDS]
 
         def copy(transaction: lmdb.Transaction[memoryview]) -> tuple[NDArray[np.int64], RawRecords]:
             values = [transaction.get(key) for key in keys]
             present = [value for value in values if value is not None]
             if len(present) == len(keys):
-                return np.arange(len(keys)), read_records(present, keys, self.spec)
+                return first + np.arange(len(keys)), read_records(present, keys, self.spec)
             rows = [row for row, value in enumerate(values) if value is not None]
-            return np.array(rows, dtype=np.int64), read_records(present, [keys[row] for row in rows], self.spec)
+            return first + np.array(rows, np.int64), read_records(present, [keys[row] for row in rows], self.spec)
 
         return self.environment.read(copy)
 
@@ -143,12 +144,12 @@ class StoreReader:
             _require_kind(keys, opened.manifest)
             try:
                 firsts = range(0, max(len(keys), 1), _READ_RECORDS)
-                parts = [opened.read(keys[first : first + _READ_RECORDS]) for first in firsts]
+                parts = [opened.read(keys, first) for first in firsts]
             except StoreClosedError:
                 if self._opened is opened:
                     raise
                 continue  # Another thread reloaded meanwhile: read the whole batch from the new generation.
-            return _assemble(len(keys), parts, opened.spec)
+            return assembled(len(keys), parts, opened.spec)
 
     def states(self, user_ids: Sequence[int] | Sequence[str]) -> tuple[NDArray[np.int64], StateArrays] | None:
         """Rows of the users who have a state, and these states; None if the generation keeps no states.
@@ -346,43 +347,3 @@ def _require_kind(keys: list[bytes], manifest: Manifest) -> None:
         for key in keys:
             if not key.startswith(prefix):
                 raise UserKeyError(f"user {user_id(key)!r}: the user ids of the store are of type {manifest.user_kind}")
-
-
-def _assemble(num_users: int, parts: list[tuple[NDArray[np.int64], RawRecords]], spec: RecordSpec) -> StoredBatch:
-    rows = _join([_READ_RECORDS * part + positions for part, (positions, _) in enumerate(parts)])
-    headers = _join([raw.headers for _, raw in parts])
-    if len(parts) == 1 and len(rows) == num_users:
-        summary = decode_rows(parts[0][1], spec)
-    else:
-        summary = np.zeros((num_users, spec.num_tokens, spec.dim), dtype=np.float32)
-        for part, (positions, raw) in enumerate(parts):
-            summary[_READ_RECORDS * part + positions] = decode_rows(raw, spec)
-
-    def column(name: str, missing: int, dtype: Any = np.int64) -> NDArray[Any]:
-        values = np.full(num_users, missing, dtype=dtype)
-        values[rows] = headers[name]
-        return values
-
-    offsets = np.zeros(num_users + 1, dtype=np.int64)
-    np.cumsum(column("tail_length", 0), out=offsets[1:])
-    has_record = np.zeros(num_users, dtype=np.bool_)
-    has_record[rows] = True
-    tails = [raw.tail for _, raw in parts]
-    return StoredBatch(
-        found=has_record,
-        summary=summary,
-        tail=Tail(
-            _join([tail.items for tail in tails]),
-            _join([tail.times for tail in tails]),
-            _join([tail.actions for tail in tails]),
-            offsets,
-        ),
-        event_count=column("event_count", 0),
-        last_event_ts=column("last_event_ts", NO_TIMESTAMP),
-        created_at=column("created_at", NO_TIMESTAMP),
-        history_digest=column("history_digest", 0, np.uint64),
-    )
-
-
-def _join(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from vista.errors import StoreError
 from vista.log.histories import ranges
+from vista.store.batch_assembly import joined_counters
 from vista.store.format.keys import common_kind, user_keys
 from vista.store.layout import store_path
 from vista.store.manifest import Manifest
@@ -64,7 +65,7 @@ class ShardedReader:
                 readers.append(StoreReader.open(path, summarizer_id=summarizer_id, key=key, tail_len=tail_len))
             first = readers[0].manifest
             for reader in readers[1:]:
-                for field in ("summarizer_id", "num_tokens", "dim", "until"):
+                for field in ("summarizer_id", "num_tokens", "dim", "until", "counters"):
                     if getattr(reader.manifest, field) != getattr(first, field):
                         raise StoreError(
                             f"{reader.path}: {field} differs from that of shard 0; refresh all shards alike"
@@ -162,4 +163,7 @@ def _in_order(batches: Sequence[StoredBatch], place: NDArray[np.int64]) -> Store
         last_event_ts=column("last_event_ts"),
         created_at=column("created_at"),
         history_digest=column("history_digest"),
+        counters=tuple(
+            joined_counters(fields).select(place) for fields in zip(*(batch.counters for batch in batches), strict=True)
+        ),
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.counters.counter_codes import CounterCodes
 from vista.store.tail import Tail
 
 NO_TIMESTAMP = -(1 << 63)
@@ -35,6 +37,9 @@ class StoredBatch:
     """[B] start of the refresh, ms; NO_TIMESTAMP if not found."""
     history_digest: NDArray[np.uint64]
     """[B]; 0 if not found."""
+    counters: tuple[CounterCodes, ...] = ()
+    """Counters as of the refresh, one per field of their spec; without keys if not found. Empty if the store keeps no
+    counters."""
 
     def expired(self, now_ms: int, refreshed_at: int, max_age_ms: int) -> NDArray[np.bool_]:
         """Whether each user's record is older than `max_age_ms`, or dated in the future, [B].
@@ -55,29 +60,43 @@ class StoredBatch:
             spread[rows] = values
             return spread
 
-        offsets = np.zeros(num_users + 1, np.int64)
-        np.cumsum(column(np.diff(self.tail.offsets)), out=offsets[1:])
+        def spread_offsets(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+            return _offsets(column(np.diff(offsets)))
+
         return StoredBatch(
             found=column(self.found),
             summary=column(self.summary),
-            tail=Tail(self.tail.items, self.tail.times, self.tail.actions, offsets),
+            tail=dataclasses.replace(self.tail, offsets=spread_offsets(self.tail.offsets)),
             event_count=column(self.event_count),
             last_event_ts=column(self.last_event_ts, NO_TIMESTAMP),
             created_at=column(self.created_at, NO_TIMESTAMP),
             history_digest=column(self.history_digest),
+            counters=tuple(
+                dataclasses.replace(one, offsets=spread_offsets(one.offsets), clock=column(one.clock))
+                for one in self.counters
+            ),
         )
 
     def without(self, users: NDArray[np.bool_]) -> StoredBatch:
         """The same batch, as if the marked users [B] had no record."""
         if not users.any():
             return self
-        lengths = np.diff(self.tail.offsets)
-        kept = np.repeat(~users, lengths)
-        offsets = np.concatenate([[0], np.cumsum(np.where(users, 0, lengths))]).astype(np.int64)
+
+        def remaining(offsets: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+            """Which entries stay, and their offsets."""
+            lengths = np.diff(offsets)
+            return np.repeat(~users, lengths), _offsets(np.where(users, 0, lengths))
 
         def cleared(values: NDArray[Any], missing: int) -> NDArray[Any]:
             return np.where(users.reshape(-1, *[1] * (values.ndim - 1)), values.dtype.type(missing), values)
 
+        kept, offsets = remaining(self.tail.offsets)
+        counters = []
+        for one in self.counters:
+            kept_keys, key_offsets = remaining(one.offsets)
+            counters.append(
+                CounterCodes(one.spec, one.key[kept_keys], one.codes[kept_keys], key_offsets, cleared(one.clock, 0))
+            )
         return StoredBatch(
             found=self.found & ~users,
             summary=cleared(self.summary, 0),
@@ -86,4 +105,11 @@ class StoredBatch:
             last_event_ts=cleared(self.last_event_ts, NO_TIMESTAMP),
             created_at=cleared(self.created_at, NO_TIMESTAMP),
             history_digest=cleared(self.history_digest, 0),
+            counters=tuple(counters),
         )
+
+
+def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets

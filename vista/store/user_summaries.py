@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.counters.counter_codes import CounterCodes
 from vista.store.format.state_record import StateArrays
 from vista.store.tail import Tail
 
@@ -27,6 +28,8 @@ class UserSummaries:
     """[N] time of the newest of these events; NO_TIMESTAMP without events."""
     history_digest: NDArray[np.uint64]
     """[N] digests of these events, from `vista.store.format.digest.history_digests`."""
+    counters: tuple[CounterCodes, ...] = ()
+    """The counters of the N users, one for each field; empty if the model has no counters."""
     states: StateArrays | None = None
     """The states of the N users; None if the store keeps no states."""
 
@@ -43,5 +46,6 @@ class UserSummaries:
             event_count=self.event_count[one],
             last_event_ts=self.last_event_ts[one],
             history_digest=self.history_digest[one],
+            counters=tuple(one.select(np.array([row])) for one in self.counters),
             states=None if self.states is None else self.states[one],
         )

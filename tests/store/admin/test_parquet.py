@@ -63,6 +63,22 @@ def test_columns_match_the_store(tmp_path, build, codec):
         assert table[name] == [part.tolist() for part in parts]
 
 
+def test_counters_are_columns_too(tmp_path, build):
+    build.write_store(tmp_path / "store", counters=build.layout.to_dict())
+    export_store(tmp_path / "store", tmp_path / "out.parquet")
+    table = pq.read_table(tmp_path / "out.parquet").to_pydict()
+    with StoreReader.open(tmp_path / "store") as store:
+        items, genres = store.get_many(table["user"]).counters
+    for user in range(40):
+        parts = [one.select(np.array([user])) for one in (items, genres)]
+        assert table["counter_field"][user] == [0] * len(parts[0].key) + [1] * len(parts[1].key)
+        assert table["counter_key"][user] == [*parts[0].key.tolist(), *parts[1].key.tolist()]
+        values = np.concatenate([part.values().reshape(-1) for part in parts]).astype(np.float32)
+        assert table["counter_value"][user] == values.tolist()
+    import_store(tmp_path / "out.parquet", tmp_path / "new", parser=PARSER)
+    assert records(tmp_path / "new") == records(tmp_path / "store")
+
+
 @pytest.mark.parametrize("key", [None, KEY], ids=["plain", "keyed"])
 @pytest.mark.parametrize("codec", Codec)
 def test_import_restores_the_records_with_a_new_generation(tmp_path, build, codec, key):

@@ -31,7 +31,7 @@ TAIL = Tail(
 
 GOLDEN_HEADER = (
     "5653554d"  # magic "VSUM"
-    "0100"  # format version
+    "0200"  # format version
     "8000"  # header length
     "00000000"  # flags
     "{codec}0002000400{scale}00"  # codec, tokens, dim, scale dtype
@@ -45,13 +45,13 @@ GOLDEN_HEADER = (
     "0300000000000000"  # applied segment
     "efcdab8967452301"  # history digest
     "02000000"  # tail length
-    "00000000"  # reserved
+    "00000000"  # counters length
     "{checksum}"
 )
 GOLDEN_TAIL = "0900000001000000ffffffffffffffff000000000001000000ff"
 GOLDEN_INT8 = (
     GOLDEN_HEADER.format(
-        codec="01", scale="01", payload="32000000", key_hash="a624af5bb76f6e4f", checksum="6af3a90d25592ca5"
+        codec="01", scale="01", payload="32000000", key_hash="a624af5bb76f6e4f", checksum="1f584b2142739785"
     )
     + "000102ff"
     "0000803f"
@@ -63,21 +63,21 @@ GOLDEN_INT8 = (
 )
 GOLDEN_FLOAT32 = (
     GOLDEN_HEADER.format(
-        codec="00", scale="00", payload="3a000000", key_hash="a624af5bb76f6e4f", checksum="2c57f57c2ac92e4f"
+        codec="00", scale="00", payload="3a000000", key_hash="a624af5bb76f6e4f", checksum="7d16486fd57e0123"
     )
     + "000000000000803f0000004000007f43"
     "000080bf0000803e0000003f0000803f" + GOLDEN_TAIL
 )
 GOLDEN_FLOAT16 = (
     GOLDEN_HEADER.format(
-        codec="02", scale="00", payload="2a000000", key_hash="a624af5bb76f6e4f", checksum="9f985b4192cfe72e"
+        codec="02", scale="00", payload="2a000000", key_hash="a624af5bb76f6e4f", checksum="a0e0c7ffe518540b"
     )
     + "0000003c0040f85b"
     "00bc00340038003c" + GOLDEN_TAIL
 )
 GOLDEN_INT4 = (
     GOLDEN_HEADER.format(
-        codec="03", scale="02", payload="26000000", key_hash="a624af5bb76f6e4f", checksum="507c248e1f4126c1"
+        codec="03", scale="02", payload="26000000", key_hash="a624af5bb76f6e4f", checksum="d9fdffd6c3c2c814"
     )
     + "00f0"  # two values per byte, the first one in the low half
     "404c"
@@ -146,7 +146,7 @@ def test_header_offsets_match_the_documentation():
         "applied_segment": 96,
         "history_digest": 104,
         "tail_length": 112,
-        "reserved": 116,
+        "counters_length": 116,
         "checksum": 120,
     }
 

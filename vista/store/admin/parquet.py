@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from vista.counters.counter_codes import CounterCodes
 from vista.errors import DataError, StoreError, shown
 from vista.files import check_replaceable, sync
 from vista.log.ingest.source_parser import SourceParser
@@ -61,7 +62,9 @@ def export_store(
     """Write the published generation to a Parquet file, atomically.
 
     Columns: `user` (int64, or string), `event_count`, `last_event_ts` (null without events), `tail_item` (model rows
-    int32), `tail_time` int64, `tail_action` uint8, `summary` (K * d float32, decoded), `key` and `record` (bytes).
+    int32), `tail_time` int64, `tail_action` uint8, `summary` (K * d float32, decoded), `key` and `record` (bytes). With
+    counters also `counter_field` uint8 (number of the key's field), `counter_key` int32, and `counter_value` (F float32
+    per key, decoded).
 
     Args:
         root: the store's folder.
@@ -82,7 +85,7 @@ def _export(root: Path, generation: int, out: Path, key: bytes | None, group_byt
     check_structure(environment_path(root, generation))
     with open_generation(root, generation, key) as source:
         tally, written, errors = source.tally(), Tally(), []
-        schema = _schema(source.manifest.user_kind)
+        schema = _schema(source)
 
         def frames(*_: Any) -> Iterator[pl.DataFrame]:
             try:
@@ -187,15 +190,17 @@ def _import(file: Path, root: Path, key: bytes | None, permissions: Permissions,
     return PublishReport.of(root, manifest.generation, manifest.count)
 
 
-def _schema(user_kind: str | None) -> dict[str, Any]:
+def _schema(source: GenerationReader) -> dict[str, Any]:
+    counted = {"counter_field": pl.UInt8, "counter_key": pl.Int32, "counter_value": pl.Float32}
     return {
-        "user": pl.Int64 if user_kind == "int" else pl.String,
+        "user": pl.Int64 if source.manifest.user_kind == "int" else pl.String,
         "event_count": pl.Int64,
         "last_event_ts": pl.Int64,
         "tail_item": pl.List(pl.Int32),
         "tail_time": pl.List(pl.Int64),
         "tail_action": pl.List(pl.UInt8),
         "summary": pl.List(pl.Float32),
+        **({} if source.spec.counters is None else {name: pl.List(dtype) for name, dtype in counted.items()}),
         "key": pl.Binary,
         "record": pl.Binary,
     }
@@ -214,6 +219,7 @@ def _frame(keys: list[bytes], records: list[bytes], source: GenerationReader, sc
         "tail_time": _lists(raw.tail.times, bounds),
         "tail_action": _lists(raw.tail.actions, bounds),
         "summary": decode_rows(raw, source.spec).reshape(len(keys), -1),
+        **_counter_columns(raw.counters),
         "key": keys,
         "record": records,
     }
@@ -223,6 +229,21 @@ def _frame(keys: list[bytes], records: list[bytes], source: GenerationReader, sc
     )
 
 
+def _counter_columns(counters: Sequence[CounterCodes]) -> dict[str, list[NDArray[Any]]]:
+    """Columns of the counters, whose fields are one after another for each user; none without counters."""
+    if not counters:
+        return {}
+    order = np.argsort(np.concatenate([one.owner for one in counters]), kind="stable")
+    number = np.repeat(np.arange(len(counters), dtype=np.uint8), [len(one.key) for one in counters])
+    key, values = np.concatenate([one.key for one in counters]), np.concatenate([one.values() for one in counters])
+    bounds = np.add.reduce([one.offsets for one in counters])[1:-1]
+    return {
+        "counter_field": _lists(number[order], bounds),
+        "counter_key": _lists(key[order], bounds),
+        "counter_value": _lists(values[order].astype(np.float32).reshape(-1), bounds * values.shape[1]),
+    }
+
+
 def _lists(values: NDArray[Any], bounds: NDArray[np.int64]) -> list[NDArray[Any]]:
     return np.split(values, bounds)
 
@@ -230,6 +251,8 @@ def _lists(values: NDArray[Any], bounds: NDArray[np.int64]) -> list[NDArray[Any]
 def _group_rows(source: GenerationReader, group_bytes: int) -> int:
     spec = source.spec
     size = 4 * spec.num_tokens * spec.dim + spec.rows_bytes + 26 * source.manifest.tail_len + 256
+    if spec.counters is not None:
+        size += sum(spec.counters.spec.keys) * (8 + 5 * spec.counters.spec.num_columns)
     return max(1, group_bytes // size)
 
 

@@ -1,4 +1,4 @@
-"""The bytes of one user's record: 128-byte header, K summary rows, tail, code (docs/reference/file-formats.md).
+"""The bytes of one user's record: header, K summary rows, counters, tail, code (docs/reference/file-formats.md).
 
 B users, K summary tokens, d model width, R bytes of all rows of one user, n events of one tail.
 """
@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from vista.counters.counter_codes import CounterCodes
 from vista.errors import RecordError
 from vista.store.format.authentication import CODE_BYTES, record_code
 from vista.store.format.codecs import (
@@ -24,6 +25,7 @@ from vista.store.format.codecs import (
     dequantize_rows,
     quantize_rows,
 )
+from vista.store.format.counters_section import counter_sizes, encode_counters, read_counters
 from vista.store.format.field_checks import check_field, user_of
 from vista.store.format.joined_records import JoinedRecords
 from vista.store.format.keys import user_id
@@ -35,19 +37,20 @@ from vista.store.format.record_spec import (
     HEADER_BYTES,
     MAGIC,
     MAX_RECORD_BYTES,
+    SHORT_TIMES,
     RecordSpec,
 )
-from vista.store.format.tail_section import TAIL_EVENT_BYTES, check_tail, encode_tails, read_tails
+from vista.store.format.tail_section import check_tail, encode_tails, event_bytes, have_short_times, read_tails
 from vista.store.tail import Tail
 from vista.store.user_summaries import UserSummaries
 
 _KEY_HASH_BYTES = slice(64, 72)
 _SHARED_FIELDS = (
-    *("magic", "format_version", "header_length", "flags", "codec", "tokens", "dim", "scale_dtype"),
-    *("generation", "summarizer_id", "reserved"),
+    *("magic", "format_version", "header_length", "codec", "tokens", "dim", "scale_dtype", "generation"),
+    "summarizer_id",
 )
 """Fields that are equal in all records of a generation; their bytes follow."""
-_SHARED_BYTES = np.r_[0:20, 24:64, 116:120]
+_SHARED_BYTES = np.r_[0:8, 12:20, 24:64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,8 @@ class RawRecords:
     rows: NDArray[np.uint8]
     """Bytes of all rows, [B, R]; possibly a strided view, which `decode_rows` makes contiguous."""
     tail: Tail
+    counters: tuple[CounterCodes, ...]
+    """One per field; empty if the generation has no counters."""
 
 
 def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
@@ -90,10 +95,16 @@ def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
             "written. Check the user's events and the model's weights"
         ) from error
 
-    tail_length = np.diff(np.asarray(tail.offsets, dtype=np.int64))
-    payload_length = spec.rows_bytes + TAIL_EVENT_BYTES * tail_length + spec.code_bytes
+    tail_length = np.diff(tail.offsets).astype(np.int64)
+    counters, short_times = [b""] * num_users, np.zeros(num_users, bool)
+    if spec.counters is not None:
+        counters = encode_counters(users.counters, spec.counters, num_users)
+        short_times = have_short_times(tail, users.last_event_ts)
+    counters_length = np.fromiter(map(len, counters), np.int64, num_users)
+    payload_length = spec.rows_bytes + counters_length + event_bytes(short_times) * tail_length + spec.code_bytes
     _require_size(HEADER_BYTES + payload_length, keys)
     headers = np.full(num_users, _template(spec))
+    headers["flags"] |= np.where(short_times, SHORT_TIMES, 0).astype(np.uint32)
     headers["payload_length"] = payload_length
     headers["key_hash"] = _key_hashes(keys)
     headers["created_at"] = spec.created_at
@@ -102,13 +113,15 @@ def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
     headers["applied_segment"] = spec.applied_segment
     headers["history_digest"] = users.history_digest
     headers["tail_length"] = tail_length
+    headers["counters_length"] = counters_length
 
     header_bytes, summary_bytes = headers.tobytes(), rows.reshape(-1).view(np.uint8).data
     size = spec.rows_bytes
     records = []
-    for index, tail_parts in enumerate(encode_tails(tail)):
+    for index, tail_parts in enumerate(encode_tails(tail, users.last_event_ts, short_times)):
         header = header_bytes[HEADER_BYTES * index : HEADER_BYTES * (index + 1)]
-        payload = [summary_bytes[size * index : size * (index + 1)], *tail_parts]
+        payload: list[bytes | memoryview]
+        payload = [summary_bytes[size * index : size * (index + 1)], counters[index], *tail_parts]
         records.append(seal_record(header, payload, keys[index], spec.key))
     return records
 
@@ -142,14 +155,12 @@ def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], sp
         RecordError: a value is truncated, corrupt, of another format, generation or summarizer; the message names the
             user and the field.
     """
-    copies = _checked_copies(values, keys, spec)
-    first = HEADER_BYTES + spec.rows_bytes
-    lengths = copies.headers["tail_length"].astype(np.int64)
-    tail = read_tails(copies, first, lengths)
-    rows = copies.cut(np.full_like(lengths, HEADER_BYTES), np.full_like(lengths, first)).reshape(
-        len(values), spec.rows_bytes
-    )
-    return RawRecords(copies.headers, rows, tail)
+    records, sizes = _checked(values, keys, spec)
+    headers, first = records.headers, HEADER_BYTES + spec.rows_bytes
+    rows = records.cut(HEADER_BYTES, first).reshape(len(values), spec.rows_bytes)
+    counters = () if spec.counters is None else read_counters(records, first, spec.counters, sizes)
+    tail_at = first + headers["counters_length"].astype(np.int64)
+    return RawRecords(headers, rows, read_tails(records, tail_at, headers["tail_length"].astype(np.int64)), counters)
 
 
 def decode_rows(raw: RawRecords, spec: RecordSpec) -> NDArray[np.float32]:
@@ -168,15 +179,18 @@ def sum_of_checksums(records: Sequence[bytes | memoryview]) -> int:
 
 def check_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> None:
     """Check a batch of stored values like `read_records`, without returning them."""
-    _checked_copies(values, keys, spec)
+    _checked(values, keys, spec)
 
 
-def _checked_copies(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> JoinedRecords:
+def _checked(
+    values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec
+) -> tuple[JoinedRecords, list[NDArray[np.int64]]]:
+    """Checked records, and the sizes of their counters (`counter_sizes`)."""
     lengths = np.fromiter(map(len, values), dtype=np.int64, count=len(values))
     check_field(lengths >= HEADER_BYTES, keys, lengths, "length", f"at least {HEADER_BYTES} bytes")
     check_field(lengths <= MAX_RECORD_BYTES, keys, lengths, "length", f"at most {MAX_RECORD_BYTES} bytes")
-    copies = JoinedRecords(values, lengths)
-    headers = copies.headers
+    records = JoinedRecords(values, lengths, HEADER)
+    headers = records.headers
 
     def require(field: str, expected: Any) -> None:
         check_field(headers[field] == expected, keys, headers[field], field, expected)
@@ -188,7 +202,7 @@ def _checked_copies(values: Sequence[bytes | memoryview], keys: Sequence[bytes],
         for field in ("magic", "format_version", "header_length"):
             require(field, template[field])
     require("payload_length", lengths - HEADER_BYTES)
-    views = copies.views()
+    views = records.views()
     require("checksum", np.frombuffer(b"".join(map(xxhash.xxh3_64_digest, views)), ">u8"))
     if not alike:
         for field in _SHARED_FIELDS:
@@ -198,12 +212,23 @@ def _checked_copies(values: Sequence[bytes | memoryview], keys: Sequence[bytes],
         same = np.array(summarizer_ids) == spec.summarizer_id.hex()
         check_field(same, keys, summarizer_ids, "summarizer_id", spec.summarizer_id.hex())
     require("key_hash", _key_hashes(keys))
-    tail_bytes = lengths - HEADER_BYTES - spec.rows_bytes - spec.code_bytes
-    require("tail_length", tail_bytes // TAIL_EVENT_BYTES)
-    check_field(tail_bytes % TAIL_EVENT_BYTES == 0, keys, lengths, "length", "whole tail events")
+    short_times = 0 if spec.counters is None else headers["flags"] & SHORT_TIMES
+    require("flags", template["flags"] | short_times)
+    room = lengths - HEADER_BYTES - spec.rows_bytes - spec.code_bytes
+    sizes: list[NDArray[np.int64]] = []
+    if spec.counters is None:
+        require("counters_length", 0)
+    else:
+        length = headers["counters_length"].astype(np.int64)
+        check_field(length <= room, keys, length, "counters_length", room)
+        sizes = counter_sizes(records, HEADER_BYTES + spec.rows_bytes, spec.counters, keys)
+    tail_bytes = room - headers["counters_length"]
+    bytes_per_event = event_bytes(headers["flags"] & SHORT_TIMES != 0)
+    require("tail_length", tail_bytes // bytes_per_event)
+    check_field(tail_bytes % bytes_per_event == 0, keys, lengths, "length", "whole tail events")
     if spec.key is not None:
         _check_codes(views, keys, spec.key)
-    return copies
+    return records, sizes
 
 
 def _check_codes(views: Sequence[memoryview], keys: Sequence[bytes], key: bytes) -> None:

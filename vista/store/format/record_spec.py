@@ -9,16 +9,19 @@ import numpy as np
 from vista.config.choices import Codec
 from vista.store.format.authentication import CODE_BYTES
 from vista.store.format.codecs import row_bytes
+from vista.store.format.counter_layout import CounterLayout
 
 MAX_RECORD_BYTES = 1 << 24
 """Largest record, header included. Larger ones are refused when written, and when read before anything is decoded."""
 
 MAGIC = b"VSUM"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER_BYTES = 128
 CHECKSUM_OFFSET = 120
 AUTHENTICATED = 1
 """Bit of the flags: the record ends with an authentication code."""
+SHORT_TIMES = 2
+"""Bit of the flags: the times of the tail are uint32, ms before `last_event_ts`. Only in records with counters."""
 
 HEADER = np.dtype(
     [
@@ -40,7 +43,7 @@ HEADER = np.dtype(
         ("applied_segment", "<u8"),
         ("history_digest", "<u8"),
         ("tail_length", "<u4"),
-        ("reserved", "<u4"),
+        ("counters_length", "<u4"),
         ("checksum", "<u8"),
     ]
 )
@@ -62,6 +65,8 @@ class RecordSpec:
     """Start of the refresh in ms; a resumed refresh keeps it. Written, not checked."""
     applied_segment: int = 0
     """Newest segment of the log that the records cover. Written, not checked."""
+    counters: CounterLayout | None = None
+    """How counters are stored; None if records have no counters."""
     key: bytes | None = field(default=None, repr=False)
     """32 bytes: records end with a code that only holders of the key can make (`vista.store.format.authentication`)."""
 

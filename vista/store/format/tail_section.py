@@ -8,11 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.log.histories import ranges
 from vista.store.format.joined_records import JoinedRecords
+from vista.store.format.record_spec import SHORT_TIMES
 from vista.store.tail import Tail
 
-TAIL_EVENT_BYTES = 13
-"""Item row int32, time int64, action uint8."""
+ITEM_BYTES, TIME_BYTES, SHORT_TIME_BYTES, ACTION_BYTES = 4, 8, 4, 1
+
+
+def event_bytes(short_times: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Bytes of one event in each of B tails, by whether its times are short."""
+    return ITEM_BYTES + ACTION_BYTES + np.where(short_times, SHORT_TIME_BYTES, TIME_BYTES)
 
 
 def check_tail(tail: Tail, num_users: int) -> None:
@@ -23,32 +29,67 @@ def check_tail(tail: Tail, num_users: int) -> None:
         raise ValueError(f"tail: the lengths of its arrays do not match each other, or the {num_users} users")
 
 
-def encode_tails(tail: Tail) -> list[list[memoryview]]:
-    """The parts of each user's tail section."""
+def have_short_times(tail: Tail, last_event_ts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether all times of each of B tails are less than 2^32 ms before the user's newest event, [B]."""
+    owner = np.repeat(np.arange(len(last_event_ts)), np.diff(tail.offsets))
+    before = last_event_ts[owner] - tail.times
+    short = np.ones(len(last_event_ts), bool)
+    short[owner[(before < 0) | (before >= 1 << 32)]] = False
+    return short
+
+
+def encode_tails(
+    tail: Tail, last_event_ts: NDArray[np.int64], short_times: NDArray[np.bool_]
+) -> list[list[memoryview]]:
+    """The parts of each user's tail section.
+
+    Args:
+        tail: of B users.
+        last_event_ts: [B] times that short times count from.
+        short_times: [B] whether a tail is stored with short times.
+    """
+    lengths = np.diff(tail.offsets)
     items = _flat(np.ascontiguousarray(tail.items, dtype="<i4"))
     times = _flat(np.ascontiguousarray(tail.times, dtype="<i8"))
+    short = _flat((np.repeat(last_event_ts, lengths) - tail.times).astype("<u4")) if short_times.any() else times
     actions = _flat(np.ascontiguousarray(tail.actions, dtype=np.uint8))
     return [
-        [items[4 * first : 4 * last], times[8 * first : 8 * last], actions[first:last]]
-        for first, last in pairwise(np.asarray(tail.offsets).tolist())
+        [
+            items[4 * first : 4 * last],
+            short[4 * first : 4 * last] if is_short else times[8 * first : 8 * last],
+            actions[first:last],
+        ]
+        for (first, last), is_short in zip(
+            pairwise(np.asarray(tail.offsets).tolist()), short_times.tolist(), strict=True
+        )
     ]
 
 
-def read_tails(records: JoinedRecords, first: int, lengths: NDArray[np.int64]) -> Tail:
+def read_tails(records: JoinedRecords, first: NDArray[np.int64] | int, lengths: NDArray[np.int64]) -> Tail:
     """The tails of checked records.
 
     Args:
         records: B records.
-        first: place of the section in each record.
+        first: place of the section in each record, [B] or the same for all.
         lengths: [B] events of each tail.
     """
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    items, times, actions = (
-        np.array(records.cut(first + start * lengths, first + stop * lengths)).reshape(-1)
-        for start, stop in pairwise((0, 4, 12, TAIL_EVENT_BYTES))
-    )
-    return Tail(items.view("<i4"), times.view("<i8"), actions, offsets)
+    headers = records.headers
+    short = (headers["flags"] & SHORT_TIMES) != 0
+    times_at = first + ITEM_BYTES * lengths
+    actions_at = first + (event_bytes(short) - ACTION_BYTES) * lengths
+    items = np.array(records.cut(first, times_at)).reshape(-1).view("<i4")
+    actions = np.array(records.cut(actions_at, actions_at + lengths)).reshape(-1)
+    if not short.any():
+        times = np.array(records.cut(times_at, actions_at)).reshape(-1).view("<i8")
+        return Tail(items, times, actions, offsets)
+    times = np.repeat(headers["last_event_ts"].astype(np.int64), lengths)
+    content, is_short = np.frombuffer(records.content, np.uint8), np.repeat(short, lengths)
+    start = records.starts + times_at
+    times[is_short] -= content[ranges(start[short], SHORT_TIME_BYTES * lengths[short])].view("<u4")
+    times[~is_short] = content[ranges(start[~short], TIME_BYTES * lengths[~short])].view("<i8")
+    return Tail(items, times, actions, offsets)
 
 
 def _flat(array: NDArray[Any]) -> memoryview:
