@@ -139,17 +139,22 @@ class Manifest:
             codec=Codec(self.codec),
             created_at=self.created_at,
             applied_segment=self.applied_segment,
-            counters=None if self.counters is None else CounterLayout.from_dict(self.counters),
+            counters=self.counter_layout(),
             key=key,
         )
+
+    def counter_layout(self) -> CounterLayout | None:
+        """How counters are stored; None without counters."""
+        return None if self.counters is None else CounterLayout.from_dict(self.counters)
 
     def state_spec(self) -> StateSpec | None:
         """What each state of the generation must hold; None if it keeps no states."""
         dtype = StateDtype(self.state_dtype)
         if dtype is StateDtype.none:
             return None
-        summarizer_id = bytes.fromhex(self.summarizer_id)
-        return StateSpec(summarizer_id, self.generation, *self.state_shape, dtype, self.created_at)
+        layout, summarizer_id = self.counter_layout(), bytes.fromhex(self.summarizer_id)
+        counters = None if layout is None else layout.spec
+        return StateSpec(summarizer_id, self.generation, *self.state_shape, dtype, self.created_at, counters)
 
     def without_states(self) -> Manifest:
         """Manifest of the same records without states, for copies and imports, which are never refreshed in place."""

@@ -1,7 +1,7 @@
 """The bytes of one user's state, from which the summary is read (docs/reference/file-formats.md, "States").
 
 N users, L layers, H heads, D head dim. All numbers are little-endian: a header of 120 bytes; n and removed, float32
-[H]; for float16 only, scales float32 [L, H]; z [L, H, D, D].
+[H]; for float16 only, scales float32 [L, H]; z [L, H, D, D]; the exact counters, if the model has counters.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ import xxhash
 from numpy.typing import NDArray
 
 from vista.config.choices import StateDtype
+from vista.counters.counter_spec import CounterSpec
+from vista.counters.counter_table import CounterTable
 from vista.errors import RecordError
+from vista.store.format.joined_records import CHECKSUM_BYTES, JoinedRecords
 from vista.store.format.keys import user_id
+from vista.store.format.state_counters import encode_tables, joined_tables, read_tables
 
 MAGIC = b"VSTA"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER = np.dtype(
     [
         ("magic", "S4"),
@@ -30,7 +34,7 @@ HEADER = np.dtype(
         ("heads", "<u2"),
         ("head_dim", "<u2"),
         ("payload_length", "<u4"),
-        ("reserved", "<u4"),
+        ("counters_length", "<u4"),
         ("generation", "<u8"),
         ("summarizer_id", "u1", (32,)),
         ("key_hash", "<u8"),
@@ -43,12 +47,8 @@ HEADER = np.dtype(
     ]
 )
 assert HEADER.itemsize == 120
-_CHECKSUM_OFFSET = HEADER.itemsize - 8
 _DTYPE_NUMBERS = {StateDtype.float32: 0, StateDtype.float16: 1}
-_SHARED_FIELDS = (
-    *("magic", "format_version", "header_length", "dtype", "layers", "heads", "head_dim", "payload_length"),
-    *("reserved", "generation"),
-)
+_SHARED_FIELDS = (*("magic", "format_version", "header_length", "dtype", "layers", "heads", "head_dim", "generation"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +63,20 @@ class StateSpec:
     dtype: StateDtype
     created_at: int = 0
     """Start of the refresh in ms. Written, not checked."""
+    counters: CounterSpec | None = None
+    """What the counters count; None without counters."""
 
     @property
-    def payload_bytes(self) -> int:
-        """Bytes of a state after its header."""
+    def fixed_bytes(self) -> int:
+        """Bytes between the header and the counters."""
         cells = self.num_layers * self.num_heads
         half = self.dtype is StateDtype.float16
         return 8 * self.num_heads + (4 * cells if half else 0) + cells * self.head_dim**2 * (2 if half else 4)
 
     @property
-    def record_bytes(self) -> int:
-        """Bytes per user, without the key."""
-        return HEADER.itemsize + self.payload_bytes
+    def least_bytes(self) -> int:
+        """Bytes per user, without the key and the counters."""
+        return HEADER.itemsize + self.fixed_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +98,23 @@ class StateArrays:
     history_digest: NDArray[np.uint64]
     """[N]."""
 
+    counters: tuple[CounterTable, ...] = ()
+    """One per field; empty without counters."""
+
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> StateArrays:
-        return StateArrays(*(getattr(self, name)[rows] for name in self.__slots__))
+        users = np.arange(len(self.n))[rows]
+        columns = {name: getattr(self, name)[users] for name in _COLUMNS}
+        return StateArrays(**columns, counters=tuple(table.select(users) for table in self.counters))
+
+    @staticmethod
+    def concatenated(parts: Sequence[StateArrays]) -> StateArrays:
+        """The states of all parts, end to end."""
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
+        fields = zip(*(part.counters for part in parts), strict=True)
+        return StateArrays(**columns, counters=tuple(map(joined_tables, fields)))
+
+
+_COLUMNS = ("z", "n", "removed", "clock", "num_events", "applied_segment", "history_digest")
 
 
 def encode_states(keys: Sequence[bytes], states: StateArrays, spec: StateSpec) -> list[bytes]:
@@ -114,7 +131,7 @@ def encode_states(keys: Sequence[bytes], states: StateArrays, spec: StateSpec) -
     headers["created_at"] = spec.created_at
     for name in ("clock", "num_events", "applied_segment", "history_digest"):
         headers[name] = getattr(states, name)
-    z, parts = states.z, [headers, states.n, states.removed]
+    z, parts = states.z, [states.n, states.removed]
     if spec.dtype is StateDtype.float16:
         # One scale per matrix: sums over a million events overflow float16, and those of a few events underflow it.
         scale = np.abs(z).max(axis=(-2, -1), initial=0)
@@ -122,7 +139,11 @@ def encode_states(keys: Sequence[bytes], states: StateArrays, spec: StateSpec) -
         parts += [scale, scaled.astype("<f2")]
     else:
         parts += [z]
-    return _sealed(np.concatenate([_rows(part) for part in parts], axis=1))
+    fixed, size = np.concatenate([_rows(part) for part in parts], axis=1).tobytes(), spec.fixed_bytes
+    counters = encode_tables(states.counters, count)
+    headers["counters_length"] = list(map(len, counters))
+    headers["payload_length"] = size + headers["counters_length"]
+    return _sealed(headers, [[fixed[size * i : size * (i + 1)], block] for i, block in enumerate(counters)])
 
 
 def rounded(states: StateArrays, spec: StateSpec) -> StateArrays:
@@ -139,19 +160,26 @@ def decode_states(values: Sequence[bytes | memoryview], keys: Sequence[bytes], s
     Raises:
         RecordError: a state is truncated, corrupt, or of another model or generation; the message names the user.
     """
-    size = spec.record_bytes
-    _check([len(value) == size for value in values], keys, "length")
-    data = np.frombuffer(bytearray().join(values), np.uint8).reshape(len(values), size)
-    headers = data[:, : HEADER.itemsize].copy().view(HEADER)[:, 0]
-    template = _template(spec)
+    lengths = np.fromiter(map(len, values), np.int64, len(values))
+    _check(lengths >= spec.least_bytes, keys, "length")
+    records = JoinedRecords(values, lengths, HEADER)
+    headers, template = records.headers, _template(spec)
     for field in _SHARED_FIELDS:
         _check(headers[field] == template[field], keys, field)
+    _check(headers["payload_length"] == lengths - HEADER.itemsize, keys, "payload_length")
+    _check(headers["counters_length"] == lengths - spec.least_bytes, keys, "counters_length")
     _check((headers["summarizer_id"] == template["summarizer_id"]).all(-1), keys, "summarizer_id")
     _check(headers["key_hash"] == [xxhash.xxh3_64_intdigest(key) for key in keys], keys, "key_hash")
-    data[:, _CHECKSUM_OFFSET : HEADER.itemsize] = 0
-    _check(headers["checksum"] == [xxhash.xxh3_64_intdigest(row.data) for row in data], keys, "checksum")
+    checksums = [xxhash.xxh3_64_intdigest(view) for view in records.views()]
+    _check(headers["checksum"] == np.array(checksums, np.uint64), keys, "checksum")
+    counters: tuple[CounterTable, ...] = ()
+    if spec.counters is None:
+        _check(headers["counters_length"] == 0, keys, "counters_length")
+    else:
+        counters, fits = read_tables(records, spec.least_bytes, spec.counters)
+        _check(fits, keys, "counters")
     count, L, H, D = len(values), spec.num_layers, spec.num_heads, spec.head_dim
-    payload, at = data[:, HEADER.itemsize :], 0
+    payload, at = records.cut(HEADER.itemsize, spec.least_bytes).reshape(count, spec.fixed_bytes), 0
 
     def take(dtype: str, *shape: int) -> NDArray[Any]:
         nonlocal at
@@ -167,18 +195,17 @@ def decode_states(values: Sequence[bytes | memoryview], keys: Sequence[bytes], s
     else:
         z = take("<f4", L, H, D, D)
     clock, num_events, applied = (headers[name].astype(np.int64) for name in ("clock", "num_events", "applied_segment"))
-    return StateArrays(z, n, removed, clock, num_events, applied, headers["history_digest"].astype(np.uint64))
+    digest = headers["history_digest"].astype(np.uint64)
+    return StateArrays(z, n, removed, clock, num_events, applied, digest, counters)
 
 
 def restamp_states(values: Sequence[bytes], generation: int) -> list[bytes]:
     """Move checked states to another generation: only its number and the checksum change."""
     if not values:
         return []
-    rows = np.stack([np.frombuffer(value, np.uint8) for value in values])
-    headers = rows[:, : HEADER.itemsize].copy().view(HEADER)[:, 0]
+    headers = np.frombuffer(b"".join([value[: HEADER.itemsize] for value in values]), HEADER).copy()
     headers["generation"], headers["checksum"] = generation, 0
-    rows[:, : HEADER.itemsize] = _rows(headers)
-    return _sealed(rows)
+    return _sealed(headers, [[memoryview(value)[HEADER.itemsize :]] for value in values])
 
 
 def _template(spec: StateSpec) -> np.void:
@@ -186,17 +213,23 @@ def _template(spec: StateSpec) -> np.void:
     header["magic"], header["format_version"], header["header_length"] = MAGIC, FORMAT_VERSION, HEADER.itemsize
     header["dtype"] = _DTYPE_NUMBERS[spec.dtype]
     header["layers"], header["heads"], header["head_dim"] = spec.num_layers, spec.num_heads, spec.head_dim
-    header["payload_length"], header["generation"] = spec.payload_bytes, spec.generation
+    header["generation"] = spec.generation
     header["summarizer_id"] = np.frombuffer(spec.summarizer_id, np.uint8)
     template: np.void = header[0]
     return template
 
 
-def _sealed(rows: NDArray[np.uint8]) -> list[bytes]:
-    """Fill in the checksums of records [N, bytes], which are 0."""
-    checksums = np.array([xxhash.xxh3_64_intdigest(row.data) for row in rows], dtype="<u8")
-    rows[:, _CHECKSUM_OFFSET : HEADER.itemsize] = _rows(checksums)
-    return [row.tobytes() for row in rows]
+def _sealed(headers: NDArray[np.void], payloads: Sequence[Sequence[bytes | memoryview]]) -> list[bytes]:
+    """States of N headers, whose checksums are 0 and are filled in, and the parts of the N payloads."""
+    content, size, sealed = headers.tobytes(), HEADER.itemsize, []
+    for index, payload in enumerate(payloads):
+        header = content[size * index : size * (index + 1)]
+        checksum = xxhash.xxh3_64(header)
+        for part in payload:
+            checksum.update(part)
+        digest = checksum.intdigest().to_bytes(CHECKSUM_BYTES, "little")
+        sealed.append(b"".join((header[:-CHECKSUM_BYTES], digest, *payload)))
+    return sealed
 
 
 def _rows(part: NDArray[Any]) -> NDArray[np.uint8]:
