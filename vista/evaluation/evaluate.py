@@ -20,7 +20,7 @@ from vista.evaluation.cases import impression_cases, next_item_cases, with_tasks
 from vista.evaluation.cases_digest import cases_digest
 from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.per_user_metrics import PerUserMetrics, per_user_path
-from vista.evaluation.popularity import PopularityReport, popularity_report
+from vista.evaluation.popularity_report import PopularityReport, popularity_report
 from vista.evaluation.protocol import case_batches, impression_metrics, rank_next_items, ranking_metrics, ranking_values
 from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.evaluation.recall import measure_recall

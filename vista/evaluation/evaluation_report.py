@@ -9,7 +9,7 @@ from typing import Any
 from vista.arrays import Int
 from vista.evaluation.cases import Floats, ImpressionCases
 from vista.evaluation.per_user_metrics import PerUserMetrics
-from vista.evaluation.popularity import PopularityReport
+from vista.evaluation.popularity_report import PopularityReport
 from vista.evaluation.recall import RecallReport
 from vista.evaluation.window_report import WindowReport
 

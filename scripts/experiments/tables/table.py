@@ -22,7 +22,7 @@ class Table:
     simulation: dict[str, Any] | None = None
     """Arguments of `vista simulate` that create the log; None for a data set."""
     popularity: bool = False
-    """Whether to report popularity (`vista.evaluation.popularity`)."""
+    """Whether to report popularity (`vista.evaluation.popularity_report`)."""
     costs: bool = False
     """Whether to report events per second of training, refresh time per user and time per request (serving_cost.py)."""
     recall: bool = False

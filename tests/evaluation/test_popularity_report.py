@@ -17,7 +17,7 @@ from vista.config import EvaluateConfig, SourceColumns
 from vista.errors import ConfigError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.evaluation.metrics import ranks_of_targets, top_items
-from vista.evaluation.popularity import (
+from vista.evaluation.popularity_report import (
     PopularityReport,
     gini,
     popularity_deciles,
