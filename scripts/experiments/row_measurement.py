@@ -18,8 +18,10 @@ from scripts.experiments.table_run import TableRun, recorded_config, train_confi
 from scripts.experiments.tables import TABLES
 from vista.config import EvaluateConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
 from vista.config.choices import Stage
+from vista.evaluation.baselines.evaluate_baseline import evaluate_baseline
+from vista.evaluation.baselines.popularity import Popularity
+from vista.evaluation.baselines.transitions import Transitions
 from vista.evaluation.cases import impression_cases
-from vista.evaluation.counting_baselines import CountingBaseline, evaluate_counting_baseline
 from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
 from vista.evaluation.protocol import impression_metrics
 from vista.log.event_log import EventLog
@@ -53,7 +55,8 @@ def measure(
     if run.row.untrained == "oracle":
         yield RowMeasurement(run.name, _oracle_metrics(log, config), RowOrigin(0.0))
     elif run.row.untrained:
-        evaluation = evaluate_counting_baseline(CountingBaseline(run.row.untrained), log, config.data, top_k=TOP_K)
+        baseline = Popularity() if run.row.untrained == "popularity" else Transitions()
+        evaluation = evaluate_baseline(baseline, log, config.data, top_k=TOP_K)
         yield RowMeasurement(run.name, evaluation.metrics, RowOrigin(evaluation.seconds))
     else:
         if run.row.base:

@@ -1,0 +1,139 @@
+"""All counting baselines: none reads beyond the cut; ranks and batches agree with plain loops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import real_set
+from tests.evaluation.baselines.conftest import shopping_log
+from tests.log.conftest import run
+from vista.arrays import Int
+from vista.config import DataConfig
+from vista.config.choices import Split
+from vista.errors import ConfigError
+from vista.evaluation.baselines.all_baselines import counting_baselines, trained_baselines
+from vista.evaluation.baselines.baseline_answers import BaselineAnswers
+from vista.evaluation.baselines.counting_baseline import CountingBaseline
+from vista.evaluation.baselines.evaluate_baseline import evaluate_baseline
+from vista.evaluation.baselines.popularity import Popularity
+from vista.evaluation.baselines.transitions import Transitions
+from vista.evaluation.cases import NextItemCases
+from vista.evaluation.window_cases import window_cases
+from vista.log.event_log import EventLog
+from vista.log.splits import visible_counts
+
+
+def all_baselines(has_time: bool = True, at_one_time: bool = True) -> list[CountingBaseline]:
+    return [
+        *counting_baselines(has_time=has_time, horizon_events=10),
+        *trained_baselines(horizon_events=10, at_one_time=at_one_time),
+    ]
+
+
+def test_names_are_distinct() -> None:
+    names = [baseline.name for baseline in all_baselines()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.fixture(scope="module")
+def futures(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[EventLog, Int]]:
+    """Two logs with the same visible events and other ones after them."""
+    return [shopping_log(tmp_path_factory.mktemp("future"), future=number, users=25) for number in (1, 2)]
+
+
+@pytest.mark.parametrize("at_one_time", [True, False])
+def test_no_baseline_reads_beyond_the_cut(futures: list[tuple[EventLog, Int]], at_one_time: bool) -> None:
+    (one, counts), (other, same) = futures
+    assert (counts == same).all() and one.num_items == other.num_items
+    users = np.arange(one.num_users)
+    assert any((one.slice(int(user)).item != other.slice(int(user)).item).any() for user in users)
+    newest = one.gather_ranges(users, counts - 1, counts).timestamp
+    now = np.full(len(users), newest.max() + 1) if at_one_time else None
+    for first, second in zip(
+        all_baselines(at_one_time=at_one_time), all_baselines(at_one_time=at_one_time), strict=True
+    ):
+        scores = []
+        for log, baseline in ((one, first), (other, second)):
+            baseline.fit(log, counts, np.random.default_rng(0))
+            scores.append(baseline.scores(users, counts, now))
+        assert scores[0].shape == (len(users), one.num_items) and np.isfinite(scores[0]).all()
+        np.testing.assert_array_equal(scores[0], scores[1], err_msg=first.name)
+
+
+def test_a_users_scores_do_not_depend_on_the_batch(futures: list[tuple[EventLog, Int]]) -> None:
+    log, counts = futures[0]
+    users = np.arange(8)
+    for baseline in all_baselines():
+        baseline.fit(log, counts, np.random.default_rng(0))
+        together = baseline.scores(users, counts[users], None)
+        apart = [baseline.scores(users[[n]], counts[users[[n]]], None)[0] for n in range(len(users))]
+        np.testing.assert_allclose(together, apart, rtol=0, atol=1e-12, err_msg=baseline.name)
+
+
+def test_all_baselines_take_a_log_without_times(order_log: EventLog) -> None:
+    counts = visible_counts(order_log, "leave-last-out")
+    for baseline in all_baselines(has_time=False, at_one_time=False):
+        baseline.fit(order_log, counts, np.random.default_rng(0))
+        assert np.isfinite(baseline.scores(np.arange(order_log.num_users), counts, None)).all()
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_ranks_of_next_items_by_a_loop(futures: list[tuple[EventLog, Int]], exclude_seen: bool) -> None:
+    log, counts = futures[0]
+    users = np.arange(log.num_users)
+    label = log.gather_ranges(users, counts, counts + 1).item.astype(np.int64)
+    baseline = Transitions()
+    baseline.fit(log, counts, np.random.default_rng(0))
+    ranks = BaselineAnswers(baseline, log).next_ranks(NextItemCases(users, counts, label), exclude_seen=exclude_seen)
+    for user, scores in enumerate(baseline.scores(users, counts, None)):
+        left = scores.copy()
+        if exclude_seen:
+            left[log.slice(user, 0, int(counts[user])).item] = -np.inf
+        left[label[user]] = -np.inf
+        own = scores[label[user]]
+        assert ranks[user] == (left > own).sum() + ((left == own).sum() + 1) // 2
+
+
+def test_metrics_of_windows_by_a_loop(futures: list[tuple[EventLog, Int]]) -> None:
+    log, counts = futures[0]
+    cases = window_cases(log, counts, None, horizon_events=8, min_after=8)
+    baseline = Popularity()
+    baseline.fit(log, counts, np.random.default_rng(0))
+    metrics = BaselineAnswers(baseline, log).window_metrics(cases, [3])
+    for number, user in enumerate(cases.user.tolist()):
+        count = int(counts[user])
+        following = set(log.slice(user, count, count + 8).item.tolist())
+        popularity = baseline.scores(cases.user[[number]], cases.seen[[number]], None)[0]
+        top = np.argsort(-popularity)[:3].tolist()
+        if len(set(popularity[np.argsort(-popularity)[:4]])) == 4:
+            assert metrics["precision@3"][number] == pytest.approx(len(following & set(top)) / 3)
+
+
+def test_a_split_in_time_without_labels_is_refused(event_log: EventLog) -> None:
+    data = DataConfig(split=Split.time, validation_from="2100-01-01", test_from="2100-02-01")
+    with pytest.raises(ConfigError, match="has no test label to rank"):
+        evaluate_baseline(Popularity(), event_log, data)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "popularity", "transitions"),
+    [
+        ("ml-1m", (0.039, 0.019), (0.193, 0.113)),
+        ("ml-1m-half", (0.038, 0.018), (0.214, 0.128)),
+        ("ml-100k", (0.086, 0.044), (0.145, 0.079)),
+        ("ml-latest-small", (0.041, 0.019), (0.074, 0.047)),
+    ],
+)
+def test_movielens(
+    name: str, popularity: tuple[float, float], transitions: tuple[float, float], tmp_path: Path
+) -> None:
+    """HR@10 and NDCG@10 equal those of another program."""
+    run(tmp_path / "log", [real_set(name)], kind="auto", timestamp=None, time_unit=None)
+    log = EventLog.open(tmp_path / "log")
+    for baseline, expected in ((Popularity(), popularity), (Transitions(), transitions)):
+        values = evaluate_baseline(baseline, log, DataConfig()).metrics
+        assert (values["hr@10"], values["ndcg@10"]) == pytest.approx(expected, abs=6e-4)

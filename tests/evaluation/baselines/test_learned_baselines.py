@@ -1,0 +1,202 @@
+"""EASE, TIFU-KNN, and counter trees: against plain loops and other formulas."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.evaluation.baselines.conftest import HOUR, order_only_log, timed_log, visible_items
+from tests.evaluation.baselines.test_counts_of_items import TIES, scores_of
+from vista.arrays import Int
+from vista.errors import MissingDependencyError
+from vista.evaluation.baselines.baseline_answers import BaselineAnswers
+from vista.evaluation.baselines.counter_features import counter_features
+from vista.evaluation.baselines.counter_trees import CounterTrees
+from vista.evaluation.baselines.ease import Ease
+from vista.evaluation.baselines.own_frequency import OwnFrequency
+from vista.evaluation.baselines.popularity import Popularity
+from vista.evaluation.baselines.tifu_knn import TifuKnn
+from vista.evaluation.baselines.training_questions import training_questions
+from vista.evaluation.baselines.transitions import TransitionsAndOwn
+from vista.evaluation.baselines.tuned import Tuned
+from vista.evaluation.window_cases import window_cases
+from vista.log.event_log import EventLog
+
+
+def test_ease_minimizes_its_loss(shopping: tuple[EventLog, Int]) -> None:
+    """Column j of B minimizes |x_j - X b|² + ridge |b|² with b_j = 0: here as a regression on the other columns."""
+    log, counts = shopping
+    ridge = 7.0
+    had = np.zeros((log.num_users, log.num_items))
+    for user, history in enumerate(visible_items(log, counts)):
+        had[user, history] = 1
+    expected = np.zeros_like(had)
+    for item in range(log.num_items):
+        others = np.delete(had, item, axis=1)
+        weights = np.linalg.solve(others.T @ others + ridge * np.eye(log.num_items - 1), others.T @ had[:, item])
+        expected[:, item] = others @ weights
+    np.testing.assert_allclose(scores_of(Ease(ridge=ridge), log, counts), expected, atol=1e-9)
+
+
+def test_ease_ranks_rare_items_last_by_popularity(tmp_path: Path) -> None:
+    log = order_only_log([[0, 1, 2, 2], [0, 1, 3, 3, 3], [0, 1, 4]], tmp_path)
+    scores = scores_of(Ease(num_items=2), log, np.array([2, 5, 3]))  # the two items are 0 and 1, or 3 after a tie
+    ranked = np.argsort(-scores, axis=1)
+    assert (scores[:, ranked[0, 2:]] < scores[:, ranked[0, :2]].min(axis=1, keepdims=True)).all()
+    assert scores[0, 4] > scores[0, 2], "one event and none"
+
+
+def plain_tifu(log: EventLog, counts: Int, within: float, group: float, num_groups: int) -> list[np.ndarray]:
+    """v_u of every user, basket by basket."""
+    vectors = []
+    for user, count in enumerate(counts.tolist()):
+        history = log.slice(user, 0, count)
+        baskets: list[set[int]] = []
+        for place, item in enumerate(history.item.tolist()):
+            if place == 0 or history.timestamp[place] - history.timestamp[place - 1] > HOUR / 2:
+                baskets.append(set())
+            baskets[-1].add(item)
+        m = min(num_groups, len(baskets))
+        base, extra = divmod(len(baskets), m) if m else (0, 0)
+        sizes = [base] * (m - extra) + [base + 1] * extra
+        vector, start = np.zeros(log.num_items), 0
+        for i, k in enumerate(sizes):
+            for j, basket in enumerate(baskets[start : start + k]):
+                vector[list(basket)] += group ** (m - 1 - i) / m * within ** (k - 1 - j) / k
+            start += k
+        vectors.append(vector)
+    return vectors
+
+
+@pytest.mark.parametrize("num_groups", [1, 4, 7, 1000])
+def test_tifu_knn_counts_basket_by_basket(shopping: tuple[EventLog, Int], num_groups: int) -> None:
+    log, counts = shopping
+    baseline = TifuKnn(within_decay=0.8, group_decay=0.6, num_groups=num_groups, num_neighbors=5, own_weight=0.3)
+    scores = scores_of(baseline, log, counts)
+    vectors = plain_tifu(log, counts, 0.8, 0.6, num_groups)
+    for user, vector in enumerate(vectors):
+        distance = [
+            np.linalg.norm(vector - other) if number != user else np.inf for number, other in enumerate(vectors)
+        ]
+        nearest = np.mean([vectors[number] for number in np.argsort(distance)[:5]], axis=0)
+        np.testing.assert_allclose(scores[user], 0.3 * vector + 0.7 * nearest, atol=2 * TIES)
+
+
+def test_tifu_knn_by_hand(tmp_path: Path) -> None:
+    """Three baskets in two groups: {0}, then {0, 1} and {2}; items 0 and 0 of one basket count once."""
+    log = timed_log([[(0, 0), (0, 0.1), (0, 5), (1, 5.2), (2, 9)], [(3, 0)], [(4, 0)]], tmp_path)
+    baseline = TifuKnn(within_decay=0.5, group_decay=0.1, num_groups=2, num_neighbors=1, own_weight=0.6)
+    own = np.array([0.1 / 2 + 0.5 / 2 / 2, 0.5 / 2 / 2, 1 / 2 / 2, 0, 0])
+    scores = scores_of(baseline, log, np.array([5, 1, 0]))
+    np.testing.assert_allclose(scores[0], 0.6 * own + 0.4 * np.eye(5)[3], atol=TIES)
+    np.testing.assert_allclose(scores[1], 0.6 * np.eye(5)[3] + 0.4 * own, atol=TIES)
+
+
+def test_without_times_every_event_is_a_basket(tmp_path: Path) -> None:
+    log = order_only_log([[0, 0, 1], [0]], tmp_path)
+    baseline = TifuKnn(within_decay=1, group_decay=1, num_groups=1, num_neighbors=1, own_weight=1)
+    np.testing.assert_allclose(scores_of(baseline, log, log.lengths), [[2 / 3, 1 / 3], [1, 0]], atol=TIES)
+
+
+@pytest.mark.parametrize("asked_later", [False, True])
+def test_counter_features_count_event_by_event(shopping: tuple[EventLog, Int], asked_later: bool) -> None:
+    log, _ = shopping
+    users, popularity = np.array([3, 0, 40]), np.arange(log.num_items)
+    seen = np.array([90, 5, 12])
+    newest = np.array([log.slice(int(user)).timestamp[count - 1] for user, count in zip(users, seen, strict=True)])
+    now = newest + 50 * HOUR if asked_later else None
+    features = counter_features(log, users, seen, now, popularity)
+    expected, cells = [], []
+    for row, (user, count) in enumerate(zip(users.tolist(), seen.tolist(), strict=True)):
+        history = log.slice(user, 0, count)
+        asked = newest[row] if now is None else now[row]
+        for item in np.unique(history.item):
+            places = np.flatnonzero(history.item == item)
+            ages = count - 1 - places
+            days = (asked - history.timestamp[places]) / (24 * HOUR)
+            cells.append((row, item))
+            expected.append(
+                [
+                    len(places),
+                    (ages < 32).sum(),
+                    (ages < 200).sum(),
+                    np.exp(-ages / 32).sum(),
+                    np.exp(-ages / 200).sum(),
+                    ages.min(),
+                    np.log(count),
+                    popularity[item],
+                    np.exp(-days / 7).sum(),
+                    np.exp(-days / 30).sum(),
+                    np.exp(-days / 90).sum(),
+                    days.min(),
+                    days.max(),
+                ]
+            )
+    assert list(zip(features.row, features.item, strict=True)) == cells
+    np.testing.assert_allclose(features.value, expected)
+
+
+@pytest.mark.parametrize("at_one_time", [True, False])
+def test_windows_of_training_questions_end_before_the_cut(shopping: tuple[EventLog, Int], at_one_time: bool) -> None:
+    log, counts = shopping
+    questions = training_questions(log, counts, 20, at_one_time=at_one_time)
+    assert any(len(question.user) for question in questions)
+    for question in questions:
+        assert (question.counts <= counts).all()
+        assert (question.seen + 20 <= counts[question.user]).all()
+        if question.now is not None:
+            for user, seen, now in zip(question.user.tolist(), question.seen, question.now, strict=True):
+                times = log.slice(user).timestamp
+                assert times[seen - 1] < now <= times[seen]
+
+
+def test_counter_trees_rank_returns_before_new_items(shopping: tuple[EventLog, Int]) -> None:
+    log, counts = shopping
+    seen = counts - 30
+    trees = CounterTrees(horizon_events=15, at_one_time=False)
+    trees.fit(log, seen, np.random.default_rng(0))
+    scores = trees.scores(np.arange(40), seen[:40], None)
+    for user, history in enumerate(visible_items(log, seen)[:40]):
+        is_new = ~np.isin(np.arange(log.num_items), history)
+        assert scores[user, is_new].max(initial=0) < TIES < scores[user, ~is_new].min()
+    cases = window_cases(log, seen, counts, horizon_events=15)
+    quality = {}
+    for name, baseline in {"trees": trees, "popularity": Popularity()}.items():
+        baseline.fit(log, seen, np.random.default_rng(0))
+        quality[name] = BaselineAnswers(baseline, log).window_metrics(cases, [5])["precision@5"].mean()
+    assert quality["trees"] > quality["popularity"] + 0.15
+
+
+def test_without_a_question_counter_trees_rank_by_popularity(tmp_path: Path) -> None:
+    log = order_only_log([[0, 1], [1]], tmp_path)
+    scores = scores_of(CounterTrees(horizon_events=5, at_one_time=False), log, log.lengths)
+    assert (scores[:, 1] > scores[:, 0]).all()
+
+
+def test_counter_trees_name_the_extra_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.ensemble", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'vista-recsys\[baselines\]'"):
+        CounterTrees(horizon_events=50, at_one_time=True)
+
+
+def test_tuned_chooses_by_the_last_visible_events(tmp_path: Path) -> None:
+    """Items step through a cycle, so the next one is known from the newest, and never from the frequency alone."""
+    cycle = [[(start + step * step) % 7 for step in range(40)] for start in range(20)]
+    steps = [[(start + step) % 7 for step in range(40 + start)] for start in range(20)]
+    for histories, best in ((steps, 3.0), (cycle, 0.01)):
+        log = order_only_log(histories, tmp_path / f"{best}")
+        blend = Tuned("blend", [TransitionsAndOwn(0.01), TransitionsAndOwn(3.0)], horizon_events=1)
+        blend.fit(log, log.lengths, np.random.default_rng(0))
+        assert blend.chosen.name == TransitionsAndOwn(best).name
+
+
+def test_tuned_fits_the_chosen_one_to_all_visible_events(shopping: tuple[EventLog, Int]) -> None:
+    log, counts = shopping
+    candidates = [OwnFrequency(last=1), OwnFrequency(last=60)]
+    tuned = scores_of(Tuned("own", candidates, horizon_events=10), log, counts)
+    np.testing.assert_array_equal(tuned, scores_of(OwnFrequency(last=60), log, counts))
+    short = scores_of(Tuned("own", candidates, horizon_events=1000), log, counts)
+    np.testing.assert_array_equal(short, scores_of(OwnFrequency(last=1), log, counts))

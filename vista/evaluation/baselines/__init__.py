@@ -1,0 +1,1 @@
+"""Baselines that count, or fit few weights to counts. They show what a model must beat."""

@@ -1,0 +1,55 @@
+"""The counting baselines of a log, ready to be fitted."""
+
+from __future__ import annotations
+
+from vista.evaluation.baselines.counter_trees import CounterTrees
+from vista.evaluation.baselines.counting_baseline import CountingBaseline
+from vista.evaluation.baselines.ease import Ease
+from vista.evaluation.baselines.item_neighbors import ItemNeighbors
+from vista.evaluation.baselines.own_frequency import OwnFrequency
+from vista.evaluation.baselines.popularity import Popularity
+from vista.evaluation.baselines.tifu_knn import TifuKnn
+from vista.evaluation.baselines.transitions import Transitions, TransitionsAndOwn
+from vista.evaluation.baselines.tuned import Tuned
+
+_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+_OWN_WEIGHTS = (0.3, 0.7, 0.9)
+_GROUP_DECAYS = (0.7, 0.9)
+
+
+def counting_baselines(*, has_time: bool, horizon_events: int) -> list[CountingBaseline]:
+    """Baselines that need no fit beyond counting: seconds for a million events.
+
+    Args:
+        has_time: whether the log has times.
+        horizon_events: number of next events whose items are predicted; 1 for the next item.
+    """
+    blends = [TransitionsAndOwn(weight) for weight in _WEIGHTS]
+    return [
+        Popularity(),
+        OwnFrequency(),
+        OwnFrequency(last=200),
+        *([OwnFrequency(days=90)] if has_time else []),
+        OwnFrequency(events=200),
+        Transitions(),
+        Tuned("transitions and own frequency", blends, horizon_events=horizon_events),
+        ItemNeighbors(),
+    ]
+
+
+def trained_baselines(*, horizon_events: int, at_one_time: bool) -> list[CountingBaseline]:
+    """Baselines that take a minute or more for a million events.
+
+    Args:
+        horizon_events: number of next events whose items are predicted.
+        at_one_time: whether all users are asked at one time (a split by time), or each after an event.
+
+    Raises:
+        MissingDependencyError: if scikit-learn is not installed.
+    """
+    grid = [TifuKnn(own_weight=own, group_decay=decay) for decay in _GROUP_DECAYS for own in _OWN_WEIGHTS]
+    return [
+        Ease(),
+        Tuned("TIFU-KNN", grid, horizon_events=horizon_events),
+        CounterTrees(horizon_events=horizon_events, at_one_time=at_one_time),
+    ]

@@ -1,0 +1,81 @@
+"""Boosted trees on counters of the items that a user had: which of them return?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.arrays import Int
+from vista.errors import MissingDependencyError
+from vista.evaluation.baselines.counter_features import CounterFeatures, counter_features
+from vista.evaluation.baselines.popularity import tie_breaker
+from vista.evaluation.baselines.training_questions import training_questions
+from vista.evaluation.metrics import Floats
+from vista.examples.frequency import item_counts
+from vista.log.event_log import EventLog
+
+_USERS_PER_BLOCK = 256
+
+
+class CounterTrees:
+    """Probability that an item of the history occurs in the next events, by scikit-learn's HistGradientBoosting.
+
+    Other items rank below, by popularity.
+
+    Raises:
+        MissingDependencyError: when it is made, if scikit-learn is not installed.
+    """
+
+    name = "counter trees"
+
+    def __init__(self, *, horizon_events: int, at_one_time: bool) -> None:
+        """
+        Args:
+            horizon_events: number of next events in which an item may return.
+            at_one_time: whether all users are asked at one time (as in a split by time), or each after an event.
+        """
+        try:
+            from sklearn.ensemble import HistGradientBoostingClassifier
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"counter trees need scikit-learn ({error}); install it with: pip install 'vista-recsys[baselines]'"
+            ) from error
+        self._make: Any = HistGradientBoostingClassifier
+        self._horizon, self._at_one_time = horizon_events, at_one_time
+
+    def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
+        self._log = log
+        self._popularity = item_counts(log, counts)
+        self._tie = tie_breaker(self._popularity)
+        inputs, labels = [], []
+        for question in training_questions(log, counts, self._horizon, at_one_time=self._at_one_time):
+            popularity = item_counts(log, question.counts)
+            for begin in range(0, len(question.user), _USERS_PER_BLOCK):
+                part = slice(begin, begin + _USERS_PER_BLOCK)
+                user, seen = question.user[part], question.seen[part]
+                now = None if question.now is None else question.now[part]
+                features = counter_features(log, user, seen, now, popularity)
+                inputs.append(features.value)
+                labels.append(self._returns(features, user, seen))
+        label = np.concatenate(labels) if labels else np.zeros(0, np.bool_)
+        self._trees: Any = None
+        if label.any() and not label.all():
+            seed = int(rng.integers(1 << 31))
+            self._trees = self._make(max_iter=120, learning_rate=0.08, random_state=seed)
+            self._trees.fit(np.concatenate(inputs), label)
+
+    def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
+        out = np.tile(self._tie, (len(user), 1))
+        features = counter_features(self._log, user, seen, now, self._popularity)
+        if self._trees is not None and len(features.row):
+            out[features.row, features.item] += self._trees.predict_proba(features.value)[:, 1]
+        return out
+
+    def _returns(self, features: CounterFeatures, user: Int, seen: Int) -> NDArray[np.bool_]:
+        """bool [E]: whether the item is among the user's next events."""
+        window = self._log.gather_ranges(user, seen, seen + self._horizon)
+        num_items = self._log.num_items
+        later = np.repeat(np.arange(len(user)), window.lengths) * num_items + window.item
+        return np.isin(features.row * num_items + features.item, later)

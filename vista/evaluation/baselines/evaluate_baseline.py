@@ -1,0 +1,40 @@
+"""A counting baseline, measured on the next items of a log's test split."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from vista.config import DataConfig
+from vista.errors import ConfigError
+from vista.evaluation.baselines.baseline_answers import BaselineAnswers
+from vista.evaluation.baselines.counting_baseline import CountingBaseline
+from vista.evaluation.cases import next_item_cases
+from vista.evaluation.evaluation_report import EvaluationReport
+from vista.evaluation.protocol import ranking_metrics
+from vista.log.event_log import EventLog
+from vista.log.splits import split_until, visible_counts
+
+
+def evaluate_baseline(
+    baseline: CountingBaseline, log: EventLog, data: DataConfig, *, top_k: list[int] | None = None, seed: int = 0
+) -> EvaluationReport:
+    """Fit a baseline to the events before the test labels of a log's split, and rank the labels.
+
+    Args:
+        data: the split, and whether to leave out seen items (`exclude_seen`).
+        top_k: cutoffs of the metrics, by default [10].
+
+    Raises:
+        ConfigError: if the log has no test label.
+    """
+    began = time.perf_counter()
+    seen = visible_counts(log, split_until(data, "test"))
+    cases = next_item_cases(log, seen)
+    if not len(cases.user):
+        raise ConfigError(f"{log.path} has no test label to rank; choose another split")
+    baseline.fit(log, seen, np.random.default_rng(seed))
+    ranks = BaselineAnswers(baseline, log).next_ranks(cases, exclude_seen=data.exclude_seen)
+    metrics = ranking_metrics(ranks, top_k or [10])
+    return EvaluationReport(metrics, len(ranks), time.perf_counter() - began, ranks, None, None)

@@ -1,0 +1,127 @@
+"""TIFU-KNN (Hu et al., SIGIR 2020, arXiv 2006.00556): personal item frequency with two decays, and nearest neighbors.
+
+Letters: n users that are asked at once, U users of the log, V items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vista.arrays import Int
+from vista.evaluation.baselines.popularity import tie_breaker
+from vista.evaluation.baselines.visible_events import visible_events
+from vista.evaluation.metrics import Floats
+from vista.examples.frequency import item_counts
+from vista.log.event_log import EventLog
+from vista.log.histories import ranges
+
+BASKET_GAP_MS = 30 * 60_000
+"""A longer time between two events begins a new basket. In a log without times, every event is a basket."""
+
+
+@dataclass(frozen=True, slots=True)
+class _UserVectors:
+    """Sparse vectors over items, packed: entries offsets[b] .. offsets[b + 1] - 1 belong to user b."""
+
+    offsets: Int
+    item: Int
+    value: Floats
+
+    def dense(self, num_items: int) -> Floats:
+        out = np.zeros((len(self.offsets) - 1, num_items))
+        out[np.repeat(np.arange(len(out)), np.diff(self.offsets)), self.item] = self.value
+        return out
+
+
+class TifuKnn:
+    """own_weight v_u + (1 - own_weight) mean of v over the nearest users, by Euclidean distance.
+
+    A user's baskets b are divided into up to `num_groups` groups of equal size, the older ones smaller by one basket if
+    they do not divide evenly. With k baskets per group and m groups, both counted 1 … from the oldest,
+
+        v_group = Σ_j within_decay^(k - j) b_j / k,    v_u = Σ_i group_decay^(m - i) v_group_i / m
+
+    as in the publication. (The authors' program counts within_decay over the whole history.) Items that tie rank by
+    popularity.
+    """
+
+    def __init__(
+        self,
+        *,
+        within_decay: float = 0.9,
+        group_decay: float = 0.7,
+        num_groups: int = 7,
+        num_neighbors: int = 300,
+        own_weight: float = 0.7,
+    ) -> None:
+        """The defaults are the authors' for most of their sets."""
+        self._within_decay, self._group_decay, self._num_groups = within_decay, group_decay, num_groups
+        self._num_neighbors, self._own_weight = num_neighbors, own_weight
+        self.name = f"TIFU-KNN, decay {within_decay:g} and {group_decay:g}, own weight {own_weight:g}"
+
+    def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
+        self._log = log
+        self._tie = tie_breaker(item_counts(log, counts))
+        self._users = np.flatnonzero(counts > 0)
+        self._known = self._vectors(self._users, counts[self._users])
+        self._norm = np.add.reduceat(np.append(self._known.value**2, 0), self._known.offsets[:-1])
+
+    def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
+        own = self._vectors(user, seen).dense(self._log.num_items)
+        out = self._own_weight * own + self._tie
+        nearest = self._nearest(user, own)
+        offsets, known = self._known.offsets, self._known
+        for row, neighbors in enumerate(nearest):
+            if len(neighbors):
+                entry = ranges(offsets[neighbors], offsets[neighbors + 1] - offsets[neighbors])
+                total = np.bincount(known.item[entry], known.value[entry], self._log.num_items)
+                out[row] += (1 - self._own_weight) / len(neighbors) * total
+        return out
+
+    def _nearest(self, user: Int, own: Floats) -> Int:
+        """int64 [n, k] places in `_users` of the nearest other users."""
+        known = self._known
+        distance = np.empty((len(user), len(self._users)))
+        for row, vector in enumerate(own):
+            products = np.append(vector[known.item] * known.value, 0)
+            distance[row] = self._norm - 2 * np.add.reduceat(products, known.offsets[:-1])
+        distance[user[:, None] == self._users] = np.inf  # a user is not a neighbor of their own
+        others = len(self._users) - np.isin(user, self._users)
+        count = min(self._num_neighbors, int(others.min(initial=len(self._users))))
+        return np.argsort(distance, axis=1, kind="stable")[:, :count]
+
+    def _vectors(self, user: Int, seen: Int) -> _UserVectors:
+        """v_u of users [n]."""
+        events = visible_events(self._log, user, seen)
+        first = np.zeros(len(events.item), np.bool_)
+        first[events.offsets[:-1][np.diff(events.offsets) > 0]] = True
+        gap = np.diff(events.timestamp, prepend=0)
+        starts = first | (gap > BASKET_GAP_MS) if self._log.has_time else np.ones_like(first)
+        basket = np.cumsum(starts) - 1
+        owner = events.row[starts]
+        weight = self._basket_weights(np.bincount(owner, minlength=len(user)))
+        # An item counts once per basket, whatever the number of its events there.
+        num_items = self._log.num_items
+        distinct = np.unique(basket * num_items + events.item)
+        basket, item = np.divmod(distinct, num_items)
+        cell, inverse = np.unique(owner[basket] * num_items + item, return_inverse=True)
+        value = np.bincount(inverse, weight[basket], len(cell)).astype(np.float64, copy=False)
+        row, item = np.divmod(cell, num_items)
+        return _UserVectors(np.searchsorted(row, np.arange(len(user) + 1)), item, value)
+
+    def _basket_weights(self, num_baskets: Int) -> Floats:
+        """Weight of every basket of users [n] with so many baskets: float64 [sum]."""
+        groups = np.minimum(num_baskets, self._num_groups)
+        index = ranges(0, num_baskets)
+        count, num_groups = np.repeat(num_baskets, num_baskets), np.repeat(groups, num_baskets)
+        size = count // num_groups
+        small = num_groups - count % num_groups  # the number of older groups, with `size` baskets each
+        in_small = index < small * size
+        group = np.where(in_small, index // size, small + (index - small * size) // (size + 1))
+        place = np.where(in_small, index % size, (index - small * size) % (size + 1))
+        size = np.where(in_small, size, size + 1)
+        within = np.power(self._within_decay, size - 1 - place) / size
+        weight: Floats = within * np.power(self._group_decay, num_groups - 1 - group) / num_groups
+        return weight
