@@ -22,11 +22,11 @@ def test_equals_counting_the_events_before_every_cut(spec: CounterSpec, users: l
     spec=st.sampled_from(SPECS),
     users=histories(),
     num_keys=st.integers(1, 4),
-    wait=st.integers(0, 10**10),
+    wait=st.none() | st.integers(-(10**10), 10**10),
     data=st.data(),
 )
 def test_training_and_serving_have_the_same_codes(
-    spec: CounterSpec, users: list[Events], num_keys: int, wait: int, data: st.DataObject
+    spec: CounterSpec, users: list[Events], num_keys: int, wait: int | None, data: st.DataObject
 ) -> None:
     """Serving counts the first part of each history, appends more in a refresh, and advances by the tail."""
     first, cut, end = [], [], []
@@ -39,13 +39,28 @@ def test_training_and_serving_have_the_same_codes(
         return packed([events[a:b] for events, a, b in zip(users, begin, stop, strict=True)])
 
     fresh = part(cut, end)
-    now = np.array([(events[at - 1][1] if at else 0) + wait for events, at in zip(users, end, strict=True)])
+    now = None
+    if wait is not None:
+        now = np.array([(events[at - 1][1] if at else 0) + wait for events, at in zip(users, end, strict=True)])
     refreshed = CounterTable.of(spec, *part([0] * len(users), first)).appended(*part(first, cut))
     served = refreshed.top(num_keys).codes().advanced(now, *fresh)
     index = OccurrenceIndex(spec, *packed(users))
     trained = index.table(np.arange(len(users)), np.array(cut)).top(num_keys).codes().advanced(now, *fresh)
     for name in ("key", "codes", "offsets", "clock"):
         np.testing.assert_array_equal(getattr(trained, name), getattr(served, name), err_msg=name)
+
+
+@given(spec=st.sampled_from(SPECS), users=histories(), data=st.data())
+def test_advanced_codes_are_at_most_one_level_off_the_exact_counters(
+    spec: CounterSpec, users: list[Events], data: st.DataObject
+) -> None:
+    cut = [data.draw(st.integers(0, len(events))) for events in users]
+    stored = CounterTable.of(spec, *packed([events[:at] for events, at in zip(users, cut, strict=True)])).codes()
+    advanced = stored.advanced(None, *packed([events[at:] for events, at in zip(users, cut, strict=True)]))
+    exact = CounterTable.of(spec, *packed(users)).codes()
+    for name in ("key", "offsets", "clock"):
+        np.testing.assert_array_equal(getattr(advanced, name), getattr(exact, name), err_msg=name)
+    assert (np.abs(advanced.codes.astype(int) - exact.codes.astype(int)) <= 1).all()
 
 
 @given(spec=st.sampled_from(SPECS), users=histories(), data=st.data())

@@ -17,6 +17,9 @@ from vista.log.histories import ranges
 CODE_BITS = 6
 MAX_CODE = 2**CODE_BITS - 1
 
+NO_EVENT = np.iinfo(np.int64).min
+"""The clock of a user without events."""
+
 _SECONDS_PER_DAY = 86_400
 
 
@@ -28,15 +31,18 @@ def code_scales(spec: CounterSpec) -> tuple[NDArray[np.float64], NDArray[np.floa
     =====================  =======  ===================
     count                  0.5      10,000
     sums over days         0.05     1,000
-    sums over events       0.05     τ, the largest sum
+    sums over events       0.05     1/(1 − exp(−1/τ))
     age, in seconds        600      3,650 days
     age, in events         1        1,000,000
     =====================  =======  ===================
+
+    No sum over events exceeds its c_max, about τ + 0.5.
     """
     days, events = len(spec.days), len(spec.events)
     age = (600.0, 3_650.0 * _SECONDS_PER_DAY) if spec.has_time else (1.0, 1e6)
     resolution = np.array([0.5, *[0.05] * (days + events), age[0]])
-    largest = np.array([10_000.0, *[1_000.0] * days, *spec.events, age[1]])
+    largest_sums = -1 / np.expm1(-1 / np.array(spec.events))
+    largest = np.array([10_000.0, *[1_000.0] * days, *largest_sums, age[1]])
     return resolution, largest
 
 
@@ -76,7 +82,7 @@ class CounterCodes:
     offsets: Int
     """[N + 1]."""
     clock: Int
-    """[N] the time to which sums and ages refer, ms: that of the newest event. Unused for users without keys."""
+    """[N] the time to which sums and ages refer, ms: that of the newest event; NO_EVENT without events."""
 
     @staticmethod
     def empty(spec: CounterSpec, num_users: int) -> CounterCodes:
@@ -86,7 +92,7 @@ class CounterCodes:
             np.zeros(0, np.int32),
             np.zeros((0, spec.num_columns), np.uint8),
             np.zeros(num_users + 1, np.int64),
-            np.zeros(num_users, np.int64),
+            np.full(num_users, NO_EVENT),
         )
 
     @property

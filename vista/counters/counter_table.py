@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int
-from vista.counters.counter_codes import CounterCodes, encode_values
+from vista.counters.counter_codes import NO_EVENT, CounterCodes, encode_values
 from vista.counters.counter_rows import CounterRows
 from vista.counters.counter_spec import CounterSpec
 from vista.log.histories import ranges
@@ -30,7 +30,7 @@ class CounterTable:
     offsets: Int
     """[N + 1]."""
     clock: Int
-    """[N] time of the newest event, ms; 0 without events."""
+    """[N] time of the newest event, ms; NO_EVENT without events."""
     num_events: Int
     """[N] events of the history, including those with key 0."""
 
@@ -44,9 +44,10 @@ class CounterTable:
             time: int64 [T] their times in ms; ordinals without times.
             offsets: int64 [N + 1] of the users in key and time.
         """
-        none, users = np.zeros(0, np.int64), np.zeros(len(offsets) - 1, np.int64)
+        none, num_events = np.zeros(0, np.int64), np.zeros(len(offsets) - 1, np.int64)
         rows = CounterRows(none, none, np.zeros((0, spec.num_horizons)), none, none)
-        return cls(spec, rows, np.zeros_like(offsets), users, users).appended(key, time, offsets)
+        clock = np.full_like(num_events, NO_EVENT)
+        return cls(spec, rows, np.zeros_like(offsets), clock, num_events).appended(key, time, offsets)
 
     def appended(self, key: Int, time: Int, offsets: Int) -> CounterTable:
         """The counters with newer events added: bit-identical to those of the longer histories.
@@ -62,9 +63,8 @@ class CounterTable:
         counts = np.diff(offsets)
         user = np.repeat(np.arange(len(counts)), counts)
         index = np.arange(len(key))
-        before = np.where(index == offsets[user], self.clock[user], time[index - 1])
         position = index - offsets[user] + self.num_events[user]
-        late = np.flatnonzero((time < before) & (position > 0))
+        late = np.flatnonzero(time < np.where(index == offsets[user], self.clock[user], time[index - 1]))
         if len(late):
             raise ValueError(
                 f"user {user[late[0]]}: the event at position {position[late[0]]} is older than the event before; sort "
