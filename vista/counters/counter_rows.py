@@ -105,7 +105,7 @@ def _add_up(sums: NDArray[np.float64], factor: NDArray[np.float64], starts: Int,
     by_size = np.argsort(-sizes, kind="stable")
     starts, sizes = starts[by_size], sizes[by_size]
     num_longer = np.searchsorted(-sizes, -np.arange(sizes.max(initial=0)), side="left")
-    steps = max(np.count_nonzero(num_longer > _FEW_KEYS), 1)
+    steps = max(int(np.count_nonzero(num_longer > _FEW_KEYS)), 1)
     for step in range(1, steps):
         row = starts[: num_longer[step]] + step
         sums[row] += factor[row] * sums[row - 1]
