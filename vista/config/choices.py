@@ -93,6 +93,15 @@ class Search(Enum):
     """The newest events of the candidate's category (`data.item_categories`)."""
 
 
+class ItemStart(Enum):
+    """What the vectors of items are before training."""
+
+    random = "random"
+    """Small normal values."""
+    factors = "factors"
+    """A factorization of which items lie close together in the training histories; random for items without one."""
+
+
 class Activation(Enum):
     """Activation phi of stage 1, applied to its queries, keys, and states."""
 

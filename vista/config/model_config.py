@@ -9,6 +9,7 @@ from vista.config.choices import (
     Activation,
     Architecture,
     Decay,
+    ItemStart,
     Mixing,
     Normalization,
     Search,
@@ -90,6 +91,9 @@ class ModelConfig:
     0 uses separate tables with one row per value."""
     embedding_hashes: int = 2
     """Number of hash functions per value with embedding_rows. It must divide dim."""
+    item_start: ItemStart = ItemStart.random
+    """What the vectors of items are before training: random, or factors of their co-occurrences in the training
+    events."""
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
@@ -109,6 +113,11 @@ class ModelConfig:
         self._check_divisor_of_dim("num_heads")
         if self.embedding_rows:
             self._check_divisor_of_dim("embedding_hashes")
+            require(
+                self.item_start is not ItemStart.factors,
+                "model.item_start",
+                "factors need one row per item; set model.item_start=random, or model.embedding_rows=0",
+            )
         self._check_history_limit()
         if self.decay is not Decay.none:
             self._check_decay()

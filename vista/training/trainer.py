@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from vista.config import TrainConfig
-from vista.config.choices import Architecture, Stage
+from vista.config.choices import Architecture, ItemStart, Stage
 from vista.config.config_keys import to_yaml
 from vista.config.conversion import to_dict
 from vista.config.train_config import without_places
@@ -40,6 +40,7 @@ from vista.training.checkpoint import (
     unpack_state,
 )
 from vista.training.downstream import Downstream
+from vista.training.item_factors import start_from_factors
 from vista.training.log_schema import schema_of
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.model_card import model_card
@@ -160,6 +161,8 @@ class Trainer:
         newest = latest_checkpoint(self.run_dir / "checkpoints") if config.resume else None
         if newest is None and self.downstream is None:  # a checkpoint, or a base, contains what is read here
             self.model.read_item_table(config.data)
+            if config.model.item_start is ItemStart.factors:
+                start_from_factors(self.model, self.log, self.source.counts, config.seed)
         if newest is not None:
             self._restore(newest)
         elif not config.resume:

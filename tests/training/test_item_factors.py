@@ -1,0 +1,148 @@
+"""Item vectors from a factorization of co-occurrences: pairs, weights, singular vectors, and what they may read."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.conftest import small_config
+from vista.arrays import Int
+from vista.config.choices import ItemStart
+from vista.log.event_log import EventLog
+from vista.training import item_factors as factors
+from vista.training.item_factors import REACH, SMOOTHING, START_RMS, item_factors, start_from_factors
+from vista.training.trainer import Trainer, train
+
+NUM_ITEMS = 40
+HIDDEN = 2
+"""Newest events of each user that training does not see."""
+
+
+def log_of(folder: Path, *, future: int = 0) -> EventLog:
+    """Histories that stay within two groups of items; `future` changes their newest HIDDEN events."""
+    rng = np.random.default_rng(3)
+    users, items = [], []
+    for user, length in enumerate([3, 30, 1, 25, 60, 45, 80]):
+        history = (user % 2) * NUM_ITEMS // 2 + rng.integers(0, NUM_ITEMS // 2, length)
+        history[-HIDDEN:] = (history[-HIDDEN:] + future) % NUM_ITEMS
+        users += [user] * length
+        items += history.tolist()
+    # Every item occurs, so that all logs have the same vocabulary.
+    users, items = [*users, *[99] * NUM_ITEMS], [*items, *range(NUM_ITEMS)]
+    return EventLog.from_frame(
+        {"user": users, "item": items, "timestamp": np.arange(len(users))}, folder, time_unit="s"
+    )
+
+
+def visible(log: EventLog) -> Int:
+    counts = np.maximum(log.lengths - HIDDEN, 0)
+    counts[log.users.rows([99])] = 0
+    return counts
+
+
+def pairs_of(log: EventLog, counts: Int) -> Counter[tuple[int, int]]:
+    """Ordered pairs of model rows, by a loop."""
+    pairs: Counter[tuple[int, int]] = Counter()
+    for user, count in enumerate(counts.tolist()):
+        rows = [int(item) + 1 for item in log.slice(user, 0, count).item]
+        for place, left in enumerate(rows):
+            for right in rows[place + 1 : place + REACH + 1]:
+                if left != right:
+                    pairs[left, right] += 1
+                    pairs[right, left] += 1
+    return pairs
+
+
+def dense_factors(log: EventLog, counts: Int, dim: int) -> tuple[Int, NDArray[np.float64]]:
+    """Rows and vectors by the formula in the plan's notation, with a dense SVD."""
+    pairs = pairs_of(log, counts)
+    rows = np.array(sorted({left for left, _ in pairs}))
+    total = {int(row): sum(count for (left, _), count in pairs.items() if left == row) for row in rows}
+    context = sum(number**SMOOTHING for number in total.values())
+    matrix = np.zeros((len(rows), len(rows)))
+    for (left, right), count in pairs.items():
+        ratio = count * context / (total[left] * total[right] ** SMOOTHING)
+        matrix[np.searchsorted(rows, left), np.searchsorted(rows, right)] = max(0.0, math.log(ratio))
+    left_vectors, scale, _ = np.linalg.svd(matrix)
+    return rows, (left_vectors * np.sqrt(scale))[:, :dim]
+
+
+def cosines(vectors: NDArray[np.floating]) -> NDArray[np.float64]:
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (unit @ unit.T).astype(np.float64)
+
+
+@pytest.mark.parametrize(("dim", "tolerance"), [(8, 5e-3), (32, 1e-4)])
+def test_vectors_are_those_of_a_dense_svd(tmp_path: Path, dim: int, tolerance: float) -> None:
+    """Up to rounding if the sketch has as many columns as there are items, else approximately."""
+    log = log_of(tmp_path / "log")
+    rows, vectors = item_factors(log, np.arange(NUM_ITEMS) + 1, visible(log), dim, seed=1)
+    expected_rows, expected = dense_factors(log, visible(log), dim)
+    assert rows.tolist() == expected_rows.tolist() and vectors.dtype == np.float32
+    # Signs and rotations of equal singular values are free, so cosines are compared.
+    np.testing.assert_allclose(cosines(vectors), cosines(expected), atol=tolerance)
+    np.testing.assert_allclose(np.sqrt(np.mean(vectors**2, axis=1)), START_RMS, rtol=1e-5)
+
+
+def test_more_columns_than_items_are_zero(tmp_path: Path) -> None:
+    log = log_of(tmp_path / "log")
+    rows, vectors = item_factors(log, np.arange(NUM_ITEMS) + 1, visible(log), 64, seed=1)
+    assert vectors.shape == (len(rows), 64) and not vectors[:, len(rows) :].any() and vectors[:, :8].any(axis=1).all()
+
+
+def test_pairs_equal_a_loop_for_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = log_of(tmp_path / "log")
+    expected = {pair: count for pair, count in pairs_of(log, visible(log)).items() if pair[0] < pair[1]}
+    for block in (1, 70, 1 << 20):
+        monkeypatch.setattr(factors, "BLOCK_EVENTS", block)
+        low, high, count = factors._pair_counts(log, np.arange(NUM_ITEMS) + 1, visible(log), seed=1)
+        counted = zip(low.tolist(), high.tolist(), count.tolist(), strict=True)
+        assert {(left, right): number for left, right, number in counted} == expected
+
+
+def test_no_vector_depends_on_hidden_events(tmp_path: Path) -> None:
+    first, second = (log_of(tmp_path / str(future), future=future) for future in (0, 7))
+    rows = np.arange(NUM_ITEMS) + 1
+    (known, vectors), (other_known, others) = (
+        item_factors(log, rows, visible(log), 8, seed=1) for log in (first, second)
+    )
+    assert np.array_equal(known, other_known) and np.array_equal(vectors, others)
+    assert not np.array_equal(item_factors(first, rows, first.lengths, 8, seed=1)[1][: len(vectors)], vectors)
+
+
+def test_large_logs_count_the_pairs_of_some_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = log_of(tmp_path / "log")
+    monkeypatch.setattr(factors, "MOST_EVENTS", 100)
+    drawn = {seed: factors._pair_counts(log, np.arange(NUM_ITEMS) + 1, visible(log), seed) for seed in range(6)}
+    totals = {int(pairs.count.sum()) for pairs in drawn.values()}
+    assert len(totals) > 1 and 0 < min(totals) < max(totals) < sum(pairs_of(log, visible(log)).values()) // 2
+
+
+def test_items_without_pairs_keep_their_drawn_vectors(tmp_path: Path) -> None:
+    log = log_of(tmp_path / "log")
+    model = Trainer(small_config(log, tmp_path / "run"), log).model
+    drawn, counts = model.item_table.detach().clone(), np.zeros(log.num_users, np.int64)
+    start_from_factors(model, log, counts, seed=1)
+    assert torch.equal(model.item_table, drawn)
+    counts[1] = 5
+    start_from_factors(model, log, counts, seed=1)
+    changed = (model.item_table != drawn).any(1)
+    assert set(changed.nonzero().flatten().tolist()) == {int(item) + 1 for item in log.slice(1, 0, 5).item}
+    assert model.item_table.requires_grad and not model.item_table[0].any()
+
+
+def test_training_starts_from_factors_of_the_training_events(tmp_path: Path) -> None:
+    log = log_of(tmp_path / "log")
+    config = small_config(
+        log, tmp_path / "run", model__item_start=ItemStart.factors, optim__table_rate=0.0, optim__epochs=1
+    )
+    model = train(config, log)
+    rows, vectors = item_factors(log, np.arange(NUM_ITEMS) + 1, np.maximum(log.lengths - HIDDEN, 0), 16, seed=1)
+    assert len(rows) == NUM_ITEMS
+    np.testing.assert_array_equal(model.item_table[1:].detach().numpy(), vectors)
