@@ -21,8 +21,11 @@ class OptimConfig:
     """Number of steps over which the learning rate rises linearly to its peak."""
     gradient_clip: float = 1.0
     """Maximum global norm of the gradient."""
-    epochs: int = 10
-    """Number of epochs, which are passes over the training histories."""
+    epochs: int | None = 10
+    """Number of epochs, which are passes over the training histories. null with optim.minutes."""
+    minutes: float | None = None
+    """Number of minutes that training takes, validation included. The time of the first steps decides how many steps
+    fit, and the learning rate falls over these steps. null: optim.epochs decides."""
     next_weight: float = 1.0
     """Weight of the sampled softmax over next items. 0 does not train next items."""
     logq_strength: float = 1.0
@@ -44,10 +47,18 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "optim.")
-        require_finite(self, "optim.", ("learning_rate", "gradient_clip"), positive=True)
+        require_finite(self, "optim.", ("learning_rate", "gradient_clip", "minutes"), positive=True)
         weights = ("next_weight", "task_weight", "reconstruction_weight")
         require_finite(self, "optim.", ("weight_decay", "table_rate", *weights))
         counts = ("epochs", "warmup_steps", "patience", "validate_every", "validation_users")
         require_counts(self, "optim.", counts, least=0)
         require(self.task_weight > 0 or not self.tasks, "optim.tasks", "needs optim.task_weight above 0; set that to 1")
         require_share(self, "optim.", ("logq_strength",))
+        require(
+            self.minutes is None or self.epochs is None,
+            "optim.minutes",
+            "decides the number of steps, but optim.epochs is set too; set one of them to null",
+        )
+        require(
+            self.minutes is not None or self.epochs is not None, "optim.epochs", "is required without optim.minutes"
+        )

@@ -13,6 +13,9 @@ class Progress:
     batch: int = 0
     """Batches done in this epoch."""
     step: int = 0
+    planned_steps: int = 0
+    """With optim.minutes: the number of steps that fit, 0 until the first steps have been timed. It never changes after
+    that, so that a resumed run ends at the same step."""
     best: float | None = None
     """Best value of the validation metric so far."""
     bad_validations: int = 0
@@ -23,3 +26,22 @@ class Progress:
     """Time spent on the run, validation included, in all processes that worked on it."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Validation metrics, one entry per validation."""
+
+    @property
+    def planned_steps_done(self) -> bool:
+        """Whether the steps that fit into optim.minutes are done."""
+        return 0 < self.planned_steps <= self.step
+
+    def finished(self, epochs: int | None) -> bool:
+        """Whether training ends here.
+
+        Args:
+            epochs: optim.epochs; None with optim.minutes.
+        """
+        return self.stopped or self.planned_steps_done or (epochs is not None and self.epoch >= epochs)
+
+    def share_done(self, epochs: int | None, batches: int) -> float:
+        """Share of the training that is done, in an epoch of this number of batches; 0 before the steps are planned."""
+        if epochs is not None:
+            return (self.epoch + self.batch / batches) / epochs
+        return self.step / self.planned_steps if self.planned_steps else 0.0

@@ -47,6 +47,7 @@ from vista.training.model_card import model_card
 from vista.training.optimizers import Optimizers
 from vista.training.progress import Progress
 from vista.training.run_folder import deferred_interrupt, log_file
+from vista.training.time_budget import TimeBudget
 from vista.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,7 @@ class Trainer:
         self.validation = _validation(log, item_rows, config)
         self.optimizers = Optimizers(self.model, config.optim)
         self.progress = Progress()
+        self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
         self._counted_until = time.perf_counter()
         self.precision = choose_precision(config.precision, self.device)
 
@@ -147,13 +149,13 @@ class Trainer:
         with MetricsWriter(self.run_dir, tensorboard=config.tensorboard) as metrics:
             self._start(metrics)
             with deferred_interrupt() as interrupted:
-                while (progress := self.progress).epoch < config.optim.epochs and not progress.stopped:
+                while not self.progress.finished(config.optim.epochs):
                     self._run_epoch(metrics, interrupted)
             best = self.run_dir / "best"
-            if progress.best is None:
+            if self.progress.best is None:
                 self.model.eval()
                 self._export()
-            logger.info("done: %d steps; model in %s", progress.step, best)
+            logger.info("done: %d steps; model in %s", self.progress.step, best)
             return load_model(best, self.device)
 
     def _start(self, metrics: MetricsWriter) -> None:
@@ -184,14 +186,37 @@ class Trainer:
             f"resuming at step {self.progress.step} from {newest}" if newest else f"run folder {self.run_dir}",
         )
 
-        steps = self.config.optim.epochs * self.source.num_batches(0)
-        if steps < 2 * self.config.optim.warmup_steps:
+        if config.optim.epochs is None:
+            return
+        steps = config.optim.epochs * self.source.num_batches(0)
+        if steps < 2 * config.optim.warmup_steps:
             logger.warning(
                 "the run has only about %d steps, of which optim.warmup_steps=%d are warm-up: too few to learn much; "
                 "lower data.tokens_per_batch (to 512, say) and optim.warmup_steps, or raise optim.epochs",
                 steps,
-                self.config.optim.warmup_steps,
+                config.optim.warmup_steps,
             )
+
+    def _plan_steps(self, budget: TimeBudget) -> None:
+        """Fix the number of steps, and save it before it is used: a resumed run must end at the same step."""
+        began, seconds = time.perf_counter(), 0.0
+        if self.validation is not None:
+            self.validation(self.model)
+            seconds = time.perf_counter() - began
+        self._count_seconds()
+        progress, batches = self.progress, self.source.num_batches(self.progress.epoch)
+        spacing = batches * max(self.config.optim.validate_every, 1)
+        progress.planned_steps = progress.step + budget.steps_left(progress.seconds, seconds, spacing)
+        logger.info(
+            "optim.minutes=%g: %.1f s spent, %.4f s per step, %.1f s per validation: %d steps, %.1f epochs",
+            budget.minutes,
+            progress.seconds,
+            budget.seconds_per_step,
+            seconds,
+            progress.planned_steps,
+            progress.planned_steps / batches,
+        )
+        self._save()
 
     def _run_epoch(self, metrics: MetricsWriter, interrupted: list[bool]) -> None:
         config, progress = self.config, self.progress
@@ -199,24 +224,28 @@ class Trainer:
         bar = tqdm(
             total=total,
             initial=progress.batch,
-            desc=f"epoch {progress.epoch + 1}/{config.optim.epochs}",
+            desc=f"epoch {progress.epoch + 1}" + (f"/{config.optim.epochs}" if config.optim.epochs else ""),
             unit="batch",
             disable=not config.progress,
         )
         self.model.train()
         began, tokens = time.perf_counter(), 0
         with bar:
-            while progress.batch < total:
+            while progress.batch < total and not progress.planned_steps_done:
+                step_began = time.perf_counter()
                 batch = self.source.batch(progress.epoch, progress.batch)
-                row = self._step(batch, (progress.epoch + progress.batch / total) / config.optim.epochs)
+                row = self._step(batch, progress.share_done(config.optim.epochs, total))
                 progress.batch += 1
                 progress.step += 1
+                step_seconds = time.perf_counter() - step_began
                 tokens += len(batch.events.item)
                 bar.update()
                 if progress.step % self.metrics_every == 0:
                     row["tokens_per_s"] = tokens / (time.perf_counter() - began)
                     metrics.write({"step": progress.step, "epoch": progress.epoch, **row})
                     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+                if self._budget and not progress.planned_steps and self._budget.add(step_seconds):
+                    self._plan_steps(self._budget)
                 if interrupted:
                     self._save()
                     raise _stopped(progress)
@@ -226,7 +255,7 @@ class Trainer:
         progress.batch = 0
         self._validate(metrics, time.perf_counter() - began)
         self._save()
-        if interrupted and progress.epoch < config.optim.epochs:
+        if interrupted and not self.progress.finished(config.optim.epochs):
             raise _stopped(progress)
 
     def _step(self, batch: Batch, share_done: float) -> dict[str, float]:
@@ -250,7 +279,7 @@ class Trainer:
 
     def _validate(self, metrics: MetricsWriter, seconds: float) -> None:
         progress, optim = self.progress, self.config.optim
-        if self.validation is None or (progress.epoch % optim.validate_every and progress.epoch < optim.epochs):
+        if self.validation is None or (progress.epoch % optim.validate_every and not progress.finished(optim.epochs)):
             return
         measured = self.validation(self.model)
         value = measured[self.validation.metric]
