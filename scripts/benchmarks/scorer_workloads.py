@@ -73,7 +73,8 @@ def scorer_roofline(config: ModelConfig, num_users: int, num_candidates: int, pr
     Context: each layer's projections of summary and tail. All layers but the last, which needs only keys and values,
     also have attention, an output projection and, in softmax layers, a feed-forward network. Candidates: in each layer
     attention over K + L keys and the same products, and projections in all layers but the first. Bytes are the
-    candidates' gathered vectors and projections.
+    candidates' gathered vectors and projections. Candidates that read a state have, for each layer of stage 1, further
+    projections, a product with the layer's matrices, and an output projection.
     """
     dtype = torch.float32 if precision is Precision.float32 else torch.bfloat16
     dtypes = product_dtypes(dtype)
@@ -98,6 +99,11 @@ def scorer_roofline(config: ModelConfig, num_users: int, num_candidates: int, pr
     inner = [row_product(context, 4 * dim, dim, dtypes, weights=True), *attention(seeds, seeds), *attention(tail, keys)]
     inner += [*mixing(context), row_product(queries, 4 * dim, dim, dtypes, weights=True)]
     each = [*attention(num_candidates, keys), *mixing(queries)]
+    if config.num_state_rows:
+        reading = [row_product(queries, n * dim, dim, dtypes, weights=True) for n in (4, 1)]
+        several, batches = num_users * heads, (1, heads, num_users * heads)
+        reading.append(row_product(num_candidates, head_dim, head_dim, dtypes, count=several, batches=batches))
+        last += [work.scaled(config.num_layers) for work in reading]
     works = [*last, *(work.scaled(layers - 1) for work in inner), *(work.scaled(layers) for work in each)]
     return Roofline(copying(5 * queries * dim * dtype.itemsize), tuple(works))
 

@@ -74,6 +74,16 @@ def test_words_are_choices() -> None:
         (OptimConfig, {"epochs": 2.5}, r"optim\.epochs: expected int, got 2\.5"),
         (OptimConfig, {"epochs": True}, r"optim\.epochs: expected int, got True"),
         (OptimConfig, {"learning_rate": "fast"}, r"optim\.learning_rate: expected float, got 'fast'"),
+        (
+            ModelConfig,
+            {"target_attention": "quasi_linear", "mixing": "bidirectional"},
+            r"model\.target_attention: quasi_linear reads the state of separable mixing; set model\.mixing=separable",
+        ),
+        (
+            ModelConfig,
+            {"target_attention": "quasi_linear", "dim": 65_535, "num_heads": 1},
+            r"model\.num_layers: a record would hold 16 summary tokens and 131070 rows of the state",
+        ),
         (ModelConfig, {"embedding_rows": -1}, r"model\.embedding_rows: must be at least 0, got -1"),
         (ModelConfig, {"embedding_hashes": 0}, r"model\.embedding_hashes: must be at least 1, got 0"),
         (

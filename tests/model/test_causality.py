@@ -22,6 +22,8 @@ SHAPES = {
     "bidirectional": {"mixing": Mixing.bidirectional, "normalization": Normalization.none},
     "no summary": {"num_seeds": 0},
     "softmax": {"target_attention": TargetAttentionKind.softmax},
+    "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
+    "quasi-linear, no tokens": {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
 }
 
 

@@ -108,7 +108,7 @@ def test_a_model_with_a_frozen_stage_computes_the_same(
         torch.testing.assert_close(actual.float(), expected, rtol=0, atol=atol)
 
     summary = inference.summarize(model, histories)
-    if seeds:
+    if summary.shape[1]:
         close(inference.summarize(model.with_frozen("summarizer", precision), histories), summary)
     else:
         assert model.with_frozen("summarizer", precision).summarizer is None

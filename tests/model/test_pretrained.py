@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import sign_model
 from vista.config import ModelConfig
-from vista.config.choices import Decay, Mixing
+from vista.config.choices import Decay, Mixing, TargetAttentionKind
 from vista.errors import CheckpointError
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
@@ -48,6 +48,7 @@ def test_loading_keeps_the_callers_random_state_and_a_shorter_tail_shares_the_we
         {"mixing": Mixing.bidirectional},
         {"decay": Decay.time, "decay_horizons": [1.5, 0.0]},
         {"num_seeds": 0, "tasks": []},
+        {"num_seeds": 0, "target_attention": TargetAttentionKind.quasi_linear},
         {"rating_range": None, "has_time": False},
     ],
     ids=str,
@@ -336,6 +337,9 @@ def test_summarizer_id_follows_the_vocabulary_and_the_configuration_of_stage_1(m
     assert identity(items=Vocabulary.from_ids(np.arange(40) + 101)) != before
     assert identity(config=replace(config, history_limit=50)) != before
     assert identity(config=replace(config, normalization_alpha=0.5)) != before
+    reading = replace(config, target_attention=TargetAttentionKind.quasi_linear)
+    assert identity(config=reading) != before, "its records hold the state too"
+    assert identity(config=replace(config, target_attention=TargetAttentionKind.softmax)) == before
     assert identity(schema=replace(schema, actions=["view", "buy", "click"])) != before
     assert identity(schema=replace(schema, rating_range=(0.0, 5.0))) != before
     for same in (

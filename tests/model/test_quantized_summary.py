@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from vista.config.choices import Codec, Mixing
+from vista.config.choices import Codec, Mixing, TargetAttentionKind
 from vista.model import inference
 from vista.store.format.codecs import dequantize_rows, quantize_rows
 
 
 @pytest.mark.parametrize(("codec", "lost_share"), [(Codec.int8, 0.01), (Codec.float16, 0.002), (Codec.int4, 0.15)])
-@pytest.mark.parametrize("mixing", Mixing)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixing": Mixing.separable},
+        {"mixing": Mixing.bidirectional},
+        {"target_attention": TargetAttentionKind.quasi_linear},
+        {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
+    ],
+    ids=str,
+)
 def test_stored_summaries_change_scores_little(
-    make: SimpleNamespace, mixing: Mixing, codec: Codec, lost_share: float
+    make: SimpleNamespace, options: dict[str, Any], codec: Codec, lost_share: float
 ) -> None:
-    model = make.model(seed=1, dim=32, num_seeds=8, mixing=mixing)
+    model = make.model(seed=1, **({"dim": 32, "num_seeds": 8} | options))
     packed = make.histories([0, 3, 40, 200], 1)
     summary = inference.summarize(model, packed)
     rows = np.ascontiguousarray(summary.numpy().reshape(-1, 32))

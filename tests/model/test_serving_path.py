@@ -43,9 +43,19 @@ SHAPES = {
     "three layers": {"num_target_layers": 3},
     "softmax": {"target_attention": TargetAttentionKind.softmax, "num_target_layers": 3},
     "softmax, no summary": {"target_attention": TargetAttentionKind.softmax, "num_seeds": 0},
+    "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
+    "quasi-linear, no tokens": {
+        "target_attention": TargetAttentionKind.quasi_linear,
+        "num_seeds": 0,
+        "num_layers": 3,
+        "num_target_layers": 1,
+        "activation": Activation.identity,
+        "decay": Decay.time,
+        "decay_horizons": [0.0, 3.0],
+    },
     "no phi, bidirectional": {"activation": Activation.identity, "mixing": Mixing.bidirectional, "num_layers": 3},
 }
-SOME_SHAPES = ["separable", "bidirectional", "no summary", "softmax"]
+SOME_SHAPES = ["separable", "bidirectional", "no summary", "softmax", "quasi-linear", "quasi-linear, no tokens"]
 LENGTHS = [0, 1, 2, 23, 7, 0, 12]
 """Events per user: empty histories, some shorter than the tail, some longer."""
 
@@ -151,7 +161,7 @@ def test_a_training_batch_equals_its_chunks_one_at_a_time(make: SimpleNamespace,
         torch.testing.assert_close(together[windows], alone, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", ["separable", "bidirectional", "softmax"])
+@pytest.mark.parametrize("shape", ["separable", "bidirectional", "softmax", "quasi-linear"])
 def test_values_in_padding_change_no_bit(make: SimpleNamespace, shape: str) -> None:
     model = make.model(seed=6, **SHAPES[shape])
     packed = make.histories(LENGTHS, 8)
@@ -284,7 +294,7 @@ def test_request_gaps_count_from_the_newest_event_of_the_tail(make: SimpleNamesp
     assert torch.equal(at_8_s[:, 0], by_bucket[[2, 0, 1]])
 
 
-@pytest.mark.parametrize("shape", ["separable", "no summary", "no times", "softmax"])
+@pytest.mark.parametrize("shape", ["separable", "no summary", "no times", "softmax", "quasi-linear"])
 def test_a_model_with_a_shorter_tail_equals_one_whose_tail_is_cut(make: SimpleNamespace, shape: str) -> None:
     model = make.model(seed=4, **SHAPES[shape])
     packed = make.histories(LENGTHS, 6)

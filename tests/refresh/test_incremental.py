@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vista.config.choices import Codec, Decay, Mixing, StateDtype
+from vista.config.choices import Codec, Decay, Mixing, StateDtype, TargetAttentionKind
 from vista.errors import ConfigError, StoreError, SummarizerMismatchError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users, forget_events
@@ -33,6 +33,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "bidirectional": {"mixing": Mixing.bidirectional, "conv_width": 1},
     "a history limit": {"history_limit": 6},
     "no summary": {"num_seeds": 0},
+    "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
+    "quasi-linear, no tokens": {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
 }
 DRIFT = 5e-4
 """Subtraction loses up to three digits before a state is recomputed (`DRIFT_LIMIT`)."""

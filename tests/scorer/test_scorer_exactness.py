@@ -56,7 +56,14 @@ def same(actual: Any, expected: Any) -> None:
         np.testing.assert_allclose(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.fixture(scope="module", params=[(TargetAttentionKind.softmax, 16), (TargetAttentionKind.pointwise, 18)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        (TargetAttentionKind.softmax, 16),
+        (TargetAttentionKind.pointwise, 18),
+        (TargetAttentionKind.quasi_linear, 16),
+    ],
+)
 def opened(
     request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scorer]:

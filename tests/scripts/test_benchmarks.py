@@ -154,7 +154,7 @@ def test_the_scorers_roofline_counts_what_the_model_multiplies(tmp_path: Path, k
     model = VistaModel(replace(usual.config, target_attention=kind), usual.schema, log.items, usual.data).eval()
     items = torch.arange(1, 8).expand(2, -1)
     tail = pad_tail(model, np.arange(1, 11), np.arange(10), np.zeros(10), np.array([0, 5, 10]))
-    stage, summary = model.target_attention, torch.randn(2, 6, 16)
+    stage, summary = model.target_attention, torch.randn(2, 6 + model.config.num_state_rows, 16)
     with torch.inference_mode():
         vectors = model.item_vectors(items)
         projections = stage.layers[0].project(vectors)
@@ -163,7 +163,8 @@ def test_the_scorers_roofline_counts_what_the_model_multiplies(tmp_path: Path, k
         attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
         with FlopCounterMode(display=False, custom_mapping=attention) as counter:
             # In two passes: a request in one pass also multiplies the masked pairs of summary and tail.
-            context = stage.encode_context(stage.encode_summary(summary), events, torch.from_numpy(tail.valid))
+            valid, state = torch.from_numpy(tail.valid), stage.state(summary)
+            context = stage.encode_context(stage.encode_summary(summary), events, valid, state)
             stage.query(vectors, projections, None, torch.full((1,), 5), context)
     counted = 0.0
     for work in scorer_roofline(model.config, 2, 7, Precision.float32).products:

@@ -16,7 +16,7 @@ import torch
 from tests.conftest import Served
 from tests.training.test_trainer import assert_same_result
 from vista.config import EvaluateConfig, OptimConfig, TrainConfig
-from vista.config.choices import Architecture, Codec, Split, Stage
+from vista.config.choices import Architecture, Codec, Split, Stage, TargetAttentionKind
 from vista.errors import ConfigError, LeakageError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.batch_source import BatchSource
@@ -312,6 +312,16 @@ class TestRefusals:
         )
         with pytest.raises(ConfigError, match=re.escape(expected)):
             train(config, served_tasks.log)
+
+    def test_a_state_that_the_base_does_not_store(self, served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
+        reading = {"model__target_attention": TargetAttentionKind.quasi_linear}
+        config = downstream_config(served_tasks, past_store, tmp_path, **reading)
+        with pytest.raises(ConfigError, match=r"model\.target_attention \(pointwise -> quasi_linear\); set model"):
+            train(config, served_tasks.log)
+        softmax = {"model__target_attention": TargetAttentionKind.softmax}
+        config = downstream_config(served_tasks, past_store, tmp_path, **softmax)
+        with Downstream.open(config, served_tasks.log) as downstream:
+            assert len(downstream.model(schema_of(served_tasks.log, config)).target_attention.reads) == 0
 
     def test_the_store_of_another_model(self, served_tasks: Served, served: Served, tmp_path: Path) -> None:
         with pytest.raises(SummarizerMismatchError):

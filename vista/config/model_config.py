@@ -32,14 +32,16 @@ class ModelConfig:
     num_heads: int = 4
     """Number of attention heads. It must divide dim."""
     num_seeds: int = 16
-    """Number of summary tokens K per user. 0 disables stage 1, so only the tail is read."""
+    """Number of summary tokens K per user. With 0, only the tail is read, and the state with
+    target_attention=quasi_linear."""
     num_layers: int = 2
     """Number of layers of stage 1, or of SASRec and HSTU."""
     num_target_layers: int = 2
     """Number of layers of stage 2."""
     target_attention: TargetAttentionKind = TargetAttentionKind.pointwise
     """Layers of stage 2: softmax attention with a feed-forward network (the paper), or pointwise attention without one
-    (HSTU)."""
+    (HSTU). quasi_linear adds to pointwise layers a read of stage 1's state, which the store then holds too. It needs
+    mixing=separable."""
     mixing: Mixing = Mixing.separable
     """How the tokens of stage 1 mix. separable: only history tokens write and only seeds read, so states can be updated
     incrementally. bidirectional: all tokens write and read at every layer (the paper)."""
@@ -121,6 +123,14 @@ class ModelConfig:
         self._check_history_limit()
         if self.decay is not Decay.none:
             self._check_decay()
+        if self.num_state_rows:
+            self._check_state_rows()
+
+    @property
+    def num_state_rows(self) -> int:
+        """Rows of width dim that a record holds of stage 1's state, after the summary tokens."""
+        reads_state = self.target_attention is TargetAttentionKind.quasi_linear
+        return self.num_layers * (self.dim // self.num_heads) if reads_state else 0
 
     def _check_divisor_of_dim(self, key: str) -> None:
         value = getattr(self, key)
@@ -137,6 +147,19 @@ class ModelConfig:
             self.history_limit > 0 or not needs_limit,
             "model.history_limit",
             f"{self.architecture.value} reads a bounded number of events; set a limit such as 200",
+        )
+
+    def _check_state_rows(self) -> None:
+        require(
+            self.mixing is Mixing.separable,
+            "model.target_attention",
+            "quasi_linear reads the state of separable mixing; set model.mixing=separable, or another kind",
+        )
+        require(
+            self.num_seeds + self.num_state_rows <= MAX_DIM,
+            "model.num_layers",
+            f"a record would hold {self.num_seeds} summary tokens and {self.num_state_rows} rows of the state, but at "
+            f"most {MAX_DIM} rows are allowed; use fewer layers or more heads",
         )
 
     def _check_decay(self) -> None:

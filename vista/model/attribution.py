@@ -1,10 +1,11 @@
-"""What a score consists of: a share of each summary token, each tail event and the query token itself.
+"""What a score consists of: a share of each summary token, the state, each tail event and the query token itself.
 
 If attention weights, gates (in pointwise layers the query token's own value is gated too) and the spreads of norms are
-held fixed, stage 2 is a linear function of its inputs: the query token's vector, and the values of the context in each
-layer. A linear function is the sum of its gradients times its arguments (Euler), and these products are the shares.
-Only the head's bias has no share. Shares say what the score consists of, not what it would be without a token, because
-attention weights and gates would change too. A token in a later layer's context includes what it read from others.
+held fixed, stage 2 is a linear function of its inputs: the query token's vector, the values of the context in each
+layer, and what the query token reads of the state. A linear function is the sum of its gradients times its arguments
+(Euler), and these products are the shares. Only the head's bias has no share. Shares say what the score consists of,
+not what it would be without a token, because attention weights and gates would change too. A token in a later layer's
+context includes what it read from others.
 
 Letters: C queries of one request, S seeds, L tail length, H heads, D head dim, M model dim.
 """
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.model.layers import split_heads
+from vista.model.quasi_linear_read import QuasiLinearRead
 from vista.model.target_attention import TargetAttention, TargetContext
 from vista.model.target_layers import MASKED, PointwiseLayer, SoftmaxLayer
 
@@ -29,6 +31,8 @@ class Attribution:
 
     summary: Tensor
     """[C, S]."""
+    state: Tensor
+    """[C]; 0 if query tokens do not read the state."""
     tail: Tensor
     """[C, L]; 0 in the padding."""
     query: list[Tensor]
@@ -60,7 +64,7 @@ def attribute(
             first_value = stage.query_gap(gaps).detach()[:, -x.shape[1] :].requires_grad_()
             sources += [gaps, first_value]
             hidden = (x + gaps) * stage.scale
-        mixed, weights, values = [], [], []
+        mixed, weights, values, states = [], [], [], []
         for index, layer in enumerate(stage.layers):
             projected = layer.project(x if index == 0 else hidden)
             if index == 0 and gap is not None:
@@ -78,18 +82,25 @@ def attribute(
             mixed.append(from_context)
             weights.append(weight[..., :-1])
             values.append(seen)
+            if index == 0 and context.state is not None:
+                for read, matrices in zip(stage.reads, context.state[0], strict=True):
+                    hidden, from_state = _read(read, hidden, matrices.clone())
+                    states.append(from_state)
         score = head(_frozen(stage.final_norm, hidden))
-        gradients = torch.autograd.grad(score.sum(), [*sources, *mixed])
+        gradients = torch.autograd.grad(score.sum(), [*sources, *mixed, *states])
     of_parts = [(gradients[0] * part).sum(-1) for part in parts]
     for gradient, source in zip(gradients[1 : len(sources)], sources[1:], strict=True):
         of_parts[0] = of_parts[0] + (gradient * source.detach()).sum(-1)
     of_context = torch.stack(
         [
             (weight * (gradient @ value.transpose(-1, -2))).sum(0)
-            for weight, gradient, value in zip(weights, gradients[len(sources) :], values, strict=True)
+            for weight, gradient, value in zip(weights, gradients[len(sources) :][: len(mixed)], values, strict=True)
         ]
     ).sum(0)
-    return Attribution(of_context[:, : stage.num_seeds], of_context[:, stage.num_seeds :], of_parts)
+    of_state = torch.zeros_like(of_parts[0])
+    for gradient, from_state in zip(gradients[len(sources) + len(mixed) :], states, strict=True):
+        of_state = of_state + (gradient * from_state.detach()).sum((-2, -1))
+    return Attribution(of_context[:, : stage.num_seeds], of_state, of_context[:, stage.num_seeds :], of_parts)
 
 
 def _frozen(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -109,6 +120,16 @@ def _mixed(layer: SoftmaxLayer | PointwiseLayer, hidden: Tensor, heads: Tensor, 
     inner, value = block.up(_frozen(block.norm, hidden)).chunk(2, -1)
     linear = hidden + block.down(F.silu(inner).detach() * value)
     return linear
+
+
+def _read(read: QuasiLinearRead, hidden: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """`QuasiLinearRead` of [C, M], linear in it and in what comes from the state; and the latter, [C, H, D]."""
+    value = F.linear(_frozen(read.norm, hidden), read.projections.weight[-hidden.shape[1] :])
+    query, gate, key, _ = read.projections(read.norm(hidden.detach())).detach().chunk(4, -1)
+    query, key, value = (split_heads(part, read.num_heads) for part in (read.phi(query), read.phi(key), value))
+    from_state = torch.einsum("chd,hde->che", query, matrices).requires_grad_()
+    heads = from_state + (query * key).sum(-1, keepdim=True) * value
+    return hidden + read.output.out(_frozen(read.output.head_norm, heads).flatten(-2) * gate), from_state
 
 
 def _attention(

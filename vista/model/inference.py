@@ -43,7 +43,8 @@ def summarize(model: VistaModel, histories: Histories, slice_len: int | None = N
         slice_len: events per pass, which bounds the memory; None takes `default_slice_len`.
 
     Returns:
-        float32 [B, S, M]; for an empty history, what the seeds alone give.
+        float32 [B, S, M]; for an empty history, what the seeds alone give. With target_attention=quasi_linear, the rows
+        of the state follow.
     """
     histories = newest(histories, model.config.history_limit)
     if model.summarizer is None:

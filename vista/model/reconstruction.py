@@ -42,6 +42,7 @@ class ReconstructionDecoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.num_seeds = config.num_seeds
         self.summary_projection = nn.Linear(config.dim, config.dim, bias=False)
         self.start = nn.Embedding(NUM_AGES, config.dim)
         self.layers = module_list([ReconstructionLayer(config) for _ in range(config.num_reconstruction_layers)])
@@ -51,7 +52,7 @@ class ReconstructionDecoder(nn.Module):
         """Teacher-forced predictions.
 
         Args:
-            summary: [NR, S, M].
+            summary: [NR, S, M]. Rows of a state may follow, which are not read.
             event_vectors: [T, M] embeddings of the windows' events, packed, oldest first.
             offsets: int64 [NR+1]; no window may be empty.
             age: int64 [NR] events from the window's first event to the summary's cut.
@@ -59,6 +60,7 @@ class ReconstructionDecoder(nn.Module):
         Returns:
             [T, M]: the prediction of each event from the summary and the window's events before it.
         """
+        summary = summary[:, : self.num_seeds]
         count, num_seeds, dim = summary.shape
         lengths = offsets.diff()
         all_offsets = offsets + torch.arange(count + 1, device=offsets.device) * num_seeds

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vista.config import ModelConfig
 from vista.config.choices import Decay, Mixing
 from vista.model.layers import CausalConvolution, Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
+from vista.model.quasi_linear_read import state_rows
 from vista.model.summary_state import SummaryState
 from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_states
 
@@ -122,7 +123,10 @@ class Summarizer(nn.Module):
         return SummaryState.empty(count, len(self.layers), H, D, device=self.seeds.device)
 
     def read(self, z: Tensor, n: Tensor) -> Tensor:
-        """Summaries [N, S, M] that the seeds read from states (separable mixing), z [N, L, H, D, D] and n [N, H]."""
+        """Summaries [N, S, M] that the seeds read from states (separable mixing), z [N, L, H, D, D] and n [N, H].
+
+        With target_attention=quasi_linear, the rows of the state follow: [N, S + L * D, M].
+        """
         count, num_seeds = len(n), len(self.seeds)
         offsets = torch.arange(count + 1, device=n.device) * num_seeds
         x = self.seeds.repeat(count, 1)
@@ -130,8 +134,8 @@ class Summarizer(nn.Module):
             query, gate = layer.query_gate(layer.seed_norm(x)).chunk(2, -1)
             heads = self._read(layer.heads(query), z[:, index].contiguous(), n, offsets)
             x = layer.seed_feed_forward(layer.output(x, heads, gate))
-        summary: Tensor = self.final_norm(x)
-        return summary.view(count, num_seeds, self.config.dim)
+        summary: Tensor = self.final_norm(x).view(count, num_seeds, self.config.dim)
+        return torch.cat([summary, state_rows(self.config, z, n)], 1) if self.config.num_state_rows else summary
 
     def summarize_set(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         """Bidirectional mixing: packed tokens [T, M] with offsets int64 [B+1] -> summaries [B, S, M]."""

@@ -6,7 +6,8 @@ H heads, D head dim, M model dim.
 Summary tokens attend to one another. Tail tokens attend to the summary, and causally to the tail. A query token attends
 to the context (summary and tail) and to itself, never to another query. So the context's keys and values are computed
 once per request, and a query's output does not depend on the others. Tail and queries see relative positions by a
-learned bias per head and distance.
+learned bias per head and distance. With target_attention=quasi_linear, queries also read the state of stage 1
+(`vista.model.quasi_linear_read`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from vista.config import ModelConfig
 from vista.config.choices import TargetAttentionKind
 from vista.model.layers import Dropout, module_list, norm
+from vista.model.quasi_linear_read import QuasiLinearRead
 from vista.model.target_layers import MASKED, TargetLayer, target_layer
 
 
@@ -35,11 +37,17 @@ class TargetContext:
     """bool [B, L]: False in the padding."""
     tail: Tensor
     """[B, L, M] embeddings of the events, right-aligned."""
+    state: Tensor | None = None
+    """[B, L1, H, D, D] what queries read of the L1 layers of stage 1; None if they do not."""
 
     def select(self, rows: slice) -> TargetContext:
         """The context of adjacent rows, a view."""
         return TargetContext(
-            [k[rows] for k in self.keys], [v[rows] for v in self.values], self.tail_valid[rows], self.tail[rows]
+            [k[rows] for k in self.keys],
+            [v[rows] for v in self.values],
+            self.tail_valid[rows],
+            self.tail[rows],
+            None if self.state is None else self.state[rows],
         )
 
     def newest(self, seen: Tensor) -> Tensor:
@@ -57,7 +65,11 @@ class TargetAttention(nn.Module):
         self.tail_len = config.tail_len
         self.num_seeds = config.num_seeds
         self.layers = module_list([target_layer(config) for _ in range(config.num_target_layers)])
-        self.scale = config.dim**0.5 if config.target_attention is TargetAttentionKind.pointwise else 1.0
+        num_reads, head_dim = config.num_layers if config.num_state_rows else 0, config.dim // config.num_heads
+        self.reads = module_list([QuasiLinearRead(config) for _ in range(num_reads)])
+        """One per layer of stage 1, after the first layer of stage 2; none if queries do not read the state."""
+        self.state_shape = num_reads, config.num_heads, head_dim, head_dim
+        self.scale = 1.0 if config.target_attention is TargetAttentionKind.softmax else config.dim**0.5
         """Factor of tail and query tokens, whose vectors start small; pointwise layers keep HSTU's inputs."""
         self.summary_norm = norm(config.dim)
         self.summary_kind = nn.Parameter(torch.randn(config.num_seeds, config.dim) * 0.02)
@@ -72,8 +84,8 @@ class TargetAttention(nn.Module):
         self.distance: Tensor
 
     def encode_summary(self, summary: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """summary [B, S, M] -> keys and values [B, H, S, D] of its tokens, for each layer."""
-        x = self.dropout(self.summary_norm(summary) + self.summary_kind)
+        """summary [B, S, M] -> keys and values [B, H, S, D] of its tokens, for each layer. A state may follow them."""
+        x = self.dropout(self.summary_norm(summary[:, : self.num_seeds]) + self.summary_kind)
         encoded = []
         for layer in self.layers[:-1]:
             query, gate, key, value = layer.parts(x)
@@ -82,13 +94,24 @@ class TargetAttention(nn.Module):
                 x = layer.attend_context(x, query, gate, *encoded[-1], None)
         return [*encoded, self.layers[-1].keys_values(x)]
 
-    def encode_context(self, summary: list[tuple[Tensor, Tensor]], tail: Tensor, tail_valid: Tensor) -> TargetContext:
+    def state(self, summary: Tensor) -> Tensor | None:
+        """[B, L1, H, D, D] what queries read of stage 1, from records [B, S + L1 * D, M]; None if they do not."""
+        return summary[:, self.num_seeds :].reshape(len(summary), *self.state_shape) if self.reads else None
+
+    def encode_context(
+        self,
+        summary: list[tuple[Tensor, Tensor]],
+        tail: Tensor,
+        tail_valid: Tensor,
+        state: Tensor | None = None,
+    ) -> TargetContext:
         """Keys and values of the whole context.
 
         Args:
             summary: from `encode_summary`.
             tail: [B, L, M] embeddings of the newest events, oldest first, right-aligned.
             tail_valid: bool [B, L]; False where the user has fewer events.
+            state: from `state`.
         """
         x = self.dropout(self._scaled(tail))
         keys, values = [], []
@@ -99,7 +122,7 @@ class TargetAttention(nn.Module):
             x = layer.attend_context(x, query, gate, keys[-1], values[-1], self._tail_mask(layer, tail_valid))
         for of_all, own, of_tail in zip((keys, values), summary[-1], self.layers[-1].keys_values(x), strict=True):
             of_all.append(torch.cat([own, of_tail], 2))
-        return TargetContext(keys, values, tail_valid, tail)
+        return TargetContext(keys, values, tail_valid, tail, state)
 
     def encode_request(
         self, summary: Tensor, tail: Tensor, tail_valid: Tensor, masks: list[Tensor] | None = None
@@ -107,12 +130,13 @@ class TargetAttention(nn.Module):
         """`encode_summary` and `encode_context` in one pass, for inference, with half the operators.
 
         Args:
-            summary: [B, S, M].
+            summary: [B, S, M], or [B, S + L1 * D, M] with the state.
             tail: [B, L, M].
             tail_valid: bool [B, L].
             masks: of `request_masks`; None computes them.
         """
-        x = torch.cat([self.summary_norm(summary) + self.summary_kind, self._scaled(tail)], 1)
+        tokens = self.summary_norm(summary[:, : self.num_seeds]) + self.summary_kind
+        x = torch.cat([tokens, self._scaled(tail)], 1)
         masks = self.request_masks() if masks is None else masks
         padding = F.pad(torch.where(tail_valid, 0.0, MASKED), (self.num_seeds, 0))[:, None, None]
         keys, values = [], []
@@ -124,7 +148,7 @@ class TargetAttention(nn.Module):
             # A padded event sees the summary, or without one nothing. Its output is finite and never read.
             x = layer.attend_request(x, query, gate, key, value, mask + padding)
         key, value = self.layers[-1].keys_values(x)
-        return TargetContext([*keys, key], [*values, value], tail_valid, tail)
+        return TargetContext([*keys, key], [*values, value], tail_valid, tail, self.state(summary))
 
     def request_masks(self) -> list[Tensor]:
         """Additive masks [H, S+L, S+L] of `encode_request` for all layers except the last, equal for all requests."""
@@ -192,5 +216,8 @@ class TargetAttention(nn.Module):
         for index, layer in enumerate(self.layers):
             own = layer.activated(projections.chunk(4, -1)) if index == 0 else layer.parts(x)
             x = layer.attend_query(x, own, context.keys[index], context.values[index], biases[index], context_mask)
+            if index == 0 and context.state is not None:
+                for read, matrices in zip(self.reads, context.state.unbind(1), strict=True):
+                    x = read(x, matrices)
         normed: Tensor = self.final_norm(x)
         return normed

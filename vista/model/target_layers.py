@@ -172,4 +172,4 @@ def _weights(scores: Tensor) -> Tensor:
 
 def target_layer(config: ModelConfig) -> SoftmaxLayer | PointwiseLayer:
     """A layer of the configured kind."""
-    return PointwiseLayer(config) if config.target_attention is TargetAttentionKind.pointwise else SoftmaxLayer(config)
+    return SoftmaxLayer(config) if config.target_attention is TargetAttentionKind.softmax else PointwiseLayer(config)

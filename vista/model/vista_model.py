@@ -65,7 +65,7 @@ class VistaModel(RankingModel):
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
-        self.summarizer = Summarizer(config) if config.num_seeds else None
+        self.summarizer = Summarizer(config) if config.num_seeds + config.num_state_rows else None
         self.decoder = ReconstructionDecoder(config) if config.num_seeds else None
         self.target_attention = TargetAttention(config)
         self.request = nn.Parameter(torch.randn(dim) * dim**-0.5 / self.target_attention.scale)
@@ -125,7 +125,9 @@ class VistaModel(RankingModel):
             tail = shown.new_zeros(*index.shape, self.config.dim)
         by_cut = self.target_attention.encode_summary(summaries)
         summary = [(key.index_select(0, windows.cut), value.index_select(0, windows.cut)) for key, value in by_cut]
-        return self.target_attention.encode_context(summary, tail, valid)
+        state = self.target_attention.state(summaries)
+        state = None if state is None else state.index_select(0, windows.cut)
+        return self.target_attention.encode_context(summary, tail, valid, state)
 
     def window_users(self, batch: Batch, context: TargetContext) -> Tensor:
         """Unit user vectors [NW, W, M] at the positions of the windows, at the times of their labels."""
@@ -272,6 +274,8 @@ class VistaModel(RankingModel):
         # These count only where they differ from the default, so that the ids of other models stay the same.
         if self.config.activation is not Activation.silu:
             facts["activation"] = self.config.activation.value
+        if self.config.num_state_rows:
+            facts["num_state_rows"] = self.config.num_state_rows
         if self.config.embedding_rows:
             facts |= {key: to_dict(self.config)[key] for key in ("embedding_rows", "embedding_hashes")}
         parts: list[bytes | memoryview] = [json.dumps(facts, sort_keys=True).encode() + self.items.digest().encode()]

@@ -45,7 +45,7 @@ def new_manifest(
     return Manifest(
         created_at=time.time_ns() // 1_000_000 if created_at is None else created_at,
         summarizer_id=model.summarizer_id().hex(),
-        num_tokens=config.num_seeds,
+        num_tokens=config.num_seeds + config.num_state_rows,
         dim=config.dim,
         codec=codec.value,
         tail_len=config.tail_len,

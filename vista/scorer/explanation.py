@@ -18,13 +18,15 @@ from vista.scorer.serving_snapshot import ServingSnapshot
 class Explanation:
     """The contributions to the scores of C candidates for one user (`vista.model.attribution`); float32.
 
-    `summary.sum(1) + tail.sum(1) + own + remainder` equals `value`.
+    `summary.sum(1) + state + tail.sum(1) + own + remainder` equals `value`.
     """
 
     value: NDArray[np.float32]
     """[C] the explained values: logits of a labeled task, whose sigmoid `score` returns, or the scores of `next`."""
     summary: NDArray[np.float32]
     """[C, S] contributions of the summary's tokens."""
+    state: NDArray[np.float32]
+    """[C] contribution of what candidates read of the state; 0 unless `model.target_attention=quasi_linear`."""
     tail: NDArray[np.float32]
     """[C, L'] contributions of the events of the tail, oldest first."""
     tail_items: list[Any]
@@ -55,8 +57,9 @@ class Explanation:
         return cls(
             value.numpy(),
             shares.summary.numpy(),
+            shares.state.numpy(),
             tail[:, valid].numpy(),
             [item_id if item != UNKNOWN_ITEM else None for item_id, item in zip(ids, items.tolist(), strict=True)],
             own.numpy(),
-            (value - (shares.summary.sum(1) + tail[:, valid].sum(1) + own)).numpy(),
+            (value - (shares.summary.sum(1) + shares.state + tail[:, valid].sum(1) + own)).numpy(),
         )

@@ -143,6 +143,8 @@ class Downstream:
 def _check_model(config: TrainConfig, base: VistaModel) -> None:
     asked, kept = to_dict(config.model), to_dict(base.config)
     changed = [key for key in KEPT_KEYS if asked[key] != kept[key]]
+    if bool(config.model.num_state_rows) != bool(base.config.num_state_rows):
+        changed.append("target_attention")  # The records hold a state, or they do not. Other kinds may differ.
     if changed:
         differences = ", ".join(f"model.{key} ({kept[key]} -> {asked[key]})" for key in changed)
         words = " ".join(f"model.{key}={value_text(kept[key])}" for key in changed)
