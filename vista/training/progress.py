@@ -26,6 +26,8 @@ class Progress:
     """Time spent on the run, validation included, in all processes that worked on it."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Validation metrics, one entry per validation."""
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Validation metrics of the counting baselines, by name."""
 
     @property
     def planned_steps_done(self) -> bool:

@@ -31,6 +31,7 @@ from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import ARCHITECTURES, load_model
 from vista.model.vista_model import VistaModel
+from vista.training.baseline_check import compare_with_baselines, measured_baselines
 from vista.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -148,6 +149,8 @@ class Trainer:
         config = self.config
         with MetricsWriter(self.run_dir, tensorboard=config.tensorboard) as metrics:
             self._start(metrics)
+            if self.validation is not None and not self.progress.baselines:
+                self.progress.baselines = measured_baselines(self.validation)
             with deferred_interrupt() as interrupted:
                 while not self.progress.finished(config.optim.epochs):
                     self._run_epoch(metrics, interrupted)
@@ -155,6 +158,8 @@ class Trainer:
             if self.progress.best is None:
                 self.model.eval()
                 self._export()
+            if self.validation is not None:
+                compare_with_baselines(self.progress, self.validation.metric)
             logger.info("done: %d steps; model in %s", self.progress.step, best)
             return load_model(best, self.device)
 

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from vista.arrays import Int
 from vista.config import TrainConfig
 from vista.errors import NonFiniteLossError
+from vista.evaluation.baselines.all_baselines import counting_baselines
+from vista.evaluation.baselines.baseline_answers import BaselineAnswers
 from vista.evaluation.cases import ImpressionCases, NextItemCases, impression_cases, next_item_cases, with_tasks
 from vista.evaluation.protocol import (
     EVENTS_PER_BATCH,
@@ -35,6 +37,8 @@ from vista.model.vista_model import VistaModel
 
 Floats = NDArray[np.float32]
 CASES_PER_BATCH = 512
+MAX_PAIRED_EVENTS = 5_000_000
+"""Most visible events in which baselines count pairs of items."""
 
 _ContextOf = Callable[[Int, PaddedTail], TargetContext]
 """(rows of users int64 [B], their tails) -> their contexts."""
@@ -82,6 +86,23 @@ class Validation:
         if best is None:
             return True
         return value < best if self.metric != "ndcg@10" else value > best
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Metrics of the counting baselines on the next-item cases, by name; empty if there are no such cases."""
+        if self._next is None:
+            return {}
+        chosen = counting_baselines(
+            has_time=self._log.has_time,
+            horizon_events=1,
+            returns=not self._exclude_seen,
+            pairs=int(self._cut.sum()) <= MAX_PAIRED_EVENTS,
+        )
+        measured = {}
+        for baseline in chosen:
+            baseline.fit(self._log, self._cut, np.random.default_rng(0))
+            ranks = BaselineAnswers(baseline, self._log).next_ranks(self._next, exclude_seen=self._exclude_seen)
+            measured[baseline.name] = ranking_metrics(ranks, [10])
+        return measured
 
     def __call__(self, model: RankingModel) -> dict[str, float]:
         """All metrics of the validation split."""

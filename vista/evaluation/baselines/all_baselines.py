@@ -12,29 +12,31 @@ from vista.evaluation.baselines.tifu_knn import TifuKnn
 from vista.evaluation.baselines.transitions import Transitions, TransitionsAndOwn
 from vista.evaluation.baselines.tuned import Tuned
 
-_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+_WEIGHTS = (0.03, 0.3, 1.0, 3.0)
 _OWN_WEIGHTS = (0.3, 0.7, 0.9)
 _GROUP_DECAYS = (0.7, 0.9)
 
 
-def counting_baselines(*, has_time: bool, horizon_events: int) -> list[CountingBaseline]:
+def counting_baselines(
+    *, has_time: bool, horizon_events: int, returns: bool = True, pairs: bool = True
+) -> list[CountingBaseline]:
     """Baselines that need no fit beyond counting: seconds for a million events.
 
     Args:
         has_time: whether the log has times.
         horizon_events: number of next events whose items are predicted; 1 for the next item.
+        returns: whether items of the history are ranked. If not, those that count the user's own items are left out.
+        pairs: whether to count pairs of items, which takes about 1 KB of memory per event.
     """
     blends = [TransitionsAndOwn(weight) for weight in _WEIGHTS]
-    return [
-        Popularity(),
-        OwnFrequency(),
-        OwnFrequency(last=200),
-        *([OwnFrequency(days=90)] if has_time else []),
-        OwnFrequency(events=200),
-        Transitions(),
-        Tuned("transitions and own frequency", blends, horizon_events=horizon_events),
-        ItemNeighbors(),
-    ]
+    chosen: list[CountingBaseline] = [Popularity()]
+    if returns:
+        chosen += [OwnFrequency(), OwnFrequency(last=200), OwnFrequency(events=200)]
+        chosen += [OwnFrequency(days=90)] if has_time else []
+    if pairs:
+        chosen += [Transitions(), ItemNeighbors()]
+        chosen += [Tuned("transitions and own frequency", blends, horizon_events=horizon_events)] if returns else []
+    return chosen
 
 
 def trained_baselines(*, horizon_events: int, at_one_time: bool) -> list[CountingBaseline]:

@@ -13,7 +13,7 @@ from vista.evaluation.metrics import Floats
 from vista.evaluation.window_cases import WindowCases, window_cases
 from vista.log.event_log import EventLog
 
-MAX_USERS = 500
+MAX_USERS = 200
 """Most users whose last events are held out."""
 MIN_SEEN = 50
 """A user needs so many events before the held-out ones, or one per event of the horizon if that is less."""

@@ -1,0 +1,77 @@
+"""Counting baselines at the start of a run, and the comparison of its model with them at the end."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import small_config
+from vista.config import DataConfig
+from vista.evaluation.baselines.baseline_answers import BaselineAnswers
+from vista.evaluation.baselines.popularity import Popularity
+from vista.evaluation.cases import next_item_cases
+from vista.evaluation.protocol import ranking_metrics
+from vista.log.event_log import EventLog
+from vista.log.splits import split_until, visible_counts
+from vista.training import validation
+from vista.training.baseline_check import compare_with_baselines
+from vista.training.progress import Progress
+from vista.training.trainer import train
+from vista.training.validation import Validation
+
+
+def test_a_run_measures_the_baselines_once(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(event_log, tmp_path / "run", optim__epochs=1)
+    train(config, event_log)
+    text = (tmp_path / "run" / "train.log").read_text()
+    assert text.count("counting baselines") == 1 and "transitions 0." in text
+    monkeypatch.setattr(Validation, "baselines", lambda self: pytest.fail("measured again"))
+    train(config, event_log)  # resumes, and has nothing left to do
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_baselines_answer_the_validation_cases(event_log: EventLog, tmp_path: Path, exclude_seen: bool) -> None:
+    config = small_config(event_log, tmp_path / "run", data__exclude_seen=exclude_seen)
+    rows = np.arange(1, event_log.num_items + 1)
+    measured = Validation(event_log, rows, config).baselines()
+    assert ("own frequency" in measured) != exclude_seen, "returns are ranked only if seen items are"
+    train_counts, test_counts = (visible_counts(event_log, split_until(DataConfig(), p)) for p in ("train", "test"))
+    cases = next_item_cases(event_log, train_counts, test_counts)
+    baseline = Popularity()
+    baseline.fit(event_log, train_counts, np.random.default_rng(0))
+    ranks = BaselineAnswers(baseline, event_log).next_ranks(cases, exclude_seen=exclude_seen)
+    assert measured["popularity"] == ranking_metrics(ranks, [10])
+
+
+def test_pairs_are_not_counted_in_a_large_log(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "MAX_PAIRED_EVENTS", 10)
+    config = small_config(event_log, tmp_path / "run", data__exclude_seen=False)
+    measured = Validation(event_log, np.arange(1, event_log.num_items + 1), config).baselines()
+    assert "popularity" in measured and "own frequency" in measured and "transitions" not in measured
+
+
+@pytest.mark.parametrize(("reached", "warns"), [(0.29, True), (0.3, False), (0.31, False)])
+def test_a_model_below_a_baseline_is_reported(reached: float, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
+    progress = Progress(
+        best=0.7,  # NE: the second validation is the best, though its NDCG@10 is not
+        history=[{"ne/click": 0.9, "ndcg@10": 0.5}, {"ne/click": 0.7, "ndcg@10": reached}],
+        baselines={"popularity": {"ndcg@10": 0.1}, "own frequency": {"ndcg@10": 0.3}},
+    )
+    with caplog.at_level(logging.WARNING):
+        compare_with_baselines(progress, "ne/click")
+    assert [record.message.split(":")[0] for record in caplog.records] == (
+        ["ndcg@10 0.2900 is below that of a counting baseline (own frequency"] if warns else []
+    )
+
+
+def test_without_validations_nothing_is_compared(caplog: pytest.LogCaptureFixture) -> None:
+    compare_with_baselines(Progress(baselines={"popularity": {"ndcg@10": 0.1}}), "ndcg@10")
+    compare_with_baselines(Progress(best=0.5, history=[{"ndcg@10": 0.05}]), "ndcg@10")
+    assert not caplog.records
