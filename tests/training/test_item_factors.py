@@ -120,7 +120,7 @@ def test_large_logs_count_the_pairs_of_some_users(tmp_path: Path, monkeypatch: p
     log = log_of(tmp_path / "log")
     monkeypatch.setattr(factors, "MOST_EVENTS", 100)
     drawn = {seed: factors._pair_counts(log, np.arange(NUM_ITEMS) + 1, visible(log), seed) for seed in range(6)}
-    totals = {int(pairs.count.sum()) for pairs in drawn.values()}
+    totals = {int(pairs.times.sum()) for pairs in drawn.values()}
     assert len(totals) > 1 and 0 < min(totals) < max(totals) < sum(pairs_of(log, visible(log)).values()) // 2
 
 

@@ -27,7 +27,7 @@ REACH = 15
 SMOOTHING = 0.75
 """Exponent of the context counts. Below 1, rare contexts weigh less."""
 MOST_EVENTS = 1 << 22
-"""Events whose pairs are counted, those of random users if there are more. Memory grows with the number of pairs."""
+"""Events whose pairs are counted: those of random users if there are more. Memory grows with the number of pairs."""
 BLOCK_EVENTS = 1 << 19
 """Events whose pairs are counted at once (a longer history is read alone)."""
 OVERSAMPLING = 16
@@ -43,7 +43,7 @@ class _PairCounts(NamedTuple):
     low: Int
     """int64 [P], the smaller model row."""
     high: Int
-    count: Int
+    times: Int
 
 
 def start_from_factors(model: RankingModel, log: EventLog, counts: Int, seed: int) -> None:
@@ -70,13 +70,13 @@ def item_factors(log: EventLog, item_rows: Int, counts: Int, dim: int, *, seed: 
     Returns:
         Sorted model rows int64 [R], and their vectors float32 [R, M], each with the same root mean square.
     """
-    low, high, count = _pair_counts(log, item_rows, counts, seed)
+    low, high, times = _pair_counts(log, item_rows, counts, seed)
     rows, index = np.unique(np.concatenate([low, high]), return_inverse=True)
     if not len(rows):
         return rows, np.zeros((0, dim), np.float32)
     first, second = index[: len(low)], index[len(low) :]
     # Both orders of a pair, sorted as a coalesced tensor needs them.
-    left, right, twice = np.concatenate([first, second]), np.concatenate([second, first]), np.tile(count, 2)
+    left, right, twice = np.concatenate([first, second]), np.concatenate([second, first]), np.tile(times, 2)
     order = np.lexsort((right, left))
     value = _ppmi(left, right, twice, len(rows))
     vectors = _factorized(left[order], right[order], value[order], len(rows), dim, seed)
@@ -89,7 +89,7 @@ def _pair_counts(log: EventLog, item_rows: Int, counts: Int, seed: int) -> _Pair
     users = np.flatnonzero(counts > 1)
     if counts[users].sum() > MOST_EVENTS:
         order = np.random.default_rng(seed).permutation(users)
-        users = np.sort(order[np.cumsum(counts[order]) <= MOST_EVENTS])
+        users = np.sort(order[np.cumsum(counts[order]) - counts[order] < MOST_EVENTS])
     width = int(item_rows.max(initial=0)) + 1
     key, count = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for group in token_groups(counts[users], BLOCK_EVENTS):
@@ -112,7 +112,8 @@ def _ppmi(left: Int, right: Int, count: Int, size: int) -> NDArray[np.float32]:
     total = np.bincount(left, count, size)
     context = total**SMOOTHING
     ratio = count * context.sum() / (total[left] * context[right])
-    return np.maximum(np.log(ratio), 0).astype(np.float32)
+    value: NDArray[np.float32] = np.maximum(np.log(ratio), 0).astype(np.float32)
+    return value
 
 
 def _factorized(
@@ -135,4 +136,5 @@ def _factorized(
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
-    return torch.linalg.qr(matrix).Q
+    basis: Tensor = torch.linalg.qr(matrix).Q
+    return basis
