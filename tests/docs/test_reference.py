@@ -20,7 +20,7 @@ NO_UNIT_IN_MODEL = ("dim", "normalization_alpha", "feed_forward_ratio", "dropout
 NO_UNIT_IN_DATA = ("staleness_share", "unknown_share", "negative_power", "validation_share", "test_share")
 NO_UNIT_IN_OPTIM = (
     *("learning_rate", "weight_decay", "table_rate", "gradient_clip", "logq_strength"),
-    *("next_weight", "task_weight", "reconstruction_weight"),
+    *("next_weight", "window_weight", "task_weight", "reconstruction_weight"),
 )
 
 

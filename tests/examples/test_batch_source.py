@@ -6,6 +6,7 @@ Event i of the log is item i, so a batch can be read back.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,11 +68,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def source(
-    world: World, *, model: dict[str, Any] | None = None, stored: StoredSummaries | None = None, **data: Any
+    world: World,
+    *,
+    model: dict[str, Any] | None = None,
+    optim: dict[str, Any] | None = None,
+    stored: StoredSummaries | None = None,
+    **data: Any,
 ) -> BatchSource:
     options = {"tokens_per_batch": 64, "label_spacing": 4, "num_negatives": 8, "split": Split.leave_last_out} | data
     config = TrainConfig(
-        model=ModelConfig(dim=8, num_heads=2, tail_len=4, **(model or {})), data=DataConfig(**options), seed=3
+        model=ModelConfig(dim=8, num_heads=2, tail_len=4, **(model or {})),
+        data=DataConfig(**options),
+        optim=OptimConfig(**(optim or {})),
+        seed=3,
     )
     return BatchSource(world.log, np.arange(world.log.num_items) + 1, config, stored)
 
@@ -156,17 +165,93 @@ def test_hidden_events_are_nowhere(world: World) -> None:
     """Their items may be negatives, like all items, but neither context nor labels."""
     hidden = np.setdiff1d(np.arange(len(world.time)), visible_events(world))
     late = np.flatnonzero(world.time >= 1700 * MS)
-    for made, unseen in ((source(world), hidden), (time_split(world), late)):
+    options = {"optim": WITH_WINDOWS, "chunk_len": 16}
+    for made, unseen in ((source(world, **options), hidden), (time_split(world, **options), late)):
         for batch in whole_pass(made):
             assert not np.isin(items(world, batch, batch.events.item), unseen).any()
             assert not np.isin(labels(world, batch), unseen).any()
+            for _, label in asked_anchors(world, batch):
+                assert not np.isin(label, unseen).any()
+
+
+WITH_WINDOWS = {"window_weight": 1.0}
+
+
+def asked_anchors(world: World, batch: Batch) -> list[tuple[int, Int]]:
+    """(packed event after the anchor's newest visible one, labels as events of the log) of each anchor."""
+    anchors = batch.anchors
+    assert anchors is not None
+    W = batch.labels.item.shape[1]
+    tail = batch.windows.tail_index[anchors.window, batch.windows.tail_index.shape[1] - W + anchors.position]
+    raw = items(world, batch, anchors.item)
+    return [
+        (int(newest) + 1, np.sort(label[known]))
+        for newest, label, known in zip(tail, raw, (anchors.item >= 0).numpy(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("chunk_len", [16384, 16])
+@pytest.mark.parametrize("by_time", [True, False])
+def test_anchors_ask_about_the_next_visible_events(world: World, by_time: bool, chunk_len: int) -> None:
+    """Also beyond their chunk, but never beyond what training may see."""
+    options = {"optim": WITH_WINDOWS, "chunk_len": chunk_len, "horizon_events": 6, "anchors_per_chunk": 5}
+    made = time_split(world, **options) if by_time else source(world, **options)
+    ends = world.offsets[:-1] + made.counts[world.log.users.rows(np.arange(len(LENGTHS)))]
+    owner, beyond, sizes = np.repeat(np.arange(len(LENGTHS)), LENGTHS), 0, []
+    for batch in whole_pass(made):
+        events = items(world, batch, batch.events.item)
+        for place, label in asked_anchors(world, batch):
+            first = label[0]
+            if first >= len(world.time):
+                continue  # the only event of user 7
+            np.testing.assert_array_equal(label, np.arange(first, min(first + 6, ends[owner[first]])))
+            # The newest event that the anchor sees is the one before its labels, or it sees none.
+            assert place == 0 or events[place - 1] == first - 1
+            beyond += not np.isin(label, events).all()
+            sizes.append(len(label))
+    assert (beyond > 0) == (chunk_len == 16)
+    assert len(sizes) > 20 and min(sizes) < 6 == max(sizes)
+
+
+def test_anchors_after_stored_summaries_ask_about_later_events(world: World) -> None:
+    since = 1400 * MS
+    stored = StoredSummaries(since, lambda users: np.zeros((len(users), 2, 8), np.float32))
+    labels = [
+        label
+        for batch in whole_pass(time_split(world, stored=stored, optim=WITH_WINDOWS))
+        for _, label in asked_anchors(world, batch)
+    ]
+    assert len(labels) > 10
+    for label in labels:
+        assert (world.time[label] >= since).all() and (world.time[label] < 1700 * MS).all()
+
+
+def test_the_mean_number_of_labels_is_that_of_all_anchors(world: World) -> None:
+    made = source(world, optim=WITH_WINDOWS, horizon_events=6)
+    batches = whole_pass(made)
+    assert len(batches) <= 16
+    sizes = [len(label) for batch in batches for _, label in asked_anchors(world, batch)]
+    measured = [batch.anchors.mean_labels for batch in batches if batch.anchors]
+    assert measured == pytest.approx([np.mean(sizes)] * len(batches))
+    assert source(world).batch(0, 0).anchors is None, "without the window loss there are none"
+
+
+def test_a_horizon_in_days_needs_times(tmp_path: Path) -> None:
+    frame = {"user": np.repeat(np.arange(4), 5), "item": np.arange(20)}
+    log = EventLog.from_frame(frame, tmp_path / "log", columns=SourceColumns(timestamp=None))
+    config = TrainConfig(data=DataConfig(horizon_days=7), optim=OptimConfig(**WITH_WINDOWS))
+    with pytest.raises(ConfigError, match=r"data\.horizon_days: .* has no times; set it to 0"):
+        BatchSource(log, np.arange(20) + 1, config)
+    config.data.horizon_days = 0.0
+    anchors = BatchSource(log, np.arange(20) + 1, config).batch(0, 0).anchors
+    assert anchors is not None and len(anchors.window) and not anchors.gap.any()
 
 
 def test_a_batch_depends_only_on_seed_epoch_and_index(world: World) -> None:
-    made = source(world, unknown_share=0.2)
+    made = source(world, unknown_share=0.2, optim=WITH_WINDOWS)
     forwards = whole_pass(made)
     assert all(batch.events.hidden is not None for batch in forwards)
-    again = source(world, unknown_share=0.2)
+    again = source(world, unknown_share=0.2, optim=WITH_WINDOWS)
     again.batch(1, 0)
     for index in reversed(range(again.num_batches(0))):
         one, two = forwards[index].tensors(), again.batch(0, index).tensors()

@@ -1,11 +1,12 @@
 """Cutting: no label is in its own context, every event is a label once, and staleness follows the plan.
 
-Event i of a packed batch is item i + 1, impression j is item T + 1 + j, and the negatives are beyond both: so what a
-batch holds can be read back.
+Event i of a packed batch is item i + 1, impression j is item T + 1 + j, the negatives are beyond both, and event k of a
+chunk's trail is item 20,000 + 100 * chunk + k: so what a batch holds can be read back.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,24 @@ from hypothesis import strategies as st
 
 from vista.arrays import Int
 from vista.config.choices import Decay, Mixing
+from vista.examples.anchors import AnchorPlan
 from vista.examples.batch import Batch
-from vista.examples.chunks import ChunkImpressions, Chunks, decay_clock
+from vista.examples.chunks import ChunkImpressions, Chunks, ChunkTimeline, decay_clock
 from vista.examples.cuts import CutPlan, cut_batch
 from vista.log.histories import ranges
 
 NUM_TASKS = 2
 
 
-def coded_chunks(lengths: list[int], impressions: list[tuple[int, int]]) -> Chunks:
-    """Chunks of the given lengths; impressions as (chunk, position), sorted."""
+def coded_chunks(lengths: list[int], impressions: list[tuple[int, int]], trail: int = 0) -> Chunks:
+    """Chunks of the given lengths, each followed by `trail` events; impressions as (chunk, position), sorted."""
     total, shown = sum(lengths), len(impressions)
     owner, position = np.array(impressions, np.int64).reshape(-1, 2).T
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    parts = [
+        np.append(np.arange(a, b) + 1, trail_items(chunk, trail)) for chunk, (a, b) in enumerate(pairwise(offsets))
+    ]
+    timeline = np.concatenate(parts)
     flags = np.arange(shown * NUM_TASKS).reshape(shown, NUM_TASKS)
     return Chunks(
         user=np.arange(len(lengths)) + 70,
@@ -36,7 +43,8 @@ def coded_chunks(lengths: list[int], impressions: list[tuple[int, int]]) -> Chun
         rating=np.arange(total, dtype=np.float32),
         gap=np.arange(total) % 7 + 1,
         clock=np.arange(total) * 10,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        offsets=offsets,
+        timeline=ChunkTimeline(timeline, np.arange(len(timeline)) * 1000, offsets + trail * np.arange(len(offsets))),
         impressions=ChunkImpressions(
             chunk=owner,
             position=position,
@@ -46,6 +54,24 @@ def coded_chunks(lengths: list[int], impressions: list[tuple[int, int]]) -> Chun
             mask=flags % 3 > 0,
         ),
     )
+
+
+def trail_items(chunk: int, count: int) -> Int:
+    """Items of the first `count` events after a chunk."""
+    return 20_000 + 100 * chunk + np.arange(count)
+
+
+def anchor_plan(**changes: Any) -> AnchorPlan:
+    options = {
+        "per_chunk": 4,
+        "horizon_events": 5,
+        "horizon_days": 0.0,
+        "by_time": False,
+        "use_time": True,
+        "timeless_share": 0.3,
+        "trains_next": True,
+    }
+    return AnchorPlan(**{**options, **changes})
 
 
 def cut(chunks: Chunks, seed: int = 0, **changes: Any) -> Batch:
@@ -71,6 +97,13 @@ def label_events(batch: Batch) -> Int:
     return np.where(label >= 0, rows[label] - 1, -1)
 
 
+def anchor_labels(batch: Batch) -> list[Int]:
+    """The sorted labels of each anchor, as model item rows."""
+    assert batch.anchors is not None
+    rows = batch.rows.numpy()
+    return [np.sort(rows[label[label >= 0]]) for label in batch.anchors.item.numpy()]
+
+
 def shown_impressions(batch: Batch) -> Int:
     """[NW, I] number of the impression in each place, -1 if there is none."""
     items = batch.rows.numpy()[batch.impressions.item.numpy()]
@@ -90,8 +123,9 @@ def cases(draw: st.DrawFn) -> tuple[Chunks, int, dict[str, Any]]:
         "num_cuts": draw(st.integers(1, 3)),
         "staleness_share": draw(st.sampled_from([0.0, 0.4, 1.0])),
         "reconstruction_len": draw(st.integers(1, 8)),
+        "anchors": draw(st.sampled_from([None, anchor_plan(), anchor_plan(by_time=True, trains_next=False)])),
     }
-    return coded_chunks(lengths, sorted(impressions)), draw(st.integers(0, 1000)), options
+    return coded_chunks(lengths, sorted(impressions), draw(st.integers(0, 7))), draw(st.integers(0, 1000)), options
 
 
 @settings(max_examples=300, deadline=None)
@@ -110,6 +144,9 @@ def test_no_label_is_in_its_own_context(case: tuple[Chunks, int, dict[str, Any]]
     for window, tail in enumerate(batch.windows.tail_index.numpy()):
         # (first event that must not be seen, columns of the tail that are seen)
         asked = [(event, L - W + 1 + column) for column, event in enumerate(label[window]) if event >= 0]
+        for anchor in np.flatnonzero(batch.anchors.window == window) if batch.anchors else ():
+            event = anchor_labels(batch)[anchor].min() - 1
+            asked.append((event, L - W + 1 + int(batch.anchors.position[anchor])))
         for place, impression in enumerate(shown[window]):
             if impression >= 0:
                 chunk = chunks.impressions.chunk[impression]
@@ -155,7 +192,8 @@ def test_every_event_and_impression_is_a_label_once(case: tuple[Chunks, int, dic
     chunks, seed, options = case
     batch = cut(chunks, seed, **{**options, "windows_per_chunk": 0})
     label, shown = label_events(batch), shown_impressions(batch)
-    np.testing.assert_array_equal(np.sort(label[label >= 0]), np.arange(len(chunks.item)))
+    if options.get("anchors") is None or options["anchors"].trains_next:
+        np.testing.assert_array_equal(np.sort(label[label >= 0]), np.arange(len(chunks.item)))
     np.testing.assert_array_equal(np.sort(shown[shown >= 0]), np.arange(len(chunks.impressions.item)))
     kept = shown >= 0
     np.testing.assert_array_equal(batch.impressions.label.numpy()[kept], chunks.impressions.label[shown[kept]])
@@ -180,6 +218,54 @@ def test_features_travel_with_their_events() -> None:
     shown = shown_impressions(batch)
     with_clock = (shown >= 0) & ~timeless[:, None]
     np.testing.assert_array_equal(batch.impressions.gap.numpy()[with_clock], chunks.impressions.gap[shown[with_clock]])
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.booleans())
+def test_the_labels_of_an_anchor_are_the_events_from_its_place_on(
+    case: tuple[Chunks, int, dict[str, Any]], by_time: bool
+) -> None:
+    chunks, seed, options = case
+    batch = cut(chunks, seed, **{**options, "anchors": anchor_plan(by_time=by_time)})
+    labels, timeline, lengths = anchor_labels(batch), chunks.timeline, np.diff(chunks.offsets)
+    assert timeline is not None
+    places: list[list[int]] = [[] for _ in lengths]
+    for label in labels:
+        event = label.min() - 1
+        chunk = int(np.searchsorted(chunks.offsets, event, side="right")) - 1
+        first = timeline.offsets[chunk] + event - chunks.offsets[chunk]
+        window = timeline.item[first : min(first + 5, timeline.offsets[chunk + 1])]
+        np.testing.assert_array_equal(label, np.sort(window))
+        places[chunk].append(event - chunks.offsets[chunk])
+    for place, length in zip(places, lengths, strict=True):
+        assert len(place) == min(4, length) and place == sorted(place)
+        parts = (np.arange(len(place)) * length / max(len(place), 1)).astype(int)
+        assert by_time or (parts <= place).all(), "one anchor in each part"
+
+
+def test_anchors_change_no_other_draw() -> None:
+    chunks = coded_chunks([400, 30, 300], [(0, 3), (2, 9)], trail=7)
+    without, batch = cut(chunks, 1), cut(chunks, 1, anchors=anchor_plan())
+    added = {"anchors.window", "anchors.position", "anchors.gap", "anchors.item"}
+    assert batch.tensors().keys() - without.tensors().keys() == added
+    in_trail = batch.rows >= 20_000
+    assert in_trail.any() and not in_trail[batch.events.item].any(), "the trail holds labels only"
+    for name, tensor in without.tensors().items():
+        other = batch.tensors()[name]
+        if name == "rows":
+            assert torch.equal(tensor, other[~in_trail])
+        else:
+            assert torch.equal(tensor, other), name
+
+
+def test_windows_with_nothing_to_train_are_left_out() -> None:
+    chunks = coded_chunks([400, 300], [(0, 17), (1, 150)])
+    batch = cut(chunks, 2, anchors=anchor_plan(per_chunk=3, trains_next=False))
+    assert batch.anchors is not None
+    used = np.union1d(batch.anchors.window, np.flatnonzero(batch.impressions.mask.numpy().any((1, 2))))
+    np.testing.assert_array_equal(used, np.arange(len(batch.windows.cut)))
+    drawn = cut(chunks, 2, windows_per_chunk=1, anchors=anchor_plan(per_chunk=3))
+    assert 2 < len(drawn.windows.cut) <= 2 * (1 + 3), "anchors add their windows to those that are drawn"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

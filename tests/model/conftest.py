@@ -15,11 +15,12 @@ from torch import Tensor
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Decay
+from vista.examples.anchors import AnchorPlan
 from vista.examples.batch import Batch
-from vista.examples.chunks import ChunkImpressions, Chunks, decay_clock
+from vista.examples.chunks import ChunkImpressions, Chunks, ChunkTimeline, decay_clock
 from vista.examples.cuts import CutPlan, cut_batch
 from vista.log.gaps import gap_bucket, history_gaps
-from vista.log.histories import Histories
+from vista.log.histories import Histories, ranges
 from vista.log.vocabulary import Vocabulary
 from vista.model.padded_tail import PaddedTail, pad_tail
 from vista.model.schema import Schema
@@ -71,26 +72,41 @@ def histories(lengths: list[int], seed: int = 0, *, num_items: int = NUM_ITEMS, 
 
 
 def chunks(
-    packed: Histories, seed: int = 0, *, impressions: int = 0, num_items: int = NUM_ITEMS, decay: Decay = Decay.none
+    packed: Histories,
+    seed: int = 0,
+    *,
+    impressions: int = 0,
+    num_items: int = NUM_ITEMS,
+    decay: Decay = Decay.none,
+    chunk_len: int = 10**6,
 ) -> tuple[Chunks, Int]:
-    """Whole histories as chunks, with impressions at random positions; and the times of the impressions in ms."""
+    """Histories in chunks, with impressions at random positions; and the times of the impressions in ms.
+
+    Anchors may ask about the rest of a chunk's history.
+    """
     rng = np.random.default_rng([seed, 1])
-    num_users = packed.num_users if packed.num_users else 0
-    owner = np.sort(rng.integers(0, max(num_users, 1), impressions if num_users else 0))
-    position = (rng.random(len(owner)) * (packed.lengths[owner] + 1)).astype(np.int64)
+    pieces = np.maximum(1, -(-packed.lengths // chunk_len))
+    user = np.repeat(np.arange(packed.num_users), pieces)
+    offsets = np.append(packed.offsets[:-1][user] + ranges(0, pieces) * chunk_len, packed.num_events)
+    owner = np.sort(rng.integers(0, max(len(user), 1), impressions if len(user) else 0))
+    position = (rng.random(len(owner)) * (np.diff(offsets)[owner] + 1)).astype(np.int64)
     order = np.lexsort((position, owner))
     owner, position = owner[order], position[order]
-    before = packed.offsets[:-1][owner] + position - 1
+    before = offsets[:-1][owner] + position - 1
     last = packed.timestamp[np.maximum(before, 0)] if packed.num_events else np.zeros(len(owner), np.int64)
     time = last + rng.integers(0, 48 * HOUR, len(owner))
+    rest = packed.offsets[1:][user] - offsets[:-1]
+    index = ranges(offsets[:-1], rest)
+    item = packed.item.astype(np.int64)
     made = Chunks(
-        user=np.arange(num_users),
-        item=packed.item.astype(np.int64),
+        user=user,
+        item=item,
         action=packed.action.astype(np.int64),
         rating=None if packed.rating is None else np.asarray(packed.rating),
-        gap=history_gaps(packed.timestamp, packed.offsets),
+        gap=history_gaps(packed.timestamp, offsets),
         clock=decay_clock(decay, packed.timestamp),
-        offsets=packed.offsets,
+        offsets=offsets,
+        timeline=ChunkTimeline(item[index], packed.timestamp[index], np.concatenate([[0], np.cumsum(rest)])),
         impressions=ChunkImpressions(
             chunk=owner,
             position=position,
@@ -119,6 +135,20 @@ def plan(model: VistaModel, **changes: Any) -> CutPlan:
     return CutPlan(**{**options, **changes})
 
 
+def anchor_plan(**changes: Any) -> AnchorPlan:
+    """Up to three anchors per chunk at random positions, about the next six events."""
+    options = {
+        "per_chunk": 3,
+        "horizon_events": 6,
+        "horizon_days": 0.0,
+        "by_time": False,
+        "use_time": True,
+        "timeless_share": 0.0,
+        "trains_next": True,
+    }
+    return AnchorPlan(**{**options, **changes})
+
+
 def batch(made: Chunks, cut_plan: CutPlan, seed: int = 0, *, num_items: int = NUM_ITEMS) -> Batch:
     """A batch with all items as negatives."""
     negatives = np.arange(1, num_items + 1)
@@ -127,13 +157,13 @@ def batch(made: Chunks, cut_plan: CutPlan, seed: int = 0, *, num_items: int = NU
 
 @dataclass(frozen=True)
 class Predictions:
-    """Where the predictions of a batch belong: [NW, W] next items, or [NW, I] impressions."""
+    """Where the predictions of a batch belong: [NW, W] next items, [NW, I] impressions, or [NA] anchors."""
 
     chunk: Int
     position: Int
     """Events of the chunk that come before; -1 in the padding."""
     number: Int
-    """Packed index of the label, or index of the impression."""
+    """Packed index of the label (of the first one of an anchor), or index of the impression."""
 
 
 def predictions(made: Chunks, cut_plan: CutPlan, seed: int = 0) -> tuple[Predictions, Predictions]:
@@ -158,6 +188,20 @@ def predictions(made: Chunks, cut_plan: CutPlan, seed: int = 0) -> tuple[Predict
     return next_items, Predictions(made.impressions.chunk[number], position, number)
 
 
+def anchor_predictions(made: Chunks, cut_plan: CutPlan, seed: int = 0) -> Predictions:
+    """Where the anchors of a batch belong, read back like `predictions`."""
+    assert made.timeline is not None
+    numbers = np.arange(len(made.item))
+    rest = ranges(made.offsets[:-1], np.diff(made.timeline.offsets))
+    coded = replace(made, item=1000 + numbers, timeline=replace(made.timeline, item=1000 + rest))
+    cut = batch(coded, cut_plan, seed)
+    assert cut.anchors is not None
+    label = cut.anchors.item.numpy()
+    event = np.where(label >= 0, cut.rows.numpy()[label] - 1000, len(numbers)).min(1)
+    chunk = np.searchsorted(made.offsets, event, side="right") - 1
+    return Predictions(chunk, event - made.offsets[chunk], event)
+
+
 def outputs(model: VistaModel, cut: Batch) -> tuple[Tensor, Tensor]:
     """(user vectors [NW, W, M], task logits [NW, I, tasks]) as training computes them."""
     with torch.no_grad():
@@ -167,6 +211,15 @@ def outputs(model: VistaModel, cut: Batch) -> tuple[Tensor, Tensor]:
         encoded = model.encoder(shown, events.action, events.gap, events.rating)
         context = model.window_context(cut, shown, model.cut_summaries(cut, encoded))
         return model.window_users(cut, context), model.window_logits(cut, vectors, context)
+
+
+def anchor_users(model: VistaModel, cut: Batch) -> Tensor:
+    """User vectors [NA, M] as training computes them."""
+    with torch.no_grad():
+        events = cut.events
+        shown = model.shown_vectors(events, model.item_vectors(cut.rows))
+        encoded = model.encoder(shown, events.action, events.gap, events.rating)
+        return model.anchor_users(cut, model.window_context(cut, shown, model.cut_summaries(cut, encoded)))
 
 
 def tail(model: VistaModel, packed: Histories, lengths: Int | int | None = None) -> PaddedTail:
@@ -184,9 +237,12 @@ def make() -> SimpleNamespace:
         histories=histories,
         chunks=chunks,
         plan=plan,
+        anchor_plan=anchor_plan,
         batch=batch,
         predictions=predictions,
+        anchor_predictions=anchor_predictions,
         outputs=outputs,
+        anchor_users=anchor_users,
         tail=tail,
         num_items=NUM_ITEMS,
     )

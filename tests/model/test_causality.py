@@ -43,10 +43,10 @@ def with_another_future(packed: Histories, label: int, owner: int, num_items: in
     return Histories(item, time, action, rating, packed.offsets)
 
 
-def with_other_impressions(chunks: Chunks, position: int, owner: int, num_items: int) -> Chunks:
-    """Other items and times for the impressions of chunk `owner` after `position`."""
+def with_other_impressions(chunks: Chunks, label: int, owner: int, num_items: int) -> Chunks:
+    """Other items and times for the impressions of user `owner` that come after the packed event `label`."""
     shown = chunks.impressions
-    later = (shown.chunk == owner) & (shown.position > position)
+    later = (chunks.user[shown.chunk] == owner) & (chunks.offsets[shown.chunk] + shown.position > label)
     item, gap = np.where(later, shown.item % num_items + 1, shown.item), np.where(later, shown.gap + 1, shown.gap)
     return replace(chunks, impressions=replace(shown, item=item, gap=gap))
 
@@ -58,22 +58,25 @@ def test_the_future_changes_no_bit_of_a_prediction(make: SimpleNamespace, shape:
     seed = data.draw(st.integers(0, 10_000))
     lengths = data.draw(st.lists(st.integers(0, 25), min_size=1, max_size=4).filter(any))
     model = make.model(seed=1, tail_len=data.draw(st.integers(1, 6)), **SHAPES[shape])
-    plan = make.plan(model, staleness_share=data.draw(st.sampled_from([0.0, 0.5])))
+    chunk_len = data.draw(st.sampled_from([5, 100]))  # anchors ask beyond their chunks
+    anchors = make.anchor_plan(timeless_share=0.2)
+    plan = make.plan(model, staleness_share=data.draw(st.sampled_from([0.0, 0.5])), anchors=anchors)
     packed = make.histories(lengths, seed)
     label, same_time = data.draw(st.integers(0, packed.num_events - 1)), data.draw(st.booleans())
     owner = int(np.searchsorted(packed.offsets, label, side="right")) - 1
-    position = label - packed.offsets[owner]
 
     changed = with_another_future(packed, label, owner, make.num_items, same_time=same_time)
-    chunks, other = (make.chunks(each, seed, impressions=10, decay=model.config.decay)[0] for each in (packed, changed))
-    other = with_other_impressions(other, position, owner, make.num_items)
-    before = make.outputs(model, make.batch(chunks, plan, seed))
-    after = make.outputs(model, make.batch(other, plan, seed))
+    options = {"impressions": 10, "decay": model.config.decay, "chunk_len": chunk_len}
+    chunks, other = (make.chunks(each, seed, **options)[0] for each in (packed, changed))
+    other = with_other_impressions(other, label, owner, make.num_items)
+    cuts = make.batch(chunks, plan, seed), make.batch(other, plan, seed)
+    before, after = ((*make.outputs(model, cut), make.anchor_users(model, cut)) for cut in cuts)
 
-    next_items, impressions = make.predictions(chunks, plan, seed)
-    last_user = position if same_time else position - 1
-    for one, two, predicted, last in zip(before, after, (next_items, impressions), (last_user, position), strict=True):
-        earlier = (predicted.chunk != owner) | (predicted.position <= last)
+    predictions = (*make.predictions(chunks, plan, seed), make.anchor_predictions(chunks, plan, seed))
+    last_user = label if same_time else label - 1
+    for one, two, predicted, last in zip(before, after, predictions, (last_user, label, last_user), strict=True):
+        event = chunks.offsets[predicted.chunk] + predicted.position
+        earlier = (chunks.user[predicted.chunk] != owner) | (event <= last)
         untouched = torch.from_numpy((predicted.position >= 0) & earlier)
         assert torch.equal(one[untouched], two[untouched])
 
@@ -83,7 +86,8 @@ def test_the_future_changes_no_bit_of_a_prediction(make: SimpleNamespace, shape:
 def test_the_past_does_change_predictions(make: SimpleNamespace, shape: str, field: str) -> None:
     """So the test above can fail: one position later, the tail and the summary show the changed event."""
     model = make.model(seed=1, tail_len=3, **SHAPES[shape])
-    plan = make.plan(model, label_spacing=2, num_cuts=300, timeless_share=0.0)
+    anchors = make.anchor_plan(per_chunk=60)
+    plan = make.plan(model, label_spacing=2, num_cuts=300, timeless_share=0.0, anchors=anchors)
     packed = make.histories([30], 4)
     item, time = packed.item.copy(), packed.timestamp.copy()
     if field == "item":
@@ -92,17 +96,18 @@ def test_the_past_does_change_predictions(make: SimpleNamespace, shape: str, fie
         time[9:] += YEAR
     changed = replace(packed, item=item, timestamp=time)
     chunks, other = (make.chunks(each, 4, impressions=60, decay=model.config.decay)[0] for each in (packed, changed))
-    before = make.outputs(model, make.batch(chunks, plan, 4))
-    after = make.outputs(model, make.batch(other, plan, 4))
+    cuts = make.batch(chunks, plan, 4), make.batch(other, plan, 4)
+    before, after = ((*make.outputs(model, cut), make.anchor_users(model, cut)) for cut in cuts)
     next_items, impressions = make.predictions(chunks, plan, 4)
+    predictions = (next_items, impressions, make.anchor_predictions(chunks, plan, 4))
     # The tail's first event has no gap, so without a summary a changed time is visible for one position less.
     reach = 30 if model.config.num_seeds else 11 if field == "item" else 10
-    for one, two, predicted in zip(before, after, (next_items, impressions), strict=True):
+    for one, two, predicted in zip(before, after, predictions, strict=True):
         seen = torch.from_numpy((predicted.position > 9) & (predicted.position <= reach))
         moved = (one != two).any(-1)
         assert seen.any() and moved[seen].all()
-        # The time of event 9 is also the time of the request for it as the next item.
-        last = 8 if field == "time" and predicted is next_items else 9
+        # The time of event 9 is also the time of the request for it as the next item, or as the first of a window.
+        last = 8 if field == "time" and predicted is not impressions else 9
         assert not moved[torch.from_numpy((predicted.position >= 0) & (predicted.position <= last))].any()
 
 
@@ -131,3 +136,34 @@ def test_no_gradient_flows_from_a_prediction_to_its_label_or_beyond(make: Simple
         label = start + next_items.position[window, column]
         assert not has_gradient[label:].any() and not has_gradient[:start].any()
         assert has_gradient[max(start, label - 1) : label].all()
+
+
+@pytest.mark.parametrize("mixing", Mixing)
+@pytest.mark.parametrize("by_time", [False, True])
+def test_no_gradient_flows_from_an_anchor_to_its_labels(make: SimpleNamespace, mixing: Mixing, by_time: bool) -> None:
+    model = make.model(seed=2, mixing=mixing, tail_len=4)
+    chunks, _ = make.chunks(make.histories([17, 12], 3), 3, chunk_len=8)
+    plan = make.plan(model, anchors=make.anchor_plan(by_time=by_time))
+    predicted = make.anchor_predictions(chunks, plan, 3)
+    total = len(chunks.item)
+    chunks = replace(chunks, item=np.arange(total) + 1)
+    batch = make.batch(chunks, plan, 3, num_items=total)
+    events = batch.events
+    torch.manual_seed(5)
+    weights = torch.randn(make.num_items + 1, 16)
+    sees = 0
+    for anchor, event in enumerate(predicted.number):
+        vectors = weights[batch.rows].requires_grad_()
+        shown = model.shown_vectors(events, vectors)
+        encoded = model.encoder(shown, events.action, events.gap, events.rating)
+        context = model.window_context(batch, shown, model.cut_summaries(batch, encoded))
+        model.anchor_users(batch, context)[anchor].sum().backward()
+        start = chunks.offsets[predicted.chunk[anchor]]
+        if event == start:
+            continue  # it sees no event
+        assert vectors.grad is not None
+        has_gradient = vectors.grad[events.item].abs().sum(1).numpy() > 0
+        assert not has_gradient[event:].any() and not has_gradient[:start].any()
+        assert has_gradient[event - 1], "it sees the newest event"
+        sees += 1
+    assert sees > 5

@@ -168,7 +168,8 @@ def test_training_at_a_position_is_a_request_after_its_events(
     shown = chunks.impressions
     shown = replace(shown, **{field.name: getattr(shown, field.name)[late] for field in fields(shown)})
     chunks, shown_at = replace(chunks, impressions=shown), shown_at[late]
-    batch = make.batch(chunks, make.plan(model, timeless_share=0.0), 5)
+    plan = make.plan(model, timeless_share=0.0, anchors=make.anchor_plan())
+    batch = make.batch(chunks, plan, 5)
     batch = replace(batch, negatives=replace(batch.negatives, log_weight=batch.negatives.log_weight.double()))
     known = np.random.default_rng(0).random(len(packed.item)) >= unknown_share
     with torch.no_grad():
@@ -176,7 +177,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
     hidden = torch.from_numpy(~known) if unknown_share else None
     batch = replace(batch, events=replace(batch.events, hidden=hidden))
     asked = replace(packed, item=np.where(known, packed.item, 0))
-    trained = model.losses(batch, model.item_table[batch.rows], OptimConfig())
+    trained = model.losses(batch, model.item_table[batch.rows], OptimConfig(window_weight=1.0))
 
     items = F.normalize(model.item_table[1:], dim=-1)
     losses = []
@@ -187,6 +188,17 @@ def test_training_at_a_position_is_a_request_after_its_events(
             scores = items @ model.user_vectors(before, label.timestamp)[0] / model.config.temperature
             losses.append(F.cross_entropy(scores[None], torch.from_numpy(label.item.astype(np.int64)) - 1))
     torch.testing.assert_close(trained.parts["next"], torch.stack(losses).mean())
+
+    losses = []
+    for event in make.anchor_predictions(chunks, plan, 5).number:
+        user = int(np.searchsorted(packed.offsets, event, side="right")) - 1
+        seen = int(event - packed.offsets[user])
+        users = model.user_vectors(asked.slice(user, 0, seen), packed.timestamp[[event]])
+        window = np.unique(packed.slice(user, seen, seen + 6).item).astype(np.int64)
+        shares = torch.log_softmax(items @ users[0] / model.config.temperature, 0)
+        losses.append(-shares[torch.from_numpy(window) - 1].sum())
+    assert len(losses) == 3 + 1 + 3 + 3
+    torch.testing.assert_close(trained.parts["window"], torch.stack(losses).mean())
 
     labeled = {task: [] for task in model.schema.tasks}
     for n, (owner, seen) in enumerate(zip(chunks.impressions.chunk, chunks.impressions.position, strict=True)):
@@ -206,9 +218,9 @@ def test_training_at_a_position_is_a_request_after_its_events(
 def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
     model = baseline(make, name).float().train()
     chunks, _ = make.chunks(make.histories([5, 12, 8, 3], 7), 7, impressions=25)
-    batch = make.batch(chunks, make.plan(model))
+    batch = make.batch(chunks, make.plan(model, anchors=make.anchor_plan()))
     vectors = model.item_table.detach()[batch.rows].requires_grad_()
-    torch.autograd.backward(model.losses(batch, vectors, OptimConfig()).total)
+    torch.autograd.backward(model.losses(batch, vectors, OptimConfig(window_weight=1.0)).total)
     idle = [n for n, p in model.named_parameters() if n != "item_table" and (p.grad is None or not p.grad.any())]
     assert idle == []
 

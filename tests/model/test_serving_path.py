@@ -99,14 +99,15 @@ def served_context(
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_training_at_a_position_is_serving_after_its_events(make: SimpleNamespace, shape: str) -> None:
-    """Every next item and every impression of a batch, each compared with a request of its own."""
+    """Every next item, impression, and anchor of a batch, each compared with a request of its own."""
     model = make.model(seed=3, **SHAPES[shape])
     packed = make.histories([1, 23, 8, 4], 5)
     chunks, shown_at = make.chunks(packed, 5, impressions=30, decay=model.config.decay)
     if model.encoder.gap is None:
         shown = replace(chunks.impressions, gap=chunks.impressions.gap * 0)
         chunks = replace(chunks, gap=chunks.gap * 0, impressions=shown)
-    plan = make.plan(model, staleness_share=0.3, timeless_share=0.0)
+    anchors = make.anchor_plan(by_time=True, use_time=model.encoder.gap is not None)
+    plan = make.plan(model, staleness_share=0.3, timeless_share=0.0, anchors=anchors)
     batch = make.batch(chunks, plan, 5)
     trained_users, trained_logits = make.outputs(model, batch)
     next_items, impressions = make.predictions(chunks, plan, 5)
@@ -131,6 +132,15 @@ def test_training_at_a_position_is_serving_after_its_events(make: SimpleNamespac
         candidate = torch.from_numpy(chunks.impressions.item[[[number]]])
         close(trained_logits[window, place], inference.candidate_logits(model, context, gap, candidate)[0, 0])
     assert len(labeled) == packed.num_events and len(impressed) == 30
+
+    asked, predicted = make.anchor_users(model, batch), make.anchor_predictions(chunks, plan, 5)
+    for row, (owner, position) in enumerate(zip(predicted.chunk, predicted.position, strict=True)):
+        window, bucket = int(batch.anchors.window[row]), int(batch.anchors.gap[row])
+        context, tail = served_context(make, model, packed, batch, window, owner, position)
+        now = None if bucket == 0 else tail.last_time + 1000 * (2 ** (bucket - 1) - 1)
+        gap = inference.request_gap(model, now, tail)
+        close(asked[row], inference.user_vectors(model, context, gap)[0])
+    assert len(asked) == 1 + 3 * 3
 
 
 @pytest.mark.parametrize("shape", SHAPES)

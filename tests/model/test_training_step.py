@@ -100,20 +100,27 @@ def test_users_without_events_are_trained_on_their_impressions(make: SimpleNames
 def test_the_configuration_selects_the_losses(make: SimpleNamespace) -> None:
     model = make.model(num_seeds=0)
     chunks, _ = make.chunks(make.histories([9, 4]), 1, impressions=5)
-    batch = make.batch(chunks, make.plan(model))
+    batch = make.batch(chunks, make.plan(model, anchors=make.anchor_plan()))
     optim = OptimConfig(next_weight=2.0, task_weight=3.0, reconstruction_weight=0.5)
 
     def parts(model: object = model, optim: OptimConfig = optim, batch: object = batch) -> dict[str, float]:
         with torch.no_grad():
             losses = model.losses(batch, model.item_table[batch.rows], optim)
         values = {name: float(value) for name, value in losses.parts.items()}
-        weights = {"next": optim.next_weight, "reconstruction": optim.reconstruction_weight}
+        weights = {name: getattr(optim, f"{name}_weight") for name in ("next", "window", "reconstruction")}
         expected = sum(value * weights.get(name, optim.task_weight) for name, value in values.items())
         assert float(losses.total) == pytest.approx(expected, rel=1e-6)
         return values
 
     assert set(parts()) == {"next", "click", "like"}, "no summary, no reconstruction"
     assert set(parts(optim=replace(optim, next_weight=0.0))) == {"click", "like"}
+    with_window = parts(optim=replace(optim, window_weight=4.0))
+    assert set(with_window) == {"next", "window", "click", "like"}
+    assert batch.anchors is not None
+    scaled = replace(batch, anchors=replace(batch.anchors, mean_labels=5.0))
+    assert parts(optim=replace(optim, window_weight=4.0), batch=scaled)["window"] == pytest.approx(
+        with_window["window"] / 5
+    )
     assert set(parts(optim=replace(optim, task_weight=0.0))) == {"next"}
     with_summary = make.model()
     assert set(parts(with_summary)) == {"next", "click", "like", "reconstruction"}

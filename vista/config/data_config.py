@@ -10,6 +10,7 @@ from vista.errors import shown
 
 PLACES = ("path", "item_categories")
 """Keys of DataConfig that name a path. They may change between runs and are left out of result tables."""
+MAX_HORIZON_EVENTS, MAX_HORIZON_DAYS = 2**16, 36_525
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,6 +67,13 @@ class DataConfig:
     """Share of history events, in [0, 1), whose item is shown as unknown in training; labels and reconstruction targets
     are not affected. It reduces overfitting over many epochs. Applies to vista, sasrec, and hstu; must be 0 for the
     others."""
+    horizon_events: int = 50
+    """With optim.window_weight above 0: number of events after a question whose items are its labels."""
+    horizon_days: float = 0.0
+    """Number of days after a question; only items of events within it are labels. 0 means no limit in time."""
+    anchors_per_chunk: int = 8
+    """With optim.window_weight above 0: number of questions drawn from each chunk per epoch. With split=time they are
+    uniform in time, otherwise in position."""
     num_negatives: int = 1024
     """Number of negatives of the sampled softmax, shared by all labels of a batch."""
     negative_power: float = 0.0
@@ -79,9 +87,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_types(self, "data.")
         counts = ("chunk_len", "tokens_per_batch", "label_spacing", "num_cuts", "num_negatives", "reconstruction_len")
-        require_counts(self, "data.", counts)
+        require_counts(self, "data.", (*counts, "anchors_per_chunk"))
         require_counts(self, "data.", ("windows_per_chunk",), least=0)
+        require_counts(self, "data.", ("horizon_events",), most=MAX_HORIZON_EVENTS)
         require_finite(self, "data.", ("staleness_events", "negative_power"))
+        require_finite(self, "data.", ("horizon_days",), most=MAX_HORIZON_DAYS)
         require_share(self, "data.", ("staleness_share",))
         require_share(self, "data.", ("unknown_share",), below_one=True)
         for key in ("validation_from", "test_from"):

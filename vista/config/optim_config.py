@@ -28,6 +28,9 @@ class OptimConfig:
     fit, and the learning rate falls over these steps. null: optim.epochs decides."""
     next_weight: float = 1.0
     """Weight of the sampled softmax over next items. 0 does not train next items."""
+    window_weight: float = 0.0
+    """Weight of the softmax over the items of the window that follows a question (`data.horizon_events`). 0 does not
+    train windows."""
     logq_strength: float = 1.0
     """How much of the items' log popularity the next-item scores learn, in [0, 1]. 1 is the plain softmax; 0 removes
     popularity from the scores."""
@@ -48,7 +51,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_types(self, "optim.")
         require_finite(self, "optim.", ("learning_rate", "gradient_clip", "minutes"), positive=True)
-        weights = ("next_weight", "task_weight", "reconstruction_weight")
+        weights = ("next_weight", "window_weight", "task_weight", "reconstruction_weight")
         require_finite(self, "optim.", ("weight_decay", "table_rate", *weights))
         counts = ("epochs", "warmup_steps", "patience", "validate_every", "validation_users")
         require_counts(self, "optim.", counts, least=0)

@@ -113,8 +113,13 @@ class TrainConfig:
 
     @property
     def trains_next(self) -> bool:
-        """Whether next items are trained."""
-        return self.optim.next_weight > 0 and not self.model.architecture.ranks_only
+        """Whether items are predicted: the next one, or those of the window that follows."""
+        return (self.optim.next_weight > 0 or self.trains_window) and not self.model.architecture.ranks_only
+
+    @property
+    def trains_window(self) -> bool:
+        """Whether the items of the window that follows are predicted."""
+        return self.optim.window_weight > 0 and not self.model.architecture.ranks_only
 
 
 def without_places(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

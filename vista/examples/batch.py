@@ -1,7 +1,8 @@
 """A training batch: packed events, the cuts at which summaries are read, and windows of label positions.
 
 Letters: B chunks, T packed events, NS segments between cuts, NC cuts, NW windows, W positions per window, L tail
-length, I impressions per window, J negatives, NR reconstructed stretches, R distinct item rows, S seeds, M model dim.
+length, I impressions per window, J negatives, NA anchors, P labels per anchor, NR reconstructed stretches, R distinct
+item rows, S seeds, M model dim.
 """
 
 from __future__ import annotations
@@ -101,6 +102,22 @@ class BatchImpressions:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchAnchors:
+    """Questions about what follows (`vista.examples.anchors`), sorted by chunk."""
+
+    window: Tensor
+    """int64 [NA]: the window whose summary and tail the anchor reads."""
+    position: Tensor
+    """int64 [NA] position in the window, 0..W-1."""
+    gap: Tensor
+    """int64 [NA] log buckets of the time from the newest visible event to the request."""
+    item: Tensor
+    """int64 [NA, P] distinct labels, indices into `Batch.rows`; -1 pads."""
+    mean_labels: float
+    """Mean number of labels per anchor in training."""
+
+
+@dataclass(frozen=True, slots=True)
 class BatchReconstruction:
     """Stretches of events that the decoder reconstructs from summaries."""
 
@@ -127,6 +144,8 @@ class Batch:
     negatives: BatchNegatives
     impressions: BatchImpressions
     reconstruction: BatchReconstruction
+    anchors: BatchAnchors | None = None
+    """None without the window loss."""
     logit_adjustment: Tensor | None = None
     """float32 [R], added during training to an item's logits as label and as negative (`optim.logq_strength`)."""
     stored_summary: Tensor | None = None

@@ -16,7 +16,7 @@ from vista.config import OptimConfig, TrainConfig
 from vista.config.choices import Architecture, Decay
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
-from vista.examples.chunks import ChunkImpressions, Chunks, decay_clock
+from vista.examples.chunks import ChunkImpressions, Chunks, ChunkTimeline, decay_clock
 from vista.examples.cuts import CutPlan, cut_batch
 from vista.examples.frequency import item_frequency
 from vista.examples.negatives import NegativeSampler
@@ -27,6 +27,8 @@ from vista.log.histories import ranges, token_groups
 from vista.log.splits import split_until, visible_counts
 from vista.log.until import Until
 
+MEASURED_BATCHES = 16
+"""Batches that the mean number of labels per anchor is measured by."""
 NO_NEGATIVES = np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
@@ -55,7 +57,8 @@ class BatchSource:
             stored: summaries from a store; None computes them from the batch's own events.
 
         Raises:
-            ConfigError: if `optim.tasks` names a task that the log lacks, or no label lies after the store's records.
+            ConfigError: if `optim.tasks` names a task that the log lacks, if no label lies after the store's records,
+                or if `data.horizon_days` is set and the log has no times.
         """
         self._log = log
         self._item_rows = item_rows
@@ -80,11 +83,14 @@ class BatchSource:
                 f"store: was refreshed with until={since}, and no label of {log.path} lies between that and "
                 f"data.validation_from={config.data.validation_from}; refresh it with an earlier until"
             )
-        self._plan = CutPlan.of(config)
+        self._plan = CutPlan.of(config, has_time=log.has_time)
         self._chunk_len = chunk_len(config)
         self._epoch = -1
         self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
         self._batches: list[Int] = []
+        if self._plan.anchors is not None and config.data.horizon_days > 0 and not log.has_time:
+            raise ConfigError(f"data.horizon_days: {log.path} has no times; set it to 0 and use data.horizon_events")
+        self._measure_labels()
 
     def num_batches(self, epoch: int) -> int:
         """Batches of an epoch."""
@@ -96,7 +102,7 @@ class BatchSource:
         self._start_epoch(epoch)
         rng = np.random.default_rng([self._config.seed, epoch, index + 1])
         user, start, stop = (part[self._batches[index]] for part in self._chunks)
-        # Without the next-item loss, negatives would still be gathered, and moved by Adam's momentum.
+        # If no items are predicted, negatives would still be gathered, and moved by Adam's momentum.
         negatives, log_weight = self._sampler.draw(rng) if self._config.trains_next else NO_NEGATIVES
         batch = cut_batch(self._pack(user, start, stop), self._plan, rng, negatives, log_weight)
         if self._adjustment is None:
@@ -116,9 +122,21 @@ class BatchSource:
         self._batches = [order[group] for group in groups]
         self._epoch = epoch
 
+    def _measure_labels(self) -> None:
+        """Measure the mean number of labels per anchor, by the first batches, which every run cuts alike."""
+        if self._plan.anchors is None:
+            return
+        first = (self.batch(0, index).anchors for index in range(min(self.num_batches(0), MEASURED_BATCHES)))
+        labels = [int(count) for anchors in first if anchors is not None for count in (anchors.item >= 0).sum(1)]
+        self._plan = replace(self._plan, anchors=replace(self._plan.anchors, mean_labels=float(np.mean(labels or [1]))))
+
     def _pack(self, user: Int, start: Int, stop: Int) -> Chunks:
         lead = np.minimum(start, self._lead)
-        histories = self._log.gather_ranges(user, start - lead, stop)
+        anchors, trail = self._plan.anchors, np.zeros_like(stop)
+        if anchors is not None:
+            trail = np.minimum(anchors.horizon_events, self.counts[user] - stop)
+        timeline = self._log.gather_ranges(user, start - lead, stop + trail)
+        histories = timeline.select(np.zeros_like(lead), stop - start + lead)
         time = np.asarray(histories.timestamp)
         use_time = self._log.has_time and self._config.model.use_time
         gap = history_gaps(time, histories.offsets) if use_time else np.zeros(len(time), np.int64)
@@ -146,6 +164,9 @@ class BatchSource:
                 label=seen.label[index],
                 mask=seen.mask[index],
             ),
+            timeline=None
+            if anchors is None
+            else ChunkTimeline(self._item_rows[timeline.item], np.asarray(timeline.timestamp), timeline.offsets),
             lead=lead if self._stored else None,
             summary=self._stored.read(user) if self._stored else None,
         )

@@ -33,6 +33,21 @@ class ChunkImpressions:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkTimeline:
+    """The events of each chunk and, as its trail, those after it that training may see. Only anchors read it.
+
+    The trail holds labels only: it is never part of a chunk's own events.
+    """
+
+    item: Int
+    """int64 [N] model item rows; 0 is the unknown item."""
+    time: Int
+    """int64 [N] ms, or positions in a log without times."""
+    offsets: Int
+    """int64 [B+1]."""
+
+
+@dataclass(frozen=True, slots=True)
 class Chunks:
     """Stretches of histories, end to end, oldest event first within a chunk."""
 
@@ -51,6 +66,8 @@ class Chunks:
     offsets: Int
     """int64 [B+1]."""
     impressions: ChunkImpressions
+    timeline: ChunkTimeline | None = None
+    """What anchors ask about; None draws no anchors."""
     lead: Int | None = None
     """int64 [B]: with stored summaries, the first events of each chunk that serve as context only."""
     summary: NDArray[np.float32] | None = None

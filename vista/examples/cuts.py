@@ -24,8 +24,10 @@ from torch import Tensor
 from vista.arrays import Int
 from vista.config import TrainConfig
 from vista.config.choices import Mixing
+from vista.examples.anchors import AnchorPlan, ChunkAnchors, draw_anchors
 from vista.examples.batch import (
     Batch,
+    BatchAnchors,
     BatchCuts,
     BatchEvents,
     BatchImpressions,
@@ -34,8 +36,8 @@ from vista.examples.batch import (
     BatchReconstruction,
     BatchWindows,
 )
-from vista.examples.chunks import Chunks
-from vista.examples.windows import ChunkWindows, divide_chunks, draw_windows, windows_of_impressions
+from vista.examples.chunks import ChunkImpressions, Chunks
+from vista.examples.windows import ChunkWindows, add_anchored, divide_chunks, draw_windows, windows_at
 from vista.log.histories import ranges
 
 
@@ -54,10 +56,12 @@ class CutPlan:
     reconstruction_len: int
     timeless_share: float = 0.1
     """Share of windows whose requests have no time, because callers of the scorer may not pass one."""
+    anchors: AnchorPlan | None = None
+    """None draws no anchors."""
 
     @classmethod
-    def of(cls, config: TrainConfig) -> CutPlan:
-        """The plan of a training run."""
+    def of(cls, config: TrainConfig, *, has_time: bool) -> CutPlan:
+        """The plan of a training run on a log with or without times."""
         data, model = config.data, config.model
         return cls(
             mixing=model.mixing,
@@ -69,6 +73,7 @@ class CutPlan:
             staleness_share=data.staleness_share,
             unknown_share=data.unknown_share,
             reconstruction_len=data.reconstruction_len,
+            anchors=AnchorPlan.of(config, has_time=has_time),
         )
 
 
@@ -81,13 +86,18 @@ def cut_batch(
         chunks: packed histories and their impressions.
         plan: sizes and shares.
         rng: draws where windows begin, the windows to keep, staleness, requests without a time, the events to
-            reconstruct, and the items shown as unknown.
+            reconstruct, and the items shown as unknown. Anchors are drawn from a child of it, and change no other draw.
         negatives: int64 [J] model item rows, shared by the batch; negative_log_weight: float32 [J].
     """
     phase = rng.integers(1, plan.label_spacing + 1, len(chunks.offsets) - 1)
     all_windows = divide_chunks(chunks, plan.label_spacing, phase)
-    impression_window = windows_of_impressions(chunks, plan.label_spacing, phase, all_windows)
+    impression_window = _windows_of(chunks.impressions, chunks, plan, phase, all_windows)
     keep = draw_windows(plan.windows_per_chunk, rng, all_windows, impression_window)
+    anchors, anchor_window = None, np.zeros(0, np.int64)
+    if plan.anchors is not None:
+        anchors = draw_anchors(chunks, plan.anchors, rng.spawn(1)[0])
+        anchor_window = _windows_of(anchors, chunks, plan, phase, all_windows)
+        keep = add_anchored(keep, anchor_window, impression_window, trains_next=plan.anchors.trains_next)
     windows = all_windows.select(keep)
     if chunks.summary is None:
         boundary = _draw_boundaries(plan, rng, all_windows, num_chunks=len(phase))
@@ -100,8 +110,10 @@ def cut_batch(
 
     impression = _impressions_by_window(keep, impression_window, len(all_windows.chunk))
     impressed = np.where(impression >= 0, chunks.impressions.item[impression], 0)
-    rows, index = np.unique(np.concatenate([chunks.item, negatives, impressed.ravel()]), return_inverse=True)
-    item, negative, candidate = np.split(index, np.cumsum([len(chunks.item), len(negatives)]))
+    asked = np.zeros(0, np.int64) if anchors is None else anchors.item
+    named = [chunks.item, negatives, impressed.ravel(), asked.ravel()]
+    rows, index = np.unique(np.concatenate(named), return_inverse=True)
+    item, negative, candidate, label = np.split(index, np.cumsum([len(part) for part in named[:-1]]))
     return Batch(
         user=_tensor(chunks.user),
         rows=_tensor(rows),
@@ -112,6 +124,9 @@ def cut_batch(
         negatives=BatchNegatives(_tensor(negative), _tensor(negative_log_weight)),
         impressions=_impressions(chunks, plan, windows, impression, candidate.reshape(impression.shape), is_timeless),
         reconstruction=reconstruction,
+        anchors=None
+        if anchors is None
+        else _anchors(plan, windows, anchors, np.searchsorted(keep, anchor_window), label),
         stored_summary=None if chunks.summary is None else _tensor(chunks.summary),
     )
 
@@ -241,6 +256,25 @@ def _impressions(
         gap=_tensor(np.where(is_shown & ~is_timeless[:, None], shown.gap[impression], 0)),
         label=_tensor(np.where(is_shown[..., None], shown.label[impression], np.float32(0))),
         mask=_tensor(shown.mask[impression] & is_shown[..., None]),
+    )
+
+
+def _windows_of(
+    shown: ChunkImpressions | ChunkAnchors, chunks: Chunks, plan: CutPlan, phase: Int, windows: ChunkWindows
+) -> Int:
+    """int64 [N]: the window, of all windows, that each impression or anchor lies in."""
+    return windows_at(chunks, plan.label_spacing, phase, windows, shown.chunk, shown.position)
+
+
+def _anchors(plan: CutPlan, windows: ChunkWindows, anchors: ChunkAnchors, window: Int, label: Int) -> BatchAnchors:
+    """window: int64 [NA] of the kept windows; label: int64 [NA * P] indices into the batch's rows."""
+    assert plan.anchors is not None
+    return BatchAnchors(
+        window=_tensor(window),
+        position=_tensor(anchors.position - windows.end[window] + plan.label_spacing - 1),
+        gap=_tensor(anchors.gap),
+        item=_tensor(np.where(anchors.item > 0, label.reshape(anchors.item.shape), -1)),
+        mean_labels=plan.anchors.mean_labels,
     )
 
 

@@ -1,7 +1,7 @@
 """Windows: the label positions of chunks, divided into runs that share one summary and one tail.
 
 A chunk's label positions p = 0..P-1 (p events of the chunk seen) are divided into windows [b, e] of at most W of them.
-Letters: B chunks, N impressions, NW windows, W positions per window.
+Letters: B chunks, NW windows, W positions per window.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ def divide_chunks(chunks: Chunks, label_spacing: int, phase: Int) -> ChunkWindow
     return ChunkWindows(chunk, index, begin + lead[chunk], end + lead[chunk])
 
 
-def windows_of_impressions(chunks: Chunks, label_spacing: int, phase: Int, windows: ChunkWindows) -> Int:
-    """int64 [N]: the window, of all windows, that each impression's position lies in."""
-    owner, position = chunks.impressions.chunk, chunks.impressions.position
+def windows_at(chunks: Chunks, label_spacing: int, phase: Int, windows: ChunkWindows, owner: Int, position: Int) -> Int:
+    """int64 [N]: the window, of all windows, that holds each of N positions int64 [N] of the chunks `owner`."""
     second = (chunks.num_context + phase)[owner]  # where the chunk's second window begins
     index = np.where(position < second, 0, 1 + (position - second) // label_spacing)
     return np.searchsorted(windows.chunk, owner) + index
@@ -64,3 +63,13 @@ def draw_windows(
     priority[impression_window] -= 1.0
     order = np.lexsort((priority, windows.chunk))
     return np.sort(order[windows.index < windows_per_chunk])
+
+
+def add_anchored(keep: Int, anchor_window: Int, impression_window: Int, *, trains_next: bool) -> Int:
+    """Sorted indices of the kept windows and those with anchors, less those with nothing to train.
+
+    Args:
+        keep: int64 sorted, from `draw_windows`.
+        trains_next: whether next items are trained, so that every window has something to train.
+    """
+    return np.union1d(keep if trains_next else np.intersect1d(keep, impression_window), anchor_window)

@@ -20,7 +20,7 @@ class Losses:
     total: Tensor
     """The weighted sum that training minimizes."""
     parts: dict[str, Tensor]
-    """By name: "next", "reconstruction", and one per labeled task."""
+    """By name: "next", "window", "reconstruction", and one per labeled task."""
 
 
 def sampled_softmax(

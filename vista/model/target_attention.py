@@ -40,8 +40,8 @@ class TargetContext:
     state: Tensor | None = None
     """[B, L1, H, D, D] what queries read of the L1 layers of stage 1; None if they do not."""
 
-    def select(self, rows: slice) -> TargetContext:
-        """The context of adjacent rows, a view."""
+    def select(self, rows: slice | Tensor) -> TargetContext:
+        """The context of adjacent rows, a view; or of rows int64 [N], a copy."""
         return TargetContext(
             [k[rows] for k in self.keys],
             [v[rows] for v in self.values],
@@ -51,10 +51,12 @@ class TargetContext:
         )
 
     def newest(self, seen: Tensor) -> Tensor:
-        """[B, Q, M] embeddings of the newest event in the first `seen` int64 [Q] columns of the tail; 0 without one."""
+        """[B, Q, M] embeddings of the newest event in the first `seen` int64 [Q] or [B, Q] columns of the tail; 0
+        without one."""
         column = (seen - 1).clamp(min=0)
-        known = self.tail_valid[:, column] & (seen > 0)
-        return torch.where(known.unsqueeze(-1), self.tail[:, column], 0.0)
+        rows = slice(None) if seen.dim() == 1 else torch.arange(len(seen), device=seen.device)[:, None]
+        known = self.tail_valid[rows, column] & (seen > 0)
+        return torch.where(known.unsqueeze(-1), self.tail[rows, column], 0.0)
 
 
 class TargetAttention(nn.Module):

@@ -34,6 +34,7 @@ from vista.model.reconstruction import ReconstructionDecoder
 from vista.model.schema import Schema
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import TargetAttention, TargetContext
+from vista.model.window_loss import anchor_loss
 
 STAGE1_KEYS = (
     "dim",
@@ -85,6 +86,10 @@ class VistaModel(RankingModel):
         if optim.next_weight > 0:
             parts["next"] = self._next_loss(batch, item_vectors, context)
             total = total + optim.next_weight * parts["next"]
+        if optim.window_weight > 0 and batch.anchors is not None:
+            users, unit = self.anchor_users(batch, context), F.normalize(item_vectors, dim=-1)
+            parts["window"] = anchor_loss(batch, users, unit, self.config.temperature)
+            total = total + optim.window_weight * parts["window"]
         if self.task_head is not None and optim.task_weight > 0 and impressions.item.shape[1]:
             logits = self.window_logits(batch, item_vectors, context)
             losses = task_losses(logits, impressions.label, impressions.mask)
@@ -137,6 +142,14 @@ class VistaModel(RankingModel):
         gap = self.encoder.gap_vectors(labels.gap)
         return self.user_vectors(gap, seen.clamp(min=0), context)
 
+    def anchor_users(self, batch: Batch, context: TargetContext) -> Tensor:
+        """Unit user vectors [NA, M] of the anchors, at the times of their requests."""
+        anchors = batch.anchors
+        assert anchors is not None
+        seen = self.config.tail_len - batch.labels.item.shape[1] + 1 + anchors.position
+        gap = self.encoder.gap_vectors(anchors.gap.unsqueeze(1))
+        return self.user_vectors(gap, seen.clamp(min=0).unsqueeze(1), context.select(anchors.window)).squeeze(1)
+
     def window_logits(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> Tensor:
         """Task logits [NW, I, num_tasks] of the windows' impressions; item_vectors [R, M]."""
         seen = self.config.tail_len - batch.labels.item.shape[1] + 1 + batch.impressions.position
@@ -172,7 +185,7 @@ class VistaModel(RankingModel):
         return reconstruction_loss(predicted, target, stop_gradient=self.config.stop_gradient)
 
     def user_vectors(self, gap: Tensor | None, seen: Tensor, context: TargetContext) -> Tensor:
-        """Unit vectors [B, Q, M] of request tokens over contexts of B rows; gap [B, Q, M], seen int64 [Q]."""
+        """Unit vectors [B, Q, M] of request tokens over contexts of B rows; gap [B, Q, M], seen int64 [Q] or [B, Q]."""
         stage = self.target_attention
         # The residual stream leads from an item's vector to the next item's, in one space without a projection.
         x = self.request + context.newest(seen)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vista.examples.batch import Batch
 from vista.model.losses import ROWS_PER_TILE
 
 
@@ -82,6 +83,21 @@ def window_loss(
             user, exact, unit_items[negatives], negative_log_weight.to(full), own, weight, temperature
         )
     return partition - positive.masked_fill(label < 0, 0.0).sum() / len(label)
+
+
+def anchor_loss(batch: Batch, users: Tensor, unit_items: Tensor, temperature: float) -> Tensor:
+    """The window loss of a batch's anchors, per label on average over training.
+
+    Args:
+        users: [NA, M] unit vectors, in the order of the anchors.
+        unit_items: [R, M] unit vectors of the items `batch.rows`.
+    """
+    anchors, negatives = batch.anchors, batch.negatives
+    assert anchors is not None
+    loss = window_loss(
+        users, unit_items, anchors.item, negatives.item, negatives.log_weight, temperature, batch.logit_adjustment
+    )
+    return loss / anchors.mean_labels
 
 
 def _cosines(user: Tensor, unit_items: Tensor, label: Tensor) -> Tensor:

@@ -68,19 +68,28 @@ def time_bucket(gap_ms: Tensor) -> Tensor:
 
 
 def weighted_losses(
-    model: RankingModel, batch: Batch, optim: OptimConfig, next_loss: Tensor | None, logits: Tensor | None
+    model: RankingModel,
+    batch: Batch,
+    optim: OptimConfig,
+    next_loss: Tensor | None,
+    logits: Tensor | None,
+    window_loss: Tensor | None = None,
 ) -> Losses:
     """The losses of a baseline.
 
     Args:
         next_loss: of next items, if they are trained.
         logits: [NW, I, num_tasks] of impressions, if they are trained.
+        window_loss: of anchors, if windows are trained.
     """
     parts: dict[str, Tensor] = {}
     total = model.item_table.new_zeros((), dtype=torch.float32)
     if next_loss is not None:
         parts["next"] = next_loss
         total = total + optim.next_weight * next_loss
+    if window_loss is not None:
+        parts["window"] = window_loss
+        total = total + optim.window_weight * window_loss
     if logits is not None:
         losses = task_losses(logits, batch.impressions.label, batch.impressions.mask)
         parts.update(zip(model.schema.tasks, losses, strict=True))

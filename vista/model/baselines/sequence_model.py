@@ -22,11 +22,12 @@ from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.history_model import HistoryModel, next_loss, weighted_losses
 from vista.model.baselines.padded_tiles import PaddedTile, tiles
-from vista.model.baselines.shown_candidates import ShownCandidates, in_place
+from vista.model.baselines.shown_candidates import ShownCandidates, in_place, seen_in_chunk
 from vista.model.inference import newest
 from vista.model.layers import Dropout
 from vista.model.losses import Losses
 from vista.model.schema import Schema
+from vista.model.window_loss import anchor_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,22 @@ class EmbeddedSequences:
     """int64 [T] ms, or positions in a log without times."""
     offsets: Int
     """int64 [B+1], on the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class _AskedAnchors:
+    """The anchors of a batch, sorted by chunk; int64 [NA] each."""
+
+    chunk: Tensor
+    seen: Tensor
+    """Events of the chunk before the request."""
+    gap: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> _AskedAnchors | None:
+        if batch.anchors is None:
+            return None
+        return cls(*seen_in_chunk(batch, batch.anchors.window, batch.anchors.position), batch.anchors.gap)
 
 
 def _encoded_impressions(batch: Batch, limit: int) -> tuple[Batch, ShownCandidates]:
@@ -99,7 +116,8 @@ class SequenceModel(HistoryModel):
         shown = None
         if self.schema.tasks and optim.task_weight > 0:
             batch, shown = _encoded_impressions(batch, self.config.history_limit)
-        users, labels, logits, places = [], [], [], []
+        asked = _AskedAnchors.of(batch) if optim.window_weight > 0 else None
+        users, labels, logits, places, askers, order = [], [], [], [], [], []
         for tile in tiles(events.offsets, vectors.device, self.tile_tokens):
             states, memory = self._encode(events, tile)
             if optim.next_weight > 0:
@@ -107,6 +125,11 @@ class SequenceModel(HistoryModel):
                 gap = self.encoder.gap_vectors(packed.gap[tile.index][labeled])
                 users.append(self._user(states[:, : labeled.shape[1]][labeled], gap))
                 labels.append(packed.item[tile.index][labeled])
+            if asked is not None and (part := tile.entries(asked.chunk)) is not None:
+                index, valid = part
+                row, index = valid.nonzero()[:, 0], index[valid]
+                askers.append(self._user(states[row, asked.seen[index]], self.encoder.gap_vectors(asked.gap[index])))
+                order.append(index)
             if shown is not None and (part := tile.entries(shown.chunk)) is not None:
                 index, valid = part
                 vector = item_vectors[shown.item[index]]
@@ -116,12 +139,14 @@ class SequenceModel(HistoryModel):
                 seen = torch.where(valid, shown.seen[index], 0)
                 logits.append(self.impression_logits(states, memory, vector, seen)[valid])
                 places.append(shown.place[index][valid])
-        loss = None
+        of_next = of_window = None
         if users:
-            loss = next_loss(batch, item_vectors, torch.cat(users), torch.cat(labels), self.config.temperature)
-        if not logits:
-            return weighted_losses(self, batch, optim, loss, None)
-        return weighted_losses(self, batch, optim, loss, in_place(torch.cat(logits), torch.cat(places), batch))
+            of_next = next_loss(batch, item_vectors, torch.cat(users), torch.cat(labels), self.config.temperature)
+        if askers:
+            of_anchors = torch.cat(askers)[torch.cat(order).argsort()]
+            of_window = anchor_loss(batch, of_anchors, F.normalize(item_vectors, dim=-1), self.config.temperature)
+        shown_logits = in_place(torch.cat(logits), torch.cat(places), batch) if logits else None
+        return weighted_losses(self, batch, optim, of_next, shown_logits, of_window)
 
     def _labeled(self, tile: PaddedTile) -> Tensor:
         """Which events of the tile are labels of the next-item loss: bool [n, L]."""

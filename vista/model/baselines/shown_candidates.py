@@ -30,18 +30,23 @@ class ShownCandidates:
     @classmethod
     def of(cls, batch: Batch) -> ShownCandidates:
         """All labeled impressions of a batch."""
-        impressions, tail_index = batch.impressions, batch.windows.tail_index
+        impressions = batch.impressions
         place = impressions.mask.any(-1).flatten().nonzero().squeeze(-1)
         window = place // max(impressions.item.shape[1], 1)
-        chunk_start = batch.cuts.start[batch.windows.cut[window]]
-        # The tail's last W columns are the events before each position of its window.
-        column = tail_index.shape[1] - batch.labels.item.shape[1] + impressions.position.flatten()[place]
-        last = tail_index[window, column]
-        seen = torch.where(last >= 0, last + 1 - chunk_start, 0)
-        # Chunks without events share a start. Any of them will do, but the last chunk must not be exceeded.
-        chunk = torch.searchsorted(batch.events.offsets, chunk_start, right=True) - 1
-        chunk = chunk.clamp(max=len(batch.events.offsets) - 2)
+        chunk, seen = seen_in_chunk(batch, window, impressions.position.flatten()[place])
         return cls(impressions.item.flatten()[place], impressions.gap.flatten()[place], chunk, seen, place)
+
+
+def seen_in_chunk(batch: Batch, window: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Chunks int64 [N], and how many of their events requests see, at positions int64 [N] of windows int64 [N]."""
+    tail_index = batch.windows.tail_index
+    chunk_start = batch.cuts.start[batch.windows.cut[window]]
+    # The tail's last W columns are the events before each position of its window.
+    last = tail_index[window, tail_index.shape[1] - batch.labels.item.shape[1] + position]
+    seen = torch.where(last >= 0, last + 1 - chunk_start, 0)
+    # Chunks without events share a start. Any of them will do, but the last chunk must not be exceeded.
+    chunk = torch.searchsorted(batch.events.offsets, chunk_start, right=True) - 1
+    return chunk.clamp(max=len(batch.events.offsets) - 2), seen
 
 
 def in_place(logits: Tensor, place: Tensor, batch: Batch) -> Tensor:

@@ -1,0 +1,105 @@
+"""Anchors: where they lie, when they ask, and which items are their labels, each against a loop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.examples.test_cuts import anchor_plan, coded_chunks
+from vista.arrays import Int
+from vista.examples.anchors import DAY_MS, ChunkAnchors, draw_anchors
+from vista.examples.chunks import Chunks, ChunkTimeline
+from vista.log.gaps import gap_bucket
+
+
+def timed_chunks(times: list[Int], items: list[Int], lengths: list[int], lead: Int | None = None) -> Chunks:
+    """Chunks of the first `lengths` events of histories with these times and items; the others are their trail."""
+    offsets = np.concatenate([[0], np.cumsum([len(time) for time in times])])
+    timeline = ChunkTimeline(np.concatenate(items), np.concatenate(times), offsets)
+    return replace(coded_chunks(lengths, []), timeline=timeline, lead=lead)
+
+
+def random_chunks(seed: int, lead: Int | None = None) -> Chunks:
+    """Four histories with equal times, repeated items, and unknown items."""
+    rng = np.random.default_rng(seed)
+    sizes, lengths = [30, 4, 0, 18], [20, 4, 0, 9]
+    times = [np.sort(rng.integers(0, 15, size)) * DAY_MS for size in sizes]
+    return timed_chunks(times, [rng.integers(0, 9, size) for size in sizes], lengths, lead)
+
+
+def draw(chunks: Chunks, seed: int = 0, **changes: Any) -> ChunkAnchors:
+    return draw_anchors(chunks, anchor_plan(**changes), np.random.default_rng(seed))
+
+
+def of_chunk(chunks: Chunks, chunk: int) -> tuple[Int, Int, int]:
+    """(times, items) of a chunk and its trail, and the number of events of the chunk."""
+    timeline = chunks.timeline
+    assert timeline is not None
+    part = slice(timeline.offsets[chunk], timeline.offsets[chunk + 1])
+    return timeline.time[part], timeline.item[part], int(np.diff(chunks.offsets)[chunk])
+
+
+@pytest.mark.parametrize("lead", [None, np.array([3, 1, 0, 9])], ids=["whole", "lead"])
+@pytest.mark.parametrize("days", [0.0, 2.0])
+def test_labels_are_the_distinct_known_items_of_the_window(days: float, lead: Int | None) -> None:
+    checked = 0
+    for seed in range(30):
+        chunks = random_chunks(seed, lead)
+        drawn = draw(chunks, seed, horizon_events=6, horizon_days=days)
+        assert (np.diff(drawn.chunk) >= 0).all()
+        for chunk, position, item in zip(drawn.chunk, drawn.position, drawn.item, strict=True):
+            time, items, length = of_chunk(chunks, chunk)
+            assert (0 if lead is None else lead[chunk]) <= position < length
+            window = [items[k] for k in range(position, min(position + 6, len(items)))]
+            if days:
+                window = [i for k, i in enumerate(window) if time[position + k] < time[position] + days * DAY_MS]
+            np.testing.assert_array_equal(item[item > 0], sorted(set(window) - {0}))
+            assert item.any(), "an anchor without a label is left out"
+            checked += 1
+    assert checked > 150
+
+
+def test_request_times_are_uniform_and_positions_follow_from_them() -> None:
+    """A long gap is hit as often as it is long, and no request divides events of equal times."""
+    time = np.array([0, 0, 10, 10, 10, 20, 100, 100]) * DAY_MS
+    chunks = timed_chunks([time], [np.arange(8) + 1], [8])
+    drawn = [draw(chunks, seed, by_time=True, timeless_share=0.0) for seed in range(1000)]
+    position = np.concatenate([each.position for each in drawn])
+    assert set(position.tolist()) <= {0, 2, 5, 6}, "events strictly before the request"
+    share = np.bincount(position, minlength=7) / len(position)
+    np.testing.assert_allclose(share[[2, 5, 6]], [0.1, 0.1, 0.8], atol=0.01)
+    gap = np.concatenate([each.gap for each in drawn])
+    # From 20 days on, most requests come more than 16 days after the newest event.
+    assert (gap[position > 0] > 0).all() and (gap[position == 0] == 0).all()
+    late = gap[position == 6]
+    assert late.max() == gap_bucket(np.array(80 * DAY_MS)) and np.median(late) > gap_bucket(np.array(16 * DAY_MS))
+
+
+def test_positions_are_uniform_and_requests_come_with_the_next_event() -> None:
+    time = np.array([0, 0, 10, 10, 10, 20, 100, 100]) * DAY_MS
+    chunks = timed_chunks([time], [np.arange(8) + 1], [8])
+    drawn = [draw(chunks, seed, per_chunk=1, timeless_share=0.0) for seed in range(2000)]
+    position, gap = (np.concatenate([getattr(each, name) for each in drawn]) for name in ("position", "gap"))
+    np.testing.assert_allclose(np.bincount(position) / len(position), 1 / 8, atol=0.03)
+    expected = gap_bucket(np.diff(time, prepend=0))[position]
+    np.testing.assert_array_equal(gap, np.where(position > 0, expected, 0))
+    every = draw(chunks, per_chunk=50)
+    assert every.position.tolist() == list(range(8)), "one per label position of a short chunk"
+
+
+def test_some_requests_have_no_time() -> None:
+    chunks = random_chunks(3)
+    share = np.mean([(draw(chunks, seed, timeless_share=0.5).gap[1:] == 0).mean() for seed in range(300)])
+    assert 0.45 < share < 0.65  # and anchors before the first event have none
+    assert not draw(chunks, use_time=False, timeless_share=0.0).gap.any()
+    assert not draw(chunks, timeless_share=1.0).gap.any()
+
+
+def test_chunks_without_events_have_no_anchors() -> None:
+    none = np.zeros(0, np.int64)
+    for by_time in (False, True):
+        drawn = draw(timed_chunks([none, none], [none, none], [0, 0]), by_time=by_time)
+        assert len(drawn.chunk) == len(drawn.position) == len(drawn.gap) == len(drawn.item) == 0
