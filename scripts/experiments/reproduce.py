@@ -24,7 +24,8 @@ from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from scripts.experiments.results import append_result, markdown_table, read_results
+from scripts.experiments.paired import paired_lines
+from scripts.experiments.results import append_result, defined, markdown_table, read_results
 from scripts.experiments.row_measurement import RowMeasurement, measure, table_log
 from scripts.experiments.row_progress import RowProgress
 from scripts.experiments.table_run import TableRun, command_of, listing, table_runs
@@ -58,7 +59,11 @@ def main(
                 return 0
             writable_folder(settings.results, "--results")
             try:
-                return _run_all(settings, [run for run in runs if run.missing], results, progress_of)
+                status = _run_all(settings, [run for run in runs if run.missing], results, progress_of)
+                if results.exists():
+                    for line in list(paired_lines(settings, read_results(results))):
+                        append_result(results, line)
+                return status
             finally:
                 if results.exists():
                     replace_text(results.with_suffix(".md"), markdown_table(read_results(results)))
@@ -120,10 +125,11 @@ def _line(settings: argparse.Namespace, run: TableRun, measured: RowMeasurement)
         "data": table.data,
         "model": measured.name,
         "seed": run.seed,
-        "metrics": {key: value if math.isfinite(value) else None for key, value in metrics.items()},
-        "command": command_of(settings, run, [run.seed]),
+        "metrics": defined(metrics),
+        "command": command_of(settings, [run.name], [run.seed]),
         "config": run.config,
         **measured.origin.fields(),
+        **({"errors": defined(measured.errors)} if measured.errors else {}),
     }
 
 

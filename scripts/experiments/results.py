@@ -239,18 +239,18 @@ def _seeds(group: Sequence[Mapping[str, Any]]) -> list[int]:
     return [seed for row in group for seed in row.get("seeds", [row["seed"]])]
 
 
-def _defined(group: Sequence[Mapping[str, Any]], key: str, metric: str) -> list[float]:
+def _numbers(group: Sequence[Mapping[str, Any]], key: str, metric: str) -> list[float]:
     return [row[key][metric] for row in group if row.get(key, {}).get(metric) is not None]
 
 
 def _mean_over_seeds(group: Sequence[Mapping[str, Any]], metric: str) -> str:
-    numbers = _defined(group, "metrics", metric)
+    numbers = _numbers(group, "metrics", metric)
     mean = f"{fmean(numbers):.4f}" if numbers else "–"
     return f"{mean} ± {stdev(numbers):.4f}" if len(numbers) > 1 else mean
 
 
 def _mean_over_users(group: Sequence[Mapping[str, Any]], metric: str) -> str:
-    numbers, errors = _defined(group, "metrics", metric), _defined(group, "errors", metric)
+    numbers, errors = _numbers(group, "metrics", metric), _numbers(group, "errors", metric)
     mean = f"{fmean(numbers):.4f}" if numbers else "–"
     return f"{mean} ± {fmean(errors):.4f}" if errors else mean
 
@@ -265,6 +265,11 @@ def describe_hardware(machine: Mapping[str, Any]) -> str:
     return (
         f"{name}{vectors}, {machine.get('cores', '?')} cores, torch {machine.get('torch', '?')}{precision}{elsewhere}"
     )
+
+
+def defined(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics as a row has them: None where a number is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def hardware() -> dict[str, Any]:

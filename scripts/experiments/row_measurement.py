@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ from scripts.experiments.serving_cost import history_model_latency_ms, scorer_la
 from scripts.experiments.sets import prepare_set, set_folder, source_folder
 from scripts.experiments.table_run import TableRun, recorded_config, train_config
 from scripts.experiments.tables import TABLES
+from scripts.experiments.tables.table import Table
+from scripts.experiments.tables.table_row import TableRow
 from vista.config import EvaluateConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
-from vista.config.choices import Stage
+from vista.config.choices import Stage, Target
 from vista.evaluation.baselines.evaluate_baseline import evaluate_baseline
 from vista.evaluation.baselines.popularity import Popularity
 from vista.evaluation.baselines.transitions import Transitions
 from vista.evaluation.cases import impression_cases
 from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
+from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.protocol import impression_metrics
+from vista.files import make_folders
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.splits import split_until
@@ -38,6 +42,13 @@ from vista.store.layout import CURRENT
 TOP_K = [10, 50, 200]
 
 
+WINDOW_METRICS = (
+    *("precision@10/50-events", "precision@10:returns/50-events", "ndcg@10/50-events"),
+    *("recall@50:new/200-events", "ndcg@50:new/200-events"),
+)
+"""Metrics of a line of a table with `windows`; the file of `per_user_file` has all."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowMeasurement:
     """One line of a row: how the model was served, and its metrics."""
@@ -45,12 +56,15 @@ class RowMeasurement:
     name: str
     metrics: dict[str, float]
     origin: RowOrigin
+    errors: dict[str, float] = field(default_factory=dict)
+    """Standard errors over users, in tables with `windows`."""
 
 
 def measure(
     settings: argparse.Namespace, run: TableRun, log: EventLog, progress: RowProgress
 ) -> Iterator[RowMeasurement]:
     """Measure the missing lines of a run."""
+    table = TABLES[settings.table]
     folder, config = _placed(settings, run.name, run.seed, log)
     if run.row.untrained == "oracle":
         yield RowMeasurement(run.name, _oracle_metrics(log, config), RowOrigin(0.0))
@@ -64,31 +78,79 @@ def measure(
             progress.check()
         model = train_noted(config, log, folder)
         trained = RowOrigin.read(folder)
-        if isinstance(model, HistoryModel):
-            progress.check()
-            table = TABLES[settings.table]
-            asked = EvaluateConfig(top_k=TOP_K, popularity=table.popularity, progress=False)
-            metrics = evaluate_model(model, log, asked).metrics
-            if table.costs:
-                metrics |= {
-                    "train events/s": training_speed(folder / "run" / "metrics.jsonl"),
-                    "request ms": history_model_latency_ms(model, log),
-                }
-            yield RowMeasurement(run.name, metrics, trained)
+        if not isinstance(model, HistoryModel):
+            assert isinstance(model, VistaModel)
+            yield from _served(settings, run, log, model, folder, trained, progress)
             return
-        assert isinstance(model, VistaModel)
-        for served, metrics in _served_metrics(settings, run, log, model, folder, progress):
-            yield RowMeasurement(served, metrics, trained)
+        reports = {}
+        for part in _parts(table, run.row):
+            progress.check()
+            reports[part] = evaluate_model(model, log, _asked(table, part))
+        costs = {}
+        if table.costs:
+            costs = {
+                "train events/s": training_speed(folder / "run" / "metrics.jsonl"),
+                "request ms": history_model_latency_ms(model, log),
+            }
+        yield _measurement(table, run.name, reports, costs, trained, folder)
+
+
+def per_user_file(folder: Path, line: str, part: str) -> Path:
+    """Where a line of a table with `windows` keeps the metrics per user, for paired comparisons."""
+    return folder / "per-user" / f"{line}, {part}.npz"
+
+
+def _parts(table: Table, row: TableRow) -> tuple[str, ...]:
+    """The parts of the split that a row is measured on."""
+    if not table.windows:
+        return ("test",)
+    return ("validation",) if row.trial else ("validation", "test")
+
+
+def _asked(table: Table, part: str) -> EvaluateConfig:
+    target = Target.window if table.windows else Target.next
+    return EvaluateConfig(split=part, target=target, top_k=TOP_K, popularity=table.popularity, progress=False)
+
+
+def _measurement(
+    table: Table,
+    name: str,
+    reports: Mapping[str, EvaluationReport],
+    costs: Mapping[str, float],
+    origin: RowOrigin,
+    folder: Path,
+) -> RowMeasurement:
+    """The line of evaluations by part of the split. In a table with `windows`, it also keeps the metrics per user."""
+    if not table.windows:
+        return RowMeasurement(name, {**reports["test"].metrics, **costs}, origin)
+    metrics: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for part, report in reports.items():
+        assert report.per_user is not None
+        prefix, error = "" if part == "test" else f"{part} ", report.per_user.standard_errors()
+        metrics |= {prefix + metric: report.metrics[metric] for metric in WINDOW_METRICS}
+        errors |= {prefix + metric: error[metric] for metric in WINDOW_METRICS}
+        file = per_user_file(folder, name, part)
+        make_folders(file.parent)
+        report.per_user.save(file)
+    return RowMeasurement(name, {**metrics, **costs}, origin, errors)
+
+
+def row_folder(settings: argparse.Namespace, name: str, seed: int) -> Path:
+    """Folder of a row and seed, named by the configuration: equal configurations of several tables share a run."""
+    table = TABLES[settings.table]
+    return Path(settings.work) / table.data / f"{_digest(recorded_config(table, table.rows[name]))}-{seed}"
 
 
 def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -> tuple[Path, TrainConfig]:
     """Folder of a row and seed, and the configuration of its training there."""
-    table = TABLES[settings.table]
-    row = table.rows[name]
-    # Named by the configuration instead of table and row, so that equal configurations share a run.
-    folder = settings.work / table.data / f"{_digest(recorded_config(table, row))}-{seed}"
+    table, folder = TABLES[settings.table], row_folder(settings, name, seed)
     config = replace(
-        train_config(table, row), run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads, progress=False
+        train_config(table, table.rows[name]),
+        run_dir=str(folder / "run"),
+        seed=seed,
+        num_threads=settings.threads,
+        progress=False,
     )
     config.data.path = str(log.path)
     if config.data.item_categories is not None:
@@ -106,42 +168,47 @@ def _downstream_config(settings: argparse.Namespace, run: TableRun, config: Trai
     return replace(config, stage=Stage.downstream, base=str(folder / "run" / "best"), store=str(store))
 
 
-def _served_metrics(
-    settings: argparse.Namespace, run: TableRun, log: EventLog, model: VistaModel, folder: Path, progress: RowProgress
-) -> Iterator[tuple[str, dict[str, float]]]:
-    """Test metrics of a trained model through the scorer, from a store of each codec."""
+def _served(
+    settings: argparse.Namespace,
+    run: TableRun,
+    log: EventLog,
+    model: VistaModel,
+    folder: Path,
+    trained: RowOrigin,
+    progress: RowProgress,
+) -> Iterator[RowMeasurement]:
+    """The missing lines of a trained model, through the scorer, from a store of each codec and part of the split."""
     table, optim = TABLES[settings.table], run.config["optim"]
     served = {name: how for name, how in run.row.served(run.name).items() if name in run.missing}
     refreshed: dict[Path, float] = {}
     for name, how in served.items():
-        progress.check()
-        store = folder / (f"{how.codec.value}-{how.staleness}" if how.staleness else how.codec.value)
-        until = split_until(model.data, "test")
-        if how.staleness:
-            until = replace(until, held_out=until.held_out + how.staleness)
-        if store not in refreshed:
-            report = refresh(model, log, store, until=until, options=RefreshOptions(codec=how.codec))
-            refreshed[store] = report.seconds / max(report.num_users - report.resumed_at, 1)
+        reports, costs = {}, {}
+        for part in _parts(table, run.row):
             progress.check()
-        shown = model if how.tail_len is None else model.with_tail(how.tail_len)
-        with Scorer.open(shown, store) as scorer:
-            asked = EvaluateConfig(
-                top_k=TOP_K,
-                popularity=table.popularity,
-                # Recall reads the decoder, which its own loss trains.
-                recall=table.recall and model.summarizer is not None and optim["reconstruction_weight"] > 0,
-                staleness=how.staleness,
-                progress=False,
-            )
-            metrics = evaluate_scorer(scorer, log, asked).metrics
-            if table.costs:
-                metrics |= {
-                    "train events/s": training_speed(folder / "run" / "metrics.jsonl"),
-                    "refresh ms/user": 1e3 * refreshed[store],
-                }
-                if not how.staleness:  # the timed requests do not bring their own tail
-                    metrics["request ms"] = scorer_latency_ms(scorer, log)
-            yield name, metrics
+            age = f"-{how.staleness}" if how.staleness else ""
+            store = folder / (f"{how.codec.value}{age}" if part == "test" else f"{how.codec.value}{age}-{part}")
+            until = split_until(model.data, part)
+            if how.staleness:
+                until = replace(until, held_out=until.held_out + how.staleness)
+            if store not in refreshed:
+                report = refresh(model, log, store, until=until, options=RefreshOptions(codec=how.codec))
+                refreshed[store] = report.seconds / max(report.num_users - report.resumed_at, 1)
+                progress.check()
+            shown = model if how.tail_len is None else model.with_tail(how.tail_len)
+            asked = _asked(table, part)
+            # Recall reads the decoder, which its own loss trains.
+            asked.recall = table.recall and model.summarizer is not None and optim["reconstruction_weight"] > 0
+            asked.staleness = how.staleness
+            with Scorer.open(shown, store) as scorer:
+                reports[part] = evaluate_scorer(scorer, log, asked)
+                if table.costs:
+                    costs = {
+                        "train events/s": training_speed(folder / "run" / "metrics.jsonl"),
+                        "refresh ms/user": 1e3 * refreshed[store],
+                    }
+                    if not how.staleness:  # the timed requests do not bring their own tail
+                        costs["request ms"] = scorer_latency_ms(scorer, log)
+        yield _measurement(table, name, reports, costs, trained, folder)
 
 
 def _oracle_metrics(log: EventLog, config: TrainConfig) -> dict[str, float]:

@@ -132,15 +132,15 @@ def listing(settings: argparse.Namespace, runs: Sequence[TableRun]) -> str:
         lines.append(f"\n{name}: {state}; {own[0].estimate_s / 60:.1f} minutes per run")
         changed = dict.fromkeys(change for run in own for change in run.changed)
         lines += [f"  was run with another {', '.join(changed)}"] if changed else []
-        lines.append(f"  {command_of(settings, own[0], [run.seed for run in own])}")
+        lines.append(f"  {command_of(settings, [name], [run.seed for run in own])}")
     return "\n".join(lines)
 
 
-def command_of(settings: argparse.Namespace, run: TableRun, seeds: Sequence[int]) -> str:
-    """The command that reproduces a run, for some seeds."""
+def command_of(settings: argparse.Namespace, rows: Sequence[str], seeds: Sequence[int]) -> str:
+    """The command that reproduces some rows for some seeds."""
     table = TABLES[settings.table]
-    words = ["python", "-m", "scripts.experiments.reproduce", settings.table, "--rows", run.name]
+    words = ["python", "-m", "scripts.experiments.reproduce", settings.table, "--rows", *rows]
     words += [] if table.simulation is not None else ["--data", table.data]
-    words += [] if run.row.untrained else ["--seeds", *map(str, seeds)]
+    words += [] if all(table.rows[row].untrained for row in rows) else ["--seeds", *map(str, seeds)]
     words += ["--threads", str(settings.threads)] if settings.threads else []
     return shlex.join(words)

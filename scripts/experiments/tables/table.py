@@ -29,3 +29,8 @@ class Table:
     """Whether to report the recall of the summaries (`vista.evaluation.recall`)."""
     validation: bool = False
     """Whether to report the validation metrics of the exported pass, by which a row is chosen."""
+    windows: bool = False
+    """Whether to measure the window after a question (`vista evaluate target=window`), on validation and test, instead
+    of next items and impressions on test."""
+    pairs: tuple[tuple[str, str], ...] = ()
+    """With `windows`: rows (a, b) whose difference a − b is reported, user by user."""

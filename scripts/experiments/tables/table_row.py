@@ -42,6 +42,9 @@ class TableRow:
     until: str = ""
     """`until` of the base's summaries on which a downstream model is trained."""
 
+    trial: bool = False
+    """In a table with `windows`: measure it on validation only. It is one of the trials that choose a setting."""
+
     def served(self, name: str) -> dict[str, TableLine]:
         """Names of the row's lines in the table -> how each line is served."""
         lines = {

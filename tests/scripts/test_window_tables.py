@@ -1,0 +1,74 @@
+"""Tables of windows: small ones are run on validation and test, and their rows are compared user by user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.experiments import reproduce
+from scripts.experiments.results import read_results
+from scripts.experiments.row_measurement import WINDOW_METRICS
+from scripts.experiments.tables import TABLES
+from scripts.experiments.tables.table import Table
+from scripts.experiments.tables.table_row import K0, TableRow
+
+pytestmark = pytest.mark.research
+SMALL = ("optim.epochs=1", "optim.warmup_steps=2", "model.dim=16", "data.windows_per_chunk=8", "optim.tasks=[click]")
+TINY = Table(
+    "simulation",
+    "tiny",
+    {
+        "vista": TableRow(1),
+        "tail-only": TableRow(1, K0),
+        "sasrec": TableRow(1, ("model=sasrec",), trial=True),
+    },
+    SMALL,
+    {"num_users": 24, "events_per_user": 200},
+    windows=True,
+    pairs=(("vista", "tail-only"), ("vista", "sasrec")),
+)
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setitem(TABLES, "tiny", TINY)
+    return ["tiny", "--work", str(tmp_path / "work"), "--results", str(tmp_path), "--threads", "1"]
+
+
+def lines_of(tmp_path: Path) -> list[dict[str, Any]]:
+    return read_results(tmp_path / "tiny.jsonl")
+
+
+def test_rows_are_measured_on_both_parts_and_compared_by_user(tmp_path: Path, words: list[str]) -> None:
+    """A trial is not measured on test, and not compared. A second seed is averaged per user with the first."""
+    assert reproduce.main(words) == 0
+    vista, tail_only, trial, paired = lines_of(tmp_path)
+    validation = {f"validation {name}" for name in WINDOW_METRICS}
+    assert vista["metrics"].keys() == {*WINDOW_METRICS, *validation}
+    assert vista["errors"].keys() == {*WINDOW_METRICS, *validation}
+    assert trial["metrics"].keys() == validation and trial["errors"].keys() == validation
+    assert (paired["model"], paired["seed"], paired["seeds"]) == ("vista − tail-only", 1, [1])
+    assert paired["command"].endswith("tiny --rows vista tail-only --seeds 1 --threads 1")
+    name = "precision@10/50-events"
+    assert paired["metrics"][name] == pytest.approx(vista["metrics"][name] - tail_only["metrics"][name])
+    assert 0 < paired["errors"][name] < vista["errors"][name] + tail_only["errors"][name]
+    page = (tmp_path / "tiny.md").read_text()
+    assert "# tiny, paired differences" in page and "| tiny | vista − tail-only | 1 |" in page
+    assert reproduce.main(words) == 0 and len(lines_of(tmp_path)) == 4
+
+    assert reproduce.main([*words, "--seeds", "2", "--rows", "vista", "tail-only"]) == 0
+    first, second = lines_of(tmp_path)[4:6]
+    both = lines_of(tmp_path)[6]
+    assert both["seeds"] == [1, 2] and len(lines_of(tmp_path)) == 7
+    mean = (vista["metrics"][name] - tail_only["metrics"][name] + first["metrics"][name] - second["metrics"][name]) / 2
+    assert both["metrics"][name] == pytest.approx(mean)
+    page = (tmp_path / "tiny.md").read_text()
+    assert page.count("| vista − tail-only |") == 1 and "| tiny | vista − tail-only | 2 |" in page
+
+
+@pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.windows])
+def test_pairs_are_rows_that_are_measured_on_test(name: str) -> None:
+    rows = TABLES[name].rows
+    assert all(not rows[row].trial for pair in TABLES[name].pairs for row in pair)
