@@ -109,7 +109,12 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
     config = TrainConfig(
         model=ModelConfig(dim=16, num_heads=2, num_seeds=3, num_layers=2, num_target_layers=2, tail_len=6, dropout=0.1),
         data=DataConfig(
-            path=str(log.path), tokens_per_batch=64, label_spacing=4, num_negatives=20, reconstruction_len=8
+            path=str(log.path),
+            exclude_seen=True,
+            tokens_per_batch=64,
+            label_spacing=4,
+            num_negatives=20,
+            reconstruction_len=8,
         ),
         optim=OptimConfig(epochs=2, warmup_steps=4, learning_rate=5e-3),
         run_dir=str(run_dir),

@@ -197,6 +197,7 @@ def our_config(options: argparse.Namespace, log: EventLog, seed: int, run_dir: P
             path=str(log.path),
             tokens_per_batch=round(options.batch_users * trained / log.num_users),
             num_negatives=log.num_items,
+            exclude_seen=True,
         ),
         optim=OptimConfig(
             learning_rate=options.learning_rate,

@@ -277,6 +277,15 @@ def test_seen_items_stay_in_if_training_kept_them(served: Served, tmp_path: Path
     assert line["validation"] == pytest.approx(kept.metrics, abs=1e-4)
 
 
+def test_the_model_keeps_what_its_training_decided_about_seen_items(served: Served, tmp_path: Path) -> None:
+    """In this log, users return to items. A log of later events cannot change the question."""
+    config = small_config(served.log, tmp_path / "run", data__exclude_seen=None, optim__epochs=1)
+    model = train(config, served.log)
+    assert model.data.exclude_seen is False
+    assert "exclude_seen: false" in (tmp_path / "run" / "config.yaml").read_text()
+    assert "data.exclude_seen=false: " in (tmp_path / "run" / "train.log").read_text()
+
+
 class TestLeakage:
     def test_a_store_that_covers_all_events_is_refused(self, served: Served, served_tasks: Served) -> None:
         with (

@@ -35,9 +35,10 @@ class DataConfig:
     test_share: float | None = None
     """With split=share: share of each user's events, in (0, 1), that are test labels: the newest ones, rounded up to
     whole events. null with any other split."""
-    exclude_seen: bool = True
-    """Whether validation and evaluation exclude items of the visible history from rankings (never the label). Set it to
-    false if users return to items."""
+    exclude_seen: bool | None = None
+    """Whether validation and evaluation exclude items of the visible history from rankings (never the label). null
+    follows the log: false if users return to items, which is if at least 1 % of the training events repeat an item that
+    the user had before."""
     item_categories: str | None = None
     """With model.search=hard: Parquet or CSV file with a column `item` of ids and a column of categories. It is read
     when training starts and kept in the model. null with any other search."""

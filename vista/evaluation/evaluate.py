@@ -30,6 +30,7 @@ from vista.evaluation.window_evaluation import measure_windows
 from vista.examples.frequency import item_counts
 from vista.files import replace_text, writable_file
 from vista.log.event_log import EventLog
+from vista.log.repeats import leaves_out_seen
 from vista.log.splits import split_until, visible_counts
 from vista.log.until import parse_until
 from vista.model.baselines.history_model import HistoryModel
@@ -77,7 +78,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
                 name: getattr(config, name) for name in ("horizon_events", "horizon_days", "min_seen", "min_after")
             }
         else:
-            asked |= {"exclude_seen": _exclude_seen(model, config)}
+            asked |= {"exclude_seen": _exclude_seen(model, log, config)}
         replace_text(Path(config.out), json.dumps(asked | result.to_dict(), indent=2) + "\n")
         if result.per_user is not None:
             result.per_user.save(per_user_path(config.out))
@@ -117,8 +118,8 @@ def evaluate_model(model: HistoryModel, log: EventLog, config: EvaluateConfig) -
     return _measure(model, log, config, RawHistoryAnswers(model, log, model.rows_of(log.items)))
 
 
-def _exclude_seen(model: RankingModel, config: EvaluateConfig) -> bool:
-    return model.data.exclude_seen if config.exclude_seen is None else config.exclude_seen
+def _exclude_seen(model: RankingModel, log: EventLog, config: EvaluateConfig) -> bool:
+    return leaves_out_seen(log, model.data) if config.exclude_seen is None else config.exclude_seen
 
 
 def _check(model: RankingModel, log: EventLog, config: EvaluateConfig) -> None:
@@ -165,7 +166,7 @@ def _measure(
     ranks = impressions = probabilities = report = per_user = None
     num_cases = 0
     if model.has_retrieval:
-        columns = model.rows_of(log.items) - 1
+        columns, exclude_seen = model.rows_of(log.items) - 1, _exclude_seen(model, log, config)
         cases = next_item_cases(log, visible_counts(log, until), visible_counts(log, test) if is_validation else None)
         lists = RecommendedLists(len(model.items), config.top_k[0]) if config.popularity else None
         batches = case_batches(cases, log.num_items, config.users_per_batch)
@@ -175,14 +176,14 @@ def _measure(
             columns,
             answers.next_scores,
             tqdm(batches, desc="ranking", unit="batch", disable=not config.progress, leave=False),
-            exclude_seen=_exclude_seen(model, config),
+            exclude_seen=exclude_seen,
             observe=lists.add if lists is not None else None,
         )
         metrics |= ranking_metrics(ranks, list(config.top_k))
         question = {
             "target": config.target.value,
             "split": config.split,
-            "exclude_seen": _exclude_seen(model, config),
+            "exclude_seen": exclude_seen,
             "cases": [cases_digest(log, cases.user, cases.item, cases.seen)],
         }
         per_user = PerUserMetrics(log.users.ids(cases.user), ranking_values(ranks, list(config.top_k)), question)

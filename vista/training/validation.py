@@ -27,6 +27,7 @@ from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
+from vista.log.repeats import leaves_out_seen
 from vista.log.splits import split_until, visible_counts
 from vista.model import inference
 from vista.model.baselines.history_model import HistoryModel
@@ -56,7 +57,7 @@ class Validation:
             events_per_batch: most events of histories that are read at once (a longer history is read alone).
         """
         self._log, self._item_rows, self._events_per_batch = log, item_rows, events_per_batch
-        self._exclude_seen = config.data.exclude_seen
+        self._exclude_seen = leaves_out_seen(log, config.data)
         optim, limit = config.optim, config.optim.validation_users
         until = split_until(config.data, "validation")
         self._cut = visible_counts(log, until)

@@ -14,6 +14,7 @@ from vista.evaluation.cases import next_item_cases
 from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.protocol import ranking_metrics
 from vista.log.event_log import EventLog
+from vista.log.repeats import leaves_out_seen
 from vista.log.splits import split_until, visible_counts
 
 
@@ -35,6 +36,6 @@ def evaluate_baseline(
     if not len(cases.user):
         raise ConfigError(f"{log.path} has no test label to rank; choose another split")
     baseline.fit(log, seen, np.random.default_rng(seed))
-    ranks = BaselineAnswers(baseline, log).next_ranks(cases, exclude_seen=data.exclude_seen)
+    ranks = BaselineAnswers(baseline, log).next_ranks(cases, exclude_seen=leaves_out_seen(log, data))
     metrics = ranking_metrics(ranks, top_k or [10])
     return EvaluationReport(metrics, len(ranks), time.perf_counter() - began, ranks, None, None)
