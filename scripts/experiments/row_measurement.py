@@ -18,11 +18,11 @@ from scripts.experiments.table_run import TableRun, recorded_config, train_confi
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import Table
 from scripts.experiments.tables.table_row import TableRow
-from vista.config import EvaluateConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
-from vista.config.choices import Stage, Target
-from vista.evaluation.baselines.evaluate_baseline import evaluate_baseline
-from vista.evaluation.baselines.popularity import Popularity
-from vista.evaluation.baselines.transitions import Transitions
+from vista.config import DataConfig, EvaluateConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
+from vista.config.choices import Split, Stage, Target
+from vista.evaluation.baselines.all_baselines import counting_baselines, trained_baselines
+from vista.evaluation.baselines.counting_baseline import CountingBaseline
+from vista.evaluation.baselines.evaluate_baseline import evaluate_baseline, evaluate_baseline_windows
 from vista.evaluation.cases import impression_cases
 from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
 from vista.evaluation.evaluation_report import EvaluationReport
@@ -69,9 +69,17 @@ def measure(
     if run.row.untrained == "oracle":
         yield RowMeasurement(run.name, _oracle_metrics(log, config), RowOrigin(0.0))
     elif run.row.untrained:
-        baseline = Popularity() if run.row.untrained == "popularity" else Transitions()
-        evaluation = evaluate_baseline(baseline, log, config.data, top_k=TOP_K)
-        yield RowMeasurement(run.name, evaluation.metrics, RowOrigin(evaluation.seconds))
+        reports = {}
+        for part in _parts(table, run.row):
+            progress.check()
+            asked = _asked(table, part)
+            baseline = _baseline(run.row.untrained, log, config.data, asked)
+            if table.windows:
+                reports[part] = evaluate_baseline_windows(baseline, log, config.data, asked)
+            else:
+                reports[part] = evaluate_baseline(baseline, log, config.data, top_k=TOP_K)
+        origin = RowOrigin(sum(report.seconds for report in reports.values()))
+        yield _measurement(table, run.name, reports, {}, origin, folder)
     else:
         if run.row.base:
             config = _downstream_config(settings, run, config, log)
@@ -134,6 +142,16 @@ def _measurement(
         make_folders(file.parent)
         report.per_user.save(file)
     return RowMeasurement(name, {**metrics, **costs}, origin, errors)
+
+
+def _baseline(name: str, log: EventLog, data: DataConfig, asked: EvaluateConfig) -> CountingBaseline:
+    """A baseline by its name; for windows, one that predicts the shortest of them."""
+    horizon = min(asked.horizon_events) if asked.target is Target.window else 1
+    known = counting_baselines(has_time=log.has_time, horizon_events=horizon)
+    if name not in [baseline.name for baseline in known]:  # these need scikit-learn
+        known = trained_baselines(horizon_events=horizon, at_one_time=data.split is Split.time)
+    (chosen,) = (baseline for baseline in known if baseline.name == name)
+    return chosen
 
 
 def row_folder(settings: argparse.Namespace, name: str, seed: int) -> Path:

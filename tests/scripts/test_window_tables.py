@@ -13,6 +13,7 @@ from scripts.experiments.row_measurement import WINDOW_METRICS
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import Table
 from scripts.experiments.tables.table_row import K0, TableRow
+from vista.evaluation.baselines.all_baselines import counting_baselines, trained_baselines
 
 pytestmark = pytest.mark.research
 SMALL = ("optim.epochs=1", "optim.warmup_steps=2", "model.dim=16", "data.windows_per_chunk=8", "optim.tasks=[click]")
@@ -23,11 +24,12 @@ TINY = Table(
         "vista": TableRow(1),
         "tail-only": TableRow(1, K0),
         "sasrec": TableRow(1, ("model=sasrec",), trial=True),
+        "transitions": TableRow(1, untrained="transitions"),
     },
     SMALL,
     {"num_users": 24, "events_per_user": 200},
     windows=True,
-    pairs=(("vista", "tail-only"), ("vista", "sasrec")),
+    pairs=(("vista", "tail-only"), ("vista", "sasrec"), ("vista", "transitions")),
 )
 
 
@@ -44,7 +46,7 @@ def lines_of(tmp_path: Path) -> list[dict[str, Any]]:
 def test_rows_are_measured_on_both_parts_and_compared_by_user(tmp_path: Path, words: list[str]) -> None:
     """A trial is not measured on test, and not compared. A second seed is averaged per user with the first."""
     assert reproduce.main(words) == 0
-    vista, tail_only, trial, paired = lines_of(tmp_path)
+    vista, tail_only, trial, baseline, paired, against_baseline = lines_of(tmp_path)
     validation = {f"validation {name}" for name in WINDOW_METRICS}
     assert vista["metrics"].keys() == {*WINDOW_METRICS, *validation}
     assert vista["errors"].keys() == {*WINDOW_METRICS, *validation}
@@ -53,15 +55,17 @@ def test_rows_are_measured_on_both_parts_and_compared_by_user(tmp_path: Path, wo
     assert paired["command"].endswith("tiny --rows vista tail-only --seeds 1 --threads 1")
     name = "precision@10/50-events"
     assert paired["metrics"][name] == pytest.approx(vista["metrics"][name] - tail_only["metrics"][name])
+    assert against_baseline["metrics"][name] == pytest.approx(vista["metrics"][name] - baseline["metrics"][name])
+    assert against_baseline["seeds"] == [1] and baseline["seed"] == 0
     assert 0 < paired["errors"][name] < vista["errors"][name] + tail_only["errors"][name]
     page = (tmp_path / "tiny.md").read_text()
     assert "# tiny, paired differences" in page and "| tiny | vista − tail-only | 1 |" in page
-    assert reproduce.main(words) == 0 and len(lines_of(tmp_path)) == 4
+    assert reproduce.main(words) == 0 and len(lines_of(tmp_path)) == 6
 
     assert reproduce.main([*words, "--seeds", "2", "--rows", "vista", "tail-only"]) == 0
-    first, second = lines_of(tmp_path)[4:6]
-    both = lines_of(tmp_path)[6]
-    assert both["seeds"] == [1, 2] and len(lines_of(tmp_path)) == 7
+    first, second = lines_of(tmp_path)[6:8]
+    both = lines_of(tmp_path)[8]
+    assert both["seeds"] == [1, 2] and len(lines_of(tmp_path)) == 10
     mean = (vista["metrics"][name] - tail_only["metrics"][name] + first["metrics"][name] - second["metrics"][name]) / 2
     assert both["metrics"][name] == pytest.approx(mean)
     page = (tmp_path / "tiny.md").read_text()
@@ -72,3 +76,12 @@ def test_rows_are_measured_on_both_parts_and_compared_by_user(tmp_path: Path, wo
 def test_pairs_are_rows_that_are_measured_on_test(name: str) -> None:
     rows = TABLES[name].rows
     assert all(not rows[row].trial for pair in TABLES[name].pairs for row in pair)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_baselines_are_known(name: str) -> None:
+    known = counting_baselines(has_time=True, horizon_events=50) + trained_baselines(
+        horizon_events=50, at_one_time=True
+    )
+    named = {row.untrained for row in TABLES[name].rows.values()} - {"", "oracle"}
+    assert named <= {baseline.name for baseline in known}

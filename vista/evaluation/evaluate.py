@@ -158,7 +158,8 @@ def _measure(
 ) -> EvaluationReport:
     """Ask all cases and compute the metrics."""
     if config.target is Target.window:
-        return measure_windows(model, log, config, answers.window_scores)
+        columns = model.rows_of(log.items) - 1
+        return measure_windows(log, model.data, columns, config, answers.window_scores)
     began = time.perf_counter()
     is_validation = config.split == "validation"
     until, test = split_until(model.data, config.split), split_until(model.data, "test")

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vista.config import EvaluateConfig
+from vista.arrays import Int
+from vista.config import DataConfig, EvaluateConfig
 from vista.errors import ConfigError
-from vista.evaluation.cases import Floats
 from vista.evaluation.cases_digest import cases_digest
 from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.per_user_metrics import PerUserMetrics
@@ -21,11 +22,12 @@ from vista.evaluation.window_metrics import window_metrics
 from vista.evaluation.window_report import WindowReport
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
-from vista.model.ranking_model import RankingModel
+
+Scores = NDArray[np.floating[Any]]
 
 
-def split_windows(log: EventLog, model: RankingModel, config: EvaluateConfig) -> dict[str, WindowCases]:
-    """The cases of a part of the model's split, by length of the window: the same users and questions in all.
+def split_windows(log: EventLog, data: DataConfig, config: EvaluateConfig) -> dict[str, WindowCases]:
+    """The cases of a part of the split, by length of the window: the same users and questions in all.
 
     With split=time, the question is asked when the labels begin. Other splits give no time: each user is asked just
     after the newest visible event. In validation, windows stop before the test labels.
@@ -33,9 +35,9 @@ def split_windows(log: EventLog, model: RankingModel, config: EvaluateConfig) ->
     Raises:
         ConfigError: no user has enough events, or days are asked of a log without times.
     """
-    limit = split_until(model.data, config.split)
+    limit = split_until(data, config.split)
     seen = visible_counts(log, limit)
-    end = visible_counts(log, split_until(model.data, "test")) if config.split == "validation" else None
+    end = visible_counts(log, split_until(data, "test")) if config.split == "validation" else None
     lengths: dict[str, dict[str, Any]] = {f"{n} events": {"horizon_events": n} for n in config.horizon_events}
     if config.horizon_days:
         if not log.has_time:
@@ -57,20 +59,22 @@ def split_windows(log: EventLog, model: RankingModel, config: EvaluateConfig) ->
 
 
 def measure_windows(
-    model: RankingModel, log: EventLog, config: EvaluateConfig, score: Callable[[WindowCases], Floats]
+    log: EventLog, data: DataConfig, columns: Int, config: EvaluateConfig, score: Callable[[WindowCases], Scores]
 ) -> EvaluationReport:
     """Ask all cases of `split_windows`, and compute the metrics of each user.
 
     Args:
+        data: the split.
+        columns: int64 [log.num_items], the column of each of the log's items in the scores; -1 where the model does
+            not know the item.
         score: some cases -> [n, V] scores of the model's items.
 
     Raises:
         ConfigError: as `split_windows`.
     """
     began = time.perf_counter()
-    cases = split_windows(log, model, config)
+    cases = split_windows(log, data, config)
     first = next(iter(cases.values()))
-    columns = model.rows_of(log.items) - 1
     parts: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     batches = case_batches(first, log.num_items, config.users_per_batch)
     for batch in tqdm(batches, desc="ranking", unit="batch", disable=not config.progress, leave=False):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from vista.config.choices import Codec
 
@@ -35,13 +34,13 @@ class TableRow:
     apart: tuple[int, ...] = ()
     """Tails with which the same weights are also served, with summaries that end this many events before the split's
     labels, from an int8 store. With leave-last-out the tail begins there, so that no event is in both."""
-    untrained: Literal["", "popularity", "transitions", "oracle"] = ""
-    """A counting baseline, or the true probabilities of the simulation ("oracle"): measured once, without training."""
+    untrained: str = ""
+    """Name of a baseline (`vista.evaluation.baselines`), or "oracle" for the true probabilities of the simulation. Both
+    are measured once, without training."""
     base: str = ""
     """Row of the same table and seed whose model stays frozen: this row is trained on it with stage=downstream."""
     until: str = ""
     """`until` of the base's summaries on which a downstream model is trained."""
-
     trial: bool = False
     """In a table with `windows`: measure it on validation only. It is one of the trials that choose a setting."""
 
