@@ -109,6 +109,20 @@ def _downstream() -> Table:
     return replace(SIMULATION, words=(*SIMULATION.words, *SOFTMAX), rows=rows | ORACLE)
 
 
+def _five_minutes() -> Table:
+    """What five minutes on two cores reach on the log of the table `simulation`."""
+    budget = ("optim.epochs=null", "optim.minutes=5")
+    rows = {
+        "vista": TableRow(5, budget),
+        "factors": TableRow(5, (*budget, "model.item_start=factors")),
+        # Without the parts of stage 1 that a plain mean of item vectors does not have.
+        "factors-means": TableRow(
+            5, (*budget, "model.item_start=factors", "model.conv_width=1", "model.activation=identity")
+        ),
+    }
+    return replace(SIMULATION, rows=rows | ORACLE, costs=False, validation=True)
+
+
 def _trials() -> dict[str, TableRow]:
     """The same trials and about the same training time for every model, which determines the number of passes."""
     passes = {"vista": 5, "tail-only": 5, "sasrec": 6, "hstu": 4, "din": 6, "sim": 7, "twin": 8}
@@ -129,6 +143,7 @@ TABLES = {
     "length-16k": _simulation("simulation-16k", 300, 16_000),
     "length-64k": _simulation("simulation-64k", 75, 64_000),
     "downstream": _downstream(),
+    "share-5min": _five_minutes(),
     # Half the events per history and three passes, so that a run takes about five minutes.
     "ablations-simulation": Table(
         "simulation",

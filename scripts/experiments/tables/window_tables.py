@@ -24,6 +24,8 @@ BASELINE_MINUTES = {
 STRONGEST = ("own frequency, decay 200 events", "item neighbors", "counter trees")
 """The best baselines for returns, for new items, and in all."""
 
+LOSS = ("optim.window_weight=1", "optim.next_weight=0.2")
+
 
 def _baselines(*names: str) -> dict[str, TableRow]:
     return {name: TableRow(BASELINE_MINUTES[name], untrained=name) for name in names}
@@ -36,17 +38,49 @@ def _returns(data: str) -> Table:
 
 
 def _windows(data: str, minutes: float) -> Table:
-    """`minutes` is the estimated time of the row `vista-next`."""
+    """`minutes` is the estimated time of the row `vista`."""
     rows = {
+        "vista": TableRow(minutes, LOSS),
+        "tail-only": TableRow(0.5 * minutes, (*LOSS, *K0)),
+        "sasrec": TableRow(minutes, (*LOSS, "model=sasrec")),
+        "hstu": TableRow(1.5 * minutes, (*LOSS, "model=hstu")),
+        **{
+            f"hstu-{limit:,}": TableRow(factor * minutes, (*LOSS, "model=hstu", f"model.history_limit={limit}"))
+            for limit, factor in ((1000, 3), (2000, 4))
+        },
         # Trained on next items only.
         "vista-next": TableRow(minutes),
         "tail-only-next": TableRow(0.5 * minutes, K0),
         "sasrec-next": TableRow(minutes, ("model=sasrec",)),
         "hstu-next": TableRow(1.5 * minutes, ("model=hstu",)),
+        **_trials(0.5 * minutes),
         **_baselines(*STRONGEST),
     }
-    pairs = tuple(("vista-next", other) for other in ("tail-only-next", "hstu-next", *STRONGEST))
+    others = ("tail-only", "sasrec", "hstu", "hstu-1,000", "hstu-2,000", "vista-next", *STRONGEST)
+    pairs = (*(("vista", other) for other in others), ("tail-only", "tail-only-next"))
     return Table("", data, rows, costs=True, windows=True, pairs=pairs)
+
+
+def _trials(minutes: float) -> dict[str, TableRow]:
+    """Weights of the losses, and starts and learning rates of the item table, all without a summary (`tail-only`)."""
+    words = {
+        # Weights of both losses relative to each other, as in LOSS; with one loss, its weight changes nothing.
+        "trial: window only": ("optim.window_weight=1", "optim.next_weight=0"),
+        "trial: as much next as window": ("optim.window_weight=1", "optim.next_weight=1"),
+        **{
+            f"trial: factors, table rate {rate:g}": (*LOSS, "model.item_start=factors", f"optim.table_rate={rate:g}")
+            for rate in (0.0, 0.1, 1.0)
+        },
+    }
+    return {name: TableRow(minutes, (*own, *K0), trial=True) for name, own in words.items()}
+
+
+def _newcomer(data: str, *, windows: bool) -> Table:
+    """What `vista train` reaches in ten minutes with its defaults, against counting."""
+    names = list(BASELINE_MINUTES) if windows else ["popularity", "transitions", "item neighbors"]
+    rows = {"vista": TableRow(11, ("optim.minutes=10", "optim.epochs=null")), **_baselines(*names)}
+    pairs = tuple(("vista", name) for name in names) if windows else ()
+    return Table("", data, rows, windows=windows, pairs=pairs)
 
 
 TABLES = {
@@ -54,4 +88,8 @@ TABLES = {
     "returns-dev": _returns("dev-packages"),
     "window-cj": _windows("complete-journey", 10),
     "window-dev": _windows("dev-packages", 6),
+    "newcomer-cj": _newcomer("complete-journey", windows=True),
+    "newcomer-dev": _newcomer("dev-packages", windows=True),
+    "newcomer-ml-1m-half": _newcomer("ml-1m-half", windows=False),
+    "newcomer-ml-latest-small": _newcomer("ml-latest-small", windows=False),
 }
