@@ -71,8 +71,13 @@ def downstream_config(served: Served, store: Path, run_dir: Path, **changes: Any
 def liked(
     served_tasks: Served, past_store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TrainConfig, VistaModel]:
-    """A downstream model of `like` and the next item, with a third layer of stage 2."""
-    changes = {"optim__next_weight": 1.0, "model__num_target_layers": 3, "optim__epochs": 3}
+    """A downstream model of `like`, the next item, and windows, with a third layer of stage 2."""
+    changes = {
+        "optim__next_weight": 1.0,
+        "optim__window_weight": 0.5,
+        "model__num_target_layers": 3,
+        "optim__epochs": 3,
+    }
     config = downstream_config(served_tasks, past_store, tmp_path_factory.mktemp("liked") / "run", **changes)
     return config, train(config, served_tasks.log)
 
