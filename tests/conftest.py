@@ -29,7 +29,7 @@ from vista.config import (
     SourceConfig,
     TrainConfig,
 )
-from vista.config.choices import Split
+from vista.config.choices import ItemStart, Split
 from vista.log.event_log import EventLog
 from vista.model.model_description import FileEntry, checksum_of
 from vista.model.vista_model import VistaModel
@@ -107,7 +107,16 @@ def small_frame(seed: int = 0) -> dict[str, Any]:
 def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainConfig:
     """A training run of about a second. `changes` are keys with two underscores for a dot, such as optim__epochs=1."""
     config = TrainConfig(
-        model=ModelConfig(dim=16, num_heads=2, num_seeds=3, num_layers=2, num_target_layers=2, tail_len=6, dropout=0.1),
+        model=ModelConfig(
+            dim=16,
+            num_heads=2,
+            num_seeds=3,
+            num_layers=2,
+            num_target_layers=2,
+            tail_len=6,
+            dropout=0.1,
+            item_start=ItemStart.random,
+        ),
         data=DataConfig(
             path=str(log.path),
             exclude_seen=True,

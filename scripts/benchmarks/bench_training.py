@@ -45,7 +45,7 @@ from scripts.benchmarks.rectools_process import DIM, HEADS, LAYERS, LENGTH, RecT
 from scripts.benchmarks.timing import timing_of
 from scripts.benchmarks.workloads import find_ml_1m
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.choices import Architecture
+from vista.config.choices import Architecture, ItemStart
 from vista.config.conversion import to_dict
 from vista.config.train_config import without_places
 from vista.device import keep_freed_memory
@@ -105,9 +105,10 @@ def our_config(who: Architecture, log: EventLog, negatives: int, dropout: float,
             num_target_layers=LAYERS,
             history_limit=0 if who is Architecture.vista else LENGTH,
             dropout=dropout,
+            item_start=ItemStart.random,
         ),
-        data=DataConfig(path=str(log.path), num_negatives=negatives, windows_per_chunk=0),
-        optim=OptimConfig(epochs=1, validate_every=0),
+        data=DataConfig(path=str(log.path), tokens_per_batch=8192, num_negatives=negatives, windows_per_chunk=0),
+        optim=OptimConfig(epochs=1, warmup_steps=100, validate_every=0),
         run_dir=run_dir,
         device="cpu",
         progress=False,

@@ -61,7 +61,7 @@ from vista.config import (
     SourceConfig,
     TrainConfig,
 )
-from vista.config.choices import Architecture, Precision
+from vista.config.choices import Architecture, ItemStart, Precision
 from vista.config.conversion import to_dict
 from vista.config.train_config import without_places
 from vista.device import cpu_settings
@@ -192,6 +192,7 @@ def our_config(options: argparse.Namespace, log: EventLog, seed: int, run_dir: P
             dropout=options.dropout,
             temperature=TEMPERATURE,
             use_time=options.times,
+            item_start=ItemStart.random,
         ),
         data=DataConfig(
             path=str(log.path),

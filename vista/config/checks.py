@@ -7,7 +7,7 @@ import numbers
 from dataclasses import is_dataclass
 from enum import Enum
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vista.errors import ConfigError, shown
 
@@ -18,6 +18,7 @@ LARGEST_COUNT = 2**63 - 1
 """What fits into int64, as counts are stored and as torch takes them."""
 
 MAX_THREADS = 1024
+Value = TypeVar("Value")
 
 
 def without_none(hint: Any) -> tuple[Any, bool]:
@@ -27,6 +28,17 @@ def without_none(hint: Any) -> tuple[Any, bool]:
         if len(inner) == 1:
             return inner[0], True
     return hint, False
+
+
+def planned(value: Value | None, key: str) -> Value:
+    """The value of a key that may be null in a configuration, but not where it is used.
+
+    Raises:
+        ConfigError: if it is null.
+    """
+    if value is None:
+        raise ConfigError(f"{key}: is null, which training resolves from the log; call plan_run, or set a value")
+    return value
 
 
 def require(condition: bool, key: str, message: str) -> None:

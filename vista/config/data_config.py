@@ -47,8 +47,9 @@ class DataConfig:
     chunk_len: int = 16384
     """Maximum length, in events, of a stretch of one history in a training batch. Longer histories are cut into several
     chunks."""
-    tokens_per_batch: int = 8192
-    """Maximum number of events in a batch. A longer chunk is a batch by itself."""
+    tokens_per_batch: int | None = None
+    """Maximum number of events in a batch. A longer chunk is a batch by itself. null: the power of two from
+    512 to 8,192 that makes about 400 batches per epoch."""
     label_spacing: int = 32
     """Window length W: the number of label positions that share one summary and one tail. These positions see between
     tail_len - W + 1 and tail_len events of the tail. Larger is faster."""
@@ -75,8 +76,9 @@ class DataConfig:
     anchors_per_chunk: int = 8
     """With optim.window_weight above 0: number of questions drawn from each chunk per epoch. With split=time they are
     uniform in time, otherwise in position."""
-    num_negatives: int = 1024
-    """Number of negatives of the sampled softmax, shared by all labels of a batch."""
+    num_negatives: int | None = None
+    """Number of negatives of the sampled softmax, shared by all labels of a batch. null: all items of the log, which is
+    the exact softmax, but at most 4,096."""
     negative_power: float = 0.0
     """Negatives are drawn with probability proportional to item frequency to this power. 0 draws uniformly."""
     frequencies: Counting = Counting.exact

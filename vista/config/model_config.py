@@ -93,9 +93,9 @@ class ModelConfig:
     0 uses separate tables with one row per value."""
     embedding_hashes: int = 2
     """Number of hash functions per value with embedding_rows. It must divide dim."""
-    item_start: ItemStart = ItemStart.random
-    """What the vectors of items are before training: random, or factors of their co-occurrences in the training
-    events."""
+    item_start: ItemStart | None = None
+    """What the vectors of items are before training: random, or factors of their co-occurrences in the training events.
+    null: factors, or random with embedding_rows."""
 
     def __post_init__(self) -> None:
         check_types(self, "model.")

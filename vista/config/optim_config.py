@@ -17,12 +17,14 @@ class OptimConfig:
     """Decoupled weight decay (AdamW) of the network. The item table has none."""
     table_rate: float = 1.0
     """Learning rate of the item table, as a multiple of the network's. 0 keeps the table as it is before training."""
-    warmup_steps: int = 100
-    """Number of steps over which the learning rate rises linearly to its peak."""
+    warmup_steps: int | None = None
+    """Number of steps over which the learning rate rises linearly to its peak. null: 3% of the steps, or 50 with
+    optim.minutes."""
     gradient_clip: float = 1.0
     """Maximum global norm of the gradient."""
-    epochs: int | None = 10
-    """Number of epochs, which are passes over the training histories. null with optim.minutes."""
+    epochs: int | None = None
+    """Number of epochs, which are passes over the training histories. null: as many as make about 3,000 steps, or as
+    many as fit into optim.minutes."""
     minutes: float | None = None
     """Number of minutes that training takes, validation included. The time of the first steps decides how many steps
     fit, and the learning rate falls over these steps. null: optim.epochs decides."""
@@ -61,7 +63,4 @@ class OptimConfig:
             self.minutes is None or self.epochs is None,
             "optim.minutes",
             "decides the number of steps, but optim.epochs is set too; set one of them to null",
-        )
-        require(
-            self.minutes is not None or self.epochs is not None, "optim.epochs", "is required without optim.minutes"
         )

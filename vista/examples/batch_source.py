@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config import OptimConfig, TrainConfig
+from vista.config.checks import planned
 from vista.config.choices import Architecture, Decay
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
@@ -71,7 +72,9 @@ class BatchSource:
         self._lead = config.model.tail_len if stored else 0
         frequency = item_frequency(log, item_rows, self.counts, config.data.frequencies)
         self._sampler = NegativeSampler(
-            frequency, num_negatives=config.data.num_negatives, power=config.data.negative_power
+            frequency,
+            num_negatives=planned(config.data.num_negatives, "data.num_negatives"),
+            power=config.data.negative_power,
         )
         self._adjustment = _logit_adjustment(frequency, config.optim.logq_strength)
         tasks = trained_tasks(log, config.optim)
@@ -118,7 +121,8 @@ class BatchSource:
         self._chunks = user, start + self._first[user], stop + self._first[user]
         lengths = np.maximum(self._chunks[2] - np.maximum(self._chunks[1] - self._lead, 0), 1)
         order = rng.permutation(len(lengths))
-        groups = token_groups(lengths[order], self._config.data.tokens_per_batch)
+        budget = planned(self._config.data.tokens_per_batch, "data.tokens_per_batch")
+        groups = token_groups(lengths[order], budget)
         self._batches = [order[group] for group in groups]
         self._epoch = epoch
 

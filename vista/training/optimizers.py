@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vista.config import OptimConfig
+from vista.config.checks import planned
 from vista.model.ranking_model import RankingModel
 
 BETAS = (0.9, 0.98)
@@ -22,6 +23,7 @@ class Optimizers:
 
     def __init__(self, model: RankingModel, optim: OptimConfig) -> None:
         self._model, self._optim = model, optim
+        self._warmup_steps = planned(optim.warmup_steps, "optim.warmup_steps")
         self._dense = [p for name, p in model.named_parameters() if p.requires_grad and name != "item_table"]
         # Matrices of linear maps decay. Norms, biases, embeddings, seeds and position biases do not.
         linear = (module.weight for module in model.modules() if isinstance(module, nn.Linear))
@@ -47,7 +49,7 @@ class Optimizers:
             step: steps done.
             share_done: share of the training that is done.
         """
-        warm = min(1.0, (step + 1) / max(self._optim.warmup_steps, 1))
+        warm = min(1.0, (step + 1) / max(self._warmup_steps, 1))
         cosine = 0.5 * (1 + math.cos(math.pi * min(share_done, 1.0)))
         rate = self._optim.learning_rate * warm * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
         for group in (*self.dense.param_groups, *self.table.param_groups):

@@ -50,11 +50,14 @@ from vista.training.model_card import model_card
 from vista.training.optimizers import Optimizers
 from vista.training.progress import Progress
 from vista.training.run_folder import deferred_interrupt, log_file
+from vista.training.run_plan import plan_run
 from vista.training.time_budget import TimeBudget
 from vista.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 METRICS_EVERY = 20
+FEW_STEPS = 20
+"""A run of fewer steps warns that it cannot learn much."""
 NAMED_USERS = 20
 """Most users of a refused batch that the error names."""
 
@@ -125,6 +128,7 @@ class Trainer:
             downstream: the base model and its store; None trains all stages.
             metrics_every: steps between two lines of metrics.jsonl.
         """
+        config = plan_run(config, log, downstream.summaries.since if downstream is not None else None)
         self.config, self.log, self.downstream, self.metrics_every = config, log, downstream, metrics_every
         self.run_dir = Path(config.run_dir)
         self.device = resolve_device(config.device)
@@ -196,13 +200,13 @@ class Trainer:
 
         if config.optim.epochs is None:
             return
-        steps = config.optim.epochs * self.source.num_batches(0)
-        if steps < 2 * config.optim.warmup_steps:
+        steps, warmup_steps = config.optim.epochs * self.source.num_batches(0), config.optim.warmup_steps or 0
+        if steps < max(2 * warmup_steps, FEW_STEPS):
             logger.warning(
                 "the run has only about %d steps, of which optim.warmup_steps=%d are warm-up: too few to learn much; "
                 "lower data.tokens_per_batch (to 512, say) and optim.warmup_steps, or raise optim.epochs",
                 steps,
-                config.optim.warmup_steps,
+                warmup_steps,
             )
 
     def _plan_steps(self, budget: TimeBudget) -> None:

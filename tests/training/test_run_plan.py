@@ -1,0 +1,115 @@
+"""Settings that are null are resolved from the log; explicit ones stay."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import Served, small_config
+from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from vista.config.checks import planned
+from vista.config.choices import ItemStart, Stage
+from vista.config.composition import compose_config
+from vista.errors import ConfigError
+from vista.log.event_log import EventLog
+from vista.training import run_plan
+from vista.training.run_plan import plan_run
+from vista.training.trainer import train
+
+PLANNED = {
+    "data.tokens_per_batch": 512,
+    "data.num_negatives": 40,
+    "optim.epochs": 30,
+    "optim.warmup_steps": 1,
+    "model.item_start": ItemStart.factors,
+}
+"""What the small log resolves to."""
+
+
+def value_of(config: TrainConfig, key: str) -> Any:
+    group, _, name = key.partition(".")
+    return getattr(getattr(config, group), name)
+
+
+def log_with(num_events: int) -> EventLog:
+    """Stands in for a log of this size, with 5,000 items; each user has 100 events, of which training sees 98."""
+
+    class Sized:
+        lengths = np.full(num_events // 98, 100)
+        num_items = 5000
+        has_time = False
+
+    return Sized()  # type: ignore[return-value]
+
+
+def test_null_settings_follow_the_log(event_log: EventLog, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "vista")
+    config = TrainConfig()
+    resolved = plan_run(config, event_log)
+    assert {key: value_of(resolved, key) for key in PLANNED} == PLANNED
+    assert all(value_of(config, key) is None for key in PLANNED)
+    (line,) = caplog.messages
+    assert line.startswith("settings from the log: data.tokens_per_batch=512 (") and line.count("=") == len(PLANNED)
+    assert plan_run(resolved, event_log) == resolved and len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.tokens_per_batch", 77),
+        ("data.num_negatives", 5),
+        ("optim.epochs", 0),
+        ("optim.warmup_steps", 0),
+        ("model.item_start", ItemStart.random),
+    ],
+)
+def test_explicit_settings_win(event_log: EventLog, key: str, value: Any) -> None:
+    config = TrainConfig()
+    group, _, name = key.partition(".")
+    setattr(getattr(config, group), name, value)
+    assert value_of(plan_run(config, event_log), key) == value
+
+
+@pytest.mark.parametrize(
+    ("num_events", "tokens", "epochs", "warmup"),
+    [(100_000, 512, 15, 89), (500_000, 1024, 6, 89), (10**6, 2048, 6, 89), (10**7, 8192, 2, 74), (10**8, 8192, 1, 367)],
+)
+def test_batches_and_epochs_follow_the_number_of_events(num_events: int, tokens: int, epochs: int, warmup: int) -> None:
+    config = plan_run(TrainConfig(), log_with(num_events))
+    assert (config.data.tokens_per_batch, config.optim.epochs, config.optim.warmup_steps) == (tokens, epochs, warmup)
+    assert config.data.num_negatives == 4096
+
+
+def test_hashed_rows_start_random_and_refuse_factors(event_log: EventLog) -> None:
+    config = TrainConfig(model=ModelConfig(embedding_rows=100))
+    assert plan_run(config, event_log).model.item_start is ItemStart.random
+    with pytest.raises(ConfigError, match=r"model\.item_start: factors need one row per item"):
+        ModelConfig(embedding_rows=100, item_start=ItemStart.factors)
+
+
+def test_a_downstream_run_counts_the_labels_after_its_store(served_tasks: Served) -> None:
+    base = served_tasks.config
+    config = replace(base, stage=Stage.downstream, base="best", store="store", optim=OptimConfig(), model=ModelConfig())
+    whole, late = (plan_run(config, served_tasks.log, since) for since in (0, int(base.data.validation_from or 0) - 1))
+    assert whole.model.item_start is None  # the base's table
+    assert planned(late.optim.warmup_steps, "") <= planned(whole.optim.warmup_steps, "")
+    assert late.optim.epochs == run_plan.MOST_EPOCHS
+
+
+def test_the_run_folder_has_the_resolved_settings(event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(event_log, tmp_path, optim__warmup_steps=None, model__item_start=None, optim__epochs=1)
+    model = train(config, event_log)
+    assert model.config.item_start is ItemStart.factors
+    written = compose_config(TrainConfig, config_file=tmp_path / "config.yaml")
+    assert written == plan_run(config, event_log) != config
+    assert "settings from the log: optim.warmup_steps=" in (tmp_path / "train.log").read_text()
+
+
+def test_a_null_setting_that_was_not_resolved_is_refused() -> None:
+    assert planned(3, "data.num_negatives") == 3
+    with pytest.raises(ConfigError, match=r"data\.num_negatives: is null, .*call plan_run"):
+        planned(DataConfig().num_negatives, "data.num_negatives")
