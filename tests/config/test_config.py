@@ -56,12 +56,12 @@ def test_words_are_choices() -> None:
         (
             DataConfig,
             {"split": "share", "test_share": 1, "validation_share": 0.1},
-            r"data\.test_share: must be a number in \(0, 1\), got 1",
+            r"data\.test_share: must lie in \(0, 1\), got 1",
         ),
         (
             DataConfig,
             {"split": "share", "test_share": 0.1, "validation_share": "0.1"},
-            r"data\.validation_share: must be a number in \(0, 1\), got '0\.1'",
+            r"data\.validation_share: expected float, got '0\.1'",
         ),
         (
             DataConfig,

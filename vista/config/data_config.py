@@ -109,7 +109,6 @@ class DataConfig:
             share = getattr(self, key)
             require_only_with(share is not None, self.split is Split.share, f"data.{key}", "data.split=share")
             if share is not None:
-                number = isinstance(share, (int, float)) and not isinstance(share, bool)
-                require(number and 0 < share < 1, f"data.{key}", f"must be a number in (0, 1), got {shown(share)}")
+                require(0 < share < 1, f"data.{key}", f"must lie in (0, 1), got {shown(share)}")
                 total += share
         require(total < 1, "data.test_share", f"must leave events to train on, but both shares sum to {total:g}")
