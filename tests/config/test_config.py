@@ -21,6 +21,7 @@ from vista.config import (
 )
 from vista.config.choices import Architecture, Codec, Decay, Mixing, OnBadRows, Split
 from vista.config.conversion import from_dict, to_dict
+from vista.counters.counter_spec import CounterSpec
 from vista.errors import ConfigError
 
 
@@ -126,3 +127,28 @@ def test_numbers_become_plain_ones() -> None:
     optim = OptimConfig(epochs=np.int64(3), learning_rate=np.float32(0.5), gradient_clip=2)  # type: ignore[arg-type]
     assert [type(value) for value in (optim.epochs, optim.learning_rate, optim.gradient_clip)] == [int, float, float]
     assert from_dict(OptimConfig, to_dict(optim)) == optim
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "hstu", "history_limit": 9}, r"model\.counters: hstu does not use counters"),
+        ({"counter_keys": 0}, r"model\.counter_keys: must be at least 1"),
+        ({"counter_keys": 65_536}, r"model\.counter_keys: must be at most 65535"),
+        ({"counter_days": [0.01]}, r"model\.counter_days: must be a list of numbers from 0\.0416667 to 36500"),
+        ({"counter_days": None}, r"model\.counter_days: must be a list"),
+        ({"counter_events": [float("nan")]}, r"model\.counter_events: must be a list of numbers from 1 to 1e\+06"),
+        ({"counter_events": [True]}, r"model\.counter_events: must be a list"),
+        ({"counter_days": [1.0] * 5, "counter_events": [2.0] * 4}, r"at most 8 time constants"),
+    ],
+)
+def test_counters_that_cannot_be_counted_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**{"counters": True, **changes})
+    ModelConfig(**changes)  # the other keys matter only with counters
+
+
+def test_all_counters_that_are_allowed_can_be_counted() -> None:
+    for days, events in (([1 / 24, 36_500], [1, 1e6]), ([], []), ([30.0] * 8, [])):
+        config = ModelConfig(counters=True, counter_keys=65_535, counter_days=days, counter_events=events)
+        CounterSpec(keys=(config.counter_keys,), days=tuple(config.counter_days), events=tuple(config.counter_events))

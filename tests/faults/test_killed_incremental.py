@@ -20,13 +20,11 @@ from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.store import StoreReader
-from vista.store.format.state_record import StateArrays
 from vista.store.lmdb.environment import SharedEnvironment
 from vista.training.log_schema import schema_of
 
 USERS_PER_BATCH = 2
 DAY = 86_400_000
-NAMES = StateArrays.__slots__
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frame = small_frame()
     log = EventLog.from_frame(frame, folder / "log", time_unit="ms", columns=columns)
     config = small_config(log, "unused")
+    config.model.counters = True
     model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
     model.save_pretrained(folder / "model")
     refresh(model, log, folder / "store", options=RefreshOptions(codec=Codec.float32), created_at=1)
@@ -76,6 +75,8 @@ def compare(say: Say, store: str, whole: str) -> bool:
         for name in ("event_count", "last_event_ts", "history_digest"):
             assert getattr(actual, name).tolist() == getattr(wanted, name).tolist(), name
         assert actual.tail.times.tolist() == wanted.tail.times.tolist()
+        for counters, others in zip(actual.counters, wanted.counters, strict=True):
+            assert counters.key.tolist() == others.key.tolist() and counters.codes.tolist() == others.codes.tolist()
         np.testing.assert_allclose(actual.summary, wanted.summary, atol=1e-4)
         states, wanted_states = opened.states(users), expected.states(users)
         assert states is not None and wanted_states is not None

@@ -64,7 +64,7 @@ def append(path: Path, frame: dict[str, Any]) -> EventLog:
 
 
 def assert_same(path: Path, expected: Path, atol: float) -> None:
-    """Both stores hold the same users, tails, times, counts and digests, and equal summaries within `atol`."""
+    """Both stores hold the same users, tails, times, counts, digests, counters; summaries differ by up to `atol`."""
     with StoreReader.open(path) as store, StoreReader.open(expected) as other:
         users = list(other.keys())
         assert list(store.keys()) == users and len(store) == len(other)
@@ -75,6 +75,9 @@ def assert_same(path: Path, expected: Path, atol: float) -> None:
             assert getattr(batch, name).tolist() == getattr(wanted, name).tolist(), name
         for name in ("items", "times", "actions", "offsets"):
             assert getattr(batch.tail, name).tolist() == getattr(wanted.tail, name).tolist(), name
+        for counters, others in zip(batch.counters, wanted.counters, strict=True):
+            for name in ("key", "codes", "offsets", "clock"):
+                np.testing.assert_array_equal(getattr(counters, name), getattr(others, name), name)
         np.testing.assert_allclose(batch.summary, wanted.summary, atol=atol)
 
 

@@ -35,7 +35,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "no summary": {"num_seeds": 0},
     "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
     "quasi-linear, no tokens": {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
+    "counters": {"counters": True, "counter_keys": 4},
+    "counters alone": {"num_seeds": 0, "counters": True, "counter_keys": 4},
 }
+WITHOUT_STATES = ("bidirectional", "a history limit", "no summary")
 DRIFT = 5e-4
 """Subtraction loses up to three digits before a state is recomputed (`DRIFT_LIMIT`)."""
 
@@ -55,7 +58,7 @@ def test_equals_a_full_refresh(tmp_path: Path, grow: SimpleNamespace, name: str)
     log = grow.append(tmp_path / "log", grow.events({1: 5, 3: 1, 6: 4}, later))  # appended; 6 is new
     report = refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=2))
     assert report.num_users == 3
-    if name in ("bidirectional", "a history limit", "no summary"):
+    if name in WITHOUT_STATES:
         assert report.counts["recomputed"] == 3 and report.num_events == 17 + 31 + 4
     else:
         assert report.counts["appended"] == 2 and report.num_events == 5 + 1 + 4
@@ -84,7 +87,7 @@ def test_equals_a_full_refresh(tmp_path: Path, grow: SimpleNamespace, name: str)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), name=st.sampled_from(["plain", "no reach", "decay by time", "decay by position"]))
+@given(data=st.data(), name=st.sampled_from([name for name in MODELS if name not in WITHOUT_STATES]))
 def test_any_sequence_of_changes(
     tmp_path_factory: pytest.TempPathFactory, grow: SimpleNamespace, data: st.DataObject, name: str
 ) -> None:

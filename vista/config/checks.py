@@ -84,6 +84,15 @@ def require_finite(
         require(value <= most, f"{prefix}{key}", f"must be at most {most:g}, got {value}")
 
 
+def require_numbers(config: Any, prefix: str, key: str, least: float, most: float) -> None:
+    """Require a list of numbers from `least` to `most`."""
+    values = getattr(config, key)
+    good = isinstance(values, list) and all(
+        isinstance(value, numbers.Real) and not isinstance(value, bool) and least <= value <= most for value in values
+    )
+    require(good, f"{prefix}{key}", f"must be a list of numbers from {least:g} to {most:g}, got {shown(values)}")
+
+
 def check_types(config: Any, prefix: str = "") -> None:
     """Replace the names of choices by the choices, and plain numbers by those of the field's type.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vista.config.checks import check_types, require, require_counts, require_finite, require_share
+from vista.config.checks import check_types, require, require_counts, require_finite, require_numbers, require_share
 from vista.config.choices import (
     Activation,
     Architecture,
@@ -96,6 +96,14 @@ class ModelConfig:
     item_start: ItemStart | None = None
     """What the vectors of items are before training: random, or factors of their co-occurrences in the training events.
     null: factors, or random with embedding_rows."""
+    counters: bool = False
+    """Store counters with each summary: how often and how recently the user had each of their most frequent items."""
+    counter_keys: int = 64
+    """With counters, number of items per user that are stored: the most frequent ones."""
+    counter_days: list[float] = field(default_factory=lambda: [30.0])
+    """With counters, time constants in days of sums that decay with time. A log without times has none."""
+    counter_events: list[float] = field(default_factory=lambda: [200.0])
+    """With counters, time constants in events of sums that decay with newer events."""
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
@@ -125,6 +133,8 @@ class ModelConfig:
             self._check_decay()
         if self.num_state_rows:
             self._check_state_rows()
+        if self.counters:
+            self._check_counters()
 
     @property
     def num_state_rows(self) -> int:
@@ -160,6 +170,21 @@ class ModelConfig:
             "model.num_layers",
             f"a record would hold {self.num_seeds} summary tokens and {self.num_state_rows} rows of the state, but at "
             f"most {MAX_DIM} rows are allowed; use fewer layers or more heads",
+        )
+
+    def _check_counters(self) -> None:
+        require(
+            self.architecture is Architecture.vista,
+            "model.counters",
+            f"{self.architecture.value} does not use counters; set model.counters=false",
+        )
+        require_counts(self, "model.", ("counter_keys",), most=65_535)
+        require_numbers(self, "model.", "counter_days", 1 / 24, 36_500)
+        require_numbers(self, "model.", "counter_events", 1, 1e6)
+        require(
+            len(self.counter_days) + len(self.counter_events) <= 8,
+            "model.counter_days",
+            f"with counter_events at most 8 time constants, got {self.counter_days} and {self.counter_events}",
         )
 
     def _check_decay(self) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.choices import Architecture
+from vista.counters.counter_spec import ITEM, CounterSpec
 from vista.errors import CheckpointError, LogFormatError
 from vista.examples.batch import Batch, BatchEvents
 from vista.files import checked_path, replaced_folder
@@ -192,6 +193,16 @@ class RankingModel(nn.Module):
     def rows_of(self, items: Vocabulary) -> NDArray[np.int64]:
         """Model rows int64 [len(items)] of all items of a log's vocabulary, in its order."""
         return self.item_rows(items.ids(np.arange(len(items))))
+
+    @property
+    def counter_spec(self) -> CounterSpec | None:
+        """What the counters of users count; None for a model without counters."""
+        config, has_time = self.config, self.schema.has_time
+        if not config.counters:
+            return None
+        days = config.counter_days if has_time else []
+        keys, events = (config.counter_keys,), tuple(map(float, config.counter_events))
+        return CounterSpec((ITEM,), keys, tuple(map(float, days)), events, has_time)
 
     @property
     def has_retrieval(self) -> bool:

@@ -17,7 +17,6 @@ from vista.log.event_log import EventLog
 from vista.model import inference
 from vista.model.history_states import (
     default_slice_len,
-    history_states,
     long_range_state,
     range_states,
     reach,
@@ -27,13 +26,15 @@ from vista.model.state_updates import insert_events, remove_events
 from vista.model.summary_state import SummaryState, merge_states
 from vista.model.vista_model import VistaModel
 from vista.refresh.changes import changed_positions
+from vista.refresh.history_counter import HistoryCounter, Tables
 from vista.refresh.log_items import LogItems
 from vista.refresh.refresh_progress import RefreshProgress
-from vista.refresh.states import from_arrays, read_summaries, to_arrays
+from vista.refresh.states import from_arrays, read_summaries, state_of, state_without_summary, to_arrays
 from vista.refresh.update_groups import AppendGroup, ExchangeGroup, RecomputeGroup, RereadGroup, UpdateGroup
 from vista.refresh.update_plan import UpdatePlan
 from vista.refresh.user_records import encode_users, last_times, stored_tail
 from vista.store.format.keys import user_keys
+from vista.store.format.state_counters import joined_tables
 from vista.store.format.state_record import StateArrays, rounded
 from vista.store.update import StoreUpdate
 from vista.store.user_summaries import UserSummaries
@@ -51,6 +52,8 @@ class _UpdatedGroup:
     """[N] digests of the whole histories."""
     num_events: int
     """Events that were summarized."""
+    counters: Tables
+    """Of the N users."""
     state: SummaryState | None = None
     summary: NDArray[np.float32] | None = None
 
@@ -64,6 +67,7 @@ class BatchRefresher:
         self._log, self._update, self._run = log, update, run
         self._model = model.with_frozen("summarizer", Precision.float32)
         self._items = LogItems.of(model, log)
+        self._counter = HistoryCounter.of(model)
         self._plan = UpdatePlan(model, log, update, tokens_per_batch, run)
 
     def refresh(self, users: Int) -> None:
@@ -115,7 +119,7 @@ class BatchRefresher:
 
     def _reread(self, group: RereadGroup) -> _UpdatedGroup:
         state = from_arrays(group.states, self._model.device)
-        return _UpdatedGroup("appended", group.users, group.states.history_digest, 0, state)
+        return _UpdatedGroup("appended", group.users, group.states.history_digest, 0, group.states.counters, state)
 
     def _append(self, group: AppendGroup) -> _UpdatedGroup:
         old = self._plan.lengths_at(group.users, group.segment)
@@ -124,15 +128,19 @@ class BatchRefresher:
             history = self._log.gather_ranges(group.users, old - context, self._log.lengths[group.users])
             new = history.select(context, history.lengths)
             digest = group.states.history_digest + self._items.digests(new)
+            history, new, start = self._items.model_rows(history), self._items.model_rows(new), old - context
         with self._run.stage("summarize"):
-            history, start = self._items.model_rows(history), old - context
+            counters = self._counter.appended(group.states.counters, new)  # without the context
+            if self._model.summarizer is None:
+                state = state_without_summary(old + new.lengths)
+                return _UpdatedGroup("appended", group.users, digest, new.num_events, counters, state)
             if history.num_events > default_slice_len(self._model) and len(group.users) == 1:
                 terms = long_range_state(self._model, history, int(context[0]), int(start[0]))
             else:
                 terms = range_states(self._model, history, context, start)
             decay_rate = separable_summarizer(self._model).decay_rate
             state = merge_states(from_arrays(group.states, self._model.device), terms, decay_rate)
-        return _UpdatedGroup("appended", group.users, digest, new.num_events, state)
+        return _UpdatedGroup("appended", group.users, digest, new.num_events, counters, state)
 
     def _exchange(self, group: ExchangeGroup) -> _UpdatedGroup:
         """The state is recomputed instead if so many events changed that this is cheaper."""
@@ -146,12 +154,13 @@ class BatchRefresher:
         deleted, late = changed
         old, new = self._items.model_rows(old), self._items.model_rows(new)
         with self._run.stage("summarize"):
+            counters = self._counter.tables(new)
             state = from_arrays(group.states, self._model.device)
             if len(deleted):
                 state = remove_events(self._model, state, old, deleted)
             if len(late):
                 state = insert_events(self._model, state, new, late)
-        return _UpdatedGroup("exchanged", group.users, digest, len(deleted) + len(late), state)
+        return _UpdatedGroup("exchanged", group.users, digest, len(deleted) + len(late), counters, state)
 
     def _recompute(self, group: RecomputeGroup) -> _UpdatedGroup:
         with self._run.stage("read"):
@@ -159,11 +168,12 @@ class BatchRefresher:
             model_rows, digest = self._items.model_rows(histories), self._items.digests(histories)
         state, summary = None, None
         with self._run.stage("summarize"):
+            counters = self._counter.tables(model_rows)
             if self._update.state_spec is None:
                 summary = inference.summarize(self._model, model_rows).cpu().numpy()
             else:
-                state = history_states(self._model, model_rows)
-        return _UpdatedGroup("recomputed", group.users, digest, histories.num_events, state, summary)
+                state = state_of(self._model, model_rows)
+        return _UpdatedGroup("recomputed", group.users, digest, histories.num_events, counters, state, summary)
 
     def _summarize(self, updated: Sequence[_UpdatedGroup]) -> UserSummaries:
         users = np.concatenate([group.users for group in updated])
@@ -172,14 +182,19 @@ class BatchRefresher:
         with self._run.stage("read"):
             newest = self._items.model_rows(self._log.gather_ranges(users, lengths - tail_len, lengths))
         with self._run.stage("encode"):
+            tables = tuple(map(joined_tables, zip(*(group.counters for group in updated), strict=True)))
             if spec is None:
                 states = None
                 summary = np.concatenate([group.summary for group in updated if group.summary is not None])
             else:
                 target = self._update.applied_segment
-                arrays = [to_arrays(group.state, target, group.history_digest) for group in updated if group.state]
+                arrays = [
+                    to_arrays(group.state, target, group.history_digest, group.counters)
+                    for group in updated
+                    if group.state is not None
+                ]
                 # Rounded as stored: a resumed run, which rereads these states, then reads the same summaries.
-                states = rounded(_concatenate(arrays), spec)
+                states = rounded(StateArrays.concatenated(arrays), spec)
                 summary = read_summaries(self._model, from_arrays(states, self._model.device))
             return UserSummaries(
                 keys=self._keys(users),
@@ -188,6 +203,7 @@ class BatchRefresher:
                 event_count=lengths,
                 last_event_ts=last_times(newest),
                 history_digest=digest,
+                counters=self._counter.codes(tables),
                 states=states,
             )
 
@@ -199,8 +215,3 @@ class BatchRefresher:
             self._update.put_batch(encoded.keys, encoded.records, encoded.states)
             # Without a state, a user who failed is recomputed from the log at the next event.
             self._update.remove_states(sorted(set(users.keys) - set(encoded.keys)))
-
-
-def _concatenate(parts: Sequence[StateArrays]) -> StateArrays:
-    names = StateArrays.__slots__
-    return StateArrays(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))

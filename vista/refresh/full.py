@@ -18,13 +18,13 @@ from vista.log.histories import token_groups
 from vista.log.splits import visible_counts
 from vista.log.until import Until, parse_until
 from vista.model import inference
-from vista.model.history_states import history_states
 from vista.model.vista_model import VistaModel
+from vista.refresh.history_counter import HistoryCounter
 from vista.refresh.log_items import LogItems, check_log
 from vista.refresh.new_generation import new_manifest, write_generation
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
-from vista.refresh.states import has_states, read_summaries, to_arrays
+from vista.refresh.states import has_states, read_summaries, state_of, to_arrays
 from vista.refresh.user_records import UserRecords, encode_users, last_times, stored_tail
 from vista.store.format.keys import user_keys
 from vista.store.shards import Shard, shard_to_write
@@ -90,7 +90,8 @@ def refresh(
         created_at=created_at,
     )
     frozen = model.with_frozen("summarizer", precision)
-    batches = _FullBatches(frozen, log, LogItems.of(model, log), users, counts, options.tokens_per_batch)
+    items, counter = LogItems.of(model, log), HistoryCounter.of(model)
+    batches = _FullBatches(frozen, log, items, counter, users, counts, options.tokens_per_batch)
     return write_generation(store, manifest, "full", batches.encode, options=options, key=key)
 
 
@@ -101,6 +102,7 @@ class _FullBatches:
     model: VistaModel
     log: EventLog
     items: LogItems
+    counter: HistoryCounter
     users: Int
     """Rows of the log: all users of the run, in its fixed order."""
     counts: Int
@@ -122,11 +124,13 @@ class _FullBatches:
             model_rows, digests = self.items.model_rows(histories), self.items.digests(histories)
         arrays = None
         with run.stage("summarize"):
+            tables = self.counter.tables(model_rows)
             if writer.state_spec is None:
                 summary = inference.summarize(self.model, model_rows).cpu().numpy()
             else:
-                states = history_states(self.model, model_rows)
-                summary, arrays = read_summaries(self.model, states), to_arrays(states, self.log.last_segment, digests)
+                states = state_of(self.model, model_rows)
+                summary = read_summaries(self.model, states)
+                arrays = to_arrays(states, self.log.last_segment, digests, tables)
         with run.stage("encode"):
             return UserSummaries(
                 keys=user_keys(self.log.users.ids(users)),
@@ -135,6 +139,7 @@ class _FullBatches:
                 event_count=histories.lengths,
                 last_event_ts=last_times(model_rows),
                 history_digest=digests,
+                counters=self.counter.codes(tables),
                 states=arrays,
             )
 

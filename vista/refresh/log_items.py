@@ -32,8 +32,10 @@ def check_log(model: RankingModel, log: EventLog) -> None:
             f"{log.path}: its actions are {log.actions}, but the model was trained on {known}; train a model "
             "on this log"
         )
-    if model.schema.has_time and not log.has_time and (model.config.use_time or model.config.decay is Decay.time):
-        raise ConfigError(f"{log.path}: has no times, which this model reads; train one with model.use_time=false")
+    config = model.config
+    reads_times = config.use_time or config.decay is Decay.time or config.counters
+    if model.schema.has_time and not log.has_time and reads_times:
+        raise ConfigError(f"{log.path}: has no times, which this model reads; train a model on this log")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from vista.model.vista_model import VistaModel
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
 from vista.refresh.user_records import UserRecords
+from vista.store.format.counter_layout import CounterLayout
 from vista.store.manifest import Manifest
 from vista.store.writer import StoreWriter
 
@@ -42,6 +43,9 @@ def new_manifest(
     """
     config = model.config
     shape = (config.num_layers, config.num_heads, config.dim // config.num_heads)
+    has_sums = state is not StateDtype.none and model.summarizer is not None
+    counted = model.counter_spec
+    counters = None if counted is None else CounterLayout.of(counted, [len(model.items)]).to_dict()
     return Manifest(
         created_at=time.time_ns() // 1_000_000 if created_at is None else created_at,
         summarizer_id=model.summarizer_id().hex(),
@@ -53,7 +57,8 @@ def new_manifest(
         applied_segment=applied_segment,
         log_digest=log_digest,
         state_dtype=state.value,
-        state_shape=(0, 0, 0) if state is StateDtype.none else shape,
+        state_shape=shape if has_sums else (0, 0, 0),
+        counters=counters,
         total_users=total_users,
         run_digest=run_digest,
     )

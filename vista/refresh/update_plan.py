@@ -29,8 +29,8 @@ class UpdatePlan:
     ) -> None:
         self._log, self._update, self._run = log, update, run
         self._tokens_per_batch = tokens_per_batch
-        self._reach = reach(model)
-        self._append_only = model.config.decay is Decay.position
+        self._reach = 0 if model.summarizer is None else reach(model)
+        self._append_only = model.config.decay is Decay.position or model.summarizer is None
         self._older_logs: dict[int, EventLog] = {}
         """The log as it was, by newest segment. Users' states cover few different segments."""
 
