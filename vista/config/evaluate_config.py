@@ -44,6 +44,9 @@ class EvaluateConfig:
     """Cutoffs k of the metrics, in items. The first is also the list length of the popularity report."""
     popularity: bool = False
     """Also report how closely the retrieval head's lists follow training popularity."""
+    baselines: bool = False
+    """Also measure counting baselines on the same users: popularity, own frequency, transitions, item neighbors. Takes
+    seconds for a million events."""
     staleness: int = 0
     """Number of each user's newest visible events that the store's summaries lack; the tail has them. Refresh with
     until=leave-last-N-out, where N is 1 + staleness (validation: 2 + staleness), or for another split with
@@ -57,7 +60,7 @@ class EvaluateConfig:
     """Number of users that are ranked at once."""
     out: str | None = None
     """JSON file for the metrics. An existing file is replaced. The metrics of each user are written to <out>.npz, which
-    `vista compare` reads. null only prints the metrics."""
+    `vista compare` reads, and those of each baseline to <out>.<name>.npz. null only prints the metrics."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     num_threads: int = 0

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vista.arrays import Int
 from vista.config import EvaluateConfig
 from vista.config.choices import Target
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
-from vista.evaluation.cases import impression_cases, next_item_cases, with_tasks
-from vista.evaluation.cases_digest import cases_digest
+from vista.evaluation.baseline_evaluation import measure_baselines
+from vista.evaluation.cases import impression_cases, with_tasks
 from vista.evaluation.evaluation_report import EvaluationReport
-from vista.evaluation.per_user_metrics import PerUserMetrics, per_user_path
+from vista.evaluation.next_evaluation import excludes_seen, measure_next_items
+from vista.evaluation.per_user_metrics import per_user_path
 from vista.evaluation.popularity_report import PopularityReport, popularity_report
-from vista.evaluation.protocol import case_batches, impression_metrics, rank_next_items, ranking_metrics, ranking_values
+from vista.evaluation.protocol import impression_metrics, ranking_metrics
 from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.evaluation.recall import measure_recall
 from vista.evaluation.recommended_lists import RecommendedLists
@@ -30,7 +30,6 @@ from vista.evaluation.window_evaluation import measure_windows
 from vista.examples.frequency import item_counts
 from vista.files import replace_text, writable_file
 from vista.log.event_log import EventLog
-from vista.log.repeats import leaves_out_seen
 from vista.log.splits import split_until, visible_counts
 from vista.log.until import parse_until
 from vista.model.baselines.history_model import HistoryModel
@@ -78,10 +77,12 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
                 name: getattr(config, name) for name in ("horizon_events", "horizon_days", "min_seen", "min_after")
             }
         else:
-            asked |= {"exclude_seen": _exclude_seen(model, log, config)}
+            asked |= {"exclude_seen": excludes_seen(log, model.data, config)}
         replace_text(Path(config.out), json.dumps(asked | result.to_dict(), indent=2) + "\n")
         if result.per_user is not None:
             result.per_user.save(per_user_path(config.out))
+        if result.baselines is not None:
+            result.baselines.save(config.out)
     return result
 
 
@@ -118,13 +119,11 @@ def evaluate_model(model: HistoryModel, log: EventLog, config: EvaluateConfig) -
     return _measure(model, log, config, RawHistoryAnswers(model, log, model.rows_of(log.items)))
 
 
-def _exclude_seen(model: RankingModel, log: EventLog, config: EvaluateConfig) -> bool:
-    return leaves_out_seen(log, model.data) if config.exclude_seen is None else config.exclude_seen
-
-
 def _check(model: RankingModel, log: EventLog, config: EvaluateConfig) -> None:
     if config.popularity and not model.has_retrieval:
         raise ConfigError("popularity=true: this model's retrieval head was not trained; set popularity=false")
+    if config.baselines and not model.has_retrieval:
+        raise ConfigError("baselines=true: this model does not rank items; set baselines=false")
     if config.target is Target.window and not model.has_retrieval:
         raise ConfigError(
             "target=window: this model's retrieval head was not trained; train it with optim.next_weight above 0"
@@ -156,9 +155,16 @@ def _check_store(scorer: Scorer, config: EvaluateConfig) -> None:
 def _measure(
     model: RankingModel, log: EventLog, config: EvaluateConfig, answers: ScorerAnswers | RawHistoryAnswers
 ) -> EvaluationReport:
-    """Ask all cases and compute the metrics."""
+    """Ask all cases, and the counting baselines too if they are asked for, and compute the metrics."""
+    evaluation = _measure_model(model, log, config, answers)
+    return replace(evaluation, baselines=measure_baselines(model, log, config)) if config.baselines else evaluation
+
+
+def _measure_model(
+    model: RankingModel, log: EventLog, config: EvaluateConfig, answers: ScorerAnswers | RawHistoryAnswers
+) -> EvaluationReport:
+    columns = model.rows_of(log.items) - 1
     if config.target is Target.window:
-        columns = model.rows_of(log.items) - 1
         return measure_windows(log, model.data, columns, config, answers.window_scores)
     began = time.perf_counter()
     is_validation = config.split == "validation"
@@ -167,29 +173,13 @@ def _measure(
     ranks = impressions = probabilities = report = per_user = None
     num_cases = 0
     if model.has_retrieval:
-        columns, exclude_seen = model.rows_of(log.items) - 1, _exclude_seen(model, log, config)
-        cases = next_item_cases(log, visible_counts(log, until), visible_counts(log, test) if is_validation else None)
         lists = RecommendedLists(len(model.items), config.top_k[0]) if config.popularity else None
-        batches = case_batches(cases, log.num_items, config.users_per_batch)
-        ranks = rank_next_items(
-            log,
-            cases,
-            columns,
-            answers.next_scores,
-            tqdm(batches, desc="ranking", unit="batch", disable=not config.progress, leave=False),
-            exclude_seen=exclude_seen,
-            observe=lists.add if lists is not None else None,
+        label, ranks, per_user = measure_next_items(
+            log, model.data, columns, config, answers.next_scores, observe=lists.add if lists is not None else None
         )
         metrics |= ranking_metrics(ranks, list(config.top_k))
-        question = {
-            "target": config.target.value,
-            "split": config.split,
-            "exclude_seen": exclude_seen,
-            "cases": [cases_digest(log, cases.user, cases.item, cases.seen)],
-        }
-        per_user = PerUserMetrics(log.users.ids(cases.user), ranking_values(ranks, list(config.top_k)), question)
         if lists is not None:
-            report = _popularity(model, log, columns, lists, ranks, columns[cases.item])
+            report = _popularity(model, log, columns, lists, ranks, label)
             metrics |= report.metrics()
         num_cases += len(ranks)
     if log.impressions is not None and model.schema.tasks and until.before is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vista.arrays import Int
+from vista.evaluation.baseline_report import BaselineReport
 from vista.evaluation.cases import Floats, ImpressionCases
 from vista.evaluation.per_user_metrics import PerUserMetrics
 from vista.evaluation.popularity_report import PopularityReport
@@ -28,16 +29,20 @@ class EvaluationReport:
     recall: RecallReport | None = None
     per_user: PerUserMetrics | None = None
     windows: WindowReport | None = None
+    baselines: BaselineReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values: metrics (null where undefined), standard errors over users, num_cases, seconds."""
+        """JSON values: metrics (null where undefined), standard errors over users, num_cases, seconds, baselines."""
         errors = {} if self.per_user is None else self.per_user.standard_errors()
-        return {
+        values = {
             "metrics": _finite(self.metrics),
             "standard_errors": _finite(errors),
             "num_cases": self.num_cases,
             "seconds": self.seconds,
         }
+        if self.baselines is not None:
+            values["baselines"] = {name: _finite(metrics) for name, metrics in self.baselines.metrics().items()}
+        return values
 
     def __str__(self) -> str:
         # Reports print their own numbers, as tables.
@@ -45,7 +50,8 @@ class EvaluationReport:
         hidden = {name for report in reports for name in report.metrics()}
         lines = [f"{self.num_cases} cases in {self.seconds:.1f} s"]
         lines += [f"  {name:<20} {value:.4f}" for name, value in self.metrics.items() if name not in hidden]
-        return "\n".join([*lines, *map(str, reports)])
+        lines += map(str, reports)
+        return "\n".join(lines if self.baselines is None else [*lines, str(self.baselines)])
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:

@@ -1,0 +1,69 @@
+"""Quality over the next items of a split: the very next event of each user, ranked among all items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from vista.arrays import Int
+from vista.config import DataConfig, EvaluateConfig
+from vista.evaluation.cases import NextItemCases, next_item_cases
+from vista.evaluation.cases_digest import cases_digest
+from vista.evaluation.per_user_metrics import PerUserMetrics
+from vista.evaluation.protocol import case_batches, rank_next_items, ranking_values
+from vista.log.event_log import EventLog
+from vista.log.repeats import leaves_out_seen
+from vista.log.splits import split_until, visible_counts
+
+
+def measure_next_items(
+    log: EventLog,
+    data: DataConfig,
+    columns: Int,
+    config: EvaluateConfig,
+    score: Callable[[NextItemCases], NDArray[np.floating[Any]]],
+    *,
+    observe: Callable[[NDArray[np.float32], Int, tuple[Int, Int] | None], None] | None = None,
+) -> tuple[Int, Int, PerUserMetrics]:
+    """Rank the next items of a part of a split.
+
+    Args:
+        data: the split, and whether to leave out seen items.
+        columns: int64 [log.num_items], the column of each of the log's items in the scores; -1 for items without one.
+        score: some cases -> [n, V] scores.
+        observe: as in `rank_next_items`.
+
+    Returns:
+        The labels' columns int64 [N], their 0-based ranks int64 [N], and each user's metrics.
+    """
+    seen = visible_counts(log, split_until(data, config.split))
+    end = visible_counts(log, split_until(data, "test")) if config.split == "validation" else None
+    cases = next_item_cases(log, seen, end)
+    batches = case_batches(cases, log.num_items, config.users_per_batch)
+    exclude_seen = excludes_seen(log, data, config)
+    ranks = rank_next_items(
+        log,
+        cases,
+        columns,
+        score,
+        tqdm(batches, desc="ranking", unit="batch", disable=not config.progress, leave=False),
+        exclude_seen=exclude_seen,
+        observe=observe,
+    )
+    question = {
+        "target": config.target.value,
+        "split": config.split,
+        "exclude_seen": exclude_seen,
+        "cases": [cases_digest(log, cases.user, cases.item, cases.seen)],
+    }
+    per_user = PerUserMetrics(log.users.ids(cases.user), ranking_values(ranks, list(config.top_k)), question)
+    return columns[cases.item], ranks, per_user
+
+
+def excludes_seen(log: EventLog, data: DataConfig, config: EvaluateConfig) -> bool:
+    """Whether items of the history are left out of the lists."""
+    return leaves_out_seen(log, data) if config.exclude_seen is None else config.exclude_seen
