@@ -1,4 +1,4 @@
-"""Training runs with the window loss, alone and beside the loss of the next item."""
+"""Training runs with the window loss, alone and with the loss of the next item."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def require_numbers(config: Any, prefix: str, key: str, least: float, most: floa
     """Require a list of numbers from `least` to `most`."""
     values = getattr(config, key)
     good = isinstance(values, list) and all(
-        isinstance(value, numbers.Real) and not isinstance(value, bool) and least <= value <= most for value in values
+        isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most for value in values
     )
     require(good, f"{prefix}{key}", f"must be a list of numbers from {least:g} to {most:g}, got {shown(values)}")
 
