@@ -113,7 +113,8 @@ def test_items_that_training_never_shows_are_negatives_too(world: World) -> None
     """Nothing else would keep their random vectors out of the top of users' lists."""
     rows = np.arange(world.log.num_items) + 5  # the vocabulary has four more items than the log
     config = TrainConfig(
-        model=ModelConfig(dim=8, num_heads=2, tail_len=4), data=DataConfig(label_spacing=4, num_negatives=10**6)
+        model=ModelConfig(dim=8, num_heads=2, tail_len=4),
+        data=DataConfig(tokens_per_batch=8192, label_spacing=4, num_negatives=10**6),
     )
     batch = BatchSource(world.log, rows, config).batch(0, 0)
     assert batch.rows[batch.negatives.item].tolist() == list(range(1, world.log.num_items + 5))
@@ -239,7 +240,8 @@ def test_the_mean_number_of_labels_is_that_of_all_anchors(world: World) -> None:
 def test_a_horizon_in_days_needs_times(tmp_path: Path) -> None:
     frame = {"user": np.repeat(np.arange(4), 5), "item": np.arange(20)}
     log = EventLog.from_frame(frame, tmp_path / "log", columns=SourceColumns(timestamp=None))
-    config = TrainConfig(data=DataConfig(horizon_days=7), optim=OptimConfig(**WITH_WINDOWS))
+    data = DataConfig(horizon_days=7, tokens_per_batch=64, num_negatives=8)
+    config = TrainConfig(data=data, optim=OptimConfig(**WITH_WINDOWS))
     with pytest.raises(ConfigError, match=r"data\.horizon_days: .* has no times; set it to 0"):
         BatchSource(log, np.arange(20) + 1, config)
     config.data.horizon_days = 0.0
