@@ -22,8 +22,7 @@ def has_states(model: VistaModel) -> bool:
     """Whether new events can be added to what the model keeps of earlier ones.
 
     Models with bidirectional mixing have no states. Neither do models with a history limit, because each new event
-    pushes an old one out. Without a
-    summarizer, states hold the counters alone.
+    pushes an old one out. Without a summarizer, states hold the counters alone.
     """
     config = model.config
     if model.summarizer is None:
