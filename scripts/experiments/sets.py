@@ -29,8 +29,7 @@ class DataSet:
     """A folder of the shared data."""
 
     words: tuple[str, ...] = ()
-    """Arguments of `vista train`: the split, and whether users return to items; leave-last-out without returns if
-    empty."""
+    """Arguments of `vista train` for its split; leave-last-out without any."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Keys of SourceConfig that name the columns of events.parquet; empty for a set that vista recognizes."""
     items: str = ""
@@ -42,7 +41,6 @@ class DataSet:
 
 
 SECONDS = {"timestamp": "timestamp", "time_unit": "s"}
-RETURNS = "data.exclude_seen=false"
 SETS = {
     "ml-1m": DataSet(),
     "ml-1m-half": DataSet(),
@@ -50,16 +48,14 @@ SETS = {
     "ml-latest-small": DataSet(),
     # Baskets of a year. The order inside a basket is shuffled, so the question is asked at a time, for all users.
     "complete-journey": DataSet(
-        words=("data=time", "data.validation_from=2017-10-01", "data.test_from=2017-11-01", RETURNS),
+        words=("data=time", "data.validation_from=2017-10-01", "data.test_from=2017-11-01"),
         columns={"user": "household_id", "item": "product_id", **SECONDS},
         items="products.parquet",
         item="product_id",
         categories=("product_type", "product_category"),
     ),
     # Developer activity: which package a maintainer touches next, of 13 collections, from 2002 to 2026.
-    "dev-packages": DataSet(
-        words=("data=share", RETURNS), columns=SECONDS, items="events.parquet", categories=("collection",)
-    ),
+    "dev-packages": DataSet(words=("data=share",), columns=SECONDS, items="events.parquet", categories=("collection",)),
 }
 """Name of the folder -> data set."""
 
