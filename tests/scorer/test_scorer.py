@@ -262,8 +262,8 @@ class TestRanking:
     def test_non_finite_scores_are_left_out_and_counted(self, served: Served) -> None:
         model = VistaModel.from_pretrained(served.model_dir)
         with Scorer.open(model, served.store) as scorer:
-            assert scorer._snapshots.current.items.unit is not None
-            scorer._snapshots.current.items.unit[[3, 9]] = torch.tensor([[np.nan], [np.inf]], dtype=torch.float32)
+            assert scorer._snapshots.current.items.retrieval is not None
+            scorer._snapshots.current.items.retrieval[[3, 9]] = torch.tensor([[np.nan], [np.inf]], dtype=torch.float32)
             ranking = scorer.rank(103, top_k=1000)
             assert ranking.num_dropped == 2 and len(ranking.items) == len(model.items) - 2
             assert not set(ranking.items.tolist()) & set(model.items.ids([2, 8]).tolist())

@@ -267,7 +267,7 @@ class TestItemProjections:
             (folder / UNIT_FILE).write_bytes(content)
             sign_model(folder)
             with pytest.raises(
-                CheckpointError, match=r"item_unit_vectors\.npy: cannot be mapped .*export the model again"
+                CheckpointError, match=r"item_retrieval_vectors\.npy: cannot be mapped .*export the model again"
             ):
                 Scorer.open(folder, served_tasks.store)
 

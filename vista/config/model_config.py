@@ -104,6 +104,9 @@ class ModelConfig:
     """With counters, time constants in days of sums that decay with time. A log without times has none."""
     counter_events: list[float] = field(default_factory=lambda: [200.0])
     """With counters, time constants in events of sums that decay with newer events."""
+    popularity: bool = False
+    """Let each user's next items follow the items' popularity in the training events by a learned amount. Retrieval
+    vectors then have dim + 1 entries."""
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
@@ -135,6 +138,11 @@ class ModelConfig:
             self._check_state_rows()
         if self.counters:
             self._check_counters()
+        require(
+            not self.popularity or not self.architecture.ranks_only,
+            "model.popularity",
+            f"{self.architecture.value} does not rank next items; set model.popularity=false",
+        )
 
     @property
     def num_state_rows(self) -> int:
@@ -157,6 +165,21 @@ class ModelConfig:
             self.history_limit > 0 or not needs_limit,
             "model.history_limit",
             f"{self.architecture.value} reads a bounded number of events; set a limit such as 200",
+        )
+
+    def _check_counters(self) -> None:
+        require(
+            not self.architecture.ranks_only,
+            "model.counters",
+            f"{self.architecture.value} does not use counters; set model.counters=false",
+        )
+        require_counts(self, "model.", ("counter_keys",), most=65_535)
+        require_numbers(self, "model.", "counter_days", 1 / 24, 36_500)
+        require_numbers(self, "model.", "counter_events", 1, 1e6)
+        require(
+            len(self.counter_days) + len(self.counter_events) <= 8,
+            "model.counter_days",
+            f"with counter_events at most 8 time constants, got {self.counter_days} and {self.counter_events}",
         )
 
     def _check_state_rows(self) -> None:

@@ -17,6 +17,8 @@ class OptimConfig:
     """Decoupled weight decay (AdamW) of the network. The item table has none."""
     table_rate: float = 1.0
     """Learning rate of the item table, as a multiple of the network's. 0 keeps the table as it is before training."""
+    counted_rate: float = 5.0
+    """With model.counters or model.popularity: learning rate of their heads, as a multiple of the network's."""
     warmup_steps: int | None = None
     """Number of steps over which the learning rate rises linearly to its peak. null: 3% of the steps, or 50 with
     optim.minutes."""
@@ -54,7 +56,7 @@ class OptimConfig:
         check_types(self, "optim.")
         require_finite(self, "optim.", ("learning_rate", "gradient_clip", "minutes"), positive=True)
         weights = ("next_weight", "window_weight", "task_weight", "reconstruction_weight")
-        require_finite(self, "optim.", ("weight_decay", "table_rate", *weights))
+        require_finite(self, "optim.", ("weight_decay", "table_rate", "counted_rate", *weights))
         counts = ("epochs", "warmup_steps", "patience", "validate_every", "validation_users")
         require_counts(self, "optim.", counts, least=0)
         require(self.task_weight > 0 or not self.tasks, "optim.tasks", "needs optim.task_weight above 0; set that to 1")

@@ -71,6 +71,8 @@ class BatchSource:
         """int64 [num_users]: events before a user's first label."""
         self._lead = config.model.tail_len if stored else 0
         frequency = item_frequency(log, item_rows, self.counts, config.data.frequencies)
+        self.frequency = frequency
+        """int64 [largest row + 1] training events of each model row."""
         self._sampler = NegativeSampler(
             frequency,
             num_negatives=planned(config.data.num_negatives, "data.num_negatives"),

@@ -1,13 +1,12 @@
 """What refresh, scorer and validation compute with a trained model: no gradients, packed histories, NumPy inputs.
 
-Letters: B users, T packed events, S seeds, L tail length, C candidates, M model dim.
+Letters: B users, T packed events, S seeds, L tail length, C candidates, M model dim, M' width of retrieval vectors.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vista.arrays import Int
@@ -16,7 +15,7 @@ from vista.log.gaps import UNKNOWN_GAP, gap_bucket
 from vista.log.histories import Histories, token_groups
 from vista.model.history_states import default_slice_len, embed, history_states, reach
 from vista.model.padded_tail import PaddedTail
-from vista.model.ranking_model import RankingModel
+from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
@@ -123,7 +122,7 @@ def request_gap(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tensor 
 
 @torch.inference_mode()
 def user_vectors(model: VistaModel, context: TargetContext, gap: Tensor | None) -> Tensor:
-    """Unit vectors [B, M] of the retrieval head. Their bits do not depend on the other users (`ROW_TILE`)."""
+    """User vectors [B, M'] of the retrieval head. Their bits do not depend on the other users (`ROW_TILE`)."""
     seen = torch.full((ROW_TILE,), model.config.tail_len, device=model.device)
     gap = None if gap is None else gap.expand(-1, ROW_TILE, -1)
     return model.user_vectors(gap, seen, context)[:, 0]
@@ -131,8 +130,10 @@ def user_vectors(model: VistaModel, context: TargetContext, gap: Tensor | None) 
 
 @torch.inference_mode()
 def item_vectors(model: RankingModel) -> Tensor:
-    """Unit vectors [V, M] of the vocabulary's items, in the order of its rows (without the unknown item)."""
-    return F.normalize(model.catalog_vectors(), dim=-1)
+    """Vectors [V, M'] of the vocabulary's items (`RankingModel.retrieval_items`), in the order of its rows (without the
+    unknown item)."""
+    rows = torch.arange(UNKNOWN_ITEM + 1, len(model.items) + 1, device=model.device)
+    return model.retrieval_items(model.item_vectors(rows), rows)
 
 
 @torch.inference_mode()

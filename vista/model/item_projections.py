@@ -1,7 +1,8 @@
 """What scoring reads of every item: computed once per model, and mapped by all processes that serve it.
 
 An item's vector and its projections in the first layer of stage 2 depend on neither user nor time, so `save_pretrained`
-writes them alongside the weights. Letters: V items of the vocabulary, N rows, M model dim.
+writes them alongside the weights. Letters: V items of the vocabulary, N rows, M model dim, M' width of retrieval
+vectors.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vista.errors import CheckpointError
 from vista.log.vocabulary import Vocabulary
 from vista.model.model_description import ModelDescription
 
-UNIT_FILE, CANDIDATE_FILE = "item_unit_vectors.npy", "item_projections.npy"
+RETRIEVAL_FILE, CANDIDATE_FILE = "item_retrieval_vectors.npy", "item_projections.npy"
 _ROWS_AT_ONCE = 8192
 _ROWS_COMPARED = 64
 
@@ -42,9 +43,9 @@ class ItemProjector(Protocol):
 class ItemProjections:
     """Tables of 1 + V rows, in the order of the model's item table; row 0 belongs to the unknown item. float32."""
 
-    unit: Tensor | None
-    """[1+V, M] unit vectors, multiplied with the retrieval head's user vectors (0 for the unknown item, so that it is
-    orthogonal to every user); None without that head."""
+    retrieval: Tensor | None
+    """[1+V, M'] vectors that the retrieval head's user vectors are multiplied with (`RankingModel.retrieval_items`; 0
+    for the unknown item, so that it is orthogonal to every user); None without that head."""
     candidate: Tensor | None
     """[1+V, 5M] vector, then query, gate, key and value of the first layer of stage 2; None without labeled tasks."""
 
@@ -70,7 +71,7 @@ class ItemProjections:
         """
         paths = [
             None if width is None else folder / name
-            for name, width in zip((UNIT_FILE, CANDIDATE_FILE), _widths(model), strict=True)
+            for name, width in zip((RETRIEVAL_FILE, CANDIDATE_FILE), _widths(model), strict=True)
         ]
         ModelDescription.read(folder).check_files(folder, *(path.name for path in paths if path is not None))
         projections = cls(*(None if path is None else _mapped(path).to(model.device) for path in paths))
@@ -81,7 +82,7 @@ class ItemProjections:
         """Compare rows from all over the tables with what the weights give."""
         count = len(model.items) + 1
         rows = torch.linspace(0, count - 1, min(count, _ROWS_COMPARED), dtype=torch.float64).long().to(model.device)
-        for table, part in zip((self.unit, self.candidate), model.project_items(rows), strict=True):
+        for table, part in zip((self.retrieval, self.candidate), model.project_items(rows), strict=True):
             if table is None or part is None:
                 continue
             if table.shape != (count, part.shape[1]) or not torch.allclose(table[rows], part, rtol=1e-3, atol=1e-4):
@@ -97,7 +98,7 @@ def save_item_projections(model: ItemProjector, folder: Path) -> None:
     """
     with ExitStack() as files:
         tables: list[IO[bytes] | None] = []
-        for name, width in zip((UNIT_FILE, CANDIDATE_FILE), _widths(model), strict=True):
+        for name, width in zip((RETRIEVAL_FILE, CANDIDATE_FILE), _widths(model), strict=True):
             if width is None:
                 tables.append(None)
                 continue

@@ -1,4 +1,4 @@
-"""Losses. Letters: N label positions, J shared negatives, R item rows, M model dim."""
+"""Losses. Letters: N label positions, J shared negatives, R item rows, M width of retrieval vectors."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def sampled_softmax(
     p(i) ~ e^{a_i + s_i}. Serving omits a, so scores are s_i = log p(i) - a_i, up to a constant (Menon et al. 2021).
 
     Args:
-        user: [N, M] unit vectors.
-        item_vectors: [R, M] unit vectors.
+        user: [N, M] user vectors (`RankingModel.retrieval_users`).
+        item_vectors: [R, M] vectors of `RankingModel.retrieval_items`.
         label: int64 [N] rows of item_vectors.
         negatives: int64 [J] distinct sorted rows of item_vectors.
         negative_log_weight: float32 [J], added to the negatives' logits (logQ correction, `NegativeSampler.draw`).
-        temperature: divides the cosines.
+        temperature: divides the inner products.
         adjustment: float32 [R], added to an item's logits as label and as negative; a constant changes nothing.
 
     Returns:
@@ -51,7 +51,7 @@ def sampled_softmax(
     """
     if len(label) == 0:
         return user.sum() * 0.0
-    # Cosines divided by a small temperature need more digits than bfloat16 has.
+    # Products divided by a small temperature need more digits than bfloat16 has.
     full = torch.promote_types(user.dtype, torch.float32)
     user, item_vectors = user.to(full), item_vectors.to(full)
     positive = (user * item_vectors[label]).sum(-1) / temperature

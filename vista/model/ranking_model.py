@@ -1,7 +1,7 @@
 """What every architecture has: an item table, an event encoder, losses, and files.
 
 Callers pass in item vectors, so that training reads only the rows of a batch. Letters: R item rows of a batch, M model
-dim, V items of the vocabulary; N rows and P hash functions of a unified table.
+dim, M' width of retrieval vectors, V items of the vocabulary; N rows and P hash functions of a unified table.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from vista.examples.batch import Batch, BatchEvents
 from vista.files import checked_path, replaced_folder
 from vista.log.vocabulary import Ids, Vocabulary
 from vista.model.allocation_limit import AllocationLimit
+from vista.model.counted_item_head import CountedItemHead
 from vista.model.embedding_feature import EmbeddingFeature
 from vista.model.event_encoder import EventEncoder
 from vista.model.losses import Losses
 from vista.model.model_description import CONFIG_FILE, ModelDescription, unreadable_model
+from vista.model.popularity_term import PopularityTerm
 from vista.model.schema import Schema
 from vista.model.unified_embedding import gather, hashed_rows
 
@@ -50,6 +52,9 @@ class RankingModel(nn.Module):
 
     architecture: ClassVar[Architecture]
     """Of the models that the class builds."""
+    item_popularity: Tensor
+    """[1 + V] standardized log frequencies of the items in the training events; 0 for the unknown item. Only with
+    counters or popularity."""
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__()
@@ -75,6 +80,13 @@ class RankingModel(nn.Module):
             shared=self.item_table if unified else None,
         )
 
+        retrieval, spec = schema.has_retrieval, self.counter_spec
+        self.popularity = PopularityTerm(config.dim, config.temperature) if config.popularity and retrieval else None
+        self.counted = CountedItemHead(spec.num_columns, self.retrieval_dim) if spec is not None and retrieval else None
+        """Scores items that the user had before; None without counters."""
+        if self.popularity is not None or self.counted is not None:
+            self.register_buffer("item_popularity", torch.zeros(1 + len(items)))
+
     def item_vectors(self, rows: Tensor) -> Tensor:
         """[..., M] vectors of model rows int64 [...]; 0 for the unknown item. The table's gradient is sparse."""
         config = self.config
@@ -86,6 +98,40 @@ class RankingModel(nn.Module):
     def catalog_vectors(self) -> Tensor:
         """[V, M] vectors of the vocabulary's items, in the order of its rows (without the unknown item)."""
         return self.item_vectors(torch.arange(UNKNOWN_ITEM + 1, len(self.items) + 1, device=self.device))
+
+    def retrieval_items(self, vectors: Tensor, rows: Tensor) -> Tensor:
+        """What user vectors are multiplied with: [N, M'], which is M, or M + 1 with popularity.
+
+        Args:
+            vectors: [N, M] item vectors.
+            rows: int64 [N] their model rows.
+        """
+        unit = F.normalize(vectors, dim=-1)
+        if self.popularity is None:
+            return unit
+        return torch.cat([unit, self.item_popularity[rows].unsqueeze(-1)], -1)
+
+    def retrieval_users(self, outputs: Tensor) -> Tensor:
+        """User vectors of outputs [..., M]: unit vectors [..., M], and one entry more with popularity.
+
+        Their inner products with `retrieval_items`, divided by the temperature, are the scores of items that are not
+        counted.
+        """
+        unit = F.normalize(outputs, dim=-1)
+        return unit if self.popularity is None else self.popularity(unit)
+
+    def set_item_frequency(self, frequency: NDArray[np.int64]) -> None:
+        """Tell the model how popular items are; without counters and popularity, nothing happens.
+
+        Args:
+            frequency: int64 [at most 1 + V] events of each model row in the training part, from `item_frequency`.
+        """
+        if self.popularity is None and self.counted is None:
+            return
+        log_frequency = np.zeros(len(self.items))
+        log_frequency[: len(frequency) - 1] = np.log(np.maximum(frequency[1:], 1))
+        centered = log_frequency - log_frequency.mean()
+        self.item_popularity[1:] = torch.from_numpy(centered / max(float(centered.std()), 1e-6))
 
     @staticmethod
     def shown_vectors(events: BatchEvents, item_vectors: Tensor) -> Tensor:
@@ -208,6 +254,11 @@ class RankingModel(nn.Module):
     def has_retrieval(self) -> bool:
         """Whether the retrieval head was trained."""
         return self.schema.has_retrieval
+
+    @property
+    def retrieval_dim(self) -> int:
+        """M', the width of user and item vectors of the retrieval head."""
+        return self.config.dim + (self.popularity is not None)
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """VISTA: stage 1, decoder, stage 2 and heads.
 
 Letters: T packed events, R item rows of a batch, NC cuts, NW windows, W positions and I impressions per window, S
-seeds, L tail length, Q query tokens, M model dim, V items of the vocabulary.
+seeds, L tail length, Q query tokens, M model dim, M' width of retrieval vectors, V items of the vocabulary.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class VistaModel(RankingModel):
             parts["next"] = self._next_loss(batch, item_vectors, context)
             total = total + optim.next_weight * parts["next"]
         if optim.window_weight > 0 and batch.anchors is not None:
-            users, unit = self.anchor_users(batch, context), F.normalize(item_vectors, dim=-1)
-            parts["window"] = anchor_loss(batch, users, unit, self.config.temperature)
+            users, items = self.anchor_users(batch, context), self.retrieval_items(item_vectors, batch.rows)
+            parts["window"] = anchor_loss(batch, users, items, self.config.temperature)
             total = total + optim.window_weight * parts["window"]
         if self.task_head is not None and optim.task_weight > 0 and impressions.item.shape[1]:
             logits = self.window_logits(batch, item_vectors, context)
@@ -135,7 +135,7 @@ class VistaModel(RankingModel):
         return self.target_attention.encode_context(summary, tail, valid, state)
 
     def window_users(self, batch: Batch, context: TargetContext) -> Tensor:
-        """Unit user vectors [NW, W, M] at the positions of the windows, at the times of their labels."""
+        """User vectors [NW, W, M'] at the positions of the windows, at the times of their labels."""
         labels = batch.labels
         num_positions = labels.item.shape[1]
         seen = self.config.tail_len - num_positions + 1 + torch.arange(num_positions, device=labels.item.device)
@@ -143,7 +143,7 @@ class VistaModel(RankingModel):
         return self.user_vectors(gap, seen.clamp(min=0), context)
 
     def anchor_users(self, batch: Batch, context: TargetContext) -> Tensor:
-        """Unit user vectors [NA, M] of the anchors, at the times of their requests."""
+        """User vectors [NA, M'] of the anchors, at the times of their requests."""
         anchors = batch.anchors
         assert anchors is not None
         seen = self.config.tail_len - batch.labels.item.shape[1] + 1 + anchors.position
@@ -161,10 +161,9 @@ class VistaModel(RankingModel):
         users = self.window_users(batch, context)
         label = batch.labels.item.flatten()
         known = (label >= 0).nonzero().squeeze(-1)
-        unit = F.normalize(item_vectors, dim=-1)
         return sampled_softmax(
             users.flatten(0, 1)[known],
-            unit,
+            self.retrieval_items(item_vectors, batch.rows),
             label[known],
             batch.negatives.item,
             batch.negatives.log_weight,
@@ -185,11 +184,16 @@ class VistaModel(RankingModel):
         return reconstruction_loss(predicted, target, stop_gradient=self.config.stop_gradient)
 
     def user_vectors(self, gap: Tensor | None, seen: Tensor, context: TargetContext) -> Tensor:
-        """Unit vectors [B, Q, M] of request tokens over contexts of B rows; gap [B, Q, M], seen int64 [Q] or [B, Q]."""
+        """Vectors [B, Q, M'] of request tokens over contexts of B rows (`retrieval_users`).
+
+        Args:
+            gap: [B, Q, M] embeddings of the requests' gaps, or None.
+            seen: int64 [Q] or [B, Q] tail columns that a token sees.
+        """
         stage = self.target_attention
         # The residual stream leads from an item's vector to the next item's, in one space without a projection.
         x = self.request + context.newest(seen)
-        return F.normalize(stage.query(x, stage.layers[0].project(x), gap, seen, context), dim=-1)
+        return self.retrieval_users(stage.query(x, stage.layers[0].project(x), gap, seen, context))
 
     def candidate_logits(
         self,
@@ -225,14 +229,14 @@ class VistaModel(RankingModel):
             rows: int64 [N] model rows.
 
         Returns:
-            (unit vectors [N, M], or None without the retrieval head;
+            (vectors [N, M'] of `retrieval_items`, or None without the retrieval head;
              [N, 5M] vector, query, gate, key and value of the first layer of stage 2, or None without labeled tasks).
         """
         vectors = self.item_vectors(rows).float()
-        unit = F.normalize(vectors, dim=-1) if self.has_retrieval else None
+        retrieval = self.retrieval_items(vectors, rows) if self.has_retrieval else None
         if not self.schema.tasks:
-            return unit, None
-        return unit, torch.cat([vectors, self.target_attention.layers[0].project(vectors)], -1)
+            return retrieval, None
+        return retrieval, torch.cat([vectors, self.target_attention.layers[0].project(vectors)], -1)
 
     def with_tail(self, tail_len: int) -> VistaModel:
         """The same model with a shorter tail: cheaper to score, and no training needed. The two share their weights.
@@ -289,6 +293,8 @@ class VistaModel(RankingModel):
             facts["activation"] = self.config.activation.value
         if self.config.num_state_rows:
             facts["num_state_rows"] = self.config.num_state_rows
+        if self.counter_spec is not None:
+            facts["counters"] = self.counter_spec.to_dict()
         if self.config.embedding_rows:
             facts |= {key: to_dict(self.config)[key] for key in ("embedding_rows", "embedding_hashes")}
         if self.counter_spec is not None:

@@ -1,6 +1,7 @@
 """The loss of anchors: a softmax over the catalog whose labels are all items of the window after a question.
 
-Letters: NA anchors, P labels and S counted slots per anchor, J shared negatives, R item rows, M model dim.
+Letters: NA anchors, P labels and S counted slots per anchor, J shared negatives, R item rows, M width of retrieval
+vectors.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from vista.model.losses import ROWS_PER_TILE
 
 @dataclass(frozen=True, slots=True)
 class CountedSlots:
-    """Items whose logits come from the user's counters instead of cosines."""
+    """Items whose logits come from the user's counters."""
 
     item: Tensor
     """int64 [NA, S] rows of the batch's items, distinct within an anchor; -1 pads."""
@@ -27,7 +28,7 @@ class CountedSlots:
 
 def window_loss(
     user: Tensor,
-    unit_items: Tensor,
+    items: Tensor,
     label: Tensor,
     negatives: Tensor,
     negative_log_weight: Tensor,
@@ -46,12 +47,12 @@ def window_loss(
     anchor with many labels weighs more: callers divide by a constant, not by an anchor's own |P|.
 
     Args:
-        user: [NA, M] unit vectors.
-        unit_items: [R, M] unit vectors.
-        label: int64 [NA, P] rows of unit_items, distinct within an anchor; -1 pads. Every anchor has at least one.
-        negatives: int64 [J] distinct sorted rows of unit_items.
+        user: [NA, M] user vectors (`RankingModel.retrieval_users`).
+        items: [R, M] vectors of `RankingModel.retrieval_items`.
+        label: int64 [NA, P] rows of `items`, distinct within an anchor; -1 pads. Every anchor has at least one.
+        negatives: int64 [J] distinct sorted rows of `items`.
         negative_log_weight: float32 [J], added to the negatives' logits (logQ correction, `NegativeSampler.draw`).
-        temperature: divides the cosines, which are the logits of items that are not counted.
+        temperature: divides the inner products, which are the logits of items that are not counted.
         adjustment: float32 [R], added to the logits of items that are not counted; see `sampled_softmax`.
         counted: the items that have logits of their own; None without counters.
 
@@ -61,48 +62,48 @@ def window_loss(
     if len(label) == 0:
         return user.sum() * 0.0
     full = torch.promote_types(user.dtype, torch.float32)
-    user, unit_items = user.to(full), unit_items.to(full)
+    user, items = user.to(full), items.to(full)
     if adjustment is not None:
         negative_log_weight = negative_log_weight + adjustment[negatives]
     with torch.autocast(user.device.type, enabled=False):
-        positive = _cosines(user, unit_items, label) / temperature
+        positive = _cosines(user, items, label) / temperature
         if adjustment is not None:
             positive = positive + adjustment[label.clamp(min=0)]
-        exact, items = positive.masked_fill(label < 0, -torch.inf), label
+        exact, slots = positive.masked_fill(label < 0, -torch.inf), label
         if counted is not None:
             slot_logit = counted.logit.to(full).masked_fill(counted.item < 0, -torch.inf)
             is_counted = (label[:, :, None] == counted.item[:, None, :]) & (label >= 0)[:, :, None]
             found = is_counted.any(2)
             positive = torch.where(found, slot_logit.gather(1, is_counted.int().argmax(2)), positive)
             exact = torch.cat([slot_logit, exact.masked_fill(found, -torch.inf)], 1)
-            items = torch.cat([counted.item, items], 1)
-        column = torch.searchsorted(negatives, items.contiguous()).clamp_(max=len(negatives) - 1)
-        own = torch.where((negatives[column] == items) & (items >= 0), column, -1)
+            slots = torch.cat([counted.item, slots], 1)
+        column = torch.searchsorted(negatives, slots.contiguous()).clamp_(max=len(negatives) - 1)
+        own = torch.where((negatives[column] == slots) & (slots >= 0), column, -1)
         weight = (label >= 0).sum(1).to(full) / len(label)
         partition: Tensor = _WeightedPartition.apply(  # type: ignore[no-untyped-call]
-            user, exact, unit_items[negatives], negative_log_weight.to(full), own, weight, temperature
+            user, exact, items[negatives], negative_log_weight.to(full), own, weight, temperature
         )
     return partition - positive.masked_fill(label < 0, 0.0).sum() / len(label)
 
 
-def anchor_loss(batch: Batch, users: Tensor, unit_items: Tensor, temperature: float) -> Tensor:
+def anchor_loss(batch: Batch, users: Tensor, items: Tensor, temperature: float) -> Tensor:
     """The window loss of a batch's anchors, per label on average over training.
 
     Args:
-        users: [NA, M] unit vectors, in the order of the anchors.
-        unit_items: [R, M] unit vectors of the items `batch.rows`.
+        users: [NA, M] user vectors, in the order of the anchors.
+        items: [R, M] vectors of the items `batch.rows`.
     """
     anchors, negatives = batch.anchors, batch.negatives
     assert anchors is not None
     loss = window_loss(
-        users, unit_items, anchors.item, negatives.item, negatives.log_weight, temperature, batch.logit_adjustment
+        users, items, anchors.item, negatives.item, negatives.log_weight, temperature, batch.logit_adjustment
     )
     return loss / anchors.mean_labels
 
 
-def _cosines(user: Tensor, unit_items: Tensor, label: Tensor) -> Tensor:
+def _cosines(user: Tensor, items: Tensor, label: Tensor) -> Tensor:
     """[NA, P] inner products of each anchor's user vector and labels; any finite number in the padding."""
-    labeled = unit_items.index_select(0, label.clamp(min=0).flatten()).view(*label.shape, -1)
+    labeled = items.index_select(0, label.clamp(min=0).flatten()).view(*label.shape, -1)
     return torch.bmm(labeled, user.unsqueeze(2)).squeeze(2)
 
 

@@ -3,7 +3,7 @@
     scorer = Scorer.open("runs/ml-1m/best", "stores/ml-1m")
     scores = scorer.score(users, candidates)
 
-B users, C candidates, V items of the vocabulary, S seeds, L tail length, M model dim.
+B users, C candidates, V items of the vocabulary, S seeds, L tail length, M' width of retrieval vectors.
 """
 
 from __future__ import annotations
@@ -281,13 +281,13 @@ class Scorer:
             return CandidateSet.of(snapshot, candidates, self.on_missing)
 
     def user_vectors(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
-        """Unit vectors of the retrieval head, float32 [B, M]; their products with `item_vectors` rank the catalog.
+        """Vectors of the retrieval head, float32 [B, M']; their products with `item_vectors` rank the catalog.
 
         Raises:
             ValueError: the model was trained without a retrieval head. Others as in `predict`.
         """
         with self._call() as snapshot:
-            snapshot.unit_vectors()
+            snapshot.retrieval_vectors()
             request = self._request(snapshot, users, tail, now)
             vectors: NDArray[np.float32] = snapshot.user_vectors(request).cpu().numpy()
             if self.on_missing is OnMissing.nan:
@@ -295,19 +295,20 @@ class Scorer:
             return vectors
 
     def item_vectors(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """(ids [V], unit vectors float32 [V, M]) of the vocabulary, for a nearest-neighbor index.
+        """(ids [V], vectors float32 [V, M']) of the vocabulary, for an index by inner product.
 
         Raises:
             ValueError: the model was trained without a retrieval head.
         """
         with self._snapshots.use() as snapshot:
-            vectors = snapshot.unit_vectors()[UNKNOWN_ITEM + 1 :].cpu().numpy().copy()
+            vectors = snapshot.retrieval_vectors()[UNKNOWN_ITEM + 1 :].cpu().numpy().copy()
             return snapshot.model.items.ids(np.arange(len(snapshot.model.items))), vectors
 
     def catalog_scores(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
         """Scores float32 [B, V] that rank the whole catalog for each user, in the order of `item_vectors`.
 
-        They are cosines of the retrieval head. For a few items, or for scores on the scale of `predict`, use `predict`.
+        They are inner products of `user_vectors` and `item_vectors`. For a few items, or for scores on the scale of
+        `predict`, use `predict`.
 
         Raises:
             ValueError: the model was trained without a retrieval head, or there are too many scores; make several

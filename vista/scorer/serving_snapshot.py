@@ -1,6 +1,7 @@
 """What a scorer has in service: a model, its items, and a store, none of which change during a call.
 
-B users, C candidates, V items of the vocabulary, S seeds, L tail length, M model dim.
+B users, C candidates, V items of the vocabulary, S seeds, L tail length, M model dim, M' width of
+retrieval vectors.
 """
 
 from __future__ import annotations
@@ -89,11 +90,11 @@ class ServingSnapshot:
         if task not in self.tasks:
             raise ValueError(f"task: {shown(task)} is not one of this model's tasks, {self.tasks}")
 
-    def unit_vectors(self) -> Tensor:
-        """Unit vectors of all items, [1 + V, M]; ValueError without the retrieval head."""
-        if self.items.unit is None:
+    def retrieval_vectors(self) -> Tensor:
+        """Vectors of all items, [1 + V, M']; ValueError without the retrieval head."""
+        if self.items.retrieval is None:
             raise ValueError("this model has no retrieval head; train it with optim.next_weight above 0")
-        return self.items.unit
+        return self.items.retrieval
 
     def context(self, request: Request) -> tuple[TargetContext, Tensor | None]:
         """Keys and values of a request, and the gap buckets of its time, int64 [B, 1] or None."""
@@ -101,13 +102,13 @@ class ServingSnapshot:
         return context, inference.request_bucket(self.model, request.now, request.tail)
 
     def user_vectors(self, request: Request) -> Tensor:
-        """Unit vectors of the retrieval head, float32 [B, M]."""
+        """User vectors of the retrieval head, float32 [B, M']."""
         parts = [self._user_vectors(*self.context(part)) for _, part in self._portions(request)]
-        return torch.cat(parts) if parts else torch.empty(0, self.model.config.dim, device=self.model.device)
+        return torch.cat(parts) if parts else torch.empty(0, self.model.retrieval_dim, device=self.model.device)
 
     def catalog_scores(self, request: Request) -> NDArray[np.float32]:
-        """Cosines of the users with all items, float32 [B, V]; ValueError without the retrieval head."""
-        items = self.unit_vectors()[UNKNOWN_ITEM + 1 :].cpu().numpy()
+        """Products of the users' and all items' vectors, float32 [B, V]; ValueError without the retrieval head."""
+        items = self.retrieval_vectors()[UNKNOWN_ITEM + 1 :].cpu().numpy()
         scores: NDArray[np.float32] = self.user_vectors(request).cpu().numpy() @ items.T
         return scores
 
@@ -176,14 +177,14 @@ class ServingSnapshot:
         seen = torch.full((1,), model.config.tail_len, device=model.device)
         rows = rows.to(model.device)
         if task == NEXT_TASK:
-            assert self.items.unit is not None
-            unit = self.items.unit[rows] / model.config.temperature
-            value: Tensor = unit @ inference.user_vectors(model, context, gap)[0]
+            items = self.retrieval_vectors()[rows] / model.config.temperature
+            value: Tensor = items @ inference.user_vectors(model, context, gap)[0]
             parts = [part.expand(len(rows), -1) for part in (model.request, context.newest(seen)[0])]
 
             def head(out: Tensor) -> Tensor:
                 length = out.detach().square().sum(-1, keepdim=True).sqrt()
-                return (out / length * unit).sum(-1)
+                unit = out / length
+                return ((unit if model.popularity is None else model.popularity(unit)) * items).sum(-1)
         else:
             assert model.task_head is not None
             index, task_head = model.schema.tasks.index(task), model.task_head
@@ -234,8 +235,8 @@ class ServingSnapshot:
 
     @torch.inference_mode()
     def _cosines(self, vectors: Tensor, rows: Tensor | None, lengths: Int) -> Iterator[tuple[Cells, Tensor]]:
-        """Ranges of users and columns, and products float32 [users, columns] of vectors [B, M] with unit vectors."""
-        table = self.items.unit
+        """Ranges of users and columns, and products float32 [users, columns] of vectors [B, M'] with those of items."""
+        table = self.items.retrieval
         assert table is not None
         for users, columns in _parts(lengths, self._cosines_per_pass):
             items = _take(table, rows, users, columns)

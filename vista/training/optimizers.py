@@ -25,16 +25,21 @@ class Optimizers:
         self._model, self._optim = model, optim
         self._warmup_steps = planned(optim.warmup_steps, "optim.warmup_steps")
         self._dense = [p for name, p in model.named_parameters() if p.requires_grad and name != "item_table"]
+        counted = [p for head in (model.counted, model.popularity) if head is not None for p in head.parameters()]
+        is_counted = {id(p) for p in counted}
         # Matrices of linear maps decay. Norms, biases, embeddings, seeds and position biases do not.
         linear = (module.weight for module in model.modules() if isinstance(module, nn.Linear))
-        decayed = [weight for weight in linear if weight.requires_grad]
+        decayed = [weight for weight in linear if weight.requires_grad and id(weight) not in is_counted]
         is_decayed = {id(p) for p in decayed}
-        plain = [p for p in self._dense if id(p) not in is_decayed]
+        plain = [p for p in self._dense if id(p) not in is_decayed | is_counted]
+        groups = [
+            {"params": decayed, "weight_decay": optim.weight_decay, FACTOR: 1.0},
+            {"params": plain, "weight_decay": 0.0, FACTOR: 1.0},
+        ]
+        if counted:
+            groups.append({"params": counted, "weight_decay": optim.weight_decay, FACTOR: optim.counted_rate})
         self.dense = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": optim.weight_decay, FACTOR: 1.0},
-                {"params": plain, "weight_decay": 0.0, FACTOR: 1.0},
-            ],
+            groups,
             lr=optim.learning_rate,
             betas=BETAS,
         )

@@ -173,6 +173,8 @@ class Trainer:
     def _start(self, metrics: MetricsWriter) -> None:
         config = self.config
         newest = latest_checkpoint(self.run_dir / "checkpoints") if config.resume else None
+        if newest is None:
+            self.model.set_item_frequency(self.source.frequency)
         if newest is None and self.downstream is None:  # a checkpoint, or a base, contains what is read here
             self.model.read_item_table(config.data)
             if config.model.item_start is ItemStart.factors:

@@ -1,6 +1,6 @@
 """What baselines share: they read the raw history at every request, and keep nothing between requests.
 
-Letters: B users, N impressions, C candidates, M model dim.
+Letters: B users, N impressions, C candidates, M model dim, M' width of retrieval vectors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class HistoryModel(RankingModel):
     """Most tokens in a tile of histories that are encoded or searched at once."""
 
     def user_vectors(self, histories: Histories, now: Int | None) -> Tensor:
-        """Unit vectors [B, M] of the retrieval head.
+        """User vectors [B, M'] of the retrieval head (`RankingModel.retrieval_users`).
 
         Args:
             histories: items as model rows (`item_rows`).
@@ -97,9 +97,8 @@ def weighted_losses(
     return Losses(total, parts)
 
 
-def next_loss(batch: Batch, item_vectors: Tensor, users: Tensor, label: Tensor, temperature: float) -> Tensor:
-    """Sampled softmax of unit user vectors [N, M] for their labels int64 [N], as in VISTA."""
-    unit = torch.nn.functional.normalize(item_vectors, dim=-1)
+def next_loss(batch: Batch, items: Tensor, users: Tensor, label: Tensor, temperature: float) -> Tensor:
+    """Sampled softmax of user vectors [N, M'] for their labels int64 [N], over items [R, M'], as in VISTA."""
     return sampled_softmax(
-        users, unit, label, batch.negatives.item, batch.negatives.log_weight, temperature, batch.logit_adjustment
+        users, items, label, batch.negatives.item, batch.negatives.log_weight, temperature, batch.logit_adjustment
     )

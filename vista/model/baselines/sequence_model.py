@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.arrays import Int
@@ -140,11 +139,12 @@ class SequenceModel(HistoryModel):
                 logits.append(self.impression_logits(states, memory, vector, seen)[valid])
                 places.append(shown.place[index][valid])
         of_next = of_window = None
+        items = self.retrieval_items(item_vectors, batch.rows)
         if users:
-            of_next = next_loss(batch, item_vectors, torch.cat(users), torch.cat(labels), self.config.temperature)
+            of_next = next_loss(batch, items, torch.cat(users), torch.cat(labels), self.config.temperature)
         if askers:
             of_anchors = torch.cat(askers)[torch.cat(order).argsort()]
-            of_window = anchor_loss(batch, of_anchors, F.normalize(item_vectors, dim=-1), self.config.temperature)
+            of_window = anchor_loss(batch, of_anchors, items, self.config.temperature)
         shown_logits = in_place(torch.cat(logits), torch.cat(places), batch) if logits else None
         return weighted_losses(self, batch, optim, of_next, shown_logits, of_window)
 
@@ -168,7 +168,7 @@ class SequenceModel(HistoryModel):
 
     def _user(self, states: Tensor, gap: Tensor | None) -> Tensor:
         # No projection: states lie in the space of item vectors, where the residual stream starts.
-        return F.normalize(states if gap is None else states + self.gap_scale * gap, dim=-1)
+        return self.retrieval_users(states if gap is None else states + self.gap_scale * gap)
 
     def embed(self, histories: Histories) -> EmbeddedSequences:
         """The newest `history_limit` events of each history."""
@@ -183,7 +183,7 @@ class SequenceModel(HistoryModel):
     @torch.inference_mode()
     def user_vectors(self, histories: Histories, now: Int | None) -> Tensor:
         events, gap = self.embed(histories), self.request_gap(histories, now)
-        out = events.vectors.new_empty(histories.num_users, self.config.dim)
+        out = events.vectors.new_empty(histories.num_users, self.retrieval_dim)
         for tile in tiles(events.offsets, self.device, self.tile_tokens):
             states, _ = self._encode(events, tile)
             last = states[torch.arange(len(states)), tile.valid.sum(1)]

@@ -1,0 +1,90 @@
+"""Scores of counted items, which are the items that a user's counters hold.
+
+Items that are not counted have the score cos(u, v_i)/T, or with popularity (`vista.model.popularity_term`) a little
+more. A counted item i has the logit
+
+    s_i = h(x_i, cos(u, v_i)/T, popularity_i, log n) + g(u)
+
+where x_i are the codes of its counters and n is the number of the user's events. Both kinds share one softmax: h ranks
+the counted items among themselves, and the gate g says how much of what this user does next is a return. The cosine is
+an input of h and not a term, so that item vectors need not explain returns.
+
+Letters: B requests, S counted slots, F values per key (`CounterSpec`), M' width of retrieval vectors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+HIDDEN = 64
+
+
+class CountedItemHead(nn.Module):
+    """A network over the counters of each item, and a gate over the user vector.
+
+    Before training, all counted items of a user have the same logit, the gate's bias.
+    """
+
+    def __init__(self, num_values: int, retrieval_dim: int) -> None:
+        """
+        Args:
+            num_values: F.
+            retrieval_dim: M'.
+        """
+        super().__init__()
+        last = nn.Linear(HIDDEN, 1, bias=False)  # the gate has the bias
+        self.network = nn.Sequential(
+            nn.Linear(num_values + 3, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU(), last
+        )
+        self.gate = nn.Linear(retrieval_dim, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, codes: Tensor, score: Tensor, popularity: Tensor, num_events: Tensor, user: Tensor) -> Tensor:
+        """Logits of counted items.
+
+        Args:
+            codes: uint8 [B, S, F] from `CounterCodes`, as of the requests.
+            score: [B, S] what the items would score without counters: the inner product of the user's and the item's
+                retrieval vectors, divided by the temperature.
+            popularity: [B, S] `RankingModel.item_popularity` of the items.
+            num_events: int64 [B] events that the counters cover: those of the record, and the newer ones that were
+                added to them.
+            user: [B, M'] retrieval vectors.
+
+        Returns:
+            float32 [B, S] (or the dtype of the weights if that is wider), on the scale of `score`.
+        """
+        return self.from_counters(codes, score, popularity, num_events) + self.from_user(user).unsqueeze(1)
+
+    def from_counters(self, codes: Tensor, score: Tensor, popularity: Tensor, num_events: Tensor) -> Tensor:
+        """[B, S]: the network h. Arguments as in `forward`."""
+        dtype = self.gate.weight.dtype
+        size = (num_events.to(dtype).log1p() - 6).unsqueeze(1).expand_as(score)
+        # Constants that bring typical values near 0 ± 1.
+        inputs = [codes.to(dtype) / 8 - 2, *(x.to(dtype).unsqueeze(-1) for x in (score / 5, popularity, size))]
+        with torch.autocast(score.device.type, enabled=False):
+            logit: Tensor = self.network(torch.cat(inputs, -1)).squeeze(-1)
+        return logit
+
+    def from_user(self, user: Tensor) -> Tensor:
+        """[B]: the gate g. user: [B, M']."""
+        with torch.autocast(user.device.type, enabled=False):
+            # User vectors have length 1; this brings their entries near 0 ± 1, like the network's inputs.
+            logit: Tensor = self.gate(user.to(self.gate.weight.dtype) * math.sqrt(user.shape[-1])).squeeze(-1)
+        return logit
+
+    def start(self, returning_share: float, num_counted: float, num_items: int) -> None:
+        """Set the gate's bias so that counted items together have about the probability that they need.
+
+        Args:
+            returning_share: share of the labels that are counted items, between 0 and 1.
+            num_counted: mean number of counted items per question.
+            num_items: items of the vocabulary, which are taken to have logits near 0.
+        """
+        log_odds = math.log(returning_share) - math.log1p(-returning_share)
+        nn.init.constant_(self.gate.bias, log_odds + math.log(num_items / num_counted))
