@@ -195,21 +195,6 @@ class ModelConfig:
             f"most {MAX_DIM} rows are allowed; use fewer layers or more heads",
         )
 
-    def _check_counters(self) -> None:
-        require(
-            self.architecture is Architecture.vista,
-            "model.counters",
-            f"{self.architecture.value} does not use counters; set model.counters=false",
-        )
-        require_counts(self, "model.", ("counter_keys",), most=65_535)
-        require_numbers(self, "model.", "counter_days", 1 / 24, 36_500)
-        require_numbers(self, "model.", "counter_events", 1, 1e6)
-        require(
-            len(self.counter_days) + len(self.counter_events) <= 8,
-            "model.counter_days",
-            f"with counter_events at most 8 time constants, got {self.counter_days} and {self.counter_events}",
-        )
-
     def _check_decay(self) -> None:
         require(
             self.mixing is Mixing.separable,
