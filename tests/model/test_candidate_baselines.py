@@ -33,7 +33,14 @@ LIMITED = [("din", 6), ("sim", 0), ("sim", 8), ("sim-hard", 0), ("sim-hard", 8),
 
 
 def baseline(
-    make: SimpleNamespace, name: str, *, limit: int = 0, top_k: int = 4, has_time: bool = True, embedding_rows: int = 0
+    make: SimpleNamespace,
+    name: str,
+    *,
+    limit: int = 0,
+    top_k: int = 4,
+    share: float = 0.0,
+    has_time: bool = True,
+    embedding_rows: int = 0,
 ) -> CandidateModel:
     """A small float64 model in which every parameter matters."""
     torch.manual_seed(1)
@@ -45,6 +52,7 @@ def baseline(
         num_heads=2,
         history_limit=limit,
         search_top_k=top_k,
+        search_share=share,
         embedding_rows=embedding_rows,
         tail_len=5,
         dropout=0.0,
@@ -212,6 +220,23 @@ def test_a_search_that_finds_everything_is_attention_over_everything(make: Simpl
     other = few.candidate_logits(packed, candidates, now)
     same = (other - logits).abs().amax((1, 2)) < 1e-9
     assert same.tolist() == [length < 30 for length in LENGTHS]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "limit"), [case for case in LIMITED if case[0] != "din"])
+def test_a_search_may_find_a_share_of_the_history(make: SimpleNamespace, name: str, limit: int) -> None:
+    """Each user by their own length, whatever the lengths of the others; never fewer than search_top_k."""
+    model = baseline(make, name, limit=limit, top_k=4, share=0.4)
+    packed, now, candidates = requests(make, LENGTHS, 6)
+    logits, gap = model.candidate_logits(packed, candidates, now), model.request_gap(packed, now)
+    counts = []
+    for user, length in enumerate(packed.lengths.tolist()):
+        counts.append(max(4, round(0.4 * (min(length, limit) if limit else length))))
+        for column, candidate in enumerate(candidates[user].tolist()):
+            own_gap = None if gap is None else gap[user]
+            expected = logits_by_event(model, packed.slice(user), candidate, own_gap, count=counts[-1])
+            torch.testing.assert_close(logits[user, column], expected)
+    assert limit or len(set(counts)) > 2
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])

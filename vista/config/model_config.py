@@ -69,6 +69,8 @@ class ModelConfig:
     (`data.item_categories`)."""
     search_top_k: int = 100
     """For sim and twin: number of events that the search finds per candidate and that its attention reads."""
+    search_share: float = 0.0
+    """For sim and twin: share of the user's events that the search finds if these are more than search_top_k."""
     tail_len: int = 32
     """Number of newest events that stage 2 reads in addition to the summary."""
     feed_forward_ratio: float = 2.0
@@ -123,6 +125,7 @@ class ModelConfig:
         require_finite(self, "model.", ("temperature",), positive=True)
         require_finite(self, "model.", ("feed_forward_ratio",), positive=True, most=64)
         require_share(self, "model.", ("dropout",), below_one=True)
+        require_share(self, "model.", ("search_share",))
         self._check_divisor_of_dim("num_heads")
         if self.embedding_rows:
             self._check_divisor_of_dim("embedding_hashes")

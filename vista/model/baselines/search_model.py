@@ -38,7 +38,7 @@ class SearchModel(CandidateModel):
     def find(self, events: PackedEvents, queries: EventQueries) -> FoundEvents:
         """The events that `search` names, a tile of histories at a time."""
         longest = int(events.offsets.diff().max())
-        index = queries.seen.new_zeros(len(queries.seen), min(self.config.search_top_k, longest))
+        index = queries.seen.new_zeros(len(queries.seen), self.most_found(longest))
         valid = torch.zeros_like(index, dtype=torch.bool)
         for tile in tiles(events.offsets.cpu().numpy(), index.device, self.tile_tokens):
             entries = tile.entries(queries.history)
@@ -46,6 +46,7 @@ class SearchModel(CandidateModel):
                 continue
             row, real = entries
             local, visible = self.search(events, tile, queries, row)
+            visible &= torch.arange(local.shape[2], device=row.device) < self.num_found(queries.seen[row])[..., None]
             packed = tile.index[:, None].expand(-1, row.shape[1], -1).gather(2, local)
             index[row[real], : local.shape[2]] = torch.where(visible, packed, 0)[real]
             valid[row[real], : local.shape[2]] = visible[real]
@@ -55,17 +56,17 @@ class SearchModel(CandidateModel):
     def search(
         self, events: PackedEvents, tile: PaddedTile, queries: EventQueries, row: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The `search_top_k` events with the highest scores.
+        """The events with the highest scores, the highest first; `find` uses as many of them as each query may.
 
         Args:
             row: int64 [n, C] queries of each of the tile's histories.
 
         Returns:
             (places int64 [n, C, k] in the tile's histories, bool [n, C, k]: False for events that the query must not
-            see).
+            see). k is `most_found` in a history of the tile's length.
         """
         n, length = tile.index.shape
-        count = min(self.config.search_top_k, length)
+        count = self.most_found(length)
         # The first part of a score depends on the item only, so events of one item share it, bit for bit.
         distinct, place = torch.unique(events.item[tile.index], return_inverse=True)
         newest_clock, places, visible = events.newest_clock(queries), [], []
@@ -81,6 +82,15 @@ class SearchModel(CandidateModel):
                 places.append(newest_of_highest(score, count))
                 visible.append(~hidden.gather(2, places[-1]))
         return torch.cat(places, 1), torch.cat(visible, 1)
+
+    def num_found(self, seen: Tensor) -> Tensor:
+        """int64 of the shape of `seen`: events that the search finds at most among so many."""
+        readable = seen.clamp(max=self.config.history_limit) if self.config.history_limit else seen
+        return (readable.double() * self.config.search_share).round().long().clamp(min=self.config.search_top_k)
+
+    def most_found(self, length: int) -> int:
+        """Most events that the search finds in a history of this length."""
+        return min(int(self.num_found(torch.tensor(length))), length)
 
     def hidden(self, seen: Tensor, length: int) -> Tensor:
         """bool [n, C, L]: events after the first `seen` int64 [n, C], or before the newest `history_limit` of these."""

@@ -79,7 +79,7 @@ class SIM(SearchModel):
         wanted, seen = self.category[queries.item[row]].long(), queries.seen[row]
         oldest = (seen - (self.config.history_limit or length)).clamp(min=0)
         first, end = (torch.searchsorted(listed, wanted * length + bound) for bound in (oldest, seen))
-        rank = end[..., None] - 1 - torch.arange(min(self.config.search_top_k, length), device=row.device)
+        rank = end[..., None] - 1 - torch.arange(self.most_found(length), device=row.device)
         is_match = (rank >= first[..., None]) & (wanted != NO_CATEGORY)[..., None]
         places = listed[:, None].expand(-1, row.shape[1], -1).gather(2, rank.clamp(min=0)) % length
         return places, is_match
