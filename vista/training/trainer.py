@@ -43,7 +43,7 @@ from vista.training.checkpoint import (
     unpack_state,
 )
 from vista.training.downstream import Downstream
-from vista.training.item_factors import start_from_factors
+from vista.training.item_start import start_from_factors
 from vista.training.log_schema import schema_of
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.model_card import model_card

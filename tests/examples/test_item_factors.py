@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from tests.conftest import small_config
 from vista.arrays import Int
 from vista.config.choices import ItemStart
+from vista.examples import item_factors as factors
+from vista.examples.item_factors import REACH, SMOOTHING, START_RMS, item_factors
 from vista.log.event_log import EventLog
-from vista.training import item_factors as factors
-from vista.training.item_factors import REACH, SMOOTHING, START_RMS, item_factors, start_from_factors
+from vista.training.item_start import start_from_factors
 from vista.training.trainer import Trainer, train
 
 NUM_ITEMS = 40

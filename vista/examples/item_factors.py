@@ -1,4 +1,4 @@
-"""Item vectors to start from: a factorization of which items lie close together in the training histories.
+"""Item vectors without a model: a factorization of which items lie close together in the training histories.
 
 Positive pointwise mutual information with a smoothed context distribution (Levy, Goldberg, and Dagan, TACL 2015),
 factorized by a randomized SVD (Halko, Martinsson, and Tropp, SIAM Review 2011). Letters: R items with pairs, M model
@@ -7,8 +7,6 @@ dim, P pairs of items, S columns of the sketch.
 
 from __future__ import annotations
 
-import logging
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +17,7 @@ from torch import Tensor
 from vista.arrays import Int
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
-from vista.model.ranking_model import RankingModel
 
-logger = logging.getLogger(__name__)
 REACH = 15
 """Two events of a history form a pair if at most this many positions lie between them."""
 SMOOTHING = 0.75
@@ -44,16 +40,6 @@ class _PairCounts(NamedTuple):
     """int64 [P], the smaller model row."""
     high: Int
     times: Int
-
-
-def start_from_factors(model: RankingModel, log: EventLog, counts: Int, seed: int) -> None:
-    """Replace the drawn vectors of a model's items by factors, where the visible events have any."""
-    began, table = time.perf_counter(), model.item_table
-    rows, vectors = item_factors(log, model.rows_of(log.items), counts, table.shape[1], seed=seed)
-    with torch.no_grad():
-        table[torch.from_numpy(rows).to(table.device)] = torch.from_numpy(vectors).to(table.device)
-    seconds = time.perf_counter() - began
-    logger.info("%d of %d items start from factors (%.1f s)", len(rows), len(table) - 1, seconds)
 
 
 def item_factors(log: EventLog, item_rows: Int, counts: Int, dim: int, *, seed: int) -> tuple[Int, NDArray[np.float32]]:
