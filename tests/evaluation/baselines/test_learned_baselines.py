@@ -17,12 +17,14 @@ from vista.evaluation.baselines.counter_features import counter_features
 from vista.evaluation.baselines.counter_trees import CounterTrees
 from vista.evaluation.baselines.ease import Ease
 from vista.evaluation.baselines.own_frequency import OwnFrequency
+from vista.evaluation.baselines.pooled_factors import PooledFactors
 from vista.evaluation.baselines.popularity import Popularity
 from vista.evaluation.baselines.tifu_knn import TifuKnn
 from vista.evaluation.baselines.training_questions import training_questions
 from vista.evaluation.baselines.transitions import TransitionsAndOwn
 from vista.evaluation.baselines.tuned import Tuned
 from vista.evaluation.window_cases import window_cases
+from vista.examples.item_factors import item_factors
 from vista.log.event_log import EventLog
 
 
@@ -200,3 +202,44 @@ def test_tuned_fits_the_chosen_one_to_all_visible_events(shopping: tuple[EventLo
     np.testing.assert_array_equal(tuned, scores_of(OwnFrequency(last=60), log, counts))
     short = scores_of(Tuned("own", candidates, horizon_events=1000), log, counts)
     np.testing.assert_array_equal(short, scores_of(OwnFrequency(last=1), log, counts))
+
+
+def test_pooled_factors_by_a_loop(shopping: tuple[EventLog, Int]) -> None:
+    """No user has a window of 1,000 events, so the score is the cosine with the mean of the history's vectors."""
+    log, counts = shopping
+    scores = scores_of(PooledFactors(horizon_events=1000, dim=4), log, counts)
+    seed = int(np.random.default_rng(0).integers(1 << 31))
+    rows, factors = item_factors(log, np.arange(log.num_items) + 1, counts, 4, seed=seed)
+    unit = {row - 1: vector / np.linalg.norm(vector) for row, vector in zip(rows.tolist(), factors, strict=True)}
+    for user, history in enumerate(visible_items(log, counts)):
+        mean = np.sum([unit.get(item, np.zeros(4)) for item in history], axis=0)
+        for item in range(log.num_items):
+            expected = unit.get(item, np.zeros(4)) @ mean / np.linalg.norm(mean)
+            assert scores[user, item] == pytest.approx(expected, abs=1e-5)
+
+
+def test_pooled_factors_learn_which_items_go_together(tmp_path: Path) -> None:
+    """Users choose from one of three groups of 20 items, and change the group every 60 events."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(rng.integers(0, 3, (60, 4)), 60, axis=1)
+    histories = (20 * groups + rng.integers(0, 20, groups.shape)).tolist()
+    log = order_only_log(histories, tmp_path)
+    seen = np.full(log.num_users, 200)
+    cases = window_cases(log, seen, None, horizon_events=20)
+    quality = []
+    for baseline in (PooledFactors(horizon_events=20, dim=8), Popularity()):
+        baseline.fit(log, seen, np.random.default_rng(0))
+        quality.append(np.mean(BaselineAnswers(baseline, log).window_metrics(cases, [10])["precision@10"]))
+    assert quality[0] > quality[1] + 0.2
+
+
+def test_a_user_without_events_gets_the_popular_items_of_pooled_factors(shopping: tuple[EventLog, Int]) -> None:
+    log, counts = shopping
+    baseline = PooledFactors(horizon_events=20, dim=4)
+    baseline.fit(log, counts, np.random.default_rng(0))
+    scores = baseline.scores(np.array([0, 0, 1]), np.array([0, 50, 50]), None)
+    popularity = Popularity()
+    popularity.fit(log, counts, np.random.default_rng(0))
+    expected = popularity.scores(np.array([0]), counts[:1], None)[0]
+    assert np.abs(np.corrcoef(scores[0], np.log1p(expected))[0, 1]) == pytest.approx(1)
+    np.testing.assert_allclose(scores[1:], baseline.scores(np.array([0, 1]), np.array([50, 50]), None))

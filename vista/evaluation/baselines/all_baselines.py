@@ -7,6 +7,7 @@ from vista.evaluation.baselines.counting_baseline import CountingBaseline
 from vista.evaluation.baselines.ease import Ease
 from vista.evaluation.baselines.item_neighbors import ItemNeighbors
 from vista.evaluation.baselines.own_frequency import OwnFrequency
+from vista.evaluation.baselines.pooled_factors import PooledFactors
 from vista.evaluation.baselines.popularity import Popularity
 from vista.evaluation.baselines.tifu_knn import TifuKnn
 from vista.evaluation.baselines.transitions import Transitions, TransitionsAndOwn
@@ -53,5 +54,6 @@ def trained_baselines(*, horizon_events: int, at_one_time: bool) -> list[Countin
     return [
         Ease(),
         Tuned("TIFU-KNN", grid, horizon_events=horizon_events),
+        PooledFactors(horizon_events=horizon_events),
         CounterTrees(horizon_events=horizon_events, at_one_time=at_one_time),
     ]

@@ -1,0 +1,106 @@
+"""Pooled factors: means of fixed item vectors over the history, and a logistic regression of what comes next on them.
+
+Letters: n users, T events, M columns of the vectors, K means, V items.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.arrays import Int
+from vista.evaluation.baselines.training_questions import training_questions
+from vista.evaluation.baselines.visible_events import visible_events
+from vista.evaluation.metrics import Floats
+from vista.evaluation.window_cases import window_cases
+from vista.examples.frequency import item_counts
+from vista.examples.item_factors import item_factors
+from vista.log.event_log import EventLog
+from vista.simulation.logistic_regression import fit_probability
+
+_LAST = (32, 200)
+_DECAY = 200
+_NEGATIVES = 300
+"""Random items per user in the regression."""
+_USERS_PER_BLOCK = 256
+
+
+class PooledFactors:
+    """Score: Σ_k w_k cos(item, mean_k) + w log(1 + popularity).
+
+    The vectors are a factorization of co-occurrences (`item_factors`). Three means are over the last 32, the last 200,
+    and all events, and one decays by the factor e over 200 events. The weights are those of a logistic regression of
+    the items of a window before the cut, with vectors from the events before that window.
+    """
+
+    name = "pooled factors"
+
+    def __init__(self, *, horizon_events: int, dim: int = 64) -> None:
+        """
+        Args:
+            horizon_events: number of next events whose items are predicted.
+            dim: number of columns of the vectors.
+        """
+        self._horizon, self._dim = horizon_events, dim
+        self._weights: Floats = np.array([0.0, 0.0, 1.0, 0.0, 0.0])  # the mean of all, if no window can be asked
+
+    def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
+        self._log = log
+        seed = int(rng.integers(1 << 31))
+        questions = training_questions(log, counts, self._horizon, at_one_time=False)
+        question = max(questions, key=lambda asked: len(asked.user))
+        if len(question.user):
+            self._read(question.counts, seed)
+            self._weights = self._fitted(question.counts, question.user, counts, rng)
+        self._read(counts, seed)
+
+    def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
+        means = self._means(user, seen)  # [K, n, M]
+        wanted = np.tensordot(self._weights[:-1], means, axes=1)
+        out: Floats = wanted @ self._vectors.T + self._weights[-1] * self._popularity
+        return out
+
+    def _read(self, counts: Int, seed: int) -> None:
+        """Set the vectors and the log popularity of all items from some visible events."""
+        rows, factors = item_factors(self._log, np.arange(self._log.num_items) + 1, counts, self._dim, seed=seed)
+        self._vectors = np.zeros((self._log.num_items, self._dim))
+        self._vectors[rows - 1] = _unit(factors.astype(np.float64))
+        self._popularity = np.log1p(item_counts(self._log, counts))
+
+    def _fitted(self, before: Int, user: Int, counts: Int, rng: np.random.Generator) -> Floats:
+        asked = np.zeros_like(before)
+        asked[user] = before[user]
+        cases = window_cases(
+            self._log, asked, counts, horizon_events=self._horizon, min_seen=1, min_after=self._horizon
+        )
+        features, labels = [], []
+        for begin in range(0, len(cases), _USERS_PER_BLOCK):
+            part = cases.part(slice(begin, begin + _USERS_PER_BLOCK))
+            means = self._means(part.user, part.seen)
+            positive = np.repeat(np.arange(len(part)), np.diff(part.offsets))
+            drawn = np.repeat(np.arange(len(part)), _NEGATIVES)
+            row = np.concatenate([positive, drawn])
+            item = np.concatenate([part.item, rng.integers(0, self._log.num_items, len(drawn))])
+            cosines = np.einsum("knm,nm->nk", means[:, row], self._vectors[item])
+            features.append(np.column_stack([cosines, self._popularity[item], np.ones(len(row))]))
+            labels.append(np.arange(len(row)) < len(positive))
+        weights = fit_probability(np.concatenate(features), np.concatenate(labels).astype(np.float64))
+        return weights[:-1]
+
+    def _means(self, user: Int, seen: Int) -> Floats:
+        """Means float64 [K, n, M] of length 1; 0 for a user without events."""
+        events = visible_events(self._log, user, seen)
+        vectors = np.append(self._vectors[events.item], np.zeros((1, self._dim)), axis=0)
+        empty = np.diff(events.offsets) == 0
+        means = []
+        for weight in (*(events.age < last for last in _LAST), np.ones(len(events.age)), np.exp(-events.age / _DECAY)):
+            weighted = vectors * np.append(weight, 0)[:, None]
+            total = np.add.reduceat(weighted, events.offsets[:-1])
+            total[empty] = 0  # reduceat gives the next user's first event there
+            means.append(_unit(total))
+        return np.stack(means)
+
+
+def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(length > 0, length, 1)
