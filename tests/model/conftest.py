@@ -114,6 +114,7 @@ def chunks(
             gap=np.where(position > 0, gap_bucket(time - last), 0),
             label=rng.integers(0, 2, (len(owner), len(TASKS))).astype(np.float32),
             mask=rng.random((len(owner), len(TASKS))) < 0.8,
+            time=time,
         ),
     )
     return made, time

@@ -14,12 +14,13 @@ import torch
 from tqdm import tqdm
 
 from vista.arrays import Int
+from vista.evaluation.case_counters import CaseCounters
 from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases, request_starts
 from vista.evaluation.window_cases import WindowCases
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
 from vista.model.baselines.history_model import HistoryModel
-from vista.model.inference import item_vectors
+from vista.model.inference import catalog_scores, item_vectors
 
 
 class RawHistoryAnswers:
@@ -36,14 +37,14 @@ class RawHistoryAnswers:
         self._items = item_vectors(model) if model.has_retrieval else None
 
     def next_scores(self, cases: NextItemCases) -> Floats:
-        """Cosines float32 [N, V] of the users of some cases to all items, at the times of the labels."""
+        """Scores float32 [N, V] of all items for the users of some cases, at the times of the labels."""
         now = None
         if self._log.has_time:
             now = np.asarray(self._log.gather_ranges(cases.user, cases.seen, cases.seen + 1).timestamp)
         return self._catalog_scores(cases.user, cases.seen, now)
 
     def window_scores(self, cases: WindowCases) -> Floats:
-        """Cosines float32 [N, V] of the users of some cases to all items, at the times of the questions."""
+        """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions."""
         return self._catalog_scores(cases.user, cases.seen, cases.now)
 
     def _catalog_scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
@@ -52,8 +53,17 @@ class RawHistoryAnswers:
             for part in self._groups(seen, np.ones_like(seen))
         ]
         assert self._items is not None
-        scores: Floats = (torch.cat(users) @ self._items.t()).float().cpu().numpy()
+        counters = self._counters(user, seen, now)
+        codes, num_events = (None, None) if counters is None else (counters.codes(), counters.num_events)
+        scores: Floats = (
+            catalog_scores(self._model, torch.cat(users), self._items, codes, num_events).float().cpu().numpy()
+        )
         return scores
+
+    def _counters(self, user: Int, seen: Int, now: Int | None) -> CaseCounters | None:
+        """Counters of all events before the questions; None for a model without counters."""
+        spec = self._model.counter_spec
+        return None if spec is None else CaseCounters(spec, self._log, self._item_rows, user, seen, now)
 
     def probabilities(self, cases: ImpressionCases, *, progress: bool = False) -> Floats:
         """float32 [N, len(cases.tasks)]; the impressions of one user at one time share the history."""
@@ -71,11 +81,22 @@ class RawHistoryAnswers:
             index = np.minimum(first[:, None] + np.arange(width), len(cases.user) - 1)
             candidates = torch.from_numpy(self._item_rows[cases.item[index]]).to(self._model.device)
             histories = self.histories(cases.user[first], cases.seen[first])
-            logits = self._model.candidate_logits(histories, candidates, cases.timestamp[first])
+            logits = self._model.candidate_logits(
+                histories, candidates, cases.timestamp[first], self._candidate_codes(cases, index)
+            )
             predicted = logits[..., columns].sigmoid().float().cpu().numpy()
             for row, part in enumerate(parts):
                 out[part] = predicted[row, : part.stop - part.start]
         return out
+
+    def _candidate_codes(self, cases: ImpressionCases, index: Int) -> torch.Tensor | None:
+        """Codes uint8 [B, C, F] of the items of the cases int64 [B, C]; None for a model without counters."""
+        own = index.ravel()
+        counters = self._counters(cases.user[own], cases.seen[own], cases.timestamp[own])
+        if counters is None:
+            return None
+        codes = counters.of_items(self._item_rows[cases.item[own]])
+        return torch.from_numpy(codes.reshape(*index.shape, -1)).to(self._model.device)
 
     def histories(self, user: Int, seen: Int) -> Histories:
         """What the model reads of the first `seen` events int64 [B] of users int64 [B] (rows of the log)."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config import TrainConfig
@@ -37,14 +38,16 @@ class AnchorPlan:
     timeless_share: float
     """Share of anchors whose requests have no time, because callers of the scorer may not pass one."""
     trains_next: bool
-    """Whether next items are trained too, so that windows without anchors are needed."""
+    """Whether next items are trained elsewhere too, so that windows without anchors are needed."""
     mean_labels: float = 1.0
     """Mean number of labels per anchor, by which the loss is divided."""
 
     @classmethod
     def of(cls, config: TrainConfig, *, has_time: bool) -> AnchorPlan | None:
-        """The plan of a training run on a log with or without times; None if the run has no window loss."""
-        if not config.trains_window:
+        """The plan of a training run on a log with or without times; None if the run has neither the window loss nor
+        counters, with which next items are trained at anchors too."""
+        at_anchors = config.model.counters and config.trains_next
+        if not config.trains_window and not at_anchors:
             return None
         by_time = config.data.split is Split.time
         return cls(
@@ -55,7 +58,7 @@ class AnchorPlan:
             use_time=has_time and config.model.use_time,
             # With any other split, evaluation asks without a time, and only requests in production have one.
             timeless_share=0.1 if by_time else 0.5,
-            trains_next=config.optim.next_weight > 0,
+            trains_next=config.optim.next_weight > 0 and not at_anchors,
         )
 
 
@@ -71,6 +74,12 @@ class ChunkAnchors:
     """int64 [NA] log buckets of the time from the newest of these events to the request."""
     item: Int
     """int64 [NA, P] distinct model item rows; 0 pads."""
+    next_item: Int
+    """int64 [NA] model item rows of the first event after the request; 0 is the unknown item."""
+    time: Int
+    """int64 [NA] of the requests, ms."""
+    is_timed: NDArray[np.bool_]
+    """bool [NA]: False where the caller of the scorer passes no time."""
 
 
 def draw_anchors(chunks: Chunks, plan: AnchorPlan, rng: np.random.Generator) -> ChunkAnchors:
@@ -96,11 +105,13 @@ def draw_anchors(chunks: Chunks, plan: AnchorPlan, rng: np.random.Generator) -> 
         place = first + (share * room).astype(np.int64)
         time = timeline.time[place]
     position = place - timeline.offsets[:-1][chunk]
-    has_gap = (position > 0) & (rng.random(len(chunk)) >= plan.timeless_share) & plan.use_time
+    is_timed = rng.random(len(chunk)) >= plan.timeless_share
+    has_gap = (position > 0) & is_timed & plan.use_time
     gap = np.where(has_gap, gap_bucket(time - timeline.time[np.maximum(place - 1, 0)]), UNKNOWN_GAP)
     item = _labels(timeline, plan, place, timeline.offsets[1:][chunk], time)
     kept = np.flatnonzero(item.any(1))
-    return ChunkAnchors(chunk[kept], position[kept], gap[kept], item[kept])
+    parts = (chunk, position, gap, item, timeline.item[place], time, is_timed)
+    return ChunkAnchors(*(part[kept] for part in parts))
 
 
 def _first_from(timeline: ChunkTimeline, chunk: Int, time: Int) -> Int:

@@ -1,8 +1,8 @@
 """A training batch: packed events, the cuts at which summaries are read, and windows of label positions.
 
 Letters: B chunks, T packed events, NS segments between cuts, NC cuts, NW windows, W positions per window, L tail
-length, I impressions per window, J negatives, NA anchors, P labels per anchor, NR reconstructed stretches, R distinct
-item rows, S seeds, M model dim.
+length, I impressions per window, J negatives, NA anchors, P labels and S counted items per anchor, F values per
+counter, NR reconstructed stretches, R distinct item rows, S seeds of stored summaries, M model dim.
 """
 
 from __future__ import annotations
@@ -99,6 +99,21 @@ class BatchImpressions:
     """float32 [NW, I, num_tasks]."""
     mask: Tensor
     """bool [NW, I, num_tasks]: True where a task's label is known."""
+    codes: Tensor | None = None
+    """uint8 [NW, I, F] from `CounterCodes`: the user's counters of each item, 0 if it is not counted. None without
+    counters."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchCounters:
+    """Counted items of anchors."""
+
+    item: Tensor
+    """int64 [NA, S] indices into `Batch.rows`, distinct within an anchor; -1 pads."""
+    codes: Tensor
+    """uint8 [NA, S, F] from `CounterCodes`; 0 in the padding."""
+    num_events: Tensor
+    """int64 [NA] events that the counters cover."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +128,10 @@ class BatchAnchors:
     """int64 [NA] log buckets of the time from the newest visible event to the request."""
     item: Tensor
     """int64 [NA, P] distinct labels, indices into `Batch.rows`; -1 pads."""
+    next_item: Tensor
+    """int64 [NA] the next item, an index into `Batch.rows`; -1 if it is unknown."""
+    counters: BatchCounters | None
+    """Counted items of the users; None without counters."""
     mean_labels: float
     """Mean number of labels per anchor in training."""
 

@@ -15,11 +15,13 @@ from vista.arrays import Int
 from vista.config import OptimConfig, TrainConfig
 from vista.config.checks import planned
 from vista.config.choices import Architecture, Decay
+from vista.counters.counter_spec import CounterSpec
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
-from vista.examples.chunks import ChunkImpressions, Chunks, ChunkTimeline, decay_clock
+from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, decay_clock
 from vista.examples.cuts import CutPlan, cut_batch
 from vista.examples.frequency import item_frequency
+from vista.examples.history_counters import HistoryCounters
 from vista.examples.negatives import NegativeSampler
 from vista.examples.stored_summaries import StoredSummaries
 from vista.log.event_log import EventLog
@@ -43,6 +45,7 @@ class _Impressions:
     gap: Int
     label: NDArray[np.float32]
     mask: NDArray[np.bool_]
+    time: Int
     offsets: Int
 
 
@@ -50,11 +53,17 @@ class BatchSource:
     """Cuts the visible part of a log into batches."""
 
     def __init__(
-        self, log: EventLog, item_rows: Int, config: TrainConfig, stored: StoredSummaries | None = None
+        self,
+        log: EventLog,
+        item_rows: Int,
+        config: TrainConfig,
+        stored: StoredSummaries | None = None,
+        spec: CounterSpec | None = None,
     ) -> None:
         """
         Args:
             item_rows: int64 [log.num_items], the model row of each of the log's items; 0 is the unknown item.
+            spec: what the model's counters count; None without counters.
             stored: summaries from a store; None computes them from the batch's own events.
 
         Raises:
@@ -65,6 +74,7 @@ class BatchSource:
         self._item_rows = item_rows
         self._config = config
         self._stored = stored
+        self._spec = spec
         since = stored.since if stored else None
         self.counts = visible_counts(log, split_until(config.data, "train"))
         self._first = visible_counts(log, Until(before=since)) if stored else np.zeros(log.num_users, np.int64)
@@ -90,6 +100,10 @@ class BatchSource:
             )
         self._plan = CutPlan.of(config, has_time=log.has_time)
         self._chunk_len = chunk_len(config)
+        self.returning_share = 0.5
+        """Share of the labels of anchors that are counted items, between 0 and 1."""
+        self.num_counted = 1.0
+        """Mean number of counted items per anchor, at least 1."""
         self._epoch = -1
         self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
         self._batches: list[Int] = []
@@ -129,12 +143,25 @@ class BatchSource:
         self._epoch = epoch
 
     def _measure_labels(self) -> None:
-        """Measure the mean number of labels per anchor, by the first batches, which every run cuts alike."""
+        """Measure labels and counted items by the anchors of the first batches, which every run cuts alike."""
         if self._plan.anchors is None:
             return
-        first = (self.batch(0, index).anchors for index in range(min(self.num_batches(0), MEASURED_BATCHES)))
-        labels = [int(count) for anchors in first if anchors is not None for count in (anchors.item >= 0).sum(1)]
-        self._plan = replace(self._plan, anchors=replace(self._plan.anchors, mean_labels=float(np.mean(labels or [1]))))
+        num_anchors = num_labels = num_returns = num_counted = 0
+        for index in range(min(self.num_batches(0), MEASURED_BATCHES)):
+            anchors = self.batch(0, index).anchors
+            assert anchors is not None
+            label = anchors.item if self._config.trains_window else anchors.next_item.unsqueeze(1)
+            num_anchors += len(label)
+            num_labels += int((label >= 0).sum())
+            if anchors.counters is not None:
+                counted = anchors.counters.item
+                num_counted += int((counted >= 0).sum())
+                is_return = (label[:, :, None] == counted[:, None, :]).any(2) & (label >= 0)
+                num_returns += int(is_return.sum())
+        self.returning_share = (num_returns + 1) / (num_labels + 2)
+        self.num_counted = max(num_counted / max(num_anchors, 1), 1.0)
+        mean_labels = num_labels / num_anchors if num_anchors else 1.0
+        self._plan = replace(self._plan, anchors=replace(self._plan.anchors, mean_labels=mean_labels))
 
     def _pack(self, user: Int, start: Int, stop: Int) -> Chunks:
         lead = np.minimum(start, self._lead)
@@ -169,13 +196,27 @@ class BatchSource:
                 gap=np.where(position > 0, seen.gap[index], 0),
                 label=seen.label[index],
                 mask=seen.mask[index],
+                time=seen.time[index],
             ),
             timeline=None
             if anchors is None
             else ChunkTimeline(self._item_rows[timeline.item], np.asarray(timeline.timestamp), timeline.offsets),
             lead=lead if self._stored else None,
             summary=self._stored.read(user) if self._stored else None,
+            counters=self._counters(user, start - lead, stop),
         )
+
+    def _counters(self, user: Int, start: Int, stop: Int) -> ChunkCounters | None:
+        """Counters of chunks, which hold the events [start, stop) of their users."""
+        if self._spec is None:
+            return None
+        users, history = np.unique(user, return_inverse=True)
+        last = np.zeros(len(users), np.int64)
+        np.maximum.at(last, history, stop)
+        events = self._log.gather_ranges(users, np.zeros_like(last), last)
+        time = np.asarray(events.timestamp)
+        histories = HistoryCounters(self._spec, self._item_rows[events.item], time, events.offsets)
+        return ChunkCounters(histories, history, start, self._first[user] if self._stored else None)
 
 
 def chunk_len(config: TrainConfig) -> int:
@@ -248,7 +289,7 @@ def _visible_impressions(
     if table is None:
         none = np.zeros(0, np.int64)
         empty = np.zeros((0, 0), np.float32)
-        return _Impressions(none, none, none, none, empty, empty > 0, np.zeros(log.num_users + 1, np.int64))
+        return _Impressions(none, none, none, none, empty, empty > 0, none, np.zeros(log.num_users + 1, np.int64))
     # An impression between the last visible event and a hidden one may show the hidden label itself.
     hides = counts < log.lengths
     until = split_until(config.data, "train")
@@ -281,6 +322,7 @@ def _visible_impressions(
         np.where(position > 0, gap, 0)[kept],
         np.asarray(table.label)[kept][:, columns].astype(np.float32),
         mask[kept],
+        timestamp[kept],
         np.concatenate([[0], np.cumsum(per_user)]).astype(np.int64),
     )
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config.choices import Decay
+from vista.examples.history_counters import HistoryCounters
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class ChunkImpressions:
     """float32 [N, num_tasks]."""
     mask: NDArray[np.bool_]
     """bool [N, num_tasks]: True where a task's label is known."""
+    time: Int
+    """int64 [N] ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,19 @@ class ChunkTimeline:
     """int64 [N] ms, or positions in a log without times."""
     offsets: Int
     """int64 [B+1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkCounters:
+    """The whole histories of the chunks' users, which counters cover, and where the chunks lie in them."""
+
+    histories: HistoryCounters
+    history: Int
+    """int64 [B] the history of each chunk."""
+    start: Int
+    """int64 [B] events of the history before the chunk's first event."""
+    covered: Int | None
+    """int64 [B] events of the history that a stored record covers; None if records end where summaries are cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +88,8 @@ class Chunks:
     """int64 [B]: with stored summaries, the first events of each chunk that serve as context only."""
     summary: NDArray[np.float32] | None = None
     """float32 [B, S, M] stored summaries; None computes them from the batch's own events."""
+    counters: ChunkCounters | None = None
+    """Counters of the chunks' users; None without counters."""
 
     @property
     def num_context(self) -> Int:

@@ -14,7 +14,7 @@ I impressions per window.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,11 +23,13 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.config import TrainConfig
-from vista.config.choices import Mixing
+from vista.config.choices import Architecture, Mixing
+from vista.counters.counter_codes import CounterCodes
 from vista.examples.anchors import AnchorPlan, ChunkAnchors, draw_anchors
 from vista.examples.batch import (
     Batch,
     BatchAnchors,
+    BatchCounters,
     BatchCuts,
     BatchEvents,
     BatchImpressions,
@@ -37,6 +39,7 @@ from vista.examples.batch import (
     BatchWindows,
 )
 from vista.examples.chunks import ChunkImpressions, Chunks
+from vista.examples.window_counters import WindowCounters
 from vista.examples.windows import ChunkWindows, add_anchored, divide_chunks, draw_windows, windows_at
 from vista.log.histories import ranges
 
@@ -58,6 +61,9 @@ class CutPlan:
     """Share of windows whose requests have no time, because callers of the scorer may not pass one."""
     anchors: AnchorPlan | None = None
     """None draws no anchors."""
+    exact_counters: bool = False
+    """Count up to each request, as baselines do, which read the whole history. False counts up to a window's cut, and
+    adds the events of its tail, as the scorer does."""
 
     @classmethod
     def of(cls, config: TrainConfig, *, has_time: bool) -> CutPlan:
@@ -74,6 +80,7 @@ class CutPlan:
             unknown_share=data.unknown_share,
             reconstruction_len=data.reconstruction_len,
             anchors=AnchorPlan.of(config, has_time=has_time),
+            exact_counters=model.architecture is not Architecture.vista,
         )
 
 
@@ -110,10 +117,24 @@ def cut_batch(
 
     impression = _impressions_by_window(keep, impression_window, len(all_windows.chunk))
     impressed = np.where(impression >= 0, chunks.impressions.item[impression], 0)
-    asked = np.zeros(0, np.int64) if anchors is None else anchors.item
-    named = [chunks.item, negatives, impressed.ravel(), asked.ravel()]
+    asked = [np.zeros(0, np.int64)] * 2 if anchors is None else [anchors.item.ravel(), anchors.next_item]
+    counters, counted = _window_counters(chunks, plan, windows, cuts, window_cut), None
+    anchor_window = np.searchsorted(keep, anchor_window)
+    if anchors is not None and counters is not None:
+        counted = counters.at(anchor_window, anchors.position, anchors.time, anchors.is_timed)
+    named = [
+        chunks.item,
+        negatives,
+        impressed.ravel(),
+        *asked,
+        np.zeros(0, np.int64) if counted is None else counted.key,
+    ]
     rows, index = np.unique(np.concatenate(named), return_inverse=True)
-    item, negative, candidate, label = np.split(index, np.cumsum([len(part) for part in named[:-1]]))
+    item, negative, candidate, label, next_item, slot = np.split(index, np.cumsum([len(part) for part in named[:-1]]))
+    of_anchors = None
+    if anchors is not None:
+        slots = _anchor_counters(counters, counted, anchors, anchor_window, slot)
+        of_anchors = _anchors(plan, windows, anchors, anchor_window, label, next_item, slots)
     return Batch(
         user=_tensor(chunks.user),
         rows=_tensor(rows),
@@ -122,11 +143,11 @@ def cut_batch(
         windows=BatchWindows(_tensor(window_cut), _tail_index(chunks, plan, windows)),
         labels=_labels(chunks, plan, windows, item, is_timeless),
         negatives=BatchNegatives(_tensor(negative), _tensor(negative_log_weight)),
-        impressions=_impressions(chunks, plan, windows, impression, candidate.reshape(impression.shape), is_timeless),
+        impressions=_impressions(
+            chunks, plan, windows, impression, candidate.reshape(impression.shape), is_timeless, counters
+        ),
         reconstruction=reconstruction,
-        anchors=None
-        if anchors is None
-        else _anchors(plan, windows, anchors, np.searchsorted(keep, anchor_window), label),
+        anchors=of_anchors,
         stored_summary=None if chunks.summary is None else _tensor(chunks.summary),
     )
 
@@ -245,18 +266,53 @@ def _impressions_by_window(keep: Int, impression_window: Int, num_windows: int) 
 
 
 def _impressions(
-    chunks: Chunks, plan: CutPlan, windows: ChunkWindows, impression: Int, item: Int, is_timeless: NDArray[np.bool_]
+    chunks: Chunks,
+    plan: CutPlan,
+    windows: ChunkWindows,
+    impression: Int,
+    item: Int,
+    is_timeless: NDArray[np.bool_],
+    counters: WindowCounters | None,
 ) -> BatchImpressions:
     """impression: int64 [NW, I], -1 pads; item: int64 [NW, I] indices into the batch's rows; is_timeless: bool [NW]."""
     shown, is_shown = chunks.impressions, impression >= 0
     position = shown.position[impression] - windows.end[:, None] + plan.label_spacing - 1
+    codes = None
+    if counters is not None:
+        window, own = np.nonzero(is_shown)[0], impression[is_shown]
+        found = counters.of_items(window, shown.position[own], shown.time[own], ~is_timeless[window], shown.item[own])
+        codes = np.zeros((*impression.shape, found.shape[1]), np.uint8)
+        codes[is_shown] = found
     return BatchImpressions(
         item=_tensor(item),
         position=_tensor(np.where(is_shown, position, 0)),
         gap=_tensor(np.where(is_shown & ~is_timeless[:, None], shown.gap[impression], 0)),
         label=_tensor(np.where(is_shown[..., None], shown.label[impression], np.float32(0))),
         mask=_tensor(shown.mask[impression] & is_shown[..., None]),
+        codes=None if codes is None else _tensor(codes),
     )
+
+
+def _window_counters(
+    chunks: Chunks, plan: CutPlan, windows: ChunkWindows, cuts: BatchCuts, window_cut: Int
+) -> WindowCounters | None:
+    """Counters of the kept windows; window_cut: int64 [NW] the cut that each one reads."""
+    if chunks.counters is None:
+        return None
+    cut = None
+    if not plan.exact_counters and chunks.counters.covered is None:
+        cut = cuts.stop.numpy()[window_cut] - chunks.offsets[:-1][windows.chunk]
+    return WindowCounters(chunks.counters, windows, cut, plan.tail_len)
+
+
+def _anchor_counters(
+    counters: WindowCounters | None, codes: CounterCodes | None, anchors: ChunkAnchors, window: Int, slot: Int
+) -> BatchCounters | None:
+    """window: int64 [NA] of the kept windows; slot: int64 [E] indices into the batch's rows of the counted items."""
+    if counters is None or codes is None:
+        return None
+    item, padded = replace(codes, key=slot.astype(np.int32)).padded()
+    return BatchCounters(_tensor(item), _tensor(padded), _tensor(counters.num_events(window, anchors.position)))
 
 
 def _windows_of(
@@ -266,14 +322,25 @@ def _windows_of(
     return windows_at(chunks, plan.label_spacing, phase, windows, shown.chunk, shown.position)
 
 
-def _anchors(plan: CutPlan, windows: ChunkWindows, anchors: ChunkAnchors, window: Int, label: Int) -> BatchAnchors:
-    """window: int64 [NA] of the kept windows; label: int64 [NA * P] indices into the batch's rows."""
+def _anchors(
+    plan: CutPlan,
+    windows: ChunkWindows,
+    anchors: ChunkAnchors,
+    window: Int,
+    label: Int,
+    next_item: Int,
+    counters: BatchCounters | None,
+) -> BatchAnchors:
+    """window: int64 [NA] of the kept windows; label: int64 [NA * P] and next_item: int64 [NA] indices into the batch's
+    rows."""
     assert plan.anchors is not None
     return BatchAnchors(
         window=_tensor(window),
         position=_tensor(anchors.position - windows.end[window] + plan.label_spacing - 1),
         gap=_tensor(anchors.gap),
         item=_tensor(np.where(anchors.item > 0, label.reshape(anchors.item.shape), -1)),
+        next_item=_tensor(np.where(anchors.next_item > 0, next_item, -1)),
+        counters=counters,
         mean_labels=plan.anchors.mean_labels,
     )
 

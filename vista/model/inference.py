@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.config.choices import Mixing
+from vista.counters.counter_codes import CounterCodes
 from vista.log.gaps import UNKNOWN_GAP, gap_bucket
 from vista.log.histories import Histories, token_groups
 from vista.model.history_states import default_slice_len, embed, history_states, reach
@@ -137,8 +138,45 @@ def item_vectors(model: RankingModel) -> Tensor:
 
 
 @torch.inference_mode()
-def candidate_logits(model: VistaModel, context: TargetContext, gap: Tensor | None, candidates: Tensor) -> Tensor:
-    """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows)."""
+def catalog_scores(
+    model: RankingModel,
+    users: Tensor,
+    items: Tensor,
+    counters: CounterCodes | None = None,
+    num_events: Int | None = None,
+) -> Tensor:
+    """Scores [B, V] that rank all items for each user: logits of the softmax that training fits.
+
+    Args:
+        model: in eval mode.
+        users: [B, M'] from `user_vectors`.
+        items: [V, M'] from `item_vectors`.
+        counters: of the B users as of their requests; None without counters.
+        num_events: int64 [B] events that the counters cover.
+    """
+    scores = users @ items.t() / model.config.temperature
+    if model.counted is None or counters is None or num_events is None:
+        return scores
+    key, codes = (torch.from_numpy(part).to(scores.device) for part in counters.padded())
+    own = key.clamp(min=UNKNOWN_ITEM + 1)
+    column = own - UNKNOWN_ITEM - 1
+    logit = model.counted(
+        codes,
+        scores.gather(1, column),
+        model.item_popularity[own],
+        torch.from_numpy(num_events).to(scores.device),
+        users,
+    )
+    row, slot = (key >= 0).nonzero(as_tuple=True)
+    scores[row, column[row, slot]] = logit[row, slot]
+    return scores
+
+
+@torch.inference_mode()
+def candidate_logits(
+    model: VistaModel, context: TargetContext, gap: Tensor | None, candidates: Tensor, codes: Tensor | None = None
+) -> Tensor:
+    """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows); codes as in `VistaModel`."""
     seen = torch.full((1,), model.config.tail_len, device=model.device)
     gap = None if gap is None else gap.expand(-1, candidates.shape[1], -1)
-    return model.candidate_logits(model.item_vectors(candidates), gap, seen, context)
+    return model.candidate_logits(model.item_vectors(candidates), gap, seen, context, codes=codes)

@@ -25,6 +25,8 @@ from vista.config.conversion import to_dict
 from vista.examples.batch import Batch
 from vista.log.gaps import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
+from vista.model.anchor_losses import anchor_losses
+from vista.model.candidate_counters import CandidateCounters
 from vista.model.frozen_linear import frozen
 from vista.model.item_projections import save_item_projections
 from vista.model.losses import Losses, reconstruction_loss, sampled_softmax, task_losses
@@ -34,7 +36,6 @@ from vista.model.reconstruction import ReconstructionDecoder
 from vista.model.schema import Schema
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import TargetAttention, TargetContext
-from vista.model.window_loss import anchor_loss
 
 STAGE1_KEYS = (
     "dim",
@@ -72,6 +73,9 @@ class VistaModel(RankingModel):
         self.request = nn.Parameter(torch.randn(dim) * dim**-0.5 / self.target_attention.scale)
         """The retrieval head's query token, to which the newest event is added."""
         self.task_head = nn.Linear(dim, len(schema.tasks)) if schema.tasks else None
+        spec = self.counter_spec
+        self.candidate_counters = CandidateCounters(spec.num_columns, 5 * dim) if spec and schema.tasks else None
+        """Added to the vectors of candidates and to their projections in layer 1; None without counters or tasks."""
         self._identified = b"", b""
         """Hash of the inputs that `summarizer_id` was last computed from, and the id."""
 
@@ -83,13 +87,14 @@ class VistaModel(RankingModel):
         context = self.window_context(batch, shown, summaries)
         parts: dict[str, Tensor] = {}
         total = item_vectors.new_zeros((), dtype=torch.float32)
-        if optim.next_weight > 0:
+        if optim.next_weight > 0 and self.counted is None:
             parts["next"] = self._next_loss(batch, item_vectors, context)
-            total = total + optim.next_weight * parts["next"]
-        if optim.window_weight > 0 and batch.anchors is not None:
+        if batch.anchors is not None:
             users, items = self.anchor_users(batch, context), self.retrieval_items(item_vectors, batch.rows)
-            parts["window"] = anchor_loss(batch, users, items, self.config.temperature)
-            total = total + optim.window_weight * parts["window"]
+            parts |= anchor_losses(self, batch, users, items, optim)
+        for name, weight in (("next", optim.next_weight), ("window", optim.window_weight)):
+            if name in parts:
+                total = total + weight * parts[name]
         if self.task_head is not None and optim.task_weight > 0 and impressions.item.shape[1]:
             logits = self.window_logits(batch, item_vectors, context)
             losses = task_losses(logits, impressions.label, impressions.mask)
@@ -155,7 +160,7 @@ class VistaModel(RankingModel):
         seen = self.config.tail_len - batch.labels.item.shape[1] + 1 + batch.impressions.position
         vectors = item_vectors[batch.impressions.item]
         gap = self.encoder.gap_vectors(batch.impressions.gap)
-        return self.candidate_logits(vectors, gap, seen.clamp(min=0), context)
+        return self.candidate_logits(vectors, gap, seen.clamp(min=0), context, codes=batch.impressions.codes)
 
     def _next_loss(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> Tensor:
         users = self.window_users(batch, context)
@@ -203,6 +208,7 @@ class VistaModel(RankingModel):
         context: TargetContext,
         projections: Tensor | None = None,
         biases: list[Tensor] | None = None,
+        codes: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, C, num_tasks] of candidates.
 
@@ -213,10 +219,15 @@ class VistaModel(RankingModel):
             context: of the B rows.
             projections: [B, C, 4M] of the vectors in layer 1 (`ItemProjections`); None computes them.
             biases: `TargetAttention.query_biases` of `seen`; None computes them.
+            codes: uint8 [B, C, F] the users' counters of the candidates, 0 if they are not counted. None without
+                counters, or if the caller has added what they add.
         """
         assert self.task_head is not None
         stage = self.target_attention
         own = stage.layers[0].project(vectors) if projections is None else projections
+        if self.candidate_counters is not None and codes is not None:
+            of_vectors, of_projections = self.candidate_counters(codes).split([self.config.dim, own.shape[-1]], -1)
+            vectors, own = vectors + of_vectors, own + of_projections
         out = stage.query(vectors, own, gap, seen, context, biases)
         logits: Tensor = self.task_head(out)
         return logits

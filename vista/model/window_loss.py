@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vista.examples.batch import Batch
 from vista.model.losses import ROWS_PER_TILE
 
 
@@ -66,7 +65,7 @@ def window_loss(
     if adjustment is not None:
         negative_log_weight = negative_log_weight + adjustment[negatives]
     with torch.autocast(user.device.type, enabled=False):
-        positive = _cosines(user, items, label) / temperature
+        positive = products(user, items, label) / temperature
         if adjustment is not None:
             positive = positive + adjustment[label.clamp(min=0)]
         exact, slots = positive.masked_fill(label < 0, -torch.inf), label
@@ -86,23 +85,11 @@ def window_loss(
     return partition - positive.masked_fill(label < 0, 0.0).sum() / len(label)
 
 
-def anchor_loss(batch: Batch, users: Tensor, items: Tensor, temperature: float) -> Tensor:
-    """The window loss of a batch's anchors, per label on average over training.
+def products(user: Tensor, items: Tensor, label: Tensor) -> Tensor:
+    """[NA, P] inner products of user vectors [NA, M] and rows int64 [NA, P] of items [R, M].
 
-    Args:
-        users: [NA, M] user vectors, in the order of the anchors.
-        items: [R, M] vectors of the items `batch.rows`.
+    Padding is -1, and has any finite number.
     """
-    anchors, negatives = batch.anchors, batch.negatives
-    assert anchors is not None
-    loss = window_loss(
-        users, items, anchors.item, negatives.item, negatives.log_weight, temperature, batch.logit_adjustment
-    )
-    return loss / anchors.mean_labels
-
-
-def _cosines(user: Tensor, items: Tensor, label: Tensor) -> Tensor:
-    """[NA, P] inner products of each anchor's user vector and labels; any finite number in the padding."""
     labeled = items.index_select(0, label.clamp(min=0).flatten()).view(*label.shape, -1)
     return torch.bmm(labeled, user.unsqueeze(2)).squeeze(2)
 

@@ -143,7 +143,8 @@ class Trainer:
         if config.optim.table_rate == 0:
             self.model.item_table.requires_grad_(False)
         item_rows = self.model.rows_of(log.items)
-        self.source = BatchSource(log, item_rows, config, downstream.summaries if downstream is not None else None)
+        stored = downstream.summaries if downstream is not None else None
+        self.source = BatchSource(log, item_rows, config, stored, self.model.counter_spec)
         self.validation = _validation(log, item_rows, config)
         self.optimizers = Optimizers(self.model, config.optim)
         self.progress = Progress()
@@ -175,6 +176,8 @@ class Trainer:
         newest = latest_checkpoint(self.run_dir / "checkpoints") if config.resume else None
         if newest is None:
             self.model.set_item_frequency(self.source.frequency)
+            if self.model.counted is not None:
+                self.model.counted.start(self.source.returning_share, self.source.num_counted, len(self.model.items))
         if newest is None and self.downstream is None:  # a checkpoint, or a base, contains what is read here
             self.model.read_item_table(config.data)
             if config.model.item_start is ItemStart.factors:

@@ -107,7 +107,7 @@ class CandidateModel(HistoryModel):
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         shown = ShownCandidates.of(batch)
         if len(shown.place) == 0:
-            return weighted_losses(self, batch, optim, None, None)
+            return weighted_losses(self, batch, optim, {}, None)
         events = PackedEvents(
             table=item_vectors,
             rows=batch.rows,
@@ -120,7 +120,7 @@ class CandidateModel(HistoryModel):
         vectors, gap = item_vectors[shown.item], self.encoder.gap_vectors(shown.gap)
         vectors = (vectors if gap is None else vectors + gap) * self.scale
         queries = EventQueries(vectors, batch.rows[shown.item], shown.chunk, shown.seen)
-        losses = weighted_losses(self, batch, optim, None, in_place(self.logits(events, queries), shown.place, batch))
+        losses = weighted_losses(self, batch, optim, {}, in_place(self.logits(events, queries), shown.place, batch))
         search = self.search_logits(events, queries)
         if search is None:
             return losses
@@ -129,7 +129,9 @@ class CandidateModel(HistoryModel):
         return Losses(losses.total + optim.task_weight * search_loss, {**losses.parts, "search_unit": search_loss})
 
     @torch.inference_mode()
-    def candidate_logits(self, histories: Histories, candidates: Tensor, now: Int | None) -> Tensor:
+    def candidate_logits(
+        self, histories: Histories, candidates: Tensor, now: Int | None, codes: Tensor | None = None
+    ) -> Tensor:
         histories = newest(histories, self.config.history_limit)
         rows, item = torch.unique(self._tensor(histories.item).long(), return_inverse=True)
         events = PackedEvents(

@@ -43,8 +43,15 @@ class HistoryModel(RankingModel):
             "next items, such as model=sasrec"
         )
 
-    def candidate_logits(self, histories: Histories, candidates: Tensor, now: Int | None) -> Tensor:
-        """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows)."""
+    def candidate_logits(
+        self, histories: Histories, candidates: Tensor, now: Int | None, codes: Tensor | None = None
+    ) -> Tensor:
+        """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows).
+
+        Args:
+            histories: as in `user_vectors`, like `now`.
+            codes: uint8 [B, C, F] the users' counters of the candidates; None without counters.
+        """
         raise NotImplementedError
 
     def request_gap(self, histories: Histories, now: Int | None) -> Tensor | None:
@@ -71,25 +78,20 @@ def weighted_losses(
     model: RankingModel,
     batch: Batch,
     optim: OptimConfig,
-    next_loss: Tensor | None,
+    of_items: dict[str, Tensor],
     logits: Tensor | None,
-    window_loss: Tensor | None = None,
 ) -> Losses:
     """The losses of a baseline.
 
     Args:
-        next_loss: of next items, if they are trained.
+        of_items: the losses "next" and "window" that are trained.
         logits: [NW, I, num_tasks] of impressions, if they are trained.
-        window_loss: of anchors, if windows are trained.
     """
-    parts: dict[str, Tensor] = {}
+    parts = dict(of_items)
     total = model.item_table.new_zeros((), dtype=torch.float32)
-    if next_loss is not None:
-        parts["next"] = next_loss
-        total = total + optim.next_weight * next_loss
-    if window_loss is not None:
-        parts["window"] = window_loss
-        total = total + optim.window_weight * window_loss
+    for name, weight in (("next", optim.next_weight), ("window", optim.window_weight)):
+        if name in parts:
+            total = total + weight * parts[name]
     if logits is not None:
         losses = task_losses(logits, batch.impressions.label, batch.impressions.mask)
         parts.update(zip(model.schema.tasks, losses, strict=True))

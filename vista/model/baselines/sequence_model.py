@@ -19,14 +19,15 @@ from vista.examples.batch import Batch
 from vista.log.gaps import history_gaps
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
+from vista.model.anchor_losses import anchor_losses
 from vista.model.baselines.history_model import HistoryModel, next_loss, weighted_losses
 from vista.model.baselines.padded_tiles import PaddedTile, tiles
 from vista.model.baselines.shown_candidates import ShownCandidates, in_place, seen_in_chunk
+from vista.model.candidate_counters import CandidateCounters
 from vista.model.inference import newest
 from vista.model.layers import Dropout
 from vista.model.losses import Losses
 from vista.model.schema import Schema
-from vista.model.window_loss import anchor_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,9 @@ class SequenceModel(HistoryModel):
         self.start = nn.Parameter(torch.randn(dim) * dim**-0.5)
         """State before the first event."""
         self.dropout = Dropout(config.dropout)
+        spec = self.counter_spec
+        self.candidate_counters = CandidateCounters(spec.num_columns, dim) if spec and schema.tasks else None
+        """Added to the vectors of candidates; None without counters or tasks."""
         if self.encoder.gap is not None:
             # A buffer, so that weights trained without it do not load.
             self.register_buffer("gap_scale", torch.tensor(dim**0.5))
@@ -115,11 +119,11 @@ class SequenceModel(HistoryModel):
         shown = None
         if self.schema.tasks and optim.task_weight > 0:
             batch, shown = _encoded_impressions(batch, self.config.history_limit)
-        asked = _AskedAnchors.of(batch) if optim.window_weight > 0 else None
+        asked = _AskedAnchors.of(batch)
         users, labels, logits, places, askers, order = [], [], [], [], [], []
         for tile in tiles(events.offsets, vectors.device, self.tile_tokens):
             states, memory = self._encode(events, tile)
-            if optim.next_weight > 0:
+            if optim.next_weight > 0 and self.counted is None:
                 labeled = self._labeled(tile)
                 gap = self.encoder.gap_vectors(packed.gap[tile.index][labeled])
                 users.append(self._user(states[:, : labeled.shape[1]][labeled], gap))
@@ -134,19 +138,20 @@ class SequenceModel(HistoryModel):
                 vector = item_vectors[shown.item[index]]
                 gap = self.encoder.gap_vectors(shown.gap[index])
                 vector = vector if gap is None else vector + gap
+                if self.candidate_counters is not None and batch.impressions.codes is not None:
+                    vector = vector + self.candidate_counters(batch.impressions.codes.flatten(0, 1)[shown.place[index]])
                 # Padding may name an impression that sees more events than the tile has.
                 seen = torch.where(valid, shown.seen[index], 0)
                 logits.append(self.impression_logits(states, memory, vector, seen)[valid])
                 places.append(shown.place[index][valid])
-        of_next = of_window = None
+        parts: dict[str, Tensor] = {}
         items = self.retrieval_items(item_vectors, batch.rows)
         if users:
-            of_next = next_loss(batch, items, torch.cat(users), torch.cat(labels), self.config.temperature)
+            parts["next"] = next_loss(batch, items, torch.cat(users), torch.cat(labels), self.config.temperature)
         if askers:
-            of_anchors = torch.cat(askers)[torch.cat(order).argsort()]
-            of_window = anchor_loss(batch, of_anchors, items, self.config.temperature)
+            parts |= anchor_losses(self, batch, torch.cat(askers)[torch.cat(order).argsort()], items, optim)
         shown_logits = in_place(torch.cat(logits), torch.cat(places), batch) if logits else None
-        return weighted_losses(self, batch, optim, of_next, shown_logits, of_window)
+        return weighted_losses(self, batch, optim, parts, shown_logits)
 
     def _labeled(self, tile: PaddedTile) -> Tensor:
         """Which events of the tile are labels of the next-item loss: bool [n, L]."""
@@ -191,13 +196,17 @@ class SequenceModel(HistoryModel):
         return out
 
     @torch.inference_mode()
-    def candidate_logits(self, histories: Histories, candidates: Tensor, now: Int | None) -> Tensor:
+    def candidate_logits(
+        self, histories: Histories, candidates: Tensor, now: Int | None, codes: Tensor | None = None
+    ) -> Tensor:
         events, gap = self.embed(histories), self.request_gap(histories, now)
         out = events.vectors.new_empty(*candidates.shape, len(self.schema.tasks))
         for tile in tiles(events.offsets, self.device, self.tile_tokens):
             states, memory = self._encode(events, tile)
             vectors = self.item_vectors(candidates[tile.rows])
             vectors = vectors if gap is None else vectors + gap[tile.rows, None]
+            if self.candidate_counters is not None and codes is not None:
+                vectors = vectors + self.candidate_counters(codes[tile.rows])
             seen = tile.valid.sum(1, keepdim=True).expand(-1, candidates.shape[1])
             out[tile.rows] = self.impression_logits(states, memory, vectors, seen)
         return out

@@ -1,0 +1,70 @@
+"""Counters as requests read them, made from whole histories: for training, and for evaluation without a store.
+
+A request reads a record, which holds the counters of the first events of a history, quantized. The scorer advances
+them to the time of the request, and adds the newer events of the tail. What follows here is that computation, by the
+same code, for requests at any place of a history. Letters: B histories, T events, n requests, F values per key.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.arrays import Int
+from vista.counters.counter_codes import CounterCodes
+from vista.counters.counter_spec import CounterSpec
+from vista.counters.occurrence_index import OccurrenceIndex
+from vista.examples.counted_requests import CountedRequests
+from vista.log.histories import ranges
+
+
+class HistoryCounters:
+    """Counters of B histories for the field `item`, at any place."""
+
+    def __init__(self, spec: CounterSpec, item: Int, time: Int, offsets: Int) -> None:
+        """
+        Args:
+            spec: what records hold.
+            item: int64 [T] model rows, from each history's first event on; time: int64 [T] ms.
+            offsets: int64 [B + 1].
+        """
+        self._num_keys = spec.keys[0]
+        self._item, self._time, self._offsets = item, time, offsets
+        self._index = OccurrenceIndex(spec, item, time, offsets)
+
+    def at(self, requests: CountedRequests) -> CounterCodes:
+        """The counters of each request."""
+        stored, record = self._stored(requests)
+        item, time, offsets, now = self._added(requests, stored.clock[record])
+        return stored.select(record).advanced(now, item, time, offsets)
+
+    def of_items(self, requests: CountedRequests, item: Int) -> NDArray[np.uint8]:
+        """Codes uint8 [n, F] of one item int64 [n] per request: those of `at`, without computing the others."""
+        stored, record = self._stored(requests)
+        new, time, offsets, now = self._added(requests, stored.clock[record])
+        codes = stored.lookup(record, item)
+        has_codes = codes.any(1)
+        bounds = np.concatenate([[0], np.cumsum(has_codes)]).astype(np.int64)
+        own = CounterCodes(
+            stored.spec, item[has_codes].astype(np.int32), codes[has_codes], bounds, stored.clock[record]
+        )
+        # Other items are events too, but not counted: as the unknown item.
+        new = np.where(new == np.repeat(item, np.diff(offsets)), new, 0)
+        return own.advanced(now, new, time, offsets).lookup(np.arange(len(item)), item)
+
+    def _stored(self, requests: CountedRequests) -> tuple[CounterCodes, Int]:
+        """What records hold, and int64 [n], the record of each request."""
+        records, record = np.unique(np.stack([requests.user, requests.covered]), axis=1, return_inverse=True)
+        table = self._index.table(records[0], records[1])
+        return table.top(self._num_keys).codes(), record
+
+    def _added(self, requests: CountedRequests, clock: Int) -> tuple[Int, Int, Int, Int]:
+        """Items and times of the events that are added, their offsets int64 [n + 1], and the times of the requests."""
+        first = requests.first
+        index = ranges(self._offsets[requests.user] + first, requests.seen - first)
+        offsets = np.concatenate([[0], np.cumsum(requests.seen - first)]).astype(np.int64)
+        newest = clock.copy()
+        has_new = np.flatnonzero(requests.seen > first)
+        newest[has_new] = np.maximum(clock[has_new], self._time[index[offsets[has_new + 1] - 1]])
+        now = np.where(requests.is_timed, requests.now, newest)
+        return self._item[index], self._time[index], offsets, now

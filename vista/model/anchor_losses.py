@@ -1,0 +1,62 @@
+"""The losses at anchors: of the window that follows, and with counters also of the next item.
+
+Letters: NA anchors, S counted items per anchor, R item rows, M' width of retrieval vectors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vista.config import OptimConfig
+from vista.examples.batch import Batch, BatchAnchors
+from vista.model.ranking_model import RankingModel
+from vista.model.window_loss import CountedSlots, products, window_loss
+
+
+def anchor_losses(
+    model: RankingModel, batch: Batch, users: Tensor, items: Tensor, optim: OptimConfig
+) -> dict[str, Tensor]:
+    """The losses of a batch's anchors, by name: "window", and "next" if the model has counters.
+
+    Args:
+        model: scores counted items.
+        batch: with anchors.
+        users: [NA, M'] user vectors, in the order of the anchors.
+        items: [R, M'] vectors of the items `batch.rows`.
+        optim: says which losses are trained.
+    """
+    anchors, negatives = batch.anchors, batch.negatives
+    assert anchors is not None
+    counted = _counted_slots(model, batch, anchors, users, items)
+    parts: dict[str, Tensor] = {}
+
+    def loss(users: Tensor, label: Tensor, counted: CountedSlots | None) -> Tensor:
+        temperature = model.config.temperature
+        return window_loss(
+            users, items, label, negatives.item, negatives.log_weight, temperature, batch.logit_adjustment, counted
+        )
+
+    if counted is not None and optim.next_weight > 0:
+        known = (anchors.next_item >= 0).nonzero().squeeze(-1)
+        label = anchors.next_item[known].unsqueeze(1)
+        parts["next"] = loss(users[known], label, CountedSlots(counted.item[known], counted.logit[known]))
+    if optim.window_weight > 0:
+        # Labels are summed. Their mean number is a constant, so that anchors with many labels weigh more.
+        parts["window"] = loss(users, anchors.item, counted) / anchors.mean_labels
+    return parts
+
+
+def _counted_slots(
+    model: RankingModel, batch: Batch, anchors: BatchAnchors, users: Tensor, items: Tensor
+) -> CountedSlots | None:
+    """The counted items of anchors and their logits; None without counters."""
+    slots = anchors.counters
+    if model.counted is None or slots is None:
+        return None
+    full = torch.promote_types(users.dtype, torch.float32)
+    with torch.autocast(users.device.type, enabled=False):
+        score = products(users.to(full), items.to(full), slots.item) / model.config.temperature
+        popularity = model.item_popularity[batch.rows][slots.item.clamp(min=0)]
+        logit = model.counted(slots.codes, score, popularity, slots.num_events, users.to(full))
+    return CountedSlots(slots.item, logit)
