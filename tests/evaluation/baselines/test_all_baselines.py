@@ -5,25 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import polars
 import pytest
 
 from tests.conftest import real_set
 from tests.evaluation.baselines.conftest import shopping_log
 from tests.log.conftest import run
 from vista.arrays import Int
-from vista.config import DataConfig
+from vista.config import DataConfig, SourceColumns
 from vista.config.choices import Split
 from vista.errors import ConfigError
 from vista.evaluation.baselines.all_baselines import counting_baselines, trained_baselines
 from vista.evaluation.baselines.baseline_answers import BaselineAnswers
 from vista.evaluation.baselines.counting_baseline import CountingBaseline
 from vista.evaluation.baselines.evaluate_baseline import evaluate_baseline
+from vista.evaluation.baselines.item_neighbors import ItemNeighbors
+from vista.evaluation.baselines.own_frequency import OwnFrequency
 from vista.evaluation.baselines.popularity import Popularity
 from vista.evaluation.baselines.transitions import Transitions
 from vista.evaluation.cases import NextItemCases
 from vista.evaluation.window_cases import window_cases
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
+from vista.log.until import parse_time
+
+NOVEMBER = parse_time("2017-11-01")
 
 
 def all_baselines(has_time: bool = True, at_one_time: bool = True) -> list[CountingBaseline]:
@@ -137,3 +143,30 @@ def test_movielens(
     for baseline, expected in ((Popularity(), popularity), (Transitions(), transitions)):
         values = evaluate_baseline(baseline, log, DataConfig()).metrics
         assert (values["hr@10"], values["ndcg@10"]) == pytest.approx(expected, abs=6e-4)
+
+
+@pytest.mark.data
+def test_complete_journey(tmp_path: Path) -> None:
+    """Precision over the next 50 events, and recall of new items over the next 200, equal those of another program."""
+    columns = SourceColumns(user="household_id", item="product_id")
+    frame = polars.read_parquet(real_set("complete-journey") / "events.parquet")
+    log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s", columns=columns)
+    seen = visible_counts(log, "2017-11-01")
+    near, far = (window_cases(log, seen, None, horizon_events=events, now=NOVEMBER) for events in (50, 200))
+    assert len(near) == len(far) == 893
+    expected: list[tuple[CountingBaseline, float | None, float | None]] = [
+        (OwnFrequency(last=32), 0.257, None),
+        (OwnFrequency(last=200), 0.360, None),
+        (OwnFrequency(), 0.369, None),
+        (OwnFrequency(days=90), 0.369, None),
+        (Popularity(), None, 0.0492),
+        (ItemNeighbors(), None, 0.0545),
+    ]
+    for baseline, precision, recall in expected:
+        baseline.fit(log, seen, np.random.default_rng(0))
+        answers = BaselineAnswers(baseline, log)
+        if precision is not None:
+            assert np.mean(answers.window_metrics(near, [10])["precision@10"]) == pytest.approx(precision, abs=6e-4)
+        if recall is not None:
+            value = np.nanmean(answers.window_metrics(far, [50])["recall@50:new"])
+            assert value == pytest.approx(recall, abs=6e-5)
