@@ -152,3 +152,9 @@ def test_all_counters_that_are_allowed_can_be_counted() -> None:
     for days, events in (([1 / 24, 36_500], [1, 1e6]), ([], []), ([30.0] * 8, [])):
         config = ModelConfig(counters=True, counter_keys=65_535, counter_days=days, counter_events=events)
         CounterSpec(keys=(config.counter_keys,), days=tuple(config.counter_days), events=tuple(config.counter_events))
+
+
+def test_fuxi_linear_splits_each_head_in_two() -> None:
+    with pytest.raises(ConfigError, match=r"model\.num_heads: fuxi_linear needs model\.dim=24 to be a multiple of twice"):
+        ModelConfig(architecture=Architecture.fuxi_linear, dim=24, num_heads=8, history_limit=5)
+    ModelConfig(architecture=Architecture.fuxi_linear, dim=24, num_heads=6, history_limit=5)

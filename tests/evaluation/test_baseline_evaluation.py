@@ -46,7 +46,7 @@ def before(log: EventLog, rows: np.ndarray, user: int, seen: int) -> Histories:
     )
 
 
-@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+@pytest.mark.parametrize("name", ["sasrec", "hstu", "fuxi_linear"])
 def test_ranks_come_from_the_history_before_the_label(event_log: EventLog, tmp_path: Path, name: str) -> None:
     model = train_model(baseline_config(event_log, tmp_path, name), event_log)
     assert isinstance(model, SequenceModel)
@@ -76,7 +76,7 @@ def test_ranks_come_from_the_history_before_the_label(event_log: EventLog, tmp_p
     assert json.loads((tmp_path / "metrics.json").read_text())["codec"] == "none"
 
 
-@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+@pytest.mark.parametrize("name", ["sasrec", "hstu", "fuxi_linear"])
 def test_probabilities_come_from_the_history_before_the_request(
     served_tasks: Served, tmp_path: Path, name: str
 ) -> None:
@@ -143,7 +143,7 @@ def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) 
     )
 
 
-@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+@pytest.mark.parametrize("name", ["sasrec", "hstu", "fuxi_linear"])
 def test_the_state_after_a_full_history_is_trained(event_log: EventLog, tmp_path: Path, name: str) -> None:
     """Most requests read it. A chunk holds one more event than is encoded, as a label."""
     assert event_log.lengths.max() > LIMIT + 3

@@ -1,4 +1,4 @@
-"""SASRec and HSTU: the published formulas, event by event; and independence of neighbors and padding."""
+"""SASRec, HSTU, and FuXi-Linear: the published formulas, event by event; and independence of neighbors and padding."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from vista.config.choices import Architecture
 from vista.errors import CheckpointError
 from vista.log.gaps import gap_bucket
 from vista.log.vocabulary import Vocabulary
+from vista.model.baselines import decayed_attention as attention
+from vista.model.baselines.decayed_attention import decayed_attention
+from vista.model.baselines.fuxi_linear import FuXiLinear
 from vista.model.baselines.hstu import HSTU
 from vista.model.baselines.padded_tiles import TILE_TOKENS
 from vista.model.baselines.sasrec import LONGEST_HELD, SASRec, attend_causally
@@ -28,6 +31,7 @@ from vista.model.schema import Schema
 
 LENGTHS = [0, 1, 9, 4, 0, 7, 12]
 LIMIT = 12
+NAMES = ["sasrec", "hstu", "fuxi_linear"]
 
 
 def baseline(
@@ -96,8 +100,49 @@ def hstu_by_event(model: HSTU, x: Tensor, time: np.ndarray) -> Tensor:
     return x
 
 
+def fuxi_linear_by_event(model: FuXiLinear, x: Tensor, time: np.ndarray) -> Tensor:
+    """States [L, M]: each channel by its weights of all pairs of events."""
+    heads, dim = model.config.num_heads, model.config.dim
+    width = dim // heads
+    periods = np.array([3_600_000.0, 31_557_600_000.0])  # of two heads
+    for layer in model.layers:
+        normed = layer.norm(x)
+        projected = F.silu(layer.projection(normed))
+        query, key, value, gate = (
+            projected[:, :dim],
+            projected[:, dim : 2 * dim],
+            projected[:, 2 * dim : 3 * dim],
+            projected[:, 3 * dim :],
+        )
+        rate = F.softplus(layer.rate).cumsum(0)
+        rows = []
+        for t in range(len(x)):
+            semantic, temporal, positional = (torch.zeros(dim, dtype=x.dtype) for _ in range(3))
+            for s in range(t + 1):
+                for head in range(heads):
+                    part = slice(head * width, (head + 1) * width)
+                    weight = query[t, part] @ key[s, part] * torch.exp(-rate[head] * (t - s))
+                    semantic[part] += weight * value[s, part]
+                if layer.temporal is not None:
+                    moved = layer.temporal(normed[s])
+                    for number in range(2 * heads):
+                        angle = 2 * np.pi * float(time[t] - time[s]) / periods[number % heads]
+                        fading = torch.sigmoid(layer.time_rate[number % heads]) ** angle
+                        part = slice(number * width // 2, (number + 1) * width // 2)
+                        wave = np.cos(angle) if number < heads else np.sin(angle)
+                        temporal[part] += wave * fading * moved[part]
+                positional += layer.position_query[t] @ layer.position_key[s] * layer.positional(normed[s])
+            channels = [semantic, temporal, positional] if layer.temporal is not None else [semantic, positional]
+            mixed = torch.cat([own(each) for own, each in zip(layer.channel_norms, channels, strict=True)])
+            y = x[t] + layer.out(mixed * gate[t])
+            open_, wide = layer.up(layer.network_norm(y)).chunk(2)
+            rows.append(y + layer.down(F.silu(open_) * wide))
+        x = torch.stack(rows)
+    return x
+
+
 @pytest.mark.parametrize("has_time", [True, False])
-@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_user_vector_is_the_published_sum(make: SimpleNamespace, name: str, has_time: bool) -> None:
     model = baseline(make, name, has_time=has_time)
     model.queries_at_once = 5  # HSTU's, so that a history takes several blocks
@@ -111,12 +156,44 @@ def test_a_user_vector_is_the_published_sum(make: SimpleNamespace, name: str, ha
             state = model.start
             if length:
                 x = events_of(model, alone)
-                by_event = (
-                    sasrec_by_event(model, x) if isinstance(model, SASRec) else hstu_by_event(model, x, alone.timestamp)
-                )
-                state = by_event[-1]
+                if isinstance(model, SASRec):
+                    state = sasrec_by_event(model, x)[-1]
+                else:
+                    by_event = hstu_by_event if isinstance(model, HSTU) else fuxi_linear_by_event
+                    state = by_event(model, x, alone.timestamp)[-1]  # type: ignore[operator]
             state = state if gap is None else state + model.config.dim**0.5 * gap[user]
             torch.testing.assert_close(users[user], F.normalize(state, dim=-1))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_decayed_attention_is_a_sum_over_pairs(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "CHUNK", chunk)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 9, 3, size, dtype=torch.float64, requires_grad=True) for size in (4, 4, 5))
+    clock = (torch.rand(2, 9, 3, dtype=torch.float64) * 40).cumsum(1).requires_grad_()
+    expected = torch.zeros(2, 9, 3, 5, dtype=torch.float64)
+    for t in range(9):
+        for s in range(t + 1):
+            weight = (query[:, t] * key[:, s]).sum(-1, keepdim=True) * torch.exp(clock[:, s] - clock[:, t])[..., None]
+            expected[:, t] += weight * value[:, s]
+    out = decayed_attention(query, key, value, clock)
+    torch.testing.assert_close(out, expected)
+    probe = torch.randn_like(out)
+    for got, want in zip(
+        torch.autograd.grad((out * probe).sum(), (query, key, value, clock)),
+        torch.autograd.grad((expected * probe).sum(), (query, key, value, clock)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_falling_clock_after_the_last_event_makes_no_gradient_infinite() -> None:
+    """Padding may hold any times: they must not reach the events before."""
+    query, key, value = (torch.randn(1, 70, 1, 2) for _ in range(3))
+    clock = torch.cat([torch.arange(66.0), torch.full((4,), -1e6)])[None, :, None].requires_grad_()
+    out = decayed_attention(query, key, value, clock)
+    (grad,) = torch.autograd.grad(out[:, :66].sum(), clock)
+    assert torch.isfinite(out[:, :66]).all() and torch.isfinite(grad).all()
 
 
 def test_weights_without_the_gap_scale_are_refused(make: SimpleNamespace, tmp_path: Path) -> None:
@@ -130,7 +207,7 @@ def test_weights_without_the_gap_scale_are_refused(make: SimpleNamespace, tmp_pa
     assert "gap_scale" not in baseline(make, "hstu", has_time=False).state_dict()
 
 
-@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+@pytest.mark.parametrize("name", NAMES)
 def test_neighbors_padding_and_other_candidates_change_nothing(make: SimpleNamespace, name: str) -> None:
     model = baseline(make, name)
     packed = make.histories([*LENGTHS, 30], 4)
@@ -149,7 +226,7 @@ def test_neighbors_padding_and_other_candidates_change_nothing(make: SimpleNames
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tile_tokens", [10, TILE_TOKENS])
 @pytest.mark.parametrize("unknown_share", [0.0, 0.4])
 def test_training_at_a_position_is_a_request_after_its_events(
@@ -214,7 +291,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
         torch.testing.assert_close(trained.parts[task], expected.to(trained.parts[task].dtype), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
     model = baseline(make, name).float().train()
     chunks, _ = make.chunks(make.histories([5, 12, 8, 3], 7), 7, impressions=25)
@@ -225,7 +302,7 @@ def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
     assert idle == []
 
 
-@pytest.mark.parametrize("name", ["sasrec", "hstu"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_baseline_survives_saving_and_loading(make: SimpleNamespace, name: str, tmp_path: object) -> None:
     model = baseline(make, name).float()
     model.save_pretrained(tmp_path / "model")  # type: ignore[operator]

@@ -19,7 +19,7 @@ def losses(run_dir: Path, name: str) -> list[float]:
     return [row[name] for row in rows if name in row]
 
 
-@pytest.mark.parametrize("architecture", ["vista", "sasrec", "hstu"])
+@pytest.mark.parametrize("architecture", ["vista", "sasrec", "hstu", "fuxi_linear"])
 @pytest.mark.parametrize("next_weight", [0.0, 0.2])
 def test_a_run_learns_windows(event_log: EventLog, tmp_path: Path, architecture: str, next_weight: float) -> None:
     config = small_config(

@@ -30,6 +30,7 @@ class Architecture(Enum):
     vista = "vista"
     sasrec = "sasrec"
     hstu = "hstu"
+    fuxi_linear = "fuxi_linear"
     din = "din"
     sim = "sim"
     twin = "twin"

@@ -67,8 +67,8 @@ class DataConfig:
     bidirectional mixing a window reads the newest of its chunk's few cuts, which is stale anyway."""
     unknown_share: float = 0.0
     """Share of history events, in [0, 1), whose item is shown as unknown in training; labels and reconstruction targets
-    are not affected. It reduces overfitting over many epochs. Applies to vista, sasrec, and hstu; must be 0 for the
-    others."""
+    are not affected. It reduces overfitting over many epochs. Applies to vista, sasrec, hstu, and fuxi_linear; must
+    be 0 for the others."""
     horizon_events: int = 50
     """With optim.window_weight above 0: number of events after a question whose items are its labels."""
     horizon_days: float = 0.0

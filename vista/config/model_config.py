@@ -35,7 +35,7 @@ class ModelConfig:
     """Number of summary tokens K per user. With 0, only the tail is read, and the state with
     target_attention=quasi_linear."""
     num_layers: int = 2
-    """Number of layers of stage 1, or of SASRec and HSTU."""
+    """Number of layers of stage 1, or of SASRec, HSTU, and FuXi-Linear."""
     num_target_layers: int = 2
     """Number of layers of stage 2."""
     target_attention: TargetAttentionKind = TargetAttentionKind.pointwise
@@ -63,7 +63,7 @@ class ModelConfig:
     decay."""
     history_limit: int = 0
     """Maximum number of newest events that a summary covers, or that a baseline reads per request. 0 means no limit;
-    sasrec, hstu, and din need one."""
+    sasrec, hstu, fuxi_linear, and din need one."""
     search: Search = Search.soft
     """How sim finds events for a candidate: soft by a learned inner product, hard by category
     (`data.item_categories`)."""
@@ -135,6 +135,7 @@ class ModelConfig:
                 "factors need one row per item; set model.item_start=random, or model.embedding_rows=0",
             )
         self._check_history_limit()
+        self._check_fuxi_linear()
         if self.decay is not Decay.none:
             self._check_decay()
         if self.num_state_rows:
@@ -163,11 +164,20 @@ class ModelConfig:
         )
 
     def _check_history_limit(self) -> None:
-        needs_limit = self.architecture in (Architecture.sasrec, Architecture.hstu, Architecture.din)
+        limited = (Architecture.sasrec, Architecture.hstu, Architecture.fuxi_linear, Architecture.din)
+        needs_limit = self.architecture in limited
         require(
             self.history_limit > 0 or not needs_limit,
             "model.history_limit",
             f"{self.architecture.value} reads a bounded number of events; set a limit such as 200",
+        )
+
+    def _check_fuxi_linear(self) -> None:
+        """Its temporal channel has two heads per head of the model."""
+        require(
+            self.architecture is not Architecture.fuxi_linear or self.dim % (2 * self.num_heads) == 0,
+            "model.num_heads",
+            f"fuxi_linear needs model.dim={self.dim} to be a multiple of twice this, got {self.num_heads}",
         )
 
     def _check_counters(self) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from vista.config.choices import Architecture
 from vista.model.baselines.din import DIN
+from vista.model.baselines.fuxi_linear import FuXiLinear
 from vista.model.baselines.hstu import HSTU
 from vista.model.baselines.sasrec import SASRec
 from vista.model.baselines.sim import SIM
@@ -17,7 +18,7 @@ from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
 
 ARCHITECTURES: dict[Architecture, type[RankingModel]] = {
-    model.architecture: model for model in (VistaModel, SASRec, HSTU, DIN, SIM, TWIN)
+    model.architecture: model for model in (VistaModel, SASRec, HSTU, FuXiLinear, DIN, SIM, TWIN)
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Architecture
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.sequence_model import SequenceModel
+from vista.model.baselines.sequence_model import SequenceModel, state_head
 from vista.model.layers import Dropout, module_list, norm, split_heads
 from vista.model.schema import Schema
 
@@ -21,7 +21,10 @@ LONGEST_HELD = 1024
 
 
 class SASRec(SequenceModel):
-    """Blocks of causal softmax attention and a point-wise network of two layers."""
+    """Blocks of causal softmax attention and a point-wise network of two layers.
+
+    The publication ranks candidates by their inner product with the state.
+    """
 
     architecture = Architecture.sasrec
 
@@ -30,25 +33,13 @@ class SASRec(SequenceModel):
         dim = config.dim
         self.blocks = module_list([SASRecBlock(config) for _ in range(config.num_layers)])
         self.final_norm = norm(dim)
-        self.task_head = (
-            nn.Sequential(nn.Linear(3 * dim, dim), nn.ReLU(), nn.Linear(dim, len(schema.tasks)))
-            if schema.tasks
-            else None
-        )
+        self.task_head = state_head(config, schema)
 
     def states(self, x: Tensor, time: Tensor) -> tuple[Tensor, None]:
         for block in self.blocks:
             x = block(x)
         normed: Tensor = self.final_norm(x)
         return normed, None
-
-    def impression_logits(self, states: Tensor, memory: None, candidates: Tensor, seen: Tensor) -> Tensor:
-        """A network over state, candidate and their product. (The publication ranks by their inner product.)"""
-        assert self.task_head is not None
-        user = states.gather(1, seen[..., None].expand(-1, -1, states.shape[2]))
-        candidates = candidates * self.config.dim**0.5  # scaled like events
-        logits: Tensor = self.task_head(torch.cat([user, candidates, user * candidates], -1))
-        return logits
 
 
 def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""Baselines that encode a whole history once, causally, so that each position is a training example: SASRec and HSTU.
+"""Baselines that encode a whole history once, causally, so that each position is a training example.
+
+They are SASRec, HSTU, and FuXi-Linear.
 
 Histories are encoded in padded tiles [n, L] of similar length. The padding lies after a history's last event, where a
 causal model cannot see it. Letters: n histories of a tile, L events, C candidates, M model dim.
@@ -70,9 +72,17 @@ def _encoded_impressions(batch: Batch, limit: int) -> tuple[Batch, ShownCandidat
     return batch, ShownCandidates.of(batch)
 
 
+def state_head(config: ModelConfig, schema: Schema) -> nn.Sequential | None:
+    """The network of the default `impression_logits`."""
+    dim, num_tasks = config.dim, len(schema.tasks)
+    return nn.Sequential(nn.Linear(3 * dim, dim), nn.ReLU(), nn.Linear(dim, num_tasks)) if num_tasks else None
+
+
 class SequenceModel(HistoryModel):
     """A causal encoder over the newest `history_limit` events, and the heads of retrieval and ranking."""
 
+    task_head: nn.Module | None
+    """Made by each architecture; None without tasks."""
     gap_scale: Tensor
     """Factor √M of the request's gap, which is added to a state; events and candidates have the same factor."""
 
@@ -109,8 +119,14 @@ class SequenceModel(HistoryModel):
             memory: from `states`; None without events.
             candidates: [n, C, M], including the gap of their request.
             seen: int64 [n, C] events that a candidate sees.
+
+        By default, `task_head` reads the state, the candidate, and their product.
         """
-        raise NotImplementedError
+        assert self.task_head is not None
+        user = states.gather(1, seen[..., None].expand(-1, -1, states.shape[2]))
+        candidates = candidates * self.config.dim**0.5  # scaled like events
+        logits: Tensor = self.task_head(torch.cat([user, candidates, user * candidates], -1))
+        return logits
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         packed = batch.events
