@@ -74,6 +74,8 @@ def opened(
     config.model.target_attention = kind
     torch.manual_seed(3)
     model = VistaModel(config.model, schema_of(impression_log, config), impression_log.items, config.data).eval()
+    for read in model.target_attention.reads:
+        nn.init.normal_(read.output.out.weight, std=0.2)  # which starts at 0
     refresh(model, impression_log, folder / "store")
     with Scorer.open(model, folder / "store") as scorer:
         yield scorer

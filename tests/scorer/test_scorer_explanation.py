@@ -36,7 +36,8 @@ def opened(
     model = VistaModel(config.model, schema_of(impression_log, config), impression_log.items, config.data).eval()
     with torch.no_grad():
         for name, weight in model.target_attention.named_parameters():
-            weight.add_(0.3 * torch.randn_like(weight) if name.endswith("bias") or "norm" in name else 0)
+            noisy = name.endswith("bias") or "norm" in name or name.startswith("reads.")
+            weight.add_(0.3 * torch.randn_like(weight) if noisy else 0)
     folder = tmp_path_factory.mktemp("explained")
     refresh(model, impression_log, folder / "store")
     with Scorer.open(model, folder / "store") as scorer:

@@ -58,6 +58,7 @@ class QuasiLinearRead(nn.Module):
         self.projections = nn.Linear(config.dim, 4 * config.dim, bias=False)
         """To query, gate, key and value, in this order. Stage 1 has its own, which downstream training freezes."""
         self.output = GatedOutput(config.dim, config.num_heads, config.dropout, NORM_EPS)
+        nn.init.zeros_(self.output.out.weight)  # Training starts without the read, which at first is noise.
 
     def forward(self, x: Tensor, matrices: Tensor) -> Tensor:
         """x [B, Q, M], and A of the B histories, [B, H, D, D] -> [B, Q, M]."""
