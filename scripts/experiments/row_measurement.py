@@ -36,12 +36,16 @@ from vista.model.baselines.history_model import HistoryModel
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
-from vista.simulation.simulate import simulate
+from vista.simulation.oracle import oracle_metrics
+from vista.simulation.simulate import generate, simulate
+from vista.simulation.world_table import WORLDS
 from vista.store.layout import CURRENT
 
 TOP_K = [10, 50, 200]
 
 
+SIMULATED = ("whole history", "last 2000", "last 200", "last 32", "pooled")
+"""Predictors of `vista.simulation.oracle` that a row may name as `untrained`."""
 WINDOW_METRICS = (
     *("precision@10/50-events", "precision@10:returns/50-events", "ndcg@10/50-events"),
     *("recall@50:new/200-events", "ndcg@50:new/200-events"),
@@ -68,6 +72,8 @@ def measure(
     folder, config = _placed(settings, run.name, run.seed, log)
     if run.row.untrained == "oracle":
         yield RowMeasurement(run.name, _oracle_metrics(log, config), RowOrigin(0.0))
+    elif run.row.untrained in SIMULATED:
+        yield RowMeasurement(run.name, _reference_metrics(table, run.row.untrained), RowOrigin(0.0))
     elif run.row.untrained:
         reports = {}
         for part in _parts(table, run.row):
@@ -235,6 +241,15 @@ def _oracle_metrics(log: EventLog, config: TrainConfig) -> dict[str, float]:
     cases = impression_cases(log, parse_time(config.data.test_from), None)
     assert cases.probability is not None
     return impression_metrics(cases, cases.probability)
+
+
+def _reference_metrics(table: Table, predictor: str) -> dict[str, float]:
+    """The best possible metrics of a predictor that knows part of a history."""
+    assert table.simulation is not None
+    simulated = generate(SimulateConfig(**table.simulation))
+    rows = oracle_metrics(simulated, tasks=WORLDS[simulated.config.world].tasks)
+    own = [row for row in rows if row.predictor == predictor]
+    return {f"{metric}/{row.task}": getattr(row, metric) for metric in ("auc", "ne") for row in own}
 
 
 def table_log(settings: argparse.Namespace) -> EventLog:

@@ -35,8 +35,8 @@ class TableRow:
     """Tails with which the same weights are also served, with summaries that end this many events before the split's
     labels, from an int8 store. With leave-last-out the tail begins there, so that no event is in both."""
     untrained: str = ""
-    """Name of a baseline (`vista.evaluation.baselines`), or "oracle" for the true probabilities of the simulation. Both
-    are measured once, without training."""
+    """Name of a baseline (`vista.evaluation.baselines`), or of a predictor that knows the simulation
+    (`vista.simulation.oracle`), such as "oracle". They are measured once, without training."""
     base: str = ""
     """Row of the same table and seed whose model stays frozen: this row is trained on it with stage=downstream."""
     until: str = ""

@@ -1,0 +1,32 @@
+"""Clicks in the worlds of the simulation that a mean of item vectors does not explain, one table per world."""
+
+from __future__ import annotations
+
+from scripts.experiments.tables.table import Table
+from scripts.experiments.tables.table_row import K0, ORACLE, TableRow
+
+WORLDS = ("returns", "sequence", "conjunction", "seasons", "drift")
+REFERENCES = {
+    "last 2,000 events": TableRow(1, untrained="last 2000"),
+    "pooled": TableRow(1, untrained="pooled"),
+}
+"""What the last events and pooled vectors can reach at best (`vista.simulation.oracle`)."""
+
+
+def _world(name: str) -> Table:
+    """Half as many users as in the table `simulation`, and twice as many passes."""
+    rows = {
+        "vista": TableRow(12),
+        "tail-only": TableRow(7, K0),
+        "hstu": TableRow(20, ("model=hstu",)),
+        "hstu-2,000": TableRow(60, ("model=hstu", "model.history_limit=2000")),
+        "sim": TableRow(10, ("model=sim",)),
+        "twin": TableRow(8, ("model=twin",)),
+        **REFERENCES,
+        **ORACLE,
+    }
+    size = {"world": name, "num_users": 600, "events_per_user": 4000}
+    return Table("simulation", f"world-{name}", rows, ("optim.epochs=8",), size, validation=True)
+
+
+TABLES = {f"world-{name}": _world(name) for name in WORLDS}
