@@ -19,11 +19,13 @@ BASELINE_MINUTES = {
     "item neighbors": 0.5,
     "EASE": 1,
     "TIFU-KNN": 3,
+    "pooled factors": 3,
     "counter trees": 3,
 }
 STRONGEST = ("own frequency, decay 200 events", "item neighbors", "counter trees")
 """The best baselines for returns, for new items, and in all."""
 
+COUNTERS = ("model.counters=true",)
 LOSS = ("optim.window_weight=1", "optim.next_weight=0.2")
 
 
@@ -44,8 +46,11 @@ def _windows(data: str, minutes: float) -> Table:
         "tail-only": TableRow(0.5 * minutes, (*LOSS, *K0)),
         "sasrec": TableRow(minutes, (*LOSS, "model=sasrec")),
         "hstu": TableRow(1.5 * minutes, (*LOSS, "model=hstu")),
+        "hstu, counters": TableRow(1.5 * minutes, (*LOSS, *COUNTERS, "model=hstu")),
         **{
-            f"hstu-{limit:,}": TableRow(factor * minutes, (*LOSS, "model=hstu", f"model.history_limit={limit}"))
+            f"hstu-{limit:,}, counters": TableRow(
+                factor * minutes, (*LOSS, *COUNTERS, "model=hstu", f"model.history_limit={limit}")
+            )
             for limit, factor in ((1000, 3), (2000, 4))
         },
         # Trained on next items only.
@@ -56,8 +61,12 @@ def _windows(data: str, minutes: float) -> Table:
         **_trials(0.5 * minutes),
         **_baselines(*STRONGEST),
     }
-    others = ("tail-only", "sasrec", "hstu", "hstu-1,000", "hstu-2,000", "vista-next", *STRONGEST)
-    pairs = (*(("vista", other) for other in others), ("tail-only", "tail-only-next"))
+    others = ("tail-only", "sasrec", "hstu", "vista-next", *STRONGEST)
+    pairs = (
+        *(("vista", other) for other in others),
+        ("tail-only", "tail-only-next"),
+        *(("hstu, counters", other) for other in ("hstu", "hstu-2,000, counters", *STRONGEST)),
+    )
     return Table("", data, rows, costs=True, windows=True, pairs=pairs)
 
 
