@@ -15,10 +15,12 @@ from torch import Tensor
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Decay
+from vista.counters.counter_spec import CounterSpec
 from vista.examples.anchors import AnchorPlan
 from vista.examples.batch import Batch
-from vista.examples.chunks import ChunkImpressions, Chunks, ChunkTimeline, decay_clock
+from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, decay_clock
 from vista.examples.cuts import CutPlan, cut_batch
+from vista.examples.history_counters import HistoryCounters
 from vista.log.gaps import gap_bucket, history_gaps
 from vista.log.histories import Histories, ranges
 from vista.log.vocabulary import Vocabulary
@@ -79,10 +81,11 @@ def chunks(
     num_items: int = NUM_ITEMS,
     decay: Decay = Decay.none,
     chunk_len: int = 10**6,
+    spec: CounterSpec | None = None,
 ) -> tuple[Chunks, Int]:
     """Histories in chunks, with impressions at random positions; and the times of the impressions in ms.
 
-    Anchors may ask about the rest of a chunk's history.
+    Anchors may ask about the rest of a chunk's history. With a spec, chunks have the counters of their users.
     """
     rng = np.random.default_rng([seed, 1])
     pieces = np.maximum(1, -(-packed.lengths // chunk_len))
@@ -98,6 +101,7 @@ def chunks(
     rest = packed.offsets[1:][user] - offsets[:-1]
     index = ranges(offsets[:-1], rest)
     item = packed.item.astype(np.int64)
+    start = offsets[:-1] - packed.offsets[:-1][user]
     made = Chunks(
         user=user,
         item=item,
@@ -116,6 +120,9 @@ def chunks(
             mask=rng.random((len(owner), len(TASKS))) < 0.8,
             time=time,
         ),
+        counters=None
+        if spec is None
+        else ChunkCounters(HistoryCounters(spec, item, packed.timestamp, packed.offsets), user, start, None),
     )
     return made, time
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vista.config.choices import Decay, Mixing, Normalization, TargetAttentionKind
+from vista.examples.batch import Batch
 from vista.examples.chunks import Chunks
 from vista.log.histories import Histories
 
@@ -51,13 +52,28 @@ def with_other_impressions(chunks: Chunks, label: int, owner: int, num_items: in
     return replace(chunks, impressions=replace(shown, item=item, gap=gap))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+COUNTERS = {"counters": {"counters": True, "counter_keys": 3, "num_seeds": 0}}
+
+
+def counted(batch: Batch) -> list[dict[int, bytes]]:
+    """Codes of the counted items of each anchor, by model row; empty without counters."""
+    assert batch.anchors is not None
+    rows, slots = batch.rows.tolist(), batch.anchors.counters
+    if slots is None:
+        return [{}] * len(batch.anchors.window)
+    return [
+        {rows[item]: codes.numpy().tobytes() for item, codes in zip(items.tolist(), own, strict=True) if item >= 0}
+        for items, own in zip(slots.item, slots.codes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *COUNTERS])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_the_future_changes_no_bit_of_a_prediction(make: SimpleNamespace, shape: str, data: st.DataObject) -> None:
     seed = data.draw(st.integers(0, 10_000))
     lengths = data.draw(st.lists(st.integers(0, 25), min_size=1, max_size=4).filter(any))
-    model = make.model(seed=1, tail_len=data.draw(st.integers(1, 6)), **SHAPES[shape])
+    model = make.model(seed=1, tail_len=data.draw(st.integers(1, 6)), **(SHAPES | COUNTERS)[shape])
     chunk_len = data.draw(st.sampled_from([5, 100]))  # anchors ask beyond their chunks
     anchors = make.anchor_plan(timeless_share=0.2)
     plan = make.plan(model, staleness_share=data.draw(st.sampled_from([0.0, 0.5])), anchors=anchors)
@@ -66,7 +82,7 @@ def test_the_future_changes_no_bit_of_a_prediction(make: SimpleNamespace, shape:
     owner = int(np.searchsorted(packed.offsets, label, side="right")) - 1
 
     changed = with_another_future(packed, label, owner, make.num_items, same_time=same_time)
-    options = {"impressions": 10, "decay": model.config.decay, "chunk_len": chunk_len}
+    options = {"impressions": 10, "decay": model.config.decay, "chunk_len": chunk_len, "spec": model.counter_spec}
     chunks, other = (make.chunks(each, seed, **options)[0] for each in (packed, changed))
     other = with_other_impressions(other, label, owner, make.num_items)
     cuts = make.batch(chunks, plan, seed), make.batch(other, plan, seed)
@@ -79,6 +95,8 @@ def test_the_future_changes_no_bit_of_a_prediction(make: SimpleNamespace, shape:
         earlier = (chunks.user[predicted.chunk] != owner) | (event <= last)
         untouched = torch.from_numpy((predicted.position >= 0) & earlier)
         assert torch.equal(one[untouched], two[untouched])
+    for place, (one, two) in enumerate(zip(*map(counted, cuts), strict=True)):
+        assert one == two or not untouched[place]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -109,7 +109,7 @@ class BatchCounters:
     """Counted items of anchors."""
 
     item: Tensor
-    """int64 [NA, S] indices into `Batch.rows`, distinct within an anchor; -1 pads."""
+    """int64 [NA, S] indices into `Batch.rows`, distinct within an anchor; -1 pads. S is at least 1."""
     codes: Tensor
     """uint8 [NA, S, F] from `CounterCodes`; 0 in the padding."""
     num_events: Tensor

@@ -312,6 +312,9 @@ def _anchor_counters(
     if counters is None or codes is None:
         return None
     item, padded = replace(codes, key=slot.astype(np.int32)).padded()
+    if item.shape[1] == 0:  # no anchor has a counted item; tensors still need a slot
+        item = np.full((len(item), 1), -1)
+        padded = np.zeros((len(item), 1, padded.shape[2]), np.uint8)
     return BatchCounters(_tensor(item), _tensor(padded), _tensor(counters.num_events(window, anchors.position)))
 
 

@@ -20,7 +20,7 @@ class CountedSlots:
     """Items whose logits come from the user's counters."""
 
     item: Tensor
-    """int64 [NA, S] rows of the batch's items, distinct within an anchor; -1 pads."""
+    """int64 [NA, S] rows of the batch's items, distinct within an anchor; -1 pads. S is at least 1."""
     logit: Tensor
     """[NA, S]; ignored in the padding."""
 
