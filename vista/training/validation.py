@@ -39,8 +39,8 @@ from vista.model.vista_model import VistaModel
 
 Floats = NDArray[np.float32]
 CASES_PER_BATCH = 512
-MAX_PAIRED_EVENTS = 5_000_000
-"""Most visible events in which baselines count pairs of items."""
+MAX_PAIRED_EVENTS = 2_000_000
+"""Most visible events in which baselines count pairs of items: that takes about 2 GB of memory."""
 
 _ContextOf = Callable[[Int, PaddedTail], TargetContext]
 """(rows of users int64 [B], their tails) -> their contexts."""
