@@ -62,6 +62,7 @@ def model_dir(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> 
     """An untrained model; refreshes do not depend on training."""
     folder = tmp_path_factory.mktemp("model")
     config = small_config(event_log, "unused")
+    config.model.counters = True
     VistaModel(config.model, schema_of(event_log, config), event_log.items, config.data).save_pretrained(folder / "m")
     return folder / "m"
 

@@ -17,8 +17,11 @@ import numpy as np
 
 from tests.faults.nursery import Say
 from tests.record_reference import decode_record_reference
+from vista.counters.counter_codes import CounterCodes
+from vista.counters.counter_spec import CounterSpec
 from vista.errors import StoreError
 from vista.store import StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
+from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.keys import CURSOR_KEY, MANIFEST_KEY
 from vista.store.format.record_spec import RecordSpec
 from vista.store.layout import environment_path
@@ -27,6 +30,7 @@ from vista.store.manifest import Manifest
 from vista.store.stored_batch import StoredBatch
 
 SUMMARIZER = bytes(range(32))
+COUNTERS = CounterLayout.of(CounterSpec(keys=(4,)), [60_000])
 CREATED_AT = 1_700_000_000_000
 
 
@@ -62,6 +66,7 @@ class Run:
             applied_segment=0,
             total_users=self.total,
             run_digest=f"log of salt {self.salt}",
+            counters=COUNTERS.to_dict(),
             created_at=CREATED_AT + self.salt,
             **options,
         )
@@ -80,6 +85,15 @@ class Run:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return Tail(owner.astype(np.int32), owner.astype(np.int64) * 1000 + self.salt, owner.astype(np.uint8), offsets)
 
+    def counters(self, users: range) -> CounterCodes:
+        """Counters: user u has (u + salt) % 5 keys, at most 4."""
+        lengths = np.minimum((np.array(users) + self.salt) % 5, 4)
+        owner, offsets = np.repeat(np.array(users), lengths), np.concatenate([[0], np.cumsum(lengths)])
+        key = 1 + 7 * np.arange(len(owner)) - 7 * np.repeat(offsets[:-1], lengths) + owner
+        codes = (key[:, None] * np.arange(1, COUNTERS.spec.num_columns + 1) + self.salt) % 64
+        clock = np.array(users, np.int64) + self.salt + 5
+        return CounterCodes(COUNTERS.spec, key.astype(np.int32), codes.astype(np.uint8), offsets, clock)
+
     def records(self, users: range, spec: RecordSpec) -> tuple[list[bytes], list[bytes]]:
         """Keys and records of these users."""
         keys = user_keys(list(users))
@@ -91,6 +105,7 @@ class Run:
             event_count=counts,
             last_event_ts=counts + 5,
             history_digest=counts.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15),
+            counters=(self.counters(users),),
         )
         return keys, encode_records(summaries, spec)
 
@@ -175,6 +190,8 @@ def differences(batch: StoredBatch, run: Run, users: range, spec: RecordSpec) ->
 def fields(batch: StoredBatch, row: int) -> tuple[Any, ...]:
     """All fields of one user in a batch, as bytes and integers."""
     tail = slice(batch.tail.offsets[row], batch.tail.offsets[row + 1])
+    (counters,) = batch.counters
+    keys = slice(counters.offsets[row], counters.offsets[row + 1])
     return (
         batch.summary[row].tobytes(),
         batch.tail.items[tail].tobytes(),
@@ -184,6 +201,9 @@ def fields(batch: StoredBatch, row: int) -> tuple[Any, ...]:
         int(batch.last_event_ts[row]),
         int(batch.created_at[row]),
         int(batch.history_digest[row]),
+        counters.key[keys].tobytes(),
+        counters.codes[keys].tobytes(),
+        int(counters.clock[row]),
     )
 
 
@@ -194,7 +214,8 @@ def expected_batch(run: Run, spec: RecordSpec) -> StoredBatch:
     """All users of a run as a reader must return them, decoded by the reference decoder of the format."""
     if (run, spec) not in _expected:
         _, records = run.records(range(run.total), spec)
-        decoded = [decode_record_reference(record) for record in records]
+        decoded = [decode_record_reference(record, COUNTERS) for record in records]
+        counted = [one["counters"][0] for one in decoded]
         lengths = [len(one["items"]) for one in decoded]
         _expected[run, spec] = StoredBatch(
             found=np.ones(run.total, np.bool_),
@@ -209,6 +230,15 @@ def expected_batch(run: Run, spec: RecordSpec) -> StoredBatch:
             last_event_ts=np.array([one["last_event_ts"] for one in decoded]),
             created_at=np.array([one["created_at"] for one in decoded]),
             history_digest=np.array([one["history_digest"] for one in decoded], np.uint64),
+            counters=(
+                CounterCodes(
+                    COUNTERS.spec,
+                    np.array([key for one in counted for key in one], np.int32),
+                    np.array([codes for one in counted for codes in one.values()], np.uint8),
+                    np.concatenate([[0], np.cumsum(list(map(len, counted)))]),
+                    np.array([one["last_event_ts"] for one in decoded]),
+                ),
+            ),
         )
     return _expected[run, spec]
 

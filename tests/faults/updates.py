@@ -17,6 +17,7 @@ import numpy as np
 
 from tests.faults.nursery import Say
 from tests.faults.oracle import CREATED_AT, SUMMARIZER, Run
+from vista.counters.counter_table import CounterTable
 from vista.store import StoreReader, user_keys
 from vista.store.admin.verification import verify_store
 from vista.store.format.record_spec import RecordSpec
@@ -64,7 +65,12 @@ def states(users: list[int], spec: StateSpec, turn: int) -> list[bytes]:
     z = np.cos(place * 0.3 + np.array(users, np.float64)[:, None, None, None, None] + 10.0 * turn).astype(np.float32)
     own = np.array(users, np.int64)
     n = np.full((count, H), 1.0 + turn, np.float32)
-    arrays = StateArrays(z, n, n * 0, own + turn, own, np.full(count, turn), own.astype(np.uint64))
+    assert spec.counters is not None
+    offsets = np.concatenate([[0], np.cumsum(own % 4 + turn)])  # each user has other keys, and some have none
+    place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
+    key = np.repeat(own, np.diff(offsets)) + place % 3
+    counters = CounterTable.of(spec.counters, key, np.full(len(key), CREATED_AT), offsets)
+    arrays = StateArrays(z, n, n * 0, own + turn, own, np.full(count, turn), own.astype(np.uint64), (counters,))
     return encode_states(user_keys(users), arrays, dataclasses.replace(spec, created_at=CREATED_AT + turn))
 
 
