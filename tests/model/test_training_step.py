@@ -203,3 +203,26 @@ def test_item_rows_are_the_vocabularys_plus_one(make: SimpleNamespace) -> None:
     assert model.item_rows([100, 139, 7]).tolist() == [1, 40, 0]
     packed: Histories = make.histories([4])
     assert packed.item.min() >= 1
+
+
+@pytest.mark.parametrize(
+    ("mixing", "total", "window", "click"),
+    [
+        (Mixing.separable, 48.488525390625, 49.429439544677734, 0.8054925799369812),
+        (Mixing.bidirectional, 46.98333740234375, 46.84711456298828, 0.6274428963661194),
+    ],
+)
+def test_counters_off_change_no_loss(
+    make: SimpleNamespace, mixing: Mixing, total: float, window: float, click: float
+) -> None:
+    """The losses of one batch as they were before there were counters."""
+    model = make.model(seed=5, mixing=mixing)
+    chunks, _ = make.chunks(make.histories([23, 8, 1, 14], 6), 6, impressions=20, chunk_len=9)
+    anchors = make.anchor_plan(timeless_share=0.2)
+    batch = make.batch(
+        chunks, make.plan(model, staleness_share=0.5, timeless_share=0.2, unknown_share=0.1, anchors=anchors), 6
+    )
+    losses = model.losses(batch, model.item_vectors(batch.rows), OptimConfig(window_weight=0.7))
+    measured = [float(value.detach()) for value in (losses.total, losses.parts["window"], losses.parts["click"])]
+    assert measured == pytest.approx([total, window, click], rel=1e-6)
+    assert batch.anchors.counters is None and batch.impressions.codes is None
