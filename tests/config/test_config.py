@@ -155,6 +155,7 @@ def test_all_counters_that_are_allowed_can_be_counted() -> None:
 
 
 def test_fuxi_linear_splits_each_head_in_two() -> None:
-    with pytest.raises(ConfigError, match=r"model\.num_heads: fuxi_linear needs model\.dim=24 to be a multiple of twice"):
+    message = r"model\.num_heads: fuxi_linear needs model\.dim=24 to be a multiple of twice"
+    with pytest.raises(ConfigError, match=message):
         ModelConfig(architecture=Architecture.fuxi_linear, dim=24, num_heads=8, history_limit=5)
     ModelConfig(architecture=Architecture.fuxi_linear, dim=24, num_heads=6, history_limit=5)
