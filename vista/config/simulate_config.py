@@ -9,6 +9,9 @@ from vista.config.checks import MAX_THREADS, check_types, require, require_count
 from vista.config.choices import WorldName
 from vista.errors import ConfigError
 
+MAX_ROWS = 10**9
+"""Most events, and most impressions. A simulation is made in memory, at up to 40 bytes per row."""
+
 
 @dataclass(kw_only=True, slots=True)
 class SimulateConfig:
@@ -54,7 +57,10 @@ class SimulateConfig:
     def __post_init__(self) -> None:
         check_types(self)
         counts = ("num_users", "events_per_user", "num_items", "num_topics", "episode_events", "session_events")
-        require_counts(self, "", (*counts, "impressions_per_user", "impressions_per_request"))
+        require_counts(self, "", (*counts, "impressions_per_user", "impressions_per_request"), most=MAX_ROWS)
+        for key in ("events_per_user", "impressions_per_user"):
+            rows = self.num_users * getattr(self, key)
+            require(rows <= MAX_ROWS, "num_users", f"times {key} must be at most {MAX_ROWS:,}, got {rows:,}")
         require_counts(self, "", ("num_threads",), most=MAX_THREADS)
         require_counts(self, "", ("seed",), least=0)
         try:
