@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,13 +94,13 @@ def read_counters(
         at = at + SIZE_BYTES
         stop = at + size * (key_bytes + layout.code_bytes)
         entries = np.ascontiguousarray(records.cut(at, stop)).reshape(-1, key_bytes + layout.code_bytes)
-        key, packed = (np.zeros((len(entries), width), np.uint8) for width in (4, 8))
-        key[:, :key_bytes] = entries[:, :key_bytes]
-        packed[:, : layout.code_bytes] = entries[:, key_bytes:]
-        codes = (packed.view("<u8") >> _shifts(layout.spec.num_columns)) & np.uint64(MAX_CODE)
+        key, packed = _widened(entries[:, :key_bytes], 4), _widened(entries[:, key_bytes:], 8)
+        codes = np.empty((len(entries), layout.spec.num_columns), np.uint8)
+        for column in range(layout.spec.num_columns):
+            codes[:, column] = packed >> np.uint64(CODE_BITS * column) & np.uint64(MAX_CODE)
         offsets = np.zeros(len(size) + 1, np.int64)
         np.cumsum(size, out=offsets[1:])
-        counters.append(CounterCodes(layout.spec, key.view("<i4")[:, 0], codes.astype(np.uint8), offsets, clock))
+        counters.append(CounterCodes(layout.spec, key.view("<i4"), codes, offsets, clock))
         at = stop
     return tuple(counters)
 
@@ -107,10 +108,13 @@ def read_counters(
 def _entries(counters: CounterCodes, key_bytes: int, code_bytes: int) -> NDArray[np.uint8]:
     """The bytes of each key and its codes, [E, k + c]."""
     key = counters.key.astype("<u4")[:, None].view(np.uint8)
-    shifted = counters.codes.astype("<u8") << _shifts(counters.codes.shape[1])
+    shifted = counters.codes.astype("<u8") << CODE_BITS * np.arange(counters.codes.shape[1], dtype=np.uint64)
     packed = np.bitwise_or.reduce(shifted, axis=1, keepdims=True).view(np.uint8)
     return np.concatenate([key[:, :key_bytes], packed[:, :code_bytes]], axis=1)
 
 
-def _shifts(num_columns: int) -> NDArray[np.uint64]:
-    return CODE_BITS * np.arange(num_columns, dtype=np.uint64)
+def _widened(number: NDArray[np.uint8], width: int) -> NDArray[Any]:
+    """Little-endian numbers [E, bytes] as unsigned integers of `width` bytes, [E]."""
+    wide = np.zeros((len(number), width), np.uint8)
+    wide[:, : number.shape[1]] = number
+    return wide.view(f"<u{width}")[:, 0]

@@ -212,17 +212,17 @@ def _checked(
         same = np.array(summarizer_ids) == spec.summarizer_id.hex()
         check_field(same, keys, summarizer_ids, "summarizer_id", spec.summarizer_id.hex())
     require("key_hash", _key_hashes(keys))
-    short_times = 0 if spec.counters is None else headers["flags"] & SHORT_TIMES
-    require("flags", template["flags"] | short_times)
-    room = lengths - HEADER_BYTES - spec.rows_bytes - spec.code_bytes
+    tail_bytes = lengths - HEADER_BYTES - spec.rows_bytes - spec.code_bytes
     sizes: list[NDArray[np.int64]] = []
     if spec.counters is None:
+        require("flags", template["flags"])
         require("counters_length", 0)
     else:
+        require("flags", template["flags"] | headers["flags"] & SHORT_TIMES)
         length = headers["counters_length"].astype(np.int64)
-        check_field(length <= room, keys, length, "counters_length", room)
+        check_field(length <= tail_bytes, keys, length, "counters_length", tail_bytes)
         sizes = counter_sizes(records, HEADER_BYTES + spec.rows_bytes, spec.counters, keys)
-    tail_bytes = room - headers["counters_length"]
+        tail_bytes -= length
     bytes_per_event = event_bytes(headers["flags"] & SHORT_TIMES != 0)
     require("tail_length", tail_bytes // bytes_per_event)
     check_field(tail_bytes % bytes_per_event == 0, keys, lengths, "length", "whole tail events")

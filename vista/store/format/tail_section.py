@@ -85,6 +85,9 @@ def read_tails(records: JoinedRecords, first: NDArray[np.int64] | int, lengths: 
         times = np.array(records.cut(times_at, actions_at)).reshape(-1).view("<i8")
         return Tail(items, times, actions, offsets)
     times = np.repeat(headers["last_event_ts"].astype(np.int64), lengths)
+    if short.all():
+        times -= np.ascontiguousarray(records.cut(times_at, actions_at)).reshape(-1).view("<u4")
+        return Tail(items, times, actions, offsets)
     content, is_short = np.frombuffer(records.content, np.uint8), np.repeat(short, lengths)
     start = records.starts + times_at
     times[is_short] -= content[ranges(start[short], SHORT_TIME_BYTES * lengths[short])].view("<u4")
