@@ -116,7 +116,11 @@ def test_words_are_choices() -> None:
             r"days: must lie in \[1.004, 36500\] with events_per_user=4000, got inf",
         ),
         (SimulateConfig, {"num_users": 10**18}, r"num_users: must be at most 1000000000, got 10{18}"),
-        (SimulateConfig, {"num_users": 10**6}, r"num_users: times events_per_user must be at most 1,000,000,000, got 4,"),
+        (
+            SimulateConfig,
+            {"num_users": 10**6},
+            r"num_users: times events_per_user must be at most 1,000,000,000, got 4,",
+        ),
         (SimulateConfig, {"impressions_per_user": 10**9}, r"num_users: times impressions_per_user must be at most"),
         (SimulateConfig, {"seed": -1}, r"seed: must be at least 0, got -1"),
     ],

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from vista.errors import StoreError
-from vista.store import StoreReader, StoreWriter
+from vista.store import StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
+from vista.store.admin.store_stats import store_stats
 from vista.store.admin.verification import verify_store
 from vista.store.erasure import erase
 from vista.store.format.state_record import StateArrays, encode_states
@@ -84,3 +85,24 @@ def test_a_served_generation_that_lost_its_states_is_read_and_erased_from_but_no
         assert store.get_many([2, 3]).found.tolist() == [True, False]
     write(build, tmp_path, salt=1)
     assert verify_store(tmp_path).records == {1: 39, 2: 39}
+
+
+def test_records_in_ascending_order_fill_their_pages(tmp_path: Path, build: Any) -> None:
+    """Records of a bit less than half a page: two per page in ascending batches, and nothing lost in another order."""
+    sizes = {}
+    for name, order in (("ascending", range(0, 400, 20)), ("descending", range(380, -20, -20))):
+        with build.open_writer(tmp_path / name, num_tokens=110, total_users=400) as writer:
+            for done, first in enumerate(order, 1):
+                users = range(first, first + 20)
+                keys = user_keys(list(users))
+                summaries = UserSummaries(
+                    keys=keys, summary=np.ones((20, 110, 8), np.float32), tail=Tail.empty(20),
+                    event_count=np.array(users), last_event_ts=np.array(users),
+                    history_digest=np.zeros(20, np.uint64),
+                )  # fmt: skip
+                writer.put_batch(keys, encode_records(summaries, writer.spec), 20 * done)
+            writer.publish()
+        with StoreReader.open(tmp_path / name) as store:
+            assert store.get_many(range(400)).event_count.tolist() == list(range(400))
+        sizes[name] = store_stats(tmp_path / name).generations[0].live_bytes
+    assert sizes["ascending"] < 1.1 * 400 * 2048 < sizes["descending"]

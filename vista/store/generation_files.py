@@ -116,19 +116,16 @@ class GenerationFiles:
 
         def put_states(transaction: lmdb.Transaction[memoryview]) -> None:
             erased = tombstones.erased(keys)
-            for key, state, gone in zip(keys, states, erased, strict=True):
-                if not gone:
-                    transaction.put(key, state)
+            remaining = [place for place, gone in enumerate(erased) if not gone]
+            _put(transaction, [keys[place] for place in remaining], [states[place] for place in remaining])
 
         def put_records(transaction: lmdb.Transaction[memoryview]) -> tuple[Manifest, int]:
             # An erasure that began earlier is seen here; a later one deletes the user after this transaction.
             erased = tombstones.erased(keys)
             remaining = [place for place, gone in enumerate(erased) if not gone]
             put_keys, put_values = [keys[place] for place in remaining], [records[place] for place in remaining]
-            old = [transaction.replace(key, value) for key, value in zip(put_keys, put_values, strict=True)]
-            manifest = self._manifest_in(transaction).with_records(
-                [value for value in old if value is not None], put_keys, put_values
-            )
+            old = _put(transaction, put_keys, put_values)
+            manifest = self._manifest_in(transaction).with_records(old, put_keys, put_values)
             for key, value in meta.items():
                 transaction.put(key, value)
             return self._put_manifest(transaction, manifest), len(remaining)
@@ -231,3 +228,23 @@ class GenerationFiles:
             return environment.write(function, self._wait_s)
         except (OSError, lmdb.Error) as error:
             raise cannot_write(self.path, error) from error
+
+
+def _put(
+    transaction: lmdb.Transaction[memoryview], keys: Sequence[bytes], values: Sequence[bytes]
+) -> list[bytes | memoryview]:
+    """Put values and return those that they replace.
+
+    Keys after the last one are appended. Otherwise LMDB would split the last page in half each time it is full, and
+    ascending records of half a page would take a page each.
+    """
+    cursor = transaction.cursor()
+    replaced: list[bytes | memoryview] = []
+    last = bytes(cursor.key()) if cursor.last() else b""
+    for key, value in zip(keys, values, strict=True):
+        if key > last:
+            transaction.put(key, value, append=True)
+            last = key
+        elif (old := transaction.replace(key, value)) is not None:
+            replaced.append(old)
+    return replaced
