@@ -56,7 +56,14 @@ def assert_same_result(run_dir: Path, reference: Path) -> None:
     assert rows == other_rows
 
 
-LONG = {"optim__epochs": 6, "checkpoint_every": 2, "data__unknown_share": 0.2}
+LONG = {
+    "optim__epochs": 6,
+    "checkpoint_every": 2,
+    "data__unknown_share": 0.2,
+    "model__counters": True,
+    "model__popularity": True,
+    "optim__window_weight": 1.0,
+}
 """Changes of the run that is killed at any point and must end with the same bits."""
 # Repeatedly forks a trainer, ends it at a random time after some progress, and reports how each one ended.
 DRIVER = """
