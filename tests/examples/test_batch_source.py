@@ -16,6 +16,7 @@ import torch
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.choices import Decay, Split
+from vista.counters.counter_spec import CounterSpec
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource, events_before
@@ -73,6 +74,7 @@ def source(
     model: dict[str, Any] | None = None,
     optim: dict[str, Any] | None = None,
     stored: StoredSummaries | None = None,
+    spec: CounterSpec | None = None,
     **data: Any,
 ) -> BatchSource:
     options = {"tokens_per_batch": 64, "label_spacing": 4, "num_negatives": 8, "split": Split.leave_last_out} | data
@@ -82,7 +84,7 @@ def source(
         optim=OptimConfig(**(optim or {})),
         seed=3,
     )
-    return BatchSource(world.log, np.arange(world.log.num_items) + 1, config, stored)
+    return BatchSource(world.log, np.arange(world.log.num_items) + 1, config, stored, spec)
 
 
 def time_split(world: World, **data: Any) -> BatchSource:
@@ -212,6 +214,39 @@ def test_anchors_ask_about_the_next_visible_events(world: World, by_time: bool, 
             sizes.append(len(label))
     assert (beyond > 0) == (chunk_len == 16)
     assert len(sizes) > 20 and min(sizes) < 6 == max(sizes)
+
+
+@pytest.mark.parametrize("chunk_len", [7, 1000])
+@pytest.mark.parametrize("since", [None, 1400 * MS])
+def test_counted_items_are_those_of_the_record_and_the_tail(world: World, since: int | None, chunk_len: int) -> None:
+    """Every event has an item of its own. Counters cover the whole history, also of a chunk that begins late."""
+    stored = None if since is None else StoredSummaries(since, lambda users: np.zeros((len(users), 2, 8), np.float32))
+    spec, gaps = CounterSpec(keys=(1000,)), 0
+    options = {"optim": WITH_WINDOWS, "model": {"counters": True}, "staleness_share": 0.5, "chunk_len": chunk_len}
+    made = time_split(world, stored=stored, spec=spec, **options)
+    for batch in whole_pass(made):
+        anchors = batch.anchors
+        assert anchors is not None and anchors.counters is not None
+        for row, window in enumerate(anchors.window.tolist()):
+            counted = items(world, batch, anchors.counters.item[row][anchors.counters.item[row] >= 0])
+            event = int(items(world, batch, anchors.next_item[[row]])[0])
+            user = int(np.searchsorted(world.offsets, event, side="right")) - 1
+            start = int(world.offsets[user])
+            tail = batch.windows.tail_index[window]
+            tail = items(world, batch, batch.events.item[tail[tail >= 0]])
+            if since is None:
+                covered = int(batch.cuts.stop[batch.windows.cut[window]])
+                before = batch.events.item[batch.cuts.start[batch.windows.cut[window]] : covered]
+                first = items(world, batch, before).max() + 1 if len(before) else None
+            else:
+                first = start + int((world.time[start : world.offsets[user + 1]] < since).sum())
+            if first is None:
+                continue
+            expected = {*range(start, first), *(item for item in tail if first <= item < event)}
+            assert set(counted) == expected
+            assert int(anchors.counters.num_events[row]) == len(expected)
+            gaps += len(expected) < event - start
+    assert gaps > 3 or chunk_len == 7, "events between a record and the tail are not counted"
 
 
 def test_anchors_after_stored_summaries_ask_about_later_events(world: World) -> None:

@@ -74,8 +74,8 @@ class DataConfig:
     horizon_days: float = 0.0
     """Number of days after a question; only items of events within it are labels. 0 means no limit in time."""
     anchors_per_chunk: int = 8
-    """With optim.window_weight above 0: number of questions drawn from each chunk per epoch. With split=time they are
-    uniform in time, otherwise in position."""
+    """With optim.window_weight above 0 or model.counters: number of questions drawn from each chunk per epoch. With
+    split=time they are uniform in time, otherwise in position."""
     num_negatives: int | None = None
     """Number of negatives of the sampled softmax, shared by all labels of a batch. null: all items of the log, which is
     the exact softmax, but at most 4,096."""

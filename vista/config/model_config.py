@@ -99,7 +99,8 @@ class ModelConfig:
     """What the vectors of items are before training: random, or factors of their co-occurrences in the training events.
     null: factors, or random with embedding_rows."""
     counters: bool = False
-    """Store counters with each summary: how often and how recently the user had each of their most frequent items."""
+    """Score the items that a user had before by counters: how often and how recently the user had each of them. The
+    store holds the counters of the user's most frequent items with each summary."""
     counter_keys: int = 64
     """With counters, number of items per user that are stored: the most frequent ones."""
     counter_days: list[float] = field(default_factory=lambda: [30.0])

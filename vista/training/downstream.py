@@ -32,7 +32,11 @@ from vista.store.format.authentication import read_key
 from vista.store.reader import StoreReader
 
 logger = logging.getLogger(__name__)
-KEPT_KEYS = (*STAGE1_KEYS, "activation", "embedding_rows", "embedding_hashes", "num_reconstruction_layers")
+COUNTER_KEYS = ("counters", "counter_keys", "counter_days", "counter_events")
+KEPT_KEYS = (
+    *(*STAGE1_KEYS, *COUNTER_KEYS),
+    *("activation", "embedding_rows", "embedding_hashes", "num_reconstruction_layers"),
+)
 """Fields of ModelConfig that must be the base's."""
 KEPT_WEIGHTS = (*STAGE1_WEIGHTS, "decoder.")
 """Prefixes of the names of the weights that the base provides. The decoder belongs to the summaries that it reads."""
