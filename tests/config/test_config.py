@@ -139,7 +139,7 @@ def test_numbers_become_plain_ones() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "hstu", "history_limit": 9}, r"model\.counters: hstu does not use counters"),
+        ({"architecture": "din", "history_limit": 9}, r"model\.counters: din does not use counters"),
         ({"counter_keys": 0}, r"model\.counter_keys: must be at least 1"),
         ({"counter_keys": 65_536}, r"model\.counter_keys: must be at most 65535"),
         ({"counter_days": [0.01]}, r"model\.counter_days: must be a list of numbers from 0\.0416667 to 36500"),
