@@ -21,7 +21,7 @@ from vista.simulation.logistic_regression import fit_probability
 _LAST = (32, 200)
 _DECAY = 200
 _NEGATIVES = 300
-"""Random items per user in the regression."""
+"""Random items per user in the regression, drawn in proportion to 1 + popularity."""
 _USERS_PER_BLOCK = 256
 
 
@@ -73,6 +73,7 @@ class PooledFactors:
         cases = window_cases(
             self._log, asked, counts, horizon_events=self._horizon, min_seen=1, min_after=self._horizon
         )
+        share = np.exp(self._popularity) / np.exp(self._popularity).sum()
         features, labels = [], []
         for begin in range(0, len(cases), _USERS_PER_BLOCK):
             part = cases.part(slice(begin, begin + _USERS_PER_BLOCK))
@@ -80,11 +81,13 @@ class PooledFactors:
             positive = np.repeat(np.arange(len(part)), np.diff(part.offsets))
             drawn = np.repeat(np.arange(len(part)), _NEGATIVES)
             row = np.concatenate([positive, drawn])
-            item = np.concatenate([part.item, rng.integers(0, self._log.num_items, len(drawn))])
+            item = np.concatenate([part.item, rng.choice(self._log.num_items, len(drawn), p=share)])
             cosines = np.einsum("knm,nm->nk", means[:, row], self._vectors[item])
             features.append(np.column_stack([cosines, self._popularity[item], np.ones(len(row))]))
             labels.append(np.arange(len(row)) < len(positive))
         weights = fit_probability(np.concatenate(features), np.concatenate(labels).astype(np.float64))
+        # Among such negatives, popularity tells too little by exactly its logarithm.
+        weights[-2] += 1
         return weights[:-1]
 
     def _means(self, user: Int, seen: Int) -> Floats:
