@@ -110,8 +110,8 @@ def draw_anchors(chunks: Chunks, plan: AnchorPlan, rng: np.random.Generator) -> 
     gap = np.where(has_gap, gap_bucket(time - timeline.time[np.maximum(place - 1, 0)]), UNKNOWN_GAP)
     item = _labels(timeline, plan, place, timeline.offsets[1:][chunk], time)
     kept = np.flatnonzero(item.any(1))
-    parts = (chunk, position, gap, item, timeline.item[place], time, is_timed)
-    return ChunkAnchors(*(part[kept] for part in parts))
+    chunk, position, place, time = chunk[kept], position[kept], place[kept], time[kept]
+    return ChunkAnchors(chunk, position, gap[kept], item[kept], timeline.item[place], time, is_timed[kept])
 
 
 def _first_from(timeline: ChunkTimeline, chunk: Int, time: Int) -> Int:
