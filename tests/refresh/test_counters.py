@@ -10,6 +10,7 @@ from typing import Any
 
 import lmdb
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from vista.config import SourceColumns
@@ -21,8 +22,11 @@ from vista.log.event_log import EventLog
 from vista.refresh import RefreshOptions, erase, merge, refresh, refresh_incremental
 from vista.store import StoreReader
 from vista.store.admin.copying import copy_generation
+from vista.store.admin.parquet import export_store
 from vista.store.admin.store_compaction import compact_store
 from vista.store.admin.verification import verify_store
+from vista.store.format.counter_layout import CounterLayout
+from vista.store.format.counters_section import encode_counters
 from vista.store.lmdb.environment import SharedEnvironment
 from vista.store.sharded_reader import open_store
 from vista.store.shards import Shard
@@ -199,17 +203,40 @@ def test_copies_and_compactions_keep_the_counters(tmp_path: Path, grow: SimpleNa
 
 
 def test_no_counter_of_an_erased_user_survives(tmp_path: Path, grow: SimpleNamespace) -> None:
+    """Neither in answers, nor in an export, nor, after a compaction, as bytes in a file of the store or of a shard."""
     model = grow.model(**COUNTERS)
-    log = grow.append(tmp_path / "log", grow.events({1: 20, 2: 9, 3: 4}))
+    log = grow.append(tmp_path / "log", grow.events({1: 20, 2: 90, 3: 4}))
     store = full(model, log, tmp_path / "store")
+    refresh(model, log, tmp_path / "shards", shard=Shard(0, 1), options=RefreshOptions(codec=Codec.float32))
+    places = (store, Shard(0, 1).path(tmp_path / "shards"))
     with StoreReader.open(store) as opened:
         (kept,) = opened.get_many([1, 3]).counters
-        assert erase(store, [2]) == 1
+        (gone,) = opened.get_many([2]).counters
+        _, states = opened.states([2]) or pytest.fail("no states")
+        traces = [record_bytes(gone), states.counters[0].rows.decayed[0].tobytes()]
+        assert all(any(trace in content for content in files(place)) for place in places for trace in traces)
+        assert [erase(place, [2]) for place in places] == [1, 1]
         (counters,) = opened.get_many([1, 2, 3]).counters
         assert np.diff(counters.offsets)[1] == 0
         np.testing.assert_array_equal(counters.key, kept.key)
-        states = opened.states([2])
-        assert states is not None and len(states[0]) == 0
+        assert opened.states([2]) is None or len(opened.states([2])[0]) == 0
+    export_store(store, tmp_path / "out.parquet")
+    table = pq.read_table(tmp_path / "out.parquet").to_pydict()
+    assert table["user"] == [1, 3] and np.concatenate(table["counter_key"]).tolist() == kept.key.tolist()
+    for place in places:
+        compact_store(place)
+        assert not any(trace in content for content in files(place) for trace in traces)
+
+
+def record_bytes(counters: CounterCodes) -> bytes:
+    """The keys and codes of one user as they are in a record."""
+    layout = CounterLayout.of(counters.spec, [30])
+    return encode_counters([counters], layout, 1)[0]
+
+
+def files(folder: Path) -> list[bytes]:
+    """The contents of all files below a folder."""
+    return [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
 
 
 def test_without_counters_nothing_is_counted(tmp_path: Path, grow: SimpleNamespace) -> None:
