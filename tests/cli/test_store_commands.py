@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 from tests.conftest import Served
 from vista.cli import main as cli
+from vista.model.vista_model import VistaModel
+from vista.refresh import refresh
 from vista.store import StoreReader
 from vista.store.layout import environment_path, read_current
 
@@ -82,3 +85,14 @@ def test_problems_end_in_exit_code_1(store: Path, capsys: pytest.CaptureFixture[
     assert "truncated" in said(capsys, "stats", f"store={store}")
     for command in ("compact", "export"):
         assert "truncated" in said(capsys, command, f"store={store}", code=1)
+
+
+def test_get_counts_the_keys_of_a_store_with_counters(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = VistaModel.from_pretrained(served.model_dir)
+    config = dataclasses.replace(base.config, counters=True, counter_keys=2)
+    model = VistaModel(config, base.schema, base.items, base.data)
+    refresh(model, served.log, tmp_path / "store")
+    user = served.log.users.ids(np.array([int(served.log.lengths.argmax())]))[0]
+    assert "counted keys:      2 (item)" in said(capsys, "get", f"store={tmp_path / 'store'}", f"user={user}")
