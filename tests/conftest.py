@@ -138,6 +138,15 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
     return config
 
 
+def draw_counter_weights(model: VistaModel, seed: int = 0) -> None:
+    """Give the parts of a model that read counters and popularity the weights of a trained model; they start at 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for part, std in ((model.counted, 0.3), (model.candidate_counters, 0.2), (model.popularity, 0.3)):
+        for weight in [] if part is None else part.parameters():
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) * std)
+    model.set_item_frequency(np.arange(1 + len(model.items)))
+
+
 def run_python(code: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter with one thread, from a checkout or with an installed package."""
     root = Path(vista.__file__).parents[1]

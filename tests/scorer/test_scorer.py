@@ -160,7 +160,9 @@ class TestScores:
         now = START + 300 * DAY
         scores = scorer.catalog_scores(USERS, now=now)
         _, items = scorer.item_vectors()
-        np.testing.assert_array_equal(scores, scorer.user_vectors(USERS, now=now) @ items.T)
+        users = scorer.user_vectors(USERS, now=now) / np.float32(scorer.model.config.temperature)
+        np.testing.assert_array_equal(scores, users @ items.T)
+        np.testing.assert_allclose(scores, scorer.predict(USERS, scorer.item_vectors()[0], now=now)["next"], atol=1e-5)
         assert scores.dtype == np.float32 and (scores != scorer.catalog_scores(USERS)).any()
 
     def test_catalog_scores_of_too_many_users_are_refused(

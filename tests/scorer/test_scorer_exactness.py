@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
-from tests.conftest import DAY, small_config
+from tests.conftest import DAY, draw_counter_weights, small_config
 from vista.config.choices import TargetAttentionKind
 from vista.log.event_log import EventLog
+from vista.model.counted_item_head import HIDDEN
 from vista.model.frozen_linear import FrozenLinear
 from vista.model.inference import ROW_TILE
 from vista.model.vista_model import VistaModel
@@ -38,7 +39,8 @@ def products_keep_to_rows() -> bool:
     Both torch's products and those of frozen maps, whose weights the processor may have packed.
     """
     torch.manual_seed(0)
-    for inner, outer in ((DIM, 4 * DIM), (DIM, DIM), (2 * DIM, DIM), (DIM, 3)):
+    of_counters = ((9, 5 * DIM), (7, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 1), (DIM, 1))
+    for inner, outer in ((DIM, 4 * DIM), (DIM, DIM), (2 * DIM, DIM), (DIM, 3), *of_counters):
         linear, rows = nn.Linear(inner, outer, bias=False), torch.randn(1024, inner)
         with torch.no_grad():
             for multiply in (linear, FrozenLinear(linear, torch.float32)):
@@ -59,23 +61,27 @@ def same(actual: Any, expected: Any) -> None:
 @pytest.fixture(
     scope="module",
     params=[
-        (TargetAttentionKind.softmax, 16),
-        (TargetAttentionKind.pointwise, 18),
-        (TargetAttentionKind.quasi_linear, 16),
+        (TargetAttentionKind.softmax, 16, False),
+        (TargetAttentionKind.pointwise, 18, False),
+        (TargetAttentionKind.pointwise, 16, True),
+        (TargetAttentionKind.quasi_linear, 16, False),
     ],
 )
 def opened(
     request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scorer]:
-    """A scorer for each kind of layers, with three tasks and the next item."""
+    """A scorer for each kind of layers, and one with counters and popularity, with three tasks and the next item."""
     folder = tmp_path_factory.mktemp("exact")
-    kind, tail_len = request.param
+    kind, tail_len, has_counters = request.param
     config = small_config(impression_log, "unused", model__dim=DIM, model__num_seeds=16, model__tail_len=tail_len)
     config.model.target_attention = kind
+    config.model.counters = config.model.popularity = has_counters
+    config.model.counter_keys = 10
     torch.manual_seed(3)
     model = VistaModel(config.model, schema_of(impression_log, config), impression_log.items, config.data).eval()
     for read in model.target_attention.reads:
         nn.init.normal_(read.output.out.weight, std=0.2)  # which starts at 0
+    draw_counter_weights(model)
     refresh(model, impression_log, folder / "store")
     with Scorer.open(model, folder / "store") as scorer:
         yield scorer
@@ -127,8 +133,13 @@ def test_a_ranking_has_the_bits_of_the_scores(opened: Scorer, ids: tuple[list[An
         place = {item: index for index, item in enumerate(items.tolist())}
         same(ranking.scores, scores[[place[item] for item in ranking.items.tolist()]])
     vectors = opened.user_vectors(users, now=now)
+    counted, scores, offsets = opened.counted_items(users, now=now)
+    next_scores = opened.predict(users, items, now=now)["next"]
     for index, user in enumerate(users):
         same(opened.user_vectors([user], now=now)[0], vectors[index])
+        own = slice(offsets[index], offsets[index + 1])
+        same(scores[own], next_scores[index, [place[item] for item in counted[own].tolist()]])
+    assert (np.diff(offsets) == 10 * opened.model.config.counters).all()
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])

@@ -22,7 +22,7 @@ from tests.conftest import ITEMS, USERS, Served, run_python, sign_model, small_c
 from vista.config.choices import Precision
 from vista.errors import CheckpointError, StoreError
 from vista.log.event_log import EventLog
-from vista.model.item_projections import CANDIDATE_FILE, UNIT_FILE
+from vista.model.item_projections import CANDIDATE_FILE, RETRIEVAL_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
@@ -263,8 +263,8 @@ class TestItemProjections:
         with io.BytesIO() as archive:
             np.savez(archive, np.zeros(3))
             zipped = archive.getvalue()
-        for content in (b"", b"no array", zipped, (folder / UNIT_FILE).read_bytes()[:-8]):
-            (folder / UNIT_FILE).write_bytes(content)
+        for content in (b"", b"no array", zipped, (folder / RETRIEVAL_FILE).read_bytes()[:-8]):
+            (folder / RETRIEVAL_FILE).write_bytes(content)
             sign_model(folder)
             with pytest.raises(
                 CheckpointError, match=r"item_retrieval_vectors\.npy: cannot be mapped .*export the model again"

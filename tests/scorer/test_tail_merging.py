@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -33,16 +35,16 @@ def events_of(merged: Tail) -> list[list[Event]]:
 def test_union_by_hand() -> None:
     stored = tail([(1, 5, 0), (2, 6, 0), (2, 7, 1)], [], [(9, 1, 0)])
     fresh = tail([(2, 7, 1), (2, 7, 0), (3, 8, 0)], [(4, 4, 0)], [])
-    assert events_of(merge_tails(stored, fresh, 10)) == [
+    assert events_of(merge_tails(stored, fresh, 10)[0]) == [
         [(1, 5, 0), (2, 6, 0), (2, 7, 1), (2, 7, 0), (3, 8, 0)],
         [(4, 4, 0)],
         [(9, 1, 0)],
     ]
-    assert events_of(merge_tails(stored, fresh, 2)) == [[(2, 7, 0), (3, 8, 0)], [(4, 4, 0)], [(9, 1, 0)]]
+    assert events_of(merge_tails(stored, fresh, 2)[0]) == [[(2, 7, 0), (3, 8, 0)], [(4, 4, 0)], [(9, 1, 0)]]
     # A late event is sorted in by its time, and dropped if it is older than all events that are kept.
-    assert events_of(merge_tails(tail([(5, 1, 0), (7, 2, 0)]), tail([(6, 3, 0)]), 2)) == [[(6, 3, 0), (7, 2, 0)]]
-    assert events_of(merge_tails(tail([(5, 1, 0), (7, 2, 0)]), tail([(4, 3, 0)]), 2)) == [[(5, 1, 0), (7, 2, 0)]]
-    assert events_of(merge_tails(tail([], []), tail([], []), 3)) == [[], []]
+    assert events_of(merge_tails(tail([(5, 1, 0), (7, 2, 0)]), tail([(6, 3, 0)]), 2)[0]) == [[(6, 3, 0), (7, 2, 0)]]
+    assert events_of(merge_tails(tail([(5, 1, 0), (7, 2, 0)]), tail([(4, 3, 0)]), 2)[0]) == [[(5, 1, 0), (7, 2, 0)]]
+    assert events_of(merge_tails(tail([], []), tail([], []), 3)[0]) == [[], []]
 
 
 events = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), st.integers(0, 1)), max_size=6).map(
@@ -53,14 +55,18 @@ events = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), st.integers(0,
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(events, events), max_size=4), st.integers(1, 6))
 def test_union_equals_that_of_a_loop(users: list[tuple[list[Event], list[Event]]], tail_len: int) -> None:
-    merged = merge_tails(tail(*(s for s, _ in users)), tail(*(f for _, f in users)), tail_len)
-    for (stored, fresh), user_events in zip(users, events_of(merged), strict=True):
+    merged, is_fresh = merge_tails(tail(*(s for s, _ in users)), tail(*(f for _, f in users)), tail_len)
+    marks = [is_fresh[a:b] for a, b in pairwise(merged.offsets)]
+    for (stored, fresh), user_events, marked in zip(users, events_of(merged), marks, strict=True):
         union = list(stored)
         for event in fresh:
             if event not in union:
                 union.append(event)
         union.sort(key=lambda event: event[0])
         assert user_events == union[-tail_len:]
+        assert [event for event, is_new in zip(user_events, marked, strict=True) if is_new] == [
+            event for event in user_events if event not in stored
+        ]
     assert (merged.items.dtype, merged.times.dtype, merged.actions.dtype) == (np.int32, np.int64, np.uint8)
 
 

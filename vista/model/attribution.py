@@ -37,6 +37,8 @@ class Attribution:
     """[C, L]; 0 in the padding."""
     query: list[Tensor]
     """[C] for each part of the query token's vector; the first one includes the time of the request."""
+    counters: Tensor
+    """[C] what the user's counters of the candidates add; 0 without them."""
 
 
 def attribute(
@@ -45,6 +47,7 @@ def attribute(
     gap: Tensor | None,
     context: TargetContext,
     head: Callable[[Tensor], Tensor],
+    counters: tuple[Tensor, Tensor] | None = None,
 ) -> Attribution:
     """Attribution of the scores of query tokens that see the whole tail.
 
@@ -53,25 +56,25 @@ def attribute(
         gap: [1, M] embedding of the request's time, or None.
         context: of one request.
         head: a linear function with a bias, [C, M] -> [C] scores.
+        counters: what counters add to the vectors, [C, M], and to their projections in layer 1, [C, 4M]; or None.
     """
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.stack([part.clone() for part in parts]).sum(0).requires_grad_()
-        sources = [x]
-        hidden, first_value = x * stage.scale, torch.zeros_like(x)
-        if gap is not None:
-            gaps = gap.clone().expand_as(x).contiguous().requires_grad_()
-            # In layer 1 the time does not pass the norm of the vector (`TargetAttention.query`).
-            first_value = stage.query_gap(gaps).detach()[:, -x.shape[1] :].requires_grad_()
-            sources += [gaps, first_value]
-            hidden = (x + gaps) * stage.scale
+        added = [] if gap is None else [(gap.expand_as(x), stage.query_gap(gap).expand(len(x), -1))]
+        added += [] if counters is None else [counters]
+        # In layer 1 time and counters do not pass the norm of the vector (`TargetAttention.query`).
+        vectors = [vector.clone().requires_grad_() for vector, _ in added]
+        first_values = [projected[:, -x.shape[1] :].clone().requires_grad_() for _, projected in added]
+        sources = [x, *vectors, *first_values]
+        hidden = sum(vectors, x) * stage.scale
         mixed, weights, values, states = [], [], [], []
         for index, layer in enumerate(stage.layers):
             projected = layer.project(x if index == 0 else hidden)
-            if index == 0 and gap is not None:
-                projected = projected + stage.query_gap(gaps)
+            if index == 0:
+                projected = sum((part for _, part in added), projected)
             normed = _frozen(layer.norm, x if index == 0 else hidden)
             value = F.linear(normed, layer.projections.weight[-x.shape[1] :])
-            value = value + first_value if index == 0 else value
+            value = sum(first_values, value) if index == 0 else value
             weight = _attention(stage, layer, projected.detach(), context, index)
             seen = context.values[index][0].clone()
             value = value * value.detach().sigmoid() if isinstance(layer, PointwiseLayer) else value
@@ -89,8 +92,13 @@ def attribute(
         score = head(_frozen(stage.final_norm, hidden))
         gradients = torch.autograd.grad(score.sum(), [*sources, *mixed, *states])
     of_parts = [(gradients[0] * part).sum(-1) for part in parts]
-    for gradient, source in zip(gradients[1 : len(sources)], sources[1:], strict=True):
-        of_parts[0] = of_parts[0] + (gradient * source.detach()).sum(-1)
+    of_added = [
+        (gradient * source.detach()).sum(-1)
+        for gradient, source in zip(gradients[1 : len(sources)], sources[1:], strict=True)
+    ]
+    of_added = [of_added[index] + of_added[index + len(added)] for index in range(len(added))]
+    of_counters = torch.zeros_like(of_parts[0]) if counters is None else of_added.pop()
+    of_parts[0] = sum(of_added, of_parts[0])
     of_context = torch.stack(
         [
             (weight * (gradient @ value.transpose(-1, -2))).sum(0)
@@ -100,7 +108,9 @@ def attribute(
     of_state = torch.zeros_like(of_parts[0])
     for gradient, from_state in zip(gradients[len(sources) + len(mixed) :], states, strict=True):
         of_state = of_state + (gradient * from_state.detach()).sum((-2, -1))
-    return Attribution(of_context[:, : stage.num_seeds], of_state, of_context[:, stage.num_seeds :], of_parts)
+    return Attribution(
+        of_context[:, : stage.num_seeds], of_state, of_context[:, stage.num_seeds :], of_parts, of_counters
+    )
 
 
 def _frozen(norm: nn.LayerNorm, x: Tensor) -> Tensor:

@@ -17,7 +17,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vista.model.layers import SiLU
 
 HIDDEN = 64
 
@@ -36,9 +39,7 @@ class CountedItemHead(nn.Module):
         """
         super().__init__()
         last = nn.Linear(HIDDEN, 1, bias=False)  # the gate has the bias
-        self.network = nn.Sequential(
-            nn.Linear(num_values + 3, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU(), last
-        )
+        self.network = nn.Sequential(nn.Linear(num_values + 3, HIDDEN), SiLU(), nn.Linear(HIDDEN, HIDDEN), SiLU(), last)
         self.gate = nn.Linear(retrieval_dim, 1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(self.gate.weight)
@@ -64,7 +65,8 @@ class CountedItemHead(nn.Module):
     def from_counters(self, codes: Tensor, score: Tensor, popularity: Tensor, num_events: Tensor) -> Tensor:
         """[B, S]: the network h. Arguments as in `forward`."""
         dtype = self.gate.weight.dtype
-        size = (num_events.to(dtype).log1p() - 6).unsqueeze(1).expand_as(score)
+        # In float64, so that the bits do not depend on the other users of a request.
+        size = (num_events.double().log1p() - 6).to(dtype).unsqueeze(1).expand_as(score)
         # Constants that bring typical values near 0 ± 1.
         inputs = [codes.to(dtype) / 8 - 2, *(x.to(dtype).unsqueeze(-1) for x in (score / 5, popularity, size))]
         with torch.autocast(score.device.type, enabled=False):
@@ -75,8 +77,10 @@ class CountedItemHead(nn.Module):
         """[B]: the gate g. user: [B, M']."""
         with torch.autocast(user.device.type, enabled=False):
             # User vectors have length 1; this brings their entries near 0 ± 1, like the network's inputs.
-            logit: Tensor = self.gate(user.to(self.gate.weight.dtype) * math.sqrt(user.shape[-1])).squeeze(-1)
-        return logit
+            entries = user.double() * math.sqrt(user.shape[-1])
+            # In float64, so that the bits do not depend on the other users of a request.
+            logit = F.linear(entries, self.gate.weight.double(), self.gate.bias.double())
+        return logit.squeeze(-1).to(self.gate.weight.dtype)
 
     def start(self, returning_share: float, num_counted: float, num_items: int) -> None:
         """Set the gate's bias so that counted items together have about the probability that they need.

@@ -38,6 +38,21 @@ def linear_parts(x: Tensor, linear: nn.Module, count: int, first: int = 0) -> tu
     return F.linear(x, weight[first * (len(weight) // count) :]).chunk(count - first, -1)
 
 
+def silu(x: Tensor) -> Tensor:
+    """SiLU. At a request on a CPU it is computed in float64, because in float32 the last bit depends on a value's place
+    in a vector register, and so on the other values."""
+    if torch.is_grad_enabled() or x.dtype is not torch.float32 or x.device.type != "cpu":
+        return F.silu(x)
+    return F.silu(x.double()).float()
+
+
+class SiLU(nn.Module):
+    """`silu` as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return silu(x)
+
+
 class Dropout(nn.Module):
     """Dropout whose mask costs one byte per element on CPUs.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vista.config import ModelConfig
 from vista.config.choices import TargetAttentionKind
-from vista.model.layers import Dropout, FeedForward, GatedOutput, linear_parts, norm, split_heads
+from vista.model.layers import Dropout, FeedForward, GatedOutput, linear_parts, norm, silu, split_heads
 from vista_kernels import candidate_attention
 
 MASKED = -1e9
@@ -149,7 +149,7 @@ class PointwiseLayer(TargetLayer):
     ) -> Tensor:
         scores = self.heads(query) @ key.transpose(-1, -2)
         scores = scores if mask is None else scores + mask.to(scores.dtype)
-        return self.mix(x, _weights(scores) @ value, gate)
+        return self.mix(x, silu(scores) @ value, gate)
 
     def attend_query(
         self, x: Tensor, own: Sequence[Tensor], key: Tensor, value: Tensor, bias: Tensor, context_mask: Tensor
@@ -158,16 +158,8 @@ class PointwiseLayer(TargetLayer):
         query, own_key, own_value = self.heads(query), self.heads(own_key), self.heads(own_value)
         seen = bias.to(query.dtype) + torch.where(context_mask, 0.0, MASKED).to(query.dtype)[:, None, None]
         own_score = (query * own_key).sum(-1, keepdim=True) + self.bias[:, :1, None].to(query.dtype)
-        heads = _weights(query @ key.transpose(-1, -2) + seen) @ value + _weights(own_score) * own_value
+        heads = silu(query @ key.transpose(-1, -2) + seen) @ value + silu(own_score) * own_value
         return self.mix(x, heads, gate)
-
-
-def _weights(scores: Tensor) -> Tensor:
-    """SiLU of scores. At a request on a CPU it is computed in float64, because in float32 the last bit depends on a
-    score's place in a vector register, and so on the other scores."""
-    if torch.is_grad_enabled() or scores.dtype is not torch.float32 or scores.device.type != "cpu":
-        return F.silu(scores)
-    return F.silu(scores.double()).float()
 
 
 def target_layer(config: ModelConfig) -> SoftmaxLayer | PointwiseLayer:

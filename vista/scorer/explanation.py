@@ -18,7 +18,7 @@ from vista.scorer.serving_snapshot import ServingSnapshot
 class Explanation:
     """The contributions to the scores of C candidates for one user (`vista.model.attribution`); float32.
 
-    `summary.sum(1) + state + tail.sum(1) + own + remainder` equals `value`.
+    `summary.sum(1) + state + tail.sum(1) + own + counted + remainder` equals `value`.
     """
 
     value: NDArray[np.float32]
@@ -34,6 +34,12 @@ class Explanation:
     own: NDArray[np.float32]
     """[C] contribution of the candidate itself and the time of the request; for `next`, of the request alone, because
     all contributions are measured along the candidate's vector."""
+    counted: NDArray[np.float32]
+    """[C] contribution of the user's counters of the candidate; 0 if it is not counted. For `next`, it is the score of
+    a counted item except for what the user vector adds, and the other contributions are shares of that."""
+    counts: NDArray[np.float32]
+    """[C, F] these counters as of the request, in the units and with the columns of `CounterSpec`; NaN if the candidate
+    is not counted. F is 0 for a model without counters."""
     remainder: NDArray[np.float32]
     """[C] the task's bias, and rounding."""
 
@@ -48,7 +54,7 @@ class Explanation:
             task: one of `snapshot.tasks`.
         """
         value, shares = snapshot.shares(request, rows, task)
-        tail, own = shares.tail.clone(), shares.query[0]
+        tail, own, counted = shares.tail.clone(), shares.query[0], shares.counters
         if len(shares.query) > 1:
             tail[:, -1] += shares.query[1]  # The query token of `next` starts from the newest event.
         valid = request.tail.valid[0]
@@ -61,5 +67,7 @@ class Explanation:
             tail[:, valid].numpy(),
             [item_id if item != UNKNOWN_ITEM else None for item_id, item in zip(ids, items.tolist(), strict=True)],
             own.numpy(),
-            (value - (shares.summary.sum(1) + shares.state + tail[:, valid].sum(1) + own)).numpy(),
+            counted.numpy(),
+            np.zeros((len(rows), 0), np.float32) if request.counters is None else request.counters.counts(rows.numpy()),
+            (value - (shares.summary.sum(1) + shares.state + tail[:, valid].sum(1) + own + counted)).numpy(),
         )

@@ -15,6 +15,7 @@ from vista.errors import RecordError, UnknownUserError
 from vista.model.padded_tail import pad_tail
 from vista.scorer.request import Request
 from vista.scorer.request_arguments import ids_of, impossible_times, not_a_time, request_times
+from vista.scorer.request_counters import RequestCounters
 from vista.scorer.scorer_stats import StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.scorer.tail_merging import with_fresh_events
@@ -57,17 +58,18 @@ def read_request(
             f"users {absent} have no record in {snapshot.store.path}; refresh the store (which leaves out erased "
             "users), or pass on_missing='empty'"
         )
-    merged = stored.tail
+    merged, is_fresh = stored.tail, np.zeros(len(stored.tail.items), np.bool_)
     if tail is not None:
         refuse = on_missing is not OnMissing.nan
-        merged, wrong = with_fresh_events(model, stored, tail, refuse=refuse)
+        merged, is_fresh, wrong = with_fresh_events(model, stored, tail, refuse=refuse)
         bad = bad | wrong
     recorder.add(hits=num_hits, stale=num_found - num_hits, misses=len(unknown) - num_found, bad_users=int(bad.sum()))
     padded = pad_tail(model, merged.items, merged.times, merged.actions, merged.offsets)
     summary = torch.from_numpy(stored.summary).to(model.device)
     if unknown.any():
         summary[torch.from_numpy(unknown).to(summary.device)] = snapshot.empty
-    return Request(summary, padded, times, unknown | bad)
+    counters = RequestCounters.of(stored, merged, is_fresh, times) if model.counter_spec is not None else None
+    return Request(summary, padded, times, unknown | bad, counters)
 
 
 def _stored(snapshot: ServingSnapshot, ids: Any, on_missing: OnMissing) -> tuple[StoredBatch, NDArray[np.bool_]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.model.padded_tail import PaddedTail
+from vista.scorer.request_counters import RequestCounters
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class Request:
     """[B] ms, or None if unknown."""
     missing: NDArray[np.bool_]
     """[B] users without a usable record, whose summary is that of an empty history."""
+    counters: RequestCounters | None = None
+    """Of the B users; None without counters."""
 
     def __len__(self) -> int:
         return len(self.missing)
@@ -30,4 +33,5 @@ class Request:
     def select(self, users: slice | Int) -> Request:
         """Some of the users, or all of them in another order."""
         now = None if self.now is None else self.now[users]
-        return Request(self.summary[users], self.tail.select(users), now, self.missing[users])
+        counters = None if self.counters is None else self.counters.select(users)
+        return Request(self.summary[users], self.tail.select(users), now, self.missing[users], counters)

@@ -32,10 +32,10 @@ from vista.scorer.candidate_set import CandidateSet
 from vista.scorer.explanation import Explanation
 from vista.scorer.follower import Follower
 from vista.scorer.prediction import predict
-from vista.scorer.ranking import Ranking
+from vista.scorer.ranking import Ranking, ranked
 from vista.scorer.reading import read_request
 from vista.scorer.request import Request
-from vista.scorer.request_arguments import MAX_SCORES, ids_of, item_rows, require_most
+from vista.scorer.request_arguments import MAX_SCORES, require_most
 from vista.scorer.scorer_stats import ScorerStats, StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.scorer.serving_source import ServingSource
@@ -234,40 +234,19 @@ class Scorer:
         Raises:
             ValueError: `top_k` is below 1. Others as in `predict`.
         """
-        if not isinstance(top_k, (int, np.integer)) or isinstance(top_k, bool):
-            raise TypeError(f"top_k: must be an integer, got {top_k!r}")
-        if top_k < 1:
-            raise ValueError(f"top_k: must be at least 1, got {top_k}")
         with self._call() as snapshot:
-            items = snapshot.model.items
             request = self._request(snapshot, [user], tail, now)
-            left_out = np.zeros(len(items) + 1, bool)
-            left_out[UNKNOWN_ITEM] = True
-            num_unknown, rows = 0, None
-            if candidates is not None:
-                chosen = CandidateSet.of(snapshot, candidates, self.on_missing).rows
-                if chosen.ndim != 1:
-                    raise ValueError(f"candidates: must be of shape [C], got {chosen.shape}")
-                num_unknown = int((chosen == UNKNOWN_ITEM).sum())
-                rows = np.unique(chosen)
-            left_out[item_rows(snapshot.model, ids_of(exclude, "exclude"), "exclude")] = True
-            if exclude_tail:
-                left_out[request.tail.item[request.tail.valid]] = True
-            given = None if rows is None else torch.from_numpy(rows)
-            scores = snapshot.scores(request, given, [self.task])[self.task][0].numpy()
-            if self.on_missing is OnMissing.nan and request.missing[0]:
-                scores[:] = np.nan
-            kept = ~(left_out if rows is None else left_out[rows])
-            rows = np.flatnonzero(kept) if rows is None else rows[kept]
-            scores = scores[kept]
-            finite = np.isfinite(scores)
-            rows, scores = rows[finite], scores[finite]
-            best = torch.from_numpy(scores).topk(min(top_k, len(scores))).indices.numpy()
-            num_dropped = num_unknown + int((~finite).sum())
-            self._recorder.add(
-                candidates=len(finite) + num_unknown, unknown_candidates=num_unknown, dropped=num_dropped
+            return ranked(
+                snapshot,
+                request,
+                self.task,
+                top_k,
+                candidates,
+                exclude,
+                self.on_missing,
+                self._recorder,
+                exclude_tail=exclude_tail,
             )
-            return Ranking(items.ids(rows[best] - 1), scores[best], num_dropped)
 
     def encode(self, candidates: Any) -> CandidateSet:
         """Look up item ids [C] or [B, C] once, to score them many times.
@@ -282,6 +261,8 @@ class Scorer:
 
     def user_vectors(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
         """Vectors of the retrieval head, float32 [B, M']; their products with `item_vectors` rank the catalog.
+
+        With counters, the items of `counted_items` have other scores.
 
         Raises:
             ValueError: the model was trained without a retrieval head. Others as in `predict`.
@@ -304,11 +285,30 @@ class Scorer:
             vectors = snapshot.retrieval_vectors()[UNKNOWN_ITEM + 1 :].cpu().numpy().copy()
             return snapshot.model.items.ids(np.arange(len(snapshot.model.items))), vectors
 
-    def catalog_scores(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
-        """Scores float32 [B, V] that rank the whole catalog for each user, in the order of `item_vectors`.
+    def counted_items(
+        self, users: Ids, *, tail: Tail | None = None, now: Any = None
+    ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int64]]:
+        """The items that the users' counters hold, and their scores of `next`, to add to those of an index.
 
-        They are inner products of `user_vectors` and `item_vectors`. For a few items, or for scores on the scale of
-        `predict`, use `predict`.
+        Other items have the scores `user_vectors @ item_vectors.T / temperature`.
+
+        Returns:
+            (ids [N], scores float32 [N], offsets int64 [B + 1]); none for a model without counters.
+
+        Raises:
+            ValueError: the model was trained without a retrieval head. Others as in `predict`.
+        """
+        with self._call() as snapshot:
+            request = self._request(snapshot, users, tail, now)
+            rows, scores, offsets = snapshot.counted_items(request)
+            if self.on_missing is OnMissing.nan:
+                scores[np.repeat(request.missing, np.diff(offsets))] = np.nan
+            return snapshot.model.items.ids(rows - 1), scores, offsets
+
+    def catalog_scores(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
+        """Scores of `next` float32 [B, V] of the whole catalog for each user, in the order of `item_vectors`.
+
+        They equal those of `predict` to rounding, which can depend on the other users. For a few items, use `predict`.
 
         Raises:
             ValueError: the model was trained without a retrieval head, or there are too many scores; make several

@@ -7,6 +7,7 @@ retrieval vectors.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from vista.model.padded_tail import pad_tail
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
+from vista.scorer.counter_slots import NO_KEY, CounterSlots
 from vista.scorer.request import Request
 from vista.store.reader import StoreReader
 from vista.store.sharded_reader import ShardedReader
@@ -107,10 +109,36 @@ class ServingSnapshot:
         return torch.cat(parts) if parts else torch.empty(0, self.model.retrieval_dim, device=self.model.device)
 
     def catalog_scores(self, request: Request) -> NDArray[np.float32]:
-        """Products of the users' and all items' vectors, float32 [B, V]; ValueError without the retrieval head."""
+        """Scores of `next` of all items, float32 [B, V]; ValueError without the retrieval head."""
         items = self.retrieval_vectors()[UNKNOWN_ITEM + 1 :].cpu().numpy()
-        scores: NDArray[np.float32] = self.user_vectors(request).cpu().numpy() @ items.T
+        vectors = self.user_vectors(request)
+        scores: NDArray[np.float32] = (vectors / self.model.config.temperature).cpu().numpy() @ items.T
+        rows, counted, offsets = self.counted_items(request, vectors)
+        scores[np.repeat(np.arange(len(request)), np.diff(offsets)), rows - UNKNOWN_ITEM - 1] = counted
         return scores
+
+    def counted_items(
+        self, request: Request, vectors: Tensor | None = None
+    ) -> tuple[Int, NDArray[np.float32], NDArray[np.int64]]:
+        """Rows int64 [N] of the items in the users' counters, their scores of `next`, float32 [N], and offsets [B + 1].
+
+        Args:
+            request: of B users.
+            vectors: [B, M'] their `user_vectors`; None computes them.
+
+        Raises:
+            ValueError: the model has no retrieval head.
+        """
+        items, scores = self.retrieval_vectors(), [np.zeros(0, np.float32)]
+        if request.counters is None:
+            return np.zeros(0, np.int64), scores[0], np.zeros(len(request) + 1, np.int64)
+        vectors = self.user_vectors(request) if vectors is None else vectors
+        for users, part in self._portions(request):
+            slots = self._slots(part)
+            assert slots is not None
+            scores.append(slots.logits(self.model, items, vectors[users])[slots.key != NO_KEY].cpu().numpy())
+        codes = request.counters.codes
+        return codes.key.astype(np.int64), np.concatenate(scores), codes.offsets
 
     def scores(
         self, request: Request, rows: Tensor | None, tasks: list[str], lengths: Int | None = None
@@ -132,16 +160,17 @@ class ServingSnapshot:
         for users, part in self._portions(request):
             wanted = np.full(len(part), count) if lengths is None else lengths[users]
             context, bucket = self.context(part)
+            slots = self._slots(part)
             own = rows if rows is None or rows.ndim == 1 else rows[users]
             if labeled:
-                for cells, logits in self._logits(context, bucket, own, wanted):
+                for cells, logits in self._logits(context, bucket, slots, own, wanted):
                     # The last bit of a float32 sigmoid depends on the position in a vector; float64 rounds it away.
                     probability = logits.double().sigmoid().float().cpu()
                     for task in labeled:
                         scores[task][users][cells] = probability[..., self.model.schema.tasks.index(task)]
             if NEXT_TASK in tasks:
-                vectors = self._user_vectors(context, bucket) / self.model.config.temperature
-                for cells, cosine in self._cosines(vectors, own, wanted):
+                vectors = self._user_vectors(context, bucket)
+                for cells, cosine in self._next_scores(vectors, slots, own, wanted):
                     scores[NEXT_TASK][users][cells] = cosine.cpu()
         return scores
 
@@ -169,16 +198,28 @@ class ServingSnapshot:
     def shares(self, request: Request, rows: Tensor, task: str) -> tuple[Tensor, Attribution]:
         """Values [C] of one user's candidates [C] (logits, or the scores of `next`), and their contributions.
 
-        The query token of `next` has two parts: the request's own token, and the newest event.
+        The query token of `next` has two parts: the request's own token, and the newest event. The score of a counted
+        item for `next` has two terms: one of its counters, and one of the user vector, which is broken down.
         """
         model, stage = self.model, self.model.target_attention
         context = inference.request_context(model, request.summary, request.tail)
         gap = inference.request_gap(model, request.now, request.tail)
         seen = torch.full((1,), model.config.tail_len, device=model.device)
         rows = rows.to(model.device)
+        codes = None if request.counters is None else CounterSlots.of(request.counters, model.device).of_items(rows)
+        added = of_counters = None
         if task == NEXT_TASK:
             items = self.retrieval_vectors()[rows] / model.config.temperature
-            value: Tensor = items @ inference.user_vectors(model, context, gap)[0]
+            user = inference.user_vectors(model, context, gap)
+            value: Tensor = items @ user[0]
+            if codes is not None and request.counters is not None:
+                assert model.counted is not None
+                is_counted, popularity = codes[:, 0] > 0, model.item_popularity[rows]
+                num_events = torch.from_numpy(request.counters.num_events).to(model.device)
+                counted = model.counted.from_counters(codes[None], value[None], popularity[None], num_events)[0]
+                of_counters = torch.where(is_counted, counted, 0.0)
+                value = torch.where(is_counted, counted + model.counted.from_user(user), value)
+                items = torch.where(is_counted[:, None], model.counted.gate.weight * user.shape[-1] ** 0.5, items)
             parts = [part.expand(len(rows), -1) for part in (model.request, context.newest(seen)[0])]
 
             def head(out: Tensor) -> Tensor:
@@ -189,13 +230,18 @@ class ServingSnapshot:
             assert model.task_head is not None
             index, task_head = model.schema.tasks.index(task), model.task_head
             parts = [model.item_vectors(rows)]
-            value = model.candidate_logits(parts[0][None], gap, seen, context)[0, :, index]
+            value = model.candidate_logits(
+                parts[0][None], gap, seen, context, codes=None if codes is None else codes[None]
+            )[0, :, index]
+            if codes is not None:
+                both = self._added_by(codes)
+                added = both[:, : model.config.dim], both[:, model.config.dim :]
 
             def head(out: Tensor) -> Tensor:
                 return F.linear(out, task_head.weight[index : index + 1])[:, 0]
 
-        contributions = attribute(stage, parts, None if gap is None else gap[0], context, head)
-        return value.cpu(), contributions
+        shares = attribute(stage, parts, None if gap is None else gap[0], context, head, added)
+        return value.cpu(), shares if of_counters is None else replace(shares, counters=of_counters)
 
     def _portions(self, request: Request) -> Iterator[tuple[slice, Request]]:
         """The request, a few users at a time, so that their keys and values fit a cache."""
@@ -210,9 +256,17 @@ class ServingSnapshot:
         vectors: Tensor = inference.user_vectors(self._scoring, context, gap)
         return vectors
 
+    def _slots(self, request: Request) -> CounterSlots | None:
+        return None if request.counters is None else CounterSlots.of(request.counters, self.model.device)
+
     @torch.inference_mode()
     def _logits(
-        self, context: TargetContext, bucket: Tensor | None, rows: Tensor | None, lengths: Int
+        self,
+        context: TargetContext,
+        bucket: Tensor | None,
+        slots: CounterSlots | None,
+        rows: Tensor | None,
+        lengths: Int,
     ) -> Iterator[tuple[Cells, Tensor]]:
         """Ranges of users and columns, and their logits, float32 [users, columns, num_tasks]."""
         model, table, dim = self._scoring, self.items.candidate, self.model.config.dim
@@ -230,20 +284,40 @@ class ServingSnapshot:
                 summed = torch.empty(projections.shape, dtype=dtype, device=model.device)
                 # Add and convert in one pass.
                 projections = torch.add(projections, projected_time[users, :, dim:], out=summed)
+            if slots is not None:
+                user, column, slot = slots.find(users, rows, columns)
+                if projected_time is None:
+                    vectors, projections = vectors.clone(), projections.clone()
+                added = self._added_by(slots.codes[users][user, slot])
+                vectors[user, column] += added[:, :dim]
+                projections[user, column] += added[:, dim:].to(dtype)
             logits = model.candidate_logits(vectors, None, self._seen, some, projections, self._biases)
             yield (users, columns), logits[:, : columns.stop - columns.start]
 
+    def _added_by(self, codes: Tensor) -> Tensor:
+        """[n, 5M] what counters uint8 [n, F] add to the rows of `ItemProjections.candidate`."""
+        assert self.model.candidate_counters is not None
+        added: Tensor = self.model.candidate_counters(F.pad(codes, (0, 0, 0, -len(codes) % ROW_TILE)))
+        return added[: len(codes)]
+
     @torch.inference_mode()
-    def _cosines(self, vectors: Tensor, rows: Tensor | None, lengths: Int) -> Iterator[tuple[Cells, Tensor]]:
-        """Ranges of users and columns, and products float32 [users, columns] of vectors [B, M'] with those of items."""
+    def _next_scores(
+        self, vectors: Tensor, slots: CounterSlots | None, rows: Tensor | None, lengths: Int
+    ) -> Iterator[tuple[Cells, Tensor]]:
+        """Ranges of users and columns, and scores float32 [users, columns] of the users with vectors [B, M']."""
         table = self.items.retrieval
         assert table is not None
+        counted = None if slots is None else slots.logits(self.model, table, vectors)
+        vectors = vectors / self.model.config.temperature
         for users, columns in _parts(lengths, self._cosines_per_pass):
             items = _take(table, rows, users, columns)
             # One product per user, because the bits of a joint product depend on the number of users.
             own = [torch.mv(items if items.ndim == 2 else items[row], user) for row, user in enumerate(vectors[users])]
-            product = torch.stack(own)
-            yield (users, columns), product[:, : columns.stop - columns.start]
+            scores = torch.stack(own)
+            if slots is not None and counted is not None:
+                user, column, slot = slots.find(users, rows, columns)
+                scores[user, column] = counted[users][user, slot]
+            yield (users, columns), scores[:, : columns.stop - columns.start]
 
 
 def _parts(lengths: Int, pairs: int) -> Iterator[Cells]:

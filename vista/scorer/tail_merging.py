@@ -56,7 +56,9 @@ def checked_tail(tail: Tail, num_users: int) -> Tail:
     return Tail(arrays["items"], arrays["times"], actions, offsets)
 
 
-def with_fresh_events(model: RankingModel, stored: StoredBatch, tail: Tail, *, refuse: bool) -> tuple[Tail, Bools]:
+def with_fresh_events(
+    model: RankingModel, stored: StoredBatch, tail: Tail, *, refuse: bool
+) -> tuple[Tail, Bools, Bools]:
     """Merge the stored tails of a batch with a caller's tail, whose items are raw ids.
 
     Args:
@@ -66,7 +68,7 @@ def with_fresh_events(model: RankingModel, stored: StoredBatch, tail: Tail, *, r
         refuse: raise if an action or a time is impossible; otherwise keep that user's stored tail.
 
     Returns:
-        The merged tails, and which users' events were impossible, [B].
+        The merged tails, which of their events are fresh, [N], and which users' events were impossible, [B].
 
     Raises:
         ValueError, TypeError: a part of the tail is invalid; the message names it.
@@ -91,11 +93,12 @@ def with_fresh_events(model: RankingModel, stored: StoredBatch, tail: Tail, *, r
     offsets = np.concatenate([[0], np.cumsum(np.where(bad, 0, lengths))]).astype(np.int64)
     fresh = Tail(rows.astype(np.int32), checked.times[kept], checked.actions[kept].astype(np.uint8), offsets)
     names = np.unique(ids, return_inverse=True)[1]
-    return merge_tails(stored.tail, fresh, model.config.tail_len, names), bad
+    return *merge_tails(stored.tail, fresh, model.config.tail_len, names), bad
 
 
-def merge_tails(stored: Tail, fresh: Tail, tail_len: int, names: Integers | None = None) -> Tail:
-    """The union of two packed tails of the same users, oldest first, limited to the newest `tail_len` events.
+def merge_tails(stored: Tail, fresh: Tail, tail_len: int, names: Integers | None = None) -> tuple[Tail, Bools]:
+    """The union of two packed tails of the same users, oldest first, limited to the newest `tail_len` events, and which
+    of these are fresh, bool [N].
 
     A fresh event counts once, and not at all if the stored tail holds it (same time, item and action), so callers may
     send events that the refresh covered, or send events twice. Events with equal times keep their order, stored ones
@@ -124,7 +127,7 @@ def merge_tails(stored: Tail, fresh: Tail, tail_len: int, names: Integers | None
     from_end = np.repeat(ends, counts) - np.arange(len(order))
     order = order[from_end <= tail_len]
     offsets = np.concatenate([[0], np.cumsum(np.minimum(counts, tail_len))]).astype(np.int64)
-    return Tail(item[order], time[order], action[order], offsets)
+    return Tail(item[order], time[order], action[order], offsets), is_fresh[order]
 
 
 def _repeats(user: Integers, time: Integers, action: Integers, item: Integers, order: Integers) -> Bools:

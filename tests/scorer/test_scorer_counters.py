@@ -1,0 +1,321 @@
+"""The scorer reads counters as of the request, and scores counted items by them, as a model does on a raw history."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.conftest import DAY, draw_counter_weights, serve, small_config
+from vista.arrays import Int
+from vista.evaluation.case_counters import CaseCounters
+from vista.log.event_log import EventLog
+from vista.log.until import Until
+from vista.log.vocabulary import Vocabulary
+from vista.model import inference
+from vista.model.vista_model import VistaModel
+from vista.refresh import refresh
+from vista.scorer import Scorer, Tail
+from vista.scorer.request import Request
+from vista.scorer.request_counters import RequestCounters
+from vista.training.log_schema import schema_of
+
+TAIL_LEN = 6
+STALE = {"fresh": 4, "stale": 11}
+"""Events of each user that the records lack: fewer and more than a tail holds."""
+TASKS = ("click", "like", "long_view", "next")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A scorer of a model with counters, whose store lacks the newest events of all users."""
+
+    scorer: Scorer
+    log: EventLog
+    rows: Int
+    """Model rows of the log's items; the model does not know some."""
+    num_missing: int
+
+    @property
+    def users(self) -> list[Any]:
+        ids: list[Any] = self.log.users.ids(np.arange(self.log.num_users)).tolist()
+        return ids
+
+    def tail(self, count: int, users: Int | None = None) -> Tail:
+        """The newest `count` events of users, with the log's ids."""
+        users = np.arange(self.log.num_users) if users is None else users
+        lengths = self.log.lengths[users]
+        events = self.log.gather_ranges(users, lengths - count, lengths)
+        return Tail(
+            self.log.items.ids(events.item), np.asarray(events.timestamp), np.asarray(events.action), events.offsets
+        )
+
+    def request(self, users: list[Any], tail: Tail | None, now: Any) -> Request:
+        return self.scorer._request(self.scorer._snapshots.current, users, tail, now)
+
+    def counters(self, users: list[Any], tail: Tail | None, now: Any) -> RequestCounters:
+        counters = self.request(users, tail, now).counters
+        assert counters is not None
+        return counters
+
+    def expected(self, now: Any) -> CaseCounters:
+        """Counters of a request for all users, made from the log."""
+        seen, spec = self.log.lengths, self.scorer.model.counter_spec
+        assert spec is not None
+        return CaseCounters(
+            spec,
+            self.log,
+            self.rows,
+            np.arange(len(seen)),
+            seen,
+            now,
+            covered=seen - self.num_missing,
+            tail_len=self.scorer.model.config.tail_len,
+        )
+
+
+@pytest.fixture(scope="module", params=["summary", "no summary, popularity"])
+def model(request: pytest.FixtureRequest, impression_log: EventLog) -> VistaModel:
+    """Knows 36 of the log's 40 items."""
+    changes = {"model__num_seeds": 0, "model__popularity": True} if "popularity" in request.param else {}
+    config = small_config(
+        impression_log, "unused", model__counters=True, model__counter_keys=8, model__tail_len=TAIL_LEN, **changes
+    )
+    items = Vocabulary.from_ids(impression_log.items.ids(np.arange(4, impression_log.num_items)))
+    torch.manual_seed(5)
+    model = VistaModel(config.model, schema_of(impression_log, config), items, config.data).eval()
+    draw_counter_weights(model)
+    return model
+
+
+@pytest.fixture(scope="module", params=STALE)
+def opened(
+    request: pytest.FixtureRequest, model: VistaModel, impression_log: EventLog, tmp_path_factory: Any
+) -> Iterator[Opened]:
+    folder, num_missing = tmp_path_factory.mktemp("counters"), STALE[request.param]
+    refresh(model, impression_log, folder / "store", until=Until(held_out=num_missing))
+    with Scorer.open(model, folder / "store") as scorer:
+        yield Opened(scorer, impression_log, model.rows_of(impression_log.items), num_missing)
+
+
+@pytest.fixture(params=["now", "no time"])
+def now(request: pytest.FixtureRequest, impression_log: EventLog) -> NDArray[np.int64] | None:
+    """Another time after the newest event for each user, or None."""
+    if request.param == "no time":
+        return None
+    newest = [int(impression_log[user].timestamp[-1]) for user in impression_log.users.ids(np.arange(12)).tolist()]
+    return np.array(newest) + np.arange(12) ** 2 * DAY
+
+
+def same_codes(actual: RequestCounters, expected: RequestCounters) -> None:
+    for name in ("key", "codes", "offsets"):
+        np.testing.assert_array_equal(getattr(actual.codes, name), getattr(expected.codes, name))
+    np.testing.assert_array_equal(actual.num_events, expected.num_events)
+
+
+class TestCodes:
+    def test_a_request_has_the_codes_of_the_raw_history(self, opened: Opened, now: Any) -> None:
+        counters, expected = opened.counters(opened.users, opened.tail(TAIL_LEN), now), opened.expected(now)
+        same_codes(counters, RequestCounters(expected.codes(), expected.num_events))
+        assert (np.diff(counters.codes.offsets) > 4).all() and counters.codes.key.min() > 0
+        stored = opened.scorer.store.get_many(opened.users)
+        num_new = min(opened.num_missing, TAIL_LEN)
+        np.testing.assert_array_equal(counters.num_events, stored.event_count + num_new)
+
+    def test_events_that_the_record_covers_count_once(self, opened: Opened, now: Any) -> None:
+        """A caller sends more events than the record lacks, or some twice."""
+        expected = opened.counters(opened.users, opened.tail(TAIL_LEN), now)
+        same_codes(opened.counters(opened.users, opened.tail(TAIL_LEN + 5), now), expected)
+        tail = opened.tail(TAIL_LEN)
+        rows = np.arange(TAIL_LEN * opened.log.num_users).reshape(opened.log.num_users, -1)
+        twice = np.concatenate([rows, rows[:, ::-1]], 1).ravel()
+        doubled = Tail(tail.items[twice], tail.times[twice], tail.actions[twice], 2 * tail.offsets)
+        same_codes(opened.counters(opened.users, doubled, now), expected)
+
+    def test_without_fresh_events_the_stored_counters_decay(self, opened: Opened) -> None:
+        (stored,) = opened.scorer.store.get_many(opened.users).counters
+        at_rest = opened.counters(opened.users, None, None)
+        np.testing.assert_array_equal(at_rest.codes.codes, stored.codes)
+        later = opened.counters(opened.users, None, stored.clock + 100 * DAY).codes
+        np.testing.assert_array_equal(later.key, stored.key)
+        assert (later.codes[:, 0] == stored.codes[:, 0]).all()  # the counts stay
+        assert (later.codes[:, 1] < stored.codes[:, 1]).all() and (later.codes[:, -1] > stored.codes[:, -1]).all()
+
+    def test_users_without_a_record_have_the_counters_of_their_fresh_events(self, opened: Opened) -> None:
+        item = opened.scorer.model.items.ids(np.array([3, 3, 7]))
+        time = np.array([100, 200, 300]) * DAY
+        tail = Tail(item, time, np.zeros(3, int), np.array([0, 3]))
+        for scorer in (
+            opened.scorer,
+            stale := Scorer.open(opened.scorer.model, opened.scorer.store.path, max_age_s=1e-9),
+        ):
+            users = [999] if scorer is opened.scorer else opened.users[:1]
+            counters = replace(opened, scorer=scorer).counters(users, tail, None)
+            assert counters.codes.key.tolist() == [4, 8] and counters.num_events.tolist() == [3]
+            assert counters.codes.values()[:, 0].tolist() == [2, 1]
+            nothing = replace(opened, scorer=scorer).counters(users, None, 20_000 * DAY)
+            assert len(nothing.codes.key) == 0 and nothing.num_events.tolist() == [0]
+            assert np.isfinite(scorer.catalog_scores(users)).all()
+        stale.close()
+
+    def test_a_shorter_tail_counts_fewer_fresh_events(self, opened: Opened, now: Any) -> None:
+        with Scorer.open(opened.scorer.model.with_tail(2), opened.scorer.store.path) as scorer:
+            shorter = replace(opened, scorer=scorer)
+            counters, expected = shorter.counters(opened.users, opened.tail(TAIL_LEN), now), shorter.expected(now)
+        same_codes(counters, RequestCounters(expected.codes(), expected.num_events))
+        full = opened.counters(opened.users, opened.tail(TAIL_LEN), now)
+        assert (counters.num_events < full.num_events).all()
+
+
+class TestScores:
+    def test_next_equals_the_scores_of_the_raw_history(self, opened: Opened, now: Any) -> None:
+        """The user vectors come from the store; all that follows is what evaluation on raw histories computes."""
+        scorer, tail, counters = opened.scorer, opened.tail(TAIL_LEN), opened.expected(now)
+        ids, items = scorer.item_vectors()
+        users = torch.from_numpy(scorer.user_vectors(opened.users, tail=tail, now=now))
+        expected = inference.catalog_scores(
+            scorer.model, users, torch.from_numpy(items), counters.codes(), counters.num_events
+        ).numpy()
+        linear = users.numpy() @ items.T / scorer.model.config.temperature
+        assert (np.abs(expected - linear) > 1e-2).mean() > 0.1
+        close = {"rtol": 2e-5, "atol": 2e-5}
+        scores = scorer.predict(opened.users, ids, tail=tail, now=now)["next"]
+        np.testing.assert_allclose(scores, expected, **close)
+        np.testing.assert_allclose(scorer.catalog_scores(opened.users, tail=tail, now=now), expected, **close)
+        offsets = np.arange(len(opened.users) + 1) * 7
+        values = ids[np.arange(offsets[-1]) % len(ids)]
+        ragged = scorer.predict(opened.users, (values, offsets), tail=tail, now=now)["next"]
+        np.testing.assert_array_equal(
+            ragged, scores[np.arange(offsets[-1]) // 7, np.arange(offsets[-1]) % len(ids)].ravel()
+        )
+
+    def test_an_index_and_the_counted_items_give_the_ranking(self, opened: Opened, now: Any) -> None:
+        """Nearest neighbors by the vectors, with the counted items in place of theirs, are the best of the catalog."""
+        scorer, tail, log = opened.scorer, opened.tail(TAIL_LEN), opened.log
+        ids, items = scorer.item_vectors()
+        users = scorer.user_vectors(opened.users, tail=tail, now=now)
+        counted, scores, offsets = scorer.counted_items(opened.users, tail=tail, now=now)
+        assert (np.diff(offsets) > 4).all()
+        for row, user in enumerate(opened.users):
+            own = slice(offsets[row], offsets[row + 1])
+            near = np.argsort(-users[row] @ items.T)[: 5 + offsets[row + 1] - offsets[row]]
+            union = dict(
+                zip(ids[near].tolist(), items[near] @ users[row] / scorer.model.config.temperature, strict=True)
+            )
+            union |= dict(zip(counted[own].tolist(), scores[own].tolist(), strict=True))
+            best = sorted(union, key=lambda item: -union[item])[:5]
+            ranking = _ranked(
+                scorer, user, opened.tail(TAIL_LEN, np.array([row])), None if now is None else int(now[row])
+            )
+            assert ranking.items.tolist() == best
+            np.testing.assert_allclose(ranking.scores, [union[item] for item in best], rtol=1e-4, atol=1e-4)
+        assert log.num_users == len(opened.users)
+
+    def test_tasks_equal_those_of_the_raw_history(self, opened: Opened) -> None:
+        scorer, model, tail = opened.scorer, opened.scorer.model, opened.tail(TAIL_LEN)
+        for now in (None, np.full(len(opened.users), int(tail.times.max()) + DAY)):
+            context, gap = _context(opened, tail, now)
+            candidates = torch.arange(len(model.items) + 1).expand(len(opened.users), -1)
+            item = candidates.numpy().ravel()
+            user = np.repeat(np.arange(len(opened.users)), candidates.shape[1])
+            codes = opened.expected(now).codes().lookup(user, item).reshape(*candidates.shape, -1)
+            with_codes, without = (
+                inference.candidate_logits(model, context, gap, candidates, each).sigmoid().numpy()[:, 1:]
+                for each in (torch.from_numpy(codes), None)
+            )
+            assert (np.abs(with_codes - without).max(-1) > 1e-3).mean() > 0.1
+            predicted = scorer.predict(opened.users, scorer.item_vectors()[0], tail=tail, now=now)
+            for index, task in enumerate(TASKS[:3]):
+                np.testing.assert_allclose(predicted[task], with_codes[..., index], atol=2e-5)
+
+    def test_unknown_items_are_not_counted(self, opened: Opened) -> None:
+        """Items that the model does not know share a row, but events with one say nothing about another."""
+        scorer, user = opened.scorer, opened.users[:1]
+        time = int(opened.tail(1).times.max()) + DAY
+        for item in (-1, -2):
+            tail = Tail(np.array([item]), np.array([time]), np.zeros(1, int), np.array([0, 1]))
+            assert scorer.predict(user, [-1], tail=tail)["next"].tolist() == [[0.0]]
+            assert np.isnan(scorer.explain(user[0], [-1], tail=tail).counts).all()
+
+    def test_users_without_a_usable_record_have_no_scores(self, opened: Opened) -> None:
+        with Scorer.open(opened.scorer.model, opened.scorer.store.path, on_missing="nan") as scorer:
+            tail = opened.tail(TAIL_LEN, np.array([0, 0]))
+            _, scores, offsets = scorer.counted_items([opened.users[0], 999], tail=tail)
+            assert np.isfinite(scores[: offsets[1]]).all() and np.isnan(scores[offsets[1] :]).all()
+            assert np.diff(offsets).min() > 0
+
+
+class TestExplanation:
+    @pytest.mark.parametrize("task", TASKS)
+    def test_contributions_add_up_to_the_score(self, opened: Opened, task: str, now: Any) -> None:
+        user, tail = opened.users[2], opened.tail(TAIL_LEN, np.array([2]))
+        time = None if now is None else int(now[2])
+        scorer, items = opened.scorer, opened.scorer.item_vectors()[0]
+        explanation = scorer.explain(user, items, task=task, tail=tail, now=time)
+        scores = scorer.predict([user], items, tail=tail, now=time)[task][0]
+        value = explanation.value if task == "next" else 1 / (1 + np.exp(-explanation.value))
+        np.testing.assert_allclose(value, scores, rtol=2e-5, atol=2e-5)
+        added = explanation.summary.sum(1) + explanation.state + explanation.tail.sum(1) + explanation.own
+        rest = explanation.value - added - explanation.counted
+        np.testing.assert_allclose(rest, explanation.remainder, atol=1e-5)
+        is_counted = np.isfinite(explanation.counts[:, 0])
+        assert ((explanation.counted != 0) == is_counted).all() and 4 < is_counted.sum() < len(items)
+        model = scorer.model
+        assert model.counted is not None and model.task_head is not None
+        if task != "next":
+            expected = np.full(len(items), model.task_head.bias[TASKS.index(task)].item())
+        elif model.popularity is None:
+            expected = np.where(is_counted, model.counted.gate.bias.item(), 0.0)
+        else:  # The popularity term has a bias too, which is multiplied by what follows it.
+            bias, temperature = model.popularity.weight.bias.item(), model.config.temperature
+            gate = model.counted.gate.weight[0, -1].item() * temperature * (model.config.dim + 1) ** 0.5
+            expected = np.where(
+                is_counted, model.counted.gate.bias.item() + gate * bias, model.item_popularity[1:].numpy() * bias
+            )
+        np.testing.assert_allclose(explanation.remainder, expected, atol=5e-5)
+
+    def test_counts_are_those_of_the_request(self, opened: Opened) -> None:
+        user, tail = opened.users[2], opened.tail(TAIL_LEN, np.array([2]))
+        items = opened.scorer.item_vectors()[0]
+        explanation = opened.scorer.explain(user, items, tail=tail)
+        codes = opened.counters([user], tail, None).codes
+        found = np.flatnonzero(np.isfinite(explanation.counts).all(1))
+        assert (found + 1).tolist() == codes.key.tolist()
+        np.testing.assert_allclose(explanation.counts[found], codes.values(), rtol=1e-6)
+
+
+def test_a_log_without_times(order_log: EventLog, tmp_path: Path) -> None:
+    """Ages are numbers of events, and the time of a request changes nothing."""
+    config = small_config(order_log, tmp_path / "run", model__counters=True, optim__epochs=1)
+    served = serve(order_log, config, tmp_path)
+    with Scorer.open(served.model_dir, served.store) as scorer:
+        users = list(scorer.store.keys())
+        scores = scorer.catalog_scores(users)
+        np.testing.assert_array_equal(scores, scorer.catalog_scores(users, now=5 * DAY))
+        items, counted, offsets = scorer.counted_items(users)
+        for row, user in enumerate(users):
+            own = slice(offsets[row], offsets[row + 1])
+            assert set(items[own]) == set(order_log.items.ids(np.asarray(order_log[user].item)))
+            found = scorer.predict([user], items[own])["next"][0]
+            np.testing.assert_allclose(found, counted[own], rtol=1e-5, atol=1e-5)
+
+
+def _ranked(scorer: Scorer, user: Any, tail: Tail, now: int | None) -> Any:
+    task, scorer.task = scorer.task, "next"
+    try:
+        return scorer.rank(user, top_k=5, tail=tail, now=now)
+    finally:
+        scorer.task = task
+
+
+def _context(opened: Opened, tail: Tail, now: Any) -> tuple[Any, Any]:
+    model = opened.scorer.model
+    request = opened.request(opened.users, tail, now)
+    context = inference.request_context(model, request.summary, request.tail)
+    return context, inference.request_gap(model, request.now, request.tail)
