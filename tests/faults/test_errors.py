@@ -158,6 +158,8 @@ def words_of(command: str, folder: Path) -> list[str]:
             return [*places, f"folder={folder}", "events.timestamp=timestamp", "events.time_unit=ms", "once=true"]
         case "evaluate":
             return [*places, f"store={folder}/test-store", f"out={folder}/metrics.json"]
+        case "compare":
+            return [f"a=[{folder}/measured.json]", f"b=[{folder}/measured.json]"]
         case "score":
             return [*places[1:4], "users=[100]"]
         case "log forget":
@@ -186,6 +188,8 @@ def make_world_of_commands(say: Say, folder: str) -> None:
     (root / "exported.parquet").rename(root / "given.parquet")
     operations.refresh_full(root)  # a rollback needs two generations
     operations.refresh_full(root, "test-store", until="leave-last-out")
+    code, errors = run_command(["evaluate", *words_of("evaluate", root), f"out={root}/measured.json"])
+    assert code == 0, errors
     pl.DataFrame(operations.later_frame()).write_csv(root / "day.csv")
     pl.DataFrame(operations.first_event()).write_csv(root / "deletions.csv")
     config = small_config(operations.log_of(root), "unused", optim__epochs=1)
