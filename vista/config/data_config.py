@@ -72,7 +72,8 @@ class DataConfig:
     horizon_events: int = 50
     """With optim.window_weight above 0: number of events after a question whose items are its labels."""
     horizon_days: float = 0.0
-    """Number of days after a question; only items of events within it are labels. 0 means no limit in time."""
+    """With optim.window_weight above 0: number of days after a question; only items of events within it are labels. 0
+    means no limit in time."""
     anchors_per_chunk: int = 8
     """With optim.window_weight above 0 or model.counters: number of questions drawn from each chunk per epoch. With
     split=time they are uniform in time, otherwise in position."""
