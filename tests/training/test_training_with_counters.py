@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import small_config
+from tests.conftest import Served, small_config
 from vista.config import TrainConfig
 from vista.config.choices import Architecture
+from vista.counters.counter_codes import CounterCodes
 from vista.counters.counter_table import CounterTable
 from vista.examples.batch_source import MEASURED_BATCHES
 from vista.log.event_log import EventLog
+from vista.log.histories import Histories
 from vista.log.splits import split_until, visible_counts
 from vista.model import inference
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.padded_tail import pad_tail
 from vista.model.ranking_model import RankingModel
+from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.trainer import Trainer
@@ -78,39 +82,67 @@ def test_the_heads_start_from_the_training_part_and_have_their_own_rate(event_lo
             assert rates[id(parameter)] == pytest.approx(rate * factor), name
 
 
-def next_scores(model: RankingModel, log: EventLog, user: int, covered: int, seen: int, now: np.ndarray) -> np.ndarray:
-    """Scores [V] of all items after `seen` events, of which the record covers the first `covered`."""
-    rows, spec = model.rows_of(log.items), model.counter_spec
-    assert spec is not None
+@dataclass(frozen=True)
+class Asked:
+    """A request after the first `seen` events of a user, of which the record covers the first `covered`."""
 
-    def part(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        events = log.slice(user, start, stop)
-        return rows[events.item], np.asarray(events.timestamp), np.array([0, stop - start])
+    model: RankingModel
+    log: EventLog
+    user: int
+    covered: int
+    seen: int
+    now: np.ndarray
 
-    codes = CounterTable.of(spec, *part(0, covered)).top(5).codes().advanced(now, *part(covered, seen))
-    if isinstance(model, SequenceModel):
-        start = max(seen - model.config.history_limit, 0)
-        events = log.slice(user, start, seen)
-        users = model.user_vectors(type(events)(rows[events.item], *events_but_item(events)), now)
-    else:
-        assert isinstance(model, VistaModel)
-        start = max(seen - model.config.tail_len, 0)
-        events = log.slice(user, start, seen)
+    def codes(self) -> CounterCodes:
+        spec = self.model.counter_spec
+        assert spec is not None
+
+        def part(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            events = self.newest(stop - start, stop)
+            return events.item.astype(np.int64), np.asarray(events.timestamp), events.offsets
+
+        record = CounterTable.of(spec, *part(0, self.covered)).top(5).codes()
+        tail = min(self.seen - self.covered, self.model.config.tail_len)
+        return record.advanced(self.now, *part(self.seen - tail, self.seen))
+
+    def newest(self, limit: int, stop: int) -> Histories:
+        """Up to `limit` events before the position `stop`, with rows of the model."""
+        events = self.log.slice(self.user, max(stop - limit, 0), stop)
+        return replace(events, item=self.model.rows_of(self.log.items)[events.item].astype(np.int32))
+
+    def context(self) -> tuple[TargetContext, torch.Tensor | None]:
+        assert isinstance(self.model, VistaModel)
+        events = self.newest(self.model.config.tail_len, self.seen)
         tail = pad_tail(
-            model,
-            rows[events.item],
-            np.asarray(events.timestamp),
-            np.asarray(events.action),
-            np.array([0, seen - start]),
+            self.model, events.item, np.asarray(events.timestamp), np.asarray(events.action), events.offsets
         )
-        context = inference.request_context(model, torch.zeros(1, 0, model.config.dim), tail)
-        users = inference.user_vectors(model, context, inference.request_gap(model, now, tail))
-    scores = inference.catalog_scores(model, users, inference.item_vectors(model), codes, np.array([seen]))
-    return scores[0].numpy()
+        summary = torch.zeros(1, 0, self.model.config.dim)
+        return inference.request_context(self.model, summary, tail), inference.request_gap(self.model, self.now, tail)
 
+    def scores(self) -> np.ndarray:
+        """[V]."""
+        model, codes = self.model, self.codes()
+        if isinstance(model, SequenceModel):
+            users = model.user_vectors(self.newest(model.config.history_limit, self.seen), self.now)
+        else:
+            assert isinstance(model, VistaModel)
+            users = inference.user_vectors(model, *self.context())
+        tail = min(self.seen - self.covered, model.config.tail_len)
+        num_events = np.array([self.covered + tail])
+        return inference.catalog_scores(model, users, inference.item_vectors(model), codes, num_events)[0].numpy()
 
-def events_but_item(events: Any) -> tuple[Any, ...]:
-    return events.timestamp, events.action, events.rating, events.offsets
+    def probabilities(self, item: int) -> np.ndarray:
+        """[num_tasks] of an item, a row of the log."""
+        row = self.model.rows_of(self.log.items)[[item]]
+        codes = torch.from_numpy(self.codes().lookup(np.zeros(1, np.int64), row))[None]
+        candidate = torch.from_numpy(row[None])
+        if isinstance(self.model, SequenceModel):
+            history = self.newest(self.model.config.history_limit, self.seen)
+            logits = self.model.candidate_logits(history, candidate, self.now, codes)
+        else:
+            assert isinstance(self.model, VistaModel)
+            logits = inference.candidate_logits(self.model, *self.context(), candidate, codes)
+        return logits[0, 0].sigmoid().numpy()
 
 
 @pytest.mark.parametrize("name", ["vista", "hstu"])
@@ -129,7 +161,29 @@ def test_validation_scores_counted_items(event_log: EventLog, tmp_path: Path, na
     gains = []
     for user, seen, item in zip(cases.user.tolist(), cases.seen.tolist(), cases.item.tolist(), strict=True):
         now = np.asarray(event_log.slice(user, seen, seen + 1).timestamp)
-        scores = next_scores(model, event_log, user, seen if name == "hstu" else int(cut[user]), seen, now)
+        scores = Asked(model, event_log, user, seen if name == "hstu" else int(cut[user]), seen, now).scores()
         rank = int((scores > scores[rows[item] - 1]).sum())
         gains.append(1 / math.log2(rank + 2) if rank < 10 else 0.0)
     assert measured["ndcg@10"] == pytest.approx(np.mean(gains), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vista", "hstu"])
+def test_tasks_read_the_counters_of_candidates(served_tasks: Served, tmp_path: Path, name: str) -> None:
+    limits = {"model__architecture": Architecture(name), "model__history_limit": 8 if name == "hstu" else 0}
+    log, data = served_tasks.log, served_tasks.config.data
+    config = counting_config(log, tmp_path, **limits, data=data, optim__epochs=1)
+    model = Trainer(config, log).model.eval()
+    assert isinstance(model, VistaModel | SequenceModel) and model.candidate_counters is not None
+    assert not model.candidate_counters.added.weight.any()
+    torch.nn.init.normal_(model.candidate_counters.added.weight, std=0.3)
+    validation = Validation(log, model.rows_of(log.items), config)
+    cut, cases = visible_counts(log, split_until(data, "validation")), validation._impressions
+    assert cases is not None
+    predicted = validation._answers(model)[1](cases)
+    counted = 0
+    for n in range(0, len(cases.user), 3):
+        user, seen = int(cases.user[n]), int(cases.seen[n])
+        asked = Asked(model, log, user, seen if name == "hstu" else int(cut[user]), seen, cases.timestamp[[n]])
+        np.testing.assert_allclose(predicted[n], asked.probabilities(int(cases.item[n])), rtol=1e-4, atol=1e-6)
+        counted += int(model.rows_of(log.items)[cases.item[n]] in asked.codes().key)
+    assert counted > 3
