@@ -11,6 +11,7 @@ nothing is cached between calls.
 - roofline: the matrix products that no implementation can avoid (scorer_workloads.py), in their fastest forms on this
   machine, for several numbers of candidates and users, encoded beforehand.
 - layers: pointwise layers, the default, against equally many softmax layers with feed-forward networks.
+- counters: models with counters of 64 items per user, the default, against the same models without.
 - recompute: the same scorer without a store, which reads and summarizes the history in the request, with bidirectional
   mixing (the paper without a cache) and with separable mixing.
 - baselines: HSTU and SASRec of the same width and depth, which read the whole history in the request.
@@ -36,6 +37,7 @@ import numpy as np
 import torch
 
 from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.counted_requests import bench_counters
 from scripts.benchmarks.scorer_worker import WorkerAnswer, WorkerOpening, WorkerOrder
 from scripts.benchmarks.scorer_workloads import (
     ScorerWorkload,
@@ -357,6 +359,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             softmax = ScorerWorkload.make(model, log, root / f"users-{dim}-softmax")
             for precision in precisions:
                 bench_layers(recorder, pointwise, softmax, precision)
+            counted = ScorerWorkload.make(
+                untrained(log, dim=dim, num_seeds=num_seeds, counters=True), log, root / f"users-{dim}-counters"
+            )
+            bench_counters(recorder, pointwise, counted, NUM_CANDIDATES)
         bench_batches(recorder, ours)
         keep_freed_memory()  # A service does not do this, but models that read histories are slow without it.
         for mixing in (Mixing.bidirectional, Mixing.separable):

@@ -69,6 +69,7 @@ def untrained(
     target_attention: TargetAttentionKind = TargetAttentionKind.pointwise,
     num_layers: int = 2,
     tail_len: int = 32,
+    counters: bool = False,
     seed: int = 1,
 ) -> VistaModel:
     """A model for this log with one labeled task and random weights, in eval mode.
@@ -84,6 +85,7 @@ def untrained(
         num_layers=num_layers,
         conv_width=3 if mixing is Mixing.separable else 1,
         tail_len=tail_len,
+        counters=counters,
     )
     return VistaModel(config, Schema(list(log.actions), log.has_time, None, [TASK]), log.items, DataConfig()).eval()
 
