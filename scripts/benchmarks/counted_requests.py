@@ -18,17 +18,18 @@ def bench_counters(
     recorder: BenchmarkRecorder, workload: ScorerWorkload, counted: ScorerWorkload, num_candidates: int
 ) -> None:
     """Compare requests of models with and without counters; both workloads have the same log and sizes."""
-    newest = int(workload.log[1].timestamp[-1])
+    user = workload.log.num_users  # the last one, whose history is long enough for all keys
+    newest = int(workload.log[user].timestamp[-1])
     with (
         Scorer.open(workload.model_dir, workload.store) as plain,
         Scorer.open(counted.model_dir, counted.store) as ours,
     ):
-        users, ids = workload.request(1, num_candidates)
+        users, ids = [user], workload.candidates(num_candidates)
         codes = ours.store.get_many(users).counters[0]
         assert len(codes.key) == counted.model.config.counter_keys
         # A tenth of the candidates are counted.
-        ids = np.concatenate([counted.model.items.ids(codes.key[: len(ids) // 10].astype(np.int64) - 1), ids])
-        ids = np.unique(ids)[:num_candidates]
+        had = counted.model.items.ids(codes.key[: num_candidates // 10].astype(np.int64) - 1)
+        ids = np.concatenate([had, np.setdiff1d(ids, had)])[:num_candidates]
         for task in (TASK, NEXT_TASK):
             plain.task = ours.task = task
             timing = interleaved(
