@@ -6,6 +6,7 @@ N users, E counted keys of all users together, F values per key (`CounterSpec`),
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ NO_EVENT = np.iinfo(np.int64).min
 _SECONDS_PER_DAY = 86_400
 
 
+@lru_cache
 def code_scales(spec: CounterSpec) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Resolution ε and largest value c_max of each column of `spec`: float64 [F] each.
 
@@ -63,11 +65,19 @@ def decode_values(spec: CounterSpec, codes: NDArray[np.uint8]) -> NDArray[np.flo
 
     Encoding the result gives the codes again, so advancing by no time and no events changes nothing.
     """
-    resolution, largest = code_scales(spec)
-    levels = resolution * np.expm1(np.arange(MAX_CODE + 1)[:, None] * (np.log1p(largest / resolution) / MAX_CODE))
-    levels[:, 0] = np.rint(levels[:, 0])
-    values: NDArray[np.float64] = levels[codes, np.arange(spec.num_columns)]
+    values: NDArray[np.float64] = _levels(spec)[codes, np.arange(spec.num_columns)]
     return values
+
+
+@lru_cache
+def _levels(spec: CounterSpec) -> NDArray[np.float64]:
+    """The value of each code: float64 [MAX_CODE + 1, F]."""
+    resolution, largest = code_scales(spec)
+    levels: NDArray[np.float64] = resolution * np.expm1(
+        np.arange(MAX_CODE + 1)[:, None] * (np.log1p(largest / resolution) / MAX_CODE)
+    )
+    levels[:, 0] = np.rint(levels[:, 0])
+    return levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +135,8 @@ class CounterCodes:
         elapsed, passed = np.maximum(now[owner] - self.clock[owner], 0), counts[owner]
         old[:, 1:-1] *= spec.decay(elapsed, passed)
         old[:, -1] += spec.age(elapsed, passed)
+        if not len(key):
+            return CounterCodes(spec, self.key, encode_values(spec, old), self.offsets, now)
 
         known = np.flatnonzero(key)
         elapsed, passed = np.maximum(now[new_owner] - time, 0), offsets[1:][new_owner] - 1 - np.arange(len(key))

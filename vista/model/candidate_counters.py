@@ -27,3 +27,13 @@ class CandidateCounters(nn.Module):
         is_counted = (codes[..., :1] > 0).to(level.dtype)
         added: Tensor = self.added(torch.cat([level, level.square(), is_counted], -1))
         return added
+
+    def of_each_code(self) -> Tensor:
+        """[F * 64, width]: row 64 f + c is what code c of column f adds. The rows of a candidate's codes add up to what
+        `forward` gives, because that is a sum over columns."""
+        num_values = self.added.in_features // 2
+        code = torch.arange(MAX_CODE + 1, dtype=torch.uint8, device=self.added.weight.device)
+        codes = code.new_zeros(num_values, len(code), num_values)
+        codes[torch.arange(num_values), :, torch.arange(num_values)] = code
+        rows: Tensor = self(codes)
+        return rows.flatten(0, 1)

@@ -1,14 +1,23 @@
-"""Counters of a request's users, as of the request. B users."""
+"""Counters of a request's users, as of the request, and what models make of them.
+
+Letters: B users, E counted items of all users together, F values per item (`CounterSpec`), C candidates, n counted
+pairs of user and candidate, V items, M' width of retrieval vectors.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vista.arrays import Int
 from vista.counters.counter_codes import CounterCodes, decode_values
+from vista.model.inference import ROW_TILE
+from vista.model.ranking_model import RankingModel
 from vista.store.stored_batch import StoredBatch
 from vista.store.tail import Tail
 
@@ -18,9 +27,11 @@ class RequestCounters:
     """What the model reads of the items that each of B users had."""
 
     codes: CounterCodes
-    """Of the items, as of the request."""
+    """Of the items, as of the request; E keys."""
     num_events: Int
     """int64 [B] events that they count."""
+    cell: Int
+    """int64 [E] user and key as one number, ascending."""
 
     @classmethod
     def of(cls, stored: StoredBatch, tail: Tail, is_fresh: NDArray[np.bool_], now: Int | None) -> RequestCounters:
@@ -38,16 +49,80 @@ class RequestCounters:
         fresh = np.flatnonzero(is_fresh)
         offsets = np.searchsorted(fresh, tail.offsets)
         codes = stored.counters[0].advanced(now, tail.items[fresh].astype(np.int64), tail.times[fresh], offsets)
-        return cls(codes, stored.event_count + np.diff(offsets))
+        return cls._made_of(codes, stored.event_count + np.diff(offsets))
 
-    def counts(self, rows: Int) -> NDArray[np.float32]:
-        """Decoded counters float32 [C, F] of candidates int64 [C] for the first user; NaN if they are not counted."""
-        codes = self.codes.lookup(np.zeros_like(rows), rows)
-        values = decode_values(self.codes.spec, codes).astype(np.float32)
-        values[codes[:, 0] == 0] = np.nan
-        return values
+    @classmethod
+    def _made_of(cls, codes: CounterCodes, num_events: Int) -> RequestCounters:
+        return cls(codes, num_events, (codes.owner << 32) + codes.key)
 
     def select(self, users: slice | Int) -> RequestCounters:
         """Counters of some of the users, or of all of them in another order."""
         index = np.arange(len(self.num_events))[users]
-        return RequestCounters(self.codes.select(index), self.num_events[index])
+        return self._made_of(self.codes.select(index), self.num_events[index])
+
+    def find(self, users: slice, rows: Tensor | None, columns: slice) -> tuple[Int, Int, Int]:
+        """The counted candidates in a rectangle of users and columns: user and column within it, and place in `codes`.
+
+        Args:
+            users: some of the B users.
+            rows: int64 model rows of the candidates, [C] or [B, C]; None for the rows 0 to V.
+            columns: some of the candidates.
+
+        Returns:
+            int64 [n] each.
+        """
+        first, stop = self.codes.offsets[[users.start, users.stop]].tolist()
+        if rows is None:
+            key = self.codes.key[first:stop].astype(np.int64)
+            found = np.flatnonzero((key >= columns.start) & (key < columns.stop))
+            return (self.cell[first:stop][found] >> 32) - users.start, key[found] - columns.start, found + first
+        row = (rows[columns] if rows.ndim == 1 else rows[users, columns]).cpu().numpy()
+        wanted = (np.arange(users.start, users.stop)[:, None] << 32) + row
+        if first == stop:
+            return (np.zeros(0, np.int64),) * 3
+        place = np.minimum(np.searchsorted(self.cell, wanted), len(self.cell) - 1)
+        user, column = np.nonzero(self.cell[place] == wanted)
+        return user, column, place[user, column]
+
+    def of_items(self, rows: Int) -> NDArray[np.uint8]:
+        """Codes uint8 [C, F] of candidates int64 [C] for the first user; 0 if they are not counted."""
+        return self.codes.lookup(np.zeros_like(rows), rows)
+
+    def counts(self, rows: Int) -> NDArray[np.float32]:
+        """The decoded `of_items`, float32 [C, F]; NaN if they are not counted."""
+        codes = self.of_items(rows)
+        values = decode_values(self.codes.spec, codes).astype(np.float32)
+        values[codes[:, 0] == 0] = np.nan
+        return values
+
+    @torch.inference_mode()
+    def scores(self, model: RankingModel, items: Tensor, users: Tensor) -> Tensor:
+        """Scores of `next` of all counted items, float32 [E], in the order of `codes`.
+
+        Args:
+            model: scores counted items.
+            items: [1 + V, M'] retrieval vectors.
+            users: [B, M'] user vectors.
+        """
+        assert model.counted is not None
+        device = items.device
+        row, owner, codes = (
+            torch.from_numpy(_whole_tiles(part)).to(device)
+            for part in (self.codes.key, self.cell >> 32, self.codes.codes)
+        )
+        num_events = torch.from_numpy(self.num_events).to(device).index_select(0, owner)
+        # In float64, because in float32 the last bit depends on where the row lies in memory.
+        product = items.index_select(0, row).double().mul_(users.double().index_select(0, owner)).sum(-1)
+        score = (product / model.config.temperature).float()
+        popularity = model.item_popularity.index_select(0, row)
+        of_counters = model.counted.from_counters(
+            codes.unsqueeze(1), score.unsqueeze(1), popularity.unsqueeze(1), num_events
+        )
+        return (of_counters[:, 0] + model.counted.from_user(users).index_select(0, owner))[: len(self.cell)]
+
+
+def _whole_tiles(values: NDArray[Any]) -> NDArray[Any]:
+    """Values [E, ...], padded with zeros to whole tiles."""
+    padded = np.zeros((len(values) + -len(values) % ROW_TILE, *values.shape[1:]), values.dtype)
+    padded[: len(values)] = values
+    return padded

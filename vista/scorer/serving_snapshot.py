@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.config.choices import Precision
+from vista.counters.counter_codes import MAX_CODE
 from vista.errors import shown
 from vista.log.gaps import NUM_GAPS
 from vista.model import inference
@@ -27,8 +28,8 @@ from vista.model.padded_tail import pad_tail
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
-from vista.scorer.counter_slots import NO_KEY, CounterSlots
 from vista.scorer.request import Request
+from vista.scorer.request_counters import RequestCounters
 from vista.store.reader import StoreReader
 from vista.store.sharded_reader import ShardedReader
 
@@ -82,6 +83,9 @@ class ServingSnapshot:
             gaps = model.encoder.gap_vectors(torch.arange(NUM_GAPS, device=model.device))
             self._time_projections = None if gaps is None else torch.cat([gaps, stage.query_gap(gaps)], -1)
             """[NUM_GAPS, 5M] projections of the request's time, like those of items in `ItemProjections.candidate`."""
+            added = model.candidate_counters
+            self._code_vectors = None if added is None else added.of_each_code()
+            """[F * 64, 5M] what each code of each column adds to the rows of `ItemProjections.candidate`."""
         # Weights are laid out at their first use. Use them here, so that forked workers share the result.
         none = np.zeros(0, np.int64)
         tail = pad_tail(model, none, none, none, np.zeros(2, np.int64))
@@ -134,9 +138,8 @@ class ServingSnapshot:
             return np.zeros(0, np.int64), scores[0], np.zeros(len(request) + 1, np.int64)
         vectors = self.user_vectors(request) if vectors is None else vectors
         for users, part in self._portions(request):
-            slots = self._slots(part)
-            assert slots is not None
-            scores.append(slots.logits(self.model, items, vectors[users])[slots.key != NO_KEY].cpu().numpy())
+            assert part.counters is not None
+            scores.append(part.counters.scores(self.model, items, vectors[users]).cpu().numpy())
         codes = request.counters.codes
         return codes.key.astype(np.int64), np.concatenate(scores), codes.offsets
 
@@ -160,17 +163,16 @@ class ServingSnapshot:
         for users, part in self._portions(request):
             wanted = np.full(len(part), count) if lengths is None else lengths[users]
             context, bucket = self.context(part)
-            slots = self._slots(part)
             own = rows if rows is None or rows.ndim == 1 else rows[users]
             if labeled:
-                for cells, logits in self._logits(context, bucket, slots, own, wanted):
+                for cells, logits in self._logits(context, bucket, part.counters, own, wanted):
                     # The last bit of a float32 sigmoid depends on the position in a vector; float64 rounds it away.
                     probability = logits.double().sigmoid().float().cpu()
                     for task in labeled:
                         scores[task][users][cells] = probability[..., self.model.schema.tasks.index(task)]
             if NEXT_TASK in tasks:
                 vectors = self._user_vectors(context, bucket)
-                for cells, cosine in self._next_scores(vectors, slots, own, wanted):
+                for cells, cosine in self._next_scores(vectors, part.counters, own, wanted):
                     scores[NEXT_TASK][users][cells] = cosine.cpu()
         return scores
 
@@ -205,8 +207,11 @@ class ServingSnapshot:
         context = inference.request_context(model, request.summary, request.tail)
         gap = inference.request_gap(model, request.now, request.tail)
         seen = torch.full((1,), model.config.tail_len, device=model.device)
+        codes = None
+        if request.counters is not None:
+            of_items = request.counters.of_items(rows.numpy())
+            codes = torch.from_numpy(of_items).to(model.device)
         rows = rows.to(model.device)
-        codes = None if request.counters is None else CounterSlots.of(request.counters, model.device).of_items(rows)
         added = of_counters = None
         if task == NEXT_TASK:
             items = self.retrieval_vectors()[rows] / model.config.temperature
@@ -234,7 +239,7 @@ class ServingSnapshot:
                 parts[0][None], gap, seen, context, codes=None if codes is None else codes[None]
             )[0, :, index]
             if codes is not None:
-                both = self._added_by(codes)
+                both = self._added_by(of_items)
                 added = both[:, : model.config.dim], both[:, model.config.dim :]
 
             def head(out: Tensor) -> Tensor:
@@ -247,6 +252,9 @@ class ServingSnapshot:
         """The request, a few users at a time, so that their keys and values fit a cache."""
         tokens = self.model.config.num_seeds + self.model.config.tail_len
         step = max(1, CONTEXT_TOKENS_PER_PASS // tokens)
+        if len(request) <= step:
+            yield slice(0, len(request)), request
+            return
         for first in range(0, len(request), step):
             users = slice(first, min(first + step, len(request)))
             yield users, request.select(users)
@@ -256,15 +264,12 @@ class ServingSnapshot:
         vectors: Tensor = inference.user_vectors(self._scoring, context, gap)
         return vectors
 
-    def _slots(self, request: Request) -> CounterSlots | None:
-        return None if request.counters is None else CounterSlots.of(request.counters, self.model.device)
-
     @torch.inference_mode()
     def _logits(
         self,
         context: TargetContext,
         bucket: Tensor | None,
-        slots: CounterSlots | None,
+        counters: RequestCounters | None,
         rows: Tensor | None,
         lengths: Int,
     ) -> Iterator[tuple[Cells, Tensor]]:
@@ -284,39 +289,41 @@ class ServingSnapshot:
                 summed = torch.empty(projections.shape, dtype=dtype, device=model.device)
                 # Add and convert in one pass.
                 projections = torch.add(projections, projected_time[users, :, dim:], out=summed)
-            if slots is not None:
-                user, column, slot = slots.find(users, rows, columns)
-                if projected_time is None:
-                    vectors, projections = vectors.clone(), projections.clone()
-                added = self._added_by(slots.codes[users][user, slot])
-                vectors[user, column] += added[:, :dim]
-                projections[user, column] += added[:, dim:].to(dtype)
+            if counters is not None:
+                user, column, place = counters.find(users, rows, columns)
+                if len(place):
+                    if projected_time is None:
+                        vectors, projections = vectors.clone(), projections.clone()
+                    added = self._added_by(counters.codes.codes[place])
+                    index = torch.from_numpy(user * vectors.shape[1] + column).to(model.device)
+                    vectors.view(-1, dim).index_add_(0, index, added[:, :dim])
+                    projections.view(-1, 4 * dim).index_add_(0, index, added[:, dim:].to(dtype))
             logits = model.candidate_logits(vectors, None, self._seen, some, projections, self._biases)
             yield (users, columns), logits[:, : columns.stop - columns.start]
 
-    def _added_by(self, codes: Tensor) -> Tensor:
+    def _added_by(self, codes: NDArray[np.uint8]) -> Tensor:
         """[n, 5M] what counters uint8 [n, F] add to the rows of `ItemProjections.candidate`."""
-        assert self.model.candidate_counters is not None
-        added: Tensor = self.model.candidate_counters(F.pad(codes, (0, 0, 0, -len(codes) % ROW_TILE)))
-        return added[: len(codes)]
+        assert self._code_vectors is not None
+        index = torch.from_numpy(codes + np.arange(codes.shape[1]) * (MAX_CODE + 1)).to(self.model.device)
+        return F.embedding_bag(index, self._code_vectors, mode="sum")
 
     @torch.inference_mode()
     def _next_scores(
-        self, vectors: Tensor, slots: CounterSlots | None, rows: Tensor | None, lengths: Int
+        self, vectors: Tensor, counters: RequestCounters | None, rows: Tensor | None, lengths: Int
     ) -> Iterator[tuple[Cells, Tensor]]:
         """Ranges of users and columns, and scores float32 [users, columns] of the users with vectors [B, M']."""
         table = self.items.retrieval
         assert table is not None
-        counted = None if slots is None else slots.logits(self.model, table, vectors)
+        counted = None if counters is None else counters.scores(self.model, table, vectors)
         vectors = vectors / self.model.config.temperature
         for users, columns in _parts(lengths, self._cosines_per_pass):
             items = _take(table, rows, users, columns)
             # One product per user, because the bits of a joint product depend on the number of users.
             own = [torch.mv(items if items.ndim == 2 else items[row], user) for row, user in enumerate(vectors[users])]
             scores = torch.stack(own)
-            if slots is not None and counted is not None:
-                user, column, slot = slots.find(users, rows, columns)
-                scores[user, column] = counted[users][user, slot]
+            if counters is not None and counted is not None:
+                user, column, place = map(torch.from_numpy, counters.find(users, rows, columns))
+                scores[user, column] = counted[place]
             yield (users, columns), scores[:, : columns.stop - columns.start]
 
 
