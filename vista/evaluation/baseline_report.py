@@ -31,8 +31,8 @@ class BaselineReport:
         for window in dict.fromkeys(name.partition("/")[2] for name in self.shown):
             names = [name for name in self.shown if name.partition("/")[2] == window]
             head = f"baselines, next {window.replace('-', ' ') or 'item'}"
-            lines.append(f"{head:<32}" + "".join(f"{name.partition('/')[0]:>18}" for name in names).rstrip())
+            lines.append(f"{head:<34}" + "".join(f"{name.partition('/')[0]:>18}" for name in names).rstrip())
             for baseline, own in self.per_user.items():
                 cells = ["{:.4f} ± {:.4f}".format(*mean_and_error(own.values[name])) for name in names]
-                lines.append(f"  {baseline:<30}" + "".join(f"{cell:>18}" for cell in cells))
+                lines.append(f"  {baseline:<32}" + "".join(f"{cell:>18}" for cell in cells))
         return "\n".join(lines)
