@@ -35,8 +35,8 @@ def compare_with_baselines(progress: Progress, metric: str) -> None:
     bar, value = progress.baselines[name][METRIC], best[0][METRIC]
     if value < bar:
         logger.warning(
-            "%s %.4f is below that of a counting baseline (%s: %.4f): train longer (optim.epochs), or take more and "
-            "smaller steps (data.tokens_per_batch)",
+            "%s %.4f is below that of a counting baseline (%s: %.4f): train longer (optim.epochs or "
+            "optim.minutes), or take more and smaller steps (data.tokens_per_batch)",
             METRIC,
             value,
             name,
