@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 
 class PopularityTerm(nn.Module):
-    """β(u), a linear function of the unit user vector; 0 before training."""
+    """β(u), a linear function of the unit user vector. It starts at 1: where cosines say nothing, items have the
+    probability of their popularity."""
 
     def __init__(self, dim: int, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
         self.weight = nn.Linear(dim, 1)
         nn.init.zeros_(self.weight.weight)
-        nn.init.zeros_(self.weight.bias)
+        nn.init.ones_(self.weight.bias)
 
     def forward(self, unit: Tensor) -> Tensor:
         """Unit user vectors [..., M] -> retrieval vectors [..., M + 1], which end with T β(u)."""
