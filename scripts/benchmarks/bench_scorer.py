@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.counted_requests import bench_counters
+from scripts.benchmarks.requests_with_counters import bench_counters
 from scripts.benchmarks.scorer_worker import WorkerAnswer, WorkerOpening, WorkerOrder
 from scripts.benchmarks.scorer_workloads import (
     ScorerWorkload,

@@ -252,7 +252,7 @@ class ServingSnapshot:
         """The request, a few users at a time, so that their keys and values fit a cache."""
         tokens = self.model.config.num_seeds + self.model.config.tail_len
         step = max(1, CONTEXT_TOKENS_PER_PASS // tokens)
-        if len(request) <= step:
+        if 0 < len(request) <= step:
             yield slice(0, len(request)), request
             return
         for first in range(0, len(request), step):
