@@ -24,11 +24,12 @@ class Ease:
 
     name = "EASE"
 
-    def __init__(self, *, num_items: int = 5000, ridge: float = 200.0) -> None:
+    def __init__(self, *, num_items: int = 5000, ridge: float = 1000.0) -> None:
         """
         Args:
             num_items: most items of the model; P needs the square of it in memory, and the cube in time.
-            ridge: added to the diagonal of Xᵀ X.
+            ridge: added to the diagonal of Xᵀ X. The default is the best of 200, 1,000, and 5,000 on the validation part
+                of complete-journey, by recall of new items.
         """
         self._num_items, self._ridge = num_items, ridge
 
