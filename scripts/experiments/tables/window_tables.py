@@ -26,6 +26,7 @@ STRONGEST = ("own frequency, decay 200 events", "item neighbors", "counter trees
 """The best baselines for returns, for new items, and in all."""
 
 COUNTERS = ("model.counters=true",)
+COUNTED = ("hstu, counters", "hstu-1,000, counters", "hstu-2,000, counters")
 LOSS = ("optim.window_weight=1", "optim.next_weight=0.2")
 
 
@@ -46,6 +47,9 @@ def _windows(data: str, minutes: float) -> Table:
         "tail-only": TableRow(0.5 * minutes, (*LOSS, *K0)),
         "sasrec": TableRow(minutes, (*LOSS, "model=sasrec")),
         "hstu": TableRow(1.5 * minutes, (*LOSS, "model=hstu")),
+        "vista, counters": TableRow(minutes, (*LOSS, *COUNTERS)),
+        "tail-only, counters": TableRow(0.5 * minutes, (*LOSS, *COUNTERS, *K0)),
+        "vista, counters and popularity": TableRow(minutes, (*LOSS, *COUNTERS, "model.popularity=true")),
         "hstu, counters": TableRow(1.5 * minutes, (*LOSS, *COUNTERS, "model=hstu")),
         **{
             f"hstu-{limit:,}, counters": TableRow(
@@ -66,12 +70,13 @@ def _windows(data: str, minutes: float) -> Table:
         *(("vista", other) for other in others),
         ("tail-only", "tail-only-next"),
         *(("hstu, counters", other) for other in ("hstu", "hstu-2,000, counters", *STRONGEST)),
+        *(("vista, counters", other) for other in ("vista", "tail-only, counters", *COUNTED, *STRONGEST)),
     )
     return Table("", data, rows, costs=True, windows=True, pairs=pairs)
 
 
 def _trials(minutes: float) -> dict[str, TableRow]:
-    """Weights of the losses, and starts and learning rates of the item table, all without a summary (`tail-only`)."""
+    """Weights of the losses, starts and learning rates of the item table, and counters, all without a summary."""
     words = {
         # With one loss, its weight changes nothing.
         "window only": ("optim.window_weight=1", "optim.next_weight=0"),
@@ -79,6 +84,11 @@ def _trials(minutes: float) -> dict[str, TableRow]:
         "random start": (*LOSS, "model.item_start=random"),
         "table rate 0": (*LOSS, "optim.table_rate=0"),
         "table rate 0.1": (*LOSS, "optim.table_rate=0.1"),
+        "counters of 16 items": (*LOSS, *COUNTERS, "model.counter_keys=16"),
+        "counters of 256 items": (*LOSS, *COUNTERS, "model.counter_keys=256"),
+        "counters over days": (*LOSS, *COUNTERS, "model.counter_days=[7,30,90]", "model.counter_events=[]"),
+        "counters over events": (*LOSS, *COUNTERS, "model.counter_days=[]", "model.counter_events=[32,200]"),
+        "counters over four horizons": (*LOSS, *COUNTERS, "model.counter_days=[7,30]", "model.counter_events=[32,200]"),
     }
     return {f"trial: {name}": TableRow(minutes, (*own, *K0), trial=True) for name, own in words.items()}
 
