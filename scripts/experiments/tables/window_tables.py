@@ -25,7 +25,16 @@ BASELINE_MINUTES = {
 STRONGEST = ("own frequency, decay 200 events", "item neighbors", "counter trees")
 """The best baselines for returns, for new items, and in all."""
 
-COUNTERS = ("model.counters=true",)
+COUNTERS = (
+    "optim.window_weight=1",
+    "optim.next_weight=0",
+    "model.counters=true",
+    "model.popularity=true",
+    "model.temperature=0.4",
+    "optim.table_rate=0",
+    "data.anchors_per_chunk=32",
+)
+"""Counters, and what trials on the validation part of complete-journey found to go with them (research log)."""
 COUNTED = ("hstu, counters", "hstu-1,000, counters", "hstu-2,000, counters")
 LOSS = ("optim.window_weight=1", "optim.next_weight=0.2")
 
@@ -47,13 +56,12 @@ def _windows(data: str, minutes: float) -> Table:
         "tail-only": TableRow(0.5 * minutes, (*LOSS, *K0)),
         "sasrec": TableRow(minutes, (*LOSS, "model=sasrec")),
         "hstu": TableRow(1.5 * minutes, (*LOSS, "model=hstu")),
-        "vista, counters": TableRow(minutes, (*LOSS, *COUNTERS)),
-        "tail-only, counters": TableRow(0.5 * minutes, (*LOSS, *COUNTERS, *K0)),
-        "vista, counters and popularity": TableRow(minutes, (*LOSS, *COUNTERS, "model.popularity=true")),
-        "hstu, counters": TableRow(1.5 * minutes, (*LOSS, *COUNTERS, "model=hstu")),
+        "vista, counters": TableRow(minutes, COUNTERS),
+        "tail-only, counters": TableRow(0.5 * minutes, (*COUNTERS, *K0)),
+        "hstu, counters": TableRow(1.5 * minutes, (*COUNTERS, "model=hstu")),
         **{
             f"hstu-{limit:,}, counters": TableRow(
-                factor * minutes, (*LOSS, *COUNTERS, "model=hstu", f"model.history_limit={limit}")
+                factor * minutes, (*COUNTERS, "model=hstu", f"model.history_limit={limit}")
             )
             for limit, factor in ((1000, 3), (2000, 4))
         },
@@ -84,11 +92,14 @@ def _trials(minutes: float) -> dict[str, TableRow]:
         "random start": (*LOSS, "model.item_start=random"),
         "table rate 0": (*LOSS, "optim.table_rate=0"),
         "table rate 0.1": (*LOSS, "optim.table_rate=0.1"),
-        "counters of 16 items": (*LOSS, *COUNTERS, "model.counter_keys=16"),
-        "counters of 256 items": (*LOSS, *COUNTERS, "model.counter_keys=256"),
-        "counters over days": (*LOSS, *COUNTERS, "model.counter_days=[7,30,90]", "model.counter_events=[]"),
-        "counters over events": (*LOSS, *COUNTERS, "model.counter_days=[]", "model.counter_events=[32,200]"),
-        "counters over four horizons": (*LOSS, *COUNTERS, "model.counter_days=[7,30]", "model.counter_events=[32,200]"),
+        **{f"T = {t:g}": (*COUNTERS, f"model.temperature={t:g}") for t in (0.1, 0.2, 0.8)},
+        "no popularity": (*COUNTERS, "model.popularity=false"),
+        "counters, table rate 0.1": (*COUNTERS, "optim.table_rate=0.1"),
+        "counters of 16 items": (*COUNTERS, "model.counter_keys=16"),
+        "counters of 256 items": (*COUNTERS, "model.counter_keys=256"),
+        "counters over days": (*COUNTERS, "model.counter_days=[7,30,90]", "model.counter_events=[]"),
+        "counters over events": (*COUNTERS, "model.counter_days=[]", "model.counter_events=[32,200]"),
+        "counters over four horizons": (*COUNTERS, "model.counter_days=[7,30]", "model.counter_events=[32,200]"),
     }
     return {f"trial: {name}": TableRow(minutes, (*own, *K0), trial=True) for name, own in words.items()}
 
