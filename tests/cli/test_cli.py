@@ -206,7 +206,7 @@ class TestRefusals:
             ("train data=time", ["data.validation_from: is required"]),
             ("train data.split=share", ["data.validation_share: is required with data.split=share"]),
             ("evaluate horizon_events=50", ["write a list as horizon_events=[50]"]),
-            ("evaluate horizon_events=[]", ["horizon_events: needs one or more numbers of at least 1"]),
+            ("evaluate horizon_events=[]", ["horizon_events: needs one or more numbers from 1 to 65536"]),
             ("evaluate min_seen=0", ["min_seen: must be at least 1, got 0"]),
             ("evaluate horizon_days=-1", ["horizon_days: must be at least 0"]),
             ("compare a=[metrics.json]", ["b: name at least one file that `vista evaluate` wrote"]),

@@ -114,6 +114,22 @@ class TestFiles:
         with pytest.raises(ConfigError, match=r"a\.npz: does not hold metrics per user .*run `vista evaluate` again"):
             PerUserMetrics.load(tmp_path / "a.npz")
 
+    def test_a_flipped_bit_is_refused_or_harmless(self, tmp_path: Path) -> None:
+        run_of(x=[0.0, 0.5, 1.0]).save(tmp_path / "a.npz")
+        content = (tmp_path / "a.npz").read_bytes()
+        refused = 0
+        for bit in range(8 * len(content)):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            (tmp_path / "a.npz").write_bytes(flipped)
+            try:
+                read = PerUserMetrics.load(tmp_path / "a.npz")
+            except ConfigError:
+                refused += 1
+            else:
+                assert read.values["x"].tolist() == [0.0, 0.5, 1.0]
+        assert refused > 0.5 * 8 * len(content)
+
     def test_other_arrays_are_refused(self, tmp_path: Path) -> None:
         good = {"users": np.arange(2), "names": np.array(["x"]), "values": np.zeros((1, 2)), "question": np.array("{}")}
         for wrong in ({"values": np.zeros((1, 3))}, {"question": np.array("[]")}, {"values": np.zeros((1, 2), int)}):

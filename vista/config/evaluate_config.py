@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 
 from vista.config.checks import MAX_THREADS, check_types, require, require_counts, require_finite
 from vista.config.choices import Target
+from vista.config.data_config import MAX_HORIZON_EVENTS
+from vista.errors import shown
 
 MAX_DAYS = 100_000
+MAX_TOP_K = 2**20
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,14 +78,13 @@ class EvaluateConfig:
         require_counts(self, "", ("staleness",), least=0)
         require_finite(self, "", ("horizon_days",), most=MAX_DAYS)
         require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
-        require(
-            min(self.top_k, default=0) >= 1, "top_k", f"needs one or more numbers of at least 1, got {list(self.top_k)}"
-        )
-        require(
-            min(self.horizon_events, default=0) >= 1,
-            "horizon_events",
-            f"needs one or more numbers of at least 1, got {list(self.horizon_events)}",
-        )
+        for key, most in (("top_k", MAX_TOP_K), ("horizon_events", MAX_HORIZON_EVENTS)):
+            values = getattr(self, key)
+            require(
+                min(values, default=0) >= 1 and max(values) <= most,
+                key,
+                f"needs one or more numbers from 1 to {most}, got {shown(values)}",
+            )
         if self.target is Target.window:
             require(self.exclude_seen is None, "exclude_seen", "only applies with target=next")
             require(not self.popularity, "popularity", "only applies with target=next")

@@ -61,7 +61,8 @@ class PerUserMetrics:
                 raise ValueError(f"values of shape {values.shape} for {len(names)} metrics of {len(users)} users")
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}); run `vista evaluate` with `out`") from None
-        except (ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        # zipfile raises NotImplementedError and RuntimeError for archives of an unknown kind and encrypted ones.
+        except (ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, RuntimeError) as error:
             raise ConfigError(f"{path}: does not hold metrics per user ({error}); run `vista evaluate` again") from None
         return cls(users, dict(zip(names, values, strict=True)), question)
 

@@ -22,8 +22,9 @@ REACH = 15
 """Two events of a history form a pair if at most this many positions lie between them."""
 SMOOTHING = 0.75
 """Exponent of the context counts. Below 1, rare contexts weigh less."""
-MOST_EVENTS = 1 << 22
-"""Events whose pairs are counted: those of random users if there are more. Memory grows with the number of pairs."""
+MOST_EVENTS = 1 << 20
+"""Events whose pairs are counted: those of random users if there are more. Memory grows with the number of
+distinct pairs, at most REACH per event: about 1 GB."""
 BLOCK_EVENTS = 1 << 19
 """Events whose pairs are counted at once (a longer history is read alone)."""
 OVERSAMPLING = 16

@@ -308,8 +308,6 @@ class VistaModel(RankingModel):
             facts["counters"] = self.counter_spec.to_dict()
         if self.config.embedding_rows:
             facts |= {key: to_dict(self.config)[key] for key in ("embedding_rows", "embedding_hashes")}
-        if self.counter_spec is not None:
-            facts["counters"] = self.counter_spec.to_dict()
         parts: list[bytes | memoryview] = [json.dumps(facts, sort_keys=True).encode() + self.items.digest().encode()]
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith(STAGE1_WEIGHTS):

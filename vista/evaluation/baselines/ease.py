@@ -28,8 +28,8 @@ class Ease:
         """
         Args:
             num_items: most items of the model; P needs the square of it in memory, and the cube in time.
-            ridge: added to the diagonal of Xᵀ X. The default is the best of 200, 1,000, and 5,000 on the validation part
-                of complete-journey, by recall of new items.
+            ridge: added to the diagonal of Xᵀ X. The default is the best of 200, 1,000, and 5,000 on windows of
+                complete-journey before its test part, by recall of new items.
         """
         self._num_items, self._ridge = num_items, ridge
 
