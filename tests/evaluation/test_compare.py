@@ -118,7 +118,8 @@ class TestFiles:
         run_of(x=[0.0, 0.5, 1.0]).save(tmp_path / "a.npz")
         content = (tmp_path / "a.npz").read_bytes()
         refused = 0
-        for bit in range(8 * len(content)):
+        bits = range(0, 8 * len(content), 5)
+        for bit in bits:
             flipped = bytearray(content)
             flipped[bit // 8] ^= 1 << bit % 8
             (tmp_path / "a.npz").write_bytes(flipped)
@@ -128,7 +129,7 @@ class TestFiles:
                 refused += 1
             else:
                 assert read.values["x"].tolist() == [0.0, 0.5, 1.0]
-        assert refused > 0.5 * 8 * len(content)
+        assert refused > 0.5 * len(bits)
 
     def test_other_arrays_are_refused(self, tmp_path: Path) -> None:
         good = {"users": np.arange(2), "names": np.array(["x"]), "values": np.zeros((1, 2)), "question": np.array("{}")}

@@ -135,6 +135,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, scores_per_chunk
 
 
 @pytest.mark.data
+@pytest.mark.research
 def test_complete_journey(tmp_path: Path) -> None:
     """Two counting baselines equal the numbers of another program, which breaks ties by popularity."""
     path = real_set("complete-journey")

@@ -124,6 +124,7 @@ def test_a_split_in_time_without_labels_is_refused(event_log: EventLog) -> None:
         evaluate_baseline(Popularity(), event_log, data)
 
 
+@pytest.mark.research
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("name", "popularity", "transitions"),
@@ -146,6 +147,7 @@ def test_movielens(
 
 
 @pytest.mark.data
+@pytest.mark.research
 def test_complete_journey(tmp_path: Path) -> None:
     """Precision over the next 50 events, and recall of new items over the next 200, equal those of another program."""
     columns = SourceColumns(user="household_id", item="product_id")
