@@ -42,12 +42,7 @@ class CaseCounters:
             covered: int64 [n] events that the user's record covers; None for all that come before the question.
             tail_len: newest events before the question that the scorer is told of, if its record lacks them.
         """
-        users, history = np.unique(user, return_inverse=True)
-        last = np.zeros(len(users), np.int64)
-        np.maximum.at(last, history, seen)
-        events = log.gather_ranges(users, np.zeros_like(last), last)
-        time = np.asarray(events.timestamp)
-        self._histories = HistoryCounters(spec, item_rows[events.item], time, events.offsets)
+        self._histories, history = HistoryCounters.of(spec, log, item_rows, user, seen)
         is_timed = np.full(len(user), now is not None)
         self._requests = CountedRequests(
             history,

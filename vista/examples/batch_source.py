@@ -210,12 +210,7 @@ class BatchSource:
         """Counters of chunks, which hold the events [start, stop) of their users."""
         if self._spec is None:
             return None
-        users, history = np.unique(user, return_inverse=True)
-        last = np.zeros(len(users), np.int64)
-        np.maximum.at(last, history, stop)
-        events = self._log.gather_ranges(users, np.zeros_like(last), last)
-        time = np.asarray(events.timestamp)
-        histories = HistoryCounters(self._spec, self._item_rows[events.item], time, events.offsets)
+        histories, history = HistoryCounters.of(self._spec, self._log, self._item_rows, user, stop)
         return ChunkCounters(histories, history, start, self._first[user] if self._stored else None)
 
 

@@ -15,6 +15,7 @@ from vista.counters.counter_codes import CounterCodes
 from vista.counters.counter_spec import CounterSpec
 from vista.counters.occurrence_index import OccurrenceIndex
 from vista.examples.counted_requests import CountedRequests
+from vista.log.event_log import EventLog
 from vista.log.histories import ranges
 
 
@@ -31,6 +32,21 @@ class HistoryCounters:
         self._num_keys = spec.keys[0]
         self._item, self._time, self._offsets = item, time, offsets
         self._index = OccurrenceIndex(spec, item, time, offsets)
+
+    @classmethod
+    def of(cls, spec: CounterSpec, log: EventLog, item_rows: Int, user: Int, stop: Int) -> tuple[HistoryCounters, Int]:
+        """Counters of some users of a log, each user's history once, and int64 [n], the history of each entry.
+
+        Args:
+            item_rows: int64 [log.num_items], the model row of each of the log's items.
+            user: int64 [n] rows of the log; repeats are allowed.
+            stop: int64 [n]; only the first stop[i] events of user[i] are counted.
+        """
+        users, history = np.unique(user, return_inverse=True)
+        last = np.zeros(len(users), np.int64)
+        np.maximum.at(last, history, stop)
+        events = log.gather_ranges(users, np.zeros_like(last), last)
+        return cls(spec, item_rows[events.item], np.asarray(events.timestamp), events.offsets), history
 
     def at(self, requests: CountedRequests) -> CounterCodes:
         """The counters of each request."""
