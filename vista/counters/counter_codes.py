@@ -143,20 +143,20 @@ class CounterCodes:
         new = np.column_stack([np.ones(len(key)), spec.decay(elapsed, passed), spec.age(elapsed, passed)])[known]
 
         cells, place = np.unique(
-            np.concatenate([_cells(owner, self.key), _cells(new_owner[known], key[known])]), return_inverse=True
+            np.concatenate([cells_of(owner, self.key), cells_of(new_owner[known], key[known])]), return_inverse=True
         )
         added = np.concatenate([old, new])
         values = np.full((len(cells), spec.num_columns), np.inf)
         for column in range(spec.num_columns - 1):
             values[:, column] = np.bincount(place, added[:, column], len(cells))
         np.minimum.at(values[:, -1], place, added[:, -1])
-        bounds = np.searchsorted(cells, _cells(np.arange(len(counts) + 1), 0))
+        bounds = np.searchsorted(cells, cells_of(np.arange(len(counts) + 1), 0))
         return CounterCodes(spec, cells.astype(np.uint32).astype(np.int32), encode_values(spec, values), bounds, now)
 
     def lookup(self, user: Int, key: Int) -> NDArray[np.uint8]:
         """Codes of n pairs of user (0 .. N - 1) and key: uint8 [n, F]; zeros where the user has no such key."""
         found = np.zeros((len(key), self.spec.num_columns), np.uint8)
-        cells, wanted = _cells(self.owner, self.key), _cells(user, key)
+        cells, wanted = cells_of(self.owner, self.key), cells_of(user, key)
         place = np.searchsorted(cells, wanted)
         inside = np.flatnonzero(place < len(cells))
         inside = inside[cells[place[inside]] == wanted[inside]]
@@ -181,6 +181,6 @@ class CounterCodes:
         return CounterCodes(self.spec, self.key[index], self.codes[index], bounds, self.clock[users])
 
 
-def _cells(user: Int, key: NDArray[np.int32] | Int | int) -> Int:
+def cells_of(user: Int, key: NDArray[np.int32] | Int | int) -> Int:
     """Pairs of user and key as one number that sorts like the pair: int64 [n]."""
     return (user << 32) + key

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int
+from vista.counters.counter_codes import cells_of
 from vista.counters.counter_spec import STEPS_PER_EVENT, CounterSpec
 
 _FEW_KEYS = 8
@@ -71,7 +72,7 @@ class CounterRows:
         Returns:
             user int64 [E]; the rows, each with the sums up to it; and bool [E], True for the newest row of its key.
         """
-        cell = (user << 32) + self.key
+        cell = cells_of(user, self.key)
         order = np.argsort(cell, kind="stable")
         cell, rows = cell[order], self[order]
         is_first = np.ones(len(cell), np.bool_)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
-from vista.counters.counter_codes import CounterCodes, decode_values
+from vista.counters.counter_codes import CounterCodes, cells_of, decode_values
 from vista.model.inference import ROW_TILE
 from vista.model.ranking_model import RankingModel
 from vista.store.stored_batch import StoredBatch
@@ -53,7 +53,7 @@ class RequestCounters:
 
     @classmethod
     def _made_of(cls, codes: CounterCodes, num_events: Int) -> RequestCounters:
-        return cls(codes, num_events, (codes.owner << 32) + codes.key)
+        return cls(codes, num_events, cells_of(codes.owner, codes.key))
 
     def select(self, users: slice | Int) -> RequestCounters:
         """Counters of some of the users, or of all of them in another order."""
@@ -77,7 +77,7 @@ class RequestCounters:
             found = np.flatnonzero((key >= columns.start) & (key < columns.stop))
             return (self.cell[first:stop][found] >> 32) - users.start, key[found] - columns.start, found + first
         row = (rows[columns] if rows.ndim == 1 else rows[users, columns]).cpu().numpy()
-        wanted = (np.arange(users.start, users.stop)[:, None] << 32) + row
+        wanted = cells_of(np.arange(users.start, users.stop)[:, None], row)
         if first == stop:
             return (np.zeros(0, np.int64),) * 3
         place = np.minimum(np.searchsorted(self.cell, wanted), len(self.cell) - 1)
