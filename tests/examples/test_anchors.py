@@ -66,7 +66,7 @@ def test_request_times_are_uniform_and_positions_follow_from_them() -> None:
     """A long gap is hit as often as it is long, and no request divides events of equal times."""
     time = np.array([0, 0, 10, 10, 10, 20, 100, 100]) * DAY_MS
     chunks = timed_chunks([time], [np.arange(8) + 1], [8])
-    drawn = [draw(chunks, seed, by_time=True, timeless_share=0.0) for seed in range(1000)]
+    drawn = [draw(chunks, seed, spacing=2, by_time=True, timeless_share=0.0) for seed in range(1000)]
     position = np.concatenate([each.position for each in drawn])
     assert set(position.tolist()) <= {0, 2, 5, 6}, "events strictly before the request"
     share = np.bincount(position, minlength=7) / len(position)
@@ -81,13 +81,13 @@ def test_request_times_are_uniform_and_positions_follow_from_them() -> None:
 def test_positions_are_uniform_and_requests_come_with_the_next_event() -> None:
     time = np.array([0, 0, 10, 10, 10, 20, 100, 100]) * DAY_MS
     chunks = timed_chunks([time], [np.arange(8) + 1], [8])
-    drawn = [draw(chunks, seed, per_chunk=1, timeless_share=0.0) for seed in range(2000)]
+    drawn = [draw(chunks, seed, spacing=8, timeless_share=0.0) for seed in range(2000)]
     position, gap = (np.concatenate([getattr(each, name) for each in drawn]) for name in ("position", "gap"))
     np.testing.assert_allclose(np.bincount(position) / len(position), 1 / 8, atol=0.03)
     expected = gap_bucket(np.diff(time, prepend=0))[position]
     np.testing.assert_array_equal(gap, np.where(position > 0, expected, 0))
-    every = draw(chunks, per_chunk=50)
-    assert every.position.tolist() == list(range(8)), "one per label position of a short chunk"
+    every = draw(chunks, spacing=1)
+    assert every.position.tolist() == list(range(8)), "one per label position"
 
 
 def test_some_requests_have_no_time() -> None:

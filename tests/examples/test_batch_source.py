@@ -15,7 +15,7 @@ import torch
 
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.choices import Decay, Split
+from vista.config.choices import Architecture, Decay, Split
 from vista.counters.counter_spec import CounterSpec
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
@@ -197,7 +197,7 @@ def asked_anchors(world: World, batch: Batch) -> list[tuple[int, Int]]:
 @pytest.mark.parametrize("by_time", [True, False])
 def test_anchors_ask_about_the_next_visible_events(world: World, by_time: bool, chunk_len: int) -> None:
     """Also beyond their chunk, but never beyond what training may see."""
-    options = {"optim": WITH_WINDOWS, "chunk_len": chunk_len, "horizon_events": 6, "anchors_per_chunk": 5}
+    options = {"optim": WITH_WINDOWS, "chunk_len": chunk_len, "horizon_events": 6, "anchor_spacing": 3}
     made = time_split(world, **options) if by_time else source(world, **options)
     ends = world.offsets[:-1] + made.counts[world.log.users.rows(np.arange(len(LENGTHS)))]
     owner, beyond, sizes = np.repeat(np.arange(len(LENGTHS)), LENGTHS), 0, []
@@ -216,13 +216,27 @@ def test_anchors_ask_about_the_next_visible_events(world: World, by_time: bool, 
     assert len(sizes) > 20 and min(sizes) < 6 == max(sizes)
 
 
+def test_questions_per_event_do_not_depend_on_the_length_of_chunks(world: World) -> None:
+    """So architectures that cut histories differently train on as many questions."""
+    chunks = []
+    for model in ({}, {"architecture": Architecture.hstu, "history_limit": 20}):
+        batches = whole_pass(source(world, model=model, optim=WITH_WINDOWS, anchor_spacing=4))
+        num_events = sum(len(batch.events.item) for batch in batches)
+        num_asked = sum(len(asked_anchors(world, batch)) for batch in batches)
+        chunks.append(sum(len(batch.user) for batch in batches))
+        assert num_events == len(visible_events(world))
+        assert num_events / 4 <= num_asked < num_events / 4 + chunks[-1], "rounded up once per chunk"
+    assert chunks[0] < chunks[1]
+
+
 @pytest.mark.parametrize("chunk_len", [7, 1000])
 @pytest.mark.parametrize("since", [None, 1400 * MS])
 def test_counted_items_are_those_of_the_record_and_the_tail(world: World, since: int | None, chunk_len: int) -> None:
     """Every event has an item of its own. Counters cover the whole history, also of a chunk that begins late."""
     stored = None if since is None else StoredSummaries(since, lambda users: np.zeros((len(users), 2, 8), np.float32))
     spec, gaps = CounterSpec(keys=(1000,)), 0
-    options = {"optim": WITH_WINDOWS, "model": {"counters": True}, "staleness_share": 0.5, "chunk_len": chunk_len}
+    options = {"optim": WITH_WINDOWS, "model": {"counters": True}, "chunk_len": chunk_len}
+    options |= {"staleness_share": 0.5, "anchor_spacing": 2}
     made = time_split(world, stored=stored, spec=spec, **options)
     for batch in whole_pass(made):
         anchors = batch.anchors
@@ -254,7 +268,7 @@ def test_anchors_after_stored_summaries_ask_about_later_events(world: World) -> 
     stored = StoredSummaries(since, lambda users: np.zeros((len(users), 2, 8), np.float32))
     labels = [
         label
-        for batch in whole_pass(time_split(world, stored=stored, optim=WITH_WINDOWS))
+        for batch in whole_pass(time_split(world, stored=stored, optim=WITH_WINDOWS, anchor_spacing=4))
         for _, label in asked_anchors(world, batch)
     ]
     assert len(labels) > 10

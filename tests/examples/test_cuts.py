@@ -6,6 +6,7 @@ chunk's trail is item 20,000 + 100 * chunk + k: so what a batch holds can be rea
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -64,7 +65,7 @@ def trail_items(chunk: int, count: int) -> Int:
 
 def anchor_plan(**changes: Any) -> AnchorPlan:
     options = {
-        "per_chunk": 4,
+        "spacing": 4,
         "horizon_events": 5,
         "horizon_days": 0.0,
         "by_time": False,
@@ -239,7 +240,7 @@ def test_the_labels_of_an_anchor_are_the_events_from_its_place_on(
         np.testing.assert_array_equal(label, np.sort(window))
         places[chunk].append(event - chunks.offsets[chunk])
     for place, length in zip(places, lengths, strict=True):
-        assert len(place) == min(4, length) and place == sorted(place)
+        assert len(place) == math.ceil(length / 4) and place == sorted(place)
         parts = (np.arange(len(place)) * length / max(len(place), 1)).astype(int)
         assert by_time or (parts <= place).all(), "one anchor in each part"
 
@@ -261,11 +262,11 @@ def test_anchors_change_no_other_draw() -> None:
 
 def test_windows_with_nothing_to_train_are_left_out() -> None:
     chunks = coded_chunks([400, 300], [(0, 17), (1, 150)])
-    batch = cut(chunks, 2, anchors=anchor_plan(per_chunk=3, trains_next=False))
+    batch = cut(chunks, 2, anchors=anchor_plan(spacing=150, trains_next=False))
     assert batch.anchors is not None
     used = np.union1d(batch.anchors.window, np.flatnonzero(batch.impressions.mask.numpy().any((1, 2))))
     np.testing.assert_array_equal(used, np.arange(len(batch.windows.cut)))
-    drawn = cut(chunks, 2, windows_per_chunk=1, anchors=anchor_plan(per_chunk=3))
+    drawn = cut(chunks, 2, windows_per_chunk=1, anchors=anchor_plan(spacing=150))
     assert 2 < len(drawn.windows.cut) <= 2 * (1 + 3), "anchors add their windows to those that are drawn"
 
 

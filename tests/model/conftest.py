@@ -144,9 +144,9 @@ def plan(model: VistaModel, **changes: Any) -> CutPlan:
 
 
 def anchor_plan(**changes: Any) -> AnchorPlan:
-    """Up to three anchors per chunk at random positions, about the next six events."""
+    """One anchor per four events of a chunk at random positions, about the next six events."""
     options = {
-        "per_chunk": 3,
+        "spacing": 4,
         "horizon_events": 6,
         "horizon_days": 0.0,
         "by_time": False,

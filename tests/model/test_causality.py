@@ -104,7 +104,7 @@ def test_the_future_changes_no_bit_of_a_prediction(make: SimpleNamespace, shape:
 def test_the_past_does_change_predictions(make: SimpleNamespace, shape: str, field: str) -> None:
     """So the test above can fail: one position later, the tail and the summary show the changed event."""
     model = make.model(seed=1, tail_len=3, **SHAPES[shape])
-    anchors = make.anchor_plan(per_chunk=60)
+    anchors = make.anchor_plan(spacing=1)
     plan = make.plan(model, label_spacing=2, num_cuts=300, timeless_share=0.0, anchors=anchors)
     packed = make.histories([30], 4)
     item, time = packed.item.copy(), packed.timestamp.copy()

@@ -274,7 +274,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
         window = np.unique(packed.slice(user, seen, seen + 6).item).astype(np.int64)
         shares = torch.log_softmax(items @ users[0] / model.config.temperature, 0)
         losses.append(-shares[torch.from_numpy(window) - 1].sum())
-    assert len(losses) == 3 + 1 + 3 + 3
+    assert len(losses) == 3 + 1 + 2 + 1
     torch.testing.assert_close(trained.parts["window"], torch.stack(losses).mean())
 
     labeled = {task: [] for task in model.schema.tasks}

@@ -74,9 +74,9 @@ class DataConfig:
     horizon_days: float = 0.0
     """With optim.window_weight above 0: number of days after a question; only items of events within it are labels. 0
     means no limit in time."""
-    anchors_per_chunk: int = 8
-    """With optim.window_weight above 0 or model.counters: number of questions drawn from each chunk per epoch. With
-    split=time they are uniform in time, otherwise in position."""
+    anchor_spacing: int = 16
+    """With optim.window_weight above 0 or model.counters: number of label positions per question. A chunk has one
+    question per this many positions, rounded up. With split=time they are uniform in time, otherwise in position."""
     num_negatives: int | None = None
     """Number of negatives of the sampled softmax, shared by all labels of a batch. null: all items of the log, which is
     the exact softmax, but at most 4,096."""
@@ -91,7 +91,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_types(self, "data.")
         counts = ("chunk_len", "tokens_per_batch", "label_spacing", "num_cuts", "num_negatives", "reconstruction_len")
-        require_counts(self, "data.", (*counts, "anchors_per_chunk"))
+        require_counts(self, "data.", (*counts, "anchor_spacing"))
         require_counts(self, "data.", ("windows_per_chunk",), least=0)
         require_counts(self, "data.", ("horizon_events",), most=MAX_HORIZON_EVENTS)
         require_finite(self, "data.", ("staleness_events", "negative_power"))

@@ -27,7 +27,8 @@ DAY_MS = 86_400_000
 class AnchorPlan:
     """How anchors are drawn. `horizon_events` and `horizon_days` have the meanings of those of `DataConfig`."""
 
-    per_chunk: int
+    spacing: int
+    """Label positions of a chunk per anchor, so that the number of anchors does not depend on how histories are cut."""
     horizon_events: int
     horizon_days: float
     by_time: bool
@@ -51,7 +52,7 @@ class AnchorPlan:
             return None
         by_time = config.data.split is Split.time
         return cls(
-            per_chunk=config.data.anchors_per_chunk,
+            spacing=config.data.anchor_spacing,
             horizon_events=config.data.horizon_events,
             horizon_days=config.data.horizon_days,
             by_time=by_time,
@@ -83,7 +84,7 @@ class ChunkAnchors:
 
 
 def draw_anchors(chunks: Chunks, plan: AnchorPlan, rng: np.random.Generator) -> ChunkAnchors:
-    """Draw `per_chunk` anchors from each chunk, or as many as its label positions if it has fewer.
+    """Draw one anchor per `spacing` label positions of each chunk, rounded up.
 
     Args:
         chunks: with a timeline.
@@ -92,7 +93,7 @@ def draw_anchors(chunks: Chunks, plan: AnchorPlan, rng: np.random.Generator) -> 
     timeline = chunks.timeline
     assert timeline is not None
     lead, length = chunks.num_context, np.diff(chunks.offsets)
-    count = np.minimum(plan.per_chunk, length - lead)
+    count = -(-(length - lead) // plan.spacing)
     chunk = np.repeat(np.arange(len(count)), count)
     first, room = (timeline.offsets[:-1] + lead)[chunk], (length - lead)[chunk]
     # One anchor per equal part, so that a chunk's anchors spread out.
@@ -130,7 +131,8 @@ def _labels(timeline: ChunkTimeline, plan: AnchorPlan, place: Int, end: Int, tim
     Args:
         end: int64 [NA] place after the last event that training may see; time: int64 [NA] of the requests.
     """
-    event = place[:, None] + np.arange(plan.horizon_events)
+    width = min(plan.horizon_events, int((end - place).max(initial=0)))
+    event = place[:, None] + np.arange(width)
     is_inside = event < end[:, None]
     event = np.where(is_inside, event, 0)
     if plan.horizon_days > 0:

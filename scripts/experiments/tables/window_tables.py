@@ -32,7 +32,7 @@ COUNTERS = (
     "model.popularity=true",
     "model.temperature=0.4",
     "optim.table_rate=0",
-    "data.anchors_per_chunk=32",
+    "data.anchor_spacing=16",
 )
 """Counters, and what trials on the validation part of complete-journey found to go with them (research log)."""
 COUNTED = ("hstu, counters", "hstu-1,000, counters", "hstu-2,000, counters")
