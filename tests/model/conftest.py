@@ -224,10 +224,7 @@ def outputs(model: VistaModel, cut: Batch) -> tuple[Tensor, Tensor]:
 def anchor_users(model: VistaModel, cut: Batch) -> Tensor:
     """User vectors [NA, M] as training computes them."""
     with torch.no_grad():
-        events = cut.events
-        shown = model.shown_vectors(events, model.item_vectors(cut.rows))
-        encoded = model.encoder(shown, events.action, events.gap, events.rating)
-        return model.anchor_users(cut, model.window_context(cut, shown, model.cut_summaries(cut, encoded)))
+        return model.anchor_users(cut, model.item_vectors(cut.rows))
 
 
 def tail(model: VistaModel, packed: Histories, lengths: Int | int | None = None) -> PaddedTail:

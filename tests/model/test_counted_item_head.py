@@ -14,6 +14,7 @@ from torch import nn
 from vista.model import inference
 from vista.model.counted_item_head import CountedItemHead
 from vista.model.popularity_term import PopularityTerm
+from vista.model.window_loss import CountedSlots, log_others, window_loss
 
 
 def asked(rows: int, slots: int) -> dict[str, torch.Tensor]:
@@ -27,14 +28,28 @@ def asked(rows: int, slots: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_before_training_counted_items_have_the_share_of_returns() -> None:
-    """40 of 1,000 items are counted, and 30 percent of the labels: so are 30 percent of the probability."""
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.4])
+@pytest.mark.parametrize("num_negatives", [1000, 400])
+def test_before_training_counted_items_have_the_share_of_returns(temperature: float, num_negatives: int) -> None:
+    """30 percent of the labels are counted items: so is 30 percent of the probability, as the loss has it."""
     torch.manual_seed(0)
-    head = CountedItemHead(4, 8)
-    head.start(0.3, 40, 960)
-    logit = head(**asked(2, 40))
-    share = logit.exp().sum(1) / (logit.exp().sum(1) + 960)
-    torch.testing.assert_close(share, torch.full((2,), 0.3))
+    num_users, num_items = 50, 1000
+    users, items = (nn.functional.normalize(torch.randn(n, 64), dim=-1) for n in (num_users, num_items))
+    item = torch.rand(num_users, num_items).argsort(1)  # each user has between 1 and 60 of the items
+    item = item[:, :60].masked_fill(torch.arange(60) >= torch.randint(1, 61, (num_users, 1)), -1)
+    negatives = torch.randperm(num_items)[:num_negatives].sort().values
+    log_weight = torch.full((num_negatives,), math.log(num_items / num_negatives))
+    head = CountedItemHead(4, 64)
+    head.start(0.3, (item >= 0).sum(1), log_others(users, items, item, negatives, log_weight, temperature))
+
+    inputs = asked(num_users, 60) | {"user": users}
+    counted = CountedSlots(item, head(**inputs).detach().requires_grad_())
+    is_label = ~(torch.arange(num_items) == item[:, :, None]).any(1)  # one item that is not counted
+    label = is_label.int().argmax(1, keepdim=True)
+    window_loss(users, items, label, negatives, log_weight, temperature, None, counted).backward()
+    assert counted.logit.grad is not None
+    share = float(counted.logit.grad.sum())  # the gradient of log Z is the probability
+    assert share == pytest.approx(0.3, rel=0.01 if num_negatives == num_items else 0.03)
 
 
 def test_a_logit_depends_on_its_own_inputs_only() -> None:

@@ -101,9 +101,7 @@ class BatchSource:
         self._plan = CutPlan.of(config, has_time=log.has_time)
         self._chunk_len = chunk_len(config)
         self.returning_share = 0.5
-        """Share of the labels of anchors that are counted items, between 0 and 1."""
-        self.num_counted = 1.0
-        """Mean number of counted items per anchor, at least 1."""
+        """Share of counted items among the labels of anchors that have any, between 0 and 1."""
         self._epoch = -1
         self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
         self._batches: list[Int] = []
@@ -146,7 +144,7 @@ class BatchSource:
         """Measure labels and counted items by the anchors of the first batches, which every run cuts alike."""
         if self._plan.anchors is None:
             return
-        num_anchors = num_labels = num_returns = num_counted = 0
+        num_anchors = num_labels = num_returns = num_returnable = 0
         for index in range(min(self.num_batches(0), MEASURED_BATCHES)):
             anchors = self.batch(0, index).anchors
             assert anchors is not None
@@ -155,11 +153,10 @@ class BatchSource:
             num_labels += int((label >= 0).sum())
             if anchors.counters is not None:
                 counted = anchors.counters.item
-                num_counted += int((counted >= 0).sum())
+                num_returnable += int((label[(counted >= 0).any(1)] >= 0).sum())
                 is_return = (label[:, :, None] == counted[:, None, :]).any(2) & (label >= 0)
                 num_returns += int(is_return.sum())
-        self.returning_share = (num_returns + 1) / (num_labels + 2)
-        self.num_counted = max(num_counted / max(num_anchors, 1), 1.0)
+        self.returning_share = (num_returns + 1) / (num_returnable + 2)
         mean_labels = num_labels / num_anchors if num_anchors else 1.0
         self._plan = replace(self._plan, anchors=replace(self._plan.anchors, mean_labels=mean_labels))
 

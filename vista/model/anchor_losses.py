@@ -11,7 +11,7 @@ from torch import Tensor
 from vista.config import OptimConfig
 from vista.examples.batch import Batch, BatchAnchors
 from vista.model.ranking_model import RankingModel
-from vista.model.window_loss import CountedSlots, products, window_loss
+from vista.model.window_loss import CountedSlots, log_others, products, window_loss
 
 
 def anchor_losses(
@@ -45,6 +45,33 @@ def anchor_losses(
         # Labels are summed. Their mean number is a constant, so that anchors with many labels weigh more.
         parts["window"] = loss(users, anchors.item, counted) / anchors.mean_labels
     return parts
+
+
+@torch.no_grad()
+def start_counted(model: RankingModel, batch: Batch, returning_share: float) -> None:
+    """Start the head of counted items: before training, they have their share of the labels as their probability.
+
+    Args:
+        model: untrained, with the item vectors and the popularity of items that training starts from.
+        batch: the logits of other items are measured by its anchors.
+        returning_share: `BatchSource.returning_share`.
+    """
+    anchors, negatives = batch.anchors, batch.negatives
+    assert model.counted is not None and anchors is not None and anchors.counters is not None
+    vectors, counted = model.item_vectors(batch.rows), anchors.counters.item
+    others = log_others(
+        model.anchor_users(batch, vectors),
+        model.retrieval_items(vectors, batch.rows),
+        counted,
+        negatives.item,
+        negatives.log_weight,
+        model.config.temperature,
+        batch.logit_adjustment,
+    )
+    num_counted = (counted >= 0).sum(1)
+    measured = (num_counted > 0) & others.isfinite()  # it is -inf if all items are counted
+    if measured.any():
+        model.counted.start(returning_share, num_counted[measured], others[measured])
 
 
 def _counted_slots(

@@ -82,13 +82,19 @@ class CountedItemHead(nn.Module):
             logit = F.linear(entries, self.gate.weight.double(), self.gate.bias.double())
         return logit.squeeze(-1).to(self.gate.weight.dtype)
 
-    def start(self, returning_share: float, num_counted: float, num_items: int) -> None:
-        """Set the gate's bias so that counted items together have about the probability that they need.
+    @torch.no_grad()
+    def start(self, returning_share: float, num_counted: Tensor, log_others: Tensor) -> None:
+        """Set the gate's bias before training: the mean probability of all counted items is their share of the labels.
 
         Args:
-            returning_share: share of the labels that are counted items, between 0 and 1.
-            num_counted: mean number of counted items per question.
-            num_items: items of the vocabulary, which are taken to have logits near 0.
+            returning_share: share of the labels of such requests that are counted items, between 0 and 1.
+            num_counted: int64 [n] counted items of each request, at least 1.
+            log_others: [n] log of the sum of e^s over the other items of the catalog.
         """
-        log_odds = math.log(returning_share) - math.log1p(-returning_share)
-        nn.init.constant_(self.gate.bias, log_odds + math.log(num_items / num_counted))
+        log_odds = num_counted.double().log() - log_others.double()  # of the counted items, with a bias of 0
+        low, high = -log_odds.max() - 50, -log_odds.min() + 50
+        for _ in range(60):
+            bias = (low + high) / 2
+            is_below = (log_odds + bias).sigmoid().mean() < returning_share
+            low, high = torch.where(is_below, bias, low), torch.where(is_below, high, bias)
+        self.gate.bias.copy_(low)

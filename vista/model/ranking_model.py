@@ -149,6 +149,10 @@ class RankingModel(nn.Module):
         """
         raise NotImplementedError
 
+    def anchor_users(self, batch: Batch, item_vectors: Tensor) -> Tensor:
+        """[NA, M'] user vectors of a batch's anchors, as in `losses`. Only with the retrieval head."""
+        raise NotImplementedError
+
     def read_item_table(self, data: DataConfig) -> None:
         """Read item properties other than the id when training starts. Most architectures need none.
 

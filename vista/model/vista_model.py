@@ -80,17 +80,14 @@ class VistaModel(RankingModel):
         """Hash of the inputs that `summarizer_id` was last computed from, and the id."""
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
-        events, impressions = batch.events, batch.impressions
-        shown = self.shown_vectors(events, item_vectors)
-        encoded = self.encoder(shown, events.action, events.gap, events.rating)
-        summaries = self.cut_summaries(batch, encoded)
-        context = self.window_context(batch, shown, summaries)
+        impressions = batch.impressions
+        encoded, summaries, context = self._contexts(batch, item_vectors)
         parts: dict[str, Tensor] = {}
         total = item_vectors.new_zeros((), dtype=torch.float32)
         if optim.next_weight > 0 and self.counted is None:
             parts["next"] = self._next_loss(batch, item_vectors, context)
         if batch.anchors is not None:
-            users, items = self.anchor_users(batch, context), self.retrieval_items(item_vectors, batch.rows)
+            users, items = self._anchor_users(batch, context), self.retrieval_items(item_vectors, batch.rows)
             parts |= anchor_losses(self, batch, users, items, optim)
         for name, weight in (("next", optim.next_weight), ("window", optim.window_weight)):
             if name in parts:
@@ -104,6 +101,17 @@ class VistaModel(RankingModel):
             parts["reconstruction"] = self._reconstruction(batch, item_vectors, encoded, summaries)
             total = total + optim.reconstruction_weight * parts["reconstruction"]
         return Losses(total, parts)
+
+    def anchor_users(self, batch: Batch, item_vectors: Tensor) -> Tensor:
+        return self._anchor_users(batch, self._contexts(batch, item_vectors)[2])
+
+    def _contexts(self, batch: Batch, item_vectors: Tensor) -> tuple[Tensor, Tensor, TargetContext]:
+        """Event embeddings [T, M], summaries of the cuts, and contexts of the windows."""
+        events = batch.events
+        shown = self.shown_vectors(events, item_vectors)
+        encoded = self.encoder(shown, events.action, events.gap, events.rating)
+        summaries = self.cut_summaries(batch, encoded)
+        return encoded, summaries, self.window_context(batch, shown, summaries)
 
     def cut_summaries(self, batch: Batch, encoded: Tensor) -> Tensor:
         """[NC, S, M] summaries at the cuts of a batch, from event embeddings [T, M]; or the store's [B, S, M]."""
@@ -147,7 +155,7 @@ class VistaModel(RankingModel):
         gap = self.encoder.gap_vectors(labels.gap)
         return self.user_vectors(gap, seen.clamp(min=0), context)
 
-    def anchor_users(self, batch: Batch, context: TargetContext) -> Tensor:
+    def _anchor_users(self, batch: Batch, context: TargetContext) -> Tensor:
         """User vectors [NA, M'] of the anchors, at the times of their requests."""
         anchors = batch.anchors
         assert anchors is not None

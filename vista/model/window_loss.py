@@ -76,13 +76,42 @@ def window_loss(
             positive = torch.where(found, slot_logit.gather(1, is_counted.int().argmax(2)), positive)
             exact = torch.cat([slot_logit, exact.masked_fill(found, -torch.inf)], 1)
             slots = torch.cat([counted.item, slots], 1)
-        column = torch.searchsorted(negatives, slots.contiguous()).clamp_(max=len(negatives) - 1)
-        own = torch.where((negatives[column] == slots) & (slots >= 0), column, -1)
+        own = _columns(negatives, slots)
         weight = (label >= 0).sum(1).to(full) / len(label)
         partition: Tensor = _WeightedPartition.apply(  # type: ignore[no-untyped-call]
             user, exact, items[negatives], negative_log_weight.to(full), own, weight, temperature
         )
     return partition - positive.masked_fill(label < 0, 0.0).sum() / len(label)
+
+
+def log_others(
+    user: Tensor,
+    items: Tensor,
+    left_out: Tensor,
+    negatives: Tensor,
+    negative_log_weight: Tensor,
+    temperature: float,
+    adjustment: Tensor | None = None,
+) -> Tensor:
+    """[NA]: log of the sum of e^s over the catalog less some items, estimated by the negatives as in `window_loss`.
+
+    Args:
+        left_out: int64 [NA, S] rows of `items`; -1 pads. The other arguments are those of `window_loss`.
+    """
+    full = torch.promote_types(user.dtype, torch.float32)
+    if adjustment is not None:
+        negative_log_weight = negative_log_weight + adjustment[negatives]
+    with torch.autocast(user.device.type, enabled=False):
+        logits = user.to(full) @ items.to(full)[negatives].t() / temperature + negative_log_weight
+    own = _columns(negatives, left_out)
+    row, place = (own >= 0).nonzero(as_tuple=True)
+    return logits.index_put((row, own[row, place]), logits.new_tensor(-torch.inf)).logsumexp(1)
+
+
+def _columns(negatives: Tensor, slots: Tensor) -> Tensor:
+    """int64 [NA, E]: the places of item rows int64 [NA, E] among the sorted negatives; -1 for padding and others."""
+    column = torch.searchsorted(negatives, slots.contiguous()).clamp_(max=len(negatives) - 1)
+    return torch.where((negatives[column] == slots) & (slots >= 0), column, -1)
 
 
 def products(user: Tensor, items: Tensor, label: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from vista.config import TrainConfig
-from vista.config.choices import Architecture, ItemStart, Stage
+from vista.config.choices import Architecture, Stage
 from vista.config.config_keys import to_yaml
 from vista.config.conversion import to_dict
 from vista.config.train_config import without_places
@@ -43,10 +43,10 @@ from vista.training.checkpoint import (
     unpack_state,
 )
 from vista.training.downstream import Downstream
-from vista.training.item_start import start_from_factors
 from vista.training.log_schema import schema_of
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.model_card import model_card
+from vista.training.model_start import start_model
 from vista.training.optimizers import Optimizers
 from vista.training.progress import Progress
 from vista.training.run_folder import deferred_interrupt, log_file
@@ -174,17 +174,11 @@ class Trainer:
     def _start(self, metrics: MetricsWriter) -> None:
         config = self.config
         newest = latest_checkpoint(self.run_dir / "checkpoints") if config.resume else None
-        if newest is None:
-            self.model.set_item_frequency(self.source.frequency)
-            if self.model.counted is not None:
-                self.model.counted.start(self.source.returning_share, self.source.num_counted, len(self.model.items))
-        if newest is None and self.downstream is None:  # a checkpoint, or a base, contains what is read here
-            self.model.read_item_table(config.data)
-            if config.model.item_start is ItemStart.factors:
-                start_from_factors(self.model, self.log, self.source.counts, config.seed)
         if newest is not None:
             self._restore(newest)
-        elif not config.resume:
+        else:
+            start_model(self.model, self.log, self.source, config, self.precision)
+        if newest is None and not config.resume:
             # With resume=true an export stays until a better one replaces it, even if its checkpoints are gone.
             remove_checkpoints(self.run_dir / "checkpoints")
             for name in ("best", "best.old"):

@@ -72,6 +72,12 @@ def _encoded_impressions(batch: Batch, limit: int) -> tuple[Batch, ShownCandidat
     return batch, ShownCandidates.of(batch)
 
 
+def _in_order(askers: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """[NA, M'] user vectors of all anchors, from those of each tile."""
+    users, order = zip(*askers, strict=True)
+    return torch.cat(users)[torch.cat(order).argsort()]
+
+
 def state_head(config: ModelConfig, schema: Schema) -> nn.Sequential | None:
     """The network of the default `impression_logits`."""
     dim, num_tasks = config.dim, len(schema.tasks)
@@ -129,26 +135,20 @@ class SequenceModel(HistoryModel):
         return logits
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
-        packed = batch.events
-        vectors = self.encoder(self.shown_vectors(packed, item_vectors), packed.action, packed.gap, packed.rating)
-        events = EmbeddedSequences(vectors, packed.clock, packed.offsets.cpu().numpy())
+        packed, events = batch.events, self._embedded(batch, item_vectors)
         shown = None
         if self.schema.tasks and optim.task_weight > 0:
             batch, shown = _encoded_impressions(batch, self.config.history_limit)
         asked = _AskedAnchors.of(batch)
-        users, labels, logits, places, askers, order = [], [], [], [], [], []
-        for tile in tiles(events.offsets, vectors.device, self.tile_tokens):
+        users, labels, logits, places, askers = [], [], [], [], []
+        for tile in tiles(events.offsets, self.device, self.tile_tokens):
             states, memory = self._encode(events, tile)
             if optim.next_weight > 0 and self.counted is None:
                 labeled = self._labeled(tile)
                 gap = self.encoder.gap_vectors(packed.gap[tile.index][labeled])
                 users.append(self._user(states[:, : labeled.shape[1]][labeled], gap))
                 labels.append(packed.item[tile.index][labeled])
-            if asked is not None and (part := tile.entries(asked.chunk)) is not None:
-                index, valid = part
-                row, index = valid.nonzero()[:, 0], index[valid]
-                askers.append(self._user(states[row, asked.seen[index]], self.encoder.gap_vectors(asked.gap[index])))
-                order.append(index)
+            askers += self._asked_users(states, tile, asked)
             if shown is not None and (part := tile.entries(shown.chunk)) is not None:
                 index, valid = part
                 vector = item_vectors[shown.item[index]]
@@ -165,9 +165,32 @@ class SequenceModel(HistoryModel):
         if users:
             parts["next"] = next_loss(batch, items, torch.cat(users), torch.cat(labels), self.config.temperature)
         if askers:
-            parts |= anchor_losses(self, batch, torch.cat(askers)[torch.cat(order).argsort()], items, optim)
+            parts |= anchor_losses(self, batch, _in_order(askers), items, optim)
         shown_logits = in_place(torch.cat(logits), torch.cat(places), batch) if logits else None
         return weighted_losses(self, batch, optim, parts, shown_logits)
+
+    def anchor_users(self, batch: Batch, item_vectors: Tensor) -> Tensor:
+        events, asked = self._embedded(batch, item_vectors), _AskedAnchors.of(batch)
+        askers = []
+        for tile in tiles(events.offsets, self.device, self.tile_tokens):
+            askers += self._asked_users(self._encode(events, tile)[0], tile, asked)
+        return _in_order(askers)
+
+    def _embedded(self, batch: Batch, item_vectors: Tensor) -> EmbeddedSequences:
+        """The events of a batch."""
+        events = batch.events
+        vectors = self.encoder(self.shown_vectors(events, item_vectors), events.action, events.gap, events.rating)
+        return EmbeddedSequences(vectors, events.clock, events.offsets.cpu().numpy())
+
+    def _asked_users(
+        self, states: Tensor, tile: PaddedTile, asked: _AskedAnchors | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """User vectors [n, M'] of the anchors in a tile, and which anchors these are, int64 [n]; empty without any."""
+        if asked is None or (part := tile.entries(asked.chunk)) is None:
+            return []
+        index, valid = part
+        row, index = valid.nonzero()[:, 0], index[valid]
+        return [(self._user(states[row, asked.seen[index]], self.encoder.gap_vectors(asked.gap[index])), index)]
 
     def _labeled(self, tile: PaddedTile) -> Tensor:
         """Which events of the tile are labels of the next-item loss: bool [n, L]."""
