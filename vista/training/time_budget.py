@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
+from vista.config import OptimConfig
+from vista.training.progress import Progress
+
+logger = logging.getLogger(__name__)
 SKIPPED_STEPS = 5
 """First steps, which are slow because memory and caches are cold."""
 TIMED_STEPS = 20
@@ -26,6 +32,26 @@ class TimeBudget:
         """Mean time of a step."""
         timed = self._seconds[SKIPPED_STEPS:]
         return sum(timed) / len(timed)
+
+    def planned_steps(self, progress: Progress, validation: float, batches: int, optim: OptimConfig) -> int:
+        """Steps of the run: those that are done, and those that fit into the rest of the time. They are logged.
+
+        Args:
+            validation: seconds per validation; 0 without validations.
+            batches: batches per epoch.
+        """
+        left = self.steps_left(progress.seconds, validation, batches * max(optim.validate_every, 1))
+        steps = progress.step + left
+        logger.info(
+            "optim.minutes=%g: %.1f s spent, %.4f s per step, %.1f s per validation: %d steps, %.1f epochs",
+            self.minutes,
+            progress.seconds,
+            self.seconds_per_step,
+            validation,
+            steps,
+            steps / batches,
+        )
+        return steps
 
     def steps_left(self, spent: float, validation: float, steps_per_validation: int) -> int:
         """Steps that fit into the rest of the time, with a validation after the last one.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -21,8 +19,6 @@ from tqdm import tqdm
 from vista.config import TrainConfig
 from vista.config.choices import Architecture, Stage
 from vista.config.config_keys import to_yaml
-from vista.config.conversion import to_dict
-from vista.config.train_config import without_places
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
 from vista.errors import CheckpointError, ConfigError, NonFiniteLossError
 from vista.examples.batch import Batch
@@ -50,6 +46,7 @@ from vista.training.model_start import start_model
 from vista.training.optimizers import Optimizers
 from vista.training.progress import Progress
 from vista.training.run_folder import deferred_interrupt, log_file
+from vista.training.run_identity import check_identity, run_identity
 from vista.training.run_plan import plan_run
 from vista.training.time_budget import TimeBudget
 from vista.training.validation import Validation
@@ -151,6 +148,7 @@ class Trainer:
         self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
         self._counted_until = time.perf_counter()
         self.precision = choose_precision(config.precision, self.device)
+        self._identity = run_identity(config, log, downstream, self.precision)
 
     def run(self) -> RankingModel:
         """Train to the end, from the newest checkpoint if there is one; returns the exported model."""
@@ -215,18 +213,8 @@ class Trainer:
             self.validation(self.model)
             seconds = time.perf_counter() - began
         self._count_seconds()
-        progress, batches = self.progress, self.source.num_batches(self.progress.epoch)
-        spacing = batches * max(self.config.optim.validate_every, 1)
-        progress.planned_steps = progress.step + budget.steps_left(progress.seconds, seconds, spacing)
-        logger.info(
-            "optim.minutes=%g: %.1f s spent, %.4f s per step, %.1f s per validation: %d steps, %.1f epochs",
-            budget.minutes,
-            progress.seconds,
-            budget.seconds_per_step,
-            seconds,
-            progress.planned_steps,
-            progress.planned_steps / batches,
-        )
+        batches = self.source.num_batches(self.progress.epoch)
+        self.progress.planned_steps = budget.planned_steps(self.progress, seconds, batches, self.config.optim)
         self._save()
 
     def _run_epoch(self, metrics: MetricsWriter, interrupted: list[bool]) -> None:
@@ -341,7 +329,7 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "progress": {name: getattr(self.progress, name) for name in Progress.__slots__},
-            "config": self._identity(),
+            "config": self._identity,
         }
         tensors, skeleton = pack_state(state, "state")
         save_checkpoint(self.run_dir / "checkpoints", self.progress.step, tensors, {"run": skeleton})
@@ -349,13 +337,7 @@ class Trainer:
     def _restore(self, path: Path) -> None:
         tensors, body = load_checkpoint(path)
         state = unpack_state(body["run"], tensors)
-        here, there = self._identity(), state["config"]
-        changed = [f"{k} ({there.get(k)} -> {here.get(k)})" for k in here | there if here.get(k) != there.get(k)]
-        if changed:
-            raise ConfigError(
-                f"run_dir={self.run_dir} holds a run with another {', '.join(changed)}; choose another run_dir, or set "
-                "resume=false to start a new run in it"
-            )
+        check_identity(self._identity, state["config"], self.config.run_dir)
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
@@ -368,16 +350,6 @@ class Trainer:
         if state["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.progress = Progress(**state["progress"])
-
-    def _identity(self) -> dict[str, Any]:
-        """What must not change between a run and its resumption, flat: {"model.dim": 64, …}."""
-        values = to_dict(self.config)
-        manifests = json.dumps(self.log.manifests, sort_keys=True, default=str).encode()
-        flat: dict[str, Any] = {"seed": values["seed"], "log": hashlib.sha256(manifests).hexdigest()[:12]}
-        for group, own in without_places(values).items():
-            flat |= {f"{group}.{key}": value for key, value in own.items()}
-        flat |= self.downstream.identity() if self.downstream is not None else {}
-        return flat | {"precision": self.precision.value}
 
 
 def _validation(log: EventLog, item_rows: NDArray[np.int64], config: TrainConfig) -> Validation | None:

@@ -1,0 +1,45 @@
+"""What must not change between a run and its resumption."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from vista.config import TrainConfig
+from vista.config.choices import Precision
+from vista.config.conversion import to_dict
+from vista.config.train_config import without_places
+from vista.errors import ConfigError
+from vista.log.event_log import EventLog
+from vista.training.downstream import Downstream
+
+
+def run_identity(
+    config: TrainConfig, log: EventLog, downstream: Downstream | None, precision: Precision
+) -> dict[str, Any]:
+    """Settings and data that decide the bits of a run, flat: {"model.dim": 64, …}."""
+    values = to_dict(config)
+    manifests = json.dumps(log.manifests, sort_keys=True, default=str).encode()
+    flat: dict[str, Any] = {"seed": values["seed"], "log": hashlib.sha256(manifests).hexdigest()[:12]}
+    for group, own in without_places(values).items():
+        flat |= {f"{group}.{key}": value for key, value in own.items()}
+    flat |= downstream.identity() if downstream is not None else {}
+    return flat | {"precision": precision.value}
+
+
+def check_identity(here: dict[str, Any], there: dict[str, Any], run_dir: str) -> None:
+    """Refuse to resume another run.
+
+    Args:
+        here: `run_identity` of this run; there: that of the run in `run_dir`.
+
+    Raises:
+        ConfigError: if they differ.
+    """
+    changed = [f"{k} ({there.get(k)} -> {here.get(k)})" for k in here | there if here.get(k) != there.get(k)]
+    if changed:
+        raise ConfigError(
+            f"run_dir={run_dir} holds a run with another {', '.join(changed)}; choose another run_dir, or set "
+            "resume=false to start a new run in it"
+        )
